@@ -1,0 +1,263 @@
+"""What a run is made of: two dataclasses, and the experiments that can be started by name.
+
+Edit EXPERIMENTS or add to it, or override any field for one run: `python train.py faces --diffusion.epochs 10`.
+A config that could not work is refused when it is made, with a sentence that says what would fit.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import get_type_hints
+
+
+class ConfigError(ValueError):
+    """A field's value does not fit; the message names the field, the value and what would."""
+
+
+# Book-keeping: what may also change when a run is resumed, as it does not touch the weights.
+BOOK_KEEPING = (
+    "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
+    "validation_samples", "grid_images", "grid_steps",
+)  # fmt: skip
+COUNTS = ("batch_size", "gradient_accumulation", "epochs", *BOOK_KEEPING)  # fields that are at least 1
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The data, the diffusion process and the training. One *step* is one optimiser step."""
+
+    dataset_name: str  # "emoji_faces", "emoji_people" (both embedded), "FFHQ", or a path to a folder, .zip or .npz
+    learning_rate: float  # Adam's, reached after the warm-up
+    batch_size: int  # images in one forward pass; lower it (and raise gradient_accumulation) when memory is short
+    use_augmentation: bool  # horizontal flips, and rotations if max_rotation > 0; training images only
+    timesteps_diff: int  # T, the number of noising steps
+
+    # Data
+    split: str = "reference"  # of the full FFHQ: "reference" 63,000 / 7,000 or "official" 60,000 / 10,000
+    max_rotation: float = 0.0  # degrees; rotations are uniform in +- this
+    rotation_free_end: float = 0.1  # last share of the steps, in which rotation is off so that its tilt is unlearned
+    max_bad_images: int = 0  # unreadable images that are left out (and listed) before it counts as an error
+
+    # Noise schedule
+    beta_start: float = 1e-4  # beta of the first step, for T = 1000
+    beta_end: float = 0.02  # beta of the last step, for T = 1000
+    rescale_betas: bool = True  # multiply betas by 1000 / T, so that x_T is noise for any T
+
+    # Optimisation
+    epochs: int = 45  # length of the run, in passes over the training images
+    gradient_accumulation: int = 4  # forward passes to a step; effective batch = batch_size x this
+    clip_grad_norm: float = 0.0  # largest gradient norm; 0: no clipping
+    warmup_steps: int = 0  # steps over which the learning rate rises from 0
+    lr_schedule: str = "constant"  # after the warm-up: "constant", or "cosine" down to 0 at the last step
+    ema_decay: float = 0.9999  # of the weights' average, per step; 0: no average, samples use the raw weights
+    precision: str = "auto"  # of the network: "float32", "bfloat16", "float16", or the fastest that the hardware has
+    seed: int = 0  # of everything that is drawn
+
+    # Book-keeping, in steps; none of it changes the weights
+    log_every: int = 50  # a row of metrics.csv
+    validate_every: int = 800  # validation loss, raw and EMA weights, and losses.png
+    sample_every: int = 4000  # a sample grid
+    checkpoint_every: int = 800  # a checkpoint to resume and sample from
+    keep_checkpoints: int = 3  # newest ones kept
+    validation_samples: int = 1000  # held-out (image, t, noise) triples in a validation, the same each time
+    grid_images: int = 16  # images in a sample grid while training
+    grid_steps: int = 50  # DDIM steps for it, at most timesteps_diff: a quick look; sample.py takes all T
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in COUNTS:
+            require(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("warmup_steps", "max_bad_images", "seed"):
+            require(getattr(self, name) >= 0, self, name, "0 or more")
+        require(bool(self.dataset_name), self, "dataset_name", "a data set's name or the path to a folder or zip")
+        require(0 < self.learning_rate <= 1, self, "learning_rate", "above 0 and at most 1, such as 3e-5")
+        require(self.timesteps_diff >= 2, self, "timesteps_diff", "at least 2; the paper has 1000")
+        require(self.split in ("reference", "official"), self, "split", '"reference" or "official"')
+        require(0 <= self.max_rotation <= 45, self, "max_rotation", "between 0 and 45 degrees")
+        require(0 <= self.rotation_free_end <= 1, self, "rotation_free_end", "between 0 and 1")
+        require(0 < self.beta_start < 1, self, "beta_start", "between 0 and 1, such as 1e-4")
+        require(self.beta_start <= self.beta_end, self, "beta_end", f"at least beta_start = {self.beta_start:g}")
+        scale = 1000 / self.timesteps_diff if self.rescale_betas else 1
+        fitting = f"below {1 / scale:g} with timesteps_diff = {self.timesteps_diff}, so that every beta stays below 1"
+        require(scale * self.beta_end < 1, self, "beta_end", fitting)
+        require(0 <= self.clip_grad_norm < float("inf"), self, "clip_grad_norm", "0 (off) or more, such as 1.0")
+        require(self.lr_schedule in ("constant", "cosine"), self, "lr_schedule", '"constant" or "cosine"')
+        require(0 <= self.ema_decay < 1, self, "ema_decay", "at least 0 (no EMA) and below 1, such as 0.9999")
+        precisions = ("auto", "float32", "bfloat16", "float16")
+        require(self.precision in precisions, self, "precision", "one of " + ", ".join(precisions))
+
+    @property
+    def effective_batch(self) -> int:
+        """Images that one optimiser step sees."""
+        return self.batch_size * self.gradient_accumulation
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The U-Net; the fields are the arguments of `models.unet.UNet`."""
+
+    lowest_resolution_size: int  # height and width in the bottleneck
+    dim_multiply: tuple[int, ...]  # channels of each level, from the full resolution down, in units of base_dim
+    transformer_layers: tuple[int, ...]  # levels with self-attention, counted from 0; the bottleneck always has it
+    base_dim: int  # channels at the full resolution (times the first multiplier)
+
+    image_size: int = 128  # height and width of the images
+    channels: int = 3  # RGB
+    dropout: float = 0.0  # probability, in every residual block
+    norm_groups: int = 32  # groups of each GroupNorm; narrow networks want fewer, at least 4 channels a group
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("lowest_resolution_size", "image_size", "norm_groups"):
+            require(getattr(self, name) >= 1, self, name, "at least 1")
+        require(self.channels == 3, self, "channels", "3: images are read as RGB")
+        require(
+            self.base_dim >= 4 and self.base_dim % 2 == 0,
+            self, "base_dim", "even and at least 4, for the time embedding's pairs of sine and cosine",
+        )  # fmt: skip
+        multipliers = self.dim_multiply
+        require(len(multipliers) > 0 and min(multipliers) >= 1, self, "dim_multiply", "a list of positive integers")
+        reached = self.lowest_resolution_size * 2 ** (len(multipliers) - 1)
+        require(
+            reached == self.image_size,
+            self, "dim_multiply", f"one multiplier for each resolution, {resolutions(self)}; "
+            f"{len(multipliers)} of them reach {reached} pixels",
+        )  # fmt: skip
+        for level in self.transformer_layers:
+            fitting = f"levels between 0 and {len(multipliers) - 1}, as dim_multiply has {len(multipliers)}"
+            require(0 <= level < len(multipliers), self, "transformer_layers", fitting)
+        for dim in self.dims:
+            fits = [groups for groups in range(1, dim + 1) if all(d % groups == 0 for d in self.dims)]
+            fitting = f"a divisor of every level's channels {list(self.dims)}: one of {fits}"
+            require(dim % self.norm_groups == 0, self, "norm_groups", fitting)
+        require(0 <= self.dropout < 1, self, "dropout", "at least 0 and below 1")
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.base_dim * multiplier for multiplier in self.dim_multiply)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that defines a run's result."""
+
+    diffusion: DiffusionConfig
+    model: ModelConfig
+
+    def override(self, diffusion: dict, model: dict) -> "Experiment":
+        """A copy with some fields replaced, checked again."""
+        return Experiment(replace(self.diffusion, **diffusion), replace(self.model, **model))
+
+    def to_dict(self) -> dict:
+        """Plain containers, for JSON and checkpoints."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(config: dict) -> "Experiment":
+        """The inverse of `to_dict`; `ConfigError` when fields are missing or unknown."""
+        try:
+            return Experiment(DiffusionConfig(**config["diffusion"]), ModelConfig(**config["model"]))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"the saved config does not fit this version: {error}") from error
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant."""
+        channels_a_group = min(self.model.dims) / self.model.norm_groups
+        if channels_a_group >= 2:
+            return []
+        return [
+            f"norm_groups = {self.model.norm_groups} leaves {channels_a_group:g} channel a group at the finest level; "
+            f"the norm then erases each channel's mean and samples come out tinted: use {min(self.model.dims) // 4}"
+        ]
+
+
+def check_types(config: DiffusionConfig | ModelConfig) -> None:
+    """Bring numbers and lists to the annotated type where nothing is lost, or raise `ConfigError`."""
+    for name, wanted in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if wanted is float and whole:
+            object.__setattr__(config, name, float(value))  # how a frozen dataclass sets itself up
+        elif wanted == tuple[int, ...]:
+            ints = isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
+            require(ints, config, name, "a list of integers, such as [1, 2, 4]")
+            object.__setattr__(config, name, tuple(value))
+        else:
+            right = whole if wanted is int else isinstance(value, wanted)
+            require(right, config, name, {int: "an integer", float: "a number"}.get(wanted, f"a {wanted.__name__}"))
+
+
+def require(fits: bool, config: DiffusionConfig | ModelConfig, field: str, fitting: str) -> None:
+    """`ConfigError` unless it fits."""
+    if not fits:
+        raise ConfigError(f"{type(config).__name__}: {field} is {getattr(config, field)!r}; it must be {fitting}")
+
+
+def resolutions(model: ModelConfig) -> str:
+    """ "128, 64, 32, 16, 8": from the image's size down to the lowest."""
+    sizes = [model.image_size]
+    while sizes[-1] > model.lowest_resolution_size and sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    if sizes[-1] != model.lowest_resolution_size:
+        return f"but halving {model.image_size} never gives lowest_resolution_size = {model.lowest_resolution_size}"
+    return ", ".join(map(str, sizes))
+
+
+# What the three FFHQ runs share is written out in each, so that each can be read, and changed, by itself.
+EXPERIMENTS: dict[str, Experiment] = {
+    # Minutes on a laptop's CPU: people of the embedded emoji set at 32 x 32.
+    "faces": Experiment(
+        DiffusionConfig(
+            dataset_name="emoji_people", learning_rate=2e-3, batch_size=48, use_augmentation=True, timesteps_diff=1000,
+            epochs=90, gradient_accumulation=1, clip_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine",
+            ema_decay=0.995, log_every=10, validate_every=150, sample_every=300, checkpoint_every=300,
+            validation_samples=360,
+        ),
+        ModelConfig(
+            lowest_resolution_size=4, dim_multiply=(1, 2, 4, 4), transformer_layers=(2,), base_dim=32,
+            image_size=32, norm_groups=8,
+        ),
+    ),
+    # The reference's first run, faults included: betas meant for 1000 steps over 200, no EMA.
+    "ffhq-run1": Experiment(
+        DiffusionConfig(
+            dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=False, timesteps_diff=200,
+            split="reference", beta_start=1e-4, beta_end=0.02, rescale_betas=False,
+            epochs=45, gradient_accumulation=4, clip_grad_norm=0.0, warmup_steps=0, lr_schedule="constant",
+            ema_decay=0.0, precision="auto", seed=0, grid_images=20,
+        ),
+        ModelConfig(
+            lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=64,
+            image_size=128, channels=3, dropout=0.0, norm_groups=32,
+        ),
+    ),
+    # Its second run: 1000 steps and EMA.
+    "ffhq-run2": Experiment(
+        DiffusionConfig(
+            dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=False, timesteps_diff=1000,
+            split="reference", beta_start=1e-4, beta_end=0.02, rescale_betas=True,
+            epochs=45, gradient_accumulation=4, clip_grad_norm=0.0, warmup_steps=0, lr_schedule="constant",
+            ema_decay=0.9999, precision="auto", seed=0, grid_images=20,
+        ),
+        ModelConfig(
+            lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=64,
+            image_size=128, channels=3, dropout=0.0, norm_groups=32,
+        ),
+    ),
+    # The full run: twice the width, augmentation, 500 epochs; go on with --resume and more --diffusion.epochs.
+    "ffhq-full": Experiment(
+        DiffusionConfig(
+            dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=True, timesteps_diff=1000,
+            split="reference", max_rotation=3.0, rotation_free_end=0.1,
+            beta_start=1e-4, beta_end=0.02, rescale_betas=True,
+            epochs=500, gradient_accumulation=4, clip_grad_norm=1.0, warmup_steps=5000, lr_schedule="constant",
+            ema_decay=0.9999, precision="auto", seed=0, grid_images=20,
+        ),
+        ModelConfig(
+            lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=128,
+            image_size=128, channels=3, dropout=0.0, norm_groups=32,
+        ),
+    ),
+}  # fmt: skip
+DEFAULT_EXPERIMENT = "faces"
+
+RESUMABLE_FIELDS = ("epochs", *BOOK_KEEPING)  # what a resumed run may change: its length and its book-keeping

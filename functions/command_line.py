@@ -1,0 +1,84 @@
+"""What the scripts' command lines share: flags made from dataclasses, and errors as one line."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import NoReturn, get_type_hints
+
+EXIT_BAD_INPUT = 2  # what argparse uses
+EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, without the usage of forty flags before it."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"error: {message} ({self.prog} --help lists what there is)\n")
+
+
+@contextmanager
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the script with one line for errors of these kinds, which users can mend; others keep their traceback."""
+    try:
+        yield
+    except kinds as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:
+    """One flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
+
+    Lists are written 1,2,4 and truth values true or false. A flag that is not given leaves nothing behind in the
+    parsed arguments.
+    """
+    group = parser.add_argument_group(f"{config_class.__name__}, any field for this run only; see config.py")
+    for name, kind in get_type_hints(config_class).items():
+        parse, metavar = FLAG_TYPES[kind]
+        flag = f"--{prefix}.{name.replace('_', '-')}"
+        group.add_argument(
+            flag, dest=f"{prefix}.{name}", type=parse, metavar=metavar, default=argparse.SUPPRESS
+        )
+
+
+def given_fields(args: argparse.Namespace, prefix: str, config_class: type) -> dict:
+    """The fields whose flags were given, ready for `dataclasses.replace`."""
+    names = [field.name for field in fields(config_class)]
+    return {name: getattr(args, f"{prefix}.{name}") for name in names if hasattr(args, f"{prefix}.{name}")}
+
+
+def truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers, such as 1,2,4") from error
+
+
+def positive(text: str) -> int:
+    """A flag's type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+FLAG_TYPES = {
+    int: (int, "N"),
+    float: (float, "X"),
+    str: (str, "TEXT"),
+    bool: (truth, "true|false"),
+    tuple[int, ...]: (integers, "N,N,..."),
+}

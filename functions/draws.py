@@ -1,0 +1,70 @@
+"""Every random number of a run, as a function of what it is for and never of what was drawn before it.
+
+A run that draws from one long stream changes when it is resumed, split over processes, or cut into other micro-batches.
+Here a generator is seeded afresh from (seed, purpose, step) or (seed, image), so there is no stream to keep.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed that depends on all parts, the same on every machine and in every Python."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator_of(device: torch.device | str, *parts: int | str) -> torch.Generator:
+    """A generator on `device`, seeded by `seed_of(*parts)`."""
+    return torch.Generator(device).manual_seed(seed_of(*parts))
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """The randomness of one optimiser step, for its B images."""
+
+    t: Tensor  # (B,) int64, uniform in 0 .. T-1
+    noise: Tensor  # (B, C, H, W) float32, standard normal
+    flip: Tensor  # (B,) bool, each True half the time
+    tilt: Tensor  # (B,) float32, uniform in [-1, 1): the rotation, as a share of the largest
+
+
+def training_draws(
+    seed: int, step: int, effective_batch: int, image_shape: Sequence[int], timesteps: int, device: torch.device | str
+) -> StepDraws:
+    """Draw t and noise (Algorithm 1, lines 3 and 4) and the augmentation for a whole effective batch.
+
+    Drawn whole and then cut, so that an image's draws depend on its place in the effective batch and not on how that
+    is divided into forward passes.
+    """
+    generator = generator_of(device, seed, "training", step)
+    return StepDraws(
+        t=torch.randint(timesteps, (effective_batch,), generator=generator, device=device),
+        noise=torch.randn(effective_batch, *image_shape, generator=generator, device=device),
+        flip=torch.rand(effective_batch, generator=generator, device=device) < 0.5,
+        tilt=2 * torch.rand(effective_batch, generator=generator, device=device) - 1,
+    )
+
+
+class ImageNoise:
+    """Noise for sampling: image i's is a function of (seed, i) and of how often it was drawn, whatever its batch.
+
+    Drawn on the CPU, so that every device starts from the same x_T.
+
+    Args:
+        seed: of the whole grid.
+        images: the numbers i of the images in this batch.
+        shape: (C, H, W).
+    """
+
+    def __init__(self, seed: int, images: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
+        self.generators = [generator_of("cpu", seed, "image", i) for i in images]
+        self.shape, self.device = tuple(shape), device
+
+    def draw(self) -> Tensor:
+        """The next (B, C, H, W) of standard normal noise."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)

@@ -1,0 +1,22 @@
+"""Exponential moving average of the weights: what samples are drawn with (Ho et al. 2020, Appendix B)."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """Move `ema_model` (a deep copy of `model`) a little towards `model`, in place.
+
+    Parameters are averaged with min(decay, (1 + step) / (10 + step)): early on the average follows the weights
+    closely, since remembering the initial ones for 1 / (1 - decay) steps would spoil the samples of a short run.
+    Buffers are copied: a constant table or a counter has no meaningful average.
+
+    Args:
+        step: optimiser steps done before this update's own, 0, 1, ...
+        decay: the final decay, 0 <= decay < 1, such as 0.9999.
+    """
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), weight)
+    for ema_buffer, buffer in zip(ema_model.buffers(), model.buffers(), strict=True):
+        ema_buffer.copy_(buffer)

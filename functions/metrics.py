@@ -1,0 +1,94 @@
+"""A run's numbers: metrics.csv for people and scripts, TensorBoard for watching, one source for both."""
+
+import csv
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from functions.checkpoint import write_whole
+
+COLUMNS = (
+    "step",  # optimiser steps done
+    "epoch",  # passes over the training images done, as a fraction
+    "loss",  # training loss, the mean of the steps since the row before
+    "val_loss",  # on held-out images, raw weights; empty where it was not measured
+    "val_loss_ema",  # the same, EMA weights
+    "grad_norm",  # of the last step, before clipping
+    "learning_rate",
+    "images_per_second",  # training alone, without validation and samples
+)
+
+
+class MetricsLog:
+    """Appends rows to metrics.csv and TensorBoard; each row is on the disk when `write` returns.
+
+    Args:
+        run: the run folder.
+        resume_step: drop what an interrupted run logged after this step, since those steps are done again.
+    """
+
+    def __init__(self, run: Path, resume_step: int = 0):
+        self.path = run / "metrics.csv"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if self.path.exists() else []
+        lines = [",".join(COLUMNS), *(",".join(map(format_number, row.values())) for row in kept)]
+        write_whole(self.path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+        self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, **values: float) -> None:
+        """One row; columns that are not given stay empty."""
+        assert values.keys() <= set(COLUMNS), f"unknown columns: {values.keys() - set(COLUMNS)}"
+        with open(self.path, "a") as file:
+            file.write(",".join(format_number(values.get(column)) for column in COLUMNS) + "\n")
+        for column, value in values.items():
+            if column != "step":
+                self.tensorboard.add_scalar(column, value, values["step"])
+
+    def close(self) -> None:
+        self.tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a metrics.csv, as numbers; None where a cell is empty."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    parse = {"step": int}
+    return [{name: parse.get(name, float)(cell) if cell else None for name, cell in row.items()} for row in rows]
+
+
+def format_number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class TrainingWindow:
+    """Loss and speed of the steps since the last row of metrics; the device is not waited for until `read`."""
+
+    def __init__(self, device: torch.device):
+        self.loss_sum, self.images = torch.zeros((), device=device), 0
+        self.seconds, self.clock = 0.0, time.perf_counter()
+
+    def add(self, losses: Tensor) -> None:
+        """The losses (B,) of a forward pass."""
+        self.loss_sum += losses.sum()
+        self.images += len(losses)
+
+    def read(self) -> dict[str, float]:
+        """The mean loss of an image, and the images a second; starts the next window."""
+        loss = self.loss_sum.item() / self.images  # waits for the device, so the clock below is right
+        self.seconds += time.perf_counter() - self.clock
+        row = {"loss": loss, "images_per_second": self.images / self.seconds}
+        self.loss_sum.zero_()
+        self.images = 0
+        self.seconds, self.clock = 0.0, time.perf_counter()
+        return row
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock: for what is not training."""
+        self.seconds += time.perf_counter() - self.clock
+        yield
+        self.clock = time.perf_counter()

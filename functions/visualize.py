@@ -1,0 +1,111 @@
+"""Pictures: grids, animations and strips of images, and the loss curves. Images are uint8 (N, H, W, 3)."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")  # draws into files; a run on a server has no screen
+import matplotlib.pyplot as plt
+
+from functions.checkpoint import write_whole
+from functions.metrics import read_metrics
+
+SMALLEST_SIDE = 96  # pixels; smaller images are enlarged in grids, where they are to be looked at
+GAP = 2  # white pixels between images, before enlarging
+
+
+def tile(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """(N, H, W, 3) -> one (rows H, columns W, 3) picture, with gaps; as square as can be unless columns are given."""
+    n, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    picture = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = GAP + i // columns * (height + GAP), GAP + i % columns * (width + GAP)
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def enlarge(picture: np.ndarray, side: int) -> Image.Image:
+    """To a Pillow image, enlarged by the whole number that brings images of `side` pixels to SMALLEST_SIDE."""
+    factor = math.ceil(SMALLEST_SIDE / side) if side < SMALLEST_SIDE else 1
+    image = Image.fromarray(picture)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+
+
+def save_image(image: np.ndarray | Image.Image, path: Path) -> None:
+    """One image as a PNG, with exactly its pixels."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    write_whole(path, lambda file: image.save(file, "PNG"))
+
+
+def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> None:
+    """A PNG of all images in rows; small ones enlarged."""
+    save_image(enlarge(tile(images, columns), images.shape[1]), path)
+
+
+def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None, milliseconds: int = 80) -> None:
+    """An animated GIF of grids, one (N, H, W, 3) batch a frame; the last stays for two seconds.
+
+    All frames share the palette of the last one, so that colours do not flicker.
+    """
+    pictures = [enlarge(tile(frame, columns), frame.shape[1]) for frame in frames]
+    palette = pictures[-1].quantize(256)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    durations = [milliseconds] * (len(pictures) - 1) + [2000]
+    write_whole(
+        path,
+        lambda file: pictures[0].save(
+            file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
+        ),
+    )
+
+
+def save_strip(frames: Sequence[np.ndarray], titles: Sequence[str], path: Path) -> None:
+    """A figure with one row a sample and one column a frame: `frames` are (N, H, W, 3), `titles` go over them."""
+    rows, columns = len(frames[0]), len(frames)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.1 * rows + 0.3), squeeze=False)
+    for column, (frame, title) in enumerate(zip(frames, titles, strict=True)):
+        axes[0, column].set_title(title, fontsize=9)
+        for row in range(rows):
+            axes[row, column].imshow(frame[row], interpolation="bicubic")
+            axes[row, column].axis("off")
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.3 / (1.1 * rows + 0.3), 0.04, 0.04)
+    save_figure(figure, path)
+
+
+def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
+    """The training and validation curves of a metrics.csv; nothing when it has no rows yet."""
+    rows = read_metrics(metrics)
+    if not rows:
+        return
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    curves = {
+        "loss": ("training (raw weights, random t and noise)", {"color": "0.7", "linewidth": 1.2}),
+        "val_loss": ("validation, raw weights", {"color": "tab:orange", "marker": ".", "linewidth": 1.5}),
+        "val_loss_ema": ("validation, EMA weights", {"color": "tab:blue", "marker": ".", "linewidth": 1.5}),
+    }
+    for column, (label, style) in curves.items():
+        points = [(row["step"], row[column]) for row in rows if row[column] is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+    # The first steps start near 1, where nothing is learned yet, and would flatten the rest on a linear axis.
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=8)
+    axis.grid(which="both", color="0.92")
+    axis.set(xlabel="optimiser step", ylabel="mean squared error of the noise", title=title)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """A matplotlib figure as a PNG; closes it."""
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    plt.close(figure)

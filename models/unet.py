@@ -1,0 +1,152 @@
+"""The denoising network of DDPM: a U-Net that predicts the noise in x_t (Ho et al. 2020, Appendix B)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import (
+    NORM_EPS,
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    Upsample,
+    init_fan_average,
+    init_zero,
+)
+from models.time_embedding import TimeEmbedding
+
+BLOCKS_DOWN, BLOCKS_UP = 2, 3  # residual blocks a level; one more on the way up, for the skip that downsampling leaves
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t): the noise that was added to an image.
+
+    Level 0 is the full resolution; each further level halves it and has base_dim * dim_multiply[level] channels.
+    A level is two residual blocks on the way down and three on the way up, each followed by self-attention at the
+    levels named in `transformer_layers`; between them lies a bottleneck of block, attention, block. What each block
+    and each downsampling gives on the way down is kept and concatenated on the way up.
+
+    Args:
+        image_size: height and width of the images; lowest_resolution_size * 2^(levels - 1).
+        channels: colour channels of the images.
+        lowest_resolution_size: height and width at the last level.
+        dim_multiply: multiplier of `base_dim`, one for each level.
+        transformer_layers: levels with self-attention, counted from 0.
+        base_dim: channels at multiplier 1; the time embedding has 4 times as many.
+        dropout: probability inside each residual block.
+        norm_groups: groups of each GroupNorm; must divide every level's channels.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        lowest_resolution_size: int,
+        dim_multiply: Sequence[int],
+        transformer_layers: Sequence[int],
+        base_dim: int,
+        dropout: float = 0.0,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        levels = len(dim_multiply)
+        if image_size != lowest_resolution_size * 2 ** (levels - 1):
+            raise ValueError(
+                f"{levels} levels lead from {image_size} to {image_size / 2 ** (levels - 1):g} pixels, "
+                f"not to lowest_resolution_size = {lowest_resolution_size}"
+            )
+        self.image_size, self.channels = image_size, channels
+        dims = [base_dim * multiplier for multiplier in dim_multiply]
+        time_dim = 4 * base_dim
+
+        def block(in_channels: int, out_channels: int) -> ResidualBlock:
+            return ResidualBlock(in_channels, out_channels, time_dim, dropout, norm_groups)
+
+        def attention(level: int) -> nn.Module:
+            return SelfAttention(dims[level], norm_groups) if level in transformer_layers else nn.Identity()
+
+        self.time_embedding = TimeEmbedding(base_dim)
+        self.conv_in = nn.Conv2d(channels, base_dim, 3, padding=1)
+
+        dim, skip_dims = base_dim, [base_dim]
+        self.down = nn.ModuleList()
+        for level in range(levels):
+            stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
+            for _ in range(BLOCKS_DOWN):
+                stage["blocks"].append(block(dim, dims[level]))
+                stage["attentions"].append(attention(level))
+                dim = dims[level]
+                skip_dims.append(dim)
+            if level < levels - 1:
+                stage["downsample"] = Downsample(dim)
+                skip_dims.append(dim)
+            self.down.append(stage)
+
+        self.middle_block_1 = block(dim, dim)
+        self.middle_attention = SelfAttention(dim, norm_groups)
+        self.middle_block_2 = block(dim, dim)
+
+        self.up = nn.ModuleList()  # from the lowest resolution to the full one
+        for level in reversed(range(levels)):
+            stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
+            for _ in range(BLOCKS_UP):
+                stage["blocks"].append(block(dim + skip_dims.pop(), dims[level]))
+                stage["attentions"].append(attention(level))
+                dim = dims[level]
+            if level > 0:
+                stage["upsample"] = Upsample(dim)
+            self.up.append(stage)
+        assert not skip_dims, "every skip connection is used exactly once"
+
+        self.norm_out = nn.GroupNorm(norm_groups, dim, eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial weights as in Ho's code: fan-average uniform, zero biases, residual branches and output at zero."""
+        for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2, self.conv_in):
+            init_fan_average(layer)
+        for module in self.modules():
+            if isinstance(module, (ResidualBlock, SelfAttention, Downsample, Upsample)):
+                module.reset_parameters()
+        init_zero(self.conv_out)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            x_t: (B, channels, image_size, image_size), the noised images.
+            t: (B,) int64, their timesteps, 0 .. T-1.
+
+        Returns:
+            (B, channels, image_size, image_size), in the precision of the last layer (autocast's when it is on).
+        """
+        time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
+        h = self.conv_in(x_t)  # (B, base_dim, H, W)
+
+        skips = [h]
+        for stage in self.down:
+            for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
+                h = attention(block(h, time_embedding))  # (B, dims[level], H / 2^level, W / 2^level)
+                skips.append(h)
+            if "downsample" in stage:
+                h = stage["downsample"](h)  # half the height and width
+                skips.append(h)
+
+        h = self.middle_block_1(h, time_embedding)
+        h = self.middle_attention(h)
+        h = self.middle_block_2(h, time_embedding)
+
+        for stage in self.up:
+            for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), time_embedding))
+            if "upsample" in stage:
+                h = stage["upsample"](h)  # twice the height and width
+        assert not skips, "every skip connection is used exactly once"
+
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, channels, H, W)
