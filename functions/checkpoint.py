@@ -26,6 +26,12 @@ from torch import Tensor, nn
 FORMAT = "ddpm-faces checkpoint 1"
 PARTS = {"config": dict, "run": dict, "model": dict, "ema": (dict, type(None)), "optimizer": dict, "scaler": dict}
 
+# What PyTorch's reader was seen to raise on files that are not whole or not checkpoints
+READ_ERRORS = (
+    OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+    pickle.UnpicklingError, zipfile.BadZipFile,
+)  # fmt: skip
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint or run that cannot be used; the message names the file and what is wrong with it."""
@@ -69,7 +75,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         contents = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such file") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         what = "empty" if path.stat().st_size == 0 else "truncated, damaged or not a checkpoint"
         raise CheckpointError(f"{path}: the file is {what}") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:

@@ -1,10 +1,12 @@
 """Device, precision and memory layout: what the hardware really has, asked when a run starts."""
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPUINFO = Path("/proc/cpuinfo")  # where Linux lists the flags of the CPU
 CPU_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, 64-bit Arm
 
 
@@ -57,10 +59,10 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU has native bfloat16 instructions, by the flags that the Linux kernel lists."""
     try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            flags = next((line for line in cpuinfo if line.lower().startswith(("flags", "features"))), "").split()
+        lines = CPUINFO.read_text().splitlines()
     except OSError:  # not Linux: float32 is the safe answer
         return False
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split()
     return any(flag in flags for flag in CPU_BF16_FLAGS)
 
 

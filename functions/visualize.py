@@ -6,7 +6,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
 matplotlib.use("Agg")  # draws into files; a run on a server has no screen
 import matplotlib.pyplot as plt
@@ -19,15 +21,10 @@ GAP = 2  # white pixels between images, before enlarging
 
 
 def tile(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """(N, H, W, 3) -> one (rows H, columns W, 3) picture, with gaps; as square as can be unless columns are given."""
-    n, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    picture = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = GAP + i // columns * (height + GAP), GAP + i % columns * (width + GAP)
-        picture[top : top + height, left : left + width] = image
-    return picture
+    """(N, H, W, 3) -> one picture (H', W', 3) of all, with white gaps; about square unless columns are given."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return make_grid(batch, nrow=columns, padding=GAP, pad_value=255).permute(1, 2, 0).numpy()
 
 
 def enlarge(picture: np.ndarray, side: int) -> Image.Image:

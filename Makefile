@@ -1,0 +1,18 @@
+# Short names for the commands of README.md.
+PYTHON ?= python3
+
+.PHONY: faces test lint figures
+
+faces:
+	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -r requirements.txt
+	.venv/bin/python train.py && .venv/bin/python sample.py
+
+test:
+	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -r requirements-dev.txt
+	.venv/bin/python -m pytest
+
+lint: test
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+figures:
+	.venv/bin/python figures/make_figures.py

@@ -1,0 +1,163 @@
+"""Make every picture that README shows, from the code and from a real run: `python figures/make_figures.py [RUN]`.
+
+RUN is a run folder of the `faces` experiment; the newest one when left out.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that the repository's modules are found from any folder
+
+from config import EXPERIMENTS, ModelConfig  # noqa: E402
+from data.datasets import load_images  # noqa: E402
+from data.pixels import to_model_range, to_uint8  # noqa: E402
+from functions.checkpoint import CheckpointError, load_weights  # noqa: E402
+from functions.command_line import Parser, plain_errors  # noqa: E402
+from functions.device import choose_device  # noqa: E402
+from functions.draws import generator_of  # noqa: E402
+from functions.noise_scheduler import NoiseScheduler  # noqa: E402
+from functions.run_folder import find_checkpoint, newest_checkpoint  # noqa: E402
+from functions.sampling import frame_steps, generate, rebuild  # noqa: E402
+from functions.visualize import save_figure, save_gif, save_grid, save_strip  # noqa: E402
+from models.time_embedding import sinusoidal_embedding  # noqa: E402
+from models.unet import UNet  # noqa: E402
+
+FIGURES = Path(__file__).resolve().parent
+SCHEDULES = {
+    "T = 1000": NoiseScheduler(1000),
+    "T = 200, rescaled": NoiseScheduler(200),
+    "T = 200, betas as for 1000": NoiseScheduler(200, rescale_betas=False),
+}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path, help="a run folder; the newest `faces` run when left out")
+    args = parser.parse_args()
+    checkpoint = find_checkpoint(args.run) if args.run else newest_checkpoint(ROOT / "runs", "faces")
+    draw_cumulative_noise()
+    draw_schedules()
+    draw_time_embedding()
+    draw_unet()
+    draw_run(checkpoint)
+
+
+def draw_cumulative_noise() -> None:
+    """One image at t = 0, 66, 132 and 200 of 200 steps, drawn from q(x_t | x_0) at once, for both schedules of T = 200."""
+    image_set = load_images("emoji_faces", 64)
+    image = image_set.images[500]
+    x_0 = to_model_range(torch.from_numpy(np.array(image))[None])
+    noise = torch.randn(x_0.shape, generator=generator_of("cpu", 0, "figure"))
+    times = (0, 66, 132, 200)
+    figure, axes = plt.subplots(2, len(times), figsize=(7, 3.9))
+    for row, name in zip(axes, list(SCHEDULES)[:0:-1], strict=True):
+        for axis, t in zip(row, times, strict=True):
+            x_t = SCHEDULES[name].q_sample(x_0, torch.tensor([t - 1]), noise) if t else x_0  # paper's t = 0: no noise
+            axis.imshow(to_uint8(x_t)[0].numpy(), interpolation="bicubic")
+            axis.set(xticks=[], yticks=[], title=f"t = {t}")
+        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
+    figure.tight_layout()
+    save_figure(figure, FIGURES / "cumulative_noise.png")
+
+
+def draw_schedules() -> None:
+    """alpha_bar and the signal-to-noise ratio over t / T."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for name, scheduler in SCHEDULES.items():
+        alpha_bar = scheduler.alphas_cumprod.numpy()
+        t = np.arange(1, scheduler.timesteps + 1) / scheduler.timesteps
+        style = "--" if "rescaled" in name else "-"
+        left.plot(t, alpha_bar, style, label=name)
+        right.plot(t, alpha_bar / (1 - alpha_bar), style, label=f"{name}: {scheduler.terminal_snr:.2g} at T")
+    left.set(xlabel="t / T", ylabel=r"$\bar\alpha_t$, share of the image's variance left")
+    right.set(xlabel="t / T", ylabel="signal-to-noise ratio", yscale="log")
+    for axis in (left, right):
+        axis.grid(color="0.92")
+        axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, FIGURES / "schedule.png")
+
+
+def draw_time_embedding() -> None:
+    """The sinusoidal embedding of all 1000 timesteps, for base_dim 64."""
+    embedding = sinusoidal_embedding(torch.arange(1000), 64).numpy()
+    figure, axis = plt.subplots(figsize=(7, 2.8))
+    picture = axis.imshow(embedding.T, aspect="auto", cmap="RdBu", interpolation="nearest", vmin=-1, vmax=1)
+    axis.axhline(31.5, color="black", linewidth=0.8)
+    axis.set(xlabel="timestep t", yticks=[0, 31, 32, 63], ylabel="cos                sin      ")
+    axis.set_yticklabels(["1", "1e-4", "1", "1e-4"])
+    figure.colorbar(picture, label="value", ticks=[-1, 0, 1])
+    axis.set_title("sinusoidal embedding; ticks on the left: frequency", fontsize=9)
+    figure.tight_layout()
+    save_figure(figure, FIGURES / "time_embedding.png")
+
+
+def draw_unet() -> None:
+    """The reference network, from the shapes that a forward pass really has: a bar a block, as high as its image."""
+    model_config: ModelConfig = EXPERIMENTS["ffhq-run2"].model
+    with torch.device("meta"):  # shapes without memory or time
+        model = UNet(**vars(model_config))
+    blocks = []  # (channels, resolution, attention?) in the order of the forward pass
+
+    def record(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        kind = type(module).__name__
+        if kind == "ResidualBlock":
+            blocks.append([output.shape[1], output.shape[2], False])
+        elif kind == "SelfAttention":
+            blocks[-1][2] = True
+
+    for module in model.modules():
+        module.register_forward_hook(record)
+    size = model_config.image_size
+    model(torch.empty(1, 3, size, size, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
+
+    figure, axis = plt.subplots(figsize=(10, 4))
+    centres = {}
+    for i, (channels, resolution, attention) in enumerate(blocks):
+        height = np.log2(resolution) - 2
+        color = "tab:orange" if attention else "tab:blue"
+        axis.bar(i, height, 0.8, bottom=-height / 2, color=color, alpha=0.35 + 0.65 * channels / 512)
+        axis.text(i, 0, channels, rotation=90, ha="center", va="center", fontsize=8, color="white", weight="bold")
+        centres.setdefault(resolution, []).append(i)
+    for resolution, places in centres.items():
+        top = (np.log2(resolution) - 2) / 2
+        axis.text(places[0], top + 0.12, f"{resolution} x {resolution}", fontsize=8, ha="left")
+        if resolution > model_config.lowest_resolution_size:
+            axis.annotate("", (places[-1] + 0.4, -top - 0.12), (places[0] - 0.4, -top - 0.12),
+                          arrowprops={"arrowstyle": "->", "color": "0.6", "linestyle": "--"})  # fmt: skip
+    axis.bar(0, 0, color="tab:blue", label="residual block (number: its channels)")
+    axis.bar(0, 0, color="tab:orange", label="residual block, then self-attention")
+    axis.plot([], [], "--", color="0.6", label="skip connections of a level")
+    axis.legend(loc="lower center", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0.5, -0.12))
+    axis.set(xlim=(-1, len(blocks)), ylim=(-3.1, 3.1))
+    axis.axis("off")
+    figure.tight_layout()
+    save_figure(figure, FIGURES / "unet.png")
+
+
+def draw_run(checkpoint: Path) -> None:
+    """Loss curves, sample grid, strip and animation of a run, as `python sample.py` draws them (seed 0)."""
+    run, device = checkpoint.parent.parent, choose_device("auto")
+    shutil.copyfile(run / "losses.png", FIGURES / "losses.png")
+    weights, config, _ = load_weights(checkpoint)
+    model, scheduler = rebuild(UNet, weights, config, checkpoint, device)
+    size = config["model"]["image_size"]
+    gif_steps, strip_steps = frame_steps(scheduler.timesteps, 40), frame_steps(scheduler.timesteps, 9)
+    samples = generate(model, scheduler, range(36), (3, size, size), 0, 36, device,
+                       frames_after={*gif_steps, *strip_steps})  # fmt: skip
+    frames = {step: to_uint8(x).numpy() for step, x in samples.frames.items()}
+    save_grid(to_uint8(samples.images).numpy(), FIGURES / "faces.png", columns=9)
+    save_gif([frames[step][:12] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
+    titles = [f"t = {scheduler.timesteps - step}" for step in strip_steps]
+    save_strip([frames[step][:4] for step in strip_steps], titles, FIGURES / "strip.png")
+
+
+if __name__ == "__main__":
+    with plain_errors(CheckpointError, OSError):
+        main()

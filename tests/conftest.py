@@ -1,0 +1,59 @@
+"""Shared by all tests: a tiny experiment's flags, pictures to train on, and a run to sample from."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+
+# A network of 13,000 parameters on 16 x 16 images: the whole program in seconds.
+TINY = [
+    "--model.image-size", "16", "--model.lowest-resolution-size", "8", "--model.dim-multiply", "1,2",
+    "--model.transformer-layers", "1", "--model.base-dim", "8", "--model.norm-groups", "2",
+    "--diffusion.batch-size", "8", "--diffusion.gradient-accumulation", "1", "--diffusion.timesteps-diff", "100",
+    "--diffusion.epochs", "2", "--diffusion.warmup-steps", "0", "--diffusion.log-every", "2",
+    "--diffusion.validate-every", "5", "--diffusion.sample-every", "5", "--diffusion.checkpoint-every", "5",
+    "--diffusion.validation-samples", "8", "--diffusion.grid-images", "4", "--diffusion.grid-steps", "4",
+    "--diffusion.precision", "float32", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    """Tests are small; more threads than cores would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 50 simple pictures, 20 x 20: a disc of one colour on another."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:20, :20]
+    for i in range(50):
+        background, disc = rng.integers(0, 256, (2, 3))
+        inside = (y - rng.uniform(7, 13)) ** 2 + (x - rng.uniform(7, 13)) ** 2 < rng.uniform(3, 8) ** 2
+        image = np.where(inside[..., None], disc, background).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{i:05d}.png")
+    return folder
+
+
+def call(main, *arguments):
+    """A script's main with a command line, in this process."""
+    before = sys.argv
+    sys.argv = ["script.py", *map(str, arguments)]
+    try:
+        return main()
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="session")
+def tiny_run(pictures, tmp_path_factory):
+    """A finished run of the tiny experiment: 45 training pictures, 10 steps of 8."""
+    runs = tmp_path_factory.mktemp("runs")
+    call(train.main, "faces", "--diffusion.dataset-name", pictures, "--runs", runs, *TINY)
+    return next(runs.iterdir())

@@ -1,0 +1,202 @@
+"""train.py and sample.py as a user calls them: a run from start to end, resumed, and every kind of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import TINY, call
+
+import sample
+import train
+from config import ConfigError
+from data.sources import DataError
+from functions.checkpoint import CheckpointError, load_checkpoint
+from functions.device import DeviceError
+from functions.metrics import read_metrics
+
+ROOT = Path(train.__file__).parent
+
+
+def script(*arguments, cwd=ROOT):
+    """A script in a process of its own, as a shell starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True,
+                          text=True, timeout=300, check=False)  # fmt: skip
+
+
+def weights_of(run):
+    return load_checkpoint(sorted((run / "checkpoints").iterdir())[-1])
+
+
+def assert_same_state(a, b):
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], b["optimizer"]["state"][i][name]) for name in state)
+
+
+def test_a_run_folder_holds_everything(tiny_run):
+    config = json.loads((tiny_run / "config.json").read_text())
+    assert config["experiment"] == "faces"
+    assert config["model"]["base_dim"] == 8
+    assert config["run"]["total_steps"] == 10
+    assert len(config["run"]["train_ids_hash"]) > 8
+    rows = read_metrics(tiny_run / "metrics.csv")
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10]
+    assert [row["step"] for row in rows if row["val_loss"] is not None] == [5, 10]
+    assert all(row["val_loss_ema"] is not None for row in rows if row["val_loss"] is not None)
+    assert sorted(path.name for path in (tiny_run / "samples").glob("*.png")) == ["step-00000005.png",
+                                                                                "step-00000010.png"]  # fmt: skip
+    assert [path.name for path in sorted((tiny_run / "checkpoints").iterdir())] == ["step-00000005.pt",
+                                                                                    "step-00000010.pt"]  # fmt: skip
+    assert (tiny_run / "losses.png").stat().st_size > 1000
+    assert list((tiny_run / "tensorboard").iterdir())
+
+
+def test_the_loss_falls_and_the_checkpoint_samples(pictures, tmp_path):
+    """60 steps on simple pictures: the validation loss ends well below its start, which is the noise's variance."""
+    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, "--diffusion.epochs",
+         "12", "--diffusion.learning-rate", "5e-3", "--diffusion.validation-samples", "64")  # fmt: skip
+    run = next(tmp_path.iterdir())
+    losses = [row["val_loss"] for row in read_metrics(run / "metrics.csv") if row["val_loss"] is not None]
+    assert losses[0] > 0.6
+    assert losses[-1] < 0.35
+    call(sample.main, run, "--n", 2, "--steps", 5)
+
+
+def test_the_same_command_gives_the_same_losses(tiny_run, pictures, tmp_path):
+    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY)
+    again = next(tmp_path.iterdir())
+    for a, b in zip(read_metrics(tiny_run / "metrics.csv"), read_metrics(again / "metrics.csv"), strict=True):
+        assert {**a, "images_per_second": 0} == {**b, "images_per_second": 0}
+    assert_same_state(weights_of(tiny_run), weights_of(again))
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped(tiny_run, pictures, tmp_path):
+    """Stopped in the middle, by an interrupt after the checkpoint of step 5."""
+    steps = []
+
+    def interrupt(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        return update(*args, **kwargs)
+
+    update = train.update_ema
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "update_ema", interrupt)
+        call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY)
+    run = next(tmp_path.iterdir())
+    call(train.main, "faces", "--resume", "--runs", tmp_path)
+    assert list(tmp_path.iterdir()) == [run]
+    assert_same_state(weights_of(tiny_run), weights_of(run))
+    rows, straight = read_metrics(run / "metrics.csv"), read_metrics(tiny_run / "metrics.csv")
+    assert [row["step"] for row in rows] == [row["step"] for row in straight]
+    assert rows[-1]["val_loss_ema"] == straight[-1]["val_loss_ema"]
+    with pytest.raises(CheckpointError, match="no unfinished run"):
+        call(train.main, "faces", "--resume", "--runs", tmp_path)
+
+
+def test_a_finished_run_goes_on_with_more_epochs_only(tiny_run, pictures, tmp_path):
+    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY)
+    run = next(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="finished"):
+        call(train.main, "--resume", run)
+    with pytest.raises(ConfigError, match=r"cannot change diffusion\.learning_rate, model\.base_dim"):
+        call(train.main, "--resume", run, "--diffusion.learning-rate", "1e-3", "--model.base-dim", "16")
+    with pytest.raises(ConfigError, match="a run of 'faces', not of 'ffhq-full'"):
+        call(train.main, "ffhq-full", "--resume", run)
+    call(train.main, "--resume", run, "--diffusion.epochs", "3")
+    assert weights_of(run)["run"]["step"] == 15
+    assert json.loads((run / "config.json").read_text())["diffusion"]["epochs"] == 3
+
+
+def test_micro_batches_change_the_sum_of_gradients_by_rounding_alone(tiny_run, pictures, tmp_path):
+    """Four passes of 2 images are one pass of 8: same images, same draws, same division of the loss."""
+    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
+         "--diffusion.batch-size", "2", "--diffusion.gradient-accumulation", "4")  # fmt: skip
+    accumulated = read_metrics(next(tmp_path.iterdir()) / "metrics.csv")
+    for a, b in zip(accumulated, read_metrics(tiny_run / "metrics.csv"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_without_ema_the_raw_weights_are_used_and_it_is_said(pictures, tmp_path, capsys):
+    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
+         "--diffusion.ema-decay", "0", "--diffusion.epochs", "1", "--diffusion.rescale-betas", "false")  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "samples use the raw weights" in printed
+    assert "x_T still carries the image" in printed
+    assert "rescale_betas" in printed
+    call(sample.main, "--runs", tmp_path, "--n", 1, "--steps", 1)
+    assert "raw weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--diffusion.dataset-name", "no/such/folder"], DataError, "no/such/folder"),
+        (["--diffusion.dataset-name", "{empty}"], DataError, "no image"),
+        (["--diffusion.dataset-name", "{pictures}", "--diffusion.batch-size", "46"], ConfigError, "fewer than one step"),
+        (["--diffusion.learning-rate", "-1"], ConfigError, "learning_rate is -1.0"),
+        (["--model.dim-multiply", "1,2,4"], ConfigError, "dim_multiply"),
+        (["--resume", "{empty}"], CheckpointError, "no checkpoint in this folder"),
+        (["--resume", "no/such/run"], CheckpointError, "no such file"),
+        (["--resume"], CheckpointError, "no unfinished run"),
+        (["--device", "gpu"], DeviceError, "'gpu'"),
+    ],
+)
+def test_bad_input_to_train_is_refused_and_leaves_nothing(arguments, error, message, pictures, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("not an image")
+    arguments = [text.format(empty=empty, pictures=pictures) for text in arguments]
+    with pytest.raises(error, match=message):
+        call(train.main, "faces", "--runs", tmp_path / "runs", *arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
+@pytest.mark.parametrize("main", [train.main, sample.main])
+def test_cuda_where_there_is_none(main, tiny_run):
+    with pytest.raises(DeviceError, match="finds only"):
+        call(main, "--runs", tiny_run.parent, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train.py", ["fases"], "there is no experiment 'fases'; there are faces, ffhq-run1"),
+        ("train.py", ["--batchsize", "3"], "unrecognized arguments: --batchsize"),
+        ("train.py", ["--diffusion.batch-size", "many"], "--diffusion.batch-size: invalid int value: 'many'"),
+        ("sample.py", ["--n", "0"], "--n: '0' is not an integer of at least 1"),
+        ("sample.py", ["nothing.pt"], "nothing.pt: there is no such file"),
+        ("sample.py", ["README.md"], "README.md: the file is truncated, damaged or not a checkpoint"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(name, arguments, message):
+    result = script(name, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_more_steps_than_timesteps_is_an_error_line(tiny_run):
+    result = script("sample.py", tiny_run, "--steps", "101")
+    assert result.returncode == 2
+    assert "steps is 101; a model with 100 timesteps takes 1 to 100" in result.stderr
+
+
+def test_the_scripts_work_from_another_folder(pictures, tmp_path):
+    trained = script(ROOT / "train.py", "--diffusion.dataset-name", pictures, *TINY, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "epoch 2/2" in trained.stderr
+    assert "img/s" in trained.stderr
+    sampled = script(ROOT / "sample.py", "--n", "2", "--steps", "2", cwd=tmp_path)
+    assert sampled.returncode == 0, sampled.stderr
+    assert list((tmp_path / "runs").glob("faces-*/samples/*/grid.png"))
