@@ -71,7 +71,7 @@ class DiffusionConfig:
         require(0 < self.learning_rate <= 1, self, "learning_rate", "above 0 and at most 1, such as 3e-5")
         require(self.timesteps_diff >= 2, self, "timesteps_diff", "at least 2; the paper has 1000")
         require(self.split in ("reference", "official"), self, "split", '"reference" or "official"')
-        require(0 <= self.max_rotation <= 45, self, "max_rotation", "between 0 and 45 degrees")
+        require(0 <= self.max_rotation <= 10, self, "max_rotation", "between 0 and 10 degrees")
         require(0 <= self.rotation_free_end <= 1, self, "rotation_free_end", "between 0 and 1")
         require(0 < self.beta_start < 1, self, "beta_start", "between 0 and 1, such as 1e-4")
         require(self.beta_start <= self.beta_end, self, "beta_end", f"at least beta_start = {self.beta_start:g}")
@@ -208,7 +208,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "faces": Experiment(
         DiffusionConfig(
             dataset_name="emoji_people", learning_rate=2e-3, batch_size=48, use_augmentation=True, timesteps_diff=1000,
-            epochs=90, gradient_accumulation=1, clip_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine",
+            epochs=75, gradient_accumulation=1, clip_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine",
             ema_decay=0.995, log_every=10, validate_every=150, sample_every=300, checkpoint_every=300,
             validation_samples=360,
         ),

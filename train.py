@@ -33,14 +33,14 @@ from functions.device import DeviceError, autocast, choose_device, choose_memory
 from functions.draws import seed_of, training_draws
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
+from functions.memory import process_memory, training_memory
 from functions.metrics import MetricsLog, TrainingWindow
 from functions.noise_scheduler import NoiseScheduler
+from functions.report import describe, describe_memory
 from functions.sampling import generate
 from functions.validation import validation_loss
 from functions.visualize import plot_losses, save_grid
 from models.unet import UNet
-
-VISIBLE_SNR = 1e-3  # x_T with a larger terminal SNR still carries the image; the paper's 1000 steps leave 4e-5
 
 
 def main() -> None:
@@ -51,6 +51,7 @@ def main() -> None:
         "--resume", nargs="?", const="newest", metavar="RUN",
         help="go on with this run's folder, or with the newest unfinished run of the experiment",
     )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="say what would happen, prepare the data, and stop")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders go")
     add_config_flags(parser, "diffusion", DiffusionConfig)
@@ -61,10 +62,10 @@ def main() -> None:
     device = choose_device(args.device)
     changes = given_fields(args, "diffusion", DiffusionConfig), given_fields(args, "model", ModelConfig)
     if args.resume:
-        train(*open_run(args, *changes), device)
+        train(*open_run(args, *changes), device, args.dry_run)
     else:
         name = args.experiment or DEFAULT_EXPERIMENT
-        train(name, EXPERIMENTS[name].override(*changes), args.runs, None, device)
+        train(name, EXPERIMENTS[name].override(*changes), args.runs, None, device, args.dry_run)
 
 
 def open_run(args: argparse.Namespace, diffusion: dict, model: dict) -> tuple[str, Experiment, Path, Path]:
@@ -86,8 +87,11 @@ def open_run(args: argparse.Namespace, diffusion: dict, model: dict) -> tuple[st
     return name, saved.override(diffusion, {}), args.runs, path
 
 
-def train(name: str, experiment: Experiment, runs: Path, checkpoint: Path | None, device: torch.device) -> None:
+def train(
+    name: str, experiment: Experiment, runs: Path, checkpoint: Path | None, device: torch.device, dry_run: bool
+) -> None:
     """Train to the last step: from the start in a new run folder, or on from a run's checkpoint."""
+    baseline = process_memory()
     config = experiment.diffusion
     precision = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)  # for the initial weights; every later draw has a seed of its own
@@ -115,17 +119,24 @@ def train(name: str, experiment: Experiment, runs: Path, checkpoint: Path | None
     if first_step >= total_steps:
         raise ConfigError(f"{checkpoint}: the run is finished; to go on, give more --diffusion.epochs")
 
-    # Run folder: nothing is written before this line
-    run = checkpoint.parent.parent if checkpoint else run_folder.create_run(runs, name)
     facts = {
         "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
         "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
         "parameters": sum(p.numel() for p in model.parameters()), "terminal_snr": scheduler.terminal_snr,
         "device": str(device), "precision": str(precision).removeprefix("torch."), "torch": torch.__version__,
     }  # fmt: skip
+    print(describe(name, config, facts, image_set.summary, first_step, experiment.warnings()))
+    if dry_run:
+        memory = training_memory(model, scheduler, config.batch_size, config.effective_batch, ema_model is not None,
+                                 precision, device, baseline)  # fmt: skip
+        print(f"{describe_memory(memory)}\n  goes to    {checkpoint or runs / name}-<time>; nothing was started")
+        return
+
+    # Run folder: nothing is written before this line
+    run = checkpoint.parent.parent if checkpoint else run_folder.create_run(runs, name)
     run_folder.write_config(run, name, experiment.to_dict(), facts)
     metrics = MetricsLog(run, first_step)
-    announce(name, experiment, run, first_step, facts, image_set.summary)
+    print(f"  goes to    {run}")
 
     def due(done: int, every: int) -> bool:
         return done % every == 0 or done == total_steps
@@ -218,28 +229,6 @@ def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float
 def rotation_limit(config: DiffusionConfig, progress: float) -> float:
     """The largest rotation in degrees; none in the last part of the run, where the model unlearns the tilt."""
     return config.max_rotation if progress < 1 - config.rotation_free_end else 0.0
-
-
-def announce(name: str, experiment: Experiment, run: Path, first_step: int, facts: dict, data_summary: str) -> None:
-    """Say what is about to run, and warn of what is probably not meant."""
-    config, snr = experiment.diffusion, facts["terminal_snr"]
-    print(f"{'resuming' if first_step else 'starting'} {name} in {run}")
-    print(f"  data       {data_summary}")
-    print(f"  split      {facts['split']}")
-    print(f"  network    {facts['parameters']:,} parameters, {facts['precision']}, {facts['device']}")
-    print(f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: {config.epochs} epochs of "
-          f"{facts['steps_per_epoch']}" + (f"; {first_step:,} steps are done" if first_step else ""))  # fmt: skip
-    print(f"  schedule   {config.timesteps_diff} timesteps, terminal SNR {snr:.2g}")
-    warnings = experiment.warnings()
-    if snr > VISIBLE_SNR:
-        warnings.append(
-            f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): x_T still carries the "
-            "image, and sampling starts from noise that the model never saw; set rescale_betas = True or use 1000 steps"
-        )
-    if config.ema_decay == 0:
-        warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
-    for warning in warnings:
-        print(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from PIL import Image
 # Run as a script, Python looks for modules in this folder, not in the repository's root where `data` lies.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.augmentation import augment, draw_augmentation
+from data.augmentation import augment
 from data.batches import ImageFeeder, epoch_order
 from data.datasets import load_images
 from data.pixels import to_model_range
@@ -71,8 +71,9 @@ def as_png_files(images: np.ndarray, folder: Path) -> list[Path]:
 def index_batches(count: int, batch_size: int, images_wanted: int):
     """Shuffled batches of indices, epoch after epoch, until so many images are reached."""
     orders = (epoch_order(count, 0, epoch) for epoch in itertools.count())
-    batches = (order[start:start + batch_size] for order in orders
-               for start in range(0, count - batch_size + 1, batch_size))
+    batches = (
+        order[start : start + batch_size] for order in orders for start in range(0, count - batch_size + 1, batch_size)
+    )
     return itertools.islice(batches, -(-images_wanted // batch_size))
 
 
@@ -119,13 +120,20 @@ def main() -> None:
             make_photos(folder / "photos.zip", 600)
         images = load_images(options.source or str(folder / "photos.zip"), IMAGE_SIZE, quiet=True).images
         paths = as_png_files(images, folder)
-        print(f"{len(images):,} images, {sum(p.stat().st_size for p in paths) / len(paths) / 1000:.0f} kB a PNG, "
-              f"batches of {options.batch_size}, {available_cores()} cores, onto {device}, PyTorch {torch.__version__}")
+        print(
+            f"{len(images):,} images, {sum(p.stat().st_size for p in paths) / len(paths) / 1000:.0f} kB a PNG, "
+            f"batches of {options.batch_size}, {available_cores()} cores, onto {device}, PyTorch {torch.__version__}"
+        )
 
         # So many that the batches which its workers have ready when the clock starts don't count for much.
         sampler = torch.utils.data.RandomSampler(paths, num_samples=100 * options.batch_size)
-        loader = torch.utils.data.DataLoader(PngFiles(paths), options.batch_size, sampler=sampler,
-                                             num_workers=options.workers, pin_memory=device.type == "cuda")
+        loader = torch.utils.data.DataLoader(
+            PngFiles(paths),
+            options.batch_size,
+            sampler=sampler,
+            num_workers=options.workers,
+            pin_memory=device.type == "cuda",
+        )
         feeder = ImageFeeder(images, device, keep_on_device=False)
         for _ in feeder.feed(index_batches(len(images), options.batch_size, len(images))):
             pass  # warms the cache
@@ -137,18 +145,27 @@ def main() -> None:
         print(describe("B  packed file", ours))
         if device.type == "cuda":
             resident = ImageFeeder(images, device, keep_on_device=True)
-            print(describe("B' packed file, kept on the GPU", [
-                rate_of(resident.feed(index_batches(len(images), options.batch_size, 20_000)), device)
-                for _ in range(options.rounds)]))
+            print(
+                describe(
+                    "B' packed file, kept on the GPU",
+                    [
+                        rate_of(resident.feed(index_batches(len(images), options.batch_size, 20_000)), device)
+                        for _ in range(options.rounds)
+                    ],
+                )
+            )
         ratios = [b / a for a, b in zip(plain, ours, strict=True)]
         print(f"B / A: {statistics.median(ratios):.0f} times ({min(ratios):.0f} to {max(ratios):.0f})")
 
-        batch = feeder.gather(epoch_order(len(images), 0, 0)[:options.batch_size])
+        batch = feeder.gather(epoch_order(len(images), 0, 0)[: options.batch_size])
         x_0 = to_model_range(batch)
-        flip, angle = draw_augmentation(len(batch), torch.Generator().manual_seed(0), device, 3.0)
-        for name, function in (("to floats in [-1, 1]", lambda: to_model_range(batch)),
-                               ("flips", lambda: augment(x_0, flip)),
-                               ("flips and rotations", lambda: augment(x_0, flip, angle))):
+        flip = torch.arange(len(batch), device=device) % 2 == 0
+        angle = torch.linspace(-3, 3, len(batch), device=device)
+        for name, function in (
+            ("to floats in [-1, 1]", lambda: to_model_range(batch)),
+            ("flips", lambda: augment(x_0, flip)),
+            ("flips and rotations", lambda: augment(x_0, flip, angle)),
+        ):
             function()
             print(describe(name, [timed(function, len(batch), device) for _ in range(options.rounds)]))
 

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def draw_cumulative_noise() -> None:
-    """One image at t = 0, 66, 132 and 200 of 200 steps, drawn from q(x_t | x_0) at once, for both schedules of T = 200."""
+    """One image at t = 0, 66, 132 and 200 of 200 steps, by q(x_t | x_0) at once, for both schedules of T = 200."""
     image_set = load_images("emoji_faces", 64)
     image = image_set.images[500]
     x_0 = to_model_range(torch.from_numpy(np.array(image))[None])
@@ -87,14 +87,13 @@ def draw_schedules() -> None:
 def draw_time_embedding() -> None:
     """The sinusoidal embedding of all 1000 timesteps, for base_dim 64."""
     embedding = sinusoidal_embedding(torch.arange(1000), 64).numpy()
-    figure, axis = plt.subplots(figsize=(7, 2.8))
-    picture = axis.imshow(embedding.T, aspect="auto", cmap="RdBu", interpolation="nearest", vmin=-1, vmax=1)
-    axis.axhline(31.5, color="black", linewidth=0.8)
-    axis.set(xlabel="timestep t", yticks=[0, 31, 32, 63], ylabel="cos                sin      ")
-    axis.set_yticklabels(["1", "1e-4", "1", "1e-4"])
-    figure.colorbar(picture, label="value", ticks=[-1, 0, 1])
-    axis.set_title("sinusoidal embedding; ticks on the left: frequency", fontsize=9)
+    figure, axes = plt.subplots(2, 1, figsize=(7, 3.4), sharex=True)
+    for axis, name, half in zip(axes, ("sin", "cos"), np.split(embedding, 2, axis=1), strict=True):
+        picture = axis.imshow(half.T, aspect="auto", cmap="RdBu", interpolation="nearest", vmin=-1, vmax=1)
+        axis.set(ylabel=f"{name}\nfrequency", yticks=[0, 31], yticklabels=["1", "1e-4"])
+    axes[1].set_xlabel("timestep t")
     figure.tight_layout()
+    figure.colorbar(picture, ax=axes, ticks=[-1, 0, 1])
     save_figure(figure, FIGURES / "time_embedding.png")
 
 

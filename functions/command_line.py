@@ -44,9 +44,7 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     for name, kind in get_type_hints(config_class).items():
         parse, metavar = FLAG_TYPES[kind]
         flag = f"--{prefix}.{name.replace('_', '-')}"
-        group.add_argument(
-            flag, dest=f"{prefix}.{name}", type=parse, metavar=metavar, default=argparse.SUPPRESS
-        )
+        group.add_argument(flag, dest=f"{prefix}.{name}", type=parse, metavar=metavar, default=argparse.SUPPRESS)
 
 
 def given_fields(args: argparse.Namespace, prefix: str, config_class: type) -> dict:

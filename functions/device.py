@@ -15,7 +15,7 @@ class DeviceError(ValueError):
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """"auto" (CUDA, then Apple's MPS, then the CPU) or a device by name, such as "cuda:1".
+    """ "auto" (CUDA, then Apple's MPS, then the CPU) or a device by name, such as "cuda:1".
 
     Raises:
         DeviceError: there is no such device.

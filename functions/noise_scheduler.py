@@ -29,9 +29,7 @@ class NoiseScheduler:
         ValueError: T below 2, or betas (after rescaling) outside (0, 1) or falling.
     """
 
-    def __init__(
-        self, timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02, rescale_betas: bool = True
-    ):
+    def __init__(self, timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02, rescale_betas: bool = True):
         if timesteps < 2:
             raise ValueError(f"timesteps is {timesteps}; a schedule needs at least 2")
         scale = REFERENCE_TIMESTEPS / timesteps if rescale_betas else 1.0
@@ -52,9 +50,7 @@ class NoiseScheduler:
         # q(x_{t-1} | x_t, x_0), Eqs. 6-7
         self.posterior_variance = self.betas * (1 - alphas_cumprod_previous) / (1 - self.alphas_cumprod)
         self.posterior_mean_x_0 = self.betas * alphas_cumprod_previous.sqrt() / (1 - self.alphas_cumprod)
-        self.posterior_mean_x_t = (
-            (1 - alphas_cumprod_previous) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
-        )
+        self.posterior_mean_x_t = (1 - alphas_cumprod_previous) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
 
     def to(self, device: torch.device | str) -> "NoiseScheduler":
         """Move the tables to a device, in place, as `nn.Module.to` does.

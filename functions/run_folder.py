@@ -1,10 +1,10 @@
 """Run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ with everything about one run.
 
-    config.json     the experiment, field by field, and what the run found: split, device, precision, versions
-    metrics.csv     one row every `log_every` steps; the same numbers as TensorBoard events in tensorboard/
-    losses.png      the curves of metrics.csv
-    samples/        grids made while training, by step
-    checkpoints/    step-00001000.pt, ...
+config.json     the experiment, field by field, and what the run found: split, device, precision, versions
+metrics.csv     one row every `log_every` steps; the same numbers as TensorBoard events in tensorboard/
+losses.png      the curves of metrics.csv
+samples/        grids made while training, by step
+checkpoints/    step-00001000.pt, ...
 """
 
 import json

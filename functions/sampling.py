@@ -35,19 +35,31 @@ class Samples:
 
 def add_sampling_flags(parser: argparse.ArgumentParser, n: int) -> None:
     """The flags of both scripts; `n` is the default number of images."""
-    parser.add_argument("checkpoint", nargs="?", type=Path,
-                        help="a checkpoint, an exported .safetensors, or a run folder; the newest run's when left out")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        help="a checkpoint, an exported .safetensors, or a run folder; the newest run's when left out",
+    )
     parser.add_argument("--n", type=positive, default=n, metavar="N", help=f"how many images ({n})")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (0)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at a time (64)")
-    parser.add_argument("--steps", type=positive, metavar="N",
-                        help="a fast look with N steps of DDIM; when left out, ancestral sampling over all steps")
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="a fast look with N steps of DDIM; when left out, ancestral sampling over all steps",
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where pictures go; samples/ in the run's folder")
     parser.add_argument("--individual", action="store_true", help="also one PNG for each image")
     parser.add_argument("--strip", action="store_true", help="also the denoising of some images, as one figure")
     parser.add_argument("--gif", action="store_true", help="also the grid denoising, as an animated GIF")
-    parser.add_argument("--export", type=Path, metavar="FILE.safetensors",
-                        help="write the weights (EMA's if there are) and the config there, and draw nothing")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="write the weights (EMA's if there are) and the config there, and draw nothing",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="float32", choices=("auto", *DTYPES), help="of the network (float32)")

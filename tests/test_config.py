@@ -61,7 +61,7 @@ def test_the_contracts_fields_come_first_and_the_rest_have_defaults():
         ("use_augmentation", 1, "a bool"),
         ("timesteps_diff", 1, "at least 2"),
         ("split", "half", '"reference" or "official"'),
-        ("max_rotation", 90, "between 0 and 45"),
+        ("max_rotation", 90, "between 0 and 10"),
         ("rotation_free_end", 2, "between 0 and 1"),
         ("max_bad_images", -1, "0 or more"),
         ("beta_start", 0, "between 0 and 1"),

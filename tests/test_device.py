@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tests.conftest import TINY, call
 
 import sample
 import train
@@ -15,6 +14,7 @@ from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import generate
 from models.unet import UNet
+from tests.conftest import TINY, call
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

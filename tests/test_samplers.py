@@ -1,5 +1,7 @@
 """The reverse process: diffusers step for step, and data whose ideal model is known exactly."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -42,8 +44,9 @@ def test_ddpm_agrees_with_diffusers_step_for_step(timesteps, clip):
     assert_close(x_0, our_states[-1])
 
 
+# Numbers of steps that divide 1000: with others diffusers' own step width, 1000 // steps, leaves its own timesteps.
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize(("steps", "eta"), [(1000, 0.0), (50, 0.0), (50, 1.0), (8, 0.5), (1, 0.0)])  # divisors: diffusers steps by 1000 // steps
+@pytest.mark.parametrize(("steps", "eta"), [(1000, 0.0), (50, 0.0), (50, 1.0), (8, 0.5), (1, 0.0)])
 def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
     ours = NoiseScheduler(1000)
     theirs = DDIMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=clip,
@@ -102,7 +105,7 @@ def exact_ddim(timesteps, steps):
     alpha_bar = np.append(np.cumprod(1 - np.linspace(0.1, 20, timesteps) / timesteps), 1.0)
     times = [*trailing_timesteps(timesteps, steps), -1]
     mean, variance = 0.0, 1.0
-    for t, following in zip(times, times[1:], strict=False):
+    for t, following in pairwise(times):
         a, a_next = alpha_bar[t], alpha_bar[following]
         slope = np.sqrt(1 - a) / (a * STD**2 + 1 - a)
         weight = np.sqrt(1 - a_next) - np.sqrt(a_next / a) * np.sqrt(1 - a)  # x_next = sqrt(a_next / a) x + weight eps

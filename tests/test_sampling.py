@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.conftest import call
 
 import sample
 import sampleFFHQ
@@ -14,6 +13,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import frame_steps, generate, rebuild
 from functions.visualize import SMALLEST_SIDE, plot_losses, save_gif, save_grid, save_strip
 from models.unet import UNet
+from tests.conftest import call
 
 CPU = torch.device("cpu")
 
@@ -104,7 +104,7 @@ def test_the_newest_run_is_taken_and_pictures_go_into_it(tiny_run, capsys):
 
 
 def test_sample_ffhq_says_how_to_get_a_run(tiny_run, tmp_path):
-    with pytest.raises(CheckpointError, match="python train.py ffhq"):
+    with pytest.raises(CheckpointError, match=r"python train\.py ffhq"):
         call(sampleFFHQ.main, "--runs", tiny_run.parent)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import TINY, call
 
 import sample
 import train
@@ -17,6 +16,7 @@ from data.sources import DataError
 from functions.checkpoint import CheckpointError, load_checkpoint
 from functions.device import DeviceError
 from functions.metrics import read_metrics
+from tests.conftest import TINY, call
 
 ROOT = Path(train.__file__).parent
 
@@ -141,7 +141,11 @@ def test_without_ema_the_raw_weights_are_used_and_it_is_said(pictures, tmp_path,
     [
         (["--diffusion.dataset-name", "no/such/folder"], DataError, "no/such/folder"),
         (["--diffusion.dataset-name", "{empty}"], DataError, "no image"),
-        (["--diffusion.dataset-name", "{pictures}", "--diffusion.batch-size", "46"], ConfigError, "fewer than one step"),
+        (
+            ["--diffusion.dataset-name", "{pictures}", "--diffusion.batch-size", "46"],
+            ConfigError,
+            "fewer than one step",
+        ),
         (["--diffusion.learning-rate", "-1"], ConfigError, "learning_rate is -1.0"),
         (["--model.dim-multiply", "1,2,4"], ConfigError, "dim_multiply"),
         (["--resume", "{empty}"], CheckpointError, "no checkpoint in this folder"),

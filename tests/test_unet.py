@@ -65,14 +65,25 @@ def copy_weights(theirs: UNet2DModel, ours: UNet) -> None:
             seen.add(id(parameter))
 
     def block(target: ResidualBlock, source: nn.Module) -> None:
-        for mine, other in {"norm_1": "norm1", "conv_1": "conv1", "time_projection": "time_emb_proj",
-                            "norm_2": "norm2", "conv_2": "conv2", "shortcut": "conv_shortcut"}.items():
+        for mine, other in {
+            "norm_1": "norm1",
+            "conv_1": "conv1",
+            "time_projection": "time_emb_proj",
+            "norm_2": "norm2",
+            "conv_2": "conv2",
+            "shortcut": "conv_shortcut",
+        }.items():
             if mine != "shortcut" or getattr(source, other) is not None:
                 layer(getattr(target, mine), getattr(source, other))  # fmt: skip
 
     def attention(target: SelfAttention, source: nn.Module) -> None:
-        for mine, other in {"norm": source.group_norm, "query": source.to_q, "key": source.to_k,
-                            "value": source.to_v, "out": source.to_out[0]}.items():
+        for mine, other in {
+            "norm": source.group_norm,
+            "query": source.to_q,
+            "key": source.to_k,
+            "value": source.to_v,
+            "out": source.to_out[0],
+        }.items():
             layer(getattr(target, mine), other)  # fmt: skip
 
     layer(ours.time_embedding, theirs.time_embedding)
@@ -124,9 +135,7 @@ def test_initial_weights_are_hos():
                  base_dim=64)  # fmt: skip
     zero = {"conv_2.weight", "out.weight", "conv_out.weight"}  # the ends of residual branches, and of the network
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            assert not parameter.any(), name
-        elif any(name.endswith(f".{end}") or name == end for end in zero):
+        if name.endswith("bias") or any(name.endswith(f".{end}") or name == end for end in zero):
             assert not parameter.any(), name
         elif "norm" in name:
             assert bool((parameter == 1).all()), name

@@ -1,0 +1,117 @@
+"""The data sets by name, and their split into training and validation images."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .packed import open_packed
+from .sources import DataError, Source, find_source
+
+DATA_FOLDER = Path(__file__).resolve().parent
+EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
+FFHQ_SIZE = 70_000
+
+# The last validation images of the full FFHQ by id: the reference run's split and the official one.
+FFHQ_VALIDATION = {"reference": 7_000, "official": 10_000}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of a data set: uint8 (N, S, S, 3), mostly memory-mapped, and their N ids (int or str), sorted."""
+
+    name: str
+    images: np.ndarray
+    ids: list
+    summary: str = ""  # one line: how many images, how many left out, enlarged or cropped
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images train and which validate: int64 indices into an ImageSet, and hashes of the two lists of ids."""
+
+    train_indices: np.ndarray
+    val_indices: np.ndarray
+    description: str
+    train_ids_hash: str
+    val_ids_hash: str
+
+
+def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0, quiet: bool = False) -> ImageSet:
+    """All images of a data set at image_size x image_size pixels; prepared on first use, memory-mapped from then on.
+
+    "emoji_faces" is the embedded set, "emoji_people" the people in it, "FFHQ" whatever copy of FFHQ lies at data/FFHQ;
+    anything else is the path of a folder, .zip or .npz. Raises DataError when there is no such set, when more than
+    max_bad_images images are unusable, or when the prepared images cannot be stored.
+    """
+    if image_size < 1:
+        raise DataError(f"The image size is {image_size}; it must be a positive number of pixels.")
+    source = locate(dataset_name, image_size)
+    pack = open_packed(source, image_size, max_bad_images, quiet)
+    if dataset_name == "emoji_people":
+        people = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
+        summary = f"{dataset_name}: {len(people):,} of the images of {pack.summary}"
+        return ImageSet(dataset_name, pack.images[people], [pack.ids[i] for i in people], summary)
+    return ImageSet(dataset_name, pack.images, pack.ids, pack.summary)
+
+
+def locate(dataset_name: str, image_size: int) -> Source:
+    """The source behind a data set's name or path; raises DataError when there is none."""
+    if dataset_name in ("emoji_faces", "emoji_people"):
+        return find_source(EMBEDDED_SET, image_size)
+    if dataset_name == "FFHQ":
+        return find_source(_find_ffhq(DATA_FOLDER), image_size, numbered=True)
+    return find_source(dataset_name, image_size)
+
+
+def _find_ffhq(folder: Path) -> Path:
+    archives_inside = sorted(p for p in folder.glob("FFHQ/*") if p.suffix.lower() in (".zip", ".npz") and p.is_file())
+    if len(archives_inside) > 1:
+        raise DataError(
+            f"{folder / 'FFHQ'} holds several archives ({', '.join(p.name for p in archives_inside)}). "
+            "Leave one there, or name one as the data set."
+        )
+    candidates = [*archives_inside, folder / "FFHQ", folder / "FFHQ.zip", folder / "FFHQ.npz"]
+    for path in candidates:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            return path
+    raise DataError(
+        "FFHQ is not there. Get the 128x128 thumbnails (2 GB; python download_ffhq.py --thumbs of "
+        "github.com/NVlabs/ffhq-dataset, or a copy from Kaggle or Hugging Face)\n"
+        f"and put it at {folder / 'FFHQ'} (a folder, or FFHQ.zip or FFHQ.npz), or name its path as the data set."
+    )
+
+
+def split_images(image_set: ImageSet, split: str) -> Split:
+    """Splits a set by sorted id. split: "reference" or "official".
+
+    The full FFHQ (ids 0 to 69,999): 63,000 / 7,000 as in the reference run, or the official 60,000 / 10,000.
+    Any other set, an incomplete FFHQ included: its last 10%, at least one image, validate.
+    Raises DataError when `split` is neither or a side would be empty.
+    """
+    if split not in FFHQ_VALIDATION:
+        raise DataError(f"There is no split {split!r}; it can be {' or '.join(map(repr, FFHQ_VALIDATION))}.")
+    count = len(image_set)
+    is_full_ffhq = count == FFHQ_SIZE and image_set.ids == list(range(FFHQ_SIZE))
+    val_count = FFHQ_VALIDATION[split] if is_full_ffhq else max(1, count // 10)
+    train_count = count - val_count
+    if train_count < 1:
+        raise DataError(f"{image_set.name} has {count} image(s): too few to train on some and validate on others.")
+    which = f"{split} split of the full FFHQ" if is_full_ffhq else "not the full FFHQ, so the last 10% by id validate"
+    description = f"{image_set.name}: {train_count:,} images train, {val_count:,} validate ({which})"
+    return Split(
+        np.arange(train_count, dtype=np.int64),
+        np.arange(train_count, count, dtype=np.int64),
+        description,
+        hash_ids(image_set.ids[:train_count]),
+        hash_ids(image_set.ids[train_count:]),
+    )
+
+
+def hash_ids(ids: list) -> str:
+    """A short hash of a list of ids, by which two runs can be shown to have used the same images."""
+    return hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest()[:16]
