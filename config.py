@@ -207,9 +207,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     # Minutes on a laptop's CPU: people of the embedded emoji set at 32 x 32.
     "faces": Experiment(
         DiffusionConfig(
-            dataset_name="emoji_people", learning_rate=2e-3, batch_size=48, use_augmentation=True, timesteps_diff=1000,
-            epochs=75, gradient_accumulation=1, clip_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine",
-            ema_decay=0.995, log_every=10, validate_every=150, sample_every=300, checkpoint_every=300,
+            dataset_name="emoji_people", learning_rate=2e-3, batch_size=16, use_augmentation=True, timesteps_diff=1000,
+            epochs=70, gradient_accumulation=1, clip_grad_norm=1.0, warmup_steps=200, lr_schedule="cosine",
+            ema_decay=0.998, log_every=25, validate_every=250, sample_every=500, checkpoint_every=500,
             validation_samples=360,
         ),
         ModelConfig(

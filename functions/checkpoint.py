@@ -13,7 +13,9 @@ A checkpoint is a dict of
 import json
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +31,7 @@ PARTS = {"config": dict, "run": dict, "model": dict, "ema": (dict, type(None)), 
 # What PyTorch's reader was seen to raise on files that are not whole or not checkpoints
 READ_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-    pickle.UnpicklingError, zipfile.BadZipFile,
+    pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
 
 
@@ -65,19 +67,38 @@ def save_checkpoint(path: Path, **parts: object) -> None:
     write_whole(path, lambda file: torch.save({"format": FORMAT, **parts}, file))
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint with `weights_only=True`: a file can hold data, never code that runs.
+def check_whole(path: Path) -> None:
+    """Compare a checkpoint's bytes with the checksums in it: PyTorch's file is a zip archive with a CRC-32 a tensor.
+
+    PyTorch itself does not compare them when it reads: a flipped bit would become a wrong weight.
 
     Raises:
-        CheckpointError: it is missing, truncated, or not one of ours.
+        CheckpointError: the file is missing, empty, truncated, damaged or no such archive.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{path}: the file is truncated, damaged or not a checkpoint") from error
+    if damaged:
+        raise CheckpointError(f"{path}: the file is damaged: {damaged} does not match its checksum")
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """Read a checkpoint, its checksums compared, with `weights_only=True`: a file can hold data, never code that runs.
+
+    Raises:
+        CheckpointError: it is missing, truncated, damaged, or not one of ours.
+    """
+    check_whole(path)
     try:
         contents = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no such file") from error
     except READ_ERRORS as error:
-        what = "empty" if path.stat().st_size == 0 else "truncated, damaged or not a checkpoint"
-        raise CheckpointError(f"{path}: the file is {what}") from error
+        raise CheckpointError(f"{path}: the file is damaged or not a checkpoint") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a PyTorch file, but not a checkpoint of this project")
     for name, kind in PARTS.items():

@@ -1,0 +1,90 @@
+"""The memory estimate: what is kept for backward, counted by hand for a small network, and a real training's peak."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from functions.memory import kept_for_backward, training_memory
+from functions.noise_scheduler import NoiseScheduler
+from models.unet import UNet
+from tests.conftest import TINY, call
+
+CPU = torch.device("cpu")
+
+
+class Square(nn.Module):
+    """(w x)^2: backward needs x (3 x 8 x 8 float32), w x, and nothing else of this size."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.image_size = 3, 8
+        self.weight = nn.Parameter(torch.ones(3, 8, 8))
+
+    def forward(self, x_t, t):
+        return (self.weight * x_t).square()
+
+
+def test_what_is_kept_is_counted_exactly():
+    image = 3 * 8 * 8 * 4
+    # The model keeps x_t and w x_t; the loss keeps eps - noise. All are (B, 3, 8, 8).
+    per_image = [kept_for_backward(Square(), NoiseScheduler(1000), b, torch.float32, CPU) for b in (1, 2, 3)]
+    assert per_image[1] - per_image[0] == per_image[2] - per_image[1] == 3 * image
+
+
+def test_the_parts_add_up():
+    model = UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    parts = training_memory(model, NoiseScheduler(1000), 4, 16, True, torch.float32, CPU, baseline=1000)
+    assert parts["weights"] == parts["gradients"] == parts["EMA"] == parts["Adam"] / 2 == weights
+    assert parts["Python and PyTorch"] == 1000
+    four = kept_for_backward(model, NoiseScheduler(1000), 4, torch.float32, CPU)
+    assert parts["activations"] == pytest.approx(four, rel=1e-3)
+
+
+PEAK = """
+import resource, sys
+from tests.conftest import call
+import train
+call(train.main, *sys.argv[1:])
+print("peak", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_the_estimate_is_within_20_percent_of_a_real_peak(pictures, tmp_path):
+    """A network large enough that its own memory counts, trained for a step in a process of its own."""
+    flags = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, "--model.image-size", "64",
+             "--model.lowest-resolution-size", "16", "--model.dim-multiply", "1,2,4", "--model.base-dim", "48",
+             "--model.norm-groups", "8", "--diffusion.batch-size", "12", "--diffusion.epochs", "1",
+             "--diffusion.grid-images", "1", "--diffusion.grid-steps", "1", "--diffusion.validation-samples", "1",
+             "--diffusion.validate-every", "1000", "--diffusion.checkpoint-every", "1000"]  # fmt: skip
+    outputs = []
+    for extra in (["--dry-run"], []):
+        command = [sys.executable, "-c", PEAK, *map(str, flags), *extra]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    estimate = float(outputs[0].split("about ")[1].split(" GB")[0])
+    peak = int(outputs[1].split("peak ")[1]) / 1e9
+    assert peak > 1
+    assert estimate == pytest.approx(peak, rel=0.2)
+
+
+def test_a_dry_run_says_everything_and_starts_nothing(pictures, tmp_path, capsys):
+    call(train.main, "ffhq-full", "--dry-run", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, *TINY)
+    printed = capsys.readouterr().out
+    for part in (
+        "50 images at 16x16",
+        "45 images train, 5 validate",
+        "10 steps of 8 images: 2 epochs of 5 steps",
+        "parameters",
+        "terminal SNR",
+        "memory     about",
+        "goes to",
+    ):
+        assert part in printed  # fmt: skip
+    assert not (tmp_path / "runs").exists()
