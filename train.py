@@ -7,6 +7,7 @@ run writes a folder of its own under runs/, laid out as functions/run_folder.py 
 import argparse
 import copy
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from functions.metrics import MetricsLog, TrainingWindow
 from functions.noise_scheduler import NoiseScheduler
 from functions.report import describe, describe_memory
 from functions.sampling import generate
+from functions.stopping import StopSignals
 from functions.validation import validation_loss
 from functions.visualize import plot_losses, save_grid
 from models.unet import UNet
@@ -174,46 +176,50 @@ def train(
         )  # fmt: skip
         run_folder.keep_newest(run, config.keep_checkpoints)
 
+    def keep_books(done: int, stop: StopSignals) -> None:
+        """What is due after a step; on a signal, save and end the process."""
+        if due(done, config.log_every) or due(done, config.validate_every):
+            log(done)
+        if due(done, config.sample_every):
+            sample(done)
+        if due(done, config.checkpoint_every) or stop.received:
+            save(done)
+        if stop.received and done < total_steps:
+            sys.exit(stop.farewell(run))
+
     image_shape = (experiment.model.channels, experiment.model.image_size, experiment.model.image_size)
     batches = feeder.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, config.batch_size,
                                         range(first_step, total_steps)))  # fmt: skip
     parts = [slice(start, start + config.batch_size) for start in range(0, config.effective_batch, config.batch_size)]
     window = TrainingWindow(device)
-    bar = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
-    for step in range(first_step, total_steps):
-        bar.set_description(f"epoch {step // steps_per_epoch + 1}/{config.epochs}", refresh=False)
-        # Gradients of the effective batch, accumulated over forward passes of batch_size images (Algorithm 1)
-        draws = training_draws(config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device)
-        degrees = rotation_limit(config, step / total_steps)
-        for part in parts:
-            x_0 = to_model_range(next(batches))
-            if config.use_augmentation:
-                x_0 = augment(x_0, draws.flip[part], degrees * draws.tilt[part] if degrees else None)
-            torch.manual_seed(seed_of(config.seed, "dropout", step, part.start))
-            with autocast(device, precision):
-                losses = noise_prediction_loss(model, scheduler, x_0, draws.t[part], draws.noise[part])
-            scaler.scale(losses.sum() / config.effective_batch).backward()
-            window.add(losses.detach())
-        # One step of Adam and of the average
-        optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if ema_model:
-            update_ema(ema_model, model, step, config.ema_decay)
-        # Book-keeping, for which the clock of images/s stands still
-        bar.update()
-        done = step + 1
-        with window.paused():
-            if due(done, config.log_every) or due(done, config.validate_every):
-                log(done)
-            if due(done, config.sample_every):
-                sample(done)
-            if due(done, config.checkpoint_every):
-                save(done)
-    bar.close()
+    progress = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
+    with progress as bar, StopSignals() as stop:
+        for step in range(first_step, total_steps):
+            bar.set_description(f"epoch {step // steps_per_epoch + 1}/{config.epochs}", refresh=False)
+            # Gradients of the effective batch, accumulated over forward passes of batch_size images (Algorithm 1)
+            draws = training_draws(config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device)
+            degrees = rotation_limit(config, step / total_steps)
+            for part in parts:
+                x_0 = to_model_range(next(batches))
+                if config.use_augmentation:
+                    x_0 = augment(x_0, draws.flip[part], degrees * draws.tilt[part] if degrees else None)
+                torch.manual_seed(seed_of(config.seed, "dropout", step, part.start))
+                with autocast(device, precision):
+                    losses = noise_prediction_loss(model, scheduler, x_0, draws.t[part], draws.noise[part])
+                scaler.scale(losses.sum() / config.effective_batch).backward()
+                window.add(losses.detach())
+            # One step of Adam and of the average
+            optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if ema_model:
+                update_ema(ema_model, model, step, config.ema_decay)
+            bar.update()
+            with window.paused():  # the clock of images/s stands still
+                keep_books(step + 1, stop)
     metrics.close()
     print(f"finished: {run}\nsample from it: python sample.py {run}")
 

@@ -230,7 +230,7 @@ def draw_run(checkpoint: Path) -> None:
                        frames_after={*gif_steps, *strip_steps})  # fmt: skip
     frames = {step: to_uint8(x).numpy() for step, x in samples.frames.items()}
     save_grid(to_uint8(samples.images).numpy(), FIGURES / "faces.png", columns=9)
-    save_gif([frames[step][:12] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
+    save_gif([frames[step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
     titles = [f"t = {scheduler.timesteps - step}" for step in strip_steps]
     save_strip([frames[step][:4] for step in strip_steps], titles, FIGURES / "strip.png")
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed
@@ -31,3 +32,8 @@ class StopSignals:
         if self.received:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
+
+    def farewell(self, run: Path) -> int:
+        """Say that the run was saved and how it goes on; returns the exit code."""
+        print(f"stopped by {self.received}, saved; go on with: python train.py --resume {run}")
+        return EXIT_STOPPED

@@ -28,10 +28,10 @@ def network():
     return model
 
 
-@pytest.mark.parametrize("steps", [None, 20])
-def test_an_image_does_not_depend_on_its_batch(network, steps):
+@pytest.mark.parametrize(("steps", "eta"), [(None, 1.0), (20, 1.0), (20, 0.0)])
+def test_an_image_does_not_depend_on_its_batch(network, steps, eta):
     def draw(images, batch_size):
-        return generate(network, NoiseScheduler(100), images, (3, 16, 16), 7, batch_size, CPU, steps=steps,
+        return generate(network, NoiseScheduler(100), images, (3, 16, 16), 7, batch_size, CPU, steps=steps, eta=eta,
                         frames_after=(0,), progress=False)  # fmt: skip
 
     one, three, all_at_once = (draw(range(7), batch_size) for batch_size in (1, 3, 7))
@@ -100,7 +100,7 @@ def test_an_exported_file_samples_the_same(tiny_run, tmp_path):
 
 def test_the_newest_run_is_taken_and_pictures_go_into_it(tiny_run, capsys):
     call(sample.main, "--runs", tiny_run.parent, "--n", 1, "--steps", 3)
-    assert (tiny_run / "samples" / "step-00000010-ddim3-seed0" / "grid.png").exists()
+    assert (tiny_run / "samples" / "step-00000010-ddim3-eta1-seed0" / "grid.png").exists()
 
 
 def test_sample_ffhq_says_how_to_get_a_run(tiny_run, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,42 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tiny_run, pictures, tmp_path)
         call(train.main, "faces", "--resume", "--runs", tmp_path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_finishes_the_step_saves_and_exits_with_75(name, tiny_run, pictures, tmp_path, capsys):
+    """The signal comes in the middle of step 7; the run stops after it and then goes on as if never stopped."""
+    steps, update = [], train.update_ema
+
+    def interrupt(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 7:
+            signal.raise_signal(getattr(signal, name))
+        return update(*args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "update_ema", interrupt)
+        call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY)
+    assert stop.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    run = next(tmp_path.iterdir())
+    assert weights_of(run)["run"]["step"] == 7
+    assert f"stopped by {name}, saved; go on with: python train.py --resume {run}" in capsys.readouterr().out
+    call(train.main, "--resume", run)
+    assert_same_state(weights_of(tiny_run), weights_of(run))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_second_signal_ends_the_process_at_once():
+    code = "import signal; from functions.stopping import StopSignals\nwith StopSignals():\n"
+    code += (
+        "    signal.raise_signal(signal.SIGTERM)\n    print('one', flush=True)\n    signal.raise_signal(signal.SIGINT)"
+    )
+    result = script("-c", code + "\n    print('two')")
+    assert result.returncode == 130
+    assert result.stdout == "one\n"
+
+
 def test_a_finished_run_goes_on_with_more_epochs_only(tiny_run, pictures, tmp_path):
     call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY)
     run = next(tmp_path.iterdir())
@@ -178,6 +215,7 @@ def test_cuda_where_there_is_none(main, tiny_run):
         ("train.py", ["--batchsize", "3"], "unrecognized arguments: --batchsize"),
         ("train.py", ["--diffusion.batch-size", "many"], "--diffusion.batch-size: invalid int value: 'many'"),
         ("sample.py", ["--n", "0"], "--n: '0' is not an integer of at least 1"),
+        ("sample.py", ["--eta", "2"], "--eta: '2' is not a number from 0 to 1"),
         ("sample.py", ["nothing.pt"], "nothing.pt: there is no such file"),
         ("sample.py", ["README.md"], "README.md: the file is truncated, damaged or not a checkpoint"),
     ],

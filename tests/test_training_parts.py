@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import numpy as np
 import pytest
@@ -148,6 +149,7 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     for step in (10, 20, 30):
         log.write(step=step, loss=1 / step, **({"val_loss": 0.5} if step == 20 else {}))
     log.close()
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which begin with the second
     log = MetricsLog(tmp_path, resume_step=20)
     log.write(step=30, loss=0.25)
     log.close()
