@@ -4,7 +4,6 @@ RUN is a run folder of the `faces` experiment; the newest one when left out. Wha
 matter of photos: `--photos SOURCE`, any copy of FFHQ, draws that figure too (curves only, no photo).
 """
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from functions.draws import generator_of  # noqa: E402
 from functions.noise_scheduler import NoiseScheduler  # noqa: E402
 from functions.run_folder import find_checkpoint, newest_checkpoint  # noqa: E402
 from functions.sampling import frame_steps, generate, rebuild  # noqa: E402
-from functions.visualize import save_figure, save_gif, save_grid, save_strip  # noqa: E402
+from functions.visualize import plot_losses, save_figure, save_gif, save_grid, save_strip  # noqa: E402
 from models.time_embedding import sinusoidal_embedding  # noqa: E402
 from models.unet import UNet  # noqa: E402
 
@@ -221,7 +220,7 @@ def radial_power(x: torch.Tensor, rings: int = 32) -> np.ndarray:
 def draw_run(checkpoint: Path) -> None:
     """Loss curves, sample grid, strip and animation of a run, as `python sample.py` draws them (seed 0)."""
     run, device = checkpoint.parent.parent, choose_device("auto")
-    shutil.copyfile(run / "losses.png", FIGURES / "losses.png")
+    plot_losses(run / "metrics.csv", FIGURES / "losses.png")
     weights, config, _ = load_weights(checkpoint)
     model, scheduler = rebuild(UNet, weights, config, checkpoint, device)
     size = config["model"]["image_size"]

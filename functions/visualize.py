@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -92,10 +93,10 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
             axis.plot(*zip(*points, strict=True), label=label, **style)
     # The first steps start near 1, where nothing is learned yet, and would flatten the rest on a linear axis.
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="y", which="minor", labelsize=8)
-    axis.grid(which="both", color="0.92")
+    axis.minorticks_off()
+    axis.grid(color="0.92")
     axis.set(xlabel="optimiser step", ylabel="mean squared error of the noise", title=title)
     axis.legend(frameon=False)
     figure.tight_layout()
