@@ -115,6 +115,11 @@ class ModelConfig:
         )  # fmt: skip
         multipliers = self.dim_multiply
         require(len(multipliers) > 0 and min(multipliers) >= 1, self, "dim_multiply", "a list of positive integers")
+        halved = self.image_size // self.lowest_resolution_size
+        require(
+            self.image_size == halved * self.lowest_resolution_size and halved & (halved - 1) == 0 and halved > 0,
+            self, "image_size", f"lowest_resolution_size = {self.lowest_resolution_size} times a power of 2",
+        )  # fmt: skip
         reached = self.lowest_resolution_size * 2 ** (len(multipliers) - 1)
         require(
             reached == self.image_size,
@@ -125,8 +130,7 @@ class ModelConfig:
             fitting = f"levels between 0 and {len(multipliers) - 1}, as dim_multiply has {len(multipliers)}"
             require(0 <= level < len(multipliers), self, "transformer_layers", fitting)
         for dim in self.dims:
-            fits = [groups for groups in range(1, dim + 1) if all(d % groups == 0 for d in self.dims)]
-            fitting = f"a divisor of every level's channels {list(self.dims)}: one of {fits}"
+            fitting = f"a divisor of every level's channels {list(self.dims)}: one of {common_divisors(self.dims)}"
             require(dim % self.norm_groups == 0, self, "norm_groups", fitting)
         require(0 <= self.dropout < 1, self, "dropout", "at least 0 and below 1")
 
@@ -161,13 +165,21 @@ class Experiment:
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant."""
-        channels_a_group = min(self.model.dims) / self.model.norm_groups
-        if channels_a_group >= 2:
-            return []
-        return [
-            f"norm_groups = {self.model.norm_groups} leaves {channels_a_group:g} channel a group at the finest level; "
-            f"the norm then erases each channel's mean and samples come out tinted: use {min(self.model.dims) // 4}"
-        ]
+        warnings, groups, narrowest = [], self.model.norm_groups, min(self.model.dims)
+        if narrowest / groups < 2:
+            fits = [g for g in common_divisors(self.model.dims) if narrowest / g >= 4]
+            warnings.append(
+                f"norm_groups = {groups} leaves {narrowest / groups:g} channel a group at the narrowest level; the "
+                f"norm then erases each channel's mean and samples come out tinted: use {max(fits)}"
+            )
+        if self.diffusion.max_rotation > 0 and not self.diffusion.use_augmentation:
+            warnings.append("max_rotation has no effect without use_augmentation = True")
+        return warnings
+
+
+def common_divisors(numbers: tuple[int, ...]) -> list[int]:
+    """All positive integers that divide every number."""
+    return [d for d in range(1, min(numbers) + 1) if all(number % d == 0 for number in numbers)]
 
 
 def check_types(config: DiffusionConfig | ModelConfig) -> None:
@@ -193,12 +205,10 @@ def require(fits: bool, config: DiffusionConfig | ModelConfig, field: str, fitti
 
 
 def resolutions(model: ModelConfig) -> str:
-    """ "128, 64, 32, 16, 8": from the image's size down to the lowest."""
+    """The sizes from the image's down to the lowest: "128, 64, 32, 16, 8"."""
     sizes = [model.image_size]
-    while sizes[-1] > model.lowest_resolution_size and sizes[-1] % 2 == 0:
+    while sizes[-1] > model.lowest_resolution_size:
         sizes.append(sizes[-1] // 2)
-    if sizes[-1] != model.lowest_resolution_size:
-        return f"but halving {model.image_size} never gives lowest_resolution_size = {model.lowest_resolution_size}"
     return ", ".join(map(str, sizes))
 
 

@@ -3,6 +3,8 @@
 The same as sample.py, with `--n 20 --gif` and FFHQ's runs alone.
 """
 
+from pathlib import Path
+
 from data.pixels import to_uint8
 from functions.checkpoint import CheckpointError
 from functions.command_line import Parser, plain_errors
@@ -19,11 +21,16 @@ def main() -> None:
     add_sampling_flags(parser, n=20)
     parser.set_defaults(gif=True)
     args = parser.parse_args()
+    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else newest_ffhq_checkpoint(args.runs)
+    sample_to_files(args, checkpoint, UNet, to_uint8)
+
+
+def newest_ffhq_checkpoint(runs: Path) -> Path:
+    """That of the newest FFHQ run; when there is none, a `CheckpointError` that says how to get one."""
     try:
-        checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else newest_checkpoint(args.runs, "ffhq")
+        return newest_checkpoint(runs, "ffhq")
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nput FFHQ at data/FFHQ and run: python train.py ffhq-run2") from error
-    sample_to_files(args, checkpoint, UNet, to_uint8)
 
 
 if __name__ == "__main__":

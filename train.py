@@ -39,7 +39,7 @@ from functions.metrics import MetricsLog, TrainingWindow
 from functions.noise_scheduler import NoiseScheduler
 from functions.report import describe, describe_memory
 from functions.sampling import generate
-from functions.stopping import StopSignals
+from functions.stopping import StopSignals, TrainingError, stop_unless_finite
 from functions.validation import validation_loss
 from functions.visualize import plot_losses, save_grid
 from models.unet import UNet
@@ -67,17 +67,20 @@ def main() -> None:
         train(*open_run(args, *changes), device, args.dry_run)
     else:
         name = args.experiment or DEFAULT_EXPERIMENT
-        train(name, EXPERIMENTS[name].override(*changes), args.runs, None, device, args.dry_run)
+        train(name, EXPERIMENTS[name].override(*changes), args.runs, None, None, device, args.dry_run)
 
 
-def open_run(args: argparse.Namespace, diffusion: dict, model: dict) -> tuple[str, Experiment, Path, Path]:
-    """Name, experiment, runs folder and checkpoint of the run to resume; the experiment as its checkpoint has it."""
+def open_run(args: argparse.Namespace, diffusion: dict, model: dict) -> tuple[str, Experiment, Path, Path, dict]:
+    """Name, experiment, runs folder, run folder and newest checkpoint of the run to resume.
+
+    The experiment is the one that the checkpoint was made with; only RESUMABLE_FIELDS may differ from it.
+    """
     if args.resume == "newest":
         run = run_folder.newest_unfinished(args.runs, args.experiment or DEFAULT_EXPERIMENT)
     else:
         run = Path(args.resume)
-    path = run_folder.find_checkpoint(run)
-    checkpoint = load_checkpoint(path)
+        run_folder.read_config(run)  # refuses what is no run folder, a checkpoint's file among it
+    checkpoint = load_checkpoint(run_folder.find_checkpoint(run))
     name, saved = checkpoint["run"]["experiment"], Experiment.from_dict(checkpoint["config"])
     if args.experiment not in (None, name):
         raise ConfigError(f"{run} is a run of {name!r}, not of {args.experiment!r}")
@@ -86,13 +89,19 @@ def open_run(args: argparse.Namespace, diffusion: dict, model: dict) -> tuple[st
     fixed += [f"model.{field}" for field, value in model.items() if value != getattr(saved.model, field)]
     if fixed:
         raise ConfigError(f"a resumed run cannot change {', '.join(fixed)}; start a new run for that")
-    return name, saved.override(diffusion, {}), args.runs, path
+    return name, saved.override(diffusion, {}), args.runs, run, checkpoint
 
 
 def train(
-    name: str, experiment: Experiment, runs: Path, checkpoint: Path | None, device: torch.device, dry_run: bool
+    name: str,
+    experiment: Experiment,
+    runs: Path,
+    run: Path | None,
+    checkpoint: dict | None,
+    device: torch.device,
+    dry_run: bool,
 ) -> None:
-    """Train to the last step: from the start in a new run folder, or on from a run's checkpoint."""
+    """Train to the last step: from the start in a new folder under `runs`, or on from the checkpoint of a `run`."""
     baseline = process_memory()
     config = experiment.diffusion
     precision = choose_precision(config.precision, device)
@@ -104,6 +113,8 @@ def train(
     feeder = ImageFeeder(image_set.images, device)
     steps_per_epoch = len(split.train_indices) // config.effective_batch
     total_steps = config.epochs * steps_per_epoch
+    if checkpoint and checkpoint["run"].get("train_ids_hash") != split.train_ids_hash:
+        raise ConfigError(f"{run} was trained on other images than {config.dataset_name} has now; it cannot go on")
     if steps_per_epoch == 0:
         raise ConfigError(
             f"{config.dataset_name} has {len(split.train_indices)} training images, fewer than one step's "
@@ -117,9 +128,9 @@ def train(
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    first_step = restore(checkpoint, model, ema_model, optimizer, scaler) if checkpoint else 0
+    first_step = restore(checkpoint, run, model, ema_model, optimizer, scaler) if checkpoint else 0
     if first_step >= total_steps:
-        raise ConfigError(f"{checkpoint}: the run is finished; to go on, give more --diffusion.epochs")
+        raise ConfigError(f"{run}: the run is finished; to go on, give more --diffusion.epochs")
 
     facts = {
         "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
@@ -129,15 +140,16 @@ def train(
     }  # fmt: skip
     print(describe(name, config, facts, image_set.summary, first_step, experiment.warnings()))
     if dry_run:
+        resident = 0 if feeder.resident is None else feeder.resident.nbytes
         memory = training_memory(model, scheduler, config.batch_size, config.effective_batch, ema_model is not None,
-                                 precision, device, baseline)  # fmt: skip
-        print(f"{describe_memory(memory)}\n  goes to    {checkpoint or runs / name}-<time>; nothing was started")
+                                 precision, device, baseline, resident)  # fmt: skip
+        place = run or runs / f"{name}-<time>"
+        print(f"{describe_memory(memory)}\n  images in  {image_set.path}\n  goes to    {place}\nnothing was started")
         return
 
     # Run folder: nothing is written before this line
-    run = checkpoint.parent.parent if checkpoint else run_folder.create_run(runs, name)
+    run = run or run_folder.create_run(runs, name)
     run_folder.write_config(run, name, experiment.to_dict(), facts)
-    metrics = MetricsLog(run, first_step)
     print(f"  goes to    {run}")
 
     def due(done: int, every: int) -> bool:
@@ -147,6 +159,7 @@ def train(
         """A row of metrics, with validation losses when they are due, and the progress bar's numbers."""
         row = {"step": done, "epoch": done / steps_per_epoch, **window.read(), "grad_norm": grad_norm.item(),
                "learning_rate": optimizer.param_groups[0]["lr"]}  # fmt: skip
+        stop_unless_finite(row["loss"], done, row["learning_rate"], run)
         bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
         for column, net in {"val_loss": model, "val_loss_ema": ema_model}.items():
             if net is not None and due(done, config.validate_every):
@@ -170,7 +183,8 @@ def train(
         """A checkpoint to resume and sample from."""
         save_checkpoint(
             run_folder.checkpoint_path(run, done), config=experiment.to_dict(),
-            run={"experiment": name, "step": done, "total_steps": total_steps}, model=model.state_dict(),
+            run={"experiment": name, "step": done, "total_steps": total_steps, "train_ids_hash": split.train_ids_hash},
+            model=model.state_dict(),
             ema=ema_model.state_dict() if ema_model else None, optimizer=optimizer.state_dict(),
             scaler=scaler.state_dict(),
         )  # fmt: skip
@@ -182,9 +196,10 @@ def train(
             log(done)
         if due(done, config.sample_every):
             sample(done)
-        if due(done, config.checkpoint_every) or stop.received:
+        stopping = stop.received is not None and done < total_steps
+        if due(done, config.checkpoint_every) or stopping:
             save(done)
-        if stop.received and done < total_steps:
+        if stopping:
             sys.exit(stop.farewell(run))
 
     image_shape = (experiment.model.channels, experiment.model.image_size, experiment.model.image_size)
@@ -193,7 +208,7 @@ def train(
     parts = [slice(start, start + config.batch_size) for start in range(0, config.effective_batch, config.batch_size)]
     window = TrainingWindow(device)
     progress = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
-    with progress as bar, StopSignals() as stop:
+    with MetricsLog(run, first_step) as metrics, progress as bar, StopSignals() as stop:
         for step in range(first_step, total_steps):
             bar.set_description(f"epoch {step // steps_per_epoch + 1}/{config.epochs}", refresh=False)
             # Gradients of the effective batch, accumulated over forward passes of batch_size images (Algorithm 1)
@@ -220,7 +235,6 @@ def train(
             bar.update()
             with window.paused():  # the clock of images/s stands still
                 keep_books(step + 1, stop)
-    metrics.close()
     print(f"finished: {run}\nsample from it: python sample.py {run}")
 
 
@@ -238,5 +252,5 @@ def rotation_limit(config: DiffusionConfig, progress: float) -> float:
 
 
 if __name__ == "__main__":
-    with plain_errors(CheckpointError, ConfigError, DataError, DeviceError, OSError):
+    with plain_errors(CheckpointError, ConfigError, DataError, DeviceError, OSError, TrainingError):
         main()

@@ -25,6 +25,7 @@ class ImageSet:
     images: np.ndarray
     ids: list
     summary: str = ""  # one line: how many images, how many left out, enlarged or cropped
+    path: Path | None = None  # the packed file
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,8 +56,8 @@ def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0, qui
     if dataset_name == "emoji_people":
         people = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
         summary = f"{dataset_name}: {len(people):,} of the images of {pack.summary}"
-        return ImageSet(dataset_name, pack.images[people], [pack.ids[i] for i in people], summary)
-    return ImageSet(dataset_name, pack.images, pack.ids, pack.summary)
+        return ImageSet(dataset_name, pack.images[people], [pack.ids[i] for i in people], summary, pack.path)
+    return ImageSet(dataset_name, pack.images, pack.ids, pack.summary, pack.path)
 
 
 def locate(dataset_name: str, image_size: int) -> Source:

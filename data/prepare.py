@@ -42,11 +42,15 @@ def print_verification(result: Verification) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="FFHQ, emoji_faces, or the path of a folder, .zip or .npz")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="FFHQ, emoji_faces, emoji_people, or the path of a folder or archive"
+    )
     parser.add_argument("--image-size", type=int, default=128, metavar="S", help="pixels, default 128")
     parser.add_argument("--max-bad-images", type=int, default=0, metavar="N", help="so many may be left out, default 0")
     parser.add_argument("--verify", metavar="JSON", help="ffhq-dataset-v2.json, to check every image against")
     options = parser.parse_args(arguments)
+    if options.max_bad_images < 0:
+        parser.error(f"argument --max-bad-images: {options.max_bad_images} is below 0")
     try:
         if options.verify:
             result = verify_pixels(locate(options.source, options.image_size), options.verify)
@@ -54,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not result.is_clean:
                 return 1
         print(f"Ready: {load_images(options.source, options.image_size, options.max_bad_images).summary}")
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -16,6 +16,9 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FFHQ_LAYOUTS = {"in-the-wild-images": 0, "thumbnails128x128": 128, "resized": 256, "images1024x1024": 1024}
 
 
+NEARLY_ALL = 0.99  # of a set's images: so many numbered ones make it a numbered set, and the others strays
+
+
 class DataError(Exception):
     """A problem with the data that the user can mend; the message is one or two plain sentences that name the path."""
 
@@ -51,7 +54,8 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
     Ids don't depend on the order of a directory, and numbers don't depend on the folders that they lie in.
     `image_size` (pixels) decides which copy is read when several of FFHQ's lie under one root: the smallest that need
     not be enlarged. `numbered=True` is for a set that must be numbered: unnumbered images are passed over with a note,
-    and two images with one number are an error.
+    and two images with one number are an error. They are passed over too where nearly all others are numbered: one
+    stray preview.png must not turn the numbers of 70,000 images into names.
     Raises DataError when the path is missing, is none of the three, cannot be read or holds no image.
     """
     path = Path(path).expanduser()
@@ -68,9 +72,9 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
 
     members, layout_note = _choose_layout(members, image_size)
     notes += layout_note
-    if numbered:
-        members, number_note = _keep_numbered(members)
-        notes += number_note
+    numbered_members, number_note = _keep_numbered(members)
+    if numbered or NEARLY_ALL * len(members) <= len(numbered_members) < len(members):
+        members, notes = numbered_members, notes + number_note
     if not members:
         raise DataError(f"{path} holds no image ({', '.join(IMAGE_EXTENSIONS)}). " + " ".join(notes))
 

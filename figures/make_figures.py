@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # so that the repository's modules are found from
 
 from config import EXPERIMENTS, ModelConfig  # noqa: E402
 from data.augmentation import augment  # noqa: E402
-from data.datasets import load_images  # noqa: E402
+from data.datasets import load_images, split_images  # noqa: E402
 from data.pixels import to_model_range, to_uint8  # noqa: E402
 from data.sources import DataError  # noqa: E402
 from functions.checkpoint import CheckpointError, load_weights  # noqa: E402
@@ -135,8 +135,7 @@ def draw_unet() -> None:
     for resolution, places in centres.items():
         top = (np.log2(resolution) - 2) / 2
         axis.text(places[0], top + 0.12, f"{resolution} x {resolution}", fontsize=8, ha="left")
-        if resolution > model_config.lowest_resolution_size:
-            axis.annotate("", (places[-1] + 0.4, -top - 0.12), (places[0] - 0.4, -top - 0.12),
+        axis.annotate("", (places[-1] + 0.4, -top - 0.12), (places[0] - 0.4, -top - 0.12),
                           arrowprops={"arrowstyle": "->", "color": "0.6", "linestyle": "--"})  # fmt: skip
     axis.bar(0, 0, color="tab:blue", label="residual block (number: its channels)")
     axis.bar(0, 0, color="tab:orange", label="residual block, then self-attention")
@@ -228,10 +227,29 @@ def draw_run(checkpoint: Path) -> None:
     samples = generate(model, scheduler, range(36), (3, size, size), 0, 36, device,
                        frames_after={*gif_steps, *strip_steps})  # fmt: skip
     frames = {step: to_uint8(x).numpy() for step, x in samples.frames.items()}
-    save_grid(to_uint8(samples.images).numpy(), FIGURES / "faces.png", columns=9)
+    faces = to_uint8(samples.images).numpy()
+    save_grid(faces, FIGURES / "faces.png", columns=9)
+    training = load_images(config["diffusion"]["dataset_name"], size)
+    training = training.images[split_images(training, config["diffusion"]["split"]).train_indices]
+    save_grid(np.concatenate([faces[:12], nearest(faces[:12], training)]), FIGURES / "neighbours.png", columns=12)
     save_gif([frames[step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
     titles = [f"t = {scheduler.timesteps - step}" for step in strip_steps]
     save_strip([frames[step][:4] for step in strip_steps], titles, FIGURES / "strip.png")
+
+
+def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """For each image the training image, mirrored or not, of the most similar shape, whatever the colours.
+
+    The correlation of grey levels, standardised an image, is what is compared.
+    """
+
+    def shape(pictures: np.ndarray) -> np.ndarray:
+        grey = pictures.mean(axis=3).reshape(len(pictures), -1)
+        grey = grey - grey.mean(axis=1, keepdims=True)
+        return grey / np.linalg.norm(grey, axis=1, keepdims=True)
+
+    both = np.concatenate([training, training[:, :, ::-1]])
+    return both[(shape(images) @ shape(both).T).argmax(axis=1)]
 
 
 if __name__ == "__main__":

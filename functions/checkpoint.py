@@ -126,6 +126,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
 
 def export_weights(path: Path, weights: dict[str, Tensor], config: dict, run: dict) -> None:
     """Write what `load_weights` returned as safetensors, with config and run as JSON in its header."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: an exported file's name must end in .safetensors, by which it is known")
     metadata = {"format": FORMAT, "config": json.dumps(config), "run": json.dumps(run)}
     weights = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
     write_whole(path, lambda file: file.write(save(weights, metadata)))
@@ -168,18 +170,21 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
 
 
 def restore(
+    contents: dict,
     path: Path,
     model: nn.Module,
     ema_model: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> int:
-    """Put a checkpoint's state into the parts of a training, and return the number of steps done.
+    """Put a checkpoint's contents into the parts of a training, and return the number of steps done.
+
+    Args:
+        path: the run, for messages.
 
     Raises:
         CheckpointError: something does not fit, named.
     """
-    contents = load_checkpoint(path)
     load_into(model, contents["model"], path)
     if ema_model is not None:
         if contents["ema"] is None:

@@ -50,11 +50,12 @@ def training_memory(
     precision: torch.dtype,
     device: torch.device,
     baseline: int,
+    resident: int = 0,
 ) -> dict[str, int]:
     """An estimate of a training's peak, in bytes, by what takes it; the values add up to the peak.
 
     On the CPU it is the process's, with the `baseline` that Python and PyTorch took before the model was made; on a GPU
-    it is what PyTorch allocates there.
+    it is what PyTorch allocates there, the `resident` bytes of images that are kept on it included.
     """
     one, two = (kept_for_backward(model, scheduler, images, precision, device) for images in (1, 2))
     parameters = sum(parameter.numel() for parameter in model.parameters()) * FLOAT_BYTES
@@ -66,6 +67,7 @@ def training_memory(
         "EMA": parameters if has_ema else 0,
         "activations": one + (batch_size - 1) * (two - one),
         "noise and images": (effective_batch + 4 * batch_size) * image,
+        "data set": resident,
         "Python and PyTorch": baseline if device.type == "cpu" else 0,
     }
 

@@ -25,7 +25,9 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """Appends rows to metrics.csv and TensorBoard; each row is on the disk when `write` returns.
+    """Appends rows to metrics.csv and TensorBoard; each row is handed to the system when `write` returns.
+
+    A context manager: leaving it, however that happens, closes the files.
 
     Args:
         run: the run folder.
@@ -47,8 +49,12 @@ class MetricsLog:
         for column, value in values.items():
             if column != "step":
                 self.tensorboard.add_scalar(column, value, values["step"])
+        self.tensorboard.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.tensorboard.close()
 
 

@@ -108,7 +108,9 @@ def write_config(run: Path, experiment: str, config: dict, facts: dict) -> None:
 
 
 def read_config(run: Path) -> dict:
-    """The content of config.json; `CheckpointError` when it is missing or damaged."""
+    """The content of config.json; `CheckpointError` when it is missing or damaged, or `run` is no run folder."""
+    if not run.is_dir():
+        raise CheckpointError(f"{run} is not a run folder; `NAME --resume` takes the newest unfinished run of NAME")
     try:
         contents = json.loads((run / "config.json").read_text())
         contents["experiment"], contents["run"]["total_steps"]  # they must be there

@@ -27,7 +27,7 @@ STRIP_ROWS = 6
 
 @dataclass
 class Samples:
-    """Images x_0 (N, C, H, W) in [-1, 1], and for each number of steps in `frames` the states then, (N, C, H, W)."""
+    """Images x_0 (N, C, H, W) in [-1, 1], and in `frames`, by number of steps, what was kept of all states then."""
 
     images: Tensor
     frames: dict[int, Tensor] = field(default_factory=dict)
@@ -108,6 +108,7 @@ def generate(
     steps: int | None = None,
     eta: float = 1.0,
     frames_after: Sequence[int] = (),
+    to_frame: Callable[[Tensor], Tensor] = Tensor.cpu,
     progress: bool = True,
 ) -> Samples:
     """Draw samples; image i depends on (seed, i) alone, not on the others or on the batch size.
@@ -119,6 +120,7 @@ def generate(
         eta: DDIM's. Fresh noise in every step (1) lets later steps correct the errors of earlier ones, which a young
             or small model makes: without it (0) those of the `faces` run grow into wrong colours and speckle.
         frames_after: numbers of steps after which the states are kept; 0 keeps x_T.
+        to_frame: what is kept of a state; pixels take a quarter of its memory.
         progress: show a bar over all network calls.
 
     Returns:
@@ -138,11 +140,11 @@ def generate(
         for batch in batches:
             noise = ImageNoise(seed, batch, shape, device)
             x_T = noise.draw()
-            part = Samples(x_T, {0: x_T.cpu()} if 0 in frames_after else {})
+            part = Samples(x_T, {0: to_frame(x_T)} if 0 in frames_after else {})
 
             def on_step(k: int, t: int, x: Tensor, x_0: Tensor, part: Samples = part) -> None:
                 if k + 1 in frames_after:
-                    part.frames[k + 1] = x.cpu()
+                    part.frames[k + 1] = to_frame(x)
                 bar.update()
 
             options = {"step_noise": lambda k, noise=noise: noise.draw(), "on_step": on_step}
@@ -198,11 +200,11 @@ def sample_to_files(
     shape = (config["model"]["channels"], config["model"]["image_size"], config["model"]["image_size"])
     samples = generate(
         model, scheduler, range(args.n), shape, args.seed, args.batch_size, device, precision, args.steps,
-        args.eta, {*gif_steps, *strip_steps},
+        args.eta, {*gif_steps, *strip_steps}, lambda x: to_pixels(x).cpu(),
     )  # fmt: skip
 
     images = to_pixels(samples.images).numpy()
-    frames = {step: to_pixels(x).numpy() for step, x in samples.frames.items()}
+    frames = {step: frame.numpy() for step, frame in samples.frames.items()}
     columns = 5 if args.n == 20 else None  # the reference's grid
     visualize.save_grid(images, folder / "grid.png", columns)
     print(f"wrote {folder / 'grid.png'}")

@@ -46,6 +46,6 @@ def validation_loss(
             for j in range(len(x_0))
         ]).to(x_0.device)  # fmt: skip
         with autocast(x_0.device, precision):
-            total += noise_prediction_loss(model, scheduler, x_0, t, noise).sum().double()
+            total += noise_prediction_loss(model, scheduler, x_0, t, noise).sum().item()
     model.train(training)
-    return float(total) / samples
+    return total / samples

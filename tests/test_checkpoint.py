@@ -59,6 +59,12 @@ def test_exported_weights_read_as_the_checkpoint_does(tmp_path):
     assert all(torch.equal(weights[name], original[0][name]) for name in weights)
 
 
+def test_an_exported_file_must_be_known_by_its_name(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", **parts())
+    with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
+        export_weights(tmp_path / "a.st", *load_weights(tmp_path / "a.pt"))
+
+
 class Bomb:
     """Unpickling it would create a file."""
 

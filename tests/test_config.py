@@ -96,8 +96,8 @@ def test_a_diffusion_field_that_does_not_fit(field, value, what_fits):
         ("dim_multiply", [1, 2, 0, 4, 8], "a list of positive integers"),
         ("dim_multiply", [1, 2, 2.5, 4, 8], "a list of integers"),
         ("dim_multiply", "12248", "a list of integers"),
-        ("lowest_resolution_size", 7, "never gives lowest_resolution_size = 7"),
-        ("image_size", 100, "halving 100 never gives lowest_resolution_size = 8"),
+        ("image_size", 4, "lowest_resolution_size = 8 times a power of 2"),
+        ("image_size", 100, "lowest_resolution_size = 8 times a power of 2"),
         ("transformer_layers", [5], "levels between 0 and 4"),
         ("transformer_layers", [-1], "levels between 0 and 4"),
         ("base_dim", 63, "even"),
@@ -129,6 +129,10 @@ def test_narrow_groups_are_warned_of():
     narrow = EXPERIMENTS["faces"].override({}, {"norm_groups": 32})
     assert "norm_groups = 32 leaves 1 channel a group" in narrow.warnings()[0]
     assert "use 8" in narrow.warnings()[0]
+    three = ModelConfig(8, (1, 1), (), 30, image_size=16, norm_groups=30)
+    assert "use 6" in Experiment(EXPERIMENTS["faces"].diffusion, three).warnings()[0]  # 7 would not divide 30
+    still = EXPERIMENTS["ffhq-full"].override({"use_augmentation": False}, {})
+    assert still.warnings() == ["max_rotation has no effect without use_augmentation = True"]
     assert not any(experiment.warnings() for experiment in EXPERIMENTS.values())
 
 

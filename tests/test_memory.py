@@ -74,6 +74,18 @@ def test_the_estimate_is_within_20_percent_of_a_real_peak(pictures, tmp_path):
     assert estimate == pytest.approx(peak, rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["ffhq-run1", "ffhq-run2", "ffhq-full"])
+def test_the_ffhq_runs_are_ready_at_their_real_size(name, pictures, tmp_path, capsys):
+    """Real network and config on few pictures; the batch fits 45 of them."""
+    call(train.main, name, "--dry-run", "--runs", tmp_path, "--diffusion.dataset-name", pictures, "--device", "cpu",
+         "--diffusion.gradient-accumulation", "2")  # fmt: skip
+    printed = capsys.readouterr().out
+    parameters = {"ffhq-run1": "60,372,867", "ffhq-run2": "60,372,867", "ffhq-full": "241,348,355"}[name]
+    assert f"{parameters} parameters" in printed
+    assert ("x_T still carries the image" in printed) == (name == "ffhq-run1")
+    assert "1 steps" in printed
+
+
 def test_a_dry_run_says_everything_and_starts_nothing(pictures, tmp_path, capsys):
     call(train.main, "ffhq-full", "--dry-run", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, *TINY)
     printed = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from data.sources import DataError
 from functions.checkpoint import CheckpointError, load_checkpoint
 from functions.device import DeviceError
 from functions.metrics import read_metrics
+from functions.stopping import TrainingError
 from tests.conftest import TINY, call
 
 ROOT = Path(train.__file__).parent
@@ -152,6 +154,36 @@ def test_a_finished_run_goes_on_with_more_epochs_only(tiny_run, pictures, tmp_pa
     assert json.loads((run / "config.json").read_text())["diffusion"]["epochs"] == 3
 
 
+def test_only_the_run_with_the_same_images_is_resumed(pictures, tmp_path):
+    copy = tmp_path / "pictures"
+    shutil.copytree(pictures, copy)
+    call(train.main, "faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", copy, *TINY)
+    run = next((tmp_path / "runs").iterdir())
+    next(copy.glob("0*.png")).unlink()
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match="other images"):
+        call(train.main, "--resume", run, "--diffusion.epochs", "3")
+    assert (run / "config.json").read_bytes() == before
+    with pytest.raises(CheckpointError, match="not a run folder"):  # a file in it is not the run
+        call(train.main, "--resume", next((run / "checkpoints").iterdir()))
+
+
+def test_rotation_is_off_in_the_last_part_of_a_run(pictures, tmp_path, monkeypatch):
+    angles, augment = [], train.augment
+    monkeypatch.setattr(train, "augment", lambda x, flip, angle: angles.append(angle) or augment(x, flip, angle))
+    call(train.main, "ffhq-full", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
+         "--diffusion.rotation-free-end", "0.3")  # fmt: skip
+    assert [angle is not None for angle in angles] == [True] * 7 + [False] * 3
+    assert all(0 < angle.abs().max() <= 3 for angle in angles[:7])
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(pictures, tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) near step \d+ .*lower the learning rate"):
+        call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
+             "--diffusion.learning-rate", "1", "--diffusion.clip-grad-norm", "0", "--diffusion.precision", "bfloat16",
+             "--diffusion.epochs", "200", "--diffusion.log-every", "1")  # fmt: skip
+
+
 def test_micro_batches_change_the_sum_of_gradients_by_rounding_alone(tiny_run, pictures, tmp_path):
     """Four passes of 2 images are one pass of 8: same images, same draws, same division of the loss."""
     call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
@@ -185,8 +217,8 @@ def test_without_ema_the_raw_weights_are_used_and_it_is_said(pictures, tmp_path,
         ),
         (["--diffusion.learning-rate", "-1"], ConfigError, "learning_rate is -1.0"),
         (["--model.dim-multiply", "1,2,4"], ConfigError, "dim_multiply"),
-        (["--resume", "{empty}"], CheckpointError, "no checkpoint in this folder"),
-        (["--resume", "no/such/run"], CheckpointError, "no such file"),
+        (["--resume", "{empty}"], CheckpointError, "not a usable run"),
+        (["--resume", "no/such/run"], CheckpointError, "not a run folder"),
         (["--resume"], CheckpointError, "no unfinished run"),
         (["--device", "gpu"], DeviceError, "'gpu'"),
     ],

@@ -145,14 +145,12 @@ def test_validation_uses_every_image_equally_often():
 
 
 def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tmp_path):
-    log = MetricsLog(tmp_path)
-    for step in (10, 20, 30):
-        log.write(step=step, loss=1 / step, **({"val_loss": 0.5} if step == 20 else {}))
-    log.close()
+    with MetricsLog(tmp_path) as log:
+        for step in (10, 20, 30):
+            log.write(step=step, loss=1 / step, **({"val_loss": 0.5} if step == 20 else {}))
     time.sleep(1.1)  # TensorBoard reads files in the order of their names, which begin with the second
-    log = MetricsLog(tmp_path, resume_step=20)
-    log.write(step=30, loss=0.25)
-    log.close()
+    with MetricsLog(tmp_path, resume_step=20) as log:
+        log.write(step=30, loss=0.25)
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert [row["loss"] for row in rows] == [0.1, 0.05, 0.25]
