@@ -1,6 +1,9 @@
 """Shared by all tests: a tiny experiment's flags, pictures to train on, and a run to sample from."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,9 @@ import torch
 from PIL import Image
 
 import train
+from models.unet import UNet
+
+ROOT = Path(train.__file__).resolve().parent
 
 # A network of 13,000 parameters on 16 x 16 images: the whole program in seconds.
 TINY = [
@@ -51,9 +57,25 @@ def call(main, *arguments):
         sys.argv = before
 
 
+def script(*arguments, cwd=ROOT):
+    """A script in a process of its own, as a shell starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True,
+                          text=True, timeout=300, check=False)  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def tiny_run(pictures, tmp_path_factory):
     """A finished run of the tiny experiment: 45 training pictures, 10 steps of 8."""
     runs = tmp_path_factory.mktemp("runs")
     call(train.main, "faces", "--diffusion.dataset-name", pictures, "--runs", runs, *TINY)
     return next(runs.iterdir())
+
+
+def small_unet() -> UNet:
+    """A small network whose output is not zero, as it would be with fresh weights."""
+    torch.manual_seed(0)
+    model = UNet(16, 3, 8, [1, 2], [1], 16, norm_groups=4)
+    for parameter in model.parameters():
+        parameter.data.add_(0.03 * torch.randn_like(parameter))
+    return model

@@ -13,8 +13,7 @@ from functions.draws import training_draws
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import generate
-from models.unet import UNet
-from tests.conftest import TINY, call
+from tests.conftest import TINY, call, small_unet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -73,14 +72,6 @@ def test_precision_by_name():
         choose_precision("float16", CPU)
     with pytest.raises(DeviceError, match="'int8'"):
         choose_precision("int8", CPU)
-
-
-def small_unet():
-    torch.manual_seed(0)
-    model = UNet(16, 3, 8, [1, 2], [1], 16, norm_groups=4)
-    for parameter in model.parameters():
-        parameter.data.add_(0.03 * torch.randn_like(parameter))
-    return model
 
 
 def test_bfloat16_is_close_to_float32_on_the_cpu():

@@ -13,19 +13,14 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import frame_steps, generate, rebuild
 from functions.visualize import SMALLEST_SIDE, plot_losses, save_gif, save_grid, save_strip
 from models.unet import UNet
-from tests.conftest import call
+from tests.conftest import call, small_unet
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def network():
-    """A small U-Net whose output is not zero."""
-    torch.manual_seed(0)
-    model = UNet(16, 3, 8, [1, 2], [1], 16, norm_groups=4)
-    for parameter in model.parameters():
-        parameter.data.add_(0.03 * torch.randn_like(parameter))
-    return model
+    return small_unet()
 
 
 @pytest.mark.parametrize(("steps", "eta"), [(None, 1.0), (20, 1.0), (20, 0.0)])
