@@ -183,7 +183,8 @@ def train(
         """A checkpoint to resume and sample from."""
         save_checkpoint(
             run_folder.checkpoint_path(run, done), config=experiment.to_dict(),
-            run={"experiment": name, "step": done, "total_steps": total_steps, "train_ids_hash": split.train_ids_hash},
+            run={"experiment": name, "step": done, "total_steps": total_steps, "train_ids_hash": split.train_ids_hash,
+                 "window": window.state()},
             model=model.state_dict(),
             ema=ema_model.state_dict() if ema_model else None, optimizer=optimizer.state_dict(),
             scaler=scaler.state_dict(),
@@ -206,7 +207,7 @@ def train(
     batches = feeder.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, config.batch_size,
                                         range(first_step, total_steps)))  # fmt: skip
     parts = [slice(start, start + config.batch_size) for start in range(0, config.effective_batch, config.batch_size)]
-    window = TrainingWindow(device)
+    window = TrainingWindow(device, **(checkpoint["run"]["window"] if checkpoint else {}))
     progress = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
     with MetricsLog(run, first_step) as metrics, progress as bar, StopSignals() as stop:
         for step in range(first_step, total_steps):

@@ -71,30 +71,40 @@ def format_number(value: float | None) -> str:
 
 
 class TrainingWindow:
-    """Loss and speed of the steps since the last row of metrics; the device is not waited for until `read`."""
+    """Loss and speed of the steps since the last row of metrics; the device is not waited for until `read`.
 
-    def __init__(self, device: torch.device):
-        self.loss_sum, self.images = torch.zeros((), device=device), 0
+    Args:
+        loss_sum, images: where a resumed run's window stood, as `state` gave it; their time is not known.
+    """
+
+    def __init__(self, device: torch.device, loss_sum: float = 0.0, images: int = 0):
+        self.loss_sum, self.images, self.images_timed = torch.tensor(loss_sum, device=device), images, 0
         self.seconds, self.clock = 0.0, time.perf_counter()
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint between two rows has to remember, so that a resumed run's next row misses no step."""
+        return {"loss_sum": self.loss_sum.item(), "images": self.images}
 
     def add(self, losses: Tensor) -> None:
         """The losses (B,) of a forward pass."""
         self.loss_sum += losses.sum()
         self.images += len(losses)
+        self.images_timed += len(losses)
 
     def read(self) -> dict[str, float]:
         """The mean loss of an image, and the images a second; starts the next window."""
         loss = self.loss_sum.item() / self.images  # waits for the device, so the clock below is right
         self.seconds += time.perf_counter() - self.clock
-        row = {"loss": loss, "images_per_second": self.images / self.seconds}
+        row = {"loss": loss, "images_per_second": self.images_timed / self.seconds}
         self.loss_sum.zero_()
-        self.images = 0
+        self.images = self.images_timed = 0
         self.seconds, self.clock = 0.0, time.perf_counter()
         return row
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Stop the clock: for what is not training."""
-        self.seconds += time.perf_counter() - self.clock
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
         yield
         self.clock = time.perf_counter()

@@ -173,7 +173,15 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypat
     assert window.read() == {"loss": 3.0, "images_per_second": 1.0}
     window.add(torch.tensor([4.0]))
     now[0] += 0.5
-    assert window.read() == {"loss": 4.0, "images_per_second": 2.0}
+    with window.paused():  # as the training loop reads it
+        assert window.read() == {"loss": 4.0, "images_per_second": 2.0}
+        now[0] += 9
+    window.add(torch.tensor([1.0, 1.0]))
+    now[0] += 1
+    resumed = TrainingWindow(torch.device("cpu"), **window.state())
+    resumed.add(torch.tensor([7.0]))
+    now[0] += 0.5
+    assert resumed.read() == {"loss": 3.0, "images_per_second": 2.0}
 
 
 def test_learning_rate_warms_up_and_decays():
