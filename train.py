@@ -132,6 +132,7 @@ def train(
     if first_step >= total_steps:
         raise ConfigError(f"{run}: the run is finished; to go on, give more --diffusion.epochs")
 
+    # What is about to happen, for people and for config.json
     facts = {
         "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
         "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
@@ -207,7 +208,7 @@ def train(
     batches = feeder.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, config.batch_size,
                                         range(first_step, total_steps)))  # fmt: skip
     parts = [slice(start, start + config.batch_size) for start in range(0, config.effective_batch, config.batch_size)]
-    window = TrainingWindow(device, **(checkpoint["run"]["window"] if checkpoint else {}))
+    window = TrainingWindow(device, **(checkpoint["run"].get("window", {}) if checkpoint else {}))
     progress = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
     with MetricsLog(run, first_step) as metrics, progress as bar, StopSignals() as stop:
         for step in range(first_step, total_steps):

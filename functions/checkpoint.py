@@ -104,7 +104,15 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     for name, kind in PARTS.items():
         if not isinstance(contents.get(name, 0), kind):
             raise CheckpointError(f"{path}: the checkpoint's part {name!r} is missing or malformed")
+    check_run(contents["run"], path)
     return contents
+
+
+def check_run(run: dict, path: Path) -> None:
+    """`CheckpointError` unless the part `run` says which run this is and where it stood."""
+    for name, kind in {"experiment": str, "step": int, "total_steps": int}.items():
+        if not isinstance(run.get(name), kind):
+            raise CheckpointError(f"{path}: the checkpoint's part 'run' has no proper {name!r}")
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict, dict]:
@@ -146,8 +154,10 @@ def load_exported(path: Path, device: torch.device | str) -> tuple[dict[str, Ten
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: safetensors, but not exported by this project's sample.py")
     try:
-        return weights, json.loads(metadata["config"]), json.loads(metadata["run"])
-    except (KeyError, ValueError) as error:
+        config, run = json.loads(metadata["config"]), json.loads(metadata["run"])
+        check_run(run, path)
+        return weights, config, run
+    except (KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its config does not read: {error}") from error
 
 

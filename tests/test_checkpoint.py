@@ -106,6 +106,16 @@ def test_other_peoples_files_are_not_ours(tmp_path):
         load_checkpoint(tmp_path / "part.pt")
 
 
+@pytest.mark.parametrize(("name", "value"), [("experiment", None), ("step", "5"), ("total_steps", None)])
+def test_a_checkpoint_must_say_where_its_run_stood(tmp_path, name, value):
+    run = {**parts()["run"], name: value}
+    save_checkpoint(tmp_path / "a.pt", **{**parts(), "run": run})
+    export_weights(tmp_path / "a.safetensors", parts()["model"], parts()["config"], run)
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(CheckpointError, match=f"no proper '{name}'"):
+            load_weights(path)
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path):
     model, good = nn.Linear(3, 2), parts()["model"]
     load_into(model, good, tmp_path)
