@@ -1,6 +1,6 @@
 """Batches of uint8 images by index: which ones (shuffling), and onto the device that trains (feeding)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,10 +24,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
+def forward_passes(share: range, batch_size: int) -> list[slice]:
+    """Cut a process's share of the places in an effective batch into passes of up to batch_size images."""
+    return [slice(first, min(first + batch_size, share.stop)) for first in share[::batch_size]]
+
+
 def micro_batches(
-    train_indices: np.ndarray, seed: int, effective_batch: int, batch_size: int, steps: range
+    train_indices: np.ndarray, seed: int, effective_batch: int, passes: Sequence[slice], steps: range
 ) -> Iterator[np.ndarray]:
-    """The images of every forward pass of some optimiser steps: arrays of up to batch_size indices.
+    """The images of every forward pass of some optimiser steps, one array of indices for each of `passes`.
 
     A step takes the next effective_batch images of its epoch's order; what is left at an epoch's end is dropped. So
     the position in the data is the number of the step, and nothing else.
@@ -39,8 +44,8 @@ def micro_batches(
             epoch = step // steps_per_epoch
             order = train_indices[epoch_order(len(train_indices), seed, epoch)]
         first = step % steps_per_epoch * effective_batch
-        for start in range(first, first + effective_batch, batch_size):
-            yield order[start : min(start + batch_size, first + effective_batch)]
+        for places in passes:
+            yield order[first + places.start : first + places.stop]
 
 
 class ImageFeeder:

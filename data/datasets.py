@@ -115,4 +115,4 @@ def split_images(image_set: ImageSet, split: str) -> Split:
 
 def hash_ids(ids: list) -> str:
     """A short hash of a list of ids, by which two runs can be shown to have used the same images."""
-    return hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(str, ids)).encode(errors="surrogateescape")).hexdigest()[:16]

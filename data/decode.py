@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .sources import DataError
+from .archives import DataError, printable
 
 # Named one by one: Pillow otherwise also tries dozens of formats that no image set uses, some of them by calling
 # other programs.
@@ -49,6 +49,9 @@ def decode_rgb(data: bytes) -> np.ndarray:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.format == "PNG":
+                    image.verify()  # the checksums of its chunks: load() passes over those of the pixels
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 # An MPO is a photo with previews behind it, not an animation.
                 if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                     raise BadImage(f"animated ({image.n_frames} frames)")
@@ -62,12 +65,12 @@ def decode_rgb(data: bytes) -> np.ndarray:
     except UnidentifiedImageError:
         raise BadImage("empty file" if not data else f"not a {', '.join(FORMATS)} image") from None
     except _DECODING_ERRORS as error:
-        raise BadImage(f"broken file ({type(error).__name__}: {error})") from None
+        raise BadImage(f"broken file ({type(error).__name__}: {printable(error)})") from None
 
 
 def _convert_to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image).astype(np.int32)
         levels = (grey + 128) // 257  # 65535 / 255 = 257, rounded to nearest: scaled, where convert("RGB") would clip
         if "transparency" in image.info:
             levels[grey == image.info["transparency"]] = 255

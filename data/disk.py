@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .sources import DataError
+from .archives import DataError
 
 try:
     import fcntl

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from .archives import DataError, printable
 from .decode import BadImage, fit_square
 from .disk import check_disk_space, file_lock, flush_folder, format_bytes, is_writable, write_atomically
 from .reading import map_images
-from .sources import DataError, Source
+from .sources import Source
 
 FORMAT_VERSION = 1  # raise it whenever the pixels made from the same files change: every pack is then made anew
 LISTED_BAD_IMAGES = 20  # printed; the report file lists all
@@ -59,8 +60,9 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
     if len(pack.bad_images) > max_bad_images:
         name, reason = pack.bad_images[0]
         raise DataError(
-            f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; the first is {name} "
-            f"({reason}). {with_ending(pack.path, '.report.txt')} lists all; mend or remove them, or allow as many."
+            f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; the first is "
+            f"{printable(name)} ({reason}). {with_ending(pack.path, '.report.txt')} lists all; mend or remove them, "
+            "or allow as many."
         )
     return pack
 
@@ -89,7 +91,7 @@ def pack_name(source: Source, image_size: int, folder: Path) -> str:
     """The same for every state of a source, so that an outdated pack is replaced, not kept beside the new one."""
     path = source.path.resolve()
     # The cache serves all data folders, so names there must tell two sources of one name apart.
-    origin = "" if folder == data_folder(source) else "-" + hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    origin = "" if folder == data_folder(source) else "-" + hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     return f"{path.name}{origin}-{image_size}px.packed"
 
 
@@ -123,14 +125,15 @@ def _make_pack(source: Source, image_size: int, key: str, target: Path, quiet: b
     try:
         kept, bad_images, enlarged, cropped = _write_images(source, image_size, temporary, quiet)
         summary = _summarise(source, image_size, len(kept), len(bad_images), enlarged, cropped)
-        report = "\n".join([summary, *source.notes, *(f"left out: {name}: {reason}" for name, reason in bad_images)])
+        left_out = [f"left out: {printable(name)}: {reason}" for name, reason in bad_images]
+        report = "\n".join([summary, *source.notes, *left_out])
         write_atomically(with_ending(target, ".report.txt"), report + "\n")
         if not quiet:
-            _print_report(summary, source.notes, bad_images)
+            _print_report(summary, source.notes, left_out)
         if not kept:
             raise DataError(
                 f"{source.path}: not one of its {len(source.ids)} images can be used; the first is "
-                f"{bad_images[0][0]} ({bad_images[0][1]})."
+                f"{printable(bad_images[0][0])} ({bad_images[0][1]})."
             )
         # At no moment, not even after a power cut, does a key stand beside images that it wasn't made for.
         with_ending(target, ".json").unlink(missing_ok=True)
@@ -186,7 +189,7 @@ def _fit(rgb: np.ndarray, image_size: int) -> tuple[np.ndarray, bool, bool]:
 
 
 def _summarise(source: Source, image_size: int, kept: int, bad: int, enlarged: int, cropped: int) -> str:
-    parts = [f"{source.path.name}: {kept:,} images at {image_size}x{image_size}, {bad:,} left out"]
+    parts = [f"{printable(source.path.name)}: {kept:,} images at {image_size}x{image_size}, {bad:,} left out"]
     if cropped:
         parts.append(f"{cropped:,} not square, cropped to their centre")
     if enlarged:
@@ -194,8 +197,8 @@ def _summarise(source: Source, image_size: int, kept: int, bad: int, enlarged: i
     return "; ".join(parts)
 
 
-def _print_report(summary: str, notes: tuple[str, ...], bad_images: list) -> None:
-    lines = [summary, *notes, *(f"  left out: {name}: {reason}" for name, reason in bad_images[:LISTED_BAD_IMAGES])]
-    if len(bad_images) > LISTED_BAD_IMAGES:
-        lines.append(f"  ... and {len(bad_images) - LISTED_BAD_IMAGES} more")
+def _print_report(summary: str, notes: tuple[str, ...], left_out: list[str]) -> None:
+    lines = [summary, *notes, *(f"  {line}" for line in left_out[:LISTED_BAD_IMAGES])]
+    if len(left_out) > LISTED_BAD_IMAGES:
+        lines.append(f"  ... and {len(left_out) - LISTED_BAD_IMAGES} more")
     print("\n".join(lines), flush=True)

@@ -1,13 +1,12 @@
 """Reading every image of a source once, with all cores where that pays."""
 
 import contextlib
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .archives import ARCHIVE_ERRORS, METHODS, DataError, open_archive, open_member, printable, read_npy_header
 from .decode import BadImage, decode_rgb
-from .sources import DataError, Member, Source, open_archive, read_npy_header
+from .sources import Member, Source
 
 # An FFHQ photo at 1024 px takes 1.3 MB; far above that it is not a photo, and unpacking it could exhaust the memory.
 MAX_MEMBER_BYTES = 100 * 2**20
@@ -33,12 +33,17 @@ def map_images(source: Source, job: Callable[[np.ndarray], object]) -> Iterator[
     """
     if source.kind == "npz":
         yield from (job(pixels) for pixels in _read_npz(source))
-    elif sum(member.size for member in source.members) < IN_PROCESS_BYTES or available_cores() == 1:
+    elif decodable_bytes(source) < IN_PROCESS_BYTES or available_cores() == 1:
         with contextlib.ExitStack() as stack:
             read = _open_reader(source.path, source.kind, stack)
             yield from (_process(read, job, member) for member in source.members)
     else:
         yield from _map_in_processes(source, job)
+
+
+def decodable_bytes(source: Source) -> int:
+    """The size of what will be decoded, before it is: without members that claim to be larger than any image."""
+    return sum(member.size for member in source.members if member.size <= MAX_MEMBER_BYTES)
 
 
 def available_cores() -> int:
@@ -100,23 +105,29 @@ def _open_reader(path: Path, kind: str, stack: contextlib.ExitStack) -> Callable
 
         def read(name: str) -> bytes:
             try:
-                return archive.read(name)  # never more than the size in the archive's directory; checks the CRC
-            except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-                raise BadImage(f"cannot be unpacked ({error})") from None
+                info = archive.getinfo(name)
+                if info.compress_type not in METHODS:
+                    raise BadImage("packed by another method than deflate")
+                with archive.open(info) as file:
+                    # Bounded, for read() unpacks all there is before it cuts it to the size that the archive gives.
+                    # Reaching that size checks the CRC.
+                    return file.read(info.file_size + 1)
+            except ARCHIVE_ERRORS as error:
+                raise BadImage(f"cannot be unpacked ({printable(error)})") from None
 
     return read
 
 
 def _read_npz(source: Source) -> Iterator[np.ndarray]:
     # Streamed image by image: the array of the full set at 1024 px would not fit into memory.
-    with open_archive(source.path) as archive, archive.open(source.members[0].name) as file:
+    with open_archive(source.path) as archive, open_member(archive, source.members[0].name, source.path) as file:
         (count, *shape), _, _ = read_npy_header(file, source.path)
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         for _ in range(count):
             try:
                 data = file.read(size)
-            except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise DataError(f"{source.path} is damaged ({error}). Get or make it again.") from None
+            except ARCHIVE_ERRORS as error:
+                raise DataError(f"{source.path} is damaged ({printable(error)}). Get or make it again.") from None
             if len(data) != size:
                 raise DataError(f"{source.path} is cut short. Get or make it again.")
             yield np.frombuffer(data, np.uint8).reshape(shape)

@@ -1,13 +1,17 @@
 """Finding the images of a data set: in a folder, in a zip (read in place) or in an npz; and the ids that order them."""
 
+import math
 import os
 import re
 import stat
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+
+from .archives import DataError, open_archive, open_member, printable, read_npy_header
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -16,11 +20,9 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FFHQ_LAYOUTS = {"in-the-wild-images": 0, "thumbnails128x128": 128, "resized": 256, "images1024x1024": 1024}
 
 
+MAX_PIXELS = 89_478_485  # of one image: Pillow's limit for files, which counts for arrays too
+
 NEARLY_ALL = 0.99  # of a set's images: so many numbered ones make it a numbered set, and the others strays
-
-
-class DataError(Exception):
-    """A problem with the data that the user can mend; the message is one or two plain sentences that name the path."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,14 @@ def _scan_zip(path: Path) -> tuple[list[Member], list[str]]:
     members, refused = {}, []
     with open_archive(path) as archive:
         for info in archive.infolist():
-            if info.is_dir() or not info.filename.lower().endswith(IMAGE_EXTENSIONS):
-                continue
-            if _is_hostile(info):
-                refused.append(info.filename)
+            if info.orig_filename.lower().endswith(IMAGE_EXTENSIONS) and _is_hostile(info):
+                refused.append(info.orig_filename)  # the name before it is cut at a zero byte
             elif is_image_name(info.filename):
                 # A name that occurs twice means its last entry, as for every other zip tool.
                 members[info.filename] = Member(info.filename, info.file_size, info.CRC)
-    return list(members.values()), _passed_over(refused, "absolute path, '..', link or encrypted")
+            else:
+                _check_name(archive, info, path)
+    return list(members.values()), _passed_over(refused, "absolute path, '..', zero byte, link or encrypted")
 
 
 def _scan_npz(path: Path) -> Source:
@@ -146,35 +148,20 @@ def _scan_npz(path: Path) -> Source:
         for info in archive.infolist():
             if not info.filename.endswith(".npy"):
                 continue
-            with archive.open(info) as file:
+            with open_member(archive, info.filename, path) as file:
                 shape, fortran_order, dtype = read_npy_header(file, path)
+                header = file.tell()
             if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran_order:
-                found.append((Member(info.filename, info.file_size, info.CRC), shape[0]))
+                found.append((Member(info.filename, info.file_size, info.CRC), shape, header))
     if len(found) != 1:
         raise DataError(f"{path} holds {len(found)} uint8 arrays of shape (N, H, W, 3). It must hold exactly one.")
-    member, count = found[0]
-    return Source(path, "npz", (member,), tuple(range(count)), ())
-
-
-def open_archive(path: Path) -> zipfile.ZipFile:
-    """Opens a zip or npz for reading; DataError when it is not one or cannot be read."""
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
-        raise DataError(f"{path} is not a complete zip archive. Was its download cut short? Get it again.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
-
-
-def read_npy_header(file, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Reads the header of an .npy stream -> shape, whether in Fortran order, dtype; no pickle is ever loaded."""
-    try:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(file)
-        return np.lib.format.read_array_header_2_0(file)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} holds a broken array ({error}). Get or make it again.") from None
+    member, shape, header = found[0]
+    if shape[1] * shape[2] > MAX_PIXELS:
+        raise DataError(f"{path} holds images of {shape[2]}x{shape[1]} pixels, more than {MAX_PIXELS:,}.")
+    # Before anything is counted by it: the header can claim any number of images.
+    if math.prod(shape) != member.size - header:
+        raise DataError(f"{path} is cut short or damaged: its array is not as large as it says. Get or make it again.")
+    return Source(path, "npz", (member,), tuple(range(shape[0])), ())
 
 
 # --- names, numbers and layouts ----------------------------------------------------------------------------------
@@ -189,7 +176,19 @@ def _is_hostile(info: zipfile.ZipInfo) -> bool:
     name = _normalised(info.filename)
     is_link = stat.S_ISLNK(info.external_attr >> 16)
     is_encrypted = bool(info.flag_bits & 0x1)
-    return name.startswith("/") or name[1:2] == ":" or ".." in name.split("/") or is_link or is_encrypted
+    is_cut = "\0" in info.orig_filename
+    return name.startswith("/") or name[1:2] == ":" or ".." in name.split("/") or is_link or is_encrypted or is_cut
+
+
+def _check_name(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
+    # What is no image by its name is never read, which would compare the name with the other place that has it: a
+    # damaged one would leave the set smaller, and nothing would say so.
+    try:
+        archive.open(info).close()
+    except (zipfile.BadZipFile, struct.error, OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {printable(error)}. Get or make it again.") from None
+    except (NotImplementedError, RuntimeError):  # encrypted, or packed by some other method: no image of ours
+        pass
 
 
 def _numbers(names: list[str]) -> list[int] | None:
@@ -212,7 +211,7 @@ def _describe_clash(members: list[Member]) -> str:
     for name in sorted(member.name for member in members):
         number = int(re.search(r"\d+$", PurePosixPath(_normalised(name)).stem)[0])
         if number in first_with:
-            return f"{first_with[number]} and {name} have the same number."
+            return f"{printable(first_with[number])} and {printable(name)} have the same number."
         first_with[number] = name
     return "the images are numbered in two different ways."
 
@@ -230,4 +229,4 @@ def _choose_layout(members: list[Member], image_size: int) -> tuple[list[Member]
 def _passed_over(names: list[str], reason: str) -> list[str]:
     if not names:
         return []
-    return [f"Passed over {len(names)} ({reason}), the first is {min(names)!r}."]
+    return [f"Passed over {len(names)} ({reason}), the first is {printable(min(names))!r}."]

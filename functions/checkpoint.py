@@ -10,33 +10,26 @@ A checkpoint is a dict of
     scaler      the gradient scaler's state dict; empty without float16
 """
 
-import json
 import os
-import pickle
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from functions.file_checks import READ_ERRORS, CheckpointError, check_values, check_whole, short
+
 FORMAT = "ddpm-faces checkpoint 1"
+MOST_STEPS = 10**8  # file names have room for eight digits
+# What a training keeps in the part `run` to go on with, and samplers never look at
+PROGRESS = {
+    "window": {"loss_sum": float, "steps": int},
+    "bad_numbers": {"step": int, "skipped": int, "in_a_row": int},
+    "arithmetic": {"precision": str, "memory_format": str, "processor": str, "threads": int, "processes": int,
+                   "torch": str},
+}  # fmt: skip
 PARTS = {"config": dict, "run": dict, "model": dict, "ema": (dict, type(None)), "optimizer": dict, "scaler": dict}
-
-# What PyTorch's reader was seen to raise on files that are not whole or not checkpoints
-READ_ERRORS = (
-    OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-    pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error,
-)  # fmt: skip
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint or run that cannot be used; the message names the file and what is wrong with it."""
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -64,28 +57,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def save_checkpoint(path: Path, **parts: object) -> None:
     """Write a checkpoint; `parts` are those of this module's docstring but `format`."""
     assert parts.keys() == PARTS.keys(), f"a checkpoint has exactly the parts {list(PARTS)}"
-    write_whole(path, lambda file: torch.save({"format": FORMAT, **parts}, file))
-
-
-def check_whole(path: Path) -> None:
-    """Compare a checkpoint's bytes with the checksums in it: PyTorch's file is a zip archive with a CRC-32 a tensor.
-
-    PyTorch itself does not compare them when it reads: a flipped bit would become a wrong weight.
-
-    Raises:
-        CheckpointError: the file is missing, empty, truncated, damaged or no such archive.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path}: the file is empty")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except READ_ERRORS as error:
-        raise CheckpointError(f"{path}: the file is truncated, damaged or not a checkpoint") from error
-    if damaged:
-        raise CheckpointError(f"{path}: the file is damaged: {damaged} does not match its checksum")
+        write_whole(path, lambda file: torch.save({"format": FORMAT, **parts}, file))
+    except RuntimeError as error:  # PyTorch hides a full disk's error behind one of its own
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
@@ -104,79 +79,46 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     for name, kind in PARTS.items():
         if not isinstance(contents.get(name, 0), kind):
             raise CheckpointError(f"{path}: the checkpoint's part {name!r} is missing or malformed")
+    check_values(contents, path)
     check_run(contents["run"], path)
     return contents
 
 
 def check_run(run: dict, path: Path) -> None:
     """`CheckpointError` unless the part `run` says which run this is and where it stood."""
-    for name, kind in {"experiment": str, "step": int, "total_steps": int}.items():
-        if not isinstance(run.get(name), kind):
+    if not isinstance(run.get("experiment"), str):
+        raise CheckpointError(f"{path}: the checkpoint's part 'run' has no proper 'experiment'")
+    for name, most in {"total_steps": MOST_STEPS, "step": run.get("total_steps")}.items():
+        if type(run.get(name)) is not int or not 0 <= run[name] <= most:
             raise CheckpointError(f"{path}: the checkpoint's part 'run' has no proper {name!r}")
-
-
-def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict, dict]:
-    """What sampling needs, of a checkpoint or an exported .safetensors file.
-
-    Returns:
-        The weights (EMA's if the run has them), the config (as in a checkpoint), and the part `run` with
-        `weights` added: "EMA" or "raw".
-
-    Raises:
-        CheckpointError: as `load_checkpoint`.
-    """
-    if path.suffix == ".safetensors":
-        return load_exported(path, device)
-    contents = load_checkpoint(path, device)
-    which = "EMA" if contents["ema"] is not None else "raw"
-    return contents["ema" if which == "EMA" else "model"], contents["config"], {**contents["run"], "weights": which}
-
-
-def export_weights(path: Path, weights: dict[str, Tensor], config: dict, run: dict) -> None:
-    """Write what `load_weights` returned as safetensors, with config and run as JSON in its header."""
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: an exported file's name must end in .safetensors, by which it is known")
-    metadata = {"format": FORMAT, "config": json.dumps(config), "run": json.dumps(run)}
-    weights = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
-    write_whole(path, lambda file: file.write(save(weights, metadata)))
-
-
-def load_exported(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict, dict]:
-    """The inverse of `export_weights`."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: the file is empty, truncated or not safetensors") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: safetensors, but not exported by this project's sample.py")
-    try:
-        config, run = json.loads(metadata["config"]), json.loads(metadata["run"])
-        check_run(run, path)
-        return weights, config, run
-    except (KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its config does not read: {error}") from error
+    for name in PROGRESS.keys() & run.keys():
+        value = run[name]
+        if not isinstance(value, dict) or {key: type(item) for key, item in value.items()} != PROGRESS[name]:
+            raise CheckpointError(f"{path}: the checkpoint's part 'run' has no proper {name!r}")
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """`load_state_dict`, with what does not fit in one sentence; a model on the meta device takes the tensors over.
 
     Raises:
-        CheckpointError: a key, shape or dtype differs; names the first.
+        CheckpointError: as `check_fit`; the model is as it was.
     """
     own = model.state_dict()
-    if own.keys() != weights.keys():
-        odd = sorted(own.keys() ^ weights.keys())
-        raise CheckpointError(f"{path}: {len(odd)} weights are missing or unknown, {odd[0]!r} first")
+    check_fit(own, weights, path, "weights")
+    # As a plain dict, for a state dict out of a file may carry attributes that PyTorch would follow
+    model.load_state_dict(dict(weights), assign=next(iter(own.values())).is_meta)
+
+
+def check_fit(own: dict[str, Tensor], found: dict, path: Path, what: str) -> None:
+    """`CheckpointError` when a key, shape or dtype differs; names the first. `what` they are goes into the message."""
+    if own.keys() != found.keys():
+        odd = sorted(map(str, own.keys() ^ found.keys()))
+        raise CheckpointError(f"{path}: {len(odd)} {what} are missing or unknown, {short(odd[0])!r} first")
     for name, tensor in own.items():
-        found = weights[name]
-        if not isinstance(found, Tensor) or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            got = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+        value = found[name]
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
+            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise CheckpointError(f"{path}: {name} is {got}; the model has {tuple(tensor.shape)} {tensor.dtype}")
-    model.load_state_dict(weights, assign=next(iter(own.values())).is_meta)
 
 
 def restore(
@@ -184,26 +126,75 @@ def restore(
     path: Path,
     model: nn.Module,
     ema_model: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Adam,
     scaler: torch.amp.GradScaler,
 ) -> int:
     """Put a checkpoint's contents into the parts of a training, and return the number of steps done.
+
+    Of the optimiser only the state is taken: its settings are the program's, and must be what they were.
 
     Args:
         path: the run, for messages.
 
     Raises:
-        CheckpointError: something does not fit, named.
+        CheckpointError: something does not fit, named; all parts are as they were.
     """
-    load_into(model, contents["model"], path)
+    check_fit(model.state_dict(), contents["model"], path, "weights")
     if ema_model is not None:
         if contents["ema"] is None:
             raise CheckpointError(f"{path}: holds no EMA weights, but the run's config has an ema_decay")
+        check_fit(ema_model.state_dict(), contents["ema"], path, "EMA weights")
+    check_optimizer(contents["optimizer"], optimizer, model, path)
+    own_scaler = scaler.state_dict()
+    if own_scaler and contents["scaler"]:
+        check_scaler(contents["scaler"], own_scaler, path)
+    # Nothing has been changed so far, and nothing of what follows can fail
+    load_into(model, contents["model"], path)
+    if ema_model is not None:
         load_into(ema_model, contents["ema"], path)
-    try:
-        optimizer.load_state_dict(contents["optimizer"])
-        if contents["scaler"]:
-            scaler.load_state_dict(contents["scaler"])
-        return int(contents["run"]["step"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: the optimiser's state does not fit: {error}") from error
+    own_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": contents["optimizer"]["state"], "param_groups": own_groups})
+    if own_scaler and contents["scaler"]:
+        scaler.load_state_dict(contents["scaler"])
+    return contents["run"]["step"]
+
+
+def check_optimizer(saved: dict, optimizer: torch.optim.Adam, model: nn.Module, path: Path) -> None:
+    """`CheckpointError` unless a saved Adam has this one's settings, and moments for every parameter of the model."""
+    own_groups, groups = optimizer.state_dict()["param_groups"], saved.get("param_groups")
+    if not isinstance(groups, list) or [type(group) for group in groups] != [dict] * len(own_groups):
+        raise CheckpointError(f"{path}: the optimiser's 'param_groups' are missing or malformed")
+    for own, group in zip(own_groups, groups, strict=True):
+        for name in ("params", "betas", "eps", "weight_decay", "amsgrad", "maximize"):  # not lr, set in every step
+            if repr(group.get(name)) != repr(own[name]):
+                raise CheckpointError(
+                    f"{path}: the optimiser's {name!r} is {short(group.get(name))}; it must be {short(own[name])}"
+                )
+    state = saved.get("state")
+    if not isinstance(state, dict) or not all(isinstance(entry, dict) for entry in state.values()):
+        raise CheckpointError(f"{path}: the optimiser's 'state' is missing or malformed")
+    names, own, found = {}, {}, {}
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        names[i] = name
+        moments = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        own |= {f"{name}'s {moment}": like for moment, like in moments.items()}
+    for i, entry in state.items():
+        found |= {f"{names.get(i, i)}'s {short(moment)}": value for moment, value in entry.items()}
+    check_fit(own, found, path, "moments of the optimiser")
+    for name, value in found.items():
+        if not name.endswith("exp_avg") and value.numel() and value.min() < 0:  # its root would be no number
+            raise CheckpointError(f"{path}: {name} is negative")
+
+
+def check_scaler(saved: dict, own: dict, path: Path) -> None:
+    """`CheckpointError` unless a saved gradient scaler has this one's settings, and a scale that scales."""
+    for name in sorted(own.keys() | saved.keys(), key=str):
+        value = saved.get(name)
+        if name == "scale":
+            proper = type(value) is float and 0 < value < float("inf")
+        elif name == "_growth_tracker":
+            proper = type(value) is int and 0 <= value < own["growth_interval"]
+        else:
+            proper = name in own and repr(value) == repr(own[name])
+        if not proper:
+            raise CheckpointError(f"{path}: the gradient scaler's {short(name)!r} is {short(value)}, which cannot be")

@@ -1,6 +1,5 @@
 """Checkpoints and run folders: what is written comes back, and what is damaged is named."""
 
-import json
 import os
 import pickle
 
@@ -8,16 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from functions import run_folder
 from functions.checkpoint import (
     CheckpointError,
-    export_weights,
     load_checkpoint,
     load_into,
-    load_weights,
     save_checkpoint,
     write_whole,
 )
+from functions.export import export_weights, load_weights
 
 
 def parts(ema=True):
@@ -143,39 +140,3 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
         write_whole(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def make_run(runs, name, steps, total=100):
-    (runs / name / "checkpoints").mkdir(parents=True)
-    (runs / name / "config.json").write_text(json.dumps({"experiment": name[:-16], "run": {"total_steps": total}}))
-    for step in steps:
-        run_folder.checkpoint_path(runs / name, step).touch()
-
-
-def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
-    make_run(tmp_path, "faces-20260101-000000", [100])
-    make_run(tmp_path, "ffhq-full-20260102-000000", [50, 9, 60])
-    make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
-    make_run(tmp_path, "faces-20260103-000000", [])  # just started
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / ".step-00000070.pt.1.tmp").touch()
-    newest = run_folder.newest_checkpoint(tmp_path)
-    assert newest == tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / "step-00000060.pt"
-    assert run_folder.newest_checkpoint(tmp_path, "faces").parent.parent.name == "faces-20260101-000000"
-    assert run_folder.newest_unfinished(tmp_path, "ffhq-full").name == "ffhq-full-20260102-000000"
-    for finished in ("faces", "ffhq", "ffhq-run1"):  # "ffhq" is a prefix, not an experiment
-        with pytest.raises(CheckpointError, match="no unfinished run"):
-            run_folder.newest_unfinished(tmp_path, finished)
-    with pytest.raises(CheckpointError, match="cifar"):
-        run_folder.newest_checkpoint(tmp_path, "cifar")
-    with pytest.raises(CheckpointError, match="no run"):
-        run_folder.newest_checkpoint(tmp_path / "missing")
-    run_folder.keep_newest(tmp_path / "ffhq-full-20260102-000000", 2)
-    kept = run_folder.checkpoints_of(tmp_path / "ffhq-full-20260102-000000")
-    assert [run_folder.step_of(path) for path in kept] == [50, 60]
-
-
-def test_a_run_folder_is_never_used_twice(tmp_path):
-    first, second = run_folder.create_run(tmp_path, "faces"), run_folder.create_run(tmp_path, "faces")
-    assert first != second
-    assert run_folder.runs_of(tmp_path) == [first, second]
