@@ -4,6 +4,7 @@ Edit EXPERIMENTS or add to it, or override any field for one run: `python train.
 A config that could not work is refused when it is made, with a sentence that says what would fit.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import get_type_hints
 
@@ -14,10 +15,15 @@ class ConfigError(ValueError):
 
 # Book-keeping: what may also change when a run is resumed, as it does not touch the weights.
 BOOK_KEEPING = (
-    "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
-    "validation_samples", "grid_images", "grid_steps",
+    "log_every", "validate_every", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
+    "keep_every", "max_skipped_steps", "validation_samples", "bits_per_dim_every", "bits_per_dim_images",
+    "grid_images", "grid_steps",
 )  # fmt: skip
-COUNTS = ("batch_size", "gradient_accumulation", "epochs", *BOOK_KEEPING)  # fields that are at least 1
+MAY_BE_ZERO = ("warmup_steps", "max_bad_images", "seed", "keep_every", "checkpoint_minutes", "bits_per_dim_every")
+# Far above any use; beyond, tables and layers would take all memory, and numbers would not fit their types.
+LARGEST = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14}
+LARGEST_INT = 2**63 - 1  # of all others, the seed among them
+COUNTS = {"batch_size", "gradient_accumulation", "epochs", *BOOK_KEEPING} - {*MAY_BE_ZERO}  # fields that are at least 1
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,20 @@ class DiffusionConfig:
     ema_decay: float = 0.9999  # of the weights' average, per step; 0: no average, samples use the raw weights
     precision: str = "auto"  # of the network: "float32", "bfloat16", "float16", or the fastest that the hardware has
     seed: int = 0  # of everything that is drawn
+    deterministic: bool = False  # on CUDA take only kernels that repeat bit for bit, which are slower; the CPU's do
 
     # Book-keeping, in steps; none of it changes the weights
     log_every: int = 50  # a row of metrics.csv
     validate_every: int = 800  # validation loss, raw and EMA weights, and losses.png
     sample_every: int = 4000  # a sample grid
     checkpoint_every: int = 800  # a checkpoint to resume and sample from
+    checkpoint_minutes: float = 30.0  # one also when the last is so old; 0: no
     keep_checkpoints: int = 3  # newest ones kept
+    keep_every: int = 0  # those of every so many steps are kept for good; 0: none
+    max_skipped_steps: int = 20  # in a row, as their loss or gradients were not finite numbers, before the run stops
     validation_samples: int = 1000  # held-out (image, t, noise) triples in a validation, the same each time
+    bits_per_dim_every: int = 0  # epochs between measurements of the variational bound (evaluate.py); 0: none
+    bits_per_dim_images: int = 64  # held-out images for it, each of which takes 36 network calls with 1000 timesteps
     grid_images: int = 16  # images in a sample grid while training
     grid_steps: int = 50  # DDIM steps for it, at most timesteps_diff: a quick look; sample.py takes all T
 
@@ -65,8 +77,8 @@ class DiffusionConfig:
         check_types(self)
         for name in COUNTS:
             require(getattr(self, name) >= 1, self, name, "at least 1")
-        for name in ("warmup_steps", "max_bad_images", "seed"):
-            require(getattr(self, name) >= 0, self, name, "0 or more")
+        for name in MAY_BE_ZERO:
+            require(0 <= getattr(self, name) < float("inf"), self, name, "0 or more")
         require(bool(self.dataset_name), self, "dataset_name", "a data set's name or the path to a folder or zip")
         require(0 < self.learning_rate <= 1, self, "learning_rate", "above 0 and at most 1, such as 3e-5")
         require(self.timesteps_diff >= 2, self, "timesteps_diff", "at least 2; the paper has 1000")
@@ -114,7 +126,9 @@ class ModelConfig:
             self, "base_dim", "even and at least 4, for the time embedding's pairs of sine and cosine",
         )  # fmt: skip
         multipliers = self.dim_multiply
-        require(len(multipliers) > 0 and min(multipliers) >= 1, self, "dim_multiply", "a list of positive integers")
+        fitting = "a list of positive integers, at most 15 of them and each at most 1,024"
+        positive = 0 < len(multipliers) <= 15 and min(multipliers) >= 1 and max(multipliers) <= 1024
+        require(positive, self, "dim_multiply", fitting)
         halved = self.image_size // self.lowest_resolution_size
         require(
             self.image_size == halved * self.lowest_resolution_size and halved & (halved - 1) == 0 and halved > 0,
@@ -129,9 +143,9 @@ class ModelConfig:
         for level in self.transformer_layers:
             fitting = f"levels between 0 and {len(multipliers) - 1}, as dim_multiply has {len(multipliers)}"
             require(0 <= level < len(multipliers), self, "transformer_layers", fitting)
-        for dim in self.dims:
+        if math.gcd(*self.dims) % self.norm_groups:
             fitting = f"a divisor of every level's channels {list(self.dims)}: one of {common_divisors(self.dims)}"
-            require(dim % self.norm_groups == 0, self, "norm_groups", fitting)
+            require(False, self, "norm_groups", fitting)
         require(0 <= self.dropout < 1, self, "dropout", "at least 0 and below 1")
 
     @property
@@ -151,6 +165,28 @@ class Experiment:
         """A copy with some fields replaced, checked again."""
         return Experiment(replace(self.diffusion, **diffusion), replace(self.model, **model))
 
+    def resumed(self, diffusion: dict, model: dict) -> "Experiment":
+        """As `override`, for a run that goes on: `ConfigError` names the fields that it cannot change.
+
+        batch_size and gradient_accumulation may change if their product does not: that is for another GPU's memory.
+        """
+        changed = self.override(diffusion, model)
+        may_change = {f"diffusion.{field}" for field in RESUMABLE_FIELDS}
+        if changed.diffusion.effective_batch == self.diffusion.effective_batch:
+            may_change |= {"diffusion.batch_size", "diffusion.gradient_accumulation"}
+        fixed = self.differences(changed).keys() - may_change
+        if fixed:
+            raise ConfigError(f"a resumed run cannot change {', '.join(sorted(fixed))}; start a new run for that")
+        return changed
+
+    def differences(self, other: "Experiment") -> dict[str, tuple]:
+        """The fields that differ: {"diffusion.epochs": (own value, the other's), ...}."""
+        own, others = self.to_dict(), other.to_dict()
+        return {
+            f"{part}.{field}": (value, others[part][field])
+            for part in own for field, value in own[part].items() if value != others[part][field]
+        }  # fmt: skip
+
     def to_dict(self) -> dict:
         """Plain containers, for JSON and checkpoints."""
         return asdict(self)
@@ -161,7 +197,7 @@ class Experiment:
         try:
             return Experiment(DiffusionConfig(**config["diffusion"]), ModelConfig(**config["model"]))
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"the saved config does not fit this version: {error}") from error
+            raise ConfigError(f"the saved config does not fit this version: {str(error)[:200]}") from error
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant."""
@@ -179,7 +215,8 @@ class Experiment:
 
 def common_divisors(numbers: tuple[int, ...]) -> list[int]:
     """All positive integers that divide every number."""
-    return [d for d in range(1, min(numbers) + 1) if all(number % d == 0 for number in numbers)]
+    divisor = math.gcd(*numbers)
+    return [d for d in range(1, divisor + 1) if divisor % d == 0]
 
 
 def check_types(config: DiffusionConfig | ModelConfig) -> None:
@@ -187,6 +224,10 @@ def check_types(config: DiffusionConfig | ModelConfig) -> None:
     for name, wanted in get_type_hints(type(config)).items():
         value = getattr(config, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
+        ints = value if isinstance(value, (list, tuple)) else [value]
+        largest = LARGEST.get(name, LARGEST_INT)
+        for item in ints:
+            require(not isinstance(item, int) or abs(item) <= largest, config, name, f"at most {largest:,}")
         if wanted is float and whole:
             object.__setattr__(config, name, float(value))  # how a frozen dataclass sets itself up
         elif wanted == tuple[int, ...]:
@@ -201,7 +242,16 @@ def check_types(config: DiffusionConfig | ModelConfig) -> None:
 def require(fits: bool, config: DiffusionConfig | ModelConfig, field: str, fitting: str) -> None:
     """`ConfigError` unless it fits."""
     if not fits:
-        raise ConfigError(f"{type(config).__name__}: {field} is {getattr(config, field)!r}; it must be {fitting}")
+        raise ConfigError(f"{type(config).__name__}: {field} is {shown(getattr(config, field))}; it must be {fitting}")
+
+
+def shown(value: object) -> str:
+    """A value in a message, cut where it would fill the screen."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, which Python does not print
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def resolutions(model: ModelConfig) -> str:

@@ -1,5 +1,7 @@
 """Device, precision and memory layout: what the hardware really has, asked when a run starts."""
 
+import os
+import platform
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -14,24 +16,32 @@ class DeviceError(ValueError):
     """The device or precision asked for is not there; the message says what is."""
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     """ "auto" (CUDA, then Apple's MPS, then the CPU) or a device by name, such as "cuda:1".
+
+    Args:
+        index: the GPU when the name gives none: each process of several takes its own.
 
     Raises:
         DeviceError: there is no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
+        name = next(kind for kind, there in available.items() if there)
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and index is not None:
+            device = torch.device("cuda", index)
     except RuntimeError as error:
         raise DeviceError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
     if not available.get(device.type):
         there = ", ".join(kind for kind, there in available.items() if there)
         raise DeviceError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {there}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        there = f"there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+        raise DeviceError(f"device is {str(device)!r}, but {there}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what has no device of its own, such as pinned memory, would go to the first GPU
     return device
 
 
@@ -71,6 +81,50 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def choose_memory_format(device: torch.device) -> torch.memory_format:
-    """The layout to train in: channels_last on CUDA; on 2 CPU cores it was no faster (9.4 against 9.2 ms an image)."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+def choose_arithmetic(
+    precision: str, device: torch.device, saved: dict[str, str]
+) -> tuple[torch.dtype, torch.memory_format]:
+    """Precision and memory layout to train in: those that a resumed run was started with, if the device has them.
+
+    Otherwise `choose_precision`'s, and channels_last on CUDA alone: on 2 CPU cores it was no faster (9.4 against 9.2 ms
+    an image).
+
+    Args:
+        precision: the config's.
+        saved: what `arithmetic` gave when the run was started; empty for a new one.
+    """
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    if not saved:
+        return choose_precision(precision, device), layout
+    layouts = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
+    try:
+        dtype = choose_precision(saved["precision"], device)
+    except DeviceError:  # float16, and now there is no CUDA
+        dtype = choose_precision("auto", device)
+    return dtype, layouts.get(saved["memory_format"], layout)
+
+
+def set_deterministic(deterministic: bool) -> None:
+    """With True PyTorch takes only kernels that give the same bits every time, and raises where it has none."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for that
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def arithmetic(
+    device: torch.device, precision: torch.dtype, memory_format: torch.memory_format, processes: int
+) -> dict[str, str | int]:
+    """All that decides in which order and precision numbers are added, beside the code: plain values for a checkpoint.
+
+    A resumed run is bit for bit the one that was not stopped only where all of these are the same.
+    """
+    on_cpu = device.type == "cpu"
+    return {
+        "precision": str(precision).removeprefix("torch."),
+        "memory_format": str(memory_format).removeprefix("torch."),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda"
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type,
+        "threads": torch.get_num_threads() if on_cpu else 0,
+        "processes": processes,
+        "torch": str(torch.__version__),  # which is no plain string
+    }  # fmt: skip

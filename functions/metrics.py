@@ -1,6 +1,8 @@
 """A run's numbers: metrics.csv for people and scripts, TensorBoard for watching, one source for both."""
 
 import csv
+import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +20,11 @@ COLUMNS = (
     "loss",  # training loss, the mean of the steps since the row before
     "val_loss",  # on held-out images, raw weights; empty where it was not measured
     "val_loss_ema",  # the same, EMA weights
+    "bits_per_dim",  # variational bound on held-out images, EMA weights if there are any; empty likewise
     "grad_norm",  # of the last step, before clipping
     "learning_rate",
     "images_per_second",  # training alone, without validation and samples
+    "skipped_steps",  # so far, as their loss or gradients were not finite numbers
 )
 
 
@@ -51,6 +55,11 @@ class MetricsLog:
                 self.tensorboard.add_scalar(column, value, values["step"])
         self.tensorboard.flush()
 
+    def flush(self) -> None:
+        """Wait until every row is on the disk, where a power cut leaves it."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+
     def __enter__(self) -> "MetricsLog":
         return self
 
@@ -59,9 +68,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.csv, as numbers; None where a cell is empty."""
+    """The rows of a metrics.csv, as numbers; None where a cell is empty. A last row cut short is left out."""
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+        whole = [line for line in file if line.endswith("\n")]
+    rows = [row for row in csv.DictReader(whole) if None not in row.values()]
     parse = {"step": int}
     return [{name: parse.get(name, float)(cell) if cell else None for name, cell in row.items()} for row in rows]
 
@@ -74,30 +84,34 @@ class TrainingWindow:
     """Loss and speed of the steps since the last row of metrics; the device is not waited for until `read`.
 
     Args:
-        loss_sum, images: where a resumed run's window stood, as `state` gave it; their time is not known.
+        images_a_step: the effective batch.
+        loss_sum, steps: where a resumed run's window stood, as `state` gave it; their time is not known.
     """
 
-    def __init__(self, device: torch.device, loss_sum: float = 0.0, images: int = 0):
-        self.loss_sum, self.images, self.images_timed = torch.tensor(loss_sum, device=device), images, 0
+    def __init__(self, device: torch.device, images_a_step: int, loss_sum: float = 0.0, steps: int = 0):
+        self.loss_sum, self.steps = (torch.tensor(float(value), device=device) for value in (loss_sum, steps))
+        self.images_a_step, self.steps_timed = images_a_step, 0
         self.seconds, self.clock = 0.0, time.perf_counter()
 
     def state(self) -> dict[str, float]:
         """What a checkpoint between two rows has to remember, so that a resumed run's next row misses no step."""
-        return {"loss_sum": self.loss_sum.item(), "images": self.images}
+        return {"loss_sum": self.loss_sum.item(), "steps": int(self.steps.item())}
 
-    def add(self, losses: Tensor) -> None:
-        """The losses (B,) of a forward pass."""
-        self.loss_sum += losses.sum()
-        self.images += len(losses)
-        self.images_timed += len(losses)
+    def add(self, loss: Tensor, skipped: Tensor) -> None:
+        """A step's loss (), summed over its images; one that was skipped (1, not 0) does not count."""
+        self.loss_sum += torch.where(skipped > 0, 0.0, loss)
+        self.steps += 1 - skipped
+        self.steps_timed += 1
 
     def read(self) -> dict[str, float]:
-        """The mean loss of an image, and the images a second; starts the next window."""
-        loss = self.loss_sum.item() / self.images  # waits for the device, so the clock below is right
+        """The mean loss of an image, nan if all steps were skipped, and the images a second; starts the next window."""
+        steps = self.steps.item()  # waits for the device, so the clock below is right
+        loss = self.loss_sum.item() / (steps * self.images_a_step) if steps else math.nan
         self.seconds += time.perf_counter() - self.clock
-        row = {"loss": loss, "images_per_second": self.images_timed / self.seconds}
+        row = {"loss": loss, "images_per_second": self.steps_timed * self.images_a_step / self.seconds}
         self.loss_sum.zero_()
-        self.images = self.images_timed = 0
+        self.steps.zero_()
+        self.steps_timed = 0
         self.seconds, self.clock = 0.0, time.perf_counter()
         return row
 

@@ -5,14 +5,27 @@ metrics.csv     one row every `log_every` steps; the same numbers as TensorBoard
 losses.png      the curves of metrics.csv
 samples/        grids made while training, by step
 checkpoints/    step-00001000.pt, ...
+.lock           held by the process that trains; holds its number
 """
 
 import json
+import os
 import re
+import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from functions.checkpoint import CheckpointError, write_whole
+from functions.checkpoint import CheckpointError, check_whole, write_whole
+
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings in one run folder are not noticed there
+    fcntl = None
+
+Contents = TypeVar("Contents")
 
 RUN_NAME = re.compile(r"(?P<experiment>.+)-(?P<time>\d{8}-\d{6})")
 CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{8})\.pt")
@@ -45,10 +58,42 @@ def step_of(checkpoint: Path) -> int:
     return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)["step"])
 
 
-def keep_newest(run: Path, count: int) -> None:
-    """Delete all but the run's `count` newest checkpoints."""
-    for path in checkpoints_of(run)[:-count]:
-        path.unlink()
+def keep(run: Path, done: int, count: int, every: int) -> None:
+    """Delete old checkpoints: all but the `count` newest, and those of every `every`-th step (0: none).
+
+    Those beyond step `done` are not counted: a resumed run leaves them when they are damaged, and writes them anew.
+    """
+    for path in [path for path in checkpoints_of(run) if step_of(path) <= done][:-count]:
+        if every == 0 or step_of(path) % every:
+            path.unlink()
+
+
+@contextmanager
+def locked(run: Path, doing: str = "training", leftovers: str = "**/.*.tmp") -> Iterator[None]:
+    """Hold a folder for one process; the system gives it free when the process ends, however it ends.
+
+    Args:
+        doing: what is to be done in it, for messages.
+        leftovers: files of a process that was killed while it wrote, by their pattern; they are deleted.
+
+    Raises:
+        CheckpointError: another process is at work in it.
+    """
+    with open(run / ".lock", "a+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise CheckpointError(f"{run}: process {file.read() or '?'} is {doing} in this folder already") from error
+        except OSError as error:  # some network disks have no locks
+            print(f"warning: {run} cannot be locked ({error.strerror}): start nothing else in it")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        for leftover in run.glob(leftovers):
+            leftover.unlink(missing_ok=True)
+        yield
 
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
@@ -58,21 +103,21 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
     return [path for _, path in sorted(named)]
 
 
-def newest_checkpoint(runs: Path, prefix: str = "") -> Path:
-    """The newest checkpoint of the newest run that has one.
+def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
+    """The checkpoints, newest first, of the newest run that has any.
 
     Raises:
         CheckpointError: there is none.
     """
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
-            return checkpoints_of(run)[-1]
+            return find_checkpoints(run)
     what = f"run of an experiment {prefix}*" if prefix else "run"
     raise CheckpointError(f"{runs}: no {what} with a checkpoint here yet; train one first, or name a checkpoint")
 
 
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint file as it is, or a run folder's newest checkpoint.
+def find_checkpoints(path: Path) -> list[Path]:
+    """A checkpoint file as it is, or a run folder's checkpoints, newest first.
 
     Raises:
         CheckpointError: nothing there, or a folder without checkpoints.
@@ -81,10 +126,37 @@ def find_checkpoint(path: Path) -> Path:
         found = checkpoints_of(path)
         if not found:
             raise CheckpointError(f"{path}: no checkpoint in this folder (a run folder has them in checkpoints/)")
-        return found[-1]
+        return found[::-1]
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    return path
+    return [path]
+
+
+def first_sound(candidates: Sequence[Path], read: Callable[[Path], Contents]) -> tuple[Path, Contents]:
+    """The first checkpoint that reads, and what was read; for each one passed over, a loud line.
+
+    Raises:
+        CheckpointError: the last one's, when none does.
+    """
+    for path, following in zip(candidates, [*candidates[1:], None], strict=True):
+        try:
+            return path, read(path)
+        except CheckpointError as error:
+            if following is None:
+                raise
+            print(f"WARNING: DAMAGED CHECKPOINT: {error}. Taking the one before it: {following}", file=sys.stderr)
+    raise AssertionError("there must be candidates")
+
+
+def last_checkpoint(run: Path) -> str:
+    """The newest checkpoint whose checksums are right, for messages."""
+    for path in reversed(checkpoints_of(run)):
+        try:
+            check_whole(path)
+            return str(path)
+        except CheckpointError:
+            continue
+    return "there is none yet"
 
 
 def newest_unfinished(runs: Path, experiment: str) -> Path:
@@ -113,7 +185,9 @@ def read_config(run: Path) -> dict:
         raise CheckpointError(f"{run} is not a run folder; `NAME --resume` takes the newest unfinished run of NAME")
     try:
         contents = json.loads((run / "config.json").read_text())
-        contents["experiment"], contents["run"]["total_steps"]  # they must be there
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sound = isinstance(contents["experiment"], str) and type(contents["run"]["total_steps"]) is int
+        if not sound:
+            raise ValueError("experiment or total_steps is of another type")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{run / 'config.json'}: missing or damaged, so this is not a usable run") from error
     return contents

@@ -1,12 +1,13 @@
-"""Stopping a run: from outside by signals, between two steps, and when its numbers are lost."""
+"""Stopping a run: by signals, between two steps; and errors that end it, with what to do."""
 
-import math
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from functions.run_folder import checkpoints_of
+from functions.run_folder import last_checkpoint
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -36,22 +37,18 @@ class StopSignals:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
 
-    def farewell(self, run: Path) -> int:
-        """Say that the run was saved and how it goes on; returns the exit code."""
-        print(f"stopped by {self.received}, saved; go on with: python train.py --resume {run}")
-        return EXIT_STOPPED
-
 
 class TrainingError(RuntimeError):
     """A run that must not go on; the message says why and what to do."""
 
 
-def stop_unless_finite(loss: float, step: int, learning_rate: float, run: Path) -> None:
-    """`TrainingError` when the loss is infinite or not a number, before such weights replace a good checkpoint."""
-    if math.isfinite(loss):
-        return
-    saved = checkpoints_of(run)
-    raise TrainingError(
-        f"the loss is {loss} near step {step} (learning rate {learning_rate:.3g}); the last checkpoint is "
-        f"{saved[-1] if saved else 'not there yet'}: lower the learning rate, clip gradients, or train in float32"
-    )
+@contextmanager
+def failed_writes_explained(run: Path) -> Iterator[None]:
+    """Turn an error of the file system, a full disk above all, into a `TrainingError` that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{run} cannot be written to: {error.strerror or error}. Last good checkpoint: {last_checkpoint(run)}. "
+            f"When that is mended, go on with: python train.py --resume {run}"
+        ) from error

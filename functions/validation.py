@@ -10,6 +10,7 @@ from functions.device import autocast
 from functions.draws import generator_of
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.processes import ALONE, Processes
 
 
 @torch.no_grad()
@@ -22,6 +23,7 @@ def validation_loss(
     batch_size: int,
     seed: int,
     precision: torch.dtype,
+    processes: Processes = ALONE,
 ) -> float:
     """Mean loss (Eq. 14) over fixed triples (image, t, noise): smooth over a run, and comparable between runs.
 
@@ -32,13 +34,14 @@ def validation_loss(
         x_0_of: image indices (B,) -> (B, C, H, W) float32 in [-1, 1], on the model's device.
         indices: the held-out images.
         samples: how many triples.
+        processes: those that share the work; each takes some of the batches, and all get the mean.
     """
     order = torch.randperm(samples, generator=generator_of("cpu", seed, "validation t"))
     all_t = (2 * order + 1) * scheduler.timesteps // (2 * samples)  # the middle of each of `samples` strata
     all_images = indices[np.arange(samples) * len(indices) // samples]
     training, total = model.training, 0.0
     model.eval()
-    for start in range(0, samples, batch_size):
+    for start in range(0, samples, batch_size)[processes.rank :: processes.count]:
         x_0 = x_0_of(all_images[start : start + batch_size])
         t = all_t[start : start + batch_size].to(x_0.device)
         noise = torch.stack([
@@ -48,4 +51,4 @@ def validation_loss(
         with autocast(x_0.device, precision):
             total += noise_prediction_loss(model, scheduler, x_0, t, noise).sum().item()
     model.train(training)
-    return total / samples
+    return processes.sum_(torch.tensor(total, dtype=torch.float64)).item() / samples

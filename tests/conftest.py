@@ -35,8 +35,13 @@ def few_threads():
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """A folder of 50 simple pictures, 20 x 20: a disc of one colour on another."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """A folder of 50 simple pictures."""
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def draw_pictures(folder: Path) -> Path:
+    """Fill a folder with 50 simple pictures, 20 x 20: a disc of one colour on another."""
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:20, :20]
     for i in range(50):

@@ -53,7 +53,7 @@ def test_cuda_where_there_is_none(main, tiny_run):
         ("train.py", ["fases"], "there is no experiment 'fases'; there are faces, ffhq-run1"),
         ("train.py", ["--batchsize", "3"], "unrecognized arguments: --batchsize"),
         ("train.py", ["--diffusion.batch-size", "many"], "--diffusion.batch-size: invalid int value: 'many'"),
-        ("sample.py", ["--n", "0"], "--n: '0' is not an integer of at least 1"),
+        ("sample.py", ["--n", "0"], "--n/-n: '0' is not an integer of at least 1"),
         ("sample.py", ["--eta", "2"], "--eta: '2' is not a number from 0 to 1"),
         ("sample.py", ["nothing.pt"], "nothing.pt: there is no such file"),
         ("sample.py", ["README.md"], "README.md: the file is truncated, damaged or not a checkpoint"),

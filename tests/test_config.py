@@ -36,6 +36,22 @@ def test_ffhq_runs_are_those_of_the_reference():
     assert {EXPERIMENTS[name].model.dropout for name in runs} == {0}
 
 
+def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
+    faces = EXPERIMENTS["faces"]
+    changed = faces.override({"epochs": 3, "log_every": 7}, {"dropout": 0.1})
+    assert faces.differences(changed) == {
+        "diffusion.epochs": (70, 3), "diffusion.log_every": (25, 7), "model.dropout": (0.0, 0.1),
+    }  # fmt: skip
+    assert faces.differences(faces) == {}
+    smaller = {"batch_size": 4, "gradient_accumulation": 4, "keep_every": 5, "checkpoint_minutes": 1.0}
+    assert faces.resumed(smaller, {}).diffusion.batch_size == 4
+    for wrong, named in (({"batch_size": 4}, "diffusion.batch_size"), ({"seed": 1}, "diffusion.seed")):
+        with pytest.raises(ConfigError, match=f"cannot change {named};"):
+            faces.resumed(wrong, {})
+    with pytest.raises(ConfigError, match=r"cannot change model\.dropout"):
+        faces.resumed({"epochs": 99}, {"dropout": 0.1})
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_survive_json_like_containers(name):
     assert Experiment.from_dict(EXPERIMENTS[name].to_dict()) == EXPERIMENTS[name]
@@ -78,6 +94,11 @@ def test_the_contracts_fields_come_first_and_the_rest_have_defaults():
         ("seed", -1, "0 or more"),
         ("log_every", 0, "at least 1"),
         ("keep_checkpoints", 0, "at least 1"),
+        ("keep_every", -1, "0 or more"),
+        ("checkpoint_minutes", -1.0, "0 or more"),
+        ("checkpoint_minutes", float("nan"), "0 or more"),
+        ("max_skipped_steps", 0, "at least 1"),
+        ("deterministic", 1, "a bool"),
     ],
 )
 def test_a_diffusion_field_that_does_not_fit(field, value, what_fits):

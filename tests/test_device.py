@@ -8,7 +8,7 @@ import torch
 import sample
 import train
 from functions import device as device_module
-from functions.device import DeviceError, autocast, choose_device, choose_memory_format, choose_precision
+from functions.device import DeviceError, arithmetic, autocast, choose_arithmetic, choose_device, choose_precision
 from functions.draws import training_draws
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
@@ -35,7 +35,11 @@ def test_unknown_devices_are_refused(name):
 def test_a_gpu_number_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert choose_device("cuda:1").index == 1
+    assert [choose_device(name, index=1).index for name in ("auto", "cuda", "cuda:0")] == [1, 1, 0]
+    assert chosen == [torch.device("cuda", index) for index in (1, 1, 1, 0)]
     with pytest.raises(DeviceError, match="2 CUDA devices"):
         choose_device("cuda:2")
 
@@ -91,9 +95,18 @@ def test_network_and_schedule_agree_with_the_cpu():
     draws = training_draws(0, 0, 8, (3, 16, 16), 1000, CPU)
     x_0 = torch.rand(8, 3, 16, 16) * 2 - 1
     on_cpu = noise_prediction_loss(model, scheduler, x_0, draws.t, draws.noise)
-    model.to(CUDA, memory_format=choose_memory_format(CUDA))
+    model.to(CUDA, memory_format=choose_arithmetic("auto", CUDA, {})[1])
     on_gpu = noise_prediction_loss(model, scheduler.to(CUDA), x_0.cuda(), draws.t.cuda(), draws.noise.cuda())
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-4)
+
+
+def test_a_resumed_run_keeps_the_arithmetic_that_it_was_started_with():
+    for dtype, layout in ((torch.bfloat16, torch.channels_last), (torch.float32, torch.contiguous_format)):
+        saved = arithmetic(CPU, dtype, layout, 1)
+        assert choose_arithmetic("auto", CPU, saved) == (dtype, layout)
+    from_a_gpu = {**saved, "precision": "float16"}  # which the CPU is not trained in
+    assert choose_arithmetic("float32", CPU, from_a_gpu)[0] == choose_precision("auto", CPU)
+    assert choose_arithmetic("float32", CPU, {}) == (torch.float32, torch.contiguous_format)
 
 
 @needs_cuda

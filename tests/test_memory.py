@@ -38,7 +38,7 @@ def test_what_is_kept_is_counted_exactly():
 def test_the_parts_add_up():
     model = UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2)
     weights = 4 * sum(p.numel() for p in model.parameters())
-    parts = training_memory(model, NoiseScheduler(1000), 4, 16, True, torch.float32, CPU, baseline=1000)
+    parts = training_memory(model, NoiseScheduler(1000), 16, True, torch.float32, CPU, baseline=1000)(4)
     assert parts["weights"] == parts["gradients"] == parts["EMA"] == parts["Adam"] / 2 == weights
     assert parts["Python and PyTorch"] == 1000
     four = kept_for_backward(model, NoiseScheduler(1000), 4, torch.float32, CPU)

@@ -161,27 +161,41 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
 
 
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
-    now = [100.0]
+    now, counts, skipped = [100.0], torch.tensor(0.0), torch.tensor(1.0)
     monkeypatch.setattr("functions.metrics.time.perf_counter", lambda: now[0])
-    window = TrainingWindow(torch.device("cpu"))
-    window.add(torch.tensor([1.0, 2.0]))
+    window = TrainingWindow(torch.device("cpu"), 2)
+    window.add(torch.tensor(3.0), counts)
     now[0] += 2
     with window.paused():
         now[0] += 50
-    window.add(torch.tensor([6.0]))
+    window.add(torch.tensor(math.nan), skipped)  # took its time, but its loss does not count
+    window.add(torch.tensor(6.0), counts)
     now[0] += 1
-    assert window.read() == {"loss": 3.0, "images_per_second": 1.0}
-    window.add(torch.tensor([4.0]))
+    assert window.read() == {"loss": 9 / 4, "images_per_second": 2.0}
+    window.add(torch.tensor(4.0), counts)
     now[0] += 0.5
     with window.paused():  # as the training loop reads it
-        assert window.read() == {"loss": 4.0, "images_per_second": 2.0}
+        assert window.read() == {"loss": 2.0, "images_per_second": 4.0}
         now[0] += 9
-    window.add(torch.tensor([1.0, 1.0]))
+    window.add(torch.tensor(2.0), counts)
     now[0] += 1
-    resumed = TrainingWindow(torch.device("cpu"), **window.state())
-    resumed.add(torch.tensor([7.0]))
+    resumed = TrainingWindow(torch.device("cpu"), 2, **window.state())
+    resumed.add(torch.tensor(7.0), counts)
     now[0] += 0.5
-    assert resumed.read() == {"loss": 3.0, "images_per_second": 2.0}
+    assert resumed.read() == {"loss": 9 / 4, "images_per_second": 4.0}
+    resumed.add(torch.tensor(math.inf), skipped)
+    now[0] += 1
+    assert math.isnan(resumed.read()["loss"])
+
+
+def test_a_row_that_was_cut_short_by_a_power_cut_is_left_out(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in (10, 20):
+            log.write(step=step, loss=0.5, skipped_steps=0)
+    whole = (tmp_path / "metrics.csv").read_text()
+    for cut in range(1, len(whole.splitlines()[-1]) + 1):
+        (tmp_path / "metrics.csv").write_text(whole[:-cut])
+        assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == [10]
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -1,0 +1,88 @@
+"""Run folders: what is found, what is kept, and that one training has a folder for itself."""
+
+import json
+
+import pytest
+
+from functions import run_folder
+from functions.checkpoint import CheckpointError
+
+
+def make_run(runs, name, steps, total=100):
+    (runs / name / "checkpoints").mkdir(parents=True)
+    (runs / name / "config.json").write_text(json.dumps({"experiment": name[:-16], "run": {"total_steps": total}}))
+    for step in steps:
+        run_folder.checkpoint_path(runs / name, step).touch()
+
+
+def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
+    make_run(tmp_path, "faces-20260101-000000", [100])
+    make_run(tmp_path, "ffhq-full-20260102-000000", [50, 9, 60])
+    make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
+    make_run(tmp_path, "faces-20260103-000000", [])  # just started
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / ".step-00000070.pt.1.tmp").touch()
+    newest, *others = run_folder.newest_checkpoints(tmp_path)
+    assert [run_folder.step_of(path) for path in others] == [50, 9]
+    assert newest == tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / "step-00000060.pt"
+    assert run_folder.newest_checkpoints(tmp_path, "faces")[0].parent.parent.name == "faces-20260101-000000"
+    assert run_folder.newest_unfinished(tmp_path, "ffhq-full").name == "ffhq-full-20260102-000000"
+    for finished in ("faces", "ffhq", "ffhq-run1"):  # "ffhq" is a prefix, not an experiment
+        with pytest.raises(CheckpointError, match="no unfinished run"):
+            run_folder.newest_unfinished(tmp_path, finished)
+    with pytest.raises(CheckpointError, match="cifar"):
+        run_folder.newest_checkpoints(tmp_path, "cifar")
+    with pytest.raises(CheckpointError, match="no run"):
+        run_folder.newest_checkpoints(tmp_path / "missing")
+
+
+def test_a_run_folder_is_never_used_twice(tmp_path):
+    first, second = run_folder.create_run(tmp_path, "faces"), run_folder.create_run(tmp_path, "faces")
+    assert first != second
+    assert run_folder.runs_of(tmp_path) == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("count", "every", "done", "kept"),
+    [
+        (2, 0, 60, [50, 60]),
+        (1, 20, 60, [20, 40, 60]),
+        (1, 0, 60, [60]),
+        (9, 0, 60, [10, 20, 30, 40, 50, 60]),
+        (2, 0, 40, [30, 40, 50, 60]),  # what lies beyond the step that was reached is no reason to delete another
+    ],
+)
+def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, done, kept):
+    make_run(tmp_path, "faces-20260101-000000", range(10, 70, 10))
+    run_folder.keep(tmp_path / "faces-20260101-000000", done, count, every)
+    left = run_folder.checkpoints_of(tmp_path / "faces-20260101-000000")
+    assert [run_folder.step_of(path) for path in left] == kept
+
+
+def test_a_folder_is_locked_for_one_training_and_swept(tmp_path):
+    make_run(tmp_path, "faces-20260101-000000", [10])
+    run = tmp_path / "faces-20260101-000000"
+    leftover = run / "checkpoints" / ".step-00000020.pt.123.tmp"
+    leftover.touch()
+    with run_folder.locked(run):
+        assert not leftover.exists()
+        with pytest.raises(CheckpointError, match=rf"{run}: process \d+ is training"), run_folder.locked(run):
+            pass
+    with run_folder.locked(run):
+        pass
+    assert len(run_folder.checkpoints_of(run)) == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, capsys):
+    def read(path):
+        if path.name in ("c", "b"):
+            raise CheckpointError(f"{path}: the file is damaged")
+        return path.name.upper()
+
+    candidates = [tmp_path / name for name in "cba"]
+    assert run_folder.first_sound(candidates, read) == (tmp_path / "a", "A")
+    warnings = capsys.readouterr().err.splitlines()
+    assert [f"Taking the one before it: {tmp_path / name}" in line for name, line in zip("ba", warnings, strict=True)]
+    assert all(line.startswith("WARNING: DAMAGED CHECKPOINT") for line in warnings)
+    with pytest.raises(CheckpointError, match="b: the file is damaged"):
+        run_folder.first_sound(candidates[:2], read)
