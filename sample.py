@@ -2,16 +2,21 @@
 
 Ancestral sampling (Algorithm 2 of Ho et al. 2020) from pure noise with the EMA weights, rebuilt from the checkpoint
 alone. The reverse loop itself is in functions/samplers.py.
+
+Many images, on several GPUs; started again after a kill, only what is missing is made:
+
+    torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
 """
 
-from data.pixels import to_uint8
-from functions.checkpoint import CheckpointError
+from data.decode import BadImage, decode_rgb, fit_square
+from data.pixels import to_model_range, to_uint8
 from functions.command_line import Parser, plain_errors
-from functions.device import DeviceError
-from functions.run_folder import find_checkpoint, newest_checkpoint
-from functions.samplers import SamplingError
-from functions.sampling import add_sampling_flags, sample_to_files
+from functions.latent_pictures import Pixels
+from functions.run_folder import find_checkpoints, newest_checkpoints
+from functions.sample_script import ERRORS, add_sampling_flags, sample_to_files
 from models.unet import UNet
+
+PIXELS = Pixels(decode_rgb, fit_square, BadImage, to_model_range, to_uint8)
 
 
 def main() -> None:
@@ -19,10 +24,10 @@ def main() -> None:
     parser = Parser(description=__doc__)
     add_sampling_flags(parser, n=36)
     args = parser.parse_args()
-    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else newest_checkpoint(args.runs)
-    sample_to_files(args, checkpoint, UNet, to_uint8)
+    candidates = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs)
+    sample_to_files(args, candidates, UNet, PIXELS)
 
 
 if __name__ == "__main__":
-    with plain_errors(CheckpointError, DeviceError, SamplingError, OSError):
+    with plain_errors(*ERRORS):
         main()

@@ -5,14 +5,16 @@ The same as sample.py, with `--n 20 --gif` and FFHQ's runs alone.
 
 from pathlib import Path
 
-from data.pixels import to_uint8
+from data.decode import BadImage, decode_rgb, fit_square
+from data.pixels import to_model_range, to_uint8
 from functions.checkpoint import CheckpointError
 from functions.command_line import Parser, plain_errors
-from functions.device import DeviceError
-from functions.run_folder import find_checkpoint, newest_checkpoint
-from functions.samplers import SamplingError
-from functions.sampling import add_sampling_flags, sample_to_files
+from functions.latent_pictures import Pixels
+from functions.run_folder import find_checkpoints, newest_checkpoints
+from functions.sample_script import ERRORS, add_sampling_flags, sample_to_files
 from models.unet import UNet
+
+PIXELS = Pixels(decode_rgb, fit_square, BadImage, to_model_range, to_uint8)
 
 
 def main() -> None:
@@ -21,18 +23,18 @@ def main() -> None:
     add_sampling_flags(parser, n=20)
     parser.set_defaults(gif=True)
     args = parser.parse_args()
-    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else newest_ffhq_checkpoint(args.runs)
-    sample_to_files(args, checkpoint, UNet, to_uint8)
+    candidates = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_ffhq_checkpoints(args.runs)
+    sample_to_files(args, candidates, UNet, PIXELS)
 
 
-def newest_ffhq_checkpoint(runs: Path) -> Path:
-    """That of the newest FFHQ run; when there is none, a `CheckpointError` that says how to get one."""
+def newest_ffhq_checkpoints(runs: Path) -> list[Path]:
+    """Those of the newest FFHQ run; when there is none, a `CheckpointError` that says how to get one."""
     try:
-        return newest_checkpoint(runs, "ffhq")
+        return newest_checkpoints(runs, "ffhq")
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nput FFHQ at data/FFHQ and run: python train.py ffhq-run2") from error
 
 
 if __name__ == "__main__":
-    with plain_errors(CheckpointError, DeviceError, SamplingError, OSError):
+    with plain_errors(*ERRORS):
         main()

@@ -21,13 +21,14 @@ from data.augmentation import augment  # noqa: E402
 from data.datasets import load_images, split_images  # noqa: E402
 from data.pixels import to_model_range, to_uint8  # noqa: E402
 from data.sources import DataError  # noqa: E402
-from functions.checkpoint import CheckpointError, load_weights  # noqa: E402
+from functions.checkpoint import CheckpointError  # noqa: E402
 from functions.command_line import Parser, plain_errors  # noqa: E402
 from functions.device import choose_device  # noqa: E402
 from functions.draws import generator_of  # noqa: E402
+from functions.export import load_weights  # noqa: E402
 from functions.noise_scheduler import NoiseScheduler  # noqa: E402
-from functions.run_folder import find_checkpoint, newest_checkpoint  # noqa: E402
-from functions.sampling import frame_steps, generate, rebuild  # noqa: E402
+from functions.run_folder import find_checkpoints, newest_checkpoints  # noqa: E402
+from functions.sampling import Keep, frame_steps, generate, rebuild  # noqa: E402
 from functions.visualize import plot_losses, save_figure, save_gif, save_grid, save_strip  # noqa: E402
 from models.time_embedding import sinusoidal_embedding  # noqa: E402
 from models.unet import UNet  # noqa: E402
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path, help="a run folder; the newest `faces` run when left out")
     parser.add_argument("--photos", metavar="SOURCE", help="also draw what rotation costs in detail, from these images")
     args = parser.parse_args()
-    checkpoint = find_checkpoint(args.run) if args.run else newest_checkpoint(ROOT / "runs", "faces")
+    checkpoint, *_ = find_checkpoints(args.run) if args.run else newest_checkpoints(ROOT / "runs", "faces")
     draw_cumulative_noise()
     draw_schedules()
     draw_time_embedding()
@@ -225,8 +226,8 @@ def draw_run(checkpoint: Path) -> None:
     size = config["model"]["image_size"]
     gif_steps, strip_steps = frame_steps(scheduler.timesteps, 40), frame_steps(scheduler.timesteps, 9)
     samples = generate(model, scheduler, range(36), (3, size, size), 0, 36, device,
-                       frames_after={*gif_steps, *strip_steps})  # fmt: skip
-    frames = {step: to_uint8(x).numpy() for step, x in samples.frames.items()}
+                       keep=Keep(sorted({*gif_steps, *strip_steps})))  # fmt: skip
+    frames = {step: to_uint8(x).numpy() for step, x in samples.states.items()}
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
     training = load_images(config["diffusion"]["dataset_name"], size)

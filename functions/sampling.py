@@ -1,75 +1,74 @@
-"""From a checkpoint to pictures: what `sample.py` and `sampleFFHQ.py` share, and training's grids use.
+"""From a trained model to images in memory: for the scripts and for training's grids.
 
 The scripts hand in the model's class and the conversion to pixels, so that this module knows neither.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from functions import visualize
-from functions.checkpoint import CheckpointError, export_weights, load_into, load_weights
-from functions.command_line import positive, share
-from functions.device import DTYPES, autocast, choose_device, choose_precision
+from functions.checkpoint import CheckpointError, load_into
+from functions.device import autocast
 from functions.draws import ImageNoise
+from functions.file_checks import short
+from functions.fitting import Fitting
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import ddim_sample, ddpm_sample, trailing_timesteps
+from functions.sampler_settings import SamplerSettings
+from functions.samplers import Model, OnStep
 
-GIF_FRAMES = 40
-STRIP_COLUMNS = 9
-STRIP_ROWS = 6
+DEFAULT = SamplerSettings()
 
 
 @dataclass
 class Samples:
-    """Images x_0 (N, C, H, W) in [-1, 1], and in `frames`, by number of steps, what was kept of all states then."""
+    """Images x_0 (N, C, H, W) in [-1, 1], and what was kept on their way, by the number of network calls before it."""
 
     images: Tensor
-    frames: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)  # x; 0 is the noise, and the last is the images
+    predictions: dict[int, Tensor] = field(default_factory=dict)  # the model's x_0 in the last of these calls
+
+    @staticmethod
+    def joined(parts: Sequence["Samples"]) -> "Samples":
+        """One after the other."""
+        join = lambda name: {k: torch.cat([getattr(part, name)[k] for part in parts]) for k in getattr(parts[0], name)}
+        return Samples(torch.cat([part.images for part in parts]), join("states"), join("predictions"))
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, n: int) -> None:
-    """The flags of both scripts; `n` is the default number of images."""
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        type=Path,
-        help="a checkpoint, an exported .safetensors, or a run folder; the newest run's when left out",
-    )
-    parser.add_argument("--n", type=positive, default=n, metavar="N", help=f"how many images ({n})")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (0)")
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at a time (64)")
-    parser.add_argument(
-        "--steps",
-        type=positive,
-        metavar="N",
-        help="a fast look with N steps of DDIM; when left out, ancestral sampling over all steps",
-    )
-    parser.add_argument(
-        "--eta",
-        type=share,
-        default=1.0,
-        metavar="X",
-        help="of DDIM: 1 adds noise in every step and is safe for any model; 0 is deterministic (1)",
-    )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where pictures go; samples/ in the run's folder")
-    parser.add_argument("--individual", action="store_true", help="also one PNG for each image")
-    parser.add_argument("--strip", action="store_true", help="also the denoising of some images, as one figure")
-    parser.add_argument("--gif", action="store_true", help="also the grid denoising, as an animated GIF")
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="FILE.safetensors",
-        help="write the weights (EMA's if there are) and the config there, and draw nothing",
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--precision", default="float32", choices=("auto", *DTYPES), help="of the network (float32)")
+@dataclass(frozen=True)
+class Keep:
+    """What to keep of the way to the images: after which numbers of network calls, and in which form."""
+
+    states: Sequence[int] = ()
+    predictions: Sequence[int] = ()
+    form: Callable[[Tensor], Tensor] = lambda x: x  # such as to uint8; on the device
+
+
+NOTHING = Keep()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All that decides what image i is."""
+
+    eps_model: Model
+    scheduler: NoiseScheduler
+    settings: SamplerSettings
+    shape: tuple[int, int, int]  # (C, H, W)
+    seed: int
+    device: torch.device
+
+    def noise(self, images: Sequence[int]) -> ImageNoise:
+        """That which these images are drawn from: x_T first, then each step's."""
+        return ImageNoise(self.seed, images, self.shape, self.device)
+
+    def decode(self, x_t: Tensor, times: Sequence[int], noise: Callable[[], Tensor], on_step: OnStep | None = None):
+        """The state (B, C, H, W) at the first of `times` -> images; `noise` is asked in each step that adds some."""
+        return self.settings.sample(self.eps_model, self.scheduler, x_t, times, lambda k: noise(), on_step)
 
 
 def rebuild(
@@ -81,19 +80,37 @@ def rebuild(
         CheckpointError: its config and its weights do not fit each other.
     """
     try:
-        diffusion = config["diffusion"]
+        diffusion, fields = config["diffusion"], config["model"]
+        # Far above any model's; beyond, building the tables or the levels would take all memory or all day
+        largest = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "levels": 15}
+        found = {**diffusion, **fields, "levels": len(fields["dim_multiply"])}
+        too_large = [f"{name} is above {most:,}" for name, most in largest.items() if found[name] > most]
+        if too_large:
+            raise ValueError(", ".join(too_large))
         scheduler = NoiseScheduler(
             diffusion["timesteps_diff"], diffusion["beta_start"], diffusion["beta_end"], diffusion["rescale_betas"]
         )
         with torch.device("meta"):  # shapes only: nothing is initialised that is overwritten at once
-            model = build_model(**config["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: its config does not describe a model of this version: {error}") from error
+            model = build_model(**fields)
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: its config does not describe a model of this version: {type(error).__name__}: {short(error)}"
+        ) from error
     load_into(model, weights, path)
     # Without gradients and in float32, channels_last was the faster layout on the CPU too: 3.5 against 4.7 ms an image
     # of the faces network on 2 cores.
     model.to(device, memory_format=torch.channels_last)
     return model.eval().requires_grad_(False), scheduler.to(device)
+
+
+def noise_predictor(model: nn.Module, device: torch.device, precision: torch.dtype) -> Model:
+    """The model as samplers call it: eps in float32, whatever the network's own precision."""
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        with autocast(device, precision):
+            return model(x_t, t).float()
+
+    return predict
 
 
 def generate(
@@ -105,122 +122,108 @@ def generate(
     batch_size: int,
     device: torch.device,
     precision: torch.dtype = torch.float32,
+    settings: SamplerSettings = DEFAULT,
+    *,
     steps: int | None = None,
-    eta: float = 1.0,
-    frames_after: Sequence[int] = (),
-    to_frame: Callable[[Tensor], Tensor] = Tensor.cpu,
+    keep: Keep = NOTHING,
     progress: bool = True,
 ) -> Samples:
-    """Draw samples; image i depends on (seed, i) alone, not on the others or on the batch size.
+    """Draw images, at most `batch_size` at a time; image i depends on (seed, i) alone, whatever the sampler.
 
     Args:
-        images: the numbers i of the images to draw.
-        shape: (C, H, W).
-        steps: DDIM with so many network calls; None: ancestral sampling (Algorithm 2) over all T.
-        eta: DDIM's. Fresh noise in every step (1) lets later steps correct the errors of earlier ones, which a young
-            or small model makes: without it (0) those of the `faces` run grow into wrong colours and speckle.
-        frames_after: numbers of steps after which the states are kept; 0 keeps x_T.
-        to_frame: what is kept of a state; pixels take a quarter of its memory.
-        progress: show a bar over all network calls.
+        images: which ones, by their number i.
+        shape: (C, H, W) of an image.
+        precision: of the network; the steps between its calls are float32.
+        steps: another number than that of the settings.
+        keep: of the way to them.
+        progress: show a bar.
 
     Returns:
         Everything on the CPU.
     """
+    settings = replace(settings, steps=steps) if steps else settings
+    eps_model = noise_predictor(model, device, precision)
+    drawing = Drawing(eps_model, scheduler, settings, tuple(shape), seed, device)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    with image_bar(len(images), progress) as bar, evaluating(model):
+        return Samples.joined(list(generate_batches(drawing, batches, keep, bar.update)))
+
+
+def generate_batches(
+    drawing: Drawing,
+    batches: Iterable[Sequence[int]],
+    keep: Keep = NOTHING,
+    on_progress: Callable[[float], object] = lambda images: None,
+) -> Iterator[Samples]:
+    """For each batch of image numbers its `Samples`, on the CPU, made when it is asked for.
+
+    What does not fit in memory is done by halves: that batch and those after it.
+
+    Args:
+        on_progress: is told after each step how many images' worth of work it was; less than 0 when that was in vain.
+    """
+    fitting = Fitting(drawing.device)
+    for batch in batches:
+        draw = lambda some: draw_batch(drawing, some, keep, on_progress)
+        yield Samples.joined(fitting.in_parts(draw, batch))
+
+
+def draw_batch(
+    drawing: Drawing,
+    batch: Sequence[int],
+    keep: Keep = NOTHING,
+    on_progress: Callable[[float], object] = lambda images: None,
+) -> Samples:
+    """One batch, all at once."""
+    times, noise, reported = drawing.settings.times(drawing.scheduler), drawing.noise(batch), 0.0
+    x_T = noise.draw()
+    kept = Samples(x_T, {0: keep.form(x_T)} if 0 in keep.states else {})
+
+    def on_step(k: int, t: int, x: Tensor, x_0: Tensor) -> None:
+        nonlocal reported
+        if k + 1 in keep.states:
+            kept.states[k + 1] = keep.form(x)
+        if k + 1 in keep.predictions:
+            kept.predictions[k + 1] = keep.form(x_0)
+        share = len(batch) / (len(times) - 1)
+        reported += share
+        on_progress(share)
+
+    try:
+        x_0 = drawing.decode(x_T, times, noise.draw, on_step)
+    except BaseException:
+        on_progress(-reported)
+        raise
+    to_cpu = lambda tensors: {k: tensor.cpu() for k, tensor in tensors.items()}
+    return Samples(x_0.cpu(), to_cpu(kept.states), to_cpu(kept.predictions))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, and afterwards as it was."""
     training = model.training
     model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
-    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
-        with autocast(device, precision):
-            return model(x_t, t).float()
 
-    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    calls = len(batches) * (steps or scheduler.timesteps)
-    parts = []
-    with tqdm(total=calls, unit="step", desc="sampling", disable=not progress, dynamic_ncols=True) as bar:
-        for batch in batches:
-            noise = ImageNoise(seed, batch, shape, device)
-            x_T = noise.draw()
-            part = Samples(x_T, {0: to_frame(x_T)} if 0 in frames_after else {})
+class ImageBar(tqdm):
+    """Counts images, in parts, as a batch of them takes its time."""
 
-            def on_step(k: int, t: int, x: Tensor, x_0: Tensor, part: Samples = part) -> None:
-                if k + 1 in frames_after:
-                    part.frames[k + 1] = to_frame(x)
-                bar.update()
+    def update(self, images: float = 1) -> bool | None:
+        """Parts may add up to a little more than all, by rounding."""
+        return super().update(min(images, self.total - self.n))
 
-            options = {"step_noise": lambda k, noise=noise: noise.draw(), "on_step": on_step}
-            if steps is None:
-                part.images = ddpm_sample(eps_model, scheduler, x_T, **options).cpu()
-            else:
-                part.images = ddim_sample(eps_model, scheduler, x_T, steps, eta, **options).cpu()
-            parts.append(part)
-    model.train(training)
-    frames = {step: torch.cat([part.frames[step] for part in parts]) for step in frames_after}
-    return Samples(torch.cat([part.images for part in parts]), frames)
+
+def image_bar(total: int, show: bool = True) -> ImageBar:
+    """A bar for `total` images."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} images [{elapsed}<{remaining}]"
+    return ImageBar(total=total, desc="sampling", disable=not show, dynamic_ncols=True, bar_format=form)
 
 
 def frame_steps(steps: int, count: int) -> list[int]:
     """`count` numbers of steps from 0 to `steps`, denser at the end, where the image takes shape."""
     shares = [1 - (1 - i / (count - 1)) ** 1.5 for i in range(count)]
     return sorted({round(share * steps) for share in shares})
-
-
-def sample_to_files(
-    args: argparse.Namespace,
-    checkpoint: Path,
-    build_model: Callable[..., nn.Module],
-    to_pixels: Callable[[Tensor], Tensor],
-) -> None:
-    """What the scripts do with the flags of `add_sampling_flags`.
-
-    Args:
-        checkpoint: a checkpoint or an exported file.
-        build_model: the model's class; takes the config's `model` fields.
-        to_pixels: (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C).
-
-    Raises:
-        CheckpointError, DeviceError, SamplingError, OSError: nothing has been drawn then.
-    """
-    device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
-    weights, config, run = load_weights(checkpoint)
-    model, scheduler = rebuild(build_model, weights, config, checkpoint, device)
-    print(f"{checkpoint}: {run['weights']} weights after {run['step']:,} of {run['total_steps']:,} steps")
-    if args.export:
-        export_weights(args.export, weights, config, run)
-        print(f"wrote {args.export}")
-        return
-
-    steps = args.steps or scheduler.timesteps
-    trailing_timesteps(scheduler.timesteps, steps)  # refuses numbers of steps that the model does not have
-    sampler = f"ddim{steps}-eta{args.eta:g}" if args.steps else "ddpm"
-    folder = args.out or run_or_folder_of(checkpoint) / "samples" / f"{checkpoint.stem}-{sampler}-seed{args.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    gif_steps = frame_steps(steps, GIF_FRAMES) if args.gif else []
-    strip_steps = frame_steps(steps, STRIP_COLUMNS) if args.strip else []
-    shape = (config["model"]["channels"], config["model"]["image_size"], config["model"]["image_size"])
-    samples = generate(
-        model, scheduler, range(args.n), shape, args.seed, args.batch_size, device, precision, args.steps,
-        args.eta, {*gif_steps, *strip_steps}, lambda x: to_pixels(x).cpu(),
-    )  # fmt: skip
-
-    images = to_pixels(samples.images).numpy()
-    frames = {step: frame.numpy() for step, frame in samples.frames.items()}
-    columns = 5 if args.n == 20 else None  # the reference's grid
-    visualize.save_grid(images, folder / "grid.png", columns)
-    print(f"wrote {folder / 'grid.png'}")
-    if args.gif:
-        visualize.save_gif([frames[step] for step in gif_steps], folder / "denoising.gif", columns)
-        print(f"wrote {folder / 'denoising.gif'}")
-    if args.strip:
-        titles = [f"t = {round(scheduler.timesteps * (1 - step / steps))}" for step in strip_steps]
-        visualize.save_strip([frames[step][:STRIP_ROWS] for step in strip_steps], titles, folder / "strip.png")
-        print(f"wrote {folder / 'strip.png'}")
-    if args.individual:
-        for i, image in enumerate(images):
-            visualize.save_image(image, folder / f"{i:05d}.png")
-        print(f"wrote {folder / '00000.png'} .. {args.n - 1:05d}.png")
-
-
-def run_or_folder_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint lies in; the folder of any other file."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

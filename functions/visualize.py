@@ -63,16 +63,26 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
     )
 
 
-def save_strip(frames: Sequence[np.ndarray], titles: Sequence[str], path: Path) -> None:
-    """A figure with one row a sample and one column a frame: `frames` are (N, H, W, 3), `titles` go over them."""
+def save_strip(frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()) -> None:
+    """A figure with one row a sample and one column a frame.
+
+    Args:
+        frames: (N, H, W, 3), one for each column.
+        titles: over the columns.
+        row_titles: at the left of the N rows; none when left out.
+    """
     rows, columns = len(frames[0]), len(frames)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.1 * rows + 0.3), squeeze=False)
+    left, top = 0.75 if row_titles else 0.0, 0.3  # inches, for the titles
+    width, height = 1.1 * columns + left, 1.1 * rows + top
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
     for column, (frame, title) in enumerate(zip(frames, titles, strict=True)):
         axes[0, column].set_title(title, fontsize=9)
         for row in range(rows):
             axes[row, column].imshow(frame[row], interpolation="bicubic")
             axes[row, column].axis("off")
-    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.3 / (1.1 * rows + 0.3), 0.04, 0.04)
+    for row, title in enumerate(row_titles):
+        axes[row, 0].text(-0.08, 0.5, title, fontsize=9, ha="right", va="center", transform=axes[row, 0].transAxes)
+    figure.subplots_adjust(left / width + 0.005, 0.005, 0.995, 1 - top / height, 0.04, 0.04)
     save_figure(figure, path)
 
 

@@ -1,17 +1,30 @@
-"""The reverse process: diffusers step for step, and data whose ideal model is known exactly."""
+"""The reverse process: exact recursions, and what all samplers promise."""
 
+import gc
+import weakref
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import SamplingError, ddim_sample, ddpm_sample, trailing_timesteps
+from functions.samplers import (
+    SamplingError,
+    ddim_encode,
+    ddim_sample,
+    ddpm_sample,
+    dpm_solver_sample,
+    ipndm_sample,
+    trailing_timesteps,
+)
+from functions.timesteps import sampling_times
 
 SHAPE = (2, 3, 4, 4)
+SAMPLERS = [ddpm_sample, ddim_sample, dpm_solver_sample, ipndm_sample]
+all_samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
 def smooth_model(x_t, t):
@@ -24,51 +37,16 @@ def noise_source(seed):
     return generator, lambda k: torch.randn(SHAPE, generator=generator, dtype=torch.float64)
 
 
+def pure_noise(seed=1):
+    return 1.5 * torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("timesteps", [1000, 100])
-def test_ddpm_agrees_with_diffusers_step_for_step(timesteps, clip):
-    ours, scale = NoiseScheduler(timesteps), 1000 / timesteps
-    theirs = DDPMScheduler(timesteps, beta_start=1e-4 * scale, beta_end=0.02 * scale, beta_schedule="linear",
-                           variance_type="fixed_small", clip_sample=clip)  # fmt: skip
-    x_T = 1.5 * torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    their_generator, _ = noise_source(2)
-    their_states, x = [], x_T
-    for t in theirs.timesteps:
-        eps = smooth_model(x, t.expand(len(x)))
-        x = theirs.step(eps, t, x, generator=their_generator).prev_sample
-        their_states.append(x)
-    our_states = []
-    x_0 = ddpm_sample(smooth_model, ours, x_T, clip_x_0=clip, step_noise=noise_source(2)[1],
-                      on_step=lambda k, t, x, x_0: our_states.append(x))  # fmt: skip
-    assert_close(torch.stack(our_states), torch.stack(their_states), rtol=1e-4, atol=1e-4)
-    assert_close(x_0, our_states[-1])
-
-
-# Numbers of steps that divide 1000: with others diffusers' own step width, 1000 // steps, leaves its own timesteps.
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize(("steps", "eta"), [(1000, 0.0), (50, 0.0), (50, 1.0), (8, 0.5), (1, 0.0)])
-def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
-    ours = NoiseScheduler(1000)
-    theirs = DDIMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=clip,
-                           timestep_spacing="trailing", set_alpha_to_one=True)  # fmt: skip
-    theirs.set_timesteps(steps)
-    assert theirs.timesteps.tolist() == trailing_timesteps(1000, steps)
-    x_T = 1.5 * torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    generator, _ = noise_source(2)
-    x = x_T
-    for t in theirs.timesteps:
-        eps = smooth_model(x, t.expand(len(x)))
-        x = theirs.step(eps, t, x, eta=eta, use_clipped_model_output=clip, generator=generator).prev_sample
-    ours_x_0 = ddim_sample(smooth_model, ours, x_T, steps, eta=eta, clip_x_0=clip, step_noise=noise_source(2)[1])
-    # Without clipping, x_0 is divided by sqrt(alpha_bar_T) = 0.006, which magnifies their float32 tables' rounding.
-    assert_close(ours_x_0, x, rtol=1e-3 if steps == 1 else 1e-4, atol=1e-4)
-
-
-def test_ddim_with_eta_1_over_all_steps_is_ddpm():
-    scheduler = NoiseScheduler(100)
-    x_T = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ddpm = ddpm_sample(smooth_model, scheduler, x_T, step_noise=noise_source(3)[1])
-    ddim = ddim_sample(smooth_model, scheduler, x_T, 100, eta=1.0, step_noise=noise_source(3)[1])
+@pytest.mark.parametrize(("steps", "spacing"), [(100, "trailing"), (17, "trailing"), (10, "logsnr")])
+def test_ddim_with_eta_1_is_ddpm(steps, spacing, clip):
+    scheduler, options = NoiseScheduler(100), {"spacing": spacing, "clip_x_0": clip}
+    ddpm = ddpm_sample(smooth_model, scheduler, pure_noise(), steps, step_noise=noise_source(3)[1], **options)
+    ddim = ddim_sample(smooth_model, scheduler, pure_noise(), steps, 1.0, step_noise=noise_source(3)[1], **options)
     assert_close(ddim, ddpm, rtol=1e-9, atol=1e-9)
 
 
@@ -147,14 +125,39 @@ def test_the_recursions_tend_to_the_data_as_steps_grow():
         assert sizes[-1] < 2e-3
 
 
-def test_clipping_keeps_every_prediction_in_range():
+@all_samplers
+def test_clipping_keeps_every_prediction_in_range(sampler):
     scheduler, predictions = NoiseScheduler(100), []
     x_T = 3 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     wild = lambda x_t, t: -2 * x_t
-    x_0 = ddpm_sample(wild, scheduler, x_T, on_step=lambda k, t, x, x_0: predictions.append(x_0))
+    x_0 = sampler(wild, scheduler, x_T, 20, on_step=lambda k, t, x, x_0: predictions.append(x_0))
     assert torch.stack(predictions).abs().max() == 1
     assert x_0.abs().max() <= 1
-    assert ddpm_sample(wild, scheduler, x_T, clip_x_0=False).abs().max() > 1
+    assert sampler(wild, scheduler, x_T, 20, clip_x_0=False).abs().max() > 1
+
+
+@all_samplers
+def test_clipping_is_that_of_a_model_whose_eps_agrees_with_the_clipped_x_0(sampler):
+    scheduler = NoiseScheduler(100)
+
+    def clipped_model(x_t, t):
+        x_0 = scheduler.predict_x_0(x_t, t, smooth_model(x_t, t)).clamp(-1, 1)
+        return scheduler.predict_eps(x_t, t, x_0)
+
+    ours = sampler(smooth_model, scheduler, pure_noise(), 20, step_noise=noise_source(2)[1])
+    expected = sampler(clipped_model, scheduler, pure_noise(), 20, clip_x_0=False, step_noise=noise_source(2)[1])
+    assert_close(ours, expected.clamp(-1, 1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@all_samplers
+def test_eps_scale_divides_what_the_model_says(sampler, clip):
+    scheduler, source = NoiseScheduler(100), lambda: noise_source(2)[1]
+    scaled = sampler(smooth_model, scheduler, pure_noise(), 20, eps_scale=1.25, clip_x_0=clip, step_noise=source())
+    expected = sampler(lambda x_t, t: smooth_model(x_t, t) / 1.25, scheduler, pure_noise(), 20, clip_x_0=clip,
+                       step_noise=source())  # fmt: skip
+    assert_close(scaled, expected)
+    assert (scaled - sampler(smooth_model, scheduler, pure_noise(), 20, step_noise=source())).abs().max() > 0.01
 
 
 def test_noise_is_asked_for_once_a_step_and_not_at_the_end():
@@ -163,21 +166,135 @@ def test_noise_is_asked_for_once_a_step_and_not_at_the_end():
     ddpm_sample(smooth_model, scheduler, torch.randn(SHAPE), step_noise=draw)
     assert asked == list(range(99))
     asked.clear()
-    ddim_sample(smooth_model, scheduler, torch.randn(SHAPE), 10, step_noise=draw)
+    ddpm_sample(smooth_model, scheduler, torch.randn(SHAPE), times=[60, 40, 20], step_noise=draw)
+    assert asked == [0, 1]  # 20 is not the end: there noise is left
+    asked.clear()
+    dpm_solver_sample(smooth_model, scheduler, torch.randn(SHAPE), 10, 1.0, step_noise=draw)
+    assert asked == list(range(9))
+    asked.clear()
+    for sampler in (ddim_sample, dpm_solver_sample, ipndm_sample):
+        sampler(smooth_model, scheduler, torch.randn(SHAPE), 10, step_noise=draw)
     assert asked == []
 
 
-@pytest.mark.parametrize("timesteps", [1000, 200])
-def test_trailing_timesteps_start_at_the_noise_and_never_repeat(timesteps):
-    for steps in range(1, timesteps + 1):
-        times = trailing_timesteps(timesteps, steps)
-        assert times[0] == timesteps - 1
-        assert times[-1] >= 0
-        assert len(set(times)) == steps
-        assert times == sorted(times, reverse=True)
+@pytest.mark.parametrize("options", [{"steps": 12}, {"times": [70, 50, 33, 20, 4]}])
+@all_samplers
+def test_a_sample_depends_on_its_own_noise_alone(sampler, options):
+    noises = [torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(k)) for k in range(13)]
+    together = sampler(smooth_model, NoiseScheduler(100), noises[-1], step_noise=lambda k: noises[k], **options)
+    assert together.shape == (5, 3, 4, 4)
+    for i in range(5):
+        alone = sampler(smooth_model, NoiseScheduler(100), noises[-1][i : i + 1],
+                        step_noise=lambda k, i=i: noises[k][i : i + 1], **options)  # fmt: skip
+        assert torch.equal(alone[0], together[i])
+
+
+@all_samplers
+def test_the_way_can_be_given_as_times(sampler):
+    scheduler, source = NoiseScheduler(1000), lambda: noise_source(2)[1]
+    at_once = sampler(smooth_model, scheduler, pure_noise(), 12, spacing="logsnr", step_noise=source())
+    times = sampling_times(scheduler, 12, "logsnr")
+    assert torch.equal(sampler(smooth_model, scheduler, pure_noise(), times=times, step_noise=source()), at_once)
+
+
+@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample, ipndm_sample])  # DPM-Solver begins with order 1 anew
+def test_the_way_can_be_taken_in_parts(sampler):
+    scheduler, outputs = NoiseScheduler(1000), []
+    times, draw = sampling_times(scheduler, 12, "logsnr"), noise_source(2)[1]
+    draws = [draw(k) for k in range(12)]
+    model = lambda x_t, t: outputs.append(smooth_model(x_t, t)) or outputs[-1]
+    first = sampler(model, scheduler, pure_noise(), times=times[:6], clip_x_0=False, step_noise=draws[:5].__getitem__)
+    rest = {"history": outputs[-3:]} if sampler is ipndm_sample else {}
+    second = sampler(model, scheduler, first, times=times[5:], clip_x_0=False, step_noise=draws[5:].__getitem__, **rest)
+    at_once = sampler(model, scheduler, pure_noise(), times=times, clip_x_0=False, step_noise=draws.__getitem__)
+    assert_close(second, at_once, rtol=1e-12, atol=1e-12)
+
+
+@all_samplers
+def test_on_step_sees_every_step(sampler):
+    seen = []
+    sampler(smooth_model, NoiseScheduler(100), pure_noise(), 10, on_step=lambda k, t, x, x_0: seen.append((k, t)))
+    assert seen == list(enumerate(trailing_timesteps(100, 10)))
+
+
+def test_encoding_calls_the_model_where_sampling_does_from_the_other_end():
+    scheduler, asked, seen = NoiseScheduler(100), [], []
+    model = lambda x_t, t: asked.append(t.tolist()) or smooth_model(x_t, t)
+    ddim_encode(model, scheduler, pure_noise(), times=[99, 60, 30, 10, -1], on_step=lambda k, t, x, x_0: seen.append(t))
+    assert asked == [[0] * 2, [10] * 2, [30] * 2, [60] * 2]  # of the image itself the model knows no time
+    assert seen == [0, 10, 30, 60]
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that PyTorch computes within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, ddim_encode])
+def test_the_loop_is_arithmetic_alone(sampler):
+    """No reading of numbers from the device, no sending of numbers to it, and little work a step."""
+    calls = []
+    with Operations() as operations:
+        sampler(lambda x_t, t: calls.append(len(operations.names)) or x_t, NoiseScheduler(100), torch.ones(SHAPE), 10)
+    in_loop = operations.names[calls[0] :]
+    assert set(in_loop) <= {"mul", "add", "sub", "div", "clamp", "select", "detach", "randn_like"}
+    assert len(in_loop) < 10 * 22
+    # On the meta device nothing has a value, so that asking for one raises an error.
+    sampler(lambda x_t, t: x_t, NoiseScheduler(100), torch.ones(SHAPE, device="meta"), 10)
+
+
+@all_samplers
+def test_what_the_model_said_is_kept_for_as_long_as_the_method_needs_it(sampler):
+    outputs, alive = [], []
+
+    def model(x_t, t):
+        alive.append(sum(output() is not None for output in outputs))
+        eps = 0.1 * x_t
+        outputs.append(weakref.ref(eps))
+        return eps
+
+    gc.collect()
+    sampler(model, NoiseScheduler(100), torch.ones(SHAPE), 40, clip_x_0=False)
+    assert max(alive) <= (4 if sampler is ipndm_sample else 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@all_samplers
+def test_the_loop_never_waits_for_the_gpu(sampler):
+    watch = lambda k, t, x, x_0: torch.cuda.set_sync_debug_mode("error" if k < 9 else "default")
+    try:
+        sampler(lambda x_t, t: x_t, NoiseScheduler(100).to("cuda"), torch.ones(SHAPE, device="cuda"), 10, on_step=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("steps", [0, -1, 101])
-def test_steps_that_the_model_does_not_have_are_refused(steps):
+@pytest.mark.parametrize("sampler", [*SAMPLERS, ddim_encode])
+def test_steps_that_the_model_does_not_have_are_refused(sampler, steps):
     with pytest.raises(SamplingError, match=f"steps is {steps}"):
-        ddim_sample(smooth_model, NoiseScheduler(100), torch.randn(SHAPE), steps)
+        sampler(smooth_model, NoiseScheduler(100), torch.randn(SHAPE), steps)
+
+
+@pytest.mark.parametrize(("sampler", "options", "message"), [
+    (ddpm_sample, {"variance": "medium"}, "variance is 'medium'; it can be small or large"),
+    (ddim_sample, {"eta": 1.5}, "eta is 1.5; it can be 0 to 1"),
+    (ipndm_sample, {"eps_scale": 0.99}, "eps_scale is 0.99"),
+    (ddim_encode, {"eps_scale": float("nan")}, "eps_scale is nan"),
+    (dpm_solver_sample, {"spacing": "even"}, "spacing is 'even'"),
+    (dpm_solver_sample, {"steps": 3, "times": [9, -1]}, "both given"),
+    (ddim_sample, {"times": [9, 9, -1]}, "must be 2 or more, falling"),
+    (ddim_sample, {"times": [9]}, "must be 2 or more, falling"),
+    (ddim_sample, {"times": [9, -2]}, "at least -1"),
+    (ddim_sample, {"times": [100, 9]}, "at most 99"),
+    (ipndm_sample, {"history": [torch.zeros(SHAPE)] * 4}, "history has 4"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(sampler, options, message):
+    with pytest.raises(SamplingError, match=message):
+        sampler(smooth_model, NoiseScheduler(100), torch.randn(SHAPE), **options)

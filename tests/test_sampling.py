@@ -1,5 +1,8 @@
 """From a checkpoint to pictures: each image by its seed alone, and files that hold what they should."""
 
+import copy
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +11,12 @@ from PIL import Image
 import sample
 import sampleFFHQ
 from data.pixels import to_uint8
-from functions.checkpoint import CheckpointError, load_weights
+from functions.checkpoint import CheckpointError
+from functions.export import load_weights
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling import frame_steps, generate, rebuild
+from functions.sampler_settings import SAMPLERS, SamplerSettings
+from functions.samplers import SamplingError
+from functions.sampling import Drawing, Keep, frame_steps, generate, noise_predictor, rebuild
 from functions.visualize import SMALLEST_SIDE, plot_losses, save_gif, save_grid, save_strip
 from models.unet import UNet
 from tests.conftest import call, small_unet
@@ -23,31 +29,102 @@ def network():
     return small_unet()
 
 
-@pytest.mark.parametrize(("steps", "eta"), [(None, 1.0), (20, 1.0), (20, 0.0)])
-def test_an_image_does_not_depend_on_its_batch(network, steps, eta):
-    def draw(images, batch_size):
-        return generate(network, NoiseScheduler(100), images, (3, 16, 16), 7, batch_size, CPU, steps=steps, eta=eta,
-                        frames_after=(0,), progress=False)  # fmt: skip
+EVERY_SAMPLER = [SamplerSettings(), SamplerSettings("ddpm", 8, variance="large"), SamplerSettings("ddim", 8, eta=0.5),
+                 *(SamplerSettings(name, 8, spacing="logsnr") for name in SAMPLERS)]  # fmt: skip
 
-    one, three, all_at_once = (draw(range(7), batch_size) for batch_size in (1, 3, 7))
-    some = draw([5, 2], 2)
+
+@pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
+def test_an_image_does_not_depend_on_its_batch(network, settings):
+    def draw(images, batch_size):
+        return generate(network, NoiseScheduler(30), images, (3, 16, 16), 7, batch_size, CPU, settings=settings,
+                        keep=Keep(states=(0,)), progress=False)  # fmt: skip
+
+    one, three, all_at_once = (draw(range(5), batch_size) for batch_size in (1, 3, 5))
+    some = draw([4, 2], 2)
     for other in (three, all_at_once):
-        assert torch.equal(other.frames[0], one.frames[0])
+        assert torch.equal(other.states[0], one.states[0])
         assert (other.images - one.images).abs().max() * 127.5 < 1
-    assert torch.equal(some.frames[0], one.frames[0][[5, 2]])
-    assert (some.images - one.images[[5, 2]]).abs().max() * 127.5 < 1
+    assert torch.equal(some.states[0], one.states[0][[4, 2]])
+    assert (some.images - one.images[[4, 2]]).abs().max() * 127.5 < 1
     assert (one.images[0] - one.images[1]).abs().max() > 0.1
 
 
-def test_frames_begin_with_the_noise_and_end_with_the_image(network):
+def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network, capsys):
+    sizes = []
+
+    class Small(torch.nn.Module):
+        """Has memory for 3 images; it says so in the middle of sampling, as a GPU's allocator may."""
+
+        def forward(self, x_t, t):
+            sizes.append(len(x_t))
+            if len(x_t) > 3 and t[0] < 50:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return network(x_t, t)
+
+    draw = lambda model, size: generate(model, NoiseScheduler(100), range(13), (3, 16, 16), 0, size, CPU, steps=5)
+    halved = draw(Small(), 8)
+    errors = capsys.readouterr().err
+    assert "out of memory with 8 images at a time: going on with 4" in errors
+    assert "out of memory with 4 images at a time: going on with 2" in errors
+    assert "13.0/13 images" in errors  # the bar does not count what was in vain
+    assert sizes[-5:] == [1] * 5  # 8 = 2 2 2 2, 5 = 2 2 1
+    assert (halved.images - draw(network, 13).images).abs().max() * 127.5 < 1
+
+
+def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(network):
+    def fail(error):
+        def forward(x_t, t):
+            raise error
+
+        model = torch.nn.Module()
+        model.forward = forward
+        return generate(model, NoiseScheduler(30), range(4), (3, 16, 16), 0, 2, CPU, progress=False)
+
+    with pytest.raises(SamplingError, match="no memory for a single image at a time on cpu: CUDA out of memory"):
+        fail(torch.OutOfMemoryError("CUDA out of memory.\nA long text"))
+    with pytest.raises(RuntimeError, match="something else"):
+        fail(RuntimeError("something else"))
+
+
+def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
     steps = frame_steps(100, 9)
-    samples = generate(network, NoiseScheduler(100), range(3), (3, 16, 16), 0, 2, CPU, frames_after=steps,
-                       progress=False)  # fmt: skip
+    samples = generate(network, NoiseScheduler(100), range(3), (3, 16, 16), 0, 2, CPU, progress=False,
+                       keep=Keep(steps, (1, 50, 100)))  # fmt: skip
     assert steps[0] == 0
     assert steps[-1] == 100
-    assert list(samples.frames) == steps
-    assert abs(samples.frames[0].std() - 1) < 0.1
-    assert torch.equal(samples.frames[100], samples.images)
+    assert list(samples.states) == steps
+    assert abs(samples.states[0].std() - 1) < 0.1
+    assert torch.equal(samples.states[100], samples.images)
+    assert list(samples.predictions) == [1, 50, 100]
+    torch.testing.assert_close(samples.predictions[100], samples.images)  # the last x_0 is the image
+    assert (samples.predictions[1] - samples.images).abs().mean() > 0.1
+
+
+def test_fewer_steps_of_ddpm_are_those_of_ddim_with_eta_1(network):
+    draw = lambda settings: generate(network, NoiseScheduler(100), range(2), (3, 16, 16), 0, 2, CPU, settings=settings,
+                                     progress=False).images  # fmt: skip
+    torch.testing.assert_close(draw(SamplerSettings(steps=10)), draw(SamplerSettings("ddim", 10, eta=1.0)),
+                               rtol=1e-3, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
+def test_the_host_never_waits_for_the_gpu(network, settings):
+    device = torch.device("cuda")
+    model, scheduler = copy.deepcopy(network).to(device), NoiseScheduler(100).to(device)
+    drawing = Drawing(noise_predictor(model, device, torch.float32), scheduler, settings, (3, 16, 16), 0, device)
+    noise, times = drawing.noise(range(4)), settings.times(scheduler)
+    drawing.decode(noise.draw(), times, noise.draw)  # the first call loads kernels
+    x_T, torch_mode = noise.draw(), torch.cuda.get_sync_debug_mode()
+    waits = []  # how often it has waited by the end of each step; before the first one it may, to make the tables
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            drawing.decode(x_T, times, noise.draw, lambda k, t, x, x_0: waits.append(len(caught)))
+        finally:
+            torch.cuda.set_sync_debug_mode(torch_mode)
+    assert len(set(waits)) == 1, [str(warning.message) for warning in caught]
 
 
 def test_sampling_leaves_the_training_mode_as_it_was(network):
@@ -64,13 +141,15 @@ def test_frame_steps_are_rising_and_within_the_run(count):
 
 
 def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
-    call(sample.main, tiny_run, "--n", 5, "--out", tmp_path, "--individual", "--strip", "--gif", "--seed", 3)
+    call(sample.main, tiny_run, "--n", 5, "--out", tmp_path, "--individual", "--strip", "--progressive", "--gif",
+         "--seed", 3)  # fmt: skip
     grid = Image.open(tmp_path / "grid.png")
     assert grid.format == "PNG"
     assert grid.width > 3 * SMALLEST_SIDE
     with Image.open(tmp_path / "denoising.gif") as gif:
         assert gif.n_frames == len(frame_steps(100, 40))
     assert Image.open(tmp_path / "strip.png").width > 500
+    assert Image.open(tmp_path / "progressive.png").width > 500
     singles = sorted(tmp_path.glob("0*.png"))
     assert [path.name for path in singles] == [f"{i:05d}.png" for i in range(5)]
     assert Image.open(singles[0]).size == (16, 16)
@@ -95,7 +174,7 @@ def test_an_exported_file_samples_the_same(tiny_run, tmp_path):
 
 def test_the_newest_run_is_taken_and_pictures_go_into_it(tiny_run, capsys):
     call(sample.main, "--runs", tiny_run.parent, "--n", 1, "--steps", 3)
-    assert (tiny_run / "samples" / "step-00000010-ddim3-eta1-seed0" / "grid.png").exists()
+    assert (tiny_run / "samples" / "step-00000010-ddpm3-seed0" / "grid.png").exists()
 
 
 def test_sample_ffhq_says_how_to_get_a_run(tiny_run, tmp_path):
@@ -131,8 +210,9 @@ def test_pictures_of_images(tmp_path):
     save_gif([images, 255 - images], tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 2
-    save_strip([images[:2], images[2:4], images[3:5]], ["a", "b", "c"], tmp_path / "strip.png")
-    assert Image.open(tmp_path / "strip.png").width > Image.open(tmp_path / "strip.png").height
+    for row_titles in ((), ("first", "second")):
+        save_strip([images[:2], images[2:4], images[3:5]], ["a", "b", "c"], tmp_path / "strip.png", row_titles)
+        assert Image.open(tmp_path / "strip.png").width > Image.open(tmp_path / "strip.png").height
 
 
 def test_loss_curves_are_drawn_from_the_metrics(tiny_run, tmp_path):

@@ -1,0 +1,181 @@
+"""Every sampler converges to the data, as fast as its order says, where the ideal denoiser is known in closed form."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributions
+from torch.testing import assert_close
+
+from functions.noise_scheduler import NoiseScheduler
+from functions.samplers import ddim_encode, ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
+from functions.timesteps import sampling_times
+from tests.known_denoisers import (
+    Mixture,
+    double,
+    exact_path,
+    gaussian_images,
+    ideal_model,
+    mixture_2d,
+    mixture_of_images,
+    sigmas,
+)
+
+SAMPLERS = {
+    "ddpm": (ddpm_sample, {}),
+    "ddpm, large variance": (ddpm_sample, {"variance": "large"}),
+    "ddim": (ddim_sample, {}),
+    "ddim, eta 0.5": (ddim_sample, {"eta": 0.5}),
+    "dpm++ 2M": (dpm_solver_sample, {}),
+    "dpm++ 2M, SDE": (dpm_solver_sample, {"eta": 1.0}),
+    "dpm++ 2M, eta 0.5": (dpm_solver_sample, {"eta": 0.5}),
+    "ipndm": (ipndm_sample, {}),
+}
+DATA = {
+    "mixture in 2 dimensions": (mixture_2d, (2,)),
+    "mixture of 3x8x8 images": (mixture_of_images, (3, 8, 8)),
+    "Gaussian 3x8x8 images": (gaussian_images, (3, 8, 8)),
+}
+
+
+def distance(data, x_0):
+    """Kolmogorov-Smirnov: the most that the share of samples below any z differs from what is due, in 8 directions."""
+    x_0 = x_0.flatten(1)
+    directions = torch.randn(5, x_0.shape[1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    if isinstance(data, Mixture):  # where the modes lie apart
+        directions = torch.cat([directions, data.means - data.means.roll(1, 0)])
+    worst, ranks = 0.0, torch.arange(len(x_0) + 1) / len(x_0)
+    for direction in directions / directions.norm(dim=1, keepdim=True):
+        z = (x_0 @ direction).sort().values
+        due = data.cdf(z, direction)
+        worst = max(worst, (due - ranks[:-1]).max().item(), (ranks[1:] - due).max().item())
+    return worst
+
+
+@pytest.mark.parametrize("of", DATA)
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 20.0])
+def test_the_ideal_denoiser_is_the_score(sigma, of):
+    """What the tests below stand on: E[eps | y] = -sigma d log p(y) / dy (Tweedie), here of PyTorch's densities."""
+    data = DATA[of][0]()
+    y = data.sample(20, torch.Generator().manual_seed(0)) + sigma
+    y.requires_grad_()
+    if isinstance(data, Mixture):
+        spread = (data.stds**2 + sigma**2).sqrt()[:, None].expand_as(data.means)
+        parts = distributions.Independent(distributions.Normal(data.means, spread), 1)
+        density = distributions.MixtureSameFamily(distributions.Categorical(data.weights), parts)
+    else:
+        density = distributions.Independent(distributions.Normal(data.mean, (data.std**2 + sigma**2).sqrt()), 1)
+    (score,) = torch.autograd.grad(density.log_prob(y).sum(), y)
+    assert_close(data.eps(y.detach(), torch.full((20, 1), sigma, dtype=torch.float64)), -sigma * score)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("of", "spacing"), [
+    ("mixture in 2 dimensions", "trailing"),
+    ("mixture in 2 dimensions", "logsnr"),
+    ("mixture of 3x8x8 images", "logsnr"),
+    ("Gaussian 3x8x8 images", "trailing"),
+])  # fmt: skip
+def test_samples_are_distributed_as_the_data(name, of, spacing):
+    sampler, options = SAMPLERS[name]
+    make, shape = DATA[of]
+    data, scheduler, generator = make(), NoiseScheduler(1000), torch.Generator().manual_seed(0)
+    n = 4000 if shape == (2,) else 2000
+    normal = lambda: torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+    x_T = scheduler.q_sample(data.sample(n, generator).view(n, *shape), torch.full((n,), 999), normal())
+    few, many = (
+        distance(data, sampler(ideal_model(data, scheduler), scheduler, x_T, steps, spacing=spacing, clip_x_0=False,
+                               step_noise=lambda k: normal(), **options))
+        for steps in (5, 200)
+    )  # fmt: skip
+    beyond_chance = 2.2 / n**0.5  # of true samples one direction in 8,000 is further off than this
+    assert many < beyond_chance
+    assert few > many
+
+
+T = 102_400  # divisible by the numbers of steps below, so that even steps in t are exactly even
+START, STOP = T - 1, T // 20 - 1  # sigma from 152 down to 0.17
+
+
+def slopes(errors):
+    """The order between each number of steps and its double: log2 of how many times smaller the error is."""
+    return [torch.log2(before / after).item() for before, after in pairwise(errors)]
+
+
+@pytest.mark.parametrize("of", ["mixture in 2 dimensions", "Gaussian 3x8x8 images"])
+@pytest.mark.parametrize(("sampler", "spacing", "order"), [
+    (ddim_sample, "logsnr", 1),
+    (ddim_sample, "trailing", 1),
+    (dpm_solver_sample, "logsnr", 2),
+    (dpm_solver_sample, "trailing", 2),
+    (ipndm_sample, "logsnr", 2),
+])  # fmt: skip
+def test_the_error_falls_with_the_order(sampler, spacing, order, of):
+    make, shape = DATA[of]
+    data, scheduler = make(), NoiseScheduler(T)
+    model = ideal_model(data, scheduler)
+    x_T = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = exact_path(data, scheduler, x_T, START, STOP)
+    errors = []
+    for steps in (128, 256, 512):
+        times = sampling_times(scheduler, steps, spacing, START, STOP)
+        errors.append((sampler(model, scheduler, x_T, times=times, clip_x_0=False) - exact).abs().max())
+    print(f"{sampler.__name__}, {spacing}, {of}: {slopes(errors)}")
+    assert slopes(errors) == pytest.approx([order] * 2, abs=0.25)
+    assert errors[-1] < 10 * 0.02**order
+
+
+@pytest.mark.parametrize("of", ["mixture in 2 dimensions", "Gaussian 3x8x8 images"])
+def test_ipndm_is_of_order_4_on_equal_steps_from_exact_start_values(of):
+    """And of order 2 on the same steps with its own start, whose first step is of order 1."""
+    make, shape = DATA[of]
+    data, sigma = make(), torch.arange(1, T + 1, dtype=torch.float64) / T  # even steps in t are even in sigma
+    scheduler = SimpleNamespace(timesteps=T, alphas_cumprod=1 / (1 + sigma**2))
+    model = ideal_model(data, scheduler)
+    x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact_start, own_start = [], []
+    for steps in (64, 128, 256):
+        times = sampling_times(scheduler, steps, "trailing", START, T // 5 - 1)  # sigma from 1 to 0.2
+        exact = exact_path(data, scheduler, x, times[0], times[-1])
+        own_start.append((ipndm_sample(model, scheduler, x, times=times, clip_x_0=False) - exact).abs().max())
+
+        states = [x, *(exact_path(data, scheduler, x, times[0], t, 50) for t in times[1:4])]
+        history = [model(state, torch.full((8,), t)) for state, t in zip(states[:3], times[:3], strict=True)]
+        x_end = ipndm_sample(model, scheduler, states[3], times=times[3:], history=history, clip_x_0=False)
+        exact_start.append((x_end - exact).abs().max())
+    print(f"ipndm_sample, even in sigma, {of}: {slopes(exact_start)}; own start {slopes(own_start)}")
+    assert slopes(exact_start) == pytest.approx([4] * 2, abs=0.35)
+    assert slopes(own_start) == pytest.approx([2] * 2, abs=0.35)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
+@pytest.mark.parametrize("of", DATA)
+def test_ddim_there_and_back_is_of_order_1(of, spacing):
+    make, shape = DATA[of]
+    data, scheduler = make(), NoiseScheduler(T)
+    model = ideal_model(data, scheduler)
+    images = data.sample(16, torch.Generator().manual_seed(0)).view(16, *shape)
+    errors = []
+    for steps in (128, 256, 512):
+        x_T = ddim_encode(model, scheduler, images, steps, spacing=spacing)
+        back = ddim_sample(model, scheduler, x_T, steps, spacing=spacing, clip_x_0=False)
+        errors.append((back - images).pow(2).mean().sqrt())
+    print(f"ddim_encode and back, {spacing}, {of}: {slopes(errors)}")
+    assert slopes(errors) == pytest.approx([1] * 2, abs=0.15)
+    assert errors[-1] < 0.01
+
+
+@pytest.mark.parametrize(("start", "stop"), [(START, STOP), (T // 2, -1)])
+def test_ddim_encode_finds_the_noise_of_an_image(start, stop):
+    """With the Gaussian's exact path from any state to any other, the image (sigma = 0) included."""
+    data, scheduler = gaussian_images(), NoiseScheduler(T)
+    a, a_end = scheduler.alphas_cumprod[start], scheduler.alphas_cumprod[stop] if stop >= 0 else double(1.0)
+    images = data.sample(16, torch.Generator().manual_seed(0))
+    exact = a.sqrt() * data.path(images, sigmas(a_end), sigmas(a))
+    errors = []
+    for steps in (128, 256, 512):
+        times = sampling_times(scheduler, steps, "logsnr", start, stop)
+        x = ddim_encode(ideal_model(data, scheduler), scheduler, a_end.sqrt() * images, times=times)
+        errors.append((x - exact).abs().max())
+    assert slopes(errors) == pytest.approx([1] * 2, abs=0.1)
