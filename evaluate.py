@@ -1,0 +1,206 @@
+"""How good a trained model is: `python evaluate.py` for bits/dim, `--metrics bpd,fid,kid,prc` for all there is.
+
+bits/dim is the variational bound on held-out images (Ho et al. 2020, Eq. 5; functions/bits_per_dim.py) and needs
+nothing but the data. FID, KID, precision and recall compare samples with real images (functions/image_metrics.py) and
+need `pip install -r requirements-eval.txt` and the weights of InceptionV3. On several GPUs:
+`torchrun --nproc-per-node 8 -- evaluate.py RUN --metrics fid` (without the -- torchrun takes --n for its own).
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.datasets import ImageSet, Split, hash_ids, load_images, split_images
+from data.pixels import to_model_range, to_uint8
+from data.sources import DataError
+from functions.bits_per_dim import measure_bits_per_dim
+from functions.checkpoint import CheckpointError
+from functions.command_line import Parser, plain_errors
+from functions.device import DeviceError, choose_device, choose_precision, set_deterministic
+from functions.evaluation import (
+    add_evaluation_flags,
+    bpd_protocol,
+    bpd_table,
+    check_flags,
+    compare,
+    evenly,
+    image_protocol,
+    image_table,
+    image_warnings,
+    real_features,
+    result_path,
+    sample_features,
+    write_result,
+)
+from functions.evaluation_figures import plot_bits_per_dim
+from functions.export import load_weights
+from functions.image_metrics import EvaluationError, Extractor, load_inception
+from functions.noise_scheduler import NoiseScheduler
+from functions.processes import Processes, joined
+from functions.reference_statistics import Reference, cached_reference, describe, published_reference, write_reference
+from functions.run_folder import find_checkpoints, first_sound, newest_checkpoints
+from functions.sample_files import weights_hash
+from functions.sampler_settings import SamplerSettings
+from functions.samplers import SamplingError
+from functions.sampling import rebuild
+from functions.stopping import TrainingError
+from models.unet import UNet
+
+ERRORS = (CheckpointError, DataError, DeviceError, EvaluationError, SamplingError, TrainingError, OSError)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, on what."""
+
+    checkpoint: Path
+    model: nn.Module
+    scheduler: NoiseScheduler
+    facts: dict  # which weights, in which arithmetic: part of every result
+    device: torch.device
+    precision: torch.dtype
+    image_set: ImageSet
+    split: Split
+    folder: Path  # for results
+
+
+def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extractor] = load_inception) -> None:
+    """Read the command line, evaluate, and say which files were written."""
+    parser = Parser(description=__doc__)
+    add_evaluation_flags(parser)
+    args = parser.parse_args()
+    check_flags(args)
+    settings = SamplerSettings.from_args(args)
+    with joined() as processes:
+        device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
+        set_deterministic(device.type == "cuda")  # the CPU's kernels are
+        subject = open_subject(args, device, processes)
+        settings.times(subject.scheduler)  # refuses numbers of steps that the model does not have
+        # What can be missing is asked for before the work of hours
+        extractor = load_extractor(args.weights, device, processes) if args.metrics != ("bpd",) else None
+        reference = open_reference(args, subject, extractor, processes) if extractor else None
+        if "bpd" in args.metrics:
+            evaluate_bits(args, subject, processes)
+        if extractor:
+            evaluate_images(args, subject, settings, extractor, reference, processes)
+
+
+def open_subject(args: argparse.Namespace, device: torch.device, processes: Processes) -> Subject:
+    """The checkpoint, its model and its data."""
+    candidates = find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs)
+    precision = choose_precision(args.precision, device)
+    checkpoint, (weights, config, run) = first_sound(candidates, load_weights)
+    model, scheduler = rebuild(UNet, weights, config, checkpoint, device)
+    processes.say(f"{checkpoint}: {run['weights']} weights after {run['step']:,} of {run['total_steps']:,} steps")
+    diffusion = config["diffusion"]
+    image_set = load_images(
+        args.dataset_name or diffusion["dataset_name"], config["model"]["image_size"], diffusion["max_bad_images"]
+    )
+    split = split_images(image_set, diffusion["split"])
+    processes.say(split.description)
+    if run.get("train_ids_hash") != split.train_ids_hash:
+        warn(processes, "THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation")
+    facts = {
+        "experiment": run["experiment"], "step": run["step"], "weights": run["weights"],
+        "weights_hash": weights_hash(weights, config)[:16], "precision": str(precision).removeprefix("torch."),
+        "device": device.type, "batch_size": args.batch_size, "seed": args.seed,
+    }  # fmt: skip
+    run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    folder = args.out or run_folder / "evaluation"
+    return Subject(checkpoint, model, scheduler, facts, device, precision, image_set, split, folder)
+
+
+def warn(processes: Processes, text: str) -> None:
+    if processes.is_main:
+        print(f"WARNING: {text}", file=sys.stderr)
+
+
+def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
+    """bits/dim of the validation split."""
+    images, split = subject.image_set.images, subject.split
+
+    def x_0_of(indices: np.ndarray) -> torch.Tensor:
+        return to_model_range(torch.from_numpy(images[indices]).to(subject.device))
+
+    result = measure_bits_per_dim(
+        subject.model, subject.scheduler, x_0_of, split.val_indices, args.t_stride, args.images, args.batch_size,
+        args.seed, subject.precision, args.bpd_variance, not args.no_clip, processes, progress=processes.is_main,
+    )  # fmt: skip
+    if not processes.is_main:
+        return
+    settings = {
+        **subject.facts, "ids_hash": split.val_ids_hash, "split_images": len(split.val_indices),
+        "images": len(result.prior), "t_stride": args.t_stride, "variance": args.bpd_variance,
+        "clip_x_0": not args.no_clip,
+    }  # fmt: skip
+    protocol = bpd_protocol(result, subject.scheduler.timesteps, settings)
+    path = result_path(subject.folder, subject.checkpoint, "bpd", settings)
+    write_result(path, {"protocol": protocol, "settings": settings, **result.facts()})
+    name = f"{subject.facts['experiment']}, step {subject.facts['step']:,}"
+    plot_bits_per_dim(result, path.with_suffix(".png"), name)
+    print(f"{bpd_table(result, protocol)}\nwrote {path}\nwrote {path.with_suffix('.png')}")
+
+
+def open_reference(
+    args: argparse.Namespace, subject: Subject, extractor: Extractor, processes: Processes
+) -> Reference | None:
+    """The real images' side of the comparison; None but in rank 0."""
+    images, split = subject.image_set.images, subject.split
+    if args.reference:
+        return published_reference(args.reference, images.shape[1], extractor)
+    of_split = {"train": split.train_indices, "val": split.val_indices}[args.reference_split]
+    indices = evenly(of_split, args.reference_images)
+    if len(indices) < 2:
+        raise EvaluationError(f"an empty reference: {len(indices)} {args.reference_split} image(s), 2 are the fewest")
+    ids = hash_ids([subject.image_set.ids[i] for i in indices])
+    name = Path(subject.image_set.name).name  # a path is nobody's business, and the pixels have their hash
+    description = describe(images, indices, ids, name, args.reference_split, extractor)
+    reference = cached_reference(
+        args.cache or args.runs / ".evaluation", description,
+        lambda: real_features(images, indices, args.batch_size, extractor, processes), processes,
+    )  # fmt: skip
+    if args.save_reference and processes.is_main:
+        write_reference(args.save_reference, reference)
+        print(f"wrote {args.save_reference}")
+    return reference
+
+
+def evaluate_images(
+    args: argparse.Namespace,
+    subject: Subject,
+    sampler: SamplerSettings,
+    extractor: Extractor,
+    reference: Reference | None,
+    processes: Processes,
+) -> None:
+    """FID, KID, precision and recall of samples."""
+    metrics = tuple(name for name in args.metrics if name != "bpd")
+    generated = sample_features(
+        subject.model, subject.scheduler, sampler, args.n, subject.image_set.images.shape[1], args.seed,
+        args.batch_size, subject.device, subject.precision, extractor, to_uint8, processes,
+    )  # fmt: skip
+    if not processes.is_main:
+        return
+    settings = {
+        **subject.facts, "n": args.n, **sampler.facts(subject.scheduler.timesteps), "sampler_in_words": str(sampler),
+        "reference": reference.description,
+    }  # fmt: skip
+    protocol = image_protocol(reference.description, settings)
+    warnings = image_warnings(reference.description, args.n, generated.shape[1])
+    for warning in warnings:
+        warn(processes, warning)
+    results = compare(metrics, generated, reference, args.seed)
+    path = result_path(subject.folder, subject.checkpoint, "-".join(metrics), settings)
+    write_result(path, {"protocol": protocol, "warnings": warnings, "settings": settings, **results})
+    print(f"{image_table(results, protocol)}\nwrote {path}")
+
+
+if __name__ == "__main__":
+    with plain_errors(*ERRORS):
+        main()

@@ -1,0 +1,103 @@
+"""The terms of the variational bound of Ho et al. 2020 (Eq. 5), for images in [-1, 1] with 256 levels.
+
+    L_T      KL(q(x_T | x_0) || N(0, I)): "prior", what the schedule leaves of the image in x_T; nothing is learned
+    L_t      KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t = 1 .. T-1 (code t: the paper's t minus 1)
+    L_0      -log p(x_0 | x_1) of the discretised Gaussian decoder (Eq. 13), at code t = 0
+
+p has the mean that the model's x_0 gives (Eq. 7; clipped to the range of images, as in Ho's evaluation) and a fixed
+variance, "small" or "large" as in sampling. At t = 0, where the small one would be 0, both are posterior_variance[1],
+as in Ho's code. All but the network is computed in float64.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from functions.device import autocast
+from functions.noise_scheduler import NoiseScheduler, at
+
+VARIANCES = ("small", "large")
+HALF_BIN = 1 / 255  # of the 256 levels in [-1, 1]
+OPEN = 0.999  # values beyond are the first and the last level, whose bins reach to infinity
+
+
+def terms_of(
+    model: Callable[[Tensor, Tensor], Tensor],
+    scheduler: NoiseScheduler,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    precision: torch.dtype = torch.float32,
+    variance: str = "small",
+    clip_x_0: bool = True,
+) -> Tensor:
+    """One term of each image, with what else is known then.
+
+    Args:
+        x_0: (B, C, H, W), on the model's device; t: (B,) int64; noise: (B, C, H, W) standard normal.
+
+    Returns:
+        (4, B) float64: L_T and L_t in bits per dimension, and the squared errors of x_0 and of eps.
+    """
+    device = x_0.device
+    home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    exact = copy.copy(scheduler).to(home)
+    x_0, t, noise = x_0.to(home, torch.float64), t.to(home), noise.to(home, torch.float64)
+    x_t = exact.q_sample(x_0, t, noise)
+    with autocast(device, precision):
+        eps = model(x_t.to(device, torch.float32), t.to(device)).to(home, torch.float64)
+    predicted = exact.predict_x_0(x_t, t, eps)
+    if clip_x_0:
+        predicted = predicted.clamp(-1, 1)
+    terms = posterior_kl(exact, x_0, predicted, t, variance)
+    first = t == 0
+    if first.any():  # the mean of p(x_0 | x_1) is the predicted x_0 itself (Eq. 7)
+        sigma = model_variance(exact, variance)[0].sqrt().item()
+        terms[first] = -decoder_log_likelihood(x_0[first], predicted[first], sigma)
+    means = [value.flatten(1).mean(dim=1) for value in (
+        prior_kl(exact, x_0) / math.log(2), terms / math.log(2), (predicted - x_0).square(), (eps - noise).square()
+    )]  # fmt: skip
+    return torch.stack(means)
+
+
+def model_variance(scheduler: NoiseScheduler, variance: str) -> Tensor:
+    """(T,): the variance of p(x_{t-1} | x_t), as in `p_mean_variance` of Ho's code."""
+    table = (scheduler.posterior_variance if variance == "small" else scheduler.betas).clone()
+    table[0] = scheduler.posterior_variance[1]
+    return table
+
+
+def prior_kl(scheduler: NoiseScheduler, x_0: Tensor) -> Tensor:
+    """L_T of each dimension, in nats: KL(N(sqrt(a) x_0, 1 - a) || N(0, 1)), a being alpha_bar_T."""
+    a = scheduler.alphas_cumprod[-1].double()
+    return (a * x_0.square() - a - torch.log1p(-a)) / 2
+
+
+def posterior_kl(scheduler: NoiseScheduler, x_0: Tensor, predicted: Tensor, t: Tensor, variance: str) -> Tensor:
+    """L_t of each dimension, in nats, for t >= 1: the KL of two normals whose means differ in x_0 alone (Eq. 7).
+
+    So the means, which agree in many digits at small t, are never subtracted. Meaningless at t = 0.
+    """
+    ratio = at(model_variance(scheduler, variance) / scheduler.posterior_variance.clamp(min=1e-300), t, x_0)
+    difference = at(scheduler.posterior_mean_x_0, t, x_0) * (x_0 - predicted)
+    return (ratio.log() + 1 / ratio - 1 + difference.square() / at(model_variance(scheduler, variance), t, x_0)) / 2
+
+
+def decoder_log_likelihood(x_0: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """log of the probability of each value's bin under N(mean, sigma^2) (Eq. 13), in nats; float64.
+
+    Bins are 1/255 to either side; the first and the last are open, so the 256 probabilities sum to 1. The logarithm is
+    exact far out in the tails too, where Ho's code stops at log(1e-12).
+    """
+    x_0, mean = x_0.double(), mean.double()
+    lower, upper = (x_0 - HALF_BIN - mean) / sigma, (x_0 + HALF_BIN - mean) / sigma
+    lower = torch.where(x_0 < -OPEN, -math.inf, lower)
+    upper = torch.where(x_0 > OPEN, math.inf, upper)
+    # Both in the left tail, by symmetry: there log Phi keeps its digits
+    mirrored = lower + upper > 0
+    lower, upper = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+    log_upper = torch.special.log_ndtr(upper)
+    return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))

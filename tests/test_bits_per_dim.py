@@ -1,0 +1,226 @@
+"""bits/dim against closed forms on Gaussian data, torch.distributions, a direct CDF, and a true entropy."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+from functions.bits_per_dim import measure_bits_per_dim, strata_of
+from functions.likelihood import decoder_log_likelihood, model_variance, posterior_kl, prior_kl, terms_of
+from functions.noise_scheduler import NoiseScheduler
+from functions.processes import Processes
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+MU, S = 0.2, 0.3  # of the Gaussian data
+
+
+class GaussianDenoiser(nn.Module):
+    """The best eps for x_0 ~ N(MU, S^2 I): E[x_0 | x_t] is linear in x_t."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.a = scheduler.alphas_cumprod
+
+    def forward(self, x_t, t):
+        a = self.a[t].view(-1, 1, 1, 1)
+        x_t = x_t.double()
+        x_0 = MU + S**2 * a.sqrt() / (a * S**2 + 1 - a) * (x_t - a.sqrt() * MU)
+        return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+
+
+class LevelsDenoiser(nn.Module):
+    """The best eps for pixels that are independent and take a few levels with given probabilities."""
+
+    def __init__(self, scheduler, levels, probabilities):
+        super().__init__()
+        self.a, self.levels, self.log_p = scheduler.alphas_cumprod, levels, probabilities.log()
+
+    def forward(self, x_t, t):
+        a = self.a[t].view(-1, 1, 1, 1)
+        x_t = x_t.double()
+        distance = (x_t[..., None] - a.sqrt()[..., None] * self.levels).square()
+        x_0 = ((self.log_p - distance / (2 * (1 - a[..., None]))).softmax(-1) * self.levels).sum(-1)
+        return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+
+
+def expected_terms(scheduler, variance):
+    """(T,) bits/dim of L_t, t >= 1, for the best denoiser of Gaussian data, worked out by hand with NumPy."""
+    beta = scheduler.betas.numpy()
+    a = np.cumprod(1 - beta)
+    before = np.append(1.0, a[:-1])
+    v_q = beta * (1 - before) / (1 - a)
+    v_p = v_q if variance == "small" else beta
+    error = S**2 * (1 - a) / (a * S**2 + 1 - a)  # of x_0 given x_t
+    mean_gap = (np.sqrt(before) * beta / (1 - a)) ** 2 * error
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 0.5 * (np.log(v_p / v_q) + v_q / v_p - 1 + mean_gap / v_p) / math.log(2)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_terms_equal_the_closed_form_on_gaussian_data(variance):
+    scheduler = NoiseScheduler(40)
+    x_0 = (MU + S * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))).float()
+    result = measure_bits_per_dim(
+        GaussianDenoiser(scheduler), scheduler, lambda i: x_0[i], np.arange(64), variance=variance, clip_x_0=False
+    )
+    expected = expected_terms(scheduler, variance)
+    sampled = x_0.numel() ** -0.5 * 5 * math.sqrt(2)  # of a mean of squared normals
+    np.testing.assert_allclose(result.terms.mean(axis=0)[1:], expected[1:], rtol=sampled)
+    a = scheduler.alphas_cumprod[-1].item()
+    prior = 0.5 * (a * (S**2 + MU**2) + (1 - a) - 1 - math.log(1 - a)) / math.log(2)
+    assert result.prior.mean() == pytest.approx(prior, rel=sampled)
+    a = scheduler.alphas_cumprod.numpy()
+    error = S**2 * (1 - a) / (a * S**2 + 1 - a)
+    np.testing.assert_allclose(result.mse_x_0.mean(axis=0), error, rtol=sampled)
+    np.testing.assert_allclose(result.mse_eps.mean(axis=0), error * a / (1 - a), rtol=sampled)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("t", [1, 2, 500, 999])
+def test_kl_is_that_of_torch_distributions(variance, t):
+    scheduler = NoiseScheduler(1000)
+    x_0, predicted, x_t = torch.randn(3, 4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+    times = torch.full((4,), t)
+    mean_q, variance_q = scheduler.q_posterior(x_0, x_t, times)
+    mean_p, _ = scheduler.q_posterior(predicted, x_t, times)
+    p = Normal(mean_p, model_variance(scheduler, variance)[t].sqrt())
+    expected = kl_divergence(Normal(mean_q, variance_q.sqrt()), p)
+    found = posterior_kl(scheduler, x_0, predicted, times, variance)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    a = scheduler.alphas_cumprod[-1]
+    expected = kl_divergence(Normal(a.sqrt() * x_0, (1 - a).sqrt()), Normal(torch.zeros(()).double(), 1.0))
+    torch.testing.assert_close(prior_kl(scheduler, x_0), expected, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [0.0074, 0.05, 1.0])
+@pytest.mark.parametrize("mean", [-1.1, -0.3, 0.0, 0.999])
+def test_the_decoder_is_a_distribution_over_256_levels(mean, sigma):
+    log_p = decoder_log_likelihood(LEVELS, torch.full((256,), mean, dtype=torch.float64), sigma)
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    normal = NormalDist(mean, sigma)
+    edges = [-math.inf, *((LEVELS[:-1] + LEVELS[1:]) / 2).tolist(), math.inf]
+    cdf = [0.0, *map(normal.cdf, edges[1:-1]), 1.0]
+    np.testing.assert_allclose(log_p.exp(), np.diff(cdf), atol=1e-13)
+    assert torch.isfinite(log_p).all()  # in the tails too, where the direct difference is 0
+
+
+def test_the_decoder_agrees_with_the_approximation_of_the_released_codes():
+    """Ho's code and improved-diffusion approximate the CDF by a tanh, good to 4e-4, and floor it at 1e-12."""
+    phi = lambda z: 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    x, mean, sigma = LEVELS.numpy(), 0.1, 0.05
+    upper, lower = phi((x + 1 / 255 - mean) / sigma), phi((x - 1 / 255 - mean) / sigma)
+    theirs = np.where(x < -0.999, upper, np.where(x > 0.999, 1 - lower, upper - lower))
+    np.testing.assert_allclose(
+        decoder_log_likelihood(LEVELS, torch.full((256,), mean, dtype=torch.float64), sigma).exp(), theirs, atol=8e-4
+    )
+
+
+def test_far_tails_keep_their_digits():
+    log_p = decoder_log_likelihood(LEVELS[:1], torch.tensor([1.0]), 0.0074).item()
+    z = (LEVELS[0].item() + 1 / 255 - 1) / 0.0074
+    asymptotic = -z * z / 2 - math.log(-z * math.sqrt(2 * math.pi)) + math.log1p(-1 / z**2)
+    assert log_p == pytest.approx(asymptotic, rel=1e-9)
+    symmetric = decoder_log_likelihood(LEVELS[-1:], torch.tensor([-1.0]), 0.0074).item()
+    assert symmetric == pytest.approx(log_p, rel=1e-12)
+
+
+def test_variances_are_those_of_the_paper_s_code():
+    scheduler = NoiseScheduler(1000)
+    small, large = model_variance(scheduler, "small"), model_variance(scheduler, "large")
+    assert small[0] == large[0] == scheduler.posterior_variance[1]
+    torch.testing.assert_close(small[1:], scheduler.posterior_variance[1:])
+    torch.testing.assert_close(large[1:], scheduler.betas[1:])
+
+
+SMOOTH = torch.from_numpy(np.exp(-((LEVELS.numpy() - 0.1) ** 2) / (2 * 0.1**2)))
+FOUR = torch.zeros(256, dtype=torch.float64)
+FOUR[[0, 100, 101, 255]] = torch.tensor([0.4, 0.1, 0.2, 0.3], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "weights, variance, gap", [(SMOOTH, "large", 0.3), (SMOOTH, "small", 1.0), (FOUR, "small", 1.0)]
+)
+def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
+    """Independent pixels with known probabilities, and the best denoiser.
+
+    Of the two variances the large one is right for data as wide as noise, the small one for a point (Section 3.2), and
+    normals describe four levels badly: hence the gaps.
+    """
+    scheduler, p = NoiseScheduler(1000), weights[weights > 0] / weights.sum()
+    levels = LEVELS[weights > 0]
+    drawn = torch.multinomial(p, 32 * 48, replacement=True, generator=torch.Generator().manual_seed(0))
+    x_0 = levels[drawn].view(32, 3, 4, 4).float()
+    model = LevelsDenoiser(scheduler, levels, p)
+    result = measure_bits_per_dim(model, scheduler, lambda i: x_0[i], np.arange(32), t_stride=20, variance=variance)
+    entropy = -(p * p.log2()).sum().item()
+    assert entropy - 3 * result.standard_error < result.total < entropy + gap
+    assert result.total == pytest.approx(result.rate + result.distortion)
+
+
+def test_strides_are_unbiased():
+    """The mean over many seeds is the full sum, whose noise is averaged too; its error is the one that is stated."""
+    scheduler = NoiseScheduler(100)
+    x_0 = (MU + S * torch.randn(400, 3, 4, 4, generator=torch.Generator().manual_seed(0))).float()
+    model, x_0_of = GaussianDenoiser(scheduler), lambda i: x_0[i]
+    full = measure_bits_per_dim(model, scheduler, x_0_of, np.arange(400), clip_x_0=False, batch_size=4096)
+    some = measure_bits_per_dim(model, scheduler, x_0_of, np.arange(400), 20, clip_x_0=False, batch_size=4096)
+    assert some.terms.shape[1] < 30
+    assert full.standard_error < some.standard_error < 10 * full.standard_error
+    assert abs(some.total - full.total) < 4 * some.standard_error
+
+
+def test_strata_cover_every_t_once():
+    for timesteps, stride in ((2, 1), (100, 7), (1000, 1), (1000, 50), (1000, 5000)):
+        strata = strata_of(timesteps, stride)
+        assert [t for stratum in strata for t in stratum] == list(range(timesteps))
+        assert strata[0] == range(1) and max(map(len, strata)) <= stride
+    assert len(strata_of(1000, 1)) == 1000
+
+
+def small_measurement(**options):
+    scheduler = NoiseScheduler(40)
+    x_0 = torch.randn(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    arguments = {"indices": np.arange(2, 10), "t_stride": 3, "batch_size": 8, **options}
+    return measure_bits_per_dim(GaussianDenoiser(scheduler), scheduler, lambda i: x_0[i], **arguments)
+
+
+def test_a_term_depends_on_seed_image_and_t_alone():
+    all_images, again, others = small_measurement(), small_measurement(), small_measurement(seed=1)
+    np.testing.assert_array_equal(all_images.terms, again.terms)
+    assert (all_images.terms != others.terms).all()
+    one = small_measurement(indices=np.array([5]), batch_size=3)
+    np.testing.assert_array_equal(one.t[0], all_images.t[3])
+    np.testing.assert_allclose(one.terms[0], all_images.terms[3], rtol=1e-12)
+    assert math.isnan(one.standard_error) and one.facts()["standard_error"] is None
+    half = small_measurement(images=4)
+    np.testing.assert_allclose(half.terms, all_images.terms[::2], rtol=1e-12)
+
+
+def test_two_processes_get_the_numbers_of_one():
+    parts = []
+
+    class Part(Processes):
+        def sum_(self, tensor):
+            parts.append(tensor)
+            return tensor
+
+    for rank in range(2):
+        small_measurement(processes=Part(rank, 2))
+    alone = small_measurement()
+    np.testing.assert_array_equal((parts[0] + parts[1])[1].view(alone.t.shape).numpy(), alone.terms)
+    assert all((part != 0).any(dim=0).sum() < alone.t.size for part in parts)
+
+
+def test_clipping_is_of_the_prediction():
+    scheduler = NoiseScheduler(100)
+    x_0, noise = torch.full((1, 3, 2, 2), 1.0), torch.zeros(1, 3, 2, 2)
+    wrong = lambda x_t, t: torch.full_like(x_t, -1.0)  # which puts x_0 above 1
+    t = torch.tensor([50])
+    clipped, free = (terms_of(wrong, scheduler, x_0, t, noise, clip_x_0=clip) for clip in (True, False))
+    assert clipped[2] == 0 and free[2] > 0 and clipped[1] < free[1]
+    with pytest.raises(ValueError, match="images"):
+        small_measurement(indices=np.arange(0))
