@@ -5,6 +5,7 @@ matter of photos: `--photos SOURCE`, any copy of FFHQ, draws that figure too (cu
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,6 +22,7 @@ from data.augmentation import augment  # noqa: E402
 from data.datasets import load_images, split_images  # noqa: E402
 from data.pixels import to_model_range, to_uint8  # noqa: E402
 from data.sources import DataError  # noqa: E402
+from figures.sampling_figures import draw_sampling  # noqa: E402
 from functions.checkpoint import CheckpointError  # noqa: E402
 from functions.command_line import Parser, plain_errors  # noqa: E402
 from functions.device import choose_device  # noqa: E402
@@ -55,6 +57,8 @@ def main() -> None:
     if args.photos:
         draw_rotation_spectrum(args.photos)
     draw_run(checkpoint)
+    with tempfile.TemporaryDirectory() as temporary:
+        draw_sampling(checkpoint, FIGURES, 32, Path(temporary))
 
 
 def draw_cumulative_noise() -> None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import batches
-from data.batches import ImageFeeder, epoch_order, micro_batches
+from data.batches import ImageFeeder, epoch_order, forward_passes, micro_batches
+from functions.processes import Processes
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3), dtype=np.uint8)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -58,16 +59,26 @@ def test_micro_batches_walk_each_epoch_once_and_can_start_anywhere(n, effective_
     train_indices = np.arange(n) * 10
     steps_per_epoch = n // effective_batch
     total = 2 * steps_per_epoch
-    parts = list(micro_batches(train_indices, seed, effective_batch, batch_size, range(total)))
+    passes = forward_passes(range(effective_batch), batch_size)
+    parts = list(micro_batches(train_indices, seed, effective_batch, passes, range(total)))
     parts_per_step = -(-effective_batch // batch_size)
     assert max(map(len, parts)) <= batch_size and len(parts) == total * parts_per_step
     for epoch in range(2):
         walked = np.concatenate(parts[epoch * len(parts) // 2 : (epoch + 1) * len(parts) // 2])
         assert len(set(walked.tolist())) == len(walked) == steps_per_epoch * effective_batch
         np.testing.assert_array_equal(walked, 10 * epoch_order(n, seed, epoch)[: len(walked)])
-    resumed = list(micro_batches(train_indices, seed, effective_batch, batch_size, range(total // 2, total)))
+    resumed = list(micro_batches(train_indices, seed, effective_batch, passes, range(total // 2, total)))
     for part, expected in zip(resumed, parts[total // 2 * parts_per_step :], strict=True):
         np.testing.assert_array_equal(part, expected)
+
+
+@given(effective_batch=st.integers(1, 40), batch_size=st.integers(1, 12), count=st.integers(1, 9))
+def test_processes_and_passes_share_every_place_of_a_batch_once(effective_batch, batch_size, count):
+    shares = [Processes(rank, count).share(effective_batch) for rank in range(count)]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    passes = [places for share in shares for places in forward_passes(share, batch_size)]
+    assert [i for places in passes for i in range(places.start, places.stop)] == list(range(effective_batch))
+    assert all(0 < places.stop - places.start <= batch_size for places in passes)
 
 
 @pytest.mark.parametrize("device", DEVICES)
