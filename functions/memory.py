@@ -87,6 +87,8 @@ def training_memory(
 
 def process_memory() -> int:
     """The most memory that this process has had, in bytes."""
+    if STATUS.exists():
+        return kilobytes(STATUS)["VmHWM"]  # ru_maxrss would count what the process had that started this one
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     return peak if sys.platform == "darwin" else 1024 * peak
 
