@@ -3,7 +3,7 @@
 bits/dim is the variational bound on held-out images (Ho et al. 2020, Eq. 5; functions/bits_per_dim.py) and needs
 nothing but the data. FID, KID, precision and recall compare samples with real images (functions/image_metrics.py) and
 need `pip install -r requirements-eval.txt` and the weights of InceptionV3. On several GPUs:
-`torchrun --nproc-per-node 8 -- evaluate.py RUN --metrics fid` (without the -- torchrun takes --n for its own).
+`torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid` (with -n, since torchrun takes --n for its own).
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Draw images from a trained model: `python sample.py` takes the newest run and writes a grid.
 
-Ancestral sampling (Algorithm 2 of Ho et al. 2020) from pure noise with the EMA weights, rebuilt from the checkpoint
-alone. The reverse loop itself is in functions/samplers.py.
+From pure noise, with the EMA weights, rebuilt from the checkpoint alone: by ancestral sampling over all timesteps
+(Algorithm 2 of Ho et al. 2020), or with --sampler and --steps in fewer; the reverse loops are in functions/samplers.py.
+--interpolate and --variations draw images between two, or like one, by way of noise.
 
 Many images, on several GPUs; started again after a kill, only what is missing is made:
 

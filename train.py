@@ -23,7 +23,7 @@ from data.sources import DataError
 from functions import run_folder
 from functions.bad_numbers import BadNumbers
 from functions.book_keeping import BookKeeper
-from functions.checkpoint import CheckpointError, load_checkpoint, restore
+from functions.checkpoint import CheckpointError, check_progress, load_checkpoint, restore
 from functions.command_line import Parser, add_config_flags, given_fields, plain_errors
 from functions.device import (
     DeviceError,
@@ -36,7 +36,7 @@ from functions.device import (
 from functions.draws import seed_of, training_draws
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
-from functions.memory import out_of_memory_explained, process_memory, training_memory
+from functions.memory import out_of_memory_explained, process_memory, training_memory, weights_must_fit
 from functions.metrics import TrainingWindow
 from functions.noise_scheduler import NoiseScheduler
 from functions.processes import Processes, joined
@@ -71,7 +71,8 @@ def main() -> None:
         else:
             name, checkpoint = args.experiment or DEFAULT_EXPERIMENT, None
             experiment = EXPERIMENTS[name].override(*changes)
-        train(name, experiment, args.runs, run, checkpoint, device, processes, args.dry_run)
+        with weights_must_fit():
+            train(name, experiment, args.runs, run, checkpoint, device, processes, args.dry_run)
 
 
 def run_to_resume(args: argparse.Namespace) -> Path | None:
@@ -80,7 +81,7 @@ def run_to_resume(args: argparse.Namespace) -> Path | None:
         return Path(args.resume) if args.resume else None
     try:
         return run_folder.newest_unfinished(args.runs, args.experiment or DEFAULT_EXPERIMENT)
-    except CheckpointError as error:
+    except run_folder.NothingToResume as error:
         if args.resume == "newest":
             raise
         print(f"WARNING: NOTHING TO RESUME ({error}). STARTING A NEW RUN.", file=sys.stderr)
@@ -97,11 +98,13 @@ def open_run(
     """
 
     def find() -> Path:
-        run_folder.read_config(run)  # refuses what is no run folder, a checkpoint's file among it
+        if not run.is_dir():  # a checkpoint's file is no run
+            raise CheckpointError(f"{run} is not a run folder; `NAME --resume` takes the newest unfinished run of NAME")
         return run_folder.first_sound(run_folder.find_checkpoints(run), load_checkpoint)[0]
 
     path = processes.from_main(find)
     checkpoint = load_checkpoint(path)
+    check_progress(checkpoint["run"], path)
     try:
         name, saved = checkpoint["run"]["experiment"], Experiment.from_dict(checkpoint["config"])
     except ConfigError as error:
@@ -131,7 +134,7 @@ def train(
     baseline = process_memory()
     config, saved = experiment.diffusion, checkpoint["run"] if checkpoint else {}
     set_deterministic(config.deterministic)
-    precision, memory_format = choose_arithmetic(config.precision, device, saved.get("arithmetic", {}))
+    precision, memory_format = choose_arithmetic(config.precision, device, saved.get("arithmetic"))
     torch.manual_seed(config.seed)  # for the initial weights; every later draw has a seed of its own
 
     # Data
@@ -162,7 +165,7 @@ def train(
         raise ConfigError(f"{run}: the run is finished; to go on, give more --diffusion.epochs")
 
     # What is about to happen, for people and for config.json
-    how = arithmetic(device, precision, memory_format, processes.count)
+    how = arithmetic(device, precision, memory_format, processes.count, config.batch_size)
     facts = {
         "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
         "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
@@ -201,10 +204,12 @@ def train(
         to_pixels=to_uint8,
     )  # fmt: skip
 
-    network = processes.wrap(model, device)
     batches = feeder.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, passes,
                                         range(first_step, total_steps)))  # fmt: skip
-    with out_of_memory_explained(memory, largest_pass, config.effective_batch, device), books:
+    with out_of_memory_explained(memory, largest_pass, config.effective_batch, device, processes.count), books:
+        network = processes.wrap(model, device)
+        if checkpoint and checkpoint["config"] != experiment.to_dict():
+            books.save(first_step)  # so that from now on the run is resumed as it was changed
         for step in range(first_step, total_steps):
             # Gradients of the effective batch, accumulated over forward passes of batch_size images (Algorithm 1)
             draws = training_draws(config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device)

@@ -1,5 +1,6 @@
 """Steps whose loss or gradients are not finite numbers: found on the device, skipped, counted, and in the end fatal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,14 +20,23 @@ class BadNumbers:
     host looks at them in `read`, every some steps.
 
     Args:
-        step, skipped, in_a_row: where a resumed run stood, as `state` gave it.
+        step, skipped, in_a_row, longest, last: where a resumed run stood, as `state` gave it.
     """
 
-    def __init__(self, device: torch.device, step: int = 0, skipped: int = 0, in_a_row: int = 0):
+    def __init__(
+        self,
+        device: torch.device,
+        step: int = 0,
+        skipped: int = 0,
+        in_a_row: int = 0,
+        longest: int = 0,
+        last: Sequence[float] = (0, 0, 0),
+    ):
         self.step, self.skipped, self.in_a_row, self.longest = (
-            torch.tensor(count, device=device) for count in (step, skipped, in_a_row, in_a_row)
+            torch.tensor(count, device=device) for count in (step, skipped, in_a_row, longest)
         )
-        self.last = torch.zeros(3, device=device)  # of the last bad step: its number, loss and gradient norm
+        # Of the last bad step: its number, loss and gradient norm
+        self.last = torch.tensor(list(last), dtype=torch.float32, device=device)
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """() float32: 1 if the step's loss () or the norm of its gradients () is not finite, else 0."""
@@ -38,9 +48,9 @@ class BadNumbers:
         self.last = torch.where(bad, torch.stack([self.step.float(), loss.float(), grad_norm.float()]), self.last)
         return bad.float()
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, int | list[float]]:
         """Plain numbers for a checkpoint."""
-        return {name: getattr(self, name).item() for name in ("step", "skipped", "in_a_row")}
+        return {name: getattr(self, name).tolist() for name in ("step", "skipped", "in_a_row", "longest", "last")}
 
     def read(self, limit: int, learning_rate: float, scaler: torch.amp.GradScaler, run: Path) -> int:
         """How many steps have been skipped so far.

@@ -69,6 +69,9 @@ class BookKeeper:
                 disable=not self.processes.is_main,
             ))  # fmt: skip
             self.stack = stack.pop_all()
+        due = self.first_step > 0 and self.first_step % self.config.sample_every == 0
+        if due and not self.processes.from_main(self.grid_path(self.first_step).exists):  # stopped before it was drawn
+            self.sample(self.first_step)
         return self
 
     def _open(self, stack: ExitStack) -> Path:
@@ -93,17 +96,18 @@ class BookKeeper:
             bounding = self.config.bits_per_dim_every and due(self.config.bits_per_dim_every * self.steps_per_epoch)
             if due(self.config.log_every) or validating or bounding:
                 self.log(done, grad_norm, validating, bool(bounding))
-            if due(self.config.sample_every):
-                self.sample(done)
-            stopping = self.processes.any(self.stop.received is not None) and done < self.total_steps
+            stop = self.stop.received is not None or self.processes.orphaned
+            stopping = self.processes.any(stop) and done < self.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < self.config.checkpoint_minutes <= minutes
             if due(self.config.checkpoint_every) or overdue or stopping:
                 self.save(done)
+            if due(self.config.sample_every) and not stopping:  # when stopping there may be no time for it
+                self.sample(done)
         if stopping:
             self.processes.wait()  # torchrun ends all when one has ended, and rank 0 is to save in peace
             if self.processes.is_main:
-                why = self.stop.received or "a signal to another process"
+                why = self.stop.received or "a signal to another process, or the end of torchrun"
                 print(f"stopped by {why}, saved; go on with: python train.py --resume {self.run}")
             sys.exit(EXIT_STOPPED)
 
@@ -141,7 +145,10 @@ class BookKeeper:
         ).images).numpy()] if mine else []  # fmt: skip
         everyones = [part for parts in self.processes.gather(pixels) for part in parts]
         if self.processes.is_main:
-            save_grid(np.concatenate(everyones), self.run / "samples" / f"step-{done:08d}.png")
+            save_grid(np.concatenate(everyones), self.grid_path(done))
+
+    def grid_path(self, done: int) -> Path:
+        return self.run / "samples" / f"step-{done:08d}.png"
 
     def save(self, done: int) -> None:
         """A checkpoint to resume and sample from."""

@@ -25,9 +25,9 @@ MOST_STEPS = 10**8  # file names have room for eight digits
 # What a training keeps in the part `run` to go on with, and samplers never look at
 PROGRESS = {
     "window": {"loss_sum": float, "steps": int},
-    "bad_numbers": {"step": int, "skipped": int, "in_a_row": int},
+    "bad_numbers": {"step": int, "skipped": int, "in_a_row": int, "longest": int, "last": list},
     "arithmetic": {"precision": str, "memory_format": str, "processor": str, "threads": int, "processes": int,
-                   "torch": str},
+                   "batch_size": int, "torch": str},
 }  # fmt: skip
 PARTS = {"config": dict, "run": dict, "model": dict, "ema": (dict, type(None)), "optimizer": dict, "scaler": dict}
 
@@ -91,10 +91,17 @@ def check_run(run: dict, path: Path) -> None:
     for name, most in {"total_steps": MOST_STEPS, "step": run.get("total_steps")}.items():
         if type(run.get(name)) is not int or not 0 <= run[name] <= most:
             raise CheckpointError(f"{path}: the checkpoint's part 'run' has no proper {name!r}")
-    for name in PROGRESS.keys() & run.keys():
-        value = run[name]
-        if not isinstance(value, dict) or {key: type(item) for key, item in value.items()} != PROGRESS[name]:
-            raise CheckpointError(f"{path}: the checkpoint's part 'run' has no proper {name!r}")
+
+
+def check_progress(run: dict, path: Path) -> None:
+    """`CheckpointError` unless the part `run` has all that a training goes on with; samplers do without it."""
+    for name, kinds in PROGRESS.items():
+        value = run.get(name)
+        if not isinstance(value, dict) or {key: type(item) for key, item in value.items()} != kinds:
+            raise CheckpointError(
+                f"{path}: its {name!r} is not what this version writes, so its training cannot go on exactly; "
+                "it can be sampled from"
+            )
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

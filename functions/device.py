@@ -76,13 +76,20 @@ def cpu_has_bfloat16() -> bool:
     return any(flag in flags for flag in CPU_BF16_FLAGS)
 
 
+def cpu_name() -> str:
+    """The CPU's model, where Linux says it, or its architecture."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Run the network's matrix products in `dtype`; in float32 this does nothing."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def choose_arithmetic(
-    precision: str, device: torch.device, saved: dict[str, str]
+    precision: str, device: torch.device, saved: dict[str, str] | None
 ) -> tuple[torch.dtype, torch.memory_format]:
     """Precision and memory layout to train in: those that a resumed run was started with, if the device has them.
 
@@ -91,7 +98,7 @@ def choose_arithmetic(
 
     Args:
         precision: the config's.
-        saved: what `arithmetic` gave when the run was started; empty for a new one.
+        saved: what `arithmetic` gave when the run was started; None for a new one.
     """
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     if not saved:
@@ -112,7 +119,7 @@ def set_deterministic(deterministic: bool) -> None:
 
 
 def arithmetic(
-    device: torch.device, precision: torch.dtype, memory_format: torch.memory_format, processes: int
+    device: torch.device, precision: torch.dtype, memory_format: torch.memory_format, processes: int, batch_size: int
 ) -> dict[str, str | int]:
     """All that decides in which order and precision numbers are added, beside the code: plain values for a checkpoint.
 
@@ -123,8 +130,9 @@ def arithmetic(
         "precision": str(precision).removeprefix("torch."),
         "memory_format": str(memory_format).removeprefix("torch."),
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda"
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type,
+        else f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type,
         "threads": torch.get_num_threads() if on_cpu else 0,
         "processes": processes,
+        "batch_size": batch_size,
         "torch": str(torch.__version__),  # which is no plain string
     }  # fmt: skip

@@ -60,10 +60,18 @@ class ImageNoise:
         seed: of the whole grid.
         images: the numbers i of the images in this batch.
         shape: (C, H, W).
+        purpose: what it is for; other purposes have other noise.
     """
 
-    def __init__(self, seed: int, images: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
-        self.generators = [generator_of("cpu", seed, "image", i) for i in images]
+    def __init__(
+        self,
+        seed: int,
+        images: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        purpose: str = "image",
+    ):
+        self.generators = [generator_of("cpu", seed, purpose, i) for i in images]
         self.shape, self.device = tuple(shape), torch.device(device)
 
     def draw(self) -> Tensor:

@@ -36,7 +36,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.processes import Processes
 from functions.reference_statistics import Reference
 from functions.sampler_settings import SamplerSettings, add_sampler_flags
-from functions.sampling import generate
+from functions.sampling import Drawing, generate_batches, image_bar, noise_predictor
 
 METRICS = ("bpd", "fid", "kid", "prc")
 
@@ -65,7 +65,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--no-clip", action="store_true", help="leave the predicted x_0 as it is, also outside [-1, 1]")
 
     add = parser.add_argument_group("FID, KID, precision and recall").add_argument
-    add("--n", type=positive, default=FULL_COUNT, metavar="N", help=f"how many images are generated ({FULL_COUNT:,})")
+    add("--n", "-n", type=positive, default=FULL_COUNT, metavar="N", help=f"how many images to draw ({FULL_COUNT:,})")
     add("--reference-split", choices=("train", "val"), default="train", help="the real images (train)")
     add("--reference-images", type=positive, metavar="N", help="how many, evenly spaced; all when left out")
     add("--reference", type=Path, metavar="FILE.npz", help="published statistics instead of real images; for fid")
@@ -156,16 +156,15 @@ def sample_features(
     processes: Processes,
 ) -> Tensor:
     """Draw n images and keep their features, (n, D) float32; image i is the one that sample.py draws."""
-    shape = (3, image_size, image_size)
+    eps_model = noise_predictor(model, device, precision)
+    drawing = Drawing(eps_model, scheduler, settings, (3, image_size, image_size), seed, device)
+    with image_bar(math.ceil(n / processes.count), processes.is_main) as bar:
 
-    def make(batches: list[range]) -> Iterator[Tensor]:
-        for batch in batches:
-            drawn = generate(model, scheduler, batch, shape, seed, batch_size, device, precision, settings,
-                             progress=False)  # fmt: skip
-            yield to_pixels(drawn.images)
+        def make(batches: list[range]) -> Iterator[Tensor]:
+            for drawn in generate_batches(drawing, batches, on_progress=bar.update):
+                yield to_pixels(drawn.images)
 
-    with progress_bar("sampling", n, processes) as bar:
-        return collect_features(make, n, batch_size, extractor, image_size, processes, bar.update)
+        return collect_features(make, n, batch_size, extractor, image_size, processes)
 
 
 def real_features(

@@ -30,7 +30,7 @@ def interpolate_images(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) 
     Returns:
         (L, C, H, W) images.
     """
-    noise = drawing.noise([0])
+    noise = drawing.noise([0], "interpolation")  # that of image 0 may be what one of the ends was drawn from
     first, second = noised(drawing, ends, t, noise.draw().expand_as(ends))
     shared = lambda: noise.draw().expand(len(weights), *drawing.shape)
     return decode(drawing, lerp(first, second, weights), t, shared)
@@ -63,7 +63,7 @@ def variations(drawing: Drawing, x_0: Tensor, t: int, numbers: Sequence[int]) ->
     Returns:
         (len(numbers), C, H, W) images.
     """
-    noise = drawing.noise(numbers)
+    noise = drawing.noise(numbers, "variation")
     x_t = noised(drawing, x_0.expand(len(numbers), *x_0.shape), t, noise.draw())
     return decode(drawing, x_t, t, noise.draw)
 

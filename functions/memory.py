@@ -20,7 +20,7 @@ except ImportError:  # Windows has no such module; the process itself is then le
     resource = None
 
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")  # Linux
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container
+CGROUP_LIMITS = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")]  # v2, v1
 # The estimate was between 15% below (a small network) and 11% above real peaks on the CPU; a GPU's allocator has gaps.
 SURELY_TOO_MUCH = 0.85
 SAFELY_LESS = 0.8
@@ -101,8 +101,9 @@ def memory_of(device: torch.device) -> int:
         return sys.maxsize
     status, system = kilobytes(STATUS), kilobytes(MEMINFO)
     limits = [status["VmRSS"] + system["MemAvailable"] + system["SwapFree"]]
-    if CGROUP_LIMIT.exists() and CGROUP_LIMIT.read_text().strip() != "max":
-        limits.append(int(CGROUP_LIMIT.read_text()))
+    for path in CGROUP_LIMITS:
+        if path.exists() and path.read_text().strip() != "max":
+            limits.append(int(path.read_text()))
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if address_space != resource.RLIM_INFINITY:
         limits.append(status["VmRSS"] + address_space - status["VmSize"])
@@ -125,7 +126,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory_explained(
-    estimate: Callable[[int], dict[str, int]], batch_size: int, effective_batch: int, device: torch.device
+    estimate: Callable[[int], dict[str, int]],
+    batch_size: int,
+    effective_batch: int,
+    device: torch.device,
+    processes: int = 1,
 ) -> Iterator[None]:
     """Turn running out of memory into a `TrainingError` that says what fits. On the CPU that is foreseen.
 
@@ -133,8 +138,9 @@ def out_of_memory_explained(
 
     Args:
         estimate: batch_size -> bytes by what takes them, as from `training_memory`.
+        processes: those that share the memory of a CPU; a GPU has one each.
     """
-    available = memory_of(device)
+    available = memory_of(device) // (processes if device.type == "cpu" else 1)
     if device.type == "cpu" and SURELY_TOO_MUCH * total(estimate(batch_size)) > available:
         raise TrainingError(smaller_batch(estimate, batch_size, effective_batch, available))
     try:
@@ -146,13 +152,27 @@ def out_of_memory_explained(
         raise TrainingError(f"{advice} ({str(error).splitlines()[0]})") from error
 
 
+@contextmanager
+def weights_must_fit() -> Iterator[None]:
+    """The same for all that comes before the first step: there no batch_size helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory for weights, their averages and images alone ({str(error).splitlines()[0]}): take a "
+            "smaller base_dim, or another device"
+        ) from error
+
+
 def smaller_batch(
     estimate: Callable[[int], dict[str, int]], batch_size: int, effective_batch: int, available: int
 ) -> str:
     """The advice for a training that does not fit: the batch_size that does, and what keeps the effective batch."""
-    needs = {size: total(estimate(size)) for size in range(1, batch_size + 1) if effective_batch % size == 0}
-    text = f"out of memory: batch_size = {batch_size} takes about {needs.pop(batch_size) / 1e9:.2f} GB, and there are "
-    text += f"{available / 1e9:.2f} GB. "
+    needs = {size: total(estimate(size)) for size in range(1, batch_size) if effective_batch % size == 0}
+    text = (
+        f"out of memory: batch_size = {batch_size} takes about {total(estimate(batch_size)) / 1e9:.2f} GB, and there "
+    )
+    text += f"are {available / 1e9:.2f} GB. "
     fitting = [size for size, need in needs.items() if need <= SAFELY_LESS * available]
     if not fitting:
         return (

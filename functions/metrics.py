@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,12 +69,20 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.csv, as numbers; None where a cell is empty. A last row cut short is left out."""
-    with open(path, newline="") as file:
+    """The rows of a metrics.csv, as numbers; None where a cell is empty.
+
+    A last row cut short is left out, and rows that are damaged, these with a loud line.
+    """
+    with open(path, newline="", errors="replace") as file:
         whole = [line for line in file if line.endswith("\n")]
-    rows = [row for row in csv.DictReader(whole) if None not in row.values()]
-    parse = {"step": int}
-    return [{name: parse.get(name, float)(cell) if cell else None for name, cell in row.items()} for row in rows]
+    parse, rows = {"step": int}, []
+    for number, row in enumerate(csv.DictReader(whole), 2):
+        try:
+            values = {name: parse.get(name, float)(cell) if cell else None for name, cell in row.items()}
+            rows += [values] if isinstance(values["step"], int) else []
+        except (ValueError, TypeError, KeyError):
+            print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
+    return rows
 
 
 def format_number(value: float | None) -> str:

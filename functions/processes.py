@@ -32,10 +32,16 @@ class Processes:
     rank: int = 0  # 0 .. count-1
     count: int = 1
     local_rank: int = 0  # among those of the same machine: the number of its GPU
+    parent: int = 0  # torchrun's process
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether torchrun has ended without ending this: it was killed, or got a signal that it does not know."""
+        return self.count > 1 and os.getppid() != self.parent
 
     def say(self, text: str) -> None:
         """Print, in rank 0."""
@@ -111,7 +117,7 @@ def joined() -> Iterator[Processes]:
     rank, count, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
-        yield Processes(rank, count, local_rank)
+        yield Processes(rank, count, local_rank, os.getppid())
     except RuntimeError as error:
         if not lost_another(error):
             raise

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from functions.checkpoint import CheckpointError, check_whole, write_whole
+from functions.checkpoint import CheckpointError, check_whole, load_checkpoint, write_whole
 
 try:
     import fcntl
@@ -26,6 +26,11 @@ except ImportError:  # Windows: two trainings in one run folder are not noticed 
     fcntl = None
 
 Contents = TypeVar("Contents")
+
+
+class NothingToResume(CheckpointError):
+    """There is no unfinished run: unlike a damaged one, no reason to be careful."""
+
 
 RUN_NAME = re.compile(r"(?P<experiment>.+)-(?P<time>\d{8}-\d{6})")
 CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{8})\.pt")
@@ -163,14 +168,23 @@ def newest_unfinished(runs: Path, experiment: str) -> Path:
     """The newest run of exactly this experiment that has a checkpoint and has not reached its last step.
 
     Raises:
-        CheckpointError: there is none.
+        NothingToResume: there is none.
+        CheckpointError: there is one, but all its checkpoints are damaged.
     """
     for run in reversed(runs_of(runs, experiment)):
         if RUN_NAME.fullmatch(run.name)["experiment"] != experiment or not checkpoints_of(run):
             continue
-        if step_of(checkpoints_of(run)[-1]) < read_config(run)["run"]["total_steps"]:
+        newest, _ = first_sound(find_checkpoints(run), check_whole)
+        try:
+            finished = step_of(newest) >= read_config(run)["run"]["total_steps"]
+        except CheckpointError:  # config.json is for people; the checkpoint knows
+            finished = False
+        if not finished:
+            position = load_checkpoint(newest)["run"]
+            finished = position["step"] >= position["total_steps"]
+        if not finished:
             return run
-    raise CheckpointError(f"{runs}: no unfinished run of {experiment!r} with a checkpoint; start one without --resume")
+    raise NothingToResume(f"{runs}: no unfinished run of {experiment!r} with a checkpoint; start one without --resume")
 
 
 def write_config(run: Path, experiment: str, config: dict, facts: dict) -> None:

@@ -137,7 +137,8 @@ def frames_to_keep(args: argparse.Namespace, calls: int, to_uint8: Callable[[Ten
 
 def even_calls(calls: int) -> list[int]:
     """STRIP_COLUMNS - 1 of the numbers 1 .. `calls`, evenly spaced, without the last, whose x_0 is the image."""
-    return sorted({1 + round(i * (calls - 1) / (STRIP_COLUMNS - 1)) for i in range(STRIP_COLUMNS - 1)})
+    columns = min(STRIP_COLUMNS - 1, max(calls - 1, 1))
+    return [1 + round(i * (calls - 1) / columns) for i in range(columns)]
 
 
 def opened(folder: Path, facts: Callable[[], dict], individual: bool) -> AbstractContextManager:

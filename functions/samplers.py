@@ -4,11 +4,11 @@ Each sampler is a plain function `f(model, scheduler, x_T, steps=N) -> x_0`:
 
     ddpm_sample          ancestral: fresh noise in every step corrects the errors of earlier ones; for many steps
     ddim_sample          order 1; deterministic with eta = 0, and `ddpm_sample` with eta = 1
-    dpm_solver_sample    DPM-Solver++ 2M, order 2, deterministic
+    dpm_solver_sample    DPM-Solver++ 2M, order 2; deterministic with eta = 0, and with eta = 1 its SDE form
     ipndm_sample         iPNDM, up to order 4, deterministic
     ddim_encode          DDIM the other way: from an image to the noise it comes from
 
-They share:
+Their defaults are the papers'; what the scripts choose is in functions/sampler_settings.py. They share:
 
     model        any callable `(x_t (B, ...), t (B,) int64) -> eps (B, ...)`, called once a step
     x_T          (B, ...) standard normal, any B; sample i depends on x_T[i] and its own step noise alone

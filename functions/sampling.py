@@ -62,9 +62,9 @@ class Drawing:
     seed: int
     device: torch.device
 
-    def noise(self, images: Sequence[int]) -> ImageNoise:
-        """That which these images are drawn from: x_T first, then each step's."""
-        return ImageNoise(self.seed, images, self.shape, self.device)
+    def noise(self, images: Sequence[int], purpose: str = "image") -> ImageNoise:
+        """That which these images are drawn from, x_T first, then each step's; or that for another purpose."""
+        return ImageNoise(self.seed, images, self.shape, self.device, purpose)
 
     def decode(self, x_t: Tensor, times: Sequence[int], noise: Callable[[], Tensor], on_step: OnStep | None = None):
         """The state (B, C, H, W) at the first of `times` -> images; `noise` is asked in each step that adds some."""

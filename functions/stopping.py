@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import FrameType
 from functions.run_folder import last_checkpoint
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed
+SAME_SIGNAL = 1.0
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -17,11 +19,13 @@ class StopSignals:
     """While it is entered, SIGINT, SIGTERM and SIGUSR1 set `received` instead of ending the process.
 
     The training loop looks at it between steps, saves, and exits with EXIT_STOPPED. A second signal means that someone
-    does not want to wait: the process ends at once, with 128 + its number as shells report it.
+    does not want to wait: the process ends at once, with 128 + its number as shells report it. Within SAME_SIGNAL
+    seconds it is the same request on another way: schedulers signal all processes, and torchrun hands its own on.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.received_at = 0.0
         self.previous: dict = {}
 
     def __enter__(self) -> "StopSignals":
@@ -33,9 +37,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and time.monotonic() - self.received_at > SAME_SIGNAL:
             os._exit(128 + number)
-        self.received = signal.Signals(number).name
+        if not self.received:
+            self.received, self.received_at = signal.Signals(number).name, time.monotonic()
 
 
 class TrainingError(RuntimeError):

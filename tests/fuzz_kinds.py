@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from config import EXPERIMENTS, ConfigError, Experiment
+from functions.bad_numbers import BadNumbers
 from functions.checkpoint import CheckpointError, load_checkpoint, restore, save_checkpoint
 from functions.device import arithmetic
 from functions.export import export_weights, load_weights
@@ -88,8 +89,8 @@ def checkpoint_parts(seed: int) -> dict:
     parts[2].step()
     model, ema, optimizer, scaler = states(*parts)
     run = {"experiment": "faces", "total_steps": 90, "step": 5, "train_ids_hash": "0123456789abcdef",
-           "window": {"loss_sum": 12.5, "steps": 3}, "bad_numbers": {"step": 5, "skipped": 0, "in_a_row": 0},
-           "arithmetic": arithmetic(torch.device("cpu"), torch.float32, torch.contiguous_format, 1)}  # fmt: skip
+           "window": {"loss_sum": 12.5, "steps": 3}, "bad_numbers": BadNumbers(torch.device("cpu")).state(),
+           "arithmetic": arithmetic(torch.device("cpu"), torch.float32, torch.contiguous_format, 1, 8)}  # fmt: skip
     return dict(config=tiny_experiment().to_dict(), run=run, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
 
 

@@ -95,18 +95,18 @@ def test_network_and_schedule_agree_with_the_cpu():
     draws = training_draws(0, 0, 8, (3, 16, 16), 1000, CPU)
     x_0 = torch.rand(8, 3, 16, 16) * 2 - 1
     on_cpu = noise_prediction_loss(model, scheduler, x_0, draws.t, draws.noise)
-    model.to(CUDA, memory_format=choose_arithmetic("auto", CUDA, {})[1])
+    model.to(CUDA, memory_format=choose_arithmetic("auto", CUDA, None)[1])
     on_gpu = noise_prediction_loss(model, scheduler.to(CUDA), x_0.cuda(), draws.t.cuda(), draws.noise.cuda())
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-4)
 
 
 def test_a_resumed_run_keeps_the_arithmetic_that_it_was_started_with():
     for dtype, layout in ((torch.bfloat16, torch.channels_last), (torch.float32, torch.contiguous_format)):
-        saved = arithmetic(CPU, dtype, layout, 1)
+        saved = arithmetic(CPU, dtype, layout, 1, 8)
         assert choose_arithmetic("auto", CPU, saved) == (dtype, layout)
     from_a_gpu = {**saved, "precision": "float16"}  # which the CPU is not trained in
     assert choose_arithmetic("float32", CPU, from_a_gpu)[0] == choose_precision("auto", CPU)
-    assert choose_arithmetic("float32", CPU, {}) == (torch.float32, torch.contiguous_format)
+    assert choose_arithmetic("float32", CPU, None) == (torch.float32, torch.contiguous_format)
 
 
 @needs_cuda

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import train
-from functions.memory import kept_for_backward, training_memory
+from functions.memory import kept_for_backward, smaller_batch, training_memory, weights_must_fit
 from functions.noise_scheduler import NoiseScheduler
+from functions.stopping import TrainingError
 from models.unet import UNet
 from tests.conftest import TINY, call
 
@@ -53,6 +54,18 @@ import train
 call(train.main, *sys.argv[1:])
 print("peak", kilobytes(STATUS)["VmHWM"])
 """
+
+
+def test_the_advice_is_the_largest_batch_that_fits_and_keeps_the_effective_one():
+    estimate = lambda batch_size: {"weights": 10, "activations": batch_size}
+    text = smaller_batch(estimate, 5, 12, 18)  # a process's largest pass need not divide the effective batch
+    assert "--diffusion.batch-size 4 --diffusion.gradient-accumulation 3" in text
+    assert "Even batch_size = 1" in smaller_batch(estimate, 5, 12, 10)
+
+
+def test_weights_that_do_not_fit_are_one_sentence():
+    with pytest.raises(TrainingError, match="out of memory for weights"), weights_must_fit():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

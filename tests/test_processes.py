@@ -1,6 +1,7 @@
 """Several processes train as one does, and none outlives the others. Real processes, started by torchrun."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,18 +119,31 @@ def test_a_process_that_dies_ends_the_others(victim, pictures, tmp_path):
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("target", ["rank 1", "torchrun"])
+@pytest.mark.parametrize("target", ["rank 1", "torchrun", "all"])
 def test_a_signal_stops_all_after_the_same_step(target, pictures, tmp_path):
     """torchrun hands its own SIGTERM on to all; a scheduler may reach only one of them."""
     run, pids = started(tmp_path, pictures)
-    os.kill(pids[1] if target == "rank 1" else run.pid, signal.SIGTERM)
+    for pid in {"rank 1": pids[1:], "torchrun": [run.pid], "all": [*pids, run.pid]}[target]:
+        os.kill(pid, signal.SIGTERM)
     printed, errors = run.communicate(timeout=60)
-    assert f"stopped by {'a signal to another process' if target == 'rank 1' else 'SIGTERM'}, saved" in printed
+    assert re.search(f"stopped by {'a signal to another' if target == 'rank 1' else 'SIGTERM'}.*, saved", printed)
     if target == "rank 1":  # torchrun then says how its processes ended
         assert "exitcode: 75" in errors
     folder = next((tmp_path / "runs").iterdir())
     rows = [row["step"] for row in read_metrics(folder / "metrics.csv")]
     assert load_checkpoint(run_folder.checkpoints_of(folder)[-1])["run"]["step"] >= rows[-1]
+
+
+def test_processes_whose_torchrun_has_ended_save_and_stop(pictures, tmp_path):
+    run, pids = started(tmp_path, pictures)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    run.stdout.close()
+    run.stderr.close()
 
 
 def test_a_refusal_in_rank_0_is_said_once(pictures, tmp_path):

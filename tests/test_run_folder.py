@@ -3,16 +3,20 @@
 import json
 
 import pytest
+import torch
 
 from functions import run_folder
-from functions.checkpoint import CheckpointError
+from functions.checkpoint import CheckpointError, save_checkpoint
 
 
 def make_run(runs, name, steps, total=100):
     (runs / name / "checkpoints").mkdir(parents=True)
     (runs / name / "config.json").write_text(json.dumps({"experiment": name[:-16], "run": {"total_steps": total}}))
     for step in steps:
-        run_folder.checkpoint_path(runs / name, step).touch()
+        save_checkpoint(
+            run_folder.checkpoint_path(runs / name, step), config={}, model={"weight": torch.zeros(1)}, ema=None,
+            run={"experiment": name[:-16], "step": step, "total_steps": total}, optimizer={}, scaler={},
+        )  # fmt: skip
 
 
 def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):

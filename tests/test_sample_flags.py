@@ -28,7 +28,7 @@ def test_settings_as_texts():
         (SamplerSettings("dpm++", 20), "dpm++, 20 steps, logsnr, eta 1.0", "dpmpp20"),
         (SamplerSettings("dpm++", 9, "trailing", eta=0.0), "dpm++, 9 steps, trailing, eta 0.0", "dpmpp9-trailing-eta0"),
         (SamplerSettings("ddim", 10, eta=0.5), "ddim, 10 steps, trailing, eta 0.5", "ddim10-eta0.5"),
-        (SamplerSettings("ipndm", 10, eps_scale=1.005), "ipndm, 10 steps, logsnr, eps / 1.005", "ipndm10-eps1.005"),
+        (SamplerSettings("ipndm", 10, eps_scale=1.005), "ipndm, 10 steps, trailing, eps / 1.005", "ipndm10-eps1.005"),
     ):
         assert (str(settings), settings.slug) == (text, slug)
 

@@ -59,7 +59,7 @@ def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
     t = depth_of(0.5, 100)
     row = interpolate_images(drawing, ends, t, WEIGHTS)
     for i, place in ((0, 0), (1, 2)):
-        noise = drawing.noise([0])
+        noise = drawing.noise([0], "interpolation")
         x_t = drawing.scheduler.q_sample(ends[i : i + 1], torch.tensor([49]), noise.draw())
         times = [49, 39, 29, 19, 9, -1]
         own = SAMPLERS["ddpm"](
@@ -74,6 +74,14 @@ def test_at_depth_0_nothing_happens_to_an_image(network):
     assert depth_of(1, 100) == 99
     assert torch.equal(variations(drawing, ends[0], -1, range(3)), ends[0].expand(3, 3, 16, 16))
     torch.testing.assert_close(interpolate_images(drawing, ends, -1, WEIGHTS), lerp(*ends, WEIGHTS))
+
+
+def test_a_variation_is_not_the_image_of_its_number(network):
+    """The noise that image 2 of the seed was drawn from is not that of variation 2."""
+    drawing = drawing_of(network)
+    own = drawing.decode(drawing.noise([2]).draw(), drawing.settings.times(drawing.scheduler), drawing.noise([2]).draw)
+    assert not torch.equal(drawing.noise([2]).draw(), drawing.noise([2], "variation").draw())
+    assert (variations(drawing, own[0], 99, [2]) - own).abs().mean() > 0.01
 
 
 def test_variations_differ_more_the_deeper_they_come_from():

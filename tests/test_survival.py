@@ -91,11 +91,19 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_75(name, tiny_run, pict
 
 @posix
 def test_a_second_signal_ends_the_process_at_once():
-    code = "import signal; from functions.stopping import StopSignals\nwith StopSignals():\n"
-    code += (
-        "    signal.raise_signal(signal.SIGTERM)\n    print('one', flush=True)\n    signal.raise_signal(signal.SIGINT)"
-    )
-    result = script("-c", code + "\n    print('two')")
+    """At once means a second later: a scheduler's signal to all, and torchrun's for the same reason, are one."""
+    code = """
+import signal, time
+from functions.stopping import StopSignals
+with StopSignals():
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    print("one", flush=True)
+    time.sleep(1.1)
+    signal.raise_signal(signal.SIGINT)
+    print("two")
+"""
+    result = script("-c", code)
     assert result.returncode == 130
     assert result.stdout == "one\n"
 
@@ -132,6 +140,50 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(damage, unfinished, t
     call(train.main, "--resume", unfinished)
     assert f"WARNING: DAMAGED CHECKPOINT: {path}" in capsys.readouterr().err
     assert_same_run(tiny_run, unfinished)
+
+
+@posix
+def test_a_damaged_last_checkpoint_or_config_is_no_reason_to_start_afresh(unfinished, tiny_run, pictures, capsys):
+    (unfinished / "config.json").write_text("{")
+    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
+    assert json.loads((unfinished / "config.json").read_text())["experiment"] == "faces"  # made anew
+    last = run_folder.checkpoints_of(unfinished)[-1]
+    assert run_folder.step_of(last) == 10
+    last.write_bytes(last.read_bytes()[:-100])
+    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
+    assert "DAMAGED CHECKPOINT" in capsys.readouterr().err
+    assert list(unfinished.parent.iterdir()) == [unfinished]
+    assert_same_run(tiny_run, unfinished)
+
+
+@posix
+def test_a_damaged_row_of_metrics_is_left_out_loudly(unfinished, capsys):
+    with open(unfinished / "metrics.csv", "ab") as file:
+        file.write(b"\xff\xfe,\n")
+    call(train.main, "--resume", unfinished)
+    assert "metrics.csv: line 6 is damaged" in capsys.readouterr().err
+    assert [row["step"] for row in read_metrics(unfinished / "metrics.csv")] == [2, 4, 5, 6, 8, 10]
+
+
+@posix
+def test_a_run_made_longer_goes_on_by_itself(unfinished, pictures):
+    """Given more epochs and stopped before its next checkpoint: its newest says already how long it is."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        during(patch, 1, interrupt)
+        call(train.main, "--resume", unfinished, "--diffusion.epochs", 3)
+    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
+    assert newest(unfinished)["run"]["step"] == 15
+
+
+@posix
+def test_a_grid_that_the_stop_left_no_time_for_is_drawn_on_resuming(pictures, tiny_run, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="75"):
+        during(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))  # step 5 is due for a grid
+        call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY)
+    run = next(tmp_path.iterdir())
+    assert not list((run / "samples").iterdir())
+    call(train.main, "--resume", run)
+    assert_same_run(tiny_run, run)
 
 
 @posix
@@ -221,6 +273,7 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     printed = capsys.readouterr().out
     assert "changed: diffusion.epochs was 2, is now 3" in printed
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
+    assert "note: batch_size was 8, is now 4: no longer bit for bit" in printed
     assert "note: model.base_dim stays 8, as the run was started; config.py has 32" in printed
     assert newest(unfinished)["run"]["step"] == 15
     with pytest.raises(ConfigError, match="finished"):
@@ -335,8 +388,8 @@ def test_metrics_and_config_of_a_resumed_run(unfinished):
 
 
 def test_a_run_that_cannot_be_finished_now_is_not_lost(unfinished, monkeypatch):
-    """An error in the middle of a sample grid: the checkpoint before it stands."""
+    """An error in a sample grid: the checkpoint of the same step was written before it."""
     monkeypatch.setattr("functions.book_keeping.save_grid", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O error")))
-    with pytest.raises(TrainingError, match=r"I/O error\. Last good checkpoint: .*step-00000007\.pt"):
+    with pytest.raises(TrainingError, match=r"I/O error\. Last good checkpoint: .*step-00000010\.pt"):
         call(train.main, "--resume", unfinished)
-    assert newest(unfinished)["run"]["step"] == 7
+    assert newest(unfinished)["run"]["step"] == 10
