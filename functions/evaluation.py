@@ -90,12 +90,16 @@ def check_flags(args: argparse.Namespace) -> None:
     of_features = [name for name in ("kid", "prc") if name in args.metrics]
     if args.reference and of_features:
         raise EvaluationError(f"--reference has statistics for fid alone; {' and '.join(of_features)} want real images")
+    if args.reference and not args.reference.is_file():  # told before anything is downloaded or drawn
+        raise EvaluationError(f"{args.reference}: there is no such file")
     if args.reference and args.save_reference:
         raise EvaluationError("--save-reference would only copy --reference")
     if args.save_reference and args.save_reference.suffix != ".npz":
         raise EvaluationError(f"{args.save_reference}: its name must end in .npz")
     if args.n < 2:
         raise EvaluationError("--n is 1; a single sample has no covariance")
+    if "prc" in args.metrics and args.n <= NEIGHBOURS:
+        raise EvaluationError(f"--n is {args.n}; precision and recall look at the {NEIGHBOURS} nearest of the others")
     if args.metrics == ("bpd",) and (args.reference or args.save_reference):
         raise EvaluationError("--reference and --save-reference go with --metrics fid")
 

@@ -38,12 +38,15 @@ def read_image(path: str, drawing: Drawing, pixels: Pixels, fit: bool) -> Tensor
     """An image file as (C, H, W) in [-1, 1].
 
     Raises:
-        SamplingError: it is no image, or not of the model's size, and `fit` is False.
+        SamplingError: there is no such file, it is no image, or not of the model's size, and `fit` is False.
     """
     try:
         rgb = pixels.decode(Path(path).read_bytes())
     except pixels.bad_image as error:
         raise SamplingError(f"{path}: {error}") from error
+    except OSError as error:
+        what = "an image is named by its file, or by its number (0, 1, ...) among those of the seed"
+        raise SamplingError(f"{path}: {error.strerror}; {what}") from error
     size = drawing.shape[-1]
     height, width = rgb.shape[:2]
     if not fit and (height, width) != (size, size):

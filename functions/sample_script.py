@@ -138,6 +138,8 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         for flag in ("individual", "strip", "progressive"):
             if getattr(args, flag):
                 raise SamplingError(f"--interpolate and --variations draw nothing else; leave out --{flag}")
+    elif args.fit:
+        raise SamplingError("--fit is for the image files of --interpolate and --variations")
 
 
 def load(find_checkpoints: Callable[[], Sequence[Path]], processes: Processes) -> tuple:

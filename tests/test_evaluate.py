@@ -107,6 +107,7 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
         (["--steps", "101"], "steps is 101; a model with 100 timesteps takes 1 to 100"),
         (["--images", "0"], "not an integer of at least 1"),
         (["--metrics", "fid", "--n", "1"], "a single sample has no covariance"),
+        (["--metrics", "prc", "--n", "3"], "--n is 3; precision and recall look at the 3 nearest"),
         (["--metrics", "fid", "--reference", "none.npz"], "none.npz: there is no such file"),
         (["--save-reference", "x.npz"], "go with --metrics fid"),
         (["--dataset-name", "nowhere"], "nowhere"),

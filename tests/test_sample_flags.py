@@ -67,6 +67,7 @@ def test_a_part_of_the_way_is_done_in_the_steps_of_the_whole():
         (["--interpolate", "1", "a.png"], "--interpolate takes two image files or two numbers"),
         (["--variations", "1", "--strip"], "leave out --strip"),
         (["--interpolate", "1"], "--interpolate: expected 2 arguments"),
+        (["--fit"], "--fit is for the image files of --interpolate"),
         (["--depths", "0.5,2"], "'2' is not a number from 0 to 1"),
     ],
 )

@@ -11,6 +11,7 @@ from functions.draws import ImageNoise
 from functions.latents import depth_of, interpolate_images, interpolate_seeds, lerp, slerp, variations
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampler_settings import SAMPLERS, SamplerSettings
+from functions.samplers import SamplingError
 from functions.sampling import Drawing, generate, noise_predictor
 from tests.conftest import call, small_unet
 
@@ -74,6 +75,14 @@ def test_at_depth_0_nothing_happens_to_an_image(network):
     assert depth_of(1, 100) == 99
     assert torch.equal(variations(drawing, ends[0], -1, range(3)), ends[0].expand(3, 3, 16, 16))
     torch.testing.assert_close(interpolate_images(drawing, ends, -1, WEIGHTS), lerp(*ends, WEIGHTS))
+
+
+def test_a_file_that_is_not_there_says_how_images_are_named(tiny_run, tmp_path):
+    with pytest.raises(
+        SamplingError, match=r"none\.png: No such file or directory; an image is named by"
+    ):
+        call(sample.main, tiny_run, "--variations", tmp_path / "none.png", "--steps", 2, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_variation_is_not_the_image_of_its_number(network):
