@@ -78,9 +78,7 @@ def test_at_depth_0_nothing_happens_to_an_image(network):
 
 
 def test_a_file_that_is_not_there_says_how_images_are_named(tiny_run, tmp_path):
-    with pytest.raises(
-        SamplingError, match=r"none\.png: No such file or directory; an image is named by"
-    ):
+    with pytest.raises(SamplingError, match=r"none\.png: No such file or directory; an image is named by"):
         call(sample.main, tiny_run, "--variations", tmp_path / "none.png", "--steps", 2, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
