@@ -44,7 +44,7 @@ from functions.image_metrics import EvaluationError, Extractor, load_inception
 from functions.noise_scheduler import NoiseScheduler
 from functions.processes import Processes, joined
 from functions.reference_statistics import Reference, cached_reference, describe, published_reference, write_reference
-from functions.run_folder import find_checkpoints, first_sound, newest_checkpoints
+from functions.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
 from functions.sample_files import weights_hash
 from functions.sampler_settings import SamplerSettings
 from functions.samplers import SamplingError
@@ -111,8 +111,7 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
         "weights_hash": weights_hash(weights, config)[:16], "precision": str(precision).removeprefix("torch."),
         "device": device.type, "batch_size": args.batch_size, "seed": args.seed,
     }  # fmt: skip
-    run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    folder = args.out or run_folder / "evaluation"
+    folder = args.out or folder_of(checkpoint) / "evaluation"
     return Subject(checkpoint, model, scheduler, facts, device, precision, image_set, split, folder)
 
 

@@ -59,7 +59,7 @@ class BookKeeper:
     to_pixels: Callable[[Tensor], Tensor]  # the way back, to uint8 (B, H, W, C)
 
     def __enter__(self) -> "BookKeeper":
-        self.stack, self.saved_at = ExitStack(), time.monotonic()
+        self.saved_at = time.monotonic()
         self.total_steps = self.identity["run"]["total_steps"]
         with ExitStack() as stack:  # undone if anything here fails
             self.run = self.processes.from_main(lambda: self._open(stack))
@@ -68,10 +68,10 @@ class BookKeeper:
                 initial=self.first_step, total=self.total_steps, unit="step", dynamic_ncols=True,
                 disable=not self.processes.is_main,
             ))  # fmt: skip
+            due = self.first_step > 0 and self.first_step % self.config.sample_every == 0
+            if due and not self.processes.from_main(self.grid_path(self.first_step).exists):
+                self.sample(self.first_step)  # which a stop left no time for
             self.stack = stack.pop_all()
-        due = self.first_step > 0 and self.first_step % self.config.sample_every == 0
-        if due and not self.processes.from_main(self.grid_path(self.first_step).exists):  # stopped before it was drawn
-            self.sample(self.first_step)
         return self
 
     def _open(self, stack: ExitStack) -> Path:

@@ -174,21 +174,24 @@ def smaller_batch(
 ) -> str:
     """The advice for a training that does not fit: the batch_size that does, and what keeps the effective batch."""
     needs = {size: total(estimate(size)) for size in range(1, batch_size) if effective_batch % size == 0}
-    text = (
-        f"out of memory: batch_size = {batch_size} takes about {total(estimate(batch_size)) / 1e9:.2f} GB, and there "
-    )
-    text += f"are {available / 1e9:.2f} GB. "
+    wanted, least = total(estimate(batch_size)), total(estimate(1))
+    text = f"out of memory: batch_size = {batch_size} takes about {gigabytes(wanted)}, and there are "
+    text += f"{gigabytes(available)}. "
     fitting = [size for size, need in needs.items() if need <= SAFELY_LESS * available]
     if not fitting:
         return (
-            f"{text}Even batch_size = 1 takes about {total(estimate(1)) / 1e9:.2f} GB: take a smaller base_dim or "
-            "image_size, or another device"
+            f"{text}Even batch_size = 1 takes about {gigabytes(least)}: take a smaller base_dim or image_size, or "
+            "another device"
         )
     size = max(fitting)
     return (
-        f"{text}This fits, with about {needs[size] / 1e9:.2f} GB, and keeps the effective batch of {effective_batch}: "
+        f"{text}This fits, with about {gigabytes(needs[size])}, and keeps the effective batch of {effective_batch}: "
         f"--diffusion.batch-size {size} --diffusion.gradient-accumulation {effective_batch // size}"
     )
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def total(parts: dict[str, int]) -> int:

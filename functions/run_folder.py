@@ -121,6 +121,11 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
     raise CheckpointError(f"{runs}: no {what} with a checkpoint here yet; train one first, or name a checkpoint")
 
 
+def folder_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in; the folder of any other file."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
 def find_checkpoints(path: Path) -> list[Path]:
     """A checkpoint file as it is, or a run folder's checkpoints, newest first.
 
@@ -177,7 +182,7 @@ def newest_unfinished(runs: Path, experiment: str) -> Path:
         newest, _ = first_sound(find_checkpoints(run), check_whole)
         try:
             finished = step_of(newest) >= read_config(run)["run"]["total_steps"]
-        except CheckpointError:  # config.json is for people; the checkpoint knows
+        except CheckpointError:  # config.json is for people; the checkpoint knows, but takes longer to read
             finished = False
         if not finished:
             position = load_checkpoint(newest)["run"]
@@ -194,9 +199,7 @@ def write_config(run: Path, experiment: str, config: dict, facts: dict) -> None:
 
 
 def read_config(run: Path) -> dict:
-    """The content of config.json; `CheckpointError` when it is missing or damaged, or `run` is no run folder."""
-    if not run.is_dir():
-        raise CheckpointError(f"{run} is not a run folder; `NAME --resume` takes the newest unfinished run of NAME")
+    """The content of config.json; `CheckpointError` when it is missing or damaged."""
     try:
         contents = json.loads((run / "config.json").read_text())
         sound = isinstance(contents["experiment"], str) and type(contents["run"]["total_steps"]) is int

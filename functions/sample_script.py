@@ -15,7 +15,7 @@ from functions.export import export_weights, load_weights
 from functions.file_checks import CheckpointError
 from functions.latent_pictures import Pixels, draw_interpolation, draw_variations, is_number, read_image
 from functions.processes import Processes, joined
-from functions.run_folder import first_sound
+from functions.run_folder import first_sound, folder_of
 from functions.sample_files import FolderError, weights_hash
 from functions.sample_grids import MOST_IN_GRID, draw_images
 from functions.sampler_settings import SamplerSettings, add_sampler_flags
@@ -117,7 +117,7 @@ def sample_to_files(
         eps_model = noise_predictor(model, device, precision)
         drawing = Drawing(eps_model, scheduler, settings, shape, args.seed, device)
         slug = f"{checkpoint.stem}-{settings.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
-        folder = args.out or run_or_folder_of(checkpoint) / "samples" / f"{slug}-seed{args.seed}"
+        folder = args.out or folder_of(checkpoint) / "samples" / f"{slug}-seed{args.seed}"
         if args.interpolate or args.variations is not None:
             processes.from_main(lambda: draw_from_images(args, drawing, pixels, folder))
             return
@@ -165,8 +165,3 @@ def draw_from_images(args: argparse.Namespace, drawing: Drawing, pixels: Pixels,
         draw_interpolation(args.interpolate, args.depths, args.batch_size, args.fit, drawing, pixels, folder)
     if args.variations is not None:
         draw_variations(args.variations, args.depths, args.batch_size, args.fit, drawing, pixels, folder)
-
-
-def run_or_folder_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint lies in; the folder of any other file."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

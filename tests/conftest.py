@@ -1,6 +1,7 @@
 """Shared by all tests: a tiny experiment's flags, pictures to train on, and a run to sample from."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from PIL import Image
 
 import train
+from functions import run_folder
+from functions.checkpoint import load_checkpoint
 from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent
@@ -84,3 +87,36 @@ def small_unet() -> UNet:
     for parameter in model.parameters():
         parameter.data.add_(0.03 * torch.randn_like(parameter))
     return model
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals")
+
+
+def newest(run):
+    return load_checkpoint(run_folder.checkpoints_of(run)[-1])
+
+
+@pytest.fixture
+def unfinished(pictures, tmp_path):
+    """The tiny run, stopped by a signal after step 7 of 10, with checkpoints of steps 5 and 7."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="75"):
+        during(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+        call(train.main, "faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, *TINY)
+    return next((tmp_path / "runs").iterdir())
+
+
+def during(patch, step, act, name="update_ema"):
+    """Do something at the `step`-th call of a function of train.py."""
+    calls, original = [], getattr(train, name)
+
+    def acting(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            act()
+        return original(*args, **kwargs)
+
+    patch.setattr(train, name, acting)
+
+
+def interrupt():
+    raise KeyboardInterrupt

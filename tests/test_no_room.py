@@ -1,0 +1,96 @@
+"""A disk or a memory that is too small: a sentence that says what is safe, and what would fit."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import train
+from functions import run_folder
+from functions.checkpoint import load_checkpoint
+from functions.stopping import TrainingError
+from tests.conftest import ROOT, TINY, call, newest, script
+
+FULL_DISK = """
+mount -t tmpfs -o size=4m none {folder} || exit 99
+cp -r {run} {folder}/
+{python} {root}/train.py --resume {folder}/{name} --diffusion.epochs 20 --diffusion.keep-checkpoints 100
+code=$?
+cp -r {folder}/{name} {back}
+exit $code
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a small file system of its own")
+def test_a_full_disk(unfinished, tmp_path):
+    """On a file system of 4 MB that fills up with checkpoints of 1.3 MB."""
+    (tmp_path / "small").mkdir()
+    commands = FULL_DISK.format(folder=tmp_path / "small", run=unfinished, name=unfinished.name, root=ROOT,
+                                python=sys.executable, back=tmp_path / "back")  # fmt: skip
+    result = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", commands], cwd=ROOT, text=True,
+                            capture_output=True, timeout=300, check=False)  # fmt: skip
+    if result.returncode == 99 or "unshare" in result.stderr:
+        pytest.skip("may not mount a file system here")
+    assert result.returncode == 2
+    last = run_folder.checkpoints_of(tmp_path / "back")[-1]
+    assert "cannot be written to: No space left on device. Last good checkpoint: " in result.stderr
+    assert f"checkpoints/{last.name}. When that is mended, go on with: python train.py --resume " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert load_checkpoint(last)["run"]["step"] >= 7
+    assert not list((tmp_path / "back").rglob(".*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the size of a file")
+def test_a_checkpoint_beyond_a_quota(unfinished):
+    """The system refuses files above 100 kB, as a quota does; the checkpoints are larger."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    before = {path: path.read_bytes() for path in run_folder.checkpoints_of(unfinished)}
+    result = subprocess.run([sys.executable, ROOT / "train.py", "--resume", unfinished], preexec_fn=limit, text=True,
+                            capture_output=True, timeout=300, check=False)  # fmt: skip
+    assert result.returncode == 2
+    assert f"cannot be written to: File too large. Last good checkpoint: {list(before)[-1]}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert {path: path.read_bytes() for path in run_folder.checkpoints_of(unfinished)} == before
+
+
+def test_a_run_that_cannot_be_finished_now_is_not_lost(unfinished, monkeypatch):
+    """An error in a sample grid: the checkpoint of the same step was written before it."""
+    monkeypatch.setattr("functions.book_keeping.save_grid", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    with pytest.raises(TrainingError, match=r"I/O error\. Last good checkpoint: .*step-00000010\.pt"):
+        call(train.main, "--resume", unfinished)
+    assert newest(unfinished)["run"]["step"] == 10
+
+
+LIMITED = """
+import resource, sys, train
+from functions.memory import STATUS, kilobytes
+from tests.conftest import call
+limit = kilobytes(STATUS)["VmSize"] + {spare}
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+{before}
+with train.plain_errors(train.TrainingError):
+    call(train.main, *sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory")
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_out_of_memory_says_what_fits_and_that_fits(foreseen, pictures, tmp_path):
+    """With 1.6 GB of address space to spare. Where the estimate does not foresee it, PyTorch's error is caught."""
+    flags = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, "--model.image-size", 64,
+             "--model.lowest-resolution-size", 16, "--model.dim-multiply", "1,2,4", "--model.base-dim", 48,
+             "--model.norm-groups", 8, "--diffusion.batch-size", 24, "--diffusion.epochs", 1,
+             "--diffusion.validation-samples", 1, "--diffusion.grid-images", 1]  # fmt: skip
+    before = "" if foreseen else "import functions.memory; functions.memory.SURELY_TOO_MUCH = 0"
+    code = LIMITED.format(spare=1_600_000_000, before=before)
+    failed = script("-c", code, *flags)
+    assert failed.returncode == 2, failed.stderr
+    assert "out of memory: batch_size = 24 takes about" in failed.stderr
+    assert ("can't allocate memory" in failed.stderr) != foreseen
+    advice = failed.stderr.split("keeps the effective batch of 24: ")[1].split()[:4]
+    assert int(advice[1]) * int(advice[3]) == 24
+    if foreseen:
+        return
+    again = script("-c", code, *flags, *advice)
+    assert again.returncode == 0, again.stderr

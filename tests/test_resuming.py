@@ -1,0 +1,102 @@
+"""What a resumed run keeps, what it may change, and what it says of the rest."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+
+import train
+from config import ConfigError
+from functions.checkpoint import CheckpointError
+from functions.metrics import read_metrics
+from tests.conftest import TINY, call, during, interrupt, newest, posix
+from tests.kill import assert_same_run
+
+
+@posix
+def test_what_a_resumed_run_may_change(unfinished, capsys):
+    with pytest.raises(ConfigError, match=r"cannot change diffusion\.learning_rate, model\.base_dim"):
+        call(train.main, "--resume", unfinished, "--diffusion.learning-rate", "1e-3", "--model.base-dim", "16")
+    with pytest.raises(ConfigError, match=r"cannot change diffusion\.batch_size"):
+        call(train.main, "--resume", unfinished, "--diffusion.batch-size", "4")
+    with pytest.raises(ConfigError, match="a run of 'faces', not of 'ffhq-full'"):
+        call(train.main, "ffhq-full", "--resume", unfinished)
+    capsys.readouterr()
+    call(train.main, "--resume", unfinished, "--diffusion.batch-size", 4, "--diffusion.gradient-accumulation", 2,
+         "--diffusion.epochs", 3)  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "changed: diffusion.epochs was 2, is now 3" in printed
+    assert "changed: diffusion.batch_size was 8, is now 4" in printed
+    assert "note: batch_size was 8, is now 4: no longer bit for bit" in printed
+    assert "note: model.base_dim stays 8, as the run was started; config.py has 32" in printed
+    assert newest(unfinished)["run"]["step"] == 15
+    with pytest.raises(ConfigError, match="finished"):
+        call(train.main, "--resume", unfinished)
+
+
+def test_resuming_keeps_precision_and_says_what_it_cannot_keep(pictures, tmp_path, monkeypatch, capsys):
+    """A run started with "auto" where that is bfloat16 goes on in bfloat16 where it is not."""
+    monkeypatch.setattr("functions.device.cpu_has_bfloat16", lambda: True)
+    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
+         "--diffusion.precision", "auto")  # fmt: skip
+    run = next(tmp_path.iterdir())
+    monkeypatch.setattr("functions.device.cpu_has_bfloat16", lambda: False)
+    capsys.readouterr()
+    call(train.main, "--resume", run, "--diffusion.epochs", 3)
+    assert "no longer bit for bit" not in capsys.readouterr().out
+    assert newest(run)["run"]["arithmetic"]["precision"] == "bfloat16"
+    torch.set_num_threads(2)
+    call(train.main, "--resume", run, "--diffusion.epochs", 4)
+    assert "note: threads was 1, is now 2: no longer bit for bit as if never stopped" in capsys.readouterr().out
+
+
+def test_deterministic_kernels_are_asked_for_and_only_then(pictures, tmp_path):
+    for value in ("true", "false"):
+        call(train.main, "faces", "--dry-run", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
+             "--diffusion.deterministic", value)  # fmt: skip
+        assert torch.are_deterministic_algorithms_enabled() == (value == "true")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit(precision, pictures, tmp_path):
+    flags = ["faces", "--diffusion.dataset-name", pictures, *TINY, "--device", "cuda", "--diffusion.deterministic",
+             "true", "--diffusion.precision", precision]  # fmt: skip
+    call(train.main, *flags, "--runs", tmp_path / "straight")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="75"):
+        during(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+        call(train.main, *flags, "--runs", tmp_path / "cut")
+    call(train.main, "faces", "--resume", "--runs", tmp_path / "cut", "--device", "cuda")
+    assert_same_run(*(tmp_path / "straight").iterdir(), *(tmp_path / "cut").iterdir())
+
+
+def test_only_the_run_with_the_same_images_is_resumed(pictures, tmp_path):
+    copy = tmp_path / "pictures"
+    shutil.copytree(pictures, copy)
+    call(train.main, "faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", copy, *TINY)
+    run = next((tmp_path / "runs").iterdir())
+    next(copy.glob("0*.png")).unlink()
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match="other images"):
+        call(train.main, "--resume", run, "--diffusion.epochs", "3")
+    assert (run / "config.json").read_bytes() == before
+    with pytest.raises(CheckpointError, match="not a run folder"):  # a file in it is not the run
+        call(train.main, "--resume", next((run / "checkpoints").iterdir()))
+
+
+@posix
+def test_a_run_made_longer_goes_on_by_itself(unfinished, pictures):
+    """Given more epochs and stopped before its next checkpoint: its newest says already how long it is."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        during(patch, 1, interrupt)
+        call(train.main, "--resume", unfinished, "--diffusion.epochs", 3)
+    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
+    assert newest(unfinished)["run"]["step"] == 15
+
+
+def test_metrics_and_config_of_a_resumed_run(unfinished):
+    call(train.main, "--resume", unfinished, "--diffusion.epochs", 3)
+    assert [row["step"] for row in read_metrics(unfinished / "metrics.csv")] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    assert json.loads((unfinished / "config.json").read_text())["diffusion"]["epochs"] == 3
