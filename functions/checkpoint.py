@@ -97,7 +97,8 @@ def check_progress(run: dict, path: Path) -> None:
     """`CheckpointError` unless the part `run` has all that a training goes on with; samplers do without it."""
     for name, kinds in PROGRESS.items():
         value = run.get(name)
-        if not isinstance(value, dict) or {key: type(item) for key, item in value.items()} != kinds:
+        proper = isinstance(value, dict) and {key: type(item) for key, item in value.items()} == kinds
+        if not proper or any(type(number) is not float for number in value.get("last", [])):
             raise CheckpointError(
                 f"{path}: its {name!r} is not what this version writes, so its training cannot go on exactly; "
                 "it can be sampled from"

@@ -120,6 +120,7 @@ def test_a_place_in_the_run_must_be_possible(path, parts, change):
     [
         ("window", {"loss_sum": 1.0}), ("window", {"loss_sum": 1.0, "steps": 2, "images": 3}), ("window", None),
         ("bad_numbers", {"step": 1, "skipped": 0, "in_a_row": 0, "longest": 0.0, "last": []}),
+        ("bad_numbers", {"step": 1, "skipped": 0, "in_a_row": 0, "longest": 0, "last": [1.0, "2", 3.0]}),
         ("arithmetic", {"precision": "float32"}),
     ],
 )  # fmt: skip
