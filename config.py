@@ -55,6 +55,8 @@ class DiffusionConfig:
     lr_schedule: str = "constant"  # after the warm-up: "constant", or "cosine" down to 0 at the last step
     ema_decay: float = 0.9999  # of the weights' average, per step; 0: no average, samples use the raw weights
     precision: str = "auto"  # of the network: "float32", "bfloat16", "float16", or the fastest that the hardware has
+    recompute: str = "norms"  # made again in backward, not kept: "none"; "norms", nearly free; "blocks", least memory
+    compile: str = "auto"  # compile norms and activations: "on", "off", or "auto", on CUDA when the run is long enough
     seed: int = 0  # of everything that is drawn
     deterministic: bool = False  # on CUDA take only kernels that repeat bit for bit, which are slower; the CPU's do
 
@@ -95,6 +97,8 @@ class DiffusionConfig:
         require(0 <= self.ema_decay < 1, self, "ema_decay", "at least 0 (no EMA) and below 1, such as 0.9999")
         precisions = ("auto", "float32", "bfloat16", "float16")
         require(self.precision in precisions, self, "precision", "one of " + ", ".join(precisions))
+        require(self.recompute in ("none", "norms", "blocks"), self, "recompute", '"none", "norms" or "blocks"')
+        require(self.compile in ("auto", "on", "off"), self, "compile", '"auto", "on" or "off"')
 
     @property
     def effective_batch(self) -> int:
@@ -320,4 +324,5 @@ EXPERIMENTS: dict[str, Experiment] = {
 }  # fmt: skip
 DEFAULT_EXPERIMENT = "faces"
 
-RESUMABLE_FIELDS = ("epochs", *BOOK_KEEPING)  # what a resumed run may change: its length and its book-keeping
+# What a resumed run may change: its length, the memory that it takes, and its book-keeping
+RESUMABLE_FIELDS = ("epochs", "recompute", *BOOK_KEEPING)

@@ -25,6 +25,7 @@ from functions.bad_numbers import BadNumbers
 from functions.book_keeping import BookKeeper
 from functions.checkpoint import CheckpointError, check_progress, load_checkpoint, restore
 from functions.command_line import Parser, add_config_flags, given_fields, plain_errors
+from functions.compiling import compile_norms, wants_compiling
 from functions.device import (
     DeviceError,
     arithmetic,
@@ -36,7 +37,13 @@ from functions.device import (
 from functions.draws import seed_of, training_draws
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
-from functions.memory import out_of_memory_explained, process_memory, training_memory, weights_must_fit
+from functions.memory import (
+    keep_heap,
+    out_of_memory_explained,
+    process_memory,
+    training_memory,
+    weights_must_fit,
+)
 from functions.metrics import TrainingWindow
 from functions.noise_scheduler import NoiseScheduler
 from functions.processes import Processes, joined
@@ -134,6 +141,7 @@ def train(
     baseline = process_memory()
     config, saved = experiment.diffusion, checkpoint["run"] if checkpoint else {}
     set_deterministic(config.deterministic)
+    keep_heap()
     precision, memory_format = choose_arithmetic(config.precision, device, saved.get("arithmetic"))
     torch.manual_seed(config.seed)  # for the initial weights; every later draw has a seed of its own
 
@@ -157,6 +165,7 @@ def train(
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
     scheduler.to(device)
     model = UNet(**vars(experiment.model)).to(device, memory_format=memory_format)
+    model.set_execution(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -164,8 +173,17 @@ def train(
     if first_step >= total_steps:
         raise ConfigError(f"{run}: the run is finished; to go on, give more --diffusion.epochs")
 
+    resident = 0 if feeder.resident is None else feeder.resident.nbytes
+    memory = training_memory(model, scheduler, config.effective_batch, ema_model is not None, precision, device,
+                             baseline, resident)  # fmt: skip
+    compiled = (
+        not dry_run
+        and wants_compiling(config.compile, device, total_steps, saved.get("arithmetic"))
+        and compile_norms([model, ema_model or model], device, precision, processes)
+    )
+
     # What is about to happen, for people and for config.json
-    how = arithmetic(device, precision, memory_format, processes.count, config.batch_size)
+    how = arithmetic(device, precision, memory_format, compiled, processes.count, config.batch_size)
     facts = {
         "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
         "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
@@ -176,9 +194,6 @@ def train(
     for what, before in saved.get("arithmetic", how).items():
         if before != how[what]:
             processes.say(f"note: {what} was {before}, is now {how[what]}: no longer bit for bit as if never stopped")
-    resident = 0 if feeder.resident is None else feeder.resident.nbytes
-    memory = training_memory(model, scheduler, config.effective_batch, ema_model is not None, precision, device,
-                             baseline, resident)  # fmt: skip
     passes = forward_passes(processes.share(config.effective_batch), config.batch_size)
     largest_pass = passes[0].stop - passes[0].start
     if dry_run:

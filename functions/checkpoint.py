@@ -26,8 +26,8 @@ MOST_STEPS = 10**8  # file names have room for eight digits
 PROGRESS = {
     "window": {"loss_sum": float, "steps": int},
     "bad_numbers": {"step": int, "skipped": int, "in_a_row": int, "longest": int, "last": list},
-    "arithmetic": {"precision": str, "memory_format": str, "processor": str, "threads": int, "processes": int,
-                   "batch_size": int, "torch": str},
+    "arithmetic": {"precision": str, "memory_format": str, "compiled": bool, "processor": str, "threads": int,
+                   "processes": int, "batch_size": int, "torch": str},
 }  # fmt: skip
 PARTS = {"config": dict, "run": dict, "model": dict, "ema": (dict, type(None)), "optimizer": dict, "scaler": dict}
 

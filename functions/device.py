@@ -93,14 +93,13 @@ def choose_arithmetic(
 ) -> tuple[torch.dtype, torch.memory_format]:
     """Precision and memory layout to train in: those that a resumed run was started with, if the device has them.
 
-    Otherwise `choose_precision`'s, and channels_last on CUDA alone: on 2 CPU cores it was no faster (9.4 against 9.2 ms
-    an image).
+    Otherwise `choose_precision`'s, and channels_last where it was measured faster: benchmarks/NOTES.md.
 
     Args:
         precision: the config's.
         saved: what `arithmetic` gave when the run was started; None for a new one.
     """
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    layout = torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
     if not saved:
         return choose_precision(precision, device), layout
     layouts = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
@@ -119,7 +118,12 @@ def set_deterministic(deterministic: bool) -> None:
 
 
 def arithmetic(
-    device: torch.device, precision: torch.dtype, memory_format: torch.memory_format, processes: int, batch_size: int
+    device: torch.device,
+    precision: torch.dtype,
+    memory_format: torch.memory_format,
+    compiled: bool,
+    processes: int,
+    batch_size: int,
 ) -> dict[str, str | int]:
     """All that decides in which order and precision numbers are added, beside the code: plain values for a checkpoint.
 
@@ -129,6 +133,7 @@ def arithmetic(
     return {
         "precision": str(precision).removeprefix("torch."),
         "memory_format": str(memory_format).removeprefix("torch."),
+        "compiled": compiled,
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda"
         else f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type,
         "threads": torch.get_num_threads() if on_cpu else 0,

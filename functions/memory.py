@@ -1,17 +1,16 @@
 """How much memory a training will take, before it is started, and what fits when it is too much."""
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # what torch.compile traces with
+from torch import nn
 
-from functions.device import autocast
-from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.pass_memory import peak_of_a_pass
 from functions.stopping import TrainingError
 
 try:
@@ -21,42 +20,29 @@ except ImportError:  # Windows has no such module; the process itself is then le
 
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")  # Linux
 CGROUP_LIMITS = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")]  # v2, v1
-# What the C library's heap keeps of freed blocks: 0.3 to 0.4 GB whatever the batch_size (6, 12, 24), and nothing with
-# MALLOC_MMAP_THRESHOLD_ fixed at 1 MB, where a peak of 1.77 GB met the 1.70 of the other parts.
-HEAP_GAPS = 300_000_000
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
+# Of what the passes take, lost between blocks of the C library's heap, as `keep_heap` has it. With it the estimate was
+# 6% above to 8% below real peaks on the CPU (2 to 6 GB: batches of 4 and 20, all three kinds of `recompute`).
+HEAP_GAPS = 0.2
 
-# The estimate was between 7% below (a small network) and 13% above real peaks on the CPU; a GPU's allocator has gaps.
 SURELY_TOO_MUCH = 0.85
 SAFELY_LESS = 0.8
 FLOAT_BYTES = 4  # weights, gradients, Adam's two moments and the EMA are all float32
 
 
-def kept_for_backward(
-    model: nn.Module, scheduler: NoiseScheduler, images: int, precision: torch.dtype, device: torch.device
-) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass of `images` images, parameters excluded.
+def keep_heap() -> None:
+    """Let this process keep the memory that it frees, with the GNU C library (elsewhere this does nothing).
 
-    Exact, and for free: every saved tensor is seen by a hook, and each storage counted once, in a pass over fake
-    tensors, which have shapes and types but no memory. So it also works for what does not fit.
+    By default that library gives large blocks back to the system at once, and all activations are such blocks: then
+    every forward pass has its memory zeroed and mapped in again, page by page, which took a fifth of a training step's
+    time with 20 images of 128 x 128 on the CPU. With this the peak is some 15% higher.
     """
-    storages, own = {}, set()
-
-    def see(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        state = {name: mode.from_tensor(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-        own.update(tensor.untyped_storage()._cdata for tensor in state.values())
-        network = lambda x_t, t: torch.func.functional_call(model, state, (x_t, t))
-        x_0 = torch.zeros(images, model.channels, model.image_size, model.image_size, device=device)
-        t = torch.zeros(images, dtype=torch.int64, device=device)
-        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor), autocast(device, precision):
-            loss = noise_prediction_loss(network, scheduler, x_0, t, torch.randn_like(x_0)).sum()
-        del loss  # and with it the graph, but only here: freed storages' addresses would be used, and counted, again
-    return sum(storages.values())
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # another C library, or Windows
+        return
+    mallopt(M_MMAP_MAX, 0)  # no block of its own for any request
+    mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
 
 
 def training_memory(
@@ -74,7 +60,9 @@ def training_memory(
     On the CPU it is the process's, with the `baseline` that Python and PyTorch took before the model was made; on a GPU
     it is what PyTorch allocates there, the `resident` bytes of images that are kept on it included.
     """
-    one, two = (kept_for_backward(model, scheduler, images, precision, device) for images in (1, 2))
+    two, three = (peak_of_a_pass(model, scheduler, images, precision, device) for images in (2, 3))
+    passes = lambda batch_size: two + (batch_size - 2) * (three - two)
+    on_cpu = device.type == "cpu"
     parameters = sum(parameter.numel() for parameter in model.parameters()) * FLOAT_BYTES
     image = model.channels * model.image_size**2 * FLOAT_BYTES
     return lambda batch_size: {
@@ -82,11 +70,11 @@ def training_memory(
         "gradients": parameters,
         "Adam": 2 * parameters,
         "EMA": parameters if has_ema else 0,
-        "activations": one + (batch_size - 1) * (two - one),
+        "passes": passes(batch_size),
+        "gaps in the heap": round(HEAP_GAPS * passes(batch_size)) if on_cpu else 0,
         "noise and images": (effective_batch + 4 * batch_size) * image,
         "data set": resident,
-        "Python and PyTorch": baseline if device.type == "cpu" else 0,
-        "gaps in the heap": HEAP_GAPS if device.type == "cpu" else 0,
+        "Python and PyTorch": baseline if on_cpu else 0,
     }
 
 
@@ -123,7 +111,8 @@ def kilobytes(path: Path) -> dict[str, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch, or Python, could not have the memory that it asked for."""
-    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    # The last is oneDNN's, which convolves on the CPU and says no more
+    texts = ("can't allocate memory", "not enough memory", "out of memory", "could not create a primitive")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )

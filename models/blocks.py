@@ -5,10 +5,12 @@ B = batch, C = channels, H, W = height, width. Every block keeps H and W but `Do
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-6  # TensorFlow's default, which the paper's weights were trained with; PyTorch's is 1e-5
+from models.norm_silu import NORM_EPS
+from models.residual import Layer, NormSiluConv, Residual, Settings
 
 
 def init_fan_average(layer: nn.Module) -> nn.Module:
@@ -44,22 +46,48 @@ class ResidualBlock(nn.Module):
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_projection = nn.Linear(time_dim, out_channels)
         self.norm_2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.settings = Settings(norm_groups, dropout)
 
     def reset_parameters(self) -> None:
         init_fan_average(self.conv_1)
         init_fan_average(self.time_projection)
         init_zero(self.conv_2)
-        if isinstance(self.shortcut, nn.Conv2d):
+        if self.shortcut:
             init_fan_average(self.shortcut)
 
-    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
-        h = self.conv_1(F.silu(self.norm_1(x)))  # (B, C_out, H, W)
-        h = h + self.time_projection(F.silu(time_embedding))[:, :, None, None]  # (B, C_out, 1, 1) over the image
-        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))  # (B, C_out, H, W)
-        return self.shortcut(x) + h
+    def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
+        """The parts (B, C_i, H, W) are concatenated to in_channels -> (B, out_channels, H, W)."""
+        dtype = compute_dtype(parts[0])
+        shift = self.time_projection(F.silu(time_embedding))  # (B, C_out), added over the image
+        shortcut = parameters_in(self.shortcut, dtype) if self.shortcut else (None, None)
+        settings = self.settings if self.training else self.settings._replace(dropout=0.0)
+        return Residual.apply(
+            settings, shift.to(dtype), *layer_of(self.norm_1, self.conv_1, dtype),
+            *layer_of(self.norm_2, self.conv_2, dtype), *shortcut, *(part.to(dtype) for part in parts),
+        )  # fmt: skip
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, settings: Settings) -> Tensor:
+    """conv(silu(norm(x))), which keeps x alone for backward."""
+    dtype = compute_dtype(x)
+    return NormSiluConv.apply(settings, x.to(dtype), *layer_of(norm, conv, dtype))
+
+
+def layer_of(norm: nn.GroupNorm, conv: nn.Conv2d, dtype: torch.dtype) -> Layer:
+    return Layer(norm.weight, norm.bias, *parameters_in(conv, dtype))
+
+
+def parameters_in(conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias as autocast would hand them to the convolution."""
+    return conv.weight.to(dtype), conv.bias.to(dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type to convolve in: autocast's where it is on, which own autograd functions have to ask for."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class SelfAttention(nn.Module):
@@ -103,8 +131,16 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only: TensorFlow's 'SAME' for an even size
 
 
+WORTH_DOUBLING = 256  # pixels of an image; of fewer, summing up the kernels costs more than it saves
+
+
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a 3x3 convolution."""
+    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a 3x3 convolution; both in one.
+
+    Each output pixel sees a 3x3 window of an image in which every pixel is there four times, hence 2x2 different ones.
+    So the same function is a transposed convolution of stride 2 whose 4x4 kernel holds sums of the 3x3 one's weights:
+    4/9 of the operations, and no input of twice the size is made or kept.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -114,4 +150,18 @@ class Upsample(nn.Module):
         init_fan_average(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if x.shape[2] * x.shape[3] < WORTH_DOUBLING:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return F.conv_transpose2d(x, doubled_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1)
+
+
+def doubled_kernel(weight: Tensor) -> Tensor:
+    """3x3 kernels (C_out, C_in, 3, 3), applied after doubling -> (C_in, C_out, 4, 4), that of a transposed convolution.
+
+    In one dimension pixel i becomes pixels 2i and 2i + 1, and output o takes weight d of the doubled pixel o + d - 1.
+    So of pixel i, output 2i - 1 takes weight 2; output 2i weights 1 and 2; 2i + 1 weights 0 and 1; 2i + 2 weight 0.
+    """
+    for dim in (2, 3):
+        first, second, third = weight.unbind(dim)
+        weight = torch.stack([third, second + third, first + second, first], dim)
+    return weight.transpose(0, 1)

@@ -1,20 +1,23 @@
 """The denoising network of DDPM: a U-Net that predicts the noise in x_t (Ho et al. 2020, Appendix B)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.blocks import (
-    NORM_EPS,
     Downsample,
     ResidualBlock,
     SelfAttention,
     Upsample,
     init_fan_average,
     init_zero,
+    norm_silu_conv,
 )
+from models.norm_silu import EAGER, NORM_EPS, compiled_kernels
+from models.residual import Settings
 from models.time_embedding import TimeEmbedding
 
 BLOCKS_DOWN, BLOCKS_UP = 2, 3  # residual blocks a level; one more on the way up, for the skip that downsampling leaves
@@ -105,6 +108,7 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(norm_groups, dim, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
+        self.settings, self.recompute = Settings(norm_groups, dropout), "norms"
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,6 +119,24 @@ class UNet(nn.Module):
             if isinstance(module, (ResidualBlock, SelfAttention, Downsample, Upsample)):
                 module.reset_parameters()
         init_zero(self.conv_out)
+
+    def set_execution(self, recompute: str = "norms", compiled: bool = False) -> None:
+        """How the same function is computed: in more or less memory and time; gradients are the same.
+
+        Args:
+            recompute: what backward makes again instead of keeping it from the forward pass: "none"; "norms", all norms
+                and activations, which is nearly free; or "blocks", the whole network from the inputs of its blocks,
+                for another forward pass.
+            compiled: with norms and activations compiled (`torch.compile`), which pays on CUDA.
+        """
+        self.recompute = recompute
+        kernels = compiled_kernels() if compiled else EAGER
+        for module in self.modules():
+            if isinstance(module, (ResidualBlock, UNet)):
+                module.settings = module.settings._replace(recompute=recompute, kernels=kernels)
+        if recompute == "blocks":  # the blocks behind an upsampling are made again together with it, by `run`
+            for stage in self.up[1:]:
+                stage["blocks"][0].settings = stage["blocks"][0].settings._replace(recompute="norms")
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise.
@@ -132,21 +154,39 @@ class UNet(nn.Module):
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = attention(block(h, time_embedding))  # (B, dims[level], H / 2^level, W / 2^level)
+                h = block(time_embedding, h)  # (B, dims[level], H / 2^level, W / 2^level)
+                h = self.run(attention, h)
                 skips.append(h)
             if "downsample" in stage:
-                h = stage["downsample"](h)  # half the height and width
+                h = self.run(stage["downsample"], h)  # half the height and width
                 skips.append(h)
 
-        h = self.middle_block_1(h, time_embedding)
-        h = self.middle_attention(h)
-        h = self.middle_block_2(h, time_embedding)
+        h = self.middle_block_1(time_embedding, h)
+        h = self.run(self.middle_attention, h)
+        h = self.middle_block_2(time_embedding, h)
 
+        upsample = None
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), time_embedding))
+                if upsample:  # to twice the height and width
+                    h = self.run(partial(upsampled, upsample, block), time_embedding, h, skips.pop())
+                else:
+                    h = block(time_embedding, h, skips.pop())
+                h, upsample = self.run(attention, h), None
             if "upsample" in stage:
-                h = stage["upsample"](h)  # twice the height and width
+                upsample = stage["upsample"]
         assert not skips, "every skip connection is used exactly once"
 
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, channels, H, W)
+        return norm_silu_conv(self.norm_out, self.conv_out, h, self.settings)  # (B, channels, H, W)
+
+    def run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """A part of the network; with "blocks" backward has its inputs alone and runs it again."""
+        if self.recompute != "blocks" or not torch.is_grad_enabled() or isinstance(part, nn.Identity):
+            return part(*inputs)
+        random = self.training and self.settings.dropout > 0  # dropout has to be the same again
+        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=random)
+
+
+def upsampled(upsample: Upsample, block: ResidualBlock, time_embedding: Tensor, h: Tensor, skip: Tensor) -> Tensor:
+    """The block of an upsampled input: one part, so that the larger image need not be kept."""
+    return block(time_embedding, upsample(h), skip)

@@ -88,9 +88,10 @@ def checkpoint_parts(seed: int) -> dict:
         parameter.grad = torch.randn_like(parameter)
     parts[2].step()
     model, ema, optimizer, scaler = states(*parts)
+    how = arithmetic(torch.device("cpu"), torch.float32, torch.channels_last, False, 1, 8)
     run = {"experiment": "faces", "total_steps": 90, "step": 5, "train_ids_hash": "0123456789abcdef",
            "window": {"loss_sum": 12.5, "steps": 3}, "bad_numbers": BadNumbers(torch.device("cpu")).state(),
-           "arithmetic": arithmetic(torch.device("cpu"), torch.float32, torch.contiguous_format, 1, 8)}  # fmt: skip
+           "arithmetic": how}  # fmt: skip
     return dict(config=tiny_experiment().to_dict(), run=run, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
 
 

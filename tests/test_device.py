@@ -102,11 +102,11 @@ def test_network_and_schedule_agree_with_the_cpu():
 
 def test_a_resumed_run_keeps_the_arithmetic_that_it_was_started_with():
     for dtype, layout in ((torch.bfloat16, torch.channels_last), (torch.float32, torch.contiguous_format)):
-        saved = arithmetic(CPU, dtype, layout, 1, 8)
+        saved = arithmetic(CPU, dtype, layout, False, 1, 8)
         assert choose_arithmetic("auto", CPU, saved) == (dtype, layout)
     from_a_gpu = {**saved, "precision": "float16"}  # which the CPU is not trained in
     assert choose_arithmetic("float32", CPU, from_a_gpu)[0] == choose_precision("auto", CPU)
-    assert choose_arithmetic("float32", CPU, None) == (torch.float32, torch.contiguous_format)
+    assert choose_arithmetic("float32", CPU, None) == (torch.float32, torch.channels_last)
 
 
 @needs_cuda

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import train
-from functions.memory import kept_for_backward, smaller_batch, training_memory, weights_must_fit
+from functions.memory import smaller_batch, training_memory, weights_must_fit
 from functions.noise_scheduler import NoiseScheduler
+from functions.pass_memory import kept_for_backward, peak_of_a_pass
 from functions.stopping import TrainingError
 from models.unet import UNet
 from tests.conftest import TINY, call
@@ -36,14 +37,23 @@ def test_what_is_kept_is_counted_exactly():
     assert per_image[1] - per_image[0] == per_image[2] - per_image[1] == 3 * image
 
 
+def test_the_peak_of_a_pass_is_counted_exactly():
+    image = 3 * 8 * 8 * 4
+    peaks = [peak_of_a_pass(Square(), NoiseScheduler(1000), b, torch.float32, CPU) for b in (2, 3, 4)]
+    # x_0, its noise, x_t, w x_t, and eps - noise, which the loss keeps, live while the gradient goes back through
+    # the loss and the square: twice eps - noise's gradient, then 2 w x_t and the product with it
+    assert peaks[1] - peaks[0] == peaks[2] - peaks[1]
+    assert 6 * image <= peaks[1] - peaks[0] <= 8 * image
+
+
 def test_the_parts_add_up():
     model = UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2)
     weights = 4 * sum(p.numel() for p in model.parameters())
     parts = training_memory(model, NoiseScheduler(1000), 16, True, torch.float32, CPU, baseline=1000)(4)
     assert parts["weights"] == parts["gradients"] == parts["EMA"] == parts["Adam"] / 2 == weights
     assert parts["Python and PyTorch"] == 1000
-    four = kept_for_backward(model, NoiseScheduler(1000), 4, torch.float32, CPU)
-    assert parts["activations"] == pytest.approx(four, rel=1e-3)
+    four = peak_of_a_pass(model, NoiseScheduler(1000), 4, torch.float32, CPU)
+    assert parts["passes"] == pytest.approx(four, rel=1e-3)
 
 
 PEAK = """
