@@ -34,7 +34,7 @@ from benchmarks.compare_measures import (
 from benchmarks.compare_replay import recorded, replay
 from functions.device import DTYPES, autocast
 from functions.ema import update_ema
-from functions.memory import MEMINFO, kilobytes
+from functions.memory import MEMINFO, keep_heap, kilobytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_STEPS = 3  # before the peak is read: Adam has its moments after the first
@@ -85,8 +85,6 @@ class Bench:
 
     def __init__(self, arm: Arm, shape: Shape, device: torch.device):
         if arm.keeps_heap:
-            from functions.memory import keep_heap
-
             keep_heap()
         self.arm, self.shape, self.device, self.dtype = arm, shape, device, DTYPES[arm.dtype]
         self.module = build(arm, shape, device)

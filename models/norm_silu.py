@@ -155,7 +155,8 @@ def native_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> tuple[T
     """PyTorch's group norm: z, mean, rstd; statistics are float32 inside, in half precision too."""
     N, C, H, W = x.shape
     weight, bias = one_type(weight, x), one_type(bias, x)
-    z, mean, rstd = torch.ops.aten.native_group_norm(in_one_piece(x), weight, bias, N, C, H * W, groups, NORM_EPS)
+    in_one_piece = x if x.device.type == "cpu" and is_channels_last(x) else x.contiguous()  # which CUDA insists on
+    z, mean, rstd = torch.ops.aten.native_group_norm(in_one_piece, weight, bias, N, C, H * W, groups, NORM_EPS)
     return in_layout_of(x, z), mean, rstd
 
 
@@ -171,7 +172,3 @@ def is_channels_last(x: Tensor) -> bool:
 def in_layout_of(x: Tensor, tensor: Tensor) -> Tensor:
     """A tensor in the memory layout of x; only the CPU's kernels keep it by themselves."""
     return tensor.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
-
-
-def in_one_piece(x: Tensor) -> Tensor:
-    return x if is_channels_last(x) else x.contiguous()

@@ -1,4 +1,4 @@
-"""The U-Net as plainly as it can be written, out of PyTorch's own layers and autograd: what the fast paths must equal."""
+"""The U-Net as plainly as it can be written, from PyTorch's layers and autograd: what the fast paths must equal."""
 
 import torch
 import torch.nn.functional as F

@@ -90,7 +90,7 @@ def test_a_run_that_explodes_stops_by_itself_and_its_checkpoints_are_finite(pict
     with pytest.raises(TrainingError, match=r"20 steps in a row had a loss or gradients .* Lower the learning rate"):
         call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
              "--diffusion.learning-rate", "1", "--diffusion.clip-grad-norm", "0", "--diffusion.precision", "bfloat16",
-             "--diffusion.epochs", "200")  # fmt: skip
+             "--diffusion.epochs", "200", "--model.base-dim", "32")  # fmt: skip
     saved = [load_checkpoint(path) for path in run_folder.checkpoints_of(next(tmp_path.iterdir()))]
     assert saved
     assert all(tensor.isfinite().all() for checkpoint in saved for tensor in checkpoint["model"].values())

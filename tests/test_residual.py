@@ -22,15 +22,15 @@ def every_path(monkeypatch):
     monkeypatch.setattr(norm_silu, "FEW_PIXELS", 0)
 
 
-def random(*shape, layout=torch.contiguous_format, dtype=torch.float64, seed=0):
-    values = torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape) + seed))
+def random(*shape, layout=torch.contiguous_format, seed=0):
+    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape) + seed))
     return (values.contiguous(memory_format=layout) if len(shape) == 4 else values).requires_grad_()
 
 
-def layer(channels, out, size, layout, dtype=torch.float64):
+def layer(channels, out, size, layout):
     """Norm and convolution; the norm's weight is away from 0 and 1."""
-    return [random(channels, dtype=dtype, seed=1), random(channels, dtype=dtype, seed=2),
-            random(out, channels, size, size, layout=layout, dtype=dtype), random(out, dtype=dtype, seed=3)]  # fmt: skip
+    return [random(channels, seed=1), random(channels, seed=2),
+            random(out, channels, size, size, layout=layout), random(out, seed=3)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kernels", [EAGER, PLAIN], ids=["eager", "plain"])
@@ -142,7 +142,7 @@ def test_upsampling_is_nearest_neighbour_and_convolution(size):
 
 
 def test_the_doubled_kernel_of_one_weight_is_a_square_of_four():
-    """Weight (0, 2) alone: output o sees the doubled pixel o + (0, 2) - 1, so pixel i fills 4 outputs around its own."""
+    """Weight (0, 2) alone: output o sees the doubled pixel o + (0, 2) - 1, so each pixel fills 4 outputs."""
     weight = torch.zeros(1, 1, 3, 3)
     weight[0, 0, 0, 2] = 1
     expected = torch.zeros(4, 4)
