@@ -37,13 +37,7 @@ from functions.device import (
 from functions.draws import seed_of, training_draws
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
-from functions.memory import (
-    keep_heap,
-    out_of_memory_explained,
-    process_memory,
-    training_memory,
-    weights_must_fit,
-)
+from functions.memory import out_of_memory_explained, process_memory, training_memory, weights_must_fit
 from functions.metrics import TrainingWindow
 from functions.noise_scheduler import NoiseScheduler
 from functions.processes import Processes, joined
@@ -141,7 +135,6 @@ def train(
     baseline = process_memory()
     config, saved = experiment.diffusion, checkpoint["run"] if checkpoint else {}
     set_deterministic(config.deterministic)
-    keep_heap()
     precision, memory_format = choose_arithmetic(config.precision, device, saved.get("arithmetic"))
     torch.manual_seed(config.seed)  # for the initial weights; every later draw has a seed of its own
 

@@ -42,7 +42,7 @@ class Arm:
     layout: str  # a key of LAYOUTS
     recompute: str = "none"  # ours: none, norms, blocks; diffusers: none, or blocks, its gradient checkpointing
     compiled: bool = False
-    keeps_heap: bool = False  # glibc's freed blocks stay with the process: functions.memory.keep_heap
+    keeps_heap: bool = False  # glibc's freed blocks stay with the process: functions.device.keep_heap
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -1,6 +1,5 @@
 """How much memory a training will take, before it is started, and what fits when it is too much."""
 
-import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,29 +19,13 @@ except ImportError:  # Windows has no such module; the process itself is then le
 
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")  # Linux
 CGROUP_LIMITS = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")]  # v2, v1
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
-# Of what the passes take, lost between blocks of the C library's heap, as `keep_heap` has it. With it the estimate was
-# 6% above to 8% below real peaks on the CPU (2 to 6 GB: batches of 4 and 20, all three kinds of `recompute`).
+# Of what the passes take, lost between blocks of the C library's heap as `functions.device.keep_heap` has it. With this
+# the estimate was 6% above to 8% below real peaks on the CPU (2 to 6 GB: batches of 4 and 20, all of `recompute`).
 HEAP_GAPS = 0.2
 
 SURELY_TOO_MUCH = 0.85
 SAFELY_LESS = 0.8
 FLOAT_BYTES = 4  # weights, gradients, Adam's two moments and the EMA are all float32
-
-
-def keep_heap() -> None:
-    """Let this process keep the memory that it frees, with the GNU C library (elsewhere this does nothing).
-
-    By default that library gives large blocks back to the system at once, and all activations are such blocks: then
-    every forward pass has its memory zeroed and mapped in again, page by page, which took a fifth of a training step's
-    time with 20 images of 128 x 128 on the CPU. With this the peak is some 15% higher.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError, OSError):  # another C library, or Windows
-        return
-    mallopt(M_MMAP_MAX, 0)  # no block of its own for any request
-    mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
 
 
 def training_memory(

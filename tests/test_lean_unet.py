@@ -13,9 +13,8 @@ from torch.testing import assert_close
 import models.norm_silu as norm_silu
 import train
 from functions.compiling import PAYS_AFTER, compile_norms, wants_compiling
-from functions.device import autocast
+from functions.device import autocast, keep_heap
 from functions.losses import noise_prediction_loss
-from functions.memory import keep_heap
 from functions.noise_scheduler import NoiseScheduler
 from functions.pass_memory import kept_for_backward
 from models.unet import UNet
