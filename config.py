@@ -324,5 +324,5 @@ EXPERIMENTS: dict[str, Experiment] = {
 }  # fmt: skip
 DEFAULT_EXPERIMENT = "faces"
 
-# What a resumed run may change: its length, the memory that it takes, and its book-keeping
-RESUMABLE_FIELDS = ("epochs", "recompute", *BOOK_KEEPING)
+# What a resumed run may change: its length, the memory and time that it takes, and its book-keeping
+RESUMABLE_FIELDS = ("epochs", "recompute", "compile", *BOOK_KEEPING)

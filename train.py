@@ -40,6 +40,7 @@ from functions.losses import noise_prediction_loss
 from functions.memory import out_of_memory_explained, process_memory, training_memory, weights_must_fit
 from functions.metrics import TrainingWindow
 from functions.noise_scheduler import NoiseScheduler
+from functions.optimizer import Adam
 from functions.processes import Processes, joined
 from functions.report import describe, describe_memory
 from functions.stopping import TrainingError
@@ -160,20 +161,20 @@ def train(
     model = UNet(**vars(experiment.model)).to(device, memory_format=memory_format)
     model.set_execution(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
+    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     first_step = restore(checkpoint, run, model, ema_model, optimizer, scaler) if checkpoint else 0
     if first_step >= total_steps:
         raise ConfigError(f"{run}: the run is finished; to go on, give more --diffusion.epochs")
 
     resident = 0 if feeder.resident is None else feeder.resident.nbytes
-    memory = training_memory(model, scheduler, config.effective_batch, ema_model is not None, precision, device,
-                             baseline, resident)  # fmt: skip
-    compiled = (
-        not dry_run
-        and wants_compiling(config.compile, device, total_steps, saved.get("arithmetic"))
-        and compile_norms([model, ema_model or model], device, precision, processes)
-    )
+    passes = forward_passes(processes.share(config.effective_batch), config.batch_size)
+    largest_pass = passes[0].stop - passes[0].start
+    memory = training_memory(model, scheduler, config.effective_batch, largest_pass, ema_model is not None, precision,
+                             device, baseline, resident)  # fmt: skip
+    compiled = wants_compiling(config.compile, device, total_steps, saved.get("arithmetic"))
+    if compiled and not dry_run:
+        compiled = compile_norms([model, ema_model or model], device, precision, processes)
 
     # What is about to happen, for people and for config.json
     how = arithmetic(device, precision, memory_format, compiled, processes.count, config.batch_size)
@@ -187,8 +188,6 @@ def train(
     for what, before in saved.get("arithmetic", how).items():
         if before != how[what]:
             processes.say(f"note: {what} was {before}, is now {how[what]}: no longer bit for bit as if never stopped")
-    passes = forward_passes(processes.share(config.effective_batch), config.batch_size)
-    largest_pass = passes[0].stop - passes[0].start
     if dry_run:
         place = run or runs / f"{name}-<time>"
         processes.say(f"{describe_memory(memory(largest_pass))}\n  images in  {image_set.path}\n  goes to    {place}")

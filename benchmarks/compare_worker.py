@@ -35,6 +35,7 @@ from benchmarks.compare_replay import recorded, replay
 from functions.device import DTYPES, autocast, keep_heap
 from functions.ema import update_ema
 from functions.memory import MEMINFO, kilobytes
+from functions.optimizer import Adam
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_STEPS = 3  # before the peak is read: Adam has its moments after the first
@@ -89,7 +90,8 @@ class Bench:
         self.arm, self.shape, self.device, self.dtype = arm, shape, device, DTYPES[arm.dtype]
         self.module = build(arm, shape, device)
         self.network = configure(arm, self.module)
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5, fused=True)
+        adam = Adam if arm.library == "ours" else torch.optim.Adam
+        self.optimizer = adam(self.module.parameters(), lr=1e-5, fused=True)
         self.batch = self.inputs(shape.batch_size)
         self.ceilings: dict[str, Ceiling] = {}
         self.calls = None

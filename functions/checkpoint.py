@@ -95,6 +95,8 @@ def check_run(run: dict, path: Path) -> None:
 
 def check_progress(run: dict, path: Path) -> None:
     """`CheckpointError` unless the part `run` has all that a training goes on with; samplers do without it."""
+    if isinstance(run.get("arithmetic"), dict):
+        run["arithmetic"].setdefault("compiled", False)  # there was none in runs of earlier versions
     for name, kinds in PROGRESS.items():
         value = run.get(name)
         proper = isinstance(value, dict) and {key: type(item) for key, item in value.items()} == kinds

@@ -32,6 +32,7 @@ def training_memory(
     model: nn.Module,
     scheduler: NoiseScheduler,
     effective_batch: int,
+    largest_pass: int,
     has_ema: bool,
     precision: torch.dtype,
     device: torch.device,
@@ -43,8 +44,10 @@ def training_memory(
     On the CPU it is the process's, with the `baseline` that Python and PyTorch took before the model was made; on a GPU
     it is what PyTorch allocates there, the `resident` bytes of images that are kept on it included.
     """
-    two, three = (peak_of_a_pass(model, scheduler, images, precision, device) for images in (2, 3))
-    passes = lambda batch_size: two + (batch_size - 2) * (three - two)
+    # The peak is convex in the batch: on a line between two sizes it is never too low. Compiled parts cannot be asked.
+    low, high = (1, largest_pass) if largest_pass > 1 else (1, 2)
+    at_low, at_high = (peak_of_a_pass(model, scheduler, images, precision, device) for images in (low, high))
+    passes = lambda batch_size: at_low + (batch_size - low) * (at_high - at_low) // (high - low)
     on_cpu = device.type == "cpu"
     parameters = sum(parameter.numel() for parameter in model.parameters()) * FLOAT_BYTES
     image = model.channels * model.image_size**2 * FLOAT_BYTES

@@ -63,6 +63,8 @@ class ResidualBlock(nn.Module):
         shift = self.time_projection(F.silu(time_embedding))  # (B, C_out), added over the image
         shortcut = parameters_in(self.shortcut, dtype) if self.shortcut else (None, None)
         settings = self.settings if self.training else self.settings._replace(dropout=0.0)
+        if not torch.is_grad_enabled():
+            settings = settings._replace(recompute="norms")  # keeps nothing longer than it is needed
         return Residual.apply(
             settings, shift.to(dtype), *layer_of(self.norm_1, self.conv_1, dtype),
             *layer_of(self.norm_2, self.conv_2, dtype), *shortcut, *(part.to(dtype) for part in parts),

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_PIXELS = 256  # of an image; up to here PyTorch's own backward pass is fast enough in channels_last
+FEW_PIXELS = 256  # of an image; up to here PyTorch's own backward pass, from a contiguous copy, is as fast
 NORM_EPS = 1e-6  # TensorFlow's default, which the paper's weights were trained with; PyTorch's is 1e-5
 
 
 class Kernels(NamedTuple):
     """What a norm with activation does in a forward and a backward pass; `x` may be in half precision.
 
-    forward   (x, weight, bias, groups, keep_z) -> a, z, mean, rstd: z is None unless it is to be kept
-    again     (x, mean, rstd, weight, bias, groups) -> a, z: what forward did not keep; z is None if backward needs none
+    forward   (x, weight, bias, groups, keep_z) -> a, z, mean, rstd; z may be None unless it is to be kept
+    again     (x, mean, rstd, weight, bias, groups) -> a, z: what forward did not keep
     backward  (grad_a, x, z, mean, rstd, weight, bias, groups) -> grad_x, grad_weight (C,), grad_bias (C,); it may
               overwrite grad_a
     """
@@ -32,24 +32,19 @@ class Kernels(NamedTuple):
     backward: Callable
 
 
-def plain_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, keep_z: bool = False
-) -> tuple[Tensor, None, Tensor, Tensor]:
+def plain_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     variance, mean = torch.var_mean(grouped(x, groups), dim=(2, 3, 4), correction=0)
     rstd = torch.rsqrt(variance + NORM_EPS)
-    a, _ = plain_again(x, mean, rstd, weight, bias, groups)
-    return a, None, mean, rstd
+    return plain_again(x, mean, rstd, weight, bias, groups), mean, rstd
 
 
-def plain_again(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int
-) -> tuple[Tensor, None]:
+def plain_again(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     _, z = plain_norm(x, mean, rstd, weight, bias, groups)
-    return F.silu(z).to(x.dtype).reshape(x.shape), None
+    return F.silu(z).to(x.dtype).reshape(x.shape)
 
 
 def plain_backward(
-    grad_a: Tensor, x: Tensor, z: None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int
+    grad_a: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     x_hat, z = plain_norm(x, mean, rstd, weight, bias, groups)
     sigmoid = torch.sigmoid(z)
@@ -102,10 +97,12 @@ def eager_backward(
     if x.device.type == "cpu" and is_channels_last(x) and x.shape[2] * x.shape[3] > FEW_PIXELS:
         return channels_last_backward(grad_z, x, mean, rstd, weight, groups)
     N, C, H, W = x.shape
+    dtype = x.dtype if x.device.type == "cpu" else weight.dtype  # as in `native_norm`
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-        grad_z.contiguous(), x.contiguous(), mean, rstd, one_type(weight, x), N, C, H * W, groups, [True, True, True]
-    )
-    return in_layout_of(x, grad_x), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+        grad_z.to(dtype).contiguous(), x.to(dtype).contiguous(), mean, rstd, weight, N, C, H * W, groups,
+        [True, True, True],
+    )  # fmt: skip
+    return like(x, grad_x), grad_weight, grad_bias
 
 
 def channels_last_backward(
@@ -114,61 +111,104 @@ def channels_last_backward(
     """`plain_backward` behind the activation, in whole-tensor operations that keep x's type.
 
     PyTorch 2.13's own kernel for this layout walks through the groups pixel by pixel: for 64 channels at 128 x 128 it
-    takes 8 to 12 times as long as all of this.
+    takes 8 times as long as all of this. The group's mean, as far as x's type can hold it, is subtracted first: the sums
+    are rounded to that type, and what is left of a small difference of large ones would be rounding.
     """
     N, C, H, W = x.shape
-    rows = lambda tensor: tensor.permute(0, 2, 3, 1).reshape(N, H * W, C)  # a view
+    per_group = lambda values: values.to(weight.dtype).view(N, groups, -1)  # (N, groups, 1 or C / groups)
+    per_pixel = lambda values: values.expand(N, groups, C // groups).reshape(N, C, 1, 1).to(x.dtype)
+    mean, rstd = per_group(mean), per_group(rstd)
+    subtracted = mean.to(x.dtype)
+    left = mean - subtracted
+    centred = x - per_pixel(subtracted)
     ones = x.new_ones(N, 1, H * W)
-    per_group = lambda sums: sums[:, 0].to(weight.dtype).view(N, groups, -1)  # (N, groups, C / groups)
-    sum_1, sum_x = (per_group(torch.bmm(ones, rows(tensor))) for tensor in (grad_z, grad_z * x))
-    mean, rstd = mean[:, :, None].to(weight.dtype), rstd[:, :, None].to(weight.dtype)
-    sum_x = (sum_x - mean * sum_1) * rstd  # of grad_z * x_hat
+    over_pixels = lambda tensor: per_group(torch.bmm(ones, tensor.permute(0, 2, 3, 1).reshape(N, H * W, C))[:, 0])
+    sum_1 = over_pixels(grad_z)
+    sum_x = (over_pixels(grad_z * centred) - left * sum_1) * rstd  # of grad_z * x_hat
     scale, count = weight.view(groups, -1), x[0].numel() // groups
     mean_1, mean_x = ((scale * s).sum(2, keepdim=True) / count for s in (sum_1, sum_x))
-    # grad_x = rstd * (weight * grad_z - mean_1 - x_hat * mean_x), with x_hat written out
-    of_x = -mean_x * rstd.square()
-    of_1, of_x, of_z = (
-        factor.expand(N, groups, C // groups).reshape(N, C, 1, 1).to(x.dtype)
-        for factor in (-mean_1 * rstd - of_x * mean, of_x, scale * rstd)
+    # grad_x = rstd * (weight * grad_z - mean_1 - x_hat * mean_x), with x_hat = (centred - left) * rstd written out
+    of_centred = -mean_x * rstd.square()
+    of_1 = -mean_1 * rstd - of_centred * left
+    grad_x = torch.addcmul(per_pixel(of_1), centred, per_pixel(of_centred), out=centred)
+    return grad_x.addcmul_(grad_z, per_pixel(scale * rstd)), sum_x.sum(0).flatten(), sum_1.sum(0).flatten()
+
+
+def without_z(forward: Callable, again: Callable, backward: Callable) -> Kernels:
+    """Kernels of functions that make z where they need it, and hand it to nobody."""
+
+    def forward_and_z(x: Tensor, weight: Tensor, bias: Tensor, groups: int, keep_z: bool = False) -> tuple:
+        a, mean, rstd = forward(x, weight, bias, groups)
+        return a, None, mean, rstd
+
+    return Kernels(
+        forward_and_z,
+        lambda *args: (again(*args), None),
+        lambda grad_a, x, z, *args: backward(grad_a, x, *args),
     )
-    grad_x = torch.addcmul(of_1, x, of_x).addcmul_(grad_z, of_z)
-    return grad_x, sum_x.sum(0).flatten(), sum_1.sum(0).flatten()
 
 
-PLAIN = Kernels(plain_forward, plain_again, plain_backward)
+PLAIN_FUNCTIONS = plain_forward, plain_again, plain_backward
+PLAIN = without_z(*PLAIN_FUNCTIONS)
 EAGER = Kernels(eager_forward, eager_again, eager_backward)
 
 
 @cache
 def compiled_kernels() -> Kernels:
-    """`PLAIN`, each function compiled when it is first called, once for all sizes."""
+    """`PLAIN`, each function compiled when it is first called, once for most sizes."""
+    # Again for some: where sizes are equal by chance, or autocast is on in the forward pass and off in backward
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     def compiled(function: Callable) -> Callable:
         kernel = torch.compile(function, dynamic=True)
-        # Detached, for it would be compiled once more for tensors that require gradients
-        return lambda *args: kernel(*(arg.detach() if isinstance(arg, Tensor) else arg for arg in args))
 
-    return Kernels(*map(compiled, PLAIN))
+        def call(x: Tensor, *args: Tensor | int) -> Tensor | tuple[Tensor, ...]:
+            if x.shape[0] == 1:  # it would be compiled once more, perhaps in the middle of a training
+                return function(x, *args)
+            # Detached, for it would also be compiled once more for tensors that require gradients
+            return kernel(x.detach(), *(arg.detach() if isinstance(arg, Tensor) else arg for arg in args))
+
+        return call
+
+    return without_z(*map(compiled, PLAIN_FUNCTIONS))
+
+
+def check_compiled(channels: int, size: int, groups: int, device: torch.device, dtype: torch.dtype) -> None:
+    """`ArithmeticError` unless the compiled kernels do what the plain ones do, for 2 images of a size in channels_last."""
+    x, grad_a = (
+        torch.randn(2, channels, size, size, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    weight, bias = (torch.randn(channels, device=device) for _ in range(2))
+    found = []
+    for kernels in (compiled_kernels(), PLAIN):
+        a, _, mean, rstd = kernels.forward(x, weight, bias, groups)
+        again, _ = kernels.again(x, mean, rstd, weight, bias, groups)
+        found.append([a, again, *kernels.backward(grad_a, x, None, mean, rstd, weight, bias, groups)])
+    for ours, plain in zip(*found, strict=True):
+        error = ((ours.float() - plain.float()).norm() / plain.float().norm()).item()
+        if not error < 0.01:  # nan too
+            raise ArithmeticError(f"{channels} channels at {size} x {size} are off by {error:.2g} of their norm")
 
 
 def native_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's group norm: z, mean, rstd; statistics are float32 inside, in half precision too."""
+    """PyTorch's group norm: z in x's type and layout, mean and rstd in float32, as the statistics are."""
     N, C, H, W = x.shape
-    weight, bias = one_type(weight, x), one_type(bias, x)
-    in_one_piece = x if x.device.type == "cpu" and is_channels_last(x) else x.contiguous()  # which CUDA insists on
-    z, mean, rstd = torch.ops.aten.native_group_norm(in_one_piece, weight, bias, N, C, H * W, groups, NORM_EPS)
-    return in_layout_of(x, z), mean, rstd
-
-
-def one_type(parameter: Tensor, x: Tensor) -> Tensor:
-    """The norm's weight or bias for PyTorch's kernels: only the CPU's take float32 ones with a half precision input."""
-    return parameter if x.device.type == "cpu" else parameter.to(x.dtype)
+    if x.device.type == "cpu":
+        in_one_piece = x if is_channels_last(x) else x.contiguous()
+        return torch.ops.aten.native_group_norm(in_one_piece, weight, bias, N, C, H * W, groups, NORM_EPS)
+    # Elsewhere the kernels want one type for all, which is to be float32, and contiguous tensors
+    z, mean, rstd = torch.ops.aten.native_group_norm(
+        x.to(weight.dtype).contiguous(), weight, bias, N, C, H * W, groups, NORM_EPS
+    )
+    return like(x, z), mean, rstd
 
 
 def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def in_layout_of(x: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor in the memory layout of x; only the CPU's kernels keep it by themselves."""
-    return tensor.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+def like(x: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor in x's type and memory layout."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return tensor.to(x.dtype).contiguous(memory_format=layout)

@@ -2,7 +2,8 @@
 
 Left to itself, autograd keeps for each of them the norm's input, its output and the activation until the backward pass.
 Norm and activation are cheap beside the convolution, so here only the input is kept, and they are made again in
-backward (Chen et al. 2016, arXiv:1604.06174, where it costs next to nothing). The gradients are the same, bit for bit.
+backward (Chen et al. 2016, arXiv:1604.06174, where it costs next to nothing). With the same kernels made again, the
+gradients are the same, bit for bit. All are computed, whether wanted or not: in training they are.
 
 A block's input may come in *parts* (N, C_i, H, W), to be concatenated: then the parts are kept, which others keep too,
 and not another copy of them.

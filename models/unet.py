@@ -16,7 +16,7 @@ from models.blocks import (
     init_zero,
     norm_silu_conv,
 )
-from models.norm_silu import EAGER, NORM_EPS, compiled_kernels
+from models.norm_silu import EAGER, NORM_EPS, check_compiled, compiled_kernels
 from models.residual import Settings
 from models.time_embedding import TimeEmbedding
 
@@ -121,7 +121,9 @@ class UNet(nn.Module):
         init_zero(self.conv_out)
 
     def set_execution(self, recompute: str = "norms", compiled: bool = False) -> None:
-        """How the same function is computed: in more or less memory and time; gradients are the same.
+        """How the same function is computed: in more or less memory and time.
+
+        With any `recompute` and the kernels of the CPU gradients are the same bit for bit, else up to rounding.
 
         Args:
             recompute: what backward makes again instead of keeping it from the forward pass: "none"; "norms", all norms
@@ -137,6 +139,16 @@ class UNet(nn.Module):
         if recompute == "blocks":  # the blocks behind an upsampling are made again together with it, by `run`
             for stage in self.up[1:]:
                 stage["blocks"][0].settings = stage["blocks"][0].settings._replace(recompute="norms")
+
+    def check_compiled(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Compile for the sizes of all norms, and compare the results: `ArithmeticError`, or any of the compiler's."""
+        sizes, size = set(), self.image_size
+        for stage in [*self.down, *self.up]:
+            for block in stage["blocks"]:
+                sizes |= {(norm.num_channels, size) for norm in (block.norm_1, block.norm_2)}
+            size = size // 2 if "downsample" in stage else size * 2 if "upsample" in stage else size
+        for channels, size in sorted(sizes):
+            check_compiled(channels, size, self.settings.groups, device, dtype)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise.

@@ -3,7 +3,6 @@
 import copy
 import shutil
 import sys
-import time
 
 import pytest
 import torch
@@ -152,8 +151,7 @@ def test_a_compiled_network_is_the_plain_one(fake_compiler):
     net = network()
     eager = output_and_gradients(net)
     assert compile_norms([net], CPU, torch.float32)
-    assert fake_compiler == list(norm_silu.PLAIN)
-    assert all(parameter.grad is None for parameter in net.parameters())
+    assert fake_compiler == list(norm_silu.PLAIN_FUNCTIONS)
     for mode in MODES:
         net.set_execution(mode, compiled=True)
         for name, value in output_and_gradients(net).items():
@@ -162,15 +160,22 @@ def test_a_compiled_network_is_the_plain_one(fake_compiler):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_the_real_compiler_takes_one_kernel_for_all_sizes():
-    """Two sizes of everything, one compilation of each function and dtype; both as the plain functions have it."""
-    kernels = norm_silu.compiled_kernels()
+    """One compilation of each of the three functions, in the type of a training; all as the plain ones have it."""
+    norm_silu.compiled_kernels.cache_clear()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for channels, size, images in ((8, 6, 2), (12, 10, 3), (16, 5, 4)):
-        x = torch.randn(images, channels, size, size + 1).contiguous(memory_format=torch.channels_last)
-        weight, bias = torch.randn(channels), torch.randn(channels)
-        found = kernels.forward(x.requires_grad_(), weight, bias, 4, False)
-        assert_close(found, norm_silu.plain_forward(x, weight, bias, 4))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+    for channels, size in ((8, 6), (12, 10), (16, 5)):
+        norm_silu.check_compiled(channels, size, 4, CPU, torch.bfloat16)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
+
+
+def test_compiled_kernels_that_compute_something_else_are_not_taken(capsys, fake_compiler, monkeypatch):
+    wrong = lambda x, mean, rstd, weight, bias, groups: norm_silu.plain_again(x, mean, rstd, weight, 1.1 * bias, groups)
+    functions = norm_silu.plain_forward, wrong, norm_silu.plain_backward
+    monkeypatch.setattr(norm_silu, "PLAIN_FUNCTIONS", functions)
+    net = network()
+    assert not compile_norms([net], CPU, torch.float32)
+    assert "going on without (ArithmeticError: 16 channels at 32 x 32 are off by" in capsys.readouterr().out
+    assert net.settings.kernels is norm_silu.EAGER
 
 
 def test_without_a_compiler_training_goes_on_and_says_so(capsys, monkeypatch):
@@ -200,16 +205,16 @@ def test_compiling_is_for_long_runs_on_cuda_and_a_resumed_run_holds_to_it():
     assert not wants_compiling("auto", CUDA, PAYS_AFTER - 1, None)
     assert not wants_compiling("auto", CPU, 10 * PAYS_AFTER, None)
     for was in (True, False):
-        assert wants_compiling("auto", CPU, 1, {"compiled": was}) == was
+        assert wants_compiling("auto", CUDA, 1, {"compiled": was}) == was
+        assert not wants_compiling("auto", CPU, 1, {"compiled": was})
 
 
 def test_runs_with_every_kind_of_recomputation_and_compiled_ones_end_alike(pictures, tmp_path, fake_compiler):
-    flags = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY]
+    flags = ["faces", "--diffusion.dataset-name", pictures, *TINY]
     runs, ways = {}, [["--diffusion.recompute", mode] for mode in MODES] + [["--diffusion.compile", "on"]]
     for way in ways:
-        call(train.main, *flags, *way)
-        runs[way[-1]] = newest(max(tmp_path.iterdir(), key=lambda path: path.stat().st_ctime))
-        time.sleep(1)  # folders are named by the second
+        call(train.main, *flags, *way, "--runs", tmp_path / way[-1])
+        runs[way[-1]] = newest(next((tmp_path / way[-1]).iterdir()))
     for name, value in runs["norms"]["model"].items():
         assert torch.equal(value, runs["none"]["model"][name])
         assert torch.equal(value, runs["blocks"]["model"][name])

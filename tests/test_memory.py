@@ -37,23 +37,40 @@ def test_what_is_kept_is_counted_exactly():
     assert per_image[1] - per_image[0] == per_image[2] - per_image[1] == 3 * image
 
 
-def test_the_peak_of_a_pass_is_counted_exactly():
+class Twice(nn.Module):
+    """relu(relu(w x)), of which nothing can be made in place: by hand below."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.image_size = 3, 8
+        self.weight = nn.Parameter(torch.ones(3, 8, 8))
+
+    def forward(self, x_t, t):
+        return (self.weight * x_t).exp()
+
+
+def test_the_peak_of_a_pass_is_counted_by_hand():
+    """Per image, when the product's gradient is made: x_0, noise, x_t, e = exp(w x_t), eps - noise, and gradients."""
     image = 3 * 8 * 8 * 4
-    peaks = [peak_of_a_pass(Square(), NoiseScheduler(1000), b, torch.float32, CPU) for b in (2, 3, 4)]
-    # x_0, its noise, x_t, w x_t, and eps - noise, which the loss keeps, live while the gradient goes back through
-    # the loss and the square: twice eps - noise's gradient, then 2 w x_t and the product with it
+    peaks = [peak_of_a_pass(Twice(), NoiseScheduler(1000), b, torch.float32, CPU) for b in (2, 3, 4)]
     assert peaks[1] - peaks[0] == peaks[2] - peaks[1]
-    assert 6 * image <= peaks[1] - peaks[0] <= 8 * image
+    print(peaks[1] - peaks[0], image, (peaks[1] - peaks[0]) / image)
+    assert peaks[1] - peaks[0] == pytest.approx(7 * image, abs=100)
 
 
 def test_the_parts_add_up():
     model = UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2)
     weights = 4 * sum(p.numel() for p in model.parameters())
-    parts = training_memory(model, NoiseScheduler(1000), 16, True, torch.float32, CPU, baseline=1000)(4)
+    estimate = training_memory(model, NoiseScheduler(1000), 16, 4, True, torch.float32, CPU, baseline=1000)
+    parts = estimate(4)
     assert parts["weights"] == parts["gradients"] == parts["EMA"] == parts["Adam"] / 2 == weights
     assert parts["Python and PyTorch"] == 1000
     four = peak_of_a_pass(model, NoiseScheduler(1000), 4, torch.float32, CPU)
-    assert parts["passes"] == pytest.approx(four, rel=1e-3)
+    assert parts["passes"] == four
+    assert all(
+        estimate(images)["passes"] >= peak_of_a_pass(model, NoiseScheduler(1000), images, torch.float32, CPU)
+        for images in (1, 2, 3)
+    )
 
 
 PEAK = """
