@@ -9,8 +9,8 @@ from torch import nn
 from functions.device import autocast
 from functions.processes import ALONE, Processes
 
-# Optimiser steps of a run, from which on it compiles. A prediction: with a cold start of a minute and a tenth less time,
-# steps of ffhq-full on an H100 (0.15 s) would break even at 4,000.
+# Optimiser steps of a run, from which on it compiles. A prediction: with a cold start of a minute and a tenth less
+# time, steps of ffhq-full on an H100 (0.17 s) would break even at 3,500.
 PAYS_AFTER = 10_000
 
 
@@ -18,7 +18,8 @@ def wants_compiling(setting: str, device: torch.device, total_steps: int, saved:
     """What the config's `compile` means here: "on", "off", or "auto", on CUDA in a long run.
 
     Args:
-        saved: what `functions.device.arithmetic` gave when the run was started, to which "auto" holds on CUDA; None: a new run.
+        saved: what `functions.device.arithmetic` gave when the run was started, to which "auto" holds on CUDA; None for
+            a new run.
     """
     if setting != "auto":
         return setting == "on"

@@ -111,8 +111,8 @@ def channels_last_backward(
     """`plain_backward` behind the activation, in whole-tensor operations that keep x's type.
 
     PyTorch 2.13's own kernel for this layout walks through the groups pixel by pixel: for 64 channels at 128 x 128 it
-    takes 8 times as long as all of this. The group's mean, as far as x's type can hold it, is subtracted first: the sums
-    are rounded to that type, and what is left of a small difference of large ones would be rounding.
+    takes 8 times as long as all of this. The group's mean, as far as x's type can hold it, is subtracted first: the
+    sums are rounded to that type, and what is left of a small difference of large ones would be rounding.
     """
     N, C, H, W = x.shape
     per_group = lambda values: values.to(weight.dtype).view(N, groups, -1)  # (N, groups, 1 or C / groups)
@@ -174,7 +174,7 @@ def compiled_kernels() -> Kernels:
 
 
 def check_compiled(channels: int, size: int, groups: int, device: torch.device, dtype: torch.dtype) -> None:
-    """`ArithmeticError` unless the compiled kernels do what the plain ones do, for 2 images of a size in channels_last."""
+    """`ArithmeticError` unless the compiled kernels do what the plain ones do, for 2 images in channels_last."""
     x, grad_a = (
         torch.randn(2, channels, size, size, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         for _ in range(2)

@@ -169,12 +169,12 @@ def test_the_real_compiler_takes_one_kernel_for_all_sizes():
 
 
 def test_compiled_kernels_that_compute_something_else_are_not_taken(capsys, fake_compiler, monkeypatch):
-    wrong = lambda x, mean, rstd, weight, bias, groups: norm_silu.plain_again(x, mean, rstd, weight, 1.1 * bias, groups)
+    wrong = lambda x, mean, rstd, weight, bias, groups: norm_silu.plain_again(x, mean, rstd, weight, -bias, groups)
     functions = norm_silu.plain_forward, wrong, norm_silu.plain_backward
     monkeypatch.setattr(norm_silu, "PLAIN_FUNCTIONS", functions)
     net = network()
     assert not compile_norms([net], CPU, torch.float32)
-    assert "going on without (ArithmeticError: 16 channels at 32 x 32 are off by" in capsys.readouterr().out
+    assert "going on without (ArithmeticError: 16 channels at 16 x 16 are off by" in capsys.readouterr().out
     assert net.settings.kernels is norm_silu.EAGER
 
 

@@ -37,8 +37,8 @@ def test_what_is_kept_is_counted_exactly():
     assert per_image[1] - per_image[0] == per_image[2] - per_image[1] == 3 * image
 
 
-class Twice(nn.Module):
-    """relu(relu(w x)), of which nothing can be made in place: by hand below."""
+class Exponential(nn.Module):
+    """e = exp(w x): backward needs x and e."""
 
     def __init__(self):
         super().__init__()
@@ -50,11 +50,12 @@ class Twice(nn.Module):
 
 
 def test_the_peak_of_a_pass_is_counted_by_hand():
-    """Per image, when the product's gradient is made: x_0, noise, x_t, e = exp(w x_t), eps - noise, and gradients."""
+    """At most seven images: x_t, e and d = e - noise, kept; and for the square's gradient that of the mean, d^1, 2 d^1,
+    and their product.
+    """
     image = 3 * 8 * 8 * 4
-    peaks = [peak_of_a_pass(Twice(), NoiseScheduler(1000), b, torch.float32, CPU) for b in (2, 3, 4)]
+    peaks = [peak_of_a_pass(Exponential(), NoiseScheduler(1000), b, torch.float32, CPU) for b in (2, 3, 4)]
     assert peaks[1] - peaks[0] == peaks[2] - peaks[1]
-    print(peaks[1] - peaks[0], image, (peaks[1] - peaks[0]) / image)
     assert peaks[1] - peaks[0] == pytest.approx(7 * image, abs=100)
 
 

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import models.norm_silu as norm_silu
+from functions.optimizer import Adam
 from models.blocks import Upsample, doubled_kernel, norm_silu_conv
 from models.norm_silu import EAGER, NORM_EPS, PLAIN
 from models.residual import NormSiluConv, Residual, Settings
@@ -71,15 +72,19 @@ def test_norm_silu_conv_has_the_gradients_of_finite_differences(layout, kernels)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("channels, size", [(8, 5), (64, 20), (96, 17), (512, 8)])
-def test_half_precision_is_as_good_as_pytorchs_own(channels, size, layout):
-    """Output and gradients in bfloat16, against float64: their error is near that of group_norm, silu, conv2d."""
+@pytest.mark.parametrize("mean", [0, 4, 16], ids=lambda mean: f"mean {mean} std")
+@pytest.mark.parametrize("channels, groups, size", [(64, 32, 20), (96, 12, 17), (512, 32, 8)])
+def test_half_precision_is_as_good_as_pytorchs_own(channels, groups, size, mean, layout):
+    """Output and gradients in bfloat16, against float64: their errors are near those of group_norm, silu, conv2d.
+
+    PyTorch's has the norm's gradients in float32; ours are rounded like those of all convolutions.
+    """
     torch.manual_seed(0)
-    norm, conv = torch.nn.GroupNorm(GROUPS, channels, NORM_EPS), torch.nn.Conv2d(channels, 8, 3, padding=1)
+    norm, conv = torch.nn.GroupNorm(groups, channels, NORM_EPS), torch.nn.Conv2d(channels, 8, 3, padding=1)
     torch.nn.init.normal_(norm.weight)
-    x = (1.5 + 2 * torch.randn(3, channels, size, size)).bfloat16().contiguous(memory_format=layout)
+    x = (mean + torch.randn(3, channels, size, size)).bfloat16().contiguous(memory_format=layout)
     ways = {
-        "ours": lambda x: norm_silu_conv(norm, conv, x, Settings(GROUPS)),
+        "ours": lambda x: norm_silu_conv(norm, conv, x, Settings(groups)),
         "PyTorch's": lambda x: conv(F.silu(norm(x))),
     }
 
@@ -97,7 +102,7 @@ def test_half_precision_is_as_good_as_pytorchs_own(channels, size, layout):
     exact = run("PyTorch's", x.double())
     for ours, theirs, truth in zip(*halves.values(), exact, strict=True):
         error = lambda value, truth=truth: ((value.double() - truth).norm() / truth.norm()).item()
-        assert error(ours) < max(1.5 * error(theirs), 0.004)
+        assert error(ours) < max(1.5 * error(theirs), 0.006)
         assert ours.dtype == theirs.dtype
 
 
@@ -148,3 +153,41 @@ def test_the_doubled_kernel_of_one_weight_is_a_square_of_four():
     expected = torch.zeros(4, 4)
     expected[2:4, 0:2] = 1  # rows 2i + 1 and 2i + 2, columns 2j - 1 and 2j, where the kernel begins at 2i - 1, 2j - 1
     assert_close(doubled_kernel(weight)[0, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adam_in_memory_order_is_pytorchs(dtype):
+    """Steps on weights in channels_last, some of them skipped, against the plain Adam on contiguous ones."""
+    torch.manual_seed(0)
+    start = [torch.randn(8, 6, 3, 3, dtype=dtype), torch.randn(8, 6, 1, 1, dtype=dtype), torch.randn(8, dtype=dtype)]
+    found = {}
+    for kind, layout in ((Adam, torch.channels_last), (torch.optim.Adam, torch.contiguous_format)):
+        parameters = [t.clone().contiguous(memory_format=layout if t.dim() == 4 else torch.contiguous_format)
+                      .requires_grad_() for t in start]  # fmt: skip
+        optimizer = kind(parameters, lr=0.1, fused=True)
+        for step in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.sin(parameter.detach() * (step + 1))
+            optimizer.found_inf = torch.tensor(float(step == 2))
+            optimizer.step()
+        moments = [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
+        assert all(moment.shape == parameter.shape for moment, parameter in zip(moments, parameters, strict=True))
+        found[kind] = parameters + moments
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_adam_copies_no_weights():
+    """On weights in channels_last it copies no more than PyTorch's does on contiguous ones."""
+    copied = {}
+    for kind, layout in ((Adam, LAYOUTS[1]), (torch.optim.Adam, LAYOUTS[1]), (torch.optim.Adam, LAYOUTS[0])):
+        weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=layout).requires_grad_()
+        weight.grad = torch.ones_like(weight)
+        optimizer = kind([weight], lr=0.1, fused=True)
+        optimizer.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+        copied[kind, layout] = sum(event.count for event in profile.key_averages() if event.key == "aten::copy_")
+    least = copied[torch.optim.Adam, LAYOUTS[0]]
+    assert copied[Adam, LAYOUTS[1]] == least
+    assert copied[torch.optim.Adam, LAYOUTS[1]] > least  # when this fails, PyTorch has mended it, and ours can go
