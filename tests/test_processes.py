@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,8 +23,8 @@ FLAGS = ["faces", *TINY, "--diffusion.batch-size", 3, "--diffusion.gradient-accu
          "--diffusion.validation-samples", 20]  # fmt: skip
 
 
-def start(program, *arguments):
-    return subprocess.Popen([*TORCHRUN, *map(str, [program, *arguments])], cwd=ROOT, text=True,
+def start(program, *arguments, torchrun=TORCHRUN):
+    return subprocess.Popen([*torchrun, *map(str, [program, *arguments])], cwd=ROOT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
@@ -61,6 +62,24 @@ def test_two_processes_give_the_losses_of_one(pictures, tmp_path):
     resumed = script("train.py", "--resume", together, "--diffusion.epochs", 3)
     assert resumed.returncode == 0, resumed.stderr
     assert "processes was 2, is now 1: no longer bit for bit" in resumed.stdout
+
+
+def test_two_machines_give_the_losses_of_one(pictures, tmp_path, tiny_run):
+    """A torchrun for each machine, with one process each, that meet at an address; here both are this machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]  # fmt: skip
+    machines = [
+        start("train.py", "faces", *TINY, "--diffusion.dataset-name", pictures, "--runs", tmp_path, torchrun=torchrun)
+        for _ in range(2)
+    ]
+    outputs = [machine.communicate(timeout=200) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    rows = [read_metrics(run / "metrics.csv") for run in (next(tmp_path.iterdir()), tiny_run)]
+    for ours, alone in zip(*rows, strict=True):
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=2e-4)
 
 
 WITH_A_BAD_RANK = """
