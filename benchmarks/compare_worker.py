@@ -53,6 +53,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.compare_worker", json.dumps([arm.to_dict(), vars(shape), device])],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env={**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},  # so that a cold start is one
         )  # fmt: skip
 
     def __getattr__(self, method: str) -> Callable[..., object]:

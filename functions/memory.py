@@ -20,7 +20,7 @@ except ImportError:  # Windows has no such module; the process itself is then le
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")  # Linux
 CGROUP_LIMITS = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")]  # v2, v1
 # Of what the passes take, lost between blocks of the C library's heap as `functions.device.keep_heap` has it. With this
-# the estimate was 6% above to 8% below real peaks on the CPU (2 to 6 GB: batches of 4 and 20, all of `recompute`).
+# the estimate was 6% above to 8% below real peaks on the CPU (2 to 10 GB: batches of 4 and 20, all of `recompute`).
 HEAP_GAPS = 0.2
 
 SURELY_TOO_MUCH = 0.85

@@ -89,7 +89,8 @@ def parameters_in(conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type to convolve in: autocast's where it is on, which own autograd functions have to ask for."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 class SelfAttention(nn.Module):

@@ -118,6 +118,12 @@ def test_same_function_as_diffusers_with_the_same_weights(name):
         assert_close(ours(x_t, t), theirs(x_t, t).sample, rtol=1e-5, atol=1e-5)
 
 
+def test_on_the_meta_device_it_gives_shapes():
+    with torch.device("meta"):
+        model = UNet(**SMALL["attention at the lowest level"])
+        assert model(torch.empty(2, 3, 16, 16), torch.empty(2, dtype=torch.int64)).shape == (2, 3, 16, 16)
+
+
 def test_time_embedding_is_the_papers():
     t = torch.tensor([0, 1, 17, 999])
     ours = sinusoidal_embedding(t, 64)
