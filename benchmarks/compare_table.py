@@ -82,7 +82,10 @@ NOTES = (
     "Pass: forward and backward. Step: with fused Adam. Call: no gradients. FLOPs are those of a training pass with "
     "nothing computed twice; lucidrains' network has other blocks and attention (its defaults), so other FLOPs and "
     "parameters. Heap kept: the C library does not hand freed memory back. Peak: of the process on the CPU, allocated "
-    "on CUDA. Kept for backward is not counted of compiled networks."
+    "on CUDA. Kept for backward is not counted of compiled networks. Share of ceiling: the step's FLOPs a second over "
+    "those of the best convolution, or matrix product, measured alone. Where memory was short for all at once, peers "
+    "took their turns in groups, ours in every group; ratios are within a group, so not quite the quotients of the "
+    "columns."
 )
 
 

@@ -10,7 +10,7 @@ from functions.device import autocast
 from functions.processes import ALONE, Processes
 
 # Optimiser steps of a run, from which on it compiles. A prediction: with a cold start of a minute and a tenth less
-# time, steps of ffhq-full on an H100 (0.17 s) would break even at 3,500.
+# time, steps of ffhq-full on an H100 (0.17 s) would break even at 3,500; the rest is a margin.
 PAYS_AFTER = 10_000
 
 

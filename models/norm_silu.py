@@ -94,10 +94,10 @@ def eager_backward(
     grad_a: Tensor, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_z = torch.ops.aten.silu_backward.grad_input(grad_a, z, grad_input=grad_a)  # in place
-    if x.device.type == "cpu" and is_channels_last(x) and x.shape[2] * x.shape[3] > FEW_PIXELS:
+    if has_cpu_kernels(x) and is_channels_last(x) and x.shape[2] * x.shape[3] > FEW_PIXELS:
         return channels_last_backward(grad_z, x, mean, rstd, weight, groups)
     N, C, H, W = x.shape
-    dtype = x.dtype if x.device.type == "cpu" else weight.dtype  # as in `native_norm`
+    dtype = x.dtype if has_cpu_kernels(x) else weight.dtype
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
         grad_z.to(dtype).contiguous(), x.to(dtype).contiguous(), mean, rstd, weight, N, C, H * W, groups,
         [True, True, True],
@@ -194,14 +194,22 @@ def check_compiled(channels: int, size: int, groups: int, device: torch.device, 
 def native_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's group norm: z in x's type and layout, mean and rstd in float32, as the statistics are."""
     N, C, H, W = x.shape
-    if x.device.type == "cpu":
+    if has_cpu_kernels(x):
         in_one_piece = x if is_channels_last(x) else x.contiguous()
         return torch.ops.aten.native_group_norm(in_one_piece, weight, bias, N, C, H * W, groups, NORM_EPS)
-    # Elsewhere the kernels want one type for all, which is to be float32, and contiguous tensors
     z, mean, rstd = torch.ops.aten.native_group_norm(
         x.to(weight.dtype).contiguous(), weight, bias, N, C, H * W, groups, NORM_EPS
     )
     return like(x, z), mean, rstd
+
+
+def has_cpu_kernels(x: Tensor) -> bool:
+    """Whether PyTorch's group norm takes an x in half precision with float32 weights, and in channels_last.
+
+    Only the CPU's does. The others want one type for all, which is float32 here for the statistics' sake, and
+    contiguous tensors.
+    """
+    return x.device.type == "cpu"
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -128,7 +128,7 @@ class UNet(nn.Module):
         Args:
             recompute: what backward makes again instead of keeping it from the forward pass: "none"; "norms", all norms
                 and activations, which is nearly free; or "blocks", the whole network from the inputs of its blocks,
-                for another forward pass.
+                for most of another forward pass.
             compiled: with norms and activations compiled (`torch.compile`), which pays on CUDA.
         """
         self.recompute = recompute

@@ -127,13 +127,13 @@ def test_little_is_kept_for_backward_at_the_reference_size(dtype):
         kept_for_backward(net, NoiseScheduler(1000), 3, dtype, CPU)
         - kept_for_backward(net, NoiseScheduler(1000), 1, dtype, CPU)
     ) / 2  # fmt: skip
-    theirs = per_image(Peer(diffusers_twin(config).to(memory_format=torch.channels_last)))
+    theirs = per_image(Peer(diffusers_twin(config)))  # contiguous, in which it keeps least
     net, kept = UNet(channels=3, **config).to(memory_format=torch.channels_last), {}
     for mode in MODES:
         net.set_execution(mode)
         kept[mode] = per_image(net) / theirs
-    assert kept["norms"] < 0.33  # the issue: 0.42
-    assert kept["blocks"] < 0.14  # the issue: 0.15
+    assert kept["norms"] < 0.33  # 0.320; the limit of benchmarks/compare_targets.py is 0.42
+    assert kept["blocks"] < 0.14  # 0.132; its limit is 0.15
     assert 0.8 < kept["none"] < 1
 
 

@@ -106,6 +106,29 @@ def test_half_precision_is_as_good_as_pytorchs_own(channels, groups, size, mean,
         assert ours.dtype == theirs.dtype
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernels_of_other_devices_get_what_they_take(monkeypatch, layout, dtype):
+    """The path of CUDA, taken on the CPU: all float32 and contiguous for PyTorch, x's type and layout for the rest."""
+    monkeypatch.setattr(norm_silu, "has_cpu_kernels", lambda x: False)
+    native, seen = torch.ops.aten.native_group_norm, []
+    monkeypatch.setattr(torch.ops.aten, "native_group_norm", lambda *args: seen.append(args[:3]) or native(*args))
+    x, grad_a = (random(N, 8, H, H, layout=layout, seed=s).detach().to(dtype) for s in (1, 2))
+    weight, bias = (random(8, seed=s).detach().float() for s in (3, 4))
+    found = []
+    for kernels in (EAGER, PLAIN):
+        a, z, mean, rstd = kernels.forward(x, weight, bias, GROUPS, False)
+        assert (a.dtype, a.stride(), z) == (dtype, x.stride(), None)
+        again, z = kernels.again(x, mean, rstd, weight, bias, GROUPS)
+        grads = kernels.backward(grad_a.clone(), x, z, mean, rstd, weight, bias, GROUPS)
+        found.append([a, again, mean, rstd, *grads])
+    for ours, plain in zip(*found, strict=True):
+        assert (ours.dtype, ours.stride()) == (plain.dtype, plain.stride())
+        assert_close(ours, plain, rtol=2e-2, atol=2e-2)
+    assert seen
+    assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for args in seen for tensor in args)
+
+
 def test_what_the_block_keeps_is_counted_by_hand():
     """Two parts, the state between the convolutions, four numbers a group and image; and with "blocks" no state."""
     kept = {}
