@@ -166,7 +166,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
-        **{package: importlib.metadata.version(package) for package in packages},
+        **{package: importlib.metadata.version(package).partition("+")[0] for package in packages},  # not the build
     }
 
 

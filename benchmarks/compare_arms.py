@@ -37,7 +37,7 @@ class Arm:
 
     name: str
     text: str
-    library: str  # "ours", "diffusers" or "lucidrains"
+    package: str  # "ours", "diffusers" or "lucidrains"
     dtype: str  # of autocast; "float32" is none
     layout: str  # a key of LAYOUTS
     recompute: str = "none"  # ours: none, norms, blocks; diffusers: none, or blocks, its gradient checkpointing
@@ -59,20 +59,20 @@ def all_arms(dtype: str, device: str) -> list[Arm]:
     ]
     if not on_cpu:
         arms.append(replace(ours, name="ours-compiled", text="ours, compiled", compiled=True))
-    for library in ("diffusers", "lucidrains"):
-        text = f"{library} as shipped: float32, contiguous, eager"
-        arms.append(Arm(f"{library}-default", text, library, "float32", "contiguous"))
+    for package in ("diffusers", "lucidrains"):
+        text = f"{package} as shipped: float32, contiguous, eager"
+        arms.append(Arm(f"{package}-default", text, package, "float32", "contiguous"))
         for layout in LAYOUTS:
-            eager = Arm(f"{library}-{layout}", f"{library}, {layout}", library, dtype, layout)
+            eager = Arm(f"{package}-{layout}", f"{package}, {layout}", package, dtype, layout)
             kept = replace(eager, name=f"{eager.name}-heap", text=f"{eager.text}, heap kept", keeps_heap=True)
-            if library == "diffusers" or not on_cpu:
+            if package == "diffusers" or not on_cpu:
                 arms.append(eager)
             if on_cpu:  # glibc's heap plays no part in a GPU's memory
                 arms.append(kept)
         for layout in LAYOUTS:
-            text = f"{library}, compiled, {layout}{', heap kept' if on_cpu else ''}"
-            name = f"{library}-compiled-{layout}"
-            arms.append(Arm(name, text, library, dtype, layout, compiled=True, keeps_heap=on_cpu))
+            text = f"{package}, compiled, {layout}{', heap kept' if on_cpu else ''}"
+            name = f"{package}-compiled-{layout}"
+            arms.append(Arm(name, text, package, dtype, layout, compiled=True, keeps_heap=on_cpu))
     text = f"diffusers, gradient checkpointing, channels_last{', heap kept' if on_cpu else ''}"
     arms.append(Arm("diffusers-checkpointing", text, "diffusers", dtype, "channels_last", "blocks", keeps_heap=on_cpu))
     return arms
@@ -85,7 +85,7 @@ def build(arm: Arm, shape: Shape, device: torch.device) -> nn.Module:
     that follow from them, take other times than the numbers of a training.
     """
     torch.manual_seed(0)
-    module = {"ours": build_ours, "diffusers": build_diffusers, "lucidrains": build_lucidrains}[arm.library](shape)
+    module = {"ours": build_ours, "diffusers": build_diffusers, "lucidrains": build_lucidrains}[arm.package](shape)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -124,11 +124,11 @@ def build_lucidrains(shape: Shape) -> nn.Module:
 def configure(arm: Arm, module: nn.Module, plain: bool = False) -> Network:
     """The network as the arm calls it; with `plain` eager and without recomputation, as its operations are counted."""
     recompute, compiled = ("none", False) if plain else (arm.recompute, arm.compiled)
-    if arm.library == "ours":
+    if arm.package == "ours":
         module.set_execution(recompute=recompute, compiled=compiled)
         return module
     network = torch.compile(module) if compiled else module
-    if arm.library == "lucidrains":
+    if arm.package == "lucidrains":
         return network
     if recompute == "blocks":
         module.enable_gradient_checkpointing()

@@ -58,8 +58,8 @@ class Rounds:
 
     def run(self, arms: list[Arm]) -> None:
         """Measure all arms; those of ours stay afterwards, for more to be asked of them."""
-        ours = [arm for arm in arms if arm.library == "ours"]
-        peers = [arm for arm in arms if arm.library != "ours"]
+        ours = [arm for arm in arms if arm.package == "ours"]
+        peers = [arm for arm in arms if arm.package != "ours"]
         for arm in ours:
             self.start(arm)
         first = True

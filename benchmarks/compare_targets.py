@@ -44,12 +44,12 @@ class Judge:
     dtype: str
     cuda: bool
 
-    def good(self, library: str, **wanted: object) -> list[Result]:
-        """The arms of a library that ran to the end, in settings that are wanted."""
+    def good(self, package: str, **wanted: object) -> list[Result]:
+        """The arms of a package that ran to the end, in settings that are wanted."""
         return [
             result
             for result in self.results.values()
-            if result.arm.library == library
+            if result.arm.package == package
             and result.failure is None
             and all(getattr(result.arm, name) == value for name, value in wanted.items())
         ]
@@ -92,8 +92,8 @@ class Judge:
                 self.compared("the same, our setting of the heap given to diffusers", 0.93, ours, eager)]),
             self.compared("step, fastest of ours / diffusers compiled", by_device(1.0, 0.9), ours,
                           self.good("diffusers", compiled=True)),
-            *(self.compared(f"step out of the box, ours / {library}", 0.5, reference, self.one(f"{library}-default"))
-              for library in ("diffusers", "lucidrains")),
+            *(self.compared(f"step out of the box, ours / {package}", 0.5, reference, self.one(f"{package}-default"))
+              for package in ("diffusers", "lucidrains")),
             self.own_work(by_device(0.88, 0.75)),
             *self.shares(),
             self.kept("kept for backward, norms recomputed / diffusers", 0.42, reference),

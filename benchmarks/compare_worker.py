@@ -91,7 +91,7 @@ class Bench:
         self.arm, self.shape, self.device, self.dtype = arm, shape, device, DTYPES[arm.dtype]
         self.module = build(arm, shape, device)
         self.network = configure(arm, self.module)
-        adam = Adam if arm.library == "ours" else torch.optim.Adam
+        adam = Adam if arm.package == "ours" else torch.optim.Adam
         self.optimizer = adam(self.module.parameters(), lr=1e-5, fused=True)
         self.batch = self.inputs(shape.batch_size)
         self.ceilings: dict[str, Ceiling] = {}

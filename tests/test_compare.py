@@ -148,7 +148,7 @@ def test_arms_have_names_of_their_own(device):
     arms = all_arms("bfloat16", device)
     assert len({arm.name for arm in arms}) == len({arm.text for arm in arms}) == len(arms)
     assert any(arm.keeps_heap for arm in arms) == (device == "cpu")
-    assert any(arm.library == "ours" and arm.compiled for arm in arms) == (device == "cuda")
+    assert any(arm.package == "ours" and arm.compiled for arm in arms) == (device == "cuda")
 
 
 class Broken:
@@ -162,8 +162,8 @@ class Broken:
 
 
 def test_an_arm_that_fails_is_shown_and_ends_nothing(quick):
-    peer = replace(OURS, name="peer", text="a peer", library="diffusers")
-    dead = replace(OURS, name="dead", text="another peer", library="nobody's")
+    peer = replace(OURS, name="peer", text="a peer", package="diffusers")
+    dead = replace(OURS, name="dead", text="another peer", package="nobody's")
     open_worker = lambda arm: Broken() if arm is peer else Worker(arm, TINY, "cpu")
     seen = []
     with Rounds(open_worker, 2, 1, 0.0, lambda worker, counts: seen.append(counts)) as rounds:

@@ -103,9 +103,9 @@ def test_replayed_tensors_are_of_the_same_kind():
 
 def test_networks_are_the_same_size_and_none_starts_at_zero():
     x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
-    for library in ("ours", "diffusers", "lucidrains"):
-        for recompute in ("none", "blocks") if library != "lucidrains" else ("none",):
-            arm = replace(OURS, library=library, recompute=recompute)
+    for package in ("ours", "diffusers", "lucidrains"):
+        for recompute in ("none", "blocks") if package != "lucidrains" else ("none",):
+            arm = replace(OURS, package=package, recompute=recompute)
             module = build(arm, TINY, CPU)
             loss = noise_loss(configure(arm, module), x_t, t, torch.zeros_like(x_t), torch.float32)
             loss.backward()

@@ -22,7 +22,6 @@ from tests.plain_unet import PlainUNet
 from tests.test_unet import PAPER, diffusers_twin
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MODES = ["none", "norms", "blocks"]
 
 
@@ -239,34 +238,3 @@ def test_a_kept_heap_has_its_pages_already():
         before = faults()
         torch.empty(16_000_000).zero_()
     assert faults() - before < 1000  # of 15,600 pages
-
-
-@cuda
-@pytest.mark.parametrize("compiled", [False, True])
-def test_on_cuda_it_is_the_plain_network_too(compiled):
-    net = network().to(CUDA)
-    plain = {n.removeprefix("net."): v for n, v in output_and_gradients(PlainUNet(net), device=CUDA).items()}
-    net.set_execution("norms", compiled)
-    for name, value in output_and_gradients(net, device=CUDA).items():
-        assert_close(value, plain[name], rtol=2e-2, atol=1e-3)  # tf32 convolutions
-
-
-@cuda
-@pytest.mark.parametrize("mode", MODES)
-def test_on_cuda_as_much_is_kept_as_is_counted(mode):
-    net, scheduler = network(size=128).to(CUDA), NoiseScheduler(1000).to(CUDA)
-    net.set_execution(mode)
-
-    def allocated(images):
-        x_0, noise = (torch.randn(images, 3, 128, 128, device=CUDA) for _ in range(2))
-        t = torch.zeros(images, dtype=torch.int64, device=CUDA)
-        before = torch.cuda.memory_allocated()
-        with autocast(CUDA, torch.bfloat16):
-            loss = noise_prediction_loss(net, scheduler, x_0, t, noise).sum()
-        kept = torch.cuda.memory_allocated() - before
-        del loss
-        return kept
-
-    allocated(1)
-    counted = [kept_for_backward(net, scheduler, images, torch.bfloat16, CUDA) for images in (4, 12)]
-    assert allocated(12) - allocated(4) == pytest.approx(counted[1] - counted[0], rel=0.05)
