@@ -36,6 +36,10 @@ MEMORY_STEPS = 20
 QUICK = "ours-none,ours-blocks,diffusers-default,diffusers-channels_last,lucidrains-default"
 
 
+class MissingPackage(ValueError):
+    """A peer is not installed."""
+
+
 class NoSuchArm(ValueError):
     """An arm that was asked for by name; the message says which there are."""
 
@@ -45,6 +49,7 @@ def main() -> None:
     options = read_options()
     device = choose_device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = str(choose_precision(options.dtype, device)).removeprefix("torch.")
+    machine(device)  # before anything is measured: whether the peers are there
     shape = TINY if options.quick else Shape(base_dim=options.base_dim, batch_size=options.batch_size)
     arms = chosen_arms(all_arms(dtype, device.type), options)
     report = compare(arms, shape, device, dtype, options)
@@ -161,15 +166,20 @@ def report_of(
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    packages = ("torch", "diffusers", "denoising-diffusion-pytorch")
+    versions = {}
+    for package in ("torch", "diffusers", "denoising-diffusion-pytorch"):
+        try:
+            versions[package] = importlib.metadata.version(package).partition("+")[0]  # not the build
+        except importlib.metadata.PackageNotFoundError as error:
+            raise MissingPackage(f"{package} is not installed: pip install -r requirements-dev.txt") from error
     return {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
-        **{package: importlib.metadata.version(package).partition("+")[0] for package in packages},  # not the build
+        **versions,
     }
 
 
 if __name__ == "__main__":
-    with plain_errors(DeviceError, NoSuchArm):
+    with plain_errors(DeviceError, MissingPackage, NoSuchArm):
         main()

@@ -23,6 +23,7 @@ CGROUP_LIMITS = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory
 # the estimate was 6% above to 8% below real peaks on the CPU (2 to 10 GB: batches of 4 and 20, all of `recompute`).
 HEAP_GAPS = 0.2
 
+# Of the memory there is, and of the estimate, in which errors as above and the gaps of a GPU's allocator have room
 SURELY_TOO_MUCH = 0.85
 SAFELY_LESS = 0.8
 FLOAT_BYTES = 4  # weights, gradients, Adam's two moments and the EMA are all float32
@@ -44,7 +45,7 @@ def training_memory(
     On the CPU it is the process's, with the `baseline` that Python and PyTorch took before the model was made; on a GPU
     it is what PyTorch allocates there, the `resident` bytes of images that are kept on it included.
     """
-    # The peak is convex in the batch: on a line between two sizes it is never too low. Compiled parts cannot be asked.
+    # The peak is convex in the batch: on a line between two sizes it is never too low.
     low, high = (1, largest_pass) if largest_pass > 1 else (1, 2)
     at_low, at_high = (peak_of_a_pass(model, scheduler, images, precision, device) for images in (low, high))
     passes = lambda batch_size: at_low + (batch_size - low) * (at_high - at_low) // (high - low)

@@ -108,7 +108,7 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(norm_groups, dim, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
-        self.settings, self.recompute = Settings(norm_groups, dropout), "norms"
+        self.settings = Settings(norm_groups, dropout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -119,6 +119,11 @@ class UNet(nn.Module):
             if isinstance(module, (ResidualBlock, SelfAttention, Downsample, Upsample)):
                 module.reset_parameters()
         init_zero(self.conv_out)
+
+    @property
+    def recompute(self) -> str:
+        """What `set_execution` was asked for."""
+        return self.settings.recompute
 
     def set_execution(self, recompute: str = "norms", compiled: bool = False) -> None:
         """How the same function is computed: in more or less memory and time.
@@ -131,7 +136,6 @@ class UNet(nn.Module):
                 for most of another forward pass.
             compiled: with norms and activations compiled (`torch.compile`), which pays on CUDA.
         """
-        self.recompute = recompute
         kernels = compiled_kernels() if compiled else EAGER
         for module in self.modules():
             if isinstance(module, (ResidualBlock, UNet)):

@@ -9,6 +9,7 @@ from torch import nn
 from benchmarks.compare_arms import TINY, all_arms, build, configure
 from benchmarks.compare_measures import counted_flops, kept_bytes, noise_loss, slope
 from benchmarks.compare_replay import TensorKind, recorded, replay
+from tests.conftest import script
 
 CPU = torch.device("cpu")
 OURS = all_arms("float32", "cpu")[0]
@@ -112,3 +113,21 @@ def test_networks_are_the_same_size_and_none_starts_at_zero():
             assert loss > 0
             silent = [name for name, p in module.named_parameters() if not p.grad.any() and "key.bias" not in name]
             assert not [name for name in silent if "to_k.bias" not in name]
+
+
+def test_a_missing_peer_is_named_before_anything_is_measured():
+    code = """
+import importlib.metadata, runpy, sys
+version = importlib.metadata.version
+def without(package):
+    if package == "diffusers":
+        raise importlib.metadata.PackageNotFoundError(package)
+    return version(package)
+importlib.metadata.version = without
+sys.argv = ["compare.py", "--quick"]
+runpy.run_path("benchmarks/compare.py", run_name="__main__")
+"""
+    done = script("-c", code)
+    assert done.returncode == 2
+    assert "diffusers is not installed: pip install -r requirements-dev.txt" in done.stderr
+    assert "starting" not in done.stderr

@@ -8,6 +8,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 from torch.testing import assert_close
 
+from benchmarks.compare_arms import Shape, build_diffusers
 from models.blocks import ResidualBlock, SelfAttention
 from models.time_embedding import sinusoidal_embedding
 from models.unet import UNet
@@ -42,16 +43,10 @@ def test_parameter_counts_are_the_papers(name):
 
 def diffusers_twin(config):
     """diffusers' U-Net of the same configuration."""
-    levels = range(len(config["dim_multiply"]))
-    kinds = ["Attn" if level in config["transformer_layers"] else "" for level in levels]
-    return UNet2DModel(
-        sample_size=config["image_size"], in_channels=3, out_channels=3, layers_per_block=2,
-        block_out_channels=[config["base_dim"] * multiplier for multiplier in config["dim_multiply"]],
-        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        norm_num_groups=config["norm_groups"], norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False,
-        freq_shift=1, attention_head_dim=None,
-    )  # fmt: skip
+    return build_diffusers(Shape(
+        config["image_size"], tuple(config["dim_multiply"]), tuple(config["transformer_layers"]), config["base_dim"],
+        config["norm_groups"],
+    ))  # fmt: skip
 
 
 def copy_weights(theirs: UNet2DModel, ours: UNet) -> None:
