@@ -55,8 +55,9 @@ class DiffusionConfig:
     lr_schedule: str = "constant"  # after the warm-up: "constant", or "cosine" down to 0 at the last step
     ema_decay: float = 0.9999  # of the weights' average, per step; 0: no average, samples use the raw weights
     precision: str = "auto"  # of the network: "float32", "bfloat16", "float16", or the fastest that the hardware has
-    recompute: str = "norms"  # made again in backward, not kept: "none"; "norms", nearly free; "blocks", least memory
-    compile: str = "auto"  # compile norms and activations: "on", "off", or "auto", on CUDA when the run is long enough
+    recompute: str = (
+        "norms"  # what backward recomputes: "none"; "norms", nearly free at 128 px; "blocks", for least memory
+    )
     seed: int = 0  # of everything that is drawn
     deterministic: bool = False  # on CUDA take only kernels that repeat bit for bit, which are slower; the CPU's do
 
@@ -98,7 +99,6 @@ class DiffusionConfig:
         precisions = ("auto", "float32", "bfloat16", "float16")
         require(self.precision in precisions, self, "precision", "one of " + ", ".join(precisions))
         require(self.recompute in ("none", "norms", "blocks"), self, "recompute", '"none", "norms" or "blocks"')
-        require(self.compile in ("auto", "on", "off"), self, "compile", '"auto", "on" or "off"')
 
     @property
     def effective_batch(self) -> int:
@@ -199,8 +199,10 @@ class Experiment:
     def from_dict(config: dict) -> "Experiment":
         """The inverse of `to_dict`; `ConfigError` when fields are missing or unknown."""
         try:
-            return Experiment(DiffusionConfig(**config["diffusion"]), ModelConfig(**config["model"]))
-        except (KeyError, TypeError) as error:
+            gone = {"compile"}  # which runs of earlier versions still have
+            diffusion = {name: value for name, value in config["diffusion"].items() if name not in gone}
+            return Experiment(DiffusionConfig(**diffusion), ModelConfig(**config["model"]))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"the saved config does not fit this version: {str(error)[:200]}") from error
 
     def warnings(self) -> list[str]:
@@ -273,7 +275,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         DiffusionConfig(
             dataset_name="emoji_people", learning_rate=2e-3, batch_size=16, use_augmentation=True, timesteps_diff=1000,
             epochs=70, gradient_accumulation=1, clip_grad_norm=1.0, warmup_steps=200, lr_schedule="cosine",
-            ema_decay=0.998, log_every=25, validate_every=250, sample_every=500, checkpoint_every=500,
+            ema_decay=0.998, recompute="none", log_every=25, validate_every=250, sample_every=500, checkpoint_every=500,
             validation_samples=360,
         ),
         ModelConfig(
@@ -325,4 +327,4 @@ EXPERIMENTS: dict[str, Experiment] = {
 DEFAULT_EXPERIMENT = "faces"
 
 # What a resumed run may change: its length, the memory and time that it takes, and its book-keeping
-RESUMABLE_FIELDS = ("epochs", "recompute", "compile", *BOOK_KEEPING)
+RESUMABLE_FIELDS = ("epochs", "recompute", *BOOK_KEEPING)

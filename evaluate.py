@@ -1,8 +1,9 @@
 """How good a trained model is: `python evaluate.py` for bits/dim, `--metrics bpd,fid,kid,prc` for all there is.
 
-bits/dim is the variational bound on held-out images (Ho et al. 2020, Eq. 5; functions/bits_per_dim.py) and needs
-nothing but the data. FID, KID, precision and recall compare samples with real images (functions/image_metrics.py) and
-need `pip install -r requirements-eval.txt` and the weights of InceptionV3. On several GPUs:
+bits/dim is the variational bound on held-out images (Ho et al. 2020, Eq. 5; functions/evaluation/bits_per_dim.py) and
+needs nothing but the data. FID, KID, precision and recall compare samples with real images
+(functions/evaluation/features.py) and need `pip install -r requirements-eval.txt` and the weights of InceptionV3. On
+several GPUs:
 `torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid` (with -n, since torchrun takes --n for its own).
 """
 
@@ -19,11 +20,17 @@ from torch import nn
 from data.datasets import ImageSet, Split, hash_ids, load_images, split_images
 from data.pixels import to_model_range, to_uint8
 from data.sources import DataError
-from functions.bits_per_dim import measure_bits_per_dim
-from functions.checkpoint import CheckpointError
-from functions.command_line import Parser, plain_errors
-from functions.device import DeviceError, choose_device, choose_precision, set_deterministic
-from functions.evaluation import (
+from functions.evaluation.bits_per_dim import measure_bits_per_dim
+from functions.evaluation.features import EvaluationError, Extractor, load_inception
+from functions.evaluation.figures import plot_bits_per_dim
+from functions.evaluation.reference_statistics import (
+    Reference,
+    cached_reference,
+    describe,
+    published_reference,
+    write_reference,
+)
+from functions.evaluation.report import (
     add_evaluation_flags,
     bpd_protocol,
     bpd_table,
@@ -38,21 +45,20 @@ from functions.evaluation import (
     sample_features,
     write_result,
 )
-from functions.evaluation_figures import plot_bits_per_dim
-from functions.export import load_weights
-from functions.image_metrics import EvaluationError, Extractor, load_inception
 from functions.noise_scheduler import NoiseScheduler
-from functions.processes import Processes, joined
-from functions.reference_statistics import Reference, cached_reference, describe, published_reference, write_reference
-from functions.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
-from functions.sample_files import weights_hash
-from functions.sampler_settings import SamplerSettings
-from functions.samplers import SamplingError
-from functions.sampling import rebuild
-from functions.stopping import TrainingError
+from functions.sampling.files import weights_hash
+from functions.sampling.generation import rebuild
+from functions.sampling.options import SamplerSettings
+from functions.support.checkpoint import CheckpointError
+from functions.support.command_line import Parser, plain_errors
+from functions.support.device import choose_device, choose_precision, set_deterministic
+from functions.support.errors import TrainingError
+from functions.support.export import load_weights
+from functions.support.processes import Processes, joined
+from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
 from models.unet import UNet
 
-ERRORS = (CheckpointError, DataError, DeviceError, EvaluationError, SamplingError, TrainingError, OSError)
+ERRORS = (CheckpointError, DataError, EvaluationError, TrainingError, ValueError, OSError)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ Many images, on several GPUs; started again after a kill, only what is missing i
 
 from data.decode import BadImage, decode_rgb, fit_square
 from data.pixels import to_model_range, to_uint8
-from functions.command_line import Parser, plain_errors
-from functions.latent_pictures import Pixels
-from functions.run_folder import find_checkpoints, newest_checkpoints
-from functions.sample_script import ERRORS, add_sampling_flags, sample_to_files
+from functions.sampling.latent_pictures import Pixels
+from functions.sampling.script import ERRORS, add_sampling_flags, sample_to_files
+from functions.support.command_line import Parser, plain_errors
+from functions.support.run_folder import find_checkpoints, newest_checkpoints
 from models.unet import UNet
 
 PIXELS = Pixels(decode_rgb, fit_square, BadImage, to_model_range, to_uint8)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from data.decode import BadImage, decode_rgb, fit_square
 from data.pixels import to_model_range, to_uint8
-from functions.checkpoint import CheckpointError
-from functions.command_line import Parser, plain_errors
-from functions.latent_pictures import Pixels
-from functions.run_folder import find_checkpoints, newest_checkpoints
-from functions.sample_script import ERRORS, add_sampling_flags, sample_to_files
+from functions.sampling.latent_pictures import Pixels
+from functions.sampling.script import ERRORS, add_sampling_flags, sample_to_files
+from functions.support.checkpoint import CheckpointError
+from functions.support.command_line import Parser, plain_errors
+from functions.support.run_folder import find_checkpoints, newest_checkpoints
 from models.unet import UNet
 
 PIXELS = Pixels(decode_rgb, fit_square, BadImage, to_model_range, to_uint8)

@@ -1,9 +1,9 @@
 """Train a DDPM: `python train.py` for faces in minutes, `python train.py ffhq-full` for the real thing.
 
-Algorithm 1 of Ho et al. 2020 with gradient accumulation, mixed precision and EMA. Experiments are in config.py; every
-run writes a folder of its own under runs/, laid out as functions/run_folder.py says. What happens between two steps
-(metrics, validation, samples, checkpoints, signals) is in functions/book_keeping.py. On several GPUs:
-`torchrun --nproc-per-node 8 train.py ffhq-full`.
+Algorithm 1 of Ho et al. 2020 with gradient accumulation, mixed precision and EMA: its lines are numbered in the loop of
+`train`. Experiments are in config.py; every run writes a folder of its own under runs/, laid out as
+functions/support/run_folder.py says. What happens between two steps (metrics, validation, samples, checkpoints,
+signals) is in functions/training/book_keeping.py. On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 """
 
 import argparse
@@ -20,30 +20,29 @@ from data.batches import ImageFeeder, forward_passes, micro_batches
 from data.datasets import load_images, split_images
 from data.pixels import to_model_range, to_uint8
 from data.sources import DataError
-from functions import run_folder
-from functions.bad_numbers import BadNumbers
-from functions.book_keeping import BookKeeper
-from functions.checkpoint import CheckpointError, check_progress, load_checkpoint, restore
-from functions.command_line import Parser, add_config_flags, given_fields, plain_errors
-from functions.compiling import compile_norms, wants_compiling
-from functions.device import (
+from functions.ema import update_ema
+from functions.losses import noise_prediction_loss
+from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import autocast
+from functions.support import run_folder
+from functions.support.checkpoint import CheckpointError, check_progress, load_checkpoint, restore
+from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
+from functions.support.device import (
     DeviceError,
     arithmetic,
-    autocast,
     choose_arithmetic,
     choose_device,
     set_deterministic,
 )
-from functions.draws import seed_of, training_draws
-from functions.ema import update_ema
-from functions.losses import noise_prediction_loss
-from functions.memory import out_of_memory_explained, process_memory, training_memory, weights_must_fit
-from functions.metrics import TrainingWindow
-from functions.noise_scheduler import NoiseScheduler
-from functions.optimizer import Adam
-from functions.processes import Processes, joined
-from functions.report import describe, describe_memory
-from functions.stopping import TrainingError
+from functions.support.errors import TrainingError
+from functions.support.optimizer import Adam
+from functions.support.processes import Processes, joined
+from functions.support.random_numbers import seed_of, training_draws
+from functions.support.report import describe, describe_memory
+from functions.training.bad_numbers import BadNumbers
+from functions.training.book_keeping import BookKeeper
+from functions.training.memory import out_of_memory_explained, process_memory, training_memory, weights_must_fit
+from functions.training.metrics import TrainingWindow
 from models.unet import UNet
 
 
@@ -157,9 +156,8 @@ def train(
 
     # Model
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
-    scheduler.to(device)
     model = UNet(**vars(experiment.model)).to(device, memory_format=memory_format)
-    model.set_execution(config.recompute)
+    model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -172,12 +170,9 @@ def train(
     largest_pass = passes[0].stop - passes[0].start
     memory = training_memory(model, scheduler, config.effective_batch, largest_pass, ema_model is not None, precision,
                              device, baseline, resident)  # fmt: skip
-    compiled = wants_compiling(config.compile, device, total_steps, saved.get("arithmetic"))
-    if compiled and not dry_run:
-        compiled = compile_norms([model, ema_model or model], device, precision, processes)
 
     # What is about to happen, for people and for config.json
-    how = arithmetic(device, precision, memory_format, compiled, processes.count, config.batch_size)
+    how = arithmetic(device, precision, memory_format, processes.count, config.batch_size)
     facts = {
         "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
         "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
@@ -217,21 +212,21 @@ def train(
         network = processes.wrap(model, device)
         if checkpoint and checkpoint["config"] != experiment.to_dict():
             books.save(first_step)  # so that from now on the run is resumed as it was changed
-        for step in range(first_step, total_steps):
-            # Gradients of the effective batch, accumulated over forward passes of batch_size images (Algorithm 1)
+        for step in range(first_step, total_steps):  # Algorithm 1, lines 1 and 6
+            # Lines 3 and 4: t and eps, of the whole effective batch; it is cut into forward passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device)
             degrees, loss = rotation_limit(config, step / total_steps), torch.zeros((), device=device)
             for part in passes:
-                x_0 = to_model_range(next(batches))
+                x_0 = to_model_range(next(batches))  # line 2: `micro_batches` shuffles each epoch by (seed, epoch)
                 if config.use_augmentation:
                     x_0 = augment(x_0, draws.flip[part], degrees * draws.tilt[part] if degrees else None)
                 torch.manual_seed(seed_of(config.seed, "dropout", step, part.start))
                 with processes.accumulating(network, last=part is passes[-1]):
-                    with autocast(device, precision):
+                    with autocast(device, precision):  # line 5: the gradient of |eps - eps_theta(x_t, t)|^2, and below
                         losses = noise_prediction_loss(network, scheduler, x_0, draws.t[part], draws.noise[part])
                     scaler.scale(losses.sum() * processes.count / config.effective_batch).backward()
                 loss += losses.detach().sum()
-            # One step of Adam and of the average; Adam leaves out steps whose numbers are not finite
+            # the step: of Adam, which leaves out steps whose numbers are not finite, and of the average
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)

@@ -29,8 +29,8 @@ from benchmarks.compare_table import markdown, summary, terminal
 from benchmarks.compare_targets import MEMORY_TARGETS, Judge
 from benchmarks.compare_worker import Worker, WorkerError
 from data.reading import available_cores
-from functions.command_line import Parser, plain_errors, positive
-from functions.device import DeviceError, choose_device, choose_precision, cpu_name
+from functions.support.command_line import Parser, plain_errors, positive
+from functions.support.device import DeviceError, choose_device, choose_precision, cpu_name
 
 MEMORY_STEPS = 20
 QUICK = "ours-none,ours-blocks,diffusers-default,diffusers-channels_last,lucidrains-default"

@@ -20,12 +20,12 @@ from benchmarks.compare_measures import seconds_of
 from benchmarks.data_feeding import index_batches, make_photos, rate_of
 from data.batches import ImageFeeder
 from data.datasets import load_images
-from functions.checkpoint import save_checkpoint
-from functions.draws import ImageNoise
 from functions.ema import update_ema
 from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
 from functions.samplers import ddim_sample, ddpm_sample
-from functions.sampling import noise_predictor
+from functions.support.checkpoint import save_checkpoint
+from functions.support.random_numbers import ImageNoise
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = 200
@@ -71,8 +71,8 @@ class Alone:
 
     def sampler(self, sample: Callable) -> dict:
         """The share of a sampling loop that is not in the network's calls."""
-        scheduler = NoiseScheduler(1000, 1e-4, 0.02, True).to(self.device)
-        predict = noise_predictor(self.model.eval(), self.device, self.dtype)
+        scheduler = NoiseScheduler(1000, 1e-4, 0.02, True)
+        predict = Denoiser(self.model.eval(), precision=self.dtype)
         shares = []
         for _ in range(self.rounds):
             inside = []

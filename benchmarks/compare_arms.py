@@ -42,7 +42,7 @@ class Arm:
     layout: str  # a key of LAYOUTS
     recompute: str = "none"  # ours: none, norms, blocks; diffusers: none, or blocks, its gradient checkpointing
     compiled: bool = False
-    keeps_heap: bool = False  # glibc's freed blocks stay with the process: functions.device.keep_heap
+    keeps_heap: bool = False  # glibc's freed blocks stay with the process: functions.support.device.keep_heap
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -125,9 +125,10 @@ def configure(arm: Arm, module: nn.Module, plain: bool = False) -> Network:
     """The network as the arm calls it; with `plain` eager and without recomputation, as its operations are counted."""
     recompute, compiled = ("none", False) if plain else (arm.recompute, arm.compiled)
     if arm.package == "ours":
-        module.set_execution(recompute=recompute, compiled=compiled)
-        return module
+        module.set_recompute(recompute)
     network = torch.compile(module) if compiled else module
+    if arm.package == "ours":
+        return network
     if arm.package == "lucidrains":
         return network
     if recompute == "blocks":

@@ -15,8 +15,8 @@ import torch
 
 import train
 from benchmarks.compare_alone import timing
-from functions.book_keeping import BookKeeper
-from functions.device import choose_device
+from functions.support.device import choose_device
+from functions.training.book_keeping import BookKeeper
 
 WARM_UP, LOG_EVERY = 5, 5
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from functions.device import autocast
-from functions.memory import process_memory
+from functions.prediction import autocast
+from functions.training.memory import process_memory
 
 aten = torch.ops.aten
 # PyTorch's counter knows attention on GPUs alone

@@ -32,10 +32,11 @@ from benchmarks.compare_measures import (
     slope,
 )
 from benchmarks.compare_replay import recorded, replay
-from functions.device import DTYPES, autocast, keep_heap
 from functions.ema import update_ema
-from functions.memory import MEMINFO, kilobytes
-from functions.optimizer import Adam
+from functions.prediction import autocast
+from functions.support.device import DTYPES, keep_heap
+from functions.support.optimizer import Adam
+from functions.training.memory import MEMINFO, kilobytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_STEPS = 3  # before the peak is read: Adam has its moments after the first

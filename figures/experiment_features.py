@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.datasets import load_images, split_images
 from data.pixels import to_model_range
-from functions.draws import generator_of
+from functions.support.random_numbers import generator_of
 
 DIMENSIONS = 16
 FILTERS = 16

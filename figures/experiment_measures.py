@@ -18,19 +18,23 @@ from torch import Tensor
 from figures.experiment_features import colours, data_numbers, data_of
 from figures.experiment_results import Results
 from figures.experiments import AVERAGES, finished_run, own_average, weights_file
-from functions.bits_per_dim import measure_bits_per_dim
-from functions.device import autocast, choose_device, choose_precision
-from functions.draws import ImageNoise, generator_of
-from functions.export import load_weights
+from functions.evaluation.bits_per_dim import measure_bits_per_dim
 from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
 from functions.samplers import ddpm_sample
-from functions.sampling import rebuild
-from functions.validation import validation_loss
+from functions.sampling.generation import rebuild
+from functions.support.device import choose_device, choose_precision
+from functions.support.export import load_weights
+from functions.support.random_numbers import ImageNoise, generator_of
+from functions.training.validation import validation_loss
 from models.unet import UNet
 
 CALLS = 40
 BATCH = 40
-BITS_STRIDE, BITS_IMAGES = 20, 45  # of functions/bits_per_dim.py: a t in 20 or more, every second held-out image
+BITS_STRIDE, BITS_IMAGES = (
+    20,
+    45,
+)  # of bits/dim: a t in 20 or more, every second held-out image
 STARTED = ", started from noised images"
 EVERY_AVERAGE = ("T1000", "T1000-constant")  # arms whose samples are measured with every average; others: raw and own
 
@@ -59,7 +63,7 @@ def arm_samples(
 
     def draw(x_T: Tensor, noise: ImageNoise) -> Tensor:
         if start is not None:
-            x_T = scheduler.q_sample(next(first), torch.full((len(x_T),), scheduler.timesteps - 1, device=device), x_T)
+            x_T = scheduler.q_sample(next(first), scheduler.timesteps - 1, x_T)
         calls = min(CALLS, scheduler.timesteps)
         return ddpm_sample(model, scheduler, x_T, calls, step_noise=lambda k: noise.draw())
 
@@ -111,10 +115,6 @@ def measure_weights(
     if results.get("data", "arms") is None:
         results.put(data_numbers(data, args.samples), "data", "arms")
 
-    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
-        with autocast(device, precision):
-            return model(x_t, t).float()
-
     if "validation_loss" in missing:
         loss = validation_loss(model, scheduler, held_out, every, 4 * len(every), BATCH, 0, precision)
         results.put(loss, *place, key, "validation_loss")
@@ -127,7 +127,9 @@ def measure_weights(
         order = torch.randperm(len(data.train), generator=generator_of("cpu", "start"))[: args.samples]
         start = data.train[order] if STARTED in key else None
         count = args.samples if start is None else len(start)
-        images = arm_samples(eps_model, scheduler, count, data.train.shape[1:], device, start)
+        images = arm_samples(
+            Denoiser(model, precision=precision), scheduler, count, data.train.shape[1:], device, start
+        )
         results.put(count, *place, key, "samples")
         results.put(colours(images, data.train), *place, key, "colours")
         results.put(data.distance(images), *place, key, "distance")

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator
 from figures.experiment_measures import STARTED, picture_file
 from figures.experiment_results import Results
 from figures.experiments import finished_run
-from functions.visualize import save_figure
+from functions.support.pictures import save_figure
 
 OWN = "0.998"  # the average that the `faces` experiment keeps
 ROWS = {  # label -> arm, weights

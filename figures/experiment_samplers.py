@@ -20,11 +20,12 @@ from figures.experiment_features import data_numbers, data_of
 from figures.experiment_measures import in_batches
 from figures.experiment_results import Results, rounded
 from figures.experiments import ROOT
-from functions.device import choose_device
-from functions.export import load_weights
-from functions.run_folder import find_checkpoints, read_config, runs_of, step_of
+from functions.prediction import Denoiser
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
-from functions.sampling import rebuild
+from functions.sampling.generation import rebuild
+from functions.support.device import choose_device
+from functions.support.export import load_weights
+from functions.support.run_folder import find_checkpoints, read_config, runs_of, step_of
 from models.unet import UNet
 
 DETERMINISTIC = {"DDIM": ddim_sample, "DPM-Solver++ 2M": dpm_solver_sample, "iPNDM": ipndm_sample}
@@ -38,7 +39,8 @@ def measure(args: argparse.Namespace) -> None:
     device, results = choose_device(args.device), Results(args.results)
     checkpoint, *_ = find_checkpoints(args.faces or newest_finished())
     weights, config, facts = load_weights(checkpoint)
-    model, scheduler = rebuild(UNet, weights, config, checkpoint, device)
+    network, scheduler = rebuild(UNet, weights, config, checkpoint, device)
+    model = Denoiser(network)
     data, whole = data_of(config, device), scheduler.timesteps
     few = min(ODE_IMAGES, args.sampler_images)
     made_with = {"step": facts["step"], "weights": facts["weights"], "images": args.sampler_images, "error_images": few}

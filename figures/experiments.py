@@ -27,14 +27,14 @@ sys.path.insert(0, str(ROOT))  # so that the repository's modules are found from
 import train  # noqa: E402
 from config import EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelConfig  # noqa: E402
 from data.sources import DataError  # noqa: E402
-from functions.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
-from functions.command_line import Parser, add_config_flags, given_fields, plain_errors, positive  # noqa: E402
-from functions.device import DeviceError, choose_device  # noqa: E402
 from functions.ema import update_ema  # noqa: E402
-from functions.export import export_weights  # noqa: E402
-from functions.processes import joined  # noqa: E402
-from functions.run_folder import find_checkpoints, runs_of  # noqa: E402
-from functions.stopping import TrainingError  # noqa: E402
+from functions.support.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
+from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors, positive  # noqa: E402
+from functions.support.device import DeviceError, choose_device  # noqa: E402
+from functions.support.errors import TrainingError  # noqa: E402
+from functions.support.export import export_weights  # noqa: E402
+from functions.support.processes import joined  # noqa: E402
+from functions.support.run_folder import find_checkpoints, runs_of  # noqa: E402
 
 RESULTS = Path(__file__).resolve().with_name("experiments.json")
 PICTURE = Path(__file__).resolve().with_name("experiments.png")

@@ -23,16 +23,17 @@ from data.datasets import load_images, split_images  # noqa: E402
 from data.pixels import to_model_range, to_uint8  # noqa: E402
 from data.sources import DataError  # noqa: E402
 from figures.sampling_figures import draw_sampling  # noqa: E402
-from functions.checkpoint import CheckpointError  # noqa: E402
-from functions.command_line import Parser, plain_errors  # noqa: E402
-from functions.device import choose_device  # noqa: E402
-from functions.draws import generator_of  # noqa: E402
-from functions.export import load_weights  # noqa: E402
 from functions.noise_scheduler import NoiseScheduler  # noqa: E402
-from functions.run_folder import find_checkpoints, newest_checkpoints  # noqa: E402
-from functions.sampling import Keep, frame_steps, generate, rebuild  # noqa: E402
-from functions.visualize import plot_losses, save_figure, save_gif, save_grid, save_strip  # noqa: E402
-from models.time_embedding import sinusoidal_embedding  # noqa: E402
+from functions.sampling.generation import Keep, frame_steps, generate, rebuild  # noqa: E402
+from functions.support.checkpoint import CheckpointError  # noqa: E402
+from functions.support.command_line import Parser, plain_errors  # noqa: E402
+from functions.support.device import choose_device  # noqa: E402
+from functions.support.export import load_weights  # noqa: E402
+from functions.support.pictures import save_figure, save_gif, save_grid, save_strip  # noqa: E402
+from functions.support.random_numbers import generator_of  # noqa: E402
+from functions.support.run_folder import find_checkpoints, newest_checkpoints  # noqa: E402
+from functions.training.metrics import plot_losses  # noqa: E402
+from models.blocks import sinusoidal_embedding  # noqa: E402
 from models.unet import UNet  # noqa: E402
 
 FIGURES = Path(__file__).resolve().parent
@@ -71,7 +72,7 @@ def draw_cumulative_noise() -> None:
     figure, axes = plt.subplots(2, len(times), figsize=(7, 3.9))
     for row, name in zip(axes, list(SCHEDULES)[:0:-1], strict=True):
         for axis, t in zip(row, times, strict=True):
-            x_t = SCHEDULES[name].q_sample(x_0, torch.tensor([t - 1]), noise) if t else x_0  # paper's t = 0: no noise
+            x_t = SCHEDULES[name].q_sample(x_0, t - 1, noise) if t else x_0  # paper's t = 0: no noise
             axis.imshow(to_uint8(x_t)[0].numpy(), interpolation="bicubic")
             axis.set(xticks=[], yticks=[], title=f"t = {t}")
         row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from data.datasets import load_images
-from functions.visualize import save_image
+from functions.support.pictures import save_image
 
 ROOT = Path(__file__).resolve().parent.parent
 QUEEN, COOK = "people_1f478-1f3fd.png", "people_1f9d1-1f3fb-200d-1f373.png"  # of the embedded training images

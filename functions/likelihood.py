@@ -5,19 +5,17 @@
     L_0      -log p(x_0 | x_1) of the discretised Gaussian decoder (Eq. 13), at code t = 0
 
 p has the mean that the model's x_0 gives (Eq. 7; clipped to the range of images, as in Ho's evaluation) and a fixed
-variance, "small" or "large" as in sampling. At t = 0, where the small one would be 0, both are posterior_variance[1],
-as in Ho's code. All but the network is computed in float64.
+variance, "small" or "large" as in sampling. At t = 0, where the small one would be 0, both are the posterior's at
+t = 1, as in Ho's code. All but the network is computed in float64.
 """
 
-import copy
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from functions.device import autocast
-from functions.noise_scheduler import NoiseScheduler, at
+from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Model, predict
 
 VARIANCES = ("small", "large")
 HALF_BIN = 1 / 255  # of the 256 levels in [-1, 1]
@@ -25,12 +23,11 @@ OPEN = 0.999  # values beyond are the first and the last level, whose bins reach
 
 
 def terms_of(
-    model: Callable[[Tensor, Tensor], Tensor],
+    model: Model,
     scheduler: NoiseScheduler,
     x_0: Tensor,
     t: Tensor,
     noise: Tensor,
-    precision: torch.dtype = torch.float32,
     variance: str = "small",
     clip_x_0: bool = True,
 ) -> Tensor:
@@ -44,49 +41,49 @@ def terms_of(
     """
     device = x_0.device
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    exact = copy.copy(scheduler).to(home)
     x_0, t, noise = x_0.to(home, torch.float64), t.to(home), noise.to(home, torch.float64)
-    x_t = exact.q_sample(x_0, t, noise)
-    with autocast(device, precision):
-        eps = model(x_t.to(device, torch.float32), t.to(device)).to(home, torch.float64)
-    predicted = exact.predict_x_0(x_t, t, eps)
+    x_t = scheduler.q_sample(x_0, t, noise)
+    network = lambda x_t, t: model(x_t.to(device), t.to(device)).to(home)  # which stays where it is
+    predicted, eps = predict(network, scheduler, x_t, t)
     if clip_x_0:
         predicted = predicted.clamp(-1, 1)
-    terms = posterior_kl(exact, x_0, predicted, t, variance)
+    sigma_squared = model_variance(scheduler, t, variance)
+    terms = posterior_kl(scheduler, x_0, predicted, t, sigma_squared)
     first = t == 0
     if first.any():  # the mean of p(x_0 | x_1) is the predicted x_0 itself (Eq. 7)
-        sigma = model_variance(exact, variance)[0].sqrt().item()
-        terms[first] = -decoder_log_likelihood(x_0[first], predicted[first], sigma)
-    means = [value.flatten(1).mean(dim=1) for value in (
-        prior_kl(exact, x_0) / math.log(2), terms / math.log(2), (predicted - x_0).square(), (eps - noise).square()
-    )]  # fmt: skip
+        terms[first] = -decoder_log_likelihood(x_0[first], predicted[first], sigma_squared[first].sqrt())
+    in_bits = prior_kl(scheduler, x_0) / math.log(2), terms / math.log(2)
+    means = [value.flatten(1).mean(dim=1) for value in (*in_bits, (predicted - x_0).square(), (eps - noise).square())]
     return torch.stack(means)
 
 
-def model_variance(scheduler: NoiseScheduler, variance: str) -> Tensor:
-    """(T,): the variance of p(x_{t-1} | x_t), as in `p_mean_variance` of Ho's code."""
-    table = (scheduler.posterior_variance if variance == "small" else scheduler.betas).clone()
-    table[0] = scheduler.posterior_variance[1]
-    return table
+def model_variance(scheduler: NoiseScheduler, t: Tensor, variance: str) -> Tensor:
+    """(B, 1, 1, 1): the variance of p(x_{t-1} | x_t), as in `p_mean_variance` of Ho's code."""
+    at_least_1 = t.clamp(min=1)
+    sigma_squared = scheduler.posterior_variance(at_least_1, at_least_1 - 1)
+    if variance == "large":
+        sigma_squared = torch.where(t == 0, sigma_squared, scheduler.step_beta(t, t - 1))
+    return sigma_squared.view(-1, 1, 1, 1)
 
 
 def prior_kl(scheduler: NoiseScheduler, x_0: Tensor) -> Tensor:
     """L_T of each dimension, in nats: KL(N(sqrt(a) x_0, 1 - a) || N(0, 1)), a being alpha_bar_T."""
-    a = scheduler.alphas_cumprod[-1].double()
-    return (a * x_0.square() - a - torch.log1p(-a)) / 2
+    a = scheduler.alpha_bar(scheduler.timesteps - 1)
+    return (a * x_0.square() - a - math.log1p(-a)) / 2
 
 
-def posterior_kl(scheduler: NoiseScheduler, x_0: Tensor, predicted: Tensor, t: Tensor, variance: str) -> Tensor:
+def posterior_kl(scheduler: NoiseScheduler, x_0: Tensor, predicted: Tensor, t: Tensor, sigma_squared: Tensor) -> Tensor:
     """L_t of each dimension, in nats, for t >= 1: the KL of two normals whose means differ in x_0 alone (Eq. 7).
 
-    So the means, which agree in many digits at small t, are never subtracted. Meaningless at t = 0.
+    The mean is linear in (x_0, x_t), so the difference of the two is the mean at (x_0 - predicted, 0). The means
+    themselves, which agree in many digits at small t, are never subtracted. Meaningless at t = 0.
     """
-    ratio = at(model_variance(scheduler, variance) / scheduler.posterior_variance.clamp(min=1e-300), t, x_0)
-    difference = at(scheduler.posterior_mean_x_0, t, x_0) * (x_0 - predicted)
-    return (ratio.log() + 1 / ratio - 1 + difference.square() / at(model_variance(scheduler, variance), t, x_0)) / 2
+    difference, q_variance = scheduler.q_posterior(x_0 - predicted, torch.zeros_like(x_0), t, t - 1)
+    ratio = sigma_squared / q_variance
+    return (ratio.log() + 1 / ratio - 1 + difference.square() / sigma_squared) / 2
 
 
-def decoder_log_likelihood(x_0: Tensor, mean: Tensor, sigma: float) -> Tensor:
+def decoder_log_likelihood(x_0: Tensor, mean: Tensor, sigma: float | Tensor) -> Tensor:
     """log of the probability of each value's bin under N(mean, sigma^2) (Eq. 13), in nats; float64.
 
     Bins are 1/255 to either side; the first and the last are open, so the 256 probabilities sum to 1. The logarithm is

@@ -3,7 +3,7 @@
     x_0         clean image in [-1, 1]                     x_t        image after t + 1 noising steps
     beta        variance of the noise added in one step     alpha      1 - beta
     alpha_bar   running product of alpha: `alphas_cumprod`  eps        the standard normal noise in x_t
-    T           number of steps: `timesteps`                t          0 .. T-1: the paper's t minus 1
+    T           number of steps: `timesteps`                t          0 .. T-1: the paper's t minus 1; -1: clean
 
 Equations are those of Ho et al., "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239).
 """
@@ -13,12 +13,16 @@ from torch import Tensor
 
 REFERENCE_TIMESTEPS = 1000  # the number of steps that the paper's beta range is meant for
 
+Timestep = int | Tensor  # one for all images, as samplers have it; or (B,) int64, as training has it
+Coefficient = float | Tensor  # one for all images, or (B,) float64
+
 
 class NoiseScheduler:
-    """Linear betas and the coefficients of q(x_t | x_0) and q(x_{t-1} | x_t, x_0).
+    """Linear betas, q(x_t | x_0) and q(x_s | x_t, x_0).
 
-    The schedule is computed in float64; a coefficient is used in the dtype of the image it multiplies. `to` moves the
-    tables to a device. Not an `nn.Module`: it has nothing to learn, and an EMA must never average it.
+    The schedule is computed in float64; a coefficient is used in the dtype of the image it multiplies. It is looked up
+    on the device of t, and with an int t on the host, so nothing waits for a device. Not an `nn.Module`: it has
+    nothing to learn, and an EMA must never average it.
 
     Args:
         timesteps: T, at least 2.
@@ -40,57 +44,71 @@ class NoiseScheduler:
                 "they must rise and stay between 0 and 1: use more timesteps or smaller betas"
             )
         self.timesteps = timesteps
-        self.betas = torch.linspace(first, last, timesteps, dtype=torch.float64)  # (T,), as all tables here
-        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
-        alphas_cumprod_previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-
-        # q(x_t | x_0), Eq. 4
-        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
-        self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
-        # q(x_{t-1} | x_t, x_0), Eqs. 6-7
-        self.posterior_variance = self.betas * (1 - alphas_cumprod_previous) / (1 - self.alphas_cumprod)
-        self.posterior_mean_x_0 = self.betas * alphas_cumprod_previous.sqrt() / (1 - self.alphas_cumprod)
-        self.posterior_mean_x_t = (1 - alphas_cumprod_previous) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
-
-    def to(self, device: torch.device | str) -> "NoiseScheduler":
-        """Move the tables to a device, in place, as `nn.Module.to` does.
-
-        float64 stays on the CPU and on CUDA; MPS has none, so the tables are rounded to float32 there.
-        """
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device, dtype))
-        return self
+        self.betas = torch.linspace(first, last, timesteps, dtype=torch.float64)  # (T,), on the CPU
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,)
+        self.alpha_bars = [*self.alphas_cumprod.tolist(), 1.0]  # the last for the clean image, where t = -1 finds it
+        self.tables: dict[torch.device, Tensor] = {}  # the same on each device that asks
 
     @property
     def terminal_snr(self) -> float:
         """alpha_bar_T / (1 - alpha_bar_T): how much of the image is left in x_T, where sampling assumes none."""
-        alpha_bar_T = self.alphas_cumprod[-1].item()
+        alpha_bar_T = self.alpha_bar(self.timesteps - 1)
         return alpha_bar_T / (1 - alpha_bar_T)
 
-    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def alpha_bar(self, t: Timestep) -> Coefficient:
+        """alpha_bar at t, and 1 at t = -1, in float64: a Python number for an int, (B,) for (B,) timesteps."""
+        if isinstance(t, int):
+            return self.alpha_bars[t]
+        device = torch.device("cpu") if t.device.type == "mps" else t.device  # MPS has no float64
+        if device not in self.tables:
+            self.tables[device] = torch.tensor(self.alpha_bars, dtype=torch.float64, device=device)
+        return self.tables[device][t.to(device)]
+
+    def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """Noise x_0 to step t at once (Eq. 4): sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
 
         Args:
-            x_0: (B, C, H, W) images; t: (B,) int64; noise: (B, C, H, W) standard normal.
+            x_0: (B, C, H, W) images; t: (B,) int64, or an int; noise: (B, C, H, W) standard normal.
         """
-        return at(self.sqrt_alphas_cumprod, t, x_0) * x_0 + at(self.sqrt_one_minus_alphas_cumprod, t, x_0) * noise
+        a_t = self.alpha_bar(t)
+        return at(a_t**0.5, x_0) * x_0 + at((1 - a_t) ** 0.5, x_0) * noise
 
-    def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def predict_x_0(self, x_t: Tensor, t: Timestep, eps: Tensor) -> Tensor:
         """The x_0 that x_t and its noise imply (Eq. 15): (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
-        return (x_t - at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * eps) / at(self.sqrt_alphas_cumprod, t, x_t)
+        a_t = self.alpha_bar(t)
+        return (x_t - at((1 - a_t) ** 0.5, x_t) * eps) / at(a_t**0.5, x_t)
 
-    def predict_eps(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+    def predict_eps(self, x_t: Tensor, t: Timestep, x_0: Tensor) -> Tensor:
         """The noise that x_t and x_0 imply: Eq. 15 the other way round, for use after x_0 was clipped."""
-        return (x_t - at(self.sqrt_alphas_cumprod, t, x_t) * x_0) / at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        a_t = self.alpha_bar(t)
+        return (x_t - at(a_t**0.5, x_t) * x_0) / at((1 - a_t) ** 0.5, x_t)
 
-    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """q(x_{t-1} | x_t, x_0) (Eqs. 6-7): its mean (B, C, H, W), and its variance (B, 1, 1, 1), 0 at t = 0."""
-        mean = at(self.posterior_mean_x_0, t, x_t) * x_0 + at(self.posterior_mean_x_t, t, x_t) * x_t
-        return mean, at(self.posterior_variance, t, x_t)
+    def step_beta(self, t: Timestep, s: Timestep) -> Coefficient:
+        """beta of a step between t and an earlier s: 1 - alpha_bar_t / alpha_bar_s; `betas[t]` where s = t - 1.
+
+        alpha_bar_t / alpha_bar_s is the product of the alphas between: several steps are one of that alpha (Nichol and
+        Dhariwal 2021, arXiv:2102.09672, Eq. 19).
+        """
+        return 1 - self.alpha_bar(t) / self.alpha_bar(s)
+
+    def posterior_variance(self, t: Timestep, s: Timestep) -> Coefficient:
+        """The variance of q(x_s | x_t, x_0) (Eq. 7), in float64; 0 at s = -1, the clean image."""
+        return (1 - self.alpha_bar(s)) / (1 - self.alpha_bar(t)) * self.step_beta(t, s)
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep) -> tuple[Tensor, Coefficient]:
+        """q(x_s | x_t, x_0) for a step from t to an earlier s: its mean (B, C, H, W) and its variance (Eqs. 6, 7).
+
+        The variance is a Python number for ints, and (B, 1, 1, 1) for (B,) timesteps.
+        With s = t - 1 this is the paper's. With s = -1, the clean image, the mean is x_0 and the variance 0.
+        """
+        a_t, a_s, beta = self.alpha_bar(t), self.alpha_bar(s), self.step_beta(t, s)
+        of_x_0 = a_s**0.5 * beta / (1 - a_t)
+        of_x_t = (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t)
+        return at(of_x_0, x_t) * x_0 + at(of_x_t, x_t) * x_t, at(self.posterior_variance(t, s), x_t)
 
 
-def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Look a (T,) table up at t (B,), as (B, 1, 1, 1) in the dtype of `like`, ready to multiply images."""
-    return table[t].to(like.dtype).view(-1, *([1] * (like.dim() - 1)))
+def at(coefficient: Coefficient, images: Tensor) -> Coefficient:
+    """A coefficient to multiply images with: (B,) becomes (B, 1, 1, 1) of their dtype, a Python number stays one."""
+    if isinstance(coefficient, float):
+        return coefficient
+    return coefficient.to(images).view(-1, *[1] * (images.dim() - 1))

@@ -8,41 +8,38 @@ Each sampler is a plain function `f(model, scheduler, x_T, steps=N) -> x_0`:
     ipndm_sample         iPNDM, up to order 4, deterministic
     ddim_encode          DDIM the other way: from an image to the noise it comes from
 
-Their defaults are the papers'; what the scripts choose is in functions/sampler_settings.py. They share:
+Their defaults are the papers'; what the scripts choose is in functions/sampling/options.py. They share:
 
-    model        any callable `(x_t (B, ...), t (B,) int64) -> eps (B, ...)`, called once a step
-    x_T          (B, ...) standard normal, any B; sample i depends on x_T[i] and its own step noise alone
-    steps        network calls, 1 .. T; None: all T
-    spacing      which timesteps they are at, "trailing" or "logsnr": see `sampling_times`
-    times        instead of these two the timesteps themselves, falling; x_T is the state at the first, and what is
-                 returned that at the last, -1 the clean image. `sampling_times` makes them for a part of the way.
+    model        a `Denoiser`, or any callable `(x_t (B, ...), t (B,) int64) -> eps (B, ...)`; called once a step
+    x_T          (B, C, H, W) standard normal, any B; sample i depends on x_T[i] and its own step noise alone
+    steps        network calls, 1 .. T; None: all T; or the falling timesteps themselves: then x_T is the state at the
+                 first, and what is returned that at the last, -1 the clean image
+    spacing      which timesteps a number of steps means, "trailing" or "logsnr": see `sampling_times`
     clip_x_0     clip the model's x_0 to [-1, 1] *before* it enters the step, and recompute eps to agree with it:
                  clipping only at the end lets errors in colour build up over the chain
-    eps_scale    s >= 1, by which the model's eps is divided before x_0 is formed (epsilon scaling, Ning et al. 2024,
-                 arXiv:2308.15321): a model that meets its own errors, as in training it never did, predicts too much
-                 noise. Useful values are near 1, such as 1.005.
-    step_noise   `step_noise(k) -> (B, ...)`, standard normal, called once for each step that adds noise with the number
-                 of network calls made before it (0, 1, ...); None: PyTorch's global generator. All else is
+    step_noise   `step_noise(k) -> (B, C, H, W)`, standard normal, called once for each step that adds noise with the
+                 number of network calls made before it (0, 1, ...); None: PyTorch's global generator. All else is
                  deterministic. Samplers that add no noise never call it; they take it so that all are called alike.
     on_step      `on_step(k, t, x, x_0)` sees each step's result: x, the state after it, and x_0, the prediction from
                  timestep t that it was made with
 
-They return images (B, ...), in [-1, 1] when `clip_x_0`; `SamplingError` says what cannot be had. Coefficients are made
-from alpha_bar in float64 before the loop and are plain numbers in it, so that nothing passes between the host and the
-device there. `a` is alpha_bar at the beginning of a step, `a_next` at its end.
+They return images (B, C, H, W), in [-1, 1] when `clip_x_0`; `ValueError` says what cannot be had. A step leads from
+timestep t to s, and `a_t`, `a_s` are alpha_bar there: Python numbers, so the loops never wait for a device.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.timesteps import SamplingError, prepare, repeat_times
-from functions.timesteps import trailing_timesteps as trailing_timesteps  # also for those who import it from here
+from functions.prediction import Model, predict
+from functions.timesteps import sampling_times
 
-Model = Callable[[Tensor, Tensor], Tensor]
+Steps = int | Sequence[int] | None
 StepNoise = Callable[[int], Tensor]
 OnStep = Callable[[int, int, Tensor, Tensor], None]
 
@@ -52,42 +49,35 @@ def ddpm_sample(
     model: Model,
     scheduler: NoiseScheduler,
     x_T: Tensor,
-    steps: int | None = None,
+    steps: Steps = None,
     variance: str = "small",
-    *,
     spacing: str = "trailing",
-    times: Sequence[int] | None = None,
     clip_x_0: bool = True,
-    eps_scale: float = 1.0,
     step_noise: StepNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, Algorithm 2); weak order 1.
 
     Algorithm 2 subtracts eps from x_t directly; the same mean is written here through x_0 (Eqs. 15 and 7), because
-    that is where clipping belongs. Without clipping the two are identical. With fewer than T steps beta is that of the
-    longer step, 1 - alpha_bar_t / alpha_bar_s (Nichol and Dhariwal 2021, arXiv:2102.09672, Eq. 19).
+    that is where clipping belongs. Without clipping the two are identical.
 
     Args:
         variance: of the step's noise (Section 3.2): "small", the posterior's, as in Ho's face runs; or "large", beta,
             which is as good with all steps and leaves noise in the images with few.
     """
     if variance not in ("small", "large"):
-        raise SamplingError(f"variance is {variance!r}; it can be small or large")
-    times, t, alpha_bar = prepare(scheduler, x_T, steps, spacing, times, eps_scale)
-    a, a_next = alpha_bar[:-1], alpha_bar[1:]
-    beta = 1 - a / a_next
-    of_x_0, of_x = beta * a_next.sqrt() / (1 - a), (1 - a_next) * (1 - beta).sqrt() / (1 - a)  # Eq. 7
-    std = (beta if variance == "large" else beta * (1 - a_next) / (1 - a)).sqrt() * (a_next < 1)  # no noise on an image
-    x = x_T
-    for k, (a_t, c_0, c_t, sigma) in enumerate(rows(a, of_x_0, of_x, std)):
-        x_0, _ = predict(model, x, t[k], a_t, clip_x_0, eps_scale)
-        x = c_0 * x_0 + c_t * x
-        if sigma > 0:
-            x = x + sigma * draw(step_noise, k, x)
+        raise ValueError(f"variance is {variance!r}; it can be small or large")
+    x = x_T  # Algorithm 2, line 1
+    for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):  # line 2
+        x_0, _ = predict(model, scheduler, x, t, clip_x_0)  # Eq. 15
+        mean, sigma_squared = scheduler.q_posterior(x_0, x, t, s)  # Eq. 7
+        if variance == "large":
+            sigma_squared = scheduler.step_beta(t, s)
+        z = noise_of(step_noise, k, x) if s >= 0 else 0.0  # line 3
+        x = mean + sigma_squared**0.5 * z  # line 4
         if on_step:
-            on_step(k, times[k], x, x_0)
-    return x
+            on_step(k, t, x, x_0)
+    return x  # line 6
 
 
 @torch.no_grad()
@@ -95,13 +85,10 @@ def ddim_sample(
     model: Model,
     scheduler: NoiseScheduler,
     x_T: Tensor,
-    steps: int | None = None,
+    steps: Steps = None,
     eta: float = 0.0,
-    *,
     spacing: str = "trailing",
-    times: Sequence[int] | None = None,
     clip_x_0: bool = True,
-    eps_scale: float = 1.0,
     step_noise: StepNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -110,20 +97,17 @@ def ddim_sample(
     Args:
         eta: 0 is deterministic; 1 adds the posterior's noise and is `ddpm_sample` with the same steps.
     """
-    if not 0 <= eta <= 1:
-        raise SamplingError(f"eta is {eta}; it can be 0 to 1")
-    times, t, alpha_bar = prepare(scheduler, x_T, steps, spacing, times, eps_scale)
-    a, a_next = alpha_bar[:-1], alpha_bar[1:]
-    variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)  # Eq. 16
-    of_x_0, of_eps = a_next.sqrt(), (1 - a_next - variance).clamp(min=0).sqrt()  # Eq. 12
+    check_eta(eta)
     x = x_T
-    for k, (a_t, c_0, c_eps, sigma) in enumerate(rows(a, of_x_0, of_eps, variance.sqrt())):
-        x_0, eps = predict(model, x, t[k], a_t, clip_x_0, eps_scale)
-        x = c_0 * x_0 + c_eps * eps
+    for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):
+        x_0, eps = predict(model, scheduler, x, t, clip_x_0)
+        a_s = scheduler.alpha_bar(s)
+        sigma = eta * math.sqrt(scheduler.posterior_variance(t, s))  # Eq. 16
+        x = math.sqrt(a_s) * x_0 + math.sqrt(max(1 - a_s - sigma**2, 0)) * eps  # Eq. 12
         if sigma > 0:
-            x = x + sigma * draw(step_noise, k, x)
+            x = x + sigma * noise_of(step_noise, k, x)
         if on_step:
-            on_step(k, times[k], x, x_0)
+            on_step(k, t, x, x_0)
     return x
 
 
@@ -132,47 +116,44 @@ def dpm_solver_sample(
     model: Model,
     scheduler: NoiseScheduler,
     x_T: Tensor,
-    steps: int | None = None,
+    steps: Steps = None,
     eta: float = 0.0,
-    *,
     spacing: str = "trailing",
-    times: Sequence[int] | None = None,
     clip_x_0: bool = True,
-    eps_scale: float = 1.0,
     step_noise: StepNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095, Algorithm 2), and its SDE form (Eq. 18); order 2.
 
-    Integrates the model's x_0 over lambda = log(sqrt(alpha_bar / (1 - alpha_bar))), extrapolated from two steps. The
-    first step has one only and is of order 1, DDIM's. So is the last, if it ends at the clean image, where lambda is
-    infinite, or if there are fewer than 15 steps (the authors' `lower_order_final`, for stability).
+    In the paper's symbols x_t = alpha x_0 + sigma eps, lambda = log(alpha / sigma), h is the step of lambda, r the step
+    before over this one, and D the x_0 that the step assumes, extrapolated from two. The first step has one only and is
+    of order 1, DDIM's. So is the last, if it ends at the clean image, where lambda is infinite, or if there are fewer
+    than 15 steps (the authors' `lower_order_final`, for stability).
 
     Args:
         eta: 0 solves the ODE and is deterministic; 1 solves the SDE, whose fresh noise lets later steps correct the
             errors of earlier ones.
     """
-    if not 0 <= eta <= 1:
-        raise SamplingError(f"eta is {eta}; it can be 0 to 1")
-    times, t, alpha_bar = prepare(scheduler, x_T, steps, spacing, times, eps_scale)
-    a, a_next = alpha_bar[:-1], alpha_bar[1:]
-    h = torch.logit(alpha_bar).diff() / 2  # infinite in the step to the clean image
-    of_x = ((1 - a_next) / (1 - a)).sqrt() * (-eta * h.clamp(max=100)).exp()  # sigma_next / sigma exp(-eta h)
-    of_x_0 = -a_next.sqrt() * torch.expm1(-(1 + eta) * h)
-    std = (-(1 - a_next) * torch.expm1(-2 * eta * h.clamp(max=100))).sqrt()
-    extrapolate = torch.cat([torch.zeros(1), h[1:] / (2 * h[:-1])])  # 1 / (2 r)
-    if times[-1] == -1 or len(h) < 15:
-        extrapolate[-1] = 0
-    x, x_0_before = x_T, None
-    for k, (a_t, c_x, c_0, ahead, sigma) in enumerate(rows(a, of_x, of_x_0, extrapolate, std)):
-        x_0, _ = predict(model, x, t[k], a_t, clip_x_0, eps_scale)
-        x_0_ahead = x_0 + ahead * (x_0 - x_0_before) if ahead else x_0
-        x = c_x * x + c_0 * x_0_ahead
-        if sigma > 0:
-            x = x + sigma * draw(step_noise, k, x)
-        x_0_before = x_0
+    check_eta(eta)
+    times = sampling_times(scheduler, steps, spacing)
+    last_is_first_order = times[-1] == -1 or len(times) - 1 < 15
+    x, x_0_before, h_before = x_T, None, None
+    for k, (t, s) in enumerate(pairwise(times)):
+        x_0, _ = predict(model, scheduler, x, t, clip_x_0)
+        a_t, a_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
+        alpha_s, sigma_s, sigma_t = math.sqrt(a_s), math.sqrt(1 - a_s), math.sqrt(1 - a_t)
+        h = lambda_of(a_s) - lambda_of(a_t)
+        if k == 0 or (s == times[-1] and last_is_first_order):
+            D = x_0
+        else:
+            r = h_before / h
+            D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
+        x = sigma_s / sigma_t * math.exp(-eta * h) * x - alpha_s * math.expm1(-(1 + eta) * h) * D
+        if eta > 0 and sigma_s > 0:
+            x = x + sigma_s * math.sqrt(-math.expm1(-2 * eta * h)) * noise_of(step_noise, k, x)
+        x_0_before, h_before = x_0, h
         if on_step:
-            on_step(k, times[k], x, x_0)
+            on_step(k, t, x, x_0)
     return x
 
 
@@ -184,41 +165,34 @@ def ipndm_sample(
     model: Model,
     scheduler: NoiseScheduler,
     x_T: Tensor,
-    steps: int | None = None,
-    *,
-    spacing: str = "trailing",
-    times: Sequence[int] | None = None,
-    clip_x_0: bool = True,
-    eps_scale: float = 1.0,
+    steps: Steps = None,
     history: Sequence[Tensor] = (),
+    spacing: str = "trailing",
+    clip_x_0: bool = True,
     step_noise: StepNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """iPNDM (Zhang and Chen 2023, arXiv:2204.13902; PNDM: Liu et al. 2022, arXiv:2202.09778, Eqs. 9 and 12); order 2,
     or 4 on equal steps of sigma from exact start values.
 
-    With y = x / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar) DDIM's ODE is dy = eps dsigma (Song et
-    al. 2021, Eq. 14), here in Adams-Bashforth steps. The first three look back on less and have orders 1, 2 and 3,
-    where PNDM spends nine more network calls. The weights are those for equal steps, whatever the steps are.
+    It solves DDIM's ODE (`ddim_ode_step`) in Adams-Bashforth steps. The first three look back on less and have orders
+    1, 2 and 3, where PNDM spends nine more network calls. The weights are those for equal steps, whatever the steps.
 
     Args:
         history: eps at up to 3 earlier times, the newest last: where another run stopped, this one goes on with it.
     """
-    times, t, alpha_bar = prepare(scheduler, x_T, steps, spacing, times, eps_scale)
-    a, a_next = alpha_bar[:-1], alpha_bar[1:]
-    of_x, of_eps = ddim_step(a, a_next)
     if len(history) > 3:
-        raise SamplingError(f"history has {len(history)} earlier eps; the method looks back on 3")
+        raise ValueError(f"history has {len(history)} earlier eps; the method looks back on 3")
     x, history = x_T, deque(history, maxlen=4)
-    for k, (a_t, c_x, c_eps) in enumerate(rows(a, of_x, of_eps)):
-        x_0, eps = predict(model, x, t[k], a_t, clip_x_0, eps_scale)
+    for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):
+        x_0, eps = predict(model, scheduler, x, t, clip_x_0)
         history.append(eps)
         eps_ahead = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(history) - 1], reversed(history), strict=True))
-        x = c_x * x + c_eps * eps_ahead
-        if clip_x_0 and times[k + 1] == -1:
+        x = ddim_ode_step(scheduler, x, eps_ahead, t, s)
+        if clip_x_0 and s == -1:
             x = x.clamp(-1, 1)  # the extrapolated eps does not know of the clipping
         if on_step:
-            on_step(k, times[k], x, x_0)
+            on_step(k, t, x, x_0)
     return x
 
 
@@ -227,61 +201,50 @@ def ddim_encode(
     model: Model,
     scheduler: NoiseScheduler,
     x_0: Tensor,
-    steps: int | None = None,
-    *,
+    steps: Steps = None,
     spacing: str = "trailing",
-    times: Sequence[int] | None = None,
-    eps_scale: float = 1.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """DDIM run backwards, from an image to the noise it comes from (Song et al. 2021, Section 4.3); order 1.
 
-    `ddim_sample` without clipping and with the same steps, spacing or times then returns the image but for an error
-    that falls as 1 / steps. Nothing is clipped, since clipping cannot be undone.
+    `ddim_sample` without clipping and with the same steps and spacing then returns the image but for an error that
+    falls as 1 / steps. Nothing is clipped, since clipping cannot be undone.
 
     Args:
-        x_0: (B, ...) images, or states at the last of `times`; the latter are given falling, as they are for sampling.
+        x_0: (B, C, H, W) images, or states at the last of the timesteps that `steps` lists, falling as for sampling.
 
     Returns:
-        (B, ...) x_T; or x_t at the first of `times`.
+        (B, C, H, W) x_T; or x_t at the first of them.
     """
-    times, _, alpha_bar = prepare(scheduler, x_0, steps, spacing, times, eps_scale)
-    times, alpha_bar = times[::-1], alpha_bar.flip(0)
-    called_at = [max(time, 0) for time in times[:-1]]  # the model knows no time of a clean image: the next to it
-    t = repeat_times(called_at, x_0)
-    of_x, of_eps = ddim_step(alpha_bar[:-1], alpha_bar[1:])
     x = x_0
-    for k, (a_t, c_x, c_eps) in enumerate(rows(alpha_bar[:-1], of_x, of_eps)):
-        predicted, eps = predict(model, x, t[k], a_t, False, eps_scale)
-        x = c_x * x + c_eps * eps
+    for k, (t, s) in enumerate(pairwise(reversed(sampling_times(scheduler, steps, spacing)))):
+        predicted, eps = predict(model, scheduler, x, t)
+        x = ddim_ode_step(scheduler, x, eps, t, s)
         if on_step:
-            on_step(k, called_at[k], x, predicted)
+            on_step(k, max(t, 0), x, predicted)
     return x
 
 
-def rows(*coefficients: Tensor) -> list[list[float]]:
-    """(N,) tables as N rows of Python numbers, one row a step."""
-    return torch.stack(coefficients, dim=1).tolist()
+def ddim_ode_step(scheduler: NoiseScheduler, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
+    """x from timestep t to s, either way, by dy = eps dsigma (Song et al. 2021, Eq. 14), Euler's step.
+
+    There y = x / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar).
+    """
+    a_t, a_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
+    sigma_t, sigma_s = math.sqrt((1 - a_t) / a_t), math.sqrt((1 - a_s) / a_s)
+    return math.sqrt(a_s) * (x / math.sqrt(a_t) + (sigma_s - sigma_t) * eps)
 
 
-def predict(model: Model, x: Tensor, t: Tensor, a: float, clip_x_0: bool, eps_scale: float) -> tuple[Tensor, Tensor]:
-    """The model's x_0 (Eq. 15 of DDPM) and the eps that agrees with it."""
-    eps = model(x, t)
-    if eps_scale != 1:
-        eps = eps / eps_scale
-    x_0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
-    if clip_x_0:
-        x_0 = x_0.clamp(-1, 1)
-        eps = (x - a**0.5 * x_0) / (1 - a) ** 0.5
-    return x_0, eps
+def lambda_of(alpha_bar: float) -> float:
+    """DPM-Solver's log(alpha / sigma); 100 for infinity, at the clean image, as exp(-100) is nothing beside 1."""
+    return math.log(alpha_bar / (1 - alpha_bar)) / 2 if alpha_bar < 1 else 100.0
 
 
-def ddim_step(a: Tensor, a_next: Tensor) -> tuple[Tensor, Tensor]:
-    """What x and eps are multiplied by in dy = eps dsigma, y = x / sqrt(a), sigma = sqrt((1 - a) / a): either way."""
-    of_x = (a_next / a).sqrt()
-    return of_x, (1 - a_next).sqrt() - of_x * (1 - a).sqrt()
+def check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it can be 0 to 1")
 
 
-def draw(step_noise: StepNoise | None, k: int, like: Tensor) -> Tensor:
+def noise_of(step_noise: StepNoise | None, k: int, like: Tensor) -> Tensor:
     """Step k's standard normal noise: the caller's, or PyTorch's."""
     return step_noise(k) if step_noise else torch.randn_like(like)

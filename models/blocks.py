@@ -1,16 +1,19 @@
-"""The U-Net's parts: residual block, self-attention, down- and upsampling (Ho et al. 2020, Appendix B, and their code).
+"""The U-Net's parts (Ho et al. 2020, Appendix B, and code): time embedding, residual block, attention, resampling.
 
 B = batch, C = channels, H, W = height, width. Every block keeps H and W but `Downsample` and `Upsample`.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from models.norm_silu import NORM_EPS
-from models.residual import Layer, NormSiluConv, Residual, Settings
+from models.group_norm import GroupNorm
+
+NORM_EPS = 1e-6  # TensorFlow's default, which the paper's weights were trained with; PyTorch's is 1e-5
 
 
 def init_fan_average(layer: nn.Module) -> nn.Module:
@@ -30,6 +33,56 @@ def init_zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """`part(*inputs)`; if `wanted`, backward keeps the inputs alone and computes the rest again (Chen et al. 2016).
+
+    It computes again up to the last tensor that backward needs. A convolution needs its input, not its output, so of
+    "norm, SiLU, convolution" backward repeats the norm and the SiLU, and no convolution.
+    """
+    if wanted and torch.is_grad_enabled():
+        return checkpoint(part, *inputs, use_reentrant=False)
+    return part(*inputs)
+
+
+def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+    """Embed integer timesteps as sines and cosines of geometrically spaced frequencies.
+
+    "Attention Is All You Need", Section 3.5, in the form of Ho's code: all sines first, then all cosines, with
+    frequencies 10000^(-i / (dim/2 - 1)) for i = 0 .. dim/2 - 1, hence from 1 down to exactly 1/10000.
+
+    Args:
+        t: (B,) timesteps, integer or float.
+        dim: size of the embedding; even and at least 4 (`ValueError` otherwise).
+
+    Returns:
+        (B, dim) float32.
+    """
+    if dim < 4 or dim % 2:
+        raise ValueError(f"the embedding's dim is {dim}; it must be even and at least 4")
+    half_dim = dim // 2
+    exponent = torch.arange(half_dim, dtype=torch.float32, device=t.device) / (half_dim - 1)
+    angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)[None, :]  # (B, dim/2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, dim)
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) -> (B, 4 base_dim): sinusoid, Linear, SiLU, Linear. Every residual block adds a projection of it."""
+
+    def __init__(self, base_dim: int):
+        super().__init__()
+        self.base_dim = base_dim
+        self.linear_1 = nn.Linear(base_dim, 4 * base_dim)
+        self.linear_2 = nn.Linear(4 * base_dim, 4 * base_dim)
+
+    def reset_parameters(self) -> None:
+        init_fan_average(self.linear_1)
+        init_fan_average(self.linear_2)
+
+    def forward(self, t: Tensor) -> Tensor:
+        embedding = sinusoidal_embedding(t, self.base_dim)  # (B, base_dim), float32 under autocast too
+        return self.linear_2(F.silu(self.linear_1(embedding)))  # (B, 4 base_dim)
+
+
 class ResidualBlock(nn.Module):
     """Norm-SiLU-conv twice around the added time embedding, plus a shortcut (a 1x1 convolution when channels change).
 
@@ -42,55 +95,46 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm_groups: int):
         super().__init__()
-        self.norm_1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
+        self.norm_1 = GroupNorm(norm_groups, in_channels, NORM_EPS)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_projection = nn.Linear(time_dim, out_channels)
-        self.norm_2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
+        self.norm_2 = GroupNorm(norm_groups, out_channels, NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.settings = Settings(norm_groups, dropout)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.recompute_norms = True  # in backward, instead of keeping what they give; see `UNet.set_recompute`
 
     def reset_parameters(self) -> None:
         init_fan_average(self.conv_1)
         init_fan_average(self.time_projection)
         init_zero(self.conv_2)
-        if self.shortcut:
+        if isinstance(self.shortcut, nn.Conv2d):
             init_fan_average(self.shortcut)
 
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """The parts (B, C_i, H, W) are concatenated to in_channels -> (B, out_channels, H, W)."""
-        dtype = compute_dtype(parts[0])
-        shift = self.time_projection(F.silu(time_embedding))  # (B, C_out), added over the image
-        shortcut = parameters_in(self.shortcut, dtype) if self.shortcut else (None, None)
-        settings = self.settings if self.training else self.settings._replace(dropout=0.0)
-        if not torch.is_grad_enabled():
-            settings = settings._replace(recompute="norms")  # keeps nothing longer than it is needed
-        return Residual.apply(
-            settings, shift.to(dtype), *layer_of(self.norm_1, self.conv_1, dtype),
-            *layer_of(self.norm_2, self.conv_2, dtype), *shortcut, *(part.to(dtype) for part in parts),
-        )  # fmt: skip
+        recompute = self.recompute_norms and torch.is_grad_enabled()
+        if not recompute:
+            parts = [concatenated(*parts)]
+        shortcut = recomputing(recompute and len(parts) > 1, self.shortcut_of, *parts)
+        h = recomputing(recompute, self.layer_1, *parts)
+        h = h + self.time_projection(F.silu(time_embedding))[:, :, None, None]
+        h = recomputing(recompute, self.layer_2, h)
+        return h + shortcut
+
+    def layer_1(self, *parts: Tensor) -> Tensor:
+        return self.conv_1(F.silu(self.norm_1(concatenated(*parts))))
+
+    def layer_2(self, h: Tensor) -> Tensor:
+        return self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+
+    def shortcut_of(self, *parts: Tensor) -> Tensor:
+        return self.shortcut(concatenated(*parts))
 
 
-def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, settings: Settings) -> Tensor:
-    """conv(silu(norm(x))), which keeps x alone for backward."""
-    dtype = compute_dtype(x)
-    return NormSiluConv.apply(settings, x.to(dtype), *layer_of(norm, conv, dtype))
-
-
-def layer_of(norm: nn.GroupNorm, conv: nn.Conv2d, dtype: torch.dtype) -> Layer:
-    return Layer(norm.weight, norm.bias, *parameters_in(conv, dtype))
-
-
-def parameters_in(conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias as autocast would hand them to the convolution."""
-    return conv.weight.to(dtype), conv.bias.to(dtype)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type to convolve in: autocast's where it is on, which own autograd functions have to ask for."""
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
-    return torch.get_autocast_dtype(kind) if on else x.dtype
+def concatenated(*parts: Tensor) -> Tensor:
+    """Parts (B, C_i, H, W) -> (B, sum of C_i, H, W)."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -98,11 +142,12 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, norm_groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+        self.norm = GroupNorm(norm_groups, channels, NORM_EPS)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
+        self.recompute_norms = True
 
     def reset_parameters(self) -> None:
         for layer in (self.query, self.key, self.value):
@@ -111,13 +156,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, C, H, W = x.shape
-        h = self.norm(x)
-        q, k, v = (
-            layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.query, self.key, self.value)
-        )  # each (B, 1 head, H W, C)
+        qkv = recomputing(self.recompute_norms, self.queries_keys_values, x)  # (B, 3 C, H, W)
+        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # each (B, 1 head, H W, C)
         h = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(C))  # (B, 1, H W, C)
         h = h[:, 0].transpose(1, 2).reshape(-1, C, H, W)  # (B, C, H, W)
         return x + self.out(h)
+
+    def queries_keys_values(self, x: Tensor) -> Tensor:
+        """As one convolution, so that it has one input, and backward repeats the norm alone."""
+        layers = (self.query, self.key, self.value)
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return F.conv2d(self.norm(x), weight, bias)
 
 
 class Downsample(nn.Module):

@@ -1,24 +1,23 @@
 """The denoising network of DDPM: a U-Net that predicts the noise in x_t (Ho et al. 2020, Appendix B)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.blocks import (
+    NORM_EPS,
     Downsample,
     ResidualBlock,
     SelfAttention,
+    TimeEmbedding,
     Upsample,
     init_fan_average,
     init_zero,
-    norm_silu_conv,
+    recomputing,
 )
-from models.norm_silu import EAGER, NORM_EPS, check_compiled, compiled_kernels
-from models.residual import Settings
-from models.time_embedding import TimeEmbedding
+from models.group_norm import GroupNorm
 
 BLOCKS_DOWN, BLOCKS_UP = 2, 3  # residual blocks a level; one more on the way up, for the skip that downsampling leaves
 
@@ -106,53 +105,31 @@ class UNet(nn.Module):
             self.up.append(stage)
         assert not skip_dims, "every skip connection is used exactly once"
 
-        self.norm_out = nn.GroupNorm(norm_groups, dim, eps=NORM_EPS)
+        self.norm_out = GroupNorm(norm_groups, dim, NORM_EPS)
         self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
-        self.settings = Settings(norm_groups, dropout)
         self.reset_parameters()
+        self.set_recompute("norms")
 
     def reset_parameters(self) -> None:
         """Initial weights as in Ho's code: fan-average uniform, zero biases, residual branches and output at zero."""
-        for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2, self.conv_in):
-            init_fan_average(layer)
+        self.time_embedding.reset_parameters()
+        init_fan_average(self.conv_in)
         for module in self.modules():
             if isinstance(module, (ResidualBlock, SelfAttention, Downsample, Upsample)):
                 module.reset_parameters()
         init_zero(self.conv_out)
 
-    @property
-    def recompute(self) -> str:
-        """What `set_execution` was asked for."""
-        return self.settings.recompute
-
-    def set_execution(self, recompute: str = "norms", compiled: bool = False) -> None:
-        """How the same function is computed: in more or less memory and time.
-
-        With any `recompute` and the kernels of the CPU gradients are the same bit for bit, else up to rounding.
+    def set_recompute(self, recompute: str) -> None:
+        """Choose what backward computes again instead of keeping it from the forward pass; the gradients are the same.
 
         Args:
-            recompute: what backward makes again instead of keeping it from the forward pass: "none"; "norms", all norms
-                and activations, which is nearly free; or "blocks", the whole network from the inputs of its blocks,
-                for most of another forward pass.
-            compiled: with norms and activations compiled (`torch.compile`), which pays on CUDA.
+            recompute: "none"; "norms", all norms and activations, which is nearly free for images of 128 pixels; or
+                "blocks", everything between the inputs of the blocks, for most of another forward pass.
         """
-        kernels = compiled_kernels() if compiled else EAGER
+        self.recompute = recompute
         for module in self.modules():
-            if isinstance(module, (ResidualBlock, UNet)):
-                module.settings = module.settings._replace(recompute=recompute, kernels=kernels)
-        if recompute == "blocks":  # the blocks behind an upsampling are made again together with it, by `run`
-            for stage in self.up[1:]:
-                stage["blocks"][0].settings = stage["blocks"][0].settings._replace(recompute="norms")
-
-    def check_compiled(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Compile for the sizes of all norms, and compare the results: `ArithmeticError`, or any of the compiler's."""
-        sizes, size = set(), self.image_size
-        for stage in [*self.down, *self.up]:
-            for block in stage["blocks"]:
-                sizes |= {(norm.num_channels, size) for norm in (block.norm_1, block.norm_2)}
-            size = size // 2 if "downsample" in stage else size * 2 if "upsample" in stage else size
-        for channels, size in sorted(sizes):
-            check_compiled(channels, size, self.settings.groups, device, dtype)
+            if isinstance(module, (ResidualBlock, SelfAttention)):
+                module.recompute_norms = recompute == "norms"
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise.
@@ -167,42 +144,37 @@ class UNet(nn.Module):
         time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
         h = self.conv_in(x_t)  # (B, base_dim, H, W)
 
+        run = partial(recomputing, self.recompute == "blocks")  # a function on its arguments
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = block(time_embedding, h)  # (B, dims[level], H / 2^level, W / 2^level)
-                h = self.run(attention, h)
-                skips.append(h)
+                h = run(layer, None, block, attention, time_embedding, h)
+                skips.append(h)  # (B, dims[level], H / 2^level, W / 2^level)
             if "downsample" in stage:
-                h = self.run(stage["downsample"], h)  # half the height and width
+                h = run(stage["downsample"], h)  # half the height and width
                 skips.append(h)
 
-        h = self.middle_block_1(time_embedding, h)
-        h = self.run(self.middle_attention, h)
-        h = self.middle_block_2(time_embedding, h)
+        h = run(layer, None, self.middle_block_1, self.middle_attention, time_embedding, h)
+        h = run(self.middle_block_2, time_embedding, h)
 
         upsample = None
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                if upsample:  # to twice the height and width
-                    h = self.run(partial(upsampled, upsample, block), time_embedding, h, skips.pop())
-                else:
-                    h = block(time_embedding, h, skips.pop())
-                h, upsample = self.run(attention, h), None
-            if "upsample" in stage:
+                h = run(layer, upsample, block, attention, time_embedding, h, skips.pop())
+                upsample = None
+            if "upsample" in stage:  # to twice the height and width, first thing in the next layer
                 upsample = stage["upsample"]
         assert not skips, "every skip connection is used exactly once"
 
-        return norm_silu_conv(self.norm_out, self.conv_out, h, self.settings)  # (B, channels, H, W)
+        return recomputing(self.recompute != "none", self.output, h)  # (B, channels, H, W)
 
-    def run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """A part of the network; with "blocks" backward has its inputs alone and runs it again."""
-        if self.recompute != "blocks" or not torch.is_grad_enabled() or isinstance(part, nn.Identity):
-            return part(*inputs)
-        random = self.training and self.settings.dropout > 0  # dropout has to be the same again
-        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=random)
+    def output(self, h: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
-def upsampled(upsample: Upsample, block: ResidualBlock, time_embedding: Tensor, h: Tensor, skip: Tensor) -> Tensor:
-    """The block of an upsampled input: one part, so that the larger image need not be kept."""
-    return block(time_embedding, upsample(h), skip)
+def layer(
+    upsample: nn.Module | None, block: nn.Module, attention: nn.Module, time_embedding: Tensor, h: Tensor, *skip: Tensor
+) -> Tensor:
+    """A block, with the upsampling before it and the attention after it: of this "blocks" keeps the inputs alone."""
+    h = upsample(h) if upsample else h
+    return attention(block(time_embedding, h, *skip))

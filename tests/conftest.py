@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import train
-from functions import run_folder
-from functions.checkpoint import load_checkpoint
+from functions.support import run_folder
+from functions.support.checkpoint import load_checkpoint
 from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from config import EXPERIMENTS, ConfigError, Experiment
-from functions.bad_numbers import BadNumbers
-from functions.checkpoint import CheckpointError, load_checkpoint, restore, save_checkpoint
-from functions.device import arithmetic
-from functions.export import export_weights, load_weights
-from functions.sampling import rebuild
+from functions.sampling.generation import rebuild
+from functions.support.checkpoint import CheckpointError, load_checkpoint, restore, save_checkpoint
+from functions.support.device import arithmetic
+from functions.support.export import export_weights, load_weights
+from functions.training.bad_numbers import BadNumbers
 from models.unet import UNet
 from tests.fuzz_mutations import damage, rezip, spoil_tree
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from functions import run_folder
-from functions.checkpoint import load_checkpoint
-from functions.metrics import read_metrics
+from functions.support import run_folder
+from functions.support.checkpoint import load_checkpoint
+from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, draw_pictures
 
 EVERY = 2  # steps between checkpoints, so that many a kill meets the writing of one

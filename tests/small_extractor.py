@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from functions.image_metrics import Extractor
+from functions.evaluation.features import Extractor
 
 
 def small_features(images):

@@ -7,8 +7,8 @@ import sample
 import train
 from config import ConfigError
 from data.sources import DataError
-from functions.checkpoint import CheckpointError
-from functions.device import DeviceError
+from functions.support.checkpoint import CheckpointError
+from functions.support.device import DeviceError
 from tests.conftest import call, script
 
 

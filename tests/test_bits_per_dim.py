@@ -6,13 +6,14 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from functions.bits_per_dim import measure_bits_per_dim, strata_of
+from functions.evaluation.bits_per_dim import measure_bits_per_dim, strata_of
 from functions.likelihood import decoder_log_likelihood, model_variance, posterior_kl, prior_kl, terms_of
 from functions.noise_scheduler import NoiseScheduler
-from functions.processes import Processes
+from functions.support.processes import Processes
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 MU, S = 0.2, 0.3  # of the Gaussian data
@@ -85,11 +86,12 @@ def test_kl_is_that_of_torch_distributions(variance, t):
     scheduler = NoiseScheduler(1000)
     x_0, predicted, x_t = torch.randn(3, 4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
     times = torch.full((4,), t)
-    mean_q, variance_q = scheduler.q_posterior(x_0, x_t, times)
-    mean_p, _ = scheduler.q_posterior(predicted, x_t, times)
-    p = Normal(mean_p, model_variance(scheduler, variance)[t].sqrt())
+    mean_q, variance_q = scheduler.q_posterior(x_0, x_t, times, times - 1)
+    mean_p, _ = scheduler.q_posterior(predicted, x_t, times, times - 1)
+    sigma_squared = model_variance(scheduler, times, variance)
+    p = Normal(mean_p, sigma_squared.sqrt())
     expected = kl_divergence(Normal(mean_q, variance_q.sqrt()), p)
-    found = posterior_kl(scheduler, x_0, predicted, times, variance)
+    found = posterior_kl(scheduler, x_0, predicted, times, sigma_squared)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     a = scheduler.alphas_cumprod[-1]
     expected = kl_divergence(Normal(a.sqrt() * x_0, (1 - a).sqrt()), Normal(torch.zeros(()).double(), 1.0))
@@ -129,10 +131,13 @@ def test_far_tails_keep_their_digits():
 
 
 def test_variances_are_those_of_the_paper_s_code():
+    """`p_mean_variance` clips the posterior's log-variance to that at t = 1, and takes it for the first beta too."""
     scheduler = NoiseScheduler(1000)
-    small, large = model_variance(scheduler, "small"), model_variance(scheduler, "large")
-    assert small[0] == large[0] == scheduler.posterior_variance[1]
-    torch.testing.assert_close(small[1:], scheduler.posterior_variance[1:])
+    theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    posterior = torch.stack([theirs._get_variance(t, variance_type="fixed_small") for t in range(1000)]).double()
+    small, large = (model_variance(scheduler, torch.arange(1000), name).flatten() for name in ("small", "large"))
+    assert small[0] == large[0] == small[1]
+    torch.testing.assert_close(small[1:], posterior[1:], rtol=1e-3, atol=0)  # theirs is in float32
     torch.testing.assert_close(large[1:], scheduler.betas[1:])
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from functions.checkpoint import (
+from functions.support.checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_into,
     save_checkpoint,
     write_whole,
 )
-from functions.export import export_weights, load_weights
+from functions.support.export import export_weights, load_weights
 
 
 def parts(ema=True):

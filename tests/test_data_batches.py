@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data import batches
 from data.batches import ImageFeeder, epoch_order, forward_passes, micro_batches
-from functions.processes import Processes
+from functions.support.processes import Processes
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3), dtype=np.uint8)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]

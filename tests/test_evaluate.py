@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import evaluate
-from functions.image_metrics import EvaluationError
-from functions.reference_statistics import read_reference
+from functions.evaluation.features import EvaluationError
+from functions.evaluation.reference_statistics import read_reference
 from tests.conftest import ROOT, call, script
 from tests.small_extractor import small_extractor
 

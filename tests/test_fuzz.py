@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from functions import checkpoint, file_checks
+from functions.support import checkpoint, file_checks
 from tests import fuzz
 from tests.fuzz_kinds import Case, Checkpoints, Fault, checkpoint_parts
 from tests.fuzz_mutations import damage

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from functions.checkpoint import CheckpointError
-from functions.export import export_weights, load_weights
-from functions.sampling import rebuild
+from functions.sampling.generation import rebuild
+from functions.support.checkpoint import CheckpointError
+from functions.support.export import export_weights, load_weights
 from models.unet import UNet
 from tests.fuzz_kinds import checkpoint_parts
 
@@ -83,7 +83,7 @@ def test_exported_files_are_checked_as_checkpoints_are(exported, parts):
 
 
 def test_an_exported_config_too_deep_to_read_is_refused(exported, monkeypatch):
-    monkeypatch.setattr("functions.export.json.dumps", lambda value: "[" * 10**5)
+    monkeypatch.setattr("functions.support.export.json.dumps", lambda value: "[" * 10**5)
     export_weights(exported, {}, {}, {})
     with pytest.raises(CheckpointError, match="config does not read"):
         load_weights(exported)

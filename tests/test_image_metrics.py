@@ -10,11 +10,9 @@ import torch
 
 pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not installed")
 
-from functions import image_metrics
-from functions.evaluation import compare, image_warnings
-from functions.image_metrics import EvaluationError, Extractor, collect_features, load_inception, statistics
-from functions.processes import Processes
-from functions.reference_statistics import (
+import functions.evaluation.features
+from functions.evaluation.features import EvaluationError, Extractor, collect_features, load_inception, statistics
+from functions.evaluation.reference_statistics import (
     FORMAT,
     Reference,
     cached_reference,
@@ -23,6 +21,8 @@ from functions.reference_statistics import (
     read_reference,
     write_reference,
 )
+from functions.evaluation.report import compare, image_warnings
+from functions.support.processes import Processes
 from tests.small_extractor import blurred, small_extractor
 
 ALL = ("fid", "kid", "prc")
@@ -227,15 +227,15 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
 
 def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(image_metrics, "PATIENCE", 2)
+    monkeypatch.setattr(functions.evaluation.features, "PATIENCE", 2)
     url = "https://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth"  # where nobody listens
     with pytest.raises(EvaluationError, match=r"cannot be downloaded .*127\.0\.0\.1:9.*--weights FILE") as error:
-        image_metrics.downloaded(url)
+        functions.evaluation.features.downloaded(url)
     assert "\n" not in str(error.value)
     place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     assert list(place.parent.iterdir()) == []  # no half a file
     place.touch()
-    assert image_metrics.downloaded(url) == place
+    assert functions.evaluation.features.downloaded(url) == place
 
 
 def test_the_real_network_takes_our_images(tmp_path, monkeypatch):

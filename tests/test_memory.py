@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import train
-from functions.memory import smaller_batch, training_memory, weights_must_fit
 from functions.noise_scheduler import NoiseScheduler
-from functions.pass_memory import kept_for_backward, peak_of_a_pass
-from functions.stopping import TrainingError
+from functions.support.errors import TrainingError
+from functions.training.memory import smaller_batch, training_memory, weights_must_fit
+from functions.training.pass_memory import kept_for_backward, peak_of_a_pass
 from models.unet import UNet
 from tests.conftest import TINY, call
 
@@ -76,7 +76,7 @@ def test_the_parts_add_up():
 
 PEAK = """
 import sys
-from functions.memory import STATUS, kilobytes
+from functions.training.memory import STATUS, kilobytes
 from tests.conftest import call
 import train
 call(train.main, *sys.argv[1:])

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 import train
-from functions import run_folder
-from functions.checkpoint import load_checkpoint
-from functions.stopping import TrainingError
+from functions.support import run_folder
+from functions.support.checkpoint import load_checkpoint
+from functions.support.errors import TrainingError
 from tests.conftest import ROOT, TINY, call, newest, script
 
 FULL_DISK = """
@@ -56,7 +56,9 @@ def test_a_checkpoint_beyond_a_quota(unfinished):
 
 def test_a_run_that_cannot_be_finished_now_is_not_lost(unfinished, monkeypatch):
     """An error in a sample grid: the checkpoint of the same step was written before it."""
-    monkeypatch.setattr("functions.book_keeping.save_grid", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    monkeypatch.setattr(
+        "functions.training.book_keeping.save_grid", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O error"))
+    )
     with pytest.raises(TrainingError, match=r"I/O error\. Last good checkpoint: .*step-00000010\.pt"):
         call(train.main, "--resume", unfinished)
     assert newest(unfinished)["run"]["step"] == 10
@@ -64,7 +66,7 @@ def test_a_run_that_cannot_be_finished_now_is_not_lost(unfinished, monkeypatch):
 
 LIMITED = """
 import resource, sys, train
-from functions.memory import STATUS, kilobytes
+from functions.training.memory import STATUS, kilobytes
 from tests.conftest import call
 limit = kilobytes(STATUS)["VmSize"] + {spare}
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -82,7 +84,7 @@ def test_out_of_memory_says_what_fits_and_that_fits(foreseen, pictures, tmp_path
              "--model.lowest-resolution-size", 16, "--model.dim-multiply", "1,2,4", "--model.base-dim", 48,
              "--model.norm-groups", 8, "--diffusion.batch-size", 24, "--diffusion.epochs", 1,
              "--diffusion.validation-samples", 1, "--diffusion.grid-images", 1]  # fmt: skip
-    before = "" if foreseen else "import functions.memory; functions.memory.SURELY_TOO_MUCH = 0"
+    before = "" if foreseen else "import functions.training.memory; functions.training.memory.SURELY_TOO_MUCH = 0"
     code = LIMITED.format(spare=1_000_000_000, before=before)
     failed = script("-c", code, *flags)
     assert failed.returncode == 2, failed.stderr

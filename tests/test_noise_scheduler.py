@@ -40,7 +40,7 @@ def test_forward_process_and_posterior_match_numpy(timesteps, rescale):
     ours = scheduler.q_sample(torch.from_numpy(x_0), torch.from_numpy(t), torch.from_numpy(noise))
     assert_close(ours.numpy(), x_t, rtol=1e-10, atol=1e-12)
 
-    mean, variance = scheduler.q_posterior(torch.from_numpy(x_0), ours, torch.from_numpy(t))
+    mean, variance = scheduler.q_posterior(torch.from_numpy(x_0), ours, torch.from_numpy(t), torch.from_numpy(t) - 1)
     # q(x_{t-1} | x_t, x_0) from Bayes' rule on the two Gaussians, not from Eqs. 6-7: precisions add.
     inner = slice(1, None)  # t = 0 has no x_{t-1} but x_0 itself
     precision = (1 - b[inner]) / b[inner] + 1 / (1 - previous[inner])
@@ -49,6 +49,35 @@ def test_forward_process_and_posterior_match_numpy(timesteps, rescale):
     assert_close(mean.numpy()[inner], bayes_mean / precision, rtol=1e-9, atol=1e-9)
     assert_close(mean[0].numpy(), x_0[0], rtol=1e-10, atol=1e-10)
     assert variance[0].item() == 0
+
+
+def test_an_int_t_is_a_batch_of_it():
+    """As samplers have t, and as training has it: the same, but for float64 where the images are float32."""
+    scheduler, generator = NoiseScheduler(1000), torch.Generator().manual_seed(0)
+    x_0, x_t = torch.randn(2, 3, 3, 4, 4, generator=generator)
+    for t, s in ((0, -1), (1, 0), (700, 20), (999, 998), (999, -1)):
+        t_of_images, s_of_images = torch.full((3,), t), torch.full((3,), s)
+        for method in (scheduler.q_sample, scheduler.predict_x_0, scheduler.predict_eps):
+            assert_close(method(x_0, t, x_t), method(x_0, t_of_images, x_t))
+        (mean, variance), (means, variances) = (
+            scheduler.q_posterior(x_0, x_t, *times) for times in ((t, s), (t_of_images, s_of_images))
+        )
+        assert_close(mean, means)
+        assert_close(torch.full((3, 1, 1, 1), variance), variances)
+
+
+def test_a_long_step_s_posterior_is_bayes_rule():
+    """From t = 700 to s = 20: the two Gaussians q(x_t | x_s) and q(x_s | x_0), whose precisions add."""
+    scheduler = NoiseScheduler(1000)
+    _, alpha_bar = numpy_schedule(1000, True)
+    x_0, x_t, a, a_s = 0.3, -1.1, alpha_bar[700], alpha_bar[20]
+    alpha = np.prod((1 - numpy_schedule(1000, True)[0])[21:701])
+    precision = alpha / (1 - alpha) + 1 / (1 - a_s)
+    bayes_mean = (np.sqrt(alpha) / (1 - alpha) * x_t + np.sqrt(a_s) / (1 - a_s) * x_0) / precision
+    assert alpha == pytest.approx(a / a_s, rel=1e-9)
+    mean, variance = scheduler.q_posterior(*torch.tensor([x_0, x_t], dtype=torch.float64), 700, 20)
+    assert mean.item() == pytest.approx(bayes_mean, rel=1e-9)
+    assert variance == pytest.approx(1 / precision, rel=1e-9)
 
 
 def test_x_0_and_eps_are_recovered_from_x_t():

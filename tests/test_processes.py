@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
-from functions import run_folder
-from functions.checkpoint import load_checkpoint
-from functions.metrics import read_metrics
-from functions.processes import Processes
+from functions.support import run_folder
+from functions.support.checkpoint import load_checkpoint
+from functions.support.processes import Processes
+from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, script
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")

@@ -9,8 +9,8 @@ import torch
 
 import train
 from config import ConfigError
-from functions.checkpoint import CheckpointError
-from functions.metrics import read_metrics
+from functions.support.checkpoint import CheckpointError
+from functions.training.metrics import read_metrics
 from tests.conftest import TINY, call, during, interrupt, newest, posix
 from tests.kill import assert_same_run
 
@@ -38,11 +38,11 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
 
 def test_resuming_keeps_precision_and_says_what_it_cannot_keep(pictures, tmp_path, monkeypatch, capsys):
     """A run started with "auto" where that is bfloat16 goes on in bfloat16 where it is not."""
-    monkeypatch.setattr("functions.device.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: True)
     call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
          "--diffusion.precision", "auto")  # fmt: skip
     run = next(tmp_path.iterdir())
-    monkeypatch.setattr("functions.device.cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: False)
     capsys.readouterr()
     call(train.main, "--resume", run, "--diffusion.epochs", 3)
     assert "no longer bit for bit" not in capsys.readouterr().out

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from functions import run_folder
-from functions.checkpoint import CheckpointError, save_checkpoint
+from functions.support import run_folder
+from functions.support.checkpoint import CheckpointError, save_checkpoint
 
 
 def make_run(runs, name, steps, total=100):

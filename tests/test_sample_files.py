@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 import sample
-from functions import sample_files, sample_grids
-from functions.checkpoint import CheckpointError
-from functions.run_folder import locked
-from functions.sample_files import FolderError, ImageWriter, existing, image_path
-from functions.stopping import TrainingError
+from functions.sampling import files, grids
+from functions.sampling.files import FolderError, ImageWriter, existing, image_path
+from functions.support.checkpoint import CheckpointError
+from functions.support.errors import TrainingError
+from functions.support.run_folder import locked
 from tests.conftest import ROOT, call, script
 
 FLAGS = ["--individual", "-n", 22, "--batch-size", 4, "--steps", 30, "--device", "cpu"]
@@ -156,7 +156,7 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
         there.append((numbers.start, existing(tmp_path)))
 
     monkeypatch.setattr(ImageWriter, "write", write)
-    monkeypatch.setattr(sample_grids, "MOST_IN_GRID", 4)
+    monkeypatch.setattr(grids, "MOST_IN_GRID", 4)
     call(sample.main, tiny_run, "--individual", "--n", 10, "--batch-size", 2, "--steps", 2, "--out", tmp_path)
     assert [start for start, _ in there] == [0, 2, 4, 6, 8]
     assert all(found >= set(range(start)) for start, found in there)
@@ -170,9 +170,9 @@ def test_a_failed_write_ends_the_script(tmp_path):
 
 
 def test_images_that_never_come_are_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_files, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
     with pytest.raises(TrainingError, match="2 images do not come"):
-        sample_files.wait_for_all(tmp_path, 2)
+        files.wait_for_all(tmp_path, 2)
 
 
 def test_numbers_beyond_five_digits_keep_the_names_of_the_others(tmp_path):

@@ -7,8 +7,8 @@ from PIL import Image
 
 import sample
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampler_settings import SAMPLERS, SamplerSettings, add_sampler_flags
-from functions.samplers import SamplingError
+from functions.sampling.options import SAMPLERS, SamplerSettings, add_sampler_flags
+from functions.support.errors import SamplingError
 from tests.conftest import ROOT, call, script
 
 
@@ -73,8 +73,8 @@ def test_a_part_of_the_way_is_done_in_the_steps_of_the_whole():
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(flags, message, tmp_path, capsys):
     """Refused before any checkpoint is looked for."""
-    from functions.command_line import plain_errors
-    from functions.sample_script import ERRORS
+    from functions.sampling.script import ERRORS
+    from functions.support.command_line import plain_errors
 
     with pytest.raises(SystemExit) as ended, plain_errors(*ERRORS):
         call(sample.main, "no/such/run", *flags, "--out", tmp_path / "out")

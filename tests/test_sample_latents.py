@@ -6,13 +6,14 @@ import torch
 from PIL import Image
 
 import sample
-from functions import latent_pictures
-from functions.draws import ImageNoise
-from functions.latents import depth_of, interpolate_images, interpolate_seeds, lerp, slerp, variations
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampler_settings import SAMPLERS, SamplerSettings
-from functions.samplers import SamplingError
-from functions.sampling import Drawing, generate, noise_predictor
+from functions.prediction import Denoiser
+from functions.sampling import latent_pictures
+from functions.sampling.generation import Drawing, generate
+from functions.sampling.latents import depth_of, interpolate_images, interpolate_seeds, lerp, slerp, variations
+from functions.sampling.options import SAMPLERS, SamplerSettings
+from functions.support.errors import SamplingError
+from functions.support.random_numbers import ImageNoise
 from tests.conftest import call, small_unet
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def network():
 
 
 def drawing_of(network, settings=SamplerSettings(steps=10), seed=5):  # noqa: B008 (frozen)
-    return Drawing(noise_predictor(network, CPU, torch.float32), NoiseScheduler(100), settings, (3, 16, 16), seed, CPU)
+    return Drawing(Denoiser(network), NoiseScheduler(100), settings, (3, 16, 16), seed, CPU)
 
 
 def test_slerp_keeps_the_distribution_of_noise_and_lerp_does_not():
@@ -64,7 +65,7 @@ def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
         x_t = drawing.scheduler.q_sample(ends[i : i + 1], torch.tensor([49]), noise.draw())
         times = [49, 39, 29, 19, 9, -1]
         own = SAMPLERS["ddpm"](
-            drawing.eps_model, drawing.scheduler, x_t, times=times, step_noise=lambda k, n=noise: n.draw()
+            drawing.model, drawing.scheduler, x_t, steps=times, step_noise=lambda k, n=noise: n.draw()
         )
         torch.testing.assert_close(row[place], own[0], rtol=1e-3, atol=1e-3)
 

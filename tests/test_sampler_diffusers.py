@@ -90,7 +90,7 @@ def test_dpm_solver_agrees_with_diffusers_step_for_step(steps, stop, spacing, or
     times = sampling_times(NoiseScheduler(1000), steps, spacing, stop=stop)
     scheduler.set_timesteps(timesteps=times[:-1])
     expected = their_states(scheduler, pure_noise())
-    ours = our_states(sampler, 1000, times=times, clip_x_0=False)
+    ours = our_states(sampler, 1000, steps=times, clip_x_0=False)
     assert_close(ours, expected.double(), rtol=0, atol=1e-4)
 
 
@@ -104,7 +104,7 @@ def test_the_sde_form_of_dpm_solver_agrees_with_diffusers_step_for_step(steps, s
     expected = their_states(scheduler, pure_noise(), generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)
     draw = lambda k: torch.randn(pure_noise().shape, generator=generator).double()  # theirs is float32
-    ours = our_states(dpm_solver_sample, 1000, times=times, eta=1.0, clip_x_0=False, step_noise=draw)
+    ours = our_states(dpm_solver_sample, 1000, steps=times, eta=1.0, clip_x_0=False, step_noise=draw)
     assert_close(ours, expected.double(), rtol=0, atol=1e-4)
 
 

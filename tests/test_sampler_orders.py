@@ -1,7 +1,6 @@
 """Every sampler converges to the data, as fast as its order says, where the ideal denoiser is known in closed form."""
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,7 +119,7 @@ def test_the_error_falls_with_the_order(sampler, spacing, order, of):
     errors = []
     for steps in (128, 256, 512):
         times = sampling_times(scheduler, steps, spacing, START, STOP)
-        errors.append((sampler(model, scheduler, x_T, times=times, clip_x_0=False) - exact).abs().max())
+        errors.append((sampler(model, scheduler, x_T, steps=times, clip_x_0=False) - exact).abs().max())
     print(f"{sampler.__name__}, {spacing}, {of}: {slopes(errors)}")
     assert slopes(errors) == pytest.approx([order] * 2, abs=0.25)
     assert errors[-1] < 10 * 0.02**order
@@ -131,18 +130,20 @@ def test_ipndm_is_of_order_4_on_equal_steps_from_exact_start_values(of):
     """And of order 2 on the same steps with its own start, whose first step is of order 1."""
     make, shape = DATA[of]
     data, sigma = make(), torch.arange(1, T + 1, dtype=torch.float64) / T  # even steps in t are even in sigma
-    scheduler = SimpleNamespace(timesteps=T, alphas_cumprod=1 / (1 + sigma**2))
+    scheduler = NoiseScheduler(T)
+    scheduler.alphas_cumprod = 1 / (1 + sigma**2)
+    scheduler.alpha_bars = [*scheduler.alphas_cumprod.tolist(), 1.0]
     model = ideal_model(data, scheduler)
     x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact_start, own_start = [], []
     for steps in (64, 128, 256):
         times = sampling_times(scheduler, steps, "trailing", START, T // 5 - 1)  # sigma from 1 to 0.2
         exact = exact_path(data, scheduler, x, times[0], times[-1])
-        own_start.append((ipndm_sample(model, scheduler, x, times=times, clip_x_0=False) - exact).abs().max())
+        own_start.append((ipndm_sample(model, scheduler, x, steps=times, clip_x_0=False) - exact).abs().max())
 
         states = [x, *(exact_path(data, scheduler, x, times[0], t, 50) for t in times[1:4])]
         history = [model(state, torch.full((8,), t)) for state, t in zip(states[:3], times[:3], strict=True)]
-        x_end = ipndm_sample(model, scheduler, states[3], times=times[3:], history=history, clip_x_0=False)
+        x_end = ipndm_sample(model, scheduler, states[3], steps=times[3:], history=history, clip_x_0=False)
         exact_start.append((x_end - exact).abs().max())
     print(f"ipndm_sample, even in sigma, {of}: {slopes(exact_start)}; own start {slopes(own_start)}")
     assert slopes(exact_start) == pytest.approx([4] * 2, abs=0.35)
@@ -176,6 +177,6 @@ def test_ddim_encode_finds_the_noise_of_an_image(start, stop):
     errors = []
     for steps in (128, 256, 512):
         times = sampling_times(scheduler, steps, "logsnr", start, stop)
-        x = ddim_encode(ideal_model(data, scheduler), scheduler, a_end.sqrt() * images, times=times)
+        x = ddim_encode(ideal_model(data, scheduler), scheduler, a_end.sqrt() * images, steps=times)
         errors.append((x - exact).abs().max())
     assert slopes(errors) == pytest.approx([1] * 2, abs=0.1)

@@ -11,13 +11,15 @@ from PIL import Image
 import sample
 import sampleFFHQ
 from data.pixels import to_uint8
-from functions.checkpoint import CheckpointError
-from functions.export import load_weights
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampler_settings import SAMPLERS, SamplerSettings
-from functions.samplers import SamplingError
-from functions.sampling import Drawing, Keep, frame_steps, generate, noise_predictor, rebuild
-from functions.visualize import SMALLEST_SIDE, plot_losses, save_gif, save_grid, save_strip
+from functions.prediction import Denoiser
+from functions.sampling.generation import Drawing, Keep, frame_steps, generate, rebuild
+from functions.sampling.options import SAMPLERS, SamplerSettings
+from functions.support.checkpoint import CheckpointError
+from functions.support.errors import SamplingError
+from functions.support.export import load_weights
+from functions.support.pictures import SMALLEST_SIDE, save_gif, save_grid, save_strip
+from functions.training.metrics import plot_losses
 from models.unet import UNet
 from tests.conftest import call, small_unet
 
@@ -111,8 +113,8 @@ def test_fewer_steps_of_ddpm_are_those_of_ddim_with_eta_1(network):
 @pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
 def test_the_host_never_waits_for_the_gpu(network, settings):
     device = torch.device("cuda")
-    model, scheduler = copy.deepcopy(network).to(device), NoiseScheduler(100).to(device)
-    drawing = Drawing(noise_predictor(model, device, torch.float32), scheduler, settings, (3, 16, 16), 0, device)
+    model, scheduler = copy.deepcopy(network).to(device), NoiseScheduler(100)
+    drawing = Drawing(Denoiser(model), scheduler, settings, (3, 16, 16), 0, device)
     noise, times = drawing.noise(range(4)), settings.times(scheduler)
     drawing.decode(noise.draw(), times, noise.draw)  # the first call loads kernels
     x_T, torch_mode = noise.draw(), torch.cuda.get_sync_debug_mode()

@@ -7,7 +7,7 @@ import pytest
 import evaluate
 import sample
 import train
-from functions.metrics import read_metrics
+from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, script
 from tests.kill import assert_same_run
 

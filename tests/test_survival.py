@@ -10,9 +10,9 @@ import pytest
 
 import sample
 import train
-from functions import run_folder
-from functions.checkpoint import CheckpointError
-from functions.metrics import read_metrics
+from functions.support import run_folder
+from functions.support.checkpoint import CheckpointError
+from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, during, interrupt, newest, posix, script
 from tests.kill import assert_same_run, kill_and_resume
 
@@ -57,7 +57,7 @@ def test_a_second_signal_ends_the_process_at_once():
     """At once means a second later: a scheduler's signal to all, and torchrun's for the same reason, are one."""
     code = """
 import signal, time
-from functions.stopping import StopSignals
+from functions.training.stopping import StopSignals
 with StopSignals():
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)

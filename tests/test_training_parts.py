@@ -12,12 +12,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from config import EXPERIMENTS
-from functions.draws import ImageNoise, seed_of, training_draws
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
-from functions.metrics import MetricsLog, TrainingWindow, read_metrics
 from functions.noise_scheduler import NoiseScheduler
-from functions.validation import validation_loss
+from functions.support.random_numbers import ImageNoise, seed_of, training_draws
+from functions.training.metrics import MetricsLog, TrainingWindow, read_metrics
+from functions.training.validation import validation_loss
 from train import learning_rate, rotation_limit
 
 
@@ -162,7 +162,7 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
 
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
     now, counts, skipped = [100.0], torch.tensor(0.0), torch.tensor(1.0)
-    monkeypatch.setattr("functions.metrics.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("functions.training.metrics.time.perf_counter", lambda: now[0])
     window = TrainingWindow(torch.device("cpu"), 2)
     window.add(torch.tensor(3.0), counts)
     now[0] += 2

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 from torch.testing import assert_close
 
 from benchmarks.compare_arms import Shape, build_diffusers
-from models.blocks import ResidualBlock, SelfAttention
-from models.time_embedding import sinusoidal_embedding
+from models.blocks import ResidualBlock, SelfAttention, Upsample, doubled_kernel, sinusoidal_embedding
 from models.unet import UNet
 
 PAPER = {
@@ -185,3 +185,27 @@ def test_an_odd_embedding_is_refused(dim):
 def test_levels_that_miss_the_lowest_resolution_are_refused():
     with pytest.raises(ValueError, match="not to lowest_resolution_size = 8"):
         UNet(32, 3, 8, [1, 2, 2, 2], [1], 32)
+
+
+@pytest.mark.parametrize("size", [5, 16])  # below and above WORTH_DOUBLING
+def test_upsampling_is_nearest_neighbour_and_convolution(size):
+    upsample = Upsample(4).double()
+    x = torch.randn(2, 4, size, size, dtype=torch.float64, requires_grad=True)
+    plain = lambda x: upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    results = []
+    for way in (upsample, plain):
+        y = way(x)
+        seen = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        results.append([y, *torch.autograd.grad(y, [x, *upsample.parameters()], seen)])
+    assert results[0][0].shape == (2, 4, 2 * size, 2 * size)
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_the_doubled_kernel_of_one_weight_is_a_square_of_four():
+    """Weight (0, 2) alone: output o sees the doubled pixel o + (0, 2) - 1, so each pixel fills 4 outputs."""
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[0, 0, 0, 2] = 1
+    expected = torch.zeros(4, 4)
+    expected[2:4, 0:2] = 1  # rows 2i + 1 and 2i + 2, columns 2j - 1 and 2j, where the kernel begins at 2i - 1, 2j - 1
+    assert_close(doubled_kernel(weight)[0, 0], expected)

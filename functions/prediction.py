@@ -1,0 +1,71 @@
+"""What a network's output means: the one place between a network and the mathematics.
+
+Samplers, the variational bound, figures and benchmarks ask `predict` for (x_0, eps) at (x_t, t). A network that
+predicts something else than eps needs other lines here, in `losses.py` and in `config.py`, and nowhere else.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from functions.noise_scheduler import NoiseScheduler, Timestep
+
+Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,) int64) -> eps (B, ...)
+
+
+class Denoiser:
+    """A trained network as a `Model`: its EMA weights if there are any, under autocast, eps in float32.
+
+    It leaves dropout as it is: `functions.sampling.generation.generation.evaluating` turns it off for a while.
+
+    Args:
+        model: the network.
+        ema_model: its average, which is called instead.
+        precision: of the network's matrix products and convolutions.
+    """
+
+    def __init__(self, model: nn.Module, ema_model: nn.Module | None = None, precision: torch.dtype = torch.float32):
+        self.network, self.precision = ema_model or model, precision
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        with autocast(x_t.device, self.precision):
+            return self.network(x_t.float(), t).float()
+
+
+def predict(
+    model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, clip_x_0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The x_0 that a model sees in x_t (Eq. 15 of Ho et al. 2020), and the eps that agrees with it.
+
+    Args:
+        model: a `Denoiser`, or any callable (x_t, t) -> eps.
+        x_t: (B, C, H, W) at timestep t: one for all, or (B,) int64. At t = -1 x_t is the clean image, of which models
+            know nothing: there the model is asked as at t = 0.
+        clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it.
+
+    Returns:
+        x_0 and eps, (B, C, H, W) each.
+    """
+    t_of_images = torch.full((len(x_t),), max(t, 0), device=x_t.device) if isinstance(t, int) else t
+    eps = model(x_t, t_of_images)
+    x_0 = scheduler.predict_x_0(x_t, t, eps)
+    if clip_x_0:
+        x_0 = x_0.clamp(-1, 1)
+        eps = scheduler.predict_eps(x_t, t, x_0)
+    return x_0, eps
+
+
+def scaled_eps(model: Model, eps_scale: float) -> Model:
+    """The model with its eps divided by eps_scale >= 1 (epsilon scaling, Ning et al. 2024, arXiv:2308.15321).
+
+    A model that meets its own errors, as in training it never did, predicts too much noise. Useful values are near 1,
+    such as 1.005.
+    """
+    return (lambda x_t, t: model(x_t, t) / eps_scale) if eps_scale != 1 else model
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    """Run the network's matrix products and convolutions in `precision`; in float32 this does nothing."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)

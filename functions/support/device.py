@@ -1,0 +1,163 @@
+"""Device, precision and memory layout: what the hardware really has, asked when a run starts."""
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPUINFO = Path("/proc/cpuinfo")  # where Linux lists the flags of the CPU
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
+CPU_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, 64-bit Arm
+
+
+class DeviceError(ValueError):
+    """The device or precision asked for is not there; the message says what is."""
+
+
+def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
+    """ "auto" (CUDA, then Apple's MPS, then the CPU) or a device by name, such as "cuda:1"; the process is set for it.
+
+    Args:
+        index: the GPU when the name gives none: each process of several takes its own.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and index is not None:
+            device = torch.device("cuda", index)
+    except RuntimeError as error:
+        raise DeviceError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
+    if not available.get(device.type):
+        there = ", ".join(kind for kind, there in available.items() if there)
+        raise DeviceError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {there}")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        there = f"there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+        raise DeviceError(f"device is {str(device)!r}, but {there}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what has no device of its own, such as pinned memory, would go to the first GPU
+    if device.type == "cpu":
+        keep_heap()
+    return device
+
+
+def keep_heap() -> None:
+    """Let this process keep the memory that it frees, with the GNU C library (elsewhere this does nothing).
+
+    By default that library gives large blocks back to the system at once, and all activations are such blocks: then
+    every forward pass has its memory zeroed and mapped in again, page by page. With 20 images of 128 x 128 that was a
+    fifth of a training step's time, and a third of a sampling step's. With this the peak is some 15% higher.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # another C library, or Windows
+        return
+    mallopt(M_MMAP_MAX, 0)  # no block of its own for any request
+    mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The network's dtype under autocast: as named, or with "auto" the fastest that the hardware has natively.
+
+    bfloat16 where the hardware has it, float16 on older CUDA GPUs (with a gradient scaler), float32 elsewhere. An
+    emulated bfloat16 would run, several times slower than float32, so emulation does not count.
+
+    Raises:
+        DeviceError: unknown name, or float16 on a device where it is not trained in.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
+        return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+    if name not in DTYPES:
+        raise DeviceError(f"precision is {name!r}; it must be auto, {', '.join(DTYPES)}")
+    if name == "float16" and device.type != "cuda":
+        raise DeviceError(f"precision is float16, which is for CUDA; on {device.type} use auto, bfloat16 or float32")
+    return DTYPES[name]
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has native bfloat16 instructions, by the flags that the Linux kernel lists."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:  # not Linux: float32 is the safe answer
+        return False
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split()
+    return any(flag in flags for flag in CPU_BF16_FLAGS)
+
+
+def cpu_name() -> str:
+    """The CPU's model, where Linux says it, or its architecture."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def choose_arithmetic(
+    precision: str, device: torch.device, saved: dict[str, str] | None
+) -> tuple[torch.dtype, torch.memory_format]:
+    """Precision and memory layout to train in: those that a resumed run was started with, if the device has them.
+
+    Otherwise `choose_precision`'s, and channels_last where it was measured faster: benchmarks/NOTES.md.
+
+    Args:
+        precision: the config's.
+        saved: what `arithmetic` gave when the run was started; None for a new one.
+    """
+    layout = torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
+    if not saved:
+        return choose_precision(precision, device), layout
+    layouts = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
+    try:
+        dtype = choose_precision(saved["precision"], device)
+    except DeviceError:  # float16, and now there is no CUDA
+        dtype = choose_precision("auto", device)
+    return dtype, layouts.get(saved["memory_format"], layout)
+
+
+def set_deterministic(deterministic: bool) -> None:
+    """With True PyTorch takes only kernels that give the same bits every time, and raises where it has none."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for that
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def arithmetic(
+    device: torch.device,
+    precision: torch.dtype,
+    memory_format: torch.memory_format,
+    processes: int,
+    batch_size: int,
+) -> dict[str, str | int]:
+    """All that decides in which order and precision numbers are added, beside the code: plain values for a checkpoint.
+
+    A resumed run is bit for bit the one that was not stopped only where all of these are the same.
+    """
+    on_cpu = device.type == "cpu"
+    return {
+        "precision": str(precision).removeprefix("torch."),
+        "memory_format": str(memory_format).removeprefix("torch."),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda"
+        else f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type,
+        "threads": torch.get_num_threads() if on_cpu else 0,
+        "processes": processes,
+        "batch_size": batch_size,
+        "torch": str(torch.__version__),  # which is no plain string
+    }  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, or Python, could not have the memory that it asked for."""
+    # The last is oneDNN's, which convolves on the CPU and says no more
+    texts = ("can't allocate memory", "not enough memory", "out of memory", "could not create a primitive")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )

@@ -1,0 +1,90 @@
+"""Pictures: grids, animations and strips of images. Images are uint8 (N, H, W, 3)."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+matplotlib.use("Agg")  # draws into files; a run on a server has no screen
+import matplotlib.pyplot as plt
+
+from functions.support.checkpoint import write_whole
+
+SMALLEST_SIDE = 96  # pixels; smaller images are enlarged in grids, where they are to be looked at
+GAP = 2  # white pixels between images, before enlarging
+
+
+def tile(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """(N, H, W, 3) -> one picture (H', W', 3) of all, with white gaps; about square unless columns are given."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return make_grid(batch, nrow=columns, padding=GAP, pad_value=255).permute(1, 2, 0).numpy()
+
+
+def enlarge(picture: np.ndarray, side: int) -> Image.Image:
+    """To a Pillow image, enlarged by the whole number that brings images of `side` pixels to SMALLEST_SIDE."""
+    factor = math.ceil(SMALLEST_SIDE / side) if side < SMALLEST_SIDE else 1
+    image = Image.fromarray(picture)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+
+
+def save_image(image: np.ndarray | Image.Image, path: Path) -> None:
+    """One image as a PNG, with exactly its pixels."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    write_whole(path, lambda file: image.save(file, "PNG"))
+
+
+def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> None:
+    """A PNG of all images in rows; small ones enlarged."""
+    save_image(enlarge(tile(images, columns), images.shape[1]), path)
+
+
+def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None, milliseconds: int = 80) -> None:
+    """An animated GIF of grids, one (N, H, W, 3) batch a frame; the last stays for two seconds.
+
+    All frames share the palette of the last one, so that colours do not flicker.
+    """
+    pictures = [enlarge(tile(frame, columns), frame.shape[1]) for frame in frames]
+    palette = pictures[-1].quantize(256)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    durations = [milliseconds] * (len(pictures) - 1) + [2000]
+    write_whole(
+        path,
+        lambda file: pictures[0].save(
+            file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
+        ),
+    )
+
+
+def save_strip(frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()) -> None:
+    """A figure with one row a sample and one column a frame.
+
+    Args:
+        frames: (N, H, W, 3), one for each column.
+        titles: over the columns.
+        row_titles: at the left of the N rows; none when left out.
+    """
+    rows, columns = len(frames[0]), len(frames)
+    left, top = 0.75 if row_titles else 0.0, 0.3  # inches, for the titles
+    width, height = 1.1 * columns + left, 1.1 * rows + top
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    for column, (frame, title) in enumerate(zip(frames, titles, strict=True)):
+        axes[0, column].set_title(title, fontsize=9)
+        for row in range(rows):
+            axes[row, column].imshow(frame[row], interpolation="bicubic")
+            axes[row, column].axis("off")
+    for row, title in enumerate(row_titles):
+        axes[row, 0].text(-0.08, 0.5, title, fontsize=9, ha="right", va="center", transform=axes[row, 0].transAxes)
+    figure.subplots_adjust(left / width + 0.005, 0.005, 0.995, 1 - top / height, 0.04, 0.04)
+    save_figure(figure, path)
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """A matplotlib figure as a PNG; closes it."""
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    plt.close(figure)

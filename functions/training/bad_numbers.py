@@ -1,0 +1,78 @@
+"""Steps whose loss or gradients are not finite numbers: found on the device, skipped, counted, and in the end fatal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from functions.support.errors import TrainingError
+from functions.support.run_folder import last_checkpoint
+
+SMALLEST_SCALE = 1.0  # of float16's losses: the scale is there to enlarge gradients; below 1 it has collapsed
+
+
+class BadNumbers:
+    """Watches every step without making the host wait for the device.
+
+    `check` gives the flag that a fused Adam takes as its `found_inf`: 1 makes it leave weights, moments and its count
+    of steps as they are, so the next step starts as if this one had not been. Counts are kept on the device, and the
+    host looks at them in `read`, every some steps.
+
+    Args:
+        step, skipped, in_a_row, longest, last: where a resumed run stood, as `state` gave it.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        step: int = 0,
+        skipped: int = 0,
+        in_a_row: int = 0,
+        longest: int = 0,
+        last: Sequence[float] = (0, 0, 0),
+    ):
+        self.step, self.skipped, self.in_a_row, self.longest = (
+            torch.tensor(count, device=device) for count in (step, skipped, in_a_row, longest)
+        )
+        # Of the last bad step: its number, loss and gradient norm
+        self.last = torch.tensor(list(last), dtype=torch.float32, device=device)
+
+    def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """() float32: 1 if the step's loss () or the norm of its gradients () is not finite, else 0."""
+        bad = ~(loss.isfinite() & grad_norm.isfinite())
+        self.step += 1
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+        self.last = torch.where(bad, torch.stack([self.step.float(), loss.float(), grad_norm.float()]), self.last)
+        return bad.float()
+
+    def state(self) -> dict[str, int | list[float]]:
+        """Plain numbers for a checkpoint."""
+        return {name: getattr(self, name).tolist() for name in ("step", "skipped", "in_a_row", "longest", "last")}
+
+    def read(self, limit: int, learning_rate: float, scaler: torch.amp.GradScaler, run: Path) -> int:
+        """How many steps have been skipped so far.
+
+        Raises:
+            TrainingError: `limit` in a row were since the last `read`, or float16's loss scale has collapsed.
+        """
+        longest, scale = self.longest.item(), scaler.get_scale()
+        self.longest = self.in_a_row.clone()
+        step, loss, grad_norm = self.last.tolist()
+        numbers = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}, learning rate {learning_rate:.3g}"
+        numbers += f", loss scale {scale:g}" if scaler.is_enabled() else ""
+        if longest >= limit:
+            raise TrainingError(
+                f"{longest} steps in a row had a loss or gradients that are not finite numbers; the last was step "
+                f"{step:.0f} ({numbers}). They changed no weights. Lower the learning rate, clip gradients, or train "
+                f"in float32. Last good checkpoint: {last_checkpoint(run)}"
+            )
+        if scaler.is_enabled() and scale < SMALLEST_SCALE:
+            raise TrainingError(
+                f"the loss scale of float16 has collapsed to {scale:g}: gradients overflow at any scale; the last "
+                f"skipped step was {step:.0f} ({numbers}). Train in bfloat16 or float32. Last good checkpoint: "
+                f"{last_checkpoint(run)}"
+            )
+        return self.skipped.item()

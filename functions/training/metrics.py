@@ -1,0 +1,162 @@
+"""A run's numbers: metrics.csv for people and scripts, TensorBoard for watching, one source for both."""
+
+import csv
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from matplotlib.ticker import LogLocator
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from functions.support.checkpoint import write_whole
+from functions.support.pictures import plt, save_figure
+
+COLUMNS = (
+    "step",  # optimiser steps done
+    "epoch",  # passes over the training images done, as a fraction
+    "loss",  # training loss, the mean of the steps since the row before
+    "val_loss",  # on held-out images, raw weights; empty where it was not measured
+    "val_loss_ema",  # the same, EMA weights
+    "bits_per_dim",  # variational bound on held-out images, EMA weights if there are any; empty likewise
+    "grad_norm",  # of the last step, before clipping
+    "learning_rate",
+    "images_per_second",  # training alone, without validation and samples
+    "skipped_steps",  # so far, as their loss or gradients were not finite numbers
+)
+
+
+class MetricsLog:
+    """Appends rows to metrics.csv and TensorBoard; each row is handed to the system when `write` returns.
+
+    A context manager: leaving it, however that happens, closes the files.
+
+    Args:
+        run: the run folder.
+        resume_step: drop what an interrupted run logged after this step, since those steps are done again.
+    """
+
+    def __init__(self, run: Path, resume_step: int = 0):
+        self.path = run / "metrics.csv"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if self.path.exists() else []
+        lines = [",".join(COLUMNS), *(",".join(map(format_number, row.values())) for row in kept)]
+        write_whole(self.path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+        self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, **values: float) -> None:
+        """One row; columns that are not given stay empty."""
+        assert values.keys() <= set(COLUMNS), f"unknown columns: {values.keys() - set(COLUMNS)}"
+        with open(self.path, "a") as file:
+            file.write(",".join(format_number(values.get(column)) for column in COLUMNS) + "\n")
+        for column, value in values.items():
+            if column != "step":
+                self.tensorboard.add_scalar(column, value, values["step"])
+        self.tensorboard.flush()
+
+    def flush(self) -> None:
+        """Wait until every row is on the disk, where a power cut leaves it."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a metrics.csv, as numbers; None where a cell is empty.
+
+    A last row cut short is left out, and rows that are damaged, these with a loud line.
+    """
+    with open(path, newline="", errors="replace") as file:
+        whole = [line for line in file if line.endswith("\n")]
+    parse, rows = {"step": int}, []
+    for number, row in enumerate(csv.DictReader(whole), 2):
+        try:
+            values = {name: parse.get(name, float)(cell) if cell else None for name, cell in row.items()}
+            rows += [values] if isinstance(values["step"], int) else []
+        except (ValueError, TypeError, KeyError):
+            print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
+    return rows
+
+
+def format_number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class TrainingWindow:
+    """Loss and speed of the steps since the last row of metrics; the device is not waited for until `read`.
+
+    Args:
+        images_a_step: the effective batch.
+        loss_sum, steps: where a resumed run's window stood, as `state` gave it; their time is not known.
+    """
+
+    def __init__(self, device: torch.device, images_a_step: int, loss_sum: float = 0.0, steps: int = 0):
+        self.loss_sum, self.steps = (torch.tensor(float(value), device=device) for value in (loss_sum, steps))
+        self.images_a_step, self.steps_timed = images_a_step, 0
+        self.seconds, self.clock = 0.0, time.perf_counter()
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint between two rows has to remember, so that a resumed run's next row misses no step."""
+        return {"loss_sum": self.loss_sum.item(), "steps": int(self.steps.item())}
+
+    def add(self, loss: Tensor, skipped: Tensor) -> None:
+        """A step's loss (), summed over its images; one that was skipped (1, not 0) does not count."""
+        self.loss_sum += torch.where(skipped > 0, 0.0, loss)
+        self.steps += 1 - skipped
+        self.steps_timed += 1
+
+    def read(self) -> dict[str, float]:
+        """The mean loss of an image, nan if all steps were skipped, and the images a second; starts the next window."""
+        steps = self.steps.item()  # waits for the device, so the clock below is right
+        loss = self.loss_sum.item() / (steps * self.images_a_step) if steps else math.nan
+        self.seconds += time.perf_counter() - self.clock
+        row = {"loss": loss, "images_per_second": self.steps_timed * self.images_a_step / self.seconds}
+        self.loss_sum.zero_()
+        self.steps.zero_()
+        self.steps_timed = 0
+        self.seconds, self.clock = 0.0, time.perf_counter()
+        return row
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock: for what is not training."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        yield
+        self.clock = time.perf_counter()
+
+
+def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
+    """The training and validation curves of a metrics.csv; nothing when it has no rows yet."""
+    rows = read_metrics(metrics)
+    if not rows:
+        return
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    curves = {
+        "loss": ("training (raw weights, random t and noise)", {"color": "0.7", "linewidth": 1.2}),
+        "val_loss": ("validation, raw weights", {"color": "tab:orange", "marker": ".", "linewidth": 1.5}),
+        "val_loss_ema": ("validation, EMA weights", {"color": "tab:blue", "marker": ".", "linewidth": 1.5}),
+    }
+    for column, (label, style) in curves.items():
+        points = [(row["step"], row[column]) for row in rows if row[column] is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+    # The first steps start near 1, where nothing is learned yet, and would flatten the rest on a linear axis.
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.grid(color="0.92")
+    axis.set(xlabel="optimiser step", ylabel="mean squared error of the noise", title=title)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    save_figure(figure, path)

@@ -1,0 +1,163 @@
+"""What backward recomputes instead of keeping: the same numbers in less memory, and no convolution twice."""
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from functions.losses import noise_prediction_loss
+from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import autocast
+from functions.training.pass_memory import kept_for_backward
+from models.unet import UNet
+from tests.conftest import TINY, call, newest
+from tests.test_unet import PAPER, diffusers_twin
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MODES = ["none", "norms", "blocks"]
+MIB = 2**20
+
+
+def network(dropout=0.0, layout=torch.channels_last, size=32):
+    """With attention, and upsamplings of both kinds; nothing of it is zero."""
+    torch.manual_seed(0)
+    net = UNet(size, 3, size // 4, [1, 2, 4], [1], 16, dropout, norm_groups=4)
+    for parameter in net.parameters():
+        parameter.data.add_(0.03 * torch.randn_like(parameter))
+    return net.to(memory_format=layout)
+
+
+def loss_of(net, dtype=torch.float32):
+    """On fixed inputs."""
+    generator = torch.Generator().manual_seed(3)
+    x_0, noise = (torch.randn(3, 3, 32, 32, generator=generator) for _ in range(2))
+    torch.manual_seed(5)  # dropout
+    with autocast(CPU, dtype):
+        return noise_prediction_loss(net, NoiseScheduler(1000), x_0, torch.tensor([0, 300, 999]), noise).sum()
+
+
+def gradients(net, dtype=torch.float32):
+    """Without the keys' biases, whose gradients are rounding errors (see test_unet)."""
+    net.zero_grad()
+    loss_of(net, dtype).backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if "key.bias" not in name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_gradients_are_the_same_bit_for_bit(dropout, dtype):
+    found, net = {}, network(dropout)
+    for mode in MODES:
+        net.set_recompute(mode)
+        found[mode] = gradients(net, dtype)
+    for name in found["none"]:
+        assert torch.equal(found["none"][name], found["norms"][name]), name
+        assert torch.equal(found["none"][name], found["blocks"][name]), name
+
+
+def test_the_fast_layout_has_the_gradients_of_pytorch_s_own_layers():
+    """Contiguous tensors go through PyTorch's group norm; channels_last through ours."""
+    fast, plain = gradients(network()), gradients(network(layout=torch.contiguous_format))
+    for name, value in fast.items():
+        assert_close(value, plain[name], rtol=1e-3, atol=2e-5)
+
+
+def test_in_half_precision_the_fast_layout_is_as_near_to_the_truth():
+    truth = gradients(network(layout=torch.contiguous_format))
+    half = gradients(network(), torch.bfloat16)
+    plain = gradients(network(layout=torch.contiguous_format), torch.bfloat16)
+    error = lambda found: sum(((found[n] - truth[n]).norm() / truth[n].norm()).item() for n in truth) / len(truth)
+    assert error(half) < 1.1 * error(plain)
+    assert error(half) < 0.05
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts forward convolutions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.convolution.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_alone_are_recomputed_and_no_convolution(dtype):
+    repeated = {}
+    for mode in MODES:
+        net = network()
+        net.set_recompute(mode)
+        loss = loss_of(net, dtype)
+        with Convolutions() as repeated[mode]:
+            loss.backward()
+    assert repeated["none"].count == repeated["norms"].count == 0
+    assert repeated["blocks"].count > 20  # so the counter counts
+
+
+class Peer(torch.nn.Module):
+    """diffusers' network as `kept_for_backward` calls ours."""
+
+    def __init__(self, net: UNet2DModel):
+        super().__init__()
+        self.net, self.channels, self.image_size = net, 3, 128
+
+    def forward(self, x_t, t):
+        return self.net(x_t, t, return_dict=False)[0]
+
+
+def kept_per_image(net, dtype, device=CPU):
+    """Bytes, exact: of two more images."""
+    kept = [kept_for_backward(net, NoiseScheduler(1000), images, dtype, device) for images in (1, 3)]
+    return (kept[1] - kept[0]) / 2
+
+
+def test_little_is_kept_for_backward_at_the_reference_size():
+    """In bfloat16, beside diffusers' equal network, so that no gain is lost unseen."""
+    config = {**PAPER["reference"][0], "norm_groups": 32}
+    net, kept = UNet(channels=3, **config).to(memory_format=torch.channels_last), {}
+    for mode in MODES:
+        net.set_recompute(mode)
+        kept[mode] = kept_per_image(net, torch.bfloat16)
+    theirs = kept_per_image(Peer(diffusers_twin(config)), torch.bfloat16)
+    assert kept["norms"] <= 52 * MIB
+    assert kept["blocks"] <= 22 * MIB
+    assert kept["none"] < theirs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", MODES)
+def test_on_cuda_as_much_is_kept_as_is_counted(mode):
+    net = network(size=128).to(CUDA)
+    net.set_recompute(mode)
+
+    def allocated(images):
+        x_0, noise = (torch.randn(images, 3, 128, 128, device=CUDA) for _ in range(2))
+        t = torch.zeros(images, dtype=torch.int64, device=CUDA)
+        before = torch.cuda.memory_allocated()
+        with autocast(CUDA, torch.bfloat16):
+            loss = noise_prediction_loss(net, NoiseScheduler(1000), x_0, t, noise).sum()
+        kept = torch.cuda.memory_allocated() - before
+        del loss
+        return kept
+
+    allocated(1)
+    assert (allocated(12) - allocated(4)) / 8 == pytest.approx(kept_per_image(net, torch.bfloat16, CUDA), rel=0.05)
+
+
+def test_runs_with_every_kind_of_recomputation_end_alike(pictures, tmp_path):
+    runs = {}
+    for mode in MODES:
+        call(train.main, "faces", "--diffusion.dataset-name", pictures, *TINY, "--diffusion.recompute", mode,
+             "--runs", tmp_path / mode)  # fmt: skip
+        runs[mode] = newest(next((tmp_path / mode).iterdir()))
+    for name, value in runs["norms"]["model"].items():
+        assert torch.equal(value, runs["none"]["model"][name])
+        assert torch.equal(value, runs["blocks"]["model"][name])
+
+
+def test_a_resumed_run_may_recompute_more(unfinished, tiny_run):
+    call(train.main, "--resume", unfinished, "--diffusion.recompute", "blocks")
+    for name, value in newest(unfinished)["model"].items():
+        assert torch.equal(value, newest(tiny_run)["model"][name])
