@@ -199,10 +199,10 @@ class Experiment:
     def from_dict(config: dict) -> "Experiment":
         """The inverse of `to_dict`; `ConfigError` when fields are missing or unknown."""
         try:
-            gone = {"compile"}  # which runs of earlier versions still have
-            diffusion = {name: value for name, value in config["diffusion"].items() if name not in gone}
+            diffusion = dict(config["diffusion"])
+            diffusion.pop("compile", None)  # which runs of earlier versions have
             return Experiment(DiffusionConfig(**diffusion), ModelConfig(**config["model"]))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the saved config does not fit this version: {str(error)[:200]}") from error
 
     def warnings(self) -> list[str]:

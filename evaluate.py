@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from data.datasets import ImageSet, Split, hash_ids, load_images, split_images
 from data.pixels import to_model_range, to_uint8
@@ -46,19 +45,20 @@ from functions.evaluation.report import (
     write_result,
 )
 from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
 from functions.sampling.files import weights_hash
-from functions.sampling.generation import rebuild
+from functions.sampling.generation import Drawing, rebuild
 from functions.sampling.options import SamplerSettings
 from functions.support.checkpoint import CheckpointError
 from functions.support.command_line import Parser, plain_errors
-from functions.support.device import choose_device, choose_precision, set_deterministic
-from functions.support.errors import TrainingError
+from functions.support.device import DeviceError, choose_device, choose_precision, set_deterministic
+from functions.support.errors import SamplingError, TrainingError
 from functions.support.export import load_weights
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
 from models.unet import UNet
 
-ERRORS = (CheckpointError, DataError, EvaluationError, TrainingError, ValueError, OSError)
+ERRORS = (CheckpointError, DataError, DeviceError, EvaluationError, SamplingError, TrainingError, OSError)
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,10 @@ class Subject:
     """What is evaluated, on what."""
 
     checkpoint: Path
-    model: nn.Module
+    denoiser: Denoiser
     scheduler: NoiseScheduler
     facts: dict  # which weights, in which arithmetic: part of every result
     device: torch.device
-    precision: torch.dtype
     image_set: ImageSet
     split: Split
     folder: Path  # for results
@@ -102,7 +101,7 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
     candidates = find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs)
     precision = choose_precision(args.precision, device)
     checkpoint, (weights, config, run) = first_sound(candidates, load_weights)
-    model, scheduler = rebuild(UNet, weights, config, checkpoint, device)
+    denoiser, scheduler = rebuild(UNet, weights, config, checkpoint, device, precision)
     processes.say(f"{checkpoint}: {run['weights']} weights after {run['step']:,} of {run['total_steps']:,} steps")
     diffusion = config["diffusion"]
     image_set = load_images(
@@ -118,7 +117,7 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
         "device": device.type, "batch_size": args.batch_size, "seed": args.seed,
     }  # fmt: skip
     folder = args.out or folder_of(checkpoint) / "evaluation"
-    return Subject(checkpoint, model, scheduler, facts, device, precision, image_set, split, folder)
+    return Subject(checkpoint, denoiser, scheduler, facts, device, image_set, split, folder)
 
 
 def warn(processes: Processes, text: str) -> None:
@@ -134,8 +133,8 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
         return to_model_range(torch.from_numpy(images[indices]).to(subject.device))
 
     result = measure_bits_per_dim(
-        subject.model, subject.scheduler, x_0_of, split.val_indices, args.t_stride, args.images, args.batch_size,
-        args.seed, subject.precision, args.bpd_variance, not args.no_clip, processes, progress=processes.is_main,
+        subject.denoiser, subject.scheduler, x_0_of, split.val_indices, args.t_stride, args.images, args.batch_size,
+        args.seed, args.bpd_variance, not args.no_clip, processes, progress=processes.is_main,
     )  # fmt: skip
     if not processes.is_main:
         return
@@ -186,10 +185,9 @@ def evaluate_images(
 ) -> None:
     """FID, KID, precision and recall of samples."""
     metrics = tuple(name for name in args.metrics if name != "bpd")
-    generated = sample_features(
-        subject.model, subject.scheduler, sampler, args.n, subject.image_set.images.shape[1], args.seed,
-        args.batch_size, subject.device, subject.precision, extractor, to_uint8, processes,
-    )  # fmt: skip
+    shape = (3, *subject.image_set.images.shape[1:3])
+    drawing = Drawing(subject.denoiser, subject.scheduler, sampler, shape, args.seed, subject.device)
+    generated = sample_features(drawing, args.n, args.batch_size, extractor, to_uint8, processes)
     if not processes.is_main:
         return
     settings = {

@@ -23,7 +23,7 @@ from data.sources import DataError
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import autocast
+from functions.prediction import Denoiser, autocast
 from functions.support import run_folder
 from functions.support.checkpoint import CheckpointError, check_progress, load_checkpoint, restore
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
@@ -157,7 +157,8 @@ def train(
     # Model
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
     model = UNet(**vars(experiment.model)).to(device, memory_format=memory_format)
-    model.set_recompute(config.recompute)
+    # MPS cannot draw the same dropout again
+    model.set_recompute("none" if device.type == "mps" and experiment.model.dropout else config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -198,7 +199,8 @@ def train(
             "run": {"experiment": name, "total_steps": total_steps, "train_ids_hash": split.train_ids_hash,
                     "arithmetic": how},
         },
-        model=model, ema_model=ema_model, optimizer=optimizer, scaler=scaler, scheduler=scheduler,
+        model=model, ema_model=ema_model, optimizer=optimizer, scaler=scaler,
+        denoiser=Denoiser(model, ema_model, precision), scheduler=scheduler,
         window=TrainingWindow(device, config.effective_batch, **saved.get("window", {})),
         bad_numbers=BadNumbers(device, **saved.get("bad_numbers", {})),
         processes=processes, device=device, precision=precision, image_shape=image_shape,
@@ -210,23 +212,23 @@ def train(
                                         range(first_step, total_steps)))  # fmt: skip
     with out_of_memory_explained(memory, largest_pass, config.effective_batch, device, processes.count), books:
         network = processes.wrap(model, device)
-        if checkpoint and checkpoint["config"] != experiment.to_dict():
+        if checkpoint and Experiment.from_dict(checkpoint["config"]) != experiment:
             books.save(first_step)  # so that from now on the run is resumed as it was changed
         for step in range(first_step, total_steps):  # Algorithm 1, lines 1 and 6
-            # Lines 3 and 4: t and eps, of the whole effective batch; it is cut into forward passes of batch_size images
+            # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device)
             degrees, loss = rotation_limit(config, step / total_steps), torch.zeros((), device=device)
             for part in passes:
-                x_0 = to_model_range(next(batches))  # line 2: `micro_batches` shuffles each epoch by (seed, epoch)
+                x_0 = to_model_range(next(batches))  # line 2: from `micro_batches`
                 if config.use_augmentation:
                     x_0 = augment(x_0, draws.flip[part], degrees * draws.tilt[part] if degrees else None)
                 torch.manual_seed(seed_of(config.seed, "dropout", step, part.start))
                 with processes.accumulating(network, last=part is passes[-1]):
-                    with autocast(device, precision):  # line 5: the gradient of |eps - eps_theta(x_t, t)|^2, and below
+                    with autocast(device, precision):  # line 5: the loss, then its gradient
                         losses = noise_prediction_loss(network, scheduler, x_0, draws.t[part], draws.noise[part])
                     scaler.scale(losses.sum() * processes.count / config.effective_batch).backward()
                 loss += losses.detach().sum()
-            # the step: of Adam, which leaves out steps whose numbers are not finite, and of the average
+            # Line 5: the step, by Adam, which leaves it out where numbers are not finite; then the average
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)

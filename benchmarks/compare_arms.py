@@ -127,9 +127,7 @@ def configure(arm: Arm, module: nn.Module, plain: bool = False) -> Network:
     if arm.package == "ours":
         module.set_recompute(recompute)
     network = torch.compile(module) if compiled else module
-    if arm.package == "ours":
-        return network
-    if arm.package == "lucidrains":
+    if arm.package != "diffusers":
         return network
     if recompute == "blocks":
         module.enable_gradient_checkpointing()

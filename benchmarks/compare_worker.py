@@ -33,7 +33,7 @@ from benchmarks.compare_measures import (
 )
 from benchmarks.compare_replay import recorded, replay
 from functions.ema import update_ema
-from functions.prediction import autocast
+from functions.prediction import Denoiser
 from functions.support.device import DTYPES, keep_heap
 from functions.support.optimizer import Adam
 from functions.training.memory import MEMINFO, kilobytes
@@ -138,8 +138,9 @@ class Bench:
         """Seconds of a network call as samplers make it, the mean of several in a row."""
         x_t, t, _ = self.batch
         self.module.eval()
-        with torch.no_grad(), autocast(self.device, self.dtype):
-            seconds = seconds_of(lambda: self.network(x_t, t), self.device, count)
+        denoiser = Denoiser(self.network, precision=self.dtype)
+        with torch.no_grad():
+            seconds = seconds_of(lambda: denoiser(x_t, t), self.device, count)
         self.module.train()
         return seconds
 

@@ -20,7 +20,6 @@ from figures.experiment_results import Results
 from figures.experiments import AVERAGES, finished_run, own_average, weights_file
 from functions.evaluation.bits_per_dim import measure_bits_per_dim
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
 from functions.samplers import ddpm_sample
 from functions.sampling.generation import rebuild
 from functions.support.device import choose_device, choose_precision
@@ -31,10 +30,7 @@ from models.unet import UNet
 
 CALLS = 40
 BATCH = 40
-BITS_STRIDE, BITS_IMAGES = (
-    20,
-    45,
-)  # of bits/dim: a t in 20 or more, every second held-out image
+BITS_STRIDE, BITS_IMAGES = 20, 45  # bits/dim: of a t in 20 or more, and every second held-out image
 STARTED = ", started from noised images"
 EVERY_AVERAGE = ("T1000", "T1000-constant")  # arms whose samples are measured with every average; others: raw and own
 
@@ -108,18 +104,18 @@ def measure_weights(
     if not missing:
         return
     weights, config, _ = load_weights(weights_file(run, key.removesuffix(STARTED)))
-    model, scheduler = rebuild(UNet, weights, config, run, device)
     precision, data = choose_precision("auto", device), data_of(config, device)
+    denoiser, scheduler = rebuild(UNet, weights, config, run, device, precision)
     every = np.arange(len(data.held_out))
     held_out = lambda indices: data.held_out[indices]
     if results.get("data", "arms") is None:
         results.put(data_numbers(data, args.samples), "data", "arms")
 
     if "validation_loss" in missing:
-        loss = validation_loss(model, scheduler, held_out, every, 4 * len(every), BATCH, 0, precision)
+        loss = validation_loss(denoiser.network, scheduler, held_out, every, 4 * len(every), BATCH, 0, precision)
         results.put(loss, *place, key, "validation_loss")
     if "bits" in missing:
-        bits = measure_bits_per_dim(model, scheduler, held_out, every, BITS_STRIDE, BITS_IMAGES, precision=precision)
+        bits = measure_bits_per_dim(denoiser, scheduler, held_out, every, BITS_STRIDE, BITS_IMAGES)
         facts = {"total": bits.total, "se": bits.standard_error, "distortion": bits.distortion,
                  "prior": float(bits.prior.mean()), "images": len(bits.prior)}  # fmt: skip
         results.put(facts, *place, key, "bits")
@@ -127,9 +123,7 @@ def measure_weights(
         order = torch.randperm(len(data.train), generator=generator_of("cpu", "start"))[: args.samples]
         start = data.train[order] if STARTED in key else None
         count = args.samples if start is None else len(start)
-        images = arm_samples(
-            Denoiser(model, precision=precision), scheduler, count, data.train.shape[1:], device, start
-        )
+        images = arm_samples(denoiser, scheduler, count, data.train.shape[1:], device, start)
         results.put(count, *place, key, "samples")
         results.put(colours(images, data.train), *place, key, "colours")
         results.put(data.distance(images), *place, key, "distance")

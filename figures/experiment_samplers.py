@@ -20,7 +20,6 @@ from figures.experiment_features import data_numbers, data_of
 from figures.experiment_measures import in_batches
 from figures.experiment_results import Results, rounded
 from figures.experiments import ROOT
-from functions.prediction import Denoiser
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from functions.sampling.generation import rebuild
 from functions.support.device import choose_device
@@ -39,8 +38,7 @@ def measure(args: argparse.Namespace) -> None:
     device, results = choose_device(args.device), Results(args.results)
     checkpoint, *_ = find_checkpoints(args.faces or newest_finished())
     weights, config, facts = load_weights(checkpoint)
-    network, scheduler = rebuild(UNet, weights, config, checkpoint, device)
-    model = Denoiser(network)
+    model, scheduler = rebuild(UNet, weights, config, checkpoint, device)
     data, whole = data_of(config, device), scheduler.timesteps
     few = min(ODE_IMAGES, args.sampler_images)
     made_with = {"step": facts["step"], "weights": facts["weights"], "images": args.sampler_images, "error_images": few}

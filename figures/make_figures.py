@@ -24,7 +24,8 @@ from data.pixels import to_model_range, to_uint8  # noqa: E402
 from data.sources import DataError  # noqa: E402
 from figures.sampling_figures import draw_sampling  # noqa: E402
 from functions.noise_scheduler import NoiseScheduler  # noqa: E402
-from functions.sampling.generation import Keep, frame_steps, generate, rebuild  # noqa: E402
+from functions.sampling.generation import Drawing, Keep, frame_steps, generate, rebuild  # noqa: E402
+from functions.sampling.options import SamplerSettings  # noqa: E402
 from functions.support.checkpoint import CheckpointError  # noqa: E402
 from functions.support.command_line import Parser, plain_errors  # noqa: E402
 from functions.support.device import choose_device  # noqa: E402
@@ -227,11 +228,11 @@ def draw_run(checkpoint: Path) -> None:
     run, device = checkpoint.parent.parent, choose_device("auto")
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
     weights, config, _ = load_weights(checkpoint)
-    model, scheduler = rebuild(UNet, weights, config, checkpoint, device)
     size = config["model"]["image_size"]
+    denoiser, scheduler = rebuild(UNet, weights, config, checkpoint, device)
+    drawing = Drawing(denoiser, scheduler, SamplerSettings(), (3, size, size), 0, device)
     gif_steps, strip_steps = frame_steps(scheduler.timesteps, 40), frame_steps(scheduler.timesteps, 9)
-    samples = generate(model, scheduler, range(36), (3, size, size), 0, 36, device,
-                       keep=Keep(sorted({*gif_steps, *strip_steps})))  # fmt: skip
+    samples = generate(drawing, range(36), 36, Keep(sorted({*gif_steps, *strip_steps})))
     frames = {step: to_uint8(x).numpy() for step, x in samples.states.items()}
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)

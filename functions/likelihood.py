@@ -41,10 +41,14 @@ def terms_of(
     """
     device = x_0.device
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+
+    def in_float32(x_t: Tensor, t: Tensor) -> Tensor:
+        """The model where it is, and as it wants its input."""
+        return model(x_t.to(device, torch.float32), t.to(device)).to(home)
+
     x_0, t, noise = x_0.to(home, torch.float64), t.to(home), noise.to(home, torch.float64)
     x_t = scheduler.q_sample(x_0, t, noise)
-    network = lambda x_t, t: model(x_t.to(device), t.to(device)).to(home)  # which stays where it is
-    predicted, eps = predict(network, scheduler, x_t, t)
+    predicted, eps = predict(in_float32, scheduler, x_t, t)
     if clip_x_0:
         predicted = predicted.clamp(-1, 1)
     sigma_squared = model_variance(scheduler, t, variance)

@@ -10,7 +10,7 @@ from functions.noise_scheduler import NoiseScheduler
 def noise_prediction_loss(
     model: Callable[[Tensor, Tensor], Tensor], scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """L_simple of DDPM (Ho et al. 2020, Eq. 14, the body of Algorithm 1): ||eps - eps_theta(x_t, t)||^2.
+    """L_simple of DDPM (Ho et al. 2020, Eq. 14, Algorithm 1's line 5): ||eps - eps_theta(x_t, t)||^2 / (C H W).
 
     x_t is made in the precision of x_0 (float32), whatever the model computes in: in half precision the small noise
     of the first timesteps would drown in rounding.

@@ -46,8 +46,7 @@ class NoiseScheduler:
         self.timesteps = timesteps
         self.betas = torch.linspace(first, last, timesteps, dtype=torch.float64)  # (T,), on the CPU
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,)
-        self.alpha_bars = [*self.alphas_cumprod.tolist(), 1.0]  # the last for the clean image, where t = -1 finds it
-        self.tables: dict[torch.device, Tensor] = {}  # the same on each device that asks
+        self.tables: dict[torch.device, Tensor] = {}  # (T + 1,) on each device that asks: 1, and alphas_cumprod
 
     @property
     def terminal_snr(self) -> float:
@@ -56,13 +55,19 @@ class NoiseScheduler:
         return alpha_bar_T / (1 - alpha_bar_T)
 
     def alpha_bar(self, t: Timestep) -> Coefficient:
-        """alpha_bar at t, and 1 at t = -1, in float64: a Python number for an int, (B,) for (B,) timesteps."""
+        """alpha_bar at t, and 1 at t = -1, in float64: a Python number for an int, (B,) for (B,) timesteps.
+
+        Raises:
+            IndexError: t is not one of -1 .. T-1 (on CUDA, for (B,) timesteps, its own error).
+        """
         if isinstance(t, int):
-            return self.alpha_bars[t]
-        device = torch.device("cpu") if t.device.type == "mps" else t.device  # MPS has no float64
+            if not -1 <= t < self.timesteps:
+                raise IndexError(f"t is {t}; it can be 0 to {self.timesteps - 1}, and -1 for the clean image")
+            return self.alphas_cumprod[t].item() if t >= 0 else 1.0
+        device = torch.device("cpu") if t.device.type == "mps" else t.device  # MPS has no float64, so there this waits
         if device not in self.tables:
-            self.tables[device] = torch.tensor(self.alpha_bars, dtype=torch.float64, device=device)
-        return self.tables[device][t.to(device)]
+            self.tables[device] = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod]).to(device)
+        return self.tables[device][t.to(device) + 1]
 
     def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """Noise x_0 to step t at once (Eq. 4): sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
@@ -71,17 +76,17 @@ class NoiseScheduler:
             x_0: (B, C, H, W) images; t: (B,) int64, or an int; noise: (B, C, H, W) standard normal.
         """
         a_t = self.alpha_bar(t)
-        return at(a_t**0.5, x_0) * x_0 + at((1 - a_t) ** 0.5, x_0) * noise
+        return broadcast(a_t**0.5, x_0) * x_0 + broadcast((1 - a_t) ** 0.5, x_0) * noise
 
     def predict_x_0(self, x_t: Tensor, t: Timestep, eps: Tensor) -> Tensor:
         """The x_0 that x_t and its noise imply (Eq. 15): (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
         a_t = self.alpha_bar(t)
-        return (x_t - at((1 - a_t) ** 0.5, x_t) * eps) / at(a_t**0.5, x_t)
+        return (x_t - broadcast((1 - a_t) ** 0.5, x_t) * eps) / broadcast(a_t**0.5, x_t)
 
     def predict_eps(self, x_t: Tensor, t: Timestep, x_0: Tensor) -> Tensor:
         """The noise that x_t and x_0 imply: Eq. 15 the other way round, for use after x_0 was clipped."""
         a_t = self.alpha_bar(t)
-        return (x_t - at(a_t**0.5, x_t) * x_0) / at((1 - a_t) ** 0.5, x_t)
+        return (x_t - broadcast(a_t**0.5, x_t) * x_0) / broadcast((1 - a_t) ** 0.5, x_t)
 
     def step_beta(self, t: Timestep, s: Timestep) -> Coefficient:
         """beta of a step between t and an earlier s: 1 - alpha_bar_t / alpha_bar_s; `betas[t]` where s = t - 1.
@@ -104,10 +109,11 @@ class NoiseScheduler:
         a_t, a_s, beta = self.alpha_bar(t), self.alpha_bar(s), self.step_beta(t, s)
         of_x_0 = a_s**0.5 * beta / (1 - a_t)
         of_x_t = (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t)
-        return at(of_x_0, x_t) * x_0 + at(of_x_t, x_t) * x_t, at(self.posterior_variance(t, s), x_t)
+        mean = broadcast(of_x_0, x_t) * x_0 + broadcast(of_x_t, x_t) * x_t
+        return mean, broadcast(self.posterior_variance(t, s), x_t)
 
 
-def at(coefficient: Coefficient, images: Tensor) -> Coefficient:
+def broadcast(coefficient: Coefficient, images: Tensor) -> Coefficient:
     """A coefficient to multiply images with: (B,) becomes (B, 1, 1, 1) of their dtype, a Python number stays one."""
     if isinstance(coefficient, float):
         return coefficient

@@ -1,11 +1,12 @@
 """What a network's output means: the one place between a network and the mathematics.
 
-Samplers, the variational bound, figures and benchmarks ask `predict` for (x_0, eps) at (x_t, t). A network that
-predicts something else than eps needs other lines here, in `losses.py` and in `config.py`, and nowhere else.
+Samplers, the variational bound, figures and benchmarks ask `predict` for (x_0, eps) at (x_t, t). To let a network
+predict something else than eps, change three places: its loss in `losses.py`; `Denoiser`, which hands out eps whatever
+the network predicts; and a field of `config.py`, for `train.py` and `rebuild`, the two that make a `Denoiser`.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,6 @@ Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,) int64) -> ep
 
 class Denoiser:
     """A trained network as a `Model`: its EMA weights if there are any, under autocast, eps in float32.
-
-    It leaves dropout as it is: `functions.sampling.generation.generation.evaluating` turns it off for a while.
 
     Args:
         model: the network.
@@ -33,6 +32,16 @@ class Denoiser:
         with autocast(x_t.device, self.precision):
             return self.network(x_t.float(), t).float()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the network is without dropout; afterwards it is as it was."""
+        training = self.network.training
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train(training)
+
 
 def predict(
     model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, clip_x_0: bool = False
@@ -41,8 +50,8 @@ def predict(
 
     Args:
         model: a `Denoiser`, or any callable (x_t, t) -> eps.
-        x_t: (B, C, H, W) at timestep t: one for all, or (B,) int64. At t = -1 x_t is the clean image, of which models
-            know nothing: there the model is asked as at t = 0.
+        x_t: (B, C, H, W) at timestep t: one for all, or (B,) int64. At t = -1 x_t is the clean image, which models do
+            not know: they are asked as at t = 0. There x_0 is x_t, and nothing can be clipped.
         clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it.
 
     Returns:
@@ -61,8 +70,10 @@ def scaled_eps(model: Model, eps_scale: float) -> Model:
     """The model with its eps divided by eps_scale >= 1 (epsilon scaling, Ning et al. 2024, arXiv:2308.15321).
 
     A model that meets its own errors, as in training it never did, predicts too much noise. Useful values are near 1,
-    such as 1.005.
+    such as 1.005. `ValueError` below 1.
     """
+    if not 1 <= eps_scale < float("inf"):
+        raise ValueError(f"eps_scale is {eps_scale}; it can be 1 (leave eps as it is) or more")
     return (lambda x_t, t: model(x_t, t) / eps_scale) if eps_scale != 1 else model
 
 

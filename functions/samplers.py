@@ -67,13 +67,13 @@ def ddpm_sample(
     """
     if variance not in ("small", "large"):
         raise ValueError(f"variance is {variance!r}; it can be small or large")
-    x = x_T  # Algorithm 2, line 1
+    x = x_T  # Algorithm 2, line 1: drawn by the caller
     for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):  # line 2
-        x_0, _ = predict(model, scheduler, x, t, clip_x_0)  # Eq. 15
+        x_0, _ = predict(model, scheduler, x, t, clip_x_0)  # Eq. 15, by `scheduler.predict_x_0`
         mean, sigma_squared = scheduler.q_posterior(x_0, x, t, s)  # Eq. 7
         if variance == "large":
             sigma_squared = scheduler.step_beta(t, s)
-        z = noise_of(step_noise, k, x) if s >= 0 else 0.0  # line 3
+        z = noise_of(step_noise, k, x) if s >= 0 else 0.0  # line 3; s = -1 is the paper's t = 1
         x = mean + sigma_squared**0.5 * z  # line 4
         if on_step:
             on_step(k, t, x, x_0)

@@ -37,7 +37,9 @@ def sampling_times(
         ValueError: what was asked for is not within the schedule.
     """
     timesteps = scheduler.timesteps
-    if isinstance(steps, Sequence):
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing is {spacing!r}; it can be {' or '.join(SPACINGS)}")
+    if steps is not None and not isinstance(steps, int):
         times = [int(t) for t in steps]
         falling = all(after < before for before, after in pairwise(times))
         if len(times) < 2 or not falling or times[0] >= timesteps or times[-1] < -1:
@@ -57,9 +59,7 @@ def sampling_times(
         raise ValueError(f"steps is {steps}; {whole} takes 1 to {most}")
     if spacing == "trailing":
         return [*(stop + 1 + t for t in trailing_timesteps(most, steps)), stop]
-    if spacing == "logsnr":
-        return logsnr_timesteps(scheduler, steps, start, stop)
-    raise ValueError(f"spacing is {spacing!r}; it can be {' or '.join(SPACINGS)}")
+    return logsnr_timesteps(scheduler, steps, start, stop)
 
 
 def trailing_timesteps(timesteps: int, steps: int) -> list[int]:

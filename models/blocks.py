@@ -5,6 +5,7 @@ B = batch, C = channels, H, W = height, width. Every block keeps H and W but `Do
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +37,9 @@ def init_zero(layer: nn.Module) -> nn.Module:
 def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
     """`part(*inputs)`; if `wanted`, backward keeps the inputs alone and computes the rest again (Chen et al. 2016).
 
-    It computes again up to the last tensor that backward needs. A convolution needs its input, not its output, so of
-    "norm, SiLU, convolution" backward repeats the norm and the SiLU, and no convolution.
+    PyTorch's checkpoint stops as soon as the last tensor that backward needs is there again. A convolution's backward
+    needs its input, not its output. So of "norm, SiLU, convolution" the norm and the SiLU are repeated, and no
+    convolution.
     """
     if wanted and torch.is_grad_enabled():
         return checkpoint(part, *inputs, use_reentrant=False)
@@ -102,7 +104,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.recompute_norms = True  # in backward, instead of keeping what they give; see `UNet.set_recompute`
+        self.recompute_norms = False  # see `UNet.set_recompute`
 
     def reset_parameters(self) -> None:
         init_fan_average(self.conv_1)
@@ -112,24 +114,17 @@ class ResidualBlock(nn.Module):
             init_fan_average(self.shortcut)
 
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
-        """The parts (B, C_i, H, W) are concatenated to in_channels -> (B, out_channels, H, W)."""
-        recompute = self.recompute_norms and torch.is_grad_enabled()
-        if not recompute:
-            parts = [concatenated(*parts)]
-        shortcut = recomputing(recompute and len(parts) > 1, self.shortcut_of, *parts)
-        h = recomputing(recompute, self.layer_1, *parts)
+        """The parts (B, C_i, H, W) are concatenated to in_channels -> (B, out_channels, H, W).
+
+        A concatenation is recomputed with the norm behind it. Where nothing is recomputed, backward keeps it: once.
+        """
+        run = partial(recomputing, self.recompute_norms)
+        x = parts if self.recompute_norms else [concatenated(*parts)]
+        shortcut = run(lambda *x: self.shortcut(concatenated(*x)), *x)
+        h = run(lambda *x: self.conv_1(F.silu(self.norm_1(concatenated(*x)))), *x)
         h = h + self.time_projection(F.silu(time_embedding))[:, :, None, None]
-        h = recomputing(recompute, self.layer_2, h)
+        h = run(lambda h: self.conv_2(self.dropout(F.silu(self.norm_2(h)))), h)
         return h + shortcut
-
-    def layer_1(self, *parts: Tensor) -> Tensor:
-        return self.conv_1(F.silu(self.norm_1(concatenated(*parts))))
-
-    def layer_2(self, h: Tensor) -> Tensor:
-        return self.conv_2(self.dropout(F.silu(self.norm_2(h))))
-
-    def shortcut_of(self, *parts: Tensor) -> Tensor:
-        return self.shortcut(concatenated(*parts))
 
 
 def concatenated(*parts: Tensor) -> Tensor:
@@ -147,7 +142,7 @@ class SelfAttention(nn.Module):
         self.key = nn.Conv2d(channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        self.recompute_norms = True
+        self.recompute_norms = False
 
     def reset_parameters(self) -> None:
         for layer in (self.query, self.key, self.value):
@@ -163,7 +158,7 @@ class SelfAttention(nn.Module):
         return x + self.out(h)
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
-        """As one convolution, so that it has one input, and backward repeats the norm alone."""
+        """(B, C, H, W) -> (B, 3 C, H, W), as one convolution: of three, backward would repeat two."""
         layers = (self.query, self.key, self.value)
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return F.conv2d(self.norm(x), weight, bias)

@@ -1,6 +1,6 @@
 """The denoising network of DDPM: a U-Net that predicts the noise in x_t (Ho et al. 2020, Appendix B)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -108,7 +108,7 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(norm_groups, dim, NORM_EPS)
         self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
         self.reset_parameters()
-        self.set_recompute("norms")
+        self.set_recompute("none")
 
     def reset_parameters(self) -> None:
         """Initial weights as in Ho's code: fan-average uniform, zero biases, residual branches and output at zero."""
@@ -123,9 +123,12 @@ class UNet(nn.Module):
         """Choose what backward computes again instead of keeping it from the forward pass; the gradients are the same.
 
         Args:
-            recompute: "none"; "norms", all norms and activations, which is nearly free for images of 128 pixels; or
-                "blocks", everything between the inputs of the blocks, for most of another forward pass.
+            recompute: "none"; "norms", what lies between a block's input and a convolution: concatenation, norm,
+                activation and dropout, which is nearly free for images of 128 pixels; or "blocks", everything between
+                the inputs of the blocks, for most of another forward pass. `ValueError` for another.
         """
+        if recompute not in ("none", "norms", "blocks"):
+            raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")
         self.recompute = recompute
         for module in self.modules():
             if isinstance(module, (ResidualBlock, SelfAttention)):
@@ -144,25 +147,26 @@ class UNet(nn.Module):
         time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
         h = self.conv_in(x_t)  # (B, base_dim, H, W)
 
-        run = partial(recomputing, self.recompute == "blocks")  # a function on its arguments
+        run = partial(recomputing, self.recompute == "blocks")
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = run(layer, None, block, attention, time_embedding, h)
+                h = run(block_and_attention, block, attention, time_embedding, h)
                 skips.append(h)  # (B, dims[level], H / 2^level, W / 2^level)
             if "downsample" in stage:
                 h = run(stage["downsample"], h)  # half the height and width
                 skips.append(h)
 
-        h = run(layer, None, self.middle_block_1, self.middle_attention, time_embedding, h)
+        h = run(block_and_attention, self.middle_block_1, self.middle_attention, time_embedding, h)
         h = run(self.middle_block_2, time_embedding, h)
 
-        upsample = None
+        upsample = unchanged
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = run(layer, upsample, block, attention, time_embedding, h, skips.pop())
-                upsample = None
-            if "upsample" in stage:  # to twice the height and width, first thing in the next layer
+                # The upsampling is run with the block behind it, so that "blocks" keeps the small image, not the large
+                h = run(upsample_block_and_attention, upsample, block, attention, time_embedding, h, skips.pop())
+                upsample = unchanged
+            if "upsample" in stage:  # to twice the height and width
                 upsample = stage["upsample"]
         assert not skips, "every skip connection is used exactly once"
 
@@ -172,9 +176,20 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-def layer(
-    upsample: nn.Module | None, block: nn.Module, attention: nn.Module, time_embedding: Tensor, h: Tensor, *skip: Tensor
+def unchanged(h: Tensor) -> Tensor:
+    return h
+
+
+def block_and_attention(block: nn.Module, attention: nn.Module, time_embedding: Tensor, h: Tensor) -> Tensor:
+    return attention(block(time_embedding, h))
+
+
+def upsample_block_and_attention(
+    upsample: Callable[[Tensor], Tensor],
+    block: nn.Module,
+    attention: nn.Module,
+    time_embedding: Tensor,
+    h: Tensor,
+    skip: Tensor,
 ) -> Tensor:
-    """A block, with the upsampling before it and the attention after it: of this "blocks" keeps the inputs alone."""
-    h = upsample(h) if upsample else h
-    return attention(block(time_embedding, h, *skip))
+    return attention(block(time_embedding, upsample(h), skip))

@@ -12,6 +12,10 @@ import torch
 from PIL import Image
 
 import train
+from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
+from functions.sampling.generation import Drawing
+from functions.sampling.options import SamplerSettings
 from functions.support import run_folder
 from functions.support.checkpoint import load_checkpoint
 from models.unet import UNet
@@ -19,6 +23,7 @@ from models.unet import UNet
 ROOT = Path(train.__file__).resolve().parent
 
 # A network of 13,000 parameters on 16 x 16 images: the whole program in seconds.
+SETTINGS = SamplerSettings()
 TINY = [
     "--model.image-size", "16", "--model.lowest-resolution-size", "8", "--model.dim-multiply", "1,2",
     "--model.transformer-layers", "1", "--model.base-dim", "8", "--model.norm-groups", "2",
@@ -26,7 +31,7 @@ TINY = [
     "--diffusion.epochs", "2", "--diffusion.warmup-steps", "0", "--diffusion.log-every", "2",
     "--diffusion.validate-every", "5", "--diffusion.sample-every", "5", "--diffusion.checkpoint-every", "5",
     "--diffusion.validation-samples", "8", "--diffusion.grid-images", "4", "--diffusion.grid-steps", "4",
-    "--diffusion.precision", "float32", "--device", "cpu",
+    "--diffusion.precision", "float32", "--diffusion.recompute", "norms", "--device", "cpu",
 ]  # fmt: skip
 
 
@@ -78,6 +83,11 @@ def tiny_run(pictures, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     call(train.main, "faces", "--diffusion.dataset-name", pictures, "--runs", runs, *TINY)
     return next(runs.iterdir())
+
+
+def drawing_of(network, timesteps=100, settings=SETTINGS, seed=0, device="cpu") -> Drawing:
+    """How a network for images of 16 x 16 is sampled from."""
+    return Drawing(Denoiser(network), NoiseScheduler(timesteps), settings, (3, 16, 16), seed, torch.device(device))
 
 
 def small_unet() -> UNet:

@@ -88,7 +88,7 @@ def checkpoint_parts(seed: int) -> dict:
         parameter.grad = torch.randn_like(parameter)
     parts[2].step()
     model, ema, optimizer, scaler = states(*parts)
-    how = arithmetic(torch.device("cpu"), torch.float32, torch.channels_last, False, 1, 8)
+    how = arithmetic(torch.device("cpu"), torch.float32, torch.channels_last, 1, 8)
     run = {"experiment": "faces", "total_steps": 90, "step": 5, "train_ids_hash": "0123456789abcdef",
            "window": {"loss_sum": 12.5, "steps": 3}, "bad_numbers": BadNumbers(torch.device("cpu")).state(),
            "arithmetic": how}  # fmt: skip
@@ -137,7 +137,7 @@ class Checkpoints:
 
     def read(self, case: Case) -> list:
         weights, config, run = load_weights(case.path)
-        model, scheduler = rebuild(UNet, weights, config, case.path, CPU)
+        denoiser, scheduler = rebuild(UNet, weights, config, case.path, CPU)
         Experiment.from_dict(config)
         parts = training_parts()
         before = copy.deepcopy(states(*parts))
@@ -151,7 +151,7 @@ class Checkpoints:
             for value in state.values():
                 if isinstance(value, torch.Tensor) and not value.isfinite().all():
                     raise Fault("weights that are not finite were taken")
-        return [config, run, dict(model.state_dict()), scheduler.betas, states(*parts), step]
+        return [config, run, dict(denoiser.network.state_dict()), scheduler.betas, states(*parts), step]
 
     def judge(self, case: Case, result: list) -> str:
         return judge_same(self.results, case, result)
@@ -199,8 +199,8 @@ class Exported:
 
     def read(self, case: Case) -> list:
         weights, config, run = load_weights(case.path)
-        model, scheduler = rebuild(UNet, weights, config, case.path, CPU)
-        return [config, run, dict(model.state_dict()), scheduler.betas]
+        denoiser, scheduler = rebuild(UNet, weights, config, case.path, CPU)
+        return [config, run, dict(denoiser.network.state_dict()), scheduler.betas]
 
     def judge(self, case: Case, result: list) -> str:
         return judge_same(self.results, case, result)

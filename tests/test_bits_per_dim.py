@@ -6,13 +6,13 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from functions.evaluation.bits_per_dim import measure_bits_per_dim, strata_of
 from functions.likelihood import decoder_log_likelihood, model_variance, posterior_kl, prior_kl, terms_of
 from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
 from functions.support.processes import Processes
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -66,7 +66,12 @@ def test_terms_equal_the_closed_form_on_gaussian_data(variance):
     scheduler = NoiseScheduler(40)
     x_0 = (MU + S * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))).float()
     result = measure_bits_per_dim(
-        GaussianDenoiser(scheduler), scheduler, lambda i: x_0[i], np.arange(64), variance=variance, clip_x_0=False
+        Denoiser(GaussianDenoiser(scheduler)),
+        scheduler,
+        lambda i: x_0[i],
+        np.arange(64),
+        variance=variance,
+        clip_x_0=False,
     )
     expected = expected_terms(scheduler, variance)
     sampled = x_0.numel() ** -0.5 * 5 * math.sqrt(2)  # of a mean of squared normals
@@ -132,13 +137,16 @@ def test_far_tails_keep_their_digits():
 
 def test_variances_are_those_of_the_paper_s_code():
     """`p_mean_variance` clips the posterior's log-variance to that at t = 1, and takes it for the first beta too."""
+    beta = np.linspace(1e-4, 0.02, 1000)
+    a = np.cumprod(1 - beta)
+    posterior = beta * (1 - np.append(1.0, a[:-1])) / (1 - a)
     scheduler = NoiseScheduler(1000)
-    theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    posterior = torch.stack([theirs._get_variance(t, variance_type="fixed_small") for t in range(1000)]).double()
-    small, large = (model_variance(scheduler, torch.arange(1000), name).flatten() for name in ("small", "large"))
-    assert small[0] == large[0] == small[1]
-    torch.testing.assert_close(small[1:], posterior[1:], rtol=1e-3, atol=0)  # theirs is in float32
-    torch.testing.assert_close(large[1:], scheduler.betas[1:])
+    small, large = (
+        model_variance(scheduler, torch.arange(1000), name).flatten().numpy() for name in ("small", "large")
+    )
+    assert small[0] == large[0] == pytest.approx(posterior[1], rel=1e-9)
+    np.testing.assert_allclose(small[1:], posterior[1:], rtol=1e-9)
+    np.testing.assert_allclose(large[1:], beta[1:], rtol=1e-9)
 
 
 SMOOTH = torch.from_numpy(np.exp(-((LEVELS.numpy() - 0.1) ** 2) / (2 * 0.1**2)))
@@ -159,7 +167,7 @@ def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
     levels = LEVELS[weights > 0]
     drawn = torch.multinomial(p, 32 * 48, replacement=True, generator=torch.Generator().manual_seed(0))
     x_0 = levels[drawn].view(32, 3, 4, 4).float()
-    model = LevelsDenoiser(scheduler, levels, p)
+    model = Denoiser(LevelsDenoiser(scheduler, levels, p))
     result = measure_bits_per_dim(model, scheduler, lambda i: x_0[i], np.arange(32), t_stride=20, variance=variance)
     entropy = -(p * p.log2()).sum().item()
     assert entropy - 3 * result.standard_error < result.total < entropy + gap
@@ -170,7 +178,7 @@ def test_strides_are_unbiased():
     """The mean over many seeds is the full sum, whose noise is averaged too; its error is the one that is stated."""
     scheduler = NoiseScheduler(100)
     x_0 = (MU + S * torch.randn(400, 3, 4, 4, generator=torch.Generator().manual_seed(0))).float()
-    model, x_0_of = GaussianDenoiser(scheduler), lambda i: x_0[i]
+    model, x_0_of = Denoiser(GaussianDenoiser(scheduler)), lambda i: x_0[i]
     full = measure_bits_per_dim(model, scheduler, x_0_of, np.arange(400), clip_x_0=False, batch_size=4096)
     some = measure_bits_per_dim(model, scheduler, x_0_of, np.arange(400), 20, clip_x_0=False, batch_size=4096)
     assert some.terms.shape[1] < 30
@@ -190,7 +198,7 @@ def small_measurement(**options):
     scheduler = NoiseScheduler(40)
     x_0 = torch.randn(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     arguments = {"indices": np.arange(2, 10), "t_stride": 3, "batch_size": 8, **options}
-    return measure_bits_per_dim(GaussianDenoiser(scheduler), scheduler, lambda i: x_0[i], **arguments)
+    return measure_bits_per_dim(Denoiser(GaussianDenoiser(scheduler)), scheduler, lambda i: x_0[i], **arguments)
 
 
 def test_a_term_depends_on_seed_image_and_t_alone():

@@ -92,7 +92,6 @@ def test_the_contracts_fields_come_first_and_the_rest_have_defaults():
         ("ema_decay", 1, "below 1"),
         ("precision", "half", "one of auto, float32"),
         ("recompute", "all", '"none", "norms" or "blocks"'),
-        ("compile", "yes", '"auto", "on" or "off"'),
         ("seed", -1, "0 or more"),
         ("log_every", 0, "at least 1"),
         ("keep_checkpoints", 0, "at least 1"),

@@ -22,7 +22,7 @@ from functions.support.device import (
     keep_heap,
 )
 from functions.support.random_numbers import training_draws
-from tests.conftest import TINY, call, small_unet
+from tests.conftest import TINY, call, drawing_of, small_unet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -120,10 +120,9 @@ def test_a_resumed_run_keeps_the_arithmetic_that_it_was_started_with():
 
 @needs_cuda
 def test_samples_on_the_gpu_are_those_of_the_cpu():
-    model, scheduler = small_unet(), NoiseScheduler(100)
-    on_cpu = generate(model, scheduler, range(3), (3, 16, 16), 0, 3, CPU, progress=False)
-    model = copy.deepcopy(model).to(CUDA)
-    on_gpu = generate(model, scheduler, range(3), (3, 16, 16), 0, 3, CUDA, progress=False)
+    model = small_unet()
+    on_cpu = generate(drawing_of(model), range(3), 3, progress=False)
+    on_gpu = generate(drawing_of(copy.deepcopy(model).to(CUDA), device=CUDA), range(3), 3, progress=False)
     assert (on_gpu.images - on_cpu.images).abs().max() < 0.05
 
 

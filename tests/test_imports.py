@@ -42,6 +42,7 @@ def test_the_mathematics_imports_torch_and_itself_alone(name):
 def test_imports_never_turn_round(path):
     for module in imported(path):
         assert not module.startswith(("models", "config", "train", "sample", "evaluate")), module
+        assert not module.startswith("data") or module.startswith(("data.pixels", "dataclasses")), module
         package, _, rest = module.partition(".")
         room = rest.partition(".")[0]
         if package == "functions" and room in ROOMS:

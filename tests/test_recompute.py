@@ -1,5 +1,7 @@
 """What backward recomputes instead of keeping: the same numbers in less memory, and no convolution twice."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -11,6 +13,7 @@ from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import autocast
 from functions.training.pass_memory import kept_for_backward
+from models.group_norm import GroupNorm
 from models.unet import UNet
 from tests.conftest import TINY, call, newest
 from tests.test_unet import PAPER, diffusers_twin
@@ -20,28 +23,29 @@ MODES = ["none", "norms", "blocks"]
 MIB = 2**20
 
 
-def network(dropout=0.0, layout=torch.channels_last, size=32):
+def network(dropout=0.0, layout=torch.channels_last, size=32, seed=0):
     """With attention, and upsamplings of both kinds; nothing of it is zero."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net = UNet(size, 3, size // 4, [1, 2, 4], [1], 16, dropout, norm_groups=4)
     for parameter in net.parameters():
         parameter.data.add_(0.03 * torch.randn_like(parameter))
     return net.to(memory_format=layout)
 
 
-def loss_of(net, dtype=torch.float32):
+def loss_of(net, dtype=torch.float32, device=CPU):
     """On fixed inputs."""
     generator = torch.Generator().manual_seed(3)
-    x_0, noise = (torch.randn(3, 3, 32, 32, generator=generator) for _ in range(2))
+    x_0, noise = (torch.randn(3, 3, 32, 32, generator=generator).to(device) for _ in range(2))
+    t = torch.tensor([0, 300, 999], device=device)
     torch.manual_seed(5)  # dropout
-    with autocast(CPU, dtype):
-        return noise_prediction_loss(net, NoiseScheduler(1000), x_0, torch.tensor([0, 300, 999]), noise).sum()
+    with autocast(device, dtype):
+        return noise_prediction_loss(net, NoiseScheduler(1000), x_0, t, noise).sum()
 
 
-def gradients(net, dtype=torch.float32):
+def gradients(net, dtype=torch.float32, device=CPU):
     """Without the keys' biases, whose gradients are rounding errors (see test_unet)."""
     net.zero_grad()
-    loss_of(net, dtype).backward()
+    loss_of(net, dtype, device).backward()
     return {name: p.grad.clone() for name, p in net.named_parameters() if "key.bias" not in name}
 
 
@@ -64,13 +68,43 @@ def test_the_fast_layout_has_the_gradients_of_pytorch_s_own_layers():
         assert_close(value, plain[name], rtol=1e-3, atol=2e-5)
 
 
-def test_in_half_precision_the_fast_layout_is_as_near_to_the_truth():
-    truth = gradients(network(layout=torch.contiguous_format))
-    half = gradients(network(), torch.bfloat16)
-    plain = gradients(network(layout=torch.contiguous_format), torch.bfloat16)
-    error = lambda found: sum(((found[n] - truth[n]).norm() / truth[n].norm()).item() for n in truth) / len(truth)
-    assert error(half) < 1.1 * error(plain)
-    assert error(half) < 0.05
+def test_in_half_precision_the_own_norm_is_as_near_to_the_truth(monkeypatch):
+    """Gradients in bfloat16 beside those with PyTorch's norm: the mean over three networks of their relative errors."""
+    halves = [gradients(network(seed=seed), torch.bfloat16) for seed in range(3)]
+    monkeypatch.setattr(GroupNorm, "forward", torch.nn.GroupNorm.forward)
+    plain = [gradients(network(seed=seed), torch.bfloat16) for seed in range(3)]
+    truth = [gradients(network(seed=seed)) for seed in range(3)]
+    error = lambda found: sum(
+        ((f[name] - t[name]).norm() / t[name].norm()).item() / len(t) / 3
+        for f, t in zip(found, truth, strict=True) for name in t
+    )  # fmt: skip
+    assert error(halves) < 1.1 * error(plain)
+    assert error(halves) < 0.05
+
+
+def test_a_short_training_curve_in_bfloat16_is_that_of_pytorch_s_layers_in_float32():
+    def curve(net, dtype):
+        optimizer, generator, losses = torch.optim.Adam(net.parameters(), 2e-3), torch.Generator().manual_seed(0), []
+        colours = torch.rand(8, 3, 1, 1, generator=generator) * 2 - 1
+        for _ in range(60):
+            t = torch.randint(0, 1000, (8,), generator=generator)
+            noise = torch.randn(8, 3, 16, 16, generator=generator)
+            with autocast(CPU, dtype):
+                loss = noise_prediction_loss(net, NoiseScheduler(1000), colours.expand(8, 3, 16, 16), t, noise).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    torch.manual_seed(0)
+    net = UNet(16, 3, 8, [1, 2], [1], 16, norm_groups=4)
+    plain = curve(copy.deepcopy(net), torch.float32)
+    assert plain[-10:].mean() < 0.5 * plain[:10].mean()  # it learns, so there is something to compare
+    net = net.to(memory_format=torch.channels_last)
+    net.set_recompute("norms")
+    assert_close(curve(copy.deepcopy(net), torch.float32), plain, rtol=0.01, atol=0.002)
+    assert_close(curve(net, torch.bfloat16), plain, rtol=0.1, atol=0.03)
 
 
 class Convolutions(TorchDispatchMode):
@@ -123,7 +157,7 @@ def test_little_is_kept_for_backward_at_the_reference_size():
     theirs = kept_per_image(Peer(diffusers_twin(config)), torch.bfloat16)
     assert kept["norms"] <= 52 * MIB
     assert kept["blocks"] <= 22 * MIB
-    assert kept["none"] < theirs
+    assert 0.8 * theirs < kept["none"] < theirs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -144,6 +178,22 @@ def test_on_cuda_as_much_is_kept_as_is_counted(mode):
 
     allocated(1)
     assert (allocated(12) - allocated(4)) / 8 == pytest.approx(kept_per_image(net, torch.bfloat16, CUDA), rel=0.05)
+
+
+def test_another_mode_is_refused():
+    with pytest.raises(ValueError, match="recompute is 'norm'; it can be none, norms or blocks"):
+        network().set_recompute("norm")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", MODES)
+def test_on_cuda_the_gradients_are_those_of_the_cpu(mode):
+    net = network()
+    on_cpu = gradients(net)
+    net = net.to(CUDA)
+    net.set_recompute(mode)
+    for name, value in gradients(net, device=CUDA).items():
+        assert_close(value.cpu(), on_cpu[name], rtol=2e-2, atol=1e-3)  # tf32 convolutions
 
 
 def test_runs_with_every_kind_of_recomputation_end_alike(pictures, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 import train
 from config import ConfigError
-from functions.support.checkpoint import CheckpointError
+from functions.support.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from functions.training.metrics import read_metrics
 from tests.conftest import TINY, call, during, interrupt, newest, posix
 from tests.kill import assert_same_run
@@ -50,6 +50,20 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(pictures, tmp_pat
     torch.set_num_threads(2)
     call(train.main, "--resume", run, "--diffusion.epochs", 4)
     assert "note: threads was 1, is now 2: no longer bit for bit as if never stopped" in capsys.readouterr().out
+
+
+def test_a_run_of_a_version_with_compiled_norms_goes_on(unfinished, tiny_run):
+    """Its config has a field and its arithmetic a fact that are gone."""
+    path = sorted((unfinished / "checkpoints").iterdir())[-1]
+    checkpoint = load_checkpoint(path)
+    checkpoint.pop("format")
+    checkpoint["config"]["diffusion"]["compile"] = "auto"
+    checkpoint["run"]["arithmetic"]["compiled"] = False
+    save_checkpoint(path, **checkpoint)
+    written = path.stat().st_mtime_ns
+    call(train.main, "--resume", unfinished)
+    assert path.stat().st_mtime_ns == written  # nothing was changed, so it is not written anew
+    assert_same_run(unfinished, tiny_run)
 
 
 def test_deterministic_kernels_are_asked_for_and_only_then(pictures, tmp_path):

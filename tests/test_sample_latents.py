@@ -49,7 +49,7 @@ def test_between_two_seeds_the_ends_are_their_own_samples(network, sampler):
     settings = SamplerSettings(sampler, 10)
     drawing = drawing_of(network, settings)
     row = interpolate_seeds(drawing, (3, 8), WEIGHTS)
-    own = generate(network, NoiseScheduler(100), [3, 8], (3, 16, 16), 5, 2, CPU, settings=settings, progress=False)
+    own = generate(drawing, [3, 8], 2, progress=False)
     torch.testing.assert_close(row[[0, 2]], own.images, rtol=1e-3, atol=2e-3)
     assert (row[1] - row[0]).abs().mean() > 0.01
     assert (row[1] - row[2]).abs().mean() > 0.01
@@ -65,7 +65,7 @@ def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
         x_t = drawing.scheduler.q_sample(ends[i : i + 1], torch.tensor([49]), noise.draw())
         times = [49, 39, 29, 19, 9, -1]
         own = SAMPLERS["ddpm"](
-            drawing.model, drawing.scheduler, x_t, steps=times, step_noise=lambda k, n=noise: n.draw()
+            drawing.denoiser, drawing.scheduler, x_t, steps=times, step_noise=lambda k, n=noise: n.draw()
         )
         torch.testing.assert_close(row[place], own[0], rtol=1e-3, atol=1e-3)
 

@@ -11,8 +11,6 @@ from PIL import Image
 import sample
 import sampleFFHQ
 from data.pixels import to_uint8
-from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
 from functions.sampling.generation import Drawing, Keep, frame_steps, generate, rebuild
 from functions.sampling.options import SAMPLERS, SamplerSettings
 from functions.support.checkpoint import CheckpointError
@@ -21,7 +19,7 @@ from functions.support.export import load_weights
 from functions.support.pictures import SMALLEST_SIDE, save_gif, save_grid, save_strip
 from functions.training.metrics import plot_losses
 from models.unet import UNet
-from tests.conftest import call, small_unet
+from tests.conftest import call, drawing_of, small_unet
 
 CPU = torch.device("cpu")
 
@@ -38,8 +36,8 @@ EVERY_SAMPLER = [SamplerSettings(), SamplerSettings("ddpm", 8, variance="large")
 @pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
 def test_an_image_does_not_depend_on_its_batch(network, settings):
     def draw(images, batch_size):
-        return generate(network, NoiseScheduler(30), images, (3, 16, 16), 7, batch_size, CPU, settings=settings,
-                        keep=Keep(states=(0,)), progress=False)  # fmt: skip
+        drawing = drawing_of(network, 30, settings, seed=7)
+        return generate(drawing, images, batch_size, Keep(states=(0,)), progress=False)
 
     one, three, all_at_once = (draw(range(5), batch_size) for batch_size in (1, 3, 5))
     some = draw([4, 2], 2)
@@ -63,7 +61,7 @@ def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return network(x_t, t)
 
-    draw = lambda model, size: generate(model, NoiseScheduler(100), range(13), (3, 16, 16), 0, size, CPU, steps=5)
+    draw = lambda model, size: generate(drawing_of(model, settings=SamplerSettings(steps=5)), range(13), size)
     halved = draw(Small(), 8)
     errors = capsys.readouterr().err
     assert "out of memory with 8 images at a time: going on with 4" in errors
@@ -80,7 +78,7 @@ def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(net
 
         model = torch.nn.Module()
         model.forward = forward
-        return generate(model, NoiseScheduler(30), range(4), (3, 16, 16), 0, 2, CPU, progress=False)
+        return generate(drawing_of(model, 30), range(4), 2, progress=False)
 
     with pytest.raises(SamplingError, match="no memory for a single image at a time on cpu: CUDA out of memory"):
         fail(torch.OutOfMemoryError("CUDA out of memory.\nA long text"))
@@ -90,8 +88,7 @@ def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(net
 
 def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
     steps = frame_steps(100, 9)
-    samples = generate(network, NoiseScheduler(100), range(3), (3, 16, 16), 0, 2, CPU, progress=False,
-                       keep=Keep(steps, (1, 50, 100)))  # fmt: skip
+    samples = generate(drawing_of(network), range(3), 2, Keep(steps, (1, 50, 100)), progress=False)
     assert steps[0] == 0
     assert steps[-1] == 100
     assert list(samples.states) == steps
@@ -103,8 +100,7 @@ def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
 
 
 def test_fewer_steps_of_ddpm_are_those_of_ddim_with_eta_1(network):
-    draw = lambda settings: generate(network, NoiseScheduler(100), range(2), (3, 16, 16), 0, 2, CPU, settings=settings,
-                                     progress=False).images  # fmt: skip
+    draw = lambda settings: generate(drawing_of(network, settings=settings), range(2), 2, progress=False).images
     torch.testing.assert_close(draw(SamplerSettings(steps=10)), draw(SamplerSettings("ddim", 10, eta=1.0)),
                                rtol=1e-3, atol=1e-4)  # fmt: skip
 
@@ -113,9 +109,8 @@ def test_fewer_steps_of_ddpm_are_those_of_ddim_with_eta_1(network):
 @pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
 def test_the_host_never_waits_for_the_gpu(network, settings):
     device = torch.device("cuda")
-    model, scheduler = copy.deepcopy(network).to(device), NoiseScheduler(100)
-    drawing = Drawing(Denoiser(model), scheduler, settings, (3, 16, 16), 0, device)
-    noise, times = drawing.noise(range(4)), settings.times(scheduler)
+    drawing = drawing_of(copy.deepcopy(network).to(device), settings=settings, device=device)
+    noise, times = drawing.noise(range(4)), settings.times(drawing.scheduler)
     drawing.decode(noise.draw(), times, noise.draw)  # the first call loads kernels
     x_T, torch_mode = noise.draw(), torch.cuda.get_sync_debug_mode()
     waits = []  # how often it has waited by the end of each step; before the first one it may, to make the tables
@@ -131,7 +126,7 @@ def test_the_host_never_waits_for_the_gpu(network, settings):
 
 def test_sampling_leaves_the_training_mode_as_it_was(network):
     network.train()
-    generate(network, NoiseScheduler(100), range(1), (3, 16, 16), 0, 1, CPU, steps=1, progress=False)
+    generate(drawing_of(network, settings=SamplerSettings(steps=1)), range(1), 1, progress=False)
     assert network.training
 
 
@@ -161,8 +156,8 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
 
     # --individual images are the samples themselves, pixel for pixel
     weights, config, _ = load_weights(next((tiny_run / "checkpoints").glob("*10.pt")))
-    model, scheduler = rebuild(UNet, weights, config, tiny_run, CPU)
-    again = to_uint8(generate(model, scheduler, range(5), (3, 16, 16), 3, 64, CPU, progress=False).images).numpy()
+    drawing = Drawing(*rebuild(UNet, weights, config, tiny_run, CPU), SamplerSettings(), (3, 16, 16), 3, CPU)
+    again = to_uint8(generate(drawing, range(5), 64, progress=False).images).numpy()
     assert np.array_equal(again, np.stack([np.asarray(Image.open(path)) for path in singles]))
 
 

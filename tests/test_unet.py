@@ -49,15 +49,16 @@ def diffusers_twin(config):
     ))  # fmt: skip
 
 
-def copy_weights(theirs: UNet2DModel, ours: UNet) -> None:
-    """Give ours the weights of theirs, layer by layer, and check that every parameter of ours was set."""
-    seen = set()
+def copy_weights(theirs: UNet2DModel, ours: UNet) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Give ours the weights of theirs, layer by layer, and check that every parameter of ours was set: the pairs."""
+    seen, pairs = set(), []
 
     def layer(target: nn.Module, source: nn.Module) -> None:
         for name, parameter in target.named_parameters():
             value = dict(source.named_parameters())[name]
             parameter.data.copy_(value.reshape(parameter.shape))  # their attention has Linear for our 1x1 convolutions
             seen.add(id(parameter))
+            pairs.append((parameter, value))
 
     def block(target: ResidualBlock, source: nn.Module) -> None:
         for mine, other in {
@@ -98,6 +99,8 @@ def copy_weights(theirs: UNet2DModel, ours: UNet) -> None:
     layer(ours.norm_out, theirs.conv_norm_out)
     layer(ours.conv_out, theirs.conv_out)
     assert seen == {id(parameter) for parameter in ours.parameters()}
+    assert len({id(value) for _, value in pairs}) == len(pairs)  # each of theirs once
+    return pairs
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -107,10 +110,18 @@ def test_same_function_as_diffusers_with_the_same_weights(name):
     for parameter in theirs.parameters():  # norms and biases start at 1 and 0, where a mix-up would not show
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
-    copy_weights(theirs, ours)
+    pairs = copy_weights(theirs, ours)
     x_t, t = torch.randn(3, 3, ours.image_size, ours.image_size), torch.tensor([0, 421, 999])
     with torch.no_grad():
         assert_close(ours(x_t, t), theirs(x_t, t).sample, rtol=1e-5, atol=1e-5)
+    for recompute in ("none", "norms", "blocks"):
+        ours.set_recompute(recompute)
+        for net in (ours, theirs):
+            net.zero_grad()
+        ours(x_t, t).square().mean().backward()
+        theirs(x_t, t).sample.square().mean().backward()
+        for parameter, value in pairs:
+            assert_close(parameter.grad, value.grad.reshape(parameter.shape), rtol=1e-3, atol=2e-5)
 
 
 def test_on_the_meta_device_it_gives_shapes():

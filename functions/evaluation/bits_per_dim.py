@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from functions.likelihood import VARIANCES, terms_of
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.sampling.generation import evaluating
 from functions.support.processes import ALONE, Processes
 from functions.support.random_numbers import generator_of
 
@@ -104,7 +103,7 @@ def spread(values: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def measure_bits_per_dim(
-    model: nn.Module,
+    denoiser: Denoiser,
     scheduler: NoiseScheduler,
     x_0_of: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
@@ -112,7 +111,6 @@ def measure_bits_per_dim(
     images: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
-    precision: torch.dtype = torch.float32,
     variance: str = "small",
     clip_x_0: bool = True,
     processes: Processes = ALONE,
@@ -144,12 +142,11 @@ def measure_bits_per_dim(
     strata = strata_of(scheduler.timesteps, t_stride)
     t = torch.tensor([choose_t(strata, seed, int(image)) for image in chosen])  # (N, K)
 
-    denoiser = Denoiser(model, precision=precision)
     image_of, t_of = np.repeat(chosen, len(strata)), t.flatten()  # the pairs, image by image
     table = torch.zeros(4, len(t_of), dtype=torch.float64)
     starts = range(0, len(t_of), batch_size)[processes.rank :: processes.count]
     bar = tqdm(total=len(starts), unit="batch", desc="bits/dim", disable=not progress, dynamic_ncols=True)
-    with bar, evaluating(model):
+    with bar, denoiser.evaluating():
         for start in starts:
             pairs = slice(start, start + batch_size)
             x_0 = x_0_of(image_of[pairs])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from functions.evaluation.bits_per_dim import BitsPerDim
@@ -30,10 +30,8 @@ from functions.evaluation.features import (
 )
 from functions.evaluation.reference_statistics import Reference
 from functions.likelihood import VARIANCES
-from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
 from functions.sampling.generation import Drawing, generate_batches, image_bar
-from functions.sampling.options import SamplerSettings, add_sampler_flags
+from functions.sampling.options import add_sampler_flags
 from functions.support.checkpoint import write_whole
 from functions.support.command_line import positive
 from functions.support.device import DTYPES
@@ -147,30 +145,21 @@ def image_warnings(reference: dict, count: int, width: int) -> list[str]:
 
 
 def sample_features(
-    model: nn.Module,
-    scheduler: NoiseScheduler,
-    settings: SamplerSettings,
+    drawing: Drawing,
     n: int,
-    image_size: int,
-    seed: int,
     batch_size: int,
-    device: torch.device,
-    precision: torch.dtype,
     extractor: Extractor,
     to_pixels: Callable[[Tensor], Tensor],
     processes: Processes,
 ) -> Tensor:
     """Draw n images and keep their features, (n, D) float32; image i is the one that sample.py draws."""
-    drawing = Drawing(
-        Denoiser(model, precision=precision), scheduler, settings, (3, image_size, image_size), seed, device
-    )
     with image_bar(math.ceil(n / processes.count), processes.is_main) as bar:
 
         def make(batches: list[range]) -> Iterator[Tensor]:
             for drawn in generate_batches(drawing, batches, on_progress=bar.update):
                 yield to_pixels(drawn.images)
 
-        return collect_features(make, n, batch_size, extractor, image_size, processes)
+        return collect_features(make, n, batch_size, extractor, drawing.shape[1], processes)
 
 
 def real_features(

@@ -4,8 +4,7 @@ The scripts hand in the model's class and the conversion to pixels, so that this
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser, Model
+from functions.prediction import Denoiser
 from functions.samplers import OnStep
 from functions.sampling.fitting import Fitting
 from functions.sampling.options import SamplerSettings
 from functions.support.checkpoint import CheckpointError, load_into
 from functions.support.file_checks import short
 from functions.support.random_numbers import ImageNoise
-
-DEFAULT = SamplerSettings()
 
 
 @dataclass
@@ -55,7 +52,7 @@ NOTHING = Keep()
 class Drawing:
     """All that decides what image i is."""
 
-    model: Model
+    denoiser: Denoiser
     scheduler: NoiseScheduler
     settings: SamplerSettings
     shape: tuple[int, int, int]  # (C, H, W)
@@ -68,13 +65,18 @@ class Drawing:
 
     def decode(self, x_t: Tensor, times: Sequence[int], noise: Callable[[], Tensor], on_step: OnStep | None = None):
         """The state (B, C, H, W) at the first of `times` -> images; `noise` is asked in each step that adds some."""
-        return self.settings.sample(self.model, self.scheduler, x_t, times, lambda k: noise(), on_step)
+        return self.settings.sample(self.denoiser, self.scheduler, x_t, times, lambda k: noise(), on_step)
 
 
 def rebuild(
-    build_model: Callable[..., nn.Module], weights: dict[str, Tensor], config: dict, path: Path, device: torch.device
-) -> tuple[nn.Module, NoiseScheduler]:
-    """Model and schedule of a checkpoint, from what the checkpoint says alone.
+    build_model: Callable[..., nn.Module],
+    weights: dict[str, Tensor],
+    config: dict,
+    path: Path,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+) -> tuple[Denoiser, NoiseScheduler]:
+    """Network and schedule of a checkpoint, from what the checkpoint says alone.
 
     Raises:
         CheckpointError: its config and its weights do not fit each other.
@@ -100,41 +102,24 @@ def rebuild(
     # Without gradients and in float32, channels_last was the faster layout on the CPU too: 3.5 against 4.7 ms an image
     # of the faces network on 2 cores.
     model.to(device, memory_format=torch.channels_last)
-    return model.eval().requires_grad_(False), scheduler
+    return Denoiser(model.eval().requires_grad_(False), precision=precision), scheduler
 
 
 def generate(
-    model: nn.Module,
-    scheduler: NoiseScheduler,
-    images: Sequence[int],
-    shape: Sequence[int],
-    seed: int,
-    batch_size: int,
-    device: torch.device,
-    precision: torch.dtype = torch.float32,
-    settings: SamplerSettings = DEFAULT,
-    *,
-    steps: int | None = None,
-    keep: Keep = NOTHING,
-    progress: bool = True,
+    drawing: Drawing, images: Sequence[int], batch_size: int, keep: Keep = NOTHING, progress: bool = True
 ) -> Samples:
     """Draw images, at most `batch_size` at a time; image i depends on (seed, i) alone, whatever the sampler.
 
     Args:
         images: which ones, by their number i.
-        shape: (C, H, W) of an image.
-        precision: of the network; the steps between its calls are float32.
-        steps: another number than that of the settings.
         keep: of the way to them.
         progress: show a bar.
 
     Returns:
         Everything on the CPU.
     """
-    settings = replace(settings, steps=steps) if steps else settings
-    drawing = Drawing(Denoiser(model, precision=precision), scheduler, settings, tuple(shape), seed, device)
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    with image_bar(len(images), progress) as bar, evaluating(model):
+    with image_bar(len(images), progress) as bar, drawing.denoiser.evaluating():
         return Samples.joined(list(generate_batches(drawing, batches, keep, bar.update)))
 
 
@@ -185,17 +170,6 @@ def draw_batch(
         raise
     to_cpu = lambda tensors: {k: tensor.cpu() for k, tensor in tensors.items()}
     return Samples(x_0.cpu(), to_cpu(kept.states), to_cpu(kept.predictions))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout, and afterwards as it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class ImageBar(tqdm):

@@ -86,9 +86,12 @@ class SamplerSettings:
         So a part of the way is done in steps as long as those of the whole.
 
         Raises:
-            ValueError: the model does not have so many.
+            SamplingError: the model does not have so many.
         """
-        times = sampling_times(scheduler, self.steps, self.spacing)
+        try:
+            times = sampling_times(scheduler, self.steps, self.spacing)
+        except ValueError as error:
+            raise SamplingError(str(error)) from error
         return times if start is None else [start, *(t for t in times if t < start)]
 
     def sample(

@@ -9,21 +9,20 @@ from pathlib import Path
 
 from torch import nn
 
-from functions.prediction import Denoiser
 from functions.sampling.files import FolderError, weights_hash
 from functions.sampling.generation import Drawing, rebuild
 from functions.sampling.grids import MOST_IN_GRID, draw_images
 from functions.sampling.latent_pictures import Pixels, draw_interpolation, draw_variations, is_number, read_image
 from functions.sampling.options import SamplerSettings, add_sampler_flags
 from functions.support.command_line import positive, share
-from functions.support.device import DTYPES, choose_device, choose_precision
+from functions.support.device import DTYPES, DeviceError, choose_device, choose_precision
 from functions.support.errors import SamplingError, TrainingError
 from functions.support.export import export_weights, load_weights
 from functions.support.file_checks import CheckpointError
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import first_sound, folder_of
 
-ERRORS = (CheckpointError, FolderError, TrainingError, ValueError, OSError)  # that users can mend
+ERRORS = (CheckpointError, DeviceError, FolderError, SamplingError, TrainingError, OSError)  # that users can mend
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, n: int) -> None:
@@ -104,7 +103,7 @@ def sample_to_files(
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         precision = choose_precision(args.precision, device)
         checkpoint, weights, config, run = load(find_checkpoints, processes)
-        model, scheduler = rebuild(build_model, weights, config, checkpoint, device)
+        denoiser, scheduler = rebuild(build_model, weights, config, checkpoint, device, precision)
         settings.times(scheduler)  # refuses numbers of steps that the model does not have
         step = f"{run['step']:,} of {run['total_steps']:,} steps"
         processes.say(f"{checkpoint}: {run['weights']} weights after {step}")
@@ -114,7 +113,7 @@ def sample_to_files(
             return
 
         shape = (config["model"]["channels"], config["model"]["image_size"], config["model"]["image_size"])
-        drawing = Drawing(Denoiser(model, precision=precision), scheduler, settings, shape, args.seed, device)
+        drawing = Drawing(denoiser, scheduler, settings, shape, args.seed, device)
         slug = f"{checkpoint.stem}-{settings.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
         folder = args.out or folder_of(checkpoint) / "samples" / f"{slug}-seed{args.seed}"
         if args.interpolate or args.variations is not None:

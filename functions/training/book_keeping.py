@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from functions.evaluation.bits_per_dim import measure_bits_per_dim
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.generation import generate
+from functions.prediction import Denoiser
+from functions.sampling.generation import Drawing, generate
+from functions.sampling.options import SamplerSettings
 from functions.support import run_folder
 from functions.support.checkpoint import save_checkpoint
 from functions.support.pictures import save_grid
@@ -46,6 +48,7 @@ class BookKeeper:
     ema_model: nn.Module | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    denoiser: Denoiser  # the one to sample with, of the two
     scheduler: NoiseScheduler
     window: TrainingWindow
     bad_numbers: BadNumbers
@@ -126,9 +129,9 @@ class BookKeeper:
                 )  # fmt: skip
         if bounding:
             row["bits_per_dim"] = measure_bits_per_dim(
-                self.ema_model or self.model, self.scheduler, self.x_0_of, self.val_indices,
+                self.denoiser, self.scheduler, self.x_0_of, self.val_indices,
                 t_stride=BOUND_T_STRIDE, images=self.config.bits_per_dim_images, batch_size=self.config.batch_size,
-                seed=self.config.seed, precision=self.precision, processes=self.processes,
+                seed=self.config.seed, processes=self.processes,
             ).total  # fmt: skip
         if self.processes.is_main:
             self.metrics.write(**row)
@@ -138,11 +141,10 @@ class BookKeeper:
     def sample(self, done: int) -> None:
         """A grid of samples, always of the same noise."""
         mine = self.processes.share(self.config.grid_images)
-        pixels = [self.to_pixels(generate(
-            self.ema_model or self.model, self.scheduler, mine, self.image_shape, self.config.seed,
-            self.config.batch_size, self.device, self.precision,
-            steps=min(self.config.grid_steps, self.config.timesteps_diff), progress=False,
-        ).images).numpy()] if mine else []  # fmt: skip
+        settings = SamplerSettings(steps=min(self.config.grid_steps, self.config.timesteps_diff))
+        drawing = Drawing(self.denoiser, self.scheduler, settings, self.image_shape, self.config.seed, self.device)
+        draw = lambda: generate(drawing, mine, self.config.batch_size, progress=False).images
+        pixels = [self.to_pixels(draw()).numpy()] if mine else []
         everyones = [part for parts in self.processes.gather(pixels) for part in parts]
         if self.processes.is_main:
             save_grid(np.concatenate(everyones), self.grid_path(done))

@@ -1,0 +1,74 @@
+"""The seam between a network and the mathematics."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser, predict, scaled_eps
+from tests.conftest import small_unet
+
+SCHEDULER = NoiseScheduler(1000)
+
+
+def images(seed=0):
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("t", [0, 500, 999])
+def test_the_true_eps_gives_the_true_x_0(t):
+    x_0, noise = images(1).double(), images(2).double()
+    x_t = SCHEDULER.q_sample(x_0, t, noise)
+    found, eps = predict(lambda x, t: noise, SCHEDULER, x_t, t)
+    assert_close(found, x_0)
+    assert eps is noise
+    again, _ = predict(lambda x, t: noise, SCHEDULER, x_t, torch.full((2,), t))
+    assert_close(again, x_0)
+
+
+def test_clipping_keeps_x_0_and_eps_in_agreement():
+    x_t = 3 * images()
+    x_0, eps = predict(lambda x, t: -x, SCHEDULER, x_t, 300, clip_x_0=True)
+    assert x_0.abs().max() == 1
+    assert_close(SCHEDULER.q_sample(x_0, 300, eps), x_t)
+
+
+def test_the_clean_image_is_its_own_x_0_and_the_model_is_asked_as_at_t_0():
+    asked = []
+    x_0, _ = predict(lambda x, t: asked.append(t.tolist()) or x, SCHEDULER, images(), -1)
+    assert torch.equal(x_0, images())
+    assert asked == [[0, 0]]
+
+
+def test_a_denoiser_takes_the_average_if_there_is_one_and_gives_float32():
+    model, ema_model, t = small_unet(), small_unet(), torch.tensor([3, 700])
+    nn.init.zeros_(ema_model.conv_out.weight)
+    nn.init.zeros_(ema_model.conv_out.bias)
+    with torch.no_grad():
+        assert_close(Denoiser(model)(images(), t), model(images(), t))
+        assert not Denoiser(model, ema_model)(images(), t).any()
+        half = Denoiser(model, precision=torch.bfloat16)(images().double(), t)
+        assert half.dtype == torch.float32
+        assert_close(half, model(images(), t), rtol=0.1, atol=0.1)
+        assert not torch.equal(half, model(images(), t))  # autocast did something
+
+
+def test_evaluating_is_without_dropout_and_for_a_while():
+    denoiser = Denoiser(nn.Dropout(0.5).train())
+    with pytest.raises(KeyError), denoiser.evaluating():
+        assert not denoiser.network.training
+        raise KeyError
+    assert denoiser.network.training
+
+
+@pytest.mark.parametrize("scale", [0.99, 0.0, -1.0, float("nan"), float("inf")])
+def test_an_eps_scale_below_1_is_refused(scale):
+    with pytest.raises(ValueError, match="eps_scale is"):
+        scaled_eps(lambda x, t: x, scale)
+
+
+@pytest.mark.parametrize("t", [-2, 1000, torch.tensor([1000, 3])], ids=str)
+def test_timesteps_that_there_are_not_are_no_others(t):
+    with pytest.raises(IndexError):
+        predict(lambda x, t: x, SCHEDULER, images(), t)
