@@ -6,16 +6,14 @@ functions/support/run_folder.py says. What happens between two steps (metrics, v
 signals) is in functions/training/book_keeping.py. On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 """
 
-import argparse
 import copy
 import math
-import sys
 from pathlib import Path
 
 import torch
 
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelConfig
-from data.augmentation import augment
+from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, forward_passes, micro_batches
 from data.datasets import load_images, split_images
 from data.pixels import to_model_range, to_uint8
@@ -66,7 +64,9 @@ def main() -> None:
     changes = given_fields(args, "diffusion", DiffusionConfig), given_fields(args, "model", ModelConfig)
     with joined() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
-        run = processes.from_main(lambda: run_to_resume(args))
+        run = processes.from_main(
+            lambda: run_folder.run_to_resume(args.resume, args.runs, args.experiment or DEFAULT_EXPERIMENT)
+        )
         if run:
             name, experiment, checkpoint = open_run(run, args.experiment, *changes, processes)
         else:
@@ -74,19 +74,6 @@ def main() -> None:
             experiment = EXPERIMENTS[name].override(*changes)
         with weights_must_fit():
             train(name, experiment, args.runs, run, checkpoint, device, processes, args.dry_run)
-
-
-def run_to_resume(args: argparse.Namespace) -> Path | None:
-    """The folder of the run that goes on; None when a new one is to be started."""
-    if args.resume not in ("newest", "auto"):
-        return Path(args.resume) if args.resume else None
-    try:
-        return run_folder.newest_unfinished(args.runs, args.experiment or DEFAULT_EXPERIMENT)
-    except run_folder.NothingToResume as error:
-        if args.resume == "newest":
-            raise
-        print(f"WARNING: NOTHING TO RESUME ({error}). STARTING A NEW RUN.", file=sys.stderr)
-        return None
 
 
 def open_run(
@@ -157,8 +144,8 @@ def train(
     # Model
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
     model = UNet(**vars(experiment.model)).to(device, memory_format=memory_format)
-    # MPS cannot draw the same dropout again
-    model.set_recompute("none" if device.type == "mps" and experiment.model.dropout else config.recompute)
+    forgets = device.type == "mps" and experiment.model.dropout > 0  # it cannot draw the same dropout again
+    model.set_recompute("none" if forgets else config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -217,7 +204,8 @@ def train(
         for step in range(first_step, total_steps):  # Algorithm 1, lines 1 and 6
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device)
-            degrees, loss = rotation_limit(config, step / total_steps), torch.zeros((), device=device)
+            degrees = rotation_limit(config.max_rotation, config.rotation_free_end, step / total_steps)
+            loss = torch.zeros((), device=device)
             for part in passes:
                 x_0 = to_model_range(next(batches))  # line 2: from `micro_batches`
                 if config.use_augmentation:
@@ -249,11 +237,6 @@ def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float
     if config.lr_schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / total_steps))
     return rate
-
-
-def rotation_limit(config: DiffusionConfig, progress: float) -> float:
-    """The largest rotation in degrees; none in the last part of the run, where the model unlearns the tilt."""
-    return config.max_rotation if progress < 1 - config.rotation_free_end else 0.0
 
 
 if __name__ == "__main__":

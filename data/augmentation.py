@@ -89,3 +89,13 @@ def _halfway_weights() -> list[float]:
 
     weights = [sinc(k + 0.5) * sinc((k + 0.5) / _TAPS) for k in range(_TAPS)]
     return [weight / (2 * sum(weights)) for weight in weights]
+
+
+def rotation_limit(max_rotation: float, free_end: float, progress: float) -> float:
+    """The largest rotation in degrees; none in the last part of the run, where the model unlearns the tilt.
+
+    Args:
+        free_end: that last part, as a share of the run.
+        progress: the share of the run that is done.
+    """
+    return max_rotation if progress < 1 - free_end else 0.0

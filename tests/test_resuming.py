@@ -63,7 +63,8 @@ def test_a_run_of_a_version_with_compiled_norms_goes_on(unfinished, tiny_run):
     written = path.stat().st_mtime_ns
     call(train.main, "--resume", unfinished)
     assert path.stat().st_mtime_ns == written  # nothing was changed, so it is not written anew
-    assert_same_run(unfinished, tiny_run)
+    for name, value in newest(unfinished)["model"].items():
+        assert torch.equal(value, newest(tiny_run)["model"][name])
 
 
 def test_deterministic_kernels_are_asked_for_and_only_then(pictures, tmp_path):

@@ -12,13 +12,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from config import EXPERIMENTS
+from data.augmentation import rotation_limit
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.support.random_numbers import ImageNoise, seed_of, training_draws
 from functions.training.metrics import MetricsLog, TrainingWindow, read_metrics
 from functions.training.validation import validation_loss
-from train import learning_rate, rotation_limit
+from train import learning_rate
 
 
 def test_loss_of_known_predictions():
@@ -211,5 +212,5 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_rotation_stops_for_the_last_tenth():
     full = EXPERIMENTS["ffhq-full"].diffusion
-    assert [rotation_limit(full, step / 1000) for step in (0, 500, 899, 900, 999)] == [3, 3, 3, 0, 0]
-    assert rotation_limit(EXPERIMENTS["faces"].diffusion, 0) == 0
+    limit = lambda step: rotation_limit(full.max_rotation, full.rotation_free_end, step / 1000)
+    assert [limit(step) for step in (0, 500, 899, 900, 999)] == [3, 3, 3, 0, 0]

@@ -192,6 +192,24 @@ def newest_unfinished(runs: Path, experiment: str) -> Path:
     raise NothingToResume(f"{runs}: no unfinished run of {experiment!r} with a checkpoint; start one without --resume")
 
 
+def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | None:
+    """The folder of the run that goes on; None when a new one is to be started.
+
+    Args:
+        wanted: a run's folder; "newest", the newest unfinished run of the experiment; "auto", that, or a new run if
+            there is none; None, a new run.
+    """
+    if wanted not in ("newest", "auto"):
+        return Path(wanted) if wanted else None
+    try:
+        return newest_unfinished(runs, experiment)
+    except NothingToResume as error:
+        if wanted == "newest":
+            raise
+        print(f"WARNING: NOTHING TO RESUME ({error}). STARTING A NEW RUN.", file=sys.stderr)
+        return None
+
+
 def write_config(run: Path, experiment: str, config: dict, facts: dict) -> None:
     """config.json: the config as in a checkpoint, and under `run` what was found when it started."""
     text = json.dumps({"experiment": experiment, **config, "run": facts}, indent=2)
