@@ -52,7 +52,7 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(pictures, tmp_pat
     assert "note: threads was 1, is now 2: no longer bit for bit as if never stopped" in capsys.readouterr().out
 
 
-def test_a_run_of_a_version_with_compiled_norms_goes_on(unfinished, tiny_run):
+def test_a_run_of_a_version_with_compiled_norms_goes_on(unfinished):
     """Its config has a field and its arithmetic a fact that are gone."""
     path = sorted((unfinished / "checkpoints").iterdir())[-1]
     checkpoint = load_checkpoint(path)
@@ -63,8 +63,8 @@ def test_a_run_of_a_version_with_compiled_norms_goes_on(unfinished, tiny_run):
     written = path.stat().st_mtime_ns
     call(train.main, "--resume", unfinished)
     assert path.stat().st_mtime_ns == written  # nothing was changed, so it is not written anew
-    for name, value in newest(unfinished)["model"].items():
-        assert torch.equal(value, newest(tiny_run)["model"][name])
+    assert newest(unfinished)["run"]["step"] == 10
+    assert "compile" not in newest(unfinished)["config"]["diffusion"]
 
 
 def test_deterministic_kernels_are_asked_for_and_only_then(pictures, tmp_path):
