@@ -1,12 +1,74 @@
-"""What a run is made of: two dataclasses, and the experiments that can be started by name.
+"""What a run is made of: the experiments that can be started by name, and two dataclasses with a comment a field.
 
-Edit EXPERIMENTS or add to it, or override any field for one run: `python train.py faces --diffusion.epochs 10`.
+Edit `experiments` or add to it, or override any field for one run: `python train.py faces --diffusion.epochs 10`.
 A config that could not work is refused when it is made, with a sentence that says what would fit.
 """
 
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import get_type_hints
+
+
+def experiments() -> dict[str, "Experiment"]:
+    """EXPERIMENTS, the runs that can be started by name.
+
+    What the three FFHQ runs share is written out in each, so that each can be read, and changed, by itself.
+    """
+    return {
+        # Minutes on a laptop's CPU: people of the embedded emoji set at 32 x 32.
+        "faces": Experiment(
+            DiffusionConfig(
+                dataset_name="emoji_people", learning_rate=2e-3, batch_size=16, use_augmentation=True,
+                timesteps_diff=1000, epochs=70, gradient_accumulation=1, clip_grad_norm=1.0, warmup_steps=200,
+                lr_schedule="cosine", ema_decay=0.998, recompute="none", log_every=25, validate_every=250,
+                sample_every=500, checkpoint_every=500, validation_samples=360,
+            ),
+            ModelConfig(
+                lowest_resolution_size=4, dim_multiply=(1, 2, 4, 4), transformer_layers=(2,), base_dim=32,
+                image_size=32, norm_groups=8,
+            ),
+        ),
+        # The reference's first run, faults included: betas meant for 1000 steps over 200, no EMA.
+        "ffhq-run1": Experiment(
+            DiffusionConfig(
+                dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=False, timesteps_diff=200,
+                split="reference", beta_start=1e-4, beta_end=0.02, rescale_betas=False,
+                epochs=45, gradient_accumulation=4, clip_grad_norm=0.0, warmup_steps=0, lr_schedule="constant",
+                ema_decay=0.0, precision="auto", seed=0, grid_images=20,
+            ),
+            ModelConfig(
+                lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=64,
+                image_size=128, channels=3, dropout=0.0, norm_groups=32,
+            ),
+        ),
+        # Its second run: 1000 steps and EMA.
+        "ffhq-run2": Experiment(
+            DiffusionConfig(
+                dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=False, timesteps_diff=1000,
+                split="reference", beta_start=1e-4, beta_end=0.02, rescale_betas=True,
+                epochs=45, gradient_accumulation=4, clip_grad_norm=0.0, warmup_steps=0, lr_schedule="constant",
+                ema_decay=0.9999, precision="auto", seed=0, grid_images=20,
+            ),
+            ModelConfig(
+                lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=64,
+                image_size=128, channels=3, dropout=0.0, norm_groups=32,
+            ),
+        ),
+        # The full run: twice the width, augmentation, 500 epochs; go on with --resume and more --diffusion.epochs.
+        "ffhq-full": Experiment(
+            DiffusionConfig(
+                dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=True, timesteps_diff=1000,
+                split="reference", max_rotation=3.0, rotation_free_end=0.1,
+                beta_start=1e-4, beta_end=0.02, rescale_betas=True,
+                epochs=500, gradient_accumulation=4, clip_grad_norm=1.0, warmup_steps=5000, lr_schedule="constant",
+                ema_decay=0.9999, precision="auto", seed=0, grid_images=20,
+            ),
+            ModelConfig(
+                lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=128,
+                image_size=128, channels=3, dropout=0.0, norm_groups=32,
+            ),
+        ),
+    }  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -55,9 +117,7 @@ class DiffusionConfig:
     lr_schedule: str = "constant"  # after the warm-up: "constant", or "cosine" down to 0 at the last step
     ema_decay: float = 0.9999  # of the weights' average, per step; 0: no average, samples use the raw weights
     precision: str = "auto"  # of the network: "float32", "bfloat16", "float16", or the fastest that the hardware has
-    recompute: str = (
-        "norms"  # what backward recomputes: "none"; "norms", nearly free at 128 px; "blocks", for least memory
-    )
+    recompute: str = "norms"  # in backward: "none"; "norms", nearly free at 128 px; "blocks", for least memory
     seed: int = 0  # of everything that is drawn
     deterministic: bool = False  # on CUDA take only kernels that repeat bit for bit, which are slower; the CPU's do
 
@@ -74,7 +134,7 @@ class DiffusionConfig:
     bits_per_dim_every: int = 0  # epochs between measurements of the variational bound (evaluate.py); 0: none
     bits_per_dim_images: int = 64  # held-out images for it, each of which takes 36 network calls with 1000 timesteps
     grid_images: int = 16  # images in a sample grid while training
-    grid_steps: int = 50  # DDIM steps for it, at most timesteps_diff: a quick look; sample.py takes all T
+    grid_steps: int = 50  # steps of the default sampler for it, at most timesteps_diff; sample.py takes all T
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -199,10 +259,13 @@ class Experiment:
     def from_dict(config: dict) -> "Experiment":
         """The inverse of `to_dict`; `ConfigError` when fields are missing or unknown."""
         try:
-            diffusion = dict(config["diffusion"])
-            diffusion.pop("compile", None)  # which runs of earlier versions have
-            return Experiment(DiffusionConfig(**diffusion), ModelConfig(**config["model"]))
-        except (KeyError, TypeError, ValueError) as error:
+            diffusion, model = config["diffusion"], config["model"]
+            if isinstance(diffusion, dict):
+                diffusion = {
+                    name: value for name, value in diffusion.items() if name != "compile"
+                }  # of earlier versions
+            return Experiment(DiffusionConfig(**diffusion), ModelConfig(**model))
+        except (KeyError, TypeError) as error:
             raise ConfigError(f"the saved config does not fit this version: {str(error)[:200]}") from error
 
     def warnings(self) -> list[str]:
@@ -268,62 +331,7 @@ def resolutions(model: ModelConfig) -> str:
     return ", ".join(map(str, sizes))
 
 
-# What the three FFHQ runs share is written out in each, so that each can be read, and changed, by itself.
-EXPERIMENTS: dict[str, Experiment] = {
-    # Minutes on a laptop's CPU: people of the embedded emoji set at 32 x 32.
-    "faces": Experiment(
-        DiffusionConfig(
-            dataset_name="emoji_people", learning_rate=2e-3, batch_size=16, use_augmentation=True, timesteps_diff=1000,
-            epochs=70, gradient_accumulation=1, clip_grad_norm=1.0, warmup_steps=200, lr_schedule="cosine",
-            ema_decay=0.998, recompute="none", log_every=25, validate_every=250, sample_every=500, checkpoint_every=500,
-            validation_samples=360,
-        ),
-        ModelConfig(
-            lowest_resolution_size=4, dim_multiply=(1, 2, 4, 4), transformer_layers=(2,), base_dim=32,
-            image_size=32, norm_groups=8,
-        ),
-    ),
-    # The reference's first run, faults included: betas meant for 1000 steps over 200, no EMA.
-    "ffhq-run1": Experiment(
-        DiffusionConfig(
-            dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=False, timesteps_diff=200,
-            split="reference", beta_start=1e-4, beta_end=0.02, rescale_betas=False,
-            epochs=45, gradient_accumulation=4, clip_grad_norm=0.0, warmup_steps=0, lr_schedule="constant",
-            ema_decay=0.0, precision="auto", seed=0, grid_images=20,
-        ),
-        ModelConfig(
-            lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=64,
-            image_size=128, channels=3, dropout=0.0, norm_groups=32,
-        ),
-    ),
-    # Its second run: 1000 steps and EMA.
-    "ffhq-run2": Experiment(
-        DiffusionConfig(
-            dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=False, timesteps_diff=1000,
-            split="reference", beta_start=1e-4, beta_end=0.02, rescale_betas=True,
-            epochs=45, gradient_accumulation=4, clip_grad_norm=0.0, warmup_steps=0, lr_schedule="constant",
-            ema_decay=0.9999, precision="auto", seed=0, grid_images=20,
-        ),
-        ModelConfig(
-            lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=64,
-            image_size=128, channels=3, dropout=0.0, norm_groups=32,
-        ),
-    ),
-    # The full run: twice the width, augmentation, 500 epochs; go on with --resume and more --diffusion.epochs.
-    "ffhq-full": Experiment(
-        DiffusionConfig(
-            dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=True, timesteps_diff=1000,
-            split="reference", max_rotation=3.0, rotation_free_end=0.1,
-            beta_start=1e-4, beta_end=0.02, rescale_betas=True,
-            epochs=500, gradient_accumulation=4, clip_grad_norm=1.0, warmup_steps=5000, lr_schedule="constant",
-            ema_decay=0.9999, precision="auto", seed=0, grid_images=20,
-        ),
-        ModelConfig(
-            lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=128,
-            image_size=128, channels=3, dropout=0.0, norm_groups=32,
-        ),
-    ),
-}  # fmt: skip
+EXPERIMENTS = experiments()
 DEFAULT_EXPERIMENT = "faces"
 
 # What a resumed run may change: its length, the memory and time that it takes, and its book-keeping

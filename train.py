@@ -46,7 +46,7 @@ from models.unet import UNet
 
 def main() -> None:
     """Read the command line and train."""
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, usage="%(prog)s [experiment] [flags]")
     parser.add_argument("experiment", nargs="?", help=f"{', '.join(EXPERIMENTS)}; {DEFAULT_EXPERIMENT} when left out")
     parser.add_argument(
         "--resume", nargs="?", const="newest", metavar="RUN|auto",

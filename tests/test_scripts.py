@@ -1,12 +1,15 @@
 """train.py and sample.py as a user calls them: a run from start to end, resumed, and every kind of bad input."""
 
 import json
+from dataclasses import MISSING, fields
 
 import pytest
 
 import evaluate
 import sample
 import train
+from config import DiffusionConfig, ModelConfig
+from functions.support.command_line import field_comments
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, script
 from tests.kill import assert_same_run
@@ -96,3 +99,15 @@ def test_bits_per_dim_is_logged_every_so_many_epochs_and_is_evaluates(pictures, 
     call(evaluate.main, run, "--images", 4, "--t-stride", 50)
     (result,) = (json.loads(path.read_text()) for path in (run / "evaluation").glob("*.json"))
     assert measured[10] == pytest.approx(result["bits_per_dim"], rel=1e-4)
+
+
+@pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])
+def test_every_field_is_explained_by_help(config_class, capsys):
+    """In the words beside the field, with its default."""
+    with pytest.raises(SystemExit):
+        call(train.main, "--help")
+    printed = " ".join(capsys.readouterr().out.split())
+    for field in fields(config_class):
+        comment = field_comments(config_class)[field.name]
+        default = "" if field.default is MISSING else f" ({field.default})"
+        assert " ".join(f"{comment}{default}".split()) in printed, field.name

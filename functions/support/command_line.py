@@ -1,10 +1,12 @@
 """What the scripts' command lines share: flags made from dataclasses, and errors as one line."""
 
 import argparse
+import inspect
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import NoReturn, get_type_hints
 
 EXIT_BAD_INPUT = 2  # what argparse uses
@@ -37,14 +39,23 @@ def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
 def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:
     """One flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
-    Lists are written 1,2,4 and truth values true or false. A flag that is not given leaves nothing behind in the
-    parsed arguments.
+    Its help is the comment beside the field, with the field's default. Lists are written 1,2,4 and truth values true
+    or false. A flag that is not given leaves nothing behind in the parsed arguments.
     """
     group = parser.add_argument_group(f"{config_class.__name__}, any field for this run only; see config.py")
-    for name, kind in get_type_hints(config_class).items():
-        parse, metavar = FLAG_TYPES[kind]
-        flag = f"--{prefix}.{name.replace('_', '-')}"
-        group.add_argument(flag, dest=f"{prefix}.{name}", type=parse, metavar=metavar, default=argparse.SUPPRESS)
+    kinds, comments = get_type_hints(config_class), field_comments(config_class)
+    for field in fields(config_class):
+        parse, metavar = FLAG_TYPES[kinds[field.name]]
+        default = "" if field.default is MISSING else f" ({field.default})"
+        group.add_argument(
+            f"--{prefix}.{field.name.replace('_', '-')}", dest=f"{prefix}.{field.name}", type=parse, metavar=metavar,
+            default=argparse.SUPPRESS, help=f"{comments[field.name]}{default}".replace("%", "%%"),
+        )  # fmt: skip
+
+
+def field_comments(config_class: type) -> dict[str, str]:
+    """The comment beside each field of a dataclass."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), flags=re.MULTILINE))
 
 
 def given_fields(args: argparse.Namespace, prefix: str, config_class: type) -> dict:
