@@ -44,7 +44,6 @@ from functions.evaluation.report import (
     sample_features,
     write_result,
 )
-from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.sampling.files import weights_hash
 from functions.sampling.generation import Drawing, rebuild
@@ -67,7 +66,6 @@ class Subject:
 
     checkpoint: Path
     denoiser: Denoiser
-    scheduler: NoiseScheduler
     facts: dict  # which weights, in which arithmetic: part of every result
     device: torch.device
     image_set: ImageSet
@@ -86,7 +84,7 @@ def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extrac
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         set_deterministic(device.type == "cuda")  # the CPU's kernels are
         subject = open_subject(args, device, processes)
-        settings.times(subject.scheduler)  # refuses numbers of steps that the model does not have
+        settings.times(subject.denoiser.scheduler)  # refuses numbers of steps that the model does not have
         # What can be missing is asked for before the work of hours
         extractor = load_extractor(args.weights, device, processes) if args.metrics != ("bpd",) else None
         reference = open_reference(args, subject, extractor, processes) if extractor else None
@@ -101,7 +99,7 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
     candidates = find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs)
     precision = choose_precision(args.precision, device)
     checkpoint, (weights, config, run) = first_sound(candidates, load_weights)
-    denoiser, scheduler = rebuild(UNet, weights, config, checkpoint, device, precision)
+    denoiser = rebuild(UNet, weights, config, checkpoint, device, precision)
     processes.say(f"{checkpoint}: {run['weights']} weights after {run['step']:,} of {run['total_steps']:,} steps")
     diffusion = config["diffusion"]
     image_set = load_images(
@@ -117,7 +115,7 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
         "device": device.type, "batch_size": args.batch_size, "seed": args.seed,
     }  # fmt: skip
     folder = args.out or folder_of(checkpoint) / "evaluation"
-    return Subject(checkpoint, denoiser, scheduler, facts, device, image_set, split, folder)
+    return Subject(checkpoint, denoiser, facts, device, image_set, split, folder)
 
 
 def warn(processes: Processes, text: str) -> None:
@@ -133,7 +131,7 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
         return to_model_range(torch.from_numpy(images[indices]).to(subject.device))
 
     result = measure_bits_per_dim(
-        subject.denoiser, subject.scheduler, x_0_of, split.val_indices, args.t_stride, args.images, args.batch_size,
+        subject.denoiser, x_0_of, split.val_indices, args.t_stride, args.images, args.batch_size,
         args.seed, args.bpd_variance, not args.no_clip, processes, progress=processes.is_main,
     )  # fmt: skip
     if not processes.is_main:
@@ -143,7 +141,7 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
         "images": len(result.prior), "t_stride": args.t_stride, "variance": args.bpd_variance,
         "clip_x_0": not args.no_clip,
     }  # fmt: skip
-    protocol = bpd_protocol(result, subject.scheduler.timesteps, settings)
+    protocol = bpd_protocol(result, subject.denoiser.scheduler.timesteps, settings)
     path = result_path(subject.folder, subject.checkpoint, "bpd", settings)
     write_result(path, {"protocol": protocol, "settings": settings, **result.facts()})
     name = f"{subject.facts['experiment']}, step {subject.facts['step']:,}"
@@ -186,13 +184,13 @@ def evaluate_images(
     """FID, KID, precision and recall of samples."""
     metrics = tuple(name for name in args.metrics if name != "bpd")
     shape = (3, *subject.image_set.images.shape[1:3])
-    drawing = Drawing(subject.denoiser, subject.scheduler, sampler, shape, args.seed, subject.device)
+    drawing = Drawing(subject.denoiser, sampler, shape, args.seed, subject.device)
     generated = sample_features(drawing, args.n, args.batch_size, extractor, to_uint8, processes)
     if not processes.is_main:
         return
     settings = {
-        **subject.facts, "n": args.n, **sampler.facts(subject.scheduler.timesteps), "sampler_in_words": str(sampler),
-        "reference": reference.description,
+        **subject.facts, "n": args.n, **sampler.facts(subject.denoiser.scheduler.timesteps),
+        "sampler_in_words": str(sampler), "reference": reference.description,
     }  # fmt: skip
     protocol = image_protocol(reference.description, settings)
     warnings = image_warnings(reference.description, args.n, generated.shape[1])

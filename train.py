@@ -144,8 +144,8 @@ def train(
     # Model
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
     model = UNet(**vars(experiment.model)).to(device, memory_format=memory_format)
-    forgets = device.type == "mps" and experiment.model.dropout > 0  # it cannot draw the same dropout again
-    model.set_recompute("none" if forgets else config.recompute)
+    redraws_dropout = device.type != "mps" or experiment.model.dropout == 0
+    model.set_recompute(config.recompute if redraws_dropout else "none")
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -187,7 +187,7 @@ def train(
                     "arithmetic": how},
         },
         model=model, ema_model=ema_model, optimizer=optimizer, scaler=scaler,
-        denoiser=Denoiser(model, ema_model, precision), scheduler=scheduler,
+        denoiser=Denoiser(model, scheduler, ema_model, precision),
         window=TrainingWindow(device, config.effective_batch, **saved.get("window", {})),
         bad_numbers=BadNumbers(device, **saved.get("bad_numbers", {})),
         processes=processes, device=device, precision=precision, image_shape=image_shape,
@@ -201,13 +201,13 @@ def train(
         network = processes.wrap(model, device)
         if checkpoint and Experiment.from_dict(checkpoint["config"]) != experiment:
             books.save(first_step)  # so that from now on the run is resumed as it was changed
-        for step in range(first_step, total_steps):  # Algorithm 1, lines 1 and 6
+        for step in range(first_step, total_steps):  # Algorithm 1, lines 1 and 6: so often, not until convergence
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device)
             degrees = rotation_limit(config.max_rotation, config.rotation_free_end, step / total_steps)
             loss = torch.zeros((), device=device)
             for part in passes:
-                x_0 = to_model_range(next(batches))  # line 2: from `micro_batches`
+                x_0 = to_model_range(next(batches))  # line 2: every image once an epoch, shuffled, by data/batches.py
                 if config.use_augmentation:
                     x_0 = augment(x_0, draws.flip[part], degrees * draws.tilt[part] if degrees else None)
                 torch.manual_seed(seed_of(config.seed, "dropout", step, part.start))

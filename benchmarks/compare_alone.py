@@ -72,7 +72,7 @@ class Alone:
     def sampler(self, sample: Callable) -> dict:
         """The share of a sampling loop that is not in the network's calls."""
         scheduler = NoiseScheduler(1000, 1e-4, 0.02, True)
-        predict = Denoiser(self.model.eval(), precision=self.dtype)
+        predict = Denoiser(self.model.eval(), scheduler, precision=self.dtype)
         shares = []
         for _ in range(self.rounds):
             inside = []

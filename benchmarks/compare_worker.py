@@ -33,6 +33,7 @@ from benchmarks.compare_measures import (
 )
 from benchmarks.compare_replay import recorded, replay
 from functions.ema import update_ema
+from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.device import DTYPES, keep_heap
 from functions.support.optimizer import Adam
@@ -138,7 +139,7 @@ class Bench:
         """Seconds of a network call as samplers make it, the mean of several in a row."""
         x_t, t, _ = self.batch
         self.module.eval()
-        denoiser = Denoiser(self.network, precision=self.dtype)
+        denoiser = Denoiser(self.network, NoiseScheduler(1000), precision=self.dtype)
         with torch.no_grad():
             seconds = seconds_of(lambda: denoiser(x_t, t), self.device, count)
         self.module.train()

@@ -19,7 +19,7 @@ from figures.experiment_features import colours, data_numbers, data_of
 from figures.experiment_results import Results
 from figures.experiments import AVERAGES, finished_run, own_average, weights_file
 from functions.evaluation.bits_per_dim import measure_bits_per_dim
-from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
 from functions.samplers import ddpm_sample
 from functions.sampling.generation import rebuild
 from functions.support.device import choose_device, choose_precision
@@ -47,21 +47,21 @@ def in_batches(
 
 
 def arm_samples(
-    model: Callable[[Tensor, Tensor], Tensor],
-    scheduler: NoiseScheduler,
+    denoiser: Denoiser,
     count: int,
     shape: tuple,
     device: torch.device,
     start: Tensor | None,
 ) -> Tensor:
     """`count` samples, as this module's docstring says; `start`: images that, noised, replace pure noise as x_T."""
+    scheduler = denoiser.scheduler
     first = iter(start.split(BATCH) if start is not None else [])
 
     def draw(x_T: Tensor, noise: ImageNoise) -> Tensor:
         if start is not None:
             x_T = scheduler.q_sample(next(first), scheduler.timesteps - 1, x_T)
         calls = min(CALLS, scheduler.timesteps)
-        return ddpm_sample(model, scheduler, x_T, calls, step_noise=lambda k: noise.draw())
+        return ddpm_sample(denoiser, scheduler, x_T, calls, step_noise=lambda k: noise.draw())
 
     return in_batches(draw, range(count), shape, device)
 
@@ -105,17 +105,18 @@ def measure_weights(
         return
     weights, config, _ = load_weights(weights_file(run, key.removesuffix(STARTED)))
     precision, data = choose_precision("auto", device), data_of(config, device)
-    denoiser, scheduler = rebuild(UNet, weights, config, run, device, precision)
+    denoiser = rebuild(UNet, weights, config, run, device, precision)
     every = np.arange(len(data.held_out))
     held_out = lambda indices: data.held_out[indices]
     if results.get("data", "arms") is None:
         results.put(data_numbers(data, args.samples), "data", "arms")
 
     if "validation_loss" in missing:
-        loss = validation_loss(denoiser.network, scheduler, held_out, every, 4 * len(every), BATCH, 0, precision)
+        network, scheduler = denoiser.network, denoiser.scheduler
+        loss = validation_loss(network, scheduler, held_out, every, 4 * len(every), BATCH, 0, precision)
         results.put(loss, *place, key, "validation_loss")
     if "bits" in missing:
-        bits = measure_bits_per_dim(denoiser, scheduler, held_out, every, BITS_STRIDE, BITS_IMAGES)
+        bits = measure_bits_per_dim(denoiser, held_out, every, BITS_STRIDE, BITS_IMAGES)
         facts = {"total": bits.total, "se": bits.standard_error, "distortion": bits.distortion,
                  "prior": float(bits.prior.mean()), "images": len(bits.prior)}  # fmt: skip
         results.put(facts, *place, key, "bits")
@@ -123,7 +124,7 @@ def measure_weights(
         order = torch.randperm(len(data.train), generator=generator_of("cpu", "start"))[: args.samples]
         start = data.train[order] if STARTED in key else None
         count = args.samples if start is None else len(start)
-        images = arm_samples(denoiser, scheduler, count, data.train.shape[1:], device, start)
+        images = arm_samples(denoiser, count, data.train.shape[1:], device, start)
         results.put(count, *place, key, "samples")
         results.put(colours(images, data.train), *place, key, "colours")
         results.put(data.distance(images), *place, key, "distance")

@@ -38,8 +38,8 @@ def measure(args: argparse.Namespace) -> None:
     device, results = choose_device(args.device), Results(args.results)
     checkpoint, *_ = find_checkpoints(args.faces or newest_finished())
     weights, config, facts = load_weights(checkpoint)
-    model, scheduler = rebuild(UNet, weights, config, checkpoint, device)
-    data, whole = data_of(config, device), scheduler.timesteps
+    denoiser = rebuild(UNet, weights, config, checkpoint, device)
+    data, whole = data_of(config, device), denoiser.scheduler.timesteps
     few = min(ODE_IMAGES, args.sampler_images)
     made_with = {"step": facts["step"], "weights": facts["weights"], "images": args.sampler_images, "error_images": few}
     if results.get("samplers", "of") != made_with:  # another model or other counts: none of it compares
@@ -49,7 +49,8 @@ def measure(args: argparse.Namespace) -> None:
     def images_of(name: str, calls: int, spacing: str, clip: bool, count: int) -> Tensor:
         return in_batches(
             lambda x_T, noise: SAMPLERS[name](
-                model, scheduler, x_T, calls, spacing=spacing, clip_x_0=clip, step_noise=lambda k: noise.draw()
+                denoiser, denoiser.scheduler, x_T, calls, spacing=spacing, clip_x_0=clip,
+                step_noise=lambda k: noise.draw(),
             ),
             range(count), data.train.shape[1:], device,
         )  # fmt: skip

@@ -229,9 +229,10 @@ def draw_run(checkpoint: Path) -> None:
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
     weights, config, _ = load_weights(checkpoint)
     size = config["model"]["image_size"]
-    denoiser, scheduler = rebuild(UNet, weights, config, checkpoint, device)
-    drawing = Drawing(denoiser, scheduler, SamplerSettings(), (3, size, size), 0, device)
-    gif_steps, strip_steps = frame_steps(scheduler.timesteps, 40), frame_steps(scheduler.timesteps, 9)
+    denoiser = rebuild(UNet, weights, config, checkpoint, device)
+    drawing = Drawing(denoiser, SamplerSettings(), (3, size, size), 0, device)
+    timesteps = denoiser.scheduler.timesteps
+    gif_steps, strip_steps = frame_steps(timesteps, 40), frame_steps(timesteps, 9)
     samples = generate(drawing, range(36), 36, Keep(sorted({*gif_steps, *strip_steps})))
     frames = {step: to_uint8(x).numpy() for step, x in samples.states.items()}
     faces = to_uint8(samples.images).numpy()
@@ -240,7 +241,7 @@ def draw_run(checkpoint: Path) -> None:
     training = training.images[split_images(training, config["diffusion"]["split"]).train_indices]
     save_grid(np.concatenate([faces[:12], nearest(faces[:12], training)]), FIGURES / "neighbours.png", columns=12)
     save_gif([frames[step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
-    titles = [f"t = {scheduler.timesteps - step}" for step in strip_steps]
+    titles = [f"t = {timesteps - step}" for step in strip_steps]
     save_strip([frames[step][:4] for step in strip_steps], titles, FIGURES / "strip.png")
 
 

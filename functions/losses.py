@@ -22,5 +22,5 @@ def noise_prediction_loss(
         (B,) float32: each image's squared error, averaged over its channels and pixels.
     """
     x_t = scheduler.q_sample(x_0, t, noise)
-    eps = model(x_t, t).float()
-    return (eps - noise).square().flatten(1).mean(dim=1)
+    predicted_noise = model(x_t, t).float()
+    return (predicted_noise - noise).square().flatten(1).mean(dim=1)

@@ -1,8 +1,8 @@
-"""What a network's output means: the one place between a network and the mathematics.
+"""What a trained network's output means: the one place between it and the mathematics.
 
-Samplers, the variational bound, figures and benchmarks ask `predict` for (x_0, eps) at (x_t, t). To let a network
-predict something else than eps, change three places: its loss in `losses.py`; `Denoiser`, which hands out eps whatever
-the network predicts; and a field of `config.py`, for `train.py` and `rebuild`, the two that make a `Denoiser`.
+Samplers, the variational bound, figures and benchmarks ask `predict` for (x_0, eps) at (x_t, t). To let the network
+predict v instead of eps, change the target in `losses.py`, and `Denoiser.__call__`, which must always return eps. To
+let a field of `config.py` choose, put it into the `NoiseScheduler`, which both have.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,16 +17,23 @@ Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,) int64) -> ep
 
 
 class Denoiser:
-    """A trained network as a `Model`: its EMA weights if there are any, under autocast, eps in float32.
+    """A trained network and its schedule, as a `Model`: EMA weights if there are any, under autocast, eps in float32.
 
     Args:
         model: the network.
+        scheduler: the one that it was trained with.
         ema_model: its average, which is called instead.
         precision: of the network's matrix products and convolutions.
     """
 
-    def __init__(self, model: nn.Module, ema_model: nn.Module | None = None, precision: torch.dtype = torch.float32):
-        self.network, self.precision = ema_model or model, precision
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: NoiseScheduler,
+        ema_model: nn.Module | None = None,
+        precision: torch.dtype = torch.float32,
+    ):
+        self.network, self.scheduler, self.precision = ema_model or model, scheduler, precision
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         with autocast(x_t.device, self.precision):

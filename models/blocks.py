@@ -37,9 +37,9 @@ def init_zero(layer: nn.Module) -> nn.Module:
 def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
     """`part(*inputs)`; if `wanted`, backward keeps the inputs alone and computes the rest again (Chen et al. 2016).
 
-    PyTorch's checkpoint stops as soon as the last tensor that backward needs is there again. A convolution's backward
-    needs its input, not its output. So of "norm, SiLU, convolution" the norm and the SiLU are repeated, and no
-    convolution.
+    PyTorch's checkpoint stops as soon as the last tensor that backward needs is there again. A convolution saves its
+    input, before it runs, and not its output. So of a part that ends in a convolution all is repeated but that: of
+    "norm, SiLU, convolution" the norm and the SiLU.
     """
     if wanted and torch.is_grad_enabled():
         return checkpoint(part, *inputs, use_reentrant=False)
@@ -116,7 +116,7 @@ class ResidualBlock(nn.Module):
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """The parts (B, C_i, H, W) are concatenated to in_channels -> (B, out_channels, H, W).
 
-        A concatenation is recomputed with the norm behind it. Where nothing is recomputed, backward keeps it: once.
+        A concatenation is recomputed before each of its uses. Where nothing is recomputed, backward keeps one of it.
         """
         run = partial(recomputing, self.recompute_norms)
         x = parts if self.recompute_norms else [concatenated(*parts)]

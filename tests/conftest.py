@@ -87,7 +87,8 @@ def tiny_run(pictures, tmp_path_factory):
 
 def drawing_of(network, timesteps=100, settings=SETTINGS, seed=0, device="cpu") -> Drawing:
     """How a network for images of 16 x 16 is sampled from."""
-    return Drawing(Denoiser(network), NoiseScheduler(timesteps), settings, (3, 16, 16), seed, torch.device(device))
+    denoiser = Denoiser(network, NoiseScheduler(timesteps))
+    return Drawing(denoiser, settings, (3, 16, 16), seed, torch.device(device))
 
 
 def small_unet() -> UNet:

@@ -137,7 +137,7 @@ class Checkpoints:
 
     def read(self, case: Case) -> list:
         weights, config, run = load_weights(case.path)
-        denoiser, scheduler = rebuild(UNet, weights, config, case.path, CPU)
+        denoiser = rebuild(UNet, weights, config, case.path, CPU)
         Experiment.from_dict(config)
         parts = training_parts()
         before = copy.deepcopy(states(*parts))
@@ -151,7 +151,7 @@ class Checkpoints:
             for value in state.values():
                 if isinstance(value, torch.Tensor) and not value.isfinite().all():
                     raise Fault("weights that are not finite were taken")
-        return [config, run, dict(denoiser.network.state_dict()), scheduler.betas, states(*parts), step]
+        return [config, run, dict(denoiser.network.state_dict()), denoiser.scheduler.betas, states(*parts), step]
 
     def judge(self, case: Case, result: list) -> str:
         return judge_same(self.results, case, result)
@@ -199,8 +199,8 @@ class Exported:
 
     def read(self, case: Case) -> list:
         weights, config, run = load_weights(case.path)
-        denoiser, scheduler = rebuild(UNet, weights, config, case.path, CPU)
-        return [config, run, dict(denoiser.network.state_dict()), scheduler.betas]
+        denoiser = rebuild(UNet, weights, config, case.path, CPU)
+        return [config, run, dict(denoiser.network.state_dict()), denoiser.scheduler.betas]
 
     def judge(self, case: Case, result: list) -> str:
         return judge_same(self.results, case, result)

@@ -167,8 +167,8 @@ def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
     levels = LEVELS[weights > 0]
     drawn = torch.multinomial(p, 32 * 48, replacement=True, generator=torch.Generator().manual_seed(0))
     x_0 = levels[drawn].view(32, 3, 4, 4).float()
-    model = Denoiser(LevelsDenoiser(scheduler, levels, p))
-    result = measure_bits_per_dim(model, scheduler, lambda i: x_0[i], np.arange(32), t_stride=20, variance=variance)
+    model = Denoiser(LevelsDenoiser(scheduler, levels, p), scheduler)
+    result = measure_bits_per_dim(model, lambda i: x_0[i], np.arange(32), t_stride=20, variance=variance)
     entropy = -(p * p.log2()).sum().item()
     assert entropy - 3 * result.standard_error < result.total < entropy + gap
     assert result.total == pytest.approx(result.rate + result.distortion)
@@ -178,9 +178,9 @@ def test_strides_are_unbiased():
     """The mean over many seeds is the full sum, whose noise is averaged too; its error is the one that is stated."""
     scheduler = NoiseScheduler(100)
     x_0 = (MU + S * torch.randn(400, 3, 4, 4, generator=torch.Generator().manual_seed(0))).float()
-    model, x_0_of = Denoiser(GaussianDenoiser(scheduler)), lambda i: x_0[i]
-    full = measure_bits_per_dim(model, scheduler, x_0_of, np.arange(400), clip_x_0=False, batch_size=4096)
-    some = measure_bits_per_dim(model, scheduler, x_0_of, np.arange(400), 20, clip_x_0=False, batch_size=4096)
+    model, x_0_of = Denoiser(GaussianDenoiser(scheduler), scheduler), lambda i: x_0[i]
+    full = measure_bits_per_dim(model, x_0_of, np.arange(400), clip_x_0=False, batch_size=4096)
+    some = measure_bits_per_dim(model, x_0_of, np.arange(400), 20, clip_x_0=False, batch_size=4096)
     assert some.terms.shape[1] < 30
     assert full.standard_error < some.standard_error < 10 * full.standard_error
     assert abs(some.total - full.total) < 4 * some.standard_error
@@ -198,7 +198,7 @@ def small_measurement(**options):
     scheduler = NoiseScheduler(40)
     x_0 = torch.randn(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     arguments = {"indices": np.arange(2, 10), "t_stride": 3, "batch_size": 8, **options}
-    return measure_bits_per_dim(Denoiser(GaussianDenoiser(scheduler)), scheduler, lambda i: x_0[i], **arguments)
+    return measure_bits_per_dim(Denoiser(GaussianDenoiser(scheduler), scheduler), lambda i: x_0[i], **arguments)
 
 
 def test_a_term_depends_on_seed_image_and_t_alone():

@@ -46,16 +46,16 @@ def test_a_denoiser_takes_the_average_if_there_is_one_and_gives_float32():
     nn.init.zeros_(ema_model.conv_out.weight)
     nn.init.zeros_(ema_model.conv_out.bias)
     with torch.no_grad():
-        assert_close(Denoiser(model)(images(), t), model(images(), t))
-        assert not Denoiser(model, ema_model)(images(), t).any()
-        half = Denoiser(model, precision=torch.bfloat16)(images().double(), t)
+        assert_close(Denoiser(model, SCHEDULER)(images(), t), model(images(), t))
+        assert not Denoiser(model, SCHEDULER, ema_model)(images(), t).any()
+        half = Denoiser(model, SCHEDULER, precision=torch.bfloat16)(images().double(), t)
         assert half.dtype == torch.float32
         assert_close(half, model(images(), t), rtol=0.1, atol=0.1)
         assert not torch.equal(half, model(images(), t))  # autocast did something
 
 
 def test_evaluating_is_without_dropout_and_for_a_while():
-    denoiser = Denoiser(nn.Dropout(0.5).train())
+    denoiser = Denoiser(nn.Dropout(0.5).train(), SCHEDULER)
     with pytest.raises(KeyError), denoiser.evaluating():
         assert not denoiser.network.training
         raise KeyError

@@ -26,7 +26,7 @@ def network():
 
 
 def drawing_of(network, settings=SamplerSettings(steps=10), seed=5):  # noqa: B008 (frozen)
-    return Drawing(Denoiser(network), NoiseScheduler(100), settings, (3, 16, 16), seed, CPU)
+    return Drawing(Denoiser(network, NoiseScheduler(100)), settings, (3, 16, 16), seed, CPU)
 
 
 def test_slerp_keeps_the_distribution_of_noise_and_lerp_does_not():

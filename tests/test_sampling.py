@@ -156,7 +156,7 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
 
     # --individual images are the samples themselves, pixel for pixel
     weights, config, _ = load_weights(next((tiny_run / "checkpoints").glob("*10.pt")))
-    drawing = Drawing(*rebuild(UNet, weights, config, tiny_run, CPU), SamplerSettings(), (3, 16, 16), 3, CPU)
+    drawing = Drawing(rebuild(UNet, weights, config, tiny_run, CPU), SamplerSettings(), (3, 16, 16), 3, CPU)
     again = to_uint8(generate(drawing, range(5), 64, progress=False).images).numpy()
     assert np.array_equal(again, np.stack([np.asarray(Image.open(path)) for path in singles]))
 

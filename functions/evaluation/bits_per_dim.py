@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from functions.likelihood import VARIANCES, terms_of
-from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.processes import ALONE, Processes
 from functions.support.random_numbers import generator_of
@@ -104,7 +103,6 @@ def spread(values: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def measure_bits_per_dim(
     denoiser: Denoiser,
-    scheduler: NoiseScheduler,
     x_0_of: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
     t_stride: int = 1,
@@ -139,6 +137,7 @@ def measure_bits_per_dim(
         raise ValueError(f"{len(indices)} images and variance {variance!r}; there must be images, and small or large")
     count = min(images or len(indices), len(indices))
     chosen = np.asarray(indices)[np.arange(count) * len(indices) // count]
+    scheduler = denoiser.scheduler
     strata = strata_of(scheduler.timesteps, t_stride)
     t = torch.tensor([choose_t(strata, seed, int(image)) for image in chosen])  # (N, K)
 

@@ -53,11 +53,14 @@ class Drawing:
     """All that decides what image i is."""
 
     denoiser: Denoiser
-    scheduler: NoiseScheduler
     settings: SamplerSettings
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
+
+    @property
+    def scheduler(self) -> NoiseScheduler:
+        return self.denoiser.scheduler
 
     def noise(self, images: Sequence[int], purpose: str = "image") -> ImageNoise:
         """That which these images are drawn from, x_T first, then each step's; or that for another purpose."""
@@ -75,7 +78,7 @@ def rebuild(
     path: Path,
     device: torch.device,
     precision: torch.dtype = torch.float32,
-) -> tuple[Denoiser, NoiseScheduler]:
+) -> Denoiser:
     """Network and schedule of a checkpoint, from what the checkpoint says alone.
 
     Raises:
@@ -102,7 +105,7 @@ def rebuild(
     # Without gradients and in float32, channels_last was the faster layout on the CPU too: 3.5 against 4.7 ms an image
     # of the faces network on 2 cores.
     model.to(device, memory_format=torch.channels_last)
-    return Denoiser(model.eval().requires_grad_(False), precision=precision), scheduler
+    return Denoiser(model.eval().requires_grad_(False), scheduler, precision=precision)
 
 
 def generate(

@@ -103,8 +103,8 @@ def sample_to_files(
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         precision = choose_precision(args.precision, device)
         checkpoint, weights, config, run = load(find_checkpoints, processes)
-        denoiser, scheduler = rebuild(build_model, weights, config, checkpoint, device, precision)
-        settings.times(scheduler)  # refuses numbers of steps that the model does not have
+        denoiser = rebuild(build_model, weights, config, checkpoint, device, precision)
+        settings.times(denoiser.scheduler)  # refuses numbers of steps that the model does not have
         step = f"{run['step']:,} of {run['total_steps']:,} steps"
         processes.say(f"{checkpoint}: {run['weights']} weights after {step}")
         if args.export:
@@ -113,7 +113,7 @@ def sample_to_files(
             return
 
         shape = (config["model"]["channels"], config["model"]["image_size"], config["model"]["image_size"])
-        drawing = Drawing(denoiser, scheduler, settings, shape, args.seed, device)
+        drawing = Drawing(denoiser, settings, shape, args.seed, device)
         slug = f"{checkpoint.stem}-{settings.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
         folder = args.out or folder_of(checkpoint) / "samples" / f"{slug}-seed{args.seed}"
         if args.interpolate or args.variations is not None:
@@ -121,7 +121,7 @@ def sample_to_files(
             return
         facts = lambda: {
             "checkpoint": weights_hash(weights, config), "weights": run["weights"], "seed": args.seed,
-            "precision": str(precision).removeprefix("torch."), **settings.facts(scheduler.timesteps),
+            "precision": str(precision).removeprefix("torch."), **settings.facts(denoiser.scheduler.timesteps),
         }  # fmt: skip
         draw_images(args, drawing, folder, facts, pixels.to_uint8, processes)
 

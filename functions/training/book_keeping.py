@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from functions.evaluation.bits_per_dim import measure_bits_per_dim
-from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.sampling.generation import Drawing, generate
 from functions.sampling.options import SamplerSettings
@@ -49,7 +48,6 @@ class BookKeeper:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     denoiser: Denoiser  # the one to sample with, of the two
-    scheduler: NoiseScheduler
     window: TrainingWindow
     bad_numbers: BadNumbers
 
@@ -124,12 +122,12 @@ class BookKeeper:
         for column, net in {"val_loss": self.model, "val_loss_ema": self.ema_model}.items():
             if net is not None and validating:
                 row[column] = validation_loss(
-                    net, self.scheduler, self.x_0_of, self.val_indices, self.config.validation_samples,
+                    net, self.denoiser.scheduler, self.x_0_of, self.val_indices, self.config.validation_samples,
                     self.config.batch_size, self.config.seed, self.precision, self.processes,
                 )  # fmt: skip
         if bounding:
             row["bits_per_dim"] = measure_bits_per_dim(
-                self.denoiser, self.scheduler, self.x_0_of, self.val_indices,
+                self.denoiser, self.x_0_of, self.val_indices,
                 t_stride=BOUND_T_STRIDE, images=self.config.bits_per_dim_images, batch_size=self.config.batch_size,
                 seed=self.config.seed, processes=self.processes,
             ).total  # fmt: skip
@@ -142,7 +140,7 @@ class BookKeeper:
         """A grid of samples, always of the same noise."""
         mine = self.processes.share(self.config.grid_images)
         settings = SamplerSettings(steps=min(self.config.grid_steps, self.config.timesteps_diff))
-        drawing = Drawing(self.denoiser, self.scheduler, settings, self.image_shape, self.config.seed, self.device)
+        drawing = Drawing(self.denoiser, settings, self.image_shape, self.config.seed, self.device)
         draw = lambda: generate(drawing, mine, self.config.batch_size, progress=False).images
         pixels = [self.to_pixels(draw()).numpy()] if mine else []
         everyones = [part for parts in self.processes.gather(pixels) for part in parts]
