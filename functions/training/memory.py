@@ -20,9 +20,9 @@ except ImportError:  # Windows has no such module; the process itself is then le
 
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")  # Linux
 CGROUP_LIMITS = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")]  # v2, v1
-# Of what the passes take, lost between blocks of the C library's heap as `keep_heap` has it. With this the estimate
-# was 6% above to 8% below real peaks on the CPU (2 to 10 GB: batches of 4 and 20, all of `recompute`).
-HEAP_GAPS = 0.2
+# Of what the passes take, lost between blocks of the C library's heap as `keep_heap` has it. With this the estimate was
+# 8% above to 10% below real peaks on the CPU (1 to 3 GB: batches of 12 and 24, all of `recompute`).
+HEAP_GAPS = 0.4
 
 # Of the memory there is, and of the estimate, in which errors as above and the gaps of a GPU's allocator have room
 SURELY_TOO_MUCH = 0.85
