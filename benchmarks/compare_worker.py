@@ -4,6 +4,7 @@
 request a line from its standard input, (method of `Bench`, arguments) as JSON, and answers with one line.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -78,7 +79,8 @@ class Worker:
 
     def close(self) -> None:
         """End the process; its memory is free when this returns."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # closing flushes what a dead process did not take
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
         self.errors.close()
