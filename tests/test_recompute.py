@@ -12,7 +12,8 @@ import train
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import autocast
-from functions.training.pass_memory import kept_for_backward
+from functions.training.pass_memory import LiveBytes, kept_for_backward
+from models.blocks import ResidualBlock
 from models.group_norm import GroupNorm
 from models.unet import UNet
 from tests.conftest import TINY, call, newest
@@ -128,6 +129,22 @@ def test_norms_alone_are_recomputed_and_no_convolution(dtype):
             loss.backward()
     assert repeated["none"].count == repeated["norms"].count == 0
     assert repeated["blocks"].count > 20  # so the counter counts
+
+
+def test_what_a_block_keeps_is_counted_by_hand():
+    """Two parts, 4 and 2 channels, to 4: beside them the state between the convolutions, and what the block returns."""
+    N, H, layout = 2, 4, torch.channels_last
+    image, small = N * H * H * 8, N * 8 * 8  # one channel in float64; the SiLU of the time embedding
+    norms = 2 * 2 * N * 2 * 8  # mean and rstd of both norms, two groups each
+    for recompute, channels in ((True, 4 + 4), (False, 4 + 4 + 3 * 6 + 2 * 4)):  # else also concatenation, norms, SiLUs
+        block = ResidualBlock(6, 4, 8, 0.0, 2).double().to(memory_format=layout)
+        block.recompute_norms = recompute
+        parts = [torch.randn(N, C, H, H).double().contiguous(memory_format=layout).requires_grad_() for C in (4, 2)]
+        time_embedding = torch.randn(N, 8).double().requires_grad_()
+        with LiveBytes() as live:
+            y = block(time_embedding, *parts)
+        assert live.now == channels * image + small + (0 if recompute else norms)
+        del y
 
 
 class Peer(torch.nn.Module):
