@@ -201,7 +201,7 @@ def train(
         network = processes.wrap(model, device)
         if checkpoint and Experiment.from_dict(checkpoint["config"]) != experiment:
             books.save(first_step)  # so that from now on the run is resumed as it was changed
-        for step in range(first_step, total_steps):  # Algorithm 1, lines 1 and 6: so often, not until convergence
+        for step in range(first_step, total_steps):  # Algorithm 1, lines 1 and 6: total_steps times
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device)
             degrees = rotation_limit(config.max_rotation, config.rotation_free_end, step / total_steps)
@@ -212,11 +212,11 @@ def train(
                     x_0 = augment(x_0, draws.flip[part], degrees * draws.tilt[part] if degrees else None)
                 torch.manual_seed(seed_of(config.seed, "dropout", step, part.start))
                 with processes.accumulating(network, last=part is passes[-1]):
-                    with autocast(device, precision):  # line 5: the loss, then its gradient
+                    with autocast(device, precision):  # line 5: the loss; below, its gradient
                         losses = noise_prediction_loss(network, scheduler, x_0, draws.t[part], draws.noise[part])
                     scaler.scale(losses.sum() * processes.count / config.effective_batch).backward()
                 loss += losses.detach().sum()
-            # Line 5: the step, by Adam, which leaves it out where numbers are not finite; then the average
+            # Line 5: the step, by Adam, which skips it where numbers are not finite; then the average of the weights
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)

@@ -1,8 +1,9 @@
-"""What a trained network's output means: the one place between it and the mathematics.
+"""What a network's output means, once it is trained: the one place between it and the mathematics.
 
 Samplers, the variational bound, figures and benchmarks ask `predict` for (x_0, eps) at (x_t, t). To let the network
-predict v instead of eps, change the target in `losses.py`, and `Denoiser.__call__`, which must always return eps. To
-let a field of `config.py` choose, put it into the `NoiseScheduler`, which both have.
+predict v instead of eps, change the target in `losses.py`, and `Denoiser.__call__`, which must always return eps:
+sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t. To let a field of `config.py` choose, put it into the `NoiseScheduler`,
+which the loss and the `Denoiser` both have.
 """
 
 from collections.abc import Callable, Iterator

@@ -35,11 +35,11 @@ def init_zero(layer: nn.Module) -> nn.Module:
 
 
 def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """`part(*inputs)`; if `wanted`, backward keeps the inputs alone and computes the rest again (Chen et al. 2016).
+    """`part(*inputs)`; if `wanted`, only the inputs are kept, and backward computes again what it needs.
 
-    PyTorch's checkpoint stops as soon as the last tensor that backward needs is there again. A convolution saves its
-    input, before it runs, and not its output. So of a part that ends in a convolution all is repeated but that: of
-    "norm, SiLU, convolution" the norm and the SiLU.
+    That is PyTorch's checkpoint (Chen et al. 2016, arXiv:1604.06174), which stops at the last tensor that backward
+    needs. A convolution needs its input, not its output. So where a part ends in its only convolution, all but that is
+    repeated: of "norm, SiLU, convolution" the norm and the SiLU.
     """
     if wanted and torch.is_grad_enabled():
         return checkpoint(part, *inputs, use_reentrant=False)
@@ -116,12 +116,12 @@ class ResidualBlock(nn.Module):
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """The parts (B, C_i, H, W) are concatenated to in_channels -> (B, out_channels, H, W).
 
-        A concatenation is recomputed before each of its uses. Where nothing is recomputed, backward keeps one of it.
+        To be recomputed, they are concatenated for the shortcut and for the first layer apart; otherwise once.
         """
         run = partial(recomputing, self.recompute_norms)
         x = parts if self.recompute_norms else [concatenated(*parts)]
-        shortcut = run(lambda *x: self.shortcut(concatenated(*x)), *x)
-        h = run(lambda *x: self.conv_1(F.silu(self.norm_1(concatenated(*x)))), *x)
+        shortcut = run(lambda *parts: self.shortcut(concatenated(*parts)), *x)
+        h = run(lambda *parts: self.conv_1(F.silu(self.norm_1(concatenated(*parts)))), *x)
         h = h + self.time_projection(F.silu(time_embedding))[:, :, None, None]
         h = run(lambda h: self.conv_2(self.dropout(F.silu(self.norm_2(h)))), h)
         return h + shortcut
@@ -158,7 +158,7 @@ class SelfAttention(nn.Module):
         return x + self.out(h)
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 3 C, H, W), as one convolution: of three, backward would repeat two."""
+        """(B, C, H, W) -> (B, 3 C, H, W): one convolution, because with three backward would repeat two."""
         layers = (self.query, self.key, self.value)
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return F.conv2d(self.norm(x), weight, bias)

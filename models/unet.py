@@ -123,9 +123,9 @@ class UNet(nn.Module):
         """Choose what backward computes again instead of keeping it from the forward pass; the gradients are the same.
 
         Args:
-            recompute: "none"; "norms", what lies between a block's input and a convolution: concatenation, norm,
-                activation and dropout, which is nearly free for images of 128 pixels; or "blocks", everything between
-                the inputs of the blocks, for most of another forward pass. `ValueError` for another.
+            recompute: "none"; "norms", all that is cheap before a convolution: concatenation, norm, activation and
+                dropout, which is nearly free for images of 128 pixels; or "blocks", everything between the inputs of
+                the blocks, for most of another forward pass. `ValueError` for another.
         """
         if recompute not in ("none", "norms", "blocks"):
             raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")
