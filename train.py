@@ -32,7 +32,7 @@ from functions.support.device import (
     choose_device,
     set_deterministic,
 )
-from functions.support.errors import TrainingError
+from functions.support.errors import SamplingError, TrainingError
 from functions.support.optimizer import Adam
 from functions.support.processes import Processes, joined
 from functions.support.random_numbers import seed_of, training_draws
@@ -240,5 +240,5 @@ def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float
 
 
 if __name__ == "__main__":
-    with plain_errors(CheckpointError, ConfigError, DataError, DeviceError, OSError, TrainingError):
+    with plain_errors(CheckpointError, ConfigError, DataError, DeviceError, OSError, SamplingError, TrainingError):
         main()

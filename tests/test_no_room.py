@@ -97,3 +97,24 @@ def test_out_of_memory_says_what_fits_and_that_fits(foreseen, pictures, tmp_path
         return
     again = script("-c", code, *flags, *advice)
     assert again.returncode == 0, again.stderr
+
+
+NO_GRID = """
+import runpy, sys
+import functions.training.book_keeping
+from functions.support.errors import SamplingError
+
+def no_room(*args, **options):
+    raise SamplingError("no memory for a single image at a time on cpu")
+
+functions.training.book_keeping.generate = no_room
+sys.argv = ["train.py", *sys.argv[1:]]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_grid_that_does_not_fit_ends_training_with_a_sentence(pictures, tmp_path):
+    ended = script("-c", NO_GRID, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == "error: no memory for a single image at a time on cpu"
+    assert "Traceback" not in ended.stderr
