@@ -66,13 +66,9 @@ def test_terms_equal_the_closed_form_on_gaussian_data(variance):
     scheduler = NoiseScheduler(40)
     x_0 = (MU + S * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))).float()
     result = measure_bits_per_dim(
-        Denoiser(GaussianDenoiser(scheduler)),
-        scheduler,
-        lambda i: x_0[i],
-        np.arange(64),
-        variance=variance,
+        Denoiser(GaussianDenoiser(scheduler), scheduler), lambda i: x_0[i], np.arange(64), variance=variance,
         clip_x_0=False,
-    )
+    )  # fmt: skip
     expected = expected_terms(scheduler, variance)
     sampled = x_0.numel() ** -0.5 * 5 * math.sqrt(2)  # of a mean of squared normals
     np.testing.assert_allclose(result.terms.mean(axis=0)[1:], expected[1:], rtol=sampled)

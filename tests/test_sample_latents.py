@@ -101,7 +101,7 @@ def test_variations_differ_more_the_deeper_they_come_from():
         x_0 = 0.25 * a.sqrt() / (0.25 * a + 1 - a) * x_t
         return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
 
-    drawing = Drawing(exact, scheduler, SamplerSettings(), (3, 16, 16), 0, CPU)
+    drawing = Drawing(Denoiser(exact, scheduler), SamplerSettings(), (3, 16, 16), 0, CPU)
     x_0 = 0.5 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1.9, 1.9)
     spreads = []
     for share in (0.05, 0.15, 0.3, 1.0):
