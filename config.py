@@ -261,9 +261,8 @@ class Experiment:
         try:
             diffusion, model = config["diffusion"], config["model"]
             if isinstance(diffusion, dict):
-                diffusion = {
-                    name: value for name, value in diffusion.items() if name != "compile"
-                }  # of earlier versions
+                # Runs of earlier versions have the field `compile`
+                diffusion = {name: value for name, value in diffusion.items() if name != "compile"}
             return Experiment(DiffusionConfig(**diffusion), ModelConfig(**model))
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the saved config does not fit this version: {str(error)[:200]}") from error

@@ -43,7 +43,7 @@ def terms_of(
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
 
     def in_float32(x_t: Tensor, t: Tensor) -> Tensor:
-        """The model where it is, and as it wants its input."""
+        """The model, on its own device."""
         return model(x_t.to(device, torch.float32), t.to(device)).to(home)
 
     x_0, t, noise = x_0.to(home, torch.float64), t.to(home), noise.to(home, torch.float64)
