@@ -103,8 +103,8 @@ class NoiseScheduler:
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep) -> tuple[Tensor, Coefficient]:
         """q(x_s | x_t, x_0) for a step from t to an earlier s: its mean (B, C, H, W) and its variance (Eqs. 6, 7).
 
-        With s = t - 1 this is the paper's. With s = -1, the clean image, the mean is x_0 and the variance 0. For ints the
-        variance is a Python number, for (B,) timesteps (B, 1, 1, 1).
+        With s = t - 1 this is the paper's. With s = -1, the clean image, the mean is x_0 and the variance 0.
+        For ints the variance is a Python number, for (B,) timesteps (B, 1, 1, 1).
         """
         a_t, a_s, beta = self.alpha_bar(t), self.alpha_bar(s), self.step_beta(t, s)
         of_x_0 = a_s**0.5 * beta / (1 - a_t)
