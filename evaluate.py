@@ -18,9 +18,8 @@ import torch
 
 from data.datasets import ImageSet, Split, hash_ids, load_images, split_images
 from data.pixels import to_model_range, to_uint8
-from data.sources import DataError
 from functions.evaluation.bits_per_dim import measure_bits_per_dim
-from functions.evaluation.features import EvaluationError, Extractor, load_inception
+from functions.evaluation.features import Extractor, load_inception
 from functions.evaluation.figures import plot_bits_per_dim
 from functions.evaluation.reference_statistics import (
     Reference,
@@ -45,19 +44,15 @@ from functions.evaluation.report import (
     write_result,
 )
 from functions.prediction import Denoiser
-from functions.sampling.files import weights_hash
-from functions.sampling.generation import Drawing, rebuild
-from functions.sampling.options import SamplerSettings
-from functions.support.checkpoint import CheckpointError
+from functions.sampling.generation import ImageSampler, rebuild
+from functions.sampling.options import SamplerOptions
 from functions.support.command_line import Parser, plain_errors
-from functions.support.device import DeviceError, choose_device, choose_precision, set_deterministic
-from functions.support.errors import SamplingError, TrainingError
+from functions.support.device import choose_device, choose_precision, set_deterministic
+from functions.support.errors import UserError
 from functions.support.export import load_weights
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
 from models.unet import UNet
-
-ERRORS = (CheckpointError, DataError, DeviceError, EvaluationError, SamplingError, TrainingError, OSError)
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extrac
     add_evaluation_flags(parser)
     args = parser.parse_args()
     check_flags(args)
-    settings = SamplerSettings.from_args(args)
+    settings = SamplerOptions.from_args(args)
     with joined() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         set_deterministic(device.type == "cuda")  # the CPU's kernels are
@@ -98,24 +93,24 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
     """The checkpoint, its model and its data."""
     candidates = find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs)
     precision = choose_precision(args.precision, device)
-    checkpoint, (weights, config, run) = first_sound(candidates, load_weights)
-    denoiser = rebuild(UNet, weights, config, checkpoint, device, precision)
-    processes.say(f"{checkpoint}: {run['weights']} weights after {run['step']:,} of {run['total_steps']:,} steps")
-    diffusion = config["diffusion"]
+    _, saved = first_sound(candidates, load_weights)
+    denoiser = rebuild(UNet, saved, device, precision)
+    processes.say(str(saved))
+    diffusion, run = saved.config["diffusion"], saved.run
     image_set = load_images(
-        args.dataset_name or diffusion["dataset_name"], config["model"]["image_size"], diffusion["max_bad_images"]
+        args.dataset_name or diffusion["dataset_name"], saved.config["model"]["image_size"], diffusion["max_bad_images"]
     )
     split = split_images(image_set, diffusion["split"])
     processes.say(split.description)
     if run.get("train_ids_hash") != split.train_ids_hash:
         warn(processes, "THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation")
     facts = {
-        "experiment": run["experiment"], "step": run["step"], "weights": run["weights"],
-        "weights_hash": weights_hash(weights, config)[:16], "precision": str(precision).removeprefix("torch."),
+        "experiment": run["experiment"], "step": run["step"], "weights": saved.kind,
+        "weights_hash": saved.digest[:16], "precision": str(precision).removeprefix("torch."),
         "device": device.type, "batch_size": args.batch_size, "seed": args.seed,
     }  # fmt: skip
-    folder = args.out or folder_of(checkpoint) / "evaluation"
-    return Subject(checkpoint, denoiser, facts, device, image_set, split, folder)
+    folder = args.out or folder_of(saved.path) / "evaluation"
+    return Subject(saved.path, denoiser, facts, device, image_set, split, folder)
 
 
 def warn(processes: Processes, text: str) -> None:
@@ -159,7 +154,7 @@ def open_reference(
     of_split = {"train": split.train_indices, "val": split.val_indices}[args.reference_split]
     indices = evenly(of_split, args.reference_images)
     if len(indices) < 2:
-        raise EvaluationError(f"an empty reference: {len(indices)} {args.reference_split} image(s), 2 are the fewest")
+        raise UserError(f"an empty reference: {len(indices)} {args.reference_split} image(s), 2 are the fewest")
     ids = hash_ids([subject.image_set.ids[i] for i in indices])
     name = Path(subject.image_set.name).name  # a path is nobody's business, and the pixels have their hash
     description = describe(images, indices, ids, name, args.reference_split, extractor)
@@ -176,7 +171,7 @@ def open_reference(
 def evaluate_images(
     args: argparse.Namespace,
     subject: Subject,
-    sampler: SamplerSettings,
+    sampler: SamplerOptions,
     extractor: Extractor,
     reference: Reference | None,
     processes: Processes,
@@ -184,7 +179,7 @@ def evaluate_images(
     """FID, KID, precision and recall of samples."""
     metrics = tuple(name for name in args.metrics if name != "bpd")
     shape = (3, *subject.image_set.images.shape[1:3])
-    drawing = Drawing(subject.denoiser, sampler, shape, args.seed, subject.device)
+    drawing = ImageSampler(subject.denoiser, sampler, shape, args.seed, subject.device)
     generated = sample_features(drawing, args.n, args.batch_size, extractor, to_uint8, processes)
     if not processes.is_main:
         return
@@ -203,5 +198,5 @@ def evaluate_images(
 
 
 if __name__ == "__main__":
-    with plain_errors(*ERRORS):
+    with plain_errors():
         main()

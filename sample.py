@@ -12,7 +12,7 @@ Many images, on several GPUs; started again after a kill, only what is missing i
 from data.decode import BadImage, decode_rgb, fit_square
 from data.pixels import to_model_range, to_uint8
 from functions.sampling.latent_pictures import Pixels
-from functions.sampling.script import ERRORS, add_sampling_flags, sample_to_files
+from functions.sampling.script import add_sampling_flags, sample_to_files
 from functions.support.command_line import Parser, plain_errors
 from functions.support.run_folder import find_checkpoints, newest_checkpoints
 from models.unet import UNet
@@ -30,5 +30,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors(*ERRORS):
+    with plain_errors():
         main()

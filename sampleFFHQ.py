@@ -8,9 +8,9 @@ from pathlib import Path
 from data.decode import BadImage, decode_rgb, fit_square
 from data.pixels import to_model_range, to_uint8
 from functions.sampling.latent_pictures import Pixels
-from functions.sampling.script import ERRORS, add_sampling_flags, sample_to_files
-from functions.support.checkpoint import CheckpointError
+from functions.sampling.script import add_sampling_flags, sample_to_files
 from functions.support.command_line import Parser, plain_errors
+from functions.support.errors import CheckpointError
 from functions.support.run_folder import find_checkpoints, newest_checkpoints
 from models.unet import UNet
 
@@ -36,5 +36,5 @@ def newest_ffhq_checkpoints(runs: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with plain_errors(*ERRORS):
+    with plain_errors():
         main()

@@ -17,22 +17,20 @@ from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, forward_passes, micro_batches
 from data.datasets import load_images, split_images
 from data.pixels import to_model_range, to_uint8
-from data.sources import DataError
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser, autocast
 from functions.support import run_folder
-from functions.support.checkpoint import CheckpointError, check_progress, load_checkpoint, restore
+from functions.support.checkpoint import check_progress, load_checkpoint, restore
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
 from functions.support.device import (
-    DeviceError,
     arithmetic,
     choose_arithmetic,
     choose_device,
     set_deterministic,
 )
-from functions.support.errors import SamplingError, TrainingError
+from functions.support.errors import CheckpointError
 from functions.support.optimizer import Adam
 from functions.support.processes import Processes, joined
 from functions.support.random_numbers import seed_of, training_draws
@@ -154,7 +152,7 @@ def train(
         raise ConfigError(f"{run}: the run is finished; to go on, give more --diffusion.epochs")
 
     resident = 0 if feeder.resident is None else feeder.resident.nbytes
-    passes = forward_passes(processes.share(config.effective_batch), config.batch_size)
+    passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)
     largest_pass = passes[0].stop - passes[0].start
     memory = training_memory(model, scheduler, config.effective_batch, largest_pass, ema_model is not None, precision,
                              device, baseline, resident)  # fmt: skip
@@ -240,5 +238,5 @@ def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float
 
 
 if __name__ == "__main__":
-    with plain_errors(CheckpointError, ConfigError, DataError, DeviceError, OSError, SamplingError, TrainingError):
+    with plain_errors(ConfigError):
         main()

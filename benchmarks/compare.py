@@ -30,7 +30,7 @@ from benchmarks.compare_targets import MEMORY_TARGETS, Judge
 from benchmarks.compare_worker import Worker, WorkerError
 from data.reading import available_cores
 from functions.support.command_line import Parser, plain_errors, positive
-from functions.support.device import DeviceError, choose_device, choose_precision, cpu_name
+from functions.support.device import choose_device, choose_precision, cpu_name
 
 MEMORY_STEPS = 20
 QUICK = "ours-none,ours-blocks,diffusers-default,diffusers-channels_last,lucidrains-default"
@@ -181,5 +181,5 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 if __name__ == "__main__":
-    with plain_errors(DeviceError, MissingPackage, NoSuchArm):
+    with plain_errors():
         main()

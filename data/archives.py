@@ -10,6 +10,8 @@ from typing import IO
 
 import numpy as np
 
+from functions.support.errors import UserError
+
 # What Python's zip reader and NumPy's header reader raise on broken bytes.
 ARCHIVE_ERRORS = (
     OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, NotImplementedError, SyntaxError,
@@ -18,12 +20,8 @@ ARCHIVE_ERRORS = (
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # Python's readers of others unpack all at once, however much
 
 
-class DataError(Exception):
-    """A problem with the data that the user can mend; the message is one or two plain sentences that name the path."""
-
-
 def open_archive(path: Path) -> zipfile.ZipFile:
-    """Opens a zip or npz for reading; DataError when it is not one, cannot be read, or lists less than it says."""
+    """Opens a zip or npz for reading; UserError when it is not one, cannot be read, or lists less than it says."""
     try:
         archive = zipfile.ZipFile(path)
         # A damaged list of members can end early, or hide some inside another's comment.
@@ -32,10 +30,10 @@ def open_archive(path: Path) -> zipfile.ZipFile:
         archive.close()
     except OSError as error:
         if error.strerror and error.errno != errno.EINVAL:  # that is a seek to a place which the archive's end makes up
-            raise DataError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
+            raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
     except ARCHIVE_ERRORS:
         pass
-    raise DataError(f"{path} is not a complete zip archive. Was its download cut short? Get it again.")
+    raise UserError(f"{path} is not a complete zip archive. Was its download cut short? Get it again.")
 
 
 def promised_members(archive: zipfile.ZipFile) -> int:
@@ -47,13 +45,13 @@ def promised_members(archive: zipfile.ZipFile) -> int:
 
 
 def open_member(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
-    """Opens a member for reading; DataError when that cannot be done."""
+    """Opens a member for reading; UserError when that cannot be done."""
     if archive.getinfo(name).compress_type not in METHODS:
-        raise DataError(f"{path}: {printable(name)} is packed by another method than deflate. Make the archive anew.")
+        raise UserError(f"{path}: {printable(name)} is packed by another method than deflate. Make the archive anew.")
     try:
         return archive.open(name)
     except ARCHIVE_ERRORS as error:
-        raise DataError(f"{path} is damaged ({printable(error)}). Get or make it again.") from None
+        raise UserError(f"{path} is damaged ({printable(error)}). Get or make it again.") from None
 
 
 def read_npy_header(file, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -64,7 +62,7 @@ def read_npy_header(file, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
             return np.lib.format.read_array_header_1_0(file)
         return np.lib.format.read_array_header_2_0(file)
     except ARCHIVE_ERRORS as error:
-        raise DataError(f"{path} holds a broken array ({printable(error)}). Get or make it again.") from None
+        raise UserError(f"{path} holds a broken array ({printable(error)}). Get or make it again.") from None
 
 
 def printable(text: object) -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from functions.support.errors import UserError
+
 from .packed import open_packed
-from .sources import DataError, Source, find_source
+from .sources import Source, find_source
 
 DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
@@ -46,11 +48,11 @@ def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0, qui
     """All images of a data set at image_size x image_size pixels; prepared on first use, memory-mapped from then on.
 
     "emoji_faces" is the embedded set, "emoji_people" the people in it, "FFHQ" whatever copy of FFHQ lies at data/FFHQ;
-    anything else is the path of a folder, .zip or .npz. Raises DataError when there is no such set, when more than
+    anything else is the path of a folder, .zip or .npz. Raises UserError when there is no such set, when more than
     max_bad_images images are unusable, or when the prepared images cannot be stored.
     """
     if image_size < 1:
-        raise DataError(f"The image size is {image_size}; it must be a positive number of pixels.")
+        raise UserError(f"The image size is {image_size}; it must be a positive number of pixels.")
     source = locate(dataset_name, image_size)
     pack = open_packed(source, image_size, max_bad_images, quiet)
     if dataset_name == "emoji_people":
@@ -61,7 +63,7 @@ def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0, qui
 
 
 def locate(dataset_name: str, image_size: int) -> Source:
-    """The source behind a data set's name or path; raises DataError when there is none."""
+    """The source behind a data set's name or path; raises UserError when there is none."""
     if dataset_name in ("emoji_faces", "emoji_people"):
         return find_source(EMBEDDED_SET, image_size)
     if dataset_name == "FFHQ":
@@ -72,7 +74,7 @@ def locate(dataset_name: str, image_size: int) -> Source:
 def _find_ffhq(folder: Path) -> Path:
     archives_inside = sorted(p for p in folder.glob("FFHQ/*") if p.suffix.lower() in (".zip", ".npz") and p.is_file())
     if len(archives_inside) > 1:
-        raise DataError(
+        raise UserError(
             f"{folder / 'FFHQ'} holds several archives ({', '.join(p.name for p in archives_inside)}). "
             "Leave one there, or name one as the data set."
         )
@@ -80,7 +82,7 @@ def _find_ffhq(folder: Path) -> Path:
     for path in candidates:
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             return path
-    raise DataError(
+    raise UserError(
         "FFHQ is not there. Get the 128x128 thumbnails (2 GB; python download_ffhq.py --thumbs of "
         "github.com/NVlabs/ffhq-dataset, or a copy from Kaggle or Hugging Face)\n"
         f"and put it at {folder / 'FFHQ'} (a folder, or FFHQ.zip or FFHQ.npz), or name its path as the data set."
@@ -92,16 +94,16 @@ def split_images(image_set: ImageSet, split: str) -> Split:
 
     The full FFHQ (ids 0 to 69,999): 63,000 / 7,000 as in the reference run, or the official 60,000 / 10,000.
     Any other set, an incomplete FFHQ included: its last 10%, at least one image, validate.
-    Raises DataError when `split` is neither or a side would be empty.
+    Raises UserError when `split` is neither or a side would be empty.
     """
     if split not in FFHQ_VALIDATION:
-        raise DataError(f"There is no split {split!r}; it can be {' or '.join(map(repr, FFHQ_VALIDATION))}.")
+        raise UserError(f"There is no split {split!r}; it can be {' or '.join(map(repr, FFHQ_VALIDATION))}.")
     count = len(image_set)
     is_full_ffhq = count == FFHQ_SIZE and image_set.ids == list(range(FFHQ_SIZE))
     val_count = FFHQ_VALIDATION[split] if is_full_ffhq else max(1, count // 10)
     train_count = count - val_count
     if train_count < 1:
-        raise DataError(f"{image_set.name} has {count} image(s): too few to train on some and validate on others.")
+        raise UserError(f"{image_set.name} has {count} image(s): too few to train on some and validate on others.")
     which = f"{split} split of the full FFHQ" if is_full_ffhq else "not the full FFHQ, so the last 10% by id validate"
     description = f"{image_set.name}: {train_count:,} images train, {val_count:,} validate ({which})"
     return Split(

@@ -8,7 +8,9 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .archives import DataError, printable
+from functions.support.errors import UserError
+
+from .archives import printable
 
 # Named one by one: Pillow otherwise also tries dozens of formats that no image set uses, some of them by calling
 # other programs.
@@ -31,7 +33,7 @@ _DECODING_ERRORS = (
 )
 
 
-class BadImage(DataError):
+class BadImage(UserError):
     """An image that cannot be used; the message is the reason, without the file's name."""
 
 

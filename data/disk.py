@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .archives import DataError
+from functions.support.errors import UserError
 
 try:
     import fcntl
@@ -67,10 +67,10 @@ def flush_folder(folder: Path) -> None:
 
 
 def check_disk_space(folder: Path, bytes_needed: int) -> None:
-    """Raises DataError when a folder's disk has less room than bytes_needed."""
+    """Raises UserError when a folder's disk has less room than bytes_needed."""
     free = shutil.disk_usage(folder).free
     if free < bytes_needed:
-        raise DataError(
+        raise UserError(
             f"{folder} has {format_bytes(free)} free, but the packed images take "
             f"{format_bytes(bytes_needed)}. Make room there and start again."
         )

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .archives import DataError, printable
+from functions.support.errors import UserError
+
+from .archives import printable
 from .decode import BadImage, fit_square
 from .disk import check_disk_space, file_lock, flush_folder, format_bytes, is_writable, write_atomically
 from .reading import map_images
@@ -41,7 +43,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
     """Maps the packed file of a source at image_size (pixels), which is made first if there is none or it is outdated.
 
     It lies in the data folder, or in the user's cache folder where that cannot be written. Processes that start at
-    once are safe: one makes it, the others wait. Raises DataError when more than max_bad_images had to be left out
+    once are safe: one makes it, the others wait. Raises UserError when more than max_bad_images had to be left out
     (after listing all of them), when no image is usable, or when the disk is full or nowhere writable.
     """
     key = pack_key(source, image_size)
@@ -50,7 +52,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
     if pack is None:
         target = next((path for path in places if is_writable(path.parent)), None)
         if target is None:
-            raise DataError(
+            raise UserError(
                 f"Neither {places[0].parent} nor {places[1].parent} can be written, and the packed images "
                 "must go somewhere. Set XDG_CACHE_HOME to a folder that can."
             )
@@ -59,7 +61,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
 
     if len(pack.bad_images) > max_bad_images:
         name, reason = pack.bad_images[0]
-        raise DataError(
+        raise UserError(
             f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; the first is "
             f"{printable(name)} ({reason}). {with_ending(pack.path, '.report.txt')} lists all; mend or remove them, "
             "or allow as many."
@@ -131,7 +133,7 @@ def _make_pack(source: Source, image_size: int, key: str, target: Path, quiet: b
         if not quiet:
             _print_report(summary, source.notes, left_out)
         if not kept:
-            raise DataError(
+            raise UserError(
                 f"{source.path}: not one of its {len(source.ids)} images can be used; the first is "
                 f"{printable(bad_images[0][0])} ({bad_images[0][1]})."
             )
@@ -151,7 +153,7 @@ def _make_pack(source: Source, image_size: int, key: str, target: Path, quiet: b
         write_atomically(with_ending(target, ".json"), json.dumps(record))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
+            raise UserError(
                 f"{target.parent} ran full while {source.path} was being prepared, which takes "
                 f"{format_bytes(bytes_needed)}. Make room and start again."
             ) from None

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.datasets import load_images, locate
-from data.sources import DataError
 from data.verify import Verification, verify_pixels
+from functions.support.errors import UserError
 
 LISTED = 20  # of each kind of difference
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not result.is_clean:
                 return 1
         print(f"Ready: {load_images(options.source, options.image_size, options.max_bad_images).summary}")
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

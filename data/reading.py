@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .archives import ARCHIVE_ERRORS, METHODS, DataError, open_archive, open_member, printable, read_npy_header
+from functions.support.errors import UserError
+
+from .archives import ARCHIVE_ERRORS, METHODS, open_archive, open_member, printable, read_npy_header
 from .decode import BadImage, decode_rgb
 from .sources import Member, Source
 
@@ -29,7 +31,7 @@ def map_images(source: Source, job: Callable[[np.ndarray], object]) -> Iterator[
     """Yields job(pixels) for every image in the order of source.ids, pixels being uint8 (H, W, 3) at its own size.
 
     An unusable image yields its BadImage instead. `job` must be picklable: it runs in worker processes when there is
-    much to decode. Raises DataError when a worker is killed.
+    much to decode. Raises UserError when a worker is killed.
     """
     if source.kind == "npz":
         yield from (job(pixels) for pixels in _read_npz(source))
@@ -59,7 +61,7 @@ def _map_in_processes(source: Source, job: Callable) -> Iterator[object | BadIma
     try:
         yield from executor.map(_process_in_worker, source.members, chunksize=16)
     except BrokenProcessPool:
-        raise DataError(f"A process that was decoding {source.path} died (out of memory?). Start again.") from None
+        raise UserError(f"A process that was decoding {source.path} died (out of memory?). Start again.") from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -127,7 +129,7 @@ def _read_npz(source: Source) -> Iterator[np.ndarray]:
             try:
                 data = file.read(size)
             except ARCHIVE_ERRORS as error:
-                raise DataError(f"{source.path} is damaged ({printable(error)}). Get or make it again.") from None
+                raise UserError(f"{source.path} is damaged ({printable(error)}). Get or make it again.") from None
             if len(data) != size:
-                raise DataError(f"{source.path} is cut short. Get or make it again.")
+                raise UserError(f"{source.path} is cut short. Get or make it again.")
             yield np.frombuffer(data, np.uint8).reshape(shape)

@@ -11,7 +11,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .archives import DataError, open_archive, open_member, printable, read_npy_header
+from functions.support.errors import UserError
+
+from .archives import open_archive, open_member, printable, read_npy_header
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -58,19 +60,19 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
     not be enlarged. `numbered=True` is for a set that must be numbered: unnumbered images are passed over with a note,
     and two images with one number are an error. They are passed over too where nearly all others are numbered: one
     stray preview.png must not turn the numbers of 70,000 images into names.
-    Raises DataError when the path is missing, is none of the three, cannot be read or holds no image.
+    Raises UserError when the path is missing, is none of the three, cannot be read or holds no image.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         kind, (members, notes) = "folder", _scan_folder(path)
     elif not path.exists():
-        raise DataError(f"{path} does not exist. Give a folder, a .zip or an .npz of images.")
+        raise UserError(f"{path} does not exist. Give a folder, a .zip or an .npz of images.")
     elif path.suffix.lower() == ".npz":
         return _scan_npz(path)
     elif path.suffix.lower() == ".zip":
         kind, (members, notes) = "zip", _scan_zip(path)
     else:
-        raise DataError(f"{path} is neither a folder nor a .zip nor an .npz. Give one of these.")
+        raise UserError(f"{path} is neither a folder nor a .zip nor an .npz. Give one of these.")
 
     members, layout_note = _choose_layout(members, image_size)
     notes += layout_note
@@ -78,11 +80,11 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
     if numbered or NEARLY_ALL * len(members) <= len(numbered_members) < len(members):
         members, notes = numbered_members, notes + number_note
     if not members:
-        raise DataError(f"{path} holds no image ({', '.join(IMAGE_EXTENSIONS)}). " + " ".join(notes))
+        raise UserError(f"{path} holds no image ({', '.join(IMAGE_EXTENSIONS)}). " + " ".join(notes))
 
     ids = _numbers([member.name for member in members])
     if ids is None and numbered:
-        raise DataError(f"{path}: {_describe_clash(members)} Keep one copy of the set there, or point at one of them.")
+        raise UserError(f"{path}: {_describe_clash(members)} Keep one copy of the set there, or point at one of them.")
     if ids is None:
         ids = [_normalised(member.name) for member in members]
     order = sorted(range(len(ids)), key=ids.__getitem__)
@@ -101,7 +103,7 @@ def is_image_name(name: str) -> bool:
 
 def _scan_folder(path: Path) -> tuple[list[Member], list[str]]:
     def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}). Check its permissions.")
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}). Check its permissions.")
 
     members, irregular, visited = [], [], set()
     # Links are followed, for a data folder is often a link to another disk; a link that leads back up is not.
@@ -154,13 +156,13 @@ def _scan_npz(path: Path) -> Source:
             if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran_order:
                 found.append((Member(info.filename, info.file_size, info.CRC), shape, header))
     if len(found) != 1:
-        raise DataError(f"{path} holds {len(found)} uint8 arrays of shape (N, H, W, 3). It must hold exactly one.")
+        raise UserError(f"{path} holds {len(found)} uint8 arrays of shape (N, H, W, 3). It must hold exactly one.")
     member, shape, header = found[0]
     if shape[1] * shape[2] > MAX_PIXELS:
-        raise DataError(f"{path} holds images of {shape[2]}x{shape[1]} pixels, more than {MAX_PIXELS:,}.")
+        raise UserError(f"{path} holds images of {shape[2]}x{shape[1]} pixels, more than {MAX_PIXELS:,}.")
     # Before anything is counted by it: the header can claim any number of images.
     if math.prod(shape) != member.size - header:
-        raise DataError(f"{path} is cut short or damaged: its array is not as large as it says. Get or make it again.")
+        raise UserError(f"{path} is cut short or damaged: its array is not as large as it says. Get or make it again.")
     return Source(path, "npz", (member,), tuple(range(shape[0])), ())
 
 
@@ -186,7 +188,7 @@ def _check_name(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> 
     try:
         archive.open(info).close()
     except (zipfile.BadZipFile, struct.error, OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {printable(error)}. Get or make it again.") from None
+        raise UserError(f"{path} is damaged: {printable(error)}. Get or make it again.") from None
     except (NotImplementedError, RuntimeError):  # encrypted, or packed by some other method: no image of ours
         pass
 

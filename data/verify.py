@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from functions.support.errors import UserError
+
 from .decode import BadImage
 from .reading import map_images
-from .sources import DataError, Source
+from .sources import Source
 
 # The json describes every photo at these sizes. pixel_md5 is over the raw pixels, so it also fits re-encoded lossless
 # copies; JPEGs and resized copies never match.
@@ -34,11 +36,11 @@ class Verification:
 def verify_pixels(source: Source, json_path: str | Path, quiet: bool = False) -> Verification:
     """Compares the pixel_md5 of every image of a source, at its own size, with the json's thumbnail or 1024 px entry.
 
-    Raises DataError when the json cannot be read or is another file, or when the source's images aren't numbered.
+    Raises UserError when the json cannot be read or is another file, or when the source's images aren't numbered.
     """
     expected = read_expected(json_path)
     if not all(isinstance(image_id, int) for image_id in source.ids):
-        raise DataError(f"{source.path}: the images have no numbers by which {json_path} could be compared.")
+        raise UserError(f"{source.path}: the images have no numbers by which {json_path} could be compared.")
     correct, wrong = 0, []
     results = map_images(source, _pixel_md5)
     for position, result in enumerate(
@@ -63,7 +65,7 @@ def verify_pixels(source: Source, json_path: str | Path, quiet: bool = False) ->
 
 
 def read_expected(json_path: str | Path) -> dict[int, dict[tuple[int, int], str]]:
-    """ffhq-dataset-v2.json -> by id, the pixel_md5 by (width, height). Raises DataError when it isn't that file."""
+    """ffhq-dataset-v2.json -> by id, the pixel_md5 by (width, height). Raises UserError when it isn't that file."""
 
     def keep_sums(entry: dict) -> dict:
         # The file takes 268 MB and several times that in memory; all but the sums is dropped as soon as it is read.
@@ -81,11 +83,11 @@ def read_expected(json_path: str | Path) -> dict[int, dict[tuple[int, int], str]
             for key, entry in entries.items()
         }
     except OSError as error:
-        raise DataError(f"{json_path} cannot be read ({error.strerror}).") from None
+        raise UserError(f"{json_path} cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         expected = {}
     if not expected or not all(expected.values()):
-        raise DataError(f"{json_path} is not a complete ffhq-dataset-v2.json; its size should be 267,793,842 bytes.")
+        raise UserError(f"{json_path} is not a complete ffhq-dataset-v2.json; its size should be 267,793,842 bytes.")
     return expected
 
 

@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> None:
             if run is None:
                 print(f"{arm}, seed {seed}: not trained yet")
                 continue
-            own = own_average(load_weights(weights_file(run, "raw"))[1])
+            own = own_average(load_weights(weights_file(run, "raw")).config)
             others = sorted(name for name in AVERAGES if weights_file(run, name).exists() and name != own)
             for name in ("raw", own, *others):
                 measure_weights(run, arm, name, name in ("raw", own), results, ("arms", arm, str(seed)), args, device)
@@ -103,9 +103,9 @@ def measure_weights(
     missing -= (results.get(*place, key) or {}).keys()
     if not missing:
         return
-    weights, config, _ = load_weights(weights_file(run, key.removesuffix(STARTED)))
-    precision, data = choose_precision("auto", device), data_of(config, device)
-    denoiser = rebuild(UNet, weights, config, run, device, precision)
+    saved = load_weights(weights_file(run, key.removesuffix(STARTED)))
+    precision, data = choose_precision("auto", device), data_of(saved.config, device)
+    denoiser = rebuild(UNet, saved, device, precision)
     every = np.arange(len(data.held_out))
     held_out = lambda indices: data.held_out[indices]
     if results.get("data", "arms") is None:

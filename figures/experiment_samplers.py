@@ -37,11 +37,11 @@ def measure(args: argparse.Namespace) -> None:
     """Errors and distances of every sampler, spacing and number of calls, as far as there are none yet."""
     device, results = choose_device(args.device), Results(args.results)
     checkpoint, *_ = find_checkpoints(args.faces or newest_finished())
-    weights, config, facts = load_weights(checkpoint)
-    denoiser = rebuild(UNet, weights, config, checkpoint, device)
-    data, whole = data_of(config, device), denoiser.scheduler.timesteps
+    saved = load_weights(checkpoint)
+    denoiser = rebuild(UNet, saved, device)
+    data, whole = data_of(saved.config, device), denoiser.scheduler.timesteps
     few = min(ODE_IMAGES, args.sampler_images)
-    made_with = {"step": facts["step"], "weights": facts["weights"], "images": args.sampler_images, "error_images": few}
+    made_with = {"step": saved.run["step"], "weights": saved.kind, "images": args.sampler_images, "error_images": few}
     if results.get("samplers", "of") != made_with:  # another model or other counts: none of it compares
         results.put({"of": made_with}, "samplers")
         results.put(data_numbers(data, args.sampler_images), "data", "samplers")

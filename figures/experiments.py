@@ -26,12 +26,10 @@ sys.path.insert(0, str(ROOT))  # so that the repository's modules are found from
 
 import train  # noqa: E402
 from config import EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelConfig  # noqa: E402
-from data.sources import DataError  # noqa: E402
 from functions.ema import update_ema  # noqa: E402
-from functions.support.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
+from functions.support.checkpoint import load_checkpoint  # noqa: E402
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors, positive  # noqa: E402
-from functions.support.device import DeviceError, choose_device  # noqa: E402
-from functions.support.errors import TrainingError  # noqa: E402
+from functions.support.device import choose_device  # noqa: E402
 from functions.support.export import export_weights  # noqa: E402
 from functions.support.processes import joined  # noqa: E402
 from functions.support.run_folder import find_checkpoints, runs_of  # noqa: E402
@@ -185,5 +183,5 @@ def finished_run(runs: Path, arm: str, seed: int) -> Path | None:
 
 
 if __name__ == "__main__":
-    with plain_errors(CheckpointError, ConfigError, DataError, DeviceError, OSError, TrainingError):
+    with plain_errors(ConfigError):
         main()

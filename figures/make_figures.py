@@ -21,12 +21,10 @@ from config import EXPERIMENTS, ModelConfig  # noqa: E402
 from data.augmentation import augment  # noqa: E402
 from data.datasets import load_images, split_images  # noqa: E402
 from data.pixels import to_model_range, to_uint8  # noqa: E402
-from data.sources import DataError  # noqa: E402
 from figures.sampling_figures import draw_sampling  # noqa: E402
 from functions.noise_scheduler import NoiseScheduler  # noqa: E402
-from functions.sampling.generation import Drawing, Keep, frame_steps, generate, rebuild  # noqa: E402
-from functions.sampling.options import SamplerSettings  # noqa: E402
-from functions.support.checkpoint import CheckpointError  # noqa: E402
+from functions.sampling.generation import ImageSampler, Record, frame_steps, generate, rebuild  # noqa: E402
+from functions.sampling.options import SamplerOptions  # noqa: E402
 from functions.support.command_line import Parser, plain_errors  # noqa: E402
 from functions.support.device import choose_device  # noqa: E402
 from functions.support.export import load_weights  # noqa: E402
@@ -227,18 +225,18 @@ def draw_run(checkpoint: Path) -> None:
     """Loss curves, sample grid, strip and animation of a run, as `python sample.py` draws them (seed 0)."""
     run, device = checkpoint.parent.parent, choose_device("auto")
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
-    weights, config, _ = load_weights(checkpoint)
-    size = config["model"]["image_size"]
-    denoiser = rebuild(UNet, weights, config, checkpoint, device)
-    drawing = Drawing(denoiser, SamplerSettings(), (3, size, size), 0, device)
+    saved = load_weights(checkpoint)
+    size = saved.config["model"]["image_size"]
+    denoiser = rebuild(UNet, saved, device)
+    drawing = ImageSampler(denoiser, SamplerOptions(), (3, size, size), 0, device)
     timesteps = denoiser.scheduler.timesteps
     gif_steps, strip_steps = frame_steps(timesteps, 40), frame_steps(timesteps, 9)
-    samples = generate(drawing, range(36), 36, Keep(sorted({*gif_steps, *strip_steps})))
+    samples = generate(drawing, range(36), 36, Record(sorted({*gif_steps, *strip_steps})))
     frames = {step: to_uint8(x).numpy() for step, x in samples.states.items()}
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
-    training = load_images(config["diffusion"]["dataset_name"], size)
-    training = training.images[split_images(training, config["diffusion"]["split"]).train_indices]
+    training = load_images(saved.config["diffusion"]["dataset_name"], size)
+    training = training.images[split_images(training, saved.config["diffusion"]["split"]).train_indices]
     save_grid(np.concatenate([faces[:12], nearest(faces[:12], training)]), FIGURES / "neighbours.png", columns=12)
     save_gif([frames[step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
     titles = [f"t = {timesteps - step}" for step in strip_steps]
@@ -261,5 +259,5 @@ def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    with plain_errors(CheckpointError, DataError, OSError):
+    with plain_errors():
         main()

@@ -9,7 +9,7 @@ import torch
 from config import EXPERIMENTS, ConfigError, Experiment
 from functions.noise_scheduler import NoiseScheduler
 from functions.support import run_folder
-from functions.support.checkpoint import CheckpointError
+from functions.support.errors import CheckpointError
 from models.unet import UNet
 from tests.fuzz_kinds import OTHER, SAME, Case, Fault, same, tiny_experiment
 from tests.fuzz_mutations import damage, hostile_value, spoil_tree

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from data.datasets import ImageSet, load_images
 from data.decode import BadImage, decode_rgb, fit_square
-from data.sources import DataError
+from functions.support.errors import UserError
 from tests.fuzz_kinds import OTHER, SAME, Case, Fault
 from tests.fuzz_mutations import damage, rezip, zip_headers
 
@@ -55,7 +55,7 @@ def pictures() -> dict[str, bytes]:
 class Images:
     """A folder with a good image and a spoilt one."""
 
-    name, errors = "image", (DataError,)
+    name, errors = "image", (UserError,)
 
     def __init__(self, folder: Path):
         self.files = pictures()
@@ -72,7 +72,7 @@ class Images:
     def read(self, case: Case) -> ImageSet:
         try:
             return load_images(str(case.path.parent), SIZE, quiet=True)
-        except DataError as error:
+        except UserError as error:
             refused = error
         try:
             decode_rgb(case.path.read_bytes())
@@ -99,7 +99,7 @@ class Images:
 class Zips:
     """An archive of five images."""
 
-    name, errors = "zip", (DataError,)
+    name, errors = "zip", (UserError,)
 
     def __init__(self, folder: Path):
         files = pictures()
@@ -161,7 +161,7 @@ class Zips:
 class Arrays:
     """An npz of images."""
 
-    name, errors = "npz", (DataError,)
+    name, errors = "npz", (UserError,)
 
     def __init__(self, folder: Path):
         self.images, self.whole = np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3), dtype=np.uint8), []

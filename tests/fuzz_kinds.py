@@ -14,8 +14,9 @@ import torch
 
 from config import EXPERIMENTS, ConfigError, Experiment
 from functions.sampling.generation import rebuild
-from functions.support.checkpoint import CheckpointError, load_checkpoint, restore, save_checkpoint
+from functions.support.checkpoint import load_checkpoint, restore, save_checkpoint
 from functions.support.device import arithmetic
+from functions.support.errors import CheckpointError
 from functions.support.export import export_weights, load_weights
 from functions.training.bad_numbers import BadNumbers
 from models.unet import UNet
@@ -136,9 +137,9 @@ class Checkpoints:
         return data if rng.random() > 0.01 else damage(data, data, rng)
 
     def read(self, case: Case) -> list:
-        weights, config, run = load_weights(case.path)
-        denoiser = rebuild(UNet, weights, config, case.path, CPU)
-        Experiment.from_dict(config)
+        saved = load_weights(case.path)
+        denoiser = rebuild(UNet, saved, CPU)
+        Experiment.from_dict(saved.config)
         parts = training_parts()
         before = copy.deepcopy(states(*parts))
         try:
@@ -151,7 +152,14 @@ class Checkpoints:
             for value in state.values():
                 if isinstance(value, torch.Tensor) and not value.isfinite().all():
                     raise Fault("weights that are not finite were taken")
-        return [config, run, dict(denoiser.network.state_dict()), denoiser.scheduler.betas, states(*parts), step]
+        return [
+            saved.config,
+            saved.run,
+            dict(denoiser.network.state_dict()),
+            denoiser.scheduler.betas,
+            states(*parts),
+            step,
+        ]
 
     def judge(self, case: Case, result: list) -> str:
         return judge_same(self.results, case, result)
@@ -198,9 +206,9 @@ class Exported:
         return case
 
     def read(self, case: Case) -> list:
-        weights, config, run = load_weights(case.path)
-        denoiser = rebuild(UNet, weights, config, case.path, CPU)
-        return [config, run, dict(denoiser.network.state_dict()), denoiser.scheduler.betas]
+        saved = load_weights(case.path)
+        denoiser = rebuild(UNet, saved, CPU)
+        return [saved.config, saved.run, dict(denoiser.network.state_dict()), denoiser.scheduler.betas]
 
     def judge(self, case: Case, result: list) -> str:
         return judge_same(self.results, case, result)

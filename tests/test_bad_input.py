@@ -6,17 +6,15 @@ import torch
 import sample
 import train
 from config import ConfigError
-from data.sources import DataError
-from functions.support.checkpoint import CheckpointError
-from functions.support.device import DeviceError
+from functions.support.errors import CheckpointError, UserError
 from tests.conftest import call, script
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--diffusion.dataset-name", "no/such/folder"], DataError, "no/such/folder"),
-        (["--diffusion.dataset-name", "{empty}"], DataError, "no image"),
+        (["--diffusion.dataset-name", "no/such/folder"], UserError, "no/such/folder"),
+        (["--diffusion.dataset-name", "{empty}"], UserError, "no image"),
         (
             ["--diffusion.dataset-name", "{pictures}", "--diffusion.batch-size", "46"],
             ConfigError,
@@ -26,8 +24,8 @@ from tests.conftest import call, script
         (["--model.dim-multiply", "1,2,4"], ConfigError, "dim_multiply"),
         (["--resume", "{empty}"], CheckpointError, "no checkpoint in this folder"),
         (["--resume", "no/such/run"], CheckpointError, "not a run folder"),
-        (["--resume"], CheckpointError, "no unfinished run"),
-        (["--device", "gpu"], DeviceError, "'gpu'"),
+        (["--resume"], UserError, "no unfinished run"),
+        (["--device", "gpu"], UserError, "'gpu'"),
     ],
 )
 def test_bad_input_to_train_is_refused_and_leaves_nothing(arguments, error, message, pictures, tmp_path):
@@ -43,7 +41,7 @@ def test_bad_input_to_train_is_refused_and_leaves_nothing(arguments, error, mess
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
 @pytest.mark.parametrize("main", [train.main, sample.main])
 def test_cuda_where_there_is_none(main, tiny_run):
-    with pytest.raises(DeviceError, match="finds only"):
+    with pytest.raises(UserError, match="finds only"):
         call(main, "--runs", tiny_run.parent, "--device", "cuda")
 
 

@@ -8,7 +8,7 @@ import torch
 import train
 from functions.support import run_folder
 from functions.support.checkpoint import load_checkpoint
-from functions.support.errors import TrainingError
+from functions.support.errors import UserError
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import read_metrics
 from tests.conftest import TINY, call
@@ -75,7 +75,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(how, pictures, tmp_path
 
 def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(pictures, tmp_path, monkeypatch):
     poison(monkeypatch, {2, 4, 5, 6}, lambda losses: losses * math.nan)
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(UserError) as error:
         call(train.main, *FLAGS, "--runs", tmp_path, "--diffusion.dataset-name", pictures,
              "--diffusion.max-skipped-steps", 3)  # fmt: skip
     message = str(error.value)
@@ -87,7 +87,7 @@ def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(pictures, tmp_p
 
 
 def test_a_run_that_explodes_stops_by_itself_and_its_checkpoints_are_finite(pictures, tmp_path):
-    with pytest.raises(TrainingError, match=r"2[01] steps in a row had a loss or gradients .* Lower the learning rate"):
+    with pytest.raises(UserError, match=r"2[01] steps in a row had a loss or gradients .* Lower the learning rate"):
         call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
              "--diffusion.learning-rate", "1", "--diffusion.clip-grad-norm", "0", "--diffusion.precision", "bfloat16",
              "--diffusion.epochs", "200", "--model.base-dim", "32")  # fmt: skip
@@ -112,11 +112,11 @@ def test_counting(tmp_path):
     assert watch.read(3, 0.1, NO_SCALER, tmp_path) == 3  # two in a row at most
     assert watch.check(torch.tensor(1.0), torch.tensor(math.nan)) == 1
     resumed = BadNumbers(CPU, **watch.state())
-    with pytest.raises(TrainingError, match=r"the last was step 7 \(loss 1, gradient norm nan"):
+    with pytest.raises(UserError, match=r"the last was step 7 \(loss 1, gradient norm nan"):
         BadNumbers(CPU, **watch.state()).read(1, 0.1, NO_SCALER, tmp_path)
     resumed.check(torch.tensor(math.nan), torch.tensor(1.0))
     with pytest.raises(
-        TrainingError, match=r"2 steps in a row .* was step 8 \(loss nan, gradient norm 1, learning rate 0.1\)"
+        UserError, match=r"2 steps in a row .* was step 8 \(loss nan, gradient norm 1, learning rate 0.1\)"
     ):
         resumed.read(2, 0.1, NO_SCALER, tmp_path)
 
@@ -140,7 +140,5 @@ def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(pictures
 
     poison(monkeypatch, range(8, 100, 2), InfiniteGradient.apply)  # every other step: never many in a row
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 4.0, enabled=enabled))
-    with pytest.raises(
-        TrainingError, match=r"loss scale of float16 has collapsed to 0\.5: .*loss scale 0\.5.* bfloat16"
-    ):
+    with pytest.raises(UserError, match=r"loss scale of float16 has collapsed to 0\.5: .*loss scale 0\.5.* bfloat16"):
         call(train.main, *flags, "--runs", tmp_path / "b")

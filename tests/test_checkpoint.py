@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from functions.support.checkpoint import (
-    CheckpointError,
     load_checkpoint,
     load_into,
     save_checkpoint,
     write_whole,
 )
+from functions.support.errors import CheckpointError
 from functions.support.export import export_weights, load_weights
 
 
@@ -59,7 +59,7 @@ def test_exported_weights_read_as_the_checkpoint_does(tmp_path):
 def test_an_exported_file_must_be_known_by_its_name(tmp_path):
     save_checkpoint(tmp_path / "a.pt", **parts())
     with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
-        export_weights(tmp_path / "a.st", *load_weights(tmp_path / "a.pt"))
+        export_weights(load_weights(tmp_path / "a.pt"), tmp_path / "a.st")
 
 
 class Bomb:
@@ -84,7 +84,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
 def test_damaged_files_are_named(tmp_path, name):
     path = tmp_path / name
     save_checkpoint(tmp_path / "good.pt", **parts())
-    export_weights(tmp_path / "good.safetensors", *load_weights(tmp_path / "good.pt"))
+    export_weights(load_weights(tmp_path / "good.pt"), tmp_path / "good.safetensors")
     whole = (tmp_path / f"good{path.suffix}").read_bytes()
     with pytest.raises(CheckpointError, match="no such file"):
         load_weights(path)

@@ -74,7 +74,7 @@ def test_micro_batches_walk_each_epoch_once_and_can_start_anywhere(n, effective_
 
 @given(effective_batch=st.integers(1, 40), batch_size=st.integers(1, 12), count=st.integers(1, 9))
 def test_processes_and_passes_share_every_place_of_a_batch_once(effective_batch, batch_size, count):
-    shares = [Processes(rank, count).share(effective_batch) for rank in range(count)]
+    shares = [Processes(rank, count).own_range(effective_batch) for rank in range(count)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     passes = [places for share in shares for places in forward_passes(share, batch_size)]
     assert [i for places in passes for i in range(places.start, places.stop)] == list(range(effective_batch))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data import datasets
 from data.datasets import ImageSet, load_images, split_images
-from data.sources import DataError
+from functions.support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -88,7 +88,7 @@ def test_ffhq_is_found_again_once_its_folder_holds_the_pack(data_folder):
 
 
 def test_missing_ffhq_says_how_to_get_it(data_folder):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         load_images("FFHQ", 8)
     assert len(str(error.value).splitlines()) == 2
     assert "download_ffhq.py" in str(error.value) and str(data_folder / "FFHQ") in str(error.value)
@@ -98,7 +98,7 @@ def test_two_archives_are_not_guessed_between(data_folder):
     (data_folder / "FFHQ").mkdir()
     for name in ("a.zip", "b.zip"):
         write_zip(data_folder / "FFHQ" / name)
-    with pytest.raises(DataError, match=r"a\.zip, b\.zip"):
+    with pytest.raises(UserError, match=r"a\.zip, b\.zip"):
         load_images("FFHQ", 8)
 
 
@@ -106,9 +106,9 @@ def test_a_path_is_a_set(tmp_path):
     write_tree(tmp_path / "faces")
     image_set = load_images(str(tmp_path / "faces"), 4, quiet=True)
     assert image_set.images.shape == (6, 4, 4, 3) and len(image_set) == 6
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load_images(str(tmp_path / "nothing"), 4)
-    with pytest.raises(DataError, match="positive"):
+    with pytest.raises(UserError, match="positive"):
         load_images(str(tmp_path / "faces"), 0)
 
 
@@ -161,9 +161,9 @@ def test_hashes_tell_sets_apart():
 
 
 def test_an_empty_side_or_an_unknown_split_is_an_error():
-    with pytest.raises(DataError, match="too few"):
+    with pytest.raises(UserError, match="too few"):
         split_images(set_of([7]), "reference")
-    with pytest.raises(DataError, match=r"'mine'.*'reference' or 'official'"):
+    with pytest.raises(UserError, match=r"'mine'.*'reference' or 'official'"):
         split_images(set_of([1, 2]), "mine")
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from data import disk, packed, reading
 from data.decode import BadImage
-from data.sources import DataError, find_source
+from data.sources import find_source
+from functions.support.errors import UserError
 from tests.packing import IMAGES, ROOT, forbid_decoding, load, packed_files, write_folder
 
 
@@ -30,7 +31,7 @@ def die(pixels):
 def test_a_killed_worker_ends_the_run_with_a_message(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "IN_PROCESS_BYTES", 0)
     monkeypatch.setattr(reading, "available_cores", lambda: 2)
-    with pytest.raises(DataError, match="died"):
+    with pytest.raises(UserError, match="died"):
         list(reading.map_images(find_source(write_folder(tmp_path / "set"), 8), die))
 
 
@@ -53,7 +54,7 @@ def test_read_only_data_goes_to_the_cache_and_is_found_there(tmp_path, monkeypat
 def test_nowhere_to_write_is_an_error(tmp_path, monkeypatch):
     path = write_folder(tmp_path / "set")
     monkeypatch.setattr(packed, "is_writable", lambda folder: False)
-    with pytest.raises(DataError, match="XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         load(path)
 
 
@@ -71,7 +72,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(0, 0, IMAGES.nbytes - 1))
     forbid_decoding(monkeypatch)
-    with pytest.raises(DataError, match=r"0\.0 MB free"):
+    with pytest.raises(UserError, match=r"0\.0 MB free"):
         load(path)
     assert packed_files(path) == ["set-8px.packed.lock"]
 
@@ -84,7 +85,7 @@ def test_a_disk_that_runs_full_leaves_nothing_behind(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(disk.os, "fsync", full)
-        with pytest.raises(DataError, match="ran full"):
+        with pytest.raises(UserError, match="ran full"):
             load(path)
     assert packed_files(path) == ["set-8px.packed.lock"]
     np.testing.assert_array_equal(load(path).images, IMAGES)

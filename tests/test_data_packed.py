@@ -12,7 +12,8 @@ from PIL import Image
 
 from data import packed, reading
 from data.packed import open_packed
-from data.sources import DataError, find_source
+from data.sources import find_source
+from functions.support.errors import UserError
 from tests.packing import IMAGES, forbid_decoding, load, packed_files, write_folder, write_zip
 
 
@@ -126,7 +127,7 @@ def test_bad_images_are_listed_and_counted(tmp_path, capsys, monkeypatch):
     (path / "00005.jpg").write_text("<html>quota exceeded</html>")
     (path / "00005.png").unlink()
     source = find_source(path, 8)
-    with pytest.raises(DataError, match=r"2 unusable.*1 allowed.*00002\.png"):
+    with pytest.raises(UserError, match=r"2 unusable.*1 allowed.*00002\.png"):
         open_packed(source, 8, max_bad_images=1)
     printed = capsys.readouterr().out
     report = (path / "set-8px.packed.report.txt").read_text()
@@ -136,14 +137,14 @@ def test_bad_images_are_listed_and_counted(tmp_path, capsys, monkeypatch):
     # Allowing them needs no second decoding, and the limit holds for a pack that is there already.
     forbid_decoding(monkeypatch)
     assert load(path, max_bad_images=2).ids == [0, 1, 3, 4, 6, 7, 8, 9]
-    with pytest.raises(DataError, match="2 unusable"):
+    with pytest.raises(UserError, match="2 unusable"):
         load(path)
 
 
 def test_a_set_without_one_good_image_is_an_error(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"not one.*a\.png.*empty file"):
+    with pytest.raises(UserError, match=r"not one.*a\.png.*empty file"):
         load(tmp_path / "set", max_bad_images=5)
 
 
@@ -182,5 +183,5 @@ def test_a_cut_npz_is_an_error(tmp_path):
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (9, 8, 8, 3)})
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + IMAGES[:5].tobytes())
-    with pytest.raises(DataError, match="cut short"):
+    with pytest.raises(UserError, match="cut short"):
         load(tmp_path / "a.npz")

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from data import prepare, reading
-from data.sources import DataError, find_source
+from data.sources import find_source
 from data.verify import read_expected, verify_pixels
+from functions.support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 6
@@ -150,14 +151,14 @@ def test_an_npz_names_its_wrong_images(ffhq, tmp_path):
 )
 def test_another_json_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(DataError, match="not a complete ffhq-dataset"):
+    with pytest.raises(UserError, match="not a complete ffhq-dataset"):
         read_expected(tmp_path / "a.json")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_expected(tmp_path / "none.json")
 
 
 def test_images_without_numbers_cannot_be_verified(ffhq, tmp_path):
     (tmp_path / "named").mkdir()
     Image.fromarray(photo(0)).save(tmp_path / "named" / "a1b.png")
-    with pytest.raises(DataError, match="no numbers"):
+    with pytest.raises(UserError, match="no numbers"):
         verify_pixels(find_source(tmp_path / "named", 128), ffhq[1])

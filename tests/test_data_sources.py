@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.sources import DataError, find_source
+from data.sources import find_source
+from functions.support.errors import UserError
 
 COUNT = 12
 
@@ -90,7 +91,7 @@ def test_one_number_twice_is_an_error_where_numbers_are_needed(tmp_path):
     build(tmp_path, "one/{number:05d}.png", range(2))
     build(tmp_path, "two/{number:05d}.png", range(2))
     assert len(find_source(tmp_path, 8).ids) == 4
-    with pytest.raises(DataError, match=r"one/00000.png and two/00000.png"):
+    with pytest.raises(UserError, match=r"one/00000.png and two/00000.png"):
         find_source(tmp_path, 8, numbered=True)
 
 
@@ -154,11 +155,11 @@ def test_npz(tmp_path):
     np.savez(tmp_path / "float.npz", images.astype(np.float32))
     np.savez(tmp_path / "pickle.npz", np.array([{}], dtype=object))
     for name in ("two.npz", "float.npz", "pickle.npz"):
-        with pytest.raises(DataError, match="exactly one"):
+        with pytest.raises(UserError, match="exactly one"):
             find_source(tmp_path / name, 8)
     with zipfile.ZipFile(tmp_path / "broken.npz", "w") as archive:
         archive.writestr("arr_0.npy", b"not an array")
-    with pytest.raises(DataError, match="broken array"):
+    with pytest.raises(UserError, match="broken array"):
         find_source(tmp_path / "broken.npz", 8)
 
 
@@ -175,7 +176,7 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
         ("a.tar", "neither a folder"),
         ("text.zip", "no image"),
     ):
-        with pytest.raises(DataError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             find_source(tmp_path / name, 8)
         assert str(tmp_path / name) in str(error.value)
 

@@ -14,13 +14,13 @@ from functions.prediction import autocast
 from functions.sampling.generation import generate
 from functions.support import device as device_module
 from functions.support.device import (
-    DeviceError,
     arithmetic,
     choose_arithmetic,
     choose_device,
     choose_precision,
     keep_heap,
 )
+from functions.support.errors import UserError
 from functions.support.random_numbers import training_draws
 from tests.conftest import TINY, call, drawing_of, small_unet
 
@@ -37,7 +37,7 @@ def test_auto_takes_the_fastest_device_there_is(there, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "xpu"])
 def test_unknown_devices_are_refused(name):
-    with pytest.raises(DeviceError, match=f"device is '{name}'"):
+    with pytest.raises(UserError, match=f"device is '{name}'"):
         choose_device(name)
 
 
@@ -49,7 +49,7 @@ def test_a_gpu_number_that_is_not_there_is_refused(monkeypatch):
     assert choose_device("cuda:1").index == 1
     assert [choose_device(name, index=1).index for name in ("auto", "cuda", "cuda:0")] == [1, 1, 0]
     assert chosen == [torch.device("cuda", index) for index in (1, 1, 1, 0)]
-    with pytest.raises(DeviceError, match="2 CUDA devices"):
+    with pytest.raises(UserError, match="2 CUDA devices"):
         choose_device("cuda:2")
 
 
@@ -81,9 +81,9 @@ def test_precision_by_name():
     assert choose_precision("float32", CUDA) == torch.float32
     assert choose_precision("bfloat16", CPU) == torch.bfloat16
     assert choose_precision("auto", torch.device("mps")) == torch.float32
-    with pytest.raises(DeviceError, match="float16, which is for CUDA"):
+    with pytest.raises(UserError, match="float16, which is for CUDA"):
         choose_precision("float16", CPU)
-    with pytest.raises(DeviceError, match="'int8'"):
+    with pytest.raises(UserError, match="'int8'"):
         choose_precision("int8", CPU)
 
 

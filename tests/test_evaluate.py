@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import evaluate
-from functions.evaluation.features import EvaluationError
 from functions.evaluation.reference_statistics import read_reference
+from functions.support.errors import UserError
 from tests.conftest import ROOT, call, script
 from tests.small_extractor import small_extractor
 
@@ -86,7 +86,7 @@ def test_a_published_reference_gives_the_same_fid(tiny_run, tmp_path, capsys):
     call(small_main, tiny_run, *FAST, "--metrics", "fid", "--reference", public, "--out", tmp_path / "b")
     one, other = (next((tmp_path / folder).iterdir()).read_bytes() for folder in "ab")
     assert one == other
-    with pytest.raises(EvaluationError, match="kid want real images"):
+    with pytest.raises(UserError, match="kid want real images"):
         call(small_main, tiny_run, *FAST, "--metrics", "fid,kid", "--reference", public)
     capsys.readouterr()
 
@@ -116,7 +116,7 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tiny_run, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended, evaluate.plain_errors(*evaluate.ERRORS):
+    with pytest.raises(SystemExit) as ended, evaluate.plain_errors():
         call(small_main, tiny_run, "--out", tmp_path, *arguments)
     captured = capsys.readouterr()
     assert ended.value.code == 2 and message in captured.err

@@ -9,7 +9,8 @@ import zipfile
 import pytest
 import torch
 
-from functions.support.checkpoint import CheckpointError, check_progress, load_checkpoint, restore, save_checkpoint
+from functions.support.checkpoint import check_progress, load_checkpoint, restore, save_checkpoint
+from functions.support.errors import CheckpointError
 from tests.fuzz_kinds import checkpoint_parts, same, states, training_parts
 from tests.fuzz_mutations import rezip
 

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from data import reading
-from data.archives import DataError, printable
+from data.archives import printable
 from data.datasets import hash_ids
 from data.decode import BadImage, decode_rgb
 from data.sources import find_source
+from functions.support.errors import UserError
 from tests.packing import IMAGES, load, write_folder, write_zip
 from tests.test_data_decode import png
 
@@ -56,7 +57,7 @@ def test_a_member_that_unpacks_to_more_than_it_says_takes_no_memory(tmp_path):
     patched(path, (CENTRAL, 24, "<I", 1000), (LOCAL, 22, "<I", 1000))
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match=r"0\.png \(cannot be unpacked \(Bad CRC"):
+        with pytest.raises(UserError, match=r"0\.png \(cannot be unpacked \(Bad CRC"):
             load(path)
         assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
     finally:
@@ -80,7 +81,7 @@ def test_other_methods_than_deflate_are_not_unpacked(tmp_path, method):
     np.testing.assert_array_equal(pack.images, IMAGES[1:2])
     with zipfile.ZipFile(tmp_path / "set.npz", "w", method) as archive:
         archive.writestr("arr_0.npy", b"")
-    with pytest.raises(DataError, match="another method"):
+    with pytest.raises(UserError, match="another method"):
         find_source(tmp_path / "set.npz", 8)
 
 
@@ -90,13 +91,13 @@ def test_a_list_of_members_that_hides_some_is_an_error(tmp_path):
     patched(path, (CENTRAL, 32, "<H", length))  # the first one's comment, which takes in the second
     with zipfile.ZipFile(path) as archive:
         assert len(archive.namelist()) == len(IMAGES) - 1
-    with pytest.raises(DataError, match="not a complete zip"):
+    with pytest.raises(UserError, match="not a complete zip"):
         find_source(path, 8)
 
 
 def test_a_damaged_name_does_not_lose_an_image_in_silence(tmp_path):
     path = patched(write_zip(tmp_path / "set.zip"), (CENTRAL, 46 + 8, "<B", ord("x")))  # 00000.pnx
-    with pytest.raises(DataError, match=r"is damaged: .*differ"):
+    with pytest.raises(UserError, match=r"is damaged: .*differ"):
         find_source(path, 8)
 
 
@@ -118,7 +119,7 @@ def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
         archive.writestr("\x1b[2J\n0.png", b"no image")
         archive.writestr("1.png", encoded(IMAGES[1]))
-    with pytest.raises(DataError, match="1 unusable") as error:
+    with pytest.raises(UserError, match="1 unusable") as error:
         load(path)
     assert "\x1b" not in str(error.value) and "\n" not in str(error.value)
     assert "\x1b" not in (tmp_path / "set.zip-8px.packed.report.txt").read_text()
@@ -150,6 +151,6 @@ def test_an_array_that_lies_about_its_shape_is_an_error(tmp_path, shape, message
     header = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
     with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
         archive.writestr("arr_0.npy", header + IMAGES.tobytes())
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         find_source(tmp_path / "set.npz", 8)
     assert str(tmp_path / "set.npz") in str(error.value)

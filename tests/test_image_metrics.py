@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not installed")
 
 import functions.evaluation.features
-from functions.evaluation.features import EvaluationError, Extractor, collect_features, load_inception, statistics
+from functions.evaluation.features import Extractor, collect_features, load_inception, statistics
 from functions.evaluation.reference_statistics import (
     FORMAT,
     Reference,
@@ -22,6 +22,7 @@ from functions.evaluation.reference_statistics import (
     write_reference,
 )
 from functions.evaluation.report import compare, image_warnings
+from functions.support.errors import UserError
 from functions.support.processes import Processes
 from tests.small_extractor import blurred, small_extractor
 
@@ -123,13 +124,13 @@ def test_features_depend_neither_on_batches_nor_on_processes(photos):
 
 
 def test_images_that_do_not_fit(photos):
-    with pytest.raises(EvaluationError, match=r"16 x 8 x 3 torch\.uint8; they must be 16 x 16 x 3"):
+    with pytest.raises(UserError, match=r"16 x 8 x 3 torch\.uint8; they must be 16 x 16 x 3"):
         features(photos[0][:, :, :8])
-    with pytest.raises(EvaluationError, match="float32"):
+    with pytest.raises(UserError, match="float32"):
         features(photos[0].float())
-    with pytest.raises(EvaluationError, match="at least 2"):
+    with pytest.raises(UserError, match="at least 2"):
         features(photos[0][:1])
-    with pytest.raises(EvaluationError, match="nearest neighbours"):
+    with pytest.raises(UserError, match="nearest neighbours"):
         compare(("prc",), features(photos[0][:3]), reference(photos[1]), seed=0)
 
 
@@ -168,11 +169,11 @@ def test_reference_is_cached_published_and_checked(photos, tmp_path):
     write_reference(public, first)
     found = published_reference(public, 16, EXTRACTOR)
     assert found.features is None and found.description == description
-    with pytest.raises(EvaluationError, match="image_size = 16; here it is 32"):
+    with pytest.raises(UserError, match="image_size = 16; here it is 32"):
         published_reference(public, 32, EXTRACTOR)
-    with pytest.raises(EvaluationError, match="weights_hash = none; here it is other"):
+    with pytest.raises(UserError, match="weights_hash = none; here it is other"):
         published_reference(public, 16, Extractor("small", "other", EXTRACTOR.features))
-    with pytest.raises(EvaluationError, match=r"must end in \.npz"):
+    with pytest.raises(UserError, match=r"must end in \.npz"):
         write_reference(tmp_path / "discs.bin", first)
 
 
@@ -197,7 +198,7 @@ def test_bad_reference_files(kind, tmp_path, photos):
         np.savez(path, description=text, mu=np.array([Harm(ran)], dtype=object), sigma=np.eye(8))
     elif kind == "other arrays":
         np.savez(path, description=text, mu=np.zeros(8), sigma=np.eye(7))
-    with pytest.raises(EvaluationError, match=r"bad\.npz") as error:
+    with pytest.raises(UserError, match=r"bad\.npz") as error:
         read_reference(path)
     assert "\n" not in str(error.value) and not ran.exists()
 
@@ -214,13 +215,13 @@ class Harm:
 
 def test_weights_that_are_none(tmp_path, monkeypatch):
     missing, harmful = tmp_path / "missing.pth", tmp_path / "harmful.pth"
-    with pytest.raises(EvaluationError, match="there is no such file"):
+    with pytest.raises(UserError, match="there is no such file"):
         load_inception(missing, torch.device("cpu"))
     harmful.write_bytes(pickle.dumps(Harm(tmp_path / "ran"), protocol=2))
-    with pytest.raises(EvaluationError, match="not the weights of torch-fidelity's InceptionV3"):
+    with pytest.raises(UserError, match="not the weights of torch-fidelity's InceptionV3"):
         load_inception(harmful, torch.device("cpu"))
     torch.save({"fc.weight": torch.zeros(2)}, harmful)
-    with pytest.raises(EvaluationError, match="not the weights"):
+    with pytest.raises(UserError, match="not the weights"):
         load_inception(harmful, torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
 
@@ -229,7 +230,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(functions.evaluation.features, "PATIENCE", 2)
     url = "https://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth"  # where nobody listens
-    with pytest.raises(EvaluationError, match=r"cannot be downloaded .*127\.0\.0\.1:9.*--weights FILE") as error:
+    with pytest.raises(UserError, match=r"cannot be downloaded .*127\.0\.0\.1:9.*--weights FILE") as error:
         functions.evaluation.features.downloaded(url)
     assert "\n" not in str(error.value)
     place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"

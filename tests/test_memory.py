@@ -9,7 +9,7 @@ from torch import nn
 
 import train
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import TrainingError
+from functions.support.errors import UserError
 from functions.training.memory import smaller_batch, training_memory, weights_must_fit
 from functions.training.pass_memory import kept_for_backward, peak_of_a_pass
 from models.unet import UNet
@@ -92,7 +92,7 @@ def test_the_advice_is_the_largest_batch_that_fits_and_keeps_the_effective_one()
 
 
 def test_weights_that_do_not_fit_are_one_sentence():
-    with pytest.raises(TrainingError, match="out of memory for weights"), weights_must_fit():
+    with pytest.raises(UserError, match="out of memory for weights"), weights_must_fit():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
 
 

@@ -9,7 +9,7 @@ import pytest
 import train
 from functions.support import run_folder
 from functions.support.checkpoint import load_checkpoint
-from functions.support.errors import TrainingError
+from functions.support.errors import UserError
 from tests.conftest import ROOT, TINY, call, newest, script
 
 FULL_DISK = """
@@ -59,7 +59,7 @@ def test_a_run_that_cannot_be_finished_now_is_not_lost(unfinished, monkeypatch):
     monkeypatch.setattr(
         "functions.training.book_keeping.save_grid", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O error"))
     )
-    with pytest.raises(TrainingError, match=r"I/O error\. Last good checkpoint: .*step-00000010\.pt"):
+    with pytest.raises(UserError, match=r"I/O error\. Last good checkpoint: .*step-00000010\.pt"):
         call(train.main, "--resume", unfinished)
     assert newest(unfinished)["run"]["step"] == 10
 
@@ -71,7 +71,7 @@ from tests.conftest import call
 limit = kilobytes(STATUS)["VmSize"] + {spare}
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 {before}
-with train.plain_errors(train.TrainingError):
+with train.plain_errors():
     call(train.main, *sys.argv[1:])
 """
 
@@ -102,10 +102,11 @@ def test_out_of_memory_says_what_fits_and_that_fits(foreseen, pictures, tmp_path
 NO_GRID = """
 import runpy, sys
 import functions.training.book_keeping
-from functions.support.errors import SamplingError
 
 def no_room(*args, **options):
-    raise SamplingError("no memory for a single image at a time on cpu")
+    from functions.support.errors import UserError
+
+    raise UserError("no memory for a single image at a time on cpu")
 
 functions.training.book_keeping.generate = no_room
 sys.argv = ["train.py", *sys.argv[1:]]

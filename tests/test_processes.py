@@ -113,7 +113,7 @@ import os, sys, train
 from tests.conftest import call
 with open(f"{folder}/rank{rank}", "w") as file:
     file.write(str(os.getpid()))
-with train.plain_errors(train.TrainingError):
+with train.plain_errors():
     call(train.main, *sys.argv[1:])
 """
 
@@ -183,4 +183,4 @@ def test_one_process_shares_nothing():
     assert alone.from_main(lambda: 5) == 5
     assert alone.any(True) is True
     assert alone.any(False) is False
-    assert alone.share(9) == range(9)
+    assert alone.own_range(9) == range(9)

@@ -9,7 +9,8 @@ import torch
 
 import train
 from config import ConfigError
-from functions.support.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from functions.support.checkpoint import load_checkpoint, save_checkpoint
+from functions.support.errors import CheckpointError
 from functions.training.metrics import read_metrics
 from tests.conftest import TINY, call, during, interrupt, newest, posix
 from tests.kill import assert_same_run

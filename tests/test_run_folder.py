@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from functions.support import run_folder
-from functions.support.checkpoint import CheckpointError, save_checkpoint
+from functions.support.checkpoint import save_checkpoint
+from functions.support.errors import CheckpointError
 
 
 def make_run(runs, name, steps, total=100):

@@ -13,9 +13,8 @@ from PIL import Image
 
 import sample
 from functions.sampling import files, grids
-from functions.sampling.files import FolderError, ImageWriter, existing, image_path
-from functions.support.checkpoint import CheckpointError
-from functions.support.errors import TrainingError
+from functions.sampling.files import ImageWriter, existing, image_path
+from functions.support.errors import CheckpointError, UserError
 from functions.support.run_folder import locked
 from tests.conftest import ROOT, call, script
 
@@ -105,9 +104,9 @@ def test_other_settings_in_the_same_folder_are_an_error(whole, tiny_run, flags, 
     before = contents(whole)
     flags = [str(flag).format(older=tiny_run / "checkpoints" / "step-00000005.pt") for flag in flags]
     run = [] if flags[0].endswith(".pt") else [tiny_run]
-    with pytest.raises(FolderError, match=field):
+    with pytest.raises(UserError, match=field):
         call(sample.main, *run, *FLAGS, *flags, "--out", whole)
-    with pytest.raises(FolderError, match=field):  # nor may a grid of theirs lie beside the images
+    with pytest.raises(UserError, match=field):  # nor may a grid of theirs lie beside the images
         call(sample.main, *run, *FLAGS[1:-2], *flags, "--device", "cpu", "--out", whole)
     assert contents(whole) == before
 
@@ -123,13 +122,13 @@ def test_more_images_of_the_same_kind_may_follow(whole, tiny_run, tmp_path):
 
 def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "00003.png")
-    with pytest.raises(FolderError, match=r"holds 00003\.png but no samples\.json"):
+    with pytest.raises(UserError, match=r"holds 00003\.png but no samples\.json"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
     (tmp_path / "samples.json").write_text('{"sampler": ')
-    with pytest.raises(FolderError, match=r"samples\.json: damaged"):
+    with pytest.raises(UserError, match=r"samples\.json: damaged"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
     (tmp_path / "samples.json").write_text("[1]")
-    with pytest.raises(FolderError, match="sampler was None"):
+    with pytest.raises(UserError, match="sampler was None"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
     assert [path.name for path in tmp_path.glob("*.png")] == ["00003.png"]
 
@@ -171,7 +170,7 @@ def test_a_failed_write_ends_the_script(tmp_path):
 
 def test_images_that_never_come_are_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.1)
-    with pytest.raises(TrainingError, match="2 images do not come"):
+    with pytest.raises(UserError, match="2 images do not come"):
         files.wait_for_all(tmp_path, 2)
 
 

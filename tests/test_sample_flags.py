@@ -7,8 +7,8 @@ from PIL import Image
 
 import sample
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.options import SAMPLERS, SamplerSettings, add_sampler_flags
-from functions.support.errors import SamplingError
+from functions.sampling.options import SAMPLERS, SamplerOptions, add_sampler_flags
+from functions.support.errors import UserError
 from tests.conftest import ROOT, call, script
 
 
@@ -23,12 +23,12 @@ def test_every_sampler_through_the_script(tiny_run, tmp_path, capsys, sampler, s
 
 def test_settings_as_texts():
     for settings, text, slug in (
-        (SamplerSettings(), "ddpm, all steps, variance small", "ddpm"),
-        (SamplerSettings(steps=50, variance="large"), "ddpm, 50 steps, trailing, variance large", "ddpm50-large"),
-        (SamplerSettings("dpm++", 20), "dpm++, 20 steps, logsnr, eta 1.0", "dpmpp20"),
-        (SamplerSettings("dpm++", 9, "trailing", eta=0.0), "dpm++, 9 steps, trailing, eta 0.0", "dpmpp9-trailing-eta0"),
-        (SamplerSettings("ddim", 10, eta=0.5), "ddim, 10 steps, trailing, eta 0.5", "ddim10-eta0.5"),
-        (SamplerSettings("ipndm", 10, eps_scale=1.005), "ipndm, 10 steps, trailing, eps / 1.005", "ipndm10-eps1.005"),
+        (SamplerOptions(), "ddpm, all steps, variance small", "ddpm"),
+        (SamplerOptions(steps=50, variance="large"), "ddpm, 50 steps, trailing, variance large", "ddpm50-large"),
+        (SamplerOptions("dpm++", 20), "dpm++, 20 steps, logsnr, eta 1.0", "dpmpp20"),
+        (SamplerOptions("dpm++", 9, "trailing", eta=0.0), "dpm++, 9 steps, trailing, eta 0.0", "dpmpp9-trailing-eta0"),
+        (SamplerOptions("ddim", 10, eta=0.5), "ddim, 10 steps, trailing, eta 0.5", "ddim10-eta0.5"),
+        (SamplerOptions("ipndm", 10, eps_scale=1.005), "ipndm, 10 steps, trailing, eps / 1.005", "ipndm10-eps1.005"),
     ):
         assert (str(settings), settings.slug) == (text, slug)
 
@@ -36,19 +36,19 @@ def test_settings_as_texts():
 def test_without_flags_the_settings_are_the_defaults():
     parser = argparse.ArgumentParser()
     add_sampler_flags(parser)
-    assert SamplerSettings.from_args(parser.parse_args([])) == SamplerSettings()
+    assert SamplerOptions.from_args(parser.parse_args([])) == SamplerOptions()
     flags = ["--sampler", "ddim", "--steps", "7", "--eta", "0.5", "--spacing", "logsnr", "--eps-scale", "1.01"]
-    assert SamplerSettings.from_args(parser.parse_args(flags)) == SamplerSettings("ddim", 7, "logsnr", 1.01, eta=0.5)
+    assert SamplerOptions.from_args(parser.parse_args(flags)) == SamplerOptions("ddim", 7, "logsnr", 1.01, eta=0.5)
 
 
 def test_a_part_of_the_way_is_done_in_the_steps_of_the_whole():
     scheduler = NoiseScheduler(1000)
-    settings = SamplerSettings("dpm++", 20, "trailing")
+    settings = SamplerOptions("dpm++", 20, "trailing")
     assert settings.times(scheduler, 999) == settings.times(scheduler)
     assert settings.times(scheduler, 249) == [249, 199, 149, 99, 49, -1]
     assert settings.times(scheduler, 260) == [260, 249, 199, 149, 99, 49, -1]
     assert settings.times(scheduler, 0) == [0, -1]
-    assert SamplerSettings().times(scheduler, 2) == [2, 1, 0, -1]
+    assert SamplerOptions().times(scheduler, 2) == [2, 1, 0, -1]
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,9 @@ def test_a_part_of_the_way_is_done_in_the_steps_of_the_whole():
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(flags, message, tmp_path, capsys):
     """Refused before any checkpoint is looked for."""
-    from functions.sampling.script import ERRORS
     from functions.support.command_line import plain_errors
 
-    with pytest.raises(SystemExit) as ended, plain_errors(*ERRORS):
+    with pytest.raises(SystemExit) as ended, plain_errors():
         call(sample.main, "no/such/run", *flags, "--out", tmp_path / "out")
     assert ended.value.code == 2
     printed = capsys.readouterr()
@@ -101,7 +100,7 @@ def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):
         (["--variations", tmp_path], "Is a directory"),
         (["--sampler", "ipndm", "--steps", 101], "steps is 101; a model with 100 timesteps takes 1 to 100"),
     ):
-        with pytest.raises((SamplingError, OSError), match=message.replace("[", r"\[")):
+        with pytest.raises((UserError, OSError), match=message.replace("[", r"\[")):
             call(sample.main, tiny_run, *flags, "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 

@@ -9,10 +9,10 @@ import sample
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.sampling import latent_pictures
-from functions.sampling.generation import Drawing, generate
+from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.latents import depth_of, interpolate_images, interpolate_seeds, lerp, slerp, variations
-from functions.sampling.options import SAMPLERS, SamplerSettings
-from functions.support.errors import SamplingError
+from functions.sampling.options import SAMPLERS, SamplerOptions
+from functions.support.errors import UserError
 from functions.support.random_numbers import ImageNoise
 from tests.conftest import call, small_unet
 
@@ -25,8 +25,8 @@ def network():
     return small_unet()
 
 
-def drawing_of(network, settings=SamplerSettings(steps=10), seed=5):  # noqa: B008 (frozen)
-    return Drawing(Denoiser(network, NoiseScheduler(100)), settings, (3, 16, 16), seed, CPU)
+def drawing_of(network, settings=SamplerOptions(steps=10), seed=5):  # noqa: B008 (frozen)
+    return ImageSampler(Denoiser(network, NoiseScheduler(100)), settings, (3, 16, 16), seed, CPU)
 
 
 def test_slerp_keeps_the_distribution_of_noise_and_lerp_does_not():
@@ -46,7 +46,7 @@ def test_slerp_keeps_the_distribution_of_noise_and_lerp_does_not():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_between_two_seeds_the_ends_are_their_own_samples(network, sampler):
-    settings = SamplerSettings(sampler, 10)
+    settings = SamplerOptions(sampler, 10)
     drawing = drawing_of(network, settings)
     row = interpolate_seeds(drawing, (3, 8), WEIGHTS)
     own = generate(drawing, [3, 8], 2, progress=False)
@@ -79,7 +79,7 @@ def test_at_depth_0_nothing_happens_to_an_image(network):
 
 
 def test_a_file_that_is_not_there_says_how_images_are_named(tiny_run, tmp_path):
-    with pytest.raises(SamplingError, match=r"none\.png: No such file or directory; an image is named by"):
+    with pytest.raises(UserError, match=r"none\.png: No such file or directory; an image is named by"):
         call(sample.main, tiny_run, "--variations", tmp_path / "none.png", "--steps", 2, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -101,7 +101,7 @@ def test_variations_differ_more_the_deeper_they_come_from():
         x_0 = 0.25 * a.sqrt() / (0.25 * a + 1 - a) * x_t
         return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
 
-    drawing = Drawing(Denoiser(exact, scheduler), SamplerSettings(), (3, 16, 16), 0, CPU)
+    drawing = ImageSampler(Denoiser(exact, scheduler), SamplerOptions(), (3, 16, 16), 0, CPU)
     x_0 = 0.5 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1.9, 1.9)
     spreads = []
     for share in (0.05, 0.15, 0.3, 1.0):

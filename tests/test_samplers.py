@@ -19,7 +19,7 @@ from functions.samplers import (
     ipndm_sample,
 )
 from functions.sampling.options import SAMPLERS as OPTIONS
-from functions.sampling.options import SamplerSettings
+from functions.sampling.options import SamplerOptions
 from functions.timesteps import sampling_times, trailing_timesteps
 
 SHAPE = (2, 3, 4, 4)
@@ -156,7 +156,7 @@ def test_eps_scale_divides_what_the_model_says(sampler):
         lambda: noise_source(2)[1],
         {f: n for n, f in OPTIONS.items()}[sampler],
     )
-    make = lambda scale: SamplerSettings(name, 20, eps_scale=scale).sample
+    make = lambda scale: SamplerOptions(name, 20, eps_scale=scale).sample
     scaled = make(1.25)(smooth_model, scheduler, pure_noise(), step_noise=source())
     divided = make(1.0)(lambda x_t, t: smooth_model(x_t, t) / 1.25, scheduler, pure_noise(), step_noise=source())
     assert_close(scaled, divided)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,9 @@ from PIL import Image
 import sample
 import sampleFFHQ
 from data.pixels import to_uint8
-from functions.sampling.generation import Drawing, Keep, frame_steps, generate, rebuild
-from functions.sampling.options import SAMPLERS, SamplerSettings
-from functions.support.checkpoint import CheckpointError
-from functions.support.errors import SamplingError
+from functions.sampling.generation import ImageSampler, Record, frame_steps, generate, rebuild
+from functions.sampling.options import SAMPLERS, SamplerOptions
+from functions.support.errors import CheckpointError, UserError
 from functions.support.export import load_weights
 from functions.support.pictures import SMALLEST_SIDE, save_gif, save_grid, save_strip
 from functions.training.metrics import plot_losses
@@ -29,15 +29,15 @@ def network():
     return small_unet()
 
 
-EVERY_SAMPLER = [SamplerSettings(), SamplerSettings("ddpm", 8, variance="large"), SamplerSettings("ddim", 8, eta=0.5),
-                 *(SamplerSettings(name, 8, spacing="logsnr") for name in SAMPLERS)]  # fmt: skip
+EVERY_SAMPLER = [SamplerOptions(), SamplerOptions("ddpm", 8, variance="large"), SamplerOptions("ddim", 8, eta=0.5),
+                 *(SamplerOptions(name, 8, spacing="logsnr") for name in SAMPLERS)]  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
 def test_an_image_does_not_depend_on_its_batch(network, settings):
     def draw(images, batch_size):
         drawing = drawing_of(network, 30, settings, seed=7)
-        return generate(drawing, images, batch_size, Keep(states=(0,)), progress=False)
+        return generate(drawing, images, batch_size, Record(states=(0,)), progress=False)
 
     one, three, all_at_once = (draw(range(5), batch_size) for batch_size in (1, 3, 5))
     some = draw([4, 2], 2)
@@ -61,7 +61,7 @@ def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return network(x_t, t)
 
-    draw = lambda model, size: generate(drawing_of(model, settings=SamplerSettings(steps=5)), range(13), size)
+    draw = lambda model, size: generate(drawing_of(model, settings=SamplerOptions(steps=5)), range(13), size)
     halved = draw(Small(), 8)
     errors = capsys.readouterr().err
     assert "out of memory with 8 images at a time: going on with 4" in errors
@@ -80,7 +80,7 @@ def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(net
         model.forward = forward
         return generate(drawing_of(model, 30), range(4), 2, progress=False)
 
-    with pytest.raises(SamplingError, match="no memory for a single image at a time on cpu: CUDA out of memory"):
+    with pytest.raises(UserError, match="no memory for a single image at a time on cpu: CUDA out of memory"):
         fail(torch.OutOfMemoryError("CUDA out of memory.\nA long text"))
     with pytest.raises(RuntimeError, match="something else"):
         fail(RuntimeError("something else"))
@@ -88,7 +88,7 @@ def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(net
 
 def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
     steps = frame_steps(100, 9)
-    samples = generate(drawing_of(network), range(3), 2, Keep(steps, (1, 50, 100)), progress=False)
+    samples = generate(drawing_of(network), range(3), 2, Record(steps, (1, 50, 100)), progress=False)
     assert steps[0] == 0
     assert steps[-1] == 100
     assert list(samples.states) == steps
@@ -101,7 +101,7 @@ def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
 
 def test_fewer_steps_of_ddpm_are_those_of_ddim_with_eta_1(network):
     draw = lambda settings: generate(drawing_of(network, settings=settings), range(2), 2, progress=False).images
-    torch.testing.assert_close(draw(SamplerSettings(steps=10)), draw(SamplerSettings("ddim", 10, eta=1.0)),
+    torch.testing.assert_close(draw(SamplerOptions(steps=10)), draw(SamplerOptions("ddim", 10, eta=1.0)),
                                rtol=1e-3, atol=1e-4)  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_the_host_never_waits_for_the_gpu(network, settings):
 
 def test_sampling_leaves_the_training_mode_as_it_was(network):
     network.train()
-    generate(drawing_of(network, settings=SamplerSettings(steps=1)), range(1), 1, progress=False)
+    generate(drawing_of(network, settings=SamplerOptions(steps=1)), range(1), 1, progress=False)
     assert network.training
 
 
@@ -155,8 +155,8 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
     assert str(tmp_path / "grid.png") in printed
 
     # --individual images are the samples themselves, pixel for pixel
-    weights, config, _ = load_weights(next((tiny_run / "checkpoints").glob("*10.pt")))
-    drawing = Drawing(rebuild(UNet, weights, config, tiny_run, CPU), SamplerSettings(), (3, 16, 16), 3, CPU)
+    saved = load_weights(next((tiny_run / "checkpoints").glob("*10.pt")))
+    drawing = ImageSampler(rebuild(UNet, saved, CPU), SamplerOptions(), (3, 16, 16), 3, CPU)
     again = to_uint8(generate(drawing, range(5), 64, progress=False).images).numpy()
     assert np.array_equal(again, np.stack([np.asarray(Image.open(path)) for path in singles]))
 
@@ -187,15 +187,15 @@ def test_sample_ffhq_draws_the_references_grid_and_animation(tiny_run, tmp_path)
 
 
 def test_a_config_that_does_not_fit_its_weights_is_refused(tiny_run):
-    weights, config, _ = load_weights(next((tiny_run / "checkpoints").glob("*10.pt")))
+    saved = load_weights(next((tiny_run / "checkpoints").glob("*10.pt")))
     for model, message in (
-        ({**config["model"], "base_dim": 16}, r"weights are missing|is \("),
-        ({**config["model"], "norm_groups": 5}, "does not describe a model"),
-        ({**config["model"], "unknown": 1}, "does not describe a model"),
-        ({}, "does not describe a model"),
+        ({**saved.config["model"], "base_dim": 16}, r"weights are missing|is \("),
+        ({**saved.config["model"], "norm_groups": 5}, "describes no model"),
+        ({**saved.config["model"], "unknown": 1}, "describes no model"),
+        ({}, "describes no model"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            rebuild(UNet, weights, {**config, "model": model}, tiny_run, CPU)
+            rebuild(UNet, replace(saved, config={**saved.config, "model": model}), CPU)
 
 
 def test_pictures_of_images(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import sample
 import train
 from functions.support import run_folder
-from functions.support.checkpoint import CheckpointError
+from functions.support.errors import CheckpointError
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, during, interrupt, newest, posix, script
 from tests.kill import assert_same_run, kill_and_resume

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from functions.likelihood import VARIANCES, terms_of
 from functions.prediction import Denoiser
-from functions.support.processes import ALONE, Processes
+from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import generator_of
 
 
@@ -111,7 +111,7 @@ def measure_bits_per_dim(
     seed: int = 0,
     variance: str = "small",
     clip_x_0: bool = True,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     progress: bool = False,
 ) -> BitsPerDim:
     """The variational bound (Eq. 5) of held-out images.

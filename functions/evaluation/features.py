@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from functions.support.errors import UserError
 from functions.support.file_checks import READ_ERRORS, short
-from functions.support.processes import ALONE, Processes
+from functions.support.processes import SINGLE_PROCESS, Processes
 
 INCEPTION, LAYER = "inception-v3-compat", "2048"
 FULL_COUNT = 50_000  # images that published FIDs are of
@@ -33,10 +34,6 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 DISTANCE_ROWS = 2_500  # at a time: 0.5 GB of distances to 50,000 others
 PATIENCE = 30  # seconds that a server may be silent
-
-
-class EvaluationError(RuntimeError):
-    """What was asked for cannot be evaluated; the message says why and what would help."""
 
 
 @dataclass(frozen=True)
@@ -48,32 +45,32 @@ class Extractor:
     features: Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W), on any device -> (B, D)
 
 
-def load_inception(weights: Path | None, device: torch.device, processes: Processes = ALONE) -> Extractor:
+def load_inception(weights: Path | None, device: torch.device, processes: Processes = SINGLE_PROCESS) -> Extractor:
     """torch-fidelity's InceptionV3, with the weights of the original TensorFlow network, at its 2048 pooled features.
 
     Args:
         weights: a local file; None: downloaded once into PyTorch's cache, by rank 0.
 
     Raises:
-        EvaluationError: torch-fidelity is not installed, or there are no weights.
+        UserError: torch-fidelity is not installed, or there are no weights.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         from torch_fidelity.utils import create_feature_extractor
     except ImportError as error:
-        raise EvaluationError(
+        raise UserError(
             "FID, KID, precision and recall need torch-fidelity: pip install -r requirements-eval.txt"
         ) from error
     path = weights or processes.from_main(lambda: downloaded(URL_INCEPTION_V3))
     if not path.is_file():
-        raise EvaluationError(f"{path}: there is no such file; it should hold the weights of {URL_INCEPTION_V3}")
+        raise UserError(f"{path}: there is no such file; it should hold the weights of {URL_INCEPTION_V3}")
     try:
         with plain_data_only():
             network = create_feature_extractor(
                 INCEPTION, [LAYER], cuda=False, feature_extractor_weights_path=str(path), verbose=False
             )
     except READ_ERRORS as error:
-        raise EvaluationError(
+        raise UserError(
             f"{path}: not the weights of torch-fidelity's InceptionV3 ({short(error)}); they are at {URL_INCEPTION_V3}"
         ) from error
     network.to(device)
@@ -85,7 +82,7 @@ def downloaded(url: str) -> Path:
     """The file's place in PyTorch's cache, where it is downloaded to unless it is there.
 
     Raises:
-        EvaluationError: there is no network.
+        UserError: there is no network.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.is_file():
@@ -97,7 +94,7 @@ def downloaded(url: str) -> Path:
         hash_prefix = path.stem.rsplit("-", 1)[1]
         torch.hub.download_url_to_file(url, str(path), hash_prefix)
     except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
-        raise EvaluationError(
+        raise UserError(
             f"FID, KID, precision and recall need the weights of InceptionV3, and they cannot be downloaded "
             f"({short(getattr(error, 'reason', error))}): get {url} where there is a network, and give --weights FILE"
         ) from error
@@ -126,7 +123,7 @@ def collect_features(
     batch_size: int,
     extractor: Extractor,
     image_size: int,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
     """The features of `count` images, (count, D) float32 on the CPU. No more than a batch of images is held.
@@ -138,17 +135,17 @@ def collect_features(
         on_batch: told how many images are done, after each batch.
 
     Raises:
-        EvaluationError: images of another size, or fewer than two of them.
+        UserError: images of another size, or fewer than two of them.
     """
     if count < 2:
-        raise EvaluationError(f"{count} image(s) have no covariance: at least 2 are needed, on either side")
+        raise UserError(f"{count} image(s) have no covariance: at least 2 are needed, on either side")
     features = None
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     mine = batches[processes.rank :: processes.count]
     for numbers, images in zip(mine, make(mine), strict=True):
         if images.dtype != torch.uint8 or images.shape[1:] != (image_size, image_size, 3):
             what = f"{' x '.join(map(str, images.shape[1:]))} {images.dtype}"
-            raise EvaluationError(f"images are {what}; they must be {image_size} x {image_size} x 3 torch.uint8")
+            raise UserError(f"images are {what}; they must be {image_size} x {image_size} x 3 torch.uint8")
         rows = extractor.features(images.permute(0, 3, 1, 2)).float().cpu()
         if features is None:
             features = torch.zeros(count, rows.shape[1])
@@ -172,7 +169,7 @@ def frechet_distance(generated: dict, real: dict) -> dict:
 
     widths = len(generated["mu"]), len(real["mu"])
     if len(set(widths)) > 1:
-        raise EvaluationError(f"the reference has {widths[1]} features an image, the samples have {widths[0]}")
+        raise UserError(f"the reference has {widths[1]} features an image, the samples have {widths[0]}")
     return {"fid": fid_statistics_to_metric(generated, real, verbose=False)["frechet_inception_distance"]}
 
 
@@ -197,7 +194,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> dict:
 
     fewest = min(len(generated), len(real))
     if fewest <= NEIGHBOURS:
-        raise EvaluationError(f"{fewest} images have no {NEIGHBOURS} nearest neighbours: precision needs more of them")
+        raise UserError(f"{fewest} images have no {NEIGHBOURS} nearest neighbours: precision needs more of them")
     found = prc_features_to_metric(
         generated, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=DISTANCE_ROWS, save_cpu_ram=True, verbose=False
     )

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functions.evaluation.features import EvaluationError, Extractor, statistics
+from functions.evaluation.features import Extractor, statistics
 from functions.support.checkpoint import write_whole
+from functions.support.errors import UserError
 from functions.support.file_checks import READ_ERRORS, short
-from functions.support.processes import ALONE, Processes
+from functions.support.processes import SINGLE_PROCESS, Processes
 
 FORMAT = "ddpm-faces reference statistics 1"
 TEXTS = ("dataset", "split", "ids_hash", "pixels_hash", "extractor", "weights_hash")  # of a description
@@ -54,7 +55,7 @@ def of_extractor(extractor: Extractor) -> dict:
 
 
 def cached_reference(
-    cache: Path, description: dict, make_features: Callable[[], Tensor], processes: Processes = ALONE
+    cache: Path, description: dict, make_features: Callable[[], Tensor], processes: Processes = SINGLE_PROCESS
 ) -> Reference | None:
     """The reference of a description: out of the cache, or made by all processes and put there; None but in rank 0."""
     key = hashlib.sha256(json.dumps([FORMAT, description], sort_keys=True).encode()).hexdigest()
@@ -75,7 +76,7 @@ def read_if_whole(path: Path, description: dict) -> Reference | None:
     """A file of the cache; None when there is none, or it is damaged: it is made anew then."""
     try:
         found = read_reference(path)
-    except EvaluationError:
+    except UserError:
         return None
     return found if found.description == description and found.features is not None else None
 
@@ -83,7 +84,7 @@ def read_if_whole(path: Path, description: dict) -> Reference | None:
 def write_reference(path: Path, reference: Reference, with_features: bool = False) -> None:
     """Write the file; without features for publishing."""
     if path.suffix != ".npz":
-        raise EvaluationError(f"{path}: the name of a file with reference statistics must end in .npz")
+        raise UserError(f"{path}: the name of a file with reference statistics must end in .npz")
     arrays = dict(reference.statistics)
     if with_features:
         arrays["features"] = reference.features.numpy()
@@ -95,15 +96,15 @@ def read_reference(path: Path) -> Reference:
     """The inverse of `write_reference`.
 
     Raises:
-        EvaluationError: the file is missing, damaged, empty, or not one of ours.
+        UserError: the file is missing, damaged, empty, or not one of ours.
     """
     if not path.is_file():
-        raise EvaluationError(f"{path}: there is no such file with reference statistics")
+        raise UserError(f"{path}: there is no such file with reference statistics")
     try:
         with zipfile.ZipFile(path) as archive:  # which compares checksums as it reads
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > path.stat().st_size:
-            raise EvaluationError(f"{path}: the file would unpack to more than it is, as no file of ours does")
+            raise UserError(f"{path}: the file would unpack to more than it is, as no file of ours does")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         description = json.loads(str(arrays.pop("description")))
@@ -112,21 +113,21 @@ def read_reference(path: Path) -> Reference:
         mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
         width, count, size = len(mu), description["count"], description["image_size"]
         texts = [description[name] for name in TEXTS]
-    except EvaluationError:
+    except UserError:
         raise
     except READ_ERRORS as error:
-        raise EvaluationError(
+        raise UserError(
             f"{path}: damaged, or not a file of reference statistics of evaluate.py ({short(error)})"
         ) from error
     fits = (mu.shape, sigma.shape) == ((width,), (width, width)) and mu.dtype == sigma.dtype == np.float64
     plain = all(type(value) is int for value in (count, size)) and all(text == short(text) for text in texts)
     if not fits or not plain:
-        raise EvaluationError(f"{path}: its statistics have other shapes or types than they should")
+        raise UserError(f"{path}: its statistics have other shapes or types than they should")
     if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise EvaluationError(f"{path}: an empty reference ({count} images), or numbers that are not finite")
+        raise UserError(f"{path}: an empty reference ({count} images), or numbers that are not finite")
     if features is not None:
         if features.shape != (count, width) or features.dtype != np.float32:
-            raise EvaluationError(f"{path}: its features have other shapes or types than they should")
+            raise UserError(f"{path}: its features have other shapes or types than they should")
         features = torch.from_numpy(features)
     return Reference(description, {"mu": mu, "sigma": sigma}, features)
 
@@ -135,10 +136,10 @@ def published_reference(path: Path, image_size: int, extractor: Extractor) -> Re
     """A file that somebody published, for models of this size and this network.
 
     Raises:
-        EvaluationError: as `read_reference`; it is of images of another size, or was made with another network.
+        UserError: as `read_reference`; it is of images of another size, or was made with another network.
     """
     found = read_reference(path)
     for name, own in {"image_size": image_size, **of_extractor(extractor)}.items():
         if found.description[name] != own:
-            raise EvaluationError(f"{path}: made with {name} = {short(found.description[name])}; here it is {own}")
+            raise UserError(f"{path}: made with {name} = {short(found.description[name])}; here it is {own}")
     return found

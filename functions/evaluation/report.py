@@ -20,7 +20,6 @@ from functions.evaluation.bits_per_dim import BitsPerDim
 from functions.evaluation.features import (
     FULL_COUNT,
     NEIGHBOURS,
-    EvaluationError,
     Extractor,
     collect_features,
     frechet_distance,
@@ -30,11 +29,12 @@ from functions.evaluation.features import (
 )
 from functions.evaluation.reference_statistics import Reference
 from functions.likelihood import VARIANCES
-from functions.sampling.generation import Drawing, generate_batches, image_bar
+from functions.sampling.generation import ImageSampler, generate_batches, image_bar
 from functions.sampling.options import add_sampler_flags
 from functions.support.checkpoint import write_whole
 from functions.support.command_line import positive
 from functions.support.device import DTYPES
+from functions.support.errors import UserError
 from functions.support.processes import Processes
 
 METRICS = ("bpd", "fid", "kid", "prc")
@@ -85,22 +85,22 @@ def metric_names(text: str) -> tuple[str, ...]:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """`EvaluationError` for flags that contradict each other."""
+    """`UserError` for flags that contradict each other."""
     of_features = [name for name in ("kid", "prc") if name in args.metrics]
     if args.reference and of_features:
-        raise EvaluationError(f"--reference has statistics for fid alone; {' and '.join(of_features)} want real images")
+        raise UserError(f"--reference has statistics for fid alone; {' and '.join(of_features)} want real images")
     if args.reference and not args.reference.is_file():  # told before anything is downloaded or drawn
-        raise EvaluationError(f"{args.reference}: there is no such file")
+        raise UserError(f"{args.reference}: there is no such file")
     if args.reference and args.save_reference:
-        raise EvaluationError("--save-reference would only copy --reference")
+        raise UserError("--save-reference would only copy --reference")
     if args.save_reference and args.save_reference.suffix != ".npz":
-        raise EvaluationError(f"{args.save_reference}: its name must end in .npz")
+        raise UserError(f"{args.save_reference}: its name must end in .npz")
     if args.n < 2:
-        raise EvaluationError("--n is 1; a single sample has no covariance")
+        raise UserError("--n is 1; a single sample has no covariance")
     if "prc" in args.metrics and args.n <= NEIGHBOURS:
-        raise EvaluationError(f"--n is {args.n}; precision and recall look at the {NEIGHBOURS} nearest of the others")
+        raise UserError(f"--n is {args.n}; precision and recall look at the {NEIGHBOURS} nearest of the others")
     if args.metrics == ("bpd",) and (args.reference or args.save_reference):
-        raise EvaluationError("--reference and --save-reference go with --metrics fid")
+        raise UserError("--reference and --save-reference go with --metrics fid")
 
 
 def evenly(indices: np.ndarray, count: int | None) -> np.ndarray:
@@ -145,7 +145,7 @@ def image_warnings(reference: dict, count: int, width: int) -> list[str]:
 
 
 def sample_features(
-    drawing: Drawing,
+    drawing: ImageSampler,
     n: int,
     batch_size: int,
     extractor: Extractor,

@@ -15,21 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from functions.support.checkpoint import write_whole
-from functions.support.errors import TrainingError
-from functions.support.export import checksum
+from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.run_folder import locked
 
 MANIFEST = "samples.json"
 IMAGE_NAME = re.compile(r"(\d{5,})\.png")
 PATIENCE = 2 * 60 * 60  # seconds without a new image, after which the other processes are taken to have ended
-
-
-class FolderError(RuntimeError):
-    """A folder of images that cannot be gone on with; the message says why."""
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -43,24 +37,19 @@ def existing(folder: Path) -> set[int]:
     return {i for i in numbers if image_path(folder, i).name in names}
 
 
-def weights_hash(weights: dict[str, Tensor], config: dict) -> str:
-    """The same for a checkpoint and for what was exported from it."""
-    return checksum(weights, json.dumps(config, sort_keys=True), "")
-
-
 def check_manifest(folder: Path, facts: dict) -> bool:
-    """Whether the folder has a manifest; `FolderError` when its images were made otherwise than `facts` say."""
+    """Whether the folder has a manifest; `UserError` when its images were made otherwise than `facts` say."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         return False
     except (ValueError, RecursionError) as error:
-        raise FolderError(f"{folder / MANIFEST}: damaged, so nobody knows what images these are; delete it") from error
+        raise UserError(f"{folder / MANIFEST}: damaged, so nobody knows what images these are; delete it") from error
     found = found if isinstance(found, dict) else {}
     differing = [name for name in {**facts, **found} if found.get(name) != facts.get(name)]
     if differing:
         what = "; ".join(f"{name} was {found.get(name)}, is now {facts.get(name)}" for name in differing)
-        raise FolderError(f"{folder} holds images made otherwise ({what}); take another --out")
+        raise UserError(f"{folder} holds images made otherwise ({what}); take another --out")
     return True
 
 
@@ -69,12 +58,12 @@ def open_folder(folder: Path, facts: dict) -> Iterator[None]:
     """Make the folder, or go on with it, and hold it for this process; for the main one of several.
 
     Raises:
-        FolderError: its images are others than `facts` say, or nothing says what they are.
+        UserError: its images are others than `facts` say, or nothing says what they are.
         CheckpointError: another process makes images in it.
     """
     if not check_manifest(folder, facts) and existing(folder):
         name = image_path(folder, min(existing(folder))).name
-        raise FolderError(f"{folder} holds {name} but no {MANIFEST} to say what made it; take another --out")
+        raise UserError(f"{folder} holds {name} but no {MANIFEST} to say what made it; take another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp"):
         text = json.dumps(facts, indent=2)
@@ -117,7 +106,7 @@ def wait_for_all(folder: Path, n: int) -> None:
     """Until images 0 .. n-1 are there: the other processes write theirs.
 
     Raises:
-        TrainingError: for very long nothing has come.
+        UserError: for very long nothing has come.
     """
     missing, since = set(range(n)) - existing(folder), time.monotonic()
     while missing:
@@ -126,5 +115,5 @@ def wait_for_all(folder: Path, n: int) -> None:
         if len(still) < len(missing):
             since = time.monotonic()
         if time.monotonic() - since > PATIENCE:
-            raise TrainingError(f"{folder}: {len(still)} images do not come; start the same command again")
+            raise UserError(f"{folder}: {len(still)} images do not come; start the same command again")
         missing = still

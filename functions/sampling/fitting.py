@@ -8,12 +8,12 @@ import torch
 from tqdm import tqdm
 
 from functions.support.device import is_out_of_memory
-from functions.support.errors import SamplingError
+from functions.support.errors import UserError
 
 Result = TypeVar("Result")
 
 
-class Fitting:
+class BatchLimit:
     """Does work on images in parts: what does not fit in memory is halved, and so is all that follows."""
 
     def __init__(self, device: torch.device, most: int = sys.maxsize):
@@ -23,7 +23,7 @@ class Fitting:
         """What `work` returns for each part, at most `most` of the images.
 
         Raises:
-            SamplingError: there is no memory for a single image.
+            UserError: there is no memory for a single image.
         """
         results, done = [], 0
         while done < len(images):
@@ -37,7 +37,7 @@ class Fitting:
                     raise
                 if len(some) == 1:
                     why = str(error).splitlines()[0]
-                    raise SamplingError(f"no memory for a single image at a time on {self.device}: {why}") from error
+                    raise UserError(f"no memory for a single image at a time on {self.device}: {why}") from error
             # Here, where the error no longer holds on to what did not fit
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

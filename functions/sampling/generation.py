@@ -5,7 +5,6 @@ The scripts hand in the model's class and the conversion to pixels, so that this
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,11 @@ from tqdm import tqdm
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.samplers import OnStep
-from functions.sampling.fitting import Fitting
-from functions.sampling.options import SamplerSettings
-from functions.support.checkpoint import CheckpointError, load_into
+from functions.sampling.fitting import BatchLimit
+from functions.sampling.options import SamplerOptions
+from functions.support.checkpoint import load_into
+from functions.support.errors import CheckpointError
+from functions.support.export import SavedModel
 from functions.support.file_checks import short
 from functions.support.random_numbers import ImageNoise
 
@@ -37,7 +38,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Keep:
+class Record:
     """What to keep of the way to the images: after which numbers of network calls, and in which form."""
 
     states: Sequence[int] = ()
@@ -45,15 +46,15 @@ class Keep:
     form: Callable[[Tensor], Tensor] = lambda x: x  # such as to uint8; on the device
 
 
-NOTHING = Keep()
+NOTHING = Record()
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ImageSampler:
     """All that decides what image i is."""
 
     denoiser: Denoiser
-    settings: SamplerSettings
+    settings: SamplerOptions
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
@@ -73,9 +74,7 @@ class Drawing:
 
 def rebuild(
     build_model: Callable[..., nn.Module],
-    weights: dict[str, Tensor],
-    config: dict,
-    path: Path,
+    saved: SavedModel,
     device: torch.device,
     precision: torch.dtype = torch.float32,
 ) -> Denoiser:
@@ -85,7 +84,7 @@ def rebuild(
         CheckpointError: its config and its weights do not fit each other.
     """
     try:
-        diffusion, fields = config["diffusion"], config["model"]
+        diffusion, fields = saved.config["diffusion"], saved.config["model"]
         # Far above any model's; beyond, building the tables or the levels would take all memory or all day
         largest = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "levels": 15}
         found = {**diffusion, **fields, "levels": len(fields["dim_multiply"])}
@@ -99,9 +98,9 @@ def rebuild(
             model = build_model(**fields)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: its config does not describe a model of this version: {type(error).__name__}: {short(error)}"
+            f"{saved.path}: its config describes no model of this version: {type(error).__name__}: {short(error)}"
         ) from error
-    load_into(model, weights, path)
+    load_into(model, saved.weights, saved.path)
     # Without gradients and in float32, channels_last was the faster layout on the CPU too: 3.5 against 4.7 ms an image
     # of the faces network on 2 cores.
     model.to(device, memory_format=torch.channels_last)
@@ -109,7 +108,7 @@ def rebuild(
 
 
 def generate(
-    drawing: Drawing, images: Sequence[int], batch_size: int, keep: Keep = NOTHING, progress: bool = True
+    drawing: ImageSampler, images: Sequence[int], batch_size: int, keep: Record = NOTHING, progress: bool = True
 ) -> Samples:
     """Draw images, at most `batch_size` at a time; image i depends on (seed, i) alone, whatever the sampler.
 
@@ -127,9 +126,9 @@ def generate(
 
 
 def generate_batches(
-    drawing: Drawing,
+    drawing: ImageSampler,
     batches: Iterable[Sequence[int]],
-    keep: Keep = NOTHING,
+    keep: Record = NOTHING,
     on_progress: Callable[[float], object] = lambda images: None,
 ) -> Iterator[Samples]:
     """For each batch of image numbers its `Samples`, on the CPU, made when it is asked for.
@@ -139,16 +138,16 @@ def generate_batches(
     Args:
         on_progress: is told after each step how many images' worth of work it was; less than 0 when that was in vain.
     """
-    fitting = Fitting(drawing.device)
+    fitting = BatchLimit(drawing.device)
     for batch in batches:
         draw = lambda some: draw_batch(drawing, some, keep, on_progress)
         yield Samples.joined(fitting.in_parts(draw, batch))
 
 
 def draw_batch(
-    drawing: Drawing,
+    drawing: ImageSampler,
     batch: Sequence[int],
-    keep: Keep = NOTHING,
+    keep: Record = NOTHING,
     on_progress: Callable[[float], object] = lambda images: None,
 ) -> Samples:
     """One batch, all at once."""

@@ -25,7 +25,15 @@ from functions.sampling.files import (
     open_folder,
     wait_for_all,
 )
-from functions.sampling.generation import NOTHING, Drawing, Keep, Samples, frame_steps, generate_batches, image_bar
+from functions.sampling.generation import (
+    NOTHING,
+    ImageSampler,
+    Record,
+    Samples,
+    frame_steps,
+    generate_batches,
+    image_bar,
+)
 from functions.support import pictures
 from functions.support.processes import Processes
 
@@ -37,7 +45,7 @@ STRIP_ROWS = 6
 
 def draw_images(
     args: argparse.Namespace,
-    drawing: Drawing,
+    drawing: ImageSampler,
     folder: Path,
     facts: Callable[[], dict],
     to_uint8: Callable[[Tensor], Tensor],
@@ -66,12 +74,12 @@ def draw_images(
         rest = processes.from_main(missing)
         announce(args, drawing, first, rest, processes)
         writer = stack.enter_context(ImageWriter(folder)) if args.individual else None
-        seen_by_me, rest_of_me = ([part[i] for i in processes.share(len(part))] for part in (first, rest))
+        seen_by_me, rest_of_me = ([part[i] for i in processes.own_range(len(part))] for part in (first, rest))
         total, mine = count(first) + count(rest), count(seen_by_me) + count(rest_of_me)
         bar = stack.enter_context(image_bar(total, processes.is_main and mine > 0))
         update = lambda images: bar.update(images * total / mine)  # as if all were as fast as this one
 
-        def drawn(batches: Sequence[range], keep: Keep) -> Iterator[Samples]:
+        def drawn(batches: Sequence[range], keep: Record) -> Iterator[Samples]:
             """As bytes, and on their way to the disk."""
             for batch, part in zip(batches, generate_batches(drawing, batches, keep, update), strict=True):
                 part = replace(part, images=to_uint8(part.images))
@@ -93,7 +101,7 @@ def draw_images(
             draw_pictures(args, drawing, Samples.joined([*chain(*samples)]) if first else None, folder)
 
 
-def draw_pictures(args: argparse.Namespace, drawing: Drawing, samples: Samples | None, folder: Path) -> None:
+def draw_pictures(args: argparse.Namespace, drawing: ImageSampler, samples: Samples | None, folder: Path) -> None:
     """The grid of the first images, and of their denoising what was asked for.
 
     Args:
@@ -125,14 +133,14 @@ def draw_pictures(args: argparse.Namespace, drawing: Drawing, samples: Samples |
         print(f"wrote {folder / 'progressive.png'}")
 
 
-def frames_to_keep(args: argparse.Namespace, calls: int, to_uint8: Callable[[Tensor], Tensor]) -> Keep:
+def frames_to_keep(args: argparse.Namespace, calls: int, to_uint8: Callable[[Tensor], Tensor]) -> Record:
     """What --gif, --strip and --progressive show, as bytes."""
     states = [
         *(frame_steps(calls, GIF_FRAMES) if args.gif else []),
         *(frame_steps(calls, STRIP_COLUMNS) if args.strip else []),
     ]
     predictions = even_calls(calls) if args.progressive else []
-    return Keep(sorted(set(states)), predictions, to_uint8) if states or predictions else NOTHING
+    return Record(sorted(set(states)), predictions, to_uint8) if states or predictions else NOTHING
 
 
 def even_calls(calls: int) -> list[int]:
@@ -152,7 +160,7 @@ def opened(folder: Path, facts: Callable[[], dict], individual: bool) -> Abstrac
 
 
 def announce(
-    args: argparse.Namespace, drawing: Drawing, first: Sequence[range], rest: Sequence[range], processes: Processes
+    args: argparse.Namespace, drawing: ImageSampler, first: Sequence[range], rest: Sequence[range], processes: Processes
 ) -> None:
     """What is going to be drawn, and how."""
     to_draw, batches = count(first) + count(rest), len(first) + len(rest)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functions.sampling.fitting import Fitting
-from functions.sampling.generation import Drawing, draw_batch, image_bar
+from functions.sampling.fitting import BatchLimit
+from functions.sampling.generation import ImageSampler, draw_batch, image_bar
 from functions.sampling.latents import depth_of, interpolate_images, interpolate_seeds, variations
-from functions.support.errors import SamplingError
+from functions.support.errors import UserError
 from functions.support.pictures import save_strip
 
 MIXTURES = 9  # from one end to the other
@@ -34,29 +34,29 @@ def is_number(text: str) -> bool:
     return text.isdecimal()
 
 
-def read_image(path: str, drawing: Drawing, pixels: Pixels, fit: bool) -> Tensor:
+def read_image(path: str, drawing: ImageSampler, pixels: Pixels, fit: bool) -> Tensor:
     """An image file as (C, H, W) in [-1, 1].
 
     Raises:
-        SamplingError: there is no such file, it is no image, or not of the model's size, and `fit` is False.
+        UserError: there is no such file, it is no image, or not of the model's size, and `fit` is False.
     """
     try:
         rgb = pixels.decode(Path(path).read_bytes())
     except pixels.bad_image as error:
-        raise SamplingError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     except OSError as error:
         what = "an image is named by its file, or by its number (0, 1, ...) among those of the seed"
-        raise SamplingError(f"{path}: {error.strerror}; {what}") from error
+        raise UserError(f"{path}: {error.strerror}; {what}") from error
     size = drawing.shape[-1]
     height, width = rgb.shape[:2]
     if not fit and (height, width) != (size, size):
-        raise SamplingError(
+        raise UserError(
             f"{path} is {width}x{height} pixels, the model's images are {size}x{size}; --fit crops and resizes it"
         )
     return pixels.to_model_range(torch.from_numpy(pixels.fit(rgb, size))[None])[0].to(drawing.device)
 
 
-def get_image(text: str, drawing: Drawing, pixels: Pixels, fit: bool) -> Tensor:
+def get_image(text: str, drawing: ImageSampler, pixels: Pixels, fit: bool) -> Tensor:
     """(C, H, W): a file's, or the image of that number, which is drawn."""
     if is_number(text):
         return draw_batch(drawing, [int(text)]).images[0].to(drawing.device)
@@ -68,7 +68,7 @@ def draw_interpolation(
     depths: Sequence[float],
     batch_size: int,
     fit: bool,
-    drawing: Drawing,
+    drawing: ImageSampler,
     pixels: Pixels,
     folder: Path,
 ) -> None:
@@ -94,7 +94,7 @@ def draw_interpolation(
 
 
 def draw_variations(
-    name: str, depths: Sequence[float], batch_size: int, fit: bool, drawing: Drawing, pixels: Pixels, folder: Path
+    name: str, depths: Sequence[float], batch_size: int, fit: bool, drawing: ImageSampler, pixels: Pixels, folder: Path
 ) -> None:
     """variations.png: the image, and what comes back of it with other noise in each column."""
     x_0 = get_image(name, drawing, pixels, fit)
@@ -110,11 +110,11 @@ def draw_rows(
     depths: Sequence[float],
     columns: int,
     batch_size: int,
-    drawing: Drawing,
+    drawing: ImageSampler,
     pixels: Pixels,
 ) -> np.ndarray:
     """(depths, columns, H, W, C): `row(depth, columns)` for each depth, in parts that fit, with a bar."""
-    fitting, rows = Fitting(drawing.device, batch_size), []
+    fitting, rows = BatchLimit(drawing.device, batch_size), []
     with image_bar(len(depths) * columns) as bar:
         for depth in depths:
             parts = fitting.in_parts(lambda some, depth=depth: pixels.to_uint8(row(depth, some)).cpu(), range(columns))
@@ -124,7 +124,7 @@ def draw_rows(
 
 
 def save(
-    path: Path, columns: Sequence[np.ndarray], titles: Sequence[str], depths: Sequence[float], drawing: Drawing
+    path: Path, columns: Sequence[np.ndarray], titles: Sequence[str], depths: Sequence[float], drawing: ImageSampler
 ) -> None:
     """The figure, with the depths (in the paper's t, which is 0 for an image) beside it."""
     row_titles = [f"t = {depth_of(depth, drawing.scheduler.timesteps) + 1}" for depth in depths]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from functions.sampling.generation import Drawing
+from functions.sampling.generation import ImageSampler
 
 
 def depth_of(share: float, timesteps: int) -> int:
@@ -17,7 +17,7 @@ def depth_of(share: float, timesteps: int) -> int:
     return round(share * timesteps) - 1
 
 
-def interpolate_images(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) -> Tensor:
+def interpolate_images(drawing: ImageSampler, ends: Tensor, t: int, weights: Tensor) -> Tensor:
     """Ho et al. 2020, Section 4.4: noise both images to depth t, mix x_t on the straight line, and decode.
 
     Both images get the same noise, which leaves the mixture as noisy as they are, and every step's noise is the same
@@ -36,7 +36,7 @@ def interpolate_images(drawing: Drawing, ends: Tensor, t: int, weights: Tensor) 
     return decode(drawing, lerp(first, second, weights), t, shared)
 
 
-def interpolate_seeds(drawing: Drawing, images: Sequence[int], weights: Tensor) -> Tensor:
+def interpolate_seeds(drawing: ImageSampler, images: Sequence[int], weights: Tensor) -> Tensor:
     """From one drawn image to another through the noise that they come from, x_T and each step's, along great circles.
 
     So weights 0 and 1 are images i and j of the seed as every script draws them, with any sampler.
@@ -53,7 +53,7 @@ def interpolate_seeds(drawing: Drawing, images: Sequence[int], weights: Tensor) 
     return decode(drawing, between(), drawing.scheduler.timesteps - 1, between)
 
 
-def variations(drawing: Drawing, x_0: Tensor, t: int, numbers: Sequence[int]) -> Tensor:
+def variations(drawing: ImageSampler, x_0: Tensor, t: int, numbers: Sequence[int]) -> Tensor:
     """Images like one image: noised to depth t with other noise each time, and decoded with other step noise.
 
     Args:
@@ -86,11 +86,11 @@ def lerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return (1 - weights) * a + weights * b
 
 
-def noised(drawing: Drawing, x_0: Tensor, t: int, noise: Tensor) -> Tensor:
+def noised(drawing: ImageSampler, x_0: Tensor, t: int, noise: Tensor) -> Tensor:
     """(B, C, H, W) images at depth t."""
     return drawing.scheduler.q_sample(x_0, t, noise) if t >= 0 else x_0
 
 
-def decode(drawing: Drawing, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
+def decode(drawing: ImageSampler, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
     """States (B, C, H, W) at depth t -> images, in the sampler's steps from there on."""
     return drawing.decode(x_t, drawing.settings.times(drawing.scheduler, t), noise) if t >= 0 else x_t

@@ -1,6 +1,6 @@
 """Which sampler with which options: the one place where they are chosen, for every script that draws images.
 
-`SamplerSettings()` is the default everywhere: Algorithm 2 over all timesteps. Scripts add the flags, make the settings
+`SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps. Scripts add the flags, make the settings
 once, and print them with whatever they print about the images.
 """
 
@@ -21,8 +21,8 @@ from functions.samplers import (
     dpm_solver_sample,
     ipndm_sample,
 )
-from functions.support.command_line import positive, share
-from functions.support.errors import SamplingError
+from functions.support.command_line import fraction, positive
+from functions.support.errors import UserError
 from functions.timesteps import SPACINGS, sampling_times
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
@@ -41,7 +41,7 @@ SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "ipndm": "
 
 
 @dataclass(frozen=True)
-class SamplerSettings:
+class SamplerOptions:
     """How images are made from noise; `functions.samplers` says what each option does."""
 
     sampler: str = "ddpm"
@@ -53,26 +53,26 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise SamplingError(f"sampler is {self.sampler!r}; it can be {', '.join(SAMPLERS)}")
+            raise UserError(f"sampler is {self.sampler!r}; it can be {', '.join(SAMPLERS)}")
         own, default = OWN_OPTION.get(self.sampler, (None, None))
         for option in ("variance", "eta"):
             if option != own and getattr(self, option) is not None:  # ignoring it would mislead
                 having = " and ".join(name for name, (has, _) in OWN_OPTION.items() if has == option)
-                raise SamplingError(f"--{option} is an option of {having}, not of {self.sampler}")
+                raise UserError(f"--{option} is an option of {having}, not of {self.sampler}")
         for name, value in {"spacing": SPACING[self.sampler], **({own: default} if own else {})}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # how a frozen dataclass sets itself up
         if not 1 <= self.eps_scale < math.inf:
-            raise SamplingError(f"eps_scale is {self.eps_scale}; it can be 1 (leave eps as it is) or more")
+            raise UserError(f"eps_scale is {self.eps_scale}; it can be 1 (leave eps as it is) or more")
 
     @staticmethod
-    def from_args(args: argparse.Namespace) -> "SamplerSettings":
+    def from_args(args: argparse.Namespace) -> "SamplerOptions":
         """The settings that the flags of `add_sampler_flags` ask for.
 
         Raises:
-            SamplingError: an option was given that the sampler does not have.
+            UserError: an option was given that the sampler does not have.
         """
-        return SamplerSettings(args.sampler, args.steps, args.spacing, args.eps_scale, args.variance, args.eta)
+        return SamplerOptions(args.sampler, args.steps, args.spacing, args.eps_scale, args.variance, args.eta)
 
     @property
     def own(self) -> dict[str, str | float]:
@@ -86,12 +86,12 @@ class SamplerSettings:
         So a part of the way is done in steps as long as those of the whole.
 
         Raises:
-            SamplingError: the model does not have so many.
+            UserError: the model does not have so many.
         """
         try:
             times = sampling_times(scheduler, self.steps, self.spacing)
         except ValueError as error:
-            raise SamplingError(str(error)) from error
+            raise UserError(str(error)) from error
         return times if start is None else [start, *(t for t in times if t < start)]
 
     def sample(
@@ -132,8 +132,8 @@ class SamplerSettings:
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that `SamplerSettings.from_args` reads."""
-    default = SamplerSettings()
+    """The flags that `SamplerOptions.from_args` reads."""
+    default = SamplerOptions()
     group = parser.add_argument_group("how images are made from noise")
     group.add_argument(
         "--sampler",
@@ -148,7 +148,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         help="of the steps: even in t, or in the logarithm of the signal-to-noise ratio; the default is the sampler's",
     )
     group.add_argument(
-        "--eta", type=share, metavar="X", help="of ddim (0) and dpm++ (1): 0 is deterministic, 1 takes fresh noise"
+        "--eta", type=fraction, metavar="X", help="of ddim (0) and dpm++ (1): 0 is deterministic, 1 takes fresh noise"
     )
     group.add_argument(
         "--variance", choices=("small", "large"), help="of ddpm's noise; large is for all steps alone (small)"

@@ -9,20 +9,16 @@ from pathlib import Path
 
 from torch import nn
 
-from functions.sampling.files import FolderError, weights_hash
-from functions.sampling.generation import Drawing, rebuild
+from functions.sampling.generation import ImageSampler, rebuild
 from functions.sampling.grids import MOST_IN_GRID, draw_images
 from functions.sampling.latent_pictures import Pixels, draw_interpolation, draw_variations, is_number, read_image
-from functions.sampling.options import SamplerSettings, add_sampler_flags
-from functions.support.command_line import positive, share
-from functions.support.device import DTYPES, DeviceError, choose_device, choose_precision
-from functions.support.errors import SamplingError, TrainingError
-from functions.support.export import export_weights, load_weights
-from functions.support.file_checks import CheckpointError
+from functions.sampling.options import SamplerOptions, add_sampler_flags
+from functions.support.command_line import fraction, positive
+from functions.support.device import DTYPES, choose_device, choose_precision
+from functions.support.errors import UserError
+from functions.support.export import SavedModel, export_weights, load_weights
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import first_sound, folder_of
-
-ERRORS = (CheckpointError, DeviceError, FolderError, SamplingError, TrainingError, OSError)  # that users can mend
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, n: int) -> None:
@@ -79,7 +75,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, n: int) -> None:
 
 def shares(text: str) -> tuple[float, ...]:
     """A flag's type: numbers from 0 to 1 with commas between."""
-    return tuple(share(part) for part in text.split(","))
+    return tuple(fraction(part) for part in text.split(","))
 
 
 def sample_to_files(
@@ -95,53 +91,51 @@ def sample_to_files(
         build_model: the model's class; takes the config's `model` fields.
 
     Raises:
-        One of ERRORS. What can be known beforehand is: nothing has been drawn or written then.
+        UserError, ConfigError: what can be known beforehand is: nothing has been drawn or written then.
     """
-    settings = SamplerSettings.from_args(args)
+    settings = SamplerOptions.from_args(args)
     refuse_contradictions(args)
     with joined() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         precision = choose_precision(args.precision, device)
-        checkpoint, weights, config, run = load(find_checkpoints, processes)
-        denoiser = rebuild(build_model, weights, config, checkpoint, device, precision)
+        saved = load(find_checkpoints, processes)
+        denoiser = rebuild(build_model, saved, device, precision)
         settings.times(denoiser.scheduler)  # refuses numbers of steps that the model does not have
-        step = f"{run['step']:,} of {run['total_steps']:,} steps"
-        processes.say(f"{checkpoint}: {run['weights']} weights after {step}")
+        processes.say(str(saved))
         if args.export:
-            processes.from_main(lambda: export_weights(args.export, weights, config, run))
+            processes.from_main(lambda: export_weights(saved, args.export))
             processes.say(f"wrote {args.export}")
             return
 
-        shape = (config["model"]["channels"], config["model"]["image_size"], config["model"]["image_size"])
-        drawing = Drawing(denoiser, settings, shape, args.seed, device)
-        slug = f"{checkpoint.stem}-{settings.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
-        folder = args.out or folder_of(checkpoint) / "samples" / f"{slug}-seed{args.seed}"
+        drawing = ImageSampler(denoiser, settings, saved.image_shape, args.seed, device)
+        slug = f"{saved.path.stem}-{settings.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
+        folder = args.out or folder_of(saved.path) / "samples" / f"{slug}-seed{args.seed}"
         if args.interpolate or args.variations is not None:
             processes.from_main(lambda: draw_from_images(args, drawing, pixels, folder))
             return
         facts = lambda: {
-            "checkpoint": weights_hash(weights, config), "weights": run["weights"], "seed": args.seed,
+            "checkpoint": saved.digest, "weights": saved.kind, "seed": args.seed,
             "precision": str(precision).removeprefix("torch."), **settings.facts(denoiser.scheduler.timesteps),
         }  # fmt: skip
         draw_images(args, drawing, folder, facts, pixels.to_uint8, processes)
 
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
-    """`SamplingError` for flags of which one would have to be ignored."""
+    """`UserError` for flags of which one would have to be ignored."""
     if args.n > MOST_IN_GRID and not args.individual:
-        raise SamplingError(f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual")
+        raise UserError(f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual")
     if args.interpolate and len({is_number(text) for text in args.interpolate}) > 1:
-        raise SamplingError("--interpolate takes two image files or two numbers, not one of each")
+        raise UserError("--interpolate takes two image files or two numbers, not one of each")
     if args.interpolate or args.variations is not None:
         for flag in ("individual", "strip", "progressive"):
             if getattr(args, flag):
-                raise SamplingError(f"--interpolate and --variations draw nothing else; leave out --{flag}")
+                raise UserError(f"--interpolate and --variations draw nothing else; leave out --{flag}")
     elif args.fit:
-        raise SamplingError("--fit is for the image files of --interpolate and --variations")
+        raise UserError("--fit is for the image files of --interpolate and --variations")
 
 
-def load(find_checkpoints: Callable[[], Sequence[Path]], processes: Processes) -> tuple:
-    """The first sound checkpoint's path, and what `load_weights` gives, in every process."""
+def load(find_checkpoints: Callable[[], Sequence[Path]], processes: Processes) -> SavedModel:
+    """The first sound checkpoint, in every process."""
     found = []
 
     def find() -> Path:
@@ -149,10 +143,10 @@ def load(find_checkpoints: Callable[[], Sequence[Path]], processes: Processes) -
         return found[0][0]
 
     checkpoint = processes.from_main(find)
-    return checkpoint, *(found[0][1] if found else load_weights(checkpoint))
+    return found[0][1] if found else load_weights(checkpoint)
 
 
-def draw_from_images(args: argparse.Namespace, drawing: Drawing, pixels: Pixels, folder: Path) -> None:
+def draw_from_images(args: argparse.Namespace, drawing: ImageSampler, pixels: Pixels, folder: Path) -> None:
     """--interpolate and --variations."""
     named = [*(args.interpolate or []), *([args.variations] if args.variations is not None else [])]
     for text in named:

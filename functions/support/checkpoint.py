@@ -18,7 +18,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from functions.support.file_checks import READ_ERRORS, CheckpointError, check_values, check_whole, short
+from functions.support.errors import CheckpointError
+from functions.support.file_checks import READ_ERRORS, check_values, check_whole, short
 
 FORMAT = "ddpm-faces checkpoint 1"
 MOST_STEPS = 10**8  # file names have room for eight digits

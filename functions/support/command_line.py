@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import NoReturn, get_type_hints
 
+from functions.support.errors import UserError
+
 EXIT_BAD_INPUT = 2  # what argparse uses
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -24,11 +26,15 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End the script with one line for errors of these kinds, which users can mend; others keep their traceback."""
+def plain_errors(*others: type[Exception]) -> Iterator[None]:
+    """End the script with one line for what users can mend: these errors, not bugs, which keep their traceback.
+
+    Args:
+        others: errors beside `UserError` and the system's own, such as config.py's `ConfigError`.
+    """
     try:
         yield
-    except kinds as error:
+    except (UserError, OSError, *others) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
@@ -84,7 +90,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """A flag's type: a number from 0 to 1."""
     try:
         value = float(text)

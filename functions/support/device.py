@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 
+from functions.support.errors import UserError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")  # where Linux lists the flags of the CPU
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
 CPU_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, 64-bit Arm
-
-
-class DeviceError(ValueError):
-    """The device or precision asked for is not there; the message says what is."""
 
 
 def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
@@ -24,7 +22,7 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
         index: the GPU when the name gives none: each process of several takes its own.
 
     Raises:
-        DeviceError: there is no such device.
+        UserError: there is no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -34,13 +32,13 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
         if device.type == "cuda" and device.index is None and index is not None:
             device = torch.device("cuda", index)
     except RuntimeError as error:
-        raise DeviceError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
+        raise UserError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
     if not available.get(device.type):
         there = ", ".join(kind for kind, there in available.items() if there)
-        raise DeviceError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {there}")
+        raise UserError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {there}")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         there = f"there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
-        raise DeviceError(f"device is {str(device)!r}, but {there}")
+        raise UserError(f"device is {str(device)!r}, but {there}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # what has no device of its own, such as pinned memory, would go to the first GPU
     if device.type == "cpu":
@@ -70,7 +68,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     emulated bfloat16 would run, several times slower than float32, so emulation does not count.
 
     Raises:
-        DeviceError: unknown name, or float16 on a device where it is not trained in.
+        UserError: unknown name, or float16 on a device where it is not trained in.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -78,9 +76,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if native else torch.float16
         return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
     if name not in DTYPES:
-        raise DeviceError(f"precision is {name!r}; it must be auto, {', '.join(DTYPES)}")
+        raise UserError(f"precision is {name!r}; it must be auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type != "cuda":
-        raise DeviceError(f"precision is float16, which is for CUDA; on {device.type} use auto, bfloat16 or float32")
+        raise UserError(f"precision is float16, which is for CUDA; on {device.type} use auto, bfloat16 or float32")
     return DTYPES[name]
 
 
@@ -118,7 +116,7 @@ def choose_arithmetic(
     layouts = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
     try:
         dtype = choose_precision(saved["precision"], device)
-    except DeviceError:  # float16, and now there is no CUDA
+    except UserError:  # float16, and now there is no CUDA
         dtype = choose_precision("auto", device)
     return dtype, layouts.get(saved["memory_format"], layout)
 

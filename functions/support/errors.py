@@ -1,9 +1,17 @@
-"""Errors whose message is for users: what is wrong and what to do. Scripts print it, without a traceback."""
+"""Errors that users can mend: the message is a plain sentence that says what is wrong and what to do.
+
+Scripts print it without a traceback and end with exit status 2. There is a subclass only where something catches it
+apart from the others.
+"""
 
 
-class TrainingError(RuntimeError):
-    """A run that must not go on; the message says why and what to do."""
+class UserError(Exception):
+    """What a user can mend."""
 
 
-class SamplingError(ValueError):
-    """Images were asked for that cannot be made; the message says what can."""
+class CheckpointError(UserError):
+    """A checkpoint or run that cannot be used; the message names the file. Readers may take the one before it."""
+
+
+class NothingToResume(UserError):
+    """There is no unfinished run: unlike a damaged one, no reason to be careful."""

@@ -6,6 +6,7 @@ and the weights: unlike a checkpoint's, the format itself has no checksums.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,42 +16,62 @@ from torch import Tensor
 
 from functions.support.checkpoint import (
     FORMAT,
-    CheckpointError,
     check_run,
     check_values,
     load_checkpoint,
     short,
     write_whole,
 )
+from functions.support.errors import CheckpointError
 
 
-def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict, dict]:
-    """What sampling needs, of a checkpoint or an exported .safetensors file.
+@dataclass(frozen=True)
+class SavedModel:
+    """What sampling needs of a checkpoint or an exported file."""
 
-    Returns:
-        The weights (EMA's if the run has them), the config (as in a checkpoint), and the part `run` with
-        `weights` added: "EMA" or "raw".
+    path: Path
+    weights: dict[str, Tensor]
+    kind: str  # of the weights: "EMA", or "raw" where the run has no EMA
+    config: dict  # {"diffusion": {...}, "model": {...}}
+    run: dict  # experiment, step, total_steps, and in a checkpoint more
+    digest: str  # of weights and config: the same for a checkpoint and for what was exported from it
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        model = self.config["model"]
+        return model["channels"], model["image_size"], model["image_size"]
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.kind} weights after {self.run['step']:,} of {self.run['total_steps']:,} steps"
+
+
+def load_weights(path: Path) -> SavedModel:
+    """The EMA weights of a checkpoint or an exported file, or the raw ones where it has no others.
 
     Raises:
-        CheckpointError: as `load_checkpoint`, `load_exported`.
+        CheckpointError: the file is missing, truncated, damaged, or not one of ours.
     """
     if path.suffix == ".safetensors":
-        return load_exported(path, device)
-    contents = load_checkpoint(path, device)
-    which = "EMA" if contents["ema"] is not None else "raw"
-    return contents["ema" if which == "EMA" else "model"], contents["config"], {**contents["run"], "weights": which}
+        weights, config, run = load_exported(path, "cpu")
+        kind = run["weights"]
+    else:
+        contents = load_checkpoint(path)
+        kind = "EMA" if contents["ema"] is not None else "raw"
+        weights, config, run = contents["ema" if kind == "EMA" else "model"], contents["config"], contents["run"]
+    return SavedModel(path, weights, kind, config, run, checksum(weights, json.dumps(config, sort_keys=True), ""))
 
 
-def export_weights(path: Path, weights: dict[str, Tensor], config: dict, run: dict) -> None:
-    """Write what `load_weights` returned as safetensors.
+def export_weights(saved: SavedModel, path: Path) -> None:
+    """Write what `load_weights` returned as a file of its own, to publish.
 
     Raises:
         CheckpointError: the file's name is not one by which it would be known.
     """
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: an exported file's name must end in .safetensors, by which it is known")
-    weights = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
-    texts = {"config": json.dumps(config), "run": json.dumps(run)}
+    weights = {name: tensor.contiguous() for name, tensor in saved.weights.items()}
+    texts = {"config": json.dumps(saved.config), "run": json.dumps({**saved.run, "weights": saved.kind})}
     metadata = {"format": FORMAT, **texts, "sha256": checksum(weights, **texts)}
     write_whole(path, lambda file: file.write(save(weights, metadata)))
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from functions.support.errors import CheckpointError
+
 # What PyTorch's reader was seen to raise on files that are not whole or not checkpoints
 READ_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
@@ -24,10 +26,6 @@ GLOBALS = re.compile(
     r"torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
 )
 MOST_VALUES, DEEPEST_NAME = 1_000_000, 1_000  # a checkpoint has some thousands; a few references can repeat without end
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint or run that cannot be used; the message names the file and what is wrong with it."""
 
 
 def check_whole(path: Path) -> None:

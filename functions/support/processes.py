@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from functions.support.errors import TrainingError
+from functions.support.errors import UserError
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # with a process that is late; one that has ended is noticed at once
@@ -48,7 +48,7 @@ class Processes:
         if self.is_main:
             print(text, flush=True)
 
-    def share(self, total: int) -> range:
+    def own_range(self, total: int) -> range:
         """This process's part of 0 .. total-1: the parts are contiguous, and differ by at most one in length."""
         return range(self.rank * total // self.count, (self.rank + 1) * total // self.count)
 
@@ -101,7 +101,7 @@ class Processes:
         return failed_and_value[1]
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 @contextmanager
@@ -109,10 +109,10 @@ def joined() -> Iterator[Processes]:
     """Meet the other processes, as the environment that torchrun sets says; without it there is one.
 
     Raises:
-        TrainingError: another one has ended.
+        UserError: another one has ended.
     """
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     rank, count, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
@@ -121,7 +121,7 @@ def joined() -> Iterator[Processes]:
     except RuntimeError as error:
         if not lost_another(error):
             raise
-        raise TrainingError(f"another process of this training has ended, so process {rank} does too") from error
+        raise UserError(f"another process of this training has ended, so process {rank} does too") from error
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 

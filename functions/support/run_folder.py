@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from functions.support.checkpoint import CheckpointError, check_whole, load_checkpoint, write_whole
+from functions.support.checkpoint import check_whole, load_checkpoint, write_whole
+from functions.support.errors import CheckpointError, NothingToResume
 
 try:
     import fcntl
@@ -26,10 +27,6 @@ except ImportError:  # Windows: two trainings in one run folder are not noticed 
     fcntl = None
 
 Contents = TypeVar("Contents")
-
-
-class NothingToResume(CheckpointError):
-    """There is no unfinished run: unlike a damaged one, no reason to be careful."""
 
 
 RUN_NAME = re.compile(r"(?P<experiment>.+)-(?P<time>\d{8}-\d{6})")

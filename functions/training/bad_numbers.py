@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from functions.support.errors import TrainingError
+from functions.support.errors import UserError
 from functions.support.run_folder import last_checkpoint
 
 SMALLEST_SCALE = 1.0  # of float16's losses: the scale is there to enlarge gradients; below 1 it has collapsed
@@ -56,7 +56,7 @@ class BadNumbers:
         """How many steps have been skipped so far.
 
         Raises:
-            TrainingError: `limit` in a row were since the last `read`, or float16's loss scale has collapsed.
+            UserError: `limit` in a row were since the last `read`, or float16's loss scale has collapsed.
         """
         longest, scale = self.longest.item(), scaler.get_scale()
         self.longest = self.in_a_row.clone()
@@ -64,13 +64,13 @@ class BadNumbers:
         numbers = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}, learning rate {learning_rate:.3g}"
         numbers += f", loss scale {scale:g}" if scaler.is_enabled() else ""
         if longest >= limit:
-            raise TrainingError(
+            raise UserError(
                 f"{longest} steps in a row had a loss or gradients that are not finite numbers; the last was step "
                 f"{step:.0f} ({numbers}). They changed no weights. Lower the learning rate, clip gradients, or train "
                 f"in float32. Last good checkpoint: {last_checkpoint(run)}"
             )
         if scaler.is_enabled() and scale < SMALLEST_SCALE:
-            raise TrainingError(
+            raise UserError(
                 f"the loss scale of float16 has collapsed to {scale:g}: gradients overflow at any scale; the last "
                 f"skipped step was {step:.0f} ({numbers}). Train in bfloat16 or float32. Last good checkpoint: "
                 f"{last_checkpoint(run)}"

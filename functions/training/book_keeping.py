@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from functions.evaluation.bits_per_dim import measure_bits_per_dim
 from functions.prediction import Denoiser
-from functions.sampling.generation import Drawing, generate
-from functions.sampling.options import SamplerSettings
+from functions.sampling.generation import ImageSampler, generate
+from functions.sampling.options import SamplerOptions
 from functions.support import run_folder
 from functions.support.checkpoint import save_checkpoint
 from functions.support.pictures import save_grid
@@ -138,9 +138,9 @@ class BookKeeper:
 
     def sample(self, done: int) -> None:
         """A grid of samples, always of the same noise."""
-        mine = self.processes.share(self.config.grid_images)
-        settings = SamplerSettings(steps=min(self.config.grid_steps, self.config.timesteps_diff))
-        drawing = Drawing(self.denoiser, settings, self.image_shape, self.config.seed, self.device)
+        mine = self.processes.own_range(self.config.grid_images)
+        settings = SamplerOptions(steps=min(self.config.grid_steps, self.config.timesteps_diff))
+        drawing = ImageSampler(self.denoiser, settings, self.image_shape, self.config.seed, self.device)
         draw = lambda: generate(drawing, mine, self.config.batch_size, progress=False).images
         pixels = [self.to_pixels(draw()).numpy()] if mine else []
         everyones = [part for parts in self.processes.gather(pixels) for part in parts]

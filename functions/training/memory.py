@@ -10,7 +10,7 @@ from torch import nn
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.support.device import is_out_of_memory
-from functions.support.errors import TrainingError
+from functions.support.errors import UserError
 from functions.training.pass_memory import peak_of_a_pass
 
 try:
@@ -105,7 +105,7 @@ def out_of_memory_explained(
     device: torch.device,
     processes: int = 1,
 ) -> Iterator[None]:
-    """Turn running out of memory into a `TrainingError` that says what fits. On the CPU that is foreseen.
+    """Turn running out of memory into a `UserError` that says what fits. On the CPU that is foreseen.
 
     There the system would end the process without a word, when memory that it has promised is not there.
 
@@ -115,14 +115,14 @@ def out_of_memory_explained(
     """
     available = memory_of(device) // (processes if device.type == "cpu" else 1)
     if device.type == "cpu" and SURELY_TOO_MUCH * total(estimate(batch_size)) > available:
-        raise TrainingError(smaller_batch(estimate, batch_size, effective_batch, available))
+        raise UserError(smaller_batch(estimate, batch_size, effective_batch, available))
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         advice = smaller_batch(estimate, batch_size, effective_batch, available)
-        raise TrainingError(f"{advice} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{advice} ({str(error).splitlines()[0]})") from error
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def weights_must_fit() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
+        raise UserError(
             f"out of memory for weights, their averages and images alone ({str(error).splitlines()[0]}): take a "
             "smaller base_dim, or another device"
         ) from error

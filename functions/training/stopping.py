@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from functions.support.errors import TrainingError
+from functions.support.errors import UserError
 from functions.support.run_folder import last_checkpoint
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed
@@ -46,11 +46,11 @@ class StopSignals:
 
 @contextmanager
 def failed_writes_explained(run: Path) -> Iterator[None]:
-    """Turn an error of the file system, a full disk above all, into a `TrainingError` that says what is safe."""
+    """Turn an error of the file system, a full disk above all, into a `UserError` that says what is safe."""
     try:
         yield
     except OSError as error:
-        raise TrainingError(
+        raise UserError(
             f"{run} cannot be written to: {error.strerror or error}. Last good checkpoint: {last_checkpoint(run)}. "
             f"When that is mended, go on with: python train.py --resume {run}"
         ) from error

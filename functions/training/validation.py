@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import autocast
-from functions.support.processes import ALONE, Processes
+from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import generator_of
 
 
@@ -23,7 +23,7 @@ def validation_loss(
     batch_size: int,
     seed: int,
     precision: torch.dtype,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> float:
     """Mean loss (Eq. 14) over fixed triples (image, t, noise): smooth over a run, and comparable between runs.
 
