@@ -1,28 +1,15 @@
-"""Weights to sample from: out of a checkpoint, or out of a .safetensors file of their own, to publish.
-
-An exported file has in its header, as JSON, the config and the part `run` of the checkpoint, and a SHA-256 over these
-and the weights: unlike a checkpoint's, the format itself has no checksums.
-"""
+"""Weights to sample from: out of a checkpoint, or out of a .safetensors file of their own, to publish."""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from functions.support.checkpoint import (
-    FORMAT,
-    check_run,
-    check_values,
-    load_checkpoint,
-    short,
-    write_whole,
-)
+from functions.support.checkpoint import check_run, load_checkpoint
 from functions.support.errors import CheckpointError
+from functions.support.files import TensorFile, checksum, write_tensors
 
 
 @dataclass(frozen=True)
@@ -53,67 +40,28 @@ def load_weights(path: Path) -> SavedModel:
         CheckpointError: the file is missing, truncated, damaged, or not one of ours.
     """
     if path.suffix == ".safetensors":
-        weights, config, run = load_exported(path, "cpu")
-        kind = run["weights"]
+        file = TensorFile(path)
+        part = "ema" if any(name.startswith("ema.") for name in file.checksums) else "model"
+        weights, config, run = file.tensors(f"{part}."), file.contents["config"], file.contents["run"]
+        check_run(run, path)
     else:
         contents = load_checkpoint(path)
-        kind = "EMA" if contents["ema"] is not None else "raw"
-        weights, config, run = contents["ema" if kind == "EMA" else "model"], contents["config"], contents["run"]
-    return SavedModel(path, weights, kind, config, run, checksum(weights, json.dumps(config, sort_keys=True), ""))
+        part = "ema" if contents["ema"] is not None else "model"
+        weights, config, run = contents[part], contents["config"], contents["run"]
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    named = [[name, checksum(weights[name])] for name in sorted(weights)]
+    digest = hashlib.sha256(json.dumps([config, named], sort_keys=True).encode()).hexdigest()
+    return SavedModel(path, weights, "EMA" if part == "ema" else "raw", config, run, digest)
 
 
 def export_weights(saved: SavedModel, path: Path) -> None:
-    """Write what `load_weights` returned as a file of its own, to publish.
+    """Write a model as a file of its own, to publish.
 
     Raises:
         CheckpointError: the file's name is not one by which it would be known.
     """
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: an exported file's name must end in .safetensors, by which it is known")
-    weights = {name: tensor.contiguous() for name, tensor in saved.weights.items()}
-    texts = {"config": json.dumps(saved.config), "run": json.dumps({**saved.run, "weights": saved.kind})}
-    metadata = {"format": FORMAT, **texts, "sha256": checksum(weights, **texts)}
-    write_whole(path, lambda file: file.write(save(weights, metadata)))
-
-
-def load_exported(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict, dict]:
-    """The inverse of `export_weights`.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged, or not one of ours.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: the file is empty, truncated, damaged or not safetensors") from error
-    if metadata.get("format") != FORMAT or not {"config", "run"} <= metadata.keys():
-        raise CheckpointError(f"{path}: safetensors, but not exported by this project's sample.py")
-    if "sha256" not in metadata:
-        raise CheckpointError(f"{path}: exported before files had a checksum; export it again with sample.py --export")
-    if metadata["sha256"] != checksum(weights, metadata["config"], metadata["run"]):
-        raise CheckpointError(f"{path}: the file is damaged: it does not match its checksum")
-    try:
-        config, run = json.loads(metadata["config"]), json.loads(metadata["run"])
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its config does not read: {short(error)}") from error
-    if not isinstance(config, dict) or not isinstance(run, dict):
-        raise CheckpointError(f"{path}: its config or run is malformed")
-    check_values({"config": config, "run": run, "weights": weights}, path)
-    check_run(run, path)
-    if run.get("weights") not in ("EMA", "raw"):
-        raise CheckpointError(f"{path}: it does not say whether its weights are EMA's or the raw ones")
-    return {name: tensor.to(device) for name, tensor in weights.items()}, config, run
-
-
-def checksum(weights: dict[str, Tensor], config: str, run: str) -> str:
-    """SHA-256 over both texts, each tensor's name, type and shape, and then all their bytes, in order of the names."""
-    names = sorted(weights)
-    header = [config, run, [[name, str(weights[name].dtype), list(weights[name].shape)] for name in names]]
-    total = hashlib.sha256(json.dumps(header).encode())
-    for name in names:
-        total.update(weights[name].contiguous().reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
+    part = "ema" if saved.kind == "EMA" else "model"
+    weights = {f"{part}.{name}": tensor for name, tensor in saved.weights.items()}
+    write_tensors(path, weights, {"config": saved.config, "run": saved.run, "scaler": {}})

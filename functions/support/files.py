@@ -1,0 +1,147 @@
+"""Files that are whole or not there: atomic writes, and tensors with a checksum each, read without running any code.
+
+A file of tensors is a .safetensors: a header in JSON, then the numbers of each tensor. Our header's metadata holds
+`contents`, a JSON text of plain values with the checksum of every tensor, and the checksum of that text. The format has
+none of its own, and a flipped bit would become a wrong weight.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from functions.support.errors import CheckpointError
+
+FORMAT = "ddpm-faces checkpoint 2"
+LONGEST_HEADER = 16 * 2**20  # bytes; ours take some hundred thousand
+LAST_WITH_PICKLE = "4805640"  # the last commit that reads the .pt checkpoints of earlier versions
+# What damaged or hostile files were seen to raise on their way through the readers of safetensors and JSON
+READ_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that `path` holds either what it held before or all of the new content, whatever happens.
+
+    A temporary file beside it is filled, flushed to the disk and renamed; then the folder's entry is flushed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> None:
+    """Write tensors of any layout, contiguous, and `contents` of plain values.
+
+    Raises:
+        OSError: the disk is full, or the like; `path` is as it was.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
+    metadata = {"format": FORMAT, "contents": text, "sha256": sha256(text)}
+    try:
+        write_whole(path, lambda file: save_file(tensors, file.name, metadata))
+    except SafetensorError as error:  # which has no other: of the system's errors it keeps the text alone
+        raise OSError(f"{path}: {short(error)}") from error
+
+
+class TensorFile:
+    """A file that `write_tensors` wrote, opened: `contents` are read and right, tensors are mapped when asked for.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, or not one of ours.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        check_header(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, names = file.metadata() or {}, set(file.keys())
+        except READ_ERRORS as error:
+            raise CheckpointError(f"{path}: the file is truncated, damaged or not a checkpoint") from error
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of this version of the project")
+        text = metadata.get("contents", "")
+        if metadata.get("sha256") != sha256(text):
+            raise CheckpointError(f"{path}: the file is damaged: its contents do not match their checksum")
+        try:
+            self.contents = json.loads(text)
+            self.checksums = self.contents.pop("checksums")
+            named = set(self.checksums) == names
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: its contents do not read: {short(error)}") from error
+        if not named:
+            raise CheckpointError(f"{path}: its tensors are not those that its contents name")
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix`, without it, on the CPU; compared with their checksums.
+
+        Raises:
+            CheckpointError: one is damaged, or holds numbers that are not finite.
+        """
+        found = {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                for name in self.checksums:
+                    if name.startswith(prefix):
+                        found[name.removeprefix(prefix)] = file.get_tensor(name)
+        except READ_ERRORS as error:
+            raise CheckpointError(f"{self.path}: the file is truncated or damaged") from error
+        for name, tensor in found.items():
+            if checksum(tensor) != self.checksums[prefix + name]:
+                raise CheckpointError(f"{self.path}: damaged: {short(prefix + name)} does not match its checksum")
+            if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                raise CheckpointError(f"{self.path}: {short(prefix + name)} holds numbers that are not finite")
+        return found
+
+
+def check_header(path: Path) -> None:
+    """`CheckpointError` unless it is a file whose header is no longer than it says, and than any of ours."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}")
+    with open(path, "rb") as file:
+        start, size = file.read(8), path.stat().st_size
+    if start[:4] == b"PK\x03\x04" or path.suffix == ".pt":
+        raise CheckpointError(
+            f"{path}: a checkpoint of an earlier version, which this one does not read; commit {LAST_WITH_PICKLE} is "
+            "the last that does, and its `python sample.py FILE --export NEW.safetensors` makes one to sample from"
+        )
+    length = int.from_bytes(start, "little")
+    if length > min(LONGEST_HEADER, size - 8):
+        raise CheckpointError(f"{path}: the file is empty, truncated, damaged or not a checkpoint")
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 over a contiguous tensor's type, shape and numbers, in hexadecimal."""
+    total = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def short(value: object) -> str:
+    """Text out of a file, for a message: one line, printable, not too long."""
+    text = "".join(c if c.isprintable() else " " for c in str(value))
+    return text if len(text) <= 200 else f"{text[:200]}..."
