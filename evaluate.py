@@ -46,10 +46,10 @@ from functions.evaluation.report import (
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, rebuild
 from functions.sampling.options import SamplerOptions
+from functions.support.checkpoint import load_weights
 from functions.support.command_line import Parser, plain_errors
 from functions.support.device import choose_device, choose_precision, set_deterministic
 from functions.support.errors import UserError
-from functions.support.export import load_weights
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
 from models.unet import UNet
@@ -93,7 +93,7 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
     """The checkpoint, its model and its data."""
     candidates = find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs)
     precision = choose_precision(args.precision, device)
-    _, saved = first_sound(candidates, load_weights)
+    saved = first_sound(candidates, load_weights)
     denoiser = rebuild(UNet, saved, device, precision)
     processes.say(str(saved))
     diffusion, run = saved.config["diffusion"], saved.run

@@ -22,8 +22,8 @@ from functions.evaluation.bits_per_dim import measure_bits_per_dim
 from functions.prediction import Denoiser
 from functions.samplers import ddpm_sample
 from functions.sampling.generation import rebuild
+from functions.support.checkpoint import load_weights
 from functions.support.device import choose_device, choose_precision
-from functions.support.export import load_weights
 from functions.support.random_numbers import ImageNoise, generator_of
 from functions.training.validation import validation_loss
 from models.unet import UNet

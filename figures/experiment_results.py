@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from functions.support.checkpoint import write_whole
+from functions.support.files import write_whole
 
 try:
     import fcntl

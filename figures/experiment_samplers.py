@@ -22,8 +22,8 @@ from figures.experiment_results import Results, rounded
 from figures.experiments import ROOT
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from functions.sampling.generation import rebuild
+from functions.support.checkpoint import load_weights
 from functions.support.device import choose_device
-from functions.support.export import load_weights
 from functions.support.run_folder import find_checkpoints, read_config, runs_of, step_of
 from models.unet import UNet
 

@@ -27,10 +27,9 @@ sys.path.insert(0, str(ROOT))  # so that the repository's modules are found from
 import train  # noqa: E402
 from config import EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelConfig  # noqa: E402
 from functions.ema import update_ema  # noqa: E402
-from functions.support.checkpoint import load_checkpoint  # noqa: E402
+from functions.support.checkpoint import SavedModel, check_whole, export_weights  # noqa: E402
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors, positive  # noqa: E402
 from functions.support.device import choose_device  # noqa: E402
-from functions.support.export import export_weights  # noqa: E402
 from functions.support.processes import joined  # noqa: E402
 from functions.support.run_folder import find_checkpoints, runs_of  # noqa: E402
 
@@ -162,13 +161,14 @@ def weights_file(run: Path, name: str) -> Path:
 
 def save_weights(run: Path, averages: dict[str, nn.Module]) -> None:
     """All weights of a finished run, the raw ones last: they mark it as finished."""
-    checkpoint = load_checkpoint(find_checkpoints(run)[0])
+    checkpoint = check_whole(find_checkpoints(run)[0])
+    config, facts = checkpoint.contents["config"], checkpoint.contents["run"]
     all_weights = {name: average.state_dict() for name, average in averages.items()}
-    all_weights[own_average(checkpoint["config"])] = checkpoint["ema"]
+    all_weights[own_average(config)] = checkpoint.tensors("ema.")
     (run / "weights").mkdir(exist_ok=True)
-    for name, weights in {**all_weights, "raw": checkpoint["model"]}.items():
-        facts = {**checkpoint["run"], "weights": "raw" if name == "raw" else "EMA"}
-        export_weights(weights_file(run, name), weights, checkpoint["config"], facts)
+    for name, weights in {**all_weights, "raw": checkpoint.tensors("model.")}.items():
+        kind = "raw" if name == "raw" else "EMA"
+        export_weights(SavedModel(run, weights, kind, config, facts, digest=""), weights_file(run, name))
 
 
 def own_average(config: dict) -> str:

@@ -25,9 +25,9 @@ from figures.sampling_figures import draw_sampling  # noqa: E402
 from functions.noise_scheduler import NoiseScheduler  # noqa: E402
 from functions.sampling.generation import ImageSampler, Record, frame_steps, generate, rebuild  # noqa: E402
 from functions.sampling.options import SamplerOptions  # noqa: E402
+from functions.support.checkpoint import load_weights  # noqa: E402
 from functions.support.command_line import Parser, plain_errors  # noqa: E402
 from functions.support.device import choose_device  # noqa: E402
-from functions.support.export import load_weights  # noqa: E402
 from functions.support.pictures import save_figure, save_gif, save_grid, save_strip  # noqa: E402
 from functions.support.random_numbers import generator_of  # noqa: E402
 from functions.support.run_folder import find_checkpoints, newest_checkpoints  # noqa: E402

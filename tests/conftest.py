@@ -17,7 +17,7 @@ from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.support import run_folder
-from functions.support.checkpoint import load_checkpoint
+from functions.support.checkpoint import MOMENTS, check_whole
 from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent
@@ -101,6 +101,12 @@ def small_unet() -> UNet:
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals")
+
+
+def load_checkpoint(path) -> dict:
+    """All that a checkpoint holds, to be compared."""
+    file = check_whole(path)
+    return {**file.contents, **{part: file.tensors(f"{part}.") for part in ("model", "ema", *MOMENTS)}}
 
 
 def newest(run):

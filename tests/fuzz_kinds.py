@@ -14,10 +14,9 @@ import torch
 
 from config import EXPERIMENTS, ConfigError, Experiment
 from functions.sampling.generation import rebuild
-from functions.support.checkpoint import load_checkpoint, restore, save_checkpoint
+from functions.support.checkpoint import export_weights, load_checkpoint, load_weights, restore, save_checkpoint
 from functions.support.device import arithmetic
 from functions.support.errors import CheckpointError
-from functions.support.export import export_weights, load_weights
 from functions.training.bad_numbers import BadNumbers
 from models.unet import UNet
 from tests.fuzz_mutations import damage, rezip, spoil_tree

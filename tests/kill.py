@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from functions.support import run_folder
-from functions.support.checkpoint import load_checkpoint
 from functions.training.metrics import read_metrics
-from tests.conftest import ROOT, TINY, draw_pictures
+from tests.conftest import ROOT, TINY, draw_pictures, load_checkpoint
 
 EVERY = 2  # steps between checkpoints, so that many a kill meets the writing of one
 STEPS_A_KILL = 15  # the run is made so long that it is not over before the last kill

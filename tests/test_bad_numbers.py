@@ -7,11 +7,10 @@ import torch
 
 import train
 from functions.support import run_folder
-from functions.support.checkpoint import load_checkpoint
 from functions.support.errors import UserError
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import read_metrics
-from tests.conftest import TINY, call
+from tests.conftest import TINY, call, load_checkpoint
 from tests.kill import assert_equal
 
 CPU = torch.device("cpu")
@@ -54,13 +53,13 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(how, pictures, tmp_path
     poison(monkeypatch, {4}, how)
     call(train.main, *FLAGS, "--runs", tmp_path, "--diffusion.dataset-name", pictures)
     run = next(tmp_path.iterdir())
-    before, after, following = (load_checkpoint(run_folder.checkpoint_path(run, step)) for step in (3, 4, 5))
+    before, after, following = (load_checkpoint(checkpoint_path(run, step)) for step in (3, 4, 5))
     for part in ("model", "optimizer"):
         states = [saved[part].get("state", saved[part]) for saved in (before, after)]  # Adam's without its rate
         assert_equal(*states)
     assert any(not torch.equal(following["model"][name], after["model"][name]) for name in after["model"])
     assert {state["step"].item() for state in following["optimizer"]["state"].values()} == {4}  # one less than 5
-    last = load_checkpoint(run_folder.checkpoint_path(run, 10))
+    last = load_checkpoint(checkpoint_path(run, 10))
     assert all(tensor.isfinite().all() for tensor in last["ema"].values())
     rows = read_metrics(run / "metrics.csv")
     assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
@@ -70,7 +69,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(how, pictures, tmp_path
     for path in run_folder.checkpoints_of(run)[4:]:
         path.unlink()
     call(train.main, "--resume", run)
-    assert_equal(load_checkpoint(run_folder.checkpoint_path(run, 5)), following)
+    assert_equal(load_checkpoint(checkpoint_path(run, 5)), following)
 
 
 def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(pictures, tmp_path, monkeypatch):

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from functions.support.checkpoint import (
+    export_weights,
     load_checkpoint,
     load_into,
+    load_weights,
     save_checkpoint,
     write_whole,
 )
 from functions.support.errors import CheckpointError
-from functions.support.export import export_weights, load_weights
 
 
 def parts(ema=True):

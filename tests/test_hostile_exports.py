@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from functions.sampling.generation import rebuild
+from functions.support.checkpoint import export_weights, load_weights
 from functions.support.errors import CheckpointError
-from functions.support.export import export_weights, load_weights
 from models.unet import UNet
 from tests.fuzz_kinds import checkpoint_parts
 

@@ -8,9 +8,8 @@ import pytest
 
 import train
 from functions.support import run_folder
-from functions.support.checkpoint import load_checkpoint
 from functions.support.errors import UserError
-from tests.conftest import ROOT, TINY, call, newest, script
+from tests.conftest import ROOT, TINY, call, load_checkpoint, newest, script
 
 FULL_DISK = """
 mount -t tmpfs -o size=4m none {folder} || exit 99

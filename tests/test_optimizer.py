@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from functions.support.optimizer import Adam
+from functions.support.device import Adam
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from functions.support import run_folder
-from functions.support.checkpoint import load_checkpoint
 from functions.support.processes import Processes
 from functions.training.metrics import read_metrics
-from tests.conftest import ROOT, TINY, script
+from tests.conftest import ROOT, TINY, load_checkpoint, script
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -125,7 +124,7 @@ def started(tmp_path, pictures, epochs=4000):
     run = start(tmp_path / "worker.py", *FLAGS, "--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs",
                 "--diffusion.epochs", epochs)  # fmt: skip
     deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not list(tmp_path.glob("runs/*/checkpoints/*.pt")):
+    while time.monotonic() < deadline and not list(tmp_path.glob("runs/*/checkpoints/*.safetensors")):
         time.sleep(0.1)
     return run, [int((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
 

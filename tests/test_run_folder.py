@@ -59,7 +59,7 @@ def test_a_run_folder_is_never_used_twice(tmp_path):
 )
 def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, done, kept):
     make_run(tmp_path, "faces-20260101-000000", range(10, 70, 10))
-    run_folder.keep(tmp_path / "faces-20260101-000000", done, count, every)
+    run_folder.delete_old(tmp_path / "faces-20260101-000000", done, count, every)
     left = run_folder.checkpoints_of(tmp_path / "faces-20260101-000000")
     assert [run_folder.step_of(path) for path in left] == kept
 

@@ -14,8 +14,8 @@ import sampleFFHQ
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, Record, frame_steps, generate, rebuild
 from functions.sampling.options import SAMPLERS, SamplerOptions
+from functions.support.checkpoint import load_weights
 from functions.support.errors import CheckpointError, UserError
-from functions.support.export import load_weights
 from functions.support.pictures import SMALLEST_SIDE, save_gif, save_grid, save_strip
 from functions.training.metrics import plot_losses
 from models.unet import UNet
@@ -155,7 +155,7 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
     assert str(tmp_path / "grid.png") in printed
 
     # --individual images are the samples themselves, pixel for pixel
-    saved = load_weights(next((tiny_run / "checkpoints").glob("*10.pt")))
+    saved = load_weights(next((tiny_run / "checkpoints").glob("*10.safetensors")))
     drawing = ImageSampler(rebuild(UNet, saved, CPU), SamplerOptions(), (3, 16, 16), 3, CPU)
     again = to_uint8(generate(drawing, range(5), 64, progress=False).images).numpy()
     assert np.array_equal(again, np.stack([np.asarray(Image.open(path)) for path in singles]))
@@ -187,7 +187,7 @@ def test_sample_ffhq_draws_the_references_grid_and_animation(tiny_run, tmp_path)
 
 
 def test_a_config_that_does_not_fit_its_weights_is_refused(tiny_run):
-    saved = load_weights(next((tiny_run / "checkpoints").glob("*10.pt")))
+    saved = load_weights(next((tiny_run / "checkpoints").glob("*10.safetensors")))
     for model, message in (
         ({**saved.config["model"], "base_dim": 16}, r"weights are missing|is \("),
         ({**saved.config["model"], "norm_groups": 5}, "describes no model"),

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from functions.support.errors import UserError
-from functions.support.file_checks import READ_ERRORS, short
+from functions.support.files import READ_ERRORS, short
 from functions.support.processes import SINGLE_PROCESS, Processes
 
 INCEPTION, LAYER = "inception-v3-compat", "2048"

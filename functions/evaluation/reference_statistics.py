@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from functions.evaluation.features import Extractor, statistics
-from functions.support.checkpoint import write_whole
 from functions.support.errors import UserError
-from functions.support.file_checks import READ_ERRORS, short
+from functions.support.files import READ_ERRORS, short, write_whole
 from functions.support.processes import SINGLE_PROCESS, Processes
 
 FORMAT = "ddpm-faces reference statistics 1"

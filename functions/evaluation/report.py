@@ -31,10 +31,10 @@ from functions.evaluation.reference_statistics import Reference
 from functions.likelihood import VARIANCES
 from functions.sampling.generation import ImageSampler, generate_batches, image_bar
 from functions.sampling.options import add_sampler_flags
-from functions.support.checkpoint import write_whole
 from functions.support.command_line import positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
+from functions.support.files import write_whole
 from functions.support.processes import Processes
 
 METRICS = ("bpd", "fid", "kid", "prc")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from functions.support.checkpoint import write_whole
 from functions.support.errors import UserError
+from functions.support.files import write_whole
 from functions.support.pictures import save_image
 from functions.support.run_folder import locked
 

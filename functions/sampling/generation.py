@@ -15,10 +15,9 @@ from functions.prediction import Denoiser
 from functions.samplers import OnStep
 from functions.sampling.fitting import BatchLimit
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import load_into
+from functions.support.checkpoint import SavedModel, load_into
 from functions.support.errors import CheckpointError
-from functions.support.export import SavedModel
-from functions.support.file_checks import short
+from functions.support.files import short
 from functions.support.random_numbers import ImageNoise
 
 
@@ -100,7 +99,7 @@ def rebuild(
         raise CheckpointError(
             f"{saved.path}: its config describes no model of this version: {type(error).__name__}: {short(error)}"
         ) from error
-    load_into(model, saved.weights, saved.path)
+    load_into(model, saved)
     # Without gradients and in float32, channels_last was the faster layout on the CPU too: 3.5 against 4.7 ms an image
     # of the faces network on 2 cores.
     model.to(device, memory_format=torch.channels_last)

@@ -13,10 +13,10 @@ from functions.sampling.generation import ImageSampler, rebuild
 from functions.sampling.grids import MOST_IN_GRID, draw_images
 from functions.sampling.latent_pictures import Pixels, draw_interpolation, draw_variations, is_number, read_image
 from functions.sampling.options import SamplerOptions, add_sampler_flags
+from functions.support.checkpoint import SavedModel, export_weights, load_weights
 from functions.support.command_line import fraction, positive
 from functions.support.device import DTYPES, choose_device, choose_precision
 from functions.support.errors import UserError
-from functions.support.export import SavedModel, export_weights, load_weights
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import first_sound, folder_of
 
@@ -140,10 +140,10 @@ def load(find_checkpoints: Callable[[], Sequence[Path]], processes: Processes) -
 
     def find() -> Path:
         found.append(first_sound(find_checkpoints(), load_weights))
-        return found[0][0]
+        return found[0].path
 
     checkpoint = processes.from_main(find)
-    return found[0][1] if found else load_weights(checkpoint)
+    return found[0] if found else load_weights(checkpoint)
 
 
 def draw_from_images(args: argparse.Namespace, drawing: ImageSampler, pixels: Pixels, folder: Path) -> None:

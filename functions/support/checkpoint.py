@@ -1,211 +1,177 @@
-"""Checkpoints: tensors and plain containers in one file, written whole or not at all, read without running any code.
+"""Checkpoints: all that a training goes on from, and that a model is rebuilt from, in one file of tensors.
 
-A checkpoint is a dict of
-    format      FORMAT, which tells ours from other .pt files
-    config      {"diffusion": {...}, "model": {...}}: all that rebuilds the model
-    run         {"experiment", "step", "total_steps", ...}: where the run stood, as plain values
-    model       the raw weights' state dict
-    ema         the averaged weights' state dict, or None
-    optimizer   Adam's state dict
-    scaler      the gradient scaler's state dict; empty without float16
+Tensors    model.NAME, ema.NAME: the raw and the averaged weights; step.NAME, exp_avg.NAME, exp_avg_sq.NAME: Adam's
+contents   `config`: {"diffusion": {...}, "model": {...}}; `run`: experiment, step, total_steps, and what training goes
+           on from beside; `scaler`: float16's gradient scaler, empty without it
+An exported file has the weights to sample from alone, and is read in the same way.
 """
 
-import os
-from collections.abc import Callable
+import hashlib
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from functions.support.errors import CheckpointError
-from functions.support.file_checks import READ_ERRORS, check_values, check_whole, short
+from functions.support.files import TensorFile, short, write_tensors
 
-FORMAT = "ddpm-faces checkpoint 1"
 MOST_STEPS = 10**8  # file names have room for eight digits
-# What a training keeps in the part `run` to go on with, and samplers never look at
-PROGRESS = {
-    "window": {"loss_sum": float, "steps": int},
-    "bad_numbers": {"step": int, "skipped": int, "in_a_row": int, "longest": int, "last": list},
-    "arithmetic": {"precision": str, "memory_format": str, "processor": str, "threads": int, "processes": int,
-                   "batch_size": int, "torch": str},
-}  # fmt: skip
-PARTS = {"config": dict, "run": dict, "model": dict, "ema": (dict, type(None)), "optimizer": dict, "scaler": dict}
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # as Adam calls them
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that `path` holds either what it held before or all of the new content, whatever happens.
+@dataclass(frozen=True)
+class TrainingState:
+    """What the steps of a training change."""
 
-    A temporary file beside it is filled, flushed to the disk and renamed; then the folder's entry is flushed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    model: nn.Module
+    ema_model: nn.Module | None
+    optimizer: torch.optim.Adam
+    scaler: torch.amp.GradScaler
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, but the scaler."""
+        parts = {"model": self.model.state_dict(), "ema": self.ema_model.state_dict() if self.ema_model else {}}
+        for moment in MOMENTS:
+            parts[moment] = {name: self.optimizer.state[p][moment] for name, p in self.model.named_parameters()}
+        return {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+
+    def load(self, file: TensorFile) -> None:
+        """Take everything over from a checkpoint, in the memory layouts of the model.
+
+        Raises:
+            CheckpointError: something does not fit, named; the state is as it was.
+        """
+        like = {"model": self.model.state_dict(), "ema": self.ema_model.state_dict() if self.ema_model else {}}
+        parameters = dict(self.model.named_parameters())
+        like |= {
+            "step": {name: torch.zeros(()) for name in parameters},
+            "exp_avg": parameters,
+            "exp_avg_sq": parameters,
+        }
+        found = {part: file.tensors(f"{part}.") for part in like}
+        for part, own in like.items():
+            check_fit(own, found[part], file.path, f"tensors of its part {part!r}")
+        for name in parameters:
+            if found["step"][name] < 0 or (found["exp_avg_sq"][name] < 0).any():  # whose root would be no number
+                raise CheckpointError(f"{file.path}: Adam's moments of {name} are negative")
+        scaler = file.contents["scaler"] if self.scaler.is_enabled() else {}
+        if scaler:
+            check_scaler(scaler, self.scaler.state_dict(), file.path)
+        # Nothing has been changed so far, and nothing of what follows can fail
+        self.model.load_state_dict(found["model"])
+        if self.ema_model:
+            self.ema_model.load_state_dict(found["ema"])
+        for name, parameter in parameters.items():
+            own = {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.empty_like(parameter)}
+            own["exp_avg_sq"] = torch.empty_like(parameter)
+            self.optimizer.state[parameter] = {m: own[m].detach().copy_(found[m][name]) for m in MOMENTS}
+        if scaler:
+            self.scaler.load_state_dict(scaler)
 
 
-def save_checkpoint(path: Path, **parts: object) -> None:
-    """Write a checkpoint; `parts` are those of this module's docstring but `format`."""
-    assert parts.keys() == PARTS.keys(), f"a checkpoint has exactly the parts {list(PARTS)}"
-    try:
-        write_whole(path, lambda file: torch.save({"format": FORMAT, **parts}, file))
-    except RuntimeError as error:  # PyTorch hides a full disk's error behind one of its own
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+@dataclass(frozen=True)
+class SavedModel:
+    """What sampling needs of a checkpoint or an exported file."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    kind: str  # of the weights: "EMA", or "raw" where the run has no EMA
+    config: dict  # {"diffusion": {...}, "model": {...}}
+    run: dict  # experiment, step, total_steps, and in a checkpoint more
+    digest: str  # of weights and config: the same for a checkpoint and for what was exported from it
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        model = self.config["model"]
+        return model["channels"], model["image_size"], model["image_size"]
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.kind} weights after {self.run['step']:,} of {self.run['total_steps']:,} steps"
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint, its checksums compared, with `weights_only=True`: a file can hold data, never code that runs.
+def save_checkpoint(path: Path, config: dict, run: dict, state: TrainingState) -> None:
+    """Write a checkpoint. `OSError` when the disk is full, or the like."""
+    write_tensors(path, state.tensors(), {"config": config, "run": run, "scaler": state.scaler.state_dict()})
+
+
+def open_checkpoint(path: Path) -> TensorFile:
+    """The file, with contents that are in order; no tensor is read yet.
 
     Raises:
         CheckpointError: it is missing, truncated, damaged, or not one of ours.
     """
-    check_whole(path)
-    try:
-        contents = torch.load(path, map_location=device, weights_only=True)
-    except READ_ERRORS as error:
-        raise CheckpointError(f"{path}: the file is damaged or not a checkpoint") from error
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a PyTorch file, but not a checkpoint of this project")
-    for name, kind in PARTS.items():
-        if not isinstance(contents.get(name, 0), kind):
-            raise CheckpointError(f"{path}: the checkpoint's part {name!r} is missing or malformed")
-    check_values(contents, path)
-    check_run(contents["run"], path)
-    return contents
-
-
-def check_run(run: dict, path: Path) -> None:
-    """`CheckpointError` unless the part `run` says which run this is and where it stood."""
+    file = TensorFile(path)
+    for part in ("config", "run", "scaler"):
+        if not isinstance(file.contents.get(part), dict):
+            raise CheckpointError(f"{path}: its part {part!r} is missing or malformed")
+    run = file.contents["run"]
     if not isinstance(run.get("experiment"), str):
-        raise CheckpointError(f"{path}: the checkpoint's part 'run' has no proper 'experiment'")
+        raise CheckpointError(f"{path}: its part 'run' has no proper 'experiment'")
     for name, most in {"total_steps": MOST_STEPS, "step": run.get("total_steps")}.items():
         if type(run.get(name)) is not int or not 0 <= run[name] <= most:
-            raise CheckpointError(f"{path}: the checkpoint's part 'run' has no proper {name!r}")
+            raise CheckpointError(f"{path}: its part 'run' has no proper {name!r}")
+    return file
 
 
-def check_progress(run: dict, path: Path) -> None:
-    """`CheckpointError` unless the part `run` has all that a training goes on with; samplers do without it."""
-    if isinstance(run.get("arithmetic"), dict):
-        run["arithmetic"].pop("compiled", None)  # which runs of earlier versions have
-    for name, kinds in PROGRESS.items():
-        value = run.get(name)
-        proper = isinstance(value, dict) and {key: type(item) for key, item in value.items()} == kinds
-        if not proper or any(type(number) is not float for number in value.get("last", [])):
-            raise CheckpointError(
-                f"{path}: its {name!r} is not what this version writes, so its training cannot go on exactly; "
-                "it can be sampled from"
-            )
+def check_whole(path: Path) -> TensorFile:
+    """As `open_checkpoint`, and every tensor is read and compared with its checksum."""
+    file = open_checkpoint(path)
+    file.tensors()
+    return file
 
 
-def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """`load_state_dict`, with what does not fit in one sentence; a model on the meta device takes the tensors over.
+def load_weights(path: Path) -> SavedModel:
+    """The EMA weights of a checkpoint or an exported file, or the raw ones where it has no others; only these are read.
 
     Raises:
-        CheckpointError: as `check_fit`; the model is as it was.
+        CheckpointError: as `open_checkpoint`, or they are damaged.
     """
-    own = model.state_dict()
-    check_fit(own, weights, path, "weights")
-    # As a plain dict, for a state dict out of a file may carry attributes that PyTorch would follow
-    model.load_state_dict(dict(weights), assign=next(iter(own.values())).is_meta)
+    file = open_checkpoint(path)
+    part = "ema" if any(name.startswith("ema.") for name in file.checksums) else "model"
+    weights, config = file.tensors(f"{part}."), file.contents["config"]
+    named = [[name, file.checksums[f"{part}.{name}"]] for name in sorted(weights)]
+    digest = hashlib.sha256(json.dumps([config, named], sort_keys=True).encode()).hexdigest()
+    return SavedModel(path, weights, "EMA" if part == "ema" else "raw", config, file.contents["run"], digest)
 
 
-def check_fit(own: dict[str, Tensor], found: dict, path: Path, what: str) -> None:
-    """`CheckpointError` when a key, shape or dtype differs; names the first. `what` they are goes into the message."""
+def export_weights(saved: SavedModel, path: Path) -> None:
+    """Write a model as a file of its own, to publish.
+
+    Raises:
+        CheckpointError: the file's name is not one by which it would be known.
+    """
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: an exported file's name must end in .safetensors, by which it is known")
+    part = "ema" if saved.kind == "EMA" else "model"
+    weights = {f"{part}.{name}": tensor for name, tensor in saved.weights.items()}
+    write_tensors(path, weights, {"config": saved.config, "run": saved.run, "scaler": {}})
+
+
+def load_into(model: nn.Module, saved: SavedModel) -> None:
+    """Give a model on the meta device these weights. `CheckpointError` when they do not fit."""
+    check_fit(model.state_dict(), saved.weights, saved.path, "weights")
+    model.load_state_dict(saved.weights, assign=True)
+
+
+def check_fit(own: dict[str, Tensor], found: dict[str, Tensor], path: Path, what: str) -> None:
+    """`CheckpointError` when a name, shape or type differs; names the first. `what` they are goes into the message."""
     if own.keys() != found.keys():
-        odd = sorted(map(str, own.keys() ^ found.keys()))
+        odd = sorted(own.keys() ^ found.keys())
         raise CheckpointError(f"{path}: {len(odd)} {what} are missing or unknown, {short(odd[0])!r} first")
     for name, tensor in own.items():
-        value = found[name]
-        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
-            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
+            got = f"{tuple(found[name].shape)} {found[name].dtype}"
             raise CheckpointError(f"{path}: {name} is {got}; the model has {tuple(tensor.shape)} {tensor.dtype}")
-
-
-def restore(
-    contents: dict,
-    path: Path,
-    model: nn.Module,
-    ema_model: nn.Module | None,
-    optimizer: torch.optim.Adam,
-    scaler: torch.amp.GradScaler,
-) -> int:
-    """Put a checkpoint's contents into the parts of a training, and return the number of steps done.
-
-    Of the optimiser only the state is taken: its settings are the program's, and must be what they were.
-
-    Args:
-        path: the run, for messages.
-
-    Raises:
-        CheckpointError: something does not fit, named; all parts are as they were.
-    """
-    check_fit(model.state_dict(), contents["model"], path, "weights")
-    if ema_model is not None:
-        if contents["ema"] is None:
-            raise CheckpointError(f"{path}: holds no EMA weights, but the run's config has an ema_decay")
-        check_fit(ema_model.state_dict(), contents["ema"], path, "EMA weights")
-    check_optimizer(contents["optimizer"], optimizer, model, path)
-    own_scaler = scaler.state_dict()
-    if own_scaler and contents["scaler"]:
-        check_scaler(contents["scaler"], own_scaler, path)
-    # Nothing has been changed so far, and nothing of what follows can fail
-    load_into(model, contents["model"], path)
-    if ema_model is not None:
-        load_into(ema_model, contents["ema"], path)
-    own_groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": contents["optimizer"]["state"], "param_groups": own_groups})
-    if own_scaler and contents["scaler"]:
-        scaler.load_state_dict(contents["scaler"])
-    return contents["run"]["step"]
-
-
-def check_optimizer(saved: dict, optimizer: torch.optim.Adam, model: nn.Module, path: Path) -> None:
-    """`CheckpointError` unless a saved Adam has this one's settings, and moments for every parameter of the model."""
-    own_groups, groups = optimizer.state_dict()["param_groups"], saved.get("param_groups")
-    if not isinstance(groups, list) or [type(group) for group in groups] != [dict] * len(own_groups):
-        raise CheckpointError(f"{path}: the optimiser's 'param_groups' are missing or malformed")
-    for own, group in zip(own_groups, groups, strict=True):
-        for name in ("params", "betas", "eps", "weight_decay", "amsgrad", "maximize"):  # not lr, set in every step
-            if repr(group.get(name)) != repr(own[name]):
-                raise CheckpointError(
-                    f"{path}: the optimiser's {name!r} is {short(group.get(name))}; it must be {short(own[name])}"
-                )
-    state = saved.get("state")
-    if not isinstance(state, dict) or not all(isinstance(entry, dict) for entry in state.values()):
-        raise CheckpointError(f"{path}: the optimiser's 'state' is missing or malformed")
-    names, own, found = {}, {}, {}
-    for i, (name, parameter) in enumerate(model.named_parameters()):
-        names[i] = name
-        moments = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        own |= {f"{name}'s {moment}": like for moment, like in moments.items()}
-    for i, entry in state.items():
-        found |= {f"{names.get(i, i)}'s {short(moment)}": value for moment, value in entry.items()}
-    check_fit(own, found, path, "moments of the optimiser")
-    for name, value in found.items():
-        if not name.endswith("exp_avg") and value.numel() and value.min() < 0:  # its root would be no number
-            raise CheckpointError(f"{path}: {name} is negative")
 
 
 def check_scaler(saved: dict, own: dict, path: Path) -> None:
     """`CheckpointError` unless a saved gradient scaler has this one's settings, and a scale that scales."""
-    for name in sorted(own.keys() | saved.keys(), key=str):
+    varying = {"scale": float, "_growth_tracker": int}
+    for name in own.keys() | saved.keys():
         value = saved.get(name)
-        if name == "scale":
-            proper = type(value) is float and 0 < value < float("inf")
-        elif name == "_growth_tracker":
-            proper = type(value) is int and 0 <= value < own["growth_interval"]
-        else:
-            proper = name in own and repr(value) == repr(own[name])
-        if not proper:
+        fits = type(value) is varying[name] and 0 <= value < 2**127 if name in varying else value == own.get(name)
+        if not fits or (name == "scale" and value == 0):
             raise CheckpointError(f"{path}: the gradient scaler's {short(name)!r} is {short(value)}, which cannot be")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import NoReturn, get_type_hints
 
+from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
 
 EXIT_BAD_INPUT = 2  # what argparse uses
@@ -36,6 +37,12 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
         yield
     except (UserError, OSError, *others) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({str(error).splitlines()[0]}): take a smaller batch or model, or another device; "
+              "other programs may hold memory too", file=sys.stderr)  # fmt: skip
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Device, precision and memory layout: what the hardware really has, asked when a run starts."""
+"""Device, precision and memory layout: what the hardware really has, asked when a run starts; and Adam on it."""
 
 import ctypes
 import os
@@ -6,12 +6,15 @@ import platform
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from functions.support.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")  # where Linux lists the flags of the CPU
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
+# All that decides in which order and precision numbers are added, beside the code
+ARITHMETIC = ("precision", "memory_format", "processor", "threads", "processes", "batch_size", "torch")
 CPU_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, 64-bit Arm
 
 
@@ -99,26 +102,22 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def choose_arithmetic(
-    precision: str, device: torch.device, saved: dict[str, str] | None
-) -> tuple[torch.dtype, torch.memory_format]:
+def choose_arithmetic(precision: str, device: torch.device, saved: dict) -> tuple[torch.dtype, torch.memory_format]:
     """Precision and memory layout to train in: those that a resumed run was started with, if the device has them.
 
     Otherwise `choose_precision`'s, and channels_last where it was measured faster: benchmarks/NOTES.md.
 
     Args:
         precision: the config's.
-        saved: what `arithmetic` gave when the run was started; None for a new one.
+        saved: what `arithmetic` gave when the run was started; empty for a new one.
     """
-    layout = torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
-    if not saved:
-        return choose_precision(precision, device), layout
     layouts = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
-    try:
-        dtype = choose_precision(saved["precision"], device)
-    except UserError:  # float16, and now there is no CUDA
-        dtype = choose_precision("auto", device)
-    return dtype, layouts.get(saved["memory_format"], layout)
+    layout = "channels_last" if device.type in ("cuda", "cpu") else "contiguous_format"
+    if saved:
+        layout = saved["memory_format"] if saved.get("memory_format") in [*layouts] else layout
+        may_have = ["float32", "bfloat16", *(["float16"] if device.type == "cuda" else [])]
+        precision = saved["precision"] if saved.get("precision") in may_have else "auto"
+    return choose_precision(precision, device), layouts[layout]
 
 
 def set_deterministic(deterministic: bool) -> None:
@@ -135,21 +134,22 @@ def arithmetic(
     processes: int,
     batch_size: int,
 ) -> dict[str, str | int]:
-    """All that decides in which order and precision numbers are added, beside the code: plain values for a checkpoint.
+    """The values of ARITHMETIC, plain, for a checkpoint.
 
     A resumed run is bit for bit the one that was not stopped only where all of these are the same.
     """
     on_cpu = device.type == "cpu"
-    return {
-        "precision": str(precision).removeprefix("torch."),
-        "memory_format": str(memory_format).removeprefix("torch."),
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda"
-        else f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type,
-        "threads": torch.get_num_threads() if on_cpu else 0,
-        "processes": processes,
-        "batch_size": batch_size,
-        "torch": str(torch.__version__),  # which is no plain string
-    }  # fmt: skip
+    processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type
+    values = (
+        str(precision).removeprefix("torch."),
+        str(memory_format).removeprefix("torch."),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        torch.get_num_threads() if on_cpu else 0,
+        processes,
+        batch_size,
+        str(torch.__version__),  # which is no plain string
+    )
+    return dict(zip(ARITHMETIC, values, strict=True))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -159,3 +159,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )
+
+
+class Adam(torch.optim.Adam):
+    """PyTorch's fused Adam (Kingma and Ba 2015, arXiv:1412.6980), fast for weights in any memory layout.
+
+    On the CPU its kernel wants contiguous tensors and copies others there and back, in every step: for convolutions in
+    channels_last that took longer than Adam itself. So it gets views in the order of the memory. What it does to each
+    number does not depend on where the number stands.
+    """
+
+    def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
+        """Fill the lists of parameters, gradients, moments and step counts that the kernel is called with."""
+        result = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(in_memory_order, tensors)
+        return result
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """A contiguous view of a tensor in channels_last; others as they are."""
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1)
+    return tensor

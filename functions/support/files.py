@@ -1,8 +1,8 @@
 """Files that are whole or not there: atomic writes, and tensors with a checksum each, read without running any code.
 
-A file of tensors is a .safetensors: a header in JSON, then the numbers of each tensor. Our header's metadata holds
-`contents`, a JSON text of plain values with the checksum of every tensor, and the checksum of that text. The format has
-none of its own, and a flipped bit would become a wrong weight.
+A file of tensors is a .safetensors: a header in JSON, then the numbers of each tensor. The format has no checksums and
+a flipped bit would become a wrong weight. So our metadata, under FORMAT, is the checksum of a JSON text and that
+text: `contents`, plain values with the checksum of every tensor among them.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from functions.support.errors import CheckpointError
+from functions.support.errors import CheckpointError, UserError
 
 FORMAT = "ddpm-faces checkpoint 2"
 LONGEST_HEADER = 16 * 2**20  # bytes; ours take some hundred thousand
-LAST_WITH_PICKLE = "4805640"  # the last commit that reads the .pt checkpoints of earlier versions
+LAST_WITH_PICKLE = "4fa585a"  # the last commit that reads the .pt checkpoints of earlier versions
 # What damaged or hostile files were seen to raise on their way through the readers of safetensors and JSON
 READ_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -56,9 +56,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> Non
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
-    metadata = {"format": FORMAT, "contents": text, "sha256": sha256(text)}
     try:
-        write_whole(path, lambda file: save_file(tensors, file.name, metadata))
+        write_whole(path, lambda file: save_file(tensors, file.name, {FORMAT: sha256(text) + text}))
     except SafetensorError as error:  # which has no other: of the system's errors it keeps the text alone
         raise OSError(f"{path}: {short(error)}") from error
 
@@ -78,10 +77,10 @@ class TensorFile:
                 metadata, names = file.metadata() or {}, set(file.keys())
         except READ_ERRORS as error:
             raise CheckpointError(f"{path}: the file is truncated, damaged or not a checkpoint") from error
-        if metadata.get("format") != FORMAT:
+        if FORMAT not in metadata:
             raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of this version of the project")
-        text = metadata.get("contents", "")
-        if metadata.get("sha256") != sha256(text):
+        digest, text = metadata[FORMAT][:64], metadata[FORMAT][64:]
+        if digest != sha256(text):
             raise CheckpointError(f"{path}: the file is damaged: its contents do not match their checksum")
         try:
             self.contents = json.loads(text)
@@ -115,15 +114,18 @@ class TensorFile:
 
 
 def check_header(path: Path) -> None:
-    """`CheckpointError` unless it is a file whose header is no longer than it says, and than any of ours."""
+    """`CheckpointError` unless it is a file whose header is no longer than the file, and than any of ours.
+
+    For checkpoints of earlier versions a `UserError`: those before them are no better.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}")
     with open(path, "rb") as file:
         start, size = file.read(8), path.stat().st_size
     if start[:4] == b"PK\x03\x04" or path.suffix == ".pt":
-        raise CheckpointError(
+        raise UserError(
             f"{path}: a checkpoint of an earlier version, which this one does not read; commit {LAST_WITH_PICKLE} is "
-            "the last that does, and its `python sample.py FILE --export NEW.safetensors` makes one to sample from"
+            "the last that does: there, `python sample.py FILE --export NEW.safetensors` makes one to sample from"
         )
     length = int.from_bytes(start, "little")
     if length > min(LONGEST_HEADER, size - 8):

@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 matplotlib.use("Agg")  # draws into files; a run on a server has no screen
 import matplotlib.pyplot as plt
 
-from functions.support.checkpoint import write_whole
+from functions.support.files import write_whole
 
 SMALLEST_SIDE = 96  # pixels; smaller images are enlarged in grids, where they are to be looked at
 GAP = 2  # white pixels between images, before enlarging

@@ -1,6 +1,5 @@
 """Steps whose loss or gradients are not finite numbers: found on the device, skipped, counted, and in the end fatal."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,25 +17,11 @@ class BadNumbers:
     `check` gives the flag that a fused Adam takes as its `found_inf`: 1 makes it leave weights, moments and its count
     of steps as they are, so the next step starts as if this one had not been. Counts are kept on the device, and the
     host looks at them in `read`, every some steps.
-
-    Args:
-        step, skipped, in_a_row, longest, last: where a resumed run stood, as `state` gave it.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        step: int = 0,
-        skipped: int = 0,
-        in_a_row: int = 0,
-        longest: int = 0,
-        last: Sequence[float] = (0, 0, 0),
-    ):
-        self.step, self.skipped, self.in_a_row, self.longest = (
-            torch.tensor(count, device=device) for count in (step, skipped, in_a_row, longest)
-        )
-        # Of the last bad step: its number, loss and gradient norm
-        self.last = torch.tensor(list(last), dtype=torch.float32, device=device)
+    def __init__(self, device: torch.device):
+        self.step, self.skipped, self.in_a_row, self.longest = (torch.tensor(0, device=device) for _ in range(4))
+        self.last = torch.zeros(3, device=device)  # of the last bad step: its number, loss and gradient norm
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """() float32: 1 if the step's loss () or the norm of its gradients () is not finite, else 0."""
@@ -51,6 +36,12 @@ class BadNumbers:
     def state(self) -> dict[str, int | list[float]]:
         """Plain numbers for a checkpoint."""
         return {name: getattr(self, name).tolist() for name in ("step", "skipped", "in_a_row", "longest", "last")}
+
+    def load(self, state: dict[str, int | list[float]]) -> None:
+        """Go on from what `state` gave."""
+        for name in ("step", "skipped", "in_a_row", "longest"):
+            getattr(self, name).fill_(int(state[name]))
+        self.last.copy_(torch.tensor([float(value) for value in state["last"]]))
 
     def read(self, limit: int, learning_rate: float, scaler: torch.amp.GradScaler, run: Path) -> int:
         """How many steps have been skipped so far.

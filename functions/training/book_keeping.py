@@ -2,24 +2,24 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from data.pixels import to_model_range, to_uint8
 from functions.evaluation.bits_per_dim import measure_bits_per_dim
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support import run_folder
-from functions.support.checkpoint import save_checkpoint
+from functions.support.checkpoint import TrainingState, save_checkpoint
+from functions.support.errors import CheckpointError
 from functions.support.pictures import save_grid
 from functions.support.processes import Processes
+from functions.support.run_folder import Run, delete_old, locked
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses
 from functions.training.stopping import EXIT_STOPPED, StopSignals, failed_writes_explained
@@ -32,59 +32,77 @@ BOUND_T_STRIDE = 50  # of the timesteps in bits/dim: its error comes from the nu
 class BookKeeper:
     """Entered, it holds the run folder's lock, files and the progress bar; `after_step` does what is due.
 
-    Validation and sampling are shared by all processes; rank 0 writes.
+    Validation and sampling are done by all processes together; rank 0 writes.
     """
 
-    runs: Path
-    run: Path | None  # None: a new folder under `runs`
-    config: object  # the run's DiffusionConfig
-    identity: dict  # of a checkpoint: `config`, and the part of `run` that stays the same
-    facts: dict  # for config.json
-    first_step: int
-    steps_per_epoch: int
-
-    model: nn.Module
-    ema_model: nn.Module | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    denoiser: Denoiser  # the one to sample with, of the two
-    window: TrainingWindow
-    bad_numbers: BadNumbers
-
-    processes: Processes
-    device: torch.device
-    precision: torch.dtype
-    image_shape: Sequence[int]
+    run: Run
+    state: TrainingState
+    denoiser: Denoiser  # to sample with
+    images: object  # an ImageFeeder
     val_indices: np.ndarray
-    x_0_of: Callable[[np.ndarray], Tensor]  # image indices -> (B, C, H, W) in [-1, 1]
-    to_pixels: Callable[[Tensor], Tensor]  # the way back, to uint8 (B, H, W, C)
+    processes: Processes
+    window: TrainingWindow = field(init=False)
+    bad_numbers: BadNumbers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.run.experiment.diffusion
+        self.window = TrainingWindow(self.images.device, self.config.effective_batch)
+        self.bad_numbers = BadNumbers(self.images.device)
 
     def __enter__(self) -> "BookKeeper":
+        first_step = self.run.first_step
+        self.steps_per_epoch, self.total_steps = self.run.facts["steps_per_epoch"], self.run.facts["total_steps"]
         self.saved_at = time.monotonic()
-        self.total_steps = self.identity["run"]["total_steps"]
+        if self.run.checkpoint:
+            self.load(self.run.remembered)
         with ExitStack() as stack:  # undone if anything here fails
-            self.run = self.processes.from_main(lambda: self._open(stack))
+            self.run.folder = self.processes.from_main(lambda: self.open_folder(stack))
             self.stop = stack.enter_context(StopSignals())
             self.bar = stack.enter_context(tqdm(
-                initial=self.first_step, total=self.total_steps, unit="step", dynamic_ncols=True,
+                initial=first_step, total=self.total_steps, unit="step", dynamic_ncols=True,
                 disable=not self.processes.is_main,
             ))  # fmt: skip
-            due = self.first_step > 0 and self.first_step % self.config.sample_every == 0
-            if due and not self.processes.from_main(self.grid_path(self.first_step).exists):
-                self.sample(self.first_step)  # which a stop left no time for
+            due = first_step > 0 and first_step % self.config.sample_every == 0
+            if due and not self.processes.from_main(self.run.grid_path(first_step).exists):
+                self.sample(first_step)  # which a stop left no time for
+            if self.run.checkpoint and self.run.checkpoint.contents["config"] != self.run.experiment.to_dict():
+                self.save(first_step)  # so that from now on the run is resumed as it was changed
             self.stack = stack.pop_all()
         return self
 
-    def _open(self, stack: ExitStack) -> Path:
-        self.run = self.run or run_folder.create_run(self.runs, self.identity["run"]["experiment"])
-        stack.enter_context(run_folder.locked(self.run))
-        run_folder.write_config(self.run, self.identity["run"]["experiment"], self.identity["config"], self.facts)
-        self.metrics = stack.enter_context(MetricsLog(self.run, self.first_step))
-        print(f"  goes to    {self.run}", flush=True)
-        return self.run
+    def open_folder(self, stack: ExitStack) -> Path:
+        """In rank 0: make the folder, hold it, and begin its files."""
+        self.run.make_folder()
+        stack.enter_context(locked(self.run.folder))
+        self.run.write_config()
+        self.metrics = stack.enter_context(MetricsLog(self.run.folder, self.run.first_step))
+        print(f"  goes to    {self.run.folder}", flush=True)
+        return self.run.folder
 
     def __exit__(self, *error: object) -> None:
         self.stack.__exit__(*error)
+
+    def load(self, remembered: dict) -> None:
+        """Go on with the numbers that `save` wrote."""
+        try:
+            self.window.load(remembered["window"])
+            self.bad_numbers.load(remembered["bad_numbers"])
+        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{self.run.checkpoint.path}: its part 'run' is not what this version writes, so its training cannot "
+                "go on exactly; it can be sampled from"
+            ) from error
+
+    def save(self, done: int) -> None:
+        """A checkpoint to resume and sample from."""
+        self.saved_at = time.monotonic()
+        if not self.processes.is_main:
+            return
+        self.metrics.flush()  # on the disk before the checkpoint that counts on it
+        remembered = {"window": self.window.state(), "bad_numbers": self.bad_numbers.state()}
+        run = {"experiment": self.run.name, "step": done, **self.run.facts, **remembered}
+        save_checkpoint(self.run.checkpoint_path(done), self.run.experiment.to_dict(), run, self.state)
+        delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
 
     def after_step(self, done: int, grad_norm: Tensor) -> None:
         """All that is due when `done` steps are; after a signal to any process, save and end them all."""
@@ -92,7 +110,7 @@ class BookKeeper:
         epoch = min(done // self.steps_per_epoch + 1, self.config.epochs)
         self.bar.set_description(f"epoch {epoch}/{self.config.epochs}", refresh=False)
         self.bar.update()
-        with self.window.paused(), failed_writes_explained(self.run):
+        with self.window.paused(), failed_writes_explained(self.run.folder):
             validating = due(self.config.validate_every)
             bounding = self.config.bits_per_dim_every and due(self.config.bits_per_dim_every * self.steps_per_epoch)
             if due(self.config.log_every) or validating or bounding:
@@ -107,60 +125,40 @@ class BookKeeper:
                 self.sample(done)
         if stopping:
             self.processes.wait()  # torchrun ends all when one has ended, and rank 0 is to save in peace
-            if self.processes.is_main:
-                why = self.stop.received or "a signal to another process, or the end of torchrun"
-                print(f"stopped by {why}, saved; go on with: python train.py --resume {self.run}")
+            why = self.stop.received or "a signal to another process, or the end of torchrun"
+            self.processes.say(f"stopped by {why}, saved; go on with: python train.py --resume {self.run.folder}")
             sys.exit(EXIT_STOPPED)
 
     def log(self, done: int, grad_norm: Tensor, validating: bool, bounding: bool) -> None:
         """A row of metrics, with validation losses and bits/dim when they are due, and the progress bar's numbers."""
-        rate = self.optimizer.param_groups[0]["lr"]
-        skipped = self.bad_numbers.read(self.config.max_skipped_steps, rate, self.scaler, self.run)
+        rate = self.state.optimizer.param_groups[0]["lr"]
+        skipped = self.bad_numbers.read(self.config.max_skipped_steps, rate, self.state.scaler, self.run.folder)
         row = {"step": done, "epoch": done / self.steps_per_epoch, **self.window.read(), "grad_norm": grad_norm.item(),
                "learning_rate": rate, "skipped_steps": skipped}  # fmt: skip
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
-        for column, net in {"val_loss": self.model, "val_loss_ema": self.ema_model}.items():
+        for column, net in {"val_loss": self.state.model, "val_loss_ema": self.state.ema_model}.items():
             if net is not None and validating:
-                row[column] = validation_loss(
-                    net, self.denoiser.scheduler, self.x_0_of, self.val_indices, self.config.validation_samples,
-                    self.config.batch_size, self.config.seed, self.precision, self.processes,
-                )  # fmt: skip
+                own = Denoiser(net, self.denoiser.scheduler, precision=self.denoiser.precision)
+                row[column] = validation_loss(own, self.images.gather, self.val_indices, self.config, self.processes)
         if bounding:
             row["bits_per_dim"] = measure_bits_per_dim(
-                self.denoiser, self.x_0_of, self.val_indices,
+                self.denoiser, lambda indices: to_model_range(self.images.gather(indices)), self.val_indices,
                 t_stride=BOUND_T_STRIDE, images=self.config.bits_per_dim_images, batch_size=self.config.batch_size,
                 seed=self.config.seed, processes=self.processes,
             ).total  # fmt: skip
         if self.processes.is_main:
             self.metrics.write(**row)
             if validating:
-                plot_losses(self.metrics.path, self.run / "losses.png", title=self.run.name)
+                plot_losses(self.metrics.path, self.run.folder / "losses.png", title=self.run.folder.name)
 
     def sample(self, done: int) -> None:
         """A grid of samples, always of the same noise."""
         mine = self.processes.own_range(self.config.grid_images)
-        settings = SamplerOptions(steps=min(self.config.grid_steps, self.config.timesteps_diff))
-        drawing = ImageSampler(self.denoiser, settings, self.image_shape, self.config.seed, self.device)
-        draw = lambda: generate(drawing, mine, self.config.batch_size, progress=False).images
-        pixels = [self.to_pixels(draw()).numpy()] if mine else []
-        everyones = [part for parts in self.processes.gather(pixels) for part in parts]
+        options = SamplerOptions(steps=min(self.config.grid_steps, self.config.timesteps_diff))
+        sampler = ImageSampler(self.denoiser, options, self.run.image_shape, self.config.seed, self.images.device)
+        pixels = []
+        if mine:
+            pixels = [to_uint8(generate(sampler, mine, self.config.batch_size, progress=False).images).numpy()]
+        everyones = [pixels for of_process in self.processes.gather(pixels) for pixels in of_process]
         if self.processes.is_main:
-            save_grid(np.concatenate(everyones), self.grid_path(done))
-
-    def grid_path(self, done: int) -> Path:
-        return self.run / "samples" / f"step-{done:08d}.png"
-
-    def save(self, done: int) -> None:
-        """A checkpoint to resume and sample from."""
-        self.saved_at = time.monotonic()
-        if not self.processes.is_main:
-            return
-        self.metrics.flush()  # on the disk before the checkpoint that counts on it
-        save_checkpoint(
-            run_folder.checkpoint_path(self.run, done), config=self.identity["config"],
-            run={**self.identity["run"], "step": done, "window": self.window.state(),
-                 "bad_numbers": self.bad_numbers.state()},
-            model=self.model.state_dict(), ema=self.ema_model.state_dict() if self.ema_model else None,
-            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-        )  # fmt: skip
-        run_folder.keep(self.run, done, self.config.keep_checkpoints, self.config.keep_every)
+            save_grid(np.concatenate(everyones), self.run.grid_path(done))

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from functions.support.checkpoint import write_whole
+from functions.support.files import write_whole
 from functions.support.pictures import plt, save_figure
 
 COLUMNS = (
@@ -96,17 +96,21 @@ class TrainingWindow:
 
     Args:
         images_a_step: the effective batch.
-        loss_sum, steps: where a resumed run's window stood, as `state` gave it; their time is not known.
     """
 
-    def __init__(self, device: torch.device, images_a_step: int, loss_sum: float = 0.0, steps: int = 0):
-        self.loss_sum, self.steps = (torch.tensor(float(value), device=device) for value in (loss_sum, steps))
+    def __init__(self, device: torch.device, images_a_step: int):
+        self.loss_sum, self.steps = torch.zeros((), device=device), torch.zeros((), device=device)
         self.images_a_step, self.steps_timed = images_a_step, 0
         self.seconds, self.clock = 0.0, time.perf_counter()
 
     def state(self) -> dict[str, float]:
         """What a checkpoint between two rows has to remember, so that a resumed run's next row misses no step."""
         return {"loss_sum": self.loss_sum.item(), "steps": int(self.steps.item())}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Go on from what `state` gave; the time of those steps is not known."""
+        self.loss_sum.fill_(float(state["loss_sum"]))
+        self.steps.fill_(int(state["steps"]))
 
     def add(self, loss: Tensor, skipped: Tensor) -> None:
         """A step's loss (), summed over its images; one that was skipped (1, not 0) does not count."""

@@ -1,0 +1,111 @@
+"""Before the first step: what a training says of itself, and a batch size that fits in memory, found by trying."""
+
+import math
+import sys
+
+import torch
+
+from functions.losses import noise_prediction_loss
+from functions.prediction import Denoiser, autocast
+from functions.support.device import ARITHMETIC, is_out_of_memory
+from functions.support.errors import UserError
+from functions.support.processes import Processes
+from functions.support.run_folder import Run
+
+# What is kept for backward, in numbers an image, over the numbers of one feature map of each level: measured on the
+# reference network at 128 px.
+KEPT_OF_A_LEVEL = {"none": 45, "norms": 15, "blocks": 6}
+VISIBLE_SNR = 1e-3  # x_T with a larger terminal SNR still carries the image; the paper's 1000 steps leave 4e-5
+
+
+def describe(run: Run, data_summary: str) -> str:
+    """Some lines about a run: data, split, network, length, schedule; then what is probably not meant."""
+    config, facts = run.experiment.diffusion, run.facts
+    snr = facts["terminal_snr"]
+    done = f"; {run.first_step:,} steps are done" if run.first_step else ""
+    warnings = run.experiment.warnings()
+    if snr > VISIBLE_SNR:
+        warnings.append(
+            f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): x_T still carries the "
+            "image, and sampling starts from noise that the model never saw; set rescale_betas = True or use 1000 "
+            "timesteps"
+        )
+    if config.ema_decay == 0:
+        warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
+    for what in ARITHMETIC:
+        if run.remembered.get(what, facts[what]) != facts[what]:
+            change = f"{what} was {run.remembered[what]}, is now {facts[what]}"
+            warnings.append(f"{change}: no longer bit for bit as if never stopped")
+    return "\n".join([
+        run.name,
+        f"  data       {data_summary}",
+        f"  split      {facts['split']}",
+        f"  network    {facts['parameters']:,} parameters, {facts['precision']}, {facts['device']}",
+        f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: {config.epochs} epochs of "
+        f"{facts['steps_per_epoch']:,} steps{done}",
+        f"  schedule   {config.timesteps_diff} timesteps, terminal SNR {snr:.2g}",
+        *(f"warning: {warning}" for warning in warnings),
+    ])  # fmt: skip
+
+
+def describe_memory(run: Run, precision: torch.dtype) -> str:
+    """A guess at what a training takes: weights, gradients and Adam's moments, and what a pass keeps for backward."""
+    config, model = run.experiment.diffusion, run.experiment.model
+    maps = sum(dim * (model.image_size >> level) ** 2 for level, dim in enumerate(model.dims))
+    kept = config.batch_size * KEPT_OF_A_LEVEL[config.recompute] * maps * precision.itemsize
+    return f"  memory     about {(4 * 4 * run.facts['parameters'] + kept) / 1e9:.1f} GB, beside Python and PyTorch"
+
+
+def fit_memory(run: Run, denoiser: Denoiser, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    """Give the run a batch_size that fits in memory in every process.
+
+    One forward and backward pass is tried before the first step, with room set aside for Adam's moments. Where it does
+    not fit, the next smaller divisor of the effective batch becomes batch_size, and gradient_accumulation makes up for
+    it, so that the result stays the same. After 1 comes recompute = "blocks".
+
+    Args:
+        denoiser: of the network that is trained.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    config, on_mps = run.experiment.diffusion, next(denoiser.network.parameters()).device.type == "mps"
+    effective, most = config.effective_batch, len(processes.own_range(config.effective_batch))
+    attempts = [(size, config.recompute) for size in range(config.batch_size, 0, -1) if effective % size == 0]
+    for size, recompute in [*attempts, *([] if on_mps else [(1, "blocks")])]:
+        if recompute != config.recompute:
+            denoiser.network.set_recompute(recompute)
+        if not processes.any(not pass_fits(denoiser, optimizer, min(size, most))):
+            break
+        processes.say(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
+    else:
+        raise UserError("out of memory with one image at a time: take a smaller base_dim, or another device")
+    if (size, recompute) != (config.batch_size, config.recompute):
+        changes = {"batch_size": size, "gradient_accumulation": effective // size, "recompute": recompute}
+        processes.say(f"going on with {', '.join(f'{name} = {value}' for name, value in changes.items())}")
+        run.experiment = run.experiment.override(changes, {})
+        run.facts["batch_size"] = size
+
+
+def pass_fits(denoiser: Denoiser, optimizer: torch.optim.Optimizer, images: int) -> bool:
+    """Whether a forward and backward pass fits in memory; leaves no gradients."""
+    network, scheduler = denoiser.network, denoiser.scheduler
+    device = next(network.parameters()).device
+    x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=device)
+    t = torch.zeros(images, dtype=torch.int64, device=device)
+    moments = []
+    try:
+        moments = [] if optimizer.state else [torch.empty_like(p) for p in network.parameters() for _ in range(2)]
+        with autocast(device, denoiser.precision):
+            noise_prediction_loss(network, scheduler, x_0, t, x_0).sum().backward()
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{device}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    finally:
+        moments.clear()
+        network.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
