@@ -185,28 +185,20 @@ class ModelConfig:
         for name in ("lowest_resolution_size", "image_size", "norm_groups"):
             require(getattr(self, name) >= 1, self, name, "at least 1")
         require(self.channels == 3, self, "channels", "3: images are read as RGB")
-        require(
-            self.base_dim >= 4 and self.base_dim % 2 == 0,
-            self, "base_dim", "even and at least 4, for the time embedding's pairs of sine and cosine",
-        )  # fmt: skip
-        multipliers = self.dim_multiply
+        fitting = "even and at least 4, for the time embedding's pairs of sine and cosine"
+        require(self.base_dim >= 4 and self.base_dim % 2 == 0, self, "base_dim", fitting)
+        multipliers, levels, lowest = self.dim_multiply, len(self.dim_multiply), self.lowest_resolution_size
         fitting = "a list of positive integers, at most 15 of them and each at most 1,024"
-        positive = 0 < len(multipliers) <= 15 and min(multipliers) >= 1 and max(multipliers) <= 1024
+        positive = 0 < levels <= 15 and min(multipliers) >= 1 and max(multipliers) <= 1024
         require(positive, self, "dim_multiply", fitting)
-        halved = self.image_size // self.lowest_resolution_size
-        require(
-            self.image_size == halved * self.lowest_resolution_size and halved & (halved - 1) == 0 and halved > 0,
-            self, "image_size", f"lowest_resolution_size = {self.lowest_resolution_size} times a power of 2",
-        )  # fmt: skip
-        reached = self.lowest_resolution_size * 2 ** (len(multipliers) - 1)
-        require(
-            reached == self.image_size,
-            self, "dim_multiply", f"one multiplier for each resolution, {resolutions(self)}; "
-            f"{len(multipliers)} of them reach {reached} pixels",
-        )  # fmt: skip
+        sizes = [self.image_size >> level for level in range((self.image_size // lowest).bit_length())]
+        fits = sizes and lowest << (len(sizes) - 1) == self.image_size
+        require(fits, self, "image_size", f"lowest_resolution_size = {lowest} times a power of 2")
+        fitting = f"one multiplier for each resolution, {', '.join(map(str, sizes))}; {levels} of them reach "
+        require(levels == len(sizes), self, "dim_multiply", f"{fitting}{lowest << (levels - 1)} pixels")
         for level in self.transformer_layers:
-            fitting = f"levels between 0 and {len(multipliers) - 1}, as dim_multiply has {len(multipliers)}"
-            require(0 <= level < len(multipliers), self, "transformer_layers", fitting)
+            fitting = f"levels between 0 and {levels - 1}, as dim_multiply has {levels}"
+            require(0 <= level < levels, self, "transformer_layers", fitting)
         if math.gcd(*self.dims) % self.norm_groups:
             fitting = f"a divisor of every level's channels {list(self.dims)}: one of {common_divisors(self.dims)}"
             require(False, self, "norm_groups", fitting)
@@ -235,7 +227,7 @@ class Experiment:
         batch_size and gradient_accumulation may change if their product does not: that is for another GPU's memory.
         """
         changed = self.override(diffusion, model)
-        may_change = {f"diffusion.{field}" for field in RESUMABLE_FIELDS}
+        may_change = {f"diffusion.{field}" for field in ("epochs", "recompute", *BOOK_KEEPING)}
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:
             may_change |= {"diffusion.batch_size", "diffusion.gradient_accumulation"}
         fixed = self.differences(changed).keys() - may_change
@@ -259,11 +251,7 @@ class Experiment:
     def from_dict(config: dict) -> "Experiment":
         """The inverse of `to_dict`; `ConfigError` when fields are missing or unknown."""
         try:
-            diffusion, model = config["diffusion"], config["model"]
-            if isinstance(diffusion, dict):
-                # Runs of earlier versions have the field `compile`
-                diffusion = {name: value for name, value in diffusion.items() if name != "compile"}
-            return Experiment(DiffusionConfig(**diffusion), ModelConfig(**model))
+            return Experiment(DiffusionConfig(**config["diffusion"]), ModelConfig(**config["model"]))
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the saved config does not fit this version: {str(error)[:200]}") from error
 
@@ -289,49 +277,25 @@ def common_divisors(numbers: tuple[int, ...]) -> list[int]:
 
 def check_types(config: DiffusionConfig | ModelConfig) -> None:
     """Bring numbers and lists to the annotated type where nothing is lost, or raise `ConfigError`."""
+    named = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}
     for name, wanted in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        ints = value if isinstance(value, (list, tuple)) else [value]
-        largest = LARGEST.get(name, LARGEST_INT)
-        for item in ints:
-            require(not isinstance(item, int) or abs(item) <= largest, config, name, f"at most {largest:,}")
-        if wanted is float and whole:
-            object.__setattr__(config, name, float(value))  # how a frozen dataclass sets itself up
-        elif wanted == tuple[int, ...]:
-            ints = isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
-            require(ints, config, name, "a list of integers, such as [1, 2, 4]")
-            object.__setattr__(config, name, tuple(value))
-        else:
-            right = whole if wanted is int else isinstance(value, wanted)
-            require(right, config, name, {int: "an integer", float: "a number"}.get(wanted, f"a {wanted.__name__}"))
+        items, kind = ([value], wanted) if wanted in named else (value, int)
+        kinds = {float, int} if kind is float else {kind}
+        fits = isinstance(items, (list, tuple)) and all(type(item) in kinds for item in items)
+        require(fits, config, name, named.get(wanted, "a list of integers, such as [1, 2, 4]"))
+        most = LARGEST.get(name, LARGEST_INT)
+        fits = all(type(item) is not int or abs(item) <= most for item in items)
+        require(fits, config, name, f"at most {most:,}")
+        # How a frozen dataclass sets itself up
+        object.__setattr__(config, name, kind(value) if wanted in named else tuple(value))
 
 
 def require(fits: bool, config: DiffusionConfig | ModelConfig, field: str, fitting: str) -> None:
     """`ConfigError` unless it fits."""
     if not fits:
-        raise ConfigError(f"{type(config).__name__}: {field} is {shown(getattr(config, field))}; it must be {fitting}")
-
-
-def shown(value: object) -> str:
-    """A value in a message, cut where it would fill the screen."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, which Python does not print
-        text = f"a {type(value).__name__} too long to print"
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def resolutions(model: ModelConfig) -> str:
-    """The sizes from the image's down to the lowest: "128, 64, 32, 16, 8"."""
-    sizes = [model.image_size]
-    while sizes[-1] > model.lowest_resolution_size:
-        sizes.append(sizes[-1] // 2)
-    return ", ".join(map(str, sizes))
+        raise ConfigError(f"{type(config).__name__}: {field} is {getattr(config, field)!r:.100}; it must be {fitting}")
 
 
 EXPERIMENTS = experiments()
 DEFAULT_EXPERIMENT = "faces"
-
-# What a resumed run may change: its length, the memory and time that it takes, and its book-keeping
-RESUMABLE_FIELDS = ("epochs", "recompute", *BOOK_KEEPING)

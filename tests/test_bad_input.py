@@ -23,7 +23,7 @@ from tests.conftest import call, script
         (["--diffusion.learning-rate", "-1"], ConfigError, "learning_rate is -1.0"),
         (["--model.dim-multiply", "1,2,4"], ConfigError, "dim_multiply"),
         (["--resume", "{empty}"], CheckpointError, "no checkpoint in this folder"),
-        (["--resume", "no/such/run"], CheckpointError, "not a run folder"),
+        (["--resume", "no/such/run"], UserError, "not a run folder"),
         (["--resume"], UserError, "no unfinished run"),
         (["--device", "gpu"], UserError, "'gpu'"),
     ],

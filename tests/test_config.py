@@ -67,14 +67,14 @@ def test_the_contracts_fields_come_first_and_the_rest_have_defaults():
     ("field", "value", "what_fits"),
     [
         ("dataset_name", "", "a data set's name"),
-        ("dataset_name", 7, "a str"),
+        ("dataset_name", 7, "a text"),
         ("learning_rate", -1e-4, "above 0"),
         ("learning_rate", float("nan"), "above 0"),
         ("learning_rate", "fast", "a number"),
         ("batch_size", 0, "at least 1"),
         ("batch_size", 2.5, "an integer"),
         ("batch_size", True, "an integer"),
-        ("use_augmentation", 1, "a bool"),
+        ("use_augmentation", 1, "True or False"),
         ("timesteps_diff", 1, "at least 2"),
         ("split", "half", '"reference" or "official"'),
         ("max_rotation", 90, "between 0 and 10"),
@@ -99,7 +99,7 @@ def test_the_contracts_fields_come_first_and_the_rest_have_defaults():
         ("checkpoint_minutes", -1.0, "0 or more"),
         ("checkpoint_minutes", float("nan"), "0 or more"),
         ("max_skipped_steps", 0, "at least 1"),
-        ("deterministic", 1, "a bool"),
+        ("deterministic", 1, "True or False"),
     ],
 )
 def test_a_diffusion_field_that_does_not_fit(field, value, what_fits):

@@ -27,8 +27,8 @@ def test_a_run_folder_holds_everything(tiny_run):
     assert all(row["val_loss_ema"] is not None for row in rows if row["val_loss"] is not None)
     assert sorted(path.name for path in (tiny_run / "samples").glob("*.png")) == ["step-00000005.png",
                                                                                 "step-00000010.png"]  # fmt: skip
-    assert [path.name for path in sorted((tiny_run / "checkpoints").iterdir())] == ["step-00000005.pt",
-                                                                                    "step-00000010.pt"]  # fmt: skip
+    saved = sorted((tiny_run / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step-00000005.safetensors", "step-00000010.safetensors"]
     assert (tiny_run / "losses.png").stat().st_size > 1000
     assert list((tiny_run / "tensorboard").iterdir())
 

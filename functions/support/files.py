@@ -129,7 +129,8 @@ def check_header(path: Path) -> None:
         )
     length = int.from_bytes(start, "little")
     if length > min(LONGEST_HEADER, size - 8):
-        raise CheckpointError(f"{path}: the file is empty, truncated, damaged or not a checkpoint")
+        what = "truncated, damaged or not a checkpoint" if size else "empty"
+        raise CheckpointError(f"{path}: the file is {what}")
 
 
 def checksum(tensor: Tensor) -> str:

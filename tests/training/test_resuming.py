@@ -9,8 +9,7 @@ import torch
 
 import train
 from config import ConfigError
-from functions.support.checkpoint import load_checkpoint, save_checkpoint
-from functions.support.errors import CheckpointError
+from functions.support.errors import UserError
 from functions.training.metrics import read_metrics
 from tests.conftest import TINY, call, during, interrupt, newest, posix
 from tests.kill import assert_same_run
@@ -30,7 +29,7 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     printed = capsys.readouterr().out
     assert "changed: diffusion.epochs was 2, is now 3" in printed
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
-    assert "note: batch_size was 8, is now 4: no longer bit for bit" in printed
+    assert "warning: batch_size was 8, is now 4: no longer bit for bit" in printed
     assert "note: model.base_dim stays 8, as the run was started; config.py has 32" in printed
     assert newest(unfinished)["run"]["step"] == 15
     with pytest.raises(ConfigError, match="finished"):
@@ -47,25 +46,10 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(pictures, tmp_pat
     capsys.readouterr()
     call(train.main, "--resume", run, "--diffusion.epochs", 3)
     assert "no longer bit for bit" not in capsys.readouterr().out
-    assert newest(run)["run"]["arithmetic"]["precision"] == "bfloat16"
+    assert newest(run)["run"]["precision"] == "bfloat16"
     torch.set_num_threads(2)
     call(train.main, "--resume", run, "--diffusion.epochs", 4)
-    assert "note: threads was 1, is now 2: no longer bit for bit as if never stopped" in capsys.readouterr().out
-
-
-def test_a_run_of_a_version_with_compiled_norms_goes_on(unfinished):
-    """Its config has a field and its arithmetic a fact that are gone."""
-    path = sorted((unfinished / "checkpoints").iterdir())[-1]
-    checkpoint = load_checkpoint(path)
-    checkpoint.pop("format")
-    checkpoint["config"]["diffusion"]["compile"] = "auto"
-    checkpoint["run"]["arithmetic"]["compiled"] = False
-    save_checkpoint(path, **checkpoint)
-    written = path.stat().st_mtime_ns
-    call(train.main, "--resume", unfinished)
-    assert path.stat().st_mtime_ns == written  # nothing was changed, so it is not written anew
-    assert newest(unfinished)["run"]["step"] == 10
-    assert "compile" not in newest(unfinished)["config"]["diffusion"]
+    assert "warning: threads was 1, is now 2: no longer bit for bit as if never stopped" in capsys.readouterr().out
 
 
 def test_deterministic_kernels_are_asked_for_and_only_then(pictures, tmp_path):
@@ -98,7 +82,7 @@ def test_only_the_run_with_the_same_images_is_resumed(pictures, tmp_path):
     with pytest.raises(ConfigError, match="other images"):
         call(train.main, "--resume", run, "--diffusion.epochs", "3")
     assert (run / "config.json").read_bytes() == before
-    with pytest.raises(CheckpointError, match="not a run folder"):  # a file in it is not the run
+    with pytest.raises(UserError, match="not a run folder"):  # a file in it is not the run
         call(train.main, "--resume", next((run / "checkpoints").iterdir()))
 
 

@@ -11,7 +11,7 @@ import pytest
 import sample
 import train
 from functions.support import run_folder
-from functions.support.errors import CheckpointError
+from functions.support.errors import CheckpointError, NothingToResume
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, during, interrupt, newest, posix, script
 from tests.kill import assert_same_run, kill_and_resume
@@ -81,7 +81,7 @@ def test_resume_auto_goes_on_or_starts_loudly(unfinished, tiny_run, tmp_path, ca
     call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent, *flags)  # a finished run is no reason
     assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
     assert len(list(unfinished.parent.iterdir())) == 2
-    with pytest.raises(CheckpointError, match="no unfinished run"):
+    with pytest.raises(NothingToResume, match="no unfinished run"):
         call(train.main, "faces", "--resume", "--runs", unfinished.parent)
 
 
@@ -165,7 +165,7 @@ def test_two_trainings_in_one_folder(unfinished):
         assert any("goes to" in line for line in first.stdout)
         refused = script("train.py", "--resume", unfinished)
         assert refused.returncode == 2
-        assert f"error: {unfinished}: process {first.pid} is training in this folder already\n" == refused.stderr
+        assert f"error: {unfinished}: another process is training in this folder already\n" == refused.stderr
         first.send_signal(signal.SIGTERM)
         assert first.wait(60) == 75
 
@@ -184,4 +184,4 @@ def test_the_log_goes_to_the_disk_before_the_checkpoint(pictures, tmp_path, monk
     for i in saves:
         what = [name for name, *_ in order[i + 1 : i + 5]]
         assert what == ["fsync", "fsync", "replace", "fsync"]  # metrics, checkpoint, its name, the folder
-        assert str(order[i + 3][-1]).endswith(".pt")
+        assert str(order[i + 3][-1]).endswith(".safetensors")

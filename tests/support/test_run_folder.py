@@ -1,23 +1,19 @@
 """Run folders: what is found, what is kept, and that one training has a folder for itself."""
 
-import json
-
 import pytest
 import torch
 
 from functions.support import run_folder
-from functions.support.checkpoint import save_checkpoint
-from functions.support.errors import CheckpointError
+from functions.support.errors import CheckpointError, NothingToResume, UserError
+from functions.support.files import write_tensors
 
 
 def make_run(runs, name, steps, total=100):
     (runs / name / "checkpoints").mkdir(parents=True)
-    (runs / name / "config.json").write_text(json.dumps({"experiment": name[:-16], "run": {"total_steps": total}}))
     for step in steps:
-        save_checkpoint(
-            run_folder.checkpoint_path(runs / name, step), config={}, model={"weight": torch.zeros(1)}, ema=None,
-            run={"experiment": name[:-16], "step": step, "total_steps": total}, optimizer={}, scaler={},
-        )  # fmt: skip
+        stands = {"experiment": name[:-16], "step": step, "total_steps": total}
+        contents = {"config": {}, "run": stands, "scaler": {}}
+        write_tensors(runs / name / "checkpoints" / f"step-{step:08d}.safetensors", {"a": torch.zeros(1)}, contents)
 
 
 def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
@@ -26,14 +22,14 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
     make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
     make_run(tmp_path, "faces-20260103-000000", [])  # just started
     (tmp_path / "notes").mkdir()
-    (tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / ".step-00000070.pt.1.tmp").touch()
+    (tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / ".step-00000070.safetensors.1.tmp").touch()
     newest, *others = run_folder.newest_checkpoints(tmp_path)
     assert [run_folder.step_of(path) for path in others] == [50, 9]
-    assert newest == tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / "step-00000060.pt"
+    assert newest == tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / "step-00000060.safetensors"
     assert run_folder.newest_checkpoints(tmp_path, "faces")[0].parent.parent.name == "faces-20260101-000000"
     assert run_folder.newest_unfinished(tmp_path, "ffhq-full").name == "ffhq-full-20260102-000000"
     for finished in ("faces", "ffhq", "ffhq-run1"):  # "ffhq" is a prefix, not an experiment
-        with pytest.raises(CheckpointError, match="no unfinished run"):
+        with pytest.raises(NothingToResume, match="no unfinished run"):
             run_folder.newest_unfinished(tmp_path, finished)
     with pytest.raises(CheckpointError, match="cifar"):
         run_folder.newest_checkpoints(tmp_path, "cifar")
@@ -42,7 +38,10 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
 
 
 def test_a_run_folder_is_never_used_twice(tmp_path):
-    first, second = run_folder.create_run(tmp_path, "faces"), run_folder.create_run(tmp_path, "faces")
+    runs = [run_folder.Run("faces", None, tmp_path) for _ in range(2)]
+    for run in runs:
+        run.make_folder()
+    first, second = (run.folder for run in runs)
     assert first != second
     assert run_folder.runs_of(tmp_path) == [first, second]
 
@@ -67,11 +66,11 @@ def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, d
 def test_a_folder_is_locked_for_one_training_and_swept(tmp_path):
     make_run(tmp_path, "faces-20260101-000000", [10])
     run = tmp_path / "faces-20260101-000000"
-    leftover = run / "checkpoints" / ".step-00000020.pt.123.tmp"
+    leftover = run / "checkpoints" / ".step-00000020.safetensors.123.tmp"
     leftover.touch()
     with run_folder.locked(run):
         assert not leftover.exists()
-        with pytest.raises(CheckpointError, match=rf"{run}: process \d+ is training"), run_folder.locked(run):
+        with pytest.raises(UserError, match=f"{run}: another process is training"), run_folder.locked(run):
             pass
     with run_folder.locked(run):
         pass
@@ -85,7 +84,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, capsys):
         return path.name.upper()
 
     candidates = [tmp_path / name for name in "cba"]
-    assert run_folder.first_sound(candidates, read) == (tmp_path / "a", "A")
+    assert run_folder.first_sound(candidates, read) == "A"
     warnings = capsys.readouterr().err.splitlines()
     assert [f"Taking the one before it: {tmp_path / name}" in line for name, line in zip("ba", warnings, strict=True)]
     assert all(line.startswith("WARNING: DAMAGED CHECKPOINT") for line in warnings)

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from data.augmentation import rotation_limit
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
 from functions.support.random_numbers import ImageNoise, seed_of, training_draws
 from functions.training.metrics import MetricsLog, TrainingWindow, read_metrics
 from functions.training.validation import validation_loss
@@ -111,7 +113,7 @@ def test_an_images_noise_does_not_depend_on_its_batch():
 
 def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     scheduler = NoiseScheduler(1000)
-    images = torch.rand(7, 3, 4, 4) * 2 - 1
+    images = torch.randint(256, (7, 4, 4, 3), dtype=torch.uint8)
     seen = []
 
     class Zero(nn.Module):
@@ -120,8 +122,8 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
             return torch.zeros_like(x_t)
 
     def measure(batch_size, samples=50, seed=0):
-        return validation_loss(Zero(), scheduler, lambda indices: images[indices], np.arange(7), samples, batch_size,
-                               seed, torch.float32)  # fmt: skip
+        config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=samples, batch_size=batch_size, seed=seed)
+        return validation_loss(Denoiser(Zero(), scheduler), lambda indices: images[indices], np.arange(7), config)
 
     loss = measure(50)
     assert loss == pytest.approx(1, abs=4 * math.sqrt(2 / (50 * 48)))  # the noise's own variance
@@ -133,15 +135,16 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
 def test_validation_uses_every_image_equally_often():
     used = []
 
-    def x_0_of(indices):
+    def images_of(indices):
         used.extend(indices)
-        return torch.zeros(len(indices), 3, 4, 4)
+        return torch.zeros(len(indices), 4, 4, 3, dtype=torch.uint8)
 
     class Zero(nn.Module):
         def forward(self, x_t, t):
             return x_t
 
-    validation_loss(Zero(), NoiseScheduler(1000), x_0_of, np.array([3, 5, 9]), 12, 5, 0, torch.float32)
+    config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=12, batch_size=5)
+    validation_loss(Denoiser(Zero(), NoiseScheduler(1000)), images_of, np.array([3, 5, 9]), config)
     assert sorted(used) == [3] * 4 + [5] * 4 + [9] * 4
 
 
@@ -180,7 +183,8 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypat
         now[0] += 9
     window.add(torch.tensor(2.0), counts)
     now[0] += 1
-    resumed = TrainingWindow(torch.device("cpu"), 2, **window.state())
+    resumed = TrainingWindow(torch.device("cpu"), 2)
+    resumed.load(window.state())
     resumed.add(torch.tensor(7.0), counts)
     now[0] += 0.5
     assert resumed.read() == {"loss": 9 / 4, "images_per_second": 4.0}

@@ -7,10 +7,11 @@ import torch
 
 import train
 from functions.support import run_folder
+from functions.support.checkpoint import MOMENTS
 from functions.support.errors import UserError
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import read_metrics
-from tests.conftest import TINY, call, load_checkpoint
+from tests.conftest import TINY, call, load_checkpoint, newest
 from tests.kill import assert_equal
 
 CPU = torch.device("cpu")
@@ -53,13 +54,14 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(how, pictures, tmp_path
     poison(monkeypatch, {4}, how)
     call(train.main, *FLAGS, "--runs", tmp_path, "--diffusion.dataset-name", pictures)
     run = next(tmp_path.iterdir())
-    before, after, following = (load_checkpoint(checkpoint_path(run, step)) for step in (3, 4, 5))
-    for part in ("model", "optimizer"):
-        states = [saved[part].get("state", saved[part]) for saved in (before, after)]  # Adam's without its rate
-        assert_equal(*states)
+    before, after, following = (
+        load_checkpoint(run / "checkpoints" / f"step-{step:08d}.safetensors") for step in (3, 4, 5)
+    )
+    for part in ("model", *MOMENTS):
+        assert_equal(before[part], after[part])
     assert any(not torch.equal(following["model"][name], after["model"][name]) for name in after["model"])
-    assert {state["step"].item() for state in following["optimizer"]["state"].values()} == {4}  # one less than 5
-    last = load_checkpoint(checkpoint_path(run, 10))
+    assert {step.item() for step in following["step"].values()} == {4}  # one less than 5
+    last = newest(run)
     assert all(tensor.isfinite().all() for tensor in last["ema"].values())
     rows = read_metrics(run / "metrics.csv")
     assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
@@ -69,7 +71,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(how, pictures, tmp_path
     for path in run_folder.checkpoints_of(run)[4:]:
         path.unlink()
     call(train.main, "--resume", run)
-    assert_equal(load_checkpoint(checkpoint_path(run, 5)), following)
+    assert_equal(load_checkpoint(run / "checkpoints" / "step-00000005.safetensors"), following)
 
 
 def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(pictures, tmp_path, monkeypatch):
@@ -78,7 +80,7 @@ def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(pictures, tmp_p
         call(train.main, *FLAGS, "--runs", tmp_path, "--diffusion.dataset-name", pictures,
              "--diffusion.max-skipped-steps", 3)  # fmt: skip
     message = str(error.value)
-    last = run_folder.checkpoint_path(next(tmp_path.iterdir()), 5)  # the run stops before it saves step 6
+    last = next(tmp_path.iterdir()) / "checkpoints" / "step-00000005.safetensors"  # step 6 was not saved
     for part in ("3 steps in a row", "the last was step 6", "loss nan", "gradient norm nan", "learning rate 0.00",
                  f"Last good checkpoint: {last}"):  # fmt: skip
         assert part in message
@@ -110,9 +112,11 @@ def test_counting(tmp_path):
     assert [watch.check(torch.tensor(x), torch.tensor(1.0)).item() for x in sequence] == [0, 1, 1, 0, 1, 0]
     assert watch.read(3, 0.1, NO_SCALER, tmp_path) == 3  # two in a row at most
     assert watch.check(torch.tensor(1.0), torch.tensor(math.nan)) == 1
-    resumed = BadNumbers(CPU, **watch.state())
+    resumed, other = BadNumbers(CPU), BadNumbers(CPU)
+    resumed.load(watch.state())
+    other.load(watch.state())
     with pytest.raises(UserError, match=r"the last was step 7 \(loss 1, gradient norm nan"):
-        BadNumbers(CPU, **watch.state()).read(1, 0.1, NO_SCALER, tmp_path)
+        other.read(1, 0.1, NO_SCALER, tmp_path)
     resumed.check(torch.tensor(math.nan), torch.tensor(1.0))
     with pytest.raises(
         UserError, match=r"2 steps in a row .* was step 8 \(loss nan, gradient norm 1, learning rate 0.1\)"
@@ -133,7 +137,7 @@ def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(pictures
     run = next((tmp_path / "a").iterdir())
     rows = read_metrics(run / "metrics.csv")
     assert 0 < rows[-1]["skipped_steps"] < 20
-    saved = load_checkpoint(run_folder.checkpoints_of(run)[-1])
+    saved = newest(run)
     assert saved["scaler"]["scale"] == 2.0 ** (30 - rows[-1]["skipped_steps"])
     assert rows[-1]["val_loss"] < 0.5
 
