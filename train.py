@@ -88,7 +88,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     """Train to the last step: a new run from the start, or one with a checkpoint on from there."""
     config = run.experiment.diffusion
     set_deterministic(config.deterministic)
-    precision, memory_format = choose_arithmetic(config.precision, device, run.remembered)
+    precision, memory_format = choose_arithmetic(config.precision, device, run.remembered.get("arithmetic"))
     torch.manual_seed(config.seed)  # for the initial weights; every later draw has a seed of its own
 
     # Data
@@ -116,7 +116,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
         "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
         "parameters": sum(p.numel() for p in model.parameters()), "terminal_snr": scheduler.terminal_snr,
-        "device": str(device), **arithmetic(device, precision, memory_format, processes.count, config.batch_size),
+        "device": str(device),
+        "arithmetic": arithmetic(device, precision, memory_format, processes.count, config.batch_size),
     }  # fmt: skip
     processes.say(describe(run, image_set.summary))
     if dry_run:

@@ -6,7 +6,6 @@ Each sampler is a plain function `f(model, scheduler, x_T, steps=N) -> x_0`:
     ddim_sample          order 1; deterministic with eta = 0, and `ddpm_sample` with eta = 1
     dpm_solver_sample    DPM-Solver++ 2M, order 2; deterministic with eta = 0, and with eta = 1 its SDE form
     ipndm_sample         iPNDM, up to order 4, deterministic
-    ddim_encode          DDIM the other way: from an image to the noise it comes from
 
 Their defaults are the papers'; what the scripts choose is in functions/sampling/options.py. They share:
 
@@ -196,37 +195,8 @@ def ipndm_sample(
     return x
 
 
-@torch.no_grad()
-def ddim_encode(
-    model: Model,
-    scheduler: NoiseScheduler,
-    x_0: Tensor,
-    steps: Steps = None,
-    spacing: str = "trailing",
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """DDIM run backwards, from an image to the noise it comes from (Song et al. 2021, Section 4.3); order 1.
-
-    `ddim_sample` without clipping and with the same steps and spacing then returns the image but for an error that
-    falls as 1 / steps. Nothing is clipped, since clipping cannot be undone.
-
-    Args:
-        x_0: (B, C, H, W) images, or states at the last of the timesteps that `steps` lists, falling as for sampling.
-
-    Returns:
-        (B, C, H, W) x_T; or x_t at the first of them.
-    """
-    x = x_0
-    for k, (t, s) in enumerate(pairwise(reversed(sampling_times(scheduler, steps, spacing)))):
-        predicted, eps = predict(model, scheduler, x, t)
-        x = ddim_ode_step(scheduler, x, eps, t, s)
-        if on_step:
-            on_step(k, max(t, 0), x, predicted)
-    return x
-
-
 def ddim_ode_step(scheduler: NoiseScheduler, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
-    """x from timestep t to s, either way, by dy = eps dsigma (Song et al. 2021, Eq. 14), Euler's step.
+    """x from timestep t to s, by dy = eps dsigma (Song et al. 2021, Eq. 14), Euler's step.
 
     There y = x / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar).
     """

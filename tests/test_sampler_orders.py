@@ -8,17 +8,15 @@ from torch import distributions
 from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import ddim_encode, ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
+from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from functions.timesteps import sampling_times
 from tests.known_denoisers import (
     Mixture,
-    double,
     exact_path,
     gaussian_images,
     ideal_model,
     mixture_2d,
     mixture_of_images,
-    sigmas,
 )
 
 SAMPLERS = {
@@ -147,35 +145,3 @@ def test_ipndm_is_of_order_4_on_equal_steps_from_exact_start_values(of):
     print(f"ipndm_sample, even in sigma, {of}: {slopes(exact_start)}; own start {slopes(own_start)}")
     assert slopes(exact_start) == pytest.approx([4] * 2, abs=0.35)
     assert slopes(own_start) == pytest.approx([2] * 2, abs=0.35)
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
-@pytest.mark.parametrize("of", DATA)
-def test_ddim_there_and_back_is_of_order_1(of, spacing):
-    make, shape = DATA[of]
-    data, scheduler = make(), NoiseScheduler(T)
-    model = ideal_model(data, scheduler)
-    images = data.sample(16, torch.Generator().manual_seed(0)).view(16, *shape)
-    errors = []
-    for steps in (128, 256, 512):
-        x_T = ddim_encode(model, scheduler, images, steps, spacing=spacing)
-        back = ddim_sample(model, scheduler, x_T, steps, spacing=spacing, clip_x_0=False)
-        errors.append((back - images).pow(2).mean().sqrt())
-    print(f"ddim_encode and back, {spacing}, {of}: {slopes(errors)}")
-    assert slopes(errors) == pytest.approx([1] * 2, abs=0.15)
-    assert errors[-1] < 0.01
-
-
-@pytest.mark.parametrize(("start", "stop"), [(START, STOP), (T // 2, -1)])
-def test_ddim_encode_finds_the_noise_of_an_image(start, stop):
-    """With the Gaussian's exact path from any state to any other, the image (sigma = 0) included."""
-    data, scheduler = gaussian_images(), NoiseScheduler(T)
-    a, a_end = scheduler.alphas_cumprod[start], scheduler.alphas_cumprod[stop] if stop >= 0 else double(1.0)
-    images = data.sample(16, torch.Generator().manual_seed(0))
-    exact = a.sqrt() * data.path(images, sigmas(a_end), sigmas(a))
-    errors = []
-    for steps in (128, 256, 512):
-        times = sampling_times(scheduler, steps, "logsnr", start, stop)
-        x = ddim_encode(ideal_model(data, scheduler), scheduler, a_end.sqrt() * images, steps=times)
-        errors.append((x - exact).abs().max())
-    assert slopes(errors) == pytest.approx([1] * 2, abs=0.1)

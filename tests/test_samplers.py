@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import (
-    ddim_encode,
     ddim_sample,
     ddpm_sample,
     dpm_solver_sample,
@@ -220,14 +219,6 @@ def test_on_step_sees_every_step(sampler):
     assert seen == list(enumerate(trailing_timesteps(100, 10)))
 
 
-def test_encoding_calls_the_model_where_sampling_does_from_the_other_end():
-    scheduler, asked, seen = NoiseScheduler(100), [], []
-    model = lambda x_t, t: asked.append(t.tolist()) or smooth_model(x_t, t)
-    ddim_encode(model, scheduler, pure_noise(), steps=[99, 60, 30, 10, -1], on_step=lambda k, t, x, x_0: seen.append(t))
-    assert asked == [[0] * 2, [10] * 2, [30] * 2, [60] * 2]  # of the image itself the model knows no time
-    assert seen == [0, 10, 30, 60]
-
-
 class Operations(TorchDispatchMode):
     """The names of all that PyTorch computes within."""
 
@@ -240,7 +231,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampler", [*SAMPLERS, ddim_encode])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_loop_is_arithmetic_alone(sampler):
     """No reading of numbers from the device, no sending of numbers to it, and little work a step.
 
@@ -293,7 +284,7 @@ def test_the_loop_never_waits_for_the_gpu(sampler):
 
 
 @pytest.mark.parametrize("steps", [0, -1, 101])
-@pytest.mark.parametrize("sampler", [*SAMPLERS, ddim_encode])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_steps_that_the_model_does_not_have_are_refused(sampler, steps):
     with pytest.raises(ValueError, match=f"steps is {steps}"):
         sampler(smooth_model, NoiseScheduler(100), torch.randn(SHAPE), steps)

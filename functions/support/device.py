@@ -13,8 +13,6 @@ from functions.support.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")  # where Linux lists the flags of the CPU
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
-# All that decides in which order and precision numbers are added, beside the code
-ARITHMETIC = ("precision", "memory_format", "processor", "threads", "processes", "batch_size", "torch")
 CPU_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, 64-bit Arm
 
 
@@ -28,21 +26,17 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
         UserError: there is no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+    there = [kind for kind in available if available[kind]]
     try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None and index is not None:
-            device = torch.device("cuda", index)
+        device = torch.device(there[0] if name == "auto" else name)
     except RuntimeError as error:
         raise UserError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
-    if not available.get(device.type):
-        there = ", ".join(kind for kind, there in available.items() if there)
-        raise UserError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {there}")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        there = f"there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
-        raise UserError(f"device is {str(device)!r}, but {there}")
-    if device.type == "cuda" and device.index is not None:
+    if device.type not in there:
+        raise UserError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {', '.join(there)}")
+    if device.type == "cuda" and (device.index is not None or index is not None):
+        device = torch.device("cuda", index if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"device is {str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)  # what has no device of its own, such as pinned memory, would go to the first GPU
     if device.type == "cpu":
         keep_heap()
@@ -102,14 +96,16 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def choose_arithmetic(precision: str, device: torch.device, saved: dict) -> tuple[torch.dtype, torch.memory_format]:
+def choose_arithmetic(
+    precision: str, device: torch.device, saved: dict | None
+) -> tuple[torch.dtype, torch.memory_format]:
     """Precision and memory layout to train in: those that a resumed run was started with, if the device has them.
 
     Otherwise `choose_precision`'s, and channels_last where it was measured faster: benchmarks/NOTES.md.
 
     Args:
         precision: the config's.
-        saved: what `arithmetic` gave when the run was started; empty for a new one.
+        saved: what `arithmetic` gave when the run was started; None for a new one.
     """
     layouts = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
     layout = "channels_last" if device.type in ("cuda", "cpu") else "contiguous_format"
@@ -128,28 +124,23 @@ def set_deterministic(deterministic: bool) -> None:
 
 
 def arithmetic(
-    device: torch.device,
-    precision: torch.dtype,
-    memory_format: torch.memory_format,
-    processes: int,
-    batch_size: int,
+    device: torch.device, precision: torch.dtype, memory_format: torch.memory_format, processes: int, batch_size: int
 ) -> dict[str, str | int]:
-    """The values of ARITHMETIC, plain, for a checkpoint.
+    """All that decides in which order and precision numbers are added, beside the code: plain values for a checkpoint.
 
     A resumed run is bit for bit the one that was not stopped only where all of these are the same.
     """
     on_cpu = device.type == "cpu"
     processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type
-    values = (
-        str(precision).removeprefix("torch."),
-        str(memory_format).removeprefix("torch."),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-        torch.get_num_threads() if on_cpu else 0,
-        processes,
-        batch_size,
-        str(torch.__version__),  # which is no plain string
-    )
-    return dict(zip(ARITHMETIC, values, strict=True))
+    return {
+        "precision": str(precision).removeprefix("torch."),
+        "memory_format": str(memory_format).removeprefix("torch."),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "threads": torch.get_num_threads() if on_cpu else 0,
+        "processes": processes,
+        "batch_size": batch_size,
+        "torch": str(torch.__version__),  # which is no plain string
+    }
 
 
 def is_out_of_memory(error: BaseException) -> bool:

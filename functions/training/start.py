@@ -7,7 +7,7 @@ import torch
 
 from functions.losses import noise_prediction_loss
 from functions.prediction import Denoiser, autocast
-from functions.support.device import ARITHMETIC, is_out_of_memory
+from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
 from functions.support.processes import Processes
 from functions.support.run_folder import Run
@@ -32,15 +32,15 @@ def describe(run: Run, data_summary: str) -> str:
         )
     if config.ema_decay == 0:
         warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
-    for what in ARITHMETIC:
-        if run.remembered.get(what, facts[what]) != facts[what]:
-            change = f"{what} was {run.remembered[what]}, is now {facts[what]}"
+    for what, before in run.remembered.get("arithmetic", {}).items():
+        if before != facts["arithmetic"].get(what):
+            change = f"{what} was {before}, is now {facts['arithmetic'].get(what)}"
             warnings.append(f"{change}: no longer bit for bit as if never stopped")
     return "\n".join([
         run.name,
         f"  data       {data_summary}",
         f"  split      {facts['split']}",
-        f"  network    {facts['parameters']:,} parameters, {facts['precision']}, {facts['device']}",
+        f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, {facts['device']}",
         f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: {config.epochs} epochs of "
         f"{facts['steps_per_epoch']:,} steps{done}",
         f"  schedule   {config.timesteps_diff} timesteps, terminal SNR {snr:.2g}",
@@ -84,7 +84,7 @@ def fit_memory(run: Run, denoiser: Denoiser, optimizer: torch.optim.Optimizer, p
         changes = {"batch_size": size, "gradient_accumulation": effective // size, "recompute": recompute}
         processes.say(f"going on with {', '.join(f'{name} = {value}' for name, value in changes.items())}")
         run.experiment = run.experiment.override(changes, {})
-        run.facts["batch_size"] = size
+        run.facts["arithmetic"]["batch_size"] = size
 
 
 def pass_fits(denoiser: Denoiser, optimizer: torch.optim.Optimizer, images: int) -> bool:

@@ -46,7 +46,7 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(pictures, tmp_pat
     capsys.readouterr()
     call(train.main, "--resume", run, "--diffusion.epochs", 3)
     assert "no longer bit for bit" not in capsys.readouterr().out
-    assert newest(run)["run"]["precision"] == "bfloat16"
+    assert newest(run)["run"]["arithmetic"]["precision"] == "bfloat16"
     torch.set_num_threads(2)
     call(train.main, "--resume", run, "--diffusion.epochs", 4)
     assert "warning: threads was 1, is now 2: no longer bit for bit as if never stopped" in capsys.readouterr().out
