@@ -11,6 +11,7 @@ from typing import NoReturn, get_type_hints
 
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
+from functions.support.files import short
 
 EXIT_BAD_INPUT = 2  # what argparse uses
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -41,7 +42,7 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: out of memory ({str(error).splitlines()[0]}): take a smaller batch or model, or another device; "
+        print(f"error: out of memory ({short(error)}): take a smaller batch or model, or another device; "
               "other programs may hold memory too", file=sys.stderr)  # fmt: skip
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
@@ -78,12 +79,14 @@ def given_fields(args: argparse.Namespace, prefix: str, config_class: type) -> d
 
 
 def truth(text: str) -> bool:
+    """A flag's type: true or false."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 
 def integers(text: str) -> tuple[int, ...]:
+    """A flag's type: integers with commas between."""
     try:
         return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
     except ValueError as error:
@@ -101,11 +104,11 @@ def fraction(text: str) -> float:
     """A flag's type: a number from 0 to 1."""
     try:
         value = float(text)
+        if 0 <= value <= 1:
+            return value
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
 
 
 FLAG_TYPES = {

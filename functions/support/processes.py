@@ -1,6 +1,6 @@
-"""The processes of one training: as many as `torchrun` started, one a GPU, or a single one.
+"""The processes of a script: as many as `torchrun` started, one a GPU, or a single one.
 
-All of them run train.py, each on its share of every effective batch; gradients are summed once per optimiser step.
+In training each works on its own places of every effective batch, and gradients are summed once per optimiser step.
 Rank 0 alone prints and writes files.
 """
 
@@ -62,7 +62,7 @@ class Processes:
             return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
-        """Around forward and backward: gradients are exchanged in a step's last pass, which holds their sum."""
+        """Around forward and backward: gradients are exchanged in a step's last pass alone."""
         return nullcontext() if last or self.count == 1 else wrapped.no_sync()
 
     def sum_(self, tensor: Tensor) -> Tensor:

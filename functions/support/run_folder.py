@@ -70,11 +70,9 @@ class Run:
             (folder / "checkpoints").mkdir()
             self.folder = folder
 
-    def checkpoint_path(self, step: int) -> Path:
-        return self.folder / "checkpoints" / f"step-{step:08d}.safetensors"
-
-    def grid_path(self, step: int) -> Path:
-        return self.folder / "samples" / f"step-{step:08d}.png"
+    def path_of(self, kind: str, step: int) -> Path:
+        """The file of a step: of kind "checkpoints" or "samples"."""
+        return self.folder / kind / f"step-{step:08d}.{'png' if kind == 'samples' else 'safetensors'}"
 
     def write_config(self) -> None:
         """config.json: the config as in a checkpoint, and under `run` the facts."""

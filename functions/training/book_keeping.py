@@ -63,7 +63,7 @@ class BookKeeper:
                 disable=not self.processes.is_main,
             ))  # fmt: skip
             due = first_step > 0 and first_step % self.config.sample_every == 0
-            if due and not self.processes.from_main(self.run.grid_path(first_step).exists):
+            if due and not self.processes.from_main(self.run.path_of("samples", first_step).exists):
                 self.sample(first_step)  # which a stop left no time for
             if self.run.checkpoint and self.run.checkpoint.contents["config"] != self.run.experiment.to_dict():
                 self.save(first_step)  # so that from now on the run is resumed as it was changed
@@ -101,7 +101,7 @@ class BookKeeper:
         self.metrics.flush()  # on the disk before the checkpoint that counts on it
         remembered = {"window": self.window.state(), "bad_numbers": self.bad_numbers.state()}
         run = {"experiment": self.run.name, "step": done, **self.run.facts, **remembered}
-        save_checkpoint(self.run.checkpoint_path(done), self.run.experiment.to_dict(), run, self.state)
+        save_checkpoint(self.run.path_of("checkpoints", done), self.run.experiment.to_dict(), run, self.state)
         delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
 
     def after_step(self, done: int, grad_norm: Tensor) -> None:
@@ -161,4 +161,4 @@ class BookKeeper:
             pixels = [to_uint8(generate(sampler, mine, self.config.batch_size, progress=False).images).numpy()]
         everyones = [pixels for of_process in self.processes.gather(pixels) for pixels in of_process]
         if self.processes.is_main:
-            save_grid(np.concatenate(everyones), self.run.grid_path(done))
+            save_grid(np.concatenate(everyones), self.run.path_of("samples", done))

@@ -9,6 +9,7 @@ from functions.losses import noise_prediction_loss
 from functions.prediction import Denoiser, autocast
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
+from functions.support.files import short
 from functions.support.processes import Processes
 from functions.support.run_folder import Run
 
@@ -102,7 +103,7 @@ def pass_fits(denoiser: Denoiser, optimizer: torch.optim.Optimizer, images: int)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{device}: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"{device}: {short(error)}", file=sys.stderr)
         return False
     finally:
         moments.clear()
