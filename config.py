@@ -10,10 +10,7 @@ from typing import get_type_hints
 
 
 def experiments() -> dict[str, "Experiment"]:
-    """EXPERIMENTS, the runs that can be started by name.
-
-    What the three FFHQ runs share is written out in each, so that each can be read, and changed, by itself.
-    """
+    """EXPERIMENTS, by name. What the FFHQ runs share is written out in each, so that each can be read by itself."""
     return {
         # Minutes on a laptop's CPU: people of the embedded emoji set at 32 x 32.
         "faces": Experiment(
@@ -81,11 +78,10 @@ BOOK_KEEPING = (
     "keep_every", "max_skipped_steps", "validation_samples", "bits_per_dim_every", "bits_per_dim_images",
     "grid_images", "grid_steps",
 )  # fmt: skip
-MAY_BE_ZERO = ("warmup_steps", "max_bad_images", "seed", "keep_every", "checkpoint_minutes", "bits_per_dim_every")
-# Far above any use; beyond, tables and layers would take all memory, and numbers would not fit their types.
-LARGEST = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14}
-LARGEST_INT = 2**63 - 1  # of all others, the seed among them
-COUNTS = {"batch_size", "gradient_accumulation", "epochs", *BOOK_KEEPING} - {*MAY_BE_ZERO}  # fields that are at least 1
+# Of the integers; the others are at least 1
+MAY_BE_ZERO = ("warmup_steps", "max_bad_images", "seed", "keep_every", "bits_per_dim_every", "transformer_layers")
+# Far above any use; beyond, tables and layers would take all memory. All others have 64 bits.
+LARGEST = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "dim_multiply": 1024}
 
 
 @dataclass(frozen=True)
@@ -138,10 +134,6 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in COUNTS:
-            require(getattr(self, name) >= 1, self, name, "at least 1")
-        for name in MAY_BE_ZERO:
-            require(0 <= getattr(self, name) < float("inf"), self, name, "0 or more")
         require(bool(self.dataset_name), self, "dataset_name", "a data set's name or the path to a folder or zip")
         require(0 < self.learning_rate <= 1, self, "learning_rate", "above 0 and at most 1, such as 3e-5")
         require(self.timesteps_diff >= 2, self, "timesteps_diff", "at least 2; the paper has 1000")
@@ -153,7 +145,8 @@ class DiffusionConfig:
         scale = 1000 / self.timesteps_diff if self.rescale_betas else 1
         fitting = f"below {1 / scale:g} with timesteps_diff = {self.timesteps_diff}, so that every beta stays below 1"
         require(scale * self.beta_end < 1, self, "beta_end", fitting)
-        require(0 <= self.clip_grad_norm < float("inf"), self, "clip_grad_norm", "0 (off) or more, such as 1.0")
+        require(0 <= self.clip_grad_norm < math.inf, self, "clip_grad_norm", "0 (off) or more, such as 1.0")
+        require(0 <= self.checkpoint_minutes < math.inf, self, "checkpoint_minutes", "0 (off) or more")
         require(self.lr_schedule in ("constant", "cosine"), self, "lr_schedule", '"constant" or "cosine"')
         require(0 <= self.ema_decay < 1, self, "ema_decay", "at least 0 (no EMA) and below 1, such as 0.9999")
         precisions = ("auto", "float32", "bfloat16", "float16")
@@ -182,26 +175,20 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("lowest_resolution_size", "image_size", "norm_groups"):
-            require(getattr(self, name) >= 1, self, name, "at least 1")
         require(self.channels == 3, self, "channels", "3: images are read as RGB")
         fitting = "even and at least 4, for the time embedding's pairs of sine and cosine"
         require(self.base_dim >= 4 and self.base_dim % 2 == 0, self, "base_dim", fitting)
-        multipliers, levels, lowest = self.dim_multiply, len(self.dim_multiply), self.lowest_resolution_size
-        fitting = "a list of positive integers, at most 15 of them and each at most 1,024"
-        positive = 0 < levels <= 15 and min(multipliers) >= 1 and max(multipliers) <= 1024
-        require(positive, self, "dim_multiply", fitting)
+        levels, lowest = len(self.dim_multiply), self.lowest_resolution_size
+        require(0 < levels <= 15, self, "dim_multiply", "a list of 1 to 15 integers")
         sizes = [self.image_size >> level for level in range((self.image_size // lowest).bit_length())]
         fits = sizes and lowest << (len(sizes) - 1) == self.image_size
         require(fits, self, "image_size", f"lowest_resolution_size = {lowest} times a power of 2")
         fitting = f"one multiplier for each resolution, {', '.join(map(str, sizes))}; {levels} of them reach "
         require(levels == len(sizes), self, "dim_multiply", f"{fitting}{lowest << (levels - 1)} pixels")
-        for level in self.transformer_layers:
-            fitting = f"levels between 0 and {levels - 1}, as dim_multiply has {levels}"
-            require(0 <= level < levels, self, "transformer_layers", fitting)
-        if math.gcd(*self.dims) % self.norm_groups:
-            fitting = f"a divisor of every level's channels {list(self.dims)}: one of {common_divisors(self.dims)}"
-            require(False, self, "norm_groups", fitting)
+        fitting = f"levels between 0 and {levels - 1}, as dim_multiply has {levels}"
+        require(all(level < levels for level in self.transformer_layers), self, "transformer_layers", fitting)
+        fitting = f"a divisor of {math.gcd(*self.dims)}, as the levels have {', '.join(map(str, self.dims))} channels"
+        require(math.gcd(*self.dims) % self.norm_groups == 0, self, "norm_groups", fitting)
         require(0 <= self.dropout < 1, self, "dropout", "at least 0 and below 1")
 
     @property
@@ -238,10 +225,8 @@ class Experiment:
     def differences(self, other: "Experiment") -> dict[str, tuple]:
         """The fields that differ: {"diffusion.epochs": (own value, the other's), ...}."""
         own, others = self.to_dict(), other.to_dict()
-        return {
-            f"{part}.{field}": (value, others[part][field])
-            for part in own for field, value in own[part].items() if value != others[part][field]
-        }  # fmt: skip
+        pairs = {f"{part}.{field}": (value, others[part][field]) for part in own for field, value in own[part].items()}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_dict(self) -> dict:
         """Plain containers, for JSON and checkpoints."""
@@ -259,20 +244,13 @@ class Experiment:
         """What is allowed but probably not meant."""
         warnings, groups, narrowest = [], self.model.norm_groups, min(self.model.dims)
         if narrowest / groups < 2:
-            fits = [g for g in common_divisors(self.model.dims) if narrowest / g >= 4]
             warnings.append(
                 f"norm_groups = {groups} leaves {narrowest / groups:g} channel a group at the narrowest level; the "
-                f"norm then erases each channel's mean and samples come out tinted: use {max(fits)}"
+                "norm then erases each channel's mean and samples come out tinted: leave at least 4"
             )
         if self.diffusion.max_rotation > 0 and not self.diffusion.use_augmentation:
             warnings.append("max_rotation has no effect without use_augmentation = True")
         return warnings
-
-
-def common_divisors(numbers: tuple[int, ...]) -> list[int]:
-    """All positive integers that divide every number."""
-    divisor = math.gcd(*numbers)
-    return [d for d in range(1, divisor + 1) if divisor % d == 0]
 
 
 def check_types(config: DiffusionConfig | ModelConfig) -> None:
@@ -284,9 +262,10 @@ def check_types(config: DiffusionConfig | ModelConfig) -> None:
         kinds = {float, int} if kind is float else {kind}
         fits = isinstance(items, (list, tuple)) and all(type(item) in kinds for item in items)
         require(fits, config, name, named.get(wanted, "a list of integers, such as [1, 2, 4]"))
-        most = LARGEST.get(name, LARGEST_INT)
-        fits = all(type(item) is not int or abs(item) <= most for item in items)
-        require(fits, config, name, f"at most {most:,}")
+        least, most = int(name not in MAY_BE_ZERO), LARGEST.get(name, 2**63 - 1)
+        ints = [item for item in items if type(item) is int]
+        require(kind is float or all(item >= least for item in ints), config, name, f"{least} or more")
+        require(all(abs(item) <= most for item in ints), config, name, f"at most {most:,}")
         # How a frozen dataclass sets itself up
         object.__setattr__(config, name, kind(value) if wanted in named else tuple(value))
 

@@ -15,23 +15,15 @@ SPACINGS = ("trailing", "logsnr")
 
 
 def sampling_times(
-    scheduler: NoiseScheduler,
-    steps: int | Sequence[int] | None = None,
-    spacing: str = "trailing",
-    start: int | None = None,
-    stop: int = -1,
+    scheduler: NoiseScheduler, steps: int | Sequence[int] | None = None, spacing: str = "trailing"
 ) -> list[int]:
-    """The falling timesteps from `start` to `stop` that a sampler visits: one more than it calls the network.
-
-    A `start` below T - 1 begins with an image noised to there only (`NoiseScheduler.q_sample`): the lower, the more of
-    the image remains. A `stop` above -1 ends with noise left in, for denoising in parts.
+    """The falling timesteps that a sampler visits, from T - 1 to -1: one more than it calls the network.
 
     Args:
-        steps: network calls, 1 .. start - stop; None: all of them; or the timesteps themselves, which are checked.
+        steps: network calls, 1 .. T; None: all T; or the timesteps themselves, which are checked: they may begin below
+            T - 1, with an image noised to there only, and end above -1, with noise left in.
         spacing: "trailing", even in t; or "logsnr", even in log(alpha_bar / (1 - alpha_bar)) as far as whole timesteps
-            allow, with the last call at t = 0 if `stop` is -1 (Lu et al. 2022, arXiv:2206.00927, Section 3.3).
-        start: timestep of the state that the sampler is handed; None: T - 1, pure noise.
-        stop: timestep of the state that it returns; -1 is the clean image.
+            allow, with the last call at t = 0 (Lu et al. 2022, arXiv:2206.00927, Section 3.3).
 
     Raises:
         ValueError: what was asked for is not within the schedule.
@@ -47,19 +39,12 @@ def sampling_times(
                 f"times must be 2 or more, falling, from at most {timesteps - 1} to at least -1; not {times}"
             )
         return times
-    start = timesteps - 1 if start is None else start
-    if not -1 <= stop < start < timesteps:
-        raise ValueError(
-            f"sampling was to go from t = {start} to {stop}; it can go down from {timesteps - 1} to -1, the clean image"
-        )
-    most = start - stop
-    steps = most if steps is None else steps
-    if not 1 <= steps <= most:
-        whole = f"a model with {timesteps} timesteps" if most == timesteps else f"going from t = {start} to {stop}"
-        raise ValueError(f"steps is {steps}; {whole} takes 1 to {most}")
+    steps = timesteps if steps is None else steps
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"steps is {steps}; a model with {timesteps} timesteps takes 1 to {timesteps}")
     if spacing == "trailing":
-        return [*(stop + 1 + t for t in trailing_timesteps(most, steps)), stop]
-    return logsnr_timesteps(scheduler, steps, start, stop)
+        return [*trailing_timesteps(timesteps, steps), -1]
+    return [*logsnr_timesteps(scheduler, steps, timesteps - 1, 0), -1]
 
 
 def trailing_timesteps(timesteps: int, steps: int) -> list[int]:
@@ -71,17 +56,14 @@ def trailing_timesteps(timesteps: int, steps: int) -> list[int]:
     return [round(timesteps - k * timesteps / steps) - 1 for k in range(steps)]
 
 
-def logsnr_timesteps(scheduler: NoiseScheduler, steps: int, start: int, stop: int) -> list[int]:
-    """`steps` + 1 timesteps from `start` to `stop`, evenly spaced in the logarithm of the signal-to-noise ratio."""
+def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: int) -> list[int]:
+    """`count` timesteps from `first` down to `last`, evenly spaced in the logarithm of the signal-to-noise ratio."""
     noisiness = -torch.logit(scheduler.alphas_cumprod)  # minus the log-SNR: (T,), rising with t
-    # The clean image's is infinite, so the even part ends at t = 0 then.
-    points, last = (steps, 0) if stop == -1 else (steps + 1, stop)
-    wanted = torch.linspace(noisiness[start].item(), noisiness[last].item(), points, dtype=torch.float64)
+    wanted = torch.linspace(noisiness[first].item(), noisiness[last].item(), count, dtype=torch.float64)
     between = (noisiness[1:] + noisiness[:-1]) / 2
     times = torch.searchsorted(between, wanted)  # the nearest timestep
     # Near t = 0 the log-SNR changes fast, and several points want the same timestep. Move them up until all differ, and
-    # down again from `start` if that went too far; there are enough timesteps, so the second undoes nothing.
-    k = torch.arange(points)
+    # down again from the first if that went too far; there are enough timesteps, so the second undoes nothing.
+    k = torch.arange(count)
     times = (times + k).flip(0).cummax(0).values.flip(0) - k
-    times = torch.minimum(times, start - k).tolist()
-    return [*times, -1] if stop == -1 else times
+    return torch.minimum(times, first - k).tolist()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from functions.timesteps import logsnr_timesteps, trailing_timesteps
+
 
 @dataclass
 class Mixture:
@@ -110,3 +112,10 @@ def exact_path(data, scheduler, x: Tensor, start: int, stop: int, steps: int = 1
             k_4 = slope(y + h * k_3, u + h)
             y = y + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
     return (a_end.sqrt() * y).view(x.shape)
+
+
+def part_of_the_way(scheduler, steps, spacing, start, stop):
+    """Timesteps of a solver that goes from start down to stop >= 0 only, as `sampling_times` has for the whole way."""
+    if spacing == "logsnr":
+        return logsnr_timesteps(scheduler, steps + 1, start, stop)
+    return [*(stop + 1 + t for t in trailing_timesteps(start - stop, steps)), stop]

@@ -71,7 +71,7 @@ def test_the_contracts_fields_come_first_and_the_rest_have_defaults():
         ("learning_rate", -1e-4, "above 0"),
         ("learning_rate", float("nan"), "above 0"),
         ("learning_rate", "fast", "a number"),
-        ("batch_size", 0, "at least 1"),
+        ("batch_size", 0, "1 or more"),
         ("batch_size", 2.5, "an integer"),
         ("batch_size", True, "an integer"),
         ("use_augmentation", 1, "True or False"),
@@ -83,8 +83,8 @@ def test_the_contracts_fields_come_first_and_the_rest_have_defaults():
         ("beta_start", 0, "between 0 and 1"),
         ("beta_end", 1e-5, "at least beta_start"),
         ("beta_end", 0.2, "below 0.2 with timesteps_diff = 200"),
-        ("epochs", 0, "at least 1"),
-        ("gradient_accumulation", 0, "at least 1"),
+        ("epochs", 0, "1 or more"),
+        ("gradient_accumulation", 0, "1 or more"),
         ("clip_grad_norm", -1, "0 (off) or more"),
         ("clip_grad_norm", float("inf"), "0 (off) or more"),
         ("warmup_steps", -5, "0 or more"),
@@ -93,12 +93,12 @@ def test_the_contracts_fields_come_first_and_the_rest_have_defaults():
         ("precision", "half", "one of auto, float32"),
         ("recompute", "all", '"none", "norms" or "blocks"'),
         ("seed", -1, "0 or more"),
-        ("log_every", 0, "at least 1"),
-        ("keep_checkpoints", 0, "at least 1"),
+        ("log_every", 0, "1 or more"),
+        ("keep_checkpoints", 0, "1 or more"),
         ("keep_every", -1, "0 or more"),
-        ("checkpoint_minutes", -1.0, "0 or more"),
-        ("checkpoint_minutes", float("nan"), "0 or more"),
-        ("max_skipped_steps", 0, "at least 1"),
+        ("checkpoint_minutes", -1.0, "0 (off) or more"),
+        ("checkpoint_minutes", float("nan"), "0 (off) or more"),
+        ("max_skipped_steps", 0, "1 or more"),
         ("deterministic", 1, "True or False"),
     ],
 )
@@ -114,18 +114,18 @@ def test_a_diffusion_field_that_does_not_fit(field, value, what_fits):
     [
         ("dim_multiply", [1, 2, 2, 4], "one multiplier for each resolution, 128, 64, 32, 16, 8; 4 of them reach 64"),
         ("dim_multiply", [1, 2, 2, 4, 8, 8], "128, 64, 32, 16, 8"),
-        ("dim_multiply", [], "a list of positive integers"),
-        ("dim_multiply", [1, 2, 0, 4, 8], "a list of positive integers"),
+        ("dim_multiply", [], "integers"),
+        ("dim_multiply", [1, 2, 0, 4, 8], "1 or more"),
         ("dim_multiply", [1, 2, 2.5, 4, 8], "a list of integers"),
         ("dim_multiply", "12248", "a list of integers"),
         ("image_size", 4, "lowest_resolution_size = 8 times a power of 2"),
         ("image_size", 100, "lowest_resolution_size = 8 times a power of 2"),
         ("transformer_layers", [5], "levels between 0 and 4"),
-        ("transformer_layers", [-1], "levels between 0 and 4"),
+        ("transformer_layers", [-1], "0 or more"),
         ("base_dim", 63, "even"),
         ("base_dim", 2, "at least 4"),
-        ("norm_groups", 24, "one of [1, 2, 4, 8, 16, 32, 64]"),
-        ("norm_groups", 0, "at least 1"),
+        ("norm_groups", 24, "a divisor of 64"),
+        ("norm_groups", 0, "1 or more"),
         ("dropout", 1, "below 1"),
         ("channels", 1, "3"),
     ],
@@ -150,9 +150,6 @@ def test_every_accepted_model_config_builds_the_network():
 def test_narrow_groups_are_warned_of():
     narrow = EXPERIMENTS["faces"].override({}, {"norm_groups": 32})
     assert "norm_groups = 32 leaves 1 channel a group" in narrow.warnings()[0]
-    assert "use 8" in narrow.warnings()[0]
-    three = ModelConfig(8, (1, 1), (), 30, image_size=16, norm_groups=30)
-    assert "use 6" in Experiment(EXPERIMENTS["faces"].diffusion, three).warnings()[0]  # 7 would not divide 30
     still = EXPERIMENTS["ffhq-full"].override({"use_augmentation": False}, {})
     assert still.warnings() == ["max_rotation has no effect without use_augmentation = True"]
     assert not any(experiment.warnings() for experiment in EXPERIMENTS.values())

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from functions.timesteps import sampling_times, trailing_timesteps
+from tests.known_denoisers import part_of_the_way
 from tests.test_samplers import noise_source, pure_noise
 
 
@@ -87,7 +88,9 @@ def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
 def test_dpm_solver_agrees_with_diffusers_step_for_step(steps, stop, spacing, order, sampler):
     scheduler = theirs(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=order,
                        lower_order_final=True, final_sigmas_type="zero" if stop == -1 else "sigma_min")  # fmt: skip
-    times = sampling_times(NoiseScheduler(1000), steps, spacing, stop=stop)
+    times = sampling_times(NoiseScheduler(1000), steps, spacing)
+    if stop == 0:
+        times = part_of_the_way(NoiseScheduler(1000), steps, spacing, 999, 0)
     scheduler.set_timesteps(timesteps=times[:-1])
     expected = their_states(scheduler, pure_noise())
     ours = our_states(sampler, 1000, steps=times, clip_x_0=False)
@@ -99,7 +102,9 @@ def test_dpm_solver_agrees_with_diffusers_step_for_step(steps, stop, spacing, or
 def test_the_sde_form_of_dpm_solver_agrees_with_diffusers_step_for_step(steps, stop, spacing):
     scheduler = theirs(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", solver_order=2,
                        lower_order_final=True, final_sigmas_type="zero" if stop == -1 else "sigma_min")  # fmt: skip
-    times = sampling_times(NoiseScheduler(1000), steps, spacing, stop=stop)
+    times = sampling_times(NoiseScheduler(1000), steps, spacing)
+    if stop == 0:
+        times = part_of_the_way(NoiseScheduler(1000), steps, spacing, 999, 0)
     scheduler.set_timesteps(timesteps=times[:-1])
     expected = their_states(scheduler, pure_noise(), generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)

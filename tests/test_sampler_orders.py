@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
-from functions.timesteps import sampling_times
 from tests.known_denoisers import (
     Mixture,
     exact_path,
@@ -17,6 +16,7 @@ from tests.known_denoisers import (
     ideal_model,
     mixture_2d,
     mixture_of_images,
+    part_of_the_way,
 )
 
 SAMPLERS = {
@@ -116,7 +116,7 @@ def test_the_error_falls_with_the_order(sampler, spacing, order, of):
     exact = exact_path(data, scheduler, x_T, START, STOP)
     errors = []
     for steps in (128, 256, 512):
-        times = sampling_times(scheduler, steps, spacing, START, STOP)
+        times = part_of_the_way(scheduler, steps, spacing, START, STOP)
         errors.append((sampler(model, scheduler, x_T, steps=times, clip_x_0=False) - exact).abs().max())
     print(f"{sampler.__name__}, {spacing}, {of}: {slopes(errors)}")
     assert slopes(errors) == pytest.approx([order] * 2, abs=0.25)
@@ -134,7 +134,7 @@ def test_ipndm_is_of_order_4_on_equal_steps_from_exact_start_values(of):
     x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact_start, own_start = [], []
     for steps in (64, 128, 256):
-        times = sampling_times(scheduler, steps, "trailing", START, T // 5 - 1)  # sigma from 1 to 0.2
+        times = part_of_the_way(scheduler, steps, "trailing", START, T // 5 - 1)  # sigma from 1 to 0.2
         exact = exact_path(data, scheduler, x, times[0], times[-1])
         own_start.append((ipndm_sample(model, scheduler, x, steps=times, clip_x_0=False) - exact).abs().max())
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.timesteps import SPACINGS, sampling_times, trailing_timesteps
+from functions.timesteps import SPACINGS, logsnr_timesteps, sampling_times, trailing_timesteps
 
 
 @pytest.mark.parametrize("timesteps", [1000, 200])
@@ -23,15 +23,13 @@ def test_trailing_timesteps_start_at_the_noise_and_never_repeat(timesteps):
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_times_are_as_many_as_asked_for_and_fall_from_start_to_stop(data):
+def test_times_are_as_many_as_asked_for_and_fall_to_the_image(data):
     timesteps = data.draw(st.integers(21, 300))
-    start = data.draw(st.integers(0, timesteps - 1))
-    stop = data.draw(st.integers(-1, start - 1))
-    steps = data.draw(st.integers(1, start - stop))
+    steps = data.draw(st.integers(1, timesteps))
     spacing = data.draw(st.sampled_from(SPACINGS))
-    times = sampling_times(NoiseScheduler(timesteps), steps, spacing, start, stop)
+    times = sampling_times(NoiseScheduler(timesteps), steps, spacing)
     assert len(times) == steps + 1
-    assert (times[0], times[-1]) == (start, stop)
+    assert (times[0], times[-1]) == (timesteps - 1, -1)
     assert all(after < before for before, after in pairwise(times))
     assert all(type(t) is int for t in times)
 
@@ -46,12 +44,11 @@ def test_all_steps_are_all_timesteps(timesteps, spacing):
 
 def test_trailing_times_are_the_trailing_timesteps_and_the_image():
     assert sampling_times(NoiseScheduler(1000), 7) == [*trailing_timesteps(1000, 7), -1]
-    assert sampling_times(NoiseScheduler(1000), 4, start=599, stop=199) == [599, 499, 399, 299, 199]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(99_999, 500), (50_000, 1000)])
 def test_logsnr_times_are_even_in_the_log_snr(start, stop):
-    times = sampling_times(NoiseScheduler(100_000), 50, "logsnr", start, stop)
+    times = logsnr_timesteps(NoiseScheduler(100_000), 51, start, stop)
     alpha_bar = np.cumprod(1 - np.linspace(0.1, 20, 100_000) / 100_000)
     gaps = np.diff(np.log(alpha_bar / (1 - alpha_bar))[times])
     assert gaps == pytest.approx([gaps.mean()] * 50, rel=0.01)
@@ -66,10 +63,6 @@ def test_logsnr_times_of_few_steps_end_with_a_call_at_the_least_noise():
 @pytest.mark.parametrize(("options", "message"), [
     ({"steps": 0}, "steps is 0; a model with 100 timesteps takes 1 to 100"),
     ({"steps": 101}, "steps is 101; a model with 100 timesteps takes 1 to 100"),
-    ({"steps": 51, "start": 49}, "steps is 51; going from t = 49 to -1 takes 1 to 50"),
-    ({"start": 100}, "from t = 100 to -1"),
-    ({"start": 20, "stop": 20}, "from t = 20 to 20"),
-    ({"stop": -2}, "from t = 99 to -2"),
     ({"spacing": "leading"}, "spacing is 'leading'; it can be trailing or logsnr"),
 ])  # fmt: skip
 def test_times_outside_the_schedule_are_refused(options, message):

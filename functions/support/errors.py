@@ -11,7 +11,3 @@ class UserError(Exception):
 
 class CheckpointError(UserError):
     """A checkpoint or run that cannot be used; the message names the file. Readers may take the one before it."""
-
-
-class NothingToResume(UserError):
-    """There is no unfinished run: unlike a damaged one, no reason to be careful."""

@@ -21,7 +21,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from functions.support.checkpoint import check_whole, open_checkpoint
-from functions.support.errors import CheckpointError, NothingToResume, UserError
+from functions.support.errors import CheckpointError, UserError
 from functions.support.files import TensorFile, write_whole
 
 Contents = TypeVar("Contents")
@@ -189,11 +189,10 @@ def last_checkpoint(run: Path) -> str:
     return "there is none yet"
 
 
-def newest_unfinished(runs: Path, experiment: str) -> Path:
+def newest_unfinished(runs: Path, experiment: str) -> Path | None:
     """The newest run of exactly this experiment that has a checkpoint and has not reached its last step.
 
     Raises:
-        NothingToResume: there is none.
         CheckpointError: there is one, but all its checkpoints are damaged.
     """
     for run in reversed(runs_of(runs, experiment)):
@@ -201,7 +200,7 @@ def newest_unfinished(runs: Path, experiment: str) -> Path:
             stands = first_sound(find_checkpoints(run), open_checkpoint).contents["run"]
             if stands["step"] < stands["total_steps"]:
                 return run
-    raise NothingToResume(f"{runs}: no unfinished run of {experiment!r} with a checkpoint; start one without --resume")
+    return None
 
 
 def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | None:
@@ -218,10 +217,10 @@ def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | Non
         if wanted and not Path(wanted).is_dir():  # a checkpoint's file is no run
             raise UserError(f"{wanted} is not a run folder; `NAME --resume` takes the newest unfinished run of NAME")
         return Path(wanted) if wanted else None
-    try:
-        return newest_unfinished(runs, experiment)
-    except NothingToResume as error:
-        if wanted == "newest":
-            raise
-        print(f"WARNING: NOTHING TO RESUME ({error}). STARTING A NEW RUN.", file=sys.stderr)
-        return None
+    found = newest_unfinished(runs, experiment)
+    nothing = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
+    if found is None and wanted == "newest":
+        raise UserError(f"{nothing}; start one without --resume")
+    if found is None:
+        print(f"WARNING: NOTHING TO RESUME ({nothing}). STARTING A NEW RUN.", file=sys.stderr)
+    return found

@@ -11,7 +11,7 @@ import pytest
 import sample
 import train
 from functions.support import run_folder
-from functions.support.errors import CheckpointError, NothingToResume
+from functions.support.errors import CheckpointError, UserError
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, during, interrupt, newest, posix, script
 from tests.kill import assert_same_run, kill_and_resume
@@ -81,7 +81,7 @@ def test_resume_auto_goes_on_or_starts_loudly(unfinished, tiny_run, tmp_path, ca
     call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent, *flags)  # a finished run is no reason
     assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
     assert len(list(unfinished.parent.iterdir())) == 2
-    with pytest.raises(NothingToResume, match="no unfinished run"):
+    with pytest.raises(UserError, match="no unfinished run"):
         call(train.main, "faces", "--resume", "--runs", unfinished.parent)
 
 
