@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from functions.evaluation.bits_per_dim import measure_bits_per_dim
+from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
@@ -126,11 +126,10 @@ class BookKeeper:
                     self.config.batch_size, self.config.seed, self.precision, self.processes,
                 )  # fmt: skip
         if bounding:
-            row["bits_per_dim"] = measure_bits_per_dim(
-                self.denoiser, self.x_0_of, self.val_indices,
-                t_stride=BOUND_T_STRIDE, images=self.config.bits_per_dim_images, batch_size=self.config.batch_size,
-                seed=self.config.seed, processes=self.processes,
-            ).total  # fmt: skip
+            options = BoundOptions(BOUND_T_STRIDE, self.config.batch_size, self.config.seed)
+            images = evenly(self.val_indices, self.config.bits_per_dim_images)
+            bound = measure_bits_per_dim(self.denoiser, self.x_0_of, images, options, self.processes)
+            row["bits_per_dim"] = bound.total
         if self.processes.is_main:
             self.metrics.write(**row)
             if validating:
