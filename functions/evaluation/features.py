@@ -78,9 +78,7 @@ def load_inception(weights: Path | None, device: torch.device, processes: Proces
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         from torch_fidelity.utils import create_feature_extractor
     except ImportError as error:
-        raise UserError(
-            "FID, KID, precision and recall need torch-fidelity: pip install -r requirements-eval.txt"
-        ) from error
+        raise UserError("FID and company need torch-fidelity: pip install -r requirements-eval.txt") from error
     path = weights or processes.from_main(lambda: downloaded(URL_INCEPTION_V3))
     # torch-fidelity itself lets a file run code; with this PyTorch reads tensors only, to the end of the process
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -90,9 +88,7 @@ def load_inception(weights: Path | None, device: torch.device, processes: Proces
         )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except Exception as error:  # whatever others' code raises at a file that is missing or something else
-        raise UserError(
-            f"{path}: not the weights of torch-fidelity's InceptionV3 ({short(error)}); they are at {URL_INCEPTION_V3}"
-        ) from error
+        raise UserError(f"{path}: not the weights that are at {URL_INCEPTION_V3} ({short(error)})") from error
     network.to(device)
     return Extractor(f"{INCEPTION}/{LAYER}", digest, int(LAYER), lambda images: network(images.to(device))[0], device)
 
@@ -107,10 +103,8 @@ def downloaded(url: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
     except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
-        raise UserError(
-            f"FID, KID, precision and recall need the weights of InceptionV3, and they cannot be downloaded "
-            f"({short(getattr(error, 'reason', error))}): get {url} where there is a network, and give --weights FILE"
-        ) from error
+        why = f"InceptionV3's weights cannot be downloaded ({short(getattr(error, 'reason', error))})"
+        raise UserError(f"{why}: get {url} where there is a network, and give --weights FILE") from error
     return path
 
 

@@ -97,9 +97,7 @@ def read_reference(path: Path) -> Reference:
         if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError(f"an empty reference ({count} images), or numbers that are not finite")
     except (*READ_ERRORS, MemoryError) as error:  # MemoryError: a header that lies about a shape
-        raise UserError(
-            f"{path}: damaged, or not a file of reference statistics of evaluate.py ({short(error)})"
-        ) from error
+        raise UserError(f"{path}: damaged, or not evaluate.py's reference statistics ({short(error)})") from error
     return Reference(description, {"mu": mu, "sigma": sigma}, features)
 
 

@@ -134,7 +134,7 @@ def test_bad_files_are_one_sentence(kind, tmp_path):
         path.write_bytes(content)
     else:
         np.savez(path, **content)
-    with pytest.raises(UserError, match=r"bad\.npz: damaged, or not a file of reference stat") as error:
+    with pytest.raises(UserError, match=r"bad\.npz: damaged, or not evaluate\.py's reference") as error:
         read_reference(path)
     assert str(error.value).isprintable() and len(str(error.value)) < 600 and not ran.exists()
 
