@@ -149,10 +149,12 @@ def collect_features(
         UserError: no memory for a single image.
     """
     features, limit = torch.zeros(count, extractor.width), BatchLimit(extractor.device)
+
+    def extract(images: Tensor) -> Tensor:
+        return extractor.features(images.permute(0, 3, 1, 2)).float().cpu()
+
     for rows, images in batches:
-        images = images.permute(0, 3, 1, 2)
-        extract = lambda some, images=images: extractor.features(images[some.start : some.stop]).float().cpu()
-        features[rows.start : rows.stop] = torch.cat(limit.in_parts(extract, range(len(images))))
+        features[rows.start : rows.stop] = torch.cat(limit.in_parts(extract, images))
     return processes.sum_(features)  # each row is one process's and 0 in the others, so that their sum is exact
 
 

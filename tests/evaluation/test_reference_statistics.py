@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import zipfile
 
 import numpy as np
@@ -103,6 +104,10 @@ def bad_files(ran):
         for name in archive.namelist():  # a header of the same length, of 512 TB
             shape, larger = b"(8, 8), }" + 12 * b" ", b"(8" + 12 * b"0" + b", 8), }"
             other.writestr(name, archive.read(name).replace(shape, larger))
+    wrong = bytearray(plain.getvalue())  # as if the arrays, which are plain, were compressed
+    for signature, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        for found in re.finditer(signature, plain.getvalue()):
+            wrong[found.start() + method] = zipfile.ZIP_DEFLATED
     return {
         "empty": b"",
         "text": b"mu",
@@ -123,6 +128,8 @@ def bad_files(ran):
         "control characters": {"description": description(dataset="\x1b[2J"), **GOOD},
         "a bomb": packed.getvalue(),
         "a huge shape": huge.getvalue(),
+        "a wrong method": bytes(wrong),
+        "cut off": plain.getvalue()[:-30],
     }
 
 
