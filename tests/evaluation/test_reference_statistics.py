@@ -98,7 +98,7 @@ def bad_files(ran):
     description = lambda **changes: np.array(json.dumps({**FACTS, **changes}))
     text = description()
     packed, plain, huge = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    np.savez_compressed(packed, description=text, mu=np.zeros(4000), sigma=np.zeros((4000, 4000)))
+    np.savez_compressed(packed, description=text, mu=np.zeros(200), sigma=np.zeros((200, 200)))
     np.savez(plain, description=text, **GOOD)
     with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(huge, "w") as other:
         for name in archive.namelist():  # a header of the same length, of 512 TB
