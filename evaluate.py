@@ -1,9 +1,8 @@
 """How good a trained model is: `python evaluate.py` for bits/dim, `--metrics bpd,fid,kid,prc` for all there is.
 
-bits/dim is the variational bound on held-out images (Ho et al. 2020, Eq. 5; functions/evaluation/bits_per_dim.py) and
-needs nothing but the data. FID, KID, precision and recall compare samples with real images
-(functions/evaluation/features.py) and need `pip install -r requirements-eval.txt` and the weights of InceptionV3. On
-several GPUs:
+bpd is bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5), and needs nothing but the data. fid,
+kid and prc (precision and recall) compare samples with real images; they need `pip install -r requirements-eval.txt`
+and the weights of InceptionV3. Defaults of flags are in brackets. On several GPUs:
 `torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid` (with -n, since torchrun takes --n for its own).
 """
 
@@ -17,76 +16,99 @@ import numpy as np
 import torch
 
 from data.datasets import ImageSet, Split, hash_ids, load_images, split_images
-from data.pixels import to_model_range, to_uint8
-from functions.evaluation.bits_per_dim import measure_bits_per_dim
-from functions.evaluation.features import Extractor, load_inception
-from functions.evaluation.figures import plot_bits_per_dim
-from functions.evaluation.reference_statistics import (
-    Reference,
-    cached_reference,
-    describe,
-    published_reference,
-    write_reference,
-)
-from functions.evaluation.report import (
-    add_evaluation_flags,
-    bpd_protocol,
-    bpd_table,
-    check_flags,
-    compare,
-    evenly,
-    image_protocol,
-    image_table,
-    image_warnings,
-    real_features,
-    result_path,
-    sample_features,
-    write_result,
-)
+from data.pixels import to_model_range
+from functions.evaluation import features, report
+from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim, plot_bits_per_dim
+from functions.evaluation.features import FEWEST, FULL_COUNT, Extractor, Reference, compare, load_inception
+from functions.evaluation.reference_statistics import cached_reference, describe, published_reference, write_reference
+from functions.likelihood import VARIANCES
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, rebuild
-from functions.sampling.options import SamplerOptions
+from functions.sampling.options import SamplerOptions, add_sampler_flags
 from functions.support.checkpoint import load_weights
-from functions.support.command_line import Parser, plain_errors
-from functions.support.device import choose_device, choose_precision, set_deterministic
+from functions.support.command_line import Parser, plain_errors, positive
+from functions.support.device import DTYPES, choose_device, choose_precision, set_deterministic
 from functions.support.errors import UserError
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
 from models.unet import UNet
+
+METRICS = ("bpd", "fid", "kid", "prc")
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is evaluated, on what."""
 
-    checkpoint: Path
     denoiser: Denoiser
-    facts: dict  # which weights, in which arithmetic: part of every result
     device: torch.device
     image_set: ImageSet
     split: Split
-    folder: Path  # for results
+    facts: dict  # which weights, in which arithmetic: part of every result
+    place: Path  # of the results: their folder and the checkpoint's name
 
 
 def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extractor] = load_inception) -> None:
     """Read the command line, evaluate, and say which files were written."""
-    parser = Parser(description=__doc__)
-    add_evaluation_flags(parser)
-    args = parser.parse_args()
-    check_flags(args)
-    settings = SamplerOptions.from_args(args)
+    args = parse_flags()
     with joined() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         set_deterministic(device.type == "cuda")  # the CPU's kernels are
         subject = open_subject(args, device, processes)
-        settings.times(subject.denoiser.scheduler)  # refuses numbers of steps that the model does not have
-        # What can be missing is asked for before the work of hours
-        extractor = load_extractor(args.weights, device, processes) if args.metrics != ("bpd",) else None
-        reference = open_reference(args, subject, extractor, processes) if extractor else None
+        if args.metrics != ("bpd",):
+            evaluate_images(args, subject, load_extractor, processes)
         if "bpd" in args.metrics:
             evaluate_bits(args, subject, processes)
-        if extractor:
-            evaluate_images(args, subject, settings, extractor, reference, processes)
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line, or `UserError` for flags of which one would have to be ignored."""
+    parser = Parser(description=__doc__, usage="%(prog)s [RUN] [flags]")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=Path, metavar="RUN", help="a run, checkpoint or .safetensors (the newest run)")
+    add("--metrics", type=metric_names, default=("bpd",), metavar="bpd,fid,kid,prc", help="what to measure (bpd)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all noise and of all choices at random (0)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images in the network at a time (64)")
+    add("--dataset-name", metavar="NAME|PATH", help="where the data set is now (where it was in training)")
+    add("--out", type=Path, metavar="FOLDER", help="where results go (evaluation/ in the run's folder)")
+    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (runs)")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps (auto)")
+    add("--precision", default="float32", choices=("auto", *DTYPES), help="what the network computes in (float32)")
+
+    add = parser.add_argument_group("bits/dim (bpd), on the validation split").add_argument
+    add("--images", type=positive, metavar="N", help="how many images of the split, evenly spaced (all)")
+    add("--t-stride", type=positive, default=20, metavar="N", help="most timesteps that one network call is for (20)")
+    add("--bpd-variance", choices=VARIANCES, default="small", help="variance of p(x_{t-1} | x_t) (small)")
+    add("--no-clip", action="store_true", help="let the predicted x_0 leave [-1, 1] (it is clipped, as in sampling)")
+
+    add = parser.add_argument_group("FID, KID, precision and recall (fid, kid, prc)").add_argument
+    add("--n", "-n", type=positive, default=FULL_COUNT, metavar="N", help=f"how many images to sample ({FULL_COUNT:,})")
+    add("--reference-split", choices=("train", "val"), default="train", help="the real images to compare with (train)")
+    add("--reference-images", type=positive, metavar="N", help="how many of them, evenly spaced (all)")
+    add("--reference", type=Path, metavar="FILE.npz", help="published statistics to compare with; fid alone (none)")
+    add("--save-reference", type=Path, metavar="FILE.npz", help="publish the real images' statistics there (nowhere)")
+    add("--weights", type=Path, metavar="FILE", help="weights of InceptionV3 (downloaded once)")
+    add("--cache", type=Path, metavar="FOLDER", help="where real images' features are kept (.evaluation in --runs)")
+    add_sampler_flags(parser)
+
+    args = parser.parse_args()
+    if args.metrics == ("bpd",) and (args.reference or args.save_reference):
+        raise UserError("--reference and --save-reference go with --metrics fid")
+    if args.reference and (args.save_reference or {"kid", "prc"} & set(args.metrics)):
+        raise UserError("--reference has statistics for fid alone; kid, prc and --save-reference want real images")
+    if args.save_reference and args.save_reference.suffix != ".npz":
+        raise UserError(f"{args.save_reference}: its name must end in .npz")
+    if args.n < FEWEST:
+        raise UserError(f"--n is {args.n}; {FEWEST} images are the fewest")
+    return args
+
+
+def metric_names(text: str) -> tuple[str, ...]:
+    """A flag's type: names of metrics with commas between, in the order of METRICS."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or not set(names) <= set(METRICS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of metrics; there are {', '.join(METRICS)}")
+    return tuple(name for name in METRICS if name in names)
 
 
 def open_subject(args: argparse.Namespace, device: torch.device, processes: Processes) -> Subject:
@@ -96,52 +118,69 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
     saved = first_sound(candidates, load_weights)
     denoiser = rebuild(UNet, saved, device, precision)
     processes.say(str(saved))
-    diffusion, run = saved.config["diffusion"], saved.run
-    image_set = load_images(
-        args.dataset_name or diffusion["dataset_name"], saved.config["model"]["image_size"], diffusion["max_bad_images"]
-    )
+    diffusion, model, run = saved.config["diffusion"], saved.config["model"], saved.run
+    name = args.dataset_name or diffusion["dataset_name"]
+    image_set = load_images(name, model["image_size"], diffusion["max_bad_images"])
     split = split_images(image_set, diffusion["split"])
     processes.say(split.description)
-    if run.get("train_ids_hash") != split.train_ids_hash:
-        warn(processes, "THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation")
-    facts = {
-        "experiment": run["experiment"], "step": run["step"], "weights": saved.kind,
-        "weights_hash": saved.digest[:16], "precision": str(precision).removeprefix("torch."),
-        "device": device.type, "batch_size": args.batch_size, "seed": args.seed,
-    }  # fmt: skip
+    if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
+        warn("THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation")
+    weights = {"step": run["step"], "weights": saved.kind, "weights_hash": saved.digest[:16]}
+    computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
+    asked = {"batch_size": args.batch_size, "seed": args.seed}
+    facts = {"experiment": run["experiment"], **weights, **computing, **asked}
     folder = args.out or folder_of(saved.path) / "evaluation"
-    return Subject(saved.path, denoiser, facts, device, image_set, split, folder)
+    return Subject(denoiser, device, image_set, split, facts, folder / saved.path.stem)
 
 
-def warn(processes: Processes, text: str) -> None:
-    if processes.is_main:
-        print(f"WARNING: {text}", file=sys.stderr)
+def warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr)
 
 
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
     """bits/dim of the validation split."""
+    options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, not args.no_clip)
     images, split = subject.image_set.images, subject.split
 
     def x_0_of(indices: np.ndarray) -> torch.Tensor:
         return to_model_range(torch.from_numpy(images[indices]).to(subject.device))
 
-    result = measure_bits_per_dim(
-        subject.denoiser, x_0_of, split.val_indices, args.t_stride, args.images, args.batch_size,
-        args.seed, args.bpd_variance, not args.no_clip, processes, progress=processes.is_main,
-    )  # fmt: skip
+    indices = evenly(split.val_indices, args.images)
+    result = measure_bits_per_dim(subject.denoiser, x_0_of, indices, options, processes, processes.is_main)
     if not processes.is_main:
         return
-    settings = {
-        **subject.facts, "ids_hash": split.val_ids_hash, "split_images": len(split.val_indices),
-        "images": len(result.prior), "t_stride": args.t_stride, "variance": args.bpd_variance,
-        "clip_x_0": not args.no_clip,
-    }  # fmt: skip
-    protocol = bpd_protocol(result, subject.denoiser.scheduler.timesteps, settings)
-    path = result_path(subject.folder, subject.checkpoint, "bpd", settings)
-    write_result(path, {"protocol": protocol, "settings": settings, **result.facts()})
+    of_images = {"ids_hash": split.val_ids_hash, "split_images": len(split.val_indices), "images": len(indices)}
+    settings = {**subject.facts, **of_images, **vars(options)}
+    protocol = report.bpd_protocol(result, subject.denoiser.scheduler.timesteps, settings)
+    path = report.write_result(subject.place, "bpd", {"protocol": protocol, "settings": settings, **result.facts()})
     name = f"{subject.facts['experiment']}, step {subject.facts['step']:,}"
     plot_bits_per_dim(result, path.with_suffix(".png"), name)
-    print(f"{bpd_table(result, protocol)}\nwrote {path}\nwrote {path.with_suffix('.png')}")
+    print(f"{report.bpd_table(result, protocol)}\nwrote {path}\nwrote {path.with_suffix('.png')}")
+
+
+def evaluate_images(args: argparse.Namespace, subject: Subject, load_extractor: Callable, processes: Processes) -> None:
+    """FID, KID, precision and recall of samples."""
+    denoiser, device = subject.denoiser, subject.device
+    options = SamplerOptions.from_args(args)
+    options.times(denoiser.scheduler)  # refuses numbers of steps that the model does not have
+    # What can be missing is asked for before the work of hours
+    extractor = load_extractor(args.weights, device, processes)
+    reference = open_reference(args, subject, extractor, processes)
+    sampler = ImageSampler(denoiser, options, (3, *subject.image_set.images.shape[1:3]), args.seed, device)
+    generated = features.sample_features(sampler, args.n, args.batch_size, extractor, processes)
+    if not processes.is_main:
+        return
+    of_samples = {"n": args.n, **options.facts(denoiser.scheduler.timesteps), "sampler_in_words": str(options)}
+    settings = {**subject.facts, **of_samples, "reference": reference.description}
+    protocol = report.image_protocol(reference.description, settings)
+    warnings = report.image_warnings(reference.description, args.n, extractor.width)
+    for warning in warnings:
+        warn(warning)
+    metrics = tuple(name for name in args.metrics if name != "bpd")
+    results = compare(metrics, generated, reference, args.seed)
+    contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}
+    path = report.write_result(subject.place, "-".join(metrics), contents)
+    print(f"{report.image_table(results, protocol)}\nwrote {path}")
 
 
 def open_reference(
@@ -153,48 +192,17 @@ def open_reference(
         return published_reference(args.reference, images.shape[1], extractor)
     of_split = {"train": split.train_indices, "val": split.val_indices}[args.reference_split]
     indices = evenly(of_split, args.reference_images)
-    if len(indices) < 2:
-        raise UserError(f"an empty reference: {len(indices)} {args.reference_split} image(s), 2 are the fewest")
+    if len(indices) < FEWEST:
+        raise UserError(f"an empty reference: {len(indices)} {args.reference_split} image(s), {FEWEST} are the fewest")
     ids = hash_ids([subject.image_set.ids[i] for i in indices])
     name = Path(subject.image_set.name).name  # a path is nobody's business, and the pixels have their hash
     description = describe(images, indices, ids, name, args.reference_split, extractor)
-    reference = cached_reference(
-        args.cache or args.runs / ".evaluation", description,
-        lambda: real_features(images, indices, args.batch_size, extractor, processes), processes,
-    )  # fmt: skip
+    make_features = lambda: features.real_features(images, indices, args.batch_size, extractor, processes)
+    reference = cached_reference(args.cache or args.runs / ".evaluation", description, make_features, processes)
     if args.save_reference and processes.is_main:
         write_reference(args.save_reference, reference)
         print(f"wrote {args.save_reference}")
     return reference
-
-
-def evaluate_images(
-    args: argparse.Namespace,
-    subject: Subject,
-    sampler: SamplerOptions,
-    extractor: Extractor,
-    reference: Reference | None,
-    processes: Processes,
-) -> None:
-    """FID, KID, precision and recall of samples."""
-    metrics = tuple(name for name in args.metrics if name != "bpd")
-    shape = (3, *subject.image_set.images.shape[1:3])
-    drawing = ImageSampler(subject.denoiser, sampler, shape, args.seed, subject.device)
-    generated = sample_features(drawing, args.n, args.batch_size, extractor, to_uint8, processes)
-    if not processes.is_main:
-        return
-    settings = {
-        **subject.facts, "n": args.n, **sampler.facts(subject.denoiser.scheduler.timesteps),
-        "sampler_in_words": str(sampler), "reference": reference.description,
-    }  # fmt: skip
-    protocol = image_protocol(reference.description, settings)
-    warnings = image_warnings(reference.description, args.n, generated.shape[1])
-    for warning in warnings:
-        warn(processes, warning)
-    results = compare(metrics, generated, reference, args.seed)
-    path = result_path(subject.folder, subject.checkpoint, "-".join(metrics), settings)
-    write_result(path, {"protocol": protocol, "warnings": warnings, "settings": settings, **results})
-    print(f"{image_table(results, protocol)}\nwrote {path}")
 
 
 if __name__ == "__main__":

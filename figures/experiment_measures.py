@@ -18,7 +18,7 @@ from torch import Tensor
 from figures.experiment_features import colours, data_numbers, data_of
 from figures.experiment_results import Results
 from figures.experiments import AVERAGES, finished_run, own_average, weights_file
-from functions.evaluation.bits_per_dim import measure_bits_per_dim
+from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim
 from functions.prediction import Denoiser
 from functions.samplers import ddpm_sample
 from functions.sampling.generation import rebuild
@@ -116,7 +116,7 @@ def measure_weights(
         loss = validation_loss(network, scheduler, held_out, every, 4 * len(every), BATCH, 0, precision)
         results.put(loss, *place, key, "validation_loss")
     if "bits" in missing:
-        bits = measure_bits_per_dim(denoiser, held_out, every, BITS_STRIDE, BITS_IMAGES)
+        bits = measure_bits_per_dim(denoiser, held_out, evenly(every, BITS_IMAGES), BoundOptions(BITS_STRIDE))
         facts = {"total": bits.total, "se": bits.standard_error, "distortion": bits.distortion,
                  "prior": float(bits.prior.mean()), "images": len(bits.prior)}  # fmt: skip
         results.put(facts, *place, key, "bits")

@@ -2,16 +2,17 @@
 
     bits/dim = (L_T + sum_t L_t + L_0) / (C H W log 2)
 
-The terms are those of `functions.likelihood`; "rate" is all but L_0, and L_0 the "distortion", in bits. It is an upper
-bound of the bits that an ideal code made from the model needs for an image, so lower is better.
+The terms are those of `functions.likelihood`; "rate" is all but L_0, and L_0 the "distortion", in bits. The sum is an
+upper bound of the bits that an ideal code made from the model needs for an image, so lower is better.
 
-Every L_t of every image costs a network call, so `t_stride` takes one t of each stratum of neighbours, drawn for each
-image by itself: unbiased, and the standard error over images, which are then independent, includes what that adds.
+Every L_t of every image costs a network call, so `t_stride` takes one t of each stratum of neighbours, at random for
+each image. That is unbiased, and the images stay independent, so their standard error includes what it adds.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +21,21 @@ from tqdm import tqdm
 
 from functions.likelihood import VARIANCES, terms_of
 from functions.prediction import Denoiser
+from functions.sampling.fitting import BatchLimit
+from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import generator_of
+
+
+@dataclass(frozen=True)
+class BoundOptions:
+    """How the bound is measured."""
+
+    t_stride: int = 1  # the most timesteps that one network call stands for; 1: all T, without an error from t
+    batch_size: int = 64  # (image, t) pairs in a forward pass
+    seed: int = 0
+    variance: str = "small"  # of p(x_{t-1} | x_t), or "large"
+    clip_x_0: bool = True  # clip the predicted x_0 to [-1, 1], as samplers do
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,6 @@ class BitsPerDim:
     """The bound of N images at K timesteps each, in bits per dimension; float64 arrays."""
 
     strata: list[range]  # K of them, together 0 .. T-1; the first is t = 0
-    t: np.ndarray  # (N, K) int64: the timestep of each image in each stratum
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
     mse_x_0: np.ndarray  # (N, K): squared error of the (clipped) prediction of x_0, images in [-1, 1]
@@ -53,7 +66,7 @@ class BitsPerDim:
     @property
     def standard_error(self) -> float:
         """Of `total`, over images and the choice of t; nan for a single image."""
-        return float(self.of_images.std(ddof=1) / math.sqrt(len(self.prior))) if len(self.prior) > 1 else math.nan
+        return float(error_of_mean(self.of_images))
 
     @property
     def distortion(self) -> float:
@@ -72,32 +85,34 @@ class BitsPerDim:
         known, L_T and all terms above t (in the middle of a stratum: half of its own), and how far the x_0 that is
         predicted then is from the truth, in levels of 0 .. 255.
         """
-        terms, lengths = self.terms.mean(axis=0), self.lengths
+        terms, lengths, mse = self.terms.mean(axis=0), self.lengths, self.mse_x_0.mean(axis=0)
         above = np.cumsum((terms * lengths)[::-1])[::-1] - terms * lengths
-        mse = self.mse_x_0.mean(axis=0)
-        columns = {
-            "t": [(stratum[0] + stratum[-1]) / 2 for stratum in self.strata], "timesteps": lengths,
-            "bits_per_dim_a_step": terms, "standard_error": spread(self.terms), "mse_x_0": mse,
-            "mse_eps": self.mse_eps.mean(axis=0), "rate": self.prior.mean() + above + terms * (lengths - 1) / 2,
-            "rmse": 127.5 * np.sqrt(mse),
-        }  # fmt: skip
-        return {name: [float(value) for value in column] for name, column in columns.items()}
+        rate = self.prior.mean() + above + terms * (lengths - 1) / 2
+        t, error = [(stratum[0] + stratum[-1]) / 2 for stratum in self.strata], error_of_mean(self.terms)
+        of_terms = {"t": t, "timesteps": lengths, "bits_per_dim_a_step": terms, "standard_error": error}
+        of_errors = {"mse_x_0": mse, "mse_eps": self.mse_eps.mean(axis=0), "rate": rate, "rmse": 127.5 * np.sqrt(mse)}
+        return {name: [float(value) for value in column] for name, column in (of_terms | of_errors).items()}
 
     def facts(self) -> dict:
         """Plain values, for a JSON. Bits per dimension; a standard error is null when there is but one image."""
-        finite = lambda value: None if math.isnan(value) else value
-        curves = {name: [finite(value) for value in column] for name, column in self.curves().items()}
-        return {
-            "bits_per_dim": self.total, "standard_error": finite(self.standard_error), "rate": self.rate,
-            "distortion": self.distortion, "prior": float(self.prior.mean()), "images": len(self.prior),
-            "network_calls_an_image": len(self.strata), "curves": curves,
-        }  # fmt: skip
+        curves, error = self.curves(), self.standard_error
+        if math.isnan(error):
+            error, curves["standard_error"] = None, [None] * len(self.strata)
+        sums = {"bits_per_dim": self.total, "standard_error": error, "rate": self.rate, "distortion": self.distortion}
+        counts = {"images": len(self.prior), "network_calls_an_image": len(self.strata)}
+        return {**sums, "prior": float(self.prior.mean()), **counts, "curves": curves}
 
 
-def spread(values: np.ndarray) -> np.ndarray:
-    """(N, K) -> (K,): the standard error of the mean over N; nan for N = 1."""
+def error_of_mean(values: np.ndarray) -> np.ndarray:
+    """Standard error of the mean, (N, ...) -> (...); nan for N = 1."""
     count = len(values)
-    return values.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else np.full(values.shape[1], math.nan)
+    return values.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else np.full(values.shape[1:], math.nan)
+
+
+def evenly(indices: np.ndarray, count: int | None) -> np.ndarray:
+    """Take `count` of the indices, evenly spaced; all with None, or when there are no more."""
+    count = min(count or len(indices), len(indices))
+    return indices[np.arange(count) * len(indices) // max(count, 1)]
 
 
 @torch.no_grad()
@@ -105,59 +120,48 @@ def measure_bits_per_dim(
     denoiser: Denoiser,
     x_0_of: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
-    t_stride: int = 1,
-    images: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-    variance: str = "small",
-    clip_x_0: bool = True,
+    options: BoundOptions,
     processes: Processes = SINGLE_PROCESS,
     progress: bool = False,
 ) -> BitsPerDim:
-    """The variational bound (Eq. 5) of held-out images.
+    """Measure the variational bound (Eq. 5) of held-out images.
 
     The noise of a term depends on (seed, image, t) alone, and batches are the same whoever computes them, so the result
-    depends neither on the number of processes nor on chance.
+    depends neither on the number of processes nor on chance. A batch that does not fit in memory is halved.
 
     Args:
         x_0_of: image indices (B,) -> (B, C, H, W) in [-1, 1], on the model's device.
         indices: the held-out images, at least one.
-        t_stride: the most timesteps that one call stands for; 1: all T, without an error from t.
-        images: how many of them, evenly spaced; None: all.
-        batch_size: (image, t) pairs in a forward pass.
-        variance: of p, "small" or "large".
-        clip_x_0: clip the predicted x_0 to [-1, 1], as samplers do.
-        processes: those that share the work; all get the result.
-        progress: show a bar over all pairs.
+        processes: those that divide the batches among themselves; all get the result.
+        progress: show a bar over the batches.
 
     Raises:
         ValueError: no image, or an unknown variance.
+        UserError: no memory for a single image.
     """
-    if len(indices) == 0 or variance not in VARIANCES:
-        raise ValueError(f"{len(indices)} images and variance {variance!r}; there must be images, and small or large")
-    count = min(images or len(indices), len(indices))
-    chosen = np.asarray(indices)[np.arange(count) * len(indices) // count]
-    scheduler = denoiser.scheduler
-    strata = strata_of(scheduler.timesteps, t_stride)
-    t = torch.tensor([choose_t(strata, seed, int(image)) for image in chosen])  # (N, K)
-
-    image_of, t_of = np.repeat(chosen, len(strata)), t.flatten()  # the pairs, image by image
+    if len(indices) == 0 or options.variance not in VARIANCES:
+        raise ValueError(f"{len(indices)} images and variance {options.variance!r}; there must be some, small or large")
+    scheduler, seed = denoiser.scheduler, options.seed
+    strata = strata_of(scheduler.timesteps, options.t_stride)
+    t = torch.tensor([choose_t(strata, seed, int(image)) for image in indices])  # (N, K)
+    image_of, t_of = np.repeat(indices, len(strata)), t.flatten()  # the pairs, image by image
     table = torch.zeros(4, len(t_of), dtype=torch.float64)
-    starts = range(0, len(t_of), batch_size)[processes.rank :: processes.count]
-    bar = tqdm(total=len(starts), unit="batch", desc="bits/dim", disable=not progress, dynamic_ncols=True)
-    with bar, denoiser.evaluating():
-        for start in starts:
-            pairs = slice(start, start + batch_size)
-            x_0 = x_0_of(image_of[pairs])
-            noise = torch.stack([
-                torch.randn(x_0.shape[1:], generator=generator_of("cpu", seed, "bits per dim", *pair))
-                for pair in zip(image_of[pairs].tolist(), t_of[pairs].tolist(), strict=True)
-            ])  # fmt: skip
-            table[:, pairs] = terms_of(denoiser, scheduler, x_0, t_of[pairs], noise, variance, clip_x_0).cpu()
-            bar.update()
+
+    def fill(pairs: range) -> None:
+        x_0, t_of_pairs = x_0_of(image_of[pairs.start : pairs.stop]), t_of[pairs.start : pairs.stop]
+        generators = [generator_of("cpu", seed, "bits per dim", int(image_of[k]), int(t_of[k])) for k in pairs]
+        noise = torch.stack([torch.randn(x_0.shape[1:], generator=generator) for generator in generators])
+        terms = terms_of(denoiser, scheduler, x_0, t_of_pairs, noise, options.variance, options.clip_x_0)
+        table[:, pairs.start : pairs.stop] = terms.cpu()
+
+    starts = range(0, len(t_of), options.batch_size)[processes.rank :: processes.count]
+    limit = BatchLimit(x_0_of(image_of[:1]).device)
+    with denoiser.evaluating():
+        for start in tqdm(starts, "bits/dim", unit="batch", disable=not progress, dynamic_ncols=True):
+            limit.in_parts(fill, range(len(t_of))[start : start + options.batch_size])
     # Each entry is one process's and 0 in the others, so that their sum is exact
     prior, terms, mse_x_0, mse_eps = processes.sum_(table).view(4, *t.shape).numpy()
-    return BitsPerDim(strata, t.numpy(), prior[:, 0], terms, mse_x_0, mse_eps)
+    return BitsPerDim(strata, prior[:, 0], terms, mse_x_0, mse_eps)
 
 
 def strata_of(timesteps: int, t_stride: int) -> list[range]:
@@ -174,6 +178,28 @@ def strata_of(timesteps: int, t_stride: int) -> list[range]:
 
 
 def choose_t(strata: list[range], seed: int, image: int) -> list[int]:
-    """One t of each stratum, uniformly, by (seed, image) alone: other images take others."""
-    shares = torch.rand(len(strata), dtype=torch.float64, generator=generator_of("cpu", seed, "bits per dim t", image))
-    return [stratum[int(share * len(stratum))] for stratum, share in zip(strata, shares.tolist(), strict=True)]
+    """Draw one t of each stratum, uniformly, by (seed, image) alone: other images take others."""
+    uniform = torch.rand(len(strata), dtype=torch.float64, generator=generator_of("cpu", seed, "bits per dim t", image))
+    return [stratum[int(u * len(stratum))] for stratum, u in zip(strata, uniform.tolist(), strict=True)]
+
+
+def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
+    """Save three panels: the terms by t, the rate-distortion curve (the paper's Figure 5), squared errors by t."""
+    curves = result.curves()
+    t = [value + 1 for value in curves["t"]]  # the paper's, from 1, for the logarithmic axis
+    figure, (terms, rate, errors) = plt.subplots(1, 3, figsize=(13, 4))
+    terms.loglog(t, curves["bits_per_dim_a_step"], marker=".", color="tab:blue")
+    terms.set(xlabel="t (the paper's)", ylabel="bits/dim in one step", title="terms of the bound")
+    rate.plot(curves["rate"], curves["rmse"], marker=".", color="tab:blue")
+    rate.set(xlabel="rate so far, bits/dim", ylabel="RMSE of $x_0$, of 255", title="rate and distortion")
+    rate.set(xlim=(0, 1.03 * result.rate), ylim=(0, None))
+    errors.loglog(t, curves["mse_eps"], marker=".", color="tab:orange", label=r"of $\epsilon$ (the loss)")
+    errors.loglog(t, curves["mse_x_0"], marker=".", color="tab:blue", label=r"of $x_0$ in [-1, 1]")
+    errors.set(xlabel="t (the paper's)", ylabel="mean squared error", title="the network by noise level")
+    errors.legend(frameon=False)
+    for axis in (terms, rate, errors):
+        axis.grid(color="0.92")
+    sums = f"{result.total:.3f} bits/dim = rate {result.rate:.3f} + distortion {result.distortion:.3f}"
+    figure.suptitle(f"{title}: {sums}", fontsize=11)
+    figure.tight_layout()
+    save_figure(figure, path)

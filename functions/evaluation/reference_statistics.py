@@ -1,6 +1,6 @@
 """What generated images are compared with: features of real images, made once, kept under a hash, and publishable.
 
-A file is a NumPy archive without pickles:
+A file is a NumPy archive of plain arrays:
     description    JSON: all that the numbers were made from
     mu, sigma      (D,) and (D, D) float64, for FID
     features       (N, D) float32, for KID, precision and recall; in the cache alone, for it can be large
@@ -10,14 +10,14 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from functions.evaluation.features import Extractor, statistics
+from functions.evaluation.features import Extractor, Reference, statistics
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short, write_whole
 from functions.support.processes import SINGLE_PROCESS, Processes
@@ -27,15 +27,6 @@ TEXTS = ("dataset", "split", "ids_hash", "pixels_hash", "extractor", "weights_ha
 CHUNK = 1024  # images hashed at a time
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Real images as the metrics see them."""
-
-    description: dict
-    statistics: dict  # mu, sigma
-    features: Tensor | None = None  # (N, D) float32; None out of a published file
-
-
 def describe(
     images: np.ndarray, indices: np.ndarray, ids_hash: str, dataset: str, split: str, extractor: Extractor
 ) -> dict:
@@ -43,14 +34,8 @@ def describe(
     pixels = hashlib.sha256()
     for start in range(0, len(indices), CHUNK):
         pixels.update(np.ascontiguousarray(images[indices[start : start + CHUNK]]))
-    return {
-        "dataset": dataset, "split": split, "count": len(indices), "image_size": int(images.shape[1]),
-        "ids_hash": ids_hash, "pixels_hash": pixels.hexdigest()[:16], **of_extractor(extractor),
-    }  # fmt: skip
-
-
-def of_extractor(extractor: Extractor) -> dict:
-    return {"extractor": extractor.name, "weights_hash": extractor.weights_hash}
+    images_of = {"dataset": dataset, "split": split, "count": len(indices), "image_size": int(images.shape[1])}
+    return {**images_of, "ids_hash": ids_hash, "pixels_hash": pixels.hexdigest()[:16], **extractor.facts}
 
 
 def cached_reference(
@@ -58,37 +43,26 @@ def cached_reference(
 ) -> Reference | None:
     """The reference of a description: out of the cache, or made by all processes and put there; None but in rank 0."""
     key = hashlib.sha256(json.dumps([FORMAT, description], sort_keys=True).encode()).hexdigest()
-    path = cache / f"{description['split']}-{key[:16]}.npz"
-    found = read_if_whole(path, description) if processes.is_main else None
-    if processes.any(found is not None):
+    path, found = cache / f"{description['split']}-{key[:16]}.npz", None
+    if processes.is_main:
+        with suppress(UserError):  # there is no such file, or it is damaged
+            found = read_reference(path)
+    whole = found is not None and found.description == description and found.features is not None
+    if processes.any(whole):
         return found
     features = make_features()
     if not processes.is_main:
         return None
     made = Reference(description, statistics(features), features)
     cache.mkdir(parents=True, exist_ok=True)
-    write_reference(path, made, with_features=True)
+    write_reference(path, made, features=features.numpy())
     return made
 
 
-def read_if_whole(path: Path, description: dict) -> Reference | None:
-    """A file of the cache; None when there is none, or it is damaged: it is made anew then."""
-    try:
-        found = read_reference(path)
-    except UserError:
-        return None
-    return found if found.description == description and found.features is not None else None
-
-
-def write_reference(path: Path, reference: Reference, with_features: bool = False) -> None:
-    """Write the file; without features for publishing."""
-    if path.suffix != ".npz":
-        raise UserError(f"{path}: the name of a file with reference statistics must end in .npz")
-    arrays = dict(reference.statistics)
-    if with_features:
-        arrays["features"] = reference.features.numpy()
-    description = json.dumps({"format": FORMAT, **reference.description})
-    write_whole(path, lambda file: np.savez(file, description=np.array(description), **arrays))
+def write_reference(path: Path, reference: Reference, **more: np.ndarray) -> None:
+    """Write the statistics, to publish; `more` are further arrays."""
+    description = np.array(json.dumps({"format": FORMAT, **reference.description}))
+    write_whole(path, lambda file: np.savez(file, description=description, **reference.statistics, **more))
 
 
 def read_reference(path: Path) -> Reference:
@@ -103,42 +77,43 @@ def read_reference(path: Path) -> Reference:
         with zipfile.ZipFile(path) as archive:  # which compares checksums as it reads
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > path.stat().st_size:
-            raise UserError(f"{path}: the file would unpack to more than it is, as no file of ours does")
-        with np.load(path, allow_pickle=False) as file:
+            raise ValueError("it would unpack to more than it is")
+        with np.load(path) as file:  # plain arrays alone, by NumPy's default
             arrays = {name: file[name] for name in file.files}
         description = json.loads(str(arrays.pop("description")))
         if description.pop("format") != FORMAT:
-            raise KeyError("format")
+            raise ValueError("another format")
         mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
         width, count, size = len(mu), description["count"], description["image_size"]
         texts = [description[name] for name in TEXTS]
-    except UserError:
-        raise
-    except READ_ERRORS as error:
-        raise UserError(
-            f"{path}: damaged, or not a file of reference statistics of evaluate.py ({short(error)})"
-        ) from error
-    fits = (mu.shape, sigma.shape) == ((width,), (width, width)) and mu.dtype == sigma.dtype == np.float64
-    plain = all(type(value) is int for value in (count, size)) and all(text == short(text) for text in texts)
-    if not fits or not plain:
-        raise UserError(f"{path}: its statistics have other shapes or types than they should")
-    if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path}: an empty reference ({count} images), or numbers that are not finite")
-    if features is not None:
-        if features.shape != (count, width) or features.dtype != np.float32:
-            raise UserError(f"{path}: its features have other shapes or types than they should")
-        features = torch.from_numpy(features)
+        plain = type(count) is type(size) is int and all(text == short(text) for text in texts)
+        fits = (mu.shape, sigma.shape, mu.dtype, sigma.dtype) == ((width,), (width, width), np.float64, np.float64)
+        if features is not None:
+            fits = fits and (features.shape, features.dtype) == ((count, width), np.float32)
+            features = torch.from_numpy(features)
+        if not (plain and fits):
+            raise ValueError("it has other shapes or types than it should")
+        if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError(f"an empty reference ({count} images), or numbers that are not finite")
+    except (
+        *READ_ERRORS,
+        EOFError,
+        zipfile.BadZipFile,
+        MemoryError,
+    ) as error:  # the last: a header that lies about a shape
+        raise UserError(f"{path}: damaged, or not evaluate.py's reference statistics ({short(error)})") from error
     return Reference(description, {"mu": mu, "sigma": sigma}, features)
 
 
 def published_reference(path: Path, image_size: int, extractor: Extractor) -> Reference:
-    """A file that somebody published, for models of this size and this network.
+    """Read a file that somebody published, for models of this size and this network.
 
     Raises:
         UserError: as `read_reference`; it is of images of another size, or was made with another network.
     """
     found = read_reference(path)
-    for name, own in {"image_size": image_size, **of_extractor(extractor)}.items():
-        if found.description[name] != own:
-            raise UserError(f"{path}: made with {name} = {short(found.description[name])}; here it is {own}")
+    inside = {**found.description, "features": len(found.statistics["mu"])}
+    for name, own in {"image_size": image_size, **extractor.facts, "features": extractor.width}.items():
+        if inside[name] != own:
+            raise UserError(f"{path}: made with {name} = {short(inside[name])}; here it is {own}")
     return found

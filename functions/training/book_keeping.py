@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_model_range, to_uint8
-from functions.evaluation.bits_per_dim import measure_bits_per_dim
+from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
@@ -141,11 +141,11 @@ class BookKeeper:
                 own = Denoiser(net, self.denoiser.scheduler, precision=self.denoiser.precision)
                 row[column] = validation_loss(own, self.images.gather, self.val_indices, self.config, self.processes)
         if bounding:
-            row["bits_per_dim"] = measure_bits_per_dim(
-                self.denoiser, lambda indices: to_model_range(self.images.gather(indices)), self.val_indices,
-                t_stride=BOUND_T_STRIDE, images=self.config.bits_per_dim_images, batch_size=self.config.batch_size,
-                seed=self.config.seed, processes=self.processes,
-            ).total  # fmt: skip
+            options = BoundOptions(BOUND_T_STRIDE, self.config.batch_size, self.config.seed)
+            held_out = evenly(self.val_indices, self.config.bits_per_dim_images)
+            x_0_of = lambda indices: to_model_range(self.images.gather(indices))
+            bound = measure_bits_per_dim(self.denoiser, x_0_of, held_out, options, self.processes)
+            row["bits_per_dim"] = bound.total
         if self.processes.is_main:
             self.metrics.write(**row)
             if validating:

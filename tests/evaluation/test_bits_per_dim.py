@@ -1,19 +1,18 @@
-"""bits/dim against closed forms on Gaussian data, torch.distributions, a direct CDF, and a true entropy."""
+"""bits/dim against closed forms on Gaussian data and a true entropy; batches, processes, memory and the figure."""
 
 import math
-from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Normal, kl_divergence
 
-from functions.evaluation.bits_per_dim import measure_bits_per_dim, strata_of
-from functions.likelihood import decoder_log_likelihood, model_variance, posterior_kl, prior_kl, terms_of
+from functions.evaluation import bits_per_dim
+from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim, strata_of
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.support.processes import Processes
+from functions.support.errors import UserError
+from functions.support.processes import SINGLE_PROCESS, Processes
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 MU, S = 0.2, 0.3  # of the Gaussian data
@@ -65,10 +64,8 @@ def expected_terms(scheduler, variance):
 def test_terms_equal_the_closed_form_on_gaussian_data(variance):
     scheduler = NoiseScheduler(40)
     x_0 = (MU + S * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))).float()
-    result = measure_bits_per_dim(
-        Denoiser(GaussianDenoiser(scheduler), scheduler), lambda i: x_0[i], np.arange(64), variance=variance,
-        clip_x_0=False,
-    )  # fmt: skip
+    model, options = Denoiser(GaussianDenoiser(scheduler), scheduler), BoundOptions(variance=variance, clip_x_0=False)
+    result = measure_bits_per_dim(model, lambda i: x_0[i], np.arange(64), options)
     expected = expected_terms(scheduler, variance)
     sampled = x_0.numel() ** -0.5 * 5 * math.sqrt(2)  # of a mean of squared normals
     np.testing.assert_allclose(result.terms.mean(axis=0)[1:], expected[1:], rtol=sampled)
@@ -79,70 +76,6 @@ def test_terms_equal_the_closed_form_on_gaussian_data(variance):
     error = S**2 * (1 - a) / (a * S**2 + 1 - a)
     np.testing.assert_allclose(result.mse_x_0.mean(axis=0), error, rtol=sampled)
     np.testing.assert_allclose(result.mse_eps.mean(axis=0), error * a / (1 - a), rtol=sampled)
-
-
-@pytest.mark.parametrize("variance", ["small", "large"])
-@pytest.mark.parametrize("t", [1, 2, 500, 999])
-def test_kl_is_that_of_torch_distributions(variance, t):
-    scheduler = NoiseScheduler(1000)
-    x_0, predicted, x_t = torch.randn(3, 4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
-    times = torch.full((4,), t)
-    mean_q, variance_q = scheduler.q_posterior(x_0, x_t, times, times - 1)
-    mean_p, _ = scheduler.q_posterior(predicted, x_t, times, times - 1)
-    sigma_squared = model_variance(scheduler, times, variance)
-    p = Normal(mean_p, sigma_squared.sqrt())
-    expected = kl_divergence(Normal(mean_q, variance_q.sqrt()), p)
-    found = posterior_kl(scheduler, x_0, predicted, times, sigma_squared)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    a = scheduler.alphas_cumprod[-1]
-    expected = kl_divergence(Normal(a.sqrt() * x_0, (1 - a).sqrt()), Normal(torch.zeros(()).double(), 1.0))
-    torch.testing.assert_close(prior_kl(scheduler, x_0), expected, rtol=1e-7, atol=1e-12)
-
-
-@pytest.mark.parametrize("sigma", [0.0074, 0.05, 1.0])
-@pytest.mark.parametrize("mean", [-1.1, -0.3, 0.0, 0.999])
-def test_the_decoder_is_a_distribution_over_256_levels(mean, sigma):
-    log_p = decoder_log_likelihood(LEVELS, torch.full((256,), mean, dtype=torch.float64), sigma)
-    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
-    normal = NormalDist(mean, sigma)
-    edges = [-math.inf, *((LEVELS[:-1] + LEVELS[1:]) / 2).tolist(), math.inf]
-    cdf = [0.0, *map(normal.cdf, edges[1:-1]), 1.0]
-    np.testing.assert_allclose(log_p.exp(), np.diff(cdf), atol=1e-13)
-    assert torch.isfinite(log_p).all()  # in the tails too, where the direct difference is 0
-
-
-def test_the_decoder_agrees_with_the_approximation_of_the_released_codes():
-    """Ho's code and improved-diffusion approximate the CDF by a tanh, good to 4e-4, and floor it at 1e-12."""
-    phi = lambda z: 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-    x, mean, sigma = LEVELS.numpy(), 0.1, 0.05
-    upper, lower = phi((x + 1 / 255 - mean) / sigma), phi((x - 1 / 255 - mean) / sigma)
-    theirs = np.where(x < -0.999, upper, np.where(x > 0.999, 1 - lower, upper - lower))
-    np.testing.assert_allclose(
-        decoder_log_likelihood(LEVELS, torch.full((256,), mean, dtype=torch.float64), sigma).exp(), theirs, atol=8e-4
-    )
-
-
-def test_far_tails_keep_their_digits():
-    log_p = decoder_log_likelihood(LEVELS[:1], torch.tensor([1.0]), 0.0074).item()
-    z = (LEVELS[0].item() + 1 / 255 - 1) / 0.0074
-    asymptotic = -z * z / 2 - math.log(-z * math.sqrt(2 * math.pi)) + math.log1p(-1 / z**2)
-    assert log_p == pytest.approx(asymptotic, rel=1e-9)
-    symmetric = decoder_log_likelihood(LEVELS[-1:], torch.tensor([-1.0]), 0.0074).item()
-    assert symmetric == pytest.approx(log_p, rel=1e-12)
-
-
-def test_variances_are_those_of_the_paper_s_code():
-    """`p_mean_variance` clips the posterior's log-variance to that at t = 1, and takes it for the first beta too."""
-    beta = np.linspace(1e-4, 0.02, 1000)
-    a = np.cumprod(1 - beta)
-    posterior = beta * (1 - np.append(1.0, a[:-1])) / (1 - a)
-    scheduler = NoiseScheduler(1000)
-    small, large = (
-        model_variance(scheduler, torch.arange(1000), name).flatten().numpy() for name in ("small", "large")
-    )
-    assert small[0] == large[0] == pytest.approx(posterior[1], rel=1e-9)
-    np.testing.assert_allclose(small[1:], posterior[1:], rtol=1e-9)
-    np.testing.assert_allclose(large[1:], beta[1:], rtol=1e-9)
 
 
 SMOOTH = torch.from_numpy(np.exp(-((LEVELS.numpy() - 0.1) ** 2) / (2 * 0.1**2)))
@@ -164,7 +97,7 @@ def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
     drawn = torch.multinomial(p, 32 * 48, replacement=True, generator=torch.Generator().manual_seed(0))
     x_0 = levels[drawn].view(32, 3, 4, 4).float()
     model = Denoiser(LevelsDenoiser(scheduler, levels, p), scheduler)
-    result = measure_bits_per_dim(model, lambda i: x_0[i], np.arange(32), t_stride=20, variance=variance)
+    result = measure_bits_per_dim(model, lambda i: x_0[i], np.arange(32), BoundOptions(t_stride=20, variance=variance))
     entropy = -(p * p.log2()).sum().item()
     assert entropy - 3 * result.standard_error < result.total < entropy + gap
     assert result.total == pytest.approx(result.rate + result.distortion)
@@ -174,9 +107,11 @@ def test_strides_are_unbiased():
     """The mean over many seeds is the full sum, whose noise is averaged too; its error is the one that is stated."""
     scheduler = NoiseScheduler(100)
     x_0 = (MU + S * torch.randn(400, 3, 4, 4, generator=torch.Generator().manual_seed(0))).float()
-    model, x_0_of = Denoiser(GaussianDenoiser(scheduler), scheduler), lambda i: x_0[i]
-    full = measure_bits_per_dim(model, x_0_of, np.arange(400), clip_x_0=False, batch_size=4096)
-    some = measure_bits_per_dim(model, x_0_of, np.arange(400), 20, clip_x_0=False, batch_size=4096)
+    model = Denoiser(GaussianDenoiser(scheduler), scheduler)
+    full, some = (
+        measure_bits_per_dim(model, lambda i: x_0[i], np.arange(400), BoundOptions(stride, 4096, clip_x_0=False))
+        for stride in (1, 20)
+    )
     assert some.terms.shape[1] < 30
     assert full.standard_error < some.standard_error < 10 * full.standard_error
     assert abs(some.total - full.total) < 4 * some.standard_error
@@ -190,23 +125,52 @@ def test_strata_cover_every_t_once():
     assert len(strata_of(1000, 1)) == 1000
 
 
-def small_measurement(**options):
+HELD_OUT = np.arange(2, 10)
+
+
+def small_measurement(indices=HELD_OUT, seed=0, batch_size=8, processes=SINGLE_PROCESS, network=None):
     scheduler = NoiseScheduler(40)
     x_0 = torch.randn(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    arguments = {"indices": np.arange(2, 10), "t_stride": 3, "batch_size": 8, **options}
-    return measure_bits_per_dim(Denoiser(GaussianDenoiser(scheduler), scheduler), lambda i: x_0[i], **arguments)
+    model = Denoiser(network or GaussianDenoiser(scheduler), scheduler)
+    return measure_bits_per_dim(model, lambda i: x_0[i], indices, BoundOptions(3, batch_size, seed), processes)
 
 
 def test_a_term_depends_on_seed_image_and_t_alone():
     all_images, again, others = small_measurement(), small_measurement(), small_measurement(seed=1)
     np.testing.assert_array_equal(all_images.terms, again.terms)
     assert (all_images.terms != others.terms).all()
-    one = small_measurement(indices=np.array([5]), batch_size=3)
-    np.testing.assert_array_equal(one.t[0], all_images.t[3])
+    one = small_measurement(np.array([5]), batch_size=3)
     np.testing.assert_allclose(one.terms[0], all_images.terms[3], rtol=1e-12)
     assert math.isnan(one.standard_error) and one.facts()["standard_error"] is None
-    half = small_measurement(images=4)
+    half = small_measurement(evenly(HELD_OUT, 4))
     np.testing.assert_allclose(half.terms, all_images.terms[::2], rtol=1e-12)
+
+
+def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_terms(capsys):
+    best, sizes = GaussianDenoiser(NoiseScheduler(40)), []
+
+    class Small(nn.Module):
+        """Has memory for so many images."""
+
+        def __init__(self, most):
+            super().__init__()
+            self.most = most
+
+        def forward(self, x_t, t):
+            if len(x_t) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            sizes.append(len(x_t))
+            return best(x_t, t)
+
+    whole, halved = small_measurement(), small_measurement(network=Small(3))
+    np.testing.assert_allclose(halved.terms, whole.terms, rtol=1e-12)
+    np.testing.assert_allclose(halved.mse_eps, whole.mse_eps, rtol=1e-12)
+    errors = capsys.readouterr().err
+    assert "out of memory with 8 images at a time: going on with 4" in errors
+    assert errors.count("going on with 2") == 1  # later batches are not tried whole
+    assert sum(sizes) == whole.terms.size and max(sizes) == 2
+    with pytest.raises(UserError, match="no memory for a single image at a time on cpu"):
+        small_measurement(network=Small(0))
 
 
 def test_two_processes_get_the_numbers_of_one():
@@ -220,16 +184,27 @@ def test_two_processes_get_the_numbers_of_one():
     for rank in range(2):
         small_measurement(processes=Part(rank, 2))
     alone = small_measurement()
-    np.testing.assert_array_equal((parts[0] + parts[1])[1].view(alone.t.shape).numpy(), alone.terms)
-    assert all((part != 0).any(dim=0).sum() < alone.t.size for part in parts)
+    np.testing.assert_array_equal((parts[0] + parts[1])[1].view(alone.terms.shape).numpy(), alone.terms)
+    assert all((part != 0).any(dim=0).sum() < alone.terms.size for part in parts)
 
 
-def test_clipping_is_of_the_prediction():
-    scheduler = NoiseScheduler(100)
-    x_0, noise = torch.full((1, 3, 2, 2), 1.0), torch.zeros(1, 3, 2, 2)
-    wrong = lambda x_t, t: torch.full_like(x_t, -1.0)  # which puts x_0 above 1
-    t = torch.tensor([50])
-    clipped, free = (terms_of(wrong, scheduler, x_0, t, noise, clip_x_0=clip) for clip in (True, False))
-    assert clipped[2] == 0 and free[2] > 0 and clipped[1] < free[1]
-    with pytest.raises(ValueError, match="images"):
-        small_measurement(indices=np.arange(0))
+def test_no_images_and_unknown_variances_are_errors():
+    with pytest.raises(ValueError, match="0 images"):
+        small_measurement(np.arange(0))
+    scheduler = NoiseScheduler(40)
+    model = Denoiser(GaussianDenoiser(scheduler), scheduler)
+    with pytest.raises(ValueError, match="'middle'"):
+        measure_bits_per_dim(model, lambda i: torch.zeros(1, 3, 4, 4), np.arange(1), BoundOptions(variance="middle"))
+
+
+def test_the_figure_shows_the_numbers(tmp_path, monkeypatch):
+    result, figures = small_measurement(), []
+    monkeypatch.setattr(bits_per_dim, "save_figure", lambda figure, path: figures.append(figure))
+    bits_per_dim.plot_bits_per_dim(result, tmp_path / "bpd.png", "ten images")
+    terms, rate, errors = figures[0].axes
+    np.testing.assert_allclose(terms.lines[0].get_ydata(), result.terms.mean(axis=0))
+    assert rate.lines[0].get_xdata()[0] == pytest.approx(result.rate)  # at the end of the way, all but L_0 is read
+    np.testing.assert_allclose(rate.lines[0].get_ydata(), 127.5 * np.sqrt(result.mse_x_0.mean(axis=0)))
+    np.testing.assert_allclose(errors.lines[0].get_ydata(), result.mse_eps.mean(axis=0))
+    assert f"{result.total:.3f} bits/dim" in figures[0].get_suptitle()
+    bits_per_dim.plt.close(figures[0])

@@ -1,7 +1,6 @@
 """FID, KID, precision and recall, through the path that evaluate.py takes, with a small network for InceptionV3."""
 
-import json
-import math
+import hashlib
 import pickle
 
 import numpy as np
@@ -11,20 +10,25 @@ import torch
 pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not installed")
 
 import functions.evaluation.features
-from functions.evaluation.features import Extractor, collect_features, load_inception, statistics
-from functions.evaluation.reference_statistics import (
-    FORMAT,
+from data.pixels import to_uint8
+from functions.evaluation.features import (
+    Extractor,
     Reference,
-    cached_reference,
-    describe,
-    published_reference,
-    read_reference,
-    write_reference,
+    compare,
+    load_inception,
+    real_features,
+    sample_features,
+    statistics,
 )
-from functions.evaluation.report import compare, image_warnings
+from functions.evaluation.report import image_warnings
+from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
+from functions.sampling.generation import ImageSampler, generate_batches
+from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
-from functions.support.processes import Processes
-from tests.small_extractor import blurred, small_extractor
+from functions.support.processes import SINGLE_PROCESS, Processes
+from tests.conftest import small_unet
+from tests.evaluation.small_extractor import blurred, small_extractor, small_features
 
 ALL = ("fid", "kid", "prc")
 EXTRACTOR = small_extractor()
@@ -44,9 +48,8 @@ def photos():
     return images[:200], images[200:]
 
 
-def features(images, batch_size=64, **options):
-    make = lambda batches: (images[batch.start : batch.stop] for batch in batches)
-    return collect_features(make, len(images), batch_size, EXTRACTOR, 16, **options)
+def features(images, batch_size=64, processes=SINGLE_PROCESS, extractor=EXTRACTOR):
+    return real_features(images.numpy(), np.arange(len(images)), batch_size, extractor, processes)
 
 
 def reference(images):
@@ -104,34 +107,50 @@ def test_order_of_obvious_cases(photos):
 
 
 def test_features_depend_neither_on_batches_nor_on_processes(photos):
-    images, done = photos[0], []
-    whole = features(images, on_batch=done.append)
-    assert done == [64, 64, 64, 8] and whole.dtype == torch.float32
-    torch.testing.assert_close(features(images, batch_size=7), whole)
+    whole = features(photos[0])
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whole, small_features(photos[0].permute(0, 3, 1, 2)))
+    torch.testing.assert_close(features(photos[0], batch_size=7), whole)
     parts = []
 
     class Part(Processes):
-        def gather(self, value):
-            return [value, 8]
-
         def sum_(self, tensor):
             parts.append(tensor)
             return tensor
 
     for rank in range(5):  # of which the last has nothing to do
-        features(images, processes=Part(rank, 5))
+        features(photos[0], processes=Part(rank, 5))
     assert torch.equal(sum(parts), whole)
 
 
-def test_images_that_do_not_fit(photos):
-    with pytest.raises(UserError, match=r"16 x 8 x 3 torch\.uint8; they must be 16 x 16 x 3"):
-        features(photos[0][:, :, :8])
-    with pytest.raises(UserError, match="float32"):
-        features(photos[0].float())
-    with pytest.raises(UserError, match="at least 2"):
-        features(photos[0][:1])
-    with pytest.raises(UserError, match="nearest neighbours"):
-        compare(("prc",), features(photos[0][:3]), reference(photos[1]), seed=0)
+def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_features(photos, capsys):
+    images, sizes = photos[0][:40], []
+
+    def extractor_for(most):
+        def extract(batch):
+            if len(batch) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            sizes.append(len(batch))
+            return small_features(batch)
+
+        return Extractor("small", "none", 8, extract, torch.device("cpu"))
+
+    torch.testing.assert_close(features(images, 16, extractor=extractor_for(5)), features(images))
+    errors = capsys.readouterr().err
+    assert "out of memory with 16 images at a time: going on with 8" in errors
+    assert errors.count("going on with 4") == 1 and sizes == [4] * 10  # later batches are not tried whole
+    with pytest.raises(UserError, match="no memory for a single image at a time on cpu: CUDA out of memory"):
+        features(images, extractor=extractor_for(0))
+
+
+def test_features_of_samples_are_those_of_the_images_that_are_sampled():
+    denoiser, cpu = Denoiser(small_unet(), NoiseScheduler(100)), torch.device("cpu")
+    sampler = ImageSampler(denoiser, SamplerOptions(steps=2), (3, 16, 16), 0, cpu)
+    (all_at_once,) = generate_batches(sampler, [range(5)])
+    expected = small_features(to_uint8(all_at_once.images).permute(0, 3, 1, 2))
+    found = sample_features(sampler, 5, 2, EXTRACTOR, SINGLE_PROCESS)
+    assert (found - expected).abs().max() < 2 / 255  # a level at a pixel, by rounding
+    assert (found[0] - found[1]).abs().max() > 4 / 255
 
 
 def test_few_samples_are_said_loudly():
@@ -140,95 +159,38 @@ def test_few_samples_are_said_loudly():
     assert "1,000 SAMPLES, NOT 50,000" in few and "900 IMAGES FOR 2,048" in singular
 
 
-def test_reference_is_cached_published_and_checked(photos, tmp_path):
-    images, made = photos[0].numpy(), []
-    indices = np.arange(10, 60)
-
-    def make():
-        made.append(True)
-        return features(photos[0][10:60])
-
-    description = describe(images, indices, "abc", "discs", "train", EXTRACTOR)
-    first = cached_reference(tmp_path / "cache", description, make)
-    again = cached_reference(tmp_path / "cache", description, make)
-    assert len(made) == 1 and torch.equal(first.features, again.features)
-    np.testing.assert_array_equal(first.statistics["sigma"], again.statistics["sigma"])
-    changed = images.copy()
-    changed[20, 0, 0, 0] ^= 1  # other pixels under the same ids
-    other = describe(changed, indices, "abc", "discs", "train", EXTRACTOR)
-    cached_reference(tmp_path / "cache", other, make)
-    assert len(made) == 2
-    file = next(path for path in (tmp_path / "cache").iterdir() if read_reference(path).description == description)
-    damaged = bytearray(file.read_bytes())
-    damaged[damaged.index(first.features.numpy().tobytes()) + 100] ^= 1
-    file.write_bytes(damaged)
-    cached_reference(tmp_path / "cache", description, make)
-    assert len(made) == 3
-
-    public = tmp_path / "discs.npz"
-    write_reference(public, first)
-    found = published_reference(public, 16, EXTRACTOR)
-    assert found.features is None and found.description == description
-    with pytest.raises(UserError, match="image_size = 16; here it is 32"):
-        published_reference(public, 32, EXTRACTOR)
-    with pytest.raises(UserError, match="weights_hash = none; here it is other"):
-        published_reference(public, 16, Extractor("small", "other", EXTRACTOR.features))
-    with pytest.raises(UserError, match=r"must end in \.npz"):
-        write_reference(tmp_path / "discs.bin", first)
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "empty set", "nan", "pickle", "other arrays"])
-def test_bad_reference_files(kind, tmp_path, photos):
-    path, ran = tmp_path / "bad.npz", tmp_path / "ran"
-    good = {"mu": np.zeros(8), "sigma": np.eye(8)}
-    facts = {
-        "format": FORMAT, "dataset": "d", "split": "train", "count": 5, "image_size": 16, "ids_hash": "a",
-        "pixels_hash": "b", "extractor": "small", "weights_hash": "none",
-    }  # fmt: skip
-    text = np.array(json.dumps(facts))
-    if kind == "empty":
-        path.touch()
-    elif kind == "text":
-        path.write_text("mu")
-    elif kind == "empty set":
-        np.savez(path, description=np.array(json.dumps({**facts, "count": 0})), **good)
-    elif kind == "nan":
-        np.savez(path, description=text, **{**good, "mu": np.full(8, math.nan)})
-    elif kind == "pickle":
-        np.savez(path, description=text, mu=np.array([Harm(ran)], dtype=object), sigma=np.eye(8))
-    elif kind == "other arrays":
-        np.savez(path, description=text, mu=np.zeros(8), sigma=np.eye(7))
-    with pytest.raises(UserError, match=r"bad\.npz") as error:
-        read_reference(path)
-    assert "\n" not in str(error.value) and not ran.exists()
-
-
-class Harm:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
 def test_weights_that_are_none(tmp_path, monkeypatch):
-    missing, harmful = tmp_path / "missing.pth", tmp_path / "harmful.pth"
-    with pytest.raises(UserError, match="there is no such file"):
-        load_inception(missing, torch.device("cpu"))
-    harmful.write_bytes(pickle.dumps(Harm(tmp_path / "ran"), protocol=2))
-    with pytest.raises(UserError, match="not the weights of torch-fidelity's InceptionV3"):
-        load_inception(harmful, torch.device("cpu"))
-    torch.save({"fc.weight": torch.zeros(2)}, harmful)
-    with pytest.raises(UserError, match="not the weights"):
-        load_inception(harmful, torch.device("cpu"))
-    assert not (tmp_path / "ran").exists()
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # so that it is undone afterwards
+    path, ran = tmp_path / "bad.pth", tmp_path / "ran"
+
+    class Harm:
+        """Unpickled, it makes a file."""
+
+        def __reduce__(self):
+            return open, (str(ran), "w")
+
+    def refused():
+        with pytest.raises(UserError, match=r"bad\.pth: not the weights that are at https") as error:
+            load_inception(path, torch.device("cpu"))
+        assert "\n" not in str(error.value) and not ran.exists()
+        return str(error.value)
+
+    assert "No such file" in refused()
+    path.write_bytes(pickle.dumps(Harm(), protocol=2))
+    refused()
+    torch.save({"fc.weight": Harm()}, path)
+    refused()
+    torch.save({"fc.weight": torch.zeros(2)}, path)
+    whole = path.read_bytes()
+    refused()
+    for damaged in (b"", b"weights", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        refused()
 
 
 def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(functions.evaluation.features, "PATIENCE", 2)
+    monkeypatch.setattr(functions.evaluation.features, "PATIENCE", None)  # no timeout for the tests after this one
     url = "https://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth"  # where nobody listens
     with pytest.raises(UserError, match=r"cannot be downloaded .*127\.0\.0\.1:9.*--weights FILE") as error:
         functions.evaluation.features.downloaded(url)
@@ -243,16 +205,19 @@ def test_the_real_network_takes_our_images(tmp_path, monkeypatch):
     """torch-fidelity's InceptionV3 with random weights: its 2048 features, from uint8 batches of any size."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     keep = {}
     get = lambda network, weights: keep.update(network.state_dict())
     monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", get)
     weights = tmp_path / "random.pth"
     torch.save({}, weights)
     load_inception(weights, torch.device("cpu"))
-    monkeypatch.undo()
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", torch.nn.Module.load_state_dict)
     torch.save(keep, weights)
     extractor = load_inception(weights, torch.device("cpu"))
     found = extractor.features(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
-    assert (
-        found.shape == (2, 2048) and extractor.name == "inception-v3-compat/2048" and len(extractor.weights_hash) == 16
-    )
+    assert found.shape == (2, extractor.width) == (2, 2048)
+    assert extractor.facts == {
+        "extractor": "inception-v3-compat/2048",
+        "weights_hash": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+    }

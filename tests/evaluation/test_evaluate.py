@@ -13,7 +13,7 @@ import evaluate
 from functions.evaluation.reference_statistics import read_reference
 from functions.support.errors import UserError
 from tests.conftest import ROOT, call, script
-from tests.small_extractor import small_extractor
+from tests.evaluation.small_extractor import small_extractor
 
 BPD = ["--t-stride", "100", "--device", "cpu"]
 FAST = ["--n", "12", "--sampler", "ddim", "--steps", "2", "--batch-size", "5", "--device", "cpu"]
@@ -86,7 +86,7 @@ def test_a_published_reference_gives_the_same_fid(tiny_run, tmp_path, capsys):
     call(small_main, tiny_run, *FAST, "--metrics", "fid", "--reference", public, "--out", tmp_path / "b")
     one, other = (next((tmp_path / folder).iterdir()).read_bytes() for folder in "ab")
     assert one == other
-    with pytest.raises(UserError, match="kid want real images"):
+    with pytest.raises(UserError, match="--reference has statistics for fid alone"):
         call(small_main, tiny_run, *FAST, "--metrics", "fid,kid", "--reference", public)
     capsys.readouterr()
 
@@ -104,14 +104,14 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
         (["--metrics", "bpd,is"], "'bpd,is' is not a list of metrics; there are bpd, fid, kid, prc"),
         (["--sampler", "heun"], "invalid choice: 'heun'"),
         (["--spacing", "even"], "invalid choice: 'even'"),
-        (["--steps", "101"], "steps is 101; a model with 100 timesteps takes 1 to 100"),
+        (["--metrics", "fid", "--steps", "101"], "steps is 101; a model with 100 timesteps takes 1 to 100"),
         (["--images", "0"], "not an integer of at least 1"),
-        (["--metrics", "fid", "--n", "1"], "a single sample has no covariance"),
-        (["--metrics", "prc", "--n", "3"], "--n is 3; precision and recall look at the 3 nearest"),
+        (["--metrics", "fid", "--n", "3"], "--n is 3; 4 images are the fewest"),
         (["--metrics", "fid", "--reference", "none.npz"], "none.npz: there is no such file"),
         (["--save-reference", "x.npz"], "go with --metrics fid"),
+        (["--metrics", "fid", "--save-reference", "x.txt"], "x.txt: its name must end in .npz"),
         (["--dataset-name", "nowhere"], "nowhere"),
-        (["--metrics", "fid", "--reference-images", "1"], "an empty reference: 1 train image(s), 2 are the fewest"),
+        (["--metrics", "fid", "--reference-images", "1"], "an empty reference: 1 train image(s), 4 are the fewest"),
         (["--device", "tpu"], "device is 'tpu'"),
     ],
 )
@@ -128,4 +128,4 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tiny_run, tmp
 def test_without_weights_the_script_says_what_to_get(tiny_run, tmp_path):
     ended = script(ROOT / "evaluate.py", tiny_run, "--metrics", "kid", "--weights", tmp_path / "none.pth", *FAST)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    assert "none.pth: there is no such file; it should hold the weights of https://github.com/toshas" in ended.stderr
+    assert "none.pth: not the weights that are at https://github.com/toshas" in ended.stderr

@@ -17,7 +17,7 @@ def small_features(images):
 
 
 def small_extractor(weights=None, device=None, processes=None):
-    return Extractor("small", "none", small_features)
+    return Extractor("small", "none", 8, small_features, torch.device("cpu"))
 
 
 def blurred(images):
