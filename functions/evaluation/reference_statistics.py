@@ -25,6 +25,7 @@ from functions.support.processes import SINGLE_PROCESS, Processes
 FORMAT = "ddpm-faces reference statistics 1"
 TEXTS = ("dataset", "split", "ids_hash", "pixels_hash", "extractor", "weights_hash")  # of a description
 CHUNK = 1024  # images hashed at a time
+BROKEN = (*READ_ERRORS, EOFError, zipfile.BadZipFile, MemoryError)  # the last: a header that lies about a shape
 
 
 def describe(
@@ -95,12 +96,7 @@ def read_reference(path: Path) -> Reference:
             raise ValueError("it has other shapes or types than it should")
         if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError(f"an empty reference ({count} images), or numbers that are not finite")
-    except (
-        *READ_ERRORS,
-        EOFError,
-        zipfile.BadZipFile,
-        MemoryError,
-    ) as error:  # the last: a header that lies about a shape
+    except BROKEN as error:
         raise UserError(f"{path}: damaged, or not evaluate.py's reference statistics ({short(error)})") from error
     return Reference(description, {"mu": mu, "sigma": sigma}, features)
 

@@ -75,7 +75,8 @@ class BookKeeper:
         self.run.make_folder()
         stack.enter_context(locked(self.run.folder))
         self.run.write_config()
-        self.metrics = stack.enter_context(MetricsLog(self.run.folder, self.run.first_step))
+        self.metrics = MetricsLog(self.run.folder, self.run.first_step)
+        stack.callback(self.metrics.tensorboard.close)
         print(f"  goes to    {self.run.folder}", flush=True)
         return self.run.folder
 

@@ -34,8 +34,6 @@ COLUMNS = (
 class MetricsLog:
     """Appends rows to metrics.csv and TensorBoard; each row is handed to the system when `write` returns.
 
-    A context manager: leaving it, however that happens, closes the files.
-
     Args:
         run: the run folder.
         resume_step: drop what an interrupted run logged after this step, since those steps are done again.
@@ -62,12 +60,6 @@ class MetricsLog:
         """Wait until every row is on the disk, where a power cut leaves it."""
         with open(self.path, "a") as file:
             os.fsync(file.fileno())
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:

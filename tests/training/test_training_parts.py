@@ -149,12 +149,14 @@ def test_validation_uses_every_image_equally_often():
 
 
 def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        for step in (10, 20, 30):
-            log.write(step=step, loss=1 / step, **({"val_loss": 0.5} if step == 20 else {}))
+    log = MetricsLog(tmp_path)
+    for step in (10, 20, 30):
+        log.write(step=step, loss=1 / step, **({"val_loss": 0.5} if step == 20 else {}))
+    log.tensorboard.close()
     time.sleep(1.1)  # TensorBoard reads files in the order of their names, which begin with the second
-    with MetricsLog(tmp_path, resume_step=20) as log:
-        log.write(step=30, loss=0.25)
+    log = MetricsLog(tmp_path, resume_step=20)
+    log.write(step=30, loss=0.25)
+    log.tensorboard.close()
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert [row["loss"] for row in rows] == [0.1, 0.05, 0.25]
@@ -194,9 +196,10 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypat
 
 
 def test_a_row_that_was_cut_short_by_a_power_cut_is_left_out(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        for step in (10, 20):
-            log.write(step=step, loss=0.5, skipped_steps=0)
+    log = MetricsLog(tmp_path)
+    for step in (10, 20):
+        log.write(step=step, loss=0.5, skipped_steps=0)
+    log.tensorboard.close()
     whole = (tmp_path / "metrics.csv").read_text()
     for cut in range(1, len(whole.splitlines()[-1]) + 1):
         (tmp_path / "metrics.csv").write_text(whole[:-cut])
