@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 
 from config import ConfigError, DiffusionConfig, ModelConfig
-from tests.fuzz_configs import Configs, RunConfigs
+from tests.fuzz_configs import Configs
 from tests.fuzz_images import Arrays, Images, Zips
-from tests.fuzz_kinds import Checkpoints, Exported, Fault
+from tests.fuzz_kinds import Checkpoints, Fault
 
-KINDS = {kind.name: kind for kind in (Checkpoints, Exported, RunConfigs, Configs, Images, Zips, Arrays)}
+KINDS = {kind.name: kind for kind in (Checkpoints, Configs, Images, Zips, Arrays)}
 SECONDS, EXTRA_BYTES, LONGEST_MESSAGE = 10, 2 * 2**30, 700
 IN_MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # spares a disk the flushing of many small files
 FIELDS = [field.name for config in (DiffusionConfig, ModelConfig) for field in fields(config)]

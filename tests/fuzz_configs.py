@@ -1,4 +1,4 @@
-"""A run folder's config.json and the values of config.py's fields for tests/fuzz.py."""
+"""The values of config.py's fields for tests/fuzz.py."""
 
 import json
 import random
@@ -8,11 +8,9 @@ import torch
 
 from config import EXPERIMENTS, ConfigError, Experiment
 from functions.noise_scheduler import NoiseScheduler
-from functions.support import run_folder
-from functions.support.errors import CheckpointError
 from models.unet import UNet
-from tests.fuzz_kinds import OTHER, SAME, Case, Fault, same, tiny_experiment
-from tests.fuzz_mutations import damage, hostile_value, spoil_tree
+from tests.fuzz_kinds import Case, Fault, tiny_experiment
+from tests.fuzz_mutations import hostile_value, spoil_tree
 
 TOO_LARGE = "accepted, too large to build here"
 
@@ -35,41 +33,6 @@ def check_works(experiment: Experiment) -> bool:
     return True
 
 
-class RunConfigs:
-    """A run folder's config.json; as JSON has no checksums, other values can only be checked, not noticed."""
-
-    name, errors = "run_config", (CheckpointError, ConfigError)
-
-    def __init__(self, folder: Path):
-        facts = {"total_steps": 90, "device": "cpu", "split": "faces: 811 images train", "terminal_snr": 4e-5}
-        run_folder.write_config(folder, "faces", tiny_experiment().to_dict(), facts)
-        self.whole = (folder / "config.json").read_bytes()
-        self.results = [self.read(Case(folder / "config.json"))]
-
-    def make(self, folder: Path, rng: random.Random) -> Case:
-        case = Case(folder / "config.json", on_purpose=True)
-        if rng.random() < 0.6:
-            case.path.write_bytes(damage(self.whole, self.whole, rng))
-        elif rng.random() < 0.05:
-            case.path.write_text("[" * 10**5 if rng.random() < 0.5 else '{"a":' * 10**5)
-        else:
-            tree = json.loads(self.whole)
-            for _ in range(rng.choice((1, 1, 2))):
-                spoil_tree(tree, rng, tensors=False)
-            case.path.write_text(json.dumps(tree))
-        return case
-
-    def read(self, case: Case) -> list:
-        contents = run_folder.read_config(case.path.parent)
-        unfinished = contents["run"]["total_steps"] > 5  # as newest_unfinished compares it
-        return [contents, unfinished, Experiment.from_dict(contents)]
-
-    def judge(self, case: Case, result: list) -> str:
-        if same(result[0], self.results[0][0]):
-            return SAME
-        return OTHER if check_works(result[2]) else TOO_LARGE
-
-
 class Configs:
     """Values of config.py's fields."""
 
@@ -85,9 +48,9 @@ class Configs:
             field = rng.choice(sorted(tree[part]))
             near = tree[part][field]
             numbers = (near * 2, near * 10**9, -near, near + 1) if isinstance(near, (int, float)) else ()
-            tree[part][field] = rng.choice(numbers) if numbers and rng.random() < 0.3 else hostile_value(rng, False)
+            tree[part][field] = rng.choice(numbers) if numbers and rng.random() < 0.3 else hostile_value(rng)
         if rng.random() < 0.1:
-            spoil_tree(tree, rng, tensors=False)
+            spoil_tree(tree, rng)
         return Case(folder, value=tree)
 
     def read(self, case: Case) -> Experiment:

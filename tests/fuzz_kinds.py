@@ -1,4 +1,4 @@
-"""Checkpoints and exported weights for tests/fuzz.py, and what all kinds share.
+"""Checkpoints for tests/fuzz.py, and what all kinds share.
 
 A kind knows what is whole, makes a case of it, reads that as the program would, and judges what came out.
 """
@@ -9,17 +9,22 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from config import EXPERIMENTS, ConfigError, Experiment
 from functions.sampling.generation import rebuild
-from functions.support.checkpoint import export_weights, load_checkpoint, load_weights, restore, save_checkpoint
-from functions.support.device import arithmetic
-from functions.support.errors import CheckpointError
+from functions.support.checkpoint import TrainingState, check_whole, load_weights
+from functions.support.device import arithmetic, choose_arithmetic
+from functions.support.errors import UserError
+from functions.support.files import write_tensors
 from functions.training.bad_numbers import BadNumbers
+from functions.training.book_keeping import BookKeeper
+from functions.training.metrics import TrainingWindow
 from models.unet import UNet
-from tests.fuzz_mutations import damage, rezip, spoil_tree
+from tests.fuzz_mutations import contents_text, damage, header_of, spoil_tree, with_contents, with_header
 
 SAME, OTHER = "read as the original", "read with other values, as the file has them"
 CPU = torch.device("cpu")
@@ -68,146 +73,109 @@ def tiny_experiment() -> Experiment:
     )  # fmt: skip
 
 
-def training_parts(seed: int = 0) -> tuple:
+def training_state(seed: int = 0) -> TrainingState:
     """Model, its average, Adam and a gradient scaler, as train.py makes them."""
     torch.manual_seed(seed)
-    model = UNet(**vars(tiny_experiment().model))
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    return model, copy.deepcopy(model), torch.optim.Adam(model.parameters(), lr=1e-3, fused=True), scaler
+    model = UNet(**vars(tiny_experiment().model)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    return TrainingState(model, copy.deepcopy(model), optimizer, torch.amp.GradScaler("cpu", enabled=True))
 
 
-def states(model, ema_model, optimizer, scaler) -> list:
-    return [dict(model.state_dict()), dict(ema_model.state_dict()), optimizer.state_dict(), scaler.state_dict()]
+def snapshot(state: TrainingState) -> list:
+    """All that `TrainingState.load` could change, copied."""
+    parts = (state.model, state.ema_model, state.optimizer, state.scaler)
+    return copy.deepcopy([dict(part.state_dict()) for part in parts])
 
 
 @functools.cache
-def checkpoint_parts(seed: int) -> dict:
-    """A training's parts after a step, as `save_checkpoint` takes them."""
-    parts = training_parts(seed)
-    for parameter in parts[0].parameters():
+def stepped_state(seed: int) -> TrainingState:
+    """After a step of Adam."""
+    state = training_state(seed)
+    for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    parts[2].step()
-    model, ema, optimizer, scaler = states(*parts)
-    how = arithmetic(torch.device("cpu"), torch.float32, torch.channels_last, 1, 8)
-    run = {"experiment": "faces", "total_steps": 90, "step": 5, "train_ids_hash": "0123456789abcdef",
-           "window": {"loss_sum": 12.5, "steps": 3}, "bad_numbers": BadNumbers(torch.device("cpu")).state(),
-           "arithmetic": how}  # fmt: skip
-    return dict(config=tiny_experiment().to_dict(), run=run, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+    state.optimizer.step()
+    return state
+
+
+def checkpoint_parts(seed: int = 0) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and contents, as `write_tensors` takes them, to be changed at will."""
+    state, how = stepped_state(seed), arithmetic(CPU, torch.float32, torch.channels_last, 1, 8)
+    run = {"experiment": "faces", "total_steps": 90, "step": 5, "train_ids_hash": "0123456789abcdef", **how,
+           "window": {"loss_sum": 12.5, "steps": 3}, "bad_numbers": BadNumbers(CPU).state()}  # fmt: skip
+    contents = {"config": tiny_experiment().to_dict(), "run": run, "scaler": state.scaler.state_dict()}
+    return copy.deepcopy(state.tensors()), json.loads(json.dumps(contents))
 
 
 class Checkpoints:
-    """Files of torch.save, read for sampling and for resuming."""
+    """Read for sampling and for resuming."""
 
-    name, errors = "checkpoint", (CheckpointError, ConfigError)
+    name, errors = "checkpoint", (UserError, ConfigError)
 
     def __init__(self, folder: Path):
         self.whole, self.results = [], []
         for seed in (0, 1):
-            save_checkpoint(folder / "a.pt", **checkpoint_parts(seed))
-            self.whole.append((folder / "a.pt").read_bytes())
-            self.results.append(self.read(Case(folder / "a.pt")))
+            write_tensors(folder / "a.safetensors", *checkpoint_parts(seed))
+            self.whole.append((folder / "a.safetensors").read_bytes())
+            self.results.append(self.read(Case(folder / "a.safetensors")))
 
     def make(self, folder: Path, rng: random.Random) -> Case:
-        case = Case(folder / "step-00000005.pt")
-        whole, other = self.whole
-        how = rng.random()
-        if how < 0.6:
+        how, (whole, other) = rng.random(), self.whole
+        case = Case(folder / "step-00000005.safetensors", on_purpose=how > 0.65)
+        if how < 0.4:
             case.path.write_bytes(damage(whole, other, rng))
-        elif how < 0.75:  # a pickle that is spoilt, with the right checksum
-            case.on_purpose = True
-            change = lambda info, data: damage(data, data, rng) if info.filename.endswith("data.pkl") else data
-            case.path.write_bytes(rezip(whole, change))
-        elif how < 0.8:  # an archive like no checkpoint's
-            case.on_purpose = True
-            case.path.write_bytes(rezip(whole, lambda info, data: self.odd_member(info, data, rng)))
-        else:
-            case.on_purpose = True
-            parts = copy.deepcopy(checkpoint_parts(0))
+        elif how < 0.5:
+            case.path.write_bytes(with_header(whole, damage(header_of(whole), header_of(other), rng)))
+        elif how < 0.65:  # JSON that lies
+            tree = json.loads(header_of(whole))
+            spoil_tree(tree, rng)
+            case.path.write_bytes(with_header(whole, tree))
+        elif how < 0.7:
+            text = damage(contents_text(whole).encode(), contents_text(other).encode(), rng)
+            case.path.write_bytes(with_contents(whole, text.decode(errors="replace")))
+        elif how < 0.85:
+            tree = json.loads(contents_text(whole))
             for _ in range(rng.choice((1, 1, 2))):
-                spoil_tree(parts, rng, tensors=True)
-            torch.save({"format": "ddpm-faces checkpoint 1", **parts}, case.path)
+                spoil_tree(tree, rng)
+            case.path.write_bytes(with_contents(whole, tree))
+        else:  # numbers that cannot be, with the right checksums
+            tensors, contents = checkpoint_parts()
+            for _ in range(rng.choice((1, 1, 2))):
+                self.spoil_tensor(tensors, rng)
+            write_tensors(case.path, tensors, contents)
         return case
 
     @staticmethod
-    def odd_member(info, data: bytes, rng: random.Random) -> bytes:
-        if rng.random() < 0.02:
-            info.compress_type = 8
-            data = rng.choice((data, bytes(10**6), b""))
-        return data if rng.random() > 0.01 else damage(data, data, rng)
+    def spoil_tensor(tensors: dict[str, Tensor], rng: random.Random) -> None:
+        name = rng.choice(sorted(tensors))
+        t = tensors.pop(name)
+        odd = (t * float("nan"), t - float("inf"), -t, t * 1e30, t.double(), t.bfloat16(), t.long(), t[None],
+               t.flatten(), t.flatten()[:0], torch.zeros(()), torch.zeros(0), t.reshape([1] * 100 + [-1]))  # fmt: skip
+        action = rng.choice(("change", "change", "rename", "remove"))
+        if action == "change":
+            tensors[name] = rng.choice(odd)
+        elif action == "rename":
+            tensors[rng.choice(("", "ema.", "odd", f"{name}x", name[1:], "\x00\n\u202e", "y" * 10_000))] = t
 
     def read(self, case: Case) -> list:
         saved = load_weights(case.path)
         denoiser = rebuild(UNet, saved, CPU)
         Experiment.from_dict(saved.config)
-        parts = training_parts()
-        before = copy.deepcopy(states(*parts))
+        file, state = check_whole(case.path), training_state()
+        choose_arithmetic("float32", CPU, file.contents["run"])
+        before, counters = snapshot(state), {"window": TrainingWindow(CPU, 8), "bad_numbers": BadNumbers(CPU)}
         try:
-            step = restore(load_checkpoint(case.path), case.path, *parts)
-        except CheckpointError:
-            if not same(states(*parts), before):
-                raise Fault("a half-restored training") from None
+            state.load(file)
+        except BaseException as error:
+            if not same(snapshot(state), before):
+                raise Fault("a half-restored training") from error
             raise
-        for state in states(*parts):
-            for value in state.values():
-                if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                    raise Fault("weights that are not finite were taken")
-        return [
-            saved.config,
-            saved.run,
-            dict(denoiser.network.state_dict()),
-            denoiser.scheduler.betas,
-            states(*parts),
-            step,
-        ]
-
-    def judge(self, case: Case, result: list) -> str:
-        return judge_same(self.results, case, result)
-
-
-class Exported:
-    """Weights in .safetensors."""
-
-    name, errors = "exported", (CheckpointError,)
-
-    def __init__(self, folder: Path):
-        self.whole, self.results = [], []
-        for seed in (0, 1):
-            parts = checkpoint_parts(seed)
-            run = {**parts["run"], "weights": "EMA"}
-            export_weights(folder / "a.safetensors", parts["ema"], parts["config"], run)
-            self.whole.append((folder / "a.safetensors").read_bytes())
-            self.results.append(self.read(Case(folder / "a.safetensors")))
-
-    def make(self, folder: Path, rng: random.Random) -> Case:
-        case = Case(folder / "faces.safetensors")
-        whole, other = self.whole
-        how = rng.random()
-        if how < 0.5:
-            case.path.write_bytes(damage(whole, other, rng))
-        elif how < 0.8:  # another header, and its right length
-            size = int.from_bytes(whole[:8], "little")
-            if how < 0.65:
-                header = damage(whole[8 : 8 + size], other[8 : 8 + size], rng)
-            else:
-                tree = json.loads(whole[8 : 8 + size])
-                spoil_tree(tree, rng, tensors=False)
-                header = json.dumps(tree).encode()
-            case.path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + size :])
-        else:  # all sound but what it says
-            case.on_purpose = True
-            parts = copy.deepcopy(checkpoint_parts(0))
-            tree = {"config": parts["config"], "run": {**parts["run"], "weights": "EMA"}, "ema": parts["ema"]}
-            key = rng.choice(("config", "run", "ema"))
-            spoil_tree(tree[key], rng, tensors=False)
-            tensors = {str(name): t for name, t in tree["ema"].items() if isinstance(t, torch.Tensor)}
-            weights = {name: tensor.clone() for name, tensor in tensors.items()}
-            export_weights(case.path, weights, tree["config"], tree["run"])
-        return case
-
-    def read(self, case: Case) -> list:
-        saved = load_weights(case.path)
-        denoiser = rebuild(UNet, saved, CPU)
-        return [saved.config, saved.run, dict(denoiser.network.state_dict()), denoiser.scheduler.betas]
+        books = SimpleNamespace(**counters, run=SimpleNamespace(checkpoint=file))
+        BookKeeper.load(books, file.contents["run"])
+        if not all(tensor.isfinite().all() for tensor in state.tensors().values()):
+            raise Fault("weights that are not finite were taken")
+        weights = {name: tensor.contiguous() for name, tensor in denoiser.network.state_dict().items()}
+        kept = {name: counter.state() for name, counter in counters.items()}
+        return [file.contents, saved.digest, weights, denoiser.scheduler.betas, snapshot(state), kept]
 
     def judge(self, case: Case, result: list) -> str:
         return judge_same(self.results, case, result)

@@ -12,11 +12,11 @@ import train
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import autocast
-from functions.training.pass_memory import LiveBytes, kept_for_backward
 from models.blocks import ResidualBlock
 from models.group_norm import GroupNorm
 from models.unet import UNet
 from tests.conftest import TINY, call, newest
+from tests.live_bytes import LiveBytes, kept_per_image
 from tests.test_unet import PAPER, diffusers_twin
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -148,7 +148,7 @@ def test_what_a_block_keeps_is_counted_by_hand():
 
 
 class Peer(torch.nn.Module):
-    """diffusers' network as `kept_for_backward` calls ours."""
+    """diffusers' network as `kept_per_image` calls ours."""
 
     def __init__(self, net: UNet2DModel):
         super().__init__()
@@ -156,12 +156,6 @@ class Peer(torch.nn.Module):
 
     def forward(self, x_t, t):
         return self.net(x_t, t, return_dict=False)[0]
-
-
-def kept_per_image(net, dtype, device=CPU):
-    """Bytes, exact: of two more images."""
-    kept = [kept_for_backward(net, NoiseScheduler(1000), images, dtype, device) for images in (1, 3)]
-    return (kept[1] - kept[0]) / 2
 
 
 def test_little_is_kept_for_backward_at_the_reference_size():
@@ -194,7 +188,7 @@ def test_on_cuda_as_much_is_kept_as_is_counted(mode):
         return kept
 
     allocated(1)
-    assert (allocated(12) - allocated(4)) / 8 == pytest.approx(kept_per_image(net, torch.bfloat16, CUDA), rel=0.05)
+    assert (allocated(12) - allocated(4)) / 8 == pytest.approx(kept_per_image(net, torch.bfloat16), rel=0.05)
 
 
 def test_another_mode_is_refused():

@@ -163,15 +163,16 @@ def check_fit(own: dict[str, Tensor], found: dict[str, Tensor], path: Path, what
         raise CheckpointError(f"{path}: {len(odd)} {what} are missing or unknown, {short(odd[0])!r} first")
     for name, tensor in own.items():
         if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
-            got = f"{tuple(found[name].shape)} {found[name].dtype}"
-            raise CheckpointError(f"{path}: {name} is {got}; the model has {tuple(tensor.shape)} {tensor.dtype}")
+            got = f"{found[name].dtype} {tuple(found[name].shape)}"
+            raise CheckpointError(f"{path}: {name} is {short(got)}; the model has {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def check_scaler(saved: dict, own: dict, path: Path) -> None:
     """`CheckpointError` unless a saved gradient scaler has this one's settings, and a scale that scales."""
-    varying = {"scale": float, "_growth_tracker": int}
+    varying = {"scale": (float, 2**127), "_growth_tracker": (int, 2**31)}  # in float32 and int32
     for name in own.keys() | saved.keys():
         value = saved.get(name)
-        fits = type(value) is varying[name] and 0 <= value < 2**127 if name in varying else value == own.get(name)
+        kind, limit = varying.get(name, (None, 0))
+        fits = type(value) is kind and 0 <= value < limit if kind else value == own.get(name)
         if not fits or (name == "scale" and value == 0):
             raise CheckpointError(f"{path}: the gradient scaler's {short(name)!r} is {short(value)}, which cannot be")

@@ -12,15 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from functions.support.errors import CheckpointError, UserError
 
 FORMAT = "ddpm-faces checkpoint 2"
 LONGEST_HEADER = 16 * 2**20  # bytes; ours take some hundred thousand
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 LAST_WITH_PICKLE = "4fa585a"  # the last commit that reads the .pt checkpoints of earlier versions
 # What damaged or hostile files were seen to raise on their way through the readers of safetensors and JSON
 READ_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
@@ -49,17 +50,28 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> None:
-    """Write tensors of any layout, contiguous, and `contents` of plain values.
+    """Write tensors of any layout, and `contents` of plain values, with one tensor at a time copied where it must be.
+
+    The save_file of safetensors would want all of them contiguous at once, and flushes nothing to the disk.
 
     Raises:
         OSError: the disk is full, or the like; `path` is as it was.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each is aligned
     text = json.dumps({**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
-    try:
-        write_whole(path, lambda file: save_file(tensors, file.name, {FORMAT: sha256(text) + text}))
-    except SafetensorError as error:  # which has no other: of the system's errors it keeps the text alone
-        raise OSError(f"{path}: {short(error)}") from error
+    entries, end = {"__metadata__": {FORMAT: sha256(text) + text}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            file.write(numbers(tensor))
+
+    write_whole(path, write)
 
 
 class TensorFile:
@@ -85,7 +97,7 @@ class TensorFile:
         try:
             self.contents = json.loads(text)
             self.checksums = self.contents.pop("checksums")
-            named = set(self.checksums) == names
+            named = self.checksums.keys() == names
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: its contents do not read: {short(error)}") from error
         if not named:
@@ -108,7 +120,9 @@ class TensorFile:
         for name, tensor in found.items():
             if checksum(tensor) != self.checksums[prefix + name]:
                 raise CheckpointError(f"{self.path}: damaged: {short(prefix + name)} does not match its checksum")
-            if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            if tensor.dtype not in TYPES:
+                raise CheckpointError(f"{self.path}: {short(prefix + name)} is {tensor.dtype}, which ours never are")
+            if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
                 raise CheckpointError(f"{self.path}: {short(prefix + name)} holds numbers that are not finite")
         return found
 
@@ -120,8 +134,11 @@ def check_header(path: Path) -> None:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}")
-    with open(path, "rb") as file:
-        start, size = file.read(8), path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            start, size = file.read(8), path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
     if start[:4] == b"PK\x03\x04" or path.suffix == ".pt":
         raise UserError(
             f"{path}: a checkpoint of an earlier version, which this one does not read; commit {LAST_WITH_PICKLE} is "
@@ -134,10 +151,15 @@ def check_header(path: Path) -> None:
 
 
 def checksum(tensor: Tensor) -> str:
-    """SHA-256 over a contiguous tensor's type, shape and numbers, in hexadecimal."""
+    """SHA-256 over a tensor's type, shape and numbers, in hexadecimal."""
     total = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    total.update(numbers(tensor))
     return total.hexdigest()
+
+
+def numbers(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor's numbers, in the order of its shape."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def sha256(text: str) -> str:
@@ -146,5 +168,6 @@ def sha256(text: str) -> str:
 
 def short(value: object) -> str:
     """Text out of a file, for a message: one line, printable, not too long."""
-    text = "".join(c if c.isprintable() else " " for c in str(value))
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    text = str(value)
+    start = "".join(c if c.isprintable() else " " for c in text[:200])
+    return start if len(text) <= 200 else f"{start}..."

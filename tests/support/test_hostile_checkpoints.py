@@ -1,0 +1,259 @@
+"""Checkpoints that are damaged, or made to do harm: each is refused in a sentence that names it, at little cost."""
+
+import json
+import os
+import resource
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from functions.sampling.generation import rebuild
+from functions.support import files
+from functions.support.checkpoint import SavedModel, check_whole, load_weights
+from functions.support.errors import CheckpointError, UserError
+from functions.support.files import FORMAT, LONGEST_HEADER, sha256, write_tensors
+from models.unet import UNet
+from tests.conftest import posix
+from tests.fuzz_kinds import CPU, checkpoint_parts, same, snapshot, training_state
+from tests.fuzz_mutations import contents_text, header_of, with_contents, with_header
+
+WEIGHT = "ema.conv_in.weight"
+MOST_SECONDS, MOST_KILOBYTES = 10, 1_500_000
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "step-00000005.safetensors"
+
+
+@pytest.fixture
+def whole(path):
+    write_tensors(path, *checkpoint_parts())
+    return path.read_bytes()
+
+
+def refusal(path, read=check_whole, kind=CheckpointError):
+    """What is said of a file, when it is refused as it should be: in one line with its name, soon, in little memory."""
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(kind) as caught:
+        read(path)
+    message = str(caught.value)
+    assert time.process_time() - start < MOST_SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_KILOBYTES
+    assert message.startswith(f"{path}: ")
+    assert message.isprintable()
+    assert len(message) < len(str(path)) + 400
+    return message.removeprefix(f"{path}: ")
+
+
+def resume(path):
+    """A training that takes a checkpoint over; what is refused must have changed nothing."""
+    state = training_state(seed=1)
+    before = snapshot(state)
+    try:
+        state.load(check_whole(path))
+    except UserError:
+        assert same(snapshot(state), before)
+        raise
+
+
+def test_truncated_files(path, whole):
+    header = 8 + len(header_of(whole))
+    places = {*range(0, 20), *range(header - 3, header + 20), *range(0, len(whole), 997), len(whole) - 1}
+    for end in sorted(places):
+        path.write_bytes(whole[:end])
+        assert "truncated" in refusal(path)
+
+
+def test_a_flipped_bit_anywhere(path, whole):
+    """In the length, the header, the contents, the checksums, the numbers."""
+    places = {*range(0, 60), *range(0, len(whole), 991), whole.index(b"exp_avg"), len(whole) - 1}
+    for place in sorted(places):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << place % 8
+        path.write_bytes(spoilt)
+        refusal(path)
+    weight, spoilt = checkpoint_parts()[0]["model.conv_in.weight"], bytearray(whole)
+    spoilt[whole.index(weight.contiguous().numpy().tobytes())] ^= 1
+    path.write_bytes(spoilt)
+    assert refusal(path) == "damaged: model.conv_in.weight does not match its checksum"
+    load_weights(path)  # which needs the EMA alone
+
+
+@pytest.mark.parametrize("length", [LONGEST_HEADER + 1, 2**40, 2**63, 2**64 - 1])
+def test_the_length_of_a_header_is_judged_before_it_is_read(path, monkeypatch, length):
+    monkeypatch.setattr(files, "safe_open", None)
+    for size in (100, 2**42):  # far below, and beyond, what the header claims; the file has holes
+        with open(path, "wb") as file:
+            file.write(length.to_bytes(8, "little") + b"{")
+            file.truncate(size)
+        assert "truncated, damaged or not a checkpoint" in refusal(path)
+
+
+def test_headers_that_lie(path, whole):
+    entry = lambda **changes: lambda header: header[WEIGHT].update(changes)
+    shape, (start, end) = (json.loads(header_of(whole))[WEIGHT][name] for name in ("shape", "data_offsets"))
+    for change in (
+        entry(data_offsets=[start - 4, end - 4]), entry(data_offsets=[start, end + 4]),
+        entry(data_offsets=[end, start]), entry(data_offsets=[-4, end]), entry(data_offsets=[0, 2**63]),
+        entry(data_offsets=[start]), entry(dtype="I32"),
+        entry(dtype="F64"), entry(dtype="F8_E4M3"), entry(dtype="nonsense"), entry(shape=shape[::-1]),
+        entry(shape=[2**62, 4]), entry(shape=[-1]), entry(shape=[1.5]), entry(shape=[1] * 10**6 + shape),
+        lambda header: header.update({"ema.odd": header.pop(WEIGHT)}), lambda header: header.pop(WEIGHT),
+        lambda header: header.pop("__metadata__"), lambda header: header.update(__metadata__={FORMAT: 5}),
+        lambda header: header["__metadata__"].update({FORMAT: header["__metadata__"][FORMAT] + " "}),
+        lambda header: header.update({f"odd.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+                                      for i in range(200_000)}),
+    ):  # fmt: skip
+        header = json.loads(header_of(whole))
+        change(header)
+        path.write_bytes(with_header(whole, header))
+        refusal(path)
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"[" * LONGEST_HEADER, b'{"a":' * 10**6, b"9" * 10**7, b"[" + b"[]," * 4_900_000 + b"0]",
+        b'{"a":1,' + b'"a":1,' * 10**6 + b'"a":1}', b"\xff" * 1000, b"", b"null", b"5", b'"text"', b"{}",
+    ],
+)  # fmt: skip
+def test_json_made_to_do_harm(path, whole, bomb):
+    path.write_bytes(with_header(whole, bomb[:LONGEST_HEADER]))
+    refusal(path)
+    path.write_bytes(with_contents(whole, bomb[: 15 * 10**6].decode(errors="replace")))
+    assert "contents" in refusal(path)
+    if bomb[-1:] in (b"}", b"]"):  # and inside contents that are right
+        path.write_bytes(with_contents(whole, f'{contents_text(whole)[:-1]}, "config": {bomb.decode()}}}'))
+        refusal(path, lambda path: rebuild(UNet, load_weights(path), CPU))
+
+
+@pytest.mark.parametrize("depth", [500, *range(900, 1000, 3)])
+def test_nesting_that_just_reads(path, whole, depth):
+    """Later steps must not stumble over what the first one let pass."""
+    deep = "[" * depth + "]" * depth
+    for part in ("config", "run", "scaler"):
+        path.write_bytes(with_contents(whole, f'{contents_text(whole)[:-1]}, "{part}": {{"scale": {deep}}}}}'))
+        refusal(path, resume if part == "scaler" else lambda path: rebuild(UNet, load_weights(path), CPU))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({part: value}, f"its part '{part}' is missing or malformed")
+          for part in ("config", "run", "scaler") for value in (None, [], "text")),
+        ({"checksums": list(checkpoint_parts()[0])}, "its contents do not read"),
+        ({"checksums": {}}, "not those that its contents name"),
+    ],
+)  # fmt: skip
+def test_contents_that_lack_a_part(path, whole, change, message):
+    contents = {**json.loads(contents_text(whole)), **change}
+    path.write_bytes(with_contents(whole, contents))
+    assert message in refusal(path)
+    path.write_bytes(with_contents(whole, {name: value for name, value in contents.items() if name not in change}))
+    refusal(path)
+
+
+def test_a_wrong_checksum_of_a_tensor(path, whole):
+    contents = json.loads(contents_text(whole))
+    for wrong in (contents["checksums"]["model.conv_in.weight"], None, [], "ä"):
+        contents["checksums"][WEIGHT] = wrong
+        path.write_bytes(with_contents(whole, contents))
+        assert refusal(path) == f"damaged: {WEIGHT} does not match its checksum"
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 91}, {"step": True}, {"step": -1}, {"step": "5"}, {"step": float("nan")}, {"step": 5.0},
+               {"total_steps": 10**9}, {"total_steps": None}, {"experiment": None}],
+)  # fmt: skip
+def test_a_place_in_the_run_must_be_possible(path, change):
+    tensors, contents = checkpoint_parts()
+    contents["run"] |= change
+    write_tensors(path, tensors, contents)
+    assert f"no proper {next(iter(change))!r}" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.conv_in.weight", lambda t: t * torch.nan, "model.conv_in.weight holds numbers that are not finite"),
+        ("ema.conv_in.weight", lambda t: t - torch.inf, "ema.conv_in.weight holds numbers that are not finite"),
+        ("exp_avg.conv_in.bias", lambda t: t / 0, "exp_avg.conv_in.bias holds numbers that are not finite"),
+        ("exp_avg_sq.conv_in.bias", lambda t: -t - 1, "Adam's moments of conv_in.bias are negative"),
+        ("step.conv_in.bias", lambda t: -t, "Adam's moments of conv_in.bias are negative"),
+        ("step.conv_in.bias", lambda t: t[None], "conv_in.bias is torch.float32 (1,); the model has"),
+        ("model.conv_in.bias", lambda t: t[:1], "conv_in.bias is torch.float32 (1,); the model has torch.float32 (4,)"),
+        ("ema.conv_in.bias", lambda t: t.double(), "conv_in.bias is torch.float64 (4,); the model has"),
+        ("exp_avg.conv_in.bias", lambda t: t.bfloat16(), "conv_in.bias is torch.bfloat16 (4,); the model has"),
+        ("exp_avg.conv_in.bias", lambda t: t.reshape([1] * 5000 + [4]), "conv_in.bias is torch.float32 (1, 1,"),
+        *((f"{part}.conv_in.bias", None, f"1 tensors of its part {part!r} are missing or unknown, 'conv_in.bias'")
+          for part in ("model", "ema", "step", "exp_avg", "exp_avg_sq")),
+    ],
+)  # fmt: skip
+def test_tensors_that_cannot_be(path, name, change, message):
+    tensors, contents = checkpoint_parts()
+    tensor = tensors.pop(name)
+    write_tensors(path, {**tensors, **({name: change(tensor)} if change else {})}, contents)
+    assert message in refusal(path, resume)
+
+
+@pytest.mark.parametrize(
+    "change", [{"scale": 0.0}, {"scale": float("inf")}, {"scale": float("nan")}, {"scale": 10**400}, {"scale": 2},
+               {"growth_interval": None}, {"_growth_tracker": -1}, {"_growth_tracker": 2**31}, {"odd": "x" * 10**6}],
+)  # fmt: skip
+def test_a_gradient_scaler_that_cannot_be(path, change):
+    tensors, contents = checkpoint_parts()
+    contents["scaler"] |= change
+    write_tensors(path, tensors, contents)
+    assert f"scaler's {next(iter(change))!r} is" in refusal(path, resume)
+
+
+def test_files_of_others_and_of_earlier_versions(path, tmp_path):
+    weights = {"weight": torch.ones(2)}
+    for metadata in (None, {"format": "pt"}, {"format": "ddpm-faces checkpoint 1", "sha256": "0", "run": "{}"}):
+        save_file(weights, path, metadata)
+        assert "not a checkpoint of this version" in refusal(path)
+    for old in (tmp_path / "step-00000005.pt", path):
+        torch.save(weights, old)
+        assert "commit 4fa585a is the last that does" in refusal(old, kind=UserError)
+    path.write_bytes(b"\x80\x02}q\x00.")  # a pickle
+    refusal(path)
+
+
+@posix
+def test_what_is_no_file(path, tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")  # to open it would wait for a writer
+    (loop := tmp_path / "loop").symlink_to(loop)
+    (tmp_path / "folder.safetensors").mkdir()
+    for odd in (pipe, tmp_path / "folder.safetensors", type(path)("/dev/zero")):
+        assert refusal(odd) == "not a regular file"
+    for missing in (loop, path, path / "below"):
+        assert refusal(missing) == "there is no such file"
+
+
+def test_a_disk_that_cannot_be_read(path, whole, monkeypatch):
+    """An `OSError` would end the program, where a `CheckpointError` leaves it the checkpoint before."""
+    fails = lambda *_: os.read(-1, 1)  # bad file descriptor
+    monkeypatch.setattr(files, "open", fails, raising=False)
+    assert refusal(path) == "Bad file descriptor"
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("diffusion", "timesteps_diff", 10**12, "timesteps_diff is above 1,000,000"),
+        ("model", "base_dim", 10**9, "base_dim is above 16,384"),
+        ("model", "image_size", 2**40, "image_size is above 16,384"),
+        ("model", "dim_multiply", [1] * 10**5, "levels is above 15"),
+        ("model", "norm_groups", 0, "ZeroDivisionError"),
+        ("model", "base_dim", "8", "TypeError"),
+        ("diffusion", "beta_end", float("nan"), "ValueError"),
+    ],
+)
+def test_a_config_that_would_take_all_memory_is_refused_before(path, part, field, value, message):
+    contents = checkpoint_parts()[1]
+    contents["config"][part][field] = value
+    saved = SavedModel(path, {}, "EMA", contents["config"], contents["run"], sha256(""))
+    assert message in refusal(path, lambda path: rebuild(UNet, saved, CPU))
