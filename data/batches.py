@@ -7,9 +7,7 @@ import torch
 
 from data.packed import map_ahead
 
-# Of a GPU's free memory, what the images may take to be kept there whole; the rest is for the network's activations.
-# The 3.4 GB of FFHQ at 128 px then stay on any card with 16 GB.
-FREE_MEMORY_FRACTION = 0.25
+FREE_MEMORY_FRACTION = 0.25  # of a GPU's, up to which all images are kept there: FFHQ at 128 px on one with 16 GB
 COPY_CHUNK = 1024  # images a time when the whole set goes to the device
 
 
@@ -68,14 +66,10 @@ class ImageFeeder:
         """Gather images by their indices (B,) -> uint8 (B, S, S, 3) on the device. Raises IndexError out of range."""
         if self.resident is None:
             return self.send(self.gather_on_cpu(indices))
-        indices = self.checked(indices)
-        return self.resident.index_select(0, torch.from_numpy(indices).to(self.device))
+        return self.resident.index_select(0, torch.from_numpy(self.checked(indices)).to(self.device))
 
     def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-        """Yield `gather` of each batch of indices in order, the next one being read meanwhile by a thread.
-
-        An error in the thread is raised here, at the batch that it concerns. Closing the iterator ends the thread.
-        """
+        """Yield `gather` of each batch of indices in order; a thread reads the next one meanwhile."""
         if self.resident is not None:
             yield from map(self.gather, batches_of_indices)
         else:
@@ -83,8 +77,8 @@ class ImageFeeder:
 
     def gather_on_cpu(self, indices: np.ndarray) -> torch.Tensor:
         indices = self.checked(indices)
-        shape, pinned = (len(indices), *self.images.shape[1:]), self.device.type == "cuda"
-        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        shape = len(indices), *self.images.shape[1:]
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         # mode="clip" spares NumPy a second copy of the batch that it makes to raise errors; they're checked above.
         np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")
         return batch

@@ -12,8 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from functions.support.errors import UserError
 
-# Named one by one: Pillow otherwise also tries dozens of formats that no image set uses, some of them by calling
-# other programs.
+# Pillow would also try dozens of formats that no image set uses, some of them by calling other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 89_478_485  # of one image: Pillow's limit, beyond which it suspects a decompression bomb
 
@@ -34,19 +33,13 @@ def printable(text: object) -> str:
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 
-def reason(error: Exception) -> str:
-    """Why something could not be read, in the system's words or in the reader's."""
-    return printable(getattr(error, "strerror", None) or error)
-
-
 def decode_rgb(data: bytes) -> np.ndarray:
     """Decode the bytes of a PNG, JPEG, WebP or BMP -> uint8 (H, W, 3) at the file's own size.
 
     Turned upright by its EXIF orientation; alpha and transparent colours are composited over white; grey, palette and
     CMYK become RGB; 16-bit grey is scaled to 8 bits (of 16-bit colour Pillow keeps the high byte: at most one level
-    off). Embedded colour profiles are ignored. Raises BadImage for anything animated, truncated, corrupt, of more
-    than MAX_PIXELS or not an image. A JPEG whose middle is damaged can decode without complaint, in which case
-    nothing here can tell; inside a zip its checksum does.
+    off). Embedded colour profiles are ignored. Raises BadImage for anything animated, truncated, corrupt, of more than
+    MAX_PIXELS or not an image. A damaged JPEG can decode without complaint; inside a zip its checksum tells.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -111,8 +104,7 @@ def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
     except OSError as error:
         what = "an image is named by its file, or by its number (0, 1, ...) among those of the seed"
         raise UserError(f"{path}: {error.strerror}; {what}") from error
-    height, width = rgb.shape[:2]
-    if not fit and (height, width) != (image_size, image_size):
-        size = f"{image_size}x{image_size}"
-        raise UserError(f"{path} is {width}x{height} pixels, the model's images are {size}; --fit crops and resizes it")
+    if not fit and rgb.shape[:2] != (image_size, image_size):
+        sizes = f"{rgb.shape[1]}x{rgb.shape[0]} pixels, the model's images are {image_size}x{image_size}"
+        raise UserError(f"{path} is {sizes}; --fit crops and resizes it")
     return fit_square(rgb, image_size)

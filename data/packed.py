@@ -1,9 +1,9 @@
 """The packed file: every image of a source decoded and resized once, as uint8 (N, S, S, 3), memory-mapped from then on.
 
-Beside <name>-<S>px.packed lie .json (ids and the key of what it was made from), .report.txt (what was left out) and
-.lock; `*.packed*` names everything that is ever written here.
+Beside <name>-<S>px.packed lie its .json (ids, and the key of what it was made from), .report.txt and .lock.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ class ImageSet:
     ids: list
     summary: str = ""  # one line: how many images, how many left out, enlarged or cropped
     path: Path | None = None  # the packed file
-    bad_images: Sequence = ()  # [name, reason] of each image left out
+    bad_images: list | tuple = ()  # [name, reason] of each image left out
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,25 +49,19 @@ class ImageSet:
 def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet: bool = False) -> ImageSet:
     """Map the packed file of a source at image_size (pixels), which is made first if there is none or it is outdated.
 
-    It lies in the data folder, or in the user's cache folder where that cannot be written. Processes that start at
-    once are safe: one makes it, the others wait. Raises UserError when more than max_bad_images had to be left out
-    (after listing all of them), when no image is usable, or when the disk is full or nowhere writable.
+    Processes that start at once are safe: one makes it, the others wait. Raises UserError when more than max_bad_images
+    had to be left out (after listing them), when no image is usable, or when there is no room.
     """
     key, places = pack_key(source, image_size), pack_paths(source, image_size)
     pack = next(filter(None, (read_pack(path, key, image_size) for path in places)), None)
     if pack is None:
         target = places[0] if is_writable(places[0].parent) else places[1]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{target}.lock")
         try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            if not quiet:
-                print(f"Another process is preparing {target}; waiting for it.", flush=True)
-            held = lock.acquire()
-        with held:
-            pack = read_pack(target, key, image_size) or make_pack(source, image_size, key, target, quiet)
-    if len(pack.bad_images) > max_bad_images:
+            pack = make_once(source, image_size, key, target, quiet)
+        except OSError as error:
+            place = f"The packed images cannot be written to {target.parent} ({error.strerror or error})"
+            raise UserError(f"{place}. Make room there, or set XDG_CACHE_HOME to a folder that has it.") from None
+    if pack.bad_images and len(pack.bad_images) > max_bad_images:
         first = f"{printable(pack.bad_images[0][0])} ({pack.bad_images[0][1]})"
         raise UserError(
             f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; the first is {first}. "
@@ -83,18 +77,16 @@ def pack_key(source: Source, image_size: int) -> str:
 
 
 def pack_paths(source: Source, image_size: int) -> list[Path]:
-    """The two places of a source's pack: with the data, and in the user's cache folder.
-
-    With the data is beside an archive, and inside a folder of images, so that the pack goes where the folder goes. The
-    name is the same for every state of a source, so that an outdated pack is replaced, not kept beside the new one.
-    """
+    """The two places of a source's pack: the data's folder and the user's cache folder, for data that is read-only."""
     path = source.path.resolve()
+    # Beside an archive, but inside a folder of images, so that the pack goes where the folder goes.
     data_folder = path if source.kind == "folder" else path.parent
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-packed-images"
-    # The cache serves all data folders, so names there must tell two sources of one name apart.
+    # The names are the same for every state of a source, so that an outdated pack is replaced, not kept beside the new
+    # one. Those in the cache, which serves all data folders, must tell two sources of one name apart.
     origin = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    name, size = path.name, f"{image_size}px.packed"
-    return [data_folder / f"{name}-{size}", cache_folder / f"{name}-{origin}-{size}"]
+    ending = f"{image_size}px.packed"
+    return [data_folder / f"{path.name}-{ending}", cache_folder / f"{path.name}-{origin}-{ending}"]
 
 
 def is_writable(folder: Path) -> bool:
@@ -120,14 +112,27 @@ def read_pack(path: Path, key: str, image_size: int) -> ImageSet | None:
         return None
 
 
+def make_once(source: Source, image_size: int, key: str, target: Path, quiet: bool) -> ImageSet:
+    """Make a pack, unless another process does so: then wait for it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{target}.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        if not quiet:
+            print(f"Another process is preparing {target}; waiting for it.", flush=True)
+        held = lock.acquire()
+    with held:
+        return read_pack(target, key, image_size) or make_pack(source, image_size, key, target, quiet)
+
+
 def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bool) -> ImageSet:
     """Write the packed file of a source, its report and its record."""
     for left_by_a_kill in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         left_by_a_kill.unlink()
-    bytes_needed, free = len(source.ids) * image_size**2 * 3, shutil.disk_usage(target.parent).free
-    if free < bytes_needed:
-        sizes = f"{free / 1e6:,.1f} MB free, but the packed images take {bytes_needed / 1e6:,.1f} MB"
-        raise UserError(f"{target.parent} has {sizes}. Make room there and start again.")
+    bytes_needed = len(source.ids) * image_size**2 * 3
+    if shutil.disk_usage(target.parent).free < bytes_needed:
+        raise OSError(errno.ENOSPC, f"they take {bytes_needed / 1e6:,.1f} MB, more than is free")
     ids, bad_images, altered = [], [], Counter()
 
     def fit(rgb: np.ndarray) -> tuple[np.ndarray, bool, bool]:
@@ -172,8 +177,8 @@ def write_text(path: str, text: str) -> None:
 def map_images(source: Source, job: Callable[[np.ndarray], object]) -> Iterator[object | BadImage]:
     """Yield job(pixels) for every image in the order of source.ids, pixels being uint8 (H, W, 3) at its own size.
 
-    An unusable image yields its BadImage instead. Files are read in order, and decoded by some threads more than there
-    are cores: Pillow decodes and resizes outside of Python's lock.
+    An unusable image yields its BadImage instead. Files are read in order and decoded by a thread a core and some more,
+    for Pillow works outside of Python's lock.
     """
 
     def process(data: bytes | np.ndarray | BadImage) -> object | BadImage:

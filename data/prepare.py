@@ -20,13 +20,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.datasets import load_images, locate
-from data.decode import BadImage
+from data.decode import BadImage, printable
 from data.packed import map_images
 from data.sources import Source
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.errors import UserError
 
-LISTED = 20  # of each kind of difference
+LISTED = 20  # at most, of each kind of difference
 VERSIONS = ("thumbnail", "image")  # of a photo, in the json
 
 
@@ -39,16 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-bad-images", type=int, default=0, metavar="N", help="so many may be left out (0)")
     parser.add_argument("--verify", metavar="JSON", help="check every image against ffhq-dataset-v2.json (no check)")
     args = parser.parse_args(arguments)
-    if args.max_bad_images < 0:
-        parser.error(f"argument --max-bad-images: {args.max_bad_images} is below 0")
     if args.verify:
         names = verify(locate(args.source, args.image_size), args.verify)
         print(", ".join(f"{len(listed):,} {kind}" for kind, listed in names.items()))
         for kind in ("wrong", "missing", "extra"):
             for name in names[kind][:LISTED]:
                 print(f"  {kind}: {name}")
-            if len(names[kind]) > LISTED:
-                print(f"  {kind}: ... and {len(names[kind]) - LISTED:,} more")
         if len(names["correct"]) < sum(map(len, names.values())):
             return 1
     print(f"Ready: {load_images(args.source, args.image_size, args.max_bad_images).summary}")
@@ -65,16 +61,11 @@ def verify(source: Source, json_path: str | Path, quiet: bool = False) -> dict[s
     expected = read_expected(json_path)
     if not all(isinstance(image_id, int) for image_id in source.ids):
         raise UserError(f"{source.path}: the images have no numbers by which {json_path} could be compared.")
-    names = {
-        "correct": [],
-        "wrong": [],
-        "missing": [f"id {image_id}" for image_id in sorted(expected.keys() - set(source.ids))],
-        "extra": [f"id {image_id}" for image_id in source.ids if image_id not in expected],
-    }
+    names = {"correct": [], "wrong": []}
     results = tqdm(map_images(source, size_and_md5), "Verifying", len(source.ids), disable=quiet, unit="img", delay=1.0)
     for i, (image_id, result) in enumerate(zip(source.ids, results, strict=True)):
         # In an npz the images have no names of their own.
-        name = source.members[i].name if source.kind != "npz" else f"image {image_id}"
+        name = printable(source.members[i].name) if source.kind != "npz" else f"image {image_id}"
         if isinstance(result, BadImage):
             names["wrong"].append(f"{name}: {result}")
         elif image_id in expected and result in expected[image_id].items():
@@ -82,6 +73,8 @@ def verify(source: Source, json_path: str | Path, quiet: bool = False) -> dict[s
         elif image_id in expected:
             right = " or ".join(f"{size} with {md5}" for size, md5 in expected[image_id].items())
             names["wrong"].append(f"{name}: is {result[0]} with pixel_md5 {result[1]}, not {right}")
+    names["missing"] = [f"id {image_id}" for image_id in sorted(expected.keys() - set(source.ids))]
+    names["extra"] = [f"id {image_id}" for image_id in source.ids if image_id not in expected]
     return names
 
 

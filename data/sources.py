@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from data.decode import BROKEN_BYTES, MAX_PIXELS, BadImage, printable, reason
+from data.decode import BROKEN_BYTES, MAX_PIXELS, BadImage, printable
 from functions.support.errors import UserError
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -37,14 +37,12 @@ class Member(NamedTuple):
 
 
 class Source:
-    """What the three kinds have in common; each lists its `members`, and reads one by `read_file`.
+    """What the three kinds have in common; each has its `kind`, lists its `members`, and reads one by `read_file`.
 
-    `members` are the image files in the order of their ids; for an npz the one array that holds all images.
-    `ids` are the numbers in the file names (int) when these are numbered as FFHQ's are, else the names (str); sorted.
-    `notes` are sentences for the report: what was passed over, and why.
+    `members` are the image files in the order of their ids; for an npz the one array that holds all images. `ids` are
+    the numbers in the file names (int) when these are numbered as FFHQ's are, else the names (str); sorted. `notes`
+    are sentences for the report: what was passed over, and why.
     """
-
-    kind: str
 
     def __init__(self, path: Path):
         self.path, self.members, self.ids, self.notes = path, [], [], []
@@ -56,7 +54,7 @@ class Source:
         try:
             return self.read_file(self.members[i])
         except BROKEN_BYTES as error:
-            return BadImage(f"cannot be read ({reason(error)})")
+            return BadImage(f"cannot be read ({printable(getattr(error, 'strerror', None) or error)})")
 
 
 class Folder(Source):
@@ -68,9 +66,8 @@ class Folder(Source):
         super().__init__(path)
         errors = []
         for folder, _, files in os.walk(path, onerror=errors.append, followlinks=True):
-            for name in ((Path(folder) / file).relative_to(path).as_posix() for file in files):
-                if not is_image_name(name):
-                    continue
+            names = ((Path(folder) / file).relative_to(path).as_posix() for file in files)
+            for name in filter(is_image_name, names):
                 try:
                     status = os.stat(path / name)
                     if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
@@ -97,15 +94,14 @@ class Zip(Source):
 
     def read_file(self, member: Member) -> bytes:
         with open_member(self.archive, member.name) as file:
-            # Bounded, for read() unpacks all there is before it cuts it to the size that the archive gives. Reaching
-            # that size checks the CRC.
+            # Bounded, for read() unpacks all there is, whatever the size it should have. Reaching that checks the CRC.
             return file.read(member.size + 1)
 
 
 class Npz(Source):
-    """One uint8 array (N, H, W, 3) in an npz, streamed: that of the full set at 1024 px would not fit into memory.
+    """One uint8 array (N, H, W, 3), streamed: the full set's at 1024 px would not fit into memory.
 
-    `read` takes 0, 1, ..., N - 1 in this order; the last one checks the CRC.
+    So `read` takes 0, 1, ..., N - 1 in this order; the last one checks the CRC.
     """
 
     kind = "npz"
@@ -126,7 +122,7 @@ class Npz(Source):
         member, (count, *self.shape), self.header = found[0]
         # Before anything is counted by it: the header can claim any number of images, of any size.
         if count * math.prod(self.shape) != member.size - self.header or math.prod(self.shape) > 3 * MAX_PIXELS:
-            raise UserError(f"{path} is damaged: its array is not as large as it says. Get or make it again.")
+            raise UserError(f"{path} is damaged: its array is not as large as it says, or impossibly large.")
         self.members, self.ids = [member], list(range(count))
 
     def read(self, i: int) -> np.ndarray:
@@ -175,7 +171,7 @@ def put_in_order(source: Source, numbered: bool) -> None:
     found = {member: number_in(member.name) for member in source.members}
     strays = {member for member, number in found.items() if number is None or number[0] not in ("", "img")}
     if strays and (numbered or NEARLY_ALL * len(found) <= len(found) - len(strays)):
-        first = printable(min(member.name for member in strays))
+        first = printable(min(strays).name)
         source.notes.append(f"Passed over {len(strays)} (no image number in the name), the first is {first!r}.")
         found = {member: number for member, number in found.items() if member not in strays}
     if not found:
@@ -215,9 +211,7 @@ def one_sentence(path: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN_BYTES as error:
-        place = getattr(error, "filename", None) or path
-        advice = "Check its permissions, or get it again, if its download was cut short."
-        raise UserError(f"{place} cannot be read ({reason(error)}). {advice}") from None
+        raise UserError(f"{path} cannot be read ({printable(error)}). Is it whole, and may you read it?") from None
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

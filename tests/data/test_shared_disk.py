@@ -47,7 +47,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: usage(0, 0, IMAGES.nbytes - 1))
     forbid_decoding(monkeypatch)
-    with pytest.raises(UserError, match=r"has 0\.0 MB free, but the packed images take 0\.0 MB"):
+    with pytest.raises(UserError, match=r"written to .*set \(they take 0\.0 MB, more than is free\)"):
         load(path)
     assert packed_files(path) == ["set-8px.packed.lock"]
 
@@ -60,10 +60,19 @@ def test_a_disk_that_runs_full_leaves_nothing_behind(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=r"written to .*\(No space left on device\)\. Make room"):
             load(path)
     assert packed_files(path) == ["set-8px.packed.lock"]
     np.testing.assert_array_equal(load(path).images, IMAGES)
+
+
+def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
+    path = write_folder(tmp_path / "set")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(packed, "is_writable", lambda folder: False)
+    with pytest.raises(UserError, match=r"cannot be written to .*ddpm-packed-images \(Not a directory\)"):
+        load(path)
 
 
 # --- two processes, and a killed one ---------------------------------------------------------------------------------
