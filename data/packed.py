@@ -3,12 +3,10 @@
 Beside <name>-<S>px.packed lie its .json (ids, and the key of what it was made from), .report.txt and .lock.
 """
 
-import errno
 import glob
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections import Counter, deque
@@ -59,8 +57,8 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
         try:
             pack = make_once(source, image_size, key, target, quiet)
         except OSError as error:
-            place = f"The packed images cannot be written to {target.parent} ({error.strerror or error})"
-            raise UserError(f"{place}. Make room there, or set XDG_CACHE_HOME to a folder that has it.") from None
+            what = f"{target}, {len(source.ids) * image_size**2 * 3 / 1e6:,.1f} MB of images,"
+            raise UserError(f"{what} cannot be written ({error.strerror or error}). Make room there.") from None
     if pack.bad_images and len(pack.bad_images) > max_bad_images:
         first = f"{printable(pack.bad_images[0][0])} ({pack.bad_images[0][1]})"
         raise UserError(
@@ -130,9 +128,6 @@ def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bo
     """Write the packed file of a source, its report and its record."""
     for left_by_a_kill in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         left_by_a_kill.unlink()
-    bytes_needed = len(source.ids) * image_size**2 * 3
-    if shutil.disk_usage(target.parent).free < bytes_needed:
-        raise OSError(errno.ENOSPC, f"they take {bytes_needed / 1e6:,.1f} MB, more than is free")
     ids, bad_images, altered = [], [], Counter()
 
     def fit(rgb: np.ndarray) -> tuple[np.ndarray, bool, bool]:

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def verify(source: Source, json_path: str | Path, quiet: bool = False) -> dict[str, list[str]]:
+def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
     """Compare the pixel_md5 of every image of a source, at its own size, with ffhq-dataset-v2.json.
 
     That is over the raw pixels, so it also fits re-encoded lossless copies; JPEGs and resized copies never match.
@@ -62,7 +62,7 @@ def verify(source: Source, json_path: str | Path, quiet: bool = False) -> dict[s
     if not all(isinstance(image_id, int) for image_id in source.ids):
         raise UserError(f"{source.path}: the images have no numbers by which {json_path} could be compared.")
     names = {"correct": [], "wrong": []}
-    results = tqdm(map_images(source, size_and_md5), "Verifying", len(source.ids), disable=quiet, unit="img", delay=1.0)
+    results = tqdm(map_images(source, size_and_md5), "Verifying", len(source.ids), unit="img", delay=1.0)
     for i, (image_id, result) in enumerate(zip(source.ids, results, strict=True)):
         # In an npz the images have no names of their own.
         name = printable(source.members[i].name) if source.kind != "npz" else f"image {image_id}"

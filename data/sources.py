@@ -168,23 +168,23 @@ def choose_layout(source: Source, image_size: int) -> None:
 
 def put_in_order(source: Source, numbered: bool) -> None:
     """Give the members their ids, without the strays among numbered ones, and sort them by these."""
-    found = {member: number_in(member.name) for member in source.members}
-    strays = {member for member, number in found.items() if number is None or number[0] not in ("", "img")}
-    if strays and (numbered or NEARLY_ALL * len(found) <= len(found) - len(strays)):
+    numbers = {member: number_in(member.name) for member in source.members}
+    plain = {member: number for member, number in numbers.items() if number and number[0] in ("", "img")}
+    if len(plain) < len(numbers) and (numbered or len(plain) >= NEARLY_ALL * len(numbers)):
+        strays = numbers.keys() - plain.keys()
         first = printable(min(strays).name)
         source.notes.append(f"Passed over {len(strays)} (no image number in the name), the first is {first!r}.")
-        found = {member: number for member, number in found.items() if member not in strays}
-    if not found:
+        numbers = plain
+    if not numbers:
         raise UserError(" ".join([f"{source.path} holds no image ({', '.join(IMAGE_EXTENSIONS)}).", *source.notes]))
 
-    ids = {member: with_slashes(member.name) for member in found}
-    if all(found.values()) and (numbered or len({prefix for prefix, _ in found.values()}) == 1):
-        with_number = {number: member for member, (_, number) in found.items()}
-        if len(with_number) == len(found):
-            ids = {member: number for number, member in with_number.items()}
+    ids = {member: with_slashes(member.name) for member in numbers}
+    if all(numbers.values()) and (numbered or len({prefix for prefix, _ in numbers.values()}) == 1):
+        number, times = Counter(number for _, number in numbers.values()).most_common(1)[0]
+        if times == 1:
+            ids = {member: number for member, (_, number) in numbers.items()}
         elif numbered:
-            twin, _ = Counter(number for _, number in found.values()).most_common(1)[0]
-            raise UserError(f"{source.path}: several images have the number {twin}. Keep one copy of the set there.")
+            raise UserError(f"{source.path}: {times} images have the number {number}. Keep one copy of the set there.")
     source.members = sorted(ids, key=ids.get)
     source.ids = [ids[member] for member in source.members]
 
@@ -211,7 +211,7 @@ def one_sentence(path: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN_BYTES as error:
-        raise UserError(f"{path} cannot be read ({printable(error)}). Is it whole, and may you read it?") from None
+        raise UserError(f"{path} cannot be read ({printable(error)}). Was its download cut short?") from None
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

@@ -98,7 +98,7 @@ def test_wrong_missing_and_extra_images_are_named(ffhq, capsys):
     (files / "00003.png").write_bytes(b"broken")
     Image.fromarray(photo(4, 100)).save(files / "00004.png")
     Image.fromarray(photo(9)).save(files / "00009.png")
-    names = verify(find_source(folder, 128), json_path, quiet=True)
+    names = verify(find_source(folder, 128), json_path)
     assert names["correct"] == ["00000/00000.png", "00000/00005.png"]
     assert names["missing"] == ["id 2"] and names["extra"] == ["id 9"]
     assert [name.partition(":")[0] for name in names["wrong"]] == [f"00000/0000{n}.png" for n in (1, 3, 4)]
@@ -121,20 +121,20 @@ def test_reencoded_and_packed_copies_verify_too(ffhq, tmp_path):
         (tmp_path / "flat").mkdir(exist_ok=True)
         Image.fromarray(photo(number)).save(tmp_path / "flat" / f"{number:05d}.bmp")
     for path in (tmp_path / "a.npz", tmp_path / "flat"):
-        names = verify(find_source(path, 128), ffhq[1], quiet=True)
+        names = verify(find_source(path, 128), ffhq[1])
         assert [len(listed) for listed in names.values()] == [COUNT, 0, 0, 0]
 
 
 def test_the_large_photos_are_checked_against_their_own_sums(ffhq, tmp_path):
     (tmp_path / "large").mkdir()
     Image.fromarray(photo(0, 1024)).save(tmp_path / "large" / "00000.png", compress_level=0)
-    names = verify(find_source(tmp_path / "large", 128), ffhq[1], quiet=True)
+    names = verify(find_source(tmp_path / "large", 128), ffhq[1])
     assert names["correct"] == ["00000.png"] and not names["wrong"] and len(names["missing"]) == 5
 
 
 def test_an_npz_names_its_wrong_images(ffhq, tmp_path):
     np.savez(tmp_path / "a.npz", np.stack([photo(n + 1) for n in range(2)]))
-    names = verify(find_source(tmp_path / "a.npz", 128), ffhq[1], quiet=True)
+    names = verify(find_source(tmp_path / "a.npz", 128), ffhq[1])
     assert [name.partition(":")[0] for name in names["wrong"]] == ["image 0", "image 1"]
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +41,6 @@ def test_whether_a_folder_can_be_written_is_tried(tmp_path):
         assert not packed.is_writable(Path("/proc/self"))
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    path = write_folder(tmp_path / "set")
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: usage(0, 0, IMAGES.nbytes - 1))
-    forbid_decoding(monkeypatch)
-    with pytest.raises(UserError, match=r"written to .*set \(they take 0\.0 MB, more than is free\)"):
-        load(path)
-    assert packed_files(path) == ["set-8px.packed.lock"]
-
-
 def test_a_disk_that_runs_full_leaves_nothing_behind(tmp_path, monkeypatch):
     path = write_folder(tmp_path / "set")
 
@@ -60,7 +49,9 @@ def test_a_disk_that_runs_full_leaves_nothing_behind(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"written to .*\(No space left on device\)\. Make room"):
+        with pytest.raises(
+            UserError, match=r"0\.0 MB of images, cannot be written \(No space left on device\)\. Make room"
+        ):
             load(path)
     assert packed_files(path) == ["set-8px.packed.lock"]
     np.testing.assert_array_equal(load(path).images, IMAGES)
@@ -71,7 +62,7 @@ def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(packed, "is_writable", lambda folder: False)
-    with pytest.raises(UserError, match=r"cannot be written to .*ddpm-packed-images \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"ddpm-packed-images/.* cannot be written \(Not a directory\)"):
         load(path)
 
 
