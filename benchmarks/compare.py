@@ -13,6 +13,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import statistics
 import sys
 from dataclasses import replace
@@ -28,7 +29,6 @@ from benchmarks.compare_rounds import Rounds
 from benchmarks.compare_table import markdown, summary, terminal
 from benchmarks.compare_targets import MEMORY_TARGETS, Judge
 from benchmarks.compare_worker import Worker, WorkerError
-from data.reading import available_cores
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.device import choose_device, choose_precision, cpu_name
 
@@ -174,7 +174,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
             raise MissingPackage(f"{package} is not installed: pip install -r requirements-dev.txt") from error
     return {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "cores": available_cores(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **versions,
     }

@@ -10,6 +10,7 @@ synthetic photos of 128 px are made in a temporary folder.
 import argparse
 import io
 import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -28,7 +29,6 @@ from data.augmentation import augment
 from data.batches import ImageFeeder, epoch_order
 from data.datasets import load_images
 from data.pixels import to_model_range
-from data.reading import available_cores
 
 IMAGE_SIZE = 128
 
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", metavar="SOURCE")
     parser.add_argument("--batch-size", type=int, default=80)
-    parser.add_argument("--workers", type=int, default=available_cores(), help="of the DataLoader, default: all cores")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of the DataLoader, default: all cores")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +122,7 @@ def main() -> None:
         paths = as_png_files(images, folder)
         print(
             f"{len(images):,} images, {sum(p.stat().st_size for p in paths) / len(paths) / 1000:.0f} kB a PNG, "
-            f"batches of {options.batch_size}, {available_cores()} cores, onto {device}, PyTorch {torch.__version__}"
+            f"batches of {options.batch_size}, {os.cpu_count()} cores, onto {device}, PyTorch {torch.__version__}"
         )
 
         # So many that the batches which its workers have ready when the clock starts don't count for much.

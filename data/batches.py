@@ -1,20 +1,18 @@
 """Batches of uint8 images by index: which ones (shuffling), and onto the device that trains (feeding)."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-# Of a GPU's free memory, what the images may take to be kept there whole; the rest is for the network's activations.
-# The 3.4 GB of FFHQ at 128 px then stay on any card with 16 GB.
-FREE_MEMORY_FRACTION = 0.25
+from data.packed import map_ahead
 
-_COPY_CHUNK = 1024  # images a time when the whole set goes to the device
+FREE_MEMORY_FRACTION = 0.25  # of a GPU's, up to which all images are kept there: FFHQ at 128 px on one with 16 GB
+COPY_CHUNK = 1024  # images a time when the whole set goes to the device
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of n images in an epoch: an int64 permutation (n,), a pure function of its arguments.
+    """Order the n images of an epoch: an int64 permutation (n,), a pure function of its arguments.
 
     The images sorted by 64-bit random keys, drawn from NumPy's Philox seeded by SeedSequence([seed, epoch]). NumPy
     guarantees these two never to change between versions and platforms, which it doesn't for its own permutation().
@@ -32,7 +30,7 @@ def forward_passes(share: range, batch_size: int) -> list[slice]:
 def micro_batches(
     train_indices: np.ndarray, seed: int, effective_batch: int, passes: Sequence[slice], steps: range
 ) -> Iterator[np.ndarray]:
-    """The images of every forward pass of some optimiser steps, one array of indices for each of `passes`.
+    """Yield the images of every forward pass of some optimiser steps, an array of indices for each of `passes`.
 
     A step takes the next effective_batch images of its epoch's order; what is left at an epoch's end is dropped. So
     the position in the data is the number of the step, and nothing else.
@@ -49,7 +47,7 @@ def micro_batches(
 
 
 class ImageFeeder:
-    """Hands out batches of images (N, S, S, 3) uint8, memory-mapped or not, on a device.
+    """Hand out batches of images (N, S, S, 3) uint8, memory-mapped or not, on a device.
 
     keep_on_device=True copies the whole set there at once; False gathers each batch on the CPU and, for a GPU, sends
     it from pinned memory without waiting. None, the default, keeps it on a CUDA device when it takes no more than
@@ -60,60 +58,44 @@ class ImageFeeder:
         self.device = torch.device(device)
         self.images = np.asarray(images)  # without memmap's own class, whose bookkeeping slows every gather
         if keep_on_device is None:
-            keep_on_device = self.device.type == "cuda" and self._fits_on_device()
-        self.resident = self._copy_to_device() if keep_on_device else None
+            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+            keep_on_device = self.images.nbytes <= FREE_MEMORY_FRACTION * free
+        self.resident = self.copy_to_device() if keep_on_device else None
 
     def gather(self, indices: np.ndarray) -> torch.Tensor:
-        """Images of the given indices (B,) -> uint8 (B, S, S, 3) on the device. Raises IndexError out of range."""
+        """Gather images by their indices (B,) -> uint8 (B, S, S, 3) on the device. Raises IndexError out of range."""
         if self.resident is None:
-            return self._send(self._gather_on_cpu(indices))
-        indices = self._checked(indices)
-        return self.resident.index_select(0, torch.from_numpy(indices).to(self.device))
+            return self.send(self.gather_on_cpu(indices))
+        return self.resident.index_select(0, torch.from_numpy(self.checked(indices)).to(self.device))
 
     def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-        """Yields `gather` of each batch of indices in order, the next one being read meanwhile by a thread.
-
-        An error in the thread is raised here, at the batch that it concerns. Closing the iterator ends the thread.
-        """
+        """Yield `gather` of each batch of indices in order; a thread reads the next one meanwhile."""
         if self.resident is not None:
             yield from map(self.gather, batches_of_indices)
-            return
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="image-feeder") as executor:
-            current = None
-            for indices in batches_of_indices:
-                upcoming = executor.submit(self._gather_on_cpu, indices)
-                if current is not None:
-                    yield self._send(current.result())
-                current = upcoming
-            if current is not None:
-                yield self._send(current.result())
+        else:
+            yield from map(self.send, map_ahead(self.gather_on_cpu, batches_of_indices, threads=1, ahead=1))
 
-    def _gather_on_cpu(self, indices: np.ndarray) -> torch.Tensor:
-        indices = self._checked(indices)
-        batch = torch.empty(
-            (len(indices), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-        )
+    def gather_on_cpu(self, indices: np.ndarray) -> torch.Tensor:
+        indices = self.checked(indices)
+        shape = len(indices), *self.images.shape[1:]
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         # mode="clip" spares NumPy a second copy of the batch that it makes to raise errors; they're checked above.
         np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")
         return batch
 
-    def _checked(self, indices: np.ndarray) -> np.ndarray:
+    def checked(self, indices: np.ndarray) -> np.ndarray:
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self.images)):
             raise IndexError(f"image index out of range 0..{len(self.images) - 1}: {indices.min()}..{indices.max()}")
         return indices
 
-    def _send(self, batch: torch.Tensor) -> torch.Tensor:
+    def send(self, batch: torch.Tensor) -> torch.Tensor:
         # PyTorch's pinned-memory allocator doesn't hand the buffer out again before this copy is done.
         return batch.to(self.device, non_blocking=self.device.type == "cuda")
 
-    def _fits_on_device(self) -> bool:
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return self.images.nbytes <= FREE_MEMORY_FRACTION * free
-
-    def _copy_to_device(self) -> torch.Tensor:
+    def copy_to_device(self) -> torch.Tensor:
         resident = torch.empty(self.images.shape, dtype=torch.uint8, device=self.device)
-        for start in range(0, len(self.images), _COPY_CHUNK):  # in chunks, to need little memory besides
-            chunk = np.array(self.images[start : start + _COPY_CHUNK])
+        for start in range(0, len(self.images), COPY_CHUNK):  # in chunks, to need little memory besides
+            chunk = np.array(self.images[start : start + COPY_CHUNK])
             resident[start : start + len(chunk)] = torch.from_numpy(chunk).to(self.device)
         return resident

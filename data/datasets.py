@@ -1,15 +1,14 @@
 """The data sets by name, and their split into training and validation images."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from data.packed import ImageSet, open_packed
+from data.sources import Source, find_source
 from functions.support.errors import UserError
-
-from .packed import open_packed
-from .sources import Source, find_source
 
 DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
@@ -17,20 +16,6 @@ FFHQ_SIZE = 70_000
 
 # The last validation images of the full FFHQ by id: the reference run's split and the official one.
 FFHQ_VALIDATION = {"reference": 7_000, "official": 10_000}
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images of a data set: uint8 (N, S, S, 3), mostly memory-mapped, and their N ids (int or str), sorted."""
-
-    name: str
-    images: np.ndarray
-    ids: list
-    summary: str = ""  # one line: how many images, how many left out, enlarged or cropped
-    path: Path | None = None  # the packed file
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -45,41 +30,35 @@ class Split:
 
 
 def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0, quiet: bool = False) -> ImageSet:
-    """All images of a data set at image_size x image_size pixels; prepared on first use, memory-mapped from then on.
+    """Load all images of a data set at image_size x image_size pixels; they are prepared on first use.
 
     "emoji_faces" is the embedded set, "emoji_people" the people in it, "FFHQ" whatever copy of FFHQ lies at data/FFHQ;
-    anything else is the path of a folder, .zip or .npz. Raises UserError when there is no such set, when more than
-    max_bad_images images are unusable, or when the prepared images cannot be stored.
+    anything else is the path of a folder, .zip or .npz. Raises UserError as `find_source` and `open_packed` do.
     """
-    if image_size < 1:
-        raise UserError(f"The image size is {image_size}; it must be a positive number of pixels.")
-    source = locate(dataset_name, image_size)
-    pack = open_packed(source, image_size, max_bad_images, quiet)
+    pack = open_packed(locate(dataset_name, image_size), image_size, max_bad_images, quiet)
     if dataset_name == "emoji_people":
         people = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
         summary = f"{dataset_name}: {len(people):,} of the images of {pack.summary}"
         return ImageSet(dataset_name, pack.images[people], [pack.ids[i] for i in people], summary, pack.path)
-    return ImageSet(dataset_name, pack.images, pack.ids, pack.summary, pack.path)
+    return replace(pack, name=dataset_name)
 
 
 def locate(dataset_name: str, image_size: int) -> Source:
-    """The source behind a data set's name or path; raises UserError when there is none."""
+    """Find the source behind a data set's name or path. Raises UserError when there is none."""
     if dataset_name in ("emoji_faces", "emoji_people"):
         return find_source(EMBEDDED_SET, image_size)
     if dataset_name == "FFHQ":
-        return find_source(_find_ffhq(DATA_FOLDER), image_size, numbered=True)
+        return find_source(find_ffhq(DATA_FOLDER), image_size, numbered=True)
     return find_source(dataset_name, image_size)
 
 
-def _find_ffhq(folder: Path) -> Path:
+def find_ffhq(folder: Path) -> Path:
+    """Find the copy of FFHQ in a data folder: a folder FFHQ, an archive in it, or FFHQ.zip or FFHQ.npz beside it."""
     archives_inside = sorted(p for p in folder.glob("FFHQ/*") if p.suffix.lower() in (".zip", ".npz") and p.is_file())
     if len(archives_inside) > 1:
-        raise UserError(
-            f"{folder / 'FFHQ'} holds several archives ({', '.join(p.name for p in archives_inside)}). "
-            "Leave one there, or name one as the data set."
-        )
-    candidates = [*archives_inside, folder / "FFHQ", folder / "FFHQ.zip", folder / "FFHQ.npz"]
-    for path in candidates:
+        names = ", ".join(path.name for path in archives_inside)
+        raise UserError(f"{folder / 'FFHQ'} holds {names}. Leave one archive there, or name one as the data set.")
+    for path in (*archives_inside, folder / "FFHQ", folder / "FFHQ.zip", folder / "FFHQ.npz"):
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             return path
     raise UserError(
@@ -90,7 +69,7 @@ def _find_ffhq(folder: Path) -> Path:
 
 
 def split_images(image_set: ImageSet, split: str) -> Split:
-    """Splits a set by sorted id. split: "reference" or "official".
+    """Split a set by sorted id. `split` is "reference" or "official".
 
     The full FFHQ (ids 0 to 69,999): 63,000 / 7,000 as in the reference run, or the official 60,000 / 10,000.
     Any other set, an incomplete FFHQ included: its last 10%, at least one image, validate.
@@ -106,15 +85,11 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         raise UserError(f"{image_set.name} has {count} image(s): too few to train on some and validate on others.")
     which = f"{split} split of the full FFHQ" if is_full_ffhq else "not the full FFHQ, so the last 10% by id validate"
     description = f"{image_set.name}: {train_count:,} images train, {val_count:,} validate ({which})"
-    return Split(
-        np.arange(train_count, dtype=np.int64),
-        np.arange(train_count, count, dtype=np.int64),
-        description,
-        hash_ids(image_set.ids[:train_count]),
-        hash_ids(image_set.ids[train_count:]),
-    )
+    indices, ids = np.arange(count, dtype=np.int64), image_set.ids
+    hashes = hash_ids(ids[:train_count]), hash_ids(ids[train_count:])
+    return Split(indices[:train_count], indices[train_count:], description, *hashes)
 
 
 def hash_ids(ids: list) -> str:
-    """A short hash of a list of ids, by which two runs can be shown to have used the same images."""
+    """Make a short hash of a list of ids, by which two runs can be shown to have used the same images."""
     return hashlib.sha256("\n".join(map(str, ids)).encode(errors="surrogateescape")).hexdigest()[:16]

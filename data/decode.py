@@ -1,35 +1,25 @@
-"""One image file's bytes -> uint8 RGB pixels, whatever its colour mode; or the reason why it cannot be used."""
+"""Image files -> uint8 RGB pixels, whatever their colour mode; or the reason why they cannot be used."""
 
 import io
 import struct
-import warnings
+import tokenize
+import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from functions.support.errors import UserError
 
-from .archives import printable
-
-# Named one by one: Pillow otherwise also tries dozens of formats that no image set uses, some of them by calling
-# other programs.
+# Pillow would also try dozens of formats that no image set uses, some of them by calling other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MAX_PIXELS = 89_478_485  # of one image: Pillow's limit, beyond which it suspects a decompression bomb
 
-# What Pillow and the libraries below it raise on broken bytes (type, struct and key errors and the like come from its
-# own parsing of headers and EXIF).
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    IndexError,
-    KeyError,
-    OverflowError,
-    NotImplementedError,
+# What Python's, NumPy's and Pillow's readers raise on broken bytes
+BROKEN_BYTES = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, SyntaxError, OverflowError),
+    *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
 )
 
 
@@ -37,40 +27,42 @@ class BadImage(UserError):
     """An image that cannot be used; the message is the reason, without the file's name."""
 
 
+def printable(text: object) -> str:
+    """Text out of a file, for messages and reports: one line, not too long, without what a terminal would obey."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return line if len(line) <= 200 else f"{line[:200]}..."
+
+
 def decode_rgb(data: bytes) -> np.ndarray:
-    """The bytes of a PNG, JPEG, WebP or BMP -> uint8 (H, W, 3) at the file's own size.
+    """Decode the bytes of a PNG, JPEG, WebP or BMP -> uint8 (H, W, 3) at the file's own size.
 
     Turned upright by its EXIF orientation; alpha and transparent colours are composited over white; grey, palette and
     CMYK become RGB; 16-bit grey is scaled to 8 bits (of 16-bit colour Pillow keeps the high byte: at most one level
-    off). Embedded colour profiles are ignored. Raises BadImage for anything animated, truncated, corrupt, too large
-    (Pillow's decompression-bomb limit, 89 million pixels) or not an image. A JPEG whose middle is damaged can decode
-    without complaint, in which case nothing here can tell; inside a zip its checksum does.
+    off). Embedded colour profiles are ignored. Raises BadImage for anything animated, truncated, corrupt, of more than
+    MAX_PIXELS or not an image. A damaged JPEG can decode without complaint; inside a zip its checksum tells.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.format == "PNG":
-                    image.verify()  # the checksums of its chunks: load() passes over those of the pixels
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                # An MPO is a photo with previews behind it, not an animation.
-                if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                    raise BadImage(f"animated ({image.n_frames} frames)")
-                image.load()
-                image = ImageOps.exif_transpose(image)
-                return _convert_to_rgb(image)
-    except BadImage:
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if image.format == "PNG":
+                image.verify()  # the checksums of its chunks: load() passes over those of the pixels
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # An MPO is a photo with previews behind it, not an animation.
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                raise BadImage(f"animated ({image.n_frames} frames)")
+            image.load()
+            return convert_to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
         raise BadImage("too many pixels (a decompression bomb?)") from None
     except UnidentifiedImageError:
         raise BadImage("empty file" if not data else f"not a {', '.join(FORMATS)} image") from None
-    except _DECODING_ERRORS as error:
+    except BROKEN_BYTES as error:
         raise BadImage(f"broken file ({type(error).__name__}: {printable(error)})") from None
 
 
-def _convert_to_rgb(image: Image.Image) -> np.ndarray:
+def convert_to_rgb(image: Image.Image) -> np.ndarray:
+    """Convert a Pillow image of any mode -> uint8 (H, W, 3)."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int32)
         levels = (grey + 128) // 257  # 65535 / 255 = 257, rounded to nearest: scaled, where convert("RGB") would clip
@@ -85,7 +77,7 @@ def _convert_to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (S, S, 3), S = image_size in pixels.
+    """Crop and resize uint8 (H, W, 3) -> uint8 (S, S, 3), S = image_size in pixels.
 
     What is not square is cropped to the square in its centre. Larger images are reduced with Lanczos, which
     antialiases; smaller ones are enlarged bicubically; those of the right size pass unchanged.
@@ -100,6 +92,19 @@ def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
     return np.array(Image.fromarray(square).resize((image_size, image_size), resample))
 
 
-def decode_image(data: bytes, image_size: int) -> np.ndarray:
-    """The bytes of an image file -> uint8 (S, S, 3): `decode_rgb`, then `fit_square`. Raises BadImage."""
-    return fit_square(decode_rgb(data), image_size)
+def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
+    """Read one image file for a model -> uint8 (S, S, 3), S = image_size in pixels.
+
+    Raises UserError when there is no such file, when it is no image, or when it has another size and `fit` is False.
+    """
+    try:
+        rgb = decode_rgb(Path(path).read_bytes())
+    except BadImage as error:
+        raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        what = "an image is named by its file, or by its number (0, 1, ...) among those of the seed"
+        raise UserError(f"{path}: {error.strerror}; {what}") from error
+    if not fit and rgb.shape[:2] != (image_size, image_size):
+        sizes = f"{rgb.shape[1]}x{rgb.shape[0]} pixels, the model's images are {image_size}x{image_size}"
+        raise UserError(f"{path} is {sizes}; --fit crops and resizes it")
+    return fit_square(rgb, image_size)

@@ -1,19 +1,24 @@
-"""Finding the images of a data set: in a folder, in a zip (read in place) or in an npz; and the ids that order them."""
+"""Where images come from: a folder with its subfolders, a zip or an npz.
+
+Archives are read in place and never extracted, so a member's name is no path on this machine, whatever it says.
+"""
 
 import math
 import os
 import re
 import stat
-import struct
 import zipfile
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 
+from data.decode import BROKEN_BYTES, MAX_PIXELS, BadImage, printable
 from functions.support.errors import UserError
-
-from .archives import open_archive, open_member, printable, read_npy_header
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -21,214 +26,196 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # when several lie under one root only one may be read. The uncropped photos (0) are never chosen over aligned ones.
 FFHQ_LAYOUTS = {"in-the-wild-images": 0, "thumbnails128x128": 128, "resized": 256, "images1024x1024": 1024}
 
-
-MAX_PIXELS = 89_478_485  # of one image: Pillow's limit for files, which counts for arrays too
-
+MAX_FILE_BYTES = 100 * 2**20  # of one image: an FFHQ photo at 1024 px takes 1.3 MB
 NEARLY_ALL = 0.99  # of a set's images: so many numbered ones make it a numbered set, and the others strays
 
 
-@dataclass(frozen=True)
-class Member:
-    """One file of a source."""
-
+class Member(NamedTuple):
     name: str  # its path inside the source, exactly as stored
     size: int  # bytes, uncompressed
     stamp: int  # what changes when the content does: the CRC-32 in an archive, the modification time (ns) in a folder
 
 
-@dataclass(frozen=True)
 class Source:
-    """Where images come from.
+    """What the three kinds have in common; each has its `kind`, lists its `members`, and reads one by `read_file`.
 
-    `members` are the image files in the order of their ids; for kind "npz" the one array that holds all images.
-    `ids` are the numbers in the file names (int) when these are numbered as FFHQ's are, else the names (str); sorted.
-    `notes` are sentences for the report: what was passed over, and why.
+    `members` are the image files in the order of their ids; for an npz the one array that holds all images. `ids` are
+    the numbers in the file names (int) when these are numbered as FFHQ's are, else the names (str); sorted. `notes`
+    are sentences for the report: what was passed over, and why.
     """
 
-    path: Path
-    kind: str  # "folder", "zip" or "npz"
-    members: tuple[Member, ...]
-    ids: tuple[int, ...] | tuple[str, ...]
-    notes: tuple[str, ...]
+    def __init__(self, path: Path):
+        self.path, self.members, self.ids, self.notes = path, [], [], []
+
+    def read(self, i: int) -> bytes | np.ndarray | BadImage:
+        """Read the i-th image: a file's bytes, or uint8 (H, W, 3), or the reason why it cannot be read."""
+        if self.members[i].size > MAX_FILE_BYTES:
+            return BadImage(f"larger than {MAX_FILE_BYTES // 2**20} MiB")
+        try:
+            return self.read_file(self.members[i])
+        except BROKEN_BYTES as error:
+            return BadImage(f"cannot be read ({printable(getattr(error, 'strerror', None) or error)})")
+
+
+class Folder(Source):
+    """Image files in a folder. Links are followed, for a data folder is often a link to another disk."""
+
+    kind = "folder"
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        errors = []
+        for folder, _, files in os.walk(path, onerror=errors.append, followlinks=True):
+            names = ((Path(folder) / file).relative_to(path).as_posix() for file in files)
+            for name in filter(is_image_name, names):
+                try:
+                    status = os.stat(path / name)
+                    if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                        self.members.append(Member(name, status.st_size, status.st_mtime_ns))
+                except OSError:  # a link that leads nowhere, which is named when it is read
+                    self.members.append(Member(name, 0, 0))
+        if errors:
+            raise errors[0]
+
+    def read_file(self, member: Member) -> bytes:
+        return (self.path / member.name).read_bytes()
+
+
+class Zip(Source):
+    """Image files in a zip. Of two members with one name the last counts, as for every other zip tool."""
+
+    kind = "zip"
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.archive = zipfile.ZipFile(path)
+        images = {info.filename: info for info in self.archive.infolist() if is_image_name(info.filename)}
+        self.members = [Member(name, info.file_size, info.CRC) for name, info in images.items()]
+
+    def read_file(self, member: Member) -> bytes:
+        with open_member(self.archive, member.name) as file:
+            # Bounded, for read() unpacks all there is, whatever the size it should have. Reaching that checks the CRC.
+            return file.read(member.size + 1)
+
+
+class Npz(Source):
+    """One uint8 array (N, H, W, 3), streamed: the full set's at 1024 px would not fit into memory.
+
+    So `read` takes 0, 1, ..., N - 1 in this order; the last one checks the CRC.
+    """
+
+    kind = "npz"
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.archive, found = zipfile.ZipFile(path), []
+        for info in self.archive.infolist():
+            if info.filename.endswith(".npy"):
+                with open_member(self.archive, info.filename) as file:
+                    npy.read_magic(file)
+                    shape, fortran_order, dtype = npy.read_array_header_1_0(file)  # which loads no pickle
+                    header = file.tell()
+                if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran_order:
+                    found.append((Member(info.filename, info.file_size, info.CRC), shape, header))
+        if len(found) != 1:
+            raise UserError(f"{path} must hold exactly one uint8 array of shape (N, H, W, 3). It holds {len(found)}.")
+        member, (count, *self.shape), self.header = found[0]
+        # Before anything is counted by it: the header can claim any number of images, of any size.
+        if count * math.prod(self.shape) != member.size - self.header or math.prod(self.shape) > 3 * MAX_PIXELS:
+            raise UserError(f"{path} is damaged: its array is not as large as it says, or impossibly large.")
+        self.members, self.ids = [member], list(range(count))
+
+    def read(self, i: int) -> np.ndarray:
+        with one_sentence(self.path):
+            if i == 0:
+                self.stream = open_member(self.archive, self.members[0].name)
+                self.stream.read(self.header)
+            return np.frombuffer(self.stream.read(math.prod(self.shape)), np.uint8).reshape(self.shape)
 
 
 def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False) -> Source:
-    """Lists the images of a folder (with its subfolders), a .zip or an .npz with one uint8 array (N, H, W, 3).
+    """Find the images of a folder, a .zip or an .npz, and put them into the order of their ids.
 
-    Ids don't depend on the order of a directory, and numbers don't depend on the folders that they lie in.
-    `image_size` (pixels) decides which copy is read when several of FFHQ's lie under one root: the smallest that need
-    not be enlarged. `numbered=True` is for a set that must be numbered: unnumbered images are passed over with a note,
-    and two images with one number are an error. They are passed over too where nearly all others are numbered: one
-    stray preview.png must not turn the numbers of 70,000 images into names.
+    Ids don't depend on the order of a directory, and numbers don't depend on the folders that they lie in. Of several
+    copies of FFHQ under one root, the smallest that need not be enlarged to `image_size` (pixels) is read. In a set
+    that must be `numbered`, unnumbered images are passed over with a note, and two with one number are an error. They
+    are passed over too where nearly all others are numbered, as a stray preview.png among 70,000 is.
     Raises UserError when the path is missing, is none of the three, cannot be read or holds no image.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        kind, (members, notes) = "folder", _scan_folder(path)
-    elif not path.exists():
+    kind = Folder if path.is_dir() else {".zip": Zip, ".npz": Npz}.get(path.suffix.lower())
+    if not path.exists():
         raise UserError(f"{path} does not exist. Give a folder, a .zip or an .npz of images.")
-    elif path.suffix.lower() == ".npz":
-        return _scan_npz(path)
-    elif path.suffix.lower() == ".zip":
-        kind, (members, notes) = "zip", _scan_zip(path)
-    else:
+    if kind is None:
         raise UserError(f"{path} is neither a folder nor a .zip nor an .npz. Give one of these.")
+    with one_sentence(path):
+        source = kind(path)
+    if kind is not Npz:
+        choose_layout(source, image_size)
+        put_in_order(source, numbered)
+    return source
 
-    members, layout_note = _choose_layout(members, image_size)
-    notes += layout_note
-    numbered_members, number_note = _keep_numbered(members)
-    if numbered or NEARLY_ALL * len(members) <= len(numbered_members) < len(members):
-        members, notes = numbered_members, notes + number_note
-    if not members:
-        raise UserError(f"{path} holds no image ({', '.join(IMAGE_EXTENSIONS)}). " + " ".join(notes))
 
-    ids = _numbers([member.name for member in members])
-    if ids is None and numbered:
-        raise UserError(f"{path}: {_describe_clash(members)} Keep one copy of the set there, or point at one of them.")
-    if ids is None:
-        ids = [_normalised(member.name) for member in members]
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    return Source(path, kind, tuple(members[i] for i in order), tuple(ids[i] for i in order), tuple(notes))
+def choose_layout(source: Source, image_size: int) -> None:
+    """Keep one of several copies of FFHQ."""
+    layouts = {m.name: FFHQ_LAYOUTS.keys() & set(with_slashes(m.name).split("/")[:-1]) for m in source.members}
+    found = sorted(set().union(*layouts.values()), key=FFHQ_LAYOUTS.get)
+    if len(found) > 1:
+        chosen = next((layout for layout in found if FFHQ_LAYOUTS[layout] >= image_size), found[-1])
+        source.members = [member for member in source.members if chosen in layouts[member.name]]
+        source.notes.append(f"Found {' and '.join(found)}; used {chosen} only.")
+
+
+def put_in_order(source: Source, numbered: bool) -> None:
+    """Give the members their ids, without the strays among numbered ones, and sort them by these."""
+    numbers = {member: number_in(member.name) for member in source.members}
+    plain = {member: number for member, number in numbers.items() if number and number[0] in ("", "img")}
+    if len(plain) < len(numbers) and (numbered or len(plain) >= NEARLY_ALL * len(numbers)):
+        strays = numbers.keys() - plain.keys()
+        first = printable(min(strays).name)
+        source.notes.append(f"Passed over {len(strays)} (no image number in the name), the first is {first!r}.")
+        numbers = plain
+    if not numbers:
+        raise UserError(" ".join([f"{source.path} holds no image ({', '.join(IMAGE_EXTENSIONS)}).", *source.notes]))
+
+    ids = {member: with_slashes(member.name) for member in numbers}
+    if all(numbers.values()) and (numbered or len({prefix for prefix, _ in numbers.values()}) == 1):
+        number, times = Counter(number for _, number in numbers.values()).most_common(1)[0]
+        if times == 1:
+            ids = {member: number for member, (_, number) in numbers.items()}
+        elif numbered:
+            raise UserError(f"{source.path}: {times} images have the number {number}. Keep one copy of the set there.")
+    source.members = sorted(ids, key=ids.get)
+    source.ids = [ids[member] for member in source.members]
 
 
 def is_image_name(name: str) -> bool:
     """Whether a path inside a source is taken for an image: by its extension, unless it is hidden or macOS' shadow."""
-    parts = PurePosixPath(_normalised(name)).parts
-    stray = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not stray and name.lower().endswith(IMAGE_EXTENSIONS)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(with_slashes(name)).parts)
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not hidden
 
 
-# --- the three kinds ---------------------------------------------------------------------------------------------
-
-
-def _scan_folder(path: Path) -> tuple[list[Member], list[str]]:
-    def fail(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}). Check its permissions.")
-
-    members, irregular, visited = [], [], set()
-    # Links are followed, for a data folder is often a link to another disk; a link that leads back up is not.
-    for folder, subfolders, files in os.walk(path, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders.sort()
-        for file in files:
-            name = (Path(folder) / file).relative_to(path).as_posix()
-            if not is_image_name(name):
-                continue
-            try:
-                status = os.stat(os.path.join(folder, file))
-            except OSError:  # a dangling link: listed here, so that reading it reports it by name
-                members.append(Member(name, 0, 0))
-                continue
-            if stat.S_ISREG(status.st_mode):
-                members.append(Member(name, status.st_size, status.st_mtime_ns))
-            else:
-                irregular.append(name)
-    return members, _passed_over(irregular, "not a regular file")
-
-
-def _scan_zip(path: Path) -> tuple[list[Member], list[str]]:
-    members, refused = {}, []
-    with open_archive(path) as archive:
-        for info in archive.infolist():
-            if info.orig_filename.lower().endswith(IMAGE_EXTENSIONS) and _is_hostile(info):
-                refused.append(info.orig_filename)  # the name before it is cut at a zero byte
-            elif is_image_name(info.filename):
-                # A name that occurs twice means its last entry, as for every other zip tool.
-                members[info.filename] = Member(info.filename, info.file_size, info.CRC)
-            else:
-                _check_name(archive, info, path)
-    return list(members.values()), _passed_over(refused, "absolute path, '..', zero byte, link or encrypted")
-
-
-def _scan_npz(path: Path) -> Source:
-    found = []
-    with open_archive(path) as archive:
-        for info in archive.infolist():
-            if not info.filename.endswith(".npy"):
-                continue
-            with open_member(archive, info.filename, path) as file:
-                shape, fortran_order, dtype = read_npy_header(file, path)
-                header = file.tell()
-            if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran_order:
-                found.append((Member(info.filename, info.file_size, info.CRC), shape, header))
-    if len(found) != 1:
-        raise UserError(f"{path} holds {len(found)} uint8 arrays of shape (N, H, W, 3). It must hold exactly one.")
-    member, shape, header = found[0]
-    if shape[1] * shape[2] > MAX_PIXELS:
-        raise UserError(f"{path} holds images of {shape[2]}x{shape[1]} pixels, more than {MAX_PIXELS:,}.")
-    # Before anything is counted by it: the header can claim any number of images.
-    if math.prod(shape) != member.size - header:
-        raise UserError(f"{path} is cut short or damaged: its array is not as large as it says. Get or make it again.")
-    return Source(path, "npz", (member,), tuple(range(shape[0])), ())
-
-
-# --- names, numbers and layouts ----------------------------------------------------------------------------------
-
-
-def _normalised(name: str) -> str:
+def with_slashes(name: str) -> str:
     return name.replace("\\", "/")  # some Windows tools write zips with backslashes
 
 
-def _is_hostile(info: zipfile.ZipInfo) -> bool:
-    # Members are never extracted, so none of these could do harm; but no honest archive of images has them.
-    name = _normalised(info.filename)
-    is_link = stat.S_ISLNK(info.external_attr >> 16)
-    is_encrypted = bool(info.flag_bits & 0x1)
-    is_cut = "\0" in info.orig_filename
-    return name.startswith("/") or name[1:2] == ":" or ".." in name.split("/") or is_link or is_encrypted or is_cut
+def number_in(name: str) -> tuple[str, int] | None:
+    """The prefix and the number that a file's name consists of: ("img", 12) for x/img00000012.png."""
+    match = re.fullmatch(r"([A-Za-z_-]*)(\d{1,18})", PurePosixPath(with_slashes(name)).stem)
+    return match and (match[1], int(match[2]))
 
 
-def _check_name(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
-    # What is no image by its name is never read, which would compare the name with the other place that has it: a
-    # damaged one would leave the set smaller, and nothing would say so.
+@contextmanager
+def one_sentence(path: Path) -> Iterator[None]:
+    """Turn whatever an unreadable or broken source raises into a UserError of one sentence."""
     try:
-        archive.open(info).close()
-    except (zipfile.BadZipFile, struct.error, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {printable(error)}. Get or make it again.") from None
-    except (NotImplementedError, RuntimeError):  # encrypted, or packed by some other method: no image of ours
-        pass
+        yield
+    except BROKEN_BYTES as error:
+        raise UserError(f"{path} cannot be read ({printable(error)}). Was its download cut short?") from None
 
 
-def _numbers(names: list[str]) -> list[int] | None:
-    """The number in each file name, when all are <one common prefix><number> and no number occurs twice."""
-    matches = [re.fullmatch(r"([A-Za-z_-]*)(\d{1,18})", PurePosixPath(_normalised(name)).stem) for name in names]
-    if not all(matches) or len({match[1] for match in matches}) != 1:
-        return None
-    numbers = [int(match[2]) for match in matches]
-    return numbers if len(set(numbers)) == len(numbers) else None
-
-
-def _keep_numbered(members: list[Member]) -> tuple[list[Member], list[str]]:
-    is_numbered = {m.name: re.fullmatch(r"(img)?\d{1,18}", PurePosixPath(_normalised(m.name)).stem) for m in members}
-    unnumbered = [name for name, match in is_numbered.items() if not match]
-    return [m for m in members if is_numbered[m.name]], _passed_over(unnumbered, "no image number in the name")
-
-
-def _describe_clash(members: list[Member]) -> str:
-    first_with = {}
-    for name in sorted(member.name for member in members):
-        number = int(re.search(r"\d+$", PurePosixPath(_normalised(name)).stem)[0])
-        if number in first_with:
-            return f"{printable(first_with[number])} and {printable(name)} have the same number."
-        first_with[number] = name
-    return "the images are numbered in two different ways."
-
-
-def _choose_layout(members: list[Member], image_size: int) -> tuple[list[Member], list[str]]:
-    layouts = {member.name: FFHQ_LAYOUTS.keys() & set(_normalised(member.name).split("/")[:-1]) for member in members}
-    found = sorted(set().union(*layouts.values()), key=FFHQ_LAYOUTS.get)
-    if len(found) < 2:
-        return members, []
-    chosen = next((layout for layout in found if FFHQ_LAYOUTS[layout] >= image_size), found[-1])
-    note = f"Found {' and '.join(found)}; used {chosen} only."
-    return [member for member in members if chosen in layouts[member.name]], [note]
-
-
-def _passed_over(names: list[str], reason: str) -> list[str]:
-    if not names:
-        return []
-    return [f"Passed over {len(names)} ({reason}), the first is {printable(min(names))!r}."]
+def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """Open a member for reading. Python's readers of other methods unpack all at once, however much that is."""
+    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise NotImplementedError("packed by another method than deflate")
+    return archive.open(name)

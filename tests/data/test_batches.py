@@ -122,7 +122,7 @@ def test_an_error_of_the_indices_own_iterator_reaches_the_caller():
 
 
 def feeding_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("image-feeder")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
 def test_leaving_early_ends_the_thread():
@@ -151,7 +151,7 @@ def test_one_batch_is_read_ahead():
 def test_the_whole_set_stays_on_a_gpu_only_when_it_fits(monkeypatch):
     asked = {}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked["free"], 10**12))
-    monkeypatch.setattr(batches.ImageFeeder, "_copy_to_device", lambda self: "resident")
+    monkeypatch.setattr(batches.ImageFeeder, "copy_to_device", lambda self: "resident")
     for free, fits in (
         (IMAGES.nbytes / batches.FREE_MEMORY_FRACTION + 1, True),
         (IMAGES.nbytes / batches.FREE_MEMORY_FRACTION - 1, False),

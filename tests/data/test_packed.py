@@ -1,4 +1,4 @@
-"""data/packed.py and data/reading.py: prepared once, and again only when something changed."""
+"""data/packed.py: prepared once, and again only when something changed."""
 
 import io
 import os
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import packed, reading
+from data import packed, sources
 from data.packed import open_packed
 from data.sources import find_source
 from functions.support.errors import UserError
-from tests.packing import IMAGES, forbid_decoding, load, packed_files, write_folder, write_zip
+from tests.data.packing import IMAGES, forbid_decoding, load, packed_files, write_folder, write_zip
 
 
 @pytest.fixture(autouse=True)
@@ -109,15 +109,14 @@ def test_a_damaged_pack_is_made_anew(tmp_path, damage):
     np.testing.assert_array_equal(load(path).images, IMAGES)
 
 
-def test_processes_give_what_one_gives_and_name_the_bad(tmp_path, monkeypatch):
-    path = write_folder(tmp_path / "set", np.concatenate([IMAGES] * 5))
+def test_many_threads_keep_the_order_and_name_the_bad(tmp_path):
+    images = np.concatenate([IMAGES] * 10)
+    path = write_folder(tmp_path / "set", images)
     (path / "00007.png").write_bytes(b"no image")
-    monkeypatch.setattr(reading, "IN_PROCESS_BYTES", 0)
-    monkeypatch.setattr(reading, "available_cores", lambda: 2)
     for root in (path, Path(shutil.make_archive(str(path), "zip", path))):
         pack = load(root, max_bad_images=1)
-        np.testing.assert_array_equal(pack.images, np.delete(np.concatenate([IMAGES] * 5), 7, axis=0))
-        assert pack.ids == [number for number in range(50) if number != 7]
+        np.testing.assert_array_equal(pack.images, np.delete(images, 7, axis=0))
+        assert pack.ids == [number for number in range(100) if number != 7]
         assert pack.bad_images[0][0] == "00007.png"
 
 
@@ -151,7 +150,7 @@ def test_a_set_without_one_good_image_is_an_error(tmp_path):
 def test_what_cannot_be_read_is_a_bad_image(tmp_path, monkeypatch):
     path = write_folder(tmp_path / "set")
     (path / "00011.png").symlink_to("nowhere.png")
-    monkeypatch.setattr(reading, "MAX_MEMBER_BYTES", 1000)
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 1000)
     (path / "00012.png").write_bytes(bytes(1001))
     assert [name for name, _ in load(path, max_bad_images=2).bad_images] == ["00011.png", "00012.png"]
 
@@ -183,5 +182,5 @@ def test_a_cut_npz_is_an_error(tmp_path):
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (9, 8, 8, 3)})
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + IMAGES[:5].tobytes())
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="not as large as it says"):
         load(tmp_path / "a.npz")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.decode import BadImage, decode_image, decode_rgb, fit_square
+from data.decode import BadImage, decode_rgb, fit_square, read_image
+from functions.support.errors import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 
@@ -200,5 +201,16 @@ def test_reducing_and_enlarging_keep_smooth_images():
         assert np.abs(resized[size // 2, 8:-8, 0] - expected[8:-8]).max() <= 1.5
 
 
-def test_decode_image_is_both_steps():
-    assert decode_image(encode(Image.fromarray(RGB)), 6).shape == (6, 6, 3)
+def test_one_image_for_a_model(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "wide.png")
+    Image.fromarray(RGB[:8, :8]).save(tmp_path / "right.png")
+    (tmp_path / "none.png").write_bytes(b"no image")
+    np.testing.assert_array_equal(read_image(str(tmp_path / "right.png"), 8, fit=False), RGB[:8, :8])
+    np.testing.assert_array_equal(read_image(str(tmp_path / "wide.png"), 12, fit=True), RGB[:, 2:14])
+    for name, message in (
+        ("wide.png", "wide.png is 16x12 pixels, the model's images are 12x12; --fit crops and resizes it"),
+        ("none.png", "none.png: not a PNG"),
+        ("missing.png", "missing.png: No such file or directory; an image is named by its file, or by its number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_image(str(tmp_path / name), 12, fit=False)

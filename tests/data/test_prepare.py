@@ -1,4 +1,4 @@
-"""data/prepare.py and data/verify.py, as a user calls them."""
+"""data/prepare.py, as a user calls it."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import prepare, reading
+from data import prepare
+from data.prepare import read_expected, verify
 from data.sources import find_source
-from data.verify import read_expected, verify_pixels
 from functions.support.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COUNT = 6
 
 
@@ -98,40 +98,44 @@ def test_wrong_missing_and_extra_images_are_named(ffhq, capsys):
     (files / "00003.png").write_bytes(b"broken")
     Image.fromarray(photo(4, 100)).save(files / "00004.png")
     Image.fromarray(photo(9)).save(files / "00009.png")
-    result = verify_pixels(find_source(folder, 128), json_path, quiet=True)
-    assert result.correct == 2 and result.missing == [2] and result.extra == [9]
-    assert [name for name, _ in result.wrong] == ["00000/00001.png", "00000/00003.png", "00000/00004.png"]
-    assert "100x100, not 128x128" in result.wrong[2][1]
+    names = verify(find_source(folder, 128), json_path)
+    assert names["correct"] == ["00000/00000.png", "00000/00005.png"]
+    assert names["missing"] == ["id 2"] and names["extra"] == ["id 9"]
+    assert [name.partition(":")[0] for name in names["wrong"]] == [f"00000/0000{n}.png" for n in (1, 3, 4)]
+    assert "is 100x100 with pixel_md5" in names["wrong"][2] and "not 128x128 with" in names["wrong"][2]
     assert prepare.main([str(folder), "--verify", str(json_path)]) == 1
     printed = capsys.readouterr().out
-    for line in ("wrong: 00000/00001.png: pixel_md5", "missing: id 2", "extra: id 9", "2 correct, 3 wrong"):
+    for line in (
+        "wrong: 00000/00001.png: is 128x128 with pixel_md5",
+        "missing: id 2",
+        "extra: id 9",
+        "2 correct, 3 wrong",
+    ):
         assert line in printed
     assert not list(folder.glob("*.packed"))
 
 
-def test_reencoded_and_packed_copies_verify_in_processes_too(ffhq, tmp_path, monkeypatch):
+def test_reencoded_and_packed_copies_verify_too(ffhq, tmp_path):
     np.savez(tmp_path / "a.npz", np.stack([photo(n) for n in range(COUNT)]))
     for number in range(COUNT):
         (tmp_path / "flat").mkdir(exist_ok=True)
         Image.fromarray(photo(number)).save(tmp_path / "flat" / f"{number:05d}.bmp")
-    monkeypatch.setattr(reading, "IN_PROCESS_BYTES", 0)
-    monkeypatch.setattr(reading, "available_cores", lambda: 2)
     for path in (tmp_path / "a.npz", tmp_path / "flat"):
-        result = verify_pixels(find_source(path, 128), ffhq[1], quiet=True)
-        assert result.is_clean and result.correct == COUNT
+        names = verify(find_source(path, 128), ffhq[1])
+        assert [len(listed) for listed in names.values()] == [COUNT, 0, 0, 0]
 
 
 def test_the_large_photos_are_checked_against_their_own_sums(ffhq, tmp_path):
     (tmp_path / "large").mkdir()
     Image.fromarray(photo(0, 1024)).save(tmp_path / "large" / "00000.png", compress_level=0)
-    result = verify_pixels(find_source(tmp_path / "large", 128), ffhq[1], quiet=True)
-    assert result.correct == 1 and not result.wrong and result.missing == [1, 2, 3, 4, 5]
+    names = verify(find_source(tmp_path / "large", 128), ffhq[1])
+    assert names["correct"] == ["00000.png"] and not names["wrong"] and len(names["missing"]) == 5
 
 
 def test_an_npz_names_its_wrong_images(ffhq, tmp_path):
     np.savez(tmp_path / "a.npz", np.stack([photo(n + 1) for n in range(2)]))
-    result = verify_pixels(find_source(tmp_path / "a.npz", 128), ffhq[1], quiet=True)
-    assert [name for name, _ in result.wrong] == ["image 0", "image 1"]
+    names = verify(find_source(tmp_path / "a.npz", 128), ffhq[1])
+    assert [name.partition(":")[0] for name in names["wrong"]] == ["image 0", "image 1"]
 
 
 @pytest.mark.parametrize(
@@ -161,4 +165,4 @@ def test_images_without_numbers_cannot_be_verified(ffhq, tmp_path):
     (tmp_path / "named").mkdir()
     Image.fromarray(photo(0)).save(tmp_path / "named" / "a1b.png")
     with pytest.raises(UserError, match="no numbers"):
-        verify_pixels(find_source(tmp_path / "named", 128), ffhq[1])
+        verify(find_source(tmp_path / "named", 128), ffhq[1])
