@@ -3,13 +3,13 @@
 import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from functions.prediction import autocast
-from functions.training.memory import process_memory
 
 aten = torch.ops.aten
 # PyTorch's counter knows attention on GPUs alone
@@ -21,6 +21,19 @@ CPU_ATTENTION = {
         sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
+
+STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")  # Linux
+
+
+def kilobytes(path: Path) -> dict[str, int]:
+    """The amounts of memory in a file of Linux's /proc, in bytes."""
+    fields = [line.replace(":", " ").split() for line in path.read_text().splitlines()]
+    return {field[0]: 1024 * int(field[1]) for field in fields if field[-1] == "kB"}
+
+
+def process_memory() -> int:
+    """The most memory that this process has had, in bytes; 0 where the system does not say."""
+    return kilobytes(STATUS)["VmHWM"] if STATUS.exists() else 0
 
 
 class Stopwatch:

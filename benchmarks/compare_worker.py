@@ -18,15 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from functions.support.optimizer import Adam
 
 from benchmarks.compare_alone import Alone
 from benchmarks.compare_arms import LAYOUTS, Arm, Shape, build, configure
 from benchmarks.compare_measures import (
+    MEMINFO,
     Ceiling,
     Stopwatch,
     allocated_bytes,
     counted_flops,
     kept_bytes,
+    kilobytes,
     noise_loss,
     peak_bytes,
     seconds_of,
@@ -37,8 +40,6 @@ from functions.ema import update_ema
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.device import DTYPES, keep_heap
-from functions.support.optimizer import Adam
-from functions.training.memory import MEMINFO, kilobytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_STEPS = 3  # before the peak is read: Adam has its moments after the first

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from data.decode import BadImage, decode_rgb, fit_square, printable
 from data.sources import Source
-from functions.support.checkpoint import write_whole
 from functions.support.errors import UserError
+from functions.support.files import write_whole
 
 FORMAT_VERSION = 1  # raise it whenever the pixels made from the same files change: every pack is then made anew
 LISTED_BAD_IMAGES = 20  # printed; the report file lists all
