@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from functions.support.optimizer import Adam
 
 from benchmarks.compare_alone import Alone
 from benchmarks.compare_arms import LAYOUTS, Arm, Shape, build, configure
@@ -39,7 +38,7 @@ from benchmarks.compare_replay import recorded, replay
 from functions.ema import update_ema
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.support.device import DTYPES, keep_heap
+from functions.support.device import DTYPES, Adam, keep_heap
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_STEPS = 3  # before the peak is read: Adam has its moments after the first

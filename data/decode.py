@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from functions.support.errors import UserError
+from functions.support.files import short
 
 # Pillow would also try dozens of formats that no image set uses, some of them by calling other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -25,12 +26,6 @@ BROKEN_BYTES = (
 
 class BadImage(UserError):
     """An image that cannot be used; the message is the reason, without the file's name."""
-
-
-def printable(text: object) -> str:
-    """Text out of a file, for messages and reports: one line, not too long, without what a terminal would obey."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
@@ -58,7 +53,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
     except UnidentifiedImageError:
         raise BadImage("empty file" if not data else f"not a {', '.join(FORMATS)} image") from None
     except BROKEN_BYTES as error:
-        raise BadImage(f"broken file ({type(error).__name__}: {printable(error)})") from None
+        raise BadImage(f"broken file ({type(error).__name__}: {short(error)})") from None
 
 
 def convert_to_rgb(image: Image.Image) -> np.ndarray:

@@ -20,10 +20,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data.decode import BadImage, decode_rgb, fit_square, printable
+from data.decode import BadImage, decode_rgb, fit_square
 from data.sources import Source
 from functions.support.errors import UserError
-from functions.support.files import write_whole
+from functions.support.files import short, write_whole
 
 FORMAT_VERSION = 1  # raise it whenever the pixels made from the same files change: every pack is then made anew
 LISTED_BAD_IMAGES = 20  # printed; the report file lists all
@@ -60,7 +60,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
             what = f"{target}, {len(source.ids) * image_size**2 * 3 / 1e6:,.1f} MB of images,"
             raise UserError(f"{what} cannot be written ({error.strerror or error}). Make room there.") from None
     if pack.bad_images and len(pack.bad_images) > max_bad_images:
-        first = f"{printable(pack.bad_images[0][0])} ({pack.bad_images[0][1]})"
+        first = f"{short(pack.bad_images[0][0])} ({pack.bad_images[0][1]})"
         raise UserError(
             f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; the first is {first}. "
             f"{pack.path}.report.txt lists all; mend or remove them, or allow as many."
@@ -147,16 +147,16 @@ def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bo
             altered["not square, cropped to their centre"] += cropped
             altered[f"smaller than {image_size} px, enlarged"] += enlarged
         if not ids:
-            first = f"{printable(bad_images[0][0])} ({bad_images[0][1]})"
+            first = f"{short(bad_images[0][0])} ({bad_images[0][1]})"
             raise UserError(f"{source.path}: not one of its images can be used; the first is {first}.")
 
     # A record must at no moment stand beside images that it wasn't made for.
     Path(f"{target}.json").unlink(missing_ok=True)
     write_whole(target, write_images)
     size = f"{image_size}x{image_size}"
-    counts = [f"{printable(source.path.name)}: {len(ids):,} images at {size}, {len(bad_images):,} left out"]
+    counts = [f"{short(source.path.name)}: {len(ids):,} images at {size}, {len(bad_images):,} left out"]
     summary = "; ".join(counts + [f"{count:,} {how}" for how, count in altered.items() if count])
-    left_out = [f"left out: {printable(name)}: {reason}" for name, reason in bad_images]
+    left_out = [f"left out: {short(name)}: {reason}" for name, reason in bad_images]
     write_text(f"{target}.report.txt", "\n".join([summary, *source.notes, *left_out, ""]))
     record = {"key": key, "made_from": str(source.path.resolve()), "image_size": image_size, "summary": summary}
     write_text(f"{target}.json", json.dumps({**record, "bad_images": bad_images, "ids": ids}))

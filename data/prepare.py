@@ -20,11 +20,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.datasets import load_images, locate
-from data.decode import BadImage, printable
+from data.decode import BadImage
 from data.packed import map_images
 from data.sources import Source
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.errors import UserError
+from functions.support.files import short
 
 LISTED = 20  # at most, of each kind of difference
 VERSIONS = ("thumbnail", "image")  # of a photo, in the json
@@ -65,7 +66,7 @@ def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
     results = tqdm(map_images(source, size_and_md5), "Verifying", len(source.ids), unit="img", delay=1.0)
     for i, (image_id, result) in enumerate(zip(source.ids, results, strict=True)):
         # In an npz the images have no names of their own.
-        name = printable(source.members[i].name) if source.kind != "npz" else f"image {image_id}"
+        name = short(source.members[i].name) if source.kind != "npz" else f"image {image_id}"
         if isinstance(result, BadImage):
             names["wrong"].append(f"{name}: {result}")
         elif image_id in expected and result in expected[image_id].items():

@@ -17,8 +17,9 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from data.decode import BROKEN_BYTES, MAX_PIXELS, BadImage, printable
+from data.decode import BROKEN_BYTES, MAX_PIXELS, BadImage
 from functions.support.errors import UserError
+from functions.support.files import short
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -54,7 +55,7 @@ class Source:
         try:
             return self.read_file(self.members[i])
         except BROKEN_BYTES as error:
-            return BadImage(f"cannot be read ({printable(getattr(error, 'strerror', None) or error)})")
+            return BadImage(f"cannot be read ({short(getattr(error, 'strerror', None) or error)})")
 
 
 class Folder(Source):
@@ -113,7 +114,7 @@ class Npz(Source):
             if info.filename.endswith(".npy"):
                 with open_member(self.archive, info.filename) as file:
                     npy.read_magic(file)
-                    shape, fortran_order, dtype = npy.read_array_header_1_0(file)  # which loads no pickle
+                    shape, fortran_order, dtype = npy.read_array_header_1_0(file)  # plain arrays alone
                     header = file.tell()
                 if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran_order:
                     found.append((Member(info.filename, info.file_size, info.CRC), shape, header))
@@ -172,7 +173,7 @@ def put_in_order(source: Source, numbered: bool) -> None:
     plain = {member: number for member, number in numbers.items() if number and number[0] in ("", "img")}
     if len(plain) < len(numbers) and (numbered or len(plain) >= NEARLY_ALL * len(numbers)):
         strays = numbers.keys() - plain.keys()
-        first = printable(min(strays).name)
+        first = short(min(strays).name)
         source.notes.append(f"Passed over {len(strays)} (no image number in the name), the first is {first!r}.")
         numbers = plain
     if not numbers:
@@ -211,7 +212,7 @@ def one_sentence(path: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN_BYTES as error:
-        raise UserError(f"{path} cannot be read ({printable(error)}). Was its download cut short?") from None
+        raise UserError(f"{path} cannot be read ({short(error)}). Was its download cut short?") from None
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.pixels import to_uint8
 from figures.experiment_features import colours, data_numbers, data_of
 from figures.experiment_results import Results
 from figures.experiments import AVERAGES, finished_run, own_average, weights_file
@@ -128,10 +129,10 @@ def measure_weights(
         results.put(count, *place, key, "samples")
         results.put(colours(images, data.train), *place, key, "colours")
         results.put(data.distance(images), *place, key, "distance")
-        torch.save(((images[:16] + 1) * 127.5).round().to(torch.uint8), picture_file(run, key))
+        np.save(picture_file(run, key), to_uint8(images[:16]).numpy())
     print(f"{run.name}, {key}: {results.get(*place, key)}", flush=True)
 
 
 def picture_file(run: Path, key: str) -> Path:
     """Where the first samples are kept for the picture."""
-    return weights_file(run, key).with_suffix(".samples.pt")
+    return weights_file(run, key).with_suffix(".samples.npy")

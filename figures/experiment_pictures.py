@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 
 matplotlib.use("Agg")  # draws into files; a run on a server has no screen
 import matplotlib.pyplot as plt
@@ -73,7 +72,7 @@ def draw_samples(figure: SubFigure, runs: Path, seed: int) -> None:
         run = finished_run(runs, arm, seed)
         path = picture_file(run, weights) if run else None
         if path and path.exists():
-            images = torch.load(path, weights_only=True)[:COLUMNS].permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
+            images = np.load(path)[:COLUMNS]  # (N, H, W, 3)
             gap = np.full((len(images), images.shape[1], 1, 3), 255, np.uint8)
             axis.imshow(np.concatenate([*np.concatenate([images, gap], axis=2)], axis=1), interpolation="bicubic")
     figure.subplots_adjust(0.12, 0.005, 0.995, 0.96, 0, 0.02)

@@ -9,6 +9,7 @@ sample; of those that draw noise for both spacings, of the others for even spaci
 """
 
 import argparse
+import json
 from functools import cache, partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipnd
 from functions.sampling.generation import rebuild
 from functions.support.checkpoint import load_weights
 from functions.support.device import choose_device
-from functions.support.run_folder import find_checkpoints, read_config, runs_of, step_of
+from functions.support.run_folder import find_checkpoints, runs_of, step_of
 from models.unet import UNet
 
 DETERMINISTIC = {"DDIM": ddim_sample, "DPM-Solver++ 2M": dpm_solver_sample, "iPNDM": ipndm_sample}
@@ -83,7 +84,7 @@ def newest_finished() -> Path:
     """The newest `faces` run that has reached its last step."""
     for run in reversed(runs_of(ROOT / "runs", "faces")):
         try:
-            if step_of(find_checkpoints(run)[0]) == read_config(run)["run"]["total_steps"]:
+            if step_of(find_checkpoints(run)[0]) == json.loads((run / "config.json").read_text())["run"]["total_steps"]:
                 return run
         except OSError:
             continue

@@ -22,7 +22,7 @@ from functions.support.errors import CheckpointError, UserError
 FORMAT = "ddpm-faces checkpoint 2"
 LONGEST_HEADER = 16 * 2**20  # bytes; ours take some hundred thousand
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-LAST_WITH_PICKLE = "4fa585a"  # the last commit that reads the .pt checkpoints of earlier versions
+LAST_WITH_PT = "4fa585a"  # the last commit that reads the .pt checkpoints of earlier versions
 # What damaged or hostile files were seen to raise on their way through the readers of safetensors and JSON
 READ_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -141,7 +141,7 @@ def check_header(path: Path) -> None:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if start[:4] == b"PK\x03\x04" or path.suffix == ".pt":
         raise UserError(
-            f"{path}: a checkpoint of an earlier version, which this one does not read; commit {LAST_WITH_PICKLE} is "
+            f"{path}: a checkpoint of an earlier version, which this one does not read; commit {LAST_WITH_PT} is "
             "the last that does: there, `python sample.py FILE --export NEW.safetensors` makes one to sample from"
         )
     length = int.from_bytes(start, "little")
@@ -167,7 +167,7 @@ def sha256(text: str) -> str:
 
 
 def short(value: object) -> str:
-    """Text out of a file, for a message: one line, printable, not too long."""
+    """Text out of a file, for a message: one line, not too long, without what a terminal would obey."""
     text = str(value)
-    start = "".join(c if c.isprintable() else " " for c in text[:200])
+    start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
     return start if len(text) <= 200 else f"{start}..."

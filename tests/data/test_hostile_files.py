@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from data.datasets import hash_ids
-from data.decode import BadImage, decode_rgb, printable
+from data.decode import BadImage, decode_rgb
 from data.sources import find_source
 from functions.support.errors import UserError
+from functions.support.files import short
 from tests.data.packing import IMAGES, load, write_folder, write_zip
 from tests.data.test_decode import png
 
@@ -82,9 +83,9 @@ def test_other_methods_than_deflate_are_not_unpacked(tmp_path, method):
         find_source(tmp_path / "set.npz", 8)
 
 
-def test_text_out_of_files_is_printable():
-    assert printable("a\x1b[2J\nb\u202eé人") == "a\\x1b[2J\\nb\\u202eé人"
-    assert len(printable("x" * 10_000)) < 210
+def test_text_out_of_files_is_short():
+    assert short("a\x1b[2J\nb\u202eé人") == "a\\x1b[2J\\nb\\u202eé人"
+    assert len(short("x" * 10_000)) < 210
 
 
 def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
