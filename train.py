@@ -125,7 +125,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         processes.say(f"{describe_memory(run, precision)}\n  images in  {image_set.path}\n  goes to    {place}")
         processes.say("nothing was started")
         return
-    fit_memory(run, Denoiser(model, scheduler, precision=precision), optimizer, processes)
+    fit_memory(run, Denoiser(model, scheduler, precision=precision), processes)
     config = run.experiment.diffusion  # with a smaller batch_size where the memory wants it
 
     passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)

@@ -30,6 +30,11 @@ class TrainingState:
     optimizer: torch.optim.Adam
     scaler: torch.amp.GradScaler
 
+    def __post_init__(self) -> None:
+        for p in self.model.parameters():  # which Adam would do in its first step
+            step = torch.zeros((), device=p.device)
+            self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, but the scaler."""
         parts = {"model": self.model.state_dict(), "ema": self.ema_model.state_dict() if self.ema_model else {}}
@@ -38,37 +43,26 @@ class TrainingState:
         return {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
 
     def load(self, file: TensorFile) -> None:
-        """Take everything over from a checkpoint, in the memory layouts of the model.
+        """Take everything over from a checkpoint; memory layouts stay.
 
         Raises:
             CheckpointError: something does not fit, named; the state is as it was.
         """
-        like = {"model": self.model.state_dict(), "ema": self.ema_model.state_dict() if self.ema_model else {}}
-        parameters = dict(self.model.named_parameters())
-        like |= {
-            "step": {name: torch.zeros(()) for name in parameters},
-            "exp_avg": parameters,
-            "exp_avg_sq": parameters,
-        }
-        found = {part: file.tensors(f"{part}.") for part in like}
-        for part, own in like.items():
-            check_fit(own, found[part], file.path, f"tensors of its part {part!r}")
-        for name in parameters:
-            if found["step"][name] < 0 or (found["exp_avg_sq"][name] < 0).any():  # whose root would be no number
-                raise CheckpointError(f"{file.path}: Adam's moments of {name} are negative")
-        scaler = file.contents["scaler"] if self.scaler.is_enabled() else {}
-        if scaler:
-            check_scaler(scaler, self.scaler.state_dict(), file.path)
+        own, found = self.tensors(), file.tensors()
+        check_fit(own, found, file.path)
+        for name, tensor in found.items():
+            if name.startswith(("step.", "exp_avg_sq.")) and (tensor < 0).any():  # whose root would be no number
+                raise CheckpointError(f"{file.path}: {name} is negative")
+        scaler = self.scaler.state_dict()
+        if scaler and file.contents["scaler"]:
+            scaler |= {name: file.contents["scaler"].get(name) for name in ("scale", "_growth_tracker")}
+            scale, tracker = scaler["scale"], scaler["_growth_tracker"]
+            if not (type(scale) is float and 0 < scale < 2**127 and type(tracker) is int and 0 <= tracker < 2**31):
+                raise CheckpointError(f"{file.path}: its gradient scaler has scale {short(scale)}, which cannot be")
         # Nothing has been changed so far, and nothing of what follows can fail
-        self.model.load_state_dict(found["model"])
-        if self.ema_model:
-            self.ema_model.load_state_dict(found["ema"])
-        for name, parameter in parameters.items():
-            own = {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.empty_like(parameter)}
-            own["exp_avg_sq"] = torch.empty_like(parameter)
-            self.optimizer.state[parameter] = {m: own[m].detach().copy_(found[m][name]) for m in MOMENTS}
-        if scaler:
-            self.scaler.load_state_dict(scaler)
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+        self.scaler.load_state_dict(scaler)
 
 
 @dataclass(frozen=True)
@@ -152,27 +146,16 @@ def export_weights(saved: SavedModel, path: Path) -> None:
 
 def load_into(model: nn.Module, saved: SavedModel) -> None:
     """Give a model on the meta device these weights. `CheckpointError` when they do not fit."""
-    check_fit(model.state_dict(), saved.weights, saved.path, "weights")
+    check_fit(model.state_dict(), saved.weights, saved.path)
     model.load_state_dict(saved.weights, assign=True)
 
 
-def check_fit(own: dict[str, Tensor], found: dict[str, Tensor], path: Path, what: str) -> None:
-    """`CheckpointError` when a name, shape or type differs; names the first. `what` they are goes into the message."""
+def check_fit(own: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    """`CheckpointError` when the name, shape or type of a tensor differs; names the first."""
     if own.keys() != found.keys():
         odd = sorted(own.keys() ^ found.keys())
-        raise CheckpointError(f"{path}: {len(odd)} {what} are missing or unknown, {short(odd[0])!r} first")
+        raise CheckpointError(f"{path}: {len(odd)} weights are missing or unknown, {short(odd[0])!r} first")
     for name, tensor in own.items():
         if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
             got = f"{found[name].dtype} {tuple(found[name].shape)}"
             raise CheckpointError(f"{path}: {name} is {short(got)}; the model has {tensor.dtype} {tuple(tensor.shape)}")
-
-
-def check_scaler(saved: dict, own: dict, path: Path) -> None:
-    """`CheckpointError` unless a saved gradient scaler has this one's settings, and a scale that scales."""
-    varying = {"scale": (float, 2**127), "_growth_tracker": (int, 2**31)}  # in float32 and int32
-    for name in own.keys() | saved.keys():
-        value = saved.get(name)
-        kind, limit = varying.get(name, (None, 0))
-        fits = type(value) is kind and 0 <= value < limit if kind else value == own.get(name)
-        if not fits or (name == "scale" and value == 0):
-            raise CheckpointError(f"{path}: the gradient scaler's {short(name)!r} is {short(value)}, which cannot be")

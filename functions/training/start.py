@@ -57,10 +57,10 @@ def describe_memory(run: Run, precision: torch.dtype) -> str:
     return f"  memory     about {(4 * 4 * run.facts['parameters'] + kept) / 1e9:.1f} GB, beside Python and PyTorch"
 
 
-def fit_memory(run: Run, denoiser: Denoiser, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
     """Give the run a batch_size that fits in memory in every process.
 
-    One forward and backward pass is tried before the first step, with room set aside for Adam's moments. Where it does
+    One forward and backward pass is tried before the first step, when Adam's moments are there already. Where it does
     not fit, the next smaller divisor of the effective batch becomes batch_size, and gradient_accumulation makes up for
     it, so that the result stays the same. After 1 comes recompute = "blocks".
 
@@ -76,7 +76,7 @@ def fit_memory(run: Run, denoiser: Denoiser, optimizer: torch.optim.Optimizer, p
     for size, recompute in [*attempts, *([] if on_mps else [(1, "blocks")])]:
         if recompute != config.recompute:
             denoiser.network.set_recompute(recompute)
-        if not processes.any(not pass_fits(denoiser, optimizer, min(size, most))):
+        if not processes.any(not pass_fits(denoiser, min(size, most))):
             break
         processes.say(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
     else:
@@ -88,15 +88,13 @@ def fit_memory(run: Run, denoiser: Denoiser, optimizer: torch.optim.Optimizer, p
         run.facts["arithmetic"]["batch_size"] = size
 
 
-def pass_fits(denoiser: Denoiser, optimizer: torch.optim.Optimizer, images: int) -> bool:
+def pass_fits(denoiser: Denoiser, images: int) -> bool:
     """Whether a forward and backward pass fits in memory; leaves no gradients."""
     network, scheduler = denoiser.network, denoiser.scheduler
     device = next(network.parameters()).device
     x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=device)
     t = torch.zeros(images, dtype=torch.int64, device=device)
-    moments = []
     try:
-        moments = [] if optimizer.state else [torch.empty_like(p) for p in network.parameters() for _ in range(2)]
         with autocast(device, denoiser.precision):
             noise_prediction_loss(network, scheduler, x_0, t, x_0).sum().backward()
         return True
@@ -106,7 +104,6 @@ def pass_fits(denoiser: Denoiser, optimizer: torch.optim.Optimizer, images: int)
         print(f"{device}: {short(error)}", file=sys.stderr)
         return False
     finally:
-        moments.clear()
         network.zero_grad()
         if device.type == "cuda":
             torch.cuda.empty_cache()
