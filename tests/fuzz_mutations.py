@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 
-from functions.support.files import FORMAT, sha256
+from functions.support.files import sha256
 
 ENDS = 300  # bytes at either end of a file, where headers and directories are: half of all places are drawn there
 LARGE = (0, 1, 0x7FFF, 0xFFFF, 10**6, 0x7FFFFFFF, 0xFFFFFFFF)
@@ -97,12 +97,12 @@ def with_header(whole: bytes, header: dict | bytes) -> bytes:
 def with_contents(whole: bytes, contents: dict | str) -> bytes:
     """A file with other contents, and their right checksum."""
     header, text = json.loads(header_of(whole)), contents if isinstance(contents, str) else json.dumps(contents)
-    header["__metadata__"][FORMAT] = sha256(text) + text
+    header["__metadata__"] |= {"contents": text, "sha256": sha256(text)}
     return with_header(whole, header)
 
 
 def contents_text(whole: bytes) -> str:
-    return json.loads(header_of(whole))["__metadata__"][FORMAT][64:]
+    return json.loads(header_of(whole))["__metadata__"]["contents"]
 
 
 def rezip(data: bytes, change: Callable[[zipfile.ZipInfo, bytes], bytes], extra: Callable | None = None) -> bytes:

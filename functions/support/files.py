@@ -1,8 +1,8 @@
 """Files that are whole or not there: atomic writes, and tensors with a checksum each, read without running any code.
 
-A file of tensors is a .safetensors: a header in JSON, then the numbers of each tensor. The format has no checksums and
-a flipped bit would become a wrong weight. So our metadata, under FORMAT, is the checksum of a JSON text and that
-text: `contents`, plain values with the checksum of every tensor among them.
+A file of tensors is a .safetensors: a header in JSON, then the numbers of each tensor. The format has no checksums, and
+a flipped bit would become a wrong weight. So our metadata has `contents`, a JSON text of plain values and the checksum
+of every tensor, and `sha256`, the checksum of that text.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> Non
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each is aligned
     text = json.dumps({**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
-    entries, end = {"__metadata__": {FORMAT: sha256(text) + text}}, 0
+    entries, end = {"__metadata__": {"format": FORMAT, "contents": text, "sha256": sha256(text)}}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         entries[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -89,10 +89,10 @@ class TensorFile:
                 metadata, names = file.metadata() or {}, set(file.keys())
         except READ_ERRORS as error:
             raise CheckpointError(f"{path}: the file is truncated, damaged or not a checkpoint") from error
-        if FORMAT not in metadata:
+        if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of this version of the project")
-        digest, text = metadata[FORMAT][:64], metadata[FORMAT][64:]
-        if digest != sha256(text):
+        text = metadata.get("contents", "")
+        if metadata.get("sha256") != sha256(text):
             raise CheckpointError(f"{path}: the file is damaged: its contents do not match their checksum")
         try:
             self.contents = json.loads(text)

@@ -13,7 +13,7 @@ from functions.sampling.generation import rebuild
 from functions.support import files
 from functions.support.checkpoint import SavedModel, check_whole, load_weights
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import FORMAT, LONGEST_HEADER, sha256, write_tensors
+from functions.support.files import LONGEST_HEADER, sha256, write_tensors
 from models.unet import UNet
 from tests.conftest import posix
 from tests.fuzz_kinds import CPU, checkpoint_parts, same, snapshot, training_state
@@ -101,8 +101,8 @@ def test_headers_that_lie(path, whole):
         entry(dtype="F64"), entry(dtype="F8_E4M3"), entry(dtype="nonsense"), entry(shape=shape[::-1]),
         entry(shape=[2**62, 4]), entry(shape=[-1]), entry(shape=[1.5]), entry(shape=[1] * 10**6 + shape),
         lambda header: header.update({"ema.odd": header.pop(WEIGHT)}), lambda header: header.pop(WEIGHT),
-        lambda header: header.pop("__metadata__"), lambda header: header.update(__metadata__={FORMAT: 5}),
-        lambda header: header["__metadata__"].update({FORMAT: header["__metadata__"][FORMAT] + " "}),
+        lambda header: header.pop("__metadata__"), lambda header: header.update(__metadata__={"format": 5}),
+        lambda header: header["__metadata__"].update(contents=header["__metadata__"]["contents"] + " "),
         lambda header: header.update({f"odd.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
                                       for i in range(200_000)}),
     ):  # fmt: skip
