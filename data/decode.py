@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -103,3 +104,25 @@ def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
 def decode_image(data: bytes, image_size: int) -> np.ndarray:
     """The bytes of an image file -> uint8 (S, S, 3): `decode_rgb`, then `fit_square`. Raises BadImage."""
     return fit_square(decode_rgb(data), image_size)
+
+
+def read_image(path: Path, image_size: int, fit: bool) -> np.ndarray:
+    """Read an image file as uint8 (S, S, 3), S = image_size in pixels; with `fit` it may have another size.
+
+    Raises:
+        UserError: there is no such file, it is no image, or not of that size, and `fit` is False.
+    """
+    try:
+        rgb = decode_rgb(path.read_bytes())
+    except BadImage as error:
+        raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        what = "an image is named by its file, or by its number (0, 1, ...) among those of the seed"
+        raise UserError(f"{path}: {error.strerror}; {what}") from error
+    height, width = rgb.shape[:2]
+    if not fit and (height, width) != (image_size, image_size):
+        raise UserError(
+            f"{path} is {width}x{height} pixels, the model's images are {image_size}x{image_size}; "
+            "--fit crops and resizes it"
+        )
+    return fit_square(rgb, image_size)
