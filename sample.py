@@ -18,17 +18,20 @@ from pathlib import Path
 
 from data.decode import read_image
 from data.pixels import to_uint8
-from functions.sampling.files import MOST_IN_GRID, figures_of, image_path, open_folder, save_pictures, write_image
-from functions.sampling.generation import ImageSampler, Samples, generate_batches, image_bar, rebuild
+from functions.sampling.files import figures_of, image_path, open_folder, read_images
+from functions.sampling.generation import Frame, ImageSampler, Samples, generate_batches, image_bar, rebuild
 from functions.sampling.interpolation import save_interpolation, save_variations
 from functions.sampling.options import SamplerOptions, add_sampler_flags
 from functions.support.command_line import Parser, fraction, plain_errors, positive
 from functions.support.device import DTYPES, choose_device, choose_precision
 from functions.support.errors import UserError
 from functions.support.export import SavedModel, export_weights, load_weights
+from functions.support.pictures import save_gif, save_grid, save_image, save_strip
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
 from models.unet import UNet
+
+MOST_IN_GRID, STRIP_ROWS = 100, 6
 
 
 def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
@@ -66,8 +69,8 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
 
 
 def load(args: argparse.Namespace, experiments: str, processes: Processes) -> SavedModel:
-    """The first sound checkpoint, newest first, which rank 0 finds, in every process."""
-    read = cache(load_weights)
+    """Load the newest sound checkpoint, which rank 0 finds, in every process."""
+    read = cache(load_weights)  # so that rank 0, which reads it to find it, does not do so twice
     find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
     return read(processes.from_main(lambda: first_sound(find(), read)[0]))
 
@@ -82,7 +85,9 @@ def sample_from_noise(
     """
     figures = figures_of(args, image_sampler.options.times(image_sampler.scheduler))
     frames = {frame for columns in figures.values() for frame in columns.values()}
-    seen = min(args.n, MOST_IN_GRID) if frames or not args.individual else 0  # otherwise the grid shows the files
+    seen = (
+        min(args.n, MOST_IN_GRID) if frames or not args.individual else 0
+    )  # kept in memory; else the grid shows files
     batches = [range(start, min(start + args.batch_size, args.n)) for start in range(0, args.n, args.batch_size)]
     with ExitStack() as stack:
         there = processes.from_main(lambda: stack.enter_context(open_folder(folder, facts, args.individual)))
@@ -99,8 +104,8 @@ def sample_from_noise(
         for batch, samples in zip(own, generate_batches(image_sampler, own, frames, bar.update), strict=True):
             if args.individual:  # in threads, while the next batch is sampled
                 list(writing)  # the batch before is on the disk then, or its error is raised
-                images = to_uint8(samples.images).numpy()
-                writing = pool.map(write_image, images, [image_path(folder, i) for i in batch])
+                images, new = to_uint8(samples.images).numpy(), [k for k, i in enumerate(batch) if i not in there]
+                writing = pool.map(save_image, images[new], [image_path(folder, batch[k]) for k in new])
             if batch.start < seen:
                 kept.append(samples)
         list(writing)
@@ -110,6 +115,21 @@ def sample_from_noise(
                 first, last = image_path(folder, 0), image_path(folder, args.n - 1).name
                 print(f"all {args.n} images are there: {first} .. {last}")
             save_pictures(args.n, figures, Samples.joined(kept) if kept else None, folder)
+
+
+def save_pictures(n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path) -> None:
+    """Write the grid of the first images and the figures of their denoising; without `samples` the images are files."""
+    seen, columns = min(n, MOST_IN_GRID), 5 if n == 20 else None  # the reference's grid
+    images = to_uint8(samples.images[:seen]).numpy() if samples else read_images(folder, seen)
+    save_grid(images, folder / "grid.png", columns)
+    print(f"wrote {folder / 'grid.png'}")
+    for name, frame_of in figures.items():
+        frames = [samples.frames[frame][:seen] for frame in frame_of.values()]
+        if name.endswith(".gif"):
+            save_gif(frames, folder / name, columns)
+        else:
+            save_strip([frame[:STRIP_ROWS] for frame in frames], list(frame_of), folder / name)
+        print(f"wrote {folder / name}")
 
 
 def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:

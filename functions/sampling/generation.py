@@ -28,9 +28,9 @@ from functions.support.random_numbers import ImageNoise
 
 Result = TypeVar("Result")
 OnProgress = Callable[[float], object]  # told after each step how many images' worth of work it was
-Frame = tuple[
-    str, int
-]  # ("x", k): the state after k network calls, 0 the noise; ("x_0", k): what the k-th call predicts
+ignore: OnProgress = lambda images: None
+# ("x", k): the state after k network calls, 0 the noise; ("x_0", k): the x_0 that the k-th call predicts
+Frame = tuple[str, int]
 
 
 @dataclass
@@ -75,6 +75,27 @@ class ImageSampler:
         times = self.options.times(self.scheduler, t)
         return self.options.sample(self.denoiser, self.scheduler, x_t, times, lambda k: noise(), on_step)
 
+    def sample(
+        self, images: Sequence[int], frames: Collection[Frame] = (), on_progress: OnProgress = ignore
+    ) -> Samples:
+        """Sample these images, all at once."""
+        noise, kept = self.noise(images), {}
+        images_a_step = len(images) / (len(self.options.times(self.scheduler)) - 1)
+
+        def keep(frame: Frame, x: Tensor) -> None:
+            if frame in frames:
+                kept[frame] = to_uint8(x).cpu().numpy()
+
+        def on_step(k: int, t: int, x: Tensor, x_0: Tensor) -> None:
+            keep(("x", k + 1), x)
+            keep(("x_0", k + 1), x_0)
+            on_progress(images_a_step)
+
+        x_T = noise.draw()
+        keep(("x", 0), x_T)
+        x_0 = self.decode(x_T, self.scheduler.timesteps - 1, noise.draw, on_step)
+        return Samples(x_0.cpu(), kept)
+
 
 def rebuild(
     build_model: Callable[..., nn.Module],
@@ -82,10 +103,7 @@ def rebuild(
     device: torch.device,
     precision: torch.dtype = torch.float32,
 ) -> Denoiser:
-    """Rebuild network and schedule from what a checkpoint says alone.
-
-    Args:
-        build_model: the model's class; takes the config's `model` fields.
+    """Rebuild network and schedule from what a checkpoint says alone; its config's `model` fields go to `build_model`.
 
     Raises:
         CheckpointError: its config and its weights do not fit each other.
@@ -121,13 +139,7 @@ def generate(
     frames: Collection[Frame] = (),
     progress: bool = True,
 ) -> Samples:
-    """Sample images, at most `batch_size` at a time; image i depends on (seed, i) alone, whatever the sampler.
-
-    Args:
-        images: which ones, by their number i.
-        frames: what to keep of the way to them.
-        progress: show a bar.
-    """
+    """Sample images by their numbers i, at most `batch_size` at a time; image i depends on (seed, i) alone."""
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     with image_bar(len(images), progress) as bar, image_sampler.denoiser.evaluating():
         return Samples.joined(list(generate_batches(image_sampler, batches, frames, bar.update)))
@@ -137,48 +149,19 @@ def generate_batches(
     image_sampler: ImageSampler,
     batches: Iterable[Sequence[int]],
     frames: Collection[Frame] = (),
-    on_progress: OnProgress = lambda images: None,
+    on_progress: OnProgress = ignore,
 ) -> Iterator[Samples]:
     """Yield for each batch of image numbers its `Samples`, made when they are asked for.
 
     What does not fit in memory is sampled by halves: that batch and those after it.
     """
     limit = BatchLimit(image_sampler.device)
-    sample = lambda images: sample_batch(image_sampler, images, frames, on_progress)
     for batch in batches:
-        yield Samples.joined(limit.in_parts(sample, batch))
-
-
-def sample_batch(
-    image_sampler: ImageSampler,
-    images: Sequence[int],
-    frames: Collection[Frame] = (),
-    on_progress: OnProgress = lambda images: None,
-) -> Samples:
-    """Sample these images, all at once."""
-    noise, T, kept = image_sampler.noise(images), image_sampler.scheduler.timesteps, {}
-    images_a_step = len(images) / (len(image_sampler.options.times(image_sampler.scheduler)) - 1)
-
-    def keep(frame: Frame, x: Tensor) -> None:
-        if frame in frames:
-            kept[frame] = to_uint8(x).cpu().numpy()
-
-    def on_step(k: int, t: int, x: Tensor, x_0: Tensor) -> None:
-        keep(("x", k + 1), x)
-        keep(("x_0", k + 1), x_0)
-        on_progress(images_a_step)
-
-    x_T = noise.draw()
-    keep(("x", 0), x_T)
-    return Samples(image_sampler.decode(x_T, T - 1, noise.draw, on_step).cpu(), kept)
+        yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, on_progress), batch))
 
 
 class BatchLimit:
-    """How many images fit in memory: work on more is halved, and so is all that follows.
-
-    Args:
-        most: images at a time, to begin with.
-    """
+    """How many images fit in memory, at first `most`: work on more is halved, and so is all that follows."""
 
     def __init__(self, device: torch.device, most: int = sys.maxsize):
         self.device, self.most = device, most
@@ -205,8 +188,7 @@ class BatchLimit:
             if self.device.type == "cuda":  # here, where the error no longer holds on to what did not fit
                 torch.cuda.empty_cache()
             self.most = len(some) // 2
-            text = f"out of memory with {len(some)} images at a time: going on with {self.most}"
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(f"out of memory with {len(some)} images at a time: going on with {self.most}", file=sys.stderr)
         return results
 
 

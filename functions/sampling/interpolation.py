@@ -12,20 +12,18 @@ import torch
 from torch import Tensor
 
 from data.pixels import to_model_range, to_uint8
-from functions.sampling.generation import BatchLimit, ImageSampler, image_bar, sample_batch
+from functions.sampling.generation import BatchLimit, ImageSampler, generate, image_bar
 from functions.support.pictures import save_strip
 
-MIXTURES = 9  # from one end to the other
-VARIATIONS = 8
-
+MIXTURES, VARIATIONS = 9, 8  # columns: from one end to the other, and beside the image
 Source = int | np.ndarray  # the number of an image of the seed; or an image file's uint8 (H, W, 3)
 
 
 def interpolate_images(image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor) -> Tensor:
-    """Ho et al. 2020, Section 4.4: noise both images to depth t, mix x_t on the straight line, and decode.
+    """Noise two images to depth t, mix x_t on the straight line, and decode (Ho et al. 2020, Section 4.4).
 
-    Both images get the same noise, which leaves the mixture as noisy as they are, and every step's noise is the same
-    for all mixtures, so that along a row nothing but the mixture changes.
+    Both get the same noise, which leaves the mixture as noisy as they are, and every step's noise is the same for all
+    mixtures, so that along a row nothing but the mixture changes.
 
     Args:
         ends: (2, C, H, W) images in [-1, 1].
@@ -36,21 +34,15 @@ def interpolate_images(image_sampler: ImageSampler, ends: Tensor, t: int, weight
     """
     noise = image_sampler.noise([0], "interpolation")  # that of image 0 may be what one of the ends was sampled from
     first, second = image_sampler.scheduler.q_sample(ends, t, noise.draw().expand_as(ends))
-    shared, w = lambda: noise.draw().expand(len(weights), *image_sampler.shape), weights.view(-1, 1, 1, 1)
+    w = weights.view(-1, 1, 1, 1)
+    shared = lambda: noise.draw().expand(len(w), *image_sampler.shape)
     return image_sampler.decode((1 - w) * first + w * second, t, shared)
 
 
 def interpolate_seeds(image_sampler: ImageSampler, images: Sequence[int], weights: Tensor) -> Tensor:
-    """From one sampled image to another through their noise, x_T and each step's, along great circles.
+    """Mix two images of the seed in their noise, x_T and each step's, along great circles: (L, C, H, W) images.
 
-    So weights 0 and 1 are images i and j of the seed as every script samples them, with any sampler.
-
-    Args:
-        images: their numbers i and j.
-        weights: (L,) of the second.
-
-    Returns:
-        (L, C, H, W) images.
+    So (L,) weights 0 and 1 are images i and j as every script samples them, with any sampler.
     """
     noise = image_sampler.noise(images)
     between = lambda: slerp(*noise.draw(), weights)
@@ -58,14 +50,9 @@ def interpolate_seeds(image_sampler: ImageSampler, images: Sequence[int], weight
 
 
 def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, numbers: Sequence[int]) -> Tensor:
-    """Images like one image: noised to depth t with other noise each time, and decoded with other step noise.
+    """Noise x_0 (C, H, W) to depth t with other noise each time, and decode with other step noise: (N, C, H, W) images.
 
-    Args:
-        x_0: (C, H, W) in [-1, 1].
-        numbers: of the variations; each depends on the seed and its number alone.
-
-    Returns:
-        (len(numbers), C, H, W) images.
+    Each of the N depends on the seed and its number alone.
     """
     noise = image_sampler.noise(numbers, "variation")
     x_t = image_sampler.scheduler.q_sample(x_0.expand(len(numbers), *x_0.shape), t, noise.draw())
@@ -87,13 +74,10 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 def save_interpolation(
     image_sampler: ImageSampler, sources: Sequence[Source], depths: Sequence[float], batch_size: int, path: Path
 ) -> None:
-    """Save the two images at the ends, and between them their mixtures, as a figure with one row a depth.
+    """Save two images and between them their mixtures, one row a depth; depths are fractions of all timesteps.
 
     As in the paper (`interpolate_images`), but for two images of the seed and a depth of all timesteps: they come from
     noise that is known, and so that is mixed (`interpolate_seeds`).
-
-    Args:
-        depths: as fractions of all timesteps.
     """
     T, of_seed = image_sampler.scheduler.timesteps, all(isinstance(source, int) for source in sources)
     ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
@@ -112,7 +96,7 @@ def save_interpolation(
 def save_variations(
     image_sampler: ImageSampler, source: Source, depths: Sequence[float], batch_size: int, path: Path
 ) -> None:
-    """Save an image, and what comes back of it with other noise in each column, as a figure with one row a depth."""
+    """Save an image and what comes back of it with other noise in each column, one row a depth."""
     x_0 = x_0_of(image_sampler, source)
     titles = [f"image {source}" if isinstance(source, int) else "image", *map(str, range(VARIATIONS))]
     row = lambda t, columns: variations(image_sampler, x_0, t, columns)
@@ -122,7 +106,7 @@ def save_variations(
 def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
     """(C, H, W) in [-1, 1]: the image of that number, which is sampled, or a file's."""
     if isinstance(source, int):
-        return sample_batch(image_sampler, [source]).images[0].to(image_sampler.device)
+        return generate(image_sampler, [source], 1, progress=False).images[0].to(image_sampler.device)
     return to_model_range(torch.from_numpy(source)[None])[0].to(image_sampler.device)
 
 

@@ -5,7 +5,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,12 +17,7 @@ from functions.support.command_line import fraction, positive
 from functions.support.errors import UserError
 from functions.timesteps import SPACINGS, sampling_times
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ddpm": ddpm_sample,
-    "ddim": ddim_sample,
-    "dpm++": dpm_solver_sample,
-    "ipndm": ipndm_sample,
-}
+SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm++": dpm_solver_sample, "ipndm": ipndm_sample}
 # The options that only some have, with their defaults. dpm++ takes fresh noise: the deterministic solvers all follow a
 # young model's errors to the same speckled images (README), which noise lets later steps correct.
 OWN_OPTIONS = {"ddpm": {"variance": "small"}, "ddim": {"eta": 0.0}, "dpm++": {"eta": 1.0}, "ipndm": {}}
@@ -36,8 +31,7 @@ SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "ipndm": "
 class SamplerOptions:
     """How images are sampled from noise; functions/samplers.py says what each option does.
 
-    Raises:
-        UserError: an option that the sampler does not have, or an eps_scale below 1.
+    `UserError` for an option that the sampler does not have, and for an eps_scale below 1.
     """
 
     sampler: str = "ddpm"

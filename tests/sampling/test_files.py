@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import sample
-from functions.sampling import files
 from functions.sampling.files import existing, image_path
 from functions.support.errors import CheckpointError, UserError
+from functions.support.pictures import save_image
 from functions.support.run_folder import locked
 from tests.conftest import ROOT, call, script
 
@@ -148,12 +148,12 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
     """When a batch is written, all but the one before are on the disk; and the grid shows the first images."""
     there = {}
 
-    def write_image(image, path):
+    def save(image, path):
         there[int(path.stem)] = existing(tmp_path)
-        files.write_image(image, path)
+        save_image(image, path)
 
-    monkeypatch.setattr(sample, "write_image", write_image)
-    monkeypatch.setattr(files, "MOST_IN_GRID", 4)
+    monkeypatch.setattr(sample, "save_image", save)
+    monkeypatch.setattr(sample, "MOST_IN_GRID", 4)
     call(sample.main, tiny_run, "--individual", "--n", 10, "--batch-size", 2, "--steps", 2, "--out", tmp_path)
     assert sorted(there) == list(range(10))
     assert all(found >= set(range(i // 2 * 2)) for i, found in there.items())
@@ -164,7 +164,7 @@ def test_a_failed_write_ends_the_script(tiny_run, tmp_path, monkeypatch):
     def full(image, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sample, "write_image", full)
+    monkeypatch.setattr(sample, "save_image", full)
     with pytest.raises(OSError, match="No space left"):
         call(sample.main, tiny_run, "--individual", "--n", 3, "--steps", 2, "--out", tmp_path)
     assert not (tmp_path / "grid.png").exists()
