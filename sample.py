@@ -10,6 +10,7 @@ Many images, on several GPUs; started again after a kill, only what is missing i
 """
 
 import argparse
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
@@ -18,20 +19,18 @@ from pathlib import Path
 
 from data.decode import read_image
 from data.pixels import to_uint8
-from functions.sampling.files import figures_of, image_path, open_folder, read_images
-from functions.sampling.generation import Frame, ImageSampler, Samples, generate_batches, image_bar, rebuild
+from functions.sampling.files import MOST_IN_GRID, existing, figures_of, image_path, open_folder, save_pictures
+from functions.sampling.generation import ImageSampler, Samples, generate_batches, image_bar, rebuild
 from functions.sampling.interpolation import save_interpolation, save_variations
 from functions.sampling.options import SamplerOptions, add_sampler_flags
 from functions.support.command_line import Parser, fraction, plain_errors, positive
 from functions.support.device import DTYPES, choose_device, choose_precision
 from functions.support.errors import UserError
 from functions.support.export import SavedModel, export_weights, load_weights
-from functions.support.pictures import save_gif, save_grid, save_image, save_strip
+from functions.support.pictures import save_image
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
 from models.unet import UNet
-
-MOST_IN_GRID, STRIP_ROWS = 100, 6
 
 
 def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
@@ -85,9 +84,8 @@ def sample_from_noise(
     """
     figures = figures_of(args, image_sampler.options.times(image_sampler.scheduler))
     frames = {frame for columns in figures.values() for frame in columns.values()}
-    seen = (
-        min(args.n, MOST_IN_GRID) if frames or not args.individual else 0
-    )  # kept in memory; else the grid shows files
+    # How many are kept in memory to be seen; without figures the files are enough for the grid
+    seen = min(args.n, MOST_IN_GRID) if frames or not args.individual else 0
     batches = [range(start, min(start + args.batch_size, args.n)) for start in range(0, args.n, args.batch_size)]
     with ExitStack() as stack:
         there = processes.from_main(lambda: stack.enter_context(open_folder(folder, facts, args.individual)))
@@ -109,27 +107,14 @@ def sample_from_noise(
             if batch.start < seen:
                 kept.append(samples)
         list(writing)
-        kept = [*chain(*processes.gather(kept))]  # when all are done
+        while args.individual and processes.count > 1 and not existing(folder).issuperset(range(args.n)):
+            time.sleep(1)  # until the others' files are there, however late: `gather` is not that patient
+        kept = [*chain(*processes.gather(kept))]
         if processes.is_main:
             if args.individual:
                 first, last = image_path(folder, 0), image_path(folder, args.n - 1).name
                 print(f"all {args.n} images are there: {first} .. {last}")
             save_pictures(args.n, figures, Samples.joined(kept) if kept else None, folder)
-
-
-def save_pictures(n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path) -> None:
-    """Write the grid of the first images and the figures of their denoising; without `samples` the images are files."""
-    seen, columns = min(n, MOST_IN_GRID), 5 if n == 20 else None  # the reference's grid
-    images = to_uint8(samples.images[:seen]).numpy() if samples else read_images(folder, seen)
-    save_grid(images, folder / "grid.png", columns)
-    print(f"wrote {folder / 'grid.png'}")
-    for name, frame_of in figures.items():
-        frames = [samples.frames[frame][:seen] for frame in frame_of.values()]
-        if name.endswith(".gif"):
-            save_gif(frames, folder / name, columns)
-        else:
-            save_strip([frame[:STRIP_ROWS] for frame in frames], list(frame_of), folder / name)
-        print(f"wrote {folder / name}")
 
 
 def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
@@ -156,30 +141,34 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     checkpoint = "a run folder, a checkpoint or an exported .safetensors (default: the newest run)"
     add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
     # torchrun of Python before 3.12.7 refuses --n, which several flags of its own begin with
-    add("--n", "-n", type=positive, default=n, metavar="N", help=f"how many images; behind torchrun -n (default: {n})")
+    count = f"how many images; behind torchrun write -n, as it takes --n for its own (default: {n})"
+    add("--n", "-n", type=positive, default=n, metavar="N", help=count)
     add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time, at most (default: 64)")
-    add("--out", type=Path, metavar="FOLDER", help="where pictures go (default: a folder in samples/ in the run's)")
+    batch_size = "images at a time; halved while they do not fit in memory (default: 64)"
+    add("--batch-size", type=positive, default=64, metavar="N", help=batch_size)
+    add("--out", type=Path, metavar="FOLDER", help="where pictures go (default: a folder in samples/ of the run)")
     add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--precision", default="float32", choices=("auto", *DTYPES), help="of the network (default: float32)")
+    device = "auto (CUDA, then Apple's MPS, then the CPU), cpu, cuda, cuda:N or mps (default: auto)"
+    add("--device", default="auto", metavar="NAME", help=device)
+    precision = "what the network computes in; auto: the fastest that the hardware has (default: float32)"
+    add("--precision", default="float32", choices=("auto", *DTYPES), help=precision)
     add_sampler_flags(parser)
 
     add = parser.add_argument_group("what to write beside the grid").add_argument
     add("--individual", action="store_true", help="a PNG for each image; those that are there are kept (default: no)")
-    add("--strip", action="store_true", help="the denoising of some images as a figure (default: no)")
-    add("--progressive", action="store_true", help="the same of the x_0 that the model sees in it (default: no)")
-    animation = f"the denoising of the grid as an animation (default: {'yes' if gif else 'no'})"
+    add("--strip", action="store_true", help="a figure of how the noise becomes images (default: no)")
+    add("--progressive", action="store_true", help="a figure of the x_0 that the model sees meanwhile (default: no)")
+    animation = f"an animation of how the noise becomes the grid (default: {'yes' if gif else 'no'})"
     add("--gif", action="store_true", default=gif, help=animation)
 
     add = parser.add_argument_group("what to do instead").add_argument
-    image = "an image file, or the number of an image of the seed"
-    add("--interpolate", nargs=2, metavar=("A", "B"), help=f"between two images, by way of noise; each is {image}")
-    add("--variations", metavar="A", help=f"images like one image, by way of noise; it is {image}")
+    image = "an image file, or the number of an image of the seed (default: none)"
+    add("--interpolate", nargs=2, metavar=("A", "B"), help=f"mix two images in the noise; each is {image}")
+    add("--variations", metavar="A", help=f"images like one, by way of noise; it is {image}")
     depths = "of these two: how far into the noise, as fractions of all timesteps (default: 0.25,0.5,0.75,1)"
     add("--depths", type=fractions, default=(0.25, 0.5, 0.75, 1.0), metavar="X,X,...", help=depths)
     add("--fit", action="store_true", help="of these two: crop and resize image files of another size (default: no)")
-    export = "write the weights (the EMA's if there are) and the config there"
+    export = "write the weights (the EMA's if there are) and the config there (default: no)"
     add("--export", type=Path, metavar="FILE.safetensors", help=export)
 
     args = parser.parse_args()

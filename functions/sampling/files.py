@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from functions.sampling.generation import Frame, frame_steps
+from data.pixels import to_uint8
+from functions.sampling.generation import Frame, Samples, frame_steps
 from functions.support.checkpoint import write_whole
 from functions.support.errors import UserError
+from functions.support.pictures import save_gif, save_grid, save_strip
 from functions.support.run_folder import locked
 
 MANIFEST = "samples.json"
 IMAGE_NAME = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.png")
-GIF_FRAMES = 40
-STRIP_COLUMNS = 9
+MOST_IN_GRID, GIF_FRAMES, STRIP_COLUMNS, STRIP_ROWS = 100, 40, 9, 6
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -35,11 +36,6 @@ def existing(folder: Path) -> set[int]:
     """The numbers of the images that are there."""
     names = os.listdir(folder) if folder.is_dir() else []
     return {int(match[1]) for match in map(IMAGE_NAME.fullmatch, names) if match}
-
-
-def read_images(folder: Path, n: int) -> np.ndarray:
-    """Images 0 .. n-1, which are there: uint8 (n, H, W, 3)."""
-    return np.stack([np.asarray(Image.open(image_path(folder, i))) for i in range(n)])
 
 
 def check_manifest(folder: Path, facts: dict) -> bool:
@@ -62,9 +58,7 @@ def check_manifest(folder: Path, facts: dict) -> bool:
 def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int]]:
     """Make the folder, or go on with it, and yield the numbers of the single images that are there.
 
-    Args:
-        facts: all that decides the images' pixels, for the manifest.
-        individual: hold the folder for this process, the main one of several; otherwise no single images are made.
+    With `individual` it is held for this process, the main one of several, and the manifest written: `facts`.
 
     Raises:
         UserError: its images are others than `facts` say, or nothing says what they are.
@@ -99,3 +93,21 @@ def figures_of(args: argparse.Namespace, times: Sequence[int]) -> dict[str, dict
         predicted = [1 + round(i * (calls - 1) / columns) for i in range(columns)]
         figures["progressive.png"] = {title(times[k - 1]): ("x_0", k) for k in predicted} | {"image": ("x", calls)}
     return figures
+
+
+def save_pictures(n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path) -> None:
+    """Write the grid of the first images and the figures of their denoising; without `samples` the images are files."""
+    seen, columns = min(n, MOST_IN_GRID), 5 if n == 20 else None  # the reference's grid
+    if samples:
+        images = to_uint8(samples.images[:seen]).numpy()
+    else:
+        images = np.stack([np.asarray(Image.open(image_path(folder, i))) for i in range(seen)])
+    save_grid(images, folder / "grid.png", columns)
+    print(f"wrote {folder / 'grid.png'}")
+    for name, frame_of in figures.items():
+        frames = [samples.frames[frame][:seen] for frame in frame_of.values()]
+        if name.endswith(".gif"):
+            save_gif(frames, folder / name, columns)
+        else:
+            save_strip([frame[:STRIP_ROWS] for frame in frames], list(frame_of), folder / name)
+        print(f"wrote {folder / name}")

@@ -66,10 +66,7 @@ class ImageSampler:
         return ImageNoise(self.seed, images, self.shape, self.device, purpose)
 
     def decode(self, x_t: Tensor, t: int, noise: Callable[[], Tensor], on_step: OnStep | None = None) -> Tensor:
-        """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at t = -1 they are images.
-
-        `noise` gives each step's that adds some.
-        """
+        """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at -1 they are images."""
         if t < 0:
             return x_t
         times = self.options.times(self.scheduler, t)
@@ -193,10 +190,9 @@ class BatchLimit:
 
 
 class ImageBar(tqdm):
-    """Counts images, in fractions, as a batch of them takes its time."""
+    """Counts images in fractions, which may add up to more than all: by rounding, or when memory ran out on the way."""
 
     def update(self, images: float = 1) -> bool | None:
-        """Fractions may add up to a little more than all, by rounding."""
         return super().update(min(images, self.total - self.n))
 
 

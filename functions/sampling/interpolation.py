@@ -23,14 +23,8 @@ def interpolate_images(image_sampler: ImageSampler, ends: Tensor, t: int, weight
     """Noise two images to depth t, mix x_t on the straight line, and decode (Ho et al. 2020, Section 4.4).
 
     Both get the same noise, which leaves the mixture as noisy as they are, and every step's noise is the same for all
-    mixtures, so that along a row nothing but the mixture changes.
-
-    Args:
-        ends: (2, C, H, W) images in [-1, 1].
-        weights: (L,) of the second image: 0 and 1 are the two images, as they come back from depth t.
-
-    Returns:
-        (L, C, H, W) images.
+    mixtures, so that along a row nothing but the mixture changes. The ends are (2, C, H, W) in [-1, 1], the (L,)
+    weights those of the second: 0 and 1 give the two as they come back from depth t. Returns (L, C, H, W) images.
     """
     noise = image_sampler.noise([0], "interpolation")  # that of image 0 may be what one of the ends was sampled from
     first, second = image_sampler.scheduler.q_sample(ends, t, noise.draw().expand_as(ends))

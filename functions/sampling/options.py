@@ -66,10 +66,7 @@ class SamplerOptions:
     def times(self, scheduler: NoiseScheduler, start: int | None = None) -> list[int]:
         """The timesteps that are visited, down to -1; with a `start` below T - 1, those of the whole way from there.
 
-        So the rest of the way is done in steps as long as those of the whole.
-
-        Raises:
-            UserError: the model does not have so many.
+        So the steps from there are as long as those of the whole way. `UserError` if the model does not have so many.
         """
         try:
             times = sampling_times(scheduler, self.steps, self.spacing)

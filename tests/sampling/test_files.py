@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import sample
+from functions.sampling import files
 from functions.sampling.files import existing, image_path
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import save_image
@@ -153,7 +154,7 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
         save_image(image, path)
 
     monkeypatch.setattr(sample, "save_image", save)
-    monkeypatch.setattr(sample, "MOST_IN_GRID", 4)
+    monkeypatch.setattr(files, "MOST_IN_GRID", 4)
     call(sample.main, tiny_run, "--individual", "--n", 10, "--batch-size", 2, "--steps", 2, "--out", tmp_path)
     assert sorted(there) == list(range(10))
     assert all(found >= set(range(i // 2 * 2)) for i, found in there.items())
