@@ -1,32 +1,194 @@
-"""Draw images from a trained model: `python sample.py` takes the newest run and writes a grid.
+"""Sample images from a trained model: `python sample.py` takes the newest run and writes a grid.
 
 From pure noise, with the EMA weights, rebuilt from the checkpoint alone: by ancestral sampling over all timesteps
 (Algorithm 2 of Ho et al. 2020), or with --sampler and --steps in fewer; the reverse loops are in functions/samplers.py.
---interpolate and --variations draw images between two, or like one, by way of noise.
+--interpolate and --variations sample images between two, or like one, by way of noise.
 
 Many images, on several GPUs; started again after a kill, only what is missing is made:
 
     torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
 """
 
-from data.decode import BadImage, decode_rgb, fit_square
-from data.pixels import to_model_range, to_uint8
-from functions.sampling.latent_pictures import Pixels
-from functions.sampling.script import add_sampling_flags, sample_to_files
-from functions.support.command_line import Parser, plain_errors
-from functions.support.run_folder import find_checkpoints, newest_checkpoints
+import argparse
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+from data.decode import read_image
+from data.pixels import to_uint8
+from functions.sampling.files import MOST_IN_GRID, existing, figures_of, image_path, open_folder, save_pictures
+from functions.sampling.generation import ImageSampler, Samples, generate_batches, image_bar, rebuild
+from functions.sampling.interpolation import save_interpolation, save_variations
+from functions.sampling.options import SamplerOptions, add_sampler_flags
+from functions.support.checkpoint import SavedModel, export_weights, load_weights
+from functions.support.command_line import Parser, fraction, plain_errors, positive
+from functions.support.device import DTYPES, choose_device, choose_precision
+from functions.support.errors import UserError
+from functions.support.pictures import save_image
+from functions.support.processes import Processes, joined
+from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
 from models.unet import UNet
 
-PIXELS = Pixels(decode_rgb, fit_square, BadImage, to_model_range, to_uint8)
+
+def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
+    """Read the command line, sample, and say which files were written.
+
+    Every process that torchrun starts runs all of this; rank 0 alone speaks and writes pictures of several images.
+
+    Args:
+        n, gif: the defaults of these flags.
+        experiments: the newest run is one of those whose names begin so.
+    """
+    args = parse_flags(n, gif)
+    options = SamplerOptions.from_args(args)
+    with joined() as processes:
+        device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
+        precision = choose_precision(args.precision, device)
+        saved = load(args, experiments, processes)
+        denoiser = rebuild(UNet, saved, device, precision)
+        options.times(denoiser.scheduler)  # refuses numbers of steps that the model does not have
+        processes.say(str(saved))
+        if args.export:
+            processes.from_main(lambda: export_weights(saved, args.export))
+            processes.say(f"wrote {args.export}")
+            return
+
+        image_sampler = ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
+        slug = f"{saved.path.stem}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
+        folder = args.out or folder_of(saved.path) / "samples" / f"{slug}-seed{args.seed}"
+        if args.interpolate or args.variations is not None:
+            processes.from_main(lambda: sample_from_images(args, image_sampler, folder))
+            return
+        facts = {"checkpoint": saved.digest, "weights": saved.kind, "seed": args.seed}
+        facts |= {"precision": str(precision).removeprefix("torch."), **options.facts(denoiser.scheduler.timesteps)}
+        sample_from_noise(args, image_sampler, folder, facts, processes)
 
 
-def main() -> None:
-    """Read the command line, sample, and say which files were written."""
+def load(args: argparse.Namespace, experiments: str, processes: Processes) -> SavedModel:
+    """Load the newest sound checkpoint, which rank 0 finds, in every process."""
+    read = cache(load_weights)  # so that rank 0, which reads it to find it, does not do so twice
+    find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
+    return read(processes.from_main(lambda: first_sound(find(), read).path))
+
+
+def sample_from_noise(
+    args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, facts: dict, processes: Processes
+) -> None:
+    """Sample images 0 .. n-1 and write the files that the flags ask for.
+
+    The processes share batches, which are the same however many processes there are and wherever an earlier start was
+    interrupted: so are the images then, bit for bit where the hardware is the same.
+    """
+    figures = figures_of(args, image_sampler.options.times(image_sampler.scheduler))
+    frames = {frame for columns in figures.values() for frame in columns.values()}
+    # How many are kept in memory to be seen; without figures the files are enough for the grid
+    seen = min(args.n, MOST_IN_GRID) if frames or not args.individual else 0
+    batches = [range(start, min(start + args.batch_size, args.n)) for start in range(0, args.n, args.batch_size)]
+    with ExitStack() as stack:
+        there = processes.from_main(lambda: stack.enter_context(open_folder(folder, facts, args.individual)))
+        to_do = [batch for batch in batches if batch.start < seen or (args.individual and not there.issuperset(batch))]
+        own = [to_do[i] for i in processes.own_range(len(to_do))]
+        count = sum(map(len, to_do))
+        others = f" of {args.n}; the others are there" if count < args.n else ""
+        processes.say(f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}")
+        if 0 < len(to_do) < processes.count:
+            processes.say(f"note: {len(to_do)} batches for {processes.count} processes; lower --batch-size")
+
+        bar = stack.enter_context(image_bar(sum(map(len, own)), processes.is_main and len(own) > 0))
+        pool, writing, kept = stack.enter_context(ThreadPoolExecutor(4)), [], []
+        for batch, samples in zip(own, generate_batches(image_sampler, own, frames, bar.update), strict=True):
+            if args.individual:  # in threads, while the next batch is sampled
+                list(writing)  # the batch before is on the disk then, or its error is raised
+                images, new = to_uint8(samples.images).numpy(), [k for k, i in enumerate(batch) if i not in there]
+                writing = pool.map(save_image, images[new], [image_path(folder, batch[k]) for k in new])
+            if batch.start < seen:
+                kept.append(samples)
+        list(writing)
+        while args.individual and processes.count > 1 and not existing(folder).issuperset(range(args.n)):
+            time.sleep(1)  # until the others' files are there, however late: `gather` is not that patient
+        kept = [*chain(*processes.gather(kept))]
+        if processes.is_main:
+            if args.individual:
+                first, last = image_path(folder, 0), image_path(folder, args.n - 1).name
+                print(f"all {args.n} images are there: {first} .. {last}")
+            save_pictures(args.n, figures, Samples.joined(kept) if kept else None, folder)
+
+
+def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+    """--interpolate and --variations."""
+    size = image_sampler.shape[-1]
+    source = lambda text: int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
+    two = [source(text) for text in args.interpolate or []]
+    one = None if args.variations is None else source(args.variations)
+    folder.mkdir(parents=True, exist_ok=True)  # only when all images were read
+    if two:
+        save_interpolation(image_sampler, two, args.depths, args.batch_size, folder / "interpolation.png")
+    if one is not None:
+        save_variations(image_sampler, one, args.depths, args.batch_size, folder / "variations.png")
+
+
+def parse_flags(n: int, gif: bool) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        UserError: flags of which one would have to be ignored.
+    """
     parser = Parser(description=__doc__)
-    add_sampling_flags(parser, n=36)
+    add = parser.add_argument
+    checkpoint = "a run folder, a checkpoint or an exported .safetensors (default: the newest run)"
+    add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
+    # torchrun of Python before 3.12.7 refuses --n, which several flags of its own begin with
+    count = f"how many images; behind torchrun write -n, as it takes --n for its own (default: {n})"
+    add("--n", "-n", type=positive, default=n, metavar="N", help=count)
+    add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
+    batch_size = "images at a time; halved while they do not fit in memory (default: 64)"
+    add("--batch-size", type=positive, default=64, metavar="N", help=batch_size)
+    add("--out", type=Path, metavar="FOLDER", help="where pictures go (default: a folder in samples/ of the run)")
+    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
+    device = "auto (CUDA, then Apple's MPS, then the CPU), cpu, cuda, cuda:N or mps (default: auto)"
+    add("--device", default="auto", metavar="NAME", help=device)
+    precision = "what the network computes in; auto: the fastest that the hardware has (default: float32)"
+    add("--precision", default="float32", choices=("auto", *DTYPES), help=precision)
+    add_sampler_flags(parser)
+
+    add = parser.add_argument_group("what to write beside the grid").add_argument
+    add("--individual", action="store_true", help="a PNG for each image; those that are there are kept (default: no)")
+    add("--strip", action="store_true", help="a figure of how the noise becomes images (default: no)")
+    add("--progressive", action="store_true", help="a figure of the x_0 that the model sees meanwhile (default: no)")
+    animation = f"an animation of how the noise becomes the grid (default: {'yes' if gif else 'no'})"
+    add("--gif", action="store_true", default=gif, help=animation)
+
+    add = parser.add_argument_group("what to do instead").add_argument
+    image = "an image file, or the number of an image of the seed (default: none)"
+    add("--interpolate", nargs=2, metavar=("A", "B"), help=f"mix two images in the noise; each is {image}")
+    add("--variations", metavar="A", help=f"images like one, by way of noise; it is {image}")
+    depths = "of these two: how far into the noise, as fractions of all timesteps (default: 0.25,0.5,0.75,1)"
+    add("--depths", type=fractions, default=(0.25, 0.5, 0.75, 1.0), metavar="X,X,...", help=depths)
+    add("--fit", action="store_true", help="of these two: crop and resize image files of another size (default: no)")
+    export = "write the weights (the EMA's if there are) and the config there (default: no)"
+    add("--export", type=Path, metavar="FILE.safetensors", help=export)
+
     args = parser.parse_args()
-    candidates = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs)
-    sample_to_files(args, candidates, UNet, PIXELS)
+    instead = args.interpolate or args.variations is not None
+    if args.n > MOST_IN_GRID and not args.individual:
+        raise UserError(f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual")
+    if args.interpolate and len({text.isdecimal() for text in args.interpolate}) > 1:
+        raise UserError("--interpolate takes two image files or two numbers, not one of each")
+    if instead and (args.individual or args.strip or args.progressive):
+        raise UserError(
+            "--interpolate and --variations write nothing else; leave out --individual, --strip and --progressive"
+        )
+    if args.fit and not instead:
+        raise UserError("--fit is for the image files of --interpolate and --variations")
+    return args
+
+
+def fractions(text: str) -> tuple[float, ...]:
+    """A flag's type: numbers from 0 to 1 with commas between."""
+    return tuple(fraction(number) for number in text.split(","))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from data.datasets import load_images, split_images  # noqa: E402
 from data.pixels import to_model_range, to_uint8  # noqa: E402
 from figures.sampling_figures import draw_sampling  # noqa: E402
 from functions.noise_scheduler import NoiseScheduler  # noqa: E402
-from functions.sampling.generation import ImageSampler, Record, frame_steps, generate, rebuild  # noqa: E402
+from functions.sampling.generation import ImageSampler, frame_steps, generate, rebuild  # noqa: E402
 from functions.sampling.options import SamplerOptions  # noqa: E402
 from functions.support.checkpoint import load_weights  # noqa: E402
 from functions.support.command_line import Parser, plain_errors  # noqa: E402
@@ -228,19 +228,18 @@ def draw_run(checkpoint: Path) -> None:
     saved = load_weights(checkpoint)
     size = saved.config["model"]["image_size"]
     denoiser = rebuild(UNet, saved, device)
-    drawing = ImageSampler(denoiser, SamplerOptions(), (3, size, size), 0, device)
+    image_sampler = ImageSampler(denoiser, SamplerOptions(), (3, size, size), 0, device)
     timesteps = denoiser.scheduler.timesteps
     gif_steps, strip_steps = frame_steps(timesteps, 40), frame_steps(timesteps, 9)
-    samples = generate(drawing, range(36), 36, Record(sorted({*gif_steps, *strip_steps})))
-    frames = {step: to_uint8(x).numpy() for step, x in samples.states.items()}
+    samples = generate(image_sampler, range(36), 36, {("x", step) for step in (*gif_steps, *strip_steps)})
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
     training = load_images(saved.config["diffusion"]["dataset_name"], size)
     training = training.images[split_images(training, saved.config["diffusion"]["split"]).train_indices]
     save_grid(np.concatenate([faces[:12], nearest(faces[:12], training)]), FIGURES / "neighbours.png", columns=12)
-    save_gif([frames[step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
+    save_gif([samples.frames["x", step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
     titles = [f"t = {timesteps - step}" for step in strip_steps]
-    save_strip([frames[step][:4] for step in strip_steps], titles, FIGURES / "strip.png")
+    save_strip([samples.frames["x", step][:4] for step in strip_steps], titles, FIGURES / "strip.png")
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:

@@ -78,10 +78,8 @@ def scaled_eps(model: Model, eps_scale: float) -> Model:
     """The model with its eps divided by eps_scale >= 1 (epsilon scaling, Ning et al. 2024, arXiv:2308.15321).
 
     A model that meets its own errors, as in training it never did, predicts too much noise. Useful values are near 1,
-    such as 1.005. `ValueError` below 1.
+    such as 1.005.
     """
-    if not 1 <= eps_scale < float("inf"):
-        raise ValueError(f"eps_scale is {eps_scale}; it can be 1 (leave eps as it is) or more")
     return (lambda x_t, t: model(x_t, t) / eps_scale) if eps_scale != 1 else model
 
 

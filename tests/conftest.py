@@ -23,7 +23,7 @@ from models.unet import UNet
 ROOT = Path(train.__file__).resolve().parent
 
 # A network of 13,000 parameters on 16 x 16 images: the whole program in seconds.
-SETTINGS = SamplerOptions()
+OPTIONS = SamplerOptions()
 TINY = [
     "--model.image-size", "16", "--model.lowest-resolution-size", "8", "--model.dim-multiply", "1,2",
     "--model.transformer-layers", "1", "--model.base-dim", "8", "--model.norm-groups", "2",
@@ -85,10 +85,10 @@ def tiny_run(pictures, tmp_path_factory):
     return next(runs.iterdir())
 
 
-def drawing_of(network, timesteps=100, settings=SETTINGS, seed=0, device="cpu") -> ImageSampler:
+def image_sampler_of(network, timesteps=100, options=OPTIONS, seed=0, device="cpu") -> ImageSampler:
     """How a network for images of 16 x 16 is sampled from."""
     denoiser = Denoiser(network, NoiseScheduler(timesteps))
-    return ImageSampler(denoiser, settings, (3, 16, 16), seed, torch.device(device))
+    return ImageSampler(denoiser, options, (3, 16, 16), seed, torch.device(device))
 
 
 def small_unet() -> UNet:

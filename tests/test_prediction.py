@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser, predict, scaled_eps
+from functions.prediction import Denoiser, predict
 from tests.conftest import small_unet
 
 SCHEDULER = NoiseScheduler(1000)
@@ -60,12 +60,6 @@ def test_evaluating_is_without_dropout_and_for_a_while():
         assert not denoiser.network.training
         raise KeyError
     assert denoiser.network.training
-
-
-@pytest.mark.parametrize("scale", [0.99, 0.0, -1.0, float("nan"), float("inf")])
-def test_an_eps_scale_below_1_is_refused(scale):
-    with pytest.raises(ValueError, match="eps_scale is"):
-        scaled_eps(lambda x, t: x, scale)
 
 
 @pytest.mark.parametrize("t", [-2, 1000, torch.tensor([1000, 3])], ids=str)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from functions.likelihood import VARIANCES, terms_of
 from functions.prediction import Denoiser
-from functions.sampling.fitting import BatchLimit
+from functions.sampling.generation import BatchLimit
 from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import generator_of

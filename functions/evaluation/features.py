@@ -25,8 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_uint8
-from functions.sampling.fitting import BatchLimit
-from functions.sampling.generation import ImageSampler, generate_batches, image_bar
+from functions.sampling.generation import BatchLimit, ImageSampler, generate_batches, image_bar
 from functions.support.errors import UserError
 from functions.support.files import short
 from functions.support.processes import SINGLE_PROCESS, Processes

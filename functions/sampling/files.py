@@ -5,25 +5,27 @@ samples.json    the manifest, written first: all that decides the images' pixels
 .lock           held by the process that makes them
 """
 
+import argparse
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from data.pixels import to_uint8
+from functions.sampling.generation import Frame, Samples, frame_steps
 from functions.support.errors import UserError
 from functions.support.files import write_whole
-from functions.support.pictures import save_image
+from functions.support.pictures import save_gif, save_grid, save_strip
 from functions.support.run_folder import locked
 
 MANIFEST = "samples.json"
-IMAGE_NAME = re.compile(r"(\d{5,})\.png")
-PATIENCE = 2 * 60 * 60  # seconds without a new image, after which the other processes are taken to have ended
+IMAGE_NAME = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.png")
+MOST_IN_GRID, GIF_FRAMES, STRIP_COLUMNS, STRIP_ROWS = 100, 40, 9, 6
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -32,9 +34,8 @@ def image_path(folder: Path, i: int) -> Path:
 
 def existing(folder: Path) -> set[int]:
     """The numbers of the images that are there."""
-    names = set(os.listdir(folder)) if folder.is_dir() else set()
-    numbers = (int(match[1]) for match in map(IMAGE_NAME.fullmatch, names) if match)
-    return {i for i in numbers if image_path(folder, i).name in names}
+    names = os.listdir(folder) if folder.is_dir() else []
+    return {int(match[1]) for match in map(IMAGE_NAME.fullmatch, names) if match}
 
 
 def check_manifest(folder: Path, facts: dict) -> bool:
@@ -54,66 +55,59 @@ def check_manifest(folder: Path, facts: dict) -> bool:
 
 
 @contextmanager
-def open_folder(folder: Path, facts: dict) -> Iterator[None]:
-    """Make the folder, or go on with it, and hold it for this process; for the main one of several.
+def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int]]:
+    """Make the folder, or go on with it, and yield the numbers of the single images that are there.
+
+    With `individual` it is held for this process, the main one of several, and the manifest written: `facts`.
 
     Raises:
         UserError: its images are others than `facts` say, or nothing says what they are.
         CheckpointError: another process makes images in it.
     """
-    if not check_manifest(folder, facts) and existing(folder):
-        name = image_path(folder, min(existing(folder))).name
+    there, known = existing(folder), check_manifest(folder, facts)
+    if individual and there and not known:
+        name = image_path(folder, min(there)).name
         raise UserError(f"{folder} holds {name} but no {MANIFEST} to say what made it; take another --out")
     folder.mkdir(parents=True, exist_ok=True)
+    if not individual:
+        yield there
+        return
     with locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp"):
-        text = json.dumps(facts, indent=2)
         if not check_manifest(folder, facts):
+            text = json.dumps(facts, indent=2)
             write_whole(folder / MANIFEST, lambda file: file.write(text.encode()))
-        yield
+        yield existing(folder)
 
 
-class ImageWriter:
-    """Writes a batch of images in threads, while the next one is drawn; never more than one waits."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.pool, self.waiting = folder, ThreadPoolExecutor(4), list[Future]()
-
-    def __enter__(self) -> "ImageWriter":
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            self.finish()
-
-    def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Begin to write those of a batch that are not there yet; the batch before is on the disk then."""
-        self.finish()
-        paths = [image_path(self.folder, i) for i in numbers]
-        self.waiting = [
-            self.pool.submit(save_image, image, path)
-            for path, image in zip(paths, images, strict=True) if not path.exists()
-        ]  # fmt: skip
-
-    def finish(self) -> None:
-        """Wait for what was begun; raises the error that it met."""
-        for future in self.waiting:
-            future.result()
-        self.waiting = []
+def figures_of(args: argparse.Namespace, times: Sequence[int]) -> dict[str, dict[str, Frame]]:
+    """The figures of the denoising that the flags ask for: by their files' names, the frame under each title."""
+    calls, title = len(times) - 1, lambda t: f"t = {t + 1}"  # the paper's t, which is 0 for an image
+    states = lambda count: {title(times[k]): ("x", k) for k in frame_steps(calls, count)}
+    figures = {}
+    if args.gif:
+        figures["denoising.gif"] = states(GIF_FRAMES)
+    if args.strip:
+        figures["strip.png"] = states(STRIP_COLUMNS)
+    if args.progressive:
+        columns = min(STRIP_COLUMNS - 1, max(calls - 1, 1))  # evenly spaced, without the last, whose x_0 is the image
+        predicted = [1 + round(i * (calls - 1) / columns) for i in range(columns)]
+        figures["progressive.png"] = {title(times[k - 1]): ("x_0", k) for k in predicted} | {"image": ("x", calls)}
+    return figures
 
 
-def wait_for_all(folder: Path, n: int) -> None:
-    """Until images 0 .. n-1 are there: the other processes write theirs.
-
-    Raises:
-        UserError: for very long nothing has come.
-    """
-    missing, since = set(range(n)) - existing(folder), time.monotonic()
-    while missing:
-        time.sleep(0.3)
-        still = missing - existing(folder)
-        if len(still) < len(missing):
-            since = time.monotonic()
-        if time.monotonic() - since > PATIENCE:
-            raise UserError(f"{folder}: {len(still)} images do not come; start the same command again")
-        missing = still
+def save_pictures(n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path) -> None:
+    """Write the grid of the first images and the figures of their denoising; without `samples` the images are files."""
+    seen, columns = min(n, MOST_IN_GRID), 5 if n == 20 else None  # the reference's grid
+    if samples:
+        images = to_uint8(samples.images[:seen]).numpy()
+    else:
+        images = np.stack([np.asarray(Image.open(image_path(folder, i))) for i in range(seen)])
+    save_grid(images, folder / "grid.png", columns)
+    print(f"wrote {folder / 'grid.png'}")
+    for name, frame_of in figures.items():
+        frames = [samples.frames[frame][:seen] for frame in frame_of.values()]
+        if name.endswith(".gif"):
+            save_gif(frames, folder / name, columns)
+        else:
+            save_strip([frame[:STRIP_ROWS] for frame in frames], list(frame_of), folder / name)
+        print(f"wrote {folder / name}")

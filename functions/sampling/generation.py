@@ -1,51 +1,49 @@
 """From a trained model to images in memory: for the scripts and for training's grids.
 
-The scripts hand in the model's class and the conversion to pixels, so that this module knows neither.
+Algorithm 2 of Ho et al. 2020 and the other reverse loops are in functions/samplers.py; here they are called, for as
+many images at a time as fit in memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.samplers import OnStep
-from functions.sampling.fitting import BatchLimit
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel, load_into
-from functions.support.errors import CheckpointError
+from functions.support.device import is_out_of_memory
+from functions.support.errors import CheckpointError, UserError
 from functions.support.files import short
 from functions.support.random_numbers import ImageNoise
+
+Result = TypeVar("Result")
+OnProgress = Callable[[float], object]  # told after each step how many images' worth of work it was
+ignore: OnProgress = lambda images: None
+# ("x", k): the state after k network calls, 0 the noise; ("x_0", k): the x_0 that the k-th call predicts
+Frame = tuple[str, int]
 
 
 @dataclass
 class Samples:
-    """Images x_0 (N, C, H, W) in [-1, 1], and what was kept on their way, by the number of network calls before it."""
+    """Images and, of the way to them, the frames that were asked for."""
 
-    images: Tensor
-    states: dict[int, Tensor] = field(default_factory=dict)  # x; 0 is the noise, and the last is the images
-    predictions: dict[int, Tensor] = field(default_factory=dict)  # the model's x_0 in the last of these calls
+    images: Tensor  # (N, C, H, W) in [-1, 1], on the CPU
+    frames: dict[Frame, np.ndarray]  # uint8 (N, H, W, C) each
 
     @staticmethod
-    def joined(parts: Sequence["Samples"]) -> "Samples":
+    def joined(batches: Sequence["Samples"]) -> "Samples":
         """One after the other."""
-        join = lambda name: {k: torch.cat([getattr(part, name)[k] for part in parts]) for k in getattr(parts[0], name)}
-        return Samples(torch.cat([part.images for part in parts]), join("states"), join("predictions"))
-
-
-@dataclass(frozen=True)
-class Record:
-    """What to keep of the way to the images: after which numbers of network calls, and in which form."""
-
-    states: Sequence[int] = ()
-    predictions: Sequence[int] = ()
-    form: Callable[[Tensor], Tensor] = lambda x: x  # such as to uint8; on the device
-
-
-NOTHING = Record()
+        frames = {frame: np.concatenate([batch.frames[frame] for batch in batches]) for frame in batches[0].frames}
+        return Samples(torch.cat([batch.images for batch in batches]), frames)
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class ImageSampler:
     """All that decides what image i is."""
 
     denoiser: Denoiser
-    settings: SamplerOptions
+    options: SamplerOptions
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
@@ -63,12 +61,36 @@ class ImageSampler:
         return self.denoiser.scheduler
 
     def noise(self, images: Sequence[int], purpose: str = "image") -> ImageNoise:
-        """That which these images are drawn from, x_T first, then each step's; or that for another purpose."""
+        """The noise that these images are sampled from, x_T first, then each step's; or that for another purpose."""
         return ImageNoise(self.seed, images, self.shape, self.device, purpose)
 
-    def decode(self, x_t: Tensor, times: Sequence[int], noise: Callable[[], Tensor], on_step: OnStep | None = None):
-        """The state (B, C, H, W) at the first of `times` -> images; `noise` is asked in each step that adds some."""
-        return self.settings.sample(self.denoiser, self.scheduler, x_t, times, lambda k: noise(), on_step)
+    def decode(self, x_t: Tensor, t: int, noise: Callable[[], Tensor], on_step: OnStep | None = None) -> Tensor:
+        """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at -1 they are images."""
+        if t < 0:
+            return x_t
+        times = self.options.times(self.scheduler, t)
+        return self.options.sample(self.denoiser, self.scheduler, x_t, times, lambda k: noise(), on_step)
+
+    def sample(
+        self, images: Sequence[int], frames: Collection[Frame] = (), on_progress: OnProgress = ignore
+    ) -> Samples:
+        """Sample these images, all at once."""
+        noise, kept = self.noise(images), {}
+        images_a_step = len(images) / (len(self.options.times(self.scheduler)) - 1)
+
+        def keep(frame: Frame, x: Tensor) -> None:
+            if frame in frames:
+                kept[frame] = to_uint8(x).cpu().numpy()
+
+        def on_step(k: int, t: int, x: Tensor, x_0: Tensor) -> None:
+            keep(("x", k + 1), x)
+            keep(("x_0", k + 1), x_0)
+            on_progress(images_a_step)
+
+        x_T = noise.draw()
+        keep(("x", 0), x_T)
+        x_0 = self.decode(x_T, self.scheduler.timesteps - 1, noise.draw, on_step)
+        return Samples(x_0.cpu(), kept)
 
 
 def rebuild(
@@ -77,7 +99,7 @@ def rebuild(
     device: torch.device,
     precision: torch.dtype = torch.float32,
 ) -> Denoiser:
-    """Network and schedule of a checkpoint, from what the checkpoint says alone.
+    """Rebuild network and schedule from what a checkpoint says alone; its config's `model` fields go to `build_model`.
 
     Raises:
         CheckpointError: its config and its weights do not fit each other.
@@ -107,77 +129,69 @@ def rebuild(
 
 
 def generate(
-    drawing: ImageSampler, images: Sequence[int], batch_size: int, keep: Record = NOTHING, progress: bool = True
+    image_sampler: ImageSampler,
+    images: Sequence[int],
+    batch_size: int,
+    frames: Collection[Frame] = (),
+    progress: bool = True,
 ) -> Samples:
-    """Draw images, at most `batch_size` at a time; image i depends on (seed, i) alone, whatever the sampler.
-
-    Args:
-        images: which ones, by their number i.
-        keep: of the way to them.
-        progress: show a bar.
-
-    Returns:
-        Everything on the CPU.
-    """
+    """Sample images by their numbers i, at most `batch_size` at a time; image i depends on (seed, i) alone."""
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    with image_bar(len(images), progress) as bar, drawing.denoiser.evaluating():
-        return Samples.joined(list(generate_batches(drawing, batches, keep, bar.update)))
+    with image_bar(len(images), progress) as bar, image_sampler.denoiser.evaluating():
+        return Samples.joined(list(generate_batches(image_sampler, batches, frames, bar.update)))
 
 
 def generate_batches(
-    drawing: ImageSampler,
+    image_sampler: ImageSampler,
     batches: Iterable[Sequence[int]],
-    keep: Record = NOTHING,
-    on_progress: Callable[[float], object] = lambda images: None,
+    frames: Collection[Frame] = (),
+    on_progress: OnProgress = ignore,
 ) -> Iterator[Samples]:
-    """For each batch of image numbers its `Samples`, on the CPU, made when it is asked for.
+    """Yield for each batch of image numbers its `Samples`, made when they are asked for.
 
-    What does not fit in memory is done by halves: that batch and those after it.
-
-    Args:
-        on_progress: is told after each step how many images' worth of work it was; less than 0 when that was in vain.
+    What does not fit in memory is sampled by halves: that batch and those after it.
     """
-    fitting = BatchLimit(drawing.device)
+    limit = BatchLimit(image_sampler.device)
     for batch in batches:
-        draw = lambda some: draw_batch(drawing, some, keep, on_progress)
-        yield Samples.joined(fitting.in_parts(draw, batch))
+        yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, on_progress), batch))
 
 
-def draw_batch(
-    drawing: ImageSampler,
-    batch: Sequence[int],
-    keep: Record = NOTHING,
-    on_progress: Callable[[float], object] = lambda images: None,
-) -> Samples:
-    """One batch, all at once."""
-    times, noise, reported = drawing.settings.times(drawing.scheduler), drawing.noise(batch), 0.0
-    x_T = noise.draw()
-    kept = Samples(x_T, {0: keep.form(x_T)} if 0 in keep.states else {})
+class BatchLimit:
+    """How many images fit in memory, at first `most`: work on more is halved, and so is all that follows."""
 
-    def on_step(k: int, t: int, x: Tensor, x_0: Tensor) -> None:
-        nonlocal reported
-        if k + 1 in keep.states:
-            kept.states[k + 1] = keep.form(x)
-        if k + 1 in keep.predictions:
-            kept.predictions[k + 1] = keep.form(x_0)
-        share = len(batch) / (len(times) - 1)
-        reported += share
-        on_progress(share)
+    def __init__(self, device: torch.device, most: int = sys.maxsize):
+        self.device, self.most = device, most
 
-    try:
-        x_0 = drawing.decode(x_T, times, noise.draw, on_step)
-    except BaseException:
-        on_progress(-reported)
-        raise
-    to_cpu = lambda tensors: {k: tensor.cpu() for k, tensor in tensors.items()}
-    return Samples(x_0.cpu(), to_cpu(kept.states), to_cpu(kept.predictions))
+    def in_parts(self, work: Callable[[Sequence[int]], Result], images: Sequence[int]) -> list[Result]:
+        """Return what `work` returns for each part of the images, at most `most` of them.
+
+        Raises:
+            UserError: there is no memory for a single image.
+        """
+        results, done = [], 0
+        while done < len(images):
+            some = images[done : done + self.most]
+            try:
+                results.append(work(some))
+                done += len(some)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(some) == 1:
+                    why = str(error).splitlines()[0]
+                    raise UserError(f"no memory for a single image at a time on {self.device}: {why}") from error
+            if self.device.type == "cuda":  # here, where the error no longer holds on to what did not fit
+                torch.cuda.empty_cache()
+            self.most = len(some) // 2
+            tqdm.write(f"out of memory with {len(some)} images at a time: going on with {self.most}", file=sys.stderr)
+        return results
 
 
 class ImageBar(tqdm):
-    """Counts images, in parts, as a batch of them takes its time."""
+    """Counts images in fractions, which may add up to more than all: by rounding, or when memory ran out on the way."""
 
     def update(self, images: float = 1) -> bool | None:
-        """Parts may add up to a little more than all, by rounding."""
         return super().update(min(images, self.total - self.n))
 
 
@@ -189,5 +203,4 @@ def image_bar(total: int, show: bool = True) -> ImageBar:
 
 def frame_steps(steps: int, count: int) -> list[int]:
     """`count` numbers of steps from 0 to `steps`, denser at the end, where the image takes shape."""
-    shares = [1 - (1 - i / (count - 1)) ** 1.5 for i in range(count)]
-    return sorted({round(share * steps) for share in shares})
+    return sorted({round((1 - (1 - i / (count - 1)) ** 1.5) * steps) for i in range(count)})

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-matplotlib.use("Agg")  # draws into files; a run on a server has no screen
+matplotlib.use("Agg")  # plots into files; a run on a server has no screen
 import matplotlib.pyplot as plt
 
 from functions.support.files import write_whole
@@ -44,21 +44,16 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Non
     save_image(enlarge(tile(images, columns), images.shape[1]), path)
 
 
-def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None, milliseconds: int = 80) -> None:
-    """An animated GIF of grids, one (N, H, W, 3) batch a frame; the last stays for two seconds.
+def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None) -> None:
+    """An animated GIF of grids, one (N, H, W, 3) batch a frame, 12 a second; the last stays for two seconds.
 
     All frames share the palette of the last one, so that colours do not flicker.
     """
     pictures = [enlarge(tile(frame, columns), frame.shape[1]) for frame in frames]
     palette = pictures[-1].quantize(256)
-    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    durations = [milliseconds] * (len(pictures) - 1) + [2000]
-    write_whole(
-        path,
-        lambda file: pictures[0].save(
-            file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
-        ),
-    )
+    first, *others = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    animation = {"save_all": True, "append_images": others, "duration": [80] * len(others) + [2000], "loop": 0}
+    write_whole(path, lambda file: first.save(file, "GIF", **animation))
 
 
 def save_strip(frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()) -> None:

@@ -22,7 +22,7 @@ from functions.support.device import (
 )
 from functions.support.errors import UserError
 from functions.support.random_numbers import training_draws
-from tests.conftest import TINY, call, drawing_of, small_unet
+from tests.conftest import TINY, call, image_sampler_of, small_unet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -121,8 +121,8 @@ def test_a_resumed_run_keeps_the_arithmetic_that_it_was_started_with():
 @needs_cuda
 def test_samples_on_the_gpu_are_those_of_the_cpu():
     model = small_unet()
-    on_cpu = generate(drawing_of(model), range(3), 3, progress=False)
-    on_gpu = generate(drawing_of(copy.deepcopy(model).to(CUDA), device=CUDA), range(3), 3, progress=False)
+    on_cpu = generate(image_sampler_of(model), range(3), 3, progress=False)
+    on_gpu = generate(image_sampler_of(copy.deepcopy(model).to(CUDA), device=CUDA), range(3), 3, progress=False)
     assert (on_gpu.images - on_cpu.images).abs().max() < 0.05
 
 

@@ -12,14 +12,14 @@ from PIL import Image
 import sample
 import sampleFFHQ
 from data.pixels import to_uint8
-from functions.sampling.generation import ImageSampler, Record, frame_steps, generate, rebuild
+from functions.sampling.generation import ImageSampler, frame_steps, generate, rebuild
 from functions.sampling.options import SAMPLERS, SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import SMALLEST_SIDE, save_gif, save_grid, save_strip
 from functions.training.metrics import plot_losses
 from models.unet import UNet
-from tests.conftest import call, drawing_of, small_unet
+from tests.conftest import call, image_sampler_of, small_unet
 
 CPU = torch.device("cpu")
 
@@ -33,18 +33,17 @@ EVERY_SAMPLER = [SamplerOptions(), SamplerOptions("ddpm", 8, variance="large"), 
                  *(SamplerOptions(name, 8, spacing="logsnr") for name in SAMPLERS)]  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
-def test_an_image_does_not_depend_on_its_batch(network, settings):
-    def draw(images, batch_size):
-        drawing = drawing_of(network, 30, settings, seed=7)
-        return generate(drawing, images, batch_size, Record(states=(0,)), progress=False)
+@pytest.mark.parametrize("options", EVERY_SAMPLER, ids=str)
+def test_an_image_does_not_depend_on_its_batch(network, options):
+    def sample_images(images, batch_size):
+        return generate(image_sampler_of(network, 30, options, seed=7), images, batch_size, {("x", 0)}, progress=False)
 
-    one, three, all_at_once = (draw(range(5), batch_size) for batch_size in (1, 3, 5))
-    some = draw([4, 2], 2)
+    one, three, all_at_once = (sample_images(range(5), batch_size) for batch_size in (1, 3, 5))
+    some = sample_images([4, 2], 2)
     for other in (three, all_at_once):
-        assert torch.equal(other.states[0], one.states[0])
+        assert np.array_equal(other.frames["x", 0], one.frames["x", 0])
         assert (other.images - one.images).abs().max() * 127.5 < 1
-    assert torch.equal(some.states[0], one.states[0][[4, 2]])
+    assert np.array_equal(some.frames["x", 0], one.frames["x", 0][[4, 2]])
     assert (some.images - one.images[[4, 2]]).abs().max() * 127.5 < 1
     assert (one.images[0] - one.images[1]).abs().max() > 0.1
 
@@ -61,14 +60,16 @@ def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return network(x_t, t)
 
-    draw = lambda model, size: generate(drawing_of(model, settings=SamplerOptions(steps=5)), range(13), size)
-    halved = draw(Small(), 8)
+    sample_images = lambda model, size: generate(
+        image_sampler_of(model, options=SamplerOptions(steps=5)), range(13), size
+    )
+    halved = sample_images(Small(), 8)
     errors = capsys.readouterr().err
     assert "out of memory with 8 images at a time: going on with 4" in errors
     assert "out of memory with 4 images at a time: going on with 2" in errors
-    assert "13.0/13 images" in errors  # the bar does not count what was in vain
+    assert "13.0/13 images" in errors
     assert sizes[-5:] == [1] * 5  # 8 = 2 2 2 2, 5 = 2 2 1
-    assert (halved.images - draw(network, 13).images).abs().max() * 127.5 < 1
+    assert (halved.images - sample_images(network, 13).images).abs().max() * 127.5 < 1
 
 
 def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(network):
@@ -78,7 +79,7 @@ def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(net
 
         model = torch.nn.Module()
         model.forward = forward
-        return generate(drawing_of(model, 30), range(4), 2, progress=False)
+        return generate(image_sampler_of(model, 30), range(4), 2, progress=False)
 
     with pytest.raises(UserError, match="no memory for a single image at a time on cpu: CUDA out of memory"):
         fail(torch.OutOfMemoryError("CUDA out of memory.\nA long text"))
@@ -87,38 +88,39 @@ def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(net
 
 
 def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
-    steps = frame_steps(100, 9)
-    samples = generate(drawing_of(network), range(3), 2, Record(steps, (1, 50, 100)), progress=False)
-    assert steps[0] == 0
-    assert steps[-1] == 100
-    assert list(samples.states) == steps
-    assert abs(samples.states[0].std() - 1) < 0.1
-    assert torch.equal(samples.states[100], samples.images)
-    assert list(samples.predictions) == [1, 50, 100]
-    torch.testing.assert_close(samples.predictions[100], samples.images)  # the last x_0 is the image
-    assert (samples.predictions[1] - samples.images).abs().mean() > 0.1
+    states, predictions = [("x", k) for k in (0, 60, 100)], [("x_0", k) for k in (1, 50, 100)]
+    image_sampler = image_sampler_of(network)
+    samples = generate(image_sampler, range(3), 2, {*states, *predictions}, progress=False)
+    images = to_uint8(samples.images).numpy()
+    assert samples.frames.keys() == {*states, *predictions}
+    assert np.array_equal(samples.frames["x", 0], to_uint8(image_sampler.noise(range(3)).draw()).numpy())
+    assert np.array_equal(samples.frames["x", 100], images)
+    assert np.array_equal(samples.frames["x_0", 100], images)  # the last x_0 is the image
+    assert abs(samples.frames["x_0", 1].astype(float) - images).mean() > 10
 
 
 def test_fewer_steps_of_ddpm_are_those_of_ddim_with_eta_1(network):
-    draw = lambda settings: generate(drawing_of(network, settings=settings), range(2), 2, progress=False).images
-    torch.testing.assert_close(draw(SamplerOptions(steps=10)), draw(SamplerOptions("ddim", 10, eta=1.0)),
-                               rtol=1e-3, atol=1e-4)  # fmt: skip
+    ddpm, ddim = (
+        generate(image_sampler_of(network, options=options), range(2), 2, progress=False).images
+        for options in (SamplerOptions(steps=10), SamplerOptions("ddim", 10, eta=1.0))
+    )
+    torch.testing.assert_close(ddpm, ddim, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
-def test_the_host_never_waits_for_the_gpu(network, settings):
+@pytest.mark.parametrize("options", EVERY_SAMPLER, ids=str)
+def test_the_host_never_waits_for_the_gpu(network, options):
     device = torch.device("cuda")
-    drawing = drawing_of(copy.deepcopy(network).to(device), settings=settings, device=device)
-    noise, times = drawing.noise(range(4)), settings.times(drawing.scheduler)
-    drawing.decode(noise.draw(), times, noise.draw)  # the first call loads kernels
+    image_sampler = image_sampler_of(copy.deepcopy(network).to(device), options=options, device=device)
+    noise = image_sampler.noise(range(4))
+    image_sampler.decode(noise.draw(), 99, noise.draw)  # the first call loads kernels
     x_T, torch_mode = noise.draw(), torch.cuda.get_sync_debug_mode()
     waits = []  # how often it has waited by the end of each step; before the first one it may, to make the tables
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            drawing.decode(x_T, times, noise.draw, lambda k, t, x, x_0: waits.append(len(caught)))
+            image_sampler.decode(x_T, 99, noise.draw, lambda k, t, x, x_0: waits.append(len(caught)))
         finally:
             torch.cuda.set_sync_debug_mode(torch_mode)
     assert len(set(waits)) == 1, [str(warning.message) for warning in caught]
@@ -126,7 +128,7 @@ def test_the_host_never_waits_for_the_gpu(network, settings):
 
 def test_sampling_leaves_the_training_mode_as_it_was(network):
     network.train()
-    generate(drawing_of(network, settings=SamplerOptions(steps=1)), range(1), 1, progress=False)
+    generate(image_sampler_of(network, options=SamplerOptions(steps=1)), range(1), 1, progress=False)
     assert network.training
 
 
@@ -156,8 +158,8 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
 
     # --individual images are the samples themselves, pixel for pixel
     saved = load_weights(next((tiny_run / "checkpoints").glob("*10.safetensors")))
-    drawing = ImageSampler(rebuild(UNet, saved, CPU), SamplerOptions(), (3, 16, 16), 3, CPU)
-    again = to_uint8(generate(drawing, range(5), 64, progress=False).images).numpy()
+    image_sampler = ImageSampler(rebuild(UNet, saved, CPU), SamplerOptions(), (3, 16, 16), 3, CPU)
+    again = to_uint8(generate(image_sampler, range(5), 64, progress=False).images).numpy()
     assert np.array_equal(again, np.stack([np.asarray(Image.open(path)) for path in singles]))
 
 
@@ -174,12 +176,12 @@ def test_the_newest_run_is_taken_and_pictures_go_into_it(tiny_run, capsys):
     assert (tiny_run / "samples" / "step-00000010-ddpm3-seed0" / "grid.png").exists()
 
 
-def test_sample_ffhq_says_how_to_get_a_run(tiny_run, tmp_path):
-    with pytest.raises(CheckpointError, match=r"python train\.py ffhq"):
+def test_sample_ffhq_takes_ffhq_runs_alone(tiny_run):
+    with pytest.raises(CheckpointError, match=r"no run of an experiment ffhq\*"):
         call(sampleFFHQ.main, "--runs", tiny_run.parent)
 
 
-def test_sample_ffhq_draws_the_references_grid_and_animation(tiny_run, tmp_path):
+def test_sample_ffhq_writes_the_references_grid_and_animation(tiny_run, tmp_path):
     call(sampleFFHQ.main, tiny_run, "--steps", 2, "--out", tmp_path)
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)

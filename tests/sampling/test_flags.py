@@ -1,4 +1,4 @@
-"""Samplers by flag: every one through the script, the settings as texts, and what is refused."""
+"""Samplers by flag: every one through the script, the options as texts, and what is refused."""
 
 import argparse
 
@@ -21,8 +21,8 @@ def test_every_sampler_through_the_script(tiny_run, tmp_path, capsys, sampler, s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "progressive.png", "strip.png"]
 
 
-def test_settings_as_texts():
-    for settings, text, slug in (
+def test_options_as_texts():
+    for options, text, slug in (
         (SamplerOptions(), "ddpm, all steps, variance small", "ddpm"),
         (SamplerOptions(steps=50, variance="large"), "ddpm, 50 steps, trailing, variance large", "ddpm50-large"),
         (SamplerOptions("dpm++", 20), "dpm++, 20 steps, logsnr, eta 1.0", "dpmpp20"),
@@ -30,10 +30,10 @@ def test_settings_as_texts():
         (SamplerOptions("ddim", 10, eta=0.5), "ddim, 10 steps, trailing, eta 0.5", "ddim10-eta0.5"),
         (SamplerOptions("ipndm", 10, eps_scale=1.005), "ipndm, 10 steps, trailing, eps / 1.005", "ipndm10-eps1.005"),
     ):
-        assert (str(settings), settings.slug) == (text, slug)
+        assert (str(options), options.slug) == (text, slug)
 
 
-def test_without_flags_the_settings_are_the_defaults():
+def test_without_flags_the_options_are_the_defaults():
     parser = argparse.ArgumentParser()
     add_sampler_flags(parser)
     assert SamplerOptions.from_args(parser.parse_args([])) == SamplerOptions()
@@ -41,13 +41,13 @@ def test_without_flags_the_settings_are_the_defaults():
     assert SamplerOptions.from_args(parser.parse_args(flags)) == SamplerOptions("ddim", 7, "logsnr", 1.01, eta=0.5)
 
 
-def test_a_part_of_the_way_is_done_in_the_steps_of_the_whole():
+def test_the_rest_of_the_way_is_done_in_the_steps_of_the_whole():
     scheduler = NoiseScheduler(1000)
-    settings = SamplerOptions("dpm++", 20, "trailing")
-    assert settings.times(scheduler, 999) == settings.times(scheduler)
-    assert settings.times(scheduler, 249) == [249, 199, 149, 99, 49, -1]
-    assert settings.times(scheduler, 260) == [260, 249, 199, 149, 99, 49, -1]
-    assert settings.times(scheduler, 0) == [0, -1]
+    options = SamplerOptions("dpm++", 20, "trailing")
+    assert options.times(scheduler, 999) == options.times(scheduler)
+    assert options.times(scheduler, 249) == [249, 199, 149, 99, 49, -1]
+    assert options.times(scheduler, 260) == [260, 249, 199, 149, 99, 49, -1]
+    assert options.times(scheduler, 0) == [0, -1]
     assert SamplerOptions().times(scheduler, 2) == [2, 1, 0, -1]
 
 
@@ -60,12 +60,13 @@ def test_a_part_of_the_way_is_done_in_the_steps_of_the_whole():
         (["--sampler", "ipndm", "--eta", "0.5"], "--eta is an option of ddim and dpm++, not of ipndm"),
         (["--steps", "50", "--eta", "0"], "--eta is an option of ddim and dpm++, not of ddpm"),
         (["--sampler", "ddim", "--variance", "large"], "--variance is an option of ddpm, not of ddim"),
-        (["--eps-scale", "0.9"], "eps_scale is 0.9; it can be 1"),
-        (["--eps-scale", "inf"], "eps_scale is inf; it can be 1"),
-        (["--eps-scale", "nan"], "eps_scale is nan; it can be 1"),
+        (["--eps-scale", "0.9"], "--eps-scale is 0.9; it can be 1"),
+        (["--eps-scale", "-1"], "--eps-scale is -1; it can be 1"),
+        (["--eps-scale", "inf"], "--eps-scale is inf; it can be 1"),
+        (["--eps-scale", "nan"], "--eps-scale is nan; it can be 1"),
         (["--n", "101"], "a grid shows 100 images at most; for 101 add --individual"),
         (["--interpolate", "1", "a.png"], "--interpolate takes two image files or two numbers"),
-        (["--variations", "1", "--strip"], "leave out --strip"),
+        (["--variations", "1", "--strip"], "leave out --individual, --strip and --progressive"),
         (["--interpolate", "1"], "--interpolate: expected 2 arguments"),
         (["--fit"], "--fit is for the image files of --interpolate"),
         (["--depths", "0.5,2"], "'2' is not a number from 0 to 1"),

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import sample
-from functions.sampling import files, grids
-from functions.sampling.files import ImageWriter, existing, image_path
+from functions.sampling import files
+from functions.sampling.files import existing, image_path
 from functions.support.errors import CheckpointError, UserError
+from functions.support.pictures import save_image
 from functions.support.run_folder import locked
 from tests.conftest import ROOT, call, script
 
@@ -56,7 +56,7 @@ def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, ca
     assert not list(tmp_path.glob(".*.tmp"))
 
     call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
-    assert "drawing 0 images of 22" in capsys.readouterr().out
+    assert "sampling 0 images of 22" in capsys.readouterr().out
     assert contents(tmp_path) == contents(whole)
 
 
@@ -69,7 +69,7 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
     two = script(*torchrun, tiny_run, *FLAGS, "--progressive", "--out", tmp_path / "part")
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("all 22 images are there") == 1  # rank 0 alone speaks
-    assert two.stderr.count(" 0.0/22 images") == 1  # one bar; with --progressive the first are drawn to be looked at
+    assert two.stderr.count(" 0.0/12 images") == 1  # one bar, of rank 0: 3 of 6 batches, all of which are to be seen
     one = contents(whole)
     both = contents(tmp_path / "part")
     assert both.keys() == one.keys() | {"progressive.png"}
@@ -100,10 +100,10 @@ def test_two_processes_share_a_grid_without_files(tiny_run, tmp_path):
         (["{older}"], "checkpoint was [0-9a-f]{64}, is now"),
     ],
 )
-def test_other_settings_in_the_same_folder_are_an_error(whole, tiny_run, flags, field):
+def test_other_options_in_the_same_folder_are_an_error(whole, tiny_run, flags, field):
     before = contents(whole)
-    flags = [str(flag).format(older=tiny_run / "checkpoints" / "step-00000005.pt") for flag in flags]
-    run = [] if flags[0].endswith(".pt") else [tiny_run]
+    flags = [str(flag).format(older=tiny_run / "checkpoints" / "step-00000005.safetensors") for flag in flags]
+    run = [] if flags[0].endswith(".safetensors") else [tiny_run]
     with pytest.raises(UserError, match=field):
         call(sample.main, *run, *FLAGS, *flags, "--out", whole)
     with pytest.raises(UserError, match=field):  # nor may a grid of theirs lie beside the images
@@ -146,32 +146,29 @@ def test_the_manifest_tells_what_the_images_are(whole):
 
 
 def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
-    """When a batch comes to be written, none before the last one is still waiting, and the grid shows the first."""
-    there = []
-    original = ImageWriter.write
+    """When a batch is written, all but the one before are on the disk; and the grid shows the first images."""
+    there = {}
 
-    def write(self, numbers, images):
-        original(self, numbers, images)
-        there.append((numbers.start, existing(tmp_path)))
+    def save(image, path):
+        there[int(path.stem)] = existing(tmp_path)
+        save_image(image, path)
 
-    monkeypatch.setattr(ImageWriter, "write", write)
-    monkeypatch.setattr(grids, "MOST_IN_GRID", 4)
+    monkeypatch.setattr(sample, "save_image", save)
+    monkeypatch.setattr(files, "MOST_IN_GRID", 4)
     call(sample.main, tiny_run, "--individual", "--n", 10, "--batch-size", 2, "--steps", 2, "--out", tmp_path)
-    assert [start for start, _ in there] == [0, 2, 4, 6, 8]
-    assert all(found >= set(range(start)) for start, found in there)
+    assert sorted(there) == list(range(10))
+    assert all(found >= set(range(i // 2 * 2)) for i, found in there.items())
     assert Image.open(tmp_path / "grid.png").width < 2.5 * 100  # 2 x 2 images of 96 pixels
 
 
-def test_a_failed_write_ends_the_script(tmp_path):
-    (tmp_path / "00001.png.file").touch()
-    with pytest.raises(OSError), ImageWriter(tmp_path / "00001.png.file") as writer:
-        writer.write([0, 1], np.zeros((2, 4, 4, 3), np.uint8))
+def test_a_failed_write_ends_the_script(tiny_run, tmp_path, monkeypatch):
+    def full(image, path):
+        raise OSError(28, "No space left on device")
 
-
-def test_images_that_never_come_are_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", 0.1)
-    with pytest.raises(UserError, match="2 images do not come"):
-        files.wait_for_all(tmp_path, 2)
+    monkeypatch.setattr(sample, "save_image", full)
+    with pytest.raises(OSError, match="No space left"):
+        call(sample.main, tiny_run, "--individual", "--n", 3, "--steps", 2, "--out", tmp_path)
+    assert not (tmp_path / "grid.png").exists()
 
 
 def test_numbers_beyond_five_digits_keep_the_names_of_the_others(tmp_path):

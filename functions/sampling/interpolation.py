@@ -1,0 +1,127 @@
+"""Between images, and around them: interpolation and variations by way of the noised image (Ho et al. 2020).
+
+A depth t is a timestep of the code, 0 .. T-1: how far into the noise an image is taken before the reverse process
+decodes it. The deeper, the less of the image is left; t = -1 is the image itself.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.pixels import to_model_range, to_uint8
+from functions.sampling.generation import BatchLimit, ImageSampler, generate, image_bar
+from functions.support.pictures import save_strip
+
+MIXTURES, VARIATIONS = 9, 8  # columns: from one end to the other, and beside the image
+Source = int | np.ndarray  # the number of an image of the seed; or an image file's uint8 (H, W, 3)
+
+
+def interpolate_images(image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor) -> Tensor:
+    """Noise two images to depth t, mix x_t on the straight line, and decode (Ho et al. 2020, Section 4.4).
+
+    Both get the same noise, which leaves the mixture as noisy as they are, and every step's noise is the same for all
+    mixtures, so that along a row nothing but the mixture changes. The ends are (2, C, H, W) in [-1, 1], the (L,)
+    weights those of the second: 0 and 1 give the two as they come back from depth t. Returns (L, C, H, W) images.
+    """
+    noise = image_sampler.noise([0], "interpolation")  # that of image 0 may be what one of the ends was sampled from
+    first, second = image_sampler.scheduler.q_sample(ends, t, noise.draw().expand_as(ends))
+    w = weights.view(-1, 1, 1, 1)
+    shared = lambda: noise.draw().expand(len(w), *image_sampler.shape)
+    return image_sampler.decode((1 - w) * first + w * second, t, shared)
+
+
+def interpolate_seeds(image_sampler: ImageSampler, images: Sequence[int], weights: Tensor) -> Tensor:
+    """Mix two images of the seed in their noise, x_T and each step's, along great circles: (L, C, H, W) images.
+
+    So (L,) weights 0 and 1 are images i and j as every script samples them, with any sampler.
+    """
+    noise = image_sampler.noise(images)
+    between = lambda: slerp(*noise.draw(), weights)
+    return image_sampler.decode(between(), image_sampler.scheduler.timesteps - 1, between)
+
+
+def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, numbers: Sequence[int]) -> Tensor:
+    """Noise x_0 (C, H, W) to depth t with other noise each time, and decode with other step noise: (N, C, H, W) images.
+
+    Each of the N depends on the seed and its number alone.
+    """
+    noise = image_sampler.noise(numbers, "variation")
+    x_t = image_sampler.scheduler.q_sample(x_0.expand(len(numbers), *x_0.shape), t, noise.draw())
+    return image_sampler.decode(x_t, t, noise.draw)
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """From a to b, both (C, H, W), along the great circle: (L, C, H, W) for the (L,) weights.
+
+    Between two draws of noise every point is such a draw again; on the straight line the middle has a standard
+    deviation of 0.71, which no model has seen.
+    """
+    angle = torch.acos((torch.dot(a.flatten(), b.flatten()) / (a.norm() * b.norm())).clamp(-1, 1))
+    angle = angle.clamp(min=1e-4)  # where a = b the circle has no size
+    weights = weights.view(-1, 1, 1, 1)
+    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+
+
+def save_interpolation(
+    image_sampler: ImageSampler, sources: Sequence[Source], depths: Sequence[float], batch_size: int, path: Path
+) -> None:
+    """Save two images and between them their mixtures, one row a depth; depths are fractions of all timesteps.
+
+    As in the paper (`interpolate_images`), but for two images of the seed and a depth of all timesteps: they come from
+    noise that is known, and so that is mixed (`interpolate_seeds`).
+    """
+    T, of_seed = image_sampler.scheduler.timesteps, all(isinstance(source, int) for source in sources)
+    ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
+    weights = torch.linspace(0, 1, MIXTURES, device=image_sampler.device)
+
+    def mixtures(t: int, columns: Sequence[int]) -> Tensor:
+        if of_seed and t == T - 1:
+            return interpolate_seeds(image_sampler, sources, weights[list(columns)])
+        return interpolate_images(image_sampler, ends, t, weights[list(columns)])
+
+    names = [f"image {source}" if of_seed else "image" for source in sources]
+    titles = [names[0], *(f"{weight:.3g}" for weight in weights.tolist()), names[1]]
+    save_rows(image_sampler, mixtures, depths, batch_size, ends, titles, path)
+
+
+def save_variations(
+    image_sampler: ImageSampler, source: Source, depths: Sequence[float], batch_size: int, path: Path
+) -> None:
+    """Save an image and what comes back of it with other noise in each column, one row a depth."""
+    x_0 = x_0_of(image_sampler, source)
+    titles = [f"image {source}" if isinstance(source, int) else "image", *map(str, range(VARIATIONS))]
+    row = lambda t, columns: variations(image_sampler, x_0, t, columns)
+    save_rows(image_sampler, row, depths, batch_size, x_0[None], titles, path)
+
+
+def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
+    """(C, H, W) in [-1, 1]: the image of that number, which is sampled, or a file's."""
+    if isinstance(source, int):
+        return generate(image_sampler, [source], 1, progress=False).images[0].to(image_sampler.device)
+    return to_model_range(torch.from_numpy(source)[None])[0].to(image_sampler.device)
+
+
+def save_rows(
+    image_sampler: ImageSampler,
+    sample_row: Callable[[int, Sequence[int]], Tensor],
+    depths: Sequence[float],
+    batch_size: int,
+    ends: Tensor,
+    titles: Sequence[str],
+    path: Path,
+) -> None:
+    """Save the columns of `sample_row(t, columns)`, one row a depth t, between one or two ends."""
+    all_t = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in depths]
+    limit, rows, count = BatchLimit(image_sampler.device, batch_size), [], len(titles) - len(ends)
+    with image_bar(len(all_t) * count) as bar:
+        for t in all_t:
+            images = limit.in_parts(lambda columns, t=t: to_uint8(sample_row(t, columns)).cpu(), range(count))
+            rows.append(torch.cat(images).numpy())
+            bar.update(count)
+    first, *last = [np.repeat(image[None], len(rows), axis=0) for image in to_uint8(ends).cpu().numpy()]
+    row_titles = [f"t = {t + 1}" for t in all_t]  # the paper's t, which is 0 for an image
+    save_strip([first, *np.stack(rows).swapaxes(0, 1), *last], titles, path, row_titles)
+    print(f"wrote {path} ({image_sampler.options})")
