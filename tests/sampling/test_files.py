@@ -13,7 +13,7 @@ from PIL import Image
 import sample
 from functions.sampling import files
 from functions.sampling.files import existing, image_path
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.run_folder import locked
 from tests.conftest import ROOT, call, script
@@ -134,7 +134,7 @@ def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
 
 
 def test_a_folder_is_for_one_process_at_a_time(tiny_run, tmp_path):
-    with locked(tmp_path), pytest.raises(CheckpointError, match="making images in this folder already"):
+    with locked(tmp_path), pytest.raises(UserError, match="making images in this folder already"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
 
 

@@ -191,7 +191,7 @@ def test_sample_ffhq_writes_the_references_grid_and_animation(tiny_run, tmp_path
 def test_a_config_that_does_not_fit_its_weights_is_refused(tiny_run):
     saved = load_weights(next((tiny_run / "checkpoints").glob("*10.safetensors")))
     for model, message in (
-        ({**saved.config["model"], "base_dim": 16}, r"weights are missing|is \("),
+        ({**saved.config["model"], "base_dim": 16}, "weights are missing|is torch.float32"),
         ({**saved.config["model"], "norm_groups": 5}, "describes no model"),
         ({**saved.config["model"], "unknown": 1}, "describes no model"),
         ({}, "describes no model"),
