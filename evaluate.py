@@ -20,7 +20,7 @@ from data.pixels import to_model_range
 from functions.evaluation import features, report
 from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim, plot_bits_per_dim
 from functions.evaluation.features import FEWEST, FULL_COUNT, Extractor, Reference, compare, load_inception
-from functions.evaluation.reference_statistics import cached_reference, describe, published_reference, write_reference
+from functions.evaluation.reference_statistics import describe, published_reference, write_reference
 from functions.likelihood import VARIANCES
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, rebuild
@@ -88,7 +88,6 @@ def parse_flags() -> argparse.Namespace:
     add("--reference", type=Path, metavar="FILE.npz", help="published statistics to compare with; fid alone (none)")
     add("--save-reference", type=Path, metavar="FILE.npz", help="publish the real images' statistics there (nowhere)")
     add("--weights", type=Path, metavar="FILE", help="weights of InceptionV3 (downloaded once)")
-    add("--cache", type=Path, metavar="FOLDER", help="where real images' features are kept (.evaluation in --runs)")
     add_sampler_flags(parser)
 
     args = parser.parse_args()
@@ -197,9 +196,11 @@ def open_reference(
     ids = hash_ids([subject.image_set.ids[i] for i in indices])
     name = Path(subject.image_set.name).name  # a path is nobody's business, and the pixels have their hash
     description = describe(images, indices, ids, name, args.reference_split, extractor)
-    make_features = lambda: features.real_features(images, indices, args.batch_size, extractor, processes)
-    reference = cached_reference(args.cache or args.runs / ".evaluation", description, make_features, processes)
-    if args.save_reference and processes.is_main:
+    real = features.real_features(images, indices, args.batch_size, extractor, processes)
+    if not processes.is_main:
+        return None
+    reference = Reference(description, features.statistics(real), real)
+    if args.save_reference:
         write_reference(args.save_reference, reference)
         print(f"wrote {args.save_reference}")
     return reference

@@ -17,23 +17,6 @@ from models.group_norm import GroupNorm
 NORM_EPS = 1e-6  # TensorFlow's default, which the paper's weights were trained with; PyTorch's is 1e-5
 
 
-def init_fan_average(layer: nn.Module) -> nn.Module:
-    """Ho's initialisation, in place: weights uniform with variance 1 / mean(fan_in, fan_out), zero biases.
-
-    This is Glorot's: `variance_scaling(1, 'fan_avg', 'uniform')` in TensorFlow, `xavier_uniform_` in PyTorch.
-    """
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def init_zero(layer: nn.Module) -> nn.Module:
-    """All zeros, in place: for the last layer of a residual branch, so that the block starts as the identity."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
     """`part(*inputs)`; if `wanted`, only the inputs are kept, and backward computes again what it needs.
 
@@ -76,10 +59,6 @@ class TimeEmbedding(nn.Module):
         self.linear_1 = nn.Linear(base_dim, 4 * base_dim)
         self.linear_2 = nn.Linear(4 * base_dim, 4 * base_dim)
 
-    def reset_parameters(self) -> None:
-        init_fan_average(self.linear_1)
-        init_fan_average(self.linear_2)
-
     def forward(self, t: Tensor) -> Tensor:
         embedding = sinusoidal_embedding(t, self.base_dim)  # (B, base_dim), float32 under autocast too
         return self.linear_2(F.silu(self.linear_1(embedding)))  # (B, 4 base_dim)
@@ -105,13 +84,6 @@ class ResidualBlock(nn.Module):
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.recompute_norms = False  # see `UNet.set_recompute`
-
-    def reset_parameters(self) -> None:
-        init_fan_average(self.conv_1)
-        init_fan_average(self.time_projection)
-        init_zero(self.conv_2)
-        if isinstance(self.shortcut, nn.Conv2d):
-            init_fan_average(self.shortcut)
 
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """The parts (B, C_i, H, W) are concatenated to in_channels -> (B, out_channels, H, W).
@@ -144,11 +116,6 @@ class SelfAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
         self.recompute_norms = False
 
-    def reset_parameters(self) -> None:
-        for layer in (self.query, self.key, self.value):
-            init_fan_average(layer)
-        init_zero(self.out)
-
     def forward(self, x: Tensor) -> Tensor:
         _, C, H, W = x.shape
         qkv = recomputing(self.recompute_norms, self.queries_keys_values, x)  # (B, 3 C, H, W)
@@ -171,9 +138,6 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def reset_parameters(self) -> None:
-        init_fan_average(self.conv)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only: TensorFlow's 'SAME' for an even size
 
@@ -192,9 +156,6 @@ class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def reset_parameters(self) -> None:
-        init_fan_average(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] * x.shape[3] < WORTH_DOUBLING:

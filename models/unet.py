@@ -13,8 +13,6 @@ from models.blocks import (
     SelfAttention,
     TimeEmbedding,
     Upsample,
-    init_fan_average,
-    init_zero,
     recomputing,
 )
 from models.group_norm import GroupNorm
@@ -111,13 +109,20 @@ class UNet(nn.Module):
         self.set_recompute("none")
 
     def reset_parameters(self) -> None:
-        """Initial weights as in Ho's code: fan-average uniform, zero biases, residual branches and output at zero."""
-        self.time_embedding.reset_parameters()
-        init_fan_average(self.conv_in)
-        for module in self.modules():
-            if isinstance(module, (ResidualBlock, SelfAttention, Downsample, Upsample)):
-                module.reset_parameters()
-        init_zero(self.conv_out)
+        """Initial weights as in Ho's code: Glorot's (uniform, fan average), zero biases.
+
+        The last layer of each residual branch is zero, so that a block starts as the identity; so is the network's.
+        """
+        modules = list(self.modules())
+        zero = {self.conv_out, *(m.conv_2 for m in modules if isinstance(m, ResidualBlock))}
+        zero |= {m.out for m in modules if isinstance(m, SelfAttention)}
+        for layer in modules:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.zeros_(layer.bias)
+                if layer in zero:
+                    nn.init.zeros_(layer.weight)
+                else:
+                    nn.init.xavier_uniform_(layer.weight)
 
     def set_recompute(self, recompute: str) -> None:
         """Choose what backward computes again instead of keeping it from the forward pass; the gradients are the same.

@@ -1,26 +1,20 @@
-"""What generated images are compared with: features of real images, made once, kept under a hash, and publishable.
+"""Statistics of real images that FID compares with, in a file to publish: nobody needs the images then.
 
-A file is a NumPy archive of plain arrays:
+It is a NumPy archive of plain arrays:
     description    JSON: all that the numbers were made from
-    mu, sigma      (D,) and (D, D) float64, for FID
-    features       (N, D) float32, for KID, precision and recall; in the cache alone, for it can be large
+    mu, sigma      (D,) and (D, D) float64
 """
 
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from functions.evaluation.features import Extractor, Reference, statistics
+from functions.evaluation.features import Extractor, Reference
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short, write_whole
-from functions.support.processes import SINGLE_PROCESS, Processes
 
 FORMAT = "ddpm-faces reference statistics 1"
 TEXTS = ("dataset", "split", "ids_hash", "pixels_hash", "extractor", "weights_hash")  # of a description
@@ -39,31 +33,10 @@ def describe(
     return {**images_of, "ids_hash": ids_hash, "pixels_hash": pixels.hexdigest()[:16], **extractor.facts}
 
 
-def cached_reference(
-    cache: Path, description: dict, make_features: Callable[[], Tensor], processes: Processes = SINGLE_PROCESS
-) -> Reference | None:
-    """The reference of a description: out of the cache, or made by all processes and put there; None but in rank 0."""
-    key = hashlib.sha256(json.dumps([FORMAT, description], sort_keys=True).encode()).hexdigest()
-    path, found = cache / f"{description['split']}-{key[:16]}.npz", None
-    if processes.is_main:
-        with suppress(UserError):  # there is no such file, or it is damaged
-            found = read_reference(path)
-    whole = found is not None and found.description == description and found.features is not None
-    if processes.any(whole):
-        return found
-    features = make_features()
-    if not processes.is_main:
-        return None
-    made = Reference(description, statistics(features), features)
-    cache.mkdir(parents=True, exist_ok=True)
-    write_reference(path, made, features=features.numpy())
-    return made
-
-
-def write_reference(path: Path, reference: Reference, **more: np.ndarray) -> None:
-    """Write the statistics, to publish; `more` are further arrays."""
+def write_reference(path: Path, reference: Reference) -> None:
+    """Write the statistics, to publish."""
     description = np.array(json.dumps({"format": FORMAT, **reference.description}))
-    write_whole(path, lambda file: np.savez(file, description=description, **reference.statistics, **more))
+    write_whole(path, lambda file: np.savez(file, description=description, **reference.statistics))
 
 
 def read_reference(path: Path) -> Reference:
@@ -84,21 +57,18 @@ def read_reference(path: Path) -> Reference:
         description = json.loads(str(arrays.pop("description")))
         if description.pop("format") != FORMAT:
             raise ValueError("another format")
-        mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
+        mu, sigma = arrays["mu"], arrays["sigma"]
         width, count, size = len(mu), description["count"], description["image_size"]
         texts = [description[name] for name in TEXTS]
         plain = type(count) is type(size) is int and all(text == short(text) for text in texts)
         fits = (mu.shape, sigma.shape, mu.dtype, sigma.dtype) == ((width,), (width, width), np.float64, np.float64)
-        if features is not None:
-            fits = fits and (features.shape, features.dtype) == ((count, width), np.float32)
-            features = torch.from_numpy(features)
         if not (plain and fits):
             raise ValueError("it has other shapes or types than it should")
         if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError(f"an empty reference ({count} images), or numbers that are not finite")
     except BROKEN as error:
         raise UserError(f"{path}: damaged, or not evaluate.py's reference statistics ({short(error)})") from error
-    return Reference(description, {"mu": mu, "sigma": sigma}, features)
+    return Reference(description, {"mu": mu, "sigma": sigma})
 
 
 def published_reference(path: Path, image_size: int, extractor: Extractor) -> Reference:

@@ -1,4 +1,4 @@
-"""Files of reference statistics: cached, published, checked; damaged and hostile ones are one sentence."""
+"""Files of reference statistics: published, checked; damaged and hostile ones are one sentence."""
 
 import io
 import json
@@ -12,10 +12,9 @@ import torch
 
 pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not installed")
 
-from functions.evaluation.features import Extractor, real_features
+from functions.evaluation.features import Extractor, Reference, real_features, statistics
 from functions.evaluation.reference_statistics import (
     FORMAT,
-    cached_reference,
     describe,
     published_reference,
     read_reference,
@@ -40,31 +39,15 @@ FACTS = {
 GOOD = {"mu": np.zeros(8), "sigma": np.eye(8)}
 
 
-def test_reference_is_cached_published_and_checked(tmp_path):
-    images, made = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8), []
-    indices = np.arange(10, 60)
-
-    def make():
-        made.append(True)
-        return real_features(images, indices, 64, EXTRACTOR, SINGLE_PROCESS)
-
+def test_reference_is_published_and_checked(tmp_path):
+    images, indices = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8), np.arange(10, 60)
     description = describe(images, indices, "abc", "discs", "train", EXTRACTOR)
-    first = cached_reference(tmp_path / "cache", description, make)
-    again = cached_reference(tmp_path / "cache", description, make)
-    assert len(made) == 1 and torch.equal(first.features, again.features)
-    np.testing.assert_array_equal(first.statistics["sigma"], again.statistics["sigma"])
-    np.testing.assert_allclose(first.statistics["sigma"], np.cov(first.features.double().T), rtol=1e-9, atol=1e-12)
     changed = images.copy()
     changed[20, 0, 0, 0] ^= 1  # other pixels under the same ids
-    other = describe(changed, indices, "abc", "discs", "train", EXTRACTOR)
-    cached_reference(tmp_path / "cache", other, make)
-    assert len(made) == 2
-    file = next(path for path in (tmp_path / "cache").iterdir() if read_reference(path).description == description)
-    damaged = bytearray(file.read_bytes())
-    damaged[damaged.index(first.features.numpy().tobytes()) + 100] ^= 1
-    file.write_bytes(damaged)
-    cached_reference(tmp_path / "cache", description, make)
-    assert len(made) == 3
+    assert describe(changed, indices, "abc", "discs", "train", EXTRACTOR) != description
+    real = real_features(images, indices, 64, EXTRACTOR, SINGLE_PROCESS)
+    first = Reference(description, statistics(real), real)
+    np.testing.assert_allclose(first.statistics["sigma"], np.cov(real.double().T), rtol=1e-9, atol=1e-12)
 
     public = tmp_path / "discs.npz"
     write_reference(public, first)
@@ -119,7 +102,6 @@ def bad_files(ran):
         "other types": {"description": text, **GOOD, "mu": np.zeros(8, np.float32)},
         "a number": {"description": text, **GOOD, "mu": np.array(1.0)},
         "no mu": {"description": text, "sigma": np.eye(8)},
-        "other features": {"description": text, **GOOD, "features": np.zeros((4, 8), np.float32)},
         "no description": GOOD,
         "another format": {"description": description(format="another"), **GOOD},
         "a list": {"description": np.array("[]"), **GOOD},
