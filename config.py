@@ -4,6 +4,7 @@ Edit `experiments` or add to it, or override any field for one run: `python trai
 A config that could not work is refused when it is made, with a sentence that says what would fit.
 """
 
+import json
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import get_type_hints
@@ -176,8 +177,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require(self.channels == 3, self, "channels", "3: images are read as RGB")
-        fitting = "even and at least 4, for the time embedding's pairs of sine and cosine"
-        require(self.base_dim >= 4 and self.base_dim % 2 == 0, self, "base_dim", fitting)
+        fits = self.base_dim >= 4 and self.base_dim % 2 == 0  # the time embedding has pairs of sine and cosine
+        require(fits, self, "base_dim", "even and at least 4")
         levels, lowest = len(self.dim_multiply), self.lowest_resolution_size
         require(0 < levels <= 15, self, "dim_multiply", "a list of 1 to 15 integers")
         sizes = [self.image_size >> level for level in range((self.image_size // lowest).bit_length())]
@@ -229,8 +230,8 @@ class Experiment:
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_dict(self) -> dict:
-        """Plain containers, for JSON and checkpoints."""
-        return asdict(self)
+        """Plain containers, as JSON has them, for checkpoints."""
+        return json.loads(json.dumps(asdict(self)))
 
     @staticmethod
     def from_dict(config: dict) -> "Experiment":

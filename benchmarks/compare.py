@@ -31,16 +31,17 @@ from benchmarks.compare_targets import MEMORY_TARGETS, Judge
 from benchmarks.compare_worker import Worker, WorkerError
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.device import choose_device, choose_precision, cpu_name
+from functions.support.errors import UserError
 
 MEMORY_STEPS = 20
 QUICK = "ours-none,ours-blocks,diffusers-default,diffusers-channels_last,lucidrains-default"
 
 
-class MissingPackage(ValueError):
+class MissingPackage(UserError):
     """A peer is not installed."""
 
 
-class NoSuchArm(ValueError):
+class NoSuchArm(UserError):
     """An arm that was asked for by name; the message says which there are."""
 
 

@@ -24,7 +24,7 @@ from functions.ema import update_ema
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.samplers import ddim_sample, ddpm_sample
-from functions.support.checkpoint import save_checkpoint
+from functions.support.checkpoint import TrainingState, save_checkpoint
 from functions.support.random_numbers import ImageNoise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,9 +97,9 @@ class Alone:
 
     def checkpoint(self, folder: Path) -> dict:
         """How long training stands still for a checkpoint."""
-        weights, path = self.model.state_dict(), folder / "checkpoint.pt"
-        save = partial(save_checkpoint, path, config={}, run={}, model=weights, ema=copy.deepcopy(weights),
-                       optimizer=self.optimizer.state_dict(), scaler={})  # fmt: skip
+        path, scaler = folder / "checkpoint.safetensors", torch.amp.GradScaler("cpu", enabled=False)
+        state = TrainingState(self.model, copy.deepcopy(self.model), self.optimizer, scaler)
+        save = partial(save_checkpoint, path, {}, {}, state)
         seconds = statistics.median(seconds_of(save, self.device) for _ in range(min(self.rounds, 3)))
         size = path.stat().st_size
         text = f"{size / 1e6:,.0f} MB to {tempfile.gettempdir()}, {size / 1e6 / seconds:,.0f} MB/s"

@@ -31,7 +31,7 @@ from functions.support.checkpoint import SavedModel, check_whole, export_weights
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors, positive  # noqa: E402
 from functions.support.device import choose_device  # noqa: E402
 from functions.support.processes import joined  # noqa: E402
-from functions.support.run_folder import find_checkpoints, runs_of  # noqa: E402
+from functions.support.run_folder import Run, find_checkpoints, runs_of  # noqa: E402
 
 RESULTS = Path(__file__).resolve().with_name("experiments.json")
 PICTURE = Path(__file__).resolve().with_name("experiments.png")
@@ -118,7 +118,7 @@ def train_arms(args: argparse.Namespace) -> None:
             experiment = experiment_of(arm, seed, given_fields(args, "diffusion", DiffusionConfig),
                                        given_fields(args, "model", ModelConfig))  # fmt: skip
             with joined() as processes, tracked(AVERAGES) as averages:
-                train.train(run_name(arm, seed), experiment, args.runs, None, None, device, processes, False)
+                train.train(Run(run_name(arm, seed), experiment, args.runs), device, processes)
             save_weights(runs_of(args.runs, run_name(arm, seed))[-1], averages)
 
 

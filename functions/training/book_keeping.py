@@ -66,7 +66,8 @@ class BookKeeper:
             if due and not self.processes.from_main(self.run.path_of("samples", first_step).exists):
                 self.sample(first_step)  # which a stop left no time for
             if self.run.checkpoint and self.run.checkpoint.contents["config"] != self.run.experiment.to_dict():
-                self.save(first_step)  # so that from now on the run is resumed as it was changed
+                with failed_writes_explained(self.run.folder):
+                    self.save(first_step)  # so that from now on the run is resumed as it was changed
             self.stack = stack.pop_all()
         return self
 

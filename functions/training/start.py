@@ -1,5 +1,6 @@
 """Before the first step: what a training says of itself, and a batch size that fits in memory, found by trying."""
 
+import gc
 import math
 import sys
 
@@ -105,5 +106,6 @@ def pass_fits(denoiser: Denoiser, images: int) -> bool:
         return False
     finally:
         network.zero_grad()
+        gc.collect()  # of what did not fit: checkpoints refer to themselves
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -86,7 +86,7 @@ def test_a_batch_that_fits_changes_nothing_else(most, fits, memory, pictures, tm
 
 
 def parts(batch_size=4, **model):
-    """A run without a folder, a network, and Adam."""
+    """A run without a folder, and a network."""
     experiment = EXPERIMENTS["faces"].override(
         {"batch_size": batch_size, "gradient_accumulation": 3, "recompute": "norms"},
         {"image_size": 16, "lowest_resolution_size": 8, "dim_multiply": (1, 2), "transformer_layers": (1,),
@@ -94,19 +94,19 @@ def parts(batch_size=4, **model):
     )  # fmt: skip
     network = UNet(**vars(experiment.model)).to(memory_format=torch.channels_last)
     network.set_recompute("norms")
-    run = Run("faces", experiment, Path("runs"), facts={"parameters": sum(p.numel() for p in network.parameters())})
-    return run, Denoiser(network, NoiseScheduler(100)), torch.optim.Adam(network.parameters())
+    facts = {"parameters": sum(p.numel() for p in network.parameters()), "arithmetic": {}}
+    run = Run("faces", experiment, Path("runs"), facts=facts)
+    return run, Denoiser(network, NoiseScheduler(100))
 
 
 def test_a_try_leaves_nothing_behind(memory):
-    run, denoiser, optimizer = parts()
+    run, denoiser = parts()
     tried = memory(norms=3)
     before = {name: p.clone() for name, p in denoiser.network.named_parameters()}
-    fit_memory(run, denoiser, optimizer, SINGLE_PROCESS)
+    fit_memory(run, denoiser, SINGLE_PROCESS)
     config = run.experiment.diffusion
     assert tried == [4, 3]  # 12 images in passes of 3
-    assert (config.batch_size, config.gradient_accumulation, run.facts["batch_size"]) == (3, 4, 3)
-    assert not optimizer.state
+    assert (config.batch_size, config.gradient_accumulation, run.facts["arithmetic"]["batch_size"]) == (3, 4, 3)
     for name, parameter in denoiser.network.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
@@ -177,7 +177,7 @@ def test_the_guess_at_the_memory_is_near_the_truth(recompute, precision):
     for name, size, lowest in (("ffhq-run1", 64, 4), ("faces", 32, 4)):
         levels = {part: getattr(EXPERIMENTS[name].model, part) for part in ("dim_multiply", "transformer_layers")}
         model = {**levels, "image_size": size, "lowest_resolution_size": lowest, "base_dim": 16}
-        run, denoiser, _ = parts(batch_size=1000, **model)
+        run, denoiser = parts(batch_size=1000, **model)
         run.experiment = run.experiment.override({"recompute": recompute}, {})
         denoiser.network.set_recompute(recompute)
         guess = float(re.search(r"about (.*) GB", describe_memory(run, precision))[1]) * 1e9
