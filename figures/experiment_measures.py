@@ -9,12 +9,14 @@ Feature distance and colours are those of figures/experiment_features.py.
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from config import EXPERIMENTS
 from data.pixels import to_uint8
 from figures.experiment_features import colours, data_numbers, data_of
 from figures.experiment_results import Results
@@ -113,8 +115,8 @@ def measure_weights(
         results.put(data_numbers(data, args.samples), "data", "arms")
 
     if "validation_loss" in missing:
-        network, scheduler = denoiser.network, denoiser.scheduler
-        loss = validation_loss(network, scheduler, held_out, every, 4 * len(every), BATCH, 0, precision)
+        config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=4 * len(every), batch_size=BATCH, seed=0)
+        loss = validation_loss(denoiser, lambda indices: to_uint8(held_out(indices)), every, config)
         results.put(loss, *place, key, "validation_loss")
     if "bits" in missing:
         bits = measure_bits_per_dim(denoiser, held_out, evenly(every, BITS_IMAGES), BoundOptions(BITS_STRIDE))
