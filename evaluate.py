@@ -22,15 +22,13 @@ from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits
 from functions.evaluation.features import FEWEST, FULL_COUNT, Extractor, Reference, compare, load_inception
 from functions.evaluation.reference_statistics import describe, published_reference, write_reference
 from functions.likelihood import VARIANCES
-from functions.prediction import Denoiser
-from functions.sampling.generation import ImageSampler, rebuild
-from functions.sampling.options import SamplerOptions, add_sampler_flags
-from functions.support.checkpoint import load_weights
+from functions.sampling.generation import ImageSampler, load_newest, rebuild
+from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser, plain_errors, positive
-from functions.support.device import DTYPES, choose_device, choose_precision, set_deterministic
+from functions.support.device import choose_device, choose_precision, set_deterministic
 from functions.support.errors import UserError
 from functions.support.processes import Processes, joined
-from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
+from functions.support.run_folder import folder_of
 from models.unet import UNet
 
 METRICS = ("bpd", "fid", "kid", "prc")
@@ -40,8 +38,7 @@ METRICS = ("bpd", "fid", "kid", "prc")
 class Subject:
     """What is evaluated, on what."""
 
-    denoiser: Denoiser
-    device: torch.device
+    image_sampler: ImageSampler  # the model, its sampler and the seed
     image_set: ImageSet
     split: Split
     facts: dict  # which weights, in which arithmetic: part of every result
@@ -64,16 +61,10 @@ def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extrac
 def parse_flags() -> argparse.Namespace:
     """The command line, or `UserError` for flags of which one would have to be ignored."""
     parser = Parser(description=__doc__, usage="%(prog)s [RUN] [flags]")
+    add_sampling_flags(parser)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, metavar="RUN", help="a run, checkpoint or .safetensors (the newest run)")
     add("--metrics", type=metric_names, default=("bpd",), metavar="bpd,fid,kid,prc", help="what to measure (bpd)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of all noise and of all choices at random (0)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images in the network at a time (64)")
     add("--dataset-name", metavar="NAME|PATH", help="where the data set is now (where it was in training)")
-    add("--out", type=Path, metavar="FOLDER", help="where results go (evaluation/ in the run's folder)")
-    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (runs)")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps (auto)")
-    add("--precision", default="float32", choices=("auto", *DTYPES), help="what the network computes in (float32)")
 
     add = parser.add_argument_group("bits/dim (bpd), on the validation split").add_argument
     add("--images", type=positive, metavar="N", help="how many images of the split, evenly spaced (all)")
@@ -88,7 +79,6 @@ def parse_flags() -> argparse.Namespace:
     add("--reference", type=Path, metavar="FILE.npz", help="published statistics to compare with; fid alone (none)")
     add("--save-reference", type=Path, metavar="FILE.npz", help="publish the real images' statistics there (nowhere)")
     add("--weights", type=Path, metavar="FILE", help="weights of InceptionV3 (downloaded once)")
-    add_sampler_flags(parser)
 
     args = parser.parse_args()
     if args.metrics == ("bpd",) and (args.reference or args.save_reference):
@@ -112,45 +102,42 @@ def metric_names(text: str) -> tuple[str, ...]:
 
 def open_subject(args: argparse.Namespace, device: torch.device, processes: Processes) -> Subject:
     """The checkpoint, its model and its data."""
-    candidates = find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs)
     precision = choose_precision(args.precision, device)
-    saved = first_sound(candidates, load_weights)
+    saved = load_newest(args, processes)
     denoiser = rebuild(UNet, saved, device, precision)
+    image_sampler = ImageSampler(denoiser, SamplerOptions.from_args(args), saved.image_shape, args.seed, device)
     processes.say(str(saved))
-    diffusion, model, run = saved.config["diffusion"], saved.config["model"], saved.run
+    diffusion, run = saved.config["diffusion"], saved.run
     name = args.dataset_name or diffusion["dataset_name"]
-    image_set = load_images(name, model["image_size"], diffusion["max_bad_images"])
+    image_set = load_images(name, saved.image_shape[-1], diffusion["max_bad_images"])
     split = split_images(image_set, diffusion["split"])
     processes.say(split.description)
     if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
-        warn("THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation")
+        warning = "WARNING: THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation"
+        print(warning, file=sys.stderr)
     weights = {"step": run["step"], "weights": saved.kind, "weights_hash": saved.digest[:16]}
     computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
     asked = {"batch_size": args.batch_size, "seed": args.seed}
     facts = {"experiment": run["experiment"], **weights, **computing, **asked}
     folder = args.out or folder_of(saved.path) / "evaluation"
-    return Subject(denoiser, device, image_set, split, facts, folder / saved.path.stem)
-
-
-def warn(text: str) -> None:
-    print(f"WARNING: {text}", file=sys.stderr)
+    return Subject(image_sampler, image_set, split, facts, folder / saved.path.stem)
 
 
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
     """bits/dim of the validation split."""
     options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, not args.no_clip)
-    images, split = subject.image_set.images, subject.split
+    images, split, image_sampler = subject.image_set.images, subject.split, subject.image_sampler
 
     def x_0_of(indices: np.ndarray) -> torch.Tensor:
-        return to_model_range(torch.from_numpy(images[indices]).to(subject.device))
+        return to_model_range(torch.from_numpy(images[indices]).to(image_sampler.device))
 
     indices = evenly(split.val_indices, args.images)
-    result = measure_bits_per_dim(subject.denoiser, x_0_of, indices, options, processes, processes.is_main)
+    result = measure_bits_per_dim(image_sampler.denoiser, x_0_of, indices, options, processes, processes.is_main)
     if not processes.is_main:
         return
     of_images = {"ids_hash": split.val_ids_hash, "split_images": len(split.val_indices), "images": len(indices)}
     settings = {**subject.facts, **of_images, **vars(options)}
-    protocol = report.bpd_protocol(result, subject.denoiser.scheduler.timesteps, settings)
+    protocol = report.bpd_protocol(result, image_sampler.scheduler.timesteps, settings)
     path = report.write_result(subject.place, "bpd", {"protocol": protocol, "settings": settings, **result.facts()})
     name = f"{subject.facts['experiment']}, step {subject.facts['step']:,}"
     plot_bits_per_dim(result, path.with_suffix(".png"), name)
@@ -159,27 +146,25 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
 
 def evaluate_images(args: argparse.Namespace, subject: Subject, load_extractor: Callable, processes: Processes) -> None:
     """FID, KID, precision and recall of samples."""
-    denoiser, device = subject.denoiser, subject.device
-    options = SamplerOptions.from_args(args)
-    options.times(denoiser.scheduler)  # refuses numbers of steps that the model does not have
+    image_sampler = subject.image_sampler
     # What can be missing is asked for before the work of hours
-    extractor = load_extractor(args.weights, device, processes)
+    extractor = load_extractor(args.weights, image_sampler.device, processes)
     reference = open_reference(args, subject, extractor, processes)
-    sampler = ImageSampler(denoiser, options, (3, *subject.image_set.images.shape[1:3]), args.seed, device)
-    generated = features.sample_features(sampler, args.n, args.batch_size, extractor, processes)
+    generated = features.sample_features(image_sampler, args.n, args.batch_size, extractor, processes)
     if not processes.is_main:
         return
-    of_samples = {"n": args.n, **options.facts(denoiser.scheduler.timesteps), "sampler_in_words": str(options)}
+    options = image_sampler.options
+    of_samples = {"n": args.n, **options.facts(image_sampler.scheduler.timesteps), "sampler_in_words": str(options)}
     settings = {**subject.facts, **of_samples, "reference": reference.description}
     protocol = report.image_protocol(reference.description, settings)
     warnings = report.image_warnings(reference.description, args.n, extractor.width)
     for warning in warnings:
-        warn(warning)
+        print(f"WARNING: {warning}", file=sys.stderr)
     metrics = tuple(name for name in args.metrics if name != "bpd")
     results = compare(metrics, generated, reference, args.seed)
     contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}
     path = report.write_result(subject.place, "-".join(metrics), contents)
-    print(f"{report.image_table(results, protocol)}\nwrote {path}")
+    print(f"{report.image_table(results)}\n    {protocol}\nwrote {path}")
 
 
 def open_reference(

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_uint8
-from functions.sampling.generation import BatchLimit, ImageSampler, generate_batches, image_bar
+from functions.sampling.generation import BatchLimit, ImageSampler, batches_of, generate_batches
 from functions.support.errors import UserError
 from functions.support.files import short
 from functions.support.processes import SINGLE_PROCESS, Processes
@@ -111,26 +111,19 @@ def sample_features(
     sampler: ImageSampler, count: int, batch_size: int, extractor: Extractor, processes: Processes
 ) -> Tensor:
     """Sample images and keep their features, (count, D) float32; image i is the one that sample.py makes."""
-    mine = own_batches(count, batch_size, processes)
-    with image_bar(sum(map(len, mine)), processes.is_main) as bar:
-        pixels = (to_uint8(samples.images) for samples in generate_batches(sampler, mine, on_progress=bar.update))
-        return collect_features(zip(mine, pixels, strict=True), count, extractor, processes)
+    own = batches_of(range(count), batch_size)[processes.rank :: processes.count]
+    pixels = (to_uint8(samples.images) for samples in generate_batches(sampler, own, progress=processes.is_main))
+    return collect_features(zip(own, pixels, strict=True), count, extractor, processes)
 
 
 def real_features(
     images: np.ndarray, indices: np.ndarray, batch_size: int, extractor: Extractor, processes: Processes
 ) -> Tensor:
     """The features of some of the images, uint8 (N, H, W, 3), as they are; (len(indices), D) float32."""
-    mine = own_batches(len(indices), batch_size, processes)
-    bar = tqdm(mine, "reference", unit="batch", dynamic_ncols=True, disable=not processes.is_main)
+    own = batches_of(range(len(indices)), batch_size)[processes.rank :: processes.count]
+    bar = tqdm(own, "reference", unit="batch", disable=not processes.is_main)
     batches = ((rows, torch.from_numpy(images[indices[rows.start : rows.stop]])) for rows in bar)
     return collect_features(batches, len(indices), extractor, processes)
-
-
-def own_batches(count: int, batch_size: int, processes: Processes) -> list[range]:
-    """The batches of 0 .. count-1 that this process does."""
-    starts = range(0, count, batch_size)[processes.rank :: processes.count]
-    return [range(count)[start : start + batch_size] for start in starts]
 
 
 @torch.no_grad()
@@ -142,7 +135,7 @@ def collect_features(
     A batch that does not fit in memory is halved, and so are those after it.
 
     Args:
-        batches: each of `own_batches` with its images, uint8 (B, H, W, 3), made when they are asked for.
+        batches: those of this process: rows of the result, and their images, uint8 (B, H, W, 3).
 
     Raises:
         UserError: no memory for a single image.

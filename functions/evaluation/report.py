@@ -23,7 +23,7 @@ IMAGE_LINES = {
 
 def bpd_protocol(result: BitsPerDim, timesteps: int, settings: dict) -> str:
     """All that one must know of a bound to compare it with another."""
-    calls, count = len(result.strata), len(result.prior)
+    calls, count = len(result.lengths), len(result.prior)
     which = "every t" if calls == timesteps else f"{calls} of {timesteps} t for each image, stratified at random"
     return (
         f"{count:,} of {settings['split_images']:,} validation images (ids {settings['ids_hash']}), {which}; variance "
@@ -61,11 +61,9 @@ def image_warnings(reference: dict, count: int, width: int) -> list[str]:
     return ([few] if count < FULL_COUNT else []) + ([f"{singular}; KID is unbiased"] if fewest <= width else [])
 
 
-def image_table(results: dict, protocol: str) -> str:
-    """Each number with the protocol that it is of."""
-    return "\n".join(
-        f"{line.format(**results)}\n    {protocol}" for name, line in IMAGE_LINES.items() if name in results
-    )
+def image_table(results: dict) -> str:
+    """A line for each metric that was measured."""
+    return "\n".join(line.format(**results) for name, line in IMAGE_LINES.items() if name in results)
 
 
 def write_result(place: Path, what: str, contents: dict) -> Path:
