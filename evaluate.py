@@ -7,6 +7,8 @@ and the weights of InceptionV3. Defaults of flags are in brackets. On several GP
 """
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +19,17 @@ import torch
 
 from data.datasets import ImageSet, Split, hash_ids, load_images, split_images
 from data.pixels import to_model_range
-from functions.evaluation import features, report
+from functions.evaluation import features
 from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim, plot_bits_per_dim
 from functions.evaluation.features import FEWEST, FULL_COUNT, Extractor, Reference, compare, load_inception
-from functions.evaluation.reference_statistics import describe, published_reference, write_reference
+from functions.evaluation.reference_statistics import describe, read_reference, write_reference
 from functions.likelihood import VARIANCES
 from functions.sampling.generation import ImageSampler, load_newest, rebuild
 from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.device import choose_device, choose_precision, set_deterministic
 from functions.support.errors import UserError
+from functions.support.files import write_whole
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import folder_of
 from models.unet import UNet
@@ -49,9 +52,7 @@ def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extrac
     """Read the command line, evaluate, and say which files were written."""
     args = parse_flags()
     with joined() as processes:
-        device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
-        set_deterministic(device.type == "cuda")  # the CPU's kernels are
-        subject = open_subject(args, device, processes)
+        subject = open_subject(args, processes)
         if args.metrics != ("bpd",):
             evaluate_images(args, subject, load_extractor, processes)
         if "bpd" in args.metrics:
@@ -59,7 +60,7 @@ def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extrac
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line, or `UserError` for flags of which one would have to be ignored."""
+    """Read the command line; `UserError` for flags that cannot go together."""
     parser = Parser(description=__doc__, usage="%(prog)s [RUN] [flags]")
     add_sampling_flags(parser)
     add = parser.add_argument
@@ -81,12 +82,8 @@ def parse_flags() -> argparse.Namespace:
     add("--weights", type=Path, metavar="FILE", help="weights of InceptionV3 (downloaded once)")
 
     args = parser.parse_args()
-    if args.metrics == ("bpd",) and (args.reference or args.save_reference):
-        raise UserError("--reference and --save-reference go with --metrics fid")
     if args.reference and (args.save_reference or {"kid", "prc"} & set(args.metrics)):
         raise UserError("--reference has statistics for fid alone; kid, prc and --save-reference want real images")
-    if args.save_reference and args.save_reference.suffix != ".npz":
-        raise UserError(f"{args.save_reference}: its name must end in .npz")
     if args.n < FEWEST:
         raise UserError(f"--n is {args.n}; {FEWEST} images are the fewest")
     return args
@@ -100,8 +97,10 @@ def metric_names(text: str) -> tuple[str, ...]:
     return tuple(name for name in METRICS if name in names)
 
 
-def open_subject(args: argparse.Namespace, device: torch.device, processes: Processes) -> Subject:
+def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     """The checkpoint, its model and its data."""
+    device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
+    set_deterministic(device.type == "cuda")  # the CPU's kernels are
     precision = choose_precision(args.precision, device)
     saved = load_newest(args, processes)
     denoiser = rebuild(UNet, saved, device, precision)
@@ -113,8 +112,7 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
     split = split_images(image_set, diffusion["split"])
     processes.say(split.description)
     if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
-        warning = "WARNING: THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation"
-        print(warning, file=sys.stderr)
+        warn("THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation")
     weights = {"step": run["step"], "weights": saved.kind, "weights_hash": saved.digest[:16]}
     computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
     asked = {"batch_size": args.batch_size, "seed": args.seed}
@@ -123,10 +121,14 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
     return Subject(image_sampler, image_set, split, facts, folder / saved.path.stem)
 
 
+def warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr)
+
+
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
-    """bits/dim of the validation split."""
-    options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, not args.no_clip)
+    """bits/dim of the validation split, with all that one must know of it to compare it with others."""
     images, split, image_sampler = subject.image_set.images, subject.split, subject.image_sampler
+    options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, not args.no_clip)
 
     def x_0_of(indices: np.ndarray) -> torch.Tensor:
         return to_model_range(torch.from_numpy(images[indices]).to(image_sampler.device))
@@ -137,15 +139,22 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
         return
     of_images = {"ids_hash": split.val_ids_hash, "split_images": len(split.val_indices), "images": len(indices)}
     settings = {**subject.facts, **of_images, **vars(options)}
-    protocol = report.bpd_protocol(result, image_sampler.scheduler.timesteps, settings)
-    path = report.write_result(subject.place, "bpd", {"protocol": protocol, "settings": settings, **result.facts()})
-    name = f"{subject.facts['experiment']}, step {subject.facts['step']:,}"
-    plot_bits_per_dim(result, path.with_suffix(".png"), name)
-    print(f"{report.bpd_table(result, protocol)}\nwrote {path}\nwrote {path.with_suffix('.png')}")
+    calls, timesteps = len(result.lengths), image_sampler.scheduler.timesteps
+    which = "every t" if calls == timesteps else f"{calls} of {timesteps} t for each image, stratified at random"
+    protocol = (
+        f"{len(indices):,} of {len(split.val_indices):,} validation images (ids {split.val_ids_hash}), {which}; "
+        f"variance {options.variance}, x_0 {'clipped' if options.clip_x_0 else 'not clipped'}, {settings['weights']} "
+        f"weights, {settings['precision']}, seed {args.seed}; the error is over images and choices of t"
+    )
+    path = write_result(subject.place, "bpd", {"protocol": protocol, "settings": settings, **result.facts()})
+    plot_bits_per_dim(result, path.with_suffix(".png"), f"{settings['experiment']}, step {settings['step']:,}")
+    print(f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}\n    {protocol}")
+    print(f"    rate {result.rate:.4f} + distortion {result.distortion:.4f}")
+    print(f"wrote {path}\nwrote {path.with_suffix('.png')}")
 
 
 def evaluate_images(args: argparse.Namespace, subject: Subject, load_extractor: Callable, processes: Processes) -> None:
-    """FID, KID, precision and recall of samples."""
+    """FID, KID, precision and recall of samples, with all that one must know of them to compare them with others."""
     image_sampler = subject.image_sampler
     # What can be missing is asked for before the work of hours
     extractor = load_extractor(args.weights, image_sampler.device, processes)
@@ -153,18 +162,25 @@ def evaluate_images(args: argparse.Namespace, subject: Subject, load_extractor: 
     generated = features.sample_features(image_sampler, args.n, args.batch_size, extractor, processes)
     if not processes.is_main:
         return
-    options = image_sampler.options
+    options, real = image_sampler.options, reference.description
     of_samples = {"n": args.n, **options.facts(image_sampler.scheduler.timesteps), "sampler_in_words": str(options)}
-    settings = {**subject.facts, **of_samples, "reference": reference.description}
-    protocol = report.image_protocol(reference.description, settings)
-    warnings = report.image_warnings(reference.description, args.n, extractor.width)
+    settings = {**subject.facts, **of_samples, "reference": real}
+    protocol = (
+        f"{args.n:,} samples, {options}, {settings['weights']} weights, {settings['precision']}, seed {args.seed}; "
+        f"against {real['count']:,} {real['split']} images of {real['dataset']} (ids {real['ids_hash']}, pixels "
+        f"{real['pixels_hash']}); {real['image_size']} x {real['image_size']}, rounded to uint8, no JPEG, no resizing "
+        f"but the extractor's own; {real['extractor']} (weights {real['weights_hash']})"
+    )
+    warnings = features.image_warnings(real["count"], args.n, extractor.width)
     for warning in warnings:
-        print(f"WARNING: {warning}", file=sys.stderr)
+        warn(warning)
     metrics = tuple(name for name in args.metrics if name != "bpd")
     results = compare(metrics, generated, reference, args.seed)
     contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}
-    path = report.write_result(subject.place, "-".join(metrics), contents)
-    print(f"{report.image_table(results)}\n    {protocol}\nwrote {path}")
+    path = write_result(subject.place, "-".join(metrics), contents)
+    for name, value in results.items():
+        print(f"{name:16}{value:.6g}")
+    print(f"    {protocol}\nwrote {path}")
 
 
 def open_reference(
@@ -173,7 +189,7 @@ def open_reference(
     """The real images' side of the comparison; None but in rank 0."""
     images, split = subject.image_set.images, subject.split
     if args.reference:
-        return published_reference(args.reference, images.shape[1], extractor)
+        return read_reference(args.reference, images.shape[1], extractor)
     of_split = {"train": split.train_indices, "val": split.val_indices}[args.reference_split]
     indices = evenly(of_split, args.reference_images)
     if len(indices) < FEWEST:
@@ -189,6 +205,18 @@ def open_reference(
         write_reference(args.save_reference, reference)
         print(f"wrote {args.save_reference}")
     return reference
+
+
+def write_result(place: Path, what: str, contents: dict) -> Path:
+    """Write <run>/evaluation/<checkpoint>-<metrics>-<hash of all settings>.json.
+
+    So other settings never overwrite it, and the same ones write the same bytes.
+    """
+    digest = hashlib.sha256(json.dumps(contents["settings"], sort_keys=True).encode()).hexdigest()[:8]
+    path = place.with_name(f"{place.name}-{what}-{digest}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write(json.dumps(contents, indent=2).encode()))
+    return path
 
 
 if __name__ == "__main__":

@@ -35,11 +35,8 @@ from models.unet import UNet
 def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     """Read the command line, sample, and say which files were written.
 
-    Every process that torchrun starts runs all of this; rank 0 alone speaks and writes pictures of several images.
-
-    Args:
-        n, gif: the defaults of these flags.
-        experiments: the newest run is one of those whose names begin so.
+    Every process that torchrun starts runs all of this; rank 0 alone speaks and writes pictures of several images. `n`
+    and `gif` are the defaults of these flags; the newest run is one of those whose names begin with `experiments`.
     """
     args = parse_flags(n, gif)
     options = SamplerOptions.from_args(args)
@@ -119,14 +116,9 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        UserError: flags of which one would have to be ignored.
-    """
+    """Read the command line; `UserError` for more images than a grid has room for."""
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
-    # torchrun of Python before 3.12.7 refuses --n, which several flags of its own begin with
     count = f"how many images; behind torchrun write -n, as it takes --n for its own (default: {n})"
     parser.add_argument("--n", "-n", type=positive, default=n, metavar="N", help=count)
 
@@ -148,15 +140,8 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     add("--export", type=Path, metavar="FILE.safetensors", help=export)
 
     args = parser.parse_args()
-    instead = args.interpolate or args.variations
     if args.n > MOST_IN_GRID and not args.individual:
         raise UserError(f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual")
-    if instead and (args.individual or args.strip or args.progressive):
-        raise UserError(
-            "--interpolate and --variations write nothing else; leave out --individual, --strip and --progressive"
-        )
-    if args.fit and not instead:
-        raise UserError("--fit is for the image files of --interpolate and --variations")
     return args
 
 

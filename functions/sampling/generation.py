@@ -97,11 +97,7 @@ class ImageSampler:
 
 
 def load_newest(args: argparse.Namespace, processes: Processes, experiments: str = "") -> SavedModel:
-    """Load the newest sound checkpoint of what the flags name, or of the newest run; rank 0 finds it for all processes.
-
-    Args:
-        experiments: the newest run is one of those whose names begin so.
-    """
+    """Load the newest sound checkpoint of the run that is named, or of the newest that begins with `experiments`."""
     read = cache(load_weights)  # so that rank 0, which reads it to find it, does not do so twice
     find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
     return read(processes.from_main(lambda: first_sound(find(), read).path))
@@ -123,9 +119,9 @@ def rebuild(
         # Far above any model's; beyond, building the tables or the levels would take all memory or all day
         largest = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "levels": 15}
         found = {**diffusion, **fields, "levels": len(fields["dim_multiply"])}
-        too_large = [f"{name} is above {most:,}" for name, most in largest.items() if found[name] > most]
-        if too_large:
-            raise ValueError(", ".join(too_large))
+        for name, most in largest.items():
+            if found[name] > most:
+                raise ValueError(f"{name} is above {most:,}")
         scheduler = NoiseScheduler(
             diffusion["timesteps_diff"], diffusion["beta_start"], diffusion["beta_end"], diffusion["rescale_betas"]
         )
@@ -143,15 +139,11 @@ def rebuild(
 
 
 def generate(
-    image_sampler: ImageSampler,
-    images: Sequence[int],
-    batch_size: int,
-    frames: Collection[Frame] = (),
-    progress: bool = True,
+    image_sampler: ImageSampler, images: Sequence[int], batch_size: int, frames: Collection[Frame] = ()
 ) -> Samples:
     """Sample images by their numbers i, at most `batch_size` at a time; image i depends on (seed, i) alone."""
     with image_sampler.denoiser.evaluating():
-        return Samples.joined([*generate_batches(image_sampler, batches_of(images, batch_size), frames, progress)])
+        return Samples.joined([*generate_batches(image_sampler, batches_of(images, batch_size), frames)])
 
 
 def batches_of(images: Sequence[int], batch_size: int) -> list[Sequence[int]]:
@@ -160,7 +152,7 @@ def batches_of(images: Sequence[int], batch_size: int) -> list[Sequence[int]]:
 
 
 def generate_batches(
-    image_sampler: ImageSampler, batches: Sequence[Sequence[int]], frames: Collection[Frame] = (), progress: bool = True
+    image_sampler: ImageSampler, batches: list[Sequence[int]], frames: Collection[Frame] = (), progress: bool = False
 ) -> Iterator[Samples]:
     """Yield for each batch of image numbers its `Samples`, made when they are asked for.
 

@@ -101,7 +101,7 @@ def save_variations(
 def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
     """(C, H, W) in [-1, 1]: the image of that number, which is sampled, or a file's."""
     if isinstance(source, int):
-        return generate(image_sampler, [source], 1, progress=False).images[0].to(image_sampler.device)
+        return generate(image_sampler, [source], 1).images[0].to(image_sampler.device)
     return to_model_range(torch.from_numpy(source)[None])[0].to(image_sampler.device)
 
 

@@ -65,9 +65,7 @@ def test_the_rest_of_the_way_is_done_in_the_steps_of_the_whole():
         (["--eps-scale", "inf"], "--eps-scale is inf; it can be 1"),
         (["--eps-scale", "nan"], "--eps-scale is nan; it can be 1"),
         (["--n", "101"], "a grid shows 100 images at most; for 101 add --individual"),
-        (["--variations", "1", "--strip"], "leave out --individual, --strip and --progressive"),
         (["--interpolate", "1"], "--interpolate: expected 2 arguments"),
-        (["--fit"], "--fit is for the image files of --interpolate"),
         (["--depths", "0.5,2"], "'2' is not a number from 0 to 1"),
     ],
 )
