@@ -7,6 +7,8 @@ and the weights of InceptionV3. Defaults of flags are in brackets. On several GP
 """
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,20 +19,19 @@ import torch
 
 from data.datasets import ImageSet, Split, hash_ids, load_images, split_images
 from data.pixels import to_model_range
-from functions.evaluation import features, report
+from functions.evaluation import features
 from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim, plot_bits_per_dim
 from functions.evaluation.features import FEWEST, FULL_COUNT, Extractor, Reference, compare, load_inception
-from functions.evaluation.reference_statistics import describe, published_reference, write_reference
+from functions.evaluation.reference_statistics import describe, read_reference, write_reference
 from functions.likelihood import VARIANCES
-from functions.prediction import Denoiser
-from functions.sampling.generation import ImageSampler, rebuild
-from functions.sampling.options import SamplerOptions, add_sampler_flags
-from functions.support.checkpoint import load_weights
+from functions.sampling.generation import ImageSampler, load_newest, rebuild
+from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser, plain_errors, positive
-from functions.support.device import DTYPES, choose_device, choose_precision, set_deterministic
+from functions.support.device import choose_device, choose_precision, set_deterministic
 from functions.support.errors import UserError
+from functions.support.files import write_whole
 from functions.support.processes import Processes, joined
-from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
+from functions.support.run_folder import folder_of
 from models.unet import UNet
 
 METRICS = ("bpd", "fid", "kid", "prc")
@@ -40,8 +41,7 @@ METRICS = ("bpd", "fid", "kid", "prc")
 class Subject:
     """What is evaluated, on what."""
 
-    denoiser: Denoiser
-    device: torch.device
+    image_sampler: ImageSampler  # the model, its sampler and the seed
     image_set: ImageSet
     split: Split
     facts: dict  # which weights, in which arithmetic: part of every result
@@ -52,9 +52,7 @@ def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extrac
     """Read the command line, evaluate, and say which files were written."""
     args = parse_flags()
     with joined() as processes:
-        device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
-        set_deterministic(device.type == "cuda")  # the CPU's kernels are
-        subject = open_subject(args, device, processes)
+        subject = open_subject(args, processes)
         if args.metrics != ("bpd",):
             evaluate_images(args, subject, load_extractor, processes)
         if "bpd" in args.metrics:
@@ -62,18 +60,12 @@ def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extrac
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line, or `UserError` for flags of which one would have to be ignored."""
+    """Read the command line; `UserError` for flags that cannot go together."""
     parser = Parser(description=__doc__, usage="%(prog)s [RUN] [flags]")
+    add_sampling_flags(parser)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, metavar="RUN", help="a run, checkpoint or .safetensors (the newest run)")
     add("--metrics", type=metric_names, default=("bpd",), metavar="bpd,fid,kid,prc", help="what to measure (bpd)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of all noise and of all choices at random (0)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images in the network at a time (64)")
     add("--dataset-name", metavar="NAME|PATH", help="where the data set is now (where it was in training)")
-    add("--out", type=Path, metavar="FOLDER", help="where results go (evaluation/ in the run's folder)")
-    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (runs)")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps (auto)")
-    add("--precision", default="float32", choices=("auto", *DTYPES), help="what the network computes in (float32)")
 
     add = parser.add_argument_group("bits/dim (bpd), on the validation split").add_argument
     add("--images", type=positive, metavar="N", help="how many images of the split, evenly spaced (all)")
@@ -88,15 +80,10 @@ def parse_flags() -> argparse.Namespace:
     add("--reference", type=Path, metavar="FILE.npz", help="published statistics to compare with; fid alone (none)")
     add("--save-reference", type=Path, metavar="FILE.npz", help="publish the real images' statistics there (nowhere)")
     add("--weights", type=Path, metavar="FILE", help="weights of InceptionV3 (downloaded once)")
-    add_sampler_flags(parser)
 
     args = parser.parse_args()
-    if args.metrics == ("bpd",) and (args.reference or args.save_reference):
-        raise UserError("--reference and --save-reference go with --metrics fid")
     if args.reference and (args.save_reference or {"kid", "prc"} & set(args.metrics)):
         raise UserError("--reference has statistics for fid alone; kid, prc and --save-reference want real images")
-    if args.save_reference and args.save_reference.suffix != ".npz":
-        raise UserError(f"{args.save_reference}: its name must end in .npz")
     if args.n < FEWEST:
         raise UserError(f"--n is {args.n}; {FEWEST} images are the fewest")
     return args
@@ -110,16 +97,18 @@ def metric_names(text: str) -> tuple[str, ...]:
     return tuple(name for name in METRICS if name in names)
 
 
-def open_subject(args: argparse.Namespace, device: torch.device, processes: Processes) -> Subject:
+def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     """The checkpoint, its model and its data."""
-    candidates = find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs)
+    device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
+    set_deterministic(device.type == "cuda")  # the CPU's kernels are
     precision = choose_precision(args.precision, device)
-    saved = first_sound(candidates, load_weights)
+    saved = load_newest(args, processes)
     denoiser = rebuild(UNet, saved, device, precision)
+    image_sampler = ImageSampler(denoiser, SamplerOptions.from_args(args), saved.image_shape, args.seed, device)
     processes.say(str(saved))
-    diffusion, model, run = saved.config["diffusion"], saved.config["model"], saved.run
+    diffusion, run = saved.config["diffusion"], saved.run
     name = args.dataset_name or diffusion["dataset_name"]
-    image_set = load_images(name, model["image_size"], diffusion["max_bad_images"])
+    image_set = load_images(name, saved.image_shape[-1], diffusion["max_bad_images"])
     split = split_images(image_set, diffusion["split"])
     processes.say(split.description)
     if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
@@ -129,7 +118,7 @@ def open_subject(args: argparse.Namespace, device: torch.device, processes: Proc
     asked = {"batch_size": args.batch_size, "seed": args.seed}
     facts = {"experiment": run["experiment"], **weights, **computing, **asked}
     folder = args.out or folder_of(saved.path) / "evaluation"
-    return Subject(denoiser, device, image_set, split, facts, folder / saved.path.stem)
+    return Subject(image_sampler, image_set, split, facts, folder / saved.path.stem)
 
 
 def warn(text: str) -> None:
@@ -137,49 +126,61 @@ def warn(text: str) -> None:
 
 
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
-    """bits/dim of the validation split."""
+    """bits/dim of the validation split, with all that one must know of it to compare it with others."""
+    images, split, image_sampler = subject.image_set.images, subject.split, subject.image_sampler
     options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, not args.no_clip)
-    images, split = subject.image_set.images, subject.split
 
     def x_0_of(indices: np.ndarray) -> torch.Tensor:
-        return to_model_range(torch.from_numpy(images[indices]).to(subject.device))
+        return to_model_range(torch.from_numpy(images[indices]).to(image_sampler.device))
 
     indices = evenly(split.val_indices, args.images)
-    result = measure_bits_per_dim(subject.denoiser, x_0_of, indices, options, processes, processes.is_main)
+    result = measure_bits_per_dim(image_sampler.denoiser, x_0_of, indices, options, processes, processes.is_main)
     if not processes.is_main:
         return
     of_images = {"ids_hash": split.val_ids_hash, "split_images": len(split.val_indices), "images": len(indices)}
     settings = {**subject.facts, **of_images, **vars(options)}
-    protocol = report.bpd_protocol(result, subject.denoiser.scheduler.timesteps, settings)
-    path = report.write_result(subject.place, "bpd", {"protocol": protocol, "settings": settings, **result.facts()})
-    name = f"{subject.facts['experiment']}, step {subject.facts['step']:,}"
-    plot_bits_per_dim(result, path.with_suffix(".png"), name)
-    print(f"{report.bpd_table(result, protocol)}\nwrote {path}\nwrote {path.with_suffix('.png')}")
+    calls, timesteps = len(result.lengths), image_sampler.scheduler.timesteps
+    which = "every t" if calls == timesteps else f"{calls} of {timesteps} t for each image, stratified at random"
+    protocol = (
+        f"{len(indices):,} of {len(split.val_indices):,} validation images (ids {split.val_ids_hash}), {which}; "
+        f"variance {options.variance}, x_0 {'clipped' if options.clip_x_0 else 'not clipped'}, {settings['weights']} "
+        f"weights, {settings['precision']}, seed {args.seed}; the error is over images and choices of t"
+    )
+    path = write_result(subject.place, "bpd", {"protocol": protocol, "settings": settings, **result.facts()})
+    plot_bits_per_dim(result, path.with_suffix(".png"), f"{settings['experiment']}, step {settings['step']:,}")
+    print(f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}\n    {protocol}")
+    print(f"    rate {result.rate:.4f} + distortion {result.distortion:.4f}")
+    print(f"wrote {path}\nwrote {path.with_suffix('.png')}")
 
 
 def evaluate_images(args: argparse.Namespace, subject: Subject, load_extractor: Callable, processes: Processes) -> None:
-    """FID, KID, precision and recall of samples."""
-    denoiser, device = subject.denoiser, subject.device
-    options = SamplerOptions.from_args(args)
-    options.times(denoiser.scheduler)  # refuses numbers of steps that the model does not have
+    """FID, KID, precision and recall of samples, with all that one must know of them to compare them with others."""
+    image_sampler = subject.image_sampler
     # What can be missing is asked for before the work of hours
-    extractor = load_extractor(args.weights, device, processes)
+    extractor = load_extractor(args.weights, image_sampler.device, processes)
     reference = open_reference(args, subject, extractor, processes)
-    sampler = ImageSampler(denoiser, options, (3, *subject.image_set.images.shape[1:3]), args.seed, device)
-    generated = features.sample_features(sampler, args.n, args.batch_size, extractor, processes)
+    generated = features.sample_features(image_sampler, args.n, args.batch_size, extractor, processes)
     if not processes.is_main:
         return
-    of_samples = {"n": args.n, **options.facts(denoiser.scheduler.timesteps), "sampler_in_words": str(options)}
-    settings = {**subject.facts, **of_samples, "reference": reference.description}
-    protocol = report.image_protocol(reference.description, settings)
-    warnings = report.image_warnings(reference.description, args.n, extractor.width)
+    options, real = image_sampler.options, reference.description
+    of_samples = {"n": args.n, **options.facts(image_sampler.scheduler.timesteps), "sampler_in_words": str(options)}
+    settings = {**subject.facts, **of_samples, "reference": real}
+    protocol = (
+        f"{args.n:,} samples, {options}, {settings['weights']} weights, {settings['precision']}, seed {args.seed}; "
+        f"against {real['count']:,} {real['split']} images of {real['dataset']} (ids {real['ids_hash']}, pixels "
+        f"{real['pixels_hash']}); {real['image_size']} x {real['image_size']}, rounded to uint8, no JPEG, no resizing "
+        f"but the extractor's own; {real['extractor']} (weights {real['weights_hash']})"
+    )
+    warnings = features.image_warnings(real["count"], args.n, extractor.width)
     for warning in warnings:
         warn(warning)
     metrics = tuple(name for name in args.metrics if name != "bpd")
     results = compare(metrics, generated, reference, args.seed)
     contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}
-    path = report.write_result(subject.place, "-".join(metrics), contents)
-    print(f"{report.image_table(results, protocol)}\nwrote {path}")
+    path = write_result(subject.place, "-".join(metrics), contents)
+    for name, value in results.items():
+        print(f"{name:16}{value:.6g}")
+    print(f"    {protocol}\nwrote {path}")
 
 
 def open_reference(
@@ -188,7 +189,7 @@ def open_reference(
     """The real images' side of the comparison; None but in rank 0."""
     images, split = subject.image_set.images, subject.split
     if args.reference:
-        return published_reference(args.reference, images.shape[1], extractor)
+        return read_reference(args.reference, images.shape[1], extractor)
     of_split = {"train": split.train_indices, "val": split.val_indices}[args.reference_split]
     indices = evenly(of_split, args.reference_images)
     if len(indices) < FEWEST:
@@ -204,6 +205,18 @@ def open_reference(
         write_reference(args.save_reference, reference)
         print(f"wrote {args.save_reference}")
     return reference
+
+
+def write_result(place: Path, what: str, contents: dict) -> Path:
+    """Write <run>/evaluation/<checkpoint>-<metrics>-<hash of all settings>.json.
+
+    So other settings never overwrite it, and the same ones write the same bytes.
+    """
+    digest = hashlib.sha256(json.dumps(contents["settings"], sort_keys=True).encode()).hexdigest()[:8]
+    path = place.with_name(f"{place.name}-{what}-{digest}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write(json.dumps(contents, indent=2).encode()))
+    return path
 
 
 if __name__ == "__main__":

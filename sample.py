@@ -13,65 +13,53 @@ import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cache
 from itertools import chain
 from pathlib import Path
 
 from data.decode import read_image
 from data.pixels import to_uint8
 from functions.sampling.files import MOST_IN_GRID, existing, figures_of, image_path, open_folder, save_pictures
-from functions.sampling.generation import ImageSampler, Samples, generate_batches, image_bar, rebuild
+from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, load_newest, rebuild
 from functions.sampling.interpolation import save_interpolation, save_variations
-from functions.sampling.options import SamplerOptions, add_sampler_flags
-from functions.support.checkpoint import SavedModel, export_weights, load_weights
+from functions.sampling.options import SamplerOptions, add_sampling_flags
+from functions.support.checkpoint import export_weights
 from functions.support.command_line import Parser, fraction, plain_errors, positive
-from functions.support.device import DTYPES, choose_device, choose_precision
+from functions.support.device import choose_device, choose_precision
 from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.processes import Processes, joined
-from functions.support.run_folder import find_checkpoints, first_sound, folder_of, newest_checkpoints
+from functions.support.run_folder import folder_of
 from models.unet import UNet
 
 
 def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     """Read the command line, sample, and say which files were written.
 
-    Every process that torchrun starts runs all of this; rank 0 alone speaks and writes pictures of several images.
-
-    Args:
-        n, gif: the defaults of these flags.
-        experiments: the newest run is one of those whose names begin so.
+    Every process that torchrun starts runs all of this; rank 0 alone speaks and writes pictures of several images. `n`
+    and `gif` are the defaults of these flags; the newest run is one of those whose names begin with `experiments`.
     """
     args = parse_flags(n, gif)
     options = SamplerOptions.from_args(args)
     with joined() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         precision = choose_precision(args.precision, device)
-        saved = load(args, experiments, processes)
+        saved = load_newest(args, processes, experiments)
         denoiser = rebuild(UNet, saved, device, precision)
-        options.times(denoiser.scheduler)  # refuses numbers of steps that the model does not have
+        image_sampler = ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
         processes.say(str(saved))
         if args.export:
             processes.from_main(lambda: export_weights(saved, args.export))
             processes.say(f"wrote {args.export}")
             return
 
-        image_sampler = ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
         slug = f"{saved.path.stem}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
         folder = args.out or folder_of(saved.path) / "samples" / f"{slug}-seed{args.seed}"
-        if args.interpolate or args.variations is not None:
+        if args.interpolate or args.variations:
             processes.from_main(lambda: sample_from_images(args, image_sampler, folder))
             return
         facts = {"checkpoint": saved.digest, "weights": saved.kind, "seed": args.seed}
         facts |= {"precision": str(precision).removeprefix("torch."), **options.facts(denoiser.scheduler.timesteps)}
         sample_from_noise(args, image_sampler, folder, facts, processes)
-
-
-def load(args: argparse.Namespace, experiments: str, processes: Processes) -> SavedModel:
-    """Load the newest sound checkpoint, which rank 0 finds, in every process."""
-    read = cache(load_weights)  # so that rank 0, which reads it to find it, does not do so twice
-    find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
-    return read(processes.from_main(lambda: first_sound(find(), read).path))
 
 
 def sample_from_noise(
@@ -86,7 +74,7 @@ def sample_from_noise(
     frames = {frame for columns in figures.values() for frame in columns.values()}
     # How many are kept in memory to be seen; without figures the files are enough for the grid
     seen = min(args.n, MOST_IN_GRID) if frames or not args.individual else 0
-    batches = [range(start, min(start + args.batch_size, args.n)) for start in range(0, args.n, args.batch_size)]
+    batches = batches_of(range(args.n), args.batch_size)
     with ExitStack() as stack:
         there = processes.from_main(lambda: stack.enter_context(open_folder(folder, facts, args.individual)))
         to_do = [batch for batch in batches if batch.start < seen or (args.individual and not there.issuperset(batch))]
@@ -94,12 +82,10 @@ def sample_from_noise(
         count = sum(map(len, to_do))
         others = f" of {args.n}; the others are there" if count < args.n else ""
         processes.say(f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}")
-        if 0 < len(to_do) < processes.count:
-            processes.say(f"note: {len(to_do)} batches for {processes.count} processes; lower --batch-size")
 
-        bar = stack.enter_context(image_bar(sum(map(len, own)), processes.is_main and len(own) > 0))
         pool, writing, kept = stack.enter_context(ThreadPoolExecutor(4)), [], []
-        for batch, samples in zip(own, generate_batches(image_sampler, own, frames, bar.update), strict=True):
+        progress = processes.is_main and len(own) > 0
+        for batch, samples in zip(own, generate_batches(image_sampler, own, frames, progress), strict=True):
             if args.individual:  # in threads, while the next batch is sampled
                 list(writing)  # the batch before is on the disk then, or its error is raised
                 images, new = to_uint8(samples.images).numpy(), [k for k, i in enumerate(batch) if i not in there]
@@ -110,10 +96,9 @@ def sample_from_noise(
         while args.individual and processes.count > 1 and not existing(folder).issuperset(range(args.n)):
             time.sleep(1)  # until the others' files are there, however late: `gather` is not that patient
         kept = [*chain(*processes.gather(kept))]
+        if args.individual:
+            processes.say(f"all {args.n} images are there: {image_path(folder, 0)} and on")
         if processes.is_main:
-            if args.individual:
-                first, last = image_path(folder, 0), image_path(folder, args.n - 1).name
-                print(f"all {args.n} images are there: {first} .. {last}")
             save_pictures(args.n, figures, Samples.joined(kept) if kept else None, folder)
 
 
@@ -122,7 +107,7 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
     size = image_sampler.shape[-1]
     source = lambda text: int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
     two = [source(text) for text in args.interpolate or []]
-    one = None if args.variations is None else source(args.variations)
+    one = source(args.variations) if args.variations else None
     folder.mkdir(parents=True, exist_ok=True)  # only when all images were read
     if two:
         save_interpolation(image_sampler, two, args.depths, args.batch_size, folder / "interpolation.png")
@@ -131,28 +116,11 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        UserError: flags of which one would have to be ignored.
-    """
+    """Read the command line; `UserError` for more images than a grid has room for."""
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    checkpoint = "a run folder, a checkpoint or an exported .safetensors (default: the newest run)"
-    add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
-    # torchrun of Python before 3.12.7 refuses --n, which several flags of its own begin with
+    add_sampling_flags(parser)
     count = f"how many images; behind torchrun write -n, as it takes --n for its own (default: {n})"
-    add("--n", "-n", type=positive, default=n, metavar="N", help=count)
-    add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
-    batch_size = "images at a time; halved while they do not fit in memory (default: 64)"
-    add("--batch-size", type=positive, default=64, metavar="N", help=batch_size)
-    add("--out", type=Path, metavar="FOLDER", help="where pictures go (default: a folder in samples/ of the run)")
-    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
-    device = "auto (CUDA, then Apple's MPS, then the CPU), cpu, cuda, cuda:N or mps (default: auto)"
-    add("--device", default="auto", metavar="NAME", help=device)
-    precision = "what the network computes in; auto: the fastest that the hardware has (default: float32)"
-    add("--precision", default="float32", choices=("auto", *DTYPES), help=precision)
-    add_sampler_flags(parser)
+    parser.add_argument("--n", "-n", type=positive, default=n, metavar="N", help=count)
 
     add = parser.add_argument_group("what to write beside the grid").add_argument
     add("--individual", action="store_true", help="a PNG for each image; those that are there are kept (default: no)")
@@ -172,17 +140,8 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     add("--export", type=Path, metavar="FILE.safetensors", help=export)
 
     args = parser.parse_args()
-    instead = args.interpolate or args.variations is not None
     if args.n > MOST_IN_GRID and not args.individual:
         raise UserError(f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual")
-    if args.interpolate and len({text.isdecimal() for text in args.interpolate}) > 1:
-        raise UserError("--interpolate takes two image files or two numbers, not one of each")
-    if instead and (args.individual or args.strip or args.progressive):
-        raise UserError(
-            "--interpolate and --variations write nothing else; leave out --individual, --strip and --progressive"
-        )
-    if args.fit and not instead:
-        raise UserError("--fit is for the image files of --interpolate and --variations")
     return args
 
 

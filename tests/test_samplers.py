@@ -11,12 +11,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
 from functions.samplers import (
     ddim_sample,
     ddpm_sample,
     dpm_solver_sample,
     ipndm_sample,
 )
+from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SAMPLERS as OPTIONS
 from functions.sampling.options import SamplerOptions
 from functions.timesteps import sampling_times, trailing_timesteps
@@ -155,11 +157,15 @@ def test_eps_scale_divides_what_the_model_says(sampler):
         lambda: noise_source(2)[1],
         {f: n for n, f in OPTIONS.items()}[sampler],
     )
-    make = lambda scale: SamplerOptions(name, 20, eps_scale=scale).sample
-    scaled = make(1.25)(smooth_model, scheduler, pure_noise(), step_noise=source())
-    divided = make(1.0)(lambda x_t, t: smooth_model(x_t, t) / 1.25, scheduler, pure_noise(), step_noise=source())
-    assert_close(scaled, divided)
-    assert (scaled - make(1.0)(smooth_model, scheduler, pure_noise(), step_noise=source())).abs().max() > 0.01
+
+    def sampled(model, eps_scale):
+        options, draw = SamplerOptions(name, 20, eps_scale=eps_scale), source()
+        image_sampler = ImageSampler(Denoiser(model, scheduler), options, SHAPE[1:], 0, torch.device("cpu"))
+        return image_sampler.decode(pure_noise(), 99, lambda: draw(0))
+
+    scaled = sampled(smooth_model, 1.25)
+    assert_close(scaled, sampled(lambda x_t, t: smooth_model(x_t, t) / 1.25, 1.0), rtol=1e-4, atol=1e-5)
+    assert (scaled - sampled(smooth_model, 1.0)).abs().max() > 0.01
 
 
 def test_noise_is_asked_for_once_a_step_and_not_at_the_end():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from functions.likelihood import VARIANCES, terms_of
 from functions.prediction import Denoiser
-from functions.sampling.generation import BatchLimit
+from functions.sampling.generation import BatchLimit, batches_of
 from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import generator_of
@@ -42,16 +42,11 @@ class BoundOptions:
 class BitsPerDim:
     """The bound of N images at K timesteps each, in bits per dimension; float64 arrays."""
 
-    strata: list[range]  # K of them, together 0 .. T-1; the first is t = 0
+    lengths: np.ndarray  # (K,): how many timesteps each stratum stands for; the first is t = 0 alone
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
     mse_x_0: np.ndarray  # (N, K): squared error of the (clipped) prediction of x_0, images in [-1, 1]
     mse_eps: np.ndarray  # (N, K): squared error of the predicted noise, which training minimises
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(K,): how many timesteps each stratum stands for."""
-        return np.array([len(stratum) for stratum in self.strata])
 
     @property
     def of_images(self) -> np.ndarray:
@@ -88,7 +83,7 @@ class BitsPerDim:
         terms, lengths, mse = self.terms.mean(axis=0), self.lengths, self.mse_x_0.mean(axis=0)
         above = np.cumsum((terms * lengths)[::-1])[::-1] - terms * lengths
         rate = self.prior.mean() + above + terms * (lengths - 1) / 2
-        t, error = [(stratum[0] + stratum[-1]) / 2 for stratum in self.strata], error_of_mean(self.terms)
+        t, error = np.cumsum(lengths) - (lengths + 1) / 2, error_of_mean(self.terms)
         of_terms = {"t": t, "timesteps": lengths, "bits_per_dim_a_step": terms, "standard_error": error}
         of_errors = {"mse_x_0": mse, "mse_eps": self.mse_eps.mean(axis=0), "rate": rate, "rmse": 127.5 * np.sqrt(mse)}
         return {name: [float(value) for value in column] for name, column in (of_terms | of_errors).items()}
@@ -97,9 +92,9 @@ class BitsPerDim:
         """Plain values, for a JSON. Bits per dimension; a standard error is null when there is but one image."""
         curves, error = self.curves(), self.standard_error
         if math.isnan(error):
-            error, curves["standard_error"] = None, [None] * len(self.strata)
+            error, curves["standard_error"] = None, [None] * len(self.lengths)
         sums = {"bits_per_dim": self.total, "standard_error": error, "rate": self.rate, "distortion": self.distortion}
-        counts = {"images": len(self.prior), "network_calls_an_image": len(self.strata)}
+        counts = {"images": len(self.prior), "network_calls_an_image": len(self.lengths)}
         return {**sums, "prior": float(self.prior.mean()), **counts, "curves": curves}
 
 
@@ -154,14 +149,14 @@ def measure_bits_per_dim(
         terms = terms_of(denoiser, scheduler, x_0, t_of_pairs, noise, options.variance, options.clip_x_0)
         table[:, pairs.start : pairs.stop] = terms.cpu()
 
-    starts = range(0, len(t_of), options.batch_size)[processes.rank :: processes.count]
+    own = batches_of(range(len(t_of)), options.batch_size)[processes.rank :: processes.count]
     limit = BatchLimit(x_0_of(image_of[:1]).device)
     with denoiser.evaluating():
-        for start in tqdm(starts, "bits/dim", unit="batch", disable=not progress, dynamic_ncols=True):
-            limit.in_parts(fill, range(len(t_of))[start : start + options.batch_size])
+        for pairs in tqdm(own, "bits/dim", unit="batch", disable=not progress):
+            limit.in_parts(fill, pairs)
     # Each entry is one process's and 0 in the others, so that their sum is exact
     prior, terms, mse_x_0, mse_eps = processes.sum_(table).view(4, *t.shape).numpy()
-    return BitsPerDim(strata, prior[:, 0], terms, mse_x_0, mse_eps)
+    return BitsPerDim(np.array([*map(len, strata)]), prior[:, 0], terms, mse_x_0, mse_eps)
 
 
 def strata_of(timesteps: int, t_stride: int) -> list[range]:

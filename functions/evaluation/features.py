@@ -14,7 +14,6 @@ Images live for one batch; features, a float32 row of D numbers each, are kept o
 
 import hashlib
 import os
-import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_uint8
-from functions.sampling.generation import BatchLimit, ImageSampler, generate_batches, image_bar
+from functions.sampling.generation import BatchLimit, ImageSampler, batches_of, generate_batches
 from functions.support.errors import UserError
 from functions.support.files import short
 from functions.support.processes import SINGLE_PROCESS, Processes
@@ -36,23 +35,16 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 FEWEST = NEIGHBOURS + 1  # images on either side: each has so many neighbours
 DISTANCE_ROWS = 2_500  # at a time: 0.5 GB of distances to 50,000 others
-PATIENCE = 30  # seconds that a server may be silent
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network: what it is called, the hash of its weights, how many features it has, and the function."""
+    """A feature network."""
 
-    name: str
-    weights_hash: str
-    width: int  # D
+    facts: dict[str, str]  # "extractor": what it is called, "weights_hash": part of every result
+    width: int  # D, the number of features
     features: Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W), on any device -> (B, D)
     device: torch.device  # where the network is
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """Which network: part of every result."""
-        return {"extractor": self.name, "weights_hash": self.weights_hash}
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,8 @@ def load_inception(weights: Path | None, device: torch.device, processes: Proces
     except Exception as error:  # whatever others' code raises at a file that is missing or something else
         raise UserError(f"{path}: not the weights that are at {URL_INCEPTION_V3} ({short(error)})") from error
     network.to(device)
-    return Extractor(f"{INCEPTION}/{LAYER}", digest, int(LAYER), lambda images: network(images.to(device))[0], device)
+    facts = {"extractor": f"{INCEPTION}/{LAYER}", "weights_hash": digest}
+    return Extractor(facts, int(LAYER), lambda images: network(images.to(device))[0], device)
 
 
 def downloaded(url: str) -> Path:
@@ -97,7 +90,6 @@ def downloaded(url: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.is_file():
         return path
-    socket.setdefaulttimeout(PATIENCE)  # or a network that swallows everything would be waited for without end
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
@@ -111,26 +103,19 @@ def sample_features(
     sampler: ImageSampler, count: int, batch_size: int, extractor: Extractor, processes: Processes
 ) -> Tensor:
     """Sample images and keep their features, (count, D) float32; image i is the one that sample.py makes."""
-    mine = own_batches(count, batch_size, processes)
-    with image_bar(sum(map(len, mine)), processes.is_main) as bar:
-        pixels = (to_uint8(samples.images) for samples in generate_batches(sampler, mine, on_progress=bar.update))
-        return collect_features(zip(mine, pixels, strict=True), count, extractor, processes)
+    own = batches_of(range(count), batch_size)[processes.rank :: processes.count]
+    pixels = (to_uint8(samples.images) for samples in generate_batches(sampler, own, progress=processes.is_main))
+    return collect_features(zip(own, pixels, strict=True), count, extractor, processes)
 
 
 def real_features(
     images: np.ndarray, indices: np.ndarray, batch_size: int, extractor: Extractor, processes: Processes
 ) -> Tensor:
     """The features of some of the images, uint8 (N, H, W, 3), as they are; (len(indices), D) float32."""
-    mine = own_batches(len(indices), batch_size, processes)
-    bar = tqdm(mine, "reference", unit="batch", dynamic_ncols=True, disable=not processes.is_main)
+    own = batches_of(range(len(indices)), batch_size)[processes.rank :: processes.count]
+    bar = tqdm(own, "reference", unit="batch", disable=not processes.is_main)
     batches = ((rows, torch.from_numpy(images[indices[rows.start : rows.stop]])) for rows in bar)
     return collect_features(batches, len(indices), extractor, processes)
-
-
-def own_batches(count: int, batch_size: int, processes: Processes) -> list[range]:
-    """The batches of 0 .. count-1 that this process does."""
-    starts = range(0, count, batch_size)[processes.rank :: processes.count]
-    return [range(count)[start : start + batch_size] for start in starts]
 
 
 @torch.no_grad()
@@ -142,19 +127,24 @@ def collect_features(
     A batch that does not fit in memory is halved, and so are those after it.
 
     Args:
-        batches: each of `own_batches` with its images, uint8 (B, H, W, 3), made when they are asked for.
+        batches: those of this process: rows of the result, and their images, uint8 (B, H, W, 3).
 
     Raises:
         UserError: no memory for a single image.
     """
     features, limit = torch.zeros(count, extractor.width), BatchLimit(extractor.device)
-
-    def extract(images: Tensor) -> Tensor:
-        return extractor.features(images.permute(0, 3, 1, 2)).float().cpu()
-
     for rows, images in batches:
-        features[rows.start : rows.stop] = torch.cat(limit.in_parts(extract, images))
+        parts = limit.in_parts(lambda some: extractor.features(some.permute(0, 3, 1, 2)).float().cpu(), images)
+        features[rows.start : rows.stop] = torch.cat(parts)
     return processes.sum_(features)  # each row is one process's and 0 in the others, so that their sum is exact
+
+
+def image_warnings(real: int, generated: int, width: int) -> list[str]:
+    """What makes FID of so many images and D = `width` features one that must not be compared, loudly."""
+    fewest, singular = min(real, generated), "THEIR COVARIANCE IS SINGULAR, and FID says little; KID is unbiased"
+    few = f"ONLY {generated:,} SAMPLES, NOT {FULL_COUNT:,}: FID IS BIASED UPWARDS and compares with no other count"
+    warnings = [few] if generated < FULL_COUNT else []
+    return warnings + ([f"{fewest:,} IMAGES FOR {width:,} FEATURES: {singular}"] if fewest <= width else [])
 
 
 def statistics(features: Tensor) -> dict:
@@ -177,8 +167,7 @@ def compare(metrics: tuple[str, ...], generated: Tensor, reference: Reference, s
     if "kid" in metrics:
         of = {"kid_subsets": KID_SUBSETS, "kid_subset_size": min(KID_SUBSET_SIZE, len(generated), len(real))}
         kid = kid_features_to_metric(generated.double(), real.double(), **of, rng_seed=seed % 2**32, verbose=False)
-        mean, deviation = kid["kernel_inception_distance_mean"], kid["kernel_inception_distance_std"]
-        found |= {"kid": mean, "kid_std": deviation, **of}
+        found |= {"kid": kid["kernel_inception_distance_mean"], "kid_std": kid["kernel_inception_distance_std"], **of}
     if "prc" in metrics:
         prc = prc_features_to_metric(
             generated, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=DISTANCE_ROWS, save_cpu_ram=True, verbose=False

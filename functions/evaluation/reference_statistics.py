@@ -39,14 +39,12 @@ def write_reference(path: Path, reference: Reference) -> None:
     write_whole(path, lambda file: np.savez(file, description=description, **reference.statistics))
 
 
-def read_reference(path: Path) -> Reference:
-    """The inverse of `write_reference`.
+def read_reference(path: Path, image_size: int, extractor: Extractor) -> Reference:
+    """Read a file that somebody published, for models of this size and this network.
 
     Raises:
-        UserError: the file is missing, damaged, empty, or not one of ours.
+        UserError: the file is missing, damaged, empty, not one of ours, or of other images or another network.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file with reference statistics")
     try:
         with zipfile.ZipFile(path) as archive:  # which compares checksums as it reads
             unpacked = sum(member.file_size for member in archive.infolist())
@@ -67,19 +65,9 @@ def read_reference(path: Path) -> Reference:
         if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError(f"an empty reference ({count} images), or numbers that are not finite")
     except BROKEN as error:
-        raise UserError(f"{path}: damaged, or not evaluate.py's reference statistics ({short(error)})") from error
-    return Reference(description, {"mu": mu, "sigma": sigma})
-
-
-def published_reference(path: Path, image_size: int, extractor: Extractor) -> Reference:
-    """Read a file that somebody published, for models of this size and this network.
-
-    Raises:
-        UserError: as `read_reference`; it is of images of another size, or was made with another network.
-    """
-    found = read_reference(path)
-    inside = {**found.description, "features": len(found.statistics["mu"])}
+        raise UserError(f"{path}: no sound reference statistics ({short(error)})") from error
+    inside = {**description, "features": width}
     for name, own in {"image_size": image_size, **extractor.facts, "features": extractor.width}.items():
         if inside[name] != own:
             raise UserError(f"{path}: made with {name} = {short(inside[name])}; here it is {own}")
-    return found
+    return Reference(description, {"mu": mu, "sigma": sigma})

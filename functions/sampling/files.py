@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +38,17 @@ def existing(folder: Path) -> set[int]:
     return {int(match[1]) for match in map(IMAGE_NAME.fullmatch, names) if match}
 
 
-def check_manifest(folder: Path, facts: dict) -> bool:
-    """Whether the folder has a manifest; `UserError` when its images were made otherwise than `facts` say."""
+def check_manifest(folder: Path, facts: dict) -> None:
+    """`UserError` when the folder's images were made otherwise than `facts` say, or nothing says how."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return False
+    except FileNotFoundError as error:
+        there = existing(folder)
+        if there:
+            name = image_path(folder, min(there)).name
+            message = f"{folder} holds {name} but no {MANIFEST} to say what made it; take another --out"
+            raise UserError(message) from error
+        return
     except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST}: damaged, so nobody knows what images these are; delete it") from error
     found = found if isinstance(found, dict) else {}
@@ -51,7 +56,6 @@ def check_manifest(folder: Path, facts: dict) -> bool:
     if differing:
         what = "; ".join(f"{name} was {found.get(name)}, is now {facts.get(name)}" for name in differing)
         raise UserError(f"{folder} holds images made otherwise ({what}); take another --out")
-    return True
 
 
 @contextmanager
@@ -61,21 +65,13 @@ def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int
     With `individual` it is held for this process, the main one of several, and the manifest written: `facts`.
 
     Raises:
-        UserError: its images are others than `facts` say, or nothing says what they are.
-        CheckpointError: another process makes images in it.
+        UserError: as `check_manifest`, or another process makes images in it.
     """
-    there, known = existing(folder), check_manifest(folder, facts)
-    if individual and there and not known:
-        name = image_path(folder, min(there)).name
-        raise UserError(f"{folder} holds {name} but no {MANIFEST} to say what made it; take another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    if not individual:
-        yield there
-        return
-    with locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp"):
-        if not check_manifest(folder, facts):
-            text = json.dumps(facts, indent=2)
-            write_whole(folder / MANIFEST, lambda file: file.write(text.encode()))
+    with locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp") if individual else nullcontext():
+        check_manifest(folder, facts)
+        if individual:
+            write_whole(folder / MANIFEST, lambda file: file.write(json.dumps(facts, indent=2).encode()))
         yield existing(folder)
 
 

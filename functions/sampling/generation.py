@@ -4,9 +4,11 @@ Algorithm 2 of Ho et al. 2020 and the other reverse loops are in functions/sampl
 many images at a time as fit in memory.
 """
 
+import argparse
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -16,18 +18,18 @@ from tqdm import tqdm
 
 from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
+from functions.prediction import Denoiser, scaled_eps
 from functions.samplers import OnStep
-from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import SavedModel, load_into
+from functions.sampling.options import SAMPLERS, SamplerOptions
+from functions.support.checkpoint import SavedModel, load_into, load_weights
 from functions.support.device import is_out_of_memory
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import short
+from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise
+from functions.support.run_folder import find_checkpoints, first_sound, newest_checkpoints
 
 Result = TypeVar("Result")
-OnProgress = Callable[[float], object]  # told after each step how many images' worth of work it was
-ignore: OnProgress = lambda images: None
 # ("x", k): the state after k network calls, 0 the noise; ("x_0", k): the x_0 that the k-th call predicts
 Frame = tuple[str, int]
 
@@ -48,13 +50,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """All that decides what image i is."""
+    """All that decides what image i is. `UserError` when the options ask for more steps than the model has."""
 
     denoiser: Denoiser
     options: SamplerOptions
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
+
+    def __post_init__(self) -> None:
+        self.options.times(self.scheduler)
 
     @property
     def scheduler(self) -> NoiseScheduler:
@@ -68,15 +73,13 @@ class ImageSampler:
         """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at -1 they are images."""
         if t < 0:
             return x_t
-        times = self.options.times(self.scheduler, t)
-        return self.options.sample(self.denoiser, self.scheduler, x_t, times, lambda k: noise(), on_step)
+        options, model = self.options, scaled_eps(self.denoiser, self.options.eps_scale)
+        sampler, times = SAMPLERS[options.sampler], options.times(self.scheduler, t)
+        return sampler(model, self.scheduler, x_t, times, **options.own, step_noise=lambda k: noise(), on_step=on_step)
 
-    def sample(
-        self, images: Sequence[int], frames: Collection[Frame] = (), on_progress: OnProgress = ignore
-    ) -> Samples:
-        """Sample these images, all at once."""
+    def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
+        """Sample these images, all at once; the bar counts one step for each image."""
         noise, kept = self.noise(images), {}
-        images_a_step = len(images) / (len(self.options.times(self.scheduler)) - 1)
 
         def keep(frame: Frame, x: Tensor) -> None:
             if frame in frames:
@@ -85,12 +88,19 @@ class ImageSampler:
         def on_step(k: int, t: int, x: Tensor, x_0: Tensor) -> None:
             keep(("x", k + 1), x)
             keep(("x_0", k + 1), x_0)
-            on_progress(images_a_step)
+            bar.update(len(images))
 
         x_T = noise.draw()
         keep(("x", 0), x_T)
         x_0 = self.decode(x_T, self.scheduler.timesteps - 1, noise.draw, on_step)
         return Samples(x_0.cpu(), kept)
+
+
+def load_newest(args: argparse.Namespace, processes: Processes, experiments: str = "") -> SavedModel:
+    """Load the newest sound checkpoint of the run that is named, or of the newest that begins with `experiments`."""
+    read = cache(load_weights)  # so that rank 0, which reads it to find it, does not do so twice
+    find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
+    return read(processes.from_main(lambda: first_sound(find(), read).path))
 
 
 def rebuild(
@@ -109,9 +119,9 @@ def rebuild(
         # Far above any model's; beyond, building the tables or the levels would take all memory or all day
         largest = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "levels": 15}
         found = {**diffusion, **fields, "levels": len(fields["dim_multiply"])}
-        too_large = [f"{name} is above {most:,}" for name, most in largest.items() if found[name] > most]
-        if too_large:
-            raise ValueError(", ".join(too_large))
+        for name, most in largest.items():
+            if found[name] > most:
+                raise ValueError(f"{name} is above {most:,}")
         scheduler = NoiseScheduler(
             diffusion["timesteps_diff"], diffusion["beta_start"], diffusion["beta_end"], diffusion["rescale_betas"]
         )
@@ -129,31 +139,30 @@ def rebuild(
 
 
 def generate(
-    image_sampler: ImageSampler,
-    images: Sequence[int],
-    batch_size: int,
-    frames: Collection[Frame] = (),
-    progress: bool = True,
+    image_sampler: ImageSampler, images: Sequence[int], batch_size: int, frames: Collection[Frame] = ()
 ) -> Samples:
     """Sample images by their numbers i, at most `batch_size` at a time; image i depends on (seed, i) alone."""
-    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    with image_bar(len(images), progress) as bar, image_sampler.denoiser.evaluating():
-        return Samples.joined(list(generate_batches(image_sampler, batches, frames, bar.update)))
+    with image_sampler.denoiser.evaluating():
+        return Samples.joined([*generate_batches(image_sampler, batches_of(images, batch_size), frames)])
+
+
+def batches_of(images: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Cut into batches; the last may be smaller."""
+    return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
 
 
 def generate_batches(
-    image_sampler: ImageSampler,
-    batches: Iterable[Sequence[int]],
-    frames: Collection[Frame] = (),
-    on_progress: OnProgress = ignore,
+    image_sampler: ImageSampler, batches: list[Sequence[int]], frames: Collection[Frame] = (), progress: bool = False
 ) -> Iterator[Samples]:
     """Yield for each batch of image numbers its `Samples`, made when they are asked for.
 
     What does not fit in memory is sampled by halves: that batch and those after it.
     """
-    limit = BatchLimit(image_sampler.device)
-    for batch in batches:
-        yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, on_progress), batch))
+    limit, steps = BatchLimit(image_sampler.device), len(image_sampler.options.times(image_sampler.scheduler)) - 1
+    total = steps * sum(map(len, batches))
+    with tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress) as bar:
+        for batch in batches:
+            yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, bar), batch))
 
 
 class BatchLimit:
@@ -179,26 +188,13 @@ class BatchLimit:
                 if not is_out_of_memory(error):
                     raise
                 if len(some) == 1:
-                    why = str(error).splitlines()[0]
-                    raise UserError(f"no memory for a single image at a time on {self.device}: {why}") from error
+                    message = f"no memory for a single image at a time on {self.device}: {short(error)}"
+                    raise UserError(message) from error
             if self.device.type == "cuda":  # here, where the error no longer holds on to what did not fit
                 torch.cuda.empty_cache()
             self.most = len(some) // 2
             tqdm.write(f"out of memory with {len(some)} images at a time: going on with {self.most}", file=sys.stderr)
         return results
-
-
-class ImageBar(tqdm):
-    """Counts images in fractions, which may add up to more than all: by rounding, or when memory ran out on the way."""
-
-    def update(self, images: float = 1) -> bool | None:
-        return super().update(min(images, self.total - self.n))
-
-
-def image_bar(total: int, show: bool = True) -> ImageBar:
-    """A bar for `total` images."""
-    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} images [{elapsed}<{remaining}]"
-    return ImageBar(total=total, desc="sampling", disable=not show, dynamic_ncols=True, bar_format=form)
 
 
 def frame_steps(steps: int, count: int) -> list[int]:

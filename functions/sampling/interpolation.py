@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data.pixels import to_model_range, to_uint8
-from functions.sampling.generation import BatchLimit, ImageSampler, generate, image_bar
+from functions.sampling.generation import BatchLimit, ImageSampler, generate
 from functions.support.pictures import save_strip
 
 MIXTURES, VARIATIONS = 9, 8  # columns: from one end to the other, and beside the image
@@ -73,17 +74,17 @@ def save_interpolation(
     As in the paper (`interpolate_images`), but for two images of the seed and a depth of all timesteps: they come from
     noise that is known, and so that is mixed (`interpolate_seeds`).
     """
-    T, of_seed = image_sampler.scheduler.timesteps, all(isinstance(source, int) for source in sources)
+    of_seed = all(isinstance(source, int) for source in sources)
     ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
     weights = torch.linspace(0, 1, MIXTURES, device=image_sampler.device)
 
     def mixtures(t: int, columns: Sequence[int]) -> Tensor:
-        if of_seed and t == T - 1:
+        if of_seed and t == image_sampler.scheduler.timesteps - 1:
             return interpolate_seeds(image_sampler, sources, weights[list(columns)])
         return interpolate_images(image_sampler, ends, t, weights[list(columns)])
 
-    names = [f"image {source}" if of_seed else "image" for source in sources]
-    titles = [names[0], *(f"{weight:.3g}" for weight in weights.tolist()), names[1]]
+    first, second = [f"image {source}" if isinstance(source, int) else "image" for source in sources]
+    titles = [first, *(f"{weight:.3g}" for weight in weights.tolist()), second]
     save_rows(image_sampler, mixtures, depths, batch_size, ends, titles, path)
 
 
@@ -100,7 +101,7 @@ def save_variations(
 def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
     """(C, H, W) in [-1, 1]: the image of that number, which is sampled, or a file's."""
     if isinstance(source, int):
-        return generate(image_sampler, [source], 1, progress=False).images[0].to(image_sampler.device)
+        return generate(image_sampler, [source], 1).images[0].to(image_sampler.device)
     return to_model_range(torch.from_numpy(source)[None])[0].to(image_sampler.device)
 
 
@@ -116,11 +117,9 @@ def save_rows(
     """Save the columns of `sample_row(t, columns)`, one row a depth t, between one or two ends."""
     all_t = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in depths]
     limit, rows, count = BatchLimit(image_sampler.device, batch_size), [], len(titles) - len(ends)
-    with image_bar(len(all_t) * count) as bar:
-        for t in all_t:
-            images = limit.in_parts(lambda columns, t=t: to_uint8(sample_row(t, columns)).cpu(), range(count))
-            rows.append(torch.cat(images).numpy())
-            bar.update(count)
+    for t in tqdm(all_t, path.stem, unit="row"):
+        images = limit.in_parts(lambda columns, t=t: to_uint8(sample_row(t, columns)).cpu(), range(count))
+        rows.append(torch.cat(images).numpy())
     first, *last = [np.repeat(image[None], len(rows), axis=0) for image in to_uint8(ends).cpu().numpy()]
     row_titles = [f"t = {t + 1}" for t in all_t]  # the paper's t, which is 0 for an image
     save_strip([first, *np.stack(rows).swapaxes(0, 1), *last], titles, path, row_titles)

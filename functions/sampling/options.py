@@ -5,15 +5,13 @@
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Model, scaled_eps
-from functions.samplers import OnStep, StepNoise, ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
+from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from functions.support.command_line import fraction, positive
+from functions.support.device import DTYPES
 from functions.support.errors import UserError
 from functions.timesteps import SPACINGS, sampling_times
 
@@ -55,8 +53,8 @@ class SamplerOptions:
 
     @staticmethod
     def from_args(args: argparse.Namespace) -> "SamplerOptions":
-        """The options that the flags of `add_sampler_flags` ask for."""
-        return SamplerOptions(args.sampler, args.steps, args.spacing, args.eps_scale, args.variance, args.eta)
+        """The options that the flags of `add_sampling_flags` ask for."""
+        return SamplerOptions(**{field.name: getattr(args, field.name) for field in fields(SamplerOptions)})
 
     @property
     def own(self) -> dict[str, str | float]:
@@ -73,19 +71,6 @@ class SamplerOptions:
         except ValueError as error:
             raise UserError(str(error)) from error
         return times if start is None else [start, *(t for t in times if t < start)]
-
-    def sample(
-        self,
-        model: Model,
-        scheduler: NoiseScheduler,
-        x_T: Tensor,
-        times: Sequence[int] | None = None,
-        step_noise: StepNoise | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """The sampler with its options: x_T, or the state at the first of `times`, -> x_0 (B, ...)."""
-        model, times = scaled_eps(model, self.eps_scale), times or self.times(scheduler)
-        return SAMPLERS[self.sampler](model, scheduler, x_T, times, **self.own, step_noise=step_noise, on_step=on_step)
 
     def facts(self, timesteps: int) -> dict[str, str | int | float]:
         """All that decides the pixels, for a model with T = `timesteps`."""
@@ -108,23 +93,33 @@ class SamplerOptions:
         return "-".join(words + ([f"eps{self.eps_scale:g}"] if self.eps_scale != 1 else []))
 
 
-def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `SamplerOptions.from_args` reads."""
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that sample.py and evaluate.py share: which model, on what, and how images are sampled from it."""
+    add = parser.add_argument
+    checkpoint = "a run folder, a checkpoint or an exported .safetensors (default: the newest run)"
+    add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
+    add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
+    batch_size = "images at a time; halved while they do not fit in memory (default: 64)"
+    add("--batch-size", type=positive, default=64, metavar="N", help=batch_size)
+    add("--out", type=Path, metavar="FOLDER", help="where files go (default: a folder in that of the run)")
+    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
+    device = "auto (CUDA, then Apple's MPS, then the CPU), cpu, cuda, cuda:N or mps (default: auto)"
+    add("--device", default="auto", metavar="NAME", help=device)
+    precision = "what the network computes in; auto: the fastest that the hardware has (default: float32)"
+    add("--precision", default="float32", choices=("auto", *DTYPES), help=precision)
+
     add = parser.add_argument_group("how images are sampled from noise").add_argument
-    add(
-        "--sampler",
-        choices=SAMPLERS,
-        default="ddpm",
-        help="ddpm: the paper's, with fresh noise in every step; ddim: deterministic; dpm++: DPM-Solver++ 2M, good "
-        "with 20 steps; ipndm: deterministic, of the highest order (default: ddpm)",
+    sampler = (
+        "ddpm: the paper's, with fresh noise in every step; ddim: deterministic; dpm++: DPM-Solver++ 2M, good with 20 "
+        "steps; ipndm: deterministic, of the highest order (default: ddpm)"
     )
+    add("--sampler", choices=SAMPLERS, default="ddpm", help=sampler)
     add("--steps", type=positive, metavar="N", help="network calls for an image (default: one for each timestep)")
-    add(
-        "--spacing",
-        choices=SPACINGS,
-        help="of the steps: trailing, even in t; logsnr, even in the logarithm of the signal-to-noise ratio (default: "
-        "logsnr for dpm++, trailing for the others)",
+    spacing = (
+        "of the steps: trailing, even in t; logsnr, even in the logarithm of the signal-to-noise ratio (default: "
+        "logsnr for dpm++, trailing for the others)"
     )
+    add("--spacing", choices=SPACINGS, help=spacing)
     eta = "how much fresh noise ddim and dpm++ add: from 0, none, to 1 (default: 0 for ddim, 1 for dpm++)"
     add("--eta", type=fraction, metavar="X", help=eta)
     variance = "of ddpm's noise: small, the posterior's; large, beta, for all timesteps alone (default: small)"

@@ -160,7 +160,7 @@ class BookKeeper:
         sampler = ImageSampler(self.denoiser, options, self.run.image_shape, self.config.seed, self.images.device)
         pixels = []
         if mine:
-            pixels = [to_uint8(generate(sampler, mine, self.config.batch_size, progress=False).images).numpy()]
+            pixels = [to_uint8(generate(sampler, mine, self.config.batch_size).images).numpy()]
         everyones = [pixels for of_process in self.processes.gather(pixels) for pixels in of_process]
         if self.processes.is_main:
             save_grid(np.concatenate(everyones), self.run.path_of("samples", done))

@@ -17,7 +17,7 @@ def small_features(images):
 
 
 def small_extractor(weights=None, device=None, processes=None):
-    return Extractor("small", "none", 8, small_features, torch.device("cpu"))
+    return Extractor({"extractor": "small", "weights_hash": "none"}, 8, small_features, torch.device("cpu"))
 
 
 def blurred(images):

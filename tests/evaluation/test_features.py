@@ -15,12 +15,12 @@ from functions.evaluation.features import (
     Extractor,
     Reference,
     compare,
+    image_warnings,
     load_inception,
     real_features,
     sample_features,
     statistics,
 )
-from functions.evaluation.report import image_warnings
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, generate_batches
@@ -133,7 +133,7 @@ def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_features(photo
             sizes.append(len(batch))
             return small_features(batch)
 
-        return Extractor("small", "none", 8, extract, torch.device("cpu"))
+        return Extractor(EXTRACTOR.facts, 8, extract, torch.device("cpu"))
 
     torch.testing.assert_close(features(images, 16, extractor=extractor_for(5)), features(images))
     errors = capsys.readouterr().err
@@ -154,8 +154,8 @@ def test_features_of_samples_are_those_of_the_images_that_are_sampled():
 
 
 def test_few_samples_are_said_loudly():
-    assert len(image_warnings({"count": 63_000}, 50_000, 2048)) == 0
-    few, singular = image_warnings({"count": 900}, 1_000, 2048)
+    assert len(image_warnings(63_000, 50_000, 2048)) == 0
+    few, singular = image_warnings(900, 1_000, 2048)
     assert "1,000 SAMPLES, NOT 50,000" in few and "900 IMAGES FOR 2,048" in singular
 
 
@@ -190,7 +190,6 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
 
 def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(functions.evaluation.features, "PATIENCE", None)  # no timeout for the tests after this one
     url = "https://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth"  # where nobody listens
     with pytest.raises(UserError, match=r"cannot be downloaded .*127\.0\.0\.1:9.*--weights FILE") as error:
         functions.evaluation.features.downloaded(url)

@@ -5,26 +5,25 @@ import json
 import math
 import re
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not installed")
 
-from functions.evaluation.features import Extractor, Reference, real_features, statistics
+from functions.evaluation.features import Reference, real_features, statistics
 from functions.evaluation.reference_statistics import (
     FORMAT,
     describe,
-    published_reference,
     read_reference,
     write_reference,
 )
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
-from tests.evaluation.small_extractor import small_extractor, small_features
+from tests.evaluation.small_extractor import small_extractor
 
-EXTRACTOR, CPU = small_extractor(), torch.device("cpu")
+EXTRACTOR = small_extractor()
 FACTS = {
     "format": FORMAT,
     "dataset": "d",
@@ -51,21 +50,21 @@ def test_reference_is_published_and_checked(tmp_path):
 
     public = tmp_path / "discs.npz"
     write_reference(public, first)
-    found = published_reference(public, 16, EXTRACTOR)
+    found = read_reference(public, 16, EXTRACTOR)
     assert found.features is None and found.description == description
     with pytest.raises(UserError, match="image_size = 16; here it is 32"):
-        published_reference(public, 32, EXTRACTOR)
+        read_reference(public, 32, EXTRACTOR)
     with pytest.raises(UserError, match="weights_hash = none; here it is other"):
-        published_reference(public, 16, Extractor("small", "other", 8, small_features, CPU))
+        read_reference(public, 16, replace(EXTRACTOR, facts={**EXTRACTOR.facts, "weights_hash": "other"}))
     with pytest.raises(UserError, match="features = 8; here it is 2048"):
-        published_reference(public, 16, Extractor("small", "none", 2048, small_features, CPU))
+        read_reference(public, 16, replace(EXTRACTOR, width=2048))
 
 
 def test_files_have_the_format_that_was_published(tmp_path):
     """Member by member: files of before stay valid, and those of now are valid elsewhere."""
     old, new = tmp_path / "old.npz", tmp_path / "new.npz"
     np.savez(old, description=np.array(json.dumps(FACTS)), **GOOD)
-    write_reference(new, read_reference(old))
+    write_reference(new, read_reference(old, 16, EXTRACTOR))
     assert old.read_bytes() == new.read_bytes()
 
 
@@ -123,11 +122,11 @@ def test_bad_files_are_one_sentence(kind, tmp_path):
         path.write_bytes(content)
     else:
         np.savez(path, **content)
-    with pytest.raises(UserError, match=r"bad\.npz: damaged, or not evaluate\.py's reference") as error:
-        read_reference(path)
+    with pytest.raises(UserError, match=r"bad\.npz: no sound reference statistics") as error:
+        read_reference(path, 16, EXTRACTOR)
     assert str(error.value).isprintable() and len(str(error.value)) < 600 and not ran.exists()
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"none\.npz: there is no such file"):
-        read_reference(tmp_path / "none.npz")
+    with pytest.raises(UserError, match=r"none\.npz: no sound.*No such file"):
+        read_reference(tmp_path / "none.npz", 16, EXTRACTOR)

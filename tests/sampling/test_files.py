@@ -69,7 +69,7 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
     two = script(*torchrun, tiny_run, *FLAGS, "--progressive", "--out", tmp_path / "part")
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("all 22 images are there") == 1  # rank 0 alone speaks
-    assert two.stderr.count(" 0.0/12 images") == 1  # one bar, of rank 0: 3 of 6 batches, all of which are to be seen
+    assert two.stderr.count(" 0.00/360 ") == 1  # one bar, of rank 0: 3 of 6 batches, all of which are to be seen
     one = contents(whole)
     both = contents(tmp_path / "part")
     assert both.keys() == one.keys() | {"progressive.png"}

@@ -7,7 +7,7 @@ from PIL import Image
 
 import sample
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.options import SAMPLERS, SamplerOptions, add_sampler_flags
+from functions.sampling.options import SAMPLERS, SamplerOptions, add_sampling_flags
 from functions.support.errors import UserError
 from tests.conftest import ROOT, call, script
 
@@ -35,7 +35,7 @@ def test_options_as_texts():
 
 def test_without_flags_the_options_are_the_defaults():
     parser = argparse.ArgumentParser()
-    add_sampler_flags(parser)
+    add_sampling_flags(parser)
     assert SamplerOptions.from_args(parser.parse_args([])) == SamplerOptions()
     flags = ["--sampler", "ddim", "--steps", "7", "--eta", "0.5", "--spacing", "logsnr", "--eps-scale", "1.01"]
     assert SamplerOptions.from_args(parser.parse_args(flags)) == SamplerOptions("ddim", 7, "logsnr", 1.01, eta=0.5)
@@ -65,10 +65,7 @@ def test_the_rest_of_the_way_is_done_in_the_steps_of_the_whole():
         (["--eps-scale", "inf"], "--eps-scale is inf; it can be 1"),
         (["--eps-scale", "nan"], "--eps-scale is nan; it can be 1"),
         (["--n", "101"], "a grid shows 100 images at most; for 101 add --individual"),
-        (["--interpolate", "1", "a.png"], "--interpolate takes two image files or two numbers"),
-        (["--variations", "1", "--strip"], "leave out --individual, --strip and --progressive"),
         (["--interpolate", "1"], "--interpolate: expected 2 arguments"),
-        (["--fit"], "--fit is for the image files of --interpolate"),
         (["--depths", "0.5,2"], "'2' is not a number from 0 to 1"),
     ],
 )

@@ -36,7 +36,7 @@ EVERY_SAMPLER = [SamplerOptions(), SamplerOptions("ddpm", 8, variance="large"), 
 @pytest.mark.parametrize("options", EVERY_SAMPLER, ids=str)
 def test_an_image_does_not_depend_on_its_batch(network, options):
     def sample_images(images, batch_size):
-        return generate(image_sampler_of(network, 30, options, seed=7), images, batch_size, {("x", 0)}, progress=False)
+        return generate(image_sampler_of(network, 30, options, seed=7), images, batch_size, {("x", 0)})
 
     one, three, all_at_once = (sample_images(range(5), batch_size) for batch_size in (1, 3, 5))
     some = sample_images([4, 2], 2)
@@ -67,7 +67,6 @@ def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network
     errors = capsys.readouterr().err
     assert "out of memory with 8 images at a time: going on with 4" in errors
     assert "out of memory with 4 images at a time: going on with 2" in errors
-    assert "13.0/13 images" in errors
     assert sizes[-5:] == [1] * 5  # 8 = 2 2 2 2, 5 = 2 2 1
     assert (halved.images - sample_images(network, 13).images).abs().max() * 127.5 < 1
 
@@ -79,7 +78,7 @@ def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(net
 
         model = torch.nn.Module()
         model.forward = forward
-        return generate(image_sampler_of(model, 30), range(4), 2, progress=False)
+        return generate(image_sampler_of(model, 30), range(4), 2)
 
     with pytest.raises(UserError, match="no memory for a single image at a time on cpu: CUDA out of memory"):
         fail(torch.OutOfMemoryError("CUDA out of memory.\nA long text"))
@@ -90,7 +89,7 @@ def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(net
 def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
     states, predictions = [("x", k) for k in (0, 60, 100)], [("x_0", k) for k in (1, 50, 100)]
     image_sampler = image_sampler_of(network)
-    samples = generate(image_sampler, range(3), 2, {*states, *predictions}, progress=False)
+    samples = generate(image_sampler, range(3), 2, {*states, *predictions})
     images = to_uint8(samples.images).numpy()
     assert samples.frames.keys() == {*states, *predictions}
     assert np.array_equal(samples.frames["x", 0], to_uint8(image_sampler.noise(range(3)).draw()).numpy())
@@ -101,7 +100,7 @@ def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
 
 def test_fewer_steps_of_ddpm_are_those_of_ddim_with_eta_1(network):
     ddpm, ddim = (
-        generate(image_sampler_of(network, options=options), range(2), 2, progress=False).images
+        generate(image_sampler_of(network, options=options), range(2), 2).images
         for options in (SamplerOptions(steps=10), SamplerOptions("ddim", 10, eta=1.0))
     )
     torch.testing.assert_close(ddpm, ddim, rtol=1e-3, atol=1e-4)
@@ -128,7 +127,7 @@ def test_the_host_never_waits_for_the_gpu(network, options):
 
 def test_sampling_leaves_the_training_mode_as_it_was(network):
     network.train()
-    generate(image_sampler_of(network, options=SamplerOptions(steps=1)), range(1), 1, progress=False)
+    generate(image_sampler_of(network, options=SamplerOptions(steps=1)), range(1), 1)
     assert network.training
 
 
@@ -159,7 +158,7 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
     # --individual images are the samples themselves, pixel for pixel
     saved = load_weights(next((tiny_run / "checkpoints").glob("*10.safetensors")))
     image_sampler = ImageSampler(rebuild(UNet, saved, CPU), SamplerOptions(), (3, 16, 16), 3, CPU)
-    again = to_uint8(generate(image_sampler, range(5), 64, progress=False).images).numpy()
+    again = to_uint8(generate(image_sampler, range(5), 64).images).numpy()
     assert np.array_equal(again, np.stack([np.asarray(Image.open(path)) for path in singles]))
 
 

@@ -48,7 +48,7 @@ def test_slerp_keeps_the_distribution_of_noise():
 def test_between_two_seeds_the_ends_are_their_own_samples(network, sampler):
     image_sampler = sampler_of(network, SamplerOptions(sampler, 10))
     row = interpolate_seeds(image_sampler, (3, 8), WEIGHTS)
-    own = generate(image_sampler, [3, 8], 2, progress=False)
+    own = generate(image_sampler, [3, 8], 2)
     torch.testing.assert_close(row[[0, 2]], own.images, rtol=1e-3, atol=2e-3)
     assert (row[1] - row[0]).abs().mean() > 0.01
     assert (row[1] - row[2]).abs().mean() > 0.01

@@ -121,8 +121,8 @@ def test_a_resumed_run_keeps_the_arithmetic_that_it_was_started_with():
 @needs_cuda
 def test_samples_on_the_gpu_are_those_of_the_cpu():
     model = small_unet()
-    on_cpu = generate(image_sampler_of(model), range(3), 3, progress=False)
-    on_gpu = generate(image_sampler_of(copy.deepcopy(model).to(CUDA), device=CUDA), range(3), 3, progress=False)
+    on_cpu = generate(image_sampler_of(model), range(3), 3)
+    on_gpu = generate(image_sampler_of(copy.deepcopy(model).to(CUDA), device=CUDA), range(3), 3)
     assert (on_gpu.images - on_cpu.images).abs().max() < 0.05
 
 
