@@ -125,13 +125,13 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         processes.say(f"{describe_memory(run, precision)}\n  images in  {image_set.path}\n  goes to    {place}")
         processes.say("nothing was started")
         return
-    fit_memory(run, Denoiser(model, scheduler, precision=precision), processes)
+    fit_memory(run, Denoiser(model, scheduler, precision), processes)
     config = run.experiment.diffusion  # with a smaller batch_size where the memory wants it
 
     passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)
     batches = images.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, passes,
                                         range(run.first_step, total_steps)))  # fmt: skip
-    denoiser = Denoiser(model, scheduler, ema_model, precision)
+    denoiser = Denoiser(ema_model or model, scheduler, precision)
     with BookKeeper(run, state, denoiser, images, split.val_indices, processes) as books:
         network = processes.wrap(model, device)
         for step in range(run.first_step, total_steps):  # Algorithm 1, lines 1 and 6: total_steps times

@@ -8,6 +8,7 @@ which the loss and the `Denoiser` both have.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +18,13 @@ from functions.noise_scheduler import NoiseScheduler, Timestep
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,) int64) -> eps (B, ...)
 
 
+@dataclass(frozen=True)
 class Denoiser:
-    """A trained network and its schedule, as a `Model`: EMA weights if there are any, under autocast, eps in float32.
+    """A network and its schedule, as a `Model`: under autocast, with x_t and eps in float32."""
 
-    Args:
-        model: the network.
-        scheduler: the one that it was trained with.
-        ema_model: its average, which is called instead.
-        precision: of the network's matrix products and convolutions.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scheduler: NoiseScheduler,
-        ema_model: nn.Module | None = None,
-        precision: torch.dtype = torch.float32,
-    ):
-        self.network, self.scheduler, self.precision = ema_model or model, scheduler, precision
+    network: nn.Module
+    scheduler: NoiseScheduler  # the one that the network was trained with
+    precision: torch.dtype = torch.float32  # of the network's matrix products and convolutions
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         with autocast(x_t.device, self.precision):

@@ -37,7 +37,7 @@ class BookKeeper:
 
     run: Run
     state: TrainingState
-    denoiser: Denoiser  # to sample with
+    denoiser: Denoiser  # to sample with: of the EMA weights if there are any
     images: object  # an ImageFeeder
     val_indices: np.ndarray
     processes: Processes
@@ -139,7 +139,7 @@ class BookKeeper:
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
         for column, net in {"val_loss": self.state.model, "val_loss_ema": self.state.ema_model}.items():
             if net is not None and validating:
-                own = Denoiser(net, self.denoiser.scheduler, precision=self.denoiser.precision)
+                own = Denoiser(net, self.denoiser.scheduler, self.denoiser.precision)
                 row[column] = validation_loss(own, self.images.gather, self.val_indices, self.config, self.processes)
         if bounding:
             options = BoundOptions(BOUND_T_STRIDE, self.config.batch_size, self.config.seed)
