@@ -28,7 +28,7 @@ from functions.support.processes import Processes, joined
 from functions.support.random_numbers import seed_of, training_draws
 from functions.support.run_folder import Run, find_checkpoints, first_sound, run_to_resume
 from functions.training.book_keeping import BookKeeper
-from functions.training.start import describe, describe_memory, fit_memory
+from functions.training.start import describe, fit_memory
 from models.unet import UNet
 
 
@@ -102,8 +102,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     # Model
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=memory_format)
-    redraws_dropout = device.type != "mps" or run.experiment.model.dropout == 0
-    model.set_recompute(config.recompute if redraws_dropout else "none")
+    model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -122,8 +121,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     processes.say(describe(run, image_set.summary))
     if dry_run:
         place = run.folder or run.runs / f"{run.name}-<time>"
-        processes.say(f"{describe_memory(run, precision)}\n  images in  {image_set.path}\n  goes to    {place}")
-        processes.say("nothing was started")
+        processes.say(f"  images in  {image_set.path}\n  goes to    {place}\nnothing was started")
         return
     fit_memory(run, Denoiser(model, scheduler, precision), processes)
     config = run.experiment.diffusion  # with a smaller batch_size where the memory wants it

@@ -13,9 +13,6 @@ from functions.support.files import short
 from functions.support.processes import Processes
 from functions.support.run_folder import Run
 
-# What is kept for backward, in numbers an image, over the numbers of one feature map of each level: measured on the
-# reference network at 128 px.
-KEPT_OF_A_LEVEL = {"none": 45, "norms": 15, "blocks": 6}
 VISIBLE_SNR = 1e-3  # x_T with a larger terminal SNR still carries the image; the paper's 1000 steps leave 4e-5
 
 
@@ -49,14 +46,6 @@ def describe(run: Run, data_summary: str) -> str:
     ])  # fmt: skip
 
 
-def describe_memory(run: Run, precision: torch.dtype) -> str:
-    """A guess at what a training takes: weights, gradients and Adam's moments, and what a pass keeps for backward."""
-    config, model = run.experiment.diffusion, run.experiment.model
-    maps = sum(dim * (model.image_size >> level) ** 2 for level, dim in enumerate(model.dims))
-    kept = config.batch_size * KEPT_OF_A_LEVEL[config.recompute] * maps * precision.itemsize
-    return f"  memory     about {(4 * 4 * run.facts['parameters'] + kept) / 1e9:.1f} GB, beside Python and PyTorch"
-
-
 def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
     """Give the run a batch_size that fits in memory in every process.
 
@@ -70,12 +59,13 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
     Raises:
         UserError: nothing fits.
     """
-    config, on_mps = run.experiment.diffusion, next(denoiser.network.parameters()).device.type == "mps"
+    config = run.experiment.diffusion
     effective, most = config.effective_batch, len(processes.own_range(config.effective_batch))
     attempts = [(size, config.recompute) for size in range(config.batch_size, 0, -1) if effective % size == 0]
-    for size, recompute in [*attempts, *([] if on_mps else [(1, "blocks")])]:
-        if recompute != config.recompute:
-            denoiser.network.set_recompute(recompute)
+    if config.recompute != "blocks":
+        attempts.append((1, "blocks"))
+    for size, recompute in attempts:
+        denoiser.network.set_recompute(recompute)
         if not processes.any(not pass_fits(denoiser, min(size, most))):
             break
         processes.say(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
