@@ -20,7 +20,7 @@ from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser, autocast
+from functions.prediction import Denoiser
 from functions.support.checkpoint import TrainingState, check_whole
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
 from functions.support.device import Adam, arithmetic, choose_arithmetic, choose_device, set_deterministic
@@ -35,7 +35,8 @@ from models.unet import UNet
 def main() -> None:
     """Read the command line and train."""
     parser = Parser(description=__doc__, usage="%(prog)s [experiment] [flags]")
-    parser.add_argument("experiment", nargs="?", help=f"{', '.join(EXPERIMENTS)}; {DEFAULT_EXPERIMENT} when left out")
+    experiments = f"{', '.join(EXPERIMENTS)}; {DEFAULT_EXPERIMENT} when left out"
+    parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS, metavar="experiment", help=experiments)
     parser.add_argument(
         "--resume", nargs="?", const="newest", metavar="RUN|auto",
         help="go on with this run's folder, or with the newest unfinished run of the experiment; auto: with that, or "
@@ -47,8 +48,6 @@ def main() -> None:
     add_config_flags(parser, "diffusion", DiffusionConfig)
     add_config_flags(parser, "model", ModelConfig)
     args = parser.parse_args()
-    if args.experiment not in (None, *EXPERIMENTS):
-        parser.error(f"there is no experiment {args.experiment!r}; there are {', '.join(EXPERIMENTS)}")
     changes = given_fields(args, "diffusion", DiffusionConfig), given_fields(args, "model", ModelConfig)
     name = args.experiment or DEFAULT_EXPERIMENT
     with joined() as processes:
@@ -70,10 +69,7 @@ def open_run(folder: Path, wanted: str | None, changes: tuple[dict, dict], proce
     path = processes.from_main(lambda: first_sound(find_checkpoints(folder), check_whole).path)
     checkpoint = check_whole(path)
     name = checkpoint.contents["run"]["experiment"]
-    try:
-        saved = Experiment.from_dict(checkpoint.contents["config"])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    saved = Experiment.from_dict(checkpoint.contents["config"])
     if wanted not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {wanted!r}")
     resumed = saved.resumed(*changes)
@@ -132,6 +128,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     denoiser = Denoiser(ema_model or model, scheduler, precision)
     with BookKeeper(run, state, denoiser, images, split.val_indices, processes) as books:
         network = processes.wrap(model, device)
+        trained = Denoiser(network, scheduler, precision)
         for step in range(run.first_step, total_steps):  # Algorithm 1, lines 1 and 6: total_steps times
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, run.image_shape, scheduler.timesteps,
@@ -144,8 +141,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                     x_0 = augment(x_0, draws.flip[places], degrees * draws.tilt[places] if degrees else None)
                 torch.manual_seed(seed_of(config.seed, "dropout", step, places.start))
                 with processes.accumulating(network, last=places is passes[-1]):
-                    with autocast(device, precision):  # line 5: the loss; below, its gradient
-                        losses = noise_prediction_loss(network, scheduler, x_0, draws.t[places], draws.noise[places])
+                    # Line 5: the loss; below, its gradient
+                    losses = noise_prediction_loss(trained, scheduler, x_0, draws.t[places], draws.noise[places])
                     scaler.scale(losses.sum() * processes.count / config.effective_batch).backward()
                 loss += losses.detach().sum()
             # Line 5: the step, by Adam, which skips it where numbers are not finite; then the average of the weights

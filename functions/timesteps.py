@@ -1,8 +1,4 @@
-"""Which of the T timesteps a sampler visits.
-
-A way through the noise is a falling list of N + 1 timesteps for N network calls. The model is called at all but the
-last, which is where the state ends: -1, the clean image (alpha_bar = 1), or a timestep, whose noise is then left in.
-"""
+"""Which of the T timesteps a sampler visits."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,7 +13,7 @@ SPACINGS = ("trailing", "logsnr")
 def sampling_times(
     scheduler: NoiseScheduler, steps: int | Sequence[int] | None = None, spacing: str = "trailing"
 ) -> list[int]:
-    """The falling timesteps that a sampler visits, from T - 1 to -1: one more than it calls the network.
+    """The falling timesteps that a sampler visits, from T - 1 to -1, the clean image, where no network is called.
 
     Args:
         steps: network calls, 1 .. T; None: all T; or the timesteps themselves, which are checked: they may begin below

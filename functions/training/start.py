@@ -1,15 +1,13 @@
 """Before the first step: what a training says of itself, and a batch size that fits in memory, found by trying."""
 
 import math
-import sys
 
 import torch
 
 from functions.losses import noise_prediction_loss
-from functions.prediction import Denoiser, autocast
+from functions.prediction import Denoiser
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
-from functions.support.files import short
 from functions.support.processes import Processes
 from functions.support.run_folder import Run
 
@@ -80,18 +78,16 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
 
 def pass_fits(denoiser: Denoiser, images: int) -> bool:
     """Whether a forward and backward pass fits in memory; leaves no gradients."""
-    network, scheduler = denoiser.network, denoiser.scheduler
+    network = denoiser.network
     device = next(network.parameters()).device
     x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=device)
     t = torch.zeros(images, dtype=torch.int64, device=device)
     try:
-        with autocast(device, denoiser.precision):
-            noise_prediction_loss(network, scheduler, x_0, t, x_0).sum().backward()
+        noise_prediction_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
         return True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{device}: {short(error)}", file=sys.stderr)
         return False
     finally:
         network.zero_grad()
