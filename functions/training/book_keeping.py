@@ -60,7 +60,8 @@ class BookKeeper:
                 initial=first_step, total=self.total_steps, unit="step", dynamic_ncols=True,
                 disable=not self.processes.is_main,
             ))  # fmt: skip
-            if self.run.checkpoint and self.run.checkpoint.contents["config"] != self.run.experiment.to_dict():
+            experiment, checkpoint = self.run.experiment, self.run.checkpoint
+            if checkpoint and experiment.from_dict(checkpoint.contents["config"]) != experiment:
                 self.save(first_step)  # so that from now on the run is resumed as it was changed
             self.stack = stack.pop_all()
         return self
