@@ -35,8 +35,7 @@ from models.unet import UNet
 def main() -> None:
     """Read the command line and train."""
     parser = Parser(description=__doc__, usage="%(prog)s [experiment] [flags]")
-    experiments = f"{', '.join(EXPERIMENTS)}; {DEFAULT_EXPERIMENT} when left out"
-    parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS, metavar="experiment", help=experiments)
+    parser.add_argument("experiment", nargs="?", help=f"{', '.join(EXPERIMENTS)}; {DEFAULT_EXPERIMENT} when left out")
     parser.add_argument(
         "--resume", nargs="?", const="newest", metavar="RUN|auto",
         help="go on with this run's folder, or with the newest unfinished run of the experiment; auto: with that, or "
@@ -48,6 +47,8 @@ def main() -> None:
     add_config_flags(parser, "diffusion", DiffusionConfig)
     add_config_flags(parser, "model", ModelConfig)
     args = parser.parse_args()
+    if args.experiment not in (None, *EXPERIMENTS):
+        parser.error(f"there is no experiment {args.experiment!r}; there are {', '.join(EXPERIMENTS)}")
     changes = given_fields(args, "diffusion", DiffusionConfig), given_fields(args, "model", ModelConfig)
     name = args.experiment or DEFAULT_EXPERIMENT
     with joined() as processes:

@@ -48,7 +48,7 @@ def test_cuda_where_there_is_none(main, tiny_run):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("train.py", ["fases"], "argument experiment: invalid choice: 'fases' (choose from "),
+        ("train.py", ["fases"], "there is no experiment 'fases'; there are faces, ffhq-run1"),
         ("train.py", ["--batchsize", "3"], "unrecognized arguments: --batchsize"),
         ("train.py", ["--diffusion.batch-size", "many"], "--diffusion.batch-size: invalid int value: 'many'"),
         ("sample.py", ["--n", "0"], "--n/-n: '0' is not an integer of at least 1"),

@@ -60,6 +60,9 @@ class BookKeeper:
                 initial=first_step, total=self.total_steps, unit="step", dynamic_ncols=True,
                 disable=not self.processes.is_main,
             ))  # fmt: skip
+            due = first_step > 0 and first_step % self.config.sample_every == 0
+            if due and not self.processes.from_main(self.run.path_of("samples", first_step).exists):
+                self.sample(first_step)  # which a stop left no time for
             experiment, checkpoint = self.run.experiment, self.run.checkpoint
             if checkpoint and experiment.from_dict(checkpoint.contents["config"]) != experiment:
                 self.save(first_step)  # so that from now on the run is resumed as it was changed
@@ -117,7 +120,7 @@ class BookKeeper:
             overdue = 0 < self.config.checkpoint_minutes <= minutes
             if due(self.config.checkpoint_every) or overdue or stopping:
                 self.save(done)
-            if due(self.config.sample_every):  # after saving, as a stop may leave no time for it
+            if due(self.config.sample_every) and not stopping:  # when stopping there may be no time for it
                 self.sample(done)
         if stopping:
             self.processes.wait()  # torchrun ends all when one has ended, and rank 0 is to save in peace

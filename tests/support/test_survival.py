@@ -129,12 +129,12 @@ def test_a_damaged_row_of_metrics_is_left_out_loudly(unfinished, capsys):
 
 
 @posix
-def test_a_stop_makes_the_grid_that_is_due(pictures, tiny_run, tmp_path):
+def test_a_grid_that_the_stop_left_no_time_for_is_drawn_on_resuming(pictures, tiny_run, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="75"):
         during(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))  # step 5 is due for a grid
         call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY)
     run = next(tmp_path.iterdir())
-    assert [path.name for path in (run / "samples").iterdir()] == ["step-00000005.png"]
+    assert not list((run / "samples").iterdir())
     call(train.main, "--resume", run)
     assert_same_run(tiny_run, run)
 
