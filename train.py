@@ -20,7 +20,7 @@ from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser, autocast
+from functions.prediction import Denoiser
 from functions.support.checkpoint import TrainingState, check_whole
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
 from functions.support.device import Adam, arithmetic, choose_arithmetic, choose_device, set_deterministic
@@ -70,10 +70,7 @@ def open_run(folder: Path, wanted: str | None, changes: tuple[dict, dict], proce
     path = processes.from_main(lambda: first_sound(find_checkpoints(folder), check_whole).path)
     checkpoint = check_whole(path)
     name = checkpoint.contents["run"]["experiment"]
-    try:
-        saved = Experiment.from_dict(checkpoint.contents["config"])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    saved = Experiment.from_dict(checkpoint.contents["config"])
     if wanted not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {wanted!r}")
     resumed = saved.resumed(*changes)
@@ -102,8 +99,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     # Model
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=memory_format)
-    redraws_dropout = device.type != "mps" or run.experiment.model.dropout == 0
-    model.set_recompute(config.recompute if redraws_dropout else "none")
+    model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -125,15 +121,16 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         processes.say(f"{describe_memory(run, precision)}\n  images in  {image_set.path}\n  goes to    {place}")
         processes.say("nothing was started")
         return
-    fit_memory(run, Denoiser(model, scheduler, precision=precision), processes)
+    fit_memory(run, Denoiser(model, scheduler, precision), processes)
     config = run.experiment.diffusion  # with a smaller batch_size where the memory wants it
 
     passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)
     batches = images.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, passes,
                                         range(run.first_step, total_steps)))  # fmt: skip
-    denoiser = Denoiser(model, scheduler, ema_model, precision)
+    denoiser = Denoiser(ema_model or model, scheduler, precision)
     with BookKeeper(run, state, denoiser, images, split.val_indices, processes) as books:
         network = processes.wrap(model, device)
+        trained = Denoiser(network, scheduler, precision)
         for step in range(run.first_step, total_steps):  # Algorithm 1, lines 1 and 6: total_steps times
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, run.image_shape, scheduler.timesteps,
@@ -146,8 +143,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                     x_0 = augment(x_0, draws.flip[places], degrees * draws.tilt[places] if degrees else None)
                 torch.manual_seed(seed_of(config.seed, "dropout", step, places.start))
                 with processes.accumulating(network, last=places is passes[-1]):
-                    with autocast(device, precision):  # line 5: the loss; below, its gradient
-                        losses = noise_prediction_loss(network, scheduler, x_0, draws.t[places], draws.noise[places])
+                    # Line 5: the loss; below, its gradient
+                    losses = noise_prediction_loss(trained, scheduler, x_0, draws.t[places], draws.noise[places])
                     scaler.scale(losses.sum() * processes.count / config.effective_batch).backward()
                 loss += losses.detach().sum()
             # Line 5: the step, by Adam, which skips it where numbers are not finite; then the average of the weights

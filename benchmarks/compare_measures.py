@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from functions.prediction import autocast
-
 aten = torch.ops.aten
 # PyTorch's counter knows attention on GPUs alone
 CPU_ATTENTION = {
@@ -72,7 +70,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, times: int = 1)
 
 def noise_loss(network: Callable, x_t: Tensor, t: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
     """The loss of functions/losses.py for an x_t that is there already: eps in float32, squared error, mean."""
-    with autocast(x_t.device, dtype):
+    with torch.autocast(x_t.device.type, dtype, enabled=dtype != torch.float32):
         eps = network(x_t, t)
     return (eps.float() - noise).square().mean()
 

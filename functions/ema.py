@@ -6,11 +6,10 @@ from torch import nn
 
 @torch.no_grad()
 def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """Move `ema_model` (a deep copy of `model`) a little towards `model`, in place.
+    """Move the parameters of `ema_model` (a deep copy of `model`) a little towards those of `model`, in place.
 
-    Parameters are averaged with min(decay, (1 + step) / (10 + step)): early on the average follows the weights
-    closely, since remembering the initial ones for 1 / (1 - decay) steps would spoil the samples of a short run.
-    Buffers are copied: a constant table or a counter has no meaningful average.
+    They are averaged with min(decay, (1 + step) / (10 + step)): early on the average follows the weights closely,
+    since remembering the initial ones for 1 / (1 - decay) steps would spoil the samples of a short run.
 
     Args:
         step: optimiser steps done before this update's own, 0, 1, ...
@@ -18,5 +17,3 @@ def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float) 
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), weight)
-    for ema_buffer, buffer in zip(ema_model.buffers(), model.buffers(), strict=True):
-        ema_buffer.copy_(buffer)

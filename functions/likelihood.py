@@ -23,13 +23,7 @@ OPEN = 0.999  # values beyond are the first and the last level, whose bins reach
 
 
 def terms_of(
-    model: Model,
-    scheduler: NoiseScheduler,
-    x_0: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    variance: str = "small",
-    clip_x_0: bool = True,
+    model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor, variance: str, clip_x_0: bool
 ) -> Tensor:
     """One term of each image, with what else is known then.
 

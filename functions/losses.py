@@ -1,15 +1,12 @@
 """The training objective."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Model
 
 
-def noise_prediction_loss(
-    model: Callable[[Tensor, Tensor], Tensor], scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor
-) -> Tensor:
+def noise_prediction_loss(model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """L_simple of DDPM (Ho et al. 2020, Eq. 14, Algorithm 1's line 5): ||eps - eps_theta(x_t, t)||^2 / (C H W).
 
     x_t is made in the precision of x_0 (float32), whatever the model computes in: in half precision the small noise

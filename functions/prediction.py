@@ -1,13 +1,13 @@
-"""What a network's output means, once it is trained: the one place between it and the mathematics.
+"""What a network's output means: the one place between it and the mathematics.
 
-Samplers, the variational bound, figures and benchmarks ask `predict` for (x_0, eps) at (x_t, t). To let the network
-predict v instead of eps, change the target in `losses.py`, and `Denoiser.__call__`, which must always return eps:
-sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t. To let a field of `config.py` choose, put it into the `NoiseScheduler`,
-which the loss and the `Denoiser` both have.
+The loss calls a `Denoiser`; samplers, the variational bound, figures and benchmarks ask `predict` for (x_0, eps) at
+(x_t, t). To let the network predict v instead of eps, change the target in `losses.py`, and `Denoiser.__call__`, which
+must always return eps: sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +17,16 @@ from functions.noise_scheduler import NoiseScheduler, Timestep
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,) int64) -> eps (B, ...)
 
 
+@dataclass(frozen=True)
 class Denoiser:
-    """A trained network and its schedule, as a `Model`: EMA weights if there are any, under autocast, eps in float32.
+    """A network and its schedule, as a `Model`: under autocast, with x_t and eps in float32."""
 
-    Args:
-        model: the network.
-        scheduler: the one that it was trained with.
-        ema_model: its average, which is called instead.
-        precision: of the network's matrix products and convolutions.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scheduler: NoiseScheduler,
-        ema_model: nn.Module | None = None,
-        precision: torch.dtype = torch.float32,
-    ):
-        self.network, self.scheduler, self.precision = ema_model or model, scheduler, precision
+    network: nn.Module
+    scheduler: NoiseScheduler  # the one that the network was trained with
+    precision: torch.dtype = torch.float32  # of the network's matrix products and convolutions
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        with autocast(x_t.device, self.precision):
+        with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.network(x_t.float(), t).float()
 
     @contextmanager
@@ -81,8 +70,3 @@ def scaled_eps(model: Model, eps_scale: float) -> Model:
     such as 1.005.
     """
     return (lambda x_t, t: model(x_t, t) / eps_scale) if eps_scale != 1 else model
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
-    """Run the network's matrix products and convolutions in `precision`; in float32 this does nothing."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)

@@ -165,44 +165,30 @@ def ipndm_sample(
     scheduler: NoiseScheduler,
     x_T: Tensor,
     steps: Steps = None,
-    history: Sequence[Tensor] = (),
     spacing: str = "trailing",
     clip_x_0: bool = True,
     step_noise: StepNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """iPNDM (Zhang and Chen 2023, arXiv:2204.13902; PNDM: Liu et al. 2022, arXiv:2202.09778, Eqs. 9 and 12); order 2,
-    or 4 on equal steps of sigma from exact start values.
+    """iPNDM (Zhang and Chen 2023, arXiv:2204.13902; PNDM: Liu et al. 2022, arXiv:2202.09778, Eqs. 9 and 12); order 2.
 
-    It solves DDIM's ODE (`ddim_ode_step`) in Adams-Bashforth steps. The first three look back on less and have orders
+    It solves DDIM's ODE, dy = eps dsigma with y = x / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar)
+    (Song et al. 2021, Eq. 14), in Adams-Bashforth steps of order 4. The first three look back on less and have orders
     1, 2 and 3, where PNDM spends nine more network calls. The weights are those for equal steps, whatever the steps.
-
-    Args:
-        history: eps at up to 3 earlier times, the newest last: where another run stopped, this one goes on with it.
     """
-    if len(history) > 3:
-        raise ValueError(f"history has {len(history)} earlier eps; the method looks back on 3")
-    x, history = x_T, deque(history, maxlen=4)
+    x, history = x_T, deque(maxlen=4)
     for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):
         x_0, eps = predict(model, scheduler, x, t, clip_x_0)
         history.append(eps)
         eps_ahead = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(history) - 1], reversed(history), strict=True))
-        x = ddim_ode_step(scheduler, x, eps_ahead, t, s)
+        a_t, a_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
+        sigma_t, sigma_s = math.sqrt((1 - a_t) / a_t), math.sqrt((1 - a_s) / a_s)
+        x = math.sqrt(a_s) * (x / math.sqrt(a_t) + (sigma_s - sigma_t) * eps_ahead)
         if clip_x_0 and s == -1:
             x = x.clamp(-1, 1)  # the extrapolated eps does not know of the clipping
         if on_step:
             on_step(k, t, x, x_0)
     return x
-
-
-def ddim_ode_step(scheduler: NoiseScheduler, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
-    """x from timestep t to s, by dy = eps dsigma (Song et al. 2021, Eq. 14), Euler's step.
-
-    There y = x / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar).
-    """
-    a_t, a_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
-    sigma_t, sigma_s = math.sqrt((1 - a_t) / a_t), math.sqrt((1 - a_s) / a_s)
-    return math.sqrt(a_s) * (x / math.sqrt(a_t) + (sigma_s - sigma_t) * eps)
 
 
 def lambda_of(alpha_bar: float) -> float:

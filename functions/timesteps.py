@@ -1,8 +1,4 @@
-"""Which of the T timesteps a sampler visits.
-
-A way through the noise is a falling list of N + 1 timesteps for N network calls. The model is called at all but the
-last, which is where the state ends: -1, the clean image (alpha_bar = 1), or a timestep, whose noise is then left in.
-"""
+"""Which of the T timesteps a sampler visits."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,13 +13,14 @@ SPACINGS = ("trailing", "logsnr")
 def sampling_times(
     scheduler: NoiseScheduler, steps: int | Sequence[int] | None = None, spacing: str = "trailing"
 ) -> list[int]:
-    """The falling timesteps that a sampler visits, from T - 1 to -1: one more than it calls the network.
+    """The falling timesteps that a sampler visits, from T - 1 to -1, the clean image, where no network is called.
 
     Args:
         steps: network calls, 1 .. T; None: all T; or the timesteps themselves, which are checked: they may begin below
             T - 1, with an image noised to there only, and end above -1, with noise left in.
-        spacing: "trailing", even in t; or "logsnr", even in log(alpha_bar / (1 - alpha_bar)) as far as whole timesteps
-            allow, with the last call at t = 0 (Lu et al. 2022, arXiv:2206.00927, Section 3.3).
+        spacing: "trailing", even in t, the first of them T - 1 (Lin et al. 2024, arXiv:2305.08891, Section 3.3); or
+            "logsnr", even in log(alpha_bar / (1 - alpha_bar)) as far as whole timesteps allow, with the last call at
+            t = 0 (Lu et al. 2022, arXiv:2206.00927, Section 3.3).
 
     Raises:
         ValueError: what was asked for is not within the schedule.
@@ -43,17 +40,8 @@ def sampling_times(
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps is {steps}; a model with {timesteps} timesteps takes 1 to {timesteps}")
     if spacing == "trailing":
-        return [*trailing_timesteps(timesteps, steps), -1]
+        return [round(timesteps - k * timesteps / steps) - 1 for k in range(steps + 1)]
     return [*logsnr_timesteps(scheduler, steps, timesteps - 1, 0), -1]
-
-
-def trailing_timesteps(timesteps: int, steps: int) -> list[int]:
-    """`steps` evenly spaced timesteps, falling, the first of them T - 1: where x_T is the noise one starts from.
-
-    Other spacings ("leading") start below T - 1 and hand the model an x_T noisier than it expects there
-    (Lin et al. 2024, arXiv:2305.08891, Section 3.3).
-    """
-    return [round(timesteps - k * timesteps / steps) - 1 for k in range(steps)]
 
 
 def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: int) -> list[int]:

@@ -1,20 +1,12 @@
 """The denoising network of DDPM: a U-Net that predicts the noise in x_t (Ho et al. 2020, Appendix B)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import (
-    NORM_EPS,
-    Downsample,
-    ResidualBlock,
-    SelfAttention,
-    TimeEmbedding,
-    Upsample,
-    recomputing,
-)
+from models.blocks import NORM_EPS, Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, recomputing
 from models.group_norm import GroupNorm
 
 BLOCKS_DOWN, BLOCKS_UP = 2, 3  # residual blocks a level; one more on the way up, for the skip that downsampling leaves
@@ -134,6 +126,8 @@ class UNet(nn.Module):
         """
         if recompute not in ("none", "norms", "blocks"):
             raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")
+        if self.conv_in.weight.device.type == "mps" and self.middle_block_1.dropout.p > 0:
+            recompute = "none"  # on MPS a checkpoint does not draw the same dropout again
         self.recompute = recompute
         for module in self.modules():
             if isinstance(module, (ResidualBlock, SelfAttention)):
@@ -156,24 +150,23 @@ class UNet(nn.Module):
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = run(block_and_attention, block, attention, time_embedding, h)
+                h = run(block_and_attention, None, block, attention, time_embedding, h)
                 skips.append(h)  # (B, dims[level], H / 2^level, W / 2^level)
             if "downsample" in stage:
                 h = run(stage["downsample"], h)  # half the height and width
                 skips.append(h)
 
-        h = run(block_and_attention, self.middle_block_1, self.middle_attention, time_embedding, h)
+        h = run(block_and_attention, None, self.middle_block_1, self.middle_attention, time_embedding, h)
         h = run(self.middle_block_2, time_embedding, h)
 
-        upsample = unchanged
+        upsample = None
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
                 # The upsampling is run with the block behind it, so that "blocks" keeps the small image, not the large
-                h = run(upsample_block_and_attention, upsample, block, attention, time_embedding, h, skips.pop())
-                upsample = unchanged
+                h = run(block_and_attention, upsample, block, attention, time_embedding, h, skips.pop())
+                upsample = None
             if "upsample" in stage:  # to twice the height and width
                 upsample = stage["upsample"]
-        assert not skips, "every skip connection is used exactly once"
 
         return recomputing(self.recompute != "none", self.output, h)  # (B, channels, H, W)
 
@@ -181,20 +174,10 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-def unchanged(h: Tensor) -> Tensor:
-    return h
-
-
-def block_and_attention(block: nn.Module, attention: nn.Module, time_embedding: Tensor, h: Tensor) -> Tensor:
-    return attention(block(time_embedding, h))
-
-
-def upsample_block_and_attention(
-    upsample: Callable[[Tensor], Tensor],
-    block: nn.Module,
-    attention: nn.Module,
-    time_embedding: Tensor,
-    h: Tensor,
-    skip: Tensor,
+def block_and_attention(
+    upsample: Upsample | None, block: nn.Module, attention: nn.Module, time_embedding: Tensor, h: Tensor, *skip: Tensor
 ) -> Tensor:
-    return attention(block(time_embedding, upsample(h), skip))
+    """What a level repeats: on the way up with a skip connection, and at first with the upsampling into the level."""
+    if upsample is not None:
+        h = upsample(h)
+    return attention(block(time_embedding, h, *skip))

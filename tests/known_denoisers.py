@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from functions.timesteps import logsnr_timesteps, trailing_timesteps
+from functions.timesteps import logsnr_timesteps
 
 
 @dataclass
@@ -118,4 +118,4 @@ def part_of_the_way(scheduler, steps, spacing, start, stop):
     """Timesteps of a solver that goes from start down to stop >= 0 only, as `sampling_times` has for the whole way."""
     if spacing == "logsnr":
         return logsnr_timesteps(scheduler, steps + 1, start, stop)
-    return [*(stop + 1 + t for t in trailing_timesteps(start - stop, steps)), stop]
+    return [stop + round((start - stop) - k * (start - stop) / steps) for k in range(steps + 1)]

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import autocast
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,7 +52,7 @@ def kept_per_image(network: nn.Module, precision: torch.dtype) -> float:
             noise, t = torch.zeros_like(x_0), torch.zeros(images, dtype=torch.int64, device=device)
             scheduler = NoiseScheduler(1000)
             scheduler.alpha_bar(t)  # its table is there from now on
-            with LiveBytes() as live, autocast(device, precision):
+            with LiveBytes() as live, torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 loss = noise_prediction_loss(network, scheduler, x_0, t, noise).sum()
                 kept[images] = live.now
             del loss

@@ -83,5 +83,5 @@ def test_clipping_is_of_the_prediction():
     x_0, noise = torch.full((1, 3, 2, 2), 1.0), torch.zeros(1, 3, 2, 2)
     wrong = lambda x_t, t: torch.full_like(x_t, -1.0)  # which puts x_0 above 1
     t = torch.tensor([50])
-    clipped, free = (terms_of(wrong, scheduler, x_0, t, noise, clip_x_0=clip) for clip in (True, False))
+    clipped, free = (terms_of(wrong, scheduler, x_0, t, noise, "small", clip) for clip in (True, False))
     assert clipped[2] == 0 and free[2] > 0 and clipped[1] < free[1]

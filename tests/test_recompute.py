@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import autocast
 from models.blocks import ResidualBlock
 from models.group_norm import GroupNorm
 from models.unet import UNet
@@ -39,7 +38,7 @@ def loss_of(net, dtype=torch.float32, device=CPU):
     x_0, noise = (torch.randn(3, 3, 32, 32, generator=generator).to(device) for _ in range(2))
     t = torch.tensor([0, 300, 999], device=device)
     torch.manual_seed(5)  # dropout
-    with autocast(device, dtype):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return noise_prediction_loss(net, NoiseScheduler(1000), x_0, t, noise).sum()
 
 
@@ -90,7 +89,7 @@ def test_a_short_training_curve_in_bfloat16_is_that_of_pytorch_s_layers_in_float
         for _ in range(60):
             t = torch.randint(0, 1000, (8,), generator=generator)
             noise = torch.randn(8, 3, 16, 16, generator=generator)
-            with autocast(CPU, dtype):
+            with torch.autocast(CPU.type, dtype, enabled=dtype != torch.float32):
                 loss = noise_prediction_loss(net, NoiseScheduler(1000), colours.expand(8, 3, 16, 16), t, noise).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -181,7 +180,7 @@ def test_on_cuda_as_much_is_kept_as_is_counted(mode):
         x_0, noise = (torch.randn(images, 3, 128, 128, device=CUDA) for _ in range(2))
         t = torch.zeros(images, dtype=torch.int64, device=CUDA)
         before = torch.cuda.memory_allocated()
-        with autocast(CUDA, torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16):
             loss = noise_prediction_loss(net, NoiseScheduler(1000), x_0, t, noise).sum()
         kept = torch.cuda.memory_allocated() - before
         del loss

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
-from functions.timesteps import sampling_times, trailing_timesteps
+from functions.timesteps import sampling_times
 from tests.known_denoisers import part_of_the_way
 from tests.test_samplers import noise_source, pure_noise
 
@@ -74,7 +74,7 @@ def test_ddpm_agrees_with_diffusers_step_for_step(timesteps, steps, spacing, var
 def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
     scheduler = theirs(DDIMScheduler, clip_sample=clip, timestep_spacing="trailing", set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == trailing_timesteps(1000, steps)
+    assert scheduler.timesteps.tolist() == sampling_times(NoiseScheduler(1000), steps)[:-1]
     expected = their_states(scheduler, pure_noise(), eta=eta, use_clipped_model_output=clip,
                             generator=noise_source(2)[0])  # fmt: skip
     ours = our_states(ddim_sample, 1000, steps, eta, clip_x_0=clip, step_noise=noise_source(2)[1])

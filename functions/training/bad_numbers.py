@@ -52,16 +52,14 @@ class BadNumbers:
         longest, scale = self.longest.item(), scaler.get_scale()
         self.longest = self.in_a_row.clone()
         step, loss, grad_norm = self.last.tolist()
-        what = None
         if longest >= limit:
             what = f"{longest} steps in a row had a loss or gradients that are not finite numbers"
         elif scaler.is_enabled() and scale < SMALLEST_SCALE:
             what = f"the loss scale of float16 has collapsed to {scale:g}: gradients overflow at any scale"
-        if what:
-            raise UserError(
-                f"{what}; the last was step {step:.0f} (loss {loss:.4g}, gradient norm {grad_norm:.4g}, learning rate "
-                f"{learning_rate:.3g}{f', loss scale {scale:g}' if scaler.is_enabled() else ''}). They changed no "
-                "weights. Lower the learning rate, clip gradients, or train in bfloat16 or float32. Last good "
-                f"checkpoint: {last_checkpoint(run)}"
-            )
-        return self.skipped.item()
+        else:
+            return self.skipped.item()
+        raise UserError(
+            f"{what}; the last was step {step:.0f} (loss {loss:.4g}, gradient norm {grad_norm:.4g}, learning rate "
+            f"{learning_rate:.3g}). They changed no weights. Lower the learning rate, clip gradients, or train in "
+            f"bfloat16 or float32. Last good checkpoint: {last_checkpoint(run)}"
+        )

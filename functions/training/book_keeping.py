@@ -3,7 +3,7 @@
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +37,10 @@ class BookKeeper:
 
     run: Run
     state: TrainingState
-    denoiser: Denoiser  # to sample with
+    denoiser: Denoiser  # to sample with: of the EMA weights if there are any
     images: object  # an ImageFeeder
     val_indices: np.ndarray
     processes: Processes
-    window: TrainingWindow = field(init=False)
-    bad_numbers: BadNumbers = field(init=False)
 
     def __post_init__(self) -> None:
         self.config = self.run.experiment.diffusion
@@ -100,7 +98,6 @@ class BookKeeper:
         self.saved_at = time.monotonic()
         if not self.processes.is_main:
             return
-        self.metrics.flush()  # on the disk before the checkpoint that counts on it
         remembered = {"window": self.window.state(), "bad_numbers": self.bad_numbers.state()}
         run = {"experiment": self.run.name, "step": done, **self.run.facts, **remembered}
         save_checkpoint(self.run.path_of("checkpoints", done), self.run.experiment.to_dict(), run, self.state)
@@ -140,7 +137,7 @@ class BookKeeper:
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
         for column, net in {"val_loss": self.state.model, "val_loss_ema": self.state.ema_model}.items():
             if net is not None and validating:
-                own = Denoiser(net, self.denoiser.scheduler, precision=self.denoiser.precision)
+                own = replace(self.denoiser, network=net)
                 row[column] = validation_loss(own, self.images.gather, self.val_indices, self.config, self.processes)
         if bounding:
             options = BoundOptions(BOUND_T_STRIDE, self.config.batch_size, self.config.seed)

@@ -32,7 +32,9 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """Appends rows to metrics.csv and TensorBoard; each row is handed to the system when `write` returns.
+    """Appends rows to metrics.csv and TensorBoard; each row is on the disk when `write` returns.
+
+    So a power cut leaves no checkpoint that is ahead of the metrics.
 
     Args:
         run: the run folder.
@@ -48,18 +50,14 @@ class MetricsLog:
 
     def write(self, **values: float) -> None:
         """One row; columns that are not given stay empty."""
-        assert values.keys() <= set(COLUMNS), f"unknown columns: {values.keys() - set(COLUMNS)}"
         with open(self.path, "a") as file:
             file.write(",".join(format_number(values.get(column)) for column in COLUMNS) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         for column, value in values.items():
             if column != "step":
                 self.tensorboard.add_scalar(column, value, values["step"])
         self.tensorboard.flush()
-
-    def flush(self) -> None:
-        """Wait until every row is on the disk, where a power cut leaves it."""
-        with open(self.path, "a") as file:
-            os.fsync(file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
@@ -69,11 +67,11 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """
     with open(path, newline="", errors="replace") as file:
         whole = [line for line in file if line.endswith("\n")]
-    parse, rows = {"step": int}, []
+    rows = []
     for number, row in enumerate(csv.DictReader(whole), 2):
         try:
-            values = {name: parse.get(name, float)(cell) if cell else None for name, cell in row.items()}
-            rows += [values] if isinstance(values["step"], int) else []
+            values = {column: float(cell) if cell else None for column, cell in row.items()}
+            rows.append({**values, "step": int(row["step"])})
         except (ValueError, TypeError, KeyError):
             print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
     return rows
@@ -132,10 +130,8 @@ class TrainingWindow:
 
 
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
-    """The training and validation curves of a metrics.csv; nothing when it has no rows yet."""
+    """The training and validation curves of a metrics.csv."""
     rows = read_metrics(metrics)
-    if not rows:
-        return
     figure, axis = plt.subplots(figsize=(8, 4.5))
     curves = {
         "loss": ("training (raw weights, random t and noise)", {"color": "0.7", "linewidth": 1.2}),

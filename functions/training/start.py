@@ -2,15 +2,13 @@
 
 import gc
 import math
-import sys
 
 import torch
 
 from functions.losses import noise_prediction_loss
-from functions.prediction import Denoiser, autocast
+from functions.prediction import Denoiser
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
-from functions.support.files import short
 from functions.support.processes import Processes
 from functions.support.run_folder import Run
 
@@ -71,12 +69,13 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
     Raises:
         UserError: nothing fits.
     """
-    config, on_mps = run.experiment.diffusion, next(denoiser.network.parameters()).device.type == "mps"
+    config = run.experiment.diffusion
     effective, most = config.effective_batch, len(processes.own_range(config.effective_batch))
     attempts = [(size, config.recompute) for size in range(config.batch_size, 0, -1) if effective % size == 0]
-    for size, recompute in [*attempts, *([] if on_mps else [(1, "blocks")])]:
-        if recompute != config.recompute:
-            denoiser.network.set_recompute(recompute)
+    if config.recompute != "blocks":
+        attempts.append((1, "blocks"))
+    for size, recompute in attempts:
+        denoiser.network.set_recompute(recompute)
         if not processes.any(not pass_fits(denoiser, min(size, most))):
             break
         processes.say(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
@@ -91,18 +90,16 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
 
 def pass_fits(denoiser: Denoiser, images: int) -> bool:
     """Whether a forward and backward pass fits in memory; leaves no gradients."""
-    network, scheduler = denoiser.network, denoiser.scheduler
+    network = denoiser.network
     device = next(network.parameters()).device
     x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=device)
     t = torch.zeros(images, dtype=torch.int64, device=device)
     try:
-        with autocast(device, denoiser.precision):
-            noise_prediction_loss(network, scheduler, x_0, t, x_0).sum().backward()
+        noise_prediction_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
         return True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{device}: {short(error)}", file=sys.stderr)
         return False
     finally:
         network.zero_grad()

@@ -27,7 +27,6 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None
         self.received_at = 0.0
-        self.previous: dict = {}
 
     def __enter__(self) -> "StopSignals":
         self.previous = {number: signal.signal(number, self.handle) for number in SIGNALS}

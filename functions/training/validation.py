@@ -8,18 +8,14 @@ from torch import Tensor
 
 from data.pixels import to_model_range
 from functions.losses import noise_prediction_loss
-from functions.prediction import Denoiser, autocast
-from functions.support.processes import SINGLE_PROCESS, Processes
+from functions.prediction import Denoiser
+from functions.support.processes import Processes
 from functions.support.random_numbers import generator_of
 
 
 @torch.no_grad()
 def validation_loss(
-    denoiser: Denoiser,
-    images_of: Callable[[np.ndarray], Tensor],
-    indices: np.ndarray,
-    config,
-    processes: Processes = SINGLE_PROCESS,
+    denoiser: Denoiser, images_of: Callable[[np.ndarray], Tensor], indices: np.ndarray, config, processes: Processes
 ) -> float:
     """Mean loss (Eq. 14) over fixed triples (image, t, noise): smooth over a run, and comparable between runs.
 
@@ -32,7 +28,7 @@ def validation_loss(
         config: the run's DiffusionConfig: validation_samples, batch_size and seed.
         processes: those that do the work together; each takes some of the batches, and all get the mean.
     """
-    network, scheduler, samples = denoiser.network, denoiser.scheduler, config.validation_samples
+    scheduler, samples = denoiser.scheduler, config.validation_samples
     order = torch.randperm(samples, generator=generator_of("cpu", config.seed, "validation t"))
     all_t = (2 * order + 1) * scheduler.timesteps // (2 * samples)  # the middle of each of `samples` strata
     all_images = indices[np.arange(samples) * len(indices) // samples]
@@ -45,6 +41,5 @@ def validation_loss(
                 torch.randn(x_0.shape[1:], generator=generator_of("cpu", config.seed, "validation noise", start + j))
                 for j in range(len(x_0))
             ]).to(x_0.device)  # fmt: skip
-            with autocast(x_0.device, denoiser.precision):
-                total += noise_prediction_loss(network, scheduler, x_0, t, noise).sum().item()
+            total += noise_prediction_loss(denoiser, scheduler, x_0, t, noise).sum().item()
     return processes.sum_(torch.tensor(total, dtype=torch.float64)).item() / samples

@@ -182,6 +182,6 @@ def test_the_log_goes_to_the_disk_before_the_checkpoint(pictures, tmp_path, monk
     saves = [i for i, (what, *_) in enumerate(order) if what == "save"]
     assert len(saves) == 2
     for i in saves:
-        what = [name for name, *_ in order[i + 1 : i + 5]]
-        assert what == ["fsync", "fsync", "replace", "fsync"]  # metrics, checkpoint, its name, the folder
-        assert str(order[i + 3][-1]).endswith(".safetensors")
+        what = [name for name, *_ in order[i - 1 : i + 4]]
+        assert what == ["fsync", "save", "fsync", "replace", "fsync"]  # metrics; checkpoint, its name, the folder
+        assert str(order[i + 2][-1]).endswith(".safetensors")

@@ -143,5 +143,5 @@ def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(pictures
 
     poison(monkeypatch, range(8, 100, 2), InfiniteGradient.apply)  # every other step: never many in a row
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 4.0, enabled=enabled))
-    with pytest.raises(UserError, match=r"loss scale of float16 has collapsed to 0\.5: .*loss scale 0\.5.* bfloat16"):
+    with pytest.raises(UserError, match=r"loss scale of float16 has collapsed to 0\.5: .* bfloat16"):
         call(train.main, *flags, "--runs", tmp_path / "b")
