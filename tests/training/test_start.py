@@ -122,7 +122,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
 def test_when_nothing_fits_it_is_said(recompute, sizes, memory):
     tried = memory(norms=0)
     with pytest.raises(UserError, match="out of memory with one image at a time"):
-        fit_memory(*parts(recompute), SINGLE_PROCESS)
+        fit_memory(*parts(recompute=recompute), SINGLE_PROCESS)
     assert tried == sizes
 
 
