@@ -23,7 +23,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.checkpoint import TrainingState, check_whole
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
-from functions.support.device import Adam, arithmetic, choose_arithmetic, choose_device, set_deterministic
+from functions.support.device import Adam, arithmetic, choose_device, choose_precision, fast_layout, set_deterministic
 from functions.support.processes import Processes, joined
 from functions.support.random_numbers import seed_of, training_draws
 from functions.support.run_folder import Run, find_checkpoints, first_sound, run_to_resume
@@ -85,7 +85,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     """Train to the last step: a new run from the start, or one with a checkpoint on from there."""
     config = run.experiment.diffusion
     set_deterministic(config.deterministic)
-    precision, memory_format = choose_arithmetic(config.precision, device, run.remembered.get("arithmetic"))
+    started_with = run.remembered.get("arithmetic", {}).get("precision")
+    precision = choose_precision(config.precision, device, started_with)
     torch.manual_seed(config.seed)  # for the initial weights; every later draw has a seed of its own
 
     # Data
@@ -98,7 +99,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
 
     # Model
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
-    model = UNet(**vars(run.experiment.model)).to(device, memory_format=memory_format)
+    model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
@@ -113,7 +114,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
         "parameters": sum(p.numel() for p in model.parameters()), "terminal_snr": scheduler.terminal_snr,
         "device": str(device),
-        "arithmetic": arithmetic(device, precision, memory_format, processes.count, config.batch_size),
+        "arithmetic": arithmetic(device, precision, processes.count, config.batch_size),
     }  # fmt: skip
     processes.say(describe(run, image_set.summary))
     if dry_run:

@@ -85,8 +85,8 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         raise UserError(f"{image_set.name} has {count} image(s): too few to train on some and validate on others.")
     which = f"{split} split of the full FFHQ" if is_full_ffhq else "not the full FFHQ, so the last 10% by id validate"
     description = f"{image_set.name}: {train_count:,} images train, {val_count:,} validate ({which})"
-    indices, ids = np.arange(count, dtype=np.int64), image_set.ids
-    hashes = hash_ids(ids[:train_count]), hash_ids(ids[train_count:])
+    indices = np.arange(count, dtype=np.int64)
+    hashes = hash_ids(image_set.ids[:train_count]), hash_ids(image_set.ids[train_count:])
     return Split(indices[:train_count], indices[train_count:], description, *hashes)
 
 

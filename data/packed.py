@@ -1,23 +1,25 @@
 """The packed file: every image of a source decoded and resized once, as uint8 (N, S, S, 3), memory-mapped from then on.
 
-Beside <name>-<S>px.packed lie its .json (ids, and the key of what it was made from), .report.txt and .lock.
+Beside <name>-<S>px.packed lie its .json (what was left out, ids, and the key of what it was made from) and its .lock.
 """
 
 import glob
 import hashlib
 import json
+import math
 import os
 import tempfile
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 from data.decode import BadImage, decode_rgb, fit_square
@@ -26,7 +28,7 @@ from functions.support.errors import UserError
 from functions.support.files import short, write_whole
 
 FORMAT_VERSION = 1  # raise it whenever the pixels made from the same files change: every pack is then made anew
-LISTED_BAD_IMAGES = 20  # printed; the report file lists all
+LISTED_BAD_IMAGES = 20  # printed; the .json lists all
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ImageSet:
     name: str
     images: np.ndarray
     ids: list
-    summary: str = ""  # one line: how many images, how many left out, enlarged or cropped
+    summary: str = ""  # one line: how many images, how many left out
     path: Path | None = None  # the packed file
     bad_images: list | tuple = ()  # [name, reason] of each image left out
 
@@ -50,12 +52,14 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
     Processes that start at once are safe: one makes it, the others wait. Raises UserError when more than max_bad_images
     had to be left out (after listing them), when no image is usable, or when there is no room.
     """
-    key, places = pack_key(source, image_size), pack_paths(source, image_size)
-    pack = next(filter(None, (read_pack(path, key, image_size) for path in places)), None)
+    key, (beside, in_cache) = pack_key(source, image_size), pack_paths(source, image_size)
+    pack = read_pack(beside, key, image_size) or read_pack(in_cache, key, image_size)
     if pack is None:
-        target = places[0] if is_writable(places[0].parent) else places[1]
+        target = beside if is_writable(beside.parent) else in_cache
         try:
-            pack = make_once(source, image_size, key, target, quiet)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{target}.lock"):  # of several processes one makes it, the others wait here
+                pack = read_pack(target, key, image_size) or make_pack(source, image_size, key, target, quiet)
         except OSError as error:
             what = f"{target}, {len(source.ids) * image_size**2 * 3 / 1e6:,.1f} MB of images,"
             raise UserError(f"{what} cannot be written ({error.strerror or error}). Make room there.") from None
@@ -63,7 +67,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
         first = f"{short(pack.bad_images[0][0])} ({pack.bad_images[0][1]})"
         raise UserError(
             f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; the first is {first}. "
-            f"{pack.path}.report.txt lists all; mend or remove them, or allow as many."
+            f"{pack.path}.json lists all; mend or remove them, or allow as many."
         )
     return pack
 
@@ -74,17 +78,17 @@ def pack_key(source: Source, image_size: int) -> str:
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
-def pack_paths(source: Source, image_size: int) -> list[Path]:
-    """The two places of a source's pack: the data's folder and the user's cache folder, for data that is read-only."""
-    path = source.path.resolve()
+def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
+    """The two places of a source's pack: the data's folder and the user's cache folder, for data that is read-only.
+
+    A name is the same for every state of a source, so that an outdated pack is replaced.
+    """
+    path, ending = source.path.resolve(), f"{image_size}px.packed"
     # Beside an archive, but inside a folder of images, so that the pack goes where the folder goes.
     data_folder = path if source.kind == "folder" else path.parent
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-packed-images"
-    # The names are the same for every state of a source, so that an outdated pack is replaced, not kept beside the new
-    # one. Those in the cache, which serves all data folders, must tell two sources of one name apart.
-    origin = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    ending = f"{image_size}px.packed"
-    return [data_folder / f"{path.name}-{ending}", cache_folder / f"{path.name}-{origin}-{ending}"]
+    origin = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]  # the cache may hold two sources of one name
+    return data_folder / f"{path.name}-{ending}", cache_folder / f"{path.name}-{origin}-{ending}"
 
 
 def is_writable(folder: Path) -> bool:
@@ -100,52 +104,31 @@ def read_pack(path: Path, key: str, image_size: int) -> ImageSet | None:
     """Map a packed file; None when it is missing, was made from something else or hasn't the size it should have."""
     try:
         record = json.loads(Path(f"{path}.json").read_text())
-        ids, summary, bad_images = record["ids"], record["summary"], record["bad_images"]
-        shape = (len(ids), image_size, image_size, 3)
-        if record["key"] != key or path.stat().st_size != int(np.prod(shape)):
+        shape = (len(record["ids"]), image_size, image_size, 3)
+        if record["key"] != key or path.stat().st_size != math.prod(shape):
             return None
         images = np.memmap(path, np.uint8, "r", shape=shape)
-        return ImageSet(path.name, images, ids, summary, path, bad_images)
+        return ImageSet(path.name, images, record["ids"], record["summary"], path, record["bad_images"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def make_once(source: Source, image_size: int, key: str, target: Path, quiet: bool) -> ImageSet:
-    """Make a pack, unless another process does so: then wait for it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{target}.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        if not quiet:
-            print(f"Another process is preparing {target}; waiting for it.", flush=True)
-        held = lock.acquire()
-    with held:
-        return read_pack(target, key, image_size) or make_pack(source, image_size, key, target, quiet)
-
-
 def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bool) -> ImageSet:
-    """Write the packed file of a source, its report and its record."""
+    """Write the packed file of a source and its record."""
     for left_by_a_kill in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         left_by_a_kill.unlink()
-    ids, bad_images, altered = [], [], Counter()
-
-    def fit(rgb: np.ndarray) -> tuple[np.ndarray, bool, bool]:
-        height, width = rgb.shape[:2]
-        return fit_square(rgb, image_size), height != width, min(height, width) < image_size
+    ids, bad_images = [], []
 
     def write_images(file: BinaryIO) -> None:
         # The delay keeps small sets, which take a moment, free of a progress bar.
         bar = {"desc": f"Preparing {source.path.name}", "unit": "img", "disable": quiet, "delay": 1.0}
-        for i, result in enumerate(tqdm(map_images(source, fit), total=len(source.ids), **bar)):
-            if isinstance(result, BadImage):
-                bad_images.append([source.members[i].name, str(result)])
-                continue
-            pixels, cropped, enlarged = result
-            file.write(pixels.data)
-            ids.append(source.ids[i])
-            altered["not square, cropped to their centre"] += cropped
-            altered[f"smaller than {image_size} px, enlarged"] += enlarged
+        fitted = map_images(source, partial(fit_square, image_size=image_size))
+        for i, pixels in enumerate(tqdm(fitted, total=len(source.ids), **bar)):
+            if isinstance(pixels, BadImage):
+                bad_images.append([source.members[i].name, str(pixels)])
+            else:
+                file.write(pixels.data)
+                ids.append(source.ids[i])
         if not ids:
             first = f"{short(bad_images[0][0])} ({bad_images[0][1]})"
             raise UserError(f"{source.path}: not one of its images can be used; the first is {first}.")
@@ -153,20 +136,15 @@ def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bo
     # A record must at no moment stand beside images that it wasn't made for.
     Path(f"{target}.json").unlink(missing_ok=True)
     write_whole(target, write_images)
-    size = f"{image_size}x{image_size}"
-    counts = [f"{short(source.path.name)}: {len(ids):,} images at {size}, {len(bad_images):,} left out"]
-    summary = "; ".join(counts + [f"{count:,} {how}" for how, count in altered.items() if count])
-    left_out = [f"left out: {short(name)}: {reason}" for name, reason in bad_images]
-    write_text(f"{target}.report.txt", "\n".join([summary, *source.notes, *left_out, ""]))
+    counts = f"{len(ids):,} images at {image_size}x{image_size}, {len(bad_images):,} left out"
+    summary = f"{short(source.path.name)}: {counts}"
     record = {"key": key, "made_from": str(source.path.resolve()), "image_size": image_size, "summary": summary}
-    write_text(f"{target}.json", json.dumps({**record, "bad_images": bad_images, "ids": ids}))
+    text = json.dumps({**record, "bad_images": bad_images, "ids": ids})
+    write_whole(Path(f"{target}.json"), lambda file: file.write(text.encode()))
     if not quiet:
-        print("\n  ".join(["\n".join([summary, *source.notes]), *left_out[:LISTED_BAD_IMAGES]]), flush=True)
+        left_out = [f"  left out: {short(name)}: {reason}" for name, reason in bad_images[:LISTED_BAD_IMAGES]]
+        print("\n".join([summary, *source.notes, *left_out]), flush=True)
     return read_pack(target, key, image_size)
-
-
-def write_text(path: str, text: str) -> None:
-    write_whole(Path(path), lambda file: file.write(text.encode()))
 
 
 def map_images(source: Source, job: Callable[[np.ndarray], object]) -> Iterator[object | BadImage]:

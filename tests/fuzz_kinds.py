@@ -17,7 +17,7 @@ from torch import Tensor
 from config import EXPERIMENTS, ConfigError, Experiment
 from functions.sampling.generation import rebuild
 from functions.support.checkpoint import TrainingState, check_whole, load_weights
-from functions.support.device import arithmetic, choose_arithmetic
+from functions.support.device import arithmetic, choose_precision
 from functions.support.errors import UserError
 from functions.support.files import write_tensors
 from functions.training.bad_numbers import BadNumbers
@@ -99,7 +99,7 @@ def stepped_state(seed: int) -> TrainingState:
 
 def checkpoint_parts(seed: int = 0) -> tuple[dict[str, Tensor], dict]:
     """Tensors and contents, as `write_tensors` takes them, to be changed at will."""
-    state, how = stepped_state(seed), arithmetic(CPU, torch.float32, torch.channels_last, 1, 8)
+    state, how = stepped_state(seed), arithmetic(CPU, torch.float32, 1, 8)
     run = {"experiment": "faces", "total_steps": 90, "step": 5, "train_ids_hash": "0123456789abcdef", **how,
            "window": {"loss_sum": 12.5, "steps": 3}, "bad_numbers": BadNumbers(CPU).state()}  # fmt: skip
     contents = {"config": tiny_experiment().to_dict(), "run": run, "scaler": state.scaler.state_dict()}
@@ -161,7 +161,7 @@ class Checkpoints:
         denoiser = rebuild(UNet, saved, CPU)
         Experiment.from_dict(saved.config)
         file, state = check_whole(case.path), training_state()
-        choose_arithmetic("float32", CPU, file.contents["run"])
+        choose_precision("float32", CPU, file.contents["run"].get("precision"))
         before, counters = snapshot(state), {"window": TrainingWindow(CPU, 8), "bad_numbers": BadNumbers(CPU)}
         try:
             state.load(file)

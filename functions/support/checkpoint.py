@@ -45,8 +45,7 @@ class TrainingState:
     def load(self, file: TensorFile) -> None:
         """Take everything over from a checkpoint; memory layouts stay.
 
-        Raises:
-            CheckpointError: something does not fit, named; the state is as it was.
+        Raises CheckpointError, with the state as it was, when something does not fit.
         """
         own, found = self.tensors(), file.tensors()
         check_fit(own, found, file.path)
@@ -87,16 +86,12 @@ class SavedModel:
 
 
 def save_checkpoint(path: Path, config: dict, run: dict, state: TrainingState) -> None:
-    """Write a checkpoint. `OSError` when the disk is full, or the like."""
+    """Write a checkpoint. Raises OSError when the disk is full, or the like."""
     write_tensors(path, state.tensors(), {"config": config, "run": run, "scaler": state.scaler.state_dict()})
 
 
 def open_checkpoint(path: Path) -> TensorFile:
-    """The file, with contents that are in order; no tensor is read yet.
-
-    Raises:
-        CheckpointError: it is missing, truncated, damaged, or not one of ours.
-    """
+    """The file, with contents that are in order; no tensor is read yet. Raises CheckpointError as `TensorFile` does."""
     file = TensorFile(path)
     for part in ("config", "run", "scaler"):
         if not isinstance(file.contents.get(part), dict):
@@ -120,8 +115,7 @@ def check_whole(path: Path) -> TensorFile:
 def load_weights(path: Path) -> SavedModel:
     """The EMA weights of a checkpoint or an exported file, or the raw ones where it has no others; only these are read.
 
-    Raises:
-        CheckpointError: as `open_checkpoint`, or they are damaged.
+    Raises CheckpointError as `open_checkpoint` does, or when they are damaged.
     """
     file = open_checkpoint(path)
     part = "ema" if any(name.startswith("ema.") for name in file.checksums) else "model"
@@ -132,11 +126,7 @@ def load_weights(path: Path) -> SavedModel:
 
 
 def export_weights(saved: SavedModel, path: Path) -> None:
-    """Write a model as a file of its own, to publish.
-
-    Raises:
-        CheckpointError: the file's name is not one by which it would be known.
-    """
+    """Write a model as a file of its own, to publish. Raises CheckpointError when its name does not tell what it is."""
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: an exported file's name must end in .safetensors, by which it is known")
     part = "ema" if saved.kind == "EMA" else "model"
@@ -145,13 +135,13 @@ def export_weights(saved: SavedModel, path: Path) -> None:
 
 
 def load_into(model: nn.Module, saved: SavedModel) -> None:
-    """Give a model on the meta device these weights. `CheckpointError` when they do not fit."""
+    """Give a model on the meta device these weights. Raises CheckpointError when they do not fit."""
     check_fit(model.state_dict(), saved.weights, saved.path)
     model.load_state_dict(saved.weights, assign=True)
 
 
 def check_fit(own: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-    """`CheckpointError` when the name, shape or type of a tensor differs; names the first."""
+    """Raise CheckpointError when the name, shape or type of a tensor differs; name the first."""
     if own.keys() != found.keys():
         odd = sorted(own.keys() ^ found.keys())
         raise CheckpointError(f"{path}: {len(odd)} weights are missing or unknown, {short(odd[0])!r} first")

@@ -29,21 +29,21 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def plain_errors(*others: type[Exception]) -> Iterator[None]:
-    """End the script with one line for what users can mend: these errors, not bugs, which keep their traceback.
+    """End the script with one line for what users can mend; bugs keep their traceback.
 
-    Args:
-        others: errors beside `UserError` and the system's own, such as config.py's `ConfigError`.
+    `others` are errors beside `UserError` and the system's own, such as config.py's `ConfigError`.
     """
     try:
         yield
     except (UserError, OSError, *others) as error:
-        print(f"error: {error}", file=sys.stderr)
+        of_file = isinstance(error, OSError) and error.filename and error.strerror
+        print(f"error: {f'{error.filename}: {error.strerror}' if of_file else error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: out of memory ({short(error)}): take a smaller batch or model, or another device; "
-              "other programs may hold memory too", file=sys.stderr)  # fmt: skip
+        advice = "take a smaller batch or model, or another device; other programs may hold memory too"
+        print(f"error: out of memory ({short(error)}): {advice}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -86,11 +86,8 @@ def truth(text: str) -> bool:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """A flag's type: integers with commas between."""
-    try:
-        return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers, such as 1,2,4") from error
+    """A flag's type: integers with commas between. `ValueError`, which argparse reports, for anything else."""
+    return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
 
 
 def positive(text: str) -> int:
@@ -101,14 +98,10 @@ def positive(text: str) -> int:
 
 
 def fraction(text: str) -> float:
-    """A flag's type: a number from 0 to 1."""
-    try:
-        value = float(text)
-        if 0 <= value <= 1:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    """A flag's type: a number from 0 to 1. `ValueError`, which argparse reports, for what is no number."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return float(text)
 
 
 FLAG_TYPES = {

@@ -13,17 +13,14 @@ from functions.support.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")  # where Linux lists the flags of the CPU
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
-CPU_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, 64-bit Arm
+CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, 64-bit Arm
 
 
 def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     """ "auto" (CUDA, then Apple's MPS, then the CPU) or a device by name, such as "cuda:1"; the process is set for it.
 
-    Args:
-        index: the GPU when the name gives none: each process of several takes its own.
-
-    Raises:
-        UserError: there is no such device.
+    `index` is the GPU when the name gives none: each process of several takes its own. Raises UserError when there is
+    no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [kind for kind in available if available[kind]]
@@ -58,62 +55,45 @@ def keep_heap() -> None:
     mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
+def choose_precision(name: str, device: torch.device, started_with: str | None = None) -> torch.dtype:
     """The network's dtype under autocast: as named, or with "auto" the fastest that the hardware has natively.
 
     bfloat16 where the hardware has it, float16 on older CUDA GPUs (with a gradient scaler), float32 elsewhere. An
-    emulated bfloat16 would run, several times slower than float32, so emulation does not count.
-
-    Raises:
-        UserError: unknown name, or float16 on a device where it is not trained in.
+    emulated bfloat16 would run, several times slower than float32, so emulation does not count. A resumed run keeps
+    the precision that it was `started_with`, if the device has it. Raises UserError when the device has no such one.
     """
+    there = [known for known in DTYPES if known != "float16" or device.type == "cuda"]
+    if started_with in there:
+        return DTYPES[started_with]
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            return torch.bfloat16 if native else torch.float16
         return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
-    if name not in DTYPES:
-        raise UserError(f"precision is {name!r}; it must be auto, {', '.join(DTYPES)}")
-    if name == "float16" and device.type != "cuda":
-        raise UserError(f"precision is float16, which is for CUDA; on {device.type} use auto, bfloat16 or float32")
+    if name not in there:
+        raise UserError(f"precision is {name!r}; on {device.type} it must be auto, {', '.join(there)}")
     return DTYPES[name]
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has native bfloat16 instructions, by the flags that the Linux kernel lists."""
-    try:
-        lines = CPUINFO.read_text().splitlines()
-    except OSError:  # not Linux: float32 is the safe answer
-        return False
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split()
-    return any(flag in flags for flag in CPU_BF16_FLAGS)
+    """Whether this CPU has native bfloat16 instructions; where Linux does not say so, float32 is the safe answer."""
+    return not CPU_BF16_FLAGS.isdisjoint(cpu_info("flags", "Features").split())
 
 
 def cpu_name() -> str:
     """The CPU's model, where Linux says it, or its architecture."""
+    return cpu_info("model name") or platform.machine()
+
+
+def cpu_info(*names: str) -> str:
+    """What Linux says of the first CPU under one of these names; empty on other systems."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith(names)]
+    return found[0] if found else ""
 
 
-def choose_arithmetic(
-    precision: str, device: torch.device, saved: dict | None
-) -> tuple[torch.dtype, torch.memory_format]:
-    """Precision and memory layout to train in: those that a resumed run was started with, if the device has them.
-
-    Otherwise `choose_precision`'s, and channels_last where it was measured faster: benchmarks/NOTES.md.
-
-    Args:
-        precision: the config's.
-        saved: what `arithmetic` gave when the run was started; None for a new one.
-    """
-    layouts = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
-    layout = "channels_last" if device.type in ("cuda", "cpu") else "contiguous_format"
-    if saved:
-        layout = saved["memory_format"] if saved.get("memory_format") in [*layouts] else layout
-        may_have = ["float32", "bfloat16", *(["float16"] if device.type == "cuda" else [])]
-        precision = saved["precision"] if saved.get("precision") in may_have else "auto"
-    return choose_precision(precision, device), layouts[layout]
+def fast_layout(device: torch.device) -> torch.memory_format:
+    """The memory layout in which convolutions were measured faster: benchmarks/NOTES.md."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def set_deterministic(deterministic: bool) -> None:
@@ -123,9 +103,7 @@ def set_deterministic(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def arithmetic(
-    device: torch.device, precision: torch.dtype, memory_format: torch.memory_format, processes: int, batch_size: int
-) -> dict[str, str | int]:
+def arithmetic(device: torch.device, precision: torch.dtype, processes: int, batch_size: int) -> dict[str, str | int]:
     """All that decides in which order and precision numbers are added, beside the code: plain values for a checkpoint.
 
     A resumed run is bit for bit the one that was not stopped only where all of these are the same.
@@ -134,7 +112,7 @@ def arithmetic(
     processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type
     return {
         "precision": str(precision).removeprefix("torch."),
-        "memory_format": str(memory_format).removeprefix("torch."),
+        "memory_format": str(fast_layout(device)).removeprefix("torch."),
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "threads": torch.get_num_threads() if on_cpu else 0,
         "processes": processes,

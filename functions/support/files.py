@@ -53,9 +53,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> Non
     """Write tensors of any layout, and `contents` of plain values, with one tensor at a time copied where it must be.
 
     The save_file of safetensors would want all of them contiguous at once, and flushes nothing to the disk.
-
-    Raises:
-        OSError: the disk is full, or the like; `path` is as it was.
+    Raises OSError, with `path` as it was, when the disk is full or the like.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each is aligned
     text = json.dumps({**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
@@ -77,8 +75,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> Non
 class TensorFile:
     """A file that `write_tensors` wrote, opened: `contents` are read and right, tensors are mapped when asked for.
 
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged, or not one of ours.
+    Raises CheckpointError when the file is missing, truncated, damaged, or not one of ours.
     """
 
     def __init__(self, path: Path):
@@ -98,7 +95,7 @@ class TensorFile:
             self.contents = json.loads(text)
             self.checksums = self.contents.pop("checksums")
             named = self.checksums.keys() == names
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        except READ_ERRORS as error:
             raise CheckpointError(f"{path}: its contents do not read: {short(error)}") from error
         if not named:
             raise CheckpointError(f"{path}: its tensors are not those that its contents name")
@@ -106,31 +103,27 @@ class TensorFile:
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """The tensors whose names begin with `prefix`, without it, on the CPU; compared with their checksums.
 
-        Raises:
-            CheckpointError: one is damaged, or holds numbers that are not finite.
+        Raises CheckpointError when one is damaged, or holds numbers that are not finite.
         """
-        found = {}
         try:
             with safe_open(self.path, framework="pt") as file:
-                for name in self.checksums:
-                    if name.startswith(prefix):
-                        found[name.removeprefix(prefix)] = file.get_tensor(name)
+                found = {name: file.get_tensor(name) for name in self.checksums if name.startswith(prefix)}
         except READ_ERRORS as error:
             raise CheckpointError(f"{self.path}: the file is truncated or damaged") from error
         for name, tensor in found.items():
-            if checksum(tensor) != self.checksums[prefix + name]:
-                raise CheckpointError(f"{self.path}: damaged: {short(prefix + name)} does not match its checksum")
+            if checksum(tensor) != self.checksums[name]:
+                raise CheckpointError(f"{self.path}: damaged: {short(name)} does not match its checksum")
             if tensor.dtype not in TYPES:
-                raise CheckpointError(f"{self.path}: {short(prefix + name)} is {tensor.dtype}, which ours never are")
+                raise CheckpointError(f"{self.path}: {short(name)} is {tensor.dtype}, which ours never are")
             if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-                raise CheckpointError(f"{self.path}: {short(prefix + name)} holds numbers that are not finite")
-        return found
+                raise CheckpointError(f"{self.path}: {short(name)} holds numbers that are not finite")
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
 def check_header(path: Path) -> None:
-    """`CheckpointError` unless it is a file whose header is no longer than the file, and than any of ours.
+    """Raise CheckpointError unless it is a file whose header is no longer than the file, and than any of ours.
 
-    For checkpoints of earlier versions a `UserError`: those before them are no better.
+    For checkpoints of earlier versions a UserError: those before them are no better.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}")
@@ -144,10 +137,8 @@ def check_header(path: Path) -> None:
             f"{path}: a checkpoint of an earlier version, which this one does not read; commit {LAST_WITH_PT} is "
             "the last that does: there, `python sample.py FILE --export NEW.safetensors` makes one to sample from"
         )
-    length = int.from_bytes(start, "little")
-    if length > min(LONGEST_HEADER, size - 8):
-        what = "truncated, damaged or not a checkpoint" if size else "empty"
-        raise CheckpointError(f"{path}: the file is {what}")
+    if int.from_bytes(start, "little") > min(LONGEST_HEADER, size - 8):
+        raise CheckpointError(f"{path}: the file is {'truncated, damaged or not a checkpoint' if size else 'empty'}")
 
 
 def checksum(tensor: Tensor) -> str:

@@ -57,12 +57,9 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
 
 
 def save_strip(frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()) -> None:
-    """A figure with one row a sample and one column a frame.
+    """A figure with one row a sample and one column a frame (N, H, W, 3).
 
-    Args:
-        frames: (N, H, W, 3), one for each column.
-        titles: over the columns.
-        row_titles: at the left of the N rows; none when left out.
+    `titles` stand over the columns, `row_titles` at the left of the N rows, when given.
     """
     rows, columns = len(frames[0]), len(frames)
     left, top = 0.75 if row_titles else 0.0, 0.3  # inches, for the titles

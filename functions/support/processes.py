@@ -6,7 +6,6 @@ Rank 0 alone prints and writes files.
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -56,10 +55,7 @@ class Processes:
         """The model to call in training: its backward pass averages gradients over all processes."""
         if self.count == 1:
             return model
-        device_ids = None if device.type == "cpu" else [device]
-        with warnings.catch_warnings():  # broadcast_buffers gets a new name, which older PyTorch does not know
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, None if device.type == "cpu" else [device], gradient_as_bucket_view=True)
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
         """Around forward and backward: gradients are exchanged in a step's last pass alone."""
@@ -106,11 +102,7 @@ SINGLE_PROCESS = Processes()
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Meet the other processes, as the environment that torchrun sets says; without it there is one.
-
-    Raises:
-        UserError: another one has ended.
-    """
+    """Meet the other processes that torchrun has started; without it there is one. UserError when another has ended."""
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         yield SINGLE_PROCESS
         return
@@ -119,12 +111,7 @@ def joined() -> Iterator[Processes]:
     try:
         yield Processes(rank, count, local_rank, os.getppid())
     except RuntimeError as error:
-        if not lost_another(error):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         raise UserError(f"another process of this training has ended, so process {rank} does too") from error
     dist.destroy_process_group()  # not after an error: it would wait for the others
-
-
-def lost_another(error: BaseException) -> bool:
-    """Whether an error means that another process has ended."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

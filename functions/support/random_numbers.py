@@ -56,11 +56,7 @@ class ImageNoise:
     Drawn on the CPU, so that every device starts from the same x_T, and for CUDA into pinned memory, so that the copy
     waits for nothing: the next step's noise is drawn while the GPU computes this one.
 
-    Args:
-        seed: of the whole grid.
-        images: the numbers i of the images in this batch.
-        shape: (C, H, W).
-        purpose: what it is for; other purposes have other noise.
+    `images` are the numbers i of those in this batch, `shape` is (C, H, W), and other purposes have other noise.
     """
 
     def __init__(

@@ -13,8 +13,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,8 +26,7 @@ from functions.support.errors import CheckpointError, UserError
 from functions.support.files import TensorFile, write_whole
 
 Contents = TypeVar("Contents")
-
-RUN_NAME = re.compile(r"(?P<experiment>.+)-(?P<time>\d{8}-\d{6})")
+RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")  # of which experiment, started when
 CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{8})\.(safetensors|pt)")  # .pt: of earlier versions, to be refused
 
 
@@ -63,12 +63,11 @@ class Run:
             folder = self.runs / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             try:
                 folder.mkdir(parents=True)
+                self.folder = folder
             except FileExistsError:  # another run started within the same second
                 time.sleep(0.2)
-                continue
-            (folder / "samples").mkdir()
-            (folder / "checkpoints").mkdir()
-            self.folder = folder
+        for inner in ("samples", "checkpoints"):
+            (self.folder / inner).mkdir(exist_ok=True)
 
     def path_of(self, kind: str, step: int) -> Path:
         """The file of a step: of kind "checkpoints" or "samples"."""
@@ -84,12 +83,8 @@ class Run:
 def locked(folder: Path, doing: str = "training", leftovers: str = "**/.*.tmp") -> Iterator[None]:
     """Hold a folder for one process; the system drops the lock when the process ends, however it ends.
 
-    Args:
-        doing: what is to be done in it, for messages.
-        leftovers: files of a process that was killed while it wrote, by their pattern; they are deleted.
-
-    Raises:
-        UserError: another process is at work in it.
+    `leftovers` are files of a process that was killed while it wrote, by their pattern; they are deleted. Raises
+    UserError, with what this one is `doing`, when another process is at work in it.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -127,17 +122,12 @@ def delete_old(run: Path, done: int, count: int, every: int) -> None:
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
     """Run folders of experiments whose names start with `prefix`, oldest first."""
-    found = [(RUN_NAME.fullmatch(path.name), path) for path in runs.glob("*/")] if runs.is_dir() else []
-    named = [(match["time"], path) for match, path in found if match and match["experiment"].startswith(prefix)]
-    return [path for _, path in sorted(named)]
+    found = [path for path in runs.glob("*/") if path.name.startswith(prefix) and RUN_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
 
 
 def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
-    """The checkpoints, newest first, of the newest run that has any.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The checkpoints, newest first, of the newest run that has any. `CheckpointError` when there is none."""
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return find_checkpoints(run)
@@ -151,11 +141,7 @@ def folder_of(checkpoint: Path) -> Path:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """A checkpoint file as it is, or a run folder's checkpoints, newest first.
-
-    Raises:
-        CheckpointError: nothing there, or a folder without checkpoints.
-    """
+    """A checkpoint file as it is, or a run folder's checkpoints, newest first. `CheckpointError` when it has none."""
     if not path.is_dir():
         return [path]
     found = checkpoints_of(path)
@@ -165,62 +151,43 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def first_sound(candidates: Sequence[Path], read: Callable[[Path], Contents]) -> Contents:
-    """What was read of the first checkpoint that reads; for each one passed over, a loud line.
-
-    Raises:
-        CheckpointError: the last one's, when none does.
-    """
-    *earlier, last = candidates
-    for path, following in zip(earlier, candidates[1:], strict=True):
+    """What was read of the first checkpoint that reads, with a loud line for each before; else the last one's error."""
+    for path, following in pairwise(candidates):
         try:
             return read(path)
         except CheckpointError as error:
             print(f"WARNING: DAMAGED CHECKPOINT: {error}. Taking the one before it: {following}", file=sys.stderr)
-    return read(last)
+    return read(candidates[-1])
 
 
 def last_checkpoint(run: Path) -> str:
     """The newest checkpoint whose checksums are right, for messages."""
     for path in reversed(checkpoints_of(run)):
-        try:
+        with suppress(CheckpointError):
             return str(check_whole(path).path)
-        except CheckpointError:
-            continue
     return "there is none yet"
-
-
-def newest_unfinished(runs: Path, experiment: str) -> Path | None:
-    """The newest run of exactly this experiment that has a checkpoint and has not reached its last step.
-
-    Raises:
-        CheckpointError: there is one, but all its checkpoints are damaged.
-    """
-    for run in reversed(runs_of(runs, experiment)):
-        if RUN_NAME.fullmatch(run.name)["experiment"] == experiment and checkpoints_of(run):
-            stands = first_sound(find_checkpoints(run), open_checkpoint).contents["run"]
-            if stands["step"] < stands["total_steps"]:
-                return run
-    return None
 
 
 def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | None:
     """The folder of the run that goes on; None when a new one is to be started.
 
-    Args:
-        wanted: a run's folder; "newest", the newest unfinished run of the experiment; "auto", that, or a new run if
-            there is none; None, a new run.
-
-    Raises:
-        UserError: there is no such run.
+    `wanted` is a run's folder; "newest", the newest run of the experiment that has a checkpoint and has not reached its
+    last step; "auto", that, or a new run if there is none; None, a new run. Raises UserError when there is no such run,
+    CheckpointError when all checkpoints of a run are damaged.
     """
+    if wanted is None:
+        return None
     if wanted not in ("newest", "auto"):
-        if wanted and not Path(wanted).is_dir():  # a checkpoint's file is no run
+        if not Path(wanted).is_dir():  # a checkpoint's file is no run
             raise UserError(f"{wanted} is not a run folder; `NAME --resume` takes the newest unfinished run of NAME")
-        return Path(wanted) if wanted else None
-    found = newest_unfinished(runs, experiment)
+        return Path(wanted)
+    for run in reversed(runs_of(runs, experiment)):
+        if RUN_NAME.fullmatch(run.name)[1] == experiment and checkpoints_of(run):
+            stands = first_sound(find_checkpoints(run), open_checkpoint).contents["run"]
+            if stands["step"] < stands["total_steps"]:
+                return run
     nothing = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
-    if found is None and wanted == "newest":
+    if wanted == "newest":
         raise UserError(f"{nothing}; start one without --resume")
-    if found is None:
-        print(f"WARNING: NOTHING TO RESUME ({nothing}). STARTING A NEW RUN.", file=sys.stderr)
-    return found
+    print(f"WARNING: NOTHING TO RESUME ({nothing}). STARTING A NEW RUN.", file=sys.stderr)
+    return None

@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.datasets import hash_ids
 from data.decode import BadImage, decode_rgb
+from data.packed import open_packed
 from data.sources import find_source
 from functions.support.errors import UserError
 from functions.support.files import short
@@ -94,9 +95,10 @@ def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
         archive.writestr("\x1b[2J\n0.png", b"no image")
         archive.writestr("1.png", encoded(IMAGES[1]))
     with pytest.raises(UserError, match="1 unusable") as error:
-        load(path)
+        open_packed(find_source(path, 8), 8)
     assert "\x1b" not in str(error.value) and "\n" not in str(error.value)
-    assert "\x1b" not in (tmp_path / "set.zip-8px.packed.report.txt").read_text()
+    printed = capsys.readouterr().out
+    assert "left out: \\x1b[2J\\n0.png" in printed and "\x1b" not in printed
 
 
 def test_file_names_that_are_no_utf_8_are_read(tmp_path):

@@ -1,6 +1,7 @@
 """data/packed.py: prepared once, and again only when something changed."""
 
 import io
+import json
 import os
 import shutil
 import zipfile
@@ -34,9 +35,7 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, kind)
     assert isinstance(pack.images, np.memmap) and not pack.images.flags.writeable
     assert pack.ids == list(range(10))
     assert pack.path.read_bytes() == IMAGES.tobytes()
-    assert packed_files(pack.path.parent) == [
-        f"{path.name}-8px.packed" + ending for ending in ("", ".json", ".lock", ".report.txt")
-    ]
+    assert packed_files(pack.path.parent) == [f"{path.name}-8px.packed" + ending for ending in ("", ".json", ".lock")]
     forbid_decoding(monkeypatch)
     np.testing.assert_array_equal(load(path).images, IMAGES)
 
@@ -129,10 +128,10 @@ def test_bad_images_are_listed_and_counted(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match=r"2 unusable.*1 allowed.*00002\.png"):
         open_packed(source, 8, max_bad_images=1)
     printed = capsys.readouterr().out
-    report = (path / "set-8px.packed.report.txt").read_text()
-    for text in (printed, report):
-        assert "8 images" in text and "2 left out" in text
-        assert "00002.png: broken" in text and "00005.jpg: not a PNG" in text
+    assert "8 images" in printed and "2 left out" in printed
+    assert "00002.png: broken" in printed and "00005.jpg: not a PNG" in printed
+    names = [name for name, _ in json.loads((path / "set-8px.packed.json").read_text())["bad_images"]]
+    assert names == ["00002.png", "00005.jpg"]
     # Allowing them needs no second decoding, and the limit holds for a pack that is there already.
     forbid_decoding(monkeypatch)
     assert load(path, max_bad_images=2).ids == [0, 1, 3, 4, 6, 7, 8, 9]
@@ -160,15 +159,6 @@ def test_what_cannot_be_read_is_a_bad_image(tmp_path, monkeypatch):
     archive.write_bytes(bytes(data))
     bad = load(archive, max_bad_images=1).bad_images
     assert bad[0][0] == "00000.png" and "CRC" in bad[0][1]
-
-
-def test_the_report_counts_what_was_enlarged_and_cropped(tmp_path, capsys):
-    path = write_folder(tmp_path / "set")
-    Image.new("RGB", (9, 8)).save(path / "00010.png")
-    Image.new("RGB", (4, 4)).save(path / "00011.png")
-    open_packed(find_source(path, 8), 8)
-    printed = capsys.readouterr().out
-    assert "1 not square" in printed and "1 smaller than 8 px" in printed
 
 
 def test_quiet_prints_nothing(tmp_path, capsys):

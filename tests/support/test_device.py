@@ -14,9 +14,9 @@ from functions.sampling.generation import generate
 from functions.support import device as device_module
 from functions.support.device import (
     arithmetic,
-    choose_arithmetic,
     choose_device,
     choose_precision,
+    fast_layout,
     keep_heap,
 )
 from functions.support.errors import UserError
@@ -80,7 +80,7 @@ def test_precision_by_name():
     assert choose_precision("float32", CUDA) == torch.float32
     assert choose_precision("bfloat16", CPU) == torch.bfloat16
     assert choose_precision("auto", torch.device("mps")) == torch.float32
-    with pytest.raises(UserError, match="float16, which is for CUDA"):
+    with pytest.raises(UserError, match="'float16'; on cpu it must be auto, float32, bfloat16"):
         choose_precision("float16", CPU)
     with pytest.raises(UserError, match="'int8'"):
         choose_precision("int8", CPU)
@@ -103,18 +103,16 @@ def test_network_and_schedule_agree_with_the_cpu():
     draws = training_draws(0, 0, 8, (3, 16, 16), 1000, CPU)
     x_0 = torch.rand(8, 3, 16, 16) * 2 - 1
     on_cpu = noise_prediction_loss(model, scheduler, x_0, draws.t, draws.noise)
-    model.to(CUDA, memory_format=choose_arithmetic("auto", CUDA, None)[1])
+    model.to(CUDA, memory_format=fast_layout(CUDA))
     on_gpu = noise_prediction_loss(model, scheduler, x_0.cuda(), draws.t.cuda(), draws.noise.cuda())
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-4)
 
 
-def test_a_resumed_run_keeps_the_arithmetic_that_it_was_started_with():
-    for dtype, layout in ((torch.bfloat16, torch.channels_last), (torch.float32, torch.contiguous_format)):
-        saved = arithmetic(CPU, dtype, layout, 1, 8)
-        assert choose_arithmetic("auto", CPU, saved) == (dtype, layout)
-    from_a_gpu = {**saved, "precision": "float16"}  # which the CPU is not trained in
-    assert choose_arithmetic("float32", CPU, from_a_gpu)[0] == choose_precision("auto", CPU)
-    assert choose_arithmetic("float32", CPU, None) == (torch.float32, torch.channels_last)
+def test_a_resumed_run_keeps_the_precision_that_it_was_started_with():
+    for dtype in (torch.bfloat16, torch.float32):
+        assert choose_precision("auto", CPU, arithmetic(CPU, dtype, 1, 8)["precision"]) == dtype
+    for unusable in ("float16", None, [], "int8"):  # the first of a GPU, which the CPU is not trained in
+        assert choose_precision("bfloat16", CPU, unusable) == torch.bfloat16
 
 
 @needs_cuda

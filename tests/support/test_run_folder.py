@@ -27,9 +27,9 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
     assert [run_folder.step_of(path) for path in others] == [50, 9]
     assert newest == tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / "step-00000060.safetensors"
     assert run_folder.newest_checkpoints(tmp_path, "faces")[0].parent.parent.name == "faces-20260101-000000"
-    assert run_folder.newest_unfinished(tmp_path, "ffhq-full").name == "ffhq-full-20260102-000000"
+    assert run_folder.run_to_resume("newest", tmp_path, "ffhq-full").name == "ffhq-full-20260102-000000"
     for finished in ("faces", "ffhq", "ffhq-run1"):  # "ffhq" is a prefix, not an experiment
-        assert run_folder.newest_unfinished(tmp_path, finished) is None
+        assert run_folder.run_to_resume("auto", tmp_path, finished) is None
     with pytest.raises(CheckpointError, match="cifar"):
         run_folder.newest_checkpoints(tmp_path, "cifar")
     with pytest.raises(CheckpointError, match="no run"):
