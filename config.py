@@ -177,8 +177,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require(self.channels == 3, self, "channels", "3: images are read as RGB")
-        fits = self.base_dim >= 4 and self.base_dim % 2 == 0  # the time embedding has pairs of sine and cosine
-        require(fits, self, "base_dim", "even and at least 4")
+        require(self.base_dim >= 4 and self.base_dim % 2 == 0, self, "base_dim", "even and at least 4")
         levels, lowest = len(self.dim_multiply), self.lowest_resolution_size
         require(0 < levels <= 15, self, "dim_multiply", "a list of 1 to 15 integers")
         sizes = [self.image_size >> level for level in range((self.image_size // lowest).bit_length())]
