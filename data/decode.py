@@ -61,10 +61,13 @@ def convert_to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int32)
         levels = (grey + 128) // 257  # 65535 / 255 = 257, rounded to nearest: scaled, where convert("RGB") would clip
+        if "transparency" in image.info:
+            levels[grey == image.info["transparency"]] = 255
         return np.repeat(levels.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
     return np.array(image.convert("RGB"))
 
 

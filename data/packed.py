@@ -10,16 +10,15 @@ import math
 import os
 import tempfile
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from data.decode import BadImage, decode_rgb, fit_square
@@ -38,7 +37,7 @@ class ImageSet:
     name: str
     images: np.ndarray
     ids: list
-    summary: str = ""  # one line: how many images, how many left out
+    summary: str = ""  # one line: how many images, how many left out, enlarged or cropped
     path: Path | None = None  # the packed file
     bad_images: list | tuple = ()  # [name, reason] of each image left out
 
@@ -58,7 +57,13 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
         target = beside if is_writable(beside.parent) else in_cache
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{target}.lock"):  # of several processes one makes it, the others wait here
+            lock = FileLock(f"{target}.lock")
+            try:
+                held = lock.acquire(timeout=0)
+            except Timeout:
+                print(f"Another process is preparing {target}; waiting for it.", flush=True)
+                held = lock.acquire()
+            with held:
                 pack = read_pack(target, key, image_size) or make_pack(source, image_size, key, target, quiet)
         except OSError as error:
             what = f"{target}, {len(source.ids) * image_size**2 * 3 / 1e6:,.1f} MB of images,"
@@ -117,18 +122,23 @@ def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bo
     """Write the packed file of a source and its record."""
     for left_by_a_kill in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         left_by_a_kill.unlink()
-    ids, bad_images = [], []
+    ids, bad_images, altered = [], [], Counter()
+
+    def fit(rgb: np.ndarray) -> tuple[np.ndarray, int, int]:
+        return fit_square(rgb, image_size), *rgb.shape[:2]
 
     def write_images(file: BinaryIO) -> None:
         # The delay keeps small sets, which take a moment, free of a progress bar.
         bar = {"desc": f"Preparing {source.path.name}", "unit": "img", "disable": quiet, "delay": 1.0}
-        fitted = map_images(source, partial(fit_square, image_size=image_size))
-        for i, pixels in enumerate(tqdm(fitted, total=len(source.ids), **bar)):
-            if isinstance(pixels, BadImage):
-                bad_images.append([source.members[i].name, str(pixels)])
-            else:
-                file.write(pixels.data)
-                ids.append(source.ids[i])
+        for i, result in enumerate(tqdm(map_images(source, fit), total=len(source.ids), **bar)):
+            if isinstance(result, BadImage):
+                bad_images.append([source.members[i].name, str(result)])
+                continue
+            pixels, height, width = result
+            file.write(pixels.data)
+            ids.append(source.ids[i])
+            altered["not square, cropped to their centre"] += height != width
+            altered[f"smaller than {image_size} px, enlarged"] += min(height, width) < image_size
         if not ids:
             first = f"{short(bad_images[0][0])} ({bad_images[0][1]})"
             raise UserError(f"{source.path}: not one of its images can be used; the first is {first}.")
@@ -137,6 +147,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bo
     Path(f"{target}.json").unlink(missing_ok=True)
     write_whole(target, write_images)
     counts = f"{len(ids):,} images at {image_size}x{image_size}, {len(bad_images):,} left out"
+    counts += "".join(f"; {count:,} {how}" for how, count in altered.items() if count)
     summary = f"{short(source.path.name)}: {counts}"
     record = {"key": key, "made_from": str(source.path.resolve()), "image_size": image_size, "summary": summary}
     text = json.dumps({**record, "bad_images": bad_images, "ids": ids})

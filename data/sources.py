@@ -28,7 +28,7 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FFHQ_LAYOUTS = {"in-the-wild-images": 0, "thumbnails128x128": 128, "resized": 256, "images1024x1024": 1024}
 
 MAX_FILE_BYTES = 100 * 2**20  # of one image: an FFHQ photo at 1024 px takes 1.3 MB
-FEW = 0.01  # of a set's images: no more than these without a number are strays in a numbered set
+NEARLY_ALL = 0.99  # of a set's images: so many numbered ones make it a numbered set, and the others strays
 
 
 class Member(NamedTuple):
@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 class Source:
-    """What the three kinds have in common; each lists its `members`, and reads one by `read_file`.
+    """What the three kinds have in common; each has its `kind`, lists its `members`, and reads one by `read_file`.
 
     `members` are the image files in the order of their ids; for an npz the one array that holds all images. `ids` are
     the numbers in the file names (int) when these are numbered as FFHQ's are, else the names (str); sorted. `notes`
@@ -138,9 +138,9 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
     """Find the images of a folder, a .zip or an .npz, and put them into the order of their ids.
 
     Ids don't depend on the order of a directory, and numbers don't depend on the folders that they lie in. Of several
-    copies of FFHQ under one root, the smallest that need not be enlarged to `image_size` (pixels) is read. Unnumbered
-    images are passed over with a note where nearly all others are numbered, as a stray preview.png among 70,000 is.
-    In a set that must be `numbered` they always are, and two with one number are an error.
+    copies of FFHQ under one root, the smallest that need not be enlarged to `image_size` (pixels) is read. In a set
+    that must be `numbered`, unnumbered images are passed over with a note, and two with one number are an error. They
+    are passed over too where nearly all others are numbered, as a stray preview.png among 70,000 is.
     Raises UserError when the path is missing, is none of the three, cannot be read or holds no image.
     """
     path = Path(path).expanduser()
@@ -169,19 +169,23 @@ def choose_layout(source: Source, image_size: int) -> None:
 
 def put_in_order(source: Source, numbered: bool) -> None:
     """Give the members their ids, without the strays among numbered ones, and sort them by these."""
-    ids = {member: number_in(member.name) for member in source.members}
-    strays = [member for member in ids if ids[member] is None]
-    if strays and (numbered or len(strays) <= FEW * len(ids)):
+    numbers = {member: number_in(member.name) for member in source.members}
+    plain = {member: number for member, number in numbers.items() if number and number[0] in ("", "img")}
+    if len(plain) < len(numbers) and (numbered or len(plain) >= NEARLY_ALL * len(numbers)):
+        strays = numbers.keys() - plain.keys()
         first = short(min(strays).name)
         source.notes.append(f"Passed over {len(strays)} (no image number in the name), the first is {first!r}.")
-        ids = {member: number for member, number in ids.items() if number is not None}
-    if not ids:
+        numbers = plain
+    if not numbers:
         raise UserError(" ".join([f"{source.path} holds no image ({', '.join(IMAGE_EXTENSIONS)}).", *source.notes]))
-    number, times = Counter(ids.values()).most_common(1)[0]
-    if numbered and times > 1:
-        raise UserError(f"{source.path}: {times} images have the number {number}. Keep one copy of the set there.")
-    if None in ids.values() or times > 1:
-        ids = {member: with_slashes(member.name) for member in ids}
+
+    ids = {member: with_slashes(member.name) for member in numbers}
+    if all(numbers.values()) and (numbered or len({prefix for prefix, _ in numbers.values()}) == 1):
+        number, times = Counter(number for _, number in numbers.values()).most_common(1)[0]
+        if times == 1:
+            ids = {member: number for member, (_, number) in numbers.items()}
+        elif numbered:
+            raise UserError(f"{source.path}: {times} images have the number {number}. Keep one copy of the set there.")
     source.members = sorted(ids, key=ids.get)
     source.ids = [ids[member] for member in source.members]
 
@@ -196,10 +200,10 @@ def with_slashes(name: str) -> str:
     return name.replace("\\", "/")  # some Windows tools write zips with backslashes
 
 
-def number_in(name: str) -> int | None:
-    """The number that a file's name consists of: 12 for 00012.png and x/img00000012.png; None for other names."""
-    match = re.fullmatch(r"(img)?(\d{1,18})", PurePosixPath(with_slashes(name)).stem)
-    return int(match[2]) if match else None
+def number_in(name: str) -> tuple[str, int] | None:
+    """The prefix and the number that a file's name consists of: ("img", 12) for x/img00000012.png."""
+    match = re.fullmatch(r"([A-Za-z_-]*)(\d{1,18})", PurePosixPath(with_slashes(name)).stem)
+    return match and (match[1], int(match[2]))
 
 
 @contextmanager

@@ -87,6 +87,14 @@ def test_transparent_colours_become_white():
     palette.putpalette([10, 20, 30, 200, 100, 50])
     palette.putdata([1, 0])
     assert decode_rgb(encode(palette, transparency=0)).tolist() == [[[200, 100, 50], [255, 255, 255]]]
+    transparent_grey = (
+        struct.pack(">I", 2)
+        + b"tRNS"
+        + struct.pack(">H", 257)
+        + struct.pack(">I", zlib.crc32(b"tRNS" + struct.pack(">H", 257)))
+    )
+    rows = b"\0" + np.array([257, 514], ">u2").tobytes()
+    assert decode_rgb(png(2, 1, 16, 0, rows, transparent_grey))[0, :, 0].tolist() == [255, 2]
 
 
 def test_cmyk_becomes_rgb():

@@ -139,6 +139,15 @@ def test_bad_images_are_listed_and_counted(tmp_path, capsys, monkeypatch):
         load(path)
 
 
+def test_what_was_enlarged_and_cropped_is_counted(tmp_path, capsys):
+    path = write_folder(tmp_path / "set")
+    Image.new("RGB", (9, 8)).save(path / "00010.png")
+    Image.new("RGB", (4, 4)).save(path / "00011.png")
+    open_packed(find_source(path, 8), 8)
+    printed = capsys.readouterr().out
+    assert "1 not square" in printed and "1 smaller than 8 px" in printed
+
+
 def test_a_set_without_one_good_image_is_an_error(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").write_bytes(b"")

@@ -95,6 +95,7 @@ def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert all(f"sum {IMAGES.sum()}" in output for output in outputs)
     assert sum("10 images at 8x8" in output for output in outputs) == 1  # only who prepares reports
+    assert sum("waiting for it" in output for output in outputs) == 1
     assert not list(path.glob(".*.tmp"))
 
 
