@@ -129,7 +129,7 @@ def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(pictures
 
     With a scale that overflows at first, steps are skipped until it fits; a loss that always overflows ends the run.
     """
-    monkeypatch.setattr("functions.support.device.choose_precision", lambda *a: torch.float16)
+    monkeypatch.setattr(train, "choose_precision", lambda *a: torch.float16)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**30, enabled=enabled))
     flags = ["faces", *TINY, "--diffusion.dataset-name", pictures, "--diffusion.epochs", 20]
