@@ -27,6 +27,7 @@ from functions.samplers import ddpm_sample
 from functions.sampling.generation import rebuild
 from functions.support.checkpoint import load_weights
 from functions.support.device import choose_device, choose_precision
+from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise, generator_of
 from functions.training.validation import validation_loss
 from models.unet import UNet
@@ -116,7 +117,7 @@ def measure_weights(
 
     if "validation_loss" in missing:
         config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=4 * len(every), batch_size=BATCH, seed=0)
-        loss = validation_loss(denoiser, lambda indices: to_uint8(held_out(indices)), every, config)
+        loss = validation_loss(denoiser, lambda indices: to_uint8(held_out(indices)), every, config, SINGLE_PROCESS)
         results.put(loss, *place, key, "validation_loss")
     if "bits" in missing:
         bits = measure_bits_per_dim(denoiser, held_out, evenly(every, BITS_IMAGES), BoundOptions(BITS_STRIDE))
