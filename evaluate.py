@@ -107,22 +107,22 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     image_sampler = ImageSampler(denoiser, SamplerOptions.from_args(args), saved.image_shape, args.seed, device)
     processes.say(str(saved))
     diffusion, run = saved.config["diffusion"], saved.run
+    fields = {"dataset_name": str, "max_bad_images": int, "split": str}
+    if any(type(diffusion.get(field)) is not kind for field, kind in fields.items()):
+        raise UserError(f"{saved.path}: its config does not say which images the model was trained on")
     name = args.dataset_name or diffusion["dataset_name"]
     image_set = load_images(name, saved.image_shape[-1], diffusion["max_bad_images"])
     split = split_images(image_set, diffusion["split"])
     processes.say(split.description)
     if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
-        warn("THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation")
+        text = "THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation"
+        print(f"WARNING: {text}", file=sys.stderr)
     weights = {"step": run["step"], "weights": saved.kind, "weights_hash": saved.digest[:16]}
     computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
     asked = {"batch_size": args.batch_size, "seed": args.seed}
     facts = {"experiment": run["experiment"], **weights, **computing, **asked}
     folder = args.out or folder_of(saved.path) / "evaluation"
     return Subject(image_sampler, image_set, split, facts, folder / saved.path.stem)
-
-
-def warn(text: str) -> None:
-    print(f"WARNING: {text}", file=sys.stderr)
 
 
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
@@ -173,7 +173,7 @@ def evaluate_images(args: argparse.Namespace, subject: Subject, load_extractor: 
     )
     warnings = features.image_warnings(real["count"], args.n, extractor.width)
     for warning in warnings:
-        warn(warning)
+        print(f"WARNING: {warning}", file=sys.stderr)
     metrics = tuple(name for name in args.metrics if name != "bpd")
     results = compare(metrics, generated, reference, args.seed)
     contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}

@@ -21,7 +21,7 @@ from functions.ema import update_ema
 from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.support.checkpoint import TrainingState, check_whole
+from functions.support.checkpoint import TrainingState, check_whole, open_checkpoint
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
 from functions.support.device import Adam, arithmetic, choose_device, choose_precision, fast_layout, set_deterministic
 from functions.support.processes import Processes, joined
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("experiment", nargs="?", help=f"{', '.join(EXPERIMENTS)}; {DEFAULT_EXPERIMENT} when left out")
     parser.add_argument(
         "--resume", nargs="?", const="newest", metavar="RUN|auto",
-        help="go on with this run's folder, or with the newest unfinished run of the experiment; auto: with that, or "
-        "start one if there is none (a new run when left out)",
+        help="a new run when left out; RUN: go on with that folder; without a value: with the newest unfinished run of "
+        "the experiment; auto: with that, or start a new one if there is none",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, prepare the data, and stop")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (auto)")
@@ -68,7 +68,7 @@ def open_run(folder: Path, wanted: str | None, changes: tuple[dict, dict], proce
     those that leave its meaning are taken. `ConfigError` for others, or when `wanted` is another experiment.
     """
     path = processes.from_main(lambda: first_sound(find_checkpoints(folder), check_whole).path)
-    checkpoint = check_whole(path)
+    checkpoint = open_checkpoint(path)
     name = checkpoint.contents["run"]["experiment"]
     saved = Experiment.from_dict(checkpoint.contents["config"])
     if wanted not in (None, name):

@@ -42,7 +42,7 @@ class Source:
 
     `members` are the image files in the order of their ids; for an npz the one array that holds all images. `ids` are
     the numbers in the file names (int) when these are numbered as FFHQ's are, else the names (str); sorted. `notes`
-    are sentences for the report: what was passed over, and why.
+    are sentences to be printed: what was passed over, and why.
     """
 
     def __init__(self, path: Path):

@@ -97,8 +97,8 @@ def open_checkpoint(path: Path) -> TensorFile:
         if not isinstance(file.contents.get(part), dict):
             raise CheckpointError(f"{path}: its part {part!r} is missing or malformed")
     run = file.contents["run"]
-    if not isinstance(run.get("experiment"), str):
-        raise CheckpointError(f"{path}: its part 'run' has no proper 'experiment'")
+    if not isinstance(run.get("experiment"), str) or not isinstance(run.get("arithmetic", {}), dict):
+        raise CheckpointError(f"{path}: its part 'run' has no proper 'experiment' or 'arithmetic'")
     for name, most in {"total_steps": MOST_STEPS, "step": run.get("total_steps")}.items():
         if type(run.get(name)) is not int or not 0 <= run[name] <= most:
             raise CheckpointError(f"{path}: its part 'run' has no proper {name!r}")

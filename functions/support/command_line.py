@@ -56,7 +56,9 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     Its help is the comment beside the field, with the field's default. Lists are written 1,2,4 and truth values true
     or false. A flag that is not given leaves nothing behind in the parsed arguments.
     """
-    group = parser.add_argument_group(f"{config_class.__name__}, any field for this run only; see config.py")
+    group = parser.add_argument_group(
+        f"{config_class.__name__}, any field for this run only (in brackets: where config.py's experiment says nothing)"
+    )
     kinds, comments = get_type_hints(config_class), field_comments(config_class)
     for field in fields(config_class):
         parse, metavar = FLAG_TYPES[kinds[field.name]]

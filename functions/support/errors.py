@@ -1,12 +1,8 @@
-"""Errors that users can mend: the message is a plain sentence that says what is wrong and what to do.
-
-Scripts print it without a traceback and end with exit status 2. There is a subclass only where something catches it
-apart from the others.
-"""
+"""Errors that users can mend: scripts print the plain sentence, without a traceback, and end with exit status 2."""
 
 
 class UserError(Exception):
-    """What a user can mend."""
+    """What a user can mend. There is a subclass only where something catches it apart from the others."""
 
 
 class CheckpointError(UserError):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from functions.support.errors import UserError
+from functions.support.files import short
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # with a process that is late; one that has ended is noticed at once
@@ -107,11 +108,14 @@ def joined() -> Iterator[Processes]:
         yield SINGLE_PROCESS
         return
     rank, count, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"process {rank} cannot meet the others: {short(error)}") from error
     try:
         yield Processes(rank, count, local_rank, os.getppid())
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise UserError(f"another process of this training has ended, so process {rank} does too") from error
+        raise UserError(f"another process has ended, so process {rank} does too ({short(error)})") from error
     dist.destroy_process_group()  # not after an error: it would wait for the others

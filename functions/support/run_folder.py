@@ -59,10 +59,11 @@ class Run:
 
     def make_folder(self) -> None:
         """A new, empty folder unless the run has one; never one that exists."""
+        self.runs.mkdir(parents=True, exist_ok=True)
         while self.folder is None:
             folder = self.runs / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             try:
-                folder.mkdir(parents=True)
+                folder.mkdir()
                 self.folder = folder
             except FileExistsError:  # another run started within the same second
                 time.sleep(0.2)
@@ -91,7 +92,7 @@ def locked(folder: Path, doing: str = "training", leftovers: str = "**/.*.tmp") 
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"{folder}: another process is {doing} in this folder already") from error
-    except NotImplementedError:
+    except (NotImplementedError, OSError):
         print(f"warning: {folder} is on a disk without locks: start nothing else in it", file=sys.stderr)
     try:
         for leftover in folder.glob(leftovers):

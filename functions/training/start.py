@@ -95,6 +95,8 @@ def pass_fits(denoiser: Denoiser, images: int) -> bool:
     x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=device)
     t = torch.zeros(images, dtype=torch.int64, device=device)
     try:
+        for parameter in network.parameters():  # which all but a step's first pass find there
+            parameter.grad = torch.zeros_like(parameter)
         noise_prediction_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
         return True
     except (RuntimeError, MemoryError) as error:
