@@ -97,11 +97,11 @@ def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in a folder: tried, since permissions don't tell all."""
+    """Whether files can be made and locked in a folder: tried, since permissions don't tell all."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".packed") as probe, FileLock(Path(probe) / "lock"):
             return True
-    except OSError:
+    except (OSError, NotImplementedError):
         return False
 
 

@@ -111,3 +111,17 @@ def test_after_a_kill_it_starts_again_cleanly(tmp_path):
     assert packed_files(path) == [f".set-8px.packed.{process.pid}.tmp", "set-8px.packed.lock"]
     np.testing.assert_array_equal(load(path).images, IMAGES)
     assert packed_files(path) == ["set-8px.packed" + ending for ending in ("", ".json", ".lock")]
+
+
+def test_a_disk_without_locks_leaves_the_pack_to_the_cache(tmp_path, monkeypatch):
+    path, lock = write_folder(tmp_path / "set"), packed.FileLock
+
+    def no_locks(place):
+        if str(place).startswith(str(path)):
+            raise OSError(errno.ENOLCK, "No locks available")
+        return lock(place)
+
+    monkeypatch.setattr(packed, "FileLock", no_locks)
+    before = sorted(path.iterdir())
+    assert load(path).path.is_relative_to(tmp_path / "cache")
+    assert sorted(path.iterdir()) == before
