@@ -13,7 +13,7 @@ import evaluate
 from functions.evaluation.reference_statistics import read_reference
 from functions.support.errors import UserError
 from tests.conftest import ROOT, call, script
-from tests.evaluation.small_extractor import small_extractor
+from tests.functions.evaluation.small_extractor import small_extractor
 
 BPD = ["--t-stride", "100", "--device", "cpu"]
 FAST = ["--n", "12", "--sampler", "ddim", "--steps", "2", "--batch-size", "5", "--device", "cpu"]

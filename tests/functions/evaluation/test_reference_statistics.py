@@ -21,7 +21,7 @@ from functions.evaluation.reference_statistics import (
 )
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
-from tests.evaluation.small_extractor import small_extractor
+from tests.functions.evaluation.small_extractor import small_extractor
 
 EXTRACTOR = small_extractor()
 FACTS = {

@@ -28,7 +28,7 @@ from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS, Processes
 from tests.conftest import small_unet
-from tests.evaluation.small_extractor import blurred, small_extractor, small_features
+from tests.functions.evaluation.small_extractor import blurred, small_extractor, small_features
 
 ALL = ("fid", "kid", "prc")
 EXTRACTOR = small_extractor()

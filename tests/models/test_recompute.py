@@ -16,7 +16,7 @@ from models.group_norm import GroupNorm
 from models.unet import UNet
 from tests.conftest import TINY, call, newest
 from tests.live_bytes import LiveBytes, kept_per_image
-from tests.test_unet import PAPER, diffusers_twin
+from tests.models.test_unet import PAPER, diffusers_twin
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MODES = ["none", "norms", "blocks"]
