@@ -166,7 +166,7 @@ class ModelConfig:
 
     lowest_resolution_size: int  # height and width in the bottleneck
     dim_multiply: tuple[int, ...]  # channels of each level, from the full resolution down, in units of base_dim
-    transformer_layers: tuple[int, ...]  # levels with self-attention, counted from 0; the bottleneck always has it
+    transformer_layers: tuple[int, ...]  # levels with self-attention (no transformer), from 0; the bottleneck has it
     base_dim: int  # channels at the full resolution (times the first multiplier)
 
     image_size: int = 128  # height and width of the images

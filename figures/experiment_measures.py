@@ -18,9 +18,8 @@ from torch import Tensor
 
 from config import EXPERIMENTS
 from data.pixels import to_uint8
+from figures.experiment_arms import AVERAGES, Results, finished_run, own_average, weights_file
 from figures.experiment_features import colours, data_numbers, data_of
-from figures.experiment_results import Results
-from figures.experiments import AVERAGES, finished_run, own_average, weights_file
 from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim
 from functions.prediction import Denoiser
 from functions.samplers import ddpm_sample

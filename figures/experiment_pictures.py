@@ -13,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import LogLocator
 
+from figures.experiment_arms import Results, finished_run
 from figures.experiment_measures import STARTED, picture_file
-from figures.experiment_results import Results
-from figures.experiments import finished_run
 from functions.support.pictures import save_figure
 
 OWN = "0.998"  # the average that the `faces` experiment keeps

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from config import ConfigError
+from figures.experiment_arms import Results, rounded
 from figures.experiment_features import data_numbers, data_of
 from figures.experiment_measures import in_batches
-from figures.experiment_results import Results, rounded
-from figures.experiments import ROOT
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from functions.sampling.generation import rebuild
 from functions.support.checkpoint import load_weights
 from functions.support.device import choose_device
 from functions.support.run_folder import find_checkpoints, runs_of, step_of
 from models.unet import UNet
+
+RUNS = Path(__file__).resolve().parents[1] / "runs"
 
 DETERMINISTIC = {"DDIM": ddim_sample, "DPM-Solver++ 2M": dpm_solver_sample, "iPNDM": ipndm_sample}
 SAMPLERS = {"DDPM": ddpm_sample, "DPM-Solver++ 2M SDE": partial(dpm_solver_sample, eta=1.0), **DETERMINISTIC}
@@ -82,7 +83,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def newest_finished() -> Path:
     """The newest `faces` run that has reached its last step."""
-    for run in reversed(runs_of(ROOT / "runs", "faces")):
+    for run in reversed(runs_of(RUNS, "faces")):
         try:
             if step_of(find_checkpoints(run)[0]) == json.loads((run / "config.json").read_text())["run"]["total_steps"]:
                 return run

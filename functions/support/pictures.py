@@ -39,9 +39,11 @@ def save_image(image: np.ndarray | Image.Image, path: Path) -> None:
     write_whole(path, lambda file: image.save(file, "PNG"))
 
 
-def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> None:
-    """A PNG of all images in rows; small ones enlarged."""
-    save_image(enlarge(tile(images, columns), images.shape[1]), path)
+def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Image.Image:
+    """Write a PNG of all images in rows, small ones enlarged, and return it."""
+    grid = enlarge(tile(images, columns), images.shape[1])
+    save_image(grid, path)
+    return grid
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None) -> None:

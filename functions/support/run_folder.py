@@ -74,10 +74,11 @@ class Run:
         """The file of a step: of kind "checkpoints" or "samples"."""
         return self.folder / kind / f"step-{step:08d}.{'png' if kind == 'samples' else 'safetensors'}"
 
-    def write_config(self) -> None:
-        """config.json: the config as in a checkpoint, and under `run` the facts."""
+    def write_config(self) -> str:
+        """Write config.json, the config as in a checkpoint and under `run` the facts, and return its text."""
         text = json.dumps({"experiment": self.name, **self.experiment.to_dict(), "run": self.facts}, indent=2)
         write_whole(self.folder / "config.json", lambda file: file.write(text.encode()))
+        return text
 
 
 @contextmanager

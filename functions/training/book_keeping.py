@@ -73,8 +73,8 @@ class BookKeeper:
         """In rank 0: make the folder, hold it, and begin its files."""
         self.run.make_folder()
         stack.enter_context(locked(self.run.folder))
-        self.run.write_config()
         self.metrics = MetricsLog(self.run.folder, self.run.first_step)
+        self.metrics.tensorboard.add_text("config", f"```\n{self.run.write_config()}\n```", self.run.first_step)
         stack.callback(self.metrics.tensorboard.close)
         print(f"  goes to    {self.run.folder}", flush=True)
         return self.run.folder
@@ -160,4 +160,5 @@ class BookKeeper:
             pixels = [to_uint8(generate(sampler, mine, self.config.batch_size).images).numpy()]
         everyones = [pixels for of_process in self.processes.gather(pixels) for pixels in of_process]
         if self.processes.is_main:
-            save_grid(np.concatenate(everyones), self.run.path_of("samples", done))
+            grid = save_grid(np.concatenate(everyones), self.run.path_of("samples", done))
+            self.metrics.tensorboard.add_image("samples", np.asarray(grid), done, dataformats="HWC")

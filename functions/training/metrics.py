@@ -1,4 +1,4 @@
-"""A run's numbers: metrics.csv for people and scripts, TensorBoard for watching, one source for both."""
+"""A run's numbers: metrics.csv for people and scripts, and the same in TensorBoard beside its config and grids."""
 
 import csv
 import math
@@ -32,9 +32,7 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """Appends rows to metrics.csv and TensorBoard; each row is on the disk when `write` returns.
-
-    So a power cut leaves no checkpoint that is ahead of the metrics.
+    """Appends rows to metrics.csv and TensorBoard; each is on the disk, before any checkpoint, when `write` returns.
 
     Args:
         run: the run folder.

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from functions.timesteps import sampling_times
-from tests.known_denoisers import part_of_the_way
 from tests.functions.test_samplers import noise_source, pure_noise
+from tests.known_denoisers import part_of_the_way
 
 
 def alpha_bars(timesteps):
