@@ -26,7 +26,7 @@ def experiments() -> dict[str, "Experiment"]:
                 image_size=32, norm_groups=8,
             ),
         ),
-        # The reference's first run, faults included: betas meant for 1000 steps over 200, no EMA.
+        # First run of the reference (see README), faults included: betas meant for 1000 steps over 200, no EMA.
         "ffhq-run1": Experiment(
             DiffusionConfig(
                 dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=False, timesteps_diff=200,
