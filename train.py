@@ -102,7 +102,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
-    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # takes found_inf, below
+    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # the fused one skips a step by found_inf
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     state = TrainingState(model, ema_model, optimizer, scaler)
     if run.checkpoint:
@@ -138,7 +138,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                                    device)  # fmt: skip
             degrees = rotation_limit(config.max_rotation, config.rotation_free_end, step / total_steps)
             loss = torch.zeros((), device=device)
-            for places in passes:
+            for places in passes:  # slices of the effective batch
                 x_0 = to_model_range(next(batches))  # line 2: every image once an epoch, shuffled, by data/batches.py
                 if config.use_augmentation:
                     x_0 = augment(x_0, draws.flip[places], degrees * draws.tilt[places] if degrees else None)

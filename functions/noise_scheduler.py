@@ -1,8 +1,9 @@
 """The forward process: linear betas and everything in closed form that follows from them.
 
-    x_0         clean image in [-1, 1]                     x_t        image after t + 1 noising steps
+    x_0         clean image in [-1, 1]                      x_t        noised image; one step makes t = 0
     beta        variance of the noise added in one step     alpha      1 - beta
-    alpha_bar   running product of alpha: `alphas_cumprod`  eps        the standard normal noise in x_t
+    alpha_bar   running product of alpha: `alphas_cumprod`  a_t, a_s   alpha_bar at timesteps t and s
+    eps         the standard normal noise in x_t
     T           number of steps: `timesteps`                t          0 .. T-1: the paper's t minus 1; -1: clean
 
 Equations are those of Ho et al., "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239).

@@ -72,7 +72,7 @@ def ddpm_sample(
         mean, sigma_squared = scheduler.q_posterior(x_0, x, t, s)  # Eq. 7
         if variance == "large":
             sigma_squared = scheduler.step_beta(t, s)
-        z = noise_of(step_noise, k, x) if s >= 0 else 0.0  # line 3; s = -1 is the paper's t = 1
+        z = noise_of(step_noise, k, x) if s >= 0 else 0.0  # line 3: N(0, I); s = -1 is the paper's t = 1
         x = mean + sigma_squared**0.5 * z  # line 4
         if on_step:
             on_step(k, t, x, x_0)

@@ -88,7 +88,7 @@ class ResidualBlock(nn.Module):
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """The parts (B, C_i, H, W) are concatenated to in_channels -> (B, out_channels, H, W).
 
-        To be recomputed, they are concatenated for the shortcut and for the first layer apart; otherwise once.
+        They are concatenated once, or, to be recomputed, in each of the two functions that take them.
         """
         run = partial(recomputing, self.recompute_norms)
         x = parts if self.recompute_norms else [concatenated(*parts)]

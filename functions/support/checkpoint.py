@@ -1,8 +1,8 @@
 """Checkpoints: all that a training goes on from, and that a model is rebuilt from, in one file of tensors.
 
 Tensors    model.NAME, ema.NAME: the raw and the averaged weights; step.NAME, exp_avg.NAME, exp_avg_sq.NAME: Adam's
-contents   `config`: {"diffusion": {...}, "model": {...}}; `run`: experiment, step, total_steps, and what training goes
-           on from beside; `scaler`: float16's gradient scaler, empty without it
+contents   `config`: {"diffusion": {...}, "model": {...}}; `run`: experiment, step, `run.facts` of train.py, and the
+           counters that `BookKeeper.save` adds; `scaler`: float16's gradient scaler, empty without it
 An exported file has the weights to sample from alone, and is read in the same way.
 """
 
@@ -36,7 +36,7 @@ class TrainingState:
             self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, but the scaler."""
+        """All but the scaler, by name."""
         parts = {"model": self.model.state_dict(), "ema": self.ema_model.state_dict() if self.ema_model else {}}
         for moment in MOMENTS:
             parts[moment] = {name: self.optimizer.state[p][moment] for name, p in self.model.named_parameters()}

@@ -12,8 +12,7 @@ from functions.support.errors import UserError
 from functions.support.processes import Processes
 from functions.support.run_folder import Run
 
-# What is kept for backward, in numbers an image, over the numbers of one feature map of each level: measured on the
-# reference network at 128 px.
+# An image keeps so many feature maps of each level for backward: measured on the network of `ffhq-run2`.
 KEPT_OF_A_LEVEL = {"none": 45, "norms": 15, "blocks": 6}
 VISIBLE_SNR = 1e-3  # x_T with a larger terminal SNR still carries the image; the paper's 1000 steps leave 4e-5
 
@@ -95,7 +94,7 @@ def pass_fits(denoiser: Denoiser, images: int) -> bool:
     x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=device)
     t = torch.zeros(images, dtype=torch.int64, device=device)
     try:
-        for parameter in network.parameters():  # which all but a step's first pass find there
+        for parameter in network.parameters():  # as in every pass of a step but its first
             parameter.grad = torch.zeros_like(parameter)
         noise_prediction_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
         return True
