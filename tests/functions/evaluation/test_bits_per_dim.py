@@ -17,12 +17,6 @@ LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 MU, S = 0.2, 0.3  # of the Gaussian data
 
 
-def measure(denoiser, x_0, options, indices=None, processes=SINGLE_PROCESS):
-    """bits/dim of some of the images (N, C, H, W)."""
-    indices = np.arange(len(x_0)) if indices is None else indices
-    return measure_bits_per_dim(denoiser, lambda i: x_0[i], indices, options, processes)
-
-
 def gaussian_images(count, size):
     return MU + S * torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +47,8 @@ def expected_terms(scheduler, variance):
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_terms_equal_the_closed_form_on_gaussian_data(variance):
     scheduler, x_0 = NoiseScheduler(40), gaussian_images(64, 8)
-    result = measure(best_denoiser(scheduler), x_0, BoundOptions(variance=variance, clip_x_0=False))
+    options = BoundOptions(variance=variance, clip_x_0=False)
+    result = measure_bits_per_dim(best_denoiser(scheduler), lambda i: x_0[i], np.arange(64), options)
     sampled = x_0.numel() ** -0.5 * 5 * math.sqrt(2)  # of a mean of squared normals
     np.testing.assert_allclose(result.terms.mean(axis=0)[1:], expected_terms(scheduler, variance)[1:], rtol=sampled)
     a = scheduler.alphas_cumprod.numpy()
@@ -86,10 +81,10 @@ def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
         x_0 = ((p.log() - squares / (2 * (1 - a[..., None]))).softmax(-1) * levels).sum(-1)
         return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
 
-    drawn = torch.multinomial(p, 32 * 48, replacement=True, generator=torch.Generator().manual_seed(0))
-    x_0 = levels[drawn].view(32, 3, 4, 4).float()
-    denoiser = Denoiser(LittleMemory(eps, 64), scheduler)
-    result = measure(denoiser, x_0, BoundOptions(t_stride=20, variance=variance))
+    drawn = torch.multinomial(p, 16 * 48, replacement=True, generator=torch.Generator().manual_seed(0))
+    x_0 = levels[drawn].view(16, 3, 4, 4).float()
+    denoiser, options = Denoiser(LittleMemory(eps, 64), scheduler), BoundOptions(t_stride=20, variance=variance)
+    result = measure_bits_per_dim(denoiser, lambda i: x_0[i], np.arange(16), options)
     entropy = -(p * p.log2()).sum().item()
     assert entropy - 3 * result.standard_error < result.total < entropy + gap
     assert result.total == pytest.approx(result.rate + result.distortion)
@@ -98,8 +93,10 @@ def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
 def test_strides_are_unbiased():
     """Over many images the sum is the full one within the error that is stated, which is larger for fewer t."""
     scheduler, x_0 = NoiseScheduler(100), gaussian_images(100, 4)
-    options = [BoundOptions(stride, batch_size=2048, clip_x_0=False) for stride in (1, 20)]
-    full, some = (measure(best_denoiser(scheduler), x_0, of_stride) for of_stride in options)
+    full, some = (
+        measure_bits_per_dim(best_denoiser(scheduler), lambda i: x_0[i], np.arange(100), options)
+        for options in (BoundOptions(1, batch_size=2048, clip_x_0=False), BoundOptions(20, clip_x_0=False))
+    )
     assert some.terms.shape[1] < 30
     assert full.standard_error < some.standard_error < 10 * full.standard_error
     assert abs(some.total - full.total) < 4 * some.standard_error
@@ -121,7 +118,7 @@ def small_measurement(indices=HELD_OUT, processes=SINGLE_PROCESS, most=64, **opt
     scheduler = NoiseScheduler(40)
     x_0 = torch.randn(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     options = BoundOptions(**{"t_stride": 3, "batch_size": 8, **options})
-    return measure(best_denoiser(scheduler, most), x_0, options, indices, processes)
+    return measure_bits_per_dim(best_denoiser(scheduler, most), lambda i: x_0[i], indices, options, processes)
 
 
 def test_a_term_depends_on_seed_image_and_t_alone():

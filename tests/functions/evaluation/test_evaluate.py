@@ -32,7 +32,7 @@ def test_bits_per_dim_of_a_run(tiny_run, tmp_path, capsys):
     printed = capsys.readouterr().out
     first = results_of(tmp_path, "bpd")
     (name,) = (name for name in first if name.endswith(".json"))
-    assert name.startswith("step-00000010-bpd-") and name.replace(".json", ".png") in first
+    assert name.startswith("step-00000010-bpd-")
     found = json.loads(first[name])
     assert found["bits_per_dim"] == pytest.approx(found["rate"] + found["distortion"])
     assert found["images"] == 5 and found["standard_error"] > 0
@@ -42,8 +42,7 @@ def test_bits_per_dim_of_a_run(tiny_run, tmp_path, capsys):
     assert sum(curves["timesteps"]) == 100
     assert curves["rate"][0] == pytest.approx(found["rate"])  # at the end of the way, all but L_0 is read
     np.testing.assert_allclose(curves["rmse"], 127.5 * np.sqrt(curves["mse_x_0"]))
-    with Image.open(tmp_path / name.replace(".json", ".png")) as figure:
-        assert figure.size > (1000, 300)
+    assert Image.open(tmp_path / name.replace(".json", ".png")).size > (1000, 300)
 
     call(evaluate.main, tiny_run, *BPD, "--out", tmp_path)  # the same again, bit for bit
     assert results_of(tmp_path, "bpd") == first
@@ -75,17 +74,15 @@ def test_images_of_a_run(tiny_run, tmp_path, capsys):
     call(small_main, *arguments, "--reference-split", "val")
     assert len(results_of(tmp_path, "fid-kid-prc")) == 3
 
-
-@needs_fidelity
-def test_a_published_reference_gives_the_same_fid(tiny_run, tmp_path):
-    public, arguments = tmp_path / "public.npz", [tiny_run, *FAST, "--metrics", "fid"]
-    call(small_main, *arguments, "--save-reference", public, "--out", tmp_path / "a")
+    public = tmp_path / "public.npz"
+    call(small_main, *arguments, "--metrics", "fid", "--save-reference", public, "--out", tmp_path / "a")
     assert read_reference(public, 16, small_extractor()).features is None
-    call(small_main, *arguments, "--reference", public, "--out", tmp_path / "b")
+    call(small_main, *arguments, "--metrics", "fid", "--reference", public, "--out", tmp_path / "b")
     one, other = (next((tmp_path / folder).iterdir()).read_bytes() for folder in "ab")
     assert one == other
 
 
+@pytest.mark.slow
 def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_path, capsys):
     some = shutil.copytree(pictures, tmp_path / "some", ignore=shutil.ignore_patterns("0004*", "*.packed*"))
     call(evaluate.main, tiny_run, *BPD, "--dataset-name", some, "--images", "1", "--out", tmp_path)

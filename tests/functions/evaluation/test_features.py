@@ -14,18 +14,7 @@ from scipy.linalg import sqrtm
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from data.pixels import to_uint8
-from functions.evaluation.features import (
-    INCEPTION,
-    LAYER,
-    Reference,
-    compare,
-    downloaded,
-    image_warnings,
-    load_inception,
-    real_features,
-    sample_features,
-    statistics,
-)
+from functions.evaluation import features
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
@@ -38,8 +27,8 @@ EXTRACTOR = small_extractor()
 IMAGES = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
 
 
-def features(batch_size=64, extractor=EXTRACTOR, processes=SINGLE_PROCESS):
-    return real_features(IMAGES, np.arange(100), batch_size, extractor, processes)
+def of_images(batch_size=64, extractor=EXTRACTOR, processes=SINGLE_PROCESS):
+    return features.real_features(IMAGES, np.arange(100), batch_size, extractor, processes)
 
 
 @pytest.fixture
@@ -51,12 +40,13 @@ def two_sets():
 
 
 def compared(samples, real):
-    return compare(("fid", "kid", "prc"), samples, Reference({}, statistics(real), real), seed=-1)
+    reference = features.Reference({}, features.statistics(real), real)
+    return features.compare(("fid", "kid", "prc"), samples, reference, seed=-1)
 
 
 def test_fid_is_the_distance_of_two_gaussians(two_sets):
     """With NumPy's moments and SciPy's root of a matrix."""
-    samples, real = (features.double().numpy() for features in two_sets)
+    samples, real = (of_set.double().numpy() for of_set in two_sets)
     cov, real_cov = np.cov(samples.T), np.cov(real.T)
     gap = samples.mean(axis=0) - real.mean(axis=0)
     expected = gap @ gap + np.trace(cov + real_cov - 2 * sqrtm(cov @ real_cov)).real
@@ -80,7 +70,7 @@ def test_precision_and_recall_are_shares_within_the_balls_of_three_neighbours(tw
         radii = np.sort(distances(others, others))[:, 3]  # the first is its own
         return (distances(points, others) <= radii).any(axis=1).mean()
 
-    samples, real = (features.numpy() for features in two_sets)
+    samples, real = (of_set.numpy() for of_set in two_sets)
     found, expected = compared(*two_sets), (share_within(samples, real), share_within(real, samples))
     assert (found["precision"], found["recall"]) == pytest.approx(expected)
     assert 0.1 < found["recall"] < found["precision"] - 0.1  # so that they cannot be exchanged
@@ -88,28 +78,28 @@ def test_precision_and_recall_are_shares_within_the_balls_of_three_neighbours(tw
 
 def test_features_depend_on_images_alone():
     """Not on batches, on those halved for want of memory, or on the number of processes."""
-    whole = features()
+    whole = of_images()
     assert whole.dtype == torch.float32
     torch.testing.assert_close(whole, small_features(torch.from_numpy(IMAGES).permute(0, 3, 1, 2)))
-    torch.testing.assert_close(features(batch_size=7), whole)
+    torch.testing.assert_close(of_images(batch_size=7), whole)
     limited = LittleMemory(small_features, 5)
-    torch.testing.assert_close(features(16, replace(EXTRACTOR, features=limited)), whole)
+    torch.testing.assert_close(of_images(16, replace(EXTRACTOR, features=limited)), whole)
     assert limited.sizes == [4] * 25
-    parts = of_each_process(3, lambda processes: features(processes=processes))  # the last has nothing to do
+    parts = of_each_process(3, lambda processes: of_images(processes=processes))  # the last has nothing to do
     assert torch.equal(sum(parts), whole)
 
 
 def test_features_of_samples_are_those_of_the_images_that_are_sampled():
     sampler = image_sampler_of(small_unet(), options=SamplerOptions(steps=2))
     expected = small_features(to_uint8(generate(sampler, range(5), 5).images).permute(0, 3, 1, 2))
-    found = sample_features(sampler, 5, 2, EXTRACTOR, SINGLE_PROCESS)
+    found = features.sample_features(sampler, 5, 2, EXTRACTOR, SINGLE_PROCESS)
     assert (found - expected).abs().max() < 2 / 255  # a level at a pixel, by rounding
     assert (found[0] - found[1]).abs().max() > 4 / 255
 
 
 def test_few_samples_are_said_loudly():
-    assert len(image_warnings(63_000, 50_000, 2048)) == 0
-    few, singular = image_warnings(900, 1_000, 2048)
+    assert len(features.image_warnings(63_000, 50_000, 2048)) == 0
+    few, singular = features.image_warnings(900, 1_000, 2048)
     assert "1,000 SAMPLES, NOT 50,000" in few and "900 IMAGES FOR 2,048" in singular
 
 
@@ -132,7 +122,7 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
     for content in (pickle.dumps(Harm(), protocol=2), saved(Harm()), wrong, wrong[:300], b"", b"weights"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"bad\.pth: not the weights that are at https") as error:
-            load_inception(path, CPU)
+            features.load_inception(path, CPU)
         assert "\n" not in str(error.value) and not ran.exists()
 
 
@@ -140,12 +130,12 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     url = "https://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth"  # where nobody listens
     with pytest.raises(UserError, match=r"cannot be downloaded .*127\.0\.0\.1:9.*--weights FILE") as error:
-        downloaded(url)
+        features.downloaded(url)
     assert "\n" not in str(error.value)
     place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     assert list(place.parent.iterdir()) == []  # no half a file
     place.touch()
-    assert downloaded(url) == place
+    assert features.downloaded(url) == place
 
 
 @pytest.mark.slow
@@ -156,9 +146,9 @@ def test_the_real_network_takes_our_images(tmp_path, monkeypatch):
     torch.save({}, weights)
     with monkeypatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda network, weights: None)
-        network = FeatureExtractorInceptionV3(INCEPTION, [LAYER], feature_extractor_weights_path=weights)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights)
     torch.save(network.state_dict(), weights)
-    extractor, images = load_inception(weights, CPU), torch.from_numpy(IMAGES[:2]).permute(0, 3, 1, 2)
+    extractor, images = features.load_inception(weights, CPU), torch.from_numpy(IMAGES[:2]).permute(0, 3, 1, 2)
     found = extractor.features(images)
     assert found.shape == (2, extractor.width) == (2, 2048)
     torch.testing.assert_close(found, network(images)[0])

@@ -12,10 +12,9 @@ import pytest
 
 pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not installed")
 
-from functions.evaluation.features import Reference, real_features, statistics
+from functions.evaluation.features import Reference
 from functions.evaluation.reference_statistics import FORMAT, describe, read_reference, write_reference
 from functions.support.errors import UserError
-from functions.support.processes import SINGLE_PROCESS
 from tests.functions.evaluation.parts import small_extractor
 
 EXTRACTOR = small_extractor()
@@ -28,17 +27,13 @@ def description(**changes):
 
 
 def test_reference_is_published_and_checked(tmp_path):
-    images, indices = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8), np.arange(10, 60)
+    images, indices = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8), np.arange(5, 15)
     facts = describe(images, indices, "abc", "discs", "train", EXTRACTOR)
-    changed = images.copy()
-    changed[20, 0, 0, 0] ^= 1  # other pixels under the same ids
-    assert describe(changed, indices, "abc", "discs", "train", EXTRACTOR) != facts
-    real = real_features(images, indices, 64, EXTRACTOR, SINGLE_PROCESS)
-    first = Reference(facts, statistics(real), real)
-    np.testing.assert_allclose(first.statistics["sigma"], np.cov(real.double().T), rtol=1e-9, atol=1e-12)
+    images[7, 0, 0, 0] ^= 1  # other pixels under the same ids
+    assert describe(images, indices, "abc", "discs", "train", EXTRACTOR) != facts
 
     public = tmp_path / "discs.npz"
-    write_reference(public, first)
+    write_reference(public, Reference(facts, GOOD))
     found = read_reference(public, 16, EXTRACTOR)
     assert found.features is None and found.description == facts
     for size, extractor, message in (

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 
 import pytest
 from PIL import Image
@@ -16,7 +15,6 @@ from functions.sampling import files
 from functions.sampling.files import existing, image_path
 from functions.support.errors import UserError
 from functions.support.pictures import save_image
-from functions.support.processes import Processes
 from functions.support.run_folder import locked
 from tests.conftest import ROOT, call, posix, script
 
@@ -80,42 +78,24 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
     assert both.keys() == one.keys() | {"progressive.png"} and one.items() <= both.items()
 
 
-def test_two_processes_share_a_grid_without_files(tiny_run, tmp_path, monkeypatch):
-    """Here one after the other, rank 0 last."""
-    flags, gathered = [tiny_run, "-n", 5, "--batch-size", 2, "--steps", 3, "--gif", "--device", "cpu"], []
-
-    class Part(Processes):
-        from_main = lambda self, make: make()
-        gather = lambda self, value: gathered.insert(0, value) or gathered
-
-    call(sample.main, *flags, "--out", tmp_path / "one")
-    for rank in (1, 0):
-        monkeypatch.setattr(sample, "joined", lambda rank=rank: nullcontext(Part(rank, 2)))
-        call(sample.main, *flags, "--out", tmp_path / "two")
-    assert [sum(len(samples.images) for samples in value) for value in gathered] == [2, 3]
-    for name in ("grid.png", "denoising.gif"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert not list((tmp_path / "two").glob("0*.png"))
-
-
-@pytest.mark.parametrize("own", [FLAGS, FLAGS[1:]])  # nor may a grid of theirs lie beside the images
-def test_other_options_in_the_same_folder_are_an_error(whole, tiny_run, own):
-    before = contents(whole)
-    for flags, changed in (
-        ("--seed 1", ["seed"]),
-        ("--sampler ipndm", ["sampler", "variance"]),
-        ("--precision bfloat16 --steps 29 --spacing logsnr", ["precision", "steps", "spacing"]),
-        ("--eps-scale 1.01 --variance large", ["eps_scale", "variance"]),
+@pytest.mark.parametrize("own", [["--individual"], []])  # nor may a grid of theirs lie beside the images
+def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, own):
+    common = ["-n", 2, "--steps", 5, "--device", "cpu", "--out", tmp_path]
+    call(sample.main, tiny_run, "--individual", *common)
+    before = contents(tmp_path)
+    for run, flags, changed in (
+        ("checkpoints/step-00000005.safetensors", "--seed 1", ["checkpoint", "seed"]),
+        ("", "--sampler ipndm", ["sampler", "variance"]),
+        ("", "--precision bfloat16 --steps 4 --spacing logsnr", ["precision", "steps", "spacing"]),
+        ("", "--eps-scale 1.01 --variance large", ["eps_scale", "variance"]),
     ):
         with pytest.raises(UserError, match="holds images made otherwise") as error:
-            call(sample.main, tiny_run, *own, *flags.split(), "--out", whole)
+            call(sample.main, tiny_run / run, *common, *own, *flags.split())
         assert re.findall(r"(\w+) was ", str(error.value)) == changed
-    assert contents(whole) == before
+    assert contents(tmp_path) == before
 
 
-def test_another_checkpoint_or_images_of_unknown_origin_are_not_gone_on_with(whole, tiny_run, tmp_path):
-    with pytest.raises(UserError, match=r"checkpoint was [0-9a-f]{64}, is now"):
-        call(sample.main, tiny_run / "checkpoints" / "step-00000005.safetensors", *FLAGS, "--out", whole)
+def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "00003.png")
     with pytest.raises(UserError, match=r"holds 00003\.png but no samples\.json"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
