@@ -1,4 +1,4 @@
-"""What tests of evaluation share: a small network in InceptionV3's place, and processes that are none."""
+"""What tests of evaluation share: a small network in InceptionV3's place, harm, and processes that are none."""
 
 import torch
 
@@ -16,6 +16,16 @@ def small_extractor(weights=None, device=None, processes=None):
     if weights:
         return load_inception(weights, device)
     return Extractor({"extractor": "small", "weights_hash": "none"}, 8, small_features, torch.device("cpu"))
+
+
+class Harm:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
 def of_each_process(count, work):

@@ -16,9 +16,7 @@ from tests.functions.evaluation.parts import small_extractor
 
 BPD = ["--t-stride", "100", "--device", "cpu"]
 FAST = ["--n", "12", "--sampler", "ddim", "--steps", "2", "--batch-size", "5", "--device", "cpu"]
-needs_fidelity = pytest.mark.skipif(
-    find_spec("torch_fidelity") is None, reason="requirements-eval.txt is not installed"
-)
+needs_fidelity = pytest.mark.skipif(not find_spec("torch_fidelity"), reason="requirements-eval.txt is not installed")
 small_main = functools.partial(evaluate.main, small_extractor)
 
 
@@ -90,28 +88,25 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["standard_error"] is None
 
 
-FID = ["--metrics", "fid"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--metrics", "bpd,is"], "'bpd,is' is not a list of metrics; there are bpd, fid, kid, prc"),
-        (["--images", "0"], "not an integer of at least 1"),
-        ([*FID, "--n", "3"], "--n is 3; 4 images are the fewest"),
-        ([*FID, "--steps", "101"], "steps is 101; a model with 100 timesteps takes 1 to 100"),
-        ([*FID, "--reference", "none.npz"], "none.npz: no sound reference statistics ([Errno 2] No such file"),
-        (["--metrics", "fid,kid", "--reference", "a.npz"], "--reference has statistics for fid alone"),
-        ([*FID, "--reference-images", "1"], "an empty reference: 1 train image(s), 4 are the fewest"),
-        pytest.param([*FID, "--weights", "none.pth"], "none.pth: not the weights that are at", marks=needs_fidelity),
-        (["--dataset-name", "nowhere"], "nowhere"),
-        (["--device", "tpu"], "device is 'tpu'"),
+        ("--metrics bpd,is", "'bpd,is' is not a list of metrics; there are bpd, fid, kid, prc"),
+        ("--images 0", "not an integer of at least 1"),
+        ("--metrics fid --n 3", "--n is 3; 4 images are the fewest"),
+        ("--metrics fid --steps 101", "steps is 101; a model with 100 timesteps takes 1 to 100"),
+        ("--metrics fid --reference none.npz", "none.npz: no sound reference statistics ([Errno 2] No such file"),
+        ("--metrics fid,kid --reference a.npz", "--reference has statistics for fid alone"),
+        ("--metrics fid --reference-images 1", "an empty reference: 1 train image(s), 4 are the fewest"),
+        pytest.param("--metrics fid --weights none.pth", "none.pth: not the weights that are at", marks=needs_fidelity),
+        ("--dataset-name nowhere", "nowhere"),
+        ("--device tpu", "device is 'tpu'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # so that it is undone afterwards
     with pytest.raises(SystemExit) as ended, evaluate.plain_errors():
-        call(small_main, tiny_run, *arguments, "--out", tmp_path)
+        call(small_main, tiny_run, *arguments.split(), "--out", tmp_path)
     captured = capsys.readouterr()
     assert ended.value.code == 2 and message in captured.err
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")

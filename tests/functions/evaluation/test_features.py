@@ -20,7 +20,7 @@ from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
 from tests.conftest import LittleMemory, image_sampler_of, small_unet
-from tests.functions.evaluation.parts import of_each_process, small_extractor, small_features
+from tests.functions.evaluation.parts import Harm, of_each_process, small_extractor, small_features
 
 CPU = torch.device("cpu")
 EXTRACTOR = small_extractor()
@@ -108,18 +108,12 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # so that it is undone afterwards
     path, ran = tmp_path / "bad.pth", tmp_path / "ran"
 
-    class Harm:
-        """Unpickled, it makes a file."""
-
-        def __reduce__(self):
-            return open, (str(ran), "w")
-
     def saved(weight):
         torch.save({"fc.weight": weight}, path)
         return path.read_bytes()
 
     wrong = saved(torch.zeros(2))
-    for content in (pickle.dumps(Harm(), protocol=2), saved(Harm()), wrong, wrong[:300], b"", b"weights"):
+    for content in (pickle.dumps(Harm(ran), protocol=2), saved(Harm(ran)), wrong, wrong[:300], b"", b"weights"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"bad\.pth: not the weights that are at https") as error:
             features.load_inception(path, CPU)

@@ -15,7 +15,7 @@ pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not insta
 from functions.evaluation.features import Reference
 from functions.evaluation.reference_statistics import FORMAT, describe, read_reference, write_reference
 from functions.support.errors import UserError
-from tests.functions.evaluation.parts import small_extractor
+from tests.functions.evaluation.parts import Harm, small_extractor
 
 EXTRACTOR = small_extractor()
 FACTS = dict(dataset="d", split="train", count=5, image_size=16, ids_hash="a", pixels_hash="b", **EXTRACTOR.facts)
@@ -55,13 +55,6 @@ def test_files_have_the_format_that_was_published(tmp_path):
 
 def bad_files(ran):
     """Arrays, or the bytes of a whole file, by what is wrong with them."""
-
-    class Harm:
-        """Unpickled, it makes a file."""
-
-        def __reduce__(self):
-            return open, (str(ran), "w")
-
     packed, plain, huge = io.BytesIO(), io.BytesIO(), io.BytesIO()
     np.savez_compressed(packed, description=description(), mu=np.zeros(200), sigma=np.zeros((200, 200)))
     np.savez(plain, description=description(), **GOOD)
@@ -80,7 +73,7 @@ def bad_files(ran):
         "empty set": {**good, "description": description(count=0)},
         "a count that is none": {**good, "description": description(count="5")},
         "nan": {**good, "mu": np.full(8, math.nan)},
-        "code": {**good, "mu": np.array([Harm()], dtype=object)},
+        "code": {**good, "mu": np.array([Harm(ran)], dtype=object)},
         "other arrays": {**good, "sigma": np.eye(7)},
         "other types": {**good, "mu": np.zeros(8, np.float32)},
         "a number": {**good, "mu": np.array(1.0)},

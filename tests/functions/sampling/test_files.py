@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -59,8 +60,7 @@ def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, ca
     assert not list(tmp_path.glob(".*.tmp"))
 
     call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
-    assert "sampling 0 images of 22" in capsys.readouterr().out
-    assert contents(tmp_path) == contents(whole)
+    assert "sampling 0 images of 22" in capsys.readouterr().out and contents(tmp_path) == contents(whole)
 
 
 @pytest.mark.slow
@@ -128,10 +128,7 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
 
 
 def test_a_failed_write_ends_the_script(tiny_run, tmp_path, monkeypatch):
-    def full(image, path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sample, "save_image", full)
+    monkeypatch.setattr(sample, "save_image", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         call(sample.main, tiny_run, "--individual", "--n", 3, "--steps", 2, "--out", tmp_path)
     assert not (tmp_path / "grid.png").exists()

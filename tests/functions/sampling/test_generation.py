@@ -1,6 +1,5 @@
 """From a checkpoint to pictures: each image by its seed alone, and files that hold what they should."""
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -79,9 +78,8 @@ def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("options", EVERY_SAMPLER, ids=str)
-def test_the_host_never_waits_for_the_gpu(network, options):
-    device = torch.device("cuda")
-    image_sampler = image_sampler_of(copy.deepcopy(network).to(device), options=options, device=device)
+def test_the_host_never_waits_for_the_gpu(options):
+    image_sampler = image_sampler_of(small_unet().cuda(), options=options, device="cuda")
     noise = image_sampler.noise(range(4))
     image_sampler.decode(noise.draw(), 99, noise.draw)  # the first call loads kernels
     # From the end of the first step on waiting is an error; before, it may wait to make the tables
@@ -95,8 +93,7 @@ def test_the_host_never_waits_for_the_gpu(network, options):
 @pytest.mark.parametrize("count", [2, 3, 40, 200])
 def test_frame_steps_are_rising_and_within_the_run(count):
     steps = frame_steps(100, count)
-    assert steps == sorted(set(steps))
-    assert (steps[0], steps[-1]) == (0, 100)
+    assert steps == sorted(set(steps)) and (steps[0], steps[-1]) == (0, 100)
 
 
 @pytest.mark.slow
@@ -108,7 +105,6 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
     assert min(Image.open(tmp_path / name).width for name in ("strip.png", "progressive.png")) > 500
     printed = capsys.readouterr().out
     assert "EMA weights after 10 of 10 steps" in printed and str(tmp_path / "grid.png") in printed
-    assert len([*tmp_path.iterdir()]) == 4
 
 
 def test_an_exported_file_samples_the_same(tiny_run, tmp_path):
@@ -129,21 +125,19 @@ def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_an
         call(sampleFFHQ.main, "--runs", tiny_run.parent)
     call(sampleFFHQ.main, tiny_run, "--steps", 2, "--out", tmp_path)
     grid = Image.open(tmp_path / "grid.png")
-    assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
-    assert (tmp_path / "denoising.gif").exists()
+    assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02) and (tmp_path / "denoising.gif").exists()
 
 
 def test_a_config_that_does_not_fit_its_weights_is_refused(tiny_run):
     saved = load_weights(checkpoints_of(tiny_run)[-1])
-    fields = saved.config["model"]
-    for model, message in (
-        ({**fields, "base_dim": 16}, "weights are missing|is torch.float32"),
-        ({**fields, "norm_groups": 5}, "describes no model"),
-        ({**fields, "unknown": 1}, "describes no model"),
-        ({}, "describes no model"),
+    for change, message in (
+        ({"base_dim": 16}, "weights are missing|is torch.float32"),
+        ({"norm_groups": 5}, "describes no model"),
+        ({"unknown": 1}, "describes no model"),
     ):
+        config = {**saved.config, "model": {**saved.config["model"], **change}}
         with pytest.raises(CheckpointError, match=message):
-            rebuild(UNet, replace(saved, config={**saved.config, "model": model}), torch.device("cpu"))
+            rebuild(UNet, replace(saved, config=config), torch.device("cpu"))
 
 
 def test_large_images_keep_their_pixels_in_a_grid(tmp_path):
