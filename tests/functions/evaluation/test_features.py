@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,214 +10,141 @@ import torch
 
 pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not installed")
 
-import functions.evaluation.features
+from scipy.linalg import sqrtm
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
 from data.pixels import to_uint8
-from functions.evaluation.features import (
-    Extractor,
-    Reference,
-    compare,
-    image_warnings,
-    load_inception,
-    real_features,
-    sample_features,
-    statistics,
-)
-from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
-from functions.sampling.generation import ImageSampler, generate_batches
+from functions.evaluation import features
+from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
-from functions.support.processes import SINGLE_PROCESS, Processes
-from tests.conftest import small_unet
-from tests.functions.evaluation.small_extractor import blurred, small_extractor, small_features
+from functions.support.processes import SINGLE_PROCESS
+from tests.conftest import LittleMemory, image_sampler_of, small_unet
+from tests.functions.evaluation.parts import Harm, of_each_process, small_extractor, small_features
 
-ALL = ("fid", "kid", "prc")
+CPU = torch.device("cpu")
 EXTRACTOR = small_extractor()
+IMAGES = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module")
-def photos():
-    """Two sets of 200 images of one kind, uint8 (200, 16, 16, 3): discs on backgrounds."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:16, :16]
-    images = np.empty((400, 16, 16, 3), np.uint8)
-    for image in images:
-        centre, radius, colours = rng.uniform(5, 11, 2), rng.uniform(3, 6), rng.integers(0, 256, (2, 3))
-        inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
-        image[:] = np.where(inside[..., None], *colours)
-    images = torch.from_numpy(images)
-    return images[:200], images[200:]
+def of_images(batch_size=64, extractor=EXTRACTOR, processes=SINGLE_PROCESS):
+    return features.real_features(IMAGES, np.arange(100), batch_size, extractor, processes)
 
 
-def features(images, batch_size=64, processes=SINGLE_PROCESS, extractor=EXTRACTOR):
-    return real_features(images.numpy(), np.arange(len(images)), batch_size, extractor, processes)
-
-
-def reference(images):
-    found = features(images)
-    return Reference({}, statistics(found), found)
-
-
-def test_identical_sets(photos):
-    found = compare(ALL, features(photos[0]), reference(photos[0]), seed=0)
-    assert found["fid"] == pytest.approx(0, abs=1e-9)
-    assert -5e-3 < found["kid"] < 1e-9 and found["kid_subset_size"] == 200  # unbiased, so just below 0 here
-    assert found["precision"] == found["recall"] == 1
-
-
-def test_gaussian_features_have_the_closed_form():
-    """FID of N(m, diag(s^2)) is |m_1 - m_2|^2 + sum (s_1 - s_2)^2; here with exactly these moments."""
+@pytest.fixture
+def two_sets():
+    """Features of 60 samples and of 60 real images: (60, 5) float32, normal, of different correlated shapes."""
     torch.manual_seed(0)
-    white = torch.randn(500, 4, dtype=torch.float64)
-    white -= white.mean(dim=0)
-    white = white @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(white.T))).T
-    m_1, m_2, s_1, s_2 = torch.randn(4, 4, dtype=torch.float64).abs()
-    real = Reference({}, statistics((m_2 + s_2 * white).float()))
-    found = compare(("fid",), (m_1 + s_1 * white).float(), real, seed=0)
-    assert found["fid"] == pytest.approx(((m_1 - m_2).square() + (s_1 - s_2).square()).sum().item(), rel=1e-5)
+    white, stretch = torch.randn(2, 60, 5), torch.randn(2, 5, 5)
+    return 0.3 * white[0] @ stretch[0], 0.2 + 0.6 * white[1] @ stretch[1]
 
 
-def test_kid_is_the_unbiased_estimate_of_the_cubic_kernel():
-    torch.manual_seed(0)
-    x, y = torch.randn(60, 5), 0.5 + torch.randn(60, 5)
+def compared(samples, real):
+    reference = features.Reference({}, features.statistics(real), real)
+    return features.compare(("fid", "kid", "prc"), samples, reference, seed=-1)
+
+
+def test_fid_is_the_distance_of_two_gaussians(two_sets):
+    """With NumPy's moments and SciPy's root of a matrix."""
+    samples, real = (of_set.double().numpy() for of_set in two_sets)
+    cov, real_cov = np.cov(samples.T), np.cov(real.T)
+    gap = samples.mean(axis=0) - real.mean(axis=0)
+    expected = gap @ gap + np.trace(cov + real_cov - 2 * sqrtm(cov @ real_cov)).real
+    assert compared(*two_sets)["fid"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_kid_is_the_unbiased_estimate_of_the_cubic_kernel(two_sets):
+    x, y = two_sets
     kernel = lambda a, b: (a.double() @ b.double().T / 5 + 1) ** 3
     off_diagonal = lambda k: (k.sum() - k.trace()) / (60 * 59)
     expected = off_diagonal(kernel(x, x)) + off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
-    found = compare(("kid",), x, Reference({}, {}, y), seed=0)
-    assert found["kid"] == pytest.approx(expected.item(), rel=1e-9)
+    found = compared(x, y)
+    assert found["kid"] == pytest.approx(expected.item(), rel=1e-9) and found["kid_subset_size"] == 60
     assert found["kid_std"] == pytest.approx(0, abs=1e-9)  # every subset is the whole, here
 
 
-def test_precision_and_recall_are_not_exchanged():
-    """Samples of one mode out of two: all are precise, half of the real ones are never made."""
-    torch.manual_seed(0)
-    one, two = torch.randn(100, 3), 50 + torch.randn(100, 3)
-    found = compare(("prc",), one + 0.01, Reference({}, {}, torch.cat([one, two])), seed=0)
-    assert found["precision"] > 0.95 and 0.4 < found["recall"] <= 0.55
+def test_precision_and_recall_are_shares_within_the_balls_of_three_neighbours(two_sets):
+    def share_within(points, others):
+        """How many points are no farther from some other than its third neighbour is."""
+        distances = lambda a, b: np.linalg.norm(a[:, None] - b, axis=2)
+        radii = np.sort(distances(others, others))[:, 3]  # the first is its own
+        return (distances(points, others) <= radii).any(axis=1).mean()
+
+    samples, real = (of_set.numpy() for of_set in two_sets)
+    found, expected = compared(*two_sets), (share_within(samples, real), share_within(real, samples))
+    assert (found["precision"], found["recall"]) == pytest.approx(expected)
+    assert 0.1 < found["recall"] < found["precision"] - 0.1  # so that they cannot be exchanged
 
 
-def test_order_of_obvious_cases(photos):
-    real, others = photos
-    noise = torch.randint(256, real.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    cases = [compare(ALL, features(images), reference(real), seed=0) for images in (others, blurred(others), noise)]
-    for name in ("fid", "kid"):
-        values = [case[name] for case in cases]
-        assert values == sorted(values) and values[0] < 0.3 * values[1], name
-    assert min(cases[0]["precision"], cases[0]["recall"]) > 0.85
-    assert cases[2]["precision"] == cases[2]["recall"] == 0
-
-
-def test_features_depend_neither_on_batches_nor_on_processes(photos):
-    whole = features(photos[0])
+def test_features_depend_on_images_alone():
+    """Not on batches, on those halved for want of memory, or on the number of processes."""
+    whole = of_images()
     assert whole.dtype == torch.float32
-    torch.testing.assert_close(whole, small_features(photos[0].permute(0, 3, 1, 2)))
-    torch.testing.assert_close(features(photos[0], batch_size=7), whole)
-    parts = []
-
-    class Part(Processes):
-        def sum_(self, tensor):
-            parts.append(tensor)
-            return tensor
-
-    for rank in range(5):  # of which the last has nothing to do
-        features(photos[0], processes=Part(rank, 5))
+    torch.testing.assert_close(whole, small_features(torch.from_numpy(IMAGES).permute(0, 3, 1, 2)))
+    torch.testing.assert_close(of_images(batch_size=7), whole)
+    limited = LittleMemory(small_features, 5)
+    torch.testing.assert_close(of_images(16, replace(EXTRACTOR, features=limited)), whole)
+    assert limited.sizes == [4] * 25
+    parts = of_each_process(3, lambda processes: of_images(processes=processes))  # the last has nothing to do
     assert torch.equal(sum(parts), whole)
 
 
-def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_features(photos, capsys):
-    images, sizes = photos[0][:40], []
-
-    def extractor_for(most):
-        def extract(batch):
-            if len(batch) > most:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-            sizes.append(len(batch))
-            return small_features(batch)
-
-        return Extractor(EXTRACTOR.facts, 8, extract, torch.device("cpu"))
-
-    torch.testing.assert_close(features(images, 16, extractor=extractor_for(5)), features(images))
-    errors = capsys.readouterr().err
-    assert "out of memory with 16 images at a time: going on with 8" in errors
-    assert errors.count("going on with 4") == 1 and sizes == [4] * 10  # later batches are not tried whole
-    with pytest.raises(UserError, match="no memory for a single image at a time on cpu: CUDA out of memory"):
-        features(images, extractor=extractor_for(0))
-
-
 def test_features_of_samples_are_those_of_the_images_that_are_sampled():
-    denoiser, cpu = Denoiser(small_unet(), NoiseScheduler(100)), torch.device("cpu")
-    sampler = ImageSampler(denoiser, SamplerOptions(steps=2), (3, 16, 16), 0, cpu)
-    (all_at_once,) = generate_batches(sampler, [range(5)])
-    expected = small_features(to_uint8(all_at_once.images).permute(0, 3, 1, 2))
-    found = sample_features(sampler, 5, 2, EXTRACTOR, SINGLE_PROCESS)
+    sampler = image_sampler_of(small_unet(), options=SamplerOptions(steps=2))
+    expected = small_features(to_uint8(generate(sampler, range(5), 5).images).permute(0, 3, 1, 2))
+    found = features.sample_features(sampler, 5, 2, EXTRACTOR, SINGLE_PROCESS)
     assert (found - expected).abs().max() < 2 / 255  # a level at a pixel, by rounding
     assert (found[0] - found[1]).abs().max() > 4 / 255
 
 
 def test_few_samples_are_said_loudly():
-    assert len(image_warnings(63_000, 50_000, 2048)) == 0
-    few, singular = image_warnings(900, 1_000, 2048)
+    assert len(features.image_warnings(63_000, 50_000, 2048)) == 0
+    few, singular = features.image_warnings(900, 1_000, 2048)
     assert "1,000 SAMPLES, NOT 50,000" in few and "900 IMAGES FOR 2,048" in singular
 
 
+@pytest.mark.slow
 def test_weights_that_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # so that it is undone afterwards
     path, ran = tmp_path / "bad.pth", tmp_path / "ran"
 
-    class Harm:
-        """Unpickled, it makes a file."""
+    def saved(weight):
+        torch.save({"fc.weight": weight}, path)
+        return path.read_bytes()
 
-        def __reduce__(self):
-            return open, (str(ran), "w")
-
-    def refused():
+    wrong = saved(torch.zeros(2))
+    for content in (pickle.dumps(Harm(ran), protocol=2), saved(Harm(ran)), wrong, wrong[:300], b"", b"weights"):
+        path.write_bytes(content)
         with pytest.raises(UserError, match=r"bad\.pth: not the weights that are at https") as error:
-            load_inception(path, torch.device("cpu"))
+            features.load_inception(path, CPU)
         assert "\n" not in str(error.value) and not ran.exists()
-        return str(error.value)
-
-    assert "No such file" in refused()
-    path.write_bytes(pickle.dumps(Harm(), protocol=2))
-    refused()
-    torch.save({"fc.weight": Harm()}, path)
-    refused()
-    torch.save({"fc.weight": torch.zeros(2)}, path)
-    whole = path.read_bytes()
-    refused()
-    for damaged in (b"", b"weights", whole[: len(whole) // 2]):
-        path.write_bytes(damaged)
-        refused()
 
 
 def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     url = "https://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth"  # where nobody listens
     with pytest.raises(UserError, match=r"cannot be downloaded .*127\.0\.0\.1:9.*--weights FILE") as error:
-        functions.evaluation.features.downloaded(url)
+        features.downloaded(url)
     assert "\n" not in str(error.value)
     place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     assert list(place.parent.iterdir()) == []  # no half a file
     place.touch()
-    assert functions.evaluation.features.downloaded(url) == place
+    assert features.downloaded(url) == place
 
 
+@pytest.mark.slow
 def test_the_real_network_takes_our_images(tmp_path, monkeypatch):
     """torch-fidelity's InceptionV3 with random weights: its 2048 features, from uint8 batches of any size."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
-    keep = {}
-    get = lambda network, weights: keep.update(network.state_dict())
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", get)
     weights = tmp_path / "random.pth"
     torch.save({}, weights)
-    load_inception(weights, torch.device("cpu"))
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", torch.nn.Module.load_state_dict)
-    torch.save(keep, weights)
-    extractor = load_inception(weights, torch.device("cpu"))
-    found = extractor.features(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda network, weights: None)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights)
+    torch.save(network.state_dict(), weights)
+    extractor, images = features.load_inception(weights, CPU), torch.from_numpy(IMAGES[:2]).permute(0, 3, 1, 2)
+    found = extractor.features(images)
     assert found.shape == (2, extractor.width) == (2, 2048)
-    assert extractor.facts == {
-        "extractor": "inception-v3-compat/2048",
-        "weights_hash": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
-    }
+    torch.testing.assert_close(found, network(images)[0])
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    assert extractor.facts == {"extractor": "inception-v3-compat/2048", "weights_hash": digest}
