@@ -37,24 +37,25 @@ def png(width, height, bit_depth, colour_type, rows, extra=b""):
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def files_of(images, pattern):
+def files_of(images, pattern, more):
     """Names and bytes, backwards, so that neither a directory's nor an archive's own order is the right one."""
     for number in reversed(range(len(images))):
         name = pattern.format(folder=number - number % 4, number=number, mixed=number % 4)
         yield name, encoded(images[number], Image.registered_extensions()[Path(name).suffix.lower()])
+    yield from dict(more).items()
 
 
-def write_folder(path, images=IMAGES, pattern="{number:05d}.png"):
-    for name, data in files_of(images, pattern):
+def write_folder(path, images=IMAGES, pattern="{number:05d}.png", more=()):
+    for name, data in files_of(images, pattern, more):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
     return path
 
 
-def write_zip(path, images=IMAGES, pattern="{number:05d}.png"):
+def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=()):
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files_of(images, pattern):
+        for name, data in files_of(images, pattern, more):
             archive.writestr(name, data)
     return path
 

@@ -1,6 +1,5 @@
 """data/decode.py: every colour mode and bad form, against values worked out by hand or by NumPy."""
 
-import contextlib
 import struct
 
 import numpy as np
@@ -15,7 +14,6 @@ RGB = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 ONE_BIT = Image.fromarray(RGB[..., 0]).convert("1")
 RGBA = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [0, 100, 200, 51]]], dtype=np.uint8)
 OVER_WHITE = RGBA[..., :3] * (RGBA[..., 3:] / 255) + 255 * (1 - RGBA[..., 3:] / 255)
-GREY_ALPHA = np.array([[[0, 0], [100, 255]]], dtype=np.uint8)
 GREY_16 = np.array([[0, 128, 129, 300, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535]], dtype=np.uint16)
 RGB_16 = np.random.default_rng(1).integers(0, 65536, (1, 9, 3), dtype=np.uint16)
 PALETTE = Image.new("P", (2, 1))
@@ -47,7 +45,7 @@ FORMS = {
     "transparent 16-bit grey": (TRANSPARENT_16, np.array([[[255], [2]]]), 0),
     "alpha": (encoded(RGBA), OVER_WHITE, 1),
     "alpha in webp": (encoded(RGBA, "WEBP", lossless=True, exact=True), OVER_WHITE, 1),
-    "grey with alpha": (encoded(GREY_ALPHA), np.array([[[255], [100]]]), 0),
+    "grey with alpha": (encoded(np.uint8([[[0, 0], [100, 255]]])), np.array([[[255], [100]]]), 0),
     "cmyk": (encoded(CYAN_INK, "JPEG", quality=100), np.full((16, 16, 3), [0, 255, 255]), 3),
     "a photo with a preview behind it": (PREVIEWED, np.full((32, 32, 1), 80), 2),
 }
@@ -73,10 +71,6 @@ def animated(image_format):
     return encoded(RGB, image_format, save_all=True, append_images=[Image.fromarray(255 - RGB)])
 
 
-def flipped_bit(data):
-    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -87,7 +81,6 @@ def flipped_bit(data):
         (encoded(RGB, "JPEG")[:500], "broken"),
         (encoded(RGB, "WEBP", lossless=True)[:200], "not a|broken"),
         (encoded(RGB, "BMP")[:200], "broken"),
-        (flipped_bit(encoded(RGB)), "broken"),
         (b"", "empty"),
         (b"<html>Quota exceeded</html>", "not a"),
         (encoded(RGB, "TIFF"), "not a"),
@@ -100,23 +93,14 @@ def test_bad_images_are_refused_with_the_reason(data, reason):
         decode_rgb(data)
 
 
-def test_damaged_bytes_raise_nothing_but_bad_image():
-    rng = np.random.default_rng(0)
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "maker"
-    files = [encoded(RGB, image_format, exif=exif) for image_format in ("PNG", "JPEG", "WEBP")]
-    files += [encoded(RGB, "BMP"), animated("PNG")]
-    for round_number in range(1000):
-        data = bytearray(files[round_number % len(files)])
-        data[rng.integers(min(len(data), 300))] = rng.integers(256)
-        with contextlib.suppress(BadImage):
-            assert decode_rgb(bytes(data)).dtype == np.uint8
-
-
-def test_centre_crop_and_pass_through():
-    wide = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 3)
-    np.testing.assert_array_equal(fit_square(wide, 4), wide[:, 2:6])
-    np.testing.assert_array_equal(fit_square(wide.transpose(1, 0, 2), 4), wide.transpose(1, 0, 2)[2:6])
+def test_centre_crop_and_pass_through(tmp_path):
+    tall = RGB.transpose(1, 0, 2)
+    np.testing.assert_array_equal(fit_square(RGB, 12), RGB[:, 2:14])
+    np.testing.assert_array_equal(fit_square(tall, 12), tall[2:14])
+    (tmp_path / "wide.png").write_bytes(encoded(RGB))
+    np.testing.assert_array_equal(read_image(str(tmp_path / "wide.png"), 12, fit=True), RGB[:, 2:14])
+    with pytest.raises(UserError, match="is 16x12 pixels, the model's images are 12x12; --fit crops and resizes it"):
+        read_image(str(tmp_path / "wide.png"), 12, fit=False)
 
 
 def lanczos(x):
@@ -137,16 +121,3 @@ def test_resizing_is_by_the_kernels_formula_and_antialiases(size, kernel):
     weights /= weights.sum(1, keepdims=True)
     expected = np.einsum("yi,xj,ijc->yxc", weights, weights, pixels, optimize=True)
     assert np.abs(fit_square(pixels, size) - expected).max() <= 1.5  # rounded once an axis
-
-
-def test_one_image_for_a_model(tmp_path):
-    Image.fromarray(RGB).save(tmp_path / "wide.png")
-    (tmp_path / "none.png").write_bytes(b"no image")
-    np.testing.assert_array_equal(read_image(str(tmp_path / "wide.png"), 12, fit=True), RGB[:, 2:14])
-    for name, message in (
-        ("wide.png", "wide.png is 16x12 pixels, the model's images are 12x12; --fit crops and resizes it"),
-        ("none.png", "none.png: not a PNG"),
-        ("missing.png", "missing.png: No such file or directory; an image is named by its file, or by its number"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read_image(str(tmp_path / name), 12, fit=False)

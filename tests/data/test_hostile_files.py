@@ -84,10 +84,7 @@ def test_text_out_of_files_is_short():
 
 
 def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
-    path = tmp_path / "set.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("\x1b[2J\n0.png", b"no image")
-        archive.writestr("1.png", encoded(IMAGES[1]))
+    path = write_zip(tmp_path / "set.zip", more={"\x1b[2J\n0.png": b"no image"})
     with pytest.raises(UserError, match="1 unusable") as error:
         open_packed(find_source(path, 8), 8)
     assert "\x1b" not in str(error.value) and "\n" not in str(error.value)
@@ -96,9 +93,8 @@ def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
 
 
 def test_file_names_that_are_no_utf_8_are_read(tmp_path):
-    path = write_folder(tmp_path / os.fsdecode(b"set\xff"), IMAGES[:2])
-    (path / os.fsdecode(b"\xfe.png")).write_bytes(b"no image")
-    (path / os.fsdecode(b"\xfd.png")).write_bytes(encoded(IMAGES[2]))
+    more = {os.fsdecode(b"\xfe.png"): b"no image", os.fsdecode(b"\xfd.png"): encoded(IMAGES[2])}
+    path = write_folder(tmp_path / os.fsdecode(b"set\xff"), IMAGES[:2], more=more)
     pack = load(path, max_bad_images=1)
     assert pack.ids == ["00000.png", "00001.png", "\udcfd.png"]
     assert load(path, max_bad_images=1).ids == pack.ids  # from the record beside it
@@ -110,6 +106,7 @@ def test_file_names_that_are_no_utf_8_are_read(tmp_path):
     [
         ("(1000000000000, 8, 8, 3)", "not as large as it says"),  # before anything is counted by it
         ("(11, 8, 8, 3)", "not as large as it says"),  # as if it was cut short
+        ("(9, 8, 8, 3)", "not as large as it says"),
         ("(1, 100000, 100000, 3)", "not as large as it says|damaged"),
         ("(-10, 8, 8, 3)", "exactly one"),
         ("(" * 500, "cannot be read"),

@@ -29,7 +29,6 @@ LARGE = photo(0, 1024)
 def entry_of(number):
     """What the json says of a photo, in the form of the real one."""
     return {
-        "category": "training",
         "metadata": {"photo_url": "https://example.org", "license": "CC0"},
         "image": {"file_path": "", "pixel_size": [1024, 1024], "pixel_md5": md5(LARGE) if number == 0 else "1"},
         "thumbnail": {"file_size": 1, "file_md5": "0", "pixel_size": [128, 128], "pixel_md5": md5(PHOTOS[number])},

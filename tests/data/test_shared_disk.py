@@ -18,6 +18,11 @@ from tests.conftest import posix
 from tests.data.packing import IMAGES, forbid_decoding, load, packed_files, write_folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def test_read_only_data_goes_to_the_cache_and_is_found_there(tmp_path, monkeypatch):
     one, two = write_folder(tmp_path / "1" / "set"), write_folder(tmp_path / "2" / "set", 255 - IMAGES)
     writable = packed.is_writable
@@ -75,17 +80,14 @@ def test_a_disk_without_locks_leaves_the_pack_to_the_cache(tmp_path, monkeypatch
     assert sorted(path.iterdir()) == before
 
 
-# --- two processes, and a killed one ---------------------------------------------------------------------------------
-
-
 def start_build(path, output, go):
     """Start a process that prepares a folder, with its output in a file, and gets no further than `go` lets it."""
 
-    def build():
-        def slow_fit(rgb, image_size):
-            go.wait()
-            return fit_square(rgb, image_size)
+    def slow_fit(rgb, image_size):
+        go.wait()
+        return fit_square(rgb, image_size)
 
+    def build():
         packed.fit_square = slow_fit
         with output.open("w") as file, contextlib.redirect_stdout(file):
             print("sum", packed.open_packed(find_source(path, 8), 8).images.sum(dtype=int))

@@ -25,37 +25,18 @@ LAYOUTS = {
     "folders in another order": "{mixed}/{number:05d}.png",
     "unpadded": "{number}.bmp",
 }
-
-
-def save(path, data=PICTURE):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+STRAYS = ("LICENSE.txt", "dataset.json", "__MACOSX/._00003.png", "thumbnails128x128/._00004.png")
 
 
 @pytest.mark.parametrize("pattern", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("in_zip", [False, True], ids=["folder", "zip"])
-def test_every_layout_is_numbered_alike(tmp_path, pattern, in_zip):
-    strays = {
-        "LICENSE.txt": b"stray",
-        "dataset.json": b"{}",
-        "__MACOSX/._00003.png": PICTURE,
-        "thumbnails128x128/._00004.png": PICTURE,
-    }
-    if in_zip:
-        path = write_zip(tmp_path / "set.ZIP", pattern=pattern)
-        with zipfile.ZipFile(path, "a") as archive:
-            for name, data in strays.items():
-                archive.writestr(name, data)
-    else:
-        path = write_folder(tmp_path / "set", pattern=pattern)
-        for name, data in strays.items():
-            save(path / name, data)
+@pytest.mark.parametrize(("write", "name"), [(write_folder, "set"), (write_zip, "set.ZIP")])
+def test_every_layout_is_numbered_alike(tmp_path, pattern, write, name):
+    path = write(tmp_path / name, pattern=pattern, more=dict.fromkeys(STRAYS, PICTURE))
     for numbered in (False, True):
         source = find_source(path, 8, numbered=numbered)
         assert source.ids == NUMBERS
-        assert [m.name for m in source.members] == [
-            pattern.format(folder=n - n % 4, number=n, mixed=n % 4) for n in NUMBERS
-        ]
+        names = [pattern.format(folder=n - n % 4, number=n, mixed=n % 4) for n in NUMBERS]
+        assert [member.name for member in source.members] == names
 
 
 @pytest.mark.parametrize(
@@ -66,9 +47,14 @@ def test_every_layout_is_numbered_alike(tmp_path, pattern, in_zip):
     ],
 )
 def test_other_names_are_sorted_and_kept_whole(tmp_path, names):
-    for name in reversed(names):
-        save(tmp_path / name)
+    write_folder(tmp_path, [], more=dict.fromkeys(reversed(names), PICTURE))
     assert find_source(tmp_path, 8).ids == names
+
+
+def test_few_unnumbered_images_among_many_numbered_ones_are_passed_over(tmp_path):
+    for strays, passed_over in ((["preview.png"], True), (["preview.png", "title.png"], False)):
+        path = write_zip(tmp_path / "set.zip", [IMAGES[0]] * 99, more=dict.fromkeys(strays, PICTURE))
+        assert (find_source(path, 8).ids == list(range(99))) == passed_over
 
 
 def test_of_two_copies_one_is_read(tmp_path):
@@ -81,19 +67,15 @@ def test_of_two_copies_one_is_read(tmp_path):
         assert chosen in source.notes[0]
 
 
-def test_one_number_twice_is_an_error_where_numbers_are_needed(tmp_path):
-    write_folder(tmp_path / "one", IMAGES[:2])
-    write_folder(tmp_path / "two", IMAGES[:2])
-    assert len(find_source(tmp_path, 8).ids) == 4
-    with pytest.raises(UserError, match=r"2 images have the number [01]\. Keep one copy"):
-        find_source(tmp_path, 8, numbered=True)
-
-
-def test_unnumbered_images_are_passed_over_where_numbers_are_needed(tmp_path):
-    save(write_folder(tmp_path / "set") / "ffhq-teaser.png")
-    source = find_source(tmp_path / "set", 8, numbered=True)
+def test_where_numbers_are_needed_other_images_are_passed_over_and_no_number_may_come_twice(tmp_path):
+    write_folder(tmp_path / "one", more={"ffhq-teaser.png": PICTURE})
+    source = find_source(tmp_path, 8, numbered=True)
     assert source.ids == NUMBERS
     assert "ffhq-teaser.png" in source.notes[0]
+    write_folder(tmp_path / "two")
+    assert len(find_source(tmp_path, 8).ids) == 21
+    with pytest.raises(UserError, match=r"2 images have the number \d\. Keep one copy"):
+        find_source(tmp_path, 8, numbered=True)
 
 
 def test_names_of_zip_members_are_no_paths(tmp_path):
