@@ -40,9 +40,12 @@ def test_flips_and_angle_0_are_exact_and_each_image_has_its_own_draw():
 
 @pytest.mark.parametrize("angle", [3.0, -3.0, MAX_DEGREES])
 def test_a_constant_image_stays_constant(angle):
-    constant = torch.linspace(-1, 1, 9)[:, None, None, None].expand(9, 3, 32, 32)
-    rotated = augment(constant, no_flip(9), torch.full((9,), angle))
-    assert (rotated - constant).abs().max() <= 1e-6
+    constant = torch.linspace(-1, 1, 9)[:, None, None, None].repeat(1, 3, 32, 32)
+    assert torch.equal(augment(constant, no_flip(9), torch.full((9,), angle)), constant)
+    odd_corner = constant.clone()
+    odd_corner[..., 0, 0] = 0  # the pixel that all are taken relative to
+    rotated = augment(odd_corner, no_flip(9), torch.full((9,), angle))
+    assert (rotated - constant)[..., 24:, 24:].abs().max() <= 1e-6
 
 
 def test_rotation_is_the_exact_one_of_a_known_function():

@@ -45,7 +45,7 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
 
 PLACES = {
     "link": lambda data: (data / "FFHQ").symlink_to(write_folder(data.parent / "thumbnails128x128", pattern=TREE)),
-    "official tree": lambda data: write_folder(data / "FFHQ", pattern=f"thumbnails128x128/{TREE}"),
+    "official tree": lambda data: write_folder(data / "FFHQ", IMAGES, f"thumbnails128x128/{TREE}", {"teaser.png": b""}),
     "zip beside": lambda data: write_zip(data / "FFHQ.zip"),
     "npz beside": lambda data: write_npz(data / "FFHQ.npz"),
     "zip inside": lambda data: write_zip(data / "FFHQ" / "archive.zip", pattern=f"thumbnails128x128/{TREE}"),

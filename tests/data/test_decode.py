@@ -28,8 +28,7 @@ def row_16(values):
 GREY_16_PNG = png(8, 1, 16, 0, row_16(GREY_16))
 TRANSPARENT_16 = png(2, 1, 16, 0, row_16(np.array([257, 514])), chunk(b"tRNS", struct.pack(">H", 257)))
 CYAN_INK = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
-FLAT = Image.new("RGB", (32, 32), (80, 80, 80))
-PREVIEWED = encoded(FLAT, "MPO", save_all=True, append_images=[Image.new("RGB", (32, 32))])
+PREVIEWED = encoded(np.full((32, 32, 3), 80, np.uint8), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
 
 # What the file holds: its bytes, the right pixels, and how far off these may be
 FORMS = {

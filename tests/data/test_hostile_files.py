@@ -78,12 +78,9 @@ def test_other_methods_than_deflate_are_not_unpacked(tmp_path, method):
         find_source(tmp_path / "set.npz", 8)
 
 
-def test_text_out_of_files_is_short():
+def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
     assert short("a\x1b[2J\nb\u202eé人") == "a\\x1b[2J\\nb\\u202eé人"
     assert len(short("x" * 10_000)) < 210
-
-
-def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
     path = write_zip(tmp_path / "set.zip", more={"\x1b[2J\n0.png": b"no image"})
     with pytest.raises(UserError, match="1 unusable") as error:
         open_packed(find_source(path, 8), 8)

@@ -72,7 +72,7 @@ def test_a_zip_is_known_by_its_content_and_the_format_not_by_its_time(tmp_path, 
 
 
 @pytest.mark.parametrize("ending", ["", ".json"])
-@pytest.mark.parametrize("left", [None, b"", b"{", b"[]"])
+@pytest.mark.parametrize("left", [None, b"{", b"[]", bytes(9999)])
 def test_a_damaged_pack_is_made_anew(tmp_path, ending, left):
     path = write_folder(tmp_path / "set")
     damaged = Path(f"{load(path).path}{ending}")

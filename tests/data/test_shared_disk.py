@@ -15,7 +15,7 @@ from data.decode import fit_square
 from data.sources import find_source
 from functions.support.errors import UserError
 from tests.conftest import posix
-from tests.data.packing import IMAGES, forbid_decoding, load, packed_files, write_folder
+from tests.data.packing import IMAGES, forbid_decoding, load, packed_files, write_folder, write_zip
 
 
 @pytest.fixture(autouse=True)
@@ -43,17 +43,23 @@ def test_whether_a_folder_can_be_written_is_tried(tmp_path):
         assert not packed.is_writable(Path("/proc/self"))
 
 
-def test_a_disk_that_runs_full_leaves_nothing_behind(tmp_path, monkeypatch):
-    path = write_folder(tmp_path / "set")
+@pytest.mark.parametrize("synced_before", [0, 2], ids=["at the images", "at their record"])
+def test_a_disk_that_runs_full_leaves_nothing_wrong_behind(tmp_path, monkeypatch, synced_before):
+    path, synced = write_zip(tmp_path / "set.zip"), []
+    load(path)
+    write_zip(path, 255 - IMAGES)
 
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(file):
+        synced.append(file)
+        if len(synced) > synced_before:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     message = r"0\.0 MB of images, cannot be written \(No space left on device\)\. Make room"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
         patch.setattr(os, "fsync", full)
         load(path)
-    assert packed_files(path) == ["set-8px.packed.lock"]
+    assert packed_files(tmp_path) == ["set.zip-8px.packed", "set.zip-8px.packed.lock"]
+    write_zip(path)  # as it was: what is left of its record must not be taken for that of the other images
     np.testing.assert_array_equal(load(path).images, IMAGES)
 
 
