@@ -25,7 +25,7 @@ LAYOUTS = {
     "folders in another order": "{mixed}/{number:05d}.png",
     "unpadded": "{number}.bmp",
 }
-STRAYS = ("LICENSE.txt", "dataset.json", "__MACOSX/._00003.png", "thumbnails128x128/._00004.png")
+STRAYS = ("LICENSE.txt", "dataset.json", "__MACOSX/00003.png", "thumbnails128x128/._00004.png")
 
 
 @pytest.mark.parametrize("pattern", LAYOUTS.values(), ids=LAYOUTS)
