@@ -24,30 +24,15 @@ def test_an_epochs_order_is_a_permutation_and_a_pure_function(n, seed, epoch):
     assert sorted(order.tolist()) == list(range(n))
     np.random.random()  # neither reads nor disturbs anyone's generator
     np.testing.assert_array_equal(order, epoch_order(n, seed, epoch))
-
-
-@settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 1000), epoch=st.integers(0, 1000))
-def test_seeds_and_epochs_give_different_orders(seed, epoch):
-    order = epoch_order(100, seed, epoch).tolist()
-    assert order != epoch_order(100, seed, epoch + 1).tolist()
-    assert order != epoch_order(100, seed + 1, epoch).tolist()
-    if seed != epoch:
-        assert order != epoch_order(100, epoch, seed).tolist()
+    if n >= 20:
+        others = [(seed, epoch + 1), (seed + 1, epoch)] + [(epoch, seed)] * (seed != epoch)
+        assert all(order.tolist() != epoch_order(n, *other).tolist() for other in others)
 
 
 def test_the_order_is_the_same_on_every_machine():
     # Fixed when it was written: a change here would reshuffle every run that is to be resumed.
     assert epoch_order(10, 0, 0).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
     assert epoch_order(10, 1234, 7).tolist() == [0, 5, 7, 8, 1, 2, 9, 4, 3, 6]
-
-
-def test_every_image_comes_first_equally_often():
-    first = np.bincount([epoch_order(5, 0, epoch)[0] for epoch in range(2000)], minlength=5)
-    assert abs(first - 400).max() < 4 * (2000 * 0.2 * 0.8) ** 0.5
-
-
-def test_negative_seeds_are_refused():
     with pytest.raises(ValueError):
         epoch_order(5, -1, 0)
 
@@ -72,6 +57,7 @@ def test_micro_batches_walk_each_epoch_once_and_can_start_anywhere(n, effective_
         np.testing.assert_array_equal(part, expected)
 
 
+@settings(deadline=None, max_examples=40)
 @given(effective_batch=st.integers(1, 40), batch_size=st.integers(1, 12), count=st.integers(1, 9))
 def test_processes_and_passes_share_every_place_of_a_batch_once(effective_batch, batch_size, count):
     shares = [Processes(rank, count).own_range(effective_batch) for rank in range(count)]
@@ -83,21 +69,16 @@ def test_processes_and_passes_share_every_place_of_a_batch_once(effective_batch,
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("keep", [True, False, None])
-def test_batches_come_in_order(device, keep):
-    feeder = ImageFeeder(IMAGES, device, keep_on_device=keep)
+def test_batches_of_a_memory_map_come_in_order_as_copies(tmp_path, device, keep):
+    IMAGES.tofile(tmp_path / "images")
+    mapped = np.memmap(tmp_path / "images", np.uint8, "r", shape=IMAGES.shape)
+    feeder = ImageFeeder(mapped, device, keep_on_device=keep)
     indices = [epoch_order(50, 0, epoch)[:7] for epoch in range(6)] + [np.array([3, 3]), np.array([], np.int64)]
     for expected, batch in zip(indices, feeder.feed(iter(indices)), strict=True):
         assert batch.dtype == torch.uint8 and batch.device.type == device
         np.testing.assert_array_equal(batch.cpu().numpy(), IMAGES[expected])
         np.testing.assert_array_equal(feeder.gather(expected).cpu().numpy(), IMAGES[expected])
-
-
-def test_a_memory_map_feeds_like_an_array(tmp_path):
-    IMAGES.tofile(tmp_path / "images")
-    mapped = np.memmap(tmp_path / "images", np.uint8, "r", shape=IMAGES.shape)
-    batch = ImageFeeder(mapped, "cpu").gather(np.array([49, 0]))
-    np.testing.assert_array_equal(batch.numpy(), IMAGES[[49, 0]])
-    batch.zero_()  # a copy: writing to it touches no file
+        batch.zero_()  # writing to it touches no other batch and no file
     np.testing.assert_array_equal(mapped, IMAGES)
 
 
@@ -111,51 +92,33 @@ def test_an_index_out_of_range_is_raised_at_its_batch(keep, bad):
         next(feed)
 
 
-def test_an_error_of_the_indices_own_iterator_reaches_the_caller():
-    def broken():
-        yield np.array([0])
-        raise RuntimeError("from the caller's generator")
-
-    with pytest.raises(RuntimeError, match="from the caller"):
-        list(ImageFeeder(IMAGES, "cpu").feed(broken()))
-    assert not feeding_threads()
-
-
 def feeding_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
-def test_leaving_early_ends_the_thread():
-    feed = ImageFeeder(IMAGES, "cpu").feed(np.array([i]) for i in range(50))
-    next(feed)
-    assert feeding_threads()
-    feed.close()
-    assert not feeding_threads()
-
-
-def test_one_batch_is_read_ahead():
-    feeder = ImageFeeder(IMAGES, "cpu")
+def test_one_batch_is_read_ahead_and_neither_leaving_early_nor_an_error_leaves_a_thread():
     asked = []
 
     def indices():
-        for i in range(5):
+        for i in range(3):
             asked.append(i)
             yield np.array([i])
+        raise RuntimeError("from the caller's generator")
 
-    feed = feeder.feed(indices())
+    feed = ImageFeeder(IMAGES, "cpu").feed(indices())
     next(feed)
-    assert asked == [0, 1]
+    assert asked == [0, 1] and feeding_threads()
     feed.close()
+    assert not feeding_threads()
+    with pytest.raises(RuntimeError, match="from the caller"):
+        list(ImageFeeder(IMAGES, "cpu").feed(indices()))
+    assert not feeding_threads()
 
 
-def test_the_whole_set_stays_on_a_gpu_only_when_it_fits(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked["free"], 10**12))
-    monkeypatch.setattr(batches.ImageFeeder, "copy_to_device", lambda self: "resident")
-    for free, fits in (
-        (IMAGES.nbytes / batches.FREE_MEMORY_FRACTION + 1, True),
-        (IMAGES.nbytes / batches.FREE_MEMORY_FRACTION - 1, False),
-    ):
-        asked["free"] = free
-        assert (ImageFeeder(IMAGES, "cuda").resident is not None) == fits
+@pytest.mark.parametrize(("more", "fits"), [(1, True), (-1, False)])
+def test_the_whole_set_stays_on_a_gpu_only_when_it_fits(monkeypatch, more, fits):
+    free = IMAGES.nbytes / batches.FREE_MEMORY_FRACTION + more
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    monkeypatch.setattr(ImageFeeder, "copy_to_device", lambda self: "resident")
+    assert (ImageFeeder(IMAGES, "cuda").resident is not None) == fits
     assert ImageFeeder(IMAGES, "cpu").resident is None

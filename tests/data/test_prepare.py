@@ -2,167 +2,121 @@
 
 import hashlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data import prepare
-from data.prepare import read_expected, verify
+from data.prepare import verify
 from data.sources import find_source
 from functions.support.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-COUNT = 6
+from tests.conftest import script
+from tests.data.packing import IMAGES, ROOT, encoded, write_folder, write_npz
 
 
 def photo(number, size=128):
     return np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
+def md5(pixels):
+    return hashlib.md5(pixels.tobytes()).hexdigest()
+
+
+PHOTOS = [photo(number) for number in range(6)]
+LARGE = photo(0, 1024)
+
+
+def entry_of(number):
+    """What the json says of a photo, in the form of the real one."""
+    return {
+        "metadata": {"photo_url": "https://example.org", "license": "CC0"},
+        "image": {"file_path": "", "pixel_size": [1024, 1024], "pixel_md5": md5(LARGE) if number == 0 else "1"},
+        "thumbnail": {"file_size": 1, "file_md5": "0", "pixel_size": [128, 128], "pixel_md5": md5(PHOTOS[number])},
+        "in_the_wild": {"pixel_size": [2000, 1500], "pixel_md5": "0", "face_rect": [0, 1, 2, 3]},
+    }
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """The json that describes a small FFHQ."""
+    path = tmp_path / "ffhq-dataset-v2.json"
+    path.write_text(json.dumps({str(number): entry_of(number) for number in range(6)}))
+    return path
+
+
 @pytest.fixture
 def ffhq(tmp_path):
-    """A small copy of FFHQ and the json that describes it, in the form of the real one."""
-    entries = {}
-    for number in range(COUNT):
-        path = tmp_path / "thumbnails128x128" / "00000" / f"{number:05d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photo(number)).save(path)
-        entries[str(number)] = {
-            "category": "training",
-            "metadata": {"photo_url": "https://example.org", "license": "CC0"},
-            "image": {
-                "file_path": "",
-                "pixel_size": [1024, 1024],
-                "face_landmarks": [[1.5, 2.5]],
-                "pixel_md5": hashlib.md5(photo(number, 1024).tobytes()).hexdigest(),
-            },
-            "thumbnail": {
-                "file_path": path.name,
-                "file_size": 1,
-                "file_md5": "0",
-                "pixel_size": [128, 128],
-                "pixel_md5": hashlib.md5(photo(number).tobytes()).hexdigest(),
-            },
-            "in_the_wild": {"pixel_size": [2000, 1500], "pixel_md5": "0", "face_rect": [0, 1, 2, 3]},
-        }
-    json_path = tmp_path / "ffhq-dataset-v2.json"
-    json_path.write_text(json.dumps(entries))
-    return tmp_path / "thumbnails128x128", json_path
+    """A right copy of it."""
+    return write_folder(tmp_path / "thumbnails128x128", PHOTOS, "00000/{number:05d}.png")
 
 
-def run(*arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "data" / "prepare.py"), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_the_script_prepares_from_any_folder(ffhq, tmp_path):
-    done = run(ffhq[0].name, "--image-size", 64, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.slow
+def test_the_script_prepares_from_any_folder_or_ends_with_one_line(ffhq, tmp_path):
+    prepare_script = ROOT / "data" / "prepare.py"
+    done = script(prepare_script, ffhq.name, "--image-size", 64, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
     assert "6 images at 64x64, 0 left out" in done.stdout
-    assert (ffhq[0] / "thumbnails128x128-64px.packed").stat().st_size == 6 * 64 * 64 * 3
+    assert (ffhq / "thumbnails128x128-64px.packed").stat().st_size == 6 * 64 * 64 * 3
+    done = script(prepare_script, tmp_path / "nowhere")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ") and "nowhere" in done.stderr
 
 
-def test_errors_are_one_line_and_exit_code_2(ffhq, tmp_path):
-    done = run(tmp_path / "nowhere")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
-    (ffhq[0] / "00000" / "00003.png").write_bytes(b"")
-    done = run(ffhq[0])
-    assert done.returncode == 2 and "00003.png" in done.stderr and "Traceback" not in done.stderr
-    assert run(ffhq[0], "--max-bad-images", 1).returncode == 0
+def test_so_many_bad_images_may_be_left_out(ffhq):
+    (ffhq / "00000" / "00003.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"00003\.png"):
+        prepare.main([str(ffhq)])
+    assert prepare.main([str(ffhq), "--max-bad-images", "1"]) == 0
 
 
-def test_a_right_copy_is_verified_then_prepared(ffhq, capsys):
-    folder, json_path = ffhq
-    assert prepare.main([str(folder), "--verify", str(json_path)]) == 0
+def test_a_right_copy_is_verified_then_prepared(ffhq, sums, capsys):
+    assert prepare.main([str(ffhq), "--verify", str(sums)]) == 0
     assert "6 correct, 0 wrong, 0 missing, 0 extra" in capsys.readouterr().out
-    assert (folder / "thumbnails128x128-128px.packed").exists()
+    assert (ffhq / "thumbnails128x128-128px.packed").exists()
 
 
-def test_wrong_missing_and_extra_images_are_named(ffhq, capsys):
-    folder, json_path = ffhq
-    files = folder / "00000"
-    changed = photo(1)
+def test_wrong_missing_and_extra_images_are_named(ffhq, sums, capsys):
+    changed, reshaped = photo(1), PHOTOS[4].reshape(64, 256, 3)  # the same bytes in another shape
     changed[64, 64, 0] ^= 1  # one bit of one pixel
-    Image.fromarray(changed).save(files / "00001.png")
-    (files / "00002.png").unlink()
-    (files / "00003.png").write_bytes(b"broken")
-    Image.fromarray(photo(4, 100)).save(files / "00004.png")
-    Image.fromarray(photo(9)).save(files / "00009.png")
-    names = verify(find_source(folder, 128), json_path)
-    assert names["correct"] == ["00000/00000.png", "00000/00005.png"]
-    assert names["missing"] == ["id 2"] and names["extra"] == ["id 9"]
-    assert [name.partition(":")[0] for name in names["wrong"]] == [f"00000/0000{n}.png" for n in (1, 3, 4)]
-    assert "is 100x100 with pixel_md5" in names["wrong"][2] and "not 128x128 with" in names["wrong"][2]
-    assert prepare.main([str(folder), "--verify", str(json_path)]) == 1
-    printed = capsys.readouterr().out
-    for line in (
-        "wrong: 00000/00001.png: is 128x128 with pixel_md5",
-        "missing: id 2",
-        "extra: id 9",
-        "2 correct, 3 wrong",
+    for number, data in ((1, encoded(changed)), (3, b"broken"), (4, encoded(reshaped)), (9, encoded(photo(9)))):
+        (ffhq / "00000" / f"{number:05d}.png").write_bytes(data)
+    (ffhq / "00000" / "00002.png").unlink()
+    assert prepare.main([str(ffhq), "--verify", str(sums)]) == 1
+    right = [f"128x128 with {md5(pixels)} or 1024x1024 with 1" for pixels in PHOTOS]
+    assert capsys.readouterr().out.splitlines() == [
+        "2 correct, 3 wrong, 1 missing, 1 extra",
+        f"  wrong: 00000/00001.png: is 128x128 with pixel_md5 {md5(changed)}, not {right[1]}",
+        "  wrong: 00000/00003.png: not a PNG, JPEG, WEBP, BMP image",
+        f"  wrong: 00000/00004.png: is 256x64 with pixel_md5 {md5(PHOTOS[4])}, not {right[4]}",
+        "  missing: id 2",
+        "  extra: id 9",
+    ]
+    assert not list(ffhq.glob("*.packed"))
+
+
+def test_copies_of_other_forms_and_the_large_photos_verify_too(sums, tmp_path):
+    for path, correct in (
+        (write_npz(tmp_path / "a.npz", PHOTOS), 6),
+        (write_folder(tmp_path / "flat", PHOTOS, "{number:05d}.bmp"), 6),
+        (write_folder(tmp_path / "large", [LARGE], "{number:05d}.bmp"), 1),
     ):
-        assert line in printed
-    assert not list(folder.glob("*.packed"))
+        names = verify(find_source(path, 128), sums)
+        assert [len(listed) for listed in names.values()] == [correct, 0, 6 - correct, 0]
+    names = verify(find_source(write_npz(tmp_path / "b.npz", PHOTOS[1:]), 128), sums)
+    assert [name.partition(":")[0] for name in names["wrong"]] == [f"image {number}" for number in range(5)]
 
 
-def test_reencoded_and_packed_copies_verify_too(ffhq, tmp_path):
-    np.savez(tmp_path / "a.npz", np.stack([photo(n) for n in range(COUNT)]))
-    for number in range(COUNT):
-        (tmp_path / "flat").mkdir(exist_ok=True)
-        Image.fromarray(photo(number)).save(tmp_path / "flat" / f"{number:05d}.bmp")
-    for path in (tmp_path / "a.npz", tmp_path / "flat"):
-        names = verify(find_source(path, 128), ffhq[1])
-        assert [len(listed) for listed in names.values()] == [COUNT, 0, 0, 0]
-
-
-def test_the_large_photos_are_checked_against_their_own_sums(ffhq, tmp_path):
-    (tmp_path / "large").mkdir()
-    Image.fromarray(photo(0, 1024)).save(tmp_path / "large" / "00000.png", compress_level=0)
-    names = verify(find_source(tmp_path / "large", 128), ffhq[1])
-    assert names["correct"] == ["00000.png"] and not names["wrong"] and len(names["missing"]) == 5
-
-
-def test_an_npz_names_its_wrong_images(ffhq, tmp_path):
-    np.savez(tmp_path / "a.npz", np.stack([photo(n + 1) for n in range(2)]))
-    names = verify(find_source(tmp_path / "a.npz", 128), ffhq[1])
-    assert [name.partition(":")[0] for name in names["wrong"]] == ["image 0", "image 1"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        "{}",
-        "3",
-        '{"a": 1}',
-        '{"0": {}}',
-        '{"0": {"thumbnail": {}}}',
-        '{"x": {"thumbnail": {"pixel_md5": "0", "pixel_size": [1, 1]}}}',
-        '{"0": {"thumbnail": {"pixel_md5": "0"}}}',
-    ],
-)
-def test_another_json_is_refused(tmp_path, text):
-    (tmp_path / "a.json").write_text(text)
+@pytest.mark.parametrize("entry", ["{}", '{"thumbnail": {}}', '{"thumbnail": {"pixel_md5": "0"}}', "1"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"a": ENTRY}', '{"0": ENTRY}'])
+def test_another_json_is_refused(tmp_path, text, entry):
+    (tmp_path / "a.json").write_text(text.replace("ENTRY", entry))
     with pytest.raises(UserError, match="not a complete ffhq-dataset"):
-        read_expected(tmp_path / "a.json")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_expected(tmp_path / "none.json")
+        prepare.read_expected(tmp_path / "a.json")
 
 
-def test_images_without_numbers_cannot_be_verified(ffhq, tmp_path):
-    (tmp_path / "named").mkdir()
-    Image.fromarray(photo(0)).save(tmp_path / "named" / "a1b.png")
+def test_no_json_and_images_without_numbers_are_errors(sums, tmp_path):
+    source = find_source(write_folder(tmp_path / "named", IMAGES, "a{number}b.png"), 128)
     with pytest.raises(UserError, match="no numbers"):
-        verify(find_source(tmp_path / "named", 128), ffhq[1])
+        verify(source, sums)
+    with pytest.raises(UserError, match="cannot be read"):
+        verify(source, tmp_path / "none.json")

@@ -1,10 +1,9 @@
 """What can go wrong around a packed file: read-only or full disks, killed and competing processes."""
 
+import contextlib
 import errno
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,8 +11,11 @@ import numpy as np
 import pytest
 
 from data import packed
+from data.decode import fit_square
+from data.sources import find_source
 from functions.support.errors import UserError
-from tests.data.packing import IMAGES, ROOT, forbid_decoding, load, packed_files, write_folder
+from tests.conftest import posix
+from tests.data.packing import IMAGES, forbid_decoding, load, packed_files, write_folder, write_zip
 
 
 @pytest.fixture(autouse=True)
@@ -41,19 +43,23 @@ def test_whether_a_folder_can_be_written_is_tried(tmp_path):
         assert not packed.is_writable(Path("/proc/self"))
 
 
-def test_a_disk_that_runs_full_leaves_nothing_behind(tmp_path, monkeypatch):
-    path = write_folder(tmp_path / "set")
+@pytest.mark.parametrize("synced_before", [0, 2], ids=["at the images", "at their record"])
+def test_a_disk_that_runs_full_leaves_nothing_wrong_behind(tmp_path, monkeypatch, synced_before):
+    path, synced = write_zip(tmp_path / "set.zip"), []
+    load(path)
+    write_zip(path, 255 - IMAGES)
 
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(file):
+        synced.append(file)
+        if len(synced) > synced_before:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
+    message = r"0\.0 MB of images, cannot be written \(No space left on device\)\. Make room"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
         patch.setattr(os, "fsync", full)
-        with pytest.raises(
-            UserError, match=r"0\.0 MB of images, cannot be written \(No space left on device\)\. Make room"
-        ):
-            load(path)
-    assert packed_files(path) == ["set-8px.packed.lock"]
+        load(path)
+    assert packed_files(tmp_path) == ["set.zip-8px.packed", "set.zip-8px.packed.lock"]
+    write_zip(path)  # as it was: what is left of its record must not be taken for that of the other images
     np.testing.assert_array_equal(load(path).images, IMAGES)
 
 
@@ -64,53 +70,6 @@ def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "is_writable", lambda folder: False)
     with pytest.raises(UserError, match=r"ddpm-packed-images/.* cannot be written \(Not a directory\)"):
         load(path)
-
-
-# --- two processes, and a killed one ---------------------------------------------------------------------------------
-
-SLOW_BUILD = """
-import sys, time
-from data import packed
-from data.sources import find_source
-fit_square = packed.fit_square
-def slow_fit(rgb, image_size):
-    time.sleep(float(sys.argv[2]))
-    return fit_square(rgb, image_size)
-packed.fit_square = slow_fit
-print("start", flush=True)
-pack = packed.open_packed(find_source(sys.argv[1], 8), 8)
-print("sum", int(pack.images.astype(int).sum()))
-"""
-
-
-def start_slow_build(path, seconds):
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW_BUILD, str(path), str(seconds)], cwd=ROOT, text=True, stdout=subprocess.PIPE
-    )
-
-
-def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
-    path = write_folder(tmp_path / "set")
-    processes = [start_slow_build(path, 0.3) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert all(f"sum {IMAGES.sum()}" in output for output in outputs)
-    assert sum("10 images at 8x8" in output for output in outputs) == 1  # only who prepares reports
-    assert sum("waiting for it" in output for output in outputs) == 1
-    assert not list(path.glob(".*.tmp"))
-
-
-def test_after_a_kill_it_starts_again_cleanly(tmp_path):
-    path = write_folder(tmp_path / "set")
-    process = start_slow_build(path, 0.5)
-    deadline = time.time() + 30
-    while not list(path.glob(".*.packed.*.tmp")) and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert packed_files(path) == [f".set-8px.packed.{process.pid}.tmp", "set-8px.packed.lock"]
-    np.testing.assert_array_equal(load(path).images, IMAGES)
-    assert packed_files(path) == ["set-8px.packed" + ending for ending in ("", ".json", ".lock")]
 
 
 def test_a_disk_without_locks_leaves_the_pack_to_the_cache(tmp_path, monkeypatch):
@@ -125,3 +84,55 @@ def test_a_disk_without_locks_leaves_the_pack_to_the_cache(tmp_path, monkeypatch
     before = sorted(path.iterdir())
     assert load(path).path.is_relative_to(tmp_path / "cache")
     assert sorted(path.iterdir()) == before
+
+
+def start_build(path, output, go):
+    """Start a process that prepares a folder, with its output in a file, and gets no further than `go` lets it."""
+
+    def slow_fit(rgb, image_size):
+        go.wait()
+        return fit_square(rgb, image_size)
+
+    def build():
+        packed.fit_square = slow_fit
+        with output.open("w") as file, contextlib.redirect_stdout(file):
+            print("sum", packed.open_packed(find_source(path, 8), 8).images.sum(dtype=int))
+
+    process = multiprocessing.get_context("fork").Process(target=build)
+    process.start()
+    return process
+
+
+def wait_until(condition):
+    deadline = time.time() + 60
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+@posix
+def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
+    path, outputs = write_folder(tmp_path / "set"), [tmp_path / "1", tmp_path / "2"]
+    go = multiprocessing.get_context("fork").Event()
+    processes = [start_build(path, output, go) for output in outputs]
+    wait_until(lambda: any("waiting for it" in output.read_text() for output in outputs if output.exists()))
+    go.set()
+    for process in processes:
+        process.join(60)
+    printed = [output.read_text() for output in outputs]
+    assert all(f"sum {IMAGES.sum()}" in text for text in printed)
+    assert sum("10 images at 8x8" in text for text in printed) == 1  # only who prepares reports
+    assert sum("waiting for it" in text for text in printed) == 1
+    assert not list(path.glob(".*.tmp"))
+
+
+@posix
+def test_after_a_kill_it_starts_again_cleanly(tmp_path):
+    path = write_folder(tmp_path / "set")
+    process = start_build(path, tmp_path / "output", multiprocessing.get_context("fork").Event())
+    wait_until(lambda: list(path.glob(".*.packed.*.tmp")))
+    process.kill()
+    process.join()
+    assert packed_files(path) == [f".set-8px.packed.{process.pid}.tmp", "set-8px.packed.lock"]
+    np.testing.assert_array_equal(load(path).images, IMAGES)
+    assert packed_files(path) == ["set-8px.packed" + ending for ending in ("", ".json", ".lock")]
