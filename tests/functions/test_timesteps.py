@@ -11,7 +11,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.timesteps import SPACINGS, logsnr_timesteps, sampling_times
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_times_are_as_many_as_asked_for_and_fall_to_the_image(data):
     timesteps = data.draw(st.integers(21, 300))
@@ -51,11 +51,18 @@ def test_logsnr_times_of_few_steps_end_with_a_call_at_the_least_noise():
     assert sampling_times(NoiseScheduler(1000), 1, "logsnr") == [999, -1]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"steps": 0}, "steps is 0; a model with 100 timesteps takes 1 to 100"),
-    ({"steps": 101}, "steps is 101; a model with 100 timesteps takes 1 to 100"),
-    ({"spacing": "leading"}, "spacing is 'leading'; it can be trailing or logsnr"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0; a model with 100 timesteps takes 1 to 100"),
+        ({"steps": 101}, "steps is 101; a model with 100 timesteps takes 1 to 100"),
+        ({"steps": [9, 9, -1]}, "must be 2 or more, falling"),
+        ({"steps": [9]}, "must be 2 or more, falling"),
+        ({"steps": [9, -2]}, "at least -1"),
+        ({"steps": [100, 9]}, "at most 99"),
+        ({"spacing": "leading"}, "spacing is .leading.; it can be trailing or logsnr"),
+    ],
+)
 def test_times_outside_the_schedule_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sampling_times(NoiseScheduler(100), **options)
