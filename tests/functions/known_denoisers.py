@@ -56,17 +56,13 @@ class Gaussian:
         return self.mean + (y - self.mean) * ((self.std**2 + sigma_end**2) / (self.std**2 + sigma**2)).sqrt()
 
 
-def mixture_2d() -> Mixture:
-    return Mixture(double([0.5, 0.3, 0.2]), double([[-0.6, -0.5], [0.7, -0.2], [0.1, 0.6]]), double([0.15, 0.2, 0.3]))
-
-
-def gaussian_images() -> Gaussian:
-    mean, std = torch.rand(2, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return Gaussian(mean - 0.5, 0.1 + 0.4 * std)
-
-
 def double(values) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+MIXTURE = Mixture(double([0.5, 0.3, 0.2]), double([[-0.6, -0.5], [0.7, -0.2], [0.1, 0.6]]), double([0.15, 0.2, 0.3]))
+UNIFORM = torch.rand(2, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+IMAGES = Gaussian(UNIFORM[0] - 0.5, 0.1 + 0.4 * UNIFORM[1])  # 3 x 8 x 8
 
 
 def sigmas(alpha_bar: Tensor) -> Tensor:

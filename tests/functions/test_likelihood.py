@@ -35,7 +35,6 @@ def test_kl_is_that_of_torch_distributions(variance, t):
 @pytest.mark.parametrize("mean", [-1.1, -0.3, 0.0, 0.999])
 def test_the_decoder_is_a_distribution_over_256_levels(mean, sigma):
     log_p = decoder_log_likelihood(LEVELS, torch.full((256,), mean, dtype=torch.float64), sigma)
-    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
     between = (LEVELS[:-1] + LEVELS[1:]) / 2
     cdf = [0.0, *map(NormalDist(mean, sigma).cdf, between.tolist()), 1.0]
     np.testing.assert_allclose(log_p.exp(), np.diff(cdf), atol=1e-13)

@@ -55,12 +55,13 @@ def test_a_denoiser_gives_float32():
         assert not torch.equal(half, model(images(), t))  # autocast did something
 
 
-def test_evaluating_is_without_dropout_and_for_a_while():
-    denoiser = Denoiser(nn.Dropout(0.5).train(), SCHEDULER)
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_is_without_dropout_and_for_a_while(training):
+    denoiser = Denoiser(nn.Dropout(0.5).train(training), SCHEDULER)
     with pytest.raises(KeyError), denoiser.evaluating():
         assert not denoiser.network.training
         raise KeyError
-    assert denoiser.network.training
+    assert denoiser.network.training == training
 
 
 def test_eps_scale_divides_what_the_network_says():

@@ -53,9 +53,9 @@ def their_states(scheduler, **options):
 
 def our_states(sampler, timesteps, *arguments, noise_dtype=torch.float64, **options):
     states, generator = [], torch.Generator().manual_seed(2)
-    noise = lambda k: torch.randn(SHAPE, generator=generator, dtype=noise_dtype).double()
-    x_0 = sampler(model_of(timesteps), NoiseScheduler(timesteps), pure_noise(), *arguments, step_noise=noise,
-                  on_step=lambda k, t, x, x_0: states.append(x), **options)  # fmt: skip
+    options["step_noise"] = lambda k: torch.randn(SHAPE, generator=generator, dtype=noise_dtype).double()
+    options["on_step"] = lambda k, t, x, x_0: states.append(x)
+    x_0 = sampler(model_of(timesteps), NoiseScheduler(timesteps), pure_noise(), *arguments, **options)
     assert torch.equal(x_0, states[-1])
     return torch.stack(states)
 
@@ -96,13 +96,8 @@ def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
     ],
 )
 def test_dpm_solver_agrees_with_diffusers_step_for_step(algorithm, order, sampler, eta, steps, stop, spacing):
-    scheduler = theirs(
-        DPMSolverMultistepScheduler,
-        algorithm_type=algorithm,
-        solver_order=order,
-        lower_order_final=True,
-        final_sigmas_type="zero" if stop == -1 else "sigma_min",
-    )
+    options = {"solver_order": order, "final_sigmas_type": "zero" if stop == -1 else "sigma_min"}
+    scheduler = theirs(DPMSolverMultistepScheduler, algorithm_type=algorithm, **options)
     times = sampling_times(NoiseScheduler(1000), steps, spacing)
     if stop == 0:
         times = part_of_the_way(NoiseScheduler(1000), steps, spacing, 999, 0)

@@ -15,21 +15,15 @@ from functions.timesteps import SPACINGS, logsnr_timesteps, sampling_times
 @given(st.data())
 def test_times_are_as_many_as_asked_for_and_fall_to_the_image(data):
     timesteps = data.draw(st.integers(21, 300))
-    steps = data.draw(st.integers(1, timesteps))
+    steps = data.draw(st.none() | st.just(timesteps) | st.integers(1, timesteps))
     spacing = data.draw(st.sampled_from(SPACINGS))
     times = sampling_times(NoiseScheduler(timesteps), steps, spacing)
-    assert len(times) == steps + 1
+    assert len(times) == (steps or timesteps) + 1  # so all steps are all timesteps
     assert (times[0], times[-1]) == (timesteps - 1, -1)
     assert all(after < before for before, after in pairwise(times))
     assert all(type(t) is int for t in times)
-
-
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("timesteps", [1000, 100])
-def test_all_steps_are_all_timesteps(timesteps, spacing):
-    every = list(range(timesteps - 1, -2, -1))
-    assert sampling_times(NoiseScheduler(timesteps), timesteps, spacing) == every
-    assert sampling_times(NoiseScheduler(timesteps), spacing=spacing) == every
+    if spacing == "logsnr" and len(times) > 2:
+        assert times[-2] == 0  # a call at the least noise
 
 
 def test_trailing_times_are_even():
@@ -43,12 +37,6 @@ def test_logsnr_times_are_even_in_the_log_snr(start, stop):
     alpha_bar = np.cumprod(1 - np.linspace(0.1, 20, 100_000) / 100_000)
     gaps = np.diff(np.log(alpha_bar / (1 - alpha_bar))[times])
     assert gaps == pytest.approx([gaps.mean()] * 50, rel=0.01)
-
-
-def test_logsnr_times_of_few_steps_end_with_a_call_at_the_least_noise():
-    times = sampling_times(NoiseScheduler(1000), 10, "logsnr")
-    assert (times[0], times[-2], times[-1]) == (999, 0, -1)
-    assert sampling_times(NoiseScheduler(1000), 1, "logsnr") == [999, -1]
 
 
 @pytest.mark.parametrize(

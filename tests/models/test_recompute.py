@@ -65,14 +65,6 @@ def test_the_gradients_are_the_same_bit_for_bit_and_norms_repeat_no_convolution(
     assert blocks > 20  # so the counter counts
 
 
-def test_half_precision_is_near_the_truth():
-    """The mean of the gradients' relative errors."""
-    net = network()
-    (half, _), (truth, _) = (gradients(net, "norms", dtype) for dtype in (torch.bfloat16, torch.float32))
-    errors = [(half[name] - truth[name]).norm() / truth[name].norm() for name in truth]
-    assert 0 < torch.stack(errors).mean() < 0.05
-
-
 def test_what_a_block_keeps_is_counted_by_hand():
     """Two parts, 4 and 2 channels, to 4: beside them the state between the convolutions, and what the block returns."""
     N, H, layout = 2, 4, torch.channels_last
@@ -89,7 +81,7 @@ def test_what_a_block_keeps_is_counted_by_hand():
         del y
 
 
-@pytest.mark.parametrize(("mode", "least", "most"), [("none", 140, 155), ("norms", 45, 52), ("blocks", 18, 22)])
+@pytest.mark.parametrize(("mode", "least", "most"), [("norms", 45, 52), ("blocks", 18, 22)])
 def test_little_is_kept_for_backward_at_the_reference_size(mode, least, most):
     """In bfloat16, an image. Shapes alone count, so the weights get no values."""
     with torch.device("meta"):

@@ -58,10 +58,8 @@ def their_name(name: str) -> str:
 
 
 SMALL = {
-    "attention at the lowest level": Shape(16, (1, 2, 2), (2,), base_dim=32, norm_groups=8),
-    "attention in the middle, channels back and forth, both kinds of upsampling": Shape(
-        32, (1, 3, 2, 4), (1, 2), base_dim=16, norm_groups=4
-    ),
+    "attention at the lowest level": Shape(16, (1, 2, 2), (2,), base_dim=16, norm_groups=8),
+    "attention in the middle, channels back and forth": Shape(32, (1, 3, 2, 4), (1, 2), base_dim=16, norm_groups=4),
 }
 
 
