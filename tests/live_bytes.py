@@ -42,7 +42,8 @@ def kept_per_image(network: nn.Module, precision: torch.dtype) -> float:
 
     The passes run over fake tensors, which have shapes and types but no memory: any network is counted in no time.
     """
-    kept, device, network = {}, next(network.parameters()).device, copy.deepcopy(network)
+    memo = {id(parameter): parameter for parameter in network.parameters()}  # these are not copied
+    kept, device, network = {}, next(network.parameters()).device, copy.deepcopy(network, memo)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in network.modules():
             for name, parameter in module.named_parameters(recurse=False):

@@ -1,5 +1,7 @@
 """Every sampler against the same one of diffusers, step for step on the same timesteps."""
 
+from functools import cache
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, IPNDMScheduler
@@ -8,10 +10,11 @@ from torch.testing import assert_close
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from functions.timesteps import sampling_times
-from tests.functions.test_samplers import noise_source, pure_noise
-from tests.known_denoisers import part_of_the_way
+from tests.functions.known_denoisers import part_of_the_way
+from tests.functions.test_samplers import SHAPE, pure_noise
 
 
+@cache
 def alpha_bars(timesteps):
     """alpha_bar in float64, where diffusers has float32: without clipping x_0 is divided by as little as 0.006."""
     return torch.cumprod(1 - torch.linspace(0.1, 20, timesteps, dtype=torch.float64) / timesteps, dim=0)
@@ -35,10 +38,12 @@ def theirs(kind, timesteps=1000, **options):
     return scheduler
 
 
-def their_states(scheduler, x, **options):
-    states, model = [], model_of(scheduler.config.num_train_timesteps)
+def their_states(scheduler, **options):
+    """With step noise from the seed 2."""
+    x, states, model = pure_noise(), [], model_of(scheduler.config.num_train_timesteps)
+    generator = torch.Generator().manual_seed(2)
     for t in scheduler.timesteps:
-        step = scheduler.step(model(x, t.expand(len(x))), t, x, **options)
+        step = scheduler.step(model(x, t.expand(len(x))), t, x, generator=generator, **options)
         x = step.prev_sample
         states.append(x)
     if scheduler.config.get("variance_type") == "fixed_large":
@@ -46,71 +51,59 @@ def their_states(scheduler, x, **options):
     return torch.stack(states)
 
 
-def our_states(sampler, timesteps, *arguments, **options):
-    states = []
-    x_0 = sampler(model_of(timesteps), NoiseScheduler(timesteps), pure_noise(), *arguments,
-                  on_step=lambda k, t, x, x_0: states.append(x), **options)  # fmt: skip
+def our_states(sampler, timesteps, *arguments, noise_dtype=torch.float64, **options):
+    states, generator = [], torch.Generator().manual_seed(2)
+    options["step_noise"] = lambda k: torch.randn(SHAPE, generator=generator, dtype=noise_dtype).double()
+    options["on_step"] = lambda k, t, x, x_0: states.append(x)
+    x_0 = sampler(model_of(timesteps), NoiseScheduler(timesteps), pure_noise(), *arguments, **options)
     assert torch.equal(x_0, states[-1])
     return torch.stack(states)
 
 
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("variance", ["small", "large"])
-@pytest.mark.parametrize(("timesteps", "steps", "spacing"), [
-    (1000, 1000, "trailing"), (100, 100, "trailing"), (1000, 30, "trailing"), (1000, 12, "logsnr"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("timesteps", "steps", "spacing"),
+    [(250, 250, "trailing"), (1000, 50, "trailing"), (1000, 12, "logsnr")],
+)
 def test_ddpm_agrees_with_diffusers_step_for_step(timesteps, steps, spacing, variance, clip):
     scheduler = theirs(DDPMScheduler, timesteps, variance_type=f"fixed_{variance}", clip_sample=clip)
     scheduler.set_timesteps(timesteps=sampling_times(NoiseScheduler(timesteps), steps, spacing)[:-1])
-    expected = their_states(scheduler, pure_noise(), generator=noise_source(2)[0])
-    ours = our_states(ddpm_sample, timesteps, steps, variance, spacing=spacing, clip_x_0=clip,
-                      step_noise=noise_source(2)[1])  # fmt: skip
-    assert_close(ours, expected, rtol=0, atol=1e-7)
+    ours = our_states(ddpm_sample, timesteps, steps, variance, spacing, clip)
+    assert_close(ours, their_states(scheduler), rtol=0, atol=1e-7)
 
 
 # Numbers of steps that divide 1000: with others diffusers' own step width, 1000 // steps, leaves its own timesteps.
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize(("steps", "eta"), [(1000, 0.0), (50, 0.0), (50, 1.0), (8, 0.5), (1, 0.0)])
+@pytest.mark.parametrize(("steps", "eta"), [(200, 0.0), (50, 0.0), (50, 1.0), (8, 0.5), (1, 0.0)])
 def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
     scheduler = theirs(DDIMScheduler, clip_sample=clip, timestep_spacing="trailing", set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == sampling_times(NoiseScheduler(1000), steps)[:-1]
-    expected = their_states(scheduler, pure_noise(), eta=eta, use_clipped_model_output=clip,
-                            generator=noise_source(2)[0])  # fmt: skip
-    ours = our_states(ddim_sample, 1000, steps, eta, clip_x_0=clip, step_noise=noise_source(2)[1])
-    assert_close(ours, expected, rtol=0, atol=1e-7)
+    ours = our_states(ddim_sample, 1000, steps, eta, clip_x_0=clip)
+    assert_close(ours, their_states(scheduler, eta=eta, use_clipped_model_output=clip), rtol=0, atol=1e-7)
 
 
 # Their `step` rounds the state to float32. Below 15 steps the last is of order 1 wherever it ends, `lower_order_final`.
-@pytest.mark.parametrize(("order", "sampler"), [(2, dpm_solver_sample), (1, ddim_sample)])
 @pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
 @pytest.mark.parametrize(("steps", "stop"), [(1, -1), (2, -1), (10, -1), (40, -1), (10, 0), (40, 0)])
-def test_dpm_solver_agrees_with_diffusers_step_for_step(steps, stop, spacing, order, sampler):
-    scheduler = theirs(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=order,
-                       lower_order_final=True, final_sigmas_type="zero" if stop == -1 else "sigma_min")  # fmt: skip
+@pytest.mark.parametrize(
+    ("algorithm", "order", "sampler", "eta"),
+    [
+        ("dpmsolver++", 1, ddim_sample, 0.0),
+        ("dpmsolver++", 2, dpm_solver_sample, 0.0),
+        ("sde-dpmsolver++", 2, dpm_solver_sample, 1.0),
+    ],
+)
+def test_dpm_solver_agrees_with_diffusers_step_for_step(algorithm, order, sampler, eta, steps, stop, spacing):
+    options = {"solver_order": order, "final_sigmas_type": "zero" if stop == -1 else "sigma_min"}
+    scheduler = theirs(DPMSolverMultistepScheduler, algorithm_type=algorithm, **options)
     times = sampling_times(NoiseScheduler(1000), steps, spacing)
     if stop == 0:
         times = part_of_the_way(NoiseScheduler(1000), steps, spacing, 999, 0)
     scheduler.set_timesteps(timesteps=times[:-1])
-    expected = their_states(scheduler, pure_noise())
-    ours = our_states(sampler, 1000, steps=times, clip_x_0=False)
-    assert_close(ours, expected.double(), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
-@pytest.mark.parametrize(("steps", "stop"), [(1, -1), (2, -1), (10, -1), (40, -1), (10, 0), (40, 0)])
-def test_the_sde_form_of_dpm_solver_agrees_with_diffusers_step_for_step(steps, stop, spacing):
-    scheduler = theirs(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", solver_order=2,
-                       lower_order_final=True, final_sigmas_type="zero" if stop == -1 else "sigma_min")  # fmt: skip
-    times = sampling_times(NoiseScheduler(1000), steps, spacing)
-    if stop == 0:
-        times = part_of_the_way(NoiseScheduler(1000), steps, spacing, 999, 0)
-    scheduler.set_timesteps(timesteps=times[:-1])
-    expected = their_states(scheduler, pure_noise(), generator=torch.Generator().manual_seed(2))
-    generator = torch.Generator().manual_seed(2)
-    draw = lambda k: torch.randn(pure_noise().shape, generator=generator).double()  # theirs is float32
-    ours = our_states(dpm_solver_sample, 1000, steps=times, eta=1.0, clip_x_0=False, step_noise=draw)
-    assert_close(ours, expected.double(), rtol=0, atol=1e-4)
+    ours = our_states(sampler, 1000, times, eta, clip_x_0=False, noise_dtype=torch.float32)
+    assert_close(ours, their_states(scheduler).double(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
@@ -128,5 +121,5 @@ def test_ipndm_agrees_with_diffusers_step_for_step(steps, spacing):
         v = (eps - scheduler.betas[k] * x) / scheduler.alphas[k]  # what their model is taken to predict
         x = scheduler.step(v, None, x).prev_sample
         expected.append(x)
-    ours = our_states(ipndm_sample, 1000, steps, spacing=spacing, clip_x_0=False)
+    ours = our_states(ipndm_sample, 1000, steps, spacing, clip_x_0=False)
     assert_close(ours, torch.stack(expected), rtol=0, atol=1e-7)

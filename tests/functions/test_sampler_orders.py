@@ -9,55 +9,25 @@ from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
-from tests.known_denoisers import (
-    Mixture,
+from tests.functions.known_denoisers import (
+    IMAGES,
+    MIXTURE,
+    Gaussian,
+    double,
     exact_path,
-    gaussian_images,
     ideal_model,
-    mixture_2d,
-    mixture_of_images,
+    mean_and_variance,
     part_of_the_way,
 )
 
-SAMPLERS = {
-    "ddpm": (ddpm_sample, {}),
-    "ddpm, large variance": (ddpm_sample, {"variance": "large"}),
-    "ddim": (ddim_sample, {}),
-    "ddim, eta 0.5": (ddim_sample, {"eta": 0.5}),
-    "dpm++ 2M": (dpm_solver_sample, {}),
-    "dpm++ 2M, SDE": (dpm_solver_sample, {"eta": 1.0}),
-    "dpm++ 2M, eta 0.5": (dpm_solver_sample, {"eta": 0.5}),
-    "ipndm": (ipndm_sample, {}),
-}
-DATA = {
-    "mixture in 2 dimensions": (mixture_2d, (2,)),
-    "mixture of 3x8x8 images": (mixture_of_images, (3, 8, 8)),
-    "Gaussian 3x8x8 images": (gaussian_images, (3, 8, 8)),
-}
 
-
-def distance(data, x_0):
-    """Kolmogorov-Smirnov: the most that the share of samples below any z differs from what is due, in 8 directions."""
-    x_0 = x_0.flatten(1)
-    directions = torch.randn(5, x_0.shape[1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    if isinstance(data, Mixture):  # where the modes lie apart
-        directions = torch.cat([directions, data.means - data.means.roll(1, 0)])
-    worst, ranks = 0.0, torch.arange(len(x_0) + 1) / len(x_0)
-    for direction in directions / directions.norm(dim=1, keepdim=True):
-        z = (x_0 @ direction).sort().values
-        due = data.cdf(z, direction)
-        worst = max(worst, (due - ranks[:-1]).max().item(), (ranks[1:] - due).max().item())
-    return worst
-
-
-@pytest.mark.parametrize("of", DATA)
+@pytest.mark.parametrize("data", [MIXTURE, IMAGES], ids=["mixture", "images"])
 @pytest.mark.parametrize("sigma", [0.01, 0.5, 20.0])
-def test_the_ideal_denoiser_is_the_score(sigma, of):
+def test_the_ideal_denoiser_is_the_score(sigma, data):
     """What the tests below stand on: E[eps | y] = -sigma d log p(y) / dy (Tweedie), here of PyTorch's densities."""
-    data = DATA[of][0]()
     y = data.sample(20, torch.Generator().manual_seed(0)) + sigma
     y.requires_grad_()
-    if isinstance(data, Mixture):
+    if data is MIXTURE:
         spread = (data.stds**2 + sigma**2).sqrt()[:, None].expand_as(data.means)
         parts = distributions.Independent(distributions.Normal(data.means, spread), 1)
         density = distributions.MixtureSameFamily(distributions.Categorical(data.weights), parts)
@@ -67,27 +37,39 @@ def test_the_ideal_denoiser_is_the_score(sigma, of):
     assert_close(data.eps(y.detach(), torch.full((20, 1), sigma, dtype=torch.float64)), -sigma * score)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize(("of", "spacing"), [
-    ("mixture in 2 dimensions", "trailing"),
-    ("mixture in 2 dimensions", "logsnr"),
-    ("mixture of 3x8x8 images", "logsnr"),
-    ("Gaussian 3x8x8 images", "trailing"),
-])  # fmt: skip
-def test_samples_are_distributed_as_the_data(name, of, spacing):
-    sampler, options = SAMPLERS[name]
-    make, shape = DATA[of]
-    data, scheduler, generator = make(), NoiseScheduler(1000), torch.Generator().manual_seed(0)
-    n = 4000 if shape == (2,) else 2000
-    normal = lambda: torch.randn(n, *shape, generator=generator, dtype=torch.float64)
-    x_T = scheduler.q_sample(data.sample(n, generator).view(n, *shape), torch.full((n,), 999), normal())
-    few, many = (
-        distance(data, sampler(ideal_model(data, scheduler), scheduler, x_T, steps, spacing=spacing, clip_x_0=False,
-                               step_noise=lambda k: normal(), **options))
-        for steps in (5, 200)
-    )  # fmt: skip
-    beyond_chance = 2.2 / n**0.5  # of true samples one direction in 8,000 is further off than this
-    assert many < beyond_chance
+def distance(x_0):
+    """Kolmogorov-Smirnov: the most that the share of samples below any z differs from what is due, in 8 directions."""
+    random = torch.randn(5, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    directions = torch.cat([random, MIXTURE.means - MIXTURE.means.roll(1, 0)])  # the last, where the modes lie apart
+    errors, ranks = [], torch.arange(len(x_0) + 1) / len(x_0)
+    for direction in directions / directions.norm(dim=1, keepdim=True):
+        due = MIXTURE.cdf((x_0 @ direction).sort().values, direction)
+        errors += [(due - ranks[:-1]).max(), (ranks[1:] - due).max()]
+    return max(errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        (ddpm_sample, {}),
+        (ddpm_sample, {"variance": "large"}),
+        (ddim_sample, {}),
+        (ddim_sample, {"eta": 0.5}),
+        (dpm_solver_sample, {}),
+        (dpm_solver_sample, {"eta": 0.5}),
+        (dpm_solver_sample, {"eta": 1.0}),
+        (ipndm_sample, {}),
+    ],
+)
+def test_samples_are_distributed_as_the_data(sampler, options, spacing):
+    n, scheduler, generator = 4000, NoiseScheduler(1000), torch.Generator().manual_seed(0)
+    normal = lambda k=0: torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    model, x_T = ideal_model(MIXTURE, scheduler), scheduler.q_sample(MIXTURE.sample(n, generator), 999, normal())
+    options = {**options, "spacing": spacing, "clip_x_0": False, "step_noise": normal}
+    few, many = (distance(sampler(model, scheduler, x_T, steps, **options)) for steps in (5, 200))
+    assert many < 2.2 / n**0.5  # of true samples one direction in 8,000 is further off than this
     assert few > many
 
 
@@ -100,26 +82,54 @@ def slopes(errors):
     return [torch.log2(before / after).item() for before, after in pairwise(errors)]
 
 
-@pytest.mark.parametrize("of", ["mixture in 2 dimensions", "Gaussian 3x8x8 images"])
-@pytest.mark.parametrize(("sampler", "spacing", "order"), [
-    (ddim_sample, "logsnr", 1),
-    (ddim_sample, "trailing", 1),
-    (dpm_solver_sample, "logsnr", 2),
-    (dpm_solver_sample, "trailing", 2),
-    (ipndm_sample, "logsnr", 2),
-])  # fmt: skip
-def test_the_error_falls_with_the_order(sampler, spacing, order, of):
-    make, shape = DATA[of]
-    data, scheduler = make(), NoiseScheduler(T)
-    model = ideal_model(data, scheduler)
+@pytest.fixture(scope="module", params=[(MIXTURE, (2,)), (IMAGES, (3, 8, 8))], ids=["mixture", "images"])
+def path(request):
+    """Data, its schedule, and both ends of the ways on which noise becomes data."""
+    (data, shape), scheduler = request.param, NoiseScheduler(T)
     x_T = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exact = exact_path(data, scheduler, x_T, START, STOP)
-    errors = []
+    return data, scheduler, x_T, exact_path(data, scheduler, x_T, START, STOP)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "order"),
+    [
+        (ddim_sample, "logsnr", 1),
+        (ddim_sample, "trailing", 1),
+        (dpm_solver_sample, "logsnr", 2),
+        (dpm_solver_sample, "trailing", 2),
+        (ipndm_sample, "logsnr", 2),
+    ],
+)
+def test_the_error_falls_with_the_order(sampler, spacing, order, path):
+    (data, scheduler, x_T, exact), errors = path, []
     for steps in (128, 256, 512):
         times = part_of_the_way(scheduler, steps, spacing, START, STOP)
-        errors.append((sampler(model, scheduler, x_T, steps=times, clip_x_0=False) - exact).abs().max())
-    print(f"{sampler.__name__}, {spacing}, {of}: {slopes(errors)}")
+        found = sampler(ideal_model(data, scheduler), scheduler, x_T, times, clip_x_0=False)
+        errors.append((found - exact).abs().max())
     assert slopes(errors) == pytest.approx([order] * 2, abs=0.25)
+    assert errors[-1] < 10 * 0.02**order
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "order"),
+    [
+        (ddpm_sample, {}, 1),
+        (ddpm_sample, {"variance": "large"}, 1),
+        (ddim_sample, {"eta": 0.5}, 1),
+        (dpm_solver_sample, {"eta": 0.5}, 2),
+        (dpm_solver_sample, {"eta": 1.0}, 2),
+    ],
+)
+def test_with_fresh_noise_the_error_of_the_distribution_falls_with_the_order(sampler, options, order):
+    """The weak order, without any chance in it: by the mean and the variance of one-dimensional data."""
+    data, scheduler, errors = Gaussian(double([0.3]), double([0.4])), NoiseScheduler(T), []
+    start, stop = ((a**0.5 * 0.3, a * 0.4**2 + 1 - a) for a in map(scheduler.alpha_bar, (START, STOP)))
+    for steps in (128, 256, 512):
+        times = part_of_the_way(scheduler, steps, "trailing", START, STOP)
+        mean, variance = mean_and_variance(data, sampler, scheduler, times, start, **options)
+        assert mean == pytest.approx(stop[0], rel=1e-12)
+        errors.append(double(abs(variance - stop[1])))
+    assert slopes(errors) == pytest.approx([order] * 2, abs=0.15)
     assert errors[-1] < 10 * 0.02**order
 
 
@@ -132,8 +142,7 @@ def test_an_ipndm_step_integrates_polynomials_as_far_as_it_looks_back(degree):
     model = lambda x_t, t: (sigma[t] ** degree)[:, None].expand_as(x_t)
     x_T = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     times = list(range(199, 0, -22))
-    on_step = lambda k, t, x, x_0: states.append(x)
-    ipndm_sample(model, scheduler, x_T, steps=times, clip_x_0=False, on_step=on_step)
+    ipndm_sample(model, scheduler, x_T, times, clip_x_0=False, on_step=lambda k, t, x, x_0: states.append(x))
     y = torch.stack([x_T, *states]) / scheduler.alphas_cumprod[times].sqrt()[:, None, None]
     exact = (sigma[times[1:]] ** (degree + 1) - sigma[times[:-1]] ** (degree + 1)) / (degree + 1)
     errors = (y.diff(dim=0) - exact[:, None, None]).abs().amax(dim=(1, 2))

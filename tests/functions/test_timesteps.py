@@ -11,25 +11,19 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.timesteps import SPACINGS, logsnr_timesteps, sampling_times
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_times_are_as_many_as_asked_for_and_fall_to_the_image(data):
     timesteps = data.draw(st.integers(21, 300))
-    steps = data.draw(st.integers(1, timesteps))
+    steps = data.draw(st.none() | st.just(timesteps) | st.integers(1, timesteps))
     spacing = data.draw(st.sampled_from(SPACINGS))
     times = sampling_times(NoiseScheduler(timesteps), steps, spacing)
-    assert len(times) == steps + 1
+    assert len(times) == (steps or timesteps) + 1  # so all steps are all timesteps
     assert (times[0], times[-1]) == (timesteps - 1, -1)
     assert all(after < before for before, after in pairwise(times))
     assert all(type(t) is int for t in times)
-
-
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("timesteps", [1000, 100])
-def test_all_steps_are_all_timesteps(timesteps, spacing):
-    every = list(range(timesteps - 1, -2, -1))
-    assert sampling_times(NoiseScheduler(timesteps), timesteps, spacing) == every
-    assert sampling_times(NoiseScheduler(timesteps), spacing=spacing) == every
+    if spacing == "logsnr" and len(times) > 2:
+        assert times[-2] == 0  # a call at the least noise
 
 
 def test_trailing_times_are_even():
@@ -45,17 +39,18 @@ def test_logsnr_times_are_even_in_the_log_snr(start, stop):
     assert gaps == pytest.approx([gaps.mean()] * 50, rel=0.01)
 
 
-def test_logsnr_times_of_few_steps_end_with_a_call_at_the_least_noise():
-    times = sampling_times(NoiseScheduler(1000), 10, "logsnr")
-    assert (times[0], times[-2], times[-1]) == (999, 0, -1)
-    assert sampling_times(NoiseScheduler(1000), 1, "logsnr") == [999, -1]
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"steps": 0}, "steps is 0; a model with 100 timesteps takes 1 to 100"),
-    ({"steps": 101}, "steps is 101; a model with 100 timesteps takes 1 to 100"),
-    ({"spacing": "leading"}, "spacing is 'leading'; it can be trailing or logsnr"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0; a model with 100 timesteps takes 1 to 100"),
+        ({"steps": 101}, "steps is 101; a model with 100 timesteps takes 1 to 100"),
+        ({"steps": [9, 9, -1]}, "must be 2 or more, falling"),
+        ({"steps": [9]}, "must be 2 or more, falling"),
+        ({"steps": [9, -2]}, "at least -1"),
+        ({"steps": [100, 9]}, "at most 99"),
+        ({"spacing": "leading"}, "spacing is .leading.; it can be trailing or logsnr"),
+    ],
+)
 def test_times_outside_the_schedule_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sampling_times(NoiseScheduler(100), **options)

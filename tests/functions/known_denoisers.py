@@ -51,33 +51,18 @@ class Gaussian:
     def eps(self, y: Tensor, sigma: Tensor) -> Tensor:
         return sigma * (y - self.mean) / (self.std**2 + sigma**2)
 
-    def cdf(self, z: Tensor, direction: Tensor) -> Tensor:
-        return torch.special.ndtr((z - self.mean @ direction) / (self.std * direction).norm())
-
     def path(self, y: Tensor, sigma: Tensor, sigma_end: Tensor) -> Tensor:
         """Where dy = eps dsigma leads: the distance to the mean keeps its share of the width sqrt(std^2 + sigma^2)."""
         return self.mean + (y - self.mean) * ((self.std**2 + sigma_end**2) / (self.std**2 + sigma**2)).sqrt()
 
 
-def mixture_2d() -> Mixture:
-    return Mixture(double([0.5, 0.3, 0.2]), double([[-0.6, -0.5], [0.7, -0.2], [0.1, 0.6]]), double([0.15, 0.2, 0.3]))
-
-
-def mixture_of_images() -> Mixture:
-    """Three 3 x 8 x 8 pictures with noise: a horizontal and a vertical wave, and a plain one."""
-    wave = torch.sin(torch.linspace(0, 6, 8, dtype=torch.float64)).expand(3, 8, 8)
-    means = torch.stack([0.3 * wave, 0.3 * wave.mT, torch.full_like(wave, 0.1)]).flatten(1)
-    return Mixture(double([0.4, 0.35, 0.25]), means, double([0.1, 0.15, 0.2]))
-
-
-def gaussian_images() -> Gaussian:
-    generator = torch.Generator().manual_seed(0)
-    mean, std = torch.rand(2, 192, generator=generator, dtype=torch.float64)
-    return Gaussian(mean - 0.5, 0.1 + 0.4 * std)
-
-
 def double(values) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+MIXTURE = Mixture(double([0.5, 0.3, 0.2]), double([[-0.6, -0.5], [0.7, -0.2], [0.1, 0.6]]), double([0.15, 0.2, 0.3]))
+UNIFORM = torch.rand(2, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+IMAGES = Gaussian(UNIFORM[0] - 0.5, 0.1 + 0.4 * UNIFORM[1])  # 3 x 8 x 8
 
 
 def sigmas(alpha_bar: Tensor) -> Tensor:
@@ -86,13 +71,25 @@ def sigmas(alpha_bar: Tensor) -> Tensor:
 
 def ideal_model(data, scheduler):
     """`(x_t, t) -> eps` of data, for x_t of any shape (B, ...)."""
-    alpha_bar = scheduler.alphas_cumprod
 
     def model(x_t, t):
-        a = alpha_bar[t].view(-1, 1)
+        a = scheduler.alphas_cumprod[t].view(-1, 1)
         return data.eps(x_t.flatten(1) / a.sqrt(), sigmas(a)).view(x_t.shape)
 
     return model
+
+
+def mean_and_variance(data: Gaussian, sampler, scheduler, times, start=(0.0, 1.0), **options) -> tuple[float, float]:
+    """What a sampler makes of a state with the mean and variance `start`, exactly, for data of one dimension.
+
+    With the ideal model the state is linear in all noise. Of the batch here the first image has none, and each other
+    has a single one, of 1: at the start, or in one of the steps.
+    """
+    noises = torch.eye(len(times) + 1, len(times), dtype=torch.float64).roll(1, 0)
+    x = start[0] + start[1] ** 0.5 * noises[:, :1]
+    noise = lambda k: noises[:, k + 1 : k + 2]
+    x = sampler(ideal_model(data, scheduler), scheduler, x, times, clip_x_0=False, step_noise=noise, **options)
+    return x[0].item(), (x[1:] - x[0]).square().sum().item()
 
 
 def exact_path(data, scheduler, x: Tensor, start: int, stop: int, steps: int = 1000) -> Tensor:
