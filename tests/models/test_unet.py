@@ -9,7 +9,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 from torch.testing import assert_close
 
-from benchmarks.compare_arms import Shape, build_diffusers
+from benchmarks.compare import build_diffusers
+from config import ModelConfig
 from models.blocks import ResidualBlock, SelfAttention, Upsample, doubled_kernel, sinusoidal_embedding
 from models.unet import UNet
 
@@ -43,10 +44,7 @@ def test_parameter_counts_are_the_papers(name):
 
 def diffusers_twin(config):
     """diffusers' U-Net of the same configuration."""
-    return build_diffusers(Shape(
-        config["image_size"], tuple(config["dim_multiply"]), tuple(config["transformer_layers"]), config["base_dim"],
-        config["norm_groups"],
-    ))  # fmt: skip
+    return build_diffusers(ModelConfig(**config))
 
 
 def copy_weights(theirs: UNet2DModel, ours: UNet) -> list[tuple[nn.Parameter, nn.Parameter]]:
