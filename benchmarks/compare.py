@@ -39,7 +39,7 @@ from functions.support.errors import UserError
 from models.unet import UNet
 
 REFERENCE = EXPERIMENTS["ffhq-run2"].model  # every network has its multipliers and levels of attention
-FIRST_STEPS = 3  # before peak memory is read: after the first, Adam has its moments
+FIRST_STEPS = 2  # before peak memory is read: the second has Adam's moments from its start
 TURN_SECONDS = 0.3  # a turn has as many steps as take so long, and then as many calls; one at least
 LONGEST_ANSWER = 900.0  # seconds that an arm has for its first steps, with compiling, or for a turn
 
