@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -91,9 +92,7 @@ def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
         "lucidrains-channels_last": lucidrains,
         "lucidrains-compiled": replace(lucidrains, text=f"{lucidrains.text}, compiled", compiled=True),
     }
-    if not on_cpu:
-        del arms["diffusers-heap"]
-    return arms
+    return arms if on_cpu else {name: arm for name, arm in arms.items() if name != "diffusers-heap"}
 
 
 def build(arm: Arm, model: ModelConfig) -> nn.Module:
@@ -220,6 +219,7 @@ def peak_bytes(device: torch.device) -> list[int]:
 
 def serve(connection: Connection, *setting: object) -> None:
     """What an arm's process does: answer each name of a method of `Bench` with its result, or once with an error."""
+    warnings.simplefilter("ignore")  # which compilers give, into the table
     try:
         bench = Bench(*setting)
         while True:
