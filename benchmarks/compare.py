@@ -1,186 +1,349 @@
-"""Our U-Net beside its peers, diffusers' UNet2DModel and lucidrains' Unet: speed, memory, and the targets for both.
+"""Our U-Net beside its peers, diffusers' UNet2DModel and lucidrains' Unet: seconds and memory, as a Markdown table.
 
-    python benchmarks/compare.py [--markdown FILE] [--json FILE] [--rounds 7] [--warmup 2] [--base-dim 64]
-        [--batch-size 4] [--dtype auto] [--no-compile] [--arms NAME,NAME,...] [--quick]
+    python benchmarks/compare.py [--help]
 
-Same width, multipliers, image size, batch and precision; each arm, a network in a setting, has a process of its own,
-and they take turns, A B C A B C. Each peer runs as it is shipped and in its best settings, compiled ones included
-(their first steps take minutes on a CPU). Then ours by itself: data feeding, sampling beside the network, EMA,
-checkpoints, the training loop. --quick is a tiny network in a few arms, to see that everything runs.
+An arm is a network in a setting. It has a process of its own, because peak memory and the heap's settings belong to a
+process, and it takes turns with ours, A B A B. Each peer runs as it is shipped, and as fast as we could make it: with
+our precision, either memory layout, our heap, compiled. The comparison needs requirements-dev.txt and a machine that
+does nothing else. It has not yet run on a GPU.
 """
 
 import argparse
 import datetime
 import importlib.metadata
-import json
+import math
+import multiprocessing
 import os
-import statistics
 import sys
-from dataclasses import replace
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 
 import torch
+from torch import Tensor, nn
 
 # Run as a script, Python looks for modules in this folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.compare_arms import TINY, Arm, Shape, all_arms
-from benchmarks.compare_rounds import Rounds
-from benchmarks.compare_table import markdown, summary, terminal
-from benchmarks.compare_targets import MEMORY_TARGETS, Judge
-from benchmarks.compare_worker import Worker, WorkerError
+from config import EXPERIMENTS, ConfigError, ModelConfig
+from functions.losses import noise_prediction_loss
+from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
 from functions.support.command_line import Parser, plain_errors, positive
-from functions.support.device import choose_device, choose_precision, cpu_name
+from functions.support.device import DTYPES, Adam, choose_device, choose_precision, cpu_name, keep_heap
 from functions.support.errors import UserError
+from models.unet import UNet
 
-MEMORY_STEPS = 20
-QUICK = "ours-none,ours-blocks,diffusers-default,diffusers-channels_last,lucidrains-default"
+REFERENCE = EXPERIMENTS["ffhq-run2"].model  # every network has its multipliers and levels of attention
+FIRST_STEPS = 2  # before peak memory is read: the second has Adam's moments from its start
+TURN_SECONDS = 0.3  # a turn has as many steps as take so long, and then as many calls; one at least
+LONGEST_ANSWER = 900.0  # seconds that an arm has for its first steps, with compiling, or for a turn
+
+COLUMNS = ("arm", "parameters", "step, s", "step / ours", "call, s", "call / ours", "images/s", "kept, MiB an image",
+           "peak, GB")  # fmt: skip
+NOTES = """Medians of all rounds, and in brackets their least and most; a ratio is of two turns side by side. Step: \
+forward, backward, fused Adam. Call: without gradients, as samplers make it. Kept: by a forward pass for backward; not \
+counted of compiled networks. Peak: of the process on the CPU; on CUDA allocated / reserved."""
 
 
-class MissingPackage(UserError):
-    """A peer is not installed."""
+class ArmFailed(UserError):
+    """An arm has an error, or its process died or gives no answer; the message says which arm and why."""
+
+    def __init__(self, arm: "Arm", reason: str):
+        super().__init__(f"{arm.text}: {reason}")
+        self.arm, self.reason = arm, reason
 
 
-class NoSuchArm(UserError):
-    """An arm that was asked for by name; the message says which there are."""
+@dataclass(frozen=True)
+class Arm:
+    """A network in a setting."""
+
+    text: str  # for people
+    package: str  # "ours", "diffusers" or "lucidrains"
+    precision: str  # of autocast; "float32" is none
+    channels_last: bool
+    keeps_heap: bool = False  # freed memory stays with the process: functions.support.device.keep_heap
+    recompute: str = "none"  # ours: none, norms, blocks; diffusers: none, or blocks, its gradient checkpointing
+    compiled: bool = False
+
+
+def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
+    """Every arm by its name for --arms, ours first. The heap plays a part on the CPU alone."""
+    heap = ", heap kept" if on_cpu else ""
+    layout = "contiguous" if on_cpu else "channels_last"  # with which diffusers is (on CUDA: should be) the faster
+    eager = Arm(f"diffusers, {layout}{heap}", "diffusers", precision, not on_cpu, on_cpu)
+    lucidrains = Arm(f"lucidrains, channels_last{heap}", "lucidrains", precision, True, on_cpu)
+    arms = {
+        "ours": Arm("ours: norms recomputed, the default", "ours", precision, True, on_cpu, "norms"),
+        "ours-none": Arm("ours, nothing recomputed", "ours", precision, True, on_cpu),
+        "ours-blocks": Arm("ours, blocks recomputed", "ours", precision, True, on_cpu, "blocks"),
+        "diffusers-default": Arm("diffusers as shipped: float32, contiguous, eager", "diffusers", "float32", False),
+        "diffusers-channels_last": Arm("diffusers, channels_last", "diffusers", precision, True),
+        "diffusers-contiguous": Arm("diffusers, contiguous", "diffusers", precision, False),
+        "diffusers-heap": eager,
+        "diffusers-compiled": replace(eager, text=f"{eager.text}, compiled", compiled=True),
+        "diffusers-checkpointing": replace(eager, text=f"{eager.text}, gradient checkpointing", recompute="blocks"),
+        "lucidrains-default": Arm("lucidrains as shipped: float32, contiguous, eager", "lucidrains", "float32", False),
+        "lucidrains-channels_last": lucidrains,
+        "lucidrains-compiled": replace(lucidrains, text=f"{lucidrains.text}, compiled", compiled=True),
+    }
+    return arms if on_cpu else {name: arm for name, arm in arms.items() if name != "diffusers-heap"}
+
+
+def build(arm: Arm, model: ModelConfig) -> nn.Module:
+    """The arm's network. None of its weights is zero, as some of ours are at first: work on zeros can be faster."""
+    torch.manual_seed(0)
+    if arm.package == "ours":
+        module = UNet(**vars(model))
+        module.set_recompute(arm.recompute)
+    elif arm.package == "diffusers":
+        module = build_diffusers(model)
+        if arm.recompute == "blocks":
+            module.enable_gradient_checkpointing()
+    else:  # the same width and multipliers; its blocks and attention are its own defaults, and others
+        from denoising_diffusion_pytorch import Unet
+
+        module = Unet(dim=model.base_dim, dim_mults=model.dim_multiply)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return module
+
+
+def build_diffusers(model: ModelConfig) -> nn.Module:
+    """diffusers' U-Net with our architecture: to the parameter, and the same function (tests/models/test_unet.py)."""
+    from diffusers import UNet2DModel
+
+    kinds = ["Attn" if level in model.transformer_layers else "" for level in range(len(model.dims))]
+    return UNet2DModel(
+        sample_size=model.image_size, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=model.dims,
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        norm_num_groups=model.norm_groups, norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+        attention_head_dim=None,
+    )  # fmt: skip
+
+
+class Bench:
+    """An arm's network, optimiser and batch, in the arm's own process."""
+
+    def __init__(self, arm: Arm, model: ModelConfig, batch: int, device: torch.device):
+        if arm.keeps_heap:
+            keep_heap()
+        self.arm, self.image_size, self.device = arm, model.image_size, device
+        self.layout = torch.channels_last if arm.channels_last else torch.contiguous_format
+        self.module = build(arm, model).to(device, memory_format=self.layout)
+        network = torch.compile(self.module) if arm.compiled else self.module
+        predict = (lambda x_t, t: network(x_t, t, return_dict=False)[0]) if arm.package == "diffusers" else network
+        self.denoiser = Denoiser(predict, NoiseScheduler(1000), DTYPES[arm.precision])
+        adam = Adam if arm.package == "ours" else torch.optim.Adam
+        self.optimizer = adam(self.module.parameters(), lr=1e-5, fused=True)
+        self.batch = self.inputs(batch)
+
+    def inputs(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x_0, t and noise: the same numbers in every arm, in its layout."""
+        generator = torch.Generator().manual_seed(0)
+        x_0, noise = torch.randn(2, images, 3, self.image_size, self.image_size, generator=generator).to(self.device)
+        t = torch.randint(1000, (images,), generator=generator).to(self.device)
+        return x_0.contiguous(memory_format=self.layout), t, noise.contiguous(memory_format=self.layout)
+
+    def step(self) -> None:
+        """An optimiser step, as in train.py."""
+        noise_prediction_loss(self.denoiser, self.denoiser.scheduler, *self.batch).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def call(self) -> None:
+        """A call of the network, as samplers make it."""
+        x_t, t, _ = self.batch
+        self.denoiser(x_t, t)
+
+    def turn(self) -> dict[str, float]:
+        """Seconds of a step and of a call."""
+        step = seconds_of(self.step, self.device)
+        self.module.eval()
+        call = seconds_of(self.call, self.device)
+        self.module.train()
+        return {"step": step, "call": call}
+
+    def facts(self) -> dict:
+        """What needs no clock. The first steps are taken here: a compiled network is compiled."""
+        for _ in range(FIRST_STEPS):
+            self.step()
+        return {
+            "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
+            "peaks": peak_bytes(self.device),
+            "kept": None if self.arm.compiled else (self.kept_bytes(3) - self.kept_bytes(1)) / 2,  # what an image adds
+        }
+
+    def kept_bytes(self, images: int) -> int:
+        """Bytes that autograd keeps of a forward pass for the backward pass, each storage once; weights among them."""
+        inputs, storages = self.inputs(images), {}
+
+        def see(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage  # held, or another could come to lie at its address
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+            noise_prediction_loss(self.denoiser, self.denoiser.scheduler, *inputs)
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    """The mean of as many in a row as take TURN_SECONDS; on CUDA they hide what launching each takes."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start, times = time.perf_counter(), 0
+    while times == 0 or time.perf_counter() - start < TURN_SECONDS:
+        work()
+        times += 1
+    wait()
+    return (time.perf_counter() - start) / times
+
+
+def peak_bytes(device: torch.device) -> list[int]:
+    """The most bytes so far, on CUDA of tensors and of PyTorch's cache; of the process, where the system says it."""
+    if device.type == "cuda":
+        return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+    status = Path("/proc/self/status")  # Linux
+    lines = status.read_text().splitlines() if status.exists() else []
+    return [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+
+
+def serve(connection: Connection, *setting: object) -> None:
+    """What an arm's process does: answer each name of a method of `Bench` with its result, or once with an error."""
+    warnings.simplefilter("ignore")  # which compilers give, into the table
+    try:
+        bench = Bench(*setting)
+        while True:
+            connection.send(getattr(bench, connection.recv())())
+    except EOFError:
+        pass  # nobody asks any more
+    except Exception as error:  # whatever it is, it is this arm's result
+        connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+@contextmanager
+def process_of(arm: Arm, *setting: object) -> Iterator[Callable[[str], dict]]:
+    """Give the arm a process, and a function that asks a method of its `Bench` for its result, or raises ArmFailed."""
+    context = multiprocessing.get_context("spawn")
+    connection, others_end = context.Pipe()
+    process = context.Process(target=serve, args=(others_end, arm, *setting))
+    process.start()
+    others_end.close()  # now the process alone has it, and when it dies, reading here ends
+
+    def ask(method: str) -> dict:
+        try:
+            with suppress(OSError):  # it may have died; why, it may have said
+                connection.send(method)
+            came = connection.poll(LONGEST_ANSWER)
+            answer = connection.recv() if came else f"no answer in {LONGEST_ANSWER:g} s"
+        except (EOFError, OSError):
+            process.join(10)
+            answer = f"the process ended with {process.exitcode}"
+        if isinstance(answer, str):
+            raise ArmFailed(arm, answer)
+        return answer
+
+    try:
+        yield ask
+    finally:
+        connection.close()
+        process.join(10)
+        process.kill()
+
+
+def rows(arms: list[Arm], rounds: int, model: ModelConfig, batch: int, device: torch.device) -> Iterator[list[str]]:
+    """The cells of each arm, as soon as it is measured; the first arm is ours, with which the others take turns."""
+    with process_of(arms[0], model, batch, device) as ask_ours:
+        facts = ask_ours("facts")
+        turns = [ask_ours("turn") for _ in range(1 + rounds)][1:]  # the first warms up
+        yield cells(arms[0], facts, turns, turns, batch)
+        for arm in arms[1:]:
+            try:
+                with process_of(arm, model, batch, device) as ask:
+                    facts = ask("facts")
+                    pairs = [(ask("turn"), ask_ours("turn")) for _ in range(1 + rounds)][1:]
+                yield cells(arm, facts, *zip(*pairs, strict=True), batch)
+            except ArmFailed as failure:
+                if failure.arm is arms[0]:
+                    raise
+                yield [arm.text, f"failed: {failure.reason}", *[""] * (len(COLUMNS) - 2)]
+
+
+def cells(arm: Arm, facts: dict, turns: list[dict], ours: list[dict], batch: int) -> list[str]:
+    """A row of the table."""
+    step, call = (median(turn[name] for turn in turns) for name in ("step", "call"))
+    kept = "" if facts["kept"] is None else f"{facts['kept'] / 2**20:.1f}"
+    return [
+        arm.text, f"{facts['parameters'] / 1e6:.1f} M", f"{step:.3g}", ratio("step", turns, ours), f"{call:.3g}",
+        ratio("call", turns, ours), f"{batch / step:.3g}", kept, " / ".join(f"{n / 1e9:.2f}" for n in facts["peaks"]),
+    ]  # fmt: skip
+
+
+def ratio(name: str, turns: list[dict], ours: list[dict]) -> str:
+    """The median, least and most of the rounds' ratios."""
+    ratios = [turn[name] / other[name] for turn, other in zip(turns, ours, strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def table_line(row: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+
+
+def heading(options: argparse.Namespace, model: ModelConfig, precision: str, device: torch.device) -> str:
+    """The machine, the versions, the date, and what was measured."""
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    versions = {"PyTorch": torch.__version__}
+    for peer in ("diffusers", "denoising-diffusion-pytorch"):
+        with suppress(importlib.metadata.PackageNotFoundError):  # then its row says so
+            versions[peer] = importlib.metadata.version(peer)
+    return (
+        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
+        f"{', '.join(f'{name} {number}' for name, number in versions.items())}; {datetime.date.today()}; {precision}, "
+        f"batch {options.batch}, {model.image_size} px, base_dim {model.base_dim}; {options.rounds} rounds"
+    )
 
 
 def main() -> None:
-    """Measure, print, write."""
-    options = read_options()
-    device = choose_device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = str(choose_precision(options.dtype, device)).removeprefix("torch.")
-    machine(device)  # before anything is measured: whether the peers are there
-    shape = TINY if options.quick else Shape(base_dim=options.base_dim, batch_size=options.batch_size)
-    arms = chosen_arms(all_arms(dtype, device.type), options)
-    report = compare(arms, shape, device, dtype, options)
-    print(terminal(report))
-    if options.markdown:
-        options.markdown.write_text(markdown(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
-
-
-def read_options() -> argparse.Namespace:
+    """Measure, and print each arm's row at once."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--rounds", type=positive, default=7, help="that count, default 7")
-    parser.add_argument("--warmup", type=positive, default=2, help="rounds before them, default 2")
-    parser.add_argument("--base-dim", type=positive, default=64, help="default 64")
-    parser.add_argument("--batch-size", type=positive, default=4, help="default 4")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (CUDA)")
-    parser.add_argument("--arms", metavar="NAME,...", help="these, and `ours`, that all are compared with")
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled arms out")
-    parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds; its numbers mean nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--image-size", type=positive, default=REFERENCE.image_size, help="a multiple of 16")
+    parser.add_argument("--base-dim", type=positive, default=REFERENCE.base_dim, help="width; even")
+    parser.add_argument("--batch", type=positive, default=4, help="images in a step and in a call")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--arms", metavar="NAME,...", help="these alone, beside ours")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the table goes too")
     options = parser.parse_args()
-    if options.quick:
-        options.rounds, options.warmup, options.arms = min(options.rounds, 3), 1, options.arms or QUICK
-    return options
 
+    device = choose_device(options.device)
+    precision = str(choose_precision("auto", device)).removeprefix("torch.")
+    arms = all_arms(precision, device.type == "cpu")
+    names = options.arms.split(",") if options.arms else list(arms)
+    if unknown := set(names) - set(arms):
+        parser.error(f"there is no arm {', '.join(sorted(unknown))} on this device; there are {', '.join(arms)}")
+    model = replace(REFERENCE, image_size=options.image_size, lowest_resolution_size=options.image_size // 16,
+                    base_dim=options.base_dim, norm_groups=math.gcd(32, options.base_dim))  # fmt: skip
 
-def chosen_arms(arms: list[Arm], options: argparse.Namespace) -> list[Arm]:
-    """Those that the flags leave."""
-    if options.arms:
-        names = {"ours", *options.arms.split(",")}
-        unknown = names - {arm.name for arm in arms}
-        if unknown:
-            there = ", ".join(arm.name for arm in arms)
-            raise NoSuchArm(f"there is no arm {', '.join(sorted(unknown))} on this device; there are {there}")
-        arms = [arm for arm in arms if arm.name in names]
-    return [arm for arm in arms if not (arm.compiled and options.no_compile)]
-
-
-def compare(arms: list[Arm], shape: Shape, device: torch.device, dtype: str, options: argparse.Namespace) -> dict:
-    """All that is measured, as one dict of plain values."""
-    replays, ceilings, alone = [], {}, []
-
-    def after_ours(worker: Worker, counts: bool) -> None:
-        seconds, number = worker.replay(), rounds.number
-        rates = {kind: worker.ceiling(kind, options.quick) for kind in dict.fromkeys((dtype, "float32"))}
-        if counts:
-            replays.append({"round": number, "seconds": seconds})
-            for kind, of_kind in rates.items():
-                for name, rate in of_kind.items():
-                    ceilings.setdefault(kind, {}).setdefault(name, []).append(rate)
-
-    open_worker = lambda arm: Worker(arm, shape, str(device))
-    turn_seconds = 0.02 if options.quick else 0.3
-    with Rounds(open_worker, options.rounds, options.warmup, turn_seconds, after_ours) as rounds:
-        rounds.run(arms)
-        alone = rounds.attempt(arms[0], lambda worker: worker.alone(min(options.rounds, 5))) or []
-    memory = training_memory(shape, device, dtype) if device.type == "cuda" and not options.quick else {}
-    return report_of(rounds, replays, ceilings, alone, memory, shape, device, dtype, options)
-
-
-def training_memory(shape: Shape, device: torch.device, dtype: str) -> dict[tuple[int, int], tuple[int | None, str]]:
-    """The peaks of the memory targets: by default, and where that is too much with blocks recomputed."""
-    peaks = {}
-    modes = [arm for arm in all_arms(dtype, device.type) if arm.name in ("ours", "ours-blocks")]
-    for base_dim, batch_size, limit in MEMORY_TARGETS:
-        for arm in modes:
-            worker = Worker(arm, replace(shape, base_dim=base_dim, batch_size=batch_size), str(device))
-            try:
-                worker.start()
-                peaks[base_dim, batch_size] = worker.training_memory(MEMORY_STEPS), f"{arm.text}; with EMA"
-            except WorkerError as error:
-                peaks[base_dim, batch_size] = None, f"{arm.text}: {error}"
-            finally:
-                worker.close()
-            if (peaks[base_dim, batch_size][0] or limit) < limit:
-                break
-    return peaks
-
-
-def report_of(
-    rounds: Rounds,
-    replays: list[dict],
-    ceilings: dict[str, dict[str, list[float]]],
-    alone: list[dict],
-    memory: dict[tuple[int, int], tuple[int | None, str]],
-    shape: Shape,
-    device: torch.device,
-    dtype: str,
-    options: argparse.Namespace,
-) -> dict:
-    """What was measured, with all that follows from it."""
-    results, reference = rounds.results, rounds.results["ours"]
-    medians = {kind: {name: statistics.median(rates) for name, rates in of.items()} for kind, of in ceilings.items()}
-    for result in results.values():
-        if result.failure is None:
-            flops = result.facts["flops_per_image"] * shape.batch_size
-            result.facts["flops_per_second"] = flops / result.median("step")
-    if reference.failure is None:
-        text = f"{reference.median('optimizer') / reference.median('step'):.1%} of a step"
-        alone = [{"what": "fused Adam", "value": reference.median("optimizer"), "unit": "s", "text": text}, *alone]
-    judge = Judge(results, replays, medians, alone, memory, dtype, device.type == "cuda")
-    return {
-        "date": f"{datetime.date.today():%Y-%m-%d}",
-        "machine": machine(device),
-        "settings": {"shape": vars(shape), "dtype": dtype, "rounds": options.rounds, "warmup": options.warmup},
-        "arms": [summary(result, reference, shape.batch_size, medians) for result in results.values()],
-        "ceilings": medians,
-        "replay": replays,
-        "targets": [target.to_dict() for target in judge.targets()],
-        "alone": alone,
-    }
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    versions = {}
-    for package in ("torch", "diffusers", "denoising-diffusion-pytorch"):
-        try:
-            versions[package] = importlib.metadata.version(package).partition("+")[0]  # not the build
-        except importlib.metadata.PackageNotFoundError as error:
-            raise MissingPackage(f"{package} is not installed: pip install -r requirements-dev.txt") from error
-    return {
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **versions,
-    }
+    lines = [heading(options, model, precision, device), "", table_line(COLUMNS), table_line(["---"] * len(COLUMNS))]
+    print(*lines, sep="\n", flush=True)
+    chosen = [arm for name, arm in arms.items() if name == "ours" or name in names]
+    for row in rows(chosen, options.rounds, model, options.batch, device):
+        lines.append(table_line(row))
+        print(lines[-1], flush=True)
+    print(f"\n{NOTES}")
+    if options.out:
+        options.out.write_text("\n".join([*lines, "", NOTES, ""]))
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with plain_errors(ConfigError):
         main()

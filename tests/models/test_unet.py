@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from benchmarks.compare_arms import Shape, build_diffusers, build_ours
+from benchmarks.compare import build_diffusers
+from config import ModelConfig
 from models.blocks import Upsample, sinusoidal_embedding
 from models.unet import UNet
 
@@ -58,8 +59,10 @@ def their_name(name: str) -> str:
 
 
 SMALL = {
-    "attention at the lowest level": Shape(16, (1, 2, 2), (2,), base_dim=16, norm_groups=8),
-    "attention in the middle, channels back and forth": Shape(32, (1, 3, 2, 4), (1, 2), base_dim=16, norm_groups=4),
+    "attention at the lowest level": ModelConfig(4, (1, 2, 2), (2,), base_dim=16, image_size=16, norm_groups=8),
+    "attention in the middle, channels back and forth": ModelConfig(
+        4, (1, 3, 2, 4), (1, 2), base_dim=16, image_size=32, norm_groups=4
+    ),
 }
 
 
@@ -67,7 +70,7 @@ SMALL = {
 @pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
 def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, layout):
     torch.manual_seed(0)
-    ours, theirs = build_ours(shape), build_diffusers(shape)
+    ours, theirs = UNet(**vars(shape)), build_diffusers(shape)
     their_parameters = dict(theirs.named_parameters())
     pairs = {name: (p, their_parameters.pop(their_name(name))) for name, p in ours.named_parameters()}
     assert not their_parameters  # each of theirs is one of ours
