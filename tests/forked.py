@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,30 +22,35 @@ def train_script() -> None:
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
-class Program:
+class Program(SERVER.Process):
     """train.py, or a function in its place, at work with a command line; what it prints is collected in a file."""
 
     def __init__(self, output: Path, *arguments: object, act: Callable[[], None] = train_script, **environment: object):
-        self.output = output
+        super().__init__(daemon=True)
+        self.output, self.arguments, self.act, self.environment = output, arguments, act, environment
         output.write_bytes(b"")
-        self.process = SERVER.Process(target=run, args=(output, arguments, act, environment), daemon=True)
-        self.process.start()
+        self.start()
+
+    def run(self) -> None:
+        """In the new process: what a shell would do."""
+        with open(self.output, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout.reconfigure(line_buffering=True)
+        os.environ.update((name, str(value)) for name, value in self.environment.items())
+        torch.set_num_threads(1)
+        sys.argv = ["train.py", *map(str, self.arguments)]
+        self.act()
 
     @property
     def printed(self) -> str:
         return self.output.read_text()
 
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
-    def signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
     def wait(self) -> int:
         """Its exit status; -n where signal n has ended it."""
-        self.process.join(PATIENCE)
-        assert self.process.exitcode is not None, f"it has not ended: {self.printed}"
-        return self.process.exitcode
+        self.join(PATIENCE)
+        assert self.exitcode is not None, f"it has not ended: {self.printed}"
+        return self.exitcode
 
 
 def wait_until(reached: Callable[[], object], alive: Callable[[], bool]) -> None:
@@ -56,22 +60,3 @@ def wait_until(reached: Callable[[], object], alive: Callable[[], bool]) -> None
         assert alive(), "it has ended"
         assert time.monotonic() < deadline, "it is late"
         time.sleep(0.005)
-
-
-def run(output: Path, arguments: tuple, act: Callable[[], None], environment: dict) -> None:
-    """In the new process: what a shell would do."""
-    with open(output, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)
-    os.environ.update((name, str(value)) for name, value in environment.items())
-    torch.set_num_threads(1)
-    sys.argv = ["train.py", *map(str, arguments)]
-    act()
-
-
-def free_port() -> int:
-    """At which processes can meet."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]

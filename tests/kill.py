@@ -55,12 +55,12 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
 
 def kill(program: Program, runs: Path, steps: int, seconds: float) -> Path:
     """So many steps and seconds after it has started; returns the run's folder."""
-    wait_until(lambda: "goes to" in program.printed, program.alive)
+    wait_until(lambda: "goes to" in program.printed, program.is_alive)
     (run,) = run_folder.runs_of(runs)
     until = len(read_metrics(run / "metrics.csv")) + steps
-    wait_until(lambda: len(read_metrics(run / "metrics.csv")) >= until, program.alive)
+    wait_until(lambda: len(read_metrics(run / "metrics.csv")) >= until, program.is_alive)
     time.sleep(seconds)  # and now within a step, or what follows it
-    program.signal(signal.SIGKILL)
+    program.kill()
     assert program.wait() == -signal.SIGKILL, "the run was over before it was killed"
     return run
 

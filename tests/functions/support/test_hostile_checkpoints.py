@@ -50,9 +50,14 @@ def refusal(path, read=check_whole, kind=CheckpointError):
     return message.removeprefix(f"{path}: ")
 
 
+@functools.cache
+def other_training():
+    return training_state(seed=1)
+
+
 def resume(path):
     """A training that takes a checkpoint over; what is refused must have changed nothing."""
-    state = training_state(seed=1)
+    state = other_training()
     before = snapshot(state)
     try:
         state.load(check_whole(path))
@@ -75,7 +80,7 @@ def test_truncated_files(path, whole):
 
 def test_a_flipped_bit_anywhere(path, whole):
     """In the length, the header, the contents, the checksums, the numbers."""
-    places = {*range(0, 60), *range(0, len(whole), 991), whole.index(b"exp_avg"), len(whole) - 1}
+    places = {*range(0, 20), *range(20, len(whole), 1499), whole.index(b"exp_avg"), len(whole) - 1}
     for place in sorted(places):
         spoilt = bytearray(whole)
         spoilt[place] ^= 1 << place % 8
@@ -98,6 +103,7 @@ def test_the_length_of_a_header_is_judged_before_it_is_read(path, monkeypatch):
             assert "truncated, damaged or not a checkpoint" in refusal(path)
 
 
+@pytest.mark.slow
 def test_headers_that_lie(path, whole):
     entry = lambda **changes: lambda header: header[WEIGHT].update(changes)
     shape, (start, end) = (json.loads(header_of(whole))[WEIGHT][name] for name in ("shape", "data_offsets"))
@@ -123,7 +129,7 @@ def test_headers_that_lie(path, whole):
 @pytest.mark.parametrize(
     "bomb",
     [
-        b"[" * LONGEST_HEADER, b'{"a":' * 10**6, b"9" * 10**7, b"[" + b"[]," * 4_900_000 + b"0]",
+        b"[" * LONGEST_HEADER, b'{"a":' * 10**6, b"9" * 10**7, b"[" + b"[]," * 2_000_000 + b"0]",
         b'{"a":1,' + b'"a":1,' * 10**6 + b'"a":1}', b"\xff" * 1000, b"", b"null", b"5", b'"text"', b"{}",
     ],
 )  # fmt: skip
@@ -140,7 +146,7 @@ def test_json_made_to_do_harm(path, whole, bomb):
 @pytest.mark.parametrize("part", PARTS)
 def test_nesting_that_just_reads(path, whole, part):
     """Later steps must not stumble over what the first one let pass."""
-    for depth in (500, *range(900, 1000, 3)):
+    for depth in (500, *range(900, 1000, 7)):
         deep = "[" * depth + "]" * depth
         path.write_bytes(with_contents(whole, f'{contents_text(whole)[:-1]}, "{part}": {{"scale": {deep}}}}}'))
         refusal(path, resume if part == "scaler" else sample)

@@ -56,12 +56,10 @@ def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
     assert_same_run(tiny_run, run)
 
 
+@pytest.mark.slow
 @posix
 def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_path, capsys):
-    """Each comes in the middle of a step; that of step 5 leaves no time for the grid that is due, which is drawn later.
-
-    The run goes on after each, and ends as if never stopped.
-    """
+    """Each in the middle of a step; in step 5 no time is left for the grid that is due, which is drawn on resuming."""
     arguments, done = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY], 0
     before = signal.getsignal(signal.SIGTERM)
     for name, step in {"SIGUSR1": 3, "SIGINT": 5, "SIGTERM": 7}.items():
@@ -154,25 +152,25 @@ def test_no_sound_checkpoint_is_an_error_and_no_fresh_start(unfinished):
 def test_two_trainings_in_one_folder(unfinished, tmp_path):
     """The second of two real processes is refused; the first is not disturbed."""
     first = Program(tmp_path / "first", "--resume", unfinished, "--diffusion.epochs", 4000)
-    wait_until(lambda: "goes to" in first.printed, first.alive)
+    wait_until((unfinished / "checkpoints" / "step-00000010.safetensors").exists, first.is_alive)
     second = Program(tmp_path / "second", "--resume", unfinished)
     assert second.wait() == 2
     assert second.printed.endswith(f"\nerror: {unfinished}: another process is training in this folder already\n")
-    first.signal(signal.SIGTERM)
-    assert first.wait() == 75
+    first.terminate()
+    assert first.wait() == 75, first.printed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(pictures, tmp_path, monkeypatch):
     """By steps none is due before the last; a time that is always over makes one after every step.
 
     After a power cut a checkpoint may not be ahead of metrics.csv: that would leave a gap.
     """
     order = []
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (order.append((name, *a)), original(*a)))
-    save = train.BookKeeper.save
-    monkeypatch.setattr(train.BookKeeper, "save", lambda self, done: (order.append(("save", done)), save(self, done)))
+    for owner, name in ((os, "fsync"), (os, "replace"), (train.BookKeeper, "save")):
+        original = getattr(owner, name)
+        noted = lambda *a, name=name, original=original: (order.append((name, *a)), original(*a))
+        monkeypatch.setattr(owner, name, noted)
     call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, "--diffusion.epochs", 1,
          "--diffusion.checkpoint-every", 1000, "--diffusion.checkpoint-minutes", 1e-9, "--diffusion.log-every", 1,
          "--diffusion.keep-checkpoints", 1, "--diffusion.keep-every", 2)  # fmt: skip
@@ -183,4 +181,4 @@ def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(pictures, tmp_p
     for i in saves:
         what = [name for name, *_ in order[i - 1 : i + 4]]
         assert what == ["fsync", "save", "fsync", "replace", "fsync"]  # metrics; checkpoint, its name, the folder
-        assert str(order[i + 2][-1]).endswith(".safetensors")
+        assert order[i + 2][-1].suffix == ".safetensors"

@@ -19,7 +19,7 @@ from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.random_numbers import ImageNoise, seed_of, training_draws
+from functions.support.random_numbers import seed_of, training_draws
 from functions.training.metrics import MetricsLog, TrainingWindow, read_metrics
 from functions.training.validation import validation_loss
 from train import learning_rate
@@ -62,6 +62,7 @@ def test_draws_depend_on_seed_and_step_alone():
         assert torch.equal(values, again[name])
         assert not torch.equal(values, next_step[name])
         assert not torch.equal(values, other_seed[name])
+    assert seed_of(1, 23) != seed_of(12, 3)
 
 
 def test_draws_have_their_distributions():
@@ -76,19 +77,6 @@ def test_draws_have_their_distributions():
     assert draws.tilt.min() >= -1
     assert draws.tilt.max() < 1
     assert abs(draws.tilt.mean()) < 4 / math.sqrt(3 * 20_000)
-
-
-def test_seeds_are_apart():
-    parts = [(seed, what, step) for seed in range(20) for what in ("training", "image") for step in range(50)]
-    assert len({seed_of(*p) for p in parts}) == len(parts)
-    assert seed_of(1, 23) != seed_of(12, 3)
-
-
-def test_an_images_noise_does_not_depend_on_its_batch():
-    together = ImageNoise(3, range(5), (3, 4, 4))
-    apart = [ImageNoise(3, [i], (3, 4, 4)) for i in range(5)]
-    for _ in range(3):
-        assert torch.equal(together.draw(), torch.cat([one.draw() for one in apart]))
 
 
 def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
