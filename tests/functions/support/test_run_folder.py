@@ -1,4 +1,4 @@
-"""Run folders: what is found, what is kept, and that one training has a folder for itself."""
+"""Run folders: what is found, what is kept, and that no two runs have the same. Their lock: test_survival.py."""
 
 import pytest
 import torch
