@@ -1,6 +1,7 @@
 """Shared by all tests: a tiny experiment's flags, pictures to train on, and a run to sample from."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,13 +128,19 @@ def newest(run):
     return load_checkpoint(run_folder.checkpoints_of(run)[-1])
 
 
-@pytest.fixture
-def unfinished(pictures, tmp_path):
-    """The tiny run, stopped by a signal after step 7 of 10, with checkpoints of steps 5 and 7."""
+@pytest.fixture(scope="session")
+def stopped_run(pictures, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="75"):
         during(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
-        call(train.main, "faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, *TINY)
-    return next((tmp_path / "runs").iterdir())
+        call(train.main, "faces", "--runs", runs, "--diffusion.dataset-name", pictures, *TINY)
+    return next(runs.iterdir())
+
+
+@pytest.fixture
+def unfinished(stopped_run, tmp_path):
+    """The tiny run, stopped by a signal after step 7 of 10, with checkpoints of steps 5 and 7."""
+    return shutil.copytree(stopped_run, tmp_path / "runs" / stopped_run.name)
 
 
 def during(patch, step, act, name="update_ema"):

@@ -1,6 +1,8 @@
 """Checkpoints that are damaged, or made to do harm: each is refused in a sentence that names it, at little cost."""
 
+import functools
 import json
+import math
 import os
 import resource
 import time
@@ -11,15 +13,16 @@ from safetensors.torch import save_file
 
 from functions.sampling.generation import rebuild
 from functions.support import files
-from functions.support.checkpoint import SavedModel, check_whole, load_weights
+from functions.support.checkpoint import check_whole, load_weights
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import LONGEST_HEADER, sha256, write_tensors
+from functions.support.files import LONGEST_HEADER, write_tensors
 from models.unet import UNet
 from tests.conftest import posix
 from tests.fuzz_kinds import CPU, checkpoint_parts, same, snapshot, training_state
 from tests.fuzz_mutations import contents_text, header_of, with_contents, with_header
 
 WEIGHT = "ema.conv_in.weight"
+PARTS = ("config", "run", "scaler")
 
 
 @pytest.fixture
@@ -47,15 +50,24 @@ def refusal(path, read=check_whole, kind=CheckpointError):
     return message.removeprefix(f"{path}: ")
 
 
+@functools.cache
+def other_training():
+    return training_state(seed=1)
+
+
 def resume(path):
     """A training that takes a checkpoint over; what is refused must have changed nothing."""
-    state = training_state(seed=1)
+    state = other_training()
     before = snapshot(state)
     try:
         state.load(check_whole(path))
     except UserError:
         assert same(snapshot(state), before)
         raise
+
+
+def sample(path):
+    return rebuild(UNet, load_weights(path), CPU)
 
 
 def test_truncated_files(path, whole):
@@ -68,7 +80,7 @@ def test_truncated_files(path, whole):
 
 def test_a_flipped_bit_anywhere(path, whole):
     """In the length, the header, the contents, the checksums, the numbers."""
-    places = {*range(0, 60), *range(0, len(whole), 991), whole.index(b"exp_avg"), len(whole) - 1}
+    places = {*range(0, 20), *range(20, len(whole), 1499), whole.index(b"exp_avg"), len(whole) - 1}
     for place in sorted(places):
         spoilt = bytearray(whole)
         spoilt[place] ^= 1 << place % 8
@@ -78,19 +90,20 @@ def test_a_flipped_bit_anywhere(path, whole):
     spoilt[whole.index(weight.contiguous().numpy().tobytes())] ^= 1
     path.write_bytes(spoilt)
     assert refusal(path) == "damaged: model.conv_in.weight does not match its checksum"
-    load_weights(path)  # which needs the EMA alone
+    load_weights(path)  # which needs, and reads, the EMA alone
 
 
-@pytest.mark.parametrize("length", [LONGEST_HEADER + 1, 2**40, 2**63, 2**64 - 1])
-def test_the_length_of_a_header_is_judged_before_it_is_read(path, monkeypatch, length):
+def test_the_length_of_a_header_is_judged_before_it_is_read(path, monkeypatch):
     monkeypatch.setattr(files, "safe_open", None)
-    for size in (100, 2**42):  # far below, and beyond, what the header claims; the file has holes
-        with open(path, "wb") as file:
-            file.write(length.to_bytes(8, "little") + b"{")
-            file.truncate(size)
-        assert "truncated, damaged or not a checkpoint" in refusal(path)
+    for length in (LONGEST_HEADER + 1, 2**40, 2**63, 2**64 - 1):
+        for size in (100, 2**42):  # far below, and beyond, what the header claims; the file has holes
+            with open(path, "wb") as file:
+                file.write(length.to_bytes(8, "little") + b"{")
+                file.truncate(size)
+            assert "truncated, damaged or not a checkpoint" in refusal(path)
 
 
+@pytest.mark.slow
 def test_headers_that_lie(path, whole):
     entry = lambda **changes: lambda header: header[WEIGHT].update(changes)
     shape, (start, end) = (json.loads(header_of(whole))[WEIGHT][name] for name in ("shape", "data_offsets"))
@@ -112,10 +125,11 @@ def test_headers_that_lie(path, whole):
         refusal(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bomb",
     [
-        b"[" * LONGEST_HEADER, b'{"a":' * 10**6, b"9" * 10**7, b"[" + b"[]," * 4_900_000 + b"0]",
+        b"[" * LONGEST_HEADER, b'{"a":' * 10**6, b"9" * 10**7, b"[" + b"[]," * 2_000_000 + b"0]",
         b'{"a":1,' + b'"a":1,' * 10**6 + b'"a":1}', b"\xff" * 1000, b"", b"null", b"5", b'"text"', b"{}",
     ],
 )  # fmt: skip
@@ -126,69 +140,69 @@ def test_json_made_to_do_harm(path, whole, bomb):
     assert "contents" in refusal(path)
     if bomb[-1:] in (b"}", b"]"):  # and inside contents that are right
         path.write_bytes(with_contents(whole, f'{contents_text(whole)[:-1]}, "config": {bomb.decode()}}}'))
-        refusal(path, lambda path: rebuild(UNet, load_weights(path), CPU))
+        refusal(path, sample)
 
 
-@pytest.mark.parametrize("depth", [500, *range(900, 1000, 3)])
-def test_nesting_that_just_reads(path, whole, depth):
+@pytest.mark.parametrize("part", PARTS)
+def test_nesting_that_just_reads(path, whole, part):
     """Later steps must not stumble over what the first one let pass."""
-    deep = "[" * depth + "]" * depth
-    for part in ("config", "run", "scaler"):
+    for depth in (500, *range(900, 1000, 7)):
+        deep = "[" * depth + "]" * depth
         path.write_bytes(with_contents(whole, f'{contents_text(whole)[:-1]}, "{part}": {{"scale": {deep}}}}}'))
-        refusal(path, resume if part == "scaler" else lambda path: rebuild(UNet, load_weights(path), CPU))
+        refusal(path, resume if part == "scaler" else sample)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("place", "values", "message"),
     [
-        *(({part: value}, f"its part '{part}' is missing or malformed")
-          for part in ("config", "run", "scaler") for value in (None, [], "text")),
-        ({"checksums": list(checkpoint_parts()[0])}, "its contents do not read"),
-        ({"checksums": {}}, "not those that its contents name"),
+        *((part, (None, [], "text"), f"its part '{part}' is missing or malformed") for part in PARTS),
+        ("run/step", (91, True, -1, "5", math.nan, 5.0), "no proper 'step'"),
+        ("run/total_steps", (10**9, None), "no proper 'total_steps'"),
+        ("run/experiment", (None,), "no proper 'experiment'"),
+        ("scaler/scale", (0.0, math.inf, math.nan, 10**400, 2), "its gradient scaler has scale "),
+        ("scaler/_growth_tracker", (-1, 2**31, 0.5), "its gradient scaler has scale "),
+        ("checksums", ([WEIGHT],), "its contents do not read"),
+        ("checksums/odd", ("0",), "not those that its contents name"),
+        (f"checksums/{WEIGHT}", ("0" * 64, None, [], "ä"), f"damaged: {WEIGHT} does not match its checksum"),
+        ("config/diffusion/timesteps_diff", (10**12,), "timesteps_diff is above 1,000,000"),
+        ("config/diffusion/beta_end", (math.nan,), "ValueError"),
+        ("config/model/base_dim", (10**9,), "base_dim is above 16,384"),
+        ("config/model/base_dim", ("8",), "TypeError"),
+        ("config/model/image_size", (2**40,), "image_size is above 16,384"),
+        ("config/model/dim_multiply", ([1] * 10**5,), "levels is above 15"),
+        ("config/model/norm_groups", (0,), "ZeroDivisionError"),
     ],
-)  # fmt: skip
-def test_contents_that_lack_a_part(path, whole, change, message):
-    contents = {**json.loads(contents_text(whole)), **change}
-    path.write_bytes(with_contents(whole, contents))
-    assert message in refusal(path)
-    path.write_bytes(with_contents(whole, {name: value for name, value in contents.items() if name not in change}))
-    refusal(path)
-
-
-def test_a_wrong_checksum_of_a_tensor(path, whole):
-    contents = json.loads(contents_text(whole))
-    for wrong in (contents["checksums"]["model.conv_in.weight"], None, [], "ä"):
-        contents["checksums"][WEIGHT] = wrong
+)
+def test_contents_that_cannot_be(path, whole, place, values, message):
+    """Nor that would take all memory, or all day."""
+    *parts, last = place.split("/")
+    for value in values:
+        contents = json.loads(contents_text(whole))
+        owner = functools.reduce(dict.get, parts, contents)
+        owner[last] = value
         path.write_bytes(with_contents(whole, contents))
-        assert refusal(path) == f"damaged: {WEIGHT} does not match its checksum"
-
-
-@pytest.mark.parametrize(
-    "change", [{"step": 91}, {"step": True}, {"step": -1}, {"step": "5"}, {"step": float("nan")}, {"step": 5.0},
-               {"total_steps": 10**9}, {"total_steps": None}, {"experiment": None}],
-)  # fmt: skip
-def test_a_place_in_the_run_must_be_possible(path, change):
-    tensors, contents = checkpoint_parts()
-    contents["run"] |= change
-    write_tensors(path, tensors, contents)
-    assert f"no proper {next(iter(change))!r}" in refusal(path)
+        assert message in refusal(path, sample if parts[:1] == ["config"] else resume)
+    if not parts:
+        del contents[last]
+        path.write_bytes(with_contents(whole, contents))
+        refusal(path)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("model.conv_in.weight", lambda t: t * torch.nan, "model.conv_in.weight holds numbers that are not finite"),
-        ("ema.conv_in.weight", lambda t: t - torch.inf, "ema.conv_in.weight holds numbers that are not finite"),
+        ("ema.conv_in.weight", lambda t: t - torch.inf, "conv_in.weight holds numbers that are not finite"),
         ("ema.conv_in.weight", lambda t: t.to(torch.float8_e5m2), "is torch.float8_e5m2, which ours never are"),
         ("exp_avg.conv_in.bias", lambda t: t / 0, "exp_avg.conv_in.bias holds numbers that are not finite"),
         ("exp_avg_sq.conv_in.bias", lambda t: -t - 1, "exp_avg_sq.conv_in.bias is negative"),
         ("step.conv_in.bias", lambda t: -t, "step.conv_in.bias is negative"),
         ("step.conv_in.bias", lambda t: t[None], "conv_in.bias is torch.float32 (1,); the model has"),
-        ("model.conv_in.bias", lambda t: t[:1], "conv_in.bias is torch.float32 (1,); the model has torch.float32 (4,)"),
+        ("ema.conv_in.bias", lambda t: t[:1], "conv_in.bias is torch.float32 (1,); the model has torch.float32 (4,)"),
         ("ema.conv_in.bias", lambda t: t.double(), "conv_in.bias is torch.float64 (4,); the model has"),
         ("exp_avg.conv_in.bias", lambda t: t.bfloat16(), "conv_in.bias is torch.bfloat16 (4,); the model has"),
         ("exp_avg.conv_in.bias", lambda t: t.reshape([1] * 5000 + [4]), "conv_in.bias is torch.float32 (1, 1,"),
-        *((f"{part}.conv_in.bias", None, f"1 weights are missing or unknown, '{part}.conv_in.bias'")
+        *((f"{part}.conv_in.bias", None, "1 weights are missing or unknown, ")
           for part in ("model", "ema", "step", "exp_avg", "exp_avg_sq")),
     ],
 )  # fmt: skip
@@ -199,17 +213,8 @@ def test_tensors_that_cannot_be(path, name, change, message, monkeypatch):
         patch.setitem(files.TYPES, torch.float8_e5m2, "F8_E5M2")
         write_tensors(path, {**tensors, **({name: change(tensor)} if change else {})}, contents)
     assert message in refusal(path, resume)
-
-
-@pytest.mark.parametrize(
-    "change", [{"scale": 0.0}, {"scale": float("inf")}, {"scale": float("nan")}, {"scale": 10**400}, {"scale": 2},
-               {"_growth_tracker": -1}, {"_growth_tracker": 2**31}, {"_growth_tracker": 0.5}],
-)  # fmt: skip
-def test_a_gradient_scaler_that_cannot_be(path, change):
-    tensors, contents = checkpoint_parts()
-    contents["scaler"] |= change
-    write_tensors(path, tensors, contents)
-    assert "its gradient scaler has scale " in refusal(path, resume)
+    if name.startswith("ema."):
+        assert message in refusal(path, sample)
 
 
 def test_files_of_others_and_of_earlier_versions(path, tmp_path):
@@ -225,36 +230,14 @@ def test_files_of_others_and_of_earlier_versions(path, tmp_path):
 
 
 @posix
-def test_what_is_no_file(path, tmp_path):
+def test_what_is_no_file_or_cannot_be_read(path, whole, tmp_path, monkeypatch):
     os.mkfifo(pipe := tmp_path / "pipe")  # to open it would wait for a writer
     (loop := tmp_path / "loop").symlink_to(loop)
     (tmp_path / "folder.safetensors").mkdir()
     for odd in (pipe, tmp_path / "folder.safetensors", type(path)("/dev/zero")):
         assert refusal(odd) == "not a regular file"
-    for missing in (loop, path, path / "below"):
+    for missing in (loop, path.with_name("missing"), path / "below"):
         assert refusal(missing) == "there is no such file"
-
-
-def test_a_disk_that_cannot_be_read(path, whole, monkeypatch):
     fails = lambda *_: os.read(-1, 1)  # an `OSError` would end the program; now it takes the checkpoint before
     monkeypatch.setattr(files, "open", fails, raising=False)
     assert refusal(path) == "Bad file descriptor"
-
-
-@pytest.mark.parametrize(
-    ("part", "field", "value", "message"),
-    [
-        ("diffusion", "timesteps_diff", 10**12, "timesteps_diff is above 1,000,000"),
-        ("model", "base_dim", 10**9, "base_dim is above 16,384"),
-        ("model", "image_size", 2**40, "image_size is above 16,384"),
-        ("model", "dim_multiply", [1] * 10**5, "levels is above 15"),
-        ("model", "norm_groups", 0, "ZeroDivisionError"),
-        ("model", "base_dim", "8", "TypeError"),
-        ("diffusion", "beta_end", float("nan"), "ValueError"),
-    ],
-)
-def test_a_config_that_would_take_all_memory_is_refused_before(path, part, field, value, message):
-    contents = checkpoint_parts()[1]
-    contents["config"][part][field] = value
-    saved = SavedModel(path, {}, "EMA", contents["config"], contents["run"], sha256(""))
-    assert message in refusal(path, lambda path: rebuild(UNet, saved, CPU))

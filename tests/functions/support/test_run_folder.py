@@ -1,10 +1,10 @@
-"""Run folders: what is found, what is kept, and that one training has a folder for itself."""
+"""Run folders: what is found, what is kept, and that no two runs have the same. Their lock: test_survival.py."""
 
 import pytest
 import torch
 
 from functions.support import run_folder
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 from functions.support.files import write_tensors
 
 
@@ -37,12 +37,10 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
 
 
 def test_a_run_folder_is_never_used_twice(tmp_path):
-    runs = [run_folder.Run("faces", None, tmp_path) for _ in range(2)]
-    for run in runs:
-        run.make_folder()
-    first, second = (run.folder for run in runs)
-    assert first != second
-    assert run_folder.runs_of(tmp_path) == [first, second]
+    first, second = (run_folder.Run("faces", None, tmp_path) for _ in range(2))
+    first.make_folder()
+    second.make_folder()
+    assert run_folder.runs_of(tmp_path) == [first.folder, second.folder]
 
 
 @pytest.mark.parametrize(
@@ -57,35 +55,6 @@ def test_a_run_folder_is_never_used_twice(tmp_path):
 )
 def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, done, kept):
     make_run(tmp_path, "faces-20260101-000000", range(10, 70, 10))
-    run_folder.delete_old(tmp_path / "faces-20260101-000000", done, count, every)
-    left = run_folder.checkpoints_of(tmp_path / "faces-20260101-000000")
-    assert [run_folder.step_of(path) for path in left] == kept
-
-
-def test_a_folder_is_locked_for_one_training_and_swept(tmp_path):
-    make_run(tmp_path, "faces-20260101-000000", [10])
-    run = tmp_path / "faces-20260101-000000"
-    leftover = run / "checkpoints" / ".step-00000020.safetensors.123.tmp"
-    leftover.touch()
-    with run_folder.locked(run):
-        assert not leftover.exists()
-        with pytest.raises(UserError, match=f"{run}: another process is training"), run_folder.locked(run):
-            pass
-    with run_folder.locked(run):
-        pass
-    assert len(run_folder.checkpoints_of(run)) == 1
-
-
-def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, capsys):
-    def read(path):
-        if path.name in ("c", "b"):
-            raise CheckpointError(f"{path}: the file is damaged")
-        return path.name.upper()
-
-    candidates = [tmp_path / name for name in "cba"]
-    assert run_folder.first_sound(candidates, read) == "A"
-    warnings = capsys.readouterr().err.splitlines()
-    assert [f"Taking the one before it: {tmp_path / name}" in line for name, line in zip("ba", warnings, strict=True)]
-    assert all(line.startswith("WARNING: DAMAGED CHECKPOINT") for line in warnings)
-    with pytest.raises(CheckpointError, match="b: the file is damaged"):
-        run_folder.first_sound(candidates[:2], read)
+    (run,) = tmp_path.iterdir()
+    run_folder.delete_old(run, done, count, every)
+    assert [run_folder.step_of(path) for path in run_folder.checkpoints_of(run)] == kept

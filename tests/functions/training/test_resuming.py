@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+import sample
 import train
 from config import ConfigError
 from functions.support.errors import UserError
@@ -15,40 +16,50 @@ from tests.conftest import TINY, call, during, interrupt, newest, posix
 from tests.kill import assert_same_run
 
 
+@pytest.mark.slow
 @posix
 def test_what_a_resumed_run_may_change(unfinished, capsys):
-    with pytest.raises(ConfigError, match=r"cannot change diffusion\.learning_rate, model\.base_dim"):
-        call(train.main, "--resume", unfinished, "--diffusion.learning-rate", "1e-3", "--model.base-dim", "16")
-    with pytest.raises(ConfigError, match=r"cannot change diffusion\.batch_size"):
-        call(train.main, "--resume", unfinished, "--diffusion.batch-size", "4")
+    """Made longer, and stopped before its next checkpoint, it goes on by itself: its newest says already how long."""
+    for flags, message in (
+        (["--diffusion.learning-rate", "1e-3", "--model.base-dim", "16"], r"diffusion\.learning_rate, model\.base_dim"),
+        (["--diffusion.batch-size", "4"], r"diffusion\.batch_size"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot change {message}"):
+            call(train.main, "--resume", unfinished, *flags)
     with pytest.raises(ConfigError, match="a run of 'faces', not of 'ffhq-full'"):
         call(train.main, "ffhq-full", "--resume", unfinished)
     capsys.readouterr()
-    call(train.main, "--resume", unfinished, "--diffusion.batch-size", 4, "--diffusion.gradient-accumulation", 2,
-         "--diffusion.epochs", 3)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        during(patch, 1, interrupt)
+        call(train.main, "--resume", unfinished, "--diffusion.batch-size", 4, "--diffusion.gradient-accumulation", 2,
+             "--diffusion.epochs", 3)  # fmt: skip
     printed = capsys.readouterr().out
     assert "changed: diffusion.epochs was 2, is now 3" in printed
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
     assert "warning: batch_size was 8, is now 4: no longer bit for bit" in printed
     assert "note: model.base_dim stays 8, as the run was started; config.py has 32" in printed
+    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
     assert newest(unfinished)["run"]["step"] == 15
+    assert [row["step"] for row in read_metrics(unfinished / "metrics.csv")] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    assert json.loads((unfinished / "config.json").read_text())["diffusion"]["epochs"] == 3
     with pytest.raises(ConfigError, match="finished"):
         call(train.main, "--resume", unfinished)
 
 
+@pytest.mark.slow
 def test_resuming_keeps_precision_and_says_what_it_cannot_keep(pictures, tmp_path, monkeypatch, capsys):
     """A run started with "auto" where that is bfloat16 goes on in bfloat16 where it is not."""
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: True)
     call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
-         "--diffusion.precision", "auto")  # fmt: skip
+         "--diffusion.precision", "auto", "--diffusion.epochs", 1)  # fmt: skip
     run = next(tmp_path.iterdir())
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: False)
     capsys.readouterr()
-    call(train.main, "--resume", run, "--diffusion.epochs", 3)
+    call(train.main, "--resume", run, "--diffusion.epochs", 2)
     assert "no longer bit for bit" not in capsys.readouterr().out
     assert newest(run)["run"]["arithmetic"]["precision"] == "bfloat16"
     torch.set_num_threads(2)
-    call(train.main, "--resume", run, "--diffusion.epochs", 4)
+    call(train.main, "--resume", run, "--diffusion.epochs", 3, "--dry-run")
     assert "warning: threads was 1, is now 2: no longer bit for bit as if never stopped" in capsys.readouterr().out
 
 
@@ -61,7 +72,7 @@ def test_deterministic_kernels_are_asked_for_and_only_then(pictures, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit(precision, pictures, tmp_path):
+def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit_and_is_sampled_from(precision, pictures, tmp_path):
     flags = ["faces", "--diffusion.dataset-name", pictures, *TINY, "--device", "cuda", "--diffusion.deterministic",
              "true", "--diffusion.precision", precision]  # fmt: skip
     call(train.main, *flags, "--runs", tmp_path / "straight")
@@ -70,33 +81,17 @@ def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit(precision, pictures,
         call(train.main, *flags, "--runs", tmp_path / "cut")
     call(train.main, "faces", "--resume", "--runs", tmp_path / "cut", "--device", "cuda")
     assert_same_run(*(tmp_path / "straight").iterdir(), *(tmp_path / "cut").iterdir())
+    call(sample.main, "--runs", tmp_path / "cut", "--n", 2, "--steps", 3, "--device", "cuda")
 
 
-def test_only_the_run_with_the_same_images_is_resumed(pictures, tmp_path):
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
-    call(train.main, "faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", copy, *TINY)
-    run = next((tmp_path / "runs").iterdir())
-    next(copy.glob("0*.png")).unlink()
-    before = (run / "config.json").read_bytes()
+def test_only_the_run_with_the_same_images_is_resumed(unfinished, pictures, tmp_path, monkeypatch):
+    """Here the data set of its name has lost one."""
+    fewer = shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns("00007.png"))
+    load = train.load_images
+    monkeypatch.setattr(train, "load_images", lambda name, *others: load(str(fewer), *others))
+    before = (unfinished / "config.json").read_bytes()
     with pytest.raises(ConfigError, match="other images"):
-        call(train.main, "--resume", run, "--diffusion.epochs", "3")
-    assert (run / "config.json").read_bytes() == before
+        call(train.main, "--resume", unfinished)
+    assert (unfinished / "config.json").read_bytes() == before
     with pytest.raises(UserError, match="not a run folder"):  # a file in it is not the run
-        call(train.main, "--resume", next((run / "checkpoints").iterdir()))
-
-
-@posix
-def test_a_run_made_longer_goes_on_by_itself(unfinished, pictures):
-    """Given more epochs and stopped before its next checkpoint: its newest says already how long it is."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        during(patch, 1, interrupt)
-        call(train.main, "--resume", unfinished, "--diffusion.epochs", 3)
-    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
-    assert newest(unfinished)["run"]["step"] == 15
-
-
-def test_metrics_and_config_of_a_resumed_run(unfinished):
-    call(train.main, "--resume", unfinished, "--diffusion.epochs", 3)
-    assert [row["step"] for row in read_metrics(unfinished / "metrics.csv")] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
-    assert json.loads((unfinished / "config.json").read_text())["diffusion"]["epochs"] == 3
+        call(train.main, "--resume", next((unfinished / "checkpoints").iterdir()))

@@ -1,10 +1,7 @@
 """What a training says and tries before its first step: a batch size that fits."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +14,11 @@ from functions.prediction import Denoiser
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import Run
-from functions.training.metrics import read_metrics
 from functions.training.start import describe_memory, fit_memory
 from models.unet import UNet
-from tests.conftest import ROOT, TINY, call, newest, script
+from tests.conftest import TINY, call
+from tests.kill import assert_same_run
 from tests.live_bytes import kept_per_image
-
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
 
 
 @pytest.fixture
@@ -36,7 +31,7 @@ def memory(monkeypatch):
             if torch.is_grad_enabled():
                 tried.append(len(x_t))
                 if len(x_t) > most.get(network.recompute, 0):
-                    raise OUT_OF_MEMORY
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
             return forward(network, x_t, t)
 
         monkeypatch.setattr(UNet, "forward", limited)
@@ -45,44 +40,25 @@ def memory(monkeypatch):
     return holds
 
 
-def trained(pictures, runs, *flags):
-    """The folder of a finished run of 2 epochs of 5 steps of 8 images."""
-    call(
-        train.main, "faces", *TINY, "--model.dropout", 0.1, "--diffusion.dataset-name", pictures, "--runs", runs, *flags
-    )
-    return next(runs.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("most", "fits"),
-    [
-        ({"norms": 3}, {"batch_size": 2, "gradient_accumulation": 4, "recompute": "norms"}),
-        ({"blocks": 1}, {"batch_size": 1, "gradient_accumulation": 8, "recompute": "blocks"}),
-    ],
-)
-def test_a_batch_that_fits_changes_nothing_else(most, fits, memory, pictures, tmp_path, capsys):
-    """Each divisor of 8 is tried; the run is then, bit for bit, the one that was started so."""
-    flags = [part for name, value in fits.items() for part in (f"--diffusion.{name.replace('_', '-')}", value)]
-    asked = trained(pictures, tmp_path / "asked", *flags)
+@pytest.mark.slow
+def test_a_batch_that_fits_changes_nothing_else(memory, pictures, tmp_path, capsys):
+    """Each divisor of 4 is tried; the run is then, bit for bit, the one that was started so."""
+    flags = ["faces", *TINY, "--model.dropout", 0.1, "--diffusion.batch-size", 4, "--diffusion.epochs", 1,
+             "--diffusion.dataset-name", pictures]  # fmt: skip
+    call(train.main, *flags, "--runs", tmp_path / "asked", "--diffusion.batch-size", 1,
+         "--diffusion.gradient-accumulation", 4, "--diffusion.recompute", "blocks")  # fmt: skip
     capsys.readouterr()
-    tried = memory(**most)
-    found = trained(pictures, tmp_path / "found")
-    sizes = [8, 4, 2] if "norms" in most else [8, 4, 2, 1, 1]
-    assert tried[: len(sizes)] == sizes
+    tried = memory(blocks=1)
+    call(train.main, *flags, "--runs", tmp_path / "found")
+    assert tried[:4] == [4, 2, 1, 1]
     printed = capsys.readouterr().out
-    for size in sizes[: sizes.index(fits["batch_size"])]:
+    for size in (4, 2, 1):
         assert f"out of memory with batch_size = {size}, recompute = 'norms'\n" in printed
-    assert f"going on with {', '.join(f'{name} = {value}' for name, value in fits.items())}\n" in printed
-    columns = ("loss", "val_loss", "val_loss_ema", "grad_norm")
-    rows = [[[row[c] for c in columns] for row in read_metrics(run / "metrics.csv")] for run in (asked, found)]
-    assert rows[0] == rows[1]
-    states = [newest(asked), newest(found)]
-    for part in ("model", "ema", "exp_avg", "exp_avg_sq"):
-        assert all(torch.equal(tensor, states[1][part][name]) for name, tensor in states[0][part].items())
-    config = json.loads((found / "config.json").read_text())
-    assert {name: config["diffusion"][name] for name in fits} == fits
-    assert config == {**json.loads((asked / "config.json").read_text()), "experiment": "faces"}
-    assert states[0]["config"] == states[1]["config"]
+    assert "going on with batch_size = 1, gradient_accumulation = 4, recompute = blocks\n" in printed
+    asked, found = (next((tmp_path / name).iterdir()) for name in ("asked", "found"))
+    assert_same_run(asked, found)
+    configs = [json.loads((run / "config.json").read_text()) for run in (asked, found)]
+    assert configs[0] == configs[1]
 
 
 def parts(batch_size=4, recompute="norms", **model):
@@ -112,68 +88,18 @@ def test_a_try_leaves_nothing_behind(memory):
         assert torch.equal(parameter, before[name])
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
-    monkeypatch.setattr(UNet, "forward", lambda network, x_t, t: x_t @ t)
-    with pytest.raises(RuntimeError):
-        fit_memory(*parts(), SINGLE_PROCESS)
-
-
-@pytest.mark.parametrize(("recompute", "sizes"), [("norms", [4, 3, 2, 1, 1]), ("blocks", [4, 3, 2, 1])])
-def test_when_nothing_fits_it_is_said(recompute, sizes, memory):
+def test_when_nothing_fits_it_is_said(memory, pictures, tmp_path):
     tried = memory(norms=0)
-    with pytest.raises(UserError, match="out of memory with one image at a time"):
-        fit_memory(*parts(recompute=recompute), SINGLE_PROCESS)
-    assert tried == sizes
-
-
-PROGRAM = """
-import os, sys, torch, train
-from config import ConfigError
-from models.unet import UNet
-from tests.conftest import call
-forward = UNet.forward
-def limited(network, x_t, t):
-    if os.environ.get("RANK", "1") == "1" and len(x_t) > {most}:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\\nmore")
-    return forward(network, x_t, t)
-UNet.forward = limited
-with train.plain_errors(ConfigError):
-    call(train.main, *sys.argv[1:])
-"""
-
-
-def test_the_script_then_ends_with_a_sentence(pictures, tmp_path):
-    (tmp_path / "limited.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})" + PROGRAM.format(most=0))
-    result = script(tmp_path / "limited.py", "faces", *TINY, "--diffusion.dataset-name", pictures, "--runs",
-                    tmp_path / "runs")  # fmt: skip
-    assert result.returncode == 2, result.stderr
-    assert "error: out of memory with one image at a time: take a smaller base_dim" in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(UserError, match="out of memory with one image at a time: take a smaller base_dim"):
+        call(train.main, "faces", *TINY, "--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs")
+    assert tried == [8, 4, 2, 1, 1]
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")
-def test_processes_take_what_fits_in_all_of_them(pictures, tmp_path):
-    """Of two, the second has no memory for more than one image."""
-    (tmp_path / "limited.py").write_text(PROGRAM.format(most=1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-               tmp_path / "limited.py", "faces", *TINY, "--model.dropout", 0, "--diffusion.dataset-name", pictures,
-               "--runs", tmp_path / "two"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True,
-                            timeout=300, check=False)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    going_on = "going on with batch_size = 1, gradient_accumulation = 8, recompute = norms"
-    assert result.stdout.count(going_on) == 1
-    one = trained(pictures, tmp_path / "one", "--model.dropout", 0, "--diffusion.batch-size", 1,
-                  "--diffusion.gradient-accumulation", 8)  # fmt: skip
-    rows = [read_metrics(run / "metrics.csv") for run in (one, next((tmp_path / "two").iterdir()))]
-    for alone, together in zip(*rows, strict=True):
-        assert together["loss"] == pytest.approx(alone["loss"], rel=2e-4)
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recompute", ["none", "norms", "blocks"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recompute", "precision"), [("none", torch.float32), ("norms", torch.bfloat16), ("blocks", torch.bfloat16)]
+)
 def test_the_guess_at_the_memory_is_near_the_truth(recompute, precision):
     """The levels of the reference network and of faces, narrower; a large batch, for the digits."""
     for name, size, lowest in (("ffhq-run1", 64, 4), ("faces", 32, 4)):
@@ -185,28 +111,21 @@ def test_the_guess_at_the_memory_is_near_the_truth(recompute, precision):
         assert truth / 1.5 < guess < truth * 1.5
 
 
-@pytest.mark.parametrize("name", ["ffhq-run1", "ffhq-run2", "ffhq-full"])
-def test_the_ffhq_runs_are_ready_at_their_real_size(name, pictures, tmp_path, capsys):
-    """Real network and config on few pictures; the batch fits 45 of them."""
-    call(train.main, name, "--dry-run", "--runs", tmp_path, "--diffusion.dataset-name", pictures, "--device", "cpu",
-         "--diffusion.gradient-accumulation", "2")  # fmt: skip
+@pytest.mark.slow
+def test_ffhq_run1_is_ready_at_its_real_size(pictures, tmp_path, capsys):
+    """Real network and config on few pictures; the batch fits 45 of them. Nothing is started."""
+    call(train.main, "ffhq-run1", "--dry-run", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures,
+         "--device", "cpu", "--diffusion.gradient-accumulation", "2")  # fmt: skip
     printed = capsys.readouterr().out
-    parameters = {"ffhq-run1": "60,372,867", "ffhq-run2": "60,372,867", "ffhq-full": "241,348,355"}[name]
-    assert f"{parameters} parameters" in printed
-    assert ("x_T still carries the image" in printed) == (name == "ffhq-run1")
-    assert "1 steps" in printed
-
-
-def test_a_dry_run_says_everything_and_starts_nothing(pictures, tmp_path, capsys):
-    call(train.main, "ffhq-full", "--dry-run", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, *TINY)
-    printed = capsys.readouterr().out
-    for part in (
-        "50 images at 16x16",
-        "45 images train, 5 validate",
-        "10 steps of 8 images: 2 epochs of 5 steps",
-        "parameters",
-        "terminal SNR",
-        "goes to",
-    ):
+    for part in ("50 images at 128x128", "45 images train, 5 validate", "60,372,867 parameters", "terminal SNR 0.15",
+                 "45 steps of 40 images: 45 epochs of 1 steps", "x_T still carries the image", "memory     about",
+                 f"goes to    {tmp_path / 'runs' / 'ffhq-run1-<time>'}"):  # fmt: skip
         assert part in printed
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("ffhq-run2", 60_372_867), ("ffhq-full", 241_348_355)])
+def test_the_other_ffhq_runs_have_the_networks_of_their_size(name, parameters):
+    with torch.device("meta"):
+        network = UNet(**vars(EXPERIMENTS[name].model))
+    assert sum(p.numel() for p in network.parameters()) == parameters

@@ -19,35 +19,23 @@ from functions.losses import noise_prediction_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.random_numbers import ImageNoise, seed_of, training_draws
+from functions.support.random_numbers import seed_of, training_draws
 from functions.training.metrics import MetricsLog, TrainingWindow, read_metrics
 from functions.training.validation import validation_loss
 from train import learning_rate
 
 
 def test_loss_of_known_predictions():
+    """The noised image is made in float32, whatever the model computes in."""
     scheduler = NoiseScheduler(1000)
     x_0, noise, t = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
-    assert_close(noise_prediction_loss(lambda x, t: torch.zeros_like(x), scheduler, x_0, t, noise),
-                 noise.square().mean(dim=(1, 2, 3)))  # fmt: skip
+    half = lambda x_t, t: torch.zeros_like(x_t, dtype=torch.bfloat16)
+    assert_close(noise_prediction_loss(half, scheduler, x_0, t, noise), noise.square().mean(dim=(1, 2, 3)))
     knows_x_0 = lambda x_t, t: scheduler.predict_eps(x_t, t, x_0)
-    losses = noise_prediction_loss(knows_x_0, scheduler, x_0, t, noise)
-    assert losses.shape == (4,)
-    assert losses.max() < 1e-6
-
-
-def test_the_noised_image_is_float32_whatever_the_model_computes_in():
-    seen = []
-
-    def model(x_t, t):
-        seen.append(x_t.dtype)
-        return nn.functional.conv2d(x_t, torch.zeros(3, 3, 1, 1))  # bfloat16 under autocast
-
-    x_0 = torch.zeros(2, 3, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = noise_prediction_loss(model, NoiseScheduler(1000), x_0, torch.tensor([0, 5]), torch.randn(2, 3, 4, 4))
-    assert seen == [torch.float32]
-    assert losses.dtype == torch.float32
+        losses = noise_prediction_loss(knows_x_0, scheduler, x_0, t, noise)
+    assert losses.shape == (4,)
+    assert losses.max() < 1e-6  # at t = 0 bfloat16 would lose the noise
 
 
 def test_ema_is_the_weighted_sum_of_its_definition():
@@ -66,18 +54,15 @@ def test_ema_is_the_weighted_sum_of_its_definition():
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    def draw(seed, step):
-        return training_draws(seed, step, 6, (3, 4, 4), 1000, "cpu")
-
-    torch.manual_seed(1)
-    first = draw(0, 7)
-    torch.manual_seed(2)
-    draw(0, 6)
-    again = draw(0, 7)
-    for name in ("t", "noise", "flip", "tilt"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
-    assert not torch.equal(first.noise, draw(0, 8).noise)
-    assert not torch.equal(first.noise, draw(1, 7).noise)
+    first, _, again, next_step, other_seed = (
+        vars(training_draws(seed, step, 64, (3, 4, 4), 1000, "cpu"))
+        for seed, step in ((0, 7), (0, 6), (0, 7), (0, 8), (1, 7))
+    )
+    for name, values in first.items():
+        assert torch.equal(values, again[name])
+        assert not torch.equal(values, next_step[name])
+        assert not torch.equal(values, other_seed[name])
+    assert seed_of(1, 23) != seed_of(12, 3)
 
 
 def test_draws_have_their_distributions():
@@ -94,115 +79,80 @@ def test_draws_have_their_distributions():
     assert abs(draws.tilt.mean()) < 4 / math.sqrt(3 * 20_000)
 
 
-def test_seeds_are_stable_and_apart():
-    assert seed_of(0, "training", 1) == seed_of(0, "training", 1)
-    parts = [(seed, what, step) for seed in range(20) for what in ("training", "image") for step in range(50)]
-    assert len({seed_of(*p) for p in parts}) == len(parts)
-    assert seed_of(1, 23) != seed_of(12, 3)
-    assert all(0 <= seed_of(*p) < 2**63 for p in parts)
-
-
-def test_an_images_noise_does_not_depend_on_its_batch():
-    together = ImageNoise(3, range(5), (3, 4, 4))
-    apart = [ImageNoise(3, [i], (3, 4, 4)) for i in range(5)]
-    for _ in range(3):
-        assert torch.equal(together.draw(), torch.cat([one.draw() for one in apart]))
-
-
 def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
-    scheduler = NoiseScheduler(1000)
-    images = torch.randint(256, (7, 4, 4, 3), dtype=torch.uint8)
-    seen = []
+    images = torch.randint(256, (12, 4, 4, 3), dtype=torch.uint8)
+    seen, used = [], []
 
     class Zero(nn.Module):
         def forward(self, x_t, t):
             seen.extend(t.tolist())
             return torch.zeros_like(x_t)
 
-    def measure(batch_size, samples=50, seed=0):
-        config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=samples, batch_size=batch_size, seed=seed)
-        return validation_loss(Denoiser(Zero(), scheduler), lambda indices: images[indices], np.arange(7), config,
-                               SINGLE_PROCESS)  # fmt: skip
-
-    loss = measure(50)
-    assert loss == pytest.approx(1, abs=4 * math.sqrt(2 / (50 * 48)))  # the noise's own variance
-    assert sorted(seen) == list(range(10, 1000, 20))  # the middle of each of 50 strata
-    assert measure(8) == pytest.approx(loss, rel=1e-6)
-    assert measure(8, seed=1) != loss
-
-
-def test_validation_uses_every_image_equally_often():
-    used = []
-
     def images_of(indices):
         used.extend(indices)
-        return torch.zeros(len(indices), 4, 4, 3, dtype=torch.uint8)
+        return images[indices]
 
-    class Zero(nn.Module):
-        def forward(self, x_t, t):
-            return x_t
+    def measure(**changes):
+        config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=48, **changes)
+        denoiser = Denoiser(Zero(), NoiseScheduler(960))
+        return validation_loss(denoiser, images_of, np.array([3, 5, 9]), config, SINGLE_PROCESS)
 
-    config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=12, batch_size=5)
-    validation_loss(Denoiser(Zero(), NoiseScheduler(1000)), images_of, np.array([3, 5, 9]), config, SINGLE_PROCESS)
-    assert sorted(used) == [3] * 4 + [5] * 4 + [9] * 4
+    loss = measure(batch_size=48, seed=0)
+    assert loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))  # the noise's own variance
+    assert sorted(seen) == list(range(10, 960, 20))  # the middle of each of 48 strata
+    assert sorted(used) == [3] * 16 + [5] * 16 + [9] * 16
+    assert measure(batch_size=7, seed=0) == pytest.approx(loss, rel=1e-6)
+    assert measure(batch_size=7, seed=1) != loss
 
 
 def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tmp_path):
-    log = MetricsLog(tmp_path)
+    """And a row that a power cut has cut short, wherever."""
+    log, path = MetricsLog(tmp_path), tmp_path / "metrics.csv"
     for step in (10, 20, 30):
-        log.write(step=step, loss=1 / step, **({"val_loss": 0.5} if step == 20 else {}))
+        log.write(step=step, loss=1 / step, skipped_steps=0, **({"val_loss": 0.5} if step == 20 else {}))
     log.tensorboard.close()
+    whole = path.read_text()
+    for cut in range(1, len(whole.splitlines()[-1]) + 1):
+        path.write_text(whole[:-cut])
+        assert [row["step"] for row in read_metrics(path)] == [10, 20]
+    path.write_text(whole)
     time.sleep(1.1)  # TensorBoard reads files in the order of their names, which begin with the second
     log = MetricsLog(tmp_path, resume_step=20)
     log.write(step=30, loss=0.25)
     log.tensorboard.close()
-    rows = read_metrics(tmp_path / "metrics.csv")
-    assert [row["step"] for row in rows] == [10, 20, 30]
-    assert [row["loss"] for row in rows] == [0.1, 0.05, 0.25]
-    assert [row["val_loss"] for row in rows] == [None, 0.5, None]
+    rows = [(row["step"], row["loss"], row["val_loss"]) for row in read_metrics(path)]
+    assert rows == [(10, 0.1, None), (20, 0.05, 0.5), (30, 0.25, None)]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, round(e.value, 6)) for e in events.Scalars("loss")] == [(10, 0.1), (20, 0.05), (30, 0.25)]
     assert [(e.step, e.value) for e in events.Scalars("val_loss")] == [(20, 0.5)]
 
 
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
-    now, counts, skipped = [100.0], torch.tensor(0.0), torch.tensor(1.0)
+    now = [100.0]
     monkeypatch.setattr("functions.training.metrics.time.perf_counter", lambda: now[0])
-    window = TrainingWindow(torch.device("cpu"), 2)
-    window.add(torch.tensor(3.0), counts)
-    now[0] += 2
+
+    def after(window, seconds, loss, skipped=0):
+        now[0] += seconds
+        window.add(torch.tensor(loss), torch.tensor(float(skipped)))
+
+    window, resumed = (TrainingWindow(torch.device("cpu"), images_a_step=2) for _ in range(2))
+    after(window, 2, 3.0)
     with window.paused():
         now[0] += 50
-    window.add(torch.tensor(math.nan), skipped)  # took its time, but its loss does not count
-    window.add(torch.tensor(6.0), counts)
-    now[0] += 1
+    after(window, 0, math.nan, skipped=1)  # took its time, but its loss does not count
+    after(window, 1, 6.0)
     assert window.read() == {"loss": 9 / 4, "images_per_second": 2.0}
-    window.add(torch.tensor(4.0), counts)
-    now[0] += 0.5
+    after(window, 0.5, 4.0)
     with window.paused():  # as the training loop reads it
         assert window.read() == {"loss": 2.0, "images_per_second": 4.0}
         now[0] += 9
-    window.add(torch.tensor(2.0), counts)
-    now[0] += 1
-    resumed = TrainingWindow(torch.device("cpu"), 2)
+    after(window, 1, 2.0)
+    resumed.read()  # starts its clock
     resumed.load(window.state())
-    resumed.add(torch.tensor(7.0), counts)
-    now[0] += 0.5
+    after(resumed, 0.5, 7.0)
     assert resumed.read() == {"loss": 9 / 4, "images_per_second": 4.0}
-    resumed.add(torch.tensor(math.inf), skipped)
-    now[0] += 1
+    after(resumed, 1, math.inf, skipped=1)
     assert math.isnan(resumed.read()["loss"])
-
-
-def test_a_row_that_was_cut_short_by_a_power_cut_is_left_out(tmp_path):
-    log = MetricsLog(tmp_path)
-    for step in (10, 20):
-        log.write(step=step, loss=0.5, skipped_steps=0)
-    log.tensorboard.close()
-    whole = (tmp_path / "metrics.csv").read_text()
-    for cut in range(1, len(whole.splitlines()[-1]) + 1):
-        (tmp_path / "metrics.csv").write_text(whole[:-cut])
-        assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == [10]
 
 
 def test_learning_rate_warms_up_and_decays():
