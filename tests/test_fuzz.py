@@ -37,7 +37,7 @@ from functions.sampling.generation import rebuild
 from functions.support import files
 from functions.support.checkpoint import check_whole, load_weights
 from functions.support.errors import UserError
-from functions.training import bad_numbers, book_keeping, metrics
+from functions.training.book_keeping import BadNumbers, BookKeeper, TrainingWindow
 from models.unet import UNet
 from tests import spoilt_files as spoilt
 
@@ -182,10 +182,8 @@ def read_checkpoint(path, resumed):
     file, state = check_whole(path), spoilt.training_state()
     Experiment.from_dict(file.contents["config"])
     state.load(file)
-    counters = {"window": metrics.TrainingWindow(spoilt.CPU, 8), "bad_numbers": bad_numbers.BadNumbers(spoilt.CPU)}
-    book_keeping.BookKeeper.load(
-        SimpleNamespace(**counters, run=SimpleNamespace(checkpoint=file)), file.contents["run"]
-    )
+    counters = {"window": TrainingWindow(spoilt.CPU, 8), "bad_numbers": BadNumbers(spoilt.CPU)}
+    BookKeeper.load(SimpleNamespace(**counters, run=SimpleNamespace(checkpoint=file)), file.contents["run"])
     return {**file.contents, **state.tensors()}
 
 
