@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import ROOT, script
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,3 @@ def test_errors_are_one_line_and_leave_nothing(name, arguments, message, picture
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.slow
-def test_a_shell_sees_it(tmp_path):
-    result = script(ROOT / "sample.py", "nothing.pt", cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: nothing.pt: there is no such file\n"

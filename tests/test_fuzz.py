@@ -147,25 +147,25 @@ def npz_case(folder, rng):
 
 @functools.cache
 def whole_checkpoint():
+    tensors, contents = spoilt.checkpoint_parts()
     with tempfile.TemporaryDirectory() as folder:
-        files.write_tensors(path := Path(folder) / "whole", *spoilt.checkpoint_parts())
-        return path.read_bytes()
+        files.write_tensors(path := Path(folder) / "whole", tensors, contents)
+        return path.read_bytes(), {**tensors, **contents}
 
 
 def checkpoint_case(folder, rng):
     """A checkpoint, read to be sampled from or to be resumed."""
-    path, how, resumed, whole = folder / "a.safetensors", rng.random(), rng.random() < 0.5, whole_checkpoint()
-    (tensors, contents), header = spoilt.checkpoint_parts(), spoilt.header_of(whole)
+    path, how, resumed, (whole, truth) = folder / "a.safetensors", rng.random(), rng.random() < 0.5, whole_checkpoint()
     if how < 0.4:  # the numbers alone, or anything
-        start = rng.choice((0, 8 + len(header)))
+        start = rng.choice((0, 8 + len(spoilt.header_of(whole))))
         path.write_bytes(whole[:start] + spoilt.spoil_bytes(whole[start:], rng))
     elif how < 0.6:
-        spoilt.spoil_tree(tree := json.loads(header), rng)
+        spoilt.spoil_tree(tree := json.loads(spoilt.header_of(whole)), rng)
         path.write_bytes(spoilt.with_header(whole, tree))
     else:  # with the right checksum
         spoilt.spoil_tree(contents := json.loads(spoilt.contents_text(whole)), rng)
         path.write_bytes(spoilt.with_contents(whole, contents))
-    truth = {**tensors, **contents}
+        truth = {**truth, **contents}
 
     def judge(result):
         assert spoilt.same(result, {name: truth[name] for name in result}), "other values"
