@@ -238,7 +238,7 @@ class Experiment:
         try:
             return Experiment(DiffusionConfig(**config["diffusion"]), ModelConfig(**config["model"]))
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"the saved config does not fit this version: {str(error)[:200]}") from error
+            raise ConfigError(f"the saved config does not fit this version: {str(error)[:200]!r}") from error
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant."""

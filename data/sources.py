@@ -113,8 +113,9 @@ class Npz(Source):
         for info in self.archive.infolist():
             if info.filename.endswith(".npy"):
                 with open_member(self.archive, info.filename) as file:
-                    npy.read_magic(file)
-                    shape, fortran_order, dtype = npy.read_array_header_1_0(file)  # plain arrays alone
+                    if npy.read_magic(file) != (1, 0):  # which holds all plain arrays
+                        raise ValueError("its array is of another version than 1.0")
+                    shape, fortran_order, dtype = npy.read_array_header_1_0(file)
                     header = file.tell()
                 if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran_order:
                     found.append((Member(info.filename, info.file_size, info.CRC), shape, header))

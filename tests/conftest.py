@@ -158,3 +158,8 @@ def during(patch, step, act, name="update_ema"):
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-cases", type=int, default=300, metavar="N", help="of tests/test_fuzz.py, in all (300)")
+    parser.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="number of the first of each kind (0)")

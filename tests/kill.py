@@ -15,7 +15,7 @@ from functions.support import run_folder
 from functions.training.metrics import read_metrics
 from tests.conftest import TINY, draw_pictures, load_checkpoint
 from tests.forked import Program, wait_until
-from tests.fuzz_kinds import same
+from tests.spoilt_files import same
 
 EVERY = 2  # steps between checkpoints, so that many a kill meets the writing of one
 STEPS_A_KILL = 8  # the run is made so long that it is not over before the last kill

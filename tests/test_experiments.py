@@ -97,6 +97,7 @@ def tiny_experiments(pictures, tmp_path_factory):
     return folder, flags
 
 
+@pytest.mark.slow
 def test_end_to_end(tiny_experiments):
     folder, _ = tiny_experiments
     results = json.loads((folder / "results.json").read_text())
@@ -111,6 +112,7 @@ def test_end_to_end(tiny_experiments):
     assert (folder / "picture.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again(tiny_experiments, monkeypatch, capsys):
     folder, flags = tiny_experiments
     before = (folder / "results.json").read_text()

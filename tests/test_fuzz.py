@@ -1,107 +1,250 @@
-"""Some hundred of the fuzzer's cases, and that it does find what it looks for. At scale: `python -m tests.fuzz`."""
+"""Configs, images, archives and checkpoints, spoilt by the hundred: each gives a clear error or the right result.
 
+    python -m pytest tests/test_fuzz.py                                               300 cases, of all kinds
+    python -m pytest tests/test_fuzz.py -s --fuzz-cases 5000 --fuzz-seed 1000         more and others, and what came
+    python -m pytest tests/test_fuzz.py -k zip_case --fuzz-cases 1 --fuzz-seed 1234   one again, with its traceback
+
+A case is a function of its kind and number; the numbers of each kind count up from the seed. An error must be of a
+documented type, short and printable, and name the file or the field; a result must be the original's, or that of the
+valid file which the spoiling made. The file stays as it was, with nothing new beside it. Memory: test_hostile_*.py.
+"""
+
+import functools
+import io
+import json
 import random
+import re
+import struct
+import tempfile
 import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import ANY
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from functions.support import checkpoint, files
-from functions.support.errors import CheckpointError
-from tests import fuzz
-from tests.fuzz_kinds import Case, Checkpoints, Fault, checkpoint_parts
-from tests.fuzz_mutations import damage
+from config import EXPERIMENTS, ConfigError, Experiment
+from data.datasets import load_images
+from data.decode import decode_rgb, fit_square
+from data.sources import is_image_name
+from functions.noise_scheduler import NoiseScheduler
+from functions.sampling.generation import rebuild
+from functions.support import files
+from functions.support.checkpoint import check_whole, load_weights
+from functions.support.errors import UserError
+from functions.training.book_keeping import BadNumbers, BookKeeper, TrainingWindow
+from models.unet import UNet
+from tests import spoilt_files as spoilt
 
-COUNTS = {"checkpoint": 100, "config": 120, "image": 100, "zip": 100, "npz": 100}
+SECONDS, LONGEST_MESSAGE, SIZE = 10, 600, 8
+SAME, OTHER, IN_PART = "read as the original", "read as what the spoiling made", "read in part, and it is said"
+NAMES = ["DiffusionConfig", "ModelConfig", "'diffusion'", "'model'"]  # of what has an unknown or a missing field
+NAMES += [*vars(EXPERIMENTS["faces"].diffusion), *vars(EXPERIMENTS["faces"].model)]
+# Signature, offset and type of fields of a zip: of a member in the directory and before its data, and of the end
+ZIP_FIELDS = [(b"PK\1\2", at, "H") for at in (8, 10, 28, 30)] + [(b"PK\1\2", at, "I") for at in (16, 20, 24, 38, 42)]
+ZIP_FIELDS += [(b"PK\3\4", at, "H") for at in (6, 8, 26, 28)] + [(b"PK\5\6", at, "I") for at in (8, 12, 16, 18)]
 
 
-@pytest.mark.parametrize("name", fuzz.KINDS)
-def test_spoilt_files_give_a_clear_error_or_the_truth(name, tmp_path):
-    kind = fuzz.KINDS[name](tmp_path)
-    outcomes = [fuzz.run_case(kind, 0, number) for number in range(COUNTS[name])]
-    assert sum(outcome.startswith("refused") for outcome in outcomes) > COUNTS[name] / 2
+def config_case(folder, rng):
+    """Make a spoilt file; return its path, a function that reads it, and one that judges what was read."""
+    path, given = folder / "config.json", rng.choice([*EXPERIMENTS.values()]).to_dict()
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        spoilt.spoil_tree(given, rng)
+    path.write_text(json.dumps(given))
+
+    def judge(experiment):
+        got = experiment.to_dict()
+        assert all(given[part].get(name, value) == value for part in got for name, value in got[part].items())
+        assert Experiment.from_dict(got) == experiment
+        schedule = (got["diffusion"][name] for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas"))
+        assert NoiseScheduler(*schedule).alphas_cumprod.isfinite().all()
+        with torch.device("meta"):
+            UNet(**vars(experiment.model))
+        return OTHER
+
+    return path, lambda: Experiment.from_dict(json.loads(path.read_text())), judge
 
 
-def test_a_case_is_a_function_of_seed_and_number():
-    data = bytes(range(256)) * 8
-    spoilt = [damage(data, data[::-1], random.Random(f"{seed} {number}")) for seed, number in ((1, 2), (1, 2), (1, 3))]
-    assert spoilt[0] == spoilt[1] != spoilt[2]
+@functools.cache
+def pictures():
+    """Files of the forms that data sets have, and their pixels."""
+    picture, files = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)), {}
+    for name in ("RGB.png", "P.png", "LA.png", "L.png", "RGB.jpeg", "CMYK.jpeg", "RGB.webp", "RGBA.webp", "P.bmp"):
+        mode, form = name.split(".")
+        picture.convert(mode).save(buffer := io.BytesIO(), form)
+        files[name] = buffer.getvalue()
+    return files, {name: fit_square(decode_rgb(data), SIZE) for name, data in files.items()}
 
 
-def fault_of(kind, case_numbers=60):
-    """The first fault among some cases."""
-    for number in range(case_numbers):
+def data_set_case(path, truths, rng, checksums=True):
+    """All of `truths` are read, or what NumPy reads, or what a zip still names; one may differ without checksums."""
+    data_set, may_be_bad = path.parent if path.parent.name == "set" else path, rng.choice((0, 9))
+
+    def judge(result):
+        expected = truths or [fit_square(image, SIZE) for image in np.load(path)["a"]]
+        odd = sum(not any(np.array_equal(image, one) for one in expected) for image in result.images)
+        assert odd <= (not checksums), "other pixels than any original's"
+        named = {*filter(is_image_name, zipfile.ZipFile(path).namelist())} if path.suffix == ".zip" else expected
+        assert len(result) + len(result.bad_images) == len(named), "an image is missing, and nothing says so"
+        return "read with other pixels, without checksums" if odd else IN_PART if result.bad_images else SAME
+
+    return path, lambda: load_images(str(data_set), SIZE, may_be_bad, quiet=True), judge
+
+
+def image_case(folder, rng):
+    """A folder with a good image and a spoilt one."""
+    (files, pixels), path = pictures(), folder / "set" / "spoilt.png"
+    name, good = rng.choice([*files]), "RGB.png"
+    data = spoilt.spoil_bytes(files[name], rng)
+    path.parent.mkdir()
+    path.write_bytes(data)
+    path.with_name("good.png").write_bytes(files[good])
+    return data_set_case(path, [pixels[good], pixels[name]], rng, data.startswith(b"\x89PNG"))
+
+
+def zipped(members, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def spoil_zip(members, rng):
+    """A zip with spoilt bytes, or with a lie in one of its headers."""
+    whole = zipped(members, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
+    if rng.random() < 0.5:
+        return spoilt.spoil_bytes(whole, rng)
+    data, (signature, offset, code) = bytearray(whole), rng.choice(ZIP_FIELDS)
+    value = rng.choice((0, 1, 8, 12, 93, 0x7FFF, 0xFFFF, 10**6, 0xA000 << 16, 2**31, 2**32 - 1))
+    header = rng.choice([match.start() for match in re.finditer(signature, whole)])
+    struct.pack_into(f"<{code}", data, header + offset, min(value, 0xFFFF) if code == "H" else value)
+    return bytes(data)
+
+
+def zip_case(folder, rng):
+    """An archive of four images."""
+    (files, pixels), path = pictures(), folder / "set.zip"
+    names = {f"{i:05d}.png": name for i, name in enumerate(("RGB.png", "P.png", "LA.png", "L.png"))}
+    path.write_bytes(spoil_zip({member: files[name] for member, name in names.items()}, rng))
+    return data_set_case(path, [pixels[name] for name in names.values()], rng)
+
+
+def npz_case(folder, rng):
+    """Six images, in a spoilt archive or in a whole one of a spoilt array, which must be what NumPy reads."""
+    path, images = folder / "set.npz", np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3), np.uint8)
+    np.save(buffer := io.BytesIO(), images)
+    if rng.random() < 0.6:
+        path.write_bytes(spoil_zip({"a.npy": buffer.getvalue(), "readme": b"images"}, rng))
+        return data_set_case(path, [*images], rng)
+    path.write_bytes(zipped({"a.npy": spoilt.spoil_bytes(buffer.getvalue(), rng)}))
+    return data_set_case(path, [], rng)
+
+
+@functools.cache
+def whole_checkpoint():
+    tensors, contents = spoilt.checkpoint_parts()
+    with tempfile.TemporaryDirectory() as folder:
+        files.write_tensors(path := Path(folder) / "whole", tensors, contents)
+        return path.read_bytes(), {**tensors, **contents}
+
+
+def checkpoint_case(folder, rng):
+    """A checkpoint, read to be sampled from or to be resumed."""
+    path, how, resumed, (whole, truth) = folder / "a.safetensors", rng.random(), rng.random() < 0.5, whole_checkpoint()
+    if how < 0.4:  # the numbers alone, or anything
+        start = rng.choice((0, 8 + len(spoilt.header_of(whole))))
+        path.write_bytes(whole[:start] + spoilt.spoil_bytes(whole[start:], rng))
+    elif how < 0.6:
+        spoilt.spoil_tree(tree := json.loads(spoilt.header_of(whole)), rng)
+        path.write_bytes(spoilt.with_header(whole, tree))
+    else:  # with the right checksum
+        spoilt.spoil_tree(contents := json.loads(spoilt.contents_text(whole)), rng)
+        path.write_bytes(spoilt.with_contents(whole, contents))
+        truth = {**truth, **contents}
+
+    def judge(result):
+        assert spoilt.same(result, {name: truth[name] for name in result}), "other values"
+        return SAME if how < 0.6 else OTHER
+
+    return path, lambda: read_checkpoint(path, resumed), judge
+
+
+def read_checkpoint(path, resumed):
+    if not resumed:
+        saved = load_weights(path)
+        weights = rebuild(UNet, saved, spoilt.CPU).network.state_dict()
+        return {"config": saved.config, "run": saved.run, **{f"ema.{name}": t for name, t in weights.items()}}
+    file, state = check_whole(path), spoilt.training_state()
+    Experiment.from_dict(file.contents["config"])
+    state.load(file)
+    counters = {"window": TrainingWindow(spoilt.CPU, 8), "bad_numbers": BadNumbers(spoilt.CPU)}
+    BookKeeper.load(SimpleNamespace(**counters, run=SimpleNamespace(checkpoint=file)), file.contents["run"])
+    return {**file.contents, **state.tensors()}
+
+
+def run_case(kind, number):
+    """What came of a case, in words; an exception when it is what must not come."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        path, read, judge = kind(Path(folder), random.Random(f"{kind.__name__} {number}"))
+        before, start = files_in(folder), time.process_time()
         try:
-            fuzz.run_case(kind, 0, number)
-        except Fault as fault:
-            return str(fault)
-    return "none"
+            result, error = read(), None
+        except (UserError, ConfigError) as caught:
+            result, error = None, caught
+        assert time.process_time() - start < SECONDS, "too slow"
+        assert files_in(folder) == before, "the file was changed, or another lies beside it"
+        if error is None:
+            return judge(result)
+        message, names = str(error), NAMES if isinstance(error, ConfigError) else [path.name]
+        assert any(name in message for name in names), f"neither file nor field is named: {message[:200]!r}"
+        assert len(message) < LONGEST_MESSAGE and message.isprintable(), f"no short sentence: {message[:200]!r}"
+        return f"refused: {type(error).__name__}"
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+def files_in(folder):
+    """All but packed files, and a number that tells what they hold."""
+    found = [path for path in Path(folder).rglob("*") if not re.search(r"\.packed(\.\w+)?$", path.name)]
+    return {path: path.is_file() and hash(path.read_bytes()) for path in found}
 
 
-def test_it_notices_a_reader_without_checksums(checkpoints, monkeypatch):
-    def make(folder, rng):
-        whole = bytearray(checkpoints.whole[0])
-        weight = whole.index(checkpoint_parts()[0]["ema.conv_in.weight"].contiguous().numpy().tobytes())
-        whole[weight] ^= 1  # the last bit of a number
-        (folder / "a.safetensors").write_bytes(whole)
-        return Case(folder / "a.safetensors")
-
-    monkeypatch.setattr(checkpoints, "make", make)
-    assert fuzz.run_case(checkpoints, 0, 0) == "refused: CheckpointError"
-    monkeypatch.setattr(files, "checksum", lambda tensor: Anything())
-    assert "WRONG RESULT" in fault_of(checkpoints, 1)
-
-
-class Anything:
-    """Equal to every checksum."""
-
-    def __ne__(self, other):
-        return False
-
-
-def test_it_notices_an_error_that_is_let_through(checkpoints, monkeypatch):
-    monkeypatch.setattr(files, "READ_ERRORS", ())
-    assert "an undocumented" in fault_of(checkpoints)
-
-
-def test_it_notices_a_half_restored_training(checkpoints, monkeypatch):
-    def careless(state, file):
-        with torch.no_grad():
-            next(state.model.parameters()).add_(1)
-        raise CheckpointError(f"{file.path}: does not fit")
-
-    monkeypatch.setattr(checkpoint.TrainingState, "load", careless)
-    monkeypatch.setattr(checkpoints, "make", lambda folder, rng: whole_case(checkpoints, folder))
-    assert fault_of(checkpoints) == "a half-restored training"
-
-
-def whole_case(checkpoints, folder):
-    (folder / "a.safetensors").write_bytes(checkpoints.whole[0])
-    return Case(folder / "a.safetensors")
+@pytest.mark.parametrize("kind", [config_case, image_case, zip_case, npz_case, checkpoint_case])
+def test_spoilt_files_give_a_clear_error_or_the_right_result(kind, request):
+    first, count = request.config.getoption("--fuzz-seed"), -(-request.config.getoption("--fuzz-cases") // 5)
+    outcomes = Counter()
+    for number in range(first, first + count):
+        try:
+            outcomes[run_case(kind, number)] += 1
+        except Exception as error:
+            raise AssertionError(f"again: -k {kind.__name__} --fuzz-cases 1 --fuzz-seed {number}") from error
+    print(f"\n{kind.__name__}, {count:,} cases:", dict(outcomes))
 
 
 @pytest.mark.parametrize(
-    ("read", "found"),
+    ("read", "error", "found"),
     [
-        (lambda case: time.sleep(3), "more than 1 seconds"),
-        (lambda case: case.path.write_bytes(b"harmed"), "was changed"),
-        (lambda case: case.path.with_name("other").touch(), "another lies beside it"),
-        (lambda case: refuse("something is wrong"), "names neither file nor field"),
-        (lambda case: refuse(f"{case.path}: {'x' * 10_000}"), "a message of"),
-        (lambda case: refuse(f"{case.path}: no", MemoryError()), "out of memory"),
+        (lambda path: {}["format"], KeyError, "format"),
+        (lambda path: load_images("other", SIZE), AssertionError, "neither file nor field"),
+        (lambda path: path.write_bytes(b"harmed"), AssertionError, "was changed"),
+        (lambda path: path.with_name("left").touch(), AssertionError, "lies beside it"),
     ],
 )
-def test_it_notices_what_else_must_not_happen(checkpoints, monkeypatch, read, found):
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
-    monkeypatch.setattr(checkpoints, "read", read)
-    monkeypatch.setattr(checkpoints, "judge", lambda case, result: "fine")
-    assert found in fault_of(checkpoints, 1)
+def test_it_notices_what_must_not_come(read, error, found):
+    def kind(folder, rng):
+        (folder / "file").write_bytes(b"whole")
+        return folder / "file", lambda: read(folder / "file"), lambda result: SAME
+
+    with pytest.raises(error, match=found):
+        run_case(kind, 0)
 
 
-def refuse(message, cause=None):
-    raise CheckpointError(message) from cause
+@pytest.mark.slow
+def test_it_notices_a_reader_without_checksums(monkeypatch):
+    whole_checkpoint()
+    monkeypatch.setattr(files, "checksum", lambda tensor: ANY)
+    with pytest.raises(AssertionError, match="other values"):
+        [run_case(checkpoint_case, number) for number in range(60)]

@@ -1,4 +1,4 @@
-"""train.py and sample.py as a user calls them: a run from start to end, resumed, and every kind of bad input."""
+"""train.py and sample.py as a user calls them: a run from start to end, and what flags make of it."""
 
 import json
 from dataclasses import MISSING, fields
@@ -12,74 +12,85 @@ from config import DiffusionConfig, ModelConfig
 from functions.support.command_line import field_comments
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, script
-from tests.kill import assert_same_run
+
+
+@pytest.fixture
+def trained(pictures, tmp_path):
+    """A function that trains a tiny experiment with some flags more, and returns its run folder."""
+
+    def run(*flags, name="faces"):
+        call(train.main, name, "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, *flags)
+        return next(tmp_path.iterdir())
+
+    return run
 
 
 def test_a_run_folder_holds_everything(tiny_run):
     config = json.loads((tiny_run / "config.json").read_text())
-    assert config["experiment"] == "faces"
-    assert config["model"]["base_dim"] == 8
-    assert config["run"]["total_steps"] == 10
+    assert (config["experiment"], config["model"]["base_dim"], config["run"]["total_steps"]) == ("faces", 8, 10)
     assert len(config["run"]["train_ids_hash"]) > 8
     rows = read_metrics(tiny_run / "metrics.csv")
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10]
-    assert [row["step"] for row in rows if row["val_loss"] is not None] == [5, 10]
-    assert all(row["val_loss_ema"] is not None for row in rows if row["val_loss"] is not None)
-    assert sorted(path.name for path in (tiny_run / "samples").glob("*.png")) == ["step-00000005.png",
-                                                                                "step-00000010.png"]  # fmt: skip
-    saved = sorted((tiny_run / "checkpoints").iterdir())
-    assert [path.name for path in saved] == ["step-00000005.safetensors", "step-00000010.safetensors"]
+    for column in ("val_loss", "val_loss_ema"):
+        assert [row["step"] for row in rows if row[column] is not None] == [5, 10]
+    for folder, ending in (("samples", "png"), ("checkpoints", "safetensors")):
+        names = sorted(path.name for path in (tiny_run / folder).iterdir())
+        assert names == [f"step-00000005.{ending}", f"step-00000010.{ending}"]
     assert (tiny_run / "losses.png").stat().st_size > 1000
     assert list((tiny_run / "tensorboard").iterdir())
 
 
-def test_the_loss_falls_and_the_checkpoint_samples(pictures, tmp_path):
+@pytest.mark.slow
+def test_the_loss_falls_and_the_checkpoint_samples(trained):
     """60 steps on simple pictures: the validation loss ends well below its start, which is the noise's variance."""
-    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, "--diffusion.epochs",
-         "12", "--diffusion.learning-rate", "5e-3", "--diffusion.validation-samples", "64")  # fmt: skip
-    run = next(tmp_path.iterdir())
+    more = ["--diffusion.learning-rate", 5e-3, "--diffusion.validation-samples", 64, "--diffusion.sample-every", 60]
+    run = trained("--diffusion.epochs", 12, *more)
     losses = [row["val_loss"] for row in read_metrics(run / "metrics.csv") if row["val_loss"] is not None]
     assert losses[0] > 0.6
     assert losses[-1] < 0.35
     call(sample.main, run, "--n", 2, "--steps", 5)
 
 
-def test_the_same_command_gives_the_same_losses(tiny_run, pictures, tmp_path):
-    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY)
-    again = next(tmp_path.iterdir())
-    assert_same_run(again, tiny_run)
-
-
-def test_rotation_is_off_in_the_last_part_of_a_run(pictures, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_rotation_is_off_in_the_last_part_of_a_run(trained, monkeypatch):
     angles, augment = [], train.augment
     monkeypatch.setattr(train, "augment", lambda x, flip, angle: angles.append(angle) or augment(x, flip, angle))
-    call(train.main, "ffhq-full", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
-         "--diffusion.rotation-free-end", "0.3")  # fmt: skip
+    trained("--diffusion.rotation-free-end", 0.3, name="ffhq-full")
     assert [angle is not None for angle in angles] == [True] * 7 + [False] * 3
     assert all(0 < angle.abs().max() <= 3 for angle in angles[:7])
 
 
-def test_micro_batches_change_the_sum_of_gradients_by_rounding_alone(tiny_run, pictures, tmp_path):
+@pytest.mark.slow
+def test_micro_batches_change_the_sum_of_gradients_by_rounding_alone(tiny_run, trained):
     """Four passes of 2 images are one pass of 8: same images, same draws, same division of the loss."""
-    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
-         "--diffusion.batch-size", "2", "--diffusion.gradient-accumulation", "4")  # fmt: skip
-    accumulated = read_metrics(next(tmp_path.iterdir()) / "metrics.csv")
-    for a, b in zip(accumulated, read_metrics(tiny_run / "metrics.csv"), strict=True):
+    run = trained("--diffusion.batch-size", 2, "--diffusion.gradient-accumulation", 4)
+    accumulated, whole = (read_metrics(folder / "metrics.csv") for folder in (run, tiny_run))
+    for a, b in zip(accumulated, whole, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
-def test_without_ema_the_raw_weights_are_used_and_it_is_said(pictures, tmp_path, capsys):
-    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
-         "--diffusion.ema-decay", "0", "--diffusion.epochs", "1", "--diffusion.rescale-betas", "false")  # fmt: skip
+@pytest.mark.slow
+def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
+    run = trained("--diffusion.ema-decay", 0, "--diffusion.epochs", 1, "--diffusion.rescale-betas", "false")
     printed = capsys.readouterr().out
-    assert "samples use the raw weights" in printed
-    assert "x_T still carries the image" in printed
-    assert "rescale_betas" in printed
-    call(sample.main, "--runs", tmp_path, "--n", 1, "--steps", 1)
+    for said in ("samples use the raw weights", "x_T still carries the image", "rescale_betas"):
+        assert said in printed
+    call(sample.main, "--runs", run.parent, "--n", 1, "--steps", 1)
     assert "raw weights" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_bits_per_dim_is_logged_every_so_many_epochs_and_is_evaluates(trained):
+    run = trained("--diffusion.bits-per-dim-every", 1, "--diffusion.bits-per-dim-images", 4)
+    measured = {row["step"]: row["bits_per_dim"] for row in read_metrics(run / "metrics.csv") if row["bits_per_dim"]}
+    assert list(measured) == [5, 10]
+    call(evaluate.main, run, "--images", 4, "--t-stride", 50)
+    (result,) = (json.loads(path.read_text()) for path in (run / "evaluation").glob("*.json"))
+    assert measured[10] == pytest.approx(result["bits_per_dim"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_the_scripts_work_from_another_folder(pictures, tmp_path):
     trained = script(ROOT / "train.py", "--diffusion.dataset-name", pictures, *TINY, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
@@ -88,17 +99,6 @@ def test_the_scripts_work_from_another_folder(pictures, tmp_path):
     sampled = script(ROOT / "sample.py", "--n", "2", "--steps", "2", cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
     assert list((tmp_path / "runs").glob("faces-*/samples/*/grid.png"))
-
-
-def test_bits_per_dim_is_logged_every_so_many_epochs_and_is_evaluates(pictures, tmp_path):
-    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
-         "--diffusion.bits-per-dim-every", 1, "--diffusion.bits-per-dim-images", 4)  # fmt: skip
-    run = next(tmp_path.iterdir())
-    measured = {row["step"]: row["bits_per_dim"] for row in read_metrics(run / "metrics.csv") if row["bits_per_dim"]}
-    assert list(measured) == [5, 10]
-    call(evaluate.main, run, "--images", 4, "--t-stride", 50)
-    (result,) = (json.loads(path.read_text()) for path in (run / "evaluation").glob("*.json"))
-    assert measured[10] == pytest.approx(result["bits_per_dim"], rel=1e-4)
 
 
 @pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])

@@ -22,7 +22,7 @@ from functions.support.checkpoint import (
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, write_tensors, write_whole
 from tests.forked import Program
-from tests.fuzz_kinds import checkpoint_parts, same, snapshot, stepped_state, training_state
+from tests.spoilt_files import checkpoint_parts, same, snapshot, stepped_state, training_state
 
 CONFIG = {"diffusion": {"timesteps_diff": 10}, "model": {"base_dim": 8}}
 RUN = {"experiment": "faces", "step": 5, "total_steps": 9, "nested": {"losses": [0.1, -1e-310, 2**60, None, "ü\n"]}}

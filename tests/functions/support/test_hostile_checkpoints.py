@@ -18,8 +18,17 @@ from functions.support.errors import CheckpointError, UserError
 from functions.support.files import LONGEST_HEADER, write_tensors
 from models.unet import UNet
 from tests.conftest import posix
-from tests.fuzz_kinds import CPU, checkpoint_parts, same, snapshot, training_state
-from tests.fuzz_mutations import contents_text, header_of, with_contents, with_header
+from tests.spoilt_files import (
+    CPU,
+    checkpoint_parts,
+    contents_text,
+    header_of,
+    same,
+    snapshot,
+    training_state,
+    with_contents,
+    with_header,
+)
 
 WEIGHT = "ema.conv_in.weight"
 PARTS = ("config", "run", "scaler")

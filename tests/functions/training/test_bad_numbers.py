@@ -12,7 +12,7 @@ from functions.support.errors import UserError
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import read_metrics
 from tests.conftest import TINY, call, load_checkpoint, newest
-from tests.fuzz_kinds import same
+from tests.spoilt_files import same
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
