@@ -113,11 +113,10 @@ class Npz(Source):
         for info in self.archive.infolist():
             if info.filename.endswith(".npy"):
                 with open_member(self.archive, info.filename) as file:
-                    if npy.read_magic(file) != (1, 0):  # which holds all plain arrays
-                        raise ValueError("its array is of another version than 1.0")
-                    shape, fortran_order, dtype = npy.read_array_header_1_0(file)
+                    plain = npy.read_magic(file) == (1, 0)  # the version that all plain arrays have
+                    shape, fortran, dtype = npy.read_array_header_1_0(file)
                     header = file.tell()
-                if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran_order:
+                if plain and dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran:
                     found.append((Member(info.filename, info.file_size, info.CRC), shape, header))
         if len(found) != 1:
             raise UserError(f"{path} must hold exactly one uint8 array of shape (N, H, W, 3). It holds {len(found)}.")

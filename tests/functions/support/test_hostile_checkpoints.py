@@ -19,7 +19,6 @@ from functions.support.files import LONGEST_HEADER, write_tensors
 from models.unet import UNet
 from tests.conftest import posix
 from tests.spoilt_files import (
-    CPU,
     checkpoint_parts,
     contents_text,
     header_of,
@@ -53,8 +52,7 @@ def refusal(path, read=check_whole, kind=CheckpointError):
     message = str(caught.value)
     assert time.process_time() - start < 10  # seconds
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kilobytes
-    assert message.startswith(f"{path}: ")
-    assert message.isprintable()
+    assert message.startswith(f"{path}: ") and message.isprintable()
     assert len(message) < len(str(path)) + 400
     return message.removeprefix(f"{path}: ")
 
@@ -76,7 +74,7 @@ def resume(path):
 
 
 def sample(path):
-    return rebuild(UNet, load_weights(path), CPU)
+    return rebuild(UNet, load_weights(path), torch.device("cpu"))
 
 
 def test_truncated_files(path, whole):
