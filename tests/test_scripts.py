@@ -34,7 +34,7 @@ def test_a_run_folder_holds_everything(tiny_run):
     for column in ("val_loss", "val_loss_ema"):
         assert [row["step"] for row in rows if row[column] is not None] == [5, 10]
     for folder, ending in (("samples", "png"), ("checkpoints", "safetensors")):
-        names = sorted(path.name for path in (tiny_run / folder).iterdir())
+        names = sorted(path.name for path in (tiny_run / folder).glob("*.*"))  # no folders, which samplers make
         assert names == [f"step-00000005.{ending}", f"step-00000010.{ending}"]
     assert (tiny_run / "losses.png").stat().st_size > 1000
     assert list((tiny_run / "tensorboard").iterdir())
