@@ -1,8 +1,7 @@
 """How good a trained model is: `python evaluate.py` for bits/dim, `--metrics bpd,fid,kid,prc` for all there is.
 
-bpd is bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5), and needs nothing but the data. fid,
-kid and prc (precision and recall) compare samples with real images; they need `pip install -r requirements-eval.txt`
-and the weights of InceptionV3. Defaults of flags are in brackets. On several GPUs:
+bpd is bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5). fid, kid and prc (precision and
+recall) compare samples with real images and need requirements-eval.txt and the weights of InceptionV3. On several GPUs:
 `torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid` (with -n, since torchrun takes --n for its own).
 """
 

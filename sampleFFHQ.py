@@ -1,7 +1,6 @@
-"""Sample faces from the newest FFHQ run: the reference's grid of 20 and its animation, in one command.
+"""Sample faces from the newest FFHQ run: sample.py, with its flags, for a grid of 20 and its animation.
 
-The same as sample.py, with its flags; --n is 20 and --gif is given, and the newest run is FFHQ's. For such a run put
-FFHQ at data/FFHQ and run `python train.py ffhq-run2`.
+For such a run put FFHQ at data/FFHQ and run `python train.py ffhq-run2`.
 """
 
 import sample

@@ -102,7 +102,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
-    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # the fused one skips a step by found_inf
+    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # which knows found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     state = TrainingState(model, ema_model, optimizer, scaler)
     if run.checkpoint:
@@ -144,11 +144,11 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                     x_0 = augment(x_0, draws.flip[places], degrees * draws.tilt[places] if degrees else None)
                 torch.manual_seed(seed_of(config.seed, "dropout", step, places.start))
                 with processes.accumulating(network, last=places is passes[-1]):
-                    # Line 5: the loss; below, its gradient
+                    # Line 5: the loss and its gradient, which DDP averages over the processes
                     losses = noise_prediction_loss(trained, scheduler, x_0, draws.t[places], draws.noise[places])
                     scaler.scale(losses.sum() * processes.count / config.effective_batch).backward()
                 loss += losses.detach().sum()
-            # Line 5: the step, by Adam, which skips it where numbers are not finite; then the average of the weights
+            # Line 5: the step. Where numbers are not finite Adam skips it by found_inf, so scaler.step is not needed
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)

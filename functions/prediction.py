@@ -66,7 +66,6 @@ def predict(
 def scaled_eps(model: Model, eps_scale: float) -> Model:
     """The model with its eps divided by eps_scale >= 1 (epsilon scaling, Ning et al. 2024, arXiv:2308.15321).
 
-    A model that meets its own errors, as in training it never did, predicts too much noise. Useful values are near 1,
-    such as 1.005.
+    A model that meets its own errors, which it never did in training, predicts too much noise. 1.005 is a usual value.
     """
     return (lambda x_t, t: model(x_t, t) / eps_scale) if eps_scale != 1 else model

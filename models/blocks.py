@@ -20,9 +20,9 @@ NORM_EPS = 1e-6  # TensorFlow's default, which the paper's weights were trained 
 def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
     """`part(*inputs)`; if `wanted`, only the inputs are kept, and backward computes again what it needs.
 
-    That is PyTorch's checkpoint (Chen et al. 2016, arXiv:1604.06174), which stops at the last tensor that backward
-    needs. A convolution needs its input, not its output. So where a part ends in its only convolution, all but that is
-    repeated: of "norm, SiLU, convolution" the norm and the SiLU.
+    That is PyTorch's checkpoint (Chen et al. 2016, arXiv:1604.06174). It repeats the part up to the last tensor that
+    backward needs. A convolution's backward needs its input, not its output. So of "norm, SiLU, convolution" it repeats
+    the norm and the SiLU, and not the convolution.
     """
     if wanted and torch.is_grad_enabled():
         return checkpoint(part, *inputs, use_reentrant=False)
@@ -88,7 +88,7 @@ class ResidualBlock(nn.Module):
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """The parts (B, C_i, H, W) are concatenated to in_channels -> (B, out_channels, H, W).
 
-        They are concatenated once, or, to be recomputed, in each of the two functions that take them.
+        With `recompute_norms` the shortcut and the first layer each concatenate them, so that nothing of it is kept.
         """
         run = partial(recomputing, self.recompute_norms)
         x = parts if self.recompute_norms else [concatenated(*parts)]

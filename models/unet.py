@@ -120,9 +120,9 @@ class UNet(nn.Module):
         """Choose what backward computes again instead of keeping it from the forward pass; the gradients are the same.
 
         Args:
-            recompute: "none"; "norms", all that is cheap before a convolution: concatenation, norm, activation and
-                dropout, which is nearly free for images of 128 pixels; or "blocks", everything between the inputs of
-                the blocks, for most of another forward pass. `ValueError` for another.
+            recompute: "none"; "norms", concatenation, norm, activation and dropout before the convolutions of residual
+                blocks, attention and output, but no convolution, nearly free for images of 128 pixels; or "blocks",
+                everything between the inputs of the blocks, for most of another forward pass. `ValueError` for another.
         """
         if recompute not in ("none", "norms", "blocks"):
             raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")

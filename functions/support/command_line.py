@@ -4,6 +4,7 @@ import argparse
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -33,6 +34,7 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
 
     `others` are errors beside `UserError` and the system's own, such as config.py's `ConfigError`.
     """
+    threading.excepthook = lambda _: None  # a thread's error is raised again where its work is waited for
     try:
         yield
     except (UserError, OSError, *others) as error:

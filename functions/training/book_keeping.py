@@ -80,7 +80,8 @@ class BookKeeper:
         return self.run.folder
 
     def __exit__(self, *error: object) -> None:
-        self.stack.__exit__(*error)
+        with failed_writes_explained(self.run.folder):  # TensorBoard still writes when it is closed
+            self.stack.__exit__(*error)
 
     def load(self, remembered: dict) -> None:
         """Go on with the numbers that `save` wrote."""

@@ -94,7 +94,7 @@ def pass_fits(denoiser: Denoiser, images: int) -> bool:
     x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=device)
     t = torch.zeros(images, dtype=torch.int64, device=device)
     try:
-        for parameter in network.parameters():  # as in every pass of a step but its first
+        for parameter in network.parameters():  # gradients are there in all passes of a step but the first
             parameter.grad = torch.zeros_like(parameter)
         noise_prediction_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
         return True
