@@ -1,6 +1,6 @@
 """What a network's output means: the one place between it and the mathematics.
 
-The loss calls a `Denoiser`; samplers, the variational bound, figures and benchmarks ask `predict` for (x_0, eps) at
+The loss calls a `Denoiser` (`train` and `rebuild` make them); samplers and the bound ask `predict` for (x_0, eps) at
 (x_t, t). For a network that predicts v, `Denoiser.__call__` alone changes: it returns the eps that v stands for,
 sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t. Dividing the loss by alpha_bar, in losses.py, makes it v's own.
 """
