@@ -102,7 +102,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
-    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # which knows found_inf, below
+    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # skips a step if found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     state = TrainingState(model, ema_model, optimizer, scaler)
     if run.checkpoint:

@@ -67,7 +67,7 @@ def ddpm_sample(
     if variance not in ("small", "large"):
         raise ValueError(f"variance is {variance!r}; it can be small or large")
     x = x_T  # Algorithm 2, line 1; for the scripts drawn by `ImageNoise`
-    for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):  # line 2
+    for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):  # line 2; a step from t to s
         x_0, _ = predict(model, scheduler, x, t, clip_x_0)  # Eq. 15, in `scheduler.predict_x_0`
         mean, sigma_squared = scheduler.q_posterior(x_0, x, t, s)  # Eq. 7
         if variance == "large":

@@ -125,7 +125,7 @@ class SelfAttention(nn.Module):
         return x + self.out(h)
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 3 C, H, W): one convolution, because with three backward would repeat two."""
+        """(B, C, H, W) -> (B, 3 C, H, W): one convolution: of three, backward would repeat two."""
         layers = (self.query, self.key, self.value)
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return F.conv2d(self.norm(x), weight, bias)

@@ -120,8 +120,8 @@ class UNet(nn.Module):
         """Choose what backward computes again instead of keeping it from the forward pass; the gradients are the same.
 
         Args:
-            recompute: "none"; "norms", concatenation, norm, activation and dropout before the convolutions of residual
-                blocks, attention and output, but no convolution, nearly free for images of 128 pixels; or "blocks",
+            recompute: "none"; "norms", what precedes a convolution in residual blocks (concatenation, norm, activation,
+                dropout), attention (norm) and output, but no convolution, nearly free at 128 pixels; or "blocks",
                 everything between the inputs of the blocks, for most of another forward pass. `ValueError` for another.
         """
         if recompute not in ("none", "norms", "blocks"):

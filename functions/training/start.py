@@ -58,7 +58,7 @@ def describe_memory(run: Run, precision: torch.dtype) -> str:
 def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
     """Give the run a batch_size that fits in memory in every process.
 
-    One forward and backward pass is tried before the first step, when Adam's moments are there already. Where it does
+    One forward and backward pass is tried before the first step; `TrainingState` has made Adam's moments. Where it does
     not fit, the next smaller divisor of the effective batch becomes batch_size, and gradient_accumulation makes up for
     it, so that the result stays the same. After 1 comes recompute = "blocks".
 
