@@ -4,8 +4,8 @@
 
 An arm is a network in a setting. It has a process of its own, because peak memory and the heap's settings belong to a
 process, and it takes turns with ours, A B A B. Each peer runs as it is shipped, and as fast as we could make it: with
-our precision, either memory layout, our heap, compiled. The comparison needs requirements-dev.txt and a machine that
-does nothing else. It has not yet run on a GPU.
+our precision, our heap, its faster memory layout (of lucidrains' not tried), compiled. Ours is never compiled. The
+comparison needs requirements-dev.txt and a machine that does nothing else. It has not yet run on a GPU.
 """
 
 import argparse
@@ -39,16 +39,16 @@ from functions.support.device import DTYPES, Adam, choose_device, choose_precisi
 from functions.support.errors import UserError
 from models.unet import UNet
 
-REFERENCE = EXPERIMENTS["ffhq-run2"].model  # every network has its multipliers and levels of attention
+FFHQ = EXPERIMENTS["ffhq-run2"].model  # every network has its multipliers and levels of attention
 FIRST_STEPS = 2  # before peak memory is read: the second has Adam's moments from its start
-TURN_SECONDS = 0.3  # a turn has as many steps as take so long, and then as many calls; one at least
+TURN_SECONDS = 0.3  # a turn is steps for so long, then calls for so long; one of each at least
 LONGEST_ANSWER = 900.0  # seconds that an arm has for its first steps, with compiling, or for a turn
 
 COLUMNS = ("arm", "parameters", "step, s", "step / ours", "call, s", "call / ours", "images/s", "kept, MiB an image",
            "peak, GB")  # fmt: skip
 NOTES = """Medians of all rounds, and in brackets their least and most; a ratio is of two turns side by side. Step: \
 forward, backward, fused Adam. Call: without gradients, as samplers make it. Kept: by a forward pass for backward; not \
-counted of compiled networks. Peak: of the process on the CPU; on CUDA allocated / reserved."""
+counted of compiled networks. Peak: of the process on the CPU, its compiler included; on CUDA allocated / reserved."""
 
 
 class ArmFailed(UserError):
@@ -258,6 +258,7 @@ def process_of(arm: Arm, *setting: object) -> Iterator[Callable[[str], dict]]:
         connection.close()
         process.join(10)
         process.kill()
+        process.join()
 
 
 def rows(arms: list[Arm], rounds: int, model: ModelConfig, batch: int, device: torch.device) -> Iterator[list[str]]:
@@ -315,8 +316,8 @@ def heading(options: argparse.Namespace, model: ModelConfig, precision: str, dev
 def main() -> None:
     """Measure, and print each arm's row at once."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--image-size", type=positive, default=REFERENCE.image_size, help="a multiple of 16")
-    parser.add_argument("--base-dim", type=positive, default=REFERENCE.base_dim, help="width; even")
+    parser.add_argument("--image-size", type=positive, default=FFHQ.image_size, help="a multiple of 16")
+    parser.add_argument("--base-dim", type=positive, default=FFHQ.base_dim, help="width; even")
     parser.add_argument("--batch", type=positive, default=4, help="images in a step and in a call")
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--arms", metavar="NAME,...", help="these alone, beside ours")
@@ -330,7 +331,7 @@ def main() -> None:
     names = options.arms.split(",") if options.arms else list(arms)
     if unknown := set(names) - set(arms):
         parser.error(f"there is no arm {', '.join(sorted(unknown))} on this device; there are {', '.join(arms)}")
-    model = replace(REFERENCE, image_size=options.image_size, lowest_resolution_size=options.image_size // 16,
+    model = replace(FFHQ, image_size=options.image_size, lowest_resolution_size=options.image_size // 16,
                     base_dim=options.base_dim, norm_groups=math.gcd(32, options.base_dim))  # fmt: skip
 
     lines = [heading(options, model, precision, device), "", table_line(COLUMNS), table_line(["---"] * len(COLUMNS))]
@@ -339,9 +340,9 @@ def main() -> None:
     for row in rows(chosen, options.rounds, model, options.batch, device):
         lines.append(table_line(row))
         print(lines[-1], flush=True)
+        if options.out:
+            options.out.write_text("\n".join([*lines, "", NOTES, ""]))
     print(f"\n{NOTES}")
-    if options.out:
-        options.out.write_text("\n".join([*lines, "", NOTES, ""]))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def draw_time_embedding() -> None:
 
 
 def draw_unet() -> None:
-    """The reference network, from the shapes that a forward pass really has: a bar a block, as high as its image."""
+    """The network of `ffhq-run2`, from the shapes of a real forward pass: a bar a block, as high as its image."""
     model_config: ModelConfig = EXPERIMENTS["ffhq-run2"].model
     with torch.device("meta"):  # shapes without memory or time
         model = UNet(**vars(model_config))

@@ -12,7 +12,7 @@ Equations are those of Ho et al., "Denoising Diffusion Probabilistic Models", 20
 import torch
 from torch import Tensor
 
-REFERENCE_TIMESTEPS = 1000  # the number of steps that the paper's beta range is meant for
+PAPER_TIMESTEPS = 1000  # the number of steps that the paper's beta range is meant for
 
 Timestep = int | Tensor  # one for all images, as samplers have it; or (B,) int64, as training has it
 Coefficient = float | Tensor  # one for all images, or (B,) float64
@@ -37,7 +37,7 @@ class NoiseScheduler:
     def __init__(self, timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02, rescale_betas: bool = True):
         if timesteps < 2:
             raise ValueError(f"timesteps is {timesteps}; a schedule needs at least 2")
-        scale = REFERENCE_TIMESTEPS / timesteps if rescale_betas else 1.0
+        scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
         first, last = scale * beta_start, scale * beta_end
         if not 0 < first <= last < 1:
             raise ValueError(

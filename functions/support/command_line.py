@@ -4,7 +4,6 @@ import argparse
 import inspect
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -34,7 +33,6 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
 
     `others` are errors beside `UserError` and the system's own, such as config.py's `ConfigError`.
     """
-    threading.excepthook = lambda _: None  # a thread's error is raised again where its work is waited for
     try:
         yield
     except (UserError, OSError, *others) as error:
