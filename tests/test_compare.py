@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from benchmarks import compare, data_feeding
-from benchmarks.compare import REFERENCE, Arm, ArmFailed, Bench, all_arms, process_of
+from benchmarks.compare import FFHQ, Arm, ArmFailed, Bench, all_arms, process_of
 from tests.conftest import call
 from tests.live_bytes import kept_per_image
 
 CPU = torch.device("cpu")
 ARMS = all_arms("float32", on_cpu=True)
-SMALL = replace(REFERENCE, image_size=16, lowest_resolution_size=8, dim_multiply=(1, 2), transformer_layers=(1,),
+SMALL = replace(FFHQ, image_size=16, lowest_resolution_size=8, dim_multiply=(1, 2), transformer_layers=(1,),
                 base_dim=8, norm_groups=2)  # fmt: skip
 
 
