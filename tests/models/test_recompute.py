@@ -69,7 +69,7 @@ def test_in_bfloat16_the_gradients_are_nearly_those_of_float32():
     net = network()
     exact, near = (torch.cat([g.flatten() for g in gradients(net, "norms", dtype)[0].values()])
                    for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
-    assert 1e-3 < (near - exact).norm() / exact.norm() < 0.05  # near, and not the same computation
+    assert 1e-3 < (near - exact).norm() / exact.norm() < 0.02  # measured: 0.008
 
 
 def test_what_a_block_keeps_is_counted_by_hand():

@@ -47,7 +47,7 @@ def whole(path):
 def refusal(path, read=check_whole, kind=CheckpointError):
     """What is said of a file, when it is refused as it should be: in one line with its name, soon, in little memory."""
     start = time.process_time()
-    with at_most(1500), pytest.raises(kind) as caught:
+    with at_most(400), pytest.raises(kind) as caught:
         read(path)
     message = str(caught.value)
     assert time.process_time() - start < 10  # seconds
