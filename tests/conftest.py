@@ -23,8 +23,8 @@ from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent
 
-# A network of 13,000 parameters on 16 x 16 images: the whole program in seconds.
 OPTIONS = SamplerOptions()
+# A network of 64,483 parameters on 16 x 16 images: the whole program in seconds.
 TINY = [
     "--model.image-size", "16", "--model.lowest-resolution-size", "8", "--model.dim-multiply", "1,2",
     "--model.transformer-layers", "1", "--model.base-dim", "8", "--model.norm-groups", "2",

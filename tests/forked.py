@@ -23,7 +23,10 @@ def train_script() -> None:
 
 
 class Program(SERVER.Process):
-    """train.py, or a function in its place, at work with a command line; what it prints is collected in a file."""
+    """train.py, or a function in its place, at work with a command line; what it prints is collected in a file.
+
+    Making one starts the process.
+    """
 
     def __init__(self, output: Path, *arguments: object, act: Callable[[], None] = train_script, **environment: object):
         super().__init__(daemon=True)
@@ -59,4 +62,4 @@ def wait_until(reached: Callable[[], object], alive: Callable[[], bool]) -> None
     while not reached():
         assert alive(), "it has ended"
         assert time.monotonic() < deadline, "it is late"
-        time.sleep(0.005)
+        time.sleep(0.001)

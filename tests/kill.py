@@ -18,7 +18,8 @@ from tests.forked import Program, wait_until
 from tests.spoilt_files import same
 
 EVERY = 2  # steps between checkpoints, so that many a kill meets the writing of one
-STEPS_A_KILL = 8  # the run is made so long that it is not over before the last kill
+STEPS_A_KILL = 8  # at most, from a start to its kill
+MARGIN = 17  # more steps for each kill, so that the run is not over before the last one, however late it comes
 
 
 def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
@@ -27,8 +28,9 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     Returns:
         What happened, in a sentence.
     """
-    flags = ["faces", *TINY, "--diffusion.dataset-name", draw_pictures(folder / "pictures"), "--diffusion.epochs",
-             times * (STEPS_A_KILL + 6) // 5 + 2, "--diffusion.checkpoint-every", EVERY, "--diffusion.log-every", 1,
+    epochs = times * (STEPS_A_KILL + MARGIN) // 5 + 2
+    flags = ["faces", *TINY, "--diffusion.dataset-name", draw_pictures(folder / "pictures"),
+             "--diffusion.epochs", epochs, "--diffusion.checkpoint-every", EVERY, "--diffusion.log-every", 1,
              "--diffusion.validate-every", 20, "--diffusion.sample-every", 20, "--diffusion.batch-size", 4,
              "--diffusion.gradient-accumulation", 2, "--diffusion.recompute", "none"]  # fmt: skip
     straight = Program(folder / "straight.txt", *flags, "--runs", folder / "straight")

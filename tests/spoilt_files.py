@@ -2,8 +2,12 @@
 
 import copy
 import functools
+import io
 import json
 import random
+import re
+import struct
+import zipfile
 
 import torch
 from torch import Tensor
@@ -17,9 +21,16 @@ from models.unet import UNet
 
 CPU = torch.device("cpu")
 HOSTILE = (  # what no config, header or checkpoint should hold in most places
-    *(None, True, 0, 1, -1, 7, 10**6, 10**12, 2**63, 10**400, 0.5, -1.5, 1e308, float("nan"), float("inf"), "", "x"),
-    *("\x1b[2J\n\u202e\ud800", "y" * 9999, [], {}, [0], [1, 2, 4], [10**9], [1] * 9999, ["1"], [[]], {"a": 1}),
+    None, True, 0, 1, -1, 7, 10**6, 10**12, 2**63, 10**400, 0.5, -1.5, 1e308, float("nan"), float("inf"), "", "x",
+    "\x1b[2J\n\u202e\ud800", "y" * 9999, [], {}, [0], [1, 2, 4], [10**9], [1] * 9999, ["1"], [[]], {"a": 1},
     json.loads("[" * 200 + "]" * 200),
+)  # fmt: skip
+# Signature, offset and type of fields of a zip: of a member in the directory and before its data, and of the end
+ZIP_FIELDS = (
+    *((b"PK\1\2", at, "H") for at in (8, 10, 28, 30)),
+    *((b"PK\1\2", at, "I") for at in (16, 20, 24, 38, 42)),
+    *((b"PK\3\4", at, "H") for at in (6, 8, 26, 28)),
+    *((b"PK\5\6", at, "I") for at in (8, 12, 16, 18)),
 )
 
 
@@ -94,15 +105,49 @@ def contents_text(whole: bytes) -> str:
 
 
 def spoil_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Spoil data in one to three ways, often near its ends, where headers are."""
+    """Spoil data in one to three places, often near its ends, where headers are."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        near, size = min(rng.randrange(300), len(data)), int(2 ** rng.uniform(0, 12))
+        near = min(rng.randrange(300), len(data))
         at = rng.choice((near, len(data) - near, rng.randint(0, len(data))))
-        before, block, after = data[:at], data[at : at + size], data[at + size :]
-        flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in block[:1]) + block[1:]
-        new = rng.choice((flipped, flipped, flipped, rng.randbytes(len(block)), bytes(len(block)), b"", block * 2))
-        data = rng.choice((*[before + new + after] * 6, before, before + data[rng.randint(0, len(data)) :]))
+        data = data[:at] + spoilt_from(at, data, rng)
     return data
+
+
+def spoilt_from(at: int, data: bytes, rng: random.Random) -> bytes:
+    """What takes the place of all that follows: another block and the same rest, or none, or anything of the data."""
+    size = int(2 ** rng.uniform(0, 12))
+    block, after = data[at : at + size], data[at + size :]
+    changes = {
+        "flip": lambda: bytes(byte ^ 1 << rng.randrange(8) for byte in block[:1]) + block[1:] + after,
+        "randomise": lambda: rng.randbytes(len(block)) + after,
+        "blank": lambda: bytes(len(block)) + after,
+        "remove": lambda: after,
+        "double": lambda: block * 2 + after,
+        "end": lambda: b"",
+        "jump": lambda: data[rng.randint(0, len(data)) :],
+    }
+    (change,) = rng.choices([*changes.values()], weights=(3, 1, 1, 1, 1, 1, 1))
+    return change()
+
+
+def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def spoilt_zip(members: dict[str, bytes], rng: random.Random) -> bytes:
+    """A zip with spoilt bytes, or with a lie in one of its headers."""
+    whole = zipped(members, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
+    if rng.random() < 0.5:
+        return spoil_bytes(whole, rng)
+    data, (signature, offset, code) = bytearray(whole), rng.choice(ZIP_FIELDS)
+    value = rng.choice((0, 1, 8, 12, 93, 0x7FFF, 0xFFFF, 10**6, 0xA000 << 16, 2**31, 2**32 - 1))
+    header = rng.choice([match.start() for match in re.finditer(signature, whole)])
+    struct.pack_into(f"<{code}", data, header + offset, min(value, 0xFFFF) if code == "H" else value)
+    return bytes(data)
 
 
 def spoil_tree(tree: dict | list, rng: random.Random) -> None:

@@ -33,7 +33,8 @@ from tests.conftest import ROOT
     ],
 )  # fmt: skip
 def test_errors_are_one_line_and_leave_nothing(name, arguments, message, pictures, tmp_path, monkeypatch, capsys):
-    (empty := tmp_path / "empty").mkdir()
+    empty = tmp_path / "empty"
+    empty.mkdir()
     (empty / "notes.txt").write_text("not an image")
     arguments = [text.format(empty=empty, pictures=pictures) for text in arguments]
     monkeypatch.setattr(sys, "argv", [name, "--runs", str(tmp_path / "runs"), *arguments])

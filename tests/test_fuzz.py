@@ -14,7 +14,6 @@ import io
 import json
 import random
 import re
-import struct
 import tempfile
 import time
 import zipfile
@@ -37,17 +36,17 @@ from functions.sampling.generation import rebuild
 from functions.support import files
 from functions.support.checkpoint import check_whole, load_weights
 from functions.support.errors import UserError
-from functions.training.book_keeping import BadNumbers, BookKeeper, TrainingWindow
+from functions.support.run_folder import Run
+from functions.training.book_keeping import BookKeeper
 from models.unet import UNet
 from tests import spoilt_files as spoilt
 
 SECONDS, LONGEST_MESSAGE, SIZE = 10, 600, 8
 SAME, OTHER, IN_PART = "read as the original", "read as what the spoiling made", "read in part, and it is said"
-NAMES = ["DiffusionConfig", "ModelConfig", "'diffusion'", "'model'"]  # of what has an unknown or a missing field
-NAMES += [*vars(EXPERIMENTS["faces"].diffusion), *vars(EXPERIMENTS["faces"].model)]
-# Signature, offset and type of fields of a zip: of a member in the directory and before its data, and of the end
-ZIP_FIELDS = [(b"PK\1\2", at, "H") for at in (8, 10, 28, 30)] + [(b"PK\1\2", at, "I") for at in (16, 20, 24, 38, 42)]
-ZIP_FIELDS += [(b"PK\3\4", at, "H") for at in (6, 8, 26, 28)] + [(b"PK\5\6", at, "I") for at in (8, 12, 16, 18)]
+FIELDS = [*vars(EXPERIMENTS["faces"].diffusion), *vars(EXPERIMENTS["faces"].model)]
+# How a ConfigError names a field: of a wrong value, missing, unknown (it follows, quoted), or of a part that is none
+NAMED = [*(f": {field} is " for field in FIELDS), *(f"'{name}'" for name in ("diffusion", "model", *FIELDS))]
+NAMED += ["unexpected keyword argument '", "DiffusionConfig() argument after **", "ModelConfig() argument after **"]
 
 
 def config_case(folder, rng):
@@ -73,12 +72,13 @@ def config_case(folder, rng):
 @functools.cache
 def pictures():
     """Files of the forms that data sets have, and their pixels."""
-    picture, files = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)), {}
+    picture, encoded = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)), {}
     for name in ("RGB.png", "P.png", "LA.png", "L.png", "RGB.jpeg", "CMYK.jpeg", "RGB.webp", "RGBA.webp", "P.bmp"):
         mode, form = name.split(".")
-        picture.convert(mode).save(buffer := io.BytesIO(), form)
-        files[name] = buffer.getvalue()
-    return files, {name: fit_square(decode_rgb(data), SIZE) for name, data in files.items()}
+        buffer = io.BytesIO()
+        picture.convert(mode).save(buffer, form)
+        encoded[name] = buffer.getvalue()
+    return encoded, {name: fit_square(decode_rgb(data), SIZE) for name, data in encoded.items()}
 
 
 def data_set_case(path, truths, rng, checksums=True):
@@ -98,50 +98,32 @@ def data_set_case(path, truths, rng, checksums=True):
 
 def image_case(folder, rng):
     """A folder with a good image and a spoilt one."""
-    (files, pixels), path = pictures(), folder / "set" / "spoilt.png"
-    name, good = rng.choice([*files]), "RGB.png"
-    data = spoilt.spoil_bytes(files[name], rng)
+    (encoded, pixels), path = pictures(), folder / "set" / "spoilt.png"
+    name, good = rng.choice([*encoded]), "RGB.png"
+    data = spoilt.spoil_bytes(encoded[name], rng)
     path.parent.mkdir()
     path.write_bytes(data)
-    path.with_name("good.png").write_bytes(files[good])
+    path.with_name("good.png").write_bytes(encoded[good])
     return data_set_case(path, [pixels[good], pixels[name]], rng, data.startswith(b"\x89PNG"))
-
-
-def zipped(members, method=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(buffer := io.BytesIO(), "w", method) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
-
-
-def spoil_zip(members, rng):
-    """A zip with spoilt bytes, or with a lie in one of its headers."""
-    whole = zipped(members, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
-    if rng.random() < 0.5:
-        return spoilt.spoil_bytes(whole, rng)
-    data, (signature, offset, code) = bytearray(whole), rng.choice(ZIP_FIELDS)
-    value = rng.choice((0, 1, 8, 12, 93, 0x7FFF, 0xFFFF, 10**6, 0xA000 << 16, 2**31, 2**32 - 1))
-    header = rng.choice([match.start() for match in re.finditer(signature, whole)])
-    struct.pack_into(f"<{code}", data, header + offset, min(value, 0xFFFF) if code == "H" else value)
-    return bytes(data)
 
 
 def zip_case(folder, rng):
     """An archive of four images."""
-    (files, pixels), path = pictures(), folder / "set.zip"
+    (encoded, pixels), path = pictures(), folder / "set.zip"
     names = {f"{i:05d}.png": name for i, name in enumerate(("RGB.png", "P.png", "LA.png", "L.png"))}
-    path.write_bytes(spoil_zip({member: files[name] for member, name in names.items()}, rng))
+    path.write_bytes(spoilt.spoilt_zip({member: encoded[name] for member, name in names.items()}, rng))
     return data_set_case(path, [pixels[name] for name in names.values()], rng)
 
 
 def npz_case(folder, rng):
     """Six images, in a spoilt archive or in a whole one of a spoilt array, which must be what NumPy reads."""
     path, images = folder / "set.npz", np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3), np.uint8)
-    np.save(buffer := io.BytesIO(), images)
+    buffer = io.BytesIO()
+    np.save(buffer, images)
     if rng.random() < 0.6:
-        path.write_bytes(spoil_zip({"a.npy": buffer.getvalue(), "readme": b"images"}, rng))
+        path.write_bytes(spoilt.spoilt_zip({"a.npy": buffer.getvalue(), "readme": b"images"}, rng))
         return data_set_case(path, [*images], rng)
-    path.write_bytes(zipped({"a.npy": spoilt.spoil_bytes(buffer.getvalue(), rng)}))
+    path.write_bytes(spoilt.zipped({"a.npy": spoilt.spoil_bytes(buffer.getvalue(), rng)}))
     return data_set_case(path, [], rng)
 
 
@@ -149,7 +131,8 @@ def npz_case(folder, rng):
 def whole_checkpoint():
     tensors, contents = spoilt.checkpoint_parts()
     with tempfile.TemporaryDirectory() as folder:
-        files.write_tensors(path := Path(folder) / "whole", tensors, contents)
+        path = Path(folder) / "whole"
+        files.write_tensors(path, tensors, contents)
         return path.read_bytes(), {**tensors, **contents}
 
 
@@ -160,10 +143,12 @@ def checkpoint_case(folder, rng):
         start = rng.choice((0, 8 + len(spoilt.header_of(whole))))
         path.write_bytes(whole[:start] + spoilt.spoil_bytes(whole[start:], rng))
     elif how < 0.6:
-        spoilt.spoil_tree(tree := json.loads(spoilt.header_of(whole)), rng)
+        tree = json.loads(spoilt.header_of(whole))
+        spoilt.spoil_tree(tree, rng)
         path.write_bytes(spoilt.with_header(whole, tree))
     else:  # with the right checksum
-        spoilt.spoil_tree(contents := json.loads(spoilt.contents_text(whole)), rng)
+        contents = json.loads(spoilt.contents_text(whole))
+        spoilt.spoil_tree(contents, rng)
         path.write_bytes(spoilt.with_contents(whole, contents))
         truth = {**truth, **contents}
 
@@ -180,10 +165,10 @@ def read_checkpoint(path, resumed):
         weights = rebuild(UNet, saved, spoilt.CPU).network.state_dict()
         return {"config": saved.config, "run": saved.run, **{f"ema.{name}": t for name, t in weights.items()}}
     file, state = check_whole(path), spoilt.training_state()
-    Experiment.from_dict(file.contents["config"])
+    run = Run("faces", Experiment.from_dict(file.contents["config"]), path.parent, checkpoint=file)
     state.load(file)
-    counters = {"window": TrainingWindow(spoilt.CPU, 8), "bad_numbers": BadNumbers(spoilt.CPU)}
-    BookKeeper.load(SimpleNamespace(**counters, run=SimpleNamespace(checkpoint=file)), file.contents["run"])
+    images = SimpleNamespace(device=spoilt.CPU)
+    BookKeeper(run, state, None, images, None, None).load(run.remembered)
     return {**file.contents, **state.tensors()}
 
 
@@ -200,7 +185,7 @@ def run_case(kind, number):
         assert files_in(folder) == before, "the file was changed, or another lies beside it"
         if error is None:
             return judge(result)
-        message, names = str(error), NAMES if isinstance(error, ConfigError) else [path.name]
+        message, names = str(error), NAMED if isinstance(error, ConfigError) else [path.name]
         assert any(name in message for name in names), f"neither file nor field is named: {message[:200]!r}"
         assert len(message) < LONGEST_MESSAGE and message.isprintable(), f"no short sentence: {message[:200]!r}"
         return f"refused: {type(error).__name__}"
@@ -247,4 +232,5 @@ def test_it_notices_a_reader_without_checksums(monkeypatch):
     whole_checkpoint()
     monkeypatch.setattr(files, "checksum", lambda tensor: ANY)
     with pytest.raises(AssertionError, match="other values"):
-        [run_case(checkpoint_case, number) for number in range(60)]
+        for number in range(60):
+            run_case(checkpoint_case, number)

@@ -32,7 +32,8 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
 
 def test_sizes_lie_side_by_side_and_move_with_their_folder(tmp_path, monkeypatch):
     path = write_folder(tmp_path / "set")
-    load(path), load(path, 4)
+    load(path)
+    load(path, 4)
     (tmp_path / "elsewhere").mkdir()
     path = path.rename(tmp_path / "elsewhere" / "set")
     forbid_decoding(monkeypatch)

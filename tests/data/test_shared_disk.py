@@ -4,7 +4,6 @@ import contextlib
 import errno
 import multiprocessing
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from data.sources import find_source
 from functions.support.errors import UserError
 from tests.conftest import posix
 from tests.data.packing import IMAGES, forbid_decoding, load, packed_files, write_folder, write_zip
+from tests.forked import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -98,16 +98,9 @@ def start_build(path, output, go):
         with output.open("w") as file, contextlib.redirect_stdout(file):
             print("sum", packed.open_packed(find_source(path, 8), 8).images.sum(dtype=int))
 
-    process = multiprocessing.get_context("fork").Process(target=build)
+    process = multiprocessing.get_context("fork").Process(target=build, daemon=True)
     process.start()
     return process
-
-
-def wait_until(condition):
-    deadline = time.time() + 60
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.01)
 
 
 @posix
@@ -115,7 +108,8 @@ def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
     path, outputs = write_folder(tmp_path / "set"), [tmp_path / "1", tmp_path / "2"]
     go = multiprocessing.get_context("fork").Event()
     processes = [start_build(path, output, go) for output in outputs]
-    wait_until(lambda: any("waiting for it" in output.read_text() for output in outputs if output.exists()))
+    waits = lambda: any("waiting for it" in output.read_text() for output in outputs if output.exists())
+    wait_until(waits, lambda: all(process.is_alive() for process in processes))
     go.set()
     for process in processes:
         process.join(60)
@@ -130,7 +124,7 @@ def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
 def test_after_a_kill_it_starts_again_cleanly(tmp_path):
     path = write_folder(tmp_path / "set")
     process = start_build(path, tmp_path / "output", multiprocessing.get_context("fork").Event())
-    wait_until(lambda: list(path.glob(".*.packed.*.tmp")))
+    wait_until(lambda: list(path.glob(".*.packed.*.tmp")), process.is_alive)
     process.kill()
     process.join()
     assert packed_files(path) == [f".set-8px.packed.{process.pid}.tmp", "set-8px.packed.lock"]

@@ -1,11 +1,9 @@
 """Many single images: shared by processes, killed and gone on with, and never mixed. Real processes of sample.py."""
 
+import itertools
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from unittest.mock import Mock
 
 import pytest
@@ -17,7 +15,8 @@ from functions.sampling.files import existing, image_path
 from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.run_folder import locked
-from tests.conftest import ROOT, call, posix, script
+from tests.conftest import call, posix, script
+from tests.forked import Program
 
 FLAGS = ["--individual", "-n", 22, "--batch-size", 4, "--steps", 30, "--device", "cpu"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "sample.py"]
@@ -40,17 +39,26 @@ def written(folder):
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("0*.png")}
 
 
+def sample_until_a_write_kills():
+    """At the tenth image, of the third batch; two batches are on the disk then."""
+    write, calls = sample.save_image, itertools.count(1)
+
+    def save(image, path):
+        if next(calls) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(image, path)
+
+    sample.save_image = save
+    sample.main()
+
+
 @posix
 @pytest.mark.slow
 def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, capsys):
-    command = [sys.executable, "sample.py", *map(str, [tiny_run, *FLAGS, "--out", tmp_path])]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while len(existing(tmp_path)) < 6 and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    program = Program(tmp_path / "printed", tiny_run, *FLAGS, "--out", tmp_path, act=sample_until_a_write_kills)
+    assert program.wait() == -signal.SIGKILL, program.printed
     kept = written(tmp_path)
-    assert 6 <= len(kept) < 22
+    assert 8 <= len(kept) < 12
     (tmp_path / ".00021.png.1234.tmp").write_bytes(b"half of it")
 
     call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)

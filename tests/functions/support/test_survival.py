@@ -151,7 +151,8 @@ def test_no_sound_checkpoint_is_an_error_and_no_fresh_start(unfinished):
 @posix
 def test_two_trainings_in_one_folder(unfinished, tmp_path):
     """The second of two real processes is refused; the first is not disturbed."""
-    first = Program(tmp_path / "first", "--resume", unfinished, "--diffusion.epochs", 4000)
+    first = Program(tmp_path / "first", "--resume", unfinished, "--diffusion.epochs", 4000,
+                    "--diffusion.keep-checkpoints", 1000)  # fmt: skip
     wait_until((unfinished / "checkpoints" / "step-00000010.safetensors").exists, first.is_alive)
     second = Program(tmp_path / "second", "--resume", unfinished)
     assert second.wait() == 2
@@ -167,10 +168,19 @@ def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(pictures, tmp_p
     After a power cut a checkpoint may not be ahead of metrics.csv: that would leave a gap.
     """
     order = []
-    for owner, name in ((os, "fsync"), (os, "replace"), (train.BookKeeper, "save")):
+
+    def note(owner, name):
         original = getattr(owner, name)
-        noted = lambda *a, name=name, original=original: (order.append((name, *a)), original(*a))
+
+        def noted(*arguments):
+            order.append((name, *arguments))
+            original(*arguments)
+
         monkeypatch.setattr(owner, name, noted)
+
+    note(os, "fsync")
+    note(os, "replace")
+    note(train.BookKeeper, "save")
     call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, "--diffusion.epochs", 1,
          "--diffusion.checkpoint-every", 1000, "--diffusion.checkpoint-minutes", 1e-9, "--diffusion.log-every", 1,
          "--diffusion.keep-checkpoints", 1, "--diffusion.keep-every", 2)  # fmt: skip

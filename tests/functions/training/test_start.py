@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from functions.prediction import Denoiser
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import Run
-from functions.training.start import describe_memory, fit_memory
+from functions.training.start import describe, describe_memory, fit_memory
 from models.unet import UNet
 from tests.conftest import TINY, call
 from tests.kill import assert_same_run
@@ -96,6 +97,15 @@ def test_when_nothing_fits_it_is_said(memory, pictures, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_error_that_is_not_lack_of_memory_is_raised(monkeypatch):
+    run, denoiser = parts()
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(UNet, "forward", Mock(side_effect=error))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fit_memory(run, denoiser, SINGLE_PROCESS)
+    assert run.experiment.diffusion.batch_size == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recompute", "precision"), [("none", torch.float32), ("norms", torch.bfloat16), ("blocks", torch.bfloat16)]
@@ -129,3 +139,15 @@ def test_the_other_ffhq_runs_have_the_networks_of_their_size(name, parameters):
     with torch.device("meta"):
         network = UNet(**vars(EXPERIMENTS[name].model))
     assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("name", "visible"), [("ffhq-run1", True), ("ffhq-run2", False), ("ffhq-full", False)])
+def test_of_the_ffhq_runs_only_the_first_sees_the_image_in_x_T(name, visible):
+    experiment = EXPERIMENTS[name]
+    config = experiment.diffusion
+    scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
+    facts = {"terminal_snr": scheduler.terminal_snr, "split": "", "parameters": 1, "total_steps": 1, "device": "cpu",
+             "steps_per_epoch": 1, "arithmetic": {"precision": "float32"}}  # fmt: skip
+    said = describe(Run(name, experiment, Path("runs"), facts=facts), "")
+    assert ("x_T still carries the image" in said) == visible
+    assert ("samples use the raw weights" in said) == visible  # it has no EMA either

@@ -105,6 +105,7 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     assert measure(batch_size=7, seed=1) != loss
 
 
+@pytest.mark.slow
 def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tmp_path):
     """And a row that a power cut has cut short, wherever."""
     log, path = MetricsLog(tmp_path), tmp_path / "metrics.csv"
