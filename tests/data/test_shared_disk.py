@@ -1,9 +1,9 @@
 """What can go wrong around a packed file: read-only or full disks, killed and competing processes."""
 
-import contextlib
 import errno
-import multiprocessing
 import os
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from data.sources import find_source
 from functions.support.errors import UserError
 from tests.conftest import posix
 from tests.data.packing import IMAGES, forbid_decoding, load, packed_files, write_folder, write_zip
-from tests.forked import wait_until
+from tests.forked import Program, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -86,47 +86,46 @@ def test_a_disk_without_locks_leaves_the_pack_to_the_cache(tmp_path, monkeypatch
     assert sorted(path.iterdir()) == before
 
 
-def start_build(path, output, go):
-    """Start a process that prepares a folder, with its output in a file, and gets no further than `go` lets it."""
+@dataclass
+class Build:
+    """What a process does: prepare a folder, but go no further than the first image until a file is there."""
 
-    def slow_fit(rgb, image_size):
-        go.wait()
-        return fit_square(rgb, image_size)
+    path: Path
+    go: Path
 
-    def build():
+    def __call__(self):
+        def slow_fit(rgb, image_size):
+            wait_until(self.go.exists, lambda: True)
+            return fit_square(rgb, image_size)
+
         packed.fit_square = slow_fit
-        with output.open("w") as file, contextlib.redirect_stdout(file):
-            print("sum", packed.open_packed(find_source(path, 8), 8).images.sum(dtype=int))
-
-    process = multiprocessing.get_context("fork").Process(target=build, daemon=True)
-    process.start()
-    return process
+        print("sum", packed.open_packed(find_source(self.path, 8), 8).images.sum(dtype=int))
 
 
+@pytest.mark.slow
 @posix
 def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
-    path, outputs = write_folder(tmp_path / "set"), [tmp_path / "1", tmp_path / "2"]
-    go = multiprocessing.get_context("fork").Event()
-    processes = [start_build(path, output, go) for output in outputs]
-    waits = lambda: any("waiting for it" in output.read_text() for output in outputs if output.exists())
-    wait_until(waits, lambda: all(process.is_alive() for process in processes))
-    go.set()
-    for process in processes:
-        process.join(60)
-    printed = [output.read_text() for output in outputs]
+    build = Build(write_folder(tmp_path / "set"), tmp_path / "go")
+    programs = [Program(tmp_path / name, act=build) for name in ("1", "2")]
+    waits = lambda: any("waiting for it" in program.printed for program in programs)
+    wait_until(waits, lambda: all(program.is_alive() for program in programs))
+    build.go.touch()
+    assert [program.wait() for program in programs] == [0, 0]
+    printed = [program.printed for program in programs]
     assert all(f"sum {IMAGES.sum()}" in text for text in printed)
     assert sum("10 images at 8x8" in text for text in printed) == 1  # only who prepares reports
     assert sum("waiting for it" in text for text in printed) == 1
-    assert not list(path.glob(".*.tmp"))
+    assert not list(build.path.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @posix
 def test_after_a_kill_it_starts_again_cleanly(tmp_path):
     path = write_folder(tmp_path / "set")
-    process = start_build(path, tmp_path / "output", multiprocessing.get_context("fork").Event())
-    wait_until(lambda: list(path.glob(".*.packed.*.tmp")), process.is_alive)
-    process.kill()
-    process.join()
-    assert packed_files(path) == [f".set-8px.packed.{process.pid}.tmp", "set-8px.packed.lock"]
+    program = Program(tmp_path / "printed", act=Build(path, tmp_path / "go"))
+    wait_until(lambda: list(path.glob(".*.packed.*.tmp")), program.is_alive)
+    program.kill()
+    assert program.wait() == -signal.SIGKILL
+    assert packed_files(path) == [f".set-8px.packed.{program.pid}.tmp", "set-8px.packed.lock"]
     np.testing.assert_array_equal(load(path).images, IMAGES)
     assert packed_files(path) == ["set-8px.packed" + ending for ending in ("", ".json", ".lock")]
