@@ -166,7 +166,7 @@ def test_a_refusal_in_rank_0_is_said_once(tmp_path):
     programs = two(tmp_path, "--resume", tmp_path / "nothing")
     assert [program.wait() for program in programs] == [2, 2]
     assert "is not a run folder" in programs[0].printed
-    assert programs[1].printed == ""
+    assert not re.sub(r"\[Gloo\].*\n", "", programs[1].printed)  # PyTorch 2.10 itself says that they are connected
 
 
 def test_processes_that_cannot_meet_say_so(monkeypatch):
