@@ -73,9 +73,10 @@ class BookKeeper:
         """In rank 0: make the folder, hold it, and begin its files."""
         self.run.make_folder()
         stack.enter_context(locked(self.run.folder))
+        config = self.run.write_config()
         self.metrics = MetricsLog(self.run.folder, self.run.first_step)
-        self.metrics.tensorboard.add_text("config", f"```\n{self.run.write_config()}\n```", self.run.first_step)
         stack.callback(self.metrics.tensorboard.close)
+        self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", self.run.first_step)
         print(f"  goes to    {self.run.folder}", flush=True)
         return self.run.folder
 
