@@ -26,6 +26,19 @@ def experiments() -> dict[str, "Experiment"]:
                 image_size=32, norm_groups=8,
             ),
         ),
+        # The same, but the colours are right: see docs/whole-before-detail.md.
+        "faces-v": Experiment(
+            DiffusionConfig(
+                dataset_name="emoji_people", learning_rate=2e-3, batch_size=16, use_augmentation=True,
+                timesteps_diff=1000, objective="v", t_sampling="mixed", epochs=70, gradient_accumulation=1,
+                clip_grad_norm=1.0, warmup_steps=200, lr_schedule="cosine", ema_decay=0.998, recompute="none",
+                log_every=25, validate_every=250, sample_every=500, checkpoint_every=500, validation_samples=360,
+            ),
+            ModelConfig(
+                lowest_resolution_size=4, dim_multiply=(1, 2, 4, 4), transformer_layers=(2,), base_dim=32,
+                image_size=32, norm_groups=8,
+            ),
+        ),
         # First run of the reference (see README), faults included: betas meant for 1000 steps over 200, no EMA.
         "ffhq-run1": Experiment(
             DiffusionConfig(
@@ -58,6 +71,20 @@ def experiments() -> dict[str, "Experiment"]:
                 dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=True, timesteps_diff=1000,
                 split="reference", max_rotation=3.0, rotation_free_end=0.1,
                 beta_start=1e-4, beta_end=0.02, rescale_betas=True,
+                epochs=500, gradient_accumulation=4, clip_grad_norm=1.0, warmup_steps=5000, lr_schedule="constant",
+                ema_decay=0.9999, precision="auto", seed=0, grid_images=20,
+            ),
+            ModelConfig(
+                lowest_resolution_size=8, dim_multiply=(1, 2, 2, 4, 8), transformer_layers=(3,), base_dim=128,
+                image_size=128, channels=3, dropout=0.0, norm_groups=32,
+            ),
+        ),
+        # The full run with v and mixed t.
+        "ffhq-v": Experiment(
+            DiffusionConfig(
+                dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=True, timesteps_diff=1000,
+                split="reference", max_rotation=3.0, rotation_free_end=0.1,
+                beta_start=1e-4, beta_end=0.02, rescale_betas=True, objective="v", t_sampling="mixed",
                 epochs=500, gradient_accumulation=4, clip_grad_norm=1.0, warmup_steps=5000, lr_schedule="constant",
                 ema_decay=0.9999, precision="auto", seed=0, grid_images=20,
             ),
@@ -105,6 +132,11 @@ class DiffusionConfig:
     beta_start: float = 1e-4  # beta of the first step, for T = 1000
     beta_end: float = 0.02  # beta of the last step, for T = 1000
     rescale_betas: bool = True  # multiply betas by 1000 / T, so that x_T is noise for any T
+    beta_schedule: str = "linear"  # or "cosine" (Nichol and Dhariwal 2021), which ignores the three above
+
+    # Objective
+    objective: str = "eps"  # what the network predicts and is compared with: the noise "eps", or "v" = a mix with x_0
+    t_sampling: str = "uniform"  # t in training; "mixed": every second t log-normal in the noise level (EDM's)
 
     # Optimisation
     epochs: int = 45  # length of the run, in passes over the training images
@@ -143,9 +175,15 @@ class DiffusionConfig:
         require(0 <= self.rotation_free_end <= 1, self, "rotation_free_end", "between 0 and 1")
         require(0 < self.beta_start < 1, self, "beta_start", "between 0 and 1, such as 1e-4")
         require(self.beta_start <= self.beta_end, self, "beta_end", f"at least beta_start = {self.beta_start:g}")
+        require(self.beta_schedule in ("linear", "cosine"), self, "beta_schedule", '"linear" or "cosine"')
+        for field in ("beta_start", "beta_end", "rescale_betas") if self.beta_schedule == "cosine" else ():
+            default = type(self).__dataclass_fields__[field].default
+            require(getattr(self, field) == default, self, field, f"{default}, as cosine betas do not depend on it")
         scale = 1000 / self.timesteps_diff if self.rescale_betas else 1
         fitting = f"below {1 / scale:g} with timesteps_diff = {self.timesteps_diff}, so that every beta stays below 1"
-        require(scale * self.beta_end < 1, self, "beta_end", fitting)
+        require(self.beta_schedule == "cosine" or scale * self.beta_end < 1, self, "beta_end", fitting)
+        require(self.objective in ("eps", "v"), self, "objective", '"eps" or "v"')
+        require(self.t_sampling in ("uniform", "mixed"), self, "t_sampling", '"uniform" or "mixed"')
         require(0 <= self.clip_grad_norm < math.inf, self, "clip_grad_norm", "0 (off) or more, such as 1.0")
         require(0 <= self.checkpoint_minutes < math.inf, self, "checkpoint_minutes", "0 (off) or more")
         require(self.lr_schedule in ("constant", "cosine"), self, "lr_schedule", '"constant" or "cosine"')

@@ -18,7 +18,7 @@ from data.batches import ImageFeeder, forward_passes, micro_batches
 from data.datasets import Split, load_images, split_images
 from data.pixels import to_model_range
 from functions.ema import update_ema
-from functions.losses import noise_prediction_loss
+from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.checkpoint import TrainingState, check_whole, open_checkpoint
@@ -27,6 +27,7 @@ from functions.support.device import Adam, arithmetic, choose_device, choose_pre
 from functions.support.processes import Processes, joined
 from functions.support.random_numbers import seed_of, training_draws
 from functions.support.run_folder import Run, find_checkpoints, first_sound, run_to_resume
+from functions.timesteps import mixed_timesteps
 from functions.training.book_keeping import BookKeeper
 from functions.training.start import describe, describe_memory, fit_memory
 from models.unet import UNet
@@ -98,7 +99,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     check_length(run, split, total_steps, processes)
 
     # Model
-    scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
+    scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas,
+                               config.beta_schedule)  # fmt: skip
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
@@ -122,22 +124,23 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         processes.say(f"{describe_memory(run, precision)}\n  images in  {image_set.path}\n  goes to    {place}")
         processes.say("nothing was started")
         return
-    fit_memory(run, Denoiser(model, scheduler, precision), processes)
+    fit_memory(run, Denoiser(model, scheduler, precision, config.objective), processes)
     config = run.experiment.diffusion  # with a smaller batch_size where the memory wants it
 
     passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)
     batches = images.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, passes,
                                         range(run.first_step, total_steps)))  # fmt: skip
-    denoiser = Denoiser(ema_model or model, scheduler, precision)
+    denoiser = Denoiser(ema_model or model, scheduler, precision, config.objective)
     with BookKeeper(run, state, denoiser, images, split.val_indices, processes) as books:
         network = processes.wrap(model, device)
-        trained = Denoiser(network, scheduler, precision)
+        trained = Denoiser(network, scheduler, precision, config.objective)
         for step in range(run.first_step, total_steps):  # Algorithm 1, lines 1 and 6: total_steps times
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, run.image_shape, scheduler.timesteps,
                                    device)  # fmt: skip
+            t = mixed_timesteps(scheduler, draws.t, draws.normal) if config.t_sampling == "mixed" else draws.t
             degrees = rotation_limit(config.max_rotation, config.rotation_free_end, step / total_steps)
-            loss = torch.zeros((), device=device)
+            sums = torch.zeros(2, device=device)  # of the loss, and of the error of eps that belongs to it
             for places in passes:  # slices of the effective batch
                 x_0 = to_model_range(next(batches))  # line 2: every image once an epoch, shuffled, by data/batches.py
                 if config.use_augmentation:
@@ -145,20 +148,20 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 torch.manual_seed(seed_of(config.seed, "dropout", step, places.start))
                 with processes.accumulating(network, last=places is passes[-1]):
                     # Line 5: the loss and its gradient, which DDP averages over the processes
-                    losses = noise_prediction_loss(trained, scheduler, x_0, draws.t[places], draws.noise[places])
+                    losses = denoising_loss(trained, scheduler, x_0, t[places], draws.noise[places])
                     scaler.scale(losses.sum() * processes.count / config.effective_batch).backward()
-                loss += losses.detach().sum()
+                sums += torch.stack([losses, eps_errors(trained, scheduler, losses, t[places])]).detach().sum(dim=1)
             # Line 5: the step. Where numbers are not finite Adam skips it by found_inf, so scaler.step is not needed
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
-            optimizer.found_inf = books.bad_numbers.check(processes.sum_(loss), grad_norm)
+            optimizer.found_inf = books.bad_numbers.check(processes.sum_(sums)[0], grad_norm)
             optimizer.step()
             scaler.update()
             optimizer.zero_grad()
             if ema_model:
                 update_ema(ema_model, model, step, config.ema_decay)
-            books.window.add(loss, optimizer.found_inf)
+            books.window.add(sums, optimizer.found_inf)
             books.after_step(step + 1, grad_norm)
     processes.say(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EXPERIMENTS, ConfigError, ModelConfig
-from functions.losses import noise_prediction_loss
+from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.command_line import Parser, plain_errors, positive
@@ -154,7 +154,7 @@ class Bench:
 
     def step(self) -> None:
         """An optimiser step, as in train.py."""
-        noise_prediction_loss(self.denoiser, self.denoiser.scheduler, *self.batch).mean().backward()
+        denoising_loss(self.denoiser, self.denoiser.scheduler, *self.batch).mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -192,7 +192,7 @@ class Bench:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-            noise_prediction_loss(self.denoiser, self.denoiser.scheduler, *inputs)
+            denoising_loss(self.denoiser, self.denoiser.scheduler, *inputs)
         return sum(storage.nbytes() for storage in storages.values())
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Model, predict
+from functions.prediction import Model, interpret
 
 VARIANCES = ("small", "large")
 HALF_BIN = 1 / 255  # of the 256 levels in [-1, 1]
@@ -35,14 +35,10 @@ def terms_of(
     """
     device = x_0.device
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-
-    def in_float32(x_t: Tensor, t: Tensor) -> Tensor:
-        """The model, on its own device."""
-        return model(x_t.to(device, torch.float32), t.to(device)).to(home)
-
     x_0, t, noise = x_0.to(home, torch.float64), t.to(home), noise.to(home, torch.float64)
     x_t = scheduler.q_sample(x_0, t, noise)
-    predicted, eps = predict(in_float32, scheduler, x_t, t)
+    output = model(x_t.to(device, torch.float32), t.to(device)).to(home)
+    predicted, eps = interpret(model, scheduler, x_t, t, output)
     if clip_x_0:
         predicted = predicted.clamp(-1, 1)
     sigma_squared = model_variance(scheduler, t, variance)

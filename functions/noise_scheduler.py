@@ -1,13 +1,15 @@
-"""The forward process: linear betas and everything in closed form that follows from them.
+"""The forward process: betas and everything in closed form that follows from them.
 
     x_0         clean image in [-1, 1]                      x_t        noised image; one step makes t = 0
     beta        variance of the noise added in one step     alpha      1 - beta
     alpha_bar   running product of alpha: `alphas_cumprod`  a_t, a_s   alpha_bar at timesteps t and s
-    eps         the standard normal noise in x_t
+    eps         the standard normal noise in x_t            v          sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
     T           number of steps: `timesteps`                t          0 .. T-1: the paper's t minus 1; -1: clean
 
 Equations are those of Ho et al., "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239).
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ Coefficient = float | Tensor  # one for all images, or (B,) float64
 
 
 class NoiseScheduler:
-    """Linear betas, q(x_t | x_0) and q(x_s | x_t, x_0).
+    """The betas, q(x_t | x_0) and q(x_s | x_t, x_0).
 
     The schedule is computed in float64; a coefficient is used in the dtype of the image it multiplies. It is looked up
     on the device of t, and with an int t on the host, so nothing waits for a device. Not an `nn.Module`: it has
@@ -29,23 +31,27 @@ class NoiseScheduler:
         timesteps: T, at least 2.
         beta_start, beta_end: the first and the last beta for T = 1000; 0 < beta_start <= beta_end < 1.
         rescale_betas: multiply both by 1000 / T, so that any T ends at nearly the same noise as 1000 steps.
+        beta_schedule: "linear"; or "cosine" (`cosine_betas`), which has no use for the three before.
 
     Raises:
-        ValueError: T below 2, or betas (after rescaling) outside (0, 1) or falling.
+        ValueError: T below 2, an unknown schedule, or linear betas (after rescaling) outside (0, 1) or falling.
     """
 
-    def __init__(self, timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02, rescale_betas: bool = True):
-        if timesteps < 2:
-            raise ValueError(f"timesteps is {timesteps}; a schedule needs at least 2")
-        scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
-        first, last = scale * beta_start, scale * beta_end
-        if not 0 < first <= last < 1:
-            raise ValueError(
-                f"betas from {first:g} to {last:g} (timesteps = {timesteps}, rescaled by {scale:g}); "
-                "they must rise and stay between 0 and 1: use more timesteps or smaller betas"
-            )
+    def __init__(
+        self,
+        timesteps: int,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        rescale_betas: bool = True,
+        beta_schedule: str = "linear",
+    ):
+        if timesteps < 2 or beta_schedule not in ("linear", "cosine"):
+            raise ValueError(f"{timesteps} timesteps, {beta_schedule!r}: there must be 2 or more, linear or cosine")
         self.timesteps = timesteps
-        self.betas = torch.linspace(first, last, timesteps, dtype=torch.float64)  # (T,), on the CPU
+        betas = cosine_betas(timesteps)
+        if beta_schedule == "linear":
+            betas = linear_betas(timesteps, beta_start, beta_end, PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0)
+        self.betas = betas  # (T,) float64, on the CPU
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,)
         self.tables: dict[torch.device, Tensor] = {}  # (T + 1,) on each device that asks: 1, and alphas_cumprod
 
@@ -89,6 +95,17 @@ class NoiseScheduler:
         a_t = self.alpha_bar(t)
         return (x_t - broadcast(a_t**0.5, x_t) * x_0) / broadcast((1 - a_t) ** 0.5, x_t)
 
+    def v(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
+        """sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022, arXiv:2202.00512, Section 4)."""
+        a_t = self.alpha_bar(t)
+        return broadcast(a_t**0.5, x_0) * noise - broadcast((1 - a_t) ** 0.5, x_0) * x_0
+
+    def predict_from_v(self, x_t: Tensor, t: Timestep, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The x_0 and the eps that x_t and its v imply: a rotation, so that nothing is divided by sqrt(alpha_bar_t)."""
+        a_t = self.alpha_bar(t)
+        root, root_of_rest = broadcast(a_t**0.5, x_t), broadcast((1 - a_t) ** 0.5, x_t)
+        return root * x_t - root_of_rest * v, root_of_rest * x_t + root * v
+
     def step_beta(self, t: Timestep, s: Timestep) -> Coefficient:
         """beta of a step between t and an earlier s: 1 - alpha_bar_t / alpha_bar_s; `betas[t]` where s = t - 1.
 
@@ -112,6 +129,27 @@ class NoiseScheduler:
         of_x_t = (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t)
         mean = broadcast(of_x_0, x_t) * x_0 + broadcast(of_x_t, x_t) * x_t
         return mean, broadcast(self.posterior_variance(t, s), x_t)
+
+
+def linear_betas(timesteps: int, beta_start: float, beta_end: float, scale: float) -> Tensor:
+    """The paper's betas (Section 4), times `scale`: (T,) float64."""
+    first, last = scale * beta_start, scale * beta_end
+    if not 0 < first <= last < 1:
+        raise ValueError(
+            f"betas from {first:g} to {last:g} (timesteps = {timesteps}, rescaled by {scale:g}); "
+            "they must rise and stay between 0 and 1: use more timesteps or smaller betas"
+        )
+    return torch.linspace(first, last, timesteps, dtype=torch.float64)
+
+
+def cosine_betas(timesteps: int) -> Tensor:
+    """The betas of alpha_bar = cos^2((t / T + 0.008) / 1.008 pi / 2), at most 0.999: (T,) float64.
+
+    Nichol and Dhariwal 2021, arXiv:2102.09672, Eq. 17; t is the paper's, and alpha_bar is 1 at 0.
+    """
+    t = torch.arange(timesteps + 1, dtype=torch.float64)
+    alpha_bar = torch.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2).square()
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def broadcast(coefficient: Coefficient, images: Tensor) -> Coefficient:

@@ -1,9 +1,10 @@
-"""Which of the T timesteps a sampler visits."""
+"""Which of the T timesteps a sampler visits, and which a training draws."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from functions.noise_scheduler import NoiseScheduler
 
@@ -46,12 +47,29 @@ def sampling_times(
 
 def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: int) -> list[int]:
     """`count` timesteps from `first` down to `last`, evenly spaced in the logarithm of the signal-to-noise ratio."""
-    noisiness = -torch.logit(scheduler.alphas_cumprod)  # minus the log-SNR: (T,), rising with t
-    wanted = torch.linspace(noisiness[first].item(), noisiness[last].item(), count, dtype=torch.float64)
-    between = (noisiness[1:] + noisiness[:-1]) / 2
-    times = torch.searchsorted(between, wanted)  # the nearest timestep
+    ends = torch.logit(scheduler.alphas_cumprod[[first, last]]).tolist()
+    times = nearest_timesteps(scheduler, torch.linspace(*ends, count, dtype=torch.float64))
     # Near t = 0 the log-SNR changes fast, and several points want the same timestep. Move them up until all differ, and
     # down again from the first if that went too far; there are enough timesteps, so the second undoes nothing.
     k = torch.arange(count)
     times = (times + k).flip(0).cummax(0).values.flip(0) - k
     return torch.minimum(times, first - k).tolist()
+
+
+def mixed_timesteps(scheduler: NoiseScheduler, uniform: Tensor, normal: Tensor) -> Tensor:
+    """Replace every second of (B,) uniform timesteps by the one nearest to sigma, ln sigma from N(-1.2, 1.2^2).
+
+    sigma = sqrt((1 - alpha_bar) / alpha_bar) is the noise beside an image of size 1, and the distribution that of EDM
+    (Karras et al. 2022, arXiv:2206.00364, Table 1): most steps go where there is most to learn. `normal` is (B,)
+    standard normal.
+    """
+    of_sigma = nearest_timesteps(scheduler, -2 * (1.2 * normal - 1.2))
+    return torch.where(torch.arange(len(uniform), device=uniform.device) % 2 == 1, of_sigma, uniform)
+
+
+def nearest_timesteps(scheduler: NoiseScheduler, log_snr: Tensor) -> Tensor:
+    """The timesteps whose log(alpha_bar / (1 - alpha_bar)) is nearest to these (B,)."""
+    t = torch.arange(scheduler.timesteps, device=log_snr.device)
+    noisiness = -torch.logit(scheduler.alpha_bar(t))  # (T,), rising with t
+    between = (noisiness[1:] + noisiness[:-1]) / 2
+    return torch.searchsorted(between, -log_snr.to(between)).to(log_snr.device)

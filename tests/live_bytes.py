@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # what torch.compile t
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from functions.losses import noise_prediction_loss
+from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 
 
@@ -54,7 +54,7 @@ def kept_per_image(network: nn.Module, precision: torch.dtype) -> float:
             scheduler = NoiseScheduler(1000)
             scheduler.alpha_bar(t)  # its table is there from now on
             with LiveBytes() as live, torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                loss = noise_prediction_loss(network, scheduler, x_0, t, noise).sum()
+                loss = denoising_loss(network, scheduler, x_0, t, noise).sum()
                 kept[images] = live.now
             del loss
     return (kept[4] - kept[1]) / 3

@@ -7,7 +7,7 @@ many images at a time as fit in memory.
 import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser, scaled_eps
+from functions.prediction import Denoiser
 from functions.samplers import OnStep
 from functions.sampling.options import SAMPLERS, SamplerOptions
 from functions.support.checkpoint import SavedModel, load_into, load_weights
@@ -73,7 +73,7 @@ class ImageSampler:
         """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at -1 they are images."""
         if t < 0:
             return x_t
-        options, model = self.options, scaled_eps(self.denoiser, self.options.eps_scale)
+        options, model = self.options, replace(self.denoiser, eps_scale=self.options.eps_scale)
         sampler, times = SAMPLERS[options.sampler], options.times(self.scheduler, t)
         return sampler(model, self.scheduler, x_t, times, **options.own, step_noise=lambda k: noise(), on_step=on_step)
 
@@ -122,11 +122,12 @@ def rebuild(
         for name, most in largest.items():
             if found[name] > most:
                 raise ValueError(f"{name} is above {most:,}")
-        scheduler = NoiseScheduler(
-            diffusion["timesteps_diff"], diffusion["beta_start"], diffusion["beta_end"], diffusion["rescale_betas"]
-        )
+        schedule = [diffusion[name] for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas")]
+        # What a checkpoint does not name it was made before
+        scheduler = NoiseScheduler(*schedule, diffusion.get("beta_schedule", "linear"))
         with torch.device("meta"):  # shapes only: nothing is initialised that is overwritten at once
             model = build_model(**fields)
+        denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(
             f"{saved.path}: its config describes no model of this version: {type(error).__name__}: {short(error)}"
@@ -134,8 +135,8 @@ def rebuild(
     load_into(model, saved)
     # Without gradients and in float32, channels_last was the faster layout on the CPU too: 3.5 against 4.7 ms an image
     # of the faces network on 2 cores.
-    model.to(device, memory_format=torch.channels_last)
-    return Denoiser(model.eval().requires_grad_(False), scheduler, precision=precision)
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return denoiser
 
 
 def generate(

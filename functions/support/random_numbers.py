@@ -31,6 +31,7 @@ class StepDraws:
     noise: Tensor  # (B, C, H, W) float32, standard normal
     flip: Tensor  # (B,) bool, each True half the time
     tilt: Tensor  # (B,) float32, uniform in [-1, 1): the rotation, as a share of the largest
+    normal: Tensor  # (B,) float32, standard normal: for t_sampling = "mixed"
 
 
 def training_draws(
@@ -47,6 +48,7 @@ def training_draws(
         noise=torch.randn(effective_batch, *image_shape, generator=generator, device=device),
         flip=torch.rand(effective_batch, generator=generator, device=device) < 0.5,
         tilt=2 * torch.rand(effective_batch, generator=generator, device=device) - 1,
+        normal=torch.randn(effective_batch, generator=generator, device=device),
     )
 
 

@@ -21,8 +21,11 @@ COLUMNS = (
     "step",  # optimiser steps done
     "epoch",  # passes over the training images done, as a fraction
     "loss",  # training loss, the mean of the steps since the row before
+    "eps_error",  # the squared error of eps that belongs to it: for objective = "eps" the same
     "val_loss",  # on held-out images, raw weights; empty where it was not measured
+    "val_eps_error",
     "val_loss_ema",  # the same, EMA weights
+    "val_eps_error_ema",
     "bits_per_dim",  # variational bound on held-out images, EMA weights if there are any; empty likewise
     "grad_norm",  # of the last step, before clipping
     "learning_rate",
@@ -42,7 +45,8 @@ class MetricsLog:
     def __init__(self, run: Path, resume_step: int = 0):
         self.path = run / "metrics.csv"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if self.path.exists() else []
-        lines = [",".join(COLUMNS), *(",".join(map(format_number, row.values())) for row in kept)]
+        cells = ([format_number(row.get(column)) for column in COLUMNS] for row in kept)
+        lines = [",".join(COLUMNS), *map(",".join, cells)]
         write_whole(self.path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
         self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
 
@@ -80,39 +84,42 @@ def format_number(value: float | None) -> str:
 
 
 class TrainingWindow:
-    """Loss and speed of the steps since the last row of metrics; the device is not waited for until `read`.
+    """Loss, error of eps and speed of the steps since the last row; the device is not waited for until `read`.
 
     Args:
         images_a_step: the effective batch.
     """
 
     def __init__(self, device: torch.device, images_a_step: int):
-        self.loss_sum, self.steps = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.sums, self.steps = torch.zeros(2, device=device), torch.zeros((), device=device)
         self.images_a_step, self.steps_timed = images_a_step, 0
         self.seconds, self.clock = 0.0, time.perf_counter()
 
     def state(self) -> dict[str, float]:
         """What a checkpoint between two rows has to remember, so that a resumed run's next row misses no step."""
-        return {"loss_sum": self.loss_sum.item(), "steps": int(self.steps.item())}
+        return {"sums": self.sums.tolist(), "steps": int(self.steps.item())}
 
     def load(self, state: dict[str, float]) -> None:
         """Go on from what `state` gave; the time of those steps is not known."""
-        self.loss_sum.fill_(float(state["loss_sum"]))
+        loss, eps_error = state["sums"] if "sums" in state else [state["loss_sum"]] * 2  # of older ones, all eps
+        self.sums.copy_(torch.tensor([float(loss), float(eps_error)]))
         self.steps.fill_(int(state["steps"]))
 
-    def add(self, loss: Tensor, skipped: Tensor) -> None:
-        """A step's loss (), summed over its images; one that was skipped (1, not 0) does not count."""
-        self.loss_sum += torch.where(skipped > 0, 0.0, loss)
+    def add(self, sums: Tensor, skipped: Tensor) -> None:
+        """A step's loss and error of eps (2,), summed over images; one that was skipped (1, not 0) does not count."""
+        self.sums += torch.where(skipped > 0, 0.0, sums)
         self.steps += 1 - skipped
         self.steps_timed += 1
 
     def read(self) -> dict[str, float]:
-        """The mean loss of an image, nan if all steps were skipped, and the images a second; starts the next window."""
+        """Means over images, nan if all steps were skipped, and the images a second; starts the next window."""
         steps = self.steps.item()  # waits for the device, so the clock below is right
-        loss = self.loss_sum.item() / (steps * self.images_a_step) if steps else math.nan
+        images = steps * self.images_a_step
+        loss, eps_error = [value / images for value in self.sums.tolist()] if steps else (math.nan, math.nan)
         self.seconds += time.perf_counter() - self.clock
-        row = {"loss": loss, "images_per_second": self.steps_timed * self.images_a_step / self.seconds}
-        self.loss_sum.zero_()
+        speed = self.steps_timed * self.images_a_step / self.seconds
+        row = {"loss": loss, "eps_error": eps_error, "images_per_second": speed}
+        self.sums.zero_()
         self.steps.zero_()
         self.steps_timed = 0
         self.seconds, self.clock = 0.0, time.perf_counter()
@@ -128,13 +135,13 @@ class TrainingWindow:
 
 
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
-    """The training and validation curves of a metrics.csv."""
+    """The training and validation curves of a metrics.csv: the error of eps, whatever the objective."""
     rows = read_metrics(metrics)
     figure, axis = plt.subplots(figsize=(8, 4.5))
     curves = {
-        "loss": ("training (raw weights, random t and noise)", {"color": "0.7", "linewidth": 1.2}),
-        "val_loss": ("validation, raw weights", {"color": "tab:orange", "marker": ".", "linewidth": 1.5}),
-        "val_loss_ema": ("validation, EMA weights", {"color": "tab:blue", "marker": ".", "linewidth": 1.5}),
+        "eps_error": ("training (raw weights, random t and noise)", {"color": "0.7", "linewidth": 1.2}),
+        "val_eps_error": ("validation, raw weights", {"color": "tab:orange", "marker": ".", "linewidth": 1.5}),
+        "val_eps_error_ema": ("validation, EMA weights", {"color": "tab:blue", "marker": ".", "linewidth": 1.5}),
     }
     for column, (label, style) in curves.items():
         points = [(row["step"], row[column]) for row in rows if row[column] is not None]

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from functions.losses import noise_prediction_loss
+from functions.losses import denoising_loss
 from functions.prediction import Denoiser
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
@@ -42,7 +42,8 @@ def describe(run: Run, data_summary: str) -> str:
         f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, {facts['device']}",
         f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: {config.epochs} epochs of "
         f"{facts['steps_per_epoch']:,} steps{done}",
-        f"  schedule   {config.timesteps_diff} timesteps, terminal SNR {snr:.2g}",
+        f"  objective  {config.objective}, t {config.t_sampling}",
+        f"  schedule   {config.timesteps_diff} timesteps, {config.beta_schedule} betas, terminal SNR {snr:.2g}",
         *(f"warning: {warning}" for warning in warnings),
     ])  # fmt: skip
 
@@ -96,7 +97,7 @@ def pass_fits(denoiser: Denoiser, images: int) -> bool:
     try:
         for parameter in network.parameters():  # gradients are there in all passes of a step but the first
             parameter.grad = torch.zeros_like(parameter)
-        noise_prediction_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
+        denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
         return True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from functions.losses import noise_prediction_loss
+from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from models.blocks import ResidualBlock
 from models.unet import UNet
@@ -48,7 +48,7 @@ def gradients(net, mode, dtype=torch.float32, device=CPU):
     t = torch.tensor([0, 300, 999], device=device)
     torch.manual_seed(5)  # dropout
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss = noise_prediction_loss(net, NoiseScheduler(1000), x_0, t, noise).sum()
+        loss = denoising_loss(net, NoiseScheduler(1000), x_0, t, noise).sum()
     with Convolutions() as repeated:
         loss.backward()
     return {name: p.grad.cpu() for name, p in net.named_parameters() if "key.bias" not in name}, repeated.count

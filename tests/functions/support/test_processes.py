@@ -87,7 +87,7 @@ def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
 
 def spoil(patch, most, bad_pass):
     """Give this process no memory for more images than `most`, and a loss that is no number in one pass."""
-    forward, loss, passes = UNet.forward, train.noise_prediction_loss, []
+    forward, loss, passes = UNet.forward, train.denoising_loss, []
 
     def limited(network, x_t, t):
         if len(x_t) > most:
@@ -99,7 +99,7 @@ def spoil(patch, most, bad_pass):
         return loss(*args) * (math.nan if len(passes) == bad_pass else 1)
 
     patch.setattr(UNet, "forward", limited)
-    patch.setattr(train, "noise_prediction_loss", spoiled)
+    patch.setattr(train, "denoising_loss", spoiled)
 
 
 def train_with_a_bad_rank():

@@ -25,7 +25,7 @@ def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path):
              "--diffusion.gradient-accumulation", 2, "--diffusion.max-rotation", 3]  # fmt: skip
     call(train.main, *flags, "--runs", tmp_path / "straight")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        during(patch, 14, interrupt, "noise_prediction_loss")
+        during(patch, 14, interrupt, "denoising_loss")
         call(train.main, *flags, "--runs", tmp_path / "cut")
     call(train.main, "faces", "--resume", "--runs", tmp_path / "cut")
     assert_same_run(*(tmp_path / "straight").iterdir(), *(tmp_path / "cut").iterdir())

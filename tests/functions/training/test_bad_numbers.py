@@ -37,13 +37,13 @@ def with_infinite_gradient(losses):
 
 def poison(monkeypatch, spoil_of_step):
     """Spoil the loss of some steps, counted from 1."""
-    calls, original = [], train.noise_prediction_loss
+    calls, original = [], train.denoising_loss
 
     def spoiled(*args):
         calls.append(1)
         return spoil_of_step.get(len(calls), lambda losses: losses)(original(*args))
 
-    monkeypatch.setattr(train, "noise_prediction_loss", spoiled)
+    monkeypatch.setattr(train, "denoising_loss", spoiled)
 
 
 def checkpoint_of(run, step):

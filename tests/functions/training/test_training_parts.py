@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from config import EXPERIMENTS
 from data.augmentation import rotation_limit
 from functions.ema import update_ema
-from functions.losses import noise_prediction_loss
+from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
@@ -30,10 +30,10 @@ def test_loss_of_known_predictions():
     scheduler = NoiseScheduler(1000)
     x_0, noise, t = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     half = lambda x_t, t: torch.zeros_like(x_t, dtype=torch.bfloat16)
-    assert_close(noise_prediction_loss(half, scheduler, x_0, t, noise), noise.square().mean(dim=(1, 2, 3)))
+    assert_close(denoising_loss(half, scheduler, x_0, t, noise), noise.square().mean(dim=(1, 2, 3)))
     knows_x_0 = lambda x_t, t: scheduler.predict_eps(x_t, t, x_0)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = noise_prediction_loss(knows_x_0, scheduler, x_0, t, noise)
+        losses = denoising_loss(knows_x_0, scheduler, x_0, t, noise)
     assert losses.shape == (4,)
     assert losses.max() < 1e-6  # at t = 0 bfloat16 would lose the noise
 
