@@ -1,6 +1,7 @@
-"""How good a trained model is: `python evaluate.py` for bits/dim, `--metrics bpd,fid,kid,prc` for all there is.
+"""How good a trained model is: `python evaluate.py` for bits/dim, `--metrics bpd,bands,fid,kid,prc` for all there is.
 
-bpd is bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5). fid, kid and prc (precision and
+bpd is bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5). bands is what the network knows of
+x_0 at each noise level, by spatial frequency (docs/whole-before-detail.md). fid, kid and prc (precision and
 recall) compare samples with real images and need requirements-eval.txt and the weights of InceptionV3. On several GPUs:
 `torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid` (with -n, since torchrun takes --n for its own).
 """
@@ -16,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.datasets import ImageSet, Split, hash_ids, load_images, split_images
+from data.datasets import ImageSet, Split, hash_ids, images_of_run
 from data.pixels import to_model_range
 from functions.evaluation import features
+from functions.evaluation.bands import measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim, plot_bits_per_dim
 from functions.evaluation.features import FEWEST, FULL_COUNT, Extractor, Reference, compare, load_inception
 from functions.evaluation.reference_statistics import describe, read_reference, write_reference
 from functions.likelihood import VARIANCES
+from functions.sampling.calibration import calibrated
 from functions.sampling.generation import ImageSampler, load_newest, rebuild
 from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.support.command_line import Parser, plain_errors, positive
@@ -33,7 +36,8 @@ from functions.support.processes import Processes, joined
 from functions.support.run_folder import folder_of
 from models.unet import UNet
 
-METRICS = ("bpd", "fid", "kid", "prc")
+METRICS = ("bpd", "bands", "fid", "kid", "prc")
+AVERAGED = 2000  # training images, evenly spaced, that the average image of `bands` is made from
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,19 @@ class Subject:
     facts: dict  # which weights, in which arithmetic: part of every result
     place: Path  # of the results: their folder and the checkpoint's name
 
+    def x_0_of(self, indices: np.ndarray) -> torch.Tensor:
+        """(B, C, H, W) in [-1, 1], on the model's device."""
+        return to_model_range(torch.from_numpy(self.image_set.images[indices]).to(self.image_sampler.device))
+
 
 def main(load_extractor: Callable[[Path | None, torch.device, Processes], Extractor] = load_inception) -> None:
     """Read the command line, evaluate, and say which files were written."""
     args = parse_flags()
     with joined() as processes:
         subject = open_subject(args, processes)
-        if args.metrics != ("bpd",):
+        if "bands" in args.metrics:
+            evaluate_bands(args, subject, processes)
+        if {"fid", "kid", "prc"} & set(args.metrics):
             evaluate_images(args, subject, load_extractor, processes)
         if "bpd" in args.metrics:
             evaluate_bits(args, subject, processes)
@@ -63,14 +73,15 @@ def parse_flags() -> argparse.Namespace:
     parser = Parser(description=__doc__, usage="%(prog)s [RUN] [flags]")
     add_sampling_flags(parser)
     add = parser.add_argument
-    add("--metrics", type=metric_names, default=("bpd",), metavar="bpd,fid,kid,prc", help="what to measure (bpd)")
+    add("--metrics", type=metric_names, default=("bpd",), metavar="bpd,bands,fid,kid,prc", help="what to measure (bpd)")
     add("--dataset-name", metavar="NAME|PATH", help="where the data set is now (where it was in training)")
 
-    add = parser.add_argument_group("bits/dim (bpd), on the validation split").add_argument
+    add = parser.add_argument_group("bits/dim (bpd) and bands, on the validation split").add_argument
     add("--images", type=positive, metavar="N", help="how many images of the split, evenly spaced (all)")
-    add("--t-stride", type=positive, default=20, metavar="N", help="most timesteps that one network call is for (20)")
+    stride = "of bpd: most timesteps that one network call is for (20)"
+    add("--t-stride", type=positive, default=20, metavar="N", help=stride)
     add("--bpd-variance", choices=VARIANCES, default="small", help="variance of p(x_{t-1} | x_t) (small)")
-    add("--no-clip", action="store_true", help="let the predicted x_0 leave [-1, 1] (it is clipped, as in sampling)")
+    add("--no-clip", action="store_true", help="of bpd: let x_0 leave [-1, 1] (it is clipped, as in sampling)")
 
     add = parser.add_argument_group("FID, KID, precision and recall (fid, kid, prc)").add_argument
     add("--n", "-n", type=positive, default=FULL_COUNT, metavar="N", help=f"how many images to sample ({FULL_COUNT:,})")
@@ -105,13 +116,9 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     denoiser = rebuild(UNet, saved, device, precision)
     image_sampler = ImageSampler(denoiser, SamplerOptions.from_args(args), saved.image_shape, args.seed, device)
     processes.say(str(saved))
-    diffusion, run = saved.config["diffusion"], saved.run
-    fields = {"dataset_name": str, "max_bad_images": int, "split": str}
-    if any(type(diffusion.get(field)) is not kind for field, kind in fields.items()):
-        raise UserError(f"{saved.path}: its config does not say which images the model was trained on")
-    name = args.dataset_name or diffusion["dataset_name"]
-    image_set = load_images(name, saved.image_shape[-1], diffusion["max_bad_images"])
-    split = split_images(image_set, diffusion["split"])
+    image_sampler = calibrated(image_sampler, saved, args.batch_size, images_of_run, processes)
+    run = saved.run
+    image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1], args.dataset_name)
     processes.say(split.description)
     if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
         text = "THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation"
@@ -120,20 +127,35 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
     asked = {"batch_size": args.batch_size, "seed": args.seed}
     facts = {"experiment": run["experiment"], **weights, **computing, **asked}
+    if image_sampler.options.calibrate:
+        facts["calibration"] = image_sampler.denoiser.calibration.made_from
     folder = args.out or folder_of(saved.path) / "evaluation"
     return Subject(image_sampler, image_set, split, facts, folder / saved.path.stem)
 
 
+def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
+    """What the network knows of the validation split's x_0, by noise level and spatial frequency."""
+    images, split, denoiser = subject.image_set.images, subject.split, subject.image_sampler.denoiser
+    indices = evenly(split.val_indices, args.images)
+    average = to_model_range(torch.from_numpy(images[evenly(split.train_indices, AVERAGED)].mean(axis=0)[None]))[0]
+    result = measure_bands(denoiser, subject.x_0_of, indices, average, args.batch_size, args.seed, processes)
+    if not processes.is_main:
+        return
+    settings = {**subject.facts, "ids_hash": split.val_ids_hash, "images": len(indices)}
+    path = write_result(subject.place, "bands", {"verdict": result.verdict(), "settings": settings, **result.facts()})
+    plot_bands(result, path.with_suffix(".png"), f"{settings['experiment']}, step {settings['step']:,}")
+    print(f"squared error of x_0 over the average image's, by t and cycles an image\n{result.table()}")
+    print(f"{result.verdict()}\nwrote {path}\nwrote {path.with_suffix('.png')}")
+
+
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
     """bits/dim of the validation split, with all that one must know of it to compare it with others."""
-    images, split, image_sampler = subject.image_set.images, subject.split, subject.image_sampler
+    split, image_sampler = subject.split, subject.image_sampler
     options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, not args.no_clip)
-
-    def x_0_of(indices: np.ndarray) -> torch.Tensor:
-        return to_model_range(torch.from_numpy(images[indices]).to(image_sampler.device))
-
     indices = evenly(split.val_indices, args.images)
-    result = measure_bits_per_dim(image_sampler.denoiser, x_0_of, indices, options, processes, processes.is_main)
+    result = measure_bits_per_dim(
+        image_sampler.denoiser, subject.x_0_of, indices, options, processes, processes.is_main
+    )
     if not processes.is_main:
         return
     of_images = {"ids_hash": split.val_ids_hash, "split_images": len(split.val_indices), "images": len(indices)}
@@ -173,7 +195,7 @@ def evaluate_images(args: argparse.Namespace, subject: Subject, load_extractor: 
     warnings = features.image_warnings(real["count"], args.n, extractor.width)
     for warning in warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
-    metrics = tuple(name for name in args.metrics if name != "bpd")
+    metrics = tuple(name for name in args.metrics if name not in ("bpd", "bands"))
     results = compare(metrics, generated, reference, args.seed)
     contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}
     path = write_result(subject.place, "-".join(metrics), contents)

@@ -16,8 +16,10 @@ from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
+from data.datasets import images_of_run
 from data.decode import read_image
 from data.pixels import to_uint8
+from functions.sampling.calibration import calibrated
 from functions.sampling.files import MOST_IN_GRID, existing, figures_of, image_path, open_folder, save_pictures
 from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, load_newest, rebuild
 from functions.sampling.interpolation import save_interpolation, save_variations
@@ -51,6 +53,7 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
             processes.from_main(lambda: export_weights(saved, args.export))
             processes.say(f"wrote {args.export}")
             return
+        image_sampler = calibrated(image_sampler, saved, args.batch_size, images_of_run, processes)
 
         slug = f"{saved.path.stem}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
         folder = args.out or folder_of(saved.path) / "samples" / f"{slug}-seed{args.seed}"
@@ -59,6 +62,8 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
             return
         facts = {"checkpoint": saved.digest, "weights": saved.kind, "seed": args.seed}
         facts |= {"precision": str(precision).removeprefix("torch."), **options.facts(denoiser.scheduler.timesteps)}
+        if options.calibrate:
+            facts["calibration"] = image_sampler.denoiser.calibration.made_from
         sample_from_noise(args, image_sampler, folder, facts, processes)
 
 

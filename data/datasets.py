@@ -90,6 +90,18 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     return Split(indices[:train_count], indices[train_count:], description, *hashes)
 
 
+def images_of_run(diffusion: dict, image_size: int, name: str | None = None) -> tuple[ImageSet, Split]:
+    """The images that a run was trained and validated on, by its saved config; from elsewhere, or others, by `name`.
+
+    Raises UserError when the config does not say, or as `load_images` does.
+    """
+    fields = {"dataset_name": str, "max_bad_images": int, "split": str}
+    if any(type(diffusion.get(field)) is not kind for field, kind in fields.items()):
+        raise UserError("the model's config does not say which images it was trained on")
+    image_set = load_images(name or diffusion["dataset_name"], image_size, diffusion["max_bad_images"])
+    return image_set, split_images(image_set, diffusion["split"])
+
+
 def hash_ids(ids: list) -> str:
     """Make a short hash of a list of ids, by which two runs can be shown to have used the same images."""
     return hashlib.sha256("\n".join(map(str, ids)).encode(errors="surrogateescape")).hexdigest()[:16]

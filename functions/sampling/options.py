@@ -38,6 +38,7 @@ class SamplerOptions:
     eps_scale: float = 1.0
     variance: str | None = None  # of ddpm
     eta: float | None = None  # of ddim and dpm++
+    calibrate: str | None = None  # "data", "own" or another data set: see functions/sampling/calibration.py
 
     def __post_init__(self) -> None:
         own = OWN_OPTIONS[self.sampler]
@@ -81,6 +82,7 @@ class SamplerOptions:
         """Such as "dpm++, 20 steps, logsnr, eta 1.0" or "ddpm, all steps, variance small"."""
         words = [self.sampler, *([f"{self.steps} steps", self.spacing] if self.steps else ["all steps"])]
         words += [f"{option} {value}" for option, value in self.own.items()]
+        words += [f"calibrated on {Path(self.calibrate).name}"] if self.calibrate else []
         return ", ".join(words + ([f"eps / {self.eps_scale:g}"] if self.eps_scale != 1 else []))
 
     @property
@@ -90,6 +92,7 @@ class SamplerOptions:
         words += [self.spacing] if self.spacing != SPACING[self.sampler] else []
         changed = {o: v for o, v in self.own.items() if v != OWN_OPTIONS[self.sampler][o]}
         words += [value if option == "variance" else f"eta{value:g}" for option, value in changed.items()]
+        words += [f"calibrated-{Path(self.calibrate).stem}"] if self.calibrate else []
         return "-".join(words + ([f"eps{self.eps_scale:g}"] if self.eps_scale != 1 else []))
 
 
@@ -126,3 +129,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--variance", choices=("small", "large"), help=variance)
     eps_scale = "divide the predicted noise by X, such as 1.005; 1 leaves it as it is (default: 1)"
     add("--eps-scale", type=float, default=1.0, metavar="X", help=eps_scale)
+    calibrate = (
+        "correct what the network does not know at high t (docs/whole-before-detail.md): fitted to the training "
+        "images, to those of another data set, or to the model's own samples; a minute or two, once (default: no)"
+    )
+    add("--calibrate", nargs="?", const="data", metavar="DATA|own", help=calibrate)

@@ -1,0 +1,86 @@
+"""The calibration restores what is known to be damaged, and leaves the ideal denoiser as it is."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import sample
+from functions.prediction import Denoiser, predict
+from functions.sampling import calibration
+from functions.sampling.calibration import calibrate
+from tests.conftest import call
+from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
+
+
+def damped_x_0(x_t, t):
+    x_0 = SCHEDULER.predict_x_0(x_t, t, ideal_eps(x_t, t))
+    return SCHEDULER.predict_eps(x_t, t, MU + by_bands(x_0 - MU, torch.tensor([0.2, 3.0, 0.5, 0.1])))
+
+
+def damped_eps(x_t, t):
+    """The fault of real networks."""
+    return by_bands(ideal_eps(x_t, t), torch.tensor([0.5, 1.0, 0.97, 0.9]))
+
+
+def error_of(denoiser, t):
+    """The mean squared error of x_0 on images that nothing was fitted to."""
+    x_0, noise = draw_images(256, seed=5), torch.randn(256, 3, 16, 16, generator=torch.Generator().manual_seed(6))
+    return (predict(denoiser, SCHEDULER, SCHEDULER.q_sample(x_0, t, noise), t)[0] - x_0).square().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("eps", "worse"), [(ideal_eps, (1, 1)), (damped_x_0, (1.3, 1.01)), (damped_eps, (1.5, 10))], ids=str
+)
+def test_it_restores_the_ideal_denoiser(eps, worse):
+    """At timesteps that were fitted and at those between; `worse` is the damage at the first and the last."""
+    damaged, ideal = Denoiser(Network(eps), SCHEDULER), Denoiser(Network(ideal_eps), SCHEDULER)
+    better = replace(damaged, calibration=calibrate(damaged, draw_images(512), 0, 256, {}))
+    for t in (600, 612, 750, 888, 990, 999):
+        assert error_of(better, t) < 1.02 * error_of(ideal, t)
+    for t, times in zip((600, 999), worse, strict=True):
+        assert error_of(damaged, t) >= times * error_of(ideal, t)
+    assert error_of(better, 599) == error_of(damaged, 599)
+
+
+class Network(torch.nn.Module):
+    def __init__(self, eps):
+        super().__init__()
+        self.forward = eps
+
+
+def test_it_is_the_same_for_one_timestep_and_for_many():
+    weights = torch.rand(1000, 4, 2, generator=torch.Generator().manual_seed(0))
+    weights[:600] = torch.tensor([1.0, 0.0])
+    mix = calibration.Calibration(MU, weights, {})
+    x_0, x_t = draw_images(3), draw_images(3, seed=1)
+    together = mix(x_0, x_t, torch.tensor([999, 50, 700]), SCHEDULER)
+    for k, t in enumerate((999, 50, 700)):
+        assert_close(together[k], mix(x_0[k : k + 1], x_t[k : k + 1], t, SCHEDULER)[0])
+    in_band = by_bands(x_0[:1] - MU, weights[999, :, 0])
+    in_band += by_bands(x_t[:1] - SCHEDULER.alpha_bar(999) ** 0.5 * MU, weights[999, :, 1])
+    assert_close(together[:1], MU + in_band)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["own", "data"])
+def test_sample_makes_it_once_and_says_what_it_is_from(which, tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "IMAGES", 12)
+    flags = ["--sampler", "ddim", "--steps", "3", "--n", "2", "--individual", "--device", "cpu", "--calibrate"]
+    path = tiny_run / "checkpoints" / f"step-00000010-calibration-{which}.safetensors"
+    call(sample.main, tiny_run, *flags, which)
+    assert f"wrote {path}" in capsys.readouterr().out
+    folder = tiny_run / "samples" / f"step-00000010-ddim3-calibrated-{which}-seed0"
+    assert json.loads((folder / "samples.json").read_text())["calibration"]["count"] == 12
+    first, made = (folder / "00000.png").read_bytes(), path.read_bytes()
+    call(sample.main, tiny_run, *flags, which, "--out", tmp_path / "again")
+    assert "calibration" not in capsys.readouterr().out.replace(f"calibrated-{which}", "")
+    assert (tmp_path / "again" / "00000.png").read_bytes() == first
+    call(sample.main, tiny_run, *flags[:-1], "--out", tmp_path / "without")
+    assert (tmp_path / "without" / "00000.png").read_bytes() != first
+    path.write_bytes(made[:-100])  # damaged: made anew
+    call(sample.main, tiny_run, *flags, which, "--out", tmp_path / "anew")
+    assert path.read_bytes() == made
+    path.unlink()
