@@ -1,132 +1,213 @@
-"""The reference's open questions, by experiment: `python figures/experiments.py train`; then the other words below.
+"""Why colours go wrong, and two cures: the arms of docs/whole-before-detail.md. `python figures/experiments.py WORD`.
 
-    train     all ARMS with all SEEDS in turn, by the loop of train.py; two to three minutes each on two cores.
-              Several averages of the weights are kept in the same run: an average never touches the training.
-    measure   what figures/experiment_measures.py defines, of every arm, seed and average; into
-              figures/experiments.json, from which the table of docs/experiments.md is made.
-    samplers  the error of each sampler by network calls, on the newest finished `faces` run; into the same file.
-    draw      figures/experiments.png, and the table in Markdown.
+    train     a run of every arm and seed; one that was stopped goes on, one that is finished is left
+    measure   each run's numbers, with and without calibration, into a JSON in its folder
+    draw      those into figures/experiments.json; figures/whole_before_detail.png, and the table, from there
 
-All skip what is there already, so any of them can be cut short and started again. Arms are the `faces`
-experiment with fewer epochs and the fields named in ARMS; any field can be overridden for all arms, as with train.py.
+On two cores a run takes a quarter of an hour (of 64 px an hour), and its numbers five minutes.
 """
 
 import argparse
-import copy
+import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that the repository's modules are found from any folder
 
 import train  # noqa: E402
-from config import ConfigError, DiffusionConfig, ModelConfig  # noqa: E402
-from figures import experiment_measures, experiment_pictures, experiment_samplers  # noqa: E402
-from figures.experiment_arms import (  # noqa: E402
-    ARMS,
-    AVERAGES,
-    Average,
-    experiment_of,
-    finished_run,
-    own_average,
-    run_name,
-    weights_file,
-)  # fmt: skip
-from functions.ema import update_ema  # noqa: E402
-from functions.support.checkpoint import SavedModel, check_whole, export_weights  # noqa: E402
-from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors, positive  # noqa: E402
+from config import EXPERIMENTS  # noqa: E402
+from data.datasets import images_of_run  # noqa: E402
+from data.pixels import to_model_range, to_uint8  # noqa: E402
+from figures.feature_distance import Features, spoilt  # noqa: E402
+from functions.evaluation.bands import measure_bands, plot_bands  # noqa: E402
+from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim  # noqa: E402
+from functions.sampling.calibration import calibrated  # noqa: E402
+from functions.sampling.generation import ImageSampler, generate, rebuild  # noqa: E402
+from functions.sampling.options import SamplerOptions  # noqa: E402
+from functions.support.checkpoint import load_weights  # noqa: E402
+from functions.support.command_line import Parser, plain_errors  # noqa: E402
 from functions.support.device import choose_device  # noqa: E402
-from functions.support.processes import joined  # noqa: E402
-from functions.support.run_folder import Run, find_checkpoints, runs_of  # noqa: E402
+from functions.support.pictures import plt, save_figure, tile  # noqa: E402
+from functions.support.processes import SINGLE_PROCESS  # noqa: E402
+from functions.support.run_folder import Run, find_checkpoints, runs_of, step_of  # noqa: E402
+from models.unet import UNet  # noqa: E402
 
-RESULTS = Path(__file__).resolve().with_name("experiments.json")
-PICTURE = Path(__file__).resolve().with_name("experiments.png")
-SEEDS = (0, 1)
+RESULTS = ROOT / "figures" / "experiments.json"
+V = {"objective": "v", "t_sampling": "mixed"}
+LARGE = {"image_size": 64, "lowest_resolution_size": 8}
+ARMS = {  # name: what differs from `faces` in diffusion and model, and how many seeds
+    "eps": ({}, {}, 3),
+    "v, mixed t": (V, {}, 3),
+    "v, uniform t": (V | {"t_sampling": "uniform"}, {}, 1),
+    "eps, mixed t": ({"t_sampling": "mixed"}, {}, 1),
+    "v, mixed t, cosine": (V | {"beta_schedule": "cosine"}, {}, 1),
+    "v, mixed t, min-SNR": (V, {}, 1),
+    "eps, 64 px": ({}, LARGE, 1),
+    "v, mixed t, 64 px": (V, LARGE, 1),
+    "eps, photos": ({}, {}, 1),
+    "v, mixed t, photos": (V, {}, 1),
+}
+DISTANCES = {
+    "20 DDIM": SamplerOptions("ddim", 20),
+    "50 DDIM": SamplerOptions("ddim", 50),
+    "20 SDE": SamplerOptions("dpm++", 20),
+    "200 DDPM": SamplerOptions("ddpm", 200),
+}
+SHOWN = 12  # samples of each arm in the picture
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("what", choices=("train", "measure", "samplers", "draw"))
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", metavar="FOLDER")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
-    parser.add_argument("--faces", type=Path, metavar="RUN", help="the samplers' model; the newest finished faces run")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="FILE", help="the numbers: measure's, for draw"
-    )
-    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE")
-    parser.add_argument("--samples", type=positive, default=100, metavar="N", help="of each arm, seed, average (100)")
-    parser.add_argument("--calls", nargs="+", type=positive, default=[5, 10, 20, 50, 100], metavar="N",
-                        help="network calls of each sampler (5 10 20 50 100)")  # fmt: skip
-    parser.add_argument("--sampler-images", type=positive, default=48, metavar="N", help="of each sampler (48)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add_config_flags(parser, "diffusion", DiffusionConfig)
-    add_config_flags(parser, "model", ModelConfig)
+    parser.add_argument("word", choices=("train", "measure", "draw"))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="which (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="which (as many as ARMS says)")
+    parser.add_argument("--photos", metavar="PATH", help="what the arms of photos are trained on (without: left out)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", help="where the runs are")
+    parser.add_argument("--epochs", type=int, help="of every run (as `faces`)")
+    parser.add_argument("--images", type=int, default=100, help="samples for a distance; ten times as many for spoilt")
     args = parser.parse_args()
-    if args.what == "train":
-        train_arms(args)
+    for arm in args.arms:
+        for seed in args.seeds or range(ARMS[arm][2]):
+            if args.word == "train" and ("photos" not in arm or args.photos):
+                train_arm(args, arm, seed)
+            elif args.word == "measure" and finished(args.runs, arm, seed):
+                measure(finished(args.runs, arm, seed), args.images)
+    if args.word == "draw":
+        draw(args)
+
+
+def slug(arm: str, seed: int) -> str:
+    return f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+
+
+def newest(runs: Path, arm: str, seed: int) -> Path | None:
+    return next(reversed(runs_of(runs, f"{slug(arm, seed)}-")), None)
+
+
+def finished(runs: Path, arm: str, seed: int) -> Path | None:
+    """The newest run of an arm, if it has reached its last step."""
+    run = newest(runs, arm, seed)
+    total = run and json.loads((run / "config.json").read_text())["run"]["total_steps"]
+    return run if run and step_of(find_checkpoints(run)[0]) == total else None
+
+
+def train_arm(args: argparse.Namespace, arm: str, seed: int) -> None:
+    """By `train.train`; the arm of min-SNR with that weight of the loss (Hang et al. 2023, arXiv:2303.09556)."""
+    diffusion, model, _ = ARMS[arm]
+    given = {"epochs": args.epochs} if args.epochs else {}
+    given |= {"dataset_name": args.photos} if "photos" in arm else {}
+    before, name = newest(args.runs, arm, seed), slug(arm, seed)
+    if finished(args.runs, arm, seed):
         return
-    commands = {
-        "measure": experiment_measures.measure,
-        "samplers": experiment_samplers.measure,
-        "draw": experiment_pictures.draw,
+    experiment = EXPERIMENTS["faces"].override({**given, **diffusion, "seed": seed}, model)
+    run = train.open_run(before, None, ({}, {}), SINGLE_PROCESS) if before else Run(name, experiment, args.runs)
+    with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
+        train.train(run, choose_device("auto"), SINGLE_PROCESS)
+
+
+def min_snr_loss(model, scheduler, x_0: Tensor, t: Tensor, noise: Tensor, loss=train.denoising_loss) -> Tensor:
+    """The squared error of x_0 times min(SNR, 5); it is (1 - alpha_bar) of v's."""
+    a = scheduler.alpha_bar(t).to(x_0)
+    return (1 - a) * (a / (1 - a)).clamp(max=5) * loss(model, scheduler, x_0, t, noise)
+
+
+def measure(run: Path, count: int) -> None:
+    """All numbers of a run that are not there yet."""
+    device, saved = choose_device("auto"), load_weights(find_checkpoints(run)[0])
+    image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1])
+    x_0_of = lambda indices: to_model_range(torch.from_numpy(image_set.images[indices])).to(device)
+    train_images = x_0_of(split.train_indices)
+    features = Features(torch.cat([train_images, train_images.flip(3)]))
+    denoiser = rebuild(UNet, saved, device)
+    for calibration in (None, "data", "own"):
+        path = run / f"measured{f'-{calibration}' if calibration else ''}.json"
+        if path.exists():
+            continue
+        sampler = ImageSampler(denoiser, SamplerOptions(calibrate=calibration), saved.image_shape, 0, device)
+        sampler = calibrated(sampler, saved, 64, images_of_run, SINGLE_PROCESS)
+        bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0)
+        plot_bands(bands, path.with_suffix(".png"), run.name)
+        found = {"bands": bands.facts(), "distance": {}}
+        for name, options in DISTANCES.items():
+            many = 10 * count if name == "20 DDIM" else count
+            images = generate(replace(sampler, options=options), range(many), 64).images.to(device)
+            found["distance"][name] = features.distance(images[:count])
+            if name == "20 DDIM":
+                found["spoilt"] = spoilt(images).double().mean().item()
+                np.save(path.with_suffix(".npy"), to_uint8(images[:SHOWN]).cpu().numpy())
+        if not calibration:
+            options = BoundOptions(t_stride=50)
+            bound = measure_bits_per_dim(sampler.denoiser, x_0_of, split.val_indices, options)
+            found["bits_per_dim"] = [bound.total, bound.standard_error]
+        path.write_text(json.dumps(found))
+        print(f"{path}: {found['distance']}, spoilt {found['spoilt']}", flush=True)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """The results of the runs that are here into those that are known; the picture of runs here, the table of all."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = {}
+    for arm in args.arms:
+        for seed in args.seeds or range(ARMS[arm][2]):
+            run = newest(args.runs, arm, seed)
+            for kind in ("", "-data", "-own"):
+                if run and (run / f"measured{kind}.json").exists():
+                    label = arm + (f", calibrated ({kind[1:]})" if kind else "")
+                    results.setdefault(label, {})[str(seed)] = json.loads((run / f"measured{kind}.json").read_text())
+                    if seed == 0 and "photos" not in arm and "64" not in arm:
+                        rows[label] = np.load(run / f"measured{kind}.npy")
+    RESULTS.write_text(json.dumps(rounded(results), indent=1) + "\n")
+    print(table(results))
+    figure, axes = plt.subplots(len(rows), 1, figsize=(10, 0.8 * len(rows)), squeeze=False)
+    for axis, (label, images) in zip(axes[:, 0], rows.items(), strict=True):
+        axis.imshow(tile(images, SHOWN), interpolation="bicubic")
+        axis.set_ylabel(label.replace(", calibrated", ",\ncalibrated"), rotation=0, ha="right", va="center", fontsize=8)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    figure.tight_layout(pad=0.3)
+    save_figure(figure, RESULTS.with_name("whole_before_detail.png"))
+
+
+def table(results: dict) -> str:
+    """Markdown: the mean over seeds, and in brackets the lowest and the highest."""
+    cells = {
+        "mean, t = 999": lambda found: found["bands"]["ratio"][-1][0],
+        "mean, t = 920": lambda found: found["bands"]["ratio"][-3][0],
+        **{name: lambda found, name=name: found["distance"][name] for name in DISTANCES},
+        "spoilt, %": lambda found: 100 * found["spoilt"],
+        "bits/dim": lambda found: found.get("bits_per_dim", [np.nan])[0],
     }
-    commands[args.what](args)
+    lines = [["arm", "seeds", *cells], ["---"] * (len(cells) + 2)]
+    for label, seeds in results.items():
+        lines.append(
+            [label, str(len(seeds)), *(of_seeds([cell(found) for found in seeds.values()]) for cell in cells.values())]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def train_arms(args: argparse.Namespace) -> None:
-    """Train what is not trained yet: first all arms with the first seed."""
-    device = choose_device(args.device)
-    for seed in args.seeds:
-        for arm in args.arms:
-            if finished_run(args.runs, arm, seed):
-                print(f"{arm}, seed {seed}: trained already", flush=True)
-                continue
-            experiment = experiment_of(arm, seed, given_fields(args, "diffusion", DiffusionConfig),
-                                       given_fields(args, "model", ModelConfig))  # fmt: skip
-            with joined() as processes, tracked(AVERAGES) as averages:
-                train.train(Run(run_name(arm, seed), experiment, args.runs), device, processes)
-            save_weights(runs_of(args.runs, run_name(arm, seed))[-1], averages)
+def of_seeds(values: list[float]) -> str:
+    """Such as "2.1 (1.9-2.4)"; nothing where there is no number."""
+    spread = f" ({min(values):.3g}-{max(values):.3g})" if len(values) > 1 else ""
+    return "" if np.isnan(values[0]) else f"{np.mean(values):.3g}{spread}"
 
 
-@contextmanager
-def tracked(averages: dict[str, Average]) -> Iterator[dict[str, nn.Module]]:
-    """Within it train.py's `update_ema` moves further averages too; yields them by name, empty before the first step.
-
-    They start, as the run's own, from the initial weights.
-    """
-    models: dict[str, nn.Module] = {}
-
-    def update_all(ema_model: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-        if step == 0:  # the run's own average has not moved yet: these are the initial weights
-            models.update({name: copy.deepcopy(ema_model) for name in averages})
-        update_ema(ema_model, model, step, decay)
-        for name, average in averages.items():
-            average.update(models[name], model, step)
-
-    train.update_ema = update_all
-    try:
-        yield models
-    finally:
-        train.update_ema = update_ema
-
-
-def save_weights(run: Path, averages: dict[str, nn.Module]) -> None:
-    """All weights of a finished run, the raw ones last: they mark it as finished."""
-    checkpoint = check_whole(find_checkpoints(run)[0])
-    config, facts = checkpoint.contents["config"], checkpoint.contents["run"]
-    all_weights = {name: average.state_dict() for name, average in averages.items()}
-    all_weights[own_average(config)] = checkpoint.tensors("ema.")
-    (run / "weights").mkdir(exist_ok=True)
-    for name, weights in {**all_weights, "raw": checkpoint.tensors("model.")}.items():
-        kind = "raw" if name == "raw" else "EMA"
-        export_weights(SavedModel(run, weights, kind, config, facts, digest=""), weights_file(run, name))
+def rounded(value: object) -> object:
+    """Five digits: more would pretend to an accuracy that there is not."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
-    with plain_errors(ConfigError):
+    with plain_errors():
         main()
