@@ -9,6 +9,7 @@ On two cores a run takes a quarter of an hour (of 64 px an hour), and its number
 
 import argparse
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,7 +36,7 @@ from functions.sampling.options import SamplerOptions  # noqa: E402
 from functions.support.checkpoint import load_weights  # noqa: E402
 from functions.support.command_line import Parser, plain_errors  # noqa: E402
 from functions.support.device import choose_device  # noqa: E402
-from functions.support.pictures import plt, save_figure, tile  # noqa: E402
+from functions.support.pictures import enlarge, plt, save_figure, save_image, tile  # noqa: E402
 from functions.support.processes import SINGLE_PROCESS  # noqa: E402
 from functions.support.run_folder import Run, find_checkpoints, runs_of, step_of  # noqa: E402
 from models.unet import UNet  # noqa: E402
@@ -61,7 +62,8 @@ DISTANCES = {
     "20 SDE": SamplerOptions("dpm++", 20),
     "200 DDPM": SamplerOptions("ddpm", 200),
 }
-SHOWN = 12  # samples of each arm in the picture
+MAPS = {"eps": "bands-eps.png", "v, mixed t": "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
+SHOWN, COLUMNS = 36, 12  # samples that are kept of each arm, and shown in the picture of all
 
 
 def main() -> None:
@@ -152,28 +154,40 @@ def measure(run: Path, count: int) -> None:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """The results of the runs that are here into those that are known; the picture of runs here, the table of all."""
+    """The results of the runs that are here into those that are known; pictures of the runs here, the table of all."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    rows = {}
+    pictures = {}
     for arm in args.arms:
         for seed in args.seeds or range(ARMS[arm][2]):
             run = newest(args.runs, arm, seed)
             for kind in ("", "-data", "-own"):
-                if run and (run / f"measured{kind}.json").exists():
+                path = run / f"measured{kind}.json" if run else None
+                if path and path.exists():
                     label = arm + (f", calibrated ({kind[1:]})" if kind else "")
-                    results.setdefault(label, {})[str(seed)] = json.loads((run / f"measured{kind}.json").read_text())
+                    results.setdefault(label, {})[str(seed)] = json.loads(path.read_text())
                     if seed == 0 and "photos" not in arm and "64" not in arm:
-                        rows[label] = np.load(run / f"measured{kind}.npy")
-    RESULTS.write_text(json.dumps(rounded(results), indent=1) + "\n")
+                        pictures[label] = np.load(path.with_suffix(".npy"))
+                        if label in MAPS:
+                            shutil.copyfile(path.with_suffix(".png"), RESULTS.with_name(MAPS[label]))
+    lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(rounded(found))}" for label, found in results.items())
+    RESULTS.write_text(f"{{\n{lines}\n}}\n")
     print(table(results))
-    figure, axes = plt.subplots(len(rows), 1, figsize=(10, 0.8 * len(rows)), squeeze=False)
-    for axis, (label, images) in zip(axes[:, 0], rows.items(), strict=True):
-        axis.imshow(tile(images, SHOWN), interpolation="bicubic")
+    save_rows({label: tile(images[:COLUMNS], COLUMNS) for label, images in pictures.items()}, "whole_before_detail.png")
+    if {"eps", "v, mixed t"} <= pictures.keys():
+        both = np.concatenate([tile(pictures[label], 6) for label in ("eps", "v, mixed t")], axis=1)
+        save_image(enlarge(both, 32), RESULTS.with_name("faces_and_faces_v.png"))
+
+
+def save_rows(pictures: dict[str, np.ndarray], name: str) -> None:
+    """One picture (H, W, 3) under the other, with a label each."""
+    figure, axes = plt.subplots(len(pictures), 1, figsize=(10, 0.8 * len(pictures)), squeeze=False)
+    for axis, (label, picture) in zip(axes[:, 0], pictures.items(), strict=True):
+        axis.imshow(picture, interpolation="bicubic")
         axis.set_ylabel(label.replace(", calibrated", ",\ncalibrated"), rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     figure.tight_layout(pad=0.3)
-    save_figure(figure, RESULTS.with_name("whole_before_detail.png"))
+    save_figure(figure, RESULTS.with_name(name))
 
 
 def table(results: dict) -> str:

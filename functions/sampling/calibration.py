@@ -1,13 +1,13 @@
-"""A cure without training for what a network does not know of x_0 at high t: its colour, its darkness, its speckles.
+"""A cure without training for what a network does not know of x_0 at high t: colour, darkness, speckles.
 
-At each timestep t and in each band of frequencies (functions/spectrum.py) the network's x_0 is replaced by the best
+At each timestep and in each band of frequencies (functions/spectrum.py) the network's x_0 is replaced by the best
 linear mix of it and x_t, about the average image mu:
 
     x_0' = mu + w_1 (x_0 - mu) + w_2 (x_t - sqrt(alpha_bar) mu)
 
-Two real numbers a band and t by least squares: never worse, on the images that they are fitted to, than the network
-alone (1, 0) nor than the best linear filter of x_t (0, w). docs/whole-before-detail.md says why it helps. A related
-cure with one number a timestep: Pang et al. 2023, arXiv:2302.10688.
+Two real numbers a band and t by least squares: on the images that they are fitted to never worse than the network alone
+(1, 0), nor than the best linear filter of x_t (0, w). docs/whole-before-detail.md says why it helps. Related, with one
+number a timestep: Pang et al. 2023, arXiv:2302.10688.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ from functions.support.random_numbers import ImageNoise, seed_of
 
 IMAGES = 512  # that the numbers are fitted to
 FROM = 0.6  # as a share of T: at lower t the network knows more than the numbers could add
-RIDGE = 1e-4  # relative: where x_0 is a multiple of x_t, one of the numbers is as good as the other
 FITTED = 17  # timesteps from there to T - 1; between them the numbers are interpolated
+RIDGE = 1e-4  # relative: where x_0 is a multiple of x_t, one of the numbers is as good as the other
 
 
 @dataclass(frozen=True)
@@ -42,49 +42,44 @@ class Calibration:
     """What `interpret` of functions/prediction.py calls: x_0 -> x_0'."""
 
     mean: Tensor  # (C, H, W): mu
-    weights: Tensor  # (T, bands, 2) float32: w_1 and w_2; 1 and 0 where nothing changes
+    weights: Tensor  # (T, bands, 2): w_1 and w_2; 1 and 0 where nothing changes
     made_from: dict  # what decides it
 
     def __call__(self, x_0: Tensor, x_t: Tensor, t: Timestep, scheduler: NoiseScheduler) -> Tensor:
-        if isinstance(t, int) and t < FROM * scheduler.timesteps:
-            return x_0
         mean, bands = self.mean.to(x_0), octaves(x_0.shape[-1], x_0.device)
-        of_bands = self.weights[t.to(self.weights.device) if isinstance(t, Tensor) else t].to(x_0)  # (bands, 2) or more
-        w_1, w_2 = of_bands[..., bands, :].unsqueeze(-4).unbind(-1)  # (1, H, W) or (B, 1, H, W) each
+        of_bands = self.weights[t.cpu() if isinstance(t, Tensor) else t].to(x_0)  # (bands, 2), or (B, bands, 2)
+        w_1, w_2 = of_bands[..., bands, :].unsqueeze(-4).unbind(-1)  # (1, H, W), or (B, 1, H, W)
         root = broadcast(scheduler.alpha_bar(t) ** 0.5, x_t)
         mixed = w_1 * spectrum(x_0 - mean) + w_2 * spectrum(x_t - root * mean)
         return mean + torch.fft.ifft2(mixed, norm="ortho").real
 
 
-def calibrate(denoiser: Denoiser, images: Tensor, seed: int, batch_size: int, made_from: dict) -> Calibration:
-    """Fit to images (N, C, H, W) in [-1, 1]; `denoiser` is one without a calibration."""
-    scheduler, device = denoiser.scheduler, images.device
-    mean, last = images.mean(dim=0), scheduler.timesteps - 1
-    times = torch.linspace(FROM * scheduler.timesteps, last, FITTED).round().long().unique().tolist()
-    limit, fitted = BatchLimit(device, batch_size), []
+@torch.no_grad()
+def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int, made_from: dict) -> Calibration:
+    """Fit a network without calibration to images (N, C, H, W) in [-1, 1] on its device."""
+    scheduler, mean = denoiser.scheduler, images.mean(dim=0)
+    times = np.linspace(FROM * scheduler.timesteps, scheduler.timesteps - 1, FITTED).round().astype(int)
+    limit, fitted = BatchLimit(images.device, batch_size), []
 
     def products(some: range, t: int) -> Tensor:
-        """Of the spectra of x_0, x_t (p, q) and the true x_0 (y): (images, bands, 5), pp, pq, qq, py, qy."""
-        noise = ImageNoise(seed, some, images.shape[1:], device, f"calibration {t}").draw()
-        x_0 = images[some.start : some.stop]
-        x_t = scheduler.q_sample(x_0, t, noise)
-        p = spectrum(predict(denoiser, scheduler, x_t, t)[0] - mean)
-        q, y = spectrum(x_t - scheduler.alpha_bar(t) ** 0.5 * mean), spectrum(x_0 - mean)
+        """Of the spectra of x_0, x_t (p, q) and the true x_0 (y): (5, images, bands), pp, pq, qq, py, qy."""
+        x_0, noise = images[some.start : some.stop], ImageNoise(0, some, mean.shape, images.device, f"calibration {t}")
+        x_t = scheduler.q_sample(x_0, t, noise.draw())
+        seen, root = predict(denoiser, scheduler, x_t, t)[0], scheduler.alpha_bar(t) ** 0.5
+        p, q, y = spectrum(seen - mean), spectrum(x_t - root * mean), spectrum(x_0 - mean)
         pairs = ((p, p), (p, q), (q, q), (p, y), (q, y))
-        return torch.stack([band_means((a * b.conj()).real) for a, b in pairs], dim=-1).cpu()
+        return torch.stack([band_means((a * b.conj()).real) for a, b in pairs]).cpu()
 
-    with denoiser.evaluating(), torch.no_grad():
-        for t in tqdm(times, "calibrating", unit="timestep"):
+    with denoiser.evaluating():
+        for t in tqdm(times.tolist(), "calibrating", unit="timestep"):
             parts = limit.in_parts(lambda some, t=t: products(some, t), range(len(images)))
-            pp, pq, qq, py, qy = torch.cat(parts).mean(dim=0).unbind(-1)  # (bands,) each
-            determinant = (1 + RIDGE) ** 2 * pp * qq - pq**2
-            of_x_0, of_x_t = (1 + RIDGE) * qq * py - pq * qy, (1 + RIDGE) * pp * qy - pq * py
-            fitted.append(torch.stack([of_x_0, of_x_t], dim=-1) / determinant[:, None])
-    columns = torch.stack(fitted).flatten(1).T.numpy()  # (2 bands, K)
-    from_first = np.arange(times[0], last + 1)
-    between = np.stack([np.interp(from_first, times, column) for column in columns], axis=1)
-    weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, len(columns) // 2, 1)
-    weights[times[0] :] = torch.from_numpy(between).float().unflatten(1, (-1, 2))
+            pp, pq, qq, py, qy = torch.cat(parts, dim=1).mean(dim=1)  # (bands,) each
+            pp, qq = (1 + RIDGE) * pp, (1 + RIDGE) * qq
+            fitted.append(torch.stack([qq * py - pq * qy, pp * qy - pq * py]) / (pp * qq - pq**2))  # Cramer's rule
+    numbers, t = torch.stack(fitted).numpy(), np.arange(times[0], scheduler.timesteps)  # (K, 2, bands)
+    between = [[np.interp(t, times, column) for column in of_bands.T] for of_bands in numbers.transpose(1, 0, 2)]
+    weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, numbers.shape[2], 1)
+    weights[times[0] :] = torch.from_numpy(np.array(between)).float().permute(2, 1, 0)
     return Calibration(mean.cpu(), weights, made_from)
 
 
@@ -106,35 +101,25 @@ def calibration_of(
     image_sampler: ImageSampler, saved: SavedModel, batch_size: int, images_of_run: Callable
 ) -> Calibration:
     """Read or make it, as `calibrated` says."""
-    which, seed = image_sampler.options.calibrate, image_sampler.seed
-    made_from = {"weights": saved.digest, "images": "own samples", "count": IMAGES, "seed": seed}
+    which, made_from = image_sampler.options.calibrate, {"weights": saved.digest, "images": "own", "count": IMAGES}
     if which != "own":
         name = None if which == "data" else which
         image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
         made_from["images"] = f"{Path(image_set.name).name} {split.train_ids_hash}"
     path = saved.path.with_name(f"{saved.path.stem}-calibration-{'own' if which == 'own' else 'data'}.safetensors")
-    found = read_calibration(path, made_from)
-    if found:
-        return found
-    if which == "own":
-        own = replace(image_sampler, options=SamplerOptions("dpm++", 20), seed=seed_of(seed, "calibration"))
-        images = generate(own, range(IMAGES), batch_size).images
-    else:
-        some = np.linspace(0, len(split.train_indices) - 1, min(IMAGES, len(split.train_indices))).round().astype(int)
-        images = to_model_range(torch.from_numpy(image_set.images[split.train_indices[some]]))
-    found = calibrate(image_sampler.denoiser, images.to(image_sampler.device), seed, batch_size, made_from)
-    write_tensors(path, {"mean": found.mean, "weights": found.weights}, made_from)
-    print(f"wrote {path}")
-    return found
-
-
-def read_calibration(path: Path, made_from: dict) -> Calibration | None:
-    """What `calibration_of` wrote there, if it was made from the same; else None."""
     try:
         file = TensorFile(path)
         if file.contents == made_from:
-            tensors = file.tensors()
-            return Calibration(tensors["mean"], tensors["weights"], made_from)
-    except (CheckpointError, OSError, KeyError):
-        pass  # none there, or damaged: it is made anew
-    return None
+            return Calibration(**file.tensors(), made_from=made_from)
+    except (CheckpointError, OSError):
+        pass  # none there, or damaged
+    if which == "own":
+        own = replace(image_sampler, options=SamplerOptions("dpm++", 20), seed=seed_of("calibration"))
+        images = generate(own, range(IMAGES), batch_size).images
+    else:
+        some = split.train_indices[np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)]
+        images = to_model_range(torch.from_numpy(image_set.images[some]))
+    found = calibrate(image_sampler.denoiser, images.to(image_sampler.device), batch_size, made_from)
+    write_tensors(path, {"mean": found.mean, "weights": found.weights}, made_from)
+    print(f"wrote {path}")
+    return found
