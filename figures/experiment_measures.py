@@ -116,7 +116,8 @@ def measure_weights(
 
     if "validation_loss" in missing:
         config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=4 * len(every), batch_size=BATCH, seed=0)
-        loss = validation_loss(denoiser, lambda indices: to_uint8(held_out(indices)), every, config, SINGLE_PROCESS)
+        images_of = lambda indices: to_uint8(held_out(indices))
+        loss, _ = validation_loss(denoiser, images_of, every, config, SINGLE_PROCESS)
         results.put(loss, *place, key, "validation_loss")
     if "bits" in missing:
         bits = measure_bits_per_dim(denoiser, held_out, evenly(every, BITS_IMAGES), BoundOptions(BITS_STRIDE))
