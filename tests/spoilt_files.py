@@ -78,7 +78,7 @@ def checkpoint_parts(seed: int = 0) -> tuple[dict[str, Tensor], dict]:
     """Tensors and contents, as `write_tensors` takes them, to be changed at will."""
     state, how = stepped_state(seed), arithmetic(CPU, torch.float32, 1, 8)
     run = {"experiment": "faces", "total_steps": 90, "step": 5, "train_ids_hash": "0123456789abcdef", **how,
-           "window": {"loss_sum": 12.5, "steps": 3}, "bad_numbers": BadNumbers(CPU).state()}  # fmt: skip
+           "window": {"sums": [12.5, 9.5], "steps": 3}, "bad_numbers": BadNumbers(CPU).state()}  # fmt: skip
     contents = {"config": tiny_experiment().to_dict(), "run": run, "scaler": state.scaler.state_dict()}
     return copy.deepcopy(state.tensors()), json.loads(json.dumps(contents))
 

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
         ("train.py", ["--resume", "no/such/run"], "not a run folder"),
         ("train.py", ["--resume"], "no unfinished run"),
         ("train.py", ["--device", "gpu"], "'gpu'"),
-        ("train.py", ["fases"], "there is no experiment 'fases'; there are faces, ffhq-run1"),
+        ("train.py", ["fases"], "there is no experiment 'fases'; there are faces, faces-v, ffhq-run1"),
         ("train.py", ["--batchsize", "3"], "unrecognized arguments: --batchsize"),
         ("train.py", ["--diffusion.batch-size", "many"], "--diffusion.batch-size: invalid int value: 'many'"),
         ("sample.py", ["--n", "0"], "--n/-n: '0' is not an integer of at least 1"),

@@ -81,6 +81,10 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         ("beta_start", 0, "between 0 and 1"),
         ("beta_end", 1e-5, "at least beta_start"),
         ("beta_end", 0.2, "below 0.2 with timesteps_diff = 200"),
+        ("beta_schedule", "sigmoid", '"linear" or "cosine"'),
+        ("objective", "x_0", '"eps" or "v"'),
+        ("objective", None, "a text"),
+        ("t_sampling", "lognormal", '"uniform" or "mixed"'),
         ("clip_grad_norm", float("inf"), "0 (off) or more"),
         ("lr_schedule", "linear", '"constant" or "cosine"'),
         ("ema_decay", 1, "below 1"),
@@ -109,6 +113,20 @@ def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("field", "value"), [("beta_start", 2e-4), ("beta_end", 0.03), ("rescale_betas", False)])
+def test_cosine_betas_refuse_what_they_have_no_use_for(field, value):
+    cosine = DiffusionConfig(**{**DIFFUSION, "timesteps_diff": 10}, beta_schedule="cosine")  # too few for linear ones
+    with pytest.raises(ConfigError, match=f"{field} is {value}.*as cosine betas do not depend on it"):
+        replace(cosine, **{field: value})
+    replace(DiffusionConfig(**DIFFUSION), **{field: value})
+
+
+@pytest.mark.parametrize(("name", "other"), [("faces-v", "faces"), ("ffhq-v", "ffhq-full")])
+def test_the_v_presets_differ_in_their_objective_alone(name, other):
+    changes = EXPERIMENTS[other].differences(EXPERIMENTS[name])
+    assert changes == {"diffusion.objective": ("eps", "v"), "diffusion.t_sampling": ("uniform", "mixed")}
+
+
 def test_what_is_probably_not_meant_is_warned_of():
     narrow = EXPERIMENTS["faces"].override({}, {"norm_groups": 32})
     assert "norm_groups = 32 leaves 1 channel a group" in narrow.warnings()[0]
@@ -117,8 +135,11 @@ def test_what_is_probably_not_meant_is_warned_of():
 
 
 def test_a_saved_config_with_unknown_or_missing_fields():
-    saved = EXPERIMENTS["faces"].to_dict()
+    saved = EXPERIMENTS["faces-v"].to_dict()
     with pytest.raises(ConfigError, match="surprise"):
         Experiment.from_dict({**saved, "model": {**saved["model"], "surprise": 1}})
     with pytest.raises(ConfigError, match="diffusion"):
         Experiment.from_dict({"model": saved["model"]})
+    for field in ("objective", "t_sampling", "beta_schedule"):  # as configs were when there was one of each
+        del saved["diffusion"][field]
+    assert Experiment.from_dict(saved) == EXPERIMENTS["faces"]

@@ -51,13 +51,27 @@ def test_the_posterior_is_bayes_rule(timesteps, rescale):
         assert variance == 0
 
 
+@pytest.mark.parametrize("timesteps", [2, 50, 1000, 5000])
+def test_cosine_betas_are_those_of_the_paper_and_of_diffusers(timesteps):
+    """Eq. 17 of Nichol and Dhariwal: alpha_bar_t = f(t) / f(0), which ends at 0. So the last beta is capped."""
+    ours = NoiseScheduler(timesteps, beta_schedule="cosine")
+    f = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
+    expected = f[1:] / f[0]
+    expected[-1] = 0.001 * expected[-2]
+    assert_close(ours.alphas_cumprod.numpy(), expected, rtol=1e-9, atol=0)
+    assert (ours.betas[-1], ours.betas[:-1].max() < 0.999) == (0.999, True)
+    theirs = DDPMScheduler(timesteps, beta_schedule="squaredcos_cap_v2")
+    assert_close(ours.betas.float(), theirs.betas, rtol=1e-6, atol=1e-8)  # float32's 6e-8, of alpha_bar's ratio near 1
+    assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-7)
+
+
 def test_an_int_t_is_a_batch_of_it():
     """Samplers have one timestep for all images, training has one for each."""
     scheduler, generator = NoiseScheduler(1000), torch.Generator().manual_seed(0)
     x_0, x_t = torch.randn(2, 3, 3, 4, 4, generator=generator, dtype=torch.float64)
     for t, s in ((0, -1), (1, 0), (700, 20), (999, 998), (999, -1)):
         t_of_images, s_of_images = torch.full((3,), t), torch.full((3,), s)
-        for method in (scheduler.q_sample, scheduler.predict_x_0, scheduler.predict_eps):
+        for method in (scheduler.q_sample, scheduler.predict_x_0, scheduler.predict_eps, scheduler.v):
             assert_close(method(x_0, t, x_t), method(x_0, t_of_images, x_t))
         mean, variance = scheduler.q_posterior(x_0, x_t, t, s)
         means, variances = scheduler.q_posterior(x_0, x_t, t_of_images, s_of_images)
@@ -89,6 +103,8 @@ def test_rescaling_ends_at_nearly_the_same_noise_for_any_number_of_steps():
     "arguments",
     [
         {"timesteps": 1},
+        {"timesteps": 1, "beta_schedule": "cosine"},
+        {"timesteps": 1000, "beta_schedule": "sigmoid"},
         {"timesteps": 20},
         {"timesteps": 1000, "beta_start": 0.0},
         {"timesteps": 1000, "beta_start": 0.03},
@@ -96,5 +112,5 @@ def test_rescaling_ends_at_nearly_the_same_noise_for_any_number_of_steps():
     ],
 )
 def test_impossible_schedules_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"timesteps is|betas from"):
+    with pytest.raises(ValueError, match=r"must be 2 or more, linear or cosine|betas from"):
         NoiseScheduler(**arguments)

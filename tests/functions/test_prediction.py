@@ -32,13 +32,6 @@ def test_clipping_keeps_x_0_and_eps_in_agreement():
     assert_close(SCHEDULER.q_sample(x_0, 300, eps), x_t)
 
 
-def test_the_clean_image_is_its_own_x_0_and_the_model_is_asked_as_at_t_0():
-    asked = []
-    x_0, _ = predict(lambda x, t: asked.append(t.tolist()) or x, SCHEDULER, images(), -1)
-    assert torch.equal(x_0, images())
-    assert asked == [[0, 0]]
-
-
 @pytest.mark.parametrize("t", [-2, 1000, torch.tensor([1000, 3])], ids=str)
 def test_timesteps_that_there_are_not_are_no_others(t):
     with pytest.raises(IndexError):

@@ -1,14 +1,16 @@
 """Which timesteps a sampler visits."""
 
 from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.timesteps import SPACINGS, logsnr_timesteps, sampling_times
+from functions.timesteps import SPACINGS, logsnr_timesteps, mixed_timesteps, sampling_times
 
 
 @settings(max_examples=100, deadline=None)
@@ -37,6 +39,24 @@ def test_logsnr_times_are_even_in_the_log_snr(start, stop):
     alpha_bar = np.cumprod(1 - np.linspace(0.1, 20, 100_000) / 100_000)
     gaps = np.diff(np.log(alpha_bar / (1 - alpha_bar))[times])
     assert gaps == pytest.approx([gaps.mean()] * 50, rel=0.01)
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
+def test_mixed_times_are_log_normal_at_odd_places_and_as_they_were_at_even_ones(beta_schedule):
+    """Each t has the share of N(-1.2, 1.2^2) that is nearer to its ln sigma than to any other's."""
+    scheduler, generator = NoiseScheduler(100, beta_schedule=beta_schedule), torch.Generator().manual_seed(0)
+    uniform = torch.randint(100, (200_001,), generator=generator)
+    normal = torch.randn(200_001, generator=generator)
+    mixed = mixed_timesteps(scheduler, uniform, normal)
+    assert mixed.dtype == torch.int64
+    assert torch.equal(mixed[::2], uniform[::2])
+    ln_sigma = np.log(1 / scheduler.alphas_cumprod.numpy() - 1) / 2
+    midpoints = (ln_sigma[1:] + ln_sigma[:-1]) / 2
+    shares = np.diff([0.0, *map(NormalDist(-1.2, 1.2).cdf, midpoints), 1.0])
+    counts = np.bincount(mixed[1::2], minlength=100)
+    often = shares > 1e-4
+    chi_squared = ((counts - 100_000 * shares) ** 2 / (100_000 * shares))[often].sum()
+    assert abs(chi_squared - often.sum()) < 4 * np.sqrt(2 * often.sum())
 
 
 @pytest.mark.parametrize(

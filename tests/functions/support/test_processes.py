@@ -22,7 +22,7 @@ from tests.forked import PATIENCE, Program, train_script, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")]
 # An effective batch of 9 in passes of 3: one process has passes 3 3 3, two have 3 1 and 3 2
-FLAGS = ["faces", *TINY, "--diffusion.batch-size", 3, "--diffusion.gradient-accumulation", 3, "--model.dropout", 0,
+FLAGS = ["faces-v", *TINY, "--diffusion.batch-size", 3, "--diffusion.gradient-accumulation", 3, "--model.dropout", 0,
          "--diffusion.validation-samples", 20]  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def assert_alike(run, other):
     assert len(rows[0]) > 5
     for a, b in zip(*rows, strict=True):
         assert a["skipped_steps"] == b["skipped_steps"]
-        for column in ("loss", "val_loss", "val_loss_ema", "grad_norm"):
+        for column in ("loss", "eps_error", "val_loss", "val_eps_error_ema", "grad_norm"):
             assert b[column] == (a[column] and pytest.approx(a[column], rel=2e-4, nan_ok=True))
     first, second = newest(run)["model"], newest(other)["model"]
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)

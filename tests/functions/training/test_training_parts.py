@@ -19,8 +19,8 @@ from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.random_numbers import seed_of, training_draws
-from functions.training.metrics import MetricsLog, TrainingWindow, read_metrics
+from functions.support.random_numbers import generator_of, seed_of, training_draws
+from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses, read_metrics
 from functions.training.validation import validation_loss
 from train import learning_rate
 
@@ -63,6 +63,12 @@ def test_draws_depend_on_seed_and_step_alone():
         assert not torch.equal(values, next_step[name])
         assert not torch.equal(values, other_seed[name])
     assert seed_of(1, 23) != seed_of(12, 3)
+    # The order in which the first four were drawn before there was a fifth: runs of that time go on as they would have
+    generator = generator_of("cpu", 0, "training", 7)
+    assert torch.equal(first["t"], torch.randint(1000, (64,), generator=generator))
+    assert torch.equal(first["noise"], torch.randn(64, 3, 4, 4, generator=generator))
+    assert torch.equal(first["flip"], torch.rand(64, generator=generator) < 0.5)
+    assert torch.equal(first["tilt"], 2 * torch.rand(64, generator=generator) - 1)
 
 
 def test_draws_have_their_distributions():
@@ -70,13 +76,15 @@ def test_draws_have_their_distributions():
     counts = torch.bincount(draws.t, minlength=10)
     assert counts.shape == (10,)
     assert (counts - 2000).abs().max() < 4 * math.sqrt(20_000 * 0.1 * 0.9)
-    n = draws.noise.numel()
-    assert abs(draws.noise.mean()) < 4 / math.sqrt(n)
-    assert abs(draws.noise.var() - 1) < 4 * math.sqrt(2 / n)
+    for values in (draws.noise, draws.normal):
+        n = values.numel()
+        assert abs(values.mean()) < 4 / math.sqrt(n)
+        assert abs(values.var() - 1) < 4 * math.sqrt(2 / n)
     assert abs(draws.flip.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(20_000)
     assert draws.tilt.min() >= -1
     assert draws.tilt.max() < 1
     assert abs(draws.tilt.mean()) < 4 / math.sqrt(3 * 20_000)
+    assert abs((draws.normal * draws.tilt).mean()) < 4 / math.sqrt(3 * 20_000)  # other draws, not the same again
 
 
 def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
@@ -97,12 +105,31 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
         denoiser = Denoiser(Zero(), NoiseScheduler(960))
         return validation_loss(denoiser, images_of, np.array([3, 5, 9]), config, SINGLE_PROCESS)
 
-    loss = measure(batch_size=48, seed=0)
-    assert loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))  # the noise's own variance
+    loss, eps_error = measure(batch_size=48, seed=0)
+    assert eps_error == loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))  # the noise's own variance
     assert sorted(seen) == list(range(10, 960, 20))  # the middle of each of 48 strata
     assert sorted(used) == [3] * 16 + [5] * 16 + [9] * 16
-    assert measure(batch_size=7, seed=0) == pytest.approx(loss, rel=1e-6)
-    assert measure(batch_size=7, seed=1) != loss
+    assert measure(batch_size=7, seed=0) == pytest.approx((loss, loss), rel=1e-6)
+    assert measure(batch_size=7, seed=1)[0] != loss
+
+
+def test_validation_of_v_also_has_the_error_of_its_eps():
+    """That of a network whose v is 0: so its eps is sqrt(1 - alpha_bar) x_t."""
+    alpha_bar, images, seen = np.cumprod(1 - np.linspace(0.01, 2, 100) / 10), np.full((4, 4, 4, 3), 204, np.uint8), []
+
+    class Zero(nn.Module):
+        def forward(self, x_t, t):
+            seen.append((x_t.double().numpy(), alpha_bar[t].reshape(-1, 1, 1, 1)))
+            return torch.zeros_like(x_t)
+
+    config = replace(EXPERIMENTS["faces-v"].diffusion, validation_samples=20, batch_size=7)
+    denoiser, images_of = Denoiser(Zero(), NoiseScheduler(100), objective="v"), lambda i: torch.from_numpy(images[i])
+    found = validation_loss(denoiser, images_of, np.arange(4), config, SINGLE_PROCESS)
+    x_t, a = map(np.concatenate, zip(*seen, strict=True))
+    x_0 = 2 * 204 / 255 - 1
+    noise = (x_t - np.sqrt(a) * x_0) / np.sqrt(1 - a)
+    v = np.sqrt(a) * noise - np.sqrt(1 - a) * x_0
+    assert found == pytest.approx(((v**2).mean(), ((np.sqrt(1 - a) * x_t - noise) ** 2).mean()), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -128,13 +155,26 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     assert [(e.step, e.value) for e in events.Scalars("val_loss")] == [(20, 0.5)]
 
 
+def test_the_curves_are_of_the_error_of_eps(tmp_path, monkeypatch):
+    """Also of a run whose first rows are of the time before it was in metrics.csv."""
+    (tmp_path / "metrics.csv").write_text(
+        "step,loss,eps_error,val_loss,val_eps_error,val_loss_ema,val_eps_error_ema\n"
+        "5,0.9,,0.8,,0.7,\n10,0.6,0.3,0.5,0.25,,\n15,0.4,0.2,,,,\n"
+    )
+    saved = []
+    monkeypatch.setattr("functions.training.metrics.save_figure", lambda figure, path: saved.append(figure))
+    plot_losses(tmp_path / "metrics.csv", tmp_path / "losses.png")
+    lines = [line.get_xydata().tolist() for line in saved[0].axes[0].lines]
+    assert lines == [[[10, 0.3], [15, 0.2]], [[10, 0.25]]]
+
+
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("functions.training.metrics.time.perf_counter", lambda: now[0])
 
     def after(window, seconds, loss, skipped=0):
         now[0] += seconds
-        window.add(torch.tensor(loss), torch.tensor(float(skipped)))
+        window.add(torch.tensor([loss, loss / 4]), torch.tensor(float(skipped)))
 
     window, resumed = (TrainingWindow(torch.device("cpu"), images_a_step=2) for _ in range(2))
     after(window, 2, 3.0)
@@ -142,18 +182,21 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypat
         now[0] += 50
     after(window, 0, math.nan, skipped=1)  # took its time, but its loss does not count
     after(window, 1, 6.0)
-    assert window.read() == {"loss": 9 / 4, "images_per_second": 2.0}
+    assert window.read() == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 2.0}
     after(window, 0.5, 4.0)
     with window.paused():  # as the training loop reads it
-        assert window.read() == {"loss": 2.0, "images_per_second": 4.0}
+        assert window.read() == {"loss": 2.0, "eps_error": 0.5, "images_per_second": 4.0}
         now[0] += 9
     after(window, 1, 2.0)
     resumed.read()  # starts its clock
     resumed.load(window.state())
     after(resumed, 0.5, 7.0)
-    assert resumed.read() == {"loss": 9 / 4, "images_per_second": 4.0}
+    assert resumed.read() == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 4.0}
     after(resumed, 1, math.inf, skipped=1)
     assert math.isnan(resumed.read()["loss"])
+    resumed.load({"loss_sum": 6.0, "steps": 2})  # as checkpoints had it when all was eps
+    after(resumed, 1, 3.0)
+    assert resumed.read() == {"loss": 9 / 6, "eps_error": 6.75 / 6, "images_per_second": 2.0}
 
 
 def test_learning_rate_warms_up_and_decays():
