@@ -89,7 +89,7 @@ def measure_bands(
     scheduler, times, device = denoiser.scheduler, times_of(denoiser.scheduler.timesteps), x_0_of(indices[:1]).device
     average = average.to(device)
     draws = math.ceil(DRAWS / len(indices)) * len(indices)
-    energy = lambda images: band_means(spectrum(images).abs().square())
+    energy = lambda images: band_means(spectrum(images).abs().square()).mean(dim=1)
     limit = BatchLimit(device, batch_size)
 
     def errors(some: range, t: int) -> Tensor:
