@@ -29,7 +29,7 @@ from functions.support.random_numbers import seed_of, training_draws
 from functions.support.run_folder import Run, find_checkpoints, first_sound, run_to_resume
 from functions.timesteps import mixed_timesteps
 from functions.training.book_keeping import BookKeeper
-from functions.training.start import describe, describe_memory, fit_memory
+from functions.training.start import describe, describe_compute, describe_memory, fit_memory
 from models.unet import UNet
 
 
@@ -119,12 +119,13 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         "arithmetic": arithmetic(device, precision, processes.count, config.batch_size),
     }  # fmt: skip
     processes.say(describe(run, image_set.summary))
+    tried = Denoiser(model, scheduler, precision, config.objective)
     if dry_run:
         place = run.folder or run.runs / f"{run.name}-<time>"
-        processes.say(f"{describe_memory(run, precision)}\n  images in  {image_set.path}\n  goes to    {place}")
-        processes.say("nothing was started")
+        processes.say(f"{describe_memory(run, precision)}\n{describe_compute(run, tried, processes)}")
+        processes.say(f"  images in  {image_set.path}\n  goes to    {place}\nnothing was started")
         return
-    fit_memory(run, Denoiser(model, scheduler, precision, config.objective), processes)
+    fit_memory(run, tried, processes)
     config = run.experiment.diffusion  # with a smaller batch_size where the memory wants it
 
     passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)

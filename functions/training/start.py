@@ -1,9 +1,13 @@
 """Before the first step: what a training says of itself, and a batch size that fits in memory, found by trying."""
 
+import copy
 import gc
 import math
+import time
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from functions.losses import denoising_loss
 from functions.prediction import Denoiser
@@ -15,6 +19,10 @@ from functions.support.run_folder import Run
 # An image keeps so many feature maps of each level for backward: measured on the network of `ffhq-run2`.
 KEPT_OF_A_LEVEL = {"none": 45, "norms": 15, "blocks": 6}
 VISIBLE_SNR = 1e-3  # x_T with a larger terminal SNR still carries the image; the paper's 1000 steps leave 4e-5
+PASSES, PATIENCE = 6, 8.0  # that `--dry-run` times at most; in seconds, after the first one
+H100_PEAK = 989e12  # FLOP/s in dense bfloat16, by its data sheet
+# Not measured: of a pass of `ffhq-full` 14%, of `ffhq-run2` 8%, if only its counted bytes and convolutions took time
+H100_SHARE = 0.15
 
 
 def describe(run: Run, data_summary: str) -> str:
@@ -56,6 +64,62 @@ def describe_memory(run: Run, precision: torch.dtype) -> str:
     return f"  memory     about {(4 * 4 * run.facts['parameters'] + kept) / 1e9:.1f} GB, beside Python and PyTorch"
 
 
+def describe_compute(run: Run, denoiser: Denoiser, processes: Processes) -> str:
+    """FLOPs of a step, counted; and the time of the steps to go, on this device by trying, on an H100 by assumption."""
+    config, steps = run.experiment.diffusion, run.facts["total_steps"] - run.first_step
+    flops = config.effective_batch * flops_of_image(denoiser.network)
+    own_images = math.ceil(config.effective_batch / processes.count)
+    devices = f"{processes.count} x " * (processes.count > 1) + run.facts["device"]
+    here = f"more memory than {devices} has, even for one image"
+    if timed := fastest_pass(denoiser, min(config.batch_size, own_images)):
+        seconds, images = timed
+        here = f"{hours(seconds * own_images * steps)} on {devices}: "
+        here += f"by timing a pass of {images}, without Adam, data, validation and samples"
+    on_h100 = hours(flops * steps / (H100_SHARE * H100_PEAK))
+    return "\n".join([
+        f"  compute    {flops / 1e12:.3g} TFLOP a step, forward and backward; the {steps:,} steps to go take",
+        f"             {here}",
+        f"             {on_h100} on an H100 at {H100_SHARE:.0%} of its {H100_PEAK / 1e12:.0f} TFLOP/s: assumed, not "
+        "measured",
+    ])  # fmt: skip
+
+
+def hours(seconds: float) -> str:
+    if seconds < 360:
+        return "less than 0.1 hours"
+    return f"about {seconds / 3600:,.{1 if seconds < 36_000 else 0}f} hours"
+
+
+def flops_of_image(network: nn.Module) -> int:
+    """FLOPs of an image's forward and backward pass, what is recomputed included, on a copy that has no memory."""
+    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
+    network = copy.deepcopy(network, memo)
+    image = torch.empty(1, network.channels, network.image_size, network.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        network(image, torch.zeros(1, dtype=torch.int64, device="meta")).sum().backward()
+    return counter.get_total_flops()
+
+
+def fastest_pass(denoiser: Denoiser, most: int) -> tuple[float, int] | None:
+    """Seconds an image, and images, of the fastest pass: of one image at first, then of as many as `PATIENCE` allows.
+
+    None when not even one image fits in memory. It leaves gradients.
+    """
+    passes, images, left = [], 1, PATIENCE
+    try:
+        while images > 0 and len(passes) < PASSES:
+            start = time.perf_counter()
+            run_pass(denoiser, images)
+            seconds = time.perf_counter() - start
+            left -= seconds if passes else 0  # the first one warms up
+            passes.append((seconds / images, images))
+            images = min(most, int(left * images / seconds))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return min(passes, default=None)
+
+
 def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
     """Give the run a batch_size that fits in memory in every process.
 
@@ -91,13 +155,10 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
 def pass_fits(denoiser: Denoiser, images: int) -> bool:
     """Whether a forward and backward pass fits in memory; leaves no gradients."""
     network = denoiser.network
-    device = next(network.parameters()).device
-    x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=device)
-    t = torch.zeros(images, dtype=torch.int64, device=device)
     try:
         for parameter in network.parameters():  # gradients are there in all passes of a step but the first
             parameter.grad = torch.zeros_like(parameter)
-        denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
+        run_pass(denoiser, images)
         return True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -106,5 +167,15 @@ def pass_fits(denoiser: Denoiser, images: int) -> bool:
     finally:
         network.zero_grad()
         gc.collect()  # of what did not fit: checkpoints refer to themselves
-        if device.type == "cuda":
+        if next(network.parameters()).device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def run_pass(denoiser: Denoiser, images: int) -> None:
+    """Forward and backward, of grey images."""
+    network = denoiser.network
+    weight = next(network.parameters())
+    x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=weight.device)
+    t = torch.zeros(images, dtype=torch.int64, device=weight.device)
+    denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
+    weight.grad.sum().item()  # waits until the device is done

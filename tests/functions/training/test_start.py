@@ -15,7 +15,8 @@ from functions.prediction import Denoiser
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import Run
-from functions.training.start import describe, describe_memory, fit_memory
+from functions.training import start
+from functions.training.start import describe, describe_memory, fastest_pass, fit_memory, flops_of_image
 from models.unet import UNet
 from tests.conftest import TINY, call
 from tests.kill import assert_same_run
@@ -119,6 +120,68 @@ def test_the_guess_at_the_memory_is_near_the_truth(recompute, precision):
         guess = float(re.search(r"about (.*) GB", describe_memory(run, precision))[1]) * 1e9
         truth = 16 * run.facts["parameters"] + 1000 * kept_per_image(denoiser.network, precision)
         assert truth / 1.5 < guess < truth * 1.5
+
+
+@pytest.mark.parametrize("size", [16, 32])  # at 32 the upsampling is a transposed convolution with 16 taps
+def test_flops_are_those_of_the_layers(size):
+    network = UNet(size, 3, size // 2, [1, 2], [1], 8, norm_groups=2)
+    half = size // 2
+
+    def conv(c_in, c_out, taps, pixels):
+        return 2 * c_in * c_out * taps * pixels**2
+
+    def block(c_in, c_out, pixels):
+        shortcut = conv(c_in, c_out, 1, pixels) if c_in != c_out else 0
+        return conv(c_in, c_out, 9, pixels) + conv(c_out, c_out, 9, pixels) + shortcut + 2 * 32 * c_out
+
+    first = conv(3, 8, 9, size) + 2 * 8 * 32  # the two layers whose inputs need no gradient
+    forward = first + 2 * 32 * 32 + conv(8, 8, 9, half) + conv(8, 3, 9, size)
+    forward += conv(16, 16, 16, half) if half == 16 else conv(16, 16, 9, size)
+    forward += 2 * block(8, 8, size) + block(24, 8, size) + 2 * block(16, 8, size)
+    forward += block(8, 16, half) + 3 * block(16, 16, half) + 2 * block(32, 16, half) + block(24, 16, half)
+    forward += 6 * (4 * conv(16, 16, 1, half) + 4 * half**4 * 16)  # attention
+    for recompute in ("none", "norms"):
+        network.set_recompute(recompute)
+        assert flops_of_image(network) == 3 * forward - first
+    network.set_recompute("blocks")
+    assert 3.5 * forward < flops_of_image(network) < 4 * forward
+    assert all(p.grad is None and p.device.type == "cpu" for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "memory_for", "found"),
+    [(5, 8, (9 / 8, 8)), (5, 6, (6 / 5, 5)), (100, 8, (102, 1)), (0, 0, None)],
+    ids=["as many as may be", "as many as fit", "one where it is slow", "none fits"],
+)
+def test_the_fastest_pass_of_some_seconds_counts(warm_up, memory_for, found, monkeypatch):
+    """On a device where a pass takes a second, and another for each image."""
+    now, passes = [0.0], []
+
+    def run_pass(_, images):
+        if images > memory_for:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        now[0] += 1 + images + (0 if passes else warm_up)
+        passes.append(images)
+
+    monkeypatch.setattr(start, "run_pass", run_pass)
+    monkeypatch.setattr(start.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(start, "PATIENCE", 40)
+    assert fastest_pass(None, 8) == found
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monkeypatch, capsys):
+    """10 steps of 8 images, and the same run after 7 of them; on an H100 so slow that it takes an hour for a step."""
+    flops = 8 * flops_of_image(UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2))
+    monkeypatch.setattr(start, "fastest_pass", lambda *_: (450, 2))
+    monkeypatch.setattr(start, "H100_PEAK", flops / 3600 / start.H100_SHARE)
+    call(train.main, "faces", "--dry-run", *TINY, "--diffusion.dataset-name", pictures, "--runs", unfinished.parent)
+    call(train.main, "--resume", unfinished, "--dry-run", "--device", "cpu")
+    new, resumed, _ = capsys.readouterr().out.split("nothing was started")
+    for said, steps, hours in ((new, 10, "10"), (resumed, 3, "3.0")):
+        assert f"{flops / 1e12:.3g} TFLOP a step, forward and backward; the {steps} steps to go take\n" in said
+        assert f" about {hours} hours on cpu: by timing a pass of 2," in said
+        assert f" about {hours} hours on an H100 at 15% of its" in said
 
 
 @pytest.mark.slow
