@@ -125,10 +125,8 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
         print(f"WARNING: {text}", file=sys.stderr)
     weights = {"step": run["step"], "weights": saved.kind, "weights_hash": saved.digest[:16]}
     computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
-    asked = {"batch_size": args.batch_size, "seed": args.seed}
+    asked = {"batch_size": args.batch_size, "seed": args.seed, "calibrate": args.calibrate}
     facts = {"experiment": run["experiment"], **weights, **computing, **asked}
-    if image_sampler.options.calibrate:
-        facts["calibration"] = image_sampler.denoiser.calibration.made_from
     folder = args.out or folder_of(saved.path) / "evaluation"
     return Subject(image_sampler, image_set, split, facts, folder / saved.path.stem)
 

@@ -62,8 +62,6 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
             return
         facts = {"checkpoint": saved.digest, "weights": saved.kind, "seed": args.seed}
         facts |= {"precision": str(precision).removeprefix("torch."), **options.facts(denoiser.scheduler.timesteps)}
-        if options.calibrate:
-            facts["calibration"] = image_sampler.denoiser.calibration.made_from
         sample_from_noise(args, image_sampler, folder, facts, processes)
 
 

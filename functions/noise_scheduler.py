@@ -47,11 +47,11 @@ class NoiseScheduler:
     ):
         if timesteps < 2 or beta_schedule not in ("linear", "cosine"):
             raise ValueError(f"{timesteps} timesteps, {beta_schedule!r}: there must be 2 or more, linear or cosine")
+        scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
+        linear = beta_schedule == "linear"
         self.timesteps = timesteps
-        betas = cosine_betas(timesteps)
-        if beta_schedule == "linear":
-            betas = linear_betas(timesteps, beta_start, beta_end, PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0)
-        self.betas = betas  # (T,) float64, on the CPU
+        # (T,) float64, on the CPU
+        self.betas = linear_betas(timesteps, beta_start, beta_end, scale) if linear else cosine_betas(timesteps)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,)
         self.tables: dict[torch.device, Tensor] = {}  # (T + 1,) on each device that asks: 1, and alphas_cumprod
 

@@ -34,8 +34,8 @@ DRAWS = 500  # of an image and noise at each timestep, at least: with few images
 class BandErrors:
     """Ratios at K timesteps in the bands; float64 arrays."""
 
-    times: list[int]  # (K,), code t
-    names: list[str]  # of the bands
+    t: list[int]  # (K,)
+    bands: list[str]  # names
     ratio: np.ndarray  # (K, bands): squared error of x_0 over that of the average image
     standard_error: np.ndarray  # (K, bands), over images
     linear: np.ndarray  # (K, bands): what the best linear filter reaches
@@ -43,23 +43,21 @@ class BandErrors:
 
     def table(self) -> str:
         """For people: a line a timestep."""
-        lines = ["     t  " + "".join(f"{name:>18}" for name in self.names)]
-        for t, ratios, errors in zip(self.times, self.ratio, self.standard_error, strict=True):
+        lines = ["     t  " + "".join(f"{name:>18}" for name in self.bands)]
+        for t, ratios, errors in zip(self.t, self.ratio, self.standard_error, strict=True):
             cells = (f"{ratio:.3g} ± {error:.1g}" for ratio, error in zip(ratios, errors, strict=True))
             lines.append(f"{t:>6}  " + "".join(f"{cell:>18}" for cell in cells))
         return "\n".join(lines)
 
     def verdict(self) -> str:
         """What the last timestep says of an image's mean, which one sees as colour and darkness."""
-        t, ratio, error = self.times[-1], self.ratio[-1, 0], self.standard_error[-1, 0]
-        if ratio - 2 * error <= 1:
-            return f"at t = {t} the model's guess of an image's mean is no worse than the average image's"
-        return f"at t = {t} the model's guess of an image's mean is {ratio:.3g} times worse than the average image's"
+        ratio, error = self.ratio[-1, 0], self.standard_error[-1, 0]
+        worse = f"{ratio:.3g} times worse than" if ratio - 2 * error > 1 else "no worse than"
+        return f"at t = {self.t[-1]} the model's guess of an image's mean is {worse} the average image's"
 
     def facts(self) -> dict:
         """Plain values, for a JSON."""
-        arrays = {name: getattr(self, name) for name in ("ratio", "standard_error", "linear", "variance")}
-        return {"t": self.times, "bands": self.names, **{name: array.tolist() for name, array in arrays.items()}}
+        return {name: value if isinstance(value, list) else value.tolist() for name, value in vars(self).items()}
 
 
 def times_of(timesteps: int) -> list[int]:
@@ -78,45 +76,41 @@ def measure_bands(
     seed: int,
     processes: Processes = SINGLE_PROCESS,
 ) -> BandErrors:
-    """Measure the ratios.
+    """Measure the ratios; the processes divide the timesteps among themselves, and all get the result.
 
     Args:
         x_0_of: image indices (B,) -> (B, C, H, W) in [-1, 1], on the model's device.
-        indices: the held-out images, at least two, or there is no standard error.
+        indices: the held-out images; of a single one there is no standard error.
         average: (C, H, W): the average training image.
-        processes: those that divide the timesteps among themselves; all get the result.
     """
-    scheduler, times, device = denoiser.scheduler, times_of(denoiser.scheduler.timesteps), x_0_of(indices[:1]).device
-    average = average.to(device)
-    draws = math.ceil(DRAWS / len(indices)) * len(indices)
-    energy = lambda images: band_means(spectrum(images).abs().square()).mean(dim=1)
-    limit = BatchLimit(device, batch_size)
+    scheduler, t = denoiser.scheduler, times_of(denoiser.scheduler.timesteps)
+    draws, limit = math.ceil(DRAWS / len(indices)) * len(indices), BatchLimit(x_0_of(indices[:1]).device, batch_size)
+    energy = lambda images: band_means(spectrum(images).abs().square()).mean(dim=1).cpu()  # (B, bands)
 
     def errors(some: range, t: int) -> Tensor:
         x_0 = x_0_of(indices[[j % len(indices) for j in some]])
-        noise = ImageNoise(seed, some, x_0.shape[1:], x_0.device, f"bands {t}").draw()
-        return energy(predict(denoiser, scheduler, scheduler.q_sample(x_0, t, noise), t)[0] - x_0).cpu()
+        x_t = scheduler.q_sample(x_0, t, ImageNoise(seed, some, x_0.shape[1:], x_0.device, f"bands {t}").draw())
+        return energy(predict(denoiser, scheduler, x_t, t)[0] - x_0)
 
-    own = list(processes.own_range(len(times)))
-    variance = torch.cat(limit.in_parts(lambda some: energy(x_0_of(some) - average).cpu(), indices))
-    table = torch.zeros(len(times), draws, variance.shape[1], dtype=torch.float64)
+    own = list(processes.own_range(len(t)))
+    parts = limit.in_parts(lambda some: energy((images := x_0_of(some)) - average.to(images.device)), indices)
+    variance = torch.cat(parts).numpy()  # (N, bands), of each image
+    table = torch.zeros(len(t), draws, variance.shape[1], dtype=torch.float64)
     with denoiser.evaluating():
         for k in tqdm(own, "bands", unit="timestep", disable=not processes.is_main):
-            table[k] = torch.cat(limit.in_parts(lambda some, t=times[k]: errors(some, t), range(draws)))
+            table[k] = torch.cat(limit.in_parts(lambda some, t=t[k]: errors(some, t), range(draws)))
     # Each entry is one process's and 0 in the others, so that their sum is exact; (K, N, bands), of each image
-    of_images = processes.sum_(table).unflatten(1, (-1, len(indices))).mean(dim=1).numpy()
-    variance, all_of = variance.numpy(), variance.numpy().mean(axis=0)
-    ratio = of_images.mean(axis=1) / all_of
+    of_images, s2 = processes.sum_(table).unflatten(1, (-1, len(indices))).mean(dim=1).numpy(), variance.mean(axis=0)
+    ratio = of_images.mean(axis=1) / s2
     # By the delta method, for a ratio of two means over the same images
     spread = np.stack([error_of_mean(row - r * variance) for row, r in zip(of_images, ratio, strict=True)])
-    a = scheduler.alphas_cumprod[times].numpy()[:, None]
-    linear = (1 - a) / (a * all_of + 1 - a)
-    return BandErrors(times, band_names(average.shape[-1]), ratio, spread / all_of, linear, all_of)
+    a = scheduler.alphas_cumprod[t].numpy()[:, None]
+    return BandErrors(t, band_names(x_0_of(indices[:1]).shape[-1]), ratio, spread / s2, (1 - a) / (a * s2 + 1 - a), s2)
 
 
 def plot_bands(result: BandErrors, path: Path, title: str) -> None:
     """Save a heat map: red is worse than no knowledge; the black line is at 1, give or take two standard errors."""
-    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.55 * len(result.names)))
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.55 * len(result.bands)))
     axis.imshow(result.ratio.T, cmap="RdBu_r", norm=LogNorm(1e-2, 1e2), aspect="auto", interpolation="nearest")
     for (k, band), ratio in np.ndenumerate(result.ratio):
         dark = not 1 / 30 < ratio < 30
@@ -126,8 +120,8 @@ def plot_bands(result: BandErrors, path: Path, title: str) -> None:
     if fault.any() and not fault.all():
         y, x = [(np.arange(count) + 0.5) / 20 - 0.5 for count in fine.shape]
         axis.contour(x, y, fine, levels=[0.5], colors="black", linewidths=1.5)
-    axis.set_xticks(range(len(result.times)), map(str, result.times))
-    axis.set_yticks(range(len(result.names)), result.names)
+    axis.set_xticks(range(len(result.t)), map(str, result.t))
+    axis.set_yticks(range(len(result.bands)), result.bands)
     axis.set(xlabel="t (code)", ylabel="cycles an image", title=f"{title}: error of $x_0$ over the average image's")
     figure.tight_layout()
     save_figure(figure, path)

@@ -12,7 +12,6 @@ it helps. Related, with one number a timestep: Pang et al. 2023, arXiv:2302.1068
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,7 +42,6 @@ class Calibration:
 
     mean: Tensor  # (C, H, W): mu
     weights: Tensor  # (T, 3, bands, 2): w_1 and w_2; 1 and 0 where nothing changes
-    made_from: dict  # what decides it
 
     def __call__(self, x_0: Tensor, x_t: Tensor, t: Timestep, scheduler: NoiseScheduler) -> Tensor:
         mean, bands = self.mean.to(x_0), octaves(x_0.shape[-1], x_0.device)
@@ -62,7 +60,7 @@ def opponent(images: Tensor, back: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int, made_from: dict) -> Calibration:
+def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibration:
     """Fit a network without calibration to images (N, C, H, W) in [-1, 1] on its device."""
     scheduler, mean = denoiser.scheduler, images.mean(dim=0)
     times = np.linspace(FROM * scheduler.timesteps, scheduler.timesteps - 1, FITTED).round().astype(int)
@@ -88,7 +86,7 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int, made_from: di
     between = np.stack([np.interp(t, times, column) for column in columns], axis=1)
     weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, *fitted[0].shape[:2], 1)
     weights[times[0] :] = torch.from_numpy(between).float().unflatten(1, fitted[0].shape)
-    return Calibration(mean.cpu(), weights, made_from)
+    return Calibration(mean.cpu(), weights)
 
 
 def calibrated(
@@ -99,35 +97,31 @@ def calibrated(
     "own" fits to the model's own samples, which fresh noise keeps sound, so that no data is needed; `images_of_run` is
     that of data/datasets.py, for "data" and other data sets.
     """
-    if not image_sampler.options.calibrate:
-        return image_sampler
-    found = processes.from_main(lambda: calibration_of(image_sampler, saved, batch_size, images_of_run))
-    return replace(image_sampler, denoiser=replace(image_sampler.denoiser, calibration=found))
+    which, denoiser = image_sampler.options.calibrate, image_sampler.denoiser
 
+    def read_or_make() -> Calibration:
+        made_from = {"weights": saved.digest, "images": "own", "count": IMAGES}
+        if which != "own":
+            name = None if which == "data" else which
+            image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
+            made_from["images"] = split.train_ids_hash
+        path = saved.path.with_name(f"{saved.path.stem}-calibration-{'own' if which == 'own' else 'data'}.safetensors")
+        try:
+            file = TensorFile(path)
+            if file.contents == made_from:
+                return Calibration(**file.tensors())
+        except (CheckpointError, OSError):
+            pass  # none there, or damaged
+        if which == "own":
+            own = replace(image_sampler, options=SamplerOptions("dpm++", 20), seed=seed_of("calibration"))
+            images = generate(own, range(IMAGES), batch_size).images
+        else:
+            some = split.train_indices[np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)]
+            images = to_model_range(torch.from_numpy(image_set.images[some]))
+        made = calibrate(denoiser, images.to(image_sampler.device), batch_size)
+        write_tensors(path, vars(made), made_from)
+        print(f"wrote {path}")
+        return made
 
-def calibration_of(
-    image_sampler: ImageSampler, saved: SavedModel, batch_size: int, images_of_run: Callable
-) -> Calibration:
-    """Read or make it, as `calibrated` says."""
-    which, made_from = image_sampler.options.calibrate, {"weights": saved.digest, "images": "own", "count": IMAGES}
-    if which != "own":
-        name = None if which == "data" else which
-        image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
-        made_from["images"] = f"{Path(image_set.name).name} {split.train_ids_hash}"
-    path = saved.path.with_name(f"{saved.path.stem}-calibration-{'own' if which == 'own' else 'data'}.safetensors")
-    try:
-        file = TensorFile(path)
-        if file.contents == made_from:
-            return Calibration(**file.tensors(), made_from=made_from)
-    except (CheckpointError, OSError):
-        pass  # none there, or damaged
-    if which == "own":
-        own = replace(image_sampler, options=SamplerOptions("dpm++", 20), seed=seed_of("calibration"))
-        images = generate(own, range(IMAGES), batch_size).images
-    else:
-        some = split.train_indices[np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)]
-        images = to_model_range(torch.from_numpy(image_set.images[some]))
-    found = calibrate(image_sampler.denoiser, images.to(image_sampler.device), batch_size, made_from)
-    write_tensors(path, {"mean": found.mean, "weights": found.weights}, made_from)
-    print(f"wrote {path}")
-    return found
+    calibration = processes.from_main(read_or_make) if which else None
+    return replace(image_sampler, denoiser=replace(denoiser, calibration=calibration))

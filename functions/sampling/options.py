@@ -76,7 +76,8 @@ class SamplerOptions:
     def facts(self, timesteps: int) -> dict[str, str | int | float]:
         """All that decides the pixels, for a model with T = `timesteps`."""
         steps = self.steps or timesteps
-        return dict(sampler=self.sampler, steps=steps, spacing=self.spacing, eps_scale=self.eps_scale, **self.own)
+        return dict(sampler=self.sampler, steps=steps, spacing=self.spacing, eps_scale=self.eps_scale,
+                    calibrate=self.calibrate, **self.own)  # fmt: skip
 
     def __str__(self) -> str:
         """Such as "dpm++, 20 steps, logsnr, eta 1.0" or "ddpm, all steps, variance small"."""

@@ -19,7 +19,6 @@ from functions.support.run_folder import Run
 # An image keeps so many feature maps of each level for backward: measured on the network of `ffhq-run2`.
 KEPT_OF_A_LEVEL = {"none": 45, "norms": 15, "blocks": 6}
 VISIBLE_SNR = 1e-3  # x_T with a larger terminal SNR still carries the image; the paper's 1000 steps leave 4e-5
-PASSES, PATIENCE = 6, 8.0  # that `--dry-run` times at most; in seconds, after the first one
 H100_PEAK = 989e12  # FLOP/s in dense bfloat16, by its data sheet
 # Not measured: of a pass of `ffhq-full` 14%, of `ffhq-run2` 8%, if only its counted bytes and convolutions took time
 H100_SHARE = 0.15
@@ -64,30 +63,18 @@ def describe_memory(run: Run, precision: torch.dtype) -> str:
     return f"  memory     about {(4 * 4 * run.facts['parameters'] + kept) / 1e9:.1f} GB, beside Python and PyTorch"
 
 
-def describe_compute(run: Run, denoiser: Denoiser, processes: Processes) -> str:
-    """FLOPs of a step, counted; and the time of the steps to go, on this device by trying, on an H100 by assumption."""
+def describe_compute(run: Run, denoiser: Denoiser) -> str:
+    """FLOPs of a step, counted; the hours of the steps to go, on this device by trying, on an H100 by assumption."""
     config, steps = run.experiment.diffusion, run.facts["total_steps"] - run.first_step
     flops = config.effective_batch * flops_of_image(denoiser.network)
-    own_images = math.ceil(config.effective_batch / processes.count)
-    devices = f"{processes.count} x " * (processes.count > 1) + run.facts["device"]
-    here = f"more memory than {devices} has, even for one image"
-    if timed := fastest_pass(denoiser, min(config.batch_size, own_images)):
-        seconds, images = timed
-        here = f"{hours(seconds * own_images * steps)} on {devices}: "
-        here += f"by timing a pass of {images}, without Adam, data, validation and samples"
-    on_h100 = hours(flops * steps / (H100_SHARE * H100_PEAK))
-    return "\n".join([
-        f"  compute    {flops / 1e12:.3g} TFLOP a step, forward and backward; the {steps:,} steps to go take",
-        f"             {here}",
-        f"             {on_h100} on an H100 at {H100_SHARE:.0%} of its {H100_PEAK / 1e12:.0f} TFLOP/s: assumed, not "
-        "measured",
-    ])  # fmt: skip
-
-
-def hours(seconds: float) -> str:
-    if seconds < 360:
-        return "less than 0.1 hours"
-    return f"about {seconds / 3600:,.{1 if seconds < 36_000 else 0}f} hours"
+    images, seconds = timed_pass(denoiser, config.batch_size)
+    here = config.effective_batch * seconds / images * steps / 3600
+    on_h100 = flops * steps / (H100_SHARE * H100_PEAK) / 3600
+    return (
+        f"  compute    {flops / 1e12:.3g} TFLOP a step; the {steps:,} steps to go take about {here:.2g} hours on one "
+        f"{run.facts['device']}, by timing a\n             pass of {images}, and {on_h100:.2g} on one H100 at "
+        f"{H100_SHARE:.0%} of its {H100_PEAK / 1e12:.0f} TFLOP/s, which is assumed, not measured"
+    )
 
 
 def flops_of_image(network: nn.Module) -> int:
@@ -100,24 +87,17 @@ def flops_of_image(network: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-def fastest_pass(denoiser: Denoiser, most: int) -> tuple[float, int] | None:
-    """Seconds an image, and images, of the fastest pass: of one image at first, then of as many as `PATIENCE` allows.
+def timed_pass(denoiser: Denoiser, batch_size: int) -> tuple[int, float]:
+    """Images and seconds of a pass: of batch_size images, or of one where one takes a second."""
 
-    None when not even one image fits in memory. It leaves gradients.
-    """
-    passes, images, left = [], 1, PATIENCE
-    try:
-        while images > 0 and len(passes) < PASSES:
-            start = time.perf_counter()
-            run_pass(denoiser, images)
-            seconds = time.perf_counter() - start
-            left -= seconds if passes else 0  # the first one warms up
-            passes.append((seconds / images, images))
-            images = min(most, int(left * images / seconds))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    return min(passes, default=None)
+    def seconds_of(images: int) -> float:
+        start = time.perf_counter()
+        run_pass(denoiser, images)
+        return time.perf_counter() - start
+
+    seconds_of(1)  # warms up
+    seconds = seconds_of(1)
+    return (1, seconds) if seconds > 1 else (batch_size, seconds_of(batch_size))
 
 
 def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:

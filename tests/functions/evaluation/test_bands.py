@@ -40,8 +40,8 @@ def expected(eps, times):
 @pytest.mark.parametrize("eps", [ideal_eps, half_the_mean])
 def test_the_ratios_of_known_networks(eps):
     result = measured(eps)
-    assert result.times[0] == 0 and result.times[-1] == 999 and len(result.times) == 12
-    ratio = expected(eps, result.times)
+    assert result.t[0] == 0 and result.t[-1] == 999 and len(result.t) == 12
+    ratio = expected(eps, result.t)
     off = np.abs(result.ratio - ratio) / result.standard_error
     assert off.max() < 4.5 and np.median(off) < 1.2  # 48 cells
     assert result.standard_error[:, 3].max() / result.ratio[:, 3].max() < 0.02  # so this says something
