@@ -26,7 +26,7 @@ def band_names(size: int) -> list[str]:
 
 
 def band_means(values: Tensor) -> Tensor:
-    """(B, C, H, W), a real number a coefficient -> (B, C, bands) float64: the mean over each band."""
-    bands = octaves(values.shape[-1], values.device).flatten()
-    sums = torch.zeros(*values.shape[:2], int(bands.max()) + 1, dtype=torch.float64, device=values.device)
-    return sums.index_add_(2, bands, values.double().flatten(2)) / torch.bincount(bands)
+    """(B, C, H, W), a real number a coefficient -> (B, bands) float64: the mean over each band and all channels."""
+    bands, values = octaves(values.shape[-1], values.device).flatten(), values.double().mean(dim=1).flatten(1)
+    sums = values.new_zeros(len(values), int(bands.max()) + 1).index_add_(1, bands, values)
+    return sums / torch.bincount(bands)

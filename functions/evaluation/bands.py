@@ -85,7 +85,7 @@ def measure_bands(
     """
     scheduler, t = denoiser.scheduler, times_of(denoiser.scheduler.timesteps)
     draws, limit = math.ceil(DRAWS / len(indices)) * len(indices), BatchLimit(x_0_of(indices[:1]).device, batch_size)
-    energy = lambda images: band_means(spectrum(images).abs().square()).mean(dim=1).cpu()  # (B, bands)
+    energy = lambda images: band_means(spectrum(images).abs().square()).cpu()  # (B, bands)
 
     def errors(some: range, t: int) -> Tensor:
         x_0 = x_0_of(indices[[j % len(indices) for j in some]])

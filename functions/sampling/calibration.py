@@ -5,9 +5,9 @@ linear mix of it and x_t, about the average image mu:
 
     x_0' = mu + w_1 (x_0 - mu) + w_2 (x_t - sqrt(alpha_bar) mu)
 
-Two real numbers a band, colour axis (`opponent`) and t by least squares: on the images that they are fitted to never
-worse than the network alone (1, 0), nor than the best linear filter of x_t (0, w). docs/whole-before-detail.md says why
-it helps. Related, with one number a timestep: Pang et al. 2023, arXiv:2302.10688.
+Two real numbers a band and t by least squares: on the images that they are fitted to never worse than the network alone
+(1, 0), nor than the best linear filter of x_t (0, w). docs/whole-before-detail.md says why it helps. Related, with one
+number a timestep: Pang et al. 2023, arXiv:2302.10688.
 """
 
 from collections.abc import Callable
@@ -41,22 +41,15 @@ class Calibration:
     """What `interpret` of functions/prediction.py calls: x_0 -> x_0'."""
 
     mean: Tensor  # (C, H, W): mu
-    weights: Tensor  # (T, 3, bands, 2): w_1 and w_2; 1 and 0 where nothing changes
+    weights: Tensor  # (T, bands, 2): w_1 and w_2; 1 and 0 where nothing changes
 
     def __call__(self, x_0: Tensor, x_t: Tensor, t: Timestep, scheduler: NoiseScheduler) -> Tensor:
         mean, bands = self.mean.to(x_0), octaves(x_0.shape[-1], x_0.device)
         of_bands = self.weights[t.cpu() if isinstance(t, Tensor) else t].to(x_0)
-        w_1, w_2 = of_bands[..., bands, :].unbind(-1)  # (3, H, W), or (B, 3, H, W)
+        w_1, w_2 = of_bands[..., bands, :].unsqueeze(-4).unbind(-1)  # (1, H, W), or (B, 1, H, W)
         root = broadcast(scheduler.alpha_bar(t) ** 0.5, x_t)
-        mixed = w_1 * spectrum(opponent(x_0 - mean)) + w_2 * spectrum(opponent(x_t - root * mean))
-        return mean + opponent(torch.fft.ifft2(mixed, norm="ortho").real, back=True)
-
-
-def opponent(images: Tensor, back: bool = False) -> Tensor:
-    """Turn (R, G, B) into grey, red against green, and both against blue, at right angles; or back."""
-    axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]).to(images)
-    axes = axes / axes.norm(dim=1, keepdim=True)
-    return torch.einsum("dc,bchw->bdhw", axes.T if back else axes, images)
+        mixed = w_1 * spectrum(x_0 - mean) + w_2 * spectrum(x_t - root * mean)
+        return mean + torch.fft.ifft2(mixed, norm="ortho").real
 
 
 @torch.no_grad()
@@ -67,24 +60,24 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
     limit, fitted = BatchLimit(images.device, batch_size), []
 
     def products(some: range, t: int) -> Tensor:
-        """Of the spectra of x_0, x_t (p, q) and the true x_0 (y): (5, images, 3, bands), pp, pq, qq, py, qy."""
+        """Of the spectra of x_0, x_t (p, q) and the true x_0 (y): (5, images, bands), pp, pq, qq, py, qy."""
         x_0, noise = images[some.start : some.stop], ImageNoise(0, some, mean.shape, images.device, f"calibration {t}")
         x_t = scheduler.q_sample(x_0, t, noise.draw())
         seen, root = predict(denoiser, scheduler, x_t, t)[0], scheduler.alpha_bar(t) ** 0.5
-        p, q, y = (spectrum(opponent(centred)) for centred in (seen - mean, x_t - root * mean, x_0 - mean))
+        p, q, y = (spectrum(centred) for centred in (seen - mean, x_t - root * mean, x_0 - mean))
         pairs = ((p, p), (p, q), (q, q), (p, y), (q, y))
         return torch.stack([band_means((a * b.conj()).real) for a, b in pairs]).cpu()
 
     with denoiser.evaluating():
         for t in tqdm(times.tolist(), "calibrating", unit="timestep"):
             parts = limit.in_parts(lambda some, t=t: products(some, t), range(len(images)))
-            pp, pq, qq, py, qy = torch.cat(parts, dim=1).mean(dim=1)  # (3, bands) each
+            pp, pq, qq, py, qy = torch.cat(parts, dim=1).mean(dim=1)  # (bands,) each
             pp, qq = (1 + RIDGE) * pp, (1 + RIDGE) * qq
             numbers = torch.stack([qq * py - pq * qy, pp * qy - pq * py], dim=-1)  # by Cramer's rule
             fitted.append(numbers / (pp * qq - pq**2)[..., None])
     t, columns = np.arange(times[0], scheduler.timesteps), torch.stack(fitted).flatten(1).T.numpy()
     between = np.stack([np.interp(t, times, column) for column in columns], axis=1)
-    weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, *fitted[0].shape[:2], 1)
+    weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, len(fitted[0]), 1)
     weights[times[0] :] = torch.from_numpy(between).float().unflatten(1, fitted[0].shape)
     return Calibration(mean.cpu(), weights)
 

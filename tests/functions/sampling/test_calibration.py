@@ -52,7 +52,7 @@ class Network(torch.nn.Module):
 
 
 def test_it_is_the_same_for_one_timestep_and_for_many():
-    weights = torch.rand(1000, 3, 4, 2, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(1000, 4, 2, generator=torch.Generator().manual_seed(0))
     weights[:600] = torch.tensor([1.0, 0.0])
     mix = calibration.Calibration(MU, weights)
     x_0, x_t = draw_images(3), draw_images(3, seed=1)
