@@ -58,11 +58,13 @@ ARMS = {  # name: what differs from `faces` in diffusion and model, and how many
 }
 DISTANCES = {
     "20 DDIM": SamplerOptions("ddim", 20),
+    "20 2M": SamplerOptions("dpm++", 20, eta=0.0),
     "50 DDIM": SamplerOptions("ddim", 50),
     "20 SDE": SamplerOptions("dpm++", 20),
     "200 DDPM": SamplerOptions("ddpm", 200),
 }
 MAPS = {"eps": "bands-eps.png", "v, mixed t": "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
+SPOILT_WITH = DISTANCES["20 DDIM"]  # ten times as many samples, for the share that is spoilt
 SHOWN, COLUMNS = 36, 12  # samples that are kept of each arm, and shown in the picture of all
 
 
@@ -139,18 +141,17 @@ def measure(run: Path, count: int) -> None:
         plot_bands(bands, path.with_suffix(".png"), run.name)
         found = {"bands": bands.facts(), "distance": {}}
         for name, options in DISTANCES.items():
-            many = 10 * count if name == "20 DDIM" else count
+            many = 10 * count if options == SPOILT_WITH else count
             images = generate(replace(sampler, options=options), range(many), 64).images.to(device)
             found["distance"][name] = features.distance(images[:count])
-            if name == "20 DDIM":
+            if options == SPOILT_WITH:
                 found["spoilt"] = spoilt(images).double().mean().item()
                 np.save(path.with_suffix(".npy"), to_uint8(images[:SHOWN]).cpu().numpy())
+            print(f"{path}: {found['distance']}, spoilt {found['spoilt']}", flush=True)
         if not calibration:
-            options = BoundOptions(t_stride=50)
-            bound = measure_bits_per_dim(sampler.denoiser, x_0_of, split.val_indices, options)
+            bound = measure_bits_per_dim(denoiser, x_0_of, split.val_indices, BoundOptions(t_stride=50))
             found["bits_per_dim"] = [bound.total, bound.standard_error]
         path.write_text(json.dumps(found))
-        print(f"{path}: {found['distance']}, spoilt {found['spoilt']}", flush=True)
 
 
 def draw(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,7 +57,7 @@ class Calibration:
 def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibration:
     """Fit a network without calibration to images (N, C, H, W) in [-1, 1] on its device."""
     scheduler, mean = denoiser.scheduler, images.mean(dim=0)
-    times = np.linspace(FROM * scheduler.timesteps, scheduler.timesteps - 1, FITTED).round().astype(int)
+    times = np.linspace(FROM * scheduler.timesteps, scheduler.timesteps - 1, FITTED).round().astype(int).tolist()
     limit, fitted = BatchLimit(images.device, batch_size), []
 
     def products(some: range, t: int) -> Tensor:
@@ -69,17 +70,16 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
         return torch.stack([band_means((a * b.conj()).real) for a, b in pairs]).cpu()
 
     with denoiser.evaluating():
-        for t in tqdm(times.tolist(), "calibrating", unit="timestep"):
+        for t in tqdm(times, "calibrating", unit="timestep"):
             parts = limit.in_parts(lambda some, t=t: products(some, t), range(len(images)))
             pp, pq, qq, py, qy = torch.cat(parts, dim=1).mean(dim=1)  # (bands,) each
             pp, qq = (1 + RIDGE) * pp, (1 + RIDGE) * qq
             numbers = torch.stack([qq * py - pq * qy, pp * qy - pq * py], dim=-1)  # by Cramer's rule
             fitted.append(numbers / (pp * qq - pq**2)[..., None])
-    t, columns = np.arange(times[0], scheduler.timesteps), torch.stack(fitted).flatten(1).T.numpy()
-    between = np.stack([np.interp(t, times, column) for column in columns], axis=1)
-    weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, len(fitted[0]), 1)
-    weights[times[0] :] = torch.from_numpy(between).float().unflatten(1, fitted[0].shape)
-    return Calibration(mean.cpu(), weights)
+    columns = torch.stack(fitted).float().permute(1, 2, 0)  # (bands, 2, K)
+    between = F.interpolate(columns, scheduler.timesteps - times[0], mode="linear", align_corners=True).permute(2, 0, 1)
+    unchanged = torch.tensor([1.0, 0.0]).expand(times[0], *between.shape[1:])
+    return Calibration(mean.cpu(), torch.cat([unchanged, between]))
 
 
 def calibrated(

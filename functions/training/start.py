@@ -67,8 +67,9 @@ def describe_compute(run: Run, denoiser: Denoiser) -> str:
     """FLOPs of a step, counted; the hours of the steps to go, on this device by trying, on an H100 by assumption."""
     config, steps = run.experiment.diffusion, run.facts["total_steps"] - run.first_step
     flops = config.effective_batch * flops_of_image(denoiser.network)
-    images, seconds = timed_pass(denoiser, config.batch_size)
-    here = config.effective_batch * seconds / images * steps / 3600
+    run_pass(denoiser, 1)  # warms up
+    images = 1 if run_pass(denoiser, 1) > 1 else config.batch_size
+    here = config.effective_batch * run_pass(denoiser, images) / images * steps / 3600
     on_h100 = flops * steps / (H100_SHARE * H100_PEAK) / 3600
     return (
         f"  compute    {flops / 1e12:.3g} TFLOP a step; the {steps:,} steps to go take about {here:.2g} hours on one "
@@ -85,19 +86,6 @@ def flops_of_image(network: nn.Module) -> int:
     with FlopCounterMode(display=False) as counter:
         network(image, torch.zeros(1, dtype=torch.int64, device="meta")).sum().backward()
     return counter.get_total_flops()
-
-
-def timed_pass(denoiser: Denoiser, batch_size: int) -> tuple[int, float]:
-    """Images and seconds of a pass: of batch_size images, or of one where one takes a second."""
-
-    def seconds_of(images: int) -> float:
-        start = time.perf_counter()
-        run_pass(denoiser, images)
-        return time.perf_counter() - start
-
-    seconds_of(1)  # warms up
-    seconds = seconds_of(1)
-    return (1, seconds) if seconds > 1 else (batch_size, seconds_of(batch_size))
 
 
 def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
@@ -151,11 +139,12 @@ def pass_fits(denoiser: Denoiser, images: int) -> bool:
             torch.cuda.empty_cache()
 
 
-def run_pass(denoiser: Denoiser, images: int) -> None:
-    """Forward and backward, of grey images."""
-    network = denoiser.network
+def run_pass(denoiser: Denoiser, images: int) -> float:
+    """Forward and backward, of grey images; returns the seconds that it took."""
+    start, network = time.perf_counter(), denoiser.network
     weight = next(network.parameters())
     x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=weight.device)
     t = torch.zeros(images, dtype=torch.int64, device=weight.device)
     denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
     weight.grad.sum().item()  # waits until the device is done
+    return time.perf_counter() - start

@@ -148,26 +148,13 @@ def test_flops_are_those_of_the_layers(size):
     assert all(p.grad is None and p.device.type == "cpu" for p in network.parameters())
 
 
-@pytest.mark.parametrize(("seconds_of_one", "found"), [(0.5, (8, 4.0)), (2, (1, 2.0))])
-def test_a_pass_of_the_batch_is_timed_where_that_is_quick(seconds_of_one, found, monkeypatch):
-    """On a device whose first pass takes as long again."""
-    now, passes = [0.0], []
-
-    def run_pass(_, images):
-        now[0] += images * seconds_of_one + (0 if passes else 0.4)
-        passes.append(images)
-
-    monkeypatch.setattr(start, "run_pass", run_pass)
-    monkeypatch.setattr(start.time, "perf_counter", lambda: now[0])
-    images, seconds = start.timed_pass(None, 8)
-    assert (images, seconds) == pytest.approx(found)
-
-
 @pytest.mark.slow
-def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monkeypatch, capsys):
+@pytest.mark.parametrize(("slow", "timed"), [(False, 8), (True, 1)])
+def test_a_dry_run_says_the_hours_of_the_steps_to_go(slow, timed, unfinished, pictures, monkeypatch, capsys):
     """10 steps of 8 images, and the same run after 7 of them; on an H100 so slow that it takes an hour for a step."""
     flops = 8 * flops_of_image(UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2))
-    monkeypatch.setattr(start, "timed_pass", lambda *_: (2, 900))
+    passes = iter([99 * 450, 450 if slow else 0.1, 450 * timed] * 2)  # the first warms up
+    monkeypatch.setattr(start, "run_pass", lambda *_: next(passes))
     monkeypatch.setattr(start, "H100_PEAK", flops / 3600 / start.H100_SHARE)
     call(train.main, "faces", "--dry-run", *TINY, "--diffusion.dataset-name", pictures, "--runs", unfinished.parent)
     call(train.main, "--resume", unfinished, "--dry-run", "--device", "cpu")
@@ -175,7 +162,7 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
     for said, steps in ((new, 10), (resumed, 3)):
         said = " ".join(said.split())
         assert f"{flops / 1e12:.3g} TFLOP a step; the {steps} steps to go take about {steps} hours on one cpu, " in said
-        assert f"by timing a pass of 2, and {steps} on one H100 at 15% of its" in said
+        assert f"by timing a pass of {timed}, and {steps} on one H100 at 15% of its" in said
 
 
 @pytest.mark.slow
