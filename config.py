@@ -132,7 +132,7 @@ class DiffusionConfig:
     beta_start: float = 1e-4  # beta of the first step, for T = 1000
     beta_end: float = 0.02  # beta of the last step, for T = 1000
     rescale_betas: bool = True  # multiply betas by 1000 / T, so that x_T is noise for any T
-    beta_schedule: str = "linear"  # or "cosine" (Nichol and Dhariwal 2021), which ignores the three above
+    beta_schedule: str = "linear"  # or "cosine" (Nichol and Dhariwal 2021), which has no use for the three above
 
     # Objective
     objective: str = "eps"  # what the network predicts and is compared with: the noise "eps", or "v" = a mix with x_0
@@ -176,9 +176,9 @@ class DiffusionConfig:
         require(0 < self.beta_start < 1, self, "beta_start", "between 0 and 1, such as 1e-4")
         require(self.beta_start <= self.beta_end, self, "beta_end", f"at least beta_start = {self.beta_start:g}")
         require(self.beta_schedule in ("linear", "cosine"), self, "beta_schedule", '"linear" or "cosine"')
-        for field in ("beta_start", "beta_end", "rescale_betas") if self.beta_schedule == "cosine" else ():
-            default = type(self).__dataclass_fields__[field].default
-            require(getattr(self, field) == default, self, field, f"{default}, as cosine betas do not depend on it")
+        unused = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
+        fitting = '"linear" when beta_start, beta_end or rescale_betas are changed'
+        require(self.beta_schedule == "linear" or unused, self, "beta_schedule", fitting)
         scale = 1000 / self.timesteps_diff if self.rescale_betas else 1
         fitting = f"below {1 / scale:g} with timesteps_diff = {self.timesteps_diff}, so that every beta stays below 1"
         require(self.beta_schedule == "cosine" or scale * self.beta_end < 1, self, "beta_end", fitting)

@@ -116,16 +116,16 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     denoiser = rebuild(UNet, saved, device, precision)
     image_sampler = ImageSampler(denoiser, SamplerOptions.from_args(args), saved.image_shape, args.seed, device)
     processes.say(str(saved))
-    image_sampler = calibrated(image_sampler, saved, args.batch_size, images_of_run, processes)
-    run = saved.run
-    image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1], args.dataset_name)
+    load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name or args.dataset_name)
+    image_sampler, run = calibrated(image_sampler, saved, args.batch_size, load, processes), saved.run
+    image_set, split = load(None)
     processes.say(split.description)
     if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
         text = "THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation"
         print(f"WARNING: {text}", file=sys.stderr)
     weights = {"step": run["step"], "weights": saved.kind, "weights_hash": saved.digest[:16]}
     computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
-    asked = {"batch_size": args.batch_size, "seed": args.seed, "calibrate": args.calibrate}
+    asked = {"batch_size": args.batch_size, "seed": args.seed, **image_sampler.options.calibration}
     facts = {"experiment": run["experiment"], **weights, **computing, **asked}
     folder = args.out or folder_of(saved.path) / "evaluation"
     return Subject(image_sampler, image_set, split, facts, folder / saved.path.stem)

@@ -53,7 +53,8 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
             processes.from_main(lambda: export_weights(saved, args.export))
             processes.say(f"wrote {args.export}")
             return
-        image_sampler = calibrated(image_sampler, saved, args.batch_size, images_of_run, processes)
+        load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
+        image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
 
         slug = f"{saved.path.stem}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
         folder = args.out or folder_of(saved.path) / "samples" / f"{slug}-seed{args.seed}"

@@ -122,7 +122,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     tried = Denoiser(model, scheduler, precision, config.objective)
     if dry_run:
         place = run.folder or run.runs / f"{run.name}-<time>"
-        processes.say(f"{describe_memory(run, precision)}\n{describe_compute(run, tried)}")
+        processes.say(describe_memory(run, precision))
+        processes.say(describe_compute(run, tried))
         processes.say(f"  images in  {image_set.path}\n  goes to    {place}\nnothing was started")
         return
     fit_memory(run, tried, processes)

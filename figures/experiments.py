@@ -64,6 +64,12 @@ DISTANCES = {
     "200 DDPM": SamplerOptions("ddpm", 200),
 }
 MAPS = {"eps": "bands-eps.png", "v, mixed t": "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
+SOLVERS = {"DDPM": ("ddpm", None), "DDIM": ("ddim", 0.0), "2M": ("dpm++", 0.0), "SDE": ("dpm++", 1.0),
+           "iPNDM": ("ipndm", None)}  # fmt: skip
+GRID = {  # name, spacing, calls: measured on the first run of v alone
+    (name, spacing, calls): SamplerOptions(sampler, calls, spacing, eta=eta)
+    for name, (sampler, eta) in SOLVERS.items() for spacing in ("trailing", "logsnr") for calls in (10, 20, 50)
+}  # fmt: skip
 SPOILT_WITH = DISTANCES["20 DDIM"]  # ten times as many samples, for the share that is spoilt
 SHOWN, COLUMNS = 36, 12  # samples that are kept of each arm, and shown in the picture of all
 
@@ -140,7 +146,8 @@ def measure(run: Path, count: int) -> None:
         bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0)
         plot_bands(bands, path.with_suffix(".png"), run.name)
         found = {"bands": bands.facts(), "distance": {}}
-        for name, options in DISTANCES.items():
+        grid = GRID if run.name.startswith(slug("v, mixed t", 0)) and not calibration else {}
+        for name, options in {**DISTANCES, **{" ".join(map(str, key)): grid[key] for key in grid}}.items():
             many = 10 * count if options == SPOILT_WITH else count
             images = generate(replace(sampler, options=options), range(many), 64).images.to(device)
             found["distance"][name] = features.distance(images[:count])
@@ -165,14 +172,17 @@ def draw(args: argparse.Namespace) -> None:
                 path = run / f"measured{kind}.json" if run else None
                 if path and path.exists():
                     label = arm + (f", calibrated ({kind[1:]})" if kind else "")
-                    results.setdefault(label, {})[str(seed)] = json.loads(path.read_text())
+                    # Five digits: more would pretend to an accuracy that there is not
+                    found = json.loads(path.read_text(), parse_float=lambda text: float(f"{float(text):.5g}"))
+                    results.setdefault(label, {})[str(seed)] = found
                     if seed == 0 and "photos" not in arm and "64" not in arm:
                         pictures[label] = np.load(path.with_suffix(".npy"))
                         if label in MAPS:
                             shutil.copyfile(path.with_suffix(".png"), RESULTS.with_name(MAPS[label]))
-    lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(rounded(found))}" for label, found in results.items())
+    lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(found)}" for label, found in results.items())
     RESULTS.write_text(f"{{\n{lines}\n}}\n")
     print(table(results))
+    print(grid_table(results.get("v, mixed t", {}).get("0", {}).get("distance", {})))
     save_rows({label: tile(images[:COLUMNS], COLUMNS) for label, images in pictures.items()}, "whole_before_detail.png")
     if {"eps", "v, mixed t"} <= pictures.keys():
         both = np.concatenate([tile(pictures[label], 6) for label in ("eps", "v, mixed t")], axis=1)
@@ -208,19 +218,18 @@ def table(results: dict) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def grid_table(distance: dict[str, float]) -> str:
+    """Markdown: the distance of each solver and spacing with 10, 20 and 50 calls."""
+    rows = {}
+    for name, spacing, calls in GRID:
+        rows.setdefault(f"{name}, {spacing}", []).append(f"{distance.get(f'{name} {spacing} {calls}', np.nan):.3g}")
+    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
+
+
 def of_seeds(values: list[float]) -> str:
     """Such as "2.1 (1.9-2.4)"; nothing where there is no number."""
     spread = f" ({min(values):.3g}-{max(values):.3g})" if len(values) > 1 else ""
     return "" if np.isnan(values[0]) else f"{np.mean(values):.3g}{spread}"
-
-
-def rounded(value: object) -> object:
-    """Five digits: more would pretend to an accuracy that there is not."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

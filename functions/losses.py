@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Model, objective_of
+from functions.prediction import Model
 
 
 def denoising_loss(model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def denoising_loss(model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tens
         (B,) float32: each image's squared error, averaged over its channels and pixels.
     """
     x_t = scheduler.q_sample(x_0, t, noise)
-    target = noise if objective_of(model) == "eps" else scheduler.v(x_0, t, noise)
+    target = scheduler.v(x_0, t, noise) if getattr(model, "objective", "eps") == "v" else noise
     return (model(x_t, t).float() - target).square().flatten(1).mean(dim=1)
 
 
@@ -29,4 +29,4 @@ def eps_errors(model: Model, scheduler: NoiseScheduler, losses: Tensor, t: Tenso
 
     In the same x_t an error of v is one of sqrt(alpha_bar) as much in eps, and one of -sqrt(1 - alpha_bar) in x_0.
     """
-    return losses if objective_of(model) == "eps" else scheduler.alpha_bar(t).to(losses) * losses
+    return scheduler.alpha_bar(t).to(losses) * losses if getattr(model, "objective", "eps") == "v" else losses

@@ -1,7 +1,7 @@
 """What a network's output means: the one place between it and the mathematics.
 
-The loss calls a `Denoiser` (`train` and `rebuild` make them); samplers and the bound ask `predict` for (x_0, eps) at
-(x_t, t), which alone knows whether the network predicts eps or v, and what is done to its x_0 before it is used.
+The loss calls a `Denoiser` (`train` and `rebuild` make them) and compares what the network predicts, eps or v. All
+others ask for (x_0, eps) at (x_t, t): samplers `predict`, the bound `interpret`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from functions.noise_scheduler import NoiseScheduler, Timestep
 
-OBJECTIVES = ("eps", "v")
-# (x_t (B, ...), t (B,) int64) -> eps (B, ...); a `Denoiser` may give v instead
+# (x_t (B, ...), t (B,) int64) -> eps (B, ...). A `Denoiser` gives v if that is its objective: so ask `predict`
 Model = Callable[[Tensor, Tensor], Tensor]
-Calibration = Callable[[Tensor, Tensor, Timestep, NoiseScheduler], Tensor]  # (x_0, x_t, t, scheduler) -> a better x_0
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,7 @@ class Denoiser:
     scheduler: NoiseScheduler  # the one that the network was trained with
     precision: torch.dtype = torch.float32  # of the network's matrix products and convolutions
     objective: str = "eps"  # what the network predicts, or "v" (Salimans and Ho 2022, arXiv:2202.00512)
-    # In sampling, eps is divided by this (epsilon scaling, Ning et al. 2024, arXiv:2308.15321): a model that meets its
-    # own errors, which it never did in training, predicts too much noise. 1.005 is a usual value.
-    eps_scale: float = 1.0
-    calibration: Calibration | None = None  # as functions/sampling/calibration.py makes them
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective is {self.objective!r}; it can be {' or '.join(OBJECTIVES)}")
+    calibration: Callable | None = None  # (x_0, x_t, t, scheduler) -> a better x_0: functions/sampling/calibration.py
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -49,11 +40,6 @@ class Denoiser:
             yield
         finally:
             self.network.train(training)
-
-
-def objective_of(model: Model) -> str:
-    """What a model predicts: "eps", if it is not a `Denoiser` that says otherwise."""
-    return model.objective if isinstance(model, Denoiser) else "eps"
 
 
 def predict(
@@ -81,14 +67,11 @@ def interpret(
     model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, output: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `predict`, from what the model gave for (x_t, t)."""
-    if objective_of(model) == "v":
+    if getattr(model, "objective", "eps") == "v":
         x_0, eps = scheduler.predict_from_v(x_t, t, output)
     else:
         x_0, eps = scheduler.predict_x_0(x_t, t, output), output
-    if isinstance(model, Denoiser) and model.eps_scale != 1:
-        eps = eps / model.eps_scale
-        x_0 = scheduler.predict_x_0(x_t, t, eps)
     if isinstance(model, Denoiser) and model.calibration:
-        x_0 = model.calibration(x_0, x_t, t, scheduler)
-        eps = scheduler.predict_eps(x_t, t, x_0)
+        better = model.calibration(x_0, x_t, t, scheduler)
+        x_0, eps = better, eps if better is x_0 else scheduler.predict_eps(x_t, t, better)
     return x_0, eps

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MATHEMATICS = {"noise_scheduler", "losses", "ema", "timesteps", "prediction", "samplers", "spectrum", "likelihood"}
+MATHEMATICS = {"noise_scheduler", "losses", "ema", "timesteps", "prediction", "samplers", "likelihood"}
 ROOMS = {"training": 3, "evaluation": 3, "sampling": 2, "support": 0}  # a room may import rooms of at most its number
 
 

@@ -1,7 +1,7 @@
 """What a network knows of x_0 at each timestep, by spatial frequency: `python evaluate.py --metrics bands`.
 
 For held-out images, the squared error of the network's x_0 (unclipped) over that of the average training image, in an
-image's mean and in each octave of frequencies (functions/spectrum.py). 1 is no knowledge at all, and above 1 is a
+image's mean and in each octave of frequencies. 1 is no knowledge at all, and above 1 is a
 fault. The best linear filter of x_t reaches (1 - a) / (a s^2 + 1 - a) with a = alpha_bar_t, and s^2 the squared error
 of the average image for each coefficient of the orthonormal transform, in which the noise has 1.
 docs/whole-before-detail.md explains what it is good for.
@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from functions.evaluation.bits_per_dim import error_of_mean
 from functions.prediction import Denoiser, predict
+from functions.sampling.calibration import band_means, spectrum
 from functions.sampling.generation import BatchLimit
-from functions.spectrum import band_means, band_names, spectrum
+from functions.support.errors import UserError
 from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise
@@ -52,7 +53,7 @@ class BandErrors:
     def verdict(self) -> str:
         """What the last timestep says of an image's mean, which one sees as colour and darkness."""
         ratio, error = self.ratio[-1, 0], self.standard_error[-1, 0]
-        worse = f"{ratio:.3g} times worse than" if ratio - 2 * error > 1 else "no worse than"
+        worse = f"{ratio:.3g} times worse than" if ratio - 2 * error > 1 else "not measurably worse than"
         return f"at t = {self.t[-1]} the model's guess of an image's mean is {worse} the average image's"
 
     def facts(self) -> dict:
@@ -63,7 +64,12 @@ class BandErrors:
 def times_of(timesteps: int) -> list[int]:
     """Some timesteps from 0 to T - 1, dense at both ends (Chebyshev's)."""
     share = (1 - np.cos(np.pi * np.arange(TIMES) / (TIMES - 1))) / 2
-    return sorted({round(value * (timesteps - 1)) for value in share.tolist()})
+    return np.unique((share * (timesteps - 1)).round().astype(int)).tolist()
+
+
+def band_names(bands: int) -> list[str]:
+    """Such as "mean", "1-2", "2-4", "finest"; in cycles an image."""
+    return ["mean", *(f"{2 ** (k - 1)}-{2**k}" for k in range(1, bands - 1)), "finest"]
 
 
 @torch.no_grad()
@@ -80,12 +86,17 @@ def measure_bands(
 
     Args:
         x_0_of: image indices (B,) -> (B, C, H, W) in [-1, 1], on the model's device.
-        indices: the held-out images; of a single one there is no standard error.
+        indices: the held-out images.
         average: (C, H, W): the average training image.
+
+    Raises:
+        UserError: a single image, as its standard error is not known.
     """
+    if len(indices) < 2:
+        raise UserError("bands wants two held-out images or more")
     scheduler, t = denoiser.scheduler, times_of(denoiser.scheduler.timesteps)
     draws, limit = math.ceil(DRAWS / len(indices)) * len(indices), BatchLimit(x_0_of(indices[:1]).device, batch_size)
-    energy = lambda images: band_means(spectrum(images).abs().square()).cpu()  # (B, bands)
+    energy = lambda images: band_means(spectrum(images).abs().square())  # (B, bands)
 
     def errors(some: range, t: int) -> Tensor:
         x_0 = x_0_of(indices[[j % len(indices) for j in some]])
@@ -103,9 +114,9 @@ def measure_bands(
     of_images, s2 = processes.sum_(table).unflatten(1, (-1, len(indices))).mean(dim=1).numpy(), variance.mean(axis=0)
     ratio = of_images.mean(axis=1) / s2
     # By the delta method, for a ratio of two means over the same images
-    spread = np.stack([error_of_mean(row - r * variance) for row, r in zip(of_images, ratio, strict=True)])
+    spread = error_of_mean((of_images - ratio[:, None] * variance).swapaxes(0, 1))
     a = scheduler.alphas_cumprod[t].numpy()[:, None]
-    return BandErrors(t, band_names(x_0_of(indices[:1]).shape[-1]), ratio, spread / s2, (1 - a) / (a * s2 + 1 - a), s2)
+    return BandErrors(t, band_names(len(s2)), ratio, spread / s2, (1 - a) / (a * s2 + 1 - a), s2)
 
 
 def plot_bands(result: BandErrors, path: Path, title: str) -> None:
@@ -115,7 +126,7 @@ def plot_bands(result: BandErrors, path: Path, title: str) -> None:
     for (k, band), ratio in np.ndenumerate(result.ratio):
         dark = not 1 / 30 < ratio < 30
         axis.text(k, band, f"{ratio:.2g}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    fault = np.nan_to_num(result.ratio - 2 * result.standard_error, nan=0).T > 1
+    fault = (result.ratio - 2 * result.standard_error).T > 1
     fine = np.kron(fault, np.ones((20, 20)))  # so that the contour follows the cells
     if fault.any() and not fault.all():
         y, x = [(np.arange(count) + 0.5) / 20 - 0.5 for count in fine.shape]

@@ -7,7 +7,7 @@ many images at a time as fit in memory.
 import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
 
@@ -73,9 +73,9 @@ class ImageSampler:
         """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at -1 they are images."""
         if t < 0:
             return x_t
-        options, model = self.options, replace(self.denoiser, eps_scale=self.options.eps_scale)
-        sampler, times = SAMPLERS[options.sampler], options.times(self.scheduler, t)
-        return sampler(model, self.scheduler, x_t, times, **options.own, step_noise=lambda k: noise(), on_step=on_step)
+        sampler, own = SAMPLERS[self.options.sampler], self.options.own
+        times, step_noise = self.options.times(self.scheduler, t), lambda k: noise()
+        return sampler(self.denoiser, self.scheduler, x_t, times, **own, step_noise=step_noise, on_step=on_step)
 
     def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
         """Sample these images, all at once; the bar counts one step for each image."""
@@ -128,6 +128,8 @@ def rebuild(
         with torch.device("meta"):  # shapes only: nothing is initialised that is overwritten at once
             model = build_model(**fields)
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
+        if denoiser.objective not in ("eps", "v"):
+            raise ValueError(f"objective is {denoiser.objective!r}; it can be eps or v")
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(
             f"{saved.path}: its config describes no model of this version: {type(error).__name__}: {short(error)}"

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -29,13 +28,12 @@ SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "ipndm": "
 class SamplerOptions:
     """How images are sampled from noise; functions/samplers.py says what each option does.
 
-    `UserError` for an option that the sampler does not have, and for an eps_scale below 1.
+    `UserError` for an option that the sampler does not have.
     """
 
     sampler: str = "ddpm"
     steps: int | None = None  # network calls; None: all timesteps
     spacing: str | None = None  # None: the sampler's default, and so below
-    eps_scale: float = 1.0
     variance: str | None = None  # of ddpm
     eta: float | None = None  # of ddim and dpm++
     calibrate: str | None = None  # "data", "own" or another data set: see functions/sampling/calibration.py
@@ -49,8 +47,6 @@ class SamplerOptions:
         for option, default in {"spacing": SPACING[self.sampler], **own}.items():
             if getattr(self, option) is None:
                 object.__setattr__(self, option, default)  # how a frozen dataclass sets itself up
-        if not 1 <= self.eps_scale < math.inf:
-            raise UserError(f"--eps-scale is {self.eps_scale:g}; it can be 1 (leave the noise as it is) or more")
 
     @staticmethod
     def from_args(args: argparse.Namespace) -> "SamplerOptions":
@@ -76,15 +72,19 @@ class SamplerOptions:
     def facts(self, timesteps: int) -> dict[str, str | int | float]:
         """All that decides the pixels, for a model with T = `timesteps`."""
         steps = self.steps or timesteps
-        return dict(sampler=self.sampler, steps=steps, spacing=self.spacing, eps_scale=self.eps_scale,
-                    calibrate=self.calibrate, **self.own)  # fmt: skip
+        return dict(sampler=self.sampler, steps=steps, spacing=self.spacing, **self.own, **self.calibration)
+
+    @property
+    def calibration(self) -> dict[str, str]:
+        """What it is fitted to, by name, as a path is nobody's business; nothing without one."""
+        return {"calibrate": Path(self.calibrate).name} if self.calibrate else {}
 
     def __str__(self) -> str:
         """Such as "dpm++, 20 steps, logsnr, eta 1.0" or "ddpm, all steps, variance small"."""
         words = [self.sampler, *([f"{self.steps} steps", self.spacing] if self.steps else ["all steps"])]
         words += [f"{option} {value}" for option, value in self.own.items()]
         words += [f"calibrated on {Path(self.calibrate).name}"] if self.calibrate else []
-        return ", ".join(words + ([f"eps / {self.eps_scale:g}"] if self.eps_scale != 1 else []))
+        return ", ".join(words)
 
     @property
     def slug(self) -> str:
@@ -94,7 +94,7 @@ class SamplerOptions:
         changed = {o: v for o, v in self.own.items() if v != OWN_OPTIONS[self.sampler][o]}
         words += [value if option == "variance" else f"eta{value:g}" for option, value in changed.items()]
         words += [f"calibrated-{Path(self.calibrate).stem}"] if self.calibrate else []
-        return "-".join(words + ([f"eps{self.eps_scale:g}"] if self.eps_scale != 1 else []))
+        return "-".join(words)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -128,8 +128,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=fraction, metavar="X", help=eta)
     variance = "of ddpm's noise: small, the posterior's; large, beta, for all timesteps alone (default: small)"
     add("--variance", choices=("small", "large"), help=variance)
-    eps_scale = "divide the predicted noise by X, such as 1.005; 1 leaves it as it is (default: 1)"
-    add("--eps-scale", type=float, default=1.0, metavar="X", help=eps_scale)
     calibrate = (
         "correct what the network does not know at high t (docs/whole-before-detail.md): fitted to the training "
         "images, to those of another data set, or to the model's own samples; a minute or two, once (default: no)"

@@ -119,7 +119,8 @@ def delete_old(run: Path, done: int, count: int, every: int) -> None:
     """
     for path in [path for path in checkpoints_of(run) if step_of(path) <= done][:-count]:
         if every == 0 or step_of(path) % every:
-            path.unlink()
+            for file in path.parent.glob(f"{path.stem}*.safetensors"):  # and its calibrations
+                file.unlink()
 
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:

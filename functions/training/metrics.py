@@ -45,8 +45,7 @@ class MetricsLog:
     def __init__(self, run: Path, resume_step: int = 0):
         self.path = run / "metrics.csv"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if self.path.exists() else []
-        cells = ([format_number(row.get(column)) for column in COLUMNS] for row in kept)
-        lines = [",".join(COLUMNS), *map(",".join, cells)]
+        lines = [",".join(COLUMNS), *(",".join(map(format_number, row.values())) for row in kept)]
         write_whole(self.path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
         self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
 
@@ -72,7 +71,9 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     rows = []
     for number, row in enumerate(csv.DictReader(whole), 2):
         try:
-            values = {column: float(cell) if cell else None for column, cell in row.items()}
+            # Without the columns of eps it is an older run, whose loss that was
+            cells = {column: row.get(column, row.get(column.replace("eps_error", "loss"))) for column in COLUMNS}
+            values = {column: float(cell) if cell else None for column, cell in cells.items()}
             rows.append({**values, "step": int(row["step"])})
         except (ValueError, TypeError, KeyError):
             print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)

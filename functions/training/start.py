@@ -49,8 +49,8 @@ def describe(run: Run, data_summary: str) -> str:
         f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, {facts['device']}",
         f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: {config.epochs} epochs of "
         f"{facts['steps_per_epoch']:,} steps{done}",
-        f"  objective  {config.objective}, t {config.t_sampling}",
-        f"  schedule   {config.timesteps_diff} timesteps, {config.beta_schedule} betas, terminal SNR {snr:.2g}",
+        f"  objective  {config.objective}, t {config.t_sampling} over {config.timesteps_diff} timesteps with "
+        f"{config.beta_schedule} betas, terminal SNR {snr:.2g}",
         *(f"warning: {warning}" for warning in warnings),
     ])  # fmt: skip
 
@@ -69,19 +69,19 @@ def describe_compute(run: Run, denoiser: Denoiser) -> str:
     flops = config.effective_batch * flops_of_image(denoiser.network)
     run_pass(denoiser, 1)  # warms up
     images = 1 if run_pass(denoiser, 1) > 1 else config.batch_size
-    here = config.effective_batch * run_pass(denoiser, images) / images * steps / 3600
+    seconds = min(run_pass(denoiser, images) for _ in range(2))
+    here = config.effective_batch * seconds / images * steps / 3600
     on_h100 = flops * steps / (H100_SHARE * H100_PEAK) / 3600
     return (
         f"  compute    {flops / 1e12:.3g} TFLOP a step; the {steps:,} steps to go take about {here:.2g} hours on one "
-        f"{run.facts['device']}, by timing a\n             pass of {images}, and {on_h100:.2g} on one H100 at "
-        f"{H100_SHARE:.0%} of its {H100_PEAK / 1e12:.0f} TFLOP/s, which is assumed, not measured"
+        f"{run.facts['device']}, by timing\n             forward and backward of {images}, and {on_h100:.2g} on one "
+        f"H100 at {H100_SHARE:.0%} of its {H100_PEAK / 1e12:.0f} TFLOP/s, which is assumed, not measured"
     )
 
 
 def flops_of_image(network: nn.Module) -> int:
     """FLOPs of an image's forward and backward pass, what is recomputed included, on a copy that has no memory."""
-    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
-    network = copy.deepcopy(network, memo)
+    network = copy.deepcopy(network).to("meta")
     image = torch.empty(1, network.channels, network.image_size, network.image_size, device="meta")
     with FlopCounterMode(display=False) as counter:
         network(image, torch.zeros(1, dtype=torch.int64, device="meta")).sum().backward()

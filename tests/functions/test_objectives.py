@@ -68,14 +68,6 @@ def test_v_keeps_the_digits_of_x_0_that_eps_would_lose(schedule, lost):
     assert error(scheduler.predict_x_0(x_t, 999, eps), x_0) > lost
 
 
-def test_eps_scale_divides_the_eps_of_v():
-    scheduler, x_0, noise = SCHEDULERS["linear"], normal(1), normal(2)
-    x_t, v = scheduler.q_sample(x_0, T, noise), scheduler.v(x_0, T, noise)
-    scaled, eps = predict(Denoiser(lambda x_t, t: v, scheduler, objective="v", eps_scale=1.25), scheduler, x_t, T)
-    assert_close(eps, noise / 1.25, rtol=0, atol=1e-6)
-    assert_close(scheduler.q_sample(scaled, T, eps), x_t)
-
-
 @both_schedules
 @pytest.mark.parametrize("objective", ["eps", "v"])
 def test_losses_convert_as_the_papers_say(objective, schedule):

@@ -7,8 +7,7 @@ from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser, predict
-from functions.sampling.options import SamplerOptions
-from tests.conftest import image_sampler_of, small_unet
+from tests.conftest import small_unet
 
 SCHEDULER = NoiseScheduler(1000)
 
@@ -55,13 +54,3 @@ def test_evaluating_is_without_dropout_and_for_a_while(training):
         assert not denoiser.network.training
         raise KeyError
     assert denoiser.network.training == training
-
-
-def test_eps_scale_divides_what_the_network_says():
-    def sampled(divisor, eps_scale):
-        options = SamplerOptions("ddim", 10, eps_scale=eps_scale)
-        sampler = image_sampler_of(lambda x_t, t: torch.tanh(x_t) / divisor, options=options)
-        return sampler.decode(images(), 99, sampler.noise([0, 1]).draw)
-
-    assert_close(sampled(1.0, 1.25), sampled(1.25, 1.0))
-    assert (sampled(1.0, 1.25) - sampled(1.0, 1.0)).abs().max() > 0.01

@@ -91,7 +91,7 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--metrics bpd,is", "'bpd,is' is not a list of metrics; there are bpd, fid, kid, prc"),
+        ("--metrics bpd,is", "'bpd,is' is not a list of metrics; there are bpd, bands, fid, kid, prc"),
         ("--images 0", "not an integer of at least 1"),
         ("--metrics fid --n 3", "--n is 3; 4 images are the fewest"),
         ("--metrics fid --steps 101", "steps is 101; a model with 100 timesteps takes 1 to 100"),

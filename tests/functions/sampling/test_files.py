@@ -95,7 +95,7 @@ def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, own):
         ("checkpoints/step-00000005.safetensors", "--seed 1", ["checkpoint", "seed"]),
         ("", "--sampler ipndm", ["sampler", "variance"]),
         ("", "--precision bfloat16 --steps 4 --spacing logsnr", ["precision", "steps", "spacing"]),
-        ("", "--eps-scale 1.01 --variance large", ["eps_scale", "variance"]),
+        ("", "--variance large", ["variance"]),
     ):
         with pytest.raises(UserError, match="holds images made otherwise") as error:
             call(sample.main, tiny_run / run, *common, *own, *flags.split())

@@ -155,12 +155,16 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     assert [(e.step, e.value) for e in events.Scalars("val_loss")] == [(20, 0.5)]
 
 
-def test_the_curves_are_of_the_error_of_eps(tmp_path, monkeypatch):
-    """Also of a run whose first rows are of the time before it was in metrics.csv."""
-    (tmp_path / "metrics.csv").write_text(
-        "step,loss,eps_error,val_loss,val_eps_error,val_loss_ema,val_eps_error_ema\n"
-        "5,0.9,,0.8,,0.7,\n10,0.6,0.3,0.5,0.25,,\n15,0.4,0.2,,,,\n"
-    )
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step,loss,eps_error,val_loss,val_eps_error,val_loss_ema,val_eps_error_ema\n10,0.6,0.3,0.5,0.25,,\n15,0.4,0.2,,,,\n",
+        "step,loss,val_loss,val_loss_ema\n10,0.3,0.25,\n15,0.2,,\n",
+    ],
+    ids=["now", "of the time before its columns, when all predicted eps"],
+)
+def test_the_curves_are_of_the_error_of_eps(text, tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text(text)
     saved = []
     monkeypatch.setattr("functions.training.metrics.save_figure", lambda figure, path: saved.append(figure))
     plot_losses(tmp_path / "metrics.csv", tmp_path / "losses.png")
