@@ -1,4 +1,4 @@
-"""Reverse processes: from pure noise x_T to an image x_0, with any noise-predicting model.
+"""Reverse processes: from pure noise x_T to an image x_0, with any model of `predict`.
 
 Each sampler is a plain function `f(model, scheduler, x_T, steps=N) -> x_0`:
 

@@ -1,4 +1,4 @@
-"""The denoising network of DDPM: a U-Net that predicts the noise in x_t (Ho et al. 2020, Appendix B)."""
+"""The denoising network of DDPM: a U-Net that predicts the noise in x_t, or v (Ho et al. 2020, Appendix B)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +13,7 @@ BLOCKS_DOWN, BLOCKS_UP = 2, 3  # residual blocks a level; one more on the way up
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t): the noise that was added to an image.
+    """eps_theta(x_t, t): the noise that was added to an image, or v, as the objective wants.
 
     Level 0 is the full resolution; each further level halves it and has base_dim * dim_multiply[level] channels.
     A level is two residual blocks on the way down and three on the way up, each followed by self-attention at the
@@ -134,7 +134,7 @@ class UNet(nn.Module):
                 module.recompute_norms = recompute == "norms"
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise.
+        """Predict the noise, or v.
 
         Args:
             x_t: (B, channels, image_size, image_size), the noised images.

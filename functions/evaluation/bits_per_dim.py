@@ -46,7 +46,7 @@ class BitsPerDim:
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
     mse_x_0: np.ndarray  # (N, K): squared error of the (clipped) prediction of x_0, images in [-1, 1]
-    mse_eps: np.ndarray  # (N, K): squared error of the predicted noise, which training minimises
+    mse_eps: np.ndarray  # (N, K): squared error of the predicted noise
 
     @property
     def of_images(self) -> np.ndarray:
@@ -188,7 +188,7 @@ def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
     rate.plot(curves["rate"], curves["rmse"], marker=".", color="tab:blue")
     rate.set(xlabel="rate so far, bits/dim", ylabel="RMSE of $x_0$, of 255", title="rate and distortion")
     rate.set(xlim=(0, 1.03 * result.rate), ylim=(0, None))
-    errors.loglog(t, curves["mse_eps"], marker=".", color="tab:orange", label=r"of $\epsilon$ (the loss)")
+    errors.loglog(t, curves["mse_eps"], marker=".", color="tab:orange", label=r"of $\epsilon$")
     errors.loglog(t, curves["mse_x_0"], marker=".", color="tab:blue", label=r"of $x_0$ in [-1, 1]")
     errors.set(xlabel="t (the paper's)", ylabel="mean squared error", title="the network by noise level")
     errors.legend(frameon=False)

@@ -137,10 +137,10 @@ class BookKeeper:
         row = {"step": done, "epoch": done / self.steps_per_epoch, **self.window.read(), "grad_norm": grad_norm.item(),
                "learning_rate": rate, "skipped_steps": skipped}  # fmt: skip
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
-        for of, net in {"": self.state.model, "_ema": self.state.ema_model}.items():
+        for suffix, net in {"": self.state.model, "_ema": self.state.ema_model}.items():
             if net is not None and validating:
                 own = replace(self.denoiser, network=net)
-                row[f"val_loss{of}"], row[f"val_eps_error{of}"] = validation_loss(
+                row[f"val_loss{suffix}"], row[f"val_eps_error{suffix}"] = validation_loss(
                     own, self.images.gather, self.val_indices, self.config, self.processes
                 )
         if bounding:
