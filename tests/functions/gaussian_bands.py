@@ -24,8 +24,8 @@ def draw_images(count: int, seed: int = 0) -> Tensor:
     return MU + by_bands(noise, VARIANCES.sqrt())
 
 
-def ideal_eps(x_t: Tensor, t: Tensor) -> Tensor:
+def ideal_eps(x_t: Tensor, t: Tensor, scheduler: NoiseScheduler = SCHEDULER) -> Tensor:
     """Wiener's filter: eps = sqrt(1 - a) (x_t - sqrt(a) mu) / (a s^2 + 1 - a) in each band."""
-    a = SCHEDULER.alphas_cumprod[t].float()[:, None]
+    a = scheduler.alphas_cumprod[t].float()[:, None]
     centred = x_t - a.sqrt().view(-1, 1, 1, 1) * MU
     return by_bands(centred, (1 - a).sqrt() / (a * VARIANCES + 1 - a))
