@@ -8,6 +8,7 @@ signals) is in functions/training/book_keeping.py. On several GPUs: `torchrun --
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -119,23 +120,23 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         "arithmetic": arithmetic(device, precision, processes.count, config.batch_size),
     }  # fmt: skip
     processes.say(describe(run, image_set.summary))
-    tried = Denoiser(model, scheduler, precision, config.objective)
+    denoiser = Denoiser(model, scheduler, precision, config.objective)
     if dry_run:
         place = run.folder or run.runs / f"{run.name}-<time>"
         processes.say(describe_memory(run, precision))
-        processes.say(describe_compute(run, tried))
+        processes.say(describe_compute(run, denoiser))
         processes.say(f"  images in  {image_set.path}\n  goes to    {place}\nnothing was started")
         return
-    fit_memory(run, tried, processes)
+    fit_memory(run, denoiser, processes)
     config = run.experiment.diffusion  # with a smaller batch_size where the memory wants it
 
     passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)
     batches = images.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, passes,
                                         range(run.first_step, total_steps)))  # fmt: skip
-    denoiser = Denoiser(ema_model or model, scheduler, precision, config.objective)
-    with BookKeeper(run, state, denoiser, images, split.val_indices, processes) as books:
+    averaged = replace(denoiser, network=ema_model or model)
+    with BookKeeper(run, state, averaged, images, split.val_indices, processes) as books:
         network = processes.wrap(model, device)
-        trained = Denoiser(network, scheduler, precision, config.objective)
+        trained = replace(denoiser, network=network)
         for step in range(run.first_step, total_steps):  # Algorithm 1, lines 1 and 6: total_steps times
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, run.image_shape, scheduler.timesteps,
