@@ -66,11 +66,11 @@ DISTANCES = {
 MAPS = {"eps": "bands-eps.png", "v, mixed t": "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
 SOLVERS = {"DDPM": ("ddpm", None), "DDIM": ("ddim", 0.0), "2M": ("dpm++", 0.0), "SDE": ("dpm++", 1.0),
            "iPNDM": ("ipndm", None)}  # fmt: skip
-GRID = {  # name, spacing, calls: measured on the first run of v alone
+GRID = {  # measured on the first run of v alone
     (name, spacing, calls): SamplerOptions(sampler, calls, spacing, eta=eta)
     for name, (sampler, eta) in SOLVERS.items() for spacing in ("trailing", "logsnr") for calls in (10, 20, 50)
 }  # fmt: skip
-SPOILT_WITH = DISTANCES["20 DDIM"]  # ten times as many samples, for the share that is spoilt
+SPOILT_WITH = "20 DDIM"  # ten times as many samples, for the share that is spoilt
 SHOWN, COLUMNS = 36, 12  # samples that are kept of each arm, and shown in the picture of all
 
 
@@ -150,10 +150,10 @@ def measure(run: Path, count: int) -> None:
         found = {"bands": bands.facts(), "distance": {}}
         grid = GRID if run.name.startswith(slug("v, mixed t", 0)) and not calibration else {}
         for name, options in {**DISTANCES, **{" ".join(map(str, key)): grid[key] for key in grid}}.items():
-            many = 10 * count if options == SPOILT_WITH else count
+            many = 10 * count if name == SPOILT_WITH else count
             images = generate(replace(sampler, options=options), range(many), 64).images.to(device)
             found["distance"][name] = features.distance(images[:count])
-            if options == SPOILT_WITH:
+            if name == SPOILT_WITH:
                 if "photos" not in run.name:  # which have no white corners
                     found["spoilt"] = spoilt(images).double().mean().item()
                 np.save(path.with_suffix(".npy"), to_uint8(images[:SHOWN]).cpu().numpy())
@@ -185,23 +185,16 @@ def draw(args: argparse.Namespace) -> None:
     lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(found)}" for label, found in results.items())
     RESULTS.write_text(f"{{\n{lines}\n}}\n")
     print(table(results))
-    print(grid_table(results.get("v, mixed t", {}).get("0", {}).get("distance", {})))
-    save_rows({label: tile(images[:COLUMNS], COLUMNS) for label, images in pictures.items()}, "whole_before_detail.png")
+    figure, axes = plt.subplots(len(pictures), 1, figsize=(10, 0.8 * len(pictures)), squeeze=False)
+    for axis, (label, images) in zip(axes[:, 0], pictures.items(), strict=True):
+        axis.imshow(tile(images[:COLUMNS], COLUMNS), interpolation="bicubic")
+        axis.set_ylabel(label.replace(", calibrated", ",\ncalibrated"), rotation=0, ha="right", va="center", fontsize=8)
+        axis.set(xticks=[], yticks=[])
+    figure.tight_layout(pad=0.3)
+    save_figure(figure, RESULTS.with_name("whole_before_detail.png"))
     if {"eps", "v, mixed t"} <= pictures.keys():
         both = np.concatenate([tile(pictures[label], 6) for label in ("eps", "v, mixed t")], axis=1)
         save_image(enlarge(both, 32), RESULTS.with_name("faces_and_faces_v.png"))
-
-
-def save_rows(pictures: dict[str, np.ndarray], name: str) -> None:
-    """One picture (H, W, 3) under the other, with a label each."""
-    figure, axes = plt.subplots(len(pictures), 1, figsize=(10, 0.8 * len(pictures)), squeeze=False)
-    for axis, (label, picture) in zip(axes[:, 0], pictures.items(), strict=True):
-        axis.imshow(picture, interpolation="bicubic")
-        axis.set_ylabel(label.replace(", calibrated", ",\ncalibrated"), rotation=0, ha="right", va="center", fontsize=8)
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    figure.tight_layout(pad=0.3)
-    save_figure(figure, RESULTS.with_name(name))
 
 
 def table(results: dict) -> str:
@@ -215,18 +208,9 @@ def table(results: dict) -> str:
     }
     lines = [["arm", "seeds", *cells], ["---"] * (len(cells) + 2)]
     for label, seeds in results.items():
-        lines.append(
-            [label, str(len(seeds)), *(of_seeds([cell(found) for found in seeds.values()]) for cell in cells.values())]
-        )
+        numbers = [of_seeds([cell(found) for found in seeds.values()]) for cell in cells.values()]
+        lines.append([label, str(len(seeds)), *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def grid_table(distance: dict[str, float]) -> str:
-    """Markdown: the distance of each solver and spacing with 10, 20 and 50 calls."""
-    rows = {}
-    for name, spacing, calls in GRID:
-        rows.setdefault(f"{name}, {spacing}", []).append(f"{distance.get(f'{name} {spacing} {calls}', np.nan):.3g}")
-    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
 
 
 def of_seeds(values: list[float]) -> str:
