@@ -47,7 +47,7 @@ LARGE = {"image_size": 64, "lowest_resolution_size": 8}
 ARMS = {  # name: what differs from `faces` in diffusion and model, and how many seeds
     "eps": ({}, {}, 3),
     "v, mixed t": (V, {}, 3),
-    "v, uniform t": (V | {"t_sampling": "uniform"}, {}, 1),
+    "v, uniform t": ({"objective": "v"}, {}, 3),
     "eps, mixed t": ({"t_sampling": "mixed"}, {}, 1),
     "v, mixed t, cosine": (V | {"beta_schedule": "cosine"}, {}, 1),
     "v, mixed t, min-SNR": (V, {}, 1),
@@ -63,7 +63,7 @@ DISTANCES = {
     "20 SDE": SamplerOptions("dpm++", 20),
     "200 DDPM": SamplerOptions("ddpm", 200),
 }
-MAPS = {"eps": "bands-eps.png", "v, mixed t": "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
+MAPS = {"eps": "bands-eps.png", "v, uniform t": "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
 SOLVERS = {"DDPM": ("ddpm", None), "DDIM": ("ddim", 0.0), "2M": ("dpm++", 0.0), "SDE": ("dpm++", 1.0),
            "iPNDM": ("ipndm", None)}  # fmt: skip
 GRID = {  # measured on the first run of v alone
@@ -192,8 +192,8 @@ def draw(args: argparse.Namespace) -> None:
         axis.set(xticks=[], yticks=[])
     figure.tight_layout(pad=0.3)
     save_figure(figure, RESULTS.with_name("whole_before_detail.png"))
-    if {"eps", "v, mixed t"} <= pictures.keys():
-        both = np.concatenate([tile(pictures[label], 6) for label in ("eps", "v, mixed t")], axis=1)
+    if {"eps", "v, uniform t"} <= pictures.keys():
+        both = np.concatenate([tile(pictures[label], 6) for label in ("eps", "v, uniform t")], axis=1)
         save_image(enlarge(both, 32), RESULTS.with_name("faces_and_faces_v.png"))
 
 

@@ -45,7 +45,8 @@ def numbers(run, column):
 @pytest.mark.slow
 def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
     """Its errors of eps are its losses times alpha_bar; stopped and resumed it is the same; it is sampled from."""
-    flags = ["faces-v", *TINY, "--diffusion.beta-schedule", "cosine", "--diffusion.dataset-name", pictures]
+    flags = ["faces-v", *TINY, "--diffusion.t-sampling", "mixed", "--diffusion.beta-schedule", "cosine"]
+    flags += ["--diffusion.dataset-name", pictures]
     t, losses = seen_in(*flags, "--runs", tmp_path / "straight")
     (straight,) = (tmp_path / "straight").iterdir()
     f = np.cos((np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
