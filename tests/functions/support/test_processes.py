@@ -22,8 +22,8 @@ from tests.forked import PATIENCE, Program, train_script, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")]
 # An effective batch of 9 in passes of 3: one process has passes 3 3 3, two have 3 1 and 3 2
-FLAGS = ["faces-v", *TINY, "--diffusion.t-sampling", "mixed", "--diffusion.batch-size", 3,
-         "--diffusion.gradient-accumulation", 3, "--model.dropout", 0, "--diffusion.validation-samples", 20]  # fmt: skip
+FLAGS = ["faces-v", *TINY, "--diffusion.t-sampling", "mixed", "--model.dropout", 0, "--diffusion.batch-size", 3,
+         "--diffusion.gradient-accumulation", 3, "--diffusion.validation-samples", 20]  # fmt: skip
 
 
 @pytest.fixture
