@@ -175,7 +175,6 @@ def draw(args: argparse.Namespace) -> None:
                 path = run / f"measured{kind}.json" if run else None
                 if path and path.exists():
                     label = arm + (f", calibrated ({kind[1:]})" if kind else "")
-                    # Five digits: more would pretend to an accuracy that there is not
                     found = json.loads(path.read_text(), parse_float=lambda text: float(f"{float(text):.5g}"))
                     results.setdefault(label, {})[str(seed)] = found
                     if seed == 0 and "photos" not in arm and "64" not in arm:
@@ -190,11 +189,12 @@ def draw(args: argparse.Namespace) -> None:
         axis.imshow(tile(images[:COLUMNS], COLUMNS), interpolation="bicubic")
         axis.set_ylabel(label.replace(", calibrated", ",\ncalibrated"), rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
-    figure.tight_layout(pad=0.3)
+    figure.subplots_adjust(0.13, 0.01, 0.995, 0.99, 0, 0.05)
     save_figure(figure, RESULTS.with_name("whole_before_detail.png"))
-    if {"eps", "v, uniform t"} <= pictures.keys():
-        both = np.concatenate([tile(pictures[label], 6) for label in ("eps", "v, uniform t")], axis=1)
-        save_image(enlarge(both, 32), RESULTS.with_name("faces_and_faces_v.png"))
+    both = [label for label in ("eps", "v, uniform t") if label in pictures]
+    if len(both) == 2:
+        grids = [np.pad(tile(pictures[label], 6), ((0, 0), (0, 12), (0, 0)), constant_values=255) for label in both]
+        save_image(enlarge(np.concatenate(grids, axis=1), 32), RESULTS.with_name("faces_and_faces_v.png"))
 
 
 def table(results: dict) -> str:
