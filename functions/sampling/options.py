@@ -47,6 +47,10 @@ class SamplerOptions:
         for option, default in {"spacing": SPACING[self.sampler], **own}.items():
             if getattr(self, option) is None:
                 object.__setattr__(self, option, default)  # how a frozen dataclass sets itself up
+        if self.calibrate and Path(self.calibrate, "checkpoints").exists():  # "--calibrate RUN" takes RUN for its value
+            raise UserError(
+                f"--calibrate {self.calibrate}: that is a run, not a data set; write the run before the flag"
+            )
 
     @staticmethod
     def from_args(args: argparse.Namespace) -> "SamplerOptions":
