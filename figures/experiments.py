@@ -63,7 +63,7 @@ DISTANCES = {
     "20 SDE": SamplerOptions("dpm++", 20),
     "200 DDPM": SamplerOptions("ddpm", 200),
 }
-MAPS = {"eps": "bands-eps.png", "v, uniform t": "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
+MAPS = {"eps": "bands-eps.png", "v, mixed t": "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
 SOLVERS = {"DDPM": ("ddpm", None), "DDIM": ("ddim", 0.0), "2M": ("dpm++", 0.0), "SDE": ("dpm++", 1.0),
            "iPNDM": ("ipndm", None)}  # fmt: skip
 GRID = {  # measured on the first run of v alone
@@ -191,7 +191,7 @@ def draw(args: argparse.Namespace) -> None:
         axis.set(xticks=[], yticks=[])
     figure.subplots_adjust(0.13, 0.01, 0.995, 0.99, 0, 0.05)
     save_figure(figure, RESULTS.with_name("whole_before_detail.png"))
-    both = [label for label in ("eps", "v, uniform t") if label in pictures]
+    both = [label for label in ("eps", "v, mixed t") if label in pictures]
     if len(both) == 2:
         grids = [np.pad(tile(pictures[label], 6), ((0, 0), (0, 12), (0, 0)), constant_values=255) for label in both]
         save_image(enlarge(np.concatenate(grids, axis=1), 32), RESULTS.with_name("faces_and_faces_v.png"))

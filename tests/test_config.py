@@ -121,12 +121,10 @@ def test_cosine_betas_refuse_what_they_have_no_use_for(field, value):
     replace(DiffusionConfig(**DIFFUSION), **{field: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "other", "more"),
-    [("faces-v", "faces", {}), ("ffhq-v", "ffhq-full", {"diffusion.t_sampling": ("uniform", "mixed")})],
-)
-def test_the_v_presets_differ_in_their_objective_alone(name, other, more):
-    assert EXPERIMENTS[other].differences(EXPERIMENTS[name]) == {"diffusion.objective": ("eps", "v"), **more}
+@pytest.mark.parametrize(("name", "other"), [("faces-v", "faces"), ("ffhq-v", "ffhq-full")])
+def test_the_v_presets_differ_in_their_objective_alone(name, other):
+    changes = EXPERIMENTS[other].differences(EXPERIMENTS[name])
+    assert changes == {"diffusion.objective": ("eps", "v"), "diffusion.t_sampling": ("uniform", "mixed")}
 
 
 def test_what_is_probably_not_meant_is_warned_of():
