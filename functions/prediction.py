@@ -71,7 +71,7 @@ def interpret(
         x_0, eps = scheduler.predict_from_v(x_t, t, output)
     else:
         x_0, eps = scheduler.predict_x_0(x_t, t, output), output
-    if isinstance(model, Denoiser) and model.calibration:
-        better = model.calibration(x_0, x_t, t, scheduler)
+    if calibration := getattr(model, "calibration", None):
+        better = calibration(x_0, x_t, t, scheduler)
         x_0, eps = better, eps if better is x_0 else scheduler.predict_eps(x_t, t, better)
     return x_0, eps

@@ -1,9 +1,9 @@
 """What a network knows of x_0 at each timestep, by spatial frequency: `python evaluate.py --metrics bands`.
 
 For held-out images, the squared error of the network's x_0 (unclipped) over that of the average training image, in an
-image's mean and in each octave of frequencies. 1 is no knowledge at all, and above 1 is a
-fault. The best linear filter of x_t reaches (1 - a) / (a s^2 + 1 - a) with a = alpha_bar_t, and s^2 the squared error
-of the average image for each coefficient of the orthonormal transform, in which the noise has 1.
+image's mean and in each octave of frequencies. 1 is no knowledge at all, and above 1 is a fault. The best linear filter
+of x_t reaches (1 - a) / (a s^2 + 1 - a) with a = alpha_bar_t, and s^2 the squared error of the average image for each
+coefficient of the orthonormal transform, in which the noise has 1.
 docs/whole-before-detail.md explains what it is good for.
 """
 

@@ -119,7 +119,7 @@ def delete_old(run: Path, done: int, count: int, every: int) -> None:
     """
     for path in [path for path in checkpoints_of(run) if step_of(path) <= done][:-count]:
         if every == 0 or step_of(path) % every:
-            for file in path.parent.glob(f"{path.stem}*.safetensors"):  # and its calibrations
+            for file in (path, *path.parent.glob(f"{path.stem}-calibration-*.safetensors")):
                 file.unlink()
 
 

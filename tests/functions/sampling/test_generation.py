@@ -140,6 +140,18 @@ def test_a_config_that_does_not_fit_its_weights_is_refused(tiny_run):
             rebuild(UNet, replace(saved, config=config), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("value", ["x_0", None, [], 1], ids=str)
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("objective", "it can be eps or v"), ("beta_schedule", "there must be 2 or more, linear or cosine")],
+)
+def test_an_objective_or_a_schedule_of_another_version_is_refused(field, message, value, tiny_run):
+    saved = load_weights(checkpoints_of(tiny_run)[-1])
+    config = {**saved.config, "diffusion": {**saved.config["diffusion"], field: value}}
+    with pytest.raises(CheckpointError, match=message):
+        rebuild(UNet, replace(saved, config=config), torch.device("cpu"))
+
+
 def test_large_images_keep_their_pixels_in_a_grid(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 128, 128, 3), dtype=np.uint8)
     save_grid(images, tmp_path / "grid.png", columns=5)

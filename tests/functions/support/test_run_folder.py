@@ -56,5 +56,12 @@ def test_a_run_folder_is_never_used_twice(tmp_path):
 def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, done, kept):
     make_run(tmp_path, "faces-20260101-000000", range(10, 70, 10))
     (run,) = tmp_path.iterdir()
+    deleted = set(range(10, 70, 10)) - set(kept)
+    beside = {step: run / "checkpoints" / f"step-{step:08d}-calibration-own.safetensors" for step in range(10, 70, 10)}
+    others = [path.with_name(path.name.replace("calibration-own", "mine")) for path in beside.values()]
+    for path in (*beside.values(), *others):
+        path.touch()
     run_folder.delete_old(run, done, count, every)
+    assert {step for step, path in beside.items() if not path.exists()} == deleted  # and what is not ours stays
+    assert all(path.exists() for path in others)
     assert [run_folder.step_of(path) for path in run_folder.checkpoints_of(run)] == kept
