@@ -68,13 +68,14 @@ def describe_compute(run: Run, denoiser: Denoiser) -> str:
     config, steps = run.experiment.diffusion, run.facts["total_steps"] - run.first_step
     flops = config.effective_batch * flops_of_image(denoiser.network)
     run_pass(denoiser, 1)  # warms up
-    images = 1 if run_pass(denoiser, 1) > 1 else config.batch_size
-    seconds = min(run_pass(denoiser, images) for _ in range(2))
+    images, seconds = 1, run_pass(denoiser, 1)
+    if seconds < 1:
+        images, seconds = config.batch_size, min(run_pass(denoiser, config.batch_size) for _ in range(2))
     here = config.effective_batch * seconds / images * steps / 3600
     on_h100 = flops * steps / (H100_SHARE * H100_PEAK) / 3600
     return (
-        f"  compute    {flops / 1e12:.3g} TFLOP a step; the {steps:,} steps to go take about {here:.2g} hours on one "
-        f"{run.facts['device']}, by timing\n             forward and backward of {images}, and {on_h100:.2g} on one "
+        f"  compute    {flops / 1e12:.3g} TFLOP a step; the {steps:,} steps to go take about {here:,.2f} hours on one "
+        f"{run.facts['device']}, by timing\n             forward and backward of {images}, and {on_h100:,.2f} on one "
         f"H100 at {H100_SHARE:.0%} of its {H100_PEAK / 1e12:.0f} TFLOP/s, which is assumed, not measured"
     )
 

@@ -153,7 +153,7 @@ def test_flops_are_those_of_the_layers(size):
 def test_a_dry_run_says_the_hours_of_the_steps_to_go(slow, timed, unfinished, pictures, monkeypatch, capsys):
     """10 steps of 8 images, and the same run after 7 of them; on an H100 so slow that it takes an hour for a step."""
     flops = 8 * flops_of_image(UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2))
-    passes = iter([99 * 450, 450 if slow else 0.1, 450 * timed, 451 * timed] * 2)  # the first warms up
+    passes = iter([99 * 450, *([450] if slow else [0.1, 450 * timed, 451 * timed])] * 2)  # the first warms up
     monkeypatch.setattr(start, "run_pass", lambda *_: next(passes))
     monkeypatch.setattr(start, "H100_PEAK", flops / 3600 / start.H100_SHARE)
     call(train.main, "faces", "--dry-run", *TINY, "--diffusion.dataset-name", pictures, "--runs", unfinished.parent)
@@ -161,8 +161,11 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(slow, timed, unfinished, pi
     new, resumed, _ = capsys.readouterr().out.split("nothing was started")
     for said, steps in ((new, 10), (resumed, 3)):
         said = " ".join(said.split())
-        assert f"{flops / 1e12:.3g} TFLOP a step; the {steps} steps to go take about {steps} hours on one cpu, " in said
-        assert f"by timing forward and backward of {timed}, and {steps} on one H100 at 15% of its" in said
+        assert (
+            f"{flops / 1e12:.3g} TFLOP a step; the {steps} steps to go take about {steps:.2f} hours on one cpu, "
+            in said
+        )
+        assert f"by timing forward and backward of {timed}, and {steps:.2f} on one H100 at 15% of its" in said
 
 
 @pytest.mark.slow
