@@ -29,7 +29,7 @@ def experiments() -> dict[str, "Experiment"]:
         # The same with v: hardly any sample is dark or speckled. See docs/whole-before-detail.md.
         "faces-v": Experiment(
             DiffusionConfig(
-                dataset_name="emoji_people", learning_rate=2e-3, batch_size=16, use_augmentation=True,
+                dataset_name="emoji_people", learning_rate=1e-3, batch_size=16, use_augmentation=True,
                 timesteps_diff=1000, objective="v", t_sampling="mixed", epochs=70, gradient_accumulation=1,
                 clip_grad_norm=1.0, warmup_steps=200, lr_schedule="cosine", ema_decay=0.998, recompute="none",
                 log_every=25, validate_every=250, sample_every=500, checkpoint_every=500, validation_samples=360,

@@ -26,15 +26,14 @@ from functions.evaluation.features import FEWEST, FULL_COUNT, Extractor, Referen
 from functions.evaluation.reference_statistics import describe, read_reference, write_reference
 from functions.likelihood import VARIANCES
 from functions.sampling.calibration import calibrated
-from functions.sampling.generation import ImageSampler, load_newest, rebuild
-from functions.sampling.options import SamplerOptions, add_sampling_flags
+from functions.sampling.generation import ImageSampler, open_sampler
+from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, plain_errors, positive
-from functions.support.device import choose_device, choose_precision, set_deterministic
+from functions.support.device import set_deterministic
 from functions.support.errors import UserError
 from functions.support.files import write_whole
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import folder_of
-from models.unet import UNet
 
 METRICS = ("bpd", "bands", "fid", "kid", "prc")
 AVERAGED = 2000  # training images, evenly spaced, that the average image of `bands` is made from
@@ -78,8 +77,7 @@ def parse_flags() -> argparse.Namespace:
 
     add = parser.add_argument_group("bits/dim (bpd) and bands, on the validation split").add_argument
     add("--images", type=positive, metavar="N", help="how many images of the split, evenly spaced (all)")
-    stride = "of bpd: most timesteps that one network call is for (20)"
-    add("--t-stride", type=positive, default=20, metavar="N", help=stride)
+    add("--t-stride", type=positive, default=20, metavar="N", help="of bpd: most timesteps to a network call (20)")
     add("--bpd-variance", choices=VARIANCES, default="small", help="variance of p(x_{t-1} | x_t) (small)")
     add("--no-clip", action="store_true", help="of bpd: let x_0 leave [-1, 1] (it is clipped, as in sampling)")
 
@@ -109,13 +107,9 @@ def metric_names(text: str) -> tuple[str, ...]:
 
 def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     """The checkpoint, its model and its data."""
-    device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
+    saved, image_sampler = open_sampler(args, processes)
+    device, precision = image_sampler.device, image_sampler.denoiser.precision
     set_deterministic(device.type == "cuda")  # the CPU's kernels are
-    precision = choose_precision(args.precision, device)
-    saved = load_newest(args, processes)
-    denoiser = rebuild(UNet, saved, device, precision)
-    image_sampler = ImageSampler(denoiser, SamplerOptions.from_args(args), saved.image_shape, args.seed, device)
-    processes.say(str(saved))
     load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name or args.dataset_name)
     image_sampler, run = calibrated(image_sampler, saved, args.batch_size, load, processes), saved.run
     image_set, split = load(None)
@@ -133,9 +127,9 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
 
 def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
     """What the network knows of the validation split's x_0, by noise level and spatial frequency."""
-    images, split, denoiser = subject.image_set.images, subject.split, subject.image_sampler.denoiser
+    split, denoiser = subject.split, subject.image_sampler.denoiser
     indices = evenly(split.val_indices, args.images)
-    average = to_model_range(torch.from_numpy(images[evenly(split.train_indices, AVERAGED)].mean(axis=0)[None]))[0]
+    average = subject.x_0_of(evenly(split.train_indices, AVERAGED)).mean(dim=0)
     result = measure_bands(denoiser, subject.x_0_of, indices, average, args.batch_size, args.seed, processes)
     if not processes.is_main:
         return
@@ -227,10 +221,7 @@ def open_reference(
 
 
 def write_result(place: Path, what: str, contents: dict) -> Path:
-    """Write <run>/evaluation/<checkpoint>-<metrics>-<hash of all settings>.json.
-
-    So other settings never overwrite it, and the same ones write the same bytes.
-    """
+    """Write <run>/evaluation/<checkpoint>-<metrics>-<hash of all settings>.json, which no other settings overwrite."""
     digest = hashlib.sha256(json.dumps(contents["settings"], sort_keys=True).encode()).hexdigest()[:8]
     path = place.with_name(f"{place.name}-{what}-{digest}.json")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,17 +21,15 @@ from data.decode import read_image
 from data.pixels import to_uint8
 from functions.sampling.calibration import calibrated
 from functions.sampling.files import MOST_IN_GRID, existing, figures_of, image_path, open_folder, save_pictures
-from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, load_newest, rebuild
+from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, open_sampler
 from functions.sampling.interpolation import save_interpolation, save_variations
-from functions.sampling.options import SamplerOptions, add_sampling_flags
+from functions.sampling.options import add_sampling_flags
 from functions.support.checkpoint import export_weights
 from functions.support.command_line import Parser, fraction, plain_errors, positive
-from functions.support.device import choose_device, choose_precision
 from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import folder_of
-from models.unet import UNet
 
 
 def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
@@ -41,14 +39,8 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     and `gif` are the defaults of these flags; the newest run is one of those whose names begin with `experiments`.
     """
     args = parse_flags(n, gif)
-    options = SamplerOptions.from_args(args)
     with joined() as processes:
-        device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
-        precision = choose_precision(args.precision, device)
-        saved = load_newest(args, processes, experiments)
-        denoiser = rebuild(UNet, saved, device, precision)
-        image_sampler = ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
-        processes.say(str(saved))
+        saved, image_sampler = open_sampler(args, processes, experiments)
         if args.export:
             processes.from_main(lambda: export_weights(saved, args.export))
             processes.say(f"wrote {args.export}")
@@ -56,13 +48,14 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
         load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
         image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
 
+        options, precision = image_sampler.options, str(image_sampler.denoiser.precision).removeprefix("torch.")
         slug = f"{saved.path.stem}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
         folder = args.out or folder_of(saved.path) / "samples" / f"{slug}-seed{args.seed}"
         if args.interpolate or args.variations:
             processes.from_main(lambda: sample_from_images(args, image_sampler, folder))
             return
-        facts = {"checkpoint": saved.digest, "weights": saved.kind, "seed": args.seed}
-        facts |= {"precision": str(precision).removeprefix("torch."), **options.facts(denoiser.scheduler.timesteps)}
+        facts = {"checkpoint": saved.digest, "weights": saved.kind, "seed": args.seed, "precision": precision}
+        facts |= options.facts(image_sampler.scheduler.timesteps)
         sample_from_noise(args, image_sampler, folder, facts, processes)
 
 

@@ -30,7 +30,7 @@ from functions.support.random_numbers import seed_of, training_draws
 from functions.support.run_folder import Run, find_checkpoints, first_sound, run_to_resume
 from functions.timesteps import mixed_timesteps
 from functions.training.book_keeping import BookKeeper
-from functions.training.start import describe, describe_compute, describe_memory, fit_memory
+from functions.training.start import describe, describe_compute, fit_memory
 from models.unet import UNet
 
 
@@ -123,7 +123,6 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     denoiser = Denoiser(model, scheduler, precision, config.objective)
     if dry_run:
         place = run.folder or run.runs / f"{run.name}-<time>"
-        processes.say(describe_memory(run, precision))
         processes.say(describe_compute(run, denoiser))
         processes.say(f"  images in  {image_set.path}\n  goes to    {place}\nnothing was started")
         return

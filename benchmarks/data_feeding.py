@@ -89,7 +89,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         paths = make_photos(Path(temporary) / "photos", options.photos)
-        images = load_images(str(paths[0].parent), IMAGE_SIZE, quiet=True).images
+        images = load_images(str(paths[0].parent), IMAGE_SIZE).images
         feeder = ImageFeeder(images, device, keep_on_device=False)
         sampler = RandomSampler(paths, num_samples=PNG_BATCHES * options.batch_size)
         loader = DataLoader(PngFiles(paths), options.batch_size, sampler=sampler, num_workers=options.workers,

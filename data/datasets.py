@@ -29,13 +29,13 @@ class Split:
     val_ids_hash: str
 
 
-def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0, quiet: bool = False) -> ImageSet:
+def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0) -> ImageSet:
     """Load all images of a data set at image_size x image_size pixels; they are prepared on first use.
 
     "emoji_faces" is the embedded set, "emoji_people" the people in it, "FFHQ" whatever copy of FFHQ lies at data/FFHQ;
     anything else is the path of a folder, .zip or .npz. Raises UserError as `find_source` and `open_packed` do.
     """
-    pack = open_packed(locate(dataset_name, image_size), image_size, max_bad_images, quiet)
+    pack = open_packed(locate(dataset_name, image_size), image_size, max_bad_images)
     if dataset_name == "emoji_people":
         people = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
         summary = f"{dataset_name}: {len(people):,} of the images of {pack.summary}"

@@ -45,7 +45,7 @@ class ImageSet:
         return len(self.ids)
 
 
-def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet: bool = False) -> ImageSet:
+def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> ImageSet:
     """Map the packed file of a source at image_size (pixels), which is made first if there is none or it is outdated.
 
     Processes that start at once are safe: one makes it, the others wait. Raises UserError when more than max_bad_images
@@ -64,7 +64,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0, quiet:
                 print(f"Another process is preparing {target}; waiting for it.", flush=True)
                 held = lock.acquire()
             with held:
-                pack = read_pack(target, key, image_size) or make_pack(source, image_size, key, target, quiet)
+                pack = read_pack(target, key, image_size) or make_pack(source, image_size, key, target)
         except OSError as error:
             what = f"{target}, {len(source.ids) * image_size**2 * 3 / 1e6:,.1f} MB of images,"
             raise UserError(f"{what} cannot be written ({error.strerror or error}). Make room there.") from None
@@ -118,7 +118,7 @@ def read_pack(path: Path, key: str, image_size: int) -> ImageSet | None:
         return None
 
 
-def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bool) -> ImageSet:
+def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageSet:
     """Write the packed file of a source and its record."""
     for left_by_a_kill in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         left_by_a_kill.unlink()
@@ -129,7 +129,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bo
 
     def write_images(file: BinaryIO) -> None:
         # The delay keeps small sets, which take a moment, free of a progress bar.
-        bar = {"desc": f"Preparing {source.path.name}", "unit": "img", "disable": quiet, "delay": 1.0}
+        bar = {"desc": f"Preparing {source.path.name}", "unit": "img", "delay": 1.0}
         for i, result in enumerate(tqdm(map_images(source, fit), total=len(source.ids), **bar)):
             if isinstance(result, BadImage):
                 bad_images.append([source.members[i].name, str(result)])
@@ -152,9 +152,8 @@ def make_pack(source: Source, image_size: int, key: str, target: Path, quiet: bo
     record = {"key": key, "made_from": str(source.path.resolve()), "image_size": image_size, "summary": summary}
     text = json.dumps({**record, "bad_images": bad_images, "ids": ids})
     write_whole(Path(f"{target}.json"), lambda file: file.write(text.encode()))
-    if not quiet:
-        left_out = [f"  left out: {short(name)}: {reason}" for name, reason in bad_images[:LISTED_BAD_IMAGES]]
-        print("\n".join([summary, *source.notes, *left_out]), flush=True)
+    left_out = [f"  left out: {short(name)}: {reason}" for name, reason in bad_images[:LISTED_BAD_IMAGES]]
+    print("\n".join([summary, *source.notes, *left_out]), flush=True)
     return read_pack(target, key, image_size)
 
 

@@ -25,20 +25,20 @@ OPEN = 0.999  # values beyond are the first and the last level, whose bins reach
 def terms_of(
     model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor, variance: str, clip_x_0: bool
 ) -> Tensor:
-    """One term of each image, with what else is known then.
+    """One term of each image, and the error of x_0 that it comes from.
 
     Args:
         x_0: (B, C, H, W), on the model's device; t: (B,) int64; noise: (B, C, H, W) standard normal.
 
     Returns:
-        (4, B) float64: L_T and L_t in bits per dimension, and the squared errors of x_0 and of eps.
+        (3, B) float64: L_T and L_t in bits per dimension, and the squared error of x_0.
     """
     device = x_0.device
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     x_0, t, noise = x_0.to(home, torch.float64), t.to(home), noise.to(home, torch.float64)
     x_t = scheduler.q_sample(x_0, t, noise)
     output = model(x_t.to(device, torch.float32), t.to(device)).to(home)
-    predicted, eps = interpret(model, scheduler, x_t, t, output)
+    predicted, _ = interpret(model, scheduler, x_t, t, output)
     if clip_x_0:
         predicted = predicted.clamp(-1, 1)
     sigma_squared = model_variance(scheduler, t, variance)
@@ -47,8 +47,7 @@ def terms_of(
     if first.any():  # the mean of p(x_0 | x_1) is the predicted x_0 itself (Eq. 7)
         terms[first] = -decoder_log_likelihood(x_0[first], predicted[first], sigma_squared[first].sqrt())
     in_bits = prior_kl(scheduler, x_0) / math.log(2), terms / math.log(2)
-    means = [value.flatten(1).mean(dim=1) for value in (*in_bits, (predicted - x_0).square(), (eps - noise).square())]
-    return torch.stack(means)
+    return torch.stack([value.flatten(1).mean(dim=1) for value in (*in_bits, (predicted - x_0).square())])
 
 
 def model_variance(scheduler: NoiseScheduler, t: Tensor, variance: str) -> Tensor:

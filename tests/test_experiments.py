@@ -19,7 +19,7 @@ from tests.conftest import call, small_unet
 
 @pytest.fixture(scope="module")
 def people():
-    return to_model_range(torch.from_numpy(load_images("emoji_people", 32, quiet=True).images))
+    return to_model_range(torch.from_numpy(load_images("emoji_people", 32).images))
 
 
 def test_the_feature_distance_orders_the_obvious(people):

@@ -93,7 +93,7 @@ def data_set_case(path, truths, rng, checksums=True):
         assert len(result) + len(result.bad_images) == len(named), "an image is missing, and nothing says so"
         return "read with other pixels, without checksums" if odd else IN_PART if result.bad_images else SAME
 
-    return path, lambda: load_images(str(data_set), SIZE, may_be_bad, quiet=True), judge
+    return path, lambda: load_images(str(data_set), SIZE, may_be_bad), judge
 
 
 def image_case(folder, rng):
@@ -162,7 +162,7 @@ def checkpoint_case(folder, rng):
 def read_checkpoint(path, resumed):
     if not resumed:
         saved = load_weights(path)
-        weights = rebuild(UNet, saved, spoilt.CPU).network.state_dict()
+        weights = rebuild(saved, spoilt.CPU).network.state_dict()
         return {"config": saved.config, "run": saved.run, **{f"ema.{name}": t for name, t in weights.items()}}
     file, state = check_whole(path), spoilt.training_state()
     run = Run("faces", Experiment.from_dict(file.contents["config"]), path.parent, checkpoint=file)

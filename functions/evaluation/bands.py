@@ -36,7 +36,7 @@ class BandErrors:
     """Ratios at K timesteps in the bands; float64 arrays."""
 
     t: list[int]  # (K,)
-    bands: list[str]  # names
+    bands: list[str]  # "mean", "1-2", "2-4", ..., "finest", in cycles an image
     ratio: np.ndarray  # (K, bands): squared error of x_0 over that of the average image
     standard_error: np.ndarray  # (K, bands), over images
     linear: np.ndarray  # (K, bands): what the best linear filter reaches
@@ -65,11 +65,6 @@ def times_of(timesteps: int) -> list[int]:
     """Some timesteps from 0 to T - 1, dense at both ends (Chebyshev's)."""
     share = (1 - np.cos(np.pi * np.arange(TIMES) / (TIMES - 1))) / 2
     return np.unique((share * (timesteps - 1)).round().astype(int)).tolist()
-
-
-def band_names(bands: int) -> list[str]:
-    """Such as "mean", "1-2", "2-4", "finest"; in cycles an image."""
-    return ["mean", *(f"{2 ** (k - 1)}-{2**k}" for k in range(1, bands - 1)), "finest"]
 
 
 @torch.no_grad()
@@ -116,21 +111,19 @@ def measure_bands(
     # By the delta method, for a ratio of two means over the same images
     spread = error_of_mean((of_images - ratio[:, None] * variance).swapaxes(0, 1))
     a = scheduler.alphas_cumprod[t].numpy()[:, None]
-    return BandErrors(t, band_names(len(s2)), ratio, spread / s2, (1 - a) / (a * s2 + 1 - a), s2)
+    names = ["mean", *(f"{2 ** (k - 1)}-{2**k}" for k in range(1, len(s2) - 1)), "finest"]
+    return BandErrors(t, names, ratio, spread / s2, (1 - a) / (a * s2 + 1 - a), s2)
 
 
 def plot_bands(result: BandErrors, path: Path, title: str) -> None:
-    """Save a heat map: red is worse than no knowledge; the black line is at 1, give or take two standard errors."""
+    """Save a heat map: red is worse than no knowledge, and framed where that is by more than two standard errors."""
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.55 * len(result.bands)))
     axis.imshow(result.ratio.T, cmap="RdBu_r", norm=LogNorm(1e-2, 1e2), aspect="auto", interpolation="nearest")
     for (k, band), ratio in np.ndenumerate(result.ratio):
         dark = not 1 / 30 < ratio < 30
-        axis.text(k, band, f"{ratio:.2g}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    fault = (result.ratio - 2 * result.standard_error).T > 1
-    fine = np.kron(fault, np.ones((20, 20)))  # so that the contour follows the cells
-    if fault.any() and not fault.all():
-        y, x = [(np.arange(count) + 0.5) / 20 - 0.5 for count in fine.shape]
-        axis.contour(x, y, fine, levels=[0.5], colors="black", linewidths=1.5)
+        axis.text(k, band, f"{ratio:.3g}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        if ratio - 2 * result.standard_error[k, band] > 1:
+            axis.add_patch(plt.Rectangle((k - 0.49, band - 0.48), 0.98, 0.96, fill=False, linewidth=1.5))
     axis.set_xticks(range(len(result.t)), map(str, result.t))
     axis.set_yticks(range(len(result.bands)), result.bands)
     axis.set(xlabel="t (code)", ylabel="cycles an image", title=f"{title}: error of $x_0$ over the average image's")

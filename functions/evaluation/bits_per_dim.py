@@ -46,7 +46,6 @@ class BitsPerDim:
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
     mse_x_0: np.ndarray  # (N, K): squared error of the (clipped) prediction of x_0, images in [-1, 1]
-    mse_eps: np.ndarray  # (N, K): squared error of the predicted noise
 
     @property
     def of_images(self) -> np.ndarray:
@@ -85,7 +84,7 @@ class BitsPerDim:
         rate = self.prior.mean() + above + terms * (lengths - 1) / 2
         t, error = np.cumsum(lengths) - (lengths + 1) / 2, error_of_mean(self.terms)
         of_terms = {"t": t, "timesteps": lengths, "bits_per_dim_a_step": terms, "standard_error": error}
-        of_errors = {"mse_x_0": mse, "mse_eps": self.mse_eps.mean(axis=0), "rate": rate, "rmse": 127.5 * np.sqrt(mse)}
+        of_errors = {"mse_x_0": mse, "rate": rate, "rmse": 127.5 * np.sqrt(mse)}
         return {name: [float(value) for value in column] for name, column in (of_terms | of_errors).items()}
 
     def facts(self) -> dict:
@@ -140,7 +139,7 @@ def measure_bits_per_dim(
     strata = strata_of(scheduler.timesteps, options.t_stride)
     t = torch.tensor([choose_t(strata, seed, int(image)) for image in indices])  # (N, K)
     image_of, t_of = np.repeat(indices, len(strata)), t.flatten()  # the pairs, image by image
-    table = torch.zeros(4, len(t_of), dtype=torch.float64)
+    table = torch.zeros(3, len(t_of), dtype=torch.float64)
 
     def fill(pairs: range) -> None:
         x_0, t_of_pairs = x_0_of(image_of[pairs.start : pairs.stop]), t_of[pairs.start : pairs.stop]
@@ -155,8 +154,8 @@ def measure_bits_per_dim(
         for pairs in tqdm(own, "bits/dim", unit="batch", disable=not progress):
             limit.in_parts(fill, pairs)
     # Each entry is one process's and 0 in the others, so that their sum is exact
-    prior, terms, mse_x_0, mse_eps = processes.sum_(table).view(4, *t.shape).numpy()
-    return BitsPerDim(np.array([*map(len, strata)]), prior[:, 0], terms, mse_x_0, mse_eps)
+    prior, terms, mse_x_0 = processes.sum_(table).view(3, *t.shape).numpy()
+    return BitsPerDim(np.array([*map(len, strata)]), prior[:, 0], terms, mse_x_0)
 
 
 def strata_of(timesteps: int, t_stride: int) -> list[range]:
@@ -179,20 +178,16 @@ def choose_t(strata: list[range], seed: int, image: int) -> list[int]:
 
 
 def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
-    """Save three panels: the terms by t, the rate-distortion curve (the paper's Figure 5), squared errors by t."""
+    """Save two panels: the terms by t, and the rate-distortion curve (the paper's Figure 5)."""
     curves = result.curves()
     t = [value + 1 for value in curves["t"]]  # the paper's, from 1, for the logarithmic axis
-    figure, (terms, rate, errors) = plt.subplots(1, 3, figsize=(13, 4))
+    figure, (terms, rate) = plt.subplots(1, 2, figsize=(9, 4))
     terms.loglog(t, curves["bits_per_dim_a_step"], marker=".", color="tab:blue")
     terms.set(xlabel="t (the paper's)", ylabel="bits/dim in one step", title="terms of the bound")
     rate.plot(curves["rate"], curves["rmse"], marker=".", color="tab:blue")
     rate.set(xlabel="rate so far, bits/dim", ylabel="RMSE of $x_0$, of 255", title="rate and distortion")
     rate.set(xlim=(0, 1.03 * result.rate), ylim=(0, None))
-    errors.loglog(t, curves["mse_eps"], marker=".", color="tab:orange", label=r"of $\epsilon$")
-    errors.loglog(t, curves["mse_x_0"], marker=".", color="tab:blue", label=r"of $x_0$ in [-1, 1]")
-    errors.set(xlabel="t (the paper's)", ylabel="mean squared error", title="the network by noise level")
-    errors.legend(frameon=False)
-    for axis in (terms, rate, errors):
+    for axis in (terms, rate):
         axis.grid(color="0.92")
     sums = f"{result.total:.3f} bits/dim = rate {result.rate:.3f} + distortion {result.distortion:.3f}"
     figure.suptitle(f"{title}: {sums}", fontsize=11)

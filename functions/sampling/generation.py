@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_uint8
@@ -22,12 +22,13 @@ from functions.prediction import Denoiser
 from functions.samplers import OnStep
 from functions.sampling.options import SAMPLERS, SamplerOptions
 from functions.support.checkpoint import SavedModel, load_into, load_weights
-from functions.support.device import is_out_of_memory
+from functions.support.device import choose_device, choose_precision, is_out_of_memory
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import short
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise
 from functions.support.run_folder import find_checkpoints, first_sound, newest_checkpoints
+from models.unet import UNet
 
 Result = TypeVar("Result")
 # ("x", k): the state after k network calls, 0 the noise; ("x_0", k): the x_0 that the k-th call predicts
@@ -96,20 +97,25 @@ class ImageSampler:
         return Samples(x_0.cpu(), kept)
 
 
-def load_newest(args: argparse.Namespace, processes: Processes, experiments: str = "") -> SavedModel:
-    """Load the newest sound checkpoint of the run that is named, or of the newest that begins with `experiments`."""
+def open_sampler(
+    args: argparse.Namespace, processes: Processes, experiments: str = ""
+) -> tuple[SavedModel, ImageSampler]:
+    """What the flags of `add_sampling_flags` ask for, but for the calibration.
+
+    Of the run that is named, or the newest whose name begins with `experiments`, the newest checkpoint that is sound.
+    """
+    device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
+    precision, options = choose_precision(args.precision, device), SamplerOptions.from_args(args)
     read = cache(load_weights)  # so that rank 0, which reads it to find it, does not do so twice
     find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
-    return read(processes.from_main(lambda: first_sound(find(), read).path))
+    saved = read(processes.from_main(lambda: first_sound(find(), read).path))
+    denoiser = rebuild(saved, device, precision)
+    processes.say(str(saved))
+    return saved, ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
 
 
-def rebuild(
-    build_model: Callable[..., nn.Module],
-    saved: SavedModel,
-    device: torch.device,
-    precision: torch.dtype = torch.float32,
-) -> Denoiser:
-    """Rebuild network and schedule from what a checkpoint says alone; its config's `model` fields go to `build_model`.
+def rebuild(saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32) -> Denoiser:
+    """Rebuild network and schedule from what a checkpoint says alone.
 
     Raises:
         CheckpointError: its config and its weights do not fit each other.
@@ -119,14 +125,13 @@ def rebuild(
         # Far above any model's; beyond, building the tables or the levels would take all memory or all day
         largest = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "levels": 15}
         found = {**diffusion, **fields, "levels": len(fields["dim_multiply"])}
-        for name, most in largest.items():
-            if found[name] > most:
-                raise ValueError(f"{name} is above {most:,}")
+        if any(found[name] > largest[name] for name in largest):
+            raise ValueError(f"larger than any model's: {largest} at most")
         schedule = [diffusion[name] for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas")]
         # What a checkpoint does not name it was made before
         scheduler = NoiseScheduler(*schedule, diffusion.get("beta_schedule", "linear"))
         with torch.device("meta"):  # shapes only: nothing is initialised that is overwritten at once
-            model = build_model(**fields)
+            model = UNet(**fields)
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
         if denoiser.objective not in ("eps", "v"):
             raise ValueError(f"objective is {denoiser.objective!r}; it can be eps or v")

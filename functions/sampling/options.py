@@ -18,9 +18,7 @@ SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm++": dpm_solver_sample
 # The options that only some have, with their defaults. dpm++ takes fresh noise, which lets later steps correct the
 # errors of earlier ones: with 20 calls its distance is the lowest with every objective (docs/whole-before-detail.md).
 OWN_OPTIONS = {"ddpm": {"variance": "small"}, "ddim": {"eta": 0.0}, "dpm++": {"eta": 1.0}, "ipndm": {}}
-# The better by feature distance at 10, 20 and 50 calls, with a v network on faces (figures/experiments.json, one run):
-# ddpm 4.9, 3.6, 2.7 (logsnr 6.9, 4.4, 2.8); ddim 4.8, 4.0, 3.6 (6.3, 4.5, 3.8); dpm++ 2.3, 2.5, 2.1 (trailing 2.4, 2.7,
-# 2.3), without noise 3.0, 3.2, 3.3 (3.4, 3.3, 3.3). For ipndm the two are the same: 3.3, 3.3, 3.3 (3.2, 3.2, 3.3).
+# The better by feature distance at 10, 20 and 50 calls, with a v network on faces (figures/experiments.json).
 SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "ipndm": "trailing"}
 
 
@@ -107,12 +105,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     checkpoint = "a run folder, a checkpoint or an exported .safetensors (default: the newest run)"
     add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
     add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
-    batch_size = "images at a time; halved while they do not fit in memory (default: 64)"
-    add("--batch-size", type=positive, default=64, metavar="N", help=batch_size)
+    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time, if they fit (default: 64)")
     add("--out", type=Path, metavar="FOLDER", help="where files go (default: a folder in that of the run)")
     add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
-    device = "auto (CUDA, then Apple's MPS, then the CPU), cpu, cuda, cuda:N or mps (default: auto)"
-    add("--device", default="auto", metavar="NAME", help=device)
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     precision = "what the network computes in; auto: the fastest that the hardware has (default: float32)"
     add("--precision", default="float32", choices=("auto", *DTYPES), help=precision)
 
@@ -123,12 +119,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--sampler", choices=SAMPLERS, default="ddpm", help=sampler)
     add("--steps", type=positive, metavar="N", help="network calls for an image (default: one for each timestep)")
-    spacing = (
-        "of the steps: trailing, even in t; logsnr, even in the logarithm of the signal-to-noise ratio (default: "
-        "logsnr for dpm++, trailing for the others)"
-    )
+    spacing = "trailing, even in t; logsnr, even in log-SNR (default: logsnr for dpm++, trailing for the others)"
     add("--spacing", choices=SPACINGS, help=spacing)
-    eta = "how much fresh noise ddim and dpm++ add: from 0, none, to 1 (default: 0 for ddim, 1 for dpm++)"
+    eta = "fresh noise of ddim and dpm++: from 0, none, to 1 (default: 0 for ddim, 1 for dpm++)"
     add("--eta", type=fraction, metavar="X", help=eta)
     variance = "of ddpm's noise: small, the posterior's; large, beta, for all timesteps alone (default: small)"
     add("--variance", choices=("small", "large"), help=variance)

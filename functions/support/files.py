@@ -17,12 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 
 FORMAT = "ddpm-faces checkpoint 2"
 LONGEST_HEADER = 16 * 2**20  # bytes; ours take some hundred thousand
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-LAST_WITH_PT = "4fa585a"  # the last commit that reads the .pt checkpoints of earlier versions
 # What damaged or hostile files were seen to raise on their way through the readers of safetensors and JSON
 READ_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -124,10 +123,7 @@ class TensorFile:
 
 
 def check_header(path: Path) -> None:
-    """Raise CheckpointError unless it is a file whose header is no longer than the file, and than any of ours.
-
-    For checkpoints of earlier versions a UserError: those before them are no better.
-    """
+    """Raise CheckpointError unless it is a file whose header is no longer than the file, and than any of ours."""
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}")
     try:
@@ -135,11 +131,6 @@ def check_header(path: Path) -> None:
             start, size = file.read(8), path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    if start[:4] == b"PK\x03\x04" or path.suffix == ".pt":
-        raise UserError(
-            f"{path}: a checkpoint of an earlier version, which this one does not read; commit {LAST_WITH_PT} is "
-            "the last that does: there, `python sample.py FILE --export NEW.safetensors` makes one to sample from"
-        )
     if int.from_bytes(start, "little") > min(LONGEST_HEADER, size - 8):
         raise CheckpointError(f"{path}: the file is {'truncated, damaged or not a checkpoint' if size else 'empty'}")
 

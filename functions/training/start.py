@@ -16,12 +16,9 @@ from functions.support.errors import UserError
 from functions.support.processes import Processes
 from functions.support.run_folder import Run
 
-# An image keeps so many feature maps of each level for backward: measured on the network of `ffhq-run2`.
-KEPT_OF_A_LEVEL = {"none": 45, "norms": 15, "blocks": 6}
 VISIBLE_SNR = 1e-3  # x_T with a larger terminal SNR still carries the image; the paper's 1000 steps leave 4e-5
 H100_PEAK = 989e12  # FLOP/s in dense bfloat16, by its data sheet
-# Not measured: of a pass of `ffhq-full` 14%, of `ffhq-run2` 8%, if only its counted bytes and convolutions took time
-H100_SHARE = 0.15
+H100_SHARE = 0.15  # not measured
 
 
 def describe(run: Run, data_summary: str) -> str:
@@ -53,14 +50,6 @@ def describe(run: Run, data_summary: str) -> str:
         f"{config.beta_schedule} betas, terminal SNR {snr:.2g}",
         *(f"warning: {warning}" for warning in warnings),
     ])  # fmt: skip
-
-
-def describe_memory(run: Run, precision: torch.dtype) -> str:
-    """A guess at what a training takes: weights, gradients and Adam's moments, and what a pass keeps for backward."""
-    config, model = run.experiment.diffusion, run.experiment.model
-    maps = sum(dim * (model.image_size >> level) ** 2 for level, dim in enumerate(model.dims))
-    kept = config.batch_size * KEPT_OF_A_LEVEL[config.recompute] * maps * precision.itemsize
-    return f"  memory     about {(4 * 4 * run.facts['parameters'] + kept) / 1e9:.1f} GB, beside Python and PyTorch"
 
 
 def describe_compute(run: Run, denoiser: Denoiser) -> str:

@@ -67,7 +67,7 @@ def write_npz(path, images=IMAGES):
 
 
 def load(path, size=8, **options):
-    return open_packed(find_source(path, size), size, quiet=True, **options)
+    return open_packed(find_source(path, size), size, **options)
 
 
 def packed_files(folder):

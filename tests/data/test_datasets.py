@@ -31,8 +31,8 @@ def data_folder(tmp_path, monkeypatch):
 
 
 def test_the_embedded_set_and_the_people_in_it(data_folder):
-    everyone = load_images("emoji_faces", 64, quiet=True)
-    people = load_images("emoji_people", 64, quiet=True)
+    everyone = load_images("emoji_faces", 64)
+    people = load_images("emoji_people", 64)
     assert everyone.images.shape == (1038, 64, 64, 3) and everyone.images.dtype == np.uint8
     assert everyone.ids == sorted(everyone.ids)
     assert people.images.shape == (901, 64, 64, 3) and people.name == "emoji_people"
@@ -58,7 +58,7 @@ PLACES = {
 def test_ffhq_is_found_in_every_place(data_folder, put):
     put(data_folder)
     for _ in range(2):  # the second time, the pack lies there too
-        image_set = load_images("FFHQ", 8, quiet=True)
+        image_set = load_images("FFHQ", 8)
         np.testing.assert_array_equal(image_set.images, IMAGES)
         assert image_set.ids == list(range(10)) and image_set.name == "FFHQ"
 

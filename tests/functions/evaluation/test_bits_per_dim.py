@@ -56,7 +56,6 @@ def test_terms_equal_the_closed_form_on_gaussian_data(variance):
     assert result.prior.mean() == pytest.approx(prior, rel=sampled)
     error = S**2 * (1 - a) / (a * S**2 + 1 - a)
     np.testing.assert_allclose(result.mse_x_0.mean(axis=0), error, rtol=sampled)
-    np.testing.assert_allclose(result.mse_eps.mean(axis=0), error * a / (1 - a), rtol=sampled)
 
 
 SMOOTH = torch.exp(-((LEVELS - 0.1) ** 2) / (2 * 0.1**2))
@@ -125,7 +124,7 @@ def test_a_term_depends_on_seed_image_and_t_alone():
     np.testing.assert_allclose(half.terms, all_images.terms[::2], rtol=1e-12)
     halved = small_measurement(most=3)  # batches of 8 that do not fit
     np.testing.assert_allclose(halved.terms, all_images.terms, rtol=1e-12)
-    np.testing.assert_allclose(halved.mse_eps, all_images.mse_eps, rtol=1e-12)
+    np.testing.assert_allclose(halved.mse_x_0, all_images.mse_x_0, rtol=1e-12)
 
 
 def test_two_processes_get_the_numbers_of_one():

@@ -15,7 +15,6 @@ from functions.support import files
 from functions.support.checkpoint import check_whole, load_weights
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import LONGEST_HEADER, write_tensors
-from models.unet import UNet
 from tests.conftest import posix
 from tests.peak_memory import at_most
 from tests.spoilt_files import (
@@ -73,7 +72,7 @@ def resume(path):
 
 
 def sample(path):
-    return rebuild(UNet, load_weights(path), torch.device("cpu"))
+    return rebuild(load_weights(path), torch.device("cpu"))
 
 
 def test_truncated_files(path, whole):
@@ -170,12 +169,12 @@ def test_nesting_that_just_reads(path, whole, part):
         ("checksums", ([WEIGHT],), "its contents do not read"),
         ("checksums/odd", ("0",), "not those that its contents name"),
         (f"checksums/{WEIGHT}", ("0" * 64, None, [], "ä"), f"damaged: {WEIGHT} does not match its checksum"),
-        ("config/diffusion/timesteps_diff", (10**12,), "timesteps_diff is above 1,000,000"),
+        ("config/diffusion/timesteps_diff", (10**12,), "larger than any model's"),
         ("config/diffusion/beta_end", (math.nan,), "ValueError"),
-        ("config/model/base_dim", (10**9,), "base_dim is above 16,384"),
+        ("config/model/base_dim", (10**9,), "larger than any model's"),
         ("config/model/base_dim", ("8",), "TypeError"),
-        ("config/model/image_size", (2**40,), "image_size is above 16,384"),
-        ("config/model/dim_multiply", ([1] * 10**5,), "levels is above 15"),
+        ("config/model/image_size", (2**40,), "larger than any model's"),
+        ("config/model/dim_multiply", ([1] * 10**5,), "larger than any model's"),
         ("config/model/norm_groups", (0,), "ZeroDivisionError"),
     ],
 )
@@ -223,14 +222,13 @@ def test_tensors_that_cannot_be(path, name, change, message, monkeypatch):
         assert message in refusal(path, sample)
 
 
-def test_files_of_others_and_of_earlier_versions(path, tmp_path):
+def test_files_of_others_and_of_earlier_versions(path):
     weights = {"weight": torch.ones(2)}
     for metadata in (None, {"format": "pt"}, {"format": "ddpm-faces checkpoint 1", "sha256": "0", "run": "{}"}):
         save_file(weights, path, metadata)
         assert "not a checkpoint of this version" in refusal(path)
-    for old in (tmp_path / "step-00000005.pt", path):
-        torch.save(weights, old)
-        assert "commit 4fa585a is the last that does" in refusal(old, kind=UserError)
+    torch.save(weights, path)
+    assert "not a checkpoint" in refusal(path)
     path.write_bytes(b"\x80\x02}q\x00.")  # a pickle
     refusal(path)
 
