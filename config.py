@@ -26,7 +26,7 @@ def experiments() -> dict[str, "Experiment"]:
                 image_size=32, norm_groups=8,
             ),
         ),
-        # The same with v: hardly any sample is dark or speckled. See docs/whole-before-detail.md.
+        # The same with v, which wants a lower rate: docs/whole-before-detail.md says why, and what it is better at.
         "faces-v": Experiment(
             DiffusionConfig(
                 dataset_name="emoji_people", learning_rate=1e-3, batch_size=16, use_augmentation=True,

@@ -121,10 +121,13 @@ def test_cosine_betas_refuse_what_they_have_no_use_for(field, value):
     replace(DiffusionConfig(**DIFFUSION), **{field: value})
 
 
-@pytest.mark.parametrize(("name", "other"), [("faces-v", "faces"), ("ffhq-v", "ffhq-full")])
-def test_the_v_presets_differ_in_their_objective_alone(name, other):
+@pytest.mark.parametrize(
+    ("name", "other", "rate"),
+    [("faces-v", "faces", {"diffusion.learning_rate": (2e-3, 1e-3)}), ("ffhq-v", "ffhq-full", {})],
+)
+def test_the_v_presets_differ_in_their_objective_and_its_rate_alone(name, other, rate):
     changes = EXPERIMENTS[other].differences(EXPERIMENTS[name])
-    assert changes == {"diffusion.objective": ("eps", "v"), "diffusion.t_sampling": ("uniform", "mixed")}
+    assert changes == {"diffusion.objective": ("eps", "v"), "diffusion.t_sampling": ("uniform", "mixed"), **rate}
 
 
 def test_what_is_probably_not_meant_is_warned_of():
@@ -142,4 +145,4 @@ def test_a_saved_config_with_unknown_or_missing_fields():
         Experiment.from_dict({"model": saved["model"]})
     for field in ("objective", "t_sampling", "beta_schedule"):  # as configs were when there was one of each
         del saved["diffusion"][field]
-    assert Experiment.from_dict(saved) == EXPERIMENTS["faces"]
+    assert Experiment.from_dict(saved) == EXPERIMENTS["faces"].override({"learning_rate": 1e-3}, {})
