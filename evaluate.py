@@ -77,7 +77,7 @@ def parse_flags() -> argparse.Namespace:
 
     add = parser.add_argument_group("bits/dim (bpd) and bands, on the validation split").add_argument
     add("--images", type=positive, metavar="N", help="how many images of the split, evenly spaced (all)")
-    add("--t-stride", type=positive, default=20, metavar="N", help="of bpd: most timesteps to a network call (20)")
+    add("--t-stride", type=positive, default=20, metavar="N", help="of bpd: timesteps to a network call, at most (20)")
     add("--bpd-variance", choices=VARIANCES, default="small", help="variance of p(x_{t-1} | x_t) (small)")
     add("--no-clip", action="store_true", help="of bpd: let x_0 leave [-1, 1] (it is clipped, as in sampling)")
 
@@ -127,9 +127,9 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
 
 def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
     """What the network knows of the validation split's x_0, by noise level and spatial frequency."""
-    split, denoiser = subject.split, subject.image_sampler.denoiser
+    images, split, denoiser = subject.image_set.images, subject.split, subject.image_sampler.denoiser
     indices = evenly(split.val_indices, args.images)
-    average = subject.x_0_of(evenly(split.train_indices, AVERAGED)).mean(dim=0)
+    average = to_model_range(torch.from_numpy(images[evenly(split.train_indices, AVERAGED)].mean(axis=0)[None]))[0]
     result = measure_bands(denoiser, subject.x_0_of, indices, average, args.batch_size, args.seed, processes)
     if not processes.is_main:
         return

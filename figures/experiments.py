@@ -9,7 +9,6 @@ On two cores a run takes a quarter of an hour (of 64 px an hour), and its number
 
 import argparse
 import json
-import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,7 +27,7 @@ from config import EXPERIMENTS  # noqa: E402
 from data.datasets import images_of_run  # noqa: E402
 from data.pixels import to_model_range, to_uint8  # noqa: E402
 from figures.feature_distance import Features, spoilt  # noqa: E402
-from functions.evaluation.bands import measure_bands, plot_bands  # noqa: E402
+from functions.evaluation.bands import BandErrors, measure_bands, plot_bands  # noqa: E402
 from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim  # noqa: E402
 from functions.sampling.calibration import calibrated  # noqa: E402
 from functions.sampling.generation import ImageSampler, generate, rebuild  # noqa: E402
@@ -146,7 +145,6 @@ def measure(run: Path, count: int) -> None:
         sampler = ImageSampler(denoiser, SamplerOptions(calibrate=calibration), saved.image_shape, 0, device)
         sampler = calibrated(sampler, saved, 64, load, SINGLE_PROCESS)
         bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0)
-        plot_bands(bands, path.with_suffix(".png"), run.name)
         found = {"bands": bands.facts(), "distance": {}}
         grid = GRID if run.name.startswith(slug("v, mixed t", 0)) and not calibration else {}
         for name, options in {**DISTANCES, **{" ".join(map(str, key)): grid[key] for key in grid}}.items():
@@ -177,10 +175,11 @@ def draw(args: argparse.Namespace) -> None:
                     label = arm + (f", calibrated ({kind[1:]})" if kind else "")
                     found = json.loads(path.read_text(), parse_float=lambda text: float(f"{float(text):.5g}"))
                     results.setdefault(label, {})[str(seed)] = found
-                    if seed == 0 and "photos" not in arm and "64" not in arm:
+                    if label not in pictures and "photos" not in arm and "64" not in arm:
                         pictures[label] = np.load(path.with_suffix(".npy"))
                         if label in MAPS:
-                            shutil.copyfile(path.with_suffix(".png"), RESULTS.with_name(MAPS[label]))
+                            bands = BandErrors(**{name: np.array(value) for name, value in found["bands"].items()})
+                            plot_bands(bands, RESULTS.with_name(MAPS[label]), label)
     lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(found)}" for label, found in results.items())
     RESULTS.write_text(f"{{\n{lines}\n}}\n")
     print(table(results))

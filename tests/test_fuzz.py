@@ -9,6 +9,7 @@ documented type, short and printable, and name the file or the field; a result m
 valid file which the spoiling made. The file stays as it was, with nothing new beside it. Memory: test_hostile_*.py.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -178,7 +179,8 @@ def run_case(kind, number):
         path, read, judge = kind(Path(folder), random.Random(f"{kind.__name__} {number}"))
         before, start = files_in(folder), time.process_time()
         try:
-            result, error = read(), None
+            with contextlib.redirect_stdout(None):  # what is said of a data set that was prepared
+                result, error = read(), None
         except (UserError, ConfigError) as caught:
             result, error = None, caught
         assert time.process_time() - start < SECONDS, "too slow"

@@ -73,7 +73,7 @@ class BitsPerDim:
         return self.total - self.distortion
 
     def curves(self) -> dict[str, list[float]]:
-        """What the figure shows, for each stratum, small t first; means over images.
+        """What the figure shows, and the error of x_0, for each stratum, small t first; means over images.
 
         `rate` and `rmse` are the rate-distortion curve of the paper's Figure 5: what a receiver has read when x_t is
         known, L_T and all terms above t (in the middle of a stratum: half of its own), and how far the x_0 that is

@@ -109,9 +109,8 @@ def open_sampler(
     read = cache(load_weights)  # so that rank 0, which reads it to find it, does not do so twice
     find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
     saved = read(processes.from_main(lambda: first_sound(find(), read).path))
-    denoiser = rebuild(saved, device, precision)
     processes.say(str(saved))
-    return saved, ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
+    return saved, ImageSampler(rebuild(saved, device, precision), options, saved.image_shape, args.seed, device)
 
 
 def rebuild(saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32) -> Denoiser:
@@ -125,11 +124,11 @@ def rebuild(saved: SavedModel, device: torch.device, precision: torch.dtype = to
         # Far above any model's; beyond, building the tables or the levels would take all memory or all day
         largest = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "levels": 15}
         found = {**diffusion, **fields, "levels": len(fields["dim_multiply"])}
-        if any(found[name] > largest[name] for name in largest):
-            raise ValueError(f"larger than any model's: {largest} at most")
+        for name, most in largest.items():
+            if found[name] > most:
+                raise ValueError(f"{name} is above {most:,}")
         schedule = [diffusion[name] for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas")]
-        # What a checkpoint does not name it was made before
-        scheduler = NoiseScheduler(*schedule, diffusion.get("beta_schedule", "linear"))
+        scheduler = NoiseScheduler(*schedule, diffusion.get("beta_schedule", "linear"))  # older ones do not say
         with torch.device("meta"):  # shapes only: nothing is initialised that is overwritten at once
             model = UNet(**fields)
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))

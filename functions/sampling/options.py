@@ -18,7 +18,7 @@ SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm++": dpm_solver_sample
 # The options that only some have, with their defaults. dpm++ takes fresh noise, which lets later steps correct the
 # errors of earlier ones: with 20 calls its distance is the lowest with every objective (docs/whole-before-detail.md).
 OWN_OPTIONS = {"ddpm": {"variance": "small"}, "ddim": {"eta": 0.0}, "dpm++": {"eta": 1.0}, "ipndm": {}}
-# The better by feature distance at 10, 20 and 50 calls, with a v network on faces (figures/experiments.json).
+# The better at 10, 20 and 50 calls, with a v network on faces (figures/experiments.json); for ipndm both are as good.
 SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "ipndm": "trailing"}
 
 
@@ -105,7 +105,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     checkpoint = "a run folder, a checkpoint or an exported .safetensors (default: the newest run)"
     add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
     add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time, if they fit (default: 64)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time, or what fits (default: 64)")
     add("--out", type=Path, metavar="FOLDER", help="where files go (default: a folder in that of the run)")
     add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")

@@ -27,7 +27,7 @@ from functions.support.files import TensorFile, write_whole
 
 Contents = TypeVar("Contents")
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")  # of which experiment, started when
-CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{8})\.safetensors")
+CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{8})\.(safetensors|pt)")  # .pt: of earlier versions, to be refused
 
 
 @dataclass

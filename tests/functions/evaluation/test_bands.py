@@ -69,8 +69,9 @@ def test_the_errors_are_those_of_repetition(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [4, 8, 16, 32, 96])
-def test_bands_are_octaves(size):
+def test_bands_are_octaves(size, monkeypatch):
     """A wave of f cycles lies in the band whose name says so; the finest has the corners."""
+    monkeypatch.setattr(bands, "DRAWS", 2)
     of, x_0 = octaves(size), torch.rand(2, 3, size, size)
     any_network = Denoiser(LittleMemory(lambda x_t, t: x_t, 4096), SCHEDULER)
     names = measure_bands(any_network, lambda i: x_0[i], np.arange(2), x_0[0], 512, 0).bands
@@ -101,6 +102,8 @@ def test_the_heat_map_is_red_where_it_is_worse_than_nothing(tmp_path):
     height, width = pixels.shape[:2]
     upper_right, upper_left = (pixels[height // 3, int(width * x)] for x in (0.9, 0.2))
     assert upper_right[0] > upper_right[2] + 50 and upper_left[2] > upper_left[0] + 50
+    black = (pixels.max(axis=2) < 40).sum(axis=0)  # of each column: the frame has two that are black from top to bottom
+    assert (black > height / 5).sum() > 4 and (black[: width // 2] > height / 5).sum() < (black > height / 5).sum()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser, predict
 from functions.sampling import calibration
 from functions.sampling.calibration import calibrate
+from functions.support.files import TensorFile, write_tensors
 from tests.conftest import call
 from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
 
@@ -104,8 +105,13 @@ def test_sample_makes_it_once_and_says_what_it_is_from(which, tiny_run, tmp_path
     assert (tmp_path / "again" / "00000.png").read_bytes() == first
     call(sample.main, tiny_run, *flags[:-1], "--out", tmp_path / "without")
     assert (tmp_path / "without" / "00000.png").read_bytes() != first
-    for damaged in (made[:-100], b"PK"):
-        path.write_bytes(damaged)
+    others = TensorFile(path).contents | {"weights": "of another step"}
+    for spoil in (
+        lambda: path.write_bytes(made[:-100]),
+        lambda: path.write_bytes(b"PK"),
+        lambda: write_tensors(path, {"mean": torch.ones(1)}, others),
+    ):
+        spoil()
         call(sample.main, tiny_run, *flags, which, "--out", tmp_path / "anew")
         assert path.read_bytes() == made
     path.unlink()

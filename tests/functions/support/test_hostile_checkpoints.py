@@ -15,6 +15,7 @@ from functions.support import files
 from functions.support.checkpoint import check_whole, load_weights
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import LONGEST_HEADER, write_tensors
+from functions.support.run_folder import run_to_resume
 from tests.conftest import posix
 from tests.peak_memory import at_most
 from tests.spoilt_files import (
@@ -43,10 +44,10 @@ def whole(path):
     return path.read_bytes()
 
 
-def refusal(path, read=check_whole, kind=CheckpointError):
+def refusal(path, read=check_whole):
     """What is said of a file, when it is refused as it should be: in one line with its name, soon, in little memory."""
     start = time.process_time()
-    with at_most(400), pytest.raises(kind) as caught:
+    with at_most(400), pytest.raises(CheckpointError) as caught:
         read(path)
     message = str(caught.value)
     assert time.process_time() - start < 10  # seconds
@@ -169,12 +170,12 @@ def test_nesting_that_just_reads(path, whole, part):
         ("checksums", ([WEIGHT],), "its contents do not read"),
         ("checksums/odd", ("0",), "not those that its contents name"),
         (f"checksums/{WEIGHT}", ("0" * 64, None, [], "ä"), f"damaged: {WEIGHT} does not match its checksum"),
-        ("config/diffusion/timesteps_diff", (10**12,), "larger than any model's"),
+        ("config/diffusion/timesteps_diff", (10**12,), "timesteps_diff is above 1,000,000"),
         ("config/diffusion/beta_end", (math.nan,), "ValueError"),
-        ("config/model/base_dim", (10**9,), "larger than any model's"),
+        ("config/model/base_dim", (10**9,), "base_dim is above 16,384"),
         ("config/model/base_dim", ("8",), "TypeError"),
-        ("config/model/image_size", (2**40,), "larger than any model's"),
-        ("config/model/dim_multiply", ([1] * 10**5,), "larger than any model's"),
+        ("config/model/image_size", (2**40,), "image_size is above 16,384"),
+        ("config/model/dim_multiply", ([1] * 10**5,), "levels is above 15"),
         ("config/model/norm_groups", (0,), "ZeroDivisionError"),
     ],
 )
@@ -222,13 +223,17 @@ def test_tensors_that_cannot_be(path, name, change, message, monkeypatch):
         assert message in refusal(path, sample)
 
 
-def test_files_of_others_and_of_earlier_versions(path):
+def test_files_of_others_and_of_earlier_versions(path, tmp_path):
     weights = {"weight": torch.ones(2)}
     for metadata in (None, {"format": "pt"}, {"format": "ddpm-faces checkpoint 1", "sha256": "0", "run": "{}"}):
         save_file(weights, path, metadata)
         assert "not a checkpoint of this version" in refusal(path)
-    torch.save(weights, path)
-    assert "not a checkpoint" in refusal(path)
+    old = tmp_path / "faces-20260101-000000" / "checkpoints" / "step-00000005.pt"
+    old.parent.mkdir(parents=True)
+    torch.save(weights, old)
+    assert "not a checkpoint" in refusal(old)
+    with pytest.raises(CheckpointError, match="not a checkpoint"):  # and no new run that nobody wanted
+        run_to_resume("auto", tmp_path, "faces")
     path.write_bytes(b"\x80\x02}q\x00.")  # a pickle
     refusal(path)
 

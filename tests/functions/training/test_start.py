@@ -61,17 +61,16 @@ def test_a_batch_that_fits_changes_nothing_else(memory, pictures, tmp_path, caps
     assert configs[0] == configs[1]
 
 
-def parts(batch_size=4, recompute="norms", **model):
+def parts():
     """A run without a folder, and its network."""
     experiment = EXPERIMENTS["faces"].override(
-        {"batch_size": batch_size, "gradient_accumulation": 3, "recompute": recompute},
+        {"batch_size": 4, "gradient_accumulation": 3, "recompute": "norms"},
         {"image_size": 16, "lowest_resolution_size": 8, "dim_multiply": (1, 2), "transformer_layers": (1,),
-         "base_dim": 8, "norm_groups": 2, **model},
+         "base_dim": 8, "norm_groups": 2},
     )  # fmt: skip
     network = UNet(**vars(experiment.model)).to(memory_format=torch.channels_last)
-    network.set_recompute(recompute)
-    facts = {"parameters": sum(p.numel() for p in network.parameters()), "arithmetic": {}}
-    run = Run("faces", experiment, Path("runs"), facts=facts)
+    network.set_recompute("norms")
+    run = Run("faces", experiment, Path("runs"), facts={"arithmetic": {}})
     return run, Denoiser(network, NoiseScheduler(100))
 
 
