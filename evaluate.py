@@ -34,6 +34,7 @@ from functions.support.errors import UserError
 from functions.support.files import write_whole
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import folder_of
+from models.unet import UNet
 
 METRICS = ("bpd", "bands", "fid", "kid", "prc")
 AVERAGED = 2000  # training images, evenly spaced, that the average image of `bands` is made from
@@ -107,7 +108,7 @@ def metric_names(text: str) -> tuple[str, ...]:
 
 def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     """The checkpoint, its model and its data."""
-    saved, image_sampler = open_sampler(args, processes)
+    saved, image_sampler = open_sampler(args, processes, UNet)
     device, precision = image_sampler.device, image_sampler.denoiser.precision
     set_deterministic(device.type == "cuda")  # the CPU's kernels are
     load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name or args.dataset_name)

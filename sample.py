@@ -30,6 +30,7 @@ from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import folder_of
+from models.unet import UNet
 
 
 def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
@@ -40,7 +41,7 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     """
     args = parse_flags(n, gif)
     with joined() as processes:
-        saved, image_sampler = open_sampler(args, processes, experiments)
+        saved, image_sampler = open_sampler(args, processes, UNet, experiments)
         if args.export:
             processes.from_main(lambda: export_weights(saved, args.export))
             processes.say(f"wrote {args.export}")

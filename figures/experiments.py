@@ -38,6 +38,7 @@ from functions.support.device import choose_device  # noqa: E402
 from functions.support.pictures import enlarge, plt, save_figure, save_image, tile  # noqa: E402
 from functions.support.processes import SINGLE_PROCESS  # noqa: E402
 from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, runs_of, step_of  # noqa: E402
+from models.unet import UNet  # noqa: E402
 
 RESULTS = ROOT / "figures" / "experiments.json"
 V = {"objective": "v", "t_sampling": "mixed", "learning_rate": 1e-3}  # at 2e-3, uniform t mostly did not learn
@@ -137,7 +138,7 @@ def measure(run: Path, count: int) -> None:
     x_0_of = lambda indices: to_model_range(torch.from_numpy(image_set.images[indices])).to(device)
     train_images = x_0_of(split.train_indices)
     features = Features(torch.cat([train_images, train_images.flip(3)]))
-    denoiser = rebuild(saved, device)
+    denoiser = rebuild(UNet, saved, device)
     for calibration in (None, "data", "own"):
         path = run / f"measured{f'-{calibration}' if calibration else ''}.json"
         if path.exists():

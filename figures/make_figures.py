@@ -156,7 +156,7 @@ def draw_run(checkpoint: Path) -> None:
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
     saved = load_weights(checkpoint)
     size = saved.config["model"]["image_size"]
-    denoiser = rebuild(saved, device)
+    denoiser = rebuild(UNet, saved, device)
     image_sampler = ImageSampler(denoiser, SamplerOptions(), (3, size, size), 0, device)
     timesteps = denoiser.scheduler.timesteps
     gif_steps, strip_steps = frame_steps(timesteps, 40), frame_steps(timesteps, 9)

@@ -163,7 +163,7 @@ def checkpoint_case(folder, rng):
 def read_checkpoint(path, resumed):
     if not resumed:
         saved = load_weights(path)
-        weights = rebuild(saved, spoilt.CPU).network.state_dict()
+        weights = rebuild(UNet, saved, spoilt.CPU).network.state_dict()
         return {"config": saved.config, "run": saved.run, **{f"ema.{name}": t for name, t in weights.items()}}
     file, state = check_whole(path), spoilt.training_state()
     run = Run("faces", Experiment.from_dict(file.contents["config"]), path.parent, checkpoint=file)

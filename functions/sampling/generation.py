@@ -28,7 +28,6 @@ from functions.support.files import short
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise
 from functions.support.run_folder import find_checkpoints, first_sound, newest_checkpoints
-from models.unet import UNet
 
 Result = TypeVar("Result")
 # ("x", k): the state after k network calls, 0 the noise; ("x_0", k): the x_0 that the k-th call predicts
@@ -98,23 +97,23 @@ class ImageSampler:
 
 
 def open_sampler(
-    args: argparse.Namespace, processes: Processes, experiments: str = ""
+    args: argparse.Namespace, processes: Processes, build_model: Callable, experiments: str = ""
 ) -> tuple[SavedModel, ImageSampler]:
-    """What the flags of `add_sampling_flags` ask for, but for the calibration.
-
-    Of the run that is named, or the newest whose name begins with `experiments`, the newest checkpoint that is sound.
-    """
+    """Return the newest sound checkpoint that the flags of `add_sampling_flags` mean, and its sampler, uncalibrated."""
     device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
     precision, options = choose_precision(args.precision, device), SamplerOptions.from_args(args)
     read = cache(load_weights)  # so that rank 0, which reads it to find it, does not do so twice
     find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
     saved = read(processes.from_main(lambda: first_sound(find(), read).path))
     processes.say(str(saved))
-    return saved, ImageSampler(rebuild(saved, device, precision), options, saved.image_shape, args.seed, device)
+    denoiser = rebuild(build_model, saved, device, precision)
+    return saved, ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
 
 
-def rebuild(saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32) -> Denoiser:
-    """Rebuild network and schedule from what a checkpoint says alone.
+def rebuild(
+    build_model: Callable, saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32
+) -> Denoiser:
+    """Rebuild network and schedule from what a checkpoint says alone; its config's `model` fields go to `build_model`.
 
     Raises:
         CheckpointError: its config and its weights do not fit each other.
@@ -130,7 +129,7 @@ def rebuild(saved: SavedModel, device: torch.device, precision: torch.dtype = to
         schedule = [diffusion[name] for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas")]
         scheduler = NoiseScheduler(*schedule, diffusion.get("beta_schedule", "linear"))  # older ones do not say
         with torch.device("meta"):  # shapes only: nothing is initialised that is overwritten at once
-            model = UNet(**fields)
+            model = build_model(**fields)
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
         if denoiser.objective not in ("eps", "v"):
             raise ValueError(f"objective is {denoiser.objective!r}; it can be eps or v")

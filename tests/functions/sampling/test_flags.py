@@ -14,6 +14,7 @@ from functions.support.checkpoint import load_weights
 from functions.support.command_line import plain_errors
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
+from models.unet import UNet
 from tests.conftest import ROOT, call
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def test_flags_give_the_images_of_their_options(flags, options, text, slug, tiny
     call(sample.main, tiny_run, *flags.split(), "--seed", 3, "--n", 2, "--individual", "--out", tmp_path)
     assert f"{text}, seed 3" in capsys.readouterr().out
     assert (str(options), options.slug) == (text, slug)
-    denoiser = rebuild(load_weights(checkpoints_of(tiny_run)[-1]), CPU)
+    denoiser = rebuild(UNet, load_weights(checkpoints_of(tiny_run)[-1]), CPU)
     expected = to_uint8(generate(ImageSampler(denoiser, options, (3, 16, 16), 3, CPU), range(2), 2).images)
     images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     assert np.array_equal(images, expected)

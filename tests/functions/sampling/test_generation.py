@@ -16,6 +16,7 @@ from functions.support.checkpoint import load_weights
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import SMALLEST_SIDE, save_grid
 from functions.support.run_folder import checkpoints_of
+from models.unet import UNet
 from tests.conftest import LittleMemory, call, image_sampler_of, small_unet
 
 
@@ -136,7 +137,7 @@ def test_a_config_that_does_not_fit_its_weights_is_refused(tiny_run):
     ):
         config = {**saved.config, "model": {**saved.config["model"], **change}}
         with pytest.raises(CheckpointError, match=message):
-            rebuild(replace(saved, config=config), torch.device("cpu"))
+            rebuild(UNet, replace(saved, config=config), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("value", ["x_0", None, [], 1], ids=str)
@@ -148,7 +149,7 @@ def test_an_objective_or_a_schedule_of_another_version_is_refused(field, message
     saved = load_weights(checkpoints_of(tiny_run)[-1])
     config = {**saved.config, "diffusion": {**saved.config["diffusion"], field: value}}
     with pytest.raises(CheckpointError, match=message):
-        rebuild(replace(saved, config=config), torch.device("cpu"))
+        rebuild(UNet, replace(saved, config=config), torch.device("cpu"))
 
 
 def test_large_images_keep_their_pixels_in_a_grid(tmp_path):

@@ -16,6 +16,7 @@ from functions.support.checkpoint import check_whole, load_weights
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import LONGEST_HEADER, write_tensors
 from functions.support.run_folder import run_to_resume
+from models.unet import UNet
 from tests.conftest import posix
 from tests.peak_memory import at_most
 from tests.spoilt_files import (
@@ -73,7 +74,7 @@ def resume(path):
 
 
 def sample(path):
-    return rebuild(load_weights(path), torch.device("cpu"))
+    return rebuild(UNet, load_weights(path), torch.device("cpu"))
 
 
 def test_truncated_files(path, whole):
