@@ -143,17 +143,15 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
 
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
     """bits/dim of the validation split, with all that one must know of it to compare it with others."""
-    split, image_sampler = subject.split, subject.image_sampler
+    split, denoiser = subject.split, subject.image_sampler.denoiser
     options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, not args.no_clip)
     indices = evenly(split.val_indices, args.images)
-    result = measure_bits_per_dim(
-        image_sampler.denoiser, subject.x_0_of, indices, options, processes, processes.is_main
-    )
+    result = measure_bits_per_dim(denoiser, subject.x_0_of, indices, options, processes, processes.is_main)
     if not processes.is_main:
         return
     of_images = {"ids_hash": split.val_ids_hash, "split_images": len(split.val_indices), "images": len(indices)}
     settings = {**subject.facts, **of_images, **vars(options)}
-    calls, timesteps = len(result.lengths), image_sampler.scheduler.timesteps
+    calls, timesteps = len(result.lengths), denoiser.scheduler.timesteps
     which = "every t" if calls == timesteps else f"{calls} of {timesteps} t for each image, stratified at random"
     protocol = (
         f"{len(indices):,} of {len(split.val_indices):,} validation images (ids {split.val_ids_hash}), {which}; "

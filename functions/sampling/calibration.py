@@ -117,10 +117,12 @@ def calibrated(
     made_from = {"weights": saved.digest, "images": which, "fitted": [IMAGES, FROM, FITTED, RIDGE]}
 
     def read_or_make() -> dict[str, Tensor]:
+        shapes = {"mean": saved.image_shape, "weights": (denoiser.scheduler.timesteps, bands, 2)}
         try:
             file = TensorFile(path)
-            if file.contents == made_from:
-                return file.tensors()
+            found = file.tensors() if file.contents == made_from else {}
+            if {name: (*tensor.shape,) for name, tensor in found.items()} == shapes:
+                return found
         except (UserError, OSError):
             pass  # none there, or damaged
         if which == "own":
@@ -142,5 +144,6 @@ def calibrated(
 
     if not which:
         return image_sampler
+    bands = int(octaves(saved.image_shape[-1]).max()) + 1
     parts = {name: part.to(device) for name, part in processes.from_main(read_or_make).items()}
     return replace(image_sampler, denoiser=replace(denoiser, calibration=Calibration(**parts)))

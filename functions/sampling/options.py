@@ -46,9 +46,7 @@ class SamplerOptions:
             if getattr(self, option) is None:
                 object.__setattr__(self, option, default)  # how a frozen dataclass sets itself up
         if self.calibrate and Path(self.calibrate, "checkpoints").exists():  # "--calibrate RUN" takes RUN for its value
-            raise UserError(
-                f"--calibrate {self.calibrate}: that is a run, not a data set; write the run before the flag"
-            )
+            raise UserError(f"--calibrate {self.calibrate}: that is a run, not data; write the run before the flag")
 
     @staticmethod
     def from_args(args: argparse.Namespace) -> "SamplerOptions":
@@ -105,7 +103,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     checkpoint = "a run folder, a checkpoint or an exported .safetensors (default: the newest run)"
     add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
     add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time, or what fits (default: 64)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time; fewer if need be (default: 64)")
     add("--out", type=Path, metavar="FOLDER", help="where files go (default: a folder in that of the run)")
     add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")

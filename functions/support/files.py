@@ -132,7 +132,8 @@ def check_header(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if int.from_bytes(start, "little") > min(LONGEST_HEADER, size - 8):
-        raise CheckpointError(f"{path}: the file is {'truncated, damaged or not a checkpoint' if size else 'empty'}")
+        what = "truncated, damaged or not a checkpoint of this version (see CHANGELOG.md)" if size else "empty"
+        raise CheckpointError(f"{path}: the file is {what}")
 
 
 def checksum(tensor: Tensor) -> str:

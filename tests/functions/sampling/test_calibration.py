@@ -105,11 +105,13 @@ def test_sample_makes_it_once_and_says_what_it_is_from(which, tiny_run, tmp_path
     assert (tmp_path / "again" / "00000.png").read_bytes() == first
     call(sample.main, tiny_run, *flags[:-1], "--out", tmp_path / "without")
     assert (tmp_path / "without" / "00000.png").read_bytes() != first
-    others = TensorFile(path).contents | {"weights": "of another step"}
+    contents, wrong = TensorFile(path).contents, {"mean": torch.zeros(1, 1, 1), "weights": torch.ones(100, 4, 2)}
+    right, of_another_step = TensorFile(path).tensors(), {**contents, "weights": "of another step"}
     for spoil in (
         lambda: path.write_bytes(made[:-100]),
         lambda: path.write_bytes(b"PK"),
-        lambda: write_tensors(path, {"mean": torch.ones(1)}, others),
+        lambda: write_tensors(path, wrong, contents),
+        lambda: write_tensors(path, {name: 0 * tensor for name, tensor in right.items()}, of_another_step),
     ):
         spoil()
         call(sample.main, tiny_run, *flags, which, "--out", tmp_path / "anew")

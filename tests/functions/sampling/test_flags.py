@@ -94,5 +94,5 @@ def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):
 
 
 def test_a_run_behind_calibrate_is_not_taken_for_data(tiny_run):
-    with pytest.raises(UserError, match="that is a run, not a data set; write the run before the flag"):
+    with pytest.raises(UserError, match="that is a run, not data; write the run before the flag"):
         call(sample.main, "--calibrate", tiny_run, "--runs", tiny_run.parent)

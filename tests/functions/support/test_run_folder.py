@@ -36,6 +36,15 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
         run_folder.newest_checkpoints(tmp_path / "missing")
 
 
+def test_a_run_of_an_earlier_version_is_refused_and_not_passed_over(tmp_path):
+    """Of `.pt` files: nobody wants the run before it, or a new one."""
+    make_run(tmp_path, "faces-20260101-000000", [50])
+    make_run(tmp_path, "faces-20260102-000000", [])
+    torch.save({}, tmp_path / "faces-20260102-000000" / "checkpoints" / "step-00000005.pt")
+    with pytest.raises(CheckpointError, match=r"00000005\.pt: .*not a checkpoint of this version"):
+        run_folder.run_to_resume("auto", tmp_path, "faces")
+
+
 def test_a_run_folder_is_never_used_twice(tmp_path):
     first, second = (run_folder.Run("faces", None, tmp_path) for _ in range(2))
     first.make_folder()
