@@ -1,10 +1,8 @@
 """Why colours go wrong, and two cures: the arms of docs/whole-before-detail.md. `python figures/experiments.py WORD`.
 
-    train     a run of every arm and seed; one that was stopped goes on, one that is finished is left
-    measure   each run's numbers, with and without calibration, into a JSON in its folder
-    draw      those into figures/experiments.json; figures/whole_before_detail.png, and the table, from there
-
-On two cores a run takes a quarter of an hour (of 64 px an hour), and its numbers five minutes.
+train     a run of every arm and seed, a quarter of an hour each on two cores; one that was stopped goes on
+measure   each run's numbers, with and without calibration, into JSON files in its folder, in as long again
+draw      those into figures/experiments.json, the table of all that is there, and a picture
 """
 
 import argparse
@@ -42,7 +40,7 @@ from models.unet import UNet  # noqa: E402
 
 RESULTS = ROOT / "figures" / "experiments.json"
 V = {"objective": "v", "t_sampling": "mixed", "learning_rate": 1e-3}  # at 2e-3, uniform t mostly did not learn
-LARGE = {"image_size": 64, "lowest_resolution_size": 8}
+LARGE, SHORT = {"image_size": 64, "lowest_resolution_size": 8}, {"epochs": 16}
 ARMS = {  # name: what differs from `faces` in diffusion and model, and how many seeds
     "eps": ({}, {}, 3),
     "v, mixed t": (V, {}, 3),
@@ -51,11 +49,14 @@ ARMS = {  # name: what differs from `faces` in diffusion and model, and how many
     "eps, rate 1e-3": ({"learning_rate": 1e-3}, {}, 1),
     "v, mixed t, cosine": (V | {"beta_schedule": "cosine"}, {}, 1),
     "v, mixed t, min-SNR": (V, {}, 1),
-    "eps, 64 px": ({}, LARGE, 1),
-    "v, mixed t, 64 px": (V, LARGE, 1),
+    "eps, 800 steps": (SHORT, {}, 1),
+    "v, mixed t, 800 steps": (V | SHORT, {}, 1),
+    "eps, 800 steps, 64 px": (SHORT, LARGE, 1),
+    "v, mixed t, 800 steps, 64 px": (V | SHORT, LARGE, 1),
     "eps, photos": ({}, {}, 1),
     "v, mixed t, photos": (V, {}, 1),
 }
+KINDS = ("plain", "data", "own")  # of calibration
 DISTANCES = {
     "20 DDIM": SamplerOptions("ddim", 20),
     "20 2M": SamplerOptions("dpm++", 20, eta=0.0),
@@ -67,11 +68,10 @@ MAPS = {"eps": "bands-eps.png", "v, mixed t": "bands-v.png", "eps, calibrated (d
 SOLVERS = {"DDPM": ("ddpm", None), "DDIM": ("ddim", 0.0), "2M": ("dpm++", 0.0), "SDE": ("dpm++", 1.0),
            "iPNDM": ("ipndm", None)}  # fmt: skip
 GRID = {  # measured on the first run of v alone
-    (name, spacing, calls): SamplerOptions(sampler, calls, spacing, eta=eta)
+    f"{name} {spacing} {calls}": SamplerOptions(sampler, calls, spacing, eta=eta)
     for name, (sampler, eta) in SOLVERS.items() for spacing in ("trailing", "logsnr") for calls in (10, 20, 50)
 }  # fmt: skip
-SPOILT_WITH = "20 DDIM"  # ten times as many samples, for the share that is spoilt
-SHOWN, COLUMNS = 36, 12  # samples that are kept of each arm, and shown in the picture of all
+SPOILT_WITH, SHOWN, COLUMNS = "20 DDIM", 36, 12  # so many samples are kept of each arm, and are in the picture of all
 
 
 def main() -> None:
@@ -81,15 +81,19 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="which (as many as ARMS says)")
     parser.add_argument("--photos", metavar="PATH", help="what the arms of photos are trained on (without: left out)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", help="where the runs are")
-    parser.add_argument("--epochs", type=int, help="of every run (as `faces`)")
-    parser.add_argument("--images", type=int, default=100, help="samples for a distance; ten times as many for spoilt")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of calibration (all)")
+    parser.add_argument("--distances", nargs="+", default=list(DISTANCES), choices=DISTANCES, metavar="D", help="(all)")
+    parser.add_argument("--images", type=int, default=100, help="samples for a distance")
+    parser.add_argument("--spoilt", type=int, default=1000, help=f"samples for the share that is spoilt, {SPOILT_WITH}")
+    parser.add_argument("--picture", default="whole_before_detail.png", help="in figures/, of the arms and runs given")
     args = parser.parse_args()
     for arm in args.arms:
         for seed in args.seeds or range(ARMS[arm][2]):
-            if args.word == "train" and ("photos" not in arm or args.photos):
+            run = finished(args.runs, arm, seed)
+            if args.word == "train" and not run and ("photos" not in arm or args.photos):
                 train_arm(args, arm, seed)
-            elif args.word == "measure" and finished(args.runs, arm, seed):
-                measure(finished(args.runs, arm, seed), args.images)
+            elif args.word == "measure" and run:
+                measure(run, args)
     if args.word == "draw":
         draw(args)
 
@@ -113,12 +117,9 @@ def finished(runs: Path, arm: str, seed: int) -> Path | None:
 def train_arm(args: argparse.Namespace, arm: str, seed: int) -> None:
     """By `train.train`; the arm of min-SNR with that weight of the loss (Hang et al. 2023, arXiv:2303.09556)."""
     diffusion, model, _ = ARMS[arm]
-    given = {"epochs": args.epochs} if args.epochs else {}
-    given |= {"dataset_name": args.photos} if "photos" in arm else {}
+    photos = {"dataset_name": args.photos} if "photos" in arm else {}
     before, name = newest(args.runs, arm, seed), slug(arm, seed)
-    if finished(args.runs, arm, seed):
-        return
-    experiment = EXPERIMENTS["faces"].override({**given, **diffusion, "seed": seed}, model)
+    experiment = EXPERIMENTS["faces"].override({**photos, **diffusion, "seed": seed}, model)
     run = train.open_run(before, None, ({}, {}), SINGLE_PROCESS) if before else Run(name, experiment, args.runs)
     with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
         train.train(run, choose_device("auto"), SINGLE_PROCESS)
@@ -130,7 +131,7 @@ def min_snr_loss(model, scheduler, x_0: Tensor, t: Tensor, noise: Tensor, loss=t
     return (1 - a) * (a / (1 - a)).clamp(max=5) * loss(model, scheduler, x_0, t, noise)
 
 
-def measure(run: Path, count: int) -> None:
+def measure(run: Path, args: argparse.Namespace) -> None:
     """All numbers of a run that are not there yet."""
     device, saved = choose_device("auto"), load_weights(find_checkpoints(run)[0])
     load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
@@ -139,41 +140,40 @@ def measure(run: Path, count: int) -> None:
     train_images = x_0_of(split.train_indices)
     features = Features(torch.cat([train_images, train_images.flip(3)]))
     denoiser = rebuild(UNet, saved, device)
-    for calibration in (None, "data", "own"):
-        path = run / f"measured{f'-{calibration}' if calibration else ''}.json"
+    for kind in args.kinds:
+        path, options = run / f"measured-{kind}.json", SamplerOptions(calibrate=None if kind == "plain" else kind)
         if path.exists():
             continue
-        sampler = ImageSampler(denoiser, SamplerOptions(calibrate=calibration), saved.image_shape, 0, device)
-        sampler = calibrated(sampler, saved, 64, load, SINGLE_PROCESS)
+        plain = ImageSampler(denoiser, options, saved.image_shape, 0, device)
+        sampler = calibrated(plain, saved, 64, load, SINGLE_PROCESS)
         bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0)
         found = {"bands": bands.facts(), "distance": {}}
-        grid = GRID if run.name.startswith(slug("v, mixed t", 0)) and not calibration else {}
-        for name, options in {**DISTANCES, **{" ".join(map(str, key)): grid[key] for key in grid}}.items():
-            many = 10 * count if name == SPOILT_WITH else count
+        grid = GRID if kind == "plain" and run.name.startswith(slug("v, mixed t", 0)) else {}
+        for name, options in ({name: DISTANCES[name] for name in args.distances} | grid).items():
+            many = args.spoilt if name == SPOILT_WITH else args.images
             images = generate(replace(sampler, options=options), range(many), 64).images.to(device)
-            found["distance"][name] = features.distance(images[:count])
+            found["distance"][name] = features.distance(images[: args.images])
             if name == SPOILT_WITH:
                 if "photos" not in run.name:  # which have no white corners
                     found["spoilt"] = spoilt(images).double().mean().item()
                 np.save(path.with_suffix(".npy"), to_uint8(images[:SHOWN]).cpu().numpy())
             print(f"{path}: {found['distance']}, spoilt {found.get('spoilt')}", flush=True)
-        if not calibration:
+        if kind == "plain":
             bound = measure_bits_per_dim(denoiser, x_0_of, split.val_indices, BoundOptions(t_stride=50))
             found["bits_per_dim"] = [bound.total, bound.standard_error]
         path.write_text(json.dumps(found))
 
 
 def draw(args: argparse.Namespace) -> None:
-    """The results of the runs that are here into those that are known; pictures of the runs here, the table of all."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    pictures = {}
+    """The results of the runs that are here into those that are known; a picture of the runs, the table of all."""
+    results, pictures = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}, {}
     for arm in args.arms:
         for seed in args.seeds or range(ARMS[arm][2]):
             run = newest(args.runs, arm, seed)
-            for kind in ("", "-data", "-own"):
-                path = run / f"measured{kind}.json" if run else None
+            for kind in KINDS:
+                path = run / f"measured-{kind}.json" if run else None
                 if path and path.exists():
-                    label = arm + (f", calibrated ({kind[1:]})" if kind else "")
+                    label = arm if kind == "plain" else f"{arm}, calibrated ({kind})"
                     found = json.loads(path.read_text(), parse_float=lambda text: float(f"{float(text):.5g}"))
                     results.setdefault(label, {})[str(seed)] = found
                     if label not in pictures and "photos" not in arm and "64" not in arm:
@@ -190,7 +190,7 @@ def draw(args: argparse.Namespace) -> None:
         axis.set_ylabel(label.replace(", calibrated", ",\ncalibrated"), rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
     figure.subplots_adjust(0.13, 0.01, 0.995, 0.99, 0, 0.05)
-    save_figure(figure, RESULTS.with_name("whole_before_detail.png"))
+    save_figure(figure, RESULTS.with_name(args.picture))
     both = [label for label in ("eps", "v, mixed t") if label in pictures]
     if len(both) == 2:
         grids = [np.pad(tile(pictures[label], 6), ((0, 0), (0, 12), (0, 0)), constant_values=255) for label in both]
@@ -202,7 +202,7 @@ def table(results: dict) -> str:
     cells = {
         "mean, t = 999": lambda found: found["bands"]["ratio"][-1][0],
         "mean, t = 920": lambda found: found["bands"]["ratio"][-3][0],
-        **{name: lambda found, name=name: found["distance"][name] for name in DISTANCES},
+        **{name: lambda found, name=name: found["distance"].get(name, np.nan) for name in DISTANCES},
         "spoilt, %": lambda found: 100 * found.get("spoilt", np.nan),
         "bits/dim": lambda found: found.get("bits_per_dim", [np.nan])[0],
     }

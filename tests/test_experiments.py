@@ -67,25 +67,24 @@ def test_min_snr_weighs_the_error_of_x_0():
 def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     """Train, measure and draw two arms on a tiny network; what is there is not done again."""
     tiny = {"base_dim": 8, "norm_groups": 2, "dim_multiply": (1, 1), "transformer_layers": (), "image_size": 16}
-    data = {"timesteps_diff": 50, "dataset_name": str(pictures)}
+    data = {"timesteps_diff": 50, "epochs": 1, "dataset_name": str(pictures)}
     monkeypatch.setattr(experiments, "ARMS", {
         name: (diffusion | data, tiny | {"lowest_resolution_size": 8}, 1)
         for name, (diffusion, _, _) in experiments.ARMS.items() if name in ("eps", "v, mixed t, min-SNR")
     })  # fmt: skip
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments.json")
-    monkeypatch.setattr(experiments, "DISTANCES", dict(list(experiments.DISTANCES.items())[:1]))
     monkeypatch.setattr("functions.sampling.calibration.IMAGES", 20)
     monkeypatch.setattr("functions.evaluation.bands.DRAWS", 1)
-    flags = ["--runs", tmp_path / "runs", "--epochs", 1, "--images", 20]
+    flags = ["--runs", tmp_path / "runs", "--distances", "20 DDIM", "--images", 20, "--spoilt", 200]
     call(experiments.main, "train", *flags)
     with patch("train.train", side_effect=AssertionError("trained again")):
         call(experiments.main, "train", *flags)
     call(experiments.main, "measure", *flags)
     with patch.object(experiments, "generate", side_effect=AssertionError("measured again")):
         call(experiments.main, "measure", *flags)
-    call(experiments.main, "draw", *flags)
+    call(experiments.main, "draw", "--picture", "arms.png", *flags)
     found = json.loads((tmp_path / "experiments.json").read_text())
     assert len(found) == 6 and found["eps"]["0"]["distance"]["20 DDIM"] > 0
     printed = capsys.readouterr().out
     assert "| v, mixed t, min-SNR, calibrated (own) | 1 |" in printed
-    assert Image.open(tmp_path / "whole_before_detail.png").width > 1000
+    assert Image.open(tmp_path / "arms.png").width > 1000
