@@ -176,7 +176,7 @@ def draw(args: argparse.Namespace) -> None:
                     label = arm if kind == "plain" else f"{arm}, calibrated ({kind})"
                     found = json.loads(path.read_text(), parse_float=lambda text: float(f"{float(text):.5g}"))
                     results.setdefault(label, {})[str(seed)] = found
-                    if label not in pictures and "photos" not in arm and "64" not in arm:
+                    if label not in pictures and "photos" not in arm:
                         pictures[label] = np.load(path.with_suffix(".npy"))
                         if label in MAPS:
                             bands = BandErrors(**{name: np.array(value) for name, value in found["bands"].items()})
