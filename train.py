@@ -105,7 +105,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
-    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # skips a step if found_inf, below
+    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     state = TrainingState(model, ema_model, optimizer, scaler)
     if run.checkpoint:
@@ -160,7 +160,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             optimizer.found_inf = books.bad_numbers.check(processes.sum_(sums)[0], grad_norm)
             optimizer.step()
             scaler.update()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=processes.count == 1)  # those of DDP are in its buckets, and stay there
             if ema_model:
                 update_ema(ema_model, model, step, config.ema_decay)
             books.window.add(sums, optimizer.found_inf)

@@ -19,8 +19,8 @@ CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, 64-bit Arm
 def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     """ "auto" (CUDA, then Apple's MPS, then the CPU) or a device by name, such as "cuda:1"; the process is set for it.
 
-    `index` is the GPU when the name gives none: each process of several takes its own. Raises UserError when there is
-    no such device.
+    `index` is the GPU of this process among several, which have one each. Raises UserError when there is no such
+    device, or the name gives all of them the same.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [kind for kind in available if available[kind]]
@@ -31,6 +31,8 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     if device.type not in there:
         raise UserError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {', '.join(there)}")
     if device.type == "cuda" and (device.index is not None or index is not None):
+        if index is not None and device.index is not None:
+            raise UserError(f"device is {name!r}, but there are several processes, and each has a GPU of its own: cuda")
         device = torch.device("cuda", index if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"device is {str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices")
@@ -62,6 +64,7 @@ def choose_precision(name: str, device: torch.device, started_with: str | None =
     emulated bfloat16 would run, several times slower than float32, so emulation does not count. A resumed run keeps
     the precision that it was `started_with`, if the device has it. Raises UserError when the device has no such one.
     """
+    torch.backends.cudnn.allow_tf32 = False  # float32 means that, and not 10 of its 23 bits
     there = [known for known in DTYPES if known != "float16" or device.type == "cuda"]
     if started_with in there:
         return DTYPES[started_with]
@@ -97,7 +100,11 @@ def fast_layout(device: torch.device) -> torch.memory_format:
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """With True PyTorch takes only kernels that give the same bits every time, and raises where it has none."""
+    """With True PyTorch takes only kernels that give the same bits every time, and raises where it has none.
+
+    With False cuDNN tries its kernels for every shape, and takes the fastest.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for that
     torch.use_deterministic_algorithms(deterministic)
@@ -123,20 +130,30 @@ def arithmetic(device: torch.device, precision: torch.dtype, processes: int, bat
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch, or Python, could not have the memory that it asked for."""
-    # The last is oneDNN's, which convolves on the CPU and says no more
-    texts = ("can't allocate memory", "not enough memory", "out of memory", "could not create a primitive")
+    # cuBLAS and cuDNN say ALLOC_FAILED. The last is oneDNN's, which convolves on the CPU and says no more
+    texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",
+             "could not create a primitive")  # fmt: skip
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )
 
 
 class Adam(torch.optim.Adam):
-    """PyTorch's fused Adam (Kingma and Ba 2015, arXiv:1412.6980), fast for weights in any memory layout.
+    """PyTorch's Adam (Kingma and Ba 2015, arXiv:1412.6980), fast for weights in any memory layout.
 
     On the CPU its kernel wants contiguous tensors and copies others there and back, in every step: for convolutions in
     channels_last that took longer than Adam itself. So it gets views in the order of the memory. What it does to each
     number does not depend on where the number stands.
+
+    `found_inf`, a tensor, is 1 where a step shall change nothing. The fused kernel knows it, but for Apple's MPS.
     """
+
+    def step(self, closure: None = None) -> None:
+        if self.defaults["fused"]:
+            super().step()
+        elif not self.found_inf:
+            del self.found_inf
+            super().step()
 
     def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
         """Fill the lists of parameters, gradients, moments and step counts that the kernel is called with."""

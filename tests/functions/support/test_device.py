@@ -9,7 +9,15 @@ from torch.testing import assert_close
 
 from functions.sampling.generation import generate
 from functions.support import device as device_module
-from functions.support.device import Adam, arithmetic, choose_device, choose_precision, keep_heap
+from functions.support.device import (
+    Adam,
+    arithmetic,
+    choose_device,
+    choose_precision,
+    is_out_of_memory,
+    keep_heap,
+    set_deterministic,
+)
 from functions.support.errors import UserError
 from tests.conftest import image_sampler_of, small_unet
 
@@ -29,10 +37,12 @@ def test_a_gpu_number_that_is_not_there_is_refused(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert choose_device("cuda:1").index == 1
-    assert [choose_device(name, index=1).index for name in ("auto", "cuda", "cuda:0")] == [1, 1, 0]
-    assert chosen == [torch.device("cuda", index) for index in (1, 1, 1, 0)]
+    assert [choose_device(name, index=1).index for name in ("auto", "cuda")] == [1, 1]
+    assert chosen == [torch.device("cuda", 1)] * 3
     with pytest.raises(UserError, match="2 CUDA devices"):
         choose_device("cuda:2")
+    with pytest.raises(UserError, match="'cuda:0', but there are several processes"):
+        choose_device("cuda:0", index=1)  # of all of them
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -71,6 +81,30 @@ def test_precision_by_name_and_as_the_run_was_started_with():
             choose_precision(unusable, CPU)
 
 
+def test_float32_on_cuda_is_not_tf32():
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
+    choose_precision("float32", CUDA)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_cudnn_tries_its_kernels_unless_the_bits_shall_be_the_same_every_time():
+    for deterministic in (True, False):
+        set_deterministic(deterministic)
+        assert torch.backends.cudnn.benchmark != deterministic == torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", False),
+    ],
+)
+def test_libraries_that_have_no_memory(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) == expected
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_samples_on_the_gpu_are_those_of_the_cpu():
     model = small_unet()
@@ -91,16 +125,16 @@ def test_a_kept_heap_has_its_pages_already():
     assert faults() - before < 1000  # of 15,600 pages
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_adam_in_memory_order_is_pytorchs(dtype):
-    """Steps on weights in channels_last, some of them skipped, against the plain Adam on contiguous ones."""
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float64, True), (torch.float64, False)])
+def test_adam_in_memory_order_is_pytorchs(dtype, fused):
+    """Steps on weights in channels_last, some of them skipped, against the fused Adam on contiguous ones."""
     torch.manual_seed(0)
     start = [torch.randn(shape, dtype=dtype) for shape in ((8, 6, 3, 3), (8, 6, 1, 1), (8,))]
     found = {}
     for kind, layout in ((Adam, torch.channels_last), (torch.optim.Adam, torch.contiguous_format)):
         copies = [t.clone(memory_format=layout if t.dim() == 4 else torch.contiguous_format) for t in start]
         parameters = [copy.requires_grad_() for copy in copies]
-        optimizer = kind(parameters, lr=0.1, fused=True)
+        optimizer = kind(parameters, lr=0.1, fused=fused or kind is torch.optim.Adam)
         for step in range(5):
             for parameter in parameters:
                 parameter.grad = torch.sin(parameter.detach() * (step + 1))

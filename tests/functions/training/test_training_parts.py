@@ -21,7 +21,7 @@ from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import generator_of, seed_of, training_draws
 from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses, read_metrics
-from functions.training.validation import validation_loss
+from functions.training.validation import validation_losses
 from train import learning_rate
 
 
@@ -103,7 +103,7 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     def measure(**changes):
         config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=48, **changes)
         denoiser = Denoiser(Zero(), NoiseScheduler(960))
-        return validation_loss(denoiser, images_of, np.array([3, 5, 9]), config, SINGLE_PROCESS)
+        return validation_losses([denoiser], images_of, np.array([3, 5, 9]), config, SINGLE_PROCESS)[0]
 
     loss, eps_error = measure(batch_size=48, seed=0)
     assert eps_error == loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))  # the noise's own variance
@@ -124,7 +124,7 @@ def test_validation_of_v_also_has_the_error_of_its_eps():
 
     config = replace(EXPERIMENTS["faces-v"].diffusion, validation_samples=20, batch_size=7)
     denoiser, images_of = Denoiser(Zero(), NoiseScheduler(100), objective="v"), lambda i: torch.from_numpy(images[i])
-    found = validation_loss(denoiser, images_of, np.arange(4), config, SINGLE_PROCESS)
+    (found,) = validation_losses([denoiser], images_of, np.arange(4), config, SINGLE_PROCESS)
     x_t, a = map(np.concatenate, zip(*seen, strict=True))
     x_0 = 2 * 204 / 255 - 1
     noise = (x_t - np.sqrt(a) * x_0) / np.sqrt(1 - a)
@@ -186,21 +186,21 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypat
         now[0] += 50
     after(window, 0, math.nan, skipped=1)  # took its time, but its loss does not count
     after(window, 1, 6.0)
-    assert window.read() == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 2.0}
+    assert window.read(window.numbers().tolist()) == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 2.0}
     after(window, 0.5, 4.0)
     with window.paused():  # as the training loop reads it
-        assert window.read() == {"loss": 2.0, "eps_error": 0.5, "images_per_second": 4.0}
+        assert window.read(window.numbers().tolist()) == {"loss": 2.0, "eps_error": 0.5, "images_per_second": 4.0}
         now[0] += 9
     after(window, 1, 2.0)
-    resumed.read()  # starts its clock
+    resumed.read(resumed.numbers().tolist())  # starts its clock
     resumed.load(window.state())
     after(resumed, 0.5, 7.0)
-    assert resumed.read() == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 4.0}
+    assert resumed.read(resumed.numbers().tolist()) == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 4.0}
     after(resumed, 1, math.inf, skipped=1)
-    assert math.isnan(resumed.read()["loss"])
+    assert math.isnan(resumed.read(resumed.numbers().tolist())["loss"])
     resumed.load({"loss_sum": 6.0, "steps": 2})  # as checkpoints had it when all was eps
     after(resumed, 1, 3.0)
-    assert resumed.read() == {"loss": 9 / 6, "eps_error": 6.75 / 6, "images_per_second": 2.0}
+    assert resumed.read(resumed.numbers().tolist()) == {"loss": 9 / 6, "eps_error": 6.75 / 6, "images_per_second": 2.0}
 
 
 def test_learning_rate_warms_up_and_decays():
