@@ -44,7 +44,8 @@ def main() -> None:
         "the experiment; auto: with that, or start a new one if there is none",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, prepare the data, and stop")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (auto)")
+    device_help = "auto, cpu, cuda, cuda:N (not with torchrun) or mps (auto)"
+    parser.add_argument("--device", default="auto", metavar="NAME", help=device_help)
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="of run folders (runs)")
     add_config_flags(parser, "diffusion", DiffusionConfig)
     add_config_flags(parser, "model", ModelConfig)
@@ -105,7 +106,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
-    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=device.type != "mps")
+    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # skips a step if found_inf, below
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     state = TrainingState(model, ema_model, optimizer, scaler)
     if run.checkpoint:
@@ -160,7 +161,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             optimizer.found_inf = books.bad_numbers.check(processes.sum_(sums)[0], grad_norm)
             optimizer.step()
             scaler.update()
-            optimizer.zero_grad(set_to_none=processes.count == 1)  # those of DDP are in its buckets, and stay there
+            optimizer.zero_grad(set_to_none=processes.count == 1)  # None would be made anew, beside DDP's buckets
             if ema_model:
                 update_ema(ema_model, model, step, config.ema_decay)
             books.window.add(sums, optimizer.found_inf)

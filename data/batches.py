@@ -67,7 +67,9 @@ class ImageFeeder:
         if self.resident is None:
             return self.send(self.gather_on_cpu(indices))
         indices = torch.from_numpy(self.checked(indices))
-        return self.resident.index_select(0, self.send(indices.pin_memory() if self.resident.is_cuda else indices))
+        if self.device.type == "cuda":
+            indices = indices.pin_memory()
+        return self.resident.index_select(0, self.send(indices))
 
     def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
         """Yield `gather` of each batch of indices in order; a thread reads the next one meanwhile."""

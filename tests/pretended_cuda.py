@@ -51,10 +51,12 @@ class Pretended(TorchDispatchMode):
         super().__init__()
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        self.fake, self.pinned, self.waits = FakeTensorMode(allow_non_fake_inputs=True), set(), Counter()
+        self.fake, self.waits = FakeTensorMode(allow_non_fake_inputs=True), Counter()
+        self.pinned = {}  # by address; kept, so that no other tensor gets it
 
     def wait(self, why: str) -> None:
-        lines = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT)) and f.filename != __file__]
+        own = lambda name: name.startswith(str(ROOT)) and "site-packages" not in name and name != __file__
+        lines = [frame for frame in traceback.extract_stack() if own(frame.filename)]
         where = f"{Path(lines[-1].filename).relative_to(ROOT)}:{lines[-1].lineno}" if lines else "?"
         self.waits[f"{where}: {why}"] += 1
 
@@ -66,7 +68,8 @@ class Pretended(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:  # item, tolist, bool, float
             self.wait("reads a number")
             return False if tensors[0].dtype is torch.bool else 1.5 if tensors[0].is_floating_point() else 1
-        if func in (aten.nonzero.default, aten.index.Tensor) and any(t.dtype is torch.bool for t in tensors):
+        counting = (aten.nonzero.default, aten.index.Tensor, aten.index_put_.default)
+        if func in counting and any(t.dtype is torch.bool for t in tensors[1:]):
             self.wait("counts what is true")
         if func in (aten._to_copy.default, aten.copy_.default):
             source, waits = tensors[-1], not (kwargs.get("non_blocking") or args[2:3] == (True,))
@@ -74,6 +77,7 @@ class Pretended(TorchDispatchMode):
                 self.wait("copies to the CPU")
                 if func is aten.copy_.default:
                     return tensors[0]  # keeps its numbers: DDP sends the order of its buckets so
+                # Any numbers do: ones, as zero is no loss scale
                 return torch.full(source.shape, source.is_floating_point(), dtype=kwargs.get("dtype") or source.dtype)
             if not source.is_cuda and (waits or source.untyped_storage().data_ptr() not in self.pinned):
                 self.wait("copies to the GPU, not from pinned memory or not non_blocking")
@@ -122,7 +126,7 @@ def pretended_cuda(memory: int = 80 * 10**9):
 
     def pinning_empty(*size, pin_memory=False, **how):
         tensor = empty(*size, **how)
-        mode.pinned |= {tensor.untyped_storage().data_ptr()} if pin_memory else set()
+        mode.pinned |= {tensor.untyped_storage().data_ptr(): tensor} if pin_memory else {}
         return tensor
 
     def layout(x, weight, backend):

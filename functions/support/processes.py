@@ -21,7 +21,7 @@ from functions.support.errors import UserError
 from functions.support.files import short
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(days=7)  # with a process that has more to do; one that has ended is noticed at once
+PATIENCE = timedelta(days=1)  # with one that prepares data or has more to sample; one that has ended is noticed at once
 EXIT_WITH_MAIN = 2  # of processes that end because rank 0 said why it does
 
 
@@ -56,6 +56,8 @@ class Processes:
         """The model to call in training: its backward pass averages gradients over all processes."""
         if self.count == 1:
             return model
+        for parameter in model.parameters():  # which DDP moves into its buckets; None would be made anew beside them
+            parameter.grad = torch.zeros_like(parameter)
         return DistributedDataParallel(model, None if device.type == "cpu" else [device], gradient_as_bucket_view=True)
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
@@ -115,7 +117,7 @@ def joined() -> Iterator[Processes]:
         raise UserError(f"process {rank} cannot meet the others: {short(error)}") from error
     try:
         yield Processes(rank, count, local_rank, os.getppid())
-    except SystemExit:  # of them all
+    except SystemExit:  # all were stopped, or end with rank 0
         dist.destroy_process_group()
         raise
     except RuntimeError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-THREADS = ThreadPoolExecutor(8)  # one would take as long for a large batch's noise as a GPU for its network
+THREADS = ThreadPoolExecutor(8)  # to draw noise for a GPU: 64 images of 128 px take one thread 24 ms
 
 
 def seed_of(*parts: int | str) -> int:
@@ -56,7 +56,7 @@ def training_draws(
 
 
 class ImageNoise:
-    """Noise for sampling: image i's is a function of (seed, i) and of how often it was drawn, whatever its batch.
+    """Image i's noise is a function of (seed, i) and of how often it was drawn, whatever its batch.
 
     Drawn on the CPU, so that every device starts from the same x_T, and for CUDA by several threads into pinned memory,
     so that the copy waits for nothing: the next step's noise is drawn while the GPU computes this one.
@@ -80,5 +80,6 @@ class ImageNoise:
         pinned = self.device.type == "cuda"
         noise = torch.empty(len(self.generators), *self.shape, pin_memory=pinned)
         draw = lambda row, generator: torch.randn(self.shape, generator=generator, out=row)
-        list((THREADS.map if pinned else map)(draw, noise, self.generators))
+        drawn = THREADS.map(draw, noise, self.generators) if pinned else map(draw, noise, self.generators)
+        list(drawn)  # waits
         return noise.to(self.device, non_blocking=pinned)

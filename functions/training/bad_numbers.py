@@ -44,21 +44,21 @@ class BadNumbers:
         self.last.copy_(torch.tensor([float(value) for value in state["last"]]))
 
     def numbers(self, scaler: torch.amp.GradScaler) -> Tensor:
-        """(6,) float32 on the device, for `read`; counts from here on those in a row anew."""
-        numbers = [self.longest, self.skipped, *self.last, scaler.scale(torch.ones_like(self.last[0]))]
-        self.longest = self.in_a_row.clone()
-        return torch.stack([number.float() for number in numbers])
+        """(6,) float32 on the device: most in a row since `read`, skipped so far, `last`, and the scale of losses."""
+        scale = scaler.scale(torch.ones_like(self.last[0]))  # of one; unlike get_scale this does not wait
+        return torch.stack([number.float() for number in (self.longest, self.skipped, *self.last, scale)])
 
     def read(self, numbers: list[float], limit: int, learning_rate: float, run: Path) -> int:
-        """How many steps had been skipped when `numbers` gave these.
+        """How many steps have been skipped so far, from what `numbers` gives now.
 
         Raises:
-            UserError: `limit` in a row were since those before, or float16's loss scale has collapsed.
+            UserError: `limit` in a row were since the last `read`, or float16's loss scale has collapsed.
         """
+        self.longest = self.in_a_row.clone()
         longest, skipped, step, loss, grad_norm, scale = numbers
         if longest >= limit:
             what = f"{longest:.0f} steps in a row had a loss or gradients that are not finite numbers"
-        elif scale < SMALLEST_SCALE:  # of other precisions it is 1
+        elif scale < SMALLEST_SCALE:  # without a scaler it is 1
             what = f"the loss scale of float16 has collapsed to {scale:g}: gradients overflow at any scale"
         else:
             return int(skipped)

@@ -135,7 +135,7 @@ class BookKeeper:
         """A row of metrics, with validation losses and bits/dim when they are due, and the progress bar's numbers."""
         rate = self.state.optimizer.param_groups[0]["lr"]
         numbers = torch.cat([grad_norm[None], self.window.numbers(), self.bad_numbers.numbers(self.state.scaler)])
-        norm, *numbers = numbers.cpu().tolist()  # here the host waits for the device, and nowhere else
+        norm, *numbers = numbers.cpu().tolist()  # the one wait of a row without validation
         skipped = self.bad_numbers.read(numbers[3:], self.config.max_skipped_steps, rate, self.run.folder)
         row = {"step": done, "epoch": done / self.steps_per_epoch, **self.window.read(numbers[:3]), "grad_norm": norm,
                "learning_rate": rate, "skipped_steps": skipped}  # fmt: skip

@@ -113,13 +113,14 @@ class TrainingWindow:
         self.steps_timed += 1
 
     def numbers(self) -> Tensor:
-        """(3,) on the device, for `read`."""
+        """(3,) on the device: sums of the loss and of the error of eps, and steps."""
         return torch.stack([*self.sums, self.steps])
 
     def read(self, numbers: list[float]) -> dict[str, float]:
         """Means over images, nan if all steps were skipped, and the images a second; starts the next window.
 
-        `numbers` are those of now. Who has them has waited for the device, so the clock here is right.
+        Args:
+            numbers: what `numbers` gives now. Who has them has waited for the device, so the clock is right.
         """
         *sums, steps = numbers
         images = steps * self.images_a_step

@@ -47,7 +47,7 @@ def validation_losses(
         for start in range(0, samples, config.batch_size)[processes.rank :: processes.count]:
             places = range(start, min(start + config.batch_size, samples))
             x_0 = to_model_range(images_of(all_images[places.start : places.stop]))
-            all_t = all_t.to(x_0.device)
+            all_t = all_t.to(x_0.device)  # copies it once, with the first batch
             t = all_t[places.start : places.stop]
             noise = ImageNoise(config.seed, places, x_0.shape[1:], x_0.device, "validation noise").draw()
             for denoiser in denoisers:

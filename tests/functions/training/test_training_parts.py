@@ -122,14 +122,20 @@ def test_validation_of_v_also_has_the_error_of_its_eps():
             seen.append((x_t.double().numpy(), alpha_bar[t].reshape(-1, 1, 1, 1)))
             return torch.zeros_like(x_t)
 
+    class One(nn.Module):
+        def forward(self, x_t, t):
+            return torch.ones_like(x_t)
+
     config = replace(EXPERIMENTS["faces-v"].diffusion, validation_samples=20, batch_size=7)
     denoiser, images_of = Denoiser(Zero(), NoiseScheduler(100), objective="v"), lambda i: torch.from_numpy(images[i])
-    (found,) = validation_losses([denoiser], images_of, np.arange(4), config, SINGLE_PROCESS)
+    other = replace(denoiser, network=One())  # measured beside it, and not mixed with it
+    found, of_other = validation_losses([denoiser, other], images_of, np.arange(4), config, SINGLE_PROCESS)
     x_t, a = map(np.concatenate, zip(*seen, strict=True))
     x_0 = 2 * 204 / 255 - 1
     noise = (x_t - np.sqrt(a) * x_0) / np.sqrt(1 - a)
     v = np.sqrt(a) * noise - np.sqrt(1 - a) * x_0
     assert found == pytest.approx(((v**2).mean(), ((np.sqrt(1 - a) * x_t - noise) ** 2).mean()), rel=1e-5)
+    assert of_other[0] == pytest.approx(((v - 1) ** 2).mean(), rel=1e-5)
 
 
 @pytest.mark.slow
