@@ -144,9 +144,7 @@ def pretended_cuda(memory: int = 80 * 10**9):
             patch(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
         patch(torch, "Generator", Generator)
         patch(torch, "empty", pinning_empty)
-        patch(
-            torch.Tensor, "pin_memory", lambda tensor: pinning_empty(*tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        )
+        patch(torch.Tensor, "pin_memory", lambda t: pinning_empty(*t.shape, dtype=t.dtype, pin_memory=True))
         patch(torch.nn.Module, "_apply", apply)
         patch(torch._C, "_conv_determine_backend_memory_format", layout)
         patch(FakeTensorMode, "avoid_device_init", True)

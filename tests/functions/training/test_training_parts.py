@@ -22,6 +22,7 @@ from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import generator_of, seed_of, training_draws
 from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses, read_metrics
 from functions.training.validation import validation_losses
+from tests.conftest import LittleMemory
 from train import learning_rate
 
 
@@ -91,10 +92,9 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     images = torch.randint(256, (12, 4, 4, 3), dtype=torch.uint8)
     seen, used = [], []
 
-    class Zero(nn.Module):
-        def forward(self, x_t, t):
-            seen.extend(t.tolist())
-            return torch.zeros_like(x_t)
+    def zero(x_t, t):
+        seen.extend(t.tolist())
+        return torch.zeros_like(x_t)
 
     def images_of(indices):
         used.extend(indices)
@@ -102,7 +102,7 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
 
     def measure(**changes):
         config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=48, **changes)
-        denoiser = Denoiser(Zero(), NoiseScheduler(960))
+        denoiser = Denoiser(LittleMemory(zero, 48), NoiseScheduler(960))
         return validation_losses([denoiser], images_of, np.array([3, 5, 9]), config, SINGLE_PROCESS)[0]
 
     loss, eps_error = measure(batch_size=48, seed=0)
@@ -117,18 +117,14 @@ def test_validation_of_v_also_has_the_error_of_its_eps():
     """That of a network whose v is 0: so its eps is sqrt(1 - alpha_bar) x_t."""
     alpha_bar, images, seen = np.cumprod(1 - np.linspace(0.01, 2, 100) / 10), np.full((4, 4, 4, 3), 204, np.uint8), []
 
-    class Zero(nn.Module):
-        def forward(self, x_t, t):
-            seen.append((x_t.double().numpy(), alpha_bar[t].reshape(-1, 1, 1, 1)))
-            return torch.zeros_like(x_t)
-
-    class One(nn.Module):
-        def forward(self, x_t, t):
-            return torch.ones_like(x_t)
+    def zero(x_t, t):
+        seen.append((x_t.double().numpy(), alpha_bar[t].reshape(-1, 1, 1, 1)))
+        return torch.zeros_like(x_t)
 
     config = replace(EXPERIMENTS["faces-v"].diffusion, validation_samples=20, batch_size=7)
-    denoiser, images_of = Denoiser(Zero(), NoiseScheduler(100), objective="v"), lambda i: torch.from_numpy(images[i])
-    other = replace(denoiser, network=One())  # measured beside it, and not mixed with it
+    denoiser = Denoiser(LittleMemory(zero, 48), NoiseScheduler(100), objective="v")
+    images_of = lambda i: torch.from_numpy(images[i])
+    other = replace(denoiser, network=LittleMemory(lambda x, t: torch.ones_like(x), 48))  # beside it, not mixed in
     found, of_other = validation_losses([denoiser, other], images_of, np.arange(4), config, SINGLE_PROCESS)
     x_t, a = map(np.concatenate, zip(*seen, strict=True))
     x_0 = 2 * 204 / 255 - 1
