@@ -48,7 +48,7 @@ def training(name: str, model: dict | None = None, processes: Processes = SINGLE
     And before each pass, how many pieces of memory hold its gradients.
     """
     changes |= {"gradient_accumulation": 4, "epochs": 1, "log_every": 2, "validate_every": 3, "sample_every": 3}
-    changes |= {"validation_samples": 40, "grid_images": 2, "grid_steps": 2}
+    changes |= {"validation_samples": 20, "grid_images": 2, "grid_steps": 2}
     experiment = EXPERIMENTS[name].override(changes, model or {})
     size, count = experiment.model.image_size, 3 * experiment.diffusion.effective_batch
     images = np.zeros((count + count // 9, size, size, 3), np.uint8)
@@ -131,7 +131,7 @@ def sampling() -> dict:
             generate(sampler, range(3), 3)
             found[name] = dict(cuda.waits)
         x_0_of = lambda indices: torch.zeros(len(indices), 3, 16, 16).to(device)
-        measure_bits_per_dim(denoiser, x_0_of, np.arange(4), BoundOptions(t_stride=10, batch_size=2))
+        measure_bits_per_dim(denoiser, x_0_of, np.arange(2), BoundOptions(t_stride=50, batch_size=8))
     return found
 
 
