@@ -10,7 +10,6 @@ Many images, on several GPUs; started again after a kill, only what is missing i
 """
 
 import argparse
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
@@ -20,7 +19,7 @@ from data.datasets import images_of_run
 from data.decode import read_image
 from data.pixels import to_uint8
 from functions.sampling.calibration import calibrated
-from functions.sampling.files import MOST_IN_GRID, existing, figures_of, image_path, open_folder, save_pictures
+from functions.sampling.files import MOST_IN_GRID, figures_of, image_path, open_folder, save_pictures
 from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, open_sampler
 from functions.sampling.interpolation import save_interpolation, save_variations
 from functions.sampling.options import add_sampling_flags
@@ -91,8 +90,6 @@ def sample_from_noise(
             if batch.start < seen:
                 kept.append(samples)
         list(writing)
-        while args.individual and processes.count > 1 and not existing(folder).issuperset(range(args.n)):
-            time.sleep(1)  # until the others' files are there, however late: `gather` is not that patient
         kept = [*chain(*processes.gather(kept))]
         if args.individual:
             processes.say(f"all {args.n} images are there: {image_path(folder, 0)} and on")

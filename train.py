@@ -44,7 +44,8 @@ def main() -> None:
         "the experiment; auto: with that, or start a new one if there is none",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, prepare the data, and stop")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (auto)")
+    device_help = "auto, cpu, cuda, cuda:N (not with torchrun) or mps (auto)"
+    parser.add_argument("--device", default="auto", metavar="NAME", help=device_help)
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="of run folders (runs)")
     add_config_flags(parser, "diffusion", DiffusionConfig)
     add_config_flags(parser, "model", ModelConfig)
@@ -160,7 +161,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             optimizer.found_inf = books.bad_numbers.check(processes.sum_(sums)[0], grad_norm)
             optimizer.step()
             scaler.update()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=processes.count == 1)  # None would be made anew, beside DDP's buckets
             if ema_model:
                 update_ema(ema_model, model, step, config.ema_decay)
             books.window.add(sums, optimizer.found_inf)

@@ -66,7 +66,10 @@ class ImageFeeder:
         """Gather images by their indices (B,) -> uint8 (B, S, S, 3) on the device. Raises IndexError out of range."""
         if self.resident is None:
             return self.send(self.gather_on_cpu(indices))
-        return self.resident.index_select(0, torch.from_numpy(self.checked(indices)).to(self.device))
+        indices = torch.from_numpy(self.checked(indices))
+        if self.device.type == "cuda":
+            indices = indices.pin_memory()
+        return self.resident.index_select(0, self.send(indices))
 
     def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
         """Yield `gather` of each batch of indices in order; a thread reads the next one meanwhile."""

@@ -34,6 +34,8 @@ TINY = [
     "--diffusion.validation-samples", "8", "--diffusion.grid-images", "4", "--diffusion.grid-steps", "4",
     "--diffusion.precision", "float32", "--diffusion.recompute", "norms", "--device", "cpu",
 ]  # fmt: skip
+SMALL_MODEL = {"image_size": 16, "lowest_resolution_size": 8, "dim_multiply": (1, 2), "transformer_layers": (1,),
+               "base_dim": 8, "norm_groups": 2}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -86,16 +88,21 @@ def tiny_run(pictures, tmp_path_factory):
     return next(runs.iterdir())
 
 
+@pytest.fixture
+def path(tmp_path):
+    """Where a checkpoint may be written."""
+    return tmp_path / "step-00000005.safetensors"
+
+
 def image_sampler_of(network, timesteps=100, options=OPTIONS, seed=0, device="cpu") -> ImageSampler:
     """How a network for images of 16 x 16 is sampled from."""
-    denoiser = Denoiser(network, NoiseScheduler(timesteps))
-    return ImageSampler(denoiser, options, (3, 16, 16), seed, torch.device(device))
+    return ImageSampler(Denoiser(network, NoiseScheduler(timesteps)), options, (3, 16, 16), seed, torch.device(device))
 
 
-def small_unet() -> UNet:
+def small_unet(size=16, dim_multiply=(1, 2), dropout=0.0) -> UNet:
     """A small network whose output is not zero, as it would be with fresh weights."""
     torch.manual_seed(0)
-    model = UNet(16, 3, 8, [1, 2], [1], 16, norm_groups=4)
+    model = UNet(size, 3, 8, dim_multiply, [1], 16, dropout, norm_groups=4)
     for parameter in model.parameters():
         parameter.data.add_(0.03 * torch.randn_like(parameter))
     return model

@@ -11,13 +11,12 @@ import torch
 
 from benchmarks import compare, data_feeding
 from benchmarks.compare import FFHQ, Arm, ArmFailed, Bench, all_arms, process_of
-from tests.conftest import call
+from tests.conftest import SMALL_MODEL, call
 from tests.live_bytes import kept_per_image
 
 CPU = torch.device("cpu")
 ARMS = all_arms("float32", on_cpu=True)
-SMALL = replace(FFHQ, image_size=16, lowest_resolution_size=8, dim_multiply=(1, 2), transformer_layers=(1,),
-                base_dim=8, norm_groups=2)  # fmt: skip
+SMALL = replace(FFHQ, **SMALL_MODEL)
 
 
 @pytest.mark.parametrize("name", ["ours", "ours-none", "ours-blocks"])

@@ -19,8 +19,8 @@ CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, 64-bit Arm
 def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     """ "auto" (CUDA, then Apple's MPS, then the CPU) or a device by name, such as "cuda:1"; the process is set for it.
 
-    `index` is the GPU when the name gives none: each process of several takes its own. Raises UserError when there is
-    no such device.
+    `index` is the GPU of this process among several, which have one each. Raises UserError when there is no such
+    device, or when several processes are given one GPU by its number.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [kind for kind in available if available[kind]]
@@ -31,6 +31,8 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     if device.type not in there:
         raise UserError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {', '.join(there)}")
     if device.type == "cuda" and (device.index is not None or index is not None):
+        if index is not None and device.index is not None:
+            raise UserError(f"device is {name!r}, but each of several processes takes its own GPU: give cuda")
         device = torch.device("cuda", index if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"device is {str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices")
@@ -60,8 +62,11 @@ def choose_precision(name: str, device: torch.device, started_with: str | None =
 
     bfloat16 where the hardware has it, float16 on older CUDA GPUs (with a gradient scaler), float32 elsewhere. An
     emulated bfloat16 would run, several times slower than float32, so emulation does not count. A resumed run keeps
-    the precision that it was `started_with`, if the device has it. Raises UserError when the device has no such one.
+    the precision that it was `started_with`, if the device has it. float32 on CUDA is no TF32, for the whole process.
+    Raises UserError when the device has no such one.
     """
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # or convolutions have 10 bits of fraction instead of 23
     there = [known for known in DTYPES if known != "float16" or device.type == "cuda"]
     if started_with in there:
         return DTYPES[started_with]
@@ -97,7 +102,11 @@ def fast_layout(device: torch.device) -> torch.memory_format:
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """With True PyTorch takes only kernels that give the same bits every time, and raises where it has none."""
+    """With True PyTorch takes only kernels that give the same bits every time, and raises where it has none.
+
+    With False cuDNN tries its kernels for every shape, and takes the fastest.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for that
     torch.use_deterministic_algorithms(deterministic)
@@ -123,8 +132,9 @@ def arithmetic(device: torch.device, precision: torch.dtype, processes: int, bat
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch, or Python, could not have the memory that it asked for."""
-    # The last is oneDNN's, which convolves on the CPU and says no more
-    texts = ("can't allocate memory", "not enough memory", "out of memory", "could not create a primitive")
+    # cuBLAS says ALLOC_FAILED, cuDNN ALLOCATION_FAILED, and oneDNN, which convolves on the CPU, no more than the last
+    texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+             "could not create a primitive")  # fmt: skip
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )
@@ -136,7 +146,15 @@ class Adam(torch.optim.Adam):
     On the CPU its kernel wants contiguous tensors and copies others there and back, in every step: for convolutions in
     channels_last that took longer than Adam itself. So it gets views in the order of the memory. What it does to each
     number does not depend on where the number stands.
+
+    With `found_inf`, a tensor, at 1 a step changes nothing. Apple's kernel does not look at it, so there the host does.
     """
+
+    def step(self, closure: None = None) -> None:
+        """One step; waits for the device on MPS."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None or found_inf.device.type != "mps" or not found_inf:
+            super().step()
 
     def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
         """Fill the lists of parameters, gradients, moments and step counts that the kernel is called with."""

@@ -21,7 +21,7 @@ from functions.support.errors import UserError
 from functions.support.files import short
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(minutes=30)  # with a process that is late; one that has ended is noticed at once
+PATIENCE = timedelta(days=1)  # with one that prepares data or has more to sample; one that has ended is noticed at once
 EXIT_WITH_MAIN = 2  # of processes that end because rank 0 said why it does
 
 
@@ -56,6 +56,8 @@ class Processes:
         """The model to call in training: its backward pass averages gradients over all processes."""
         if self.count == 1:
             return model
+        for parameter in model.parameters():  # which DDP moves into its buckets; None would be made anew beside them
+            parameter.grad = torch.zeros_like(parameter)
         return DistributedDataParallel(model, None if device.type == "cpu" else [device], gradient_as_bucket_view=True)
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
@@ -109,11 +111,15 @@ def joined() -> Iterator[Processes]:
         return
     rank, count, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"process {rank} cannot meet the others: {short(error)}") from error
     try:
         yield Processes(rank, count, local_rank, os.getppid())
+    except SystemExit:  # all were stopped, or end with rank 0
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise

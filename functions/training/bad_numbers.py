@@ -16,7 +16,7 @@ class BadNumbers:
 
     `check` gives the flag that a fused Adam takes as its `found_inf`: 1 makes it leave weights, moments and its count
     of steps as they are, so the next step starts as if this one had not been. Counts are kept on the device, and the
-    host looks at them in `read`, every some steps.
+    host looks at them, by `numbers` and `read`, every some steps.
     """
 
     def __init__(self, device: torch.device):
@@ -43,21 +43,25 @@ class BadNumbers:
             getattr(self, name).fill_(int(state[name]))
         self.last.copy_(torch.tensor([float(value) for value in state["last"]]))
 
-    def read(self, limit: int, learning_rate: float, scaler: torch.amp.GradScaler, run: Path) -> int:
-        """How many steps have been skipped so far.
+    def numbers(self, scaler: torch.amp.GradScaler) -> Tensor:
+        """(6,) float32 on the device: most in a row since `read`, skipped so far, `last`, and the scale of losses."""
+        scale = scaler.scale(torch.ones_like(self.last[0]))  # of one; unlike get_scale this does not wait
+        return torch.stack([number.float() for number in (self.longest, self.skipped, *self.last, scale)])
+
+    def read(self, numbers: list[float], limit: int, learning_rate: float, run: Path) -> int:
+        """How many steps have been skipped so far, from what `numbers` gives now.
 
         Raises:
             UserError: `limit` in a row were since the last `read`, or float16's loss scale has collapsed.
         """
-        longest, scale = self.longest.item(), scaler.get_scale()
         self.longest = self.in_a_row.clone()
-        step, loss, grad_norm = self.last.tolist()
+        longest, skipped, step, loss, grad_norm, scale = numbers
         if longest >= limit:
-            what = f"{longest} steps in a row had a loss or gradients that are not finite numbers"
-        elif scaler.is_enabled() and scale < SMALLEST_SCALE:
+            what = f"{longest:.0f} steps in a row had a loss or gradients that are not finite numbers"
+        elif scale < SMALLEST_SCALE:  # without a scaler it is 1
             what = f"the loss scale of float16 has collapsed to {scale:g}: gradients overflow at any scale"
         else:
-            return self.skipped.item()
+            return int(skipped)
         raise UserError(
             f"{what}; the last was step {step:.0f} (loss {loss:.4g}, gradient norm {grad_norm:.4g}, learning rate "
             f"{learning_rate:.3g}). They changed no weights. Lower the learning rate, clip gradients, or train in "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from functions.support.run_folder import Run, delete_old, locked
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses
 from functions.training.stopping import EXIT_STOPPED, StopSignals, failed_writes_explained
-from functions.training.validation import validation_loss
+from functions.training.validation import validation_losses
 
 BOUND_T_STRIDE = 50  # of the timesteps in bits/dim: its error comes from the number of images, hardly from this
 
@@ -133,16 +134,18 @@ class BookKeeper:
     def log(self, done: int, grad_norm: Tensor, validating: bool, bounding: bool) -> None:
         """A row of metrics, with validation losses and bits/dim when they are due, and the progress bar's numbers."""
         rate = self.state.optimizer.param_groups[0]["lr"]
-        skipped = self.bad_numbers.read(self.config.max_skipped_steps, rate, self.state.scaler, self.run.folder)
-        row = {"step": done, "epoch": done / self.steps_per_epoch, **self.window.read(), "grad_norm": grad_norm.item(),
+        numbers = torch.cat([grad_norm[None], self.window.numbers(), self.bad_numbers.numbers(self.state.scaler)])
+        norm, *numbers = numbers.cpu().tolist()  # the one wait of a row without validation
+        skipped = self.bad_numbers.read(numbers[3:], self.config.max_skipped_steps, rate, self.run.folder)
+        row = {"step": done, "epoch": done / self.steps_per_epoch, **self.window.read(numbers[:3]), "grad_norm": norm,
                "learning_rate": rate, "skipped_steps": skipped}  # fmt: skip
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
-        for suffix, net in {"": self.state.model, "_ema": self.state.ema_model}.items():
-            if net is not None and validating:
-                own = replace(self.denoiser, network=net)
-                row[f"val_loss{suffix}"], row[f"val_eps_error{suffix}"] = validation_loss(
-                    own, self.images.gather, self.val_indices, self.config, self.processes
-                )
+        if validating:
+            networks = {"": self.state.model} | ({"_ema": self.state.ema_model} if self.state.ema_model else {})
+            denoisers = [replace(self.denoiser, network=network) for network in networks.values()]
+            losses = validation_losses(denoisers, self.images.gather, self.val_indices, self.config, self.processes)
+            for suffix, (loss, eps_error) in zip(networks, losses, strict=True):
+                row |= {f"val_loss{suffix}": loss, f"val_eps_error{suffix}": eps_error}
         if bounding:
             options = BoundOptions(BOUND_T_STRIDE, self.config.batch_size, self.config.seed)
             held_out = evenly(self.val_indices, self.config.bits_per_dim_images)

@@ -85,7 +85,7 @@ def format_number(value: float | None) -> str:
 
 
 class TrainingWindow:
-    """Loss, error of eps and speed of the steps since the last row; the device is not waited for until `read`.
+    """Loss, error of eps and speed of the steps since the last row, without waiting for the device.
 
     Args:
         images_a_step: the effective batch.
@@ -112,11 +112,19 @@ class TrainingWindow:
         self.steps += 1 - skipped
         self.steps_timed += 1
 
-    def read(self) -> dict[str, float]:
-        """Means over images, nan if all steps were skipped, and the images a second; starts the next window."""
-        steps = self.steps.item()  # waits for the device, so the clock below is right
+    def numbers(self) -> Tensor:
+        """(3,) on the device: sums of the loss and of the error of eps, and steps."""
+        return torch.stack([*self.sums, self.steps])
+
+    def read(self, numbers: list[float]) -> dict[str, float]:
+        """Means over images, nan if all steps were skipped, and the images a second; starts the next window.
+
+        Args:
+            numbers: what `numbers` gives now. Who has them has waited for the device, so the clock is right.
+        """
+        *sums, steps = numbers
         images = steps * self.images_a_step
-        loss, eps_error = [value / images for value in self.sums.tolist()] if steps else (math.nan, math.nan)
+        loss, eps_error = [value / images for value in sums] if steps else (math.nan, math.nan)
         self.seconds += time.perf_counter() - self.clock
         speed = self.steps_timed * self.images_a_step / self.seconds
         row = {"loss": loss, "eps_error": eps_error, "images_per_second": speed}

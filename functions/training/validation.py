@@ -1,6 +1,7 @@
 """The training loss on held-out images, measured the same way every time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -10,39 +11,50 @@ from data.pixels import to_model_range
 from functions.losses import denoising_loss, eps_errors
 from functions.prediction import Denoiser
 from functions.support.processes import Processes
-from functions.support.random_numbers import generator_of
+from functions.support.random_numbers import ImageNoise, generator_of
 
 
 @torch.no_grad()
-def validation_loss(
-    denoiser: Denoiser, images_of: Callable[[np.ndarray], Tensor], indices: np.ndarray, config, processes: Processes
-) -> tuple[float, float]:
-    """Mean loss (Eq. 14), and the error of eps that belongs to it, over fixed triples (image, t, noise).
+def validation_losses(
+    denoisers: Sequence[Denoiser],
+    images_of: Callable[[np.ndarray], Tensor],
+    indices: np.ndarray,
+    config,
+    processes: Processes,
+) -> list[tuple[float, float]]:
+    """Each denoiser's mean loss (Eq. 14), and the error of eps that belongs to it, over fixed (image, t, noise).
 
-    So it is smooth over a run, and comparable between runs; the error of eps also between objectives.
+    So they are smooth over a run, and comparable between runs; the error of eps also between objectives.
 
     Sample j takes image j * len(indices) // samples, so all images count equally often (up to one); the t are evenly
     spaced over 0 .. T-1 in a shuffled order; the noise is j's own. So neither batch size nor chance moves the curve.
 
     Args:
-        images_of: image indices (B,) -> uint8 (B, H, W, C), on the network's device.
+        denoisers: with the same schedule, on the same device.
+        images_of: image indices (B,) -> uint8 (B, H, W, C), on the networks' device.
         indices: the held-out images.
         config: the run's DiffusionConfig: validation_samples, batch_size and seed.
-        processes: those that do the work together; each takes some of the batches, and all get the mean.
+        processes: those that do the work together; each takes some of the batches, and all get the means.
     """
-    scheduler, samples = denoiser.scheduler, config.validation_samples
+    scheduler, samples = denoisers[0].scheduler, config.validation_samples
     order = torch.randperm(samples, generator=generator_of("cpu", config.seed, "validation t"))
     all_t = (2 * order + 1) * scheduler.timesteps // (2 * samples)  # the middle of each of `samples` strata
     all_images = indices[np.arange(samples) * len(indices) // samples]
-    total = torch.zeros(2, dtype=torch.float64)
-    with denoiser.evaluating():
+    found = []  # on the device, which is not waited for meanwhile
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            stack.enter_context(denoiser.evaluating())
         for start in range(0, samples, config.batch_size)[processes.rank :: processes.count]:
-            x_0 = to_model_range(images_of(all_images[start : start + config.batch_size]))
-            t = all_t[start : start + config.batch_size].to(x_0.device)
-            noise = torch.stack([
-                torch.randn(x_0.shape[1:], generator=generator_of("cpu", config.seed, "validation noise", start + j))
-                for j in range(len(x_0))
-            ]).to(x_0.device)  # fmt: skip
-            losses = denoising_loss(denoiser, scheduler, x_0, t, noise)
-            total += torch.stack([losses, eps_errors(denoiser, scheduler, losses, t)]).sum(dim=1).cpu()
-    return tuple((processes.sum_(total) / samples).tolist())
+            places = range(start, min(start + config.batch_size, samples))
+            x_0 = to_model_range(images_of(all_images[places.start : places.stop]))
+            all_t = all_t.to(x_0.device)  # copies it once, with the first batch
+            t = all_t[places.start : places.stop]
+            noise = ImageNoise(config.seed, places, x_0.shape[1:], x_0.device, "validation noise").draw()
+            for denoiser in denoisers:
+                losses = denoising_loss(denoiser, scheduler, x_0, t, noise)
+                found.append(torch.stack([losses, eps_errors(denoiser, scheduler, losses, t)]).sum(dim=1))
+    total = torch.zeros(2 * len(denoisers), dtype=torch.float64)
+    if found:
+        total += torch.stack(found).cpu().double().view(-1, 2 * len(denoisers)).sum(dim=0)
+    means = (processes.sum_(total) / samples).tolist()
+    return list(zip(means[::2], means[1::2], strict=True))

@@ -9,16 +9,8 @@ from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
-from tests.functions.known_denoisers import (
-    IMAGES,
-    MIXTURE,
-    Gaussian,
-    double,
-    exact_path,
-    ideal_model,
-    mean_and_variance,
-    part_of_the_way,
-)
+from tests.functions import known_denoisers
+from tests.functions.known_denoisers import IMAGES, MIXTURE, Gaussian, double, ideal_model, part_of_the_way
 
 
 @pytest.mark.parametrize("data", [MIXTURE, IMAGES], ids=["mixture", "images"])
@@ -87,7 +79,7 @@ def path(request):
     """Data, its schedule, and both ends of the ways on which noise becomes data."""
     (data, shape), scheduler = request.param, NoiseScheduler(T)
     x_T = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return data, scheduler, x_T, exact_path(data, scheduler, x_T, START, STOP)
+    return data, scheduler, x_T, known_denoisers.exact_path(data, scheduler, x_T, START, STOP)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +118,7 @@ def test_with_fresh_noise_the_error_of_the_distribution_falls_with_the_order(sam
     start, stop = ((a**0.5 * 0.3, a * 0.4**2 + 1 - a) for a in map(scheduler.alpha_bar, (START, STOP)))
     for steps in (128, 256, 512):
         times = part_of_the_way(scheduler, steps, "trailing", START, STOP)
-        mean, variance = mean_and_variance(data, sampler, scheduler, times, start, **options)
+        mean, variance = known_denoisers.mean_and_variance(data, sampler, scheduler, times, start, **options)
         assert mean == pytest.approx(stop[0], rel=1e-12)
         errors.append(double(abs(variance - stop[1])))
     assert slopes(errors) == pytest.approx([order] * 2, abs=0.15)

@@ -10,7 +10,7 @@ from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from models.blocks import ResidualBlock
 from models.unet import UNet
-from tests.conftest import call, newest
+from tests.conftest import call, newest, small_unet
 from tests.live_bytes import LiveBytes, kept_per_image
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -20,11 +20,7 @@ MIB = 2**20
 
 def network(dropout=0.0):
     """With attention, and upsamplings of both kinds; nothing of it is zero."""
-    torch.manual_seed(0)
-    net = UNet(32, 3, 8, [1, 2, 4], [1], 16, dropout, norm_groups=4)
-    for parameter in net.parameters():
-        parameter.data.add_(0.03 * torch.randn_like(parameter))
-    return net.to(memory_format=torch.channels_last)
+    return small_unet(32, (1, 2, 4), dropout).to(memory_format=torch.channels_last)
 
 
 class Convolutions(TorchDispatchMode):

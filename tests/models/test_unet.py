@@ -7,23 +7,23 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
-from config import ModelConfig
+from config import EXPERIMENTS, ModelConfig
 from models.blocks import Upsample, sinusoidal_embedding
 from models.unet import UNet
 
 
 @pytest.mark.parametrize(
-    ("arguments", "count"),
+    ("shape", "count"),
     [
-        ((128, 3, 8, [1, 2, 2, 4, 8], [3], 64), 60_372_867),  # the reference
-        ((128, 3, 8, [1, 2, 2, 4, 8], [3], 128), 241_348_355),  # the full run
-        ((32, 3, 4, [1, 2, 2, 2], [1], 128), 35_746_307),  # CIFAR-10
-        ((256, 3, 8, [1, 1, 2, 2, 4, 4], [4], 128), 113_673_219),  # CelebA-HQ
+        (EXPERIMENTS["ffhq-run2"].model, 60_372_867),  # the reference
+        (EXPERIMENTS["ffhq-full"].model, 241_348_355),  # the full run
+        (ModelConfig(4, (1, 2, 2, 2), (1,), 128, image_size=32), 35_746_307),  # CIFAR-10
+        (ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256), 113_673_219),  # CelebA-HQ
     ],
 )
-def test_parameter_counts_are_the_papers(arguments, count):
+def test_parameter_counts_are_the_papers(shape, count):
     with torch.device("meta"):
-        model = UNet(*arguments)
+        model = UNet(**vars(shape))
     assert sum(p.numel() for p in model.parameters()) == count
 
 
@@ -60,9 +60,7 @@ def their_name(name: str) -> str:
 
 SMALL = {
     "attention at the lowest level": ModelConfig(4, (1, 2, 2), (2,), base_dim=16, image_size=16, norm_groups=8),
-    "attention in the middle, channels back and forth": ModelConfig(
-        4, (1, 3, 2, 4), (1, 2), base_dim=16, image_size=32, norm_groups=4
-    ),
+    "attention in the middle, uneven channels": ModelConfig(4, (1, 3, 2, 4), (1, 2), 16, image_size=32, norm_groups=4),
 }
 
 

@@ -41,6 +41,16 @@ def test_slerp_keeps_the_distribution_of_noise():
     torch.testing.assert_close(slerp(noise[0], noise[0], WEIGHTS), noise[0].expand(3, 3, 64, 64))
 
 
+def test_noise_for_a_gpu_is_that_of_the_cpu(monkeypatch):
+    """It is drawn by several threads; here it stays on the CPU."""
+    on_cpu, empty = ImageNoise(0, range(40), (3, 8, 8)), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory: empty(*shape))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor)
+    for_gpu = ImageNoise(0, range(40), (3, 8, 8), "cuda")
+    for _ in range(3):
+        assert torch.equal(for_gpu.draw(), on_cpu.draw())
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_between_two_seeds_the_ends_are_their_own_samples(network, sampler):
     image_sampler = image_sampler_of(network, options=SamplerOptions(sampler, 5))

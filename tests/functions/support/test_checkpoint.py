@@ -10,15 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from functions.support import files
-from functions.support.checkpoint import (
-    MOMENTS,
-    TrainingState,
-    check_whole,
-    export_weights,
-    load_weights,
-    save_checkpoint,
-)
+from functions.support import checkpoint, files
+from functions.support.checkpoint import TrainingState, check_whole, export_weights, load_weights, save_checkpoint
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, write_tensors, write_whole
 from tests.forked import Program
@@ -27,11 +20,6 @@ from tests.spoilt_files import checkpoint_parts, same, snapshot, stepped_state, 
 
 CONFIG = {"diffusion": {"timesteps_diff": 10}, "model": {"base_dim": 8}}
 RUN = {"experiment": "faces", "step": 5, "total_steps": 9, "nested": {"losses": [0.1, -1e-310, 2**60, None, "ü\n"]}}
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "step-00000005.safetensors"
 
 
 def test_a_training_comes_back_bit_for_bit(path):
@@ -52,7 +40,7 @@ def test_a_training_comes_back_bit_for_bit(path):
     assert same(snapshot(other), snapshot(saved))
     for parameter in other.model.parameters():
         moments = other.optimizer.state[parameter]
-        assert set(moments) == set(MOMENTS)
+        assert set(moments) == set(checkpoint.MOMENTS)
         assert parameter.stride() == moments["exp_avg"].stride() == moments["exp_avg_sq"].stride()
     assert other.model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     for state in (saved, other):

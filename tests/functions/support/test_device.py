@@ -29,10 +29,12 @@ def test_a_gpu_number_that_is_not_there_is_refused(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert choose_device("cuda:1").index == 1
-    assert [choose_device(name, index=1).index for name in ("auto", "cuda", "cuda:0")] == [1, 1, 0]
-    assert chosen == [torch.device("cuda", index) for index in (1, 1, 1, 0)]
+    assert [choose_device(name, index=1).index for name in ("auto", "cuda")] == [1, 1]
+    assert chosen == [torch.device("cuda", 1)] * 3
     with pytest.raises(UserError, match="2 CUDA devices"):
         choose_device("cuda:2")
+    with pytest.raises(UserError, match="'cuda:0', but each of several processes"):
+        choose_device("cuda:0", index=1)  # of all of them
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -71,6 +73,19 @@ def test_precision_by_name_and_as_the_run_was_started_with():
             choose_precision(unusable, CPU)
 
 
+def test_float32_on_cuda_is_not_tf32():
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
+    choose_precision("float32", CUDA)
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_libraries_that_have_no_memory():
+    fails = lambda text: device_module.is_out_of_memory(RuntimeError(text))
+    assert fails("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert fails("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
+    assert not fails("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_samples_on_the_gpu_are_those_of_the_cpu():
     model = small_unet()
@@ -89,6 +104,22 @@ def test_a_kept_heap_has_its_pages_already():
         before = faults()
         torch.empty(16_000_000).zero_()
     assert faults() - before < 1000  # of 15,600 pages
+
+
+def test_adam_skips_a_step_on_mps_too():
+    """Where the kernel does not look at the flag; one that says that it is there stands in for it."""
+
+    class OnMps:
+        device = torch.device("mps")
+
+        def __bool__(self):
+            return True
+
+    weight = torch.ones(3, requires_grad=True)
+    weight.grad, optimizer = torch.ones(3), Adam([weight], lr=0.1, fused=True)
+    optimizer.found_inf = OnMps()
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -115,11 +146,8 @@ def test_adam_in_memory_order_is_pytorchs(dtype):
 def test_adam_copies_no_weights():
     """On weights in channels_last it copies no more than PyTorch's does on contiguous ones."""
     copied = {}
-    ours, theirs, least = (
-        (Adam, torch.channels_last),
-        (torch.optim.Adam, torch.channels_last),
-        (torch.optim.Adam, torch.contiguous_format),
-    )
+    ours, least = (Adam, torch.channels_last), (torch.optim.Adam, torch.contiguous_format)
+    theirs = torch.optim.Adam, torch.channels_last
     for kind, layout in (ours, theirs, least):
         weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=layout).requires_grad_()
         weight.grad = torch.ones_like(weight)

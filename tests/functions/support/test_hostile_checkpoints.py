@@ -16,26 +16,13 @@ from functions.support.checkpoint import check_whole, load_weights
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import LONGEST_HEADER, write_tensors
 from models.unet import UNet
+from tests import spoilt_files
 from tests.conftest import posix
 from tests.peak_memory import at_most
-from tests.spoilt_files import (
-    checkpoint_parts,
-    contents_text,
-    header_of,
-    same,
-    snapshot,
-    training_state,
-    with_contents,
-    with_header,
-)
+from tests.spoilt_files import checkpoint_parts, contents_text, header_of, same, snapshot, with_contents, with_header
 
 WEIGHT = "ema.conv_in.weight"
 PARTS = ("config", "run", "scaler")
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "step-00000005.safetensors"
 
 
 @pytest.fixture
@@ -56,14 +43,9 @@ def refusal(path, read=check_whole):
     return message.removeprefix(f"{path}: ")
 
 
-@functools.cache
-def other_training():
-    return training_state(seed=1)
-
-
 def resume(path):
     """A training that takes a checkpoint over; what is refused must have changed nothing."""
-    state = other_training()
+    state = spoilt_files.stepped_state(1)
     before = snapshot(state)
     try:
         state.load(check_whole(path))
@@ -177,6 +159,10 @@ def test_nesting_that_just_reads(path, whole, part):
         ("config/model/image_size", (2**40,), "image_size is above 16,384"),
         ("config/model/dim_multiply", ([1] * 10**5,), "levels is above 15"),
         ("config/model/norm_groups", (0,), "ZeroDivisionError"),
+        ("config/model/norm_groups", (5,), "describes no model"),
+        ("config/model/unknown", (1,), "describes no model"),
+        ("config/diffusion/objective", ("x_0", None, [], 1), "it can be eps or v"),
+        ("config/diffusion/beta_schedule", ("x_0", None, [], 1), "there must be 2 or more, linear or cosine"),
     ],
 )
 def test_contents_that_cannot_be(path, whole, place, values, message):

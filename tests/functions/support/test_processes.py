@@ -16,6 +16,7 @@ import train
 from functions.support.errors import UserError
 from functions.support.processes import joined
 from functions.training.metrics import read_metrics
+from functions.training.stopping import EXIT_STOPPED
 from models.unet import UNet
 from tests.conftest import ROOT, TINY, call, newest
 from tests.forked import PATIENCE, Program, train_script, wait_until
@@ -60,6 +61,25 @@ def assert_alike(run, other):
     first, second = newest(run)["model"], newest(other)["model"]
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
     assert {path.name for path in run.glob("samples/*")} == {path.name for path in other.glob("samples/*")}
+
+
+@pytest.mark.parametrize("nccl", [True, False])
+def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, monkeypatch):
+    asked, left = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **named: asked.append((args, named)))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    with joined():
+        pass
+    with pytest.raises(SystemExit), joined():
+        sys.exit(EXIT_STOPPED)
+    assert len(left) == 2
+    for (backend,), named in asked:
+        assert backend == ("cpu:gloo,cuda:nccl" if nccl else "gloo")
+        assert named["timeout"].days >= 1  # preparing FFHQ on a slow disk takes hours
 
 
 def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):

@@ -68,6 +68,7 @@ def test_deterministic_kernels_are_asked_for_and_only_then(pictures, tmp_path):
         call(train.main, "faces", "--dry-run", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
              "--diffusion.deterministic", value)  # fmt: skip
         assert torch.are_deterministic_algorithms_enabled() == (value == "true")
+        assert torch.backends.cudnn.benchmark == (value == "false")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -17,7 +17,7 @@ from functions.support.run_folder import Run
 from functions.training import start
 from functions.training.start import describe, fit_memory, flops_of_image
 from models.unet import UNet
-from tests.conftest import TINY, call
+from tests.conftest import SMALL_MODEL, TINY, call
 from tests.kill import assert_same_run
 
 
@@ -63,11 +63,8 @@ def test_a_batch_that_fits_changes_nothing_else(memory, pictures, tmp_path, caps
 
 def parts():
     """A run without a folder, and its network."""
-    experiment = EXPERIMENTS["faces"].override(
-        {"batch_size": 4, "gradient_accumulation": 3, "recompute": "norms"},
-        {"image_size": 16, "lowest_resolution_size": 8, "dim_multiply": (1, 2), "transformer_layers": (1,),
-         "base_dim": 8, "norm_groups": 2},
-    )  # fmt: skip
+    passes = {"batch_size": 4, "gradient_accumulation": 3, "recompute": "norms"}
+    experiment = EXPERIMENTS["faces"].override(passes, SMALL_MODEL)
     network = UNet(**vars(experiment.model)).to(memory_format=torch.channels_last)
     network.set_recompute("norms")
     run = Run("faces", experiment, Path("runs"), facts={"arithmetic": {}})
@@ -143,10 +140,8 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(slow, timed, unfinished, pi
     new, resumed, _ = capsys.readouterr().out.split("nothing was started")
     for said, steps in ((new, 10), (resumed, 3)):
         said = " ".join(said.split())
-        assert (
-            f"{flops / 1e12:.3g} TFLOP a step; the {steps} steps to go take about {steps:.2f} hours on one cpu, "
-            in said
-        )
+        work = f"{flops / 1e12:.3g} TFLOP a step; the {steps} steps to go take about {steps:.2f} hours on one cpu, "
+        assert work in said
         assert f"by timing forward and backward of {timed}, and {steps:.2f} on one H100 at 15% of its" in said
 
 
@@ -161,13 +156,6 @@ def test_ffhq_run1_is_ready_at_its_real_size(pictures, tmp_path, capsys):
                  f"goes to    {tmp_path / 'runs' / 'ffhq-run1-<time>'}"):  # fmt: skip
         assert part in printed
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(("name", "parameters"), [("ffhq-run2", 60_372_867), ("ffhq-full", 241_348_355)])
-def test_the_other_ffhq_runs_have_the_networks_of_their_size(name, parameters):
-    with torch.device("meta"):
-        network = UNet(**vars(EXPERIMENTS[name].model))
-    assert sum(p.numel() for p in network.parameters()) == parameters
 
 
 @pytest.mark.parametrize(("name", "visible"), [("ffhq-run1", True), ("ffhq-run2", False), ("ffhq-full", False)])

@@ -21,7 +21,8 @@ from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import generator_of, seed_of, training_draws
 from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses, read_metrics
-from functions.training.validation import validation_loss
+from functions.training.validation import validation_losses
+from tests.conftest import LittleMemory
 from train import learning_rate
 
 
@@ -91,10 +92,9 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     images = torch.randint(256, (12, 4, 4, 3), dtype=torch.uint8)
     seen, used = [], []
 
-    class Zero(nn.Module):
-        def forward(self, x_t, t):
-            seen.extend(t.tolist())
-            return torch.zeros_like(x_t)
+    def zero(x_t, t):
+        seen.extend(t.tolist())
+        return torch.zeros_like(x_t)
 
     def images_of(indices):
         used.extend(indices)
@@ -102,8 +102,8 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
 
     def measure(**changes):
         config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=48, **changes)
-        denoiser = Denoiser(Zero(), NoiseScheduler(960))
-        return validation_loss(denoiser, images_of, np.array([3, 5, 9]), config, SINGLE_PROCESS)
+        denoiser = Denoiser(LittleMemory(zero, 48), NoiseScheduler(960))
+        return validation_losses([denoiser], images_of, np.array([3, 5, 9]), config, SINGLE_PROCESS)[0]
 
     loss, eps_error = measure(batch_size=48, seed=0)
     assert eps_error == loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))  # the noise's own variance
@@ -117,19 +117,21 @@ def test_validation_of_v_also_has_the_error_of_its_eps():
     """That of a network whose v is 0: so its eps is sqrt(1 - alpha_bar) x_t."""
     alpha_bar, images, seen = np.cumprod(1 - np.linspace(0.01, 2, 100) / 10), np.full((4, 4, 4, 3), 204, np.uint8), []
 
-    class Zero(nn.Module):
-        def forward(self, x_t, t):
-            seen.append((x_t.double().numpy(), alpha_bar[t].reshape(-1, 1, 1, 1)))
-            return torch.zeros_like(x_t)
+    def zero(x_t, t):
+        seen.append((x_t.double().numpy(), alpha_bar[t].reshape(-1, 1, 1, 1)))
+        return torch.zeros_like(x_t)
 
     config = replace(EXPERIMENTS["faces-v"].diffusion, validation_samples=20, batch_size=7)
-    denoiser, images_of = Denoiser(Zero(), NoiseScheduler(100), objective="v"), lambda i: torch.from_numpy(images[i])
-    found = validation_loss(denoiser, images_of, np.arange(4), config, SINGLE_PROCESS)
+    denoiser = Denoiser(LittleMemory(zero, 48), NoiseScheduler(100), objective="v")
+    images_of = lambda i: torch.from_numpy(images[i])
+    other = replace(denoiser, network=LittleMemory(lambda x, t: torch.ones_like(x), 48))  # beside it, not mixed in
+    found, of_other = validation_losses([denoiser, other], images_of, np.arange(4), config, SINGLE_PROCESS)
     x_t, a = map(np.concatenate, zip(*seen, strict=True))
     x_0 = 2 * 204 / 255 - 1
     noise = (x_t - np.sqrt(a) * x_0) / np.sqrt(1 - a)
     v = np.sqrt(a) * noise - np.sqrt(1 - a) * x_0
     assert found == pytest.approx(((v**2).mean(), ((np.sqrt(1 - a) * x_t - noise) ** 2).mean()), rel=1e-5)
+    assert of_other[0] == pytest.approx(((v - 1) ** 2).mean(), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -186,21 +188,21 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypat
         now[0] += 50
     after(window, 0, math.nan, skipped=1)  # took its time, but its loss does not count
     after(window, 1, 6.0)
-    assert window.read() == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 2.0}
+    assert window.read(window.numbers().tolist()) == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 2.0}
     after(window, 0.5, 4.0)
     with window.paused():  # as the training loop reads it
-        assert window.read() == {"loss": 2.0, "eps_error": 0.5, "images_per_second": 4.0}
+        assert window.read(window.numbers().tolist()) == {"loss": 2.0, "eps_error": 0.5, "images_per_second": 4.0}
         now[0] += 9
     after(window, 1, 2.0)
-    resumed.read()  # starts its clock
+    resumed.read(resumed.numbers().tolist())  # starts its clock
     resumed.load(window.state())
     after(resumed, 0.5, 7.0)
-    assert resumed.read() == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 4.0}
+    assert resumed.read(resumed.numbers().tolist()) == {"loss": 9 / 4, "eps_error": 9 / 16, "images_per_second": 4.0}
     after(resumed, 1, math.inf, skipped=1)
-    assert math.isnan(resumed.read()["loss"])
+    assert math.isnan(resumed.read(resumed.numbers().tolist())["loss"])
     resumed.load({"loss_sum": 6.0, "steps": 2})  # as checkpoints had it when all was eps
     after(resumed, 1, 3.0)
-    assert resumed.read() == {"loss": 9 / 6, "eps_error": 6.75 / 6, "images_per_second": 2.0}
+    assert resumed.read(resumed.numbers().tolist()) == {"loss": 9 / 6, "eps_error": 6.75 / 6, "images_per_second": 2.0}
 
 
 def test_learning_rate_warms_up_and_decays():
