@@ -42,18 +42,20 @@ pytestmark = pytest.mark.slow
 MISSING = 77  # exit status: a private part of PyTorch is not there
 
 
-def training(name: str, model: dict | None = None, processes: Processes = SINGLE_PROCESS, **changes) -> dict:
-    """Three steps of an experiment: the lines that wait in each, and those in its book-keeping.
+def training(
+    name: str, model: dict | None = None, processes: Processes = SINGLE_PROCESS, steps: int = 2, **changes
+) -> dict:
+    """Some steps of an experiment: the lines that wait in each, and those in its book-keeping.
 
     And before each pass, how many pieces of memory hold its gradients.
     """
-    changes |= {"gradient_accumulation": 4, "epochs": 1, "log_every": 2, "validate_every": 3, "sample_every": 3}
+    changes |= {"gradient_accumulation": 4, "epochs": 1, "log_every": 2, "validate_every": 9, "sample_every": 9}
     changes |= {"validation_samples": 20, "grid_images": 2, "grid_steps": 2}
     experiment = EXPERIMENTS[name].override(changes, model or {})
-    size, count = experiment.model.image_size, 3 * experiment.diffusion.effective_batch
+    size, count = experiment.model.image_size, steps * experiment.diffusion.effective_batch
     images = np.zeros((count + count // 9, size, size, 3), np.uint8)
     image_set = ImageSet(name, images, list(range(len(images))), "none", Path())
-    steps, held = [], []
+    waits, held = [], []
     enter, after_step, accumulating = BookKeeper.__enter__, BookKeeper.after_step, Processes.accumulating
     with tempfile.TemporaryDirectory() as runs, pretended_cuda() as cuda:
 
@@ -66,7 +68,7 @@ def training(name: str, model: dict | None = None, processes: Processes = SINGLE
             in_step = dict(cuda.waits)
             cuda.waits.clear()
             after_step(books, done, grad_norm)
-            steps.append((in_step, dict(cuda.waits)))
+            waits.append((in_step, dict(cuda.waits)))
             cuda.waits.clear()
 
         def looked_at(processes, network, last):
@@ -82,7 +84,7 @@ def training(name: str, model: dict | None = None, processes: Processes = SINGLE
         ):
             device = choose_device("cuda", processes.local_rank if processes.count > 1 else None)
             train.train(Run(name, experiment, Path(runs)), device, processes)
-    return {"steps": steps, "held": held}
+    return {"steps": waits, "held": held}
 
 
 def without_checkpoint() -> dict:
@@ -114,19 +116,19 @@ def on_two_gpus() -> dict:
         mock.patch.object(Processes, "gather", lambda self, value: [value] * self.count),
         mock.patch("torch.nn.parallel.distributed._verify_param_shape_across_processes"),
     ):
-        return training("faces", SMALL_MODEL, Processes(0, 2, 0, os.getppid()))
+        return training("faces", SMALL_MODEL, Processes(0, 2, 0, os.getppid()), steps=3)
 
 
 def sampling() -> dict:
-    """The lines that wait in 5 steps of each sampler; bits/dim is run too."""
+    """The lines that wait in 4 steps of each sampler; bits/dim is run too."""
     found = {}
     with pretended_cuda() as cuda:
         device = choose_device("cuda")
         network = UNet(**SMALL_MODEL, channels=3).to(device, memory_format=torch.channels_last)
         denoiser = Denoiser(network, NoiseScheduler(50), torch.bfloat16)
         for name in SAMPLERS:
-            sampler = ImageSampler(denoiser, SamplerOptions(name, 5), (3, 16, 16), 0, device)
-            generate(sampler, range(3), 2)  # what is made once has been made
+            sampler = ImageSampler(denoiser, SamplerOptions(name, 4), (3, 16, 16), 0, device)
+            sampler.scheduler.alpha_bar(torch.zeros(1, dtype=torch.int64, device=device))  # copies its table, once
             cuda.waits.clear()
             generate(sampler, range(3), 3)
             found[name] = dict(cuda.waits)
@@ -162,7 +164,7 @@ def other_strides(adam, group, *lists, init_group=Adam._init_group):
 
 
 SCENARIOS = {
-    "faces": lambda: training("faces"),
+    "faces": lambda: training("faces", steps=3),
     "faces-v": lambda: training("faces-v", precision="float16"),
     "ffhq-full": without_checkpoint,
     "two GPUs": on_two_gpus,
@@ -191,6 +193,7 @@ def main() -> None:
             except Exception:
                 found = {"error": traceback.format_exc()}
         print(json.dumps({"scenario": name, "seconds": time.perf_counter() - start, **found}), flush=True)
+    os._exit(0)  # C++'s last calls would find functions of ctypes that are gone
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +209,12 @@ def found() -> dict[str, dict]:
 @pytest.mark.parametrize("name", ["faces", "faces-v", "ffhq-full", "two GPUs"])
 def test_a_training_waits_only_where_it_logs(found, name):
     assert "error" not in found[name], found[name]["error"]
-    (first, nothing), (second, log), (third, last) = found[name]["steps"]
-    if name == "two GPUs":  # after the first step DDP sends itself, once, in which order gradients came
-        second = {line: count for line, count in second.items() if "prediction.py" not in line}
-    assert first == nothing == second == third == {}
-    assert sum(log.values()) == 1
+    in_steps, between = zip(*found[name]["steps"], strict=True)
+    for waits in in_steps:  # after the first step DDP sends itself, once, in which order gradients came
+        assert not waits or (name == "two GPUs" and all("prediction.py" in line for line in waits))
+    assert in_steps[-1] == between[0] == {}
+    *_, log, last = between
+    assert sum(log.values()) == (1 if len(between) == 3 else 0)  # after the second of three steps
     saving = ("support/files.py", "support/checkpoint.py", "metrics.py", "bad_numbers.py")
     assert sum(count for line, count in last.items() if not any(file in line for file in saving)) <= 4
 
@@ -218,7 +222,7 @@ def test_a_training_waits_only_where_it_logs(found, name):
 def test_gradients_are_held_once(found):
     """None in the first pass of a step, or all in the one bucket that DDP has for so small a network."""
     passes = found["faces"]["held"]
-    assert [passes[k] for k in (0, 4, 8)] == [0, 0, 0] and passes[1] > 1
+    assert passes[::4] == [0, 0, 0] and passes[1] > 1
     assert set(found["two GPUs"]["held"]) == {1}
 
 
