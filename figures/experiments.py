@@ -189,7 +189,7 @@ def draw(args: argparse.Namespace) -> None:
         axis.imshow(tile(images[:COLUMNS], COLUMNS), interpolation="bicubic")
         axis.set_ylabel(label.replace(", calibrated", ",\ncalibrated"), rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
-    figure.subplots_adjust(0.13, 0.01, 0.995, 0.99, 0, 0.05)
+    figure.subplots_adjust(0.18, 0.01, 0.995, 0.99, 0, 0.05)
     save_figure(figure, RESULTS.with_name(args.picture))
     both = [label for label in ("eps", "v, mixed t") if label in pictures]
     if len(both) == 2:
