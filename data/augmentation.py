@@ -52,7 +52,7 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     x_grid = 2 * (x_in + (width - 1) / 2 + margin) / (doubled.shape[-1] - 1) * 2 - 1
     y_grid = 2 * (y_in + (height - 1) / 2 + margin) / (doubled.shape[-2] - 1) * 2 - 1
     grid = torch.stack([x_grid, y_grid], dim=-1)
-    if x.device.type == "mps":  # whose grid_sample has no bicubic in PyTorch 2.10
+    if x.device.type == "mps":  # whose grid_sample refuses bicubic
         doubled, grid = doubled.cpu(), grid.cpu()
     rotated = F.grid_sample(doubled, grid, mode="bicubic", padding_mode="border", align_corners=True).to(x.device)
     return (rotated + origin).clamp(-1, 1)  # interpolation overshoots at sharp edges

@@ -144,8 +144,8 @@ def measure(run: Path, args: argparse.Namespace) -> None:
         path, options = run / f"measured-{kind}.json", SamplerOptions(calibrate=None if kind == "plain" else kind)
         if path.exists():
             continue
-        plain = ImageSampler(denoiser, options, saved.image_shape, 0, device)
-        sampler = calibrated(plain, saved, 64, load, SINGLE_PROCESS)
+        uncalibrated = ImageSampler(denoiser, options, saved.image_shape, 0, device)
+        sampler = calibrated(uncalibrated, saved, 64, load, SINGLE_PROCESS)
         bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0)
         found = {"bands": bands.facts(), "distance": {}}
         grid = GRID if kind == "plain" and run.name.startswith(slug("v, mixed t", 0)) else {}
