@@ -22,8 +22,7 @@ from functions.support.checkpoint import MOMENTS, check_whole
 from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent
-
-OPTIONS = SamplerOptions()
+CPU, OPTIONS = torch.device("cpu"), SamplerOptions()
 # A network of 64,483 parameters on 16 x 16 images: the whole program in seconds.
 TINY = [
     "--model.image-size", "16", "--model.lowest-resolution-size", "8", "--model.dim-multiply", "1,2",
@@ -86,6 +85,17 @@ def tiny_run(pictures, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     call(train.main, "faces", "--diffusion.dataset-name", pictures, "--runs", runs, *TINY)
     return next(runs.iterdir())
+
+
+@pytest.fixture
+def trained(pictures, tmp_path):
+    """A function that trains the tiny experiment with some flags more, and returns its run folder."""
+
+    def run(*flags, name="faces"):
+        call(train.main, name, "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, *flags)
+        return next(tmp_path.iterdir(), None)
+
+    return run
 
 
 @pytest.fixture

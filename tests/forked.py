@@ -23,10 +23,7 @@ def train_script() -> None:
 
 
 class Program(SERVER.Process):
-    """train.py, or a function in its place, at work with a command line; what it prints is collected in a file.
-
-    Making one starts the process.
-    """
+    """train.py, or a function in its place, started with a command line; what it prints is collected in a file."""
 
     def __init__(self, output: Path, *arguments: object, act: Callable[[], None] = train_script, **environment: object):
         super().__init__(daemon=True)

@@ -23,11 +23,7 @@ MARGIN = 17  # more steps for each kill, so that the run is not over before the 
 
 
 def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
-    """Run a tiny training twice, once straight and once killed `times` times; AssertionError if the two differ.
-
-    Returns:
-        What happened, in a sentence.
-    """
+    """Run a tiny training straight, and killed `times` times; AssertionError if they differ. Returns what happened."""
     epochs = times * (STEPS_A_KILL + MARGIN) // 5 + 2
     flags = ["faces", *TINY, "--diffusion.dataset-name", draw_pictures(folder / "pictures"),
              "--diffusion.epochs", epochs, "--diffusion.checkpoint-every", EVERY, "--diffusion.log-every", 1,

@@ -38,13 +38,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def kept_per_image(network: nn.Module, precision: torch.dtype) -> float:
-    """Bytes that are alive between the forward and the backward pass of an image: a third of those of three more.
-
-    The passes run over fake tensors, which have shapes and types but no memory: any network is counted in no time.
-    """
+    """Bytes that are alive between the forward and the backward pass of an image: a third of those of three more."""
     memo = {id(parameter): parameter for parameter in network.parameters()}  # these are not copied
     kept, device, network = {}, next(network.parameters()).device, copy.deepcopy(network, memo)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # shapes and types without memory, in no time
         for module in network.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, fake.from_tensor(parameter))

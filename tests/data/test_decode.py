@@ -73,8 +73,7 @@ def animated(image_format):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (animated("PNG"), "animated"),
-        (animated("WEBP"), "animated"),
+        *((animated(image_format), "animated") for image_format in ("PNG", "WEBP")),
         (animated("GIF"), "not a"),
         (encoded(RGB)[:200], "broken"),
         (encoded(RGB, "JPEG")[:500], "broken"),

@@ -57,15 +57,13 @@ def test_of_two_copies_one_is_read(tmp_path):
     for image_size, chosen in ((64, "thumbnails128x128"), (128, "thumbnails128x128"), (256, "images1024x1024")):
         source = find_source(tmp_path, image_size, numbered=True)
         assert {member.name.split("/")[0] for member in source.members} == {chosen}
-        assert source.ids == NUMBERS
-        assert chosen in source.notes[0]
+        assert source.ids == NUMBERS and chosen in source.notes[0]
 
 
 def test_where_numbers_are_needed_other_images_are_passed_over_and_no_number_may_come_twice(tmp_path):
     write_folder(tmp_path / "one", more={"ffhq-teaser.png": PICTURE})
     source = find_source(tmp_path, 8, numbered=True)
-    assert source.ids == NUMBERS
-    assert "ffhq-teaser.png" in source.notes[0]
+    assert source.ids == NUMBERS and "ffhq-teaser.png" in source.notes[0]
     write_folder(tmp_path / "two")
     assert len(find_source(tmp_path, 8).ids) == 21
     with pytest.raises(UserError, match=r"2 images have the number \d\. Keep one copy"):
@@ -90,8 +88,7 @@ def test_zip_with_backslashes_and_a_repeated_name(tmp_path):
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("t\\00000.png", b"zero, again")
     source = find_source(tmp_path / "a.zip", 8)
-    assert source.ids == [0, 1]
-    assert source.read(0) == b"zero, again"
+    assert source.ids == [0, 1] and source.read(0) == b"zero, again"
 
 
 def test_links_are_followed_and_pipes_not_read(tmp_path):

@@ -80,11 +80,8 @@ def ideal_model(data, scheduler):
 
 
 def mean_and_variance(data: Gaussian, sampler, scheduler, times, start=(0.0, 1.0), **options) -> tuple[float, float]:
-    """What a sampler makes of a state with the mean and variance `start`, exactly, for data of one dimension.
-
-    With the ideal model the state is linear in all noise. Of the batch here the first image has none, and each other
-    has a single one, of 1: at the start, or in one of the steps.
-    """
+    """What a sampler makes of a state with the mean and variance `start`, exactly, for data of one dimension."""
+    # With the ideal model the state is linear in all noise: the first image has none, each other a single one, of 1
     noises = torch.eye(len(times) + 1, len(times), dtype=torch.float64).roll(1, 0)
     x = start[0] + start[1] ** 0.5 * noises[:, :1]
     noise = lambda k: noises[:, k + 1 : k + 2]

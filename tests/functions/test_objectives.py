@@ -43,10 +43,8 @@ def ideal_v(scheduler):
      (ipndm_sample, {})],
 )  # fmt: skip
 def test_ideal_networks_of_either_objective_give_the_same_samples(sampler, options, clip, schedule):
-    """Up to 1e-6: the `Denoiser` rounds x_t and v to float32, by 6e-8 of up to 4, and x_0 and eps are rotations.
-
-    iPNDM's first step multiplies the error of eps by sigma_T, 157 or 2e4; the later ones shrink it as much again.
-    """
+    """Up to 1e-6: the `Denoiser` rounds x_t and v to float32, by 6e-8 of up to 4, and x_0 and eps are rotations."""
+    # iPNDM's first step multiplies the error of eps by sigma_T, 157 or 2e4; the later ones shrink it as much again
     scheduler, draws = SCHEDULERS[schedule], [normal(k) for k in range(26)]
     options = {**options, "clip_x_0": clip, "step_noise": draws.__getitem__}
     of_eps = sampler(ideal_model(IMAGES, scheduler), scheduler, draws[-1], 25, **options)

@@ -24,13 +24,6 @@ def test_the_true_eps_gives_the_true_x_0(t):
     assert eps is noise
 
 
-def test_clipping_keeps_x_0_and_eps_in_agreement():
-    x_t = 3 * images()
-    x_0, eps = predict(lambda x, t: -x, SCHEDULER, x_t, 300, clip_x_0=True)
-    assert x_0.abs().max() == 1
-    assert_close(SCHEDULER.q_sample(x_0, 300, eps), x_t)
-
-
 @pytest.mark.parametrize("t", [-2, 1000, torch.tensor([1000, 3])], ids=str)
 def test_timesteps_that_there_are_not_are_no_others(t):
     with pytest.raises(IndexError):

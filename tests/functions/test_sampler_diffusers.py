@@ -63,8 +63,7 @@ def our_states(sampler, timesteps, *arguments, noise_dtype=torch.float64, **opti
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize(
-    ("timesteps", "steps", "spacing"),
-    [(250, 250, "trailing"), (1000, 50, "trailing"), (1000, 12, "logsnr")],
+    ("timesteps", "steps", "spacing"), [(250, 250, "trailing"), (1000, 50, "trailing"), (1000, 12, "logsnr")]
 )
 def test_ddpm_agrees_with_diffusers_step_for_step(timesteps, steps, spacing, variance, clip):
     scheduler = theirs(DDPMScheduler, timesteps, variance_type=f"fixed_{variance}", clip_sample=clip)

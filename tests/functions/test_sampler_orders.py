@@ -45,13 +45,9 @@ def distance(x_0):
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
-        (ddpm_sample, {}),
-        (ddpm_sample, {"variance": "large"}),
-        (ddim_sample, {}),
-        (ddim_sample, {"eta": 0.5}),
-        (dpm_solver_sample, {}),
-        (dpm_solver_sample, {"eta": 0.5}),
-        (dpm_solver_sample, {"eta": 1.0}),
+        *((ddpm_sample, {"variance": variance}) for variance in ("small", "large")),
+        *((ddim_sample, {"eta": eta}) for eta in (0.0, 0.5)),
+        *((dpm_solver_sample, {"eta": eta}) for eta in (0.0, 0.5, 1.0)),
         (ipndm_sample, {}),
     ],
 )
@@ -85,10 +81,8 @@ def path(request):
 @pytest.mark.parametrize(
     ("sampler", "spacing", "order"),
     [
-        (ddim_sample, "logsnr", 1),
-        (ddim_sample, "trailing", 1),
-        (dpm_solver_sample, "logsnr", 2),
-        (dpm_solver_sample, "trailing", 2),
+        *((ddim_sample, spacing, 1) for spacing in ("logsnr", "trailing")),
+        *((dpm_solver_sample, spacing, 2) for spacing in ("logsnr", "trailing")),
         (ipndm_sample, "logsnr", 2),
     ],
 )
@@ -138,5 +132,4 @@ def test_an_ipndm_step_integrates_polynomials_as_far_as_it_looks_back(degree):
     y = torch.stack([x_T, *states]) / scheduler.alphas_cumprod[times].sqrt()[:, None, None]
     exact = (sigma[times[1:]] ** (degree + 1) - sigma[times[:-1]] ** (degree + 1)) / (degree + 1)
     errors = (y.diff(dim=0) - exact[:, None, None]).abs().amax(dim=(1, 2))
-    assert errors[degree:].max() < 1e-12
-    assert (errors[:degree] > 1e-4).all()
+    assert errors[degree:].max() < 1e-12 and (errors[:degree] > 1e-4).all()

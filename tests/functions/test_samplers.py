@@ -53,12 +53,7 @@ def eq_12(a, a_s):
 
 @pytest.mark.parametrize(
     ("sampler", "formula", "timesteps", "steps"),
-    [
-        (ddpm_sample, algorithm_2, 50, 50),
-        (ddpm_sample, algorithm_2, 200, 200),
-        (ddim_sample, eq_12, 1000, 10),
-        (ddim_sample, eq_12, 1000, 50),
-    ],
+    [*((ddpm_sample, algorithm_2, n, n) for n in (50, 200)), *((ddim_sample, eq_12, 1000, n) for n in (10, 50))],
 )
 def test_the_distribution_is_exactly_that_of_the_paper_s_formula(sampler, formula, timesteps, steps):
     """In one dimension, x_0 ~ N(m, s^2), the best eps is linear in x_t."""
@@ -88,8 +83,7 @@ def test_clipping_is_that_of_a_model_whose_eps_agrees_with_the_clipped_x_0(sampl
     ours = sampler(wild, scheduler, pure_noise(), 20, step_noise=noise_source(), on_step=keep)
     expected = sampler(clipped, scheduler, pure_noise(), 20, clip_x_0=False, step_noise=noise_source())
     assert_close(ours, expected.clamp(-1, 1), rtol=1e-9, atol=1e-9)
-    assert torch.stack(predictions).abs().max() == 1
-    assert ours.abs().max() <= 1
+    assert torch.stack(predictions).abs().max() == 1 and ours.abs().max() <= 1
 
 
 def test_noise_is_asked_for_once_a_step_and_not_at_the_end():

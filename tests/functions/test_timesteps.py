@@ -22,8 +22,7 @@ def test_times_are_as_many_as_asked_for_and_fall_to_the_image(data):
     times = sampling_times(NoiseScheduler(timesteps), steps, spacing)
     assert len(times) == (steps or timesteps) + 1  # so all steps are all timesteps
     assert (times[0], times[-1]) == (timesteps - 1, -1)
-    assert all(after < before for before, after in pairwise(times))
-    assert all(type(t) is int for t in times)
+    assert all(type(t) is int for t in times) and all(after < before for before, after in pairwise(times))
     if spacing == "logsnr" and len(times) > 2:
         assert times[-2] == 0  # a call at the least noise
 
@@ -48,8 +47,7 @@ def test_mixed_times_are_log_normal_at_odd_places_and_as_they_were_at_even_ones(
     uniform = torch.randint(100, (200_001,), generator=generator)
     normal = torch.randn(200_001, generator=generator)
     mixed = mixed_timesteps(scheduler, uniform, normal)
-    assert mixed.dtype == torch.int64
-    assert torch.equal(mixed[::2], uniform[::2])
+    assert mixed.dtype == torch.int64 and torch.equal(mixed[::2], uniform[::2])
     ln_sigma = np.log(1 / scheduler.alphas_cumprod.numpy() - 1) / 2
     midpoints = (ln_sigma[1:] + ln_sigma[:-1]) / 2
     shares = np.diff([0.0, *map(NormalDist(-1.2, 1.2).cdf, midpoints), 1.0])
@@ -62,10 +60,8 @@ def test_mixed_times_are_log_normal_at_odd_places_and_as_they_were_at_even_ones(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps is 0; a model with 100 timesteps takes 1 to 100"),
-        ({"steps": 101}, "steps is 101; a model with 100 timesteps takes 1 to 100"),
-        ({"steps": [9, 9, -1]}, "must be 2 or more, falling"),
-        ({"steps": [9]}, "must be 2 or more, falling"),
+        *(({"steps": n}, f"steps is {n}; a model with 100 timesteps takes 1 to 100") for n in (0, 101)),
+        *(({"steps": times}, "must be 2 or more, falling") for times in ([9, 9, -1], [9])),
         ({"steps": [9, -2]}, "at least -1"),
         ({"steps": [100, 9]}, "at most 99"),
         ({"spacing": "leading"}, "spacing is .leading.; it can be trailing or logsnr"),

@@ -34,10 +34,7 @@ class Convolutions(TorchDispatchMode):
 
 
 def gradients(net, mode, dtype=torch.float32, device=CPU):
-    """By name, on fixed inputs; and how many convolutions backward repeats.
-
-    A key's bias shifts all scores of a query alike, which softmax ignores: its gradient is rounding error.
-    """
+    """By name, on fixed inputs; and how many convolutions backward repeats."""
     net.set_recompute(mode)
     net.zero_grad()
     x_0, noise = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(3)).to(device)
@@ -47,6 +44,7 @@ def gradients(net, mode, dtype=torch.float32, device=CPU):
         loss = denoising_loss(net, NoiseScheduler(1000), x_0, t, noise).sum()
     with Convolutions() as repeated:
         loss.backward()
+    # A key's bias shifts all scores of a query alike, which softmax ignores: its gradient is rounding error
     return {name: p.grad.cpu() for name, p in net.named_parameters() if "key.bias" not in name}, repeated.count
 
 
@@ -55,10 +53,8 @@ def test_the_gradients_are_the_same_bit_for_bit_and_norms_repeat_no_convolution(
     net = network(dropout=0.3)
     (kept, none), (of_norms, norms), (of_blocks, blocks) = (gradients(net, mode, dtype) for mode in MODES)
     for name, value in kept.items():
-        assert torch.equal(of_norms[name], value), name
-        assert torch.equal(of_blocks[name], value), name
-    assert none == norms == 0
-    assert blocks > 20  # so the counter counts
+        assert torch.equal(of_norms[name], value) and torch.equal(of_blocks[name], value), name
+    assert none == norms == 0 and blocks > 20  # so the counter counts
 
 
 def test_in_bfloat16_the_gradients_are_nearly_those_of_float32():

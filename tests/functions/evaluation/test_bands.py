@@ -23,10 +23,10 @@ def half_the_mean(x_t, t):
     return by_bands(ideal_eps(x_t, t), torch.tensor([0.5, 1, 1, 1]))
 
 
-def measured(eps, memory=4096, processes=None, images=100):
-    x_0 = draw_images(images)
+def measured(eps, memory=4096, processes=None, images=100, seed=0):
+    x_0, processes = draw_images(images, seed), [processes] if processes else []
     denoiser = Denoiser(LittleMemory(eps, memory), SCHEDULER)
-    return measure_bands(denoiser, lambda i: x_0[i], np.arange(images), MU, 256, 0, *([processes] if processes else []))
+    return measure_bands(denoiser, lambda i: x_0[i], np.arange(images), MU, 256, seed, *processes)
 
 
 def expected(eps, times):
@@ -57,15 +57,10 @@ def test_the_ratios_of_known_networks(eps):
 def test_the_errors_are_those_of_repetition(monkeypatch):
     """Over other images the measurement varies as much as it says."""
     monkeypatch.setattr(bands, "DRAWS", 80)
-    spread, stated = [], []
-    for seed in range(12):
-        x_0 = draw_images(40, seed)
-        one = measure_bands(Denoiser(LittleMemory(half_the_mean, 4096), SCHEDULER), lambda i, x=x_0: x[i],
-                            np.arange(40), MU, 512, seed)  # fmt: skip
-        spread.append(one.ratio)
-        stated.append(one.standard_error)
-    ratio = np.std(spread, axis=0, ddof=1) / np.mean(stated, axis=0)
-    assert 0.8 < np.median(ratio) < 1.25
+    results = [measured(half_the_mean, images=40, seed=seed) for seed in range(12)]
+    spread = np.std([one.ratio for one in results], axis=0, ddof=1)
+    stated = np.mean([one.standard_error for one in results], axis=0)
+    assert 0.8 < np.median(spread / stated) < 1.25
 
 
 @pytest.mark.parametrize("size", [4, 8, 16, 32, 96])

@@ -12,6 +12,7 @@ from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
 from tests.conftest import LittleMemory
 from tests.functions.evaluation.parts import of_each_process
+from tests.functions.known_denoisers import Gaussian, double, ideal_model
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 MU, S = 0.2, 0.3  # of the Gaussian data
@@ -22,13 +23,9 @@ def gaussian_images(count, size):
 
 
 def best_denoiser(scheduler, most=64**2):
-    """The best for pixels that are N(MU, S^2), whose eps is linear in x_t; it has memory for so many images."""
-
-    def eps(x_t, t):
-        a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (1 - a).sqrt() * (x_t - a.sqrt() * MU) / (a * S**2 + 1 - a)
-
-    return Denoiser(LittleMemory(eps, most), scheduler)
+    """The best for pixels that are N(MU, S^2); it has memory for so many images."""
+    model = ideal_model(Gaussian(double(MU), double(S)), scheduler)
+    return Denoiser(LittleMemory(model, most), scheduler)
 
 
 def expected_terms(scheduler, variance):
@@ -60,18 +57,14 @@ def test_terms_equal_the_closed_form_on_gaussian_data(variance):
 
 SMOOTH = torch.exp(-((LEVELS - 0.1) ** 2) / (2 * 0.1**2))
 FOUR = torch.zeros(256, dtype=torch.float64)
-FOUR[[0, 100, 101, 255]] = torch.tensor([0.4, 0.1, 0.2, 0.3], dtype=torch.float64)
+FOUR[[0, 100, 101, 255]] = torch.tensor([0.4, 0.1, 0.2, 0.3], dtype=torch.float64)  # normals describe it badly
 
 
 @pytest.mark.parametrize(
     ("weights", "variance", "gap"), [(SMOOTH, "large", 0.3), (SMOOTH, "small", 1.0), (FOUR, "small", 1.0)]
 )
 def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
-    """Independent pixels with known probabilities, and the best denoiser.
-
-    Of the two variances the large one is right for data as wide as noise, the small one for a point (Section 3.2), and
-    normals describe four levels badly: hence the gaps.
-    """
+    """Up to gaps: the large variance is right for data as wide as noise, the small one for a point (Section 3.2)."""
     scheduler, p, levels = NoiseScheduler(1000), weights[weights > 0] / weights.sum(), LEVELS[weights > 0]
 
     def eps(x_t, t):

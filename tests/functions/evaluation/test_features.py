@@ -19,10 +19,9 @@ from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
-from tests.conftest import LittleMemory, image_sampler_of, small_unet
+from tests.conftest import CPU, LittleMemory, image_sampler_of, small_unet
 from tests.functions.evaluation.parts import Harm, of_each_process, small_extractor, small_features
 
-CPU = torch.device("cpu")
 EXTRACTOR = small_extractor()
 IMAGES = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
 

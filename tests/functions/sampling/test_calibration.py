@@ -14,7 +14,7 @@ from functions.prediction import Denoiser, predict
 from functions.sampling import calibration
 from functions.sampling.calibration import calibrate
 from functions.support.files import TensorFile, write_tensors
-from tests.conftest import call
+from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
 
 
@@ -29,7 +29,7 @@ def damped_eps(x_t, t, scheduler):
 
 
 def denoiser_of(eps, scheduler):
-    return Denoiser(Network(lambda x_t, t: eps(x_t, t, scheduler)), scheduler)
+    return Denoiser(LittleMemory(lambda x_t, t: eps(x_t, t, scheduler), 4096), scheduler)
 
 
 def x_0_of(denoiser, t):
@@ -68,12 +68,6 @@ def test_it_leaves_the_ideal_denoiser_as_it_is():
         found, x_0 = x_0_of(same, t)
         change = (found - x_0_of(ideal, t)[0]).square().mean()
         assert change < 0.005 * (found - x_0).square().mean()
-
-
-class Network(torch.nn.Module):
-    def __init__(self, eps):
-        super().__init__()
-        self.forward = eps
 
 
 def test_it_is_the_same_for_one_timestep_and_for_many():

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import sample
@@ -11,13 +10,10 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import ImageSampler, generate, rebuild
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
-from functions.support.command_line import plain_errors
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
 from models.unet import UNet
-from tests.conftest import ROOT, call
-
-CPU = torch.device("cpu")
+from tests.conftest import CPU, ROOT, call
 
 
 @pytest.mark.parametrize(
@@ -52,27 +48,6 @@ def test_the_rest_of_the_way_is_done_in_the_steps_of_the_whole():
     assert options.times(scheduler, 999) == options.times(scheduler)
     assert options.times(scheduler, 260) == [260, 249, 199, 149, 99, 49, -1]
     assert SamplerOptions().times(scheduler, 2) == [2, 1, 0, -1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--sampler euler", "invalid choice: 'euler' (choose from"),
-        ("--sampler ipndm --eta 0.5", "--eta is an option of ddim and dpm++, not of ipndm"),
-        ("--sampler ddim --variance large", "--variance is an option of ddpm, not of ddim"),
-        ("--n 101", "a grid shows 100 images at most; for 101 add --individual"),
-        ("--interpolate 1", "--interpolate: expected 2 arguments"),
-        ("--depths 0.5,2", "'2' is not a number from 0 to 1"),
-    ],
-)
-def test_what_cannot_be_is_one_line_and_nothing_is_written(flags, message, tmp_path, capsys):
-    """Refused before any checkpoint is looked for."""
-    with pytest.raises(SystemExit) as ended, plain_errors():
-        call(sample.main, "no/such/run", *flags.split(), "--out", tmp_path / "out")
-    printed = capsys.readouterr()
-    assert ended.value.code == 2 and message in printed.err
-    assert printed.err.count("\n") == 1 and printed.out == ""
-    assert not (tmp_path / "out").exists()
 
 
 def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):

@@ -23,10 +23,7 @@ RUN = {"experiment": "faces", "step": 5, "total_steps": 9, "nested": {"losses": 
 
 
 def test_a_training_comes_back_bit_for_bit(path):
-    """Weights, their average, Adam's moments and steps, the scaler: in another training, whose layout stays.
-
-    Both then take the same step.
-    """
+    """Weights, average, Adam's moments and steps, scaler: in a training whose layout stays. Both then step alike."""
     saved, other = copy.deepcopy(stepped_state(0)), training_state(seed=1)
     with torch.no_grad():
         next(saved.ema_model.parameters()).sub_(1)  # so that it is no copy of the model
@@ -61,8 +58,7 @@ def test_tensors_of_every_type_and_shape_come_back(path, dtype):
     tensors["transposed"] = tensors["ü.3"].mT
     write_tensors(path, tensors, {"not": [math.nan, math.inf]})
     file = TensorFile(path)
-    assert same(file.tensors(), tensors)
-    assert same(file.contents, {"not": [math.nan, math.inf]})
+    assert same(file.tensors(), tensors) and same(file.contents, {"not": [math.nan, math.inf]})
 
 
 def test_sampling_takes_the_average_if_there_is_one(path):
@@ -82,9 +78,8 @@ def test_an_exported_file_is_a_part_of_the_checkpoint(path, tmp_path):
     original, exported = load_weights(path), tmp_path / "faces.safetensors"
     export_weights(original, exported)
     again = load_weights(exported)
-    assert again.digest == original.digest
+    assert again.digest == original.digest and same(again.weights, original.weights)
     assert (again.kind, again.config, again.run) == (original.kind, original.config, original.run)
-    assert same(again.weights, original.weights)
     part = {name: tensor for name, tensor in tensors.items() if name.startswith("ema.")}
     assert same(TensorFile(exported).tensors(), part)
     with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
@@ -139,5 +134,4 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(path):
     with pytest.raises(OSError, match="No space") as error:
         write_whole(path, write_half)
     assert error.value.filename == str(path)
-    assert path.read_bytes() == b"old"
-    assert list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]

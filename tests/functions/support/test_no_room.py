@@ -30,10 +30,7 @@ exit $code
 @linux
 @pytest.mark.parametrize("every", [1000, 5])
 def test_a_full_disk(unfinished, tmp_path, every):
-    """On a file system of 4 MB that fills up with checkpoints of 1.3 MB, or with these and grids.
-
-    TensorBoard writes grids in a thread of its own, which may print its traceback before our sentence.
-    """
+    """On a file system of 4 MB that fills up with checkpoints of 1.3 MB, or with these and grids."""
     (tmp_path / "small").mkdir()
     commands = FULL_DISK.format(folder=tmp_path / "small", run=unfinished, name=unfinished.name,
                                 python=sys.executable, back=tmp_path / "back", every=every)  # fmt: skip
@@ -49,7 +46,7 @@ def test_a_full_disk(unfinished, tmp_path, every):
     said = result.stderr.splitlines()[-1]
     assert "cannot be written to: No space left on device. Last good checkpoint: " in said
     assert f"checkpoints/{last.name}. When that is mended, go on with: python train.py --resume " in said
-    assert every == 5 or "Traceback" not in result.stderr
+    assert every == 5 or "Traceback" not in result.stderr  # TensorBoard's thread, for grids, may print one
     assert load_checkpoint(last)["run"]["step"] >= 7
     assert not list((tmp_path / "back").rglob(".*.tmp"))
 
@@ -86,8 +83,7 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path):
     flags = ["faces", *TINY, "--model.base-dim", 1024, "--diffusion.batch-size", 24, "--runs", tmp_path / "runs"]
     program = Program(tmp_path / "printed", *flags, "--diffusion.dataset-name", pictures, act=train_in_little_memory)
     assert program.wait() == 2
-    assert "error: out of memory" in program.printed
-    assert "Traceback" not in program.printed
+    assert "error: out of memory" in program.printed and "Traceback" not in program.printed
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Several processes train as one does, and none outlives the others."""
 
-import math
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ from functions.training.stopping import EXIT_STOPPED
 from models.unet import UNet
 from tests.conftest import ROOT, TINY, call, newest
 from tests.forked import PATIENCE, Program, train_script, wait_until
+from tests.functions.training.test_bad_numbers import not_a_number, poison
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")]
 # An effective batch of 9 in passes of 3: one process has passes 3 3 3, two have 3 1 and 3 2
@@ -83,10 +83,7 @@ def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, monkeypatch)
 
 
 def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
-    """A torchrun for each, with one process each, that meet at an address; here both are this machine. One goes on.
-
-    The two make blocks again in backward, which must not disturb the exchange of gradients.
-    """
+    """A torchrun of one process for each; here both are this machine. They recompute blocks, and one goes on alone."""
     call(train.main, *FLAGS, "--diffusion.dataset-name", pictures, "--runs", tmp_path / "1")
     torchrun = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
     flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.recompute", "blocks", "--runs", tmp_path / "2"]
@@ -107,19 +104,15 @@ def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
 
 def spoil(patch, most, bad_pass):
     """Give this process no memory for more images than `most`, and a loss that is no number in one pass."""
-    forward, loss, passes = UNet.forward, train.denoising_loss, []
+    forward = UNet.forward
 
     def limited(network, x_t, t):
         if len(x_t) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
         return forward(network, x_t, t)
 
-    def spoiled(*args):
-        passes.append(1)
-        return loss(*args) * (math.nan if len(passes) == bad_pass else 1)
-
     patch.setattr(UNet, "forward", limited)
-    patch.setattr(train, "denoising_loss", spoiled)
+    poison(patch, {bad_pass: not_a_number})
 
 
 def train_with_a_bad_rank():

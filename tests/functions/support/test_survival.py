@@ -67,11 +67,9 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
             during(patch, step - done, lambda number=number: signal.raise_signal(number))
             call(train.main, *arguments)
-        assert stop.value.code == 75
-        assert signal.getsignal(signal.SIGTERM) == before
+        assert stop.value.code == 75 and signal.getsignal(signal.SIGTERM) == before
         (run,) = tmp_path.iterdir()
-        assert newest(run)["run"]["step"] == step
-        assert len(list(run.glob("samples/*"))) == (step > 5)
+        assert newest(run)["run"]["step"] == step and len(list(run.glob("samples/*"))) == (step > 5)
         assert f"stopped by {name}, saved; go on with: python train.py --resume {run}" in capsys.readouterr().out
         arguments, done = ["--resume", run], step
     call(train.main, *arguments)
@@ -93,8 +91,7 @@ def stopped_by_three_signals():
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     """At once means a second later: a scheduler's signal to all, and torchrun's for the same reason, are one."""
     program = Program(tmp_path / "printed", act=stopped_by_three_signals)
-    assert program.wait() == 130
-    assert program.printed == "one\n"
+    assert (program.wait(), program.printed) == (130, "one\n")
 
 
 def test_a_finished_run_is_nothing_to_resume(tiny_run, tmp_path, capsys):
@@ -162,11 +159,8 @@ def test_two_trainings_in_one_folder(unfinished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(pictures, tmp_path, monkeypatch):
-    """By steps none is due before the last; a time that is always over makes one after every step.
-
-    After a power cut a checkpoint may not be ahead of metrics.csv: that would leave a gap.
-    """
+def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(trained, monkeypatch):
+    """A time that is always over makes one a step; none may be ahead of metrics.csv: a power cut would leave a gap."""
     order = []
 
     def note(owner, name):
@@ -181,10 +175,8 @@ def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(pictures, tmp_p
     note(os, "fsync")
     note(os, "replace")
     note(train.BookKeeper, "save")
-    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, "--diffusion.epochs", 1,
-         "--diffusion.checkpoint-every", 1000, "--diffusion.checkpoint-minutes", 1e-9, "--diffusion.log-every", 1,
-         "--diffusion.keep-checkpoints", 1, "--diffusion.keep-every", 2)  # fmt: skip
-    run = next(tmp_path.iterdir())
+    run = trained("--diffusion.log-every", 1, "--diffusion.checkpoint-every", 9, "--diffusion.checkpoint-minutes", 1e-9,
+                  "--diffusion.epochs", 1, "--diffusion.keep-checkpoints", 1, "--diffusion.keep-every", 2)  # fmt: skip
     assert [run_folder.step_of(path) for path in run_folder.checkpoints_of(run)] == [2, 4, 5]
     saves = [i for i, (what, *_) in enumerate(order) if what == "save"]
     assert len(saves) == 5

@@ -11,22 +11,16 @@ from functions.support.checkpoint import MOMENTS
 from functions.support.errors import UserError
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import read_metrics
-from tests.conftest import TINY, call, load_checkpoint, newest
+from tests.conftest import CPU, call, load_checkpoint, newest
 from tests.spoilt_files import same
 
-CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
-FLAGS = ["faces", *TINY, "--diffusion.checkpoint-every", 1, "--diffusion.keep-checkpoints", 100,
-         "--diffusion.ema-decay", 0.5, "--diffusion.log-every", 1, "--diffusion.validate-every", 99,
-         "--diffusion.sample-every", 99]  # fmt: skip
+FLAGS = ["--diffusion.checkpoint-every", 1, "--diffusion.keep-checkpoints", 100, "--diffusion.ema-decay", 0.5,
+         "--diffusion.log-every", 1, "--diffusion.validate-every", 99, "--diffusion.sample-every", 99]  # fmt: skip
 
 
 def not_a_number(losses):
     return losses * math.nan
-
-
-def infinite(losses):
-    return losses + math.inf
 
 
 def with_infinite_gradient(losses):
@@ -46,21 +40,16 @@ def poison(monkeypatch, spoil_of_step):
     monkeypatch.setattr(train, "denoising_loss", spoiled)
 
 
-def checkpoint_of(run, step):
-    return load_checkpoint(run / "checkpoints" / f"step-{step:08d}.safetensors")
-
-
 @pytest.mark.slow
-def test_a_bad_step_changes_nothing_and_the_next_goes_on(pictures, tmp_path, monkeypatch):
+def test_a_bad_step_changes_nothing_and_the_next_goes_on(trained, monkeypatch):
     """Its checkpoint holds the weights and moments of the step before; the next step goes on from there, unspoiled."""
-    bad = {2: not_a_number, 4: infinite, 6: with_infinite_gradient}
+    bad = {2: not_a_number, 4: lambda losses: losses + math.inf, 6: with_infinite_gradient}
     poison(monkeypatch, bad)
-    call(train.main, *FLAGS, "--runs", tmp_path, "--diffusion.dataset-name", pictures)
-    run = next(tmp_path.iterdir())
+    run = trained(*FLAGS)
+    checkpoint_of = lambda step: load_checkpoint(run / "checkpoints" / f"step-{step:08d}.safetensors")
     for count, step in enumerate(bad, 1):
-        before, after, following = (checkpoint_of(run, step) for step in (step - 1, step, step + 1))
-        for part in ("model", *MOMENTS):
-            assert same(before[part], after[part])
+        before, after, following = map(checkpoint_of, (step - 1, step, step + 1))
+        assert all(same(before[part], after[part]) for part in ("model", *MOMENTS))
         assert not same(following["model"], after["model"])
         assert {made.item() for made in following["step"].values()} == {step + 1 - count}
     assert all(tensor.isfinite().all() for tensor in newest(run)["ema"].values())
@@ -72,14 +61,13 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(pictures, tmp_path, mon
     for path in run_folder.checkpoints_of(run)[6:]:
         path.unlink()
     call(train.main, "--resume", run)
-    assert same(checkpoint_of(run, 7), following)
+    assert same(checkpoint_of(7), following)
 
 
-def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(pictures, tmp_path, monkeypatch):
+def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(trained, tmp_path, monkeypatch):
     poison(monkeypatch, dict.fromkeys((2, 4, 5, 6), not_a_number))
     with pytest.raises(UserError) as error:
-        call(train.main, *FLAGS, "--runs", tmp_path, "--diffusion.dataset-name", pictures,
-             "--diffusion.max-skipped-steps", 3)  # fmt: skip
+        trained(*FLAGS, "--diffusion.max-skipped-steps", 3)
     (run,) = tmp_path.iterdir()
     last = run_folder.checkpoints_of(run)[-1]
     assert run_folder.step_of(last) == 5  # step 6 was not saved
@@ -107,20 +95,16 @@ def test_counting(tmp_path):
 
 
 @pytest.mark.slow
-def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(pictures, tmp_path, monkeypatch):
-    """float16 is for CUDA; here the CPU is made to run it, so that the scaler is really used.
-
-    With a scale that overflows at first, steps are skipped until it fits; a loss that always overflows ends the run.
-    """
+def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(trained, monkeypatch):
+    """On the CPU, to use the scaler: its scale falls until the steps fit; overflowing again and again ends the run."""
     monkeypatch.setattr(train, "choose_precision", lambda *a: torch.float16)
     scaler = torch.amp.GradScaler
     start_with = lambda scale: monkeypatch.setattr(
         torch.amp, "GradScaler", lambda device, enabled: scaler(device, scale, enabled=enabled)
     )
-    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.epochs", 5, "--diffusion.checkpoint-every", 99]
+    flags = [*FLAGS, "--diffusion.epochs", 5, "--diffusion.checkpoint-every", 99]
     start_with(2.0**24)
-    call(train.main, *flags, "--runs", tmp_path / "a")
-    run = next((tmp_path / "a").iterdir())
+    run = trained(*flags)
     last = read_metrics(run / "metrics.csv")[-1]
     assert 0 < last["skipped_steps"] < 15
     assert newest(run)["scaler"]["scale"] == 2.0 ** (24 - last["skipped_steps"])
@@ -129,4 +113,4 @@ def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(pictures
     poison(monkeypatch, dict.fromkeys(range(4, 100, 2), with_infinite_gradient))  # never two in a row
     start_with(4.0)
     with pytest.raises(UserError, match=r"loss scale of float16 has collapsed to 0\.5: .* bfloat16"):
-        call(train.main, *flags, "--runs", tmp_path / "b")
+        trained(*flags)

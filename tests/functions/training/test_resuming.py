@@ -47,12 +47,10 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
 
 
 @pytest.mark.slow
-def test_resuming_keeps_precision_and_says_what_it_cannot_keep(pictures, tmp_path, monkeypatch, capsys):
+def test_resuming_keeps_precision_and_says_what_it_cannot_keep(trained, monkeypatch, capsys):
     """A run started with "auto" where that is bfloat16 goes on in bfloat16 where it is not."""
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: True)
-    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
-         "--diffusion.precision", "auto", "--diffusion.epochs", 1)  # fmt: skip
-    run = next(tmp_path.iterdir())
+    run = trained("--diffusion.precision", "auto", "--diffusion.epochs", 1)
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: False)
     capsys.readouterr()
     call(train.main, "--resume", run, "--diffusion.epochs", 2)
@@ -63,10 +61,9 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(pictures, tmp_pat
     assert "warning: threads was 1, is now 2: no longer bit for bit as if never stopped" in capsys.readouterr().out
 
 
-def test_deterministic_kernels_are_asked_for_and_only_then(pictures, tmp_path):
+def test_deterministic_kernels_are_asked_for_and_only_then(trained):
     for value in ("true", "false"):
-        call(train.main, "faces", "--dry-run", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY,
-             "--diffusion.deterministic", value)  # fmt: skip
+        trained("--dry-run", "--diffusion.deterministic", value)
         assert torch.are_deterministic_algorithms_enabled() == (value == "true")
         assert torch.backends.cudnn.benchmark == (value == "false")
 

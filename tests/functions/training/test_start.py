@@ -21,34 +21,30 @@ from tests.conftest import SMALL_MODEL, TINY, call
 from tests.kill import assert_same_run
 
 
-@pytest.fixture
-def memory(monkeypatch):
-    """Sets how many images' passes fit in memory, by what is recomputed; and lists the passes tried, by their size."""
+def limit_memory(patch, **most):
+    """To so many images' passes, by what is recomputed; returns a list of the passes that are tried, by their size."""
     forward, tried = UNet.forward, []
 
-    def holds(**most):
-        def limited(network, x_t, t):
-            if torch.is_grad_enabled():
-                tried.append(len(x_t))
-                if len(x_t) > most.get(network.recompute, 0):
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
-            return forward(network, x_t, t)
+    def limited(network, x_t, t):
+        if torch.is_grad_enabled():
+            tried.append(len(x_t))
+            if len(x_t) > most.get(network.recompute, 0):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
+        return forward(network, x_t, t)
 
-        monkeypatch.setattr(UNet, "forward", limited)
-        return tried
-
-    return holds
+    patch.setattr(UNet, "forward", limited)
+    return tried
 
 
 @pytest.mark.slow
-def test_a_batch_that_fits_changes_nothing_else(memory, pictures, tmp_path, capsys):
+def test_a_batch_that_fits_changes_nothing_else(monkeypatch, pictures, tmp_path, capsys):
     """Each divisor of 4 is tried; the run is then, bit for bit, the one that was started so."""
     flags = ["faces", *TINY, "--model.dropout", 0.1, "--diffusion.batch-size", 4, "--diffusion.epochs", 1,
              "--diffusion.dataset-name", pictures]  # fmt: skip
     call(train.main, *flags, "--runs", tmp_path / "asked", "--diffusion.batch-size", 1,
          "--diffusion.gradient-accumulation", 4, "--diffusion.recompute", "blocks")  # fmt: skip
     capsys.readouterr()
-    tried = memory(blocks=1)
+    tried = limit_memory(monkeypatch, blocks=1)
     call(train.main, *flags, "--runs", tmp_path / "found")
     assert tried[:4] == [4, 2, 1, 1]
     printed = capsys.readouterr().out
@@ -71,21 +67,20 @@ def parts():
     return run, Denoiser(network, NoiseScheduler(100))
 
 
-def test_a_try_leaves_nothing_behind(memory):
+def test_a_try_leaves_nothing_behind(monkeypatch):
     run, denoiser = parts()
-    tried = memory(norms=3)
+    tried = limit_memory(monkeypatch, norms=3)
     before = {name: p.clone() for name, p in denoiser.network.named_parameters()}
     fit_memory(run, denoiser, SINGLE_PROCESS)
     config = run.experiment.diffusion
     assert tried == [4, 3]  # 12 images in passes of 3
     assert (config.batch_size, config.gradient_accumulation, run.facts["arithmetic"]["batch_size"]) == (3, 4, 3)
     for name, parameter in denoiser.network.named_parameters():
-        assert parameter.grad is None
-        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None and torch.equal(parameter, before[name])
 
 
-def test_when_nothing_fits_it_is_said(memory, pictures, tmp_path):
-    tried = memory(norms=0)
+def test_when_nothing_fits_it_is_said(monkeypatch, pictures, tmp_path):
+    tried = limit_memory(monkeypatch, norms=0)
     with pytest.raises(UserError, match="out of memory with one image at a time: take a smaller base_dim"):
         call(train.main, "faces", *TINY, "--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs")
     assert tried == [8, 4, 2, 1, 1]

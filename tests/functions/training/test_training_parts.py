@@ -1,6 +1,7 @@
 """Loss, EMA, draws, validation, metrics, learning rate: each against what it should be by definition."""
 
 import copy
+import io
 import math
 import time
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.testing import assert_close
@@ -20,7 +22,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import generator_of, seed_of, training_draws
-from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses, read_metrics
+from functions.training.metrics import COLUMNS, MetricsLog, TrainingWindow, plot_losses, read_metrics
 from functions.training.validation import validation_losses
 from tests.conftest import LittleMemory
 from train import learning_rate
@@ -35,8 +37,7 @@ def test_loss_of_known_predictions():
     knows_x_0 = lambda x_t, t: scheduler.predict_eps(x_t, t, x_0)
     with torch.autocast("cpu", torch.bfloat16):
         losses = denoising_loss(knows_x_0, scheduler, x_0, t, noise)
-    assert losses.shape == (4,)
-    assert losses.max() < 1e-6  # at t = 0 bfloat16 would lose the noise
+    assert losses.shape == (4,) and losses.max() < 1e-6  # at t = 0 bfloat16 would lose the noise
 
 
 def test_ema_is_the_weighted_sum_of_its_definition():
@@ -61,8 +62,7 @@ def test_draws_depend_on_seed_and_step_alone():
     )
     for name, values in first.items():
         assert torch.equal(values, again[name])
-        assert not torch.equal(values, next_step[name])
-        assert not torch.equal(values, other_seed[name])
+        assert not any(torch.equal(values, other[name]) for other in (next_step, other_seed))
     assert seed_of(1, 23) != seed_of(12, 3)
     # The order in which the first four were drawn before there was a fifth: runs of that time go on as they would have
     generator = generator_of("cpu", 0, "training", 7)
@@ -75,15 +75,12 @@ def test_draws_depend_on_seed_and_step_alone():
 def test_draws_have_their_distributions():
     draws = training_draws(0, 0, 20_000, (1, 2, 2), 10, "cpu")
     counts = torch.bincount(draws.t, minlength=10)
-    assert counts.shape == (10,)
-    assert (counts - 2000).abs().max() < 4 * math.sqrt(20_000 * 0.1 * 0.9)
+    assert counts.shape == (10,) and (counts - 2000).abs().max() < 4 * math.sqrt(20_000 * 0.1 * 0.9)
     for values in (draws.noise, draws.normal):
         n = values.numel()
-        assert abs(values.mean()) < 4 / math.sqrt(n)
-        assert abs(values.var() - 1) < 4 * math.sqrt(2 / n)
+        assert abs(values.mean()) < 4 / math.sqrt(n) and abs(values.var() - 1) < 4 * math.sqrt(2 / n)
     assert abs(draws.flip.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(20_000)
-    assert draws.tilt.min() >= -1
-    assert draws.tilt.max() < 1
+    assert draws.tilt.min() >= -1 and draws.tilt.max() < 1
     assert abs(draws.tilt.mean()) < 4 / math.sqrt(3 * 20_000)
     assert abs((draws.normal * draws.tilt).mean()) < 4 / math.sqrt(3 * 20_000)  # other draws, not the same again
 
@@ -155,6 +152,21 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, round(e.value, 6)) for e in events.Scalars("loss")] == [(10, 0.1), (20, 0.05), (30, 0.25)]
     assert [(e.step, e.value) for e in events.Scalars("val_loss")] == [(20, 0.5)]
+
+
+def test_tensorboard_has_the_curves_the_grids_and_the_config(tiny_run):
+    events = EventAccumulator(str(tiny_run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    rows = read_metrics(tiny_run / "metrics.csv")
+    for column in set(COLUMNS) - {"step"}:
+        logged = [(row["step"], row[column]) for row in rows if row[column] is not None]
+        seen = [(event.step, event.value) for event in events.Scalars(column)] if logged else []
+        np.testing.assert_allclose(seen, logged, rtol=1e-5)
+    grids = sorted((tiny_run / "samples").glob("*.png"))
+    for grid, event in zip(grids, events.Images("samples"), strict=True):
+        assert grid.stem == f"step-{event.step:08d}"
+        assert np.array_equal(Image.open(grid), Image.open(io.BytesIO(event.encoded_image_string)))
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert (tiny_run / "config.json").read_text() in text
 
 
 @pytest.mark.parametrize(
