@@ -147,6 +147,7 @@ class DiffusionConfig:
     ema_decay: float = 0.9999  # of the weights' average, per step; 0: no average, samples use the raw weights
     precision: str = "auto"  # of the network: "float32", "bfloat16", "float16", or the fastest that the hardware has
     recompute: str = "norms"  # in backward: "none"; "norms", nearly free at 128 px; "blocks", for least memory
+    compile: str = "auto"  # on CUDA the network, by PyTorch's compiler, where that pays off in this run; or "off"
     seed: int = 0  # of everything that is drawn
     deterministic: bool = False  # on CUDA take only kernels that repeat bit for bit, which are slower; the CPU's do
 
@@ -191,6 +192,7 @@ class DiffusionConfig:
         precisions = ("auto", "float32", "bfloat16", "float16")
         require(self.precision in precisions, self, "precision", "one of " + ", ".join(precisions))
         require(self.recompute in ("none", "norms", "blocks"), self, "recompute", '"none", "norms" or "blocks"')
+        require(self.compile in ("auto", "off"), self, "compile", '"auto" or "off"')
 
     @property
     def effective_batch(self) -> int:
@@ -252,7 +254,7 @@ class Experiment:
         batch_size and gradient_accumulation may change if their product does not: that is for another GPU's memory.
         """
         changed = self.override(diffusion, model)
-        may_change = {f"diffusion.{field}" for field in ("epochs", "recompute", *BOOK_KEEPING)}
+        may_change = {f"diffusion.{field}" for field in ("epochs", "recompute", "compile", *BOOK_KEEPING)}
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:
             may_change |= {"diffusion.batch_size", "diffusion.gradient_accumulation"}
         fixed = self.differences(changed).keys() - may_change

@@ -30,6 +30,7 @@ from functions.support.random_numbers import seed_of, training_draws
 from functions.support.run_folder import Run, find_checkpoints, first_sound, run_to_resume
 from functions.timesteps import mixed_timesteps
 from functions.training.book_keeping import BookKeeper
+from functions.training.compiling import compiled_if_worth_it
 from functions.training.start import describe, describe_compute, fit_memory
 from models.unet import UNet
 
@@ -134,9 +135,9 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     batches = images.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, passes,
                                         range(run.first_step, total_steps)))  # fmt: skip
     averaged = replace(denoiser, network=ema_model or model)
+    network = processes.wrap(model, device)
+    trained = compiled_if_worth_it(denoiser, network, run, passes, processes)
     with BookKeeper(run, state, averaged, images, split.val_indices, processes) as books:
-        network = processes.wrap(model, device)
-        trained = replace(denoiser, network=network)
         for step in range(run.first_step, total_steps):  # Algorithm 1, lines 1 and 6: total_steps times
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, run.image_shape, scheduler.timesteps,

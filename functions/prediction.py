@@ -28,7 +28,9 @@ class Denoiser:
     calibration: Callable | None = None  # (x_0, x_t, t, scheduler) -> a better x_0: functions/sampling/calibration.py
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
+        half = self.precision != torch.float32
+        # No weight is used twice, so that no cache of them is needed; and a CUDA graph cannot have one
+        with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
             return self.network(x_t.float(), t).float()
 
     @contextmanager

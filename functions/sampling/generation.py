@@ -7,13 +7,14 @@ many images at a time as fit in memory.
 import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.pixels import to_uint8
@@ -164,11 +165,35 @@ def generate_batches(
 
     What does not fit in memory is sampled by halves: that batch and those after it.
     """
+    if image_sampler.device.type == "cuda":
+        denoiser = image_sampler.denoiser
+        image_sampler = replace(image_sampler, denoiser=replace(denoiser, network=Replayed(denoiser.network)))
     limit, steps = BatchLimit(image_sampler.device), len(image_sampler.options.times(image_sampler.scheduler)) - 1
     total = steps * sum(map(len, batches))
     with tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress) as bar:
         for batch in batches:
             yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, bar), batch))
+
+
+class Replayed:
+    """A network on CUDA, recorded as a CUDA graph: a call is one launch for the host, instead of a thousand.
+
+    It is recorded for the first batch. Smaller ones are filled up to that size, which is free of other rounding; of
+    less than half of it, or for a larger one, it is recorded anew.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network, self.size, self.graph = network, 0, None
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """As the network, without gradients; the result is the caller's, as a replay overwrites the graph's."""
+        count = len(x_t)
+        if not self.size / 2 < count <= self.size:
+            self.graph, self.size = None, 0  # the old one's memory first
+            self.graph = torch.cuda.make_graphed_callables(self.network.forward, (x_t.clone(), t.clone()))
+            self.size = count
+        fill = self.size - count
+        return self.graph(F.pad(x_t, (0, 0, 0, 0, 0, 0, 0, fill)), F.pad(t, (0, fill)))[:count].clone()
 
 
 class BatchLimit:

@@ -56,10 +56,11 @@ def describe_compute(run: Run, denoiser: Denoiser) -> str:
     """FLOPs of a step, counted; the hours of the steps to go, on this device by trying, on an H100 by assumption."""
     config, steps = run.experiment.diffusion, run.facts["total_steps"] - run.first_step
     flops = config.effective_batch * flops_of_image(denoiser.network)
-    run_pass(denoiser, 1)  # warms up
-    images, seconds = 1, run_pass(denoiser, 1)
+    run_pass(denoiser, (1, *run.image_shape))  # warms up
+    images, seconds = 1, run_pass(denoiser, (1, *run.image_shape))
     if seconds < 1:
-        images, seconds = config.batch_size, min(run_pass(denoiser, config.batch_size) for _ in range(2))
+        images = config.batch_size
+        seconds = min(run_pass(denoiser, (images, *run.image_shape)) for _ in range(2))
     here = config.effective_batch * seconds / images * steps / 3600
     on_h100 = flops * steps / (H100_SHARE * H100_PEAK) / 3600
     return (
@@ -98,7 +99,7 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
         attempts.append((1, "blocks"))
     for size, recompute in attempts:
         denoiser.network.set_recompute(recompute)
-        if not processes.any(not pass_fits(denoiser, min(size, most))):
+        if not processes.any(not pass_fits(denoiser, (min(size, most), *run.image_shape))):
             break
         processes.say(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
     else:
@@ -110,13 +111,13 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
         run.facts["arithmetic"]["batch_size"] = size
 
 
-def pass_fits(denoiser: Denoiser, images: int) -> bool:
-    """Whether a forward and backward pass fits in memory; leaves no gradients."""
+def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
+    """Whether a forward and backward pass of images in this shape fits in memory; leaves no gradients."""
     network = denoiser.network
     try:
         for parameter in network.parameters():  # gradients are there in all passes of a step but the first
             parameter.grad = torch.zeros_like(parameter)
-        run_pass(denoiser, images)
+        run_pass(denoiser, shape)
         return True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -129,12 +130,11 @@ def pass_fits(denoiser: Denoiser, images: int) -> bool:
             torch.cuda.empty_cache()
 
 
-def run_pass(denoiser: Denoiser, images: int) -> float:
-    """Forward and backward, of grey images; returns the seconds that it took."""
-    start, network = time.perf_counter(), denoiser.network
-    weight = next(network.parameters())
-    x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=weight.device)
-    t = torch.zeros(images, dtype=torch.int64, device=weight.device)
+def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:
+    """Forward and backward, of images of noise in this shape; returns the seconds that it took."""
+    start, weight = time.perf_counter(), next(denoiser.network.parameters())
+    x_0 = torch.randn(shape, device=weight.device)
+    t = torch.zeros(len(x_0), dtype=torch.int64, device=weight.device)
     denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
     weight.grad.sum().item()  # waits until the device is done
     return time.perf_counter() - start

@@ -28,9 +28,12 @@ def output_and_gradients(norm, x):
     return [y, *torch.autograd.grad(y, [x, *norm.parameters()], seen)]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("channels", "groups", "size"), SIZES)
-def test_it_is_pytorch_s(channels, groups, size, layout):
+def test_it_is_pytorch_s(channels, groups, size, layout, compiled, monkeypatch):
+    """Also by the operations that a compiler is given."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     ours, theirs = norms(channels, groups)
     x = torch.randn(3, channels, size, size).contiguous(memory_format=layout)
     for found, expected in zip(output_and_gradients(ours, x), output_and_gradients(theirs, x), strict=True):
@@ -46,10 +49,12 @@ def test_the_gradients_are_those_of_finite_differences():
     assert gradcheck(function, (x, *(torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mean", [0, 4, 16], ids=lambda mean: f"mean {mean} std")
 @pytest.mark.parametrize(("channels", "groups", "size"), SIZES)
-def test_half_precision_is_as_good_as_pytorch_s(channels, groups, size, mean):
+def test_half_precision_is_as_good_as_pytorch_s(channels, groups, size, mean, compiled, monkeypatch):
     """In bfloat16 beside float32 weights, against float64: its errors are near those of PyTorch's."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     ours, theirs = norms(channels, groups)
     x = (mean + torch.randn(3, channels, size, size)).bfloat16().contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):

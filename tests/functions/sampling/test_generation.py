@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 import sample
 import sampleFFHQ
 from data.pixels import to_uint8
-from functions.sampling.generation import frame_steps, generate
+from functions.samplers import ipndm_sample
+from functions.sampling.generation import Replayed, Samples, frame_steps, generate, generate_batches
 from functions.sampling.options import SAMPLERS, SamplerOptions
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import SMALLEST_SIDE, save_grid
@@ -36,6 +38,32 @@ def test_an_image_does_not_depend_on_its_batch(network, options):
         assert np.array_equal(other.frames["x", 0], one.frames["x", 0][images])
         assert (other.images - one.images[images]).abs().max() * 127.5 < 1
     assert (one.images[0] - one.images[1]).abs().max() > 0.1
+
+
+def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monkeypatch):
+    """A graph reads its own inputs and overwrites its output. iPNDM keeps four of those."""
+    recorded = []
+
+    def as_a_graph(function, inputs):
+        recorded.append(len(inputs[0]))
+        output = function(*inputs)
+
+        def replay(*given):
+            for own, new in zip(inputs, given, strict=True):
+                own.copy_(new)
+            return output.copy_(function(*inputs))
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", as_a_graph)
+    eager = image_sampler_of(network, options=SamplerOptions("ipndm", 8))
+    replayed = replace(eager, denoiser=replace(eager.denoiser, network=Replayed(network)))
+    parts = list(generate_batches(replayed, [range(4), range(4, 7), range(7, 8)]))
+    assert recorded == [4, 1]
+    assert (Samples.joined(parts).images - generate(eager, range(8), 8).images).abs().max() < 1e-4
+    x_T, unclipped = eager.noise(range(1)).draw(), {"steps": 8, "clip_x_0": False}
+    expected = ipndm_sample(eager.denoiser, eager.scheduler, x_T, **unclipped)
+    assert_close(ipndm_sample(replayed.denoiser, eager.scheduler, x_T, **unclipped), expected)
 
 
 def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network, capsys):

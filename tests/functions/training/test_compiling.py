@@ -1,0 +1,105 @@
+"""The compiled network trains as the plain one does, where it pays; and what fails or computes otherwise is not used.
+
+Compiled by PyTorch's "aot_eager", which does all but write code: that takes seconds. DDP has many small buckets.
+"""
+
+import re
+from functools import partial, partialmethod
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from functions.training import compiling
+from tests.conftest import TINY, call
+from tests.functions.support.test_processes import FLAGS, assert_alike, two
+from tests.kill import assert_same_run
+
+pytestmark = pytest.mark.slow
+compiled = []  # the graphs; with DDP one for each of its buckets
+
+
+def counting(graph, inputs):
+    compiled.append(graph)
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def fast_compile(network, dynamic, options, compile=torch.compile):
+    return compile(network, dynamic=dynamic, backend=counting)
+
+
+class Wrong(torch.nn.Module):
+    """What a compiler may make of a network: something that raises, or another function."""
+
+    def __init__(self, network, factor=None, **how):
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, x_t, t):
+        if self.factor is None:
+            raise RuntimeError("no compiler\nfound")
+        return self.factor * self.network(x_t, t)
+
+
+def prepare(patch, compile=fast_compile):
+    """Compiling pays on the CPU too."""
+    patch.setattr(compiling, "DEVICES", ("cpu",))
+    patch.setattr(compiling, "COMPILING", 0)
+    patch.setattr(torch, "compile", compile)
+
+
+@pytest.fixture
+def trained(pictures, tmp_path, capsys):
+    def run(*flags):
+        runs = tmp_path / f"{len([*tmp_path.iterdir()])}"
+        call(train.main, "faces", *TINY, "--diffusion.dataset-name", pictures, "--runs", runs, *flags)
+        return next(runs.iterdir()), capsys.readouterr().out
+
+    return run
+
+
+def test_a_compiled_training_is_the_plain_one(trained, tiny_run, monkeypatch):
+    prepare(monkeypatch)
+    run, printed = trained()
+    assert len(compiled) == 1 and "compiling  takes some 0 s and save some" in printed and "a pass takes" in printed
+    assert_alike(tiny_run, run)
+
+
+@pytest.mark.parametrize(("factor", "why"), [(None, r"RuntimeError: no compiler\\nfound"),
+                                             (-1, r"its gradients differ by \d+%")])  # fmt: skip
+def test_what_fails_or_differs_is_left_out_and_leaves_nothing_behind(factor, why, trained, monkeypatch):
+    plain, _ = trained()
+    prepare(monkeypatch, partial(Wrong, factor=factor))
+    run, printed = trained()
+    assert re.search(f"failed, so it goes on without: {why}\n", printed)
+    assert_same_run(plain, run)
+
+
+@pytest.mark.parametrize("flags", [["compile", "off"], ["deterministic", "true"], ["recompute", "blocks"], []])
+def test_it_is_not_tried_in_vain(flags, trained, monkeypatch):
+    prepare(monkeypatch, Wrong)
+    if not flags:
+        monkeypatch.undo()
+        monkeypatch.setattr(compiling, "DEVICES", ("cpu",))  # 10 steps are not worth it
+    _, printed = trained("--diffusion.epochs", 1, *(f"--diffusion.{flags[0]}", flags[1]) if flags else ())
+    assert ("is left out: it would take some 240 s and save some 0 s of 5 steps" in printed) == (not flags)
+    assert "failed" not in printed
+
+
+def train_compiled():
+    prepare(pytest.MonkeyPatch())
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 2**15
+    DistributedDataParallel.__init__ = partialmethod(DistributedDataParallel.__init__, bucket_cap_mb=0.1)
+    train.main()
+    print(len(compiled), "graphs")
+
+
+def test_two_processes_with_compiled_networks_give_the_losses_of_one(pictures, tmp_path):
+    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.batch-size", 4, "--runs"]
+    call(train.main, *flags, tmp_path / "one", "--diffusion.gradient-accumulation", 2)
+    programs = two(tmp_path, *flags, tmp_path / "two", "--diffusion.gradient-accumulation", 2, act=train_compiled)
+    assert [program.wait() for program in programs] == [0, 0], programs[0].printed
+    assert "a pass takes" in programs[0].printed
+    assert "3 graphs" in programs[0].printed
+    assert_alike(*(next((tmp_path / name).iterdir()) for name in ("one", "two")))
