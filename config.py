@@ -26,11 +26,11 @@ def experiments() -> dict[str, "Experiment"]:
                 image_size=32, norm_groups=8,
             ),
         ),
-        # The same with v, which wants a lower rate: docs/whole-before-detail.md says why, and what it is better at.
+        # The same with v and cosine betas, at a lower rate: docs/whole-before-detail.md says why, and what is better.
         "faces-v": Experiment(
             DiffusionConfig(
                 dataset_name="emoji_people", learning_rate=1e-3, batch_size=16, use_augmentation=True,
-                timesteps_diff=1000, objective="v", t_sampling="mixed", epochs=70, gradient_accumulation=1,
+                timesteps_diff=1000, objective="v", beta_schedule="cosine", epochs=70, gradient_accumulation=1,
                 clip_grad_norm=1.0, warmup_steps=200, lr_schedule="cosine", ema_decay=0.998, recompute="none",
                 log_every=25, validate_every=250, sample_every=500, checkpoint_every=500, validation_samples=360,
             ),

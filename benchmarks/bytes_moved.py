@@ -5,11 +5,10 @@ minutes. Eagerly each operation reads its inputs and writes its outputs once. Co
 its scheduler made of the graph for an H100, just before it would write code. It stands on private parts of PyTorch.
 """
 
-import argparse
 import contextlib
+import itertools
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -31,13 +30,13 @@ from functions.training.compiling import OPTIONS
 from models.unet import UNet
 from tests.pretended_cuda import let_autograd_know_cuda, pretended_cuda
 
+IMAGES = 20  # in the pass
 BANDWIDTH = 2.8e12  # bytes a second that an H100 may reach; its data sheet says 3.35
 H100 = SimpleNamespace(
     major=9, minor=0, name="H100", multi_processor_count=132, total_memory=80 * 10**9, warp_size=32, gcnArchName="",
     regs_per_multiprocessor=2**16, max_threads_per_multi_processor=2048, shared_memory_per_block=48 * 2**10,
     shared_memory_per_block_optin=227 * 2**10, max_threads_per_block=1024, L2_cache_size=50 * 2**20,
 )  # fmt: skip
-
 ANSWERS = {  # of torch.cuda's functions
     "is_available": True, "current_device": 0, "device_count": 1, "_lazy_init": None, "synchronize": None,
     "get_device_capability": (9, 0), "get_device_properties": H100, "_get_device_properties": H100,
@@ -47,37 +46,28 @@ ANSWERS = {  # of torch.cuda's functions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base-dim", type=int, nargs="+", default=[64, 128], help="of ffhq-run2's network (64 128)")
-    parser.add_argument("--images", type=int, default=20, help="in the pass (20)")
-    args = parser.parse_args()
     warnings.simplefilter("ignore")
     let_autograd_know_cuda()
-    print(f"| {args.images} images | base | GB | launches | ms at {BANDWIDTH / 1e12} TB/s |\n|---|---|---|---|---|")
+    print(f"| {IMAGES} images | base | GB | launches | ms at {BANDWIDTH / 1e12} TB/s |\n|---|---|---|---|---|")
     arms = {"eager, norms recomputed": eagerly, "eager, nothing recomputed": eagerly, "compiled": compiled}
-    for base_dim in args.base_dim:
-        for name, count in arms.items():
-            moved, launches = count(base_dim, args.images, "norms" if "norms" in name else "none")
-            milliseconds = 1000 * moved / BANDWIDTH
-            print(f"| {name} | {base_dim} | {moved / 1e9:.1f} | {launches:,} | {milliseconds:.0f} |", flush=True)
+    for base_dim, (name, count) in itertools.product((64, 128), arms.items()):
+        moved, launches = count(*network_and_inputs(base_dim, "norms" if "norms" in name else "none"))
+        milliseconds = 1000 * moved / BANDWIDTH
+        print(f"| {name} | {base_dim} | {moved / 1e9:.1f} | {launches:,} | {milliseconds:.0f} |", flush=True)
 
 
-def network_and_inputs(base_dim: int, images: int, recompute: str) -> tuple[UNet, Tensor, Tensor]:
+def network_and_inputs(base_dim: int, recompute: str) -> tuple[UNet, Tensor, Tensor]:
     """ffhq-run2's, with another width."""
     model = EXPERIMENTS["ffhq-run2"].override({}, {"base_dim": base_dim}).model
     with torch.device("meta"):
         network = UNet(**vars(model))
     network.set_recompute(recompute)
-    x_t = torch.empty(images, 3, model.image_size, model.image_size).to(memory_format=torch.channels_last)
-    return network, x_t, torch.zeros(images, dtype=torch.int64)
+    x_t = torch.empty(IMAGES, 3, model.image_size, model.image_size).to(memory_format=torch.channels_last)
+    return network, x_t, torch.zeros(IMAGES, dtype=torch.int64)
 
 
-class Counted(Exception):
-    """Nothing is to be computed."""
-
-
-def not_run(*inputs: Tensor) -> None:
-    raise Counted
+class Counted(BaseException):
+    """All is counted, and nothing is to be run. (A compiler would wrap an Exception.)"""
 
 
 class Counting(TorchDispatchMode):
@@ -95,9 +85,8 @@ class Counting(TorchDispatchMode):
         return outputs
 
 
-def eagerly(base_dim: int, images: int, recompute: str) -> tuple[int, int]:
+def eagerly(network: UNet, x_t: Tensor, t: Tensor) -> tuple[int, int]:
     """Bytes and launches, one of each operation."""
-    network, x_t, t = network_and_inputs(base_dim, images, recompute)
     with pretended_cuda():
         network = network.to_empty(device="cuda").to(memory_format=torch.channels_last)
         x_t, t = x_t.to("cuda"), t.to("cuda")
@@ -108,9 +97,8 @@ def eagerly(base_dim: int, images: int, recompute: str) -> tuple[int, int]:
     return counting.moved, counting.launches
 
 
-def compiled(base_dim: int, images: int, recompute: str) -> tuple[int, int]:
+def compiled(network: UNet, x_t: Tensor, t: Tensor) -> tuple[int, int]:
     """Bytes and kernels, as the scheduler counts them."""
-    network, x_t, t = network_and_inputs(base_dim, images, recompute)
     network = network.to_empty(device="cpu").to(memory_format=torch.channels_last)
     counts = []
 
@@ -121,7 +109,7 @@ def compiled(base_dim: int, images: int, recompute: str) -> tuple[int, int]:
         counts.append((sum(node.get_read_write_buffers_sizes() for node in nodes), len(nodes)))
         return SimpleNamespace(call=tuple, __file__="", key="")
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> None:
         """The graph of the CPU, for CUDA."""
         for node in graph.graph.nodes:
             named = [name for name, value in node.kwargs.items() if isinstance(value, torch.device)]
@@ -142,7 +130,7 @@ def compiled(base_dim: int, images: int, recompute: str) -> tuple[int, int]:
             stack.enter_context(torch.autocast("cuda", torch.bfloat16))
             stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(fake)))
             compile_fx(graph, inputs)
-        return not_run
+        raise Counted
 
     with contextlib.suppress(Counted):
         torch.compile(network, dynamic=False, backend=backend)(x_t, t)

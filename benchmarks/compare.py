@@ -4,7 +4,7 @@
 
 An arm is a network in a setting. It has a process of its own, because peak memory and the heap's settings belong to a
 process, and it takes turns with ours, A B A B. Each peer runs as it is shipped, and as fast as we could make it: with
-our precision, our heap, its faster memory layout (of lucidrains' not tried), compiled. Ours is never compiled. The
+our precision, our heap, its faster memory layout (of lucidrains' not tried), compiled. Ours is not compiled. The
 comparison needs requirements-dev.txt and a machine that does nothing else. It has not yet run on a GPU.
 """
 
@@ -37,6 +37,7 @@ from functions.prediction import Denoiser
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.device import DTYPES, Adam, choose_device, choose_precision, cpu_name, keep_heap
 from functions.support.errors import UserError
+from functions.training.compiling import OPTIONS
 from models.unet import UNet
 
 FFHQ = EXPERIMENTS["ffhq-run2"].model  # every network has its multipliers and levels of attention
@@ -138,7 +139,8 @@ class Bench:
         self.arm, self.image_size, self.device = arm, model.image_size, device
         self.layout = torch.channels_last if arm.channels_last else torch.contiguous_format
         self.module = build(arm, model).to(device, memory_format=self.layout)
-        network = torch.compile(self.module) if arm.compiled else self.module
+        options = OPTIONS if arm.package == "ours" else None
+        network = torch.compile(self.module, options=options) if arm.compiled else self.module
         predict = (lambda x_t, t: network(x_t, t, return_dict=False)[0]) if arm.package == "diffusers" else network
         self.denoiser = Denoiser(predict, NoiseScheduler(1000), DTYPES[arm.precision])
         adam = Adam if arm.package == "ours" else torch.optim.Adam

@@ -40,6 +40,7 @@ from models.unet import UNet  # noqa: E402
 
 RESULTS = ROOT / "figures" / "experiments.json"
 V = {"objective": "v", "t_sampling": "mixed", "learning_rate": 1e-3}  # at 2e-3, uniform t mostly did not learn
+FACES_V = V | {"t_sampling": "uniform", "beta_schedule": "cosine"}
 LARGE, SHORT = {"image_size": 64, "lowest_resolution_size": 8}, {"epochs": 16}
 ARMS = {  # name: what differs from `faces` in diffusion and model, and how many seeds
     "eps": ({}, {}, 3),
@@ -48,6 +49,7 @@ ARMS = {  # name: what differs from `faces` in diffusion and model, and how many
     "eps, mixed t": ({"t_sampling": "mixed"}, {}, 1),
     "eps, rate 1e-3": ({"learning_rate": 1e-3}, {}, 1),
     "v, mixed t, cosine": (V | {"beta_schedule": "cosine"}, {}, 1),
+    "v, uniform t, cosine": (FACES_V, {}, 3),
     "v, mixed t, min-SNR": (V, {}, 1),
     "eps, 800 steps": (SHORT, {}, 1),
     "v, mixed t, 800 steps": (V | SHORT, {}, 1),
@@ -55,6 +57,7 @@ ARMS = {  # name: what differs from `faces` in diffusion and model, and how many
     "v, mixed t, 800 steps, 64 px": (V | SHORT, LARGE, 1),
     "eps, photos": ({}, {}, 1),
     "v, mixed t, photos": (V, {}, 1),
+    "v, uniform t, cosine, photos": (FACES_V, {}, 1),
 }
 KINDS = ("plain", "data", "own")  # of calibration
 DISTANCES = {
@@ -64,10 +67,11 @@ DISTANCES = {
     "20 SDE": SamplerOptions("dpm++", 20),
     "200 DDPM": SamplerOptions("ddpm", 200),
 }
-MAPS = {"eps": "bands-eps.png", "v, mixed t": "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
+BOTH = ("eps", "v, uniform t, cosine")  # `faces` and `faces-v`
+MAPS = {"eps": "bands-eps.png", BOTH[1]: "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
 SOLVERS = {"DDPM": ("ddpm", None), "DDIM": ("ddim", 0.0), "2M": ("dpm++", 0.0), "SDE": ("dpm++", 1.0),
            "iPNDM": ("ipndm", None)}  # fmt: skip
-GRID = {  # measured on the first run of v alone
+GRID = {  # measured on the first run of `faces-v` alone
     f"{name} {spacing} {calls}": SamplerOptions(sampler, calls, spacing, eta=eta)
     for name, (sampler, eta) in SOLVERS.items() for spacing in ("trailing", "logsnr") for calls in (10, 20, 50)
 }  # fmt: skip
@@ -148,7 +152,7 @@ def measure(run: Path, args: argparse.Namespace) -> None:
         sampler = calibrated(uncalibrated, saved, 64, load, SINGLE_PROCESS)
         bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0)
         found = {"bands": bands.facts(), "distance": {}}
-        grid = GRID if kind == "plain" and run.name.startswith(slug("v, mixed t", 0)) else {}
+        grid = GRID if kind == "plain" and run.name.startswith(slug(BOTH[1], 0)) else {}
         for name, options in ({name: DISTANCES[name] for name in args.distances} | grid).items():
             many = args.spoilt if name == SPOILT_WITH else args.images
             images = generate(replace(sampler, options=options), range(many), 64).images.to(device)
@@ -191,9 +195,8 @@ def draw(args: argparse.Namespace) -> None:
         axis.set(xticks=[], yticks=[])
     figure.subplots_adjust(0.18, 0.01, 0.995, 0.99, 0, 0.05)
     save_figure(figure, RESULTS.with_name(args.picture))
-    both = [label for label in ("eps", "v, mixed t") if label in pictures]
-    if len(both) == 2:
-        grids = [np.pad(tile(pictures[label], 6), ((0, 0), (0, 12), (0, 0)), constant_values=255) for label in both]
+    if pictures.keys() >= set(BOTH):
+        grids = [np.pad(tile(pictures[label], 6), ((0, 0), (0, 12), (0, 0)), constant_values=255) for label in BOTH]
         save_image(enlarge(np.concatenate(grids, axis=1), 32), RESULTS.with_name("faces_and_faces_v.png"))
 
 

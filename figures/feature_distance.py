@@ -6,8 +6,7 @@ from torch import Tensor
 
 from functions.support.random_numbers import generator_of
 
-DIMENSIONS = 16
-FILTERS = 16
+DIMENSIONS, FILTERS = 16, 16
 WHITE = 10  # of 255
 
 

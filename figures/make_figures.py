@@ -8,7 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -26,7 +25,7 @@ from functions.sampling.options import SamplerOptions  # noqa: E402
 from functions.support.checkpoint import load_weights  # noqa: E402
 from functions.support.command_line import Parser, plain_errors  # noqa: E402
 from functions.support.device import choose_device  # noqa: E402
-from functions.support.pictures import save_figure, save_gif, save_grid, save_strip  # noqa: E402
+from functions.support.pictures import plt, save_figure, save_gif, save_grid, save_strip  # noqa: E402
 from functions.support.random_numbers import generator_of  # noqa: E402
 from functions.support.run_folder import find_checkpoints, newest_checkpoints  # noqa: E402
 from functions.training.metrics import plot_losses  # noqa: E402

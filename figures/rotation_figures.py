@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from PIL import Image
 from data.augmentation import augment
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
-from functions.support.pictures import save_figure
+from functions.support.pictures import plt, save_figure
 from functions.support.random_numbers import generator_of
 
 

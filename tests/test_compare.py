@@ -29,7 +29,9 @@ def test_kept_bytes_are_those_that_live_after_a_forward_pass(name):
 def test_every_arm_learns_and_ours_and_diffusers_are_of_one_size(monkeypatch):
     facts, compiled = {}, []
     monkeypatch.setattr(compare, "TURN_SECONDS", 0)
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)  # it takes a minute
+    monkeypatch.setattr(
+        torch, "compile", lambda module, options: compiled.append(module) or module
+    )  # it takes a minute
     for name, arm in ARMS.items():
         bench = Bench(arm, SMALL, 2, CPU)
         before = [parameter.clone() for parameter in bench.module.parameters()]
