@@ -1,6 +1,4 @@
-"""Group norm that is fast in channels_last: PyTorch's own crawls on the CPU where groups are narrow, in its backward
-pass, and makes compilers write the other layout.
-"""
+"""Group norm for channels_last, in which PyTorch's own can be slow on the CPU, and is never compiled well."""
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +21,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def in_memory_order(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """For compilers: each pixel's channels are neighbours throughout, and groups are made of what channels sum up to.
-
-    A view of (N, groups, C / groups, H, W), as PyTorch has it, is one of channels_last only after a copy.
-    """
+    """For compilers: PyTorch's view of (N, groups, C / groups, H, W) needs copies, to the other layout and back."""
     N, C, H, W = x.shape
     pixels = x.permute(0, 2, 3, 1).reshape(N, H * W, C).to(weight.dtype)
     statistics = torch.var_mean(pixels, dim=1, correction=0)  # of the channels

@@ -178,8 +178,7 @@ def generate_batches(
 class Replayed:
     """A network on CUDA, recorded as a CUDA graph: a call is one launch for the host, instead of a thousand.
 
-    It is recorded for the first batch. Smaller ones are filled up to that size, which is free of other rounding; of
-    less than half of it, or for a larger one, it is recorded anew.
+    It is recorded for the first batch. Smaller ones are filled up to its size; at half of it, it is recorded anew.
     """
 
     def __init__(self, network: nn.Module):
