@@ -12,7 +12,6 @@ import tempfile
 import time
 import timeit
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -31,17 +30,18 @@ from functions.support.checkpoint import check_whole
 from functions.support.device import choose_device, choose_precision, set_deterministic
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import Run, checkpoints_of
+from functions.training.compiling import tried
 from functions.training.metrics import read_metrics
 
-GPU, DEVICE = torch.cuda.is_available(), choose_device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.cuda.is_available()
+DEVICE = choose_device("cuda") if GPU else torch.device("cpu")
 PRECISION = str(choose_precision("auto", DEVICE)).removeprefix("torch.")
 BATCH, ROUNDS, STEPS, IMAGES, CALLS = (20, 3, 10, 64, 50) if GPU else (2, 2, 1, 2, 3)
-SMALL = {"image_size": 16, "lowest_resolution_size": 8, "dim_multiply": (1, 2), "transformer_layers": (1,),
-         "norm_groups": 2, "base_dim": 8}  # fmt: skip
-SIZE = {} if GPU else SMALL
+SIZE = {} if GPU else {"image_size": 16, "lowest_resolution_size": 8, "dim_multiply": (1, 2),
+                       "transformer_layers": (1,), "norm_groups": 2, "base_dim": 8}  # fmt: skip
 ESTIMATES = {  # of an H100, at most: by the bytes that benchmarks/bytes_moved.py counts
     "ours, compiled, base 64: ms a step": 25, "ours, compiled, base 128: ms a step": 75, "graph: ms a call": 45,
-    "float32: a loss beside the CPU's": 1e-3,
+    "float32: a loss beside the CPU's": 1e-3, "compiled, base 64: gradients differ by": 0.1,
 }  # fmt: skip
 
 
@@ -51,8 +51,7 @@ def milliseconds(work: Callable[[], object], times: int) -> float:
         return 1000 * timeit.timeit(work, number=times) / times
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(times):
-        work()
+    timeit.timeit(work, number=times)
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / times
@@ -60,6 +59,8 @@ def milliseconds(work: Callable[[], object], times: int) -> float:
 
 def environment() -> Iterator[tuple[str, object]]:
     yield "GPU", torch.cuda.get_device_properties(0) if GPU else "none"
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    yield "driver", subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split() if GPU else "none"
     yield "PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs"
     n = 8192 if GPU else 256
     source, matrix = torch.ones(n, n, device=DEVICE), torch.ones(n, n, dtype=torch.bfloat16, device=DEVICE)
@@ -70,12 +71,13 @@ def environment() -> Iterator[tuple[str, object]]:
 def training(base_dim: int) -> Iterator[tuple[str, object]]:
     """Steps of ffhq-run2's network, all by turns; GB are what a step needs beside weights and Adam's moments."""
     set_deterministic(False)
-    benches, times = {}, {}
+    benches, times, gradients = {}, {}, []
     for package, compiled in (("ours", False), ("ours", True), ("diffusers", False), ("diffusers", True)):
         name = f"{package}, {'compiled' if compiled else 'eager'}, base {base_dim}"
-        arm, start = Arm(name, package, PRECISION, True, compiled=compiled), time.perf_counter()
-        with (
-            nullcontext() if GPU else patch.object(torch, "compile", lambda module, options: module)
+        recompute = "norms" if package == "ours" and not compiled else "none"  # as a run has it
+        arm, start = Arm(name, package, PRECISION, True, False, recompute, compiled), time.perf_counter()
+        with patch.object(
+            torch, "compile", torch.compile if GPU else lambda module, options: module
         ):  # it takes minutes
             benches[name] = Bench(arm, replace(FFHQ, **{"base_dim": base_dim, **SIZE}), BATCH, DEVICE)
         milliseconds(benches[name].step, 2)
@@ -84,9 +86,14 @@ def training(base_dim: int) -> Iterator[tuple[str, object]]:
             torch.cuda.reset_peak_memory_stats()
             before, _ = torch.cuda.memory_allocated(), benches[name].step()
             yield f"{name}: GB", (torch.cuda.max_memory_allocated() - before) / 1e9
-        for other, bench in ROUNDS * [*benches.items()]:
-            times.setdefault(other, []).append(milliseconds(bench.step, STEPS))
-        yield from ((f"{other}: ms a step", median(taken)) for other, taken in times.items())
+        if package == "ours":
+            gradients.append(tried(benches[name].denoiser, {tuple(benches[name].batch[0].shape)})[1])
+        if compiled:
+            for other, bench in ROUNDS * [*benches.items()]:
+                times.setdefault(other, []).append(milliseconds(bench.step, STEPS))
+            yield from ((f"{other}: ms a step", median(taken)) for other, taken in times.items())
+    difference = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    yield f"compiled, base {base_dim}: gradients differ by", difference.item()
 
 
 def sampling() -> Iterator[tuple[str, object]]:
@@ -95,8 +102,8 @@ def sampling() -> Iterator[tuple[str, object]]:
     bench.module.eval().requires_grad_(False)
     shape = (model.channels, model.image_size, model.image_size)
     sampler = ImageSampler(bench.denoiser, SamplerOptions("ddim", CALLS), shape, 0, DEVICE)
-    for how, wrapper in {"eager": lambda network: network, "graph": Replayed}.items():
-        with patch("functions.sampling.generation.Replayed", wrapper):
+    for how, network in {"eager": bench.module, "graph": Replayed(bench.module)}.items():
+        with patch("functions.sampling.generation.Replayed", lambda _, network=network: network):
             work = lambda: [*generate_batches(sampler, [range(IMAGES)])]
             work()
             yield f"{how}: ms a call", milliseconds(work, 1) / CALLS
@@ -104,7 +111,8 @@ def sampling() -> Iterator[tuple[str, object]]:
 
 def run_of(runs: Path, device: torch.device, **changes: object) -> Run:
     """An epoch of `faces`, 50 steps, on the CPU's draws."""
-    often = {"epochs": 1, "log_every": 1, "validate_every": 99, "sample_every": 99, "checkpoint_every": 25}
+    often = {"epochs": 1, "log_every": 1, "validate_every": 99, "sample_every": 99, "checkpoint_every": 25,
+             "validation_samples": 1, "grid_images": 1, "grid_steps": 1}  # fmt: skip
     run = Run("faces", EXPERIMENTS["faces"].override({**often, **changes}, SIZE), runs)
     with patch.object(train, "training_draws", on_the_cpu):
         train.train(run, device, SINGLE_PROCESS)
@@ -130,24 +138,23 @@ def resumed() -> Iterator[tuple[str, object]]:
     with patch.object(train, "training_draws", on_the_cpu):
         train.train(train.open_run(again, None, ({}, {}), SINGLE_PROCESS), DEVICE, SINGLE_PROCESS)
     a, b = (check_whole(checkpoints_of(folder)[-1]).tensors("model.") for folder in (run.folder, again))
-    yield "resumed: bit for bit", all(torch.equal(a[name], b[name]) for name in a)
+    assert all(torch.equal(a[name], b[name]) for name in a), "a resumed run is another than the whole one"
+    yield "resumed", "bit for bit as the whole run"
 
 
 def all_gpus() -> Iterator[tuple[str, object]]:
     """Two processes on the CPU."""
     count = torch.cuda.device_count() or 2
-    flags = f"faces --runs {tempfile.mkdtemp()} --diffusion.epochs 1 --diffusion.batch-size {16 // count or 1}"
+    flags = f"faces --runs {tempfile.mkdtemp()} --diffusion.epochs 1 --diffusion.batch-size {max(16, count)}"
     model = [f"--model.{name.replace('_', '-')}={value}".replace(" ", "").strip("(,)") for name, value in SIZE.items()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run(
-        [*torchrun, train.__file__, *flags.split(), *model], check=False, capture_output=True, text=True
-    )
-    yield f"torchrun with {count}", "finished" if "finished: " in done.stdout else done.stderr[-300:]
+    subprocess.run([*torchrun, train.__file__, *flags.split(), *model], timeout=45, check=True)
+    yield f"torchrun with {count}", "finished"
 
 
 PARTS = {  # with the seconds that each may take
-    "environment": (environment, 30), "training 64": (lambda: training(64), 130), "float32": (float32, 50),
-    "training 128": (lambda: training(128), 130), "sampling": (sampling, 40), "resumed": (resumed, 50),
+    "environment": (environment, 20), "training 64": (lambda: training(64), 155), "float32": (float32, 35),
+    "training 128": (lambda: training(128), 155), "sampling": (sampling, 30), "resumed": (resumed, 35),
     "all GPUs": (all_gpus, 50),
 }  # fmt: skip
 
@@ -162,11 +169,12 @@ def main() -> None:
         except subprocess.SubprocessError as error:
             late = isinstance(error, subprocess.TimeoutExpired)
             found[part], printed = "skipped: time" if late else "failed", error.stdout or b""
-        lines = printed.decode().splitlines()
+        lines = printed.decode(errors="replace").splitlines()
         found |= dict(json.loads(line[5:]) for line in lines if line.startswith("FACT "))
+        Path("first_day.json").write_text(json.dumps(found, indent=1))
         print(f"{part}: {found[part]}", *lines[-9:] if found[part] == "failed" else (), sep="\n", flush=True)
     print("\n| | |\n|---|---|", *(f"| {what} | {fact} |" for what, fact in found.items()), sep="\n")
-    Path("first_day.json").write_text(json.dumps(found, indent=1))
+    print(*(f"fell short: {part} {found[part]}" for part in PARTS if found[part] != "done"), sep="\n")
     for what, most in ESTIMATES.items():
         if GPU and not found.get(what, torch.inf) <= most:
             print(f"fell short: {what} {found.get(what, 'was not measured')}, estimated {most}")

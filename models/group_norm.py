@@ -12,7 +12,7 @@ class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm`: same arguments, parameters and numbers, and the same code but in the two cases that are slow."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self.affine:
             return in_memory_order(x, self.weight, self.bias, self.num_groups, self.eps)
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if x.device.type == "cpu" and channels_last and self.affine and self.num_channels // self.num_groups < WIDE:

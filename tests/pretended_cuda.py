@@ -142,7 +142,8 @@ def pretended_cuda(memory: int = 80 * 10**9):
         patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value))
         for name, answer in answers.items():
             patch(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
-        patch(torch.cuda, "make_graphed_callables", lambda function, inputs: function)  # a replay computes the same
+        patch(torch.cuda, "CUDAGraph", mock.Mock)  # a replay does nothing
+        patch(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
         patch(torch, "Generator", Generator)
         patch(torch, "empty", pinning_empty)
         patch(torch.Tensor, "pin_memory", lambda t: pinning_empty(*t.shape, dtype=t.dtype, pin_memory=True))

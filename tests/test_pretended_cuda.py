@@ -50,7 +50,7 @@ def training(
     And before each pass, how many pieces of memory hold its gradients.
     """
     changes |= {"gradient_accumulation": 4, "epochs": 1, "log_every": 2, "validate_every": 9, "sample_every": 9}
-    changes |= {"validation_samples": 20, "grid_images": 2, "grid_steps": 2}
+    changes |= {"validation_samples": 20, "grid_images": 2, "grid_steps": 2, "compile": "off" if model else "auto"}
     experiment = EXPERIMENTS[name].override(changes, model or {})
     size, count = experiment.model.image_size, steps * experiment.diffusion.effective_batch
     images = np.zeros((count + count // 9, size, size, 3), np.uint8)
@@ -143,10 +143,6 @@ def planted(where, name: str, fault) -> dict:
         return training("faces", SMALL_MODEL)
 
 
-def on_the_cpu(*args):
-    return training_draws(*args[:-1], "cpu")
-
-
 def mixed_types(norm, x):
     sizes = (*x.shape[:2], x[0, 0].numel())
     return torch.native_group_norm(x, norm.weight, norm.bias, *sizes, norm.num_groups, norm.eps)[0]
@@ -169,7 +165,7 @@ SCENARIOS = {
     "ffhq-full": without_checkpoint,
     "two GPUs": on_two_gpus,
     "sampling": sampling,
-    "noise on the CPU": lambda: planted(train, "training_draws", on_the_cpu),
+    "noise on the CPU": lambda: planted(train, "training_draws", lambda *args: training_draws(*args[:-1], "cpu")),
     "norm of mixed types": lambda: planted(GroupNorm, "forward", mixed_types),
     "a number a step": lambda: planted(train, "update_ema", reads_a_number),
     "strides of Adam": lambda: planted(Adam, "_init_group", other_strides),

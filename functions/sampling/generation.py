@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -176,23 +175,27 @@ def generate_batches(
 
 
 class Replayed:
-    """A network on CUDA, recorded as a CUDA graph: a call is one launch for the host, instead of a thousand.
+    """A network on CUDA, recorded as a CUDA graph for the host to launch as one, not as a thousand kernels.
 
-    It is recorded for the first batch. Smaller ones are filled up to its size; at half of it, it is recorded anew.
+    It is recorded for each size of a batch anew: filled up, a smaller one would have other bits than one of its own.
     """
 
     def __init__(self, network: nn.Module):
-        self.network, self.size, self.graph = network, 0, None
+        self.network, self.graph, self.inputs, self.output = network, None, (), None
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """As the network, without gradients; the result is the caller's, as a replay overwrites the graph's."""
-        count = len(x_t)
-        if not self.size / 2 < count <= self.size:
-            self.graph, self.size = None, 0  # the old one's memory first
-            self.graph = torch.cuda.make_graphed_callables(self.network.forward, (x_t.clone(), t.clone()))
-            self.size = count
-        fill = self.size - count
-        return self.graph(F.pad(x_t, (0, 0, 0, 0, 0, 0, 0, fill)), F.pad(t, (0, fill)))[:count].clone()
+        if not self.inputs or len(self.inputs[0]) != len(x_t):
+            self.graph, self.inputs, self.output = None, (), None  # their memory first
+            self.network(x_t, t)  # here cuDNN tries its kernels, which it cannot while it is recorded
+            inputs, graph = (x_t.clone(), t.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
+                self.output = self.network(*inputs)
+            self.graph, self.inputs = graph, inputs
+        for own, new in zip(self.inputs, (x_t, t), strict=True):
+            own.copy_(new)
+        self.graph.replay()
+        return self.output.clone()
 
 
 class BatchLimit:

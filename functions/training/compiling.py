@@ -1,6 +1,5 @@
 """On CUDA the network that is trained is compiled as a whole, where that saves more time than it takes."""
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,48 +34,45 @@ def compiled_if_worth_it(
     backward needs, as a compiler that is to repeat norms repeats convolutions too.
     """
     config, eager = run.experiment.diffusion, replace(denoiser, network=network)
-    on_device = torch.device(run.facts["device"]).type in DEVICES
-    if not on_device or config.compile == "off" or config.deterministic or config.recompute == "blocks":
+    if torch.device(run.facts["device"]).type not in DEVICES:
         return eager
+    for field, value in {"compile": "off", "deterministic": True, "recompute": "blocks"}.items():
+        if getattr(config, field) == value:
+            processes.say(f"  compiling  is left out, with {field} = {value}")
+            return eager
     shapes = {(places.stop - places.start, *run.image_shape) for places in passes}
+    takes, steps = COMPILING * len(shapes), run.facts["total_steps"] - run.first_step
     with trial(network, processes):
         before, expected = tried(eager, shapes)
-        steps = run.facts["total_steps"] - run.first_step
         saved = SAVED * before * len(passes) * steps
-        worth_it = processes.from_main(lambda: saved > COMPILING)
+        worth_it = processes.from_main(lambda: saved > takes)
         processes.say(
-            f"  compiling  {'takes' if worth_it else 'is left out: it would take'} some {COMPILING} s and save some "
+            f"  compiling  {'takes' if worth_it else 'is left out: it would take'} some {takes} s and save some "
             f"{saved:,.0f} s of {steps:,} steps; these are estimates"
         )
         if not worth_it:
             return eager
-        denoiser.network.set_recompute("none")
-        compiled = torch.compile(network, dynamic=False, options=OPTIONS)
         start, failure = time.monotonic(), ""
         try:
-            after, found = tried(replace(denoiser, network=compiled), shapes)
+            denoiser.network.set_recompute("none")
+            compiled = replace(denoiser, network=torch.compile(network, dynamic=False, options=OPTIONS))
+            after, found = tried(compiled, shapes)
             error = ((found - expected).norm() / expected.norm()).item()
             failure = "" if error < TOLERANCE else f"its gradients differ by {error:.0%}"
+            took = f"took {time.monotonic() - start:.0f} s; a pass takes {after:.3g} s instead of {before:.3g}"
         except Exception as error:  # whatever a compiler raises
             failure = f"{type(error).__name__}: {short(error)}"
-    failures = list(filter(None, processes.gather(failure)))
-    if failures:
-        denoiser.network.set_recompute(config.recompute)
-        processes.say(f"             failed, so it goes on without: {failures[0]}")
-        return eager
-    seconds = time.monotonic() - start
-    processes.say(
-        f"             took {seconds:.0f} s; a pass takes {1000 * after:.3g} ms instead of {1000 * before:.3g}"
-    )
-    return replace(denoiser, network=compiled)
+    failure = next(filter(None, processes.gather(failure)), "")
+    processes.say(f"             {f'failed, so it goes on without: {failure}' if failure else took}")
+    denoiser.network.set_recompute(config.recompute if failure else "none")
+    return eager if failure else compiled
 
 
 def tried(denoiser: Denoiser, shapes: set[tuple[int, ...]]) -> tuple[float, Tensor]:
     """The seconds of the slowest pass of images in one of these shapes, best of two, and the gradients of all."""
-    torch.manual_seed(0)
     denoiser.network.zero_grad(set_to_none=False)
     seconds = max(min(run_pass(denoiser, shape) for _ in range(2)) for shape in shapes)
-    return seconds, torch.cat([parameter.grad.flatten() for parameter in denoiser.network.parameters()])
+    return seconds, torch.cat([parameter.grad.flatten().cpu() for parameter in denoiser.network.parameters()])
 
 
 @contextmanager
@@ -85,7 +81,7 @@ def trial(network: nn.Module, processes: Processes) -> Iterator[None]:
 
     The processes do not wait for each other's gradients, as one of them may fail.
     """
-    before = copy.deepcopy(network.state_dict())
+    before = {name: tensor.to("cpu", copy=True) for name, tensor in network.state_dict().items()}
     try:
         with torch.no_grad():
             for parameter in network.parameters():

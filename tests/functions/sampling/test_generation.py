@@ -1,5 +1,6 @@
 """From a checkpoint to pictures: each image by its seed alone, and files that hold what they should."""
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -44,23 +45,28 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
     """A graph reads its own inputs and overwrites its output. iPNDM keeps four of those."""
     recorded = []
 
-    def as_a_graph(function, inputs):
-        recorded.append(len(inputs[0]))
-        output = function(*inputs)
+    class Recorded(torch.nn.Module):
+        def forward(self, x_t, t):
+            recorded.append((x_t, t, network(x_t, t)))
+            return recorded[-1][-1]
 
-        def replay(*given):
-            for own, new in zip(inputs, given, strict=True):
-                own.copy_(new)
-            return output.copy_(function(*inputs))
+    class Graph:
+        def replay(self):
+            x_t, t, output = self.own
+            output.copy_(network(x_t, t))
 
-        return replay
+    @contextlib.contextmanager
+    def recording(graph, capture_error_mode):
+        yield
+        graph.own = recorded[-1]
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", as_a_graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
     eager = image_sampler_of(network, options=SamplerOptions("ipndm", 8))
-    replayed = replace(eager, denoiser=replace(eager.denoiser, network=Replayed(network)))
-    parts = list(generate_batches(replayed, [range(4), range(4, 7), range(7, 8)]))
-    assert recorded == [4, 1]
-    assert (Samples.joined(parts).images - generate(eager, range(8), 8).images).abs().max() < 1e-4
+    replayed = replace(eager, denoiser=replace(eager.denoiser, network=Replayed(Recorded())))
+    parts = list(generate_batches(replayed, [range(4), range(4, 8), range(8, 10)]))
+    assert [len(x_t) for x_t, *_ in recorded] == [4, 4, 2, 2]  # each size once, after a call that is not recorded
+    assert (Samples.joined(parts).images - generate(eager, range(10), 10).images).abs().max() < 1e-4
     x_T, unclipped = eager.noise(range(1)).draw(), {"steps": 8, "clip_x_0": False}
     expected = ipndm_sample(eager.denoiser, eager.scheduler, x_T, **unclipped)
     assert_close(ipndm_sample(replayed.denoiser, eager.scheduler, x_T, **unclipped), expected)
