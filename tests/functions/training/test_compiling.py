@@ -1,4 +1,4 @@
-"""The compiled network trains as the plain one, where it pays; what fails or differs is not used. No code is written."""
+"""The compiled network trains as the plain one, where it pays; what fails or differs is not used. No code is made."""
 
 import re
 from functools import partial, partialmethod
