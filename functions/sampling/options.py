@@ -18,7 +18,7 @@ SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm++": dpm_solver_sample
 # The options that only some have, with their defaults. dpm++ takes fresh noise, which lets later steps correct the
 # errors of earlier ones: with 20 calls its distance is the lowest with every objective (docs/whole-before-detail.md).
 OWN_OPTIONS = {"ddpm": {"variance": "small"}, "ddim": {"eta": 0.0}, "dpm++": {"eta": 1.0}, "ipndm": {}}
-# The better with a network of `faces-v` (table in docs/whole-before-detail.md); for ipndm both are as good.
+# The better with a network of `faces-v` (table in docs/whole-before-detail.md)
 SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "ipndm": "trailing"}
 
 
