@@ -50,7 +50,7 @@ def training(
     And before each pass, how many pieces of memory hold its gradients.
     """
     changes |= {"gradient_accumulation": 4, "epochs": 1, "log_every": 2, "validate_every": 9, "sample_every": 9}
-    changes |= {"validation_samples": 20, "grid_images": 2, "grid_steps": 2, "compile": "off" if model else "auto"}
+    changes |= {"validation_samples": 20, "grid_images": 2, "grid_steps": 2, "compile": "auto" if model else "off"}
     experiment = EXPERIMENTS[name].override(changes, model or {})
     size, count = experiment.model.image_size, steps * experiment.diffusion.effective_batch
     images = np.zeros((count + count // 9, size, size, 3), np.uint8)
@@ -61,6 +61,7 @@ def training(
 
         def entered(books):
             books = enter(books)
+            held.clear()  # of trials
             cuda.waits.clear()
             return books
 

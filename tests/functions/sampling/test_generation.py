@@ -67,9 +67,8 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
     parts = list(generate_batches(replayed, [range(4), range(4, 8), range(8, 10)]))
     assert [len(x_t) for x_t, *_ in recorded] == [4, 4, 2, 2]  # each size once, after a call that is not recorded
     assert (Samples.joined(parts).images - generate(eager, range(10), 10).images).abs().max() < 1e-4
-    x_T, unclipped = eager.noise(range(1)).draw(), {"steps": 8, "clip_x_0": False}
-    expected = ipndm_sample(eager.denoiser, eager.scheduler, x_T, **unclipped)
-    assert_close(ipndm_sample(replayed.denoiser, eager.scheduler, x_T, **unclipped), expected)
+    x_T, samplers = eager.noise(range(1)).draw(), (replayed, eager)
+    assert_close(*(ipndm_sample(one.denoiser, one.scheduler, x_T, 8, clip_x_0=False) for one in samplers))
 
 
 def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network, capsys):

@@ -65,12 +65,13 @@ def trained(pictures, tmp_path, capsys):
     return run
 
 
-def test_a_compiled_training_is_the_plain_one(trained, tiny_run, monkeypatch):
+def test_a_compiled_training_is_the_plain_one(trained, monkeypatch):
+    plain, _ = trained()
     prepare(monkeypatch)
     run, printed = trained()
     assert len(compiled) == len(repeated) == 1 and repeated == [0]
     assert "compiling  takes some 0 s and save some" in printed and "a pass takes" in printed
-    assert_alike(tiny_run, run)
+    assert_alike(plain, run)
 
 
 @pytest.mark.parametrize(("factor", "why"), [(None, r"RuntimeError: no compiler\\nfound"),
