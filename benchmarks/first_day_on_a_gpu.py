@@ -76,9 +76,8 @@ def training(base_dim: int) -> Iterator[tuple[str, object]]:
         name = f"{package}, {'compiled' if compiled else 'eager'}, base {base_dim}"
         recompute = "norms" if package == "ours" and not compiled else "none"  # as a run has it
         arm, start = Arm(name, package, PRECISION, True, False, recompute, compiled), time.perf_counter()
-        with patch.object(
-            torch, "compile", torch.compile if GPU else lambda module, options: module
-        ):  # it takes minutes
+        compiler = torch.compile if GPU else lambda module, options: module  # on the CPU it takes minutes
+        with patch.object(torch, "compile", compiler):
             benches[name] = Bench(arm, replace(FFHQ, **{"base_dim": base_dim, **SIZE}), BATCH, DEVICE)
         milliseconds(benches[name].step, 2)
         yield f"{name}: s for the first steps", time.perf_counter() - start
@@ -139,7 +138,7 @@ def resumed() -> Iterator[tuple[str, object]]:
         train.train(train.open_run(again, None, ({}, {}), SINGLE_PROCESS), DEVICE, SINGLE_PROCESS)
     a, b = (check_whole(checkpoints_of(folder)[-1]).tensors("model.") for folder in (run.folder, again))
     assert all(torch.equal(a[name], b[name]) for name in a), "a resumed run is another than the whole one"
-    yield "resumed", "bit for bit as the whole run"
+    yield "a resumed run", "bit for bit as the whole one"
 
 
 def all_gpus() -> Iterator[tuple[str, object]]:

@@ -67,8 +67,8 @@ DISTANCES = {
     "20 SDE": SamplerOptions("dpm++", 20),
     "200 DDPM": SamplerOptions("ddpm", 200),
 }
-BOTH = ("eps", "v, uniform t, cosine")  # `faces` and `faces-v`
-MAPS = {"eps": "bands-eps.png", BOTH[1]: "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
+PRESETS = ("eps", "v, uniform t, cosine")  # `faces` and `faces-v`
+MAPS = {"eps": "bands-eps.png", PRESETS[1]: "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
 SOLVERS = {"DDPM": ("ddpm", None), "DDIM": ("ddim", 0.0), "2M": ("dpm++", 0.0), "SDE": ("dpm++", 1.0),
            "iPNDM": ("ipndm", None)}  # fmt: skip
 GRID = {  # measured on the first run of `faces-v` alone
@@ -152,7 +152,7 @@ def measure(run: Path, args: argparse.Namespace) -> None:
         sampler = calibrated(uncalibrated, saved, 64, load, SINGLE_PROCESS)
         bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0)
         found = {"bands": bands.facts(), "distance": {}}
-        grid = GRID if kind == "plain" and run.name.startswith(slug(BOTH[1], 0)) else {}
+        grid = GRID if kind == "plain" and run.name.startswith(slug(PRESETS[1], 0)) else {}
         for name, options in ({name: DISTANCES[name] for name in args.distances} | grid).items():
             many = args.spoilt if name == SPOILT_WITH else args.images
             images = generate(replace(sampler, options=options), range(many), 64).images.to(device)
@@ -195,8 +195,8 @@ def draw(args: argparse.Namespace) -> None:
         axis.set(xticks=[], yticks=[])
     figure.subplots_adjust(0.18, 0.01, 0.995, 0.99, 0, 0.05)
     save_figure(figure, RESULTS.with_name(args.picture))
-    if pictures.keys() >= set(BOTH):
-        grids = [np.pad(tile(pictures[label], 6), ((0, 0), (0, 12), (0, 0)), constant_values=255) for label in BOTH]
+    if pictures.keys() >= set(PRESETS):
+        grids = [np.pad(tile(pictures[label], 6), ((0, 0), (0, 12), (0, 0)), constant_values=255) for label in PRESETS]
         save_image(enlarge(np.concatenate(grids, axis=1), 32), RESULTS.with_name("faces_and_faces_v.png"))
 
 

@@ -1,4 +1,4 @@
-"""Group norm for channels_last, in which PyTorch's own can be slow on the CPU, and is never compiled well."""
+"""Group norm for channels_last, where PyTorch's own can be slow on the CPU, and compiled copies to and fro."""
 
 import torch
 from torch import Tensor, nn

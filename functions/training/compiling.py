@@ -52,7 +52,7 @@ def compiled_if_worth_it(
         )
         if not worth_it:
             return eager
-        start, failure = time.monotonic(), ""
+        start = time.monotonic()
         try:
             denoiser.network.set_recompute("none")
             compiled = replace(denoiser, network=torch.compile(network, dynamic=False, options=OPTIONS))
