@@ -33,7 +33,7 @@ from functions.support.device import set_deterministic
 from functions.support.errors import UserError
 from functions.support.files import write_whole
 from functions.support.processes import Processes, joined
-from functions.support.run_folder import folder_of
+from functions.support.run_folder import results_folder
 from models.unet import UNet
 
 METRICS = ("bpd", "bands", "fid", "kid", "prc")
@@ -74,7 +74,8 @@ def parse_flags() -> argparse.Namespace:
     add_sampling_flags(parser)
     add = parser.add_argument
     add("--metrics", type=metric_names, default=("bpd",), metavar="bpd,bands,fid,kid,prc", help="what to measure (bpd)")
-    add("--dataset-name", metavar="NAME|PATH", help="where the data set is now (where it was in training)")
+    data = "the data set, by name or path; also where the training's is now (that of the training)"
+    add("--data", "--dataset-name", dest="dataset_name", metavar="NAME|PATH", help=data)
 
     add = parser.add_argument_group("bits/dim (bpd) and bands, on the validation split").add_argument
     add("--images", type=positive, metavar="N", help="how many images of the split, evenly spaced (all)")
@@ -116,14 +117,15 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     image_set, split = load(None)
     processes.say(split.description)
     if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
-        text = "THESE ARE NOT THE IMAGES IT WAS TRAINED ON: it may have seen some of those for validation"
+        known = "THESE ARE NOT THE IMAGES" if "train_ids_hash" in run else "NOBODY KNOWS WHICH IMAGES"
+        text = f"{known} IT WAS TRAINED ON: it may have seen some of those for validation"
         print(f"WARNING: {text}", file=sys.stderr)
     weights = {"step": run["step"], "weights": saved.kind, "weights_hash": saved.digest[:16]}
     computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
     asked = {"batch_size": args.batch_size, "seed": args.seed, **image_sampler.options.calibration}
     facts = {"experiment": run["experiment"], **weights, **computing, **asked}
-    folder = args.out or folder_of(saved.path) / "evaluation"
-    return Subject(image_sampler, image_set, split, facts, folder / saved.path.stem)
+    folder = args.out or results_folder(saved, "evaluation")
+    return Subject(image_sampler, image_set, split, facts, folder / saved.name)
 
 
 def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:

@@ -19,16 +19,16 @@ from data.datasets import images_of_run
 from data.decode import read_image
 from data.pixels import to_uint8
 from functions.sampling.calibration import calibrated
+from functions.sampling.export import export
 from functions.sampling.files import MOST_IN_GRID, figures_of, image_path, open_folder, save_pictures
 from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, open_sampler
 from functions.sampling.interpolation import save_interpolation, save_variations
 from functions.sampling.options import add_sampling_flags
-from functions.support.checkpoint import export_weights
 from functions.support.command_line import Parser, fraction, plain_errors, positive
 from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.processes import Processes, joined
-from functions.support.run_folder import folder_of
+from functions.support.run_folder import results_folder
 from models.unet import UNet
 
 
@@ -42,15 +42,16 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     with joined() as processes:
         saved, image_sampler = open_sampler(args, processes, UNet, experiments)
         if args.export:
-            processes.from_main(lambda: export_weights(saved, args.export))
+            processes.from_main(lambda: export(saved, image_sampler, args.export))
             processes.say(f"wrote {args.export}")
             return
         load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
         image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
 
         options, precision = image_sampler.options, str(image_sampler.denoiser.precision).removeprefix("torch.")
-        slug = f"{saved.path.stem}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
-        folder = args.out or folder_of(saved.path) / "samples" / f"{slug}-seed{args.seed}"
+        slug = f"{saved.name}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
+        place = processes.from_main(lambda: results_folder(saved, "samples"))
+        folder = args.out or place / f"{slug}-seed{args.seed}"
         if args.interpolate or args.variations:
             processes.from_main(lambda: sample_from_images(args, image_sampler, folder))
             return
@@ -131,8 +132,8 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     depths = "of these two: how far into the noise, as fractions of all timesteps (default: 0.25,0.5,0.75,1)"
     add("--depths", type=fractions, default=(0.25, 0.5, 0.75, 1.0), metavar="X,X,...", help=depths)
     add("--fit", action="store_true", help="of these two: crop and resize image files of another size (default: no)")
-    export = "write the weights (the EMA's if there are) and the config there (default: no)"
-    add("--export", type=Path, metavar="FILE.safetensors", help=export)
+    export = "write the weights (the EMA's if there are) as one file, or as a folder for diffusers (default: no)"
+    add("--export", type=Path, metavar="FILE.safetensors|FOLDER", help=export)
 
     args = parser.parse_args()
     if args.n > MOST_IN_GRID and not args.individual:

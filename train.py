@@ -22,9 +22,11 @@ from functions.ema import update_ema
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.support.checkpoint import TrainingState, check_whole, open_checkpoint
+from functions.sampling.generation import rebuild
+from functions.support.checkpoint import SavedModel, TrainingState, check_whole, load_into, open_checkpoint
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
 from functions.support.device import Adam, arithmetic, choose_device, choose_precision, fast_layout, set_deterministic
+from functions.support.diffusers_folder import load_model
 from functions.support.processes import Processes, joined
 from functions.support.random_numbers import seed_of, training_draws
 from functions.support.run_folder import Run, find_checkpoints, first_sound, run_to_resume
@@ -33,6 +35,12 @@ from functions.training.book_keeping import BookKeeper
 from functions.training.compiling import compiled_if_worth_it
 from functions.training.start import describe, describe_compute, fit_memory
 from models.unet import UNet
+
+# What weights are made for: --init takes it over from where they come from
+OF_WEIGHTS = (
+    "timesteps_diff", "beta_start", "beta_end", "rescale_betas", "beta_schedule", "objective", "lowest_resolution_size",
+    "dim_multiply", "transformer_layers", "base_dim", "image_size", "channels", "norm_groups", "dialect",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -44,6 +52,8 @@ def main() -> None:
         help="a new run when left out; RUN: go on with that folder; without a value: with the newest unfinished run of "
         "the experiment; auto: with that, or start a new one if there is none",
     )  # fmt: skip
+    initial = "start from these weights, EMA's if there are: of a run, a file or a folder of diffusers (new weights)"
+    parser.add_argument("--init", type=Path, metavar="RUN|FILE|FOLDER", help=initial)
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, prepare the data, and stop")
     device_help = "auto, cpu, cuda, cuda:N (not with torchrun) or mps (auto)"
     parser.add_argument("--device", default="auto", metavar="NAME", help=device_help)
@@ -53,6 +63,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.experiment not in (None, *EXPERIMENTS):
         parser.error(f"there is no experiment {args.experiment!r}; there are {', '.join(EXPERIMENTS)}")
+    if args.init and args.resume not in (None, "auto"):
+        parser.error("--init starts a new run, --resume goes on with one")
     changes = given_fields(args, "diffusion", DiffusionConfig), given_fields(args, "model", ModelConfig)
     name = args.experiment or DEFAULT_EXPERIMENT
     with joined() as processes:
@@ -61,8 +73,36 @@ def main() -> None:
         if folder:
             run = open_run(folder, args.experiment, changes, processes)
         else:
-            run = Run(name, EXPERIMENTS[name].override(*changes), args.runs)
+            initial = open_initial(args.init, processes) if args.init else None
+            run = Run(name, new_experiment(name, changes, initial), args.runs, initial=initial)
         train(run, device, processes, args.dry_run)
+
+
+def open_initial(path: Path, processes: Processes) -> SavedModel:
+    """The model whose weights a new run starts from. `CheckpointError` if its weights and its config do not fit."""
+    saved = load_model(processes.from_main(lambda: first_sound(find_checkpoints(path), load_model).path))
+    rebuild(UNet, saved, torch.device("cpu"))
+    return saved
+
+
+def new_experiment(name: str, changes: tuple[dict, dict], initial: SavedModel | None) -> Experiment:
+    """The experiment of a new run: what the initial weights are made for comes from them, all else from the preset.
+
+    `ConfigError` for a change that contradicts the weights.
+    """
+    if initial is None:
+        return EXPERIMENTS[name].override(*changes)
+    preset, fields = EXPERIMENTS[name], initial.config["diffusion"] | initial.config["model"]
+    own = [
+        {field: fields.get(field, getattr(part, field, None)) for field in OF_WEIGHTS if hasattr(config, field)}
+        for part, config in ((DiffusionConfig, preset.diffusion), (ModelConfig, preset.model))
+    ]
+    experiment = preset.override(*own)
+    changed = experiment.override(*changes)
+    for field, (of_weights, wanted) in experiment.differences(changed).items():
+        if field.split(".")[1] in OF_WEIGHTS:
+            raise ConfigError(f"{field} is {of_weights} for the weights of {initial.path}, and cannot become {wanted}")
+    return changed
 
 
 def open_run(folder: Path, wanted: str | None, changes: tuple[dict, dict], processes: Processes) -> Run:
@@ -105,6 +145,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas,
                                config.beta_schedule)  # fmt: skip
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
+    if run.initial:
+        load_into(model, run.initial)
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # skips a step if found_inf, below
@@ -118,7 +160,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
         "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
         "parameters": sum(p.numel() for p in model.parameters()), "terminal_snr": scheduler.terminal_snr,
-        "device": str(device),
+        "device": str(device), "initial": str(run.initial) if run.initial else run.remembered.get("initial"),
         "arithmetic": arithmetic(device, precision, processes.count, config.batch_size),
     }  # fmt: skip
     processes.say(describe(run, image_set.summary))
@@ -164,7 +206,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             scaler.update()
             optimizer.zero_grad(set_to_none=processes.count == 1)  # None would be made anew, beside DDP's buckets
             if ema_model:
-                update_ema(ema_model, model, step, config.ema_decay)
+                update_ema(ema_model, model, step, config.ema_decay, ramp=not run.facts["initial"])
             books.window.add(sums, optimizer.found_inf)
             books.after_step(step + 1, grad_norm)
     processes.say(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")

@@ -36,6 +36,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.device import DTYPES, Adam, choose_device, choose_precision, cpu_name, keep_heap
+from functions.support.diffusers_folder import their_network
 from functions.support.errors import UserError
 from functions.training.compiling import OPTIONS
 from models.unet import UNet
@@ -120,14 +121,7 @@ def build_diffusers(model: ModelConfig) -> nn.Module:
     """diffusers' U-Net with our architecture: to the parameter, and the same function (tests/models/test_unet.py)."""
     from diffusers import UNet2DModel
 
-    kinds = ["Attn" if level in model.transformer_layers else "" for level in range(len(model.dims))]
-    return UNet2DModel(
-        sample_size=model.image_size, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=model.dims,
-        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        norm_num_groups=model.norm_groups, norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-        attention_head_dim=None,
-    )  # fmt: skip
+    return UNet2DModel.from_config(their_network(vars(model)))
 
 
 class Bench:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cifar10 import FIRST_OF_TEST, Cifar10
 from data.packed import ImageSet, open_packed
 from data.sources import Source, find_source
 from functions.support.errors import UserError
@@ -32,8 +33,9 @@ class Split:
 def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0) -> ImageSet:
     """Load all images of a data set at image_size x image_size pixels; they are prepared on first use.
 
-    "emoji_faces" is the embedded set, "emoji_people" the people in it, "FFHQ" whatever copy of FFHQ lies at data/FFHQ;
-    anything else is the path of a folder, .zip or .npz. Raises UserError as `find_source` and `open_packed` do.
+    "emoji_faces" is the embedded set, "emoji_people" the people in it, "FFHQ" whatever copy of FFHQ lies at data/FFHQ,
+    "CIFAR10" its binary version at data/CIFAR10; anything else is the path of a folder, .zip or .npz. Raises UserError
+    as `find_source`, `Cifar10` and `open_packed` do.
     """
     pack = open_packed(locate(dataset_name, image_size), image_size, max_bad_images)
     if dataset_name == "emoji_people":
@@ -49,6 +51,8 @@ def locate(dataset_name: str, image_size: int) -> Source:
         return find_source(EMBEDDED_SET, image_size)
     if dataset_name == "FFHQ":
         return find_source(find_ffhq(DATA_FOLDER), image_size, numbered=True)
+    if dataset_name == "CIFAR10":
+        return Cifar10(DATA_FOLDER / "CIFAR10")
     return find_source(dataset_name, image_size)
 
 
@@ -72,6 +76,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     """Split a set by sorted id. `split` is "reference" or "official".
 
     The full FFHQ (ids 0 to 69,999): 63,000 / 7,000 as in the reference run, or the official 60,000 / 10,000.
+    CIFAR-10: its test images validate.
     Any other set, an incomplete FFHQ included: its last 10%, at least one image, validate.
     Raises UserError when `split` is neither or a side would be empty.
     """
@@ -79,11 +84,14 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         raise UserError(f"There is no split {split!r}; it can be {' or '.join(map(repr, FFHQ_VALIDATION))}.")
     count = len(image_set)
     is_full_ffhq = count == FFHQ_SIZE and image_set.ids == list(range(FFHQ_SIZE))
-    val_count = FFHQ_VALIDATION[split] if is_full_ffhq else max(1, count // 10)
+    val_count, which = max(1, count // 10), "not the full FFHQ, so the last 10% by id validate"
+    if is_full_ffhq:
+        val_count, which = FFHQ_VALIDATION[split], f"{split} split of the full FFHQ"
+    elif image_set.name == "CIFAR10":
+        val_count, which = sum(i >= FIRST_OF_TEST for i in image_set.ids), "its test images"
     train_count = count - val_count
     if train_count < 1:
         raise UserError(f"{image_set.name} has {count} image(s): too few to train on some and validate on others.")
-    which = f"{split} split of the full FFHQ" if is_full_ffhq else "not the full FFHQ, so the last 10% by id validate"
     description = f"{image_set.name}: {train_count:,} images train, {val_count:,} validate ({which})"
     indices = np.arange(count, dtype=np.int64)
     hashes = hash_ids(image_set.ids[:train_count]), hash_ids(image_set.ids[train_count:])
@@ -95,10 +103,15 @@ def images_of_run(diffusion: dict, image_size: int, name: str | None = None) -> 
 
     Raises UserError when the config does not say, or as `load_images` does.
     """
+    if name:
+        diffusion = {"max_bad_images": 0, "split": "reference", **diffusion, "dataset_name": name}
     fields = {"dataset_name": str, "max_bad_images": int, "split": str}
     if any(type(diffusion.get(field)) is not kind for field, kind in fields.items()):
-        raise UserError("the model's config does not say which images it was trained on")
-    image_set = load_images(name or diffusion["dataset_name"], image_size, diffusion["max_bad_images"])
+        raise UserError(
+            "the model's config does not say which images it was trained on; name some, by evaluate.py --data NAME or "
+            "sample.py --calibrate NAME"
+        )
+    image_set = load_images(diffusion["dataset_name"], image_size, diffusion["max_bad_images"])
     return image_set, split_images(image_set, diffusion["split"])
 
 

@@ -65,9 +65,8 @@ def convert_to_rgb(image: Image.Image) -> np.ndarray:
             levels[grey == image.info["transparency"]] = 255
         return np.repeat(levels.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return np.array(image.convert("RGB"))
 
 

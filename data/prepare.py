@@ -33,9 +33,8 @@ VERSIONS = ("thumbnail", "image")  # of a photo, in the json
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "source", metavar="SOURCE", help="FFHQ, emoji_faces, emoji_people, or the path of a folder or archive"
-    )
+    source_help = "FFHQ, CIFAR10, emoji_faces, emoji_people, or the path of a folder or archive"
+    parser.add_argument("source", metavar="SOURCE", help=source_help)
     parser.add_argument("--image-size", type=positive, default=128, metavar="S", help="pixels (128)")
     parser.add_argument("--max-bad-images", type=int, default=0, metavar="N", help="so many may be left out (0)")
     parser.add_argument("--verify", metavar="JSON", help="check every image against ffhq-dataset-v2.json (no check)")
@@ -65,8 +64,8 @@ def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
     names = {"correct": [], "wrong": []}
     results = tqdm(map_images(source, size_and_md5), "Verifying", len(source.ids), unit="img", delay=1.0)
     for i, (image_id, result) in enumerate(zip(source.ids, results, strict=True)):
-        # In an npz the images have no names of their own.
-        name = short(source.members[i].name) if source.kind != "npz" else f"image {image_id}"
+        # In one array of all the images have no names of their own
+        name = short(source.members[i].name) if len(source.members) == len(source.ids) else f"image {image_id}"
         if isinstance(result, BadImage):
             names["wrong"].append(f"{name}: {result}")
         elif image_id in expected and result in expected[image_id].items():

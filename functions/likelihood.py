@@ -25,13 +25,9 @@ OPEN = 0.999  # values beyond are the first and the last level, whose bins reach
 def terms_of(
     model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor, variance: str, clip_x_0: bool
 ) -> Tensor:
-    """One term of each image, and the error of x_0 that it comes from.
+    """L_T and L_t of each image in bits per dimension, and the squared error of its x_0: (3, B) float64.
 
-    Args:
-        x_0: (B, C, H, W), on the model's device; t: (B,) int64; noise: (B, C, H, W) standard normal.
-
-    Returns:
-        (3, B) float64: L_T and L_t in bits per dimension, and the squared error of x_0.
+    x_0 is (B, C, H, W), on the model's device; t (B,) int64; noise (B, C, H, W) standard normal.
     """
     device = x_0.device
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64

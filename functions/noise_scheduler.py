@@ -25,16 +25,13 @@ class NoiseScheduler:
 
     The schedule is computed in float64; a coefficient is used in the dtype of the image it multiplies. It is looked up
     on the device of t, and with an int t on the host, so nothing waits for a device. Not an `nn.Module`: it has
-    nothing to learn, and an EMA must never average it.
+    nothing to learn, and an EMA must never average it. Raises ValueError for what the arguments cannot be.
 
     Args:
         timesteps: T, at least 2.
-        beta_start, beta_end: the first and the last beta for T = 1000; 0 < beta_start <= beta_end < 1.
+        beta_start, beta_end: the first and the last beta for T = 1000; 0 < beta_start <= beta_end < 1, also rescaled.
         rescale_betas: multiply both by 1000 / T, so that any T ends at nearly the same noise as 1000 steps.
         beta_schedule: "linear"; or "cosine" (`cosine_betas`), which has no use for the three before.
-
-    Raises:
-        ValueError: T below 2, an unknown schedule, or linear betas (after rescaling) outside (0, 1) or falling.
     """
 
     def __init__(
@@ -64,8 +61,7 @@ class NoiseScheduler:
     def alpha_bar(self, t: Timestep) -> Coefficient:
         """alpha_bar at t, and 1 at t = -1, in float64: a Python number for an int, (B,) for (B,) timesteps.
 
-        Raises:
-            IndexError: t is not one of -1 .. T-1 (on CUDA, for (B,) timesteps, its own error).
+        Raises IndexError when t is not one of -1 .. T-1 (on CUDA, for (B,) timesteps, its own error).
         """
         if isinstance(t, int):
             if not -1 <= t < self.timesteps:
@@ -79,8 +75,7 @@ class NoiseScheduler:
     def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """Noise x_0 to step t at once (Eq. 4): sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
 
-        Args:
-            x_0: (B, C, H, W) images; t: (B,) int64, or an int; noise: (B, C, H, W) standard normal.
+        x_0 are (B, C, H, W) images; t is (B,) int64, or an int; the noise is (B, C, H, W) standard normal.
         """
         a_t = self.alpha_bar(t)
         return broadcast(a_t**0.5, x_0) * x_0 + broadcast((1 - a_t) ** 0.5, x_0) * noise

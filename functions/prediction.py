@@ -47,15 +47,12 @@ class Denoiser:
 def predict(
     model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, clip_x_0: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The x_0 that a model sees in x_t (Eq. 15 of Ho et al. 2020), and the eps that agrees with it.
+    """The x_0 that a model sees in x_t (Eq. 15 of Ho et al. 2020), and the eps that agrees with it: (B, C, H, W) each.
 
     Args:
         model: a `Denoiser`, or any callable (x_t, t) -> eps.
         x_t: (B, C, H, W) at timestep t: one for all, or (B,) int64.
         clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it.
-
-    Returns:
-        x_0 and eps, (B, C, H, W) each.
     """
     t_of_images = torch.full((len(x_t),), t, device=x_t.device) if isinstance(t, int) else t
     x_0, eps = interpret(model, scheduler, x_t, t, model(x_t, t_of_images))

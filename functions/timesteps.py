@@ -23,26 +23,23 @@ def sampling_times(
             "logsnr", even in log(alpha_bar / (1 - alpha_bar)) as far as whole timesteps allow, with the last call at
             t = 0 (Lu et al. 2022, arXiv:2206.00927, Section 3.3).
 
-    Raises:
-        ValueError: what was asked for is not within the schedule.
+    Raises ValueError when what was asked for is not within the schedule.
     """
-    timesteps = scheduler.timesteps
+    T = scheduler.timesteps
     if spacing not in SPACINGS:
         raise ValueError(f"spacing is {spacing!r}; it can be {' or '.join(SPACINGS)}")
     if steps is not None and not isinstance(steps, int):
         times = [int(t) for t in steps]
         falling = all(after < before for before, after in pairwise(times))
-        if len(times) < 2 or not falling or times[0] >= timesteps or times[-1] < -1:
-            raise ValueError(
-                f"times must be 2 or more, falling, from at most {timesteps - 1} to at least -1; not {times}"
-            )
+        if len(times) < 2 or not falling or times[0] >= T or times[-1] < -1:
+            raise ValueError(f"times must be 2 or more, falling, from at most {T - 1} to at least -1; not {times}")
         return times
-    steps = timesteps if steps is None else steps
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"steps is {steps}; a model with {timesteps} timesteps takes 1 to {timesteps}")
+    steps = T if steps is None else steps
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps is {steps}; a model with {T} timesteps takes 1 to {T}")
     if spacing == "trailing":
-        return [round(timesteps - k * timesteps / steps) - 1 for k in range(steps + 1)]
-    return [*logsnr_timesteps(scheduler, steps, timesteps - 1, 0), -1]
+        return [round(T - k * T / steps) - 1 for k in range(steps + 1)]
+    return [*logsnr_timesteps(scheduler, steps, T - 1, 0), -1]
 
 
 def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: int) -> list[int]:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.dialects import DIALECTS, Dialect
 from models.group_norm import GroupNorm
 
-NORM_EPS = 1e-6  # TensorFlow's default, which the paper's weights were trained with; PyTorch's is 1e-5
+Norm = Callable[[int], GroupNorm]
 
 
 def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
@@ -29,7 +30,7 @@ def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> T
     return part(*inputs)
 
 
-def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"]) -> Tensor:
     """Embed integer timesteps as sines and cosines of geometrically spaced frequencies.
 
     "Attention Is All You Need", Section 3.5, in the form of Ho's code: all sines first, then all cosines, with
@@ -38,6 +39,7 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     Args:
         t: (B,) timesteps, integer or float.
         dim: size of the embedding; even and at least 4 (`ValueError` otherwise).
+        dialect: diffusers' has the cosines first, and dim/2 in the place of dim/2 - 1.
 
     Returns:
         (B, dim) float32.
@@ -45,22 +47,23 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     if dim < 4 or dim % 2:
         raise ValueError(f"the embedding's dim is {dim}; it must be even and at least 4")
     half_dim = dim // 2
-    exponent = torch.arange(half_dim, dtype=torch.float32, device=t.device) / (half_dim - 1)
+    exponent = torch.arange(half_dim, dtype=torch.float32, device=t.device) / (half_dim - dialect.freq_shift)
     angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)[None, :]  # (B, dim/2)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, dim)
+    halves = (angles.cos(), angles.sin()) if dialect.flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(halves, dim=1)  # (B, dim)
 
 
 class TimeEmbedding(nn.Module):
     """t (B,) -> (B, 4 base_dim): sinusoid, Linear, SiLU, Linear. Every residual block adds a projection of it."""
 
-    def __init__(self, base_dim: int):
+    def __init__(self, base_dim: int, dialect: Dialect):
         super().__init__()
-        self.base_dim = base_dim
+        self.base_dim, self.dialect = base_dim, dialect
         self.linear_1 = nn.Linear(base_dim, 4 * base_dim)
         self.linear_2 = nn.Linear(4 * base_dim, 4 * base_dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        embedding = sinusoidal_embedding(t, self.base_dim)  # (B, base_dim), float32 under autocast too
+        embedding = sinusoidal_embedding(t, self.base_dim, self.dialect)  # (B, base_dim), float32 under autocast too
         return self.linear_2(F.silu(self.linear_1(embedding)))  # (B, 4 base_dim)
 
 
@@ -68,18 +71,18 @@ class ResidualBlock(nn.Module):
     """Norm-SiLU-conv twice around the added time embedding, plus a shortcut (a 1x1 convolution when channels change).
 
     Args:
-        in_channels, out_channels: both divisible by `norm_groups`.
+        in_channels, out_channels: what `norm` takes.
         time_dim: size of the time embedding.
         dropout: probability, before the second convolution.
-        norm_groups: groups of both GroupNorms.
+        norm: makes the GroupNorm of so many channels.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm: Norm):
         super().__init__()
-        self.norm_1 = GroupNorm(norm_groups, in_channels, NORM_EPS)
+        self.norm_1 = norm(in_channels)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_projection = nn.Linear(time_dim, out_channels)
-        self.norm_2 = GroupNorm(norm_groups, out_channels, NORM_EPS)
+        self.norm_2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -105,11 +108,14 @@ def concatenated(*parts: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """One head of self-attention over all H x W positions, with a residual connection."""
+    """Self-attention over all H x W positions, with a residual connection; `ValueError` if no heads are so wide."""
 
-    def __init__(self, channels: int, norm_groups: int):
+    def __init__(self, channels: int, norm: Norm, head_dim: int | None = None):
         super().__init__()
-        self.norm = GroupNorm(norm_groups, channels, NORM_EPS)
+        self.head_dim = head_dim or channels  # one head, as Ho's
+        if channels % self.head_dim:
+            raise ValueError(f"{channels} channels cannot be cut into heads of {self.head_dim}")
+        self.norm = norm(channels)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
@@ -119,9 +125,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, C, H, W = x.shape
         qkv = recomputing(self.recompute_norms, self.queries_keys_values, x)  # (B, 3 C, H, W)
-        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # each (B, 1 head, H W, C)
-        h = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(C))  # (B, 1, H W, C)
-        h = h[:, 0].transpose(1, 2).reshape(-1, C, H, W)  # (B, C, H, W)
+        qkv = qkv.flatten(2).transpose(1, 2).unflatten(2, (3, -1, self.head_dim))  # (B, H W, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H W, head_dim)
+        h = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(self.head_dim))  # (B, heads, H W, head_dim)
+        h = h.transpose(2, 3).reshape(-1, C, H, W)  # (B, C, H, W)
         return x + self.out(h)
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
@@ -134,12 +141,12 @@ class SelfAttention(nn.Module):
 class Downsample(nn.Module):
     """(B, C, H, W) -> (B, C, H/2, W/2): a 3x3 convolution of stride 2."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, padding: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only: TensorFlow's 'SAME' for an even size
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))  # right and bottom only
 
 
 WORTH_DOUBLING = 256  # pixels of an image; of fewer, summing up the kernels costs more than it saves

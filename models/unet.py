@@ -6,7 +6,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import NORM_EPS, Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, recomputing
+from models.blocks import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, recomputing
+from models.dialects import DIALECTS
 from models.group_norm import GroupNorm
 
 BLOCKS_DOWN, BLOCKS_UP = 2, 3  # residual blocks a level; one more on the way up, for the skip that downsampling leaves
@@ -29,6 +30,7 @@ class UNet(nn.Module):
         base_dim: channels at multiplier 1; the time embedding has 4 times as many.
         dropout: probability inside each residual block.
         norm_groups: groups of each GroupNorm; must divide every level's channels.
+        dialect: "ho", the paper's network; or "diffusers", with other details that models/dialects.py lists.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -44,6 +46,7 @@ class UNet(nn.Module):
         base_dim: int,
         dropout: float = 0.0,
         norm_groups: int = 32,
+        dialect: str = "ho",
     ):
         super().__init__()
         levels = len(dim_multiply)
@@ -52,17 +55,19 @@ class UNet(nn.Module):
                 f"{levels} levels lead from {image_size} to {image_size / 2 ** (levels - 1):g} pixels, "
                 f"not to lowest_resolution_size = {lowest_resolution_size}"
             )
+        if dialect not in DIALECTS:
+            raise ValueError(f"dialect is {dialect!r}; it can be {' or '.join(DIALECTS)}")
         self.image_size, self.channels = image_size, channels
+        details = DIALECTS[dialect]
+        norm = partial(GroupNorm, norm_groups, eps=details.norm_eps)
         dims = [base_dim * multiplier for multiplier in dim_multiply]
-        time_dim = 4 * base_dim
-
-        def block(in_channels: int, out_channels: int) -> ResidualBlock:
-            return ResidualBlock(in_channels, out_channels, time_dim, dropout, norm_groups)
+        block = partial(ResidualBlock, time_dim=4 * base_dim, dropout=dropout, norm=norm)
+        attend = partial(SelfAttention, norm=norm, head_dim=details.attention_head_dim)
 
         def attention(level: int) -> nn.Module:
-            return SelfAttention(dims[level], norm_groups) if level in transformer_layers else nn.Identity()
+            return attend(dims[level]) if level in transformer_layers else nn.Identity()
 
-        self.time_embedding = TimeEmbedding(base_dim)
+        self.time_embedding = TimeEmbedding(base_dim, details)
         self.conv_in = nn.Conv2d(channels, base_dim, 3, padding=1)
 
         dim, skip_dims = base_dim, [base_dim]
@@ -75,12 +80,12 @@ class UNet(nn.Module):
                 dim = dims[level]
                 skip_dims.append(dim)
             if level < levels - 1:
-                stage["downsample"] = Downsample(dim)
+                stage["downsample"] = Downsample(dim, details.downsample_padding)
                 skip_dims.append(dim)
             self.down.append(stage)
 
         self.middle_block_1 = block(dim, dim)
-        self.middle_attention = SelfAttention(dim, norm_groups)
+        self.middle_attention = attend(dim)
         self.middle_block_2 = block(dim, dim)
 
         self.up = nn.ModuleList()  # from the lowest resolution to the full one
@@ -95,7 +100,7 @@ class UNet(nn.Module):
             self.up.append(stage)
         assert not skip_dims, "every skip connection is used exactly once"
 
-        self.norm_out = GroupNorm(norm_groups, dim, NORM_EPS)
+        self.norm_out = norm(dim)
         self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
         self.reset_parameters()
         self.set_recompute("none")

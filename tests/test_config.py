@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from config import EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelConfig
+from functions.training.start import warnings_of
 from models.unet import UNet
 
 DIFFUSION = dict(dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=False, timesteps_diff=200)
@@ -42,7 +43,7 @@ def test_ffhq_runs_are_those_of_the_reference(name, diffusion, base_dim):
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_an_experiment_survives_json_and_builds_a_network_without_a_warning(experiment):
     assert Experiment.from_dict(experiment.to_dict()) == experiment
-    assert experiment.warnings() == []
+    assert warnings_of(experiment) == []
     with torch.device("meta"):
         UNet(**vars(experiment.model))
 
@@ -88,8 +89,8 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         ("clip_grad_norm", float("inf"), "0 (off) or more"),
         ("lr_schedule", "linear", '"constant" or "cosine"'),
         ("ema_decay", 1, "below 1"),
-        ("precision", "half", "one of auto, float32"),
-        ("recompute", "all", '"none", "norms" or "blocks"'),
+        ("precision", "half", '"auto" or "float32" or "bfloat16" or "float16"'),
+        ("recompute", "all", '"none" or "norms" or "blocks"'),
         ("compile", "on", '"auto" or "off"'),
         ("checkpoint_minutes", float("nan"), "0 (off) or more"),
         ("dim_multiply", [1, 2, 2, 4], "one multiplier for each resolution, 128, 64, 32, 16, 8; 4 of them reach 64"),
@@ -102,6 +103,7 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         ("base_dim", 63, "even"),
         ("norm_groups", 24, "a divisor of 64"),
         ("dropout", 1, "below 1"),
+        ("dialect", "lucidrains", '"ho" or "diffusers"'),
         ("channels", 1, "3"),
     ],
 )  # fmt: skip
@@ -133,9 +135,9 @@ def test_the_v_presets_differ_in_their_objective_and_what_it_wants_alone(name, o
 
 def test_what_is_probably_not_meant_is_warned_of():
     narrow = EXPERIMENTS["faces"].override({}, {"norm_groups": 32})
-    assert "norm_groups = 32 leaves 1 channel a group" in narrow.warnings()[0]
+    assert "norm_groups = 32 leaves 1 channel a group" in warnings_of(narrow)[0]
     still = EXPERIMENTS["ffhq-full"].override({"use_augmentation": False}, {})
-    assert still.warnings() == ["max_rotation has no effect without use_augmentation = True"]
+    assert warnings_of(still) == ["max_rotation has no effect without use_augmentation = True"]
 
 
 def test_a_saved_config_with_unknown_or_missing_fields():

@@ -61,12 +61,6 @@ class BandErrors:
         return {name: value if isinstance(value, list) else value.tolist() for name, value in vars(self).items()}
 
 
-def times_of(timesteps: int) -> list[int]:
-    """Some timesteps from 0 to T - 1, dense at both ends (Chebyshev's)."""
-    share = (1 - np.cos(np.pi * np.arange(TIMES) / (TIMES - 1))) / 2
-    return np.unique((share * (timesteps - 1)).round().astype(int)).tolist()
-
-
 @torch.no_grad()
 def measure_bands(
     denoiser: Denoiser,
@@ -81,15 +75,14 @@ def measure_bands(
 
     Args:
         x_0_of: image indices (B,) -> (B, C, H, W) in [-1, 1], on the model's device.
-        indices: the held-out images.
+        indices: the held-out images; `UserError` for a single one, as its standard error is not known.
         average: (C, H, W): the average training image.
-
-    Raises:
-        UserError: a single image, as its standard error is not known.
     """
     if len(indices) < 2:
         raise UserError("bands wants two held-out images or more")
-    scheduler, t = denoiser.scheduler, times_of(denoiser.scheduler.timesteps)
+    scheduler = denoiser.scheduler
+    share = (1 - np.cos(np.pi * np.arange(TIMES) / (TIMES - 1))) / 2  # of T - 1: dense at both ends (Chebyshev's)
+    t = np.unique((share * (scheduler.timesteps - 1)).round().astype(int)).tolist()
     draws, limit = math.ceil(DRAWS / len(indices)) * len(indices), BatchLimit(x_0_of(indices[:1]).device, batch_size)
     energy = lambda images: band_means(spectrum(images).abs().square())  # (B, bands)
 
@@ -98,12 +91,11 @@ def measure_bands(
         x_t = scheduler.q_sample(x_0, t, ImageNoise(seed, some, x_0.shape[1:], x_0.device, f"bands {t}").draw())
         return energy(predict(denoiser, scheduler, x_t, t)[0] - x_0)
 
-    own = list(processes.own_range(len(t)))
     parts = limit.in_parts(lambda some: energy((images := x_0_of(some)) - average.to(images.device)), indices)
     variance = torch.cat(parts).numpy()  # (N, bands), of each image
     table = torch.zeros(len(t), draws, variance.shape[1], dtype=torch.float64)
     with denoiser.evaluating():
-        for k in tqdm(own, "bands", unit="timestep", disable=not processes.is_main):
+        for k in tqdm(processes.own_range(len(t)), "bands", unit="timestep", disable=not processes.is_main):
             table[k] = torch.cat(limit.in_parts(lambda some, t=t[k]: errors(some, t), range(draws)))
     # Each entry is one process's and 0 in the others, so that their sum is exact; (K, N, bands), of each image
     of_images, s2 = processes.sum_(table).unflatten(1, (-1, len(indices))).mean(dim=1).numpy(), variance.mean(axis=0)

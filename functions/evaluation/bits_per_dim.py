@@ -121,17 +121,14 @@ def measure_bits_per_dim(
     """Measure the variational bound (Eq. 5) of held-out images.
 
     The noise of a term depends on (seed, image, t) alone, and batches are the same whoever computes them, so the result
-    depends neither on the number of processes nor on chance. A batch that does not fit in memory is halved.
+    depends neither on the number of processes nor on chance. A batch that does not fit in memory is halved; UserError
+    when a single image does not, and ValueError without an image or for an unknown variance.
 
     Args:
         x_0_of: image indices (B,) -> (B, C, H, W) in [-1, 1], on the model's device.
         indices: the held-out images, at least one.
         processes: those that divide the batches among themselves; all get the result.
         progress: show a bar over the batches.
-
-    Raises:
-        ValueError: no image, or an unknown variance.
-        UserError: no memory for a single image.
     """
     if len(indices) == 0 or options.variance not in VARIANCES:
         raise ValueError(f"{len(indices)} images and variance {options.variance!r}; there must be some, small or large")

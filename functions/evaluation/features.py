@@ -59,11 +59,8 @@ class Reference:
 def load_inception(weights: Path | None, device: torch.device, processes: Processes = SINGLE_PROCESS) -> Extractor:
     """Load torch-fidelity's InceptionV3, the original TensorFlow network, for its 2048 pooled features.
 
-    Args:
-        weights: a local file; None: downloaded once into PyTorch's cache, by rank 0.
-
-    Raises:
-        UserError: torch-fidelity is not installed, or there are no weights.
+    `weights` is a local file; None: downloaded once into PyTorch's cache, by rank 0. Raises UserError when
+    torch-fidelity is not installed, or there are no weights.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -124,13 +121,8 @@ def collect_features(
 ) -> Tensor:
     """Extract the features of `count` images, (count, D) float32 on the CPU, the same in all processes.
 
-    A batch that does not fit in memory is halved, and so are those after it.
-
-    Args:
-        batches: those of this process: rows of the result, and their images, uint8 (B, H, W, 3).
-
-    Raises:
-        UserError: no memory for a single image.
+    `batches` are those of this process: rows of the result, and their images, uint8 (B, H, W, 3). One that does not fit
+    in memory is halved, and so are those after it; `UserError` when a single image does not.
     """
     features, limit = torch.zeros(count, extractor.width), BatchLimit(extractor.device)
     for rows, images in batches:

@@ -42,8 +42,7 @@ def write_reference(path: Path, reference: Reference) -> None:
 def read_reference(path: Path, image_size: int, extractor: Extractor) -> Reference:
     """Read a file that somebody published, for models of this size and this network.
 
-    Raises:
-        UserError: the file is missing, damaged, empty, not one of ours, or of other images or another network.
+    `UserError` when it is missing, damaged, empty, not one of ours, or of other images or another network.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # which compares checksums as it reads

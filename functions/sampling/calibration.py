@@ -12,8 +12,10 @@ docs/whole-before-detail.md says why it helps. Related, with one number a timest
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -113,29 +115,28 @@ def calibrated(
     other data sets `load(None or its name)` gives the ImageSet and its Split.
     """
     which, denoiser, device = image_sampler.options.calibrate, image_sampler.denoiser, image_sampler.device
-    path = saved.path.with_name(f"{saved.path.stem}-calibration-{'own' if which == 'own' else 'data'}.safetensors")
+    folder = Path("samples") if saved.path.is_dir() else saved.path.parent  # never into others' folders
+    path = folder / f"{saved.name}-calibration-{'own' if which == 'own' else 'data'}.safetensors"
     made_from = {"weights": saved.digest, "images": which, "fitted": [IMAGES, FROM, FITTED, RIDGE]}
 
     def read_or_make() -> dict[str, Tensor]:
         shapes = {"mean": saved.image_shape, "weights": (denoiser.scheduler.timesteps, bands, 2)}
-        try:
+        with suppress(UserError, OSError):  # of a file that is not there, or damaged
             file = TensorFile(path)
             found = file.tensors() if file.contents == made_from else {}
             if {name: (*tensor.shape,) for name, tensor in found.items()} == shapes:
                 return found
-        except (UserError, OSError):
-            pass  # none there, or damaged
         if which == "own":
             sde = SamplerOptions("dpm++", min(20, denoiser.scheduler.timesteps))
-            images = generate(
-                replace(image_sampler, options=sde, seed=seed_of("calibration")), range(IMAGES), batch_size
-            ).images
+            sampler = replace(image_sampler, options=sde, seed=seed_of("calibration"))
+            images = generate(sampler, range(IMAGES), batch_size).images
         else:
             image_set, split = load(None if which == "data" else which)
             some = split.train_indices[np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)]
             images = to_model_range(torch.from_numpy(image_set.images[some]))
         made = {name: part.cpu() for name, part in vars(calibrate(denoiser, images.to(device), batch_size)).items()}
         try:
+            folder.mkdir(exist_ok=True)
             write_tensors(path, made, made_from)
             print(f"wrote {path}")
         except OSError as error:

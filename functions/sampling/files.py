@@ -34,8 +34,7 @@ def image_path(folder: Path, i: int) -> Path:
 
 def existing(folder: Path) -> set[int]:
     """The numbers of the images that are there."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    return {int(match[1]) for match in map(IMAGE_NAME.fullmatch, names) if match}
+    return {int(match[1]) for match in map(IMAGE_NAME.fullmatch, os.listdir(folder)) if match}
 
 
 def check_manifest(folder: Path, facts: dict) -> None:
@@ -43,11 +42,9 @@ def check_manifest(folder: Path, facts: dict) -> None:
     try:
         found = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError as error:
-        there = existing(folder)
-        if there:
-            name = image_path(folder, min(there)).name
-            message = f"{folder} holds {name} but no {MANIFEST} to say what made it; take another --out"
-            raise UserError(message) from error
+        if there := existing(folder):
+            what = f"{image_path(folder, min(there)).name} but no {MANIFEST} to say what made it"
+            raise UserError(f"{folder} holds {what}; take another --out") from error
         return
     except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST}: damaged, so nobody knows what images these are; delete it") from error
@@ -63,9 +60,7 @@ def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int
     """Make the folder, or go on with it, and yield the numbers of the single images that are there.
 
     With `individual` it is held for this process, the main one of several, and the manifest written: `facts`.
-
-    Raises:
-        UserError: as `check_manifest`, or another process makes images in it.
+    Raises UserError as `check_manifest`, or when another process makes images in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp") if individual else nullcontext():

@@ -21,8 +21,9 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.samplers import OnStep
 from functions.sampling.options import SAMPLERS, SamplerOptions
-from functions.support.checkpoint import SavedModel, load_into, load_weights
+from functions.support.checkpoint import SavedModel, load_into
 from functions.support.device import choose_device, choose_precision, is_out_of_memory
+from functions.support.diffusers_folder import load_model
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import short
 from functions.support.processes import Processes
@@ -73,7 +74,7 @@ class ImageSampler:
         """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at -1 they are images."""
         if t < 0:
             return x_t
-        sampler, own = SAMPLERS[self.options.sampler], self.options.own
+        sampler, own = SAMPLERS[self.options.sampler], {**self.options.own, "clip_x_0": self.options.clip_x_0}
         times, step_noise = self.options.times(self.scheduler, t), lambda k: noise()
         return sampler(self.denoiser, self.scheduler, x_t, times, **own, step_noise=step_noise, on_step=on_step)
 
@@ -101,12 +102,13 @@ def open_sampler(
 ) -> tuple[SavedModel, ImageSampler]:
     """Return the newest sound checkpoint that the flags of `add_sampling_flags` mean, and its sampler, uncalibrated."""
     device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
-    precision, options = choose_precision(args.precision, device), SamplerOptions.from_args(args)
-    read = cache(load_weights)  # so that rank 0, which reads it to find it, does not do so twice
+    precision = choose_precision(args.precision, device)
+    read = cache(load_model)  # so that rank 0, which reads it to find it, does not do so twice
     find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
     saved = read(processes.from_main(lambda: first_sound(find(), read).path))
     processes.say(str(saved))
     denoiser = rebuild(build_model, saved, device, precision)
+    options = SamplerOptions.from_args(args, saved.config["diffusion"])
     return saved, ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
 
 
@@ -115,8 +117,7 @@ def rebuild(
 ) -> Denoiser:
     """Rebuild network and schedule from what a checkpoint says alone; its config's `model` fields go to `build_model`.
 
-    Raises:
-        CheckpointError: its config and its weights do not fit each other.
+    Raises CheckpointError when its config and its weights do not fit each other.
     """
     try:
         diffusion, fields = saved.config["diffusion"], saved.config["model"]
@@ -133,6 +134,8 @@ def rebuild(
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
         if denoiser.objective not in ("eps", "v"):
             raise ValueError(f"objective is {denoiser.objective!r}; it can be eps or v")
+        if diffusion.get("variance", "small") not in ("small", "large"):
+            raise ValueError(f"variance is {diffusion['variance']!r}; it can be small or large")
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(
             f"{saved.path}: its config describes no model of this version: {type(error).__name__}: {short(error)}"
@@ -205,11 +208,7 @@ class BatchLimit:
         self.device, self.most = device, most
 
     def in_parts(self, work: Callable[[Sequence[int]], Result], images: Sequence[int]) -> list[Result]:
-        """Return what `work` returns for each part of the images, at most `most` of them.
-
-        Raises:
-            UserError: there is no memory for a single image.
-        """
+        """What `work` returns for each part of the images, at most `most`; UserError if there is no memory for one."""
         results, done = [], 0
         while done < len(images):
             some = images[done : done + self.most]

@@ -75,27 +75,23 @@ def save_interpolation(
     noise that is known, and so that is mixed (`interpolate_seeds`).
     """
     of_seed = all(isinstance(source, int) for source in sources)
-    ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
     weights = torch.linspace(0, 1, MIXTURES, device=image_sampler.device)
 
-    def mixtures(t: int, columns: Sequence[int]) -> Tensor:
+    def mixtures(ends: Tensor, t: int, columns: Sequence[int]) -> Tensor:
         if of_seed and t == image_sampler.scheduler.timesteps - 1:
             return interpolate_seeds(image_sampler, sources, weights[list(columns)])
         return interpolate_images(image_sampler, ends, t, weights[list(columns)])
 
-    first, second = [f"image {source}" if isinstance(source, int) else "image" for source in sources]
-    titles = [first, *(f"{weight:.3g}" for weight in weights.tolist()), second]
-    save_rows(image_sampler, mixtures, depths, batch_size, ends, titles, path)
+    titles = [f"{weight:.3g}" for weight in weights.tolist()]
+    save_rows(image_sampler, sources, mixtures, titles, depths, batch_size, path)
 
 
 def save_variations(
     image_sampler: ImageSampler, source: Source, depths: Sequence[float], batch_size: int, path: Path
 ) -> None:
     """Save an image and what comes back of it with other noise in each column, one row a depth."""
-    x_0 = x_0_of(image_sampler, source)
-    titles = [f"image {source}" if isinstance(source, int) else "image", *map(str, range(VARIATIONS))]
-    row = lambda t, columns: variations(image_sampler, x_0, t, columns)
-    save_rows(image_sampler, row, depths, batch_size, x_0[None], titles, path)
+    row = lambda ends, t, columns: variations(image_sampler, ends[0], t, columns)
+    save_rows(image_sampler, [source], row, [*map(str, range(VARIATIONS))], depths, batch_size, path)
 
 
 def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
@@ -107,20 +103,22 @@ def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
 
 def save_rows(
     image_sampler: ImageSampler,
-    sample_row: Callable[[int, Sequence[int]], Tensor],
+    sources: Sequence[Source],
+    sample_row: Callable[[Tensor, int, Sequence[int]], Tensor],
+    titles: Sequence[str],
     depths: Sequence[float],
     batch_size: int,
-    ends: Tensor,
-    titles: Sequence[str],
     path: Path,
 ) -> None:
-    """Save the columns of `sample_row(t, columns)`, one row a depth t, between one or two ends."""
+    """Save the columns of `sample_row(ends, t, columns)`, one row a depth t, between one or two ends: the sources."""
+    ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
     all_t = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in depths]
-    limit, rows, count = BatchLimit(image_sampler.device, batch_size), [], len(titles) - len(ends)
+    limit, rows = BatchLimit(image_sampler.device, batch_size), []
     for t in tqdm(all_t, path.stem, unit="row"):
-        images = limit.in_parts(lambda columns, t=t: to_uint8(sample_row(t, columns)).cpu(), range(count))
-        rows.append(torch.cat(images).numpy())
+        row = limit.in_parts(lambda some, t=t: to_uint8(sample_row(ends, t, some)).cpu(), range(len(titles)))
+        rows.append(torch.cat(row).numpy())
     first, *last = [np.repeat(image[None], len(rows), axis=0) for image in to_uint8(ends).cpu().numpy()]
+    first_title, *last_title = [f"image {source}" if isinstance(source, int) else "image" for source in sources]
     row_titles = [f"t = {t + 1}" for t in all_t]  # the paper's t, which is 0 for an image
-    save_strip([first, *np.stack(rows).swapaxes(0, 1), *last], titles, path, row_titles)
+    save_strip([first, *np.stack(rows).swapaxes(0, 1), *last], [first_title, *titles, *last_title], path, row_titles)
     print(f"wrote {path} ({image_sampler.options})")

@@ -35,6 +35,7 @@ class SamplerOptions:
     variance: str | None = None  # of ddpm
     eta: float | None = None  # of ddim and dpm++
     calibrate: str | None = None  # "data", "own" or another data set: see functions/sampling/calibration.py
+    clip_x_0: bool = True  # no flag: False is for a few models of others
 
     def __post_init__(self) -> None:
         own = OWN_OPTIONS[self.sampler]
@@ -49,9 +50,15 @@ class SamplerOptions:
             raise UserError(f"--calibrate {self.calibrate}: that is a run, not data; write the run before the flag")
 
     @staticmethod
-    def from_args(args: argparse.Namespace) -> "SamplerOptions":
-        """The options that the flags of `add_sampling_flags` ask for."""
-        return SamplerOptions(**{field.name: getattr(args, field.name) for field in fields(SamplerOptions)})
+    def from_args(args: argparse.Namespace, diffusion: dict) -> "SamplerOptions":
+        """The options that the flags of `add_sampling_flags` ask for, for a model with this config.
+
+        A folder of diffusers has its own variance, which holds for all timesteps alone, and may forbid clipping.
+        """
+        given = {field.name: getattr(args, field.name) for field in fields(SamplerOptions) if field.name in args}
+        if args.sampler == "ddpm" and args.steps in (None, diffusion["timesteps_diff"]):
+            given["variance"] = args.variance or diffusion.get("variance")
+        return SamplerOptions(**given, clip_x_0=diffusion.get("clip_x_0", True))
 
     @property
     def own(self) -> dict[str, str | float]:
@@ -72,7 +79,8 @@ class SamplerOptions:
     def facts(self, timesteps: int) -> dict[str, str | int | float]:
         """All that decides the pixels, for a model with T = `timesteps`."""
         steps = self.steps or timesteps
-        return dict(sampler=self.sampler, steps=steps, spacing=self.spacing, **self.own, **self.calibration)
+        clip = {} if self.clip_x_0 else {"clip_x_0": False}
+        return dict(sampler=self.sampler, steps=steps, spacing=self.spacing, **self.own, **self.calibration, **clip)
 
     @property
     def calibration(self) -> dict[str, str]:
@@ -84,6 +92,7 @@ class SamplerOptions:
         words = [self.sampler, *([f"{self.steps} steps", self.spacing] if self.steps else ["all steps"])]
         words += [f"{option} {value}" for option, value in self.own.items()]
         words += [f"calibrated on {Path(self.calibrate).name}"] if self.calibrate else []
+        words += [] if self.clip_x_0 else ["x_0 not clipped"]
         return ", ".join(words)
 
     @property
@@ -100,7 +109,9 @@ class SamplerOptions:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that sample.py and evaluate.py share: which model, on what, and how images are sampled from it."""
     add = parser.add_argument
-    checkpoint = "a run folder, a checkpoint or an exported .safetensors (default: the newest run)"
+    checkpoint = (
+        "a run folder, a checkpoint, an exported .safetensors or a folder of diffusers (default: the newest run)"
+    )
     add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
     add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
     add("--batch-size", type=positive, default=64, metavar="N", help="images at a time; fewer if need be (default: 64)")

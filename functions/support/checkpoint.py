@@ -70,9 +70,9 @@ class SavedModel:
 
     path: Path
     weights: dict[str, Tensor]
-    kind: str  # of the weights: "EMA", or "raw" where the run has no EMA
+    kind: str  # of the weights: "EMA", or "raw" where the run has no EMA; "diffusers", of one of its folders
     config: dict  # {"diffusion": {...}, "model": {...}}
-    run: dict  # experiment, step, total_steps, and in a checkpoint more
+    run: dict  # experiment, step, total_steps (0 where nobody knows), and in a checkpoint more
     digest: str  # of weights and config: the same for a checkpoint and for what was exported from it
 
     @property
@@ -81,8 +81,18 @@ class SavedModel:
         model = self.config["model"]
         return model["channels"], model["image_size"], model["image_size"]
 
+    @property
+    def name(self) -> str:
+        """That its results are named by."""
+        return self.run["experiment"] if self.path.is_dir() else self.path.stem
+
+    @property
+    def summary(self) -> str:
+        done = f" after {self.run['step']:,} of {self.run['total_steps']:,} steps" if self.run["total_steps"] else ""
+        return f"{self.kind} weights{done}, hash {self.digest[:16]}{self.run.get('note', '')}"
+
     def __str__(self) -> str:
-        return f"{self.path}: {self.kind} weights after {self.run['step']:,} of {self.run['total_steps']:,} steps"
+        return f"{self.path}: {self.summary}"
 
 
 def save_checkpoint(path: Path, config: dict, run: dict, state: TrainingState) -> None:
@@ -120,24 +130,26 @@ def load_weights(path: Path) -> SavedModel:
     file = open_checkpoint(path)
     part = "ema" if any(name.startswith("ema.") for name in file.checksums) else "model"
     weights, config = file.tensors(f"{part}."), file.contents["config"]
-    named = [[name, file.checksums[f"{part}.{name}"]] for name in sorted(weights)]
-    digest = hashlib.sha256(json.dumps([config, named], sort_keys=True).encode()).hexdigest()
+    digest = digest_of(config, {name: file.checksums[f"{part}.{name}"] for name in weights})
     return SavedModel(path, weights, "EMA" if part == "ema" else "raw", config, file.contents["run"], digest)
 
 
+def digest_of(config: dict, checksums: dict[str, str]) -> str:
+    """A hash of a model: of its config and of the checksum of each of its weights."""
+    return hashlib.sha256(json.dumps([config, sorted(checksums.items())], sort_keys=True).encode()).hexdigest()
+
+
 def export_weights(saved: SavedModel, path: Path) -> None:
-    """Write a model as a file of its own, to publish. Raises CheckpointError when its name does not tell what it is."""
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: an exported file's name must end in .safetensors, by which it is known")
+    """Write a model as a file of its own, to publish."""
     part = "ema" if saved.kind == "EMA" else "model"
     weights = {f"{part}.{name}": tensor for name, tensor in saved.weights.items()}
     write_tensors(path, weights, {"config": saved.config, "run": saved.run, "scaler": {}})
 
 
 def load_into(model: nn.Module, saved: SavedModel) -> None:
-    """Give a model on the meta device these weights. Raises CheckpointError when they do not fit."""
+    """Give a model these weights, on the meta device as they are. Raises CheckpointError when they do not fit."""
     check_fit(model.state_dict(), saved.weights, saved.path)
-    model.load_state_dict(saved.weights, assign=True)
+    model.load_state_dict(saved.weights, assign=next(model.parameters()).is_meta)
 
 
 def check_fit(own: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:

@@ -130,14 +130,12 @@ def arithmetic(device: torch.device, precision: torch.dtype, processes: int, bat
     }
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether PyTorch, or Python, could not have the memory that it asked for."""
     # cuBLAS says ALLOC_FAILED, cuDNN ALLOCATION_FAILED, and oneDNN, which convolves on the CPU, no more than the last
     texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
              "could not create a primitive")  # fmt: skip
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 
 class Adam(torch.optim.Adam):
@@ -160,12 +158,7 @@ class Adam(torch.optim.Adam):
         """Fill the lists of parameters, gradients, moments and step counts that the kernel is called with."""
         result = super()._init_group(group, *lists)
         for tensors in lists:
-            tensors[:] = map(in_memory_order, tensors)
+            for i, tensor in enumerate(tensors):
+                if tensor.is_contiguous(memory_format=torch.channels_last):
+                    tensors[i] = tensor.permute(0, 2, 3, 1)
         return result
-
-
-def in_memory_order(tensor: Tensor) -> Tensor:
-    """A contiguous view of a tensor in channels_last; others as they are."""
-    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1)
-    return tensor

@@ -52,14 +52,19 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> None:
-    """Write tensors of any layout, and `contents` of plain values, with one tensor at a time copied where it must be.
+    """Write a file of ours: tensors, and `contents` of plain values. Raises OSError as `write_safetensors` does."""
+    text = json.dumps({**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
+    write_safetensors(path, tensors, {"format": FORMAT, "contents": text, "sha256": sha256(text)})
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors of any layout, with one of them at a time copied where it must be.
 
     The save_file of safetensors would want all of them contiguous at once, and flushes nothing to the disk.
     Raises OSError, with `path` as it was, when the disk is full or the like.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each is aligned
-    text = json.dumps({**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
-    entries, end = {"__metadata__": {"format": FORMAT, "contents": text, "sha256": sha256(text)}}, 0
+    entries, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         entries[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -117,9 +122,45 @@ class TensorFile:
                 raise CheckpointError(f"{self.path}: damaged: {short(name)} does not match its checksum")
             if tensor.dtype not in TYPES:
                 raise CheckpointError(f"{self.path}: {short(name)} is {tensor.dtype}, which ours never are")
-            if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-                raise CheckpointError(f"{self.path}: {short(name)} holds numbers that are not finite")
+            check_finite(tensor, name, self.path)
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file that anyone wrote. Raises CheckpointError as `TensorFile` does."""
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in set(file.keys())}
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{path}: the file is truncated, damaged or no safetensors") from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of fields. Raises CheckpointError when it is missing, damaged or another, or has a name twice."""
+    try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > LONGEST_HEADER):
+            raise ValueError("no file, or too large a one")
+        fields = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        if not isinstance(fields, dict):
+            raise ValueError("no fields in braces")
+        return fields
+    except READ_ERRORS as error:
+        what = "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {short(error)}"
+        raise CheckpointError(f"{path}: {what}") from error
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name is there twice")
+    return fields
+
+
+def check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    """Raise CheckpointError for numbers that are not finite."""
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise CheckpointError(f"{path}: {short(name)} holds numbers that are not finite")
 
 
 def check_header(path: Path) -> None:

@@ -74,10 +74,6 @@ class Processes:
         """Whether it is true in any process. Between hosts, beside the GPU's work, so that it costs no waiting."""
         return bool(self.sum_(torch.tensor(int(flag))))
 
-    def wait(self) -> None:
-        """Until all are here."""
-        self.any(False)
-
     def gather(self, value: Value) -> list[Value]:
         """Every process's value, by rank."""
         values = [value] * self.count

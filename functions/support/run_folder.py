@@ -21,7 +21,8 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from functions.support.checkpoint import check_whole, open_checkpoint
+from functions.support.checkpoint import SavedModel, check_whole, open_checkpoint
+from functions.support.diffusers_folder import is_diffusers
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import TensorFile, write_whole
 
@@ -39,6 +40,7 @@ class Run:
     runs: Path  # where its folder is made
     folder: Path | None = None  # None until it is made
     checkpoint: TensorFile | None = None  # that it goes on from
+    initial: SavedModel | None = None  # whose weights a new one starts from
     facts: dict = field(default_factory=dict)  # what was found when it started: split, length, device, precision, ...
 
     @property
@@ -138,16 +140,22 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
     raise CheckpointError(f"{runs}: no {what} with a checkpoint here yet; train one first, or name a checkpoint")
 
 
-def folder_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint lies in; the folder of any other file."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+def results_folder(saved: SavedModel, kind: str) -> Path:
+    """Where results of a kind go: into the run of a checkpoint, beside an exported file, never to where others' lie."""
+    if saved.path.is_dir():
+        return Path("samples") / f"{saved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    inside = saved.path.parent.name == "checkpoints"
+    return (saved.path.parent.parent if inside else saved.path.parent) / kind
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """A checkpoint file as it is, or a run folder's checkpoints, newest first. `CheckpointError` when it has none."""
-    if not path.is_dir():
-        return [path]
+    """A run folder's checkpoints, newest first; a file, or a folder of diffusers, as it is.
+
+    `CheckpointError` for another folder.
+    """
     found = checkpoints_of(path)
+    if not found and (not path.is_dir() or is_diffusers(path)):
+        return [path]
     if not found:
         raise CheckpointError(f"{path}: no checkpoint in this folder (a run folder has them in checkpoints/)")
     return found[::-1]

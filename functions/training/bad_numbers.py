@@ -51,8 +51,7 @@ class BadNumbers:
     def read(self, numbers: list[float], limit: int, learning_rate: float, run: Path) -> int:
         """How many steps have been skipped so far, from what `numbers` gives now.
 
-        Raises:
-            UserError: `limit` in a row were since the last `read`, or float16's loss scale has collapsed.
+        `UserError` when `limit` in a row were since the last `read`, or float16's loss scale has collapsed.
         """
         self.longest = self.in_a_row.clone()
         longest, skipped, step, loss, grad_norm, scale = numbers

@@ -119,14 +119,13 @@ class BookKeeper:
                 self.log(done, grad_norm, validating, bool(bounding))
             stop = self.stop.received is not None or self.processes.orphaned
             stopping = self.processes.any(stop) and done < self.total_steps
-            minutes = (time.monotonic() - self.saved_at) / 60
-            overdue = 0 < self.config.checkpoint_minutes <= minutes
+            overdue = 0 < self.config.checkpoint_minutes <= (time.monotonic() - self.saved_at) / 60
             if due(self.config.checkpoint_every) or overdue or stopping:
                 self.save(done)
             if due(self.config.sample_every) and not stopping:  # when stopping there may be no time for it
                 self.sample(done)
         if stopping:
-            self.processes.wait()  # torchrun ends all when one has ended, and rank 0 is to save in peace
+            self.processes.any(False)  # waits: torchrun ends all when one has ended, and rank 0 is to save in peace
             why = self.stop.received or "a signal to another process, or the end of torchrun"
             self.processes.say(f"stopped by {why}, saved; go on with: python train.py --resume {self.run.folder}")
             sys.exit(EXIT_STOPPED)
@@ -162,10 +161,8 @@ class BookKeeper:
         mine = self.processes.own_range(self.config.grid_images)
         options = SamplerOptions(steps=min(self.config.grid_steps, self.config.timesteps_diff))
         sampler = ImageSampler(self.denoiser, options, self.run.image_shape, self.config.seed, self.images.device)
-        pixels = []
-        if mine:
-            pixels = [to_uint8(generate(sampler, mine, self.config.batch_size).images).numpy()]
-        everyones = [pixels for of_process in self.processes.gather(pixels) for pixels in of_process]
+        pixels = to_uint8(generate(sampler, mine, self.config.batch_size).images).numpy() if mine else None
+        parts = [part for part in self.processes.gather(pixels) if part is not None]
         if self.processes.is_main:
-            grid = save_grid(np.concatenate(everyones), self.run.path_of("samples", done))
+            grid = save_grid(np.concatenate(parts), self.run.path_of("samples", done))
             self.metrics.tensorboard.add_image("samples", np.asarray(grid), done, dataformats="HWC")

@@ -37,9 +37,7 @@ COLUMNS = (
 class MetricsLog:
     """Appends rows to metrics.csv and TensorBoard; each is on the disk, before any checkpoint, when `write` returns.
 
-    Args:
-        run: the run folder.
-        resume_step: drop what an interrupted run logged after this step, since those steps are done again.
+    What an interrupted run logged after `resume_step` is dropped, since those steps are done again.
     """
 
     def __init__(self, run: Path, resume_step: int = 0):
@@ -85,16 +83,12 @@ def format_number(value: float | None) -> str:
 
 
 class TrainingWindow:
-    """Loss, error of eps and speed of the steps since the last row, without waiting for the device.
-
-    Args:
-        images_a_step: the effective batch.
-    """
+    """Loss, error of eps and speed of the steps since the last row, without waiting for the device."""
 
     def __init__(self, device: torch.device, images_a_step: int):
         self.sums, self.steps = torch.zeros(2, device=device), torch.zeros((), device=device)
-        self.images_a_step, self.steps_timed = images_a_step, 0
-        self.seconds, self.clock = 0.0, time.perf_counter()
+        self.images_a_step, self.steps_timed = images_a_step, 0  # the first is the effective batch
+        self.clock = time.perf_counter()  # when these steps began, or would have without pauses
 
     def state(self) -> dict[str, float]:
         """What a checkpoint between two rows has to remember, so that a resumed run's next row misses no step."""
@@ -119,28 +113,23 @@ class TrainingWindow:
     def read(self, numbers: list[float]) -> dict[str, float]:
         """Means over images, nan if all steps were skipped, and the images a second; starts the next window.
 
-        Args:
-            numbers: what `numbers` gives now. Who has them has waited for the device, so the clock is right.
+        It takes what `numbers` gives now: who has them has waited for the device, so the clock is right.
         """
         *sums, steps = numbers
-        images = steps * self.images_a_step
+        images, now = steps * self.images_a_step, time.perf_counter()
         loss, eps_error = [value / images for value in sums] if steps else (math.nan, math.nan)
-        self.seconds += time.perf_counter() - self.clock
-        speed = self.steps_timed * self.images_a_step / self.seconds
-        row = {"loss": loss, "eps_error": eps_error, "images_per_second": speed}
+        speed = self.steps_timed * self.images_a_step / (now - self.clock)
         self.sums.zero_()
         self.steps.zero_()
-        self.steps_timed = 0
-        self.seconds, self.clock = 0.0, time.perf_counter()
-        return row
+        self.steps_timed, self.clock = 0, now
+        return {"loss": loss, "eps_error": eps_error, "images_per_second": speed}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Stop the clock: for what is not training."""
-        now = time.perf_counter()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
+        start = time.perf_counter()
         yield
-        self.clock = time.perf_counter()
+        self.clock = time.perf_counter() - max(start - self.clock, 0.0)  # `read` may have begun anew meanwhile
 
 
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:

@@ -26,7 +26,7 @@ def describe(run: Run, data_summary: str) -> str:
     config, facts = run.experiment.diffusion, run.facts
     snr = facts["terminal_snr"]
     done = f"; {run.first_step:,} steps are done" if run.first_step else ""
-    warnings = run.experiment.warnings()
+    warnings = warnings_of(run.experiment)
     if snr > VISIBLE_SNR:
         warnings.append(
             f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): x_T still carries the "
@@ -46,10 +46,24 @@ def describe(run: Run, data_summary: str) -> str:
         f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, {facts['device']}",
         f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: {config.epochs} epochs of "
         f"{facts['steps_per_epoch']:,} steps{done}",
+        *([f"  begins as  {facts['initial']}"] if facts["initial"] else []),
         f"  objective  {config.objective}, t {config.t_sampling} over {config.timesteps_diff} timesteps with "
         f"{config.beta_schedule} betas, terminal SNR {snr:.2g}",
         *(f"warning: {warning}" for warning in warnings),
     ])  # fmt: skip
+
+
+def warnings_of(experiment: object) -> list[str]:
+    """What an `Experiment` of config.py allows and probably does not mean."""
+    warnings, groups, narrowest = [], experiment.model.norm_groups, min(experiment.model.dims)
+    if narrowest / groups < 2:
+        warnings.append(
+            f"norm_groups = {groups} leaves {narrowest / groups:g} channel a group at the narrowest level; the norm "
+            "then erases each channel's mean and samples come out tinted: leave at least 4"
+        )
+    if experiment.diffusion.max_rotation > 0 and not experiment.diffusion.use_augmentation:
+        warnings.append("max_rotation has no effect without use_augmentation = True")
+    return warnings
 
 
 def describe_compute(run: Run, denoiser: Denoiser) -> str:
@@ -84,13 +98,7 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
 
     One forward and backward pass is tried before the first step; `TrainingState` has made Adam's moments. Where it does
     not fit, the next smaller divisor of the effective batch becomes batch_size, and gradient_accumulation makes up for
-    it, so that the result stays the same. After 1 comes recompute = "blocks".
-
-    Args:
-        denoiser: of the network that is trained.
-
-    Raises:
-        UserError: nothing fits.
+    it, so that the result stays the same. After 1 comes recompute = "blocks", then UserError.
     """
     config = run.experiment.diffusion
     effective, most = config.effective_batch, len(processes.own_range(config.effective_batch))

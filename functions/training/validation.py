@@ -24,10 +24,9 @@ def validation_losses(
 ) -> list[tuple[float, float]]:
     """Each denoiser's mean loss (Eq. 14), and the error of eps that belongs to it, over fixed (image, t, noise).
 
-    So they are smooth over a run, and comparable between runs; the error of eps also between objectives.
-
     Sample j takes image j * len(indices) // samples, so all images count equally often (up to one); the t are evenly
-    spaced over 0 .. T-1 in a shuffled order; the noise is j's own. So neither batch size nor chance moves the curve.
+    spaced over 0 .. T-1 in a shuffled order; the noise is j's own. So neither batch size nor chance moves the curve,
+    which compares runs; that of eps compares objectives too.
 
     Args:
         denoisers: with the same schedule, on the same device.

@@ -1,5 +1,7 @@
 """What backward recomputes instead of keeping: the same numbers in less memory, and no convolution twice."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,6 +11,7 @@ import train
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from models.blocks import ResidualBlock
+from models.group_norm import GroupNorm
 from models.unet import UNet
 from tests.conftest import call, newest, small_unet
 from tests.live_bytes import LiveBytes, kept_per_image
@@ -70,7 +73,7 @@ def test_what_a_block_keeps_is_counted_by_hand():
     image, small = N * H * H * 8, N * 8 * 8  # one channel in float64; the SiLU of the time embedding
     norms = 2 * 2 * N * 2 * 8  # mean and rstd of both norms, two groups each
     for recompute, channels in ((True, 4 + 4), (False, 4 + 4 + 3 * 6 + 2 * 4)):  # else also concatenation, norms, SiLUs
-        block = ResidualBlock(6, 4, 8, 0.0, 2).double().to(memory_format=layout)
+        block = ResidualBlock(6, 4, 8, 0.0, partial(GroupNorm, 2)).double().to(memory_format=layout)
         block.recompute_norms = recompute
         parts = [torch.randn(N, C, H, H).double().contiguous(memory_format=layout).requires_grad_() for C in (4, 2)]
         time_embedding = torch.randn(N, 8).double().requires_grad_()

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS, ModelConfig
+from functions.support.diffusers_folder import our_name, their_name
 from models.blocks import Upsample, sinusoidal_embedding
 from models.unet import UNet
 
@@ -17,7 +18,7 @@ from models.unet import UNet
     [
         (EXPERIMENTS["ffhq-run2"].model, 60_372_867),  # the reference
         (EXPERIMENTS["ffhq-full"].model, 241_348_355),  # the full run
-        (ModelConfig(4, (1, 2, 2, 2), (1,), 128, image_size=32), 35_746_307),  # CIFAR-10
+        (EXPERIMENTS["cifar10"].model, 35_746_307),
         (ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256), 113_673_219),  # CelebA-HQ
     ],
 )
@@ -27,40 +28,10 @@ def test_parameter_counts_are_the_papers(shape, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-THEIR_NAMES = {
-    "down.": "down_blocks.",
-    "up.": "up_blocks.",
-    ".blocks.": ".resnets.",
-    "middle_block_1.": "mid_block.resnets.0.",
-    "middle_attention.": "mid_block.attentions.0.",
-    "middle_block_2.": "mid_block.resnets.1.",
-    "downsample.": "downsamplers.0.",
-    "upsample.": "upsamplers.0.",
-    "norm_out.": "conv_norm_out.",
-    "norm_1.": "norm1.",
-    "conv_1.": "conv1.",
-    "norm_2.": "norm2.",
-    "conv_2.": "conv2.",
-    "time_projection.": "time_emb_proj.",
-    "shortcut.": "conv_shortcut.",
-    ".norm.": ".group_norm.",
-    "query.": "to_q.",
-    "key.": "to_k.",
-    "value.": "to_v.",
-    ".out.": ".to_out.0.",
-}
-
-
-def their_name(name: str) -> str:
-    """What diffusers calls a parameter of ours."""
-    for ours, theirs in THEIR_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
 SMALL = {
     "attention at the lowest level": ModelConfig(4, (1, 2, 2), (2,), base_dim=16, image_size=16, norm_groups=8),
     "attention in the middle, uneven channels": ModelConfig(4, (1, 3, 2, 4), (1, 2), 16, image_size=32, norm_groups=4),
+    "diffusers' details": ModelConfig(4, (1, 3, 2), (1, 2), 16, image_size=16, norm_groups=4, dialect="diffusers"),
 }
 
 
@@ -72,6 +43,7 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, l
     their_parameters = dict(theirs.named_parameters())
     pairs = {name: (p, their_parameters.pop(their_name(name))) for name, p in ours.named_parameters()}
     assert not their_parameters  # each of theirs is one of ours
+    assert [our_name(their_name(name)) for name in pairs] == [*pairs]
     for parameter, other in pairs.values():
         other.data.add_(0.05 * torch.randn_like(other))  # norms and biases start at 1 and 0, which hides a mix-up
         parameter.data.copy_(other.data.reshape(parameter.shape))  # our 1x1 convolutions are Linear layers of theirs
@@ -114,6 +86,11 @@ def test_initial_weights_are_hos():
 def test_an_odd_embedding_is_refused(dim):
     with pytest.raises(ValueError, match="even"):
         sinusoidal_embedding(torch.tensor([1]), dim)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(ValueError, match="12 channels cannot be cut into heads of 8"):
+        UNet(8, 3, 4, [1, 3], [1], 4, norm_groups=4, dialect="diffusers")
 
 
 def test_levels_that_miss_the_lowest_resolution_are_refused():

@@ -69,7 +69,7 @@ def test_sampling_takes_the_average_if_there_is_one(path):
         assert saved.kind == kind
         assert same(saved.weights, {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)})
         assert (saved.config, saved.run, saved.image_shape) == (contents["config"], contents["run"], (3, 4, 4))
-        assert str(saved) == f"{path}: {kind} weights after 5 of 90 steps"
+        assert str(saved) == f"{path}: {kind} weights after 5 of 90 steps, hash {saved.digest[:16]}"
 
 
 def test_an_exported_file_is_a_part_of_the_checkpoint(path, tmp_path):
@@ -82,8 +82,6 @@ def test_an_exported_file_is_a_part_of_the_checkpoint(path, tmp_path):
     assert (again.kind, again.config, again.run) == (original.kind, original.config, original.run)
     part = {name: tensor for name, tensor in tensors.items() if name.startswith("ema.")}
     assert same(TensorFile(exported).tensors(), part)
-    with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
-        export_weights(original, tmp_path / "faces.st")
     tensors["ema.conv_in.bias"][0] += 1
     write_tensors(path, tensors, contents)
     other = load_weights(path).digest

@@ -1,0 +1,209 @@
+"""Folders of diffusers: read as diffusers reads them, written for it to read, and refused in a sentence otherwise."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import evaluate
+import sample
+from functions.noise_scheduler import NoiseScheduler
+from functions.samplers import ddim_sample, ddpm_sample
+from functions.sampling import calibration
+from functions.sampling.generation import rebuild
+from functions.support.checkpoint import load_weights
+from functions.support.diffusers_folder import INDEX, WEIGHTS, load_model
+from functions.support.errors import UserError
+from functions.support.run_folder import find_checkpoints
+from models.unet import UNet
+from tests.conftest import CPU, call
+
+HO = dict(norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None)
+SMALL = dict(sample_size=16, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+             up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=4)  # fmt: skip
+# As published: https://arxiv.org/abs/2006.11239's networks in diffusers 0.0.4 and 0.1.1, all files in one folder
+PUBLISHED = {
+    "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu", "center_input_sample": False,
+    "in_channels": 3, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_num_groups": 32, "out_channels": 3,
+    "time_embedding_type": "positional", **HO,
+}  # fmt: skip
+OLD_SCHEDULE = {
+    "_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02, "beta_schedule": "linear",
+    "beta_start": 0.0001, "clip_sample": True, "num_train_timesteps": 1000, "trained_betas": None,
+}  # fmt: skip
+
+
+def random_weights(unet):
+    torch.manual_seed(0)
+    for parameter in unet.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return unet
+
+
+def save_theirs(folder):
+    """A pipeline with details as the paper's."""
+    DDPMPipeline(random_weights(UNet2DModel(**SMALL, **HO)), DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_theirs(tmp_path / "theirs")
+
+
+def change(path, **fields):
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def with_old_names(weights):
+    """As the first diffusers called attention's weights."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, name in old.items():
+        weights = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in weights.items()}
+    return weights
+
+
+def same_output(denoiser, unet):
+    size = unet.config.sample_size
+    x_t, t = torch.randn(2, 3, size, size), torch.tensor([7, 999])
+    with torch.no_grad():
+        assert_close(denoiser(x_t, t), unet(x_t, t).sample, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "multipliers", "attention", "parameters"),
+    [(32, (1, 2, 2, 2), 1, 35_746_307), (256, (1, 1, 2, 2, 4, 4), 4, 113_673_219)],
+)
+def test_the_published_models_flat_and_with_the_old_names(size, multipliers, attention, parameters, tmp_path):
+    """CIFAR-10's; CelebA-HQ's, church's, cat's and bedroom's; with random weights."""
+    kinds = ["Attn" * (level == attention) for level in range(len(multipliers))]
+    config = PUBLISHED | {
+        "sample_size": size, "block_out_channels": [128 * multiplier for multiplier in multipliers],
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+    }  # fmt: skip
+    unet = random_weights(UNet2DModel.from_config(config))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(OLD_SCHEDULE | {"variance_type": "fixed_large"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
+    save_file(with_old_names(unet.state_dict()), tmp_path / WEIGHTS)
+    saved = load_model(find_checkpoints(tmp_path)[0])
+    assert sum(tensor.numel() for tensor in saved.weights.values()) == parameters
+    assert saved.config["model"]["dialect"] == "ho" and saved.config["diffusion"]["variance"] == "large"
+    denoiser = rebuild(UNet, saved, CPU)
+    assert torch.equal(denoiser.scheduler.alphas_cumprod, NoiseScheduler(1000).alphas_cumprod)
+    if size == 32:
+        same_output(denoiser, unet)
+
+
+@pytest.mark.parametrize("details", [HO, {}], ids=["ho", "diffusers"])
+def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path):
+    theirs = DDPMPipeline(
+        random_weights(UNet2DModel(**SMALL, **details)), DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    call(sample.main, tmp_path / "theirs", "--export", tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = DDPMPipeline.from_pretrained(tmp_path / "ours")
+    not_read = {"timestep_spacing", "_name_or_path", "_use_default_values"}
+    for part in ("unet", "scheduler"):
+        own, others = (json.loads(json.dumps(dict(getattr(p, part).config))) for p in (again, theirs))
+        assert {name for name in own if own[name] != others.get(name)} <= not_read, part
+    weights = theirs.unet.state_dict()
+    assert weights.keys() == again.unet.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in again.unet.state_dict().items())
+    same_output(rebuild(UNet, load_model(tmp_path / "theirs"), CPU), again.unet)
+
+
+def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, capfd):
+    """From betas for T = 100, which are rescaled: the folder says their ends."""
+    call(sample.main, tiny_run, "--export", tmp_path / "faces")
+    printed = capfd.readouterr()
+    assert "wrote" in printed.out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline = DDPMPipeline.from_pretrained(tmp_path / "faces")
+    assert "warn" not in capfd.readouterr().err.lower()
+    assert_close(pipeline.scheduler.betas.double(), NoiseScheduler(100).betas, rtol=1e-6, atol=0)
+    ours, again = load_weights(find_checkpoints(tiny_run)[0]), load_model(tmp_path / "faces")
+    assert ours.weights.keys() == again.weights.keys()
+    assert all(torch.equal(ours.weights[name], tensor) for name, tensor in again.weights.items())
+    flags = ["--n", 4, "--steps", 5, "--sampler", "ddim", "--individual"]
+    for model, name in ((tiny_run, "a"), (tmp_path / "faces", "b")):
+        call(sample.main, model, *flags, "--out", tmp_path / name)
+    for i in range(4):
+        assert (tmp_path / f"a/{i:05d}.png").read_bytes() == (tmp_path / f"b/{i:05d}.png").read_bytes()
+    card = (tmp_path / "faces" / "README.md").read_text()
+    assert card.startswith("---\nlicense: ") and "pictures" in card and str(tmp_path) not in card
+    assert 'DDPMPipeline.from_pretrained("faces")' in card and (tmp_path / "faces" / "samples.png").exists()
+    before = (tmp_path / "faces" / "README.md").stat().st_mtime_ns
+    with pytest.raises(UserError, match="faces exists"):
+        call(sample.main, tiny_run, "--export", tmp_path / "faces")
+    assert (tmp_path / "faces" / "README.md").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("sampler", "pipeline", "options"),
+    [(ddpm_sample, DDPMPipeline, {}), (ddim_sample, DDIMPipeline, {"use_clipped_model_output": True})],
+)
+def test_our_samplers_and_their_pipelines_draw_the_same_images(sampler, pipeline, options, prediction, folder):
+    change(folder / "scheduler" / "scheduler_config.json", prediction_type=prediction, timestep_spacing="trailing")
+    loaded, generator = pipeline.from_pretrained(folder), torch.Generator().manual_seed(3)
+    theirs = loaded(2, generator, num_inference_steps=20, output_type="np", **options).images
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *_: torch.randn(2, 3, 16, 16, generator=generator)
+    denoiser = rebuild(UNet, load_model(folder), CPU)
+    ours = sampler(denoiser, denoiser.scheduler, draw(), 20, step_noise=draw)
+    assert_close((ours / 2 + 0.5).permute(0, 2, 3, 1).numpy(), theirs, rtol=0, atol=1e-4)
+
+
+def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
+    """Its variance, for all timesteps alone; whether x_0 is clipped; where samples go."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibration, "IMAGES", 8)
+    change(folder / "scheduler" / "scheduler_config.json", variance_type="fixed_large", clip_sample=False,
+           num_train_timesteps=10, beta_start=0.01, beta_end=0.4)  # fmt: skip
+    before = sorted(folder.rglob("*"))
+    for flags, said in ((), "all steps, variance large, x_0 not clipped"), (("--steps", 5), "variance small, x_0 not"):
+        call(sample.main, "theirs", "--n", 2, *flags)
+        assert said in capsys.readouterr().out
+    call(evaluate.main, "theirs", "--data", "emoji_faces", "--metrics", "bands", "--images", 2)
+    call(sample.main, "theirs", "--n", 2, "--sampler", "ddim", "--calibrate", "own", "--strip")
+    assert "NOBODY KNOWS" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
+    for name in (
+        "ddpm-large-seed0/grid.png",
+        "ddpm5-seed0/grid.png",
+        "bands-*.json",
+        "ddim-calibrated-own-seed0/strip.png",
+    ):
+        assert len([*Path("samples").glob(f"theirs-*/theirs-{name}")]) == 1
+    assert Path("samples/theirs-calibration-own.safetensors").exists()
+
+
+def test_a_unet_alone_linked_in_shards_and_in_half_precision(folder, tmp_path):
+    whole, weights = load_model(folder), load_file(folder / "unet" / WEIGHTS)
+    alone = tmp_path / "models--me--faces" / "snapshots" / "0a1b"  # as in a hub's cache
+    alone.mkdir(parents=True)
+    for name in ("config.json", WEIGHTS):
+        (alone / name).symlink_to(folder / "unet" / name)
+    linked = load_model(alone)
+    assert linked.digest == whole.digest and linked.name == "me--faces"
+    assert "the paper's schedule is assumed" in str(linked)
+    (alone / WEIGHTS).unlink()
+    save_file({name: tensor.half() for name, tensor in weights.items()}, alone / WEIGHTS)
+    assert_close(load_model(alone).weights, whole.weights, rtol=1e-3, atol=1e-6)
+    shards = {"a.safetensors": sorted(weights)[:20], "b.safetensors": sorted(weights)[20:]}
+    for name, part in shards.items():
+        save_file({key: weights[key] for key in part}, folder / "unet" / name)
+    file_of = {key: name for name, part in shards.items() for key in part}
+    (folder / "unet" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+    (folder / "unet" / WEIGHTS).unlink()
+    assert load_model(folder).digest == whole.digest

@@ -1,0 +1,114 @@
+"""Folders of diffusers that another network or schedule would need, or that are made to do harm: each refused."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from functions.sampling.generation import rebuild
+from functions.support.diffusers_folder import INDEX, PICKLE, WEIGHTS, load_model, write_folder
+from functions.support.errors import CheckpointError
+from models.unet import UNet
+from tests.conftest import CPU
+from tests.functions.support.test_diffusers_folder import change, save_theirs
+from tests.peak_memory import at_most
+
+UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_theirs(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "said"),
+    [
+        *((UNET, field, value, f"{field} is {value!r}; what is read is ") for field, value in (
+            ("layers_per_block", 1), ("center_input_sample", True), ("time_embedding_type", "fourier"),
+            ("act_fn", "gelu"), ("mid_block_scale_factor", 1.4), ("num_class_embeds", 10), ("out_channels", 6),
+            ("_class_name", "UNet2DConditionModel"), ("block_out_channels", [16, 24]), ("in_channels", 4),
+            ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]), ("up_block_types", ["UpBlock2D"] * 2),
+            ("norm_eps", 1e-5), ("attention_head_dim", 16), ("resnet_time_scale_shift", "scale_shift"))),
+        (UNET, "cross_attention_dim", 768, "cross_attention_dim is 768; what is read is no such field"),
+        (UNET, "sample_size", None, "sample_size must be an integer"),
+        (UNET, "block_out_channels", [], "block_out_channels a list of such"),
+        (UNET, "down_block_types", None, "describe no model that is read"),
+        (UNET, "block_out_channels", [10**9, 10**9], "base_dim is above 16,384"),
+        (UNET, "block_out_channels", [16, 16 * 10**8], "config describes no model"),
+        (UNET, "norm_num_groups", 0, "config describes no model"),
+        *((SCHEDULE, field, value, f"{field} is {value!r}; what is read is ") for field, value in (
+            ("prediction_type", "sample"), ("variance_type", "learned_range"), ("thresholding", True),
+            ("beta_schedule", "scaled_linear"), ("trained_betas", [0.1]), ("rescale_betas_zero_snr", True),
+            ("clip_sample_range", 2.0), ("use_karras_sigmas", False))),
+        (SCHEDULE, "beta_end", 7, "config describes no model"),
+        (SCHEDULE, "beta_end", "x", "describe no model that is read"),
+        (SCHEDULE, "num_train_timesteps", 10**9, "timesteps_diff is above 1,000,000"),
+        ("model_index.json", "_class_name", "StableDiffusionPipeline", "_class_name is 'StableDiffusionPipeline'"),
+    ],
+)  # fmt: skip
+def test_what_another_network_or_schedule_would_need_is_refused(part, field, value, said, folder):
+    change(folder / part, **{field: value})
+    assert said in refusal(folder)
+
+
+def refusal(folder):
+    """What is said of a folder, in one line, soon and in little memory."""
+    with at_most(200), pytest.raises(CheckpointError) as caught:
+        rebuild(UNet, load_model(folder), CPU)
+    message = str(caught.value)
+    assert message.startswith(str(folder)) and message.isprintable() and len(message) < len(str(folder)) + 400
+    return message
+
+
+def spoil_weights(change_them):
+    def spoil(folder):
+        weights = load_file(folder / "unet" / WEIGHTS)
+        change_them(weights)
+        save_file(weights, folder / "unet" / WEIGHTS)
+
+    return spoil
+
+
+def with_index(weight_map):
+    return lambda folder: (folder / "unet" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+HOSTILE = {
+    "no weights": (lambda f: (f / "unet" / WEIGHTS).unlink(), "there is no such file"),
+    "no config": (lambda f: (f / "unet" / "config.json").unlink(), "config.json: there is no such file"),
+    "no schedule": (lambda f: (f / "scheduler/scheduler_config.json").unlink(), "there is no such file"),
+    "a pickle": (lambda f: (f / "unet" / WEIGHTS).rename(f / "unet" / PICKLE), "save_pretrained(NEW_FOLDER)"),
+    "a list": (lambda f: (f / "unet/config.json").write_text("[1, 2]"), "no fields in braces"),
+    "no JSON": (lambda f: (f / "unet/config.json").write_text("{"), "cannot be read"),
+    "deep": (lambda f: (f / "unet/config.json").write_text('{"a":' * 10**5), "cannot be read"),
+    "a name twice": (lambda f: (f / "unet/config.json").write_text('{"a": 1, "a": 2}'), "a name is there twice"),
+    "cut off": (lambda f: os.truncate(f / "unet" / WEIGHTS, 20_000), "truncated"),
+    "too large a header": (lambda f: (f / "unet" / WEIGHTS).write_bytes(b"\xff" * 99), "truncated"),
+    "one missing": (spoil_weights(lambda w: w.pop("conv_in.bias")), "1 weights are missing or unknown, 'conv_in.bias'"),
+    "one more": (spoil_weights(lambda w: w.update(odd=torch.zeros(1))), "missing or unknown, 'odd'"),
+    "a shape": (spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(9)})), "is torch.float32 (9,)"),
+    "a type": (spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(16).int()})), "torch.int32"),
+    "NaN": (spoil_weights(lambda w: w["conv_in.bias"].fill_(torch.nan)), "not finite"),
+    "old and new": (spoil_weights(lambda w: w.update(
+        {name.replace("to_out.0", "proj_attn"): w[name].clone() for name in [*w] if "to_out" in name})), "there twice"),
+    "a way out": (with_index({"conv_in.bias": "../../theirs/unet/x.safetensors"}), "a file of this folder"),
+    "a number": (with_index({"conv_in.bias": 7}), "a file of this folder"),
+    "no map": (with_index(None), "a file of this folder"),
+    "another map": (with_index({"conv_in.bias": WEIGHTS}), "not those that"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "said"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_folders_are_refused_in_a_sentence(spoil, said, folder):
+    spoil(folder)
+    assert said in refusal(folder)
+
+
+def test_a_network_that_diffusers_lacks_is_not_exported(folder, tmp_path):
+    saved = load_model(folder)
+    saved.config["model"]["dim_multiply"] = [2, 2]
+    with pytest.raises(CheckpointError, match="dim_multiply begins with 2"):
+        write_folder(saved, tmp_path / "out")

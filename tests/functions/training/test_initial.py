@@ -1,0 +1,85 @@
+"""train.py --init: a new run from the weights of another, of an exported file, or of a folder of diffusers."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import sample
+import train
+from config import ConfigError
+from functions.support.checkpoint import load_weights
+from functions.support.run_folder import checkpoints_of
+from tests.conftest import TINY, call, during, interrupt, newest
+
+PAIRS = [*zip(TINY[::2], TINY[1::2], strict=True)]
+# Without what comes from the weights
+TRAINING = [text for pair in PAIRS if "--model" not in pair[0] and "timesteps" not in pair[0] for text in pair]
+
+
+def rows(run):
+    with open(run / "metrics.csv") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("kind", ["run", "file", "folder"])
+def test_a_run_begins_with_the_averaged_weights_of_another(kind, tiny_run, pictures, tmp_path, monkeypatch, capsys):
+    """Network, T and betas are those of the weights, whatever the preset has; the average moves little from them."""
+    source = {"run": tiny_run, "file": tmp_path / "faces.safetensors", "folder": tmp_path / "faces"}[kind]
+    if kind != "run":
+        call(sample.main, tiny_run, "--export", source)
+    began, original, before = [], train.update_ema, load_weights(checkpoints_of(tiny_run)[-1])
+
+    def watched(ema_model, model, step, decay, ramp):
+        if step == 0:
+            began.extend(torch.equal(p, before.weights[name]) for name, p in ema_model.named_parameters())
+        original(ema_model, model, step, decay, ramp)
+
+    monkeypatch.setattr(train, "update_ema", watched)
+    flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs", *TRAINING]
+    call(train.main, "cifar10", "--init", source, *flags)
+    run = next((tmp_path / "runs").iterdir())
+    contents = newest(run)
+    said = contents["run"]["initial"]
+    assert str(source) in said and (kind == "folder" or before.digest[:16] in said)
+    assert json.loads((run / "config.json").read_text())["run"]["initial"] == said
+    assert f"begins as  {said}" in capsys.readouterr().out
+    assert contents["config"]["model"] == before.config["model"] | {"dropout": 0.1}  # the preset's
+    assert contents["config"]["diffusion"]["timesteps_diff"] == 100
+    moved = {part: max((contents[part][name] - tensor).abs().max() for name, tensor in before.weights.items())
+             for part in ("model", "ema")}  # fmt: skip
+    assert began and all(began) and 0 < moved["ema"] < 0.01 * moved["model"]  # ten steps of an average over 10,000
+
+
+def test_the_loss_begins_where_that_of_the_weights_ended(tmp_path):
+    flags = [*TRAINING, "--diffusion.validation-samples", 200, "--diffusion.log-every", 20]
+    flags += ["--diffusion.dataset-name", "emoji_people", "--diffusion.validate-every", 20]
+    call(train.main, "faces", *TINY, *flags, "--diffusion.epochs", 5, "--runs", tmp_path / "first")
+    source = next((tmp_path / "first").iterdir())
+    call(train.main, "faces", *flags, "--init", source, "--diffusion.learning-rate", 1e-4, "--runs", tmp_path / "then")
+    ended, begins = rows(source)[-1], rows(next((tmp_path / "then").iterdir()))
+    assert rows(source)[0]["loss"] > 0.8 and ended["val_loss_ema"] < 0.5 and len(begins) >= 10
+    for row in begins:  # of 200 steps and more
+        assert row["val_loss_ema"] == pytest.approx(ended["val_loss_ema"], rel=0.02)
+    assert begins[0]["loss"] == pytest.approx(ended["loss"], rel=0.3)
+
+
+def test_what_contradicts_the_weights_is_refused(tiny_run, trained):
+    for flag, value in (("--model.base-dim", 16), ("--diffusion.timesteps-diff", 50), ("--diffusion.objective", "v")):
+        with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')} is .* cannot become {value}"):
+            trained("--init", tiny_run, flag, value)
+    assert trained("--init", tiny_run, "--dry-run") is None  # the flags of TINY say what the weights are
+
+
+def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        during(patch, 7, interrupt)
+        trained("--init", tiny_run)
+    run = trained("--resume", "auto", "--init", tiny_run)
+    said = newest(run)["run"]["initial"]
+    assert capsys.readouterr().out.count(f"begins as  {said}") == 2
+    assert len([*run.parent.iterdir()]) == 1 and newest(run)["run"]["step"] == 10
+    with pytest.raises(SystemExit):
+        trained("--resume", run, "--init", tiny_run)
+    assert "--init starts a new run, --resume goes on with one" in capsys.readouterr().err
