@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tarfile
 import tokenize
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ MAX_PIXELS = 89_478_485  # of one image: Pillow's limit, beyond which it suspect
 # What Python's, NumPy's and Pillow's readers raise on broken bytes
 BROKEN_BYTES = (
     *(OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, SyntaxError, OverflowError),
-    *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
+    *(struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError, tokenize.TokenError),
 )
 
 

@@ -5,7 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -79,23 +81,22 @@ def script(*arguments, cwd=ROOT):
                           text=True, timeout=300, check=False)  # fmt: skip
 
 
+def train_tiny(pictures, runs, *flags, name="faces"):
+    """Train the tiny experiment with some flags more; returns its run folder, if there is one."""
+    call(train.main, name, "--runs", runs, "--diffusion.dataset-name", pictures, *TINY, *flags)
+    return next(runs.glob("*"), None)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(pictures, tmp_path_factory):
     """A finished run of the tiny experiment: 45 training pictures, 10 steps of 8."""
-    runs = tmp_path_factory.mktemp("runs")
-    call(train.main, "faces", "--diffusion.dataset-name", pictures, "--runs", runs, *TINY)
-    return next(runs.iterdir())
+    return train_tiny(pictures, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
 def trained(pictures, tmp_path):
-    """A function that trains the tiny experiment with some flags more, and returns its run folder."""
-
-    def run(*flags, name="faces"):
-        call(train.main, name, "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY, *flags)
-        return next(tmp_path.iterdir(), None)
-
-    return run
+    """`train_tiny` on these pictures, in the test's own folder."""
+    return partial(train_tiny, pictures, tmp_path)
 
 
 @pytest.fixture
@@ -116,6 +117,11 @@ def small_unet(size=16, dim_multiply=(1, 2), dropout=0.0) -> UNet:
     for parameter in model.parameters():
         parameter.data.add_(0.03 * torch.randn_like(parameter))
     return model
+
+
+@pytest.fixture(scope="module")
+def network():
+    return small_unet()
 
 
 class LittleMemory(torch.nn.Module):
@@ -148,9 +154,8 @@ def newest(run):
 @pytest.fixture(scope="session")
 def stopped_run(pictures, tmp_path_factory):
     runs = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="75"):
-        during(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
-        call(train.main, "faces", "--runs", runs, "--diffusion.dataset-name", pictures, *TINY)
+    with pytest.raises(SystemExit, match="75"), during(7, terminate):
+        train_tiny(pictures, runs)
     return next(runs.iterdir())
 
 
@@ -160,8 +165,8 @@ def unfinished(stopped_run, tmp_path):
     return shutil.copytree(stopped_run, tmp_path / "runs" / stopped_run.name)
 
 
-def during(patch, step, act, name="update_ema"):
-    """Do something at the `step`-th call of a function of train.py."""
+def during(step, act, name="update_ema"):
+    """Within, something is done at the `step`-th call of a function of train.py."""
     calls, original = [], getattr(train, name)
 
     def acting(*args, **kwargs):
@@ -170,11 +175,11 @@ def during(patch, step, act, name="update_ema"):
             act()
         return original(*args, **kwargs)
 
-    patch.setattr(train, name, acting)
+    return mock.patch.object(train, name, acting)
 
 
-def interrupt():
-    raise KeyboardInterrupt
+interrupt = mock.Mock(side_effect=KeyboardInterrupt)
+terminate = lambda: signal.raise_signal(signal.SIGTERM)
 
 
 def pytest_addoption(parser):

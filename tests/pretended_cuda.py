@@ -110,9 +110,7 @@ def apply(module: torch.nn.Module, change, recurse: bool = True) -> torch.nn.Mod
 
 
 class Generator(torch.Generator):
-    """On the CPU, whatever the device."""
-
-    def __new__(cls, device="cpu"):
+    def __new__(cls, device="cpu"):  # on the CPU, whatever the device
         return super().__new__(cls, "cpu")
 
 
@@ -120,7 +118,6 @@ class Generator(torch.Generator):
 def pretended_cuda(memory: int = 80 * 10**9):
     """Within, there is one CUDA device with so many bytes, all free."""
     from torch._prims_common import suggest_memory_format
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode, empty = Pretended(), torch.empty
 
@@ -149,7 +146,7 @@ def pretended_cuda(memory: int = 80 * 10**9):
         patch(torch.Tensor, "pin_memory", lambda t: pinning_empty(*t.shape, dtype=t.dtype, pin_memory=True))
         patch(torch.nn.Module, "_apply", apply)
         patch(torch._C, "_conv_determine_backend_memory_format", layout)
-        patch(FakeTensorMode, "avoid_device_init", True)
+        patch(type(mode.fake), "avoid_device_init", True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU, then copied
         yield stack.enter_context(mode)

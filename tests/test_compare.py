@@ -29,9 +29,7 @@ def test_kept_bytes_are_those_that_live_after_a_forward_pass(name):
 def test_every_arm_learns_and_ours_and_diffusers_are_of_one_size(monkeypatch):
     facts, compiled = {}, []
     monkeypatch.setattr(compare, "TURN_SECONDS", 0)
-    monkeypatch.setattr(
-        torch, "compile", lambda module, options: compiled.append(module) or module
-    )  # it takes a minute
+    monkeypatch.setattr(torch, "compile", lambda module, options: compiled.append(module) or module)  # takes a minute
     for name, arm in ARMS.items():
         bench = Bench(arm, SMALL, 2, CPU)
         before = [parameter.clone() for parameter in bench.module.parameters()]
@@ -53,8 +51,7 @@ def test_seconds_are_the_mean_of_as_many_calls_as_take_the_time(monkeypatch):
 
 def test_arms_take_turns_and_one_that_fails_is_a_row(monkeypatch):
     ours, peer, broken = (Arm(text, "ours", "float32", True) for text in ("ours", "peer", "broken"))
-    seconds = {"ours": iter([9, 1, 1, 9, 1, 10, 9]), "peer": iter([9, 2, 5])}
-    asked = []
+    seconds, asked = {"ours": iter([9, 1, 1, 9, 1, 10, 9]), "peer": iter([9, 2, 5])}, []
 
     @contextmanager
     def process(arm, *_):

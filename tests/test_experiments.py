@@ -14,7 +14,7 @@ from figures import experiments
 from figures.feature_distance import Features, frechet_distance, spoilt
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from tests.conftest import call, small_unet
+from tests.conftest import SMALL_MODEL, call, small_unet
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,6 @@ def test_spoilt_are_dark_and_speckled_images_and_no_real_ones(people):
 
 
 def test_min_snr_weighs_the_error_of_x_0():
-    """By way of x_0 itself."""
     scheduler, t = NoiseScheduler(1000), torch.tensor([0, 300, 700, 999])
     denoiser = Denoiser(small_unet(), scheduler, objective="v")
     x_0, noise = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).unbind()
@@ -66,12 +65,10 @@ def test_min_snr_weighs_the_error_of_x_0():
 @pytest.mark.slow
 def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     """Train, measure and draw two arms on a tiny network; what is there is not done again."""
-    tiny = {"base_dim": 8, "norm_groups": 2, "dim_multiply": (1, 1), "transformer_layers": (), "image_size": 16}
+    tiny = SMALL_MODEL | {"dim_multiply": (1, 1), "transformer_layers": ()}
     data = {"timesteps_diff": 50, "epochs": 1, "dataset_name": str(pictures)}
-    monkeypatch.setattr(experiments, "ARMS", {
-        name: (diffusion | data, tiny | {"lowest_resolution_size": 8}, 1)
-        for name, (diffusion, _, _) in experiments.ARMS.items() if name in ("eps", "v, mixed t, min-SNR")
-    })  # fmt: skip
+    arms = {name: (experiments.ARMS[name][0] | data, tiny, 1) for name in ("eps", "v, mixed t, min-SNR")}
+    monkeypatch.setattr(experiments, "ARMS", arms)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments.json")
     monkeypatch.setattr("functions.sampling.calibration.IMAGES", 20)
     monkeypatch.setattr("functions.evaluation.bands.DRAWS", 1)

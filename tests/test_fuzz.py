@@ -41,6 +41,7 @@ from functions.support.run_folder import Run
 from functions.training.book_keeping import BookKeeper
 from models.unet import UNet
 from tests import spoilt_files as spoilt
+from tests.data import packing
 
 SECONDS, LONGEST_MESSAGE, SIZE = 10, 600, 8
 SAME, OTHER, IN_PART = "read as the original", "read as what the spoiling made", "read in part, and it is said"
@@ -76,9 +77,7 @@ def pictures():
     picture, encoded = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)), {}
     for name in ("RGB.png", "P.png", "LA.png", "L.png", "RGB.jpeg", "CMYK.jpeg", "RGB.webp", "RGBA.webp", "P.bmp"):
         mode, form = name.split(".")
-        buffer = io.BytesIO()
-        picture.convert(mode).save(buffer, form)
-        encoded[name] = buffer.getvalue()
+        encoded[name] = packing.encoded(picture.convert(mode), form)
     return encoded, {name: fit_square(decode_rgb(data), SIZE) for name, data in encoded.items()}
 
 

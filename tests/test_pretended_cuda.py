@@ -17,7 +17,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 import train
 from config import EXPERIMENTS
@@ -32,6 +31,7 @@ from functions.support.device import Adam, choose_device
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import training_draws
 from functions.support.run_folder import Run
+from functions.training import book_keeping
 from functions.training.book_keeping import BookKeeper
 from models.group_norm import GroupNorm
 from models.unet import UNet
@@ -42,13 +42,8 @@ pytestmark = pytest.mark.slow
 MISSING = 77  # exit status: a private part of PyTorch is not there
 
 
-def training(
-    name: str, model: dict | None = None, processes: Processes = SINGLE_PROCESS, steps: int = 2, **changes
-) -> dict:
-    """Some steps of an experiment: the lines that wait in each, and those in its book-keeping.
-
-    And before each pass, how many pieces of memory hold its gradients.
-    """
+def training(name: str, model: dict | None = None, processes=SINGLE_PROCESS, steps: int = 2, **changes) -> dict:
+    """The lines that wait in each step and in its book-keeping; and how many storages hold gradients before a pass."""
     changes |= {"gradient_accumulation": 4, "epochs": 1, "log_every": 2, "validate_every": 9, "sample_every": 9}
     changes |= {"validation_samples": 20, "grid_images": 2, "grid_steps": 2, "compile": "auto" if model else "off"}
     experiment = EXPERIMENTS[name].override(changes, model or {})
@@ -78,20 +73,13 @@ def training(
             return accumulating(processes, network, last)
 
         with (
-            mock.patch.object(BookKeeper, "__enter__", entered),
-            mock.patch.object(BookKeeper, "after_step", counted),
+            mock.patch.multiple(BookKeeper, __enter__=entered, after_step=counted),
             mock.patch.object(Processes, "accumulating", looked_at),
             mock.patch("train.load_images", lambda *_: image_set),
         ):
             device = choose_device("cuda", processes.local_rank if processes.count > 1 else None)
             train.train(Run(name, experiment, Path(runs)), device, processes)
     return {"steps": waits, "held": held}
-
-
-def without_checkpoint() -> dict:
-    """Its 241 million parameters take 4 GB on the disk."""
-    with mock.patch("functions.training.book_keeping.save_checkpoint"):
-        return training("ffhq-full")
 
 
 def on_two_gpus() -> dict:
@@ -111,7 +99,7 @@ def on_two_gpus() -> dict:
         future.set_result(bucket.buffer())
         return future
 
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     with (
         mock.patch.object(Processes, "wrap", wrapped),
         mock.patch.object(Processes, "gather", lambda self, value: [value] * self.count),
@@ -138,10 +126,10 @@ def sampling() -> dict:
     return found
 
 
-def planted(where, name: str, fault) -> dict:
-    """What a training finds with this fault in it."""
+def planted(where, name: str, fault, *what) -> dict:
+    """What a training, of "faces" when nothing else is said, finds with this fault in it."""
     with mock.patch.object(where, name, fault):
-        return training("faces", SMALL_MODEL)
+        return training(*what or ("faces", SMALL_MODEL))
 
 
 def mixed_types(norm, x):
@@ -149,8 +137,8 @@ def mixed_types(norm, x):
     return torch.native_group_norm(x, norm.weight, norm.bias, *sizes, norm.num_groups, norm.eps)[0]
 
 
-def reads_a_number(ema_model, model, step, decay):
-    update_ema(ema_model, model, step, decay)
+def reads_a_number(ema_model, model, step, decay, ramp):
+    update_ema(ema_model, model, step, decay, ramp)
     next(model.parameters()).sum().item()
 
 
@@ -163,7 +151,7 @@ def other_strides(adam, group, *lists, init_group=Adam._init_group):
 SCENARIOS = {
     "faces": lambda: training("faces", steps=3),
     "faces-v": lambda: training("faces-v", precision="float16"),
-    "ffhq-full": without_checkpoint,
+    "ffhq-full": lambda: planted(book_keeping, "save_checkpoint", mock.Mock(), "ffhq-full"),  # of 4 GB on the disk
     "two GPUs": on_two_gpus,
     "sampling": sampling,
     "noise on the CPU": lambda: planted(train, "training_draws", lambda *args: training_draws(*args[:-1], "cpu")),

@@ -90,7 +90,6 @@ def test_the_scripts_work_from_another_folder(pictures, tmp_path):
 
 @pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])
 def test_every_field_is_explained_by_help(config_class, capsys):
-    """In the words beside the field, with its default."""
     with pytest.raises(SystemExit):
         call(train.main, "--help")
     printed = " ".join(capsys.readouterr().out.split())

@@ -1,6 +1,5 @@
 """A model to give away: one file, or a folder that diffusers loads, with a model card and samples."""
 
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -24,7 +23,8 @@ datasets: [{data}]
 
 # {name}
 
-A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) trained on {data}; {weights}.
+A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) for images of {size} x {size} pixels; {weights}.
+Trained on {images}{facts}.
 
 ![Samples](samples.png)
 
@@ -34,11 +34,9 @@ A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) trained on {data}; {
     pipeline = DDPMPipeline.from_pretrained("{folder}")
     images = pipeline(batch_size=4).images
     images[0].save("image.png")
-
-The training:
-
-    {config}
 """
+FACTS = ("learning_rate", "batch_size", "gradient_accumulation", "lr_schedule", "ema_decay", "objective", "t_sampling",
+         "timesteps_diff", "beta_schedule", "base_dim", "dim_multiply", "transformer_layers", "dropout")  # fmt: skip
 IN_CARD = 16  # images
 
 
@@ -66,7 +64,9 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
 
 def model_card(saved: SavedModel, folder: str, seed: int, options: SamplerOptions) -> str:
     """The README.md that hubs show."""
-    data = Path(str(saved.config["diffusion"].get("dataset_name", "unknown"))).name  # a path is nobody's business
-    config = {**saved.config, "diffusion": {**saved.config["diffusion"], "dataset_name": data}}
-    return CARD.format(data=data, name=saved.run["experiment"], weights=saved.summary, count=IN_CARD, seed=seed,
-                       options=options, folder=folder, config=json.dumps(config, indent=2).replace("\n", "\n    "))  # fmt: skip
+    fields = saved.config["diffusion"] | saved.config["model"]
+    data = Path(str(fields.get("dataset_name", ""))).name  # a path is nobody's business
+    facts = "".join(f", {name} {fields[name]}" for name in FACTS if name in fields)
+    return CARD.format(data=data, images=data or "images that nobody names", name=saved.run["experiment"], facts=facts,
+                       size=fields["image_size"], weights=saved.summary, count=IN_CARD, seed=seed, options=options,
+                       folder=folder)  # fmt: skip

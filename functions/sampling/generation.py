@@ -103,6 +103,7 @@ def open_sampler(
     """Return the newest sound checkpoint that the flags of `add_sampling_flags` mean, and its sampler, uncalibrated."""
     device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
     precision = choose_precision(args.precision, device)
+    SamplerOptions.from_args(args)  # so that what cannot be is refused before anything is read
     read = cache(load_model)  # so that rank 0, which reads it to find it, does not do so twice
     find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
     saved = read(processes.from_main(lambda: first_sound(find(), read).path))

@@ -50,13 +50,14 @@ class SamplerOptions:
             raise UserError(f"--calibrate {self.calibrate}: that is a run, not data; write the run before the flag")
 
     @staticmethod
-    def from_args(args: argparse.Namespace, diffusion: dict) -> "SamplerOptions":
+    def from_args(args: argparse.Namespace, diffusion: dict | None = None) -> "SamplerOptions":
         """The options that the flags of `add_sampling_flags` ask for, for a model with this config.
 
         A folder of diffusers has its own variance, which holds for all timesteps alone, and may forbid clipping.
         """
+        diffusion = diffusion or {}
         given = {field.name: getattr(args, field.name) for field in fields(SamplerOptions) if field.name in args}
-        if args.sampler == "ddpm" and args.steps in (None, diffusion["timesteps_diff"]):
+        if args.sampler == "ddpm" and args.steps in (None, diffusion.get("timesteps_diff")):
             given["variance"] = args.variance or diffusion.get("variance")
         return SamplerOptions(**given, clip_x_0=diffusion.get("clip_x_0", True))
 

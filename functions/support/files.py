@@ -131,7 +131,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in set(file.keys())}
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: the file is truncated, damaged or no safetensors") from error
 

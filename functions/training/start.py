@@ -46,7 +46,7 @@ def describe(run: Run, data_summary: str) -> str:
         f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, {facts['device']}",
         f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: {config.epochs} epochs of "
         f"{facts['steps_per_epoch']:,} steps{done}",
-        *([f"  begins as  {facts['initial']}"] if facts["initial"] else []),
+        *([f"  begins as  {facts['initial']}"] if facts.get("initial") else []),
         f"  objective  {config.objective}, t {config.t_sampling} over {config.timesteps_diff} timesteps with "
         f"{config.beta_schedule} betas, terminal SNR {snr:.2g}",
         *(f"warning: {warning}" for warning in warnings),

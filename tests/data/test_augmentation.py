@@ -8,10 +8,7 @@ from PIL import Image
 from data.augmentation import MAX_DEGREES, augment
 
 FLIP = torch.tensor([True, False, True, False])
-
-
-def no_flip(count):
-    return torch.zeros(count, dtype=torch.bool)
+NO_FLIP = torch.zeros(16, dtype=torch.bool)
 
 
 def texture(count, size=64, cutoff=0.35):
@@ -34,17 +31,17 @@ def test_flips_and_angle_0_are_exact_and_each_image_has_its_own_draw():
     turned = augment(x_0, FLIP, angle)
     assert torch.equal(turned[2:], by_hand[2:])
     assert (turned[:2] - by_hand[:2]).abs().amax((1, 2, 3)).min() > 0.02
-    alone = torch.cat([augment(by_hand[i : i + 1], no_flip(1), angle[i : i + 1]) for i in range(4)])
+    alone = torch.cat([augment(by_hand[i : i + 1], NO_FLIP[:1], angle[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(turned, alone, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("angle", [3.0, -3.0, MAX_DEGREES])
 def test_a_constant_image_stays_constant(angle):
     constant = torch.linspace(-1, 1, 9)[:, None, None, None].repeat(1, 3, 32, 32)
-    assert torch.equal(augment(constant, no_flip(9), torch.full((9,), angle)), constant)
+    assert torch.equal(augment(constant, NO_FLIP[:9], torch.full((9,), angle)), constant)
     odd_corner = constant.clone()
     odd_corner[..., 0, 0] = 0  # the pixel that all are taken relative to
-    rotated = augment(odd_corner, no_flip(9), torch.full((9,), angle))
+    rotated = augment(odd_corner, NO_FLIP[:9], torch.full((9,), angle))
     assert (rotated - constant)[..., 24:, 24:].abs().max() <= 1e-6
 
 
@@ -61,7 +58,7 @@ def test_rotation_is_the_exact_one_of_a_known_function():
         image = sum(np.cos(2 * np.pi * (a * x + b * y) + c) for a, b, c in waves)
         return torch.from_numpy(np.stack([image, image, -image])[None] / 3).float()
 
-    rotated = augment(wave(x, y), no_flip(1), torch.tensor([degrees]))
+    rotated = augment(wave(x, y), NO_FLIP[:1], torch.tensor([degrees]))
     error = (rotated - wave(x_before, y_before))[..., 12:-12, 12:-12]
     assert error.square().mean().sqrt() < 0.015  # bicubic without doubling: 0.023
 
@@ -71,25 +68,23 @@ def test_the_same_as_pillow_given_the_image_and_its_mirrored_surroundings(angle)
     x_0 = texture(1, cutoff=0.1)  # smooth, so that Pillow's bicubic doesn't blur it
     surrounded = np.pad(x_0[0].numpy(), ((0, 0), (16, 16), (16, 16)), mode="symmetric")
     expected = np.stack([np.array(Image.fromarray(c).rotate(angle, Image.Resampling.BICUBIC)) for c in surrounded])
-    rotated = augment(x_0, no_flip(1), torch.tensor([angle]))[0].numpy()
+    rotated = augment(x_0, NO_FLIP[:1], torch.tensor([angle]))[0].numpy()
     assert np.abs(rotated - expected[:, 16:-16, 16:-16]).max() < 0.05  # turned the other way: 0.5
 
 
 def test_fine_detail_is_kept():
-    def gradient_energy(x):
-        return (x[..., 1:, 1:] - x[..., 1:, :-1]).square() + (x[..., 1:, 1:] - x[..., :-1, 1:]).square()
-
+    energy = lambda x: (x[..., 1:, 1:] - x[..., 1:, :-1]).square() + (x[..., 1:, 1:] - x[..., :-1, 1:]).square()
     x_0 = texture(16, cutoff=0.5)
-    rotated = augment(x_0, no_flip(16), torch.linspace(-3, 3, 16))
+    rotated = augment(x_0, NO_FLIP, torch.linspace(-3, 3, 16))
     inside = (..., slice(8, -8), slice(8, -8))
-    ratio = gradient_energy(rotated)[inside].mean() / gradient_energy(x_0)[inside].mean()
+    ratio = energy(rotated)[inside].mean() / energy(x_0)[inside].mean()
     assert 0.96 < ratio < 1.03  # bicubic alone: 0.88
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 33, 47), (2, 3, 4, 4)])
 def test_values_stay_in_range_at_sharp_edges_and_sizes_may_be_odd_or_tiny(shape):
     x_0 = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0)).float() * 2 - 1
-    rotated = augment(x_0, no_flip(2), torch.tensor([3.0, -MAX_DEGREES]))
+    rotated = augment(x_0, NO_FLIP[:2], torch.tensor([3.0, -MAX_DEGREES]))
     assert rotated.shape == shape and rotated.abs().max() <= 1 and rotated.isfinite().all()
 
 

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import batches
-from data.batches import ImageFeeder, epoch_order, forward_passes, micro_batches
+from data.batches import FREE_MEMORY_FRACTION, ImageFeeder, epoch_order, forward_passes, micro_batches
 from functions.support.processes import Processes
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3), dtype=np.uint8)
@@ -41,8 +40,7 @@ def test_the_order_is_the_same_on_every_machine():
 @given(n=st.integers(1, 60), effective_batch=st.integers(1, 12), batch_size=st.integers(1, 12), seed=st.integers(0, 9))
 def test_micro_batches_walk_each_epoch_once_and_can_start_anywhere(n, effective_batch, batch_size, seed):
     effective_batch = min(effective_batch, n)
-    train_indices = np.arange(n) * 10
-    steps_per_epoch = n // effective_batch
+    train_indices, steps_per_epoch = np.arange(n) * 10, n // effective_batch
     total = 2 * steps_per_epoch
     passes = forward_passes(range(effective_batch), batch_size)
     parts = list(micro_batches(train_indices, seed, effective_batch, passes, range(total)))
@@ -113,7 +111,7 @@ def test_one_batch_is_read_ahead_and_neither_leaving_early_nor_an_error_leaves_a
 
 @pytest.mark.parametrize(("more", "fits"), [(1, True), (-1, False)])
 def test_the_whole_set_stays_on_a_gpu_only_when_it_fits(monkeypatch, more, fits):
-    free = IMAGES.nbytes / batches.FREE_MEMORY_FRACTION + more
+    free = IMAGES.nbytes / FREE_MEMORY_FRACTION + more
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
     monkeypatch.setattr(ImageFeeder, "copy_to_device", lambda self: "resident")
     assert (ImageFeeder(IMAGES, "cuda").resident is not None) == fits

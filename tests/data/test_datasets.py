@@ -1,7 +1,6 @@
 """data/datasets.py: the sets by name, wherever a copy lies, and the splits by id."""
 
 import hashlib
-import io
 import random
 import runpy
 import shutil
@@ -39,7 +38,7 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
     assert people.ids == [name for name in everyone.ids if name.startswith("people_")]
     with zipfile.ZipFile(datasets.EMBEDDED_SET) as archive:
         for position in (0, 450, 900):
-            original = Image.open(io.BytesIO(archive.read(people.ids[position])))
+            original = Image.open(archive.open(people.ids[position]))
             np.testing.assert_array_equal(people.images[position], np.asarray(original))
 
 
@@ -108,9 +107,7 @@ def test_an_empty_side_or_an_unknown_split_is_an_error():
 
 
 def test_importing_prints_nothing_and_draws_nothing(monkeypatch, capfd):
-    def generators():
-        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
+    generators = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     before = generators()
     monkeypatch.setattr(sys, "path", sys.path.copy())
     for module in (ROOT / "data").glob("*.py"):

@@ -74,14 +74,10 @@ def animated(image_format):
     ("data", "reason"),
     [
         *((animated(image_format), "animated") for image_format in ("PNG", "WEBP")),
-        (animated("GIF"), "not a"),
-        (encoded(RGB)[:200], "broken"),
-        (encoded(RGB, "JPEG")[:500], "broken"),
+        *((data, "broken") for data in (encoded(RGB)[:200], encoded(RGB, "JPEG")[:500], encoded(RGB, "BMP")[:200])),
+        *((data, "not a") for data in (animated("GIF"), b"<html>Quota exceeded</html>", encoded(RGB, "TIFF"))),
         (encoded(RGB, "WEBP", lossless=True)[:200], "not a|broken"),
-        (encoded(RGB, "BMP")[:200], "broken"),
         (b"", "empty"),
-        (b"<html>Quota exceeded</html>", "not a"),
-        (encoded(RGB, "TIFF"), "not a"),
         (png(20_000, 20_000, 8, 2, b""), "too many pixels"),  # over twice Pillow's limit: its error
         (png(10_000, 10_000, 8, 2, b""), "too many pixels"),  # over the limit: its warning
     ],

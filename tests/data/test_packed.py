@@ -11,7 +11,6 @@ from PIL import Image
 
 from data import packed
 from data.decode import fit_square
-from data.packed import open_packed
 from data.sources import find_source
 from functions.support.errors import UserError
 from tests.data.packing import IMAGES, encoded, forbid_decoding, load, packed_files, write_folder, write_npz, write_zip
@@ -100,7 +99,7 @@ def test_bad_images_are_listed_and_counted(tmp_path, capsys, monkeypatch):
     (path / "00005.png").rename(path / "00005.jpg").write_text("<html>quota exceeded</html>")
     (path / "00011.png").symlink_to("nowhere.png")
     with pytest.raises(UserError, match=r"3 unusable.*2 allowed.*00002\.png"):
-        open_packed(find_source(path, 8), 8, max_bad_images=2)
+        load(path, max_bad_images=2)
     printed = capsys.readouterr().out
     assert "8 images" in printed and "3 left out" in printed
     assert "00002.png: broken" in printed and "00005.jpg: not a PNG" in printed and "00011.png: cannot be" in printed
@@ -116,7 +115,7 @@ def test_bad_images_are_listed_and_counted(tmp_path, capsys, monkeypatch):
 def test_what_was_enlarged_and_cropped_is_counted(tmp_path, capsys):
     wide, small = encoded(Image.new("RGB", (9, 8))), encoded(Image.new("RGB", (4, 4)))
     path = write_folder(tmp_path / "set", more={"00010.png": wide, "00011.png": small})
-    open_packed(find_source(path, 8), 8)
+    load(path)
     printed = capsys.readouterr().out
     assert "1 not square" in printed and "1 smaller than 8 px" in printed
 

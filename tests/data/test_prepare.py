@@ -7,40 +7,29 @@ import numpy as np
 import pytest
 
 from data import prepare
-from data.prepare import verify
 from data.sources import find_source
 from functions.support.errors import UserError
 from tests.conftest import script
 from tests.data.packing import IMAGES, ROOT, encoded, write_folder, write_npz
 
-
-def photo(number, size=128):
-    return np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
-
-
-def md5(pixels):
-    return hashlib.md5(pixels.tobytes()).hexdigest()
-
-
+photo = lambda number, size=128: np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+md5 = lambda pixels: hashlib.md5(pixels.tobytes()).hexdigest()
 PHOTOS = [photo(number) for number in range(6)]
 LARGE = photo(0, 1024)
 
 
-def entry_of(number):
-    """What the json says of a photo, in the form of the real one."""
-    return {
-        "metadata": {"photo_url": "https://example.org", "license": "CC0"},
-        "image": {"file_path": "", "pixel_size": [1024, 1024], "pixel_md5": md5(LARGE) if number == 0 else "1"},
-        "thumbnail": {"file_size": 1, "file_md5": "0", "pixel_size": [128, 128], "pixel_md5": md5(PHOTOS[number])},
-        "in_the_wild": {"pixel_size": [2000, 1500], "pixel_md5": "0", "face_rect": [0, 1, 2, 3]},
-    }
-
-
 @pytest.fixture
 def sums(tmp_path):
-    """The json that describes a small FFHQ."""
-    path = tmp_path / "ffhq-dataset-v2.json"
-    path.write_text(json.dumps({str(number): entry_of(number) for number in range(6)}))
+    """The json that describes a small FFHQ, in the form of the real one."""
+    path, entries = tmp_path / "ffhq-dataset-v2.json", {}
+    for number, pixels in enumerate(PHOTOS):
+        entries[str(number)] = {
+            "metadata": {"photo_url": "https://example.org", "license": "CC0"},
+            "image": {"file_path": "", "pixel_size": [1024, 1024], "pixel_md5": md5(LARGE) if number == 0 else "1"},
+            "thumbnail": {"file_size": 1, "file_md5": "0", "pixel_size": [128, 128], "pixel_md5": md5(pixels)},
+            "in_the_wild": {"pixel_size": [2000, 1500], "pixel_md5": "0", "face_rect": [0, 1, 2, 3]},
+        }
+    path.write_text(json.dumps(entries))
     return path
 
 
@@ -100,9 +89,9 @@ def test_copies_of_other_forms_and_the_large_photos_verify_too(sums, tmp_path):
         (write_folder(tmp_path / "flat", PHOTOS, "{number:05d}.bmp"), 6),
         (write_folder(tmp_path / "large", [LARGE], "{number:05d}.bmp"), 1),
     ):
-        names = verify(find_source(path, 128), sums)
+        names = prepare.verify(find_source(path, 128), sums)
         assert [len(listed) for listed in names.values()] == [correct, 0, 6 - correct, 0]
-    names = verify(find_source(write_npz(tmp_path / "b.npz", PHOTOS[1:]), 128), sums)
+    names = prepare.verify(find_source(write_npz(tmp_path / "b.npz", PHOTOS[1:]), 128), sums)
     assert [name.partition(":")[0] for name in names["wrong"]] == [f"image {number}" for number in range(5)]
 
 
@@ -117,6 +106,6 @@ def test_another_json_is_refused(tmp_path, text, entry):
 def test_no_json_and_images_without_numbers_are_errors(sums, tmp_path):
     source = find_source(write_folder(tmp_path / "named", IMAGES, "a{number}b.png"), 128)
     with pytest.raises(UserError, match="no numbers"):
-        verify(source, sums)
+        prepare.verify(source, sums)
     with pytest.raises(UserError, match="cannot be read"):
-        verify(source, tmp_path / "none.json")
+        prepare.verify(source, tmp_path / "none.json")

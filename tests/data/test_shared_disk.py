@@ -3,7 +3,7 @@
 import errno
 import os
 import signal
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ import pytest
 
 from data import packed
 from data.decode import fit_square
-from data.sources import find_source
 from functions.support.errors import UserError
 from tests.conftest import posix
 from tests.data.packing import IMAGES, forbid_decoding, load, packed_files, write_folder, write_zip
@@ -85,43 +84,37 @@ def test_a_disk_without_locks_leaves_the_pack_to_the_cache(tmp_path, monkeypatch
     assert sorted(path.iterdir()) == before
 
 
-@dataclass
-class Build:
+def build(path, go):
     """What a process does: prepare a folder, but go no further than the first image until a file is there."""
 
-    path: Path
-    go: Path
+    def slow_fit(rgb, image_size):
+        wait_until(go.exists, lambda: True)
+        return fit_square(rgb, image_size)
 
-    def __call__(self):
-        def slow_fit(rgb, image_size):
-            wait_until(self.go.exists, lambda: True)
-            return fit_square(rgb, image_size)
-
-        packed.fit_square = slow_fit
-        print("sum", packed.open_packed(find_source(self.path, 8), 8).images.sum(dtype=int))
+    packed.fit_square = slow_fit
+    print("sum", load(path).images.sum(dtype=int))
 
 
 @pytest.mark.slow
 @posix
 def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
-    build = Build(write_folder(tmp_path / "set"), tmp_path / "go")
-    programs = [Program(tmp_path / name, act=build) for name in ("1", "2")]
+    path, go = write_folder(tmp_path / "set"), tmp_path / "go"
+    programs = [Program(tmp_path / name, act=partial(build, path, go)) for name in ("1", "2")]
     waits = lambda: any("waiting for it" in program.printed for program in programs)
     wait_until(waits, lambda: all(program.is_alive() for program in programs))
-    build.go.touch()
+    go.touch()
     assert [program.wait() for program in programs] == [0, 0]
     printed = [program.printed for program in programs]
     assert all(f"sum {IMAGES.sum()}" in text for text in printed)
     assert sum("10 images at 8x8" in text for text in printed) == 1  # only who prepares reports
-    assert sum("waiting for it" in text for text in printed) == 1
-    assert not list(build.path.glob(".*.tmp"))
+    assert sum("waiting for it" in text for text in printed) == 1 and not list(path.glob(".*.tmp"))
 
 
 @pytest.mark.slow
 @posix
 def test_after_a_kill_it_starts_again_cleanly(tmp_path):
     path = write_folder(tmp_path / "set")
-    program = Program(tmp_path / "printed", act=Build(path, tmp_path / "go"))
+    program = Program(tmp_path / "printed", act=partial(build, path, tmp_path / "go"))
     wait_until(lambda: list(path.glob(".*.packed.*.tmp")), program.is_alive)
     program.kill()
     assert program.wait() == -signal.SIGKILL

@@ -80,9 +80,7 @@ def test_an_int_t_is_a_batch_of_it():
         assert_close(torch.full((3, 1, 1, 1), variance, dtype=torch.float64), variances)
 
 
-@pytest.mark.parametrize(
-    ("timesteps", "rescale", "signal", "snr"), [(1000, True, 0.0064, 4.0e-5), (200, False, 0.364, 0.152)]
-)
+@pytest.mark.parametrize("timesteps, rescale, signal, snr", [(1000, True, 0.0064, 4.0e-5), (200, False, 0.364, 0.152)])
 def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale, signal, snr):
     scheduler = NoiseScheduler(timesteps, rescale_betas=rescale)
     assert scheduler.alphas_cumprod[-1].sqrt().item() == pytest.approx(signal, rel=0.01)

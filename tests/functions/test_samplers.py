@@ -6,7 +6,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
@@ -37,7 +36,7 @@ def test_ddim_with_eta_1_is_ddpm(steps, spacing, clip):
     scheduler, options = NoiseScheduler(100), {"spacing": spacing, "clip_x_0": clip}
     ddpm = ddpm_sample(smooth_model, scheduler, pure_noise(), steps, step_noise=noise_source(), **options)
     ddim = ddim_sample(smooth_model, scheduler, pure_noise(), steps, 1.0, step_noise=noise_source(), **options)
-    assert_close(ddim, ddpm, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ddim, ddpm, rtol=1e-9, atol=1e-9)
 
 
 def algorithm_2(a, a_s):
@@ -75,14 +74,11 @@ def test_clipping_is_that_of_a_model_whose_eps_agrees_with_the_clipped_x_0(sampl
     scheduler, predictions = NoiseScheduler(100), []
     wild = lambda x_t, t: smooth_model(x_t, t) - 2 * x_t
     keep = lambda k, t, x, x_0: predictions.append(x_0)
-
-    def clipped(x_t, t):
-        x_0 = scheduler.predict_x_0(x_t, t, wild(x_t, t)).clamp(-1, 1)
-        return scheduler.predict_eps(x_t, t, x_0)
-
+    clipped_x_0 = lambda x_t, t: scheduler.predict_x_0(x_t, t, wild(x_t, t)).clamp(-1, 1)
+    clipped = lambda x_t, t: scheduler.predict_eps(x_t, t, clipped_x_0(x_t, t))
     ours = sampler(wild, scheduler, pure_noise(), 20, step_noise=noise_source(), on_step=keep)
     expected = sampler(clipped, scheduler, pure_noise(), 20, clip_x_0=False, step_noise=noise_source())
-    assert_close(ours, expected.clamp(-1, 1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours, expected.clamp(-1, 1), rtol=1e-9, atol=1e-9)
     assert torch.stack(predictions).abs().max() == 1 and ours.abs().max() <= 1
 
 
@@ -129,7 +125,7 @@ def test_the_way_can_be_taken_in_parts(sampler):
         return sampler(smooth_model, scheduler, x, times[first : last + 1], clip_x_0=False, step_noise=noise)
 
     second, at_once = part(part(pure_noise(), 0, 5), 5, 12), part(pure_noise(), 0, 12)
-    assert_close(second, at_once, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(second, at_once, rtol=1e-12, atol=1e-12)
 
 
 @all_samplers

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd import gradcheck
-from torch.testing import assert_close
 
 from models.group_norm import GroupNorm
 
@@ -14,9 +12,9 @@ SIZES = [(64, 32, 20), (96, 12, 17), (12, 4, 4), (512, 32, 10)]  # channels, gro
 def norms(channels, groups):
     """Ours and PyTorch's, with the same weights, away from 0 and 1."""
     torch.manual_seed(0)
-    theirs, ours = nn.GroupNorm(groups, channels, 1e-6), GroupNorm(groups, channels, 1e-6)
-    nn.init.normal_(theirs.weight)
-    nn.init.normal_(theirs.bias)
+    theirs, ours = torch.nn.GroupNorm(groups, channels, 1e-6), GroupNorm(groups, channels, 1e-6)
+    torch.nn.init.normal_(theirs.weight)
+    torch.nn.init.normal_(theirs.bias)
     ours.load_state_dict(theirs.state_dict())  # under the same names
     return ours, theirs
 
@@ -37,7 +35,7 @@ def test_it_is_pytorch_s(channels, groups, size, layout, compiled, monkeypatch):
     ours, theirs = norms(channels, groups)
     x = torch.randn(3, channels, size, size).contiguous(memory_format=layout)
     for found, expected in zip(output_and_gradients(ours, x), output_and_gradients(theirs, x), strict=True):
-        assert_close(found, expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     assert ours(x).is_contiguous(memory_format=layout)
 
 

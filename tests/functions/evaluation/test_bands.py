@@ -9,7 +9,6 @@ from PIL import Image
 
 import evaluate
 from functions.evaluation import bands
-from functions.evaluation.bands import BandErrors, measure_bands, plot_bands
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.sampling.calibration import band_means, octaves, spectrum
@@ -26,7 +25,7 @@ def half_the_mean(x_t, t):
 def measured(eps, memory=4096, processes=None, images=100, seed=0):
     x_0, processes = draw_images(images, seed), [processes] if processes else []
     denoiser = Denoiser(LittleMemory(eps, memory), SCHEDULER)
-    return measure_bands(denoiser, lambda i: x_0[i], np.arange(images), MU, 256, seed, *processes)
+    return bands.measure_bands(denoiser, lambda i: x_0[i], np.arange(images), MU, 256, seed, *processes)
 
 
 def expected(eps, times):
@@ -55,7 +54,6 @@ def test_the_ratios_of_known_networks(eps):
 
 
 def test_the_errors_are_those_of_repetition(monkeypatch):
-    """Over other images the measurement varies as much as it says."""
     monkeypatch.setattr(bands, "DRAWS", 80)
     results = [measured(half_the_mean, images=40, seed=seed) for seed in range(12)]
     spread = np.std([one.ratio for one in results], axis=0, ddof=1)
@@ -69,7 +67,7 @@ def test_bands_are_octaves(size, monkeypatch):
     monkeypatch.setattr(bands, "DRAWS", 2)
     of, x_0 = octaves(size), torch.rand(2, 3, size, size)
     any_network = Denoiser(LittleMemory(lambda x_t, t: x_t, 4096), SCHEDULER)
-    names = measure_bands(any_network, lambda i: x_0[i], np.arange(2), x_0[0], 512, 0).bands
+    names = bands.measure_bands(any_network, lambda i: x_0[i], np.arange(2), x_0[0], 512, 0).bands
     assert of[0, 0] == 0 and (of == 0).sum() == 1
     for name, low, high in ((name, *map(int, name.split("-"))) for name in names[1:-1]):
         for cycles in range(low, high):
@@ -91,8 +89,8 @@ def test_neither_processes_nor_memory_change_the_result(monkeypatch):
 
 def test_the_heat_map_is_red_where_it_is_worse_than_nothing(tmp_path):
     ratio = np.array([[0.01, 0.1], [50.0, 1.0]])
-    result = BandErrors([0, 9], ["mean", "finest"], ratio, 0.1 * ratio, ratio, np.ones(2))
-    plot_bands(result, tmp_path / "bands.png", "test")
+    result = bands.BandErrors([0, 9], ["mean", "finest"], ratio, 0.1 * ratio, ratio, np.ones(2))
+    bands.plot_bands(result, tmp_path / "bands.png", "test")
     pixels = np.asarray(Image.open(tmp_path / "bands.png").convert("RGB")).astype(int)
     height, width = pixels.shape[:2]
     upper_right, upper_left = (pixels[height // 3, int(width * x)] for x in (0.9, 0.2))

@@ -56,8 +56,7 @@ def test_terms_equal_the_closed_form_on_gaussian_data(variance):
 
 
 SMOOTH = torch.exp(-((LEVELS - 0.1) ** 2) / (2 * 0.1**2))
-FOUR = torch.zeros(256, dtype=torch.float64)
-FOUR[[0, 100, 101, 255]] = torch.tensor([0.4, 0.1, 0.2, 0.3], dtype=torch.float64)  # normals describe it badly
+FOUR = double([0.4] + [0] * 99 + [0.1, 0.2] + [0] * 153 + [0.3])  # normals describe it badly
 
 
 @pytest.mark.parametrize(
@@ -85,10 +84,8 @@ def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
 def test_strides_are_unbiased():
     """Over many images the sum is the full one within the error that is stated, which is larger for fewer t."""
     scheduler, x_0 = NoiseScheduler(100), gaussian_images(100, 4)
-    full, some = (
-        measure_bits_per_dim(best_denoiser(scheduler), lambda i: x_0[i], np.arange(100), options)
-        for options in (BoundOptions(1, batch_size=2048, clip_x_0=False), BoundOptions(10, clip_x_0=False))
-    )
+    measure = lambda options: measure_bits_per_dim(best_denoiser(scheduler), lambda i: x_0[i], np.arange(100), options)
+    full, some = map(measure, (BoundOptions(1, batch_size=2048, clip_x_0=False), BoundOptions(10, clip_x_0=False)))
     assert full.lengths.tolist() == [1] * 100 and len(some.lengths) < 30
     assert some.lengths.sum() == 100 and some.lengths[0] == 1 and some.lengths.max() == 10
     assert full.standard_error < some.standard_error < 10 * full.standard_error
@@ -106,7 +103,7 @@ def small_measurement(indices=HELD_OUT, processes=SINGLE_PROCESS, most=64, **opt
     return measure_bits_per_dim(best_denoiser(scheduler, most), lambda i: x_0[i], indices, options, processes)
 
 
-def test_a_term_depends_on_seed_image_and_t_alone():
+def test_a_term_depends_on_seed_image_and_t_alone_and_two_processes_get_the_numbers_of_one():
     all_images, again, others = small_measurement(), small_measurement(), small_measurement(seed=1)
     np.testing.assert_array_equal(all_images.terms, again.terms)
     assert (all_images.terms != others.terms).all()
@@ -118,13 +115,9 @@ def test_a_term_depends_on_seed_image_and_t_alone():
     halved = small_measurement(most=3)  # batches of 8 that do not fit
     np.testing.assert_allclose(halved.terms, all_images.terms, rtol=1e-12)
     np.testing.assert_allclose(halved.mse_x_0, all_images.mse_x_0, rtol=1e-12)
-
-
-def test_two_processes_get_the_numbers_of_one():
-    parts = of_each_process(2, lambda processes: small_measurement(processes=processes))
-    alone = small_measurement()
-    np.testing.assert_array_equal((parts[0] + parts[1])[1].view(alone.terms.shape).numpy(), alone.terms)
-    assert all((part != 0).any(dim=0).sum() < alone.terms.size for part in parts)
+    parts, terms = of_each_process(2, lambda processes: small_measurement(processes=processes)), all_images.terms
+    np.testing.assert_array_equal((parts[0] + parts[1])[1].view(terms.shape).numpy(), terms)
+    assert all((part != 0).any(dim=0).sum() < terms.size for part in parts)
 
 
 @pytest.mark.parametrize(("indices", "variance", "message"), [([], "small", "0 images"), ([5], "middle", "'middle'")])

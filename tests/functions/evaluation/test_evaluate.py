@@ -76,8 +76,7 @@ def test_images_of_a_run(tiny_run, tmp_path, capsys):
     call(small_main, *arguments, "--metrics", "fid", "--save-reference", public, "--out", tmp_path / "a")
     assert read_reference(public, 16, small_extractor()).features is None
     call(small_main, *arguments, "--metrics", "fid", "--reference", public, "--out", tmp_path / "b")
-    one, other = (next((tmp_path / folder).iterdir()).read_bytes() for folder in "ab")
-    assert one == other
+    assert len({next((tmp_path / folder).iterdir()).read_bytes() for folder in "ab"}) == 1
 
 
 @pytest.mark.slow

@@ -44,7 +44,6 @@ def compared(samples, real):
 
 
 def test_fid_is_the_distance_of_two_gaussians(two_sets):
-    """With NumPy's moments and SciPy's root of a matrix."""
     samples, real = (of_set.double().numpy() for of_set in two_sets)
     cov, real_cov = np.cov(samples.T), np.cov(real.T)
     gap = samples.mean(axis=0) - real.mean(axis=0)

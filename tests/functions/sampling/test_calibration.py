@@ -6,13 +6,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 import sample
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser, predict
 from functions.sampling import calibration
-from functions.sampling.calibration import calibrate
 from functions.support.files import TensorFile, write_tensors
 from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
@@ -45,14 +43,12 @@ def error_of(denoiser, t):
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
-@pytest.mark.parametrize(
-    ("eps", "worse"), [(damped_x_0, {600: 1.2, 750: 1.01}), (damped_eps, {600: 1.05, 999: 10})], ids=["x_0", "eps"]
-)
+@pytest.mark.parametrize("eps, worse", [(damped_x_0, {600: 1.2, 750: 1.01}), (damped_eps, {600: 1.05, 999: 10})])
 def test_it_restores_the_ideal_denoiser(eps, worse, beta_schedule):
     """At timesteps that were fitted and at those between; `worse` is the least damage."""
     scheduler = NoiseScheduler(1000, beta_schedule=beta_schedule)
     damaged, ideal = denoiser_of(eps, scheduler), denoiser_of(ideal_eps, scheduler)
-    better = replace(damaged, calibration=calibrate(damaged, draw_images(512), 256))
+    better = replace(damaged, calibration=calibration.calibrate(damaged, draw_images(512), 256))
     for t in (600, 612, 750, 888, 990, 998, 999):
         assert error_of(better, t) < 1.02 * error_of(ideal, t)
     for t, times in worse.items():
@@ -63,7 +59,7 @@ def test_it_restores_the_ideal_denoiser(eps, worse, beta_schedule):
 def test_it_leaves_the_ideal_denoiser_as_it_is():
     """Within the error of 512 images."""
     ideal = denoiser_of(ideal_eps, SCHEDULER)
-    same = replace(ideal, calibration=calibrate(ideal, draw_images(512), 256))
+    same = replace(ideal, calibration=calibration.calibrate(ideal, draw_images(512), 256))
     for t in (600, 750, 888):
         found, x_0 = x_0_of(same, t)
         change = (found - x_0_of(ideal, t)[0]).square().mean()
@@ -77,10 +73,10 @@ def test_it_is_the_same_for_one_timestep_and_for_many():
     x_0, x_t = draw_images(3), draw_images(3, seed=1)
     together = mix(x_0, x_t, torch.tensor([999, 50, 700]), SCHEDULER)
     for k, t in enumerate((999, 50, 700)):
-        assert_close(together[k], mix(x_0[k : k + 1], x_t[k : k + 1], t, SCHEDULER)[0])
+        torch.testing.assert_close(together[k], mix(x_0[k : k + 1], x_t[k : k + 1], t, SCHEDULER)[0])
     in_band = by_bands(x_0[:1] - MU, weights[999, :, 0])
     in_band += by_bands(x_t[:1] - SCHEDULER.alpha_bar(999) ** 0.5 * MU, weights[999, :, 1])
-    assert_close(together[:1], MU + in_band)
+    torch.testing.assert_close(together[:1], MU + in_band)
 
 
 @pytest.mark.slow

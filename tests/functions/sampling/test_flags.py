@@ -33,7 +33,6 @@ from tests.conftest import CPU, ROOT, call
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_flags_give_the_images_of_their_options(flags, options, text, slug, tiny_run, tmp_path, capsys):
-    """Pixel for pixel."""
     call(sample.main, tiny_run, *flags.split(), "--seed", 3, "--n", 2, "--individual", "--out", tmp_path)
     assert f"{text}, seed 3" in capsys.readouterr().out
     assert (str(options), options.slug) == (text, slug)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.testing import assert_close
 
 import sample
 import sampleFFHQ
@@ -18,12 +17,6 @@ from functions.sampling.options import SAMPLERS, SamplerOptions
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import SMALLEST_SIDE, save_grid
 from tests.conftest import LittleMemory, call, image_sampler_of, small_unet
-
-
-@pytest.fixture(scope="module")
-def network():
-    return small_unet()
-
 
 EVERY_SAMPLER = [pytest.param(SamplerOptions(), marks=pytest.mark.slow),
                  SamplerOptions("ddpm", 5, variance="large"), SamplerOptions("ddim", 5, eta=0.5),
@@ -45,10 +38,9 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
     """A graph reads its own inputs and overwrites its output. iPNDM keeps four of those."""
     recorded = []
 
-    class Recorded(torch.nn.Module):
-        def forward(self, x_t, t):
-            recorded.append((x_t, t, network(x_t, t)))
-            return recorded[-1][-1]
+    def recording_network(x_t, t):
+        recorded.append((x_t, t, network(x_t, t)))
+        return recorded[-1][-1]
 
     class Graph:
         def replay(self):
@@ -63,18 +55,16 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     eager = image_sampler_of(network, options=SamplerOptions("ipndm", 8))
-    replayed = replace(eager, denoiser=replace(eager.denoiser, network=Replayed(Recorded())))
+    replayed = replace(eager, denoiser=replace(eager.denoiser, network=Replayed(recording_network)))
     parts = list(generate_batches(replayed, [range(4), range(4, 8), range(8, 10)]))
     assert [len(x_t) for x_t, *_ in recorded] == [4, 4, 2, 2]  # each size once, after a call that is not recorded
     assert (Samples.joined(parts).images - generate(eager, range(10), 10).images).abs().max() < 1e-4
     x_T, samplers = eager.noise(range(1)).draw(), (replayed, eager)
-    assert_close(*(ipndm_sample(one.denoiser, one.scheduler, x_T, 8, clip_x_0=False) for one in samplers))
+    torch.testing.assert_close(*(ipndm_sample(one.denoiser, one.scheduler, x_T, 8, clip_x_0=False) for one in samplers))
 
 
 def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network, capsys):
-    class OftenLittleMemory(LittleMemory):
-        """It runs out in the middle of sampling, as a GPU's allocator may."""
-
+    class OftenLittleMemory(LittleMemory):  # it runs out in the middle of sampling, as a GPU's allocator may
         def forward(self, x_t, t):
             return super().forward(x_t, t) if t[0] < 50 else self.network(x_t, t)
 

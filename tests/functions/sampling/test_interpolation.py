@@ -13,15 +13,10 @@ from functions.sampling.interpolation import interpolate_images, interpolate_see
 from functions.sampling.options import SAMPLERS, SamplerOptions
 from functions.support.pictures import save_strip
 from functions.support.random_numbers import ImageNoise
-from tests.conftest import call, image_sampler_of, small_unet
+from tests.conftest import call, image_sampler_of
 from tests.functions.known_denoisers import Gaussian, double, ideal_model
 
 WEIGHTS = torch.tensor([0.0, 0.3, 1.0])
-
-
-@pytest.fixture(scope="module")
-def network():
-    return small_unet()
 
 
 @pytest.fixture
@@ -79,7 +74,6 @@ def test_a_variation_is_not_the_image_of_its_number(image_sampler):
 
 
 def test_variations_differ_more_the_deeper_they_come_from():
-    """With the exact denoiser of data from N(0, 0.5^2)."""
     image_sampler = image_sampler_of(ideal_model(Gaussian(double(0.0), double(0.5)), NoiseScheduler(100)))
     x_0 = 0.5 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1.9, 1.9)
     of_depths = [variations(image_sampler, x_0, t, range(6)) for t in (4, 14, 29, 99)]

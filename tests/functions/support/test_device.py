@@ -2,14 +2,13 @@
 
 import copy
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from functions.sampling.generation import generate
-from functions.support import device as device_module
-from functions.support.device import Adam, arithmetic, choose_device, choose_precision, keep_heap
+from functions.support.device import Adam, arithmetic, choose_device, choose_precision, is_out_of_memory, keep_heap
 from functions.support.errors import UserError
 from tests.conftest import image_sampler_of, small_unet
 
@@ -56,12 +55,14 @@ def test_auto_precision_on_cuda_asks_the_hardware_without_emulation(native, dtyp
 def test_auto_precision_on_a_cpu_asks_for_native_instructions(cpuinfo, native, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     for name, dtype in {"cpuinfo": torch.bfloat16 if native else torch.float32, "missing": torch.float32}.items():
-        monkeypatch.setattr(device_module, "CPUINFO", tmp_path / name)
+        monkeypatch.setattr("functions.support.device.CPUINFO", tmp_path / name)
         assert choose_precision("auto", CPU) == dtype
 
 
 def test_precision_by_name_and_as_the_run_was_started_with():
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
     assert choose_precision("float32", CUDA) == torch.float32
+    assert not torch.backends.cudnn.allow_tf32
     assert choose_precision("bfloat16", CPU) == torch.bfloat16
     assert choose_precision("auto", torch.device("mps")) == torch.float32
     for dtype in (torch.bfloat16, torch.float32):
@@ -73,14 +74,8 @@ def test_precision_by_name_and_as_the_run_was_started_with():
             choose_precision(unusable, CPU)
 
 
-def test_float32_on_cuda_is_not_tf32():
-    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
-    choose_precision("float32", CUDA)
-    assert not torch.backends.cudnn.allow_tf32
-
-
 def test_libraries_that_have_no_memory():
-    fails = lambda text: device_module.is_out_of_memory(RuntimeError(text))
+    fails = lambda text: is_out_of_memory(RuntimeError(text))
     assert fails("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     assert fails("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
     assert not fails("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
@@ -107,17 +102,10 @@ def test_a_kept_heap_has_its_pages_already():
 
 
 def test_adam_skips_a_step_on_mps_too():
-    """Where the kernel does not look at the flag; one that says that it is there stands in for it."""
-
-    class OnMps:
-        device = torch.device("mps")
-
-        def __bool__(self):
-            return True
-
+    """Where the kernel does not look at the flag; one that says that it is there, and is true, stands in for it."""
     weight = torch.ones(3, requires_grad=True)
     weight.grad, optimizer = torch.ones(3), Adam([weight], lr=0.1, fused=True)
-    optimizer.found_inf = OnMps()
+    optimizer.found_inf = MagicMock(device=torch.device("mps"))
     optimizer.step()
     assert torch.equal(weight, torch.ones(3))
 
@@ -140,7 +128,7 @@ def test_adam_in_memory_order_is_pytorchs(dtype):
         moments = [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
         found[kind] = parameters + moments
     for ours, theirs in zip(*found.values(), strict=True):
-        assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_adam_copies_no_weights():

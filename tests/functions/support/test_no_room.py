@@ -14,6 +14,7 @@ from functions.support.errors import UserError
 from tests.conftest import ROOT, TINY, call, load_checkpoint, newest
 from tests.forked import Program, train_script
 
+pytestmark = pytest.mark.slow
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a small file system, and limits of a process")
 FULL_DISK = """
 mount -t tmpfs -o size=4m none {folder} || exit 99
@@ -26,7 +27,6 @@ exit $code
 """
 
 
-@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("every", [1000, 5])
 def test_a_full_disk(unfinished, tmp_path, every):
@@ -57,7 +57,6 @@ def train_within_a_quota():
     train_script()
 
 
-@pytest.mark.slow
 @linux
 def test_a_checkpoint_beyond_a_quota(unfinished, tmp_path):
     before = {path: path.read_bytes() for path in run_folder.checkpoints_of(unfinished)}
@@ -76,7 +75,6 @@ def train_in_little_memory():
     train_script()
 
 
-@pytest.mark.slow
 @linux
 def test_out_of_memory_is_a_sentence(pictures, tmp_path):
     """A network that takes more for a single image."""
@@ -86,7 +84,6 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path):
     assert "error: out of memory" in program.printed and "Traceback" not in program.printed
 
 
-@pytest.mark.slow
 def test_a_run_whose_last_grid_fails_is_not_lost(unfinished, monkeypatch):
     """The checkpoint of the same step was written before it."""
     fails = Mock(side_effect=OSError(5, "I/O error"))

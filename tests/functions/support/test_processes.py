@@ -42,12 +42,8 @@ def free_port():
 
 def two(folder, *arguments, act=train_script):
     """As torchrun starts them, but each ends by itself."""
-    port = free_port()
-    return [
-        Program(folder / f"rank{rank}.txt", *arguments, act=act, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2,
-                MASTER_ADDR="localhost", MASTER_PORT=port)
-        for rank in (0, 1)
-    ]  # fmt: skip
+    shared = {"act": act, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    return [Program(folder / f"rank{i}.txt", *arguments, **shared, RANK=i, LOCAL_RANK=i) for i in (0, 1)]
 
 
 def assert_alike(run, other):
@@ -87,10 +83,8 @@ def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
     call(train.main, *FLAGS, "--diffusion.dataset-name", pictures, "--runs", tmp_path / "1")
     torchrun = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
     flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.recompute", "blocks", "--runs", tmp_path / "2"]
-    machines = [
-        Program(tmp_path / name, *torchrun, ROOT / "train.py", *flags, act=torchrun_program, OMP_NUM_THREADS=1)
-        for name in ("first", "second")
-    ]
+    torchrun += [ROOT / "train.py", *flags]
+    machines = [Program(tmp_path / name, *torchrun, act=torchrun_program, OMP_NUM_THREADS=1) for name in ("a", "b")]
     assert [machine.wait() for machine in machines] == [0, 0], machines[0].printed
     printed = "".join(machine.printed for machine in machines)
     assert printed.count("finished") == 1  # rank 0 alone speaks

@@ -13,7 +13,7 @@ import train
 from functions.support import run_folder
 from functions.support.errors import CheckpointError, UserError
 from functions.training.stopping import StopSignals
-from tests.conftest import TINY, call, during, interrupt, newest, posix
+from tests.conftest import TINY, call, during, interrupt, newest, posix, train_tiny
 from tests.forked import Program, wait_until
 from tests.kill import assert_same_run, kill_and_resume
 
@@ -21,14 +21,13 @@ from tests.kill import assert_same_run, kill_and_resume
 @pytest.mark.slow
 def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path):
     """Two passes a step, dropout and augmentation on; cut between those of step 7, after the checkpoint of step 5."""
-    flags = ["faces", "--diffusion.dataset-name", pictures, *TINY, "--diffusion.batch-size", 4, "--model.dropout", 0.1,
-             "--diffusion.gradient-accumulation", 2, "--diffusion.max-rotation", 3]  # fmt: skip
-    call(train.main, *flags, "--runs", tmp_path / "straight")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        during(patch, 14, interrupt, "denoising_loss")
-        call(train.main, *flags, "--runs", tmp_path / "cut")
+    flags = ["--diffusion.batch-size", 4, "--diffusion.gradient-accumulation", 2, "--model.dropout", 0.1]
+    flags += ["--diffusion.max-rotation", 3]
+    straight = train_tiny(pictures, tmp_path / "straight", *flags)
+    with pytest.raises(KeyboardInterrupt), during(14, interrupt, "denoising_loss"):
+        train_tiny(pictures, tmp_path / "cut", *flags)
     call(train.main, "faces", "--resume", "--runs", tmp_path / "cut")
-    assert_same_run(*(tmp_path / "straight").iterdir(), *(tmp_path / "cut").iterdir())
+    assert_same_run(straight, *(tmp_path / "cut").iterdir())
 
 
 @pytest.mark.slow
@@ -64,8 +63,7 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
     before = signal.getsignal(signal.SIGTERM)
     for name, step in {"SIGUSR1": 3, "SIGINT": 5, "SIGTERM": 7}.items():
         number = getattr(signal, name)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-            during(patch, step - done, lambda number=number: signal.raise_signal(number))
+        with pytest.raises(SystemExit) as stop, during(step - done, lambda number=number: signal.raise_signal(number)):
             call(train.main, *arguments)
         assert stop.value.code == 75 and signal.getsignal(signal.SIGTERM) == before
         (run,) = tmp_path.iterdir()
@@ -162,19 +160,9 @@ def test_two_trainings_in_one_folder(unfinished, tmp_path):
 def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(trained, monkeypatch):
     """A time that is always over makes one a step; none may be ahead of metrics.csv: a power cut would leave a gap."""
     order = []
-
-    def note(owner, name):
-        original = getattr(owner, name)
-
-        def noted(*arguments):
-            order.append((name, *arguments))
-            original(*arguments)
-
-        monkeypatch.setattr(owner, name, noted)
-
-    note(os, "fsync")
-    note(os, "replace")
-    note(train.BookKeeper, "save")
+    noting = lambda name, original: lambda *arguments: order.append((name, *arguments)) or original(*arguments)
+    for owner, name in ((os, "fsync"), (os, "replace"), (train.BookKeeper, "save")):
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
     run = trained("--diffusion.log-every", 1, "--diffusion.checkpoint-every", 9, "--diffusion.checkpoint-minutes", 1e-9,
                   "--diffusion.epochs", 1, "--diffusion.keep-checkpoints", 1, "--diffusion.keep-every", 2)  # fmt: skip
     assert [run_folder.step_of(path) for path in run_folder.checkpoints_of(run)] == [2, 4, 5]

@@ -1,6 +1,8 @@
 """Losses and gradients that are not finite numbers reach neither weights, nor moments, nor the average."""
 
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -31,12 +33,8 @@ def with_infinite_gradient(losses):
 
 def poison(monkeypatch, spoil_of_step):
     """Spoil the loss of some steps, counted from 1."""
-    calls, original = [], train.denoising_loss
-
-    def spoiled(*args):
-        calls.append(1)
-        return spoil_of_step.get(len(calls), lambda losses: losses)(original(*args))
-
+    calls, original, as_they_are = itertools.count(1), train.denoising_loss, lambda losses: losses
+    spoiled = lambda *args: spoil_of_step.get(next(calls), as_they_are)(original(*args))
     monkeypatch.setattr(train, "denoising_loss", spoiled)
 
 
@@ -99,9 +97,7 @@ def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(trained,
     """On the CPU, to use the scaler: its scale falls until the steps fit; overflowing again and again ends the run."""
     monkeypatch.setattr(train, "choose_precision", lambda *a: torch.float16)
     scaler = torch.amp.GradScaler
-    start_with = lambda scale: monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda device, enabled: scaler(device, scale, enabled=enabled)
-    )
+    start_with = lambda scale: monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=scale))
     flags = [*FLAGS, "--diffusion.epochs", 5, "--diffusion.checkpoint-every", 99]
     start_with(2.0**24)
     run = trained(*flags)

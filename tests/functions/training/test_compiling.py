@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from functions.training import compiling
-from tests.conftest import TINY, call
+from tests.conftest import call, train_tiny
 from tests.functions.support.test_processes import FLAGS, assert_alike, two
 from tests.kill import assert_same_run
 
@@ -59,8 +59,7 @@ def prepare(patch, compile=fast_compile):
 def trained(pictures, tmp_path, capsys):
     def run(*flags):
         runs = tmp_path / f"{len([*tmp_path.iterdir()])}"
-        call(train.main, "faces", *TINY, "--diffusion.dataset-name", pictures, "--runs", runs, *flags)
-        return next(runs.iterdir()), capsys.readouterr().out
+        return train_tiny(pictures, runs, *flags), capsys.readouterr().out
 
     return run
 

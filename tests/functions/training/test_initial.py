@@ -52,17 +52,20 @@ def test_a_run_begins_with_the_averaged_weights_of_another(kind, tiny_run, pictu
     assert began and all(began) and 0 < moved["ema"] < 0.01 * moved["model"]  # ten steps of an average over 10,000
 
 
+@pytest.mark.slow
 def test_the_loss_begins_where_that_of_the_weights_ended(tmp_path):
-    flags = [*TRAINING, "--diffusion.validation-samples", 200, "--diffusion.log-every", 20]
-    flags += ["--diffusion.dataset-name", "emoji_people", "--diffusion.validate-every", 20]
-    call(train.main, "faces", *TINY, *flags, "--diffusion.epochs", 5, "--runs", tmp_path / "first")
+    flags = [*TRAINING, "--diffusion.dataset-name", "emoji_people", "--diffusion.validation-samples", 100]
+    for what, steps in (("log", 10), ("validate", 50), ("sample", 500), ("checkpoint", 500)):
+        flags += [f"--diffusion.{what}-every", steps]
+    call(train.main, "faces", *TINY, *flags, "--diffusion.epochs", 3, "--runs", tmp_path / "first")
     source = next((tmp_path / "first").iterdir())
     call(train.main, "faces", *flags, "--init", source, "--diffusion.learning-rate", 1e-4, "--runs", tmp_path / "then")
-    ended, begins = rows(source)[-1], rows(next((tmp_path / "then").iterdir()))
-    assert rows(source)[0]["loss"] > 0.8 and ended["val_loss_ema"] < 0.5 and len(begins) >= 10
-    for row in begins:  # of 200 steps and more
-        assert row["val_loss_ema"] == pytest.approx(ended["val_loss_ema"], rel=0.02)
-    assert begins[0]["loss"] == pytest.approx(ended["loss"], rel=0.3)
+    first, *_, ended = rows(source)
+    begins = rows(next((tmp_path / "then").iterdir()))
+    assert first["loss"] > 0.8 and ended["val_loss_ema"] < 0.5 and begins[-1]["step"] >= 200
+    validated = [row["val_loss_ema"] for row in begins if "val_loss_ema" in row]
+    assert len(validated) >= 4 and validated == pytest.approx([ended["val_loss_ema"]] * len(validated), rel=0.02)
+    assert begins[0]["loss"] < 0.6
 
 
 def test_what_contradicts_the_weights_is_refused(tiny_run, trained):
@@ -72,9 +75,8 @@ def test_what_contradicts_the_weights_is_refused(tiny_run, trained):
     assert trained("--init", tiny_run, "--dry-run") is None  # the flags of TINY say what the weights are
 
 
-def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        during(patch, 7, interrupt)
+def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, capsys):
+    with pytest.raises(KeyboardInterrupt), during(7, interrupt):
         trained("--init", tiny_run)
     run = trained("--resume", "auto", "--init", tiny_run)
     said = newest(run)["run"]["initial"]

@@ -1,7 +1,6 @@
 """Trainings with objective v, mixed t and cosine betas; and runs of the time before there were any of these."""
 
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from functions.support.random_numbers import training_draws
 from functions.support.run_folder import checkpoints_of
 from functions.timesteps import mixed_timesteps
 from functions.training.metrics import COLUMNS, read_metrics
-from tests.conftest import TINY, call, during, newest
+from tests.conftest import call, during, newest, terminate, train_tiny
 from tests.kill import assert_same_run
 from tests.spoilt_files import contents_text, same, with_contents
 
@@ -23,8 +22,8 @@ NEW_FIELDS = {"objective": "eps", "t_sampling": "uniform", "beta_schedule": "lin
 NEW_COLUMNS = {"eps_error", "val_eps_error", "val_eps_error_ema"}
 
 
-def seen_in(*flags):
-    """The t and the losses (10 steps, effective batch) that a training goes through."""
+def seen_in(pictures, runs, *flags):
+    """A training's folder, and the t and the losses (10 steps, effective batch) that it goes through."""
     with pytest.MonkeyPatch.context() as patch:
         original, seen = train.denoising_loss, []
 
@@ -34,8 +33,8 @@ def seen_in(*flags):
             return losses
 
         patch.setattr(train, "denoising_loss", seeing)
-        call(train.main, *flags)
-    return [torch.cat(values).numpy().reshape(10, -1) for values in zip(*seen, strict=True)]
+        run = train_tiny(pictures, runs, *flags, name="faces-v")
+    return run, *(torch.cat(values).numpy().reshape(10, -1) for values in zip(*seen, strict=True))
 
 
 def numbers(run, column):
@@ -45,10 +44,8 @@ def numbers(run, column):
 @pytest.mark.slow
 def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
     """Its errors of eps are its losses times alpha_bar; stopped and resumed it is the same; it is sampled from."""
-    flags = ["faces-v", *TINY, "--diffusion.t-sampling", "mixed", "--diffusion.beta-schedule", "cosine"]
-    flags += ["--diffusion.dataset-name", pictures]
-    t, losses = seen_in(*flags, "--runs", tmp_path / "straight")
-    (straight,) = (tmp_path / "straight").iterdir()
+    flags = ["--diffusion.t-sampling", "mixed", "--diffusion.beta-schedule", "cosine"]
+    straight, t, losses = seen_in(pictures, tmp_path / "straight", *flags)
     f = np.cos((np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
     assert t.max() < 99  # at the last alpha_bar is not f, as its beta is capped
     errors = f[t + 1] / f[0] * losses
@@ -59,9 +56,8 @@ def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
         loss, error = (numbers(straight, f"val_{what}{of}") for what in ("loss", "eps_error"))
         assert loss.keys() == error.keys() == {5, 10}
         assert all(0 < error[step] < loss[step] for step in (5, 10))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="75"):
-        during(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
-        call(train.main, *flags, "--runs", tmp_path / "cut")
+    with pytest.raises(SystemExit, match="75"), during(7, terminate):
+        train_tiny(pictures, tmp_path / "cut", *flags, name="faces-v")
     call(train.main, "faces-v", "--resume", "--runs", tmp_path / "cut")
     (cut,) = (tmp_path / "cut").iterdir()
     assert_same_run(straight, cut)
@@ -77,8 +73,7 @@ def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
 def test_a_place_has_its_t_however_the_batch_is_cut(t_sampling, passes, pictures, tmp_path):
     """In passes of 3, the even places of the second are odd ones of the whole."""
     own = ["--diffusion.batch-size", 9 // passes, "--diffusion.gradient-accumulation", passes]
-    t, _ = seen_in("faces-v", *TINY, "--diffusion.t-sampling", t_sampling, "--diffusion.dataset-name", pictures,
-                   "--runs", tmp_path, *own)  # fmt: skip
+    _, t, _ = seen_in(pictures, tmp_path, "--diffusion.t-sampling", t_sampling, *own)
     for step, found in enumerate(t):
         draws = training_draws(0, step, 9, (3, 16, 16), 100, "cpu")
         mixed = mixed_timesteps(NoiseScheduler(100, beta_schedule="cosine"), draws.t, draws.normal)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import train
 from config import ConfigError
 from functions.support.errors import UserError
 from functions.training.metrics import read_metrics
-from tests.conftest import TINY, call, during, interrupt, newest, posix
+from tests.conftest import call, during, interrupt, newest, posix, terminate, train_tiny
 from tests.kill import assert_same_run
 
 
@@ -29,8 +28,7 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     with pytest.raises(ConfigError, match="a run of 'faces', not of 'ffhq-full'"):
         call(train.main, "ffhq-full", "--resume", unfinished)
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        during(patch, 1, interrupt)
+    with pytest.raises(KeyboardInterrupt), during(1, interrupt):
         call(train.main, "--resume", unfinished, "--diffusion.batch-size", 4, "--diffusion.gradient-accumulation", 2,
              "--diffusion.epochs", 3)  # fmt: skip
     printed = capsys.readouterr().out
@@ -71,14 +69,12 @@ def test_deterministic_kernels_are_asked_for_and_only_then(trained):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit_and_is_sampled_from(precision, pictures, tmp_path):
-    flags = ["faces", "--diffusion.dataset-name", pictures, *TINY, "--device", "cuda", "--diffusion.deterministic",
-             "true", "--diffusion.precision", precision]  # fmt: skip
-    call(train.main, *flags, "--runs", tmp_path / "straight")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="75"):
-        during(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
-        call(train.main, *flags, "--runs", tmp_path / "cut")
+    flags = ["--device", "cuda", "--diffusion.deterministic", "true", "--diffusion.precision", precision]
+    straight = train_tiny(pictures, tmp_path / "straight", *flags)
+    with pytest.raises(SystemExit, match="75"), during(7, terminate):
+        train_tiny(pictures, tmp_path / "cut", *flags)
     call(train.main, "faces", "--resume", "--runs", tmp_path / "cut", "--device", "cuda")
-    assert_same_run(*(tmp_path / "straight").iterdir(), *(tmp_path / "cut").iterdir())
+    assert_same_run(straight, *(tmp_path / "cut").iterdir())
     call(sample.main, "--runs", tmp_path / "cut", "--n", 2, "--steps", 3, "--device", "cuda")
 
 

@@ -15,9 +15,8 @@ from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import Run
 from functions.training import start
-from functions.training.start import describe, fit_memory, flops_of_image
 from models.unet import UNet
-from tests.conftest import SMALL_MODEL, TINY, call
+from tests.conftest import SMALL_MODEL, TINY, call, train_tiny
 from tests.kill import assert_same_run
 
 
@@ -39,19 +38,17 @@ def limit_memory(patch, **most):
 @pytest.mark.slow
 def test_a_batch_that_fits_changes_nothing_else(monkeypatch, pictures, tmp_path, capsys):
     """Each divisor of 4 is tried; the run is then, bit for bit, the one that was started so."""
-    flags = ["faces", *TINY, "--model.dropout", 0.1, "--diffusion.batch-size", 4, "--diffusion.epochs", 1,
-             "--diffusion.dataset-name", pictures]  # fmt: skip
-    call(train.main, *flags, "--runs", tmp_path / "asked", "--diffusion.batch-size", 1,
-         "--diffusion.gradient-accumulation", 4, "--diffusion.recompute", "blocks")  # fmt: skip
+    flags = ["--model.dropout", 0.1, "--diffusion.batch-size", 4, "--diffusion.epochs", 1]
+    own = ["--diffusion.batch-size", 1, "--diffusion.gradient-accumulation", 4, "--diffusion.recompute", "blocks"]
+    asked = train_tiny(pictures, tmp_path / "asked", *flags, *own)
     capsys.readouterr()
     tried = limit_memory(monkeypatch, blocks=1)
-    call(train.main, *flags, "--runs", tmp_path / "found")
+    found = train_tiny(pictures, tmp_path / "found", *flags)
     assert tried[:4] == [4, 2, 1, 1]
     printed = capsys.readouterr().out
     for size in (4, 2, 1):
         assert f"out of memory with batch_size = {size}, recompute = 'norms'\n" in printed
     assert "going on with batch_size = 1, gradient_accumulation = 4, recompute = blocks\n" in printed
-    asked, found = (next((tmp_path / name).iterdir()) for name in ("asked", "found"))
     assert_same_run(asked, found)
     configs = [json.loads((run / "config.json").read_text()) for run in (asked, found)]
     assert configs[0] == configs[1]
@@ -71,7 +68,7 @@ def test_a_try_leaves_nothing_behind(monkeypatch):
     run, denoiser = parts()
     tried = limit_memory(monkeypatch, norms=3)
     before = {name: p.clone() for name, p in denoiser.network.named_parameters()}
-    fit_memory(run, denoiser, SINGLE_PROCESS)
+    start.fit_memory(run, denoiser, SINGLE_PROCESS)
     config = run.experiment.diffusion
     assert tried == [4, 3]  # 12 images in passes of 3
     assert (config.batch_size, config.gradient_accumulation, run.facts["arithmetic"]["batch_size"]) == (3, 4, 3)
@@ -92,17 +89,14 @@ def test_an_error_that_is_not_lack_of_memory_is_raised(monkeypatch):
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(UNet, "forward", Mock(side_effect=error))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        fit_memory(run, denoiser, SINGLE_PROCESS)
+        start.fit_memory(run, denoiser, SINGLE_PROCESS)
     assert run.experiment.diffusion.batch_size == 4
 
 
 @pytest.mark.parametrize("size", [16, 32])  # at 32 the upsampling is a transposed convolution with 16 taps
 def test_flops_are_those_of_the_layers(size):
-    network = UNet(size, 3, size // 2, [1, 2], [1], 8, norm_groups=2)
-    half = size // 2
-
-    def conv(c_in, c_out, taps, pixels):
-        return 2 * c_in * c_out * taps * pixels**2
+    network, half = UNet(size, 3, size // 2, [1, 2], [1], 8, norm_groups=2), size // 2
+    conv = lambda c_in, c_out, taps, pixels: 2 * c_in * c_out * taps * pixels**2
 
     def block(c_in, c_out, pixels):
         shortcut = conv(c_in, c_out, 1, pixels) if c_in != c_out else 0
@@ -116,9 +110,9 @@ def test_flops_are_those_of_the_layers(size):
     forward += 6 * (4 * conv(16, 16, 1, half) + 4 * half**4 * 16)  # attention
     for recompute in ("none", "norms"):
         network.set_recompute(recompute)
-        assert flops_of_image(network) == 3 * forward - first
+        assert start.flops_of_image(network) == 3 * forward - first
     network.set_recompute("blocks")
-    assert 3.5 * forward < flops_of_image(network) < 4 * forward
+    assert 3.5 * forward < start.flops_of_image(network) < 4 * forward
     assert all(p.grad is None and p.device.type == "cpu" for p in network.parameters())
 
 
@@ -126,7 +120,7 @@ def test_flops_are_those_of_the_layers(size):
 @pytest.mark.parametrize(("slow", "timed"), [(False, 8), (True, 1)])
 def test_a_dry_run_says_the_hours_of_the_steps_to_go(slow, timed, unfinished, pictures, monkeypatch, capsys):
     """10 steps of 8 images, and the same run after 7 of them; on an H100 so slow that it takes an hour for a step."""
-    flops = 8 * flops_of_image(UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2))
+    flops = 8 * start.flops_of_image(UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2))
     passes = iter([99 * 450, *([450] if slow else [0.1, 450 * timed, 451 * timed])] * 2)  # the first warms up
     monkeypatch.setattr(start, "run_pass", lambda *_: next(passes))
     monkeypatch.setattr(start, "H100_PEAK", flops / 3600 / start.H100_SHARE)
@@ -155,11 +149,10 @@ def test_ffhq_run1_is_ready_at_its_real_size(pictures, tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "visible"), [("ffhq-run1", True), ("ffhq-run2", False), ("ffhq-full", False)])
 def test_of_the_ffhq_runs_only_the_first_sees_the_image_in_x_T(name, visible):
-    experiment = EXPERIMENTS[name]
-    config = experiment.diffusion
+    experiment, config = EXPERIMENTS[name], EXPERIMENTS[name].diffusion
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas)
     facts = {"terminal_snr": scheduler.terminal_snr, "split": "", "parameters": 1, "total_steps": 1, "device": "cpu",
              "steps_per_epoch": 1, "arithmetic": {"precision": "float32"}}  # fmt: skip
-    said = describe(Run(name, experiment, Path("runs"), facts=facts), "")
+    said = start.describe(Run(name, experiment, Path("runs"), facts=facts), "")
     assert ("x_T still carries the image" in said) == visible
     assert ("samples use the raw weights" in said) == visible  # it has no EMA either

@@ -11,8 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
-from torch.testing import assert_close
 
 from config import EXPERIMENTS
 from data.augmentation import rotation_limit
@@ -33,33 +31,32 @@ def test_loss_of_known_predictions():
     scheduler = NoiseScheduler(1000)
     x_0, noise, t = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     half = lambda x_t, t: torch.zeros_like(x_t, dtype=torch.bfloat16)
-    assert_close(denoising_loss(half, scheduler, x_0, t, noise), noise.square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(denoising_loss(half, scheduler, x_0, t, noise), noise.square().mean(dim=(1, 2, 3)))
     knows_x_0 = lambda x_t, t: scheduler.predict_eps(x_t, t, x_0)
     with torch.autocast("cpu", torch.bfloat16):
         losses = denoising_loss(knows_x_0, scheduler, x_0, t, noise)
     assert losses.shape == (4,) and losses.max() < 1e-6  # at t = 0 bfloat16 would lose the noise
 
 
-def test_ema_is_the_weighted_sum_of_its_definition():
-    model = nn.Linear(1, 1)
+@pytest.mark.parametrize("ramp", [True, False])
+def test_ema_is_the_weighted_sum_of_its_definition(ramp):
+    model = torch.nn.Linear(1, 1)
     model.weight.data.fill_(1.0)
     ema_model = copy.deepcopy(model)
     values, decay = [5.0, -2.0, 7.0, 3.0], 0.3
     expected = 1.0  # the initial weight
     for step, value in enumerate(values):
         model.weight.data.fill_(value)
-        update_ema(ema_model, model, step, decay)
-        d = min(decay, (1 + step) / (10 + step))
+        update_ema(ema_model, model, step, decay, ramp)
+        d = min(decay, (1 + step) / (10 + step)) if ramp else decay
         expected = d * expected + (1 - d) * value
         assert ema_model.weight.item() == pytest.approx(expected, rel=1e-6)
     assert model.weight.item() == values[-1]
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    first, _, again, next_step, other_seed = (
-        vars(training_draws(seed, step, 64, (3, 4, 4), 1000, "cpu"))
-        for seed, step in ((0, 7), (0, 6), (0, 7), (0, 8), (1, 7))
-    )
+    draws = lambda seed, step: vars(training_draws(seed, step, 64, (3, 4, 4), 1000, "cpu"))
+    first, _, again, next_step, other_seed = draws(0, 7), draws(0, 6), draws(0, 7), draws(0, 8), draws(1, 7)
     for name, values in first.items():
         assert torch.equal(values, again[name])
         assert not any(torch.equal(values, other[name]) for other in (next_step, other_seed))
@@ -88,14 +85,8 @@ def test_draws_have_their_distributions():
 def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     images = torch.randint(256, (12, 4, 4, 3), dtype=torch.uint8)
     seen, used = [], []
-
-    def zero(x_t, t):
-        seen.extend(t.tolist())
-        return torch.zeros_like(x_t)
-
-    def images_of(indices):
-        used.extend(indices)
-        return images[indices]
+    zero = lambda x_t, t: seen.extend(t.tolist()) or torch.zeros_like(x_t)
+    images_of = lambda indices: used.extend(indices) or images[indices]
 
     def measure(**changes):
         config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=48, **changes)
@@ -113,18 +104,14 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
 def test_validation_of_v_also_has_the_error_of_its_eps():
     """That of a network whose v is 0: so its eps is sqrt(1 - alpha_bar) x_t."""
     alpha_bar, images, seen = np.cumprod(1 - np.linspace(0.01, 2, 100) / 10), np.full((4, 4, 4, 3), 204, np.uint8), []
-
-    def zero(x_t, t):
-        seen.append((x_t.double().numpy(), alpha_bar[t].reshape(-1, 1, 1, 1)))
-        return torch.zeros_like(x_t)
-
+    zero = lambda x_t, t: seen.append((x_t.double().numpy(), t.numpy())) or torch.zeros_like(x_t)
     config = replace(EXPERIMENTS["faces-v"].diffusion, validation_samples=20, batch_size=7)
     denoiser = Denoiser(LittleMemory(zero, 48), NoiseScheduler(100), objective="v")
     images_of = lambda i: torch.from_numpy(images[i])
     other = replace(denoiser, network=LittleMemory(lambda x, t: torch.ones_like(x), 48))  # beside it, not mixed in
     found, of_other = validation_losses([denoiser, other], images_of, np.arange(4), config, SINGLE_PROCESS)
-    x_t, a = map(np.concatenate, zip(*seen, strict=True))
-    x_0 = 2 * 204 / 255 - 1
+    x_t, t = map(np.concatenate, zip(*seen, strict=True))
+    a, x_0 = alpha_bar[t].reshape(-1, 1, 1, 1), 2 * 204 / 255 - 1
     noise = (x_t - np.sqrt(a) * x_0) / np.sqrt(1 - a)
     v = np.sqrt(a) * noise - np.sqrt(1 - a) * x_0
     assert found == pytest.approx(((v**2).mean(), ((np.sqrt(1 - a) * x_t - noise) ** 2).mean()), rel=1e-5)
@@ -217,7 +204,7 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypat
     assert resumed.read(resumed.numbers().tolist()) == {"loss": 9 / 6, "eps_error": 6.75 / 6, "images_per_second": 2.0}
 
 
-def test_learning_rate_warms_up_and_decays():
+def test_learning_rate_warms_up_and_decays_and_rotation_stops_for_the_last_tenth():
     full, faces = EXPERIMENTS["ffhq-full"].diffusion, EXPERIMENTS["faces"].diffusion
     rates = [learning_rate(full, step, 10**6) for step in (0, 2500, 5000, 10**6 - 1)]
     assert rates[0] == pytest.approx(3e-5 / 5001)
@@ -226,9 +213,5 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(EXPERIMENTS["ffhq-run1"].diffusion, 0, 100) == 3e-5
     assert learning_rate(faces, 500, 1000) == pytest.approx(faces.learning_rate / 2)
     assert learning_rate(faces, 999, 1000) < 1e-4 * faces.learning_rate
-
-
-def test_rotation_stops_for_the_last_tenth():
-    full = EXPERIMENTS["ffhq-full"].diffusion
     limit = lambda step: rotation_limit(full.max_rotation, full.rotation_free_end, step / 1000)
     assert [limit(step) for step in (0, 500, 899, 900, 999)] == [3, 3, 3, 0, 0]

@@ -1,0 +1,87 @@
+"""CIFAR-10's binary version, made here with few images, in place and packed; the preset that trains on it."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+import train
+from config import EXPERIMENTS
+from data import datasets
+from data.cifar10 import FILES, RECORD, Cifar10
+from functions.support.errors import UserError
+from tests.conftest import TINY, call
+
+COUNTS = dict.fromkeys(FILES, 20) | {"test_batch.bin": 7}
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (sum(COUNTS.values()), 32, 32, 3), np.uint8)
+
+
+@pytest.fixture
+def unpacked(images, tmp_path):
+    """Labels 9, then each image's planes, as the data set's page describes them."""
+    folder = tmp_path / "CIFAR10" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    rest = iter(images)
+    for name, count in COUNTS.items():
+        records = [bytes([9]) + next(rest).transpose(2, 0, 1).tobytes() for _ in range(count)]
+        (folder / name).write_bytes(b"".join(records))
+    return tmp_path / "CIFAR10"
+
+
+def pack(folder):
+    """The folder's files in a .tar.gz, as published; the folder is deleted."""
+    inner = folder / "cifar-10-batches-bin"
+    with tarfile.open(folder / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        archive.add(inner, inner.name)
+        readme = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin.html")
+        readme.size = 4
+        archive.addfile(readme, io.BytesIO(b"read"))
+    for file in inner.iterdir():
+        file.unlink()
+    inner.rmdir()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_come_as_they_were_and_the_test_images_validate(packed, images, unpacked, monkeypatch):
+    if packed:
+        pack(unpacked)
+    monkeypatch.setattr(datasets, "DATA_FOLDER", unpacked.parent)
+    found = datasets.load_images("CIFAR10", 32)
+    assert np.array_equal(found.images, images) and found.ids == [*range(100), *range(50_000, 50_007)]
+    split = datasets.split_images(found, "reference")
+    assert (len(split.train_indices), split.val_indices.tolist()) == (100, [*range(100, 107)])
+    assert "its test images" in split.description
+
+
+@pytest.mark.parametrize("spoil", ["missing", "cut off", "empty", "an archive that is none", "nothing"])
+def test_what_is_not_cifar_10_is_refused_in_a_sentence(spoil, unpacked):
+    file = unpacked / "cifar-10-batches-bin" / "data_batch_3.bin"
+    if spoil in ("missing", "an archive that is none"):
+        file.unlink()
+    if spoil == "an archive that is none":
+        (unpacked / "x.tar.gz").write_bytes(b"no archive")
+    if spoil in ("cut off", "empty"):
+        file.write_bytes(file.read_bytes()[: -RECORD // 2 if spoil == "cut off" else 0])
+    path = unpacked / "not there" if spoil == "nothing" else unpacked
+    with pytest.raises(UserError) as caught:
+        Cifar10(path)
+    said = "cannot be read" if spoil == "an archive that is none" else "is missing or damaged. Put its binary version"
+    assert str(caught.value).startswith(str(path)) and said in str(caught.value)
+
+
+def test_the_preset_is_the_papers_and_trains(unpacked, monkeypatch, tmp_path, capsys):
+    """Appendix B of Ho et al. 2020: 800,000 steps of 128 images, rate 2e-4, EMA 0.9999, dropout 0.1, flips."""
+    diffusion, model = EXPERIMENTS["cifar10"].diffusion, EXPERIMENTS["cifar10"].model
+    wanted = dict(learning_rate=2e-4, warmup_steps=5000, effective_batch=128, ema_decay=0.9999, clip_grad_norm=1.0)
+    assert {name: getattr(diffusion, name) for name in wanted} == wanted and model.dropout == 0.1
+    assert 0 <= diffusion.epochs * (50_000 // 128) - 800_000 < 50_000 // 128
+    monkeypatch.setattr(datasets, "DATA_FOLDER", unpacked.parent)
+    size = ["--model.image-size", 32, "--model.dim-multiply", "1,2,2"]
+    call(train.main, "cifar10", *TINY, *size, "--diffusion.epochs", 1, "--runs", tmp_path / "runs")
+    assert "CIFAR10: 100 images train, 7 validate (its test images)" in capsys.readouterr().out
+    assert len([*(tmp_path / "runs").glob("cifar10-*/checkpoints/*")]) > 0
