@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils.logging import disable_progress_bar
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -69,6 +70,21 @@ def with_old_names(weights):
     return weights
 
 
+def open_in_diffusers(folder, capfd):
+    """Their pipeline; anything that it says is a failure."""
+    capfd.readouterr()
+    disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline = DDPMPipeline.from_pretrained(folder)
+    assert capfd.readouterr() == ("", "")
+    return pipeline
+
+
+def same_weights(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 def same_output(denoiser, unet):
     size = unet.config.sample_size
     x_t, t = torch.randn(2, 3, size, size), torch.tensor([7, 999])
@@ -77,11 +93,15 @@ def same_output(denoiser, unet):
 
 
 @pytest.mark.parametrize(
-    ("size", "multipliers", "attention", "parameters"),
-    [(32, (1, 2, 2, 2), 1, 35_746_307), (256, (1, 1, 2, 2, 4, 4), 4, 113_673_219)],
+    ("size", "multipliers", "attention", "parameters", "unet_in", "scheduler_in"),
+    [
+        (32, (1, 2, 2, 2), 1, 35_746_307, "", ""),
+        (32, (1, 2, 2, 2), 1, 35_746_307, "unet", "scheduler"),
+        (256, (1, 1, 2, 2, 4, 4), 4, 113_673_219, "", ""),
+    ],
 )
-def test_the_published_models_flat_and_with_the_old_names(size, multipliers, attention, parameters, tmp_path):
-    """CIFAR-10's; CelebA-HQ's, church's, cat's and bedroom's; with random weights."""
+def test_the_published_models(size, multipliers, attention, parameters, unet_in, scheduler_in, tmp_path):
+    """CIFAR-10's; CelebA-HQ's, church's, cat's and bedroom's; random weights, flat ones with the old names."""
     kinds = ["Attn" * (level == attention) for level in range(len(multipliers))]
     config = PUBLISHED | {
         "sample_size": size, "block_out_channels": [128 * multiplier for multiplier in multipliers],
@@ -89,10 +109,12 @@ def test_the_published_models_flat_and_with_the_old_names(size, multipliers, att
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
     }  # fmt: skip
     unet = random_weights(UNet2DModel.from_config(config))
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(OLD_SCHEDULE | {"variance_type": "fixed_large"}))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
-    save_file(with_old_names(unet.state_dict()), tmp_path / WEIGHTS)
+    schedule = OLD_SCHEDULE | {"variance_type": "fixed_large"}
+    for name, fields in (("model_index.json", {"_class_name": "DDPMPipeline"}), (f"{unet_in}/config.json", config),
+                         (f"{scheduler_in}/scheduler_config.json", schedule)):  # fmt: skip
+        (tmp_path / name.strip("/")).parent.mkdir(exist_ok=True)
+        (tmp_path / name.strip("/")).write_text(json.dumps(fields))
+    save_file(unet.state_dict() if unet_in else with_old_names(unet.state_dict()), tmp_path / unet_in / WEIGHTS)
     saved = load_model(find_checkpoints(tmp_path)[0])
     assert sum(tensor.numel() for tensor in saved.weights.values()) == parameters
     assert saved.config["model"]["dialect"] == "ho" and saved.config["diffusion"]["variance"] == "large"
@@ -103,38 +125,26 @@ def test_the_published_models_flat_and_with_the_old_names(size, multipliers, att
 
 
 @pytest.mark.parametrize("details", [HO, {}], ids=["ho", "diffusers"])
-def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path):
-    theirs = DDPMPipeline(
-        random_weights(UNet2DModel(**SMALL, **details)), DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    )
+def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path, capfd):
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False)
+    theirs = DDPMPipeline(random_weights(UNet2DModel(**SMALL, **details)), scheduler)
     theirs.save_pretrained(tmp_path / "theirs")
     call(sample.main, tmp_path / "theirs", "--export", tmp_path / "ours")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = DDPMPipeline.from_pretrained(tmp_path / "ours")
+    again = open_in_diffusers(tmp_path / "ours", capfd)
     not_read = {"timestep_spacing", "_name_or_path", "_use_default_values"}
     for part in ("unet", "scheduler"):
         own, others = (json.loads(json.dumps(dict(getattr(p, part).config))) for p in (again, theirs))
         assert {name for name in own if own[name] != others.get(name)} <= not_read, part
-    weights = theirs.unet.state_dict()
-    assert weights.keys() == again.unet.state_dict().keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in again.unet.state_dict().items())
+    assert same_weights(theirs.unet.state_dict(), again.unet.state_dict())
     same_output(rebuild(UNet, load_model(tmp_path / "theirs"), CPU), again.unet)
 
 
 def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, capfd):
     """From betas for T = 100, which are rescaled: the folder says their ends."""
     call(sample.main, tiny_run, "--export", tmp_path / "faces")
-    printed = capfd.readouterr()
-    assert "wrote" in printed.out
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pipeline = DDPMPipeline.from_pretrained(tmp_path / "faces")
-    assert "warn" not in capfd.readouterr().err.lower()
+    pipeline = open_in_diffusers(tmp_path / "faces", capfd)
     assert_close(pipeline.scheduler.betas.double(), NoiseScheduler(100).betas, rtol=1e-6, atol=0)
-    ours, again = load_weights(find_checkpoints(tiny_run)[0]), load_model(tmp_path / "faces")
-    assert ours.weights.keys() == again.weights.keys()
-    assert all(torch.equal(ours.weights[name], tensor) for name, tensor in again.weights.items())
+    assert same_weights(load_weights(find_checkpoints(tiny_run)[0]).weights, load_model(tmp_path / "faces").weights)
     flags = ["--n", 4, "--steps", 5, "--sampler", "ddim", "--individual"]
     for model, name in ((tiny_run, "a"), (tmp_path / "faces", "b")):
         call(sample.main, model, *flags, "--out", tmp_path / name)
