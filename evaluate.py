@@ -31,7 +31,7 @@ from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.device import set_deterministic
 from functions.support.errors import UserError
-from functions.support.files import write_whole
+from functions.support.files import write_text
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import results_folder
 from models.unet import UNet
@@ -146,7 +146,8 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
     """bits/dim of the validation split, with all that one must know of it to compare it with others."""
     split, denoiser = subject.split, subject.image_sampler.denoiser
-    options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, not args.no_clip)
+    clip = subject.image_sampler.options.clip_x_0 and not args.no_clip
+    options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, clip)
     indices = evenly(split.val_indices, args.images)
     result = measure_bits_per_dim(denoiser, subject.x_0_of, indices, options, processes, processes.is_main)
     if not processes.is_main:
@@ -222,11 +223,11 @@ def open_reference(
 
 
 def write_result(place: Path, what: str, contents: dict) -> Path:
-    """Write <run>/evaluation/<checkpoint>-<metrics>-<hash of all settings>.json, which no other settings overwrite."""
+    """Write <place>-<metrics>-<hash of all settings>.json, which no other settings overwrite."""
     digest = hashlib.sha256(json.dumps(contents["settings"], sort_keys=True).encode()).hexdigest()[:8]
     path = place.with_name(f"{place.name}-{what}-{digest}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(json.dumps(contents, indent=2).encode()))
+    write_text(path, json.dumps(contents, indent=2))
     return path
 
 

@@ -70,10 +70,12 @@ def main() -> None:
     with joined() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         folder = processes.from_main(lambda: run_to_resume(args.resume, args.runs, name))
+        initial = open_initial(args.init, processes) if args.init else None
         if folder:
             run = open_run(folder, args.experiment, changes, processes)
+            if initial and initial.digest[:16] not in (run.remembered.get("initial") or ""):
+                raise ConfigError(f"{folder} did not begin with the weights of {args.init}, so it does not go on")
         else:
-            initial = open_initial(args.init, processes) if args.init else None
             run = Run(name, new_experiment(name, changes, initial), args.runs, initial=initial)
         train(run, device, processes, args.dry_run)
 
@@ -82,6 +84,8 @@ def open_initial(path: Path, processes: Processes) -> SavedModel:
     """The model whose weights a new run starts from. `CheckpointError` if its weights and its config do not fit."""
     saved = load_model(processes.from_main(lambda: first_sound(find_checkpoints(path), load_model).path))
     rebuild(UNet, saved, torch.device("cpu"))
+    if not saved.config["diffusion"].get("clip_x_0", True):
+        processes.say(f"note: {path} is sampled without clipping x_0, the new run with it")
     return saved
 
 
@@ -145,8 +149,10 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas,
                                config.beta_schedule)  # fmt: skip
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
+    began = run.remembered.get("initial")
     if run.initial:
         load_into(model, run.initial)
+        began, run.initial = f"{run.initial.path}: {run.initial}", None  # its memory
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # skips a step if found_inf, below
@@ -160,7 +166,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
         "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
         "parameters": sum(p.numel() for p in model.parameters()), "terminal_snr": scheduler.terminal_snr,
-        "device": str(device), "initial": str(run.initial) if run.initial else run.remembered.get("initial"),
+        "device": str(device), "initial": began,
         "arithmetic": arithmetic(device, precision, processes.count, config.batch_size),
     }  # fmt: skip
     processes.say(describe(run, image_set.summary))
@@ -206,7 +212,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             scaler.update()
             optimizer.zero_grad(set_to_none=processes.count == 1)  # None would be made anew, beside DDP's buckets
             if ema_model:
-                update_ema(ema_model, model, step, config.ema_decay, ramp=not run.facts["initial"])
+                update_ema(ema_model, model, step, config.ema_decay, ramp=not began)
             books.window.add(sums, optimizer.found_inf)
             books.after_step(step + 1, grad_norm)
     processes.say(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")

@@ -24,7 +24,7 @@ class Cifar10(Source):
         with one_sentence(path):
             found = read_files(path)
         for name in FILES:
-            if len(found.get(name, "")) % RECORD or not found.get(name):
+            if len(found.get(name, "")) not in range(RECORD, 10_000 * RECORD + 1, RECORD):
                 raise UserError(
                     f"{path} is not CIFAR-10: {name} is missing or damaged. Put its binary version there, "
                     "cifar-10-binary.tar.gz (170 MB), packed or unpacked."
@@ -40,10 +40,10 @@ class Cifar10(Source):
 
 
 def read_files(path: Path) -> dict[str, bytes]:
-    """Those of FILES that lie in a folder, in a folder in it, or in an archive in it; or in an archive."""
+    """Those of FILES that lie in a folder, in a folder in it, or in an archive in it."""
     unpacked = [file for name in FILES for file in (*path.glob(name), *path.glob(f"*/{name}"))]
-    found = {file.name: file.read_bytes() for file in unpacked if file.stat().st_size <= MAX_FILE_BYTES}
-    for archive in [path] if path.is_file() else path.glob("*.tar.gz"):
+    found = {file.name: file.read_bytes() for file in unpacked if file.is_file()}
+    for archive in filter(Path.is_file, path.glob("*.tar.gz")):
         with tarfile.open(archive) as tar:
             for file in tar:
                 name = Path(file.name).name

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.decode import BadImage, decode_rgb, fit_square
 from data.sources import Source
 from functions.support.errors import UserError
-from functions.support.files import short, write_whole
+from functions.support.files import short, write_text, write_whole
 
 FORMAT_VERSION = 1  # raise it whenever the pixels made from the same files change: every pack is then made anew
 LISTED_BAD_IMAGES = 20  # printed; the .json lists all
@@ -151,7 +151,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
     summary = f"{short(source.path.name)}: {counts}"
     record = {"key": key, "made_from": str(source.path.resolve()), "image_size": image_size, "summary": summary}
     text = json.dumps({**record, "bad_images": bad_images, "ids": ids})
-    write_whole(Path(f"{target}.json"), lambda file: file.write(text.encode()))
+    write_text(Path(f"{target}.json"), text)
     left_out = [f"  left out: {short(name)}: {reason}" for name, reason in bad_images[:LISTED_BAD_IMAGES]]
     print("\n".join([summary, *source.notes, *left_out]), flush=True)
     return read_pack(target, key, image_size)

@@ -123,12 +123,12 @@ class SelfAttention(nn.Module):
         self.recompute_norms = False
 
     def forward(self, x: Tensor) -> Tensor:
-        _, C, H, W = x.shape
+        H, W = x.shape[2:]
         qkv = recomputing(self.recompute_norms, self.queries_keys_values, x)  # (B, 3 C, H, W)
         qkv = qkv.flatten(2).transpose(1, 2).unflatten(2, (3, -1, self.head_dim))  # (B, H W, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H W, head_dim)
         h = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(self.head_dim))  # (B, heads, H W, head_dim)
-        h = h.transpose(2, 3).reshape(-1, C, H, W)  # (B, C, H, W)
+        h = h.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
         return x + self.out(h)
 
     def queries_keys_values(self, x: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ def calibrated(
             if {name: (*tensor.shape,) for name, tensor in found.items()} == shapes:
                 return found
         if which == "own":
-            sde = SamplerOptions("dpm++", min(20, denoiser.scheduler.timesteps))
+            steps, clip = min(20, denoiser.scheduler.timesteps), image_sampler.options.clip_x_0
+            sde = SamplerOptions("dpm++", steps, clip_x_0=clip)
             sampler = replace(image_sampler, options=sde, seed=seed_of("calibration"))
             images = generate(sampler, range(IMAGES), batch_size).images
         else:

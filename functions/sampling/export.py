@@ -1,43 +1,22 @@
 """A model to give away: one file, or a folder that diffusers loads, with a model card and samples."""
 
+import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from data.pixels import to_uint8
-from functions.sampling.generation import ImageSampler, generate
+from functions.sampling.generation import ImageSampler, generate_batches
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel, export_weights
 from functions.support.diffusers_folder import write_folder
 from functions.support.errors import UserError
+from functions.support.files import write_text
 from functions.support.pictures import save_grid
 
-CARD = """---
-license:  # to be filled in: what others may do with the weights
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [ddpm, pytorch, unconditional-image-generation]
-datasets: [{data}]
----
-
-# {name}
-
-A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) for images of {size} x {size} pixels; {weights}.
-Trained on {images}{facts}.
-
-![Samples](samples.png)
-
-*The first {count} images of seed {seed}: {options}.*
-
-    from diffusers import DDPMPipeline
-    pipeline = DDPMPipeline.from_pretrained("{folder}")
-    images = pipeline(batch_size=4).images
-    images[0].save("image.png")
-"""
-FACTS = ("learning_rate", "batch_size", "gradient_accumulation", "lr_schedule", "ema_decay", "objective", "t_sampling",
-         "timesteps_diff", "beta_schedule", "base_dim", "dim_multiply", "transformer_layers", "dropout")  # fmt: skip
-IN_CARD = 16  # images
+IN_CARD = 16  # samples
 
 
 def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
@@ -47,26 +26,52 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
     """
     if path.exists():
         raise UserError(f"{path} exists; --export overwrites nothing")
-    if path.suffix == ".safetensors":
+    if path.suffix not in ("", ".safetensors"):
+        raise UserError(f"{path}: a file to export ends in .safetensors, and a folder's name has no ending")
+    if path.suffix:
         export_weights(saved, path)
         return
+    steps = min(20, image_sampler.scheduler.timesteps)
+    options = SamplerOptions("dpm++", steps, clip_x_0=image_sampler.options.clip_x_0)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_folder(saved, temporary)
-        options = SamplerOptions("dpm++", min(20, image_sampler.scheduler.timesteps))
-        samples = generate(replace(image_sampler, options=options), range(IN_CARD), IN_CARD).images
-        save_grid(to_uint8(samples).numpy(), temporary / "samples.png")
-        (temporary / "README.md").write_text(model_card(saved, path.name, image_sampler.seed, options))
+        [samples] = generate_batches(replace(image_sampler, options=options), [range(IN_CARD)], progress=True)
+        save_grid(to_uint8(samples.images).numpy(), temporary / "samples.png")
+        what = f"The first {IN_CARD} images of seed {image_sampler.seed}: {options}."
+        write_text(temporary / "README.md", model_card(saved, path.name, what))
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def model_card(saved: SavedModel, folder: str, seed: int, options: SamplerOptions) -> str:
-    """The README.md that hubs show."""
-    fields = saved.config["diffusion"] | saved.config["model"]
-    data = Path(str(fields.get("dataset_name", ""))).name  # a path is nobody's business
-    facts = "".join(f", {name} {fields[name]}" for name in FACTS if name in fields)
-    return CARD.format(data=data, images=data or "images that nobody names", name=saved.run["experiment"], facts=facts,
-                       size=fields["image_size"], weights=saved.summary, count=IN_CARD, seed=seed, options=options,
-                       folder=folder)  # fmt: skip
+def model_card(saved: SavedModel, folder: str, what: str) -> str:
+    """The README.md that hubs show; `what` its picture shows."""
+    diffusion, model = saved.config["diffusion"], saved.config["model"]
+    data = re.split(r"[/\\]", str(diffusion.get("dataset_name", "")))[-1]  # a path is nobody's business
+    fields = {**diffusion, **model, "dataset_name": data or "not known"}
+    facts = "".join(f"| {name} | {value} |\n" for name, value in fields.items())
+    return f"""---
+license:  # to be filled in: what others may do with the weights
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [ddpm, pytorch, unconditional-image-generation]
+datasets: {json.dumps([data] if data else [])}
+---
+
+# {saved.run["experiment"]}
+
+A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)): {saved}.
+
+![Samples](samples.png)
+
+*{what}*
+
+    from diffusers import DDPMPipeline
+    pipeline = DDPMPipeline.from_pretrained({folder!r})
+    images = pipeline(batch_size=4, num_inference_steps={diffusion["timesteps_diff"]}).images
+    images[0].save("image.png")
+
+| field | value |
+|---|---|
+{facts}"""

@@ -19,7 +19,7 @@ from PIL import Image
 from data.pixels import to_uint8
 from functions.sampling.generation import Frame, Samples, frame_steps
 from functions.support.errors import UserError
-from functions.support.files import write_whole
+from functions.support.files import write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
 from functions.support.run_folder import locked
 
@@ -66,7 +66,7 @@ def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int
     with locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp") if individual else nullcontext():
         check_manifest(folder, facts)
         if individual:
-            write_whole(folder / MANIFEST, lambda file: file.write(json.dumps(facts, indent=2).encode()))
+            write_text(folder / MANIFEST, json.dumps(facts, indent=2))
         yield existing(folder)
 
 

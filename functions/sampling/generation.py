@@ -107,7 +107,7 @@ def open_sampler(
     read = cache(load_model)  # so that rank 0, which reads it to find it, does not do so twice
     find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
     saved = read(processes.from_main(lambda: first_sound(find(), read).path))
-    processes.say(str(saved))
+    processes.say(f"{saved.path}: {saved}")
     denoiser = rebuild(build_model, saved, device, precision)
     options = SamplerOptions.from_args(args, saved.config["diffusion"])
     return saved, ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
@@ -133,10 +133,9 @@ def rebuild(
         with torch.device("meta"):  # shapes only: nothing is initialised that is overwritten at once
             model = build_model(**fields)
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
-        if denoiser.objective not in ("eps", "v"):
-            raise ValueError(f"objective is {denoiser.objective!r}; it can be eps or v")
-        if diffusion.get("variance", "small") not in ("small", "large"):
-            raise ValueError(f"variance is {diffusion['variance']!r}; it can be small or large")
+        for name, known in (("objective", ("eps", "v")), ("variance", ("small", "large"))):
+            if diffusion.get(name, known[0]) not in known:
+                raise ValueError(f"{name} is {diffusion[name]!r}; it can be {' or '.join(known)}")
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(
             f"{saved.path}: its config describes no model of this version: {type(error).__name__}: {short(error)}"

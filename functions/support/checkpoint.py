@@ -86,13 +86,10 @@ class SavedModel:
         """That its results are named by."""
         return self.run["experiment"] if self.path.is_dir() else self.path.stem
 
-    @property
-    def summary(self) -> str:
-        done = f" after {self.run['step']:,} of {self.run['total_steps']:,} steps" if self.run["total_steps"] else ""
-        return f"{self.kind} weights{done}, hash {self.digest[:16]}{self.run.get('note', '')}"
-
     def __str__(self) -> str:
-        return f"{self.path}: {self.summary}"
+        done = f" after {self.run['step']:,} of {self.run['total_steps']:,} steps" if self.run["total_steps"] else ""
+        note = f"; {self.run['note']}" if self.run.get("note") else ""
+        return f"{self.kind} weights{done}, hash {self.digest[:16]}{note}"
 
 
 def save_checkpoint(path: Path, config: dict, run: dict, state: TrainingState) -> None:
@@ -147,7 +144,10 @@ def export_weights(saved: SavedModel, path: Path) -> None:
 
 
 def load_into(model: nn.Module, saved: SavedModel) -> None:
-    """Give a model these weights, on the meta device as they are. Raises CheckpointError when they do not fit."""
+    """Give a model these weights; one on the meta device takes them over, another copies them.
+
+    Raises CheckpointError when they do not fit.
+    """
     check_fit(model.state_dict(), saved.weights, saved.path)
     model.load_state_dict(saved.weights, assign=next(model.parameters()).is_meta)
 

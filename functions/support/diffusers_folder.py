@@ -11,6 +11,7 @@ would write for it: a field that differs from that is refused.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from functions.support.checkpoint import SavedModel, digest_of, load_weights
 from functions.support.errors import CheckpointError
-from functions.support.files import check_finite, checksum, read_json, read_tensors, short, write_safetensors
+from functions.support.files import checksum, read_json, read_tensors, short, write_safetensors, write_text
 from models.dialects import DIALECTS
 
 WEIGHTS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
@@ -41,16 +42,20 @@ NETWORK = {
     "act_fn": "silu", "attn_norm_num_groups": None, "resnet_time_scale_shift": "default", "add_attention": True,
     "class_embed_type": None, "num_class_embeds": None, "num_train_timesteps": None,
 }  # fmt: skip
-SCHEDULE = {"trained_betas": None, "thresholding": False, "clip_sample_range": 1, "rescale_betas_zero_snr": False}
+SCHEDULE = {"_class_name": "DDPMScheduler", "trained_betas": None, "thresholding": False, "clip_sample_range": 1,
+            "rescale_betas_zero_snr": False}  # fmt: skip
 # By our field: theirs, and our words: theirs; the first is the default of both
 WORDS = {
     "beta_schedule": ("beta_schedule", {"linear": "linear", "cosine": "squaredcos_cap_v2"}),
     "objective": ("prediction_type", {"eps": "epsilon", "v": "v_prediction"}),
     "variance": ("variance_type", {"small": "fixed_small", "large": "fixed_large"}),
 }
-# Of no importance here: whence it comes, which steps others take, and the numbers of what is off
-NOT_READ = ("_diffusers_version", "_name_or_path", "timestep_spacing", "steps_offset", "set_alpha_to_one",
-            "dynamic_thresholding_ratio", "sample_max_value")  # fmt: skip
+# Of no importance here: whence it comes, how others step, the numbers of what is off, and the state of an average
+NOT_READ = (
+    "_diffusers_version", "_name_or_path", "tensor_format", "timestep_spacing", "timestep_values", "steps_offset",
+    "set_alpha_to_one", "dynamic_thresholding_ratio", "sample_max_value", "decay", "min_decay", "optimization_step",
+    "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+)  # fmt: skip
 
 
 def their_name(name: str) -> str:
@@ -100,7 +105,7 @@ def their_schedule(diffusion: dict) -> dict:
     linear = diffusion.get("beta_schedule", "linear") == "linear"
     scale = 1000 / diffusion["timesteps_diff"] if linear and diffusion["rescale_betas"] else 1.0
     return SCHEDULE | {
-        "_class_name": "DDPMScheduler", "timestep_spacing": "trailing",
+        "timestep_spacing": "trailing",
         "num_train_timesteps": diffusion["timesteps_diff"], "clip_sample": diffusion.get("clip_x_0", True),
         "beta_start": scale * diffusion["beta_start"], "beta_end": scale * diffusion["beta_end"],
         **{theirs: words[diffusion.get(ours, next(iter(words)))] for ours, (theirs, words) in WORDS.items()},
@@ -109,15 +114,16 @@ def their_schedule(diffusion: dict) -> dict:
 
 def our_schedule(config: dict, path: Path) -> dict:
     """The inverse of `their_schedule`; with `variance` and `clip_x_0`, which are for the sampler."""
-    betas = {"beta_start": 1e-4, "beta_end": 0.02}
-    config = {"num_train_timesteps": 1000, "clip_sample": True} | betas | config | {"_class_name": "DDPMScheduler"}
-    own, T = {}, config["num_train_timesteps"]
+    own, betas = {}, {"beta_start": 1e-4, "beta_end": 0.02}
     for ours, (theirs, words) in WORDS.items():
         own[ours] = next((word for word in words if words[word] == config.get(theirs)), next(iter(words)))
-    cosine = own["beta_schedule"] == "cosine"
-    config |= betas if cosine else {}  # which has no use for them
+    cosine = own["beta_schedule"] == "cosine"  # which has no use for the ends
+    config = {"num_train_timesteps": 1000, "clip_sample": True} | betas | config | (betas if cosine else {})
+    if config.get("_class_name") == "DDIMScheduler":  # has the same fields
+        config["_class_name"] = "DDPMScheduler"
+    T = config["num_train_timesteps"]
     diffusion = {"timesteps_diff": T, **{name: config[name] for name in betas}, "rescale_betas": cosine or T == 1000,
-                 **own, "clip_x_0": config["clip_sample"]}  # fmt: skip
+                 **own, "clip_x_0": config["clip_sample"] is not False}  # fmt: skip
     refuse_others(config, their_schedule(diffusion), path)
     return diffusion
 
@@ -126,10 +132,10 @@ def refuse_others(config: dict, read: dict, path: Path) -> None:
     """Raise CheckpointError for a field of another value than is read."""
     some = {theirs: " or ".join(map(repr, words.values())) for theirs, words in WORDS.values()}
     some |= {"block_out_channels": "multiples of the first"}
-    for name in config:
-        if name not in NOT_READ and (name not in read or config[name] != read[name]):
-            is_read = some.get(name, repr(read[name])) if name in read else "no such field"
-            raise CheckpointError(f"{path}: {short(name)} is {short(repr(config[name]))}; what is read is {is_read}")
+    for name, value in config.items():
+        if name not in NOT_READ and (name not in read or value != read[name]):
+            what = f"what is read is {some.get(name, repr(read[name]))}" if name in read else "no such field is read"
+            raise CheckpointError(f"{path}: {short(name)} is {short(repr(value))}; {what}")
 
 
 def is_diffusers(folder: Path) -> bool:
@@ -145,20 +151,25 @@ def load_model(path: Path) -> SavedModel:
     """
     if not path.is_dir():
         return load_weights(path)
-    unet, scheduler = (path / part if (path / part).exists() else path for part in ("unet", "scheduler"))
-    index, network, scheduler = path / "model_index.json", unet / "config.json", scheduler / "scheduler_config.json"
+    if path.name == "unet" and (path.parent / "scheduler").exists():
+        path = path.parent
+    # A training of diffusers saves the average of the weights beside them
+    unet = next(folder for folder in (path / "unet_ema", path / "unet", path) if folder.exists())
+    scheduler = (path / "scheduler" if (path / "scheduler").exists() else path) / "scheduler_config.json"
+    index, network = path / "model_index.json", unet / "config.json"
     kind = read_json(index).get("_class_name") if index.exists() else None
     if index.exists() and kind not in ("DDPMPipeline", "DDIMPipeline"):
         raise CheckpointError(f"{index}: _class_name is {short(repr(kind))}; what is read is DDPM- or DDIMPipeline")
-    schedule = read_json(scheduler) if index.exists() or scheduler.exists() else {}
-    assumed = "there is no scheduler_config.json: the paper's schedule is assumed, T = 1000 and betas 1e-4 to 0.02"
+    alone = not index.exists() and not scheduler.exists()
+    schedule = {} if alone else read_json(scheduler)
+    assumed = "no scheduler_config.json: the paper's schedule is assumed, T = 1000, linear betas, eps"
     try:
         config = {"diffusion": our_schedule(schedule, scheduler), "model": our_network(read_json(network), network)}
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: its configs describe no model that is read: {short(error)}") from error
     weights = read_weights(unet)
     digest = digest_of(config, {name: checksum(tensor) for name, tensor in weights.items()})
-    run = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": "" if schedule else f"; {assumed}"}
+    run = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": assumed if alone else ""}
     return SavedModel(path, weights, "diffusers", config, run, digest)
 
 
@@ -173,7 +184,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     file_of, found = {}, {}
     if (folder / INDEX).exists():
         file_of = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(file_of, dict) or not all(map(is_file_name, file_of.values())):
+        files = file_of.values() if isinstance(file_of, dict) else []
+        if not files or not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(file)) for file in files):
             raise CheckpointError(f"{folder / INDEX}: its weight_map does not give each weight a file of this folder")
     elif (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
         raise CheckpointError(
@@ -189,19 +201,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             if ours in found:
                 raise CheckpointError(f"{path}: {short(name)} is there twice, by an old and by a new name")
             tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-            check_finite(tensor, name, path)
             found[ours] = tensor[..., None, None] if ours.endswith(MATRICES) and tensor.dim() == 2 else tensor
     return found
 
 
-def is_file_name(value: object) -> bool:
-    """Whether it names a file and leads to no other folder."""
-    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\:\0")
-
-
 def write_folder(saved: SavedModel, folder: Path) -> None:
     """Write a model as a DDPMPipeline's folder. Raises CheckpointError for a network that diffusers does not have."""
-    model = saved.config["model"]
+    model = {"dropout": 0.0, "norm_groups": 32, **saved.config["model"]}
     if model["dim_multiply"][0] != 1:
         reason = "diffusers' networks begin with as many channels as level 0 has"
         raise CheckpointError(f"{saved.path}: dim_multiply begins with {model['dim_multiply'][0]}; {reason}")
@@ -211,7 +217,7 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
     configs = {"model_index": pipeline, "unet/config": their_network(model), "scheduler/scheduler_config": schedule}
     for name, config in configs.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(config, indent=2))
+        write_text(folder / f"{name}.json", json.dumps(config, indent=2))
     weights = {their_name(name): tensor.flatten(1) if name.endswith(MATRICES) else tensor
                for name, tensor in saved.weights.items()}  # fmt: skip
     write_safetensors(folder / "unet" / WEIGHTS, weights, {"format": "pt"})

@@ -51,6 +51,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text as `write_whole` does."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> None:
     """Write a file of ours: tensors, and `contents` of plain values. Raises OSError as `write_safetensors` does."""
     text = json.dumps({**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
@@ -120,9 +125,7 @@ class TensorFile:
         for name, tensor in found.items():
             if checksum(tensor) != self.checksums[name]:
                 raise CheckpointError(f"{self.path}: damaged: {short(name)} does not match its checksum")
-            if tensor.dtype not in TYPES:
-                raise CheckpointError(f"{self.path}: {short(name)} is {tensor.dtype}, which ours never are")
-            check_finite(tensor, name, self.path)
+            check_numbers(tensor, name, self.path)
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
@@ -131,9 +134,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in sorted(file.keys())}
+            found = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: the file is truncated, damaged or no safetensors") from error
+    for name, tensor in found.items():
+        check_numbers(tensor, name, path)
+    return found
 
 
 def read_json(path: Path) -> dict:
@@ -151,14 +157,17 @@ def read_json(path: Path) -> dict:
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A dict, but ValueError where json would take the last of two values of a name."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError("a name is there twice")
     return fields
 
 
-def check_finite(tensor: Tensor, name: str, path: Path) -> None:
-    """Raise CheckpointError for numbers that are not finite."""
+def check_numbers(tensor: Tensor, name: str, path: Path) -> None:
+    """Raise CheckpointError for numbers that are not finite, or of a type that no weights have."""
+    if tensor.dtype not in TYPES:
+        raise CheckpointError(f"{path}: {short(name)} is {tensor.dtype}, which ours never are")
     if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
         raise CheckpointError(f"{path}: {short(name)} holds numbers that are not finite")
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from functions.support.checkpoint import SavedModel, check_whole, open_checkpoint
 from functions.support.diffusers_folder import is_diffusers
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import TensorFile, write_whole
+from functions.support.files import TensorFile, write_text
 
 Contents = TypeVar("Contents")
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")  # of which experiment, started when
@@ -79,7 +79,7 @@ class Run:
     def write_config(self) -> str:
         """Write config.json, the config as in a checkpoint and under `run` the facts, and return its text."""
         text = json.dumps({"experiment": self.name, **self.experiment.to_dict(), "run": self.facts}, indent=2)
-        write_whole(self.folder / "config.json", lambda file: file.write(text.encode()))
+        write_text(self.folder / "config.json", text)
         return text
 
 

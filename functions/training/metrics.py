@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from functions.support.files import write_whole
+from functions.support.files import write_text
 from functions.support.pictures import plt, save_figure
 
 COLUMNS = (
@@ -44,7 +44,7 @@ class MetricsLog:
         self.path = run / "metrics.csv"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if self.path.exists() else []
         lines = [",".join(COLUMNS), *(",".join(map(format_number, row.values())) for row in kept)]
-        write_whole(self.path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+        write_text(self.path, "\n".join(lines) + "\n")
         self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, **values: float) -> None:

@@ -68,7 +68,9 @@ def test_what_is_not_cifar_10_is_refused_in_a_sentence(spoil, said, unpacked):
 def test_the_preset_is_the_papers_and_trains(unpacked, monkeypatch, tmp_path, capsys):
     """Appendix B of Ho et al. 2020: 800,000 steps of 128 images, rate 2e-4, EMA 0.9999, dropout 0.1, flips."""
     diffusion, model = EXPERIMENTS["cifar10"].diffusion, EXPERIMENTS["cifar10"].model
-    wanted = dict(learning_rate=2e-4, warmup_steps=5000, effective_batch=128, ema_decay=0.9999, clip_grad_norm=1.0)
+    wanted = dict(learning_rate=2e-4, warmup_steps=5000, effective_batch=128, ema_decay=0.9999, clip_grad_norm=1.0,
+                  timesteps_diff=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", objective="eps",
+                  t_sampling="uniform", use_augmentation=True, max_rotation=0.0, lr_schedule="constant")  # fmt: skip
     assert {name: getattr(diffusion, name) for name in wanted} == wanted and model.dropout == 0.1
     assert 0 <= diffusion.epochs * (50_000 // 128) - 800_000 < 50_000 // 128
     monkeypatch.setattr(datasets, "DATA_FOLDER", unpacked.parent)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils.logging import disable_progress_bar
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -16,7 +17,8 @@ import sample
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling import calibration
-from functions.sampling.generation import rebuild
+from functions.sampling.generation import ImageSampler, generate, rebuild
+from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.diffusers_folder import INDEX, WEIGHTS, load_model
 from functions.support.errors import UserError
@@ -85,22 +87,21 @@ def same_weights(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def same_output(denoiser, unet):
-    size = unet.config.sample_size
+def same_output(denoiser, unet, size=16):
     x_t, t = torch.randn(2, 3, size, size), torch.tensor([7, 999])
     with torch.no_grad():
         assert_close(denoiser(x_t, t), unet(x_t, t).sample, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("size", "multipliers", "attention", "parameters", "unet_in", "scheduler_in"),
+    ("size", "multipliers", "attention", "parameters", "variance", "unet_in", "scheduler_in"),
     [
-        (32, (1, 2, 2, 2), 1, 35_746_307, "", ""),
-        (32, (1, 2, 2, 2), 1, 35_746_307, "unet", "scheduler"),
-        (256, (1, 1, 2, 2, 4, 4), 4, 113_673_219, "", ""),
+        (32, (1, 2, 2, 2), 1, 35_746_307, "large", "", ""),
+        (32, (1, 2, 2, 2), 1, 35_746_307, "large", "unet", "scheduler"),
+        (256, (1, 1, 2, 2, 4, 4), 4, 113_673_219, "small", "", ""),
     ],
 )
-def test_the_published_models(size, multipliers, attention, parameters, unet_in, scheduler_in, tmp_path):
+def test_the_published_models(size, multipliers, attention, parameters, variance, unet_in, scheduler_in, tmp_path):
     """CIFAR-10's; CelebA-HQ's, church's, cat's and bedroom's; random weights, flat ones with the old names."""
     kinds = ["Attn" * (level == attention) for level in range(len(multipliers))]
     config = PUBLISHED | {
@@ -109,7 +110,7 @@ def test_the_published_models(size, multipliers, attention, parameters, unet_in,
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
     }  # fmt: skip
     unet = random_weights(UNet2DModel.from_config(config))
-    schedule = OLD_SCHEDULE | {"variance_type": "fixed_large"}
+    schedule = OLD_SCHEDULE | {"variance_type": f"fixed_{variance}"}
     for name, fields in (("model_index.json", {"_class_name": "DDPMPipeline"}), (f"{unet_in}/config.json", config),
                          (f"{scheduler_in}/scheduler_config.json", schedule)):  # fmt: skip
         (tmp_path / name.strip("/")).parent.mkdir(exist_ok=True)
@@ -117,11 +118,10 @@ def test_the_published_models(size, multipliers, attention, parameters, unet_in,
     save_file(unet.state_dict() if unet_in else with_old_names(unet.state_dict()), tmp_path / unet_in / WEIGHTS)
     saved = load_model(find_checkpoints(tmp_path)[0])
     assert sum(tensor.numel() for tensor in saved.weights.values()) == parameters
-    assert saved.config["model"]["dialect"] == "ho" and saved.config["diffusion"]["variance"] == "large"
+    assert saved.config["model"]["dialect"] == "ho" and saved.config["diffusion"]["variance"] == variance
     denoiser = rebuild(UNet, saved, CPU)
     assert torch.equal(denoiser.scheduler.alphas_cumprod, NoiseScheduler(1000).alphas_cumprod)
-    if size == 32:
-        same_output(denoiser, unet)
+    same_output(denoiser, unet, min(size, 64))
 
 
 @pytest.mark.parametrize("details", [HO, {}], ids=["ho", "diffusers"])
@@ -131,15 +131,16 @@ def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path, capfd):
     theirs.save_pretrained(tmp_path / "theirs")
     call(sample.main, tmp_path / "theirs", "--export", tmp_path / "ours")
     again = open_in_diffusers(tmp_path / "ours", capfd)
-    not_read = {"timestep_spacing", "_name_or_path", "_use_default_values"}
+    not_read = {"_diffusers_version", "timestep_spacing", "_name_or_path", "_use_default_values"}
     for part in ("unet", "scheduler"):
         own, others = (json.loads(json.dumps(dict(getattr(p, part).config))) for p in (again, theirs))
         assert {name for name in own if own[name] != others.get(name)} <= not_read, part
+        assert others.keys() - own.keys() <= not_read, part
     assert same_weights(theirs.unet.state_dict(), again.unet.state_dict())
     same_output(rebuild(UNet, load_model(tmp_path / "theirs"), CPU), again.unet)
 
 
-def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, capfd):
+def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, monkeypatch, capfd):
     """From betas for T = 100, which are rescaled: the folder says their ends."""
     call(sample.main, tiny_run, "--export", tmp_path / "faces")
     pipeline = open_in_diffusers(tmp_path / "faces", capfd)
@@ -151,8 +152,11 @@ def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, ca
     for i in range(4):
         assert (tmp_path / f"a/{i:05d}.png").read_bytes() == (tmp_path / f"b/{i:05d}.png").read_bytes()
     card = (tmp_path / "faces" / "README.md").read_text()
-    assert card.startswith("---\nlicense: ") and "pictures" in card and str(tmp_path) not in card
-    assert 'DDPMPipeline.from_pretrained("faces")' in card and (tmp_path / "faces" / "samples.png").exists()
+    front_matter = ModelCard(card).data.to_dict()
+    assert front_matter["datasets"] == ["pictures0"] and front_matter["library_name"] == "diffusers"
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line.strip() for line in card.splitlines() if line.startswith("    ")))
+    assert str(tmp_path.parent) not in card and Path("faces/samples.png").exists() and Path("image.png").exists()
     before = (tmp_path / "faces" / "README.md").stat().st_mtime_ns
     with pytest.raises(UserError, match="faces exists"):
         call(sample.main, tiny_run, "--export", tmp_path / "faces")
@@ -187,6 +191,14 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
         assert said in capsys.readouterr().out
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--metrics", "bands", "--images", 2)
     call(sample.main, "theirs", "--n", 2, "--sampler", "ddim", "--calibrate", "own", "--strip")
+    call(sample.main, "theirs", "--interpolate", 0, 1, "--depths", "1", "--variations", 0, "--out", "between")
+    assert len([*Path("between").glob("*.png")]) == 2
+    saved = load_model(folder)
+    denoiser, cut = rebuild(UNet, saved, CPU), []
+    for clip in (True, False):
+        sampler = ImageSampler(denoiser, SamplerOptions("ddim", 5, clip_x_0=clip), saved.image_shape, 0, CPU)
+        cut.append(bool(generate(sampler, range(2), 2).images.max() <= 1))
+    assert cut == [True, False]
     assert "NOBODY KNOWS" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
     for name in (
         "ddpm-large-seed0/grid.png",

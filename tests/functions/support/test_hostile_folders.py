@@ -2,16 +2,18 @@
 
 import json
 import os
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from functions.sampling.generation import rebuild
-from functions.support.diffusers_folder import INDEX, PICKLE, WEIGHTS, load_model, write_folder
-from functions.support.errors import CheckpointError
+from functions.sampling.export import export
+from functions.sampling.generation import ImageSampler, rebuild
+from functions.support.diffusers_folder import INDEX, PICKLE, WEIGHTS, load_model
+from functions.support.errors import CheckpointError, UserError
 from models.unet import UNet
-from tests.conftest import CPU
+from tests.conftest import CPU, OPTIONS
 from tests.functions.support.test_diffusers_folder import change, save_theirs
 from tests.peak_memory import at_most
 
@@ -32,17 +34,19 @@ def folder(tmp_path):
             ("_class_name", "UNet2DConditionModel"), ("block_out_channels", [16, 24]), ("in_channels", 4),
             ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]), ("up_block_types", ["UpBlock2D"] * 2),
             ("norm_eps", 1e-5), ("attention_head_dim", 16), ("resnet_time_scale_shift", "scale_shift"))),
-        (UNET, "cross_attention_dim", 768, "cross_attention_dim is 768; what is read is no such field"),
-        (UNET, "sample_size", None, "sample_size must be an integer"),
+        (UNET, "cross_attention_dim", 768, "cross_attention_dim is 768; no such field is read"),
+        *((UNET, "sample_size", size, "sample_size must be an integer") for size in (None, "32", True, [32, 32], -1)),
         (UNET, "block_out_channels", [], "block_out_channels a list of such"),
         (UNET, "down_block_types", None, "describe no model that is read"),
         (UNET, "block_out_channels", [10**9, 10**9], "base_dim is above 16,384"),
         (UNET, "block_out_channels", [16, 16 * 10**8], "config describes no model"),
         (UNET, "norm_num_groups", 0, "config describes no model"),
+        (SCHEDULE, "_class_name", "IPNDMScheduler", "_class_name is 'IPNDMScheduler'"),
+        (SCHEDULE, "clip_sample", "false", "clip_sample is 'false'; what is read is True"),
         *((SCHEDULE, field, value, f"{field} is {value!r}; what is read is ") for field, value in (
             ("prediction_type", "sample"), ("variance_type", "learned_range"), ("thresholding", True),
             ("beta_schedule", "scaled_linear"), ("trained_betas", [0.1]), ("rescale_betas_zero_snr", True),
-            ("clip_sample_range", 2.0), ("use_karras_sigmas", False))),
+            ("clip_sample_range", 2.0))),
         (SCHEDULE, "beta_end", 7, "config describes no model"),
         (SCHEDULE, "beta_end", "x", "describe no model that is read"),
         (SCHEDULE, "num_train_timesteps", 10**9, "timesteps_diff is above 1,000,000"),
@@ -91,12 +95,18 @@ HOSTILE = {
     "one more": (spoil_weights(lambda w: w.update(odd=torch.zeros(1))), "missing or unknown, 'odd'"),
     "a shape": (spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(9)})), "is torch.float32 (9,)"),
     "a type": (spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(16).int()})), "torch.int32"),
+    "complex numbers": (spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(16) * 1j})), "complex64, which"),
+    "a folder for the weights": (lambda f: ((f / "unet" / WEIGHTS).unlink(), (f / "unet" / WEIGHTS).mkdir()),
+                                 "not a regular file"),
+    "a pipe for the config": (lambda f: ((f / UNET).unlink(), os.mkfifo(f / UNET)), "no file, or too large a one"),
+    "a terminal's command": (with_index({"conv_in.bias": "\x1b[2J.safetensors"}), "a file of this folder"),
     "NaN": (spoil_weights(lambda w: w["conv_in.bias"].fill_(torch.nan)), "not finite"),
     "old and new": (spoil_weights(lambda w: w.update(
         {name.replace("to_out.0", "proj_attn"): w[name].clone() for name in [*w] if "to_out" in name})), "there twice"),
     "a way out": (with_index({"conv_in.bias": "../../theirs/unet/x.safetensors"}), "a file of this folder"),
     "a number": (with_index({"conv_in.bias": 7}), "a file of this folder"),
     "no map": (with_index(None), "a file of this folder"),
+    "an empty map": (with_index({}), "a file of this folder"),
     "another map": (with_index({"conv_in.bias": WEIGHTS}), "not those that"),
 }  # fmt: skip
 
@@ -107,8 +117,15 @@ def test_hostile_folders_are_refused_in_a_sentence(spoil, said, folder):
     assert said in refusal(folder)
 
 
-def test_a_network_that_diffusers_lacks_is_not_exported(folder, tmp_path):
+def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     saved = load_model(folder)
+    image_sampler = ImageSampler(rebuild(UNet, saved, CPU), OPTIONS, saved.image_shape, 0, CPU)
+    with pytest.raises(UserError, match="a file to export ends in"):
+        export(saved, image_sampler, tmp_path / "out.pt")
+    monkeypatch.setattr("functions.sampling.export.save_grid", mock.Mock(side_effect=OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        export(saved, image_sampler, tmp_path / "out")
     saved.config["model"]["dim_multiply"] = [2, 2]
     with pytest.raises(CheckpointError, match="dim_multiply begins with 2"):
-        write_folder(saved, tmp_path / "out")
+        export(saved, image_sampler, tmp_path / "out")
+    assert [*tmp_path.iterdir()] == [folder]

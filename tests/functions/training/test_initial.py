@@ -5,13 +5,16 @@ import json
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import sample
 import train
-from config import ConfigError
+from config import ConfigError, ModelConfig
 from functions.support.checkpoint import load_weights
+from functions.support.processes import Processes
 from functions.support.run_folder import checkpoints_of
 from tests.conftest import TINY, call, during, interrupt, newest
+from tests.functions.support.test_diffusers_folder import SMALL
 
 PAIRS = [*zip(TINY[::2], TINY[1::2], strict=True)]
 # Without what comes from the weights
@@ -32,8 +35,9 @@ def test_a_run_begins_with_the_averaged_weights_of_another(kind, tiny_run, pictu
     began, original, before = [], train.update_ema, load_weights(checkpoints_of(tiny_run)[-1])
 
     def watched(ema_model, model, step, decay, ramp):
-        if step == 0:
+        if step == 0:  # whose step of Adam is of the learning rate
             began.extend(torch.equal(p, before.weights[name]) for name, p in ema_model.named_parameters())
+            began.extend((p - before.weights[name]).abs().max() < 2.1e-4 for name, p in model.named_parameters())
         original(ema_model, model, step, decay, ramp)
 
     monkeypatch.setattr(train, "update_ema", watched)
@@ -68,6 +72,21 @@ def test_the_loss_begins_where_that_of_the_weights_ended(tmp_path):
     assert begins[0]["loss"] < 0.6
 
 
+def test_a_folder_of_another_dialect_schedule_and_objective(tmp_path, capsys):
+    scheduler = DDPMScheduler(50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False)
+    DDPMPipeline(UNet2DModel(**SMALL), scheduler).save_pretrained(tmp_path)
+    initial = train.open_initial(tmp_path, Processes())
+    assert "is sampled without clipping x_0" in capsys.readouterr().out
+    made = train.new_experiment("faces", ({"seed": 1}, {"dropout": 0.2}), initial)
+    fields = dict(
+        timesteps_diff=50, beta_schedule="cosine", rescale_betas=True, objective="v", learning_rate=2e-3, seed=1
+    )
+    assert {name: getattr(made.diffusion, name) for name in fields} == fields
+    assert made.model == ModelConfig(
+        8, (1, 2), (1,), 16, image_size=16, dropout=0.2, norm_groups=4, dialect="diffusers"
+    )
+
+
 def test_what_contradicts_the_weights_is_refused(tiny_run, trained):
     for flag, value in (("--model.base-dim", 16), ("--diffusion.timesteps-diff", 50), ("--diffusion.objective", "v")):
         with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')} is .* cannot become {value}"):
@@ -82,6 +101,8 @@ def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, capsys):
     said = newest(run)["run"]["initial"]
     assert capsys.readouterr().out.count(f"begins as  {said}") == 2
     assert len([*run.parent.iterdir()]) == 1 and newest(run)["run"]["step"] == 10
+    with pytest.raises(ConfigError, match="did not begin with the weights of"):
+        trained("--resume", "auto", "--init", run, "--diffusion.epochs", 3)
     with pytest.raises(SystemExit):
         trained("--resume", run, "--init", tiny_run)
     assert "--init starts a new run, --resume goes on with one" in capsys.readouterr().err
