@@ -1,6 +1,7 @@
 """Folders of diffusers: read as diffusers reads them, written for it to read, and refused in a sentence otherwise."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -219,6 +220,10 @@ def test_a_unet_alone_linked_in_shards_and_in_half_precision(folder, tmp_path):
     linked = load_model(alone)
     assert linked.digest == whole.digest and linked.name == "me--faces"
     assert "the paper's schedule is assumed" in str(linked)
+    shutil.copytree(folder / "unet", tmp_path / "checkpoint-500" / "unet_ema")  # of their training script
+    change(tmp_path / "checkpoint-500" / "unet_ema" / "config.json", decay=0.9999, optimization_step=500)
+    (tmp_path / "checkpoint-500" / "unet").mkdir()
+    assert load_model(tmp_path / "checkpoint-500").digest == load_model(folder / "unet").digest == whole.digest
     (alone / WEIGHTS).unlink()
     save_file({name: tensor.half() for name, tensor in weights.items()}, alone / WEIGHTS)
     assert_close(load_model(alone).weights, whole.weights, rtol=1e-3, atol=1e-6)
