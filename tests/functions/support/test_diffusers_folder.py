@@ -26,6 +26,7 @@ from functions.support.errors import UserError
 from functions.support.run_folder import find_checkpoints
 from models.unet import UNet
 from tests.conftest import CPU, call
+from tests.spoilt_files import same
 
 HO = dict(norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None)
 SMALL = dict(sample_size=16, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
@@ -84,10 +85,6 @@ def open_in_diffusers(folder, capfd):
     return pipeline
 
 
-def same_weights(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
 def same_output(denoiser, unet, size=16):
     x_t, t = torch.randn(2, 3, size, size), torch.tensor([7, 999])
     with torch.no_grad():
@@ -137,7 +134,7 @@ def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path, capfd):
         own, others = (json.loads(json.dumps(dict(getattr(p, part).config))) for p in (again, theirs))
         assert {name for name in own if own[name] != others.get(name)} <= not_read, part
         assert others.keys() - own.keys() <= not_read, part
-    assert same_weights(theirs.unet.state_dict(), again.unet.state_dict())
+    assert same(theirs.unet.state_dict(), again.unet.state_dict())
     same_output(rebuild(UNet, load_model(tmp_path / "theirs"), CPU), again.unet)
 
 
@@ -146,12 +143,13 @@ def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, mo
     call(sample.main, tiny_run, "--export", tmp_path / "faces")
     pipeline = open_in_diffusers(tmp_path / "faces", capfd)
     assert_close(pipeline.scheduler.betas.double(), NoiseScheduler(100).betas, rtol=1e-6, atol=0)
-    assert same_weights(load_weights(find_checkpoints(tiny_run)[0]).weights, load_model(tmp_path / "faces").weights)
+    assert same(load_weights(find_checkpoints(tiny_run)[0]).weights, load_model(tmp_path / "faces").weights)
     flags = ["--n", 4, "--steps", 5, "--sampler", "ddim", "--individual"]
-    for model, name in ((tiny_run, "a"), (tmp_path / "faces", "b")):
+    call(sample.main, tiny_run, "--export", tmp_path / "faces.safetensors")
+    for model, name in ((tiny_run, "a"), (tmp_path / "faces", "b"), (tmp_path / "faces.safetensors", "c")):
         call(sample.main, model, *flags, "--out", tmp_path / name)
-    for i in range(4):
-        assert (tmp_path / f"a/{i:05d}.png").read_bytes() == (tmp_path / f"b/{i:05d}.png").read_bytes()
+    for name in (*(f"{i:05d}.png" for i in range(4)), "grid.png"):
+        assert len({(tmp_path / folder / name).read_bytes() for folder in "abc"}) == 1
     card = (tmp_path / "faces" / "README.md").read_text()
     front_matter = ModelCard(card).data.to_dict()
     assert front_matter["datasets"] == ["pictures0"] and front_matter["library_name"] == "diffusers"
@@ -201,12 +199,8 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
         cut.append(bool(generate(sampler, range(2), 2).images.max() <= 1))
     assert cut == [True, False]
     assert "NOBODY KNOWS" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
-    for name in (
-        "ddpm-large-seed0/grid.png",
-        "ddpm5-seed0/grid.png",
-        "bands-*.json",
-        "ddim-calibrated-own-seed0/strip.png",
-    ):
+    made = ("ddpm-large-seed0/grid.png", "ddpm5-seed0/grid.png", "bands-*.json", "ddim-calibrated-own-seed0/strip.png")
+    for name in made:
         assert len([*Path("samples").glob(f"theirs-*/theirs-{name}")]) == 1
     assert Path("samples/theirs-calibration-own.safetensors").exists()
 

@@ -1,6 +1,5 @@
 """train.py --init: a new run from the weights of another, of an exported file, or of a folder of diffusers."""
 
-import csv
 import json
 
 import pytest
@@ -13,17 +12,13 @@ from config import ConfigError, ModelConfig
 from functions.support.checkpoint import load_weights
 from functions.support.processes import Processes
 from functions.support.run_folder import checkpoints_of
+from functions.training.metrics import read_metrics
 from tests.conftest import TINY, call, during, interrupt, newest
 from tests.functions.support.test_diffusers_folder import SMALL
 
 PAIRS = [*zip(TINY[::2], TINY[1::2], strict=True)]
 # Without what comes from the weights
 TRAINING = [text for pair in PAIRS if "--model" not in pair[0] and "timesteps" not in pair[0] for text in pair]
-
-
-def rows(run):
-    with open(run / "metrics.csv") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("kind", ["run", "file", "folder"])
@@ -64,10 +59,10 @@ def test_the_loss_begins_where_that_of_the_weights_ended(tmp_path):
     call(train.main, "faces", *TINY, *flags, "--diffusion.epochs", 3, "--runs", tmp_path / "first")
     source = next((tmp_path / "first").iterdir())
     call(train.main, "faces", *flags, "--init", source, "--diffusion.learning-rate", 1e-4, "--runs", tmp_path / "then")
-    first, *_, ended = rows(source)
-    begins = rows(next((tmp_path / "then").iterdir()))
+    first, *_, ended = read_metrics(source / "metrics.csv")
+    begins = read_metrics(next((tmp_path / "then").iterdir()) / "metrics.csv")
     assert first["loss"] > 0.8 and ended["val_loss_ema"] < 0.5 and begins[-1]["step"] >= 200
-    validated = [row["val_loss_ema"] for row in begins if "val_loss_ema" in row]
+    validated = [row["val_loss_ema"] for row in begins if row["val_loss_ema"] is not None]
     assert len(validated) >= 4 and validated == pytest.approx([ended["val_loss_ema"]] * len(validated), rel=0.02)
     assert begins[0]["loss"] < 0.6
 
