@@ -118,8 +118,7 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     processes.say(split.description)
     if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
         known = "THESE ARE NOT THE IMAGES" if "train_ids_hash" in run else "NOBODY KNOWS WHICH IMAGES"
-        text = f"{known} IT WAS TRAINED ON: it may have seen some of those for validation"
-        print(f"WARNING: {text}", file=sys.stderr)
+        print(f"WARNING: {known} IT WAS TRAINED ON: it may have seen some of those for validation", file=sys.stderr)
     weights = {"step": run["step"], "weights": saved.kind, "weights_hash": saved.digest[:16]}
     computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
     asked = {"batch_size": args.batch_size, "seed": args.seed, **image_sampler.options.calibration}

@@ -83,9 +83,8 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     if split not in FFHQ_VALIDATION:
         raise UserError(f"There is no split {split!r}; it can be {' or '.join(map(repr, FFHQ_VALIDATION))}.")
     count = len(image_set)
-    is_full_ffhq = count == FFHQ_SIZE and image_set.ids == list(range(FFHQ_SIZE))
     val_count, which = max(1, count // 10), "not the full FFHQ, so the last 10% by id validate"
-    if is_full_ffhq:
+    if image_set.ids == list(range(FFHQ_SIZE)):
         val_count, which = FFHQ_VALIDATION[split], f"{split} split of the full FFHQ"
     elif image_set.name == "CIFAR10":
         val_count, which = sum(i >= FIRST_OF_TEST for i in image_set.ids), "its test images"

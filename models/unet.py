@@ -22,7 +22,7 @@ class UNet(nn.Module):
     and each downsampling gives on the way down is kept and concatenated on the way up.
 
     Args:
-        image_size: height and width of the images; lowest_resolution_size * 2^(levels - 1).
+        image_size: height and width of the images; lowest_resolution_size * 2^(levels - 1) (`ValueError` otherwise).
         channels: colour channels of the images.
         lowest_resolution_size: height and width at the last level.
         dim_multiply: multiplier of `base_dim`, one for each level.
@@ -31,9 +31,6 @@ class UNet(nn.Module):
         dropout: probability inside each residual block.
         norm_groups: groups of each GroupNorm; must divide every level's channels.
         dialect: "ho", the paper's network; or "diffusers", with other details that models/dialects.py lists.
-
-    Raises:
-        ValueError: the sizes do not fit together.
     """
 
     def __init__(
@@ -124,10 +121,9 @@ class UNet(nn.Module):
     def set_recompute(self, recompute: str) -> None:
         """Choose what backward computes again instead of keeping it from the forward pass; the gradients are the same.
 
-        Args:
-            recompute: "none"; "norms", what precedes a convolution in residual blocks (concatenation, norm, activation,
-                dropout), attention (norm) and output, but no convolution, nearly free at 128 pixels; or "blocks",
-                everything between the inputs of the blocks, for most of another forward pass. `ValueError` for another.
+        "none"; "norms", what precedes a convolution in residual blocks (concatenation, norm, activation, dropout),
+        attention (norm) and output, but no convolution, nearly free at 128 pixels; or "blocks", everything between the
+        inputs of the blocks, for most of another forward pass. `ValueError` for another.
         """
         if recompute not in ("none", "norms", "blocks"):
             raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")
@@ -173,10 +169,7 @@ class UNet(nn.Module):
             if "upsample" in stage:  # to twice the height and width
                 upsample = stage["upsample"]
 
-        return recomputing(self.recompute != "none", self.output, h)  # (B, channels, H, W)
-
-    def output(self, h: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return recomputing(self.recompute != "none", lambda h: self.conv_out(F.silu(self.norm_out(h))), h)
 
 
 def block_and_attention(

@@ -26,7 +26,6 @@ from data.pixels import to_model_range
 from functions.noise_scheduler import NoiseScheduler, Timestep, broadcast
 from functions.prediction import Denoiser, predict
 from functions.sampling.generation import BatchLimit, ImageSampler, generate
-from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
 from functions.support.files import TensorFile, write_tensors
@@ -127,10 +126,7 @@ def calibrated(
             if {name: (*tensor.shape,) for name, tensor in found.items()} == shapes:
                 return found
         if which == "own":
-            steps, clip = min(20, denoiser.scheduler.timesteps), image_sampler.options.clip_x_0
-            sde = SamplerOptions("dpm++", steps, clip_x_0=clip)
-            sampler = replace(image_sampler, options=sde, seed=seed_of("calibration"))
-            images = generate(sampler, range(IMAGES), batch_size).images
+            images = generate(image_sampler.quick(seed_of("calibration")), range(IMAGES), batch_size).images
         else:
             image_set, split = load(None if which == "data" else which)
             some = split.train_indices[np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)]

@@ -4,12 +4,10 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate_batches
-from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel, export_weights
 from functions.support.diffusers_folder import write_folder
 from functions.support.errors import UserError
@@ -31,14 +29,13 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
     if path.suffix:
         export_weights(saved, path)
         return
-    steps = min(20, image_sampler.scheduler.timesteps)
-    options = SamplerOptions("dpm++", steps, clip_x_0=image_sampler.options.clip_x_0)
+    sampler = image_sampler.quick(image_sampler.seed)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_folder(saved, temporary)
-        [samples] = generate_batches(replace(image_sampler, options=options), [range(IN_CARD)], progress=True)
+        [samples] = generate_batches(sampler, [range(IN_CARD)], progress=True)
         save_grid(to_uint8(samples.images).numpy(), temporary / "samples.png")
-        what = f"The first {IN_CARD} images of seed {image_sampler.seed}: {options}."
+        what = f"The first {IN_CARD} images of seed {sampler.seed}: {sampler.options}."
         write_text(temporary / "README.md", model_card(saved, path.name, what))
         os.rename(temporary, path)
     finally:

@@ -66,6 +66,11 @@ class ImageSampler:
     def scheduler(self) -> NoiseScheduler:
         return self.denoiser.scheduler
 
+    def quick(self, seed: int) -> "ImageSampler":
+        """With 20 steps of dpm++, whose fresh noise keeps samples sound."""
+        options = SamplerOptions("dpm++", min(20, self.scheduler.timesteps), clip_x_0=self.options.clip_x_0)
+        return replace(self, options=options, seed=seed)
+
     def noise(self, images: Sequence[int], purpose: str = "image") -> ImageNoise:
         """The noise that these images are sampled from, x_T first, then each step's; or that for another purpose."""
         return ImageNoise(self.seed, images, self.shape, self.device, purpose)

@@ -24,10 +24,7 @@ SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "ipndm": "
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """How images are sampled from noise; functions/samplers.py says what each option does.
-
-    `UserError` for an option that the sampler does not have.
-    """
+    """How images are sampled (see functions/samplers.py); `UserError` for an option that the sampler does not have."""
 
     sampler: str = "ddpm"
     steps: int | None = None  # network calls; None: all timesteps
@@ -110,9 +107,7 @@ class SamplerOptions:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that sample.py and evaluate.py share: which model, on what, and how images are sampled from it."""
     add = parser.add_argument
-    checkpoint = (
-        "a run folder, a checkpoint, an exported .safetensors or a folder of diffusers (default: the newest run)"
-    )
+    checkpoint = "a run folder, a checkpoint, an exported file or a folder of diffusers (default: the newest run)"
     add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
     add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
     add("--batch-size", type=positive, default=64, metavar="N", help="images at a time; fewer if need be (default: 64)")

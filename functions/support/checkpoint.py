@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, short, write_tensors
 
-MOST_STEPS = 10**8  # file names have room for eight digits
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # as Adam calls them
 
 
@@ -43,10 +42,7 @@ class TrainingState:
         return {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
 
     def load(self, file: TensorFile) -> None:
-        """Take everything over from a checkpoint; memory layouts stay.
-
-        Raises CheckpointError, with the state as it was, when something does not fit.
-        """
+        """Take a checkpoint over, but for layouts. CheckpointError, with nothing changed, when it does not fit."""
         own, found = self.tensors(), file.tensors()
         check_fit(own, found, file.path)
         for name, tensor in found.items():
@@ -106,7 +102,7 @@ def open_checkpoint(path: Path) -> TensorFile:
     run = file.contents["run"]
     if not isinstance(run.get("experiment"), str) or not isinstance(run.get("arithmetic", {}), dict):
         raise CheckpointError(f"{path}: its part 'run' has no proper 'experiment' or 'arithmetic'")
-    for name, most in {"total_steps": MOST_STEPS, "step": run.get("total_steps")}.items():
+    for name, most in {"total_steps": 10**8, "step": run.get("total_steps")}.items():  # files' names have 8 digits
         if type(run.get(name)) is not int or not 0 <= run[name] <= most:
             raise CheckpointError(f"{path}: its part 'run' has no proper {name!r}")
     return file
@@ -144,10 +140,7 @@ def export_weights(saved: SavedModel, path: Path) -> None:
 
 
 def load_into(model: nn.Module, saved: SavedModel) -> None:
-    """Give a model these weights; one on the meta device takes them over, another copies them.
-
-    Raises CheckpointError when they do not fit.
-    """
+    """Give a model these weights: as they are on the meta device, else copied. CheckpointError when they do not fit."""
     check_fit(model.state_dict(), saved.weights, saved.path)
     model.load_state_dict(saved.weights, assign=next(model.parameters()).is_meta)
 

@@ -14,7 +14,6 @@ from functions.support.errors import UserError
 from functions.support.files import short
 
 EXIT_BAD_INPUT = 2  # what argparse uses
-EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +46,7 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(130)  # what shells report for Ctrl-C
 
 
 def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:

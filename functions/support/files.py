@@ -117,28 +117,29 @@ class TensorFile:
 
         Raises CheckpointError when one is damaged, or holds numbers that are not finite.
         """
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in self.checksums if name.startswith(prefix)}
-        except READ_ERRORS as error:
-            raise CheckpointError(f"{self.path}: the file is truncated or damaged") from error
-        for name, tensor in found.items():
-            if checksum(tensor) != self.checksums[name]:
-                raise CheckpointError(f"{self.path}: damaged: {short(name)} does not match its checksum")
-            check_numbers(tensor, name, self.path)
+        found = read_tensors(self.path, prefix, self.checksums)
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file that anyone wrote. Raises CheckpointError as `TensorFile` does."""
+def read_tensors(path: Path, prefix: str = "", checksums: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, of a safetensors file that anyone wrote; ours have `checksums`.
+
+    Raises CheckpointError as `TensorFile` does, and for numbers that are not finite or of a type that no weights have.
+    """
     check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            names = checksums or sorted(file.keys())
+            found = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: the file is truncated, damaged or no safetensors") from error
     for name, tensor in found.items():
-        check_numbers(tensor, name, path)
+        if checksums and checksum(tensor) != checksums[name]:
+            raise CheckpointError(f"{path}: damaged: {short(name)} does not match its checksum")
+        if tensor.dtype not in TYPES:
+            raise CheckpointError(f"{path}: {short(name)} is {tensor.dtype}, which ours never are")
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise CheckpointError(f"{path}: {short(name)} holds numbers that are not finite")
     return found
 
 
@@ -162,14 +163,6 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
     if len(fields) < len(pairs):
         raise ValueError("a name is there twice")
     return fields
-
-
-def check_numbers(tensor: Tensor, name: str, path: Path) -> None:
-    """Raise CheckpointError for numbers that are not finite, or of a type that no weights have."""
-    if tensor.dtype not in TYPES:
-        raise CheckpointError(f"{path}: {short(name)} is {tensor.dtype}, which ours never are")
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-        raise CheckpointError(f"{path}: {short(name)} holds numbers that are not finite")
 
 
 def check_header(path: Path) -> None:

@@ -59,10 +59,7 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
 
 
 def save_strip(frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()) -> None:
-    """A figure with one row a sample and one column a frame (N, H, W, 3).
-
-    `titles` stand over the columns, `row_titles` at the left of the N rows, when given.
-    """
+    """A figure with a row a sample and a column a frame (N, H, W, 3); titles are above, `row_titles` at the left."""
     rows, columns = len(frames[0]), len(frames)
     left, top = 0.75 if row_titles else 0.0, 0.3  # inches, for the titles
     width, height = 1.1 * columns + left, 1.1 * rows + top

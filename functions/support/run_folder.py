@@ -149,10 +149,7 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """A run folder's checkpoints, newest first; a file, or a folder of diffusers, as it is.
-
-    `CheckpointError` for another folder.
-    """
+    """A run's checkpoints, newest first; a file, or a folder of diffusers, as it is; else `CheckpointError`."""
     found = checkpoints_of(path)
     if not found and (not path.is_dir() or is_diffusers(path)):
         return [path]
