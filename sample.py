@@ -2,7 +2,7 @@
 
 From pure noise, with the EMA weights, rebuilt from the checkpoint alone: by ancestral sampling over all timesteps
 (Algorithm 2 of Ho et al. 2020), or with --sampler and --steps in fewer; the reverse loops are in functions/samplers.py.
---interpolate and --variations sample images between two, or like one, by way of noise.
+--interpolate and --variations sample images between two, or like one, by way of noise; --inpaint a part of one.
 
 Many images, on several GPUs; started again after a kill, only what is missing is made:
 
@@ -16,12 +16,13 @@ from itertools import chain
 from pathlib import Path
 
 from data.datasets import images_of_run
-from data.decode import read_image
+from data.decode import read_image, read_with_mask
 from data.pixels import to_uint8
 from functions.sampling.calibration import calibrated
 from functions.sampling.export import export
 from functions.sampling.files import MOST_IN_GRID, figures_of, image_path, open_folder, save_pictures
 from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, open_sampler
+from functions.sampling.inpainting import save_inpainting
 from functions.sampling.interpolation import save_interpolation, save_variations
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, fraction, plain_errors, positive
@@ -52,7 +53,7 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
         slug = f"{saved.name}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
         place = processes.from_main(lambda: results_folder(saved, "samples"))
         folder = args.out or place / f"{slug}-seed{args.seed}"
-        if args.interpolate or args.variations:
+        if args.interpolate or args.variations or args.inpaint:
             processes.from_main(lambda: sample_from_images(args, image_sampler, folder))
             return
         facts = {"checkpoint": saved.digest, "weights": saved.kind, "seed": args.seed, "precision": precision}
@@ -99,16 +100,19 @@ def sample_from_noise(
 
 
 def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
-    """--interpolate and --variations."""
+    """--interpolate, --variations and --inpaint."""
     size = image_sampler.shape[-1]
     source = lambda text: int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
     two = [source(text) for text in args.interpolate or []]
     one = source(args.variations) if args.variations else None
+    masked = read_with_mask(args.inpaint, args.mask, size) if args.inpaint else None
     folder.mkdir(parents=True, exist_ok=True)  # only when all images were read
     if two:
         save_interpolation(image_sampler, two, args.depths, args.batch_size, folder / "interpolation.png")
     if one is not None:
         save_variations(image_sampler, one, args.depths, args.batch_size, folder / "variations.png")
+    if masked:
+        save_inpainting(image_sampler, *masked, args.resample, args.n, args.batch_size, folder / "inpainting.png")
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
@@ -132,6 +136,10 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     depths = "of these two: how far into the noise, as fractions of all timesteps (default: 0.25,0.5,0.75,1)"
     add("--depths", type=fractions, default=(0.25, 0.5, 0.75, 1.0), metavar="X,X,...", help=depths)
     add("--fit", action="store_true", help="of these two: crop and resize image files of another size (default: no)")
+    inpaint = "make a part of an image file anew, --n times: the white of --mask, or what is transparent (default: no)"
+    add("--inpaint", metavar="IMAGE", help=inpaint)
+    add("--mask", metavar="FILE", help="of --inpaint: an image as large, white where it is to be made anew (default: no)")
+    add("--resample", type=positive, default=10, metavar="N", help="of --inpaint: network calls for a step (default: 10)")
     export = "write the weights (the EMA's if there are) as one file, or as a folder for diffusers (default: no)"
     add("--export", type=Path, metavar="FILE.safetensors|FOLDER", help=export)
 

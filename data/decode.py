@@ -37,6 +37,11 @@ def decode_rgb(data: bytes) -> np.ndarray:
     off). Embedded colour profiles are ignored. Raises BadImage for anything animated, truncated, corrupt, of more than
     MAX_PIXELS or not an image. A damaged JPEG can decode without complaint; inside a zip its checksum tells.
     """
+    return convert_to_rgb(open_image(data))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """A Pillow image of any mode, loaded and upright; raises as `decode_rgb`."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -48,7 +53,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise BadImage(f"animated ({image.n_frames} frames)")
             image.load()
-            return convert_to_rgb(ImageOps.exif_transpose(image))
+            return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError:
         raise BadImage("too many pixels (a decompression bomb?)") from None
     except UnidentifiedImageError:
@@ -87,18 +92,42 @@ def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
     return np.array(Image.fromarray(square).resize((image_size, image_size), resample))
 
 
-def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
-    """Read one image file for a model -> uint8 (S, S, 3), S = image_size in pixels.
-
-    Raises UserError when there is no such file, when it is no image, or when it has another size and `fit` is False.
-    """
+def read_file(path: str) -> Image.Image:
+    """One image file, as `open_image`. Raises UserError when there is no such file, or when it is no image."""
     try:
-        rgb = decode_rgb(Path(path).read_bytes())
+        return open_image(Path(path).read_bytes())
     except BadImage as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         what = "an image is named by its file, or by its number (0, 1, ...) among those of the seed"
         raise UserError(f"{path}: {error.strerror}; {what}") from error
+
+
+def read_with_mask(path: str, mask_path: str | None, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image of which a part is to be made anew -> uint8 (S, S, 3), and bool (S, S): which part, S = image_size.
+
+    That is what is white in the mask's file; without one, what is transparent in the image. Both are cropped and
+    resized as training images are. Raises UserError as `read_file`, for a mask of another size, or an empty or full one.
+    """
+    image = read_file(path)
+    mask = read_file(mask_path) if mask_path else ImageOps.invert(image.convert("RGBA").getchannel("A"))
+    if mask.size != image.size:
+        sizes = f"{mask.width}x{mask.height} pixels, its image {image.width}x{image.height}"
+        raise UserError(f"{mask_path} has {sizes}; a mask must be as large as its image")
+    anew = fit_square(convert_to_rgb(mask), image_size).mean(axis=2) >= 128
+    if anew.all() or not anew.any():
+        what = "everything" if anew.all() else "nothing"
+        hint = "" if mask_path else "; name a --mask, or erase a part of the image"
+        raise UserError(f"{mask_path or path}: {what} would be made anew{hint}")
+    return fit_square(convert_to_rgb(image), image_size), anew
+
+
+def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
+    """Read one image file for a model -> uint8 (S, S, 3), S = image_size in pixels.
+
+    Raises UserError as `read_file`, or when it has another size and `fit` is False.
+    """
+    rgb = convert_to_rgb(read_file(path))
     if not fit and rgb.shape[:2] != (image_size, image_size):
         sizes = f"{rgb.shape[1]}x{rgb.shape[0]} pixels, the model's images are {image_size}x{image_size}"
         raise UserError(f"{path} is {sizes}; --fit crops and resizes it")

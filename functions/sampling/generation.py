@@ -77,11 +77,13 @@ class ImageSampler:
 
     def decode(self, x_t: Tensor, t: int, noise: Callable[[], Tensor], on_step: OnStep | None = None) -> Tensor:
         """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at -1 they are images."""
-        if t < 0:
-            return x_t
+        return self.run(x_t, self.options.times(self.scheduler, t), noise, on_step) if t >= 0 else x_t
+
+    def run(self, x: Tensor, times: list[int], noise: Callable[[], Tensor], on_step: OnStep | None = None) -> Tensor:
+        """States (B, C, H, W) at the first of falling timesteps -> states at the last."""
         sampler, own = SAMPLERS[self.options.sampler], {**self.options.own, "clip_x_0": self.options.clip_x_0}
-        times, step_noise = self.options.times(self.scheduler, t), lambda k: noise()
-        return sampler(self.denoiser, self.scheduler, x_t, times, **own, step_noise=step_noise, on_step=on_step)
+        step_noise = lambda k: noise()
+        return sampler(self.denoiser, self.scheduler, x, times, **own, step_noise=step_noise, on_step=on_step)
 
     def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
         """Sample these images, all at once; the bar counts one step for each image."""

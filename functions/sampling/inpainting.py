@@ -1,0 +1,69 @@
+"""Inpainting: a part of an image made anew, to fit the rest (RePaint: Lugmayr et al. 2022, arXiv:2201.09865).
+
+At each step the kept pixels are noised to the level that the others have by then, and put beside them. A single pass
+leaves seams, since the new part was made before that noise was known. So a step is done several times: it is taken back
+by noising, and done again from a state in which the new part has heard of the kept one.
+
+Of RePaint's jumps only those of length 1 are here: with few steps longer ones do not help, however often repeated.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.pixels import to_uint8
+from functions.sampling.generation import BatchLimit, ImageSampler
+from functions.sampling.interpolation import x_0_of
+from functions.support.errors import UserError
+from functions.support.pictures import save_grid
+
+GREY = 128  # what the picture shows where the image is not kept
+
+
+def inpaint(image_sampler: ImageSampler, x_0: Tensor, anew: Tensor, resample: int, images: Sequence[int]) -> Tensor:
+    """RePaint's Algorithm 1, with jumps of length 1; a step is done `resample` times, the last, to x_0, once.
+
+    Args:
+        x_0: (C, H, W) in [-1, 1], on the sampler's device.
+        anew: (H, W) bool: what is made anew. All other pixels come back as they are.
+        resample: network calls for a step.
+        images: the numbers of the answers; each depends on the seed and its number alone.
+
+    Returns:
+        (B, C, H, W) images.
+
+    Raises:
+        UserError: a sampler without fresh noise, or one that looks back on earlier steps.
+    """
+    options, scheduler = image_sampler.options, image_sampler.scheduler
+    if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
+        raise UserError("--inpaint wants --sampler ddpm, or ddim --eta 1: others add no noise, or lose their history")
+    noise = image_sampler.noise(images, "inpainting")
+    x = noise.draw()
+    for t, s in tqdm([*pairwise(options.times(scheduler))], "inpainting", unit="step", leave=False):
+        times = resample if s >= 0 else 1
+        for time in range(1, times + 1):
+            made = image_sampler.run(x, [t, s], noise.draw)
+            kept = scheduler.q_sample(x_0.expand_as(x), s, noise.draw()) if s >= 0 else x_0
+            x = torch.where(anew, made, kept)
+            if time < times:  # back from s to t: q(x_t | x_s)
+                beta = scheduler.step_beta(t, s)
+                x = (1 - beta) ** 0.5 * x + beta**0.5 * noise.draw()
+    return x
+
+
+def save_inpainting(
+    image_sampler: ImageSampler, image: np.ndarray, anew: np.ndarray, resample: int, count: int, limit: int, path: Path
+) -> None:
+    """Save a grid of the image, uint8 (H, W, 3), what is kept of it, and `count` answers, `limit` of them at a time."""
+    device, x_0 = image_sampler.device, x_0_of(image_sampler, image)
+    mask = torch.from_numpy(anew).to(device)
+    work = lambda some: to_uint8(inpaint(image_sampler, x_0, mask, resample, some)).cpu()
+    answers = torch.cat(BatchLimit(device, limit).in_parts(work, range(count))).numpy()
+    save_grid(np.concatenate([[image, np.where(anew[..., None], np.uint8(GREY), image)], answers]), path)
+    print(f"wrote {path}")
