@@ -22,7 +22,7 @@ from functions.sampling.calibration import calibrated
 from functions.sampling.export import export
 from functions.sampling.files import MOST_IN_GRID, figures_of, image_path, open_folder, save_pictures
 from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, open_sampler
-from functions.sampling.inpainting import save_inpainting
+from functions.sampling.inpainting import check_sampler, save_inpainting
 from functions.sampling.interpolation import save_interpolation, save_variations
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, fraction, plain_errors, positive
@@ -106,6 +106,8 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
     two = [source(text) for text in args.interpolate or []]
     one = source(args.variations) if args.variations else None
     masked = read_with_mask(args.inpaint, args.mask, size) if args.inpaint else None
+    if masked:
+        check_sampler(image_sampler.options)
     folder.mkdir(parents=True, exist_ok=True)  # only when all images were read
     if two:
         save_interpolation(image_sampler, two, args.depths, args.batch_size, folder / "interpolation.png")
@@ -138,8 +140,8 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     add("--fit", action="store_true", help="of these two: crop and resize image files of another size (default: no)")
     inpaint = "make a part of an image file anew, --n times: the white of --mask, or what is transparent (default: no)"
     add("--inpaint", metavar="IMAGE", help=inpaint)
-    add("--mask", metavar="FILE", help="of --inpaint: an image as large, white where it is to be made anew (default: no)")
-    add("--resample", type=positive, default=10, metavar="N", help="of --inpaint: network calls for a step (default: 10)")
+    add("--mask", metavar="FILE", help="of --inpaint: an image as large, white where that is made anew (default: no)")
+    add("--resample", type=positive, default=10, metavar="N", help="of --inpaint: network calls a step (default: 10)")
     export = "write the weights (the EMA's if there are) as one file, or as a folder for diffusers (default: no)"
     add("--export", type=Path, metavar="FILE.safetensors|FOLDER", help=export)
 

@@ -103,18 +103,21 @@ def read_file(path: str) -> Image.Image:
         raise UserError(f"{path}: {error.strerror}; {what}") from error
 
 
+PARTLY = 25  # of 255: pixels with a tenth of a masked one in them are made anew too
+
+
 def read_with_mask(path: str, mask_path: str | None, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """An image of which a part is to be made anew -> uint8 (S, S, 3), and bool (S, S): which part, S = image_size.
 
     That is what is white in the mask's file; without one, what is transparent in the image. Both are cropped and
-    resized as training images are. Raises UserError as `read_file`, for a mask of another size, or an empty or full one.
+    resized as training images are. UserError as `read_file`, and for a mask of another size, or an empty or full one.
     """
     image = read_file(path)
     mask = read_file(mask_path) if mask_path else ImageOps.invert(image.convert("RGBA").getchannel("A"))
     if mask.size != image.size:
         sizes = f"{mask.width}x{mask.height} pixels, its image {image.width}x{image.height}"
         raise UserError(f"{mask_path} has {sizes}; a mask must be as large as its image")
-    anew = fit_square(convert_to_rgb(mask), image_size).mean(axis=2) >= 128
+    anew = fit_square(convert_to_rgb(mask), image_size).mean(axis=2) > PARTLY
     if anew.all() or not anew.any():
         what = "everything" if anew.all() else "nothing"
         hint = "" if mask_path else "; name a --mask, or erase a part of the image"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that the repository's modules are found from any folder
 
 from config import EXPERIMENTS, ModelConfig  # noqa: E402
-from data.datasets import load_images, split_images  # noqa: E402
+from data.datasets import images_of_run, load_images  # noqa: E402
 from data.pixels import to_model_range, to_uint8  # noqa: E402
 from figures.rotation_figures import draw_rotation, draw_rotation_spectrum  # noqa: E402
 from figures.sampling_figures import draw_sampling  # noqa: E402
@@ -162,8 +162,8 @@ def draw_run(checkpoint: Path) -> None:
     samples = generate(image_sampler, range(36), 36, {("x", step) for step in (*gif_steps, *strip_steps)})
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
-    training = load_images(saved.config["diffusion"]["dataset_name"], size)
-    training = training.images[split_images(training, saved.config["diffusion"]["split"]).train_indices]
+    image_set, split = images_of_run(saved.config["diffusion"], size)
+    training = image_set.images[split.train_indices]
     save_grid(np.concatenate([faces[:12], nearest(faces[:12], training)]), FIGURES / "neighbours.png", columns=12)
     save_gif([samples.frames["x", step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
     titles = [f"t = {timesteps - step}" for step in strip_steps]
@@ -171,10 +171,7 @@ def draw_run(checkpoint: Path) -> None:
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """For each image the training image, mirrored or not, of the most similar shape, whatever the colours.
-
-    The correlation of grey levels, standardised an image, is what is compared.
-    """
+    """For each image the training image, mirrored or not, whose grey levels, standardised, correlate with it most."""
 
     def shape(pictures: np.ndarray) -> np.ndarray:
         grey = pictures.mean(axis=3).reshape(len(pictures), -1)

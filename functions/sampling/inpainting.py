@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data.pixels import to_uint8
 from functions.sampling.generation import BatchLimit, ImageSampler
 from functions.sampling.interpolation import x_0_of
+from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid
 
@@ -37,24 +38,28 @@ def inpaint(image_sampler: ImageSampler, x_0: Tensor, anew: Tensor, resample: in
     Returns:
         (B, C, H, W) images.
 
-    Raises:
-        UserError: a sampler without fresh noise, or one that looks back on earlier steps.
+    Raises UserError as `check_sampler`.
     """
-    options, scheduler = image_sampler.options, image_sampler.scheduler
-    if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
-        raise UserError("--inpaint wants --sampler ddpm, or ddim --eta 1: others add no noise, or lose their history")
+    check_sampler(image_sampler.options)
+    scheduler, times = image_sampler.scheduler, image_sampler.options.times(image_sampler.scheduler)
     noise = image_sampler.noise(images, "inpainting")
     x = noise.draw()
-    for t, s in tqdm([*pairwise(options.times(scheduler))], "inpainting", unit="step", leave=False):
-        times = resample if s >= 0 else 1
-        for time in range(1, times + 1):
+    for t, s in tqdm([*pairwise(times)], "inpainting", unit="step"):
+        repeats = resample if s >= 0 else 1
+        for repeat in range(1, repeats + 1):
             made = image_sampler.run(x, [t, s], noise.draw)
             kept = scheduler.q_sample(x_0.expand_as(x), s, noise.draw()) if s >= 0 else x_0
             x = torch.where(anew, made, kept)
-            if time < times:  # back from s to t: q(x_t | x_s)
+            if repeat < repeats:  # back from s to t: q(x_t | x_s)
                 beta = scheduler.step_beta(t, s)
                 x = (1 - beta) ** 0.5 * x + beta**0.5 * noise.draw()
     return x
+
+
+def check_sampler(options: SamplerOptions) -> None:
+    """Raise UserError for a sampler without fresh noise, or one that looks back on steps that were taken back."""
+    if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
+        raise UserError("--inpaint wants --sampler ddpm, or ddim --eta 1: others add no noise, or lose their history")
 
 
 def save_inpainting(
@@ -63,7 +68,10 @@ def save_inpainting(
     """Save a grid of the image, uint8 (H, W, 3), what is kept of it, and `count` answers, `limit` of them at a time."""
     device, x_0 = image_sampler.device, x_0_of(image_sampler, image)
     mask = torch.from_numpy(anew).to(device)
+    calls = resample * (len(image_sampler.options.times(image_sampler.scheduler)) - 2) + 1
+    print(f"inpainting {count} times, {calls:,} network calls each: {image_sampler.options}, a step {resample} times")
     work = lambda some: to_uint8(inpaint(image_sampler, x_0, mask, resample, some)).cpu()
     answers = torch.cat(BatchLimit(device, limit).in_parts(work, range(count))).numpy()
-    save_grid(np.concatenate([[image, np.where(anew[..., None], np.uint8(GREY), image)], answers]), path)
+    kept = np.where(anew[..., None], np.uint8(GREY), image)
+    save_grid(np.concatenate([[image, kept], answers]), path, columns=min(count + 2, 8))
     print(f"wrote {path}")

@@ -1,9 +1,14 @@
 """Inpainting, beside the exact mean and covariance of its own chain for correlated Gaussian pixels."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import sample
+from data.decode import read_image, read_with_mask
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler
@@ -11,7 +16,7 @@ from functions.sampling.inpainting import inpaint
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.timesteps import sampling_times
-from tests.conftest import CPU
+from tests.conftest import CPU, call
 
 SCHEDULER = NoiseScheduler(1000)
 # Four pixels, each like its neighbours; the first two are kept
@@ -35,7 +40,7 @@ def chain(steps, resample):
     """The new pixels' mean (2,) and covariance (2, 2): each operation is linear, with Gaussian noise."""
     mean, covariance, eye = torch.zeros(4).double(), torch.eye(4).double(), torch.eye(4).double()
     times = sampling_times(SCHEDULER, steps)
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         a_t, a_s, beta = SCHEDULER.alpha_bar(t), SCHEDULER.alpha_bar(s), SCHEDULER.step_beta(t, s)
         step = a_s**0.5 * beta / (1 - a_t) * ideal_x_0(a_t) + (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t) * eye  # Eq. 7
         for repeat in range(resample if s >= 0 else 1):
@@ -73,15 +78,66 @@ def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
 
 
 def test_the_chain_approaches_the_truth_as_steps_are_repeated():
-    mean, covariance = conditional()
-    errors = [((found - truth).abs().max().item(), (spread - covariance).abs().max().item())
-              for found, spread in (chain(50, resample) for resample in (1, 3, 10, 100)) for truth in [mean]]  # fmt: skip
-    of_mean, of_covariance = np.array(errors).T
-    assert (np.diff(of_mean) < 0).all() and (np.diff(of_covariance) < 0).all()
-    assert of_mean[0] > 0.1 and of_mean[-1] < 0.02 and of_covariance[-1] < 0.02
+    """Up to what the steps lack: their variance is that of data of one point, which matters less the more there are."""
+
+    def errors(steps, resample):
+        found, truth = chain(steps, resample), conditional()
+        return [(found[i] - truth[i]).abs().max().item() for i in range(2)]
+
+    assert errors(50, 5)[0] < errors(50, 1)[0] / 5
+    (mean_once, covariance_once), (mean, covariance) = errors(1000, 1), errors(1000, 10)
+    assert mean < mean_once / 5 and covariance < covariance_once / 10
 
 
 @pytest.mark.parametrize("options", [("ddim",), ("dpm++",), ("ipndm",)])
 def test_samplers_that_cannot_are_refused(options):
     with pytest.raises(UserError, match="lose their history"):
         inpaint(sampler_of(*options), torch.zeros(1, 2, 2), ANEW, 2, range(1))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A photo of 40 x 20 pixels, its mask, and the photo with that part erased."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+    mask = np.zeros((20, 40), np.uint8)
+    mask[:, :20] = 255
+    for name, image in (("photo", pixels), ("mask", mask), ("erased", np.dstack([pixels, 255 - mask])),
+                        ("small", mask[:10]), ("empty", 0 * mask)):  # fmt: skip
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("files", [("photo", "mask"), ("erased", None)])
+def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
+    image, anew = read_with_mask(photo / f"{files[0]}.png", files[1] and photo / f"{files[1]}.png", 10)
+    assert anew[:, :5].all() and not anew[:, 6:].any()
+    whole = read_image(photo / "photo.png", 10, fit=True)
+    assert np.array_equal(image[:, 8:], whole[:, 8:])  # beside them there is some white, by the resizing
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["photo", "--mask", "small"], "has 40x10 pixels, its image 40x20; a mask must be as large as its image"),
+        (["photo", "--mask", "empty"], "nothing would be made anew"),
+        (["mask", "--mask", "photo"], "everything would be made anew"),
+        (["photo"], "nothing would be made anew; name a --mask, or erase a part of the image"),
+        (["nowhere"], "No such file"),
+        (["photo", "--mask", "mask", "--sampler", "dpm++"], "lose their history"),
+        (["photo", "--mask", "mask", "--n", 5, "--resample", 3], None),
+        (["erased", "--sampler", "ddim", "--eta", 1], None),
+    ],
+)
+def test_the_script_paints_or_says_why_not(flags, said, photo, tiny_run, tmp_path, capsys):
+    files = [photo / f"{flag}.png" if flag in ("photo", "mask", "erased", "small", "empty", "nowhere") else flag
+             for flag in flags]  # fmt: skip
+    arguments = [tiny_run, "--steps", 4, "--out", tmp_path / "out", "--inpaint", *files]
+    if said:
+        with pytest.raises(UserError, match=said):
+            call(sample.main, *arguments)
+        assert not (tmp_path / "out").exists()
+    else:
+        call(sample.main, *arguments)
+        assert (tmp_path / "out" / "inpainting.png").exists()
+        if "--resample" in flags:
+            assert "inpainting 5 times, 10 network calls each" in capsys.readouterr().out
