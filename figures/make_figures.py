@@ -163,8 +163,8 @@ def draw_run(checkpoint: Path) -> None:
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
     image_set, split = images_of_run(saved.config["diffusion"], size)
-    training = image_set.images[split.train_indices]
-    save_grid(np.concatenate([faces[:12], nearest(faces[:12], training)]), FIGURES / "neighbours.png", columns=12)
+    neighbours = nearest(faces[:12], image_set.images[split.train_indices])
+    save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
     save_gif([samples.frames["x", step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
     titles = [f"t = {timesteps - step}" for step in strip_steps]
     save_strip([samples.frames["x", step][:4] for step in strip_steps], titles, FIGURES / "strip.png")
