@@ -113,7 +113,9 @@ def read_with_mask(path: str, mask_path: str | None, image_size: int) -> tuple[n
     resized as training images are. UserError as `read_file`, and for a mask of another size, or an empty or full one.
     """
     image = read_file(path)
-    mask = read_file(mask_path) if mask_path else ImageOps.invert(image.convert("RGBA").getchannel("A"))
+    opaque = image.mode.startswith("I")  # 16 bits, which Pillow does not convert
+    alpha = Image.new("L", image.size, 255) if opaque else image.convert("RGBA").getchannel("A")
+    mask = read_file(mask_path) if mask_path else ImageOps.invert(alpha)
     if mask.size != image.size:
         sizes = f"{mask.width}x{mask.height} pixels, its image {image.width}x{image.height}"
         raise UserError(f"{mask_path} has {sizes}; a mask must be as large as its image")

@@ -102,7 +102,7 @@ def photo(tmp_path):
     mask = np.zeros((20, 40), np.uint8)
     mask[:, :20] = 255
     for name, image in (("photo", pixels), ("mask", mask), ("erased", np.dstack([pixels, 255 - mask])),
-                        ("small", mask[:10]), ("empty", 0 * mask)):  # fmt: skip
+                        ("small", mask[:10]), ("empty", 0 * mask), ("grey16", mask.astype(np.uint16))):  # fmt: skip
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     return tmp_path
 
@@ -122,6 +122,7 @@ def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
         (["photo", "--mask", "empty"], "nothing would be made anew"),
         (["mask", "--mask", "photo"], "everything would be made anew"),
         (["photo"], "nothing would be made anew; name a --mask, or erase a part of the image"),
+        (["grey16"], "nothing would be made anew"),
         (["nowhere"], "No such file"),
         (["photo", "--mask", "mask", "--sampler", "dpm++"], "lose their history"),
         (["photo", "--mask", "mask", "--n", 5, "--resample", 3], None),
@@ -129,8 +130,8 @@ def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
     ],
 )
 def test_the_script_paints_or_says_why_not(flags, said, photo, tiny_run, tmp_path, capsys):
-    files = [photo / f"{flag}.png" if flag in ("photo", "mask", "erased", "small", "empty", "nowhere") else flag
-             for flag in flags]  # fmt: skip
+    names = {file.stem: file for file in photo.glob("*.png")} | {"nowhere": photo / "nowhere.png"}
+    files = [names.get(flag, flag) for flag in flags]
     arguments = [tiny_run, "--steps", 4, "--out", tmp_path / "out", "--inpaint", *files]
     if said:
         with pytest.raises(UserError, match=said):
