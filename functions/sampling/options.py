@@ -128,7 +128,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--spacing", choices=SPACINGS, help=spacing)
     eta = "fresh noise of ddim and dpm++: from 0, none, to 1 (default: 0 for ddim, 1 for dpm++)"
     add("--eta", type=fraction, metavar="X", help=eta)
-    variance = "of ddpm's noise: small, the posterior's; large, beta, for all timesteps alone (default: small)"
+    variance = "of ddpm's noise: small, the posterior's; large, beta, for all timesteps alone (default: the model's)"
     add("--variance", choices=("small", "large"), help=variance)
     calibrate = (
         "correct what the network does not know at high t (docs/whole-before-detail.md): fitted to the training "
