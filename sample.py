@@ -42,6 +42,8 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     args = parse_flags(n, gif)
     with joined() as processes:
         saved, image_sampler = open_sampler(args, processes, UNet, experiments)
+        if args.inpaint:
+            check_sampler(image_sampler.options)
         if args.export:
             processes.from_main(lambda: export(saved, image_sampler, args.export))
             processes.say(f"wrote {args.export}")
@@ -106,15 +108,16 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
     two = [source(text) for text in args.interpolate or []]
     one = source(args.variations) if args.variations else None
     masked = read_with_mask(args.inpaint, args.mask, size) if args.inpaint else None
-    if masked:
-        check_sampler(image_sampler.options)
     folder.mkdir(parents=True, exist_ok=True)  # only when all images were read
     if two:
         save_interpolation(image_sampler, two, args.depths, args.batch_size, folder / "interpolation.png")
     if one is not None:
         save_variations(image_sampler, one, args.depths, args.batch_size, folder / "variations.png")
     if masked:
-        save_inpainting(image_sampler, *masked, args.resample, args.n, args.batch_size, folder / "inpainting.png")
+        path = folder / "inpainting.png"
+        answers = save_inpainting(image_sampler, *masked, args.resample, args.n, args.batch_size, path)
+        for i, answer in enumerate(answers if args.individual else []):
+            save_image(answer, image_path(folder, i))
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
@@ -138,7 +141,10 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     depths = "of these two: how far into the noise, as fractions of all timesteps (default: 0.25,0.5,0.75,1)"
     add("--depths", type=fractions, default=(0.25, 0.5, 0.75, 1.0), metavar="X,X,...", help=depths)
     add("--fit", action="store_true", help="of these two: crop and resize image files of another size (default: no)")
-    inpaint = "make a part of an image file anew, --n times: the white of --mask, or what is transparent (default: no)"
+    inpaint = (
+        "make a part of an image file anew, --n times: what is white in --mask, or transparent; with ddpm, or ddim "
+        "--eta 1 (default: no)"
+    )
     add("--inpaint", metavar="IMAGE", help=inpaint)
     add("--mask", metavar="FILE", help="of --inpaint: an image as large, white where that is made anew (default: no)")
     add("--resample", type=positive, default=10, metavar="N", help="of --inpaint: network calls a step (default: 10)")
@@ -146,7 +152,9 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     add("--export", type=Path, metavar="FILE.safetensors|FOLDER", help=export)
 
     args = parser.parse_args()
-    if args.n > MOST_IN_GRID and not args.individual:
+    if args.mask and not args.inpaint:
+        raise UserError("--mask is an option of --inpaint")
+    if args.n > MOST_IN_GRID and (args.inpaint or not args.individual):
         raise UserError(f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual")
     return args
 

@@ -92,18 +92,14 @@ def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
     return np.array(Image.fromarray(square).resize((image_size, image_size), resample))
 
 
-def read_file(path: str) -> Image.Image:
+def read_file(path: str, hint: str = "") -> Image.Image:
     """One image file, as `open_image`. Raises UserError when there is no such file, or when it is no image."""
     try:
         return open_image(Path(path).read_bytes())
     except BadImage as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
-        what = "an image is named by its file, or by its number (0, 1, ...) among those of the seed"
-        raise UserError(f"{path}: {error.strerror}; {what}") from error
-
-
-PARTLY = 25  # of 255: pixels with a tenth of a masked one in them are made anew too
+        raise UserError(f"{path}: {error.strerror}{hint}") from error
 
 
 def read_with_mask(path: str, mask_path: str | None, image_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +115,9 @@ def read_with_mask(path: str, mask_path: str | None, image_size: int) -> tuple[n
     if mask.size != image.size:
         sizes = f"{mask.width}x{mask.height} pixels, its image {image.width}x{image.height}"
         raise UserError(f"{mask_path} has {sizes}; a mask must be as large as its image")
-    anew = fit_square(convert_to_rgb(mask), image_size).mean(axis=2) > PARTLY
+    white = np.uint8(255) * (convert_to_rgb(mask).mean(axis=2, keepdims=True) >= 128)
+    # With a pixel that is so in a tenth all of it is made anew: it has taken up some of what was there
+    anew = fit_square(white.repeat(3, axis=2), image_size)[..., 0] > 25
     if anew.all() or not anew.any():
         what = "everything" if anew.all() else "nothing"
         hint = "" if mask_path else "; name a --mask, or erase a part of the image"
@@ -132,7 +130,8 @@ def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
 
     Raises UserError as `read_file`, or when it has another size and `fit` is False.
     """
-    rgb = convert_to_rgb(read_file(path))
+    hint = "; an image is named by its file, or by its number (0, 1, ...) among those of the seed"
+    rgb = convert_to_rgb(read_file(path, hint))
     if not fit and rgb.shape[:2] != (image_size, image_size):
         sizes = f"{rgb.shape[1]}x{rgb.shape[0]} pixels, the model's images are {image_size}x{image_size}"
         raise UserError(f"{path} is {sizes}; --fit crops and resizes it")

@@ -4,7 +4,7 @@ At each step the kept pixels are noised to the level that the others have by the
 leaves seams, since the new part was made before that noise was known. So a step is done several times: it is taken back
 by noising, and done again from a state in which the new part has heard of the kept one.
 
-Of RePaint's jumps only those of length 1 are here: with few steps longer ones do not help, however often repeated.
+Of RePaint's jumps, over 10 steps of 250 in the paper, only those of length 1 are here, which go with few steps.
 """
 
 from collections.abc import Sequence
@@ -59,13 +59,17 @@ def inpaint(image_sampler: ImageSampler, x_0: Tensor, anew: Tensor, resample: in
 def check_sampler(options: SamplerOptions) -> None:
     """Raise UserError for a sampler without fresh noise, or one that looks back on steps that were taken back."""
     if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
-        raise UserError("--inpaint wants --sampler ddpm, or ddim --eta 1: others add no noise, or lose their history")
+        why = "others add too little noise, or lose their history when a step is taken back"
+        raise UserError(f"--inpaint wants --sampler ddpm, or ddim --eta 1: {why}")
 
 
 def save_inpainting(
     image_sampler: ImageSampler, image: np.ndarray, anew: np.ndarray, resample: int, count: int, limit: int, path: Path
-) -> None:
-    """Save a grid of the image, uint8 (H, W, 3), what is kept of it, and `count` answers, `limit` of them at a time."""
+) -> np.ndarray:
+    """Save a grid of the image, uint8 (H, W, 3), what is kept of it, and the answers, made `limit` at a time.
+
+    Returns these: uint8 (count, H, W, 3).
+    """
     device, x_0 = image_sampler.device, x_0_of(image_sampler, image)
     mask = torch.from_numpy(anew).to(device)
     calls = resample * (len(image_sampler.options.times(image_sampler.scheduler)) - 2) + 1
@@ -75,3 +79,4 @@ def save_inpainting(
     kept = np.where(anew[..., None], np.uint8(GREY), image)
     save_grid(np.concatenate([[image, kept], answers]), path, columns=min(count + 2, 8))
     print(f"wrote {path}")
+    return answers

@@ -140,7 +140,7 @@ def refuse_others(config: dict, read: dict, path: Path) -> None:
 
 def is_diffusers(folder: Path) -> bool:
     """Whether a folder is meant to be one of diffusers."""
-    return any((folder / name).exists() for name in ("model_index.json", "unet", WEIGHTS, INDEX, PICKLE))
+    return any((folder / name).exists() for name in ("model_index.json", "unet", "unet_ema", WEIGHTS, INDEX, PICKLE))
 
 
 def load_model(path: Path) -> SavedModel:
@@ -151,11 +151,10 @@ def load_model(path: Path) -> SavedModel:
     """
     if not path.is_dir():
         return load_weights(path)
-    if path.name == "unet" and (path.parent / "scheduler").exists():
-        path = path.parent
     # A training of diffusers saves the average of the weights beside them
     unet = next(folder for folder in (path / "unet_ema", path / "unet", path) if folder.exists())
-    scheduler = (path / "scheduler" if (path / "scheduler").exists() else path) / "scheduler_config.json"
+    beside = path / "scheduler", path.parent / "scheduler" if path.name == "unet" else path, path
+    scheduler = next(folder for folder in beside if folder.exists()) / "scheduler_config.json"
     index, network = path / "model_index.json", unet / "config.json"
     kind = read_json(index).get("_class_name") if index.exists() else None
     if index.exists() and kind not in ("DDPMPipeline", "DDIMPipeline"):

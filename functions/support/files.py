@@ -137,7 +137,7 @@ def read_tensors(path: Path, prefix: str = "", checksums: dict[str, str] | None 
         if checksums and checksum(tensor) != checksums[name]:
             raise CheckpointError(f"{path}: damaged: {short(name)} does not match its checksum")
         if tensor.dtype not in TYPES:
-            raise CheckpointError(f"{path}: {short(name)} is {tensor.dtype}, which ours never are")
+            raise CheckpointError(f"{path}: {short(name)} is {tensor.dtype}, which no weights are")
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise CheckpointError(f"{path}: {short(name)} holds numbers that are not finite")
     return found

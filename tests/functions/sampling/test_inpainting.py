@@ -77,6 +77,14 @@ def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
     assert ((torch.cov(found.T) - covariance) / spread).abs().max() < 4
 
 
+def test_samples_approach_the_truth_as_steps_are_repeated():
+    x_0, means = torch.cat([KEPT, torch.zeros(2)]).float().view(1, 2, 2), []
+    for resample in (1, 5):
+        answers = inpaint(sampler_of("ddpm", 50), x_0, ANEW, resample, range(2000))[:, 0, 1].double()
+        means.append((answers.mean(dim=0) - conditional()[0]).abs().max())
+    assert means[1] < means[0] / 3
+
+
 def test_the_chain_approaches_the_truth_as_steps_are_repeated():
     """Up to what the steps lack: their variance is that of data of one point, which matters less the more there are."""
 
@@ -89,7 +97,7 @@ def test_the_chain_approaches_the_truth_as_steps_are_repeated():
     assert mean < mean_once / 5 and covariance < covariance_once / 10
 
 
-@pytest.mark.parametrize("options", [("ddim",), ("dpm++",), ("ipndm",)])
+@pytest.mark.parametrize("options", [("ddim",), ("ddim", 10, None, None, 0.5), ("dpm++",), ("ipndm",)])
 def test_samplers_that_cannot_are_refused(options):
     with pytest.raises(UserError, match="lose their history"):
         inpaint(sampler_of(*options), torch.zeros(1, 2, 2), ANEW, 2, range(1))
@@ -100,9 +108,10 @@ def photo(tmp_path):
     """A photo of 40 x 20 pixels, its mask, and the photo with that part erased."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
     mask = np.zeros((20, 40), np.uint8)
-    mask[:, :20] = 255
-    for name, image in (("photo", pixels), ("mask", mask), ("erased", np.dstack([pixels, 255 - mask])),
-                        ("small", mask[:10]), ("empty", 0 * mask), ("grey16", mask.astype(np.uint16))):  # fmt: skip
+    mask[:, :14] = 255  # of which the crop leaves 4 columns of 20
+    masks = {"mask": mask, "small": mask[:10], "empty": 0 * mask, "full": 0 * mask + 255}
+    images = {"photo": pixels, "erased": np.dstack([pixels, 255 - mask]), "grey16": mask.astype(np.uint16)}
+    for name, image in {**masks, **images}.items():
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     return tmp_path
 
@@ -110,9 +119,9 @@ def photo(tmp_path):
 @pytest.mark.parametrize("files", [("photo", "mask"), ("erased", None)])
 def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
     image, anew = read_with_mask(photo / f"{files[0]}.png", files[1] and photo / f"{files[1]}.png", 10)
-    assert anew[:, :5].all() and not anew[:, 6:].any()
+    assert anew[:, :2].all() and not anew[:, 3:].any()
     whole = read_image(photo / "photo.png", 10, fit=True)
-    assert np.array_equal(image[:, 8:], whole[:, 8:])  # beside them there is some white, by the resizing
+    assert np.array_equal(image[:, 6:], whole[:, 6:])  # beside them there is some white, by the resizing
 
 
 @pytest.mark.parametrize(
@@ -120,13 +129,14 @@ def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
     [
         (["photo", "--mask", "small"], "has 40x10 pixels, its image 40x20; a mask must be as large as its image"),
         (["photo", "--mask", "empty"], "nothing would be made anew"),
-        (["mask", "--mask", "photo"], "everything would be made anew"),
+        (["photo", "--mask", "full"], "everything would be made anew"),
         (["photo"], "nothing would be made anew; name a --mask, or erase a part of the image"),
         (["grey16"], "nothing would be made anew"),
         (["nowhere"], "No such file"),
         (["photo", "--mask", "mask", "--sampler", "dpm++"], "lose their history"),
+        (["photo", "--mask", "mask", "--n", 101, "--individual"], "a grid shows 100 images at most"),
         (["photo", "--mask", "mask", "--n", 5, "--resample", 3], None),
-        (["erased", "--sampler", "ddim", "--eta", 1], None),
+        (["erased", "--sampler", "ddim", "--eta", 1, "--n", 2, "--individual"], None),
     ],
 )
 def test_the_script_paints_or_says_why_not(flags, said, photo, tiny_run, tmp_path, capsys):
@@ -142,3 +152,8 @@ def test_the_script_paints_or_says_why_not(flags, said, photo, tiny_run, tmp_pat
         assert (tmp_path / "out" / "inpainting.png").exists()
         if "--resample" in flags:
             assert "inpainting 5 times, 10 network calls each" in capsys.readouterr().out
+        if "--individual" in flags:
+            image, anew = read_with_mask(photo / "erased.png", None, 16)
+            answers = [np.asarray(Image.open(tmp_path / "out" / f"0000{i}.png")) for i in range(2)]
+            assert all(np.array_equal(answer[~anew], image[~anew]) for answer in answers)
+            assert not np.array_equal(*answers)

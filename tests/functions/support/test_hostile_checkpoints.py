@@ -184,7 +184,7 @@ def test_contents_that_cannot_be(path, whole, place, values, message):
     [
         ("model.conv_in.weight", lambda t: t * torch.nan, "model.conv_in.weight holds numbers that are not finite"),
         ("ema.conv_in.weight", lambda t: t - torch.inf, "conv_in.weight holds numbers that are not finite"),
-        ("ema.conv_in.weight", lambda t: t.to(torch.float8_e5m2), "is torch.float8_e5m2, which ours never are"),
+        ("ema.conv_in.weight", lambda t: t.to(torch.float8_e5m2), "is torch.float8_e5m2, which no weights are"),
         ("exp_avg.conv_in.bias", lambda t: t / 0, "exp_avg.conv_in.bias holds numbers that are not finite"),
         ("exp_avg_sq.conv_in.bias", lambda t: -t - 1, "exp_avg_sq.conv_in.bias is negative"),
         ("step.conv_in.bias", lambda t: -t, "step.conv_in.bias is negative"),
