@@ -154,15 +154,13 @@ def draw_run(checkpoint: Path) -> None:
     run, device = checkpoint.parent.parent, choose_device("auto")
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
     saved = load_weights(checkpoint)
-    size = saved.config["model"]["image_size"]
-    denoiser = rebuild(UNet, saved, device)
-    image_sampler = ImageSampler(denoiser, SamplerOptions(), (3, size, size), 0, device)
-    timesteps = denoiser.scheduler.timesteps
+    image_sampler = ImageSampler(rebuild(UNet, saved, device), SamplerOptions(), saved.image_shape, 0, device)
+    timesteps = image_sampler.scheduler.timesteps
     gif_steps, strip_steps = frame_steps(timesteps, 40), frame_steps(timesteps, 9)
     samples = generate(image_sampler, range(36), 36, {("x", step) for step in (*gif_steps, *strip_steps)})
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
-    image_set, split = images_of_run(saved.config["diffusion"], size)
+    image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1])
     neighbours = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
     save_gif([samples.frames["x", step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
