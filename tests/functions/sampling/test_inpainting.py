@@ -63,6 +63,7 @@ def sampler_of(*options, clip=False):
     return ImageSampler(denoiser, SamplerOptions(*options, clip_x_0=clip), (1, 2, 2), 0, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "resample"), [(("ddpm", 10), 1), (("ddpm", 10), 4), (("ddim", 10), 4)])
 def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
     image_sampler, N = sampler_of(*options, None, None, 1.0 if options[0] == "ddim" else None), 20_000
@@ -77,6 +78,7 @@ def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
     assert ((torch.cov(found.T) - covariance) / spread).abs().max() < 4
 
 
+@pytest.mark.slow
 def test_samples_approach_the_truth_as_steps_are_repeated():
     x_0, means = torch.cat([KEPT, torch.zeros(2)]).float().view(1, 2, 2), []
     for resample in (1, 5):
@@ -85,6 +87,7 @@ def test_samples_approach_the_truth_as_steps_are_repeated():
     assert means[1] < means[0] / 3
 
 
+@pytest.mark.slow
 def test_the_chain_approaches_the_truth_as_steps_are_repeated():
     """Up to what the steps lack: their variance is that of data of one point, which matters less the more there are."""
 

@@ -91,6 +91,7 @@ def same_output(denoiser, unet, size=16):
         assert_close(denoiser(x_t, t), unet(x_t, t).sample, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "multipliers", "attention", "parameters", "variance", "unet_in", "scheduler_in"),
     [
