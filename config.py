@@ -12,8 +12,8 @@ from typing import get_type_hints
 
 def experiments() -> dict[str, "Experiment"]:
     """EXPERIMENTS, by name. What the FFHQ runs share is written out in each, so that each can be read by itself."""
-    small = ModelConfig(lowest_resolution_size=4, dim_multiply=(1, 2, 4, 4), transformer_layers=(2,), base_dim=32,
-                        image_size=32, norm_groups=8)  # fmt: skip
+    faces_network = ModelConfig(lowest_resolution_size=4, dim_multiply=(1, 2, 4, 4), transformer_layers=(2,),
+                                base_dim=32, image_size=32, norm_groups=8)  # fmt: skip
     return {
         # Minutes on a laptop's CPU: people of the embedded emoji set at 32 x 32.
         "faces": Experiment(
@@ -23,7 +23,7 @@ def experiments() -> dict[str, "Experiment"]:
                 lr_schedule="cosine", ema_decay=0.998, recompute="none", log_every=25, validate_every=250,
                 sample_every=500, checkpoint_every=500, validation_samples=360,
             ),
-            small,
+            faces_network,
         ),
         # The same with v and cosine betas, at a lower rate: docs/whole-before-detail.md says why, and what is better.
         "faces-v": Experiment(
@@ -33,7 +33,7 @@ def experiments() -> dict[str, "Experiment"]:
                 clip_grad_norm=1.0, warmup_steps=200, lr_schedule="cosine", ema_decay=0.998, recompute="none",
                 log_every=25, validate_every=250, sample_every=500, checkpoint_every=500, validation_samples=360,
             ),
-            small,
+            faces_network,
         ),
         # First run of the reference (see README), faults included: betas meant for 1000 steps over 200, no EMA.
         "ffhq-run1": Experiment(
@@ -219,7 +219,7 @@ class ModelConfig:
     channels: int = 3  # RGB
     dropout: float = 0.0  # probability, in every residual block
     norm_groups: int = 32  # groups of each GroupNorm; narrow networks want fewer, at least 4 channels a group
-    dialect: str = "ho"  # details: Ho's, the paper's; or "diffusers", of its default networks (models/dialects.py)
+    dialect: str = "ho"  # details: Ho's, the paper's; or "diffusers", of its default networks (docs/other-models.md)
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -9,6 +9,7 @@ signals) is in functions/training/book_keeping.py. On several GPUs: `torchrun --
 import copy
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -82,7 +83,8 @@ def main() -> None:
 
 def open_initial(path: Path, processes: Processes) -> SavedModel:
     """The model whose weights a new run starts from. `CheckpointError` if its weights and its config do not fit."""
-    saved = load_model(processes.from_main(lambda: first_sound(find_checkpoints(path), load_model).path))
+    read = cache(load_model)  # so that rank 0, which reads it to find it, does not do so twice
+    saved = read(processes.from_main(lambda: first_sound(find_checkpoints(path), read).path))
     rebuild(UNet, saved, torch.device("cpu"))
     if not saved.config["diffusion"].get("clip_x_0", True):
         processes.say(f"note: {path} is sampled without clipping x_0, the new run with it")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.dialects import DIALECTS, Dialect
+from functions.support.dialects import DIALECTS, Dialect
 from models.group_norm import GroupNorm
 
 Norm = Callable[[int], GroupNorm]

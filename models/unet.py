@@ -6,8 +6,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from functions.support.dialects import DIALECTS
 from models.blocks import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, recomputing
-from models.dialects import DIALECTS
 from models.group_norm import GroupNorm
 
 BLOCKS_DOWN, BLOCKS_UP = 2, 3  # residual blocks a level; one more on the way up, for the skip that downsampling leaves
@@ -30,7 +30,7 @@ class UNet(nn.Module):
         base_dim: channels at multiplier 1; the time embedding has 4 times as many.
         dropout: probability inside each residual block.
         norm_groups: groups of each GroupNorm; must divide every level's channels.
-        dialect: "ho", the paper's network; or "diffusers", with other details that models/dialects.py lists.
+        dialect: "ho", the paper's network; or "diffusers", with other details that functions/support/dialects.py lists.
     """
 
     def __init__(

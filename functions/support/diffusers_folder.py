@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from functions.support.checkpoint import SavedModel, digest_of, load_weights
+from functions.support.dialects import DIALECTS
 from functions.support.errors import CheckpointError
 from functions.support.files import checksum, read_json, read_tensors, short, write_safetensors, write_text
-from models.dialects import DIALECTS
 
 WEIGHTS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"

@@ -1,8 +1,9 @@
-"""Objective v beside eps: what converts into what, against NumPy, and networks whose answer is known."""
+"""Objective v beside eps: what converts into what, against NumPy, diffusers, and networks whose answer is known."""
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch.testing import assert_close
 
 from functions.likelihood import terms_of
@@ -85,6 +86,27 @@ def test_losses_convert_as_the_papers_say(objective, schedule):
     for expected in (of_eps / a, of_x_0 / (1 - a)):
         np.testing.assert_allclose(losses, expected * (1 if objective == "v" else a), rtol=1e-5)
     np.testing.assert_allclose(eps_errors(denoiser, scheduler, losses, T), of_eps, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize(("schedule", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_v_is_that_of_diffusers(kind, schedule, theirs):
+    """Their `get_velocity`, what `step` takes for x_0, and where a step of DDIM leads."""
+    ours, theirs = SCHEDULERS[schedule], kind(1000, 1e-4, 0.02, theirs, prediction_type="v_prediction")
+    theirs.alphas_cumprod = ours.alphas_cumprod  # float64
+    theirs.set_timesteps(20)
+    x_0, noise, said = normal(1).clamp(-1, 1), normal(2), normal(3).float()
+    assert_close(ours.v(x_0, T, noise), theirs.get_velocity(x_0, noise, T))
+    denoiser = Denoiser(lambda x_t, t: said, ours, objective="v")
+    for t in (950, 500, 50):
+        x_t = ours.q_sample(x_0, t, noise)
+        for clip in (True, False):
+            theirs.register_to_config(clip_sample=clip)
+            step = theirs.step(said.double(), t, x_t)
+            found, _ = predict(denoiser, ours, x_t, t, clip)
+            assert_close(found, step.pred_original_sample)
+        if kind is DDIMScheduler:
+            assert_close(ddim_sample(denoiser, ours, x_t, [t, t - 50], clip_x_0=False), step.prev_sample)
 
 
 @both_schedules

@@ -16,6 +16,14 @@ def images(seed=0):
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("t", [0, 500, 999, torch.tensor([10, 700])], ids=str)
+def test_the_true_eps_gives_the_true_x_0(t):
+    x_0, noise = images(1).double(), images(2).double()
+    found, eps = predict(lambda x, t: noise, SCHEDULER, SCHEDULER.q_sample(x_0, t, noise), t)
+    assert_close(found, x_0)
+    assert eps is noise
+
+
 @pytest.mark.parametrize("t", [-2, 1000, torch.tensor([1000, 3])], ids=str)
 def test_timesteps_that_there_are_not_are_no_others(t):
     with pytest.raises(IndexError):

@@ -112,3 +112,19 @@ def test_with_fresh_noise_the_error_of_the_distribution_falls_with_the_order(sam
         errors.append(double(abs(variance - stop[1])))
     assert slopes(errors) == pytest.approx([order] * 2, abs=0.15)
     assert errors[-1] < 10 * 0.02**order
+
+
+@pytest.mark.parametrize("degree", range(4))
+def test_an_ipndm_step_integrates_polynomials_as_far_as_it_looks_back(degree):
+    """Step k, on steps even in sigma, is exact for sigma^degree if degree <= k and <= 3: so the last are of order 4."""
+    scheduler, states = NoiseScheduler(200), []
+    sigma = torch.arange(1, 201, dtype=torch.float64) / 100
+    scheduler.alphas_cumprod = 1 / (1 + sigma**2)
+    model = lambda x_t, t: (sigma[t] ** degree)[:, None].expand_as(x_t)
+    x_T = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    times = list(range(199, 0, -22))
+    ipndm_sample(model, scheduler, x_T, times, clip_x_0=False, on_step=lambda k, t, x, x_0: states.append(x))
+    y = torch.stack([x_T, *states]) / scheduler.alphas_cumprod[times].sqrt()[:, None, None]
+    exact = (sigma[times[1:]] ** (degree + 1) - sigma[times[:-1]] ** (degree + 1)) / (degree + 1)
+    errors = (y.diff(dim=0) - exact[:, None, None]).abs().amax(dim=(1, 2))
+    assert errors[degree:].max() < 1e-12 and (errors[:degree] > 1e-4).all()

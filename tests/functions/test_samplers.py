@@ -30,6 +30,15 @@ def pure_noise(seed=1):
     return 1.5 * noise_source(seed)(0)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(("steps", "spacing"), [(100, "trailing"), (17, "trailing"), (10, "logsnr")])
+def test_ddim_with_eta_1_is_ddpm(steps, spacing, clip):
+    scheduler, options = NoiseScheduler(100), {"spacing": spacing, "clip_x_0": clip}
+    ddpm = ddpm_sample(smooth_model, scheduler, pure_noise(), steps, step_noise=noise_source(), **options)
+    ddim = ddim_sample(smooth_model, scheduler, pure_noise(), steps, 1.0, step_noise=noise_source(), **options)
+    torch.testing.assert_close(ddim, ddpm, rtol=1e-9, atol=1e-9)
+
+
 def algorithm_2(a, a_s):
     """The factors of x_t and of eps, and the variance of the noise, in line 4 of Algorithm 2 (Ho et al. 2020)."""
     beta = 1 - a / a_s

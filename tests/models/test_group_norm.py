@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import gradcheck
 
 from models.group_norm import GroupNorm
 
@@ -36,8 +37,14 @@ def test_it_is_pytorch_s(channels, groups, size, layout, compiled, monkeypatch):
     for found, expected in zip(output_and_gradients(ours, x), output_and_gradients(theirs, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     assert ours(x).is_contiguous(memory_format=layout)
-    own_backward = layout == torch.channels_last and not compiled and channels // groups < 16
-    assert ("ChannelsLast" in type(ours(x).grad_fn).__name__) == own_backward
+
+
+def test_the_gradients_are_those_of_finite_differences():
+    norm = GroupNorm(2, 6).double()
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert "ChannelsLast" in type(norm(x).grad_fn).__name__
+    function = lambda x, weight, bias: torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+    assert gradcheck(function, (x, *(torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

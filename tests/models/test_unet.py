@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS, ModelConfig
 from functions.support.diffusers_folder import our_name, their_name
-from models.blocks import sinusoidal_embedding
+from models.blocks import Upsample, sinusoidal_embedding
 from models.unet import UNet
 
 
@@ -95,3 +96,18 @@ def test_heads_that_do_not_divide_the_channels_are_refused():
 def test_levels_that_miss_the_lowest_resolution_are_refused():
     with pytest.raises(ValueError, match="not to lowest_resolution_size = 8"):
         UNet(32, 3, 8, [1, 2, 2, 2], [1], 32)
+
+
+@pytest.mark.parametrize("size", [5, 16])  # below and above WORTH_DOUBLING
+def test_upsampling_is_nearest_neighbour_and_convolution(size):
+    upsample = Upsample(4).double()
+    x = torch.randn(2, 4, size, size, dtype=torch.float64, requires_grad=True)
+    plain = lambda x: upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    results = []
+    for way in (upsample, plain):
+        y = way(x)
+        seen = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        results.append([y, *torch.autograd.grad(y, [x, *upsample.parameters()], seen)])
+    assert results[0][0].shape == (2, 4, 2 * size, 2 * size)
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)

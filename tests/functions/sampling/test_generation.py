@@ -127,6 +127,14 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
     assert "EMA weights after 10 of 10 steps" in printed and str(tmp_path / "grid.png") in printed
 
 
+def test_an_exported_file_samples_the_same(tiny_run, tmp_path):
+    call(sample.main, tiny_run, "--export", tmp_path / "faces.safetensors")
+    for model, folder in ((tmp_path / "faces.safetensors", "a"), (tiny_run, "b")):
+        call(sample.main, model, "--n", 2, "--steps", 5, "--individual", "--out", tmp_path / folder)
+    for name in ("00000.png", "00001.png", "grid.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_the_newest_run_is_taken_and_pictures_go_into_it(tiny_run):
     call(sample.main, "--runs", tiny_run.parent, "--n", 1, "--steps", 3)
     assert (tiny_run / "samples" / "step-00000010-ddpm3-seed0" / "grid.png").exists()

@@ -80,6 +80,12 @@ def test_a_place_has_its_t_however_the_batch_is_cut(t_sampling, passes, pictures
         assert found.tolist() == (mixed if t_sampling == "mixed" else draws.t).tolist()
 
 
+def test_for_eps_the_error_of_eps_is_the_loss(tiny_run):
+    for of in ("", "val_"):
+        assert numbers(tiny_run, f"{of}eps_error") == numbers(tiny_run, f"{of}loss") != {}
+    assert numbers(tiny_run, "val_eps_error_ema") == numbers(tiny_run, "val_loss_ema") != {}
+
+
 def as_before(run):
     """Make of a run one of the time before the fields, columns and sums that came with v."""
     config = json.loads((run / "config.json").read_text())
