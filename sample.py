@@ -22,12 +22,12 @@ from functions.sampling.calibration import calibrated
 from functions.sampling.export import export
 from functions.sampling.files import MOST_IN_GRID, figures_of, image_path, open_folder, save_pictures
 from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, open_sampler
-from functions.sampling.inpainting import check_sampler, save_inpainting
+from functions.sampling.inpainting import check_sampler, inpaint_image
 from functions.sampling.interpolation import save_interpolation, save_variations
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, fraction, plain_errors, positive
 from functions.support.errors import UserError
-from functions.support.pictures import save_image
+from functions.support.pictures import save_grid, save_image
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import results_folder
 from models.unet import UNet
@@ -114,9 +114,10 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
     if one is not None:
         save_variations(image_sampler, one, args.depths, args.batch_size, folder / "variations.png")
     if masked:
-        path = folder / "inpainting.png"
-        answers = save_inpainting(image_sampler, *masked, args.resample, args.n, args.batch_size, path)
-        for i, answer in enumerate(answers if args.individual else []):
+        pictures = inpaint_image(image_sampler, *masked, args.resample, args.n, args.batch_size)
+        save_grid(pictures, folder / "inpainting.png", columns=min(len(pictures), 8))
+        print(f"wrote {folder / 'inpainting.png'}")
+        for i, answer in enumerate(pictures[2:] if args.individual else []):
             save_image(answer, image_path(folder, i))
 
 

@@ -115,14 +115,20 @@ def read_with_mask(path: str, mask_path: str | None, image_size: int) -> tuple[n
     if mask.size != image.size:
         sizes = f"{mask.width}x{mask.height} pixels, its image {image.width}x{image.height}"
         raise UserError(f"{mask_path} has {sizes}; a mask must be as large as its image")
-    white = np.uint8(255) * (convert_to_rgb(mask).mean(axis=2, keepdims=True) >= 128)
-    # With a pixel that is so in a tenth all of it is made anew: it has taken up some of what was there
-    anew = fit_square(white.repeat(3, axis=2), image_size)[..., 0] > 25
+    anew = fit_mask(convert_to_rgb(mask).mean(axis=2) >= 128, image_size)
     if anew.all() or not anew.any():
         what = "everything" if anew.all() else "nothing"
         hint = "" if mask_path else "; name a --mask, or erase a part of the image"
         raise UserError(f"{mask_path or path}: {what} would be made anew{hint}")
     return fit_square(convert_to_rgb(image), image_size), anew
+
+
+def fit_mask(anew: np.ndarray, image_size: int) -> np.ndarray:
+    """Crop and resize a bool (H, W) of what is made anew, as `fit_square` does its image -> bool (S, S).
+
+    A pixel that is so in a tenth is made anew as a whole: it has taken up some of what was there.
+    """
+    return fit_square(np.uint8(255) * anew[..., None].repeat(3, axis=2), image_size)[..., 0] > 25
 
 
 def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:

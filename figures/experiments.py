@@ -33,7 +33,7 @@ from functions.sampling.options import SamplerOptions  # noqa: E402
 from functions.support.checkpoint import load_weights  # noqa: E402
 from functions.support.command_line import Parser, plain_errors  # noqa: E402
 from functions.support.device import choose_device  # noqa: E402
-from functions.support.pictures import enlarge, plt, save_figure, save_image, tile  # noqa: E402
+from functions.support.pictures import grid_of, plt, save_figure, save_image  # noqa: E402
 from functions.support.processes import SINGLE_PROCESS  # noqa: E402
 from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, runs_of, step_of  # noqa: E402
 from models.unet import UNet  # noqa: E402
@@ -190,14 +190,14 @@ def draw(args: argparse.Namespace) -> None:
     print(table(results))
     figure, axes = plt.subplots(len(pictures), 1, figsize=(10, 0.8 * len(pictures)), squeeze=False)
     for axis, (label, images) in zip(axes[:, 0], pictures.items(), strict=True):
-        axis.imshow(tile(images[:COLUMNS], COLUMNS), interpolation="bicubic")
+        axis.imshow(grid_of(images[:COLUMNS], COLUMNS), interpolation="bicubic")
         axis.set_ylabel(label.replace(", calibrated", ",\ncalibrated"), rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
     figure.subplots_adjust(0.18, 0.01, 0.995, 0.99, 0, 0.05)
     save_figure(figure, RESULTS.with_name(args.picture))
     if pictures.keys() >= set(PRESETS):
-        grids = [np.pad(tile(pictures[label], 6), ((0, 0), (0, 12), (0, 0)), constant_values=255) for label in PRESETS]
-        save_image(enlarge(np.concatenate(grids, axis=1), 32), RESULTS.with_name("faces_and_faces_v.png"))
+        grids = [np.pad(grid_of(pictures[key], 6), ((0, 0), (0, 36), (0, 0)), constant_values=255) for key in PRESETS]
+        save_image(np.concatenate(grids, axis=1), RESULTS.with_name("faces_and_faces_v.png"))
 
 
 def table(results: dict) -> str:

@@ -88,17 +88,17 @@ def figures_of(args: argparse.Namespace, times: Sequence[int]) -> dict[str, dict
 
 def save_pictures(n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path) -> None:
     """Write the grid of the first images and the figures of their denoising; without `samples` the images are files."""
-    seen, columns = min(n, MOST_IN_GRID), 5 if n == 20 else None  # the reference's grid
+    seen = min(n, MOST_IN_GRID)
     if samples:
         images = to_uint8(samples.images[:seen]).numpy()
     else:
         images = np.stack([np.asarray(Image.open(image_path(folder, i))) for i in range(seen)])
-    save_grid(images, folder / "grid.png", columns)
+    save_grid(images, folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
     for name, frame_of in figures.items():
         frames = [samples.frames[frame][:seen] for frame in frame_of.values()]
         if name.endswith(".gif"):
-            save_gif(frames, folder / name, columns)
+            save_gif(frames, folder / name)
         else:
             save_strip([frame[:STRIP_ROWS] for frame in frames], list(frame_of), folder / name)
         print(f"wrote {folder / name}")

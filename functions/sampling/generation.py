@@ -85,8 +85,8 @@ class ImageSampler:
         step_noise = lambda k: noise()
         return sampler(self.denoiser, self.scheduler, x, times, **own, step_noise=step_noise, on_step=on_step)
 
-    def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
-        """Sample these images, all at once; the bar counts one step for each image."""
+    def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm, watch: OnStep | None) -> Samples:
+        """Sample these images, all at once; the bar counts one step for each image, and `watch` sees each step."""
         noise, kept = self.noise(images), {}
 
         def keep(frame: Frame, x: Tensor) -> None:
@@ -97,6 +97,8 @@ class ImageSampler:
             keep(("x", k + 1), x)
             keep(("x_0", k + 1), x_0)
             bar.update(len(images))
+            if watch:
+                watch(k, t, x, x_0)
 
         x_T = noise.draw()
         keep(("x", 0), x_T)
@@ -168,11 +170,15 @@ def batches_of(images: Sequence[int], batch_size: int) -> list[Sequence[int]]:
 
 
 def generate_batches(
-    image_sampler: ImageSampler, batches: list[Sequence[int]], frames: Collection[Frame] = (), progress: bool = False
+    image_sampler: ImageSampler,
+    batches: list[Sequence[int]],
+    frames: Collection[Frame] = (),
+    progress: bool = False,
+    watch: OnStep | None = None,
 ) -> Iterator[Samples]:
     """Yield for each batch of image numbers its `Samples`, made when they are asked for.
 
-    What does not fit in memory is sampled by halves: that batch and those after it.
+    What does not fit in memory is sampled by halves: that batch and those after it. `watch` sees each step of it.
     """
     if image_sampler.device.type == "cuda":
         denoiser = image_sampler.denoiser
@@ -181,7 +187,7 @@ def generate_batches(
     total = steps * sum(map(len, batches))
     with tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress) as bar:
         for batch in batches:
-            yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, bar), batch))
+            yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, bar, watch), batch))
 
 
 class Replayed:

@@ -9,7 +9,6 @@ Of RePaint's jumps, over 10 steps of 250 in the paper, only those of length 1 ar
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from functions.sampling.generation import BatchLimit, ImageSampler
 from functions.sampling.interpolation import x_0_of
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
-from functions.support.pictures import save_grid
 
 GREY = 128  # what the picture shows where the image is not kept
 
@@ -63,13 +61,10 @@ def check_sampler(options: SamplerOptions) -> None:
         raise UserError(f"--inpaint wants --sampler ddpm, or ddim --eta 1: {why}")
 
 
-def save_inpainting(
-    image_sampler: ImageSampler, image: np.ndarray, anew: np.ndarray, resample: int, count: int, limit: int, path: Path
+def inpaint_image(
+    image_sampler: ImageSampler, image: np.ndarray, anew: np.ndarray, resample: int, count: int, limit: int
 ) -> np.ndarray:
-    """Save a grid of the image, uint8 (H, W, 3), what is kept of it, and the answers, made `limit` at a time.
-
-    Returns these: uint8 (count, H, W, 3).
-    """
+    """An image, uint8 (H, W, 3), what is kept of it, and its answers, made `limit` at a time: (2 + count, H, W, 3)."""
     device, x_0 = image_sampler.device, x_0_of(image_sampler, image)
     mask = torch.from_numpy(anew).to(device)
     calls = resample * (len(image_sampler.options.times(image_sampler.scheduler)) - 2) + 1
@@ -77,6 +72,4 @@ def save_inpainting(
     work = lambda some: to_uint8(inpaint(image_sampler, x_0, mask, resample, some)).cpu()
     answers = torch.cat(BatchLimit(device, limit).in_parts(work, range(count))).numpy()
     kept = np.where(anew[..., None], np.uint8(GREY), image)
-    save_grid(np.concatenate([[image, kept], answers]), path, columns=min(count + 2, 8))
-    print(f"wrote {path}")
-    return answers
+    return np.concatenate([[image, kept], answers])

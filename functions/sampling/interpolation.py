@@ -66,24 +66,25 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
 
 
+def mixtures(image_sampler: ImageSampler, sources: Sequence[Source], ends: Tensor, t: int, weights: Tensor) -> Tensor:
+    """Mix two sources, whose images are `ends`, as in the paper (`interpolate_images`): (L, C, H, W) images.
+
+    But two images of the seed come from noise that is known: from the depth of all timesteps on, that is mixed
+    (`interpolate_seeds`).
+    """
+    if t == image_sampler.scheduler.timesteps - 1 and all(isinstance(source, int) for source in sources):
+        return interpolate_seeds(image_sampler, sources, weights)
+    return interpolate_images(image_sampler, ends, t, weights)
+
+
 def save_interpolation(
     image_sampler: ImageSampler, sources: Sequence[Source], depths: Sequence[float], batch_size: int, path: Path
 ) -> None:
-    """Save two images and between them their mixtures, one row a depth; depths are fractions of all timesteps.
-
-    As in the paper (`interpolate_images`), but for two images of the seed and a depth of all timesteps: they come from
-    noise that is known, and so that is mixed (`interpolate_seeds`).
-    """
-    of_seed = all(isinstance(source, int) for source in sources)
+    """Save two images and between them their mixtures, one row a depth; depths are fractions of all timesteps."""
     weights = torch.linspace(0, 1, MIXTURES, device=image_sampler.device)
-
-    def mixtures(ends: Tensor, t: int, columns: Sequence[int]) -> Tensor:
-        if of_seed and t == image_sampler.scheduler.timesteps - 1:
-            return interpolate_seeds(image_sampler, sources, weights[list(columns)])
-        return interpolate_images(image_sampler, ends, t, weights[list(columns)])
-
+    row = lambda ends, t, columns: mixtures(image_sampler, sources, ends, t, weights[list(columns)])
     titles = [f"{weight:.3g}" for weight in weights.tolist()]
-    save_rows(image_sampler, sources, mixtures, titles, depths, batch_size, path)
+    save_rows(image_sampler, sources, row, titles, depths, batch_size, path)
 
 
 def save_variations(

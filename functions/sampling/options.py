@@ -55,7 +55,7 @@ class SamplerOptions:
         diffusion = diffusion or {}
         given = {field.name: getattr(args, field.name) for field in fields(SamplerOptions) if field.name in args}
         if args.sampler == "ddpm" and args.steps in (None, diffusion.get("timesteps_diff")):
-            given["variance"] = args.variance or diffusion.get("variance")
+            given["variance"] = given.get("variance") or diffusion.get("variance")
         return SamplerOptions(**given, clip_x_0=diffusion.get("clip_x_0", True))
 
     @property
@@ -104,18 +104,24 @@ class SamplerOptions:
         return "-".join(words)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that sample.py and evaluate.py share: which model, on what, and how images are sampled from it."""
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of all scripts that sample images: which model, and on what."""
     add = parser.add_argument
     checkpoint = "a run folder, a checkpoint, an exported file or a folder of diffusers (default: the newest run)"
     add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
-    add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time; fewer if need be (default: 64)")
-    add("--out", type=Path, metavar="FOLDER", help="where files go (default: a folder in that of the run)")
     add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     precision = "what the network computes in; auto: the fastest that the hardware has (default: float32)"
     add("--precision", default="float32", choices=("auto", *DTYPES), help=precision)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that sample.py and evaluate.py share: those, and how images are sampled."""
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time; fewer if need be (default: 64)")
+    add("--out", type=Path, metavar="FOLDER", help="where files go (default: a folder in that of the run)")
 
     add = parser.add_argument_group("how images are sampled from noise").add_argument
     sampler = (

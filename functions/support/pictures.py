@@ -19,18 +19,16 @@ SMALLEST_SIDE = 96  # pixels; smaller images are enlarged in grids, where they a
 GAP = 2  # white pixels between images, before enlarging
 
 
-def tile(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """(N, H, W, 3) -> one picture (H', W', 3) of all, with white gaps; about square unless columns are given."""
+def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
+    """All images in rows with white gaps, about square unless columns are given.
+
+    Small ones are enlarged by the whole number that brings them to SMALLEST_SIDE.
+    """
     columns = columns or math.ceil(math.sqrt(len(images)))
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return make_grid(batch, nrow=columns, padding=GAP, pad_value=255).permute(1, 2, 0).numpy()
-
-
-def enlarge(picture: np.ndarray, side: int) -> Image.Image:
-    """To a Pillow image, enlarged by the whole number that brings images of `side` pixels to SMALLEST_SIDE."""
-    factor = math.ceil(SMALLEST_SIDE / side) if side < SMALLEST_SIDE else 1
-    image = Image.fromarray(picture)
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    grid = Image.fromarray(make_grid(batch, nrow=columns, padding=GAP, pad_value=255).permute(1, 2, 0).numpy())
+    factor = math.ceil(SMALLEST_SIDE / images.shape[1])
+    return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.BICUBIC)
 
 
 def save_image(image: np.ndarray | Image.Image, path: Path) -> None:
@@ -41,7 +39,7 @@ def save_image(image: np.ndarray | Image.Image, path: Path) -> None:
 
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Image.Image:
     """Write a PNG of all images in rows, small ones enlarged, and return it."""
-    grid = enlarge(tile(images, columns), images.shape[1])
+    grid = grid_of(images, columns)
     save_image(grid, path)
     return grid
 
@@ -51,7 +49,7 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
 
     All frames share the palette of the last one, so that colours do not flicker.
     """
-    pictures = [enlarge(tile(frame, columns), frame.shape[1]) for frame in frames]
+    pictures = [grid_of(frame, columns) for frame in frames]
     palette = pictures[-1].quantize(256)
     first, *others = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     animation = {"save_all": True, "append_images": others, "duration": [80] * len(others) + [2000], "loop": 0}

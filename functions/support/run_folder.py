@@ -137,7 +137,8 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
         if checkpoints_of(run):
             return find_checkpoints(run)
     what = f"run of an experiment {prefix}*" if prefix else "run"
-    raise CheckpointError(f"{runs}: no {what} with a checkpoint here yet; train one first, or name a checkpoint")
+    command = f"python train.py{' NAME' if prefix else ''}"
+    raise CheckpointError(f"{runs}: no {what} with a checkpoint here yet; {command} makes one, or name a checkpoint")
 
 
 def results_folder(saved: SavedModel, kind: str) -> Path:
