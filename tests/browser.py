@@ -7,18 +7,18 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
@@ -26,19 +26,14 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 DRAW, MIX, PAINT = "Draw the images", "Mix the two images", "Make what is painted over anew"
 
 
-def free_port() -> int:
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return some.getsockname()[1]
-
-
 @contextmanager
 def served(printed: Path, *flags: object) -> Iterator[str]:
     """demo.py in a process of its own, that prints to a file: yields the page's address, and at last presses Ctrl-C."""
-    command = [sys.executable, ROOT / "demo.py", "--port", free_port(), "--device", "cpu", *flags]
+    command = [sys.executable, ROOT / "demo.py", "--device", "cpu", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(printed, "w") as file:
-        process = subprocess.Popen([*map(str, command)], env=environment, stdout=file, stderr=file)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, also of tests in the background
+        process = subprocess.Popen([*map(str, command)], env=environment, stdout=file, stderr=file, preexec_fn=heard)
     try:
         while not (found := re.search("the page is at (.*); ", printed.read_text())):
             assert process.poll() is None, printed.read_text()
@@ -60,11 +55,16 @@ def browser() -> Iterator[Page]:
         chromium.close()
 
 
+def control(page: Page, name: str) -> Locator:
+    """The visible input of this name; of a slider its number."""
+    label = page.get_by_label(re.compile(f"^(number input for )?{name}$"))
+    return label.and_(page.locator("input")).locator("visible=true")
+
+
 def fill(page: Page, **values: object) -> None:
-    """Give the visible controls of these names a value, such as Seed=3; a slider by its number."""
+    """Give the visible controls of these names a value, such as Seed=3."""
     for name, value in values.items():
-        label = re.compile(f"^(number input for )?{name.replace('_', ' ')}$")
-        page.get_by_label(label).and_(page.locator("input")).locator("visible=true").fill(str(value))
+        control(page, name.replace("_", " ")).fill(str(value))
         page.keyboard.press("Tab")
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     with TemporaryDirectory() as folder, served(Path(folder, "printed"), *sys.argv[1:]) as address, browser() as page:
         page.goto(address)
         click(page, DRAW)
-        picture(page, "as of sample.py")
+        picture(page, "sample.py")
         shot("draw")
         tab(page, "Mix")
         fill(page, Depth=0.6)

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("chromium"),
 
 from demo import Demo  # noqa: E402
 from tests import browser  # noqa: E402
-from tests.browser import DRAW, MIX, PAINT, click, fill, paint, picture, sentence, served, tab, upload  # noqa: E402
+from tests.browser import DRAW, MIX, PAINT, click, control, fill, paint, picture, sentence, served, tab, upload  # noqa: E402
 
 SIZE = 96  # pixels: not enlarged in grids
 MODEL = ["--model.image-size", SIZE, "--model.lowest-resolution-size", 12, "--model.dim-multiply", "1,1,1,1",
@@ -80,69 +80,83 @@ def await_picture(page, label, expected):
 
 def sampler_of(run, *flags):
     """The `ImageSampler` for a seed, sampler and steps."""
-    args = Namespace(checkpoint=run, runs=None, device="cpu", precision="float32")
-    return Demo(args).open(*flags)[1]
+    args = Namespace(checkpoint=run, runs=None, device="cpu")
+    return Demo(args).open(None, *flags)[1]
 
 
 def test_draw(page, run, tmp_path):
     """The downloaded grid is that of sample.py, to the bit; and the slider shows x_0 as it was."""
-    fill(page, Seed=3, Number=4, Steps=60)
+    fill(page, Seed=3, How_many=4, Steps=60)
     page.get_by_label("ddim").check()
     click(page, DRAW)
     page.get_by_text("network calls, at t = ").wait_for()  # meanwhile
-    grid = picture(page, "step-00000005, as of sample.py --seed 3 --n 4 --sampler ddim --steps 60")
-    sample_py(run, "--seed", 3, "--n", 4, "--sampler", "ddim", "--steps", 60, "--out", tmp_path)
+    command = ["--seed", 3, "--n", 4, "--sampler", "ddim", "--steps", 60]
+    grid = picture(page, " ".join(map(str, ["sample.py", run / "checkpoints" / "step-00000005.safetensors", *command])))
+    sample_py(run, *command, "--out", tmp_path)
     np.testing.assert_array_equal(grid, np.asarray(Image.open(tmp_path / "grid.png")))
-    assert grid.std() > 10
+    assert all(image.std() > 10 for image in cut(grid))
     frames = generate(sampler_of(run, 3, "ddim", 60), range(4), 4, {("x_0", 1), ("x_0", 58)}).frames
     for place, call, t in ((1, 1, 100), (20, 58, 5)):
         fill(page, Look_back=place)
-        shown = picture(page, f"x_0 after {call} of 60 network calls, at t = {t}")
+        shown = picture(page, f"after {call} of 60 network calls, at t = {t}")
         np.testing.assert_array_equal(cut(shown), frames["x_0", call])
+    control(page, "Look back").press("Home")
+    page.keyboard.press("Shift+End")
+    control(page, "Look back").press_sequentially("17", delay=20)  # of which the last counts
+    picture(page, "after 49 of 60 network calls")
 
 
 def test_clicks_wait_for_each_other(page, served_run):
-    """Another page's click is served when the first is done: here, when it is stopped."""
-    fill(page, Number=64, Steps=100)
-    click(page, DRAW)
-    page.get_by_text("of 100 network calls").wait_for()
-    other = page.context.browser.new_page()
-    other.goto(served_run)
-    tab(other, "Mix")
-    fill(other, Steps=2)
-    click(other, MIX)
-    other.wait_for_timeout(2000)
-    assert not other.get_by_test_id("download-link").count()
-    assert not page.get_by_text("as of sample.py").count()
-    click(page, "Stop drawing")
-    picture(other, "The mixture")
-    other.close()
+    """Another page's click is served when the first is done: here, when it is stopped, or its page is closed."""
+    for end in ("stop", "close"):
+        first, second = (page.context.browser.new_page() for _ in range(2))
+        first.goto(served_run)
+        fill(first, How_many=64, Steps=100)
+        click(first, DRAW)
+        first.get_by_text("of 100 network calls").wait_for()
+        second.goto(served_run)
+        tab(second, "Mix")
+        fill(second, Steps=2)
+        click(second, MIX)
+        second.wait_for_timeout(2000)
+        assert not second.get_by_test_id("download-link").count()
+        assert not first.get_by_text("sample.py").count()
+        first.close() if end == "close" else click(first, "Stop")
+        picture(second, "The mixture")
+        second.close()
+        first.close()
 
 
 def test_mix(page, run, pictures, tmp_path):
-    """Two seeds give what sample.py mixes; an upload with a share of 0 and no depth comes back as it is."""
+    """Two images of a seed are those of sample.py, and mixed as it does; an upload comes back with neither depth nor
+    share."""
     tab(page, "Mix")
-    fill(page, Seed=3, Steps=5, Depth=0.5, Share=0.3, Number_of_the_second_image=4)
+    fill(page, Seed=3, Steps=5, Depth=0.5, Share=0.3)
+    control(page, "Number of the second image").press("Backspace")
+    control(page, "Number of the second image").press_sequentially("12", delay=20)
     click(page, MIX)
     image_sampler, weights = sampler_of(run, 3, "dpm++", 5), torch.tensor([0.3])
-    ends = generate(image_sampler, [0, 4], 1).images
-    expected = to_uint8(torch.cat([ends, mixtures(image_sampler, [0, 4], ends, 49, weights)])).numpy()
+    ends = generate(image_sampler, [0, 12], 1).images
+    expected = to_uint8(torch.cat([ends, mixtures(image_sampler, [0, 12], ends, 49, weights)])).numpy()
     for label, image in zip(("The first image", "The second image", "The mixture"), expected, strict=True):
         np.testing.assert_array_equal(picture(page, label), image)
+    flags = ["--seed", 3, "--n", 13, "--sampler", "dpm++", "--steps", 5, "--batch-size", 1, "--individual"]
+    sample_py(run, *flags, "--out", tmp_path)
+    for image, i in zip(expected, (0, 12), strict=False):
+        np.testing.assert_array_equal(image, np.asarray(Image.open(tmp_path / f"{i:05d}.png")))
     assert expected[2].std() > 10
     fill(page, Depth=0, Share=0)
     upload(page, pictures / "00003.png")
     photo = read_image(pictures / "00003.png", SIZE, fit=True)
-    await_picture(
-        page, "The first image", np.asarray(Image.fromarray(photo).resize((512, 512), Image.Resampling.BICUBIC))
-    )
+    large = np.asarray(Image.fromarray(photo).resize((512, 512), Image.Resampling.BICUBIC))
+    await_picture(page, "The first image", large)
     click(page, MIX)
     await_picture(page, "The mixture", photo)
 
 
 def test_paint(page, run, tmp_path):
     """What was drawn is painted over and made anew, as sample.py makes it; what is not painted over stays."""
-    fill(page, Number=2, Steps=5)
+    fill(page, How_many=2, Steps=5)
     click(page, DRAW)
     drawn = cut(picture(page, "--n 2"))
     tab(page, "Paint")
@@ -156,7 +170,7 @@ def test_paint(page, run, tmp_path):
     image, kept, *answers = cut(picture(page, "The image, what is kept of it, and the answers"))
     np.testing.assert_array_equal(image, drawn[1])
     anew = (kept == 128).all(axis=2)
-    assert 0.02 < anew.mean() < 0.4 and anew[SIZE // 2, SIZE // 2]
+    assert 0.02 < anew.mean() < 0.4 and anew[SIZE // 2, SIZE // 2] and len(answers) == 4
     Image.fromarray(image).save(tmp_path / "image.png")
     Image.fromarray(np.uint8(255) * anew).save(tmp_path / "mask.png")
     sample_py(run, "--inpaint", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--resample", 2, "--steps", 6,
@@ -175,12 +189,12 @@ def test_bad_input_is_a_sentence_and_the_page_goes_on(page, tmp_path):
     sentence(page, "steps is 101; a model with 100 timesteps takes 1 to 100")
     tab(page, "Paint")
     click(page, "Take the image of this number")
-    sentence(page, "there are 0 images in the tab Draw")
+    sentence(page, "There are 0 images in the tab Draw")
     for file, reason in (("text", "not a PNG, JPEG, WEBP, BMP image"), ("bomb", "too many pixels")):
         upload(page, tmp_path / f"{file}.png")
         sentence(page, reason)
     tab(page, "Draw")
-    fill(page, Number=1, Steps=2)
+    fill(page, How_many=1, Steps=2)
     click(page, DRAW)
     picture(page, "--n 1")
 
@@ -190,22 +204,21 @@ def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
     runs, printed = tmp_path / "runs", tmp_path / "printed"
     with served(printed, "--runs", runs) as address:
         chromium.goto(address)
-        missing = "no run with a checkpoint here yet; python train.py makes one"
-        chromium.get_by_text(missing).wait_for()
-        assert missing in printed.read_text()
-        click(chromium, DRAW)
+        missing = f"no run with a checkpoint here yet; python train.py --runs {runs} makes one"
         sentence(chromium, missing)
-        checkpoints = shutil.copytree(run, runs / run.name) / "checkpoints"
-        fill(chromium, Number=1, Steps=2)
-        for step in (5, 4):
+        assert missing in printed.read_text()
+        checkpoints = runs / run.name / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        fill(chromium, How_many=1, Steps=2)
+        for step in (4, 5):
+            shutil.copy(run / "checkpoints" / f"step-0000000{step}.safetensors", checkpoints)
             click(chromium, DRAW)
-            picture(chromium, f"step-0000000{step}, as of")
-            (checkpoints / f"step-0000000{step}.safetensors").unlink()
+            picture(chromium, f"step-0000000{step}.safetensors --seed 0")
         shutil.rmtree(checkpoints)
         click(chromium, DRAW)
         sentence(chromium, missing)
         shutil.copytree(run / "checkpoints", checkpoints)
-        fill(chromium, Number=64, Steps=100)
+        fill(chromium, How_many=64, Steps=100)
         click(chromium, DRAW)
         chromium.get_by_text("of 100 network calls").wait_for()  # in the middle of which Ctrl-C ends it
 
@@ -217,8 +230,6 @@ def test_it_listens_to_this_machine_alone(served_run):
     assert {address for address in addresses if address.endswith(f":{port}")} == {f"0100007F:{port}"}
 
 
-def test_what_is_wrong_ends_the_script(run, served_run):
-    port = served_run.strip("/").split(":")[-1]
-    for flags, reason in ((["nowhere"], "nowhere: "), ([run, "--port", port], f"in range: {port}")):
-        done = script("demo.py", *flags)
-        assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
+def test_a_wrong_device_ends_the_script(run):
+    done = script("demo.py", run, "--device", "tpu")
+    assert done.returncode == 2 and done.stderr.startswith("error: device is 'tpu'; it must be")

@@ -58,6 +58,7 @@ class ImageSampler:
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
+    watch: OnStep | None = None  # sees every step of whatever is sampled
 
     def __post_init__(self) -> None:
         self.options.times(self.scheduler)
@@ -83,10 +84,15 @@ class ImageSampler:
         """States (B, C, H, W) at the first of falling timesteps -> states at the last."""
         sampler, own = SAMPLERS[self.options.sampler], {**self.options.own, "clip_x_0": self.options.clip_x_0}
         step_noise = lambda k: noise()
-        return sampler(self.denoiser, self.scheduler, x, times, **own, step_noise=step_noise, on_step=on_step)
 
-    def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm, watch: OnStep | None) -> Samples:
-        """Sample these images, all at once; the bar counts one step for each image, and `watch` sees each step."""
+        def each(*step: object) -> None:
+            for see in filter(None, (on_step, self.watch)):
+                see(*step)
+
+        return sampler(self.denoiser, self.scheduler, x, times, **own, step_noise=step_noise, on_step=each)
+
+    def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
+        """Sample these images, all at once; the bar counts one step for each image."""
         noise, kept = self.noise(images), {}
 
         def keep(frame: Frame, x: Tensor) -> None:
@@ -97,8 +103,6 @@ class ImageSampler:
             keep(("x", k + 1), x)
             keep(("x_0", k + 1), x_0)
             bar.update(len(images))
-            if watch:
-                watch(k, t, x, x_0)
 
         x_T = noise.draw()
         keep(("x", 0), x_T)
@@ -170,15 +174,11 @@ def batches_of(images: Sequence[int], batch_size: int) -> list[Sequence[int]]:
 
 
 def generate_batches(
-    image_sampler: ImageSampler,
-    batches: list[Sequence[int]],
-    frames: Collection[Frame] = (),
-    progress: bool = False,
-    watch: OnStep | None = None,
+    image_sampler: ImageSampler, batches: list[Sequence[int]], frames: Collection[Frame] = (), progress: bool = False
 ) -> Iterator[Samples]:
     """Yield for each batch of image numbers its `Samples`, made when they are asked for.
 
-    What does not fit in memory is sampled by halves: that batch and those after it. `watch` sees each step of it.
+    What does not fit in memory is sampled by halves: that batch and those after it.
     """
     if image_sampler.device.type == "cuda":
         denoiser = image_sampler.denoiser
@@ -187,7 +187,7 @@ def generate_batches(
     total = steps * sum(map(len, batches))
     with tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress) as bar:
         for batch in batches:
-            yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, bar, watch), batch))
+            yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, bar), batch))
 
 
 class Replayed:

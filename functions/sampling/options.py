@@ -111,14 +111,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
     add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    precision = "what the network computes in; auto: the fastest that the hardware has (default: float32)"
-    add("--precision", default="float32", choices=("auto", *DTYPES), help=precision)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that sample.py and evaluate.py share: those, and how images are sampled."""
     add_model_flags(parser)
     add = parser.add_argument
+    precision = "what the network computes in; auto: the fastest that the hardware has (default: float32)"
+    add("--precision", default="float32", choices=("auto", *DTYPES), help=precision)
     add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
     add("--batch-size", type=positive, default=64, metavar="N", help="images at a time; fewer if need be (default: 64)")
     add("--out", type=Path, metavar="FOLDER", help="where files go (default: a folder in that of the run)")

@@ -34,19 +34,26 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, OSError, *others) as error:
-        of_file = isinstance(error, OSError) and error.filename and error.strerror
-        print(f"error: {f'{error.filename}: {error.strerror}' if of_file else error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if not (text := plain_sentence(error, *others)):
             raise
-        advice = "take a smaller batch or model, or another device; other programs may hold memory too"
-        print(f"error: out of memory ({short(error)}): {advice}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # what shells report for Ctrl-C
+
+
+def plain_sentence(error: Exception, *others: type[Exception]) -> str:
+    """What a user reads of an error that users can mend; nothing of a bug."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (UserError, OSError, *others)):
+        return str(error)
+    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+        advice = "take a smaller batch or model, or another device; other programs may hold memory too"
+        return f"out of memory ({short(error)}): {advice}"
+    return ""
 
 
 def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:

@@ -137,7 +137,7 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
         if checkpoints_of(run):
             return find_checkpoints(run)
     what = f"run of an experiment {prefix}*" if prefix else "run"
-    command = f"python train.py{' NAME' if prefix else ''}"
+    command = f"python train.py{f' {prefix}...' if prefix else ''}{f' --runs {runs}' if runs != Path('runs') else ''}"
     raise CheckpointError(f"{runs}: no {what} with a checkpoint here yet; {command} makes one, or name a checkpoint")
 
 
