@@ -176,7 +176,7 @@ def draw_tab(demo: Demo) -> tuple:
         with gr.Row():
             controls = [seed_control(), slider(64, 16, "How many", "Images 0 and on of the seed."), *sampler_controls()]
         start = gr.Button("Draw the images", variant="primary")
-        picture, drawn = picture_control("The images, and meanwhile what the model takes them for"), gr.State([])
+        picture, drawn = picture_of("The images, and meanwhile what the model takes them for"), gr.State([])
         back = gr.Slider(1, label="Look back", info="Goes through the steps again.", step=1, precision=0, visible=False)
     back.input(look_back, [back, drawn], picture, queue=False, show_progress="hidden", trigger_mode="always_last")
     return start.click(in_worker(demo.draw), controls, [picture, back, drawn], **QUEUED), drawn
@@ -192,7 +192,7 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
         start = gr.Button("Mix the two images", variant="primary")
         with gr.Row():
             first, first_picture = source_controls(demo, "first", 0)
-            mixture = picture_control("The mixture")
+            mixture = picture_of("The mixture")
             second, second_picture = source_controls(demo, "second", 1)
     inputs = [first, second, depth, share, *controls]
     return start.click(in_worker(demo.mix), inputs, [first_picture, mixture, second_picture], **QUEUED)
@@ -201,7 +201,7 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
 def source_controls(demo: Demo, which: str, first: int) -> tuple[gr.State, gr.Image]:
     """An image of the seed or an upload, whichever was chosen last; and where it is shown."""
     with gr.Column():
-        source, picture = gr.State(first), picture_control(f"The {which} image")
+        source, picture = gr.State(first), picture_of(f"The {which} image")
         chosen = number(first, f"Number of the {which} image", "Takes one of the seed's; 0 is the first.", least=0)
         upload = upload_control()
     chosen.input(lambda n: (n or 0, None), chosen, [source, picture], trigger_mode="always_last", **QUEUED)
@@ -223,7 +223,7 @@ def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
                                         transforms=(), layers=False, canvas_size=(SIDE, SIDE))  # fmt: skip
                 chosen = number(0, "Number of the image", "Takes one of those just drawn.", least=0)
                 take, upload = gr.Button("Take the image of this number"), upload_control()
-            picture = picture_control("The image, what is kept of it, and the answers")
+            picture = picture_of("The image, what is kept of it, and the answers")
     take.click(take_drawn, [chosen, drawn], [image, editor], **QUEUED)
     upload.upload(in_worker(demo.read), upload, [image, editor], **QUEUED)
     inputs = [image, editor, repeats, count, seed, gr.State("ddpm"), steps]
@@ -241,7 +241,7 @@ sampler_controls = lambda: [
     number(20, "Steps", "Network calls for an image; empty for all timesteps."),
 ]
 upload_control = lambda: gr.UploadButton("Upload an image, which is cropped square", file_types=["image"])
-picture_control = lambda label: gr.Image(label=label, interactive=False, format="png", height=SIDE)
+picture_of = lambda label: gr.Image(label=label, interactive=False, format="png", height=SIDE, buttons=["download"])
 
 
 if __name__ == "__main__":

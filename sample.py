@@ -23,7 +23,7 @@ from functions.sampling.export import export
 from functions.sampling.files import MOST_IN_GRID, figures_of, image_path, open_folder, save_pictures
 from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, open_sampler
 from functions.sampling.inpainting import check_sampler, inpaint_image
-from functions.sampling.interpolation import save_interpolation, save_variations
+from functions.sampling.interpolation import save_rows
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, fraction, plain_errors, positive
 from functions.support.errors import UserError
@@ -106,13 +106,13 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
     size = image_sampler.shape[-1]
     source = lambda text: int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
     two = [source(text) for text in args.interpolate or []]
-    one = source(args.variations) if args.variations else None
+    one = [source(args.variations)] if args.variations else []
     masked = read_with_mask(args.inpaint, args.mask, size) if args.inpaint else None
     folder.mkdir(parents=True, exist_ok=True)  # only when all images were read
     if two:
-        save_interpolation(image_sampler, two, args.depths, args.batch_size, folder / "interpolation.png")
-    if one is not None:
-        save_variations(image_sampler, one, args.depths, args.batch_size, folder / "variations.png")
+        save_rows(image_sampler, two, args.depths, args.batch_size, folder / "interpolation.png")
+    if one:
+        save_rows(image_sampler, one, args.depths, args.batch_size, folder / "variations.png")
     if masked:
         pictures = inpaint_image(image_sampler, *masked, args.resample, args.n, args.batch_size)
         save_grid(pictures, folder / "inpainting.png", columns=min(len(pictures), 8))

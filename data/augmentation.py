@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 MAX_DEGREES = 10.0  # the mirrored margin is wide enough for this; beyond, a "small rotation" is something else
-
 TAPS = 8  # pixels on either side of a point that the doubling filter takes in
 
 
@@ -40,8 +39,7 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     doubled = double_width(mirror(x, margin + TAPS))  # (B, 3, H + 2 (margin + taps), 2 (W + 2 margin))
     doubled = double_width(doubled.transpose(2, 3)).transpose(2, 3)  # (B, 3, 2 (H + 2 margin), 2 (W + 2 margin))
 
-    # Where each output pixel lies in the input, in pixels from the centre. y points down, so this turns the image
-    # counter-clockwise.
+    # Where each output pixel lies in the input, in pixels from the centre; as y points down, counter-clockwise.
     x_out = torch.arange(width, device=x.device, dtype=torch.float32) - (width - 1) / 2
     y_out = torch.arange(height, device=x.device, dtype=torch.float32)[:, None] - (height - 1) / 2
     radians = torch.deg2rad(angle.to(torch.float32))[:, None, None]
@@ -69,8 +67,7 @@ def mirror(x: torch.Tensor, margin: int) -> torch.Tensor:
 
 def double_width(x: torch.Tensor) -> torch.Tensor:
     """(..., W + 2 taps) -> (..., 2 W): every pixel but the outer ones, then the point half-way to the next."""
-    # A sum of shifted images, not a convolution or matrix product: those may run in TF32 or bfloat16 on a GPU, and a
-    # constant would not stay constant.
+    # Shifted images, summed: a convolution may run in TF32 or bfloat16 on a GPU, and a constant would not stay one.
     width = x.shape[-1] - 2 * TAPS
     halfway = sum(
         weight * (x[..., TAPS - k : TAPS - k + width] + x[..., TAPS + 1 + k : TAPS + 1 + k + width])

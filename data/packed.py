@@ -123,9 +123,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
     for left_by_a_kill in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         left_by_a_kill.unlink()
     ids, bad_images, altered = [], [], Counter()
-
-    def fit(rgb: np.ndarray) -> tuple[np.ndarray, int, int]:
-        return fit_square(rgb, image_size), *rgb.shape[:2]
+    fit = lambda rgb: (fit_square(rgb, image_size), *rgb.shape[:2])
 
     def write_images(file: BinaryIO) -> None:
         # The delay keeps small sets, which take a moment, free of a progress bar.
@@ -150,8 +148,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
     counts += "".join(f"; {count:,} {how}" for how, count in altered.items() if count)
     summary = f"{short(source.path.name)}: {counts}"
     record = {"key": key, "made_from": str(source.path.resolve()), "image_size": image_size, "summary": summary}
-    text = json.dumps({**record, "bad_images": bad_images, "ids": ids})
-    write_text(Path(f"{target}.json"), text)
+    write_text(Path(f"{target}.json"), json.dumps({**record, "bad_images": bad_images, "ids": ids}))
     left_out = [f"  left out: {short(name)}: {reason}" for name, reason in bad_images[:LISTED_BAD_IMAGES]]
     print("\n".join([summary, *source.notes, *left_out]), flush=True)
     return read_pack(target, key, image_size)
@@ -160,8 +157,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
 def map_images(source: Source, job: Callable[[np.ndarray], object]) -> Iterator[object | BadImage]:
     """Yield job(pixels) for every image in the order of source.ids, pixels being uint8 (H, W, 3) at its own size.
 
-    An unusable image yields its BadImage instead. Files are read in order and decoded by a thread a core and some more,
-    for Pillow works outside of Python's lock.
+    An unusable image yields its BadImage instead. Threads decode, as Pillow works outside of Python's lock.
     """
 
     def process(data: bytes | np.ndarray | BadImage) -> object | BadImage:

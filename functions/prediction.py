@@ -49,10 +49,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """The x_0 that a model sees in x_t (Eq. 15 of Ho et al. 2020), and the eps that agrees with it: (B, C, H, W) each.
 
-    Args:
-        model: a `Denoiser`, or any callable (x_t, t) -> eps.
-        x_t: (B, C, H, W) at timestep t: one for all, or (B,) int64.
-        clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it.
+    The model is a `Denoiser`, or any callable (x_t, t) -> eps; t is one timestep for all, or (B,) int64. `clip_x_0`
+    clips x_0 to the range of images, [-1, 1], and recomputes eps from it.
     """
     t_of_images = torch.full((len(x_t),), t, device=x_t.device) if isinstance(t, int) else t
     x_0, eps = interpret(model, scheduler, x_t, t, model(x_t, t_of_images))
@@ -62,14 +60,12 @@ def predict(
     return x_0, eps
 
 
-def interpret(
-    model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, output: Tensor
-) -> tuple[Tensor, Tensor]:
+def interpret(model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, out: Tensor) -> tuple[Tensor, Tensor]:
     """As `predict`, from what the model gave for (x_t, t)."""
     if getattr(model, "objective", "eps") == "v":
-        x_0, eps = scheduler.predict_from_v(x_t, t, output)
+        x_0, eps = scheduler.predict_from_v(x_t, t, out)
     else:
-        x_0, eps = scheduler.predict_x_0(x_t, t, output), output
+        x_0, eps = scheduler.predict_x_0(x_t, t, out), out
     if calibration := getattr(model, "calibration", None):
         better = calibration(x_0, x_t, t, scheduler)
         x_0, eps = better, eps if better is x_0 else scheduler.predict_eps(x_t, t, better)

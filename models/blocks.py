@@ -16,14 +16,14 @@ from functions.support.dialects import DIALECTS, Dialect
 from models.group_norm import GroupNorm
 
 Norm = Callable[[int], GroupNorm]
+WORTH_DOUBLING = 256  # pixels of an image to upsample; of fewer, summing up the kernels costs more than it saves
 
 
 def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
     """`part(*inputs)`; if `wanted`, only the inputs are kept, and backward computes again what it needs.
 
-    That is PyTorch's checkpoint (Chen et al. 2016, arXiv:1604.06174). It repeats the part up to the last tensor that
-    backward needs. A convolution's backward needs its input, not its output. So of "norm, SiLU, convolution" it repeats
-    the norm and the SiLU, and not the convolution.
+    PyTorch's checkpoint (Chen et al. 2016, arXiv:1604.06174) repeats the part up to the last tensor that backward
+    needs: of "norm, SiLU, convolution" not the convolution, whose backward needs its input and not its output.
     """
     if wanted and torch.is_grad_enabled():
         return checkpoint(part, *inputs, use_reentrant=False)
@@ -31,18 +31,11 @@ def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> T
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"]) -> Tensor:
-    """Embed integer timesteps as sines and cosines of geometrically spaced frequencies.
+    """Timesteps (B,) -> (B, dim) float32: sines and cosines of geometrically spaced frequencies.
 
     "Attention Is All You Need", Section 3.5, in the form of Ho's code: all sines first, then all cosines, with
-    frequencies 10000^(-i / (dim/2 - 1)) for i = 0 .. dim/2 - 1, hence from 1 down to exactly 1/10000.
-
-    Args:
-        t: (B,) timesteps, integer or float.
-        dim: size of the embedding; even and at least 4 (`ValueError` otherwise).
-        dialect: diffusers' has the cosines first, and dim/2 in the place of dim/2 - 1.
-
-    Returns:
-        (B, dim) float32.
+    frequencies 10000^(-i / (dim/2 - 1)) for i = 0 .. dim/2 - 1, hence from 1 down to exactly 1/10000. The dialect of
+    diffusers has the cosines first, and dim/2 in the place of dim/2 - 1. `ValueError` unless dim is even, 4 or more.
     """
     if dim < 4 or dim % 2:
         raise ValueError(f"the embedding's dim is {dim}; it must be even and at least 4")
@@ -70,11 +63,7 @@ class TimeEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """Norm-SiLU-conv twice around the added time embedding, plus a shortcut (a 1x1 convolution when channels change).
 
-    Args:
-        in_channels, out_channels: what `norm` takes.
-        time_dim: size of the time embedding.
-        dropout: probability, before the second convolution.
-        norm: makes the GroupNorm of so many channels.
+    `norm` makes a GroupNorm of as many channels as it is given; dropout precedes the second convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm: Norm):
@@ -147,9 +136,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))  # right and bottom only
-
-
-WORTH_DOUBLING = 256  # pixels of an image; of fewer, summing up the kernels costs more than it saves
 
 
 class Upsample(nn.Module):

@@ -47,11 +47,10 @@ class UNet(nn.Module):
     ):
         super().__init__()
         levels = len(dim_multiply)
-        if image_size != lowest_resolution_size * 2 ** (levels - 1):
-            raise ValueError(
-                f"{levels} levels lead from {image_size} to {image_size / 2 ** (levels - 1):g} pixels, "
-                f"not to lowest_resolution_size = {lowest_resolution_size}"
-            )
+        lowest = image_size / 2 ** (levels - 1)
+        if lowest != lowest_resolution_size:
+            what = f"{levels} levels lead from {image_size} to {lowest:g} pixels"
+            raise ValueError(f"{what}, not to lowest_resolution_size = {lowest_resolution_size}")
         if dialect not in DIALECTS:
             raise ValueError(f"dialect is {dialect!r}; it can be {' or '.join(DIALECTS)}")
         self.image_size, self.channels = image_size, channels
@@ -60,9 +59,7 @@ class UNet(nn.Module):
         dims = [base_dim * multiplier for multiplier in dim_multiply]
         block = partial(ResidualBlock, time_dim=4 * base_dim, dropout=dropout, norm=norm)
         attend = partial(SelfAttention, norm=norm, head_dim=details.attention_head_dim)
-
-        def attention(level: int) -> nn.Module:
-            return attend(dims[level]) if level in transformer_layers else nn.Identity()
+        attention = lambda level: attend(dims[level]) if level in transformer_layers else nn.Identity()
 
         self.time_embedding = TimeEmbedding(base_dim, details)
         self.conv_in = nn.Conv2d(channels, base_dim, 3, padding=1)
@@ -113,10 +110,8 @@ class UNet(nn.Module):
         for layer in modules:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.zeros_(layer.bias)
-                if layer in zero:
-                    nn.init.zeros_(layer.weight)
-                else:
-                    nn.init.xavier_uniform_(layer.weight)
+                initialise = nn.init.zeros_ if layer in zero else nn.init.xavier_uniform_
+                initialise(layer.weight)
 
     def set_recompute(self, recompute: str) -> None:
         """Choose what backward computes again instead of keeping it from the forward pass; the gradients are the same.
@@ -135,14 +130,9 @@ class UNet(nn.Module):
                 module.recompute_norms = recompute == "norms"
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise, or v.
+        """The noise, or v, in images x_t (B, channels, image_size, image_size) at timesteps t (B,) int64, 0 .. T-1.
 
-        Args:
-            x_t: (B, channels, image_size, image_size), the noised images.
-            t: (B,) int64, their timesteps, 0 .. T-1.
-
-        Returns:
-            (B, channels, image_size, image_size), in the precision of the last layer (autocast's when it is on).
+        It has the shape of x_t, and the precision of the last layer (autocast's when it is on).
         """
         time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
         h = self.conv_in(x_t)  # (B, base_dim, H, W)

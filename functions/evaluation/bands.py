@@ -3,8 +3,7 @@
 For held-out images, the squared error of the network's x_0 (unclipped) over that of the average training image, in an
 image's mean and in each octave of frequencies. 1 is no knowledge at all, and above 1 is a fault. The best linear filter
 of x_t reaches (1 - a) / (a s^2 + 1 - a) with a = alpha_bar_t, and s^2 the squared error of the average image for each
-coefficient of the orthonormal transform, in which the noise has 1.
-docs/whole-before-detail.md explains what it is good for.
+coefficient of the orthonormal transform, in which the noise has 1. docs/whole-before-detail.md says what it is for.
 """
 
 import math
@@ -73,10 +72,8 @@ def measure_bands(
 ) -> BandErrors:
     """Measure the ratios; the processes divide the timesteps among themselves, and all get the result.
 
-    Args:
-        x_0_of: image indices (B,) -> (B, C, H, W) in [-1, 1], on the model's device.
-        indices: the held-out images; `UserError` for a single one, as its standard error is not known.
-        average: (C, H, W): the average training image.
+    `x_0_of` makes of image indices (B,) their x_0 (B, C, H, W) in [-1, 1], on the model's device; `average` is the
+    training images' (C, H, W). `UserError` for a single held-out image, as its standard error is not known.
     """
     if len(indices) < 2:
         raise UserError("bands wants two held-out images or more")

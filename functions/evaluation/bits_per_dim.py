@@ -118,17 +118,12 @@ def measure_bits_per_dim(
     processes: Processes = SINGLE_PROCESS,
     progress: bool = False,
 ) -> BitsPerDim:
-    """Measure the variational bound (Eq. 5) of held-out images.
+    """Measure the variational bound (Eq. 5) of held-out images; the processes divide the batches, all get the result.
 
-    The noise of a term depends on (seed, image, t) alone, and batches are the same whoever computes them, so the result
-    depends neither on the number of processes nor on chance. A batch that does not fit in memory is halved; UserError
-    when a single image does not, and ValueError without an image or for an unknown variance.
-
-    Args:
-        x_0_of: image indices (B,) -> (B, C, H, W) in [-1, 1], on the model's device.
-        indices: the held-out images, at least one.
-        processes: those that divide the batches among themselves; all get the result.
-        progress: show a bar over the batches.
+    `x_0_of` makes of image indices (B,) the x_0 (B, C, H, W) in [-1, 1], on the model's device. The noise of a term
+    depends on (seed, image, t) alone, and batches are the same whoever computes them, so the result depends neither on
+    the number of processes nor on chance. A batch that does not fit in memory is halved; UserError when a single image
+    does not, and ValueError without an image or for an unknown variance.
     """
     if len(indices) == 0 or options.variance not in VARIANCES:
         raise ValueError(f"{len(indices)} images and variance {options.variance!r}; there must be some, small or large")
@@ -160,11 +155,9 @@ def strata_of(timesteps: int, t_stride: int) -> list[range]:
 
     L_t falls about as 1 / t, so a stratum is no longer than a quarter of its first t (and one).
     """
-    strata, start = [range(0, 1)], 1
-    while start < timesteps:
-        stop = min(start + min(t_stride, 1 + start // 4), timesteps)
-        strata.append(range(start, stop))
-        start = stop
+    strata = [range(0, 1)]
+    while (start := strata[-1].stop) < timesteps:
+        strata.append(range(start, min(start + min(t_stride, 1 + start // 4), timesteps)))
     return strata
 
 

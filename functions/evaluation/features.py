@@ -116,9 +116,7 @@ def real_features(
 
 
 @torch.no_grad()
-def collect_features(
-    batches: Iterable[tuple[range, Tensor]], count: int, extractor: Extractor, processes: Processes
-) -> Tensor:
+def collect_features(batches: Iterable[tuple], count: int, extractor: Extractor, processes: Processes) -> Tensor:
     """Extract the features of `count` images, (count, D) float32 on the CPU, the same in all processes.
 
     `batches` are those of this process: rows of the result, and their images, uint8 (B, H, W, 3). One that does not fit

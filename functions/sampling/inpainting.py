@@ -27,16 +27,9 @@ GREY = 128  # what the picture shows where the image is not kept
 def inpaint(image_sampler: ImageSampler, x_0: Tensor, anew: Tensor, resample: int, images: Sequence[int]) -> Tensor:
     """RePaint's Algorithm 1, with jumps of length 1; a step is done `resample` times, the last, to x_0, once.
 
-    Args:
-        x_0: (C, H, W) in [-1, 1], on the sampler's device.
-        anew: (H, W) bool: what is made anew. All other pixels come back as they are.
-        resample: network calls for a step.
-        images: the numbers of the answers; each depends on the seed and its number alone.
-
-    Returns:
-        (B, C, H, W) images.
-
-    Raises UserError as `check_sampler`.
+    x_0 is (C, H, W) in [-1, 1], on the sampler's device; `anew` is (H, W) bool, and all other pixels come back as they
+    are. `images` are the numbers of the answers (B, C, H, W); each depends on the seed and its number alone. Raises
+    UserError as `check_sampler`.
     """
     check_sampler(image_sampler.options)
     scheduler, times = image_sampler.scheduler, image_sampler.options.times(image_sampler.scheduler)

@@ -4,7 +4,7 @@ A depth t is a timestep of the code, 0 .. T-1: how far into the noise an image i
 decodes it. The deeper, the less of the image is left; t = -1 is the image itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,30 +69,11 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 def mixtures(image_sampler: ImageSampler, sources: Sequence[Source], ends: Tensor, t: int, weights: Tensor) -> Tensor:
     """Mix two sources, whose images are `ends`, as in the paper (`interpolate_images`): (L, C, H, W) images.
 
-    But two images of the seed come from noise that is known: from the depth of all timesteps on, that is mixed
-    (`interpolate_seeds`).
+    But of two images of the seed the noise is known: at the depth of all timesteps that is mixed (`interpolate_seeds`).
     """
     if t == image_sampler.scheduler.timesteps - 1 and all(isinstance(source, int) for source in sources):
         return interpolate_seeds(image_sampler, sources, weights)
     return interpolate_images(image_sampler, ends, t, weights)
-
-
-def save_interpolation(
-    image_sampler: ImageSampler, sources: Sequence[Source], depths: Sequence[float], batch_size: int, path: Path
-) -> None:
-    """Save two images and between them their mixtures, one row a depth; depths are fractions of all timesteps."""
-    weights = torch.linspace(0, 1, MIXTURES, device=image_sampler.device)
-    row = lambda ends, t, columns: mixtures(image_sampler, sources, ends, t, weights[list(columns)])
-    titles = [f"{weight:.3g}" for weight in weights.tolist()]
-    save_rows(image_sampler, sources, row, titles, depths, batch_size, path)
-
-
-def save_variations(
-    image_sampler: ImageSampler, source: Source, depths: Sequence[float], batch_size: int, path: Path
-) -> None:
-    """Save an image and what comes back of it with other noise in each column, one row a depth."""
-    row = lambda ends, t, columns: variations(image_sampler, ends[0], t, columns)
-    save_rows(image_sampler, [source], row, [*map(str, range(VARIATIONS))], depths, batch_size, path)
 
 
 def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
@@ -103,20 +84,22 @@ def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
 
 
 def save_rows(
-    image_sampler: ImageSampler,
-    sources: Sequence[Source],
-    sample_row: Callable[[Tensor, int, Sequence[int]], Tensor],
-    titles: Sequence[str],
-    depths: Sequence[float],
-    batch_size: int,
-    path: Path,
+    image_sampler: ImageSampler, sources: Sequence[Source], depths: Sequence[float], batch_size: int, path: Path
 ) -> None:
-    """Save the columns of `sample_row(ends, t, columns)`, one row a depth t, between one or two ends: the sources."""
-    ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
+    """Save a row a depth, a fraction of all timesteps: two images and their mixtures between, or one and variations."""
+    ends, mixing = torch.stack([x_0_of(image_sampler, source) for source in sources]), len(sources) == 2
     all_t = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in depths]
+    weights = torch.linspace(0, 1, MIXTURES, device=image_sampler.device)
+    titles = [f"{weight:.3g}" for weight in weights.tolist()] if mixing else [*map(str, range(VARIATIONS))]
+
+    def columns(some: range, t: int) -> Tensor:
+        if mixing:
+            return mixtures(image_sampler, sources, ends, t, weights[list(some)])
+        return variations(image_sampler, ends[0], t, some)
+
     limit, rows = BatchLimit(image_sampler.device, batch_size), []
     for t in tqdm(all_t, path.stem, unit="row"):
-        row = limit.in_parts(lambda some, t=t: to_uint8(sample_row(ends, t, some)).cpu(), range(len(titles)))
+        row = limit.in_parts(lambda some, t=t: to_uint8(columns(some, t)).cpu(), range(len(titles)))
         rows.append(torch.cat(row).numpy())
     first, *last = [np.repeat(image[None], len(rows), axis=0) for image in to_uint8(ends).cpu().numpy()]
     first_title, *last_title = [f"image {source}" if isinstance(source, int) else "image" for source in sources]

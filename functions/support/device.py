@@ -60,10 +60,9 @@ def keep_heap() -> None:
 def choose_precision(name: str, device: torch.device, started_with: str | None = None) -> torch.dtype:
     """The network's dtype under autocast: as named, or with "auto" the fastest that the hardware has natively.
 
-    bfloat16 where the hardware has it, float16 on older CUDA GPUs (with a gradient scaler), float32 elsewhere. An
-    emulated bfloat16 would run, several times slower than float32, so emulation does not count. A resumed run keeps
-    the precision that it was `started_with`, if the device has it. float32 on CUDA is no TF32, for the whole process.
-    Raises UserError when the device has no such one.
+    bfloat16 where the hardware has it (emulated it is several times slower than float32), float16 on older CUDA GPUs
+    (with a gradient scaler), float32 elsewhere. A resumed run keeps the precision that it was `started_with`, if the
+    device has it. float32 on CUDA is no TF32, for the whole process. UserError when the device has no such precision.
     """
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # or convolutions have 10 bits of fraction instead of 23

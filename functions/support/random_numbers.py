@@ -42,8 +42,7 @@ def training_draws(
 ) -> StepDraws:
     """Draw t and noise (Algorithm 1, lines 3 and 4) and the augmentation for a whole effective batch.
 
-    Drawn whole and then cut, so that an image's draws depend on its place in the effective batch and not on how that
-    is divided into forward passes.
+    Drawn whole and then cut, so that an image's draws depend on its place in it, and not on how it is cut into passes.
     """
     generator = generator_of(device, seed, "training", step)
     return StepDraws(
@@ -65,12 +64,7 @@ class ImageNoise:
     """
 
     def __init__(
-        self,
-        seed: int,
-        images: Sequence[int],
-        shape: Sequence[int],
-        device: torch.device | str = "cpu",
-        purpose: str = "image",
+        self, seed: int, images: Sequence[int], shape: tuple, device: torch.device | str = "cpu", purpose: str = "image"
     ):
         self.generators = [generator_of("cpu", seed, purpose, i) for i in images]
         self.shape, self.device = tuple(shape), torch.device(device)

@@ -1,11 +1,10 @@
 """The training loss on held-out images, measured the same way every time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.pixels import to_model_range
 from functions.losses import denoising_loss, eps_errors
@@ -16,11 +15,7 @@ from functions.support.random_numbers import ImageNoise, generator_of
 
 @torch.no_grad()
 def validation_losses(
-    denoisers: Sequence[Denoiser],
-    images_of: Callable[[np.ndarray], Tensor],
-    indices: np.ndarray,
-    config,
-    processes: Processes,
+    denoisers: list[Denoiser], images_of: Callable, indices: np.ndarray, config: object, processes: Processes
 ) -> list[tuple[float, float]]:
     """Each denoiser's mean loss (Eq. 14), and the error of eps that belongs to it, over fixed (image, t, noise).
 
@@ -28,12 +23,8 @@ def validation_losses(
     spaced over 0 .. T-1 in a shuffled order; the noise is j's own. So neither batch size nor chance moves the curve,
     which compares runs; that of eps compares objectives too.
 
-    Args:
-        denoisers: with the same schedule, on the same device.
-        images_of: image indices (B,) -> uint8 (B, H, W, C), on the networks' device.
-        indices: the held-out images.
-        config: the run's DiffusionConfig: validation_samples, batch_size and seed.
-        processes: those that do the work together; each takes some of the batches, and all get the means.
+    The denoisers have the same schedule, and are on the device on which `images_of` makes of image indices (B,) their
+    uint8 (B, H, W, C). `config` is the run's DiffusionConfig. The processes divide the batches, and all get the means.
     """
     scheduler, samples = denoisers[0].scheduler, config.validation_samples
     order = torch.randperm(samples, generator=generator_of("cpu", config.seed, "validation t"))
