@@ -12,7 +12,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -25,7 +24,7 @@ from data.decode import decode_rgb, fit_mask, fit_square
 from data.pixels import to_uint8
 from functions.sampling.generation import generate_batches, open_sampler
 from functions.sampling.inpainting import inpaint_image
-from functions.sampling.interpolation import Source, mixtures, x_0_of
+from functions.sampling.interpolation import mixtures, x_0_of
 from functions.sampling.options import SAMPLERS, add_model_flags
 from functions.support.command_line import EXIT_BAD_INPUT, Parser, plain_errors, plain_sentence
 from functions.support.errors import CheckpointError, UserError
@@ -45,7 +44,6 @@ STYLE = ".image-frame img { width: 100%; height: 100%; object-fit: contain; padd
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # of the machine, not of the web
 WORKER = ThreadPoolExecutor(1)  # in which all models run
 QUEUED = {"concurrency_limit": 1, "concurrency_id": "model"}  # clicks wait for each other, in their order
-Drawn = list[tuple[str, np.ndarray]]  # titles, and uint8 (N, H, W, 3): x_0 on the way, and at last the images
 
 
 def main() -> None:
@@ -58,27 +56,26 @@ def main() -> None:
     except CheckpointError as error:
         print(error)  # a model may come later
     with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        model = lambda check: "{0.path}: {0}".format(demo.open()[0])
-        page.load(in_worker(model), outputs=gr.Textbox(label="The model", interactive=False), **QUEUED)
+        page.load(in_worker(lambda check: str(demo.open()[0].path)), outputs=gr.Textbox(label="The model"), **QUEUED)
         drawing, drawn = draw_tab(demo)
         stoppable = [drawing, mix_tab(demo), paint_tab(demo, drawn)]
         gr.Button("Stop").click(None, cancels=stoppable)
     page.queue(max_size=16).launch(
         server_name="127.0.0.1", share=False, ssr_mode=False, run_history=False, enable_monitoring=False, theme=FONTS,
-        css=STYLE, footer_links=[], max_file_size=10**8, state_session_capacity=8, quiet=True, prevent_thread_lock=True,
+        css=STYLE, footer_links=[], max_file_size=10**8, state_session_capacity=9, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
     print(f"the page is at {page.local_url}; Ctrl-C ends it", flush=True)
-    with suppress(KeyboardInterrupt):
+    try:
         Event().wait()
-    page.close(verbose=False)
-    os._exit(130)  # and no waiting for the worker
+    finally:
+        page.close(verbose=False)
+        os._exit(130)  # and no waiting for the worker
 
 
 def in_worker(work: Callable) -> Callable:
-    """Make of `work(check, *inputs)` what Gradio calls with these inputs: the worker does it, and errors are sentences.
+    """Have the worker do `work(check, *inputs)` for Gradio, which ends this on Stop, or when nobody looks any more.
 
-    Samplers call `check` in every step. It takes news for the page; and it ends the work after Gradio ended this where
-    it yields, on Stop or when nobody looks any more.
+    Samplers call `check` in every step: it then ends the work, and takes news for the page. Errors are sentences there.
     """
 
     def steps(*inputs: object) -> Iterator[object]:
@@ -89,16 +86,23 @@ def in_worker(work: Callable) -> Callable:
                 raise InterruptedError
             latest.extend([news] if news else [])
 
-        done = WORKER.submit(work, check, *inputs)
+        def job() -> object:
+            try:
+                return work(check, *inputs)
+            except Exception as error:  # which is not passed on, as it holds on to the model
+                if text := plain_sentence(error):
+                    return gr.Error(html.escape(text), print_exception=False)
+                raise
+
+        done = WORKER.submit(job)
         try:
             while not wait([done], timeout=0.2).done:
                 yield latest.pop() if latest else gr.skip()
-            yield done.result()
-        except Exception as error:
-            text = plain_sentence(error)
-            raise gr.Error(html.escape(text), print_exception=False) if text else error from error
         finally:
             left.set()
+        if isinstance(done.result(), gr.Error):
+            raise done.result()
+        yield done.result()
 
     return steps
 
@@ -117,7 +121,7 @@ class Demo:
 
     def draw(self, check: Callable, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
         """Sample images 0 .. n-1, and show every few steps what the model takes them for."""
-        drawn = []
+        drawn = []  # titles, and uint8 (N, H, W, 3): x_0 on the way, and at last the images
 
         def watch(k: int, t: int, x: torch.Tensor, x_0: torch.Tensor) -> None:
             check()
@@ -133,10 +137,12 @@ class Demo:
         drawn.append((title, to_uint8(samples.images).numpy()))
         return shown(drawn)
 
-    def mix(self, check: Callable, first: Source, second: Source, depth: float, share: float, *flags: object) -> list:
-        """The first image, the mixture and the second; the flags are those of `open`."""
+    def mix(self, check: Callable, depth: float, share: float, *inputs: object) -> list[Image.Image]:
+        """The first image, the mixture and the second: of either the upload, or None, and the number."""
+        first, i, second, j, *flags = inputs
         _, image_sampler = self.open(check, *flags)
-        sources = [s if isinstance(s, int) else fit_square(s, image_sampler.shape[-1]) for s in (first, second)]
+        fitted = lambda rgb: fit_square(rgb, image_sampler.shape[-1])
+        sources = [(n or 0) if rgb is None else fitted(rgb) for rgb, n in ((first, i), (second, j))]
         ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
         t = round(depth * image_sampler.scheduler.timesteps) - 1
         mixture = mixtures(image_sampler, sources, ends, t, torch.tensor([share], device=ends.device))
@@ -157,18 +163,12 @@ class Demo:
         return image, enlarged(image)
 
 
-def take_drawn(number: int | None, drawn: Drawn) -> tuple[np.ndarray, Image.Image]:
+def take_drawn(number: int | None, drawn: list) -> tuple[np.ndarray, Image.Image]:
     """An image of those that were drawn last, and how it is shown."""
     there = drawn[-1][1] if drawn else []
     if (number or 0) >= len(there):
         raise gr.Error(f"There are {len(there)} images in the tab Draw; the first is number 0.", print_exception=False)
     return there[number or 0], enlarged(there[number or 0])
-
-
-def look_back(place: int, drawn: Drawn) -> gr.Image:
-    """What was there at this place, from 1."""
-    title, images = drawn[:place][-1]
-    return gr.Image(grid_of(images), label=title)
 
 
 def draw_tab(demo: Demo) -> tuple:
@@ -194,19 +194,19 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
             first, first_picture = source_controls(demo, "first", 0)
             mixture = picture_of("The mixture")
             second, second_picture = source_controls(demo, "second", 1)
-    inputs = [first, second, depth, share, *controls]
+    inputs = [depth, share, *first, *second, *controls]
     return start.click(in_worker(demo.mix), inputs, [first_picture, mixture, second_picture], **QUEUED)
 
 
-def source_controls(demo: Demo, which: str, first: int) -> tuple[gr.State, gr.Image]:
-    """An image of the seed or an upload, whichever was chosen last; and where it is shown."""
+def source_controls(demo: Demo, which: str, i: int) -> tuple[list, gr.Image]:
+    """An upload, which is forgotten where a number is chosen, and the number; and where they are shown."""
     with gr.Column():
-        source, picture = gr.State(first), picture_of(f"The {which} image")
-        chosen = number(first, f"Number of the {which} image", "Takes one of the seed's; 0 is the first.", least=0)
+        source, picture = gr.State(), picture_of(f"The {which} image")
+        chosen = number(i, f"Number of the {which} image", "Takes one of the seed's; 0 is the first.", least=0)
         upload = upload_control()
-    chosen.input(lambda n: (n or 0, None), chosen, [source, picture], trigger_mode="always_last", **QUEUED)
+    chosen.input(lambda: (None, None), None, [source, picture], **QUEUED)
     upload.upload(in_worker(demo.read), upload, [source, picture], **QUEUED)
-    return source, picture
+    return [source, chosen], picture
 
 
 def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
@@ -232,7 +232,8 @@ def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
 
 # What several tabs have
 enlarged = lambda image: Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-shown = lambda drawn: (look_back(len(drawn), drawn), gr.Slider(1, max(2, len(drawn)), len(drawn), visible=True), drawn)
+look_back = lambda place, d: gr.update(value=grid_of(d[:place][-1][1]), label=d[:place][-1][0])  # place: from 1
+shown = lambda d: (look_back(len(d), d), gr.update(maximum=max(2, len(d)), value=len(d), visible=True), d)
 number = lambda value, label, info, least=None: gr.Number(value, label=label, info=info, precision=0, minimum=least)
 slider = lambda most, value, label, info: gr.Slider(1, most, value, step=1, precision=0, label=label, info=info)
 seed_control = lambda: number(0, "Seed", "Another seed is other noise: other images.")

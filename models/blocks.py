@@ -16,7 +16,7 @@ from functions.support.dialects import DIALECTS, Dialect
 from models.group_norm import GroupNorm
 
 Norm = Callable[[int], GroupNorm]
-WORTH_DOUBLING = 256  # pixels of an image to upsample; of fewer, summing up the kernels costs more than it saves
+WORTH_DOUBLING = 256  # pixels, in `Upsample`; of fewer, summing up the kernels costs more than it saves
 
 
 def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:

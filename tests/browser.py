@@ -35,8 +35,9 @@ def served(printed: Path, *flags: object) -> Iterator[str]:
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, also of tests in the background
         process = subprocess.Popen([*map(str, command)], env=environment, stdout=file, stderr=file, preexec_fn=heard)
     try:
+        deadline = time.monotonic() + 120
         while not (found := re.search("the page is at (.*); ", printed.read_text())):
-            assert process.poll() is None, printed.read_text()
+            assert process.poll() is None and time.monotonic() < deadline, printed.read_text()
             time.sleep(0.1)
         yield found[1]
     finally:

@@ -51,9 +51,11 @@ def chromium():
 def page(chromium, served_run):
     """The page of the run, fresh, which asked no other machine for anything."""
     asked = []
-    chromium.on("request", lambda request: asked.append(request.url))
+    note = lambda request: asked.append(request.url)
+    chromium.on("request", note)
     chromium.goto(served_run)
     yield chromium
+    chromium.remove_listener("request", note)
     assert asked and all(url.startswith((served_run, "data:", "blob:")) for url in asked)
 
 
@@ -89,7 +91,6 @@ def test_draw(page, run, tmp_path):
     fill(page, Seed=3, How_many=4, Steps=60)
     page.get_by_label("ddim").check()
     click(page, DRAW)
-    page.get_by_text("network calls, at t = ").wait_for()  # meanwhile
     command = ["--seed", 3, "--n", 4, "--sampler", "ddim", "--steps", 60]
     grid = picture(page, " ".join(map(str, ["sample.py", run / "checkpoints" / "step-00000005.safetensors", *command])))
     sample_py(run, *command, "--out", tmp_path)
@@ -106,8 +107,9 @@ def test_draw(page, run, tmp_path):
     picture(page, "after 49 of 60 network calls")
 
 
-def test_clicks_wait_for_each_other(page, served_run):
-    """Another page's click is served when the first is done: here, when it is stopped, or its page is closed."""
+def test_clicks_wait_for_each_other(page, run, served_run):
+    """Another page's click is served as it was given, when the first is done: is stopped here, or its page closed."""
+    twelfth = to_uint8(generate(sampler_of(run, 0, "dpm++", 2), [12], 1).images).numpy()[0]
     for end in ("stop", "close"):
         first, second = (page.context.browser.new_page() for _ in range(2))
         first.goto(served_run)
@@ -116,13 +118,15 @@ def test_clicks_wait_for_each_other(page, served_run):
         first.get_by_text("of 100 network calls").wait_for()
         second.goto(served_run)
         tab(second, "Mix")
-        fill(second, Steps=2)
+        fill(second, Steps=2, Depth=1, Share=1)
+        control(second, "Number of the second image").press("Backspace")
+        control(second, "Number of the second image").press_sequentially("12", delay=20)
         click(second, MIX)
-        second.wait_for_timeout(2000)
+        second.get_by_text("queue: ").first.wait_for()
         assert not second.get_by_test_id("download-link").count()
         assert not first.get_by_text("sample.py").count()
         first.close() if end == "close" else click(first, "Stop")
-        picture(second, "The mixture")
+        np.testing.assert_array_equal(picture(second, "The mixture"), twelfth)
         second.close()
         first.close()
 
@@ -204,7 +208,7 @@ def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
     runs, printed = tmp_path / "runs", tmp_path / "printed"
     with served(printed, "--runs", runs) as address:
         chromium.goto(address)
-        missing = f"no run with a checkpoint here yet; python train.py --runs {runs} makes one"
+        missing = f"no run with a checkpoint here yet; train one first (python train.py --runs {runs})"
         sentence(chromium, missing)
         assert missing in printed.read_text()
         checkpoints = runs / run.name / "checkpoints"

@@ -6,7 +6,7 @@ The reverse loops of functions/samplers.py are called here, for as many images a
 import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TypeVar
 
@@ -57,7 +57,7 @@ class ImageSampler:
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
-    watch: OnStep | None = None  # sees every step of whatever is sampled
+    watch: OnStep | None = field(default=None, compare=False)  # sees every step, and decides nothing
 
     def __post_init__(self) -> None:
         self.options.times(self.scheduler)

@@ -35,7 +35,7 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (text := plain_sentence(error, *others)):
+        if (text := plain_sentence(error, *others)) is None:
             raise
         print(f"error: {text}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
@@ -44,16 +44,16 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
         sys.exit(130)  # what shells report for Ctrl-C
 
 
-def plain_sentence(error: Exception, *others: type[Exception]) -> str:
-    """What a user reads of an error that users can mend; nothing of a bug."""
+def plain_sentence(error: Exception, *others: type[Exception]) -> str | None:
+    """What a user reads of an error that users can mend; None for a bug."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (UserError, OSError, *others)):
-        return str(error)
+        return str(error) or type(error).__name__
     if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
         advice = "take a smaller batch or model, or another device; other programs may hold memory too"
         return f"out of memory ({short(error)}): {advice}"
-    return ""
+    return None
 
 
 def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:

@@ -137,8 +137,8 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
         if checkpoints_of(run):
             return find_checkpoints(run)
     what = f"run of an experiment {prefix}*" if prefix else "run"
-    command = f"python train.py{f' {prefix}...' if prefix else ''}{f' --runs {runs}' if runs != Path('runs') else ''}"
-    raise CheckpointError(f"{runs}: no {what} with a checkpoint here yet; {command} makes one, or name a checkpoint")
+    how = "" if prefix else f" (python train.py{'' if runs == Path('runs') else f' --runs {runs}'})"
+    raise CheckpointError(f"{runs}: no {what} with a checkpoint here yet; train one first{how}, or name a checkpoint")
 
 
 def results_folder(saved: SavedModel, kind: str) -> Path:
