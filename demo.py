@@ -238,7 +238,7 @@ number = lambda value, label, info, least=None: gr.Number(value, label=label, in
 slider = lambda most, value, label, info: gr.Slider(1, most, value, step=1, precision=0, label=label, info=info)
 seed_control = lambda: number(0, "Seed", "Another seed is other noise: other images.")
 sampler_controls = lambda: [
-    gr.Radio([*SAMPLERS], value="dpm++", label="Sampler", info="ddpm, the paper's, wants many steps; the rest 20."),
+    gr.Radio([*SAMPLERS], value="dpm++", label="Sampler", info="ddpm, the paper's, wants many steps, the others 20."),
     number(20, "Steps", "Network calls for an image; empty for all timesteps."),
 ]
 upload_control = lambda: gr.UploadButton("Upload an image, which is cropped square", file_types=["image"])
