@@ -47,11 +47,11 @@ def served(printed: Path, *flags: object) -> Iterator[str]:
 
 @contextmanager
 def browser() -> Iterator[Page]:
-    """A page of headless Chromium, whose waits end after a minute."""
+    """A page of headless Chromium, whose waits end after three minutes."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = chromium.new_page(viewport={"width": 1100, "height": 900})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(180_000)
         yield page
         chromium.close()
 
