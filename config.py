@@ -1,4 +1,4 @@
-"""What a run is made of: the experiments that can be started by name, and two dataclasses with a comment a field.
+"""What a run is made of: the experiments by name, and two dataclasses with a comment for each field.
 
 Edit `experiments` or add to it, or override any field for one run: `python train.py faces --diffusion.epochs 10`.
 A config that could not work is refused when it is made, with a sentence that says what would fit.
@@ -131,55 +131,103 @@ CHOICES = {
 class DiffusionConfig:
     """The data, the diffusion process and the training. One *step* is one optimiser step."""
 
-    dataset_name: str  # "emoji_faces", "emoji_people" (embedded), "FFHQ", "CIFAR10", or a folder's, zip's or npz's path
-    learning_rate: float  # Adam's, reached after the warm-up
-    batch_size: int  # images in one forward pass; lower it (and raise gradient_accumulation) when memory is short
-    use_augmentation: bool  # horizontal flips, and rotations if max_rotation > 0; training images only
-    timesteps_diff: int  # T, the number of noising steps
+    # The data set: "emoji_faces" or "emoji_people" (embedded), "FFHQ", "CIFAR10", or the path of a
+    # folder, zip or npz.
+    dataset_name: str
+    # Adam's learning rate, reached after the warm-up.
+    learning_rate: float
+    # Images in one forward pass. Lower it, and raise gradient_accumulation, when memory is short.
+    batch_size: int
+    # Flip training images at random, and rotate them if max_rotation > 0.
+    use_augmentation: bool
+    # T, the number of noising steps.
+    timesteps_diff: int
 
     # Data
-    split: str = "reference"  # of the full FFHQ: "reference" 63,000 / 7,000 or "official" 60,000 / 10,000
-    max_rotation: float = 0.0  # degrees; rotations are uniform in +- this
-    rotation_free_end: float = 0.1  # last share of the steps, in which rotation is off so that its tilt is unlearned
-    max_bad_images: int = 0  # unreadable images that are left out (and listed) before it counts as an error
+
+    # How to split the full FFHQ: "reference" (63,000 train, 7,000 validate) or "official" (60,000
+    # and 10,000).
+    split: str = "reference"
+    # Largest rotation in degrees, to either side; angles are uniform up to it.
+    max_rotation: float = 0.0
+    # The last share of the steps, in which rotation is off so that its tilt is unlearned.
+    rotation_free_end: float = 0.1
+    # Unreadable images that are left out (and listed) before it counts as an error.
+    max_bad_images: int = 0
 
     # Noise schedule
-    beta_start: float = 1e-4  # beta of the first step, for T = 1000
-    beta_end: float = 0.02  # beta of the last step, for T = 1000
-    rescale_betas: bool = True  # multiply betas by 1000 / T, so that x_T is noise for any T
-    beta_schedule: str = "linear"  # or "cosine" (Nichol and Dhariwal 2021), which has no use for the three above
+
+    # Beta of the first step, for T = 1000.
+    beta_start: float = 1e-4
+    # Beta of the last step, for T = 1000.
+    beta_end: float = 0.02
+    # Multiply betas by 1000 / T, so that x_T is noise for any T.
+    rescale_betas: bool = True
+    # "linear" or "cosine" (Nichol and Dhariwal 2021). Cosine betas have no use for the three above.
+    beta_schedule: str = "linear"
 
     # Objective
-    objective: str = "eps"  # what the network predicts and is compared with: the noise "eps", or "v" = a mix with x_0
-    t_sampling: str = "uniform"  # t in training; "mixed": every second t log-normal in the noise level (EDM's)
+
+    # What the network predicts and is compared with: the noise "eps", or "v", a mix with x_0.
+    objective: str = "eps"
+    # How t is drawn in training: "uniform", or "mixed": every second t log-normal in the noise
+    # level, as in EDM.
+    t_sampling: str = "uniform"
 
     # Optimisation
-    epochs: int = 45  # length of the run, in passes over the training images
-    gradient_accumulation: int = 4  # forward passes to a step; effective batch = batch_size x this
-    clip_grad_norm: float = 0.0  # largest gradient norm; 0: no clipping
-    warmup_steps: int = 0  # steps over which the learning rate rises from 0
-    lr_schedule: str = "constant"  # after the warm-up: "constant", or "cosine" down to 0 at the last step
-    ema_decay: float = 0.9999  # of the weights' average, per step; 0: no average, samples use the raw weights
-    precision: str = "auto"  # of the network: "float32", "bfloat16", "float16", or the fastest that the hardware has
-    recompute: str = "norms"  # in backward: "none"; "norms", nearly free at 128 px; "blocks", for least memory
-    compile: str = "auto"  # on CUDA the network, by PyTorch's compiler, where that pays off in this run; or "off"
-    seed: int = 0  # of everything that is drawn
-    deterministic: bool = False  # on CUDA take only kernels that repeat bit for bit, which are slower; the CPU's do
+
+    # Length of the run, in passes over the training images.
+    epochs: int = 45
+    # Forward passes in a step. The effective batch is batch_size times this.
+    gradient_accumulation: int = 4
+    # Largest gradient norm. 0: no clipping.
+    clip_grad_norm: float = 0.0
+    # Steps over which the learning rate rises from 0.
+    warmup_steps: int = 0
+    # "constant", or "cosine": the learning rate falls to 0 in a half cosine over the whole run.
+    lr_schedule: str = "constant"
+    # Decay of the weights' moving average, per step. 0: no average, samples use the raw weights.
+    ema_decay: float = 0.9999
+    # Of the network: "float32", "bfloat16", "float16", or "auto", the fastest that the hardware has.
+    precision: str = "auto"
+    # What backward computes again to save memory: "none"; "norms", nearly free at 128 px; "blocks",
+    # for least memory.
+    recompute: str = "norms"
+    # On CUDA, compile the network where that pays off in this run ("auto"), or never ("off").
+    compile: str = "auto"
+    # Seed of everything that is drawn.
+    seed: int = 0
+    # On CUDA, take only kernels that repeat bit for bit, which are slower. Those of the CPU do.
+    deterministic: bool = False
 
     # Book-keeping, in steps; none of it changes the weights
-    log_every: int = 50  # a row of metrics.csv
-    validate_every: int = 800  # validation loss, raw and EMA weights, and losses.png
-    sample_every: int = 4000  # a sample grid
-    checkpoint_every: int = 800  # a checkpoint to resume and sample from
-    checkpoint_minutes: float = 30.0  # one also when the last is so old; 0: no
-    keep_checkpoints: int = 3  # newest ones kept
-    keep_every: int = 0  # those of every so many steps are kept for good; 0: none
-    max_skipped_steps: int = 20  # in a row, as their loss or gradients were not finite numbers, before the run stops
-    validation_samples: int = 1000  # held-out (image, t, noise) triples in a validation, the same each time
-    bits_per_dim_every: int = 0  # epochs between measurements of the variational bound (evaluate.py); 0: none
-    bits_per_dim_images: int = 64  # held-out images for it, each of which takes 36 network calls with 1000 timesteps
-    grid_images: int = 16  # images in a sample grid while training
-    grid_steps: int = 50  # steps of the default sampler for it, at most timesteps_diff; sample.py takes all T
+
+    # Steps between rows of metrics.csv.
+    log_every: int = 50
+    # Steps between validations of the raw and the EMA weights; losses.png is drawn after each.
+    validate_every: int = 800
+    # Steps between sample grids.
+    sample_every: int = 4000
+    # Steps between checkpoints, to resume and sample from.
+    checkpoint_every: int = 800
+    # Save a checkpoint also when the last one is so many minutes old. 0: never.
+    checkpoint_minutes: float = 30.0
+    # How many of the newest checkpoints are kept.
+    keep_checkpoints: int = 3
+    # Keep the checkpoints of every so many steps for good. 0: none.
+    keep_every: int = 0
+    # Stop after so many steps in a row whose loss or gradients were not finite numbers.
+    max_skipped_steps: int = 20
+    # Held-out (image, t, noise) triples in a validation, the same each time.
+    validation_samples: int = 1000
+    # Epochs between measurements of the variational bound (see evaluate.py). 0: none.
+    bits_per_dim_every: int = 0
+    # Held-out images for it. Each takes 36 network calls with 1000 timesteps.
+    bits_per_dim_images: int = 64
+    # Images in a sample grid while training.
+    grid_images: int = 16
+    # Steps of the default sampler for that grid, at most timesteps_diff. sample.py takes all T.
+    grid_steps: int = 50
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -210,16 +258,26 @@ class DiffusionConfig:
 class ModelConfig:
     """The U-Net; the fields are the arguments of `models.unet.UNet`."""
 
-    lowest_resolution_size: int  # height and width in the bottleneck
-    dim_multiply: tuple[int, ...]  # channels of each level, from the full resolution down, in units of base_dim
-    transformer_layers: tuple[int, ...]  # levels with self-attention (no transformer), from 0; the bottleneck has it
-    base_dim: int  # channels at the full resolution (times the first multiplier)
+    # Height and width in the bottleneck.
+    lowest_resolution_size: int
+    # Channels of each level, from the full resolution down, in units of base_dim.
+    dim_multiply: tuple[int, ...]
+    # Levels with self-attention (there is no transformer), counted from 0. The bottleneck has it too.
+    transformer_layers: tuple[int, ...]
+    # Channels at the full resolution, before its multiplier.
+    base_dim: int
 
-    image_size: int = 128  # height and width of the images
-    channels: int = 3  # RGB
-    dropout: float = 0.0  # probability, in every residual block
-    norm_groups: int = 32  # groups of each GroupNorm; narrow networks want fewer, at least 4 channels a group
-    dialect: str = "ho"  # details: Ho's, the paper's; or "diffusers", of its default networks (docs/other-models.md)
+    # Height and width of the images.
+    image_size: int = 128
+    # Colour channels; 3, as images are read as RGB.
+    channels: int = 3
+    # Dropout probability in every residual block.
+    dropout: float = 0.0
+    # Groups of each GroupNorm. Narrow networks want fewer: leave at least 4 channels a group.
+    norm_groups: int = 32
+    # Details of the network: "ho", as in the paper's code; or "diffusers", as in that library's
+    # default networks (docs/other-models.md).
+    dialect: str = "ho"
 
     def __post_init__(self) -> None:
         check_types(self)

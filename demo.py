@@ -40,10 +40,13 @@ except ImportError:
 
 FRAMES = 25  # at most, of images that form
 SIDE = 512  # of pictures in the page, in pixels
-STYLE = ".image-frame img { width: 100%; height: 100%; object-fit: contain; padding-top: 30px }"  # below its label
-FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # of the machine, not of the web
+# Below its label
+STYLE = ".image-frame img { width: 100%; height: 100%; object-fit: contain; padding-top: 30px }"
+# Of the machine, not of the web
+FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 WORKER = ThreadPoolExecutor(1)  # in which all models run
-QUEUED = {"concurrency_limit": 1, "concurrency_id": "model"}  # clicks wait for each other, in their order
+# Clicks wait for each other, in their order
+QUEUED = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 
 def main() -> None:
@@ -232,7 +235,8 @@ def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
 
 # What several tabs have
 enlarged = lambda image: Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-look_back = lambda place, d: gr.update(value=grid_of(d[:place][-1][1]), label=d[:place][-1][0])  # place: from 1
+# Place: from 1
+look_back = lambda place, d: gr.update(value=grid_of(d[:place][-1][1]), label=d[:place][-1][0])
 shown = lambda d: (look_back(len(d), d), gr.update(maximum=max(2, len(d)), value=len(d), visible=True), d)
 number = lambda value, label, info, least=None: gr.Number(value, label=label, info=info, precision=0, minimum=least)
 slider = lambda most, value, label, info: gr.Slider(1, most, value, step=1, precision=0, label=label, info=info)

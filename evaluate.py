@@ -209,7 +209,8 @@ def open_reference(
     if len(indices) < FEWEST:
         raise UserError(f"an empty reference: {len(indices)} {args.reference_split} image(s), {FEWEST} are the fewest")
     ids = hash_ids([subject.image_set.ids[i] for i in indices])
-    name = Path(subject.image_set.name).name  # a path is nobody's business, and the pixels have their hash
+    # a path is nobody's business, and the pixels have their hash
+    name = Path(subject.image_set.name).name
     description = describe(images, indices, ids, name, args.reference_split, extractor)
     real = features.real_features(images, indices, args.batch_size, extractor, processes)
     if not processes.is_main:

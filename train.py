@@ -137,7 +137,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     set_deterministic(config.deterministic)
     started_with = run.remembered.get("arithmetic", {}).get("precision")
     precision = choose_precision(config.precision, device, started_with)
-    torch.manual_seed(config.seed)  # for the initial weights; every later draw has a seed of its own
+    # For the initial weights; every later draw has a seed of its own
+    torch.manual_seed(config.seed)
 
     # Data
     image_set = load_images(config.dataset_name, run.experiment.model.image_size, config.max_bad_images)
@@ -157,7 +158,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         began, run.initial = f"{run.initial.path}: {run.initial}", None  # its memory
     model.set_recompute(config.recompute)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False) if config.ema_decay > 0 else None
-    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)  # skips a step if found_inf, below
+    # Skips a step if found_inf, below
+    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     state = TrainingState(model, ema_model, optimizer, scaler)
     if run.checkpoint:
@@ -188,15 +190,18 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     network = processes.wrap(model, device)
     trained = compiled_if_worth_it(denoiser, network, run, passes, processes)
     with BookKeeper(run, state, averaged, images, split.val_indices, processes) as books:
-        for step in range(run.first_step, total_steps):  # Algorithm 1, lines 1 and 6: total_steps times
+        # Algorithm 1, lines 1 and 6: total_steps times
+        for step in range(run.first_step, total_steps):
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
             draws = training_draws(config.seed, step, config.effective_batch, run.image_shape, scheduler.timesteps,
                                    device)  # fmt: skip
             t = mixed_timesteps(scheduler, draws.t, draws.normal) if config.t_sampling == "mixed" else draws.t
             degrees = rotation_limit(config.max_rotation, config.rotation_free_end, step / total_steps)
-            sums = torch.zeros(2, device=device)  # of the loss, and of the error of eps that belongs to it
+            # Of the loss, and of the error of eps that belongs to it
+            sums = torch.zeros(2, device=device)
             for places in passes:  # slices of the effective batch
-                x_0 = to_model_range(next(batches))  # line 2: every image once an epoch, shuffled, by data/batches.py
+                # Line 2: every image once an epoch, shuffled, by data/batches.py
+                x_0 = to_model_range(next(batches))
                 if config.use_augmentation:
                     x_0 = augment(x_0, draws.flip[places], degrees * draws.tilt[places] if degrees else None)
                 torch.manual_seed(seed_of(config.seed, "dropout", step, places.start))
@@ -212,7 +217,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             optimizer.found_inf = books.bad_numbers.check(processes.sum_(sums)[0], grad_norm)
             optimizer.step()
             scaler.update()
-            optimizer.zero_grad(set_to_none=processes.count == 1)  # None would be made anew, beside DDP's buckets
+            # None would be made anew, beside DDP's buckets
+            optimizer.zero_grad(set_to_none=processes.count == 1)
             if ema_model:
                 update_ema(ema_model, model, step, config.ema_decay, ramp=not began)
             books.window.add(sums, optimizer.found_inf)

@@ -69,15 +69,18 @@ class Arm:
     package: str  # "ours", "diffusers" or "lucidrains"
     precision: str  # of autocast; "float32" is none
     channels_last: bool
-    keeps_heap: bool = False  # freed memory stays with the process: functions.support.device.keep_heap
-    recompute: str = "none"  # ours: none, norms, blocks; diffusers: none, or blocks, its gradient checkpointing
+    # Freed memory stays with the process: functions.support.device.keep_heap
+    keeps_heap: bool = False
+    # Ours: none, norms, blocks; diffusers: none, or blocks, its gradient checkpointing
+    recompute: str = "none"
     compiled: bool = False
 
 
 def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
     """Every arm by its name for --arms, ours first. The heap plays a part on the CPU alone."""
     heap = ", heap kept" if on_cpu else ""
-    layout = "contiguous" if on_cpu else "channels_last"  # with which diffusers is (on CUDA: should be) the faster
+    # With which diffusers is (on CUDA: should be) the faster
+    layout = "contiguous" if on_cpu else "channels_last"
     eager = Arm(f"diffusers, {layout}{heap}", "diffusers", precision, not on_cpu, on_cpu)
     lucidrains = Arm(f"lucidrains, channels_last{heap}", "lucidrains", precision, True, on_cpu)
     arms = {
@@ -107,7 +110,8 @@ def build(arm: Arm, model: ModelConfig) -> nn.Module:
         module = build_diffusers(model)
         if arm.recompute == "blocks":
             module.enable_gradient_checkpointing()
-    else:  # the same width and multipliers; its blocks and attention are its own defaults, and others
+    else:
+        # The same width and multipliers; its blocks and attention are its own defaults, and others
         from denoising_diffusion_pytorch import Unet
 
         module = Unet(dim=model.base_dim, dim_mults=model.dim_multiply)
@@ -175,7 +179,8 @@ class Bench:
         return {
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
             "peaks": peak_bytes(self.device),
-            "kept": None if self.arm.compiled else (self.kept_bytes(3) - self.kept_bytes(1)) / 2,  # what an image adds
+            # What an image adds
+            "kept": None if self.arm.compiled else (self.kept_bytes(3) - self.kept_bytes(1)) / 2,
         }
 
     def kept_bytes(self, images: int) -> int:

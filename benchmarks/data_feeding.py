@@ -30,7 +30,8 @@ from data.pixels import to_model_range
 from functions.support.command_line import Parser, positive
 
 IMAGE_SIZE = 128
-PNG_BATCHES, PACKED_IMAGES = 100, 20_000  # of a round: so many that the batches ready at its start hardly count
+# Of a round: so many that the batches ready at its start hardly count
+PNG_BATCHES, PACKED_IMAGES = 100, 20_000
 
 
 class PngFiles(list):

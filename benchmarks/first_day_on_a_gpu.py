@@ -76,7 +76,8 @@ def training(base_dim: int) -> Iterator[tuple[str, object]]:
         name = f"{package}, {'compiled' if compiled else 'eager'}, base {base_dim}"
         recompute = "norms" if package == "ours" and not compiled else "none"  # as a run has it
         arm, start = Arm(name, package, PRECISION, True, False, recompute, compiled), time.perf_counter()
-        compiler = torch.compile if GPU else lambda module, options: module  # on the CPU it takes minutes
+        # On the CPU it takes minutes
+        compiler = torch.compile if GPU else lambda module, options: module
         with patch.object(torch, "compile", compiler):
             benches[name] = Bench(arm, replace(FFHQ, **{"base_dim": base_dim, **SIZE}), BATCH, DEVICE)
         milliseconds(benches[name].step, 2)

@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-MAX_DEGREES = 10.0  # the mirrored margin is wide enough for this; beyond, a "small rotation" is something else
+# The mirrored margin is wide enough for this; beyond, a "small rotation" is something else
+MAX_DEGREES = 10.0
 TAPS = 8  # pixels on either side of a point that the doubling filter takes in
 
 
@@ -36,8 +37,10 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     x = x - origin
     # As deep as the widest wedge, then what bicubic (2) and the doubling filter read beyond it.
     margin = math.ceil(max(height, width) / 2 * math.sin(math.radians(MAX_DEGREES))) + 2
-    doubled = double_width(mirror(x, margin + TAPS))  # (B, 3, H + 2 (margin + taps), 2 (W + 2 margin))
-    doubled = double_width(doubled.transpose(2, 3)).transpose(2, 3)  # (B, 3, 2 (H + 2 margin), 2 (W + 2 margin))
+    # (B, 3, H + 2 (margin + taps), 2 (W + 2 margin))
+    doubled = double_width(mirror(x, margin + TAPS))
+    # (B, 3, 2 (H + 2 margin), 2 (W + 2 margin))
+    doubled = double_width(doubled.transpose(2, 3)).transpose(2, 3)
 
     # Where each output pixel lies in the input, in pixels from the centre; as y points down, counter-clockwise.
     x_out = torch.arange(width, device=x.device, dtype=torch.float32) - (width - 1) / 2

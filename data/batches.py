@@ -7,7 +7,8 @@ import torch
 
 from data.packed import map_ahead
 
-FREE_MEMORY_FRACTION = 0.25  # of a GPU's, up to which all images are kept there: FFHQ at 128 px on one with 16 GB
+# Of a GPU's, up to which all images are kept there: FFHQ at 128 px on one with 16 GB
+FREE_MEMORY_FRACTION = 0.25
 COPY_CHUNK = 1024  # images a time when the whole set goes to the device
 
 
@@ -56,7 +57,8 @@ class ImageFeeder:
 
     def __init__(self, images: np.ndarray, device: torch.device | str, keep_on_device: bool | None = None):
         self.device = torch.device(device)
-        self.images = np.asarray(images)  # without memmap's own class, whose bookkeeping slows every gather
+        # Without memmap's own class, whose bookkeeping slows every gather
+        self.images = np.asarray(images)
         if keep_on_device is None:
             free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
             keep_on_device = self.images.nbytes <= FREE_MEMORY_FRACTION * free
@@ -98,7 +100,8 @@ class ImageFeeder:
 
     def copy_to_device(self) -> torch.Tensor:
         resident = torch.empty(self.images.shape, dtype=torch.uint8, device=self.device)
-        for start in range(0, len(self.images), COPY_CHUNK):  # in chunks, to need little memory besides
+        # In chunks, to need little memory besides
+        for start in range(0, len(self.images), COPY_CHUNK):
             chunk = np.array(self.images[start : start + COPY_CHUNK])
             resident[start : start + len(chunk)] = torch.from_numpy(chunk).to(self.device)
         return resident

@@ -16,7 +16,8 @@ from functions.support.files import short
 
 # Pillow would also try dozens of formats that no image set uses, some of them by calling other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_PIXELS = 89_478_485  # of one image: Pillow's limit, beyond which it suspects a decompression bomb
+# Of one image: Pillow's limit, beyond which it suspects a decompression bomb
+MAX_PIXELS = 89_478_485
 
 # What Python's, NumPy's and Pillow's readers raise on broken bytes
 BROKEN_BYTES = (
@@ -47,7 +48,8 @@ def open_image(data: bytes) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if image.format == "PNG":
-                image.verify()  # the checksums of its chunks: load() passes over those of the pixels
+                # The checksums of its chunks: load() passes over those of the pixels
+                image.verify()
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             # An MPO is a photo with previews behind it, not an animation.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
@@ -66,7 +68,8 @@ def convert_to_rgb(image: Image.Image) -> np.ndarray:
     """Convert a Pillow image of any mode -> uint8 (H, W, 3)."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int32)
-        levels = (grey + 128) // 257  # 65535 / 255 = 257, rounded to nearest: scaled, where convert("RGB") would clip
+        # 65535 / 255 = 257, rounded to nearest: scaled, where convert("RGB") would clip
+        levels = (grey + 128) // 257
         if "transparency" in image.info:
             levels[grey == image.info["transparency"]] = 255
         return np.repeat(levels.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)

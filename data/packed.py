@@ -26,7 +26,8 @@ from data.sources import Source
 from functions.support.errors import UserError
 from functions.support.files import short, write_text, write_whole
 
-FORMAT_VERSION = 1  # raise it whenever the pixels made from the same files change: every pack is then made anew
+# Raise it whenever the pixels made from the same files change: every pack is then made anew
+FORMAT_VERSION = 1
 LISTED_BAD_IMAGES = 20  # printed; the .json lists all
 
 
@@ -92,7 +93,8 @@ def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
     # Beside an archive, but inside a folder of images, so that the pack goes where the folder goes.
     data_folder = path if source.kind == "folder" else path.parent
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-packed-images"
-    origin = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]  # the cache may hold two sources of one name
+    # The cache may hold two sources of one name
+    origin = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     return data_folder / f"{path.name}-{ending}", cache_folder / f"{path.name}-{origin}-{ending}"
 
 

@@ -28,13 +28,16 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FFHQ_LAYOUTS = {"in-the-wild-images": 0, "thumbnails128x128": 128, "resized": 256, "images1024x1024": 1024}
 
 MAX_FILE_BYTES = 100 * 2**20  # of one image: an FFHQ photo at 1024 px takes 1.3 MB
-NEARLY_ALL = 0.99  # of a set's images: so many numbered ones make it a numbered set, and the others strays
+# Of a set's images: so many numbered ones make it a numbered set, and the others strays
+NEARLY_ALL = 0.99
 
 
 class Member(NamedTuple):
     name: str  # its path inside the source, exactly as stored
     size: int  # bytes, uncompressed
-    stamp: int  # what changes when the content does: the CRC-32 in an archive, the modification time (ns) in a folder
+    # What changes when the content does: the CRC-32 in an archive, the modification time (ns) in a
+    # folder
+    stamp: int
 
 
 class Source:

@@ -39,7 +39,8 @@ from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, 
 from models.unet import UNet  # noqa: E402
 
 RESULTS = ROOT / "figures" / "experiments.json"
-V = {"objective": "v", "t_sampling": "mixed", "learning_rate": 1e-3}  # at 2e-3, uniform t mostly did not learn
+# At 2e-3, uniform t mostly did not learn
+V = {"objective": "v", "t_sampling": "mixed", "learning_rate": 1e-3}
 FACES_V = V | {"t_sampling": "uniform", "beta_schedule": "cosine"}
 LARGE, SHORT = {"image_size": 64, "lowest_resolution_size": 8}, {"epochs": 16}
 ARMS = {  # name: what differs from `faces` in diffusion and model, and how many seeds
@@ -75,7 +76,8 @@ GRID = {  # measured on the first run of `faces-v` alone
     f"{name} {spacing} {calls}": SamplerOptions(sampler, calls, spacing, eta=eta)
     for name, (sampler, eta) in SOLVERS.items() for spacing in ("trailing", "logsnr") for calls in (10, 20, 50)
 }  # fmt: skip
-SPOILT_WITH, SHOWN, COLUMNS = "20 DDIM", 36, 12  # so many samples are kept of each arm, and are in the picture of all
+# So many samples are kept of each arm, and are in the picture of all
+SPOILT_WITH, SHOWN, COLUMNS = "20 DDIM", 36, 12
 
 
 def main() -> None:

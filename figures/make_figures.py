@@ -68,7 +68,8 @@ def draw_cumulative_noise() -> None:
     figure, axes = plt.subplots(2, len(times), figsize=(7, 3.9))
     for row, name in zip(axes, list(SCHEDULES)[:0:-1], strict=True):
         for axis, t in zip(row, times, strict=True):
-            x_t = SCHEDULES[name].q_sample(x_0, t - 1, noise) if t else x_0  # paper's t = 0: no noise
+            # Paper's t = 0: no noise
+            x_t = SCHEDULES[name].q_sample(x_0, t - 1, noise) if t else x_0
             axis.imshow(to_uint8(x_t)[0].numpy(), interpolation="bicubic")
             axis.set(xticks=[], yticks=[], title=f"t = {t}")
         row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)

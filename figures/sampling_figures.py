@@ -11,7 +11,8 @@ from data.datasets import load_images
 from functions.support.pictures import save_image
 
 ROOT = Path(__file__).resolve().parent.parent
-QUEEN, COOK = "people_1f478-1f3fd.png", "people_1f9d1-1f3fb-200d-1f373.png"  # of the embedded training images
+# Of the embedded training images
+QUEEN, COOK = "people_1f478-1f3fd.png", "people_1f9d1-1f3fb-200d-1f373.png"
 WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"  # held out
 
 COMMANDS = {  # flags of sample.py, the file they write, and its name here

@@ -16,7 +16,8 @@ from torch import Tensor
 
 PAPER_TIMESTEPS = 1000  # the number of steps that the paper's beta range is meant for
 
-Timestep = int | Tensor  # one for all images, as samplers have it; or (B,) int64, as training has it
+# One for all images, as samplers have it; or (B,) int64, as training has it
+Timestep = int | Tensor
 Coefficient = float | Tensor  # one for all images, or (B,) float64
 
 
@@ -50,7 +51,8 @@ class NoiseScheduler:
         # (T,) float64, on the CPU
         self.betas = linear_betas(timesteps, beta_start, beta_end, scale) if linear else cosine_betas(timesteps)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,)
-        self.tables: dict[torch.device, Tensor] = {}  # (T + 1,) on each device that asks: 1, and alphas_cumprod
+        # (T + 1,) on each device that asks: 1, and alphas_cumprod
+        self.tables: dict[torch.device, Tensor] = {}
 
     @property
     def terminal_snr(self) -> float:
@@ -67,7 +69,8 @@ class NoiseScheduler:
             if not -1 <= t < self.timesteps:
                 raise IndexError(f"t is {t}; it can be 0 to {self.timesteps - 1}, and -1 for the clean image")
             return self.alphas_cumprod[t].item() if t >= 0 else 1.0
-        device = torch.device("cpu") if t.device.type == "mps" else t.device  # MPS has no float64, so there this waits
+        # MPS has no float64, so there this waits
+        device = torch.device("cpu") if t.device.type == "mps" else t.device
         if device not in self.tables:
             self.tables[device] = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod]).to(device)
         return self.tables[device][t.to(device) + 1]

@@ -24,8 +24,10 @@ class Denoiser:
     network: nn.Module
     scheduler: NoiseScheduler  # the one that the network was trained with
     precision: torch.dtype = torch.float32  # of the network's matrix products and convolutions
-    objective: str = "eps"  # what the network predicts, or "v" (Salimans and Ho 2022, arXiv:2202.00512)
-    calibration: Callable | None = None  # (x_0, x_t, t, scheduler) -> a better x_0: functions/sampling/calibration.py
+    # What the network predicts, or "v" (Salimans and Ho 2022, arXiv:2202.00512)
+    objective: str = "eps"
+    # (x_0, x_t, t, scheduler) -> a better x_0: functions/sampling/calibration.py
+    calibration: Callable | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         half = self.precision != torch.float32

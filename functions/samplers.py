@@ -67,12 +67,14 @@ def ddpm_sample(
     if variance not in ("small", "large"):
         raise ValueError(f"variance is {variance!r}; it can be small or large")
     x = x_T  # Algorithm 2, line 1; for the scripts drawn by `ImageNoise`
-    for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):  # line 2; a step from t to s
+    # Line 2; a step from t to s
+    for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):
         x_0, _ = predict(model, scheduler, x, t, clip_x_0)  # Eq. 15, in `scheduler.predict_x_0`
         mean, sigma_squared = scheduler.q_posterior(x_0, x, t, s)  # Eq. 7
         if variance == "large":
             sigma_squared = scheduler.step_beta(t, s)
-        z = noise_of(step_noise, k, x) if s >= 0 else 0.0  # line 3: N(0, I); s = -1 is the paper's t = 1
+        # Line 3: N(0, I); s = -1 is the paper's t = 1
+        z = noise_of(step_noise, k, x) if s >= 0 else 0.0
         x = mean + sigma_squared**0.5 * z  # line 4
         if on_step:
             on_step(k, t, x, x_0)

@@ -16,7 +16,8 @@ from functions.support.dialects import DIALECTS, Dialect
 from models.group_norm import GroupNorm
 
 Norm = Callable[[int], GroupNorm]
-WORTH_DOUBLING = 256  # pixels, in `Upsample`; of fewer, summing up the kernels costs more than it saves
+# Pixels, in `Upsample`; of fewer, summing up the kernels costs more than it saves
+WORTH_DOUBLING = 256
 
 
 def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
@@ -56,7 +57,8 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(4 * base_dim, 4 * base_dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        embedding = sinusoidal_embedding(t, self.base_dim, self.dialect)  # (B, base_dim), float32 under autocast too
+        # (B, base_dim), float32 under autocast too
+        embedding = sinusoidal_embedding(t, self.base_dim, self.dialect)
         return self.linear_2(F.silu(self.linear_1(embedding)))  # (B, 4 base_dim)
 
 
@@ -114,9 +116,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[2:]
         qkv = recomputing(self.recompute_norms, self.queries_keys_values, x)  # (B, 3 C, H, W)
-        qkv = qkv.flatten(2).transpose(1, 2).unflatten(2, (3, -1, self.head_dim))  # (B, H W, 3, heads, head_dim)
+        # (B, H W, 3, heads, head_dim)
+        qkv = qkv.flatten(2).transpose(1, 2).unflatten(2, (3, -1, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H W, head_dim)
-        h = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(self.head_dim))  # (B, heads, H W, head_dim)
+        # (B, heads, H W, head_dim)
+        h = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(self.head_dim))
         h = h.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
         return x + self.out(h)
 
@@ -135,7 +139,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))  # right and bottom only
+        # Right and bottom only
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-WIDE = 16  # channels of a group: from here on PyTorch's is the faster; with 2, at 128 x 128, ours is 5 times as fast
+# Channels of a group: from here on PyTorch's is the faster; with 2, at 128 x 128, ours is 5 times
+# as fast
+WIDE = 16
 
 
 class GroupNorm(nn.GroupNorm):
@@ -43,7 +45,8 @@ class ChannelsLastGroupNorm(Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         N, C, H, W = x.shape
         z, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, N, C, H * W, groups, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)  # mean and rstd (N, groups), in float32 at least
+        # Mean and rstd (N, groups), in float32 at least
+        ctx.save_for_backward(x, weight, mean, rstd)
         return z
 
     @staticmethod
@@ -64,7 +67,8 @@ class ChannelsLastGroupNorm(Function):
         def per_pixel(values: Tensor) -> Tensor:  # -> (N, C, 1, 1), to multiply x with
             return values.expand(N, groups, C // groups).reshape(N, C, 1, 1).to(x.dtype)
 
-        def over_pixels(tensor: Tensor) -> Tensor:  # sums; as a matrix product, the fastest way in this layout
+        # Sums; as a matrix product, the fastest way in this layout
+        def over_pixels(tensor: Tensor) -> Tensor:
             return per_group(torch.bmm(ones, tensor.permute(0, 2, 3, 1).reshape(N, H * W, C))[:, 0])
 
         ones = x.new_ones(N, 1, H * W)

@@ -10,7 +10,8 @@ from functions.support.dialects import DIALECTS
 from models.blocks import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, recomputing
 from models.group_norm import GroupNorm
 
-BLOCKS_DOWN, BLOCKS_UP = 2, 3  # residual blocks a level; one more on the way up, for the skip that downsampling leaves
+# Residual blocks a level; one more on the way up, for the skip that downsampling leaves
+BLOCKS_DOWN, BLOCKS_UP = 2, 3
 
 
 class UNet(nn.Module):

@@ -21,8 +21,9 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
+# As root, and asking nobody for anything
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
-         "--disable-component-update")  # fmt: skip  # as root, and asking nobody for anything
+         "--disable-component-update")  # fmt: skip
 DRAW, MIX, PAINT = "Draw the images", "Mix the two images", "Make what is painted over anew"
 
 
@@ -32,7 +33,8 @@ def served(printed: Path, *flags: object) -> Iterator[str]:
     command = [sys.executable, ROOT / "demo.py", "--device", "cpu", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(printed, "w") as file:
-        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, also of tests in the background
+        # Ctrl-C, also of tests in the background
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         process = subprocess.Popen([*map(str, command)], env=environment, stdout=file, stderr=file, preexec_fn=heard)
     try:
         deadline = time.monotonic() + 120

@@ -129,7 +129,8 @@ class LittleMemory(torch.nn.Module):
 
     def __init__(self, network, most):
         super().__init__()
-        self.network, self.most, self.sizes = network, most, []  # sizes: those of the batches that did fit
+        # Sizes: those of the batches that did fit
+        self.network, self.most, self.sizes = network, most, []
 
     def forward(self, batch, *t):
         if len(batch) > self.most:

@@ -19,7 +19,8 @@ from tests.spoilt_files import same
 
 EVERY = 2  # steps between checkpoints, so that many a kill meets the writing of one
 STEPS_A_KILL = 8  # at most, from a start to its kill
-MARGIN = 17  # more steps for each kill, so that the run is not over before the last one, however late it comes
+# More steps for each kill, so that the run is not over before the last one, however late it comes
+MARGIN = 17
 
 
 def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
@@ -38,7 +39,8 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
         program = Program(folder / "killed.txt", *flags)
         run = kill(program, folder / "killed", chance.randrange(STEPS_A_KILL), chance.uniform(0, 0.05))
         writing += any(run.rglob(".*.tmp"))
-        saved = [load_checkpoint(path)["run"]["step"] for path in run_folder.checkpoints_of(run)]  # all are whole
+        # All are whole
+        saved = [load_checkpoint(path)["run"]["step"] for path in run_folder.checkpoints_of(run)]
         logged = [row["step"] for row in read_metrics(run / "metrics.csv")]
         behind = max(logged, default=0) - max(saved, default=0)
         assert behind <= EVERY, f"{behind} steps are lost, with a checkpoint every {EVERY}"

@@ -41,7 +41,8 @@ def kept_per_image(network: nn.Module, precision: torch.dtype) -> float:
     """Bytes that are alive between the forward and the backward pass of an image: a third of those of three more."""
     memo = {id(parameter): parameter for parameter in network.parameters()}  # these are not copied
     kept, device, network = {}, next(network.parameters()).device, copy.deepcopy(network, memo)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # shapes and types without memory, in no time
+    # Shapes and types without memory, in no time
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in network.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, fake.from_tensor(parameter))

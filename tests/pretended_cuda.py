@@ -30,7 +30,8 @@ def let_autograd_know_cuda() -> None:
     """Autograd asks a device's guard and hooks, which a CPU build lacks: give it a guard that does nothing."""
     load = lambda name: ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
     guards = (ctypes.c_void_p * 22).in_dll(load("libc10.so"), "_ZN3c104impl26device_guard_impl_registryE")
-    table = (ctypes.c_void_p * 64)(*[c_function(0)] * 64)  # of an object all of whose methods return 0
+    # Of an object all of whose methods return 0
+    table = (ctypes.c_void_p * 64)(*[c_function(0)] * 64)
     guard = ctypes.c_void_p(ctypes.addressof(table))
     kept.extend([table, guard])
     guards[1] = ctypes.addressof(guard)  # 1 is CUDA
@@ -148,5 +149,6 @@ def pretended_cuda(memory: int = 80 * 10**9):
         patch(torch._C, "_conv_determine_backend_memory_format", layout)
         patch(type(mode.fake), "avoid_device_init", True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU, then copied
+        # Torch.tensor(..., device="cuda") is made on the CPU, then copied
+        torch._C._set_only_lift_cpu_tensors(True)
         yield stack.enter_context(mode)

@@ -29,7 +29,8 @@ def test_kept_bytes_are_those_that_live_after_a_forward_pass(name):
 def test_every_arm_learns_and_ours_and_diffusers_are_of_one_size(monkeypatch):
     facts, compiled = {}, []
     monkeypatch.setattr(compare, "TURN_SECONDS", 0)
-    monkeypatch.setattr(torch, "compile", lambda module, options: compiled.append(module) or module)  # takes a minute
+    # Takes a minute
+    monkeypatch.setattr(torch, "compile", lambda module, options: compiled.append(module) or module)
     for name, arm in ARMS.items():
         bench = Bench(arm, SMALL, 2, CPU)
         before = [parameter.clone() for parameter in bench.module.parameters()]
@@ -67,7 +68,8 @@ def test_arms_take_turns_and_one_that_fails_is_a_row(monkeypatch):
     monkeypatch.setattr(compare, "process_of", process)
     table = list(compare.rows([ours, peer, broken], 2, SMALL, 4, CPU))
     assert asked[4:] == [("peer", "facts"), *[("peer", "turn"), ("ours", "turn")] * 3, ("broken", "facts")]
-    ratios = "1.25 (0.50 to 2.00)"  # of 2 to 1 and of 5 to 10: the machine had become slower; the 9 warmed up
+    # Of 2 to 1 and of 5 to 10: the machine had become slower; the 9 warmed up
+    ratios = "1.25 (0.50 to 2.00)"
     assert table[1] == ["peer", "5.0 M", "3.5", ratios, "7", ratios, "1.14", "1.0", "1.00"]
     assert compare.table_line(table[2]).startswith("| broken | failed: no / network |")
     with pytest.raises(ArmFailed, match=r"ours: no \| network"):
@@ -99,7 +101,8 @@ def test_the_table_of_the_whole_script(tmp_path, monkeypatch, capsys):
     ours, diffusers, lucidrains = ([cell.strip() for cell in row.split("|")[1:-1]] for row in printed.split("\n")[4:7])
     assert len(ours) == len(diffusers) == len(lucidrains) == len(compare.COLUMNS)
     assert ours[1] == diffusers[1] == "1.0 M"
-    assert float(diffusers[6]) == pytest.approx(2 / float(diffusers[2]), rel=0.01)  # images a second
+    # Images a second
+    assert float(diffusers[6]) == pytest.approx(2 / float(diffusers[2]), rel=0.01)
     assert lucidrains[1] == "failed: ImportError: is not here"
 
 

@@ -117,7 +117,8 @@ def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):
 
 @pytest.mark.parametrize(("field", "value"), [("beta_start", 2e-4), ("beta_end", 0.03), ("rescale_betas", False)])
 def test_cosine_betas_refuse_what_they_have_no_use_for(field, value):
-    cosine = DiffusionConfig(**{**DIFFUSION, "timesteps_diff": 10}, beta_schedule="cosine")  # too few for linear ones
+    # Too few for linear ones
+    cosine = DiffusionConfig(**{**DIFFUSION, "timesteps_diff": 10}, beta_schedule="cosine")
     with pytest.raises(ConfigError, match='"linear" when beta_start, beta_end or rescale_betas are changed'):
         replace(cosine, **{field: value})
     replace(DiffusionConfig(**DIFFUSION), **{field: value})
@@ -146,6 +147,7 @@ def test_a_saved_config_with_unknown_or_missing_fields():
         Experiment.from_dict({**saved, "model": {**saved["model"], "surprise": 1}})
     with pytest.raises(ConfigError, match="diffusion"):
         Experiment.from_dict({"model": saved["model"]})
-    for field in ("objective", "t_sampling", "beta_schedule"):  # as configs were when there was one of each
+    # As configs were when there was one of each
+    for field in ("objective", "t_sampling", "beta_schedule"):
         del saved["diffusion"][field]
     assert Experiment.from_dict(saved) == EXPERIMENTS["faces"].override({"learning_rate": 1e-3}, {})

@@ -20,9 +20,9 @@ pytest.importorskip("gradio", reason="requirements-demo.txt is not installed")
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH")]
 
-from demo import Demo  # noqa: E402
-from tests import browser  # noqa: E402
-from tests.browser import DRAW, MIX, PAINT, click, control, fill, paint, picture, sentence, served, tab, upload  # noqa: E402
+from demo import Demo
+from tests import browser
+from tests.browser import DRAW, MIX, PAINT, click, control, fill, paint, picture, sentence, served, tab, upload
 
 SIZE = 96  # pixels: not enlarged in grids
 MODEL = ["--model.image-size", SIZE, "--model.lowest-resolution-size", 12, "--model.dim-multiply", "1,1,1,1",
@@ -224,7 +224,8 @@ def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
         shutil.copytree(run / "checkpoints", checkpoints)
         fill(chromium, How_many=64, Steps=100)
         click(chromium, DRAW)
-        chromium.get_by_text("of 100 network calls").wait_for()  # in the middle of which Ctrl-C ends it
+        # In the middle of which Ctrl-C ends it
+        chromium.get_by_text("of 100 network calls").wait_for()
 
 
 def test_it_listens_to_this_machine_alone(served_run):

@@ -11,7 +11,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), re
 
 
 def test_each_part_finds_what_it_is_to_find(monkeypatch):
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)  # the CPU's are; no other test wants it
+    # The CPU's are; no other test wants it
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
     found = {what: fact for part in list(first_day.PARTS)[:-1] for what, fact in first_day.PARTS[part][0]()}
     assert found["float32: a loss beside the CPU's"] == 0.0 and found["a resumed run"]
     names = [f"{package}, {how}" for package in ("ours", "diffusers") for how in ("eager", "compiled")]

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MATHEMATICS = {"noise_scheduler", "losses", "ema", "timesteps", "prediction", "samplers", "likelihood"}
-ROOMS = {"training": 3, "evaluation": 3, "sampling": 2, "support": 0}  # a room may import rooms of at most its number
+# a room may import rooms of at most its number
+ROOMS = {"training": 3, "evaluation": 3, "sampling": 2, "support": 0}
 
 
 def imported(path: Path) -> set[str]:

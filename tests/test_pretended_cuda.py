@@ -117,7 +117,8 @@ def sampling() -> dict:
         denoiser = Denoiser(network, NoiseScheduler(50), torch.bfloat16)
         for name in SAMPLERS:
             sampler = ImageSampler(denoiser, SamplerOptions(name, 4), (3, 16, 16), 0, device)
-            sampler.scheduler.alpha_bar(torch.zeros(1, dtype=torch.int64, device=device))  # copies its table, once
+            # Copies its table, once
+            sampler.scheduler.alpha_bar(torch.zeros(1, dtype=torch.int64, device=device))
             cuda.waits.clear()
             generate(sampler, range(3), 3)
             found[name] = dict(cuda.waits)
@@ -151,7 +152,8 @@ def other_strides(adam, group, *lists, init_group=Adam._init_group):
 SCENARIOS = {
     "faces": lambda: training("faces", steps=3),
     "faces-v": lambda: training("faces-v", precision="float16"),
-    "ffhq-full": lambda: planted(book_keeping, "save_checkpoint", mock.Mock(), "ffhq-full"),  # of 4 GB on the disk
+    # Of 4 GB on the disk
+    "ffhq-full": lambda: planted(book_keeping, "save_checkpoint", mock.Mock(), "ffhq-full"),
     "two GPUs": on_two_gpus,
     "sampling": sampling,
     "noise on the CPU": lambda: planted(train, "training_draws", lambda *args: training_draws(*args[:-1], "cpu")),
@@ -195,7 +197,8 @@ def found() -> dict[str, dict]:
 def test_a_training_waits_only_where_it_logs(found, name):
     assert "error" not in found[name], found[name]["error"]
     in_steps, between = zip(*found[name]["steps"], strict=True)
-    for waits in in_steps:  # after the first step DDP sends itself, once, in which order gradients came
+    # After the first step DDP sends itself, once, in which order gradients came
+    for waits in in_steps:
         assert not waits or (name == "two GPUs" and all("prediction.py" in line for line in waits))
     assert in_steps[-1] == between[0] == {}
     *_, log, last = between

@@ -23,7 +23,8 @@ def test_a_run_folder_holds_everything(tiny_run):
     for column in ("val_loss", "val_loss_ema"):
         assert [row["step"] for row in rows if row[column] is not None] == [5, 10]
     for folder, ending in (("samples", "png"), ("checkpoints", "safetensors")):
-        names = sorted(path.name for path in (tiny_run / folder).glob("*.*"))  # no folders, which samplers make
+        # No folders, which samplers make
+        names = sorted(path.name for path in (tiny_run / folder).glob("*.*"))
         assert names == [f"step-00000005.{ending}", f"step-00000010.{ending}"]
     assert (tiny_run / "losses.png").stat().st_size > 1000
     assert list((tiny_run / "tensorboard").iterdir())
@@ -95,5 +96,5 @@ def test_every_field_is_explained_by_help(config_class, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for field in fields(config_class):
         comment = field_comments(config_class)[field.name]
-        default = "" if field.default is MISSING else f" ({field.default})"
+        default = "" if field.default is MISSING else f" Default: {field.default}."
         assert " ".join(f"{comment}{default}".split()) in printed, field.name

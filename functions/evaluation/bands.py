@@ -27,7 +27,8 @@ from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise
 
 TIMES = 12
-DRAWS = 500  # of an image and noise at each timestep, at least: with few images each comes several times
+# Of an image and noise at each timestep, at least: with few images each comes several times
+DRAWS = 500
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def measure_bands(
     if len(indices) < 2:
         raise UserError("bands wants two held-out images or more")
     scheduler = denoiser.scheduler
-    share = (1 - np.cos(np.pi * np.arange(TIMES) / (TIMES - 1))) / 2  # of T - 1: dense at both ends (Chebyshev's)
+    # Of T - 1: dense at both ends (Chebyshev's)
+    share = (1 - np.cos(np.pi * np.arange(TIMES) / (TIMES - 1))) / 2
     t = np.unique((share * (scheduler.timesteps - 1)).round().astype(int)).tolist()
     draws, limit = math.ceil(DRAWS / len(indices)) * len(indices), BatchLimit(x_0_of(indices[:1]).device, batch_size)
     energy = lambda images: band_means(spectrum(images).abs().square())  # (B, bands)

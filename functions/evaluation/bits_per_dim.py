@@ -31,7 +31,8 @@ from functions.support.random_numbers import generator_of
 class BoundOptions:
     """How the bound is measured."""
 
-    t_stride: int = 1  # the most timesteps that one network call stands for; 1: all T, without an error from t
+    # The most timesteps that one network call stands for; 1: all T, without an error from t
+    t_stride: int = 1
     batch_size: int = 64  # (image, t) pairs in a forward pass
     seed: int = 0
     variance: str = "small"  # of p(x_{t-1} | x_t), or "large"
@@ -42,10 +43,12 @@ class BoundOptions:
 class BitsPerDim:
     """The bound of N images at K timesteps each, in bits per dimension; float64 arrays."""
 
-    lengths: np.ndarray  # (K,): how many timesteps each stratum stands for; the first is t = 0 alone
+    # (K,): how many timesteps each stratum stands for; the first is t = 0 alone
+    lengths: np.ndarray
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
-    mse_x_0: np.ndarray  # (N, K): squared error of the (clipped) prediction of x_0, images in [-1, 1]
+    # (N, K): squared error of the (clipped) prediction of x_0, images in [-1, 1]
+    mse_x_0: np.ndarray
 
     @property
     def of_images(self) -> np.ndarray:

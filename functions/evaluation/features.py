@@ -75,7 +75,8 @@ def load_inception(weights: Path | None, device: torch.device, processes: Proces
             INCEPTION, [LAYER], cuda=False, feature_extractor_weights_path=str(path), verbose=False
         )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except Exception as error:  # whatever others' code raises at a file that is missing or something else
+    except Exception as error:
+        # Whatever others' code raises at a file that is missing or something else
         raise UserError(f"{path}: not the weights that are at {URL_INCEPTION_V3} ({short(error)})") from error
     network.to(device)
     facts = {"extractor": f"{INCEPTION}/{LAYER}", "weights_hash": digest}
@@ -126,7 +127,8 @@ def collect_features(batches: Iterable[tuple], count: int, extractor: Extractor,
     for rows, images in batches:
         parts = limit.in_parts(lambda some: extractor.features(some.permute(0, 3, 1, 2)).float().cpu(), images)
         features[rows.start : rows.stop] = torch.cat(parts)
-    return processes.sum_(features)  # each row is one process's and 0 in the others, so that their sum is exact
+    # Each row is one process's and 0 in the others, so that their sum is exact
+    return processes.sum_(features)
 
 
 def image_warnings(real: int, generated: int, width: int) -> list[str]:

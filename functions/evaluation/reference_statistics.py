@@ -17,9 +17,11 @@ from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short, write_whole
 
 FORMAT = "ddpm-faces reference statistics 1"
-TEXTS = ("dataset", "split", "ids_hash", "pixels_hash", "extractor", "weights_hash")  # of a description
+# Of a description
+TEXTS = ("dataset", "split", "ids_hash", "pixels_hash", "extractor", "weights_hash")
 CHUNK = 1024  # images hashed at a time
-BROKEN = (*READ_ERRORS, EOFError, zipfile.BadZipFile, MemoryError)  # the last: a header that lies about a shape
+# The last: a header that lies about a shape
+BROKEN = (*READ_ERRORS, EOFError, zipfile.BadZipFile, MemoryError)
 
 
 def describe(

@@ -96,7 +96,8 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
             parts = limit.in_parts(lambda some, t=t: products(some, t), range(len(images)))
             pp, pq, qq, py, qy = torch.cat(parts, dim=1).mean(dim=1)  # (bands,) each
             pp, qq = (1 + RIDGE) * pp, (1 + RIDGE) * qq
-            numbers = torch.stack([qq * py - pq * qy, pp * qy - pq * py], dim=-1)  # by Cramer's rule
+            # By Cramer's rule
+            numbers = torch.stack([qq * py - pq * qy, pp * qy - pq * py], dim=-1)
             fitted.append(numbers / (pp * qq - pq**2)[:, None])
     noisiness, columns = -torch.logit(scheduler.alphas_cumprod).numpy(), torch.stack(fitted).flatten(1).T.numpy()
     between = np.stack([np.interp(noisiness[first:], noisiness[times], column) for column in columns], axis=1)
@@ -114,7 +115,8 @@ def calibrated(
     other data sets `load(None or its name)` gives the ImageSet and its Split.
     """
     which, denoiser, device = image_sampler.options.calibrate, image_sampler.denoiser, image_sampler.device
-    folder = Path("samples") if saved.path.is_dir() else saved.path.parent  # never into others' folders
+    # Never into others' folders
+    folder = Path("samples") if saved.path.is_dir() else saved.path.parent
     path = folder / f"{saved.name}-calibration-{'own' if which == 'own' else 'data'}.safetensors"
     made_from = {"weights": saved.digest, "images": which, "fitted": [IMAGES, FROM, FITTED, RIDGE]}
 

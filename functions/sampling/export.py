@@ -45,7 +45,8 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
 def model_card(saved: SavedModel, folder: str, what: str) -> str:
     """The README.md that hubs show; `what` its picture shows."""
     diffusion, model = saved.config["diffusion"], saved.config["model"]
-    data = re.split(r"[/\\]", str(diffusion.get("dataset_name", "")))[-1]  # a path is nobody's business
+    # a path is nobody's business
+    data = re.split(r"[/\\]", str(diffusion.get("dataset_name", "")))[-1]
     fields = {**diffusion, **model, "dataset_name": data or "not known"}
     facts = "".join(f"| {name} | {value} |\n" for name, value in fields.items())
     return f"""---

@@ -72,7 +72,8 @@ def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int
 
 def figures_of(args: argparse.Namespace, times: Sequence[int]) -> dict[str, dict[str, Frame]]:
     """The figures of the denoising that the flags ask for: by their files' names, the frame under each title."""
-    calls, title = len(times) - 1, lambda t: f"t = {t + 1}"  # the paper's t, which is 0 for an image
+    # The paper's t, which is 0 for an image
+    calls, title = len(times) - 1, lambda t: f"t = {t + 1}"
     states = lambda count: {title(times[k]): ("x", k) for k in frame_steps(calls, count)}
     figures = {}
     if args.gif:
@@ -80,7 +81,8 @@ def figures_of(args: argparse.Namespace, times: Sequence[int]) -> dict[str, dict
     if args.strip:
         figures["strip.png"] = states(STRIP_COLUMNS)
     if args.progressive:
-        columns = min(STRIP_COLUMNS - 1, max(calls - 1, 1))  # evenly spaced, without the last, whose x_0 is the image
+        # Evenly spaced, without the last, whose x_0 is the image
+        columns = min(STRIP_COLUMNS - 1, max(calls - 1, 1))
         predicted = [1 + round(i * (calls - 1) / columns) for i in range(columns)]
         figures["progressive.png"] = {title(times[k - 1]): ("x_0", k) for k in predicted} | {"image": ("x", calls)}
     return figures

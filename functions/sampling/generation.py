@@ -57,7 +57,8 @@ class ImageSampler:
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
-    watch: OnStep | None = field(default=None, compare=False)  # sees every step, and decides nothing
+    # Sees every step, and decides nothing
+    watch: OnStep | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         self.options.times(self.scheduler)
@@ -141,8 +142,10 @@ def rebuild(
             if found[name] > most:
                 raise ValueError(f"{name} is above {most:,}")
         schedule = [diffusion[name] for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas")]
-        scheduler = NoiseScheduler(*schedule, diffusion.get("beta_schedule", "linear"))  # older ones do not say
-        with torch.device("meta"):  # shapes only: nothing is initialised that is overwritten at once
+        # Older ones do not say
+        scheduler = NoiseScheduler(*schedule, diffusion.get("beta_schedule", "linear"))
+        # Shapes only: nothing is initialised that is overwritten at once
+        with torch.device("meta"):
             model = build_model(**fields)
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
         for name, known in (("objective", ("eps", "v")), ("variance", ("small", "large"))):
@@ -200,9 +203,11 @@ class Replayed:
         """As the network, without gradients; the result is the caller's, as a replay overwrites the graph's."""
         if not self.inputs or len(self.inputs[0]) != len(x_t):
             self.graph, self.inputs, self.output = None, (), None  # their memory first
-            self.network(x_t, t)  # here cuDNN tries its kernels, which it cannot while it is recorded
+            # Here cuDNN tries its kernels, which it cannot while it is recorded
+            self.network(x_t, t)
             inputs, graph = (x_t.clone(), t.clone()), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
+            # Other threads may go on
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.output = self.network(*inputs)
             self.graph, self.inputs = graph, inputs
         for own, new in zip(self.inputs, (x_t, t), strict=True):
@@ -232,7 +237,8 @@ class BatchLimit:
                 if len(some) == 1:
                     message = f"no memory for a single image at a time on {self.device}: {short(error)}"
                     raise UserError(message) from error
-            if self.device.type == "cuda":  # here, where the error no longer holds on to what did not fit
+            # Here, where the error no longer holds on to what did not fit
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.most = len(some) // 2
             tqdm.write(f"out of memory with {len(some)} images at a time: going on with {self.most}", file=sys.stderr)

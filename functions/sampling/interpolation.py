@@ -27,7 +27,8 @@ def interpolate_images(image_sampler: ImageSampler, ends: Tensor, t: int, weight
     mixtures, so that along a row nothing but the mixture changes. The ends are (2, C, H, W) in [-1, 1], the (L,)
     weights those of the second: 0 and 1 give the two as they come back from depth t. Returns (L, C, H, W) images.
     """
-    noise = image_sampler.noise([0], "interpolation")  # that of image 0 may be what one of the ends was sampled from
+    # That of image 0 may be what one of the ends was sampled from
+    noise = image_sampler.noise([0], "interpolation")
     first, second = image_sampler.scheduler.q_sample(ends, t, noise.draw().expand_as(ends))
     w = weights.view(-1, 1, 1, 1)
     shared = lambda: noise.draw().expand(len(w), *image_sampler.shape)

@@ -31,7 +31,8 @@ class SamplerOptions:
     spacing: str | None = None  # None: the sampler's default, and so below
     variance: str | None = None  # of ddpm
     eta: float | None = None  # of ddim and dpm++
-    calibrate: str | None = None  # "data", "own" or another data set: see functions/sampling/calibration.py
+    # "data", "own" or another data set: see functions/sampling/calibration.py
+    calibrate: str | None = None
     clip_x_0: bool = True  # no flag: False is for a few models of others
 
     def __post_init__(self) -> None:
@@ -43,7 +44,8 @@ class SamplerOptions:
         for option, default in {"spacing": SPACING[self.sampler], **own}.items():
             if getattr(self, option) is None:
                 object.__setattr__(self, option, default)  # how a frozen dataclass sets itself up
-        if self.calibrate and Path(self.calibrate, "checkpoints").exists():  # "--calibrate RUN" takes RUN for its value
+        # "--calibrate RUN" takes RUN for its value
+        if self.calibrate and Path(self.calibrate, "checkpoints").exists():
             raise UserError(f"--calibrate {self.calibrate}: that is a run, not data; write the run before the flag")
 
     @staticmethod

@@ -46,7 +46,8 @@ class TrainingState:
         own, found = self.tensors(), file.tensors()
         check_fit(own, found, file.path)
         for name, tensor in found.items():
-            if name.startswith(("step.", "exp_avg_sq.")) and (tensor < 0).any():  # whose root would be no number
+            # Whose root would be no number
+            if name.startswith(("step.", "exp_avg_sq.")) and (tensor < 0).any():
                 raise CheckpointError(f"{file.path}: {name} is negative")
         scaler = self.scaler.state_dict()
         if scaler and file.contents["scaler"]:
@@ -66,10 +67,12 @@ class SavedModel:
 
     path: Path
     weights: dict[str, Tensor]
-    kind: str  # of the weights: "EMA", or "raw" where the run has no EMA; "diffusers", of one of its folders
+    # Of the weights: "EMA", or "raw" where the run has no EMA; "diffusers", of one of its folders
+    kind: str
     config: dict  # {"diffusion": {...}, "model": {...}}
     run: dict  # experiment, step, total_steps (0 where nobody knows), and in a checkpoint more
-    digest: str  # of weights and config: the same for a checkpoint and for what was exported from it
+    # Of weights and config: the same for a checkpoint and for what was exported from it
+    digest: str
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -102,7 +105,8 @@ def open_checkpoint(path: Path) -> TensorFile:
     run = file.contents["run"]
     if not isinstance(run.get("experiment"), str) or not isinstance(run.get("arithmetic", {}), dict):
         raise CheckpointError(f"{path}: its part 'run' has no proper 'experiment' or 'arithmetic'")
-    for name, most in {"total_steps": 10**8, "step": run.get("total_steps")}.items():  # files' names have 8 digits
+    # Files' names have 8 digits
+    for name, most in {"total_steps": 10**8, "step": run.get("total_steps")}.items():
         if type(run.get(name)) is not int or not 0 <= run[name] <= most:
             raise CheckpointError(f"{path}: its part 'run' has no proper {name!r}")
     return file

@@ -59,16 +59,16 @@ def plain_sentence(error: Exception, *others: type[Exception]) -> str | None:
 def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:
     """One flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
-    Its help is the comment beside the field, with the field's default. Lists are written 1,2,4 and truth values true
+    Its help is the comment above the field, with the field's default. Lists are written 1,2,4 and truth values true
     or false. A flag that is not given leaves nothing behind in the parsed arguments.
     """
     group = parser.add_argument_group(
-        f"{config_class.__name__}, any field for this run only (in brackets: where config.py's experiment says nothing)"
+        f"{config_class.__name__}, any field for this run only; defaults hold where config.py's experiment sets none"
     )
     kinds, comments = get_type_hints(config_class), field_comments(config_class)
     for field in fields(config_class):
         parse, metavar = FLAG_TYPES[kinds[field.name]]
-        default = "" if field.default is MISSING else f" ({field.default})"
+        default = "" if field.default is MISSING else f" Default: {field.default}."
         group.add_argument(
             f"--{prefix}.{field.name.replace('_', '-')}", dest=f"{prefix}.{field.name}", type=parse, metavar=metavar,
             default=argparse.SUPPRESS, help=f"{comments[field.name]}{default}".replace("%", "%%"),
@@ -76,8 +76,10 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
 
 
 def field_comments(config_class: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), flags=re.MULTILINE))
+    """The comment on the lines right above each field of a dataclass."""
+    source = inspect.getsource(config_class)
+    explained = re.findall(r"^((?:    # .*\n)+)    (\w+): ", source, flags=re.MULTILINE)
+    return {name: " ".join(comment.replace("#", "").split()) for comment, name in explained}
 
 
 def given_fields(args: argparse.Namespace, prefix: str, config_class: type) -> dict:

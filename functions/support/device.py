@@ -36,7 +36,8 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
         device = torch.device("cuda", index if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"device is {str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(device)  # what has no device of its own, such as pinned memory, would go to the first GPU
+        # What has no device of its own, such as pinned memory, would go to the first GPU
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_heap()
     return device
@@ -65,7 +66,8 @@ def choose_precision(name: str, device: torch.device, started_with: str | None =
     device has it. float32 on CUDA is no TF32, for the whole process. UserError when the device has no such precision.
     """
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # or convolutions have 10 bits of fraction instead of 23
+        # Or convolutions have 10 bits of fraction instead of 23
+        torch.backends.cudnn.allow_tf32 = False
     there = [known for known in DTYPES if known != "float16" or device.type == "cuda"]
     if started_with in there:
         return DTYPES[started_with]

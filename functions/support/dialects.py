@@ -8,7 +8,8 @@ class Dialect:
     """Fields and values are those of the config of a `UNet2DModel`, diffusers' class of both families."""
 
     norm_eps: float  # of every GroupNorm
-    downsample_padding: int  # 0: right and bottom only, TensorFlow's 'SAME' for an even size; 1: all round
+    # 0: right and bottom only, TensorFlow's 'SAME' for an even size; 1: all round
+    downsample_padding: int
     flip_sin_to_cos: bool  # the time embedding has the cosines first
     freq_shift: int  # its frequencies are 10000^(-i / (dim/2 - freq_shift))
     attention_head_dim: int | None  # channels of a head of attention; None: one head

@@ -33,7 +33,8 @@ NAMES = {
     "shortcut.": "conv_shortcut.", ".norm.": ".group_norm.", "query.": "to_q.", "key.": "to_k.", "value.": "to_v.",
     ".out.": ".to_out.0.",
 }  # fmt: skip
-MATRICES = (".query.weight", ".key.weight", ".value.weight", ".out.weight")  # in diffusers; convolutions here
+# In diffusers; convolutions here
+MATRICES = (".query.weight", ".key.weight", ".value.weight", ".out.weight")
 # What our network is and has no field for; diffusers' defaults are the same
 NETWORK = {
     "_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3, "center_input_sample": False,
@@ -174,7 +175,8 @@ def load_model(path: Path) -> SavedModel:
 
 def name_of(folder: Path) -> str:
     """A folder's name; in a hub's cache, where folders are named by hashes, the model's."""
-    folder = Path(os.path.abspath(folder))  # not resolve, which follows the links that a hub's cache is made of
+    # Not resolve, which follows the links that a hub's cache is made of
+    folder = Path(os.path.abspath(folder))
     return folder.parents[1].name.removeprefix("models--") if folder.parent.name == "snapshots" else folder.name
 
 

@@ -68,7 +68,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     The save_file of safetensors would want all of them contiguous at once, and flushes nothing to the disk.
     Raises OSError, with `path` as it was, when the disk is full or the like.
     """
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each is aligned
+    # So that each is aligned
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     entries, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes

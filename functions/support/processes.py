@@ -21,7 +21,8 @@ from functions.support.errors import UserError
 from functions.support.files import short
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(days=1)  # with one that prepares data or has more to sample; one that has ended is noticed at once
+# With one that prepares data or has more to sample; one that has ended is noticed at once
+PATIENCE = timedelta(days=1)
 EXIT_WITH_MAIN = 2  # of processes that end because rank 0 said why it does
 
 
@@ -56,7 +57,8 @@ class Processes:
         """The model to call in training: its backward pass averages gradients over all processes."""
         if self.count == 1:
             return model
-        for parameter in model.parameters():  # which DDP moves into its buckets; None would be made anew beside them
+        # Which DDP moves into its buckets; None would be made anew beside them
+        for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         return DistributedDataParallel(model, None if device.type == "cpu" else [device], gradient_as_bucket_view=True)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-THREADS = ThreadPoolExecutor(8)  # to draw noise for a GPU: 64 images of 128 px take one thread 24 ms
+# To draw noise for a GPU: 64 images of 128 px take one thread 24 ms
+THREADS = ThreadPoolExecutor(8)
 
 
 def seed_of(*parts: int | str) -> int:

@@ -28,7 +28,8 @@ from functions.support.files import TensorFile, write_text
 
 Contents = TypeVar("Contents")
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")  # of which experiment, started when
-CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{8})\.(safetensors|pt)")  # .pt: of earlier versions, to be refused
+# .pt: of earlier versions, to be refused
+CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{8})\.(safetensors|pt)")
 
 
 @dataclass
@@ -41,7 +42,8 @@ class Run:
     folder: Path | None = None  # None until it is made
     checkpoint: TensorFile | None = None  # that it goes on from
     initial: SavedModel | None = None  # whose weights a new one starts from
-    facts: dict = field(default_factory=dict)  # what was found when it started: split, length, device, precision, ...
+    # What was found when it started: split, length, device, precision, ...
+    facts: dict = field(default_factory=dict)
 
     @property
     def remembered(self) -> dict:

@@ -8,7 +8,8 @@ from torch import Tensor
 from functions.support.errors import UserError
 from functions.support.run_folder import last_checkpoint
 
-SMALLEST_SCALE = 1.0  # of float16's losses: the scale is there to enlarge gradients; below 1 it has collapsed
+# Of float16's losses: the scale is there to enlarge gradients; below 1 it has collapsed
+SMALLEST_SCALE = 1.0
 
 
 class BadNumbers:
@@ -21,7 +22,8 @@ class BadNumbers:
 
     def __init__(self, device: torch.device):
         self.step, self.skipped, self.in_a_row, self.longest = (torch.tensor(0, device=device) for _ in range(4))
-        self.last = torch.zeros(3, device=device)  # of the last bad step: its number, loss and gradient norm
+        # Of the last bad step: its number, loss and gradient norm
+        self.last = torch.zeros(3, device=device)
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """() float32: 1 if the step's loss () or the norm of its gradients () is not finite, else 0."""
@@ -45,7 +47,8 @@ class BadNumbers:
 
     def numbers(self, scaler: torch.amp.GradScaler) -> Tensor:
         """(6,) float32 on the device: most in a row since `read`, skipped so far, `last`, and the scale of losses."""
-        scale = scaler.scale(torch.ones_like(self.last[0]))  # of one; unlike get_scale this does not wait
+        # Of one; unlike get_scale this does not wait
+        scale = scaler.scale(torch.ones_like(self.last[0]))
         return torch.stack([number.float() for number in (self.longest, self.skipped, *self.last, scale)])
 
     def read(self, numbers: list[float], limit: int, learning_rate: float, run: Path) -> int:

@@ -26,7 +26,8 @@ from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses
 from functions.training.stopping import EXIT_STOPPED, StopSignals, failed_writes_explained
 from functions.training.validation import validation_losses
 
-BOUND_T_STRIDE = 50  # of the timesteps in bits/dim: its error comes from the number of images, hardly from this
+# Of the timesteps in bits/dim: its error comes from the number of images, hardly from this
+BOUND_T_STRIDE = 50
 
 
 @dataclass
@@ -66,7 +67,8 @@ class BookKeeper:
                 self.sample(first_step)  # which a stop left no time for
             if self.run.checkpoint and self.run.checkpoint.contents["config"] != self.run.experiment.to_dict():
                 with failed_writes_explained(self.run.folder):
-                    self.save(first_step)  # so that from now on the run is resumed as it was changed
+                    # So that from now on the run is resumed as it was changed
+                    self.save(first_step)
             self.stack = stack.pop_all()
         return self
 
@@ -122,10 +124,12 @@ class BookKeeper:
             overdue = 0 < self.config.checkpoint_minutes <= (time.monotonic() - self.saved_at) / 60
             if due(self.config.checkpoint_every) or overdue or stopping:
                 self.save(done)
-            if due(self.config.sample_every) and not stopping:  # when stopping there may be no time for it
+            # When stopping there may be no time for it
+            if due(self.config.sample_every) and not stopping:
                 self.sample(done)
         if stopping:
-            self.processes.any(False)  # waits: torchrun ends all when one has ended, and rank 0 is to save in peace
+            # Waits: torchrun ends all when one has ended, and rank 0 is to save in peace
+            self.processes.any(False)
             why = self.stop.received or "a signal to another process, or the end of torchrun"
             self.processes.say(f"stopped by {why}, saved; go on with: python train.py --resume {self.run.folder}")
             sys.exit(EXIT_STOPPED)

@@ -22,7 +22,8 @@ OPTIONS = {
     # What is cheap is computed again and not kept: 25 instead of 30 GB of a pass, by the same count
     "realize_reads_threshold": 32, "realize_acc_reads_threshold": 32, "realize_opcount_threshold": 200,
 }  # fmt: skip
-TOLERANCE = 0.1  # of the gradient's norm; PyTorch 2.13 on a CPU compiled bfloat16 wrongly, by 0.15 and more
+# Of the gradient's norm; PyTorch 2.13 on a CPU compiled bfloat16 wrongly, by 0.15 and more
+TOLERANCE = 0.1
 
 
 def compiled_if_worth_it(

@@ -26,7 +26,8 @@ COLUMNS = (
     "val_eps_error",
     "val_loss_ema",  # the same, EMA weights
     "val_eps_error_ema",
-    "bits_per_dim",  # variational bound on held-out images, EMA weights if there are any; empty likewise
+    # Variational bound on held-out images, EMA weights if there are any; empty likewise
+    "bits_per_dim",
     "grad_norm",  # of the last step, before clipping
     "learning_rate",
     "images_per_second",  # training alone, without validation and samples
@@ -96,7 +97,8 @@ class TrainingWindow:
 
     def load(self, state: dict[str, float]) -> None:
         """Go on from what `state` gave; the time of those steps is not known."""
-        loss, eps_error = state["sums"] if "sums" in state else [state["loss_sum"]] * 2  # of older ones, all eps
+        # Of older ones, all eps
+        loss, eps_error = state["sums"] if "sums" in state else [state["loss_sum"]] * 2
         self.sums.copy_(torch.tensor([float(loss), float(eps_error)]))
         self.steps.fill_(int(state["steps"]))
 
@@ -129,7 +131,8 @@ class TrainingWindow:
         """Stop the clock: for what is not training."""
         start = time.perf_counter()
         yield
-        self.clock = time.perf_counter() - max(start - self.clock, 0.0)  # `read` may have begun anew meanwhile
+        # `read` may have begun anew meanwhile
+        self.clock = time.perf_counter() - max(start - self.clock, 0.0)
 
 
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:

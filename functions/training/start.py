@@ -16,7 +16,8 @@ from functions.support.errors import UserError
 from functions.support.processes import Processes
 from functions.support.run_folder import Run
 
-VISIBLE_SNR = 1e-3  # x_T with a larger terminal SNR still carries the image; the paper's 1000 steps leave 4e-5
+# x_T with a larger terminal SNR still carries the image; the paper's 1000 steps leave 4e-5
+VISIBLE_SNR = 1e-3
 H100_PEAK = 989e12  # FLOP/s in dense bfloat16, by its data sheet
 H100_SHARE = 0.15  # not measured
 
@@ -44,8 +45,8 @@ def describe(run: Run, data_summary: str) -> str:
         f"  data       {data_summary}",
         f"  split      {facts['split']}",
         f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, {facts['device']}",
-        f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: {config.epochs} epochs of "
-        f"{facts['steps_per_epoch']:,} steps{done}",
+        f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: "
+        f"{config.epochs} epochs of {facts['steps_per_epoch']:,} steps{done}",
         *([f"  begins as  {facts['initial']}"] if facts.get("initial") else []),
         f"  objective  {config.objective}, t {config.t_sampling} over {config.timesteps_diff} timesteps with "
         f"{config.beta_schedule} betas, terminal SNR {snr:.2g}",
@@ -123,7 +124,8 @@ def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
     """Whether a forward and backward pass of images in this shape fits in memory; leaves no gradients."""
     network = denoiser.network
     try:
-        for parameter in network.parameters():  # gradients are there in all passes of a step but the first
+        # Gradients are there in all passes of a step but the first
+        for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         run_pass(denoiser, shape)
         return True
@@ -145,6 +147,7 @@ def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:
     x_0 = torch.randn(shape, device=weight.device)
     t = torch.zeros(len(x_0), dtype=torch.int64, device=weight.device)
     losses = denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0)
-    (x_0[0].numel() * losses).sum().backward()  # not the mean, whose gradients would be too small for float16
+    # Not the mean, whose gradients would be too small for float16
+    (x_0[0].numel() * losses).sum().backward()
     weight.grad.sum().item()  # waits until the device is done
     return time.perf_counter() - start

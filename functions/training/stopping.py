@@ -11,7 +11,8 @@ from types import FrameType
 from functions.support.errors import UserError
 from functions.support.run_folder import last_checkpoint
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed
+# EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed
+EXIT_STOPPED = 75
 SAME_SIGNAL = 1.0
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 

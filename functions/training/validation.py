@@ -28,7 +28,8 @@ def validation_losses(
     """
     scheduler, samples = denoisers[0].scheduler, config.validation_samples
     order = torch.randperm(samples, generator=generator_of("cpu", config.seed, "validation t"))
-    all_t = (2 * order + 1) * scheduler.timesteps // (2 * samples)  # the middle of each of `samples` strata
+    # The middle of each of `samples` strata
+    all_t = (2 * order + 1) * scheduler.timesteps // (2 * samples)
     all_images = indices[np.arange(samples) * len(indices) // samples]
     found = []  # on the device, which is not waited for meanwhile
     with ExitStack() as stack:

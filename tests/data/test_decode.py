@@ -111,7 +111,8 @@ def test_resizing_is_by_the_kernels_formula_and_antialiases(size, kernel):
     pixels = np.random.default_rng(0).integers(64, 192, (64, 64, 3), dtype=np.uint8)
     ratio = 64 / size
     centres = (np.arange(size) + 0.5) * ratio - 0.5
-    weights = kernel((np.arange(64) - centres[:, None]) / max(ratio, 1))  # as much wider as the image gets smaller
+    # As much wider as the image gets smaller
+    weights = kernel((np.arange(64) - centres[:, None]) / max(ratio, 1))
     weights /= weights.sum(1, keepdims=True)
     expected = np.einsum("yi,xj,ijc->yxc", weights, weights, pixels, optimize=True)
     assert np.abs(fit_square(pixels, size) - expected).max() <= 1.5  # rounded once an axis

@@ -56,7 +56,8 @@ def test_a_member_that_unpacks_to_more_than_it_says_takes_no_memory(tmp_path):
 def test_members_that_are_too_large_or_damaged_are_left_out(tmp_path):
     path = patched(write_zip(tmp_path / "large.zip"), (CENTRAL, 24, "<I", 2**31))
     assert load(path, max_bad_images=1).bad_images == [["00009.png", "larger than 100 MiB"]]
-    path = write_zip(tmp_path / "flipped.zip", pattern="{number:05d}.bmp")  # a format without a checksum of its own
+    # a format without a checksum of its own
+    path = write_zip(tmp_path / "flipped.zip", pattern="{number:05d}.bmp")
     pack = load(patched(path, (b"BM", 100, "B", 255 - encoded(IMAGES[9], "BMP")[100])), max_bad_images=1)
     assert pack.bad_images == [["00009.bmp", "cannot be read (Bad CRC-32 for file '00009.bmp')"]]
     np.testing.assert_array_equal(pack.images, IMAGES[:9])
@@ -100,7 +101,8 @@ def test_file_names_that_are_no_utf_8_are_read(tmp_path):
     ("shape", "message"),
     [
         ("(1000000000000, 8, 8, 3)", "not as large as it says"),  # before anything is counted by it
-        *((f"({n}, 8, 8, 3)", "not as large as it says") for n in (11, 9)),  # as if it was cut short; or continued
+        # As if it was cut short; or continued
+        *((f"({n}, 8, 8, 3)", "not as large as it says") for n in (11, 9)),
         ("(1, 100000, 100000, 3)", "not as large as it says|damaged"),
         ("(-10, 8, 8, 3)", "exactly one"),
         *((shape, "cannot be read") for shape in ("(" * 500, "(10, 8, 8, 3")),

@@ -57,7 +57,8 @@ def test_a_disk_that_runs_full_leaves_nothing_wrong_behind(tmp_path, monkeypatch
         patch.setattr(os, "fsync", full)
         load(path)
     assert packed_files(tmp_path) == ["set.zip-8px.packed", "set.zip-8px.packed.lock"]
-    write_zip(path)  # as it was: what is left of its record must not be taken for that of the other images
+    # As it was: what is left of its record must not be taken for that of the other images
+    write_zip(path)
     np.testing.assert_array_equal(load(path).images, IMAGES)
 
 

@@ -62,7 +62,8 @@ def test_cosine_betas_are_those_of_the_paper_and_of_diffusers(timesteps):
     assert_close(ours.alphas_cumprod.numpy(), expected, rtol=1e-9, atol=0)
     assert (ours.betas[-1], ours.betas[:-1].max() < 0.999) == (0.999, True)
     theirs = DDPMScheduler(timesteps, beta_schedule="squaredcos_cap_v2")
-    assert_close(ours.betas.float(), theirs.betas, rtol=1e-6, atol=1e-8)  # float32's 6e-8, of alpha_bar's ratio near 1
+    # Float32's 6e-8, of alpha_bar's ratio near 1
+    assert_close(ours.betas.float(), theirs.betas, rtol=1e-6, atol=1e-8)
     assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-7)
 
 

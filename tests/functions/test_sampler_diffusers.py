@@ -47,7 +47,8 @@ def their_states(scheduler, **options):
         x = step.prev_sample
         states.append(x)
     if scheduler.config.get("variance_type") == "fixed_large":
-        states[-1] = step.pred_original_sample  # they add noise to the finished image if the last t is not 0
+        # They add noise to the finished image if the last t is not 0
+        states[-1] = step.pred_original_sample
     return torch.stack(states)
 
 
@@ -112,12 +113,14 @@ def test_ipndm_agrees_with_diffusers_step_for_step(steps, spacing):
     alpha_bar = torch.cat([alpha_bars(1000), torch.ones(1, dtype=torch.float64)])[times]
     scheduler = IPNDMScheduler(trained_betas=alpha_bar.tolist())
     scheduler.set_timesteps(steps)
-    scheduler.alphas, scheduler.betas = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # so they call alpha and sigma
+    # So they call alpha and sigma
+    scheduler.alphas, scheduler.betas = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     scheduler.set_begin_index(0)
     x, expected, model = pure_noise(), [], model_of(1000)
     for k in range(steps):
         eps = model(x, torch.full((2,), times[k]))
-        v = (eps - scheduler.betas[k] * x) / scheduler.alphas[k]  # what their model is taken to predict
+        # What their model is taken to predict
+        v = (eps - scheduler.betas[k] * x) / scheduler.alphas[k]
         x = scheduler.step(v, None, x).prev_sample
         expected.append(x)
     ours = our_states(ipndm_sample, 1000, steps, spacing, clip_x_0=False)

@@ -29,7 +29,8 @@ def test_the_ideal_denoiser_is_the_score(sigma, data):
 def distance(x_0):
     """Kolmogorov-Smirnov: the most that the share of samples below any z differs from what is due, in 8 directions."""
     random = torch.randn(5, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    directions = torch.cat([random, MIXTURE.means - MIXTURE.means.roll(1, 0)])  # the last, where the modes lie apart
+    # The last, where the modes lie apart
+    directions = torch.cat([random, MIXTURE.means - MIXTURE.means.roll(1, 0)])
     errors, ranks = [], torch.arange(len(x_0) + 1) / len(x_0)
     for direction in directions / directions.norm(dim=1, keepdim=True):
         due = MIXTURE.cdf((x_0 @ direction).sort().values, direction)

@@ -58,7 +58,8 @@ def test_the_distribution_is_exactly_that_of_the_paper_s_formula(sampler, formul
     """In one dimension, x_0 ~ N(m, s^2), the best eps is linear in x_t."""
     m, s, scheduler = 0.3, 0.4, NoiseScheduler(timesteps)
     times = sampling_times(scheduler, steps)
-    alpha_bar = np.append(np.cumprod(1 - np.linspace(0.1, 20, timesteps) / timesteps), 1.0)  # [-1]: the clean image
+    # [-1]: the clean image
+    alpha_bar = np.append(np.cumprod(1 - np.linspace(0.1, 20, timesteps) / timesteps), 1.0)
     mean, variance = 0.0, 1.0
     for a, a_s in pairwise(alpha_bar[times]):
         of_x, of_eps, added = formula(a, a_s)
@@ -115,7 +116,8 @@ def test_the_way_can_be_given_as_times(sampler):
     assert seen == list(enumerate(times[:-1]))
 
 
-@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])  # the others begin with order 1 anew
+# The others begin with order 1 anew
+@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])
 def test_the_way_can_be_taken_in_parts(sampler):
     scheduler, draw = NoiseScheduler(1000), noise_source()
     times, draws = sampling_times(scheduler, 12, "logsnr"), [draw(k) for k in range(12)]

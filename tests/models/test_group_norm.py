@@ -6,7 +6,8 @@ from torch.autograd import gradcheck
 
 from models.group_norm import GroupNorm
 
-SIZES = [(64, 32, 20), (96, 12, 17), (12, 4, 4), (512, 32, 10)]  # channels, groups, height; the last has wide groups
+# Channels, groups, height; the last has wide groups
+SIZES = [(64, 32, 20), (96, 12, 17), (12, 4, 4), (512, 32, 10)]
 
 
 def norms(channels, groups):

@@ -69,9 +69,11 @@ def test_in_bfloat16_the_gradients_are_nearly_those_of_float32():
 def test_what_a_block_keeps_is_counted_by_hand():
     """Two parts, 4 and 2 channels, to 4: beside them the state between the convolutions, and what the block returns."""
     N, H, layout = 2, 4, torch.channels_last
-    image, small = N * H * H * 8, N * 8 * 8  # one channel in float64; the SiLU of the time embedding
+    # One channel in float64; the SiLU of the time embedding
+    image, small = N * H * H * 8, N * 8 * 8
     norms = 2 * 2 * N * 2 * 8  # mean and rstd of both norms, two groups each
-    for recompute, channels in ((True, 4 + 4), (False, 4 + 4 + 3 * 6 + 2 * 4)):  # else also concatenation, norms, SiLUs
+    # Else also concatenation, norms, SiLUs
+    for recompute, channels in ((True, 4 + 4), (False, 4 + 4 + 3 * 6 + 2 * 4)):
         block = ResidualBlock(6, 4, 8, 0.0, partial(GroupNorm, 2)).double().to(memory_format=layout)
         block.recompute_norms = recompute
         parts = [torch.randn(N, C, H, H).double().contiguous(memory_format=layout).requires_grad_() for C in (4, 2)]

@@ -45,8 +45,10 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, l
     assert not their_parameters  # each of theirs is one of ours
     assert [our_name(their_name(name)) for name in pairs] == [*pairs]
     for parameter, other in pairs.values():
-        other.data.add_(0.05 * torch.randn_like(other))  # norms and biases start at 1 and 0, which hides a mix-up
-        parameter.data.copy_(other.data.reshape(parameter.shape))  # our 1x1 convolutions are Linear layers of theirs
+        # Norms and biases start at 1 and 0, which hides a mix-up
+        other.data.add_(0.05 * torch.randn_like(other))
+        # Our 1x1 convolutions are Linear layers of theirs
+        parameter.data.copy_(other.data.reshape(parameter.shape))
     ours.to(memory_format=layout)
     x_t, t = torch.randn(3, 3, shape.image_size, shape.image_size), torch.tensor([0, 421, 999])
     found, expected = ours(x_t, t), theirs(x_t, t).sample

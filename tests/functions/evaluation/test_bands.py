@@ -43,9 +43,11 @@ def test_the_ratios_of_known_networks(eps):
     ratio = expected(eps, result.t)
     off = np.abs(result.ratio - ratio) / result.standard_error
     assert off.max() < 4.5 and np.median(off) < 1.2  # 48 cells
-    assert result.standard_error[:, 3].max() / result.ratio[:, 3].max() < 0.02  # so this says something
+    # So this says something
+    assert result.standard_error[:, 3].max() / result.ratio[:, 3].max() < 0.02
     if eps is ideal_eps:
-        np.testing.assert_allclose(result.linear, ratio, rtol=0.3)  # s^2 of 100 images and not of all
+        # s^2 of 100 images and not of all
+        np.testing.assert_allclose(result.linear, ratio, rtol=0.3)
         assert "not measurably worse than" in result.verdict()
     else:
         assert ratio[-1, 0] > 100
@@ -95,7 +97,8 @@ def test_the_heat_map_is_red_where_it_is_worse_than_nothing(tmp_path):
     height, width = pixels.shape[:2]
     upper_right, upper_left = (pixels[height // 3, int(width * x)] for x in (0.9, 0.2))
     assert upper_right[0] > upper_right[2] + 50 and upper_left[2] > upper_left[0] + 50
-    black = (pixels.max(axis=2) < 40).sum(axis=0)  # of each column: the frame has two that are black from top to bottom
+    # Of each column: the frame has two that are black from top to bottom
+    black = (pixels.max(axis=2) < 40).sum(axis=0)
     assert (black > height / 5).sum() > 4 and (black[: width // 2] > height / 5).sum() < (black > height / 5).sum()
 
 

@@ -38,7 +38,8 @@ def test_bits_per_dim_of_a_run(tiny_run, tmp_path, capsys):
     assert "5 of 5 validation images" in found["protocol"] and "EMA weights" in found["protocol"]
     curves = found["curves"]
     assert sum(curves["timesteps"]) == 100
-    assert curves["rate"][0] == pytest.approx(found["rate"])  # at the end of the way, all but L_0 is read
+    # At the end of the way, all but L_0 is read
+    assert curves["rate"][0] == pytest.approx(found["rate"])
     np.testing.assert_allclose(curves["rmse"], 127.5 * np.sqrt(curves["mse_x_0"]))
     assert Image.open(tmp_path / name.replace(".json", ".png")).size > (1000, 300)
 

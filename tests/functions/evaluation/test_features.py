@@ -83,7 +83,8 @@ def test_features_depend_on_images_alone():
     limited = LittleMemory(small_features, 5)
     torch.testing.assert_close(of_images(16, replace(EXTRACTOR, features=limited)), whole)
     assert limited.sizes == [4] * 25
-    parts = of_each_process(3, lambda processes: of_images(processes=processes))  # the last has nothing to do
+    # The last has nothing to do
+    parts = of_each_process(3, lambda processes: of_images(processes=processes))
     assert torch.equal(sum(parts), whole)
 
 

@@ -80,13 +80,15 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
     two = script(*TORCHRUN, tiny_run, *FLAGS, "--progressive", "--out", tmp_path)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("all 22 images are there") == 1  # rank 0 alone speaks
-    assert two.stderr.count(" 0.00/360 ") == 1  # one bar, of rank 0: 3 of 6 batches, all of which are to be seen
+    # One bar, of rank 0: 3 of 6 batches, all of which are to be seen
+    assert two.stderr.count(" 0.00/360 ") == 1
     assert kept.items() <= written(tmp_path).items()
     both, one = contents(tmp_path), contents(whole)
     assert both.keys() == one.keys() | {"progressive.png"} and one.items() <= both.items()
 
 
-@pytest.mark.parametrize("own", [["--individual"], []])  # nor may a grid of theirs lie beside the images
+# Nor may a grid of theirs lie beside the images
+@pytest.mark.parametrize("own", [["--individual"], []])
 def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, own):
     common = ["-n", 2, "--steps", 5, "--device", "cpu", "--out", tmp_path]
     call(sample.main, tiny_run, "--individual", *common)

@@ -57,14 +57,16 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
     eager = image_sampler_of(network, options=SamplerOptions("ipndm", 8))
     replayed = replace(eager, denoiser=replace(eager.denoiser, network=Replayed(recording_network)))
     parts = list(generate_batches(replayed, [range(4), range(4, 8), range(8, 10)]))
-    assert [len(x_t) for x_t, *_ in recorded] == [4, 4, 2, 2]  # each size once, after a call that is not recorded
+    # Each size once, after a call that is not recorded
+    assert [len(x_t) for x_t, *_ in recorded] == [4, 4, 2, 2]
     assert (Samples.joined(parts).images - generate(eager, range(10), 10).images).abs().max() < 1e-4
     x_T, samplers = eager.noise(range(1)).draw(), (replayed, eager)
     torch.testing.assert_close(*(ipndm_sample(one.denoiser, one.scheduler, x_T, 8, clip_x_0=False) for one in samplers))
 
 
 def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network, capsys):
-    class OftenLittleMemory(LittleMemory):  # it runs out in the middle of sampling, as a GPU's allocator may
+    # It runs out in the middle of sampling, as a GPU's allocator may
+    class OftenLittleMemory(LittleMemory):
         def forward(self, x_t, t):
             return super().forward(x_t, t) if t[0] < 50 else self.network(x_t, t)
 

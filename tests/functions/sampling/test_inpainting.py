@@ -42,7 +42,8 @@ def chain(steps, resample):
     times = sampling_times(SCHEDULER, steps)
     for t, s in pairwise(times):
         a_t, a_s, beta = SCHEDULER.alpha_bar(t), SCHEDULER.alpha_bar(s), SCHEDULER.step_beta(t, s)
-        step = a_s**0.5 * beta / (1 - a_t) * ideal_x_0(a_t) + (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t) * eye  # Eq. 7
+        # Eq. 7
+        step = a_s**0.5 * beta / (1 - a_t) * ideal_x_0(a_t) + (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t) * eye
         for repeat in range(resample if s >= 0 else 1):
             if repeat:
                 mean, covariance = (1 - beta) ** 0.5 * mean, (1 - beta) * covariance + beta * eye
@@ -74,7 +75,8 @@ def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
     errors = (found.mean(dim=0) - mean) / (covariance.diagonal() / N).sqrt()
     assert errors.abs().max() < 4
     variances = covariance.diagonal()
-    spread = ((variances[:, None] * variances + covariance**2) / N).sqrt()  # standard errors of covariances
+    # Standard errors of covariances
+    spread = ((variances[:, None] * variances + covariance**2) / N).sqrt()
     assert ((torch.cov(found.T) - covariance) / spread).abs().max() < 4
 
 
@@ -124,7 +126,8 @@ def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
     image, anew = read_with_mask(photo / f"{files[0]}.png", files[1] and photo / f"{files[1]}.png", 10)
     assert anew[:, :2].all() and not anew[:, 3:].any()
     whole = read_image(photo / "photo.png", 10, fit=True)
-    assert np.array_equal(image[:, 6:], whole[:, 6:])  # beside them there is some white, by the resizing
+    # Beside them there is some white, by the resizing
+    assert np.array_equal(image[:, 6:], whole[:, 6:])
 
 
 @pytest.mark.parametrize(

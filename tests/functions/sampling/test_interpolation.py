@@ -104,7 +104,8 @@ def test_the_script_interpolates_between_images_and_seeds(tiny_run, pictures, tm
     for row in (0, 2):  # the image itself, and the noise that it came from
         for column, i in ((0, 1), (1, 1), (9, 3), (10, 3)):
             assert abs(columns[column][row].astype(int) - own[i]).max() <= 1
-    assert abs(saved["variations.png"][0][1][0].astype(int) - own[2]).max() <= 1  # the first, at depth 0
+    # The first, at depth 0
+    assert abs(saved["variations.png"][0][1][0].astype(int) - own[2]).max() <= 1
 
     files = [pictures / "00000.png", pictures / "00001.png"]
     call(sample.main, tiny_run, "--steps", 5, "--interpolate", *files, "--fit", "--variations", files[1],

@@ -120,7 +120,8 @@ def test_the_whole_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch)
     if os.name == "posix":
         assert flushed[path.parent.stat().st_ino][1]  # its name too
         os.umask(mask := os.umask(0))
-        assert path.stat().st_mode & 0o777 == 0o666 & ~mask  # others may read it as they may other files
+        # Others may read it as they may other files
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(path):

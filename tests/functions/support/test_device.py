@@ -67,7 +67,8 @@ def test_precision_by_name_and_as_the_run_was_started_with():
     assert choose_precision("auto", torch.device("mps")) == torch.float32
     for dtype in (torch.bfloat16, torch.float32):
         assert choose_precision("auto", CPU, arithmetic(CPU, dtype, 1, 8)["precision"]) == dtype
-    for unusable in ("float16", None, [], "int8"):  # the first of a GPU, which the CPU is not trained in
+    # The first of a GPU, which the CPU is not trained in
+    for unusable in ("float16", None, [], "int8"):
         assert choose_precision("bfloat16", CPU, unusable) == torch.bfloat16
     for unusable in ("float16", "int8"):
         with pytest.raises(UserError, match=f"'{unusable}'; on cpu it must be auto, float32, bfloat16"):

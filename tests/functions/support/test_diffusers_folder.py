@@ -215,7 +215,8 @@ def test_a_unet_alone_linked_in_shards_and_in_half_precision(folder, tmp_path):
     linked = load_model(alone)
     assert linked.digest == whole.digest and linked.name == "me--faces"
     assert "the paper's schedule is assumed" in str(linked)
-    shutil.copytree(folder / "unet", tmp_path / "checkpoint-500" / "unet_ema")  # of their training script
+    # Of their training script
+    shutil.copytree(folder / "unet", tmp_path / "checkpoint-500" / "unet_ema")
     change(tmp_path / "checkpoint-500" / "unet_ema" / "config.json", decay=0.9999, optimization_step=500)
     (tmp_path / "checkpoint-500" / "unet").mkdir()
     assert load_model(tmp_path / "checkpoint-500").digest == load_model(folder / "unet").digest == whole.digest

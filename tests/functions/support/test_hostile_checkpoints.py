@@ -83,7 +83,8 @@ def test_a_flipped_bit_anywhere(path, whole):
 def test_the_length_of_a_header_is_judged_before_it_is_read(path, monkeypatch):
     monkeypatch.setattr(files, "safe_open", None)
     for length in (LONGEST_HEADER + 1, 2**40, 2**63, 2**64 - 1):
-        for size in (100, 2**42):  # far below, and beyond, what the header claims; the file has holes
+        # Far below, and beyond, what the header claims; the file has holes
+        for size in (100, 2**42):
             with open(path, "wb") as file:
                 file.write(length.to_bytes(8, "little") + b"{")
                 file.truncate(size)
@@ -229,6 +230,7 @@ def test_what_is_no_file_or_cannot_be_read(path, whole, tmp_path, monkeypatch):
         assert refusal(odd) == "not a regular file"
     for missing in (loop, path.with_name("missing"), path / "below"):
         assert refusal(missing) == "there is no such file"
-    fails = lambda *_: os.read(-1, 1)  # an `OSError` would end the program; now it takes the checkpoint before
+    # An `OSError` would end the program; now it takes the checkpoint before
+    fails = lambda *_: os.read(-1, 1)
     monkeypatch.setattr(files, "open", fails, raising=False)
     assert refusal(path) == "Bad file descriptor"

@@ -46,7 +46,8 @@ def test_a_full_disk(unfinished, tmp_path, every):
     said = result.stderr.splitlines()[-1]
     assert "cannot be written to: No space left on device. Last good checkpoint: " in said
     assert f"checkpoints/{last.name}. When that is mended, go on with: python train.py --resume " in said
-    assert every == 5 or "Traceback" not in result.stderr  # TensorBoard's thread, for grids, may print one
+    # TensorBoard's thread, for grids, may print one
+    assert every == 5 or "Traceback" not in result.stderr
     assert load_checkpoint(last)["run"]["step"] >= 7
     assert not list((tmp_path / "back").rglob(".*.tmp"))
 

@@ -173,7 +173,8 @@ def test_a_refusal_in_rank_0_is_said_once(tmp_path):
     programs = two(tmp_path, "--resume", tmp_path / "nothing")
     assert [program.wait() for program in programs] == [2, 2]
     assert "is not a run folder" in programs[0].printed
-    assert not re.sub(r"\[Gloo\].*\n", "", programs[1].printed)  # PyTorch 2.10 itself says that they are connected
+    # PyTorch 2.10 itself says that they are connected
+    assert not re.sub(r"\[Gloo\].*\n", "", programs[1].printed)
 
 
 def test_processes_that_cannot_meet_say_so(monkeypatch):

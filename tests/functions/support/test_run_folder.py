@@ -59,7 +59,8 @@ def test_a_run_folder_is_never_used_twice(tmp_path):
         (1, 20, 60, [20, 40, 60]),
         (1, 0, 60, [60]),
         (9, 0, 60, [10, 20, 30, 40, 50, 60]),
-        (2, 0, 40, [30, 40, 50, 60]),  # what lies beyond the step that was reached is no reason to delete another
+        # What lies beyond the step that was reached is no reason to delete another
+        (2, 0, 40, [30, 40, 50, 60]),
     ],
 )
 def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, done, kept):
@@ -71,6 +72,7 @@ def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, d
     for path in (*beside.values(), *others):
         path.touch()
     run_folder.delete_old(run, done, count, every)
-    assert {step for step, path in beside.items() if not path.exists()} == deleted  # and what is not ours stays
+    # And what is not ours stays
+    assert {step for step, path in beside.items() if not path.exists()} == deleted
     assert all(path.exists() for path in others)
     assert [run_folder.step_of(path) for path in run_folder.checkpoints_of(run)] == kept

@@ -118,13 +118,15 @@ def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
     printed = capsys.readouterr()
     assert f"WARNING: DAMAGED CHECKPOINT: {path}" in printed.err
     assert "after 5 of 10 steps" in printed.out
-    with pytest.raises(CheckpointError, match=path.name):  # named itself, it is not exchanged for another
+    # Named itself, it is not exchanged for another
+    with pytest.raises(CheckpointError, match=path.name):
         call(sample.main, path, "--n", 1, "--steps", 1)
     call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
     printed = capsys.readouterr().err
     assert f"WARNING: DAMAGED CHECKPOINT: {path}" in printed
     assert "metrics.csv: line 6 is damaged" in printed
-    assert json.loads((unfinished / "config.json").read_text())["experiment"] == "faces"  # made anew
+    # Made anew
+    assert json.loads((unfinished / "config.json").read_text())["experiment"] == "faces"
     assert_same_run(tiny_run, unfinished)
     last = run_folder.checkpoints_of(unfinished)[-1]
     last.write_bytes(last.read_bytes()[:-100])
@@ -170,5 +172,6 @@ def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(trained, monkey
     assert len(saves) == 5
     for i in saves:
         what = [name for name, *_ in order[i - 1 : i + 4]]
-        assert what == ["fsync", "save", "fsync", "replace", "fsync"]  # metrics; checkpoint, its name, the folder
+        # Metrics; checkpoint, its name, the folder
+        assert what == ["fsync", "save", "fsync", "replace", "fsync"]
         assert order[i + 2][-1].suffix == ".safetensors"

@@ -55,7 +55,8 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(trained, monkeypatch):
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 2, 2, 3, 3, 3, 3, 3]
     assert [row["step"] for row in rows if math.isnan(row["loss"])] == [2, 4, 6]
 
-    monkeypatch.undo()  # from the checkpoint of the last bad step the run goes on by itself, its draws not repeated
+    # From the checkpoint of the last bad step the run goes on by itself, its draws not repeated
+    monkeypatch.undo()
     for path in run_folder.checkpoints_of(run)[6:]:
         path.unlink()
     call(train.main, "--resume", run)
@@ -79,7 +80,8 @@ def test_counting(tmp_path):
     watch = BadNumbers(CPU)
     sequence = [1.0, math.nan, math.inf, 2.0, -math.inf, 3.0]
     assert [watch.check(torch.tensor(x), torch.tensor(1.0)).item() for x in sequence] == [0, 1, 1, 0, 1, 0]
-    assert watch.read(watch.numbers(NO_SCALER).tolist(), 3, 0.1, tmp_path) == 3  # two in a row at most
+    # Two in a row at most
+    assert watch.read(watch.numbers(NO_SCALER).tolist(), 3, 0.1, tmp_path) == 3
     assert watch.check(torch.tensor(1.0), torch.tensor(math.nan)) == 1
     resumed = BadNumbers(CPU)
     resumed.load(watch.state())
@@ -106,7 +108,8 @@ def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(trained,
     assert newest(run)["scaler"]["scale"] == 2.0 ** (24 - last["skipped_steps"])
     assert last["val_loss"] < 0.9
 
-    poison(monkeypatch, dict.fromkeys(range(4, 100, 2), with_infinite_gradient))  # never two in a row
+    # Never two in a row
+    poison(monkeypatch, dict.fromkeys(range(4, 100, 2), with_infinite_gradient))
     start_with(4.0)
     with pytest.raises(UserError, match=r"loss scale of float16 has collapsed to 0\.5: .* bfloat16"):
         trained(*flags)

@@ -17,7 +17,8 @@ from tests.functions.support.test_processes import FLAGS, assert_alike, two
 from tests.kill import assert_same_run
 
 pytestmark = pytest.mark.slow
-compiled, repeated = [], []  # the graphs, with DDP one for each of its buckets; convolutions in backward passes
+# The graphs, with DDP one for each of its buckets; convolutions in backward passes
+compiled, repeated = [], []
 
 
 def counting(graph, inputs):

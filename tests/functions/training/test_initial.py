@@ -48,7 +48,8 @@ def test_a_run_begins_with_the_averaged_weights_of_another(kind, tiny_run, pictu
     assert contents["config"]["diffusion"]["timesteps_diff"] == 100
     moved = {part: max((contents[part][name] - tensor).abs().max() for name, tensor in before.weights.items())
              for part in ("model", "ema")}  # fmt: skip
-    assert began and all(began) and 0 < moved["ema"] < 0.01 * moved["model"]  # ten steps of an average over 10,000
+    # Ten steps of an average over 10,000
+    assert began and all(began) and 0 < moved["ema"] < 0.01 * moved["model"]
 
 
 @pytest.mark.slow
@@ -82,7 +83,8 @@ def test_what_contradicts_the_weights_is_refused(tiny_run, trained):
     for flag, value in (("--model.base-dim", 16), ("--diffusion.timesteps-diff", 50), ("--diffusion.objective", "v")):
         with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')} is .* cannot become {value}"):
             trained("--init", tiny_run, flag, value)
-    assert trained("--init", tiny_run, "--dry-run") is None  # the flags of TINY say what the weights are
+    # The flags of TINY say what the weights are
+    assert trained("--init", tiny_run, "--dry-run") is None
 
 
 def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, tmp_path, capsys):

@@ -65,7 +65,8 @@ def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
     call(sample.main, cut, "--n", 4, "--steps", 4, "--out", tmp_path / "pictures")
     grids = [cut / "samples" / "step-00000010.png", tmp_path / "pictures" / "grid.png"]
     training, script = (np.asarray(Image.open(grid)).astype(float) for grid in grids)
-    assert abs(training - script).max() <= 2  # of 255: the networks are laid out otherwise in memory
+    # Of 255: the networks are laid out otherwise in memory
+    assert abs(training - script).max() <= 2
 
 
 @pytest.mark.slow

@@ -93,7 +93,8 @@ def test_an_error_that_is_not_lack_of_memory_is_raised(monkeypatch):
     assert run.experiment.diffusion.batch_size == 4
 
 
-@pytest.mark.parametrize("size", [16, 32])  # at 32 the upsampling is a transposed convolution with 16 taps
+# At 32 the upsampling is a transposed convolution with 16 taps
+@pytest.mark.parametrize("size", [16, 32])
 def test_flops_are_those_of_the_layers(size):
     network, half = UNet(size, 3, size // 2, [1, 2], [1], 8, norm_groups=2), size // 2
     conv = lambda c_in, c_out, taps, pixels: 2 * c_in * c_out * taps * pixels**2
@@ -121,7 +122,8 @@ def test_flops_are_those_of_the_layers(size):
 def test_a_dry_run_says_the_hours_of_the_steps_to_go(slow, timed, unfinished, pictures, monkeypatch, capsys):
     """10 steps of 8 images, and the same run after 7 of them; on an H100 so slow that it takes an hour for a step."""
     flops = 8 * start.flops_of_image(UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2))
-    passes = iter([99 * 450, *([450] if slow else [0.1, 450 * timed, 451 * timed])] * 2)  # the first warms up
+    # The first warms up
+    passes = iter([99 * 450, *([450] if slow else [0.1, 450 * timed, 451 * timed])] * 2)
     monkeypatch.setattr(start, "run_pass", lambda *_: next(passes))
     monkeypatch.setattr(start, "H100_PEAK", flops / 3600 / start.H100_SHARE)
     call(train.main, "faces", "--dry-run", *TINY, "--diffusion.dataset-name", pictures, "--runs", unfinished.parent)

@@ -79,7 +79,8 @@ def test_draws_have_their_distributions():
     assert abs(draws.flip.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(20_000)
     assert draws.tilt.min() >= -1 and draws.tilt.max() < 1
     assert abs(draws.tilt.mean()) < 4 / math.sqrt(3 * 20_000)
-    assert abs((draws.normal * draws.tilt).mean()) < 4 / math.sqrt(3 * 20_000)  # other draws, not the same again
+    # Other draws, not the same again
+    assert abs((draws.normal * draws.tilt).mean()) < 4 / math.sqrt(3 * 20_000)
 
 
 def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
@@ -94,7 +95,8 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
         return validation_losses([denoiser], images_of, np.array([3, 5, 9]), config, SINGLE_PROCESS)[0]
 
     loss, eps_error = measure(batch_size=48, seed=0)
-    assert eps_error == loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))  # the noise's own variance
+    # The noise's own variance
+    assert eps_error == loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))
     assert sorted(seen) == list(range(10, 960, 20))  # the middle of each of 48 strata
     assert sorted(used) == [3] * 16 + [5] * 16 + [9] * 16
     assert measure(batch_size=7, seed=0) == pytest.approx((loss, loss), rel=1e-6)
@@ -108,7 +110,8 @@ def test_validation_of_v_also_has_the_error_of_its_eps():
     config = replace(EXPERIMENTS["faces-v"].diffusion, validation_samples=20, batch_size=7)
     denoiser = Denoiser(LittleMemory(zero, 48), NoiseScheduler(100), objective="v")
     images_of = lambda i: torch.from_numpy(images[i])
-    other = replace(denoiser, network=LittleMemory(lambda x, t: torch.ones_like(x), 48))  # beside it, not mixed in
+    # Beside it, not mixed in
+    other = replace(denoiser, network=LittleMemory(lambda x, t: torch.ones_like(x), 48))
     found, of_other = validation_losses([denoiser, other], images_of, np.arange(4), config, SINGLE_PROCESS)
     x_t, t = map(np.concatenate, zip(*seen, strict=True))
     a, x_0 = alpha_bar[t].reshape(-1, 1, 1, 1), 2 * 204 / 255 - 1
@@ -130,7 +133,8 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
         path.write_text(whole[:-cut])
         assert [row["step"] for row in read_metrics(path)] == [10, 20]
     path.write_text(whole)
-    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which begin with the second
+    # TensorBoard reads files in the order of their names, which begin with the second
+    time.sleep(1.1)
     log = MetricsLog(tmp_path, resume_step=20)
     log.write(step=30, loss=0.25)
     log.tensorboard.close()
