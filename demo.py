@@ -59,14 +59,28 @@ def main() -> None:
     except CheckpointError as error:
         print(error)  # a model may come later
     with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        page.load(in_worker(lambda check: str(demo.open()[0].path)), outputs=gr.Textbox(label="The model"), **QUEUED)
+        page.load(
+            in_worker(lambda check: str(demo.open()[0].path)),
+            outputs=gr.Textbox(label="The model"),
+            **QUEUED,
+        )
         drawing, drawn = draw_tab(demo)
         stoppable = [drawing, mix_tab(demo), paint_tab(demo, drawn)]
         gr.Button("Stop").click(None, cancels=stoppable)
     page.queue(max_size=16).launch(
-        server_name="127.0.0.1", share=False, ssr_mode=False, run_history=False, enable_monitoring=False, theme=FONTS,
-        css=STYLE, footer_links=[], max_file_size=10**8, state_session_capacity=9, quiet=True, prevent_thread_lock=True,
-    )  # fmt: skip
+        server_name="127.0.0.1",
+        share=False,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        theme=FONTS,
+        css=STYLE,
+        footer_links=[],
+        max_file_size=10**8,
+        state_session_capacity=9,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
     print(f"the page is at {page.local_url}; Ctrl-C ends it", flush=True)
     try:
         Event().wait()
@@ -116,10 +130,14 @@ class Demo:
 
     args: argparse.Namespace  # which model, on what
 
-    def open(self, watch: object = None, seed: int = 0, sampler: str = "ddpm", steps: int | None = None) -> tuple:
+    def open(
+        self, watch: object = None, seed: int = 0, sampler: str = "ddpm", steps: int | None = None
+    ) -> tuple:
         """The newest checkpoint, and its watched `ImageSampler` as sample.py has it with these flags."""
         given = {"seed": seed or 0, "sampler": sampler, "steps": steps, "precision": "float32"}
-        saved, image_sampler = open_sampler(argparse.Namespace(**vars(self.args), **given), SINGLE_PROCESS, UNet)
+        saved, image_sampler = open_sampler(
+            argparse.Namespace(**vars(self.args), **given), SINGLE_PROCESS, UNet
+        )
         return saved, replace(image_sampler, watch=watch)
 
     def draw(self, check: Callable, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
@@ -136,11 +154,15 @@ class Demo:
         saved, image_sampler = self.open(watch, seed, sampler, steps)
         calls = len(image_sampler.options.times(image_sampler.scheduler)) - 1
         [samples] = generate_batches(image_sampler, [range(n)])
-        title = f"sample.py {saved.path} --seed {seed or 0} --n {n} --sampler {sampler} --steps {calls}"
+        title = (
+            f"sample.py {saved.path} --seed {seed or 0} --n {n} --sampler {sampler} --steps {calls}"
+        )
         drawn.append((title, to_uint8(samples.images).numpy()))
         return shown(drawn)
 
-    def mix(self, check: Callable, depth: float, share: float, *inputs: object) -> list[Image.Image]:
+    def mix(
+        self, check: Callable, depth: float, share: float, *inputs: object
+    ) -> list[Image.Image]:
         """The first image, the mixture and the second: of either the upload, or None, and the number."""
         first, i, second, j, *flags = inputs
         _, image_sampler = self.open(check, *flags)
@@ -148,16 +170,24 @@ class Demo:
         sources = [(n or 0) if rgb is None else fitted(rgb) for rgb, n in ((first, i), (second, j))]
         ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
         t = round(depth * image_sampler.scheduler.timesteps) - 1
-        mixture = mixtures(image_sampler, sources, ends, t, torch.tensor([share], device=ends.device))
-        return [*map(Image.fromarray, to_uint8(torch.cat([ends[:1], mixture, ends[1:]])).cpu().numpy())]
+        mixture = mixtures(
+            image_sampler, sources, ends, t, torch.tensor([share], device=ends.device)
+        )
+        return [
+            *map(Image.fromarray, to_uint8(torch.cat([ends[:1], mixture, ends[1:]])).cpu().numpy())
+        ]
 
-    def paint(self, check: Callable, rgb: np.ndarray, edit: dict, repeats: int, n: int, *flags: object) -> Image.Image:
+    def paint(
+        self, check: Callable, rgb: np.ndarray, edit: dict, repeats: int, n: int, *flags: object
+    ) -> Image.Image:
         """A grid of the image, what is kept of it, and answers 0 .. n-1; the flags are those of `open`."""
         _, image_sampler = self.open(check, *flags)
         size, painted = image_sampler.shape[-1], [layer[..., 3] > 127 for layer in edit["layers"]]
         anew = fit_mask(np.any(painted, axis=0), size) if painted else np.array(False)
         if rgb is None or anew.all() or not anew.any():
-            raise UserError("take an image, and paint over a part of it: neither all of it nor nothing")
+            raise UserError(
+                "take an image, and paint over a part of it: neither all of it nor nothing"
+            )
         return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), anew, repeats, n, n))
 
     def read(self, check: Callable, path: str) -> tuple[np.ndarray, Image.Image]:
@@ -170,18 +200,42 @@ def take_drawn(number: int | None, drawn: list) -> tuple[np.ndarray, Image.Image
     """An image of those that were drawn last, and how it is shown."""
     there = drawn[-1][1] if drawn else []
     if (number or 0) >= len(there):
-        raise gr.Error(f"There are {len(there)} images in the tab Draw; the first is number 0.", print_exception=False)
+        raise gr.Error(
+            f"There are {len(there)} images in the tab Draw; the first is number 0.",
+            print_exception=False,
+        )
     return there[number or 0], enlarged(there[number or 0])
 
 
 def draw_tab(demo: Demo) -> tuple:
     with gr.Tab("Draw"):
         with gr.Row():
-            controls = [seed_control(), slider(64, 16, "How many", "Images 0 and on of the seed."), *sampler_controls()]
+            controls = [
+                seed_control(),
+                slider(64, 16, "How many", "Images 0 and on of the seed."),
+                *sampler_controls(),
+            ]
         start = gr.Button("Draw the images", variant="primary")
-        picture, drawn = picture_of("The images, and meanwhile what the model takes them for"), gr.State([])
-        back = gr.Slider(1, label="Look back", info="Goes through the steps again.", step=1, precision=0, visible=False)
-    back.input(look_back, [back, drawn], picture, queue=False, show_progress="hidden", trigger_mode="always_last")
+        picture, drawn = (
+            picture_of("The images, and meanwhile what the model takes them for"),
+            gr.State([]),
+        )
+        back = gr.Slider(
+            1,
+            label="Look back",
+            info="Goes through the steps again.",
+            step=1,
+            precision=0,
+            visible=False,
+        )
+    back.input(
+        look_back,
+        [back, drawn],
+        picture,
+        queue=False,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
     return start.click(in_worker(demo.draw), controls, [picture, back, drawn], **QUEUED), drawn
 
 
@@ -190,22 +244,30 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
         with gr.Row():
             controls = [seed_control(), *sampler_controls()]
         with gr.Row():
-            depth = gr.Slider(0, 1, 0.75, label="Depth", info="How far into the noise both go; 0 blends pixels.")
-            share = gr.Slider(0, 1, 0.5, label="Share", info="How much of the mixture is the second image.")
+            depth = gr.Slider(
+                0, 1, 0.75, label="Depth", info="How far into the noise both go; 0 blends pixels."
+            )
+            share = gr.Slider(
+                0, 1, 0.5, label="Share", info="How much of the mixture is the second image."
+            )
         start = gr.Button("Mix the two images", variant="primary")
         with gr.Row():
             first, first_picture = source_controls(demo, "first", 0)
             mixture = picture_of("The mixture")
             second, second_picture = source_controls(demo, "second", 1)
     inputs = [depth, share, *first, *second, *controls]
-    return start.click(in_worker(demo.mix), inputs, [first_picture, mixture, second_picture], **QUEUED)
+    return start.click(
+        in_worker(demo.mix), inputs, [first_picture, mixture, second_picture], **QUEUED
+    )
 
 
 def source_controls(demo: Demo, which: str, i: int) -> tuple[list, gr.Image]:
     """An upload, which is forgotten where a number is chosen, and the number; and where they are shown."""
     with gr.Column():
         source, picture = gr.State(), picture_of(f"The {which} image")
-        chosen = number(i, f"Number of the {which} image", "Takes one of the seed's; 0 is the first.", least=0)
+        chosen = number(
+            i, f"Number of the {which} image", "Takes one of the seed's; 0 is the first.", least=0
+        )
         upload = upload_control()
     chosen.input(lambda: (None, None), None, [source, picture], **QUEUED)
     upload.upload(in_worker(demo.read), upload, [source, picture], **QUEUED)
@@ -221,9 +283,19 @@ def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
         start = gr.Button("Make what is painted over anew", variant="primary")
         with gr.Row():
             with gr.Column():
-                image, brush = gr.State(), gr.Brush(SIDE // 10, colors=["#ff00ff"], color_mode="fixed")
-                editor = gr.ImageEditor(label="Paint over what is to be made anew", brush=brush, sources=(), height=600,
-                                        transforms=(), layers=False, canvas_size=(SIDE, SIDE))  # fmt: skip
+                image, brush = (
+                    gr.State(),
+                    gr.Brush(SIDE // 10, colors=["#ff00ff"], color_mode="fixed"),
+                )
+                editor = gr.ImageEditor(
+                    label="Paint over what is to be made anew",
+                    brush=brush,
+                    sources=(),
+                    height=600,
+                    transforms=(),
+                    layers=False,
+                    canvas_size=(SIDE, SIDE),
+                )
                 chosen = number(0, "Number of the image", "Takes one of those just drawn.", least=0)
                 take, upload = gr.Button("Take the image of this number"), upload_control()
             picture = picture_of("The image, what is kept of it, and the answers")
@@ -237,16 +309,33 @@ def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
 enlarged = lambda image: Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 # Place: from 1
 look_back = lambda place, d: gr.update(value=grid_of(d[:place][-1][1]), label=d[:place][-1][0])
-shown = lambda d: (look_back(len(d), d), gr.update(maximum=max(2, len(d)), value=len(d), visible=True), d)
-number = lambda value, label, info, least=None: gr.Number(value, label=label, info=info, precision=0, minimum=least)
-slider = lambda most, value, label, info: gr.Slider(1, most, value, step=1, precision=0, label=label, info=info)
+shown = lambda d: (
+    look_back(len(d), d),
+    gr.update(maximum=max(2, len(d)), value=len(d), visible=True),
+    d,
+)
+number = lambda value, label, info, least=None: gr.Number(
+    value, label=label, info=info, precision=0, minimum=least
+)
+slider = lambda most, value, label, info: gr.Slider(
+    1, most, value, step=1, precision=0, label=label, info=info
+)
 seed_control = lambda: number(0, "Seed", "Another seed is other noise: other images.")
 sampler_controls = lambda: [
-    gr.Radio([*SAMPLERS], value="dpm++", label="Sampler", info="ddpm, the paper's, wants many steps, the others 20."),
+    gr.Radio(
+        [*SAMPLERS],
+        value="dpm++",
+        label="Sampler",
+        info="ddpm, the paper's, wants many steps, the others 20.",
+    ),
     number(20, "Steps", "Network calls for an image; empty for all timesteps."),
 ]
-upload_control = lambda: gr.UploadButton("Upload an image, which is cropped square", file_types=["image"])
-picture_of = lambda label: gr.Image(label=label, interactive=False, format="png", height=SIDE, buttons=["download"])
+upload_control = lambda: gr.UploadButton(
+    "Upload an image, which is cropped square", file_types=["image"]
+)
+picture_of = lambda label: gr.Image(
+    label=label, interactive=False, format="png", height=SIDE, buttons=["download"]
+)
 
 
 if __name__ == "__main__":

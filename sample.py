@@ -20,8 +20,20 @@ from data.decode import read_image, read_with_mask
 from data.pixels import to_uint8
 from functions.sampling.calibration import calibrated
 from functions.sampling.export import export
-from functions.sampling.files import MOST_IN_GRID, figures_of, image_path, open_folder, save_pictures
-from functions.sampling.generation import ImageSampler, Samples, batches_of, generate_batches, open_sampler
+from functions.sampling.files import (
+    MOST_IN_GRID,
+    figures_of,
+    image_path,
+    open_folder,
+    save_pictures,
+)
+from functions.sampling.generation import (
+    ImageSampler,
+    Samples,
+    batches_of,
+    generate_batches,
+    open_sampler,
+)
 from functions.sampling.inpainting import check_sampler, inpaint_image
 from functions.sampling.interpolation import save_rows
 from functions.sampling.options import add_sampling_flags
@@ -51,20 +63,32 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
         load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
         image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
 
-        options, precision = image_sampler.options, str(image_sampler.denoiser.precision).removeprefix("torch.")
+        options, precision = (
+            image_sampler.options,
+            str(image_sampler.denoiser.precision).removeprefix("torch."),
+        )
         slug = f"{saved.name}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
         place = processes.from_main(lambda: results_folder(saved, "samples"))
         folder = args.out or place / f"{slug}-seed{args.seed}"
         if args.interpolate or args.variations or args.inpaint:
             processes.from_main(lambda: sample_from_images(args, image_sampler, folder))
             return
-        facts = {"checkpoint": saved.digest, "weights": saved.kind, "seed": args.seed, "precision": precision}
+        facts = {
+            "checkpoint": saved.digest,
+            "weights": saved.kind,
+            "seed": args.seed,
+            "precision": precision,
+        }
         facts |= options.facts(image_sampler.scheduler.timesteps)
         sample_from_noise(args, image_sampler, folder, facts, processes)
 
 
 def sample_from_noise(
-    args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, facts: dict, processes: Processes
+    args: argparse.Namespace,
+    image_sampler: ImageSampler,
+    folder: Path,
+    facts: dict,
+    processes: Processes,
 ) -> None:
     """Sample images 0 .. n-1 and write the files that the flags ask for.
 
@@ -77,8 +101,14 @@ def sample_from_noise(
     seen = min(args.n, MOST_IN_GRID) if frames or not args.individual else 0
     batches = batches_of(range(args.n), args.batch_size)
     with ExitStack() as stack:
-        there = processes.from_main(lambda: stack.enter_context(open_folder(folder, facts, args.individual)))
-        to_do = [batch for batch in batches if batch.start < seen or (args.individual and not there.issuperset(batch))]
+        there = processes.from_main(
+            lambda: stack.enter_context(open_folder(folder, facts, args.individual))
+        )
+        to_do = [
+            batch
+            for batch in batches
+            if batch.start < seen or (args.individual and not there.issuperset(batch))
+        ]
         own = [to_do[i] for i in processes.own_range(len(to_do))]
         count = sum(map(len, to_do))
         others = f" of {args.n}; the others are there" if count < args.n else ""
@@ -86,11 +116,18 @@ def sample_from_noise(
 
         pool, writing, kept = stack.enter_context(ThreadPoolExecutor(4)), [], []
         progress = processes.is_main and len(own) > 0
-        for batch, samples in zip(own, generate_batches(image_sampler, own, frames, progress), strict=True):
+        for batch, samples in zip(
+            own, generate_batches(image_sampler, own, frames, progress), strict=True
+        ):
             if args.individual:  # in threads, while the next batch is sampled
                 list(writing)  # the batch before is on the disk then, or its error is raised
-                images, new = to_uint8(samples.images).numpy(), [k for k, i in enumerate(batch) if i not in there]
-                writing = pool.map(save_image, images[new], [image_path(folder, batch[k]) for k in new])
+                images, new = (
+                    to_uint8(samples.images).numpy(),
+                    [k for k, i in enumerate(batch) if i not in there],
+                )
+                writing = pool.map(
+                    save_image, images[new], [image_path(folder, batch[k]) for k in new]
+                )
             if batch.start < seen:
                 kept.append(samples)
         list(writing)
@@ -129,26 +166,59 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     parser.add_argument("--n", "-n", type=positive, default=n, metavar="N", help=count)
 
     add = parser.add_argument_group("what to write beside the grid").add_argument
-    add("--individual", action="store_true", help="a PNG for each image; those that are there are kept (default: no)")
-    add("--strip", action="store_true", help="a figure of how the noise becomes images (default: no)")
-    add("--progressive", action="store_true", help="a figure of the x_0 that the model sees meanwhile (default: no)")
-    animation = f"an animation of how the noise becomes the grid (default: {'yes' if gif else 'no'})"
+    add(
+        "--individual",
+        action="store_true",
+        help="a PNG for each image; those that are there are kept (default: no)",
+    )
+    add(
+        "--strip",
+        action="store_true",
+        help="a figure of how the noise becomes images (default: no)",
+    )
+    add(
+        "--progressive",
+        action="store_true",
+        help="a figure of the x_0 that the model sees meanwhile (default: no)",
+    )
+    animation = (
+        f"an animation of how the noise becomes the grid (default: {'yes' if gif else 'no'})"
+    )
     add("--gif", action="store_true", default=gif, help=animation)
 
     add = parser.add_argument_group("what to do instead").add_argument
     image = "an image file, or the number of an image of the seed (default: none)"
-    add("--interpolate", nargs=2, metavar=("A", "B"), help=f"mix two images in the noise; each is {image}")
+    add(
+        "--interpolate",
+        nargs=2,
+        metavar=("A", "B"),
+        help=f"mix two images in the noise; each is {image}",
+    )
     add("--variations", metavar="A", help=f"images like one, by way of noise; it is {image}")
     depths = "of these two: how far into the noise, as fractions of all timesteps (default: 0.25,0.5,0.75,1)"
     add("--depths", type=fractions, default=(0.25, 0.5, 0.75, 1.0), metavar="X,X,...", help=depths)
-    add("--fit", action="store_true", help="of these two: crop and resize image files of another size (default: no)")
+    add(
+        "--fit",
+        action="store_true",
+        help="of these two: crop and resize image files of another size (default: no)",
+    )
     inpaint = (
         "make a part of an image file anew, --n times: what is white in --mask, or transparent; with ddpm, or ddim "
         "--eta 1 (default: no)"
     )
     add("--inpaint", metavar="IMAGE", help=inpaint)
-    add("--mask", metavar="FILE", help="of --inpaint: an image as large, white where that is made anew (default: no)")
-    add("--resample", type=positive, default=10, metavar="N", help="of --inpaint: network calls a step (default: 10)")
+    add(
+        "--mask",
+        metavar="FILE",
+        help="of --inpaint: an image as large, white where that is made anew (default: no)",
+    )
+    add(
+        "--resample",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="of --inpaint: network calls a step (default: 10)",
+    )
     export = "write the weights (the EMA's if there are) as one file, or as a folder for diffusers (default: no)"
     add("--export", type=Path, metavar="FILE.safetensors|FOLDER", help=export)
 
@@ -156,7 +226,9 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     if args.mask and not args.inpaint:
         raise UserError("--mask is an option of --inpaint")
     if args.n > MOST_IN_GRID and (args.inpaint or not args.individual):
-        raise UserError(f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual")
+        raise UserError(
+            f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual"
+        )
     return args
 
 

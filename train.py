@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 
-from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelConfig
+from config import (
+    DEFAULT_EXPERIMENT,
+    EXPERIMENTS,
+    ConfigError,
+    DiffusionConfig,
+    Experiment,
+    ModelConfig,
+)
 from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, forward_passes, micro_batches
 from data.datasets import Split, load_images, split_images
@@ -24,9 +31,22 @@ from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.sampling.generation import rebuild
-from functions.support.checkpoint import SavedModel, TrainingState, check_whole, load_into, open_checkpoint
+from functions.support.checkpoint import (
+    SavedModel,
+    TrainingState,
+    check_whole,
+    load_into,
+    open_checkpoint,
+)
 from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
-from functions.support.device import Adam, arithmetic, choose_device, choose_precision, fast_layout, set_deterministic
+from functions.support.device import (
+    Adam,
+    arithmetic,
+    choose_device,
+    choose_precision,
+    fast_layout,
+    set_deterministic,
+)
 from functions.support.diffusers_folder import load_model
 from functions.support.processes import Processes, joined
 from functions.support.random_numbers import seed_of, training_draws
@@ -39,34 +59,62 @@ from models.unet import UNet
 
 # What weights are made for: --init takes it over from where they come from
 OF_WEIGHTS = (
-    "timesteps_diff", "beta_start", "beta_end", "rescale_betas", "beta_schedule", "objective", "lowest_resolution_size",
-    "dim_multiply", "transformer_layers", "base_dim", "image_size", "channels", "norm_groups", "dialect",
-)  # fmt: skip
+    "timesteps_diff",
+    "beta_start",
+    "beta_end",
+    "rescale_betas",
+    "beta_schedule",
+    "objective",
+    "lowest_resolution_size",
+    "dim_multiply",
+    "transformer_layers",
+    "base_dim",
+    "image_size",
+    "channels",
+    "norm_groups",
+    "dialect",
+)
 
 
 def main() -> None:
     """Read the command line and train."""
     parser = Parser(description=__doc__, usage="%(prog)s [experiment] [flags]")
-    parser.add_argument("experiment", nargs="?", help=f"{', '.join(EXPERIMENTS)}; {DEFAULT_EXPERIMENT} when left out")
     parser.add_argument(
-        "--resume", nargs="?", const="newest", metavar="RUN|auto",
+        "experiment",
+        nargs="?",
+        help=f"{', '.join(EXPERIMENTS)}; {DEFAULT_EXPERIMENT} when left out",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="RUN|auto",
         help="a new run when left out; RUN: go on with that folder; without a value: with the newest unfinished run of "
         "the experiment; auto: with that, or start a new one if there is none",
-    )  # fmt: skip
+    )
     initial = "start from these weights, EMA's if there are: of a run, a file or a folder of diffusers (new weights)"
     parser.add_argument("--init", type=Path, metavar="RUN|FILE|FOLDER", help=initial)
-    parser.add_argument("--dry-run", action="store_true", help="say what would happen, prepare the data, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would happen, prepare the data, and stop"
+    )
     device_help = "auto, cpu, cuda, cuda:N (not with torchrun) or mps (auto)"
     parser.add_argument("--device", default="auto", metavar="NAME", help=device_help)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="of run folders (runs)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="of run folders (runs)"
+    )
     add_config_flags(parser, "diffusion", DiffusionConfig)
     add_config_flags(parser, "model", ModelConfig)
     args = parser.parse_args()
     if args.experiment not in (None, *EXPERIMENTS):
-        parser.error(f"there is no experiment {args.experiment!r}; there are {', '.join(EXPERIMENTS)}")
+        parser.error(
+            f"there is no experiment {args.experiment!r}; there are {', '.join(EXPERIMENTS)}"
+        )
     if args.init and args.resume not in (None, "auto"):
         parser.error("--init starts a new run, --resume goes on with one")
-    changes = given_fields(args, "diffusion", DiffusionConfig), given_fields(args, "model", ModelConfig)
+    changes = (
+        given_fields(args, "diffusion", DiffusionConfig),
+        given_fields(args, "model", ModelConfig),
+    )
     name = args.experiment or DEFAULT_EXPERIMENT
     with joined() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
@@ -75,7 +123,9 @@ def main() -> None:
         if folder:
             run = open_run(folder, args.experiment, changes, processes)
             if initial and initial.digest[:16] not in (run.remembered.get("initial") or ""):
-                raise ConfigError(f"{folder} did not begin with the weights of {args.init}, so it does not go on")
+                raise ConfigError(
+                    f"{folder} did not begin with the weights of {args.init}, so it does not go on"
+                )
         else:
             run = Run(name, new_experiment(name, changes, initial), args.runs, initial=initial)
         train(run, device, processes, args.dry_run)
@@ -100,18 +150,26 @@ def new_experiment(name: str, changes: tuple[dict, dict], initial: SavedModel | 
         return EXPERIMENTS[name].override(*changes)
     preset, fields = EXPERIMENTS[name], initial.config["diffusion"] | initial.config["model"]
     own = [
-        {field: fields.get(field, getattr(part, field, None)) for field in OF_WEIGHTS if hasattr(config, field)}
+        {
+            field: fields.get(field, getattr(part, field, None))
+            for field in OF_WEIGHTS
+            if hasattr(config, field)
+        }
         for part, config in ((DiffusionConfig, preset.diffusion), (ModelConfig, preset.model))
     ]
     experiment = preset.override(*own)
     changed = experiment.override(*changes)
     for field, (of_weights, wanted) in experiment.differences(changed).items():
         if field.split(".")[1] in OF_WEIGHTS:
-            raise ConfigError(f"{field} is {of_weights} for the weights of {initial.path}, and cannot become {wanted}")
+            raise ConfigError(
+                f"{field} is {of_weights} for the weights of {initial.path}, and cannot become {wanted}"
+            )
     return changed
 
 
-def open_run(folder: Path, wanted: str | None, changes: tuple[dict, dict], processes: Processes) -> Run:
+def open_run(
+    folder: Path, wanted: str | None, changes: tuple[dict, dict], processes: Processes
+) -> Run:
     """A run to resume, at its newest sound checkpoint.
 
     The experiment is the one that the checkpoint was made with, whatever config.py says by now; of the changes, only
@@ -141,7 +199,9 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     torch.manual_seed(config.seed)
 
     # Data
-    image_set = load_images(config.dataset_name, run.experiment.model.image_size, config.max_bad_images)
+    image_set = load_images(
+        config.dataset_name, run.experiment.model.image_size, config.max_bad_images
+    )
     split = split_images(image_set, config.split)
     images = ImageFeeder(image_set.images, device)
     steps_per_epoch = len(split.train_indices) // config.effective_batch
@@ -149,8 +209,13 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     check_length(run, split, total_steps, processes)
 
     # Model
-    scheduler = NoiseScheduler(config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas,
-                               config.beta_schedule)  # fmt: skip
+    scheduler = NoiseScheduler(
+        config.timesteps_diff,
+        config.beta_start,
+        config.beta_end,
+        config.rescale_betas,
+        config.beta_schedule,
+    )
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     began = run.remembered.get("initial")
     if run.initial:
@@ -167,12 +232,17 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
 
     # What is about to happen, for people and for config.json
     run.facts = {
-        "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "split": split.description,
-        "train_ids_hash": split.train_ids_hash, "val_ids_hash": split.val_ids_hash,
-        "parameters": sum(p.numel() for p in model.parameters()), "terminal_snr": scheduler.terminal_snr,
-        "device": str(device), "initial": began,
+        "total_steps": total_steps,
+        "steps_per_epoch": steps_per_epoch,
+        "split": split.description,
+        "train_ids_hash": split.train_ids_hash,
+        "val_ids_hash": split.val_ids_hash,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "terminal_snr": scheduler.terminal_snr,
+        "device": str(device),
+        "initial": began,
         "arithmetic": arithmetic(device, precision, processes.count, config.batch_size),
-    }  # fmt: skip
+    }
     processes.say(describe(run, image_set.summary))
     denoiser = Denoiser(model, scheduler, precision, config.objective)
     if dry_run:
@@ -184,8 +254,15 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     config = run.experiment.diffusion  # with a smaller batch_size where the memory wants it
 
     passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)
-    batches = images.feed(micro_batches(split.train_indices, config.seed, config.effective_batch, passes,
-                                        range(run.first_step, total_steps)))  # fmt: skip
+    batches = images.feed(
+        micro_batches(
+            split.train_indices,
+            config.seed,
+            config.effective_batch,
+            passes,
+            range(run.first_step, total_steps),
+        )
+    )
     averaged = replace(denoiser, network=ema_model or model)
     network = processes.wrap(model, device)
     trained = compiled_if_worth_it(denoiser, network, run, passes, processes)
@@ -193,27 +270,47 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         # Algorithm 1, lines 1 and 6: total_steps times
         for step in range(run.first_step, total_steps):
             # Lines 3 and 4: t and eps of the whole effective batch, which is cut into passes of batch_size images
-            draws = training_draws(config.seed, step, config.effective_batch, run.image_shape, scheduler.timesteps,
-                                   device)  # fmt: skip
-            t = mixed_timesteps(scheduler, draws.t, draws.normal) if config.t_sampling == "mixed" else draws.t
-            degrees = rotation_limit(config.max_rotation, config.rotation_free_end, step / total_steps)
+            draws = training_draws(
+                config.seed,
+                step,
+                config.effective_batch,
+                run.image_shape,
+                scheduler.timesteps,
+                device,
+            )
+            t = (
+                mixed_timesteps(scheduler, draws.t, draws.normal)
+                if config.t_sampling == "mixed"
+                else draws.t
+            )
+            degrees = rotation_limit(
+                config.max_rotation, config.rotation_free_end, step / total_steps
+            )
             # Of the loss, and of the error of eps that belongs to it
             sums = torch.zeros(2, device=device)
             for places in passes:  # slices of the effective batch
                 # Line 2: every image once an epoch, shuffled, by data/batches.py
                 x_0 = to_model_range(next(batches))
                 if config.use_augmentation:
-                    x_0 = augment(x_0, draws.flip[places], degrees * draws.tilt[places] if degrees else None)
+                    x_0 = augment(
+                        x_0, draws.flip[places], degrees * draws.tilt[places] if degrees else None
+                    )
                 torch.manual_seed(seed_of(config.seed, "dropout", step, places.start))
                 with processes.accumulating(network, last=places is passes[-1]):
                     # Line 5: the loss and its gradient, which DDP averages over the processes
                     losses = denoising_loss(trained, scheduler, x_0, t[places], draws.noise[places])
                     scaler.scale(losses.sum() * processes.count / config.effective_batch).backward()
-                sums += torch.stack([losses, eps_errors(trained, scheduler, losses, t[places])]).detach().sum(dim=1)
+                sums += (
+                    torch.stack([losses, eps_errors(trained, scheduler, losses, t[places])])
+                    .detach()
+                    .sum(dim=1)
+                )
             # Line 5: the step. Where numbers are not finite Adam skips it by found_inf, so scaler.step is not needed
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                model.parameters(), config.clip_grad_norm or math.inf
+            )
             optimizer.found_inf = books.bad_numbers.check(processes.sum_(sums)[0], grad_norm)
             optimizer.step()
             scaler.update()
@@ -230,16 +327,22 @@ def check_length(run: Run, split: Split, total_steps: int, processes: Processes)
     """`ConfigError` unless there are steps to do, on the images that the run was started with."""
     config, images = run.experiment.diffusion, len(split.train_indices)
     if run.checkpoint and run.remembered.get("train_ids_hash") != split.train_ids_hash:
-        raise ConfigError(f"{run.folder} was trained on other images than {config.dataset_name} has; it cannot go on")
+        raise ConfigError(
+            f"{run.folder} was trained on other images than {config.dataset_name} has; it cannot go on"
+        )
     if total_steps == 0:
         raise ConfigError(
             f"{config.dataset_name} has {images} training images, fewer than one step's {config.effective_batch} "
             "(batch_size x gradient_accumulation); lower one of the two"
         )
     if config.effective_batch < processes.count:
-        raise ConfigError(f"{processes.count} processes cannot share an effective batch of {config.effective_batch}")
+        raise ConfigError(
+            f"{processes.count} processes cannot share an effective batch of {config.effective_batch}"
+        )
     if run.first_step >= total_steps:
-        raise ConfigError(f"{run.folder}: the run is finished; to go on, give more --diffusion.epochs")
+        raise ConfigError(
+            f"{run.folder}: the run is finished; to go on, give more --diffusion.epochs"
+        )
 
 
 def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float:

@@ -33,27 +33,56 @@ from tests.pretended_cuda import let_autograd_know_cuda, pretended_cuda
 IMAGES = 20  # in the pass
 BANDWIDTH = 2.8e12  # bytes a second that an H100 may reach; its data sheet says 3.35
 H100 = SimpleNamespace(
-    major=9, minor=0, name="H100", multi_processor_count=132, total_memory=80 * 10**9, warp_size=32, gcnArchName="",
-    regs_per_multiprocessor=2**16, max_threads_per_multi_processor=2048, shared_memory_per_block=48 * 2**10,
-    shared_memory_per_block_optin=227 * 2**10, max_threads_per_block=1024, L2_cache_size=50 * 2**20,
-)  # fmt: skip
+    major=9,
+    minor=0,
+    name="H100",
+    multi_processor_count=132,
+    total_memory=80 * 10**9,
+    warp_size=32,
+    gcnArchName="",
+    regs_per_multiprocessor=2**16,
+    max_threads_per_multi_processor=2048,
+    shared_memory_per_block=48 * 2**10,
+    shared_memory_per_block_optin=227 * 2**10,
+    max_threads_per_block=1024,
+    L2_cache_size=50 * 2**20,
+)
 ANSWERS = {  # of torch.cuda's functions
-    "is_available": True, "current_device": 0, "device_count": 1, "_lazy_init": None, "synchronize": None,
-    "get_device_capability": (9, 0), "get_device_properties": H100, "_get_device_properties": H100,
-    "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None, "_exchange_device": 0,
+    "is_available": True,
+    "current_device": 0,
+    "device_count": 1,
+    "_lazy_init": None,
+    "synchronize": None,
+    "get_device_capability": (9, 0),
+    "get_device_properties": H100,
+    "_get_device_properties": H100,
+    "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+    "set_rng_state": None,
+    "_exchange_device": 0,
     "_maybe_exchange_device": 0,
-}  # fmt: skip
+}
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     let_autograd_know_cuda()
-    print(f"| {IMAGES} images | base | GB | launches | ms at {BANDWIDTH / 1e12} TB/s |\n|---|---|---|---|---|")
-    arms = {"eager, norms recomputed": eagerly, "eager, nothing recomputed": eagerly, "compiled": compiled}
+    print(
+        f"| {IMAGES} images | base | GB | launches | ms at {BANDWIDTH / 1e12} TB/s |\n|---|---|---|---|---|"
+    )
+    arms = {
+        "eager, norms recomputed": eagerly,
+        "eager, nothing recomputed": eagerly,
+        "compiled": compiled,
+    }
     for base_dim, (name, count) in itertools.product((64, 128), arms.items()):
-        moved, launches = count(*network_and_inputs(base_dim, "norms" if "norms" in name else "none"))
+        moved, launches = count(
+            *network_and_inputs(base_dim, "norms" if "norms" in name else "none")
+        )
         milliseconds = 1000 * moved / BANDWIDTH
-        print(f"| {name} | {base_dim} | {moved / 1e9:.1f} | {launches:,} | {milliseconds:.0f} |", flush=True)
+        print(
+            f"| {name} | {base_dim} | {moved / 1e9:.1f} | {launches:,} | {milliseconds:.0f} |",
+            flush=True,
+        )
 
 
 def network_and_inputs(base_dim: int, recompute: str) -> tuple[UNet, Tensor, Tensor]:
@@ -62,7 +91,9 @@ def network_and_inputs(base_dim: int, recompute: str) -> tuple[UNet, Tensor, Ten
     with torch.device("meta"):
         network = UNet(**vars(model))
     network.set_recompute(recompute)
-    x_t = torch.empty(IMAGES, 3, model.image_size, model.image_size).to(memory_format=torch.channels_last)
+    x_t = torch.empty(IMAGES, 3, model.image_size, model.image_size).to(
+        memory_format=torch.channels_last
+    )
     return network, x_t, torch.zeros(IMAGES, dtype=torch.int64)
 
 
@@ -77,7 +108,10 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
-        read, written = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), outputs))
+        read, written = (
+            [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+            for tree in ((args, kwargs), outputs)
+        )
         own = {t.untyped_storage()._cdata for t in read}
         if func._schema.is_mutable or any(t.untyped_storage()._cdata not in own for t in written):
             self.moved += sum(t.numel() * t.element_size() for t in (*read, *written))
@@ -118,14 +152,22 @@ def compiled(network: UNet, x_t: Tensor, t: Tensor) -> tuple[int, int]:
         settings = {"force_disable_caches": True, "joint_graph_constant_folding": False, **OPTIONS}
         with contextlib.ExitStack() as stack:
             for name, answer in ANSWERS.items():
-                stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer, create=True))
+                stack.enter_context(
+                    mock.patch.object(
+                        torch.cuda, name, lambda *_, answer=answer: answer, create=True
+                    )
+                )
             stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", lambda *_: True))
             stack.enter_context(mock.patch.object(GraphLowering, "compile_to_module", count))
             stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
             stack.enter_context(tracing.patch(force_non_lazy_backward_lowering=True))
             stack.enter_context(lowering.patch(**settings))
             with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-                how = lambda i: {"dtype": i.dtype, "device": "cuda:0", "requires_grad": i.requires_grad}
+                how = lambda i: {
+                    "dtype": i.dtype,
+                    "device": "cuda:0",
+                    "requires_grad": i.requires_grad,
+                }
                 inputs = [torch.empty_strided(i.shape, i.stride(), **how(i)) for i in inputs]
             stack.enter_context(torch.autocast("cuda", torch.bfloat16))
             stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(fake)))

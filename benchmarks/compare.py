@@ -35,7 +35,14 @@ from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.command_line import Parser, plain_errors, positive
-from functions.support.device import DTYPES, Adam, choose_device, choose_precision, cpu_name, keep_heap
+from functions.support.device import (
+    DTYPES,
+    Adam,
+    choose_device,
+    choose_precision,
+    cpu_name,
+    keep_heap,
+)
 from functions.support.diffusers_folder import their_network
 from functions.support.errors import UserError
 from functions.training.compiling import OPTIONS
@@ -46,8 +53,17 @@ FIRST_STEPS = 2  # before peak memory is read: the second has Adam's moments fro
 TURN_SECONDS = 0.3  # a turn is steps for so long, then calls for so long; one of each at least
 LONGEST_ANSWER = 900.0  # seconds that an arm has for its first steps, with compiling, or for a turn
 
-COLUMNS = ("arm", "parameters", "step, s", "step / ours", "call, s", "call / ours", "images/s", "kept, MiB an image",
-           "peak, GB")  # fmt: skip
+COLUMNS = (
+    "arm",
+    "parameters",
+    "step, s",
+    "step / ours",
+    "call, s",
+    "call / ours",
+    "images/s",
+    "kept, MiB an image",
+    "peak, GB",
+)
 NOTES = """Medians of all rounds, and in brackets their least and most; a ratio is of two turns side by side. Step: \
 forward, backward, fused Adam. Call: without gradients, as samplers make it. Kept: by a forward pass for backward; not \
 counted of compiled networks. Peak: of the process on the CPU, its compiler included; on CUDA allocated / reserved."""
@@ -84,18 +100,28 @@ def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
     eager = Arm(f"diffusers, {layout}{heap}", "diffusers", precision, not on_cpu, on_cpu)
     lucidrains = Arm(f"lucidrains, channels_last{heap}", "lucidrains", precision, True, on_cpu)
     arms = {
-        "ours": Arm("ours: norms recomputed, the default", "ours", precision, True, on_cpu, "norms"),
+        "ours": Arm(
+            "ours: norms recomputed, the default", "ours", precision, True, on_cpu, "norms"
+        ),
         "ours-none": Arm("ours, nothing recomputed", "ours", precision, True, on_cpu),
         "ours-blocks": Arm("ours, blocks recomputed", "ours", precision, True, on_cpu, "blocks"),
-        "diffusers-default": Arm("diffusers as shipped: float32, contiguous, eager", "diffusers", "float32", False),
+        "diffusers-default": Arm(
+            "diffusers as shipped: float32, contiguous, eager", "diffusers", "float32", False
+        ),
         "diffusers-channels_last": Arm("diffusers, channels_last", "diffusers", precision, True),
         "diffusers-contiguous": Arm("diffusers, contiguous", "diffusers", precision, False),
         "diffusers-heap": eager,
         "diffusers-compiled": replace(eager, text=f"{eager.text}, compiled", compiled=True),
-        "diffusers-checkpointing": replace(eager, text=f"{eager.text}, gradient checkpointing", recompute="blocks"),
-        "lucidrains-default": Arm("lucidrains as shipped: float32, contiguous, eager", "lucidrains", "float32", False),
+        "diffusers-checkpointing": replace(
+            eager, text=f"{eager.text}, gradient checkpointing", recompute="blocks"
+        ),
+        "lucidrains-default": Arm(
+            "lucidrains as shipped: float32, contiguous, eager", "lucidrains", "float32", False
+        ),
         "lucidrains-channels_last": lucidrains,
-        "lucidrains-compiled": replace(lucidrains, text=f"{lucidrains.text}, compiled", compiled=True),
+        "lucidrains-compiled": replace(
+            lucidrains, text=f"{lucidrains.text}, compiled", compiled=True
+        ),
     }
     return arms if on_cpu else {name: arm for name, arm in arms.items() if name != "diffusers-heap"}
 
@@ -139,7 +165,11 @@ class Bench:
         self.module = build(arm, model).to(device, memory_format=self.layout)
         options = OPTIONS if arm.package == "ours" else None
         network = torch.compile(self.module, options=options) if arm.compiled else self.module
-        predict = (lambda x_t, t: network(x_t, t, return_dict=False)[0]) if arm.package == "diffusers" else network
+        predict = (
+            (lambda x_t, t: network(x_t, t, return_dict=False)[0])
+            if arm.package == "diffusers"
+            else network
+        )
         self.denoiser = Denoiser(predict, NoiseScheduler(1000), DTYPES[arm.precision])
         adam = Adam if arm.package == "ours" else torch.optim.Adam
         self.optimizer = adam(self.module.parameters(), lr=1e-5, fused=True)
@@ -148,9 +178,15 @@ class Bench:
     def inputs(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
         """x_0, t and noise: the same numbers in every arm, in its layout."""
         generator = torch.Generator().manual_seed(0)
-        x_0, noise = torch.randn(2, images, 3, self.image_size, self.image_size, generator=generator).to(self.device)
+        x_0, noise = torch.randn(
+            2, images, 3, self.image_size, self.image_size, generator=generator
+        ).to(self.device)
         t = torch.randint(1000, (images,), generator=generator).to(self.device)
-        return x_0.contiguous(memory_format=self.layout), t, noise.contiguous(memory_format=self.layout)
+        return (
+            x_0.contiguous(memory_format=self.layout),
+            t,
+            noise.contiguous(memory_format=self.layout),
+        )
 
     def step(self) -> None:
         """An optimiser step, as in train.py."""
@@ -262,7 +298,9 @@ def process_of(arm: Arm, *setting: object) -> Iterator[Callable[[str], dict]]:
         process.join()
 
 
-def rows(arms: list[Arm], rounds: int, model: ModelConfig, batch: int, device: torch.device) -> Iterator[list[str]]:
+def rows(
+    arms: list[Arm], rounds: int, model: ModelConfig, batch: int, device: torch.device
+) -> Iterator[list[str]]:
     """The cells of each arm, as soon as it is measured; the first arm is ours, with which the others take turns."""
     with process_of(arms[0], model, batch, device) as ask_ours:
         facts = ask_ours("facts")
@@ -285,9 +323,16 @@ def cells(arm: Arm, facts: dict, turns: list[dict], ours: list[dict], batch: int
     step, call = (median(turn[name] for turn in turns) for name in ("step", "call"))
     kept = "" if facts["kept"] is None else f"{facts['kept'] / 2**20:.1f}"
     return [
-        arm.text, f"{facts['parameters'] / 1e6:.1f} M", f"{step:.3g}", ratio("step", turns, ours), f"{call:.3g}",
-        ratio("call", turns, ours), f"{batch / step:.3g}", kept, " / ".join(f"{n / 1e9:.2f}" for n in facts["peaks"]),
-    ]  # fmt: skip
+        arm.text,
+        f"{facts['parameters'] / 1e6:.1f} M",
+        f"{step:.3g}",
+        ratio("step", turns, ours),
+        f"{call:.3g}",
+        ratio("call", turns, ours),
+        f"{batch / step:.3g}",
+        kept,
+        " / ".join(f"{n / 1e9:.2f}" for n in facts["peaks"]),
+    ]
 
 
 def ratio(name: str, turns: list[dict], ours: list[dict]) -> str:
@@ -300,7 +345,9 @@ def table_line(row: list[str] | tuple[str, ...]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
 
 
-def heading(options: argparse.Namespace, model: ModelConfig, precision: str, device: torch.device) -> str:
+def heading(
+    options: argparse.Namespace, model: ModelConfig, precision: str, device: torch.device
+) -> str:
     """The machine, the versions, the date, and what was measured."""
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     versions = {"PyTorch": torch.__version__}
@@ -317,12 +364,16 @@ def heading(options: argparse.Namespace, model: ModelConfig, precision: str, dev
 def main() -> None:
     """Measure, and print each arm's row at once."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--image-size", type=positive, default=FFHQ.image_size, help="a multiple of 16")
+    parser.add_argument(
+        "--image-size", type=positive, default=FFHQ.image_size, help="a multiple of 16"
+    )
     parser.add_argument("--base-dim", type=positive, default=FFHQ.base_dim, help="width; even")
     parser.add_argument("--batch", type=positive, default=4, help="images in a step and in a call")
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--arms", metavar="NAME,...", help="these alone, beside ours")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the table goes too")
     options = parser.parse_args()
 
@@ -331,11 +382,23 @@ def main() -> None:
     arms = all_arms(precision, device.type == "cpu")
     names = options.arms.split(",") if options.arms else list(arms)
     if unknown := set(names) - set(arms):
-        parser.error(f"there is no arm {', '.join(sorted(unknown))} on this device; there are {', '.join(arms)}")
-    model = replace(FFHQ, image_size=options.image_size, lowest_resolution_size=options.image_size // 16,
-                    base_dim=options.base_dim, norm_groups=math.gcd(32, options.base_dim))  # fmt: skip
+        parser.error(
+            f"there is no arm {', '.join(sorted(unknown))} on this device; there are {', '.join(arms)}"
+        )
+    model = replace(
+        FFHQ,
+        image_size=options.image_size,
+        lowest_resolution_size=options.image_size // 16,
+        base_dim=options.base_dim,
+        norm_groups=math.gcd(32, options.base_dim),
+    )
 
-    lines = [heading(options, model, precision, device), "", table_line(COLUMNS), table_line(["---"] * len(COLUMNS))]
+    lines = [
+        heading(options, model, precision, device),
+        "",
+        table_line(COLUMNS),
+        table_line(["---"] * len(COLUMNS)),
+    ]
     print(*lines, sep="\n", flush=True)
     chosen = [arm for name, arm in arms.items() if name == "ours" or name in names]
     for row in rows(chosen, options.rounds, model, options.batch, device):

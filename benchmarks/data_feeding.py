@@ -49,8 +49,12 @@ def make_photos(folder: Path, count: int) -> list[Path]:
     folder.mkdir()
     paths = [folder / f"{number:05d}.png" for number in range(count)]
     for path in paths:
-        grey = np.fft.ifft2(np.fft.fft2(rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE))) / radius**1.2).real
-        tinted = 128 + 45 * grey[..., None] / grey.std() + rng.normal(0, 2, (IMAGE_SIZE, IMAGE_SIZE, 3))
+        grey = np.fft.ifft2(
+            np.fft.fft2(rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE))) / radius**1.2
+        ).real
+        tinted = (
+            128 + 45 * grey[..., None] / grey.std() + rng.normal(0, 2, (IMAGE_SIZE, IMAGE_SIZE, 3))
+        )
         Image.fromarray(tinted.clip(0, 255).astype(np.uint8)).save(path)
     return paths
 
@@ -58,7 +62,11 @@ def make_photos(folder: Path, count: int) -> list[Path]:
 def index_batches(count: int, batch_size: int, images_wanted: int) -> Iterator[np.ndarray]:
     """Shuffled batches of indices, epoch after epoch, until so many images are reached."""
     orders = (epoch_order(count, 0, epoch) for epoch in itertools.count())
-    batches = (order[i : i + batch_size] for order in orders for i in range(0, count - batch_size + 1, batch_size))
+    batches = (
+        order[i : i + batch_size]
+        for order in orders
+        for i in range(0, count - batch_size + 1, batch_size)
+    )
     return itertools.islice(batches, -(-images_wanted // batch_size))
 
 
@@ -82,7 +90,9 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--photos", type=positive, default=4200)
     parser.add_argument("--batch-size", type=positive, default=80)
-    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="of the DataLoader (all cores)")
+    parser.add_argument(
+        "--workers", type=positive, default=os.cpu_count(), help="of the DataLoader (all cores)"
+    )
     parser.add_argument("--rounds", type=positive, default=5)
     options = parser.parse_args()
     if options.photos < 2 * options.batch_size:
@@ -93,13 +103,23 @@ def main() -> None:
         images = load_images(str(paths[0].parent), IMAGE_SIZE).images
         feeder = ImageFeeder(images, device, keep_on_device=False)
         sampler = RandomSampler(paths, num_samples=PNG_BATCHES * options.batch_size)
-        loader = DataLoader(PngFiles(paths), options.batch_size, sampler=sampler, num_workers=options.workers,
-                            pin_memory=device.type == "cuda")  # fmt: skip
+        loader = DataLoader(
+            PngFiles(paths),
+            options.batch_size,
+            sampler=sampler,
+            num_workers=options.workers,
+            pin_memory=device.type == "cuda",
+        )
         packed = lambda wanted: feeder.feed(index_batches(len(images), options.batch_size, wanted))
         rate_of(packed(len(images)), device)  # warms the cache
-        rounds = [(rate_of(loader, device), rate_of(packed(PACKED_IMAGES), device)) for _ in range(options.rounds)]
+        rounds = [
+            (rate_of(loader, device), rate_of(packed(PACKED_IMAGES), device))
+            for _ in range(options.rounds)
+        ]
         batch = feeder.gather(np.arange(min(options.batch_size, len(images))))
-    print(f"{len(images):,} photos, batches of {options.batch_size}, {os.cpu_count()} cores, onto {device}")
+    print(
+        f"{len(images):,} photos, batches of {options.batch_size}, {os.cpu_count()} cores, onto {device}"
+    )
     say(f"A  DataLoader, {options.workers} workers", [png for png, _ in rounds])
     say("B  packed file", [pack for _, pack in rounds])
     say("B / A", [pack / png for png, pack in rounds], "times")

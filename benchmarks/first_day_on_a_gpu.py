@@ -37,12 +37,25 @@ GPU = torch.cuda.is_available()
 DEVICE = choose_device("cuda") if GPU else torch.device("cpu")
 PRECISION = str(choose_precision("auto", DEVICE)).removeprefix("torch.")
 BATCH, ROUNDS, STEPS, IMAGES, CALLS = (20, 3, 10, 64, 50) if GPU else (2, 2, 1, 2, 3)
-SIZE = {} if GPU else {"image_size": 16, "lowest_resolution_size": 8, "dim_multiply": (1, 2),
-                       "transformer_layers": (1,), "norm_groups": 2, "base_dim": 8}  # fmt: skip
+SIZE = (
+    {}
+    if GPU
+    else {
+        "image_size": 16,
+        "lowest_resolution_size": 8,
+        "dim_multiply": (1, 2),
+        "transformer_layers": (1,),
+        "norm_groups": 2,
+        "base_dim": 8,
+    }
+)
 ESTIMATES = {  # of an H100, at most: by the bytes that benchmarks/bytes_moved.py counts
-    "ours, compiled, base 64: ms a step": 25, "ours, compiled, base 128: ms a step": 75, "graph: ms a call": 45,
-    "float32: a loss beside the CPU's": 1e-3, "compiled, base 64: gradients differ by": 0.1,
-}  # fmt: skip
+    "ours, compiled, base 64: ms a step": 25,
+    "ours, compiled, base 128: ms a step": 75,
+    "graph: ms a call": 45,
+    "float32: a loss beside the CPU's": 1e-3,
+    "compiled, base 64: gradients differ by": 0.1,
+}
 
 
 def milliseconds(work: Callable[[], object], times: int) -> float:
@@ -60,26 +73,53 @@ def milliseconds(work: Callable[[], object], times: int) -> float:
 def environment() -> Iterator[tuple[str, object]]:
     yield "GPU", torch.cuda.get_device_properties(0) if GPU else "none"
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    yield "driver", subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split() if GPU else "none"
-    yield "PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs"
+    yield (
+        "driver",
+        subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split()
+        if GPU
+        else "none",
+    )
+    yield (
+        "PyTorch",
+        f"{torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs",
+    )
     n = 8192 if GPU else 256
-    source, matrix = torch.ones(n, n, device=DEVICE), torch.ones(n, n, dtype=torch.bfloat16, device=DEVICE)
-    yield "copying: TB/s", 8 * n**2 / min(milliseconds(lambda: source.clone(), 10) for _ in range(2)) / 1e9
-    yield "bfloat16: TFLOP/s", 2 * n**3 / min(milliseconds(lambda: matrix @ matrix, 10) for _ in range(2)) / 1e9
+    source, matrix = (
+        torch.ones(n, n, device=DEVICE),
+        torch.ones(n, n, dtype=torch.bfloat16, device=DEVICE),
+    )
+    yield (
+        "copying: TB/s",
+        8 * n**2 / min(milliseconds(lambda: source.clone(), 10) for _ in range(2)) / 1e9,
+    )
+    yield (
+        "bfloat16: TFLOP/s",
+        2 * n**3 / min(milliseconds(lambda: matrix @ matrix, 10) for _ in range(2)) / 1e9,
+    )
 
 
 def training(base_dim: int) -> Iterator[tuple[str, object]]:
     """Steps of ffhq-run2's network, all by turns; GB are what a step needs beside weights and Adam's moments."""
     set_deterministic(False)
     benches, times, gradients = {}, {}, []
-    for package, compiled in (("ours", False), ("ours", True), ("diffusers", False), ("diffusers", True)):
+    for package, compiled in (
+        ("ours", False),
+        ("ours", True),
+        ("diffusers", False),
+        ("diffusers", True),
+    ):
         name = f"{package}, {'compiled' if compiled else 'eager'}, base {base_dim}"
         recompute = "norms" if package == "ours" and not compiled else "none"  # as a run has it
-        arm, start = Arm(name, package, PRECISION, True, False, recompute, compiled), time.perf_counter()
+        arm, start = (
+            Arm(name, package, PRECISION, True, False, recompute, compiled),
+            time.perf_counter(),
+        )
         # On the CPU it takes minutes
         compiler = torch.compile if GPU else lambda module, options: module
         with patch.object(torch, "compile", compiler):
-            benches[name] = Bench(arm, replace(FFHQ, **{"base_dim": base_dim, **SIZE}), BATCH, DEVICE)
+            benches[name] = Bench(
+                arm, replace(FFHQ, **{"base_dim": base_dim, **SIZE}), BATCH, DEVICE
+            )
         milliseconds(benches[name].step, 2)
         yield f"{name}: s for the first steps", time.perf_counter() - start
         if GPU:
@@ -87,7 +127,9 @@ def training(base_dim: int) -> Iterator[tuple[str, object]]:
             before, _ = torch.cuda.memory_allocated(), benches[name].step()
             yield f"{name}: GB", (torch.cuda.max_memory_allocated() - before) / 1e9
         if package == "ours":
-            gradients.append(tried(benches[name].denoiser, {tuple(benches[name].batch[0].shape)})[1])
+            gradients.append(
+                tried(benches[name].denoiser, {tuple(benches[name].batch[0].shape)})[1]
+            )
         if compiled:
             for other, bench in ROUNDS * [*benches.items()]:
                 times.setdefault(other, []).append(milliseconds(bench.step, STEPS))
@@ -111,8 +153,16 @@ def sampling() -> Iterator[tuple[str, object]]:
 
 def run_of(runs: Path, device: torch.device, **changes: object) -> Run:
     """An epoch of `faces`, 50 steps, on the CPU's draws."""
-    often = {"epochs": 1, "log_every": 1, "validate_every": 99, "sample_every": 99, "checkpoint_every": 25,
-             "validation_samples": 1, "grid_images": 1, "grid_steps": 1}  # fmt: skip
+    often = {
+        "epochs": 1,
+        "log_every": 1,
+        "validate_every": 99,
+        "sample_every": 99,
+        "checkpoint_every": 25,
+        "validation_samples": 1,
+        "grid_images": 1,
+        "grid_steps": 1,
+    }
     run = Run("faces", EXPERIMENTS["faces"].override({**often, **changes}, SIZE), runs)
     with patch.object(train, "training_draws", on_the_cpu):
         train.train(run, device, SINGLE_PROCESS)
@@ -125,8 +175,14 @@ def on_the_cpu(*args: object, draw: Callable = train.training_draws) -> object:
 
 
 def float32() -> Iterator[tuple[str, object]]:
-    runs = [run_of(Path(tempfile.mkdtemp()), device, precision="float32") for device in (torch.device("cpu"), DEVICE)]
-    a, b = (torch.tensor([row["loss"] for row in read_metrics(run.folder / "metrics.csv")]) for run in runs)
+    runs = [
+        run_of(Path(tempfile.mkdtemp()), device, precision="float32")
+        for device in (torch.device("cpu"), DEVICE)
+    ]
+    a, b = (
+        torch.tensor([row["loss"] for row in read_metrics(run.folder / "metrics.csv")])
+        for run in runs
+    )
     yield "float32: a loss beside the CPU's", ((b - a).abs() / a).max().item()
 
 
@@ -137,8 +193,12 @@ def resumed() -> Iterator[tuple[str, object]]:
     checkpoints_of(again)[-1].unlink()
     with patch.object(train, "training_draws", on_the_cpu):
         train.train(train.open_run(again, None, ({}, {}), SINGLE_PROCESS), DEVICE, SINGLE_PROCESS)
-    a, b = (check_whole(checkpoints_of(folder)[-1]).tensors("model.") for folder in (run.folder, again))
-    assert all(torch.equal(a[name], b[name]) for name in a), "a resumed run is another than the whole one"
+    a, b = (
+        check_whole(checkpoints_of(folder)[-1]).tensors("model.") for folder in (run.folder, again)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a), (
+        "a resumed run is another than the whole one"
+    )
     yield "a resumed run", "bit for bit as the whole one"
 
 
@@ -146,17 +206,31 @@ def all_gpus() -> Iterator[tuple[str, object]]:
     """Two processes on the CPU."""
     count = torch.cuda.device_count() or 2
     flags = f"faces --runs {tempfile.mkdtemp()} --diffusion.epochs 1 --diffusion.batch-size {max(16, count)}"
-    model = [f"--model.{name.replace('_', '-')}={value}".replace(" ", "").strip("(,)") for name, value in SIZE.items()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    model = [
+        f"--model.{name.replace('_', '-')}={value}".replace(" ", "").strip("(,)")
+        for name, value in SIZE.items()
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+    ]
     subprocess.run([*torchrun, train.__file__, *flags.split(), *model], timeout=45, check=True)
     yield f"torchrun with {count}", "finished"
 
 
 PARTS = {  # with the seconds that each may take
-    "environment": (environment, 20), "training 64": (lambda: training(64), 155), "float32": (float32, 35),
-    "training 128": (lambda: training(128), 155), "sampling": (sampling, 30), "resumed": (resumed, 35),
+    "environment": (environment, 20),
+    "training 64": (lambda: training(64), 155),
+    "float32": (float32, 35),
+    "training 128": (lambda: training(128), 155),
+    "sampling": (sampling, 30),
+    "resumed": (resumed, 35),
     "all GPUs": (all_gpus, 50),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -164,7 +238,13 @@ def main() -> None:
     for part, (_, seconds) in PARTS.items():
         command = [sys.executable, __file__, part]
         try:
-            run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=True)
+            run = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                check=True,
+            )
             found[part], printed = "done", run.stdout
         except subprocess.SubprocessError as error:
             late = isinstance(error, subprocess.TimeoutExpired)
@@ -172,9 +252,16 @@ def main() -> None:
         lines = printed.decode(errors="replace").splitlines()
         found |= dict(json.loads(line[5:]) for line in lines if line.startswith("FACT "))
         Path("first_day.json").write_text(json.dumps(found, indent=1))
-        print(f"{part}: {found[part]}", *lines[-9:] if found[part] == "failed" else (), sep="\n", flush=True)
+        print(
+            f"{part}: {found[part]}",
+            *lines[-9:] if found[part] == "failed" else (),
+            sep="\n",
+            flush=True,
+        )
     print("\n| | |\n|---|---|", *(f"| {what} | {fact} |" for what, fact in found.items()), sep="\n")
-    print(*(f"fell short: {part} {found[part]}" for part in PARTS if found[part] != "done"), sep="\n")
+    print(
+        *(f"fell short: {part} {found[part]}" for part in PARTS if found[part] != "done"), sep="\n"
+    )
     for what, most in ESTIMATES.items():
         if GPU and not found.get(what, torch.inf) <= most:
             print(f"fell short: {what} {found.get(what, 'was not measured')}, estimated {most}")
@@ -182,6 +269,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     for what, fact in PARTS[sys.argv[1]][0]() if sys.argv[1:] else ():
-        print(f"FACT {json.dumps([what, round(fact, 5) if isinstance(fact, float) else str(fact)])}", flush=True)
+        print(
+            f"FACT {json.dumps([what, round(fact, 5) if isinstance(fact, float) else str(fact)])}",
+            flush=True,
+        )
     if not sys.argv[1:]:
         main()

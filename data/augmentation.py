@@ -10,7 +10,9 @@ MAX_DEGREES = 10.0
 TAPS = 8  # pixels on either side of a point that the doubling filter takes in
 
 
-def augment(x_0: torch.Tensor, flip: torch.Tensor, angle: torch.Tensor | None = None) -> torch.Tensor:
+def augment(
+    x_0: torch.Tensor, flip: torch.Tensor, angle: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mirror and rotate each image by its own draw: x_0 (B, 3, H, W) float32 in [-1, 1] -> the same shape and range.
 
     flip (B,) bool: left and right exchanged, exactly. angle (B,) in degrees, or None for no rotation: positive turns
@@ -55,7 +57,9 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     grid = torch.stack([x_grid, y_grid], dim=-1)
     if x.device.type == "mps":  # whose grid_sample refuses bicubic
         doubled, grid = doubled.cpu(), grid.cpu()
-    rotated = F.grid_sample(doubled, grid, mode="bicubic", padding_mode="border", align_corners=True).to(x.device)
+    rotated = F.grid_sample(
+        doubled, grid, mode="bicubic", padding_mode="border", align_corners=True
+    ).to(x.device)
     return (rotated + origin).clamp(-1, 1)  # interpolation overshoots at sharp edges
 
 

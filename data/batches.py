@@ -29,7 +29,11 @@ def forward_passes(share: range, batch_size: int) -> list[slice]:
 
 
 def micro_batches(
-    train_indices: np.ndarray, seed: int, effective_batch: int, passes: Sequence[slice], steps: range
+    train_indices: np.ndarray,
+    seed: int,
+    effective_batch: int,
+    passes: Sequence[slice],
+    steps: range,
 ) -> Iterator[np.ndarray]:
     """Yield the images of every forward pass of some optimiser steps, an array of indices for each of `passes`.
 
@@ -55,7 +59,9 @@ class ImageFeeder:
     FREE_MEMORY_FRACTION of the memory free there.
     """
 
-    def __init__(self, images: np.ndarray, device: torch.device | str, keep_on_device: bool | None = None):
+    def __init__(
+        self, images: np.ndarray, device: torch.device | str, keep_on_device: bool | None = None
+    ):
         self.device = torch.device(device)
         # Without memmap's own class, whose bookkeeping slows every gather
         self.images = np.asarray(images)
@@ -78,7 +84,9 @@ class ImageFeeder:
         if self.resident is not None:
             yield from map(self.gather, batches_of_indices)
         else:
-            yield from map(self.send, map_ahead(self.gather_on_cpu, batches_of_indices, threads=1, ahead=1))
+            yield from map(
+                self.send, map_ahead(self.gather_on_cpu, batches_of_indices, threads=1, ahead=1)
+            )
 
     def gather_on_cpu(self, indices: np.ndarray) -> torch.Tensor:
         indices = self.checked(indices)
@@ -91,7 +99,9 @@ class ImageFeeder:
     def checked(self, indices: np.ndarray) -> np.ndarray:
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self.images)):
-            raise IndexError(f"image index out of range 0..{len(self.images) - 1}: {indices.min()}..{indices.max()}")
+            raise IndexError(
+                f"image index out of range 0..{len(self.images) - 1}: {indices.min()}..{indices.max()}"
+            )
         return indices
 
     def send(self, batch: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,9 @@ class Cifar10(Source):
 def read_files(path: Path) -> dict[str, bytes]:
     """Those of FILES that lie in a folder, in a folder in it, or in an archive in it."""
     unpacked = [file for name in FILES for file in (*path.glob(name), *path.glob(f"*/{name}"))]
-    unpacked = [file for file in unpacked if file.is_file() and file.stat().st_size <= MAX_FILE_BYTES]
+    unpacked = [
+        file for file in unpacked if file.is_file() and file.stat().st_size <= MAX_FILE_BYTES
+    ]
     found = {file.name: file.read_bytes() for file in unpacked}
     for archive in filter(Path.is_file, path.glob("*.tar.gz")):
         with tarfile.open(archive) as tar:

@@ -41,7 +41,9 @@ def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0) -> 
     if dataset_name == "emoji_people":
         people = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
         summary = f"{dataset_name}: {len(people):,} of the images of {pack.summary}"
-        return ImageSet(dataset_name, pack.images[people], [pack.ids[i] for i in people], summary, pack.path)
+        return ImageSet(
+            dataset_name, pack.images[people], [pack.ids[i] for i in people], summary, pack.path
+        )
     return replace(pack, name=dataset_name)
 
 
@@ -58,10 +60,14 @@ def locate(dataset_name: str, image_size: int) -> Source:
 
 def find_ffhq(folder: Path) -> Path:
     """Find the copy of FFHQ in a data folder: a folder FFHQ, an archive in it, or FFHQ.zip or FFHQ.npz beside it."""
-    archives_inside = sorted(p for p in folder.glob("FFHQ/*") if p.suffix.lower() in (".zip", ".npz") and p.is_file())
+    archives_inside = sorted(
+        p for p in folder.glob("FFHQ/*") if p.suffix.lower() in (".zip", ".npz") and p.is_file()
+    )
     if len(archives_inside) > 1:
         names = ", ".join(path.name for path in archives_inside)
-        raise UserError(f"{folder / 'FFHQ'} holds {names}. Leave one archive there, or name one as the data set.")
+        raise UserError(
+            f"{folder / 'FFHQ'} holds {names}. Leave one archive there, or name one as the data set."
+        )
     for path in (*archives_inside, folder / "FFHQ", folder / "FFHQ.zip", folder / "FFHQ.npz"):
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             return path
@@ -81,7 +87,9 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     Raises UserError when `split` is neither or a side would be empty.
     """
     if split not in FFHQ_VALIDATION:
-        raise UserError(f"There is no split {split!r}; it can be {' or '.join(map(repr, FFHQ_VALIDATION))}.")
+        raise UserError(
+            f"There is no split {split!r}; it can be {' or '.join(map(repr, FFHQ_VALIDATION))}."
+        )
     count = len(image_set)
     val_count, which = max(1, count // 10), "not the full FFHQ, so the last 10% by id validate"
     if image_set.ids == list(range(FFHQ_SIZE)):
@@ -90,14 +98,20 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         val_count, which = sum(i >= FIRST_OF_TEST for i in image_set.ids), "its test images"
     train_count = count - val_count
     if train_count < 1:
-        raise UserError(f"{image_set.name} has {count} image(s): too few to train on some and validate on others.")
-    description = f"{image_set.name}: {train_count:,} images train, {val_count:,} validate ({which})"
+        raise UserError(
+            f"{image_set.name} has {count} image(s): too few to train on some and validate on others."
+        )
+    description = (
+        f"{image_set.name}: {train_count:,} images train, {val_count:,} validate ({which})"
+    )
     indices = np.arange(count, dtype=np.int64)
     hashes = hash_ids(image_set.ids[:train_count]), hash_ids(image_set.ids[train_count:])
     return Split(indices[:train_count], indices[train_count:], description, *hashes)
 
 
-def images_of_run(diffusion: dict, image_size: int, name: str | None = None) -> tuple[ImageSet, Split]:
+def images_of_run(
+    diffusion: dict, image_size: int, name: str | None = None
+) -> tuple[ImageSet, Split]:
     """The images that a run was trained and validated on, by its saved config; from elsewhere, or others, by `name`.
 
     Raises UserError when the config does not say, or as `load_images` does.
@@ -116,4 +130,6 @@ def images_of_run(diffusion: dict, image_size: int, name: str | None = None) -> 
 
 def hash_ids(ids: list) -> str:
     """Make a short hash of a list of ids, by which two runs can be shown to have used the same images."""
-    return hashlib.sha256("\n".join(map(str, ids)).encode(errors="surrogateescape")).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(str, ids)).encode(errors="surrogateescape")).hexdigest()[
+        :16
+    ]

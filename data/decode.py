@@ -21,7 +21,16 @@ MAX_PIXELS = 89_478_485
 
 # What Python's, NumPy's and Pillow's readers raise on broken bytes
 BROKEN_BYTES = (
-    *(OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, SyntaxError, OverflowError),
+    *(
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RuntimeError,
+        SyntaxError,
+        OverflowError,
+    ),
     *(struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError, tokenize.TokenError),
 )
 
@@ -105,7 +114,9 @@ def read_file(path: str, hint: str = "") -> Image.Image:
         raise UserError(f"{path}: {error.strerror}{hint}") from error
 
 
-def read_with_mask(path: str, mask_path: str | None, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+def read_with_mask(
+    path: str, mask_path: str | None, image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """An image of which a part is to be made anew -> uint8 (S, S, 3), and bool (S, S): which part, S = image_size.
 
     That is what is white in the mask's file; without one, what is transparent in the image. Both are cropped and

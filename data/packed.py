@@ -65,10 +65,14 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
                 print(f"Another process is preparing {target}; waiting for it.", flush=True)
                 held = lock.acquire()
             with held:
-                pack = read_pack(target, key, image_size) or make_pack(source, image_size, key, target)
+                pack = read_pack(target, key, image_size) or make_pack(
+                    source, image_size, key, target
+                )
         except OSError as error:
             what = f"{target}, {len(source.ids) * image_size**2 * 3 / 1e6:,.1f} MB of images,"
-            raise UserError(f"{what} cannot be written ({error.strerror or error}). Make room there.") from None
+            raise UserError(
+                f"{what} cannot be written ({error.strerror or error}). Make room there."
+            ) from None
     if pack.bad_images and len(pack.bad_images) > max_bad_images:
         first = f"{short(pack.bad_images[0][0])} ({pack.bad_images[0][1]})"
         raise UserError(
@@ -92,7 +96,9 @@ def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
     path, ending = source.path.resolve(), f"{image_size}px.packed"
     # Beside an archive, but inside a folder of images, so that the pack goes where the folder goes.
     data_folder = path if source.kind == "folder" else path.parent
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-packed-images"
+    cache_folder = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-packed-images"
+    )
     # The cache may hold two sources of one name
     origin = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     return data_folder / f"{path.name}-{ending}", cache_folder / f"{path.name}-{origin}-{ending}"
@@ -101,7 +107,10 @@ def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
 def is_writable(folder: Path) -> bool:
     """Whether files can be made and locked in a folder: tried, since permissions don't tell all."""
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".packed") as probe, FileLock(Path(probe) / "lock"):
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=".packed") as probe,
+            FileLock(Path(probe) / "lock"),
+        ):
             return True
     except (OSError, NotImplementedError):
         return False
@@ -115,7 +124,9 @@ def read_pack(path: Path, key: str, image_size: int) -> ImageSet | None:
         if record["key"] != key or path.stat().st_size != math.prod(shape):
             return None
         images = np.memmap(path, np.uint8, "r", shape=shape)
-        return ImageSet(path.name, images, record["ids"], record["summary"], path, record["bad_images"])
+        return ImageSet(
+            path.name, images, record["ids"], record["summary"], path, record["bad_images"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -141,7 +152,9 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
             altered[f"smaller than {image_size} px, enlarged"] += min(height, width) < image_size
         if not ids:
             first = f"{short(bad_images[0][0])} ({bad_images[0][1]})"
-            raise UserError(f"{source.path}: not one of its images can be used; the first is {first}.")
+            raise UserError(
+                f"{source.path}: not one of its images can be used; the first is {first}."
+            )
 
     # A record must at no moment stand beside images that it wasn't made for.
     Path(f"{target}.json").unlink(missing_ok=True)
@@ -149,9 +162,16 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
     counts = f"{len(ids):,} images at {image_size}x{image_size}, {len(bad_images):,} left out"
     counts += "".join(f"; {count:,} {how}" for how, count in altered.items() if count)
     summary = f"{short(source.path.name)}: {counts}"
-    record = {"key": key, "made_from": str(source.path.resolve()), "image_size": image_size, "summary": summary}
+    record = {
+        "key": key,
+        "made_from": str(source.path.resolve()),
+        "image_size": image_size,
+        "summary": summary,
+    }
     write_text(Path(f"{target}.json"), json.dumps({**record, "bad_images": bad_images, "ids": ids}))
-    left_out = [f"  left out: {short(name)}: {reason}" for name, reason in bad_images[:LISTED_BAD_IMAGES]]
+    left_out = [
+        f"  left out: {short(name)}: {reason}" for name, reason in bad_images[:LISTED_BAD_IMAGES]
+    ]
     print("\n".join([summary, *source.notes, *left_out]), flush=True)
     return read_pack(target, key, image_size)
 
@@ -164,13 +184,19 @@ def map_images(source: Source, job: Callable[[np.ndarray], object]) -> Iterator[
 
     def process(data: bytes | np.ndarray | BadImage) -> object | BadImage:
         try:
-            return data if isinstance(data, BadImage) else job(decode_rgb(data) if isinstance(data, bytes) else data)
+            return (
+                data
+                if isinstance(data, BadImage)
+                else job(decode_rgb(data) if isinstance(data, bytes) else data)
+            )
         except BadImage as error:
             return error
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata; what matters is a BadImage
-        yield from map_ahead(process, map(source.read, range(len(source.ids))), threads=None, ahead=32)
+        yield from map_ahead(
+            process, map(source.read, range(len(source.ids))), threads=None, ahead=32
+        )
 
 
 def map_ahead(function: Callable, items: Iterable, threads: int | None, ahead: int) -> Iterator:

@@ -35,9 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     source_help = "FFHQ, CIFAR10, emoji_faces, emoji_people, or the path of a folder or archive"
     parser.add_argument("source", metavar="SOURCE", help=source_help)
-    parser.add_argument("--image-size", type=positive, default=128, metavar="S", help="pixels (128)")
-    parser.add_argument("--max-bad-images", type=int, default=0, metavar="N", help="so many may be left out (0)")
-    parser.add_argument("--verify", metavar="JSON", help="check every image against ffhq-dataset-v2.json (no check)")
+    parser.add_argument(
+        "--image-size", type=positive, default=128, metavar="S", help="pixels (128)"
+    )
+    parser.add_argument(
+        "--max-bad-images", type=int, default=0, metavar="N", help="so many may be left out (0)"
+    )
+    parser.add_argument(
+        "--verify", metavar="JSON", help="check every image against ffhq-dataset-v2.json (no check)"
+    )
     args = parser.parse_args(arguments)
     if args.verify:
         names = verify(locate(args.source, args.image_size), args.verify)
@@ -60,12 +66,20 @@ def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
     """
     expected = read_expected(json_path)
     if not all(isinstance(image_id, int) for image_id in source.ids):
-        raise UserError(f"{source.path}: the images have no numbers by which {json_path} could be compared.")
+        raise UserError(
+            f"{source.path}: the images have no numbers by which {json_path} could be compared."
+        )
     names = {"correct": [], "wrong": []}
-    results = tqdm(map_images(source, size_and_md5), "Verifying", len(source.ids), unit="img", delay=1.0)
+    results = tqdm(
+        map_images(source, size_and_md5), "Verifying", len(source.ids), unit="img", delay=1.0
+    )
     for i, (image_id, result) in enumerate(zip(source.ids, results, strict=True)):
         # In one array of all the images have no names of their own
-        name = short(source.members[i].name) if len(source.members) == len(source.ids) else f"image {image_id}"
+        name = (
+            short(source.members[i].name)
+            if len(source.members) == len(source.ids)
+            else f"image {image_id}"
+        )
         if isinstance(result, BadImage):
             names["wrong"].append(f"{name}: {result}")
         elif image_id in expected and result in expected[image_id].items():
@@ -80,7 +94,9 @@ def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
 
 def size_and_md5(rgb: np.ndarray) -> tuple[str, str]:
     """The size of an image, as "128x128", and the md5 of its pixels."""
-    return f"{rgb.shape[1]}x{rgb.shape[0]}", hashlib.md5(rgb.tobytes(), usedforsecurity=False).hexdigest()
+    return f"{rgb.shape[1]}x{rgb.shape[0]}", hashlib.md5(
+        rgb.tobytes(), usedforsecurity=False
+    ).hexdigest()
 
 
 def read_expected(json_path: str | Path) -> dict[int, dict[str, str]]:
@@ -91,7 +107,11 @@ def read_expected(json_path: str | Path) -> dict[int, dict[str, str]]:
     try:
         entries = json.loads(Path(json_path).read_bytes())
         expected = {
-            int(key): {"{}x{}".format(*entry[v]["pixel_size"]): entry[v]["pixel_md5"] for v in VERSIONS if v in entry}
+            int(key): {
+                "{}x{}".format(*entry[v]["pixel_size"]): entry[v]["pixel_md5"]
+                for v in VERSIONS
+                if v in entry
+            }
             for key, entry in entries.items()
         }
     except OSError as error:
@@ -99,7 +119,9 @@ def read_expected(json_path: str | Path) -> dict[int, dict[str, str]]:
     except (ValueError, LookupError, TypeError, AttributeError):
         expected = {}
     if not expected or not all(expected.values()):
-        raise UserError(f"{json_path} is not a complete ffhq-dataset-v2.json; its size should be 267,793,842 bytes.")
+        raise UserError(
+            f"{json_path} is not a complete ffhq-dataset-v2.json; its size should be 267,793,842 bytes."
+        )
     return expected
 
 

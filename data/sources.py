@@ -25,7 +25,12 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 # Folders of the known copies of FFHQ and the pixel size of what is in them. Every one numbers its images alike, so
 # when several lie under one root only one may be read. The uncropped photos (0) are never chosen over aligned ones.
-FFHQ_LAYOUTS = {"in-the-wild-images": 0, "thumbnails128x128": 128, "resized": 256, "images1024x1024": 1024}
+FFHQ_LAYOUTS = {
+    "in-the-wild-images": 0,
+    "thumbnails128x128": 128,
+    "resized": 256,
+    "images1024x1024": 1024,
+}
 
 MAX_FILE_BYTES = 100 * 2**20  # of one image: an FFHQ photo at 1024 px takes 1.3 MB
 # Of a set's images: so many numbered ones make it a numbered set, and the others strays
@@ -93,7 +98,9 @@ class Zip(Source):
     def __init__(self, path: Path):
         super().__init__(path)
         self.archive = zipfile.ZipFile(path)
-        images = {info.filename: info for info in self.archive.infolist() if is_image_name(info.filename)}
+        images = {
+            info.filename: info for info in self.archive.infolist() if is_image_name(info.filename)
+        }
         self.members = [Member(name, info.file_size, info.CRC) for name, info in images.items()]
 
     def read_file(self, member: Member) -> bytes:
@@ -119,14 +126,28 @@ class Npz(Source):
                     plain = npy.read_magic(file) == (1, 0)  # the version that all plain arrays have
                     shape, fortran, dtype = npy.read_array_header_1_0(file)
                     header = file.tell()
-                if plain and dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran:
+                if (
+                    plain
+                    and dtype == np.uint8
+                    and len(shape) == 4
+                    and shape[3] == 3
+                    and min(shape) > 0
+                    and not fortran
+                ):
                     found.append((Member(info.filename, info.file_size, info.CRC), shape, header))
         if len(found) != 1:
-            raise UserError(f"{path} must hold exactly one uint8 array of shape (N, H, W, 3). It holds {len(found)}.")
+            raise UserError(
+                f"{path} must hold exactly one uint8 array of shape (N, H, W, 3). It holds {len(found)}."
+            )
         member, (count, *self.shape), self.header = found[0]
         # Before anything is counted by it: the header can claim any number of images, of any size.
-        if count * math.prod(self.shape) != member.size - self.header or math.prod(self.shape) > 3 * MAX_PIXELS:
-            raise UserError(f"{path} is damaged: its array is not as large as it says, or impossibly large.")
+        if (
+            count * math.prod(self.shape) != member.size - self.header
+            or math.prod(self.shape) > 3 * MAX_PIXELS
+        ):
+            raise UserError(
+                f"{path} is damaged: its array is not as large as it says, or impossibly large."
+            )
         self.members, self.ids = [member], list(range(count))
 
     def read(self, i: int) -> np.ndarray:
@@ -134,7 +155,9 @@ class Npz(Source):
             if i == 0:
                 self.stream = open_member(self.archive, self.members[0].name)
                 self.stream.read(self.header)
-            return np.frombuffer(self.stream.read(math.prod(self.shape)), np.uint8).reshape(self.shape)
+            return np.frombuffer(self.stream.read(math.prod(self.shape)), np.uint8).reshape(
+                self.shape
+            )
 
 
 def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False) -> Source:
@@ -162,7 +185,10 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
 
 def choose_layout(source: Source, image_size: int) -> None:
     """Keep one of several copies of FFHQ."""
-    layouts = {m.name: FFHQ_LAYOUTS.keys() & set(with_slashes(m.name).split("/")[:-1]) for m in source.members}
+    layouts = {
+        m.name: FFHQ_LAYOUTS.keys() & set(with_slashes(m.name).split("/")[:-1])
+        for m in source.members
+    }
     found = sorted(set().union(*layouts.values()), key=FFHQ_LAYOUTS.get)
     if len(found) > 1:
         chosen = next((layout for layout in found if FFHQ_LAYOUTS[layout] >= image_size), found[-1])
@@ -173,14 +199,22 @@ def choose_layout(source: Source, image_size: int) -> None:
 def put_in_order(source: Source, numbered: bool) -> None:
     """Give the members their ids, without the strays among numbered ones, and sort them by these."""
     numbers = {member: number_in(member.name) for member in source.members}
-    plain = {member: number for member, number in numbers.items() if number and number[0] in ("", "img")}
+    plain = {
+        member: number for member, number in numbers.items() if number and number[0] in ("", "img")
+    }
     if len(plain) < len(numbers) and (numbered or len(plain) >= NEARLY_ALL * len(numbers)):
         strays = numbers.keys() - plain.keys()
         first = short(min(strays).name)
-        source.notes.append(f"Passed over {len(strays)} (no image number in the name), the first is {first!r}.")
+        source.notes.append(
+            f"Passed over {len(strays)} (no image number in the name), the first is {first!r}."
+        )
         numbers = plain
     if not numbers:
-        raise UserError(" ".join([f"{source.path} holds no image ({', '.join(IMAGE_EXTENSIONS)}).", *source.notes]))
+        raise UserError(
+            " ".join(
+                [f"{source.path} holds no image ({', '.join(IMAGE_EXTENSIONS)}).", *source.notes]
+            )
+        )
 
     ids = {member: with_slashes(member.name) for member in numbers}
     if all(numbers.values()) and (numbered or len({prefix for prefix, _ in numbers.values()}) == 1):
@@ -188,14 +222,19 @@ def put_in_order(source: Source, numbered: bool) -> None:
         if times == 1:
             ids = {member: number for member, (_, number) in numbers.items()}
         elif numbered:
-            raise UserError(f"{source.path}: {times} images have the number {number}. Keep one copy of the set there.")
+            raise UserError(
+                f"{source.path}: {times} images have the number {number}. Keep one copy of the set there."
+            )
     source.members = sorted(ids, key=ids.get)
     source.ids = [ids[member] for member in source.members]
 
 
 def is_image_name(name: str) -> bool:
     """Whether a path inside a source is taken for an image: by its extension, unless it is hidden or macOS' shadow."""
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(with_slashes(name)).parts)
+    hidden = any(
+        part.startswith(".") or part == "__MACOSX"
+        for part in PurePosixPath(with_slashes(name)).parts
+    )
     return name.lower().endswith(IMAGE_EXTENSIONS) and not hidden
 
 
@@ -215,7 +254,9 @@ def one_sentence(path: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN_BYTES as error:
-        raise UserError(f"{path} cannot be read ({short(error)}). Was its download cut short?") from None
+        raise UserError(
+            f"{path} cannot be read ({short(error)}). Was its download cut short?"
+        ) from None
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

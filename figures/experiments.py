@@ -69,13 +69,24 @@ DISTANCES = {
     "200 DDPM": SamplerOptions("ddpm", 200),
 }
 PRESETS = ("eps", "v, uniform t, cosine")  # `faces` and `faces-v`
-MAPS = {"eps": "bands-eps.png", PRESETS[1]: "bands-v.png", "eps, calibrated (data)": "bands-calibrated.png"}
-SOLVERS = {"DDPM": ("ddpm", None), "DDIM": ("ddim", 0.0), "2M": ("dpm++", 0.0), "SDE": ("dpm++", 1.0),
-           "iPNDM": ("ipndm", None)}  # fmt: skip
+MAPS = {
+    "eps": "bands-eps.png",
+    PRESETS[1]: "bands-v.png",
+    "eps, calibrated (data)": "bands-calibrated.png",
+}
+SOLVERS = {
+    "DDPM": ("ddpm", None),
+    "DDIM": ("ddim", 0.0),
+    "2M": ("dpm++", 0.0),
+    "SDE": ("dpm++", 1.0),
+    "iPNDM": ("ipndm", None),
+}
 GRID = {  # measured on the first run of `faces-v` alone
     f"{name} {spacing} {calls}": SamplerOptions(sampler, calls, spacing, eta=eta)
-    for name, (sampler, eta) in SOLVERS.items() for spacing in ("trailing", "logsnr") for calls in (10, 20, 50)
-}  # fmt: skip
+    for name, (sampler, eta) in SOLVERS.items()
+    for spacing in ("trailing", "logsnr")
+    for calls in (10, 20, 50)
+}
 # So many samples are kept of each arm, and are in the picture of all
 SPOILT_WITH, SHOWN, COLUMNS = "20 DDIM", 36, 12
 
@@ -83,15 +94,43 @@ SPOILT_WITH, SHOWN, COLUMNS = "20 DDIM", 36, 12
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("word", choices=("train", "measure", "draw"))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="which (all)")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="which (as many as ARMS says)")
-    parser.add_argument("--photos", metavar="PATH", help="what the arms of photos are trained on (without: left out)")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", help="where the runs are")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of calibration (all)")
-    parser.add_argument("--distances", nargs="+", default=list(DISTANCES), choices=DISTANCES, metavar="D", help="(all)")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="which (all)"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="which (as many as ARMS says)"
+    )
+    parser.add_argument(
+        "--photos",
+        metavar="PATH",
+        help="what the arms of photos are trained on (without: left out)",
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "experiments", help="where the runs are"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of calibration (all)"
+    )
+    parser.add_argument(
+        "--distances",
+        nargs="+",
+        default=list(DISTANCES),
+        choices=DISTANCES,
+        metavar="D",
+        help="(all)",
+    )
     parser.add_argument("--images", type=int, default=100, help="samples for a distance")
-    parser.add_argument("--spoilt", type=int, default=1000, help=f"samples for the share that is spoilt, {SPOILT_WITH}")
-    parser.add_argument("--picture", default="whole_before_detail.png", help="in figures/, of the arms and runs given")
+    parser.add_argument(
+        "--spoilt",
+        type=int,
+        default=1000,
+        help=f"samples for the share that is spoilt, {SPOILT_WITH}",
+    )
+    parser.add_argument(
+        "--picture",
+        default="whole_before_detail.png",
+        help="in figures/, of the arms and runs given",
+    )
     args = parser.parse_args()
     for arm in args.arms:
         for seed in args.seeds or range(ARMS[arm][2]):
@@ -110,7 +149,9 @@ def slug(arm: str, seed: int) -> str:
 
 def newest(runs: Path, arm: str, seed: int) -> Path | None:
     """The newest run of an arm that has a checkpoint."""
-    return next((run for run in reversed(runs_of(runs, f"{slug(arm, seed)}-")) if checkpoints_of(run)), None)
+    return next(
+        (run for run in reversed(runs_of(runs, f"{slug(arm, seed)}-")) if checkpoints_of(run)), None
+    )
 
 
 def finished(runs: Path, arm: str, seed: int) -> Path | None:
@@ -126,12 +167,18 @@ def train_arm(args: argparse.Namespace, arm: str, seed: int) -> None:
     photos = {"dataset_name": args.photos} if "photos" in arm else {}
     before, name = newest(args.runs, arm, seed), slug(arm, seed)
     experiment = EXPERIMENTS["faces"].override({**photos, **diffusion, "seed": seed}, model)
-    run = train.open_run(before, None, ({}, {}), SINGLE_PROCESS) if before else Run(name, experiment, args.runs)
+    run = (
+        train.open_run(before, None, ({}, {}), SINGLE_PROCESS)
+        if before
+        else Run(name, experiment, args.runs)
+    )
     with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
         train.train(run, choose_device("auto"), SINGLE_PROCESS)
 
 
-def min_snr_loss(model, scheduler, x_0: Tensor, t: Tensor, noise: Tensor, loss=train.denoising_loss) -> Tensor:
+def min_snr_loss(
+    model, scheduler, x_0: Tensor, t: Tensor, noise: Tensor, loss=train.denoising_loss
+) -> Tensor:
     """The squared error of x_0 times min(SNR, 5); it is (1 - alpha_bar) of v's."""
     a = scheduler.alpha_bar(t).to(x_0)
     return (1 - a) * (a / (1 - a)).clamp(max=5) * loss(model, scheduler, x_0, t, noise)
@@ -147,12 +194,17 @@ def measure(run: Path, args: argparse.Namespace) -> None:
     features = Features(torch.cat([train_images, train_images.flip(3)]))
     denoiser = rebuild(UNet, saved, device)
     for kind in args.kinds:
-        path, options = run / f"measured-{kind}.json", SamplerOptions(calibrate=None if kind == "plain" else kind)
+        path, options = (
+            run / f"measured-{kind}.json",
+            SamplerOptions(calibrate=None if kind == "plain" else kind),
+        )
         if path.exists():
             continue
         uncalibrated = ImageSampler(denoiser, options, saved.image_shape, 0, device)
         sampler = calibrated(uncalibrated, saved, 64, load, SINGLE_PROCESS)
-        bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0)
+        bands = measure_bands(
+            sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0
+        )
         found = {"bands": bands.facts(), "distance": {}}
         grid = GRID if kind == "plain" and run.name.startswith(slug(PRESETS[1], 0)) else {}
         for name, options in ({name: DISTANCES[name] for name in args.distances} | grid).items():
@@ -165,7 +217,9 @@ def measure(run: Path, args: argparse.Namespace) -> None:
                 np.save(path.with_suffix(".npy"), to_uint8(images[:SHOWN]).cpu().numpy())
             print(f"{path}: {found['distance']}, spoilt {found.get('spoilt')}", flush=True)
         if kind == "plain":
-            bound = measure_bits_per_dim(denoiser, x_0_of, split.val_indices, BoundOptions(t_stride=50))
+            bound = measure_bits_per_dim(
+                denoiser, x_0_of, split.val_indices, BoundOptions(t_stride=50)
+            )
             found["bits_per_dim"] = [bound.total, bound.standard_error]
         path.write_text(json.dumps(found))
 
@@ -180,25 +234,40 @@ def draw(args: argparse.Namespace) -> None:
                 path = run / f"measured-{kind}.json" if run else None
                 if path and path.exists():
                     label = arm if kind == "plain" else f"{arm}, calibrated ({kind})"
-                    found = json.loads(path.read_text(), parse_float=lambda text: float(f"{float(text):.5g}"))
+                    found = json.loads(
+                        path.read_text(), parse_float=lambda text: float(f"{float(text):.5g}")
+                    )
                     results.setdefault(label, {})[str(seed)] = found
                     if label not in pictures and "photos" not in arm:
                         pictures[label] = np.load(path.with_suffix(".npy"))
                         if label in MAPS:
-                            bands = BandErrors(**{name: np.array(value) for name, value in found["bands"].items()})
+                            bands = BandErrors(
+                                **{name: np.array(value) for name, value in found["bands"].items()}
+                            )
                             plot_bands(bands, RESULTS.with_name(MAPS[label]), label)
-    lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(found)}" for label, found in results.items())
+    lines = ",\n".join(
+        f"{json.dumps(label)}: {json.dumps(found)}" for label, found in results.items()
+    )
     RESULTS.write_text(f"{{\n{lines}\n}}\n")
     print(table(results))
     figure, axes = plt.subplots(len(pictures), 1, figsize=(10, 0.8 * len(pictures)), squeeze=False)
     for axis, (label, images) in zip(axes[:, 0], pictures.items(), strict=True):
         axis.imshow(grid_of(images[:COLUMNS], COLUMNS), interpolation="bicubic")
-        axis.set_ylabel(label.replace(", calibrated", ",\ncalibrated"), rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_ylabel(
+            label.replace(", calibrated", ",\ncalibrated"),
+            rotation=0,
+            ha="right",
+            va="center",
+            fontsize=8,
+        )
         axis.set(xticks=[], yticks=[])
     figure.subplots_adjust(0.18, 0.01, 0.995, 0.99, 0, 0.05)
     save_figure(figure, RESULTS.with_name(args.picture))
     if pictures.keys() >= set(PRESETS):
-        grids = [np.pad(grid_of(pictures[key], 6), ((0, 0), (0, 36), (0, 0)), constant_values=255) for key in PRESETS]
+        grids = [
+            np.pad(grid_of(pictures[key], 6), ((0, 0), (0, 36), (0, 0)), constant_values=255)
+            for key in PRESETS
+        ]
         save_image(np.concatenate(grids, axis=1), RESULTS.with_name("faces_and_faces_v.png"))
 
 
@@ -207,7 +276,9 @@ def table(results: dict) -> str:
     cells = {
         "mean, t = 999": lambda found: found["bands"]["ratio"][-1][0],
         "mean, t = 920": lambda found: found["bands"]["ratio"][-3][0],
-        **{name: lambda found, name=name: found["distance"].get(name, np.nan) for name in DISTANCES},
+        **{
+            name: lambda found, name=name: found["distance"].get(name, np.nan) for name in DISTANCES
+        },
         "spoilt, %": lambda found: 100 * found.get("spoilt", np.nan),
         "bits/dim": lambda found: found.get("bits_per_dim", [np.nan])[0],
     }

@@ -35,7 +35,9 @@ class Features:
 
 def filter_answers(images: Tensor) -> Tensor:
     """(N, 3, H, W) -> (N, F) float64: 4 x 4 pixels, and the energy of random filters at three scales."""
-    filters = torch.randn(FILTERS, 3, 3, 3, generator=generator_of("cpu", "features"), dtype=torch.float64)
+    filters = torch.randn(
+        FILTERS, 3, 3, 3, generator=generator_of("cpu", "features"), dtype=torch.float64
+    )
     # Flat grey says nothing: the pixels know that already
     filters = filters - filters.mean((1, 2, 3), keepdim=True)
     filters = (filters / filters.flatten(1).norm(dim=1)[:, None, None, None]).to(images.device)

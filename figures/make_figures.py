@@ -42,10 +42,18 @@ SCHEDULES = {
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("run", nargs="?", type=Path, help="a run folder; the newest `faces` run when left out")
-    parser.add_argument("--photos", metavar="SOURCE", help="also draw what rotation costs in detail, from these images")
+    parser.add_argument(
+        "run", nargs="?", type=Path, help="a run folder; the newest `faces` run when left out"
+    )
+    parser.add_argument(
+        "--photos",
+        metavar="SOURCE",
+        help="also draw what rotation costs in detail, from these images",
+    )
     args = parser.parse_args()
-    checkpoint, *_ = find_checkpoints(args.run) if args.run else newest_checkpoints(ROOT / "runs", "faces")
+    checkpoint, *_ = (
+        find_checkpoints(args.run) if args.run else newest_checkpoints(ROOT / "runs", "faces")
+    )
     draw_cumulative_noise()
     draw_schedules()
     draw_time_embedding()
@@ -85,7 +93,12 @@ def draw_schedules() -> None:
         t = np.arange(1, scheduler.timesteps + 1) / scheduler.timesteps
         style = "--" if "rescaled" in name else "-"
         left.plot(t, alpha_bar, style, label=name)
-        right.plot(t, alpha_bar / (1 - alpha_bar), style, label=f"{name}: {scheduler.terminal_snr:.2g} at T")
+        right.plot(
+            t,
+            alpha_bar / (1 - alpha_bar),
+            style,
+            label=f"{name}: {scheduler.terminal_snr:.2g} at T",
+        )
     left.set(xlabel="t / T", ylabel=r"$\bar\alpha_t$, share of the image's variance left")
     right.set(xlabel="t / T", ylabel="signal-to-noise ratio", yscale="log")
     for axis in (left, right):
@@ -100,7 +113,9 @@ def draw_time_embedding() -> None:
     embedding = sinusoidal_embedding(torch.arange(1000), 64).numpy()
     figure, axes = plt.subplots(2, 1, figsize=(7, 3.4), sharex=True)
     for axis, name, half in zip(axes, ("sin", "cos"), np.split(embedding, 2, axis=1), strict=True):
-        picture = axis.imshow(half.T, aspect="auto", cmap="RdBu", interpolation="nearest", vmin=-1, vmax=1)
+        picture = axis.imshow(
+            half.T, aspect="auto", cmap="RdBu", interpolation="nearest", vmin=-1, vmax=1
+        )
         axis.set(ylabel=f"{name}\nfrequency", yticks=[0, 31], yticklabels=["1", "1e-4"])
     axes[1].set_xlabel("timestep t")
     figure.tight_layout()
@@ -125,21 +140,40 @@ def draw_unet() -> None:
     for module in model.modules():
         module.register_forward_hook(record)
     size = model_config.image_size
-    model(torch.empty(1, 3, size, size, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
+    model(
+        torch.empty(1, 3, size, size, device="meta"),
+        torch.empty(1, dtype=torch.int64, device="meta"),
+    )
 
     figure, axis = plt.subplots(figsize=(10, 4))
     centres = {}
     for i, (channels, resolution, attention) in enumerate(blocks):
         height = np.log2(resolution) - 2
         color = "tab:orange" if attention else "tab:blue"
-        axis.bar(i, height, 0.8, bottom=-height / 2, color=color, alpha=0.35 + 0.65 * channels / 512)
-        axis.text(i, 0, channels, rotation=90, ha="center", va="center", fontsize=8, color="white", weight="bold")
+        axis.bar(
+            i, height, 0.8, bottom=-height / 2, color=color, alpha=0.35 + 0.65 * channels / 512
+        )
+        axis.text(
+            i,
+            0,
+            channels,
+            rotation=90,
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white",
+            weight="bold",
+        )
         centres.setdefault(resolution, []).append(i)
     for resolution, places in centres.items():
         top = (np.log2(resolution) - 2) / 2
         axis.text(places[0], top + 0.12, f"{resolution} x {resolution}", fontsize=8, ha="left")
-        axis.annotate("", (places[-1] + 0.4, -top - 0.12), (places[0] - 0.4, -top - 0.12),
-                          arrowprops={"arrowstyle": "->", "color": "0.6", "linestyle": "--"})  # fmt: skip
+        axis.annotate(
+            "",
+            (places[-1] + 0.4, -top - 0.12),
+            (places[0] - 0.4, -top - 0.12),
+            arrowprops={"arrowstyle": "->", "color": "0.6", "linestyle": "--"},
+        )
     axis.bar(0, 0, color="tab:blue", label="residual block (number: its channels)")
     axis.bar(0, 0, color="tab:orange", label="residual block, then self-attention")
     axis.plot([], [], "--", color="0.6", label="skip connections of a level")
@@ -155,18 +189,26 @@ def draw_run(checkpoint: Path) -> None:
     run, device = checkpoint.parent.parent, choose_device("auto")
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
     saved = load_weights(checkpoint)
-    image_sampler = ImageSampler(rebuild(UNet, saved, device), SamplerOptions(), saved.image_shape, 0, device)
+    image_sampler = ImageSampler(
+        rebuild(UNet, saved, device), SamplerOptions(), saved.image_shape, 0, device
+    )
     timesteps = image_sampler.scheduler.timesteps
     gif_steps, strip_steps = frame_steps(timesteps, 40), frame_steps(timesteps, 9)
-    samples = generate(image_sampler, range(36), 36, {("x", step) for step in (*gif_steps, *strip_steps)})
+    samples = generate(
+        image_sampler, range(36), 36, {("x", step) for step in (*gif_steps, *strip_steps)}
+    )
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
     image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1])
     neighbours = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
-    save_gif([samples.frames["x", step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6)
+    save_gif(
+        [samples.frames["x", step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6
+    )
     titles = [f"t = {timesteps - step}" for step in strip_steps]
-    save_strip([samples.frames["x", step][:4] for step in strip_steps], titles, FIGURES / "strip.png")
+    save_strip(
+        [samples.frames["x", step][:4] for step in strip_steps], titles, FIGURES / "strip.png"
+    )
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:

@@ -21,8 +21,12 @@ def draw_rotation(figures: Path) -> None:
     x_0 = to_model_range(torch.from_numpy(images))
     columns = {"original": images}
     for degrees in (3, 10):
-        usual = [Image.fromarray(image).rotate(degrees, Image.Resampling.BICUBIC) for image in images]
-        columns[f"{degrees} degrees, black corners"] = np.stack([np.asarray(image) for image in usual])
+        usual = [
+            Image.fromarray(image).rotate(degrees, Image.Resampling.BICUBIC) for image in images
+        ]
+        columns[f"{degrees} degrees, black corners"] = np.stack(
+            [np.asarray(image) for image in usual]
+        )
         angle = torch.full((len(images),), float(degrees))
         ours = augment(x_0, torch.zeros(len(images), dtype=torch.bool), angle)
         columns[f"{degrees} degrees, ours"] = to_uint8(ours).numpy()
@@ -44,15 +48,19 @@ def draw_rotation_spectrum(photos: str, figures: Path) -> None:
     angle = 6 * torch.rand(len(x_0), generator=generator) - 3
     radians = torch.deg2rad(angle)
     zero = torch.zeros_like(radians)
-    turn = torch.stack([radians.cos(), -radians.sin(), zero, radians.sin(), radians.cos(), zero], 1).view(-1, 2, 3)
+    turn = torch.stack(
+        [radians.cos(), -radians.sin(), zero, radians.sin(), radians.cos(), zero], 1
+    ).view(-1, 2, 3)
     grid = F.affine_grid(turn, list(x_0.shape), align_corners=False)
     curves = {
         "bicubic, as usual": F.grid_sample(x_0, grid, "bicubic", "reflection", align_corners=False),
-        "ours": torch.cat([
-            augment(x, torch.zeros(len(x), dtype=torch.bool), a)
-            for x, a in zip(x_0.split(50), angle.split(50), strict=True)
-        ]),
-    }  # fmt: skip
+        "ours": torch.cat(
+            [
+                augment(x, torch.zeros(len(x), dtype=torch.bool), a)
+                for x, a in zip(x_0.split(50), angle.split(50), strict=True)
+            ]
+        ),
+    }
     before = radial_power(x_0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     frequency = np.linspace(0, 0.5, len(before) + 1)[1:]
@@ -77,7 +85,9 @@ def radial_power(x: torch.Tensor, rings: int = 32) -> np.ndarray:
     window = torch.hann_window(size, periodic=False)
     # Without a window the jump between opposite edges would cover all high frequencies.
     x = (x - x.mean((2, 3), keepdim=True)) * window[:, None] * window
-    power = torch.stack([torch.fft.fft2(part).abs().square().mean((0, 1)) for part in x.split(50)]).mean(0)
+    power = torch.stack(
+        [torch.fft.fft2(part).abs().square().mean((0, 1)) for part in x.split(50)]
+    ).mean(0)
     frequency = torch.fft.fftfreq(size)
     ring = ((frequency[:, None] ** 2 + frequency**2).sqrt() * 2 * rings).long()
     return np.array([power[ring == i].mean().item() for i in range(rings)])

@@ -20,7 +20,10 @@ COMMANDS = {  # flags of sample.py, the file they write, and its name here
     "progressive.png": (["--steps", "50", "--progressive"], "progressive.png"),
     "interpolation.png": (["--steps", "50", "--interpolate", QUEEN, COOK], "interpolation.png"),
     "variations.png": (["--steps", "50", "--variations", QUEEN], "variations.png"),
-    "inpainting.png": (["--steps", "50", "--inpaint", WIZARD, "--mask", "mask.png", "--n", "5"], "inpainting.png"),
+    "inpainting.png": (
+        ["--steps", "50", "--inpaint", WIZARD, "--mask", "mask.png", "--n", "5"],
+        "inpainting.png",
+    ),
 }
 
 
@@ -29,7 +32,10 @@ def draw_sampling(checkpoint: Path, figures: Path, size: int, temporary: Path) -
     images = load_images("emoji_people", size)
     for name in (QUEEN, COOK, WIZARD):
         save_image(images.images[list(images.ids).index(name)], temporary / name)
-    save_image(np.repeat([np.uint8(0), np.uint8(255)], size // 2)[:, None].repeat(size, 1), temporary / "mask.png")
+    save_image(
+        np.repeat([np.uint8(0), np.uint8(255)], size // 2)[:, None].repeat(size, 1),
+        temporary / "mask.png",
+    )
     for figure, (flags, file) in COMMANDS.items():
         out = temporary / Path(figure).stem
         command = [sys.executable, ROOT / "sample.py", checkpoint.resolve(), *flags, "--out", out]

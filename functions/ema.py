@@ -5,7 +5,9 @@ from torch import nn
 
 
 @torch.no_grad()
-def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float, ramp: bool = True) -> None:
+def update_ema(
+    ema_model: nn.Module, model: nn.Module, step: int, decay: float, ramp: bool = True
+) -> None:
     """Move the parameters of `ema_model` (a deep copy of `model`) a little towards those of `model`, in place.
 
     They are averaged with min(decay, (1 + step) / (10 + step)): early on the average follows the weights closely,

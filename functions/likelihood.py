@@ -23,7 +23,13 @@ OPEN = 0.999  # values beyond are the first and the last level, whose bins reach
 
 
 def terms_of(
-    model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor, variance: str, clip_x_0: bool
+    model: Model,
+    scheduler: NoiseScheduler,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    variance: str,
+    clip_x_0: bool,
 ) -> Tensor:
     """L_T and L_t of each image in bits per dimension, and the squared error of its x_0: (3, B) float64.
 
@@ -41,9 +47,13 @@ def terms_of(
     terms = posterior_kl(scheduler, x_0, predicted, t, sigma_squared)
     first = t == 0
     if first.any():  # the mean of p(x_0 | x_1) is the predicted x_0 itself (Eq. 7)
-        terms[first] = -decoder_log_likelihood(x_0[first], predicted[first], sigma_squared[first].sqrt())
+        terms[first] = -decoder_log_likelihood(
+            x_0[first], predicted[first], sigma_squared[first].sqrt()
+        )
     in_bits = prior_kl(scheduler, x_0) / math.log(2), terms / math.log(2)
-    return torch.stack([value.flatten(1).mean(dim=1) for value in (*in_bits, (predicted - x_0).square())])
+    return torch.stack(
+        [value.flatten(1).mean(dim=1) for value in (*in_bits, (predicted - x_0).square())]
+    )
 
 
 def model_variance(scheduler: NoiseScheduler, t: Tensor, variance: str) -> Tensor:
@@ -61,7 +71,9 @@ def prior_kl(scheduler: NoiseScheduler, x_0: Tensor) -> Tensor:
     return (a * x_0.square() - a - math.log1p(-a)) / 2
 
 
-def posterior_kl(scheduler: NoiseScheduler, x_0: Tensor, predicted: Tensor, t: Tensor, sigma_squared: Tensor) -> Tensor:
+def posterior_kl(
+    scheduler: NoiseScheduler, x_0: Tensor, predicted: Tensor, t: Tensor, sigma_squared: Tensor
+) -> Tensor:
     """L_t of each dimension, in nats, for t >= 1: the KL of two normals whose means differ in x_0 alone (Eq. 7).
 
     The mean is linear in (x_0, x_t), so the difference of the two is the mean at (x_0 - predicted, 0). The means

@@ -6,7 +6,9 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Model
 
 
-def denoising_loss(model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def denoising_loss(
+    model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
     """L_simple of DDPM (Ho et al. 2020, Eq. 14, Algorithm 1's line 5): ||eps - eps_theta(x_t, t)||^2 / (C H W).
 
     For a `Denoiser` whose network predicts v it is the squared error of v (Salimans and Ho 2022, arXiv:2202.00512,
@@ -29,4 +31,8 @@ def eps_errors(model: Model, scheduler: NoiseScheduler, losses: Tensor, t: Tenso
 
     In the same x_t an error of v is one of sqrt(alpha_bar) as much in eps, and one of -sqrt(1 - alpha_bar) in x_0.
     """
-    return scheduler.alpha_bar(t).to(losses) * losses if getattr(model, "objective", "eps") == "v" else losses
+    return (
+        scheduler.alpha_bar(t).to(losses) * losses
+        if getattr(model, "objective", "eps") == "v"
+        else losses
+    )

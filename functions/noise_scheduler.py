@@ -44,12 +44,18 @@ class NoiseScheduler:
         beta_schedule: str = "linear",
     ):
         if timesteps < 2 or beta_schedule not in ("linear", "cosine"):
-            raise ValueError(f"{timesteps} timesteps, {beta_schedule!r}: there must be 2 or more, linear or cosine")
+            raise ValueError(
+                f"{timesteps} timesteps, {beta_schedule!r}: there must be 2 or more, linear or cosine"
+            )
         scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
         linear = beta_schedule == "linear"
         self.timesteps = timesteps
         # (T,) float64, on the CPU
-        self.betas = linear_betas(timesteps, beta_start, beta_end, scale) if linear else cosine_betas(timesteps)
+        self.betas = (
+            linear_betas(timesteps, beta_start, beta_end, scale)
+            if linear
+            else cosine_betas(timesteps)
+        )
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,)
         # (T + 1,) on each device that asks: 1, and alphas_cumprod
         self.tables: dict[torch.device, Tensor] = {}
@@ -67,12 +73,16 @@ class NoiseScheduler:
         """
         if isinstance(t, int):
             if not -1 <= t < self.timesteps:
-                raise IndexError(f"t is {t}; it can be 0 to {self.timesteps - 1}, and -1 for the clean image")
+                raise IndexError(
+                    f"t is {t}; it can be 0 to {self.timesteps - 1}, and -1 for the clean image"
+                )
             return self.alphas_cumprod[t].item() if t >= 0 else 1.0
         # MPS has no float64, so there this waits
         device = torch.device("cpu") if t.device.type == "mps" else t.device
         if device not in self.tables:
-            self.tables[device] = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod]).to(device)
+            self.tables[device] = torch.cat(
+                [torch.ones(1, dtype=torch.float64), self.alphas_cumprod]
+            ).to(device)
         return self.tables[device][t.to(device) + 1]
 
     def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
@@ -116,7 +126,9 @@ class NoiseScheduler:
         """The variance of q(x_s | x_t, x_0) (Eq. 7), in float64; 0 at s = -1, the clean image."""
         return (1 - self.alpha_bar(s)) / (1 - self.alpha_bar(t)) * self.step_beta(t, s)
 
-    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep) -> tuple[Tensor, Coefficient]:
+    def q_posterior(
+        self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep
+    ) -> tuple[Tensor, Coefficient]:
         """q(x_s | x_t, x_0) for a step from t to an earlier s: its mean (B, C, H, W) and its variance (Eqs. 6, 7).
 
         With s = t - 1 this is the paper's. With s = -1, the clean image, the mean is x_0 and the variance 0.

@@ -62,7 +62,9 @@ def predict(
     return x_0, eps
 
 
-def interpret(model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, out: Tensor) -> tuple[Tensor, Tensor]:
+def interpret(
+    model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, out: Tensor
+) -> tuple[Tensor, Tensor]:
     """As `predict`, from what the model gave for (x_t, t)."""
     if getattr(model, "objective", "eps") == "v":
         x_0, eps = scheduler.predict_from_v(x_t, t, out)

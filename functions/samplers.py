@@ -158,7 +158,12 @@ def dpm_solver_sample(
     return x
 
 
-ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+ADAMS_BASHFORTH = (
+    (1,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 
 
 @torch.no_grad()
@@ -182,7 +187,9 @@ def ipndm_sample(
     for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):
         x_0, eps = predict(model, scheduler, x, t, clip_x_0)
         history.append(eps)
-        eps_ahead = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(history) - 1], reversed(history), strict=True))
+        eps_ahead = sum(
+            w * e for w, e in zip(ADAMS_BASHFORTH[len(history) - 1], reversed(history), strict=True)
+        )
         a_t, a_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
         sigma_t, sigma_s = math.sqrt((1 - a_t) / a_t), math.sqrt((1 - a_s) / a_s)
         x = math.sqrt(a_s) * (x / math.sqrt(a_t) + (sigma_s - sigma_t) * eps_ahead)

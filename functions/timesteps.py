@@ -32,7 +32,9 @@ def sampling_times(
         times = [int(t) for t in steps]
         falling = all(after < before for before, after in pairwise(times))
         if len(times) < 2 or not falling or times[0] >= T or times[-1] < -1:
-            raise ValueError(f"times must be 2 or more, falling, from at most {T - 1} to at least -1; not {times}")
+            raise ValueError(
+                f"times must be 2 or more, falling, from at most {T - 1} to at least -1; not {times}"
+            )
         return times
     steps = T if steps is None else steps
     if not 1 <= steps <= T:
@@ -61,7 +63,9 @@ def mixed_timesteps(scheduler: NoiseScheduler, uniform: Tensor, normal: Tensor) 
     standard normal.
     """
     of_sigma = nearest_timesteps(scheduler, -2 * (1.2 * normal - 1.2))
-    return torch.where(torch.arange(len(uniform), device=uniform.device) % 2 == 1, of_sigma, uniform)
+    return torch.where(
+        torch.arange(len(uniform), device=uniform.device) % 2 == 1, of_sigma, uniform
+    )
 
 
 def nearest_timesteps(scheduler: NoiseScheduler, log_snr: Tensor) -> Tensor:

@@ -41,9 +41,13 @@ def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"])
     if dim < 4 or dim % 2:
         raise ValueError(f"the embedding's dim is {dim}; it must be even and at least 4")
     half_dim = dim // 2
-    exponent = torch.arange(half_dim, dtype=torch.float32, device=t.device) / (half_dim - dialect.freq_shift)
+    exponent = torch.arange(half_dim, dtype=torch.float32, device=t.device) / (
+        half_dim - dialect.freq_shift
+    )
     angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)[None, :]  # (B, dim/2)
-    halves = (angles.cos(), angles.sin()) if dialect.flip_sin_to_cos else (angles.sin(), angles.cos())
+    halves = (
+        (angles.cos(), angles.sin()) if dialect.flip_sin_to_cos else (angles.sin(), angles.cos())
+    )
     return torch.cat(halves, dim=1)  # (B, dim)
 
 
@@ -68,7 +72,9 @@ class ResidualBlock(nn.Module):
     `norm` makes a GroupNorm of as many channels as it is given; dropout precedes the second convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm: Norm):
+    def __init__(
+        self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm: Norm
+    ):
         super().__init__()
         self.norm_1 = norm(in_channels)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -76,7 +82,11 @@ class ResidualBlock(nn.Module):
         self.norm_2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
+        )
         self.recompute_norms = False  # see `UNet.set_recompute`
 
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
@@ -127,7 +137,9 @@ class SelfAttention(nn.Module):
     def queries_keys_values(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 3 C, H, W): one convolution: of three, backward would repeat two."""
         layers = (self.query, self.key, self.value)
-        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        weight, bias = (
+            torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")
+        )
         return F.conv2d(self.norm(x), weight, bias)
 
 
@@ -158,7 +170,9 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] * x.shape[3] < WORTH_DOUBLING:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return F.conv_transpose2d(x, doubled_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(
+            x, doubled_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1
+        )
 
 
 def doubled_kernel(weight: Tensor) -> Tensor:

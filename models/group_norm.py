@@ -17,7 +17,12 @@ class GroupNorm(nn.GroupNorm):
         if torch.compiler.is_compiling() and self.affine:
             return in_memory_order(x, self.weight, self.bias, self.num_groups, self.eps)
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        if x.device.type == "cpu" and channels_last and self.affine and self.num_channels // self.num_groups < WIDE:
+        if (
+            x.device.type == "cpu"
+            and channels_last
+            and self.affine
+            and self.num_channels // self.num_groups < WIDE
+        ):
             return ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return super().forward(x)
 
@@ -42,7 +47,9 @@ class ChannelsLastGroupNorm(Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> Tensor:
         N, C, H, W = x.shape
         z, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, N, C, H * W, groups, eps)
         # Mean and rstd (N, groups), in float32 at least
@@ -79,7 +86,9 @@ class ChannelsLastGroupNorm(Function):
         sum_1 = over_pixels(grad_z)
         sum_x = (over_pixels(grad_z * centred) - rest * sum_1) * rstd  # of grad_z * x_hat
         scale = weight.view(groups, -1)
-        mean_1, mean_x = ((scale * s).sum(2, keepdim=True) / (C // groups * H * W) for s in (sum_1, sum_x))
+        mean_1, mean_x = (
+            (scale * s).sum(2, keepdim=True) / (C // groups * H * W) for s in (sum_1, sum_x)
+        )
         # the formula above with x_hat = (centred - rest) * rstd, ordered by what it multiplies
         of_centred = -mean_x * rstd.square()
         of_1 = -mean_1 * rstd - of_centred * rest

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from functions.support.dialects import DIALECTS
-from models.blocks import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, recomputing
+from models.blocks import (
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    TimeEmbedding,
+    Upsample,
+    recomputing,
+)
 from models.group_norm import GroupNorm
 
 # Residual blocks a level; one more on the way up, for the skip that downsampling leaves
@@ -60,7 +67,9 @@ class UNet(nn.Module):
         dims = [base_dim * multiplier for multiplier in dim_multiply]
         block = partial(ResidualBlock, time_dim=4 * base_dim, dropout=dropout, norm=norm)
         attend = partial(SelfAttention, norm=norm, head_dim=details.attention_head_dim)
-        attention = lambda level: attend(dims[level]) if level in transformer_layers else nn.Identity()
+        attention = lambda level: (
+            attend(dims[level]) if level in transformer_layers else nn.Identity()
+        )
 
         self.time_embedding = TimeEmbedding(base_dim, details)
         self.conv_in = nn.Conv2d(channels, base_dim, 3, padding=1)
@@ -148,23 +157,34 @@ class UNet(nn.Module):
                 h = run(stage["downsample"], h)  # half the height and width
                 skips.append(h)
 
-        h = run(block_and_attention, None, self.middle_block_1, self.middle_attention, time_embedding, h)
+        h = run(
+            block_and_attention, None, self.middle_block_1, self.middle_attention, time_embedding, h
+        )
         h = run(self.middle_block_2, time_embedding, h)
 
         upsample = None
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
                 # The upsampling is run with the block behind it, so that "blocks" keeps the small image, not the large
-                h = run(block_and_attention, upsample, block, attention, time_embedding, h, skips.pop())
+                h = run(
+                    block_and_attention, upsample, block, attention, time_embedding, h, skips.pop()
+                )
                 upsample = None
             if "upsample" in stage:  # to twice the height and width
                 upsample = stage["upsample"]
 
-        return recomputing(self.recompute != "none", lambda h: self.conv_out(F.silu(self.norm_out(h))), h)
+        return recomputing(
+            self.recompute != "none", lambda h: self.conv_out(F.silu(self.norm_out(h))), h
+        )
 
 
 def block_and_attention(
-    upsample: Upsample | None, block: nn.Module, attention: nn.Module, time_embedding: Tensor, h: Tensor, *skip: Tensor
+    upsample: Upsample | None,
+    block: nn.Module,
+    attention: nn.Module,
+    time_embedding: Tensor,
+    h: Tensor,
+    *skip: Tensor,
 ) -> Tensor:
     """What a level repeats: on the way up with a skip connection, and at first with the upsampling into the level."""
     if upsample is not None:

@@ -22,8 +22,14 @@ from playwright.sync_api import Locator, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 # As root, and asking nobody for anything
-FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
-         "--disable-component-update")  # fmt: skip
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-sync",
+    "--disable-component-update",
+)
 DRAW, MIX, PAINT = "Draw the images", "Mix the two images", "Make what is painted over anew"
 
 
@@ -35,7 +41,9 @@ def served(printed: Path, *flags: object) -> Iterator[str]:
     with open(printed, "w") as file:
         # Ctrl-C, also of tests in the background
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen([*map(str, command)], env=environment, stdout=file, stderr=file, preexec_fn=heard)
+        process = subprocess.Popen(
+            [*map(str, command)], env=environment, stdout=file, stderr=file, preexec_fn=heard
+        )
     try:
         deadline = time.monotonic() + 120
         while not (found := re.search("the page is at (.*); ", printed.read_text())):
@@ -88,9 +96,9 @@ def tab(page: Page, name: str) -> None:
 
 def picture(page: Page, label: str | re.Pattern) -> np.ndarray:
     """Wait for a picture under this label, press its button for downloads, and return its pixels."""
-    block = page.locator(".block", has=page.get_by_test_id("block-label").filter(has_text=label)).locator(
-        "visible=true"
-    )
+    block = page.locator(
+        ".block", has=page.get_by_test_id("block-label").filter(has_text=label)
+    ).locator("visible=true")
     with page.expect_download() as download:
         block.get_by_test_id("download-link").click()
     return np.asarray(Image.open(download.value.path()))
@@ -116,7 +124,11 @@ def sentence(page: Page, text: str) -> None:
 
 def main() -> None:
     shot = lambda name: page.screenshot(path=ROOT / "figures" / f"demo-{name}.png", full_page=True)
-    with TemporaryDirectory() as folder, served(Path(folder, "printed"), *sys.argv[1:]) as address, browser() as page:
+    with (
+        TemporaryDirectory() as folder,
+        served(Path(folder, "printed"), *sys.argv[1:]) as address,
+        browser() as page,
+    ):
         page.goto(address)
         click(page, DRAW)
         picture(page, "sample.py")

@@ -27,16 +27,57 @@ ROOT = Path(train.__file__).resolve().parent
 CPU, OPTIONS = torch.device("cpu"), SamplerOptions()
 # A network of 64,483 parameters on 16 x 16 images: the whole program in seconds.
 TINY = [
-    "--model.image-size", "16", "--model.lowest-resolution-size", "8", "--model.dim-multiply", "1,2",
-    "--model.transformer-layers", "1", "--model.base-dim", "8", "--model.norm-groups", "2",
-    "--diffusion.batch-size", "8", "--diffusion.gradient-accumulation", "1", "--diffusion.timesteps-diff", "100",
-    "--diffusion.epochs", "2", "--diffusion.warmup-steps", "0", "--diffusion.log-every", "2",
-    "--diffusion.validate-every", "5", "--diffusion.sample-every", "5", "--diffusion.checkpoint-every", "5",
-    "--diffusion.validation-samples", "8", "--diffusion.grid-images", "4", "--diffusion.grid-steps", "4",
-    "--diffusion.precision", "float32", "--diffusion.recompute", "norms", "--device", "cpu",
-]  # fmt: skip
-SMALL_MODEL = {"image_size": 16, "lowest_resolution_size": 8, "dim_multiply": (1, 2), "transformer_layers": (1,),
-               "base_dim": 8, "norm_groups": 2}  # fmt: skip
+    "--model.image-size",
+    "16",
+    "--model.lowest-resolution-size",
+    "8",
+    "--model.dim-multiply",
+    "1,2",
+    "--model.transformer-layers",
+    "1",
+    "--model.base-dim",
+    "8",
+    "--model.norm-groups",
+    "2",
+    "--diffusion.batch-size",
+    "8",
+    "--diffusion.gradient-accumulation",
+    "1",
+    "--diffusion.timesteps-diff",
+    "100",
+    "--diffusion.epochs",
+    "2",
+    "--diffusion.warmup-steps",
+    "0",
+    "--diffusion.log-every",
+    "2",
+    "--diffusion.validate-every",
+    "5",
+    "--diffusion.sample-every",
+    "5",
+    "--diffusion.checkpoint-every",
+    "5",
+    "--diffusion.validation-samples",
+    "8",
+    "--diffusion.grid-images",
+    "4",
+    "--diffusion.grid-steps",
+    "4",
+    "--diffusion.precision",
+    "float32",
+    "--diffusion.recompute",
+    "norms",
+    "--device",
+    "cpu",
+]
+SMALL_MODEL = {
+    "image_size": 16,
+    "lowest_resolution_size": 8,
+    "dim_multiply": (1, 2),
+    "transformer_layers": (1,),
+    "base_dim": 8,
+    "norm_groups": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +99,9 @@ def draw_pictures(folder: Path) -> Path:
     y, x = np.mgrid[:20, :20]
     for i in range(50):
         background, disc = rng.integers(0, 256, (2, 3))
-        inside = (y - rng.uniform(7, 13)) ** 2 + (x - rng.uniform(7, 13)) ** 2 < rng.uniform(3, 8) ** 2
+        inside = (y - rng.uniform(7, 13)) ** 2 + (x - rng.uniform(7, 13)) ** 2 < rng.uniform(
+            3, 8
+        ) ** 2
         image = np.where(inside[..., None], disc, background).astype(np.uint8)
         Image.fromarray(image).save(folder / f"{i:05d}.png")
     return folder
@@ -77,8 +120,15 @@ def call(main, *arguments):
 def script(*arguments, cwd=ROOT):
     """A script in a process of its own, as a shell starts it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True,
-                          text=True, timeout=300, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def train_tiny(pictures, runs, *flags, name="faces"):
@@ -107,7 +157,13 @@ def path(tmp_path):
 
 def image_sampler_of(network, timesteps=100, options=OPTIONS, seed=0, device="cpu") -> ImageSampler:
     """How a network for images of 16 x 16 is sampled from."""
-    return ImageSampler(Denoiser(network, NoiseScheduler(timesteps)), options, (3, 16, 16), seed, torch.device(device))
+    return ImageSampler(
+        Denoiser(network, NoiseScheduler(timesteps)),
+        options,
+        (3, 16, 16),
+        seed,
+        torch.device(device),
+    )
 
 
 def small_unet(size=16, dim_multiply=(1, 2), dropout=0.0) -> UNet:
@@ -145,7 +201,10 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 def load_checkpoint(path) -> dict:
     """All that a checkpoint holds, to be compared."""
     file = check_whole(path)
-    return {**file.contents, **{part: file.tensors(f"{part}.") for part in ("model", "ema", *MOMENTS)}}
+    return {
+        **file.contents,
+        **{part: file.tensors(f"{part}.") for part in ("model", "ema", *MOMENTS)},
+    }
 
 
 def newest(run):
@@ -184,5 +243,13 @@ terminate = lambda: signal.raise_signal(signal.SIGTERM)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz-cases", type=int, default=300, metavar="N", help="of tests/test_fuzz.py, in all (300)")
-    parser.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="number of the first of each kind (0)")
+    parser.addoption(
+        "--fuzz-cases",
+        type=int,
+        default=300,
+        metavar="N",
+        help="of tests/test_fuzz.py, in all (300)",
+    )
+    parser.addoption(
+        "--fuzz-seed", type=int, default=0, metavar="S", help="number of the first of each kind (0)"
+    )

@@ -25,9 +25,20 @@ def train_script() -> None:
 class Program(SERVER.Process):
     """train.py, or a function in its place, started with a command line; what it prints is collected in a file."""
 
-    def __init__(self, output: Path, *arguments: object, act: Callable[[], None] = train_script, **environment: object):
+    def __init__(
+        self,
+        output: Path,
+        *arguments: object,
+        act: Callable[[], None] = train_script,
+        **environment: object,
+    ):
         super().__init__(daemon=True)
-        self.output, self.arguments, self.act, self.environment = output, arguments, act, environment
+        self.output, self.arguments, self.act, self.environment = (
+            output,
+            arguments,
+            act,
+            environment,
+        )
         output.write_bytes(b"")
         self.start()
 

@@ -26,10 +26,28 @@ MARGIN = 17
 def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     """Run a tiny training straight, and killed `times` times; AssertionError if they differ. Returns what happened."""
     epochs = times * (STEPS_A_KILL + MARGIN) // 5 + 2
-    flags = ["faces", *TINY, "--diffusion.dataset-name", draw_pictures(folder / "pictures"),
-             "--diffusion.epochs", epochs, "--diffusion.checkpoint-every", EVERY, "--diffusion.log-every", 1,
-             "--diffusion.validate-every", 20, "--diffusion.sample-every", 20, "--diffusion.batch-size", 4,
-             "--diffusion.gradient-accumulation", 2, "--diffusion.recompute", "none"]  # fmt: skip
+    flags = [
+        "faces",
+        *TINY,
+        "--diffusion.dataset-name",
+        draw_pictures(folder / "pictures"),
+        "--diffusion.epochs",
+        epochs,
+        "--diffusion.checkpoint-every",
+        EVERY,
+        "--diffusion.log-every",
+        1,
+        "--diffusion.validate-every",
+        20,
+        "--diffusion.sample-every",
+        20,
+        "--diffusion.batch-size",
+        4,
+        "--diffusion.gradient-accumulation",
+        2,
+        "--diffusion.recompute",
+        "none",
+    ]
     straight = Program(folder / "straight.txt", *flags, "--runs", folder / "straight")
     assert straight.wait() == 0, straight.printed
 
@@ -37,7 +55,9 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     chance, writing, lost = random.Random(seed), 0, 0
     for _ in range(times):
         program = Program(folder / "killed.txt", *flags)
-        run = kill(program, folder / "killed", chance.randrange(STEPS_A_KILL), chance.uniform(0, 0.05))
+        run = kill(
+            program, folder / "killed", chance.randrange(STEPS_A_KILL), chance.uniform(0, 0.05)
+        )
         writing += any(run.rglob(".*.tmp"))
         # All are whole
         saved = [load_checkpoint(path)["run"]["step"] for path in run_folder.checkpoints_of(run)]
@@ -49,7 +69,9 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
             shutil.rmtree(run)
     last = Program(folder / "killed.txt", *flags)
     assert last.wait() == 0, last.printed
-    assert_same_run(*run_folder.runs_of(folder / "straight"), *run_folder.runs_of(folder / "killed"))
+    assert_same_run(
+        *run_folder.runs_of(folder / "straight"), *run_folder.runs_of(folder / "killed")
+    )
     return f"killed {times} times, {writing} of them while a file was being written; at most {lost} steps done again"
 
 
@@ -71,9 +93,15 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert first.keys() == second.keys()
     for part in first:
         assert same(first[part], second[part]), f"another {part}"
-    grids = [[(path.name, path.read_bytes()) for path in sorted((run / "samples").glob("*.png"))] for run in (a, b)]
+    grids = [
+        [(path.name, path.read_bytes()) for path in sorted((run / "samples").glob("*.png"))]
+        for run in (a, b)
+    ]
     assert grids[0] == grids[1]
-    rows = [[{**row, "images_per_second": 0} for row in read_metrics(run / "metrics.csv")] for run in (a, b)]
+    rows = [
+        [{**row, "images_per_second": 0} for row in read_metrics(run / "metrics.csv")]
+        for run in (a, b)
+    ]
     assert same(*rows)
 
 

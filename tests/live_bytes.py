@@ -21,7 +21,9 @@ class LiveBytes(TorchDispatchMode):
         self.now, self.seen = 0, set()  # bytes; addresses
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -47,11 +49,16 @@ def kept_per_image(network: nn.Module, precision: torch.dtype) -> float:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, fake.from_tensor(parameter))
         for images in (1, 4):
-            x_0 = torch.zeros(images, network.channels, network.image_size, network.image_size, device=device)
+            x_0 = torch.zeros(
+                images, network.channels, network.image_size, network.image_size, device=device
+            )
             noise, t = torch.zeros_like(x_0), torch.zeros(images, dtype=torch.int64, device=device)
             scheduler = NoiseScheduler(1000)
             scheduler.alpha_bar(t)  # its table is there from now on
-            with LiveBytes() as live, torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            with (
+                LiveBytes() as live,
+                torch.autocast(device.type, precision, enabled=precision != torch.float32),
+            ):
                 loss = denoising_loss(network, scheduler, x_0, t, noise).sum()
                 kept[images] = live.now
             del loss

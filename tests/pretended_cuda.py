@@ -29,7 +29,9 @@ def c_function(result: int) -> int:
 def let_autograd_know_cuda() -> None:
     """Autograd asks a device's guard and hooks, which a CPU build lacks: give it a guard that does nothing."""
     load = lambda name: ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-    guards = (ctypes.c_void_p * 22).in_dll(load("libc10.so"), "_ZN3c104impl26device_guard_impl_registryE")
+    guards = (ctypes.c_void_p * 22).in_dll(
+        load("libc10.so"), "_ZN3c104impl26device_guard_impl_registryE"
+    )
     # Of an object all of whose methods return 0
     table = (ctypes.c_void_p * 64)(*[c_function(0)] * 64)
     guard = ctypes.c_void_p(ctypes.addressof(table))
@@ -56,19 +58,30 @@ class Pretended(TorchDispatchMode):
         self.pinned = {}  # by address; kept, so that no other tensor gets it
 
     def wait(self, why: str) -> None:
-        own = lambda name: name.startswith(str(ROOT)) and "site-packages" not in name and name != __file__
+        own = lambda name: (
+            name.startswith(str(ROOT)) and "site-packages" not in name and name != __file__
+        )
         lines = [frame for frame in traceback.extract_stack() if own(frame.filename)]
         where = f"{Path(lines[-1].filename).relative_to(ROOT)}:{lines[-1].lineno}" if lines else "?"
         self.waits[f"{where}: {why}"] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, tensors = kwargs or {}, [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        kwargs, tensors = (
+            kwargs or {},
+            [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)],
+        )
         target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
         if target != "cuda" and not any(t.is_cuda for t in tensors):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:  # item, tolist, bool, float
             self.wait("reads a number")
-            return False if tensors[0].dtype is torch.bool else 1.5 if tensors[0].is_floating_point() else 1
+            return (
+                False
+                if tensors[0].dtype is torch.bool
+                else 1.5
+                if tensors[0].is_floating_point()
+                else 1
+            )
         counting = (aten.nonzero.default, aten.index.Tensor, aten.index_put_.default)
         if func in counting and any(t.dtype is torch.bool for t in tensors[1:]):
             self.wait("counts what is true")
@@ -79,8 +92,14 @@ class Pretended(TorchDispatchMode):
                 if func is aten.copy_.default:
                     return tensors[0]  # keeps its numbers: DDP sends the order of its buckets so
                 # Any numbers do: ones, as zero is no loss scale
-                return torch.full(source.shape, source.is_floating_point(), dtype=kwargs.get("dtype") or source.dtype)
-            if not source.is_cuda and (waits or source.untyped_storage().data_ptr() not in self.pinned):
+                return torch.full(
+                    source.shape,
+                    source.is_floating_point(),
+                    dtype=kwargs.get("dtype") or source.dtype,
+                )
+            if not source.is_cuda and (
+                waits or source.untyped_storage().data_ptr() not in self.pinned
+            ):
                 self.wait("copies to the GPU, not from pinned memory or not non_blocking")
         self.check(func, args)
         with self.fake:
@@ -89,12 +108,21 @@ class Pretended(TorchDispatchMode):
     def check(self, func, args: tuple) -> None:
         """AssertionError for types and layouts that CUDA's kernels refuse and fake tensors do not."""
         if func in (aten._fused_adam_.default, aten._foreach_lerp_.Scalar):
-            for group in zip(*(arg for arg in args[:4] if isinstance(arg, (list, tuple))), strict=True):
-                strides = {tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1) for t in group}
+            for group in zip(
+                *(arg for arg in args[:4] if isinstance(arg, (list, tuple))), strict=True
+            ):
+                strides = {
+                    tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+                    for t in group
+                }
                 kinds = {(t.dtype, t.device, t.shape) for t in group}
                 assert len(strides) == 1 and len(kinds) == 1, f"{func}: {kinds}, strides {strides}"
-        if func in (aten.native_group_norm.default, aten.native_group_norm_backward.default,
-                    aten.convolution.default, aten.convolution_backward.default):  # fmt: skip
+        if func in (
+            aten.native_group_norm.default,
+            aten.native_group_norm_backward.default,
+            aten.convolution.default,
+            aten.convolution_backward.default,
+        ):
             dtypes = {a.dtype for a in args[:5] if isinstance(a, torch.Tensor)}
             assert len(dtypes) == 1, f"{func}: types are mixed, {dtypes}"
 
@@ -105,8 +133,12 @@ def apply(module: torch.nn.Module, change, recurse: bool = True) -> torch.nn.Mod
         apply(child, change)
     for name, value in module._parameters.items():
         if value is not None:
-            module._parameters[name] = torch.nn.Parameter(change(value.detach()), value.requires_grad)
-    module._buffers.update({name: change(value) for name, value in module._buffers.items() if value is not None})
+            module._parameters[name] = torch.nn.Parameter(
+                change(value.detach()), value.requires_grad
+            )
+    module._buffers.update(
+        {name: change(value) for name, value in module._buffers.items() if value is not None}
+    )
     return module
 
 
@@ -132,19 +164,32 @@ def pretended_cuda(memory: int = 80 * 10**9):
         return torch.channels_last if last else torch.contiguous_format
 
     answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True, "_lazy_init": None,
-        "get_device_name": "pretended", "mem_get_info": (memory, memory), "memory_reserved": 0, "set_device": None,
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "is_bf16_supported": True,
+        "_lazy_init": None,
+        "get_device_name": "pretended",
+        "mem_get_info": (memory, memory),
+        "memory_reserved": 0,
+        "set_device": None,
         "empty_cache": None,
-    }  # fmt: skip
+    }
     with contextlib.ExitStack() as stack:
-        patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value))
+        patch = lambda owner, name, value: stack.enter_context(
+            mock.patch.object(owner, name, value)
+        )
         for name, answer in answers.items():
             patch(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
         patch(torch.cuda, "CUDAGraph", mock.Mock)  # a replay does nothing
         patch(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
         patch(torch, "Generator", Generator)
         patch(torch, "empty", pinning_empty)
-        patch(torch.Tensor, "pin_memory", lambda t: pinning_empty(*t.shape, dtype=t.dtype, pin_memory=True))
+        patch(
+            torch.Tensor,
+            "pin_memory",
+            lambda t: pinning_empty(*t.shape, dtype=t.dtype, pin_memory=True),
+        )
         patch(torch.nn.Module, "_apply", apply)
         patch(torch._C, "_conv_determine_backend_memory_format", layout)
         patch(type(mode.fake), "avoid_device_init", True)

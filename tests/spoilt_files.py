@@ -21,10 +21,36 @@ from models.unet import UNet
 
 CPU = torch.device("cpu")
 HOSTILE = (  # what no config, header or checkpoint should hold in most places
-    None, True, 0, 1, -1, 7, 10**6, 10**12, 2**63, 10**400, 0.5, -1.5, 1e308, float("nan"), float("inf"), "", "x",
-    "\x1b[2J\n\u202e\ud800", "y" * 9999, [], {}, [0], [1, 2, 4], [10**9], [1] * 9999, ["1"], [[]], {"a": 1},
+    None,
+    True,
+    0,
+    1,
+    -1,
+    7,
+    10**6,
+    10**12,
+    2**63,
+    10**400,
+    0.5,
+    -1.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\x1b[2J\n\u202e\ud800",
+    "y" * 9999,
+    [],
+    {},
+    [0],
+    [1, 2, 4],
+    [10**9],
+    [1] * 9999,
+    ["1"],
+    [[]],
+    {"a": 1},
     json.loads("[" * 200 + "]" * 200),
-)  # fmt: skip
+)
 # Signature, offset and type of fields of a zip: of a member in the directory and before its data, and of the end
 ZIP_FIELDS = (
     *((b"PK\1\2", at, "H") for at in (8, 10, 28, 30)),
@@ -37,7 +63,12 @@ ZIP_FIELDS = (
 def same(a: object, b: object) -> bool:
     """Equality to the bit of nested containers of plain values and tensors."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and a.dtype == b.dtype
+            and torch.equal(a, b)
+        )
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
@@ -47,8 +78,16 @@ def same(a: object, b: object) -> bool:
 
 def tiny_experiment() -> Experiment:
     """Three thousand parameters, all parts of a training."""
-    tiny = {"image_size": 4, "lowest_resolution_size": 4, "dim_multiply": (1,), "transformer_layers": (), "base_dim": 4}
-    return EXPERIMENTS["faces"].override({"timesteps_diff": 30, "precision": "float32"}, {**tiny, "norm_groups": 1})
+    tiny = {
+        "image_size": 4,
+        "lowest_resolution_size": 4,
+        "dim_multiply": (1,),
+        "transformer_layers": (),
+        "base_dim": 4,
+    }
+    return EXPERIMENTS["faces"].override(
+        {"timesteps_diff": 30, "precision": "float32"}, {**tiny, "norm_groups": 1}
+    )
 
 
 def training_state(seed: int = 0) -> TrainingState:
@@ -56,7 +95,9 @@ def training_state(seed: int = 0) -> TrainingState:
     torch.manual_seed(seed)
     model = UNet(**vars(tiny_experiment().model)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    return TrainingState(model, copy.deepcopy(model), optimizer, torch.amp.GradScaler("cpu", enabled=True))
+    return TrainingState(
+        model, copy.deepcopy(model), optimizer, torch.amp.GradScaler("cpu", enabled=True)
+    )
 
 
 def snapshot(state: TrainingState) -> list:
@@ -77,9 +118,20 @@ def stepped_state(seed: int) -> TrainingState:
 def checkpoint_parts(seed: int = 0) -> tuple[dict[str, Tensor], dict]:
     """Tensors and contents, as `write_tensors` takes them, to be changed at will."""
     state, how = stepped_state(seed), arithmetic(CPU, torch.float32, 1, 8)
-    run = {"experiment": "faces", "total_steps": 90, "step": 5, "train_ids_hash": "0123456789abcdef", **how,
-           "window": {"sums": [12.5, 9.5], "steps": 3}, "bad_numbers": BadNumbers(CPU).state()}  # fmt: skip
-    contents = {"config": tiny_experiment().to_dict(), "run": run, "scaler": state.scaler.state_dict()}
+    run = {
+        "experiment": "faces",
+        "total_steps": 90,
+        "step": 5,
+        "train_ids_hash": "0123456789abcdef",
+        **how,
+        "window": {"sums": [12.5, 9.5], "steps": 3},
+        "bad_numbers": BadNumbers(CPU).state(),
+    }
+    contents = {
+        "config": tiny_experiment().to_dict(),
+        "run": run,
+        "scaler": state.scaler.state_dict(),
+    }
     return copy.deepcopy(state.tensors()), json.loads(json.dumps(contents))
 
 
@@ -95,7 +147,10 @@ def with_header(whole: bytes, header: dict | bytes) -> bytes:
 
 def with_contents(whole: bytes, contents: dict | str) -> bytes:
     """A file with other contents, and their right checksum."""
-    header, text = json.loads(header_of(whole)), contents if isinstance(contents, str) else json.dumps(contents)
+    header, text = (
+        json.loads(header_of(whole)),
+        contents if isinstance(contents, str) else json.dumps(contents),
+    )
     header["__metadata__"] |= {"contents": text, "sha256": sha256(text)}
     return with_header(whole, header)
 
@@ -118,7 +173,9 @@ def spoilt_from(at: int, data: bytes, rng: random.Random) -> bytes:
     size = int(2 ** rng.uniform(0, 12))
     block, after = data[at : at + size], data[at + size :]
     changes = {
-        "flip": lambda: bytes(byte ^ 1 << rng.randrange(8) for byte in block[:1]) + block[1:] + after,
+        "flip": lambda: (
+            bytes(byte ^ 1 << rng.randrange(8) for byte in block[:1]) + block[1:] + after
+        ),
         "randomise": lambda: rng.randbytes(len(block)) + after,
         "blank": lambda: bytes(len(block)) + after,
         "remove": lambda: after,
@@ -146,7 +203,9 @@ def spoilt_zip(members: dict[str, bytes], rng: random.Random) -> bytes:
     data, (signature, offset, code) = bytearray(whole), rng.choice(ZIP_FIELDS)
     value = rng.choice((0, 1, 8, 12, 93, 0x7FFF, 0xFFFF, 10**6, 0xA000 << 16, 2**31, 2**32 - 1))
     header = rng.choice([match.start() for match in re.finditer(signature, whole)])
-    struct.pack_into(f"<{code}", data, header + offset, min(value, 0xFFFF) if code == "H" else value)
+    struct.pack_into(
+        f"<{code}", data, header + offset, min(value, 0xFFFF) if code == "H" else value
+    )
     return bytes(data)
 
 
@@ -161,5 +220,9 @@ def spoil_tree(tree: dict | list, rng: random.Random) -> None:
     elif action == "change" and type(value) in (int, float):
         tree[key] = rng.choice((value * 2, value * 10**9, -value, value + 1))
     else:
-        key = rng.choice(("extra", "", "\x1b[2J\n", "z" * 5000)) if action == "add" and isinstance(tree, dict) else key
+        key = (
+            rng.choice(("extra", "", "\x1b[2J\n", "z" * 5000))
+            if action == "add" and isinstance(tree, dict)
+            else key
+        )
         tree[key] = json.loads(json.dumps(rng.choice(HOSTILE)))

@@ -14,31 +14,66 @@ from tests.conftest import ROOT
     [
         ("train.py", ["--diffusion.dataset-name", "no/such/folder"], "no/such/folder"),
         ("train.py", ["--diffusion.dataset-name", "{empty}"], "no image"),
-        ("train.py", ["--diffusion.dataset-name", "{pictures}", "--diffusion.batch-size", "46"], "fewer than one step"),
+        (
+            "train.py",
+            ["--diffusion.dataset-name", "{pictures}", "--diffusion.batch-size", "46"],
+            "fewer than one step",
+        ),
         ("train.py", ["--diffusion.learning-rate", "-1"], "learning_rate is -1.0"),
         ("train.py", ["--model.dim-multiply", "1,2,4"], "dim_multiply"),
         ("train.py", ["--resume", "{empty}"], "no checkpoint in this folder"),
         ("train.py", ["--resume", "no/such/run"], "not a run folder"),
         ("train.py", ["--resume"], "no unfinished run"),
         ("train.py", ["--device", "gpu"], "'gpu'"),
-        ("train.py", ["fases"], "there is no experiment 'fases'; there are faces, faces-v, ffhq-run1"),
+        (
+            "train.py",
+            ["fases"],
+            "there is no experiment 'fases'; there are faces, faces-v, ffhq-run1",
+        ),
         ("train.py", ["--batchsize", "3"], "unrecognized arguments: --batchsize"),
-        ("train.py", ["--diffusion.batch-size", "many"], "--diffusion.batch-size: invalid int value: 'many'"),
+        (
+            "train.py",
+            ["--diffusion.batch-size", "many"],
+            "--diffusion.batch-size: invalid int value: 'many'",
+        ),
         ("sample.py", ["--n", "0"], "--n/-n: '0' is not an integer of at least 1"),
         ("sample.py", ["--eta", "2"], "--eta: '2' is not a number from 0 to 1"),
         ("sample.py", ["--sampler", "euler"], "invalid choice: 'euler' (choose from"),
-        ("sample.py", ["--sampler", "ipndm", "--eta", "0.5"], "--eta is an option of ddim and dpm++, not of ipndm"),
-        ("sample.py", ["--sampler", "ddim", "--variance", "large"], "--variance is an option of ddpm, not of ddim"),
+        (
+            "sample.py",
+            ["--sampler", "ipndm", "--eta", "0.5"],
+            "--eta is an option of ddim and dpm++, not of ipndm",
+        ),
+        (
+            "sample.py",
+            ["--sampler", "ddim", "--variance", "large"],
+            "--variance is an option of ddpm, not of ddim",
+        ),
         ("sample.py", ["--n", "101"], "a grid shows 100 images at most; for 101 add --individual"),
         ("sample.py", ["--interpolate", "1"], "--interpolate: expected 2 arguments"),
         ("sample.py", ["--depths", "0.5,2"], "'2' is not a number from 0 to 1"),
         ("sample.py", ["nothing.pt"], "nothing.pt: there is no such file"),
-        ("sample.py", [str(ROOT / "README.md")], "README.md: the file is truncated, damaged or not a checkpoint"),
-        *(pytest.param(name, ["--device", "cuda"], "finds only", marks=pytest.mark.skipif(torch.cuda.is_available(),
-                       reason="asks for CUDA where there is none")) for name in ("train.py", "sample.py")),
+        (
+            "sample.py",
+            [str(ROOT / "README.md")],
+            "README.md: the file is truncated, damaged or not a checkpoint",
+        ),
+        *(
+            pytest.param(
+                name,
+                ["--device", "cuda"],
+                "finds only",
+                marks=pytest.mark.skipif(
+                    torch.cuda.is_available(), reason="asks for CUDA where there is none"
+                ),
+            )
+            for name in ("train.py", "sample.py")
+        ),
     ],
-)  # fmt: skip
-def test_errors_are_one_line_and_leave_nothing(name, arguments, message, pictures, tmp_path, monkeypatch, capsys):
+)
+def test_errors_are_one_line_and_leave_nothing(
+    name, arguments, message, pictures, tmp_path, monkeypatch, capsys
+):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").write_text("not an image")

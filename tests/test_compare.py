@@ -37,7 +37,16 @@ def test_every_arm_learns_and_ours_and_diffusers_are_of_one_size(monkeypatch):
         facts[name] = bench.facts()
         assert not any(map(torch.equal, before, bench.module.parameters())), name
         assert set(bench.turn()) == {"step", "call"}
-    assert len({fact["parameters"] for name, fact in facts.items() if not name.startswith("lucidrains")}) == 1
+    assert (
+        len(
+            {
+                fact["parameters"]
+                for name, fact in facts.items()
+                if not name.startswith("lucidrains")
+            }
+        )
+        == 1
+    )
     assert len(compiled) == 2
     assert sum(fact["kept"] is None for fact in facts.values()) == 2
     assert facts["diffusers-checkpointing"]["kept"] < facts["diffusers-heap"]["kept"]
@@ -61,13 +70,23 @@ def test_arms_take_turns_and_one_that_fails_is_a_row(monkeypatch):
             if arm is broken or len(asked) > 12:
                 raise ArmFailed(arm, "no | network")
             step = next(seconds[arm.text]) if method == "turn" else 0
-            return {"parameters": 5e6, "kept": 2**20, "peaks": [1e9], "step": step, "call": 2 * step}
+            return {
+                "parameters": 5e6,
+                "kept": 2**20,
+                "peaks": [1e9],
+                "step": step,
+                "call": 2 * step,
+            }
 
         yield ask
 
     monkeypatch.setattr(compare, "process_of", process)
     table = list(compare.rows([ours, peer, broken], 2, SMALL, 4, CPU))
-    assert asked[4:] == [("peer", "facts"), *[("peer", "turn"), ("ours", "turn")] * 3, ("broken", "facts")]
+    assert asked[4:] == [
+        ("peer", "facts"),
+        *[("peer", "turn"), ("ours", "turn")] * 3,
+        ("broken", "facts"),
+    ]
     # Of 2 to 1 and of 5 to 10: the machine had become slower; the 9 warmed up
     ratios = "1.25 (0.50 to 2.00)"
     assert table[1] == ["peer", "5.0 M", "3.5", ratios, "7", ratios, "1.14", "1.0", "1.00"]
@@ -76,7 +95,9 @@ def test_arms_take_turns_and_one_that_fails_is_a_row(monkeypatch):
         list(compare.rows([ours, peer], 2, SMALL, 4, CPU))
 
 
-@pytest.mark.parametrize("longest, reason", [(900, "the process ended with -9"), (0, "no answer in 0 s")])
+@pytest.mark.parametrize(
+    "longest, reason", [(900, "the process ended with -9"), (0, "no answer in 0 s")]
+)
 def test_a_process_that_dies_or_hangs_is_a_failure(longest, reason, monkeypatch):
     monkeypatch.setattr(compare, "LONGEST_ANSWER", longest)
     others = set(multiprocessing.active_children())
@@ -93,12 +114,31 @@ def test_a_process_that_dies_or_hangs_is_a_failure(longest, reason, monkeypatch)
 def test_the_table_of_the_whole_script(tmp_path, monkeypatch, capsys):
     (tmp_path / "denoising_diffusion_pytorch.py").write_text("raise ImportError('is not here')")
     monkeypatch.syspath_prepend(tmp_path)  # which processes take over
-    call(compare.main, "--device", "cpu", "--image-size", 32, "--base-dim", 8, "--batch", 2, "--rounds", 1, "--arms",
-         "diffusers-default,lucidrains-default", "--out", tmp_path / "table.md")  # fmt: skip
+    call(
+        compare.main,
+        "--device",
+        "cpu",
+        "--image-size",
+        32,
+        "--base-dim",
+        8,
+        "--batch",
+        2,
+        "--rounds",
+        1,
+        "--arms",
+        "diffusers-default,lucidrains-default",
+        "--out",
+        tmp_path / "table.md",
+    )
     printed = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == printed
-    assert re.search(r"; PyTorch 2.*, diffusers 0.*, batch 2, 32 px, base_dim 8; 1 rounds\n\n\| arm ", printed)
-    ours, diffusers, lucidrains = ([cell.strip() for cell in row.split("|")[1:-1]] for row in printed.split("\n")[4:7])
+    assert re.search(
+        r"; PyTorch 2.*, diffusers 0.*, batch 2, 32 px, base_dim 8; 1 rounds\n\n\| arm ", printed
+    )
+    ours, diffusers, lucidrains = (
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in printed.split("\n")[4:7]
+    )
     assert len(ours) == len(diffusers) == len(lucidrains) == len(compare.COLUMNS)
     assert ours[1] == diffusers[1] == "1.0 M"
     # Images a second

@@ -10,8 +10,16 @@ from config import EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelC
 from functions.training.start import warnings_of
 from models.unet import UNet
 
-DIFFUSION = dict(dataset_name="FFHQ", learning_rate=3e-5, batch_size=20, use_augmentation=False, timesteps_diff=200)
-MODEL = dict(lowest_resolution_size=8, dim_multiply=[1, 2, 2, 4, 8], transformer_layers=[3], base_dim=64)
+DIFFUSION = dict(
+    dataset_name="FFHQ",
+    learning_rate=3e-5,
+    batch_size=20,
+    use_augmentation=False,
+    timesteps_diff=200,
+)
+MODEL = dict(
+    lowest_resolution_size=8, dim_multiply=[1, 2, 2, 4, 8], transformer_layers=[3], base_dim=64
+)
 
 
 def test_the_references_own_call_works_and_is_run_1():
@@ -26,16 +34,54 @@ def test_the_references_own_call_works_and_is_run_1():
 @pytest.mark.parametrize(
     ("name", "diffusion", "base_dim"),
     [
-        ("ffhq-run1", dict(timesteps_diff=200, rescale_betas=False, ema_decay=0, epochs=45, clip_grad_norm=0,
-                           warmup_steps=0, use_augmentation=False, max_rotation=0), 64),
-        ("ffhq-run2", dict(timesteps_diff=1000, rescale_betas=True, ema_decay=0.9999, epochs=45, clip_grad_norm=0,
-                           warmup_steps=0, use_augmentation=False, max_rotation=0), 64),
-        ("ffhq-full", dict(timesteps_diff=1000, rescale_betas=True, ema_decay=0.9999, epochs=500, clip_grad_norm=1,
-                           warmup_steps=5000, use_augmentation=True, max_rotation=3), 128),
+        (
+            "ffhq-run1",
+            dict(
+                timesteps_diff=200,
+                rescale_betas=False,
+                ema_decay=0,
+                epochs=45,
+                clip_grad_norm=0,
+                warmup_steps=0,
+                use_augmentation=False,
+                max_rotation=0,
+            ),
+            64,
+        ),
+        (
+            "ffhq-run2",
+            dict(
+                timesteps_diff=1000,
+                rescale_betas=True,
+                ema_decay=0.9999,
+                epochs=45,
+                clip_grad_norm=0,
+                warmup_steps=0,
+                use_augmentation=False,
+                max_rotation=0,
+            ),
+            64,
+        ),
+        (
+            "ffhq-full",
+            dict(
+                timesteps_diff=1000,
+                rescale_betas=True,
+                ema_decay=0.9999,
+                epochs=500,
+                clip_grad_norm=1,
+                warmup_steps=5000,
+                use_augmentation=True,
+                max_rotation=3,
+            ),
+            128,
+        ),
     ],
-)  # fmt: skip
+)
 def test_ffhq_runs_are_those_of_the_reference(name, diffusion, base_dim):
-    shared = dict(learning_rate=3e-5, batch_size=20, gradient_accumulation=4, lr_schedule="constant")
+    shared = dict(
+        learning_rate=3e-5, batch_size=20, gradient_accumulation=4, lr_schedule="constant"
+    )
     assert vars(EXPERIMENTS[name].diffusion).items() >= {**diffusion, **shared}.items()
     assert (EXPERIMENTS[name].model.base_dim, EXPERIMENTS[name].model.dropout) == (base_dim, 0)
 
@@ -52,12 +98,23 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
     faces = EXPERIMENTS["faces"]
     changed = faces.override({"epochs": 3, "log_every": 7}, {"dropout": 0.1})
     assert faces.differences(changed) == {
-        "diffusion.epochs": (70, 3), "diffusion.log_every": (25, 7), "model.dropout": (0.0, 0.1),
-    }  # fmt: skip
+        "diffusion.epochs": (70, 3),
+        "diffusion.log_every": (25, 7),
+        "model.dropout": (0.0, 0.1),
+    }
     assert faces.differences(faces) == {}
-    smaller = {"batch_size": 4, "gradient_accumulation": 4, "keep_every": 5, "checkpoint_minutes": 1.0}
+    smaller = {
+        "batch_size": 4,
+        "gradient_accumulation": 4,
+        "keep_every": 5,
+        "checkpoint_minutes": 1.0,
+    }
     assert faces.resumed(smaller, {}).diffusion.batch_size == 4
-    for part, field, value in (("diffusion", "batch_size", 4), ("diffusion", "seed", 1), ("model", "dropout", 0.1)):
+    for part, field, value in (
+        ("diffusion", "batch_size", 4),
+        ("diffusion", "seed", 1),
+        ("model", "dropout", 0.1),
+    ):
         with pytest.raises(ConfigError, match=f"cannot change {part}.{field};"):
             faces.resumed(**{"diffusion": {"epochs": 99}, "model": {}, part: {field: value}})
 
@@ -65,9 +122,22 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
 @pytest.mark.parametrize(
     ("field", "value", "what_fits"),
     [
-        *((field, 0, "1 or more") for field in ("batch_size", "epochs", "gradient_accumulation", "log_every",
-                                                "keep_checkpoints", "max_skipped_steps", "norm_groups")),
-        *((field, -1, "0 or more") for field in ("max_bad_images", "warmup_steps", "seed", "keep_every")),
+        *(
+            (field, 0, "1 or more")
+            for field in (
+                "batch_size",
+                "epochs",
+                "gradient_accumulation",
+                "log_every",
+                "keep_checkpoints",
+                "max_skipped_steps",
+                "norm_groups",
+            )
+        ),
+        *(
+            (field, -1, "0 or more")
+            for field in ("max_bad_images", "warmup_steps", "seed", "keep_every")
+        ),
         ("dataset_name", "", "a data set's name"),
         ("dataset_name", 7, "a text"),
         ("learning_rate", float("nan"), "above 0"),
@@ -93,7 +163,11 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         ("recompute", "all", '"none" or "norms" or "blocks"'),
         ("compile", "on", '"auto" or "off"'),
         ("checkpoint_minutes", float("nan"), "0 (off) or more"),
-        ("dim_multiply", [1, 2, 2, 4], "one multiplier for each resolution, 128, 64, 32, 16, 8; 4 of them reach 64"),
+        (
+            "dim_multiply",
+            [1, 2, 2, 4],
+            "one multiplier for each resolution, 128, 64, 32, 16, 8; 4 of them reach 64",
+        ),
         ("dim_multiply", [], "a list of 1 to 15 integers"),
         ("dim_multiply", [1, 2, 0, 4, 8], "1 or more"),
         ("dim_multiply", [1, 2, 2.5, 4, 8], "a list of integers"),
@@ -106,29 +180,44 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         ("dialect", "lucidrains", '"ho" or "diffusers"'),
         ("channels", 1, "3"),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):
     whole = DiffusionConfig(**DIFFUSION)
     whole = whole if hasattr(whole, field) else ModelConfig(**MODEL)
     with pytest.raises(ConfigError, match=re.escape(what_fits)) as error:
         replace(whole, **{field: value})
-    assert str(error.value).startswith(f"{type(whole).__name__}: {field} is ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{type(whole).__name__}: {field} is ") and "\n" not in str(
+        error.value
+    )
 
 
-@pytest.mark.parametrize(("field", "value"), [("beta_start", 2e-4), ("beta_end", 0.03), ("rescale_betas", False)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("beta_start", 2e-4), ("beta_end", 0.03), ("rescale_betas", False)]
+)
 def test_cosine_betas_refuse_what_they_have_no_use_for(field, value):
     # Too few for linear ones
     cosine = DiffusionConfig(**{**DIFFUSION, "timesteps_diff": 10}, beta_schedule="cosine")
-    with pytest.raises(ConfigError, match='"linear" when beta_start, beta_end or rescale_betas are changed'):
+    with pytest.raises(
+        ConfigError, match='"linear" when beta_start, beta_end or rescale_betas are changed'
+    ):
         replace(cosine, **{field: value})
     replace(DiffusionConfig(**DIFFUSION), **{field: value})
 
 
 @pytest.mark.parametrize(
     ("name", "other", "too"),
-    [("faces-v", "faces", {"diffusion.learning_rate": (2e-3, 1e-3), "diffusion.beta_schedule": ("linear", "cosine")}),
-     ("ffhq-v", "ffhq-full", {"diffusion.t_sampling": ("uniform", "mixed")})],
-)  # fmt: skip
+    [
+        (
+            "faces-v",
+            "faces",
+            {
+                "diffusion.learning_rate": (2e-3, 1e-3),
+                "diffusion.beta_schedule": ("linear", "cosine"),
+            },
+        ),
+        ("ffhq-v", "ffhq-full", {"diffusion.t_sampling": ("uniform", "mixed")}),
+    ],
+)
 def test_the_v_presets_differ_in_their_objective_and_what_it_wants_alone(name, other, too):
     changes = EXPERIMENTS[other].differences(EXPERIMENTS[name])
     assert changes == {"diffusion.objective": ("eps", "v"), **too}

@@ -18,15 +18,43 @@ from tests.data.test_decode import png
 
 pytest.importorskip("gradio", reason="requirements-demo.txt is not installed")
 pytest.importorskip("playwright", reason="requirements-dev.txt is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH"),
+]
 
 from demo import Demo
 from tests import browser
-from tests.browser import DRAW, MIX, PAINT, click, control, fill, paint, picture, sentence, served, tab, upload
+from tests.browser import (
+    DRAW,
+    MIX,
+    PAINT,
+    click,
+    control,
+    fill,
+    paint,
+    picture,
+    sentence,
+    served,
+    tab,
+    upload,
+)
 
 SIZE = 96  # pixels: not enlarged in grids
-MODEL = ["--model.image-size", SIZE, "--model.lowest-resolution-size", 12, "--model.dim-multiply", "1,1,1,1",
-         "--model.transformer-layers", 3, "--diffusion.epochs", 1, "--diffusion.checkpoint-every", 2]  # fmt: skip
+MODEL = [
+    "--model.image-size",
+    SIZE,
+    "--model.lowest-resolution-size",
+    12,
+    "--model.dim-multiply",
+    "1,1,1,1",
+    "--model.transformer-layers",
+    3,
+    "--diffusion.epochs",
+    1,
+    "--diffusion.checkpoint-every",
+    2,
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +91,11 @@ def cut(grid):
     """The images of a grid."""
     step = SIZE + 2
     rows, columns = (grid.shape[0] - 2) // step, (grid.shape[1] - 2) // step
-    return [grid[2 + r * step :, 2 + c * step :][:SIZE, :SIZE] for r in range(rows) for c in range(columns)]
+    return [
+        grid[2 + r * step :, 2 + c * step :][:SIZE, :SIZE]
+        for r in range(rows)
+        for c in range(columns)
+    ]
 
 
 def sample_py(*flags):
@@ -92,7 +124,12 @@ def test_draw(page, run, tmp_path):
     page.get_by_label("ddim").check()
     click(page, DRAW)
     command = ["--seed", 3, "--n", 4, "--sampler", "ddim", "--steps", 60]
-    grid = picture(page, " ".join(map(str, ["sample.py", run / "checkpoints" / "step-00000005.safetensors", *command])))
+    grid = picture(
+        page,
+        " ".join(
+            map(str, ["sample.py", run / "checkpoints" / "step-00000005.safetensors", *command])
+        ),
+    )
     sample_py(run, *command, "--out", tmp_path)
     np.testing.assert_array_equal(grid, np.asarray(Image.open(tmp_path / "grid.png")))
     assert all(image.std() > 10 for image in cut(grid))
@@ -141,10 +178,26 @@ def test_mix(page, run, pictures, tmp_path):
     click(page, MIX)
     image_sampler, weights = sampler_of(run, 3, "dpm++", 5), torch.tensor([0.3])
     ends = generate(image_sampler, [0, 12], 1).images
-    expected = to_uint8(torch.cat([ends, mixtures(image_sampler, [0, 12], ends, 49, weights)])).numpy()
-    for label, image in zip(("The first image", "The second image", "The mixture"), expected, strict=True):
+    expected = to_uint8(
+        torch.cat([ends, mixtures(image_sampler, [0, 12], ends, 49, weights)])
+    ).numpy()
+    for label, image in zip(
+        ("The first image", "The second image", "The mixture"), expected, strict=True
+    ):
         np.testing.assert_array_equal(picture(page, label), image)
-    flags = ["--seed", 3, "--n", 13, "--sampler", "dpm++", "--steps", 5, "--batch-size", 1, "--individual"]
+    flags = [
+        "--seed",
+        3,
+        "--n",
+        13,
+        "--sampler",
+        "dpm++",
+        "--steps",
+        5,
+        "--batch-size",
+        1,
+        "--individual",
+    ]
     sample_py(run, *flags, "--out", tmp_path)
     for image, i in zip(expected, (0, 12), strict=False):
         np.testing.assert_array_equal(image, np.asarray(Image.open(tmp_path / f"{i:05d}.png")))
@@ -177,8 +230,24 @@ def test_paint(page, run, tmp_path):
     assert 0.02 < anew.mean() < 0.4 and anew[SIZE // 2, SIZE // 2] and len(answers) == 4
     Image.fromarray(image).save(tmp_path / "image.png")
     Image.fromarray(np.uint8(255) * anew).save(tmp_path / "mask.png")
-    sample_py(run, "--inpaint", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--resample", 2, "--steps", 6,
-              "--seed", 3, "--n", 4, "--individual", "--out", tmp_path)  # fmt: skip
+    sample_py(
+        run,
+        "--inpaint",
+        tmp_path / "image.png",
+        "--mask",
+        tmp_path / "mask.png",
+        "--resample",
+        2,
+        "--steps",
+        6,
+        "--seed",
+        3,
+        "--n",
+        4,
+        "--individual",
+        "--out",
+        tmp_path,
+    )
     for i, answer in enumerate(answers):
         np.testing.assert_array_equal(answer, np.asarray(Image.open(tmp_path / f"{i:05d}.png")))
         np.testing.assert_array_equal(answer[~anew], image[~anew])
@@ -208,7 +277,9 @@ def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
     runs, printed = tmp_path / "runs", tmp_path / "printed"
     with served(printed, "--runs", runs) as address:
         chromium.goto(address)
-        missing = f"no run with a checkpoint here yet; train one first (python train.py --runs {runs})"
+        missing = (
+            f"no run with a checkpoint here yet; train one first (python train.py --runs {runs})"
+        )
         sentence(chromium, missing)
         assert missing in printed.read_text()
         checkpoints = runs / run.name / "checkpoints"
@@ -230,9 +301,15 @@ def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
 
 def test_it_listens_to_this_machine_alone(served_run):
     port = f"{int(served_run.strip('/').split(':')[-1]):04X}"
-    lines = [line for file in ("tcp", "tcp6") for line in Path("/proc/net", file).read_text().splitlines()]
+    lines = [
+        line
+        for file in ("tcp", "tcp6")
+        for line in Path("/proc/net", file).read_text().splitlines()
+    ]
     addresses = [line.split()[1] for line in lines]
-    assert {address for address in addresses if address.endswith(f":{port}")} == {f"0100007F:{port}"}
+    assert {address for address in addresses if address.endswith(f":{port}")} == {
+        f"0100007F:{port}"
+    }
 
 
 def test_a_wrong_device_ends_the_script(run):

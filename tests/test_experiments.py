@@ -27,7 +27,9 @@ def test_the_feature_distance_orders_the_obvious(people):
     some, others = people[::9], people[np.arange(len(people)) % 9 > 0]
     distance = Features(others).distance
     tinted = (some + torch.tensor([20, 0, -20]).view(3, 1, 1) / 255).clamp(-1, 1)
-    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(some, 2), scale_factor=2, mode="bilinear")
+    blurred = torch.nn.functional.interpolate(
+        torch.nn.functional.avg_pool2d(some, 2), scale_factor=2, mode="bilinear"
+    )
     noise = torch.randn(some.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     assert distance(some) < distance(tinted) < distance(blurred) < distance(noise) / 5
 
@@ -45,7 +47,9 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
 def test_spoilt_are_dark_and_speckled_images_and_no_real_ones(people):
     assert not spoilt(people).any()
     dark = people[:20] - 0.2
-    speckled = people[:20] + 0.3 * torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    speckled = people[:20] + 0.3 * torch.randn(
+        20, 3, 32, 32, generator=torch.Generator().manual_seed(0)
+    )
     assert spoilt(dark).all() and spoilt(speckled.clamp(-1, 1)).float().mean() > 0.9
 
 
@@ -67,7 +71,9 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     """Train, measure and draw two arms on a tiny network; what is there is not done again."""
     tiny = SMALL_MODEL | {"dim_multiply": (1, 1), "transformer_layers": ()}
     data = {"timesteps_diff": 50, "epochs": 1, "dataset_name": str(pictures)}
-    arms = {name: (experiments.ARMS[name][0] | data, tiny, 1) for name in ("eps", "v, mixed t, min-SNR")}
+    arms = {
+        name: (experiments.ARMS[name][0] | data, tiny, 1) for name in ("eps", "v, mixed t, min-SNR")
+    }
     monkeypatch.setattr(experiments, "ARMS", arms)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments.json")
     monkeypatch.setattr("functions.sampling.calibration.IMAGES", 20)

@@ -44,11 +44,22 @@ from tests import spoilt_files as spoilt
 from tests.data import packing
 
 SECONDS, LONGEST_MESSAGE, SIZE = 10, 600, 8
-SAME, OTHER, IN_PART = "read as the original", "read as what the spoiling made", "read in part, and it is said"
+SAME, OTHER, IN_PART = (
+    "read as the original",
+    "read as what the spoiling made",
+    "read in part, and it is said",
+)
 FIELDS = [*vars(EXPERIMENTS["faces"].diffusion), *vars(EXPERIMENTS["faces"].model)]
 # How a ConfigError names a field: of a wrong value, missing, unknown (it follows, quoted), or of a part that is none
-NAMED = [*(f": {field} is " for field in FIELDS), *(f"'{name}'" for name in ("diffusion", "model", *FIELDS))]
-NAMED += ["unexpected keyword argument '", "DiffusionConfig() argument after **", "ModelConfig() argument after **"]
+NAMED = [
+    *(f": {field} is " for field in FIELDS),
+    *(f"'{name}'" for name in ("diffusion", "model", *FIELDS)),
+]
+NAMED += [
+    "unexpected keyword argument '",
+    "DiffusionConfig() argument after **",
+    "ModelConfig() argument after **",
+]
 
 
 def config_case(folder, rng):
@@ -60,9 +71,16 @@ def config_case(folder, rng):
 
     def judge(experiment):
         got = experiment.to_dict()
-        assert all(given[part].get(name, value) == value for part in got for name, value in got[part].items())
+        assert all(
+            given[part].get(name, value) == value
+            for part in got
+            for name, value in got[part].items()
+        )
         assert Experiment.from_dict(got) == experiment
-        schedule = (got["diffusion"][name] for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas"))
+        schedule = (
+            got["diffusion"][name]
+            for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas")
+        )
         assert NoiseScheduler(*schedule).alphas_cumprod.isfinite().all()
         with torch.device("meta"):
             UNet(**vars(experiment.model))
@@ -74,8 +92,21 @@ def config_case(folder, rng):
 @functools.cache
 def pictures():
     """Files of the forms that data sets have, and their pixels."""
-    picture, encoded = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)), {}
-    for name in ("RGB.png", "P.png", "LA.png", "L.png", "RGB.jpeg", "CMYK.jpeg", "RGB.webp", "RGBA.webp", "P.bmp"):
+    picture, encoded = (
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)),
+        {},
+    )
+    for name in (
+        "RGB.png",
+        "P.png",
+        "LA.png",
+        "L.png",
+        "RGB.jpeg",
+        "CMYK.jpeg",
+        "RGB.webp",
+        "RGBA.webp",
+        "P.bmp",
+    ):
         mode, form = name.split(".")
         encoded[name] = packing.encoded(picture.convert(mode), form)
     return encoded, {name: fit_square(decode_rgb(data), SIZE) for name, data in encoded.items()}
@@ -87,11 +118,25 @@ def data_set_case(path, truths, rng, checksums=True):
 
     def judge(result):
         expected = truths or [fit_square(image, SIZE) for image in np.load(path)["a"]]
-        odd = sum(not any(np.array_equal(image, one) for one in expected) for image in result.images)
+        odd = sum(
+            not any(np.array_equal(image, one) for one in expected) for image in result.images
+        )
         assert odd <= (not checksums), "other pixels than any original's"
-        named = {*filter(is_image_name, zipfile.ZipFile(path).namelist())} if path.suffix == ".zip" else expected
-        assert len(result) + len(result.bad_images) == len(named), "an image is missing, and nothing says so"
-        return "read with other pixels, without checksums" if odd else IN_PART if result.bad_images else SAME
+        named = (
+            {*filter(is_image_name, zipfile.ZipFile(path).namelist())}
+            if path.suffix == ".zip"
+            else expected
+        )
+        assert len(result) + len(result.bad_images) == len(named), (
+            "an image is missing, and nothing says so"
+        )
+        return (
+            "read with other pixels, without checksums"
+            if odd
+            else IN_PART
+            if result.bad_images
+            else SAME
+        )
 
     return path, lambda: load_images(str(data_set), SIZE, may_be_bad), judge
 
@@ -111,13 +156,18 @@ def zip_case(folder, rng):
     """An archive of four images."""
     (encoded, pixels), path = pictures(), folder / "set.zip"
     names = {f"{i:05d}.png": name for i, name in enumerate(("RGB.png", "P.png", "LA.png", "L.png"))}
-    path.write_bytes(spoilt.spoilt_zip({member: encoded[name] for member, name in names.items()}, rng))
+    path.write_bytes(
+        spoilt.spoilt_zip({member: encoded[name] for member, name in names.items()}, rng)
+    )
     return data_set_case(path, [pixels[name] for name in names.values()], rng)
 
 
 def npz_case(folder, rng):
     """Six images, in a spoilt archive or in a whole one of a spoilt array, which must be what NumPy reads."""
-    path, images = folder / "set.npz", np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3), np.uint8)
+    path, images = (
+        folder / "set.npz",
+        np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3), np.uint8),
+    )
     buffer = io.BytesIO()
     np.save(buffer, images)
     if rng.random() < 0.6:
@@ -138,7 +188,12 @@ def whole_checkpoint():
 
 def checkpoint_case(folder, rng):
     """A checkpoint, read to be sampled from or to be resumed."""
-    path, how, resumed, (whole, truth) = folder / "a.safetensors", rng.random(), rng.random() < 0.5, whole_checkpoint()
+    path, how, resumed, (whole, truth) = (
+        folder / "a.safetensors",
+        rng.random(),
+        rng.random() < 0.5,
+        whole_checkpoint(),
+    )
     if how < 0.4:  # the numbers alone, or anything
         start = rng.choice((0, 8 + len(spoilt.header_of(whole))))
         path.write_bytes(whole[:start] + spoilt.spoil_bytes(whole[start:], rng))
@@ -163,7 +218,11 @@ def read_checkpoint(path, resumed):
     if not resumed:
         saved = load_weights(path)
         weights = rebuild(UNet, saved, spoilt.CPU).network.state_dict()
-        return {"config": saved.config, "run": saved.run, **{f"ema.{name}": t for name, t in weights.items()}}
+        return {
+            "config": saved.config,
+            "run": saved.run,
+            **{f"ema.{name}": t for name, t in weights.items()},
+        }
     file, state = check_whole(path), spoilt.training_state()
     run = Run("faces", Experiment.from_dict(file.contents["config"]), path.parent, checkpoint=file)
     state.load(file)
@@ -174,7 +233,9 @@ def read_checkpoint(path, resumed):
 
 def run_case(kind, number):
     """What came of a case, in words; an exception when it is what must not come."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+    ) as folder:
         path, read, judge = kind(Path(folder), random.Random(f"{kind.__name__} {number}"))
         before, start = files_in(folder), time.process_time()
         try:
@@ -187,26 +248,37 @@ def run_case(kind, number):
         if error is None:
             return judge(result)
         message, names = str(error), NAMED if isinstance(error, ConfigError) else [path.name]
-        assert any(name in message for name in names), f"neither file nor field is named: {message[:200]!r}"
-        assert len(message) < LONGEST_MESSAGE and message.isprintable(), f"no short sentence: {message[:200]!r}"
+        assert any(name in message for name in names), (
+            f"neither file nor field is named: {message[:200]!r}"
+        )
+        assert len(message) < LONGEST_MESSAGE and message.isprintable(), (
+            f"no short sentence: {message[:200]!r}"
+        )
         return f"refused: {type(error).__name__}"
 
 
 def files_in(folder):
     """All but packed files, and a number that tells what they hold."""
-    found = [path for path in Path(folder).rglob("*") if not re.search(r"\.packed(\.\w+)?$", path.name)]
+    found = [
+        path for path in Path(folder).rglob("*") if not re.search(r"\.packed(\.\w+)?$", path.name)
+    ]
     return {path: path.is_file() and hash(path.read_bytes()) for path in found}
 
 
 @pytest.mark.parametrize("kind", [config_case, image_case, zip_case, npz_case, checkpoint_case])
 def test_spoilt_files_give_a_clear_error_or_the_right_result(kind, request):
-    first, count = request.config.getoption("--fuzz-seed"), -(-request.config.getoption("--fuzz-cases") // 5)
+    first, count = (
+        request.config.getoption("--fuzz-seed"),
+        -(-request.config.getoption("--fuzz-cases") // 5),
+    )
     outcomes = Counter()
     for number in range(first, first + count):
         try:
             outcomes[run_case(kind, number)] += 1
         except Exception as error:
-            raise AssertionError(f"again: -k {kind.__name__} --fuzz-cases 1 --fuzz-seed {number}") from error
+            raise AssertionError(
+                f"again: -k {kind.__name__} --fuzz-cases 1 --fuzz-seed {number}"
+            ) from error
     print(f"\n{kind.__name__}, {count:,} cases:", dict(outcomes))
 
 

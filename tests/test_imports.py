@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MATHEMATICS = {"noise_scheduler", "losses", "ema", "timesteps", "prediction", "samplers", "likelihood"}
+MATHEMATICS = {
+    "noise_scheduler",
+    "losses",
+    "ema",
+    "timesteps",
+    "prediction",
+    "samplers",
+    "likelihood",
+}
 # a room may import rooms of at most its number
 ROOMS = {"training": 3, "evaluation": 3, "sampling": 2, "support": 0}
 
@@ -28,16 +36,24 @@ def test_directly_in_functions_there_is_the_mathematics_and_nothing_else():
 def test_the_mathematics_imports_torch_and_itself_alone(name):
     for module in imported(ROOT / "functions" / f"{name}.py"):
         package, *rest = module.split(".")
-        assert rest[0] in MATHEMATICS if package == "functions" else package in {"torch", *sys.stdlib_module_names}
+        assert (
+            rest[0] in MATHEMATICS
+            if package == "functions"
+            else package in {"torch", *sys.stdlib_module_names}
+        )
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "functions").glob("*/*.py")), ids=lambda path: path.parent.name + "/" + path.stem
+    "path",
+    sorted((ROOT / "functions").glob("*/*.py")),
+    ids=lambda path: path.parent.name + "/" + path.stem,
 )
 def test_imports_never_turn_round(path):
     for module in imported(path):
         package, *rest = module.split(".")
-        assert package not in ("models", "config", "train", "sample", "sampleFFHQ", "evaluate"), module
+        assert package not in ("models", "config", "train", "sample", "sampleFFHQ", "evaluate"), (
+            module
+        )
         assert package != "data" or rest[0] == "pixels", module
         if package == "functions" and rest[0] in ROOMS:
             assert ROOMS[rest[0]] <= ROOMS[path.parent.name], module

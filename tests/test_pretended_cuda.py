@@ -42,16 +42,33 @@ pytestmark = pytest.mark.slow
 MISSING = 77  # exit status: a private part of PyTorch is not there
 
 
-def training(name: str, model: dict | None = None, processes=SINGLE_PROCESS, steps: int = 2, **changes) -> dict:
+def training(
+    name: str, model: dict | None = None, processes=SINGLE_PROCESS, steps: int = 2, **changes
+) -> dict:
     """The lines that wait in each step and in its book-keeping; and how many storages hold gradients before a pass."""
-    changes |= {"gradient_accumulation": 4, "epochs": 1, "log_every": 2, "validate_every": 9, "sample_every": 9}
-    changes |= {"validation_samples": 20, "grid_images": 2, "grid_steps": 2, "compile": "auto" if model else "off"}
+    changes |= {
+        "gradient_accumulation": 4,
+        "epochs": 1,
+        "log_every": 2,
+        "validate_every": 9,
+        "sample_every": 9,
+    }
+    changes |= {
+        "validation_samples": 20,
+        "grid_images": 2,
+        "grid_steps": 2,
+        "compile": "auto" if model else "off",
+    }
     experiment = EXPERIMENTS[name].override(changes, model or {})
     size, count = experiment.model.image_size, steps * experiment.diffusion.effective_batch
     images = np.zeros((count + count // 9, size, size, 3), np.uint8)
     image_set = ImageSet(name, images, list(range(len(images))), "none", Path())
     waits, held = [], []
-    enter, after_step, accumulating = BookKeeper.__enter__, BookKeeper.after_step, Processes.accumulating
+    enter, after_step, accumulating = (
+        BookKeeper.__enter__,
+        BookKeeper.after_step,
+        Processes.accumulating,
+    )
     with tempfile.TemporaryDirectory() as runs, pretended_cuda() as cuda:
 
         def entered(books):
@@ -68,7 +85,9 @@ def training(name: str, model: dict | None = None, processes=SINGLE_PROCESS, ste
             cuda.waits.clear()
 
         def looked_at(processes, network, last):
-            grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+            grads = [
+                parameter.grad for parameter in network.parameters() if parameter.grad is not None
+            ]
             held.append(len({grad.untyped_storage()._cdata for grad in grads}))
             return accumulating(processes, network, last)
 
@@ -123,7 +142,9 @@ def sampling() -> dict:
             generate(sampler, range(3), 3)
             found[name] = dict(cuda.waits)
         x_0_of = lambda indices: torch.zeros(len(indices), 3, 16, 16).to(device)
-        measure_bits_per_dim(denoiser, x_0_of, np.arange(2), BoundOptions(t_stride=50, batch_size=8))
+        measure_bits_per_dim(
+            denoiser, x_0_of, np.arange(2), BoundOptions(t_stride=50, batch_size=8)
+        )
     return found
 
 
@@ -145,7 +166,9 @@ def reads_a_number(ema_model, model, step, decay, ramp):
 
 def other_strides(adam, group, *lists, init_group=Adam._init_group):
     result = init_group(adam, group, *lists)
-    lists[2][:] = [moment.permute(*reversed(range(moment.dim()))).contiguous() for moment in lists[2]]
+    lists[2][:] = [
+        moment.permute(*reversed(range(moment.dim()))).contiguous() for moment in lists[2]
+    ]
     return result
 
 
@@ -156,7 +179,9 @@ SCENARIOS = {
     "ffhq-full": lambda: planted(book_keeping, "save_checkpoint", mock.Mock(), "ffhq-full"),
     "two GPUs": on_two_gpus,
     "sampling": sampling,
-    "noise on the CPU": lambda: planted(train, "training_draws", lambda *args: training_draws(*args[:-1], "cpu")),
+    "noise on the CPU": lambda: planted(
+        train, "training_draws", lambda *args: training_draws(*args[:-1], "cpu")
+    ),
     "norm of mixed types": lambda: planted(GroupNorm, "forward", mixed_types),
     "a number a step": lambda: planted(train, "update_ema", reads_a_number),
     "strides of Adam": lambda: planted(Adam, "_init_group", other_strides),
@@ -179,7 +204,10 @@ def main() -> None:
                 found = SCENARIOS[name]()
             except Exception:
                 found = {"error": traceback.format_exc()}
-        print(json.dumps({"scenario": name, "seconds": time.perf_counter() - start, **found}), flush=True)
+        print(
+            json.dumps({"scenario": name, "seconds": time.perf_counter() - start, **found}),
+            flush=True,
+        )
     os._exit(0)  # C++'s last calls would find functions of ctypes that are gone
 
 
@@ -204,7 +232,9 @@ def test_a_training_waits_only_where_it_logs(found, name):
     *_, log, last = between
     assert sum(log.values()) == (1 if len(between) == 3 else 0)  # after the second of three steps
     saving = ("support/files.py", "support/checkpoint.py", "metrics.py", "bad_numbers.py")
-    assert sum(count for line, count in last.items() if not any(file in line for file in saving)) <= 4
+    assert (
+        sum(count for line, count in last.items() if not any(file in line for file in saving)) <= 4
+    )
 
 
 def test_gradients_are_held_once(found):
@@ -217,7 +247,9 @@ def test_gradients_are_held_once(found):
 def test_sampling_waits_for_its_images_alone(found):
     assert "error" not in found["sampling"], found["sampling"]["error"]
     for name in SAMPLERS:
-        assert list(found["sampling"][name].values()) == [1] and "copies to the CPU" in str(found["sampling"][name])
+        assert list(found["sampling"][name].values()) == [1] and "copies to the CPU" in str(
+            found["sampling"][name]
+        )
 
 
 def test_planted_faults_are_found(found):
@@ -226,7 +258,11 @@ def test_planted_faults_are_found(found):
     assert "types are mixed" in last_line("norm of mixed types")
     assert "strides" in last_line("strides of Adam")
     ((line, count),) = found["a number a step"]["steps"][1][0].items()
-    assert line.startswith("tests/test_pretended_cuda.py:") and line.endswith("reads a number") and count == 1
+    assert (
+        line.startswith("tests/test_pretended_cuda.py:")
+        and line.endswith("reads a number")
+        and count == 1
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,11 @@ from tests.conftest import ROOT, TINY, call, script
 
 def test_a_run_folder_holds_everything(tiny_run):
     config = json.loads((tiny_run / "config.json").read_text())
-    assert (config["experiment"], config["model"]["base_dim"], config["run"]["total_steps"]) == ("faces", 8, 10)
+    assert (config["experiment"], config["model"]["base_dim"], config["run"]["total_steps"]) == (
+        "faces",
+        8,
+        10,
+    )
     assert len(config["run"]["train_ids_hash"]) > 8
     rows = read_metrics(tiny_run / "metrics.csv")
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10]
@@ -33,9 +37,18 @@ def test_a_run_folder_holds_everything(tiny_run):
 @pytest.mark.slow
 def test_the_loss_falls_and_the_checkpoint_samples(trained):
     """60 steps on simple pictures: the validation loss ends well below its start, which is the noise's variance."""
-    more = ["--diffusion.learning-rate", 5e-3, "--diffusion.validation-samples", 64, "--diffusion.sample-every", 60]
+    more = [
+        "--diffusion.learning-rate",
+        5e-3,
+        "--diffusion.validation-samples",
+        64,
+        "--diffusion.sample-every",
+        60,
+    ]
     run = trained("--diffusion.epochs", 12, *more)
-    losses = [row["val_loss"] for row in read_metrics(run / "metrics.csv") if row["val_loss"] is not None]
+    losses = [
+        row["val_loss"] for row in read_metrics(run / "metrics.csv") if row["val_loss"] is not None
+    ]
     assert losses[0] > 0.6 and losses[-1] < 0.35
     call(sample.main, run, "--n", 2, "--steps", 5)
 
@@ -43,7 +56,9 @@ def test_the_loss_falls_and_the_checkpoint_samples(trained):
 @pytest.mark.slow
 def test_rotation_is_off_in_the_last_part_of_a_run(trained, monkeypatch):
     angles, augment = [], train.augment
-    monkeypatch.setattr(train, "augment", lambda x, flip, angle: angles.append(angle) or augment(x, flip, angle))
+    monkeypatch.setattr(
+        train, "augment", lambda x, flip, angle: angles.append(angle) or augment(x, flip, angle)
+    )
     trained("--diffusion.rotation-free-end", 0.3, name="ffhq-full")
     assert [angle is not None for angle in angles] == [True] * 7 + [False] * 3
     assert all(0 < angle.abs().max() <= 3 for angle in angles[:7])
@@ -61,7 +76,9 @@ def test_micro_batches_change_the_sum_of_gradients_by_rounding_alone(tiny_run, t
 
 @pytest.mark.slow
 def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
-    run = trained("--diffusion.ema-decay", 0, "--diffusion.epochs", 1, "--diffusion.rescale-betas", "false")
+    run = trained(
+        "--diffusion.ema-decay", 0, "--diffusion.epochs", 1, "--diffusion.rescale-betas", "false"
+    )
     printed = capsys.readouterr().out
     for said in ("samples use the raw weights", "x_T still carries the image", "rescale_betas"):
         assert said in printed
@@ -72,7 +89,11 @@ def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
 @pytest.mark.slow
 def test_bits_per_dim_is_logged_every_so_many_epochs_and_is_evaluates(trained):
     run = trained("--diffusion.bits-per-dim-every", 1, "--diffusion.bits-per-dim-images", 4)
-    measured = {row["step"]: row["bits_per_dim"] for row in read_metrics(run / "metrics.csv") if row["bits_per_dim"]}
+    measured = {
+        row["step"]: row["bits_per_dim"]
+        for row in read_metrics(run / "metrics.csv")
+        if row["bits_per_dim"]
+    }
     assert list(measured) == [5, 10]
     call(evaluate.main, run, "--images", 4, "--t-stride", 50)
     (result,) = (json.loads(path.read_text()) for path in (run / "evaluation").glob("*.json"))

@@ -46,19 +46,28 @@ class BandErrors:
         """For people: a line a timestep."""
         lines = ["     t  " + "".join(f"{name:>18}" for name in self.bands)]
         for t, ratios, errors in zip(self.t, self.ratio, self.standard_error, strict=True):
-            cells = (f"{ratio:.3g} ± {error:.1g}" for ratio, error in zip(ratios, errors, strict=True))
+            cells = (
+                f"{ratio:.3g} ± {error:.1g}" for ratio, error in zip(ratios, errors, strict=True)
+            )
             lines.append(f"{t:>6}  " + "".join(f"{cell:>18}" for cell in cells))
         return "\n".join(lines)
 
     def verdict(self) -> str:
         """What the last timestep says of an image's mean, which one sees as colour and darkness."""
         ratio, error = self.ratio[-1, 0], self.standard_error[-1, 0]
-        worse = f"{ratio:.3g} times worse than" if ratio - 2 * error > 1 else "not measurably worse than"
+        worse = (
+            f"{ratio:.3g} times worse than"
+            if ratio - 2 * error > 1
+            else "not measurably worse than"
+        )
         return f"at t = {self.t[-1]} the model's guess of an image's mean is {worse} the average image's"
 
     def facts(self) -> dict:
         """Plain values, for a JSON."""
-        return {name: value if isinstance(value, list) else value.tolist() for name, value in vars(self).items()}
+        return {
+            name: value if isinstance(value, list) else value.tolist()
+            for name, value in vars(self).items()
+        }
 
 
 @torch.no_grad()
@@ -82,22 +91,34 @@ def measure_bands(
     # Of T - 1: dense at both ends (Chebyshev's)
     share = (1 - np.cos(np.pi * np.arange(TIMES) / (TIMES - 1))) / 2
     t = np.unique((share * (scheduler.timesteps - 1)).round().astype(int)).tolist()
-    draws, limit = math.ceil(DRAWS / len(indices)) * len(indices), BatchLimit(x_0_of(indices[:1]).device, batch_size)
+    draws, limit = (
+        math.ceil(DRAWS / len(indices)) * len(indices),
+        BatchLimit(x_0_of(indices[:1]).device, batch_size),
+    )
     energy = lambda images: band_means(spectrum(images).abs().square())  # (B, bands)
 
     def errors(some: range, t: int) -> Tensor:
         x_0 = x_0_of(indices[[j % len(indices) for j in some]])
-        x_t = scheduler.q_sample(x_0, t, ImageNoise(seed, some, x_0.shape[1:], x_0.device, f"bands {t}").draw())
+        x_t = scheduler.q_sample(
+            x_0, t, ImageNoise(seed, some, x_0.shape[1:], x_0.device, f"bands {t}").draw()
+        )
         return energy(predict(denoiser, scheduler, x_t, t)[0] - x_0)
 
-    parts = limit.in_parts(lambda some: energy((images := x_0_of(some)) - average.to(images.device)), indices)
+    parts = limit.in_parts(
+        lambda some: energy((images := x_0_of(some)) - average.to(images.device)), indices
+    )
     variance = torch.cat(parts).numpy()  # (N, bands), of each image
     table = torch.zeros(len(t), draws, variance.shape[1], dtype=torch.float64)
     with denoiser.evaluating():
-        for k in tqdm(processes.own_range(len(t)), "bands", unit="timestep", disable=not processes.is_main):
+        for k in tqdm(
+            processes.own_range(len(t)), "bands", unit="timestep", disable=not processes.is_main
+        ):
             table[k] = torch.cat(limit.in_parts(lambda some, t=t[k]: errors(some, t), range(draws)))
     # Each entry is one process's and 0 in the others, so that their sum is exact; (K, N, bands), of each image
-    of_images, s2 = processes.sum_(table).unflatten(1, (-1, len(indices))).mean(dim=1).numpy(), variance.mean(axis=0)
+    of_images, s2 = (
+        processes.sum_(table).unflatten(1, (-1, len(indices))).mean(dim=1).numpy(),
+        variance.mean(axis=0),
+    )
     ratio = of_images.mean(axis=1) / s2
     # By the delta method, for a ratio of two means over the same images
     spread = error_of_mean((of_images - ratio[:, None] * variance).swapaxes(0, 1))
@@ -109,14 +130,34 @@ def measure_bands(
 def plot_bands(result: BandErrors, path: Path, title: str) -> None:
     """Save a heat map: red is worse than no knowledge, and framed where that is by more than two standard errors."""
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.55 * len(result.bands)))
-    axis.imshow(result.ratio.T, cmap="RdBu_r", norm=LogNorm(1e-2, 1e2), aspect="auto", interpolation="nearest")
+    axis.imshow(
+        result.ratio.T,
+        cmap="RdBu_r",
+        norm=LogNorm(1e-2, 1e2),
+        aspect="auto",
+        interpolation="nearest",
+    )
     for (k, band), ratio in np.ndenumerate(result.ratio):
         dark = not 1 / 30 < ratio < 30
-        axis.text(k, band, f"{ratio:.3g}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        axis.text(
+            k,
+            band,
+            f"{ratio:.3g}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if dark else "black",
+        )
         if ratio - 2 * result.standard_error[k, band] > 1:
-            axis.add_patch(plt.Rectangle((k - 0.49, band - 0.48), 0.98, 0.96, fill=False, linewidth=1.5))
+            axis.add_patch(
+                plt.Rectangle((k - 0.49, band - 0.48), 0.98, 0.96, fill=False, linewidth=1.5)
+            )
     axis.set_xticks(range(len(result.t)), map(str, result.t))
     axis.set_yticks(range(len(result.bands)), result.bands)
-    axis.set(xlabel="t (code)", ylabel="cycles an image", title=f"{title}: error of $x_0$ over the average image's")
+    axis.set(
+        xlabel="t (code)",
+        ylabel="cycles an image",
+        title=f"{title}: error of $x_0$ over the average image's",
+    )
     figure.tight_layout()
     save_figure(figure, path)

@@ -86,16 +86,29 @@ class BitsPerDim:
         above = np.cumsum((terms * lengths)[::-1])[::-1] - terms * lengths
         rate = self.prior.mean() + above + terms * (lengths - 1) / 2
         t, error = np.cumsum(lengths) - (lengths + 1) / 2, error_of_mean(self.terms)
-        of_terms = {"t": t, "timesteps": lengths, "bits_per_dim_a_step": terms, "standard_error": error}
+        of_terms = {
+            "t": t,
+            "timesteps": lengths,
+            "bits_per_dim_a_step": terms,
+            "standard_error": error,
+        }
         of_errors = {"mse_x_0": mse, "rate": rate, "rmse": 127.5 * np.sqrt(mse)}
-        return {name: [float(value) for value in column] for name, column in (of_terms | of_errors).items()}
+        return {
+            name: [float(value) for value in column]
+            for name, column in (of_terms | of_errors).items()
+        }
 
     def facts(self) -> dict:
         """Plain values, for a JSON. Bits per dimension; a standard error is null when there is but one image."""
         curves, error = self.curves(), self.standard_error
         if math.isnan(error):
             error, curves["standard_error"] = None, [None] * len(self.lengths)
-        sums = {"bits_per_dim": self.total, "standard_error": error, "rate": self.rate, "distortion": self.distortion}
+        sums = {
+            "bits_per_dim": self.total,
+            "standard_error": error,
+            "rate": self.rate,
+            "distortion": self.distortion,
+        }
         counts = {"images": len(self.prior), "network_calls_an_image": len(self.lengths)}
         return {**sums, "prior": float(self.prior.mean()), **counts, "curves": curves}
 
@@ -103,7 +116,11 @@ class BitsPerDim:
 def error_of_mean(values: np.ndarray) -> np.ndarray:
     """Standard error of the mean, (N, ...) -> (...); nan for N = 1."""
     count = len(values)
-    return values.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else np.full(values.shape[1:], math.nan)
+    return (
+        values.std(axis=0, ddof=1) / math.sqrt(count)
+        if count > 1
+        else np.full(values.shape[1:], math.nan)
+    )
 
 
 def evenly(indices: np.ndarray, count: int | None) -> np.ndarray:
@@ -129,7 +146,9 @@ def measure_bits_per_dim(
     does not, and ValueError without an image or for an unknown variance.
     """
     if len(indices) == 0 or options.variance not in VARIANCES:
-        raise ValueError(f"{len(indices)} images and variance {options.variance!r}; there must be some, small or large")
+        raise ValueError(
+            f"{len(indices)} images and variance {options.variance!r}; there must be some, small or large"
+        )
     scheduler, seed = denoiser.scheduler, options.seed
     strata = strata_of(scheduler.timesteps, options.t_stride)
     t = torch.tensor([choose_t(strata, seed, int(image)) for image in indices])  # (N, K)
@@ -138,9 +157,15 @@ def measure_bits_per_dim(
 
     def fill(pairs: range) -> None:
         x_0, t_of_pairs = x_0_of(image_of[pairs.start : pairs.stop]), t_of[pairs.start : pairs.stop]
-        generators = [generator_of("cpu", seed, "bits per dim", int(image_of[k]), int(t_of[k])) for k in pairs]
-        noise = torch.stack([torch.randn(x_0.shape[1:], generator=generator) for generator in generators])
-        terms = terms_of(denoiser, scheduler, x_0, t_of_pairs, noise, options.variance, options.clip_x_0)
+        generators = [
+            generator_of("cpu", seed, "bits per dim", int(image_of[k]), int(t_of[k])) for k in pairs
+        ]
+        noise = torch.stack(
+            [torch.randn(x_0.shape[1:], generator=generator) for generator in generators]
+        )
+        terms = terms_of(
+            denoiser, scheduler, x_0, t_of_pairs, noise, options.variance, options.clip_x_0
+        )
         table[:, pairs.start : pairs.stop] = terms.cpu()
 
     own = batches_of(range(len(t_of)), options.batch_size)[processes.rank :: processes.count]
@@ -166,8 +191,14 @@ def strata_of(timesteps: int, t_stride: int) -> list[range]:
 
 def choose_t(strata: list[range], seed: int, image: int) -> list[int]:
     """Draw one t of each stratum, uniformly, by (seed, image) alone: other images take others."""
-    uniform = torch.rand(len(strata), dtype=torch.float64, generator=generator_of("cpu", seed, "bits per dim t", image))
-    return [stratum[int(u * len(stratum))] for stratum, u in zip(strata, uniform.tolist(), strict=True)]
+    uniform = torch.rand(
+        len(strata),
+        dtype=torch.float64,
+        generator=generator_of("cpu", seed, "bits per dim t", image),
+    )
+    return [
+        stratum[int(u * len(stratum))] for stratum, u in zip(strata, uniform.tolist(), strict=True)
+    ]
 
 
 def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
@@ -178,11 +209,15 @@ def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
     terms.loglog(t, curves["bits_per_dim_a_step"], marker=".", color="tab:blue")
     terms.set(xlabel="t (the paper's)", ylabel="bits/dim in one step", title="terms of the bound")
     rate.plot(curves["rate"], curves["rmse"], marker=".", color="tab:blue")
-    rate.set(xlabel="rate so far, bits/dim", ylabel="RMSE of $x_0$, of 255", title="rate and distortion")
+    rate.set(
+        xlabel="rate so far, bits/dim", ylabel="RMSE of $x_0$, of 255", title="rate and distortion"
+    )
     rate.set(xlim=(0, 1.03 * result.rate), ylim=(0, None))
     for axis in (terms, rate):
         axis.grid(color="0.92")
-    sums = f"{result.total:.3f} bits/dim = rate {result.rate:.3f} + distortion {result.distortion:.3f}"
+    sums = (
+        f"{result.total:.3f} bits/dim = rate {result.rate:.3f} + distortion {result.distortion:.3f}"
+    )
     figure.suptitle(f"{title}: {sums}", fontsize=11)
     figure.tight_layout()
     save_figure(figure, path)

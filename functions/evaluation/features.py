@@ -56,7 +56,9 @@ class Reference:
     features: Tensor | None = None  # (N, D) float32; None out of a published file
 
 
-def load_inception(weights: Path | None, device: torch.device, processes: Processes = SINGLE_PROCESS) -> Extractor:
+def load_inception(
+    weights: Path | None, device: torch.device, processes: Processes = SINGLE_PROCESS
+) -> Extractor:
     """Load torch-fidelity's InceptionV3, the original TensorFlow network, for its 2048 pooled features.
 
     `weights` is a local file; None: downloaded once into PyTorch's cache, by rank 0. Raises UserError when
@@ -66,7 +68,9 @@ def load_inception(weights: Path | None, device: torch.device, processes: Proces
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         from torch_fidelity.utils import create_feature_extractor
     except ImportError as error:
-        raise UserError("FID and company need torch-fidelity: pip install -r requirements-eval.txt") from error
+        raise UserError(
+            "FID and company need torch-fidelity: pip install -r requirements-eval.txt"
+        ) from error
     path = weights or processes.from_main(lambda: downloaded(URL_INCEPTION_V3))
     # torch-fidelity itself lets a file run code; with this PyTorch reads tensors only, to the end of the process
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -77,7 +81,9 @@ def load_inception(weights: Path | None, device: torch.device, processes: Proces
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except Exception as error:
         # Whatever others' code raises at a file that is missing or something else
-        raise UserError(f"{path}: not the weights that are at {URL_INCEPTION_V3} ({short(error)})") from error
+        raise UserError(
+            f"{path}: not the weights that are at {URL_INCEPTION_V3} ({short(error)})"
+        ) from error
     network.to(device)
     facts = {"extractor": f"{INCEPTION}/{LAYER}", "weights_hash": digest}
     return Extractor(facts, int(LAYER), lambda images: network(images.to(device))[0], device)
@@ -92,8 +98,12 @@ def downloaded(url: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
     except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
-        why = f"InceptionV3's weights cannot be downloaded ({short(getattr(error, 'reason', error))})"
-        raise UserError(f"{why}: get {url} where there is a network, and give --weights FILE") from error
+        why = (
+            f"InceptionV3's weights cannot be downloaded ({short(getattr(error, 'reason', error))})"
+        )
+        raise UserError(
+            f"{why}: get {url} where there is a network, and give --weights FILE"
+        ) from error
     return path
 
 
@@ -102,12 +112,19 @@ def sample_features(
 ) -> Tensor:
     """Sample images and keep their features, (count, D) float32; image i is the one that sample.py makes."""
     own = batches_of(range(count), batch_size)[processes.rank :: processes.count]
-    pixels = (to_uint8(samples.images) for samples in generate_batches(sampler, own, progress=processes.is_main))
+    pixels = (
+        to_uint8(samples.images)
+        for samples in generate_batches(sampler, own, progress=processes.is_main)
+    )
     return collect_features(zip(own, pixels, strict=True), count, extractor, processes)
 
 
 def real_features(
-    images: np.ndarray, indices: np.ndarray, batch_size: int, extractor: Extractor, processes: Processes
+    images: np.ndarray,
+    indices: np.ndarray,
+    batch_size: int,
+    extractor: Extractor,
+    processes: Processes,
 ) -> Tensor:
     """The features of some of the images, uint8 (N, H, W, 3), as they are; (len(indices), D) float32."""
     own = batches_of(range(len(indices)), batch_size)[processes.rank :: processes.count]
@@ -117,7 +134,9 @@ def real_features(
 
 
 @torch.no_grad()
-def collect_features(batches: Iterable[tuple], count: int, extractor: Extractor, processes: Processes) -> Tensor:
+def collect_features(
+    batches: Iterable[tuple], count: int, extractor: Extractor, processes: Processes
+) -> Tensor:
     """Extract the features of `count` images, (count, D) float32 on the CPU, the same in all processes.
 
     `batches` are those of this process: rows of the result, and their images, uint8 (B, H, W, 3). One that does not fit
@@ -125,7 +144,9 @@ def collect_features(batches: Iterable[tuple], count: int, extractor: Extractor,
     """
     features, limit = torch.zeros(count, extractor.width), BatchLimit(extractor.device)
     for rows, images in batches:
-        parts = limit.in_parts(lambda some: extractor.features(some.permute(0, 3, 1, 2)).float().cpu(), images)
+        parts = limit.in_parts(
+            lambda some: extractor.features(some.permute(0, 3, 1, 2)).float().cpu(), images
+        )
         features[rows.start : rows.stop] = torch.cat(parts)
     # Each row is one process's and 0 in the others, so that their sum is exact
     return processes.sum_(features)
@@ -133,10 +154,15 @@ def collect_features(batches: Iterable[tuple], count: int, extractor: Extractor,
 
 def image_warnings(real: int, generated: int, width: int) -> list[str]:
     """What makes FID of so many images and D = `width` features one that must not be compared, loudly."""
-    fewest, singular = min(real, generated), "THEIR COVARIANCE IS SINGULAR, and FID says little; KID is unbiased"
+    fewest, singular = (
+        min(real, generated),
+        "THEIR COVARIANCE IS SINGULAR, and FID says little; KID is unbiased",
+    )
     few = f"ONLY {generated:,} SAMPLES, NOT {FULL_COUNT:,}: FID IS BIASED UPWARDS and compares with no other count"
     warnings = [few] if generated < FULL_COUNT else []
-    return warnings + ([f"{fewest:,} IMAGES FOR {width:,} FEATURES: {singular}"] if fewest <= width else [])
+    return warnings + (
+        [f"{fewest:,} IMAGES FOR {width:,} FEATURES: {singular}"] if fewest <= width else []
+    )
 
 
 def statistics(features: Tensor) -> dict:
@@ -157,12 +183,26 @@ def compare(metrics: tuple[str, ...], generated: Tensor, reference: Reference, s
         fid = fid_statistics_to_metric(statistics(generated), reference.statistics, verbose=False)
         found["fid"] = fid["frechet_inception_distance"]
     if "kid" in metrics:
-        of = {"kid_subsets": KID_SUBSETS, "kid_subset_size": min(KID_SUBSET_SIZE, len(generated), len(real))}
-        kid = kid_features_to_metric(generated.double(), real.double(), **of, rng_seed=seed % 2**32, verbose=False)
-        found |= {"kid": kid["kernel_inception_distance_mean"], "kid_std": kid["kernel_inception_distance_std"], **of}
+        of = {
+            "kid_subsets": KID_SUBSETS,
+            "kid_subset_size": min(KID_SUBSET_SIZE, len(generated), len(real)),
+        }
+        kid = kid_features_to_metric(
+            generated.double(), real.double(), **of, rng_seed=seed % 2**32, verbose=False
+        )
+        found |= {
+            "kid": kid["kernel_inception_distance_mean"],
+            "kid_std": kid["kernel_inception_distance_std"],
+            **of,
+        }
     if "prc" in metrics:
         prc = prc_features_to_metric(
-            generated, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=DISTANCE_ROWS, save_cpu_ram=True, verbose=False
+            generated,
+            real,
+            prc_neighborhood=NEIGHBOURS,
+            prc_batch_size=DISTANCE_ROWS,
+            save_cpu_ram=True,
+            verbose=False,
         )
         found |= {"precision": prc["precision"], "recall": prc["recall"], "neighbours": NEIGHBOURS}
     return found

@@ -25,14 +25,29 @@ BROKEN = (*READ_ERRORS, EOFError, zipfile.BadZipFile, MemoryError)
 
 
 def describe(
-    images: np.ndarray, indices: np.ndarray, ids_hash: str, dataset: str, split: str, extractor: Extractor
+    images: np.ndarray,
+    indices: np.ndarray,
+    ids_hash: str,
+    dataset: str,
+    split: str,
+    extractor: Extractor,
 ) -> dict:
     """All that a reference's features follow from, as plain values: the pixels, in this order, and the network."""
     pixels = hashlib.sha256()
     for start in range(0, len(indices), CHUNK):
         pixels.update(np.ascontiguousarray(images[indices[start : start + CHUNK]]))
-    images_of = {"dataset": dataset, "split": split, "count": len(indices), "image_size": int(images.shape[1])}
-    return {**images_of, "ids_hash": ids_hash, "pixels_hash": pixels.hexdigest()[:16], **extractor.facts}
+    images_of = {
+        "dataset": dataset,
+        "split": split,
+        "count": len(indices),
+        "image_size": int(images.shape[1]),
+    }
+    return {
+        **images_of,
+        "ids_hash": ids_hash,
+        "pixels_hash": pixels.hexdigest()[:16],
+        **extractor.facts,
+    }
 
 
 def write_reference(path: Path, reference: Reference) -> None:
@@ -60,7 +75,12 @@ def read_reference(path: Path, image_size: int, extractor: Extractor) -> Referen
         width, count, size = len(mu), description["count"], description["image_size"]
         texts = [description[name] for name in TEXTS]
         plain = type(count) is type(size) is int and all(text == short(text) for text in texts)
-        fits = (mu.shape, sigma.shape, mu.dtype, sigma.dtype) == ((width,), (width, width), np.float64, np.float64)
+        fits = (mu.shape, sigma.shape, mu.dtype, sigma.dtype) == (
+            (width,),
+            (width, width),
+            np.float64,
+            np.float64,
+        )
         if not (plain and fits):
             raise ValueError("it has other shapes or types than it should")
         if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
@@ -68,7 +88,11 @@ def read_reference(path: Path, image_size: int, extractor: Extractor) -> Referen
     except BROKEN as error:
         raise UserError(f"{path}: no sound reference statistics ({short(error)})") from error
     inside = {**description, "features": width}
-    for name, own in {"image_size": image_size, **extractor.facts, "features": extractor.width}.items():
+    for name, own in {
+        "image_size": image_size,
+        **extractor.facts,
+        "features": extractor.width,
+    }.items():
         if inside[name] != own:
             raise UserError(f"{path}: made with {name} = {short(inside[name])}; here it is {own}")
     return Reference(description, {"mu": mu, "sigma": sigma})

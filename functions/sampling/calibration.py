@@ -53,8 +53,13 @@ def octaves(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 def band_means(values: Tensor) -> Tensor:
     """(B, C, H, W), a real number a coefficient -> (B, bands) float64, on the CPU: means over bands and channels."""
-    bands, values = octaves(values.shape[-1]).flatten(), values.mean(dim=1).flatten(1).cpu().double()
-    return values.new_zeros(len(values), bands.max() + 1).index_add_(1, bands, values) / torch.bincount(bands)
+    bands, values = (
+        octaves(values.shape[-1]).flatten(),
+        values.mean(dim=1).flatten(1).cpu().double(),
+    )
+    return values.new_zeros(len(values), bands.max() + 1).index_add_(
+        1, bands, values
+    ) / torch.bincount(bands)
 
 
 @dataclass(frozen=True)
@@ -78,18 +83,27 @@ class Calibration:
 @torch.no_grad()
 def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibration:
     """Fit a network without calibration to images (N, C, H, W) in [-1, 1] on its device, in float32."""
-    denoiser, scheduler, mean = replace(denoiser, precision=torch.float32), denoiser.scheduler, images.mean(dim=0)
+    denoiser, scheduler, mean = (
+        replace(denoiser, precision=torch.float32),
+        denoiser.scheduler,
+        images.mean(dim=0),
+    )
     last, first = scheduler.timesteps - 1, round(FROM * scheduler.timesteps)
     times = logsnr_timesteps(scheduler, min(FITTED, last - first + 1), last, first)[::-1]
     limit, fitted = BatchLimit(images.device, batch_size), []
 
     def products(some: range, t: int) -> Tensor:
         """Of the spectra of x_0, x_t (p, q) and the true x_0 (y): (5, images, bands), pp, pq, qq, py, qy."""
-        x_0, noise = images[some.start : some.stop], ImageNoise(0, some, mean.shape, images.device, f"calibration {t}")
+        x_0, noise = (
+            images[some.start : some.stop],
+            ImageNoise(0, some, mean.shape, images.device, f"calibration {t}"),
+        )
         x_t = scheduler.q_sample(x_0, t, noise.draw())
         seen, root = predict(denoiser, scheduler, x_t, t)[0], scheduler.alpha_bar(t) ** 0.5
         p, q, y = (spectrum(centred) for centred in (seen - mean, x_t - root * mean, x_0 - mean))
-        return torch.stack([band_means((a * b.conj()).real) for a, b in ((p, p), (p, q), (q, q), (p, y), (q, y))])
+        return torch.stack(
+            [band_means((a * b.conj()).real) for a, b in ((p, p), (p, q), (q, q), (p, y), (q, y))]
+        )
 
     with denoiser.evaluating():
         for t in tqdm(times, "calibrating", unit="timestep"):
@@ -99,22 +113,35 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
             # By Cramer's rule
             numbers = torch.stack([qq * py - pq * qy, pp * qy - pq * py], dim=-1)
             fitted.append(numbers / (pp * qq - pq**2)[:, None])
-    noisiness, columns = -torch.logit(scheduler.alphas_cumprod).numpy(), torch.stack(fitted).flatten(1).T.numpy()
-    between = np.stack([np.interp(noisiness[first:], noisiness[times], column) for column in columns], axis=1)
+    noisiness, columns = (
+        -torch.logit(scheduler.alphas_cumprod).numpy(),
+        torch.stack(fitted).flatten(1).T.numpy(),
+    )
+    between = np.stack(
+        [np.interp(noisiness[first:], noisiness[times], column) for column in columns], axis=1
+    )
     weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, len(fitted[0]), 1)
     weights[first:] = torch.from_numpy(between).float().unflatten(1, fitted[0].shape)
     return Calibration(mean, weights.to(mean.device))
 
 
 def calibrated(
-    image_sampler: ImageSampler, saved: SavedModel, batch_size: int, load: Callable, processes: Processes
+    image_sampler: ImageSampler,
+    saved: SavedModel,
+    batch_size: int,
+    load: Callable,
+    processes: Processes,
 ) -> ImageSampler:
     """The sampler with the calibration that its options ask for; one that was made before lies beside the checkpoint.
 
     "own" fits to the model's own samples, which fresh noise keeps sound, so that no data is needed. For "data" and
     other data sets `load(None or its name)` gives the ImageSet and its Split.
     """
-    which, denoiser, device = image_sampler.options.calibrate, image_sampler.denoiser, image_sampler.device
+    which, denoiser, device = (
+        image_sampler.options.calibrate,
+        image_sampler.denoiser,
+        image_sampler.device,
+    )
     # Never into others' folders
     folder = Path("samples") if saved.path.is_dir() else saved.path.parent
     path = folder / f"{saved.name}-calibration-{'own' if which == 'own' else 'data'}.safetensors"
@@ -128,12 +155,19 @@ def calibrated(
             if {name: (*tensor.shape,) for name, tensor in found.items()} == shapes:
                 return found
         if which == "own":
-            images = generate(image_sampler.quick(seed_of("calibration")), range(IMAGES), batch_size).images
+            images = generate(
+                image_sampler.quick(seed_of("calibration")), range(IMAGES), batch_size
+            ).images
         else:
             image_set, split = load(None if which == "data" else which)
-            some = split.train_indices[np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)]
+            some = split.train_indices[
+                np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)
+            ]
             images = to_model_range(torch.from_numpy(image_set.images[some]))
-        made = {name: part.cpu() for name, part in vars(calibrate(denoiser, images.to(device), batch_size)).items()}
+        made = {
+            name: part.cpu()
+            for name, part in vars(calibrate(denoiser, images.to(device), batch_size)).items()
+        }
         try:
             folder.mkdir(exist_ok=True)
             write_tensors(path, made, made_from)

@@ -25,7 +25,9 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
     if path.exists():
         raise UserError(f"{path} exists; --export overwrites nothing")
     if path.suffix not in ("", ".safetensors"):
-        raise UserError(f"{path}: a file to export ends in .safetensors, and a folder's name has no ending")
+        raise UserError(
+            f"{path}: a file to export ends in .safetensors, and a folder's name has no ending"
+        )
     if path.suffix:
         export_weights(saved, path)
         return

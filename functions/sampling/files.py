@@ -47,11 +47,15 @@ def check_manifest(folder: Path, facts: dict) -> None:
             raise UserError(f"{folder} holds {what}; take another --out") from error
         return
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / MANIFEST}: damaged, so nobody knows what images these are; delete it") from error
+        raise UserError(
+            f"{folder / MANIFEST}: damaged, so nobody knows what images these are; delete it"
+        ) from error
     found = found if isinstance(found, dict) else {}
     differing = [name for name in {**facts, **found} if found.get(name) != facts.get(name)]
     if differing:
-        what = "; ".join(f"{name} was {found.get(name)}, is now {facts.get(name)}" for name in differing)
+        what = "; ".join(
+            f"{name} was {found.get(name)}, is now {facts.get(name)}" for name in differing
+        )
         raise UserError(f"{folder} holds images made otherwise ({what}); take another --out")
 
 
@@ -63,7 +67,11 @@ def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int
     Raises UserError as `check_manifest`, or when another process makes images in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp") if individual else nullcontext():
+    with (
+        locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp")
+        if individual
+        else nullcontext()
+    ):
         check_manifest(folder, facts)
         if individual:
             write_text(folder / MANIFEST, json.dumps(facts, indent=2))
@@ -84,11 +92,15 @@ def figures_of(args: argparse.Namespace, times: Sequence[int]) -> dict[str, dict
         # Evenly spaced, without the last, whose x_0 is the image
         columns = min(STRIP_COLUMNS - 1, max(calls - 1, 1))
         predicted = [1 + round(i * (calls - 1) / columns) for i in range(columns)]
-        figures["progressive.png"] = {title(times[k - 1]): ("x_0", k) for k in predicted} | {"image": ("x", calls)}
+        figures["progressive.png"] = {title(times[k - 1]): ("x_0", k) for k in predicted} | {
+            "image": ("x", calls)
+        }
     return figures
 
 
-def save_pictures(n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path) -> None:
+def save_pictures(
+    n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path
+) -> None:
     """Write the grid of the first images and the figures of their denoising; without `samples` the images are files."""
     seen = min(n, MOST_IN_GRID)
     if samples:

@@ -44,7 +44,10 @@ class Samples:
     @staticmethod
     def joined(batches: Sequence["Samples"]) -> "Samples":
         """One after the other."""
-        frames = {frame: np.concatenate([batch.frames[frame] for batch in batches]) for frame in batches[0].frames}
+        frames = {
+            frame: np.concatenate([batch.frames[frame] for batch in batches])
+            for frame in batches[0].frames
+        }
         return Samples(torch.cat([batch.images for batch in batches]), frames)
 
 
@@ -69,27 +72,44 @@ class ImageSampler:
 
     def quick(self, seed: int) -> "ImageSampler":
         """With 20 steps of dpm++, whose fresh noise keeps samples sound."""
-        options = SamplerOptions("dpm++", min(20, self.scheduler.timesteps), clip_x_0=self.options.clip_x_0)
+        options = SamplerOptions(
+            "dpm++", min(20, self.scheduler.timesteps), clip_x_0=self.options.clip_x_0
+        )
         return replace(self, options=options, seed=seed)
 
     def noise(self, images: Sequence[int], purpose: str = "image") -> ImageNoise:
         """The noise that these images are sampled from, x_T first, then each step's; or that for another purpose."""
         return ImageNoise(self.seed, images, self.shape, self.device, purpose)
 
-    def decode(self, x_t: Tensor, t: int, noise: Callable[[], Tensor], on_step: OnStep | None = None) -> Tensor:
+    def decode(
+        self, x_t: Tensor, t: int, noise: Callable[[], Tensor], on_step: OnStep | None = None
+    ) -> Tensor:
         """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at -1 they are images."""
-        return self.run(x_t, self.options.times(self.scheduler, t), noise, on_step) if t >= 0 else x_t
+        return (
+            self.run(x_t, self.options.times(self.scheduler, t), noise, on_step) if t >= 0 else x_t
+        )
 
-    def run(self, x: Tensor, times: list[int], noise: Callable[[], Tensor], on_step: OnStep | None = None) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        times: list[int],
+        noise: Callable[[], Tensor],
+        on_step: OnStep | None = None,
+    ) -> Tensor:
         """States (B, C, H, W) at the first of falling timesteps -> states at the last."""
-        sampler, own = SAMPLERS[self.options.sampler], {**self.options.own, "clip_x_0": self.options.clip_x_0}
+        sampler, own = (
+            SAMPLERS[self.options.sampler],
+            {**self.options.own, "clip_x_0": self.options.clip_x_0},
+        )
         step_noise = lambda k: noise()
 
         def each(*step: object) -> None:
             for see in filter(None, (on_step, self.watch)):
                 see(*step)
 
-        return sampler(self.denoiser, self.scheduler, x, times, **own, step_noise=step_noise, on_step=each)
+        return sampler(
+            self.denoiser, self.scheduler, x, times, **own, step_noise=step_noise, on_step=each
+        )
 
     def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
         """Sample these images, all at once; the bar counts one step for each image."""
@@ -118,7 +138,11 @@ def open_sampler(
     precision = choose_precision(args.precision, device)
     SamplerOptions.from_args(args)  # so that what cannot be is refused before anything is read
     read = cache(load_model)  # so that rank 0, which reads it to find it, does not do so twice
-    find = lambda: find_checkpoints(args.checkpoint) if args.checkpoint else newest_checkpoints(args.runs, experiments)
+    find = lambda: (
+        find_checkpoints(args.checkpoint)
+        if args.checkpoint
+        else newest_checkpoints(args.runs, experiments)
+    )
     saved = read(processes.from_main(lambda: first_sound(find(), read).path))
     processes.say(f"{saved.path}: {saved}")
     denoiser = rebuild(build_model, saved, device, precision)
@@ -127,7 +151,10 @@ def open_sampler(
 
 
 def rebuild(
-    build_model: Callable, saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32
+    build_model: Callable,
+    saved: SavedModel,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
 ) -> Denoiser:
     """Rebuild network and schedule from what a checkpoint says alone; its config's `model` fields go to `build_model`.
 
@@ -141,7 +168,10 @@ def rebuild(
         for name, most in largest.items():
             if found[name] > most:
                 raise ValueError(f"{name} is above {most:,}")
-        schedule = [diffusion[name] for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas")]
+        schedule = [
+            diffusion[name]
+            for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas")
+        ]
         # Older ones do not say
         scheduler = NoiseScheduler(*schedule, diffusion.get("beta_schedule", "linear"))
         # Shapes only: nothing is initialised that is overwritten at once
@@ -151,9 +181,18 @@ def rebuild(
         for name, known in (("objective", ("eps", "v")), ("variance", ("small", "large"))):
             if diffusion.get(name, known[0]) not in known:
                 raise ValueError(f"{name} is {diffusion[name]!r}; it can be {' or '.join(known)}")
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
         what = f"{type(error).__name__}: {short(error)}"
-        raise CheckpointError(f"{saved.path}: its config describes no model of this version: {what}") from error
+        raise CheckpointError(
+            f"{saved.path}: its config describes no model of this version: {what}"
+        ) from error
     load_into(model, saved)
     # Without gradients in float32 this was the faster layout on 2 CPU cores too: 3.5 against 4.7 ms a face
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -161,11 +200,16 @@ def rebuild(
 
 
 def generate(
-    image_sampler: ImageSampler, images: Sequence[int], batch_size: int, frames: Collection[Frame] = ()
+    image_sampler: ImageSampler,
+    images: Sequence[int],
+    batch_size: int,
+    frames: Collection[Frame] = (),
 ) -> Samples:
     """Sample images by their numbers i, at most `batch_size` at a time; image i depends on (seed, i) alone."""
     with image_sampler.denoiser.evaluating():
-        return Samples.joined([*generate_batches(image_sampler, batches_of(images, batch_size), frames)])
+        return Samples.joined(
+            [*generate_batches(image_sampler, batches_of(images, batch_size), frames)]
+        )
 
 
 def batches_of(images: Sequence[int], batch_size: int) -> list[Sequence[int]]:
@@ -174,7 +218,10 @@ def batches_of(images: Sequence[int], batch_size: int) -> list[Sequence[int]]:
 
 
 def generate_batches(
-    image_sampler: ImageSampler, batches: list[Sequence[int]], frames: Collection[Frame] = (), progress: bool = False
+    image_sampler: ImageSampler,
+    batches: list[Sequence[int]],
+    frames: Collection[Frame] = (),
+    progress: bool = False,
 ) -> Iterator[Samples]:
     """Yield for each batch of image numbers its `Samples`, made when they are asked for.
 
@@ -182,12 +229,21 @@ def generate_batches(
     """
     if image_sampler.device.type == "cuda":
         denoiser = image_sampler.denoiser
-        image_sampler = replace(image_sampler, denoiser=replace(denoiser, network=Replayed(denoiser.network)))
-    limit, steps = BatchLimit(image_sampler.device), len(image_sampler.options.times(image_sampler.scheduler)) - 1
+        image_sampler = replace(
+            image_sampler, denoiser=replace(denoiser, network=Replayed(denoiser.network))
+        )
+    limit, steps = (
+        BatchLimit(image_sampler.device),
+        len(image_sampler.options.times(image_sampler.scheduler)) - 1,
+    )
     total = steps * sum(map(len, batches))
-    with tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress) as bar:
+    with tqdm(
+        desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress
+    ) as bar:
         for batch in batches:
-            yield Samples.joined(limit.in_parts(lambda some: image_sampler.sample(some, frames, bar), batch))
+            yield Samples.joined(
+                limit.in_parts(lambda some: image_sampler.sample(some, frames, bar), batch)
+            )
 
 
 class Replayed:
@@ -222,7 +278,9 @@ class BatchLimit:
     def __init__(self, device: torch.device, most: int = sys.maxsize):
         self.device, self.most = device, most
 
-    def in_parts(self, work: Callable[[Sequence[int]], Result], images: Sequence[int]) -> list[Result]:
+    def in_parts(
+        self, work: Callable[[Sequence[int]], Result], images: Sequence[int]
+    ) -> list[Result]:
         """What `work` returns for each part of the images, at most `most`; UserError if there is no memory for one."""
         results, done = [], 0
         while done < len(images):
@@ -235,13 +293,18 @@ class BatchLimit:
                 if not is_out_of_memory(error):
                     raise
                 if len(some) == 1:
-                    message = f"no memory for a single image at a time on {self.device}: {short(error)}"
+                    message = (
+                        f"no memory for a single image at a time on {self.device}: {short(error)}"
+                    )
                     raise UserError(message) from error
             # Here, where the error no longer holds on to what did not fit
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.most = len(some) // 2
-            tqdm.write(f"out of memory with {len(some)} images at a time: going on with {self.most}", file=sys.stderr)
+            tqdm.write(
+                f"out of memory with {len(some)} images at a time: going on with {self.most}",
+                file=sys.stderr,
+            )
         return results
 
 

@@ -24,7 +24,9 @@ from functions.support.errors import UserError
 GREY = 128  # what the picture shows where the image is not kept
 
 
-def inpaint(image_sampler: ImageSampler, x_0: Tensor, anew: Tensor, resample: int, images: Sequence[int]) -> Tensor:
+def inpaint(
+    image_sampler: ImageSampler, x_0: Tensor, anew: Tensor, resample: int, images: Sequence[int]
+) -> Tensor:
     """RePaint's Algorithm 1, with jumps of length 1; a step is done `resample` times, the last, to x_0, once.
 
     x_0 is (C, H, W) in [-1, 1], on the sampler's device; `anew` is (H, W) bool, and all other pixels come back as they
@@ -55,13 +57,20 @@ def check_sampler(options: SamplerOptions) -> None:
 
 
 def inpaint_image(
-    image_sampler: ImageSampler, image: np.ndarray, anew: np.ndarray, resample: int, count: int, limit: int
+    image_sampler: ImageSampler,
+    image: np.ndarray,
+    anew: np.ndarray,
+    resample: int,
+    count: int,
+    limit: int,
 ) -> np.ndarray:
     """An image, uint8 (H, W, 3), what is kept of it, and its answers, made `limit` at a time: (2 + count, H, W, 3)."""
     device, x_0 = image_sampler.device, x_0_of(image_sampler, image)
     mask = torch.from_numpy(anew).to(device)
     calls = resample * (len(image_sampler.options.times(image_sampler.scheduler)) - 2) + 1
-    print(f"inpainting {count} times, {calls:,} network calls each: {image_sampler.options}, a step {resample} times")
+    print(
+        f"inpainting {count} times, {calls:,} network calls each: {image_sampler.options}, a step {resample} times"
+    )
     work = lambda some: to_uint8(inpaint(image_sampler, x_0, mask, resample, some)).cpu()
     answers = torch.cat(BatchLimit(device, limit).in_parts(work, range(count))).numpy()
     kept = np.where(anew[..., None], np.uint8(GREY), image)

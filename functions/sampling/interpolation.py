@@ -20,7 +20,9 @@ MIXTURES, VARIATIONS = 9, 8  # columns: from one end to the other, and beside th
 Source = int | np.ndarray  # the number of an image of the seed; or an image file's uint8 (H, W, 3)
 
 
-def interpolate_images(image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor) -> Tensor:
+def interpolate_images(
+    image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor
+) -> Tensor:
     """Noise two images to depth t, mix x_t on the straight line, and decode (Ho et al. 2020, Section 4.4).
 
     Both get the same noise, which leaves the mixture as noisy as they are, and every step's noise is the same for all
@@ -35,7 +37,9 @@ def interpolate_images(image_sampler: ImageSampler, ends: Tensor, t: int, weight
     return image_sampler.decode((1 - w) * first + w * second, t, shared)
 
 
-def interpolate_seeds(image_sampler: ImageSampler, images: Sequence[int], weights: Tensor) -> Tensor:
+def interpolate_seeds(
+    image_sampler: ImageSampler, images: Sequence[int], weights: Tensor
+) -> Tensor:
     """Mix two images of the seed in their noise, x_T and each step's, along great circles: (L, C, H, W) images.
 
     So (L,) weights 0 and 1 are images i and j as every script samples them, with any sampler.
@@ -64,15 +68,21 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     angle = torch.acos((torch.dot(a.flatten(), b.flatten()) / (a.norm() * b.norm())).clamp(-1, 1))
     angle = angle.clamp(min=1e-4)  # where a = b the circle has no size
     weights = weights.view(-1, 1, 1, 1)
-    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(
+        angle
+    )
 
 
-def mixtures(image_sampler: ImageSampler, sources: Sequence[Source], ends: Tensor, t: int, weights: Tensor) -> Tensor:
+def mixtures(
+    image_sampler: ImageSampler, sources: Sequence[Source], ends: Tensor, t: int, weights: Tensor
+) -> Tensor:
     """Mix two sources, whose images are `ends`, as in the paper (`interpolate_images`): (L, C, H, W) images.
 
     But of two images of the seed the noise is known: at the depth of all timesteps that is mixed (`interpolate_seeds`).
     """
-    if t == image_sampler.scheduler.timesteps - 1 and all(isinstance(source, int) for source in sources):
+    if t == image_sampler.scheduler.timesteps - 1 and all(
+        isinstance(source, int) for source in sources
+    ):
         return interpolate_seeds(image_sampler, sources, weights)
     return interpolate_images(image_sampler, ends, t, weights)
 
@@ -85,13 +95,24 @@ def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
 
 
 def save_rows(
-    image_sampler: ImageSampler, sources: Sequence[Source], depths: Sequence[float], batch_size: int, path: Path
+    image_sampler: ImageSampler,
+    sources: Sequence[Source],
+    depths: Sequence[float],
+    batch_size: int,
+    path: Path,
 ) -> None:
     """Save a row a depth, a fraction of all timesteps: two images and their mixtures between, or one and variations."""
-    ends, mixing = torch.stack([x_0_of(image_sampler, source) for source in sources]), len(sources) == 2
+    ends, mixing = (
+        torch.stack([x_0_of(image_sampler, source) for source in sources]),
+        len(sources) == 2,
+    )
     all_t = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in depths]
     weights = torch.linspace(0, 1, MIXTURES, device=image_sampler.device)
-    titles = [f"{weight:.3g}" for weight in weights.tolist()] if mixing else [*map(str, range(VARIATIONS))]
+    titles = (
+        [f"{weight:.3g}" for weight in weights.tolist()]
+        if mixing
+        else [*map(str, range(VARIATIONS))]
+    )
 
     def columns(some: range, t: int) -> Tensor:
         if mixing:
@@ -102,8 +123,17 @@ def save_rows(
     for t in tqdm(all_t, path.stem, unit="row"):
         row = limit.in_parts(lambda some, t=t: to_uint8(columns(some, t)).cpu(), range(len(titles)))
         rows.append(torch.cat(row).numpy())
-    first, *last = [np.repeat(image[None], len(rows), axis=0) for image in to_uint8(ends).cpu().numpy()]
-    first_title, *last_title = [f"image {source}" if isinstance(source, int) else "image" for source in sources]
+    first, *last = [
+        np.repeat(image[None], len(rows), axis=0) for image in to_uint8(ends).cpu().numpy()
+    ]
+    first_title, *last_title = [
+        f"image {source}" if isinstance(source, int) else "image" for source in sources
+    ]
     row_titles = [f"t = {t + 1}" for t in all_t]  # the paper's t, which is 0 for an image
-    save_strip([first, *np.stack(rows).swapaxes(0, 1), *last], [first_title, *titles, *last_title], path, row_titles)
+    save_strip(
+        [first, *np.stack(rows).swapaxes(0, 1), *last],
+        [first_title, *titles, *last_title],
+        path,
+        row_titles,
+    )
     print(f"wrote {path} ({image_sampler.options})")

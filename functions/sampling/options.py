@@ -14,10 +14,20 @@ from functions.support.device import DTYPES
 from functions.support.errors import UserError
 from functions.timesteps import SPACINGS, sampling_times
 
-SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm++": dpm_solver_sample, "ipndm": ipndm_sample}
+SAMPLERS = {
+    "ddpm": ddpm_sample,
+    "ddim": ddim_sample,
+    "dpm++": dpm_solver_sample,
+    "ipndm": ipndm_sample,
+}
 # The options that only some have, with their defaults. dpm++ takes fresh noise, which lets later steps correct the
 # errors of earlier ones: with 20 calls its distance is the lowest with every objective (docs/whole-before-detail.md).
-OWN_OPTIONS = {"ddpm": {"variance": "small"}, "ddim": {"eta": 0.0}, "dpm++": {"eta": 1.0}, "ipndm": {}}
+OWN_OPTIONS = {
+    "ddpm": {"variance": "small"},
+    "ddim": {"eta": 0.0},
+    "dpm++": {"eta": 1.0},
+    "ipndm": {},
+}
 # The better with a network of `faces-v` (table in docs/whole-before-detail.md)
 SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "ipndm": "trailing"}
 
@@ -39,14 +49,18 @@ class SamplerOptions:
         own = OWN_OPTIONS[self.sampler]
         for option in ("variance", "eta"):
             if option not in own and getattr(self, option) is not None:  # ignoring it would mislead
-                having = " and ".join(name for name, options in OWN_OPTIONS.items() if option in options)
+                having = " and ".join(
+                    name for name, options in OWN_OPTIONS.items() if option in options
+                )
                 raise UserError(f"--{option} is an option of {having}, not of {self.sampler}")
         for option, default in {"spacing": SPACING[self.sampler], **own}.items():
             if getattr(self, option) is None:
                 object.__setattr__(self, option, default)  # how a frozen dataclass sets itself up
         # "--calibrate RUN" takes RUN for its value
         if self.calibrate and Path(self.calibrate, "checkpoints").exists():
-            raise UserError(f"--calibrate {self.calibrate}: that is a run, not data; write the run before the flag")
+            raise UserError(
+                f"--calibrate {self.calibrate}: that is a run, not data; write the run before the flag"
+            )
 
     @staticmethod
     def from_args(args: argparse.Namespace, diffusion: dict | None = None) -> "SamplerOptions":
@@ -55,7 +69,11 @@ class SamplerOptions:
         A folder of diffusers has its own variance, which holds for all timesteps alone, and may forbid clipping.
         """
         diffusion = diffusion or {}
-        given = {field.name: getattr(args, field.name) for field in fields(SamplerOptions) if field.name in args}
+        given = {
+            field.name: getattr(args, field.name)
+            for field in fields(SamplerOptions)
+            if field.name in args
+        }
         if args.sampler == "ddpm" and args.steps in (None, diffusion.get("timesteps_diff")):
             given["variance"] = given.get("variance") or diffusion.get("variance")
         return SamplerOptions(**given, clip_x_0=diffusion.get("clip_x_0", True))
@@ -80,7 +98,14 @@ class SamplerOptions:
         """All that decides the pixels, for a model with T = `timesteps`."""
         steps = self.steps or timesteps
         clip = {} if self.clip_x_0 else {"clip_x_0": False}
-        return dict(sampler=self.sampler, steps=steps, spacing=self.spacing, **self.own, **self.calibration, **clip)
+        return dict(
+            sampler=self.sampler,
+            steps=steps,
+            spacing=self.spacing,
+            **self.own,
+            **self.calibration,
+            **clip,
+        )
 
     @property
     def calibration(self) -> dict[str, str]:
@@ -89,7 +114,10 @@ class SamplerOptions:
 
     def __str__(self) -> str:
         """Such as "dpm++, 20 steps, logsnr, eta 1.0" or "ddpm, all steps, variance small"."""
-        words = [self.sampler, *([f"{self.steps} steps", self.spacing] if self.steps else ["all steps"])]
+        words = [
+            self.sampler,
+            *([f"{self.steps} steps", self.spacing] if self.steps else ["all steps"]),
+        ]
         words += [f"{option} {value}" for option, value in self.own.items()]
         words += [f"calibrated on {Path(self.calibrate).name}"] if self.calibrate else []
         words += [] if self.clip_x_0 else ["x_0 not clipped"]
@@ -101,7 +129,9 @@ class SamplerOptions:
         words = [self.sampler.replace("+", "p") + str(self.steps or "")]
         words += [self.spacing] if self.spacing != SPACING[self.sampler] else []
         changed = {o: v for o, v in self.own.items() if v != OWN_OPTIONS[self.sampler][o]}
-        words += [value if option == "variance" else f"eta{value:g}" for option, value in changed.items()]
+        words += [
+            value if option == "variance" else f"eta{value:g}" for option, value in changed.items()
+        ]
         words += [f"calibrated-{Path(self.calibrate).stem}"] if self.calibrate else []
         return "-".join(words)
 
@@ -111,19 +141,49 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     checkpoint = "a run folder, a checkpoint, an exported file or a folder of diffusers (default: the newest run)"
     add("checkpoint", nargs="?", type=Path, metavar="RUN", help=checkpoint)
-    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="where run folders are (default: runs)",
+    )
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:N or mps (default: auto)",
+    )
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that sample.py and evaluate.py share: those, and how images are sampled."""
     add_model_flags(parser)
     add = parser.add_argument
-    precision = "what the network computes in; auto: the fastest that the hardware has (default: float32)"
+    precision = (
+        "what the network computes in; auto: the fastest that the hardware has (default: float32)"
+    )
     add("--precision", default="float32", choices=("auto", *DTYPES), help=precision)
-    add("--seed", type=int, default=0, metavar="N", help="image i depends on the seed and i alone (default: 0)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time; fewer if need be (default: 64)")
-    add("--out", type=Path, metavar="FOLDER", help="where files go (default: a folder in that of the run)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="image i depends on the seed and i alone (default: 0)",
+    )
+    add(
+        "--batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="images at a time; fewer if need be (default: 64)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where files go (default: a folder in that of the run)",
+    )
 
     add = parser.add_argument_group("how images are sampled from noise").add_argument
     sampler = (
@@ -131,7 +191,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "steps; ipndm: deterministic, of the highest order (default: ddpm)"
     )
     add("--sampler", choices=SAMPLERS, default="ddpm", help=sampler)
-    add("--steps", type=positive, metavar="N", help="network calls for an image (default: one for each timestep)")
+    add(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="network calls for an image (default: one for each timestep)",
+    )
     spacing = "trailing, even in t; logsnr, even in log-SNR (default: logsnr for dpm++, trailing for the others)"
     add("--spacing", choices=SPACINGS, help=spacing)
     eta = "fresh noise of ddim and dpm++: from 0, none, to 1 (default: 0 for ddim, 1 for dpm++)"

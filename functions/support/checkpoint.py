@@ -32,14 +32,25 @@ class TrainingState:
     def __post_init__(self) -> None:
         for p in self.model.parameters():  # which Adam would do in its first step
             step = torch.zeros((), device=p.device)
-            self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {
+                "step": step,
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
 
     def tensors(self) -> dict[str, Tensor]:
         """All but the scaler, by name."""
-        parts = {"model": self.model.state_dict(), "ema": self.ema_model.state_dict() if self.ema_model else {}}
+        parts = {
+            "model": self.model.state_dict(),
+            "ema": self.ema_model.state_dict() if self.ema_model else {},
+        }
         for moment in MOMENTS:
-            parts[moment] = {name: self.optimizer.state[p][moment] for name, p in self.model.named_parameters()}
-        return {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+            parts[moment] = {
+                name: self.optimizer.state[p][moment] for name, p in self.model.named_parameters()
+            }
+        return {
+            f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()
+        }
 
     def load(self, file: TensorFile) -> None:
         """Take a checkpoint over, but for layouts. CheckpointError, with nothing changed, when it does not fit."""
@@ -51,10 +62,19 @@ class TrainingState:
                 raise CheckpointError(f"{file.path}: {name} is negative")
         scaler = self.scaler.state_dict()
         if scaler and file.contents["scaler"]:
-            scaler |= {name: file.contents["scaler"].get(name) for name in ("scale", "_growth_tracker")}
+            scaler |= {
+                name: file.contents["scaler"].get(name) for name in ("scale", "_growth_tracker")
+            }
             scale, tracker = scaler["scale"], scaler["_growth_tracker"]
-            if not (type(scale) is float and 0 < scale < 2**127 and type(tracker) is int and 0 <= tracker < 2**31):
-                raise CheckpointError(f"{file.path}: its gradient scaler has scale {short(scale)}, which cannot be")
+            if not (
+                type(scale) is float
+                and 0 < scale < 2**127
+                and type(tracker) is int
+                and 0 <= tracker < 2**31
+            ):
+                raise CheckpointError(
+                    f"{file.path}: its gradient scaler has scale {short(scale)}, which cannot be"
+                )
         # Nothing has been changed so far, and nothing of what follows can fail
         for name, tensor in own.items():
             tensor.copy_(found[name])
@@ -86,14 +106,20 @@ class SavedModel:
         return self.run["experiment"] if self.path.is_dir() else self.path.stem
 
     def __str__(self) -> str:
-        done = f" after {self.run['step']:,} of {self.run['total_steps']:,} steps" if self.run["total_steps"] else ""
+        done = (
+            f" after {self.run['step']:,} of {self.run['total_steps']:,} steps"
+            if self.run["total_steps"]
+            else ""
+        )
         note = f"; {self.run['note']}" if self.run.get("note") else ""
         return f"{self.kind} weights{done}, hash {self.digest[:16]}{note}"
 
 
 def save_checkpoint(path: Path, config: dict, run: dict, state: TrainingState) -> None:
     """Write a checkpoint. Raises OSError when the disk is full, or the like."""
-    write_tensors(path, state.tensors(), {"config": config, "run": run, "scaler": state.scaler.state_dict()})
+    write_tensors(
+        path, state.tensors(), {"config": config, "run": run, "scaler": state.scaler.state_dict()}
+    )
 
 
 def open_checkpoint(path: Path) -> TensorFile:
@@ -103,7 +129,9 @@ def open_checkpoint(path: Path) -> TensorFile:
         if not isinstance(file.contents.get(part), dict):
             raise CheckpointError(f"{path}: its part {part!r} is missing or malformed")
     run = file.contents["run"]
-    if not isinstance(run.get("experiment"), str) or not isinstance(run.get("arithmetic", {}), dict):
+    if not isinstance(run.get("experiment"), str) or not isinstance(
+        run.get("arithmetic", {}), dict
+    ):
         raise CheckpointError(f"{path}: its part 'run' has no proper 'experiment' or 'arithmetic'")
     # Files' names have 8 digits
     for name, most in {"total_steps": 10**8, "step": run.get("total_steps")}.items():
@@ -128,12 +156,16 @@ def load_weights(path: Path) -> SavedModel:
     part = "ema" if any(name.startswith("ema.") for name in file.checksums) else "model"
     weights, config = file.tensors(f"{part}."), file.contents["config"]
     digest = digest_of(config, {name: file.checksums[f"{part}.{name}"] for name in weights})
-    return SavedModel(path, weights, "EMA" if part == "ema" else "raw", config, file.contents["run"], digest)
+    return SavedModel(
+        path, weights, "EMA" if part == "ema" else "raw", config, file.contents["run"], digest
+    )
 
 
 def digest_of(config: dict, checksums: dict[str, str]) -> str:
     """A hash of a model: of its config and of the checksum of each of its weights."""
-    return hashlib.sha256(json.dumps([config, sorted(checksums.items())], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([config, sorted(checksums.items())], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def export_weights(saved: SavedModel, path: Path) -> None:
@@ -153,8 +185,12 @@ def check_fit(own: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> N
     """Raise CheckpointError when the name, shape or type of a tensor differs; name the first."""
     if own.keys() != found.keys():
         odd = sorted(own.keys() ^ found.keys())
-        raise CheckpointError(f"{path}: {len(odd)} weights are missing or unknown, {short(odd[0])!r} first")
+        raise CheckpointError(
+            f"{path}: {len(odd)} weights are missing or unknown, {short(odd[0])!r} first"
+        )
     for name, tensor in own.items():
         if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
             got = f"{found[name].dtype} {tuple(found[name].shape)}"
-            raise CheckpointError(f"{path}: {name} is {short(got)}; the model has {tensor.dtype} {tuple(tensor.shape)}")
+            raise CheckpointError(
+                f"{path}: {name} is {short(got)}; the model has {tensor.dtype} {tuple(tensor.shape)}"
+            )

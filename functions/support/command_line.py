@@ -20,7 +20,9 @@ class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line, without the usage of forty flags before it."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"error: {message} ({self.prog} --help lists what there is)\n")
@@ -51,7 +53,9 @@ def plain_sentence(error: Exception, *others: type[Exception]) -> str | None:
     if isinstance(error, (UserError, OSError, *others)):
         return str(error) or type(error).__name__
     if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
-        advice = "take a smaller batch or model, or another device; other programs may hold memory too"
+        advice = (
+            "take a smaller batch or model, or another device; other programs may hold memory too"
+        )
         return f"out of memory ({short(error)}): {advice}"
     return None
 
@@ -70,9 +74,13 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
         parse, metavar = FLAG_TYPES[kinds[field.name]]
         default = "" if field.default is MISSING else f" Default: {field.default}."
         group.add_argument(
-            f"--{prefix}.{field.name.replace('_', '-')}", dest=f"{prefix}.{field.name}", type=parse, metavar=metavar,
-            default=argparse.SUPPRESS, help=f"{comments[field.name]}{default}".replace("%", "%%"),
-        )  # fmt: skip
+            f"--{prefix}.{field.name.replace('_', '-')}",
+            dest=f"{prefix}.{field.name}",
+            type=parse,
+            metavar=metavar,
+            default=argparse.SUPPRESS,
+            help=f"{comments[field.name]}{default}".replace("%", "%%"),
+        )
 
 
 def field_comments(config_class: type) -> dict[str, str]:
@@ -85,7 +93,11 @@ def field_comments(config_class: type) -> dict[str, str]:
 def given_fields(args: argparse.Namespace, prefix: str, config_class: type) -> dict:
     """The fields whose flags were given, ready for `dataclasses.replace`."""
     names = [field.name for field in fields(config_class)]
-    return {name: getattr(args, f"{prefix}.{name}") for name in names if hasattr(args, f"{prefix}.{name}")}
+    return {
+        name: getattr(args, f"{prefix}.{name}")
+        for name in names
+        if hasattr(args, f"{prefix}.{name}")
+    }
 
 
 def truth(text: str) -> bool:

@@ -22,20 +22,30 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     `index` is the GPU of this process among several, which have one each. Raises UserError when there is no such
     device, or when several processes are given one GPU by its number.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     there = [kind for kind in available if available[kind]]
     try:
         device = torch.device(there[0] if name == "auto" else name)
     except RuntimeError as error:
         raise UserError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
     if device.type not in there:
-        raise UserError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {', '.join(there)}")
+        raise UserError(
+            f"device is {name!r}, but PyTorch {torch.__version__} finds only: {', '.join(there)}"
+        )
     if device.type == "cuda" and (device.index is not None or index is not None):
         if index is not None and device.index is not None:
-            raise UserError(f"device is {name!r}, but each of several processes takes its own GPU: give cuda")
+            raise UserError(
+                f"device is {name!r}, but each of several processes takes its own GPU: give cuda"
+            )
         device = torch.device("cuda", index if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"device is {str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices")
+            raise UserError(
+                f"device is {str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices"
+            )
         # What has no device of its own, such as pinned memory, would go to the first GPU
         torch.cuda.set_device(device)
     if device.type == "cpu":
@@ -58,7 +68,9 @@ def keep_heap() -> None:
     mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
 
 
-def choose_precision(name: str, device: torch.device, started_with: str | None = None) -> torch.dtype:
+def choose_precision(
+    name: str, device: torch.device, started_with: str | None = None
+) -> torch.dtype:
     """The network's dtype under autocast: as named, or with "auto" the fastest that the hardware has natively.
 
     bfloat16 where the hardware has it (emulated it is several times slower than float32), float16 on older CUDA GPUs
@@ -72,11 +84,17 @@ def choose_precision(name: str, device: torch.device, started_with: str | None =
     if started_with in there:
         return DTYPES[started_with]
     if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     if name == "auto":
         return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
     if name not in there:
-        raise UserError(f"precision is {name!r}; on {device.type} it must be auto, {', '.join(there)}")
+        raise UserError(
+            f"precision is {name!r}; on {device.type} it must be auto, {', '.join(there)}"
+        )
     return DTYPES[name]
 
 
@@ -113,13 +131,17 @@ def set_deterministic(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def arithmetic(device: torch.device, precision: torch.dtype, processes: int, batch_size: int) -> dict[str, str | int]:
+def arithmetic(
+    device: torch.device, precision: torch.dtype, processes: int, batch_size: int
+) -> dict[str, str | int]:
     """All that decides in which order and precision numbers are added, beside the code: plain values for a checkpoint.
 
     A resumed run is bit for bit the one that was not stopped only where all of these are the same.
     """
     on_cpu = device.type == "cpu"
-    processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type
+    processor = (
+        f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type
+    )
     return {
         "precision": str(precision).removeprefix("torch."),
         "memory_format": str(fast_layout(device)).removeprefix("torch."),
@@ -134,9 +156,17 @@ def arithmetic(device: torch.device, precision: torch.dtype, processes: int, bat
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether PyTorch, or Python, could not have the memory that it asked for."""
     # cuBLAS says ALLOC_FAILED, cuDNN ALLOCATION_FAILED, and oneDNN, which convolves on the CPU, no more than the last
-    texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
-             "could not create a primitive")  # fmt: skip
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
+    texts = (
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
+        "ALLOC_FAILED",
+        "ALLOCATION_FAILED",
+        "could not create a primitive",
+    )
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error) for text in texts
+    )
 
 
 class Adam(torch.optim.Adam):

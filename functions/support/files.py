@@ -21,9 +21,23 @@ from functions.support.errors import CheckpointError
 
 FORMAT = "ddpm-faces checkpoint 2"
 LONGEST_HEADER = 16 * 2**20  # bytes; ours take some hundred thousand
-TYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
 # What damaged or hostile files were seen to raise on their way through the readers of safetensors and JSON
-READ_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+READ_ERRORS = (
+    SafetensorError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -58,7 +72,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> None:
     """Write a file of ours: tensors, and `contents` of plain values. Raises OSError as `write_safetensors` does."""
-    text = json.dumps({**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
+    text = json.dumps(
+        {**contents, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
+    )
     write_safetensors(path, tensors, {"format": FORMAT, "contents": text, "sha256": sha256(text)})
 
 
@@ -73,7 +89,11 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     entries, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        entries[name] = {
+            "dtype": TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
 
@@ -98,12 +118,18 @@ class TensorFile:
             with safe_open(path, framework="pt") as file:
                 metadata, names = file.metadata() or {}, set(file.keys())
         except READ_ERRORS as error:
-            raise CheckpointError(f"{path}: the file is truncated, damaged or not a checkpoint") from error
+            raise CheckpointError(
+                f"{path}: the file is truncated, damaged or not a checkpoint"
+            ) from error
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of this version of the project")
+            raise CheckpointError(
+                f"{path}: a safetensors file, but not a checkpoint of this version of the project"
+            )
         text = metadata.get("contents", "")
         if metadata.get("sha256") != sha256(text):
-            raise CheckpointError(f"{path}: the file is damaged: its contents do not match their checksum")
+            raise CheckpointError(
+                f"{path}: the file is damaged: its contents do not match their checksum"
+            )
         try:
             self.contents = json.loads(text)
             self.checksums = self.contents.pop("checksums")
@@ -122,7 +148,9 @@ class TensorFile:
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
-def read_tensors(path: Path, prefix: str = "", checksums: dict[str, str] | None = None) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, prefix: str = "", checksums: dict[str, str] | None = None
+) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, of a safetensors file that anyone wrote; ours have `checksums`.
 
     Raises CheckpointError as `TensorFile` does, and for numbers that are not finite or of a type that no weights have.
@@ -133,7 +161,9 @@ def read_tensors(path: Path, prefix: str = "", checksums: dict[str, str] | None 
             names = checksums or sorted(file.keys())
             found = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     except READ_ERRORS as error:
-        raise CheckpointError(f"{path}: the file is truncated, damaged or no safetensors") from error
+        raise CheckpointError(
+            f"{path}: the file is truncated, damaged or no safetensors"
+        ) from error
     for name, tensor in found.items():
         if checksums and checksum(tensor) != checksums[name]:
             raise CheckpointError(f"{path}: damaged: {short(name)} does not match its checksum")
@@ -154,7 +184,11 @@ def read_json(path: Path) -> dict:
             raise ValueError("no fields in braces")
         return fields
     except READ_ERRORS as error:
-        what = "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {short(error)}"
+        what = (
+            "there is no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be read: {short(error)}"
+        )
         raise CheckpointError(f"{path}: {what}") from error
 
 
@@ -169,14 +203,20 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
 def check_header(path: Path) -> None:
     """Raise CheckpointError unless it is a file whose header is no longer than the file, and than any of ours."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}")
+        raise CheckpointError(
+            f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}"
+        )
     try:
         with open(path, "rb") as file:
             start, size = file.read(8), path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if int.from_bytes(start, "little") > min(LONGEST_HEADER, size - 8):
-        what = "truncated, damaged or not a checkpoint of this version (see CHANGELOG.md)" if size else "empty"
+        what = (
+            "truncated, damaged or not a checkpoint of this version (see CHANGELOG.md)"
+            if size
+            else "empty"
+        )
         raise CheckpointError(f"{path}: the file is {what}")
 
 

@@ -26,7 +26,9 @@ def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)
-    grid = Image.fromarray(make_grid(batch, nrow=columns, padding=GAP, pad_value=255).permute(1, 2, 0).numpy())
+    grid = Image.fromarray(
+        make_grid(batch, nrow=columns, padding=GAP, pad_value=255).permute(1, 2, 0).numpy()
+    )
     factor = math.ceil(SMALLEST_SIDE / images.shape[1])
     return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.BICUBIC)
 
@@ -51,12 +53,21 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
     """
     pictures = [grid_of(frame, columns) for frame in frames]
     palette = pictures[-1].quantize(256)
-    first, *others = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    animation = {"save_all": True, "append_images": others, "duration": [80] * len(others) + [2000], "loop": 0}
+    first, *others = [
+        picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures
+    ]
+    animation = {
+        "save_all": True,
+        "append_images": others,
+        "duration": [80] * len(others) + [2000],
+        "loop": 0,
+    }
     write_whole(path, lambda file: first.save(file, "GIF", **animation))
 
 
-def save_strip(frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()) -> None:
+def save_strip(
+    frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()
+) -> None:
     """A figure with a row a sample and a column a frame (N, H, W, 3); titles are above, `row_titles` at the left."""
     rows, columns = len(frames[0]), len(frames)
     left, top = 0.75 if row_titles else 0.0, 0.3  # inches, for the titles
@@ -68,7 +79,9 @@ def save_strip(frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, 
             axes[row, column].imshow(frame[row], interpolation="bicubic")
             axes[row, column].axis("off")
     for row, title in enumerate(row_titles):
-        axes[row, 0].text(-0.08, 0.5, title, fontsize=9, ha="right", va="center", transform=axes[row, 0].transAxes)
+        axes[row, 0].text(
+            -0.08, 0.5, title, fontsize=9, ha="right", va="center", transform=axes[row, 0].transAxes
+        )
     figure.subplots_adjust(left / width + 0.005, 0.005, 0.995, 1 - top / height, 0.04, 0.04)
     save_figure(figure, path)
 

@@ -60,7 +60,9 @@ class Processes:
         # Which DDP moves into its buckets; None would be made anew beside them
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        return DistributedDataParallel(model, None if device.type == "cpu" else [device], gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, None if device.type == "cpu" else [device], gradient_as_bucket_view=True
+        )
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
         """Around forward and backward: gradients are exchanged in a step's last pass alone."""
@@ -107,7 +109,9 @@ def joined() -> Iterator[Processes]:
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         yield SINGLE_PROCESS
         return
-    rank, count, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, count, local_rank = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    )
     try:
         on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
@@ -121,5 +125,7 @@ def joined() -> Iterator[Processes]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise UserError(f"another process has ended, so process {rank} does too ({short(error)})") from error
+        raise UserError(
+            f"another process has ended, so process {rank} does too ({short(error)})"
+        ) from error
     dist.destroy_process_group()  # not after an error: it would wait for the others

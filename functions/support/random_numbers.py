@@ -39,7 +39,12 @@ class StepDraws:
 
 
 def training_draws(
-    seed: int, step: int, effective_batch: int, image_shape: Sequence[int], timesteps: int, device: torch.device | str
+    seed: int,
+    step: int,
+    effective_batch: int,
+    image_shape: Sequence[int],
+    timesteps: int,
+    device: torch.device | str,
 ) -> StepDraws:
     """Draw t and noise (Algorithm 1, lines 3 and 4) and the augmentation for a whole effective batch.
 
@@ -65,7 +70,12 @@ class ImageNoise:
     """
 
     def __init__(
-        self, seed: int, images: Sequence[int], shape: tuple, device: torch.device | str = "cpu", purpose: str = "image"
+        self,
+        seed: int,
+        images: Sequence[int],
+        shape: tuple,
+        device: torch.device | str = "cpu",
+        purpose: str = "image",
     ):
         self.generators = [generator_of("cpu", seed, purpose, i) for i in images]
         self.shape, self.device = tuple(shape), torch.device(device)
@@ -75,6 +85,10 @@ class ImageNoise:
         pinned = self.device.type == "cuda"
         noise = torch.empty(len(self.generators), *self.shape, pin_memory=pinned)
         draw = lambda row, generator: torch.randn(self.shape, generator=generator, out=row)
-        drawn = THREADS.map(draw, noise, self.generators) if pinned else map(draw, noise, self.generators)
+        drawn = (
+            THREADS.map(draw, noise, self.generators)
+            if pinned
+            else map(draw, noise, self.generators)
+        )
         list(drawn)  # waits
         return noise.to(self.device, non_blocking=pinned)

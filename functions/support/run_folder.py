@@ -76,11 +76,15 @@ class Run:
 
     def path_of(self, kind: str, step: int) -> Path:
         """The file of a step: of kind "checkpoints" or "samples"."""
-        return self.folder / kind / f"step-{step:08d}.{'png' if kind == 'samples' else 'safetensors'}"
+        return (
+            self.folder / kind / f"step-{step:08d}.{'png' if kind == 'samples' else 'safetensors'}"
+        )
 
     def write_config(self) -> str:
         """Write config.json, the config as in a checkpoint and under `run` the facts, and return its text."""
-        text = json.dumps({"experiment": self.name, **self.experiment.to_dict(), "run": self.facts}, indent=2)
+        text = json.dumps(
+            {"experiment": self.name, **self.experiment.to_dict(), "run": self.facts}, indent=2
+        )
         write_text(self.folder / "config.json", text)
         return text
 
@@ -98,7 +102,10 @@ def locked(folder: Path, doing: str = "training", leftovers: str = "**/.*.tmp") 
     except Timeout as error:
         raise UserError(f"{folder}: another process is {doing} in this folder already") from error
     except (NotImplementedError, OSError):
-        print(f"warning: {folder} is on a disk without locks: start nothing else in it", file=sys.stderr)
+        print(
+            f"warning: {folder} is on a disk without locks: start nothing else in it",
+            file=sys.stderr,
+        )
     try:
         for leftover in folder.glob(leftovers):
             leftover.unlink(missing_ok=True)
@@ -109,7 +116,9 @@ def locked(folder: Path, doing: str = "training", leftovers: str = "**/.*.tmp") 
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("*") if CHECKPOINT_NAME.fullmatch(path.name))
+    return sorted(
+        path for path in (run / "checkpoints").glob("*") if CHECKPOINT_NAME.fullmatch(path.name)
+    )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -129,7 +138,11 @@ def delete_old(run: Path, done: int, count: int, every: int) -> None:
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
     """Run folders of experiments whose names start with `prefix`, oldest first."""
-    found = [path for path in runs.glob("*/") if path.name.startswith(prefix) and RUN_NAME.fullmatch(path.name)]
+    found = [
+        path
+        for path in runs.glob("*/")
+        if path.name.startswith(prefix) and RUN_NAME.fullmatch(path.name)
+    ]
     return sorted(found, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
 
 
@@ -140,7 +153,9 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
             return find_checkpoints(run)
     what = f"run of an experiment {prefix}*" if prefix else "run"
     how = "" if prefix else f" (python train.py{'' if runs == Path('runs') else f' --runs {runs}'})"
-    raise CheckpointError(f"{runs}: no {what} with a checkpoint here yet; train one first{how}, or name a checkpoint")
+    raise CheckpointError(
+        f"{runs}: no {what} with a checkpoint here yet; train one first{how}, or name a checkpoint"
+    )
 
 
 def results_folder(saved: SavedModel, kind: str) -> Path:
@@ -157,7 +172,9 @@ def find_checkpoints(path: Path) -> list[Path]:
     if not found and (not path.is_dir() or is_diffusers(path)):
         return [path]
     if not found:
-        raise CheckpointError(f"{path}: no checkpoint in this folder (a run folder has them in checkpoints/)")
+        raise CheckpointError(
+            f"{path}: no checkpoint in this folder (a run folder has them in checkpoints/)"
+        )
     return found[::-1]
 
 
@@ -167,7 +184,10 @@ def first_sound(candidates: Sequence[Path], read: Callable[[Path], Contents]) ->
         try:
             return read(path)
         except CheckpointError as error:
-            print(f"WARNING: DAMAGED CHECKPOINT: {error}. Taking the one before it: {following}", file=sys.stderr)
+            print(
+                f"WARNING: DAMAGED CHECKPOINT: {error}. Taking the one before it: {following}",
+                file=sys.stderr,
+            )
     return read(candidates[-1])
 
 
@@ -190,7 +210,9 @@ def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | Non
         return None
     if wanted not in ("newest", "auto"):
         if not Path(wanted).is_dir():  # a checkpoint's file is no run
-            raise UserError(f"{wanted} is not a run folder; `NAME --resume` takes the newest unfinished run of NAME")
+            raise UserError(
+                f"{wanted} is not a run folder; `NAME --resume` takes the newest unfinished run of NAME"
+            )
         return Path(wanted)
     for run in reversed(runs_of(runs, experiment)):
         if RUN_NAME.fullmatch(run.name)[1] == experiment and checkpoints_of(run):

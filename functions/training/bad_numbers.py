@@ -21,7 +21,9 @@ class BadNumbers:
     """
 
     def __init__(self, device: torch.device):
-        self.step, self.skipped, self.in_a_row, self.longest = (torch.tensor(0, device=device) for _ in range(4))
+        self.step, self.skipped, self.in_a_row, self.longest = (
+            torch.tensor(0, device=device) for _ in range(4)
+        )
         # Of the last bad step: its number, loss and gradient norm
         self.last = torch.zeros(3, device=device)
 
@@ -32,12 +34,17 @@ class BadNumbers:
         self.skipped += bad
         self.in_a_row = (self.in_a_row + 1) * bad
         self.longest = torch.maximum(self.longest, self.in_a_row)
-        self.last = torch.where(bad, torch.stack([self.step.float(), loss.float(), grad_norm.float()]), self.last)
+        self.last = torch.where(
+            bad, torch.stack([self.step.float(), loss.float(), grad_norm.float()]), self.last
+        )
         return bad.float()
 
     def state(self) -> dict[str, int | list[float]]:
         """Plain numbers for a checkpoint."""
-        return {name: getattr(self, name).tolist() for name in ("step", "skipped", "in_a_row", "longest", "last")}
+        return {
+            name: getattr(self, name).tolist()
+            for name in ("step", "skipped", "in_a_row", "longest", "last")
+        }
 
     def load(self, state: dict[str, int | list[float]]) -> None:
         """Go on from what `state` gave."""
@@ -49,7 +56,9 @@ class BadNumbers:
         """(6,) float32 on the device: most in a row since `read`, skipped so far, `last`, and the scale of losses."""
         # Of one; unlike get_scale this does not wait
         scale = scaler.scale(torch.ones_like(self.last[0]))
-        return torch.stack([number.float() for number in (self.longest, self.skipped, *self.last, scale)])
+        return torch.stack(
+            [number.float() for number in (self.longest, self.skipped, *self.last, scale)]
+        )
 
     def read(self, numbers: list[float], limit: int, learning_rate: float, run: Path) -> int:
         """How many steps have been skipped so far, from what `numbers` gives now.
@@ -59,7 +68,9 @@ class BadNumbers:
         self.longest = self.in_a_row.clone()
         longest, skipped, step, loss, grad_norm, scale = numbers
         if longest >= limit:
-            what = f"{longest:.0f} steps in a row had a loss or gradients that are not finite numbers"
+            what = (
+                f"{longest:.0f} steps in a row had a loss or gradients that are not finite numbers"
+            )
         elif scale < SMALLEST_SCALE:  # without a scaler it is 1
             what = f"the loss scale of float16 has collapsed to {scale:g}: gradients overflow at any scale"
         else:

@@ -51,21 +51,32 @@ class BookKeeper:
 
     def __enter__(self) -> "BookKeeper":
         first_step = self.run.first_step
-        self.steps_per_epoch, self.total_steps = self.run.facts["steps_per_epoch"], self.run.facts["total_steps"]
+        self.steps_per_epoch, self.total_steps = (
+            self.run.facts["steps_per_epoch"],
+            self.run.facts["total_steps"],
+        )
         self.saved_at = time.monotonic()
         if self.run.checkpoint:
             self.load(self.run.remembered)
         with ExitStack() as stack:  # undone if anything here fails
             self.run.folder = self.processes.from_main(lambda: self.open_folder(stack))
             self.stop = stack.enter_context(StopSignals())
-            self.bar = stack.enter_context(tqdm(
-                initial=first_step, total=self.total_steps, unit="step", dynamic_ncols=True,
-                disable=not self.processes.is_main,
-            ))  # fmt: skip
+            self.bar = stack.enter_context(
+                tqdm(
+                    initial=first_step,
+                    total=self.total_steps,
+                    unit="step",
+                    dynamic_ncols=True,
+                    disable=not self.processes.is_main,
+                )
+            )
             due = first_step > 0 and first_step % self.config.sample_every == 0
             if due and not self.processes.from_main(self.run.path_of("samples", first_step).exists):
                 self.sample(first_step)  # which a stop left no time for
-            if self.run.checkpoint and self.run.checkpoint.contents["config"] != self.run.experiment.to_dict():
+            if (
+                self.run.checkpoint
+                and self.run.checkpoint.contents["config"] != self.run.experiment.to_dict()
+            ):
                 with failed_writes_explained(self.run.folder):
                     # So that from now on the run is resumed as it was changed
                     self.save(first_step)
@@ -105,7 +116,9 @@ class BookKeeper:
             return
         remembered = {"window": self.window.state(), "bad_numbers": self.bad_numbers.state()}
         run = {"experiment": self.run.name, "step": done, **self.run.facts, **remembered}
-        save_checkpoint(self.run.path_of("checkpoints", done), self.run.experiment.to_dict(), run, self.state)
+        save_checkpoint(
+            self.run.path_of("checkpoints", done), self.run.experiment.to_dict(), run, self.state
+        )
         delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
 
     def after_step(self, done: int, grad_norm: Tensor) -> None:
@@ -116,7 +129,9 @@ class BookKeeper:
         self.bar.update()
         with self.window.paused(), failed_writes_explained(self.run.folder):
             validating = due(self.config.validate_every)
-            bounding = self.config.bits_per_dim_every and due(self.config.bits_per_dim_every * self.steps_per_epoch)
+            bounding = self.config.bits_per_dim_every and due(
+                self.config.bits_per_dim_every * self.steps_per_epoch
+            )
             if due(self.config.log_every) or validating or bounding:
                 self.log(done, grad_norm, validating, bool(bounding))
             stop = self.stop.received is not None or self.processes.orphaned
@@ -131,22 +146,38 @@ class BookKeeper:
             # Waits: torchrun ends all when one has ended, and rank 0 is to save in peace
             self.processes.any(False)
             why = self.stop.received or "a signal to another process, or the end of torchrun"
-            self.processes.say(f"stopped by {why}, saved; go on with: python train.py --resume {self.run.folder}")
+            self.processes.say(
+                f"stopped by {why}, saved; go on with: python train.py --resume {self.run.folder}"
+            )
             sys.exit(EXIT_STOPPED)
 
     def log(self, done: int, grad_norm: Tensor, validating: bool, bounding: bool) -> None:
         """A row of metrics, with validation losses and bits/dim when they are due, and the progress bar's numbers."""
         rate = self.state.optimizer.param_groups[0]["lr"]
-        numbers = torch.cat([grad_norm[None], self.window.numbers(), self.bad_numbers.numbers(self.state.scaler)])
+        numbers = torch.cat(
+            [grad_norm[None], self.window.numbers(), self.bad_numbers.numbers(self.state.scaler)]
+        )
         norm, *numbers = numbers.cpu().tolist()  # the one wait of a row without validation
-        skipped = self.bad_numbers.read(numbers[3:], self.config.max_skipped_steps, rate, self.run.folder)
-        row = {"step": done, "epoch": done / self.steps_per_epoch, **self.window.read(numbers[:3]), "grad_norm": norm,
-               "learning_rate": rate, "skipped_steps": skipped}  # fmt: skip
+        skipped = self.bad_numbers.read(
+            numbers[3:], self.config.max_skipped_steps, rate, self.run.folder
+        )
+        row = {
+            "step": done,
+            "epoch": done / self.steps_per_epoch,
+            **self.window.read(numbers[:3]),
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "skipped_steps": skipped,
+        }
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
         if validating:
-            networks = {"": self.state.model} | ({"_ema": self.state.ema_model} if self.state.ema_model else {})
+            networks = {"": self.state.model} | (
+                {"_ema": self.state.ema_model} if self.state.ema_model else {}
+            )
             denoisers = [replace(self.denoiser, network=network) for network in networks.values()]
-            losses = validation_losses(denoisers, self.images.gather, self.val_indices, self.config, self.processes)
+            losses = validation_losses(
+                denoisers, self.images.gather, self.val_indices, self.config, self.processes
+            )
             for suffix, (loss, eps_error) in zip(networks, losses, strict=True):
                 row |= {f"val_loss{suffix}": loss, f"val_eps_error{suffix}": eps_error}
         if bounding:
@@ -158,14 +189,22 @@ class BookKeeper:
         if self.processes.is_main:
             self.metrics.write(**row)
             if validating:
-                plot_losses(self.metrics.path, self.run.folder / "losses.png", title=self.run.folder.name)
+                plot_losses(
+                    self.metrics.path, self.run.folder / "losses.png", title=self.run.folder.name
+                )
 
     def sample(self, done: int) -> None:
         """A grid of samples, always of the same noise."""
         mine = self.processes.own_range(self.config.grid_images)
         options = SamplerOptions(steps=min(self.config.grid_steps, self.config.timesteps_diff))
-        sampler = ImageSampler(self.denoiser, options, self.run.image_shape, self.config.seed, self.images.device)
-        pixels = to_uint8(generate(sampler, mine, self.config.batch_size).images).numpy() if mine else None
+        sampler = ImageSampler(
+            self.denoiser, options, self.run.image_shape, self.config.seed, self.images.device
+        )
+        pixels = (
+            to_uint8(generate(sampler, mine, self.config.batch_size).images).numpy()
+            if mine
+            else None
+        )
         parts = [part for part in self.processes.gather(pixels) if part is not None]
         if self.processes.is_main:
             grid = save_grid(np.concatenate(parts), self.run.path_of("samples", done))

@@ -20,8 +20,10 @@ SAVED = 0.5  # of a pass's time: an estimate, by the bytes that benchmarks/bytes
 OPTIONS = {
     "fallback_random": True,  # dropout is drawn as without a compiler
     # What is cheap is computed again and not kept: 25 instead of 30 GB of a pass, by the same count
-    "realize_reads_threshold": 32, "realize_acc_reads_threshold": 32, "realize_opcount_threshold": 200,
-}  # fmt: skip
+    "realize_reads_threshold": 32,
+    "realize_acc_reads_threshold": 32,
+    "realize_opcount_threshold": 200,
+}
 # Of the gradient's norm; PyTorch 2.13 on a CPU compiled bfloat16 wrongly, by 0.15 and more
 TOLERANCE = 0.1
 
@@ -56,7 +58,9 @@ def compiled_if_worth_it(
         start = time.monotonic()
         try:
             denoiser.network.set_recompute("none")
-            compiled = replace(denoiser, network=torch.compile(network, dynamic=False, options=OPTIONS))
+            compiled = replace(
+                denoiser, network=torch.compile(network, dynamic=False, options=OPTIONS)
+            )
             after, found = tried(compiled, shapes)
             error = ((found - expected).norm() / expected.norm()).item()
             failure = "" if error < TOLERANCE else f"its gradients differ by {error:.0%}"
@@ -64,7 +68,9 @@ def compiled_if_worth_it(
         except Exception as error:  # whatever a compiler raises
             failure = f"{type(error).__name__}: {short(error)}"
     failure = next(filter(None, processes.gather(failure)), "")
-    processes.say(f"             {f'failed, so it goes on without: {failure}' if failure else took}")
+    processes.say(
+        f"             {f'failed, so it goes on without: {failure}' if failure else took}"
+    )
     denoiser.network.set_recompute(config.recompute if failure else "none")
     return eager if failure else compiled
 
@@ -73,7 +79,9 @@ def tried(denoiser: Denoiser, shapes: set[tuple[int, ...]]) -> tuple[float, Tens
     """The seconds of the slowest pass of images in one of these shapes, best of two, and the gradients of all."""
     denoiser.network.zero_grad(set_to_none=False)
     seconds = max(min(run_pass(denoiser, shape) for _ in range(2)) for shape in shapes)
-    return seconds, torch.cat([parameter.grad.flatten().cpu() for parameter in denoiser.network.parameters()])
+    return seconds, torch.cat(
+        [parameter.grad.flatten().cpu() for parameter in denoiser.network.parameters()]
+    )
 
 
 @contextmanager

@@ -43,7 +43,11 @@ class MetricsLog:
 
     def __init__(self, run: Path, resume_step: int = 0):
         self.path = run / "metrics.csv"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if self.path.exists() else []
+        kept = (
+            [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+            if self.path.exists()
+            else []
+        )
         lines = [",".join(COLUMNS), *(",".join(map(format_number, row.values())) for row in kept)]
         write_text(self.path, "\n".join(lines) + "\n")
         self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
@@ -71,7 +75,10 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     for number, row in enumerate(csv.DictReader(whole), 2):
         try:
             # Without the columns of eps it is an older run, whose loss that was
-            cells = {column: row.get(column, row.get(column.replace("eps_error", "loss"))) for column in COLUMNS}
+            cells = {
+                column: row.get(column, row.get(column.replace("eps_error", "loss")))
+                for column in COLUMNS
+            }
             values = {column: float(cell) if cell else None for column, cell in cells.items()}
             rows.append({**values, "step": int(row["step"])})
         except (ValueError, TypeError, KeyError):
@@ -140,9 +147,18 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
     rows = read_metrics(metrics)
     figure, axis = plt.subplots(figsize=(8, 4.5))
     curves = {
-        "eps_error": ("training (raw weights, random t and noise)", {"color": "0.7", "linewidth": 1.2}),
-        "val_eps_error": ("validation, raw weights", {"color": "tab:orange", "marker": ".", "linewidth": 1.5}),
-        "val_eps_error_ema": ("validation, EMA weights", {"color": "tab:blue", "marker": ".", "linewidth": 1.5}),
+        "eps_error": (
+            "training (raw weights, random t and noise)",
+            {"color": "0.7", "linewidth": 1.2},
+        ),
+        "val_eps_error": (
+            "validation, raw weights",
+            {"color": "tab:orange", "marker": ".", "linewidth": 1.5},
+        ),
+        "val_eps_error_ema": (
+            "validation, EMA weights",
+            {"color": "tab:blue", "marker": ".", "linewidth": 1.5},
+        ),
     }
     for column, (label, style) in curves.items():
         points = [(row["step"], row[column]) for row in rows if row[column] is not None]

@@ -40,18 +40,20 @@ def describe(run: Run, data_summary: str) -> str:
         if before != facts["arithmetic"].get(what):
             change = f"{what} was {before}, is now {facts['arithmetic'].get(what)}"
             warnings.append(f"{change}: no longer bit for bit as if never stopped")
-    return "\n".join([
-        run.name,
-        f"  data       {data_summary}",
-        f"  split      {facts['split']}",
-        f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, {facts['device']}",
-        f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: "
-        f"{config.epochs} epochs of {facts['steps_per_epoch']:,} steps{done}",
-        *([f"  begins as  {facts['initial']}"] if facts.get("initial") else []),
-        f"  objective  {config.objective}, t {config.t_sampling} over {config.timesteps_diff} timesteps with "
-        f"{config.beta_schedule} betas, terminal SNR {snr:.2g}",
-        *(f"warning: {warning}" for warning in warnings),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            run.name,
+            f"  data       {data_summary}",
+            f"  split      {facts['split']}",
+            f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, {facts['device']}",
+            f"  length     {facts['total_steps']:,} steps of {config.effective_batch} images: "
+            f"{config.epochs} epochs of {facts['steps_per_epoch']:,} steps{done}",
+            *([f"  begins as  {facts['initial']}"] if facts.get("initial") else []),
+            f"  objective  {config.objective}, t {config.t_sampling} over {config.timesteps_diff} timesteps with "
+            f"{config.beta_schedule} betas, terminal SNR {snr:.2g}",
+            *(f"warning: {warning}" for warning in warnings),
+        ]
+    )
 
 
 def warnings_of(experiment: object) -> list[str]:
@@ -103,7 +105,11 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
     """
     config = run.experiment.diffusion
     effective, most = config.effective_batch, len(processes.own_range(config.effective_batch))
-    attempts = [(size, config.recompute) for size in range(config.batch_size, 0, -1) if effective % size == 0]
+    attempts = [
+        (size, config.recompute)
+        for size in range(config.batch_size, 0, -1)
+        if effective % size == 0
+    ]
     if config.recompute != "blocks":
         attempts.append((1, "blocks"))
     for size, recompute in attempts:
@@ -112,10 +118,18 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
             break
         processes.say(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
     else:
-        raise UserError("out of memory with one image at a time: take a smaller base_dim, or another device")
+        raise UserError(
+            "out of memory with one image at a time: take a smaller base_dim, or another device"
+        )
     if (size, recompute) != (config.batch_size, config.recompute):
-        changes = {"batch_size": size, "gradient_accumulation": effective // size, "recompute": recompute}
-        processes.say(f"going on with {', '.join(f'{name} = {value}' for name, value in changes.items())}")
+        changes = {
+            "batch_size": size,
+            "gradient_accumulation": effective // size,
+            "recompute": recompute,
+        }
+        processes.say(
+            f"going on with {', '.join(f'{name} = {value}' for name, value in changes.items())}"
+        )
         run.experiment = run.experiment.override(changes, {})
         run.facts["arithmetic"]["batch_size"] = size
 

@@ -14,7 +14,9 @@ from functions.support.run_folder import last_checkpoint
 # EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed
 EXIT_STOPPED = 75
 SAME_SIGNAL = 1.0
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]
 
 
 class StopSignals:

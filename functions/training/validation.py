@@ -15,7 +15,11 @@ from functions.support.random_numbers import ImageNoise, generator_of
 
 @torch.no_grad()
 def validation_losses(
-    denoisers: list[Denoiser], images_of: Callable, indices: np.ndarray, config: object, processes: Processes
+    denoisers: list[Denoiser],
+    images_of: Callable,
+    indices: np.ndarray,
+    config: object,
+    processes: Processes,
 ) -> list[tuple[float, float]]:
     """Each denoiser's mean loss (Eq. 14), and the error of eps that belongs to it, over fixed (image, t, noise).
 
@@ -40,10 +44,14 @@ def validation_losses(
             x_0 = to_model_range(images_of(all_images[places.start : places.stop]))
             all_t = all_t.to(x_0.device)  # copies it once, with the first batch
             t = all_t[places.start : places.stop]
-            noise = ImageNoise(config.seed, places, x_0.shape[1:], x_0.device, "validation noise").draw()
+            noise = ImageNoise(
+                config.seed, places, x_0.shape[1:], x_0.device, "validation noise"
+            ).draw()
             for denoiser in denoisers:
                 losses = denoising_loss(denoiser, scheduler, x_0, t, noise)
-                found.append(torch.stack([losses, eps_errors(denoiser, scheduler, losses, t)]).sum(dim=1))
+                found.append(
+                    torch.stack([losses, eps_errors(denoiser, scheduler, losses, t)]).sum(dim=1)
+                )
     total = torch.zeros(2 * len(denoisers), dtype=torch.float64)
     if found:
         total += torch.stack(found).cpu().double().view(-1, 2 * len(denoisers)).sum(dim=0)

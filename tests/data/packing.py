@@ -34,14 +34,23 @@ def chunk(kind, body):
 def png(width, height, bit_depth, colour_type, rows, extra=b""):
     """A PNG put together by hand from its filtered rows, independent of any encoder."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + extra
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def files_of(images, pattern, more):
     """Names and bytes, backwards, so that neither a directory's nor an archive's own order is the right one."""
     for number in reversed(range(len(images))):
         name = pattern.format(folder=number - number % 4, number=number, mixed=number % 4)
-        yield name, encoded(images[number], Image.registered_extensions()[Path(name).suffix.lower()])
+        yield (
+            name,
+            encoded(images[number], Image.registered_extensions()[Path(name).suffix.lower()]),
+        )
     yield from dict(more).items()
 
 

@@ -31,7 +31,9 @@ def test_flips_and_angle_0_are_exact_and_each_image_has_its_own_draw():
     turned = augment(x_0, FLIP, angle)
     assert torch.equal(turned[2:], by_hand[2:])
     assert (turned[:2] - by_hand[:2]).abs().amax((1, 2, 3)).min() > 0.02
-    alone = torch.cat([augment(by_hand[i : i + 1], NO_FLIP[:1], angle[i : i + 1]) for i in range(4)])
+    alone = torch.cat(
+        [augment(by_hand[i : i + 1], NO_FLIP[:1], angle[i : i + 1]) for i in range(4)]
+    )
     torch.testing.assert_close(turned, alone, atol=1e-6, rtol=0)
 
 
@@ -51,7 +53,10 @@ def test_rotation_is_the_exact_one_of_a_known_function():
     position = np.arange(size) - (size - 1) / 2
     x, y = np.meshgrid(position, -position)  # y points up
     radians = np.deg2rad(degrees)
-    x_before, y_before = np.cos(radians) * x + np.sin(radians) * y, -np.sin(radians) * x + np.cos(radians) * y
+    x_before, y_before = (
+        np.cos(radians) * x + np.sin(radians) * y,
+        -np.sin(radians) * x + np.cos(radians) * y,
+    )
 
     def wave(x, y):
         waves = [(0.3, 0, 0), (0.1, 0.25, 1), (-0.2, 0.2, 2)]
@@ -67,13 +72,17 @@ def test_rotation_is_the_exact_one_of_a_known_function():
 def test_the_same_as_pillow_given_the_image_and_its_mirrored_surroundings(angle):
     x_0 = texture(1, cutoff=0.1)  # smooth, so that Pillow's bicubic doesn't blur it
     surrounded = np.pad(x_0[0].numpy(), ((0, 0), (16, 16), (16, 16)), mode="symmetric")
-    expected = np.stack([np.array(Image.fromarray(c).rotate(angle, Image.Resampling.BICUBIC)) for c in surrounded])
+    expected = np.stack(
+        [np.array(Image.fromarray(c).rotate(angle, Image.Resampling.BICUBIC)) for c in surrounded]
+    )
     rotated = augment(x_0, NO_FLIP[:1], torch.tensor([angle]))[0].numpy()
     assert np.abs(rotated - expected[:, 16:-16, 16:-16]).max() < 0.05  # turned the other way: 0.5
 
 
 def test_fine_detail_is_kept():
-    energy = lambda x: (x[..., 1:, 1:] - x[..., 1:, :-1]).square() + (x[..., 1:, 1:] - x[..., :-1, 1:]).square()
+    energy = lambda x: (
+        (x[..., 1:, 1:] - x[..., 1:, :-1]).square() + (x[..., 1:, 1:] - x[..., :-1, 1:]).square()
+    )
     x_0 = texture(16, cutoff=0.5)
     rotated = augment(x_0, NO_FLIP, torch.linspace(-3, 3, 16))
     inside = (..., slice(8, -8), slice(8, -8))

@@ -32,14 +32,19 @@ def unpacked(images, tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_images_come_as_they_were_and_the_test_images_validate(packed, images, unpacked, monkeypatch):
+def test_images_come_as_they_were_and_the_test_images_validate(
+    packed, images, unpacked, monkeypatch
+):
     if packed:  # as published, with a folder in it
         with tarfile.open(unpacked / "cifar-10-binary.tar.gz", "w:gz") as archive:
             archive.add(unpacked / "cifar-10-batches-bin", "cifar-10-batches-bin")
         shutil.rmtree(unpacked / "cifar-10-batches-bin")
     monkeypatch.setattr(datasets, "DATA_FOLDER", unpacked.parent)
     found = datasets.load_images("CIFAR10", 32)
-    assert np.array_equal(found.images, images) and found.ids == [*range(100), *range(50_000, 50_007)]
+    assert np.array_equal(found.images, images) and found.ids == [
+        *range(100),
+        *range(50_000, 50_007),
+    ]
     split = datasets.split_images(found, "reference")
     assert (len(split.train_indices), split.val_indices.tolist()) == (100, [*range(100, 107)])
     assert "its test images" in split.description
@@ -48,7 +53,10 @@ def test_images_come_as_they_were_and_the_test_images_validate(packed, images, u
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda file: file.unlink(), "data_batch_3.bin is missing or damaged. Put its binary version there"),
+        (
+            lambda file: file.unlink(),
+            "data_batch_3.bin is missing or damaged. Put its binary version there",
+        ),
         (lambda file: file.write_bytes(b""), "data_batch_3.bin is missing or damaged"),
         (lambda file: os.truncate(file, 5 * RECORD - 1), "data_batch_3.bin is missing or damaged"),
         (lambda file: shutil.rmtree(file.parents[1]), "data_batch_1.bin is missing or damaged"),
@@ -65,9 +73,22 @@ def test_what_is_not_cifar_10_is_refused_in_a_sentence(spoil, said, unpacked):
 def test_the_preset_is_the_papers_and_trains(unpacked, monkeypatch, tmp_path, capsys):
     """Appendix B of Ho et al. 2020: 800,000 steps of 128 images, rate 2e-4, EMA 0.9999, dropout 0.1, flips."""
     diffusion, model = EXPERIMENTS["cifar10"].diffusion, EXPERIMENTS["cifar10"].model
-    wanted = dict(learning_rate=2e-4, warmup_steps=5000, effective_batch=128, ema_decay=0.9999, clip_grad_norm=1.0,
-                  timesteps_diff=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", objective="eps",
-                  t_sampling="uniform", use_augmentation=True, max_rotation=0.0, lr_schedule="constant")  # fmt: skip
+    wanted = dict(
+        learning_rate=2e-4,
+        warmup_steps=5000,
+        effective_batch=128,
+        ema_decay=0.9999,
+        clip_grad_norm=1.0,
+        timesteps_diff=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        objective="eps",
+        t_sampling="uniform",
+        use_augmentation=True,
+        max_rotation=0.0,
+        lr_schedule="constant",
+    )
     assert {name: getattr(diffusion, name) for name in wanted} == wanted and model.dropout == 0.1
     assert 0 <= diffusion.epochs * (50_000 // 128) - 800_000 < 50_000 // 128
     monkeypatch.setattr(datasets, "DATA_FOLDER", unpacked.parent)

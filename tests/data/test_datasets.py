@@ -43,13 +43,22 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
 
 
 PLACES = {
-    "link": lambda data: (data / "FFHQ").symlink_to(write_folder(data.parent / "thumbnails128x128", pattern=TREE)),
-    "official tree": lambda data: write_folder(data / "FFHQ", IMAGES, f"thumbnails128x128/{TREE}", {"teaser.png": b""}),
+    "link": lambda data: (data / "FFHQ").symlink_to(
+        write_folder(data.parent / "thumbnails128x128", pattern=TREE)
+    ),
+    "official tree": lambda data: write_folder(
+        data / "FFHQ", IMAGES, f"thumbnails128x128/{TREE}", {"teaser.png": b""}
+    ),
     "zip beside": lambda data: write_zip(data / "FFHQ.zip"),
     "npz beside": lambda data: write_npz(data / "FFHQ.npz"),
-    "zip inside": lambda data: write_zip(data / "FFHQ" / "archive.zip", pattern=f"thumbnails128x128/{TREE}"),
+    "zip inside": lambda data: write_zip(
+        data / "FFHQ" / "archive.zip", pattern=f"thumbnails128x128/{TREE}"
+    ),
     "npz inside": lambda data: write_npz(data / "FFHQ" / "thumbs.npz"),
-    "zip beside an empty folder": lambda data: ((data / "FFHQ").mkdir(), write_zip(data / "FFHQ.zip")),
+    "zip beside an empty folder": lambda data: (
+        (data / "FFHQ").mkdir(),
+        write_zip(data / "FFHQ.zip"),
+    ),
 }
 
 
@@ -82,9 +91,15 @@ def test_the_full_set_has_two_splits(name, train_count):
     ids = list(range(70_000))
     split = split_images(set_of(ids), name)
     assert split.train_indices.dtype == split.val_indices.dtype == np.int64
-    assert split.train_indices.tolist() == ids[:train_count] and split.val_indices.tolist() == ids[train_count:]
+    assert (
+        split.train_indices.tolist() == ids[:train_count]
+        and split.val_indices.tolist() == ids[train_count:]
+    )
     assert name in split.description and f"{train_count:,}" in split.description
-    for ids_hash, listed in ((split.train_ids_hash, ids[:train_count]), (split.val_ids_hash, ids[train_count:])):
+    for ids_hash, listed in (
+        (split.train_ids_hash, ids[:train_count]),
+        (split.val_ids_hash, ids[train_count:]),
+    ):
         assert ids_hash == hashlib.sha256("\n".join(map(str, listed)).encode()).hexdigest()[:16]
 
 
@@ -107,7 +122,11 @@ def test_an_empty_side_or_an_unknown_split_is_an_error():
 
 
 def test_importing_prints_nothing_and_draws_nothing(monkeypatch, capfd):
-    generators = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    generators = lambda: (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
     before = generators()
     monkeypatch.setattr(sys, "path", sys.path.copy())
     for module in (ROOT / "data").glob("*.py"):

@@ -14,7 +14,9 @@ RGB = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 ONE_BIT = Image.fromarray(RGB[..., 0]).convert("1")
 RGBA = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [0, 100, 200, 51]]], dtype=np.uint8)
 OVER_WHITE = RGBA[..., :3] * (RGBA[..., 3:] / 255) + 255 * (1 - RGBA[..., 3:] / 255)
-GREY_16 = np.array([[0, 128, 129, 300, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535]], dtype=np.uint16)
+GREY_16 = np.array(
+    [[0, 128, 129, 300, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535]], dtype=np.uint16
+)
 RGB_16 = np.random.default_rng(1).integers(0, 65536, (1, 9, 3), dtype=np.uint16)
 PALETTE = Image.new("P", (2, 1))
 PALETTE.putpalette([10, 20, 30, 200, 100, 50])
@@ -26,9 +28,16 @@ def row_16(values):
 
 
 GREY_16_PNG = png(8, 1, 16, 0, row_16(GREY_16))
-TRANSPARENT_16 = png(2, 1, 16, 0, row_16(np.array([257, 514])), chunk(b"tRNS", struct.pack(">H", 257)))
+TRANSPARENT_16 = png(
+    2, 1, 16, 0, row_16(np.array([257, 514])), chunk(b"tRNS", struct.pack(">H", 257))
+)
 CYAN_INK = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
-PREVIEWED = encoded(np.full((32, 32, 3), 80, np.uint8), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+PREVIEWED = encoded(
+    np.full((32, 32, 3), 80, np.uint8),
+    "MPO",
+    save_all=True,
+    append_images=[Image.new("RGB", (8, 8))],
+)
 
 # What the file holds: its bytes, the right pixels, and how far off these may be
 FORMS = {
@@ -37,10 +46,18 @@ FORMS = {
     "lossless webp": (encoded(RGB, "WEBP", lossless=True), RGB, 0),
     "grey": (encoded(RGB[..., 0]), RGB[..., :1], 0),
     "one bit": (encoded(ONE_BIT), np.asarray(ONE_BIT)[..., None] * 255, 0),
-    "16-bit grey, scaled and not clipped": (GREY_16_PNG, np.round(GREY_16[..., None] / 65535 * 255), 0),
+    "16-bit grey, scaled and not clipped": (
+        GREY_16_PNG,
+        np.round(GREY_16[..., None] / 65535 * 255),
+        0,
+    ),
     "16-bit colour": (png(9, 1, 16, 2, row_16(RGB_16)), RGB_16 / 65535 * 255, 1),
     "palette": (encoded(PALETTE), np.array([[[200, 100, 50], [10, 20, 30]]]), 0),
-    "transparent palette": (encoded(PALETTE, transparency=0), np.array([[[200, 100, 50], [255, 255, 255]]]), 0),
+    "transparent palette": (
+        encoded(PALETTE, transparency=0),
+        np.array([[[200, 100, 50], [255, 255, 255]]]),
+        0,
+    ),
     "transparent 16-bit grey": (TRANSPARENT_16, np.array([[[255], [2]]]), 0),
     "alpha": (encoded(RGBA), OVER_WHITE, 1),
     "alpha in webp": (encoded(RGBA, "WEBP", lossless=True, exact=True), OVER_WHITE, 1),
@@ -54,12 +71,23 @@ FORMS = {
 def test_every_form_becomes_rgb(data, expected, tolerance):
     decoded = decode_rgb(data)
     assert decoded.dtype == np.uint8 and decoded.shape == (*expected.shape[:2], 3)
-    np.testing.assert_allclose(decoded, np.broadcast_to(expected, decoded.shape), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(
+        decoded, np.broadcast_to(expected, decoded.shape), rtol=0, atol=tolerance
+    )
 
 
 def test_exif_orientation_is_applied():
     across = RGB.transpose(1, 0, 2)
-    turned = [RGB, RGB[:, ::-1], RGB[::-1, ::-1], RGB[::-1], across, across[:, ::-1], across[::-1, ::-1], across[::-1]]
+    turned = [
+        RGB,
+        RGB[:, ::-1],
+        RGB[::-1, ::-1],
+        RGB[::-1],
+        across,
+        across[:, ::-1],
+        across[::-1, ::-1],
+        across[::-1],
+    ]
     for orientation, expected in enumerate(turned, start=1):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -74,8 +102,14 @@ def animated(image_format):
     ("data", "reason"),
     [
         *((animated(image_format), "animated") for image_format in ("PNG", "WEBP")),
-        *((data, "broken") for data in (encoded(RGB)[:200], encoded(RGB, "JPEG")[:500], encoded(RGB, "BMP")[:200])),
-        *((data, "not a") for data in (animated("GIF"), b"<html>Quota exceeded</html>", encoded(RGB, "TIFF"))),
+        *(
+            (data, "broken")
+            for data in (encoded(RGB)[:200], encoded(RGB, "JPEG")[:500], encoded(RGB, "BMP")[:200])
+        ),
+        *(
+            (data, "not a")
+            for data in (animated("GIF"), b"<html>Quota exceeded</html>", encoded(RGB, "TIFF"))
+        ),
         (encoded(RGB, "WEBP", lossless=True)[:200], "not a|broken"),
         (b"", "empty"),
         (png(20_000, 20_000, 8, 2, b""), "too many pixels"),  # over twice Pillow's limit: its error
@@ -92,8 +126,12 @@ def test_centre_crop_and_pass_through(tmp_path):
     np.testing.assert_array_equal(fit_square(RGB, 12), RGB[:, 2:14])
     np.testing.assert_array_equal(fit_square(tall, 12), tall[2:14])
     (tmp_path / "wide.png").write_bytes(encoded(RGB))
-    np.testing.assert_array_equal(read_image(str(tmp_path / "wide.png"), 12, fit=True), RGB[:, 2:14])
-    with pytest.raises(UserError, match="is 16x12 pixels, the model's images are 12x12; --fit crops and resizes it"):
+    np.testing.assert_array_equal(
+        read_image(str(tmp_path / "wide.png"), 12, fit=True), RGB[:, 2:14]
+    )
+    with pytest.raises(
+        UserError, match="is 16x12 pixels, the model's images are 12x12; --fit crops and resizes it"
+    ):
         read_image(str(tmp_path / "wide.png"), 12, fit=False)
 
 
@@ -103,7 +141,9 @@ def lanczos(x):
 
 def bicubic(x):
     x = abs(x)  # Keys' kernel with a = -1/2
-    return np.select([x < 1, x < 2], [1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2])
+    return np.select(
+        [x < 1, x < 2], [1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2]
+    )
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(32, lanczos), (25, lanczos), (128, bicubic)])

@@ -58,7 +58,9 @@ def test_members_that_are_too_large_or_damaged_are_left_out(tmp_path):
     assert load(path, max_bad_images=1).bad_images == [["00009.png", "larger than 100 MiB"]]
     # a format without a checksum of its own
     path = write_zip(tmp_path / "flipped.zip", pattern="{number:05d}.bmp")
-    pack = load(patched(path, (b"BM", 100, "B", 255 - encoded(IMAGES[9], "BMP")[100])), max_bad_images=1)
+    pack = load(
+        patched(path, (b"BM", 100, "B", 255 - encoded(IMAGES[9], "BMP")[100])), max_bad_images=1
+    )
     assert pack.bad_images == [["00009.bmp", "cannot be read (Bad CRC-32 for file '00009.bmp')"]]
     np.testing.assert_array_equal(pack.images, IMAGES[:9])
 

@@ -13,10 +13,21 @@ from data import packed
 from data.decode import fit_square
 from data.sources import find_source
 from functions.support.errors import UserError
-from tests.data.packing import IMAGES, encoded, forbid_decoding, load, packed_files, write_folder, write_npz, write_zip
+from tests.data.packing import (
+    IMAGES,
+    encoded,
+    forbid_decoding,
+    load,
+    packed_files,
+    write_folder,
+    write_npz,
+    write_zip,
+)
 
 
-@pytest.mark.parametrize(("write", "name"), [(write_folder, "set"), (write_zip, "set.zip"), (write_npz, "set.npz")])
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_folder, "set"), (write_zip, "set.zip"), (write_npz, "set.npz")]
+)
 def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write, name):
     path = write(tmp_path / name)
     pack = load(path)
@@ -24,7 +35,9 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
     assert isinstance(pack.images, np.memmap) and not pack.images.flags.writeable
     assert pack.ids == list(range(10))
     assert pack.path.read_bytes() == IMAGES.tobytes()
-    assert packed_files(pack.path.parent) == [f"{name}-8px.packed" + ending for ending in ("", ".json", ".lock")]
+    assert packed_files(pack.path.parent) == [
+        f"{name}-8px.packed" + ending for ending in ("", ".json", ".lock")
+    ]
     forbid_decoding(monkeypatch)
     np.testing.assert_array_equal(load(path).images, IMAGES)
 
@@ -102,8 +115,14 @@ def test_bad_images_are_listed_and_counted(tmp_path, capsys, monkeypatch):
         load(path, max_bad_images=2)
     printed = capsys.readouterr().out
     assert "8 images" in printed and "3 left out" in printed
-    assert "00002.png: broken" in printed and "00005.jpg: not a PNG" in printed and "00011.png: cannot be" in printed
-    names = [name for name, _ in json.loads((path / "set-8px.packed.json").read_text())["bad_images"]]
+    assert (
+        "00002.png: broken" in printed
+        and "00005.jpg: not a PNG" in printed
+        and "00011.png: cannot be" in printed
+    )
+    names = [
+        name for name, _ in json.loads((path / "set-8px.packed.json").read_text())["bad_images"]
+    ]
     assert names == ["00002.png", "00005.jpg", "00011.png"]
     # Allowing them needs no second decoding, and the limit holds for a pack that is there already.
     forbid_decoding(monkeypatch)

@@ -12,7 +12,9 @@ def test_all_256_values_survive_the_round_trip():
 
 
 def test_model_range_is_the_formula_in_channels_first_order():
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8))
+    images = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
+    )
     x = to_model_range(images)
     expected = images.numpy().astype(np.float64).transpose(0, 3, 1, 2) / 127.5 - 1
     assert x.shape == (2, 3, 5, 4) and x.dtype == torch.float32 and x.is_contiguous()

@@ -12,7 +12,9 @@ from functions.support.errors import UserError
 from tests.conftest import script
 from tests.data.packing import IMAGES, ROOT, encoded, write_folder, write_npz
 
-photo = lambda number, size=128: np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+photo = lambda number, size=128: np.random.default_rng(number).integers(
+    0, 256, (size, size, 3), dtype=np.uint8
+)
 md5 = lambda pixels: hashlib.md5(pixels.tobytes()).hexdigest()
 PHOTOS = [photo(number) for number in range(6)]
 LARGE = photo(0, 1024)
@@ -25,9 +27,22 @@ def sums(tmp_path):
     for number, pixels in enumerate(PHOTOS):
         entries[str(number)] = {
             "metadata": {"photo_url": "https://example.org", "license": "CC0"},
-            "image": {"file_path": "", "pixel_size": [1024, 1024], "pixel_md5": md5(LARGE) if number == 0 else "1"},
-            "thumbnail": {"file_size": 1, "file_md5": "0", "pixel_size": [128, 128], "pixel_md5": md5(pixels)},
-            "in_the_wild": {"pixel_size": [2000, 1500], "pixel_md5": "0", "face_rect": [0, 1, 2, 3]},
+            "image": {
+                "file_path": "",
+                "pixel_size": [1024, 1024],
+                "pixel_md5": md5(LARGE) if number == 0 else "1",
+            },
+            "thumbnail": {
+                "file_size": 1,
+                "file_md5": "0",
+                "pixel_size": [128, 128],
+                "pixel_md5": md5(pixels),
+            },
+            "in_the_wild": {
+                "pixel_size": [2000, 1500],
+                "pixel_md5": "0",
+                "face_rect": [0, 1, 2, 3],
+            },
         }
     path.write_text(json.dumps(entries))
     return path
@@ -67,7 +82,12 @@ def test_a_right_copy_is_verified_then_prepared(ffhq, sums, capsys):
 def test_wrong_missing_and_extra_images_are_named(ffhq, sums, capsys):
     changed, reshaped = photo(1), PHOTOS[4].reshape(64, 256, 3)  # the same bytes in another shape
     changed[64, 64, 0] ^= 1  # one bit of one pixel
-    for number, data in ((1, encoded(changed)), (3, b"broken"), (4, encoded(reshaped)), (9, encoded(photo(9)))):
+    for number, data in (
+        (1, encoded(changed)),
+        (3, b"broken"),
+        (4, encoded(reshaped)),
+        (9, encoded(photo(9))),
+    ):
         (ffhq / "00000" / f"{number:05d}.png").write_bytes(data)
     (ffhq / "00000" / "00002.png").unlink()
     assert prepare.main([str(ffhq), "--verify", str(sums)]) == 1
@@ -92,10 +112,14 @@ def test_copies_of_other_forms_and_the_large_photos_verify_too(sums, tmp_path):
         names = prepare.verify(find_source(path, 128), sums)
         assert [len(listed) for listed in names.values()] == [correct, 0, 6 - correct, 0]
     names = prepare.verify(find_source(write_npz(tmp_path / "b.npz", PHOTOS[1:]), 128), sums)
-    assert [name.partition(":")[0] for name in names["wrong"]] == [f"image {number}" for number in range(5)]
+    assert [name.partition(":")[0] for name in names["wrong"]] == [
+        f"image {number}" for number in range(5)
+    ]
 
 
-@pytest.mark.parametrize("entry", ["{}", '{"thumbnail": {}}', '{"thumbnail": {"pixel_md5": "0"}}', "1"])
+@pytest.mark.parametrize(
+    "entry", ["{}", '{"thumbnail": {}}', '{"thumbnail": {"pixel_md5": "0"}}', "1"]
+)
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"a": ENTRY}', '{"0": ENTRY}'])
 def test_another_json_is_refused(tmp_path, text, entry):
     (tmp_path / "a.json").write_text(text.replace("ENTRY", entry))

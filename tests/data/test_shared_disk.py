@@ -23,9 +23,14 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_read_only_data_goes_to_the_cache_and_is_found_there(tmp_path, monkeypatch):
-    one, two = write_folder(tmp_path / "1" / "set"), write_folder(tmp_path / "2" / "set", 255 - IMAGES)
+    one, two = (
+        write_folder(tmp_path / "1" / "set"),
+        write_folder(tmp_path / "2" / "set", 255 - IMAGES),
+    )
     writable = packed.is_writable
-    monkeypatch.setattr(packed, "is_writable", lambda folder: folder not in (one, two) and writable(folder))
+    monkeypatch.setattr(
+        packed, "is_writable", lambda folder: folder not in (one, two) and writable(folder)
+    )
     for path, expected in ((one, IMAGES), (two, 255 - IMAGES)):
         pack = load(path)
         np.testing.assert_array_equal(pack.images, expected)
@@ -67,7 +72,9 @@ def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(packed, "is_writable", lambda folder: False)
-    with pytest.raises(UserError, match=r"ddpm-packed-images/.* cannot be written \(Not a directory\)"):
+    with pytest.raises(
+        UserError, match=r"ddpm-packed-images/.* cannot be written \(Not a directory\)"
+    ):
         load(path)
 
 

@@ -39,7 +39,9 @@ def test_every_layout_is_numbered_alike(tmp_path, pattern, write, name):
         assert [member.name for member in source.members] == names
 
 
-@pytest.mark.parametrize("names", ["a/1.png a/10.png a/2.png b/1.png zoe.jpeg", "cat_10.png cat_2.png dog_3.png"])
+@pytest.mark.parametrize(
+    "names", ["a/1.png a/10.png a/2.png b/1.png zoe.jpeg", "cat_10.png cat_2.png dog_3.png"]
+)
 def test_names_without_one_series_of_numbers_are_sorted_and_kept_whole(tmp_path, names):
     write_folder(tmp_path, [], more=dict.fromkeys(reversed(names.split()), PICTURE))
     assert find_source(tmp_path, 8).ids == names.split()
@@ -47,20 +49,28 @@ def test_names_without_one_series_of_numbers_are_sorted_and_kept_whole(tmp_path,
 
 def test_few_unnumbered_images_among_many_numbered_ones_are_passed_over(tmp_path):
     for strays, passed_over in ((["preview.png"], True), (["preview.png", "title.png"], False)):
-        path = write_zip(tmp_path / "set.zip", [IMAGES[0]] * 99, more=dict.fromkeys(strays, PICTURE))
+        path = write_zip(
+            tmp_path / "set.zip", [IMAGES[0]] * 99, more=dict.fromkeys(strays, PICTURE)
+        )
         assert (find_source(path, 8).ids == list(range(99))) == passed_over
 
 
 def test_of_two_copies_one_is_read(tmp_path):
     for layout in ("thumbnails128x128", "images1024x1024", "in-the-wild-images"):
         write_folder(tmp_path / layout)
-    for image_size, chosen in ((64, "thumbnails128x128"), (128, "thumbnails128x128"), (256, "images1024x1024")):
+    for image_size, chosen in (
+        (64, "thumbnails128x128"),
+        (128, "thumbnails128x128"),
+        (256, "images1024x1024"),
+    ):
         source = find_source(tmp_path, image_size, numbered=True)
         assert {member.name.split("/")[0] for member in source.members} == {chosen}
         assert source.ids == NUMBERS and chosen in source.notes[0]
 
 
-def test_where_numbers_are_needed_other_images_are_passed_over_and_no_number_may_come_twice(tmp_path):
+def test_where_numbers_are_needed_other_images_are_passed_over_and_no_number_may_come_twice(
+    tmp_path,
+):
     write_folder(tmp_path / "one", more={"ffhq-teaser.png": PICTURE})
     source = find_source(tmp_path, 8, numbered=True)
     assert source.ids == NUMBERS and "ffhq-teaser.png" in source.notes[0]
@@ -75,7 +85,9 @@ def test_names_of_zip_members_are_no_paths(tmp_path):
     link = zipfile.ZipInfo("00098.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     odd_names = dict.fromkeys(["/etc/00090.png", "C:\\00093.png", "../00091.png"], PICTURE)
-    source = find_source(write_zip(tmp_path / "set.zip", more={**odd_names, link: b"/etc/passwd"}), 8)
+    source = find_source(
+        write_zip(tmp_path / "set.zip", more={**odd_names, link: b"/etc/passwd"}), 8
+    )
     assert source.ids == [*NUMBERS, 90, 93, 98]
     assert source.read(10) == PICTURE and source.read(12) == b"/etc/passwd"
     assert not (tmp_path / "00091.png").exists()

@@ -35,7 +35,9 @@ class Mixture:
 
     def cdf(self, z: Tensor, direction: Tensor) -> Tensor:
         """P(x_0 . direction <= z) for a direction (D,) of length 1: a mixture in one dimension."""
-        return (self.weights * torch.special.ndtr((z[:, None] - self.means @ direction) / self.stds)).sum(dim=1)
+        return (
+            self.weights * torch.special.ndtr((z[:, None] - self.means @ direction) / self.stds)
+        ).sum(dim=1)
 
 
 @dataclass
@@ -46,21 +48,30 @@ class Gaussian:
     std: Tensor  # (D,)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.mean + self.std * torch.randn(n, len(self.mean), generator=generator, dtype=torch.float64)
+        return self.mean + self.std * torch.randn(
+            n, len(self.mean), generator=generator, dtype=torch.float64
+        )
 
     def eps(self, y: Tensor, sigma: Tensor) -> Tensor:
         return sigma * (y - self.mean) / (self.std**2 + sigma**2)
 
     def path(self, y: Tensor, sigma: Tensor, sigma_end: Tensor) -> Tensor:
         """Where dy = eps dsigma leads: the distance to the mean keeps its share of the width sqrt(std^2 + sigma^2)."""
-        return self.mean + (y - self.mean) * ((self.std**2 + sigma_end**2) / (self.std**2 + sigma**2)).sqrt()
+        return (
+            self.mean
+            + (y - self.mean) * ((self.std**2 + sigma_end**2) / (self.std**2 + sigma**2)).sqrt()
+        )
 
 
 def double(values) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-MIXTURE = Mixture(double([0.5, 0.3, 0.2]), double([[-0.6, -0.5], [0.7, -0.2], [0.1, 0.6]]), double([0.15, 0.2, 0.3]))
+MIXTURE = Mixture(
+    double([0.5, 0.3, 0.2]),
+    double([[-0.6, -0.5], [0.7, -0.2], [0.1, 0.6]]),
+    double([0.15, 0.2, 0.3]),
+)
 UNIFORM = torch.rand(2, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 IMAGES = Gaussian(UNIFORM[0] - 0.5, 0.1 + 0.4 * UNIFORM[1])  # 3 x 8 x 8
 
@@ -79,13 +90,23 @@ def ideal_model(data, scheduler):
     return model
 
 
-def mean_and_variance(data: Gaussian, sampler, scheduler, times, start=(0.0, 1.0), **options) -> tuple[float, float]:
+def mean_and_variance(
+    data: Gaussian, sampler, scheduler, times, start=(0.0, 1.0), **options
+) -> tuple[float, float]:
     """What a sampler makes of a state with the mean and variance `start`, exactly, for data of one dimension."""
     # With the ideal model the state is linear in all noise: the first image has none, each other a single one, of 1
     noises = torch.eye(len(times) + 1, len(times), dtype=torch.float64).roll(1, 0)
     x = start[0] + start[1] ** 0.5 * noises[:, :1]
     noise = lambda k: noises[:, k + 1 : k + 2]
-    x = sampler(ideal_model(data, scheduler), scheduler, x, times, clip_x_0=False, step_noise=noise, **options)
+    x = sampler(
+        ideal_model(data, scheduler),
+        scheduler,
+        x,
+        times,
+        clip_x_0=False,
+        step_noise=noise,
+        **options,
+    )
     return x[0].item(), (x[1:] - x[0]).square().sum().item()
 
 

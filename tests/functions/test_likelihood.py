@@ -9,7 +9,13 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from functions.likelihood import decoder_log_likelihood, model_variance, posterior_kl, prior_kl, terms_of
+from functions.likelihood import (
+    decoder_log_likelihood,
+    model_variance,
+    posterior_kl,
+    prior_kl,
+    terms_of,
+)
 from functions.noise_scheduler import NoiseScheduler
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -19,15 +25,26 @@ LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 @pytest.mark.parametrize("t", [1, 2, 500, 999])
 def test_kl_is_that_of_torch_distributions(variance, t):
     scheduler = NoiseScheduler(1000)
-    x_0, predicted, x_t = torch.randn(3, 4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+    x_0, predicted, x_t = torch.randn(
+        3, 4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(t)
+    )
     times = torch.full((4,), t)
     mean_q, variance_q = scheduler.q_posterior(x_0, x_t, times, times - 1)
     mean_p, _ = scheduler.q_posterior(predicted, x_t, times, times - 1)
     sigma_squared = model_variance(scheduler, times, variance)
-    expected = kl_divergence(Normal(mean_q, variance_q.sqrt()), Normal(mean_p, sigma_squared.sqrt()))
-    assert_close(posterior_kl(scheduler, x_0, predicted, times, sigma_squared), expected, rtol=1e-9, atol=1e-12)
+    expected = kl_divergence(
+        Normal(mean_q, variance_q.sqrt()), Normal(mean_p, sigma_squared.sqrt())
+    )
+    assert_close(
+        posterior_kl(scheduler, x_0, predicted, times, sigma_squared),
+        expected,
+        rtol=1e-9,
+        atol=1e-12,
+    )
     a = scheduler.alphas_cumprod[-1]
-    expected = kl_divergence(Normal(a.sqrt() * x_0, (1 - a).sqrt()), Normal(torch.zeros(()).double(), 1.0))
+    expected = kl_divergence(
+        Normal(a.sqrt() * x_0, (1 - a).sqrt()), Normal(torch.zeros(()).double(), 1.0)
+    )
     assert_close(prior_kl(scheduler, x_0), expected, rtol=1e-7, atol=1e-12)
 
 
@@ -63,5 +80,7 @@ def test_variances_are_those_of_the_paper_s_code():
 def test_clipping_is_of_the_prediction():
     x_0, noise, t = torch.full((1, 3, 2, 2), 1.0), torch.zeros(1, 3, 2, 2), torch.tensor([50])
     wrong = lambda x_t, t: torch.full_like(x_t, -1.0)  # which puts x_0 above 1
-    clipped, free = (terms_of(wrong, NoiseScheduler(100), x_0, t, noise, "small", clip) for clip in (True, False))
+    clipped, free = (
+        terms_of(wrong, NoiseScheduler(100), x_0, t, noise, "small", clip) for clip in (True, False)
+    )
     assert clipped[2] == 0 and free[2] > 0 and clipped[1] < free[1]

@@ -8,7 +8,9 @@ from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
 
-schedules = pytest.mark.parametrize(("timesteps", "rescale"), [(1000, True), (200, True), (200, False), (50, True)])
+schedules = pytest.mark.parametrize(
+    ("timesteps", "rescale"), [(1000, True), (200, True), (200, False), (50, True)]
+)
 
 
 def numpy_betas(timesteps, rescale):
@@ -25,17 +27,30 @@ def test_noising_at_once_is_noising_step_by_step(timesteps, rescale):
         signal, variance = np.sqrt(1 - beta) * signal, (1 - beta) * variance + beta
         expected.append((signal, np.sqrt(variance)))
     assert_close(scheduler.betas.numpy(), numpy_betas(timesteps, rescale), rtol=1e-12, atol=0)
-    assert_close(scheduler.alphas_cumprod.numpy(), np.array(expected)[:, 0] ** 2, rtol=1e-11, atol=0)
-    x_0, noise = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
-    ours = scheduler.q_sample(x_0.expand(timesteps, 2), torch.arange(timesteps), noise.expand(timesteps, 2))
+    assert_close(
+        scheduler.alphas_cumprod.numpy(), np.array(expected)[:, 0] ** 2, rtol=1e-11, atol=0
+    )
+    x_0, noise = (
+        torch.tensor([1.0, 0.0], dtype=torch.float64),
+        torch.tensor([0.0, 1.0], dtype=torch.float64),
+    )
+    ours = scheduler.q_sample(
+        x_0.expand(timesteps, 2), torch.arange(timesteps), noise.expand(timesteps, 2)
+    )
     assert_close(ours.numpy(), np.array(expected), rtol=1e-11, atol=0)
-    assert scheduler.q_sample(x_0[None].float(), torch.tensor([9]), noise[None].float()).dtype == torch.float32
+    assert (
+        scheduler.q_sample(x_0[None].float(), torch.tensor([9]), noise[None].float()).dtype
+        == torch.float32
+    )
 
 
 @schedules
 def test_the_posterior_is_bayes_rule(timesteps, rescale):
     """Of a step or several: the precisions of the Gaussians q(x_t | x_s) and q(x_s | x_0) add; without Eqs. 6 and 7."""
-    scheduler, alphas = NoiseScheduler(timesteps, rescale_betas=rescale), 1 - numpy_betas(timesteps, rescale)
+    scheduler, alphas = (
+        NoiseScheduler(timesteps, rescale_betas=rescale),
+        1 - numpy_betas(timesteps, rescale),
+    )
     x_0, x_t = np.random.default_rng(0).standard_normal((2, 3, 4, 4))
     images = torch.from_numpy(x_0), torch.from_numpy(x_t)
     half, last = timesteps // 2, timesteps - 1
@@ -73,7 +88,12 @@ def test_an_int_t_is_a_batch_of_it():
     x_0, x_t = torch.randn(2, 3, 3, 4, 4, generator=generator, dtype=torch.float64)
     for t, s in ((0, -1), (1, 0), (700, 20), (999, 998), (999, -1)):
         t_of_images, s_of_images = torch.full((3,), t), torch.full((3,), s)
-        for method in (scheduler.q_sample, scheduler.predict_x_0, scheduler.predict_eps, scheduler.v):
+        for method in (
+            scheduler.q_sample,
+            scheduler.predict_x_0,
+            scheduler.predict_eps,
+            scheduler.v,
+        ):
             assert_close(method(x_0, t, x_t), method(x_0, t_of_images, x_t))
         mean, variance = scheduler.q_posterior(x_0, x_t, t, s)
         means, variances = scheduler.q_posterior(x_0, x_t, t_of_images, s_of_images)
@@ -81,7 +101,9 @@ def test_an_int_t_is_a_batch_of_it():
         assert_close(torch.full((3, 1, 1, 1), variance, dtype=torch.float64), variances)
 
 
-@pytest.mark.parametrize("timesteps, rescale, signal, snr", [(1000, True, 0.0064, 4.0e-5), (200, False, 0.364, 0.152)])
+@pytest.mark.parametrize(
+    "timesteps, rescale, signal, snr", [(1000, True, 0.0064, 4.0e-5), (200, False, 0.364, 0.152)]
+)
 def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale, signal, snr):
     scheduler = NoiseScheduler(timesteps, rescale_betas=rescale)
     assert scheduler.alphas_cumprod[-1].sqrt().item() == pytest.approx(signal, rel=0.01)
@@ -89,7 +111,10 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
 
 
 def test_rescaling_ends_at_nearly_the_same_noise_for_any_number_of_steps():
-    assert max(NoiseScheduler(timesteps).terminal_snr for timesteps in (100, 200, 500, 1000, 4000)) < 1e-4
+    assert (
+        max(NoiseScheduler(timesteps).terminal_snr for timesteps in (100, 200, 500, 1000, 4000))
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ both_schedules = pytest.mark.parametrize("schedule", SCHEDULERS)
 
 
 def normal(seed, count=5):
-    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        count, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def ideal_v(scheduler):
@@ -39,16 +41,23 @@ def ideal_v(scheduler):
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(
     ("sampler", "options"),
-    [(ddpm_sample, {}), (ddim_sample, {}), (dpm_solver_sample, {"eta": 1.0}), (dpm_solver_sample, {}),
-     (ipndm_sample, {})],
-)  # fmt: skip
+    [
+        (ddpm_sample, {}),
+        (ddim_sample, {}),
+        (dpm_solver_sample, {"eta": 1.0}),
+        (dpm_solver_sample, {}),
+        (ipndm_sample, {}),
+    ],
+)
 def test_ideal_networks_of_either_objective_give_the_same_samples(sampler, options, clip, schedule):
     """Up to 1e-6: the `Denoiser` rounds x_t and v to float32, by 6e-8 of up to 4, and x_0 and eps are rotations."""
     # iPNDM's first step multiplies the error of eps by sigma_T, 157 or 2e4; the later ones shrink it as much again
     scheduler, draws = SCHEDULERS[schedule], [normal(k) for k in range(26)]
     options = {**options, "clip_x_0": clip, "step_noise": draws.__getitem__}
     of_eps = sampler(ideal_model(IMAGES, scheduler), scheduler, draws[-1], 25, **options)
-    of_v = sampler(Denoiser(ideal_v(scheduler), scheduler, objective="v"), scheduler, draws[-1], 25, **options)
+    of_v = sampler(
+        Denoiser(ideal_v(scheduler), scheduler, objective="v"), scheduler, draws[-1], 25, **options
+    )
     assert_close(of_v, of_eps, rtol=0, atol=1e-6)
 
 
@@ -74,7 +83,10 @@ def test_losses_convert_as_the_papers_say(objective, schedule):
     network = lambda x_t, t: torch.tanh(2 * x_t.float() + t.view(-1, 1, 1, 1) / 500)
     denoiser = Denoiser(network, scheduler, objective=objective)
     losses = denoising_loss(denoiser, scheduler, x_0, T, noise)
-    a, mean = scheduler.alphas_cumprod[T].view(-1, 1, 1, 1).numpy(), lambda error: (error**2).mean(axis=(1, 2, 3))
+    a, mean = (
+        scheduler.alphas_cumprod[T].view(-1, 1, 1, 1).numpy(),
+        lambda error: (error**2).mean(axis=(1, 2, 3)),
+    )
     x_t = np.sqrt(a) * x_0.numpy() + np.sqrt(1 - a) * noise.numpy()
     said = network(torch.from_numpy(x_t), T).double().numpy()
     eps, guess = said, (x_t - np.sqrt(1 - a) * said) / np.sqrt(a)  # Eq. 15
@@ -89,10 +101,15 @@ def test_losses_convert_as_the_papers_say(objective, schedule):
 
 
 @pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
-@pytest.mark.parametrize(("schedule", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    ("schedule", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")]
+)
 def test_v_is_that_of_diffusers(kind, schedule, theirs):
     """Their `get_velocity`, what `step` takes for x_0, and where a step of DDIM leads."""
-    ours, theirs = SCHEDULERS[schedule], kind(1000, 1e-4, 0.02, theirs, prediction_type="v_prediction")
+    ours, theirs = (
+        SCHEDULERS[schedule],
+        kind(1000, 1e-4, 0.02, theirs, prediction_type="v_prediction"),
+    )
     theirs.alphas_cumprod = ours.alphas_cumprod  # float64
     theirs.set_timesteps(20)
     x_0, noise, said = normal(1).clamp(-1, 1), normal(2), normal(3).float()
@@ -106,14 +123,19 @@ def test_v_is_that_of_diffusers(kind, schedule, theirs):
             found, _ = predict(denoiser, ours, x_t, t, clip)
             assert_close(found, step.pred_original_sample)
         if kind is DDIMScheduler:
-            assert_close(ddim_sample(denoiser, ours, x_t, [t, t - 50], clip_x_0=False), step.prev_sample)
+            assert_close(
+                ddim_sample(denoiser, ours, x_t, [t, t - 50], clip_x_0=False), step.prev_sample
+            )
 
 
 @both_schedules
 def test_the_bound_is_the_same_for_either_objective(schedule):
     """Up to the rounding to float32, of which eps makes an error of 1e-3 in x_0 at T-1, where there are no bits."""
     scheduler = SCHEDULERS[schedule]
-    x_0, noise = IMAGES.sample(5, torch.Generator().manual_seed(0)).view(5, 3, 8, 8).clamp(-1, 1), normal(2)
+    x_0, noise = (
+        IMAGES.sample(5, torch.Generator().manual_seed(0)).view(5, 3, 8, 8).clamp(-1, 1),
+        normal(2),
+    )
     models = ideal_model(IMAGES, scheduler), Denoiser(ideal_v(scheduler), scheduler, objective="v")
     of_eps, of_v = (terms_of(model, scheduler, x_0, T, noise, "small", True) for model in models)
     assert_close(of_v[:2], of_eps[:2], rtol=1e-6, atol=1e-8)  # bits

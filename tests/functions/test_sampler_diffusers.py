@@ -17,7 +17,9 @@ from tests.functions.test_samplers import SHAPE, pure_noise
 @cache
 def alpha_bars(timesteps):
     """alpha_bar in float64, where diffusers has float32: without clipping x_0 is divided by as little as 0.006."""
-    return torch.cumprod(1 - torch.linspace(0.1, 20, timesteps, dtype=torch.float64) / timesteps, dim=0)
+    return torch.cumprod(
+        1 - torch.linspace(0.1, 20, timesteps, dtype=torch.float64) / timesteps, dim=0
+    )
 
 
 def model_of(timesteps):
@@ -33,7 +35,9 @@ def model_of(timesteps):
 
 def theirs(kind, timesteps=1000, **options):
     scale = 1000 / timesteps
-    scheduler = kind(timesteps, beta_start=1e-4 * scale, beta_end=0.02 * scale, beta_schedule="linear", **options)
+    scheduler = kind(
+        timesteps, beta_start=1e-4 * scale, beta_end=0.02 * scale, beta_schedule="linear", **options
+    )
     scheduler.alphas_cumprod = alpha_bars(timesteps)
     return scheduler
 
@@ -54,9 +58,13 @@ def their_states(scheduler, **options):
 
 def our_states(sampler, timesteps, *arguments, noise_dtype=torch.float64, **options):
     states, generator = [], torch.Generator().manual_seed(2)
-    options["step_noise"] = lambda k: torch.randn(SHAPE, generator=generator, dtype=noise_dtype).double()
+    options["step_noise"] = lambda k: torch.randn(
+        SHAPE, generator=generator, dtype=noise_dtype
+    ).double()
     options["on_step"] = lambda k, t, x, x_0: states.append(x)
-    x_0 = sampler(model_of(timesteps), NoiseScheduler(timesteps), pure_noise(), *arguments, **options)
+    x_0 = sampler(
+        model_of(timesteps), NoiseScheduler(timesteps), pure_noise(), *arguments, **options
+    )
     assert torch.equal(x_0, states[-1])
     return torch.stack(states)
 
@@ -64,11 +72,16 @@ def our_states(sampler, timesteps, *arguments, noise_dtype=torch.float64, **opti
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize(
-    ("timesteps", "steps", "spacing"), [(250, 250, "trailing"), (1000, 50, "trailing"), (1000, 12, "logsnr")]
+    ("timesteps", "steps", "spacing"),
+    [(250, 250, "trailing"), (1000, 50, "trailing"), (1000, 12, "logsnr")],
 )
 def test_ddpm_agrees_with_diffusers_step_for_step(timesteps, steps, spacing, variance, clip):
-    scheduler = theirs(DDPMScheduler, timesteps, variance_type=f"fixed_{variance}", clip_sample=clip)
-    scheduler.set_timesteps(timesteps=sampling_times(NoiseScheduler(timesteps), steps, spacing)[:-1])
+    scheduler = theirs(
+        DDPMScheduler, timesteps, variance_type=f"fixed_{variance}", clip_sample=clip
+    )
+    scheduler.set_timesteps(
+        timesteps=sampling_times(NoiseScheduler(timesteps), steps, spacing)[:-1]
+    )
     ours = our_states(ddpm_sample, timesteps, steps, variance, spacing, clip)
     assert_close(ours, their_states(scheduler), rtol=0, atol=1e-7)
 
@@ -77,16 +90,22 @@ def test_ddpm_agrees_with_diffusers_step_for_step(timesteps, steps, spacing, var
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(("steps", "eta"), [(200, 0.0), (50, 0.0), (50, 1.0), (8, 0.5), (1, 0.0)])
 def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
-    scheduler = theirs(DDIMScheduler, clip_sample=clip, timestep_spacing="trailing", set_alpha_to_one=True)
+    scheduler = theirs(
+        DDIMScheduler, clip_sample=clip, timestep_spacing="trailing", set_alpha_to_one=True
+    )
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == sampling_times(NoiseScheduler(1000), steps)[:-1]
     ours = our_states(ddim_sample, 1000, steps, eta, clip_x_0=clip)
-    assert_close(ours, their_states(scheduler, eta=eta, use_clipped_model_output=clip), rtol=0, atol=1e-7)
+    assert_close(
+        ours, their_states(scheduler, eta=eta, use_clipped_model_output=clip), rtol=0, atol=1e-7
+    )
 
 
 # Their `step` rounds the state to float32. Below 15 steps the last is of order 1 wherever it ends, `lower_order_final`.
 @pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
-@pytest.mark.parametrize(("steps", "stop"), [(1, -1), (2, -1), (10, -1), (40, -1), (10, 0), (40, 0)])
+@pytest.mark.parametrize(
+    ("steps", "stop"), [(1, -1), (2, -1), (10, -1), (40, -1), (10, 0), (40, 0)]
+)
 @pytest.mark.parametrize(
     ("algorithm", "order", "sampler", "eta"),
     [
@@ -95,7 +114,9 @@ def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
         ("sde-dpmsolver++", 2, dpm_solver_sample, 1.0),
     ],
 )
-def test_dpm_solver_agrees_with_diffusers_step_for_step(algorithm, order, sampler, eta, steps, stop, spacing):
+def test_dpm_solver_agrees_with_diffusers_step_for_step(
+    algorithm, order, sampler, eta, steps, stop, spacing
+):
     options = {"solver_order": order, "final_sigmas_type": "zero" if stop == -1 else "sigma_min"}
     scheduler = theirs(DPMSolverMultistepScheduler, algorithm_type=algorithm, **options)
     times = sampling_times(NoiseScheduler(1000), steps, spacing)

@@ -7,7 +7,14 @@ from torch import distributions
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from tests.functions import known_denoisers
-from tests.functions.known_denoisers import IMAGES, MIXTURE, Gaussian, double, ideal_model, part_of_the_way
+from tests.functions.known_denoisers import (
+    IMAGES,
+    MIXTURE,
+    Gaussian,
+    double,
+    ideal_model,
+    part_of_the_way,
+)
 
 
 @pytest.mark.parametrize("data", [MIXTURE, IMAGES], ids=["mixture", "images"])
@@ -21,9 +28,13 @@ def test_the_ideal_denoiser_is_the_score(sigma, data):
         parts = distributions.Independent(distributions.Normal(data.means, spread), 1)
         density = distributions.MixtureSameFamily(distributions.Categorical(data.weights), parts)
     else:
-        density = distributions.Independent(distributions.Normal(data.mean, (data.std**2 + sigma**2).sqrt()), 1)
+        density = distributions.Independent(
+            distributions.Normal(data.mean, (data.std**2 + sigma**2).sqrt()), 1
+        )
     (score,) = torch.autograd.grad(density.log_prob(y).sum(), y)
-    torch.testing.assert_close(data.eps(y.detach(), torch.full((20, 1), sigma, dtype=torch.float64)), -sigma * score)
+    torch.testing.assert_close(
+        data.eps(y.detach(), torch.full((20, 1), sigma, dtype=torch.float64)), -sigma * score
+    )
 
 
 def distance(x_0):
@@ -52,7 +63,10 @@ def distance(x_0):
 def test_samples_are_distributed_as_the_data(sampler, options, spacing):
     n, scheduler, generator = 4000, NoiseScheduler(1000), torch.Generator().manual_seed(0)
     normal = lambda k=0: torch.randn(n, 2, generator=generator, dtype=torch.float64)
-    model, x_T = ideal_model(MIXTURE, scheduler), scheduler.q_sample(MIXTURE.sample(n, generator), 999, normal())
+    model, x_T = (
+        ideal_model(MIXTURE, scheduler),
+        scheduler.q_sample(MIXTURE.sample(n, generator), 999, normal()),
+    )
     options = {**options, "spacing": spacing, "clip_x_0": False, "step_noise": normal}
     few, many = (distance(sampler(model, scheduler, x_T, steps, **options)) for steps in (5, 200))
     assert many < 2.2 / n**0.5  # of true samples one direction in 8,000 is further off than this
@@ -68,7 +82,9 @@ def slopes(errors):
     return (-torch.stack(errors).log2().diff()).tolist()
 
 
-@pytest.fixture(scope="module", params=[(MIXTURE, (2,)), (IMAGES, (3, 8, 8))], ids=["mixture", "images"])
+@pytest.fixture(
+    scope="module", params=[(MIXTURE, (2,)), (IMAGES, (3, 8, 8))], ids=["mixture", "images"]
+)
 def path(request):
     """Data, its schedule, and both ends of the ways on which noise becomes data."""
     (data, shape), scheduler = request.param, NoiseScheduler(T)
@@ -102,13 +118,19 @@ def test_the_error_falls_with_the_order(sampler, spacing, order, path):
         *((dpm_solver_sample, {"eta": eta}, 2) for eta in (0.5, 1.0)),
     ],
 )
-def test_with_fresh_noise_the_error_of_the_distribution_falls_with_the_order(sampler, options, order):
+def test_with_fresh_noise_the_error_of_the_distribution_falls_with_the_order(
+    sampler, options, order
+):
     """The weak order, without any chance in it: by the mean and the variance of one-dimensional data."""
     data, scheduler, errors = Gaussian(double([0.3]), double([0.4])), NoiseScheduler(T), []
-    start, stop = ((a**0.5 * 0.3, a * 0.4**2 + 1 - a) for a in map(scheduler.alpha_bar, (START, STOP)))
+    start, stop = (
+        (a**0.5 * 0.3, a * 0.4**2 + 1 - a) for a in map(scheduler.alpha_bar, (START, STOP))
+    )
     for steps in (128, 256, 512):
         times = part_of_the_way(scheduler, steps, "trailing", START, STOP)
-        mean, variance = known_denoisers.mean_and_variance(data, sampler, scheduler, times, start, **options)
+        mean, variance = known_denoisers.mean_and_variance(
+            data, sampler, scheduler, times, start, **options
+        )
         assert mean == pytest.approx(stop[0], rel=1e-12)
         errors.append(double(abs(variance - stop[1])))
     assert slopes(errors) == pytest.approx([order] * 2, abs=0.15)
@@ -124,7 +146,9 @@ def test_an_ipndm_step_integrates_polynomials_as_far_as_it_looks_back(degree):
     model = lambda x_t, t: (sigma[t] ** degree)[:, None].expand_as(x_t)
     x_T = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     times = list(range(199, 0, -22))
-    ipndm_sample(model, scheduler, x_T, times, clip_x_0=False, on_step=lambda k, t, x, x_0: states.append(x))
+    ipndm_sample(
+        model, scheduler, x_T, times, clip_x_0=False, on_step=lambda k, t, x, x_0: states.append(x)
+    )
     y = torch.stack([x_T, *states]) / scheduler.alphas_cumprod[times].sqrt()[:, None, None]
     exact = (sigma[times[1:]] ** (degree + 1) - sigma[times[:-1]] ** (degree + 1)) / (degree + 1)
     errors = (y.diff(dim=0) - exact[:, None, None]).abs().amax(dim=(1, 2))

@@ -13,7 +13,9 @@ from functions.timesteps import sampling_times
 from tests.functions.known_denoisers import Gaussian, double, mean_and_variance
 
 SHAPE = (2, 3, 4, 4)
-all_samplers = pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample, dpm_solver_sample, ipndm_sample])
+all_samplers = pytest.mark.parametrize(
+    "sampler", [ddpm_sample, ddim_sample, dpm_solver_sample, ipndm_sample]
+)
 
 
 def smooth_model(x_t, t):
@@ -31,18 +33,28 @@ def pure_noise(seed=1):
 
 
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize(("steps", "spacing"), [(100, "trailing"), (17, "trailing"), (10, "logsnr")])
+@pytest.mark.parametrize(
+    ("steps", "spacing"), [(100, "trailing"), (17, "trailing"), (10, "logsnr")]
+)
 def test_ddim_with_eta_1_is_ddpm(steps, spacing, clip):
     scheduler, options = NoiseScheduler(100), {"spacing": spacing, "clip_x_0": clip}
-    ddpm = ddpm_sample(smooth_model, scheduler, pure_noise(), steps, step_noise=noise_source(), **options)
-    ddim = ddim_sample(smooth_model, scheduler, pure_noise(), steps, 1.0, step_noise=noise_source(), **options)
+    ddpm = ddpm_sample(
+        smooth_model, scheduler, pure_noise(), steps, step_noise=noise_source(), **options
+    )
+    ddim = ddim_sample(
+        smooth_model, scheduler, pure_noise(), steps, 1.0, step_noise=noise_source(), **options
+    )
     torch.testing.assert_close(ddim, ddpm, rtol=1e-9, atol=1e-9)
 
 
 def algorithm_2(a, a_s):
     """The factors of x_t and of eps, and the variance of the noise, in line 4 of Algorithm 2 (Ho et al. 2020)."""
     beta = 1 - a / a_s
-    return 1 / np.sqrt(1 - beta), -beta / np.sqrt(1 - a) / np.sqrt(1 - beta), beta * (1 - a_s) / (1 - a)
+    return (
+        1 / np.sqrt(1 - beta),
+        -beta / np.sqrt(1 - a) / np.sqrt(1 - beta),
+        beta * (1 - a_s) / (1 - a),
+    )
 
 
 def eq_12(a, a_s):
@@ -52,9 +64,14 @@ def eq_12(a, a_s):
 
 @pytest.mark.parametrize(
     ("sampler", "formula", "timesteps", "steps"),
-    [*((ddpm_sample, algorithm_2, n, n) for n in (50, 200)), *((ddim_sample, eq_12, 1000, n) for n in (10, 50))],
+    [
+        *((ddpm_sample, algorithm_2, n, n) for n in (50, 200)),
+        *((ddim_sample, eq_12, 1000, n) for n in (10, 50)),
+    ],
 )
-def test_the_distribution_is_exactly_that_of_the_paper_s_formula(sampler, formula, timesteps, steps):
+def test_the_distribution_is_exactly_that_of_the_paper_s_formula(
+    sampler, formula, timesteps, steps
+):
     """In one dimension, x_0 ~ N(m, s^2), the best eps is linear in x_t."""
     m, s, scheduler = 0.3, 0.4, NoiseScheduler(timesteps)
     times = sampling_times(scheduler, steps)
@@ -78,7 +95,9 @@ def test_clipping_is_that_of_a_model_whose_eps_agrees_with_the_clipped_x_0(sampl
     clipped_x_0 = lambda x_t, t: scheduler.predict_x_0(x_t, t, wild(x_t, t)).clamp(-1, 1)
     clipped = lambda x_t, t: scheduler.predict_eps(x_t, t, clipped_x_0(x_t, t))
     ours = sampler(wild, scheduler, pure_noise(), 20, step_noise=noise_source(), on_step=keep)
-    expected = sampler(clipped, scheduler, pure_noise(), 20, clip_x_0=False, step_noise=noise_source())
+    expected = sampler(
+        clipped, scheduler, pure_noise(), 20, clip_x_0=False, step_noise=noise_source()
+    )
     torch.testing.assert_close(ours, expected.clamp(-1, 1), rtol=1e-9, atol=1e-9)
     assert torch.stack(predictions).abs().max() == 1 and ours.abs().max() <= 1
 
@@ -99,7 +118,9 @@ def test_noise_is_asked_for_once_a_step_and_not_at_the_end():
 @all_samplers
 def test_a_sample_depends_on_its_own_noise_alone(sampler):
     noises = torch.randn(13, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    sampled = lambda some: sampler(smooth_model, NoiseScheduler(100), some[-1], 12, step_noise=lambda k: some[k])
+    sampled = lambda some: sampler(
+        smooth_model, NoiseScheduler(100), some[-1], 12, step_noise=lambda k: some[k]
+    )
     together = sampled(noises)
     for i in range(5):
         assert torch.equal(sampled(noises[:, i : i + 1])[0], together[i])
@@ -109,9 +130,13 @@ def test_a_sample_depends_on_its_own_noise_alone(sampler):
 def test_the_way_can_be_given_as_times(sampler):
     scheduler, seen = NoiseScheduler(1000), []
     times = sampling_times(scheduler, 12, "logsnr")
-    at_once = sampler(smooth_model, scheduler, pure_noise(), 12, spacing="logsnr", step_noise=noise_source())
+    at_once = sampler(
+        smooth_model, scheduler, pure_noise(), 12, spacing="logsnr", step_noise=noise_source()
+    )
     keep = lambda k, t, x, x_0: seen.append((k, t))
-    by_times = sampler(smooth_model, scheduler, pure_noise(), times, step_noise=noise_source(), on_step=keep)
+    by_times = sampler(
+        smooth_model, scheduler, pure_noise(), times, step_noise=noise_source(), on_step=keep
+    )
     assert torch.equal(by_times, at_once)
     assert seen == list(enumerate(times[:-1]))
 
@@ -124,7 +149,9 @@ def test_the_way_can_be_taken_in_parts(sampler):
 
     def part(x, first, last):
         noise = draws[first:last].__getitem__
-        return sampler(smooth_model, scheduler, x, times[first : last + 1], clip_x_0=False, step_noise=noise)
+        return sampler(
+            smooth_model, scheduler, x, times[first : last + 1], clip_x_0=False, step_noise=noise
+        )
 
     second, at_once = part(part(pure_noise(), 0, 5), 5, 12), part(pure_noise(), 0, 12)
     torch.testing.assert_close(second, at_once, rtol=1e-12, atol=1e-12)

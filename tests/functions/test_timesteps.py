@@ -42,7 +42,10 @@ def test_logsnr_times_are_even_in_the_log_snr(start, stop):
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
 def test_mixed_times_are_log_normal_at_odd_places_and_as_they_were_at_even_ones(beta_schedule):
     """Each t has the share of N(-1.2, 1.2^2) that is nearer to its ln sigma than to any other's."""
-    scheduler, generator = NoiseScheduler(100, beta_schedule=beta_schedule), torch.Generator().manual_seed(0)
+    scheduler, generator = (
+        NoiseScheduler(100, beta_schedule=beta_schedule),
+        torch.Generator().manual_seed(0),
+    )
     uniform = torch.randint(100, (200_001,), generator=generator)
     normal = torch.randn(200_001, generator=generator)
     mixed = mixed_timesteps(scheduler, uniform, normal)
@@ -59,7 +62,10 @@ def test_mixed_times_are_log_normal_at_odd_places_and_as_they_were_at_even_ones(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"steps": n}, f"steps is {n}; a model with 100 timesteps takes 1 to 100") for n in (0, 101)),
+        *(
+            ({"steps": n}, f"steps is {n}; a model with 100 timesteps takes 1 to 100")
+            for n in (0, 101)
+        ),
         *(({"steps": times}, "must be 2 or more, falling") for times in ([9, 9, -1], [9])),
         ({"steps": [9, -2]}, "at least -1"),
         ({"steps": [100, 9]}, "at most 99"),

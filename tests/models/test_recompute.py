@@ -47,13 +47,17 @@ def gradients(net, mode, dtype=torch.float32, device=CPU):
     with Convolutions() as repeated:
         loss.backward()
     # A key's bias shifts all scores of a query alike, which softmax ignores: its gradient is rounding error
-    return {name: p.grad.cpu() for name, p in net.named_parameters() if "key.bias" not in name}, repeated.count
+    return {
+        name: p.grad.cpu() for name, p in net.named_parameters() if "key.bias" not in name
+    }, repeated.count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradients_are_the_same_bit_for_bit_and_norms_repeat_no_convolution(dtype):
     net = network(dropout=0.3)
-    (kept, none), (of_norms, norms), (of_blocks, blocks) = (gradients(net, mode, dtype) for mode in MODES)
+    (kept, none), (of_norms, norms), (of_blocks, blocks) = (
+        gradients(net, mode, dtype) for mode in MODES
+    )
     for name, value in kept.items():
         assert torch.equal(of_norms[name], value) and torch.equal(of_blocks[name], value), name
     assert none == norms == 0 and blocks > 20  # so the counter counts
@@ -61,8 +65,10 @@ def test_the_gradients_are_the_same_bit_for_bit_and_norms_repeat_no_convolution(
 
 def test_in_bfloat16_the_gradients_are_nearly_those_of_float32():
     net = network()
-    exact, near = (torch.cat([g.flatten() for g in gradients(net, "norms", dtype)[0].values()])
-                   for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
+    exact, near = (
+        torch.cat([g.flatten() for g in gradients(net, "norms", dtype)[0].values()])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert 1e-3 < (near - exact).norm() / exact.norm() < 0.02  # measured: 0.008
 
 
@@ -76,7 +82,10 @@ def test_what_a_block_keeps_is_counted_by_hand():
     for recompute, channels in ((True, 4 + 4), (False, 4 + 4 + 3 * 6 + 2 * 4)):
         block = ResidualBlock(6, 4, 8, 0.0, partial(GroupNorm, 2)).double().to(memory_format=layout)
         block.recompute_norms = recompute
-        parts = [torch.randn(N, C, H, H).double().contiguous(memory_format=layout).requires_grad_() for C in (4, 2)]
+        parts = [
+            torch.randn(N, C, H, H).double().contiguous(memory_format=layout).requires_grad_()
+            for C in (4, 2)
+        ]
         time_embedding = torch.randn(N, 8).double().requires_grad_()
         with LiveBytes() as live:
             y = block(time_embedding, *parts)
@@ -84,7 +93,9 @@ def test_what_a_block_keeps_is_counted_by_hand():
         del y
 
 
-@pytest.mark.parametrize(("mode", "least", "most"), [("none", 145, 160), ("norms", 45, 52), ("blocks", 18, 22)])
+@pytest.mark.parametrize(
+    ("mode", "least", "most"), [("none", 145, 160), ("norms", 45, 52), ("blocks", 18, 22)]
+)
 def test_little_is_kept_for_backward_at_the_reference_size(mode, least, most):
     """In bfloat16, an image. Shapes alone count, so the weights get no values."""
     with torch.device("meta"):
@@ -111,4 +122,6 @@ def test_another_mode_is_refused():
 @pytest.mark.slow
 def test_a_resumed_run_may_recompute_more(unfinished, tiny_run):
     call(train.main, "--resume", unfinished, "--diffusion.recompute", "blocks")
-    torch.testing.assert_close(newest(unfinished)["model"], newest(tiny_run)["model"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        newest(unfinished)["model"], newest(tiny_run)["model"], rtol=0, atol=0
+    )

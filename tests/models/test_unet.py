@@ -29,9 +29,15 @@ def test_parameter_counts_are_the_papers(shape, count):
 
 
 SMALL = {
-    "attention at the lowest level": ModelConfig(4, (1, 2, 2), (2,), base_dim=16, image_size=16, norm_groups=8),
-    "attention in the middle, uneven channels": ModelConfig(4, (1, 3, 2, 4), (1, 2), 16, image_size=32, norm_groups=4),
-    "diffusers' details": ModelConfig(4, (1, 3, 2), (1, 2), 16, image_size=16, norm_groups=4, dialect="diffusers"),
+    "attention at the lowest level": ModelConfig(
+        4, (1, 2, 2), (2,), base_dim=16, image_size=16, norm_groups=8
+    ),
+    "attention in the middle, uneven channels": ModelConfig(
+        4, (1, 3, 2, 4), (1, 2), 16, image_size=32, norm_groups=4
+    ),
+    "diffusers' details": ModelConfig(
+        4, (1, 3, 2), (1, 2), 16, image_size=16, norm_groups=4, dialect="diffusers"
+    ),
 }
 
 
@@ -41,7 +47,9 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, l
     torch.manual_seed(0)
     ours, theirs = UNet(**vars(shape)), build_diffusers(shape)
     their_parameters = dict(theirs.named_parameters())
-    pairs = {name: (p, their_parameters.pop(their_name(name))) for name, p in ours.named_parameters()}
+    pairs = {
+        name: (p, their_parameters.pop(their_name(name))) for name, p in ours.named_parameters()
+    }
     assert not their_parameters  # each of theirs is one of ours
     assert [our_name(their_name(name)) for name in pairs] == [*pairs]
     for parameter, other in pairs.values():
@@ -57,7 +65,13 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, l
         output.square().mean().backward()
     for name, (parameter, other) in pairs.items():
         expected = other.grad.reshape(parameter.shape)
-        assert_close(parameter.grad, expected, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            parameter.grad,
+            expected,
+            rtol=1e-3,
+            atol=2e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_time_embedding_is_the_papers():

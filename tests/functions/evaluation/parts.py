@@ -9,13 +9,17 @@ from functions.support.processes import Processes
 def small_features(images):
     """uint8 (B, 3, H, W) -> (B, 8): mean colours, contrasts, and the brightness of two corners."""
     x = images.double() / 255
-    return torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3)), x[:, 0, 0, :1], x[:, 1, -1, -1:]], dim=1).float()
+    return torch.cat(
+        [x.mean(dim=(2, 3)), x.std(dim=(2, 3)), x[:, 0, 0, :1], x[:, 1, -1, -1:]], dim=1
+    ).float()
 
 
 def small_extractor(weights=None, device=None, processes=None):
     if weights:
         return load_inception(weights, device)
-    return Extractor({"extractor": "small", "weights_hash": "none"}, 8, small_features, torch.device("cpu"))
+    return Extractor(
+        {"extractor": "small", "weights_hash": "none"}, 8, small_features, torch.device("cpu")
+    )
 
 
 class Harm:

@@ -14,7 +14,14 @@ from functions.prediction import Denoiser
 from functions.sampling.calibration import band_means, octaves, spectrum
 from tests.conftest import LittleMemory, call
 from tests.functions.evaluation.parts import of_each_process
-from tests.functions.gaussian_bands import MU, SCHEDULER, VARIANCES, by_bands, draw_images, ideal_eps
+from tests.functions.gaussian_bands import (
+    MU,
+    SCHEDULER,
+    VARIANCES,
+    by_bands,
+    draw_images,
+    ideal_eps,
+)
 
 
 def half_the_mean(x_t, t):
@@ -25,7 +32,9 @@ def half_the_mean(x_t, t):
 def measured(eps, memory=4096, processes=None, images=100, seed=0):
     x_0, processes = draw_images(images, seed), [processes] if processes else []
     denoiser = Denoiser(LittleMemory(eps, memory), SCHEDULER)
-    return bands.measure_bands(denoiser, lambda i: x_0[i], np.arange(images), MU, 256, seed, *processes)
+    return bands.measure_bands(
+        denoiser, lambda i: x_0[i], np.arange(images), MU, 256, seed, *processes
+    )
 
 
 def expected(eps, times):
@@ -83,7 +92,9 @@ def test_bands_are_octaves(size, monkeypatch):
 def test_neither_processes_nor_memory_change_the_result(monkeypatch):
     monkeypatch.setattr(bands, "DRAWS", 27)
     whole = measured(ideal_eps, images=9)
-    np.testing.assert_allclose(measured(ideal_eps, memory=5, images=9).ratio, whole.ratio, rtol=1e-5)
+    np.testing.assert_allclose(
+        measured(ideal_eps, memory=5, images=9).ratio, whole.ratio, rtol=1e-5
+    )
     parts = of_each_process(3, lambda processes: measured(ideal_eps, processes=processes, images=9))
     summed = sum(parts).unflatten(1, (-1, 9)).mean(dim=(1, 2))
     np.testing.assert_allclose(summed / torch.from_numpy(whole.variance), whole.ratio, rtol=1e-9)
@@ -99,7 +110,9 @@ def test_the_heat_map_is_red_where_it_is_worse_than_nothing(tmp_path):
     assert upper_right[0] > upper_right[2] + 50 and upper_left[2] > upper_left[0] + 50
     # Of each column: the frame has two that are black from top to bottom
     black = (pixels.max(axis=2) < 40).sum(axis=0)
-    assert (black > height / 5).sum() > 4 and (black[: width // 2] > height / 5).sum() < (black > height / 5).sum()
+    assert (black > height / 5).sum() > 4 and (black[: width // 2] > height / 5).sum() < (
+        black > height / 5
+    ).sum()
 
 
 @pytest.mark.slow

@@ -45,9 +45,13 @@ def expected_terms(scheduler, variance):
 def test_terms_equal_the_closed_form_on_gaussian_data(variance):
     scheduler, x_0 = NoiseScheduler(40), gaussian_images(64, 8)
     options = BoundOptions(variance=variance, clip_x_0=False)
-    result = measure_bits_per_dim(best_denoiser(scheduler), lambda i: x_0[i], np.arange(64), options)
+    result = measure_bits_per_dim(
+        best_denoiser(scheduler), lambda i: x_0[i], np.arange(64), options
+    )
     sampled = x_0.numel() ** -0.5 * 5 * math.sqrt(2)  # of a mean of squared normals
-    np.testing.assert_allclose(result.terms.mean(axis=0)[1:], expected_terms(scheduler, variance)[1:], rtol=sampled)
+    np.testing.assert_allclose(
+        result.terms.mean(axis=0)[1:], expected_terms(scheduler, variance)[1:], rtol=sampled
+    )
     a = scheduler.alphas_cumprod.numpy()
     prior = 0.5 * (a[-1] * (S**2 + MU**2) + (1 - a[-1]) - 1 - math.log(1 - a[-1])) / math.log(2)
     assert result.prior.mean() == pytest.approx(prior, rel=sampled)
@@ -60,11 +64,16 @@ FOUR = double([0.4] + [0] * 99 + [0.1, 0.2] + [0] * 153 + [0.3])  # normals desc
 
 
 @pytest.mark.parametrize(
-    ("weights", "variance", "gap"), [(SMOOTH, "large", 0.3), (SMOOTH, "small", 1.0), (FOUR, "small", 1.0)]
+    ("weights", "variance", "gap"),
+    [(SMOOTH, "large", 0.3), (SMOOTH, "small", 1.0), (FOUR, "small", 1.0)],
 )
 def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
     """Up to gaps: the large variance is right for data as wide as noise, the small one for a point (Section 3.2)."""
-    scheduler, p, levels = NoiseScheduler(1000), weights[weights > 0] / weights.sum(), LEVELS[weights > 0]
+    scheduler, p, levels = (
+        NoiseScheduler(1000),
+        weights[weights > 0] / weights.sum(),
+        LEVELS[weights > 0],
+    )
 
     def eps(x_t, t):
         a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -72,9 +81,14 @@ def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
         x_0 = ((p.log() - squares / (2 * (1 - a[..., None]))).softmax(-1) * levels).sum(-1)
         return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
 
-    drawn = torch.multinomial(p, 16 * 48, replacement=True, generator=torch.Generator().manual_seed(0))
+    drawn = torch.multinomial(
+        p, 16 * 48, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
     x_0 = levels[drawn].view(16, 3, 4, 4).float()
-    denoiser, options = Denoiser(LittleMemory(eps, 64), scheduler), BoundOptions(t_stride=20, variance=variance)
+    denoiser, options = (
+        Denoiser(LittleMemory(eps, 64), scheduler),
+        BoundOptions(t_stride=20, variance=variance),
+    )
     result = measure_bits_per_dim(denoiser, lambda i: x_0[i], np.arange(16), options)
     entropy = -(p * p.log2()).sum().item()
     assert entropy - 3 * result.standard_error < result.total < entropy + gap
@@ -84,8 +98,13 @@ def test_no_code_is_shorter_than_the_entropy(weights, variance, gap):
 def test_strides_are_unbiased():
     """Over many images the sum is the full one within the error that is stated, which is larger for fewer t."""
     scheduler, x_0 = NoiseScheduler(100), gaussian_images(100, 4)
-    measure = lambda options: measure_bits_per_dim(best_denoiser(scheduler), lambda i: x_0[i], np.arange(100), options)
-    full, some = map(measure, (BoundOptions(1, batch_size=2048, clip_x_0=False), BoundOptions(10, clip_x_0=False)))
+    measure = lambda options: measure_bits_per_dim(
+        best_denoiser(scheduler), lambda i: x_0[i], np.arange(100), options
+    )
+    full, some = map(
+        measure,
+        (BoundOptions(1, batch_size=2048, clip_x_0=False), BoundOptions(10, clip_x_0=False)),
+    )
     assert full.lengths.tolist() == [1] * 100 and len(some.lengths) < 30
     assert some.lengths.sum() == 100 and some.lengths[0] == 1 and some.lengths.max() == 10
     assert full.standard_error < some.standard_error < 10 * full.standard_error
@@ -100,7 +119,9 @@ def small_measurement(indices=HELD_OUT, processes=SINGLE_PROCESS, most=64, **opt
     scheduler = NoiseScheduler(40)
     x_0 = torch.randn(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     options = BoundOptions(**{"t_stride": 3, "batch_size": 8, **options})
-    return measure_bits_per_dim(best_denoiser(scheduler, most), lambda i: x_0[i], indices, options, processes)
+    return measure_bits_per_dim(
+        best_denoiser(scheduler, most), lambda i: x_0[i], indices, options, processes
+    )
 
 
 def test_a_term_depends_on_seed_image_and_t_alone_and_two_processes_get_the_numbers_of_one():
@@ -115,12 +136,17 @@ def test_a_term_depends_on_seed_image_and_t_alone_and_two_processes_get_the_numb
     halved = small_measurement(most=3)  # batches of 8 that do not fit
     np.testing.assert_allclose(halved.terms, all_images.terms, rtol=1e-12)
     np.testing.assert_allclose(halved.mse_x_0, all_images.mse_x_0, rtol=1e-12)
-    parts, terms = of_each_process(2, lambda processes: small_measurement(processes=processes)), all_images.terms
+    parts, terms = (
+        of_each_process(2, lambda processes: small_measurement(processes=processes)),
+        all_images.terms,
+    )
     np.testing.assert_array_equal((parts[0] + parts[1])[1].view(terms.shape).numpy(), terms)
     assert all((part != 0).any(dim=0).sum() < terms.size for part in parts)
 
 
-@pytest.mark.parametrize(("indices", "variance", "message"), [([], "small", "0 images"), ([5], "middle", "'middle'")])
+@pytest.mark.parametrize(
+    ("indices", "variance", "message"), [([], "small", "0 images"), ([5], "middle", "'middle'")]
+)
 def test_no_images_and_unknown_variances_are_errors(indices, variance, message):
     with pytest.raises(ValueError, match=message):
         small_measurement(np.array(indices, int), variance=variance)

@@ -16,7 +16,9 @@ from tests.functions.evaluation.parts import small_extractor
 
 BPD = ["--t-stride", "100", "--device", "cpu"]
 FAST = ["--n", "12", "--sampler", "ddim", "--steps", "2", "--batch-size", "5", "--device", "cpu"]
-needs_fidelity = pytest.mark.skipif(not find_spec("torch_fidelity"), reason="requirements-eval.txt is not installed")
+needs_fidelity = pytest.mark.skipif(
+    not find_spec("torch_fidelity"), reason="requirements-eval.txt is not installed"
+)
 small_main = functools.partial(evaluate.main, small_extractor)
 
 
@@ -49,20 +51,42 @@ def test_bits_per_dim_of_a_run(tiny_run, tmp_path, capsys):
     call(evaluate.main, tiny_run, *BPD, *other, "--out", tmp_path)
     more = results_of(tmp_path, "bpd")
     assert len(more) == 4 and first.items() < more.items()
-    (protocol,) = (json.loads(more[name])["protocol"] for name in more.keys() - first.keys() if name.endswith(".json"))
-    assert "2 of 5" in protocol and "variance large, x_0 not clipped, EMA weights, bfloat16" in protocol
+    (protocol,) = (
+        json.loads(more[name])["protocol"]
+        for name in more.keys() - first.keys()
+        if name.endswith(".json")
+    )
+    assert (
+        "2 of 5" in protocol
+        and "variance large, x_0 not clipped, EMA weights, bfloat16" in protocol
+    )
 
 
 @pytest.mark.slow
 @needs_fidelity
 def test_images_of_a_run(tiny_run, tmp_path, capsys):
-    arguments = [tiny_run, *FAST, "--metrics", "fid,kid,prc", "--reference-images", "20", "--out", tmp_path]
+    arguments = [
+        tiny_run,
+        *FAST,
+        "--metrics",
+        "fid,kid,prc",
+        "--reference-images",
+        "20",
+        "--out",
+        tmp_path,
+    ]
     call(small_main, *arguments)
     captured = capsys.readouterr()
     first = results_of(tmp_path, "fid-kid-prc")
     (name,) = first
     found = json.loads(first[name])
-    for text in ("12 samples, ddim, 2 steps", "EMA weights", "20 train images", "rounded to uint8, no JPEG", "seed 0"):
+    for text in (
+        "12 samples, ddim, 2 steps",
+        "EMA weights",
+        "20 train images",
+        "rounded to uint8, no JPEG",
+        "seed 0",
+    ):
         assert text in found["protocol"]
     assert found["protocol"] in captured.out
     assert "ONLY 12 SAMPLES, NOT 50,000" in captured.err
@@ -74,7 +98,16 @@ def test_images_of_a_run(tiny_run, tmp_path, capsys):
     assert len(results_of(tmp_path, "fid-kid-prc")) == 3
 
     public = tmp_path / "public.npz"
-    call(small_main, *arguments, "--metrics", "fid", "--save-reference", public, "--out", tmp_path / "a")
+    call(
+        small_main,
+        *arguments,
+        "--metrics",
+        "fid",
+        "--save-reference",
+        public,
+        "--out",
+        tmp_path / "a",
+    )
     assert read_reference(public, 16, small_extractor()).features is None
     call(small_main, *arguments, "--metrics", "fid", "--reference", public, "--out", tmp_path / "b")
     assert len({next((tmp_path / folder).iterdir()).read_bytes() for folder in "ab"}) == 1
@@ -82,7 +115,9 @@ def test_images_of_a_run(tiny_run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_path, capsys):
-    some = shutil.copytree(pictures, tmp_path / "some", ignore=shutil.ignore_patterns("0004*", "*.packed*"))
+    some = shutil.copytree(
+        pictures, tmp_path / "some", ignore=shutil.ignore_patterns("0004*", "*.packed*")
+    )
     call(evaluate.main, tiny_run, *BPD, "--dataset-name", some, "--images", "1", "--out", tmp_path)
     assert "NOT THE IMAGES IT WAS TRAINED ON" in capsys.readouterr().err
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["standard_error"] is None
@@ -91,19 +126,34 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--metrics bpd,is", "'bpd,is' is not a list of metrics; there are bpd, bands, fid, kid, prc"),
+        (
+            "--metrics bpd,is",
+            "'bpd,is' is not a list of metrics; there are bpd, bands, fid, kid, prc",
+        ),
         ("--images 0", "not an integer of at least 1"),
         ("--metrics fid --n 3", "--n is 3; 4 images are the fewest"),
         ("--metrics fid --steps 101", "steps is 101; a model with 100 timesteps takes 1 to 100"),
-        ("--metrics fid --reference none.npz", "none.npz: no sound reference statistics ([Errno 2] No such file"),
+        (
+            "--metrics fid --reference none.npz",
+            "none.npz: no sound reference statistics ([Errno 2] No such file",
+        ),
         ("--metrics fid,kid --reference a.npz", "--reference has statistics for fid alone"),
-        ("--metrics fid --reference-images 1", "an empty reference: 1 train image(s), 4 are the fewest"),
-        pytest.param("--metrics fid --weights none.pth", "none.pth: not the weights that are at", marks=needs_fidelity),
+        (
+            "--metrics fid --reference-images 1",
+            "an empty reference: 1 train image(s), 4 are the fewest",
+        ),
+        pytest.param(
+            "--metrics fid --weights none.pth",
+            "none.pth: not the weights that are at",
+            marks=needs_fidelity,
+        ),
         ("--dataset-name nowhere", "nowhere"),
         ("--device tpu", "device is 'tpu'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tiny_run, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments, message, tiny_run, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # so that it is undone afterwards
     with pytest.raises(SystemExit) as ended, evaluate.plain_errors():
         call(small_main, tiny_run, *arguments.split(), "--out", tmp_path)

@@ -57,7 +57,9 @@ def test_kid_is_the_unbiased_estimate_of_the_cubic_kernel(two_sets):
     off_diagonal = lambda k: (k.sum() - k.trace()) / (60 * 59)
     expected = off_diagonal(kernel(x, x)) + off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
     found = compared(x, y)
-    assert found["kid"] == pytest.approx(expected.item(), rel=1e-9) and found["kid_subset_size"] == 60
+    assert (
+        found["kid"] == pytest.approx(expected.item(), rel=1e-9) and found["kid_subset_size"] == 60
+    )
     assert found["kid_std"] == pytest.approx(0, abs=1e-9)  # every subset is the whole, here
 
 
@@ -69,7 +71,10 @@ def test_precision_and_recall_are_shares_within_the_balls_of_three_neighbours(tw
         return (distances(points, others) <= radii).any(axis=1).mean()
 
     samples, real = (of_set.numpy() for of_set in two_sets)
-    found, expected = compared(*two_sets), (share_within(samples, real), share_within(real, samples))
+    found, expected = (
+        compared(*two_sets),
+        (share_within(samples, real), share_within(real, samples)),
+    )
     assert (found["precision"], found["recall"]) == pytest.approx(expected)
     assert 0.1 < found["recall"] < found["precision"] - 0.1  # so that they cannot be exchanged
 
@@ -112,9 +117,18 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
         return path.read_bytes()
 
     wrong = saved(torch.zeros(2))
-    for content in (pickle.dumps(Harm(ran), protocol=2), saved(Harm(ran)), wrong, wrong[:300], b"", b"weights"):
+    for content in (
+        pickle.dumps(Harm(ran), protocol=2),
+        saved(Harm(ran)),
+        wrong,
+        wrong[:300],
+        b"",
+        b"weights",
+    ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"bad\.pth: not the weights that are at https") as error:
+        with pytest.raises(
+            UserError, match=r"bad\.pth: not the weights that are at https"
+        ) as error:
             features.load_inception(path, CPU)
         assert "\n" not in str(error.value) and not ran.exists()
 
@@ -122,7 +136,9 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
 def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     url = "https://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth"  # where nobody listens
-    with pytest.raises(UserError, match=r"cannot be downloaded .*127\.0\.0\.1:9.*--weights FILE") as error:
+    with pytest.raises(
+        UserError, match=r"cannot be downloaded .*127\.0\.0\.1:9.*--weights FILE"
+    ) as error:
         features.downloaded(url)
     assert "\n" not in str(error.value)
     place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
@@ -139,9 +155,14 @@ def test_the_real_network_takes_our_images(tmp_path, monkeypatch):
     torch.save({}, weights)
     with monkeypatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda network, weights: None)
-        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights)
+        network = FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=weights
+        )
     torch.save(network.state_dict(), weights)
-    extractor, images = features.load_inception(weights, CPU), torch.from_numpy(IMAGES[:2]).permute(0, 3, 1, 2)
+    extractor, images = (
+        features.load_inception(weights, CPU),
+        torch.from_numpy(IMAGES[:2]).permute(0, 3, 1, 2),
+    )
     found = extractor.features(images)
     assert found.shape == (2, extractor.width) == (2, 2048)
     torch.testing.assert_close(found, network(images)[0])

@@ -13,12 +13,25 @@ import pytest
 pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not installed")
 
 from functions.evaluation.features import Reference
-from functions.evaluation.reference_statistics import FORMAT, describe, read_reference, write_reference
+from functions.evaluation.reference_statistics import (
+    FORMAT,
+    describe,
+    read_reference,
+    write_reference,
+)
 from functions.support.errors import UserError
 from tests.functions.evaluation.parts import Harm, small_extractor
 
 EXTRACTOR = small_extractor()
-FACTS = dict(dataset="d", split="train", count=5, image_size=16, ids_hash="a", pixels_hash="b", **EXTRACTOR.facts)
+FACTS = dict(
+    dataset="d",
+    split="train",
+    count=5,
+    image_size=16,
+    ids_hash="a",
+    pixels_hash="b",
+    **EXTRACTOR.facts,
+)
 GOOD = {"mu": np.zeros(8), "sigma": np.eye(8)}
 
 
@@ -27,7 +40,10 @@ def description(**changes):
 
 
 def test_reference_is_published_and_checked(tmp_path):
-    images, indices = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8), np.arange(5, 15)
+    images, indices = (
+        np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8),
+        np.arange(5, 15),
+    )
     facts = describe(images, indices, "abc", "discs", "train", EXTRACTOR)
     images[7, 0, 0, 0] ^= 1  # other pixels under the same ids
     assert describe(images, indices, "abc", "discs", "train", EXTRACTOR) != facts
@@ -38,7 +54,11 @@ def test_reference_is_published_and_checked(tmp_path):
     assert found.features is None and found.description == facts
     for size, extractor, message in (
         (32, EXTRACTOR, "image_size = 16; here it is 32"),
-        (16, replace(EXTRACTOR, facts={**EXTRACTOR.facts, "weights_hash": "x"}), "weights_hash = none; here it is x"),
+        (
+            16,
+            replace(EXTRACTOR, facts={**EXTRACTOR.facts, "weights_hash": "x"}),
+            "weights_hash = none; here it is x",
+        ),
         (16, replace(EXTRACTOR, width=2048), "features = 8; here it is 2048"),
     ):
         with pytest.raises(UserError, match=message):
@@ -56,7 +76,9 @@ def test_files_have_the_format_that_was_published(tmp_path):
 def bad_files(ran):
     """Arrays, or the bytes of a whole file, by what is wrong with them."""
     packed, plain, huge = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    np.savez_compressed(packed, description=description(), mu=np.zeros(200), sigma=np.zeros((200, 200)))
+    np.savez_compressed(
+        packed, description=description(), mu=np.zeros(200), sigma=np.zeros((200, 200))
+    )
     np.savez(plain, description=description(), **GOOD)
     with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(huge, "w") as other:
         for name in archive.namelist():  # a header of the same length, of 512 TB

@@ -18,7 +18,9 @@ from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images,
 
 def damped_x_0(x_t, t, scheduler):
     x_0 = scheduler.predict_x_0(x_t, t, ideal_eps(x_t, t, scheduler))
-    return scheduler.predict_eps(x_t, t, MU + by_bands(x_0 - MU, torch.tensor([0.2, 3.0, 0.5, 0.1])))
+    return scheduler.predict_eps(
+        x_t, t, MU + by_bands(x_0 - MU, torch.tensor([0.2, 3.0, 0.5, 0.1]))
+    )
 
 
 def damped_eps(x_t, t, scheduler):
@@ -32,7 +34,10 @@ def denoiser_of(eps, scheduler):
 
 def x_0_of(denoiser, t):
     """On images that nothing was fitted to; and these."""
-    x_0, noise = draw_images(256, seed=5), torch.randn(256, 3, 16, 16, generator=torch.Generator().manual_seed(6))
+    x_0, noise = (
+        draw_images(256, seed=5),
+        torch.randn(256, 3, 16, 16, generator=torch.Generator().manual_seed(6)),
+    )
     scheduler = denoiser.scheduler
     return predict(denoiser, scheduler, scheduler.q_sample(x_0, t, noise), t)[0], x_0
 
@@ -43,7 +48,9 @@ def error_of(denoiser, t):
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("eps, worse", [(damped_x_0, {600: 1.2, 750: 1.01}), (damped_eps, {600: 1.05, 999: 10})])
+@pytest.mark.parametrize(
+    "eps, worse", [(damped_x_0, {600: 1.2, 750: 1.01}), (damped_eps, {600: 1.05, 999: 10})]
+)
 def test_it_restores_the_ideal_denoiser(eps, worse, beta_schedule):
     """At timesteps that were fitted and at those between; `worse` is the least damage."""
     scheduler = NoiseScheduler(1000, beta_schedule=beta_schedule)
@@ -73,7 +80,9 @@ def test_it_is_the_same_for_one_timestep_and_for_many():
     x_0, x_t = draw_images(3), draw_images(3, seed=1)
     together = mix(x_0, x_t, torch.tensor([999, 50, 700]), SCHEDULER)
     for k, t in enumerate((999, 50, 700)):
-        torch.testing.assert_close(together[k], mix(x_0[k : k + 1], x_t[k : k + 1], t, SCHEDULER)[0])
+        torch.testing.assert_close(
+            together[k], mix(x_0[k : k + 1], x_t[k : k + 1], t, SCHEDULER)[0]
+        )
     in_band = by_bands(x_0[:1] - MU, weights[999, :, 0])
     in_band += by_bands(x_t[:1] - SCHEDULER.alpha_bar(999) ** 0.5 * MU, weights[999, :, 1])
     torch.testing.assert_close(together[:1], MU + in_band)
@@ -81,9 +90,22 @@ def test_it_is_the_same_for_one_timestep_and_for_many():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["own", "data"])
-def test_sample_makes_it_once_and_says_what_it_is_from(which, tiny_run, tmp_path, monkeypatch, capsys):
+def test_sample_makes_it_once_and_says_what_it_is_from(
+    which, tiny_run, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(calibration, "IMAGES", 12)
-    flags = ["--sampler", "ddim", "--steps", "3", "--n", "2", "--individual", "--device", "cpu", "--calibrate"]
+    flags = [
+        "--sampler",
+        "ddim",
+        "--steps",
+        "3",
+        "--n",
+        "2",
+        "--individual",
+        "--device",
+        "cpu",
+        "--calibrate",
+    ]
     path = tiny_run / "checkpoints" / f"step-00000010-calibration-{which}.safetensors"
     call(sample.main, tiny_run, *flags, which)
     assert f"wrote {path}" in capsys.readouterr().out
@@ -95,13 +117,18 @@ def test_sample_makes_it_once_and_says_what_it_is_from(which, tiny_run, tmp_path
     assert (tmp_path / "again" / "00000.png").read_bytes() == first
     call(sample.main, tiny_run, *flags[:-1], "--out", tmp_path / "without")
     assert (tmp_path / "without" / "00000.png").read_bytes() != first
-    contents, wrong = TensorFile(path).contents, {"mean": torch.zeros(1, 1, 1), "weights": torch.ones(100, 4, 2)}
+    contents, wrong = (
+        TensorFile(path).contents,
+        {"mean": torch.zeros(1, 1, 1), "weights": torch.ones(100, 4, 2)},
+    )
     right, of_another_step = TensorFile(path).tensors(), {**contents, "weights": "of another step"}
     for spoil in (
         lambda: path.write_bytes(made[:-100]),
         lambda: path.write_bytes(b"PK"),
         lambda: write_tensors(path, wrong, contents),
-        lambda: write_tensors(path, {name: 0 * tensor for name, tensor in right.items()}, of_another_step),
+        lambda: write_tensors(
+            path, {name: 0 * tensor for name, tensor in right.items()}, of_another_step
+        ),
     ):
         spoil()
         call(sample.main, tiny_run, *flags, which, "--out", tmp_path / "anew")

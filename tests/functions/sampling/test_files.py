@@ -36,7 +36,9 @@ def contents(folder):
 
 def written(folder):
     """What changes when a file is written again."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("0*.png")}
+    return {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("0*.png")
+    }
 
 
 def sample_until_a_write_kills():
@@ -55,7 +57,9 @@ def sample_until_a_write_kills():
 @posix
 @pytest.mark.slow
 def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, capsys):
-    program = Program(tmp_path / "printed", tiny_run, *FLAGS, "--out", tmp_path, act=sample_until_a_write_kills)
+    program = Program(
+        tmp_path / "printed", tiny_run, *FLAGS, "--out", tmp_path, act=sample_until_a_write_kills
+    )
     assert program.wait() == -signal.SIGKILL, program.printed
     kept = written(tmp_path)
     assert 8 <= len(kept) < 12
@@ -68,7 +72,9 @@ def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, ca
     assert not list(tmp_path.glob(".*.tmp"))
 
     call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
-    assert "sampling 0 images of 22" in capsys.readouterr().out and contents(tmp_path) == contents(whole)
+    assert "sampling 0 images of 22" in capsys.readouterr().out and contents(tmp_path) == contents(
+        whole
+    )
 
 
 @pytest.mark.slow
@@ -109,7 +115,10 @@ def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "00003.png")
     with pytest.raises(UserError, match=r"holds 00003\.png but no samples\.json"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
-    for manifest, message in (('{"sampler": ', r"samples\.json: damaged"), ("[1]", "sampler was None")):
+    for manifest, message in (
+        ('{"sampler": ', r"samples\.json: damaged"),
+        ("[1]", "sampler was None"),
+    ):
         (tmp_path / "samples.json").write_text(manifest)
         with pytest.raises(UserError, match=message):
             call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
@@ -131,14 +140,28 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample, "save_image", save)
     monkeypatch.setattr(files, "MOST_IN_GRID", 4)
-    call(sample.main, tiny_run, "--individual", "--n", 10, "--batch-size", 2, "--steps", 2, "--out", tmp_path)
+    call(
+        sample.main,
+        tiny_run,
+        "--individual",
+        "--n",
+        10,
+        "--batch-size",
+        2,
+        "--steps",
+        2,
+        "--out",
+        tmp_path,
+    )
     assert sorted(there) == list(range(10))
     assert all(found >= set(range(i // 2 * 2)) for i, found in there.items())
     assert Image.open(tmp_path / "grid.png").width < 2.5 * 100  # 2 x 2 images of 96 pixels
 
 
 def test_a_failed_write_ends_the_script(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "save_image", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        sample, "save_image", Mock(side_effect=OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left"):
         call(sample.main, tiny_run, "--individual", "--n", 3, "--steps", 2, "--out", tmp_path)
     assert not (tmp_path / "grid.png").exists()

@@ -19,25 +19,63 @@ from tests.conftest import CPU, ROOT, call
 @pytest.mark.parametrize(
     ("flags", "options", "text", "slug"),
     [
-        pytest.param("", SamplerOptions(), "ddpm, all steps, variance small", "ddpm", marks=pytest.mark.slow),
-        ("--steps 9 --variance large", SamplerOptions("ddpm", 9, variance="large"),
-         "ddpm, 9 steps, trailing, variance large", "ddpm9-large"),
-        ("--sampler dpm++ --steps 8", SamplerOptions("dpm++", 8, "logsnr", eta=1.0),
-         "dpm++, 8 steps, logsnr, eta 1.0", "dpmpp8"),
-        ("--sampler dpm++ --steps 9 --spacing trailing --eta 0", SamplerOptions("dpm++", 9, "trailing", eta=0.0),
-         "dpm++, 9 steps, trailing, eta 0.0", "dpmpp9-trailing-eta0"),
-        ("--sampler ddim --steps 7 --eta 0.5 --spacing logsnr", SamplerOptions("ddim", 7, "logsnr", eta=0.5),
-         "ddim, 7 steps, logsnr, eta 0.5", "ddim7-logsnr-eta0.5"),
-        ("--sampler ipndm --steps 7", SamplerOptions("ipndm", 7, "trailing"), "ipndm, 7 steps, trailing", "ipndm7"),
+        pytest.param(
+            "", SamplerOptions(), "ddpm, all steps, variance small", "ddpm", marks=pytest.mark.slow
+        ),
+        (
+            "--steps 9 --variance large",
+            SamplerOptions("ddpm", 9, variance="large"),
+            "ddpm, 9 steps, trailing, variance large",
+            "ddpm9-large",
+        ),
+        (
+            "--sampler dpm++ --steps 8",
+            SamplerOptions("dpm++", 8, "logsnr", eta=1.0),
+            "dpm++, 8 steps, logsnr, eta 1.0",
+            "dpmpp8",
+        ),
+        (
+            "--sampler dpm++ --steps 9 --spacing trailing --eta 0",
+            SamplerOptions("dpm++", 9, "trailing", eta=0.0),
+            "dpm++, 9 steps, trailing, eta 0.0",
+            "dpmpp9-trailing-eta0",
+        ),
+        (
+            "--sampler ddim --steps 7 --eta 0.5 --spacing logsnr",
+            SamplerOptions("ddim", 7, "logsnr", eta=0.5),
+            "ddim, 7 steps, logsnr, eta 0.5",
+            "ddim7-logsnr-eta0.5",
+        ),
+        (
+            "--sampler ipndm --steps 7",
+            SamplerOptions("ipndm", 7, "trailing"),
+            "ipndm, 7 steps, trailing",
+            "ipndm7",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
-def test_flags_give_the_images_of_their_options(flags, options, text, slug, tiny_run, tmp_path, capsys):
-    call(sample.main, tiny_run, *flags.split(), "--seed", 3, "--n", 2, "--individual", "--out", tmp_path)
+)
+def test_flags_give_the_images_of_their_options(
+    flags, options, text, slug, tiny_run, tmp_path, capsys
+):
+    call(
+        sample.main,
+        tiny_run,
+        *flags.split(),
+        "--seed",
+        3,
+        "--n",
+        2,
+        "--individual",
+        "--out",
+        tmp_path,
+    )
     assert f"{text}, seed 3" in capsys.readouterr().out
     assert (str(options), options.slug) == (text, slug)
     denoiser = rebuild(UNet, load_weights(checkpoints_of(tiny_run)[-1]), CPU)
-    expected = to_uint8(generate(ImageSampler(denoiser, options, (3, 16, 16), 3, CPU), range(2), 2).images)
+    expected = to_uint8(
+        generate(ImageSampler(denoiser, options, (3, 16, 16), 3, CPU), range(2), 2).images
+    )
     images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     assert np.array_equal(images, expected)
 
@@ -55,10 +93,16 @@ def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):
     Image.new("RGB", (16, 20)).save(tall)
     broken.write_bytes((pictures / "00000.png").read_bytes()[:60])
     for flags, message in (
-        (["--variations", pictures / "00000.png"], "00000.png is 20x20 pixels, the model's images are 16x16; --fit"),
+        (
+            ["--variations", pictures / "00000.png"],
+            "00000.png is 20x20 pixels, the model's images are 16x16; --fit",
+        ),
         (["--interpolate", right, tall], "tall.png is 16x20 pixels"),
         (["--interpolate", right, broken], "broken.png: "),
-        (["--variations", tmp_path / "none.png"], "none.png: No such file or directory; an image is named by"),
+        (
+            ["--variations", tmp_path / "none.png"],
+            "none.png: No such file or directory; an image is named by",
+        ),
         (["--variations", ROOT / "README.md"], "README.md: not a PNG"),
         (["--variations", tmp_path], "Is a directory"),
     ):

@@ -18,9 +18,12 @@ from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import SMALLEST_SIDE, save_grid
 from tests.conftest import LittleMemory, call, image_sampler_of, small_unet
 
-EVERY_SAMPLER = [pytest.param(SamplerOptions(), marks=pytest.mark.slow),
-                 SamplerOptions("ddpm", 5, variance="large"), SamplerOptions("ddim", 5, eta=0.5),
-                 *(SamplerOptions(name, 5, spacing="logsnr") for name in SAMPLERS)]  # fmt: skip
+EVERY_SAMPLER = [
+    pytest.param(SamplerOptions(), marks=pytest.mark.slow),
+    SamplerOptions("ddpm", 5, variance="large"),
+    SamplerOptions("ddim", 5, eta=0.5),
+    *(SamplerOptions(name, 5, spacing="logsnr") for name in SAMPLERS),
+]
 
 
 @pytest.mark.parametrize("options", EVERY_SAMPLER, ids=str)
@@ -61,7 +64,9 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
     assert [len(x_t) for x_t, *_ in recorded] == [4, 4, 2, 2]
     assert (Samples.joined(parts).images - generate(eager, range(10), 10).images).abs().max() < 1e-4
     x_T, samplers = eager.noise(range(1)).draw(), (replayed, eager)
-    torch.testing.assert_close(*(ipndm_sample(one.denoiser, one.scheduler, x_T, 8, clip_x_0=False) for one in samplers))
+    torch.testing.assert_close(
+        *(ipndm_sample(one.denoiser, one.scheduler, x_T, 8, clip_x_0=False) for one in samplers)
+    )
 
 
 def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network, capsys):
@@ -72,27 +77,36 @@ def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network
 
     halving, options = OftenLittleMemory(network, 3), SamplerOptions(steps=5)
     halved = generate(image_sampler_of(halving, options=options), range(7), 4)
-    assert capsys.readouterr().err.count("out of memory with 4 images at a time: going on with 2") == 1
+    assert (
+        capsys.readouterr().err.count("out of memory with 4 images at a time: going on with 2") == 1
+    )
     assert halving.sizes == [2] * 6 + [1] * 2  # at two timesteps each: 4 = 2 2, 3 = 2 1
     whole = generate(image_sampler_of(network, options=options), range(7), 7)
     assert (halved.images - whole.images).abs().max() * 127.5 < 1
 
 
 def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(network):
-    with pytest.raises(UserError, match="no memory for a single image at a time on cpu: CUDA out of memory"):
+    with pytest.raises(
+        UserError, match="no memory for a single image at a time on cpu: CUDA out of memory"
+    ):
         generate(image_sampler_of(LittleMemory(network, 0)), range(4), 2)
     with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels"):
         generate(replace(image_sampler_of(network), shape=(4, 16, 16)), range(4), 2)
 
 
 def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
-    frames, image_sampler = {("x", 0), ("x", 12), ("x", 24), ("x_0", 1), ("x_0", 24)}, image_sampler_of(network, 24)
+    frames, image_sampler = (
+        {("x", 0), ("x", 12), ("x", 24), ("x_0", 1), ("x_0", 24)},
+        image_sampler_of(network, 24),
+    )
     network.train()
     samples = generate(image_sampler, range(3), 2, frames)
     assert network.training  # as it was
     images = to_uint8(samples.images).numpy()
     assert samples.frames.keys() == frames
-    assert np.array_equal(samples.frames["x", 0], to_uint8(image_sampler.noise(range(3)).draw()).numpy())
+    assert np.array_equal(
+        samples.frames["x", 0], to_uint8(image_sampler.noise(range(3)).draw()).numpy()
+    )
     assert np.array_equal(samples.frames["x", 24], images)
     assert np.array_equal(samples.frames["x_0", 24], images)  # the last x_0 is the image
     assert abs(samples.frames["x_0", 1].astype(float) - images).mean() > 10
@@ -120,7 +134,19 @@ def test_frame_steps_are_rising_and_within_the_run(count):
 
 @pytest.mark.slow
 def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
-    call(sample.main, tiny_run, "--n", 5, "--steps", 60, "--out", tmp_path, "--strip", "--progressive", "--gif")
+    call(
+        sample.main,
+        tiny_run,
+        "--n",
+        5,
+        "--steps",
+        60,
+        "--out",
+        tmp_path,
+        "--strip",
+        "--progressive",
+        "--gif",
+    )
     grid = Image.open(tmp_path / "grid.png")
     assert grid.format == "PNG" and grid.width > 3 * SMALLEST_SIDE
     assert Image.open(tmp_path / "denoising.gif").n_frames == len(frame_steps(60, 40))
@@ -142,12 +168,17 @@ def test_the_newest_run_is_taken_and_pictures_go_into_it(tiny_run):
     assert (tiny_run / "samples" / "step-00000010-ddpm3-seed0" / "grid.png").exists()
 
 
-def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_animation(tiny_run, tmp_path):
+def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_animation(
+    tiny_run, tmp_path
+):
     with pytest.raises(CheckpointError, match=r"no run of an experiment ffhq\*"):
         call(sampleFFHQ.main, "--runs", tiny_run.parent)
     call(sampleFFHQ.main, tiny_run, "--steps", 2, "--out", tmp_path)
     grid = Image.open(tmp_path / "grid.png")
-    assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02) and (tmp_path / "denoising.gif").exists()
+    assert (
+        grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
+        and (tmp_path / "denoising.gif").exists()
+    )
 
 
 def test_large_images_keep_their_pixels_in_a_grid(tmp_path):

@@ -20,7 +20,9 @@ from tests.conftest import CPU, call
 
 SCHEDULER = NoiseScheduler(1000)
 # Four pixels, each like its neighbours; the first two are kept
-COVARIANCE = torch.tensor([[0.9 ** abs(i - j) for j in range(4)] for i in range(4)], dtype=torch.float64)
+COVARIANCE = torch.tensor(
+    [[0.9 ** abs(i - j) for j in range(4)] for i in range(4)], dtype=torch.float64
+)
 KEPT, ANEW = torch.tensor([1.5, 1.0]).double(), torch.tensor([[False, False], [True, True]])
 
 
@@ -43,11 +45,17 @@ def chain(steps, resample):
     for t, s in pairwise(times):
         a_t, a_s, beta = SCHEDULER.alpha_bar(t), SCHEDULER.alpha_bar(s), SCHEDULER.step_beta(t, s)
         # Eq. 7
-        step = a_s**0.5 * beta / (1 - a_t) * ideal_x_0(a_t) + (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t) * eye
+        step = (
+            a_s**0.5 * beta / (1 - a_t) * ideal_x_0(a_t)
+            + (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t) * eye
+        )
         for repeat in range(resample if s >= 0 else 1):
             if repeat:
                 mean, covariance = (1 - beta) ** 0.5 * mean, (1 - beta) * covariance + beta * eye
-            mean, covariance = step @ mean, step @ covariance @ step.T + SCHEDULER.posterior_variance(t, s) * eye
+            mean, covariance = (
+                step @ mean,
+                step @ covariance @ step.T + SCHEDULER.posterior_variance(t, s) * eye,
+            )
             mean[:2], covariance[:2], covariance[:, :2] = a_s**0.5 * KEPT, 0.0, 0.0
             covariance[:2, :2] = (1 - a_s) * torch.eye(2)
     return mean[2:], covariance[2:, 2:]
@@ -65,9 +73,14 @@ def sampler_of(*options, clip=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "resample"), [(("ddpm", 10), 1), (("ddpm", 10), 4), (("ddim", 10), 4)])
+@pytest.mark.parametrize(
+    ("options", "resample"), [(("ddpm", 10), 1), (("ddpm", 10), 4), (("ddim", 10), 4)]
+)
 def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
-    image_sampler, N = sampler_of(*options, None, None, 1.0 if options[0] == "ddim" else None), 20_000
+    image_sampler, N = (
+        sampler_of(*options, None, None, 1.0 if options[0] == "ddim" else None),
+        20_000,
+    )
     x_0 = torch.cat([KEPT, torch.zeros(2)]).float().view(1, 2, 2)
     answers = inpaint(image_sampler, x_0, ANEW, resample, range(N))
     assert torch.equal(answers[:, 0, 0], x_0[0, 0].expand(N, 2))
@@ -84,7 +97,9 @@ def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
 def test_samples_approach_the_truth_as_steps_are_repeated():
     x_0, means = torch.cat([KEPT, torch.zeros(2)]).float().view(1, 2, 2), []
     for resample in (1, 5):
-        answers = inpaint(sampler_of("ddpm", 50), x_0, ANEW, resample, range(2000))[:, 0, 1].double()
+        answers = inpaint(sampler_of("ddpm", 50), x_0, ANEW, resample, range(2000))[
+            :, 0, 1
+        ].double()
         means.append((answers.mean(dim=0) - conditional()[0]).abs().max())
     assert means[1] < means[0] / 3
 
@@ -102,7 +117,9 @@ def test_the_chain_approaches_the_truth_as_steps_are_repeated():
     assert mean < mean_once / 5 and covariance < covariance_once / 10
 
 
-@pytest.mark.parametrize("options", [("ddim",), ("ddim", 10, None, None, 0.5), ("dpm++",), ("ipndm",)])
+@pytest.mark.parametrize(
+    "options", [("ddim",), ("ddim", 10, None, None, 0.5), ("dpm++",), ("ipndm",)]
+)
 def test_samplers_that_cannot_are_refused(options):
     with pytest.raises(UserError, match="lose their history"):
         inpaint(sampler_of(*options), torch.zeros(1, 2, 2), ANEW, 2, range(1))
@@ -115,7 +132,11 @@ def photo(tmp_path):
     mask = np.zeros((20, 40), np.uint8)
     mask[:, :14] = 255  # of which the crop leaves 4 columns of 20
     masks = {"mask": mask, "small": mask[:10], "empty": 0 * mask, "full": 0 * mask + 255}
-    images = {"photo": pixels, "erased": np.dstack([pixels, 255 - mask]), "grey16": mask.astype(np.uint16)}
+    images = {
+        "photo": pixels,
+        "erased": np.dstack([pixels, 255 - mask]),
+        "grey16": mask.astype(np.uint16),
+    }
     for name, image in {**masks, **images}.items():
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     return tmp_path
@@ -123,7 +144,9 @@ def photo(tmp_path):
 
 @pytest.mark.parametrize("files", [("photo", "mask"), ("erased", None)])
 def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
-    image, anew = read_with_mask(photo / f"{files[0]}.png", files[1] and photo / f"{files[1]}.png", 10)
+    image, anew = read_with_mask(
+        photo / f"{files[0]}.png", files[1] and photo / f"{files[1]}.png", 10
+    )
     assert anew[:, :2].all() and not anew[:, 3:].any()
     whole = read_image(photo / "photo.png", 10, fit=True)
     # Beside them there is some white, by the resizing
@@ -133,14 +156,20 @@ def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["photo", "--mask", "small"], "has 40x10 pixels, its image 40x20; a mask must be as large as its image"),
+        (
+            ["photo", "--mask", "small"],
+            "has 40x10 pixels, its image 40x20; a mask must be as large as its image",
+        ),
         (["photo", "--mask", "empty"], "nothing would be made anew"),
         (["photo", "--mask", "full"], "everything would be made anew"),
         (["photo"], "nothing would be made anew; name a --mask, or erase a part of the image"),
         (["grey16"], "nothing would be made anew"),
         (["nowhere"], "No such file"),
         (["photo", "--mask", "mask", "--sampler", "dpm++"], "lose their history"),
-        (["photo", "--mask", "mask", "--n", 101, "--individual"], "a grid shows 100 images at most"),
+        (
+            ["photo", "--mask", "mask", "--n", 101, "--individual"],
+            "a grid shows 100 images at most",
+        ),
         (["photo", "--mask", "mask", "--n", 5, "--resample", 3], None),
         (["erased", "--sampler", "ddim", "--eta", 1, "--n", 2, "--individual"], None),
     ],

@@ -9,7 +9,12 @@ import sample
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import interpolation
 from functions.sampling.generation import generate
-from functions.sampling.interpolation import interpolate_images, interpolate_seeds, slerp, variations
+from functions.sampling.interpolation import (
+    interpolate_images,
+    interpolate_seeds,
+    slerp,
+    variations,
+)
 from functions.sampling.options import SAMPLERS, SamplerOptions
 from functions.support.pictures import save_strip
 from functions.support.random_numbers import ImageNoise
@@ -51,7 +56,9 @@ def test_noise_for_a_gpu_is_that_of_the_cpu(monkeypatch):
 def test_between_two_seeds_the_ends_are_their_own_samples(network, sampler):
     image_sampler = image_sampler_of(network, options=SamplerOptions(sampler, 5))
     row = interpolate_seeds(image_sampler, (3, 8), WEIGHTS)
-    torch.testing.assert_close(row[[0, 2]], generate(image_sampler, [3, 8], 2).images, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(
+        row[[0, 2]], generate(image_sampler, [3, 8], 2).images, rtol=1e-3, atol=2e-3
+    )
     assert (row[1] - row[[0, 2]]).abs().mean((1, 2, 3)).min() > 0.01
 
 
@@ -74,7 +81,9 @@ def test_a_variation_is_not_the_image_of_its_number(image_sampler):
 
 
 def test_variations_differ_more_the_deeper_they_come_from():
-    image_sampler = image_sampler_of(ideal_model(Gaussian(double(0.0), double(0.5)), NoiseScheduler(100)))
+    image_sampler = image_sampler_of(
+        ideal_model(Gaussian(double(0.0), double(0.5)), NoiseScheduler(100))
+    )
     x_0 = 0.5 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1.9, 1.9)
     of_depths = [variations(image_sampler, x_0, t, range(6)) for t in (4, 14, 29, 99)]
     spreads = [(images - x_0).std().item() for images in of_depths]
@@ -85,7 +94,9 @@ def test_variations_differ_more_the_deeper_they_come_from():
 
 
 @pytest.mark.slow
-def test_the_script_interpolates_between_images_and_seeds(tiny_run, pictures, tmp_path, monkeypatch):
+def test_the_script_interpolates_between_images_and_seeds(
+    tiny_run, pictures, tmp_path, monkeypatch
+):
     saved = {}
 
     def save(columns, titles, path, rows):
@@ -95,11 +106,41 @@ def test_the_script_interpolates_between_images_and_seeds(tiny_run, pictures, tm
     monkeypatch.setattr(interpolation, "save_strip", save)
     call(sample.main, tiny_run, "--n", 4, "--steps", 5, "--individual", "--out", tmp_path / "own")
     own = [np.asarray(Image.open(tmp_path / "own" / f"0000{i}.png")) for i in range(4)]
-    call(sample.main, tiny_run, "--steps", 5, "--interpolate", 1, 3, "--variations", 2, "--batch-size", 4,
-         "--depths", "0,0.4,1", "--out", tmp_path / "a")  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["interpolation.png", "variations.png"]
+    call(
+        sample.main,
+        tiny_run,
+        "--steps",
+        5,
+        "--interpolate",
+        1,
+        3,
+        "--variations",
+        2,
+        "--batch-size",
+        4,
+        "--depths",
+        "0,0.4,1",
+        "--out",
+        tmp_path / "a",
+    )
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "interpolation.png",
+        "variations.png",
+    ]
     columns, titles, rows = saved["interpolation.png"]
-    assert titles == ["image 1", "0", "0.125", "0.25", "0.375", "0.5", "0.625", "0.75", "0.875", "1", "image 3"]
+    assert titles == [
+        "image 1",
+        "0",
+        "0.125",
+        "0.25",
+        "0.375",
+        "0.5",
+        "0.625",
+        "0.75",
+        "0.875",
+        "1",
+        "image 3",
+    ]
     assert rows == ["t = 0", "t = 40", "t = 100"]
     for row in (0, 2):  # the image itself, and the noise that it came from
         for column, i in ((0, 1), (1, 1), (9, 3), (10, 3)):
@@ -108,8 +149,24 @@ def test_the_script_interpolates_between_images_and_seeds(tiny_run, pictures, tm
     assert abs(saved["variations.png"][0][1][0].astype(int) - own[2]).max() <= 1
 
     files = [pictures / "00000.png", pictures / "00001.png"]
-    call(sample.main, tiny_run, "--steps", 5, "--interpolate", *files, "--fit", "--variations", files[1],
-         "--depths", "0,0.5", "--out", tmp_path / "b")  # fmt: skip
+    call(
+        sample.main,
+        tiny_run,
+        "--steps",
+        5,
+        "--interpolate",
+        *files,
+        "--fit",
+        "--variations",
+        files[1],
+        "--depths",
+        "0,0.5",
+        "--out",
+        tmp_path / "b",
+    )
     source = np.asarray(Image.open(files[1]).resize((16, 16), Image.Resampling.LANCZOS))
     for name, place in (("interpolation.png", 10), ("variations.png", 3)):
-        assert np.array_equal(saved[name][0][place][0], source) and saved[name][2] == ["t = 0", "t = 50"]
+        assert np.array_equal(saved[name][0][place][0], source) and saved[name][2] == [
+            "t = 0",
+            "t = 50",
+        ]

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from functions.support import checkpoint, files
-from functions.support.checkpoint import TrainingState, check_whole, export_weights, load_weights, save_checkpoint
+from functions.support.checkpoint import (
+    TrainingState,
+    check_whole,
+    export_weights,
+    load_weights,
+    save_checkpoint,
+)
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, write_tensors, write_whole
 from tests.forked import Program
@@ -19,7 +25,12 @@ from tests.peak_memory import at_most
 from tests.spoilt_files import checkpoint_parts, same, snapshot, stepped_state, training_state
 
 CONFIG = {"diffusion": {"timesteps_diff": 10}, "model": {"base_dim": 8}}
-RUN = {"experiment": "faces", "step": 5, "total_steps": 9, "nested": {"losses": [0.1, -1e-310, 2**60, None, "ü\n"]}}
+RUN = {
+    "experiment": "faces",
+    "step": 5,
+    "total_steps": 9,
+    "nested": {"losses": [0.1, -1e-310, 2**60, None, "ü\n"]},
+}
 
 
 def test_a_training_comes_back_bit_for_bit(path):
@@ -53,7 +64,10 @@ def test_a_training_comes_back_bit_for_bit(path):
 def test_tensors_of_every_type_and_shape_come_back(path, dtype):
     shapes = [(), (0,), (3,), (2, 3, 4, 5), (1, 1, 7, 1)]
     tensors = {f"ü.{i}": (100 * torch.randn(shape)).to(dtype) for i, shape in enumerate(shapes)}
-    tensors |= {f"of {other.itemsize} bytes": torch.ones(3, dtype=other) for other in (torch.bfloat16, torch.float64)}
+    tensors |= {
+        f"of {other.itemsize} bytes": torch.ones(3, dtype=other)
+        for other in (torch.bfloat16, torch.float64)
+    }
     tensors["ü.3"] = tensors["ü.3"].to(memory_format=torch.channels_last)
     tensors["transposed"] = tensors["ü.3"].mT
     write_tensors(path, tensors, {"not": [math.nan, math.inf]})
@@ -64,11 +78,22 @@ def test_tensors_of_every_type_and_shape_come_back(path, dtype):
 def test_sampling_takes_the_average_if_there_is_one(path):
     tensors, contents = checkpoint_parts()
     for part, kind in (("ema.", "EMA"), ("model.", "raw")):
-        write_tensors(path, {name: t for name, t in tensors.items() if part == "ema." or "ema." not in name}, contents)
+        write_tensors(
+            path,
+            {name: t for name, t in tensors.items() if part == "ema." or "ema." not in name},
+            contents,
+        )
         saved = load_weights(path)
         assert saved.kind == kind
-        assert same(saved.weights, {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)})
-        assert (saved.config, saved.run, saved.image_shape) == (contents["config"], contents["run"], (3, 4, 4))
+        assert same(
+            saved.weights,
+            {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)},
+        )
+        assert (saved.config, saved.run, saved.image_shape) == (
+            contents["config"],
+            contents["run"],
+            (3, 4, 4),
+        )
         assert str(saved) == f"{kind} weights after 5 of 90 steps, hash {saved.digest[:16]}"
 
 
@@ -94,7 +119,9 @@ def save_105_megabytes():
     """In channels_last, which the file is not in."""
     layers = lambda: nn.Sequential(*(nn.Conv2d(256, 256, 5) for _ in range(4)))
     model, ema = (layers().to(memory_format=torch.channels_last) for _ in range(2))
-    state = TrainingState(model, ema, torch.optim.Adam(model.parameters()), torch.amp.GradScaler("cpu", enabled=False))
+    state = TrainingState(
+        model, ema, torch.optim.Adam(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    )
     with at_most(30):
         save_checkpoint(Path(sys.argv[1]), {}, {}, state)
 

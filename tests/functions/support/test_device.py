@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from functions.sampling.generation import generate
-from functions.support.device import Adam, arithmetic, choose_device, choose_precision, is_out_of_memory, keep_heap
+from functions.support.device import (
+    Adam,
+    arithmetic,
+    choose_device,
+    choose_precision,
+    is_out_of_memory,
+    keep_heap,
+)
 from functions.support.errors import UserError
 from tests.conftest import image_sampler_of, small_unet
 
@@ -38,7 +45,9 @@ def test_a_gpu_number_that_is_not_there_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_precision_on_cuda_asks_the_hardware_without_emulation(native, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native
+    )
     assert choose_precision("auto", CUDA) == dtype
 
 
@@ -52,9 +61,14 @@ def test_auto_precision_on_cuda_asks_the_hardware_without_emulation(native, dtyp
         ("", False),
     ],
 )
-def test_auto_precision_on_a_cpu_asks_for_native_instructions(cpuinfo, native, monkeypatch, tmp_path):
+def test_auto_precision_on_a_cpu_asks_for_native_instructions(
+    cpuinfo, native, monkeypatch, tmp_path
+):
     (tmp_path / "cpuinfo").write_text(cpuinfo)
-    for name, dtype in {"cpuinfo": torch.bfloat16 if native else torch.float32, "missing": torch.float32}.items():
+    for name, dtype in {
+        "cpuinfo": torch.bfloat16 if native else torch.float32,
+        "missing": torch.float32,
+    }.items():
         monkeypatch.setattr("functions.support.device.CPUINFO", tmp_path / name)
         assert choose_precision("auto", CPU) == dtype
 
@@ -71,7 +85,9 @@ def test_precision_by_name_and_as_the_run_was_started_with():
     for unusable in ("float16", None, [], "int8"):
         assert choose_precision("bfloat16", CPU, unusable) == torch.bfloat16
     for unusable in ("float16", "int8"):
-        with pytest.raises(UserError, match=f"'{unusable}'; on cpu it must be auto, float32, bfloat16"):
+        with pytest.raises(
+            UserError, match=f"'{unusable}'; on cpu it must be auto, float32, bfloat16"
+        ):
             choose_precision(unusable, CPU)
 
 
@@ -118,7 +134,10 @@ def test_adam_in_memory_order_is_pytorchs(dtype):
     start = [torch.randn(shape, dtype=dtype) for shape in ((8, 6, 3, 3), (8, 6, 1, 1), (8,))]
     found = {}
     for kind, layout in ((Adam, torch.channels_last), (torch.optim.Adam, torch.contiguous_format)):
-        copies = [t.clone(memory_format=layout if t.dim() == 4 else torch.contiguous_format) for t in start]
+        copies = [
+            t.clone(memory_format=layout if t.dim() == 4 else torch.contiguous_format)
+            for t in start
+        ]
         parameters = [copy.requires_grad_() for copy in copies]
         optimizer = kind(parameters, lr=0.1, fused=True)
         for step in range(5):
@@ -144,6 +163,8 @@ def test_adam_copies_no_weights():
         optimizer.step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             optimizer.step()
-        copied[kind, layout] = sum(event.count for event in profile.key_averages() if event.key == "aten::copy_")
+        copied[kind, layout] = sum(
+            event.count for event in profile.key_averages() if event.key == "aten::copy_"
+        )
     assert copied[ours] == copied[least]
     assert copied[theirs] > copied[least]  # when this fails, PyTorch has mended it, and ours can go

@@ -28,14 +28,31 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("part", "field", "value", "said"),
     [
-        *((UNET, field, value, f"{field} is {value!r}; what is read is ") for field, value in (
-            ("layers_per_block", 1), ("center_input_sample", True), ("time_embedding_type", "fourier"),
-            ("act_fn", "gelu"), ("mid_block_scale_factor", 1.4), ("num_class_embeds", 10), ("out_channels", 6),
-            ("_class_name", "UNet2DConditionModel"), ("block_out_channels", [16, 24]), ("in_channels", 4),
-            ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]), ("up_block_types", ["UpBlock2D"] * 2),
-            ("norm_eps", 1e-5), ("attention_head_dim", 16), ("resnet_time_scale_shift", "scale_shift"))),
+        *(
+            (UNET, field, value, f"{field} is {value!r}; what is read is ")
+            for field, value in (
+                ("layers_per_block", 1),
+                ("center_input_sample", True),
+                ("time_embedding_type", "fourier"),
+                ("act_fn", "gelu"),
+                ("mid_block_scale_factor", 1.4),
+                ("num_class_embeds", 10),
+                ("out_channels", 6),
+                ("_class_name", "UNet2DConditionModel"),
+                ("block_out_channels", [16, 24]),
+                ("in_channels", 4),
+                ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]),
+                ("up_block_types", ["UpBlock2D"] * 2),
+                ("norm_eps", 1e-5),
+                ("attention_head_dim", 16),
+                ("resnet_time_scale_shift", "scale_shift"),
+            )
+        ),
         (UNET, "cross_attention_dim", 768, "cross_attention_dim is 768; no such field is read"),
-        *((UNET, "sample_size", size, "sample_size must be an integer") for size in (None, "32", True, [32, 32], -1)),
+        *(
+            (UNET, "sample_size", size, "sample_size must be an integer")
+            for size in (None, "32", True, [32, 32], -1)
+        ),
         (UNET, "block_out_channels", [], "block_out_channels a list of such"),
         (UNET, "down_block_types", None, "describe no model that is read"),
         (UNET, "block_out_channels", [10**9, 10**9], "base_dim is above 16,384"),
@@ -43,16 +60,29 @@ def folder(tmp_path):
         (UNET, "norm_num_groups", 0, "config describes no model"),
         (SCHEDULE, "_class_name", "IPNDMScheduler", "_class_name is 'IPNDMScheduler'"),
         (SCHEDULE, "clip_sample", "false", "clip_sample is 'false'; what is read is True"),
-        *((SCHEDULE, field, value, f"{field} is {value!r}; what is read is ") for field, value in (
-            ("prediction_type", "sample"), ("variance_type", "learned_range"), ("thresholding", True),
-            ("beta_schedule", "scaled_linear"), ("trained_betas", [0.1]), ("rescale_betas_zero_snr", True),
-            ("clip_sample_range", 2.0))),
+        *(
+            (SCHEDULE, field, value, f"{field} is {value!r}; what is read is ")
+            for field, value in (
+                ("prediction_type", "sample"),
+                ("variance_type", "learned_range"),
+                ("thresholding", True),
+                ("beta_schedule", "scaled_linear"),
+                ("trained_betas", [0.1]),
+                ("rescale_betas_zero_snr", True),
+                ("clip_sample_range", 2.0),
+            )
+        ),
         (SCHEDULE, "beta_end", 7, "config describes no model"),
         (SCHEDULE, "beta_end", "x", "describe no model that is read"),
         (SCHEDULE, "num_train_timesteps", 10**9, "timesteps_diff is above 1,000,000"),
-        ("model_index.json", "_class_name", "StableDiffusionPipeline", "_class_name is 'StableDiffusionPipeline'"),
+        (
+            "model_index.json",
+            "_class_name",
+            "StableDiffusionPipeline",
+            "_class_name is 'StableDiffusionPipeline'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_another_network_or_schedule_would_need_is_refused(part, field, value, said, folder):
     change(folder / part, **{field: value})
     assert said in refusal(folder)
@@ -63,7 +93,11 @@ def refusal(folder):
     with at_most(200), pytest.raises(CheckpointError) as caught:
         rebuild(UNet, load_model(folder), CPU)
     message = str(caught.value)
-    assert message.startswith(str(folder)) and message.isprintable() and len(message) < len(str(folder)) + 400
+    assert (
+        message.startswith(str(folder))
+        and message.isprintable()
+        and len(message) < len(str(folder)) + 400
+    )
     return message
 
 
@@ -77,38 +111,88 @@ def spoil_weights(change_them):
 
 
 def with_index(weight_map):
-    return lambda folder: (folder / "unet" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return lambda folder: (folder / "unet" / INDEX).write_text(
+        json.dumps({"weight_map": weight_map})
+    )
 
 
 HOSTILE = {
     "no weights": (lambda f: (f / "unet" / WEIGHTS).unlink(), "there is no such file"),
-    "no config": (lambda f: (f / "unet" / "config.json").unlink(), "config.json: there is no such file"),
-    "no schedule": (lambda f: (f / "scheduler/scheduler_config.json").unlink(), "there is no such file"),
-    "a pickle": (lambda f: (f / "unet" / WEIGHTS).rename(f / "unet" / PICKLE), "save_pretrained(NEW_FOLDER)"),
+    "no config": (
+        lambda f: (f / "unet" / "config.json").unlink(),
+        "config.json: there is no such file",
+    ),
+    "no schedule": (
+        lambda f: (f / "scheduler/scheduler_config.json").unlink(),
+        "there is no such file",
+    ),
+    "a pickle": (
+        lambda f: (f / "unet" / WEIGHTS).rename(f / "unet" / PICKLE),
+        "save_pretrained(NEW_FOLDER)",
+    ),
     "a list": (lambda f: (f / "unet/config.json").write_text("[1, 2]"), "no fields in braces"),
     "no JSON": (lambda f: (f / "unet/config.json").write_text("{"), "cannot be read"),
     "deep": (lambda f: (f / "unet/config.json").write_text('{"a":' * 10**5), "cannot be read"),
-    "a name twice": (lambda f: (f / "unet/config.json").write_text('{"a": 1, "a": 2}'), "a name is there twice"),
+    "a name twice": (
+        lambda f: (f / "unet/config.json").write_text('{"a": 1, "a": 2}'),
+        "a name is there twice",
+    ),
     "cut off": (lambda f: os.truncate(f / "unet" / WEIGHTS, 20_000), "truncated"),
     "too large a header": (lambda f: (f / "unet" / WEIGHTS).write_bytes(b"\xff" * 99), "truncated"),
-    "one missing": (spoil_weights(lambda w: w.pop("conv_in.bias")), "1 weights are missing or unknown, 'conv_in.bias'"),
-    "one more": (spoil_weights(lambda w: w.update(odd=torch.zeros(1))), "missing or unknown, 'odd'"),
-    "a shape": (spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(9)})), "is torch.float32 (9,)"),
-    "a type": (spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(16).int()})), "torch.int32"),
-    "complex numbers": (spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(16) * 1j})), "complex64, which"),
-    "a folder for the weights": (lambda f: ((f / "unet" / WEIGHTS).unlink(), (f / "unet" / WEIGHTS).mkdir()),
-                                 "not a regular file"),
-    "a pipe for the config": (lambda f: ((f / UNET).unlink(), os.mkfifo(f / UNET)), "no file, or too large a one"),
-    "a terminal's command": (with_index({"conv_in.bias": "\x1b[2J.safetensors"}), "a file of this folder"),
+    "one missing": (
+        spoil_weights(lambda w: w.pop("conv_in.bias")),
+        "1 weights are missing or unknown, 'conv_in.bias'",
+    ),
+    "one more": (
+        spoil_weights(lambda w: w.update(odd=torch.zeros(1))),
+        "missing or unknown, 'odd'",
+    ),
+    "a shape": (
+        spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(9)})),
+        "is torch.float32 (9,)",
+    ),
+    "a type": (
+        spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(16).int()})),
+        "torch.int32",
+    ),
+    "complex numbers": (
+        spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(16) * 1j})),
+        "complex64, which",
+    ),
+    "a folder for the weights": (
+        lambda f: ((f / "unet" / WEIGHTS).unlink(), (f / "unet" / WEIGHTS).mkdir()),
+        "not a regular file",
+    ),
+    "a pipe for the config": (
+        lambda f: ((f / UNET).unlink(), os.mkfifo(f / UNET)),
+        "no file, or too large a one",
+    ),
+    "a terminal's command": (
+        with_index({"conv_in.bias": "\x1b[2J.safetensors"}),
+        "a file of this folder",
+    ),
     "NaN": (spoil_weights(lambda w: w["conv_in.bias"].fill_(torch.nan)), "not finite"),
-    "old and new": (spoil_weights(lambda w: w.update(
-        {name.replace("to_out.0", "proj_attn"): w[name].clone() for name in [*w] if "to_out" in name})), "there twice"),
-    "a way out": (with_index({"conv_in.bias": "../../theirs/unet/x.safetensors"}), "a file of this folder"),
+    "old and new": (
+        spoil_weights(
+            lambda w: w.update(
+                {
+                    name.replace("to_out.0", "proj_attn"): w[name].clone()
+                    for name in [*w]
+                    if "to_out" in name
+                }
+            )
+        ),
+        "there twice",
+    ),
+    "a way out": (
+        with_index({"conv_in.bias": "../../theirs/unet/x.safetensors"}),
+        "a file of this folder",
+    ),
     "a number": (with_index({"conv_in.bias": 7}), "a file of this folder"),
     "no map": (with_index(None), "a file of this folder"),
     "an empty map": (with_index({}), "a file of this folder"),
     "another map": (with_index({"conv_in.bias": WEIGHTS}), "not those that"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("spoil", "said"), HOSTILE.values(), ids=HOSTILE)
@@ -122,7 +206,9 @@ def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path, monkeyp
     image_sampler = ImageSampler(rebuild(UNet, saved, CPU), OPTIONS, saved.image_shape, 0, CPU)
     with pytest.raises(UserError, match="a file to export ends in"):
         export(saved, image_sampler, tmp_path / "out.pt")
-    monkeypatch.setattr("functions.sampling.export.save_grid", mock.Mock(side_effect=OSError("full")))
+    monkeypatch.setattr(
+        "functions.sampling.export.save_grid", mock.Mock(side_effect=OSError("full"))
+    )
     with pytest.raises(OSError, match="full"):
         export(saved, image_sampler, tmp_path / "out")
     saved.config["model"]["dim_multiply"] = [2, 2]

@@ -15,7 +15,9 @@ from tests.conftest import ROOT, TINY, call, load_checkpoint, newest
 from tests.forked import Program, train_script
 
 pytestmark = pytest.mark.slow
-linux = pytest.mark.skipif(sys.platform != "linux", reason="a small file system, and limits of a process")
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="a small file system, and limits of a process"
+)
 FULL_DISK = """
 mount -t tmpfs -o size=4m none {folder} || exit 99
 cp -r {run} {folder}/
@@ -32,11 +34,19 @@ exit $code
 def test_a_full_disk(unfinished, tmp_path, every):
     """On a file system of 4 MB that fills up with checkpoints of 1.3 MB, or with these and grids."""
     (tmp_path / "small").mkdir()
-    commands = FULL_DISK.format(folder=tmp_path / "small", run=unfinished, name=unfinished.name,
-                                python=sys.executable, back=tmp_path / "back", every=every)  # fmt: skip
+    commands = FULL_DISK.format(
+        folder=tmp_path / "small",
+        run=unfinished,
+        name=unfinished.name,
+        python=sys.executable,
+        back=tmp_path / "back",
+        every=every,
+    )
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", commands]
     try:
-        result = subprocess.run(inside, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
+        result = subprocess.run(
+            inside, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+        )
     except FileNotFoundError:
         pytest.skip("there is no unshare here")
     if result.returncode == 99 or "unshare" in result.stderr:
@@ -45,7 +55,10 @@ def test_a_full_disk(unfinished, tmp_path, every):
     last = run_folder.checkpoints_of(tmp_path / "back")[-1]
     said = result.stderr.splitlines()[-1]
     assert "cannot be written to: No space left on device. Last good checkpoint: " in said
-    assert f"checkpoints/{last.name}. When that is mended, go on with: python train.py --resume " in said
+    assert (
+        f"checkpoints/{last.name}. When that is mended, go on with: python train.py --resume "
+        in said
+    )
     # TensorBoard's thread, for grids, may print one
     assert every == 5 or "Traceback" not in result.stderr
     assert load_checkpoint(last)["run"]["step"] >= 7
@@ -63,7 +76,10 @@ def test_a_checkpoint_beyond_a_quota(unfinished, tmp_path):
     before = {path: path.read_bytes() for path in run_folder.checkpoints_of(unfinished)}
     program = Program(tmp_path / "printed", "--resume", unfinished, act=train_within_a_quota)
     assert program.wait() == 2
-    assert f"cannot be written to: File too large. Last good checkpoint: {list(before)[-1]}" in program.printed
+    assert (
+        f"cannot be written to: File too large. Last good checkpoint: {list(before)[-1]}"
+        in program.printed
+    )
     assert "Traceback" not in program.printed
     assert {path: path.read_bytes() for path in run_folder.checkpoints_of(unfinished)} == before
 
@@ -79,8 +95,23 @@ def train_in_little_memory():
 @linux
 def test_out_of_memory_is_a_sentence(pictures, tmp_path):
     """A network that takes more for a single image."""
-    flags = ["faces", *TINY, "--model.base-dim", 1024, "--diffusion.batch-size", 24, "--runs", tmp_path / "runs"]
-    program = Program(tmp_path / "printed", *flags, "--diffusion.dataset-name", pictures, act=train_in_little_memory)
+    flags = [
+        "faces",
+        *TINY,
+        "--model.base-dim",
+        1024,
+        "--diffusion.batch-size",
+        24,
+        "--runs",
+        tmp_path / "runs",
+    ]
+    program = Program(
+        tmp_path / "printed",
+        *flags,
+        "--diffusion.dataset-name",
+        pictures,
+        act=train_in_little_memory,
+    )
     assert program.wait() == 2
     assert "error: out of memory" in program.printed and "Traceback" not in program.printed
 
@@ -89,6 +120,8 @@ def test_a_run_whose_last_grid_fails_is_not_lost(unfinished, monkeypatch):
     """The checkpoint of the same step was written before it."""
     fails = Mock(side_effect=OSError(5, "I/O error"))
     monkeypatch.setattr("functions.training.book_keeping.save_grid", fails)
-    with pytest.raises(UserError, match=r"I/O error\. Last good checkpoint: .*step-00000010\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"I/O error\. Last good checkpoint: .*step-00000010\.safetensors"
+    ):
         call(train.main, "--resume", unfinished)
     assert newest(unfinished)["run"]["step"] == 10

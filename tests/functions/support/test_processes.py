@@ -23,14 +23,34 @@ from tests.functions.training.test_bad_numbers import not_a_number, poison
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")]
 # An effective batch of 9 in passes of 3: one process has passes 3 3 3, two have 3 1 and 3 2
-FLAGS = ["faces-v", *TINY, "--diffusion.t-sampling", "mixed", "--model.dropout", 0, "--diffusion.batch-size", 3,
-         "--diffusion.gradient-accumulation", 3, "--diffusion.validation-samples", 20]  # fmt: skip
+FLAGS = [
+    "faces-v",
+    *TINY,
+    "--diffusion.t-sampling",
+    "mixed",
+    "--model.dropout",
+    0,
+    "--diffusion.batch-size",
+    3,
+    "--diffusion.gradient-accumulation",
+    3,
+    "--diffusion.validation-samples",
+    20,
+]
 
 
 @pytest.fixture
 def forever(pictures, tmp_path):
     """Flags of a run that does not end by itself."""
-    return [*FLAGS, "--diffusion.epochs", 4000, "--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs"]
+    return [
+        *FLAGS,
+        "--diffusion.epochs",
+        4000,
+        "--diffusion.dataset-name",
+        pictures,
+        "--runs",
+        tmp_path / "runs",
+    ]
 
 
 def free_port():
@@ -43,7 +63,9 @@ def free_port():
 def two(folder, *arguments, act=train_script):
     """As torchrun starts them, but each ends by itself."""
     shared = {"act": act, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    return [Program(folder / f"rank{i}.txt", *arguments, **shared, RANK=i, LOCAL_RANK=i) for i in (0, 1)]
+    return [
+        Program(folder / f"rank{i}.txt", *arguments, **shared, RANK=i, LOCAL_RANK=i) for i in (0, 1)
+    ]
 
 
 def assert_alike(run, other):
@@ -56,7 +78,9 @@ def assert_alike(run, other):
             assert b[column] == (a[column] and pytest.approx(a[column], rel=2e-4, nan_ok=True))
     first, second = newest(run)["model"], newest(other)["model"]
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
-    assert {path.name for path in run.glob("samples/*")} == {path.name for path in other.glob("samples/*")}
+    assert {path.name for path in run.glob("samples/*")} == {
+        path.name for path in other.glob("samples/*")
+    }
 
 
 @pytest.mark.parametrize("nccl", [True, False])
@@ -64,7 +88,9 @@ def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, monkeypatch)
     asked, left = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **named: asked.append((args, named)))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *args, **named: asked.append((args, named))
+    )
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
@@ -81,10 +107,28 @@ def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, monkeypatch)
 def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
     """A torchrun of one process for each; here both are this machine. They recompute blocks, and one goes on alone."""
     call(train.main, *FLAGS, "--diffusion.dataset-name", pictures, "--runs", tmp_path / "1")
-    torchrun = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
-    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.recompute", "blocks", "--runs", tmp_path / "2"]
+    torchrun = [
+        "--nnodes",
+        2,
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{free_port()}",
+    ]
+    flags = [
+        *FLAGS,
+        "--diffusion.dataset-name",
+        pictures,
+        "--diffusion.recompute",
+        "blocks",
+        "--runs",
+        tmp_path / "2",
+    ]
     torchrun += [ROOT / "train.py", *flags]
-    machines = [Program(tmp_path / name, *torchrun, act=torchrun_program, OMP_NUM_THREADS=1) for name in ("a", "b")]
+    machines = [
+        Program(tmp_path / name, *torchrun, act=torchrun_program, OMP_NUM_THREADS=1)
+        for name in ("a", "b")
+    ]
     assert [machine.wait() for machine in machines] == [0, 0], machines[0].printed
     printed = "".join(machine.printed for machine in machines)
     assert printed.count("finished") == 1  # rank 0 alone speaks
@@ -122,7 +166,10 @@ def test_what_fails_in_one_process_is_left_out_in_all(pictures, tmp_path, monkey
     programs = two(tmp_path, *flags, tmp_path / "two", *undivided, act=train_with_a_bad_rank)
     assert [program.wait() for program in programs] == [0, 0], programs[1].printed
     assert "out of memory with batch_size = 9, recompute = 'norms'\n" in programs[0].printed
-    assert "going on with batch_size = 3, gradient_accumulation = 3, recompute = norms\n" in programs[0].printed
+    assert (
+        "going on with batch_size = 3, gradient_accumulation = 3, recompute = norms\n"
+        in programs[0].printed
+    )
     together = next((tmp_path / "two").iterdir())
     assert read_metrics(together / "metrics.csv")[-1]["skipped_steps"] == 1
     assert {step.item() for step in newest(together)["step"].values()} == {9}
@@ -144,7 +191,10 @@ def test_a_process_that_dies_ends_the_other(victim, forever, tmp_path):
     programs[victim].kill()
     assert programs[victim].wait() == -signal.SIGKILL
     assert programs[1 - victim].wait() == 2
-    assert f"error: another process has ended, so process {1 - victim} does too" in programs[1 - victim].printed
+    assert (
+        f"error: another process has ended, so process {1 - victim} does too"
+        in programs[1 - victim].printed
+    )
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step(forever, tmp_path):
@@ -156,11 +206,25 @@ def test_a_signal_to_one_stops_all_after_the_same_step(forever, tmp_path):
     assert newest(run)["run"]["step"] >= read_metrics(run / "metrics.csv")[-1]["step"]
 
 
-@pytest.mark.parametrize(("number", "why"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGKILL, "the end of torchrun")])
+@pytest.mark.parametrize(
+    ("number", "why"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGKILL, "the end of torchrun")]
+)
 def test_processes_whose_torchrun_is_stopped_or_killed_save_and_end(number, why, forever, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    agent = subprocess.Popen(list(map(str, [*torchrun, "train.py", *forever])), cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+    ]
+    agent = subprocess.Popen(
+        list(map(str, [*torchrun, "train.py", *forever])),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     run = at_work(tmp_path / "runs", lambda: agent.poll() is None)
     agent.send_signal(number)
     printed, _ = agent.communicate(timeout=PATIENCE)  # until the last of them has closed it

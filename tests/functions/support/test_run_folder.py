@@ -13,7 +13,11 @@ def make_run(runs, name, steps, total=100):
     for step in steps:
         stands = {"experiment": name[:-16], "step": step, "total_steps": total}
         contents = {"config": {}, "run": stands, "scaler": {}}
-        write_tensors(runs / name / "checkpoints" / f"step-{step:08d}.safetensors", {"a": torch.zeros(1)}, contents)
+        write_tensors(
+            runs / name / "checkpoints" / f"step-{step:08d}.safetensors",
+            {"a": torch.zeros(1)},
+            contents,
+        )
 
 
 def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
@@ -22,12 +26,23 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
     make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
     make_run(tmp_path, "faces-20260103-000000", [])  # just started
     (tmp_path / "notes").mkdir()
-    (tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / ".step-00000070.safetensors.1.tmp").touch()
+    (
+        tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / ".step-00000070.safetensors.1.tmp"
+    ).touch()
     newest, *others = run_folder.newest_checkpoints(tmp_path)
     assert [run_folder.step_of(path) for path in others] == [50, 9]
-    assert newest == tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / "step-00000060.safetensors"
-    assert run_folder.newest_checkpoints(tmp_path, "faces")[0].parent.parent.name == "faces-20260101-000000"
-    assert run_folder.run_to_resume("newest", tmp_path, "ffhq-full").name == "ffhq-full-20260102-000000"
+    assert (
+        newest
+        == tmp_path / "ffhq-full-20260102-000000" / "checkpoints" / "step-00000060.safetensors"
+    )
+    assert (
+        run_folder.newest_checkpoints(tmp_path, "faces")[0].parent.parent.name
+        == "faces-20260101-000000"
+    )
+    assert (
+        run_folder.run_to_resume("newest", tmp_path, "ffhq-full").name
+        == "ffhq-full-20260102-000000"
+    )
     for finished in ("faces", "ffhq", "ffhq-run1"):  # "ffhq" is a prefix, not an experiment
         assert run_folder.run_to_resume("auto", tmp_path, finished) is None
     with pytest.raises(CheckpointError, match="cifar"):
@@ -67,8 +82,13 @@ def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, d
     make_run(tmp_path, "faces-20260101-000000", range(10, 70, 10))
     (run,) = tmp_path.iterdir()
     deleted = set(range(10, 70, 10)) - set(kept)
-    beside = {step: run / "checkpoints" / f"step-{step:08d}-calibration-own.safetensors" for step in range(10, 70, 10)}
-    others = [path.with_name(path.name.replace("calibration-own", "mine")) for path in beside.values()]
+    beside = {
+        step: run / "checkpoints" / f"step-{step:08d}-calibration-own.safetensors"
+        for step in range(10, 70, 10)
+    }
+    others = [
+        path.with_name(path.name.replace("calibration-own", "mine")) for path in beside.values()
+    ]
     for path in (*beside.values(), *others):
         path.touch()
     run_folder.delete_old(run, done, count, every)

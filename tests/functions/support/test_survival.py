@@ -21,7 +21,14 @@ from tests.kill import assert_same_run, kill_and_resume
 @pytest.mark.slow
 def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path):
     """Two passes a step, dropout and augmentation on; cut between those of step 7, after the checkpoint of step 5."""
-    flags = ["--diffusion.batch-size", 4, "--diffusion.gradient-accumulation", 2, "--model.dropout", 0.1]
+    flags = [
+        "--diffusion.batch-size",
+        4,
+        "--diffusion.gradient-accumulation",
+        2,
+        "--model.dropout",
+        0.1,
+    ]
     flags += ["--diffusion.max-rotation", 3]
     straight = train_tiny(pictures, tmp_path / "straight", *flags)
     with pytest.raises(KeyboardInterrupt), during(14, interrupt, "denoising_loss"):
@@ -39,7 +46,9 @@ def test_killed_at_random_moments(tmp_path):
 def train_until_a_write_kills():
     """When the last checkpoint is written, but has not its name yet."""
     replace, last = os.replace, "step-00000010.safetensors"
-    os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if b.name == last else replace(a, b)
+    os.replace = lambda a, b: (
+        os.kill(os.getpid(), signal.SIGKILL) if b.name == last else replace(a, b)
+    )
     train.main()
 
 
@@ -47,7 +56,10 @@ def train_until_a_write_kills():
 @posix
 def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
     flags = ["faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, *TINY]
-    assert Program(tmp_path / "printed", *flags, act=train_until_a_write_kills).wait() == -signal.SIGKILL
+    assert (
+        Program(tmp_path / "printed", *flags, act=train_until_a_write_kills).wait()
+        == -signal.SIGKILL
+    )
     (run,) = (tmp_path / "runs").iterdir()
     (leftover,) = run.glob("checkpoints/.*.tmp")
     call(train.main, "--resume", run)
@@ -63,12 +75,18 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
     before = signal.getsignal(signal.SIGTERM)
     for name, step in {"SIGUSR1": 3, "SIGINT": 5, "SIGTERM": 7}.items():
         number = getattr(signal, name)
-        with pytest.raises(SystemExit) as stop, during(step - done, lambda number=number: signal.raise_signal(number)):
+        with (
+            pytest.raises(SystemExit) as stop,
+            during(step - done, lambda number=number: signal.raise_signal(number)),
+        ):
             call(train.main, *arguments)
         assert stop.value.code == 75 and signal.getsignal(signal.SIGTERM) == before
         (run,) = tmp_path.iterdir()
         assert newest(run)["run"]["step"] == step and len(list(run.glob("samples/*"))) == (step > 5)
-        assert f"stopped by {name}, saved; go on with: python train.py --resume {run}" in capsys.readouterr().out
+        assert (
+            f"stopped by {name}, saved; go on with: python train.py --resume {run}"
+            in capsys.readouterr().out
+        )
         arguments, done = ["--resume", run], step
     call(train.main, *arguments)
     assert_same_run(tiny_run, run)
@@ -94,7 +112,11 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 
 def test_a_finished_run_is_nothing_to_resume(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run, tmp_path / tiny_run.name)
-    flags = ["--diffusion.dataset-name", newest(tiny_run)["config"]["diffusion"]["dataset_name"], *TINY]
+    flags = [
+        "--diffusion.dataset-name",
+        newest(tiny_run)["config"]["diffusion"]["dataset_name"],
+        *TINY,
+    ]
     call(train.main, "faces", "--resume", "auto", "--dry-run", "--runs", tmp_path, *flags)
     printed = capsys.readouterr()
     assert "WARNING: NOTHING TO RESUME" in printed.err
@@ -112,7 +134,9 @@ def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
     spoilt[len(spoilt) // 2] ^= 8
     path.write_bytes(spoilt)
     (unfinished / "config.json").write_text("{")
-    (unfinished / "metrics.csv").write_bytes((unfinished / "metrics.csv").read_bytes() + b"\xff\xfe,\n")
+    (unfinished / "metrics.csv").write_bytes(
+        (unfinished / "metrics.csv").read_bytes() + b"\xff\xfe,\n"
+    )
     capsys.readouterr()
     call(sample.main, unfinished, "--n", 1, "--steps", 1)
     printed = capsys.readouterr()
@@ -148,12 +172,21 @@ def test_no_sound_checkpoint_is_an_error_and_no_fresh_start(unfinished):
 @posix
 def test_two_trainings_in_one_folder(unfinished, tmp_path):
     """The second of two real processes is refused; the first is not disturbed."""
-    first = Program(tmp_path / "first", "--resume", unfinished, "--diffusion.epochs", 4000,
-                    "--diffusion.keep-checkpoints", 1000)  # fmt: skip
+    first = Program(
+        tmp_path / "first",
+        "--resume",
+        unfinished,
+        "--diffusion.epochs",
+        4000,
+        "--diffusion.keep-checkpoints",
+        1000,
+    )
     wait_until((unfinished / "checkpoints" / "step-00000010.safetensors").exists, first.is_alive)
     second = Program(tmp_path / "second", "--resume", unfinished)
     assert second.wait() == 2
-    assert second.printed.endswith(f"\nerror: {unfinished}: another process is training in this folder already\n")
+    assert second.printed.endswith(
+        f"\nerror: {unfinished}: another process is training in this folder already\n"
+    )
     first.terminate()
     assert first.wait() == 75, first.printed
 
@@ -162,11 +195,25 @@ def test_two_trainings_in_one_folder(unfinished, tmp_path):
 def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(trained, monkeypatch):
     """A time that is always over makes one a step; none may be ahead of metrics.csv: a power cut would leave a gap."""
     order = []
-    noting = lambda name, original: lambda *arguments: order.append((name, *arguments)) or original(*arguments)
+    noting = lambda name, original: (
+        lambda *arguments: order.append((name, *arguments)) or original(*arguments)
+    )
     for owner, name in ((os, "fsync"), (os, "replace"), (train.BookKeeper, "save")):
         monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
-    run = trained("--diffusion.log-every", 1, "--diffusion.checkpoint-every", 9, "--diffusion.checkpoint-minutes", 1e-9,
-                  "--diffusion.epochs", 1, "--diffusion.keep-checkpoints", 1, "--diffusion.keep-every", 2)  # fmt: skip
+    run = trained(
+        "--diffusion.log-every",
+        1,
+        "--diffusion.checkpoint-every",
+        9,
+        "--diffusion.checkpoint-minutes",
+        1e-9,
+        "--diffusion.epochs",
+        1,
+        "--diffusion.keep-checkpoints",
+        1,
+        "--diffusion.keep-every",
+        2,
+    )
     assert [run_folder.step_of(path) for path in run_folder.checkpoints_of(run)] == [2, 4, 5]
     saves = [i for i, (what, *_) in enumerate(order) if what == "save"]
     assert len(saves) == 5

@@ -17,8 +17,20 @@ from tests.conftest import CPU, call, load_checkpoint, newest
 from tests.spoilt_files import same
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
-FLAGS = ["--diffusion.checkpoint-every", 1, "--diffusion.keep-checkpoints", 100, "--diffusion.ema-decay", 0.5,
-         "--diffusion.log-every", 1, "--diffusion.validate-every", 99, "--diffusion.sample-every", 99]  # fmt: skip
+FLAGS = [
+    "--diffusion.checkpoint-every",
+    1,
+    "--diffusion.keep-checkpoints",
+    100,
+    "--diffusion.ema-decay",
+    0.5,
+    "--diffusion.log-every",
+    1,
+    "--diffusion.validate-every",
+    99,
+    "--diffusion.sample-every",
+    99,
+]
 
 
 def not_a_number(losses):
@@ -44,7 +56,9 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(trained, monkeypatch):
     bad = {2: not_a_number, 4: lambda losses: losses + math.inf, 6: with_infinite_gradient}
     poison(monkeypatch, bad)
     run = trained(*FLAGS)
-    checkpoint_of = lambda step: load_checkpoint(run / "checkpoints" / f"step-{step:08d}.safetensors")
+    checkpoint_of = lambda step: load_checkpoint(
+        run / "checkpoints" / f"step-{step:08d}.safetensors"
+    )
     for count, step in enumerate(bad, 1):
         before, after, following = map(checkpoint_of, (step - 1, step, step + 1))
         assert all(same(before[part], after[part]) for part in ("model", *MOMENTS))
@@ -70,8 +84,14 @@ def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(trained, tmp_pa
     (run,) = tmp_path.iterdir()
     last = run_folder.checkpoints_of(run)[-1]
     assert run_folder.step_of(last) == 5  # step 6 was not saved
-    for part in ("3 steps in a row", "the last was step 6", "loss nan", "gradient norm nan", "learning rate 0.00",
-                 f"Last good checkpoint: {last}"):  # fmt: skip
+    for part in (
+        "3 steps in a row",
+        "the last was step 6",
+        "loss nan",
+        "gradient norm nan",
+        "learning rate 0.00",
+        f"Last good checkpoint: {last}",
+    ):
         assert part in str(error.value)
     assert newest(run)["run"]["bad_numbers"]["in_a_row"] == 2
 
@@ -79,7 +99,14 @@ def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(trained, tmp_pa
 def test_counting(tmp_path):
     watch = BadNumbers(CPU)
     sequence = [1.0, math.nan, math.inf, 2.0, -math.inf, 3.0]
-    assert [watch.check(torch.tensor(x), torch.tensor(1.0)).item() for x in sequence] == [0, 1, 1, 0, 1, 0]
+    assert [watch.check(torch.tensor(x), torch.tensor(1.0)).item() for x in sequence] == [
+        0,
+        1,
+        1,
+        0,
+        1,
+        0,
+    ]
     # Two in a row at most
     assert watch.read(watch.numbers(NO_SCALER).tolist(), 3, 0.1, tmp_path) == 3
     assert watch.check(torch.tensor(1.0), torch.tensor(math.nan)) == 1
@@ -88,7 +115,11 @@ def test_counting(tmp_path):
     resumed.check(torch.tensor(math.nan), torch.tensor(1.0))
     for watching, limit, message in (
         (watch, 1, r"the last was step 7 \(loss 1, gradient norm nan"),
-        (resumed, 2, r"2 steps in a row .* was step 8 \(loss nan, gradient norm 1, learning rate 0.1\)"),
+        (
+            resumed,
+            2,
+            r"2 steps in a row .* was step 8 \(loss nan, gradient norm 1, learning rate 0.1\)",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             watching.read(watching.numbers(NO_SCALER).tolist(), limit, 0.1, tmp_path)
@@ -99,7 +130,9 @@ def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(trained,
     """On the CPU, to use the scaler: its scale falls until the steps fit; overflowing again and again ends the run."""
     monkeypatch.setattr(train, "choose_precision", lambda *a: torch.float16)
     scaler = torch.amp.GradScaler
-    start_with = lambda scale: monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=scale))
+    start_with = lambda scale: monkeypatch.setattr(
+        torch.amp, "GradScaler", partial(scaler, init_scale=scale)
+    )
     flags = [*FLAGS, "--diffusion.epochs", 5, "--diffusion.checkpoint-every", 99]
     start_with(2.0**24)
     run = trained(*flags)
@@ -111,5 +144,7 @@ def test_float16_with_a_loss_scale_trains_and_its_collapse_ends_the_run(trained,
     # Never two in a row
     poison(monkeypatch, dict.fromkeys(range(4, 100, 2), with_infinite_gradient))
     start_with(4.0)
-    with pytest.raises(UserError, match=r"loss scale of float16 has collapsed to 0\.5: .* bfloat16"):
+    with pytest.raises(
+        UserError, match=r"loss scale of float16 has collapsed to 0\.5: .* bfloat16"
+    ):
         trained(*flags)

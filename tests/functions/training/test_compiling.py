@@ -23,11 +23,15 @@ compiled, repeated = [], []
 
 def counting(graph, inputs):
     compiled.append(graph)
-    return aot_autograd(fw_compiler=nop, bw_compiler=count_convolutions, partition_fn=min_cut)(graph, inputs)
+    return aot_autograd(fw_compiler=nop, bw_compiler=count_convolutions, partition_fn=min_cut)(
+        graph, inputs
+    )
 
 
 def count_convolutions(graph, inputs):
-    repeated.append(sum(node.target is torch.ops.aten.convolution.default for node in graph.graph.nodes))
+    repeated.append(
+        sum(node.target is torch.ops.aten.convolution.default for node in graph.graph.nodes)
+    )
     return nop(graph, inputs)
 
 
@@ -74,9 +78,13 @@ def test_a_compiled_training_is_the_plain_one(trained, monkeypatch):
     assert_alike(plain, run)
 
 
-@pytest.mark.parametrize(("factor", "why"), [(None, r"RuntimeError: no compiler\\nfound"),
-                                             (-1, r"its gradients differ by \d+%")])  # fmt: skip
-def test_what_fails_or_differs_is_left_out_and_leaves_nothing_behind(factor, why, trained, monkeypatch):
+@pytest.mark.parametrize(
+    ("factor", "why"),
+    [(None, r"RuntimeError: no compiler\\nfound"), (-1, r"its gradients differ by \d+%")],
+)
+def test_what_fails_or_differs_is_left_out_and_leaves_nothing_behind(
+    factor, why, trained, monkeypatch
+):
     plain, _ = trained()
     prepare(monkeypatch, partial(Wrong, factor=factor))
     run, printed = trained()
@@ -84,21 +92,29 @@ def test_what_fails_or_differs_is_left_out_and_leaves_nothing_behind(factor, why
     assert_same_run(plain, run)
 
 
-@pytest.mark.parametrize("flags", [["compile", "off"], ["deterministic", "true"], ["recompute", "blocks"], []])
+@pytest.mark.parametrize(
+    "flags", [["compile", "off"], ["deterministic", "true"], ["recompute", "blocks"], []]
+)
 def test_it_is_not_tried_in_vain(flags, trained, monkeypatch):
     prepare(monkeypatch, Wrong)
     if not flags:
         monkeypatch.undo()
         monkeypatch.setattr(compiling, "DEVICES", ("cpu",))  # 10 steps are not worth it
-    _, printed = trained("--diffusion.epochs", 1, *(f"--diffusion.{flags[0]}", flags[1]) if flags else ())
-    expected = f"with {flags[0]} = " if flags else "it would take some 240 s and save some 0 s of 5 steps"
+    _, printed = trained(
+        "--diffusion.epochs", 1, *(f"--diffusion.{flags[0]}", flags[1]) if flags else ()
+    )
+    expected = (
+        f"with {flags[0]} = " if flags else "it would take some 240 s and save some 0 s of 5 steps"
+    )
     assert "  compiling  is left out" in printed and expected in printed and "failed" not in printed
 
 
 def train_compiled():
     prepare(pytest.MonkeyPatch())
     torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 2**15
-    DistributedDataParallel.__init__ = partialmethod(DistributedDataParallel.__init__, bucket_cap_mb=0.1)
+    DistributedDataParallel.__init__ = partialmethod(
+        DistributedDataParallel.__init__, bucket_cap_mb=0.1
+    )
     train.main()
     print(len(compiled), "graphs")
 
@@ -106,7 +122,14 @@ def train_compiled():
 def test_two_processes_with_compiled_networks_give_the_losses_of_one(pictures, tmp_path):
     flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.batch-size", 4, "--runs"]
     call(train.main, *flags, tmp_path / "one", "--diffusion.gradient-accumulation", 2)
-    programs = two(tmp_path, *flags, tmp_path / "two", "--diffusion.gradient-accumulation", 2, act=train_compiled)
+    programs = two(
+        tmp_path,
+        *flags,
+        tmp_path / "two",
+        "--diffusion.gradient-accumulation",
+        2,
+        act=train_compiled,
+    )
     assert [program.wait() for program in programs] == [0, 0], programs[0].printed
     assert "a pass takes" in programs[0].printed and "3 graphs" in programs[0].printed
     assert_alike(*(next((tmp_path / name).iterdir()) for name in ("one", "two")))

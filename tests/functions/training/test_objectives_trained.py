@@ -38,7 +38,11 @@ def seen_in(pictures, runs, *flags):
 
 
 def numbers(run, column):
-    return {row["step"]: row[column] for row in read_metrics(run / "metrics.csv") if row[column] is not None}
+    return {
+        row["step"]: row[column]
+        for row in read_metrics(run / "metrics.csv")
+        if row[column] is not None
+    }
 
 
 @pytest.mark.slow
@@ -50,7 +54,10 @@ def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
     assert t.max() < 99  # at the last alpha_bar is not f, as its beta is capped
     errors = f[t + 1] / f[0] * losses
     for column, values in (("loss", losses), ("eps_error", errors)):
-        means = {last: values[first:last].mean() for first, last in ((0, 2), (2, 4), (4, 5), (5, 6), (6, 8), (8, 10))}
+        means = {
+            last: values[first:last].mean()
+            for first, last in ((0, 2), (2, 4), (4, 5), (5, 6), (6, 8), (8, 10))
+        }
         assert numbers(straight, column) == pytest.approx(means, rel=1e-5)
     for of in ("", "_ema"):
         loss, error = (numbers(straight, f"val_{what}{of}") for what in ("loss", "eps_error"))
@@ -94,21 +101,29 @@ def as_before(run):
         contents = json.loads(contents_text(checkpoint.read_bytes()))
         contents["run"]["window"]["loss_sum"] = contents["run"]["window"].pop("sums")[0]
         for part in (contents["config"], config):
-            assert {field: part["diffusion"].pop(field, value) for field, value in NEW_FIELDS.items()} == NEW_FIELDS
+            assert {
+                field: part["diffusion"].pop(field, value) for field, value in NEW_FIELDS.items()
+            } == NEW_FIELDS
         checkpoint.write_bytes(with_contents(checkpoint.read_bytes(), contents))
     (run / "config.json").write_text(json.dumps(config))
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     kept = [place for place, column in enumerate(rows[0]) if column not in NEW_COLUMNS]
-    (run / "metrics.csv").write_text("".join(",".join(row[place] for place in kept) + "\n" for row in rows))
+    (run / "metrics.csv").write_text(
+        "".join(",".join(row[place] for place in kept) + "\n" for row in rows)
+    )
 
 
 @pytest.mark.slow
-def test_an_earlier_run_is_sampled_from_and_goes_on_as_it_would_have(unfinished, tiny_run, tmp_path, capsys):
+def test_an_earlier_run_is_sampled_from_and_goes_on_as_it_would_have(
+    unfinished, tiny_run, tmp_path, capsys
+):
     """In its rows the error of eps is the loss."""
     call(sample.main, unfinished, "--n", 2, "--steps", 5, "--out", tmp_path / "now")
     as_before(unfinished)
     call(sample.main, unfinished, "--n", 2, "--steps", 5, "--out", tmp_path / "before")
-    assert (tmp_path / "before" / "grid.png").read_bytes() == (tmp_path / "now" / "grid.png").read_bytes()
+    assert (tmp_path / "before" / "grid.png").read_bytes() == (
+        tmp_path / "now" / "grid.png"
+    ).read_bytes()
     call(train.main, "faces", "--resume", "--runs", unfinished.parent)
     assert "changed:" not in capsys.readouterr().out
     found, straight = (read_metrics(run / "metrics.csv") for run in (unfinished, tiny_run))
@@ -116,4 +131,7 @@ def test_an_earlier_run_is_sampled_from_and_goes_on_as_it_would_have(unfinished,
     for row, expected in zip(found, straight, strict=True):
         for column in {*COLUMNS} - {"images_per_second"}:
             assert row[column] == expected[column]
-    assert all(same(newest(unfinished)[part], newest(tiny_run)[part]) for part in ("config", "model", "ema", "exp_avg"))
+    assert all(
+        same(newest(unfinished)[part], newest(tiny_run)[part])
+        for part in ("config", "model", "ema", "exp_avg")
+    )

@@ -20,7 +20,10 @@ from tests.kill import assert_same_run
 def test_what_a_resumed_run_may_change(unfinished, capsys):
     """Made longer, and stopped before its next checkpoint, it goes on by itself: its newest says already how long."""
     for flags, message in (
-        (["--diffusion.learning-rate", "1e-3", "--model.base-dim", "16"], r"diffusion\.learning_rate, model\.base_dim"),
+        (
+            ["--diffusion.learning-rate", "1e-3", "--model.base-dim", "16"],
+            r"diffusion\.learning_rate, model\.base_dim",
+        ),
         (["--diffusion.batch-size", "4"], r"diffusion\.batch_size"),
     ):
         with pytest.raises(ConfigError, match=f"cannot change {message}"):
@@ -29,8 +32,17 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
         call(train.main, "ffhq-full", "--resume", unfinished)
     capsys.readouterr()
     with pytest.raises(KeyboardInterrupt), during(1, interrupt):
-        call(train.main, "--resume", unfinished, "--diffusion.batch-size", 4, "--diffusion.gradient-accumulation", 2,
-             "--diffusion.epochs", 3)  # fmt: skip
+        call(
+            train.main,
+            "--resume",
+            unfinished,
+            "--diffusion.batch-size",
+            4,
+            "--diffusion.gradient-accumulation",
+            2,
+            "--diffusion.epochs",
+            3,
+        )
     printed = capsys.readouterr().out
     assert "changed: diffusion.epochs was 2, is now 3" in printed
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
@@ -38,7 +50,17 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     assert "note: model.base_dim stays 8, as the run was started; config.py has 32" in printed
     call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
     assert newest(unfinished)["run"]["step"] == 15
-    assert [row["step"] for row in read_metrics(unfinished / "metrics.csv")] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    assert [row["step"] for row in read_metrics(unfinished / "metrics.csv")] == [
+        2,
+        4,
+        5,
+        6,
+        8,
+        10,
+        12,
+        14,
+        15,
+    ]
     assert json.loads((unfinished / "config.json").read_text())["diffusion"]["epochs"] == 3
     with pytest.raises(ConfigError, match="finished"):
         call(train.main, "--resume", unfinished)
@@ -56,7 +78,10 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(trained, monkeypa
     assert newest(run)["run"]["arithmetic"]["precision"] == "bfloat16"
     torch.set_num_threads(2)
     call(train.main, "--resume", run, "--diffusion.epochs", 3, "--dry-run")
-    assert "warning: threads was 1, is now 2: no longer bit for bit as if never stopped" in capsys.readouterr().out
+    assert (
+        "warning: threads was 1, is now 2: no longer bit for bit as if never stopped"
+        in capsys.readouterr().out
+    )
 
 
 def test_deterministic_kernels_are_asked_for_and_only_then(trained):
@@ -68,8 +93,17 @@ def test_deterministic_kernels_are_asked_for_and_only_then(trained):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit_and_is_sampled_from(precision, pictures, tmp_path):
-    flags = ["--device", "cuda", "--diffusion.deterministic", "true", "--diffusion.precision", precision]
+def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit_and_is_sampled_from(
+    precision, pictures, tmp_path
+):
+    flags = [
+        "--device",
+        "cuda",
+        "--diffusion.deterministic",
+        "true",
+        "--diffusion.precision",
+        precision,
+    ]
     straight = train_tiny(pictures, tmp_path / "straight", *flags)
     with pytest.raises(SystemExit, match="75"), during(7, terminate):
         train_tiny(pictures, tmp_path / "cut", *flags)
@@ -80,7 +114,9 @@ def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit_and_is_sampled_from(
 
 def test_only_the_run_with_the_same_images_is_resumed(unfinished, pictures, tmp_path, monkeypatch):
     """Here the data set of its name has lost one."""
-    fewer = shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns("00007.png"))
+    fewer = shutil.copytree(
+        pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns("00007.png")
+    )
     load = train.load_images
     monkeypatch.setattr(train, "load_images", lambda name, *others: load(str(fewer), *others))
     before = (unfinished / "config.json").read_bytes()
