@@ -1,249 +1,162 @@
-"""What a run is made of: the experiments by name, and two dataclasses with a comment for each field.
+"""What a run is made of: experiments by name, and two dataclasses with a comment for each field.
 
-Edit `experiments` or add to it, or override any field for one run: `python train.py faces --diffusion.epochs 10`.
+Edit `experiments` or add to it, or override any field for one run:
+`python train.py faces --diffusion.epochs 10`.
 A config that could not work is refused when it is made, with a sentence that says what would fit.
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import get_type_hints
 
 
 def experiments() -> dict[str, "Experiment"]:
-    """EXPERIMENTS, by name. What the FFHQ runs share is written out in each, so that each can be read by itself."""
-    faces_network = ModelConfig(
-        lowest_resolution_size=4,
-        dim_multiply=(1, 2, 4, 4),
-        transformer_layers=(2,),
-        base_dim=32,
-        image_size=32,
-        norm_groups=8,
+    """Return EXPERIMENTS, by name. One that is close to another says where it differs."""
+    # Minutes on a laptop's CPU: the people of the embedded emoji set at 32 x 32.
+    faces = Experiment(
+        DiffusionConfig(
+            dataset_name="emoji_people",
+            learning_rate=2e-3,
+            batch_size=16,
+            use_augmentation=True,
+            timesteps_diff=1000,
+            epochs=70,
+            gradient_accumulation=1,
+            clip_grad_norm=1.0,
+            warmup_steps=200,
+            lr_schedule="cosine",
+            ema_decay=0.998,
+            recompute="none",
+            log_every=25,
+            validate_every=250,
+            sample_every=500,
+            checkpoint_every=500,
+            validation_samples=360,
+        ),
+        ModelConfig(
+            lowest_resolution_size=4,
+            dim_multiply=(1, 2, 4, 4),
+            transformer_layers=(2,),
+            base_dim=32,
+            image_size=32,
+            norm_groups=8,
+        ),
     )
+
+    # The same with v and cosine betas, at a lower rate: docs/whole-before-detail.md says why, and
+    # what is better.
+    faces_v = faces.override(
+        {"objective": "v", "beta_schedule": "cosine", "learning_rate": 1e-3},
+        {},
+    )
+
+    # The reference's first run (see README), faults included: 200 steps of betas that are meant
+    # for 1000, and no EMA. Every value is written out, and so are the changes of the runs after it.
+    ffhq_run1 = Experiment(
+        DiffusionConfig(
+            dataset_name="FFHQ",
+            learning_rate=3e-5,
+            batch_size=20,
+            use_augmentation=False,
+            timesteps_diff=200,
+            split="reference",
+            beta_start=1e-4,
+            beta_end=0.02,
+            rescale_betas=False,
+            epochs=45,
+            gradient_accumulation=4,
+            clip_grad_norm=0.0,
+            warmup_steps=0,
+            lr_schedule="constant",
+            ema_decay=0.0,
+            precision="auto",
+            seed=0,
+            grid_images=20,
+        ),
+        ModelConfig(
+            lowest_resolution_size=8,
+            dim_multiply=(1, 2, 2, 4, 8),
+            transformer_layers=(3,),
+            base_dim=64,
+            image_size=128,
+            channels=3,
+            dropout=0.0,
+            norm_groups=32,
+        ),
+    )
+
+    # Its second run: 1000 steps, for which the betas are meant, and EMA.
+    ffhq_run2 = ffhq_run1.override(
+        {"timesteps_diff": 1000, "rescale_betas": True, "ema_decay": 0.9999},
+        {},
+    )
+
+    # Its full run: twice the width, augmentation, 500 epochs. Go on after them with --resume and
+    # more --diffusion.epochs.
+    ffhq_full = ffhq_run2.override(
+        {
+            "use_augmentation": True,
+            "max_rotation": 3.0,
+            "rotation_free_end": 0.1,
+            "epochs": 500,
+            "clip_grad_norm": 1.0,
+            "warmup_steps": 5000,
+        },
+        {"base_dim": 128},
+    )
+
+    # The full run with v and mixed t.
+    ffhq_v = ffhq_full.override({"objective": "v", "t_sampling": "mixed"}, {})
+
+    # The paper's CIFAR-10: 390 steps an epoch, 800,280 in all. Its FID of 3.17 was measured on what
+    # is here sample.py --variance large.
+    cifar10 = Experiment(
+        DiffusionConfig(
+            dataset_name="CIFAR10",
+            learning_rate=2e-4,
+            batch_size=128,
+            use_augmentation=True,
+            timesteps_diff=1000,
+            max_rotation=0.0,
+            beta_start=1e-4,
+            beta_end=0.02,
+            rescale_betas=True,
+            beta_schedule="linear",
+            objective="eps",
+            t_sampling="uniform",
+            epochs=2052,
+            gradient_accumulation=1,
+            clip_grad_norm=1.0,
+            warmup_steps=5000,
+            lr_schedule="constant",
+            ema_decay=0.9999,
+            precision="auto",
+            seed=0,
+            grid_images=64,
+        ),
+        ModelConfig(
+            lowest_resolution_size=4,
+            dim_multiply=(1, 2, 2, 2),
+            transformer_layers=(1,),
+            base_dim=128,
+            image_size=32,
+            channels=3,
+            dropout=0.1,
+            norm_groups=32,
+            dialect="ho",
+        ),
+    )
+
     return {
-        # Minutes on a laptop's CPU: people of the embedded emoji set at 32 x 32.
-        "faces": Experiment(
-            DiffusionConfig(
-                dataset_name="emoji_people",
-                learning_rate=2e-3,
-                batch_size=16,
-                use_augmentation=True,
-                timesteps_diff=1000,
-                epochs=70,
-                gradient_accumulation=1,
-                clip_grad_norm=1.0,
-                warmup_steps=200,
-                lr_schedule="cosine",
-                ema_decay=0.998,
-                recompute="none",
-                log_every=25,
-                validate_every=250,
-                sample_every=500,
-                checkpoint_every=500,
-                validation_samples=360,
-            ),
-            faces_network,
-        ),
-        # The same with v and cosine betas, at a lower rate: docs/whole-before-detail.md says why, and what is better.
-        "faces-v": Experiment(
-            DiffusionConfig(
-                dataset_name="emoji_people",
-                learning_rate=1e-3,
-                batch_size=16,
-                use_augmentation=True,
-                timesteps_diff=1000,
-                objective="v",
-                beta_schedule="cosine",
-                epochs=70,
-                gradient_accumulation=1,
-                clip_grad_norm=1.0,
-                warmup_steps=200,
-                lr_schedule="cosine",
-                ema_decay=0.998,
-                recompute="none",
-                log_every=25,
-                validate_every=250,
-                sample_every=500,
-                checkpoint_every=500,
-                validation_samples=360,
-            ),
-            faces_network,
-        ),
-        # First run of the reference (see README), faults included: betas meant for 1000 steps over 200, no EMA.
-        "ffhq-run1": Experiment(
-            DiffusionConfig(
-                dataset_name="FFHQ",
-                learning_rate=3e-5,
-                batch_size=20,
-                use_augmentation=False,
-                timesteps_diff=200,
-                split="reference",
-                beta_start=1e-4,
-                beta_end=0.02,
-                rescale_betas=False,
-                epochs=45,
-                gradient_accumulation=4,
-                clip_grad_norm=0.0,
-                warmup_steps=0,
-                lr_schedule="constant",
-                ema_decay=0.0,
-                precision="auto",
-                seed=0,
-                grid_images=20,
-            ),
-            ModelConfig(
-                lowest_resolution_size=8,
-                dim_multiply=(1, 2, 2, 4, 8),
-                transformer_layers=(3,),
-                base_dim=64,
-                image_size=128,
-                channels=3,
-                dropout=0.0,
-                norm_groups=32,
-            ),
-        ),
-        # Its second run: 1000 steps and EMA.
-        "ffhq-run2": Experiment(
-            DiffusionConfig(
-                dataset_name="FFHQ",
-                learning_rate=3e-5,
-                batch_size=20,
-                use_augmentation=False,
-                timesteps_diff=1000,
-                split="reference",
-                beta_start=1e-4,
-                beta_end=0.02,
-                rescale_betas=True,
-                epochs=45,
-                gradient_accumulation=4,
-                clip_grad_norm=0.0,
-                warmup_steps=0,
-                lr_schedule="constant",
-                ema_decay=0.9999,
-                precision="auto",
-                seed=0,
-                grid_images=20,
-            ),
-            ModelConfig(
-                lowest_resolution_size=8,
-                dim_multiply=(1, 2, 2, 4, 8),
-                transformer_layers=(3,),
-                base_dim=64,
-                image_size=128,
-                channels=3,
-                dropout=0.0,
-                norm_groups=32,
-            ),
-        ),
-        # The full run: twice the width, augmentation, 500 epochs; go on with --resume and more --diffusion.epochs.
-        "ffhq-full": Experiment(
-            DiffusionConfig(
-                dataset_name="FFHQ",
-                learning_rate=3e-5,
-                batch_size=20,
-                use_augmentation=True,
-                timesteps_diff=1000,
-                split="reference",
-                max_rotation=3.0,
-                rotation_free_end=0.1,
-                beta_start=1e-4,
-                beta_end=0.02,
-                rescale_betas=True,
-                epochs=500,
-                gradient_accumulation=4,
-                clip_grad_norm=1.0,
-                warmup_steps=5000,
-                lr_schedule="constant",
-                ema_decay=0.9999,
-                precision="auto",
-                seed=0,
-                grid_images=20,
-            ),
-            ModelConfig(
-                lowest_resolution_size=8,
-                dim_multiply=(1, 2, 2, 4, 8),
-                transformer_layers=(3,),
-                base_dim=128,
-                image_size=128,
-                channels=3,
-                dropout=0.0,
-                norm_groups=32,
-            ),
-        ),
-        # The full run with v and mixed t.
-        "ffhq-v": Experiment(
-            DiffusionConfig(
-                dataset_name="FFHQ",
-                learning_rate=3e-5,
-                batch_size=20,
-                use_augmentation=True,
-                timesteps_diff=1000,
-                split="reference",
-                max_rotation=3.0,
-                rotation_free_end=0.1,
-                beta_start=1e-4,
-                beta_end=0.02,
-                rescale_betas=True,
-                objective="v",
-                t_sampling="mixed",
-                epochs=500,
-                gradient_accumulation=4,
-                clip_grad_norm=1.0,
-                warmup_steps=5000,
-                lr_schedule="constant",
-                ema_decay=0.9999,
-                precision="auto",
-                seed=0,
-                grid_images=20,
-            ),
-            ModelConfig(
-                lowest_resolution_size=8,
-                dim_multiply=(1, 2, 2, 4, 8),
-                transformer_layers=(3,),
-                base_dim=128,
-                image_size=128,
-                channels=3,
-                dropout=0.0,
-                norm_groups=32,
-            ),
-        ),
-        # The paper's CIFAR-10: 390 steps an epoch, 800,280 in all; sample.py --variance large is what its 3.17 had.
-        "cifar10": Experiment(
-            DiffusionConfig(
-                dataset_name="CIFAR10",
-                learning_rate=2e-4,
-                batch_size=128,
-                use_augmentation=True,
-                timesteps_diff=1000,
-                max_rotation=0.0,
-                beta_start=1e-4,
-                beta_end=0.02,
-                rescale_betas=True,
-                beta_schedule="linear",
-                objective="eps",
-                t_sampling="uniform",
-                epochs=2052,
-                gradient_accumulation=1,
-                clip_grad_norm=1.0,
-                warmup_steps=5000,
-                lr_schedule="constant",
-                ema_decay=0.9999,
-                precision="auto",
-                seed=0,
-                grid_images=64,
-            ),
-            ModelConfig(
-                lowest_resolution_size=4,
-                dim_multiply=(1, 2, 2, 2),
-                transformer_layers=(1,),
-                base_dim=128,
-                image_size=32,
-                channels=3,
-                dropout=0.1,
-                norm_groups=32,
-                dialect="ho",
-            ),
-        ),
+        "faces": faces,
+        "faces-v": faces_v,
+        "ffhq-run1": ffhq_run1,
+        "ffhq-run2": ffhq_run2,
+        "ffhq-full": ffhq_full,
+        "ffhq-v": ffhq_v,
+        "cifar10": cifar10,
     }
 
 
@@ -251,7 +164,7 @@ class ConfigError(ValueError):
     """A field's value does not fit; the message names the field, the value and what would."""
 
 
-# Book-keeping: what may also change when a run is resumed, as it does not touch the weights.
+# These may change when a run is resumed, as they do not touch the weights.
 BOOK_KEEPING = (
     "log_every",
     "validate_every",
@@ -267,7 +180,7 @@ BOOK_KEEPING = (
     "grid_images",
     "grid_steps",
 )
-# Of the integers; the others are at least 1
+# These integers may be 0; all others are at least 1.
 MAY_BE_ZERO = (
     "warmup_steps",
     "max_bad_images",
@@ -276,9 +189,10 @@ MAY_BE_ZERO = (
     "bits_per_dim_every",
     "transformer_layers",
 )
-# Far above any use; beyond, tables and layers would take all memory. All others have 64 bits.
+# These limits are far above any use. Beyond them, tables and layers would take all memory.
+# All other integers may have 64 bits.
 LARGEST = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "dim_multiply": 1024}
-# Of the texts
+# These texts are chosen from a list.
 CHOICES = {
     "split": ("reference", "official"),
     "beta_schedule": ("linear", "cosine"),
@@ -353,7 +267,8 @@ class DiffusionConfig:
     lr_schedule: str = "constant"
     # Decay of the weights' moving average, per step. 0: no average, samples use the raw weights.
     ema_decay: float = 0.9999
-    # Of the network: "float32", "bfloat16", "float16", or "auto", the fastest that the hardware has.
+    # Precision of the network: "float32", "bfloat16", "float16", or "auto", the fastest that the
+    # hardware has.
     precision: str = "auto"
     # What backward computes again to save memory: "none"; "norms", nearly free at 128 px; "blocks",
     # for least memory.
@@ -396,51 +311,37 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(
-            bool(self.dataset_name),
-            self,
+        check = partial(require, self)
+        check(
             "dataset_name",
+            bool(self.dataset_name),
             "a data set's name or the path to a folder or zip",
         )
-        require(
-            0 < self.learning_rate <= 1,
-            self,
-            "learning_rate",
-            "above 0 and at most 1, such as 3e-5",
+        check("learning_rate", 0 < self.learning_rate <= 1, "above 0 and at most 1, such as 3e-5")
+        check("timesteps_diff", self.timesteps_diff >= 2, "at least 2; the paper has 1000")
+        check("max_rotation", 0 <= self.max_rotation <= 10, "between 0 and 10 degrees")
+        check("rotation_free_end", 0 <= self.rotation_free_end <= 1, "between 0 and 1")
+        check("clip_grad_norm", 0 <= self.clip_grad_norm < math.inf, "0 (off) or more, such as 1.0")
+        check("checkpoint_minutes", 0 <= self.checkpoint_minutes < math.inf, "0 (off) or more")
+        check(
+            "ema_decay", 0 <= self.ema_decay < 1, "at least 0 (no EMA) and below 1, such as 0.9999"
         )
-        require(self.timesteps_diff >= 2, self, "timesteps_diff", "at least 2; the paper has 1000")
-        require(0 <= self.max_rotation <= 10, self, "max_rotation", "between 0 and 10 degrees")
-        require(0 <= self.rotation_free_end <= 1, self, "rotation_free_end", "between 0 and 1")
-        require(0 < self.beta_start < 1, self, "beta_start", "between 0 and 1, such as 1e-4")
-        require(
-            self.beta_start <= self.beta_end,
-            self,
-            "beta_end",
-            f"at least beta_start = {self.beta_start:g}",
-        )
-        unused = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
-        fitting = '"linear" when beta_start, beta_end or rescale_betas are changed'
-        require(self.beta_schedule == "linear" or unused, self, "beta_schedule", fitting)
-        scale = 1000 / self.timesteps_diff if self.rescale_betas else 1
-        fitting = f"below {1 / scale:g} with timesteps_diff = {self.timesteps_diff}, so that every beta stays below 1"
-        require(
-            self.beta_schedule == "cosine" or scale * self.beta_end < 1, self, "beta_end", fitting
-        )
-        require(
-            0 <= self.clip_grad_norm < math.inf,
-            self,
-            "clip_grad_norm",
-            "0 (off) or more, such as 1.0",
-        )
-        require(
-            0 <= self.checkpoint_minutes < math.inf, self, "checkpoint_minutes", "0 (off) or more"
-        )
-        require(
-            0 <= self.ema_decay < 1,
-            self,
-            "ema_decay",
-            "at least 0 (no EMA) and below 1, such as 0.9999",
-        )
+
+        rising = self.beta_start <= self.beta_end
+        check("beta_start", 0 < self.beta_start < 1, "between 0 and 1, such as 1e-4")
+        check("beta_end", rising, f"at least beta_start = {self.beta_start:g}")
+        if self.beta_schedule == "cosine":
+            # Cosine betas have no use for these three. Whoever sets one means linear betas.
+            unset = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
+            fitting = '"linear" when beta_start, beta_end or rescale_betas are changed'
+            check("beta_schedule", unset, fitting)
+        else:
+            scale = 1000 / self.timesteps_diff if self.rescale_betas else 1
+            fitting = (
+                f"below {1 / scale:g} with timesteps_diff = {self.timesteps_diff}, "
+                "so that every beta stays below 1"
+            )
+            check("beta_end", scale * self.beta_end < 1, fitting)
 
     @property
     def effective_batch(self) -> int:
@@ -456,7 +357,8 @@ class ModelConfig:
     lowest_resolution_size: int
     # Channels of each level, from the full resolution down, in units of base_dim.
     dim_multiply: tuple[int, ...]
-    # Levels with self-attention (there is no transformer), counted from 0. The bottleneck has it too.
+    # Levels with self-attention (there is no transformer), counted from 0. The bottleneck has it
+    # too.
     transformer_layers: tuple[int, ...]
     # Channels at the full resolution, before its multiplier.
     base_dim: int
@@ -475,38 +377,38 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.channels == 3, self, "channels", "3: images are read as RGB")
-        require(
-            self.base_dim >= 4 and self.base_dim % 2 == 0, self, "base_dim", "even and at least 4"
+        check = partial(require, self)
+        check("channels", self.channels == 3, "3: images are read as RGB")
+        check("base_dim", self.base_dim >= 4 and self.base_dim % 2 == 0, "even and at least 4")
+        check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+
+        # Halving leads from image_size to lowest_resolution_size, with a multiplier for each size.
+        levels = len(self.dim_multiply)
+        lowest = self.lowest_resolution_size
+        check("dim_multiply", 0 < levels <= 15, "a list of 1 to 15 integers")
+        sizes = []
+        size = self.image_size
+        while size >= lowest:
+            sizes.append(size)
+            size //= 2
+        halving = bool(sizes) and lowest * 2 ** (len(sizes) - 1) == self.image_size
+        check("image_size", halving, f"lowest_resolution_size = {lowest} times a power of 2")
+        fitting = (
+            f"one multiplier for each resolution, {', '.join(map(str, sizes))}; "
+            f"{levels} of them reach {lowest * 2 ** (levels - 1)} pixels"
         )
-        levels, lowest = len(self.dim_multiply), self.lowest_resolution_size
-        require(0 < levels <= 15, self, "dim_multiply", "a list of 1 to 15 integers")
-        sizes = [
-            self.image_size >> level for level in range((self.image_size // lowest).bit_length())
-        ]
-        fits = sizes and lowest << (len(sizes) - 1) == self.image_size
-        require(fits, self, "image_size", f"lowest_resolution_size = {lowest} times a power of 2")
-        fitting = f"one multiplier for each resolution, {', '.join(map(str, sizes))}; {levels} of them reach "
-        require(
-            levels == len(sizes), self, "dim_multiply", f"{fitting}{lowest << (levels - 1)} pixels"
-        )
+        check("dim_multiply", levels == len(sizes), fitting)
+
+        known = all(level < levels for level in self.transformer_layers)
         fitting = f"levels between 0 and {levels - 1}, as dim_multiply has {levels}"
-        require(
-            all(level < levels for level in self.transformer_layers),
-            self,
-            "transformer_layers",
-            fitting,
-        )
-        fitting = f"a divisor of {math.gcd(*self.dims)}, as the levels have {', '.join(map(str, self.dims))} channels"
-        require(math.gcd(*self.dims) % self.norm_groups == 0, self, "norm_groups", fitting)
-        require(0 <= self.dropout < 1, self, "dropout", "at least 0 and below 1")
-        fits = self.dialect == "ho" or math.gcd(*self.dims) % 8 == 0
-        require(
-            fits,
-            self,
-            "base_dim",
-            'a multiple of 8, for heads of 8 channels, with dialect "diffusers"',
-        )
+        check("transformer_layers", known, fitting)
+
+        divisor = math.gcd(*self.dims)
+        dims = ", ".join(map(str, self.dims))
+        fitting = f"a divisor of {divisor}, as the levels have {dims} channels"
+        check("norm_groups", divisor % self.norm_groups == 0, fitting)
+        fitting = 'a multiple of 8, for heads of 8 channels, with dialect "diffusers"'
+        check("base_dim", self.dialect == "ho" or divisor % 8 == 0, fitting)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -522,81 +424,86 @@ class Experiment:
     model: ModelConfig
 
     def override(self, diffusion: dict, model: dict) -> "Experiment":
-        """A copy with some fields replaced, checked again."""
+        """Return a copy with some fields replaced, which is checked again."""
         return Experiment(replace(self.diffusion, **diffusion), replace(self.model, **model))
 
     def resumed(self, diffusion: dict, model: dict) -> "Experiment":
-        """As `override`, for a run that goes on: `ConfigError` names the fields that it cannot change.
+        """Return what `override` does, for a run that goes on.
 
-        batch_size and gradient_accumulation may change if their product does not: that is for another GPU's memory.
+        Raises ConfigError, with their names, for fields that such a run cannot change.
         """
         changed = self.override(diffusion, model)
-        may_change = {
-            f"diffusion.{field}" for field in ("epochs", "recompute", "compile", *BOOK_KEEPING)
-        }
+        may_change = {f"diffusion.{field}" for field in BOOK_KEEPING}
+        may_change |= {"diffusion.epochs", "diffusion.recompute", "diffusion.compile"}
+        # Another GPU's memory may want other passes. The step stays the same if its batch does.
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:
             may_change |= {"diffusion.batch_size", "diffusion.gradient_accumulation"}
+
         fixed = self.differences(changed).keys() - may_change
         if fixed:
-            raise ConfigError(
-                f"a resumed run cannot change {', '.join(sorted(fixed))}; start a new run for that"
-            )
+            names = ", ".join(sorted(fixed))
+            raise ConfigError(f"a resumed run cannot change {names}; start a new run for that")
         return changed
 
     def differences(self, other: "Experiment") -> dict[str, tuple]:
-        """The fields that differ: {"diffusion.epochs": (own value, the other's), ...}."""
-        own, others = self.to_dict(), other.to_dict()
-        pairs = {
-            f"{part}.{field}": (value, others[part][field])
-            for part in own
-            for field, value in own[part].items()
-        }
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        """Return the fields that differ: {"diffusion.epochs": (own value, the other's), ...}."""
+        theirs = other.to_dict()
+        differences = {}
+        for part, fields in self.to_dict().items():
+            for field, value in fields.items():
+                if value != theirs[part][field]:
+                    differences[f"{part}.{field}"] = (value, theirs[part][field])
+        return differences
 
     def to_dict(self) -> dict:
-        """Plain containers, as JSON has them, for checkpoints."""
+        """Return plain containers, as JSON has them, for checkpoints."""
         return json.loads(json.dumps(asdict(self)))
 
     @staticmethod
     def from_dict(config: dict) -> "Experiment":
-        """The inverse of `to_dict`; `ConfigError` when fields are missing or unknown."""
+        """Invert `to_dict`. Raises ConfigError when fields are missing or unknown."""
         try:
-            return Experiment(
-                DiffusionConfig(**config["diffusion"]), ModelConfig(**config["model"])
-            )
+            diffusion = DiffusionConfig(**config["diffusion"])
+            return Experiment(diffusion, ModelConfig(**config["model"]))
         except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"the saved config does not fit this version: {str(error)[:200]!r}"
-            ) from error
+            why = repr(str(error)[:200])
+            raise ConfigError(f"the saved config does not fit this version: {why}") from error
 
 
 def check_types(config: DiffusionConfig | ModelConfig) -> None:
-    """Bring numbers and lists to the annotated type where nothing is lost, or raise `ConfigError`."""
+    """Bring each field to its annotated type where nothing is lost, or raise ConfigError."""
     named = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}
     for name, wanted in get_type_hints(type(config)).items():
+        check = partial(require, config, name)
         value = getattr(config, name)
-        items, kind = ([value], wanted) if wanted in named else (value, int)
-        kinds = {float, int} if kind is float else {kind}
+
+        # A field is a single item of its type, or a list of integers.
+        items = [value] if wanted in named else value
+        kinds = {wanted} if wanted in named else {int}
+        if wanted is float:
+            kinds.add(int)
         fits = isinstance(items, (list, tuple)) and all(type(item) in kinds for item in items)
-        require(fits, config, name, named.get(wanted, "a list of integers, such as [1, 2, 4]"))
-        least, most = int(name not in MAY_BE_ZERO), LARGEST.get(name, 2**63 - 1)
-        ints = [item for item in items if type(item) is int]
-        require(
-            kind is float or all(item >= least for item in ints), config, name, f"{least} or more"
-        )
-        require(all(abs(item) <= most for item in ints), config, name, f"at most {most:,}")
+        check(fits, named.get(wanted, "a list of integers, such as [1, 2, 4]"))
+
+        integers = [item for item in items if type(item) is int]
+        if wanted is not float:
+            least = 0 if name in MAY_BE_ZERO else 1
+            check(all(item >= least for item in integers), f"{least} or more")
+        most = LARGEST.get(name, 2**63 - 1)
+        check(all(abs(item) <= most for item in integers), f"at most {most:,}")
+
         choices = CHOICES.get(name, (value,))
-        require(value in choices, config, name, " or ".join(f'"{choice}"' for choice in choices))
-        # How a frozen dataclass sets itself up
-        object.__setattr__(config, name, kind(value) if wanted in named else tuple(value))
+        check(value in choices, " or ".join(f'"{choice}"' for choice in choices))
+
+        # A frozen dataclass sets itself up in this way.
+        object.__setattr__(config, name, wanted(value) if wanted in named else tuple(value))
 
 
-def require(fits: bool, config: DiffusionConfig | ModelConfig, field: str, fitting: str) -> None:
-    """`ConfigError` unless it fits."""
+def require(config: DiffusionConfig | ModelConfig, field: str, fits: bool, fitting: str) -> None:
+    """Raise ConfigError unless a field fits, with what would."""
     if not fits:
-        raise ConfigError(
-            f"{type(config).__name__}: {field} is {getattr(config, field)!r:.100}; it must be {fitting}"
-        )
+        value = f"{getattr(config, field)!r:.100}"
+        raise ConfigError(f"{type(config).__name__}: {field} is {value}; it must be {fitting}")
 
 
 EXPERIMENTS = experiments()
