@@ -1,4 +1,4 @@
-"""A run's numbers: metrics.csv for people and scripts, and the same in TensorBoard beside its config and grids."""
+"""A run's numbers: metrics.csv for people and scripts, and the same in TensorBoard."""
 
 import csv
 import math
@@ -18,44 +18,56 @@ from functions.support.files import write_text
 from functions.support.pictures import plt, save_figure
 
 COLUMNS = (
-    "step",  # optimiser steps done
-    "epoch",  # passes over the training images done, as a fraction
-    "loss",  # training loss, the mean of the steps since the row before
-    "eps_error",  # the squared error of eps that belongs to it: for objective = "eps" the same
-    "val_loss",  # on held-out images, raw weights; empty where it was not measured
+    # Optimiser steps done.
+    "step",
+    # Passes over the training images done, as a fraction.
+    "epoch",
+    # The training loss, as the mean of the steps since the row before.
+    "loss",
+    # The squared error of eps that belongs to that loss; with objective = "eps" it is the loss.
+    "eps_error",
+    # The same two on held-out images, with the raw weights; empty where nothing was measured.
+    "val_loss",
     "val_eps_error",
-    "val_loss_ema",  # the same, EMA weights
+    # The same with the EMA weights.
+    "val_loss_ema",
     "val_eps_error_ema",
-    # Variational bound on held-out images, EMA weights if there are any; empty likewise
+    # The variational bound on held-out images, with the EMA weights if there are any; empty
+    # where nothing was measured.
     "bits_per_dim",
-    "grad_norm",  # of the last step, before clipping
+    # The gradient norm of the last step, before clipping.
+    "grad_norm",
     "learning_rate",
-    "images_per_second",  # training alone, without validation and samples
-    "skipped_steps",  # so far, as their loss or gradients were not finite numbers
+    # The speed of training alone, without validation and samples.
+    "images_per_second",
+    # Steps skipped so far, as their loss or gradients were not finite numbers.
+    "skipped_steps",
 )
 
 
 class MetricsLog:
-    """Appends rows to metrics.csv and TensorBoard; each is on the disk, before any checkpoint, when `write` returns.
+    """Appends rows to metrics.csv and TensorBoard.
 
-    What an interrupted run logged after `resume_step` is dropped, since those steps are done again.
+    A row is on the disk when `write` returns. Rows that an interrupted run wrote after
+    `resume_step` are dropped, since those steps are done again.
     """
 
     def __init__(self, run: Path, resume_step: int = 0):
         self.path = run / "metrics.csv"
-        kept = (
-            [row for row in read_metrics(self.path) if row["step"] <= resume_step]
-            if self.path.exists()
-            else []
-        )
-        lines = [",".join(COLUMNS), *(",".join(map(format_number, row.values())) for row in kept)]
+        lines = [",".join(COLUMNS)]
+        if self.path.exists():
+            for row in read_metrics(self.path):
+                if row["step"] <= resume_step:
+                    lines.append(format_row(row))
         write_text(self.path, "\n".join(lines) + "\n")
         self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, **values: float) -> None:
-        """One row; columns that are not given stay empty."""
+        """Write one row; columns that are not given stay empty."""
         with open(self.path, "a") as file:
-            file.write(",".join(format_number(values.get(column)) for column in COLUMNS) + "\n")
+            file.write(format_row(values) + "\n")
+            # The row reaches the disk before any checkpoint does, so a run that goes on from
+            # that checkpoint finds it.
             file.flush()
             os.fsync(file.fileno())
         for column, value in values.items():
@@ -65,85 +77,120 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.csv, as numbers; None where a cell is empty.
+    """Return the rows of a metrics.csv as numbers, None where a cell is empty.
 
-    A last row cut short is left out, and rows that are damaged, these with a loud line.
+    A last row that was cut short is left out. So are damaged rows, each with a warning.
     """
     with open(path, newline="", errors="replace") as file:
-        whole = [line for line in file if line.endswith("\n")]
+        # A line without an end was being written when the process was killed.
+        lines = [line for line in file if line.endswith("\n")]
     rows = []
-    for number, row in enumerate(csv.DictReader(whole), 2):
+    # The header is line 1 of the file.
+    for number, row in enumerate(csv.DictReader(lines), 2):
         try:
-            # Without the columns of eps it is an older run, whose loss that was
-            cells = {
-                column: row.get(column, row.get(column.replace("eps_error", "loss")))
-                for column in COLUMNS
-            }
-            values = {column: float(cell) if cell else None for column, cell in cells.items()}
+            values = {}
+            for column in COLUMNS:
+                # Older runs have no columns of eps. All of them predicted eps, so that error
+                # was their loss.
+                older_column = column.replace("eps_error", "loss")
+                cell = row.get(column, row.get(older_column))
+                values[column] = float(cell) if cell else None
             rows.append({**values, "step": int(row["step"])})
         except (ValueError, TypeError, KeyError):
             print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
     return rows
 
 
+def format_row(values: dict[str, float | None]) -> str:
+    """Return a line of metrics.csv, without its end."""
+    return ",".join(format_number(values.get(column)) for column in COLUMNS)
+
+
 def format_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 class TrainingWindow:
-    """Loss, error of eps and speed of the steps since the last row, without waiting for the device."""
+    """Loss, error of eps and speed since the last row, without waiting for the device.
+
+    `images_a_step` is the effective batch.
+    """
 
     def __init__(self, device: torch.device, images_a_step: int):
-        self.sums, self.steps = torch.zeros(2, device=device), torch.zeros((), device=device)
-        self.images_a_step, self.steps_timed = images_a_step, 0  # the first is the effective batch
-        self.clock = time.perf_counter()  # when these steps began, or would have without pauses
+        self.sums = torch.zeros(2, device=device)
+        self.steps = torch.zeros((), device=device)
+        self.images_a_step = images_a_step
+        self.steps_timed = 0
+        # The window began at this time, or would have without pauses.
+        self.clock = time.perf_counter()
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint between two rows has to remember, so that a resumed run's next row misses no step."""
+        """Return what a checkpoint keeps, so that the next row of a resumed run misses no step."""
         return {"sums": self.sums.tolist(), "steps": int(self.steps.item())}
 
     def load(self, state: dict[str, float]) -> None:
         """Go on from what `state` gave; the time of those steps is not known."""
-        # Of older ones, all eps
-        loss, eps_error = state["sums"] if "sums" in state else [state["loss_sum"]] * 2
+        if "sums" in state:
+            loss, eps_error = state["sums"]
+        else:
+            # Older checkpoints have one sum: all runs predicted eps then, so it is both.
+            loss = eps_error = state["loss_sum"]
         self.sums.copy_(torch.tensor([float(loss), float(eps_error)]))
         self.steps.fill_(int(state["steps"]))
 
     def add(self, sums: Tensor, skipped: Tensor) -> None:
-        """A step's loss and error of eps (2,), summed over images; one that was skipped (1, not 0) does not count."""
+        """Add a step's loss and error of eps (2,), summed over images.
+
+        `skipped` () is 1 if the step was skipped, else 0. A skipped step takes time, but its
+        loss does not count.
+        """
         self.sums += torch.where(skipped > 0, 0.0, sums)
         self.steps += 1 - skipped
         self.steps_timed += 1
 
     def numbers(self) -> Tensor:
-        """(3,) on the device: sums of the loss and of the error of eps, and steps."""
+        """Return (3,) on the device: the sums of the loss and of the error of eps, and steps."""
         return torch.stack([*self.sums, self.steps])
 
     def read(self, numbers: list[float]) -> dict[str, float]:
-        """Means over images, nan if all steps were skipped, and the images a second; starts the next window.
+        """Return means over images and images a second, and start the next window.
 
-        It takes what `numbers` gives now: who has them has waited for the device, so the clock is right.
+        `numbers` are what the method of that name gives now. The means are nan if all steps
+        were skipped.
         """
-        *sums, steps = numbers
-        images, now = steps * self.images_a_step, time.perf_counter()
-        loss, eps_error = [value / images for value in sums] if steps else (math.nan, math.nan)
+        # Whoever has the numbers has waited for the device, so the clock is right.
+        now = time.perf_counter()
         speed = self.steps_timed * self.images_a_step / (now - self.clock)
+        loss, eps_error, steps = numbers
+        images = steps * self.images_a_step or math.nan
+
         self.sums.zero_()
         self.steps.zero_()
-        self.steps_timed, self.clock = 0, now
-        return {"loss": loss, "eps_error": eps_error, "images_per_second": speed}
+        self.steps_timed = 0
+        self.clock = now
+        return {
+            "loss": loss / images,
+            "eps_error": eps_error / images,
+            "images_per_second": speed,
+        }
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock: for what is not training."""
+        """Stop the clock within, for what is not training."""
         start = time.perf_counter()
         yield
-        # `read` may have begun anew meanwhile
-        self.clock = time.perf_counter() - max(start - self.clock, 0.0)
+        # If `read` has started the next window meanwhile, no time of it had passed before.
+        passed = max(start - self.clock, 0.0)
+        self.clock = time.perf_counter() - passed
 
 
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
-    """The training and validation curves of a metrics.csv: the error of eps, whatever the objective."""
+    """Plot the training and validation curves of a metrics.csv.
+
+    They are of the error of eps, so that runs with different objectives can be compared.
+    """
     rows = read_metrics(metrics)
     figure, axis = plt.subplots(figsize=(8, 4.5))
     curves = {
@@ -153,18 +200,22 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
         ),
         "val_eps_error": (
             "validation, raw weights",
-            {"color": "tab:orange", "marker": ".", "linewidth": 1.5},
+            {"color": "tab:orange", "marker": "."},
         ),
         "val_eps_error_ema": (
             "validation, EMA weights",
-            {"color": "tab:blue", "marker": ".", "linewidth": 1.5},
+            {"color": "tab:blue", "marker": "."},
         ),
     }
     for column, (label, style) in curves.items():
-        points = [(row["step"], row[column]) for row in rows if row[column] is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, **style)
-    # The first steps start near 1, where nothing is learned yet, and would flatten the rest on a linear axis.
+        measured = [row for row in rows if row[column] is not None]
+        if measured:
+            steps = [row["step"] for row in measured]
+            errors = [row[column] for row in measured]
+            axis.plot(steps, errors, label=label, **style)
+
+    # The first steps start near 1, where nothing is learned yet. A linear axis would flatten
+    # all that follows.
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")

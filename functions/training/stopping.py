@@ -1,4 +1,4 @@
-"""Stopping a run: by signals, between two steps; and errors that end it, with what to do."""
+"""Stopping a run between two steps on a signal; and writes that fail and end it, explained."""
 
 import os
 import signal
@@ -11,20 +11,22 @@ from types import FrameType
 from functions.support.errors import UserError
 from functions.support.run_folder import last_checkpoint
 
-# EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed
+# This is EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed.
 EXIT_STOPPED = 75
+# For so many seconds a further signal counts as the same request. Schedulers signal all
+# processes, and torchrun passes its own signal on to them.
 SAME_SIGNAL = 1.0
+# Windows has no SIGUSR1.
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 ]
 
 
 class StopSignals:
-    """While it is entered, SIGINT, SIGTERM and SIGUSR1 set `received` instead of ending the process.
+    """While it is entered, SIGINT, SIGTERM and SIGUSR1 set `received` and do not end the process.
 
-    The training loop looks at it between steps, saves, and exits with EXIT_STOPPED. A second signal means that someone
-    does not want to wait: the process ends at once, with 128 + its number as shells report it. Within SAME_SIGNAL
-    seconds it is the same request on another way: schedulers signal all processes, and torchrun hands its own on.
+    The training loop looks at `received` between steps, saves, and exits with EXIT_STOPPED.
+    A second signal, more than SAME_SIGNAL seconds later, ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -40,19 +42,25 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received and time.monotonic() - self.received_at > SAME_SIGNAL:
-            os._exit(128 + number)
+        """Remember the first signal; end the process at a second one."""
         if not self.received:
-            self.received, self.received_at = signal.Signals(number).name, time.monotonic()
+            # The time comes first, since another signal may arrive between these two lines.
+            self.received_at = time.monotonic()
+            self.received = signal.Signals(number).name
+        elif time.monotonic() - self.received_at > SAME_SIGNAL:
+            # Whoever signals again does not want to wait. Shells report such an end as
+            # 128 + the signal's number.
+            os._exit(128 + number)
 
 
 @contextmanager
 def failed_writes_explained(run: Path) -> Iterator[None]:
-    """Turn an error of the file system, a full disk above all, into a `UserError` that says what is safe."""
+    """Turn a full disk, or the like, into a `UserError` that says what is safe."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{run} cannot be written to: {error.strerror or error}. Last good checkpoint: {last_checkpoint(run)}. "
+            f"{run} cannot be written to: {error.strerror or error}. "
+            f"Last good checkpoint: {last_checkpoint(run)}. "
             f"When that is mended, go on with: python train.py --resume {run}"
         ) from error

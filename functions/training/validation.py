@@ -21,39 +21,52 @@ def validation_losses(
     config: object,
     processes: Processes,
 ) -> list[tuple[float, float]]:
-    """Each denoiser's mean loss (Eq. 14), and the error of eps that belongs to it, over fixed (image, t, noise).
+    """Return each denoiser's mean loss (Eq. 14) and the mean error of eps that belongs to it.
 
-    Sample j takes image j * len(indices) // samples, so all images count equally often (up to one); the t are evenly
-    spaced over 0 .. T-1 in a shuffled order; the noise is j's own. So neither batch size nor chance moves the curve,
-    which compares runs; that of eps compares objectives too.
+    The means are over `config.validation_samples` fixed triples (image, t, noise), so neither
+    batch size nor chance moves them. The losses of two runs can be compared where they have the
+    same objective, the errors of eps always.
 
-    The denoisers have the same schedule, and are on the device on which `images_of` makes of image indices (B,) their
-    uint8 (B, H, W, C). `config` is the run's DiffusionConfig. The processes divide the batches, and all get the means.
+    The denoisers have the same schedule. `images_of` takes image indices (B,) and returns uint8
+    (B, H, W, C) on the denoisers' device. `config` is the run's DiffusionConfig. The processes
+    divide the batches, and all get the means.
     """
-    scheduler, samples = denoisers[0].scheduler, config.validation_samples
+    scheduler = denoisers[0].scheduler
+    samples = config.validation_samples
+
+    # 0 .. T-1 is cut into as many strata as there are samples. Their middles, shuffled, are the t.
     order = torch.randperm(samples, generator=generator_of("cpu", config.seed, "validation t"))
-    # The middle of each of `samples` strata
     all_t = (2 * order + 1) * scheduler.timesteps // (2 * samples)
+    # Sample j takes the image at j * len(indices) // samples, so all images count equally often,
+    # give or take one.
     all_images = indices[np.arange(samples) * len(indices) // samples]
-    found = []  # on the device, which is not waited for meanwhile
+
+    # The sums stay on the device, so that no batch waits for the one before.
+    sums = []
     with ExitStack() as stack:
         for denoiser in denoisers:
             stack.enter_context(denoiser.evaluating())
+
         for start in range(0, samples, config.batch_size)[processes.rank :: processes.count]:
             places = range(start, min(start + config.batch_size, samples))
             x_0 = to_model_range(images_of(all_images[places.start : places.stop]))
-            all_t = all_t.to(x_0.device)  # copies it once, with the first batch
+            # All t are copied to the device once, with the first batch.
+            all_t = all_t.to(x_0.device)
             t = all_t[places.start : places.stop]
+            # A sample's noise depends on its number, not on the batch that it is in.
             noise = ImageNoise(
                 config.seed, places, x_0.shape[1:], x_0.device, "validation noise"
             ).draw()
+
             for denoiser in denoisers:
                 losses = denoising_loss(denoiser, scheduler, x_0, t, noise)
-                found.append(
-                    torch.stack([losses, eps_errors(denoiser, scheduler, losses, t)]).sum(dim=1)
-                )
-    total = torch.zeros(2 * len(denoisers), dtype=torch.float64)
-    if found:
-        total += torch.stack(found).cpu().double().view(-1, 2 * len(denoisers)).sum(dim=0)
-    means = (processes.sum_(total) / samples).tolist()
-    return list(zip(means[::2], means[1::2], strict=True))
+                errors = eps_errors(denoiser, scheduler, losses, t)
+                sums.append(torch.stack([losses, errors]).sum(dim=1))
+
+    # A process without any batch adds zeros.
+    total = torch.zeros(len(denoisers), 2, dtype=torch.float64)
+    if sums:
+        batch_sums = torch.stack(sums).cpu().double().view(-1, len(denoisers), 2)
+        total += batch_sums.sum(dim=0)
+    means = processes.sum_(total) / samples
+    return [(loss, eps_error) for loss, eps_error in means.tolist()]
