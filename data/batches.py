@@ -1,30 +1,39 @@
-"""Batches of uint8 images by index: which ones (shuffling), and onto the device that trains (feeding)."""
+"""Batches of uint8 images by index: which images (shuffling), and onto the device (feeding)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.packed import map_ahead
 
-# Of a GPU's, up to which all images are kept there: FFHQ at 128 px on one with 16 GB
+# All images stay on a GPU if they take at most this part of its free memory, so a GPU with 16 GB
+# keeps FFHQ at 128 px.
 FREE_MEMORY_FRACTION = 0.25
-COPY_CHUNK = 1024  # images a time when the whole set goes to the device
+
+# The whole set goes to the device in chunks of this many images.
+COPY_CHUNK = 1024
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Order the n images of an epoch: an int64 permutation (n,), a pure function of its arguments.
+    """Return the order of an epoch's n images: an int64 permutation (n,).
 
-    The images sorted by 64-bit random keys, drawn from NumPy's Philox seeded by SeedSequence([seed, epoch]). NumPy
-    guarantees these two never to change between versions and platforms, which it doesn't for its own permutation().
-    Raises ValueError when seed or epoch is negative.
+    It is a pure function of its arguments. Raises ValueError when seed or epoch is negative.
     """
-    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
-    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+    # The images are sorted by random keys of 64 bits. NumPy guarantees that Philox and
+    # SeedSequence never change between versions and platforms; for its own permutation() it
+    # doesn't.
+    generator = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    order = np.argsort(generator.random_raw(n), kind="stable")
+    return order.astype(np.int64, copy=False)
 
 
 def forward_passes(share: range, batch_size: int) -> list[slice]:
-    """Cut a process's share of the places in an effective batch into passes of up to batch_size images."""
+    """Cut a process's share of the places in an effective batch into forward passes.
+
+    Each pass takes at most batch_size images.
+    """
     return [slice(first, min(first + batch_size, share.stop)) for first in share[::batch_size]]
 
 
@@ -35,13 +44,14 @@ def micro_batches(
     passes: Sequence[slice],
     steps: range,
 ) -> Iterator[np.ndarray]:
-    """Yield the images of every forward pass of some optimiser steps, an array of indices for each of `passes`.
+    """Yield the image indices of every forward pass of the given optimiser steps.
 
-    A step takes the next effective_batch images of its epoch's order; what is left at an epoch's end is dropped. So
-    the position in the data is the number of the step, and nothing else.
+    Each step yields one array for each of `passes`. It takes the next effective_batch images of
+    its epoch's order; those left over at an epoch's end are dropped.
     """
+    # The number of the step alone says where in the data it begins, so a run can resume anywhere.
     steps_per_epoch = len(train_indices) // effective_batch
-    epoch, order = None, None
+    epoch = None
     for step in steps:
         if step // steps_per_epoch != epoch:
             epoch = step // steps_per_epoch
@@ -54,63 +64,78 @@ def micro_batches(
 class ImageFeeder:
     """Hand out batches of images (N, S, S, 3) uint8, memory-mapped or not, on a device.
 
-    keep_on_device=True copies the whole set there at once; False gathers each batch on the CPU and, for a GPU, sends
-    it from pinned memory without waiting. None, the default, keeps it on a CUDA device when it takes no more than
-    FREE_MEMORY_FRACTION of the memory free there.
+    keep_on_device=True copies the whole set there at once; False gathers each batch on the CPU.
+    None, the default, keeps the set on a CUDA device when it takes no more than
+    FREE_MEMORY_FRACTION of the memory that is free there.
     """
 
     def __init__(
         self, images: np.ndarray, device: torch.device | str, keep_on_device: bool | None = None
     ):
         self.device = torch.device(device)
-        # Without memmap's own class, whose bookkeeping slows every gather
+        self.on_cuda = self.device.type == "cuda"
+
+        # A plain array gathers faster: np.memmap's class does bookkeeping for every result.
         self.images = np.asarray(images)
+
         if keep_on_device is None:
-            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
-            keep_on_device = self.images.nbytes <= FREE_MEMORY_FRACTION * free
+            free_bytes = torch.cuda.mem_get_info(self.device)[0] if self.on_cuda else 0
+            keep_on_device = self.images.nbytes <= FREE_MEMORY_FRACTION * free_bytes
         self.resident = self.copy_to_device() if keep_on_device else None
 
-    def gather(self, indices: np.ndarray) -> torch.Tensor:
-        """Gather images by their indices (B,) -> uint8 (B, S, S, 3) on the device. Raises IndexError out of range."""
+    def gather(self, indices: np.ndarray) -> Tensor:
+        """Return the images of indices (B,) as uint8 (B, S, S, 3) on the device.
+
+        Raises IndexError when an index is out of range.
+        """
         if self.resident is None:
             return self.send(self.gather_on_cpu(indices))
         indices = torch.from_numpy(self.checked(indices))
-        if self.device.type == "cuda":
+        if self.on_cuda:
             indices = indices.pin_memory()
         return self.resident.index_select(0, self.send(indices))
 
-    def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-        """Yield `gather` of each batch of indices in order; a thread reads the next one meanwhile."""
+    def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """Yield `gather` of each batch of indices, in order."""
         if self.resident is not None:
             yield from map(self.gather, batches_of_indices)
         else:
+            # A thread gathers the next batch while the device works on this one.
             yield from map(
                 self.send, map_ahead(self.gather_on_cpu, batches_of_indices, threads=1, ahead=1)
             )
 
-    def gather_on_cpu(self, indices: np.ndarray) -> torch.Tensor:
+    def gather_on_cpu(self, indices: np.ndarray) -> Tensor:
+        """Return the images of indices (B,) on the CPU, in pinned memory if a GPU gets them."""
         indices = self.checked(indices)
-        shape = len(indices), *self.images.shape[1:]
-        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        # mode="clip" spares NumPy a second copy of the batch that it makes to raise errors; they're checked above.
+        shape = (len(indices), *self.images.shape[1:])
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.on_cuda)
+
+        # With mode="raise" NumPy would copy the batch once more. The indices are checked above,
+        # so mode="clip" never clips.
         np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")
         return batch
 
     def checked(self, indices: np.ndarray) -> np.ndarray:
+        """Return indices as int64. Raises IndexError when one is out of range."""
         indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self.images)):
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self.images)):
             raise IndexError(
-                f"image index out of range 0..{len(self.images) - 1}: {indices.min()}..{indices.max()}"
+                f"image index out of range 0..{len(self.images) - 1}: "
+                f"{indices.min()}..{indices.max()}"
             )
         return indices
 
-    def send(self, batch: torch.Tensor) -> torch.Tensor:
-        # PyTorch's pinned-memory allocator doesn't hand the buffer out again before this copy is done.
-        return batch.to(self.device, non_blocking=self.device.type == "cuda")
+    def send(self, batch: Tensor) -> Tensor:
+        """Copy a batch to the device; the CPU does not wait for a copy to a GPU."""
+        # PyTorch's pinned-memory allocator hands the buffer out again only after this copy is done.
+        return batch.to(self.device, non_blocking=self.on_cuda)
 
-    def copy_to_device(self) -> torch.Tensor:
+    def copy_to_device(self) -> Tensor:
+        """Return all images as one tensor on the device."""
         resident = torch.empty(self.images.shape, dtype=torch.uint8, device=self.device)
-        # In chunks, to need little memory besides
+
+        # The CPU holds one chunk of a memory-mapped set at a time, not all of it.
         for start in range(0, len(self.images), COPY_CHUNK):
             chunk = np.array(self.images[start : start + COPY_CHUNK])
             resident[start : start + len(chunk)] = torch.from_numpy(chunk).to(self.device)

@@ -15,13 +15,17 @@ DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
 FFHQ_SIZE = 70_000
 
-# The last validation images of the full FFHQ by id: the reference run's split and the official one.
+# So many of the last images by id of the full FFHQ validate, in the split of the reference run
+# and in the official one.
 FFHQ_VALIDATION = {"reference": 7_000, "official": 10_000}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which images train and which validate: int64 indices into an ImageSet, and hashes of the two lists of ids."""
+    """Which images of an ImageSet train and which validate.
+
+    The indices are int64; the hashes are those of the two lists of ids.
+    """
 
     train_indices: np.ndarray
     val_indices: np.ndarray
@@ -31,20 +35,23 @@ class Split:
 
 
 def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0) -> ImageSet:
-    """Load all images of a data set at image_size x image_size pixels; they are prepared on first use.
+    """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
-    "emoji_faces" is the embedded set, "emoji_people" the people in it, "FFHQ" whatever copy of FFHQ lies at data/FFHQ,
-    "CIFAR10" its binary version at data/CIFAR10; anything else is the path of a folder, .zip or .npz. Raises UserError
-    as `find_source`, `Cifar10` and `open_packed` do.
+    "emoji_faces" is the embedded set, "emoji_people" the people in it, "FFHQ" whatever copy of
+    FFHQ lies at data/FFHQ, and "CIFAR10" its binary version at data/CIFAR10. Anything else is the
+    path of a folder, .zip or .npz. Raises UserError as `find_source`, `Cifar10` and `open_packed`
+    do.
     """
-    pack = open_packed(locate(dataset_name, image_size), image_size, max_bad_images)
-    if dataset_name == "emoji_people":
-        people = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
-        summary = f"{dataset_name}: {len(people):,} of the images of {pack.summary}"
-        return ImageSet(
-            dataset_name, pack.images[people], [pack.ids[i] for i in people], summary, pack.path
-        )
-    return replace(pack, name=dataset_name)
+    source = locate(dataset_name, image_size)
+    pack = open_packed(source, image_size, max_bad_images)
+    if dataset_name != "emoji_people":
+        return replace(pack, name=dataset_name)
+
+    # The people share the packed file of the whole embedded set.
+    people = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
+    ids = [pack.ids[i] for i in people]
+    summary = f"{dataset_name}: {len(people):,} of the images of {pack.summary}"
+    return ImageSet(dataset_name, pack.images[people], ids, summary, pack.path)
 
 
 def locate(dataset_name: str, image_size: int) -> Source:
@@ -59,77 +66,100 @@ def locate(dataset_name: str, image_size: int) -> Source:
 
 
 def find_ffhq(folder: Path) -> Path:
-    """Find the copy of FFHQ in a data folder: a folder FFHQ, an archive in it, or FFHQ.zip or FFHQ.npz beside it."""
-    archives_inside = sorted(
-        p for p in folder.glob("FFHQ/*") if p.suffix.lower() in (".zip", ".npz") and p.is_file()
+    """Find the copy of FFHQ in a data folder.
+
+    It is an archive in the folder FFHQ, that folder itself, or FFHQ.zip or FFHQ.npz beside it.
+    Raises UserError when there is none, or when the folder FFHQ holds several archives.
+    """
+    ffhq = folder / "FFHQ"
+    archives = sorted(
+        path
+        for path in folder.glob("FFHQ/*")
+        if path.suffix.lower() in (".zip", ".npz") and path.is_file()
     )
-    if len(archives_inside) > 1:
-        names = ", ".join(path.name for path in archives_inside)
+    if len(archives) > 1:
+        names = ", ".join(path.name for path in archives)
         raise UserError(
-            f"{folder / 'FFHQ'} holds {names}. Leave one archive there, or name one as the data set."
+            f"{ffhq} holds {names}. Leave one archive there, or name one as the data set."
         )
-    for path in (*archives_inside, folder / "FFHQ", folder / "FFHQ.zip", folder / "FFHQ.npz"):
+
+    for path in (*archives, ffhq, folder / "FFHQ.zip", folder / "FFHQ.npz"):
+        # An empty folder may stand beside an archive.
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             return path
     raise UserError(
         "FFHQ is not there. Get the 128x128 thumbnails (2 GB; python download_ffhq.py --thumbs of "
         "github.com/NVlabs/ffhq-dataset, or a copy from Kaggle or Hugging Face)\n"
-        f"and put it at {folder / 'FFHQ'} (a folder, or FFHQ.zip or FFHQ.npz), or name its path as the data set."
+        f"and put it at {ffhq} (a folder, or FFHQ.zip or FFHQ.npz), or name its path as the data "
+        "set."
     )
 
 
 def split_images(image_set: ImageSet, split: str) -> Split:
     """Split a set by sorted id. `split` is "reference" or "official".
 
-    The full FFHQ (ids 0 to 69,999): 63,000 / 7,000 as in the reference run, or the official 60,000 / 10,000.
-    CIFAR-10: its test images validate.
-    Any other set, an incomplete FFHQ included: its last 10%, at least one image, validate.
-    Raises UserError when `split` is neither or a side would be empty.
+    The full FFHQ (ids 0 to 69,999) is split 63,000 / 7,000 as in the reference run, or 60,000 /
+    10,000 as officially. Of CIFAR-10 the test images validate; of any other set, an incomplete
+    FFHQ included, the last 10% and at least one image. Raises UserError when `split` is neither
+    or a side would be empty.
     """
     if split not in FFHQ_VALIDATION:
-        raise UserError(
-            f"There is no split {split!r}; it can be {' or '.join(map(repr, FFHQ_VALIDATION))}."
-        )
-    count = len(image_set)
-    val_count, which = max(1, count // 10), "not the full FFHQ, so the last 10% by id validate"
-    if image_set.ids == list(range(FFHQ_SIZE)):
-        val_count, which = FFHQ_VALIDATION[split], f"{split} split of the full FFHQ"
-    elif image_set.name == "CIFAR10":
-        val_count, which = sum(i >= FIRST_OF_TEST for i in image_set.ids), "its test images"
+        names = " or ".join(map(repr, FFHQ_VALIDATION))
+        raise UserError(f"There is no split {split!r}; it can be {names}.")
+
+    name = image_set.name
+    ids = image_set.ids
+    count = len(ids)
+    if ids == list(range(FFHQ_SIZE)):
+        val_count = FFHQ_VALIDATION[split]
+        reason = f"{split} split of the full FFHQ"
+    elif name == "CIFAR10":
+        val_count = sum(image_id >= FIRST_OF_TEST for image_id in ids)
+        reason = "its test images"
+    else:
+        val_count = max(1, count // 10)
+        reason = "not the full FFHQ, so the last 10% by id validate"
+
     train_count = count - val_count
     if train_count < 1:
         raise UserError(
-            f"{image_set.name} has {count} image(s): too few to train on some and validate on others."
+            f"{name} has {count} image(s): too few to train on some and validate on others."
         )
-    description = (
-        f"{image_set.name}: {train_count:,} images train, {val_count:,} validate ({which})"
-    )
+
+    description = f"{name}: {train_count:,} images train, {val_count:,} validate ({reason})"
     indices = np.arange(count, dtype=np.int64)
-    hashes = hash_ids(image_set.ids[:train_count]), hash_ids(image_set.ids[train_count:])
-    return Split(indices[:train_count], indices[train_count:], description, *hashes)
+    return Split(
+        indices[:train_count],
+        indices[train_count:],
+        description,
+        hash_ids(ids[:train_count]),
+        hash_ids(ids[train_count:]),
+    )
 
 
 def images_of_run(
     diffusion: dict, image_size: int, name: str | None = None
 ) -> tuple[ImageSet, Split]:
-    """The images that a run was trained and validated on, by its saved config; from elsewhere, or others, by `name`.
+    """Load the images that a run was trained and validated on, as its saved config says.
 
-    Raises UserError when the config does not say, or as `load_images` does.
+    `name` says where else they lie, or names other images. Raises UserError when the config does
+    not say which images it was, or as `load_images` does.
     """
     if name:
+        # A model of another project has a config without these fields.
         diffusion = {"max_bad_images": 0, "split": "reference", **diffusion, "dataset_name": name}
-    fields = {"dataset_name": str, "max_bad_images": int, "split": str}
-    if any(type(diffusion.get(field)) is not kind for field, kind in fields.items()):
-        raise UserError(
-            "the model's config does not say which images it was trained on; name some, by evaluate.py --data NAME or "
-            "sample.py --calibrate NAME"
-        )
+    for field, kind in {"dataset_name": str, "max_bad_images": int, "split": str}.items():
+        if type(diffusion.get(field)) is not kind:
+            raise UserError(
+                "the model's config does not say which images it was trained on; name some, by "
+                "evaluate.py --data NAME or sample.py --calibrate NAME"
+            )
     image_set = load_images(diffusion["dataset_name"], image_size, diffusion["max_bad_images"])
     return image_set, split_images(image_set, diffusion["split"])
 
 
 def hash_ids(ids: list) -> str:
-    """Make a short hash of a list of ids, by which two runs can be shown to have used the same images."""
-    return hashlib.sha256("\n".join(map(str, ids)).encode(errors="surrogateescape")).hexdigest()[
-        :16
-    ]
+    """Return a short hash of a list of ids, to show that two runs used the same images."""
+    # File names that are not UTF-8 have surrogates in them.
+    lines = "\n".join(map(str, ids)).encode(errors="surrogateescape")
+    return hashlib.sha256(lines).hexdigest()[:16]

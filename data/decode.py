@@ -1,4 +1,4 @@
-"""Image files -> uint8 RGB pixels, whatever their colour mode; or the reason why they cannot be used."""
+"""Image files -> uint8 RGB pixels of any colour mode; or the reason why they cannot be used."""
 
 import io
 import struct
@@ -14,24 +14,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from functions.support.errors import UserError
 from functions.support.files import short
 
-# Pillow would also try dozens of formats that no image set uses, some of them by calling other programs.
+# Pillow would also try dozens of formats that no image set uses, and for some of them it calls
+# other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-# Of one image: Pillow's limit, beyond which it suspects a decompression bomb
+
+# This is Pillow's limit for one image; beyond it Pillow suspects a decompression bomb.
 MAX_PIXELS = 89_478_485
 
-# What Python's, NumPy's and Pillow's readers raise on broken bytes
+# The readers of Python, NumPy and Pillow raise any of these on broken bytes.
 BROKEN_BYTES = (
-    *(
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        LookupError,
-        RuntimeError,
-        SyntaxError,
-        OverflowError,
-    ),
-    *(struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError, tokenize.TokenError),
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    tokenize.TokenError,
 )
 
 
@@ -42,23 +46,28 @@ class BadImage(UserError):
 def decode_rgb(data: bytes) -> np.ndarray:
     """Decode the bytes of a PNG, JPEG, WebP or BMP -> uint8 (H, W, 3) at the file's own size.
 
-    Turned upright by its EXIF orientation; alpha and transparent colours are composited over white; grey, palette and
-    CMYK become RGB; 16-bit grey is scaled to 8 bits (of 16-bit colour Pillow keeps the high byte: at most one level
-    off). Embedded colour profiles are ignored. Raises BadImage for anything animated, truncated, corrupt, of more than
-    MAX_PIXELS or not an image. A damaged JPEG can decode without complaint; inside a zip its checksum tells.
+    The image is turned upright by its EXIF orientation. Alpha and transparent colours are
+    composited over white; grey, palette and CMYK become RGB. 16-bit grey is scaled to 8 bits; of
+    16-bit colour Pillow keeps the high byte, which is at most one level off. Embedded colour
+    profiles are ignored.
+
+    Raises BadImage for anything animated, truncated, corrupt, of more than MAX_PIXELS or not an
+    image. A damaged JPEG can decode without complaint; inside a zip its checksum tells.
     """
     return convert_to_rgb(open_image(data))
 
 
 def open_image(data: bytes) -> Image.Image:
-    """A Pillow image of any mode, loaded and upright; raises as `decode_rgb`."""
+    """Return a Pillow image of any mode, loaded and upright; raises as `decode_rgb` does."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if image.format == "PNG":
-                # The checksums of its chunks: load() passes over those of the pixels
+                # load() ignores the checksums of the pixels, so verify() compares them first.
                 image.verify()
+
+        # verify() leaves an image that cannot be loaded, so the bytes are opened again.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             # An MPO is a photo with previews behind it, not an animation.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
@@ -68,7 +77,8 @@ def open_image(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadImage("too many pixels (a decompression bomb?)") from None
     except UnidentifiedImageError:
-        raise BadImage("empty file" if not data else f"not a {', '.join(FORMATS)} image") from None
+        reason = f"not a {', '.join(FORMATS)} image" if data else "empty file"
+        raise BadImage(reason) from None
     except BROKEN_BYTES as error:
         raise BadImage(f"broken file ({type(error).__name__}: {short(error)})") from None
 
@@ -76,12 +86,15 @@ def open_image(data: bytes) -> Image.Image:
 def convert_to_rgb(image: Image.Image) -> np.ndarray:
     """Convert a Pillow image of any mode -> uint8 (H, W, 3)."""
     if image.mode.startswith("I"):
+        # convert("RGB") would clip 16-bit grey. It is scaled instead, by 65535 / 255 = 257, and
+        # rounded to the nearest level.
         grey = np.asarray(image).astype(np.int32)
-        # 65535 / 255 = 257, rounded to nearest: scaled, where convert("RGB") would clip
         levels = (grey + 128) // 257
         if "transparency" in image.info:
             levels[grey == image.info["transparency"]] = 255
-        return np.repeat(levels.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        levels = levels.clip(0, 255).astype(np.uint8)
+        return np.repeat(levels[..., None], 3, axis=2)
+
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -91,21 +104,28 @@ def convert_to_rgb(image: Image.Image) -> np.ndarray:
 def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
     """Crop and resize uint8 (H, W, 3) -> uint8 (S, S, 3), S = image_size in pixels.
 
-    What is not square is cropped to the square in its centre. Larger images are reduced with Lanczos, which
-    antialiases; smaller ones are enlarged bicubically; those of the right size pass unchanged.
+    What is not square is cropped to the square in its centre. An image of the right size passes
+    unchanged.
     """
     height, width = rgb.shape[:2]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top = (height - side) // 2
+    left = (width - side) // 2
     square = np.ascontiguousarray(rgb[top : top + side, left : left + side])
     if side == image_size:
         return square
-    resample = Image.Resampling.LANCZOS if side > image_size else Image.Resampling.BICUBIC
-    return np.array(Image.fromarray(square).resize((image_size, image_size), resample))
+
+    # Lanczos antialiases an image that gets smaller; one that gets larger needs no antialiasing.
+    resample = Image.LANCZOS if side > image_size else Image.BICUBIC
+    resized = Image.fromarray(square).resize((image_size, image_size), resample)
+    return np.array(resized)
 
 
 def read_file(path: str, hint: str = "") -> Image.Image:
-    """One image file, as `open_image`. Raises UserError when there is no such file, or when it is no image."""
+    """Read one image file, as `open_image` does.
+
+    Raises UserError when it is no image, or when there is no such file; then `hint` follows.
+    """
     try:
         return open_image(Path(path).read_bytes())
     except BadImage as error:
@@ -117,32 +137,49 @@ def read_file(path: str, hint: str = "") -> Image.Image:
 def read_with_mask(
     path: str, mask_path: str | None, image_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An image of which a part is to be made anew -> uint8 (S, S, 3), and bool (S, S): which part, S = image_size.
+    """Read an image of which a part is to be made anew -> uint8 (S, S, 3), and bool (S, S).
 
-    That is what is white in the mask's file; without one, what is transparent in the image. Both are cropped and
-    resized as training images are. UserError as `read_file`, and for a mask of another size, or an empty or full one.
+    The bool array says which part. It is what is white in the mask's file; without one, what is
+    transparent in the image. Both are cropped and resized as training images are, to S =
+    image_size. Raises UserError as `read_file` does, and for a mask that has another size or is
+    empty or full.
     """
     image = read_file(path)
-    opaque = image.mode.startswith("I")  # 16 bits, which Pillow does not convert
-    alpha = Image.new("L", image.size, 255) if opaque else image.convert("RGBA").getchannel("A")
-    mask = read_file(mask_path) if mask_path else ImageOps.invert(alpha)
-    if mask.size != image.size:
-        sizes = f"{mask.width}x{mask.height} pixels, its image {image.width}x{image.height}"
-        raise UserError(f"{mask_path} has {sizes}; a mask must be as large as its image")
-    anew = fit_mask(convert_to_rgb(mask).mean(axis=2) >= 128, image_size)
-    if anew.all() or not anew.any():
-        what = "everything" if anew.all() else "nothing"
+    if mask_path:
+        mask_image = read_file(mask_path)
+    elif image.mode.startswith("I"):
+        # Pillow does not convert 16-bit grey to RGBA; such an image has no transparent part.
+        mask_image = Image.new("L", image.size, 0)
+    else:
+        alpha = image.convert("RGBA").getchannel("A")
+        mask_image = ImageOps.invert(alpha)
+
+    if mask_image.size != image.size:
+        raise UserError(
+            f"{mask_path} has {mask_image.width}x{mask_image.height} pixels, its image "
+            f"{image.width}x{image.height}; a mask must be as large as its image"
+        )
+
+    white = convert_to_rgb(mask_image).mean(axis=2) >= 128
+    mask = fit_mask(white, image_size)
+    if mask.all() or not mask.any():
+        part = "everything" if mask.all() else "nothing"
         hint = "" if mask_path else "; name a --mask, or erase a part of the image"
-        raise UserError(f"{mask_path or path}: {what} would be made anew{hint}")
-    return fit_square(convert_to_rgb(image), image_size), anew
+        raise UserError(f"{mask_path or path}: {part} would be made anew{hint}")
+    return fit_square(convert_to_rgb(image), image_size), mask
 
 
 def fit_mask(anew: np.ndarray, image_size: int) -> np.ndarray:
-    """Crop and resize a bool (H, W) of what is made anew, as `fit_square` does its image -> bool (S, S).
+    """Crop and resize a mask, bool (H, W), as `fit_square` does its image -> bool (S, S).
 
-    A pixel that is so in a tenth is made anew as a whole: it has taken up some of what was there.
+    The mask is true where the image is made anew.
     """
-    return fit_square(np.uint8(255) * anew[..., None].repeat(3, axis=2), image_size)[..., 0] > 25
+    grey = np.uint8(255) * anew[..., None].repeat(3, axis=2)
+    levels = fit_square(grey, image_size)[..., 0]
+
+    # A pixel with a tenth of its area in the mask is made anew as a whole, because it has taken up
+    # some of what was there.
+    return levels > 25
 
 
 def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
@@ -153,6 +190,8 @@ def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
     hint = "; an image is named by its file, or by its number (0, 1, ...) among those of the seed"
     rgb = convert_to_rgb(read_file(path, hint))
     if not fit and rgb.shape[:2] != (image_size, image_size):
-        sizes = f"{rgb.shape[1]}x{rgb.shape[0]} pixels, the model's images are {image_size}x{image_size}"
-        raise UserError(f"{path} is {sizes}; --fit crops and resizes it")
+        raise UserError(
+            f"{path} is {rgb.shape[1]}x{rgb.shape[0]} pixels, the model's images are "
+            f"{image_size}x{image_size}; --fit crops and resizes it"
+        )
     return fit_square(rgb, image_size)

@@ -4,19 +4,24 @@ The two functions are each other's inverse on all 256 values.
 """
 
 import torch
+from torch import Tensor
 
 
-def to_model_range(images_uint8: torch.Tensor) -> torch.Tensor:
-    """uint8 images (B, H, W, 3) in 0..255 -> float32 (B, 3, H, W), contiguous, in [-1, 1], on the same device."""
-    # Permuted while still bytes, so that the copy which makes it contiguous moves a quarter of the memory.
-    x = images_uint8.permute(0, 3, 1, 2).contiguous().to(torch.float32)
-    return x.div_(127.5).sub_(1.0)
+def to_model_range(images_uint8: Tensor) -> Tensor:
+    """Map uint8 images (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1], on the same device.
+
+    The result is contiguous.
+    """
+    # The copy that makes the images contiguous moves bytes, a quarter of the memory of floats.
+    x = images_uint8.permute(0, 3, 1, 2).contiguous()
+    return x.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) in [-1, 1], any float type -> uint8 (B, H, W, 3) on the same device.
+def to_uint8(x: Tensor) -> Tensor:
+    """Map images (B, 3, H, W) in [-1, 1], of any float type, to uint8 (B, H, W, 3).
 
-    Values outside [-1, 1] are clamped, the rest rounded to the nearest level.
+    Values outside [-1, 1] are clamped, the rest rounded to the nearest level. The device stays
+    the same.
     """
     levels = (x.to(torch.float32) + 1.0).mul_(127.5).round_().clamp_(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

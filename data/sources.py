@@ -1,6 +1,7 @@
 """Where images come from: a folder with its subfolders, a zip or an npz.
 
-Archives are read in place and never extracted, so a member's name is no path on this machine, whatever it says.
+Archives are read in place and never extracted, so a member's name is no path on this machine,
+whatever it says.
 """
 
 import math
@@ -23,8 +24,9 @@ from functions.support.files import short
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-# Folders of the known copies of FFHQ and the pixel size of what is in them. Every one numbers its images alike, so
-# when several lie under one root only one may be read. The uncropped photos (0) are never chosen over aligned ones.
+# The known copies of FFHQ lie in these folders, with images of so many pixels, from small to
+# large. Every copy numbers its images alike, so when several lie under one root only one may be
+# read. The uncropped photos (0) are never chosen over aligned ones.
 FFHQ_LAYOUTS = {
     "in-the-wild-images": 0,
     "thumbnails128x128": 128,
@@ -32,80 +34,106 @@ FFHQ_LAYOUTS = {
     "images1024x1024": 1024,
 }
 
-MAX_FILE_BYTES = 100 * 2**20  # of one image: an FFHQ photo at 1024 px takes 1.3 MB
-# Of a set's images: so many numbered ones make it a numbered set, and the others strays
+# No image file may be larger than this. An FFHQ photo at 1024 px takes 1.3 MB.
+MAX_FILE_BYTES = 100 * 2**20
+
+# If this part of a set's images is numbered, the set counts as numbered and the others as strays.
 NEARLY_ALL = 0.99
 
 
 class Member(NamedTuple):
-    name: str  # its path inside the source, exactly as stored
-    size: int  # bytes, uncompressed
-    # What changes when the content does: the CRC-32 in an archive, the modification time (ns) in a
-    # folder
+    # This is the path inside the source, exactly as stored.
+    name: str
+    # The size is in bytes, uncompressed.
+    size: int
+    # The stamp changes when the content does: it is the CRC-32 in an archive, and the modification
+    # time (ns) in a folder.
     stamp: int
 
 
 class Source:
-    """What the three kinds have in common; each has its `kind`, lists its `members`, and reads one by `read_file`.
+    """What the kinds of sources have in common.
 
-    `members` are the image files in the order of their ids; for an npz the one array that holds all images. `ids` are
-    the numbers in the file names (int) when these are numbered as FFHQ's are, else the names (str); sorted. `notes`
-    are sentences to be printed: what was passed over, and why.
+    Each has its `kind`, lists its `members`, and reads one of them by `read_file`. `members` are
+    the image files in the order of their ids; for an npz the one array that holds all images.
+    `ids` are the numbers in the file names (int) when these are numbered as FFHQ's are, else the
+    names (str); sorted. `notes` are sentences to be printed: what was passed over, and why.
     """
 
     def __init__(self, path: Path):
-        self.path, self.members, self.ids, self.notes = path, [], [], []
+        self.path = path
+        self.members = []
+        self.ids = []
+        self.notes = []
 
     def read(self, i: int) -> bytes | np.ndarray | BadImage:
-        """Read the i-th image: a file's bytes, or uint8 (H, W, 3), or the reason why it cannot be read."""
-        if self.members[i].size > MAX_FILE_BYTES:
+        """Read the i-th image.
+
+        Returns a file's bytes, or uint8 (H, W, 3), or the reason why it cannot be read.
+        """
+        member = self.members[i]
+        if member.size > MAX_FILE_BYTES:
             return BadImage(f"larger than {MAX_FILE_BYTES // 2**20} MiB")
         try:
-            return self.read_file(self.members[i])
+            return self.read_file(member)
         except BROKEN_BYTES as error:
-            return BadImage(f"cannot be read ({short(getattr(error, 'strerror', None) or error)})")
+            reason = getattr(error, "strerror", None) or error
+            return BadImage(f"cannot be read ({short(reason)})")
 
 
 class Folder(Source):
-    """Image files in a folder. Links are followed, for a data folder is often a link to another disk."""
+    """Image files in a folder and its subfolders."""
 
     kind = "folder"
 
     def __init__(self, path: Path):
         super().__init__(path)
+
+        # Links are followed, because a data folder is often a link to another disk.
         errors = []
         for folder, _, files in os.walk(path, onerror=errors.append, followlinks=True):
-            names = ((Path(folder) / file).relative_to(path).as_posix() for file in files)
-            for name in filter(is_image_name, names):
+            for file in files:
+                name = Path(folder, file).relative_to(path).as_posix()
+                if not is_image_name(name):
+                    continue
                 try:
                     status = os.stat(path / name)
-                    if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                    # Whoever reads a pipe waits for its other end, perhaps for ever.
+                    if stat.S_ISREG(status.st_mode):
                         self.members.append(Member(name, status.st_size, status.st_mtime_ns))
-                except OSError:  # a link that leads nowhere, which is named when it is read
+                except OSError:
+                    # A link that leads nowhere is kept: it becomes a bad image when it is read,
+                    # and so its name is listed.
                     self.members.append(Member(name, 0, 0))
         if errors:
             raise errors[0]
 
     def read_file(self, member: Member) -> bytes:
+        """Return the bytes of a member."""
         return (self.path / member.name).read_bytes()
 
 
 class Zip(Source):
-    """Image files in a zip. Of two members with one name the last counts, as for every other zip tool."""
+    """Image files in a zip."""
 
     kind = "zip"
 
     def __init__(self, path: Path):
         super().__init__(path)
         self.archive = zipfile.ZipFile(path)
-        images = {
-            info.filename: info for info in self.archive.infolist() if is_image_name(info.filename)
-        }
-        self.members = [Member(name, info.file_size, info.CRC) for name, info in images.items()]
+
+        # Of two members with one name the last counts, as for every other zip tool.
+        members = {}
+        for info in self.archive.infolist():
+            if is_image_name(info.filename):
+                members[info.filename] = Member(info.filename, info.file_size, info.CRC)
+        self.members = list(members.values())
 
     def read_file(self, member: Member) -> bytes:
+        """Return the bytes of a member, at most one more than it should have."""
         with open_member(self.archive, member.name) as file:
-            # Bounded, for read() unpacks all there is, whatever the size it should have. Reaching that checks the CRC.
+            # A read() without a limit would unpack all there is, whatever the size should be.
+            # Reading one byte more than that reaches the end, where zipfile compares the CRC.
             return file.read(member.size + 1)
 
 
@@ -119,62 +147,68 @@ class Npz(Source):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self.archive, found = zipfile.ZipFile(path), []
+        self.archive = zipfile.ZipFile(path)
+        arrays = []
         for info in self.archive.infolist():
             if info.filename.endswith(".npy"):
                 with open_member(self.archive, info.filename) as file:
-                    plain = npy.read_magic(file) == (1, 0)  # the version that all plain arrays have
+                    # All plain arrays have version 1.0 of the header.
+                    plain = npy.read_magic(file) == (1, 0)
                     shape, fortran, dtype = npy.read_array_header_1_0(file)
                     header = file.tell()
-                if (
-                    plain
-                    and dtype == np.uint8
-                    and len(shape) == 4
-                    and shape[3] == 3
-                    and min(shape) > 0
-                    and not fortran
-                ):
-                    found.append((Member(info.filename, info.file_size, info.CRC), shape, header))
-        if len(found) != 1:
+                rgb = len(shape) == 4 and shape[3] == 3 and min(shape) > 0
+                if plain and rgb and dtype == np.uint8 and not fortran:
+                    arrays.append((info, shape, header))
+        if len(arrays) != 1:
             raise UserError(
-                f"{path} must hold exactly one uint8 array of shape (N, H, W, 3). It holds {len(found)}."
+                f"{path} must hold exactly one uint8 array of shape (N, H, W, 3). It holds "
+                f"{len(arrays)}."
             )
-        member, (count, *self.shape), self.header = found[0]
-        # Before anything is counted by it: the header can claim any number of images, of any size.
-        if (
-            count * math.prod(self.shape) != member.size - self.header
-            or math.prod(self.shape) > 3 * MAX_PIXELS
-        ):
+
+        info, shape, self.header = arrays[0]
+        count, *self.shape = shape
+        self.members = [Member(info.filename, info.file_size, info.CRC)]
+
+        # The header can claim any number of images, of any size, so its claim is compared with the
+        # bytes there are before anything of that length is made.
+        self.image_bytes = math.prod(self.shape)
+        too_large = self.image_bytes > 3 * MAX_PIXELS
+        if too_large or count * self.image_bytes != info.file_size - self.header:
             raise UserError(
                 f"{path} is damaged: its array is not as large as it says, or impossibly large."
             )
-        self.members, self.ids = [member], list(range(count))
+        self.ids = list(range(count))
 
     def read(self, i: int) -> np.ndarray:
+        """Read the i-th image, uint8 (H, W, 3), right after the one before it."""
         with one_sentence(self.path):
             if i == 0:
                 self.stream = open_member(self.archive, self.members[0].name)
                 self.stream.read(self.header)
-            return np.frombuffer(self.stream.read(math.prod(self.shape)), np.uint8).reshape(
-                self.shape
-            )
+            pixels = np.frombuffer(self.stream.read(self.image_bytes), np.uint8)
+            return pixels.reshape(self.shape)
 
 
 def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False) -> Source:
     """Find the images of a folder, a .zip or an .npz, and put them into the order of their ids.
 
-    Ids don't depend on the order of a directory, and numbers don't depend on the folders that they lie in. Of several
-    copies of FFHQ under one root, the smallest that need not be enlarged to `image_size` (pixels) is read. In a set
-    that must be `numbered`, unnumbered images are passed over with a note, and two with one number are an error. They
-    are passed over too where nearly all others are numbered, as a stray preview.png among 70,000 is.
-    Raises UserError when the path is missing, is none of the three, cannot be read or holds no image.
+    Ids don't depend on the order of a directory, and numbers don't depend on the folders that they
+    lie in. Of several copies of FFHQ under one root, the smallest that need not be enlarged to
+    `image_size` (pixels) is read. In a set that must be `numbered`, unnumbered images are passed
+    over with a note, and two with one number are an error. They are passed over too where nearly
+    all others are numbered, as a stray preview.png among 70,000 is.
+
+    Raises UserError when the path is missing, is none of the three, cannot be read or holds no
+    image.
     """
     path = Path(path).expanduser()
-    kind = Folder if path.is_dir() else {".zip": Zip, ".npz": Npz}.get(path.suffix.lower())
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a folder, a .zip or an .npz of images.")
+    archive_kinds = {".zip": Zip, ".npz": Npz}
+    kind = Folder if path.is_dir() else archive_kinds.get(path.suffix.lower())
     if kind is None:
         raise UserError(f"{path} is neither a folder nor a .zip nor an .npz. Give one of these.")
+
     with one_sentence(path):
         source = kind(path)
     if kind is not Npz:
@@ -185,67 +219,76 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
 
 def choose_layout(source: Source, image_size: int) -> None:
     """Keep one of several copies of FFHQ."""
-    layouts = {
-        m.name: FFHQ_LAYOUTS.keys() & set(with_slashes(m.name).split("/")[:-1])
-        for m in source.members
-    }
-    found = sorted(set().union(*layouts.values()), key=FFHQ_LAYOUTS.get)
-    if len(found) > 1:
-        chosen = next((layout for layout in found if FFHQ_LAYOUTS[layout] >= image_size), found[-1])
-        source.members = [member for member in source.members if chosen in layouts[member.name]]
-        source.notes.append(f"Found {' and '.join(found)}; used {chosen} only.")
+    folders = {member: with_slashes(member.name).split("/")[:-1] for member in source.members}
+    all_folders = set().union(*folders.values())
+    layouts = [layout for layout in FFHQ_LAYOUTS if layout in all_folders]
+    if len(layouts) > 1:
+        # The search goes from small to large. If no copy is large enough, it ends with the largest.
+        for chosen in layouts:
+            if FFHQ_LAYOUTS[chosen] >= image_size:
+                break
+        source.members = [member for member in source.members if chosen in folders[member]]
+        source.notes.append(f"Found {' and '.join(layouts)}; used {chosen} only.")
 
 
 def put_in_order(source: Source, numbered: bool) -> None:
-    """Give the members their ids, without the strays among numbered ones, and sort them by these."""
+    """Pass over the strays among numbered members, give the rest their ids, and sort by these."""
     numbers = {member: number_in(member.name) for member in source.members}
+
+    # FFHQ's files are named by a number alone, or by "img" and a number.
     plain = {
         member: number for member, number in numbers.items() if number and number[0] in ("", "img")
     }
-    if len(plain) < len(numbers) and (numbered or len(plain) >= NEARLY_ALL * len(numbers)):
-        strays = numbers.keys() - plain.keys()
+    strays = numbers.keys() - plain.keys()
+    if strays and (numbered or len(plain) >= NEARLY_ALL * len(numbers)):
         first = short(min(strays).name)
         source.notes.append(
             f"Passed over {len(strays)} (no image number in the name), the first is {first!r}."
         )
         numbers = plain
     if not numbers:
-        raise UserError(
-            " ".join(
-                [f"{source.path} holds no image ({', '.join(IMAGE_EXTENSIONS)}).", *source.notes]
-            )
-        )
+        reason = f"{source.path} holds no image ({', '.join(IMAGE_EXTENSIONS)})."
+        raise UserError(" ".join([reason, *source.notes]))
 
+    # The names are ids unless all have numbers, of one series, of which none comes twice.
     ids = {member: with_slashes(member.name) for member in numbers}
-    if all(numbers.values()) and (numbered or len({prefix for prefix, _ in numbers.values()}) == 1):
-        number, times = Counter(number for _, number in numbers.values()).most_common(1)[0]
-        if times == 1:
+    if all(numbers.values()):
+        prefixes = {prefix for prefix, _ in numbers.values()}
+        counts = Counter(number for _, number in numbers.values())
+        number, times = counts.most_common(1)[0]
+        if times == 1 and (numbered or len(prefixes) == 1):
             ids = {member: number for member, (_, number) in numbers.items()}
         elif numbered:
             raise UserError(
-                f"{source.path}: {times} images have the number {number}. Keep one copy of the set there."
+                f"{source.path}: {times} images have the number {number}. Keep one copy of the set "
+                "there."
             )
     source.members = sorted(ids, key=ids.get)
     source.ids = [ids[member] for member in source.members]
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a path inside a source is taken for an image: by its extension, unless it is hidden or macOS' shadow."""
-    hidden = any(
-        part.startswith(".") or part == "__MACOSX"
-        for part in PurePosixPath(with_slashes(name)).parts
-    )
+    """Return whether a path inside a source has an image's extension and is not hidden."""
+    # macOS puts shadows of files into __MACOSX.
+    parts = PurePosixPath(with_slashes(name)).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
     return name.lower().endswith(IMAGE_EXTENSIONS) and not hidden
 
 
 def with_slashes(name: str) -> str:
-    return name.replace("\\", "/")  # some Windows tools write zips with backslashes
+    """Return a path inside a source with slashes only."""
+    # Some Windows tools write zips with backslashes.
+    return name.replace("\\", "/")
 
 
 def number_in(name: str) -> tuple[str, int] | None:
-    """The prefix and the number that a file's name consists of: ("img", 12) for x/img00000012.png."""
-    match = re.fullmatch(r"([A-Za-z_-]*)(\d{1,18})", PurePosixPath(with_slashes(name)).stem)
-    return match and (match[1], int(match[2]))
+    """Return the prefix and the number that a file's name consists of, or None for other names.
+
+    They are ("img", 12) for x/img00000012.png.
+    """
+    stem = PurePosixPath(with_slashes(name)).stem
+    match = re.fullmatch(r"([A-Za-z_-]*)(\d{1,18})", stem)
+    return (match[1], int(match[2])) if match else None
 
 
 @contextmanager
@@ -260,7 +303,8 @@ def one_sentence(path: Path) -> Iterator[None]:
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """Open a member for reading. Python's readers of other methods unpack all at once, however much that is."""
+    """Open a member of a zip for reading. Raises NotImplementedError for methods but deflate."""
+    # Python's readers of other methods unpack all at once, however much that is.
     if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise NotImplementedError("packed by another method than deflate")
     return archive.open(name)
