@@ -1,12 +1,16 @@
-"""Checkpoints: all that a training goes on from, and that a model is rebuilt from, in one file of tensors.
+"""Checkpoints: one file holds all that a training goes on from, and that a model is rebuilt from.
 
-Tensors    model.NAME, ema.NAME: the raw and the averaged weights; step.NAME, exp_avg.NAME, exp_avg_sq.NAME: Adam's
-contents   `config`: {"diffusion": {...}, "model": {...}}; `run`: experiment, step, `run.facts` of train.py, and the
-           counters that `BookKeeper.save` adds; `scaler`: float16's gradient scaler, empty without it
-An exported file has the weights to sample from alone, and is read in the same way.
+functions/support/files.py describes the format, and this module says what the file holds:
+
+tensors    model.NAME and ema.NAME are the raw and the averaged weights; step.NAME, exp_avg.NAME
+           and exp_avg_sq.NAME are Adam's state
+contents   `config` is {"diffusion": {...}, "model": {...}}; `run` has experiment, step,
+           `run.facts` of train.py, and the counters that `BookKeeper.save` adds; `scaler` is the
+           state of float16's gradient scaler, and empty without it
+
+An exported file has only the weights to sample from, and is read in the same way.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from functions.support.errors import CheckpointError
-from functions.support.files import TensorFile, short, write_tensors
+from functions.support.files import TensorFile, sha256, short, write_tensors
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # as Adam calls them
+# These are Adam's own names for what it keeps of each parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What the steps of a training change."""
+    """Hold what the steps of a training change."""
 
     model: nn.Module
     ema_model: nn.Module | None
@@ -30,110 +35,120 @@ class TrainingState:
     scaler: torch.amp.GradScaler
 
     def __post_init__(self) -> None:
-        for p in self.model.parameters():  # which Adam would do in its first step
-            step = torch.zeros((), device=p.device)
+        # Adam would make its state in its first step. A checkpoint needs it to be there before.
+        for p in self.model.parameters():
             self.optimizer.state[p] = {
-                "step": step,
+                "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but the scaler, by name."""
-        parts = {
-            "model": self.model.state_dict(),
-            "ema": self.ema_model.state_dict() if self.ema_model else {},
-        }
+        """Return all but the scaler, by the names that tensors have in a checkpoint."""
+        tensors = {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
+        if self.ema_model:
+            for name, weight in self.ema_model.state_dict().items():
+                tensors[f"ema.{name}"] = weight
         for moment in MOMENTS:
-            parts[moment] = {
-                name: self.optimizer.state[p][moment] for name, p in self.model.named_parameters()
-            }
-        return {
-            f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()
-        }
+            for name, p in self.model.named_parameters():
+                tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
+        return tensors
 
     def load(self, file: TensorFile) -> None:
-        """Take a checkpoint over, but for layouts. CheckpointError, with nothing changed, when it does not fit."""
-        own, found = self.tensors(), file.tensors()
-        check_fit(own, found, file.path)
-        for name, tensor in found.items():
-            # Whose root would be no number
+        """Take a checkpoint's numbers over; memory layouts stay as they are.
+
+        Raises CheckpointError, with nothing changed, when the checkpoint does not fit.
+        """
+        tensors = self.tensors()
+        saved = file.tensors()
+        check_fit(tensors, saved, file.path)
+        for name, tensor in saved.items():
+            # Adam takes the roots of exp_avg_sq and of 1 - beta_2^step, which must not be negative.
             if name.startswith(("step.", "exp_avg_sq.")) and (tensor < 0).any():
                 raise CheckpointError(f"{file.path}: {name} is negative")
+
         scaler = self.scaler.state_dict()
-        if scaler and file.contents["scaler"]:
-            scaler |= {
-                name: file.contents["scaler"].get(name) for name in ("scale", "_growth_tracker")
-            }
-            scale, tracker = scaler["scale"], scaler["_growth_tracker"]
-            if not (
-                type(scale) is float
-                and 0 < scale < 2**127
-                and type(tracker) is int
-                and 0 <= tracker < 2**31
-            ):
+        saved_scaler = file.contents["scaler"]
+        # Either is empty where the precision is not float16, and then the scaler stays as it is.
+        if scaler and saved_scaler:
+            scale = saved_scaler.get("scale")
+            tracker = saved_scaler.get("_growth_tracker")
+            scale_fits = type(scale) is float and 0 < scale < 2**127
+            tracker_fits = type(tracker) is int and 0 <= tracker < 2**31
+            if not (scale_fits and tracker_fits):
                 raise CheckpointError(
                     f"{file.path}: its gradient scaler has scale {short(scale)}, which cannot be"
                 )
-        # Nothing has been changed so far, and nothing of what follows can fail
-        for name, tensor in own.items():
-            tensor.copy_(found[name])
+            scaler |= {"scale": scale, "_growth_tracker": tracker}
+
+        # Nothing has changed up to here, and nothing that follows can fail.
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
         self.scaler.load_state_dict(scaler)
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What sampling needs of a checkpoint or an exported file."""
+    """Hold what sampling needs of a checkpoint or an exported file."""
 
     path: Path
     weights: dict[str, Tensor]
-    # Of the weights: "EMA", or "raw" where the run has no EMA; "diffusers", of one of its folders
+    # The kind of the weights is "EMA", or "raw" where the run has no EMA; those of a folder of
+    # diffusers are "diffusers".
     kind: str
-    config: dict  # {"diffusion": {...}, "model": {...}}
-    run: dict  # experiment, step, total_steps (0 where nobody knows), and in a checkpoint more
-    # Of weights and config: the same for a checkpoint and for what was exported from it
+    # {"diffusion": {...}, "model": {...}}
+    config: dict
+    # This has experiment, step and total_steps, which is 0 where nobody knows it. A checkpoint's
+    # has more.
+    run: dict
+    # The hash of weights and config is the same for a checkpoint and what is exported from it.
     digest: str
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Return (C, H, W)."""
         model = self.config["model"]
         return model["channels"], model["image_size"], model["image_size"]
 
     @property
     def name(self) -> str:
-        """That its results are named by."""
+        """Return the name that this model's results are called by."""
         return self.run["experiment"] if self.path.is_dir() else self.path.stem
 
     def __str__(self) -> str:
-        done = (
-            f" after {self.run['step']:,} of {self.run['total_steps']:,} steps"
-            if self.run["total_steps"]
-            else ""
-        )
-        note = f"; {self.run['note']}" if self.run.get("note") else ""
-        return f"{self.kind} weights{done}, hash {self.digest[:16]}{note}"
+        text = f"{self.kind} weights"
+        if self.run["total_steps"]:
+            text += f" after {self.run['step']:,} of {self.run['total_steps']:,} steps"
+        text += f", hash {self.digest[:16]}"
+        if self.run.get("note"):
+            text += f"; {self.run['note']}"
+        return text
 
 
 def save_checkpoint(path: Path, config: dict, run: dict, state: TrainingState) -> None:
     """Write a checkpoint. Raises OSError when the disk is full, or the like."""
-    write_tensors(
-        path, state.tensors(), {"config": config, "run": run, "scaler": state.scaler.state_dict()}
-    )
+    contents = {"config": config, "run": run, "scaler": state.scaler.state_dict()}
+    write_tensors(path, state.tensors(), contents)
 
 
 def open_checkpoint(path: Path) -> TensorFile:
-    """The file, with contents that are in order; no tensor is read yet. Raises CheckpointError as `TensorFile` does."""
+    """Open a checkpoint and check its contents, without reading a tensor.
+
+    Raises CheckpointError as `TensorFile` does, and when the contents are malformed.
+    """
     file = TensorFile(path)
     for part in ("config", "run", "scaler"):
         if not isinstance(file.contents.get(part), dict):
             raise CheckpointError(f"{path}: its part {part!r} is missing or malformed")
+
     run = file.contents["run"]
-    if not isinstance(run.get("experiment"), str) or not isinstance(
-        run.get("arithmetic", {}), dict
-    ):
+    # A model that came from diffusers has no arithmetic.
+    arithmetic = run.get("arithmetic", {})
+    if not isinstance(run.get("experiment"), str) or not isinstance(arithmetic, dict):
         raise CheckpointError(f"{path}: its part 'run' has no proper 'experiment' or 'arithmetic'")
-    # Files' names have 8 digits
+
+    # The names of files have 8 digits for a step. The total is checked first, as it is the bound
+    # of the step.
     for name, most in {"total_steps": 10**8, "step": run.get("total_steps")}.items():
         if type(run.get(name)) is not int or not 0 <= run[name] <= most:
             raise CheckpointError(f"{path}: its part 'run' has no proper {name!r}")
@@ -141,31 +156,36 @@ def open_checkpoint(path: Path) -> TensorFile:
 
 
 def check_whole(path: Path) -> TensorFile:
-    """As `open_checkpoint`, and every tensor is read and compared with its checksum."""
+    """Open a checkpoint, and read every tensor to compare it with its checksum.
+
+    Raises CheckpointError as `open_checkpoint` does, and for a damaged tensor.
+    """
     file = open_checkpoint(path)
     file.tensors()
     return file
 
 
 def load_weights(path: Path) -> SavedModel:
-    """The EMA weights of a checkpoint or an exported file, or the raw ones where it has no others; only these are read.
+    """Read the EMA weights of a checkpoint or an exported file; the raw ones if there is no EMA.
 
-    Raises CheckpointError as `open_checkpoint` does, or when they are damaged.
+    No other tensors are read. Raises CheckpointError as `open_checkpoint` does, and when the
+    weights are damaged.
     """
     file = open_checkpoint(path)
-    part = "ema" if any(name.startswith("ema.") for name in file.checksums) else "model"
-    weights, config = file.tensors(f"{part}."), file.contents["config"]
-    digest = digest_of(config, {name: file.checksums[f"{part}.{name}"] for name in weights})
-    return SavedModel(
-        path, weights, "EMA" if part == "ema" else "raw", config, file.contents["run"], digest
-    )
+    if any(name.startswith("ema.") for name in file.checksums):
+        part, kind = "ema", "EMA"
+    else:
+        part, kind = "model", "raw"
+    weights = file.tensors(f"{part}.")
+    checksums = {name: file.checksums[f"{part}.{name}"] for name in weights}
+    config = file.contents["config"]
+    digest = digest_of(config, checksums)
+    return SavedModel(path, weights, kind, config, file.contents["run"], digest)
 
 
 def digest_of(config: dict, checksums: dict[str, str]) -> str:
-    """A hash of a model: of its config and of the checksum of each of its weights."""
-    return hashlib.sha256(
-        json.dumps([config, sorted(checksums.items())], sort_keys=True).encode()
-    ).hexdigest()
+    """Return a hash of a model: of its config and of the checksum of each of its weights."""
+    return sha256(json.dumps([config, sorted(checksums.items())], sort_keys=True))
 
 
 def export_weights(saved: SavedModel, path: Path) -> None:
@@ -176,21 +196,24 @@ def export_weights(saved: SavedModel, path: Path) -> None:
 
 
 def load_into(model: nn.Module, saved: SavedModel) -> None:
-    """Give a model these weights: as they are on the meta device, else copied. CheckpointError when they do not fit."""
+    """Give a model these weights. Raises CheckpointError when they do not fit."""
     check_fit(model.state_dict(), saved.weights, saved.path)
-    model.load_state_dict(saved.weights, assign=next(model.parameters()).is_meta)
+    # A model on the meta device has no memory to copy to, so it takes the tensors themselves.
+    on_meta = next(model.parameters()).is_meta
+    model.load_state_dict(saved.weights, assign=on_meta)
 
 
-def check_fit(own: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError when the name, shape or type of a tensor differs; name the first."""
-    if own.keys() != found.keys():
-        odd = sorted(own.keys() ^ found.keys())
+def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError when a tensor's name, shape or type differs, and name the first."""
+    if expected.keys() != found.keys():
+        odd = sorted(expected.keys() ^ found.keys())
         raise CheckpointError(
             f"{path}: {len(odd)} weights are missing or unknown, {short(odd[0])!r} first"
         )
-    for name, tensor in own.items():
-        if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
-            got = f"{found[name].dtype} {tuple(found[name].shape)}"
+    for name, tensor in expected.items():
+        other = found[name]
+        if other.shape != tensor.shape or other.dtype != tensor.dtype:
+            saved_as = short(f"{other.dtype} {tuple(other.shape)}")
             raise CheckpointError(
-                f"{path}: {name} is {short(got)}; the model has {tensor.dtype} {tuple(tensor.shape)}"
+                f"{path}: {name} is {saved_as}; the model has {tensor.dtype} {tuple(tensor.shape)}"
             )

@@ -1,4 +1,7 @@
-"""Device, precision and memory layout: what the hardware really has, asked when a run starts; and Adam on it."""
+"""Device, precision and memory layout: what the hardware really has, asked when a run starts.
+
+Here is Adam, too, as it depends on the memory layout.
+"""
 
 import ctypes
 import os
@@ -11,42 +14,48 @@ from torch import Tensor
 from functions.support.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CPUINFO = Path("/proc/cpuinfo")  # where Linux lists the flags of the CPU
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
-CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, 64-bit Arm
+# Linux lists the flags of the CPU here.
+CPUINFO = Path("/proc/cpuinfo")
+# The numbers of two options of mallopt are in glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+# The first two are flags of x86, and the last one is of 64-bit Arm.
+CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
-    """ "auto" (CUDA, then Apple's MPS, then the CPU) or a device by name, such as "cuda:1"; the process is set for it.
+    """Return the device to compute on, and set this process up for it.
 
-    `index` is the GPU of this process among several, which have one each. Raises UserError when there is no such
-    device, or when several processes are given one GPU by its number.
+    `name` is "auto" (CUDA, then Apple's MPS, then the CPU) or a device such as "cuda:1". `index`
+    is the GPU of this process among several, which have one each. Raises UserError when there is
+    no such device, or when several processes are given one GPU by its number.
     """
-    available = {
+    has_kind = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    there = [kind for kind in available if available[kind]]
+    available = [kind for kind in has_kind if has_kind[kind]]
+    wanted = available[0] if name == "auto" else name
     try:
-        device = torch.device(there[0] if name == "auto" else name)
+        device = torch.device(wanted)
     except RuntimeError as error:
         raise UserError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
-    if device.type not in there:
-        raise UserError(
-            f"device is {name!r}, but PyTorch {torch.__version__} finds only: {', '.join(there)}"
-        )
-    if device.type == "cuda" and (device.index is not None or index is not None):
-        if index is not None and device.index is not None:
+    if device.type not in available:
+        kinds = ", ".join(available)
+        raise UserError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {kinds}")
+
+    if device.type == "cuda" and index is not None:
+        if device.index is not None:
             raise UserError(
                 f"device is {name!r}, but each of several processes takes its own GPU: give cuda"
             )
-        device = torch.device("cuda", index if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"device is {str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices"
-            )
-        # What has no device of its own, such as pinned memory, would go to the first GPU
+        device = torch.device("cuda", index)
+    if device.type == "cuda" and device.index is not None:
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UserError(f"device is {str(device)!r}, but there are {count} CUDA devices")
+        # Otherwise what has no device of its own, such as pinned memory, goes to the first GPU.
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_heap()
@@ -54,108 +63,124 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
 
 
 def keep_heap() -> None:
-    """Let this process keep the memory that it frees, with the GNU C library (elsewhere this does nothing).
-
-    By default that library gives large blocks back to the system at once, and all activations are such blocks: then
-    every forward pass has its memory zeroed and mapped in again, page by page. With 20 images of 128 x 128 that was a
-    fifth of a training step's time, and a third of a sampling step's. With this the peak is some 15% higher.
-    """
+    """Let this process keep the memory that it frees, if it has the GNU C library."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError, OSError):  # another C library, or Windows
+    except (AttributeError, TypeError, OSError):
+        # This is another C library, or Windows.
         return
-    mallopt(M_MMAP_MAX, 0)  # no block of its own for any request
-    mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
+    # By default the GNU C library gives large blocks back to the system at once, and all
+    # activations are such blocks. Then every forward pass has its memory zeroed and mapped in
+    # again, page by page. With 20 images of 128 x 128 that took a fifth of a training step's time,
+    # and a third of a sampling step's. So no request gets a block of its own, and the heap never
+    # shrinks. This makes the peak of memory some 15% higher.
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def choose_precision(
     name: str, device: torch.device, started_with: str | None = None
 ) -> torch.dtype:
-    """The network's dtype under autocast: as named, or with "auto" the fastest that the hardware has natively.
+    """Return the network's dtype under autocast: as named, or with "auto" the fastest native one.
 
-    bfloat16 where the hardware has it (emulated it is several times slower than float32), float16 on older CUDA GPUs
-    (with a gradient scaler), float32 elsewhere. A resumed run keeps the precision that it was `started_with`, if the
-    device has it. float32 on CUDA is no TF32, for the whole process. UserError when the device has no such precision.
+    That is bfloat16 where the hardware has it, float16 (with a gradient scaler) on older CUDA
+    GPUs, and float32 elsewhere. A resumed run keeps the precision that it was `started_with`, if
+    the device has it. On CUDA this turns TF32 off for the whole process. Raises UserError when
+    the device has no such precision.
     """
     if device.type == "cuda":
-        # Or convolutions have 10 bits of fraction instead of 23
+        # TF32 would give convolutions 10 bits of fraction instead of the 23 of float32.
         torch.backends.cudnn.allow_tf32 = False
-    there = [known for known in DTYPES if known != "float16" or device.type == "cuda"]
-    if started_with in there:
+    available = [known for known in DTYPES if known != "float16" or device.type == "cuda"]
+    if started_with in available:
         return DTYPES[started_with]
-    if name == "auto" and device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
-    if name not in there:
+    if name in available:
+        return DTYPES[name]
+    if name != "auto":
         raise UserError(
-            f"precision is {name!r}; on {device.type} it must be auto, {', '.join(there)}"
+            f"precision is {name!r}; on {device.type} it must be auto, {', '.join(available)}"
         )
-    return DTYPES[name]
+    # Only native bfloat16 counts: where it is emulated, it is several times slower than float32.
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    native = device.type == "cpu" and cpu_has_bfloat16()
+    return torch.bfloat16 if native else torch.float32
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has native bfloat16 instructions; where Linux does not say so, float32 is the safe answer."""
-    return not CPU_BF16_FLAGS.isdisjoint(cpu_info("flags", "Features").split())
+    """Return whether Linux says that this CPU has native bfloat16 instructions."""
+    # The flags are empty where Linux does not say so, and then float32 is the safe answer.
+    flags = cpu_info("flags", "Features").split()
+    return not CPU_BF16_FLAGS.isdisjoint(flags)
 
 
 def cpu_name() -> str:
-    """The CPU's model, where Linux says it, or its architecture."""
+    """Return the CPU's model, where Linux says it, or its architecture."""
     return cpu_info("model name") or platform.machine()
 
 
 def cpu_info(*names: str) -> str:
-    """What Linux says of the first CPU under one of these names; empty on other systems."""
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith(names)]
-    return found[0] if found else ""
+    """Return what Linux says of the first CPU under one of these names; "" on other systems."""
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text().splitlines():
+            if line.startswith(names):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def fast_layout(device: torch.device) -> torch.memory_format:
-    """The memory layout in which convolutions were measured faster: benchmarks/NOTES.md."""
+    """Return the memory layout in which convolutions are faster, as measured.
+
+    benchmarks/NOTES.md has the measurements.
+    """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """With True PyTorch takes only kernels that give the same bits every time, and raises where it has none.
+    """Let PyTorch take only kernels that give the same bits every time, or the fastest ones.
 
-    With False cuDNN tries its kernels for every shape, and takes the fastest.
+    With True PyTorch raises where it has no such kernel.
     """
+    # With benchmark, cuDNN tries its kernels for every shape and takes the fastest.
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for that
+        # cuBLAS needs a workspace of a fixed size for that.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
 
 def arithmetic(
     device: torch.device, precision: torch.dtype, processes: int, batch_size: int
 ) -> dict[str, str | int]:
-    """All that decides in which order and precision numbers are added, beside the code: plain values for a checkpoint.
+    """Return, as plain values, all beside the code that decides how numbers are added.
 
-    A resumed run is bit for bit the one that was not stopped only where all of these are the same.
+    Order and precision of sums depend on it. A resumed run is bit for bit the one that was not
+    stopped only where all of these values are the same.
     """
-    on_cpu = device.type == "cpu"
-    processor = (
-        f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if on_cpu else device.type
-    )
+    processor = device.type
+    threads = 0
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+        threads = torch.get_num_threads()
     return {
         "precision": str(precision).removeprefix("torch."),
         "memory_format": str(fast_layout(device)).removeprefix("torch."),
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-        "threads": torch.get_num_threads() if on_cpu else 0,
+        "processor": processor,
+        "threads": threads,
         "processes": processes,
         "batch_size": batch_size,
-        "torch": str(torch.__version__),  # which is no plain string
+        # The version is a subclass of str, and JSON is to hold a plain string.
+        "torch": str(torch.__version__),
     }
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether PyTorch, or Python, could not have the memory that it asked for."""
-    # cuBLAS says ALLOC_FAILED, cuDNN ALLOCATION_FAILED, and oneDNN, which convolves on the CPU, no more than the last
+    """Return whether PyTorch, or Python, could not have the memory that it asked for."""
+    # cuBLAS says ALLOC_FAILED and cuDNN ALLOCATION_FAILED. oneDNN, which convolves on the CPU,
+    # says no more than the last of these texts.
     texts = (
         "can't allocate memory",
         "not enough memory",
@@ -164,30 +189,31 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
         "ALLOCATION_FAILED",
         "could not create a primitive",
     )
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        text in str(error) for text in texts
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(text in str(error) for text in texts)
 
 
 class Adam(torch.optim.Adam):
-    """PyTorch's fused Adam (Kingma and Ba 2015, arXiv:1412.6980), fast for weights in any memory layout.
+    """Run PyTorch's fused Adam (Kingma and Ba 2015, arXiv:1412.6980), fast in any memory layout.
 
-    On the CPU its kernel wants contiguous tensors and copies others there and back, in every step: for convolutions in
-    channels_last that took longer than Adam itself. So it gets views in the order of the memory. What it does to each
-    number does not depend on where the number stands.
-
-    With `found_inf`, a tensor, at 1 a step changes nothing. Apple's kernel does not look at it, so there the host does.
+    With `found_inf`, a tensor, at 1 a step changes nothing.
     """
 
     def step(self, closure: None = None) -> None:
-        """One step; waits for the device on MPS."""
+        """Make one step; this waits for the device on MPS."""
         found_inf = getattr(self, "found_inf", None)
+        # Apple's kernel does not look at found_inf, so on MPS the host does.
         if found_inf is None or found_inf.device.type != "mps" or not found_inf:
             super().step()
 
     def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
-        """Fill the lists of parameters, gradients, moments and step counts that the kernel is called with."""
+        """Fill the lists of parameters, gradients, moments and step counts for the kernel."""
         result = super()._init_group(group, *lists)
+        # On the CPU the kernel wants contiguous tensors. It copies others there and back in every
+        # step, and for convolutions in channels_last that took longer than Adam itself. So the
+        # kernel gets contiguous views, in the order of the memory. What Adam does to a number
+        # does not depend on where the number stands.
         for tensors in lists:
             for i, tensor in enumerate(tensors):
                 if tensor.is_contiguous(memory_format=torch.channels_last):

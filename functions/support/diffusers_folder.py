@@ -1,12 +1,13 @@
-"""Folders of diffusers, read and written without it: the network, its weights and the schedule of a DDPM pipeline.
+"""Folders of diffusers, read and written without it: network, weights and schedule of a pipeline.
 
     model_index.json                            which pipeline
     unet/config.json                            the network
-    unet/diffusion_pytorch_model.safetensors    its weights; or an index, and the files that it names
-    scheduler/scheduler_config.json             T, betas, what the network predicts, how it is sampled from
+    unet/diffusion_pytorch_model.safetensors    its weights; or an index, and the files it names
+    scheduler/scheduler_config.json             T, betas, what the network predicts, how it is
+                                                sampled from
 
-The oldest published ones have all files in one folder. A config is read by what `their_network` and `their_schedule`
-would write for it: a field that differs from that is refused.
+The oldest published pipelines have all files in one folder. A config is read into ours, and
+`their_network` and `their_schedule` write theirs again: a field that then differs is refused.
 """
 
 import json
@@ -29,9 +30,11 @@ from functions.support.files import (
     write_text,
 )
 
-WEIGHTS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PICKLE = "diffusion_pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"
-# Parts of the weights' names, ours: theirs, to be replaced in this order, or back in the other
+# Our parts of the weights' names become theirs in this order, and theirs become ours in the
+# opposite order.
 NAMES = {
     "down.": "down_blocks.",
     "up.": "up_blocks.",
@@ -54,9 +57,9 @@ NAMES = {
     "value.": "to_v.",
     ".out.": ".to_out.0.",
 }
-# In diffusers; convolutions here
+# These weights of attention are matrices in diffusers, and convolutions of 1 x 1 here.
 MATRICES = (".query.weight", ".key.weight", ".value.weight", ".out.weight")
-# What our network is and has no field for; diffusers' defaults are the same
+# Our network is like this without a field that says so. diffusers' defaults are the same.
 NETWORK = {
     "_class_name": "UNet2DModel",
     "in_channels": 3,
@@ -77,6 +80,7 @@ NETWORK = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
+# This holds for our schedule in the same way.
 SCHEDULE = {
     "_class_name": "DDPMScheduler",
     "trained_betas": None,
@@ -84,13 +88,15 @@ SCHEDULE = {
     "clip_sample_range": 1,
     "rescale_betas_zero_snr": False,
 }
-# By our field: theirs, and our words: theirs; the first is the default of both
+# For each of our fields: their name for it, and their word for each of ours. The first word is
+# the default of both.
 WORDS = {
     "beta_schedule": ("beta_schedule", {"linear": "linear", "cosine": "squaredcos_cap_v2"}),
     "objective": ("prediction_type", {"eps": "epsilon", "v": "v_prediction"}),
     "variance": ("variance_type", {"small": "fixed_small", "large": "fixed_large"}),
 }
-# Of no importance here: whence it comes, how others step, the numbers of what is off, and the state of an average
+# These fields decide nothing here: they say where the model comes from, how others step, the
+# numbers of what is switched off, and the state of an average.
 NOT_READ = (
     "_diffusers_version",
     "_name_or_path",
@@ -112,112 +118,130 @@ NOT_READ = (
 
 
 def their_name(name: str) -> str:
-    """What diffusers calls a weight of ours."""
+    """Return what diffusers calls a weight of ours."""
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)
     return name
 
 
 def our_name(name: str) -> str:
-    """The inverse of `their_name`. Of the old names of attention's weights all but proj_attn are ours already."""
+    """Return what a weight of diffusers is called here."""
     for ours, theirs in reversed(NAMES.items()):
         name = name.replace(theirs, ours)
+    # Attention's weights had other names once. All but this one are the same as ours.
     return name.replace(".proj_attn.", ".out.")
 
 
 def their_network(model: dict) -> dict:
-    """The arguments of UNet -> the config of a UNet2DModel."""
-    kinds = [
-        "Attn" if level in model["transformer_layers"] else ""
-        for level in range(len(model["dim_multiply"]))
-    ]
-    return (
-        NETWORK
-        | vars(DIALECTS[model.get("dialect", "ho")])
-        | {
-            "sample_size": model["image_size"],
-            "norm_num_groups": model["norm_groups"],
-            "dropout": model["dropout"],
-            "block_out_channels": [
-                model["base_dim"] * multiplier for multiplier in model["dim_multiply"]
-            ],
-            "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
-            "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        }
-    )
+    """Return the config of a UNet2DModel for the arguments of UNet."""
+    levels = range(len(model["dim_multiply"]))
+    kinds = ["Attn" if level in model["transformer_layers"] else "" for level in levels]
+    dialect = DIALECTS[model.get("dialect", "ho")]
+    return {
+        **NETWORK,
+        **vars(dialect),
+        "sample_size": model["image_size"],
+        "norm_num_groups": model["norm_groups"],
+        "dropout": model["dropout"],
+        "block_out_channels": [
+            model["base_dim"] * multiplier for multiplier in model["dim_multiply"]
+        ],
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+    }
 
 
 def our_network(config: dict, path: Path) -> dict:
-    """The inverse of `their_network`. Raises CheckpointError for a network that is not one of ours."""
-    config = (
-        NETWORK | vars(DIALECTS["diffusers"]) | {"norm_num_groups": 32, "dropout": 0.0} | config
-    )
-    widths, kinds, size = (
-        config.get(name) for name in ("block_out_channels", "down_block_types", "sample_size")
-    )
-    if not all(type(number) is int and number > 0 for number in [size, *(widths or [0])]):
+    """Return the arguments of UNet for the config of a UNet2DModel.
+
+    Raises CheckpointError, with `path` in it, for a network that is not one of ours.
+    """
+    # A field that is missing has diffusers' default.
+    defaults = NETWORK | vars(DIALECTS["diffusers"]) | {"norm_num_groups": 32, "dropout": 0.0}
+    config = defaults | config
+    size = config.get("sample_size")
+    widths = config.get("block_out_channels")
+    kinds = config.get("down_block_types")
+    # Without widths there is a 0 in their place, which is refused.
+    numbers = [size, *(widths or [0])]
+    if not all(type(number) is int and number > 0 for number in numbers):
         raise CheckpointError(
             f"{path}: sample_size must be an integer, and block_out_channels a list of such"
         )
-    agreeing = lambda dialect: sum(
-        config[name] == value for name, value in vars(DIALECTS[dialect]).items()
-    )
+
+    def agreement(dialect: str) -> int:
+        """Count the fields of a dialect that are the config's."""
+        return sum(config[name] == value for name, value in vars(DIALECTS[dialect]).items())
+
+    levels = range(len(widths))
     model = {
         "lowest_resolution_size": size >> (len(widths) - 1),
         "dim_multiply": [width // widths[0] for width in widths],
-        "transformer_layers": [
-            level for level in range(len(widths)) if kinds[level] == "AttnDownBlock2D"
-        ],
+        "transformer_layers": [level for level in levels if kinds[level] == "AttnDownBlock2D"],
         "base_dim": widths[0],
         "image_size": size,
         "channels": 3,
         "dropout": config["dropout"],
         "norm_groups": config["norm_num_groups"],
-        "dialect": max(DIALECTS, key=agreeing),
+        "dialect": max(DIALECTS, key=agreement),
     }
     refuse_others(config, their_network(model), path)
     return model
 
 
 def their_schedule(diffusion: dict) -> dict:
-    """A config's `diffusion` part -> the config of a DDPMScheduler. Rescaled betas are linear too, from other ends."""
-    linear = diffusion.get("beta_schedule", "linear") == "linear"
-    scale = 1000 / diffusion["timesteps_diff"] if linear and diffusion["rescale_betas"] else 1.0
-    return SCHEDULE | {
+    """Return the config of a DDPMScheduler for a config's `diffusion` part."""
+    # Rescaled linear betas are linear, too, between other ends.
+    scale = 1.0
+    if diffusion.get("beta_schedule", "linear") == "linear" and diffusion["rescale_betas"]:
+        scale = 1000 / diffusion["timesteps_diff"]
+    schedule = {
+        **SCHEDULE,
         "timestep_spacing": "trailing",
         "num_train_timesteps": diffusion["timesteps_diff"],
         "clip_sample": diffusion.get("clip_x_0", True),
         "beta_start": scale * diffusion["beta_start"],
         "beta_end": scale * diffusion["beta_end"],
-        **{
-            theirs: words[diffusion.get(ours, next(iter(words)))]
-            for ours, (theirs, words) in WORDS.items()
-        },
     }
+    for ours, (theirs, words) in WORDS.items():
+        default = next(iter(words))
+        schedule[theirs] = words[diffusion.get(ours, default)]
+    return schedule
 
 
 def our_schedule(config: dict, path: Path) -> dict:
-    """The inverse of `their_schedule`; with `variance` and `clip_x_0`, which are for the sampler."""
-    own, betas = {}, {"beta_start": 1e-4, "beta_end": 0.02}
+    """Return a config's `diffusion` part for the config of a DDPMScheduler or DDIMScheduler.
+
+    It has `variance` and `clip_x_0`, too, which are for the sampler. Raises CheckpointError, with
+    `path` in it, for a schedule that is not one of ours.
+    """
+    choices = {}
     for ours, (theirs, words) in WORDS.items():
-        own[ours] = next(
-            (word for word in words if words[word] == config.get(theirs)), next(iter(words))
-        )
-    cosine = own["beta_schedule"] == "cosine"  # which has no use for the ends
-    config = (
-        {"num_train_timesteps": 1000, "clip_sample": True}
-        | betas
-        | config
-        | (betas if cosine else {})
-    )
-    if config.get("_class_name") == "DDIMScheduler":  # has the same fields
+        # A missing or unknown word counts as the default here. `refuse_others` below refuses the
+        # unknown one.
+        choices[ours] = next(iter(words))
+        for word in words:
+            if words[word] == config.get(theirs):
+                choices[ours] = word
+
+    betas = {"beta_start": 1e-4, "beta_end": 0.02}
+    config = {"num_train_timesteps": 1000, "clip_sample": True} | betas | config
+    cosine = choices["beta_schedule"] == "cosine"
+    if cosine:
+        # The cosine schedule has no use for the ends, so they may be any.
+        config |= betas
+    # The two schedulers have the same fields.
+    if config.get("_class_name") == "DDIMScheduler":
         config["_class_name"] = "DDPMScheduler"
+
     T = config["num_train_timesteps"]
     diffusion = {
         "timesteps_diff": T,
-        **{name: config[name] for name in betas},
+        "beta_start": config["beta_start"],
+        "beta_end": config["beta_end"],
+        # With T = 1000 rescaling changes nothing. With another T the ends are final as they stand.
         "rescale_betas": cosine or T == 1000,
-        **own,
+        **choices,
         "clip_x_0": config["clip_sample"] is not False,
     }
     refuse_others(config, their_schedule(diffusion), path)
@@ -226,138 +250,167 @@ def our_schedule(config: dict, path: Path) -> dict:
 
 def refuse_others(config: dict, read: dict, path: Path) -> None:
     """Raise CheckpointError for a field of another value than is read."""
-    some = {theirs: " or ".join(map(repr, words.values())) for theirs, words in WORDS.values()}
-    some |= {"block_out_channels": "multiples of the first"}
+    # Most fields are read with one value alone. These are read with several.
+    several = {"block_out_channels": "multiples of the first"}
+    for theirs, words in WORDS.values():
+        several[theirs] = " or ".join(map(repr, words.values()))
     for name, value in config.items():
-        if name not in NOT_READ and (name not in read or value != read[name]):
-            what = (
-                f"what is read is {some.get(name, repr(read[name]))}"
-                if name in read
-                else "no such field is read"
-            )
-            raise CheckpointError(f"{path}: {short(name)} is {short(repr(value))}; {what}")
+        if name in NOT_READ or (name in read and value == read[name]):
+            continue
+        reason = "no such field is read"
+        if name in read:
+            reason = f"what is read is {several.get(name, repr(read[name]))}"
+        raise CheckpointError(f"{path}: {short(name)} is {short(repr(value))}; {reason}")
 
 
 def is_diffusers(folder: Path) -> bool:
-    """Whether a folder is meant to be one of diffusers."""
-    return any(
-        (folder / name).exists()
-        for name in ("model_index.json", "unet", "unet_ema", WEIGHTS, INDEX, PICKLE)
-    )
+    """Return whether a folder is meant to be one of diffusers."""
+    names = ("model_index.json", "unet", "unet_ema", WEIGHTS, INDEX, PICKLE)
+    return any((folder / name).exists() for name in names)
 
 
 def load_model(path: Path) -> SavedModel:
-    """The weights of a checkpoint or an exported file, by `load_weights`; or those of a folder of diffusers.
+    """Load a checkpoint or an exported file, as `load_weights` does, or a folder of diffusers.
 
-    The folder is that of a DDPM or DDIM pipeline, or its unet alone, for which the paper's schedule is assumed. Raises
-    CheckpointError when a file is missing or damaged, or for what another network or pipeline would need.
+    The folder is that of a DDPM or DDIM pipeline, or its unet alone, for which the paper's
+    schedule is assumed. Raises CheckpointError when a file is missing or damaged, or for what
+    another network or pipeline would need.
     """
     if not path.is_dir():
         return load_weights(path)
-    # A training of diffusers saves the average of the weights beside them
-    unet = next(folder for folder in (path / "unet_ema", path / "unet", path) if folder.exists())
-    beside = path / "scheduler", path.parent / "scheduler" if path.name == "unet" else path, path
-    scheduler = next(folder for folder in beside if folder.exists()) / "scheduler_config.json"
-    index, network = path / "model_index.json", unet / "config.json"
-    kind = read_json(index).get("_class_name") if index.exists() else None
-    if index.exists() and kind not in ("DDPMPipeline", "DDIMPipeline"):
-        raise CheckpointError(
-            f"{index}: _class_name is {short(repr(kind))}; what is read is DDPM- or DDIMPipeline"
-        )
-    alone = not index.exists() and not scheduler.exists()
-    schedule = {} if alone else read_json(scheduler)
-    assumed = (
-        "no scheduler_config.json: the paper's schedule is assumed, T = 1000, linear betas, eps"
-    )
+    # A training of diffusers saves the average of the weights beside them.
+    unet = first_folder(path / "unet_ema", path / "unet", path)
+    config, note = read_configs(path, unet)
+    weights = read_weights(unet)
+    checksums = {name: checksum(tensor) for name, tensor in weights.items()}
+    run = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": note}
+    return SavedModel(path, weights, "diffusers", config, run, digest_of(config, checksums))
+
+
+def first_folder(*folders: Path) -> Path:
+    """Return the first of these folders that exists."""
+    return next(folder for folder in folders if folder.exists())
+
+
+def read_configs(path: Path, unet: Path) -> tuple[dict, str]:
+    """Read the configs of a folder of diffusers: our config, and a note of what was assumed."""
+    index = path / "model_index.json"
+    if index.exists():
+        kind = read_json(index).get("_class_name")
+        if kind not in ("DDPMPipeline", "DDIMPipeline"):
+            raise CheckpointError(
+                f"{index}: _class_name is {short(repr(kind))}; "
+                "what is read is DDPM- or DDIMPipeline"
+            )
+
+    # The unet of a pipeline has the scheduler beside it.
+    beside = path.parent / "scheduler" if path.name == "unet" else path
+    scheduler = first_folder(path / "scheduler", beside, path) / "scheduler_config.json"
+    schedule = {}
+    note = "no scheduler_config.json: the paper's schedule is assumed, T = 1000, linear betas, eps"
+    if index.exists() or scheduler.exists():
+        schedule = read_json(scheduler)
+        note = ""
+
+    network = unet / "config.json"
     try:
         config = {
             "diffusion": our_schedule(schedule, scheduler),
             "model": our_network(read_json(network), network),
         }
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        # A value of another type than is meant fails somewhere on its way.
         raise CheckpointError(
             f"{path}: its configs describe no model that is read: {short(error)}"
         ) from error
-    weights = read_weights(unet)
-    digest = digest_of(config, {name: checksum(tensor) for name, tensor in weights.items()})
-    run = {
-        "experiment": name_of(path),
-        "step": 0,
-        "total_steps": 0,
-        "note": assumed if alone else "",
-    }
-    return SavedModel(path, weights, "diffusers", config, run, digest)
+    return config, note
 
 
 def name_of(folder: Path) -> str:
-    """A folder's name; in a hub's cache, where folders are named by hashes, the model's."""
-    # Not resolve, which follows the links that a hub's cache is made of
+    """Return a folder's name; in a hub's cache, where hashes name folders, the model's name."""
+    # `Path.resolve` would follow the links that a hub's cache is made of.
     folder = Path(os.path.abspath(folder))
-    return (
-        folder.parents[1].name.removeprefix("models--")
-        if folder.parent.name == "snapshots"
-        else folder.name
-    )
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.removeprefix("models--")
+    return folder.name
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the file of each weight by its name. Raises CheckpointError for a malformed index."""
+    file_of = read_json(path).get("weight_map")
+    files = file_of.values() if isinstance(file_of, dict) else []
+    # A name without a slash leads to no other folder.
+    proper = [re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(file)) for file in files]
+    if not proper or not all(proper):
+        raise CheckpointError(
+            f"{path}: its weight_map does not give each weight a file of this folder"
+        )
+    return file_of
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in float32, under our names and in our shapes; each of theirs is one of them."""
-    file_of, found = {}, {}
+    """Read the weights in float32, under our names and in our shapes.
+
+    Raises CheckpointError when they are missing, damaged, twice there or in a pickle.
+    """
+    file_of = {}
     if (folder / INDEX).exists():
-        file_of = read_json(folder / INDEX).get("weight_map")
-        files = file_of.values() if isinstance(file_of, dict) else []
-        if not files or not all(
-            re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(file)) for file in files
-        ):
-            raise CheckpointError(
-                f"{folder / INDEX}: its weight_map does not give each weight a file of this folder"
-            )
+        file_of = read_index(folder / INDEX)
     elif (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
         raise CheckpointError(
             f"{folder / PICKLE}: a pickle, which can hold code and is not read; with diffusers, "
-            "DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) makes safetensors of it"
+            "DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) makes safetensors "
+            "of it"
         )
-    for path in [folder / file for file in sorted({*file_of.values()})] or [folder / WEIGHTS]:
+
+    weights = {}
+    # Without an index all weights are in one file.
+    for file in sorted(set(file_of.values())) or [WEIGHTS]:
+        path = folder / file
         tensors = read_tensors(path)
-        if file_of and tensors.keys() != {name for name in file_of if file_of[name] == path.name}:
+        names = {name for name in file_of if file_of[name] == file}
+        if file_of and tensors.keys() != names:
             raise CheckpointError(f"{path}: its tensors are not those that {INDEX} names")
         for name, tensor in tensors.items():
             ours = our_name(name)
-            if ours in found:
+            if ours in weights:
                 raise CheckpointError(
                     f"{path}: {short(name)} is there twice, by an old and by a new name"
                 )
-            tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-            found[ours] = (
-                tensor[..., None, None] if ours.endswith(MATRICES) and tensor.dim() == 2 else tensor
-            )
-    return found
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor = tensor.float()
+            # A matrix becomes a convolution. `load_into` refuses a weight that is neither.
+            if ours.endswith(MATRICES) and tensor.dim() == 2:
+                tensor = tensor[..., None, None]
+            weights[ours] = tensor
+    return weights
 
 
 def write_folder(saved: SavedModel, folder: Path) -> None:
-    """Write a model as a DDPMPipeline's folder. Raises CheckpointError for a network that diffusers does not have."""
+    """Write a model as the folder of a DDPMPipeline.
+
+    Raises CheckpointError for a network that diffusers does not have.
+    """
+    # A config may lack these fields, and then UNet's defaults hold.
     model = {"dropout": 0.0, "norm_groups": 32, **saved.config["model"]}
     if model["dim_multiply"][0] != 1:
         reason = "diffusers' networks begin with as many channels as level 0 has"
         raise CheckpointError(
             f"{saved.path}: dim_multiply begins with {model['dim_multiply'][0]}; {reason}"
         )
-    pipeline = {
-        "_class_name": "DDPMPipeline",
-        "unet": ["diffusers", "UNet2DModel"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-    }
-    schedule = their_schedule(saved.config["diffusion"])
     configs = {
-        "model_index": pipeline,
+        "model_index": {
+            "_class_name": "DDPMPipeline",
+            "unet": ["diffusers", "UNet2DModel"],
+            "scheduler": ["diffusers", "DDPMScheduler"],
+        },
         "unet/config": their_network(model),
-        "scheduler/scheduler_config": schedule,
+        "scheduler/scheduler_config": their_schedule(saved.config["diffusion"]),
     }
     for name, config in configs.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{name}.json", json.dumps(config, indent=2))
-    weights = {
-        their_name(name): tensor.flatten(1) if name.endswith(MATRICES) else tensor
-        for name, tensor in saved.weights.items()
-    }
+    weights = {}
+    for name, tensor in saved.weights.items():
+        weights[their_name(name)] = tensor.flatten(1) if name.endswith(MATRICES) else tensor
     write_safetensors(folder / "unet" / WEIGHTS, weights, {"format": "pt"})

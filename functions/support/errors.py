@@ -1,9 +1,15 @@
-"""Errors that users can mend: scripts print the plain sentence, without a traceback, and end with exit status 2."""
+"""Errors that users can mend: scripts print one plain sentence and end with exit status 2."""
 
 
 class UserError(Exception):
-    """What a user can mend. There is a subclass only where something catches it apart from the others."""
+    """Say what a user can mend, in a sentence that scripts print without a traceback.
+
+    There is a subclass only where something catches it apart from the others.
+    """
 
 
 class CheckpointError(UserError):
-    """A checkpoint or run that cannot be used; the message names the file. Readers may take the one before it."""
+    """Say that a checkpoint or run cannot be used; the message names the file.
+
+    Readers may take the checkpoint before it.
+    """

@@ -10,32 +10,36 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-matplotlib.use("Agg")  # plots into files; a run on a server has no screen
+# Agg plots into files, as a run on a server has no screen.
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from functions.support.files import write_whole
 
-SMALLEST_SIDE = 96  # pixels; smaller images are enlarged in grids, where they are to be looked at
-GAP = 2  # white pixels between images, before enlarging
+# Grids are to be looked at, so images with fewer pixels a side are enlarged in them.
+SMALLEST_SIDE = 96
+# So many white pixels separate images before they are enlarged.
+GAP = 2
 
 
 def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
-    """All images in rows with white gaps, about square unless columns are given.
+    """Return all images in rows with white gaps, about square unless columns are given.
 
-    Small ones are enlarged by the whole number that brings them to SMALLEST_SIDE.
+    Small images are enlarged by the whole number that brings them to SMALLEST_SIDE.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
-    batch = torch.from_numpy(images).permute(0, 3, 1, 2)
-    grid = Image.fromarray(
-        make_grid(batch, nrow=columns, padding=GAP, pad_value=255).permute(1, 2, 0).numpy()
-    )
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    grid = make_grid(batch, nrow=columns, padding=GAP, pad_value=255)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
     factor = math.ceil(SMALLEST_SIDE / images.shape[1])
-    return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.BICUBIC)
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def save_image(image: np.ndarray | Image.Image, path: Path) -> None:
-    """One image as a PNG, with exactly its pixels."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    """Write one image as a PNG, with exactly its pixels."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
     write_whole(path, lambda file: image.save(file, "PNG"))
 
 
@@ -47,19 +51,20 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Ima
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None) -> None:
-    """An animated GIF of grids, one (N, H, W, 3) batch a frame, 12 a second; the last stays for two seconds.
+    """Write an animated GIF of grids, one (N, H, W, 3) batch a frame.
 
-    All frames share the palette of the last one, so that colours do not flicker.
+    It shows 12 frames a second, and the last one for two seconds.
     """
-    pictures = [grid_of(frame, columns) for frame in frames]
-    palette = pictures[-1].quantize(256)
-    first, *others = [
-        picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures
-    ]
+    grids = [grid_of(frame, columns) for frame in frames]
+    # All frames share the palette of the last one, so that colours do not flicker.
+    palette = grids[-1].quantize(256)
+    first, *others = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
     animation = {
         "save_all": True,
         "append_images": others,
+        # The durations are in milliseconds.
         "duration": [80] * len(others) + [2000],
+        # 0 repeats the animation for ever.
         "loop": 0,
     }
     write_whole(path, lambda file: first.save(file, "GIF", **animation))
@@ -68,25 +73,35 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
 def save_strip(
     frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()
 ) -> None:
-    """A figure with a row a sample and a column a frame (N, H, W, 3); titles are above, `row_titles` at the left."""
-    rows, columns = len(frames[0]), len(frames)
-    left, top = 0.75 if row_titles else 0.0, 0.3  # inches, for the titles
-    width, height = 1.1 * columns + left, 1.1 * rows + top
+    """Draw a figure with a row for each sample and a column for each frame (N, H, W, 3).
+
+    The titles of columns stand above, and `row_titles` at the left.
+    """
+    rows = len(frames[0])
+    columns = len(frames)
+    # All sizes are in inches. `left` and `top` are the room for the titles.
+    left = 0.75 if row_titles else 0.0
+    top = 0.3
+    width = 1.1 * columns + left
+    height = 1.1 * rows + top
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+
     for column, (frame, title) in enumerate(zip(frames, titles, strict=True)):
         axes[0, column].set_title(title, fontsize=9)
         for row in range(rows):
             axes[row, column].imshow(frame[row], interpolation="bicubic")
             axes[row, column].axis("off")
     for row, title in enumerate(row_titles):
-        axes[row, 0].text(
-            -0.08, 0.5, title, fontsize=9, ha="right", va="center", transform=axes[row, 0].transAxes
-        )
+        ax = axes[row, 0]
+        ax.text(-0.08, 0.5, title, fontsize=9, ha="right", va="center", transform=ax.transAxes)
+
+    # The numbers are left, bottom, right and top, in shares of the figure, and the two gaps between
+    # images, in shares of an image.
     figure.subplots_adjust(left / width + 0.005, 0.005, 0.995, 1 - top / height, 0.04, 0.04)
     save_figure(figure, path)
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """A matplotlib figure as a PNG; closes it."""
+    """Write a matplotlib figure as a PNG, and close it."""
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
     plt.close(figure)

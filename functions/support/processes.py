@@ -1,7 +1,7 @@
-"""The processes of a script: as many as `torchrun` started, one a GPU, or a single one.
+"""The processes of a script: as many as `torchrun` started, one for each GPU, or a single one.
 
-In training each works on its own places of every effective batch, and gradients are summed once per optimiser step.
-Rank 0 alone prints and writes files.
+In training each process works on its own places of every effective batch, and gradients are
+summed once per optimiser step. Rank 0 alone prints and writes files.
 """
 
 import os
@@ -21,19 +21,26 @@ from functions.support.errors import UserError
 from functions.support.files import short
 
 Value = TypeVar("Value")
-# With one that prepares data or has more to sample; one that has ended is noticed at once
+# Processes wait so long for one that prepares data or has more to sample. They notice at once when
+# one has ended.
 PATIENCE = timedelta(days=1)
-EXIT_WITH_MAIN = 2  # of processes that end because rank 0 said why it does
+# Processes end with this status when rank 0 has said why it ends.
+EXIT_WITH_MAIN = 2
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of them this process is, and what they do together; with one process nothing is sent."""
+    """Say which of the processes this one is, and do what they do together.
+
+    With one process nothing is sent.
+    """
 
     rank: int = 0  # 0 .. count-1
     count: int = 1
-    local_rank: int = 0  # among those of the same machine: the number of its GPU
-    parent: int = 0  # torchrun's process
+    # This counts the processes of the same machine. It is the number of this process's GPU.
+    local_rank: int = 0
+    # This is the id of torchrun's process.
+    parent: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -41,55 +48,73 @@ class Processes:
 
     @property
     def orphaned(self) -> bool:
-        """Whether torchrun has ended without ending this: it was killed, or got a signal that it does not know."""
+        """Return whether torchrun has ended without ending this process."""
+        # That happens when torchrun is killed, or gets a signal that it does not know.
         return self.count > 1 and os.getppid() != self.parent
 
     def say(self, text: str) -> None:
-        """Print, in rank 0."""
+        """Print a text in rank 0, and nothing in the others."""
         if self.is_main:
             print(text, flush=True)
 
     def own_range(self, total: int) -> range:
-        """This process's part of 0 .. total-1: the parts are contiguous, and differ by at most one in length."""
-        return range(self.rank * total // self.count, (self.rank + 1) * total // self.count)
+        """Return this process's part of 0 .. total-1.
+
+        The parts are contiguous, and their lengths differ by at most one.
+        """
+        start = self.rank * total // self.count
+        end = (self.rank + 1) * total // self.count
+        return range(start, end)
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model to call in training: its backward pass averages gradients over all processes."""
+        """Return the model to call in training.
+
+        Its backward pass averages gradients over all processes.
+        """
         if self.count == 1:
             return model
-        # Which DDP moves into its buckets; None would be made anew beside them
+        # DDP moves these gradients into its buckets. Without them it would make others beside the
+        # buckets.
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        return DistributedDataParallel(
-            model, None if device.type == "cpu" else [device], gradient_as_bucket_view=True
-        )
+        devices = None if device.type == "cpu" else [device]
+        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
-        """Around forward and backward: gradients are exchanged in a step's last pass alone."""
+        """Return a context for forward and backward.
+
+        It lets processes exchange gradients in a step's last pass alone.
+        """
         return nullcontext() if last or self.count == 1 else wrapped.no_sync()
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over all processes, in place; the host does not wait for a GPU."""
+        """Add up a tensor over all processes, in place. The host does not wait for a GPU."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process. Between hosts, beside the GPU's work, so that it costs no waiting."""
-        return bool(self.sum_(torch.tensor(int(flag))))
+        """Return whether a flag is true in any process."""
+        # The tensor is on the CPU, so the hosts exchange it beside the GPU's work, without waiting.
+        total = self.sum_(torch.tensor(int(flag)))
+        return bool(total)
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's value, by rank."""
+        """Return every process's value, by rank."""
         values = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
         return values
 
     def from_main(self, make: Callable[[], Value]) -> Value:
-        """What `make` returns in rank 0, where alone it runs. When it fails there, the others end without a word."""
+        """Return what `make` returns in rank 0, where alone it runs.
+
+        When it fails there, the others end without a word.
+        """
         if self.count == 1:
             return make()
         failed_and_value = [True, None]
+        # The others get the list even when rank 0 leaves with an error.
         try:
             if self.is_main:
                 failed_and_value = [False, make()]
@@ -105,21 +130,27 @@ SINGLE_PROCESS = Processes()
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Meet the other processes that torchrun has started; without it there is one. UserError when another has ended."""
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+    """Meet the other processes that torchrun has started; without torchrun there is one.
+
+    Raises UserError when they cannot meet, or when another has ended.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not set(names) <= os.environ.keys():
         yield SINGLE_PROCESS
         return
-    rank, count, local_rank = (
-        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    )
+    rank, count, local_rank = (int(os.environ[name]) for name in names)
     try:
         on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"process {rank} cannot meet the others: {short(error)}") from error
+
+    # After an error the group is not destroyed, as that would wait for the others.
     try:
         yield Processes(rank, count, local_rank, os.getppid())
-    except SystemExit:  # all were stopped, or end with rank 0
+    except SystemExit:
+        # Here all processes were stopped, or end with rank 0.
         dist.destroy_process_group()
         raise
     except RuntimeError as error:
@@ -128,4 +159,4 @@ def joined() -> Iterator[Processes]:
         raise UserError(
             f"another process has ended, so process {rank} does too ({short(error)})"
         ) from error
-    dist.destroy_process_group()  # not after an error: it would wait for the others
+    dist.destroy_process_group()

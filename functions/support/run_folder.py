@@ -1,7 +1,8 @@
 """Run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ with everything about one run.
 
-config.json     the experiment, field by field, and what the run found: split, device, precision, versions
-metrics.csv     one row every `log_every` steps; the same numbers as TensorBoard events in tensorboard/
+config.json     the experiment, field by field, and the facts of the run: split, device, precision,
+                versions
+metrics.csv     one row every `log_every` steps; tensorboard/ has the same numbers as events
 losses.png      the curves of metrics.csv
 samples/        grids made while training, by step
 checkpoints/    step-00001000.safetensors, ...
@@ -27,75 +28,85 @@ from functions.support.errors import CheckpointError, UserError
 from functions.support.files import TensorFile, write_text
 
 Contents = TypeVar("Contents")
-RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")  # of which experiment, started when
-# .pt: of earlier versions, to be refused
+# The groups are the experiment and the time of the start.
+RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
+# Earlier versions wrote .pt files. They are found, too, so that they are refused with a reason.
 CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{8})\.(safetensors|pt)")
 
 
 @dataclass
 class Run:
-    """What a run is: which experiment, where it lies, and where it stands."""
+    """Say of a run which experiment it is, where it lies, and where it stands."""
 
-    name: str  # of the experiment
-    experiment: object  # config.py's Experiment: all that decides the result
-    runs: Path  # where its folder is made
-    folder: Path | None = None  # None until it is made
-    checkpoint: TensorFile | None = None  # that it goes on from
-    initial: SavedModel | None = None  # whose weights a new one starts from
-    # What was found when it started: split, length, device, precision, ...
+    # This is the name of the experiment.
+    name: str
+    # config.py's Experiment is all that decides the result.
+    experiment: object
+    # The run's folder is made in this one, and is None until then.
+    runs: Path
+    folder: Path | None = None
+    # A resumed run goes on from this checkpoint.
+    checkpoint: TensorFile | None = None
+    # A new run may start from the weights of this model.
+    initial: SavedModel | None = None
+    # The facts are those of the run's start: split, length, device, precision, ...
     facts: dict = field(default_factory=dict)
 
     @property
     def remembered(self) -> dict:
-        """What the checkpoint says of the run; empty for a new one."""
+        """Return what the checkpoint says of the run; {} for a new one."""
         return self.checkpoint.contents["run"] if self.checkpoint else {}
 
     @property
     def first_step(self) -> int:
-        """How many steps are done."""
+        """Return how many steps are done."""
         return self.remembered.get("step", 0)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Return (C, H, W)."""
         model = self.experiment.model
         return model.channels, model.image_size, model.image_size
 
     def make_folder(self) -> None:
-        """A new, empty folder unless the run has one; never one that exists."""
+        """Make a new, empty folder, unless the run has one. It is never one that exists."""
         self.runs.mkdir(parents=True, exist_ok=True)
         while self.folder is None:
             folder = self.runs / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             try:
                 folder.mkdir()
                 self.folder = folder
-            except FileExistsError:  # another run started within the same second
+            except FileExistsError:
+                # Another run has started within the same second.
                 time.sleep(0.2)
         for inner in ("samples", "checkpoints"):
             (self.folder / inner).mkdir(exist_ok=True)
 
     def path_of(self, kind: str, step: int) -> Path:
-        """The file of a step: of kind "checkpoints" or "samples"."""
-        return (
-            self.folder / kind / f"step-{step:08d}.{'png' if kind == 'samples' else 'safetensors'}"
-        )
+        """Return the path of a step's file, of kind "checkpoints" or "samples"."""
+        ending = "png" if kind == "samples" else "safetensors"
+        return self.folder / kind / f"step-{step:08d}.{ending}"
 
     def write_config(self) -> str:
-        """Write config.json, the config as in a checkpoint and under `run` the facts, and return its text."""
-        text = json.dumps(
-            {"experiment": self.name, **self.experiment.to_dict(), "run": self.facts}, indent=2
-        )
+        """Write config.json and return its text.
+
+        It has the config as in a checkpoint, and the facts under `run`.
+        """
+        config = {"experiment": self.name, **self.experiment.to_dict(), "run": self.facts}
+        text = json.dumps(config, indent=2)
         write_text(self.folder / "config.json", text)
         return text
 
 
 @contextmanager
 def locked(folder: Path, doing: str = "training", leftovers: str = "**/.*.tmp") -> Iterator[None]:
-    """Hold a folder for one process; the system drops the lock when the process ends, however it ends.
+    """Hold a folder for one process.
 
-    `leftovers` are files of a process that was killed while it wrote, by their pattern; they are deleted. Raises
-    UserError, with what this one is `doing`, when another process is at work in it.
+    `leftovers` is the pattern of files that a process leaves when it is killed while it writes;
+    they are deleted. Raises UserError, with what this process is `doing`, when another process is
+    at work in the folder.
     """
+    # The system drops the lock when the process ends, however it ends.
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -115,10 +126,9 @@ def locked(folder: Path, doing: str = "training", leftovers: str = "**/.*.tmp") 
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted(
-        path for path in (run / "checkpoints").glob("*") if CHECKPOINT_NAME.fullmatch(path.name)
-    )
+    """Return the run's checkpoints, oldest first."""
+    paths = (run / "checkpoints").glob("*")
+    return sorted(path for path in paths if CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -126,60 +136,78 @@ def step_of(checkpoint: Path) -> int:
 
 
 def delete_old(run: Path, done: int, count: int, every: int) -> None:
-    """Delete old checkpoints: all but the `count` newest, and those of every `every`-th step (0: none).
+    """Delete old checkpoints, but not the `count` newest, nor those of every `every`-th step.
 
-    Those beyond step `done` are not counted: a resumed run leaves them when they are damaged, and writes them anew.
+    With `every` = 0 only the newest stay.
     """
-    for path in [path for path in checkpoints_of(run) if step_of(path) <= done][:-count]:
+    # A resumed run leaves checkpoints beyond step `done` when they are damaged, and writes them
+    # again. So they do not count.
+    written = [path for path in checkpoints_of(run) if step_of(path) <= done]
+    for path in written[:-count]:
         if every == 0 or step_of(path) % every:
+            # What a calibration measured for a checkpoint goes with it.
             for file in (path, *path.parent.glob(f"{path.stem}-calibration-*.safetensors")):
                 file.unlink()
 
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
-    """Run folders of experiments whose names start with `prefix`, oldest first."""
-    found = [
+    """Return the run folders of experiments whose names start with `prefix`, oldest first."""
+    folders = [
         path
         for path in runs.glob("*/")
         if path.name.startswith(prefix) and RUN_NAME.fullmatch(path.name)
     ]
-    return sorted(found, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
+    return sorted(folders, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
 
 
 def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
-    """The checkpoints, newest first, of the newest run that has any. `CheckpointError` when there is none."""
+    """Return the checkpoints, newest first, of the newest run that has any.
+
+    Raises CheckpointError when there is none.
+    """
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return find_checkpoints(run)
     what = f"run of an experiment {prefix}*" if prefix else "run"
-    how = "" if prefix else f" (python train.py{'' if runs == Path('runs') else f' --runs {runs}'})"
+    flag = "" if runs == Path("runs") else f" --runs {runs}"
+    command = "" if prefix else f" (python train.py{flag})"
     raise CheckpointError(
-        f"{runs}: no {what} with a checkpoint here yet; train one first{how}, or name a checkpoint"
+        f"{runs}: no {what} with a checkpoint here yet; "
+        f"train one first{command}, or name a checkpoint"
     )
 
 
 def results_folder(saved: SavedModel, kind: str) -> Path:
-    """Where results of a kind go: into the run of a checkpoint, beside an exported file, never to where others' lie."""
+    """Return where results of a kind go: into a checkpoint's run, or beside an exported file."""
+    # A folder of diffusers is someone else's, so results of such a model go into a new folder.
     if saved.path.is_dir():
         return Path("samples") / f"{saved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    inside = saved.path.parent.name == "checkpoints"
-    return (saved.path.parent.parent if inside else saved.path.parent) / kind
+    folder = saved.path.parent
+    if folder.name == "checkpoints":
+        folder = folder.parent
+    return folder / kind
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """A run's checkpoints, newest first; a file, or a folder of diffusers, as it is; else `CheckpointError`."""
-    found = checkpoints_of(path)
-    if not found and (not path.is_dir() or is_diffusers(path)):
-        return [path]
-    if not found:
+    """Return a run's checkpoints, newest first, or a file or a folder of diffusers as it is.
+
+    Raises CheckpointError for another folder.
+    """
+    checkpoints = checkpoints_of(path)
+    if checkpoints:
+        return checkpoints[::-1]
+    if path.is_dir() and not is_diffusers(path):
         raise CheckpointError(
             f"{path}: no checkpoint in this folder (a run folder has them in checkpoints/)"
         )
-    return found[::-1]
+    return [path]
 
 
 def first_sound(candidates: Sequence[Path], read: Callable[[Path], Contents]) -> Contents:
-    """What was read of the first checkpoint that reads, with a loud line for each before; else the last one's error."""
+    """Return what `read` returns for the first checkpoint that it can read.
+
+    A loud line is printed for each one before. Raises the last one's error when it can read none.
+    """
     for path, following in pairwise(candidates):
         try:
             return read(path)
@@ -192,7 +220,7 @@ def first_sound(candidates: Sequence[Path], read: Callable[[Path], Contents]) ->
 
 
 def last_checkpoint(run: Path) -> str:
-    """The newest checkpoint whose checksums are right, for messages."""
+    """Return, for messages, the path of the newest checkpoint whose checksums are right."""
     for path in reversed(checkpoints_of(run)):
         with suppress(CheckpointError):
             return str(check_whole(path).path)
@@ -200,24 +228,35 @@ def last_checkpoint(run: Path) -> str:
 
 
 def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | None:
-    """The folder of the run that goes on; None when a new one is to be started.
+    """Return the folder of the run that goes on; None when a new one is to be started.
 
-    `wanted` is a run's folder; "newest", the newest run of the experiment that has a checkpoint and has not reached its
-    last step; "auto", that, or a new run if there is none; None, a new run. Raises UserError when there is no such run,
-    CheckpointError when all checkpoints of a run are damaged.
+    `wanted` is one of these:
+
+        None           a new run
+        "newest"       the newest run of the experiment that has a checkpoint and has not reached
+                       its last step
+        "auto"         the same, or a new run if there is none
+        a run's folder
+
+    Raises UserError when there is no such run, and CheckpointError when all checkpoints of a run
+    are damaged.
     """
     if wanted is None:
         return None
     if wanted not in ("newest", "auto"):
-        if not Path(wanted).is_dir():  # a checkpoint's file is no run
+        # The file of a checkpoint is no run.
+        if not Path(wanted).is_dir():
             raise UserError(
-                f"{wanted} is not a run folder; `NAME --resume` takes the newest unfinished run of NAME"
+                f"{wanted} is not a run folder; "
+                "`NAME --resume` takes the newest unfinished run of NAME"
             )
         return Path(wanted)
     for run in reversed(runs_of(runs, experiment)):
+        # The name of another experiment may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] == experiment and checkpoints_of(run):
-            stands = first_sound(find_checkpoints(run), open_checkpoint).contents["run"]
-            if stands["step"] < stands["total_steps"]:
+            checkpoint = first_sound(find_checkpoints(run), open_checkpoint)
+            facts = checkpoint.contents["run"]
+            if facts["step"] < facts["total_steps"]:
                 return run
     nothing = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
     if wanted == "newest":
