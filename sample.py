@@ -1,18 +1,21 @@
 """Sample images from a trained model: `python sample.py` takes the newest run and writes a grid.
 
-From pure noise, with the EMA weights, rebuilt from the checkpoint alone: by ancestral sampling over all timesteps
-(Algorithm 2 of Ho et al. 2020), or with --sampler and --steps in fewer; the reverse loops are in functions/samplers.py.
---interpolate and --variations sample images between two, or like one, by way of noise; --inpaint a part of one.
+The network is rebuilt from the checkpoint alone, with its EMA weights. Images are sampled from pure
+noise over all timesteps (Algorithm 2 of Ho et al. 2020), or with --sampler and --steps in fewer;
+the reverse loops are in functions/samplers.py. --interpolate and --variations sample images
+between two, or like one, by way of noise. --inpaint makes a part of one anew.
 
-Many images, on several GPUs; started again after a kill, only what is missing is made:
+Many images can be sampled on several GPUs. Started again after a kill, this makes only those that
+are missing:
 
     torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
 """
 
 import argparse
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 from data.datasets import images_of_run
@@ -35,7 +38,7 @@ from functions.sampling.generation import (
     open_sampler,
 )
 from functions.sampling.inpainting import check_sampler, inpaint_image
-from functions.sampling.interpolation import save_rows
+from functions.sampling.interpolation import Source, save_rows
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, fraction, plain_errors, positive
 from functions.support.errors import UserError
@@ -48,11 +51,14 @@ from models.unet import UNet
 def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     """Read the command line, sample, and say which files were written.
 
-    Every process that torchrun starts runs all of this; rank 0 alone speaks and writes pictures of several images. `n`
-    and `gif` are the defaults of these flags; the newest run is one of those whose names begin with `experiments`.
+    `n` and `gif` are the defaults of these flags. The newest run is one of those whose names
+    begin with `experiments`.
     """
     args = parse_flags(n, gif)
+    # Every process that torchrun starts runs all of this. Rank 0 alone speaks, and writes pictures
+    # of several images.
     with joined() as processes:
+        # The network and its schedule come from the checkpoint alone.
         saved, image_sampler = open_sampler(args, processes, UNet, experiments)
         if args.inpaint:
             check_sampler(image_sampler.options)
@@ -60,26 +66,29 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
             processes.from_main(lambda: export(saved, image_sampler, args.export))
             processes.say(f"wrote {args.export}")
             return
-        load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
-        image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
 
-        options, precision = (
-            image_sampler.options,
-            str(image_sampler.denoiser.precision).removeprefix("torch."),
-        )
-        slug = f"{saved.name}-{options.slug}{'' if args.precision == 'float32' else f'-{args.precision}'}"
+        load = partial(images_of_run, saved.config["diffusion"], saved.image_shape[-1])
+        image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
+        options = image_sampler.options
+
+        # The folder's name says what differs from the defaults.
+        slug = f"{saved.name}-{options.slug}"
+        if args.precision != "float32":
+            slug += f"-{args.precision}"
         place = processes.from_main(lambda: results_folder(saved, "samples"))
         folder = args.out or place / f"{slug}-seed{args.seed}"
+
         if args.interpolate or args.variations or args.inpaint:
             processes.from_main(lambda: sample_from_images(args, image_sampler, folder))
             return
+        # These facts decide the pixels. A folder holds single images of the same facts alone.
         facts = {
             "checkpoint": saved.digest,
             "weights": saved.kind,
             "seed": args.seed,
-            "precision": precision,
+            "precision": str(image_sampler.denoiser.precision).removeprefix("torch."),
+            **options.facts(image_sampler.scheduler.timesteps),
         }
-        facts |= options.facts(image_sampler.scheduler.timesteps)
         sample_from_noise(args, image_sampler, folder, facts, processes)
 
 
@@ -92,135 +101,192 @@ def sample_from_noise(
 ) -> None:
     """Sample images 0 .. n-1 and write the files that the flags ask for.
 
-    The processes share batches, which are the same however many processes there are and wherever an earlier start was
-    interrupted: so are the images then, bit for bit where the hardware is the same.
+    The processes share batches, which are the same however many processes there are and wherever
+    an earlier start was interrupted. So are the images then, bit for bit where the hardware is
+    the same.
     """
     figures = figures_of(args, image_sampler.options.times(image_sampler.scheduler))
     frames = {frame for columns in figures.values() for frame in columns.values()}
-    # How many are kept in memory to be seen; without figures the files are enough for the grid
+    # The first images are kept in memory, to be seen in the grid and the figures. Without figures
+    # none need be kept if each has a file: the grid is then made of the files.
     seen = min(args.n, MOST_IN_GRID) if frames or not args.individual else 0
-    batches = batches_of(range(args.n), args.batch_size)
+
     with ExitStack() as stack:
-        there = processes.from_main(
-            lambda: stack.enter_context(open_folder(folder, facts, args.individual))
-        )
-        to_do = [
-            batch
-            for batch in batches
-            if batch.start < seen or (args.individual and not there.issuperset(batch))
-        ]
-        own = [to_do[i] for i in processes.own_range(len(to_do))]
+        # Rank 0 holds the folder for all processes until the last batch is written.
+        opened = open_folder(folder, facts, args.individual)
+        existing = processes.from_main(lambda: stack.enter_context(opened))
+
+        to_do = []
+        for batch in batches_of(range(args.n), args.batch_size):
+            missing = args.individual and not existing.issuperset(batch)
+            if missing or batch.start < seen:
+                to_do.append(batch)
         count = sum(map(len, to_do))
         others = f" of {args.n}; the others are there" if count < args.n else ""
         processes.say(f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}")
 
-        pool, writing, kept = stack.enter_context(ThreadPoolExecutor(4)), [], []
-        progress = processes.is_main and len(own) > 0
-        for batch, samples in zip(
-            own, generate_batches(image_sampler, own, frames, progress), strict=True
-        ):
-            if args.individual:  # in threads, while the next batch is sampled
-                list(writing)  # the batch before is on the disk then, or its error is raised
-                images, new = (
-                    to_uint8(samples.images).numpy(),
-                    [k for k, i in enumerate(batch) if i not in there],
-                )
-                writing = pool.map(
-                    save_image, images[new], [image_path(folder, batch[k]) for k in new]
-                )
-            if batch.start < seen:
-                kept.append(samples)
-        list(writing)
-        kept = [*chain(*processes.gather(kept))]
+        # Each batch begins as noise, and the sampler takes it to images when it is asked for.
+        batches = [to_do[i] for i in processes.own_range(len(to_do))]
+        progress = processes.is_main and len(batches) > 0
+        sampled = generate_batches(image_sampler, batches, frames, progress)
+        kept = write_and_keep(args, zip(batches, sampled, strict=True), folder, existing, seen)
+
+        # No process goes on from here before all have written their images.
+        gathered = processes.gather(kept)
         if args.individual:
             processes.say(f"all {args.n} images are there: {image_path(folder, 0)} and on")
         if processes.is_main:
-            save_pictures(args.n, figures, Samples.joined(kept) if kept else None, folder)
+            kept = [samples for part in gathered for samples in part]
+            samples = Samples.joined(kept) if kept else None
+            save_pictures(args.n, figures, samples, folder)
+
+
+def write_and_keep(
+    args: argparse.Namespace,
+    sampled: Iterable[tuple[range, Samples]],
+    folder: Path,
+    existing: set[int],
+    seen: int,
+) -> list[Samples]:
+    """Write the single images that do not exist yet, and return the samples that are to be seen."""
+    kept = []
+    writing = []
+    with ThreadPoolExecutor(4) as pool:
+        for batch, samples in sampled:
+            if args.individual:
+                # The batch before is on the disk after this, or its error is raised.
+                list(writing)
+                # Threads write this batch while the next one is sampled.
+                images = to_uint8(samples.images).numpy()
+                new = [k for k, i in enumerate(batch) if i not in existing]
+                paths = [image_path(folder, batch[k]) for k in new]
+                writing = pool.map(save_image, images[new], paths)
+            if batch.start < seen:
+                kept.append(samples)
+        list(writing)
+    return kept
 
 
 def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
-    """--interpolate, --variations and --inpaint."""
+    """Do what --interpolate, --variations and --inpaint ask for."""
     size = image_sampler.shape[-1]
-    source = lambda text: int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
-    two = [source(text) for text in args.interpolate or []]
-    one = [source(args.variations)] if args.variations else []
-    masked = read_with_mask(args.inpaint, args.mask, size) if args.inpaint else None
-    folder.mkdir(parents=True, exist_ok=True)  # only when all images were read
-    if two:
-        save_rows(image_sampler, two, args.depths, args.batch_size, folder / "interpolation.png")
-    if one:
-        save_rows(image_sampler, one, args.depths, args.batch_size, folder / "variations.png")
-    if masked:
-        pictures = inpaint_image(image_sampler, *masked, args.resample, args.n, args.batch_size)
-        save_grid(pictures, folder / "inpainting.png", columns=min(len(pictures), 8))
-        print(f"wrote {folder / 'inpainting.png'}")
-        for i, answer in enumerate(pictures[2:] if args.individual else []):
-            save_image(answer, image_path(folder, i))
+
+    def source_of(text: str) -> Source:
+        return int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
+
+    # The folder is made only when all images have been read.
+    rows = {}
+    if args.interpolate:
+        rows["interpolation.png"] = [source_of(text) for text in args.interpolate]
+    if args.variations:
+        rows["variations.png"] = [source_of(args.variations)]
+    if args.inpaint:
+        image, mask = read_with_mask(args.inpaint, args.mask, size)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    for name, sources in rows.items():
+        save_rows(image_sampler, sources, args.depths, args.batch_size, folder / name)
+    if args.inpaint:
+        pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n, args.batch_size)
+        path = folder / "inpainting.png"
+        save_grid(pictures, path, columns=min(len(pictures), 8))
+        print(f"wrote {path}")
+        if args.individual:
+            # The first two pictures are the image and what is kept of it.
+            for i, answer in enumerate(pictures[2:]):
+                save_image(answer, image_path(folder, i))
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     """Read the command line; `UserError` for more images than a grid has room for."""
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
-    count = f"how many images; behind torchrun write -n, as it takes --n for its own (default: {n})"
-    parser.add_argument("--n", "-n", type=positive, default=n, metavar="N", help=count)
+    parser.add_argument(
+        "--n",
+        "-n",
+        type=positive,
+        default=n,
+        metavar="N",
+        help="How many images to sample. Behind torchrun write -n, as it takes --n for its own. "
+        "Default: %(default)s.",
+    )
 
-    add = parser.add_argument_group("what to write beside the grid").add_argument
-    add(
+    animated = "yes" if gif else "no"
+    group = parser.add_argument_group("what to write beside the grid")
+    group.add_argument(
         "--individual",
         action="store_true",
-        help="a PNG for each image; those that are there are kept (default: no)",
+        help="Write a PNG for each image; those that are there are kept. Default: no.",
     )
-    add(
+    group.add_argument(
         "--strip",
         action="store_true",
-        help="a figure of how the noise becomes images (default: no)",
+        help="Draw a figure of how the noise becomes images. Default: no.",
     )
-    add(
+    group.add_argument(
         "--progressive",
         action="store_true",
-        help="a figure of the x_0 that the model sees meanwhile (default: no)",
+        help="Draw a figure of the x_0 that the model sees meanwhile. Default: no.",
     )
-    animation = (
-        f"an animation of how the noise becomes the grid (default: {'yes' if gif else 'no'})"
+    group.add_argument(
+        "--gif",
+        action="store_true",
+        default=gif,
+        help=f"Write an animation of how the noise becomes the grid. Default: {animated}.",
     )
-    add("--gif", action="store_true", default=gif, help=animation)
 
-    add = parser.add_argument_group("what to do instead").add_argument
-    image = "an image file, or the number of an image of the seed (default: none)"
-    add(
+    group = parser.add_argument_group("what to do instead")
+    group.add_argument(
         "--interpolate",
         nargs=2,
         metavar=("A", "B"),
-        help=f"mix two images in the noise; each is {image}",
+        help="Mix two images in the noise; each is an image file, or the number of an image of "
+        "the seed. Default: none.",
     )
-    add("--variations", metavar="A", help=f"images like one, by way of noise; it is {image}")
-    depths = "of these two: how far into the noise, as fractions of all timesteps (default: 0.25,0.5,0.75,1)"
-    add("--depths", type=fractions, default=(0.25, 0.5, 0.75, 1.0), metavar="X,X,...", help=depths)
-    add(
+    group.add_argument(
+        "--variations",
+        metavar="A",
+        help="Sample images like one, by way of noise; it is an image file, or the number of an "
+        "image of the seed. Default: none.",
+    )
+    group.add_argument(
+        "--depths",
+        type=fractions,
+        default="0.25,0.5,0.75,1",
+        metavar="X,X,...",
+        help="How far into the noise both of these go, as fractions of all timesteps. "
+        "Default: %(default)s.",
+    )
+    group.add_argument(
         "--fit",
         action="store_true",
-        help="of these two: crop and resize image files of another size (default: no)",
+        help="Crop and resize image files of another size for both of these. Default: no.",
     )
-    inpaint = (
-        "make a part of an image file anew, --n times: what is white in --mask, or transparent; with ddpm, or ddim "
-        "--eta 1 (default: no)"
+    group.add_argument(
+        "--inpaint",
+        metavar="IMAGE",
+        help="Make a part of an image file anew, --n times: what is white in --mask, or "
+        "transparent. It takes --sampler ddpm, or ddim with --eta 1. Default: none.",
     )
-    add("--inpaint", metavar="IMAGE", help=inpaint)
-    add(
+    group.add_argument(
         "--mask",
         metavar="FILE",
-        help="of --inpaint: an image as large, white where that is made anew (default: no)",
+        help="For --inpaint: an image as large, white where that is made anew. Default: none.",
     )
-    add(
+    group.add_argument(
         "--resample",
         type=positive,
         default=10,
         metavar="N",
-        help="of --inpaint: network calls a step (default: 10)",
+        help="For --inpaint: how many network calls a step takes. Default: %(default)s.",
     )
-    export = "write the weights (the EMA's if there are) as one file, or as a folder for diffusers (default: no)"
-    add("--export", type=Path, metavar="FILE.safetensors|FOLDER", help=export)
+    group.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE.safetensors|FOLDER",
+        help="Write the weights, the EMA's if there are, as one file, or as a folder for "
+        "diffusers. Default: no.",
+    )
 
     args = parser.parse_args()
     if args.mask and not args.inpaint:

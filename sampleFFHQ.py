@@ -1,6 +1,7 @@
-"""Sample faces from the newest FFHQ run: sample.py, with its flags, for a grid of 20 and its animation.
+"""Sample faces from the newest FFHQ run: sample.py with a grid of 20 and its animation.
 
-For such a run put FFHQ at data/FFHQ and run `python train.py ffhq-run2`.
+It takes the flags of sample.py. For such a run put FFHQ at data/FFHQ and run
+`python train.py ffhq-run2`.
 """
 
 import sample

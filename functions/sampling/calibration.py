@@ -1,13 +1,16 @@
-"""A cure without training for what a network does not know of x_0 at high t: colour, darkness, speckles.
+"""A cure without training for what a network does not know of x_0 at high t: colour, darkness
+and speckles.
 
-At each timestep and in each band of spatial frequency the network's x_0 is replaced by the best linear mix of it and
-x_t, about the average image mu:
+At each timestep and in each band of spatial frequency the network's x_0 is replaced by the best
+linear mix of it and x_t, about the average image mu:
 
     x_0' = mu + w_1 (x_0 - mu) + w_2 (x_t - sqrt(alpha_bar) mu)
 
-Two real numbers a band and t, by least squares at some timesteps and interpolated between them. On the images that they
-are fitted to they are as good as the network alone (1, 0) and as the best linear filter of x_t (0, w), or better.
-docs/whole-before-detail.md says why it helps. Related, with one number a timestep: Pang et al. 2023, arXiv:2302.10688.
+The weights are two real numbers for each band and t. They are fitted by least squares at some
+timesteps and interpolated between them. On the images that they are fitted to they are as good as
+the network alone, (1, 0), and as the best linear filter of x_t, (0, w), or better.
+docs/whole-before-detail.md says why it helps. Related, with one number a timestep: Pang et al.
+2023, arXiv:2302.10688.
 """
 
 import sys
@@ -33,48 +36,64 @@ from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
 
-IMAGES = 512  # that the numbers are fitted to
-FROM = 0.6  # as a share of T: at lower t the network knows more than the numbers could add
-FITTED = 17  # timesteps from there to T - 1, evenly spaced in log-SNR
-RIDGE = 1e-4  # relative: where x_0 is a multiple of x_t, one of the numbers is as good as the other
+# The weights are fitted to this many images.
+IMAGES = 512
+# x_0 is replaced from this share of T on: below it the network knows more than a mix can add.
+FROM = 0.6
+# The weights are fitted at this many timesteps from there to T - 1, evenly spaced in log-SNR.
+FITTED = 17
+# The squares are raised by this share: where x_0 is a multiple of x_t, one weight is as good as
+# the other, and least squares alone could not choose.
+RIDGE = 1e-4
 
-spectrum = partial(torch.fft.fft2, norm="ortho")  # in which white noise has variance 1 too
+# With this norm white noise has variance 1 in the spectrum too.
+spectrum = partial(torch.fft.fft2, norm="ortho")
 
 
 def octaves(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """The band of each coefficient of the spectrum of images of size x size pixels: (H, W) int64.
+    """Return the band of each coefficient in the spectrum of a square image: (size, size) int64.
 
-    Band 0 is the mean; band k has frequencies from 2^(k-1) to 2^k cycles an image. The last has all that is finer.
+    Band 0 is the mean. Band k has frequencies from 2^(k-1) to 2^k cycles an image, and the last
+    band all that are higher, too.
     """
     cycles = torch.fft.fftfreq(size, 1 / size, device=device)
-    octave = 1 + torch.log2(torch.hypot(cycles[:, None], cycles).clamp(min=0.5)).floor().long()
+    frequencies = torch.hypot(cycles[:, None], cycles)
+    # The mean, of frequency 0, counts as half a cycle, so that it is one octave below the rest.
+    octave = 1 + torch.log2(frequencies.clamp(min=0.5)).floor().long()
     return octave.clamp(max=max(1, size.bit_length() - 2))
 
 
 def band_means(values: Tensor) -> Tensor:
-    """(B, C, H, W), a real number a coefficient -> (B, bands) float64, on the CPU: means over bands and channels."""
-    bands, values = (
-        octaves(values.shape[-1]).flatten(),
-        values.mean(dim=1).flatten(1).cpu().double(),
-    )
-    return values.new_zeros(len(values), bands.max() + 1).index_add_(
-        1, bands, values
-    ) / torch.bincount(bands)
+    """Average real numbers, (B, C, H, W) for each coefficient of spectra, over bands and channels.
+
+    Returns (B, bands) float64, on the CPU.
+    """
+    bands = octaves(values.shape[-1]).flatten()
+    values = values.mean(dim=1).flatten(1).cpu().double()
+    sums = values.new_zeros(len(values), bands.max() + 1).index_add_(1, bands, values)
+    return sums / torch.bincount(bands)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `interpret` of functions/prediction.py calls: x_0 -> x_0'."""
+    """Replace x_0 by x_0'; `interpret` of functions/prediction.py calls this."""
 
-    mean: Tensor  # (C, H, W): mu
-    weights: Tensor  # (T, bands, 2): w_1 and w_2; 1 and 0 where nothing changes
+    # mu (C, H, W)
+    mean: Tensor
+    # w_1 and w_2 (T, bands, 2). They are 1 and 0 where nothing changes.
+    weights: Tensor
 
     def __call__(self, x_0: Tensor, x_t: Tensor, t: Timestep, scheduler: NoiseScheduler) -> Tensor:
+        # Where the weights are 1 and 0 the transforms would change x_0 by nothing but rounding.
         if isinstance(t, int) and t < FROM * scheduler.timesteps:
             return x_0
-        mean, bands = self.mean.to(x_0), octaves(x_0.shape[-1], x_0.device)
-        of_bands = self.weights[t.to(self.weights.device) if isinstance(t, Tensor) else t].to(x_0)
-        w_1, w_2 = of_bands[..., bands, :].unsqueeze(-4).unbind(-1)  # (1, H, W), or (B, 1, H, W)
+        mean = self.mean.to(x_0)
+        bands = octaves(x_0.shape[-1], x_0.device)
+        index = t.to(self.weights.device) if isinstance(t, Tensor) else t
+        # The weights of bands, (bands, 2) or (B, bands, 2), become those of coefficients: each is
+        # (1, H, W), or (B, 1, H, W), and holds for all channels.
+        weights = self.weights[index].to(x_0)[..., bands, :]
+        w_1, w_2 = weights.unsqueeze(-4).unbind(-1)
         root = broadcast(scheduler.alpha_bar(t) ** 0.5, x_t)
         mixed = w_1 * spectrum(x_0 - mean) + w_2 * spectrum(x_t - root * mean)
         return mean + torch.fft.ifft2(mixed, norm="ortho").real
@@ -82,47 +101,70 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibration:
-    """Fit a network without calibration to images (N, C, H, W) in [-1, 1] on its device, in float32."""
-    denoiser, scheduler, mean = (
-        replace(denoiser, precision=torch.float32),
-        denoiser.scheduler,
-        images.mean(dim=0),
-    )
-    last, first = scheduler.timesteps - 1, round(FROM * scheduler.timesteps)
-    times = logsnr_timesteps(scheduler, min(FITTED, last - first + 1), last, first)[::-1]
-    limit, fitted = BatchLimit(images.device, batch_size), []
+    """Fit a network without calibration to images (N, C, H, W) in [-1, 1] on its device.
 
-    def products(some: range, t: int) -> Tensor:
-        """Of the spectra of x_0, x_t (p, q) and the true x_0 (y): (5, images, bands), pp, pq, qq, py, qy."""
-        x_0, noise = (
-            images[some.start : some.stop],
-            ImageNoise(0, some, mean.shape, images.device, f"calibration {t}"),
-        )
-        x_t = scheduler.q_sample(x_0, t, noise.draw())
-        seen, root = predict(denoiser, scheduler, x_t, t)[0], scheduler.alpha_bar(t) ** 0.5
-        p, q, y = (spectrum(centred) for centred in (seen - mean, x_t - root * mean, x_0 - mean))
-        return torch.stack(
-            [band_means((a * b.conj()).real) for a, b in ((p, p), (p, q), (q, q), (p, y), (q, y))]
-        )
+    The network computes in float32, at most `batch_size` images at a time. Returns tensors on the
+    CPU.
+    """
+    denoiser = replace(denoiser, precision=torch.float32)
+    scheduler = denoiser.scheduler
+    mean = images.mean(dim=0)
+    last = scheduler.timesteps - 1
+    first = round(FROM * scheduler.timesteps)
+    count = min(FITTED, last - first + 1)
+    times = logsnr_timesteps(scheduler, count, last, first)[::-1]
 
+    limit = BatchLimit(images.device, batch_size)
+    fitted = []
     with denoiser.evaluating():
         for t in tqdm(times, "calibrating", unit="timestep"):
-            parts = limit.in_parts(lambda some, t=t: products(some, t), range(len(images)))
-            pp, pq, qq, py, qy = torch.cat(parts, dim=1).mean(dim=1)  # (bands,) each
-            pp, qq = (1 + RIDGE) * pp, (1 + RIDGE) * qq
-            # By Cramer's rule
-            numbers = torch.stack([qq * py - pq * qy, pp * qy - pq * py], dim=-1)
-            fitted.append(numbers / (pp * qq - pq**2)[:, None])
-    noisiness, columns = (
-        -torch.logit(scheduler.alphas_cumprod).numpy(),
-        torch.stack(fitted).flatten(1).T.numpy(),
-    )
-    between = np.stack(
-        [np.interp(noisiness[first:], noisiness[times], column) for column in columns], axis=1
-    )
-    weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, len(fitted[0]), 1)
-    weights[first:] = torch.from_numpy(between).float().unflatten(1, fitted[0].shape)
-    return Calibration(mean, weights.to(mean.device))
+            work = partial(products, denoiser, images, mean, t)
+            parts = limit.in_parts(work, range(len(images)))
+            fitted.append(least_squares(torch.cat(parts, dim=1).mean(dim=1)))
+
+    return Calibration(mean.cpu(), interpolated(scheduler, times, torch.stack(fitted)))
+
+
+def products(denoiser: Denoiser, images: Tensor, mean: Tensor, t: int, part: range) -> Tensor:
+    """Return what least squares needs of a part of the images at t: (5, images, bands) float64.
+
+    These are products of spectra, pp, pq, qq, py and qy, averaged over each band: p is the
+    network's x_0, q is x_t and y the true x_0, each less its average.
+    """
+    scheduler = denoiser.scheduler
+    x_0 = images[part.start : part.stop]
+    noise = ImageNoise(0, part, mean.shape, images.device, f"calibration {t}")
+    x_t = scheduler.q_sample(x_0, t, noise.draw())
+    predicted, _ = predict(denoiser, scheduler, x_t, t)
+    p = spectrum(predicted - mean)
+    q = spectrum(x_t - scheduler.alpha_bar(t) ** 0.5 * mean)
+    y = spectrum(x_0 - mean)
+    pairs = ((p, p), (p, q), (q, q), (p, y), (q, y))
+    return torch.stack([band_means((a * b.conj()).real) for a, b in pairs])
+
+
+def least_squares(averages: Tensor) -> Tensor:
+    """Return w_1 and w_2 of each band, (bands, 2), from the averages (5, bands) of `products`."""
+    pp, pq, qq, py, qy = averages
+    pp = (1 + RIDGE) * pp
+    qq = (1 + RIDGE) * qq
+    # The two normal equations of a band are solved by Cramer's rule.
+    numerators = torch.stack([qq * py - pq * qy, pp * qy - pq * py], dim=-1)
+    return numerators / (pp * qq - pq**2)[:, None]
+
+
+def interpolated(scheduler: NoiseScheduler, times: list[int], fitted: Tensor) -> Tensor:
+    """Return the weights of all timesteps (T, bands, 2), from those fitted at rising times.
+
+    They are interpolated linearly in log-SNR, and are 1 and 0 below the first of the times.
+    """
+    noisiness = -torch.logit(scheduler.alphas_cumprod).numpy()
+    weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, fitted.shape[1], 1)
+    for band, k in np.ndindex(fitted.shape[1:]):
+        column = fitted[:, band, k].numpy()
+        between = np.interp(noisiness[times[0] :], noisiness[times], column)
+        weights[times[0] :, band, k] = torch.from_numpy(between)
+    return weights
 
 
 def calibrated(
@@ -132,52 +174,82 @@ def calibrated(
     load: Callable,
     processes: Processes,
 ) -> ImageSampler:
-    """The sampler with the calibration that its options ask for; one that was made before lies beside the checkpoint.
+    """Return the sampler with the calibration that its options ask for, if they ask for one.
 
-    "own" fits to the model's own samples, which fresh noise keeps sound, so that no data is needed. For "data" and
-    other data sets `load(None or its name)` gives the ImageSet and its Split.
+    It is made once, and lies beside the checkpoint from then on. "own" fits it to the model's own
+    samples, so that no data is needed. For "data", and for other data sets by their name,
+    `load(None or the name)` gives the ImageSet and its Split.
     """
-    which, denoiser, device = (
-        image_sampler.options.calibrate,
-        image_sampler.denoiser,
-        image_sampler.device,
-    )
-    # Never into others' folders
-    folder = Path("samples") if saved.path.is_dir() else saved.path.parent
-    path = folder / f"{saved.name}-calibration-{'own' if which == 'own' else 'data'}.safetensors"
-    made_from = {"weights": saved.digest, "images": which, "fitted": [IMAGES, FROM, FITTED, RIDGE]}
-
-    def read_or_make() -> dict[str, Tensor]:
-        shapes = {"mean": saved.image_shape, "weights": (denoiser.scheduler.timesteps, bands, 2)}
-        with suppress(UserError, OSError):  # of a file that is not there, or damaged
-            file = TensorFile(path)
-            found = file.tensors() if file.contents == made_from else {}
-            if {name: (*tensor.shape,) for name, tensor in found.items()} == shapes:
-                return found
-        if which == "own":
-            images = generate(
-                image_sampler.quick(seed_of("calibration")), range(IMAGES), batch_size
-            ).images
-        else:
-            image_set, split = load(None if which == "data" else which)
-            some = split.train_indices[
-                np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)
-            ]
-            images = to_model_range(torch.from_numpy(image_set.images[some]))
-        made = {
-            name: part.cpu()
-            for name, part in vars(calibrate(denoiser, images.to(device), batch_size)).items()
-        }
-        try:
-            folder.mkdir(exist_ok=True)
-            write_tensors(path, made, made_from)
-            print(f"wrote {path}")
-        except OSError as error:
-            print(f"WARNING: the calibration is not kept: {error}", file=sys.stderr)
-        return made
-
-    if not which:
+    if not image_sampler.options.calibrate:
         return image_sampler
-    bands = int(octaves(saved.image_shape[-1]).max()) + 1
-    parts = {name: part.to(device) for name, part in processes.from_main(read_or_make).items()}
-    return replace(image_sampler, denoiser=replace(denoiser, calibration=Calibration(**parts)))
+    tensors = processes.from_main(lambda: read_or_make(image_sampler, saved, batch_size, load))
+    tensors = {name: tensor.to(image_sampler.device) for name, tensor in tensors.items()}
+    denoiser = replace(image_sampler.denoiser, calibration=Calibration(**tensors))
+    return replace(image_sampler, denoiser=denoiser)
+
+
+def read_or_make(
+    image_sampler: ImageSampler, saved: SavedModel, batch_size: int, load: Callable
+) -> dict[str, Tensor]:
+    """Return the tensors of `Calibration`, on the CPU: of the file that is kept, or fitted now."""
+    images = image_sampler.options.calibrate
+    kind = "own" if images == "own" else "data"
+    # A folder of diffusers belongs to others, so nothing is written into it.
+    folder = Path("samples") if saved.path.is_dir() else saved.path.parent
+    path = folder / f"{saved.name}-calibration-{kind}.safetensors"
+    made_from = {
+        "weights": saved.digest,
+        "images": images,
+        "fitted": [IMAGES, FROM, FITTED, RIDGE],
+    }
+
+    tensors = read_kept(path, made_from, image_sampler)
+    if not tensors:
+        images = images_to_fit(image_sampler, batch_size, load)
+        tensors = vars(calibrate(image_sampler.denoiser, images, batch_size))
+        keep(path, made_from, tensors)
+    return tensors
+
+
+def read_kept(path: Path, made_from: dict, image_sampler: ImageSampler) -> dict[str, Tensor]:
+    """Return the tensors that `keep` wrote; none when they were made from anything else."""
+    bands = int(octaves(image_sampler.shape[-1]).max()) + 1
+    shapes = {
+        "mean": image_sampler.shape,
+        "weights": (image_sampler.scheduler.timesteps, bands, 2),
+    }
+    # A file that is missing or damaged is not an error: it is written again.
+    with suppress(UserError, OSError):
+        file = TensorFile(path)
+        if file.contents == made_from:
+            tensors = file.tensors()
+            if {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes:
+                return tensors
+    return {}
+
+
+def images_to_fit(image_sampler: ImageSampler, batch_size: int, load: Callable) -> Tensor:
+    """Return the images that the options name: (N, C, H, W) in [-1, 1] on the sampler's device."""
+    name = image_sampler.options.calibrate
+    if name == "own":
+        # The fresh noise of this sampler keeps its images sound without a calibration.
+        quick = image_sampler.quick(seed_of("calibration"))
+        images = generate(quick, range(IMAGES), batch_size).images
+    else:
+        other = None if name == "data" else name
+        image_set, split = load(other)
+        # The images are evenly spaced among those for training.
+        places = np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)
+        pixels = image_set.images[split.train_indices[places]]
+        images = to_model_range(torch.from_numpy(pixels))
+    return images.to(image_sampler.device)
+
+
+def keep(path: Path, made_from: dict, tensors: dict[str, Tensor]) -> None:
+    """Write a calibration for the next time; warn when that fails, as sampling can go on."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_tensors(path, tensors, made_from)
+        print(f"wrote {path}")
+    except OSError as error:
+        print(f"WARNING: the calibration is not kept: {error}", file=sys.stderr)

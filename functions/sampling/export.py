@@ -1,4 +1,4 @@
-"""A model to give away: one file, or a folder that diffusers loads, with a model card and samples."""
+"""A model to give away: one file, or a folder for diffusers with a model card and samples."""
 
 import json
 import os
@@ -14,13 +14,15 @@ from functions.support.errors import UserError
 from functions.support.files import write_text
 from functions.support.pictures import save_grid
 
-IN_CARD = 16  # samples
+# The model card shows this many samples.
+IN_CARD = 16
 
 
 def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
-    """Write FILE.safetensors, which sample.py reads; or else a folder for diffusers, whole or not at all.
+    """Write FILE.safetensors, which sample.py reads, or else a folder that diffusers loads.
 
-    Raises UserError for what exists, and CheckpointError as `write_folder` does.
+    Raises UserError for a path that exists or has another ending, and CheckpointError as
+    `write_folder` does.
     """
     if path.exists():
         raise UserError(f"{path} exists; --export overwrites nothing")
@@ -31,7 +33,9 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
     if path.suffix:
         export_weights(saved, path)
         return
+
     sampler = image_sampler.quick(image_sampler.seed)
+    # The folder is filled under another name, so that `path` is whole or not there.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_folder(saved, temporary)
@@ -45,18 +49,19 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
 
 
 def model_card(saved: SavedModel, folder: str, what: str) -> str:
-    """The README.md that hubs show; `what` its picture shows."""
-    diffusion, model = saved.config["diffusion"], saved.config["model"]
-    # a path is nobody's business
+    """Return the README.md that hubs show; `what` says what its picture shows."""
+    diffusion = saved.config["diffusion"]
+    # A path to data may tell of its owner, so only its last part is published.
     data = re.split(r"[/\\]", str(diffusion.get("dataset_name", "")))[-1]
-    fields = {**diffusion, **model, "dataset_name": data or "not known"}
+    datasets = [data] if data else []
+    fields = {**diffusion, **saved.config["model"], "dataset_name": data or "not known"}
     facts = "".join(f"| {name} | {value} |\n" for name, value in fields.items())
     return f"""---
 license:  # to be filled in: what others may do with the weights
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
 tags: [ddpm, pytorch, unconditional-image-generation]
-datasets: {json.dumps([data] if data else [])}
+datasets: {json.dumps(datasets)}
 ---
 
 # {saved.run["experiment"]}

@@ -1,6 +1,9 @@
-"""A folder of many single images, 00000.png and on: made by several processes, and finished when it was interrupted.
+"""A folder of many single images, 00000.png and on, and pictures of several beside them.
 
-samples.json    the manifest, written first: all that decides the images' pixels. A folder holds images of one kind.
+Several processes may make the images, and an interrupted folder is finished by another start.
+
+samples.json    the manifest, written first: all that decides the images' pixels, so that a folder
+                holds images of one kind
 00000.png       image 0, and so on; renamed into place, so that each is whole or not there
 .lock           held by the process that makes them
 """
@@ -25,7 +28,12 @@ from functions.support.run_folder import locked
 
 MANIFEST = "samples.json"
 IMAGE_NAME = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.png")
-MOST_IN_GRID, GIF_FRAMES, STRIP_COLUMNS, STRIP_ROWS = 100, 40, 9, 6
+# A grid has at most this many images, an animation about this many frames.
+MOST_IN_GRID = 100
+GIF_FRAMES = 40
+# A figure of the denoising has at most this many columns and rows.
+STRIP_COLUMNS = 9
+STRIP_ROWS = 6
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -33,45 +41,57 @@ def image_path(folder: Path, i: int) -> Path:
 
 
 def existing(folder: Path) -> set[int]:
-    """The numbers of the images that are there."""
-    return {int(match[1]) for match in map(IMAGE_NAME.fullmatch, os.listdir(folder)) if match}
+    """Return the numbers of the images that a folder holds."""
+    matches = map(IMAGE_NAME.fullmatch, os.listdir(folder))
+    return {int(match[1]) for match in matches if match}
 
 
 def check_manifest(folder: Path, facts: dict) -> None:
-    """`UserError` when the folder's images were made otherwise than `facts` say, or nothing says how."""
+    """Raise UserError when the folder's images were made otherwise than `facts` say.
+
+    Images without a manifest, or with a damaged one, are refused, too.
+    """
     try:
-        found = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError as error:
-        if there := existing(folder):
-            what = f"{image_path(folder, min(there)).name} but no {MANIFEST} to say what made it"
-            raise UserError(f"{folder} holds {what}; take another --out") from error
-        return
+        images = existing(folder)
+        if not images:
+            return
+        first = image_path(folder, min(images)).name
+        raise UserError(
+            f"{folder} holds {first} but no {MANIFEST} to say what made it; take another --out"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{folder / MANIFEST}: damaged, so nobody knows what images these are; delete it"
         ) from error
-    found = found if isinstance(found, dict) else {}
-    differing = [name for name in {**facts, **found} if found.get(name) != facts.get(name)]
-    if differing:
-        what = "; ".join(
-            f"{name} was {found.get(name)}, is now {facts.get(name)}" for name in differing
-        )
+    # JSON that is no object agrees with no facts.
+    if not isinstance(manifest, dict):
+        manifest = {}
+    changes = [
+        f"{name} was {manifest.get(name)}, is now {facts.get(name)}"
+        for name in {**facts, **manifest}
+        if manifest.get(name) != facts.get(name)
+    ]
+    if changes:
+        what = "; ".join(changes)
         raise UserError(f"{folder} holds images made otherwise ({what}); take another --out")
 
 
 @contextmanager
 def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int]]:
-    """Make the folder, or go on with it, and yield the numbers of the single images that are there.
+    """Make the folder, or go on with it, and yield the numbers of the single images in it.
 
-    With `individual` it is held for this process, the main one of several, and the manifest written: `facts`.
-    Raises UserError as `check_manifest`, or when another process makes images in it.
+    With `individual` this process, the main one of several, holds the folder and writes the
+    manifest: `facts`. Raises UserError as `check_manifest`, or when another process makes images
+    in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp")
-        if individual
-        else nullcontext()
-    ):
+    # Only single images are gone on with, so only for them is the folder locked.
+    holding = nullcontext()
+    if individual:
+        holding = locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp")
+    with holding:
         check_manifest(folder, facts)
         if individual:
             write_text(folder / MANIFEST, json.dumps(facts, indent=2))
@@ -79,40 +99,53 @@ def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int
 
 
 def figures_of(args: argparse.Namespace, times: Sequence[int]) -> dict[str, dict[str, Frame]]:
-    """The figures of the denoising that the flags ask for: by their files' names, the frame under each title."""
-    # The paper's t, which is 0 for an image
-    calls, title = len(times) - 1, lambda t: f"t = {t + 1}"
-    states = lambda count: {title(times[k]): ("x", k) for k in frame_steps(calls, count)}
+    """Return the figures of the denoising that the flags ask for, by the names of their files.
+
+    A figure has the frame under each title. The times are those that the sampler visits; titles
+    have the paper's t, which is 0 for an image.
+    """
+    calls = len(times) - 1
     figures = {}
     if args.gif:
-        figures["denoising.gif"] = states(GIF_FRAMES)
+        figures["denoising.gif"] = states(times, GIF_FRAMES)
     if args.strip:
-        figures["strip.png"] = states(STRIP_COLUMNS)
+        figures["strip.png"] = states(times, STRIP_COLUMNS)
     if args.progressive:
-        # Evenly spaced, without the last, whose x_0 is the image
+        # The calls are evenly spaced. The last is left out, as its x_0 is the image.
         columns = min(STRIP_COLUMNS - 1, max(calls - 1, 1))
-        predicted = [1 + round(i * (calls - 1) / columns) for i in range(columns)]
-        figures["progressive.png"] = {title(times[k - 1]): ("x_0", k) for k in predicted} | {
-            "image": ("x", calls)
-        }
+        predicted = [round(i * (calls - 1) / columns) for i in range(columns)]
+        figure = {f"t = {times[k] + 1}": ("x_0", k + 1) for k in predicted}
+        figures["progressive.png"] = {**figure, "image": ("x", calls)}
     return figures
+
+
+def states(times: Sequence[int], count: int) -> dict[str, Frame]:
+    """Return about `count` states on the way from noise to image, the frame under each title."""
+    steps = frame_steps(len(times) - 1, count)
+    return {f"t = {times[k] + 1}": ("x", k) for k in steps}
 
 
 def save_pictures(
     n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path
 ) -> None:
-    """Write the grid of the first images and the figures of their denoising; without `samples` the images are files."""
+    """Write the grid of the first of `n` images and the figures of their denoising.
+
+    Without `samples` the images are read from their files.
+    """
     seen = min(n, MOST_IN_GRID)
     if samples:
         images = to_uint8(samples.images[:seen]).numpy()
     else:
-        images = np.stack([np.asarray(Image.open(image_path(folder, i))) for i in range(seen)])
+        paths = [image_path(folder, i) for i in range(seen)]
+        images = np.stack([np.asarray(Image.open(path)) for path in paths])
     save_grid(images, folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
+
     for name, frame_of in figures.items():
         frames = [samples.frames[frame][:seen] for frame in frame_of.values()]
         if name.endswith(".gif"):
             save_gif(frames, folder / name)
         else:
-            save_strip([frame[:STRIP_ROWS] for frame in frames], list(frame_of), folder / name)
+            rows = [frame[:STRIP_ROWS] for frame in frames]
+            save_strip(rows, list(frame_of), folder / name)
         print(f"wrote {folder / name}")

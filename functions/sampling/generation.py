@@ -1,13 +1,15 @@
 """From a trained model to images in memory: for the scripts and for training's grids.
 
-The reverse loops of functions/samplers.py are called here, for as many images at a time as fit in memory.
+The reverse loops of functions/samplers.py are called here, for as many images at a time as fit in
+memory.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -30,37 +32,43 @@ from functions.support.random_numbers import ImageNoise
 from functions.support.run_folder import find_checkpoints, first_sound, newest_checkpoints
 
 Result = TypeVar("Result")
-# ("x", k): the state after k network calls, 0 the noise; ("x_0", k): the x_0 that the k-th call predicts
+# ("x", k) is the state after k network calls, and ("x", 0) the noise. ("x_0", k) is the x_0 that
+# the k-th call predicts.
 Frame = tuple[str, int]
 
 
 @dataclass
 class Samples:
-    """Images and, of the way to them, the frames that were asked for."""
+    """Images, and the frames of the way to them that were asked for."""
 
-    images: Tensor  # (N, C, H, W) in [-1, 1], on the CPU
-    frames: dict[Frame, np.ndarray]  # uint8 (N, H, W, C) each
+    # (N, C, H, W) in [-1, 1], on the CPU
+    images: Tensor
+    # uint8 (N, H, W, C) each
+    frames: dict[Frame, np.ndarray]
 
     @staticmethod
     def joined(batches: Sequence["Samples"]) -> "Samples":
-        """One after the other."""
-        frames = {
-            frame: np.concatenate([batch.frames[frame] for batch in batches])
-            for frame in batches[0].frames
-        }
-        return Samples(torch.cat([batch.images for batch in batches]), frames)
+        """Put the samples of several batches together, in their order."""
+        images = torch.cat([batch.images for batch in batches])
+        frames = {}
+        for frame in batches[0].frames:
+            frames[frame] = np.concatenate([batch.frames[frame] for batch in batches])
+        return Samples(images, frames)
 
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """All that decides what image i is. `UserError` when the options ask for more steps than the model has."""
+    """All that decides what image i is.
+
+    Raises UserError when the options ask for more steps than the model has.
+    """
 
     denoiser: Denoiser
     options: SamplerOptions
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
-    # Sees every step, and decides nothing
+    # It sees every step and decides nothing, so samplers that differ in it alone are equal.
     watch: OnStep | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,23 +79,31 @@ class ImageSampler:
         return self.denoiser.scheduler
 
     def quick(self, seed: int) -> "ImageSampler":
-        """With 20 steps of dpm++, whose fresh noise keeps samples sound."""
-        options = SamplerOptions(
-            "dpm++", min(20, self.scheduler.timesteps), clip_x_0=self.options.clip_x_0
-        )
+        """Return this sampler with another seed and 20 steps of dpm++.
+
+        The fresh noise of dpm++ keeps samples sound in so few steps.
+        """
+        steps = min(20, self.scheduler.timesteps)
+        options = SamplerOptions("dpm++", steps, clip_x_0=self.options.clip_x_0)
         return replace(self, options=options, seed=seed)
 
     def noise(self, images: Sequence[int], purpose: str = "image") -> ImageNoise:
-        """The noise that these images are sampled from, x_T first, then each step's; or that for another purpose."""
+        """Return the noise that these images are sampled from: x_T first, then that of each step.
+
+        Another purpose has other noise.
+        """
         return ImageNoise(self.seed, images, self.shape, self.device, purpose)
 
     def decode(
         self, x_t: Tensor, t: int, noise: Callable[[], Tensor], on_step: OnStep | None = None
     ) -> Tensor:
-        """States (B, C, H, W) at timestep t -> images, in the sampler's steps from there on; at -1 they are images."""
-        return (
-            self.run(x_t, self.options.times(self.scheduler, t), noise, on_step) if t >= 0 else x_t
-        )
+        """Take states (B, C, H, W) at timestep t to images, in the sampler's steps from there on.
+
+        States at t = -1 are images already.
+        """
+        if t < 0:
+            return x_t
+        return self.run(x_t, self.options.times(self.scheduler, t), noise, on_step)
 
     def run(
         self,
@@ -96,24 +112,31 @@ class ImageSampler:
         noise: Callable[[], Tensor],
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """States (B, C, H, W) at the first of falling timesteps -> states at the last."""
-        sampler, own = (
-            SAMPLERS[self.options.sampler],
-            {**self.options.own, "clip_x_0": self.options.clip_x_0},
-        )
-        step_noise = lambda k: noise()
+        """Take states (B, C, H, W) at the first of falling timesteps to the last of them.
 
-        def each(*step: object) -> None:
-            for see in filter(None, (on_step, self.watch)):
-                see(*step)
+        `noise()` draws (B, C, H, W) of standard normal noise, for each step that adds some.
+        """
 
-        return sampler(
-            self.denoiser, self.scheduler, x, times, **own, step_noise=step_noise, on_step=each
+        def observe(*step: object) -> None:
+            for observer in (on_step, self.watch):
+                if observer:
+                    observer(*step)
+
+        return SAMPLERS[self.options.sampler](
+            self.denoiser,
+            self.scheduler,
+            x,
+            times,
+            **self.options.own,
+            clip_x_0=self.options.clip_x_0,
+            step_noise=lambda k: noise(),
+            on_step=observe,
         )
 
     def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
         """Sample these images, all at once; the bar counts one step for each image."""
-        noise, kept = self.noise(images), {}
+        noise = self.noise(images)
+        kept = {}
 
         def keep(frame: Frame, x: Tensor) -> None:
             if frame in frames:
@@ -133,21 +156,38 @@ class ImageSampler:
 def open_sampler(
     args: argparse.Namespace, processes: Processes, build_model: Callable, experiments: str = ""
 ) -> tuple[SavedModel, ImageSampler]:
-    """Return the newest sound checkpoint that the flags of `add_sampling_flags` mean, and its sampler, uncalibrated."""
-    device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
+    """Return the checkpoint that the flags of `add_sampling_flags` mean, and its sampler.
+
+    That is the newest sound one of the run; without a run, of the newest run whose name begins
+    with `experiments`. The sampler is not calibrated. Raises UserError for flags that cannot be.
+    """
+    # Several processes have a GPU each.
+    index = processes.local_rank if processes.count > 1 else None
+    device = choose_device(args.device, index)
     precision = choose_precision(args.precision, device)
-    SamplerOptions.from_args(args)  # so that what cannot be is refused before anything is read
-    read = cache(load_model)  # so that rank 0, which reads it to find it, does not do so twice
-    find = lambda: (
-        find_checkpoints(args.checkpoint)
-        if args.checkpoint
-        else newest_checkpoints(args.runs, experiments)
-    )
-    saved = read(processes.from_main(lambda: first_sound(find(), read).path))
+    # Options that fit no model are refused here, before anything is read.
+    SamplerOptions.from_args(args)
+
+    saved = load_newest(args, processes, experiments)
     processes.say(f"{saved.path}: {saved}")
     denoiser = rebuild(build_model, saved, device, precision)
     options = SamplerOptions.from_args(args, saved.config["diffusion"])
     return saved, ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
+
+
+def load_newest(args: argparse.Namespace, processes: Processes, experiments: str) -> SavedModel:
+    """Load the newest sound checkpoint that the flags mean, the same in all processes."""
+    # Rank 0 reads checkpoints to find a sound one. The cache saves it a second reading.
+    read = cache(load_model)
+
+    def find() -> Path:
+        if args.checkpoint:
+            candidates = find_checkpoints(args.checkpoint)
+        else:
+            candidates = newest_checkpoints(args.runs, experiments)
+        return first_sound(candidates, read).path
+
+    return read(processes.from_main(find))
 
 
 def rebuild(
@@ -156,25 +196,31 @@ def rebuild(
     device: torch.device,
     precision: torch.dtype = torch.float32,
 ) -> Denoiser:
-    """Rebuild network and schedule from what a checkpoint says alone; its config's `model` fields go to `build_model`.
+    """Rebuild network and schedule from a checkpoint alone; for use without gradients.
 
-    Raises CheckpointError when its config and its weights do not fit each other.
+    The `model` fields of its config go to `build_model`. Raises CheckpointError when its config
+    describes no model, or its weights do not fit the config.
     """
     try:
-        diffusion, fields = saved.config["diffusion"], saved.config["model"]
-        # Far above any model's; beyond, building the tables or the levels would take all memory or all day
+        diffusion = saved.config["diffusion"]
+        fields = saved.config["model"]
+        # These are far above any model's. Beyond them, building the tables or the levels would
+        # take all memory or all day.
         largest = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "levels": 15}
-        found = {**diffusion, **fields, "levels": len(fields["dim_multiply"])}
+        sizes = {**diffusion, **fields, "levels": len(fields["dim_multiply"])}
         for name, most in largest.items():
-            if found[name] > most:
+            if sizes[name] > most:
                 raise ValueError(f"{name} is above {most:,}")
-        schedule = [
-            diffusion[name]
-            for name in ("timesteps_diff", "beta_start", "beta_end", "rescale_betas")
-        ]
-        # Older ones do not say
-        scheduler = NoiseScheduler(*schedule, diffusion.get("beta_schedule", "linear"))
-        # Shapes only: nothing is initialised that is overwritten at once
+        scheduler = NoiseScheduler(
+            diffusion["timesteps_diff"],
+            diffusion["beta_start"],
+            diffusion["beta_end"],
+            diffusion["rescale_betas"],
+            # Older checkpoints do not name it.
+            diffusion.get("beta_schedule", "linear"),
+        )
+        # On the meta device the network has shapes alone, so no time goes into initial weights
+        # that are overwritten at once.
         with torch.device("meta"):
             model = build_model(**fields)
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
@@ -193,8 +239,10 @@ def rebuild(
         raise CheckpointError(
             f"{saved.path}: its config describes no model of this version: {what}"
         ) from error
+
     load_into(model, saved)
-    # Without gradients in float32 this was the faster layout on 2 CPU cores too: 3.5 against 4.7 ms a face
+    # Without gradients this layout is faster on 2 CPU cores too: in float32 a face took 3.5 ms,
+    # against 4.7 ms.
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return denoiser
 
@@ -205,15 +253,17 @@ def generate(
     batch_size: int,
     frames: Collection[Frame] = (),
 ) -> Samples:
-    """Sample images by their numbers i, at most `batch_size` at a time; image i depends on (seed, i) alone."""
+    """Sample images by their numbers i, at most `batch_size` at a time.
+
+    Image i depends on (seed, i) alone.
+    """
+    batches = batches_of(images, batch_size)
     with image_sampler.denoiser.evaluating():
-        return Samples.joined(
-            [*generate_batches(image_sampler, batches_of(images, batch_size), frames)]
-        )
+        return Samples.joined(list(generate_batches(image_sampler, batches, frames)))
 
 
 def batches_of(images: Sequence[int], batch_size: int) -> list[Sequence[int]]:
-    """Cut into batches; the last may be smaller."""
+    """Cut the images into batches; the last may be smaller."""
     return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
 
 
@@ -223,91 +273,113 @@ def generate_batches(
     frames: Collection[Frame] = (),
     progress: bool = False,
 ) -> Iterator[Samples]:
-    """Yield for each batch of image numbers its `Samples`, made when they are asked for.
+    """Yield the `Samples` of each batch of image numbers, made when they are asked for.
 
-    What does not fit in memory is sampled by halves: that batch and those after it.
+    A batch that does not fit in memory is sampled by halves, and so are those after it.
     """
+    denoiser = image_sampler.denoiser
     if image_sampler.device.type == "cuda":
-        denoiser = image_sampler.denoiser
-        image_sampler = replace(
-            image_sampler, denoiser=replace(denoiser, network=Replayed(denoiser.network))
-        )
-    limit, steps = (
-        BatchLimit(image_sampler.device),
-        len(image_sampler.options.times(image_sampler.scheduler)) - 1,
-    )
-    total = steps * sum(map(len, batches))
+        denoiser = replace(denoiser, network=Replayed(denoiser.network))
+        image_sampler = replace(image_sampler, denoiser=denoiser)
+    limit = BatchLimit(image_sampler.device)
+    calls = len(image_sampler.options.times(denoiser.scheduler)) - 1
+    total = calls * sum(map(len, batches))
     with tqdm(
         desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress
     ) as bar:
+        sample = partial(image_sampler.sample, frames=frames, bar=bar)
         for batch in batches:
-            yield Samples.joined(
-                limit.in_parts(lambda some: image_sampler.sample(some, frames, bar), batch)
-            )
+            yield Samples.joined(limit.in_parts(sample, batch))
 
 
 class Replayed:
-    """A network on CUDA, recorded as a CUDA graph for the host to launch as one, not as a thousand kernels.
+    """A network on CUDA, recorded as a CUDA graph.
 
-    It is recorded for each size of a batch anew: filled up, a smaller one would have other bits than one of its own.
+    The host launches one graph, not a thousand kernels. The graph is recorded anew for each size
+    of a batch. Filled up to the recorded size, a smaller batch would have other bits than on its
+    own.
     """
 
     def __init__(self, network: nn.Module):
-        self.network, self.graph, self.inputs, self.output = network, None, (), None
+        self.network = network
+        self.graph = self.output = None
+        self.inputs = ()
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """As the network, without gradients; the result is the caller's, as a replay overwrites the graph's."""
+        """Return what the network does, without gradients; the result is the caller's to keep."""
         if not self.inputs or len(self.inputs[0]) != len(x_t):
-            self.graph, self.inputs, self.output = None, (), None  # their memory first
-            # Here cuDNN tries its kernels, which it cannot while it is recorded
-            self.network(x_t, t)
-            inputs, graph = (x_t.clone(), t.clone()), torch.cuda.CUDAGraph()
-            # Other threads may go on
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.output = self.network(*inputs)
-            self.graph, self.inputs = graph, inputs
-        for own, new in zip(self.inputs, (x_t, t), strict=True):
-            own.copy_(new)
+            self.record(x_t, t)
+        for recorded, new in zip(self.inputs, (x_t, t), strict=True):
+            recorded.copy_(new)
         self.graph.replay()
+        # The next replay overwrites the graph's own output.
         return self.output.clone()
+
+    def record(self, x_t: Tensor, t: Tensor) -> None:
+        """Record the network for batches of this size."""
+        # The memory of the graph before is freed first.
+        self.graph = self.output = None
+        self.inputs = ()
+        # cuDNN tries its kernels in this call; it cannot while a graph is recorded.
+        self.network(x_t, t)
+        inputs = (x_t.clone(), t.clone())
+        graph = torch.cuda.CUDAGraph()
+        # In this mode other threads may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.output = self.network(*inputs)
+        # These are set only when the recording has not failed.
+        self.graph = graph
+        self.inputs = inputs
 
 
 class BatchLimit:
-    """How many images fit in memory, at first `most`: work on more is halved, and so is all that follows."""
+    """The number of images that fit in memory, at first `most`.
+
+    When memory runs out, work is halved, and so is all work that follows.
+    """
 
     def __init__(self, device: torch.device, most: int = sys.maxsize):
-        self.device, self.most = device, most
+        self.device = device
+        self.most = most
 
     def in_parts(
         self, work: Callable[[Sequence[int]], Result], images: Sequence[int]
     ) -> list[Result]:
-        """What `work` returns for each part of the images, at most `most`; UserError if there is no memory for one."""
-        results, done = [], 0
+        """Return what `work` returns for each part of the images, of at most `most`.
+
+        Raises UserError when there is no memory for a single image.
+        """
+        results = []
+        done = 0
         while done < len(images):
-            some = images[done : done + self.most]
+            part = images[done : done + self.most]
             try:
-                results.append(work(some))
-                done += len(some)
+                results.append(work(part))
+                done += len(part)
                 continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(some) == 1:
-                    message = (
+                if len(part) == 1:
+                    raise UserError(
                         f"no memory for a single image at a time on {self.device}: {short(error)}"
-                    )
-                    raise UserError(message) from error
-            # Here, where the error no longer holds on to what did not fit
+                    ) from error
+            # The memory is freed here, outside of `except`: there the error still holds on to
+            # what did not fit.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.most = len(some) // 2
+            self.most = len(part) // 2
             tqdm.write(
-                f"out of memory with {len(some)} images at a time: going on with {self.most}",
+                f"out of memory with {len(part)} images at a time: going on with {self.most}",
                 file=sys.stderr,
             )
         return results
 
 
 def frame_steps(steps: int, count: int) -> list[int]:
-    """`count` numbers of steps from 0 to `steps`, denser at the end, where the image takes shape."""
-    return sorted({round((1 - (1 - i / (count - 1)) ** 1.5) * steps) for i in range(count)})
+    """Return `count` rising numbers of steps from 0 to `steps`, fewer where two would be the same.
+
+    They are denser at the end, where the image takes shape.
+    """
+    shares = [1 - (1 - i / (count - 1)) ** 1.5 for i in range(count)]
+    return sorted({round(share * steps) for share in shares})

@@ -1,10 +1,12 @@
-"""Inpainting: a part of an image made anew, to fit the rest (RePaint: Lugmayr et al. 2022, arXiv:2201.09865).
+"""Inpainting: a part of an image made anew, to fit the rest (RePaint).
 
-At each step the kept pixels are noised to the level that the others have by then, and put beside them. A single pass
-leaves seams, since the new part was made before that noise was known. So a step is done several times: it is taken back
-by noising, and done again from a state in which the new part has heard of the kept one.
+At each step the kept pixels are noised to the level that the others have by then, and put beside
+them. A single pass leaves seams, since the new part was made before that noise was known. So a
+step is repeated: it is taken back by noising, and done again from a state in which the new part
+has heard of the kept one.
 
-Of RePaint's jumps, over 10 steps of 250 in the paper, only those of length 1 are here, which go with few steps.
+RePaint is Lugmayr et al. 2022, arXiv:2201.09865. Of its jumps, over 10 steps of 250 in the paper,
+only those of length 1 are here: they go with few steps.
 """
 
 from collections.abc import Sequence
@@ -21,36 +23,43 @@ from functions.sampling.interpolation import x_0_of
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 
-GREY = 128  # what the picture shows where the image is not kept
+# The picture of what is kept is grey where the image is made anew.
+GREY = 128
 
 
 def inpaint(
     image_sampler: ImageSampler, x_0: Tensor, anew: Tensor, resample: int, images: Sequence[int]
 ) -> Tensor:
-    """RePaint's Algorithm 1, with jumps of length 1; a step is done `resample` times, the last, to x_0, once.
+    """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
-    x_0 is (C, H, W) in [-1, 1], on the sampler's device; `anew` is (H, W) bool, and all other pixels come back as they
-    are. `images` are the numbers of the answers (B, C, H, W); each depends on the seed and its number alone. Raises
-    UserError as `check_sampler`.
+    x_0 is (C, H, W) in [-1, 1], on the sampler's device; `anew` is (H, W) bool, and all other
+    pixels come back as they are. `images` are the numbers of the answers (B, C, H, W); each
+    depends on the seed and its number alone. Raises UserError as `check_sampler`.
     """
     check_sampler(image_sampler.options)
-    scheduler, times = image_sampler.scheduler, image_sampler.options.times(image_sampler.scheduler)
+    scheduler = image_sampler.scheduler
+    # A step leads from timestep t to s.
+    steps = list(pairwise(image_sampler.options.times(scheduler)))
     noise = image_sampler.noise(images, "inpainting")
     x = noise.draw()
-    for t, s in tqdm([*pairwise(times)], "inpainting", unit="step"):
+    for t, s in tqdm(steps, "inpainting", unit="step"):
+        # The last step, to x_0, is done once: without noise there is nothing to take it back to.
         repeats = resample if s >= 0 else 1
         for repeat in range(1, repeats + 1):
-            made = image_sampler.run(x, [t, s], noise.draw)
-            kept = scheduler.q_sample(x_0.expand_as(x), s, noise.draw()) if s >= 0 else x_0
-            x = torch.where(anew, made, kept)
-            if repeat < repeats:  # back from s to t: q(x_t | x_s)
+            new = image_sampler.run(x, [t, s], noise.draw)
+            kept = x_0
+            if s >= 0:
+                kept = scheduler.q_sample(x_0.expand_as(x), s, noise.draw())
+            x = torch.where(anew, new, kept)
+            # All repeats but the last are taken back from s to t, by q(x_t | x_s).
+            if repeat < repeats:
                 beta = scheduler.step_beta(t, s)
                 x = (1 - beta) ** 0.5 * x + beta**0.5 * noise.draw()
     return x
 
 
 def check_sampler(options: SamplerOptions) -> None:
-    """Raise UserError for a sampler without fresh noise, or one that looks back on steps that were taken back."""
+    """Raise UserError for a sampler without fresh noise, or one that looks back on its steps."""
     if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
         why = "others add too little noise, or lose their history when a step is taken back"
         raise UserError(f"--inpaint wants --sampler ddpm, or ddim --eta 1: {why}")
@@ -64,14 +73,24 @@ def inpaint_image(
     count: int,
     limit: int,
 ) -> np.ndarray:
-    """An image, uint8 (H, W, 3), what is kept of it, and its answers, made `limit` at a time: (2 + count, H, W, 3)."""
-    device, x_0 = image_sampler.device, x_0_of(image_sampler, image)
+    """Inpaint an image uint8 (H, W, 3) `count` times, at most `limit` answers at a time.
+
+    Returns the image, what is kept of it, and the answers: (2 + count, H, W, 3).
+    """
+    device = image_sampler.device
+    x_0 = x_0_of(image_sampler, image)
     mask = torch.from_numpy(anew).to(device)
-    calls = resample * (len(image_sampler.options.times(image_sampler.scheduler)) - 2) + 1
+    # Each step but the last is repeated, and there are len(times) - 1 steps.
+    times = image_sampler.options.times(image_sampler.scheduler)
+    calls = resample * (len(times) - 2) + 1
     print(
-        f"inpainting {count} times, {calls:,} network calls each: {image_sampler.options}, a step {resample} times"
+        f"inpainting {count} times, {calls:,} network calls each: {image_sampler.options}, "
+        f"a step {resample} times"
     )
-    work = lambda some: to_uint8(inpaint(image_sampler, x_0, mask, resample, some)).cpu()
-    answers = torch.cat(BatchLimit(device, limit).in_parts(work, range(count))).numpy()
+
+    def work(numbers: range) -> Tensor:
+        return to_uint8(inpaint(image_sampler, x_0, mask, resample, numbers)).cpu()
+
+    answers = BatchLimit(device, limit).in_parts(work, range(count))
     kept = np.where(anew[..., None], np.uint8(GREY), image)
-    return np.concatenate([[image, kept], answers])
+    return np.concatenate([[image, kept], torch.cat(answers).numpy()])
