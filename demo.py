@@ -1,7 +1,8 @@
-"""A page to play with a trained model: `python demo.py` serves it to this machine alone, and prints its address.
+"""A page to play with a trained model: `python demo.py` serves it and prints its address.
 
-Its three tabs draw images, mix two, and make a part of one anew, with the functions of sample.py and so with its very
-images. Every click takes the newest checkpoint, so that a run may be training meanwhile, and waits for those before it.
+It serves this machine alone. Its three tabs draw images, mix two, and make a part of one anew, with
+the functions of sample.py and so with its very images. Every click takes the newest checkpoint, so
+that a run may be training meanwhile, and waits for the clicks before it.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -22,7 +24,7 @@ from PIL import Image
 
 from data.decode import decode_rgb, fit_mask, fit_square
 from data.pixels import to_uint8
-from functions.sampling.generation import generate_batches, open_sampler
+from functions.sampling.generation import generate, open_sampler
 from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import mixtures, x_0_of
 from functions.sampling.options import SAMPLERS, add_model_flags
@@ -38,14 +40,20 @@ except ImportError:
     print("error: the page wants Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
-FRAMES = 25  # at most, of images that form
-SIDE = 512  # of pictures in the page, in pixels
-# Below its label
+# At most so many pictures show how images form.
+FRAMES = 25
+# Pictures in the page are so many pixels wide and high.
+SIDE = 512
+# A picture starts below its label, which would cover its upper edge.
 STYLE = ".image-frame img { width: 100%; height: 100%; object-fit: contain; padding-top: 30px }"
-# Of the machine, not of the web
+# The fonts are the machine's own, so that the page asks nothing of the web.
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-WORKER = ThreadPoolExecutor(1)  # in which all models run
-# Clicks wait for each other, in their order
+# All models run in this one thread.
+WORKER = ThreadPoolExecutor(1)
+# Fields for integers, and sliders for integers from 1 on.
+number = partial(gr.Number, precision=0)
+slider = partial(gr.Slider, 1, step=1, precision=0)
+# Clicks wait for each other, in their order.
 QUEUED = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 
@@ -57,16 +65,19 @@ def main() -> None:
     try:
         demo.open()
     except CheckpointError as error:
-        print(error)  # a model may come later
+        # The page opens all the same, as a model may come later.
+        print(error)
+
     with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        page.load(
-            in_worker(lambda check: str(demo.open()[0].path)),
-            outputs=gr.Textbox(label="The model"),
-            **QUEUED,
-        )
+        model = gr.Textbox(label="The model")
+        # This runs when somebody opens the page, and names the newest checkpoint.
+        page.load(in_worker(lambda check: str(demo.open()[0].path)), outputs=model, **QUEUED)
+
         drawing, drawn = draw_tab(demo)
         stoppable = [drawing, mix_tab(demo), paint_tab(demo, drawn)]
+        # A click on Stop runs no function, and ends what the buttons of the tabs have started.
         gr.Button("Stop").click(None, cancels=stoppable)
+
     page.queue(max_size=16).launch(
         server_name="127.0.0.1",
         share=False,
@@ -86,148 +97,179 @@ def main() -> None:
         Event().wait()
     finally:
         page.close(verbose=False)
-        os._exit(130)  # and no waiting for the worker
+        # A plain exit would wait for the worker.
+        os._exit(130)
 
 
 def in_worker(work: Callable) -> Callable:
-    """Have the worker do `work(check, *inputs)` for Gradio, which ends this on Stop, or when nobody looks any more.
+    """Return a callback for Gradio that has the worker do `work(check, *inputs)`.
 
-    Samplers call `check` in every step: it then ends the work, and takes news for the page. Errors are sentences there.
+    Samplers call `check` in every step. It takes news for the page, and it ends the work when
+    Gradio ends the callback: on Stop, or when nobody looks any more. Errors that a user can mend
+    are sentences in the page.
     """
 
-    def steps(*inputs: object) -> Iterator[object]:
-        latest, left = deque(maxlen=1), Event()
+    def callback(*inputs: object) -> Iterator[object]:
+        latest = deque(maxlen=1)
+        left = Event()
 
         def check(*step: object, news: object = None) -> None:
             if left.is_set():
                 raise InterruptedError
-            latest.extend([news] if news else [])
+            if news:
+                latest.append(news)
 
         def job() -> object:
             try:
                 return work(check, *inputs)
-            except Exception as error:  # which is not passed on, as it holds on to the model
-                if text := plain_sentence(error):
-                    return gr.Error(html.escape(text), print_exception=False)
-                raise
+            except Exception as error:
+                text = plain_sentence(error)
+                if not text:
+                    raise
+                # The error itself is not passed on, as it holds on to the model.
+                return gr.Error(html.escape(text), print_exception=False)
 
+        # While the worker is busy, Gradio gets the latest news five times a second.
         done = WORKER.submit(job)
         try:
             while not wait([done], timeout=0.2).done:
                 yield latest.pop() if latest else gr.skip()
         finally:
+            # Gradio closes this generator on Stop, and then the next `check` ends the job.
             left.set()
-        if isinstance(done.result(), gr.Error):
-            raise done.result()
-        yield done.result()
+        result = done.result()
+        if isinstance(result, gr.Error):
+            raise result
+        yield result
 
-    return steps
+    return callback
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What happens behind the page."""
+    """What happens behind the page.
+
+    `draw`, `mix`, `paint` and `read` run in the worker. It hands them `check` and then the values
+    of the controls, and they return what the page shows.
+    """
 
     args: argparse.Namespace  # which model, on what
 
     def open(
         self, watch: object = None, seed: int = 0, sampler: str = "ddpm", steps: int | None = None
     ) -> tuple:
-        """The newest checkpoint, and its watched `ImageSampler` as sample.py has it with these flags."""
-        given = {"seed": seed or 0, "sampler": sampler, "steps": steps, "precision": "float32"}
-        saved, image_sampler = open_sampler(
-            argparse.Namespace(**vars(self.args), **given), SINGLE_PROCESS, UNet
+        """Return the newest checkpoint and its `ImageSampler`, which calls `watch` in every step.
+
+        With the same flags sample.py has the same sampler.
+        """
+        # An empty field gives None, which means 0 for the seed and all timesteps for the steps.
+        args = argparse.Namespace(
+            **vars(self.args), seed=seed or 0, sampler=sampler, steps=steps, precision="float32"
         )
+        saved, image_sampler = open_sampler(args, SINGLE_PROCESS, UNet)
         return saved, replace(image_sampler, watch=watch)
 
     def draw(self, check: Callable, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
-        """Sample images 0 .. n-1, and show every few steps what the model takes them for."""
-        drawn = []  # titles, and uint8 (N, H, W, 3): x_0 on the way, and at last the images
+        """Sample images 0 .. n-1, and show every few steps what the model takes them for.
 
+        It runs on a click on "Draw the images", and returns what `shown` does.
+        """
+        # Titles, and uint8 images (N, H, W, 3): x_0 on the way, and at last the samples.
+        drawn = []
+
+        # The sampler calls this in every step; `calls` is known by then.
         def watch(k: int, t: int, x: torch.Tensor, x_0: torch.Tensor) -> None:
             check()
             if k % math.ceil(calls / FRAMES) == 0:
-                title = f"x_0 as the model sees it after {k + 1} of {calls} network calls, at t = {t + 1}"
+                title = (
+                    f"x_0 as the model sees it after {k + 1} of {calls} network calls, "
+                    f"at t = {t + 1}"
+                )
                 drawn.append((title, to_uint8(x_0).cpu().numpy()))
                 check(news=shown(drawn))
 
         saved, image_sampler = self.open(watch, seed, sampler, steps)
         calls = len(image_sampler.options.times(image_sampler.scheduler)) - 1
-        [samples] = generate_batches(image_sampler, [range(n)])
-        title = (
-            f"sample.py {saved.path} --seed {seed or 0} --n {n} --sampler {sampler} --steps {calls}"
-        )
-        drawn.append((title, to_uint8(samples.images).numpy()))
+        samples = generate(image_sampler, range(n), n)
+
+        # The last title is the command that draws the same images.
+        flags = f"--seed {seed or 0} --n {n} --sampler {sampler} --steps {calls}"
+        drawn.append((f"sample.py {saved.path} {flags}", to_uint8(samples.images).numpy()))
         return shown(drawn)
 
     def mix(
         self, check: Callable, depth: float, share: float, *inputs: object
     ) -> list[Image.Image]:
-        """The first image, the mixture and the second: of either the upload, or None, and the number."""
-        first, i, second, j, *flags = inputs
+        """Return the first image, the mixture and the second.
+
+        It runs on a click on "Mix the two images". `inputs` are the upload, or None, and the number
+        of either image, and then the flags of `open`.
+        """
+        first, first_number, second, second_number, *flags = inputs
         _, image_sampler = self.open(check, *flags)
-        fitted = lambda rgb: fit_square(rgb, image_sampler.shape[-1])
-        sources = [(n or 0) if rgb is None else fitted(rgb) for rgb, n in ((first, i), (second, j))]
+
+        # A source is an upload, fitted to the model, or else the number of an image of the seed.
+        sources = []
+        for rgb, i in ((first, first_number), (second, second_number)):
+            source = i or 0
+            if rgb is not None:
+                source = fit_square(rgb, image_sampler.shape[-1])
+            sources.append(source)
+
+        # Both images are noised to timestep t. At depth 0 it is -1, and they stay as they are.
         ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
         t = round(depth * image_sampler.scheduler.timesteps) - 1
-        mixture = mixtures(
-            image_sampler, sources, ends, t, torch.tensor([share], device=ends.device)
-        )
-        return [
-            *map(Image.fromarray, to_uint8(torch.cat([ends[:1], mixture, ends[1:]])).cpu().numpy())
-        ]
+        weights = torch.tensor([share], device=ends.device)
+        mixture = mixtures(image_sampler, sources, ends, t, weights)
+        images = to_uint8(torch.cat([ends[:1], mixture, ends[1:]])).cpu().numpy()
+        return [Image.fromarray(image) for image in images]
 
     def paint(
         self, check: Callable, rgb: np.ndarray, edit: dict, repeats: int, n: int, *flags: object
     ) -> Image.Image:
-        """A grid of the image, what is kept of it, and answers 0 .. n-1; the flags are those of `open`."""
+        """Return a grid of the image, what is kept of it, and answers 0 .. n-1.
+
+        It runs on a click on "Make what is painted over anew". The flags are those of `open`.
+        """
         _, image_sampler = self.open(check, *flags)
-        size, painted = image_sampler.shape[-1], [layer[..., 3] > 127 for layer in edit["layers"]]
-        anew = fit_mask(np.any(painted, axis=0), size) if painted else np.array(False)
-        if rgb is None or anew.all() or not anew.any():
+        size = image_sampler.shape[-1]
+
+        # The editor's layers are RGBA; what is painted over is opaque.
+        painted = [layer[..., 3] > 127 for layer in edit["layers"]]
+        mask = fit_mask(np.any(painted, axis=0), size) if painted else np.array(False)
+        if rgb is None or mask.all() or not mask.any():
             raise UserError(
                 "take an image, and paint over a part of it: neither all of it nor nothing"
             )
-        return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), anew, repeats, n, n))
+        return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), mask, repeats, n, n))
 
     def read(self, check: Callable, path: str) -> tuple[np.ndarray, Image.Image]:
-        """An image file for the model, uint8 (S, S, 3), and how it is shown."""
-        image = fit_square(decode_rgb(Path(path).read_bytes()), self.open()[0].image_shape[-1])
+        """Return an image file for the model, uint8 (S, S, 3), and how the page shows it.
+
+        It runs when a file is uploaded.
+        """
+        rgb = decode_rgb(Path(path).read_bytes())
+        saved, _ = self.open()
+        image = fit_square(rgb, saved.image_shape[-1])
         return image, enlarged(image)
 
 
-def take_drawn(number: int | None, drawn: list) -> tuple[np.ndarray, Image.Image]:
-    """An image of those that were drawn last, and how it is shown."""
-    there = drawn[-1][1] if drawn else []
-    if (number or 0) >= len(there):
-        raise gr.Error(
-            f"There are {len(there)} images in the tab Draw; the first is number 0.",
-            print_exception=False,
-        )
-    return there[number or 0], enlarged(there[number or 0])
-
-
 def draw_tab(demo: Demo) -> tuple:
+    """Build the tab Draw. Return the event that Stop cancels, and the state with what was drawn."""
     with gr.Tab("Draw"):
         with gr.Row():
             controls = [
                 seed_control(),
-                slider(64, 16, "How many", "Images 0 and on of the seed."),
+                slider(64, 16, label="How many", info="Images 0 and on of the seed."),
                 *sampler_controls(),
             ]
         start = gr.Button("Draw the images", variant="primary")
-        picture, drawn = (
-            picture_of("The images, and meanwhile what the model takes them for"),
-            gr.State([]),
-        )
-        back = gr.Slider(
-            1,
-            label="Look back",
-            info="Goes through the steps again.",
-            step=1,
-            precision=0,
-            visible=False,
-        )
+        picture = picture_of("The images, and meanwhile what the model takes them for")
+        drawn = gr.State([])
+        back = slider(label="Look back", info="Goes through the steps again.", visible=False)
+
+    # This runs when the slider is moved, and does not wait for the worker. Of several moves in a
+    # row the last counts.
     back.input(
         look_back,
         [back, drawn],
@@ -236,10 +278,30 @@ def draw_tab(demo: Demo) -> tuple:
         show_progress="hidden",
         trigger_mode="always_last",
     )
-    return start.click(in_worker(demo.draw), controls, [picture, back, drawn], **QUEUED), drawn
+    # This runs when the button is clicked.
+    drawing = start.click(in_worker(demo.draw), controls, [picture, back, drawn], **QUEUED)
+    return drawing, drawn
+
+
+def look_back(place: int, drawn: list) -> dict:
+    """Show the images of a step again, by its place in `drawn`, from 1.
+
+    It runs when the slider "Look back" is moved.
+    """
+    # The slider goes to 2 at least, so its place can be beyond the last.
+    title, images = drawn[:place][-1]
+    return gr.update(value=grid_of(images), label=title)
+
+
+def shown(drawn: list) -> tuple:
+    """Return what the tab Draw shows: the last images, the slider at its end, and the state."""
+    last = len(drawn)
+    slider_at_last = gr.update(maximum=max(2, last), value=last, visible=True)
+    return look_back(last, drawn), slider_at_last, drawn
 
 
 def mix_tab(demo: Demo) -> gr.events.Dependency:
+    """Build the tab Mix. Return the event that Stop cancels."""
     with gr.Tab("Mix"):
         with gr.Row():
             controls = [seed_control(), *sampler_controls()]
@@ -255,87 +317,128 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
             first, first_picture = source_controls(demo, "first", 0)
             mixture = picture_of("The mixture")
             second, second_picture = source_controls(demo, "second", 1)
+
+    # This runs when the button is clicked.
     inputs = [depth, share, *first, *second, *controls]
-    return start.click(
-        in_worker(demo.mix), inputs, [first_picture, mixture, second_picture], **QUEUED
-    )
+    pictures = [first_picture, mixture, second_picture]
+    return start.click(in_worker(demo.mix), inputs, pictures, **QUEUED)
 
 
 def source_controls(demo: Demo, which: str, i: int) -> tuple[list, gr.Image]:
-    """An upload, which is forgotten where a number is chosen, and the number; and where they are shown."""
+    """Build the column of an image to mix. Return its inputs and its picture.
+
+    The inputs are the state with an upload, which is None without one, and the number.
+    """
     with gr.Column():
-        source, picture = gr.State(), picture_of(f"The {which} image")
+        source = gr.State()
+        picture = picture_of(f"The {which} image")
         chosen = number(
-            i, f"Number of the {which} image", "Takes one of the seed's; 0 is the first.", least=0
+            i,
+            label=f"Number of the {which} image",
+            info="Takes one of the seed's; 0 is the first.",
+            minimum=0,
         )
         upload = upload_control()
+
+    # This runs when a number is typed, and forgets the upload.
     chosen.input(lambda: (None, None), None, [source, picture], **QUEUED)
+    # This runs when a file is uploaded, and shows it.
     upload.upload(in_worker(demo.read), upload, [source, picture], **QUEUED)
     return [source, chosen], picture
 
 
 def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
+    """Build the tab Paint. Return the event that Stop cancels."""
     with gr.Tab("Paint"):
         with gr.Row():
-            seed, count = seed_control(), slider(8, 4, "How many", "Answers to the same question.")
-            steps = number(50, "Steps", "From noise to the image; empty for all timesteps.")
-            repeats = slider(20, 10, "Repeats", "Network calls a step: 1 leaves seams, 10 none.")
+            seed = seed_control()
+            count = slider(8, 4, label="How many", info="Answers to the same question.")
+            steps = number(
+                50, label="Steps", info="From noise to the image; empty for all timesteps."
+            )
+            repeats = slider(
+                20, 10, label="Repeats", info="Network calls a step: 1 leaves seams, 10 none."
+            )
         start = gr.Button("Make what is painted over anew", variant="primary")
         with gr.Row():
             with gr.Column():
-                image, brush = (
-                    gr.State(),
-                    gr.Brush(SIDE // 10, colors=["#ff00ff"], color_mode="fixed"),
-                )
+                image = gr.State()
                 editor = gr.ImageEditor(
                     label="Paint over what is to be made anew",
-                    brush=brush,
+                    brush=gr.Brush(SIDE // 10, colors=["#ff00ff"], color_mode="fixed"),
                     sources=(),
                     height=600,
                     transforms=(),
                     layers=False,
                     canvas_size=(SIDE, SIDE),
                 )
-                chosen = number(0, "Number of the image", "Takes one of those just drawn.", least=0)
-                take, upload = gr.Button("Take the image of this number"), upload_control()
+                chosen = number(
+                    0,
+                    label="Number of the image",
+                    info="Takes one of those just drawn.",
+                    minimum=0,
+                )
+                take = gr.Button("Take the image of this number")
+                upload = upload_control()
             picture = picture_of("The image, what is kept of it, and the answers")
+
+    # This runs when the button for an image of the tab Draw is clicked.
     take.click(take_drawn, [chosen, drawn], [image, editor], **QUEUED)
+    # This runs when a file is uploaded.
     upload.upload(in_worker(demo.read), upload, [image, editor], **QUEUED)
+
+    # This runs when the button is clicked. RePaint wants the sampler ddpm.
     inputs = [image, editor, repeats, count, seed, gr.State("ddpm"), steps]
     return start.click(in_worker(demo.paint), inputs, picture, **QUEUED)
 
 
-# What several tabs have
-enlarged = lambda image: Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-# Place: from 1
-look_back = lambda place, d: gr.update(value=grid_of(d[:place][-1][1]), label=d[:place][-1][0])
-shown = lambda d: (
-    look_back(len(d), d),
-    gr.update(maximum=max(2, len(d)), value=len(d), visible=True),
-    d,
-)
-number = lambda value, label, info, least=None: gr.Number(
-    value, label=label, info=info, precision=0, minimum=least
-)
-slider = lambda most, value, label, info: gr.Slider(
-    1, most, value, step=1, precision=0, label=label, info=info
-)
-seed_control = lambda: number(0, "Seed", "Another seed is other noise: other images.")
-sampler_controls = lambda: [
-    gr.Radio(
-        [*SAMPLERS],
-        value="dpm++",
-        label="Sampler",
-        info="ddpm, the paper's, wants many steps, the others 20.",
-    ),
-    number(20, "Steps", "Network calls for an image; empty for all timesteps."),
-]
-upload_control = lambda: gr.UploadButton(
-    "Upload an image, which is cropped square", file_types=["image"]
-)
-picture_of = lambda label: gr.Image(
-    label=label, interactive=False, format="png", height=SIDE, buttons=["download"]
-)
+def take_drawn(i: int | None, drawn: list) -> tuple[np.ndarray, Image.Image]:
+    """Return image i of those that were drawn last, and how the page shows it.
+
+    It runs on a click on "Take the image of this number".
+    """
+    images = drawn[-1][1] if drawn else []
+    # An empty field gives None, which means the first image.
+    i = i or 0
+    if i >= len(images):
+        raise gr.Error(
+            f"There are {len(images)} images in the tab Draw; the first is number 0.",
+            print_exception=False,
+        )
+    return images[i], enlarged(images[i])
+
+
+def enlarged(image: np.ndarray) -> Image.Image:
+    """Enlarge an image to the size of pictures in the page."""
+    return Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def seed_control() -> gr.Number:
+    """Build the field for the seed."""
+    return number(0, label="Seed", info="Another seed is other noise: other images.")
+
+
+def sampler_controls() -> list:
+    """Build the controls of the sampler and its steps."""
+    return [
+        gr.Radio(
+            [*SAMPLERS],
+            value="dpm++",
+            label="Sampler",
+            info="ddpm, the paper's, wants many steps, the others 20.",
+        ),
+        number(20, label="Steps", info="Network calls for an image; empty for all timesteps."),
+    ]
+
+
+def upload_control() -> gr.UploadButton:
+    """Build the button for image files."""
+    return gr.UploadButton("Upload an image, which is cropped square", file_types=["image"])
+
+
+def picture_of(label: str) -> gr.Image:
+    """Build the place of a picture, with a button for downloads."""
+    return gr.Image(label=label, interactive=False, format="png", height=SIDE, buttons=["download"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""How good a trained model is: `python evaluate.py` for bits/dim, `--metrics bpd,bands,fid,kid,prc` for all there is.
+"""How good a trained model is: `python evaluate.py` states bits/dim of the newest run.
 
-bpd is bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5). bands is what the network knows of
-x_0 at each noise level, by spatial frequency (docs/whole-before-detail.md). fid, kid and prc (precision and
-recall) compare samples with real images and need requirements-eval.txt and the weights of InceptionV3. On several GPUs:
-`torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid` (with -n, since torchrun takes --n for its own).
+`--metrics bpd,bands,fid,kid,prc` measures all there is:
+    bpd               bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5)
+    bands             what the network knows of x_0 at each noise level, by spatial frequency
+                      (docs/whole-before-detail.md)
+    fid, kid, prc     samples compared with real images; prc is precision and recall. They need
+                      requirements-eval.txt and the weights of InceptionV3.
+
+On several GPUs: `torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid`. There --n is written
+-n, since torchrun takes --n for its own.
 """
 
 import argparse
@@ -19,7 +24,6 @@ import torch
 
 from data.datasets import ImageSet, Split, hash_ids, images_of_run
 from data.pixels import to_model_range
-from functions.evaluation import features
 from functions.evaluation.bands import measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import (
     BoundOptions,
@@ -33,7 +37,11 @@ from functions.evaluation.features import (
     Extractor,
     Reference,
     compare,
+    image_warnings,
     load_inception,
+    real_features,
+    sample_features,
+    statistics,
 )
 from functions.evaluation.reference_statistics import describe, read_reference, write_reference
 from functions.likelihood import VARIANCES
@@ -48,8 +56,10 @@ from functions.support.processes import Processes, joined
 from functions.support.run_folder import results_folder
 from models.unet import UNet
 
+# Results have this order, whatever the order of the flag's names.
 METRICS = ("bpd", "bands", "fid", "kid", "prc")
-AVERAGED = 2000  # training images, evenly spaced, that the average image of `bands` is made from
+# The average image of `bands` is made from so many training images, evenly spaced.
+AVERAGED = 2000
 
 
 @dataclass(frozen=True)
@@ -59,14 +69,15 @@ class Subject:
     image_sampler: ImageSampler  # the model, its sampler and the seed
     image_set: ImageSet
     split: Split
-    facts: dict  # which weights, in which arithmetic: part of every result
-    place: Path  # of the results: their folder and the checkpoint's name
+    # Which weights, in which arithmetic; part of every result.
+    facts: dict
+    # The results' folder, with the checkpoint's name.
+    place: Path
 
     def x_0_of(self, indices: np.ndarray) -> torch.Tensor:
-        """(B, C, H, W) in [-1, 1], on the model's device."""
-        return to_model_range(
-            torch.from_numpy(self.image_set.images[indices]).to(self.image_sampler.device)
-        )
+        """Return the images at these indices, (B, C, H, W) in [-1, 1], on the model's device."""
+        pixels = torch.from_numpy(self.image_set.images[indices])
+        return to_model_range(pixels.to(self.image_sampler.device))
 
 
 def main(
@@ -85,87 +96,96 @@ def main(
 
 
 def parse_flags() -> argparse.Namespace:
-    """Read the command line; `UserError` for flags that cannot go together."""
+    """Read the command line. Raises `UserError` for flags that cannot go together."""
     parser = Parser(description=__doc__, usage="%(prog)s [RUN] [flags]")
     add_sampling_flags(parser)
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--metrics",
         type=metric_names,
         default=("bpd",),
         metavar="bpd,bands,fid,kid,prc",
-        help="what to measure (bpd)",
+        help="What to measure, with commas between. Default: bpd.",
     )
-    data = "the data set, by name or path; also where the training's is now (that of the training)"
-    add("--data", "--dataset-name", dest="dataset_name", metavar="NAME|PATH", help=data)
+    parser.add_argument(
+        "--data",
+        "--dataset-name",
+        dest="dataset_name",
+        metavar="NAME|PATH",
+        help="The name or path of a data set, such as the place where the training's is now. "
+        "Default: that of the training.",
+    )
 
-    add = parser.add_argument_group(
-        "bits/dim (bpd) and bands, on the validation split"
-    ).add_argument
-    add(
+    group = parser.add_argument_group("bits/dim (bpd) and bands, on the validation split")
+    group.add_argument(
         "--images",
         type=positive,
         metavar="N",
-        help="how many images of the split, evenly spaced (all)",
+        help="How many images of the split to take, evenly spaced. Default: all.",
     )
-    add(
+    group.add_argument(
         "--t-stride",
         type=positive,
         default=20,
         metavar="N",
-        help="of bpd: timesteps to a network call, at most (20)",
+        help="The most timesteps that a network call of bpd stands for. Default: %(default)s.",
     )
-    add(
+    group.add_argument(
         "--bpd-variance",
         choices=VARIANCES,
         default="small",
-        help="variance of p(x_{t-1} | x_t) (small)",
+        help="The variance of p(x_{t-1} | x_t) for bpd. Default: %(default)s.",
     )
-    add(
+    group.add_argument(
         "--no-clip",
         action="store_true",
-        help="of bpd: let x_0 leave [-1, 1] (it is clipped, as in sampling)",
+        help="Let the x_0 of bpd leave [-1, 1]. Default: it is clipped, as in sampling.",
     )
 
-    add = parser.add_argument_group("FID, KID, precision and recall (fid, kid, prc)").add_argument
-    add(
+    group = parser.add_argument_group("FID, KID, precision and recall (fid, kid, prc)")
+    group.add_argument(
         "--n",
         "-n",
         type=positive,
         default=FULL_COUNT,
         metavar="N",
-        help=f"how many images to sample ({FULL_COUNT:,})",
+        help=f"How many images to sample. Default: {FULL_COUNT:,}.",
     )
-    add(
+    group.add_argument(
         "--reference-split",
         choices=("train", "val"),
         default="train",
-        help="the real images to compare with (train)",
+        help="The split of the real images to compare with. Default: %(default)s.",
     )
-    add(
+    group.add_argument(
         "--reference-images",
         type=positive,
         metavar="N",
-        help="how many of them, evenly spaced (all)",
+        help="How many of the real images to take, evenly spaced. Default: all.",
     )
-    add(
+    group.add_argument(
         "--reference",
         type=Path,
         metavar="FILE.npz",
-        help="published statistics to compare with; fid alone (none)",
+        help="Published statistics to compare with, for fid alone. Default: none.",
     )
-    add(
+    group.add_argument(
         "--save-reference",
         type=Path,
         metavar="FILE.npz",
-        help="publish the real images' statistics there (nowhere)",
+        help="Where to publish the real images' statistics. Default: nowhere.",
     )
-    add("--weights", type=Path, metavar="FILE", help="weights of InceptionV3 (downloaded once)")
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="The weights of InceptionV3. Default: they are downloaded once.",
+    )
 
     args = parser.parse_args()
     if args.reference and (args.save_reference or {"kid", "prc"} & set(args.metrics)):
         raise UserError(
-            "--reference has statistics for fid alone; kid, prc and --save-reference want real images"
+            "--reference has statistics for fid alone; "
+            "kid, prc and --save-reference want real images"
         )
     if args.n < FEWEST:
         raise UserError(f"--n is {args.n}; {FEWEST} images are the fewest")
@@ -173,7 +193,7 @@ def parse_flags() -> argparse.Namespace:
 
 
 def metric_names(text: str) -> tuple[str, ...]:
-    """A flag's type: names of metrics with commas between, in the order of METRICS."""
+    """Read a flag's value: names of metrics with commas between. Return them in METRICS' order."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or not set(names) <= set(METRICS):
         raise argparse.ArgumentTypeError(
@@ -183,69 +203,82 @@ def metric_names(text: str) -> tuple[str, ...]:
 
 
 def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
-    """The checkpoint, its model and its data."""
+    """Open the checkpoint, its model and its data."""
     saved, image_sampler = open_sampler(args, processes, UNet)
-    device, precision = image_sampler.device, image_sampler.denoiser.precision
-    set_deterministic(device.type == "cuda")  # the CPU's kernels are
-    load = lambda name: images_of_run(
-        saved.config["diffusion"], saved.image_shape[-1], name or args.dataset_name
-    )
-    image_sampler, run = (
-        calibrated(image_sampler, saved, args.batch_size, load, processes),
-        saved.run,
-    )
+    device = image_sampler.device
+    run = saved.run
+    # The CPU's kernels are deterministic in any case.
+    set_deterministic(device.type == "cuda")
+
+    # A calibration asks for the images that it is fitted to, by the name of their data set.
+    def load(name: str | None) -> tuple[ImageSet, Split]:
+        size = saved.image_shape[-1]
+        return images_of_run(saved.config["diffusion"], size, name or args.dataset_name)
+
+    image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
     image_set, split = load(None)
     processes.say(split.description)
+
+    # Results on images that were trained on are too good.
     if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
-        known = (
-            "THESE ARE NOT THE IMAGES" if "train_ids_hash" in run else "NOBODY KNOWS WHICH IMAGES"
-        )
+        known = "NOBODY KNOWS WHICH IMAGES"
+        if "train_ids_hash" in run:
+            known = "THESE ARE NOT THE IMAGES"
         print(
             f"WARNING: {known} IT WAS TRAINED ON: it may have seen some of those for validation",
             file=sys.stderr,
         )
-    weights = {"step": run["step"], "weights": saved.kind, "weights_hash": saved.digest[:16]}
-    computing = {"precision": str(precision).removeprefix("torch."), "device": device.type}
-    asked = {"batch_size": args.batch_size, "seed": args.seed, **image_sampler.options.calibration}
-    facts = {"experiment": run["experiment"], **weights, **computing, **asked}
+
+    facts = {
+        "experiment": run["experiment"],
+        "step": run["step"],
+        "weights": saved.kind,
+        "weights_hash": saved.digest[:16],
+        "precision": str(image_sampler.denoiser.precision).removeprefix("torch."),
+        "device": device.type,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        **image_sampler.options.calibration,
+    }
     folder = args.out or results_folder(saved, "evaluation")
     return Subject(image_sampler, image_set, split, facts, folder / saved.name)
 
 
 def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
-    """What the network knows of the validation split's x_0, by noise level and spatial frequency."""
-    images, split, denoiser = (
-        subject.image_set.images,
-        subject.split,
-        subject.image_sampler.denoiser,
-    )
+    """Measure what the network knows of the validation split's x_0, and write and print it."""
+    split = subject.split
     indices = evenly(split.val_indices, args.images)
-    average = to_model_range(
-        torch.from_numpy(images[evenly(split.train_indices, AVERAGED)].mean(axis=0)[None])
-    )[0]
+
+    # The average image needs no more than a sample of the training images.
+    training = subject.image_set.images[evenly(split.train_indices, AVERAGED)]
+    average = to_model_range(torch.from_numpy(training.mean(axis=0)[None]))[0]
     result = measure_bands(
-        denoiser, subject.x_0_of, indices, average, args.batch_size, args.seed, processes
+        subject.image_sampler.denoiser,
+        subject.x_0_of,
+        indices,
+        average,
+        args.batch_size,
+        args.seed,
+        processes,
     )
     if not processes.is_main:
         return
+
+    verdict = result.verdict()
     settings = {**subject.facts, "ids_hash": split.val_ids_hash, "images": len(indices)}
-    path = write_result(
-        subject.place,
-        "bands",
-        {"verdict": result.verdict(), "settings": settings, **result.facts()},
-    )
-    plot_bands(
-        result, path.with_suffix(".png"), f"{settings['experiment']}, step {settings['step']:,}"
-    )
-    print(
-        f"squared error of x_0 over the average image's, by t and cycles an image\n{result.table()}"
-    )
-    print(f"{result.verdict()}\nwrote {path}\nwrote {path.with_suffix('.png')}")
+    contents = {"verdict": verdict, "settings": settings, **result.facts()}
+    path = write_result(subject.place, "bands", contents)
+    picture = path.with_suffix(".png")
+    plot_bands(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
+    print("squared error of x_0 over the average image's, by t and cycles an image")
+    print(f"{result.table()}\n{verdict}\nwrote {path}\nwrote {picture}")
 
 
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
-    """bits/dim of the validation split, with all that one must know of it to compare it with others."""
-    split, denoiser = subject.split, subject.image_sampler.denoiser
+    """Measure bits/dim of the validation split, and write and print it."""
+    split = subject.split
+    denoiser = subject.image_sampler.denoiser
+    # Samplers of some models do not clip x_0, and then the bound does not either.
     clip = subject.image_sampler.options.clip_x_0 and not args.no_clip
     options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, clip)
     indices = evenly(split.val_indices, args.images)
@@ -254,65 +287,74 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
     )
     if not processes.is_main:
         return
-    of_images = {
+
+    settings = {
+        **subject.facts,
         "ids_hash": split.val_ids_hash,
         "split_images": len(split.val_indices),
         "images": len(indices),
+        **vars(options),
     }
-    settings = {**subject.facts, **of_images, **vars(options)}
-    calls, timesteps = len(result.lengths), denoiser.scheduler.timesteps
-    which = (
-        "every t"
-        if calls == timesteps
-        else f"{calls} of {timesteps} t for each image, stratified at random"
-    )
+    calls = len(result.lengths)
+    timesteps = denoiser.scheduler.timesteps
+    chosen = f"{calls} of {timesteps} t for each image, stratified at random"
+    if calls == timesteps:
+        chosen = "every t"
+    clipped = "clipped" if clip else "not clipped"
+
+    # The protocol has all that one must know of bits/dim to compare it with others.
     protocol = (
-        f"{len(indices):,} of {len(split.val_indices):,} validation images (ids {split.val_ids_hash}), {which}; "
-        f"variance {options.variance}, x_0 {'clipped' if options.clip_x_0 else 'not clipped'}, {settings['weights']} "
-        f"weights, {settings['precision']}, seed {args.seed}; the error is over images and choices of t"
+        f"{len(indices):,} of {len(split.val_indices):,} validation images "
+        f"(ids {split.val_ids_hash}), {chosen}; variance {options.variance}, x_0 {clipped}, "
+        f"{settings['weights']} weights, {settings['precision']}, seed {args.seed}; "
+        "the error is over images and choices of t"
     )
-    path = write_result(
-        subject.place, "bpd", {"protocol": protocol, "settings": settings, **result.facts()}
-    )
-    plot_bits_per_dim(
-        result, path.with_suffix(".png"), f"{settings['experiment']}, step {settings['step']:,}"
-    )
-    print(
-        f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}\n    {protocol}"
-    )
+    contents = {"protocol": protocol, "settings": settings, **result.facts()}
+    path = write_result(subject.place, "bpd", contents)
+    picture = path.with_suffix(".png")
+    plot_bits_per_dim(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
+    print(f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}")
+    print(f"    {protocol}")
     print(f"    rate {result.rate:.4f} + distortion {result.distortion:.4f}")
-    print(f"wrote {path}\nwrote {path.with_suffix('.png')}")
+    print(f"wrote {path}\nwrote {picture}")
 
 
 def evaluate_images(
     args: argparse.Namespace, subject: Subject, load_extractor: Callable, processes: Processes
 ) -> None:
-    """FID, KID, precision and recall of samples, with all that one must know of them to compare them with others."""
+    """Measure FID, KID, precision and recall of samples, and write and print them."""
     image_sampler = subject.image_sampler
-    # What can be missing is asked for before the work of hours
+    # Weights and real images can be missing, so they are opened before hours of sampling.
     extractor = load_extractor(args.weights, image_sampler.device, processes)
     reference = open_reference(args, subject, extractor, processes)
-    generated = features.sample_features(
-        image_sampler, args.n, args.batch_size, extractor, processes
-    )
+    generated = sample_features(image_sampler, args.n, args.batch_size, extractor, processes)
     if not processes.is_main:
         return
-    options, real = image_sampler.options, reference.description
-    of_samples = {
+
+    options = image_sampler.options
+    real = reference.description
+    settings = {
+        **subject.facts,
         "n": args.n,
         **options.facts(image_sampler.scheduler.timesteps),
         "sampler_in_words": str(options),
+        "reference": real,
     }
-    settings = {**subject.facts, **of_samples, "reference": real}
+
+    # The protocol has all that one must know of these numbers to compare them with others.
     protocol = (
-        f"{args.n:,} samples, {options}, {settings['weights']} weights, {settings['precision']}, seed {args.seed}; "
-        f"against {real['count']:,} {real['split']} images of {real['dataset']} (ids {real['ids_hash']}, pixels "
-        f"{real['pixels_hash']}); {real['image_size']} x {real['image_size']}, rounded to uint8, no JPEG, no resizing "
-        f"but the extractor's own; {real['extractor']} (weights {real['weights_hash']})"
+        f"{args.n:,} samples, {options}, {settings['weights']} weights, "
+        f"{settings['precision']}, seed {args.seed}; "
+        f"against {real['count']:,} {real['split']} images of {real['dataset']} "
+        f"(ids {real['ids_hash']}, pixels {real['pixels_hash']}); "
+        f"{real['image_size']} x {real['image_size']}, rounded to uint8, no JPEG, "
+        "no resizing but the extractor's own; "
+        f"{real['extractor']} (weights {real['weights_hash']})"
     )
-    warnings = features.image_warnings(real["count"], args.n, extractor.width)
+    warnings = image_warnings(real["count"], args.n, extractor.width)
     for warning in warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
+
     metrics = tuple(name for name in args.metrics if name not in ("bpd", "bands"))
     results = compare(metrics, generated, reference, args.seed)
     contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}
@@ -325,24 +367,31 @@ def evaluate_images(
 def open_reference(
     args: argparse.Namespace, subject: Subject, extractor: Extractor, processes: Processes
 ) -> Reference | None:
-    """The real images' side of the comparison; None but in rank 0."""
-    images, split = subject.image_set.images, subject.split
+    """Return the real images' side of the comparison; it is read from a file or computed.
+
+    Where it is computed, all processes work on it, and rank 0 alone gets it.
+    """
+    images = subject.image_set.images
     if args.reference:
         return read_reference(args.reference, images.shape[1], extractor)
-    of_split = {"train": split.train_indices, "val": split.val_indices}[args.reference_split]
-    indices = evenly(of_split, args.reference_images)
+
+    split = args.reference_split
+    indices_of = {"train": subject.split.train_indices, "val": subject.split.val_indices}
+    indices = evenly(indices_of[split], args.reference_images)
     if len(indices) < FEWEST:
         raise UserError(
-            f"an empty reference: {len(indices)} {args.reference_split} image(s), {FEWEST} are the fewest"
+            f"an empty reference: {len(indices)} {split} image(s), {FEWEST} are the fewest"
         )
     ids = hash_ids([subject.image_set.ids[i] for i in indices])
-    # a path is nobody's business, and the pixels have their hash
+    # A path is nobody's business, and the pixels have their hash.
     name = Path(subject.image_set.name).name
-    description = describe(images, indices, ids, name, args.reference_split, extractor)
-    real = features.real_features(images, indices, args.batch_size, extractor, processes)
+    description = describe(images, indices, ids, name, split, extractor)
+    real = real_features(images, indices, args.batch_size, extractor, processes)
     if not processes.is_main:
         return None
-    reference = Reference(description, features.statistics(real), real)
+
+    # Rank 0 alone computes statistics and compares.
+    reference = Reference(description, statistics(real), real)
     if args.save_reference:
         write_reference(args.save_reference, reference)
         print(f"wrote {args.save_reference}")
@@ -351,9 +400,9 @@ def open_reference(
 
 def write_result(place: Path, what: str, contents: dict) -> Path:
     """Write <place>-<metrics>-<hash of all settings>.json, which no other settings overwrite."""
-    digest = hashlib.sha256(json.dumps(contents["settings"], sort_keys=True).encode()).hexdigest()[
-        :8
-    ]
+    # Sorted keys make the hash one of the settings alone, and not of their order.
+    settings = json.dumps(contents["settings"], sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
     path = place.with_name(f"{place.name}-{what}-{digest}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(contents, indent=2))

@@ -1,6 +1,6 @@
-"""Statistics of real images that FID compares with, in a file to publish: nobody needs the images then.
+"""Statistics of real images that FID compares with, in a file to publish.
 
-It is a NumPy archive of plain arrays:
+Whoever has the file does not need the images. It is a NumPy archive of plain arrays:
     description    JSON: all that the numbers were made from
     mu, sigma      (D,) and (D, D) float64
 """
@@ -17,10 +17,11 @@ from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short, write_whole
 
 FORMAT = "ddpm-faces reference statistics 1"
-# Of a description
+# These fields of a description are texts.
 TEXTS = ("dataset", "split", "ids_hash", "pixels_hash", "extractor", "weights_hash")
-CHUNK = 1024  # images hashed at a time
-# The last: a header that lies about a shape
+# So many images are hashed at a time.
+CHUNK = 1024
+# A damaged file raises one of these. MemoryError comes from a header that lies about a shape.
 BROKEN = (*READ_ERRORS, EOFError, zipfile.BadZipFile, MemoryError)
 
 
@@ -32,18 +33,19 @@ def describe(
     split: str,
     extractor: Extractor,
 ) -> dict:
-    """All that a reference's features follow from, as plain values: the pixels, in this order, and the network."""
+    """Return all that a reference's features follow from, as plain values.
+
+    That is the pixels, in this order, and the network.
+    """
     pixels = hashlib.sha256()
     for start in range(0, len(indices), CHUNK):
-        pixels.update(np.ascontiguousarray(images[indices[start : start + CHUNK]]))
-    images_of = {
+        chunk = indices[start : start + CHUNK]
+        pixels.update(np.ascontiguousarray(images[chunk]))
+    return {
         "dataset": dataset,
         "split": split,
         "count": len(indices),
         "image_size": int(images.shape[1]),
-    }
-    return {
-        **images_of,
         "ids_hash": ids_hash,
         "pixels_hash": pixels.hexdigest()[:16],
         **extractor.facts,
@@ -59,40 +61,49 @@ def write_reference(path: Path, reference: Reference) -> None:
 def read_reference(path: Path, image_size: int, extractor: Extractor) -> Reference:
     """Read a file that somebody published, for models of this size and this network.
 
-    `UserError` when it is missing, damaged, empty, not one of ours, or of other images or another network.
+    Raises `UserError` when it is missing, damaged, empty, not one of ours, or of other images or
+    another network.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # which compares checksums as it reads
+        # `zipfile` compares checksums as it reads. The arrays are not compressed, so a file that
+        # would unpack to more than its own size is none of ours.
+        with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > path.stat().st_size:
             raise ValueError("it would unpack to more than it is")
-        with np.load(path) as file:  # plain arrays alone, by NumPy's default
+
+        # By default NumPy reads plain arrays alone, so no code in the file is run.
+        with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
         description = json.loads(str(arrays.pop("description")))
         if description.pop("format") != FORMAT:
             raise ValueError("another format")
-        mu, sigma = arrays["mu"], arrays["sigma"]
-        width, count, size = len(mu), description["count"], description["image_size"]
-        texts = [description[name] for name in TEXTS]
-        plain = type(count) is type(size) is int and all(text == short(text) for text in texts)
-        fits = (mu.shape, sigma.shape, mu.dtype, sigma.dtype) == (
-            (width,),
-            (width, width),
-            np.float64,
-            np.float64,
-        )
-        if not (plain and fits):
-            raise ValueError("it has other shapes or types than it should")
-        if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(f"an empty reference ({count} images), or numbers that are not finite")
+        mu = arrays["mu"]
+        sigma = arrays["sigma"]
+        check_statistics(description, mu, sigma)
     except BROKEN as error:
         raise UserError(f"{path}: no sound reference statistics ({short(error)})") from error
-    inside = {**description, "features": width}
-    for name, own in {
-        "image_size": image_size,
-        **extractor.facts,
-        "features": extractor.width,
-    }.items():
-        if inside[name] != own:
-            raise UserError(f"{path}: made with {name} = {short(inside[name])}; here it is {own}")
+
+    found = {**description, "features": len(mu)}
+    expected = {"image_size": image_size, **extractor.facts, "features": extractor.width}
+    for name, value in expected.items():
+        if found[name] != value:
+            raise UserError(f"{path}: made with {name} = {short(found[name])}; here it is {value}")
     return Reference(description, {"mu": mu, "sigma": sigma})
+
+
+def check_statistics(description: dict, mu: np.ndarray, sigma: np.ndarray) -> None:
+    """Raise one of `BROKEN` unless shapes and types are right and all numbers are finite."""
+    width = len(mu)
+    count = description["count"]
+    size = description["image_size"]
+    texts = [description[name] for name in TEXTS]
+
+    # `short` changes a text that is too long, or that has control characters for a terminal.
+    plain = type(count) is type(size) is int and all(text == short(text) for text in texts)
+    shapes_fit = mu.shape == (width,) and sigma.shape == (width, width)
+    types_fit = mu.dtype == sigma.dtype == np.float64
+    if not (plain and shapes_fit and types_fit):
+        raise ValueError("it has other shapes or types than it should")
+    if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"an empty reference ({count} images), or numbers that are not finite")
