@@ -1,8 +1,10 @@
-"""The bytes that one forward and backward pass moves on CUDA, and the kernels it launches: counted, so without a GPU.
+"""The bytes that one forward and backward pass moves on CUDA, and the kernels it launches.
 
-`python benchmarks/bytes_moved.py`, with PyTorch's CPU build, on the pretended device of tests/pretended_cuda.py: some
-minutes. Eagerly each operation reads its inputs and writes its outputs once. Compiled it is PyTorch's own count of what
-its scheduler made of the graph for an H100, just before it would write code. It stands on private parts of PyTorch.
+They are counted, so without a GPU: `python benchmarks/bytes_moved.py`, with PyTorch's CPU build, on
+the pretended device of tests/pretended_cuda.py, takes some minutes. Eagerly each operation reads
+its inputs and writes its outputs once. Compiled it is PyTorch's own count of what its scheduler
+made of the graph for an H100, just before it would write code. It stands on private parts of
+PyTorch.
 """
 
 import contextlib
@@ -66,9 +68,8 @@ ANSWERS = {  # of torch.cuda's functions
 def main() -> None:
     warnings.simplefilter("ignore")
     let_autograd_know_cuda()
-    print(
-        f"| {IMAGES} images | base | GB | launches | ms at {BANDWIDTH / 1e12} TB/s |\n|---|---|---|---|---|"
-    )
+    print(f"| {IMAGES} images | base | GB | launches | ms at {BANDWIDTH / 1e12} TB/s |")
+    print("|---|---|---|---|---|")
     arms = {
         "eager, norms recomputed": eagerly,
         "eager, nothing recomputed": eagerly,
@@ -163,12 +164,16 @@ def compiled(network: UNet, x_t: Tensor, t: Tensor) -> tuple[int, int]:
             stack.enter_context(tracing.patch(force_non_lazy_backward_lowering=True))
             stack.enter_context(lowering.patch(**settings))
             with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-                how = lambda i: {
-                    "dtype": i.dtype,
-                    "device": "cuda:0",
-                    "requires_grad": i.requires_grad,
-                }
-                inputs = [torch.empty_strided(i.shape, i.stride(), **how(i)) for i in inputs]
+                inputs = [
+                    torch.empty_strided(
+                        i.shape,
+                        i.stride(),
+                        dtype=i.dtype,
+                        device="cuda:0",
+                        requires_grad=i.requires_grad,
+                    )
+                    for i in inputs
+                ]
             stack.enter_context(torch.autocast("cuda", torch.bfloat16))
             stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(fake)))
             compile_fx(graph, inputs)

@@ -1,11 +1,13 @@
-"""Our U-Net beside its peers, diffusers' UNet2DModel and lucidrains' Unet: seconds and memory, as a Markdown table.
+"""Our U-Net beside its peers, diffusers' UNet2DModel and lucidrains' Unet, as a Markdown table.
 
     python benchmarks/compare.py [--help]
 
-An arm is a network in a setting. It has a process of its own, because peak memory and the heap's settings belong to a
-process, and it takes turns with ours, A B A B. Each peer runs as it is shipped, and as fast as we could make it: with
-our precision, our heap, its faster memory layout (of lucidrains' not tried), compiled. Ours is not compiled. The
-comparison needs requirements-dev.txt and a machine that does nothing else. It has not yet run on a GPU.
+The table has seconds and memory of each arm; an arm is a network in a setting. It has a process of
+its own, because peak memory and the heap's settings belong to a process, and it takes turns with
+ours, A B A B. Each peer runs as it is shipped, and as fast as we could make it: with our precision,
+our heap, its faster memory layout (of lucidrains' not tried), compiled. Ours is not compiled. The
+comparison needs requirements-dev.txt and a machine that does nothing else. It has not yet run on a
+GPU.
 """
 
 import argparse
@@ -48,10 +50,14 @@ from functions.support.errors import UserError
 from functions.training.compiling import OPTIONS
 from models.unet import UNet
 
-FFHQ = EXPERIMENTS["ffhq-run2"].model  # every network has its multipliers and levels of attention
-FIRST_STEPS = 2  # before peak memory is read: the second has Adam's moments from its start
-TURN_SECONDS = 0.3  # a turn is steps for so long, then calls for so long; one of each at least
-LONGEST_ANSWER = 900.0  # seconds that an arm has for its first steps, with compiling, or for a turn
+# Every network has the multipliers and the levels of attention of this one.
+FFHQ = EXPERIMENTS["ffhq-run2"].model
+# Peak memory is read after so many steps: the second has Adam's moments from its start.
+FIRST_STEPS = 2
+# In a turn an arm takes steps for so long, then calls for so long, and one of each at least.
+TURN_SECONDS = 0.3
+# An arm has so many seconds for its first steps, with compiling, and for a turn.
+LONGEST_ANSWER = 900.0
 
 COLUMNS = (
     "arm",
@@ -64,17 +70,23 @@ COLUMNS = (
     "kept, MiB an image",
     "peak, GB",
 )
-NOTES = """Medians of all rounds, and in brackets their least and most; a ratio is of two turns side by side. Step: \
-forward, backward, fused Adam. Call: without gradients, as samplers make it. Kept: by a forward pass for backward; not \
-counted of compiled networks. Peak: of the process on the CPU, its compiler included; on CUDA allocated / reserved."""
+NOTES = """\
+Medians of all rounds, and in brackets their least and most; a ratio is of two turns side by side. \
+Step: forward, backward, fused Adam. Call: without gradients, as samplers make it. \
+Kept: by a forward pass for backward; not counted of compiled networks. \
+Peak: of the process on the CPU, its compiler included; on CUDA allocated / reserved."""
 
 
 class ArmFailed(UserError):
-    """An arm has an error, or its process died or gives no answer; the message says which arm and why."""
+    """An arm has an error, or its process died or gives no answer.
+
+    The message says which arm and why.
+    """
 
     def __init__(self, arm: "Arm", reason: str):
         super().__init__(f"{arm.text}: {reason}")
-        self.arm, self.reason = arm, reason
+        self.arm = arm
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -85,17 +97,19 @@ class Arm:
     package: str  # "ours", "diffusers" or "lucidrains"
     precision: str  # of autocast; "float32" is none
     channels_last: bool
-    # Freed memory stays with the process: functions.support.device.keep_heap
+    # Whether freed memory stays with the process: functions.support.device.keep_heap.
     keeps_heap: bool = False
-    # Ours: none, norms, blocks; diffusers: none, or blocks, its gradient checkpointing
+    # What backward recomputes. Ours has none, norms and blocks; diffusers has none, and blocks,
+    # which is its gradient checkpointing.
     recompute: str = "none"
     compiled: bool = False
 
 
 def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
-    """Every arm by its name for --arms, ours first. The heap plays a part on the CPU alone."""
+    """Return every arm by its name for --arms, ours first."""
+    # Only the CPU's heap can be kept.
     heap = ", heap kept" if on_cpu else ""
-    # With which diffusers is (on CUDA: should be) the faster
+    # On the CPU diffusers is faster with contiguous tensors; on CUDA it should not be.
     layout = "contiguous" if on_cpu else "channels_last"
     eager = Arm(f"diffusers, {layout}{heap}", "diffusers", precision, not on_cpu, on_cpu)
     lucidrains = Arm(f"lucidrains, channels_last{heap}", "lucidrains", precision, True, on_cpu)
@@ -123,11 +137,14 @@ def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
             lucidrains, text=f"{lucidrains.text}, compiled", compiled=True
         ),
     }
-    return arms if on_cpu else {name: arm for name, arm in arms.items() if name != "diffusers-heap"}
+    if not on_cpu:
+        # Without a heap to keep, this arm is "diffusers-channels_last" once more.
+        del arms["diffusers-heap"]
+    return arms
 
 
 def build(arm: Arm, model: ModelConfig) -> nn.Module:
-    """The arm's network. None of its weights is zero, as some of ours are at first: work on zeros can be faster."""
+    """Return the arm's network, none of whose weights is zero."""
     torch.manual_seed(0)
     if arm.package == "ours":
         module = UNet(**vars(model))
@@ -137,10 +154,13 @@ def build(arm: Arm, model: ModelConfig) -> nn.Module:
         if arm.recompute == "blocks":
             module.enable_gradient_checkpointing()
     else:
-        # The same width and multipliers; its blocks and attention are its own defaults, and others
+        # It has our width and multipliers. Its blocks and its attention are its own defaults, which
+        # are not ours.
         from denoising_diffusion_pytorch import Unet
 
         module = Unet(dim=model.base_dim, dim_mults=model.dim_multiply)
+
+    # Some of our layers start at zero, and work on zeros can be faster.
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -148,7 +168,10 @@ def build(arm: Arm, model: ModelConfig) -> nn.Module:
 
 
 def build_diffusers(model: ModelConfig) -> nn.Module:
-    """diffusers' U-Net with our architecture: to the parameter, and the same function (tests/models/test_unet.py)."""
+    """Return diffusers' U-Net with our architecture.
+
+    It has the same parameters, and is the same function (tests/models/test_unet.py).
+    """
     from diffusers import UNet2DModel
 
     return UNet2DModel.from_config(their_network(vars(model)))
@@ -160,27 +183,35 @@ class Bench:
     def __init__(self, arm: Arm, model: ModelConfig, batch: int, device: torch.device):
         if arm.keeps_heap:
             keep_heap()
-        self.arm, self.image_size, self.device = arm, model.image_size, device
+        self.arm = arm
+        self.image_size = model.image_size
+        self.device = device
         self.layout = torch.channels_last if arm.channels_last else torch.contiguous_format
         self.module = build(arm, model).to(device, memory_format=self.layout)
-        options = OPTIONS if arm.package == "ours" else None
-        network = torch.compile(self.module, options=options) if arm.compiled else self.module
-        predict = (
-            (lambda x_t, t: network(x_t, t, return_dict=False)[0])
-            if arm.package == "diffusers"
-            else network
-        )
+
+        # Ours is compiled as train.py compiles it, the others with PyTorch's defaults.
+        network = self.module
+        if arm.compiled:
+            options = OPTIONS if arm.package == "ours" else None
+            network = torch.compile(network, options=options)
+
+        def first_of_tuple(x_t: Tensor, t: Tensor) -> Tensor:
+            return network(x_t, t, return_dict=False)[0]
+
+        # diffusers' network returns a tuple, the others a tensor.
+        predict = first_of_tuple if arm.package == "diffusers" else network
         self.denoiser = Denoiser(predict, NoiseScheduler(1000), DTYPES[arm.precision])
+
+        # Our Adam goes with channels_last; peers have PyTorch's.
         adam = Adam if arm.package == "ours" else torch.optim.Adam
         self.optimizer = adam(self.module.parameters(), lr=1e-5, fused=True)
         self.batch = self.inputs(batch)
 
     def inputs(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x_0, t and noise: the same numbers in every arm, in its layout."""
+        """Return x_0, t and noise: the same numbers in every arm, in its layout."""
         generator = torch.Generator().manual_seed(0)
-        x_0, noise = torch.randn(
-            2, images, 3, self.image_size, self.image_size, generator=generator
-        ).to(self.device)
+        shape = (2, images, 3, self.image_size, self.image_size)
+        x_0, noise = torch.randn(shape, generator=generator).to(self.device)
         t = torch.randint(1000, (images,), generator=generator).to(self.device)
         return (
             x_0.contiguous(memory_format=self.layout),
@@ -189,43 +220,54 @@ class Bench:
         )
 
     def step(self) -> None:
-        """An optimiser step, as in train.py."""
-        denoising_loss(self.denoiser, self.denoiser.scheduler, *self.batch).mean().backward()
+        """Take an optimiser step, as train.py does."""
+        losses = denoising_loss(self.denoiser, self.denoiser.scheduler, *self.batch)
+        losses.mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     @torch.no_grad()
     def call(self) -> None:
-        """A call of the network, as samplers make it."""
+        """Call the network, as samplers do."""
         x_t, t, _ = self.batch
         self.denoiser(x_t, t)
 
     def turn(self) -> dict[str, float]:
-        """Seconds of a step and of a call."""
+        """Return the seconds of a step and of a call."""
         step = seconds_of(self.step, self.device)
+
+        # Samplers call the network without dropout.
         self.module.eval()
         call = seconds_of(self.call, self.device)
         self.module.train()
         return {"step": step, "call": call}
 
     def facts(self) -> dict:
-        """What needs no clock. The first steps are taken here: a compiled network is compiled."""
+        """Return what needs no clock, after the first steps, in which a network is compiled."""
         for _ in range(FIRST_STEPS):
             self.step()
-        return {
-            "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
-            "peaks": peak_bytes(self.device),
-            # What an image adds
-            "kept": None if self.arm.compiled else (self.kept_bytes(3) - self.kept_bytes(1)) / 2,
-        }
+
+        # The peak is read first, since counting what is kept takes memory as well.
+        peaks = peak_bytes(self.device)
+        kept = None
+        if not self.arm.compiled:
+            # Weights are kept whatever the batch; the difference is what two more images add.
+            kept = (self.kept_bytes(3) - self.kept_bytes(1)) / 2
+        parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        return {"parameters": parameters, "peaks": peaks, "kept": kept}
 
     def kept_bytes(self, images: int) -> int:
-        """Bytes that autograd keeps of a forward pass for the backward pass, each storage once; weights among them."""
-        inputs, storages = self.inputs(images), {}
+        """Return the bytes that autograd keeps of a forward pass for the backward pass.
+
+        Each storage counts once; weights are among them.
+        """
+        inputs = self.inputs(images)
+        storages = {}
 
         def see(tensor: Tensor) -> Tensor:
+            # The storage is held, or another one could come to lie at its address.
             storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage  # held, or another could come to lie at its address
+            storages[storage._cdata] = storage
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
@@ -234,54 +276,82 @@ class Bench:
 
 
 def seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """The mean of as many in a row as take TURN_SECONDS; on CUDA they hide what launching each takes."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start, times = time.perf_counter(), 0
+    """Return the mean seconds of as many calls of `work` in a row as take TURN_SECONDS.
+
+    On CUDA the device works on one while the host launches the next, as in training.
+    """
+    wait_for(device)
+    start = time.perf_counter()
+    times = 0
     while times == 0 or time.perf_counter() - start < TURN_SECONDS:
         work()
         times += 1
-    wait()
+    wait_for(device)
     return (time.perf_counter() - start) / times
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all that was launched; the CPU has done it already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def peak_bytes(device: torch.device) -> list[int]:
-    """The most bytes so far, on CUDA of tensors and of PyTorch's cache; of the process, where the system says it."""
+    """Return the most bytes so far: of the process, or nothing where the system does not say it.
+
+    On CUDA they are two numbers: the most bytes of tensors, and of PyTorch's cache.
+    """
     if device.type == "cuda":
         return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
-    status = Path("/proc/self/status")  # Linux
+
+    # Linux has such a file, other systems do not.
+    status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
 
 
 def serve(connection: Connection, *setting: object) -> None:
-    """What an arm's process does: answer each name of a method of `Bench` with its result, or once with an error."""
-    warnings.simplefilter("ignore")  # which compilers give, into the table
+    """Answer names of methods of `Bench` with their results, and an error with its first line.
+
+    This is what an arm's process does, until its end of the connection is closed or it fails.
+    """
+    # Compilers would give their warnings into the table.
+    warnings.simplefilter("ignore")
     try:
         bench = Bench(*setting)
         while True:
-            connection.send(getattr(bench, connection.recv())())
+            method = getattr(bench, connection.recv())
+            connection.send(method())
     except EOFError:
-        pass  # nobody asks any more
-    except Exception as error:  # whatever it is, it is this arm's result
+        # Nobody asks any more.
+        pass
+    except Exception as error:
+        # Whatever the error is, it is this arm's result.
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 @contextmanager
 def process_of(arm: Arm, *setting: object) -> Iterator[Callable[[str], dict]]:
-    """Give the arm a process, and a function that asks a method of its `Bench` for its result, or raises ArmFailed."""
+    """Give the arm a process, and yield a function that asks it.
+
+    The function takes the name of a method of `Bench` and returns its result, or raises ArmFailed.
+    """
     context = multiprocessing.get_context("spawn")
     connection, others_end = context.Pipe()
     process = context.Process(target=serve, args=(others_end, arm, *setting))
     process.start()
-    others_end.close()  # now the process alone has it, and when it dies, reading here ends
+    # Now the process alone has its end, so that reading here ends when the process dies.
+    others_end.close()
 
     def ask(method: str) -> dict:
         try:
-            with suppress(OSError):  # it may have died; why, it may have said
+            # A process that died cannot be asked, but it may have said why.
+            with suppress(OSError):
                 connection.send(method)
-            came = connection.poll(LONGEST_ANSWER)
-            answer = connection.recv() if came else f"no answer in {LONGEST_ANSWER:g} s"
+            if connection.poll(LONGEST_ANSWER):
+                answer = connection.recv()
+            else:
+                answer = f"no answer in {LONGEST_ANSWER:g} s"
         except (EOFError, OSError):
             process.join(10)
             answer = f"the process ended with {process.exitcode}"
@@ -292,6 +362,7 @@ def process_of(arm: Arm, *setting: object) -> Iterator[Callable[[str], dict]]:
     try:
         yield ask
     finally:
+        # Closing tells the process to end. One that hangs is killed.
         connection.close()
         process.join(10)
         process.kill()
@@ -301,27 +372,34 @@ def process_of(arm: Arm, *setting: object) -> Iterator[Callable[[str], dict]]:
 def rows(
     arms: list[Arm], rounds: int, model: ModelConfig, batch: int, device: torch.device
 ) -> Iterator[list[str]]:
-    """The cells of each arm, as soon as it is measured; the first arm is ours, with which the others take turns."""
+    """Yield the cells of each arm as soon as it is measured.
+
+    The first arm is ours, with which the others take turns; ArmFailed if it fails itself.
+    """
     with process_of(arms[0], model, batch, device) as ask_ours:
         facts = ask_ours("facts")
-        turns = [ask_ours("turn") for _ in range(1 + rounds)][1:]  # the first warms up
+        # The first round warms up, here and below, and does not count.
+        turns = [ask_ours("turn") for _ in range(1 + rounds)][1:]
         yield cells(arms[0], facts, turns, turns, batch)
+
         for arm in arms[1:]:
             try:
                 with process_of(arm, model, batch, device) as ask:
                     facts = ask("facts")
-                    pairs = [(ask("turn"), ask_ours("turn")) for _ in range(1 + rounds)][1:]
-                yield cells(arm, facts, *zip(*pairs, strict=True), batch)
+                    pairs = [(ask("turn"), ask_ours("turn")) for _ in range(1 + rounds)]
+                turns, ours = zip(*pairs[1:], strict=True)
+                yield cells(arm, facts, turns, ours, batch)
             except ArmFailed as failure:
+                # Without ours there is nothing to compare with.
                 if failure.arm is arms[0]:
                     raise
                 yield [arm.text, f"failed: {failure.reason}", *[""] * (len(COLUMNS) - 2)]
 
 
 def cells(arm: Arm, facts: dict, turns: list[dict], ours: list[dict], batch: int) -> list[str]:
-    """A row of the table."""
-    step, call = (median(turn[name] for turn in turns) for name in ("step", "call"))
-    kept = "" if facts["kept"] is None else f"{facts['kept'] / 2**20:.1f}"
+    """Return a row of the table, in the order of COLUMNS."""
+    step = median(turn["step"] for turn in turns)
+    call = median(turn["call"] for turn in turns)
     return [
         arm.text,
         f"{facts['parameters'] / 1e6:.1f} M",
@@ -330,34 +408,37 @@ def cells(arm: Arm, facts: dict, turns: list[dict], ours: list[dict], batch: int
         f"{call:.3g}",
         ratio("call", turns, ours),
         f"{batch / step:.3g}",
-        kept,
-        " / ".join(f"{n / 1e9:.2f}" for n in facts["peaks"]),
+        "" if facts["kept"] is None else f"{facts['kept'] / 2**20:.1f}",
+        " / ".join(f"{peak / 1e9:.2f}" for peak in facts["peaks"]),
     ]
 
 
 def ratio(name: str, turns: list[dict], ours: list[dict]) -> str:
-    """The median, least and most of the rounds' ratios."""
+    """Return the median, the least and the most of the rounds' ratios."""
     ratios = [turn[name] / other[name] for turn, other in zip(turns, ours, strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def table_line(row: list[str] | tuple[str, ...]) -> str:
+    """Return a row in Markdown, in which a bar within a cell would begin another one."""
     return f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
 
 
 def heading(
     options: argparse.Namespace, model: ModelConfig, precision: str, device: torch.device
 ) -> str:
-    """The machine, the versions, the date, and what was measured."""
+    """Return a line with the machine, the versions, the date, and what was measured."""
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    versions = {"PyTorch": torch.__version__}
+    versions = [f"PyTorch {torch.__version__}"]
     for peer in ("diffusers", "denoising-diffusion-pytorch"):
-        with suppress(importlib.metadata.PackageNotFoundError):  # then its row says so
-            versions[peer] = importlib.metadata.version(peer)
+        # A peer that is not installed says so in its row.
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{peer} {importlib.metadata.version(peer)}")
     return (
         f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
-        f"{', '.join(f'{name} {number}' for name, number in versions.items())}; {datetime.date.today()}; {precision}, "
-        f"batch {options.batch}, {model.image_size} px, base_dim {model.base_dim}; {options.rounds} rounds"
+        f"{', '.join(versions)}; {datetime.date.today()}; "
+        f"{precision}, batch {options.batch}, {model.image_size} px, base_dim {model.base_dim}; "
+        f"{options.rounds} rounds"
     )
 
 
@@ -365,26 +446,51 @@ def main() -> None:
     """Measure, and print each arm's row at once."""
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--image-size", type=positive, default=FFHQ.image_size, help="a multiple of 16"
+        "--image-size",
+        type=positive,
+        default=FFHQ.image_size,
+        help="Pixels on a side, a multiple of 16. Default: %(default)s.",
     )
-    parser.add_argument("--base-dim", type=positive, default=FFHQ.base_dim, help="width; even")
-    parser.add_argument("--batch", type=positive, default=4, help="images in a step and in a call")
-    parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--arms", metavar="NAME,...", help="these alone, beside ours")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+        "--base-dim",
+        type=positive,
+        default=FFHQ.base_dim,
+        help="The networks' width, an even number. Default: %(default)s.",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the table goes too")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=4,
+        help="Images in a step and in a call. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="Turns of each arm. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--arms", metavar="NAME,...", help="These arms alone, beside ours. Default: all."
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Where to measure. Default: cuda where there is a GPU.",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="A file for the table too. Default: none."
+    )
     options = parser.parse_args()
 
     device = choose_device(options.device)
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
     arms = all_arms(precision, device.type == "cpu")
     names = options.arms.split(",") if options.arms else list(arms)
-    if unknown := set(names) - set(arms):
+    unknown = sorted(set(names) - set(arms))
+    if unknown:
         parser.error(
-            f"there is no arm {', '.join(sorted(unknown))} on this device; there are {', '.join(arms)}"
+            f"there is no arm {', '.join(unknown)} on this device; there are {', '.join(arms)}"
         )
+
+    # The lowest of the network's five levels has a sixteenth of the image's size.
     model = replace(
         FFHQ,
         image_size=options.image_size,
@@ -400,11 +506,14 @@ def main() -> None:
         table_line(["---"] * len(COLUMNS)),
     ]
     print(*lines, sep="\n", flush=True)
+
+    # Ours comes first and is never left out, since the others take turns with it.
     chosen = [arm for name, arm in arms.items() if name == "ours" or name in names]
     for row in rows(chosen, options.rounds, model, options.batch, device):
         lines.append(table_line(row))
         print(lines[-1], flush=True)
         if options.out:
+            # The file is complete after every row, so that a stopped comparison leaves a table.
             options.out.write_text("\n".join([*lines, "", NOTES, ""]))
     print(f"\n{NOTES}")
 

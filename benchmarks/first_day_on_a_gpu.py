@@ -1,7 +1,10 @@
-"""What could not be measured here yet: `python benchmarks/first_day_on_a_gpu.py`, at most 8 minutes on an H100.
+"""What could not be measured here yet, in at most 8 minutes on an H100.
 
-Each part is a process of its own with a time of its own, so that neither an error nor a slow compiler spoils the rest.
-The facts are written to first_day.json. Without a GPU all of it runs small, on the CPU, as its own test.
+    python benchmarks/first_day_on_a_gpu.py
+
+Each part is a process of its own with a time of its own, so that neither an error nor a slow
+compiler spoils the rest. The facts are written to first_day.json. Without a GPU all of it runs
+small, on the CPU, as its own test.
 """
 
 import json
@@ -13,12 +16,14 @@ import time
 import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
 import torch
 
+# Run as a script, Python looks for modules in this folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
@@ -36,20 +41,20 @@ from functions.training.metrics import read_metrics
 GPU = torch.cuda.is_available()
 DEVICE = choose_device("cuda") if GPU else torch.device("cpu")
 PRECISION = str(choose_precision("auto", DEVICE)).removeprefix("torch.")
+# Without a GPU all sizes are as small as they can be.
 BATCH, ROUNDS, STEPS, IMAGES, CALLS = (20, 3, 10, 64, 50) if GPU else (2, 2, 1, 2, 3)
-SIZE = (
-    {}
-    if GPU
-    else {
-        "image_size": 16,
-        "lowest_resolution_size": 8,
-        "dim_multiply": (1, 2),
-        "transformer_layers": (1,),
-        "norm_groups": 2,
-        "base_dim": 8,
-    }
-)
-ESTIMATES = {  # of an H100, at most: by the bytes that benchmarks/bytes_moved.py counts
+SMALL = {
+    "image_size": 16,
+    "lowest_resolution_size": 8,
+    "dim_multiply": (1, 2),
+    "transformer_layers": (1,),
+    "norm_groups": 2,
+    "base_dim": 8,
+}
+SIZE = {} if GPU else SMALL
+
+# An H100 should need at most this, by the bytes that benchmarks/bytes_moved.py counts.
+ESTIMATES = {
     "ours, compiled, base 64: ms a step": 25,
     "ours, compiled, base 128: ms a step": 75,
     "graph: ms a call": 45,
@@ -59,10 +64,13 @@ ESTIMATES = {  # of an H100, at most: by the bytes that benchmarks/bytes_moved.p
 
 
 def milliseconds(work: Callable[[], object], times: int) -> float:
-    """Of one of so many, by the GPU's own clock; on the CPU by the host's."""
+    """Return the mean milliseconds of so many calls of `work`."""
     if not GPU:
         return 1000 * timeit.timeit(work, number=times) / times
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    # The GPU's own clock does not count what the host does before and after.
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     start.record()
     timeit.timeit(work, number=times)
     end.record()
@@ -71,88 +79,94 @@ def milliseconds(work: Callable[[], object], times: int) -> float:
 
 
 def environment() -> Iterator[tuple[str, object]]:
+    """Yield the GPU, its driver and PyTorch, and how fast the GPU copies and multiplies."""
     yield "GPU", torch.cuda.get_device_properties(0) if GPU else "none"
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    yield (
-        "driver",
-        subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split()
-        if GPU
-        else "none",
-    )
-    yield (
-        "PyTorch",
-        f"{torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs",
-    )
+    driver = "none"
+    if GPU:
+        ask = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        driver = subprocess.check_output(ask.split(), text=True).split()
+    yield "driver", driver
+    gpus = f"{torch.cuda.device_count()} GPUs"
+    yield "PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda}, {gpus}"
+
+    # Each number of 4 bytes is read and written.
     n = 8192 if GPU else 256
-    source, matrix = (
-        torch.ones(n, n, device=DEVICE),
-        torch.ones(n, n, dtype=torch.bfloat16, device=DEVICE),
-    )
-    yield (
-        "copying: TB/s",
-        8 * n**2 / min(milliseconds(lambda: source.clone(), 10) for _ in range(2)) / 1e9,
-    )
-    yield (
-        "bfloat16: TFLOP/s",
-        2 * n**3 / min(milliseconds(lambda: matrix @ matrix, 10) for _ in range(2)) / 1e9,
-    )
+    source = torch.ones(n, n, device=DEVICE)
+    copying = min(milliseconds(source.clone, 10) for _ in range(2))
+    yield "copying: TB/s", 8 * n**2 / copying / 1e9
+
+    # Each of the product's numbers takes n multiplications and n additions.
+    matrix = torch.ones(n, n, dtype=torch.bfloat16, device=DEVICE)
+    multiplying = min(milliseconds(lambda: matrix @ matrix, 10) for _ in range(2))
+    yield "bfloat16: TFLOP/s", 2 * n**3 / multiplying / 1e9
 
 
 def training(base_dim: int) -> Iterator[tuple[str, object]]:
-    """Steps of ffhq-run2's network, all by turns; GB are what a step needs beside weights and Adam's moments."""
+    """Yield the milliseconds of steps of ffhq-run2's network, with all arms by turns.
+
+    GB are what a step needs beside weights and Adam's moments.
+    """
     set_deterministic(False)
+    model = replace(FFHQ, **{"base_dim": base_dim, **SIZE})
+    # A compiler takes minutes on the CPU, so there nothing is compiled.
+    compiler = torch.compile if GPU else lambda module, options: module
     benches, times, gradients = {}, {}, []
-    for package, compiled in (
-        ("ours", False),
-        ("ours", True),
-        ("diffusers", False),
-        ("diffusers", True),
-    ):
-        name = f"{package}, {'compiled' if compiled else 'eager'}, base {base_dim}"
-        recompute = "norms" if package == "ours" and not compiled else "none"  # as a run has it
-        arm, start = (
-            Arm(name, package, PRECISION, True, False, recompute, compiled),
-            time.perf_counter(),
-        )
-        # On the CPU it takes minutes
-        compiler = torch.compile if GPU else lambda module, options: module
+    for package, how in product(("ours", "diffusers"), ("eager", "compiled")):
+        name = f"{package}, {how}, base {base_dim}"
+        # A run recomputes norms unless it is compiled.
+        recompute = "norms" if package == "ours" and how == "eager" else "none"
+        arm = Arm(name, package, PRECISION, True, False, recompute, how == "compiled")
+
+        start = time.perf_counter()
         with patch.object(torch, "compile", compiler):
-            benches[name] = Bench(
-                arm, replace(FFHQ, **{"base_dim": base_dim, **SIZE}), BATCH, DEVICE
-            )
-        milliseconds(benches[name].step, 2)
+            bench = Bench(arm, model, BATCH, DEVICE)
+        milliseconds(bench.step, 2)
         yield f"{name}: s for the first steps", time.perf_counter() - start
+
+        benches[name] = bench
         if GPU:
             torch.cuda.reset_peak_memory_stats()
-            before, _ = torch.cuda.memory_allocated(), benches[name].step()
+            before = torch.cuda.memory_allocated()
+            bench.step()
             yield f"{name}: GB", (torch.cuda.max_memory_allocated() - before) / 1e9
         if package == "ours":
-            gradients.append(
-                tried(benches[name].denoiser, {tuple(benches[name].batch[0].shape)})[1]
-            )
-        if compiled:
-            for other, bench in ROUNDS * [*benches.items()]:
-                times.setdefault(other, []).append(milliseconds(bench.step, STEPS))
-            yield from ((f"{other}: ms a step", median(taken)) for other, taken in times.items())
-    difference = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+            _, gradient = tried(bench.denoiser, {tuple(bench.batch[0].shape)})
+            gradients.append(gradient)
+
+        # An eager arm and its compiled one come together, and take turns with those before them.
+        if arm.compiled:
+            for other in ROUNDS * list(benches):
+                taken = milliseconds(benches[other].step, STEPS)
+                times.setdefault(other, []).append(taken)
+            for other, rounds in times.items():
+                yield f"{other}: ms a step", median(rounds)
+
+    eager, compiled = gradients
+    difference = (compiled - eager).norm() / eager.norm()
     yield f"compiled, base {base_dim}: gradients differ by", difference.item()
 
 
 def sampling() -> Iterator[tuple[str, object]]:
+    """Yield the milliseconds of a network call in sampling, eager and recorded as a CUDA graph."""
     model = replace(FFHQ, **SIZE)
     bench = Bench(Arm("ours", "ours", PRECISION, True), model, 1, DEVICE)
     bench.module.eval().requires_grad_(False)
     shape = (model.channels, model.image_size, model.image_size)
     sampler = ImageSampler(bench.denoiser, SamplerOptions("ddim", CALLS), shape, 0, DEVICE)
+
+    def work() -> None:
+        list(generate_batches(sampler, [range(IMAGES)]))
+
     for how, network in {"eager": bench.module, "graph": Replayed(bench.module)}.items():
-        with patch("functions.sampling.generation.Replayed", lambda _, network=network: network):
-            work = lambda: [*generate_batches(sampler, [range(IMAGES)])]
+        # On CUDA the sampler wraps its network in `Replayed`; here it gets this one instead.
+        with patch("functions.sampling.generation.Replayed", return_value=network):
+            # The first time a graph is recorded, or cuDNN tries its kernels.
             work()
             yield f"{how}: ms a call", milliseconds(work, 1) / CALLS
 
 
 def run_of(runs: Path, device: torch.device, **changes: object) -> Run:
-    """An epoch of `faces`, 50 steps, on the CPU's draws."""
+    """Train an epoch of `faces`, which is 50 steps, with the CPU's draws, and return the run."""
     often = {
         "epochs": 1,
         "log_every": 1,
@@ -164,65 +178,65 @@ def run_of(runs: Path, device: torch.device, **changes: object) -> Run:
         "grid_steps": 1,
     }
     run = Run("faces", EXPERIMENTS["faces"].override({**often, **changes}, SIZE), runs)
+    # A GPU's random numbers are others than the CPU's, and would make another run.
     with patch.object(train, "training_draws", on_the_cpu):
         train.train(run, device, SINGLE_PROCESS)
     return run
 
 
 def on_the_cpu(*args: object, draw: Callable = train.training_draws) -> object:
-    draws = draw(*args[:-1], "cpu")
-    return type(draws)(*(values.to(args[-1]) for values in vars(draws).values()))
+    """Return the draws of a step as the CPU makes them, on the device that is the last argument."""
+    *settings, device = args
+    draws = draw(*settings, "cpu")
+    moved = {name: values.to(device) for name, values in vars(draws).items()}
+    return replace(draws, **moved)
 
 
 def float32() -> Iterator[tuple[str, object]]:
-    runs = [
-        run_of(Path(tempfile.mkdtemp()), device, precision="float32")
-        for device in (torch.device("cpu"), DEVICE)
-    ]
-    a, b = (
-        torch.tensor([row["loss"] for row in read_metrics(run.folder / "metrics.csv")])
-        for run in runs
-    )
-    yield "float32: a loss beside the CPU's", ((b - a).abs() / a).max().item()
+    """Yield the largest relative difference between losses on the GPU and on the CPU."""
+    losses = []
+    for device in (torch.device("cpu"), DEVICE):
+        run = run_of(Path(tempfile.mkdtemp()), device, precision="float32")
+        rows = read_metrics(run.folder / "metrics.csv")
+        losses.append(torch.tensor([row["loss"] for row in rows]))
+    expected, actual = losses
+    difference = (actual - expected).abs() / expected
+    yield "float32: a loss beside the CPU's", difference.max().item()
 
 
 def resumed() -> Iterator[tuple[str, object]]:
-    """From the middle on, with deterministic kernels, beside the whole run."""
+    """Compare a run that goes on from its middle with the whole run, with deterministic kernels."""
     run = run_of(Path(tempfile.mkdtemp()), DEVICE, deterministic=True)
+
+    # Without its last checkpoint the copy stands at step 25 of 50.
     again = Path(shutil.copytree(run.folder, f"{run.folder}-again"))
     checkpoints_of(again)[-1].unlink()
     with patch.object(train, "training_draws", on_the_cpu):
         train.train(train.open_run(again, None, ({}, {}), SINGLE_PROCESS), DEVICE, SINGLE_PROCESS)
+
     a, b = (
         check_whole(checkpoints_of(folder)[-1]).tensors("model.") for folder in (run.folder, again)
     )
-    assert all(torch.equal(a[name], b[name]) for name in a), (
-        "a resumed run is another than the whole one"
-    )
+    same = all(torch.equal(a[name], b[name]) for name in a)
+    assert same, "a resumed run is another than the whole one"
     yield "a resumed run", "bit for bit as the whole one"
 
 
 def all_gpus() -> Iterator[tuple[str, object]]:
-    """Two processes on the CPU."""
+    """Train on all GPUs at once, or in two processes on the CPU."""
     count = torch.cuda.device_count() or 2
-    flags = f"faces --runs {tempfile.mkdtemp()} --diffusion.epochs 1 --diffusion.batch-size {max(16, count)}"
-    model = [
-        f"--model.{name.replace('_', '-')}={value}".replace(" ", "").strip("(,)")
-        for name, value in SIZE.items()
-    ]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
-    ]
-    subprocess.run([*torchrun, train.__file__, *flags.split(), *model], timeout=45, check=True)
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {count}"
+    # Each process needs at least one image of a batch.
+    batch_size = f"--diffusion.batch-size {max(16, count)}"
+    flags = f"faces --runs {tempfile.mkdtemp()} --diffusion.epochs 1 {batch_size}"
+    model = [f"--model.{name.replace('_', '-')}={value}" for name, value in SIZE.items()]
+    command = [sys.executable, *torchrun.split(), train.__file__, *flags.split(), *model]
+    subprocess.run(command, timeout=45, check=True)
     yield f"torchrun with {count}", "finished"
 
 
-PARTS = {  # with the seconds that each may take
+# A part may take the seconds beside it, all of them together 8 minutes.
+PARTS = {
     "environment": (environment, 20),
     "training 64": (lambda: training(64), 155),
     "float32": (float32, 35),
@@ -234,44 +248,46 @@ PARTS = {  # with the seconds that each may take
 
 
 def main() -> None:
-    found = {}
+    """Run all parts, write and print what they find, and say what fell short."""
+    facts = {}
     for part, (_, seconds) in PARTS.items():
         command = [sys.executable, __file__, part]
         try:
-            run = subprocess.run(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=True,
-            )
-            found[part], printed = "done", run.stdout
+            printed = subprocess.check_output(command, stderr=subprocess.STDOUT, timeout=seconds)
+            facts[part] = "done"
         except subprocess.SubprocessError as error:
             late = isinstance(error, subprocess.TimeoutExpired)
-            found[part], printed = "skipped: time" if late else "failed", error.stdout or b""
+            facts[part] = "skipped: time" if late else "failed"
+            printed = error.stdout or b""
+
+        # What a part printed before it ended counts, however it ended.
         lines = printed.decode(errors="replace").splitlines()
-        found |= dict(json.loads(line[5:]) for line in lines if line.startswith("FACT "))
-        Path("first_day.json").write_text(json.dumps(found, indent=1))
-        print(
-            f"{part}: {found[part]}",
-            *lines[-9:] if found[part] == "failed" else (),
-            sep="\n",
-            flush=True,
-        )
-    print("\n| | |\n|---|---|", *(f"| {what} | {fact} |" for what, fact in found.items()), sep="\n")
-    print(
-        *(f"fell short: {part} {found[part]}" for part in PARTS if found[part] != "done"), sep="\n"
-    )
-    for what, most in ESTIMATES.items():
-        if GPU and not found.get(what, torch.inf) <= most:
-            print(f"fell short: {what} {found.get(what, 'was not measured')}, estimated {most}")
+        facts |= dict(json.loads(line[5:]) for line in lines if line.startswith("FACT "))
+        # The file is written after each part, so a machine that goes down leaves what it measured.
+        Path("first_day.json").write_text(json.dumps(facts, indent=1))
+        # The last lines of a part that failed say why.
+        shown = lines[-9:] if facts[part] == "failed" else []
+        print(f"{part}: {facts[part]}", *shown, sep="\n", flush=True)
+
+    print("\n| | |\n|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items()), sep="\n")
+    missing = [f"fell short: {part} {facts[part]}" for part in PARTS if facts[part] != "done"]
+    print(*missing, sep="\n")
+    for name, most in ESTIMATES.items():
+        # The estimates are of a GPU.
+        if GPU and not facts.get(name, torch.inf) <= most:
+            print(f"fell short: {name} {facts.get(name, 'was not measured')}, estimated {most}")
+
+
+def run_part(part: str) -> None:
+    """Print the facts of a part, each as a line of JSON that `main` reads."""
+    find, _ = PARTS[part]
+    for name, fact in find():
+        value = round(fact, 5) if isinstance(fact, float) else str(fact)
+        print(f"FACT {json.dumps([name, value])}", flush=True)
 
 
 if __name__ == "__main__":
-    for what, fact in PARTS[sys.argv[1]][0]() if sys.argv[1:] else ():
-        print(
-            f"FACT {json.dumps([what, round(fact, 5) if isinstance(fact, float) else str(fact)])}",
-            flush=True,
-        )
-    if not sys.argv[1:]:
+    if sys.argv[1:]:
+        run_part(sys.argv[1])
+    else:
         main()

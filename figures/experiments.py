@@ -1,15 +1,21 @@
-"""Why colours go wrong, and two cures: the arms of docs/whole-before-detail.md. `python figures/experiments.py WORD`.
+"""Why colours go wrong, and two cures: the arms of docs/whole-before-detail.md.
 
-train     a run of every arm and seed, a quarter of an hour each on two cores; one that was stopped goes on
-measure   each run's numbers, with and without calibration, into JSON files in its folder, in as long again
-draw      those into figures/experiments.json, the table of all that is there, and a picture
+`python figures/experiments.py WORD`, where WORD is
+
+train     trains a run of every arm and seed, in a quarter of an hour each on two cores; a run
+          that was stopped goes on
+measure   writes each run's numbers, with and without calibration, into JSON files in its folder,
+          in as long again
+draw      adds those numbers to figures/experiments.json, prints the table of all that is there,
+          and draws a picture
 """
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,62 +23,79 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that the repository's modules are found from any folder
+# Python looks for modules in this script's folder, not in the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train  # noqa: E402
-from config import EXPERIMENTS  # noqa: E402
-from data.datasets import images_of_run  # noqa: E402
-from data.pixels import to_model_range, to_uint8  # noqa: E402
-from figures.feature_distance import Features, spoilt  # noqa: E402
-from functions.evaluation.bands import BandErrors, measure_bands, plot_bands  # noqa: E402
-from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim  # noqa: E402
-from functions.sampling.calibration import calibrated  # noqa: E402
-from functions.sampling.generation import ImageSampler, generate, rebuild  # noqa: E402
-from functions.sampling.options import SamplerOptions  # noqa: E402
-from functions.support.checkpoint import load_weights  # noqa: E402
-from functions.support.command_line import Parser, plain_errors  # noqa: E402
-from functions.support.device import choose_device  # noqa: E402
-from functions.support.pictures import grid_of, plt, save_figure, save_image  # noqa: E402
-from functions.support.processes import SINGLE_PROCESS  # noqa: E402
-from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, runs_of, step_of  # noqa: E402
-from models.unet import UNet  # noqa: E402
+import train
+from config import EXPERIMENTS
+from data.datasets import images_of_run
+from data.pixels import to_model_range, to_uint8
+from figures.feature_distance import Features, spoilt
+from functions.evaluation.bands import BandErrors, measure_bands, plot_bands
+from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim
+from functions.sampling.calibration import calibrated
+from functions.sampling.generation import ImageSampler, generate, rebuild
+from functions.sampling.options import SamplerOptions
+from functions.support.checkpoint import load_weights
+from functions.support.command_line import Parser, plain_errors
+from functions.support.device import choose_device
+from functions.support.pictures import grid_of, plt, save_figure, save_image
+from functions.support.processes import SINGLE_PROCESS
+from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, runs_of, step_of
+from models.unet import UNet
 
+ROOT = Path(train.__file__).parent
 RESULTS = ROOT / "figures" / "experiments.json"
-# At 2e-3, uniform t mostly did not learn
+
+# At 2e-3, the rate of `faces`, two of three runs with v and uniform t did not learn.
 V = {"objective": "v", "t_sampling": "mixed", "learning_rate": 1e-3}
 FACES_V = V | {"t_sampling": "uniform", "beta_schedule": "cosine"}
-LARGE, SHORT = {"image_size": 64, "lowest_resolution_size": 8}, {"epochs": 16}
-ARMS = {  # name: what differs from `faces` in diffusion and model, and how many seeds
+LARGE = {"image_size": 64, "lowest_resolution_size": 8}
+SHORT = {"epochs": 16}
+
+# Under the name of an arm: what differs from `faces` in the diffusion config and in the model
+# config, and how many seeds it has.
+ARMS = {
+    # What the network predicts, and how t is drawn.
     "eps": ({}, {}, 3),
     "v, mixed t": (V, {}, 3),
     "v, uniform t": (V | {"t_sampling": "uniform"}, {}, 3),
+    # What else differs between `faces` and those with v, one thing at a time.
     "eps, mixed t": ({"t_sampling": "mixed"}, {}, 1),
     "eps, rate 1e-3": ({"learning_rate": 1e-3}, {}, 1),
+    # Other betas, and another weight of the loss.
     "v, mixed t, cosine": (V | {"beta_schedule": "cosine"}, {}, 1),
     "v, uniform t, cosine": (FACES_V, {}, 3),
     "v, mixed t, min-SNR": (V, {}, 1),
+    # At 64 px the 3,500 steps of `faces` take over an hour, so all of these have fewer.
     "eps, 800 steps": (SHORT, {}, 1),
     "v, mixed t, 800 steps": (V | SHORT, {}, 1),
     "eps, 800 steps, 64 px": (SHORT, LARGE, 1),
     "v, mixed t, 800 steps, 64 px": (V | SHORT, LARGE, 1),
+    # Photos are other data than emoji, and users bring their own.
     "eps, photos": ({}, {}, 1),
     "v, mixed t, photos": (V, {}, 1),
     "v, uniform t, cosine, photos": (FACES_V, {}, 1),
 }
-KINDS = ("plain", "data", "own")  # of calibration
+
+# These two arms are the presets `faces` and `faces-v`.
+PRESETS = ("eps", "v, uniform t, cosine")
+# The kinds of calibration: none, fitted to training images, fitted to the model's own samples.
+KINDS = ("plain", "data", "own")
+# docs/whole-before-detail.md shows a heat map of the bands for these arms.
+MAPS = {
+    "eps": "bands-eps.png",
+    PRESETS[1]: "bands-v.png",
+    "eps, calibrated (data)": "bands-calibrated.png",
+}
+
+# Distances are measured with these samplers, named in the table by their network calls.
 DISTANCES = {
     "20 DDIM": SamplerOptions("ddim", 20),
     "20 2M": SamplerOptions("dpm++", 20, eta=0.0),
     "50 DDIM": SamplerOptions("ddim", 50),
     "20 SDE": SamplerOptions("dpm++", 20),
     "200 DDPM": SamplerOptions("ddpm", 200),
-}
-PRESETS = ("eps", "v, uniform t, cosine")  # `faces` and `faces-v`
-MAPS = {
-    "eps": "bands-eps.png",
-    PRESETS[1]: "bands-v.png",
-    "eps, calibrated (data)": "bands-calibrated.png",
 }
 SOLVERS = {
     "DDPM": ("ddpm", None),
@@ -81,97 +104,134 @@ SOLVERS = {
     "SDE": ("dpm++", 1.0),
     "iPNDM": ("ipndm", None),
 }
-GRID = {  # measured on the first run of `faces-v` alone
+# These 30 samplers take long, so that only the first run of `faces-v` is measured with them.
+GRID = {
     f"{name} {spacing} {calls}": SamplerOptions(sampler, calls, spacing, eta=eta)
     for name, (sampler, eta) in SOLVERS.items()
     for spacing in ("trailing", "logsnr")
     for calls in (10, 20, 50)
 }
-# So many samples are kept of each arm, and are in the picture of all
-SPOILT_WITH, SHOWN, COLUMNS = "20 DDIM", 36, 12
+# Spoilt samples are counted with this sampler, since few steps without fresh noise spoil most.
+SPOILT_WITH = "20 DDIM"
+# The first samples of that sampler are kept for the pictures, and COLUMNS of them are in that of
+# all arms.
+SHOWN, COLUMNS = 36, 12
 
 
 def main() -> None:
+    """Train or measure the runs one after the other, or draw all of them at once."""
     parser = Parser(description=__doc__)
     parser.add_argument("word", choices=("train", "measure", "draw"))
     parser.add_argument(
-        "--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="which (all)"
+        "--arms",
+        nargs="+",
+        default=ARMS,
+        choices=ARMS,
+        metavar="ARM",
+        help="The arms to train, measure or draw. Default: all.",
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="which (as many as ARMS says)"
+        "--seeds",
+        nargs="+",
+        type=int,
+        help="The seeds of each arm. Default: 0, 1 and so on, as many as ARMS says.",
     )
     parser.add_argument(
         "--photos",
-        metavar="PATH",
-        help="what the arms of photos are trained on (without: left out)",
+        help="The images that the arms of photos train on. Default: these arms are left out.",
     )
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs" / "experiments", help="where the runs are"
+        "--runs",
+        type=Path,
+        default=ROOT / "runs" / "experiments",
+        help="The folder of the runs. Default: %(default)s.",
     )
     parser.add_argument(
-        "--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of calibration (all)"
+        "--kinds",
+        nargs="+",
+        default=KINDS,
+        choices=KINDS,
+        help="The kinds of calibration to measure with. Default: all.",
     )
     parser.add_argument(
         "--distances",
         nargs="+",
-        default=list(DISTANCES),
+        default=DISTANCES,
         choices=DISTANCES,
-        metavar="D",
-        help="(all)",
+        help="The samplers to measure distances with. Default: all.",
     )
-    parser.add_argument("--images", type=int, default=100, help="samples for a distance")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=100,
+        help="How many samples a distance takes. Default: %(default)s.",
+    )
     parser.add_argument(
         "--spoilt",
         type=int,
         default=1000,
-        help=f"samples for the share that is spoilt, {SPOILT_WITH}",
+        help="How many samples the share of spoilt ones takes. Default: %(default)s.",
     )
     parser.add_argument(
         "--picture",
         default="whole_before_detail.png",
-        help="in figures/, of the arms and runs given",
+        help="The name in figures/ of the picture of the arms. Default: %(default)s.",
     )
     args = parser.parse_args()
-    for arm in args.arms:
-        for seed in args.seeds or range(ARMS[arm][2]):
-            run = finished(args.runs, arm, seed)
-            if args.word == "train" and not run and ("photos" not in arm or args.photos):
-                train_arm(args, arm, seed)
-            elif args.word == "measure" and run:
-                measure(run, args)
+
+    pairs = [(arm, seed) for arm in args.arms for seed in args.seeds or range(ARMS[arm][2])]
     if args.word == "draw":
-        draw(args)
+        draw(pairs, args)
+        return
+
+    for arm, seed in pairs:
+        run = finished(args.runs, arm, seed)
+        # Photos do not come with the repository.
+        trainable = "photos" not in arm or args.photos
+        if args.word == "train" and trainable and not run:
+            train_arm(args, arm, seed)
+        elif args.word == "measure" and run:
+            measure(run, args)
 
 
 def slug(arm: str, seed: int) -> str:
+    """Return the name of an arm's runs, such as "v-mixed-t-seed0"."""
     return f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
 def newest(runs: Path, arm: str, seed: int) -> Path | None:
-    """The newest run of an arm that has a checkpoint."""
-    return next(
-        (run for run in reversed(runs_of(runs, f"{slug(arm, seed)}-")) if checkpoints_of(run)), None
-    )
+    """Return the newest run of an arm that has a checkpoint, or None."""
+    for run in reversed(runs_of(runs, f"{slug(arm, seed)}-")):
+        if checkpoints_of(run):
+            return run
+    return None
 
 
 def finished(runs: Path, arm: str, seed: int) -> Path | None:
-    """The newest run of an arm, if it has reached its last step."""
+    """Return the newest run of an arm if it has reached its last step, or None."""
     run = newest(runs, arm, seed)
-    total = run and json.loads((run / "config.json").read_text())["run"]["total_steps"]
-    return run if run and step_of(find_checkpoints(run)[0]) == total else None
+    if not run:
+        return None
+
+    config = json.loads((run / "config.json").read_text())
+    done = step_of(find_checkpoints(run)[0])
+    return run if done == config["run"]["total_steps"] else None
 
 
-def train_arm(args: argparse.Namespace, arm: str, seed: int) -> None:
-    """By `train.train`; the arm of min-SNR with that weight of the loss (Hang et al. 2023, arXiv:2303.09556)."""
-    diffusion, model, _ = ARMS[arm]
-    photos = {"dataset_name": args.photos} if "photos" in arm else {}
-    before, name = newest(args.runs, arm, seed), slug(arm, seed)
-    experiment = EXPERIMENTS["faces"].override({**photos, **diffusion, "seed": seed}, model)
-    run = (
-        train.open_run(before, None, ({}, {}), SINGLE_PROCESS)
-        if before
-        else Run(name, experiment, args.runs)
-    )
+def train_arm(args: Namespace, arm: str, seed: int) -> None:
+    """Train a run of an arm with train.py, or go on with one that was stopped."""
+    before = newest(args.runs, arm, seed)
+    if before:
+        run = train.open_run(before, None, ({}, {}), SINGLE_PROCESS)
+    else:
+        diffusion, model, _ = ARMS[arm]
+        changes = {**diffusion, "seed": seed}
+        if "photos" in arm:
+            changes["dataset_name"] = args.photos
+        experiment = EXPERIMENTS["faces"].override(changes, model)
+        run = Run(slug(arm, seed), experiment, args.runs)
+
+    # train.py has no such weight of the loss, so the arm that wants it puts it in here.
     with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
         train.train(run, choose_device("auto"), SINGLE_PROCESS)
 
@@ -179,78 +239,118 @@ def train_arm(args: argparse.Namespace, arm: str, seed: int) -> None:
 def min_snr_loss(
     model, scheduler, x_0: Tensor, t: Tensor, noise: Tensor, loss=train.denoising_loss
 ) -> Tensor:
-    """The squared error of x_0 times min(SNR, 5); it is (1 - alpha_bar) of v's."""
+    """Return the squared error of x_0 times min(SNR, 5) (Hang et al. 2023, arXiv:2303.09556)."""
+    # The loss of v is the squared error of x_0 divided by (1 - alpha_bar).
     a = scheduler.alpha_bar(t).to(x_0)
-    return (1 - a) * (a / (1 - a)).clamp(max=5) * loss(model, scheduler, x_0, t, noise)
+    weight = (1 - a) * (a / (1 - a)).clamp(max=5)
+    return weight * loss(model, scheduler, x_0, t, noise)
 
 
-def measure(run: Path, args: argparse.Namespace) -> None:
-    """All numbers of a run that are not there yet."""
-    device, saved = choose_device("auto"), load_weights(find_checkpoints(run)[0])
-    load = lambda name: images_of_run(saved.config["diffusion"], saved.image_shape[-1], name)
-    image_set, split = load(None)
-    x_0_of = lambda indices: to_model_range(torch.from_numpy(image_set.images[indices])).to(device)
-    train_images = x_0_of(split.train_indices)
-    features = Features(torch.cat([train_images, train_images.flip(3)]))
+def measure(run: Path, args: Namespace) -> None:
+    """Measure a run with each kind of calibration, unless its file is there already."""
+    device = choose_device("auto")
+    saved = load_weights(find_checkpoints(run)[0])
     denoiser = rebuild(UNet, saved, device)
+
+    # Calibration asks for the images in the same way.
+    load = partial(images_of_run, saved.config["diffusion"], saved.image_shape[-1])
+    image_set, split = load()
+
+    def x_0_of(indices: np.ndarray) -> Tensor:
+        images = torch.from_numpy(image_set.images[indices])
+        return to_model_range(images).to(device)
+
+    train_images = x_0_of(split.train_indices)
+    average = train_images.mean(dim=0)
+    # Training flips images, so that samples look either way.
+    features = Features(torch.cat([train_images, train_images.flip(3)]))
+
     for kind in args.kinds:
-        path, options = (
-            run / f"measured-{kind}.json",
-            SamplerOptions(calibrate=None if kind == "plain" else kind),
-        )
+        path = run / f"measured-{kind}.json"
         if path.exists():
             continue
-        uncalibrated = ImageSampler(denoiser, options, saved.image_shape, 0, device)
-        sampler = calibrated(uncalibrated, saved, 64, load, SINGLE_PROCESS)
-        bands = measure_bands(
-            sampler.denoiser, x_0_of, split.val_indices, train_images.mean(dim=0), 64, 0
-        )
-        found = {"bands": bands.facts(), "distance": {}}
-        grid = GRID if kind == "plain" and run.name.startswith(slug(PRESETS[1], 0)) else {}
-        for name, options in ({name: DISTANCES[name] for name in args.distances} | grid).items():
-            many = args.spoilt if name == SPOILT_WITH else args.images
-            images = generate(replace(sampler, options=options), range(many), 64).images.to(device)
-            found["distance"][name] = features.distance(images[: args.images])
-            if name == SPOILT_WITH:
-                if "photos" not in run.name:  # which have no white corners
-                    found["spoilt"] = spoilt(images).double().mean().item()
-                np.save(path.with_suffix(".npy"), to_uint8(images[:SHOWN]).cpu().numpy())
-            print(f"{path}: {found['distance']}, spoilt {found.get('spoilt')}", flush=True)
+        options = SamplerOptions(calibrate=None if kind == "plain" else kind)
+        sampler = ImageSampler(denoiser, options, saved.image_shape, 0, device)
+        sampler = calibrated(sampler, saved, 64, load, SINGLE_PROCESS)
+
+        bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, average, 64, 0)
+        numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path, args)}
+
+        # The bound is measured once, as calibration is for samplers alone.
         if kind == "plain":
             bound = measure_bits_per_dim(
                 denoiser, x_0_of, split.val_indices, BoundOptions(t_stride=50)
             )
-            found["bits_per_dim"] = [bound.total, bound.standard_error]
-        path.write_text(json.dumps(found))
+            numbers["bits_per_dim"] = [bound.total, bound.standard_error]
+        path.write_text(json.dumps(numbers))
 
 
-def draw(args: argparse.Namespace) -> None:
-    """The results of the runs that are here into those that are known; a picture of the runs, the table of all."""
-    results, pictures = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}, {}
-    for arm in args.arms:
-        for seed in args.seeds or range(ARMS[arm][2]):
-            run = newest(args.runs, arm, seed)
-            for kind in KINDS:
-                path = run / f"measured-{kind}.json" if run else None
-                if path and path.exists():
-                    label = arm if kind == "plain" else f"{arm}, calibrated ({kind})"
-                    found = json.loads(
-                        path.read_text(), parse_float=lambda text: float(f"{float(text):.5g}")
-                    )
-                    results.setdefault(label, {})[str(seed)] = found
-                    if label not in pictures and "photos" not in arm:
-                        pictures[label] = np.load(path.with_suffix(".npy"))
-                        if label in MAPS:
-                            bands = BandErrors(
-                                **{name: np.array(value) for name, value in found["bands"].items()}
-                            )
-                            plot_bands(bands, RESULTS.with_name(MAPS[label]), label)
-    lines = ",\n".join(
-        f"{json.dumps(label)}: {json.dumps(found)}" for label, found in results.items()
-    )
-    RESULTS.write_text(f"{{\n{lines}\n}}\n")
+def measure_samples(sampler: ImageSampler, features: Features, path: Path, args: Namespace) -> dict:
+    """Return the distance with each sampler, and the share of samples that is spoilt.
+
+    The first samples are kept beside `path`, the file of the run's numbers.
+    """
+    run = path.parent.name
+    samplers = {name: DISTANCES[name] for name in args.distances}
+    if path.stem == "measured-plain" and run.startswith(slug(PRESETS[1], 0)):
+        samplers |= GRID
+
+    numbers = {"distance": {}}
+    for name, options in samplers.items():
+        # A calibration is part of the denoiser, so it stays when the options are replaced.
+        count = args.spoilt if name == SPOILT_WITH else args.images
+        samples = generate(replace(sampler, options=options), range(count), 64)
+        images = samples.images.to(sampler.device)
+
+        numbers["distance"][name] = features.distance(images[: args.images])
+        if name == SPOILT_WITH:
+            # Photos have no white corners, by which `spoilt` tells.
+            if "photos" not in run:
+                numbers["spoilt"] = spoilt(images).double().mean().item()
+            np.save(path.with_suffix(".npy"), to_uint8(images[:SHOWN]).cpu().numpy())
+        print(f"{path}: {numbers['distance']}, spoilt {numbers.get('spoilt')}", flush=True)
+    return numbers
+
+
+def draw(pairs: list[tuple], args: Namespace) -> None:
+    """Add the numbers of some runs to RESULTS, print the table of all, and draw these runs.
+
+    The runs are given by pairs of an arm and a seed; those that are not there are left out.
+    """
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    pictures = {}
+    for arm, seed in pairs:
+        run = newest(args.runs, arm, seed)
+        for kind in KINDS if run else ():
+            path = run / f"measured-{kind}.json"
+            if not path.exists():
+                continue
+
+            # Five digits are more than the seeds agree in, and keep the file short.
+            numbers = json.loads(path.read_text(), parse_float=lambda x: float(f"{float(x):.5g}"))
+            label = arm if kind == "plain" else f"{arm}, calibrated ({kind})"
+            results.setdefault(label, {})[str(seed)] = numbers
+
+            # The first seed of each arm is drawn. The people in photos are not shown.
+            if label in pictures or "photos" in arm:
+                continue
+            pictures[label] = np.load(path.with_suffix(".npy"))
+            if label in MAPS:
+                arrays = {name: np.array(value) for name, value in numbers["bands"].items()}
+                plot_bands(BandErrors(**arrays), RESULTS.with_name(MAPS[label]), label)
+
+    # Each arm has a line of the file, so that a diff of it can be read.
+    lines = [f"{json.dumps(label)}: {json.dumps(seeds)}" for label, seeds in results.items()]
+    text = ",\n".join(lines)
+    RESULTS.write_text(f"{{\n{text}\n}}\n")
     print(table(results))
-    figure, axes = plt.subplots(len(pictures), 1, figsize=(10, 0.8 * len(pictures)), squeeze=False)
+    draw_samples(pictures, args.picture)
+
+
+def draw_samples(pictures: dict, name: str) -> None:
+    """Draw a row of samples for each label, and those of `faces` and `faces-v` side by side."""
+    rows = len(pictures)
+    figure, axes = plt.subplots(rows, 1, figsize=(10, 0.8 * rows), squeeze=False)
     for axis, (label, images) in zip(axes[:, 0], pictures.items(), strict=True):
         axis.imshow(grid_of(images[:COLUMNS], COLUMNS), interpolation="bicubic")
         axis.set_ylabel(
@@ -262,37 +362,47 @@ def draw(args: argparse.Namespace) -> None:
         )
         axis.set(xticks=[], yticks=[])
     figure.subplots_adjust(0.18, 0.01, 0.995, 0.99, 0, 0.05)
-    save_figure(figure, RESULTS.with_name(args.picture))
+    save_figure(figure, RESULTS.with_name(name))
+
     if pictures.keys() >= set(PRESETS):
-        grids = [
-            np.pad(grid_of(pictures[key], 6), ((0, 0), (0, 36), (0, 0)), constant_values=255)
-            for key in PRESETS
-        ]
+        grids = []
+        for preset in PRESETS:
+            # A white margin at the right of each grid keeps the two apart.
+            grid = grid_of(pictures[preset], 6)
+            grids.append(np.pad(grid, ((0, 0), (0, 36), (0, 0)), constant_values=255))
         save_image(np.concatenate(grids, axis=1), RESULTS.with_name("faces_and_faces_v.png"))
 
 
 def table(results: dict) -> str:
-    """Markdown: the mean over seeds, and in brackets the lowest and the highest."""
-    cells = {
-        "mean, t = 999": lambda found: found["bands"]["ratio"][-1][0],
-        "mean, t = 920": lambda found: found["bands"]["ratio"][-3][0],
-        **{
-            name: lambda found, name=name: found["distance"].get(name, np.nan) for name in DISTANCES
-        },
-        "spoilt, %": lambda found: 100 * found.get("spoilt", np.nan),
-        "bits/dim": lambda found: found.get("bits_per_dim", [np.nan])[0],
-    }
-    lines = [["arm", "seeds", *cells], ["---"] * (len(cells) + 2)]
+    """Return a Markdown table: the mean over seeds, and in brackets the lowest and the highest."""
+    titles = ["arm", "seeds", "mean, t = 999", "mean, t = 920", *DISTANCES, "spoilt, %", "bits/dim"]
+    lines = [titles, ["---"] * len(titles)]
+
     for label, seeds in results.items():
-        numbers = [of_seeds([cell(found) for found in seeds.values()]) for cell in cells.values()]
-        lines.append([label, str(len(seeds)), *numbers])
+        rows = [table_numbers(numbers) for numbers in seeds.values()]
+        cells = [of_seeds(values) for values in zip(*rows, strict=True)]
+        lines.append([label, str(len(seeds)), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def of_seeds(values: list[float]) -> str:
-    """Such as "2.1 (1.9-2.4)"; nothing where there is no number."""
+def table_numbers(numbers: dict) -> list[float]:
+    """Return a run's numbers in the order of the table's columns; NaN where there is none."""
+    ratio = numbers["bands"]["ratio"]
+    return [
+        ratio[-1][0],
+        ratio[-3][0],
+        *(numbers["distance"].get(name, np.nan) for name in DISTANCES),
+        100 * numbers.get("spoilt", np.nan),
+        numbers.get("bits_per_dim", [np.nan])[0],
+    ]
+
+
+def of_seeds(values: tuple[float, ...]) -> str:
+    """Return a cell such as "2.1 (1.9-2.4)"; nothing where there is no number."""
+    if np.isnan(values[0]):
+        return ""
     spread = f" ({min(values):.3g}-{max(values):.3g})" if len(values) > 1 else ""
-    return "" if np.isnan(values[0]) else f"{np.mean(values):.3g}{spread}"
+    return f"{np.mean(values):.3g}{spread}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Make every picture of README and docs/ffhq.md from real runs: `python figures/make_figures.py [RUN]`.
+"""Make every picture of README and docs/ffhq.md from real runs.
 
-RUN is a run folder of the `faces` experiment; the newest one when left out. What rotation costs in fine detail is a
-matter of photos: `--photos SOURCE`, any copy of FFHQ, draws that figure too (curves only, no photo).
+`python figures/make_figures.py [RUN]`
+
+RUN is a run folder of the `faces` experiment; the newest one when left out. What rotation costs in
+fine detail can only be seen on photos: `--photos SOURCE`, any copy of FFHQ, draws that figure too
+(curves only, no photo).
 """
 
 import sys
@@ -11,28 +14,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that the repository's modules are found from any folder
+# Python looks for modules in this script's folder, not in the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import EXPERIMENTS, ModelConfig  # noqa: E402
-from data.datasets import images_of_run, load_images  # noqa: E402
-from data.pixels import to_model_range, to_uint8  # noqa: E402
-from figures.rotation_figures import draw_rotation, draw_rotation_spectrum  # noqa: E402
-from figures.sampling_figures import draw_sampling  # noqa: E402
-from functions.noise_scheduler import NoiseScheduler  # noqa: E402
-from functions.sampling.generation import ImageSampler, frame_steps, generate, rebuild  # noqa: E402
-from functions.sampling.options import SamplerOptions  # noqa: E402
-from functions.support.checkpoint import load_weights  # noqa: E402
-from functions.support.command_line import Parser, plain_errors  # noqa: E402
-from functions.support.device import choose_device  # noqa: E402
-from functions.support.pictures import plt, save_figure, save_gif, save_grid, save_strip  # noqa: E402
-from functions.support.random_numbers import generator_of  # noqa: E402
-from functions.support.run_folder import find_checkpoints, newest_checkpoints  # noqa: E402
-from functions.training.metrics import plot_losses  # noqa: E402
-from models.blocks import sinusoidal_embedding  # noqa: E402
-from models.unet import UNet  # noqa: E402
+from config import EXPERIMENTS
+from data.datasets import images_of_run, load_images
+from data.pixels import to_model_range, to_uint8
+from figures.rotation_figures import draw_rotation, draw_rotation_spectrum
+from figures.sampling_figures import draw_sampling
+from functions.noise_scheduler import NoiseScheduler
+from functions.sampling.generation import ImageSampler, frame_steps, generate, rebuild
+from functions.sampling.options import SamplerOptions
+from functions.support.checkpoint import load_weights
+from functions.support.command_line import Parser, plain_errors
+from functions.support.device import choose_device
+from functions.support.pictures import plt, save_figure, save_gif, save_grid, save_strip
+from functions.support.random_numbers import generator_of
+from functions.support.run_folder import find_checkpoints, newest_checkpoints
+from functions.training.metrics import plot_losses
+from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
+from models.unet import UNet
 
 FIGURES = Path(__file__).resolve().parent
+# 200 steps with the betas of 1000 leave part of the image in x_T, which these schedules show.
 SCHEDULES = {
     "T = 1000": NoiseScheduler(1000),
     "T = 200, rescaled": NoiseScheduler(200),
@@ -41,19 +45,24 @@ SCHEDULES = {
 
 
 def main() -> None:
+    """Draw all figures into this folder."""
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "run", nargs="?", type=Path, help="a run folder; the newest `faces` run when left out"
+        "run", nargs="?", type=Path, help="A run folder. Default: the newest run of `faces`."
     )
     parser.add_argument(
         "--photos",
         metavar="SOURCE",
-        help="also draw what rotation costs in detail, from these images",
+        help="Images from which to draw what rotation costs in detail. Default: not drawn.",
     )
     args = parser.parse_args()
-    checkpoint, *_ = (
-        find_checkpoints(args.run) if args.run else newest_checkpoints(ROOT / "runs", "faces")
-    )
+
+    # A missing run is an error before anything is drawn.
+    if args.run:
+        checkpoints = find_checkpoints(args.run)
+    else:
+        checkpoints = newest_checkpoints(FIGURES.parent / "runs", "faces")
+
     draw_cumulative_noise()
     draw_schedules()
     draw_time_embedding()
@@ -61,44 +70,47 @@ def main() -> None:
     draw_rotation(FIGURES)
     if args.photos:
         draw_rotation_spectrum(args.photos, FIGURES)
-    draw_run(checkpoint)
+
+    # The newest checkpoint comes first.
+    draw_run(checkpoints[0])
     with tempfile.TemporaryDirectory() as temporary:
-        draw_sampling(checkpoint, FIGURES, 32, Path(temporary))
+        draw_sampling(checkpoints[0], FIGURES, 32, Path(temporary))
 
 
 def draw_cumulative_noise() -> None:
-    """One image at t = 0, 66, 132 and 200 of 200 steps, by q(x_t | x_0) at once, for both schedules of T = 200."""
-    image_set = load_images("emoji_faces", 64)
-    image = image_set.images[500]
-    x_0 = to_model_range(torch.from_numpy(np.array(image))[None])
+    """Draw an image at t = 0, 66, 132 and 200 of 200 steps, a row for each schedule of T = 200."""
+    image = np.array(load_images("emoji_faces", 64).images[500])
+    x_0 = to_model_range(torch.from_numpy(image)[None])
     noise = torch.randn(x_0.shape, generator=generator_of("cpu", 0, "figure"))
+
     times = (0, 66, 132, 200)
     figure, axes = plt.subplots(2, len(times), figsize=(7, 3.9))
-    for row, name in zip(axes, list(SCHEDULES)[:0:-1], strict=True):
+
+    # The rows are the fault, above, and its cure.
+    for row, name in zip(axes, ("T = 200, betas as for 1000", "T = 200, rescaled"), strict=True):
+        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
         for axis, t in zip(row, times, strict=True):
-            # Paper's t = 0: no noise
+            # The titles count as the paper does, where t = 0 is the image. Code t is one less.
             x_t = SCHEDULES[name].q_sample(x_0, t - 1, noise) if t else x_0
             axis.imshow(to_uint8(x_t)[0].numpy(), interpolation="bicubic")
             axis.set(xticks=[], yticks=[], title=f"t = {t}")
-        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
     figure.tight_layout()
     save_figure(figure, FIGURES / "cumulative_noise.png")
 
 
 def draw_schedules() -> None:
-    """alpha_bar and the signal-to-noise ratio over t / T."""
+    """Draw alpha_bar and the signal-to-noise ratio over t / T."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     for name, scheduler in SCHEDULES.items():
         alpha_bar = scheduler.alphas_cumprod.numpy()
         t = np.arange(1, scheduler.timesteps + 1) / scheduler.timesteps
+        # Rescaled betas give T = 200 nearly the curve of T = 1000, so it is dashed.
         style = "--" if "rescaled" in name else "-"
         left.plot(t, alpha_bar, style, label=name)
-        right.plot(
-            t,
-            alpha_bar / (1 - alpha_bar),
-            style,
-            label=f"{name}: {scheduler.terminal_snr:.2g} at T",
-        )
+
+        snr = alpha_bar / (1 - alpha_bar)
+        right.plot(t, snr, style, label=f"{name}: {scheduler.terminal_snr:.2g} at T")
+
     left.set(xlabel="t / T", ylabel=r"$\bar\alpha_t$, share of the image's variance left")
     right.set(xlabel="t / T", ylabel="signal-to-noise ratio", yscale="log")
     for axis in (left, right):
@@ -109,50 +121,43 @@ def draw_schedules() -> None:
 
 
 def draw_time_embedding() -> None:
-    """The sinusoidal embedding of all 1000 timesteps, for base_dim 64."""
+    """Draw the sinusoidal embedding of all 1000 timesteps, for base_dim 64.
+
+    The upper half of the picture has the sines, the lower the cosines, a row for each frequency.
+    """
     embedding = sinusoidal_embedding(torch.arange(1000), 64).numpy()
+    halves = np.split(embedding, 2, axis=1)  # (1000, 32) each
+
     figure, axes = plt.subplots(2, 1, figsize=(7, 3.4), sharex=True)
-    for axis, name, half in zip(axes, ("sin", "cos"), np.split(embedding, 2, axis=1), strict=True):
+    for axis, name, half in zip(axes, ("sin", "cos"), halves, strict=True):
         picture = axis.imshow(
             half.T, aspect="auto", cmap="RdBu", interpolation="nearest", vmin=-1, vmax=1
         )
         axis.set(ylabel=f"{name}\nfrequency", yticks=[0, 31], yticklabels=["1", "1e-4"])
     axes[1].set_xlabel("timestep t")
+
+    # Both halves have the same range, so that one bar of colours serves both. It takes its space
+    # from the finished layout, which it would upset.
     figure.tight_layout()
     figure.colorbar(picture, ax=axes, ticks=[-1, 0, 1])
     save_figure(figure, FIGURES / "time_embedding.png")
 
 
 def draw_unet() -> None:
-    """The network of `ffhq-run2`, from the shapes of a real forward pass: a bar a block, as high as its image."""
-    model_config: ModelConfig = EXPERIMENTS["ffhq-run2"].model
-    with torch.device("meta"):  # shapes without memory or time
-        model = UNet(**vars(model_config))
-    blocks = []  # (channels, resolution, attention?) in the order of the forward pass
-
-    def record(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        kind = type(module).__name__
-        if kind == "ResidualBlock":
-            blocks.append([output.shape[1], output.shape[2], False])
-        elif kind == "SelfAttention":
-            blocks[-1][2] = True
-
-    for module in model.modules():
-        module.register_forward_hook(record)
-    size = model_config.image_size
-    model(
-        torch.empty(1, 3, size, size, device="meta"),
-        torch.empty(1, dtype=torch.int64, device="meta"),
-    )
-
+    """Draw the network of `ffhq-run2`: a bar for each block, as high as its image."""
+    blocks = blocks_of_unet()
     figure, axis = plt.subplots(figsize=(10, 4))
+
+    # The blocks stand side by side in the order of the forward pass.
     centres = {}
     for i, (channels, resolution, attention) in enumerate(blocks):
+        # Each level halves the resolution, so that a logarithm makes even steps of them.
         height = np.log2(resolution) - 2
         color = "tab:orange" if attention else "tab:blue"
-        axis.bar(
-            i, height, 0.8, bottom=-height / 2, color=color, alpha=0.35 + 0.65 * channels / 512
-        )
+        # More channels make a bar more opaque.
+        alpha = 0.35 + 0.65 * channels / 512
+        axis.bar(i, height, 0.8, bottom=-height / 2, color=color, alpha=alpha)
+
         axis.text(
             i,
             0,
@@ -165,18 +170,24 @@ def draw_unet() -> None:
             weight="bold",
         )
         centres.setdefault(resolution, []).append(i)
+
+    # A level's blocks lie on both sides of the U. Its title stands above the first one, and the
+    # arrow below goes from the first one to the last.
     for resolution, places in centres.items():
-        top = (np.log2(resolution) - 2) / 2
-        axis.text(places[0], top + 0.12, f"{resolution} x {resolution}", fontsize=8, ha="left")
+        edge = (np.log2(resolution) - 2) / 2 + 0.12
+        axis.text(places[0], edge, f"{resolution} x {resolution}", fontsize=8, ha="left")
         axis.annotate(
             "",
-            (places[-1] + 0.4, -top - 0.12),
-            (places[0] - 0.4, -top - 0.12),
+            (places[-1] + 0.4, -edge),
+            (places[0] - 0.4, -edge),
             arrowprops={"arrowstyle": "->", "color": "0.6", "linestyle": "--"},
         )
+
+    # The legend needs something to name: bars without height, and a line without points.
     axis.bar(0, 0, color="tab:blue", label="residual block (number: its channels)")
     axis.bar(0, 0, color="tab:orange", label="residual block, then self-attention")
     axis.plot([], [], "--", color="0.6", label="skip connections of a level")
+
     axis.legend(loc="lower center", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0.5, -0.12))
     axis.set(xlim=(-1, len(blocks)), ylim=(-3.1, 3.1))
     axis.axis("off")
@@ -184,43 +195,90 @@ def draw_unet() -> None:
     save_figure(figure, FIGURES / "unet.png")
 
 
+def blocks_of_unet() -> list[list]:
+    """Return [channels, resolution, attention?] of each residual block of `ffhq-run2`.
+
+    They come from the shapes of a real forward pass, in its order, so that the figure cannot say
+    anything else than the network does.
+    """
+    model_config = EXPERIMENTS["ffhq-run2"].model
+    size = model_config.image_size
+    # On the device "meta" tensors have shapes, and take neither memory nor time.
+    with torch.device("meta"):
+        model = UNet(**vars(model_config))
+        x_t = torch.empty(1, 3, size, size)
+        t = torch.empty(1, dtype=torch.int64)
+
+    # The hooks run in the order of the forward pass.
+    blocks = []
+
+    def record(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if isinstance(module, ResidualBlock):
+            blocks.append([*output.shape[1:3], False])
+        elif isinstance(module, SelfAttention):
+            # Attention comes right after the residual block that it belongs to.
+            blocks[-1][2] = True
+
+    for module in model.modules():
+        module.register_forward_hook(record)
+    model(x_t, t)
+    return blocks
+
+
 def draw_run(checkpoint: Path) -> None:
-    """Loss curves, sample grid, strip and animation of a run, as `python sample.py` draws them (seed 0)."""
-    run, device = checkpoint.parent.parent, choose_device("auto")
+    """Draw a run's loss curves, samples, their nearest training images, a strip and an animation.
+
+    The samples are those that `python sample.py` draws with seed 0.
+    """
+    run = checkpoint.parent.parent
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
+
+    device = choose_device("auto")
     saved = load_weights(checkpoint)
-    image_sampler = ImageSampler(
-        rebuild(UNet, saved, device), SamplerOptions(), saved.image_shape, 0, device
-    )
+    denoiser = rebuild(UNet, saved, device)
+    image_sampler = ImageSampler(denoiser, SamplerOptions(), saved.image_shape, 0, device)
+
+    # The animation and the strip show states on the way, so these have to be named beforehand.
     timesteps = image_sampler.scheduler.timesteps
-    gif_steps, strip_steps = frame_steps(timesteps, 40), frame_steps(timesteps, 9)
-    samples = generate(
-        image_sampler, range(36), 36, {("x", step) for step in (*gif_steps, *strip_steps)}
-    )
+    gif_steps = frame_steps(timesteps, 40)
+    strip_steps = frame_steps(timesteps, 9)
+    frames = {("x", step) for step in gif_steps + strip_steps}
+    samples = generate(image_sampler, range(36), 36, frames)
+
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
+
+    # The nearest training images stand right below the samples, to show that these are no copies.
     image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1])
     neighbours = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
-    save_gif(
-        [samples.frames["x", step][:6] for step in gif_steps], FIGURES / "denoising.gif", columns=6
-    )
+
+    gif_frames = [samples.frames["x", step][:6] for step in gif_steps]
+    save_gif(gif_frames, FIGURES / "denoising.gif", columns=6)
+
+    # After k of T network calls the state is at t = T - k.
+    strip_frames = [samples.frames["x", step][:4] for step in strip_steps]
     titles = [f"t = {timesteps - step}" for step in strip_steps]
-    save_strip(
-        [samples.frames["x", step][:4] for step in strip_steps], titles, FIGURES / "strip.png"
-    )
+    save_strip(strip_frames, titles, FIGURES / "strip.png")
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """For each image the training image, mirrored or not, whose grey levels, standardised, correlate with it most."""
+    """Return for each image (N, H, W, 3) the training image that correlates with it most.
 
-    def shape(pictures: np.ndarray) -> np.ndarray:
-        grey = pictures.mean(axis=3).reshape(len(pictures), -1)
-        grey = grey - grey.mean(axis=1, keepdims=True)
-        return grey / np.linalg.norm(grey, axis=1, keepdims=True)
-
+    Training images (M, H, W, 3) are tried as they are and mirrored. Grey levels are compared, and
+    standardised for each image, so that neither colour nor brightness counts.
+    """
+    # Training flips images, so that a sample may be the mirror image of a training image.
     both = np.concatenate([training, training[:, :, ::-1]])
-    return both[(shape(images) @ shape(both).T).argmax(axis=1)]
+    correlation = standardised(images) @ standardised(both).T
+    return both[correlation.argmax(axis=1)]
+
+
+def standardised(images: np.ndarray) -> np.ndarray:
+    """Return the grey levels of images (N, H, W, 3) with mean 0 and norm 1: (N, H W)."""
+    grey = images.mean(axis=3).reshape(len(images), -1)
+    grey = grey - grey.mean(axis=1, keepdims=True)
+    return grey / np.linalg.norm(grey, axis=1, keepdims=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures that anyone can make with sample.py from a run, for README: each is one command."""
+"""Pictures for README that anyone can make from a run with sample.py: each is one command."""
 
 import shutil
 import subprocess
@@ -11,33 +11,48 @@ from data.datasets import load_images
 from functions.support.pictures import save_image
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of the embedded training images
-QUEEN, COOK = "people_1f478-1f3fd.png", "people_1f9d1-1f3fb-200d-1f373.png"
-WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"  # held out
 
-COMMANDS = {  # flags of sample.py, the file they write, and its name here
-    "few_steps.png": (["--sampler", "dpm++", "--steps", "20"], "grid.png"),
-    "progressive.png": (["--steps", "50", "--progressive"], "progressive.png"),
-    "interpolation.png": (["--steps", "50", "--interpolate", QUEEN, COOK], "interpolation.png"),
-    "variations.png": (["--steps", "50", "--variations", QUEEN], "variations.png"),
+# Training has seen the queen and the cook. It has not seen the wizard, so that inpainting cannot
+# know him by heart.
+QUEEN = "people_1f478-1f3fd.png"
+COOK = "people_1f9d1-1f3fb-200d-1f373.png"
+WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
+
+# Under the name of a picture here: the flags of sample.py, and the file that they make it write.
+COMMANDS = {
+    "few_steps.png": ("--sampler dpm++ --steps 20", "grid.png"),
+    "progressive.png": ("--steps 50 --progressive", "progressive.png"),
+    "interpolation.png": (f"--steps 50 --interpolate {QUEEN} {COOK}", "interpolation.png"),
+    "variations.png": (f"--steps 50 --variations {QUEEN}", "variations.png"),
     "inpainting.png": (
-        ["--steps", "50", "--inpaint", WIZARD, "--mask", "mask.png", "--n", "5"],
+        f"--steps 50 --inpaint {WIZARD} --mask mask.png --n 5",
         "inpainting.png",
     ),
 }
 
 
 def draw_sampling(checkpoint: Path, figures: Path, size: int, temporary: Path) -> None:
-    """Run the commands in a temporary folder, and keep their pictures."""
-    images = load_images("emoji_people", size)
+    """Run the commands in a temporary folder, and copy their pictures into `figures`."""
+    # sample.py takes images and the mask as files.
+    people = load_images("emoji_people", size)
     for name in (QUEEN, COOK, WIZARD):
-        save_image(images.images[list(images.ids).index(name)], temporary / name)
-    save_image(
-        np.repeat([np.uint8(0), np.uint8(255)], size // 2)[:, None].repeat(size, 1),
-        temporary / "mask.png",
-    )
+        image = people.images[people.ids.index(name)]
+        save_image(image, temporary / name)
+
+    # White marks what inpainting makes: the lower half.
+    mask = np.zeros((size, size), np.uint8)
+    mask[size // 2 :] = 255
+    save_image(mask, temporary / "mask.png")
+
     for figure, (flags, file) in COMMANDS.items():
         out = temporary / Path(figure).stem
-        command = [sys.executable, ROOT / "sample.py", checkpoint.resolve(), *flags, "--out", out]
-        subprocess.run(list(map(str, command)), check=True, cwd=temporary)
+        command = [
+            sys.executable,
+            ROOT / "sample.py",
+            checkpoint.resolve(),
+            *flags.split(),
+            "--out",
+            out,
+        ]
+        subprocess.run(command, check=True, cwd=temporary)
         shutil.copyfile(out / file, figures / figure)
