@@ -1,4 +1,7 @@
-"""Programs in processes of their own that start at once: forks of a server that has imported torch already."""
+"""Programs in processes of their own, which start at once.
+
+They are forks of a server that has imported torch already.
+"""
 
 import multiprocessing
 import os
@@ -12,10 +15,15 @@ import torch
 
 from tests.conftest import ROOT
 
-SERVER = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
+    SERVER = multiprocessing.get_context("forkserver")
     SERVER.set_forkserver_preload(["tests.conftest"])
-PATIENCE = 200  # seconds for what takes some, on a machine that has other work too
+else:
+    # Windows has no fork, so each process imports everything itself.
+    SERVER = multiprocessing.get_context("spawn")
+
+# A wait may take so many seconds: a test takes some itself, and the machine has other work too.
+PATIENCE = 200
 
 
 def train_script() -> None:
@@ -23,7 +31,10 @@ def train_script() -> None:
 
 
 class Program(SERVER.Process):
-    """train.py, or a function in its place, started with a command line; what it prints is collected in a file."""
+    """Start train.py, or a function in its place, with a command line.
+
+    What it prints is collected in the file `output`; keywords are environment variables.
+    """
 
     def __init__(
         self,
@@ -33,22 +44,26 @@ class Program(SERVER.Process):
         **environment: object,
     ):
         super().__init__(daemon=True)
-        self.output, self.arguments, self.act, self.environment = (
-            output,
-            arguments,
-            act,
-            environment,
-        )
+        self.output = output
+        self.arguments = arguments
+        self.act = act
+        self.environment = environment
+
+        # The file is there from now on, so `printed` can be read before the process runs.
         output.write_bytes(b"")
         self.start()
 
     def run(self) -> None:
-        """In the new process: what a shell would do."""
+        """Do in the new process what a shell would do, then run the program."""
         with open(self.output, "ab") as file:
+            # Output and errors of this process and of its children go to the file.
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+
+        # Each line is there as soon as it is printed, also when the process is killed.
         sys.stdout.reconfigure(line_buffering=True)
-        os.environ.update((name, str(value)) for name, value in self.environment.items())
+        for name, value in self.environment.items():
+            os.environ[name] = str(value)
         torch.set_num_threads(1)
         sys.argv = ["train.py", *map(str, self.arguments)]
         self.act()
@@ -58,14 +73,17 @@ class Program(SERVER.Process):
         return self.output.read_text()
 
     def wait(self) -> int:
-        """Its exit status; -n where signal n has ended it."""
+        """Wait for the end and return the exit status, which is -n where signal n ended it."""
         self.join(PATIENCE)
         assert self.exitcode is not None, f"it has not ended: {self.printed}"
         return self.exitcode
 
 
 def wait_until(reached: Callable[[], object], alive: Callable[[], bool]) -> None:
-    """AssertionError when a process ends before it comes so far, or is late."""
+    """Wait until `reached` is true.
+
+    Raises AssertionError when the process ends before, or is late.
+    """
     deadline = time.monotonic() + PATIENCE
     while not reached():
         assert alive(), "it has ended"

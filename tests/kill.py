@@ -1,6 +1,6 @@
-"""Kill a real training with SIGKILL at random moments, go on with it, and compare the end with one that was not killed.
+"""Kill a real training at random moments, resume it, and compare its end with an undisturbed one's.
 
-`python -m tests.kill --times 50` takes some minutes; test_survival.py does the same with few.
+`python -m tests.kill --times 50` takes some minutes; test_survival.py does the same with few kills.
 """
 
 import argparse
@@ -13,18 +13,25 @@ from pathlib import Path
 
 from functions.support import run_folder
 from functions.training.metrics import read_metrics
-from tests.conftest import TINY, draw_pictures, load_checkpoint
+from tests.conftest import TINY, draw_pictures, load_checkpoint, newest
 from tests.forked import Program, wait_until
 from tests.spoilt_files import same
 
-EVERY = 2  # steps between checkpoints, so that many a kill meets the writing of one
-STEPS_A_KILL = 8  # at most, from a start to its kill
-# More steps for each kill, so that the run is not over before the last one, however late it comes
+# So few steps lie between two checkpoints that many a kill meets the writing of one.
+EVERY = 2
+# From a start to its kill there are fewer steps than this.
+STEPS_A_KILL = 8
+# The run has more steps for each kill, so that it is not over before the last one,
+# however late that comes.
 MARGIN = 17
 
 
 def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
-    """Run a tiny training straight, and killed `times` times; AssertionError if they differ. Returns what happened."""
+    """Train a tiny run without a pause, and another that is killed `times` times; compare them.
+
+    Returns what happened. Raises AssertionError when the two differ.
+    """
+    # An epoch has five steps.
     epochs = times * (STEPS_A_KILL + MARGIN) // 5 + 2
     flags = [
         "faces",
@@ -52,57 +59,75 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     assert straight.wait() == 0, straight.printed
 
     flags += ["--resume", "auto", "--runs", folder / "killed"]
-    chance, writing, lost = random.Random(seed), 0, 0
+    rng = random.Random(seed)
+    kills_in_a_write = 0
+    most_lost = 0
     for _ in range(times):
         program = Program(folder / "killed.txt", *flags)
-        run = kill(
-            program, folder / "killed", chance.randrange(STEPS_A_KILL), chance.uniform(0, 0.05)
-        )
-        writing += any(run.rglob(".*.tmp"))
-        # All are whole
+        steps = rng.randrange(STEPS_A_KILL)
+        run = kill(program, folder / "killed", steps, rng.uniform(0, 0.05))
+        kills_in_a_write += any(run.rglob(".*.tmp"))
+
+        # Each checkpoint is read as a whole here, so none may be damaged.
         saved = [load_checkpoint(path)["run"]["step"] for path in run_folder.checkpoints_of(run)]
         logged = [row["step"] for row in read_metrics(run / "metrics.csv")]
-        behind = max(logged, default=0) - max(saved, default=0)
-        assert behind <= EVERY, f"{behind} steps are lost, with a checkpoint every {EVERY}"
-        lost = max(lost, behind)
-        if not saved:  # killed before the first: --resume auto starts another run
+        lost = max(logged, default=0) - max(saved, default=0)
+        assert lost <= EVERY, f"{lost} steps are lost, with a checkpoint every {EVERY}"
+        most_lost = max(most_lost, lost)
+
+        # Without a checkpoint --resume auto starts another run, and this one would lie beside it.
+        if not saved:
             shutil.rmtree(run)
+
     last = Program(folder / "killed.txt", *flags)
     assert last.wait() == 0, last.printed
-    assert_same_run(
-        *run_folder.runs_of(folder / "straight"), *run_folder.runs_of(folder / "killed")
+    (undisturbed,) = run_folder.runs_of(folder / "straight")
+    (killed,) = run_folder.runs_of(folder / "killed")
+    assert_same_run(undisturbed, killed)
+    return (
+        f"killed {times} times, {kills_in_a_write} of them while a file was being written; "
+        f"at most {most_lost} steps done again"
     )
-    return f"killed {times} times, {writing} of them while a file was being written; at most {lost} steps done again"
 
 
 def kill(program: Program, runs: Path, steps: int, seconds: float) -> Path:
-    """So many steps and seconds after it has started; returns the run's folder."""
+    """Kill a training so many steps and seconds after its start, and return the run's folder."""
     wait_until(lambda: "goes to" in program.printed, program.is_alive)
     (run,) = run_folder.runs_of(runs)
-    until = len(read_metrics(run / "metrics.csv")) + steps
-    wait_until(lambda: len(read_metrics(run / "metrics.csv")) >= until, program.is_alive)
-    time.sleep(seconds)  # and now within a step, or what follows it
+
+    metrics = run / "metrics.csv"
+    rows = len(read_metrics(metrics)) + steps
+    wait_until(lambda: len(read_metrics(metrics)) >= rows, program.is_alive)
+
+    # After the wait the program is within a step, or within what follows it.
+    time.sleep(seconds)
     program.kill()
     assert program.wait() == -signal.SIGKILL, "the run was over before it was killed"
     return run
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: weights, moments, EMA, counters, sample grids, and every number of metrics.csv but the speed."""
-    first, second = (load_checkpoint(run_folder.checkpoints_of(run)[-1]) for run in (a, b))
+    """Assert that two runs are equal bit for bit in all but speed.
+
+    This compares weights, moments, EMA, counters, sample grids, and the numbers of metrics.csv.
+    """
+    first = newest(a)
+    second = newest(b)
     assert first.keys() == second.keys()
     for part in first:
         assert same(first[part], second[part]), f"another {part}"
-    grids = [
-        [(path.name, path.read_bytes()) for path in sorted((run / "samples").glob("*.png"))]
-        for run in (a, b)
-    ]
-    assert grids[0] == grids[1]
-    rows = [
-        [{**row, "images_per_second": 0} for row in read_metrics(run / "metrics.csv")]
-        for run in (a, b)
-    ]
-    assert same(*rows)
+
+    assert sample_grids(a) == sample_grids(b)
+    assert same(rows_without_speed(a), rows_without_speed(b))
+
+
+def sample_grids(run: Path) -> list[tuple[str, bytes]]:
+    grids = sorted((run / "samples").glob("*.png"))
+    return [(path.name, path.read_bytes()) for path in grids]
+
+
+def rows_without_speed(run: Path) -> list[dict[str, float | None]]:
+    return [{**row, "images_per_second": 0} for row in read_metrics(run / "metrics.csv")]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the hardware has, the GPU where there is one, and Adam in memory order: PyTorch's numbers without copies."""
+"""The hardware's devices and precisions, the GPU's samples, and Adam in the order of the memory."""
 
 import copy
 import sys
@@ -22,11 +22,12 @@ from tests.conftest import image_sampler_of, small_unet
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize("there", [["cuda", "mps", "cpu"], ["mps", "cpu"], ["cpu"]])
-def test_auto_takes_the_fastest_device_there_is(there, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
-    assert choose_device().type == there[0]
+@pytest.mark.parametrize("available", [["cuda", "mps", "cpu"], ["mps", "cpu"], ["cpu"]])
+def test_auto_takes_the_fastest_device_there_is(available, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in available)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in available)
+
+    assert choose_device().type == available[0]
 
 
 def test_a_gpu_number_that_is_not_there_is_refused(monkeypatch):
@@ -34,20 +35,26 @@ def test_a_gpu_number_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
     assert choose_device("cuda:1").index == 1
-    assert [choose_device(name, index=1).index for name in ("auto", "cuda")] == [1, 1]
+    assert choose_device("auto", index=1).index == 1
+    assert choose_device("cuda", index=1).index == 1
     assert chosen == [torch.device("cuda", 1)] * 3
+
     with pytest.raises(UserError, match="2 CUDA devices"):
         choose_device("cuda:2")
+
+    # All of several processes would share the GPU that is named.
     with pytest.raises(UserError, match="'cuda:0', but each of several processes"):
-        choose_device("cuda:0", index=1)  # of all of them
+        choose_device("cuda:0", index=1)
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_precision_on_cuda_asks_the_hardware_without_emulation(native, dtype, monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native
-    )
+    def is_supported(including_emulation):
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert choose_precision("auto", CUDA) == dtype
 
 
@@ -65,80 +72,105 @@ def test_auto_precision_on_a_cpu_asks_for_native_instructions(
     cpuinfo, native, monkeypatch, tmp_path
 ):
     (tmp_path / "cpuinfo").write_text(cpuinfo)
-    for name, dtype in {
-        "cpuinfo": torch.bfloat16 if native else torch.float32,
-        "missing": torch.float32,
-    }.items():
+    dtype = torch.bfloat16 if native else torch.float32
+
+    # Other systems than Linux have no such file.
+    for name, expected in {"cpuinfo": dtype, "missing": torch.float32}.items():
         monkeypatch.setattr("functions.support.device.CPUINFO", tmp_path / name)
-        assert choose_precision("auto", CPU) == dtype
+        assert choose_precision("auto", CPU) == expected
 
 
 def test_precision_by_name_and_as_the_run_was_started_with():
-    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
+    # PyTorch allows TF32 by default, and float32 must not mean that.
+    torch.backends.cudnn.allow_tf32 = True
     assert choose_precision("float32", CUDA) == torch.float32
     assert not torch.backends.cudnn.allow_tf32
+
     assert choose_precision("bfloat16", CPU) == torch.bfloat16
     assert choose_precision("auto", torch.device("mps")) == torch.float32
+
+    # A resumed run keeps its precision, as its checkpoint says it.
     for dtype in (torch.bfloat16, torch.float32):
-        assert choose_precision("auto", CPU, arithmetic(CPU, dtype, 1, 8)["precision"]) == dtype
-    # The first of a GPU, which the CPU is not trained in
+        started_with = arithmetic(CPU, dtype, 1, 8)["precision"]
+        assert choose_precision("auto", CPU, started_with) == dtype
+
+    # float16 may come from a GPU's checkpoint, but no CPU trains in it.
     for unusable in ("float16", None, [], "int8"):
         assert choose_precision("bfloat16", CPU, unusable) == torch.bfloat16
     for unusable in ("float16", "int8"):
-        with pytest.raises(
-            UserError, match=f"'{unusable}'; on cpu it must be auto, float32, bfloat16"
-        ):
+        message = f"'{unusable}'; on cpu it must be auto, float32, bfloat16"
+        with pytest.raises(UserError, match=message):
             choose_precision(unusable, CPU)
 
 
 def test_libraries_that_have_no_memory():
-    fails = lambda text: is_out_of_memory(RuntimeError(text))
-    assert fails("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    assert fails("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
-    assert not fails("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+    def says(text):
+        return is_out_of_memory(RuntimeError(text))
+
+    assert says("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert says("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
+
+    # Other errors of a kernel do not come from too little memory.
+    assert not says("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_samples_on_the_gpu_are_those_of_the_cpu():
     model = small_unet()
     on_cpu = generate(image_sampler_of(model), range(3), 3)
-    on_gpu = generate(image_sampler_of(copy.deepcopy(model).to(CUDA), device=CUDA), range(3), 3)
+
+    gpu_model = copy.deepcopy(model).to(CUDA)
+    on_gpu = generate(image_sampler_of(gpu_model, device=CUDA), range(3), 3)
     assert (on_gpu.images - on_cpu.images).abs().max() < 0.05
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library")
 def test_a_kept_heap_has_its_pages_already():
-    """A block of 64 MB, freed and allocated again: without the setting each of its pages faults anew."""
+    """Without the setting, each page of a block that is freed and allocated again faults anew."""
     resource = pytest.importorskip("resource")
     keep_heap()
-    faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
     for _ in range(3):
-        before = faults()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.empty(16_000_000).zero_()
-    assert faults() - before < 1000  # of 15,600 pages
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    # The block of 64 MB has 15,600 pages.
+    assert faults < 1000
 
 
 def test_adam_skips_a_step_on_mps_too():
-    """Where the kernel does not look at the flag; one that says that it is there, and is true, stands in for it."""
+    """The kernel there does not look at the flag, so our step does.
+
+    An object that says that it is on that device, and is true, stands in for the flag.
+    """
     weight = torch.ones(3, requires_grad=True)
-    weight.grad, optimizer = torch.ones(3), Adam([weight], lr=0.1, fused=True)
+    weight.grad = torch.ones(3)
+    optimizer = Adam([weight], lr=0.1, fused=True)
     optimizer.found_inf = MagicMock(device=torch.device("mps"))
+
     optimizer.step()
     assert torch.equal(weight, torch.ones(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_adam_in_memory_order_is_pytorchs(dtype):
-    """Steps on weights in channels_last, some of them skipped, against the plain Adam on contiguous ones."""
+    """Ours steps on weights in channels_last as PyTorch's plain Adam does on contiguous ones.
+
+    One of the five steps is skipped.
+    """
     torch.manual_seed(0)
-    start = [torch.randn(shape, dtype=dtype) for shape in ((8, 6, 3, 3), (8, 6, 1, 1), (8,))]
-    found = {}
+    shapes = ((8, 6, 3, 3), (8, 6, 1, 1), (8,))
+    start = [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+    results = []
     for kind, layout in ((Adam, torch.channels_last), (torch.optim.Adam, torch.contiguous_format)):
-        copies = [
-            t.clone(memory_format=layout if t.dim() == 4 else torch.contiguous_format)
-            for t in start
-        ]
-        parameters = [copy.requires_grad_() for copy in copies]
+        parameters = []
+        for tensor in start:
+            # Only weights of convolutions, which have four dimensions, can be in channels_last.
+            fitting = layout if tensor.dim() == 4 else torch.contiguous_format
+            parameters.append(tensor.clone(memory_format=fitting).requires_grad_())
+
         optimizer = kind(parameters, lr=0.1, fused=True)
         for step in range(5):
             for parameter in parameters:
@@ -146,25 +178,32 @@ def test_adam_in_memory_order_is_pytorchs(dtype):
             optimizer.found_inf = torch.tensor(float(step == 2))
             optimizer.step()
         moments = [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
-        found[kind] = parameters + moments
-    for ours, theirs in zip(*found.values(), strict=True):
+        results.append(parameters + moments)
+
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_adam_copies_no_weights():
-    """On weights in channels_last it copies no more than PyTorch's does on contiguous ones."""
-    copied = {}
-    ours, least = (Adam, torch.channels_last), (torch.optim.Adam, torch.contiguous_format)
-    theirs = torch.optim.Adam, torch.channels_last
+    """On weights in channels_last ours copies no more than PyTorch's does on contiguous ones."""
+    ours = (Adam, torch.channels_last)
+    theirs = (torch.optim.Adam, torch.channels_last)
+    least = (torch.optim.Adam, torch.contiguous_format)
+
+    copies = {}
     for kind, layout in (ours, theirs, least):
         weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=layout).requires_grad_()
         weight.grad = torch.ones_like(weight)
         optimizer = kind([weight], lr=0.1, fused=True)
+
+        # The first step makes the moments, so the second one is looked at.
         optimizer.step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             optimizer.step()
-        copied[kind, layout] = sum(
-            event.count for event in profile.key_averages() if event.key == "aten::copy_"
-        )
-    assert copied[ours] == copied[least]
-    assert copied[theirs] > copied[least]  # when this fails, PyTorch has mended it, and ours can go
+        events = [event for event in profile.key_averages() if event.key == "aten::copy_"]
+        copies[kind, layout] = sum(event.count for event in events)
+
+    assert copies[ours] == copies[least]
+
+    # When this fails, PyTorch no longer copies either, and our Adam can go.
+    assert copies[theirs] > copies[least]

@@ -1,4 +1,7 @@
-"""Folders of diffusers: read as diffusers reads them, written for it to read, and refused in a sentence otherwise."""
+"""Folders of diffusers: they are read as diffusers reads them, and written for it to read.
+
+test_hostile_folders.py has those that are refused.
+"""
 
 import json
 import shutil
@@ -28,6 +31,7 @@ from models.unet import UNet
 from tests.conftest import CPU, call
 from tests.spoilt_files import same
 
+# These details are those of the paper's networks (Ho et al. 2020).
 HO = dict(
     norm_eps=1e-6,
     downsample_padding=0,
@@ -42,7 +46,8 @@ SMALL = dict(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     norm_num_groups=4,
 )
-# As published: https://arxiv.org/abs/2006.11239's networks in diffusers 0.0.4 and 0.1.1, all files in one folder
+# The paper's networks (https://arxiv.org/abs/2006.11239) were published with these fields, by
+# diffusers 0.0.4 and 0.1.1, with all files in one folder.
 PUBLISHED = {
     "_class_name": "UNet2DModel",
     "_diffusers_version": "0.0.4",
@@ -76,10 +81,9 @@ def random_weights(unet):
 
 
 def save_theirs(folder):
-    """A pipeline with details as the paper's."""
-    DDPMPipeline(random_weights(UNet2DModel(**SMALL, **HO)), DDPMScheduler()).save_pretrained(
-        folder
-    )
+    """Save a pipeline of diffusers whose network has the paper's details; return its folder."""
+    unet = random_weights(UNet2DModel(**SMALL, **HO))
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
     return folder
 
 
@@ -90,11 +94,12 @@ def folder(tmp_path):
 
 def change(path, **fields):
     """Change fields of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    changed = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps(changed))
 
 
 def with_old_names(weights):
-    """As the first diffusers called attention's weights."""
+    """Call attention's weights as the first diffusers called them."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for new, name in old.items():
         weights = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in weights.items()}
@@ -102,18 +107,21 @@ def with_old_names(weights):
 
 
 def open_in_diffusers(folder, capfd):
-    """Their pipeline; anything that it says is a failure."""
+    """Return diffusers' pipeline; anything that diffusers says is a failure."""
+    # What earlier calls printed is dropped first.
     capfd.readouterr()
     disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipeline = DDPMPipeline.from_pretrained(folder)
+
     assert capfd.readouterr() == ("", "")
     return pipeline
 
 
 def same_output(denoiser, unet, size=16):
-    x_t, t = torch.randn(2, 3, size, size), torch.tensor([7, 999])
+    x_t = torch.randn(2, 3, size, size)
+    t = torch.tensor([7, 999])
     with torch.no_grad():
         assert_close(denoiser(x_t, t), unet(x_t, t).sample, rtol=1e-4, atol=1e-4)
 
@@ -122,44 +130,53 @@ def same_output(denoiser, unet, size=16):
 @pytest.mark.parametrize(
     ("size", "multipliers", "attention", "parameters", "variance", "unet_in", "scheduler_in"),
     [
+        # CIFAR-10's network has all files in one folder first, and then in the folders of today.
         (32, (1, 2, 2, 2), 1, 35_746_307, "large", "", ""),
         (32, (1, 2, 2, 2), 1, 35_746_307, "large", "unet", "scheduler"),
+        # The networks of CelebA-HQ, church, cat and bedroom have this form.
         (256, (1, 1, 2, 2, 4, 4), 4, 113_673_219, "small", "", ""),
     ],
 )
 def test_the_published_models(
     size, multipliers, attention, parameters, variance, unet_in, scheduler_in, tmp_path
 ):
-    """CIFAR-10's; CelebA-HQ's, church's, cat's and bedroom's; random weights, flat ones with the old names."""
-    kinds = ["Attn" * (level == attention) for level in range(len(multipliers))]
+    """Their weights are random here, and have the old names where all files are in one folder."""
+    kinds = ["Attn" if level == attention else "" for level in range(len(multipliers))]
     config = PUBLISHED | {
         "sample_size": size,
         "block_out_channels": [128 * multiplier for multiplier in multipliers],
         "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
     }
-    unet = random_weights(UNet2DModel.from_config(config))
     schedule = OLD_SCHEDULE | {"variance_type": f"fixed_{variance}"}
-    for name, fields in (
-        ("model_index.json", {"_class_name": "DDPMPipeline"}),
-        (f"{unet_in}/config.json", config),
-        (f"{scheduler_in}/scheduler_config.json", schedule),
-    ):
-        (tmp_path / name.strip("/")).parent.mkdir(exist_ok=True)
-        (tmp_path / name.strip("/")).write_text(json.dumps(fields))
-    save_file(
-        unet.state_dict() if unet_in else with_old_names(unet.state_dict()),
-        tmp_path / unet_in / WEIGHTS,
-    )
+    contents = {
+        "model_index.json": {"_class_name": "DDPMPipeline"},
+        f"{unet_in}/config.json": config,
+        f"{scheduler_in}/scheduler_config.json": schedule,
+    }
+    for name, fields in contents.items():
+        file = tmp_path / name.strip("/")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(fields))
+
+    unet = random_weights(UNet2DModel.from_config(config))
+    weights = unet.state_dict()
+    if not unet_in:
+        weights = with_old_names(weights)
+    save_file(weights, tmp_path / unet_in / WEIGHTS)
+
     saved = load_model(find_checkpoints(tmp_path)[0])
     assert sum(tensor.numel() for tensor in saved.weights.values()) == parameters
-    assert (
-        saved.config["model"]["dialect"] == "ho"
-        and saved.config["diffusion"]["variance"] == variance
-    )
+    assert saved.config["model"]["dialect"] == "ho"
+    assert saved.config["diffusion"]["variance"] == variance
     denoiser = rebuild(UNet, saved, CPU)
     assert torch.equal(denoiser.scheduler.alphas_cumprod, NoiseScheduler(1000).alphas_cumprod)
     same_output(denoiser, unet, min(size, 64))
+
+
+def fields_of(component):
+    """Return the config of a network or a scheduler as JSON has it, without tuples."""
+    return json.loads(json.dumps(dict(component.config)))
 
 
 @pytest.mark.parametrize("details", [HO, {}], ids=["ho", "diffusers"])
@@ -169,51 +186,60 @@ def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path, capfd):
     )
     theirs = DDPMPipeline(random_weights(UNet2DModel(**SMALL, **details)), scheduler)
     theirs.save_pretrained(tmp_path / "theirs")
+
     call(sample.main, tmp_path / "theirs", "--export", tmp_path / "ours")
     again = open_in_diffusers(tmp_path / "ours", capfd)
+
+    # We neither read nor write these fields.
     not_read = {"_diffusers_version", "timestep_spacing", "_name_or_path", "_use_default_values"}
     for part in ("unet", "scheduler"):
-        own, others = (
-            json.loads(json.dumps(dict(getattr(p, part).config))) for p in (again, theirs)
-        )
-        assert {name for name in own if own[name] != others.get(name)} <= not_read, part
-        assert others.keys() - own.keys() <= not_read, part
+        before = fields_of(getattr(theirs, part))
+        after = fields_of(getattr(again, part))
+        assert {name for name in after if after[name] != before.get(name)} <= not_read, part
+        assert before.keys() - after.keys() <= not_read, part
+
     assert same(theirs.unet.state_dict(), again.unet.state_dict())
     same_output(rebuild(UNet, load_model(tmp_path / "theirs"), CPU), again.unet)
 
 
 def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, monkeypatch, capfd):
-    """From betas for T = 100, which are rescaled: the folder says their ends."""
-    call(sample.main, tiny_run, "--export", tmp_path / "faces")
-    pipeline = open_in_diffusers(tmp_path / "faces", capfd)
+    exported = tmp_path / "faces"
+    call(sample.main, tiny_run, "--export", exported)
+
+    # The run's betas were rescaled for T = 100, so the folder says the first and the last.
+    pipeline = open_in_diffusers(exported, capfd)
     assert_close(pipeline.scheduler.betas.double(), NoiseScheduler(100).betas, rtol=1e-6, atol=0)
-    assert same(
-        load_weights(find_checkpoints(tiny_run)[0]).weights, load_model(tmp_path / "faces").weights
-    )
+    original = load_weights(find_checkpoints(tiny_run)[0])
+    assert same(original.weights, load_model(exported).weights)
+
+    # The run, the folder and an exported file give the same images.
+    file = tmp_path / "faces.safetensors"
+    call(sample.main, tiny_run, "--export", file)
     flags = ["--n", 4, "--steps", 5, "--sampler", "ddim", "--individual"]
-    call(sample.main, tiny_run, "--export", tmp_path / "faces.safetensors")
-    for model, name in (
-        (tiny_run, "a"),
-        (tmp_path / "faces", "b"),
-        (tmp_path / "faces.safetensors", "c"),
-    ):
-        call(sample.main, model, *flags, "--out", tmp_path / name)
-    for name in (*(f"{i:05d}.png" for i in range(4)), "grid.png"):
-        assert len({(tmp_path / folder / name).read_bytes() for folder in "abc"}) == 1
-    card = (tmp_path / "faces" / "README.md").read_text()
+    for model, out in ((tiny_run, "a"), (exported, "b"), (file, "c")):
+        call(sample.main, model, *flags, "--out", tmp_path / out)
+    for name in ("grid.png", "00000.png", "00001.png", "00002.png", "00003.png"):
+        assert len({(tmp_path / out / name).read_bytes() for out in "abc"}) == 1
+
+    card = (exported / "README.md").read_text()
     front_matter = ModelCard(card).data.to_dict()
-    assert front_matter["datasets"] == ["pictures0"] and front_matter["library_name"] == "diffusers"
+    assert front_matter["datasets"] == ["pictures0"]
+    assert front_matter["library_name"] == "diffusers"
+    # Nobody else needs to know where the run lies on this disk.
+    assert str(tmp_path.parent) not in card
+    assert (exported / "samples.png").exists()
+
+    # The code that the card shows runs as it is, and writes an image.
+    code = [line.strip() for line in card.splitlines() if line.startswith("    ")]
     monkeypatch.chdir(tmp_path)
-    exec("\n".join(line.strip() for line in card.splitlines() if line.startswith("    ")))
-    assert (
-        str(tmp_path.parent) not in card
-        and Path("faces/samples.png").exists()
-        and Path("image.png").exists()
-    )
-    before = (tmp_path / "faces" / "README.md").stat().st_mtime_ns
+    exec("\n".join(code))
+    assert Path("image.png").exists()
+
+    # A second export does not touch what is there.
+    before = (exported / "README.md").stat().st_mtime_ns
     with pytest.raises(UserError, match="faces exists"):
-        call(sample.main, tiny_run, "--export", tmp_path / "faces")
-    assert (tmp_path / "faces" / "README.md").stat().st_mtime_ns == before
+        call(sample.main, tiny_run, "--export", exported)
+    assert (exported / "README.md").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -227,22 +253,26 @@ def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, mo
 def test_our_samplers_and_their_pipelines_draw_the_same_images(
     sampler, pipeline, options, prediction, folder
 ):
-    change(
-        folder / "scheduler" / "scheduler_config.json",
-        prediction_type=prediction,
-        timestep_spacing="trailing",
-    )
-    loaded, generator = pipeline.from_pretrained(folder), torch.Generator().manual_seed(3)
-    theirs = loaded(2, generator, num_inference_steps=20, output_type="np", **options).images
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    change(schedule, prediction_type=prediction, timestep_spacing="trailing")
+    loaded = pipeline.from_pretrained(folder)
     generator = torch.Generator().manual_seed(3)
-    draw = lambda *_: torch.randn(2, 3, 16, 16, generator=generator)
+    theirs = loaded(2, generator, num_inference_steps=20, output_type="np", **options).images
+
+    # Ours draws the same noise in the same order.
+    generator.manual_seed(3)
+
+    def draw(*_):
+        return torch.randn(2, 3, 16, 16, generator=generator)
+
     denoiser = rebuild(UNet, load_model(folder), CPU)
     ours = sampler(denoiser, denoiser.scheduler, draw(), 20, step_noise=draw)
-    assert_close((ours / 2 + 0.5).permute(0, 2, 3, 1).numpy(), theirs, rtol=0, atol=1e-4)
+    images = (ours / 2 + 0.5).permute(0, 2, 3, 1)  # (B, H, W, C) in [0, 1]
+    assert_close(images.numpy(), theirs, rtol=0, atol=1e-4)
 
 
 def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
-    """Its variance, for all timesteps alone; whether x_0 is clipped; where samples go."""
+    """A folder decides on the variance, on clipping of x_0, and on where samples go."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibration, "IMAGES", 8)
     change(
@@ -254,77 +284,78 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
         beta_end=0.4,
     )
     before = sorted(folder.rglob("*"))
-    for flags, said in (
-        ((), "all steps, variance large, x_0 not clipped"),
-        (("--steps", 5), "variance small, x_0 not"),
-    ):
-        call(sample.main, "theirs", "--n", 2, *flags)
-        assert said in capsys.readouterr().out
+
+    # The folder's variance is for all timesteps; with fewer steps it is the small one.
+    call(sample.main, "theirs", "--n", 2)
+    assert "all steps, variance large, x_0 not clipped" in capsys.readouterr().out
+    call(sample.main, "theirs", "--n", 2, "--steps", 5)
+    assert "variance small, x_0 not" in capsys.readouterr().out
+
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--metrics", "bands", "--images", 2)
+    # The folder does not say on which images its network was trained, so evaluate.py warns.
+    assert "NOBODY KNOWS" in capsys.readouterr().err
+
     call(sample.main, "theirs", "--n", 2, "--sampler", "ddim", "--calibrate", "own", "--strip")
-    call(
-        sample.main,
-        "theirs",
-        "--interpolate",
-        0,
-        1,
-        "--depths",
-        "1",
-        "--variations",
-        0,
-        "--out",
-        "between",
-    )
+    flags = ["--interpolate", 0, 1, "--depths", "1", "--variations", 0, "--out", "between"]
+    call(sample.main, "theirs", *flags)
     assert len([*Path("between").glob("*.png")]) == 2
+
+    # Images leave the range [-1, 1] where x_0 is not clipped.
     saved = load_model(folder)
-    denoiser, cut = rebuild(UNet, saved, CPU), []
+    denoiser = rebuild(UNet, saved, CPU)
     for clip in (True, False):
-        sampler = ImageSampler(
-            denoiser, SamplerOptions("ddim", 5, clip_x_0=clip), saved.image_shape, 0, CPU
-        )
-        cut.append(bool(generate(sampler, range(2), 2).images.max() <= 1))
-    assert cut == [True, False]
-    assert "NOBODY KNOWS" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
-    made = (
+        options = SamplerOptions("ddim", 5, clip_x_0=clip)
+        sampler = ImageSampler(denoiser, options, saved.image_shape, 0, CPU)
+        images = generate(sampler, range(2), 2).images
+        assert (images.max() <= 1) == clip
+
+    # Results are not written into the folder, which is not ours.
+    assert sorted(folder.rglob("*")) == before
+    results = (
         "ddpm-large-seed0/grid.png",
         "ddpm5-seed0/grid.png",
         "bands-*.json",
         "ddim-calibrated-own-seed0/strip.png",
     )
-    for name in made:
+    for name in results:
         assert len([*Path("samples").glob(f"theirs-*/theirs-{name}")]) == 1
     assert Path("samples/theirs-calibration-own.safetensors").exists()
 
 
 def test_a_unet_alone_linked_in_shards_and_in_half_precision(folder, tmp_path):
-    whole, weights = load_model(folder), load_file(folder / "unet" / WEIGHTS)
-    alone = tmp_path / "models--me--faces" / "snapshots" / "0a1b"  # as in a hub's cache
+    whole = load_model(folder)
+    unet = folder / "unet"
+    weights = load_file(unet / WEIGHTS)
+
+    # A hub's cache names folders by hashes, and links files.
+    alone = tmp_path / "models--me--faces" / "snapshots" / "0a1b"
     alone.mkdir(parents=True)
     for name in ("config.json", WEIGHTS):
-        (alone / name).symlink_to(folder / "unet" / name)
+        (alone / name).symlink_to(unet / name)
     linked = load_model(alone)
-    assert linked.digest == whole.digest and linked.name == "me--faces"
+    assert linked.digest == whole.digest
+    assert linked.name == "me--faces"
     assert "the paper's schedule is assumed" in str(linked)
-    # Of their training script
-    shutil.copytree(folder / "unet", tmp_path / "checkpoint-500" / "unet_ema")
-    change(
-        tmp_path / "checkpoint-500" / "unet_ema" / "config.json",
-        decay=0.9999,
-        optimization_step=500,
-    )
-    (tmp_path / "checkpoint-500" / "unet").mkdir()
-    assert (
-        load_model(tmp_path / "checkpoint-500").digest
-        == load_model(folder / "unet").digest
-        == whole.digest
-    )
+
+    # Diffusers' training script saves the average beside the raw weights, in such a folder.
+    trained = tmp_path / "checkpoint-500"
+    shutil.copytree(unet, trained / "unet_ema")
+    change(trained / "unet_ema" / "config.json", decay=0.9999, optimization_step=500)
+    (trained / "unet").mkdir()
+    assert load_model(trained).digest == whole.digest
+    assert load_model(unet).digest == whole.digest
+
+    # Weights in half precision are read as float32.
     (alone / WEIGHTS).unlink()
     save_file({name: tensor.half() for name, tensor in weights.items()}, alone / WEIGHTS)
     assert_close(load_model(alone).weights, whole.weights, rtol=1e-3, atol=1e-6)
-    shards = {"a.safetensors": sorted(weights)[:20], "b.safetensors": sorted(weights)[20:]}
-    for name, part in shards.items():
-        save_file({key: weights[key] for key in part}, folder / "unet" / name)
-    file_of = {key: name for name, part in shards.items() for key in part}
-    (folder / "unet" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
-    (folder / "unet" / WEIGHTS).unlink()
+
+    # An index says in which of several files each weight lies.
+    names = sorted(weights)
+    file_of = {}
+    for shard, part in (("a.safetensors", names[:20]), ("b.safetensors", names[20:])):
+        save_file({name: weights[name] for name in part}, unet / shard)
+        file_of |= dict.fromkeys(part, shard)
+    (unet / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+    (unet / WEIGHTS).unlink()
     assert load_model(folder).digest == whole.digest

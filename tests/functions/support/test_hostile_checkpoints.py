@@ -1,6 +1,8 @@
-"""Checkpoints that are damaged, or made to do harm: each is refused in a sentence that names it, at little cost."""
+"""Checkpoints that are damaged, or made to do harm.
 
-import functools
+Each is refused in a sentence that names it, in little time and memory.
+"""
+
 import json
 import math
 import os
@@ -40,22 +42,25 @@ def whole(path):
 
 
 def refusal(path, read=check_whole):
-    """What is said of a file, when it is refused as it should be: in one line with its name, soon, in little memory."""
+    """Assert that a file is refused as it should be, and return what is said of it.
+
+    It is one short line that begins with the file's name; it comes soon and takes little memory.
+    """
     start = time.process_time()
     with at_most(400), pytest.raises(CheckpointError) as caught:
         read(path)
+    seconds = time.process_time() - start
+    assert seconds < 10
+
     message = str(caught.value)
-    assert time.process_time() - start < 10  # seconds
-    assert (
-        message.startswith(f"{path}: ")
-        and message.isprintable()
-        and len(message) < len(str(path)) + 400
-    )
+    assert message.startswith(f"{path}: ")
+    assert message.isprintable()
+    assert len(message) < len(str(path)) + 400
     return message.removeprefix(f"{path}: ")
 
 
 def resume(path):
-    """A training that takes a checkpoint over; what is refused must have changed nothing."""
+    """Let a training take a checkpoint over; one that is refused must have changed nothing."""
     state = spoilt_files.stepped_state(1)
     before = snapshot(state)
     try:
@@ -70,37 +75,47 @@ def sample(path):
 
 
 def test_truncated_files(path, whole):
-    header = 8 + len(header_of(whole))
-    places = {
+    header_end = 8 + len(header_of(whole))
+    ends = {
+        # The file ends within the length of the header, or soon after it.
         *range(0, 20),
-        *range(header - 3, header + 20),
+        # The file ends near the end of the header.
+        *range(header_end - 3, header_end + 20),
+        # The file ends anywhere, or lacks its last byte alone.
         *range(0, len(whole), 997),
         len(whole) - 1,
     }
-    for end in sorted(places):
+    for end in sorted(ends):
         path.write_bytes(whole[:end])
-        assert "truncated" in refusal(path) or not path.stat().st_size
+        message = refusal(path)
+        assert "truncated" in message or end == 0
 
 
 def test_a_flipped_bit_anywhere(path, whole):
-    """In the length, the header, the contents, the checksums, the numbers."""
+    """A bit flips in the length, the header, the contents, the checksums or the numbers."""
     places = {*range(0, 20), *range(20, len(whole), 1499), whole.index(b"exp_avg"), len(whole) - 1}
     for place in sorted(places):
         spoilt = bytearray(whole)
         spoilt[place] ^= 1 << place % 8
         path.write_bytes(spoilt)
         refusal(path)
-    weight, spoilt = checkpoint_parts()[0]["model.conv_in.weight"], bytearray(whole)
-    spoilt[whole.index(weight.contiguous().numpy().tobytes())] ^= 1
+
+    # The message names the tensor whose numbers are damaged.
+    weight = checkpoint_parts()[0]["model.conv_in.weight"]
+    numbers = weight.contiguous().numpy().tobytes()
+    spoilt = bytearray(whole)
+    spoilt[whole.index(numbers)] ^= 1
     path.write_bytes(spoilt)
     assert refusal(path) == "damaged: model.conv_in.weight does not match its checksum"
-    load_weights(path)  # which needs, and reads, the EMA alone
+
+    # Sampling needs, and reads, the average alone.
+    load_weights(path)
 
 
 def test_the_length_of_a_header_is_judged_before_it_is_read(path, monkeypatch):
     monkeypatch.setattr(files, "safe_open", None)
     for length in (LONGEST_HEADER + 1, 2**40, 2**63, 2**64 - 1):
-        # Far below, and beyond, what the header claims; the file has holes
+        # The file is shorter than its header claims to be, or 4 TB of holes that take no room.
         for size in (100, 2**42):
             with open(path, "wb") as file:
                 file.write(length.to_bytes(8, "little") + b"{")
@@ -108,42 +123,50 @@ def test_the_length_of_a_header_is_judged_before_it_is_read(path, monkeypatch):
             assert "truncated, damaged or not a checkpoint" in refusal(path)
 
 
+def entry(**fields):
+    """Return a function that changes fields of a weight's entry in a header."""
+    return lambda header: header[WEIGHT].update(fields)
+
+
+def add_200_000_tensors(header):
+    for i in range(200_000):
+        header[f"odd.{i}"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+
 @pytest.mark.slow
 def test_headers_that_lie(path, whole):
-    entry = lambda **changes: lambda header: header[WEIGHT].update(changes)
-    shape, (start, end) = (
-        json.loads(header_of(whole))[WEIGHT][name] for name in ("shape", "data_offsets")
-    )
-    for change in (
+    weight = json.loads(header_of(whole))[WEIGHT]
+    shape = weight["shape"]
+    start, end = weight["data_offsets"]
+    changes = (
+        # The numbers lie elsewhere, overlap others, or are more or fewer than the shape has.
         entry(data_offsets=[start - 4, end - 4]),
         entry(data_offsets=[start, end + 4]),
         entry(data_offsets=[end, start]),
         entry(data_offsets=[-4, end]),
         entry(data_offsets=[0, 2**63]),
         entry(data_offsets=[start]),
+        # The type has the same width, another one, or is none.
         entry(dtype="I32"),
         entry(dtype="F64"),
         entry(dtype="F8_E4M3"),
         entry(dtype="nonsense"),
+        # The shape has as many numbers, as many as overflow, or is none.
         entry(shape=shape[::-1]),
         entry(shape=[2**62, 4]),
         entry(shape=[-1]),
         entry(shape=[1.5]),
         entry(shape=[1] * 10**6 + shape),
+        # Names are wrong, or missing.
         lambda header: header.update({"ema.odd": header.pop(WEIGHT)}),
         lambda header: header.pop(WEIGHT),
         lambda header: header.pop("__metadata__"),
+        # The metadata are not ours, or do not match their checksum.
         lambda header: header.update(__metadata__={"format": 5}),
-        lambda header: header["__metadata__"].update(
-            contents=header["__metadata__"]["contents"] + " "
-        ),
-        lambda header: header.update(
-            {
-                f"odd.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-                for i in range(200_000)
-            }
-        ),
-    ):
+        lambda header: header["__metadata__"].update(contents=contents_text(whole) + " "),
+        add_200_000_tensors,
+    )
+    for change in changes:
         header = json.loads(header_of(whole))
         change(header)
         path.write_bytes(with_header(whole, header))
@@ -168,26 +191,30 @@ def test_headers_that_lie(path, whole):
     ],
 )
 def test_json_made_to_do_harm(path, whole, bomb):
+    """It stands in the place of the header, of the contents, or of one of their parts."""
     path.write_bytes(with_header(whole, bomb[:LONGEST_HEADER]))
     refusal(path)
-    path.write_bytes(with_contents(whole, bomb[: 15 * 10**6].decode(errors="replace")))
+
+    text = bomb[: 15 * 10**6].decode(errors="replace")
+    path.write_bytes(with_contents(whole, text))
     assert "contents" in refusal(path)
-    if bomb[-1:] in (b"}", b"]"):  # and inside contents that are right
-        path.write_bytes(
-            with_contents(whole, f'{contents_text(whole)[:-1]}, "config": {bomb.decode()}}}')
-        )
+
+    # Only whole dicts and lists leave the contents around them proper JSON.
+    if bomb[-1:] in (b"}", b"]"):
+        unclosed = contents_text(whole)[:-1]
+        path.write_bytes(with_contents(whole, f'{unclosed}, "config": {bomb.decode()}}}'))
         refusal(path, sample)
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_nesting_that_just_reads(path, whole, part):
     """Later steps must not stumble over what the first one let pass."""
+    read = resume if part == "scaler" else sample
+    unclosed = contents_text(whole)[:-1]
     for depth in (500, *range(900, 1000, 7)):
         deep = "[" * depth + "]" * depth
-        path.write_bytes(
-            with_contents(whole, f'{contents_text(whole)[:-1]}, "{part}": {{"scale": {deep}}}}}')
-        )
-        refusal(path, resume if part == "scaler" else sample)
+        path.write_bytes(with_contents(whole, f'{unclosed}, "{part}": {{"scale": {deep}}}}}'))
+        refusal(path, read)
 
 
 @pytest.mark.parametrize(
@@ -227,15 +254,20 @@ def test_nesting_that_just_reads(path, whole, part):
     ],
 )
 def test_contents_that_cannot_be(path, whole, place, values, message):
-    """Nor that would take all memory, or all day."""
-    *parts, last = place.split("/")
+    """Values are refused that make no sense, or that would take all memory, or all day."""
+    *parents, last = place.split("/")
+    read = sample if place.startswith("config/") else resume
     for value in values:
         contents = json.loads(contents_text(whole))
-        owner = functools.reduce(dict.get, parts, contents)
+        owner = contents
+        for parent in parents:
+            owner = owner[parent]
         owner[last] = value
         path.write_bytes(with_contents(whole, contents))
-        assert message in refusal(path, sample if parts[:1] == ["config"] else resume)
-    if not parts:
+        assert message in refusal(path, read)
+
+    # A part that is not there is refused, too.
+    if not parents:
         del contents[last]
         path.write_bytes(with_contents(whole, contents))
         refusal(path)
@@ -300,9 +332,13 @@ def test_contents_that_cannot_be(path, whole, place, values, message):
 def test_tensors_that_cannot_be(path, name, change, message, monkeypatch):
     tensors, contents = checkpoint_parts()
     tensor = tensors.pop(name)
+    if change:
+        tensors[name] = change(tensor)
     with monkeypatch.context() as patch:
+        # Only for this test our files can be written with a type that they never have.
         patch.setitem(files.TYPES, torch.float8_e5m2, "F8_E5M2")
-        write_tensors(path, {**tensors, **({name: change(tensor)} if change else {})}, contents)
+        write_tensors(path, tensors, contents)
+
     assert message in refusal(path, resume)
     if name.startswith("ema."):
         assert message in refusal(path, sample)
@@ -310,30 +346,37 @@ def test_tensors_that_cannot_be(path, name, change, message, monkeypatch):
 
 def test_files_of_others_and_of_earlier_versions(path):
     weights = {"weight": torch.ones(2)}
-    for metadata in (
-        None,
-        {"format": "pt"},
-        {"format": "ddpm-faces checkpoint 1", "sha256": "0", "run": "{}"},
-    ):
+    earlier = {"format": "ddpm-faces checkpoint 1", "sha256": "0", "run": "{}"}
+    for metadata in (None, {"format": "pt"}, earlier):
         save_file(weights, path, metadata)
         assert "not a checkpoint of this version" in refusal(path)
+
     torch.save(weights, path)
     assert "not a checkpoint of this version (see CHANGELOG.md)" in refusal(path)
-    path.write_bytes(b"\x80\x02}q\x00.")  # a pickle
+
+    # This is a pickle of an empty dict.
+    path.write_bytes(b"\x80\x02}q\x00.")
     refusal(path)
 
 
 @posix
 def test_what_is_no_file_or_cannot_be_read(path, whole, tmp_path, monkeypatch):
-    pipe, loop = tmp_path / "pipe", tmp_path / "loop"
-    os.mkfifo(pipe)  # to open it would wait for a writer
-    loop.symlink_to(loop)
-    (tmp_path / "folder.safetensors").mkdir()
-    for odd in (pipe, tmp_path / "folder.safetensors", type(path)("/dev/zero")):
+    # To open the pipe would wait for a writer.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    odd_folder = tmp_path / "folder.safetensors"
+    odd_folder.mkdir()
+    for odd in (pipe, odd_folder, type(path)("/dev/zero")):
         assert refusal(odd) == "not a regular file"
+
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
     for missing in (loop, path.with_name("missing"), path / "below"):
         assert refusal(missing) == "there is no such file"
-    # An `OSError` would end the program; now it takes the checkpoint before
-    fails = lambda *_: os.read(-1, 1)
-    monkeypatch.setattr(files, "open", fails, raising=False)
+
+    # An OSError would end the program, but this error lets it take the checkpoint before.
+    def fail(*_):
+        os.read(-1, 1)
+
+    monkeypatch.setattr(files, "open", fail, raising=False)
     assert refusal(path) == "Bad file descriptor"

@@ -1,4 +1,7 @@
-"""Folders of diffusers that another network or schedule would need, or that are made to do harm: each refused."""
+"""Folders of diffusers that need another network or schedule, or that are made to do harm.
+
+Each is refused in a sentence.
+"""
 
 import json
 import os
@@ -18,6 +21,7 @@ from tests.functions.support.test_diffusers_folder import change, save_theirs
 from tests.peak_memory import at_most
 
 UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
+UNET_WEIGHTS = f"unet/{WEIGHTS}"
 
 
 @pytest.fixture
@@ -25,165 +29,154 @@ def folder(tmp_path):
     return save_theirs(tmp_path / "theirs")
 
 
-@pytest.mark.parametrize(
-    ("part", "field", "value", "said"),
-    [
-        *(
-            (UNET, field, value, f"{field} is {value!r}; what is read is ")
-            for field, value in (
-                ("layers_per_block", 1),
-                ("center_input_sample", True),
-                ("time_embedding_type", "fourier"),
-                ("act_fn", "gelu"),
-                ("mid_block_scale_factor", 1.4),
-                ("num_class_embeds", 10),
-                ("out_channels", 6),
-                ("_class_name", "UNet2DConditionModel"),
-                ("block_out_channels", [16, 24]),
-                ("in_channels", 4),
-                ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]),
-                ("up_block_types", ["UpBlock2D"] * 2),
-                ("norm_eps", 1e-5),
-                ("attention_head_dim", 16),
-                ("resnet_time_scale_shift", "scale_shift"),
-            )
-        ),
-        (UNET, "cross_attention_dim", 768, "cross_attention_dim is 768; no such field is read"),
-        *(
-            (UNET, "sample_size", size, "sample_size must be an integer")
-            for size in (None, "32", True, [32, 32], -1)
-        ),
-        (UNET, "block_out_channels", [], "block_out_channels a list of such"),
-        (UNET, "down_block_types", None, "describe no model that is read"),
-        (UNET, "block_out_channels", [10**9, 10**9], "base_dim is above 16,384"),
-        (UNET, "block_out_channels", [16, 16 * 10**8], "config describes no model"),
-        (UNET, "norm_num_groups", 0, "config describes no model"),
-        (SCHEDULE, "_class_name", "IPNDMScheduler", "_class_name is 'IPNDMScheduler'"),
-        (SCHEDULE, "clip_sample", "false", "clip_sample is 'false'; what is read is True"),
-        *(
-            (SCHEDULE, field, value, f"{field} is {value!r}; what is read is ")
-            for field, value in (
-                ("prediction_type", "sample"),
-                ("variance_type", "learned_range"),
-                ("thresholding", True),
-                ("beta_schedule", "scaled_linear"),
-                ("trained_betas", [0.1]),
-                ("rescale_betas_zero_snr", True),
-                ("clip_sample_range", 2.0),
-            )
-        ),
-        (SCHEDULE, "beta_end", 7, "config describes no model"),
-        (SCHEDULE, "beta_end", "x", "describe no model that is read"),
-        (SCHEDULE, "num_train_timesteps", 10**9, "timesteps_diff is above 1,000,000"),
-        (
-            "model_index.json",
-            "_class_name",
-            "StableDiffusionPipeline",
-            "_class_name is 'StableDiffusionPipeline'",
-        ),
-    ],
-)
+# These values are proper in diffusers, but need what our network or schedule has not. The message
+# has the field, the value, and what is read in its place.
+UNREAD = [
+    (UNET, "layers_per_block", 1),
+    (UNET, "center_input_sample", True),
+    (UNET, "time_embedding_type", "fourier"),
+    (UNET, "act_fn", "gelu"),
+    (UNET, "mid_block_scale_factor", 1.4),
+    (UNET, "num_class_embeds", 10),
+    (UNET, "out_channels", 6),
+    (UNET, "_class_name", "UNet2DConditionModel"),
+    (UNET, "block_out_channels", [16, 24]),
+    (UNET, "in_channels", 4),
+    (UNET, "down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]),
+    (UNET, "up_block_types", ["UpBlock2D"] * 2),
+    (UNET, "norm_eps", 1e-5),
+    (UNET, "attention_head_dim", 16),
+    (UNET, "resnet_time_scale_shift", "scale_shift"),
+    (SCHEDULE, "prediction_type", "sample"),
+    (SCHEDULE, "variance_type", "learned_range"),
+    (SCHEDULE, "thresholding", True),
+    (SCHEDULE, "beta_schedule", "scaled_linear"),
+    (SCHEDULE, "trained_betas", [0.1]),
+    (SCHEDULE, "rescale_betas_zero_snr", True),
+    (SCHEDULE, "clip_sample_range", 2.0),
+]
+REFUSED = [
+    (part, field, value, f"{field} is {value!r}; what is read is ") for part, field, value in UNREAD
+]
+REFUSED += [
+    (UNET, "cross_attention_dim", 768, "cross_attention_dim is 768; no such field is read"),
+    *(
+        (UNET, "sample_size", size, "sample_size must be an integer")
+        for size in (None, "32", True, [32, 32], -1)
+    ),
+    (UNET, "block_out_channels", [], "block_out_channels a list of such"),
+    (UNET, "down_block_types", None, "describe no model that is read"),
+    (UNET, "block_out_channels", [10**9, 10**9], "base_dim is above 16,384"),
+    (UNET, "block_out_channels", [16, 16 * 10**8], "config describes no model"),
+    (UNET, "norm_num_groups", 0, "config describes no model"),
+    (SCHEDULE, "_class_name", "IPNDMScheduler", "_class_name is 'IPNDMScheduler'"),
+    (SCHEDULE, "clip_sample", "false", "clip_sample is 'false'; what is read is True"),
+    (SCHEDULE, "beta_end", 7, "config describes no model"),
+    (SCHEDULE, "beta_end", "x", "describe no model that is read"),
+    (SCHEDULE, "num_train_timesteps", 10**9, "timesteps_diff is above 1,000,000"),
+    (
+        "model_index.json",
+        "_class_name",
+        "StableDiffusionPipeline",
+        "_class_name is 'StableDiffusionPipeline'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("part", "field", "value", "said"), REFUSED)
 def test_what_another_network_or_schedule_would_need_is_refused(part, field, value, said, folder):
     change(folder / part, **{field: value})
     assert said in refusal(folder)
 
 
 def refusal(folder):
-    """What is said of a folder, in one line, soon and in little memory."""
+    """Return what is said of a folder, which is one short line, and takes little memory."""
     with at_most(200), pytest.raises(CheckpointError) as caught:
         rebuild(UNet, load_model(folder), CPU)
+
     message = str(caught.value)
-    assert (
-        message.startswith(str(folder))
-        and message.isprintable()
-        and len(message) < len(str(folder)) + 400
-    )
+    assert message.startswith(str(folder))
+    assert message.isprintable()
+    assert len(message) < len(str(folder)) + 400
     return message
 
 
 def spoil_weights(change_them):
+    """Return a function that changes the dict of a folder's weights."""
+
     def spoil(folder):
-        weights = load_file(folder / "unet" / WEIGHTS)
+        weights = load_file(folder / UNET_WEIGHTS)
         change_them(weights)
-        save_file(weights, folder / "unet" / WEIGHTS)
+        save_file(weights, folder / UNET_WEIGHTS)
 
     return spoil
 
 
+def with_bias(tensor):
+    return spoil_weights(lambda weights: weights.update({"conv_in.bias": tensor}))
+
+
+def add_old_names(weights):
+    for name in [*weights]:
+        if "to_out" in name:
+            weights[name.replace("to_out.0", "proj_attn")] = weights[name].clone()
+
+
 def with_index(weight_map):
-    return lambda folder: (folder / "unet" / INDEX).write_text(
-        json.dumps({"weight_map": weight_map})
-    )
+    """Return a function that writes an index, which says in which file each weight lies."""
+    text = json.dumps({"weight_map": weight_map})
+    return lambda folder: (folder / "unet" / INDEX).write_text(text)
+
+
+def put_a_folder_for_the_weights(folder):
+    (folder / UNET_WEIGHTS).unlink()
+    (folder / UNET_WEIGHTS).mkdir()
+
+
+def put_a_pipe_for_the_config(folder):
+    (folder / UNET).unlink()
+    os.mkfifo(folder / UNET)
 
 
 HOSTILE = {
-    "no weights": (lambda f: (f / "unet" / WEIGHTS).unlink(), "there is no such file"),
-    "no config": (
-        lambda f: (f / "unet" / "config.json").unlink(),
-        "config.json: there is no such file",
-    ),
-    "no schedule": (
-        lambda f: (f / "scheduler/scheduler_config.json").unlink(),
-        "there is no such file",
-    ),
+    "no weights": (lambda f: (f / UNET_WEIGHTS).unlink(), "there is no such file"),
+    "no config": (lambda f: (f / UNET).unlink(), "config.json: there is no such file"),
+    "no schedule": (lambda f: (f / SCHEDULE).unlink(), "there is no such file"),
     "a pickle": (
-        lambda f: (f / "unet" / WEIGHTS).rename(f / "unet" / PICKLE),
+        lambda f: (f / UNET_WEIGHTS).rename(f / "unet" / PICKLE),
         "save_pretrained(NEW_FOLDER)",
     ),
-    "a list": (lambda f: (f / "unet/config.json").write_text("[1, 2]"), "no fields in braces"),
-    "no JSON": (lambda f: (f / "unet/config.json").write_text("{"), "cannot be read"),
-    "deep": (lambda f: (f / "unet/config.json").write_text('{"a":' * 10**5), "cannot be read"),
+    "a list": (lambda f: (f / UNET).write_text("[1, 2]"), "no fields in braces"),
+    "no JSON": (lambda f: (f / UNET).write_text("{"), "cannot be read"),
+    "deep": (lambda f: (f / UNET).write_text('{"a":' * 10**5), "cannot be read"),
     "a name twice": (
-        lambda f: (f / "unet/config.json").write_text('{"a": 1, "a": 2}'),
+        lambda f: (f / UNET).write_text('{"a": 1, "a": 2}'),
         "a name is there twice",
     ),
-    "cut off": (lambda f: os.truncate(f / "unet" / WEIGHTS, 20_000), "truncated"),
-    "too large a header": (lambda f: (f / "unet" / WEIGHTS).write_bytes(b"\xff" * 99), "truncated"),
+    "cut off": (lambda f: os.truncate(f / UNET_WEIGHTS, 20_000), "truncated"),
+    "too large a header": (lambda f: (f / UNET_WEIGHTS).write_bytes(b"\xff" * 99), "truncated"),
     "one missing": (
-        spoil_weights(lambda w: w.pop("conv_in.bias")),
+        spoil_weights(lambda weights: weights.pop("conv_in.bias")),
         "1 weights are missing or unknown, 'conv_in.bias'",
     ),
     "one more": (
-        spoil_weights(lambda w: w.update(odd=torch.zeros(1))),
+        spoil_weights(lambda weights: weights.update(odd=torch.zeros(1))),
         "missing or unknown, 'odd'",
     ),
-    "a shape": (
-        spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(9)})),
-        "is torch.float32 (9,)",
-    ),
-    "a type": (
-        spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(16).int()})),
-        "torch.int32",
-    ),
-    "complex numbers": (
-        spoil_weights(lambda w: w.update({"conv_in.bias": torch.zeros(16) * 1j})),
-        "complex64, which",
-    ),
-    "a folder for the weights": (
-        lambda f: ((f / "unet" / WEIGHTS).unlink(), (f / "unet" / WEIGHTS).mkdir()),
-        "not a regular file",
-    ),
-    "a pipe for the config": (
-        lambda f: ((f / UNET).unlink(), os.mkfifo(f / UNET)),
-        "no file, or too large a one",
-    ),
+    "a shape": (with_bias(torch.zeros(9)), "is torch.float32 (9,)"),
+    "a type": (with_bias(torch.zeros(16).int()), "torch.int32"),
+    "complex numbers": (with_bias(torch.zeros(16) * 1j), "complex64, which"),
+    "a folder for the weights": (put_a_folder_for_the_weights, "not a regular file"),
+    "a pipe for the config": (put_a_pipe_for_the_config, "no file, or too large a one"),
     "a terminal's command": (
         with_index({"conv_in.bias": "\x1b[2J.safetensors"}),
         "a file of this folder",
     ),
-    "NaN": (spoil_weights(lambda w: w["conv_in.bias"].fill_(torch.nan)), "not finite"),
-    "old and new": (
-        spoil_weights(
-            lambda w: w.update(
-                {
-                    name.replace("to_out.0", "proj_attn"): w[name].clone()
-                    for name in [*w]
-                    if "to_out" in name
-                }
-            )
-        ),
-        "there twice",
+    "NaN": (
+        spoil_weights(lambda weights: weights["conv_in.bias"].fill_(torch.nan)),
+        "not finite",
     ),
+    "old and new": (spoil_weights(add_old_names), "there twice"),
     "a way out": (
         with_index({"conv_in.bias": "../../theirs/unet/x.safetensors"}),
         "a file of this folder",
@@ -204,14 +197,19 @@ def test_hostile_folders_are_refused_in_a_sentence(spoil, said, folder):
 def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     saved = load_model(folder)
     image_sampler = ImageSampler(rebuild(UNet, saved, CPU), OPTIONS, saved.image_shape, 0, CPU)
+
     with pytest.raises(UserError, match="a file to export ends in"):
         export(saved, image_sampler, tmp_path / "out.pt")
-    monkeypatch.setattr(
-        "functions.sampling.export.save_grid", mock.Mock(side_effect=OSError("full"))
-    )
+
+    # The grid is drawn when the folder is half filled.
+    full = mock.Mock(side_effect=OSError("full"))
+    monkeypatch.setattr("functions.sampling.export.save_grid", full)
     with pytest.raises(OSError, match="full"):
         export(saved, image_sampler, tmp_path / "out")
+
+    # Diffusers has no such network.
     saved.config["model"]["dim_multiply"] = [2, 2]
     with pytest.raises(CheckpointError, match="dim_multiply begins with 2"):
         export(saved, image_sampler, tmp_path / "out")
+
     assert [*tmp_path.iterdir()] == [folder]

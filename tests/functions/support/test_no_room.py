@@ -1,4 +1,4 @@
-"""A disk or a memory that is too small: a sentence that says what is safe, and what would fit."""
+"""A disk or a memory that is too small ends in a sentence that says what is safe, and what fits."""
 
 import resource
 import subprocess
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 linux = pytest.mark.skipif(
     sys.platform != "linux", reason="a small file system, and limits of a process"
 )
+# A small file system is mounted, a run is copied there and resumed, and its folder is copied back.
 FULL_DISK = """
 mount -t tmpfs -o size=4m none {folder} || exit 99
 cp -r {run} {folder}/
@@ -32,10 +33,11 @@ exit $code
 @linux
 @pytest.mark.parametrize("every", [1000, 5])
 def test_a_full_disk(unfinished, tmp_path, every):
-    """On a file system of 4 MB that fills up with checkpoints of 1.3 MB, or with these and grids."""
-    (tmp_path / "small").mkdir()
+    """A file system of 4 MB fills up with checkpoints of 1.3 MB each, or with these and grids."""
+    small = tmp_path / "small"
+    small.mkdir()
     commands = FULL_DISK.format(
-        folder=tmp_path / "small",
+        folder=small,
         run=unfinished,
         name=unfinished.name,
         python=sys.executable,
@@ -52,40 +54,47 @@ def test_a_full_disk(unfinished, tmp_path, every):
     if result.returncode == 99 or "unshare" in result.stderr:
         pytest.skip("may not mount a file system here")
     assert result.returncode == 2
+
     last = run_folder.checkpoints_of(tmp_path / "back")[-1]
     said = result.stderr.splitlines()[-1]
     assert "cannot be written to: No space left on device. Last good checkpoint: " in said
-    assert (
-        f"checkpoints/{last.name}. When that is mended, go on with: python train.py --resume "
-        in said
-    )
-    # TensorBoard's thread, for grids, may print one
+    advice = "When that is mended, go on with: python train.py --resume "
+    assert f"checkpoints/{last.name}. {advice}" in said
+
+    # With grids TensorBoard's thread may print its own error.
     assert every == 5 or "Traceback" not in result.stderr
+
+    # The run was stopped after step 7, and lost nothing.
     assert load_checkpoint(last)["run"]["step"] >= 7
     assert not list((tmp_path / "back").rglob(".*.tmp"))
 
 
 def train_within_a_quota():
-    """The system refuses files above 100 kB; the checkpoints are larger."""
+    """Train where the system refuses files above 100 kB; the checkpoints are larger."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     train_script()
 
 
+def contents_of_checkpoints(run):
+    return {path: path.read_bytes() for path in run_folder.checkpoints_of(run)}
+
+
 @linux
 def test_a_checkpoint_beyond_a_quota(unfinished, tmp_path):
-    before = {path: path.read_bytes() for path in run_folder.checkpoints_of(unfinished)}
+    before = contents_of_checkpoints(unfinished)
+    last = list(before)[-1]
+
     program = Program(tmp_path / "printed", "--resume", unfinished, act=train_within_a_quota)
+
     assert program.wait() == 2
-    assert (
-        f"cannot be written to: File too large. Last good checkpoint: {list(before)[-1]}"
-        in program.printed
-    )
+    said = f"cannot be written to: File too large. Last good checkpoint: {last}"
+    assert said in program.printed
     assert "Traceback" not in program.printed
-    assert {path: path.read_bytes() for path in run_folder.checkpoints_of(unfinished)} == before
+    assert contents_of_checkpoints(unfinished) == before
 
 
 def train_in_little_memory():
-    """With 1 GB of address space to spare."""
+    """Train with 1 GB of address space beyond what is in use already."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 1_000_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -94,7 +103,7 @@ def train_in_little_memory():
 
 @linux
 def test_out_of_memory_is_a_sentence(pictures, tmp_path):
-    """A network that takes more for a single image."""
+    """The network takes more memory than there is, even for a single image."""
     flags = [
         "faces",
         *TINY,
@@ -104,24 +113,22 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path):
         24,
         "--runs",
         tmp_path / "runs",
-    ]
-    program = Program(
-        tmp_path / "printed",
-        *flags,
         "--diffusion.dataset-name",
         pictures,
-        act=train_in_little_memory,
-    )
+    ]
+    program = Program(tmp_path / "printed", *flags, act=train_in_little_memory)
+
     assert program.wait() == 2
-    assert "error: out of memory" in program.printed and "Traceback" not in program.printed
+    assert "error: out of memory" in program.printed
+    assert "Traceback" not in program.printed
 
 
 def test_a_run_whose_last_grid_fails_is_not_lost(unfinished, monkeypatch):
-    """The checkpoint of the same step was written before it."""
+    """The checkpoint of the same step is written before its grid."""
     fails = Mock(side_effect=OSError(5, "I/O error"))
     monkeypatch.setattr("functions.training.book_keeping.save_grid", fails)
-    with pytest.raises(
-        UserError, match=r"I/O error\. Last good checkpoint: .*step-00000010\.safetensors"
-    ):
+
+    message = r"I/O error\. Last good checkpoint: .*step-00000010\.safetensors"
+    with pytest.raises(UserError, match=message):
         call(train.main, "--resume", unfinished)
     assert newest(unfinished)["run"]["step"] == 10

@@ -1,10 +1,11 @@
-"""A run that is stopped, killed or damaged goes on as if nothing had happened, or says why it cannot."""
+"""A run that is stopped, killed or damaged goes on as if nothing had happened, or says why not."""
 
 import json
 import os
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.kill import assert_same_run, kill_and_resume
 
 @pytest.mark.slow
 def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path):
-    """Two passes a step, dropout and augmentation on; cut between those of step 7, after the checkpoint of step 5."""
+    """Dropout and augmentation are on, so a step that is done again needs the same random draws."""
     flags = [
         "--diffusion.batch-size",
         4,
@@ -28,13 +29,18 @@ def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path):
         2,
         "--model.dropout",
         0.1,
+        "--diffusion.max-rotation",
+        3,
     ]
-    flags += ["--diffusion.max-rotation", 3]
     straight = train_tiny(pictures, tmp_path / "straight", *flags)
+
+    # The 14th pass is the second of step 7; the last checkpoint is that of step 5.
     with pytest.raises(KeyboardInterrupt), during(14, interrupt, "denoising_loss"):
         train_tiny(pictures, tmp_path / "cut", *flags)
     call(train.main, "faces", "--resume", "--runs", tmp_path / "cut")
-    assert_same_run(straight, *(tmp_path / "cut").iterdir())
+
+    (cut,) = (tmp_path / "cut").iterdir()
+    assert_same_run(straight, cut)
 
 
 @pytest.mark.slow
@@ -44,11 +50,15 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def train_until_a_write_kills():
-    """When the last checkpoint is written, but has not its name yet."""
-    replace, last = os.replace, "step-00000010.safetensors"
-    os.replace = lambda a, b: (
-        os.kill(os.getpid(), signal.SIGKILL) if b.name == last else replace(a, b)
-    )
+    """Kill the process when the last checkpoint is written, but has not its name yet."""
+    replace = os.replace
+
+    def replace_or_die(source, target):
+        if target.name == "step-00000010.safetensors":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = replace_or_die
     train.main()
 
 
@@ -56,13 +66,13 @@ def train_until_a_write_kills():
 @posix
 def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
     flags = ["faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures, *TINY]
-    assert (
-        Program(tmp_path / "printed", *flags, act=train_until_a_write_kills).wait()
-        == -signal.SIGKILL
-    )
+    program = Program(tmp_path / "printed", *flags, act=train_until_a_write_kills)
+    assert program.wait() == -signal.SIGKILL
+
     (run,) = (tmp_path / "runs").iterdir()
     (leftover,) = run.glob("checkpoints/.*.tmp")
     call(train.main, "--resume", run)
+
     assert not leftover.exists()
     assert_same_run(tiny_run, run)
 
@@ -70,24 +80,29 @@ def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
 @pytest.mark.slow
 @posix
 def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_path, capsys):
-    """Each in the middle of a step; in step 5 no time is left for the grid that is due, which is drawn on resuming."""
-    arguments, done = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY], 0
+    """Each signal comes in the middle of a step.
+
+    In step 5 no time is left for the grid that is due, so the grid is drawn on resuming.
+    """
+    arguments = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY]
+    done = 0
     before = signal.getsignal(signal.SIGTERM)
     for name, step in {"SIGUSR1": 3, "SIGINT": 5, "SIGTERM": 7}.items():
-        number = getattr(signal, name)
-        with (
-            pytest.raises(SystemExit) as stop,
-            during(step - done, lambda number=number: signal.raise_signal(number)),
-        ):
+        raise_signal = partial(signal.raise_signal, getattr(signal, name))
+        with pytest.raises(SystemExit) as stop, during(step - done, raise_signal):
             call(train.main, *arguments)
-        assert stop.value.code == 75 and signal.getsignal(signal.SIGTERM) == before
+        assert stop.value.code == 75
+        assert signal.getsignal(signal.SIGTERM) == before
+
         (run,) = tmp_path.iterdir()
-        assert newest(run)["run"]["step"] == step and len(list(run.glob("samples/*"))) == (step > 5)
-        assert (
-            f"stopped by {name}, saved; go on with: python train.py --resume {run}"
-            in capsys.readouterr().out
-        )
-        arguments, done = ["--resume", run], step
+        assert newest(run)["run"]["step"] == step
+        assert len(list(run.glob("samples/*"))) == (step > 5)
+        printed = capsys.readouterr().out
+        assert f"stopped by {name}, saved; go on with: python train.py --resume {run}" in printed
+
+        arguments = ["--resume", run]
+        done = step
+
     call(train.main, *arguments)
     assert_same_run(tiny_run, run)
 
@@ -105,22 +120,27 @@ def stopped_by_three_signals():
 @pytest.mark.slow
 @posix
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    """At once means a second later: a scheduler's signal to all, and torchrun's for the same reason, are one."""
+    """A second signal counts when it comes a second after the first.
+
+    Within a second, a scheduler's signal to all processes and torchrun's own, which has the same
+    reason, are one.
+    """
     program = Program(tmp_path / "printed", act=stopped_by_three_signals)
-    assert (program.wait(), program.printed) == (130, "one\n")
+
+    assert program.wait() == 130
+    assert program.printed == "one\n"
 
 
 def test_a_finished_run_is_nothing_to_resume(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run, tmp_path / tiny_run.name)
-    flags = [
-        "--diffusion.dataset-name",
-        newest(tiny_run)["config"]["diffusion"]["dataset_name"],
-        *TINY,
-    ]
+    pictures = newest(tiny_run)["config"]["diffusion"]["dataset_name"]
+    flags = ["--diffusion.dataset-name", pictures, *TINY]
+
     call(train.main, "faces", "--resume", "auto", "--dry-run", "--runs", tmp_path, *flags)
     printed = capsys.readouterr()
     assert "WARNING: NOTHING TO RESUME" in printed.err
     assert f"goes to    {tmp_path / 'faces-<time>'}" in printed.out
+
     with pytest.raises(UserError, match="no unfinished run"):
         call(train.main, "faces", "--resume", "--runs", tmp_path)
 
@@ -128,33 +148,40 @@ def test_a_finished_run_is_nothing_to_resume(tiny_run, tmp_path, capsys):
 @pytest.mark.slow
 @posix
 def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
-    """The newest checkpoint, config.json and a row of metrics.csv; then the last checkpoint of the finished run."""
+    # The newest checkpoint, config.json and a row of metrics.csv are damaged.
     path = run_folder.checkpoints_of(unfinished)[-1]
     spoilt = bytearray(path.read_bytes())
     spoilt[len(spoilt) // 2] ^= 8
     path.write_bytes(spoilt)
-    (unfinished / "config.json").write_text("{")
-    (unfinished / "metrics.csv").write_bytes(
-        (unfinished / "metrics.csv").read_bytes() + b"\xff\xfe,\n"
-    )
+    config = unfinished / "config.json"
+    config.write_text("{")
+    metrics = unfinished / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes() + b"\xff\xfe,\n")
+
+    # Samples of the run come from the checkpoint before it.
     capsys.readouterr()
     call(sample.main, unfinished, "--n", 1, "--steps", 1)
     printed = capsys.readouterr()
     assert f"WARNING: DAMAGED CHECKPOINT: {path}" in printed.err
     assert "after 5 of 10 steps" in printed.out
-    # Named itself, it is not exchanged for another
+
+    # A checkpoint that is named itself is not exchanged for another.
     with pytest.raises(CheckpointError, match=path.name):
         call(sample.main, path, "--n", 1, "--steps", 1)
-    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
+
+    # The run is resumed from the checkpoint before it, and replaces what is damaged.
+    resume = ["faces", "--resume", "auto", "--runs", unfinished.parent]
+    call(train.main, *resume)
     printed = capsys.readouterr().err
     assert f"WARNING: DAMAGED CHECKPOINT: {path}" in printed
     assert "metrics.csv: line 6 is damaged" in printed
-    # Made anew
-    assert json.loads((unfinished / "config.json").read_text())["experiment"] == "faces"
+    assert json.loads(config.read_text())["experiment"] == "faces"
     assert_same_run(tiny_run, unfinished)
+
+    # Without its last checkpoint, a finished run is an unfinished one.
     last = run_folder.checkpoints_of(unfinished)[-1]
     last.write_bytes(last.read_bytes()[:-100])
-    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
+    call(train.main, *resume)
     assert f"WARNING: DAMAGED CHECKPOINT: {last}" in capsys.readouterr().err
     assert list(unfinished.parent.iterdir()) == [unfinished]
     assert_same_run(tiny_run, unfinished)
@@ -163,6 +190,7 @@ def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
 def test_no_sound_checkpoint_is_an_error_and_no_fresh_start(unfinished):
     for path in run_folder.checkpoints_of(unfinished):
         path.write_bytes(b"")
+
     with pytest.raises(CheckpointError, match="the file is empty"):
         call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
     assert list(unfinished.parent.iterdir()) == [unfinished]
@@ -181,25 +209,38 @@ def test_two_trainings_in_one_folder(unfinished, tmp_path):
         "--diffusion.keep-checkpoints",
         1000,
     )
+    # The run had checkpoints of steps 5 and 7, so this one is new.
     wait_until((unfinished / "checkpoints" / "step-00000010.safetensors").exists, first.is_alive)
+
     second = Program(tmp_path / "second", "--resume", unfinished)
     assert second.wait() == 2
-    assert second.printed.endswith(
-        f"\nerror: {unfinished}: another process is training in this folder already\n"
-    )
+    message = f"{unfinished}: another process is training in this folder already"
+    assert second.printed.endswith(f"\nerror: {message}\n")
+
     first.terminate()
     assert first.wait() == 75, first.printed
 
 
 @pytest.mark.slow
 def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(trained, monkeypatch):
-    """A time that is always over makes one a step; none may be ahead of metrics.csv: a power cut would leave a gap."""
-    order = []
-    noting = lambda name, original: (
-        lambda *arguments: order.append((name, *arguments)) or original(*arguments)
-    )
-    for owner, name in ((os, "fsync"), (os, "replace"), (train.BookKeeper, "save")):
-        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+    """The time between checkpoints is always over, so there is one a step.
+
+    None may be ahead of metrics.csv, because a power cut would leave a gap in it.
+    """
+    calls = []
+
+    def note_calls_of(owner, name):
+        original = getattr(owner, name)
+
+        def noting(*arguments):
+            calls.append((name, *arguments))
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    note_calls_of(os, "fsync")
+    note_calls_of(os, "replace")
+    note_calls_of(train.BookKeeper, "save")
     run = trained(
         "--diffusion.log-every",
         1,
@@ -214,11 +255,13 @@ def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(trained, monkey
         "--diffusion.keep-every",
         2,
     )
+
     assert [run_folder.step_of(path) for path in run_folder.checkpoints_of(run)] == [2, 4, 5]
-    saves = [i for i, (what, *_) in enumerate(order) if what == "save"]
+    names = [name for name, *_ in calls]
+    saves = [i for i, name in enumerate(names) if name == "save"]
     assert len(saves) == 5
     for i in saves:
-        what = [name for name, *_ in order[i - 1 : i + 4]]
-        # Metrics; checkpoint, its name, the folder
-        assert what == ["fsync", "save", "fsync", "replace", "fsync"]
-        assert order[i + 2][-1].suffix == ".safetensors"
+        # Metrics are flushed before the save; in it the checkpoint, its new name, and the folder.
+        assert names[i - 1 : i + 4] == ["fsync", "save", "fsync", "replace", "fsync"]
+        target = calls[i + 2][-1]
+        assert target.suffix == ".safetensors"
