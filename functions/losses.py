@@ -9,30 +9,36 @@ from functions.prediction import Model
 def denoising_loss(
     model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """L_simple of DDPM (Ho et al. 2020, Eq. 14, Algorithm 1's line 5): ||eps - eps_theta(x_t, t)||^2 / (C H W).
+    """Return L_simple of DDPM, ||eps - eps_theta(x_t, t)||^2 / (C H W), of each image.
 
-    For a `Denoiser` whose network predicts v it is the squared error of v (Salimans and Ho 2022, arXiv:2202.00512,
-    Section 4). x_t is made in the precision of x_0 (float32), whatever the model computes in: in half precision the
-    small noise of the first timesteps would drown in rounding.
+    It is Eq. 14 and line 5 of Algorithm 1 of Ho et al. 2020. For a `Denoiser` whose network
+    predicts v it is the squared error of v (Salimans and Ho 2022, arXiv:2202.00512, Section 4).
 
     Args:
-        x_0: (B, C, H, W) clean images in [-1, 1]; t: (B,) int64; noise: (B, C, H, W) standard normal.
+        x_0: (B, C, H, W) clean images in [-1, 1].
+        t: (B,) int64 timesteps.
+        noise: (B, C, H, W) standard normal.
 
     Returns:
         (B,) float32: each image's squared error, averaged over its channels and pixels.
     """
+    # x_t has the precision of x_0, float32, whatever the model computes in. In half precision the
+    # small noise of the first timesteps would drown in rounding.
     x_t = scheduler.q_sample(x_0, t, noise)
-    target = scheduler.v(x_0, t, noise) if getattr(model, "objective", "eps") == "v" else noise
-    return (model(x_t, t).float() - target).square().flatten(1).mean(dim=1)
+    target = noise
+    if getattr(model, "objective", "eps") == "v":
+        target = scheduler.v(x_0, t, noise)
+    squared_errors = (model(x_t, t).float() - target).square()  # (B, C, H, W)
+    return squared_errors.flatten(1).mean(dim=1)
 
 
 def eps_errors(model: Model, scheduler: NoiseScheduler, losses: Tensor, t: Tensor) -> Tensor:
-    """The squared errors (B,) of eps that belong to these losses (B,), to compare objectives by.
+    """Return the squared errors of eps (B,) that belong to these losses (B,).
 
-    In the same x_t an error of v is one of sqrt(alpha_bar) as much in eps, and one of -sqrt(1 - alpha_bar) in x_0.
+    By them, models of different objectives can be compared.
     """
-    return (
-        scheduler.alpha_bar(t).to(losses) * losses
-        if getattr(model, "objective", "eps") == "v"
-        else losses
-    )
+    # In the same x_t, an error of v means sqrt(alpha_bar) times that error in eps. In x_0 it means
+    # -sqrt(1 - alpha_bar) times that error.
+    if getattr(model, "objective", "eps") == "v":
+        return scheduler.alpha_bar(t).to(losses) * losses
+    return losses

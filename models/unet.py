@@ -1,4 +1,7 @@
-"""The denoising network of DDPM: a U-Net that predicts the noise in x_t, or v (Ho et al. 2020, Appendix B)."""
+"""The denoising network of DDPM: a U-Net that predicts the noise in x_t, or v.
+
+It is that of Ho et al. 2020, Appendix B.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,28 +20,34 @@ from models.blocks import (
 )
 from models.group_norm import GroupNorm
 
-# Residual blocks a level; one more on the way up, for the skip that downsampling leaves
-BLOCKS_DOWN, BLOCKS_UP = 2, 3
+# Each level has this many residual blocks. On the way up it has one more, for one more skip
+# connection: the downsampling into the level or, at the full resolution, the first layer.
+BLOCKS_DOWN = 2
+BLOCKS_UP = 3
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t): the noise that was added to an image, or v, as the objective wants.
+    """Predict the noise in an image, eps_theta(x_t, t); or v, as the objective wants.
 
-    Level 0 is the full resolution; each further level halves it and has base_dim * dim_multiply[level] channels.
-    A level is two residual blocks on the way down and three on the way up, each followed by self-attention at the
-    levels named in `transformer_layers`; between them lies a bottleneck of block, attention, block. What each block
-    and each downsampling gives on the way down is kept and concatenated on the way up.
+    Level 0 is the full resolution. Each further level halves it and has
+    base_dim * dim_multiply[level] channels. A level is two residual blocks on the way down and
+    three on the way up, each followed by self-attention at the levels in `transformer_layers`.
+    Between the two ways lies a bottleneck of block, attention, block. What each block and each
+    downsampling returns on the way down is a skip connection: it is concatenated to the input of
+    a block on the way up.
 
     Args:
-        image_size: height and width of the images; lowest_resolution_size * 2^(levels - 1) (`ValueError` otherwise).
+        image_size: height and width of the images. It must be
+            lowest_resolution_size * 2^(levels - 1), or ValueError is raised.
         channels: colour channels of the images.
         lowest_resolution_size: height and width at the last level.
         dim_multiply: multiplier of `base_dim`, one for each level.
         transformer_layers: levels with self-attention, counted from 0.
-        base_dim: channels at multiplier 1; the time embedding has 4 times as many.
+        base_dim: channels at multiplier 1. The time embedding has 4 times as many.
         dropout: probability inside each residual block.
-        norm_groups: groups of each GroupNorm; must divide every level's channels.
-        dialect: "ho", the paper's network; or "diffusers", with other details that functions/support/dialects.py lists.
+        norm_groups: groups of each GroupNorm. They must divide every level's channels.
+        dialect: "ho", the paper's network; or "diffusers", which differs in the details that
+            functions/support/dialects.py lists.
     """
 
     def __init__(
@@ -57,30 +66,40 @@ class UNet(nn.Module):
         levels = len(dim_multiply)
         lowest = image_size / 2 ** (levels - 1)
         if lowest != lowest_resolution_size:
-            what = f"{levels} levels lead from {image_size} to {lowest:g} pixels"
-            raise ValueError(f"{what}, not to lowest_resolution_size = {lowest_resolution_size}")
+            raise ValueError(
+                f"{levels} levels lead from {image_size} to {lowest:g} pixels, "
+                f"not to lowest_resolution_size = {lowest_resolution_size}"
+            )
         if dialect not in DIALECTS:
             raise ValueError(f"dialect is {dialect!r}; it can be {' or '.join(DIALECTS)}")
-        self.image_size, self.channels = image_size, channels
+        self.image_size = image_size
+        self.channels = channels
+
         details = DIALECTS[dialect]
-        norm = partial(GroupNorm, norm_groups, eps=details.norm_eps)
         dims = [base_dim * multiplier for multiplier in dim_multiply]
+        norm = partial(GroupNorm, norm_groups, eps=details.norm_eps)
         block = partial(ResidualBlock, time_dim=4 * base_dim, dropout=dropout, norm=norm)
-        attend = partial(SelfAttention, norm=norm, head_dim=details.attention_head_dim)
-        attention = lambda level: (
-            attend(dims[level]) if level in transformer_layers else nn.Identity()
-        )
+        attention = partial(SelfAttention, norm=norm, head_dim=details.attention_head_dim)
+
+        def attention_at(level: int) -> nn.Module:
+            """Return a new self-attention, or the identity at a level without it."""
+            if level in transformer_layers:
+                return attention(dims[level])
+            return nn.Identity()
 
         self.time_embedding = TimeEmbedding(base_dim, details)
         self.conv_in = nn.Conv2d(channels, base_dim, 3, padding=1)
 
-        dim, skip_dims = base_dim, [base_dim]
+        # `dim` is the number of channels that the newest layer returns. `skip_dims` has the
+        # channels of the skip connections that still wait for their block on the way up.
+        dim = base_dim
+        skip_dims = [dim]
         self.down = nn.ModuleList()
         for level in range(levels):
             stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
             for _ in range(BLOCKS_DOWN):
                 stage["blocks"].append(block(dim, dims[level]))
-                stage["attentions"].append(attention(level))
+                stage["attentions"].append(attention_at(level))
                 dim = dims[level]
                 skip_dims.append(dim)
             if level < levels - 1:
@@ -89,15 +108,16 @@ class UNet(nn.Module):
             self.down.append(stage)
 
         self.middle_block_1 = block(dim, dim)
-        self.middle_attention = attend(dim)
+        self.middle_attention = attention(dim)
         self.middle_block_2 = block(dim, dim)
 
-        self.up = nn.ModuleList()  # from the lowest resolution to the full one
+        # The way up leads from the lowest resolution to the full one.
+        self.up = nn.ModuleList()
         for level in reversed(range(levels)):
             stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
             for _ in range(BLOCKS_UP):
                 stage["blocks"].append(block(dim + skip_dims.pop(), dims[level]))
-                stage["attentions"].append(attention(level))
+                stage["attentions"].append(attention_at(level))
                 dim = dims[level]
             if level > 0:
                 stage["upsample"] = Upsample(dim)
@@ -110,51 +130,55 @@ class UNet(nn.Module):
         self.set_recompute("none")
 
     def reset_parameters(self) -> None:
-        """Initial weights as in Ho's code: Glorot's (uniform, fan average), zero biases.
-
-        The last layer of each residual branch is zero, so that a block starts as the identity; so is the network's.
-        """
-        modules = list(self.modules())
-        zero = {self.conv_out, *(m.conv_2 for m in modules if isinstance(m, ResidualBlock))}
-        zero |= {m.out for m in modules if isinstance(m, SelfAttention)}
-        for layer in modules:
+        """Draw initial weights as Ho's code does: Glorot's (uniform, fan average), zero biases."""
+        for name, layer in self.named_modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.zeros_(layer.bias)
-                initialise = nn.init.zeros_ if layer in zero else nn.init.xavier_uniform_
+                # The last layer of each residual branch starts at zero, so that the branch adds
+                # nothing at first. So does the last layer of the network.
+                zero = name.endswith(("conv_2", ".out", "conv_out"))
+                initialise = nn.init.zeros_ if zero else nn.init.xavier_uniform_
                 initialise(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def set_recompute(self, recompute: str) -> None:
-        """Choose what backward computes again instead of keeping it from the forward pass; the gradients are the same.
+        """Choose what backward recomputes instead of keeping it from the forward pass.
 
-        "none"; "norms", what precedes a convolution in residual blocks (concatenation, norm, activation, dropout),
-        attention (norm) and output, but no convolution, nearly free at 128 pixels; or "blocks", everything between the
-        inputs of the blocks, for most of another forward pass. `ValueError` for another.
+        The gradients are the same.
+
+        Args:
+            recompute: "none"; or "norms", what precedes a convolution in residual blocks
+                (concatenation, norm, activation, dropout), in attention (norm) and at the output,
+                but no convolution, so that it is nearly free at 128 pixels; or "blocks", everything
+                between the inputs of the blocks, for most of another forward pass. Anything else
+                raises ValueError.
         """
         if recompute not in ("none", "norms", "blocks"):
             raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")
+        # On MPS a checkpoint cannot draw the same dropout again, so there nothing is recomputed.
         if self.conv_in.weight.device.type == "mps" and self.middle_block_1.dropout.p > 0:
-            recompute = "none"  # on MPS a checkpoint does not draw the same dropout again
+            recompute = "none"
         self.recompute = recompute
         for module in self.modules():
             if isinstance(module, (ResidualBlock, SelfAttention)):
                 module.recompute_norms = recompute == "norms"
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise, or v, in images x_t (B, channels, image_size, image_size) at timesteps t (B,) int64, 0 .. T-1.
+        """Predict the noise, or v, in images x_t at timesteps t (B,) int64, 0 .. T-1.
 
-        It has the shape of x_t, and the precision of the last layer (autocast's when it is on).
+        x_t and the result are (B, channels, image_size, image_size). The result has the precision
+        of the last layer, which is autocast's when that is on.
         """
+        run = partial(recomputing, self.recompute == "blocks")
         time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
         h = self.conv_in(x_t)  # (B, base_dim, H, W)
 
-        run = partial(recomputing, self.recompute == "blocks")
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
                 h = run(block_and_attention, None, block, attention, time_embedding, h)
                 skips.append(h)  # (B, dims[level], H / 2^level, W / 2^level)
             if "downsample" in stage:
-                h = run(stage["downsample"], h)  # half the height and width
+                h = run(stage["downsample"], h)
                 skips.append(h)
 
         h = run(
@@ -162,20 +186,23 @@ class UNet(nn.Module):
         )
         h = run(self.middle_block_2, time_embedding, h)
 
+        # The upsampling is run together with the first block behind it, so that "blocks" keeps the
+        # small image and not the large one.
         upsample = None
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                # The upsampling is run with the block behind it, so that "blocks" keeps the small image, not the large
                 h = run(
                     block_and_attention, upsample, block, attention, time_embedding, h, skips.pop()
                 )
                 upsample = None
-            if "upsample" in stage:  # to twice the height and width
+            if "upsample" in stage:
                 upsample = stage["upsample"]
 
-        return recomputing(
-            self.recompute != "none", lambda h: self.conv_out(F.silu(self.norm_out(h))), h
-        )
+        return recomputing(self.recompute != "none", self.output_layer, h)
+
+    def output_layer(self, h: Tensor) -> Tensor:
+        h = F.silu(self.norm_out(h))
+        return self.conv_out(h)
 
 
 def block_and_attention(
@@ -186,7 +213,11 @@ def block_and_attention(
     h: Tensor,
     *skip: Tensor,
 ) -> Tensor:
-    """What a level repeats: on the way up with a skip connection, and at first with the upsampling into the level."""
+    """Run what every level repeats: a residual block, and the attention behind it.
+
+    On the way up the block gets a skip connection, too, and a level's first block gets the
+    upsampling into the level.
+    """
     if upsample is not None:
         h = upsample(h)
     return attention(block(time_embedding, h, *skip))
