@@ -1,7 +1,9 @@
-"""Data whose ideal denoiser, and for a Gaussian also whose every path from noise to data, is known in closed form.
+"""Data whose ideal denoiser is known in closed form.
 
-All in y = x_t / sqrt(alpha_bar) = x_0 + sigma eps with sigma = sqrt((1 - alpha_bar) / alpha_bar), where noise is only
-added; `eps(y (B, D), sigma (B, 1)) -> (B, D)` is the best guess of the noise in y, E[eps | y].
+For a Gaussian the paths from noise to data are known, too. Everything is in terms of
+y = x_t / sqrt(alpha_bar) = x_0 + sigma eps with sigma = sqrt((1 - alpha_bar) / alpha_bar), where
+noise is only added. `eps(y (B, D), sigma (B, 1)) -> (B, D)` is the best guess of the noise in y,
+E[eps | y]. test_sampler_orders.py compares it with the score of PyTorch's densities.
 """
 
 from dataclasses import dataclass
@@ -21,23 +23,28 @@ class Mixture:
     stds: Tensor  # (K,)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw (n, D)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
         return self.means[k] + self.stds[k, None] * noise
 
     def eps(self, y: Tensor, sigma: Tensor) -> Tensor:
-        """Given the component, eps is linear in y; the components are weighted by how likely y is in each."""
         variances = self.stds**2 + sigma**2  # (B, K)
+
+        # By Bayes' rule a component counts as much as it is likely to have made y.
         distances = torch.cdist(y, self.means, compute_mode="donot_use_mm_for_euclid_dist") ** 2
         log_densities = -distances / (2 * variances) - y.shape[1] / 2 * variances.log()
-        shares = torch.softmax(self.weights.log() + log_densities, dim=1) / variances
+        posterior = torch.softmax(self.weights.log() + log_densities, dim=1)
+
+        # Given the component k, E[eps | y, k] = sigma (y - mean_k) / variance_k.
+        shares = posterior / variances
         return sigma * (shares.sum(dim=1, keepdim=True) * y - shares @ self.means)
 
     def cdf(self, z: Tensor, direction: Tensor) -> Tensor:
-        """P(x_0 . direction <= z) for a direction (D,) of length 1: a mixture in one dimension."""
-        return (
-            self.weights * torch.special.ndtr((z[:, None] - self.means @ direction) / self.stds)
-        ).sum(dim=1)
+        """Return P(x_0 . direction <= z) for a direction (D,) of length 1."""
+        # Along a direction the data are a mixture in one dimension.
+        deviations = (z[:, None] - self.means @ direction) / self.stds
+        return (self.weights * torch.special.ndtr(deviations)).sum(dim=1)
 
 
 @dataclass
@@ -48,19 +55,18 @@ class Gaussian:
     std: Tensor  # (D,)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.mean + self.std * torch.randn(
-            n, len(self.mean), generator=generator, dtype=torch.float64
-        )
+        """Draw (n, D)."""
+        noise = torch.randn(n, len(self.mean), generator=generator, dtype=torch.float64)
+        return self.mean + self.std * noise
 
     def eps(self, y: Tensor, sigma: Tensor) -> Tensor:
         return sigma * (y - self.mean) / (self.std**2 + sigma**2)
 
     def path(self, y: Tensor, sigma: Tensor, sigma_end: Tensor) -> Tensor:
-        """Where dy = eps dsigma leads: the distance to the mean keeps its share of the width sqrt(std^2 + sigma^2)."""
-        return (
-            self.mean
-            + (y - self.mean) * ((self.std**2 + sigma_end**2) / (self.std**2 + sigma**2)).sqrt()
-        )
+        """Return where the ODE dy = eps dsigma leads from y at sigma."""
+        # The distance to the mean grows and shrinks with the width of y, sqrt(std^2 + sigma^2).
+        growth = ((self.std**2 + sigma_end**2) / (self.std**2 + sigma**2)).sqrt()
+        return self.mean + (y - self.mean) * growth
 
 
 def double(values) -> Tensor:
@@ -68,12 +74,13 @@ def double(values) -> Tensor:
 
 
 MIXTURE = Mixture(
-    double([0.5, 0.3, 0.2]),
-    double([[-0.6, -0.5], [0.7, -0.2], [0.1, 0.6]]),
-    double([0.15, 0.2, 0.3]),
+    weights=double([0.5, 0.3, 0.2]),
+    means=double([[-0.6, -0.5], [0.7, -0.2], [0.1, 0.6]]),
+    stds=double([0.15, 0.2, 0.3]),
 )
 UNIFORM = torch.rand(2, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-IMAGES = Gaussian(UNIFORM[0] - 0.5, 0.1 + 0.4 * UNIFORM[1])  # 3 x 8 x 8
+# 192 dimensions are images of 3 x 8 x 8.
+IMAGES = Gaussian(UNIFORM[0] - 0.5, 0.1 + 0.4 * UNIFORM[1])
 
 
 def sigmas(alpha_bar: Tensor) -> Tensor:
@@ -81,11 +88,13 @@ def sigmas(alpha_bar: Tensor) -> Tensor:
 
 
 def ideal_model(data, scheduler):
-    """`(x_t, t) -> eps` of data, for x_t of any shape (B, ...)."""
+    """Return the model `(x_t, t) -> E[eps | x_t]` of this data, for x_t of any shape (B, ...)."""
 
     def model(x_t, t):
         a = scheduler.alphas_cumprod[t].view(-1, 1)
-        return data.eps(x_t.flatten(1) / a.sqrt(), sigmas(a)).view(x_t.shape)
+        # y is in proportion to x_t, so the noise in it is the same.
+        y = x_t.flatten(1) / a.sqrt()
+        return data.eps(y, sigmas(a)).view(x_t.shape)
 
     return model
 
@@ -93,44 +102,68 @@ def ideal_model(data, scheduler):
 def mean_and_variance(
     data: Gaussian, sampler, scheduler, times, start=(0.0, 1.0), **options
 ) -> tuple[float, float]:
-    """What a sampler makes of a state with the mean and variance `start`, exactly, for data of one dimension."""
-    # With the ideal model the state is linear in all noise: the first image has none, each other a single one, of 1
+    """Return the mean and the variance that a sampler gives to a state of those in `start`.
+
+    The data are of one dimension. There is no chance in it: the two are exact.
+    """
+    # With the ideal model of a Gaussian the result is linear in all standard normal draws. So it is
+    # enough to follow one "image" without any draw, which is the mean, and for each draw one
+    # "image" in which this draw is 1 and the others are 0.
     noises = torch.eye(len(times) + 1, len(times), dtype=torch.float64).roll(1, 0)
-    x = start[0] + start[1] ** 0.5 * noises[:, :1]
-    noise = lambda k: noises[:, k + 1 : k + 2]
+
+    def step_noise(k):
+        # Draw 0 is that of the first state, and draw k + 1 belongs to step k.
+        return noises[:, k + 1 : k + 2]
+
+    mean, variance = start
     x = sampler(
         ideal_model(data, scheduler),
         scheduler,
-        x,
+        mean + variance**0.5 * noises[:, :1],
         times,
         clip_x_0=False,
-        step_noise=noise,
+        step_noise=step_noise,
         **options,
     )
+    # Independent draws add up in squares.
     return x[0].item(), (x[1:] - x[0]).square().sum().item()
 
 
 def exact_path(data, scheduler, x: Tensor, start: int, stop: int, steps: int = 1000) -> Tensor:
-    """The state at t = stop, from x (B, ...) at t = start: in closed form, or by Runge-Kutta 4 in log(sigma)."""
+    """Return where the ODE of DDIM leads from x (B, ...) at t = start: the state at t = stop."""
     a, a_end = scheduler.alphas_cumprod[[start, stop]]
     y = x.flatten(1) / a.sqrt()
     if isinstance(data, Gaussian):
         y = data.path(y, sigmas(a), sigmas(a_end))
     else:
-        h = (sigmas(a_end).log() - sigmas(a).log()) / steps
-        slope = lambda y, u: u.exp() * data.eps(y, u.exp().expand(len(y), 1))
-        for k in range(steps):
-            u = sigmas(a).log() + k * h
-            k_1 = slope(y, u)
-            k_2 = slope(y + h / 2 * k_1, u + h / 2)
-            k_3 = slope(y + h / 2 * k_2, u + h / 2)
-            k_4 = slope(y + h * k_3, u + h)
-            y = y + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
+        y = runge_kutta(data, y, sigmas(a).log(), sigmas(a_end).log(), steps)
     return (a_end.sqrt() * y).view(x.shape)
 
 
+def runge_kutta(data, y: Tensor, start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Solve dy = eps dsigma by the classic method of order 4, in equal steps of log(sigma)."""
+
+    def slope(y, log_sigma):
+        sigma = log_sigma.exp()
+        return sigma * data.eps(y, sigma.expand(len(y), 1))
+
+    h = (end - start) / steps
+    for k in range(steps):
+        u = start + k * h
+        k_1 = slope(y, u)
+        k_2 = slope(y + h / 2 * k_1, u + h / 2)
+        k_3 = slope(y + h / 2 * k_2, u + h / 2)
+        k_4 = slope(y + h * k_3, u + h)
+        y = y + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
+    return y
+
+
 def part_of_the_way(scheduler, steps, spacing, start, stop):
-    """Timesteps of a solver that goes from start down to stop >= 0 only, as `sampling_times` has for the whole way."""
+    """Return the timesteps of a solver that goes from `start` down to `stop` >= 0 only.
+
+    `sampling_times` has those for the whole way.
+    """
     if spacing == "logsnr":
         return logsnr_timesteps(scheduler, steps + 1, start, stop)
-    return [stop + round((start - stop) - k * (start - stop) / steps) for k in range(steps + 1)]
+    distance = start - stop
+    return [stop + round(distance - k * distance / steps) for k in range(steps + 1)]

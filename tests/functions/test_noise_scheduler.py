@@ -1,4 +1,8 @@
-"""The forward process against closed forms in NumPy float64, diffusers, and the numbers of the paper's schedule."""
+"""The forward process.
+
+The truths are closed forms and step-by-step recursions in NumPy float64, diffusers' schedules, and
+the numbers that are known of the paper's schedule.
+"""
 
 import numpy as np
 import pytest
@@ -9,58 +13,81 @@ from torch.testing import assert_close
 from functions.noise_scheduler import NoiseScheduler
 
 schedules = pytest.mark.parametrize(
-    ("timesteps", "rescale"), [(1000, True), (200, True), (200, False), (50, True)]
+    ("timesteps", "rescale"),
+    [
+        (1000, True),
+        (200, True),
+        (200, False),
+        (50, True),
+    ],
 )
 
 
 def numpy_betas(timesteps, rescale):
+    """Return the paper's betas: even from 1e-4 to 0.02, for 1000 steps."""
     scale = 1000 / timesteps if rescale else 1.0
     return np.linspace(1e-4 * scale, 0.02 * scale, timesteps)
 
 
 @schedules
 def test_noising_at_once_is_noising_step_by_step(timesteps, rescale):
-    """The steps x_t = sqrt(1 - beta) x + sqrt(beta) z (Eq. 2), in NumPy, add up to what Eq. 4 does at once."""
+    """The steps x_t = sqrt(1 - beta) x + sqrt(beta) z (Eq. 2) add up to what Eq. 4 does at once."""
     scheduler = NoiseScheduler(timesteps, rescale_betas=rescale)
-    signal, variance, expected = 1.0, 0.0, []
-    for beta in numpy_betas(timesteps, rescale):
-        signal, variance = np.sqrt(1 - beta) * signal, (1 - beta) * variance + beta
+    betas = numpy_betas(timesteps, rescale)
+
+    # The truth follows, step by step, how much is left of x_0 and how much noise there is. The
+    # noises of two steps are independent, so their variances add.
+    signal = 1.0
+    variance = 0.0
+    expected = []
+    for beta in betas:
+        signal = np.sqrt(1 - beta) * signal
+        variance = (1 - beta) * variance + beta
         expected.append((signal, np.sqrt(variance)))
-    assert_close(scheduler.betas.numpy(), numpy_betas(timesteps, rescale), rtol=1e-12, atol=0)
-    assert_close(
-        scheduler.alphas_cumprod.numpy(), np.array(expected)[:, 0] ** 2, rtol=1e-11, atol=0
-    )
-    x_0, noise = (
-        torch.tensor([1.0, 0.0], dtype=torch.float64),
-        torch.tensor([0.0, 1.0], dtype=torch.float64),
-    )
-    ours = scheduler.q_sample(
-        x_0.expand(timesteps, 2), torch.arange(timesteps), noise.expand(timesteps, 2)
-    )
-    assert_close(ours.numpy(), np.array(expected), rtol=1e-11, atol=0)
-    assert (
-        scheduler.q_sample(x_0[None].float(), torch.tensor([9]), noise[None].float()).dtype
-        == torch.float32
-    )
+    expected = np.array(expected)
+
+    assert_close(scheduler.betas.numpy(), betas, rtol=1e-12, atol=0)
+    assert_close(scheduler.alphas_cumprod.numpy(), expected[:, 0] ** 2, rtol=1e-11, atol=0)
+
+    # The first pixel is all image and the second all noise, so x_t shows the two factors.
+    x_0, noise = torch.eye(2, dtype=torch.float64)
+    t = torch.arange(timesteps)
+    x_t = scheduler.q_sample(x_0.expand(timesteps, 2), t, noise.expand(timesteps, 2))
+    assert_close(x_t.numpy(), expected, rtol=1e-11, atol=0)
+
+    # Images of float32 stay float32, though the schedule is computed in float64.
+    x_t = scheduler.q_sample(x_0[None].float(), torch.tensor([9]), noise[None].float())
+    assert x_t.dtype == torch.float32
 
 
 @schedules
 def test_the_posterior_is_bayes_rule(timesteps, rescale):
-    """Of a step or several: the precisions of the Gaussians q(x_t | x_s) and q(x_s | x_0) add; without Eqs. 6 and 7."""
-    scheduler, alphas = (
-        NoiseScheduler(timesteps, rescale_betas=rescale),
-        1 - numpy_betas(timesteps, rescale),
-    )
+    """The precisions of the Gaussians q(x_t | x_s) and q(x_s | x_0) add, for a step or for several.
+
+    So the truth is Bayes' rule for Gaussians, and needs neither Eq. 6 nor Eq. 7. The mean is the
+    average of what x_t and x_0 say of x_s, weighted by precisions.
+    """
+    scheduler = NoiseScheduler(timesteps, rescale_betas=rescale)
+    alphas = 1 - numpy_betas(timesteps, rescale)
     x_0, x_t = np.random.default_rng(0).standard_normal((2, 3, 4, 4))
     images = torch.from_numpy(x_0), torch.from_numpy(x_t)
-    half, last = timesteps // 2, timesteps - 1
+    half = timesteps // 2
+    last = timesteps - 1
+
     for t, s in ((1, 0), (half, half - 1), (last, last - 1), (half, 0), (last, half)):
-        a, a_s = alphas[s + 1 : t + 1].prod(), alphas[: s + 1].prod()
+        # q(x_t | x_s) has the alpha of all steps between, and q(x_s | x_0) that of all before.
+        a = alphas[s + 1 : t + 1].prod()
+        a_s = alphas[: s + 1].prod()
         precision = a / (1 - a) + 1 / (1 - a_s)
-        expected = (np.sqrt(a) / (1 - a) * x_t + np.sqrt(a_s) / (1 - a_s) * x_0) / precision
+        of_x_t = np.sqrt(a) / (1 - a)
+        of_x_0 = np.sqrt(a_s) / (1 - a_s)
+        expected = (of_x_t * x_t + of_x_0 * x_0) / precision
+
         mean, variance = scheduler.q_posterior(*images, t, s)
         assert_close(mean.numpy(), expected, rtol=1e-9, atol=1e-9)
         assert variance == pytest.approx(1 / precision, rel=1e-9)
+
+    # A step to the clean image, s = -1, ends exactly there.
     for t in (0, half):
         mean, variance = scheduler.q_posterior(*images, t, -1)
         assert_close(mean, images[0], rtol=1e-10, atol=1e-10)
@@ -69,25 +96,35 @@ def test_the_posterior_is_bayes_rule(timesteps, rescale):
 
 @pytest.mark.parametrize("timesteps", [2, 50, 1000, 5000])
 def test_cosine_betas_are_those_of_the_paper_and_of_diffusers(timesteps):
-    """Eq. 17 of Nichol and Dhariwal: alpha_bar_t = f(t) / f(0), which ends at 0. So the last beta is capped."""
+    """The truths are Eq. 17 of Nichol and Dhariwal, alpha_bar_t = f(t) / f(0), and diffusers."""
     ours = NoiseScheduler(timesteps, beta_schedule="cosine")
-    f = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
+    t = np.arange(timesteps + 1)
+    f = np.cos((t / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
     expected = f[1:] / f[0]
+    # The formula ends at 0, where nothing of the image is left. So the paper caps the last beta.
     expected[-1] = 0.001 * expected[-2]
     assert_close(ours.alphas_cumprod.numpy(), expected, rtol=1e-9, atol=0)
-    assert (ours.betas[-1], ours.betas[:-1].max() < 0.999) == (0.999, True)
+    assert ours.betas[-1] == 0.999
+    assert ours.betas[:-1].max() < 0.999
+
+    # Diffusers has float32. It rounds the ratio of neighbouring alpha_bar, near 1, by 6e-8.
     theirs = DDPMScheduler(timesteps, beta_schedule="squaredcos_cap_v2")
-    # Float32's 6e-8, of alpha_bar's ratio near 1
     assert_close(ours.betas.float(), theirs.betas, rtol=1e-6, atol=1e-8)
     assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-7)
 
 
 def test_an_int_t_is_a_batch_of_it():
-    """Samplers have one timestep for all images, training has one for each."""
-    scheduler, generator = NoiseScheduler(1000), torch.Generator().manual_seed(0)
+    """Samplers have one timestep for all images, and training has one for each.
+
+    So every method gets both, and must return the same.
+    """
+    scheduler = NoiseScheduler(1000)
+    generator = torch.Generator().manual_seed(0)
     x_0, x_t = torch.randn(2, 3, 3, 4, 4, generator=generator, dtype=torch.float64)
+
     for t, s in ((0, -1), (1, 0), (700, 20), (999, 998), (999, -1)):
-        t_of_images, s_of_images = torch.full((3,), t), torch.full((3,), s)
+        t_of_images = torch.full((3,), t)
+        s_of_images = torch.full((3,), s)
         for method in (
             scheduler.q_sample,
             scheduler.predict_x_0,
@@ -95,6 +132,7 @@ def test_an_int_t_is_a_batch_of_it():
             scheduler.v,
         ):
             assert_close(method(x_0, t, x_t), method(x_0, t_of_images, x_t))
+
         mean, variance = scheduler.q_posterior(x_0, x_t, t, s)
         means, variances = scheduler.q_posterior(x_0, x_t, t_of_images, s_of_images)
         assert_close(mean, means)
@@ -102,19 +140,23 @@ def test_an_int_t_is_a_batch_of_it():
 
 
 @pytest.mark.parametrize(
-    "timesteps, rescale, signal, snr", [(1000, True, 0.0064, 4.0e-5), (200, False, 0.364, 0.152)]
+    "timesteps, rescale, signal, snr",
+    [
+        (1000, True, 0.0064, 4.0e-5),
+        # 200 steps of the same betas leave much of the image in x_T.
+        (200, False, 0.364, 0.152),
+    ],
 )
 def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale, signal, snr):
+    """The truths are known numbers: sqrt(alpha_bar_T), and the signal-to-noise ratio of x_T."""
     scheduler = NoiseScheduler(timesteps, rescale_betas=rescale)
     assert scheduler.alphas_cumprod[-1].sqrt().item() == pytest.approx(signal, rel=0.01)
     assert scheduler.terminal_snr == pytest.approx(snr, rel=0.02)
 
 
 def test_rescaling_ends_at_nearly_the_same_noise_for_any_number_of_steps():
-    assert (
-        max(NoiseScheduler(timesteps).terminal_snr for timesteps in (100, 200, 500, 1000, 4000))
-        < 1e-4
-    )
+    for timesteps in (100, 200, 500, 1000, 4000):
+        assert NoiseScheduler(timesteps).terminal_snr < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -123,9 +165,12 @@ def test_rescaling_ends_at_nearly_the_same_noise_for_any_number_of_steps():
         {"timesteps": 1},
         {"timesteps": 1, "beta_schedule": "cosine"},
         {"timesteps": 1000, "beta_schedule": "sigmoid"},
+        # Rescaled to 20 steps, the last beta is 1.
         {"timesteps": 20},
         {"timesteps": 1000, "beta_start": 0.0},
+        # The betas would fall.
         {"timesteps": 1000, "beta_start": 0.03},
+        # No comparison with nan is true, so a check must not ask whether the betas are wrong.
         {"timesteps": 1000, "beta_end": float("nan")},
     ],
 )

@@ -18,30 +18,41 @@ def images(seed=0):
 
 @pytest.mark.parametrize("t", [0, 500, 999, torch.tensor([10, 700])], ids=str)
 def test_the_true_eps_gives_the_true_x_0(t):
-    x_0, noise = images(1).double(), images(2).double()
-    found, eps = predict(lambda x, t: noise, SCHEDULER, SCHEDULER.q_sample(x_0, t, noise), t)
-    assert_close(found, x_0)
+    """The truth is the image that x_t was made from."""
+    x_0 = images(1).double()
+    noise = images(2).double()
+    x_t = SCHEDULER.q_sample(x_0, t, noise)
+
+    predicted, eps = predict(lambda x, t: noise, SCHEDULER, x_t, t)
+    assert_close(predicted, x_0)
     assert eps is noise
 
 
 @pytest.mark.parametrize("t", [-2, 1000, torch.tensor([1000, 3])], ids=str)
 def test_timesteps_that_there_are_not_are_no_others(t):
+    """A negative index must not count from the end, as it does in Python."""
     with pytest.raises(IndexError):
         predict(lambda x, t: x, SCHEDULER, images(), t)
 
 
+@torch.no_grad()
 def test_a_denoiser_gives_float32():
-    model, t = small_unet(), torch.tensor([3, 700])
-    with torch.no_grad():
-        assert_close(Denoiser(model, SCHEDULER)(images(), t), model(images(), t))
-        half = Denoiser(model, SCHEDULER, precision=torch.bfloat16)(images().double(), t)
-        assert half.dtype == torch.float32
-        assert_close(half, model(images(), t), rtol=0.1, atol=0.1)
-        assert not torch.equal(half, model(images(), t))  # autocast did something
+    """The truth is the network itself, called without a `Denoiser`."""
+    model = small_unet()
+    t = torch.tensor([3, 700])
+    expected = model(images(), t)
+    assert_close(Denoiser(model, SCHEDULER)(images(), t), expected)
+
+    half = Denoiser(model, SCHEDULER, precision=torch.bfloat16)(images().double(), t)
+    assert half.dtype == torch.float32
+    assert_close(half, expected, rtol=0.1, atol=0.1)
+    # Were the two equal, then autocast would have done nothing.
+    assert not torch.equal(half, expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluating_is_without_dropout_and_for_a_while(training):
+    """The network is as it was after the context, even after one that an error ended."""
     denoiser = Denoiser(nn.Dropout(0.5).train(training), SCHEDULER)
     with pytest.raises(KeyError), denoiser.evaluating():
         assert not denoiser.network.training

@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits."""
+"""Which timesteps a sampler visits, and which a training draws."""
 
 from statistics import NormalDist
 
@@ -19,54 +19,76 @@ def test_times_are_as_many_as_asked_for_and_fall_to_the_image(data):
     steps = data.draw(st.none() | st.just(timesteps) | st.integers(1, timesteps))
     spacing = data.draw(st.sampled_from(SPACINGS))
     times = sampling_times(NoiseScheduler(timesteps), steps, spacing)
-    assert len(times) == (steps or timesteps) + 1  # so all steps are all timesteps
-    assert (times[0], times[-1]) == (timesteps - 1, -1)
-    assert all(type(t) is int for t in times) and times == sorted(set(times), reverse=True)
+
+    # So all T steps visit all timesteps.
+    assert len(times) == (steps or timesteps) + 1
+    assert times[0] == timesteps - 1
+    assert times[-1] == -1
+    assert all(type(t) is int for t in times)
+    assert times == sorted(set(times), reverse=True)
+    # The last call is at the least noise.
     if spacing == "logsnr" and len(times) > 2:
-        assert times[-2] == 0  # a call at the least noise
+        assert times[-2] == 0
 
 
 def test_trailing_times_are_even():
+    """The truths are counted by hand: from T - 1, in steps of T / steps, rounded."""
     assert sampling_times(NoiseScheduler(1000), 5) == [999, 799, 599, 399, 199, -1]
     assert sampling_times(NoiseScheduler(1000), 7) == [999, 856, 713, 570, 428, 285, 142, -1]
 
 
-@pytest.mark.parametrize(("start", "stop"), [(99_999, 500), (50_000, 1000)])
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [
+        (99_999, 500),
+        (50_000, 1000),
+    ],
+)
 def test_logsnr_times_are_even_in_the_log_snr(start, stop):
+    """The truth is the log-SNR of the paper's betas in NumPy.
+
+    There are so many timesteps that rounding to whole ones hardly matters.
+    """
     times = logsnr_timesteps(NoiseScheduler(100_000), 51, start, stop)
     alpha_bar = np.cumprod(1 - np.linspace(0.1, 20, 100_000) / 100_000)
-    gaps = np.diff(np.log(alpha_bar / (1 - alpha_bar))[times])
+    log_snr = np.log(alpha_bar / (1 - alpha_bar))
+    gaps = np.diff(log_snr[times])
     assert gaps == pytest.approx([gaps.mean()] * 50, rel=0.01)
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
 def test_mixed_times_are_log_normal_at_odd_places_and_as_they_were_at_even_ones(beta_schedule):
-    """Each t has the share of N(-1.2, 1.2^2) that is nearer to its ln sigma than to any other's."""
-    scheduler, generator = (
-        NoiseScheduler(100, beta_schedule=beta_schedule),
-        torch.Generator().manual_seed(0),
-    )
+    """The truth is the CDF of N(-1.2, 1.2^2), of the standard library."""
+    scheduler = NoiseScheduler(100, beta_schedule=beta_schedule)
+    generator = torch.Generator().manual_seed(0)
     uniform = torch.randint(100, (200_001,), generator=generator)
     normal = torch.randn(200_001, generator=generator)
     mixed = mixed_timesteps(scheduler, uniform, normal)
-    assert mixed.dtype == torch.int64 and torch.equal(mixed[::2], uniform[::2])
+
+    assert mixed.dtype == torch.int64
+    assert torch.equal(mixed[::2], uniform[::2])
+
+    # Each t is due the share of N(-1.2, 1.2^2) that is nearer to its ln sigma than to any other's.
     ln_sigma = np.log(1 / scheduler.alphas_cumprod.numpy() - 1) / 2
     midpoints = (ln_sigma[1:] + ln_sigma[:-1]) / 2
     shares = np.diff([0.0, *map(NormalDist(-1.2, 1.2).cdf, midpoints), 1.0])
+
+    # This is a chi-squared test of the 100,000 draws. It leaves out what is due less than 10 times.
+    # The statistic has the number of its terms as mean, and twice that as variance.
     counts = np.bincount(mixed[1::2], minlength=100)
-    often = shares > 1e-4
-    chi_squared = ((counts - 100_000 * shares) ** 2 / (100_000 * shares))[often].sum()
-    assert abs(chi_squared - often.sum()) < 4 * np.sqrt(2 * often.sum())
+    expected = 100_000 * shares
+    terms = (counts - expected) ** 2 / expected
+    terms = terms[shares > 1e-4]
+    assert abs(terms.sum() - len(terms)) < 4 * np.sqrt(2 * len(terms))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(
-            ({"steps": n}, f"steps is {n}; a model with 100 timesteps takes 1 to 100")
-            for n in (0, 101)
-        ),
-        *(({"steps": times}, "must be 2 or more, falling") for times in ([9, 9, -1], [9])),
+        ({"steps": 0}, "steps is 0; a model with 100 timesteps takes 1 to 100"),
+        ({"steps": 101}, "steps is 101; a model with 100 timesteps takes 1 to 100"),
+        ({"steps": [9, 9, -1]}, "must be 2 or more, falling"),
+        ({"steps": [9]}, "must be 2 or more, falling"),
         ({"steps": [9, -2]}, "at least -1"),
         ({"steps": [100, 9]}, "at most 99"),
         ({"spacing": "leading"}, "spacing is .leading.; it can be trailing or logsnr"),

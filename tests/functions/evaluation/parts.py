@@ -1,4 +1,7 @@
-"""What tests of evaluation share: a small network in InceptionV3's place, harm, and processes that are none."""
+"""What tests of evaluation share.
+
+That is a small network in InceptionV3's place, harm in a pickle, and processes that are none.
+"""
 
 import torch
 
@@ -7,23 +10,27 @@ from functions.support.processes import Processes
 
 
 def small_features(images):
-    """uint8 (B, 3, H, W) -> (B, 8): mean colours, contrasts, and the brightness of two corners."""
+    """Return features (B, 8) of uint8 images (B, 3, H, W).
+
+    They are mean colours, contrasts, and the brightness of two corners.
+    """
     x = images.double() / 255
-    return torch.cat(
-        [x.mean(dim=(2, 3)), x.std(dim=(2, 3)), x[:, 0, 0, :1], x[:, 1, -1, -1:]], dim=1
-    ).float()
+    means = x.mean(dim=(2, 3))
+    contrasts = x.std(dim=(2, 3))
+    corners = [x[:, 0, 0, :1], x[:, 1, -1, -1:]]
+    return torch.cat([means, contrasts, *corners], dim=1).float()
 
 
 def small_extractor(weights=None, device=None, processes=None):
+    """Stand in for `load_inception`; with a file of weights, be the real one."""
     if weights:
         return load_inception(weights, device)
-    return Extractor(
-        {"extractor": "small", "weights_hash": "none"}, 8, small_features, torch.device("cpu")
-    )
+    facts = {"extractor": "small", "weights_hash": "none"}
+    return Extractor(facts, 8, small_features, torch.device("cpu"))
 
 
 class Harm:
-    """Unpickled, it makes a file."""
+    """An object whose pickle runs code: whoever unpickles it makes a file."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -33,7 +40,10 @@ class Harm:
 
 
 def of_each_process(count, work):
-    """What `work(processes)` adds up over all processes, as each of them has it before."""
+    """Call `work(processes)` once for each of `count` processes, one after the other.
+
+    Returns what each of them would add to the sum over all processes.
+    """
     parts = []
 
     class Part(Processes):

@@ -1,10 +1,15 @@
-"""What a network knows of x_0 by band: exact for networks whose answer is known."""
+"""What a network knows of x_0 by band.
+
+The truths are algebra for networks whose answer is known (gaussian_bands.py), and cosine waves,
+whose band is their number of cycles.
+"""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from PIL import Image
 
 import evaluate
@@ -25,104 +30,155 @@ from tests.functions.gaussian_bands import (
 
 
 def half_the_mean(x_t, t):
-    """The ideal denoiser, whose eps has half the mean."""
+    """The ideal denoiser, but its eps has half the mean."""
     return by_bands(ideal_eps(x_t, t), torch.tensor([0.5, 1, 1, 1]))
 
 
-def measured(eps, memory=4096, processes=None, images=100, seed=0):
-    x_0, processes = draw_images(images, seed), [processes] if processes else []
+def measured(eps, memory=4096, images=100, seed=0, **options):
+    """Measure the model `eps` on Gaussian images, with memory for so many at a time."""
+    x_0 = draw_images(images, seed)
     denoiser = Denoiser(LittleMemory(eps, memory), SCHEDULER)
     return bands.measure_bands(
-        denoiser, lambda i: x_0[i], np.arange(images), MU, 256, seed, *processes
+        denoiser,
+        lambda i: x_0[i],
+        np.arange(images),
+        MU,
+        256,
+        seed,
+        **options,
     )
 
 
-def expected(eps, times):
-    """The ratios by algebra, for x_0' = mu + c (x_t - sqrt(a) mu) in each band."""
-    a, s2 = SCHEDULER.alphas_cumprod.numpy()[times][:, None], VARIANCES.double().numpy()
-    shrunk = np.array([0.5, 1, 1, 1]) if eps is half_the_mean else 1.0
-    c = (1 - shrunk * (1 - a) / (a * s2 + 1 - a)) / np.sqrt(a)
-    return (c * np.sqrt(a) - 1) ** 2 + c**2 * (1 - a) / s2
+def expected_ratio(eps, t):
+    """Return the ratios (K, bands) by algebra.
+
+    In each band the network's x_0 is mu + c (x_t - sqrt(a) mu). Its squared error has a part of the
+    image, (c sqrt(a) - 1)^2 s^2, and a part of the noise, c^2 (1 - a).
+    """
+    a = SCHEDULER.alphas_cumprod.numpy()[t][:, None]
+    s2 = VARIANCES.double().numpy()
+    factors = np.array([0.5, 1, 1, 1]) if eps is half_the_mean else 1.0
+    # This c follows from x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a) with the eps of Wiener's filter.
+    c = (1 - factors * (1 - a) / (a * s2 + 1 - a)) / np.sqrt(a)
+    of_image = (c * np.sqrt(a) - 1) ** 2
+    of_noise = c**2 * (1 - a) / s2
+    return of_image + of_noise
 
 
 @pytest.mark.parametrize("eps", [ideal_eps, half_the_mean])
 def test_the_ratios_of_known_networks(eps):
+    """Compare with the algebra, for the ideal denoiser and for one that is wrong in the mean."""
     result = measured(eps)
-    assert result.t[0] == 0 and result.t[-1] == 999 and len(result.t) == 12
-    ratio = expected(eps, result.t)
-    off = np.abs(result.ratio - ratio) / result.standard_error
-    assert off.max() < 4.5 and np.median(off) < 1.2  # 48 cells
-    # So this says something
+    assert result.t[0] == 0
+    assert result.t[-1] == 999
+    assert len(result.t) == 12
+
+    # 12 timesteps and 4 bands are 48 cells, each as far off as its standard error allows.
+    expected = expected_ratio(eps, result.t)
+    deviations = np.abs(result.ratio - expected) / result.standard_error
+    assert deviations.max() < 4.5
+    assert np.median(deviations) < 1.2
+    # The standard errors are small, so the comparison says something.
     assert result.standard_error[:, 3].max() / result.ratio[:, 3].max() < 0.02
+
     if eps is ideal_eps:
-        # s^2 of 100 images and not of all
-        np.testing.assert_allclose(result.linear, ratio, rtol=0.3)
+        # The linear filter has the s^2 of these 100 images, and the truth that of all.
+        assert_allclose(result.linear, expected, rtol=0.3)
         assert "not measurably worse than" in result.verdict()
     else:
-        assert ratio[-1, 0] > 100
-        found = float(result.verdict().split("mean is ")[1].split(" times")[0])
-        assert found == pytest.approx(result.ratio[-1, 0], rel=0.01)
+        # The sentence names the ratio of the last timestep, in the band of the mean.
+        assert expected[-1, 0] > 100
+        times_worse = float(result.verdict().split("mean is ")[1].split(" times")[0])
+        assert times_worse == pytest.approx(result.ratio[-1, 0], rel=0.01)
 
 
 def test_the_errors_are_those_of_repetition(monkeypatch):
+    """The truth of a standard error is the spread of 12 measurements on other images."""
     monkeypatch.setattr(bands, "DRAWS", 80)
     results = [measured(half_the_mean, images=40, seed=seed) for seed in range(12)]
-    spread = np.std([one.ratio for one in results], axis=0, ddof=1)
-    stated = np.mean([one.standard_error for one in results], axis=0)
+    spread = np.std([result.ratio for result in results], axis=0, ddof=1)
+    stated = np.mean([result.standard_error for result in results], axis=0)
     assert 0.8 < np.median(spread / stated) < 1.25
 
 
 @pytest.mark.parametrize("size", [4, 8, 16, 32, 96])
 def test_bands_are_octaves(size, monkeypatch):
     """A wave of f cycles lies in the band whose name says so; the finest has the corners."""
+    # The names come from a measurement, which is short here.
     monkeypatch.setattr(bands, "DRAWS", 2)
-    of, x_0 = octaves(size), torch.rand(2, 3, size, size)
+    x_0 = torch.rand(2, 3, size, size)
     any_network = Denoiser(LittleMemory(lambda x_t, t: x_t, 4096), SCHEDULER)
     names = bands.measure_bands(any_network, lambda i: x_0[i], np.arange(2), x_0[0], 512, 0).bands
-    assert of[0, 0] == 0 and (of == 0).sum() == 1
-    for name, low, high in ((name, *map(int, name.split("-"))) for name in names[1:-1]):
+
+    # The mean is a band by itself.
+    band_of = octaves(size)
+    assert band_of[0, 0] == 0
+    assert (band_of == 0).sum() == 1
+
+    positions = torch.arange(size) * 2 * torch.pi / size
+    for name in names[1:-1]:
+        low, high = map(int, name.split("-"))
         for cycles in range(low, high):
-            x = torch.arange(size) * 2 * torch.pi / size
-            wave = torch.cos(cycles * x).expand(1, 1, size, size)
-            energy = band_means(spectrum(wave).abs().square())[0] * torch.bincount(of.flatten())
-            assert energy[names.index(name)] == pytest.approx(wave.square().sum().item(), rel=1e-5)
-    assert of[size // 2, size // 2] == len(names) - 1
+            wave = torch.cos(cycles * positions).expand(1, 1, size, size)
+            # The band's mean times its number of coefficients is the wave's whole energy.
+            means = band_means(spectrum(wave).abs().square())[0]
+            energy = means * torch.bincount(band_of.flatten())
+            whole = wave.square().sum().item()
+            assert energy[names.index(name)] == pytest.approx(whole, rel=1e-5)
+
+    # The highest frequency of both directions is the corner farthest from the mean.
+    assert band_of[size // 2, size // 2] == len(names) - 1
 
 
 def test_neither_processes_nor_memory_change_the_result(monkeypatch):
+    """The truth is a measurement by one process, with memory for all images."""
     monkeypatch.setattr(bands, "DRAWS", 27)
     whole = measured(ideal_eps, images=9)
-    np.testing.assert_allclose(
-        measured(ideal_eps, memory=5, images=9).ratio, whole.ratio, rtol=1e-5
-    )
-    parts = of_each_process(3, lambda processes: measured(ideal_eps, processes=processes, images=9))
-    summed = sum(parts).unflatten(1, (-1, 9)).mean(dim=(1, 2))
-    np.testing.assert_allclose(summed / torch.from_numpy(whole.variance), whole.ratio, rtol=1e-9)
+    little_memory = measured(ideal_eps, memory=5, images=9)
+    # Other batches round otherwise, in float32.
+    assert_allclose(little_memory.ratio, whole.ratio, rtol=1e-5)
+
+    # What the processes sum are the squared errors of 27 draws, three of each image.
+    parts = of_each_process(3, lambda processes: measured(ideal_eps, images=9, processes=processes))
+    errors = sum(parts).unflatten(1, (-1, 9)).mean(dim=(1, 2))
+    ratio = errors / torch.from_numpy(whole.variance)
+    assert_allclose(ratio, whole.ratio, rtol=1e-9)
 
 
 def test_the_heat_map_is_red_where_it_is_worse_than_nothing(tmp_path):
     ratio = np.array([[0.01, 0.1], [50.0, 1.0]])
     result = bands.BandErrors([0, 9], ["mean", "finest"], ratio, 0.1 * ratio, ratio, np.ones(2))
     bands.plot_bands(result, tmp_path / "bands.png", "test")
-    pixels = np.asarray(Image.open(tmp_path / "bands.png").convert("RGB")).astype(int)
+    picture = Image.open(tmp_path / "bands.png").convert("RGB")
+    pixels = np.asarray(picture).astype(int)
     height, width = pixels.shape[:2]
-    upper_right, upper_left = (pixels[height // 3, int(width * x)] for x in (0.9, 0.2))
-    assert upper_right[0] > upper_right[2] + 50 and upper_left[2] > upper_left[0] + 50
-    # Of each column: the frame has two that are black from top to bottom
+
+    # The ratio of 50 is at the upper right and that of 0.01 at the upper left. Red is channel 0,
+    # and blue is channel 2.
+    upper_right = pixels[height // 3, int(width * 0.9)]
+    upper_left = pixels[height // 3, int(width * 0.2)]
+    assert upper_right[0] > upper_right[2] + 50
+    assert upper_left[2] > upper_left[0] + 50
+
+    # A frame has columns that are black from top to bottom. Not all of them are on the left.
     black = (pixels.max(axis=2) < 40).sum(axis=0)
-    assert (black > height / 5).sum() > 4 and (black[: width // 2] > height / 5).sum() < (
-        black > height / 5
-    ).sum()
+    frame = black > height / 5
+    assert frame.sum() > 4
+    assert frame[: width // 2].sum() < frame.sum()
 
 
 @pytest.mark.slow
 def test_evaluate_writes_table_and_map(tiny_run, tmp_path, capsys):
     call(evaluate.main, tiny_run, "--metrics", "bands", "--device", "cpu", "--out", tmp_path)
     (path,) = tmp_path.glob("step-00000010-bands-*.json")
-    found, printed = json.loads(path.read_text()), capsys.readouterr().out
-    assert found["verdict"] in printed and found["bands"] == ["mean", "1-2", "2-4", "finest"]
-    assert np.array(found["ratio"]).shape == (len(found["t"]), 4) and found["t"][-1] == 99
-    scheduler = NoiseScheduler(100)
-    a, s2 = scheduler.alphas_cumprod.numpy()[found["t"]][:, None], np.array(found["variance"])
-    np.testing.assert_allclose(found["linear"], (1 - a) / (a * s2 + 1 - a))
+    result = json.loads(path.read_text())
+    assert result["verdict"] in capsys.readouterr().out
+    assert result["bands"] == ["mean", "1-2", "2-4", "finest"]
+    assert np.array(result["ratio"]).shape == (len(result["t"]), 4)
+    assert result["t"][-1] == 99
+
+    # The best linear filter leaves (1 - a) / (a s^2 + 1 - a) of the variance.
+    a = NoiseScheduler(100).alphas_cumprod.numpy()[result["t"]][:, None]
+    s2 = np.array(result["variance"])
+    assert_allclose(result["linear"], (1 - a) / (a * s2 + 1 - a))
     assert Image.open(path.with_suffix(".png")).width > 1000

@@ -22,8 +22,9 @@ needs_fidelity = pytest.mark.skipif(
 small_main = functools.partial(evaluate.main, small_extractor)
 
 
-def results_of(folder, what):
-    return {path.name: path.read_bytes() for path in folder.glob(f"*-{what}-*")}
+def results_of(folder, metrics):
+    """Return the bytes of all files of these metrics, by name."""
+    return {path.name: path.read_bytes() for path in folder.glob(f"*-{metrics}-*")}
 
 
 @pytest.mark.slow
@@ -33,53 +34,53 @@ def test_bits_per_dim_of_a_run(tiny_run, tmp_path, capsys):
     first = results_of(tmp_path, "bpd")
     (name,) = (name for name in first if name.endswith(".json"))
     assert name.startswith("step-00000010-bpd-")
-    found = json.loads(first[name])
-    assert found["bits_per_dim"] == pytest.approx(found["rate"] + found["distortion"])
-    assert found["images"] == 5 and found["standard_error"] > 0
-    assert f"{found['bits_per_dim']:.4f}" in printed and found["protocol"] in printed
-    assert "5 of 5 validation images" in found["protocol"] and "EMA weights" in found["protocol"]
-    curves = found["curves"]
-    assert sum(curves["timesteps"]) == 100
-    # At the end of the way, all but L_0 is read
-    assert curves["rate"][0] == pytest.approx(found["rate"])
-    np.testing.assert_allclose(curves["rmse"], 127.5 * np.sqrt(curves["mse_x_0"]))
-    assert Image.open(tmp_path / name.replace(".json", ".png")).size > (1000, 300)
 
-    call(evaluate.main, tiny_run, *BPD, "--out", tmp_path)  # the same again, bit for bit
+    result = json.loads(first[name])
+    assert result["bits_per_dim"] == pytest.approx(result["rate"] + result["distortion"])
+    assert result["images"] == 5
+    assert result["standard_error"] > 0
+    assert f"{result['bits_per_dim']:.4f}" in printed
+    assert result["protocol"] in printed
+    assert "5 of 5 validation images" in result["protocol"]
+    assert "EMA weights" in result["protocol"]
+
+    curves = result["curves"]
+    assert sum(curves["timesteps"]) == 100
+    # At the end of the way, a receiver has read all terms but L_0.
+    assert curves["rate"][0] == pytest.approx(result["rate"])
+    np.testing.assert_allclose(curves["rmse"], 127.5 * np.sqrt(curves["mse_x_0"]))
+    figure = name.replace(".json", ".png")
+    assert Image.open(tmp_path / figure).size > (1000, 300)
+
+    # The same command again writes the same, bit for bit.
+    call(evaluate.main, tiny_run, *BPD, "--out", tmp_path)
     assert results_of(tmp_path, "bpd") == first
+
+    # Other settings add two files, and their protocol says them.
     other = ["--images", "2", "--bpd-variance", "large", "--no-clip", "--precision", "bfloat16"]
     call(evaluate.main, tiny_run, *BPD, *other, "--out", tmp_path)
-    more = results_of(tmp_path, "bpd")
-    assert len(more) == 4 and first.items() < more.items()
-    (protocol,) = (
-        json.loads(more[name])["protocol"]
-        for name in more.keys() - first.keys()
-        if name.endswith(".json")
-    )
-    assert (
-        "2 of 5" in protocol
-        and "variance large, x_0 not clipped, EMA weights, bfloat16" in protocol
-    )
+    both = results_of(tmp_path, "bpd")
+    assert len(both) == 4
+    assert first.items() < both.items()
+    new_names = both.keys() - first.keys()
+    (name,) = (name for name in new_names if name.endswith(".json"))
+    protocol = json.loads(both[name])["protocol"]
+    assert "2 of 5" in protocol
+    assert "variance large, x_0 not clipped, EMA weights, bfloat16" in protocol
 
 
 @pytest.mark.slow
 @needs_fidelity
 def test_images_of_a_run(tiny_run, tmp_path, capsys):
-    arguments = [
-        tiny_run,
-        *FAST,
-        "--metrics",
-        "fid,kid,prc",
-        "--reference-images",
-        "20",
-        "--out",
-        tmp_path,
-    ]
+    """FID, KID, precision and recall of 12 samples: values, protocol and warning are there."""
+    metrics = ["--metrics", "fid,kid,prc", "--reference-images", "20"]
+    arguments = [tiny_run, *FAST, *metrics, "--out", tmp_path]
     call(small_main, *arguments)
     captured = capsys.readouterr()
+
     first = results_of(tmp_path, "fid-kid-prc")
     (name,) = first
-    found = json.loads(first[name])
+    result = json.loads(first[name])
     for text in (
         "12 samples, ddim, 2 steps",
         "EMA weights",
@@ -87,40 +88,38 @@ def test_images_of_a_run(tiny_run, tmp_path, capsys):
         "rounded to uint8, no JPEG",
         "seed 0",
     ):
-        assert text in found["protocol"]
-    assert found["protocol"] in captured.out
+        assert text in result["protocol"]
+    assert result["protocol"] in captured.out
     assert "ONLY 12 SAMPLES, NOT 50,000" in captured.err
-    assert all(np.isfinite(found[metric]) for metric in ("fid", "kid", "precision", "recall"))
+    for metric in ("fid", "kid", "precision", "recall"):
+        assert np.isfinite(result[metric])
+
+    # The same command again writes the same, bit for bit. Other settings write files beside it.
     call(small_main, *arguments)
     assert results_of(tmp_path, "fid-kid-prc") == first
     call(small_main, *arguments, "--seed", "1")
     call(small_main, *arguments, "--reference-split", "val")
     assert len(results_of(tmp_path, "fid-kid-prc")) == 3
 
+    # FID against the published statistics is FID against the images, to the last byte.
+    arguments = [*arguments, "--metrics", "fid"]
     public = tmp_path / "public.npz"
-    call(
-        small_main,
-        *arguments,
-        "--metrics",
-        "fid",
-        "--save-reference",
-        public,
-        "--out",
-        tmp_path / "a",
-    )
+    call(small_main, *arguments, "--save-reference", public, "--out", tmp_path / "a")
     assert read_reference(public, 16, small_extractor()).features is None
-    call(small_main, *arguments, "--metrics", "fid", "--reference", public, "--out", tmp_path / "b")
-    assert len({next((tmp_path / folder).iterdir()).read_bytes() for folder in "ab"}) == 1
+    call(small_main, *arguments, "--reference", public, "--out", tmp_path / "b")
+    (of_images,) = (tmp_path / "a").iterdir()
+    (of_statistics,) = (tmp_path / "b").iterdir()
+    assert of_images.read_bytes() == of_statistics.read_bytes()
 
 
 @pytest.mark.slow
 def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_path, capsys):
-    some = shutil.copytree(
-        pictures, tmp_path / "some", ignore=shutil.ignore_patterns("0004*", "*.packed*")
-    )
-    call(evaluate.main, tiny_run, *BPD, "--dataset-name", some, "--images", "1", "--out", tmp_path)
+    ignored = shutil.ignore_patterns("0004*", "*.packed*")
+    fewer = shutil.copytree(pictures, tmp_path / "some", ignore=ignored)
+    call(evaluate.main, tiny_run, *BPD, "--dataset-name", fewer, "--images", "1", "--out", tmp_path)
     assert "NOT THE IMAGES IT WAS TRAINED ON" in capsys.readouterr().err
-    assert json.loads(next(tmp_path.glob("*.json")).read_text())["standard_error"] is None
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["standard_error"] is None
 
 
 @pytest.mark.parametrize(
@@ -154,10 +153,13 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
 def test_bad_input_is_one_line_and_exit_code_2(
     arguments, message, tiny_run, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # so that it is undone afterwards
+    # Loading weights sets this variable. Here it is set first, so that pytest restores it.
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     with pytest.raises(SystemExit) as ended, evaluate.plain_errors():
         call(small_main, tiny_run, *arguments.split(), "--out", tmp_path)
-    captured = capsys.readouterr()
-    assert ended.value.code == 2 and message in captured.err
-    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
