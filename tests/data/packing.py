@@ -15,53 +15,75 @@ from data.packed import open_packed
 from data.sources import find_source
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-TREE = "{folder:05d}/{number:05d}.png"  # as FFHQ has it, with 4 images a folder instead of 1,000
+
+
+def random_pixels(*shape, seed=0):
+    """Return random uint8 values of a shape."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+IMAGES = random_pixels(10, 8, 8, 3)
+
+# This is FFHQ's own layout, with 4 images a folder instead of 1,000.
+TREE = "{folder:05d}/{number:05d}.png"
 
 
 def encoded(image, image_format="PNG", **options):
-    """The bytes of an image file; the image is an array or Pillow's."""
+    """Return the bytes of an image file; the image is an array or Pillow's."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     buffer = io.BytesIO()
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
 def chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    """Return one chunk of a PNG file: its length, kind, body and checksum."""
+    length = struct.pack(">I", len(body))
+    checksum = struct.pack(">I", zlib.crc32(kind + body))
+    return length + kind + body + checksum
 
 
 def png(width, height, bit_depth, colour_type, rows, extra=b""):
-    """A PNG put together by hand from its filtered rows, independent of any encoder."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + header
-        + extra
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    """Return a PNG put together by hand from its filtered rows, independent of any encoder.
+
+    `extra` holds chunks that stand before the pixels.
+    """
+    # The three zeros mean deflate, the standard filters, and rows from top to bottom.
+    fields = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+    header = chunk(b"IHDR", fields)
+    pixels = chunk(b"IDAT", zlib.compress(rows))
+    end = chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + extra + pixels + end
+
+
+def name_of(number, pattern):
+    """Return the file name of an image by its number; `{mixed}` is a folder out of order."""
+    return pattern.format(folder=number - number % 4, number=number, mixed=number % 4)
 
 
 def files_of(images, pattern, more):
-    """Names and bytes, backwards, so that neither a directory's nor an archive's own order is the right one."""
+    """Yield names and bytes of the images' files, then those of `more`."""
+    # The last image comes first, so neither a directory's nor an archive's own order is right.
     for number in reversed(range(len(images))):
-        name = pattern.format(folder=number - number % 4, number=number, mixed=number % 4)
-        yield (
-            name,
-            encoded(images[number], Image.registered_extensions()[Path(name).suffix.lower()]),
-        )
+        name = name_of(number, pattern)
+        suffix = Path(name).suffix.lower()
+        image_format = Image.registered_extensions()[suffix]
+        yield name, encoded(images[number], image_format)
     yield from dict(more).items()
 
 
 def write_folder(path, images=IMAGES, pattern="{number:05d}.png", more=()):
+    """Write the images and the files of `more` (bytes by name) to a folder; return its path."""
     for name, data in files_of(images, pattern, more):
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
     return path
 
 
 def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=()):
+    """Write the images and the files of `more` (bytes by name) to a zip; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files_of(images, pattern, more):
@@ -70,18 +92,23 @@ def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=()):
 
 
 def write_npz(path, images=IMAGES):
+    """Write the images as one array; return the file's path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, images)
     return path
 
 
 def load(path, size=8, **options):
-    return open_packed(find_source(path, size), size, **options)
+    """Return the images of a folder or an archive, by way of a packed file."""
+    source = find_source(path, size)
+    return open_packed(source, size, **options)
 
 
 def packed_files(folder):
+    """Return the sorted names of packed files in a folder, and of what belongs to them."""
     return sorted(path.name for path in folder.iterdir() if ".packed" in path.name)
 
 
 def forbid_decoding(monkeypatch):
+    """Make the test fail if an image is decoded from now on."""
     monkeypatch.setattr(packed, "map_images", lambda *_: pytest.fail("decoded again"))

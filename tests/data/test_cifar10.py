@@ -1,4 +1,7 @@
-"""CIFAR-10's binary version, made here with few images, in place and packed; the preset that trains on it."""
+"""CIFAR-10's binary version, made here with few images, and the preset that trains on it.
+
+The files are read in place and packed.
+"""
 
 import os
 import shutil
@@ -13,19 +16,25 @@ from data import datasets
 from data.cifar10 import FILES, RECORD, Cifar10
 from functions.support.errors import UserError
 from tests.conftest import TINY, call
+from tests.data.packing import random_pixels
 
 
 @pytest.fixture
 def images():
-    return np.random.default_rng(0).integers(0, 256, (107, 32, 32, 3), np.uint8)
+    return random_pixels(107, 32, 32, 3)
 
 
 @pytest.fixture
 def unpacked(images, tmp_path):
-    """Labels 9, then each image's planes, as the data set's page describes them: 20 a file, and 7 in the last."""
+    """Write the images as the data set's page describes; return the folder of the data set."""
     folder = tmp_path / "CIFAR10" / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
-    records = np.insert(images.transpose(0, 3, 1, 2).reshape(107, -1), 0, 9, axis=1)
+
+    # A record is a label, here 9, and then an image's red, green and blue plane.
+    planes = images.transpose(0, 3, 1, 2).reshape(107, -1)
+    records = np.insert(planes, 0, 9, axis=1)
+
+    # Each file holds 20 images, and the last one 7.
     for i, name in enumerate(FILES):
         (folder / name).write_bytes(records[20 * i : 20 * (i + 1)].tobytes())
     return tmp_path / "CIFAR10"
@@ -35,45 +44,51 @@ def unpacked(images, tmp_path):
 def test_images_come_as_they_were_and_the_test_images_validate(
     packed, images, unpacked, monkeypatch
 ):
-    if packed:  # as published, with a folder in it
+    # The data set is published as an archive with a folder in it.
+    if packed:
+        folder = unpacked / "cifar-10-batches-bin"
         with tarfile.open(unpacked / "cifar-10-binary.tar.gz", "w:gz") as archive:
-            archive.add(unpacked / "cifar-10-batches-bin", "cifar-10-batches-bin")
-        shutil.rmtree(unpacked / "cifar-10-batches-bin")
+            archive.add(folder, folder.name)
+        shutil.rmtree(folder)
     monkeypatch.setattr(datasets, "DATA_FOLDER", unpacked.parent)
-    found = datasets.load_images("CIFAR10", 32)
-    assert np.array_equal(found.images, images) and found.ids == [
-        *range(100),
-        *range(50_000, 50_007),
-    ]
-    split = datasets.split_images(found, "reference")
-    assert (len(split.train_indices), split.val_indices.tolist()) == (100, [*range(100, 107)])
+
+    image_set = datasets.load_images("CIFAR10", 32)
+    assert np.array_equal(image_set.images, images)
+    # Test images have their numbers after those of 50,000 training images.
+    assert image_set.ids == [*range(100), *range(50_000, 50_007)]
+
+    split = datasets.split_images(image_set, "reference")
+    assert len(split.train_indices) == 100
+    assert split.val_indices.tolist() == [*range(100, 107)]
     assert "its test images" in split.description
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (
             lambda file: file.unlink(),
             "data_batch_3.bin is missing or damaged. Put its binary version there",
         ),
         (lambda file: file.write_bytes(b""), "data_batch_3.bin is missing or damaged"),
+        # The last record lacks a byte.
         (lambda file: os.truncate(file, 5 * RECORD - 1), "data_batch_3.bin is missing or damaged"),
+        # No file is there at all.
         (lambda file: shutil.rmtree(file.parents[1]), "data_batch_1.bin is missing or damaged"),
         (lambda file: (file.parents[1] / "x.tar.gz").write_bytes(b"no archive"), "cannot be read"),
     ],
 )
-def test_what_is_not_cifar_10_is_refused_in_a_sentence(spoil, said, unpacked):
+def test_what_is_not_cifar_10_is_refused_in_a_sentence(spoil, message, unpacked):
     spoil(unpacked / "cifar-10-batches-bin" / "data_batch_3.bin")
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as error:
         Cifar10(unpacked)
-    assert str(caught.value).startswith(str(unpacked))
+    assert str(error.value).startswith(str(unpacked))
 
 
-def test_the_preset_is_the_papers_and_trains(unpacked, monkeypatch, tmp_path, capsys):
-    """Appendix B of Ho et al. 2020: 800,000 steps of 128 images, rate 2e-4, EMA 0.9999, dropout 0.1, flips."""
-    diffusion, model = EXPERIMENTS["cifar10"].diffusion, EXPERIMENTS["cifar10"].model
-    wanted = dict(
+def test_the_preset_is_the_papers():
+    """These are the values of Appendix B of Ho et al. 2020."""
+    diffusion = EXPERIMENTS["cifar10"].diffusion
+    expected = dict(
         learning_rate=2e-4,
         warmup_steps=5000,
         effective_batch=128,
@@ -89,10 +104,20 @@ def test_the_preset_is_the_papers_and_trains(unpacked, monkeypatch, tmp_path, ca
         max_rotation=0.0,
         lr_schedule="constant",
     )
-    assert {name: getattr(diffusion, name) for name in wanted} == wanted and model.dropout == 0.1
-    assert 0 <= diffusion.epochs * (50_000 // 128) - 800_000 < 50_000 // 128
+    assert {name: getattr(diffusion, name) for name in expected} == expected
+    assert EXPERIMENTS["cifar10"].model.dropout == 0.1
+
+    # The paper trains for 800,000 steps, which end within the last epoch.
+    steps_per_epoch = 50_000 // 128
+    assert 0 <= diffusion.epochs * steps_per_epoch - 800_000 < steps_per_epoch
+
+
+def test_the_preset_trains(unpacked, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(datasets, "DATA_FOLDER", unpacked.parent)
+    runs = tmp_path / "runs"
     size = ["--model.image-size", 32, "--model.dim-multiply", "1,2,2"]
-    call(train.main, "cifar10", *TINY, *size, "--diffusion.epochs", 1, "--runs", tmp_path / "runs")
+
+    call(train.main, "cifar10", *TINY, *size, "--diffusion.epochs", 1, "--runs", runs)
+
     assert "CIFAR10: 100 images train, 7 validate (its test images)" in capsys.readouterr().out
-    assert len([*(tmp_path / "runs").glob("cifar10-*/checkpoints/*")]) > 0
+    assert list(runs.glob("cifar10-*/checkpoints/*"))

@@ -4,34 +4,33 @@ import struct
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 from PIL import Image
 
 from data.decode import BadImage, decode_rgb, fit_square, read_image
 from functions.support.errors import UserError
-from tests.data.packing import chunk, encoded, png
+from tests.data.packing import chunk, encoded, png, random_pixels
 
-RGB = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+RGB = random_pixels(12, 16, 3)
 ONE_BIT = Image.fromarray(RGB[..., 0]).convert("1")
-RGBA = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [0, 100, 200, 51]]], dtype=np.uint8)
-OVER_WHITE = RGBA[..., :3] * (RGBA[..., 3:] / 255) + 255 * (1 - RGBA[..., 3:] / 255)
-GREY_16 = np.array(
-    [[0, 128, 129, 300, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535]], dtype=np.uint16
-)
+
+# The three pixels are transparent, opaque, and opaque to a fifth.
+RGBA = np.uint8([[[10, 20, 30, 0], [10, 20, 30, 255], [0, 100, 200, 51]]])
+ALPHA = RGBA[..., 3:] / 255
+OVER_WHITE = RGBA[..., :3] * ALPHA + 255 * (1 - ALPHA)
+GREY_WITH_ALPHA = np.uint8([[[0, 0], [100, 255]]])
+
+# Values of 16 bits are scaled by 1 / 257; here are some on both sides of a half.
+GREY_16 = np.uint16([[0, 128, 129, 300, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535]])
 RGB_16 = np.random.default_rng(1).integers(0, 65536, (1, 9, 3), dtype=np.uint16)
+
 PALETTE = Image.new("P", (2, 1))
 PALETTE.putpalette([10, 20, 30, 200, 100, 50])
 PALETTE.putdata([1, 0])
 
-
-def row_16(values):
-    return b"\0" + values.astype(">u2").tobytes()
-
-
-GREY_16_PNG = png(8, 1, 16, 0, row_16(GREY_16))
-TRANSPARENT_16 = png(
-    2, 1, 16, 0, row_16(np.array([257, 514])), chunk(b"tRNS", struct.pack(">H", 257))
-)
 CYAN_INK = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+
+# Some cameras put a small preview behind the photo, as a second image of the file.
 PREVIEWED = encoded(
     np.full((32, 32, 3), 80, np.uint8),
     "MPO",
@@ -39,7 +38,18 @@ PREVIEWED = encoded(
     append_images=[Image.new("RGB", (8, 8))],
 )
 
-# What the file holds: its bytes, the right pixels, and how far off these may be
+
+def row_16(values):
+    """Return a row of a PNG of 16 bits, with the filter that does nothing."""
+    return b"\0" + values.astype(">u2").tobytes()
+
+
+# The chunk says that the value 257 is transparent.
+TRANSPARENT_16 = png(
+    2, 1, 16, 0, row_16(np.array([257, 514])), chunk(b"tRNS", struct.pack(">H", 257))
+)
+
+# For each form: a file's bytes, the right pixels, and how far off these may be.
 FORMS = {
     "png": (encoded(RGB), RGB, 0),
     "bmp": (encoded(RGB, "BMP"), RGB, 0),
@@ -47,21 +57,21 @@ FORMS = {
     "grey": (encoded(RGB[..., 0]), RGB[..., :1], 0),
     "one bit": (encoded(ONE_BIT), np.asarray(ONE_BIT)[..., None] * 255, 0),
     "16-bit grey, scaled and not clipped": (
-        GREY_16_PNG,
+        png(8, 1, 16, 0, row_16(GREY_16)),
         np.round(GREY_16[..., None] / 65535 * 255),
         0,
     ),
     "16-bit colour": (png(9, 1, 16, 2, row_16(RGB_16)), RGB_16 / 65535 * 255, 1),
-    "palette": (encoded(PALETTE), np.array([[[200, 100, 50], [10, 20, 30]]]), 0),
+    "palette": (encoded(PALETTE), [[[200, 100, 50], [10, 20, 30]]], 0),
     "transparent palette": (
         encoded(PALETTE, transparency=0),
-        np.array([[[200, 100, 50], [255, 255, 255]]]),
+        [[[200, 100, 50], [255, 255, 255]]],
         0,
     ),
-    "transparent 16-bit grey": (TRANSPARENT_16, np.array([[[255], [2]]]), 0),
+    "transparent 16-bit grey": (TRANSPARENT_16, [[[255], [2]]], 0),
     "alpha": (encoded(RGBA), OVER_WHITE, 1),
     "alpha in webp": (encoded(RGBA, "WEBP", lossless=True, exact=True), OVER_WHITE, 1),
-    "grey with alpha": (encoded(np.uint8([[[0, 0], [100, 255]]])), np.array([[[255], [100]]]), 0),
+    "grey with alpha": (encoded(GREY_WITH_ALPHA), [[[255], [100]]], 0),
     "cmyk": (encoded(CYAN_INK, "JPEG", quality=100), np.full((16, 16, 3), [0, 255, 255]), 3),
     "a photo with a preview behind it": (PREVIEWED, np.full((32, 32, 1), 80), 2),
 }
@@ -70,13 +80,16 @@ FORMS = {
 @pytest.mark.parametrize(("data", "expected", "tolerance"), FORMS.values(), ids=FORMS)
 def test_every_form_becomes_rgb(data, expected, tolerance):
     decoded = decode_rgb(data)
-    assert decoded.dtype == np.uint8 and decoded.shape == (*expected.shape[:2], 3)
-    np.testing.assert_allclose(
-        decoded, np.broadcast_to(expected, decoded.shape), rtol=0, atol=tolerance
-    )
+
+    assert decoded.dtype == np.uint8
+    assert decoded.shape == (*np.shape(expected)[:2], 3)
+    # Grey stands for three equal channels.
+    expected = np.broadcast_to(expected, decoded.shape)
+    np.testing.assert_allclose(decoded, expected, rtol=0, atol=tolerance)
 
 
 def test_exif_orientation_is_applied():
+    # Orientations 1 to 8 say how the stored image is to be shown.
     across = RGB.transpose(1, 0, 2)
     turned = [
         RGB,
@@ -91,29 +104,32 @@ def test_exif_orientation_is_applied():
     for orientation, expected in enumerate(turned, start=1):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        np.testing.assert_array_equal(decode_rgb(encoded(RGB, exif=exif)), expected)
+        decoded = decode_rgb(encoded(RGB, exif=exif))
+        assert_array_equal(decoded, expected)
 
 
 def animated(image_format):
+    """Return the bytes of a file with two frames."""
     return encoded(RGB, image_format, save_all=True, append_images=[Image.fromarray(255 - RGB)])
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        *((animated(image_format), "animated") for image_format in ("PNG", "WEBP")),
-        *(
-            (data, "broken")
-            for data in (encoded(RGB)[:200], encoded(RGB, "JPEG")[:500], encoded(RGB, "BMP")[:200])
-        ),
-        *(
-            (data, "not a")
-            for data in (animated("GIF"), b"<html>Quota exceeded</html>", encoded(RGB, "TIFF"))
-        ),
+        (animated("PNG"), "animated"),
+        (animated("WEBP"), "animated"),
+        (encoded(RGB)[:200], "broken"),
+        (encoded(RGB, "JPEG")[:500], "broken"),
+        (encoded(RGB, "BMP")[:200], "broken"),
+        (animated("GIF"), "not a"),
+        (b"<html>Quota exceeded</html>", "not a"),
+        (encoded(RGB, "TIFF"), "not a"),
         (encoded(RGB, "WEBP", lossless=True)[:200], "not a|broken"),
         (b"", "empty"),
-        (png(20_000, 20_000, 8, 2, b""), "too many pixels"),  # over twice Pillow's limit: its error
-        (png(10_000, 10_000, 8, 2, b""), "too many pixels"),  # over the limit: its warning
+        # Pillow raises an error for over twice its limit of pixels.
+        (png(20_000, 20_000, 8, 2, b""), "too many pixels"),
+        # It only warns of fewer that are over its limit.
+        (png(10_000, 10_000, 8, 2, b""), "too many pixels"),
     ],
 )
 def test_bad_images_are_refused_with_the_reason(data, reason):
@@ -121,38 +137,57 @@ def test_bad_images_are_refused_with_the_reason(data, reason):
         decode_rgb(data)
 
 
-def test_centre_crop_and_pass_through(tmp_path):
+def test_the_centre_is_cropped():
     tall = RGB.transpose(1, 0, 2)
-    np.testing.assert_array_equal(fit_square(RGB, 12), RGB[:, 2:14])
-    np.testing.assert_array_equal(fit_square(tall, 12), tall[2:14])
-    (tmp_path / "wide.png").write_bytes(encoded(RGB))
-    np.testing.assert_array_equal(
-        read_image(str(tmp_path / "wide.png"), 12, fit=True), RGB[:, 2:14]
-    )
-    with pytest.raises(
-        UserError, match="is 16x12 pixels, the model's images are 12x12; --fit crops and resizes it"
-    ):
-        read_image(str(tmp_path / "wide.png"), 12, fit=False)
+    assert_array_equal(fit_square(RGB, 12), RGB[:, 2:14])
+    assert_array_equal(fit_square(tall, 12), tall[2:14])
+
+
+def test_an_image_of_another_shape_is_read_only_to_be_fitted(tmp_path):
+    path = tmp_path / "wide.png"
+    path.write_bytes(encoded(RGB))
+
+    assert_array_equal(read_image(str(path), 12, fit=True), RGB[:, 2:14])
+
+    message = "is 16x12 pixels, the model's images are 12x12; --fit crops and resizes it"
+    with pytest.raises(UserError, match=message):
+        read_image(str(path), 12, fit=False)
 
 
 def lanczos(x):
+    """Return the sinc, windowed by a sinc of three times its width."""
     return np.where(abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
 
 
 def bicubic(x):
-    x = abs(x)  # Keys' kernel with a = -1/2
-    return np.select(
-        [x < 1, x < 2], [1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2]
-    )
+    """Return Keys' kernel with a = -1/2."""
+    x = abs(x)
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.select([x < 1, x < 2], [near, far])
 
 
-@pytest.mark.parametrize(("size", "kernel"), [(32, lanczos), (25, lanczos), (128, bicubic)])
+@pytest.mark.parametrize(
+    ("size", "kernel"),
+    [
+        (32, lanczos),
+        (25, lanczos),
+        (128, bicubic),
+    ],
+)
 def test_resizing_is_by_the_kernels_formula_and_antialiases(size, kernel):
     pixels = np.random.default_rng(0).integers(64, 192, (64, 64, 3), dtype=np.uint8)
+
+    # These are the centres of the new pixels, in coordinates of the old ones.
     ratio = 64 / size
     centres = (np.arange(size) + 0.5) * ratio - 0.5
-    # As much wider as the image gets smaller
-    weights = kernel((np.arange(64) - centres[:, None]) / max(ratio, 1))
+
+    # The kernel gets as much wider as the image gets smaller.
+    distances = np.arange(64) - centres[:, None]
+    weights = kernel(distances / max(ratio, 1))
     weights /= weights.sum(1, keepdims=True)
     expected = np.einsum("yi,xj,ijc->yxc", weights, weights, pixels, optimize=True)
-    assert np.abs(fit_square(pixels, size) - expected).max() <= 1.5  # rounded once an axis
+
+    # Pillow rounds once for each axis.
+    error = np.abs(fit_square(pixels, size) - expected)
+    assert error.max() <= 1.5

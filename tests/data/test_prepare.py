@@ -3,27 +3,32 @@
 import hashlib
 import json
 
-import numpy as np
 import pytest
 
 from data import prepare
 from data.sources import find_source
 from functions.support.errors import UserError
 from tests.conftest import script
-from tests.data.packing import IMAGES, ROOT, encoded, write_folder, write_npz
+from tests.data.packing import IMAGES, ROOT, encoded, random_pixels, write_folder, write_npz
 
-photo = lambda number, size=128: np.random.default_rng(number).integers(
-    0, 256, (size, size, 3), dtype=np.uint8
-)
-md5 = lambda pixels: hashlib.md5(pixels.tobytes()).hexdigest()
+
+def photo(number, size=128):
+    """Return random pixels, which depend on the number alone."""
+    return random_pixels(size, size, 3, seed=number)
+
+
+def md5(pixels):
+    return hashlib.md5(pixels.tobytes()).hexdigest()
+
+
 PHOTOS = [photo(number) for number in range(6)]
 LARGE = photo(0, 1024)
 
 
 @pytest.fixture
 def sums(tmp_path):
-    """The json that describes a small FFHQ, in the form of the real one."""
-    path, entries = tmp_path / "ffhq-dataset-v2.json", {}
+    """Return the json that describes a small FFHQ, in the form of the real one."""
+    entries = {}
     for number, pixels in enumerate(PHOTOS):
         entries[str(number)] = {
             "metadata": {"photo_url": "https://example.org", "license": "CC0"},
@@ -44,26 +49,31 @@ def sums(tmp_path):
                 "face_rect": [0, 1, 2, 3],
             },
         }
+    path = tmp_path / "ffhq-dataset-v2.json"
     path.write_text(json.dumps(entries))
     return path
 
 
 @pytest.fixture
 def ffhq(tmp_path):
-    """A right copy of it."""
+    """Return a folder with a right copy of the small FFHQ."""
     return write_folder(tmp_path / "thumbnails128x128", PHOTOS, "00000/{number:05d}.png")
 
 
 @pytest.mark.slow
 def test_the_script_prepares_from_any_folder_or_ends_with_one_line(ffhq, tmp_path):
     prepare_script = ROOT / "data" / "prepare.py"
+
     done = script(prepare_script, ffhq.name, "--image-size", 64, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "6 images at 64x64, 0 left out" in done.stdout
     assert (ffhq / "thumbnails128x128-64px.packed").stat().st_size == 6 * 64 * 64 * 3
+
     done = script(prepare_script, tmp_path / "nowhere")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: ") and "nowhere" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert "nowhere" in done.stderr
 
 
 def test_so_many_bad_images_may_be_left_out(ffhq):
@@ -80,16 +90,23 @@ def test_a_right_copy_is_verified_then_prepared(ffhq, sums, capsys):
 
 
 def test_wrong_missing_and_extra_images_are_named(ffhq, sums, capsys):
-    changed, reshaped = photo(1), PHOTOS[4].reshape(64, 256, 3)  # the same bytes in another shape
-    changed[64, 64, 0] ^= 1  # one bit of one pixel
-    for number, data in (
-        (1, encoded(changed)),
-        (3, b"broken"),
-        (4, encoded(reshaped)),
-        (9, encoded(photo(9))),
-    ):
-        (ffhq / "00000" / f"{number:05d}.png").write_bytes(data)
-    (ffhq / "00000" / "00002.png").unlink()
+    # Image 1 has one wrong bit in one pixel.
+    changed = photo(1)
+    changed[64, 64, 0] ^= 1
+    folder = ffhq / "00000"
+    (folder / "00001.png").write_bytes(encoded(changed))
+
+    # Image 2 is missing, and image 3 is no image.
+    (folder / "00002.png").unlink()
+    (folder / "00003.png").write_bytes(b"broken")
+
+    # Image 4 has the same bytes in another shape.
+    reshaped = PHOTOS[4].reshape(64, 256, 3)
+    (folder / "00004.png").write_bytes(encoded(reshaped))
+
+    # Image 9 is one too many.
+    (folder / "00009.png").write_bytes(encoded(photo(9)))
+
     assert prepare.main([str(ffhq), "--verify", str(sums)]) == 1
     right = [f"128x128 with {md5(pixels)} or 1024x1024 with 1" for pixels in PHOTOS]
     assert capsys.readouterr().out.splitlines() == [
@@ -100,6 +117,8 @@ def test_wrong_missing_and_extra_images_are_named(ffhq, sums, capsys):
         "  missing: id 2",
         "  extra: id 9",
     ]
+
+    # A wrong copy is not prepared.
     assert not list(ffhq.glob("*.packed"))
 
 
@@ -107,28 +126,52 @@ def test_copies_of_other_forms_and_the_large_photos_verify_too(sums, tmp_path):
     for path, correct in (
         (write_npz(tmp_path / "a.npz", PHOTOS), 6),
         (write_folder(tmp_path / "flat", PHOTOS, "{number:05d}.bmp"), 6),
+        # Of the large photos only the first is there.
         (write_folder(tmp_path / "large", [LARGE], "{number:05d}.bmp"), 1),
     ):
         names = prepare.verify(find_source(path, 128), sums)
         assert [len(listed) for listed in names.values()] == [correct, 0, 6 - correct, 0]
-    names = prepare.verify(find_source(write_npz(tmp_path / "b.npz", PHOTOS[1:]), 128), sums)
-    assert [name.partition(":")[0] for name in names["wrong"]] == [
-        f"image {number}" for number in range(5)
-    ]
+
+
+def test_images_of_an_npz_are_named_by_their_numbers(sums, tmp_path):
+    # All images moved up by one, so each is wrong.
+    path = write_npz(tmp_path / "b.npz", PHOTOS[1:])
+    names = prepare.verify(find_source(path, 128), sums)
+    wrong = [name.partition(":")[0] for name in names["wrong"]]
+    assert wrong == ["image 0", "image 1", "image 2", "image 3", "image 4"]
 
 
 @pytest.mark.parametrize(
-    "entry", ["{}", '{"thumbnail": {}}', '{"thumbnail": {"pixel_md5": "0"}}', "1"]
+    "entry",
+    [
+        "{}",
+        '{"thumbnail": {}}',
+        '{"thumbnail": {"pixel_md5": "0"}}',
+        "1",
+    ],
 )
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"a": ENTRY}', '{"0": ENTRY}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "3",
+        '{"a": ENTRY}',
+        '{"0": ENTRY}',
+    ],
+)
 def test_another_json_is_refused(tmp_path, text, entry):
-    (tmp_path / "a.json").write_text(text.replace("ENTRY", entry))
+    path = tmp_path / "a.json"
+    path.write_text(text.replace("ENTRY", entry))
     with pytest.raises(UserError, match="not a complete ffhq-dataset"):
-        prepare.read_expected(tmp_path / "a.json")
+        prepare.read_expected(path)
 
 
 def test_no_json_and_images_without_numbers_are_errors(sums, tmp_path):
-    source = find_source(write_folder(tmp_path / "named", IMAGES, "a{number}b.png"), 128)
+    folder = write_folder(tmp_path / "named", IMAGES, "a{number}b.png")
+    source = find_source(folder, 128)
     with pytest.raises(UserError, match="no numbers"):
         prepare.verify(source, sums)
     with pytest.raises(UserError, match="cannot be read"):

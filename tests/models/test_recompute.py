@@ -1,4 +1,7 @@
-"""What backward recomputes instead of keeping: the same numbers in less memory, and no convolution twice."""
+"""What backward recomputes instead of keeping.
+
+It gives the same numbers in less memory, and repeats no convolution for norms.
+"""
 
 from functools import partial
 
@@ -15,13 +18,14 @@ from models.unet import UNet
 from tests.conftest import call, newest, small_unet
 from tests.live_bytes import LiveBytes, kept_per_image
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 MODES = ["none", "norms", "blocks"]
 MIB = 2**20
 
 
 def network(dropout=0.0):
-    """With attention, and upsamplings of both kinds; nothing of it is zero."""
+    """Return a network with attention and upsamplings of both kinds; nothing of it is zero."""
     return small_unet(32, (1, 2, 4), dropout).to(memory_format=torch.channels_last)
 
 
@@ -36,72 +40,109 @@ class Convolutions(TorchDispatchMode):
 
 
 def gradients(net, mode, dtype=torch.float32, device=CPU):
-    """By name, on fixed inputs; and how many convolutions backward repeats."""
+    """Return the gradients by name on fixed inputs, and how many convolutions backward repeats."""
     net.set_recompute(mode)
     net.zero_grad()
-    x_0, noise = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(3)).to(device)
+    generator = torch.Generator().manual_seed(3)
+    x_0, noise = torch.randn(2, 3, 3, 32, 32, generator=generator).to(device)
     t = torch.tensor([0, 300, 999], device=device)
-    torch.manual_seed(5)  # dropout
+
+    # Dropout draws from the global generator.
+    torch.manual_seed(5)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = denoising_loss(net, NoiseScheduler(1000), x_0, t, noise).sum()
     with Convolutions() as repeated:
         loss.backward()
-    # A key's bias shifts all scores of a query alike, which softmax ignores: its gradient is rounding error
-    return {
-        name: p.grad.cpu() for name, p in net.named_parameters() if "key.bias" not in name
-    }, repeated.count
+
+    # A key's bias shifts all scores of a query alike, which softmax ignores. Its gradient is
+    # nothing but rounding error, so it is left out.
+    by_name = {}
+    for name, parameter in net.named_parameters():
+        if "key.bias" not in name:
+            by_name[name] = parameter.grad.cpu()
+    return by_name, repeated.count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradients_are_the_same_bit_for_bit_and_norms_repeat_no_convolution(dtype):
     net = network(dropout=0.3)
-    (kept, none), (of_norms, norms), (of_blocks, blocks) = (
-        gradients(net, mode, dtype) for mode in MODES
-    )
-    for name, value in kept.items():
-        assert torch.equal(of_norms[name], value) and torch.equal(of_blocks[name], value), name
-    assert none == norms == 0 and blocks > 20  # so the counter counts
+    kept, repeated_by_none = gradients(net, "none", dtype)
+    of_norms, repeated_by_norms = gradients(net, "norms", dtype)
+    of_blocks, repeated_by_blocks = gradients(net, "blocks", dtype)
+
+    for name, gradient in kept.items():
+        assert torch.equal(of_norms[name], gradient), name
+        assert torch.equal(of_blocks[name], gradient), name
+    assert repeated_by_none == 0
+    assert repeated_by_norms == 0
+    # Blocks repeat their convolutions, which shows that the counter counts.
+    assert repeated_by_blocks > 20
 
 
 def test_in_bfloat16_the_gradients_are_nearly_those_of_float32():
     net = network()
-    exact, near = (
-        torch.cat([g.flatten() for g in gradients(net, "norms", dtype)[0].values()])
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    assert 1e-3 < (near - exact).norm() / exact.norm() < 0.02  # measured: 0.008
+
+    def all_gradients(dtype):
+        by_name, _ = gradients(net, "norms", dtype)
+        return torch.cat([gradient.flatten() for gradient in by_name.values()])
+
+    exact = all_gradients(torch.float32)
+    error = all_gradients(torch.bfloat16) - exact
+    # It was measured as 0.008. An error of 0 would mean that nothing ran in bfloat16.
+    assert 1e-3 < error.norm() / exact.norm() < 0.02
 
 
-def test_what_a_block_keeps_is_counted_by_hand():
-    """Two parts, 4 and 2 channels, to 4: beside them the state between the convolutions, and what the block returns."""
-    N, H, layout = 2, 4, torch.channels_last
-    # One channel in float64; the SiLU of the time embedding
-    image, small = N * H * H * 8, N * 8 * 8
-    norms = 2 * 2 * N * 2 * 8  # mean and rstd of both norms, two groups each
-    # Else also concatenation, norms, SiLUs
-    for recompute, channels in ((True, 4 + 4), (False, 4 + 4 + 3 * 6 + 2 * 4)):
-        block = ResidualBlock(6, 4, 8, 0.0, partial(GroupNorm, 2)).double().to(memory_format=layout)
-        block.recompute_norms = recompute
-        parts = [
-            torch.randn(N, C, H, H).double().contiguous(memory_format=layout).requires_grad_()
-            for C in (4, 2)
-        ]
-        time_embedding = torch.randn(N, 8).double().requires_grad_()
-        with LiveBytes() as live:
-            y = block(time_embedding, *parts)
-        assert live.now == channels * image + small + (0 if recompute else norms)
-        del y
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_a_block_keeps_is_counted_by_hand(recompute):
+    N = 2
+    H = 4
+    block = ResidualBlock(6, 4, 8, 0.0, partial(GroupNorm, 2))
+    block = block.double().to(memory_format=torch.channels_last)
+    block.recompute_norms = recompute
+
+    # The 6 channels of the input come in two parts.
+    parts = []
+    for C in (4, 2):
+        part = torch.randn(N, C, H, H).double()
+        part = part.contiguous(memory_format=torch.channels_last)
+        parts.append(part.requires_grad_())
+    time_embedding = torch.randn(N, 8).double().requires_grad_()
+
+    with LiveBytes() as live:
+        # The name keeps the output alive, so it counts.
+        y = block(time_embedding, *parts)
+
+    # The state between the convolutions and the output have 4 channels each, and the SiLU of the
+    # time embedding has 8 values an image.
+    expected = (4 + 4) * N * H * H + N * 8
+    if not recompute:
+        # The first layer keeps the concatenation, a norm and a SiLU of 6 channels; the second one
+        # keeps a norm and a SiLU of 4.
+        expected += (3 * 6 + 2 * 4) * N * H * H
+        # Both norms keep mean and 1 / std of two groups.
+        expected += 2 * 2 * N * 2
+    # All is in float64, so a value takes 8 bytes.
+    assert live.now == 8 * expected
+    del y
 
 
 @pytest.mark.parametrize(
-    ("mode", "least", "most"), [("none", 145, 160), ("norms", 45, 52), ("blocks", 18, 22)]
+    ("mode", "least", "most"),
+    [
+        ("none", 145, 160),
+        ("norms", 45, 52),
+        ("blocks", 18, 22),
+    ],
 )
 def test_little_is_kept_for_backward_at_the_reference_size(mode, least, most):
-    """In bfloat16, an image. Shapes alone count, so the weights get no values."""
+    # Shapes alone count, so the weights get no values.
     with torch.device("meta"):
-        net = UNet(128, 3, 8, [1, 2, 2, 4, 8], [3], 64).to(memory_format=torch.channels_last)
-    net.set_recompute(mode)
-    assert least * MIB < kept_per_image(net.to_empty(device=CPU), torch.bfloat16) < most * MIB
+        net = UNet(128, 3, 8, [1, 2, 2, 4, 8], [3], 64)
+    net.to(memory_format=torch.channels_last).set_recompute(mode)
+
+    # These are MiB an image, in bfloat16.
+    kept = kept_per_image(net.to_empty(device=CPU), torch.bfloat16)
+    assert least * MIB < kept < most * MIB
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -110,8 +151,10 @@ def test_on_cuda_the_gradients_are_those_of_the_cpu(mode):
     net = network()
     on_cpu, _ = gradients(net, "none")
     on_gpu, _ = gradients(net.to(CUDA), mode, device=CUDA)
-    for name, value in on_gpu.items():
-        torch.testing.assert_close(value, on_cpu[name], rtol=2e-2, atol=1e-3)  # tf32 convolutions
+
+    # The tolerance is wide because convolutions may run in TF32.
+    for name, gradient in on_gpu.items():
+        torch.testing.assert_close(gradient, on_cpu[name], rtol=2e-2, atol=1e-3)
 
 
 def test_another_mode_is_refused():
@@ -122,6 +165,7 @@ def test_another_mode_is_refused():
 @pytest.mark.slow
 def test_a_resumed_run_may_recompute_more(unfinished, tiny_run):
     call(train.main, "--resume", unfinished, "--diffusion.recompute", "blocks")
-    torch.testing.assert_close(
-        newest(unfinished)["model"], newest(tiny_run)["model"], rtol=0, atol=0
-    )
+
+    resumed = newest(unfinished)["model"]
+    uninterrupted = newest(tiny_run)["model"]
+    torch.testing.assert_close(resumed, uninterrupted, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The network: the paper's parameter counts, and the same function as diffusers' with the same weights."""
+"""The network: the paper's parameter counts, and the same function as diffusers' U-Net."""
 
 import numpy as np
 import pytest
@@ -12,20 +12,24 @@ from functions.support.diffusers_folder import our_name, their_name
 from models.blocks import Upsample, sinusoidal_embedding
 from models.unet import UNet
 
+CELEBA_HQ = ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256)
+
 
 @pytest.mark.parametrize(
     ("shape", "count"),
     [
-        (EXPERIMENTS["ffhq-run2"].model, 60_372_867),  # the reference
-        (EXPERIMENTS["ffhq-full"].model, 241_348_355),  # the full run
+        # The reference's network, and the one of the full run.
+        (EXPERIMENTS["ffhq-run2"].model, 60_372_867),
+        (EXPERIMENTS["ffhq-full"].model, 241_348_355),
+        # The paper's networks.
         (EXPERIMENTS["cifar10"].model, 35_746_307),
-        (ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256), 113_673_219),  # CelebA-HQ
+        (CELEBA_HQ, 113_673_219),
     ],
 )
 def test_parameter_counts_are_the_papers(shape, count):
     with torch.device("meta"):
         model = UNet(**vars(shape))
-    assert sum(p.numel() for p in model.parameters()) == count
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 SMALL = {
@@ -45,29 +49,36 @@ SMALL = {
 @pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
 def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, layout):
     torch.manual_seed(0)
-    ours, theirs = UNet(**vars(shape)), build_diffusers(shape)
+    ours = UNet(**vars(shape))
+    theirs = build_diffusers(shape)
+
+    # Each of our parameters has one of theirs, and no other is left.
     their_parameters = dict(theirs.named_parameters())
-    pairs = {
-        name: (p, their_parameters.pop(their_name(name))) for name, p in ours.named_parameters()
-    }
-    assert not their_parameters  # each of theirs is one of ours
-    assert [our_name(their_name(name)) for name in pairs] == [*pairs]
+    pairs = {}
+    for name, parameter in ours.named_parameters():
+        assert our_name(their_name(name)) == name
+        pairs[name] = parameter, their_parameters.pop(their_name(name))
+    assert not their_parameters
+
     for parameter, other in pairs.values():
-        # Norms and biases start at 1 and 0, which hides a mix-up
+        # Norms and biases start at 1 and 0, which would hide a mix-up.
         other.data.add_(0.05 * torch.randn_like(other))
-        # Our 1x1 convolutions are Linear layers of theirs
+        # Our 1x1 convolutions are Linear layers of theirs.
         parameter.data.copy_(other.data.reshape(parameter.shape))
     ours.to(memory_format=layout)
-    x_t, t = torch.randn(3, 3, shape.image_size, shape.image_size), torch.tensor([0, 421, 999])
-    found, expected = ours(x_t, t), theirs(x_t, t).sample
-    assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for output in (found, expected):
-        output.square().mean().backward()
+
+    x_t = torch.randn(3, 3, shape.image_size, shape.image_size)
+    t = torch.tensor([0, 421, 999])
+    output = ours(x_t, t)
+    expected = theirs(x_t, t).sample
+    assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+    output.square().mean().backward()
+    expected.square().mean().backward()
     for name, (parameter, other) in pairs.items():
-        expected = other.grad.reshape(parameter.shape)
         assert_close(
             parameter.grad,
-            expected,
+            other.grad.reshape(parameter.shape),
             rtol=1e-3,
             atol=2e-5,
             msg=lambda text, name=name: f"{name}: {text}",
@@ -76,25 +87,33 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, l
 
 def test_time_embedding_is_the_papers():
     t = torch.tensor([0, 1, 17, 999])
-    angles = t.numpy()[:, None] * 10_000.0 ** (-np.arange(32) / 31)
+    frequencies = 10_000.0 ** (-np.arange(32) / 31)
+    angles = t.numpy()[:, None] * frequencies
     expected = np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32)
+
     assert_close(sinusoidal_embedding(t, 64).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_initial_weights_are_hos():
     torch.manual_seed(0)
     model = UNet(32, 3, 8, [1, 2, 2], [1], 64)
-    zero = ("conv_2.weight", "out.weight")  # the ends of residual branches and of the network
+
+    # The ends of residual branches and of the network start at zero.
+    zero = ("conv_2.weight", "out.weight")
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
-            assert bool((parameter == 1).all()), name
+            assert torch.all(parameter == 1), name
         elif name.endswith(("bias", *zero)):
             assert not parameter.any(), name
-        else:  # variance 1 / mean(fan_in, fan_out), uniform
-            receptive = parameter[0, 0].numel() if parameter.dim() == 4 else 1
-            limit = (3 / (receptive * sum(parameter.shape[:2]) / 2)) ** 0.5
+        else:
+            # All others are uniform with a variance of 1 / mean(fan_in, fan_out).
+            receptive_field = parameter[0, 0].numel()
+            fan_mean = receptive_field * sum(parameter.shape[:2]) / 2
+            limit = (3 / fan_mean) ** 0.5
             assert parameter.abs().max() <= limit, name
             assert parameter.std().item() == pytest.approx(limit / 3**0.5, rel=0.1), name
+
+    # So the output is zero.
     assert not model(torch.randn(2, 3, 32, 32), torch.tensor([3, 900])).any()
 
 
@@ -114,16 +133,20 @@ def test_levels_that_miss_the_lowest_resolution_are_refused():
         UNet(32, 3, 8, [1, 2, 2, 2], [1], 32)
 
 
-@pytest.mark.parametrize("size", [5, 16])  # below and above WORTH_DOUBLING
+# The sizes are below and above WORTH_DOUBLING.
+@pytest.mark.parametrize("size", [5, 16])
 def test_upsampling_is_nearest_neighbour_and_convolution(size):
     upsample = Upsample(4).double()
     x = torch.randn(2, 4, size, size, dtype=torch.float64, requires_grad=True)
-    plain = lambda x: upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    results = []
-    for way in (upsample, plain):
-        y = way(x)
-        seen = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
-        results.append([y, *torch.autograd.grad(y, [x, *upsample.parameters()], seen)])
-    assert results[0][0].shape == (2, 4, 2 * size, 2 * size)
-    for ours, theirs in zip(*results, strict=True):
-        assert_close(ours, theirs)
+    generator = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(2, 4, 2 * size, 2 * size, dtype=x.dtype, generator=generator)
+
+    y = upsample(x)
+    expected_y = upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert y.shape == grad_y.shape
+    assert_close(y, expected_y)
+
+    inputs = [x, *upsample.parameters()]
+    gradients = torch.autograd.grad(y, inputs, grad_y)
+    expected = torch.autograd.grad(expected_y, inputs, grad_y)
+    assert_close(gradients, expected)
