@@ -1,6 +1,7 @@
 """demo.py in Chromium, clicked through: for its tests, and for README's screenshots.
 
-python -m tests.browser RUN    draws, mixes and paints with a run, and writes figures/demo-draw.png and the other two
+`python -m tests.browser RUN` draws, mixes and paints with a run, and writes its screenshots:
+figures/demo-draw.png, figures/demo-mix.png and figures/demo-paint.png.
 """
 
 import os
@@ -21,7 +22,8 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-# As root, and asking nobody for anything
+# Chromium runs as root here, which it does without its sandbox only. The other flags keep it from
+# asking other machines for anything.
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -30,34 +32,49 @@ FLAGS = (
     "--disable-sync",
     "--disable-component-update",
 )
-DRAW, MIX, PAINT = "Draw the images", "Mix the two images", "Make what is painted over anew"
+# The captions of the buttons that start each tab's work.
+DRAW = "Draw the images"
+MIX = "Mix the two images"
+PAINT = "Make what is painted over anew"
 
 
 @contextmanager
 def served(printed: Path, *flags: object) -> Iterator[str]:
-    """demo.py in a process of its own, that prints to a file: yields the page's address, and at last presses Ctrl-C."""
+    """Run demo.py in a process of its own, printing to a file; yield the page's address.
+
+    At the end it is stopped as Ctrl-C stops it, and its exit status is checked.
+    """
     command = [sys.executable, ROOT / "demo.py", "--device", "cpu", *flags]
+    command = [str(argument) for argument in command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(printed, "w") as file:
-        # Ctrl-C, also of tests in the background
-        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        # Shells let background processes ignore Ctrl-C; demo.py shall hear it in such tests, too.
+        hear_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         process = subprocess.Popen(
-            [*map(str, command)], env=environment, stdout=file, stderr=file, preexec_fn=heard
+            command, env=environment, stdout=file, stderr=file, preexec_fn=hear_ctrl_c
         )
     try:
-        deadline = time.monotonic() + 120
-        while not (found := re.search("the page is at (.*); ", printed.read_text())):
-            assert process.poll() is None and time.monotonic() < deadline, printed.read_text()
-            time.sleep(0.1)
-        yield found[1]
+        yield printed_address(printed, process)
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, printed.read_text()
 
 
+def printed_address(printed: Path, process: subprocess.Popen) -> str:
+    """Wait up to two minutes until demo.py has printed the page's address, and return it."""
+    deadline = time.monotonic() + 120
+    while True:
+        match = re.search("the page is at (.*); ", printed.read_text())
+        if match:
+            return match[1]
+        assert process.poll() is None, printed.read_text()
+        assert time.monotonic() < deadline, printed.read_text()
+        time.sleep(0.1)
+
+
 @contextmanager
 def browser() -> Iterator[Page]:
-    """A page of headless Chromium, whose waits end after three minutes."""
+    """Yield a page of headless Chromium, whose waits end after three minutes."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = chromium.new_page(viewport={"width": 1100, "height": 900})
@@ -67,7 +84,7 @@ def browser() -> Iterator[Page]:
 
 
 def control(page: Page, name: str) -> Locator:
-    """The visible input of this name; of a slider its number."""
+    """Return the visible input of this name, which for a slider is its number."""
     label = page.get_by_label(re.compile(f"^(number input for )?{name}$"))
     return label.and_(page.locator("input")).locator("visible=true")
 
@@ -80,40 +97,44 @@ def fill(page: Page, **values: object) -> None:
 
 
 def click(page: Page, name: str) -> None:
+    """Click the first visible button of this name."""
     page.get_by_role("button", name=name).locator("visible=true").first.click()
 
 
 def upload(page: Page, path: Path) -> None:
-    """To the first of the visible buttons for image files."""
+    """Give an image file to the first visible button for uploads."""
     with page.expect_file_chooser() as chooser:
         click(page, "Upload an image")
     chooser.value.set_files(path)
 
 
 def tab(page: Page, name: str) -> None:
+    """Open the tab of this name."""
     page.get_by_role("tab", name=name).click()
 
 
 def picture(page: Page, label: str | re.Pattern) -> np.ndarray:
-    """Wait for a picture under this label, press its button for downloads, and return its pixels."""
-    block = page.locator(
-        ".block", has=page.get_by_test_id("block-label").filter(has_text=label)
-    ).locator("visible=true")
+    """Wait for a picture under this label, download it by its button, and return its pixels."""
+    labels = page.get_by_test_id("block-label").filter(has_text=label)
+    block = page.locator(".block", has=labels).locator("visible=true")
     with page.expect_download() as download:
         block.get_by_test_id("download-link").click()
     return np.asarray(Image.open(download.value.path()))
 
 
 def paint(page: Page) -> None:
-    """Draw a broad line across the middle of the image in the tab Paint, when it is there."""
+    """Wait for the image in the tab Paint, and draw a broad line across its middle."""
     page.get_by_text("select the draw tool to start").wait_for(state="hidden")
-    page.wait_for_timeout(1000)  # until the canvas has it
+    # Nothing in the page says when the canvas has the image; a second is enough.
+    page.wait_for_timeout(1000)
     box = page.locator("canvas").locator("visible=true").first.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    x = box["x"] + box["width"] / 2
+    y = box["y"] + box["height"] / 2
     page.mouse.move(x - 120, y)
     page.mouse.down()
     page.mouse.move(x + 120, y, steps=20)
     page.mouse.up()
+    # The page has the line a moment later, too.
     page.wait_for_timeout(1000)
 
 
@@ -122,8 +143,13 @@ def sentence(page: Page, text: str) -> None:
     page.get_by_test_id("toast-body").filter(has_text=text).first.wait_for()
 
 
+def screenshot(page: Page, name: str) -> None:
+    """Write the whole page to figures/demo-NAME.png."""
+    page.screenshot(path=ROOT / "figures" / f"demo-{name}.png", full_page=True)
+
+
 def main() -> None:
-    shot = lambda name: page.screenshot(path=ROOT / "figures" / f"demo-{name}.png", full_page=True)
+    """Draw, mix and paint with the run of the command line, and write a screenshot of each tab."""
     with (
         TemporaryDirectory() as folder,
         served(Path(folder, "printed"), *sys.argv[1:]) as address,
@@ -132,18 +158,20 @@ def main() -> None:
         page.goto(address)
         click(page, DRAW)
         picture(page, "sample.py")
-        shot("draw")
+        screenshot(page, "draw")
+
         tab(page, "Mix")
         fill(page, Depth=0.6)
         click(page, MIX)
         picture(page, "The mixture")
-        shot("mix")
+        screenshot(page, "mix")
+
         tab(page, "Paint")
         click(page, "Take the image of this number")
         paint(page)
         click(page, PAINT)
         picture(page, "The image, what is kept of it, and the answers")
-        shot("paint")
+        screenshot(page, "paint")
 
 
 if __name__ == "__main__":

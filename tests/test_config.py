@@ -1,4 +1,4 @@
-"""The named experiments are those of the reference, and a config that cannot work says what would."""
+"""The named experiments are the reference's, and a config that cannot work says what would."""
 
 import re
 from dataclasses import replace
@@ -10,6 +10,7 @@ from config import EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelC
 from functions.training.start import warnings_of
 from models.unet import UNet
 
+# These are the fields that the reference's own script gives.
 DIFFUSION = dict(
     dataset_name="FFHQ",
     learning_rate=3e-5,
@@ -23,8 +24,9 @@ MODEL = dict(
 
 
 def test_the_references_own_call_works_and_is_run_1():
-    """Its fields come first, in its order, and all others have defaults."""
+    """The reference's fields come first, in its order, and all others have defaults."""
     run_1 = EXPERIMENTS["ffhq-run1"]
+
     assert DiffusionConfig(*DIFFUSION.values()) == DiffusionConfig(**DIFFUSION)
     assert DiffusionConfig(**DIFFUSION).effective_batch == 80
     assert vars(run_1.diffusion).items() >= DIFFUSION.items()
@@ -82,14 +84,18 @@ def test_ffhq_runs_are_those_of_the_reference(name, diffusion, base_dim):
     shared = dict(
         learning_rate=3e-5, batch_size=20, gradient_accumulation=4, lr_schedule="constant"
     )
-    assert vars(EXPERIMENTS[name].diffusion).items() >= {**diffusion, **shared}.items()
-    assert (EXPERIMENTS[name].model.base_dim, EXPERIMENTS[name].model.dropout) == (base_dim, 0)
+    experiment = EXPERIMENTS[name]
+
+    assert vars(experiment.diffusion).items() >= {**diffusion, **shared}.items()
+    assert experiment.model.base_dim == base_dim
+    assert experiment.model.dropout == 0
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_an_experiment_survives_json_and_builds_a_network_without_a_warning(experiment):
     assert Experiment.from_dict(experiment.to_dict()) == experiment
     assert warnings_of(experiment) == []
+    # The network is built without memory for its weights; an error would end the test.
     with torch.device("meta"):
         UNet(**vars(experiment.model))
 
@@ -103,6 +109,8 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         "model.dropout": (0.0, 0.1),
     }
     assert faces.differences(faces) == {}
+
+    # A smaller batch size with more accumulation leaves the images of a step as they were.
     smaller = {
         "batch_size": 4,
         "gradient_accumulation": 4,
@@ -110,34 +118,32 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         "checkpoint_minutes": 1.0,
     }
     assert faces.resumed(smaller, {}).diffusion.batch_size == 4
+
+    # Alone it does not.
     for part, field, value in (
         ("diffusion", "batch_size", 4),
         ("diffusion", "seed", 1),
         ("model", "dropout", 0.1),
     ):
         with pytest.raises(ConfigError, match=f"cannot change {part}.{field};"):
-            faces.resumed(**{"diffusion": {"epochs": 99}, "model": {}, part: {field: value}})
+            changes = {"diffusion": {"epochs": 99}, "model": {}, part: {field: value}}
+            faces.resumed(**changes)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "what_fits"),
     [
-        *(
-            (field, 0, "1 or more")
-            for field in (
-                "batch_size",
-                "epochs",
-                "gradient_accumulation",
-                "log_every",
-                "keep_checkpoints",
-                "max_skipped_steps",
-                "norm_groups",
-            )
-        ),
-        *(
-            (field, -1, "0 or more")
-            for field in ("max_bad_images", "warmup_steps", "seed", "keep_every")
-        ),
+        ("batch_size", 0, "1 or more"),
+        ("epochs", 0, "1 or more"),
+        ("gradient_accumulation", 0, "1 or more"),
+        ("log_every", 0, "1 or more"),
+        ("keep_checkpoints", 0, "1 or more"),
+        ("max_skipped_steps", 0, "1 or more"),
+        ("norm_groups", 0, "1 or more"),
+        ("max_bad_images", -1, "0 or more"),
+        ("warmup_steps", -1, "0 or more"),
+        ("seed", -1, "0 or more"),
+        ("keep_every", -1, "0 or more"),
         ("dataset_name", "", "a data set's name"),
         ("dataset_name", 7, "a text"),
         ("learning_rate", float("nan"), "above 0"),
@@ -182,30 +188,35 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
     ],
 )
 def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):
-    whole = DiffusionConfig(**DIFFUSION)
-    whole = whole if hasattr(whole, field) else ModelConfig(**MODEL)
+    config = DiffusionConfig(**DIFFUSION)
+    if not hasattr(config, field):
+        config = ModelConfig(**MODEL)
+
     with pytest.raises(ConfigError, match=re.escape(what_fits)) as error:
-        replace(whole, **{field: value})
-    assert str(error.value).startswith(f"{type(whole).__name__}: {field} is ") and "\n" not in str(
-        error.value
-    )
+        replace(config, **{field: value})
+
+    message = str(error.value)
+    assert message.startswith(f"{type(config).__name__}: {field} is ")
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("beta_start", 2e-4), ("beta_end", 0.03), ("rescale_betas", False)]
 )
 def test_cosine_betas_refuse_what_they_have_no_use_for(field, value):
-    # Too few for linear ones
+    # 10 timesteps would be too few for linear betas.
     cosine = DiffusionConfig(**{**DIFFUSION, "timesteps_diff": 10}, beta_schedule="cosine")
-    with pytest.raises(
-        ConfigError, match='"linear" when beta_start, beta_end or rescale_betas are changed'
-    ):
+
+    message = '"linear" when beta_start, beta_end or rescale_betas are changed'
+    with pytest.raises(ConfigError, match=message):
         replace(cosine, **{field: value})
+
+    # Linear betas take the same change without an error.
     replace(DiffusionConfig(**DIFFUSION), **{field: value})
 
 
 @pytest.mark.parametrize(
-    ("name", "other", "too"),
+    ("name", "other", "also"),
     [
         (
             "faces-v",
@@ -218,25 +229,28 @@ def test_cosine_betas_refuse_what_they_have_no_use_for(field, value):
         ("ffhq-v", "ffhq-full", {"diffusion.t_sampling": ("uniform", "mixed")}),
     ],
 )
-def test_the_v_presets_differ_in_their_objective_and_what_it_wants_alone(name, other, too):
+def test_the_v_presets_differ_in_their_objective_and_what_it_wants_alone(name, other, also):
     changes = EXPERIMENTS[other].differences(EXPERIMENTS[name])
-    assert changes == {"diffusion.objective": ("eps", "v"), **too}
+    assert changes == {"diffusion.objective": ("eps", "v"), **also}
 
 
 def test_what_is_probably_not_meant_is_warned_of():
     narrow = EXPERIMENTS["faces"].override({}, {"norm_groups": 32})
     assert "norm_groups = 32 leaves 1 channel a group" in warnings_of(narrow)[0]
+
     still = EXPERIMENTS["ffhq-full"].override({"use_augmentation": False}, {})
     assert warnings_of(still) == ["max_rotation has no effect without use_augmentation = True"]
 
 
 def test_a_saved_config_with_unknown_or_missing_fields():
     saved = EXPERIMENTS["faces-v"].to_dict()
+
     with pytest.raises(ConfigError, match="surprise"):
         Experiment.from_dict({**saved, "model": {**saved["model"], "surprise": 1}})
     with pytest.raises(ConfigError, match="diffusion"):
         Experiment.from_dict({"model": saved["model"]})
-    # As configs were when there was one of each
+
+    # Old configs lack these fields, of which each had one possible value then.
     for field in ("objective", "t_sampling", "beta_schedule"):
         del saved["diffusion"][field]
     assert Experiment.from_dict(saved) == EXPERIMENTS["faces"].override({"learning_rate": 1e-3}, {})

@@ -1,5 +1,9 @@
-"""The page of demo.py, in a real browser: what it shows is what sample.py writes, and bad input is a sentence."""
+"""The page of demo.py in a real browser.
 
+It shows what sample.py writes, and answers bad input with a sentence.
+"""
+
+import shlex
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -7,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_array_equal
 from PIL import Image
 
 from data.decode import read_image
@@ -40,232 +45,249 @@ from tests.browser import (
     upload,
 )
 
-SIZE = 96  # pixels: not enlarged in grids
-MODEL = [
-    "--model.image-size",
-    SIZE,
-    "--model.lowest-resolution-size",
-    12,
-    "--model.dim-multiply",
-    "1,1,1,1",
-    "--model.transformer-layers",
-    3,
-    "--diffusion.epochs",
-    1,
-    "--diffusion.checkpoint-every",
-    2,
-]
+# Images of so many pixels are not enlarged in grids.
+SIZE = 96
+FLAGS = shlex.split(f"""
+    --model.image-size {SIZE}
+    --model.lowest-resolution-size 12
+    --model.dim-multiply 1,1,1,1
+    --model.transformer-layers 3
+    --diffusion.epochs 1
+    --diffusion.checkpoint-every 2
+""")
 
 
 @pytest.fixture(scope="module")
 def run(pictures, tmp_path_factory):
-    """A run of 5 steps on images of SIZE, with checkpoints of steps 2, 4 and 5."""
-    return train_tiny(pictures, tmp_path_factory.mktemp("runs"), *MODEL)
+    """Return a run of 5 steps on images of SIZE, with checkpoints of steps 2, 4 and 5."""
+    return train_tiny(pictures, tmp_path_factory.mktemp("runs"), *FLAGS)
 
 
 @pytest.fixture(scope="module")
 def served_run(run, tmp_path_factory):
-    with served(tmp_path_factory.mktemp("printed") / "log", "--runs", run.parent) as address:
+    """Yield the address of a page for the run."""
+    log = tmp_path_factory.mktemp("printed") / "log"
+    with served(log, "--runs", run.parent) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def chromium():
+    """Yield one browser page for all tests here."""
     with browser.browser() as page:
         yield page
 
 
 @pytest.fixture
 def page(chromium, served_run):
-    """The page of the run, fresh, which asked no other machine for anything."""
-    asked = []
-    note = lambda request: asked.append(request.url)
+    """Yield the run's page, freshly loaded; then check that it asked no other machine."""
+    urls = []
+
+    def note(request):
+        urls.append(request.url)
+
     chromium.on("request", note)
     chromium.goto(served_run)
     yield chromium
     chromium.remove_listener("request", note)
-    assert asked and all(url.startswith((served_run, "data:", "blob:")) for url in asked)
+    assert urls
+    assert all(url.startswith((served_run, "data:", "blob:")) for url in urls)
 
 
 def cut(grid):
-    """The images of a grid."""
+    """Return the images of a grid, row by row."""
+    # There are 2 pixels between images, and around them.
     step = SIZE + 2
-    rows, columns = (grid.shape[0] - 2) // step, (grid.shape[1] - 2) // step
+    height, width, _ = grid.shape
     return [
-        grid[2 + r * step :, 2 + c * step :][:SIZE, :SIZE]
-        for r in range(rows)
-        for c in range(columns)
+        grid[y : y + SIZE, x : x + SIZE]
+        for y in range(2, height - SIZE, step)
+        for x in range(2, width - SIZE, step)
     ]
 
 
 def sample_py(*flags):
+    """Run sample.py in a process of its own, which must succeed."""
     done = script("sample.py", "--device", "cpu", *flags)
     assert done.returncode == 0, done.stderr
 
 
+def pixels_of(path):
+    """Return the pixels of an image file."""
+    return np.asarray(Image.open(path))
+
+
+def give_second_number(page):
+    """Type 12 as the number of the second image, in the tab Mix."""
+    number = control(page, "Number of the second image")
+    number.press("Backspace")
+    number.press_sequentially("12", delay=20)
+
+
 def await_picture(page, label, expected):
-    """Until what was shown there before is gone."""
+    """Wait until the picture under this label is the expected one, after an older one."""
     for _ in range(30):
         if np.array_equal(picture(page, label), expected):
             return
         page.wait_for_timeout(500)
-    np.testing.assert_array_equal(picture(page, label), expected)
+    assert_array_equal(picture(page, label), expected)
 
 
 def sampler_of(run, *flags):
-    """The `ImageSampler` for a seed, sampler and steps."""
+    """Return the `ImageSampler` for a seed, sampler and steps."""
     args = Namespace(checkpoint=run, runs=None, device="cpu")
     return Demo(args).open(None, *flags)[1]
 
 
 def test_draw(page, run, tmp_path):
-    """The downloaded grid is that of sample.py, to the bit; and the slider shows x_0 as it was."""
+    """The downloaded grid is that of sample.py, to the bit, and the slider shows earlier x_0."""
     fill(page, Seed=3, How_many=4, Steps=60)
     page.get_by_label("ddim").check()
     click(page, DRAW)
-    command = ["--seed", 3, "--n", 4, "--sampler", "ddim", "--steps", 60]
-    grid = picture(
-        page,
-        " ".join(
-            map(str, ["sample.py", run / "checkpoints" / "step-00000005.safetensors", *command])
-        ),
-    )
-    sample_py(run, *command, "--out", tmp_path)
-    np.testing.assert_array_equal(grid, np.asarray(Image.open(tmp_path / "grid.png")))
+    flags = "--seed 3 --n 4 --sampler ddim --steps 60"
+    checkpoint = run / "checkpoints" / "step-00000005.safetensors"
+    grid = picture(page, f"sample.py {checkpoint} {flags}")
+
+    sample_py(run, *flags.split(), "--out", tmp_path)
+    assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
     assert all(image.std() > 10 for image in cut(grid))
-    frames = generate(sampler_of(run, 3, "ddim", 60), range(4), 4, {("x_0", 1), ("x_0", 58)}).frames
+
+    image_sampler = sampler_of(run, 3, "ddim", 60)
+    frames = generate(image_sampler, range(4), 4, {("x_0", 1), ("x_0", 58)}).frames
     for place, call, t in ((1, 1, 100), (20, 58, 5)):
         fill(page, Look_back=place)
         shown = picture(page, f"after {call} of 60 network calls, at t = {t}")
-        np.testing.assert_array_equal(cut(shown), frames["x_0", call])
-    control(page, "Look back").press("Home")
+        assert_array_equal(cut(shown), frames["x_0", call])
+
+    # Of the two numbers that are typed here, 1 and 17, the last counts.
+    number = control(page, "Look back")
+    number.press("Home")
     page.keyboard.press("Shift+End")
-    control(page, "Look back").press_sequentially("17", delay=20)  # of which the last counts
+    number.press_sequentially("17", delay=20)
     picture(page, "after 49 of 60 network calls")
 
 
 def test_clicks_wait_for_each_other(page, run, served_run):
-    """Another page's click is served as it was given, when the first is done: is stopped here, or its page closed."""
-    twelfth = to_uint8(generate(sampler_of(run, 0, "dpm++", 2), [12], 1).images).numpy()[0]
+    """Another page's click waits until the first ends, and is then served as it was given.
+
+    The first ends by Stop, or when its page is closed.
+    """
+    images = generate(sampler_of(run, 0, "dpm++", 2), [12], 1).images
+    twelfth = to_uint8(images).numpy()[0]
     for end in ("stop", "close"):
-        first, second = (page.context.browser.new_page() for _ in range(2))
+        # The first page starts a long sampling.
+        first = page.context.browser.new_page()
+        second = page.context.browser.new_page()
         first.goto(served_run)
         fill(first, How_many=64, Steps=100)
         click(first, DRAW)
         first.get_by_text("of 100 network calls").wait_for()
+
+        # The second page waits in the queue. A share of 1 makes the mixture the second image.
         second.goto(served_run)
         tab(second, "Mix")
         fill(second, Steps=2, Depth=1, Share=1)
-        control(second, "Number of the second image").press("Backspace")
-        control(second, "Number of the second image").press_sequentially("12", delay=20)
+        give_second_number(second)
         click(second, MIX)
         second.get_by_text("queue: ").first.wait_for()
         assert not second.get_by_test_id("download-link").count()
         assert not first.get_by_text("sample.py").count()
-        first.close() if end == "close" else click(first, "Stop")
-        np.testing.assert_array_equal(picture(second, "The mixture"), twelfth)
+
+        if end == "close":
+            first.close()
+        else:
+            click(first, "Stop")
+        assert_array_equal(picture(second, "The mixture"), twelfth)
         second.close()
         first.close()
 
 
 def test_mix(page, run, pictures, tmp_path):
-    """Two images of a seed are those of sample.py, and mixed as it does; an upload comes back with neither depth nor
-    share."""
+    """Two images of a seed are those of sample.py, and are mixed as it mixes.
+
+    An upload comes back when depth and share are 0.
+    """
     tab(page, "Mix")
     fill(page, Seed=3, Steps=5, Depth=0.5, Share=0.3)
-    control(page, "Number of the second image").press("Backspace")
-    control(page, "Number of the second image").press_sequentially("12", delay=20)
+    give_second_number(page)
     click(page, MIX)
-    image_sampler, weights = sampler_of(run, 3, "dpm++", 5), torch.tensor([0.3])
+
+    image_sampler = sampler_of(run, 3, "dpm++", 5)
     ends = generate(image_sampler, [0, 12], 1).images
-    expected = to_uint8(
-        torch.cat([ends, mixtures(image_sampler, [0, 12], ends, 49, weights)])
-    ).numpy()
-    for label, image in zip(
-        ("The first image", "The second image", "The mixture"), expected, strict=True
-    ):
-        np.testing.assert_array_equal(picture(page, label), image)
-    flags = [
-        "--seed",
-        3,
-        "--n",
-        13,
-        "--sampler",
-        "dpm++",
-        "--steps",
-        5,
-        "--batch-size",
-        1,
-        "--individual",
-    ]
-    sample_py(run, *flags, "--out", tmp_path)
-    for image, i in zip(expected, (0, 12), strict=False):
-        np.testing.assert_array_equal(image, np.asarray(Image.open(tmp_path / f"{i:05d}.png")))
+    mixture = mixtures(image_sampler, [0, 12], ends, 49, torch.tensor([0.3]))
+    expected = to_uint8(torch.cat([ends, mixture])).numpy()
+    labels = ("The first image", "The second image", "The mixture")
+    for label, image in zip(labels, expected, strict=True):
+        assert_array_equal(picture(page, label), image)
+
+    # Images 0 and 12 of sample.py are the same; all 13 are drawn one by one, as the page draws.
+    flags = "--seed 3 --n 13 --sampler dpm++ --steps 5 --batch-size 1 --individual"
+    sample_py(run, *flags.split(), "--out", tmp_path)
+    assert_array_equal(expected[0], pixels_of(tmp_path / "00000.png"))
+    assert_array_equal(expected[1], pixels_of(tmp_path / "00012.png"))
     assert expected[2].std() > 10
+
+    # The page shows the upload itself in large, and the model's size of it as the mixture.
     fill(page, Depth=0, Share=0)
     upload(page, pictures / "00003.png")
     photo = read_image(pictures / "00003.png", SIZE, fit=True)
-    large = np.asarray(Image.fromarray(photo).resize((512, 512), Image.Resampling.BICUBIC))
-    await_picture(page, "The first image", large)
+    large = Image.fromarray(photo).resize((512, 512), Image.Resampling.BICUBIC)
+    await_picture(page, "The first image", np.asarray(large))
     click(page, MIX)
     await_picture(page, "The mixture", photo)
 
 
 def test_paint(page, run, tmp_path):
-    """What was drawn is painted over and made anew, as sample.py makes it; what is not painted over stays."""
+    """What is painted over is made anew, as sample.py makes it, and all else stays."""
     fill(page, How_many=2, Steps=5)
     click(page, DRAW)
     drawn = cut(picture(page, "--n 2"))
+
+    # Without an image there is nothing to paint over.
     tab(page, "Paint")
     click(page, PAINT)
     sentence(page, "take an image, and paint over a part of it")
+
     fill(page, Number_of_the_image=1)
     click(page, "Take the image of this number")
     paint(page)
     fill(page, Seed=3, Steps=6, Repeats=2)
     click(page, PAINT)
     image, kept, *answers = cut(picture(page, "The image, what is kept of it, and the answers"))
-    np.testing.assert_array_equal(image, drawn[1])
-    anew = (kept == 128).all(axis=2)
-    assert 0.02 < anew.mean() < 0.4 and anew[SIZE // 2, SIZE // 2] and len(answers) == 4
+    assert_array_equal(image, drawn[1])
+    # The page shows in grey what is painted over.
+    painted = (kept == 128).all(axis=2)
+    assert 0.02 < painted.mean() < 0.4
+    assert painted[SIZE // 2, SIZE // 2]
+    assert len(answers) == 4
+
     Image.fromarray(image).save(tmp_path / "image.png")
-    Image.fromarray(np.uint8(255) * anew).save(tmp_path / "mask.png")
-    sample_py(
-        run,
-        "--inpaint",
-        tmp_path / "image.png",
-        "--mask",
-        tmp_path / "mask.png",
-        "--resample",
-        2,
-        "--steps",
-        6,
-        "--seed",
-        3,
-        "--n",
-        4,
-        "--individual",
-        "--out",
-        tmp_path,
-    )
+    Image.fromarray(np.uint8(255) * painted).save(tmp_path / "mask.png")
+    files = ["--inpaint", tmp_path / "image.png", "--mask", tmp_path / "mask.png"]
+    flags = "--resample 2 --steps 6 --seed 3 --n 4 --individual"
+    sample_py(run, *files, *flags.split(), "--out", tmp_path)
     for i, answer in enumerate(answers):
-        np.testing.assert_array_equal(answer, np.asarray(Image.open(tmp_path / f"{i:05d}.png")))
-        np.testing.assert_array_equal(answer[~anew], image[~anew])
-        assert abs(answer[anew].astype(int) - image[anew]).mean() > 5
+        assert_array_equal(answer, pixels_of(tmp_path / f"{i:05d}.png"))
+        assert_array_equal(answer[~painted], image[~painted])
+        assert abs(answer[painted].astype(int) - image[painted]).mean() > 5
 
 
 def test_bad_input_is_a_sentence_and_the_page_goes_on(page, tmp_path):
     (tmp_path / "text.png").write_text("<html>Quota exceeded</html>")
     (tmp_path / "bomb.png").write_bytes(png(20_000, 20_000, 8, 2, b""))
+
     fill(page, Steps=101)
     click(page, DRAW)
     sentence(page, "steps is 101; a model with 100 timesteps takes 1 to 100")
+
     tab(page, "Paint")
     click(page, "Take the image of this number")
     sentence(page, "There are 0 images in the tab Draw")
     for file, reason in (("text", "not a PNG, JPEG, WEBP, BMP image"), ("bomb", "too many pixels")):
         upload(page, tmp_path / f"{file}.png")
         sentence(page, reason)
+
+    # After all that it still draws.
     tab(page, "Draw")
     fill(page, How_many=1, Steps=2)
     click(page, DRAW)
@@ -273,15 +295,20 @@ def test_bad_input_is_a_sentence_and_the_page_goes_on(page, tmp_path):
 
 
 def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
-    """Without a model page and terminal say the command; then each click takes the newest checkpoint there is."""
-    runs, printed = tmp_path / "runs", tmp_path / "printed"
+    """Without a model, page and terminal say which command to run.
+
+    Later each click takes the newest checkpoint there is.
+    """
+    runs = tmp_path / "runs"
+    printed = tmp_path / "printed"
+    command = f"python train.py --runs {runs}"
+    missing = f"no run with a checkpoint here yet; train one first ({command})"
     with served(printed, "--runs", runs) as address:
         chromium.goto(address)
-        missing = (
-            f"no run with a checkpoint here yet; train one first (python train.py --runs {runs})"
-        )
         sentence(chromium, missing)
         assert missing in printed.read_text()
+
+        # A run appears, and goes on.
         checkpoints = runs / run.name / "checkpoints"
         checkpoints.mkdir(parents=True)
         fill(chromium, How_many=1, Steps=2)
@@ -289,29 +316,34 @@ def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
             shutil.copy(run / "checkpoints" / f"step-0000000{step}.safetensors", checkpoints)
             click(chromium, DRAW)
             picture(chromium, f"step-0000000{step}.safetensors --seed 0")
+
+        # It vanishes.
         shutil.rmtree(checkpoints)
         click(chromium, DRAW)
         sentence(chromium, missing)
+
+        # It is back, and Ctrl-C, pressed when this context ends, interrupts its sampling.
         shutil.copytree(run / "checkpoints", checkpoints)
         fill(chromium, How_many=64, Steps=100)
         click(chromium, DRAW)
-        # In the middle of which Ctrl-C ends it
         chromium.get_by_text("of 100 network calls").wait_for()
 
 
 def test_it_listens_to_this_machine_alone(served_run):
-    port = f"{int(served_run.strip('/').split(':')[-1]):04X}"
-    lines = [
-        line
-        for file in ("tcp", "tcp6")
-        for line in Path("/proc/net", file).read_text().splitlines()
-    ]
-    addresses = [line.split()[1] for line in lines]
-    assert {address for address in addresses if address.endswith(f":{port}")} == {
-        f"0100007F:{port}"
-    }
+    """Linux lists the sockets of IPv4 and IPv6, with addresses in hexadecimal digits."""
+    port = int(served_run.strip("/").split(":")[-1])
+    lines = []
+    for file in ("tcp", "tcp6"):
+        lines += Path("/proc/net", file).read_text().splitlines()
+    addresses = {line.split()[1] for line in lines}
+
+    # 0100007F is 127.0.0.1, whose bytes are stored in reverse.
+    ours = {address for address in addresses if address.endswith(f":{port:04X}")}
+    assert ours == {f"0100007F:{port:04X}"}
 
 
 def test_a_wrong_device_ends_the_script(run):
     done = script("demo.py", run, "--device", "tpu")
-    assert done.returncode == 2 and done.stderr.startswith("error: device is 'tpu'; it must be")
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: device is 'tpu'; it must be")

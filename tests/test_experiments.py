@@ -1,4 +1,4 @@
-"""figures/experiments.py: what it compares samples by, its arms, and all of it end to end on a tiny network."""
+"""figures/experiments.py: its measures of samples, its arms, and all of it on a tiny network."""
 
 import json
 from unittest.mock import patch
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from data.datasets import load_images
 from data.pixels import to_model_range
@@ -19,66 +20,92 @@ from tests.conftest import SMALL_MODEL, call, small_unet
 
 @pytest.fixture(scope="module")
 def people():
-    return to_model_range(torch.from_numpy(load_images("emoji_people", 32).images))
+    """Return the images of the data set emoji_people."""
+    images = load_images("emoji_people", 32).images
+    return to_model_range(torch.from_numpy(images))
+
+
+def seeded():
+    """Return a random generator that starts anew, with seed 0."""
+    return torch.Generator().manual_seed(0)
 
 
 def test_the_feature_distance_orders_the_obvious(people):
-    """Real images are near the others, tinted ones farther, blurred ones farther still, noise very far."""
-    some, others = people[::9], people[np.arange(len(people)) % 9 > 0]
+    """Held-out images are nearest, then tinted ones, then blurred ones; noise is very far."""
+    held_out = people[::9]
+    others = people[np.arange(len(people)) % 9 > 0]
     distance = Features(others).distance
-    tinted = (some + torch.tensor([20, 0, -20]).view(3, 1, 1) / 255).clamp(-1, 1)
-    blurred = torch.nn.functional.interpolate(
-        torch.nn.functional.avg_pool2d(some, 2), scale_factor=2, mode="bilinear"
-    )
-    noise = torch.randn(some.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    assert distance(some) < distance(tinted) < distance(blurred) < distance(noise) / 5
+
+    tint = torch.tensor([20, 0, -20]).view(3, 1, 1) / 255
+    tinted = (held_out + tint).clamp(-1, 1)
+    halved = functional.avg_pool2d(held_out, 2)
+    blurred = functional.interpolate(halved, scale_factor=2, mode="bilinear")
+    noise = torch.randn(held_out.shape, generator=seeded()).clamp(-1, 1)
+
+    assert distance(held_out) < distance(tinted)
+    assert distance(tinted) < distance(blurred)
+    assert distance(blurred) < distance(noise) / 5
 
 
 def test_the_frechet_distance_of_gaussians_is_the_closed_form():
-    """With covariances that commute it is the sum of squared differences of means and of standard deviations."""
-    generator = torch.Generator().manual_seed(0)
-    one, two = (torch.randn(200_000, 2, generator=generator, dtype=torch.float64) for _ in range(2))
-    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
-    a, b = one * torch.tensor([1, 3]) @ turn + 1, two * torch.tensor([2, 1]) @ turn
+    """For covariances that commute it is a sum of squared differences.
+
+    These are the differences of means, here 1 and 1, and of standard deviations, here 1 and 2.
+    """
+    generator = seeded()
+    a = torch.randn(200_000, 2, generator=generator, dtype=torch.float64)
+    b = torch.randn(200_000, 2, generator=generator, dtype=torch.float64)
+    rotation = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
+    a = a * torch.tensor([1, 3]) @ rotation + 1
+    b = b * torch.tensor([2, 1]) @ rotation
+
     assert frechet_distance(a, b) == pytest.approx(2 + 1 + 4, rel=0.02)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_spoilt_are_dark_and_speckled_images_and_no_real_ones(people):
-    assert not spoilt(people).any()
     dark = people[:20] - 0.2
-    speckled = people[:20] + 0.3 * torch.randn(
-        20, 3, 32, 32, generator=torch.Generator().manual_seed(0)
-    )
-    assert spoilt(dark).all() and spoilt(speckled.clamp(-1, 1)).float().mean() > 0.9
+    noise = torch.randn(20, 3, 32, 32, generator=seeded())
+    speckled = (people[:20] + 0.3 * noise).clamp(-1, 1)
+
+    assert not spoilt(people).any()
+    assert spoilt(dark).all()
+    assert spoilt(speckled).float().mean() > 0.9
 
 
 def test_min_snr_weighs_the_error_of_x_0():
-    scheduler, t = NoiseScheduler(1000), torch.tensor([0, 300, 700, 999])
+    """The squared error of x_0 is weighted by the signal-to-noise ratio, which is clamped to 5."""
+    scheduler = NoiseScheduler(1000)
     denoiser = Denoiser(small_unet(), scheduler, objective="v")
-    x_0, noise = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    t = torch.tensor([0, 300, 700, 999])
+    x_0, noise = torch.randn(2, 4, 3, 16, 16, generator=seeded())
+
     with torch.no_grad():
         losses = experiments.min_snr_loss(denoiser, scheduler, x_0, t, noise)
         x_t = scheduler.q_sample(x_0, t, noise)
         predicted, _ = scheduler.predict_from_v(x_t, t, denoiser(x_t, t))
-    a = scheduler.alphas_cumprod[t]
-    expected = (a / (1 - a)).clamp(max=5) * (predicted - x_0).double().square().mean(dim=(1, 2, 3))
+
+    alpha_bar = scheduler.alphas_cumprod[t]
+    weights = (alpha_bar / (1 - alpha_bar)).clamp(max=5)
+    errors = (predicted - x_0).double().square().mean(dim=(1, 2, 3))
+    expected = weights * errors
     torch.testing.assert_close(losses.double(), expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
-    """Train, measure and draw two arms on a tiny network; what is there is not done again."""
+    """Two arms are trained, measured and drawn on a tiny network, and nothing is done twice."""
     tiny = SMALL_MODEL | {"dim_multiply": (1, 1), "transformer_layers": ()}
     data = {"timesteps_diff": 50, "epochs": 1, "dataset_name": str(pictures)}
-    arms = {
-        name: (experiments.ARMS[name][0] | data, tiny, 1) for name in ("eps", "v, mixed t, min-SNR")
-    }
+    names = ("eps", "v, mixed t, min-SNR")
+    arms = {name: (experiments.ARMS[name][0] | data, tiny, 1) for name in names}
     monkeypatch.setattr(experiments, "ARMS", arms)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments.json")
     monkeypatch.setattr("functions.sampling.calibration.IMAGES", 20)
     monkeypatch.setattr("functions.evaluation.bands.DRAWS", 1)
     flags = ["--runs", tmp_path / "runs", "--distances", "20 DDIM", "--images", 20, "--spoilt", 200]
+
+    # Each part runs once. Its second call finds all there, so the patched work is not called.
     call(experiments.main, "train", *flags)
     with patch("train.train", side_effect=AssertionError("trained again")):
         call(experiments.main, "train", *flags)
@@ -86,8 +113,11 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     with patch.object(experiments, "generate", side_effect=AssertionError("measured again")):
         call(experiments.main, "measure", *flags)
     call(experiments.main, "draw", "--picture", "arms.png", *flags)
-    found = json.loads((tmp_path / "experiments.json").read_text())
-    assert len(found) == 6 and found["eps"]["0"]["distance"]["20 DDIM"] > 0
+
+    # Each of the two arms is measured plain, and calibrated in two ways.
+    results = json.loads((tmp_path / "experiments.json").read_text())
+    assert len(results) == 6
+    assert results["eps"]["0"]["distance"]["20 DDIM"] > 0
     printed = capsys.readouterr().out
     assert "| v, mixed t, min-SNR, calibrated (own) | 1 |" in printed
     assert Image.open(tmp_path / "arms.png").width > 1000

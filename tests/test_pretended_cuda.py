@@ -1,6 +1,7 @@
-"""CUDA without a GPU: the real code runs on a pretended device (tests/pretended_cuda.py), in a process of its own.
+"""CUDA without a GPU: the real code runs on a pretended device (tests/pretended_cuda.py).
 
-`python -m tests.test_pretended_cuda [NAME ...]` prints what each of SCENARIOS finds, a line of JSON for each.
+It runs in a process of its own: `python -m tests.test_pretended_cuda [NAME ...]` prints what each
+of SCENARIOS finds, a line of JSON for each.
 """
 
 import contextlib
@@ -39,41 +40,49 @@ from tests.conftest import SMALL_MODEL, script
 from tests.pretended_cuda import let_autograd_know_cuda, pretended_cuda
 
 pytestmark = pytest.mark.slow
-MISSING = 77  # exit status: a private part of PyTorch is not there
+# The process ends with this status when a private part of PyTorch is missing.
+MISSING = 77
 
 
 def training(
     name: str, model: dict | None = None, processes=SINGLE_PROCESS, steps: int = 2, **changes
 ) -> dict:
-    """The lines that wait in each step and in its book-keeping; and how many storages hold gradients before a pass."""
+    """Train for some steps, and return what was seen.
+
+    "steps" has a pair for each step: the lines that wait in it, and those in its book-keeping.
+    "held" has for each forward pass how many storages hold gradients before it.
+    """
     changes |= {
         "gradient_accumulation": 4,
         "epochs": 1,
         "log_every": 2,
         "validate_every": 9,
         "sample_every": 9,
-    }
-    changes |= {
         "validation_samples": 20,
         "grid_images": 2,
         "grid_steps": 2,
         "compile": "auto" if model else "off",
     }
     experiment = EXPERIMENTS[name].override(changes, model or {})
-    size, count = experiment.model.image_size, steps * experiment.diffusion.effective_batch
-    images = np.zeros((count + count // 9, size, size, 3), np.uint8)
-    image_set = ImageSet(name, images, list(range(len(images))), "none", Path())
-    waits, held = [], []
-    enter, after_step, accumulating = (
-        BookKeeper.__enter__,
-        BookKeeper.after_step,
-        Processes.accumulating,
-    )
+
+    # A tenth of the images is for validation; the others suffice for the steps.
+    size = experiment.model.image_size
+    count = steps * experiment.diffusion.effective_batch
+    count += count // 9
+    images = np.zeros((count, size, size, 3), np.uint8)
+    image_set = ImageSet(name, images, list(range(count)), "none", Path())
+
+    waits = []
+    held = []
+    enter = BookKeeper.__enter__
+    after_step = BookKeeper.after_step
+    accumulating = Processes.accumulating
     with tempfile.TemporaryDirectory() as runs, pretended_cuda() as cuda:
 
         def entered(books):
             books = enter(books)
-            held.clear()  # of trials
+            # Before the first step there were trials for memory, which do not count.
+            held.clear()
             cuda.waits.clear()
             return books
 
@@ -85,10 +94,11 @@ def training(
             cuda.waits.clear()
 
         def looked_at(processes, network, last):
-            grads = [
-                parameter.grad for parameter in network.parameters() if parameter.grad is not None
-            ]
-            held.append(len({grad.untyped_storage()._cdata for grad in grads}))
+            storages = set()
+            for parameter in network.parameters():
+                if parameter.grad is not None:
+                    storages.add(parameter.grad.untyped_storage()._cdata)
+            held.append(len(storages))
             return accumulating(processes, network, last)
 
         with (
@@ -96,13 +106,14 @@ def training(
             mock.patch.object(Processes, "accumulating", looked_at),
             mock.patch("train.load_images", lambda *_: image_set),
         ):
-            device = choose_device("cuda", processes.local_rank if processes.count > 1 else None)
+            local_rank = processes.local_rank if processes.count > 1 else None
+            device = choose_device("cuda", local_rank)
             train.train(Run(name, experiment, Path(runs)), device, processes)
     return {"steps": waits, "held": held}
 
 
 def on_two_gpus() -> dict:
-    """As the first of two processes, whose messages go nowhere."""
+    """Train as the first of two processes, whose messages go nowhere."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     wrap = Processes.wrap
@@ -110,7 +121,8 @@ def on_two_gpus() -> dict:
     def wrapped(self, model, device):
         network = wrap(self, model, device)
         network.register_comm_hook(None, passed_on)
-        network.logger = mock.Mock()  # it would time the GPU
+        # The real logger would time the GPU.
+        network.logger = mock.Mock()
         return network
 
     def passed_on(state, bucket) -> torch.futures.Future[torch.Tensor]:
@@ -128,7 +140,7 @@ def on_two_gpus() -> dict:
 
 
 def sampling() -> dict:
-    """The lines that wait in 4 steps of each sampler; bits/dim is run too."""
+    """Return the lines that wait in 4 steps of each sampler, and run bits/dim, too."""
     found = {}
     with pretended_cuda() as cuda:
         device = choose_device("cuda")
@@ -136,52 +148,62 @@ def sampling() -> dict:
         denoiser = Denoiser(network, NoiseScheduler(50), torch.bfloat16)
         for name in SAMPLERS:
             sampler = ImageSampler(denoiser, SamplerOptions(name, 4), (3, 16, 16), 0, device)
-            # Copies its table, once
+            # The scheduler copies its table to the device once, before waits are counted.
             sampler.scheduler.alpha_bar(torch.zeros(1, dtype=torch.int64, device=device))
             cuda.waits.clear()
             generate(sampler, range(3), 3)
             found[name] = dict(cuda.waits)
-        x_0_of = lambda indices: torch.zeros(len(indices), 3, 16, 16).to(device)
-        measure_bits_per_dim(
-            denoiser, x_0_of, np.arange(2), BoundOptions(t_stride=50, batch_size=8)
-        )
+
+        def x_0_of(indices):
+            return torch.zeros(len(indices), 3, 16, 16).to(device)
+
+        # It must not raise; its waits are not counted.
+        options = BoundOptions(t_stride=50, batch_size=8)
+        measure_bits_per_dim(denoiser, x_0_of, np.arange(2), options)
     return found
 
 
-def planted(where, name: str, fault, *what) -> dict:
-    """What a training, of "faces" when nothing else is said, finds with this fault in it."""
+def planted(where, name: str, fault, *arguments) -> dict:
+    """Train with a function exchanged for a fault; the default is a small network for "faces"."""
     with mock.patch.object(where, name, fault):
-        return training(*what or ("faces", SMALL_MODEL))
+        return training(*arguments or ("faces", SMALL_MODEL))
+
+
+def noise_on_the_cpu(*args):
+    """Draw t and noise on the CPU instead of the device."""
+    return training_draws(*args[:-1], "cpu")
 
 
 def mixed_types(norm, x):
+    """Give the norm its input in bfloat16 together with weights in float32."""
     sizes = (*x.shape[:2], x[0, 0].numel())
     return torch.native_group_norm(x, norm.weight, norm.bias, *sizes, norm.num_groups, norm.eps)[0]
 
 
 def reads_a_number(ema_model, model, step, decay, ramp):
+    """Update the EMA, and wait for a number that nobody needs."""
     update_ema(ema_model, model, step, decay, ramp)
     next(model.parameters()).sum().item()
 
 
 def other_strides(adam, group, *lists, init_group=Adam._init_group):
+    """Reverse the dimensions of Adam's first moments."""
     result = init_group(adam, group, *lists)
-    lists[2][:] = [
-        moment.permute(*reversed(range(moment.dim()))).contiguous() for moment in lists[2]
-    ]
+    moments = lists[2]
+    for i, moment in enumerate(moments):
+        dimensions = reversed(range(moment.dim()))
+        moments[i] = moment.permute(*dimensions).contiguous()
     return result
 
 
 SCENARIOS = {
     "faces": lambda: training("faces", steps=3),
     "faces-v": lambda: training("faces-v", precision="float16"),
-    # Of 4 GB on the disk
+    # Its checkpoint would take 4 GB of the disk, and is not written.
     "ffhq-full": lambda: planted(book_keeping, "save_checkpoint", mock.Mock(), "ffhq-full"),
     "two GPUs": on_two_gpus,
     "sampling": sampling,
-    "noise on the CPU": lambda: planted(
-        train, "training_draws", lambda *args: training_draws(*args[:-1], "cpu")
-    ),
+    "noise on the CPU": lambda: planted(train, "training_draws", noise_on_the_cpu),
     "norm of mixed types": lambda: planted(GroupNorm, "forward", mixed_types),
     "a number a step": lambda: planted(train, "update_ema", reads_a_number),
     "strides of Adam": lambda: planted(Adam, "_init_group", other_strides),
@@ -189,6 +211,7 @@ SCENARIOS = {
 
 
 def main() -> None:
+    """Print what the scenarios of the command line find, or all of them."""
     try:
         let_autograd_know_cuda()
         with pretended_cuda():
@@ -204,65 +227,76 @@ def main() -> None:
                 found = SCENARIOS[name]()
             except Exception:
                 found = {"error": traceback.format_exc()}
-        print(
-            json.dumps({"scenario": name, "seconds": time.perf_counter() - start, **found}),
-            flush=True,
-        )
-    os._exit(0)  # C++'s last calls would find functions of ctypes that are gone
+        line = {"scenario": name, "seconds": time.perf_counter() - start, **found}
+        print(json.dumps(line), flush=True)
+    # An ordinary end would let C++ call functions of ctypes that are gone by then.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
-    """What each scenario found."""
+    """Return what each scenario found, from a process of its own."""
     result = script("-m", "tests.test_pretended_cuda")
     if result.returncode == MISSING:
         pytest.skip(f"PyTorch {torch.__version__} lacks a private part: {result.stdout}")
     assert result.returncode == 0, result.stderr
-    return {line["scenario"]: line for line in map(json.loads, result.stdout.splitlines())}
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    return {line["scenario"]: line for line in lines}
 
 
 @pytest.mark.parametrize("name", ["faces", "faces-v", "ffhq-full", "two GPUs"])
 def test_a_training_waits_only_where_it_logs(found, name):
     assert "error" not in found[name], found[name]["error"]
     in_steps, between = zip(*found[name]["steps"], strict=True)
-    # After the first step DDP sends itself, once, in which order gradients came
     for waits in in_steps:
-        assert not waits or (name == "two GPUs" and all("prediction.py" in line for line in waits))
+        # DDP sends itself once, after the first step, the order in which gradients came.
+        if name == "two GPUs":
+            assert all("prediction.py" in line for line in waits)
+        else:
+            assert not waits
     assert in_steps[-1] == between[0] == {}
+
+    # Only trainings of three steps log before the end, after the second.
     *_, log, last = between
-    assert sum(log.values()) == (1 if len(between) == 3 else 0)  # after the second of three steps
+    assert sum(log.values()) == (1 if len(between) == 3 else 0)
+
+    # At the end the last row and the checkpoint are written as well, by these files.
     saving = ("support/files.py", "support/checkpoint.py", "metrics.py", "bad_numbers.py")
-    assert (
-        sum(count for line, count in last.items() if not any(file in line for file in saving)) <= 4
-    )
+    others = [count for line, count in last.items() if not any(file in line for file in saving)]
+    assert sum(others) <= 4
 
 
 def test_gradients_are_held_once(found):
-    """None in the first pass of a step, or all in the one bucket that DDP has for so small a network."""
+    """There are none before the first pass of a step; DDP has one bucket for so small a network."""
     passes = found["faces"]["held"]
-    assert passes[::4] == [0, 0, 0] and passes[1] > 1
+    assert passes[::4] == [0, 0, 0]
+    assert passes[1] > 1
     assert set(found["two GPUs"]["held"]) == {1}
 
 
 def test_sampling_waits_for_its_images_alone(found):
     assert "error" not in found["sampling"], found["sampling"]["error"]
     for name in SAMPLERS:
-        assert list(found["sampling"][name].values()) == [1] and "copies to the CPU" in str(
-            found["sampling"][name]
-        )
+        ((line, count),) = found["sampling"][name].items()
+        assert count == 1
+        assert "copies to the CPU" in line
+
+
+def last_line(scenario: dict) -> str:
+    """Return the last line of a scenario's error, which has the message."""
+    return scenario["error"].splitlines()[-1]
 
 
 def test_planted_faults_are_found(found):
-    last_line = lambda name: found[name]["error"].splitlines()[-1]
-    assert "at least two devices" in last_line("noise on the CPU")
-    assert "types are mixed" in last_line("norm of mixed types")
-    assert "strides" in last_line("strides of Adam")
+    assert "at least two devices" in last_line(found["noise on the CPU"])
+    assert "types are mixed" in last_line(found["norm of mixed types"])
+    assert "strides" in last_line(found["strides of Adam"])
+
+    # The fault that raises no error is a line that waits, in the second step.
     ((line, count),) = found["a number a step"]["steps"][1][0].items()
-    assert (
-        line.startswith("tests/test_pretended_cuda.py:")
-        and line.endswith("reads a number")
-        and count == 1
-    )
+    assert line.startswith("tests/test_pretended_cuda.py:")
+    assert line.endswith("reads a number")
+    assert count == 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""train.py and sample.py as a user calls them: a run from start to end, and what flags make of it."""
+"""train.py and sample.py as a user calls them: a whole run, and what flags change in it."""
 
 import json
 from dataclasses import MISSING, fields
@@ -16,18 +16,18 @@ from tests.conftest import ROOT, TINY, call, script
 
 def test_a_run_folder_holds_everything(tiny_run):
     config = json.loads((tiny_run / "config.json").read_text())
-    assert (config["experiment"], config["model"]["base_dim"], config["run"]["total_steps"]) == (
-        "faces",
-        8,
-        10,
-    )
+    assert config["experiment"] == "faces"
+    assert config["model"]["base_dim"] == 8
+    assert config["run"]["total_steps"] == 10
     assert len(config["run"]["train_ids_hash"]) > 8
+
     rows = read_metrics(tiny_run / "metrics.csv")
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10]
     for column in ("val_loss", "val_loss_ema"):
         assert [row["step"] for row in rows if row[column] is not None] == [5, 10]
+
     for folder, ending in (("samples", "png"), ("checkpoints", "safetensors")):
-        # No folders, which samplers make
+        # Other tests sample from this run, which puts folders without a dot among its samples.
         names = sorted(path.name for path in (tiny_run / folder).glob("*.*"))
         assert names == [f"step-00000005.{ending}", f"step-00000010.{ending}"]
     assert (tiny_run / "losses.png").stat().st_size > 1000
@@ -36,39 +36,46 @@ def test_a_run_folder_holds_everything(tiny_run):
 
 @pytest.mark.slow
 def test_the_loss_falls_and_the_checkpoint_samples(trained):
-    """60 steps on simple pictures: the validation loss ends well below its start, which is the noise's variance."""
-    more = [
-        "--diffusion.learning-rate",
-        5e-3,
-        "--diffusion.validation-samples",
-        64,
-        "--diffusion.sample-every",
-        60,
-    ]
-    run = trained("--diffusion.epochs", 12, *more)
-    losses = [
-        row["val_loss"] for row in read_metrics(run / "metrics.csv") if row["val_loss"] is not None
-    ]
-    assert losses[0] > 0.6 and losses[-1] < 0.35
+    """After 60 steps on simple pictures the validation loss is well below its start.
+
+    The start is below 1, the variance of the noise.
+    """
+    flags = "--diffusion.epochs 12 --diffusion.learning-rate 5e-3"
+    flags += " --diffusion.validation-samples 64 --diffusion.sample-every 60"
+    run = trained(*flags.split())
+
+    rows = read_metrics(run / "metrics.csv")
+    losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
+    assert losses[0] > 0.6
+    assert losses[-1] < 0.35
+    # The checkpoint can be sampled from; an error would end the test.
     call(sample.main, run, "--n", 2, "--steps", 5)
 
 
 @pytest.mark.slow
 def test_rotation_is_off_in_the_last_part_of_a_run(trained, monkeypatch):
-    angles, augment = [], train.augment
-    monkeypatch.setattr(
-        train, "augment", lambda x, flip, angle: angles.append(angle) or augment(x, flip, angle)
-    )
+    angles = []
+    augment = train.augment
+
+    def noting_angles(x, flip, angle):
+        angles.append(angle)
+        return augment(x, flip, angle)
+
+    monkeypatch.setattr(train, "augment", noting_angles)
+
     trained("--diffusion.rotation-free-end", 0.3, name="ffhq-full")
+
     assert [angle is not None for angle in angles] == [True] * 7 + [False] * 3
     assert all(0 < angle.abs().max() <= 3 for angle in angles[:7])
 
 
 @pytest.mark.slow
 def test_micro_batches_change_the_sum_of_gradients_by_rounding_alone(tiny_run, trained):
-    """Four passes of 2 images are one pass of 8: same images, same draws, same division of the loss."""
+    """Four passes of 2 images are as one of 8: same images, draws and divisor of the loss."""
     run = trained("--diffusion.batch-size", 2, "--diffusion.gradient-accumulation", 4)
-    accumulated, whole = (read_metrics(folder / "metrics.csv") for folder in (run, tiny_run))
+
+    accumulated = read_metrics(run / "metrics.csv")
+    whole = read_metrics(tiny_run / "metrics.csv")
     for a, b in zip(accumulated, whole, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -76,12 +83,12 @@ def test_micro_batches_change_the_sum_of_gradients_by_rounding_alone(tiny_run, t
 
 @pytest.mark.slow
 def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
-    run = trained(
-        "--diffusion.ema-decay", 0, "--diffusion.epochs", 1, "--diffusion.rescale-betas", "false"
-    )
+    flags = "--diffusion.ema-decay 0 --diffusion.epochs 1 --diffusion.rescale-betas false"
+    run = trained(*flags.split())
     printed = capsys.readouterr().out
     for said in ("samples use the raw weights", "x_T still carries the image", "rescale_betas"):
         assert said in printed
+
     call(sample.main, "--runs", run.parent, "--n", 1, "--steps", 1)
     assert "raw weights" in capsys.readouterr().out
 
@@ -89,14 +96,14 @@ def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
 @pytest.mark.slow
 def test_bits_per_dim_is_logged_every_so_many_epochs_and_is_evaluates(trained):
     run = trained("--diffusion.bits-per-dim-every", 1, "--diffusion.bits-per-dim-images", 4)
-    measured = {
-        row["step"]: row["bits_per_dim"]
-        for row in read_metrics(run / "metrics.csv")
-        if row["bits_per_dim"]
-    }
+    rows = read_metrics(run / "metrics.csv")
+    measured = {row["step"]: row["bits_per_dim"] for row in rows if row["bits_per_dim"]}
     assert list(measured) == [5, 10]
+
+    # evaluate.py measures the same of the last checkpoint.
     call(evaluate.main, run, "--images", 4, "--t-stride", 50)
-    (result,) = (json.loads(path.read_text()) for path in (run / "evaluation").glob("*.json"))
+    (path,) = (run / "evaluation").glob("*.json")
+    result = json.loads(path.read_text())
     assert measured[10] == pytest.approx(result["bits_per_dim"], rel=1e-4)
 
 
@@ -104,7 +111,9 @@ def test_bits_per_dim_is_logged_every_so_many_epochs_and_is_evaluates(trained):
 def test_the_scripts_work_from_another_folder(pictures, tmp_path):
     trained = script(ROOT / "train.py", "--diffusion.dataset-name", pictures, *TINY, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    assert "epoch 2/2" in trained.stderr and "img/s" in trained.stderr
+    assert "epoch 2/2" in trained.stderr
+    assert "img/s" in trained.stderr
+
     sampled = script(ROOT / "sample.py", "--n", "2", "--steps", "2", cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
     assert list((tmp_path / "runs").glob("faces-*/samples/*/grid.png"))
@@ -114,8 +123,10 @@ def test_the_scripts_work_from_another_folder(pictures, tmp_path):
 def test_every_field_is_explained_by_help(config_class, capsys):
     with pytest.raises(SystemExit):
         call(train.main, "--help")
+
     printed = " ".join(capsys.readouterr().out.split())
     for field in fields(config_class):
         comment = field_comments(config_class)[field.name]
-        default = "" if field.default is MISSING else f" Default: {field.default}."
-        assert " ".join(f"{comment}{default}".split()) in printed, field.name
+        default = "" if field.default is MISSING else f"Default: {field.default}."
+        explanation = f"{comment} {default}".split()
+        assert " ".join(explanation) in printed, field.name
