@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -109,25 +109,25 @@ def in_worker(work: Callable) -> Callable:
     are sentences in the page.
     """
 
-    def callback(*inputs: object) -> Iterator[object]:
+    def callback(*inputs):
         latest = deque(maxlen=1)
         left = Event()
 
-        def check(*step: object, news: object = None) -> None:
+        def check(*step, news=None):
             if left.is_set():
                 raise InterruptedError
             if news:
                 latest.append(news)
 
-        def job() -> object:
+        def job():
             try:
                 return work(check, *inputs)
             except Exception as error:
                 text = plain_sentence(error)
                 if not text:
                     raise
-                # The error itself is not passed on, as it holds on to the model.
-                return gr.Error(html.escape(text), print_exception=False)
+            # Outside of `except` the error itself is gone: it would hold on to the model.
+            raise gr.Error(html.escape(text), print_exception=False)
 
         # While the worker is busy, Gradio gets the latest news five times a second.
         done = WORKER.submit(job)
@@ -137,10 +137,7 @@ def in_worker(work: Callable) -> Callable:
         finally:
             # Gradio closes this generator on Stop, and then the next `check` ends the job.
             left.set()
-        result = done.result()
-        if isinstance(result, gr.Error):
-            raise result
-        yield result
+        yield done.result()
 
     return callback
 
@@ -178,7 +175,7 @@ class Demo:
         drawn = []
 
         # The sampler calls this in every step; `calls` is known by then.
-        def watch(k: int, t: int, x: torch.Tensor, x_0: torch.Tensor) -> None:
+        def watch(k, t, x, x_0):
             check()
             if k % math.ceil(calls / FRAMES) == 0:
                 title = (
@@ -197,9 +194,7 @@ class Demo:
         drawn.append((f"sample.py {saved.path} {flags}", to_uint8(samples.images).numpy()))
         return shown(drawn)
 
-    def mix(
-        self, check: Callable, depth: float, share: float, *inputs: object
-    ) -> list[Image.Image]:
+    def mix(self, check: Callable, depth: float, share: float, *inputs: object) -> list[np.ndarray]:
         """Return the first image, the mixture and the second.
 
         It runs on a click on "Mix the two images". `inputs` are the upload, or None, and the number
@@ -222,7 +217,7 @@ class Demo:
         weights = torch.tensor([share], device=ends.device)
         mixture = mixtures(image_sampler, sources, ends, t, weights)
         images = to_uint8(torch.cat([ends[:1], mixture, ends[1:]])).cpu().numpy()
-        return [Image.fromarray(image) for image in images]
+        return list(images)
 
     def paint(
         self, check: Callable, rgb: np.ndarray, edit: dict, repeats: int, n: int, *flags: object

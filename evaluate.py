@@ -12,7 +12,6 @@ On several GPUs: `torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid`. Th
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -51,7 +50,7 @@ from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.device import set_deterministic
 from functions.support.errors import UserError
-from functions.support.files import write_text
+from functions.support.files import sha256, write_text
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import results_folder
 from models.unet import UNet
@@ -80,9 +79,7 @@ class Subject:
         return to_model_range(pixels.to(self.image_sampler.device))
 
 
-def main(
-    load_extractor: Callable[[Path | None, torch.device, Processes], Extractor] = load_inception,
-) -> None:
+def main(load_extractor: Callable = load_inception) -> None:
     """Read the command line, evaluate, and say which files were written."""
     args = parse_flags()
     with joined() as processes:
@@ -102,14 +99,13 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--metrics",
         type=metric_names,
-        default=("bpd",),
+        default="bpd",
         metavar="bpd,bands,fid,kid,prc",
-        help="What to measure, with commas between. Default: bpd.",
+        help="What to measure, with commas between. Default: %(default)s.",
     )
     parser.add_argument(
         "--data",
         "--dataset-name",
-        dest="dataset_name",
         metavar="NAME|PATH",
         help="The name or path of a data set, such as the place where the training's is now. "
         "Default: that of the training.",
@@ -126,7 +122,6 @@ def parse_flags() -> argparse.Namespace:
         "--t-stride",
         type=positive,
         default=20,
-        metavar="N",
         help="The most timesteps that a network call of bpd stands for. Default: %(default)s.",
     )
     group.add_argument(
@@ -147,7 +142,6 @@ def parse_flags() -> argparse.Namespace:
         "-n",
         type=positive,
         default=FULL_COUNT,
-        metavar="N",
         help=f"How many images to sample. Default: {FULL_COUNT:,}.",
     )
     group.add_argument(
@@ -192,14 +186,14 @@ def parse_flags() -> argparse.Namespace:
     return args
 
 
-def metric_names(text: str) -> tuple[str, ...]:
+def metric_names(text: str) -> list[str]:
     """Read a flag's value: names of metrics with commas between. Return them in METRICS' order."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or not set(names) <= set(METRICS):
+    names = {name.strip() for name in text.split(",")} - {""}
+    if not names or not names.issubset(METRICS):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of metrics; there are {', '.join(METRICS)}"
         )
-    return tuple(name for name in METRICS if name in names)
+    return [name for name in METRICS if name in names]
 
 
 def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
@@ -211,9 +205,9 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     set_deterministic(device.type == "cuda")
 
     # A calibration asks for the images that it is fitted to, by the name of their data set.
-    def load(name: str | None) -> tuple[ImageSet, Split]:
+    def load(name):
         size = saved.image_shape[-1]
-        return images_of_run(saved.config["diffusion"], size, name or args.dataset_name)
+        return images_of_run(saved.config["diffusion"], size, name or args.data)
 
     image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
     image_set, split = load(None)
@@ -355,7 +349,7 @@ def evaluate_images(
     for warning in warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
 
-    metrics = tuple(name for name in args.metrics if name not in ("bpd", "bands"))
+    metrics = [name for name in args.metrics if name not in ("bpd", "bands")]
     results = compare(metrics, generated, reference, args.seed)
     contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}
     path = write_result(subject.place, "-".join(metrics), contents)
@@ -402,7 +396,7 @@ def write_result(place: Path, what: str, contents: dict) -> Path:
     """Write <place>-<metrics>-<hash of all settings>.json, which no other settings overwrite."""
     # Sorted keys make the hash one of the settings alone, and not of their order.
     settings = json.dumps(contents["settings"], sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    digest = sha256(settings)[:8]
     path = place.with_name(f"{place.name}-{what}-{digest}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(contents, indent=2))

@@ -38,7 +38,7 @@ from functions.sampling.generation import (
     open_sampler,
 )
 from functions.sampling.inpainting import check_sampler, inpaint_image
-from functions.sampling.interpolation import Source, save_rows
+from functions.sampling.interpolation import save_rows
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, fraction, plain_errors, positive
 from functions.support.errors import UserError
@@ -60,8 +60,9 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     with joined() as processes:
         # The network and its schedule come from the checkpoint alone.
         saved, image_sampler = open_sampler(args, processes, UNet, experiments)
+        options = image_sampler.options
         if args.inpaint:
-            check_sampler(image_sampler.options)
+            check_sampler(options)
         if args.export:
             processes.from_main(lambda: export(saved, image_sampler, args.export))
             processes.say(f"wrote {args.export}")
@@ -69,7 +70,6 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
 
         load = partial(images_of_run, saved.config["diffusion"], saved.image_shape[-1])
         image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
-        options = image_sampler.options
 
         # The folder's name says what differs from the defaults.
         slug = f"{saved.name}-{options.slug}"
@@ -127,7 +127,7 @@ def sample_from_noise(
 
         # Each batch begins as noise, and the sampler takes it to images when it is asked for.
         batches = [to_do[i] for i in processes.own_range(len(to_do))]
-        progress = processes.is_main and len(batches) > 0
+        progress = processes.is_main and bool(batches)
         sampled = generate_batches(image_sampler, batches, frames, progress)
         kept = write_and_keep(args, zip(batches, sampled, strict=True), folder, existing, seen)
 
@@ -171,7 +171,7 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
     """Do what --interpolate, --variations and --inpaint ask for."""
     size = image_sampler.shape[-1]
 
-    def source_of(text: str) -> Source:
+    def source_of(text):
         return int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
 
     # The folder is made only when all images have been read.
@@ -206,12 +206,10 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
         "-n",
         type=positive,
         default=n,
-        metavar="N",
         help="How many images to sample. Behind torchrun write -n, as it takes --n for its own. "
         "Default: %(default)s.",
     )
 
-    animated = "yes" if gif else "no"
     group = parser.add_argument_group("what to write beside the grid")
     group.add_argument(
         "--individual",
@@ -232,7 +230,8 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
         "--gif",
         action="store_true",
         default=gif,
-        help=f"Write an animation of how the noise becomes the grid. Default: {animated}.",
+        help="Write an animation of how the noise becomes the grid. "
+        "Default: no, but yes in sampleFFHQ.py.",
     )
 
     group = parser.add_argument_group("what to do instead")
@@ -270,7 +269,6 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
     group.add_argument(
         "--mask",
-        metavar="FILE",
         help="For --inpaint: an image as large, white where that is made anew. Default: none.",
     )
     group.add_argument(
@@ -298,9 +296,9 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     return args
 
 
-def fractions(text: str) -> tuple[float, ...]:
+def fractions(text: str) -> list[float]:
     """A flag's type: numbers from 0 to 1 with commas between."""
-    return tuple(fraction(number) for number in text.split(","))
+    return [fraction(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

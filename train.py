@@ -183,7 +183,7 @@ def new_experiment(name: str, changes: tuple[dict, dict], initial: SavedModel | 
 
     saved_fields = initial.config["diffusion"] | initial.config["model"]
 
-    def made_for(config: DiffusionConfig | ModelConfig) -> dict:
+    def made_for(config):
         """Return the fields of OF_WEIGHTS; those that an older file lacks have their defaults."""
         names = [name for name in OF_WEIGHTS if hasattr(config, name)]
         return {name: saved_fields.get(name, getattr(type(config), name, None)) for name in names}

@@ -68,7 +68,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 
     # (x_in, y_in) is where it lies in the input. The y axis points down, so these signs turn
     # counter-clockwise.
-    radians = torch.deg2rad(angle.to(torch.float32))[:, None, None]
+    radians = torch.deg2rad(angle)[:, None, None]
     cos = radians.cos()
     sin = radians.sin()
     x_in = cos * x_out - sin * y_out  # (B, H, W)

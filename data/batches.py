@@ -25,8 +25,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     # SeedSequence never change between versions and platforms; for its own permutation() it
     # doesn't.
     generator = np.random.Philox(np.random.SeedSequence([seed, epoch]))
-    order = np.argsort(generator.random_raw(n), kind="stable")
-    return order.astype(np.int64, copy=False)
+    return np.argsort(generator.random_raw(n), kind="stable")
 
 
 def forward_passes(share: range, batch_size: int) -> list[slice]:
@@ -138,5 +137,5 @@ class ImageFeeder:
         # The CPU holds one chunk of a memory-mapped set at a time, not all of it.
         for start in range(0, len(self.images), COPY_CHUNK):
             chunk = np.array(self.images[start : start + COPY_CHUNK])
-            resident[start : start + len(chunk)] = torch.from_numpy(chunk).to(self.device)
+            resident[start : start + COPY_CHUNK] = torch.from_numpy(chunk)
         return resident

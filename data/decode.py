@@ -149,7 +149,7 @@ def read_with_mask(
         mask_image = read_file(mask_path)
     elif image.mode.startswith("I"):
         # Pillow does not convert 16-bit grey to RGBA; such an image has no transparent part.
-        mask_image = Image.new("L", image.size, 0)
+        mask_image = Image.new("L", image.size)
     else:
         alpha = image.convert("RGBA").getchannel("A")
         mask_image = ImageOps.invert(alpha)

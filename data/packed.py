@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -78,7 +77,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
                 f"be written ({error.strerror or error}). Make room there."
             ) from None
 
-    if pack.bad_images and len(pack.bad_images) > max_bad_images:
+    if len(pack.bad_images) > max_bad_images:
         name, reason = pack.bad_images[0]
         raise UserError(
             f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; "
@@ -169,7 +168,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
         """Return an image's pixels at image_size, and its own height and width."""
         return fit_square(rgb, image_size), *rgb.shape[:2]
 
-    def write_images(file: BinaryIO) -> None:
+    def write_images(file):
         for i, result in enumerate(map_images(source, fit, f"Preparing {source.path.name}")):
             if isinstance(result, BadImage):
                 bad_images.append([source.members[i].name, str(result)])

@@ -113,7 +113,7 @@ def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
                 right = " or ".join(f"{size} with {md5}" for size, md5 in sums.items())
                 wrong.append(f"{name}: is {result[0]} with pixel_md5 {result[1]}, not {right}")
 
-    missing = [f"id {image_id}" for image_id in sorted(expected.keys() - set(source.ids))]
+    missing = [f"id {image_id}" for image_id in sorted(expected.keys() - source.ids)]
     extra = [f"id {image_id}" for image_id in source.ids if image_id not in expected]
     return {"correct": correct, "wrong": wrong, "missing": missing, "extra": extra}
 

@@ -123,11 +123,10 @@ class Zip(Source):
         self.archive = zipfile.ZipFile(path)
 
         # Of two members with one name the last counts, as for every other zip tool.
-        members = {}
-        for info in self.archive.infolist():
-            if is_image_name(info.filename):
-                members[info.filename] = Member(info.filename, info.file_size, info.CRC)
-        self.members = list(members.values())
+        infos = {info.filename: info for info in self.archive.infolist()}
+        for name, info in infos.items():
+            if is_image_name(name):
+                self.members.append(Member(name, info.file_size, info.CRC))
 
     def read_file(self, member: Member) -> bytes:
         """Return the bytes of a member, at most one more than it should have."""
@@ -253,10 +252,9 @@ def put_in_order(source: Source, numbered: bool) -> None:
     # The names are ids unless all have numbers, of one series, of which none comes twice.
     ids = {member: with_slashes(member.name) for member in numbers}
     if all(numbers.values()):
-        prefixes = {prefix for prefix, _ in numbers.values()}
-        counts = Counter(number for _, number in numbers.values())
-        number, times = counts.most_common(1)[0]
-        if times == 1 and (numbered or len(prefixes) == 1):
+        prefixes, without_prefix = zip(*numbers.values(), strict=True)
+        number, times = Counter(without_prefix).most_common(1)[0]
+        if times == 1 and (numbered or len(set(prefixes)) == 1):
             ids = {member: number for member, (_, number) in numbers.items()}
         elif numbered:
             raise UserError(

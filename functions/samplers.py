@@ -169,7 +169,7 @@ def dpm_solver_sample(
         sigma_s = math.sqrt(1 - a_s)
         sigma_t = math.sqrt(1 - a_t)
         # h is the step of lambda, and r below is the step before over this one.
-        h = lambda_of(a_s) - lambda_of(a_t)
+        h = half_log_snr(a_s) - half_log_snr(a_t)
 
         # D is the x_0 that the step assumes. In order 2 it is extrapolated from two predictions.
         # The first step has only one, so it is of order 1; with eta = 0 it is DDIM's.
@@ -243,7 +243,7 @@ def ipndm_sample(
     return x
 
 
-def lambda_of(alpha_bar: float) -> float:
+def half_log_snr(alpha_bar: float) -> float:
     """Return DPM-Solver's lambda = log(alpha / sigma)."""
     # At the clean image it is infinite. 100 stands for that, as exp(-100) is nothing beside 1.
     return math.log(alpha_bar / (1 - alpha_bar)) / 2 if alpha_bar < 1 else 100.0

@@ -84,16 +84,16 @@ class ChannelsLastGroupNorm(Function):
         groups = mean.shape[1]
         ones = x.new_ones(N, 1, H * W)
 
-        def per_group(values: Tensor) -> Tensor:
+        def per_group(values):
             """Return values of groups or channels as (N, groups, 1 or C / groups)."""
             return values.to(weight.dtype).view(N, groups, -1)
 
-        def per_pixel(values: Tensor) -> Tensor:
+        def per_pixel(values):
             """Return values of `per_group` as (N, C, 1, 1) in x's type, to multiply x with."""
             values = values.expand(N, groups, C // groups)
             return values.reshape(N, C, 1, 1).to(x.dtype)
 
-        def sum_over_pixels(values: Tensor) -> Tensor:
+        def sum_over_pixels(values):
             """Return the sums of (N, C, H, W) over the pixels: (N, groups, C / groups)."""
             # In this layout a matrix product is the fastest way to a sum.
             pixels = values.permute(0, 2, 3, 1).reshape(N, H * W, C)

@@ -81,7 +81,7 @@ class UNet(nn.Module):
         block = partial(ResidualBlock, time_dim=4 * base_dim, dropout=dropout, norm=norm)
         attention = partial(SelfAttention, norm=norm, head_dim=details.attention_head_dim)
 
-        def attention_at(level: int) -> nn.Module:
+        def attention_at(level):
             """Return a new self-attention, or the identity at a level without it."""
             if level in transformer_layers:
                 return attention(dims[level])

@@ -109,7 +109,7 @@ def measure_bands(
     # The draws go through all images several times, so every image comes equally often.
     image_of = np.tile(indices, math.ceil(DRAWS / len(indices)))
 
-    def network_errors(t: int, draws: range) -> Tensor:
+    def network_errors(t, draws):
         """Return the squared errors of the network's x_0 in these draws at t: (B, bands)."""
         x_0 = x_0_of(image_of[draws])
         noise = ImageNoise(seed, draws, x_0.shape[1:], x_0.device, f"bands {t}").draw()

@@ -140,8 +140,8 @@ def error_of_mean(values: np.ndarray) -> np.ndarray:
 def evenly(indices: np.ndarray, count: int | None) -> np.ndarray:
     """Take `count` of the indices, evenly spaced; all of them for None or for a larger count."""
     count = min(count or len(indices), len(indices))
-    # Without any indices the count is 0, and nothing can be divided by it.
-    return indices[np.arange(count) * len(indices) // max(count, 1)]
+    # Without any indices the range is empty, so nothing is divided by a count of 0.
+    return indices[np.arange(count) * len(indices) // count]
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def measure_bits_per_dim(
     t_of = t.flatten()
     table = torch.zeros(3, len(t_of), dtype=torch.float64)
 
-    def fill(pairs: range) -> None:
+    def fill(pairs):
         columns = slice(pairs.start, pairs.stop)
         x_0 = x_0_of(image_of[columns])
 
@@ -238,11 +238,11 @@ def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
     # The logarithmic axis has no 0, so it shows the paper's t, which starts at 1.
     t = [value + 1 for value in curves["t"]]
     figure, (terms, rate) = plt.subplots(1, 2, figsize=(9, 4))
-    terms.loglog(t, curves["bits_per_dim_a_step"], marker=".", color="tab:blue")
+    terms.loglog(t, curves["bits_per_dim_a_step"], marker=".")
     terms.set(xlabel="t (the paper's)", ylabel="bits/dim in one step", title="terms of the bound")
     terms.grid(color="0.92")
 
-    rate.plot(curves["rate"], curves["rmse"], marker=".", color="tab:blue")
+    rate.plot(curves["rate"], curves["rmse"], marker=".")
     rate.set(
         xlabel="rate so far, bits/dim",
         ylabel="RMSE of $x_0$, of 255",

@@ -17,7 +17,7 @@ as files. Images live for one batch; features, a float32 row of D numbers each, 
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def load_inception(
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         network = create_feature_extractor(
-            INCEPTION, [LAYER], cuda=False, feature_extractor_weights_path=str(path), verbose=False
+            INCEPTION, [LAYER], cuda=False, feature_extractor_weights_path=path, verbose=False
         )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except Exception as error:
@@ -107,13 +107,13 @@ def downloaded(url: str) -> Path:
 
     Raises `UserError` without a network.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if path.is_file():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # PyTorch checks the hash that the file's name ends with.
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
+        torch.hub.download_url_to_file(url, path, hash_prefix=path.stem.rsplit("-", 1)[1])
     except (OSError, RuntimeError) as error:
         # A RuntimeError means that the downloaded file has another hash.
         reason = getattr(error, "reason", error)
@@ -135,7 +135,7 @@ def sample_features(
     batches = batches_of(range(count), batch_size)[processes.rank :: processes.count]
     samples = generate_batches(sampler, batches, progress=processes.is_main)
     pixels = (to_uint8(batch.images) for batch in samples)
-    return collect_features(zip(batches, pixels, strict=True), count, extractor, processes)
+    return collect_features(batches, pixels, count, extractor, processes)
 
 
 def real_features(
@@ -152,22 +152,26 @@ def real_features(
     batches = batches_of(range(len(indices)), batch_size)[processes.rank :: processes.count]
     bar = tqdm(batches, "reference", unit="batch", disable=not processes.is_main)
     pixels = (torch.from_numpy(images[indices[rows]]) for rows in bar)
-    return collect_features(zip(batches, pixels, strict=True), len(indices), extractor, processes)
+    return collect_features(batches, pixels, len(indices), extractor, processes)
 
 
 @torch.no_grad()
 def collect_features(
-    batches: Iterable[tuple], count: int, extractor: Extractor, processes: Processes
+    batches: list[range],
+    pixels: Iterable[Tensor],
+    count: int,
+    extractor: Extractor,
+    processes: Processes,
 ) -> Tensor:
     """Extract the features of `count` images, (count, D) float32 on the CPU, in all processes.
 
-    `batches` are those of this process: rows of the result, and their images, uint8 (B, H, W, 3).
-    A batch that does not fit in memory is halved, and so are those after it. Raises `UserError`
-    when a single image does not fit.
+    `batches` are those of this process: rows of the result. `pixels` has the images of each batch,
+    uint8 (B, H, W, 3). A batch that does not fit in memory is halved, and so are those after it.
+    Raises `UserError` when a single image does not fit.
     """
     features = torch.zeros(count, extractor.width)
     limit = BatchLimit(extractor.device)
-    for rows, images in batches:
+    for rows, images in zip(batches, pixels, strict=True):
         channels_first = images.permute(0, 3, 1, 2)
         parts = limit.in_parts(lambda part: extractor.features(part).float().cpu(), channels_first)
         features[rows.start : rows.stop] = torch.cat(parts)
@@ -202,7 +206,7 @@ def statistics(features: Tensor) -> dict:
     return fid_features_to_statistics(features.double())
 
 
-def compare(metrics: tuple[str, ...], generated: Tensor, reference: Reference, seed: int) -> dict:
+def compare(metrics: Collection[str], generated: Tensor, reference: Reference, seed: int) -> dict:
     """Return the metrics asked for, "fid", "kid" or "prc", of (N, D) features.
 
     They are numbers by name, with what they are over.

@@ -40,12 +40,12 @@ def describe(
     pixels = hashlib.sha256()
     for start in range(0, len(indices), CHUNK):
         chunk = indices[start : start + CHUNK]
-        pixels.update(np.ascontiguousarray(images[chunk]))
+        pixels.update(images[chunk])
     return {
         "dataset": dataset,
         "split": split,
         "count": len(indices),
-        "image_size": int(images.shape[1]),
+        "image_size": images.shape[1],
         "ids_hash": ids_hash,
         "pixels_hash": pixels.hexdigest()[:16],
         **extractor.facts,
@@ -54,7 +54,7 @@ def describe(
 
 def write_reference(path: Path, reference: Reference) -> None:
     """Write the statistics, to publish."""
-    description = np.array(json.dumps({"format": FORMAT, **reference.description}))
+    description = json.dumps({"format": FORMAT, **reference.description})
     write_whole(path, lambda file: np.savez(file, description=description, **reference.statistics))
 
 
@@ -74,7 +74,7 @@ def read_reference(path: Path, image_size: int, extractor: Extractor) -> Referen
 
         # By default NumPy reads plain arrays alone, so no code in the file is run.
         with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = dict(file)
         description = json.loads(str(arrays.pop("description")))
         if description.pop("format") != FORMAT:
             raise ValueError("another format")

@@ -89,10 +89,9 @@ class Calibration:
             return x_0
         mean = self.mean.to(x_0)
         bands = octaves(x_0.shape[-1], x_0.device)
-        index = t.to(self.weights.device) if isinstance(t, Tensor) else t
         # The weights of bands, (bands, 2) or (B, bands, 2), become those of coefficients: each is
         # (1, H, W), or (B, 1, H, W), and holds for all channels.
-        weights = self.weights[index].to(x_0)[..., bands, :]
+        weights = self.weights[t].to(x_0)[..., bands, :]
         w_1, w_2 = weights.unsqueeze(-4).unbind(-1)
         root = broadcast(scheduler.alpha_bar(t) ** 0.5, x_t)
         mixed = w_1 * spectrum(x_0 - mean) + w_2 * spectrum(x_t - root * mean)
@@ -192,27 +191,35 @@ def read_or_make(
     image_sampler: ImageSampler, saved: SavedModel, batch_size: int, load: Callable
 ) -> dict[str, Tensor]:
     """Return the tensors of `Calibration`, on the CPU: of the file that is kept, or fitted now."""
-    images = image_sampler.options.calibrate
-    kind = "own" if images == "own" else "data"
+    name = image_sampler.options.calibrate
+    kind = "own" if name == "own" else "data"
     # A folder of diffusers belongs to others, so nothing is written into it.
     folder = Path("samples") if saved.path.is_dir() else saved.path.parent
     path = folder / f"{saved.name}-calibration-{kind}.safetensors"
     made_from = {
         "weights": saved.digest,
-        "images": images,
+        "images": name,
         "fitted": [IMAGES, FROM, FITTED, RIDGE],
     }
 
     tensors = read_kept(path, made_from, image_sampler)
-    if not tensors:
-        images = images_to_fit(image_sampler, batch_size, load)
-        tensors = vars(calibrate(image_sampler.denoiser, images, batch_size))
-        keep(path, made_from, tensors)
+    if tensors:
+        return tensors
+
+    images = images_to_fit(image_sampler, batch_size, load)
+    tensors = vars(calibrate(image_sampler.denoiser, images, batch_size))
+    # The file is for the next time. Where it cannot be written, sampling goes on without it.
+    try:
+        folder.mkdir(exist_ok=True)
+        write_tensors(path, tensors, made_from)
+        print(f"wrote {path}")
+    except OSError as error:
+        print(f"WARNING: the calibration is not kept: {error}", file=sys.stderr)
     return tensors
 
 
 def read_kept(path: Path, made_from: dict, image_sampler: ImageSampler) -> dict[str, Tensor]:
-    """Return the tensors that `keep` wrote; none when they were made from anything else."""
+    """Return the tensors of the file; none when they were made from anything else."""
     bands = int(octaves(image_sampler.shape[-1]).max()) + 1
     shapes = {
         "mean": image_sampler.shape,
@@ -223,7 +230,7 @@ def read_kept(path: Path, made_from: dict, image_sampler: ImageSampler) -> dict[
         file = TensorFile(path)
         if file.contents == made_from:
             tensors = file.tensors()
-            if {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes:
+            if {name: tensor.shape for name, tensor in tensors.items()} == shapes:
                 return tensors
     return {}
 
@@ -243,13 +250,3 @@ def images_to_fit(image_sampler: ImageSampler, batch_size: int, load: Callable) 
         pixels = image_set.images[split.train_indices[places]]
         images = to_model_range(torch.from_numpy(pixels))
     return images.to(image_sampler.device)
-
-
-def keep(path: Path, made_from: dict, tensors: dict[str, Tensor]) -> None:
-    """Write a calibration for the next time; warn when that fails, as sampling can go on."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_tensors(path, tensors, made_from)
-        print(f"wrote {path}")
-    except OSError as error:
-        print(f"WARNING: the calibration is not kept: {error}", file=sys.stderr)

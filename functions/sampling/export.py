@@ -43,7 +43,7 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
         save_grid(to_uint8(samples.images).numpy(), temporary / "samples.png")
         what = f"The first {IN_CARD} images of seed {sampler.seed}: {sampler.options}."
         write_text(temporary / "README.md", model_card(saved, path.name, what))
-        os.rename(temporary, path)
+        temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -137,6 +137,7 @@ def save_pictures(
         images = to_uint8(samples.images[:seen]).numpy()
     else:
         paths = [image_path(folder, i) for i in range(seen)]
+        # An array takes the pixels at once, so that no file stays open.
         images = np.stack([np.asarray(Image.open(path)) for path in paths])
     save_grid(images, folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")

@@ -7,9 +7,8 @@ memory.
 import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -68,8 +67,8 @@ class ImageSampler:
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
-    # It sees every step and decides nothing, so samplers that differ in it alone are equal.
-    watch: OnStep | None = field(default=None, compare=False)
+    # It sees every step and decides nothing.
+    watch: OnStep | None = None
 
     def __post_init__(self) -> None:
         self.options.times(self.scheduler)
@@ -117,7 +116,7 @@ class ImageSampler:
         `noise()` draws (B, C, H, W) of standard normal noise, for each step that adds some.
         """
 
-        def observe(*step: object) -> None:
+        def observe(*step):
             for observer in (on_step, self.watch):
                 if observer:
                     observer(*step)
@@ -138,11 +137,11 @@ class ImageSampler:
         noise = self.noise(images)
         kept = {}
 
-        def keep(frame: Frame, x: Tensor) -> None:
+        def keep(frame, x):
             if frame in frames:
                 kept[frame] = to_uint8(x).cpu().numpy()
 
-        def on_step(k: int, t: int, x: Tensor, x_0: Tensor) -> None:
+        def on_step(k, t, x, x_0):
             keep(("x", k + 1), x)
             keep(("x_0", k + 1), x_0)
             bar.update(len(images))
@@ -180,7 +179,7 @@ def load_newest(args: argparse.Namespace, processes: Processes, experiments: str
     # Rank 0 reads checkpoints to find a sound one. The cache saves it a second reading.
     read = cache(load_model)
 
-    def find() -> Path:
+    def find():
         if args.checkpoint:
             candidates = find_checkpoints(args.checkpoint)
         else:
@@ -302,45 +301,43 @@ class Replayed:
 
     def __init__(self, network: nn.Module):
         self.network = network
-        self.graph = self.output = None
-        self.inputs = ()
+        # The graph, and the tensors that it reads (x_t and t) and writes.
+        self.recorded = None
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return what the network does, without gradients; the result is the caller's to keep."""
-        if not self.inputs or len(self.inputs[0]) != len(x_t):
-            self.record(x_t, t)
-        for recorded, new in zip(self.inputs, (x_t, t), strict=True):
-            recorded.copy_(new)
-        self.graph.replay()
+        if not self.recorded or len(self.recorded[1]) != len(x_t):
+            # The memory of the graph before is freed first.
+            self.recorded = None
+            self.recorded = self.record(x_t, t)
+        graph, graph_x_t, graph_t, output = self.recorded
+        graph_x_t.copy_(x_t)
+        graph_t.copy_(t)
+        graph.replay()
         # The next replay overwrites the graph's own output.
-        return self.output.clone()
+        return output.clone()
 
-    def record(self, x_t: Tensor, t: Tensor) -> None:
-        """Record the network for batches of this size."""
-        # The memory of the graph before is freed first.
-        self.graph = self.output = None
-        self.inputs = ()
+    def record(self, x_t: Tensor, t: Tensor) -> tuple:
+        """Record the network for batches of this size: return graph, x_t, t and output."""
         # cuDNN tries its kernels in this call; it cannot while a graph is recorded.
         self.network(x_t, t)
         inputs = (x_t.clone(), t.clone())
         graph = torch.cuda.CUDAGraph()
         # In this mode other threads may go on using the GPU meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.output = self.network(*inputs)
-        # These are set only when the recording has not failed.
-        self.graph = graph
-        self.inputs = inputs
+            output = self.network(*inputs)
+        return graph, *inputs, output
 
 
+@dataclass
 class BatchLimit:
     """The number of images that fit in memory, at first `most`.
 
     When memory runs out, work is halved, and so is all work that follows.
     """
 
-    def __init__(self, device: torch.device, most: int = sys.maxsize):
-        self.device = device
-        self.most = most
+    device: torch.device
+    most: int = sys.maxsize
 
     def in_parts(
         self, work: Callable[[Sequence[int]], Result], images: Sequence[int]

@@ -88,7 +88,7 @@ def inpaint_image(
         f"a step {resample} times"
     )
 
-    def work(numbers: range) -> Tensor:
+    def work(numbers):
         return to_uint8(inpaint(image_sampler, x_0, mask, resample, numbers)).cpu()
 
     answers = BatchLimit(device, limit).in_parts(work, range(count))

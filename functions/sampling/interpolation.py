@@ -41,7 +41,7 @@ def interpolate_images(
     w = weights.view(-1, 1, 1, 1)
     x_t = (1 - w) * first + w * second
 
-    def shared() -> Tensor:
+    def shared():
         """Draw a step's noise, the same for all mixtures."""
         return noise.draw().expand_as(x_t)
 
@@ -57,7 +57,7 @@ def interpolate_seeds(
     """
     noise = image_sampler.noise(images)
 
-    def between() -> Tensor:
+    def between():
         """Draw the noise of both images, and mix it along great circles."""
         first, second = noise.draw()
         return slerp(first, second, weights)
@@ -132,7 +132,7 @@ def save_rows(
     else:
         titles = [str(number) for number in range(VARIATIONS)]
 
-    def part_of_row(t: int, columns: range) -> Tensor:
+    def part_of_row(t, columns):
         if mixing:
             images = mixtures(image_sampler, sources, ends, t, weights[list(columns)])
         else:

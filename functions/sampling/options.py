@@ -146,9 +146,8 @@ class SamplerOptions:
         words = [self.sampler.replace("+", "p") + str(self.steps or "")]
         if self.spacing != SPACING[self.sampler]:
             words += [self.spacing]
-        for option, default in OWN_OPTIONS[self.sampler].items():
-            value = getattr(self, option)
-            if value != default:
+        for option, value in self.own.items():
+            if value != OWN_OPTIONS[self.sampler][option]:
                 words += [value if option == "variance" else f"eta{value:g}"]
         if self.calibrate:
             words += [f"calibrated-{Path(self.calibrate).stem}"]
@@ -194,14 +193,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         default=0,
-        metavar="N",
         help="Image i depends on the seed and i alone. Default: %(default)s.",
     )
     parser.add_argument(
         "--batch-size",
         type=positive,
         default=64,
-        metavar="N",
         help="How many images are sampled at a time; fewer if need be. Default: %(default)s.",
     )
     parser.add_argument(
@@ -223,7 +220,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--steps",
         type=positive,
-        metavar="N",
         help="How many network calls an image takes. Default: one for each timestep.",
     )
     group.add_argument(
@@ -235,7 +231,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eta",
         type=fraction,
-        metavar="X",
         help="How much fresh noise ddim and dpm++ add: from 0, none, to 1. "
         "Default: 0 for ddim, 1 for dpm++.",
     )

@@ -45,10 +45,9 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all but the scaler, by the names that tensors have in a checkpoint."""
-        tensors = {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
+        tensors = self.model.state_dict(prefix="model.")
         if self.ema_model:
-            for name, weight in self.ema_model.state_dict().items():
-                tensors[f"ema.{name}"] = weight
+            tensors.update(self.ema_model.state_dict(prefix="ema."))
         for moment in MOMENTS:
             for name, p in self.model.named_parameters():
                 tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
@@ -172,12 +171,12 @@ def load_weights(path: Path) -> SavedModel:
     weights are damaged.
     """
     file = open_checkpoint(path)
-    if any(name.startswith("ema.") for name in file.checksums):
-        part, kind = "ema", "EMA"
-    else:
-        part, kind = "model", "raw"
-    weights = file.tensors(f"{part}.")
-    checksums = {name: file.checksums[f"{part}.{name}"] for name in weights}
+    part, kind = "ema.", "EMA"
+    weights = file.tensors(part)
+    if not weights:
+        part, kind = "model.", "raw"
+        weights = file.tensors(part)
+    checksums = {name: file.checksums[part + name] for name in weights}
     config = file.contents["config"]
     digest = digest_of(config, checksums)
     return SavedModel(path, weights, kind, config, file.contents["run"], digest)
@@ -205,15 +204,16 @@ def load_into(model: nn.Module, saved: SavedModel) -> None:
 
 def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
     """Raise CheckpointError when a tensor's name, shape or type differs, and name the first."""
-    if expected.keys() != found.keys():
-        odd = sorted(expected.keys() ^ found.keys())
+    odd = sorted(expected.keys() ^ found.keys())
+    if odd:
         raise CheckpointError(
             f"{path}: {len(odd)} weights are missing or unknown, {short(odd[0])!r} first"
         )
     for name, tensor in expected.items():
         other = found[name]
-        if other.shape != tensor.shape or other.dtype != tensor.dtype:
-            saved_as = short(f"{other.dtype} {tuple(other.shape)}")
+        expected_kind = f"{tensor.dtype} {tuple(tensor.shape)}"
+        found_kind = f"{other.dtype} {tuple(other.shape)}"
+        if found_kind != expected_kind:
             raise CheckpointError(
-                f"{path}: {name} is {saved_as}; the model has {tensor.dtype} {tuple(tensor.shape)}"
+                f"{path}: {name} is {short(found_kind)}; the model has {expected_kind}"
             )

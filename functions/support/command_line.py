@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from typing import NoReturn, get_type_hints
+from typing import NoReturn
 
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
@@ -56,7 +56,7 @@ def plain_sentence(error: Exception, *others: type[Exception]) -> str | None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (UserError, OSError, *others)):
         return str(error) or type(error).__name__
-    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
             f"out of memory ({short(error)}): take a smaller batch or model, or another device; "
             "other programs may hold memory too"
@@ -74,16 +74,14 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
         f"{config_class.__name__}, any field for this run only; "
         "defaults hold where config.py's experiment sets none"
     )
-    types = get_type_hints(config_class)
     comments = field_comments(config_class)
     for field in fields(config_class):
-        parse, metavar = FLAG_TYPES[types[field.name]]
+        parse, metavar = FLAG_TYPES[field.type]
         sentences = comments[field.name]
         if field.default is not MISSING:
             sentences += f" Default: {field.default}."
         group.add_argument(
             f"--{prefix}.{field.name.replace('_', '-')}",
-            dest=f"{prefix}.{field.name}",
             type=parse,
             metavar=metavar,
             # A flag that is not given leaves nothing behind in the parsed arguments.
@@ -105,7 +103,7 @@ def given_fields(args: argparse.Namespace, prefix: str, config_class: type) -> d
     given = {}
     for field in fields(config_class):
         flag = f"{prefix}.{field.name}"
-        if hasattr(args, flag):
+        if flag in args:
             given[field.name] = getattr(args, flag)
     return given
 

@@ -30,20 +30,21 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     is the GPU of this process among several, which have one each. Raises UserError when there is
     no such device, or when several processes are given one GPU by its number.
     """
-    has_kind = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    available = [kind for kind in has_kind if has_kind[kind]]
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
     wanted = available[0] if name == "auto" else name
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
         raise UserError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
     if device.type not in available:
-        kinds = ", ".join(available)
-        raise UserError(f"device is {name!r}, but PyTorch {torch.__version__} finds only: {kinds}")
+        raise UserError(
+            f"device is {name!r}, but PyTorch {torch.__version__} finds only: "
+            f"{', '.join(available)}"
+        )
 
     if device.type == "cuda" and index is not None:
         if device.index is not None:
@@ -177,7 +178,7 @@ def arithmetic(
     }
 
 
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether PyTorch, or Python, could not have the memory that it asked for."""
     # cuBLAS says ALLOC_FAILED and cuDNN ALLOCATION_FAILED. oneDNN, which convolves on the CPU,
     # says no more than the last of these texts.
@@ -191,7 +192,7 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     )
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(text in str(error) for text in texts)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 class Adam(torch.optim.Adam):

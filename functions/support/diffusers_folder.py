@@ -169,7 +169,7 @@ def our_network(config: dict, path: Path) -> dict:
             f"{path}: sample_size must be an integer, and block_out_channels a list of such"
         )
 
-    def agreement(dialect: str) -> int:
+    def agreement(dialect):
         """Count the fields of a dialect that are the config's."""
         return sum(config[name] == value for name, value in vars(DIALECTS[dialect]).items())
 
@@ -394,9 +394,9 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
     # A config may lack these fields, and then UNet's defaults hold.
     model = {"dropout": 0.0, "norm_groups": 32, **saved.config["model"]}
     if model["dim_multiply"][0] != 1:
-        reason = "diffusers' networks begin with as many channels as level 0 has"
         raise CheckpointError(
-            f"{saved.path}: dim_multiply begins with {model['dim_multiply'][0]}; {reason}"
+            f"{saved.path}: dim_multiply begins with {model['dim_multiply'][0]}; "
+            "diffusers' networks begin with as many channels as level 0 has"
         )
     configs = {
         "model_index": {

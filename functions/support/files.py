@@ -109,7 +109,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
 
-    def write(file: BinaryIO) -> None:
+    def write(file):
         file.write(len(header).to_bytes(8, "little") + header)
         # The save_file of safetensors wants all tensors contiguous at once, and flushes nothing to
         # the disk. Here one tensor at a time is copied, where it must be.
@@ -159,8 +159,7 @@ class TensorFile:
         Raises CheckpointError when one does not match its checksum, or holds numbers that are not
         finite.
         """
-        tensors = read_tensors(self.path, prefix, self.checksums)
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        return read_tensors(self.path, prefix, self.checksums)
 
 
 def read_tensors(
@@ -168,8 +167,8 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read the tensors whose names begin with `prefix` from a safetensors file that anyone wrote.
 
-    Files of ours have `checksums`. Raises CheckpointError as `TensorFile` does, and for numbers
-    that are not finite or of a type that no weights have.
+    They are named without it. Files of ours have `checksums`. Raises CheckpointError as
+    `TensorFile` does, and for numbers that are not finite or of a type that no weights have.
     """
     check_header(path)
     try:
@@ -188,7 +187,7 @@ def read_tensors(
         # An empty tensor has no extremes. Those of others are not finite when any number is not.
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise CheckpointError(f"{path}: {short(name)} holds numbers that are not finite")
-    return tensors
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def read_json(path: Path) -> dict:

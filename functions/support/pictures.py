@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 
 # Agg plots into files, as a run on a server has no screen.
@@ -32,21 +32,20 @@ def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
     grid = make_grid(batch, nrow=columns, padding=GAP, pad_value=255)
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
     factor = math.ceil(SMALLEST_SIDE / images.shape[1])
-    size = (picture.width * factor, picture.height * factor)
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    # This resamples bicubically.
+    return ImageOps.scale(picture, factor)
 
 
-def save_image(image: np.ndarray | Image.Image, path: Path) -> None:
+def save_image(image: np.ndarray, path: Path) -> None:
     """Write one image as a PNG, with exactly its pixels."""
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
-    write_whole(path, lambda file: image.save(file, "PNG"))
+    picture = Image.fromarray(image)
+    write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Image.Image:
     """Write a PNG of all images in rows, small ones enlarged, and return it."""
     grid = grid_of(images, columns)
-    save_image(grid, path)
+    write_whole(path, lambda file: grid.save(file, "PNG"))
     return grid
 
 
@@ -86,11 +85,11 @@ def save_strip(
     height = 1.1 * rows + top
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
 
-    for column, (frame, title) in enumerate(zip(frames, titles, strict=True)):
-        axes[0, column].set_title(title, fontsize=9)
-        for row in range(rows):
-            axes[row, column].imshow(frame[row], interpolation="bicubic")
-            axes[row, column].axis("off")
+    for column, frame, title in zip(axes.T, frames, titles, strict=True):
+        column[0].set_title(title, fontsize=9)
+        for ax, image in zip(column, frame, strict=True):
+            ax.imshow(image, interpolation="bicubic")
+            ax.axis("off")
     for row, title in enumerate(row_titles):
         ax = axes[row, 0]
         ax.text(-0.08, 0.5, title, fontsize=9, ha="right", va="center", transform=ax.transAxes)

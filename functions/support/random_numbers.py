@@ -82,7 +82,7 @@ class ImageNoise:
     ):
         # The CPU draws for every device, so that all start from the same x_T.
         self.generators = [generator_of("cpu", seed, purpose, i) for i in images]
-        self.shape = tuple(shape)
+        self.shape = shape
         self.device = torch.device(device)
 
     def draw(self) -> Tensor:
@@ -92,8 +92,8 @@ class ImageNoise:
         pinned = self.device.type == "cuda"
         noise = torch.empty(len(self.generators), *self.shape, pin_memory=pinned)
 
-        def fill(row: Tensor, generator: torch.Generator) -> None:
-            torch.randn(self.shape, generator=generator, out=row)
+        def fill(row, generator):
+            row.normal_(generator=generator)
 
         # Several threads draw for a GPU, which would wait for one. The list waits for all of them.
         draw_all = THREADS.map if pinned else map

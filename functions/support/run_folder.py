@@ -31,7 +31,7 @@ Contents = TypeVar("Contents")
 # The groups are the experiment and the time of the start.
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
 # Earlier versions wrote .pt files. They are found, too, so that they are refused with a reason.
-CHECKPOINT_NAME = re.compile(r"step-(?P<step>\d{8})\.(safetensors|pt)")
+CHECKPOINT_NAME = re.compile(r"step-\d{8}\.(safetensors|pt)")
 
 
 @dataclass
@@ -132,7 +132,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)["step"])
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def delete_old(run: Path, done: int, count: int, every: int) -> None:
@@ -152,11 +152,7 @@ def delete_old(run: Path, done: int, count: int, every: int) -> None:
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
     """Return the run folders of experiments whose names start with `prefix`, oldest first."""
-    folders = [
-        path
-        for path in runs.glob("*/")
-        if path.name.startswith(prefix) and RUN_NAME.fullmatch(path.name)
-    ]
+    folders = [path for path in runs.glob(f"{prefix}*/") if RUN_NAME.fullmatch(path.name)]
     return sorted(folders, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
 
 

@@ -142,7 +142,7 @@ class BookKeeper:
         """
         config = self.config
 
-        def is_due(every: int) -> bool:
+        def is_due(every):
             """Return whether it is the turn of what is done every so many steps; 0 means never."""
             return every > 0 and (done % every == 0 or done == self.total_steps)
 

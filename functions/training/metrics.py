@@ -60,7 +60,7 @@ class MetricsLog:
                 if row["step"] <= resume_step:
                     lines.append(format_row(row))
         write_text(self.path, "\n".join(lines) + "\n")
-        self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+        self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, **values: float) -> None:
         """Write one row; columns that are not given stay empty."""
@@ -95,7 +95,8 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
                 older_column = column.replace("eps_error", "loss")
                 cell = row.get(column, row.get(older_column))
                 values[column] = float(cell) if cell else None
-            rows.append({**values, "step": int(row["step"])})
+            values["step"] = int(row["step"])
+            rows.append(values)
         except (ValueError, TypeError, KeyError):
             print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
     return rows
@@ -119,8 +120,8 @@ class TrainingWindow:
     """
 
     def __init__(self, device: torch.device, images_a_step: int):
-        self.sums = torch.zeros(2, device=device)
-        self.steps = torch.zeros((), device=device)
+        # These are the sums of loss and of error of eps over images, and the number of steps.
+        self.totals = torch.zeros(3, device=device)
         self.images_a_step = images_a_step
         self.steps_timed = 0
         # The window began at this time, or would have without pauses.
@@ -128,7 +129,8 @@ class TrainingWindow:
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, so that the next row of a resumed run misses no step."""
-        return {"sums": self.sums.tolist(), "steps": int(self.steps.item())}
+        *sums, steps = self.totals.tolist()
+        return {"sums": sums, "steps": int(steps)}
 
     def load(self, state: dict[str, float]) -> None:
         """Go on from what `state` gave; the time of those steps is not known."""
@@ -137,8 +139,8 @@ class TrainingWindow:
         else:
             # Older checkpoints have one sum: all runs predicted eps then, so it is both.
             loss = eps_error = state["loss_sum"]
-        self.sums.copy_(torch.tensor([float(loss), float(eps_error)]))
-        self.steps.fill_(int(state["steps"]))
+        totals = [float(loss), float(eps_error), int(state["steps"])]
+        self.totals.copy_(torch.tensor(totals))
 
     def add(self, sums: Tensor, skipped: Tensor) -> None:
         """Add a step's loss and error of eps (2,), summed over images.
@@ -146,13 +148,13 @@ class TrainingWindow:
         `skipped` () is 1 if the step was skipped, else 0. A skipped step takes time, but its
         loss does not count.
         """
-        self.sums += torch.where(skipped > 0, 0.0, sums)
-        self.steps += 1 - skipped
+        self.totals[:2] += torch.where(skipped > 0, 0.0, sums)
+        self.totals[2] += 1 - skipped
         self.steps_timed += 1
 
     def numbers(self) -> Tensor:
         """Return (3,) on the device: the sums of the loss and of the error of eps, and steps."""
-        return torch.stack([*self.sums, self.steps])
+        return self.totals
 
     def read(self, numbers: list[float]) -> dict[str, float]:
         """Return means over images and images a second, and start the next window.
@@ -166,8 +168,7 @@ class TrainingWindow:
         loss, eps_error, steps = numbers
         images = steps * self.images_a_step or math.nan
 
-        self.sums.zero_()
-        self.steps.zero_()
+        self.totals.zero_()
         self.steps_timed = 0
         self.clock = now
         return {
@@ -194,25 +195,28 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
     rows = read_metrics(metrics)
     figure, axis = plt.subplots(figsize=(8, 4.5))
     curves = {
-        "eps_error": (
-            "training (raw weights, random t and noise)",
-            {"color": "0.7", "linewidth": 1.2},
-        ),
-        "val_eps_error": (
-            "validation, raw weights",
-            {"color": "tab:orange", "marker": "."},
-        ),
-        "val_eps_error_ema": (
-            "validation, EMA weights",
-            {"color": "tab:blue", "marker": "."},
-        ),
+        "eps_error": {
+            "label": "training (raw weights, random t and noise)",
+            "color": "0.7",
+            "linewidth": 1.2,
+        },
+        "val_eps_error": {
+            "label": "validation, raw weights",
+            "color": "tab:orange",
+            "marker": ".",
+        },
+        "val_eps_error_ema": {
+            "label": "validation, EMA weights",
+            "color": "tab:blue",
+            "marker": ".",
+        },
     }
-    for column, (label, style) in curves.items():
+    for column, style in curves.items():
         measured = [row for row in rows if row[column] is not None]
         if measured:
             steps = [row["step"] for row in measured]
             errors = [row[column] for row in measured]
-            axis.plot(steps, errors, label=label, **style)
+            axis.plot(steps, errors, **style)
 
     # The first steps start near 1, where nothing is learned yet. A linear axis would flatten
     # all that follows.

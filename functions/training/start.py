@@ -94,9 +94,10 @@ def describe_compute(run: Run, denoiser: Denoiser) -> str:
     flops = config.effective_batch * flops_of_image(denoiser.network)
 
     # The first pass warms up. Where one image takes long, it is enough to tell.
-    run_pass(denoiser, (1, *run.image_shape))
     images = 1
-    seconds = run_pass(denoiser, (1, *run.image_shape))
+    shape = (images, *run.image_shape)
+    run_pass(denoiser, shape)
+    seconds = run_pass(denoiser, shape)
     if seconds < 1:
         images = config.batch_size
         seconds = min(run_pass(denoiser, (images, *run.image_shape)) for _ in range(2))
@@ -131,10 +132,8 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
     config = run.experiment.diffusion
     effective = config.effective_batch
     share = len(processes.own_range(effective))
-    attempts = []
-    for size in range(config.batch_size, 0, -1):
-        if effective % size == 0:
-            attempts.append((size, config.recompute))
+    sizes = [size for size in range(config.batch_size, 0, -1) if effective % size == 0]
+    attempts = [(size, config.recompute) for size in sizes]
     if config.recompute != "blocks":
         attempts.append((1, "blocks"))
 
@@ -171,7 +170,7 @@ def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
             parameter.grad = torch.zeros_like(parameter)
         run_pass(denoiser, shape)
         return True
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         return False
@@ -179,8 +178,8 @@ def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
         network.zero_grad()
         # Checkpoints refer to themselves, so what did not fit stays until it is collected.
         gc.collect()
-        if next(network.parameters()).device.type == "cuda":
-            torch.cuda.empty_cache()
+        # This does nothing where CUDA is not in use.
+        torch.cuda.empty_cache()
 
 
 def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:

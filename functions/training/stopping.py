@@ -17,9 +17,7 @@ EXIT_STOPPED = 75
 # processes, and torchrun passes its own signal on to them.
 SAME_SIGNAL = 1.0
 # Windows has no SIGUSR1.
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 
 class StopSignals:

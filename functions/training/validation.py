@@ -1,7 +1,6 @@
 """The training loss on held-out images, measured the same way every time."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -43,23 +42,20 @@ def validation_losses(
 
     # The sums stay on the device, so that no batch waits for the one before.
     sums = []
-    with ExitStack() as stack:
+    for start in range(0, samples, config.batch_size)[processes.rank :: processes.count]:
+        places = slice(start, start + config.batch_size)
+        x_0 = to_model_range(images_of(all_images[places]))
+        # All t are copied to the device once, with the first batch.
+        all_t = all_t.to(x_0.device)
+        t = all_t[places]
+        # A sample's noise depends on its number, not on the batch that it is in.
+        numbers = range(samples)[places]
+        noise = ImageNoise(config.seed, numbers, x_0.shape[1:], x_0.device, "validation noise")
+        eps = noise.draw()
+
         for denoiser in denoisers:
-            stack.enter_context(denoiser.evaluating())
-
-        for start in range(0, samples, config.batch_size)[processes.rank :: processes.count]:
-            places = range(start, min(start + config.batch_size, samples))
-            x_0 = to_model_range(images_of(all_images[places.start : places.stop]))
-            # All t are copied to the device once, with the first batch.
-            all_t = all_t.to(x_0.device)
-            t = all_t[places.start : places.stop]
-            # A sample's noise depends on its number, not on the batch that it is in.
-            noise = ImageNoise(
-                config.seed, places, x_0.shape[1:], x_0.device, "validation noise"
-            ).draw()
-
-            for denoiser in denoisers:
-                losses = denoising_loss(denoiser, scheduler, x_0, t, noise)
+            with denoiser.evaluating():
+                losses = denoising_loss(denoiser, scheduler, x_0, t, eps)
                 errors = eps_errors(denoiser, scheduler, losses, t)
                 sums.append(torch.stack([losses, errors]).sum(dim=1))
 
@@ -69,4 +65,4 @@ def validation_losses(
         batch_sums = torch.stack(sums).cpu().double().view(-1, len(denoisers), 2)
         total += batch_sums.sum(dim=0)
     means = processes.sum_(total) / samples
-    return [(loss, eps_error) for loss, eps_error in means.tolist()]
+    return [tuple(pair) for pair in means.tolist()]
