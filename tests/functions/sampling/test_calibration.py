@@ -17,75 +17,100 @@ from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images,
 
 
 def damped_x_0(x_t, t, scheduler):
+    """Return an eps whose x_0 is the ideal one, with each band made weaker or stronger."""
     x_0 = scheduler.predict_x_0(x_t, t, ideal_eps(x_t, t, scheduler))
-    return scheduler.predict_eps(
-        x_t, t, MU + by_bands(x_0 - MU, torch.tensor([0.2, 3.0, 0.5, 0.1]))
-    )
+    damped = MU + by_bands(x_0 - MU, torch.tensor([0.2, 3.0, 0.5, 0.1]))
+    return scheduler.predict_eps(x_t, t, damped)
 
 
 def damped_eps(x_t, t, scheduler):
-    """The fault of real networks."""
+    """Return the ideal eps with weaker bands, which is the fault of real networks."""
     return by_bands(ideal_eps(x_t, t, scheduler), torch.tensor([0.5, 1.0, 0.97, 0.9]))
 
 
 def denoiser_of(eps, scheduler):
+    """Return a denoiser whose network is one of these functions."""
     return Denoiser(LittleMemory(lambda x_t, t: eps(x_t, t, scheduler), 4096), scheduler)
 
 
+def calibrated(denoiser):
+    """Return the denoiser with a calibration that is fitted to 512 images."""
+    fitted = calibration.calibrate(denoiser, draw_images(512), 256)
+    return replace(denoiser, calibration=fitted)
+
+
 def x_0_of(denoiser, t):
-    """On images that nothing was fitted to; and these."""
-    x_0, noise = (
-        draw_images(256, seed=5),
-        torch.randn(256, 3, 16, 16, generator=torch.Generator().manual_seed(6)),
-    )
+    """Return the denoiser's x_0 of images that nothing was fitted to, and these images."""
     scheduler = denoiser.scheduler
-    return predict(denoiser, scheduler, scheduler.q_sample(x_0, t, noise), t)[0], x_0
+    x_0 = draw_images(256, seed=5)
+    noise = torch.randn(256, 3, 16, 16, generator=torch.Generator().manual_seed(6))
+    x_t = scheduler.q_sample(x_0, t, noise)
+    predicted, _ = predict(denoiser, scheduler, x_t, t)
+    return predicted, x_0
 
 
 def error_of(denoiser, t):
-    found, x_0 = x_0_of(denoiser, t)
-    return (found - x_0).square().mean().item()
+    predicted, x_0 = x_0_of(denoiser, t)
+    return (predicted - x_0).square().mean().item()
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
 @pytest.mark.parametrize(
-    "eps, worse", [(damped_x_0, {600: 1.2, 750: 1.01}), (damped_eps, {600: 1.05, 999: 10})]
+    "eps, worse",
+    [
+        (damped_x_0, {600: 1.2, 750: 1.01}),
+        (damped_eps, {600: 1.05, 999: 10}),
+    ],
 )
 def test_it_restores_the_ideal_denoiser(eps, worse, beta_schedule):
-    """At timesteps that were fitted and at those between; `worse` is the least damage."""
+    """The ideal denoiser is the truth here, and its error is the least that there is.
+
+    In each band both faults mix x_0 and x_t linearly, so the fitted mix can undo them.
+    `worse` has the least damage at some timesteps: how many times the error is the ideal one's.
+    """
     scheduler = NoiseScheduler(1000, beta_schedule=beta_schedule)
-    damaged, ideal = denoiser_of(eps, scheduler), denoiser_of(ideal_eps, scheduler)
-    better = replace(damaged, calibration=calibration.calibrate(damaged, draw_images(512), 256))
+    ideal = denoiser_of(ideal_eps, scheduler)
+    damaged = denoiser_of(eps, scheduler)
+    better = calibrated(damaged)
+
+    # Some of these timesteps were fitted, and others lie between.
     for t in (600, 612, 750, 888, 990, 998, 999):
         assert error_of(better, t) < 1.02 * error_of(ideal, t)
     for t, times in worse.items():
         assert error_of(damaged, t) > times * error_of(ideal, t)
+
+    # Below 600 nothing is calibrated.
     assert error_of(better, 599) == error_of(damaged, 599)
 
 
 def test_it_leaves_the_ideal_denoiser_as_it_is():
-    """Within the error of 512 images."""
+    """No mix is better than E[x_0 | x_t]. What it changes is the error of a fit to 512 images."""
     ideal = denoiser_of(ideal_eps, SCHEDULER)
-    same = replace(ideal, calibration=calibration.calibrate(ideal, draw_images(512), 256))
+    fitted = calibrated(ideal)
     for t in (600, 750, 888):
-        found, x_0 = x_0_of(same, t)
-        change = (found - x_0_of(ideal, t)[0]).square().mean()
-        assert change < 0.005 * (found - x_0).square().mean()
+        changed, x_0 = x_0_of(fitted, t)
+        expected, _ = x_0_of(ideal, t)
+        change = (changed - expected).square().mean()
+        assert change < 0.005 * (changed - x_0).square().mean()
 
 
 def test_it_is_the_same_for_one_timestep_and_for_many():
     weights = torch.rand(1000, 4, 2, generator=torch.Generator().manual_seed(0))
     weights[:600] = torch.tensor([1.0, 0.0])
     mix = calibration.Calibration(MU, weights)
-    x_0, x_t = draw_images(3), draw_images(3, seed=1)
-    together = mix(x_0, x_t, torch.tensor([999, 50, 700]), SCHEDULER)
-    for k, t in enumerate((999, 50, 700)):
-        torch.testing.assert_close(
-            together[k], mix(x_0[k : k + 1], x_t[k : k + 1], t, SCHEDULER)[0]
-        )
-    in_band = by_bands(x_0[:1] - MU, weights[999, :, 0])
-    in_band += by_bands(x_t[:1] - SCHEDULER.alpha_bar(999) ** 0.5 * MU, weights[999, :, 1])
-    torch.testing.assert_close(together[:1], MU + in_band)
+    x_0 = draw_images(3)
+    x_t = draw_images(3, seed=1)
+    times = [999, 50, 700]
+    together = mix(x_0, x_t, torch.tensor(times), SCHEDULER)
+    for k, t in enumerate(times):
+        alone = mix(x_0[k : k + 1], x_t[k : k + 1], t, SCHEDULER)
+        torch.testing.assert_close(together[k], alone[0])
+
+    # The first image is also mixed by the formula, mu + w_1 (x_0 - mu) + w_2 (x_t - sqrt(a) mu).
+    w_1, w_2 = weights[999].unbind(1)
+    centred = x_t[:1] - SCHEDULER.alpha_bar(999) ** 0.5 * MU
+    by_hand = MU + (by_bands(x_0[:1] - MU, w_1) + by_bands(centred, w_2))
+    torch.testing.assert_close(together[:1], by_hand)
 
 
 @pytest.mark.slow
@@ -94,47 +119,40 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     which, tiny_run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(calibration, "IMAGES", 12)
-    flags = [
-        "--sampler",
-        "ddim",
-        "--steps",
-        "3",
-        "--n",
-        "2",
-        "--individual",
-        "--device",
-        "cpu",
-        "--calibrate",
-    ]
+    flags = ["--sampler", "ddim", "--steps", 3, "--n", 2, "--individual", "--device", "cpu"]
+    calibrate = [*flags, "--calibrate", which]
     path = tiny_run / "checkpoints" / f"step-00000010-calibration-{which}.safetensors"
-    call(sample.main, tiny_run, *flags, which)
+    call(sample.main, tiny_run, *calibrate)
     assert f"wrote {path}" in capsys.readouterr().out
     folder = tiny_run / "samples" / f"step-00000010-ddim3-calibrated-{which}-seed0"
     assert json.loads((folder / "samples.json").read_text())["calibrate"] == which
-    first, made = (folder / "00000.png").read_bytes(), path.read_bytes()
-    call(sample.main, tiny_run, *flags, which, "--out", tmp_path / "again")
-    assert "calibration" not in capsys.readouterr().out.replace(f"calibrated-{which}", "")
+    first = (folder / "00000.png").read_bytes()
+    fitted = path.read_bytes()
+
+    # The second time it is read from its file, and the images are the same.
+    call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "again")
+    assert "calibration" not in capsys.readouterr().out
     assert (tmp_path / "again" / "00000.png").read_bytes() == first
-    call(sample.main, tiny_run, *flags[:-1], "--out", tmp_path / "without")
+    call(sample.main, tiny_run, *flags, "--out", tmp_path / "without")
     assert (tmp_path / "without" / "00000.png").read_bytes() != first
-    contents, wrong = (
-        TensorFile(path).contents,
-        {"mean": torch.zeros(1, 1, 1), "weights": torch.ones(100, 4, 2)},
-    )
-    right, of_another_step = TensorFile(path).tensors(), {**contents, "weights": "of another step"}
-    for spoil in (
-        lambda: path.write_bytes(made[:-100]),
-        lambda: path.write_bytes(b"PK"),
-        lambda: write_tensors(path, wrong, contents),
-        lambda: write_tensors(
-            path, {name: 0 * tensor for name, tensor in right.items()}, of_another_step
-        ),
-    ):
-        spoil()
-        call(sample.main, tiny_run, *flags, which, "--out", tmp_path / "anew")
-        assert path.read_bytes() == made
+
+    # A file with tensors of wrong shapes, or with those of another step, is no better than a
+    # damaged one: the calibration is fitted again, and is the same.
+    file = TensorFile(path)
+    zeros = {name: 0 * tensor for name, tensor in file.tensors().items()}
+    write_tensors(path, zeros, {**file.contents, "weights": "of another step"})
+    of_another_step = path.read_bytes()
+    shapes = {"mean": torch.zeros(1, 1, 1), "weights": torch.ones(100, 4, 2)}
+    write_tensors(path, shapes, file.contents)
+    of_other_shapes = path.read_bytes()
+    for spoilt in (fitted[:-100], b"PK", of_other_shapes, of_another_step):
+        path.write_bytes(spoilt)
+        call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "anew")
+        assert path.read_bytes() == fitted
+
+    # Where it cannot be written, the images are made without keeping it.
     path.unlink()
     with patch.object(calibration, "write_tensors", side_effect=OSError("no room")):
-        call(sample.main, tiny_run, *flags, which, "--out", tmp_path / "not kept")
+        call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "not kept")
     assert "the calibration is not kept: no room" in capsys.readouterr().err
     assert (tmp_path / "not kept" / "00000.png").read_bytes() == first

@@ -1,4 +1,7 @@
-"""Many single images: shared by processes, killed and gone on with, and never mixed. Real processes of sample.py."""
+"""Many single images: shared by processes, killed and gone on with, and never mixed.
+
+The processes are real ones of sample.py.
+"""
 
 import itertools
 import os
@@ -24,7 +27,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 @pytest.fixture(scope="module")
 def whole(tiny_run, tmp_path_factory):
-    """A folder made in one go: 22 images in 6 batches."""
+    """Return a folder made in one go: 22 images in 6 batches."""
     folder = tmp_path_factory.mktemp("whole")
     call(sample.main, tiny_run, *FLAGS, "--out", folder)
     return folder
@@ -35,15 +38,20 @@ def contents(folder):
 
 
 def written(folder):
-    """What changes when a file is written again."""
-    return {
-        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("0*.png")
-    }
+    """Return of each single image what changes when its file is written again."""
+    stats = {path.name: path.stat() for path in folder.glob("0*.png")}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def sample_until_a_write_kills():
-    """At the tenth image, of the third batch; two batches are on the disk then."""
-    write, calls = sample.save_image, itertools.count(1)
+    """Sample, and be killed at the tenth image, of the third batch.
+
+    Two batches are on the disk then.
+    """
+    write = sample.save_image
+
+    # Several threads write, and no two of them get the same number from this.
+    calls = itertools.count(1)
 
     def save(image, path):
         if next(calls) == 10:
@@ -57,45 +65,56 @@ def sample_until_a_write_kills():
 @posix
 @pytest.mark.slow
 def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, capsys):
+    """The folder is then, bit for bit, the one that was made in one go."""
     program = Program(
         tmp_path / "printed", tiny_run, *FLAGS, "--out", tmp_path, act=sample_until_a_write_kills
     )
     assert program.wait() == -signal.SIGKILL, program.printed
     kept = written(tmp_path)
     assert 8 <= len(kept) < 12
+
+    # A kill can leave a file that was being written, too.
     (tmp_path / ".00021.png.1234.tmp").write_bytes(b"half of it")
 
+    # The grid is among the files that are compared.
     call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
     assert "of 22; the others are there" in capsys.readouterr().out
     assert kept.items() <= written(tmp_path).items()
-    assert contents(tmp_path) == contents(whole)  # the grid is among them
+    assert contents(tmp_path) == contents(whole)
     assert not list(tmp_path.glob(".*.tmp"))
 
+    # Once more there is nothing to do.
     call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
-    assert "sampling 0 images of 22" in capsys.readouterr().out and contents(tmp_path) == contents(
-        whole
-    )
+    assert "sampling 0 images of 22" in capsys.readouterr().out
+    assert contents(tmp_path) == contents(whole)
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
-    """They go on with what one process began: fewer images, one of which was lost, so that a batch is there in part."""
+    """They go on with what one process began, and the images are, bit for bit, those of one.
+
+    What it began are fewer images, of which one was lost, so that of a batch only a part is there.
+    """
     call(sample.main, tiny_run, *FLAGS, "-n", 8, "--out", tmp_path)
     image_path(tmp_path, 5).unlink()
     kept = written(tmp_path)
     two = script(*TORCHRUN, tiny_run, *FLAGS, "--progressive", "--out", tmp_path)
     assert two.returncode == 0, two.stderr
-    assert two.stdout.count("all 22 images are there") == 1  # rank 0 alone speaks
-    # One bar, of rank 0: 3 of 6 batches, all of which are to be seen
+
+    # Rank 0 alone speaks. Its one bar is that of 3 batches of the 6, all of which are to be seen.
+    assert two.stdout.count("all 22 images are there") == 1
     assert two.stderr.count(" 0.00/360 ") == 1
+
     assert kept.items() <= written(tmp_path).items()
-    both, one = contents(tmp_path), contents(whole)
-    assert both.keys() == one.keys() | {"progressive.png"} and one.items() <= both.items()
+    both = contents(tmp_path)
+    one = contents(whole)
+    assert both.keys() == one.keys() | {"progressive.png"}
+    assert one.items() <= both.items()
 
 
-# Nor may a grid of theirs lie beside the images
-@pytest.mark.parametrize("own", [["--individual"], []])
-def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, own):
+# Without --individual there would only be a grid, and that may not lie beside the images either.
+@pytest.mark.parametrize("individual", [["--individual"], []])
+def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, individual):
     common = ["-n", 2, "--steps", 5, "--device", "cpu", "--out", tmp_path]
     call(sample.main, tiny_run, "--individual", *common)
     before = contents(tmp_path)
@@ -106,7 +125,7 @@ def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, own):
         ("", "--variance large", ["variance"]),
     ):
         with pytest.raises(UserError, match="holds images made otherwise") as error:
-            call(sample.main, tiny_run / run, *common, *own, *flags.split())
+            call(sample.main, tiny_run / run, *common, *individual, *flags.split())
         assert re.findall(r"(\w+) was ", str(error.value)) == changed
     assert contents(tmp_path) == before
 
@@ -115,6 +134,8 @@ def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "00003.png")
     with pytest.raises(UserError, match=r"holds 00003\.png but no samples\.json"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
+
+    # A manifest that is cut short, or is no object, tells nothing of them either.
     for manifest, message in (
         ('{"sampler": ', r"samples\.json: damaged"),
         ("[1]", "sampler was None"),
@@ -131,11 +152,15 @@ def test_a_folder_is_for_one_process_at_a_time(tiny_run, tmp_path):
 
 
 def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
-    """When a batch is written, all but the one before are on the disk; and the grid shows the first images."""
-    there = {}
+    """When a batch is written, all batches but the one before are on the disk.
+
+    The grid shows the first images.
+    """
+    # For each image, the numbers of those that were on the disk when it was written.
+    on_disk = {}
 
     def save(image, path):
-        there[int(path.stem)] = existing(tmp_path)
+        on_disk[int(path.stem)] = existing(tmp_path)
         save_image(image, path)
 
     monkeypatch.setattr(sample, "save_image", save)
@@ -153,22 +178,28 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
         "--out",
         tmp_path,
     )
-    assert sorted(there) == list(range(10))
-    assert all(found >= set(range(i // 2 * 2)) for i, found in there.items())
-    assert Image.open(tmp_path / "grid.png").width < 2.5 * 100  # 2 x 2 images of 96 pixels
+    assert sorted(on_disk) == list(range(10))
+    for i, images in on_disk.items():
+        first_of_batch = i // 2 * 2
+        assert images >= set(range(first_of_batch))
+
+    # It has 2 x 2 images of 96 pixels.
+    assert Image.open(tmp_path / "grid.png").width < 2.5 * 100
 
 
 def test_a_failed_write_ends_the_script(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sample, "save_image", Mock(side_effect=OSError(28, "No space left on device"))
-    )
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(sample, "save_image", full)
     with pytest.raises(OSError, match="No space left"):
         call(sample.main, tiny_run, "--individual", "--n", 3, "--steps", 2, "--out", tmp_path)
     assert not (tmp_path / "grid.png").exists()
 
 
 def test_numbers_beyond_five_digits_keep_the_names_of_the_others(tmp_path):
-    for i in (0, 99_999, 100_000, 1_234_567):
+    numbers = {0, 99_999, 100_000, 1_234_567}
+    for i in numbers:
         image_path(tmp_path, i).touch()
-    (tmp_path / "0000007.png").touch()  # none of ours
-    assert existing(tmp_path) == {0, 99_999, 100_000, 1_234_567}
+
+    # No image has a name like this: beyond five digits there are no leading zeros.
+    (tmp_path / "0000007.png").touch()
+    assert existing(tmp_path) == numbers

@@ -1,4 +1,4 @@
-"""Samplers by flag: each gives the images of its options, the options as texts, and what is refused."""
+"""Samplers by flag: each gives the images of its options, and some flags are refused."""
 
 import numpy as np
 import pytest
@@ -71,30 +71,38 @@ def test_flags_give_the_images_of_their_options(
         tmp_path,
     )
     assert f"{text}, seed 3" in capsys.readouterr().out
-    assert (str(options), options.slug) == (text, slug)
+    assert str(options) == text
+    assert options.slug == slug
+
+    # The files are compared with what these options give in memory.
     denoiser = rebuild(UNet, load_weights(checkpoints_of(tiny_run)[-1]), CPU)
-    expected = to_uint8(
-        generate(ImageSampler(denoiser, options, (3, 16, 16), 3, CPU), range(2), 2).images
-    )
+    image_sampler = ImageSampler(denoiser, options, (3, 16, 16), 3, CPU)
+    expected = to_uint8(generate(image_sampler, range(2), 2).images)
     images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     assert np.array_equal(images, expected)
 
 
 def test_the_rest_of_the_way_is_done_in_the_steps_of_the_whole():
-    scheduler, options = NoiseScheduler(1000), SamplerOptions("dpm++", 20, "trailing")
+    """From 260 on the next steps are those that the 20 of the whole way have there."""
+    scheduler = NoiseScheduler(1000)
+    options = SamplerOptions("dpm++", 20, "trailing")
     assert options.times(scheduler, 999) == options.times(scheduler)
     assert options.times(scheduler, 260) == [260, 249, 199, 149, 99, 49, -1]
     assert SamplerOptions().times(scheduler, 2) == [2, 1, 0, -1]
 
 
 def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):
-    right, tall, broken = (tmp_path / name for name in ("right.png", "tall.png", "broken.png"))
+    picture = pictures / "00000.png"
+    right = tmp_path / "right.png"
+    tall = tmp_path / "tall.png"
+    broken = tmp_path / "broken.png"
     Image.new("RGB", (16, 16)).save(right)
     Image.new("RGB", (16, 20)).save(tall)
-    broken.write_bytes((pictures / "00000.png").read_bytes()[:60])
+    broken.write_bytes(picture.read_bytes()[:60])
+
     for flags, message in (
         (
-            ["--variations", pictures / "00000.png"],
+            ["--variations", picture],
             "00000.png is 20x20 pixels, the model's images are 16x16; --fit",
         ),
         (["--interpolate", right, tall], "tall.png is 16x20 pixels"),

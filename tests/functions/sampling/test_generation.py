@@ -1,4 +1,4 @@
-"""From a checkpoint to pictures: each image by its seed alone, and files that hold what they should."""
+"""From a checkpoint to pictures: each image by its seed alone, and files with the right content."""
 
 import contextlib
 from dataclasses import replace
@@ -18,6 +18,7 @@ from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import SMALLEST_SIDE, save_grid
 from tests.conftest import LittleMemory, call, image_sampler_of, small_unet
 
+# They all have few steps, but for the first: it has all.
 EVERY_SAMPLER = [
     pytest.param(SamplerOptions(), marks=pytest.mark.slow),
     SamplerOptions("ddpm", 5, variance="large"),
@@ -28,87 +29,108 @@ EVERY_SAMPLER = [
 
 @pytest.mark.parametrize("options", EVERY_SAMPLER, ids=str)
 def test_an_image_does_not_depend_on_its_batch(network, options):
+    """Its noise is the same bit for bit, and the image is so to less than one of 255 levels."""
     sampler = image_sampler_of(network, 24, options, seed=7)
-    one = generate(sampler, range(4), 1, {("x", 0)})
+    one_by_one = generate(sampler, range(4), 1, {("x", 0)})
     for images, batch_size in ((range(4), 3), (range(4), 4), ([3, 1], 2)):
         other = generate(sampler, images, batch_size, {("x", 0)})
-        assert np.array_equal(other.frames["x", 0], one.frames["x", 0][images])
-        assert (other.images - one.images[images]).abs().max() * 127.5 < 1
-    assert (one.images[0] - one.images[1]).abs().max() > 0.1
+        assert np.array_equal(other.frames["x", 0], one_by_one.frames["x", 0][images])
+        assert (other.images - one_by_one.images[images]).abs().max() * 127.5 < 1
+
+    # Another number is another image.
+    first, second, *_ = one_by_one.images
+    assert (first - second).abs().max() > 0.1
 
 
 def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monkeypatch):
-    """A graph reads its own inputs and overwrites its output. iPNDM keeps four of those."""
+    """The images are those of the plain network.
+
+    A graph reads its own inputs and overwrites its output, and so does the stand-in here. iPNDM
+    keeps four outputs, which must not be overwritten.
+    """
     recorded = []
 
     def recording_network(x_t, t):
-        recorded.append((x_t, t, network(x_t, t)))
-        return recorded[-1][-1]
+        output = network(x_t, t)
+        recorded.append((x_t, t, output))
+        return output
 
     class Graph:
         def replay(self):
-            x_t, t, output = self.own
+            x_t, t, output = self.tensors
             output.copy_(network(x_t, t))
 
     @contextlib.contextmanager
     def recording(graph, capture_error_mode):
         yield
-        graph.own = recorded[-1]
+        graph.tensors = recorded[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     eager = image_sampler_of(network, options=SamplerOptions("ipndm", 8))
     replayed = replace(eager, denoiser=replace(eager.denoiser, network=Replayed(recording_network)))
     parts = list(generate_batches(replayed, [range(4), range(4, 8), range(8, 10)]))
-    # Each size once, after a call that is not recorded
+
+    # Each size of batch is recorded once, after a call that is not recorded.
     assert [len(x_t) for x_t, *_ in recorded] == [4, 4, 2, 2]
-    assert (Samples.joined(parts).images - generate(eager, range(10), 10).images).abs().max() < 1e-4
-    x_T, samplers = eager.noise(range(1)).draw(), (replayed, eager)
-    torch.testing.assert_close(
-        *(ipndm_sample(one.denoiser, one.scheduler, x_T, 8, clip_x_0=False) for one in samplers)
-    )
+    images = Samples.joined(parts).images
+    assert (images - generate(eager, range(10), 10).images).abs().max() < 1e-4
+
+    # The sampler by itself, without clipping, gives the same, too.
+    x_T = eager.noise(range(1)).draw()
+    found = ipndm_sample(replayed.denoiser, replayed.scheduler, x_T, 8, clip_x_0=False)
+    expected = ipndm_sample(eager.denoiser, eager.scheduler, x_T, 8, clip_x_0=False)
+    torch.testing.assert_close(found, expected)
 
 
 def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network, capsys):
-    # It runs out in the middle of sampling, as a GPU's allocator may
-    class OftenLittleMemory(LittleMemory):
-        def forward(self, x_t, t):
-            return super().forward(x_t, t) if t[0] < 50 else self.network(x_t, t)
+    class LittleMemoryLater(LittleMemory):
+        """It runs out in the middle of sampling, as a GPU's allocator may."""
 
-    halving, options = OftenLittleMemory(network, 3), SamplerOptions(steps=5)
+        def forward(self, x_t, t):
+            if t[0] >= 50:
+                return self.network(x_t, t)
+            return super().forward(x_t, t)
+
+    halving = LittleMemoryLater(network, 3)
+    options = SamplerOptions(steps=5)
     halved = generate(image_sampler_of(halving, options=options), range(7), 4)
-    assert (
-        capsys.readouterr().err.count("out of memory with 4 images at a time: going on with 2") == 1
-    )
-    assert halving.sizes == [2] * 6 + [1] * 2  # at two timesteps each: 4 = 2 2, 3 = 2 1
+    message = "out of memory with 4 images at a time: going on with 2"
+    assert capsys.readouterr().err.count(message) == 1
+
+    # Of the batches 4 and 3, the first becomes 2 and 2, and the second 2 and 1. Each comes twice,
+    # as two of the timesteps are below 50.
+    assert halving.sizes == [2] * 6 + [1] * 2
     whole = generate(image_sampler_of(network, options=options), range(7), 7)
     assert (halved.images - whole.images).abs().max() * 127.5 < 1
 
 
 def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(network):
-    with pytest.raises(
-        UserError, match="no memory for a single image at a time on cpu: CUDA out of memory"
-    ):
+    message = "no memory for a single image at a time on cpu: CUDA out of memory"
+    with pytest.raises(UserError, match=message):
         generate(image_sampler_of(LittleMemory(network, 0)), range(4), 2)
+
+    four_channels = replace(image_sampler_of(network), shape=(4, 16, 16))
     with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels"):
-        generate(replace(image_sampler_of(network), shape=(4, 16, 16)), range(4), 2)
+        generate(four_channels, range(4), 2)
 
 
 def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
-    frames, image_sampler = (
-        {("x", 0), ("x", 12), ("x", 24), ("x_0", 1), ("x_0", 24)},
-        image_sampler_of(network, 24),
-    )
+    image_sampler = image_sampler_of(network, 24)
+    frames = {("x", 0), ("x", 12), ("x", 24), ("x_0", 1), ("x_0", 24)}
     network.train()
     samples = generate(image_sampler, range(3), 2, frames)
-    assert network.training  # as it was
+
+    # Sampling leaves the network in the mode that it was in.
+    assert network.training
     images = to_uint8(samples.images).numpy()
+    noise = to_uint8(image_sampler.noise(range(3)).draw()).numpy()
     assert samples.frames.keys() == frames
-    assert np.array_equal(
-        samples.frames["x", 0], to_uint8(image_sampler.noise(range(3)).draw()).numpy()
-    )
+    assert np.array_equal(samples.frames["x", 0], noise)
     assert np.array_equal(samples.frames["x", 24], images)
-    assert np.array_equal(samples.frames["x_0", 24], images)  # the last x_0 is the image
+
+    # The last x_0 is the image; the first is another.
+    assert np.array_equal(samples.frames["x_0", 24], images)
     assert abs(samples.frames["x_0", 1].astype(float) - images).mean() > 10
 
 
@@ -117,9 +139,17 @@ def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
 def test_the_host_never_waits_for_the_gpu(options):
     image_sampler = image_sampler_of(small_unet().cuda(), options=options, device="cuda")
     noise = image_sampler.noise(range(4))
-    image_sampler.decode(noise.draw(), 99, noise.draw)  # the first call loads kernels
-    # From the end of the first step on waiting is an error; before, it may wait to make the tables
-    on_step = lambda k, t, x, x_0: torch.cuda.set_sync_debug_mode("error")
+
+    # The first call loads kernels, for which the host waits.
+    image_sampler.decode(noise.draw(), 99, noise.draw)
+
+    def on_step(k, t, x, x_0):
+        """Make waiting an error, from the end of the first step on.
+
+        Before, the host may wait while it makes the tables.
+        """
+        torch.cuda.set_sync_debug_mode("error")
+
     try:
         image_sampler.decode(noise.draw(), 99, noise.draw, on_step)
     finally:
@@ -129,7 +159,9 @@ def test_the_host_never_waits_for_the_gpu(options):
 @pytest.mark.parametrize("count", [2, 3, 40, 200])
 def test_frame_steps_are_rising_and_within_the_run(count):
     steps = frame_steps(100, count)
-    assert steps == sorted(set(steps)) and (steps[0], steps[-1]) == (0, 100)
+    assert steps == sorted(set(steps))
+    assert steps[0] == 0
+    assert steps[-1] == 100
 
 
 @pytest.mark.slow
@@ -148,16 +180,21 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
         "--gif",
     )
     grid = Image.open(tmp_path / "grid.png")
-    assert grid.format == "PNG" and grid.width > 3 * SMALLEST_SIDE
+    assert grid.format == "PNG"
+    assert grid.width > 3 * SMALLEST_SIDE
     assert Image.open(tmp_path / "denoising.gif").n_frames == len(frame_steps(60, 40))
-    assert min(Image.open(tmp_path / name).width for name in ("strip.png", "progressive.png")) > 500
+    assert Image.open(tmp_path / "strip.png").width > 500
+    assert Image.open(tmp_path / "progressive.png").width > 500
     printed = capsys.readouterr().out
-    assert "EMA weights after 10 of 10 steps" in printed and str(tmp_path / "grid.png") in printed
+    assert "EMA weights after 10 of 10 steps" in printed
+    assert str(tmp_path / "grid.png") in printed
 
 
 def test_an_exported_file_samples_the_same(tiny_run, tmp_path):
-    call(sample.main, tiny_run, "--export", tmp_path / "faces.safetensors")
-    for model, folder in ((tmp_path / "faces.safetensors", "a"), (tiny_run, "b")):
+    """The images of the file are compared, bit for bit, with those of the run."""
+    exported = tmp_path / "faces.safetensors"
+    call(sample.main, tiny_run, "--export", exported)
+    for model, folder in ((exported, "a"), (tiny_run, "b")):
         call(sample.main, model, "--n", 2, "--steps", 5, "--individual", "--out", tmp_path / folder)
     for name in ("00000.png", "00001.png", "grid.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -173,17 +210,18 @@ def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_an
 ):
     with pytest.raises(CheckpointError, match=r"no run of an experiment ffhq\*"):
         call(sampleFFHQ.main, "--runs", tiny_run.parent)
+
     call(sampleFFHQ.main, tiny_run, "--steps", 2, "--out", tmp_path)
     grid = Image.open(tmp_path / "grid.png")
-    assert (
-        grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
-        and (tmp_path / "denoising.gif").exists()
-    )
+    assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
+    assert (tmp_path / "denoising.gif").exists()
 
 
 def test_large_images_keep_their_pixels_in_a_grid(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 128, 128, 3), dtype=np.uint8)
     save_grid(images, tmp_path / "grid.png", columns=5)
+
+    # Each image has a frame of 2 pixels, which it shares with its neighbours.
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (132, 5 * 130 + 2, 3)
     assert np.array_equal(grid[2:130, 132:260], images[1])

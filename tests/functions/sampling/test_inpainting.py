@@ -1,4 +1,7 @@
-"""Inpainting, beside the exact mean and covariance of its own chain for correlated Gaussian pixels."""
+"""Inpainting, compared with the exact mean and covariance of its chain.
+
+The data are correlated Gaussian pixels, for which the ideal network is known, too.
+"""
 
 from itertools import pairwise
 
@@ -19,19 +22,27 @@ from functions.timesteps import sampling_times
 from tests.conftest import CPU, call
 
 SCHEDULER = NoiseScheduler(1000)
-# Four pixels, each like its neighbours; the first two are kept
-COVARIANCE = torch.tensor(
-    [[0.9 ** abs(i - j) for j in range(4)] for i in range(4)], dtype=torch.float64
-)
-KEPT, ANEW = torch.tensor([1.5, 1.0]).double(), torch.tensor([[False, False], [True, True]])
+# An image has four pixels, each like its neighbours: the first two, its first row, are kept.
+INDICES = torch.arange(4, dtype=torch.float64)
+COVARIANCE = 0.9 ** (INDICES[:, None] - INDICES).abs()
+KEPT = torch.tensor([1.5, 1.0]).double()
+ANEW = torch.tensor([[False, False], [True, True]])
+# The image with the kept pixels, (1, 2, 2). What the others are does not matter.
+IMAGE = torch.cat([KEPT, torch.zeros(2)]).float().view(1, 2, 2)
 
 
 def ideal_x_0(a):
-    """E[x_0 | x_t] = M x_t for N(0, COVARIANCE): M (4, 4), at alpha_bar = a."""
-    return a**0.5 * COVARIANCE @ torch.linalg.inv(a * COVARIANCE + (1 - a) * torch.eye(4).double())
+    """Return the matrix M (4, 4) at alpha_bar = a of E[x_0 | x_t] = M x_t.
+
+    The data are N(0, COVARIANCE), so x_t has the covariance that is inverted here.
+    """
+    covariance = a * COVARIANCE + (1 - a) * torch.eye(4).double()
+    return a**0.5 * COVARIANCE @ torch.linalg.inv(covariance)
 
 
 class Ideal(torch.nn.Module):
+    """The network that predicts E[eps | x_t]."""
+
     def forward(self, x_t, t):
         a = SCHEDULER.alphas_cumprod[t[0]].item()
         x_0 = (x_t.flatten(1).double() @ ideal_x_0(a).T).view_as(x_t)
@@ -39,82 +50,110 @@ class Ideal(torch.nn.Module):
 
 
 def chain(steps, resample):
-    """The new pixels' mean (2,) and covariance (2, 2): each operation is linear, with Gaussian noise."""
-    mean, covariance, eye = torch.zeros(4).double(), torch.eye(4).double(), torch.eye(4).double()
-    times = sampling_times(SCHEDULER, steps)
-    for t, s in pairwise(times):
-        a_t, a_s, beta = SCHEDULER.alpha_bar(t), SCHEDULER.alpha_bar(s), SCHEDULER.step_beta(t, s)
-        # Eq. 7
-        step = (
-            a_s**0.5 * beta / (1 - a_t) * ideal_x_0(a_t)
-            + (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t) * eye
-        )
+    """Return the mean (2,) and the covariance (2, 2) that inpainting gives to the new pixels.
+
+    Both are exact: each operation of the chain is linear, with Gaussian noise.
+    """
+    eye = torch.eye(4).double()
+    mean = torch.zeros(4).double()
+    covariance = torch.eye(4).double()
+    for t, s in pairwise(sampling_times(SCHEDULER, steps)):
+        a_t = SCHEDULER.alpha_bar(t)
+        a_s = SCHEDULER.alpha_bar(s)
+        beta = SCHEDULER.step_beta(t, s)
+        variance = SCHEDULER.posterior_variance(t, s)
+
+        # These are the weights of x_0 and x_t in the mean of Eq. 7.
+        of_x_0 = a_s**0.5 * beta / (1 - a_t)
+        of_x_t = (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t)
+        step = of_x_0 * ideal_x_0(a_t) + of_x_t * eye
+
+        # The last step is done once.
         for repeat in range(resample if s >= 0 else 1):
             if repeat:
-                mean, covariance = (1 - beta) ** 0.5 * mean, (1 - beta) * covariance + beta * eye
-            mean, covariance = (
-                step @ mean,
-                step @ covariance @ step.T + SCHEDULER.posterior_variance(t, s) * eye,
-            )
-            mean[:2], covariance[:2], covariance[:, :2] = a_s**0.5 * KEPT, 0.0, 0.0
+                # All repeats but the first begin with the noise that takes x from s back to t.
+                mean = (1 - beta) ** 0.5 * mean
+                covariance = (1 - beta) * covariance + beta * eye
+            mean = step @ mean
+            covariance = step @ covariance @ step.T + variance * eye
+
+            # The kept pixels are replaced by themselves with the noise of s, drawn independently.
+            mean[:2] = a_s**0.5 * KEPT
+            covariance[:2] = 0.0
+            covariance[:, :2] = 0.0
             covariance[:2, :2] = (1 - a_s) * torch.eye(2)
     return mean[2:], covariance[2:, 2:]
 
 
 def conditional():
-    """The truth: mean and covariance of the new pixels given the kept ones."""
+    """Return the truth: mean and covariance of the new pixels given the kept ones.
+
+    It is the rule for the conditional distribution of a Gaussian.
+    """
     gain = COVARIANCE[2:, :2] @ torch.linalg.inv(COVARIANCE[:2, :2])
     return gain @ KEPT, COVARIANCE[2:, 2:] - gain @ COVARIANCE[:2, 2:]
 
 
-def sampler_of(*options, clip=False):
+def sampler_of(*options):
     denoiser = Denoiser(Ideal(), SCHEDULER)
-    return ImageSampler(denoiser, SamplerOptions(*options, clip_x_0=clip), (1, 2, 2), 0, CPU)
+    return ImageSampler(denoiser, SamplerOptions(*options, clip_x_0=False), (1, 2, 2), 0, CPU)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "resample"), [(("ddpm", 10), 1), (("ddpm", 10), 4), (("ddim", 10), 4)]
+    ("options", "resample"),
+    [
+        (("ddpm", 10), 1),
+        (("ddpm", 10), 4),
+        (("ddim", 10, None, None, 1.0), 4),
+    ],
 )
 def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
-    image_sampler, N = (
-        sampler_of(*options, None, None, 1.0 if options[0] == "ddim" else None),
-        20_000,
-    )
-    x_0 = torch.cat([KEPT, torch.zeros(2)]).float().view(1, 2, 2)
-    answers = inpaint(image_sampler, x_0, ANEW, resample, range(N))
-    assert torch.equal(answers[:, 0, 0], x_0[0, 0].expand(N, 2))
-    found, (mean, covariance) = answers[:, 0, 1].double(), chain(10, resample)
-    errors = (found.mean(dim=0) - mean) / (covariance.diagonal() / N).sqrt()
-    assert errors.abs().max() < 4
+    """They agree within 4 standard errors of 20,000 samples. DDIM has eta 1, so it is DDPM."""
+    N = 20_000
+    answers = inpaint(sampler_of(*options), IMAGE, ANEW, resample, range(N))
+    assert torch.equal(answers[:, 0, 0], IMAGE[0, 0].expand(N, 2))
+
+    new = answers[:, 0, 1].double()
+    mean, covariance = chain(10, resample)
     variances = covariance.diagonal()
-    # Standard errors of covariances
+    errors = (new.mean(dim=0) - mean) / (variances / N).sqrt()
+    assert errors.abs().max() < 4
+
+    # The covariance of i and j varies by (c_ii c_jj + c_ij^2) / N.
     spread = ((variances[:, None] * variances + covariance**2) / N).sqrt()
-    assert ((torch.cov(found.T) - covariance) / spread).abs().max() < 4
+    assert ((torch.cov(new.T) - covariance) / spread).abs().max() < 4
 
 
 @pytest.mark.slow
 def test_samples_approach_the_truth_as_steps_are_repeated():
-    x_0, means = torch.cat([KEPT, torch.zeros(2)]).float().view(1, 2, 2), []
-    for resample in (1, 5):
-        answers = inpaint(sampler_of("ddpm", 50), x_0, ANEW, resample, range(2000))[
-            :, 0, 1
-        ].double()
-        means.append((answers.mean(dim=0) - conditional()[0]).abs().max())
-    assert means[1] < means[0] / 3
+    truth, _ = conditional()
+
+    def error(resample):
+        """Return how far the mean of 2000 samples is from the truth."""
+        answers = inpaint(sampler_of("ddpm", 50), IMAGE, ANEW, resample, range(2000))
+        return (answers[:, 0, 1].double().mean(dim=0) - truth).abs().max()
+
+    assert error(5) < error(1) / 3
 
 
 @pytest.mark.slow
 def test_the_chain_approaches_the_truth_as_steps_are_repeated():
-    """Up to what the steps lack: their variance is that of data of one point, which matters less the more there are."""
+    """It does up to what the steps lack, which matters less the more steps there are.
+
+    Their variance is that of data of one point.
+    """
+    true_mean, true_covariance = conditional()
 
     def errors(steps, resample):
-        found, truth = chain(steps, resample), conditional()
-        return [(found[i] - truth[i]).abs().max().item() for i in range(2)]
+        mean, covariance = chain(steps, resample)
+        return (mean - true_mean).abs().max(), (covariance - true_covariance).abs().max()
 
     assert errors(50, 5)[0] < errors(50, 1)[0] / 5
-    (mean_once, covariance_once), (mean, covariance) = errors(1000, 1), errors(1000, 10)
-    assert mean < mean_once / 5 and covariance < covariance_once / 10
+    mean_once, covariance_once = errors(1000, 1)
+    mean, covariance = errors(1000, 10)
+    assert mean < mean_once / 5
+    assert covariance < covariance_once / 10
 
 
 @pytest.mark.parametrize(
@@ -126,69 +165,90 @@ def test_samplers_that_cannot_are_refused(options):
 
 
 @pytest.fixture
-def photo(tmp_path):
-    """A photo of 40 x 20 pixels, its mask, and the photo with that part erased."""
+def photo(tmp_path, monkeypatch):
+    """Go to a folder with a photo of 40 x 20 pixels, masks of it, and the photo with a part erased.
+
+    The erased part is that of mask.png.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+
+    # The photo is cropped to its middle, 20 x 20 pixels, which has 4 columns of the mask.
     mask = np.zeros((20, 40), np.uint8)
-    mask[:, :14] = 255  # of which the crop leaves 4 columns of 20
-    masks = {"mask": mask, "small": mask[:10], "empty": 0 * mask, "full": 0 * mask + 255}
+    mask[:, :14] = 255
     images = {
         "photo": pixels,
         "erased": np.dstack([pixels, 255 - mask]),
         "grey16": mask.astype(np.uint16),
+        "mask": mask,
+        "small": mask[:10],
+        "empty": 0 * mask,
+        "full": 0 * mask + 255,
     }
-    for name, image in {**masks, **images}.items():
+    for name, image in images.items():
         Image.fromarray(image).save(tmp_path / f"{name}.png")
-    return tmp_path
+    monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("files", [("photo", "mask"), ("erased", None)])
+@pytest.mark.parametrize("files", [("photo.png", "mask.png"), ("erased.png", None)])
 def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
-    image, anew = read_with_mask(
-        photo / f"{files[0]}.png", files[1] and photo / f"{files[1]}.png", 10
-    )
-    assert anew[:, :2].all() and not anew[:, 3:].any()
-    whole = read_image(photo / "photo.png", 10, fit=True)
-    # Beside them there is some white, by the resizing
+    # At half the size, 2 of 10 columns are masked. The next is white in part, by the resizing.
+    image, anew = read_with_mask(*files, 10)
+    assert anew[:, :2].all()
+    assert not anew[:, 3:].any()
+
+    # Farther from the mask the image is the photo itself.
+    whole = read_image("photo.png", 10, fit=True)
     assert np.array_equal(image[:, 6:], whole[:, 6:])
 
 
+def paint(run, out, flags):
+    call(sample.main, run, "--steps", 4, "--out", out, "--inpaint", *flags.split())
+
+
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         (
-            ["photo", "--mask", "small"],
+            "photo.png --mask small.png",
             "has 40x10 pixels, its image 40x20; a mask must be as large as its image",
         ),
-        (["photo", "--mask", "empty"], "nothing would be made anew"),
-        (["photo", "--mask", "full"], "everything would be made anew"),
-        (["photo"], "nothing would be made anew; name a --mask, or erase a part of the image"),
-        (["grey16"], "nothing would be made anew"),
-        (["nowhere"], "No such file"),
-        (["photo", "--mask", "mask", "--sampler", "dpm++"], "lose their history"),
+        ("photo.png --mask empty.png", "nothing would be made anew"),
+        ("photo.png --mask full.png", "everything would be made anew"),
         (
-            ["photo", "--mask", "mask", "--n", 101, "--individual"],
+            "photo.png",
+            "nothing would be made anew; name a --mask, or erase a part of the image",
+        ),
+        ("grey16.png", "nothing would be made anew"),
+        ("nowhere.png", "No such file"),
+        ("photo.png --mask mask.png --sampler dpm++", "lose their history"),
+        (
+            "photo.png --mask mask.png --n 101 --individual",
             "a grid shows 100 images at most",
         ),
-        (["photo", "--mask", "mask", "--n", 5, "--resample", 3], None),
-        (["erased", "--sampler", "ddim", "--eta", 1, "--n", 2, "--individual"], None),
     ],
 )
-def test_the_script_paints_or_says_why_not(flags, said, photo, tiny_run, tmp_path, capsys):
-    names = {file.stem: file for file in photo.glob("*.png")} | {"nowhere": photo / "nowhere.png"}
-    files = [names.get(flag, flag) for flag in flags]
-    arguments = [tiny_run, "--steps", 4, "--out", tmp_path / "out", "--inpaint", *files]
-    if said:
-        with pytest.raises(UserError, match=said):
-            call(sample.main, *arguments)
-        assert not (tmp_path / "out").exists()
-    else:
-        call(sample.main, *arguments)
-        assert (tmp_path / "out" / "inpainting.png").exists()
-        if "--resample" in flags:
-            assert "inpainting 5 times, 10 network calls each" in capsys.readouterr().out
-        if "--individual" in flags:
-            image, anew = read_with_mask(photo / "erased.png", None, 16)
-            answers = [np.asarray(Image.open(tmp_path / "out" / f"0000{i}.png")) for i in range(2)]
-            assert all(np.array_equal(answer[~anew], image[~anew]) for answer in answers)
-            assert not np.array_equal(*answers)
+def test_the_script_says_why_it_does_not_paint(flags, message, photo, tiny_run, tmp_path):
+    with pytest.raises(UserError, match=message):
+        paint(tiny_run, tmp_path / "out", flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_paints_what_a_mask_says(photo, tiny_run, tmp_path, capsys):
+    paint(tiny_run, tmp_path / "out", "photo.png --mask mask.png --n 5 --resample 3")
+    assert (tmp_path / "out" / "inpainting.png").exists()
+
+    # Three of the four steps are done three times, and the last is done once.
+    assert "inpainting 5 times, 10 network calls each" in capsys.readouterr().out
+
+
+def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, tiny_run, tmp_path):
+    out = tmp_path / "out"
+    paint(tiny_run, out, "erased.png --sampler ddim --eta 1 --n 2 --individual")
+    assert (out / "inpainting.png").exists()
+
+    image, anew = read_with_mask("erased.png", None, 16)
+    first = np.asarray(Image.open(out / "00000.png"))
+    second = np.asarray(Image.open(out / "00001.png"))
+    assert np.array_equal(first[~anew], image[~anew])
+    assert np.array_equal(second[~anew], image[~anew])
+    assert not np.array_equal(first, second)

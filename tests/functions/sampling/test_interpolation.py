@@ -7,6 +7,7 @@ from PIL import Image
 
 import sample
 from functions.noise_scheduler import NoiseScheduler
+from functions.samplers import ddpm_sample
 from functions.sampling import interpolation
 from functions.sampling.generation import generate
 from functions.sampling.interpolation import (
@@ -21,6 +22,7 @@ from functions.support.random_numbers import ImageNoise
 from tests.conftest import call, image_sampler_of
 from tests.functions.known_denoisers import Gaussian, double, ideal_model
 
+# They give one end, a mixture, and the other end.
 WEIGHTS = torch.tensor([0.0, 0.3, 1.0])
 
 
@@ -31,20 +33,26 @@ def image_sampler(network):
 
 def test_slerp_keeps_the_distribution_of_noise():
     noise = ImageNoise(0, range(2), (3, 64, 64)).draw()
-    between = slerp(*noise, torch.linspace(0, 1, 11))
+    first, second = noise
+    between = slerp(first, second, torch.linspace(0, 1, 11))
     torch.testing.assert_close(between.std((1, 2, 3)), torch.ones(11), rtol=0.02, atol=0)
-    assert torch.equal(between[0], noise[0])
-    torch.testing.assert_close(between[-1], noise[1])
-    # Equal angles a step, as on a circle, but for the ends' slightly different lengths
+    assert torch.equal(between[0], first)
+    torch.testing.assert_close(between[-1], second)
+
+    # The angle is the same at each step, as on a circle, but for the ends' slightly different
+    # lengths.
     unit = torch.nn.functional.normalize(between.double().flatten(1))
     angles = torch.acos((unit[1:] * unit[:-1]).sum(1))
     torch.testing.assert_close(angles, angles.mean().expand(10), rtol=0.02, atol=0)
-    torch.testing.assert_close(slerp(noise[0], noise[0], WEIGHTS), noise[0].expand(3, 3, 64, 64))
+
+    # Between a noise and itself there is nothing else.
+    torch.testing.assert_close(slerp(first, first, WEIGHTS), first.expand(3, 3, 64, 64))
 
 
 def test_noise_for_a_gpu_is_that_of_the_cpu(monkeypatch):
-    """It is drawn by several threads; here it stays on the CPU."""
-    on_cpu, empty = ImageNoise(0, range(40), (3, 8, 8)), torch.empty
+    """For a GPU several threads draw it. Here it then stays on the CPU."""
+    on_cpu = ImageNoise(0, range(40), (3, 8, 8))
+    empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory: empty(*shape))
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor)
     for_gpu = ImageNoise(0, range(40), (3, 8, 8), "cuda")
@@ -54,24 +62,36 @@ def test_noise_for_a_gpu_is_that_of_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_between_two_seeds_the_ends_are_their_own_samples(network, sampler):
+    """Weights 0 and 1 give the images that the seed has under these numbers."""
     image_sampler = image_sampler_of(network, options=SamplerOptions(sampler, 5))
     row = interpolate_seeds(image_sampler, (3, 8), WEIGHTS)
-    torch.testing.assert_close(
-        row[[0, 2]], generate(image_sampler, [3, 8], 2).images, rtol=1e-3, atol=2e-3
-    )
-    assert (row[1] - row[[0, 2]]).abs().mean((1, 2, 3)).min() > 0.01
+    ends = row[[0, 2]]
+    own = generate(image_sampler, [3, 8], 2).images
+    torch.testing.assert_close(ends, own, rtol=1e-3, atol=2e-3)
+
+    # The one between is another than each of them.
+    assert (row[1] - ends).abs().mean((1, 2, 3)).min() > 0.01
 
 
 def test_between_two_images_the_ends_are_what_comes_back_of_each(image_sampler):
-    """By hand: the end noised with the shared noise, and sampled from there with the noise that follows it."""
-    ends, scheduler = image_sampler.noise([0, 1]).draw().clamp(-1, 1), image_sampler.scheduler
+    """What comes back is computed by hand, from one end at a time.
+
+    The end is noised with the shared noise, and sampled from there with the noise that follows it.
+    """
+    scheduler = image_sampler.scheduler
+    ends = image_sampler.noise([0, 1]).draw().clamp(-1, 1)
     row = interpolate_images(image_sampler, ends, 49, WEIGHTS)
-    for end, found in zip(ends, row[[0, 2]], strict=True):
+    for end, interpolated in zip(ends, row[[0, 2]], strict=True):
         noise = image_sampler.noise([0], "interpolation")
         x_t = scheduler.q_sample(end[None], torch.tensor([49]), noise.draw())
-        times, draw = [49, 39, 29, 19, 9, -1], lambda k, noise=noise: noise.draw()
-        own = SAMPLERS["ddpm"](image_sampler.denoiser, scheduler, x_t, steps=times, step_noise=draw)
-        torch.testing.assert_close(found, own[0], rtol=1e-3, atol=1e-3)
+        by_hand = ddpm_sample(
+            image_sampler.denoiser,
+            scheduler,
+            x_t,
+            steps=[49, 39, 29, 19, 9, -1],
+            step_noise=lambda k, noise=noise: noise.draw(),
+        )
+        torch.testing.assert_close(interpolated, by_hand[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_variation_is_not_the_image_of_its_number(image_sampler):
@@ -81,29 +101,42 @@ def test_a_variation_is_not_the_image_of_its_number(image_sampler):
 
 
 def test_variations_differ_more_the_deeper_they_come_from():
-    image_sampler = image_sampler_of(
-        ideal_model(Gaussian(double(0.0), double(0.5)), NoiseScheduler(100))
-    )
+    """The network is the ideal one for pixels from N(0, 0.5^2), so it returns draws of these."""
+    data = Gaussian(double(0.0), double(0.5))
+    image_sampler = image_sampler_of(ideal_model(data, NoiseScheduler(100)))
     x_0 = 0.5 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1.9, 1.9)
     of_depths = [variations(image_sampler, x_0, t, range(6)) for t in (4, 14, 29, 99)]
     spreads = [(images - x_0).std().item() for images in of_depths]
     assert spreads[:3] == sorted(spreads[:3])
-    # From pure noise nothing of the image is left: two independent draws of the data differ by 0.5 sqrt(2)
+
+    # From pure noise nothing of the image is left: two independent draws of the data differ by
+    # 0.5 sqrt(2).
     assert spreads[-1] == pytest.approx(0.5 * 2**0.5, rel=0.07)
+
+    # A variation depends on its number alone.
     torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), of_depths[-1][[4, 1]])
+
+
+@pytest.fixture
+def saved_strips(monkeypatch):
+    """Return a dict that gets columns, titles and row titles of each figure, by its file's name."""
+    strips = {}
+
+    def save(columns, titles, path, rows):
+        strips[path.name] = (columns, titles, rows)
+
+        # Few columns are drawn, for speed.
+        save_strip(columns[:2], titles[:2], path, rows)
+
+    monkeypatch.setattr(interpolation, "save_strip", save)
+    return strips
 
 
 @pytest.mark.slow
 def test_the_script_interpolates_between_images_and_seeds(
-    tiny_run, pictures, tmp_path, monkeypatch
+    tiny_run, pictures, tmp_path, saved_strips
 ):
-    saved = {}
-
-    def save(columns, titles, path, rows):
-        saved[path.name] = columns, titles, rows
-        save_strip(columns[:2], titles[:2], path, rows)  # few, for speed
-
-    monkeypatch.setattr(interpolation, "save_strip", save)
+    """At the ends of each row stand the images of the seed, or those of the files."""
     call(sample.main, tiny_run, "--n", 4, "--steps", 5, "--individual", "--out", tmp_path / "own")
     own = [np.asarray(Image.open(tmp_path / "own" / f"0000{i}.png")) for i in range(4)]
     call(
@@ -123,11 +156,9 @@ def test_the_script_interpolates_between_images_and_seeds(
         "--out",
         tmp_path / "a",
     )
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
-        "interpolation.png",
-        "variations.png",
-    ]
-    columns, titles, rows = saved["interpolation.png"]
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["interpolation.png", "variations.png"]
+    columns, titles, rows = saved_strips["interpolation.png"]
     assert titles == [
         "image 1",
         "0",
@@ -142,11 +173,16 @@ def test_the_script_interpolates_between_images_and_seeds(
         "image 3",
     ]
     assert rows == ["t = 0", "t = 40", "t = 100"]
-    for row in (0, 2):  # the image itself, and the noise that it came from
+
+    # The mixtures at the ends are the images themselves in two rows: at depth 0, where nothing is
+    # noised, and at depth 1, where it is the noise of the seed that is mixed.
+    for row in (0, 2):
         for column, i in ((0, 1), (1, 1), (9, 3), (10, 3)):
             assert abs(columns[column][row].astype(int) - own[i]).max() <= 1
-    # The first, at depth 0
-    assert abs(saved["variations.png"][0][1][0].astype(int) - own[2]).max() <= 1
+
+    # The first variation at depth 0 is the image itself, too.
+    columns, _, _ = saved_strips["variations.png"]
+    assert abs(columns[1][0].astype(int) - own[2]).max() <= 1
 
     files = [pictures / "00000.png", pictures / "00001.png"]
     call(
@@ -166,7 +202,6 @@ def test_the_script_interpolates_between_images_and_seeds(
     )
     source = np.asarray(Image.open(files[1]).resize((16, 16), Image.Resampling.LANCZOS))
     for name, place in (("interpolation.png", 10), ("variations.png", 3)):
-        assert np.array_equal(saved[name][0][place][0], source) and saved[name][2] == [
-            "t = 0",
-            "t = 50",
-        ]
+        columns, _, rows = saved_strips[name]
+        assert np.array_equal(columns[place][0], source)
+        assert rows == ["t = 0", "t = 50"]

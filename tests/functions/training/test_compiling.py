@@ -1,4 +1,7 @@
-"""The compiled network trains as the plain one, where it pays; what fails or differs is not used. No code is made."""
+"""The compiled network trains as the plain one, where it pays; what fails or differs is not used.
+
+No code is generated here: graphs are captured and run as they are.
+"""
 
 import re
 from functools import partial, partialmethod
@@ -17,35 +20,41 @@ from tests.functions.support.test_processes import FLAGS, assert_alike, two
 from tests.kill import assert_same_run
 
 pytestmark = pytest.mark.slow
-# The graphs, with DDP one for each of its buckets; convolutions in backward passes
-compiled, repeated = [], []
+# All graphs that were captured; with DDP there is one for each of its buckets.
+compiled = []
+# How many convolutions each backward pass computes again.
+repeated = []
 
 
 def counting(graph, inputs):
+    """Be a backend of torch.compile that counts graphs, and convolutions in backward passes."""
     compiled.append(graph)
-    return aot_autograd(fw_compiler=nop, bw_compiler=count_convolutions, partition_fn=min_cut)(
-        graph, inputs
-    )
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=count_convolutions, partition_fn=min_cut)
+    return backend(graph, inputs)
 
 
 def count_convolutions(graph, inputs):
-    repeated.append(
-        sum(node.target is torch.ops.aten.convolution.default for node in graph.graph.nodes)
-    )
+    convolution = torch.ops.aten.convolution.default
+    repeated.append(sum(node.target is convolution for node in graph.graph.nodes))
     return nop(graph, inputs)
 
 
 def fast_compile(network, dynamic, options, compile=torch.compile):
-    compile(network, options=options)  # which knows all of them, and does nothing yet
+    # The real backend refuses options that it does not know; it does nothing before its first call.
+    compile(network, options=options)
     return compile(network, dynamic=dynamic, backend=counting)
 
 
 class Wrong(torch.nn.Module):
-    """What a compiler may make of a network: something that raises, or another function."""
+    """What a compiler may make of a network: something that raises, or another function.
+
+    The other function is `factor` times the network.
+    """
 
     def __init__(self, network, factor=None, **how):
         super().__init__()
-        self.network, self.factor = network, factor
+        self.network = network
+        self.factor = factor
 
     def forward(self, x_t, t):
         if self.factor is None:
@@ -54,7 +63,7 @@ class Wrong(torch.nn.Module):
 
 
 def prepare(patch, compile=fast_compile):
-    """Compiling pays on the CPU too."""
+    """Make compiling pay on the CPU, too, as it takes no time."""
     patch.setattr(compiling, "DEVICES", ("cpu",))
     patch.setattr(compiling, "COMPILING", 0)
     patch.setattr(torch, "compile", compile)
@@ -62,7 +71,10 @@ def prepare(patch, compile=fast_compile):
 
 @pytest.fixture
 def trained(pictures, tmp_path, capsys):
+    """Return a function that trains with some flags: it returns the run and what was printed."""
+
     def run(*flags):
+        # Each run has a folder of its own, so that it can be found there.
         runs = tmp_path / f"{len([*tmp_path.iterdir()])}"
         return train_tiny(pictures, runs, *flags), capsys.readouterr().out
 
@@ -73,18 +85,26 @@ def test_a_compiled_training_is_the_plain_one(trained, monkeypatch):
     plain, _ = trained()
     prepare(monkeypatch)
     run, printed = trained()
-    assert len(compiled) == len(repeated) == 1 and repeated == [0]
-    assert "compiling  takes some 0 s and save some" in printed and "a pass takes" in printed
+
+    # There is one graph, and its backward pass computes no convolution of the forward pass again.
+    assert len(compiled) == 1
+    assert repeated == [0]
+    assert "compiling  takes some 0 s and save some" in printed
+    assert "a pass takes" in printed
     assert_alike(plain, run)
 
 
 @pytest.mark.parametrize(
     ("factor", "why"),
-    [(None, r"RuntimeError: no compiler\\nfound"), (-1, r"its gradients differ by \d+%")],
+    [
+        (None, r"RuntimeError: no compiler\\nfound"),
+        (-1, r"its gradients differ by \d+%"),
+    ],
 )
 def test_what_fails_or_differs_is_left_out_and_leaves_nothing_behind(
     factor, why, trained, monkeypatch
 ):
+    """The run is then bit for bit the one that never tried to compile."""
     plain, _ = trained()
     prepare(monkeypatch, partial(Wrong, factor=factor))
     run, printed = trained()
@@ -93,23 +113,32 @@ def test_what_fails_or_differs_is_left_out_and_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize(
-    "flags", [["compile", "off"], ["deterministic", "true"], ["recompute", "blocks"], []]
+    "setting", [("compile", "off"), ("deterministic", "true"), ("recompute", "blocks"), None]
 )
-def test_it_is_not_tried_in_vain(flags, trained, monkeypatch):
-    prepare(monkeypatch, Wrong)
-    if not flags:
-        monkeypatch.undo()
-        monkeypatch.setattr(compiling, "DEVICES", ("cpu",))  # 10 steps are not worth it
-    _, printed = trained(
-        "--diffusion.epochs", 1, *(f"--diffusion.{flags[0]}", flags[1]) if flags else ()
-    )
-    expected = (
-        f"with {flags[0]} = " if flags else "it would take some 240 s and save some 0 s of 5 steps"
-    )
-    assert "  compiling  is left out" in printed and expected in printed and "failed" not in printed
+def test_it_is_not_tried_in_vain(setting, trained, monkeypatch):
+    """It is left out with some settings, and in a run that is too short for it."""
+    flags = []
+    if setting:
+        field, value = setting
+        prepare(monkeypatch, Wrong)
+        flags = [f"--diffusion.{field}", value]
+        expected = f"with {field} = "
+    else:
+        # Compiling takes its real time here, and five steps are not worth it.
+        monkeypatch.setattr(compiling, "DEVICES", ("cpu",))
+        expected = "it would take some 240 s and save some 0 s of 5 steps"
+
+    _, printed = trained("--diffusion.epochs", 1, *flags)
+    assert "  compiling  is left out" in printed
+    assert expected in printed
+    assert "failed" not in printed
 
 
 def train_compiled():
+    """Train in a process of its own, with a compiler that is fast and with small buckets of DDP.
+
+    Small buckets are needed for there to be more than one.
+    """
     prepare(pytest.MonkeyPatch())
     torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 2**15
     DistributedDataParallel.__init__ = partialmethod(
@@ -120,16 +149,22 @@ def train_compiled():
 
 
 def test_two_processes_with_compiled_networks_give_the_losses_of_one(pictures, tmp_path):
-    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.batch-size", 4, "--runs"]
-    call(train.main, *flags, tmp_path / "one", "--diffusion.gradient-accumulation", 2)
-    programs = two(
-        tmp_path,
-        *flags,
-        tmp_path / "two",
+    flags = [
+        *FLAGS,
+        "--diffusion.dataset-name",
+        pictures,
+        "--diffusion.batch-size",
+        4,
         "--diffusion.gradient-accumulation",
         2,
-        act=train_compiled,
-    )
+        "--runs",
+    ]
+    call(train.main, *flags, tmp_path / "one")
+    programs = two(tmp_path, *flags, tmp_path / "two", act=train_compiled)
     assert [program.wait() for program in programs] == [0, 0], programs[0].printed
-    assert "a pass takes" in programs[0].printed and "3 graphs" in programs[0].printed
-    assert_alike(*(next((tmp_path / name).iterdir()) for name in ("one", "two")))
+    assert "a pass takes" in programs[0].printed
+    assert "3 graphs" in programs[0].printed
+
+    (one,) = (tmp_path / "one").iterdir()
+    (other,) = (tmp_path / "two").iterdir()
+    assert_alike(one, other)

@@ -1,4 +1,7 @@
-"""train.py --init: a new run from the weights of another, of an exported file, or of a folder of diffusers."""
+"""train.py --init: a new run from the weights of another.
+
+They may be a run's, an exported file's, or those of a folder of diffusers.
+"""
 
 import json
 
@@ -16,60 +19,65 @@ from functions.training.metrics import read_metrics
 from tests.conftest import TINY, call, during, interrupt, newest
 from tests.functions.support.test_diffusers_folder import SMALL
 
-PAIRS = [*zip(TINY[::2], TINY[1::2], strict=True)]
-# Without what comes from the weights
-TRAINING = [
-    text
-    for pair in PAIRS
-    if "--model" not in pair[0] and "timesteps" not in pair[0]
-    for text in pair
-]
+# These flags of TINY do not belong to the weights, which bring the others with them.
+TRAINING = []
+for flag, value in zip(TINY[::2], TINY[1::2], strict=True):
+    if "--model" not in flag and "timesteps" not in flag:
+        TRAINING += [flag, value]
 
 
 @pytest.mark.parametrize("kind", ["run", "file", "folder"])
 def test_a_run_begins_with_the_averaged_weights_of_another(
     kind, tiny_run, pictures, tmp_path, monkeypatch, capsys
 ):
-    """Network, T and betas are those of the weights, whatever the preset has; the average moves little from them."""
-    source = {
-        "run": tiny_run,
-        "file": tmp_path / "faces.safetensors",
-        "folder": tmp_path / "faces",
-    }[kind]
+    """Network, T and betas are those of the weights, whatever the preset has.
+
+    The new run's average begins exactly with the averaged weights, and moves little from them.
+    """
+    source = tiny_run
     if kind != "run":
+        source = tmp_path / {"file": "faces.safetensors", "folder": "faces"}[kind]
         call(sample.main, tiny_run, "--export", source)
-    began, original, before = [], train.update_ema, load_weights(checkpoints_of(tiny_run)[-1])
+    before = load_weights(checkpoints_of(tiny_run)[-1])
+    original = train.update_ema
+    began = []
 
     def watched(ema_model, model, step, decay, ramp):
-        if step == 0:  # whose step of Adam is of the learning rate
-            began.extend(
-                torch.equal(p, before.weights[name]) for name, p in ema_model.named_parameters()
-            )
-            began.extend(
-                (p - before.weights[name]).abs().max() < 2.1e-4
-                for name, p in model.named_parameters()
-            )
+        if step == 0:
+            for name, average in ema_model.named_parameters():
+                began.append(torch.equal(average, before.weights[name]))
+
+            # The network has done one step of Adam, which is as long as the learning rate.
+            for name, parameter in model.named_parameters():
+                began.append((parameter - before.weights[name]).abs().max() < 2.1e-4)
         original(ema_model, model, step, decay, ramp)
 
     monkeypatch.setattr(train, "update_ema", watched)
     flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs", *TRAINING]
     call(train.main, "cifar10", "--init", source, *flags)
-    run = next((tmp_path / "runs").iterdir())
+    (run,) = (tmp_path / "runs").iterdir()
+
+    # The run says where it began. A folder of diffusers does not hold the digest of the weights.
     contents = newest(run)
-    said = contents["run"]["initial"]
-    assert str(source) in said and (kind == "folder" or before.digest[:16] in said)
-    assert json.loads((run / "config.json").read_text())["run"]["initial"] == said
-    assert f"begins as  {said}" in capsys.readouterr().out
-    assert contents["config"]["model"] == before.config["model"] | {"dropout": 0.1}  # the preset's
+    initial = contents["run"]["initial"]
+    assert str(source) in initial
+    assert kind == "folder" or before.digest[:16] in initial
+    assert json.loads((run / "config.json").read_text())["run"]["initial"] == initial
+    assert f"begins as  {initial}" in capsys.readouterr().out
+
+    # Dropout is no property of the weights, so it is the preset's.
+    assert contents["config"]["model"] == before.config["model"] | {"dropout": 0.1}
     assert contents["config"]["diffusion"]["timesteps_diff"] == 100
-    moved = {
-        part: max(
-            (contents[part][name] - tensor).abs().max() for name, tensor in before.weights.items()
-        )
-        for part in ("model", "ema")
-    }
-    # Ten steps of an average over 10,000
-    assert began and all(began) and 0 < moved["ema"] < 0.01 * moved["model"]
+
+    def moved(part):
+        """Return how far the weights, or their average, went from the initial ones at most."""
+        weights = contents[part]
+        return max((weights[name] - start).abs().max() for name, start in before.weights.items())
+
+    # There were ten steps, of an average over 10,000.
+    assert began
+    assert all(began)
+    assert 0 < moved("ema") < 0.01 * moved("model")
 
 
 @pytest.mark.slow
@@ -80,11 +88,17 @@ def test_the_loss_begins_where_that_of_the_weights_ended(tmp_path):
         "emoji_people",
         "--diffusion.validation-samples",
         100,
+        "--diffusion.log-every",
+        10,
+        "--diffusion.validate-every",
+        50,
+        "--diffusion.sample-every",
+        500,
+        "--diffusion.checkpoint-every",
+        500,
     ]
-    for what, steps in (("log", 10), ("validate", 50), ("sample", 500), ("checkpoint", 500)):
-        flags += [f"--diffusion.{what}-every", steps]
     call(train.main, "faces", *TINY, *flags, "--diffusion.epochs", 3, "--runs", tmp_path / "first")
-    source = next((tmp_path / "first").iterdir())
+    (source,) = (tmp_path / "first").iterdir()
     call(
         train.main,
         "faces",
@@ -96,62 +110,74 @@ def test_the_loss_begins_where_that_of_the_weights_ended(tmp_path):
         "--runs",
         tmp_path / "then",
     )
+    (then,) = (tmp_path / "then").iterdir()
     first, *_, ended = read_metrics(source / "metrics.csv")
-    begins = read_metrics(next((tmp_path / "then").iterdir()) / "metrics.csv")
-    assert first["loss"] > 0.8 and ended["val_loss_ema"] < 0.5 and begins[-1]["step"] >= 200
+    begins = read_metrics(then / "metrics.csv")
+
+    # The first run has learned something, and the second one is not too short.
+    assert first["loss"] > 0.8
+    assert ended["val_loss_ema"] < 0.5
+    assert begins[-1]["step"] >= 200
+
     validated = [row["val_loss_ema"] for row in begins if row["val_loss_ema"] is not None]
-    assert len(validated) >= 4 and validated == pytest.approx(
-        [ended["val_loss_ema"]] * len(validated), rel=0.02
-    )
+    assert len(validated) >= 4
+    assert validated == pytest.approx([ended["val_loss_ema"]] * len(validated), rel=0.02)
     assert begins[0]["loss"] < 0.6
 
 
 def test_a_folder_of_another_dialect_schedule_and_objective(tmp_path, capsys):
+    """The new run takes over what its weights need; the rest is of the preset and of the flags."""
     scheduler = DDPMScheduler(
         50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
     )
     DDPMPipeline(UNet2DModel(**SMALL), scheduler).save_pretrained(tmp_path)
     initial = train.open_initial(tmp_path, Processes())
     assert "is sampled without clipping x_0" in capsys.readouterr().out
-    made = train.new_experiment("faces", ({"seed": 1}, {"dropout": 0.2}), initial)
-    wanted = dict(
-        timesteps_diff=50,
-        beta_schedule="cosine",
-        rescale_betas=True,
-        objective="v",
-        learning_rate=2e-3,
-    )
-    assert {
-        name: getattr(made.diffusion, name) for name in wanted
-    } == wanted and made.diffusion.seed == 1
-    assert made.model == ModelConfig(
+
+    experiment = train.new_experiment("faces", ({"seed": 1}, {"dropout": 0.2}), initial)
+    config = experiment.diffusion
+    assert config.timesteps_diff == 50
+    assert config.beta_schedule == "cosine"
+    assert config.rescale_betas is True
+    assert config.objective == "v"
+    assert config.learning_rate == 2e-3
+    assert config.seed == 1
+    assert experiment.model == ModelConfig(
         8, (1, 2), (1,), 16, 16, dropout=0.2, norm_groups=4, dialect="diffusers"
     )
 
 
-def test_what_contradicts_the_weights_is_refused(tiny_run, trained):
-    for flag, value in (
-        ("--model.base-dim", 16),
-        ("--diffusion.timesteps-diff", 50),
-        ("--diffusion.objective", "v"),
-    ):
-        with pytest.raises(
-            ConfigError, match=f"{flag[2:].replace('-', '_')} is .* cannot become {value}"
-        ):
-            trained("--init", tiny_run, flag, value)
-    # The flags of TINY say what the weights are
+@pytest.mark.parametrize(
+    ("flag", "field", "value"),
+    [
+        ("--model.base-dim", "model.base_dim", 16),
+        ("--diffusion.timesteps-diff", "diffusion.timesteps_diff", 50),
+        ("--diffusion.objective", "diffusion.objective", "v"),
+    ],
+)
+def test_what_contradicts_the_weights_is_refused(flag, field, value, tiny_run, trained):
+    with pytest.raises(ConfigError, match=f"{field} is .* cannot become {value}"):
+        trained("--init", tiny_run, flag, value)
+
+
+def test_flags_that_say_what_the_weights_are_may_be_given(tiny_run, trained):
+    """The flags of TINY are such flags."""
     assert trained("--init", tiny_run, "--dry-run") is None
 
 
 def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt), during(7, interrupt):
         trained("--init", tiny_run)
+    (interrupted,) = tmp_path.iterdir()
     with pytest.raises(ConfigError, match="did not begin with the weights of"):
-        trained("--resume", "auto", "--init", next(tmp_path.iterdir()))
+        trained("--resume", "auto", "--init", interrupted)
+
     run = trained("--resume", "auto", "--init", tiny_run)
-    said = newest(run)["run"]["initial"]
-    assert capsys.readouterr().out.count(f"begins as  {said}") == 2
-    assert len([*run.parent.iterdir()]) == 1 and newest(run)["run"]["step"] == 10
+    initial = newest(run)["run"]["initial"]
+    assert capsys.readouterr().out.count(f"begins as  {initial}") == 2
+    assert len([*run.parent.iterdir()]) == 1
+    assert newest(run)["run"]["step"] == 10
+
     with pytest.raises(SystemExit):
         trained("--resume", run, "--init", tiny_run)
     assert "--init starts a new run, --resume goes on with one" in capsys.readouterr().err

@@ -18,19 +18,28 @@ from tests.kill import assert_same_run
 @pytest.mark.slow
 @posix
 def test_what_a_resumed_run_may_change(unfinished, capsys):
-    """Made longer, and stopped before its next checkpoint, it goes on by itself: its newest says already how long."""
-    for flags, message in (
-        (
-            ["--diffusion.learning-rate", "1e-3", "--model.base-dim", "16"],
-            r"diffusion\.learning_rate, model\.base_dim",
-        ),
-        (["--diffusion.batch-size", "4"], r"diffusion\.batch_size"),
-    ):
-        with pytest.raises(ConfigError, match=f"cannot change {message}"):
-            call(train.main, "--resume", unfinished, *flags)
+    """A run that is made longer, and interrupted before its next checkpoint, remembers its length.
+
+    Its newest checkpoint has it already, so it goes on without being told again.
+    """
+    message = r"cannot change diffusion\.learning_rate, model\.base_dim"
+    with pytest.raises(ConfigError, match=message):
+        call(
+            train.main,
+            "--resume",
+            unfinished,
+            "--diffusion.learning-rate",
+            "1e-3",
+            "--model.base-dim",
+            "16",
+        )
+    with pytest.raises(ConfigError, match=r"cannot change diffusion\.batch_size"):
+        call(train.main, "--resume", unfinished, "--diffusion.batch-size", "4")
     with pytest.raises(ConfigError, match="a run of 'faces', not of 'ffhq-full'"):
         call(train.main, "ffhq-full", "--resume", unfinished)
     capsys.readouterr()
+
+    # The effective batch stays the same, so this is allowed.
     with pytest.raises(KeyboardInterrupt), during(1, interrupt):
         call(
             train.main,
@@ -48,19 +57,12 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
     assert "warning: batch_size was 8, is now 4: no longer bit for bit" in printed
     assert "note: model.base_dim stays 8, as the run was started; config.py has 32" in printed
+
+    # It goes on to the end of three epochs, each of five steps.
     call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
     assert newest(unfinished)["run"]["step"] == 15
-    assert [row["step"] for row in read_metrics(unfinished / "metrics.csv")] == [
-        2,
-        4,
-        5,
-        6,
-        8,
-        10,
-        12,
-        14,
-        15,
-    ]
+    rows = read_metrics(unfinished / "metrics.csv")
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
     assert json.loads((unfinished / "config.json").read_text())["diffusion"]["epochs"] == 3
     with pytest.raises(ConfigError, match="finished"):
         call(train.main, "--resume", unfinished)
@@ -76,19 +78,22 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(trained, monkeypa
     call(train.main, "--resume", run, "--diffusion.epochs", 2)
     assert "no longer bit for bit" not in capsys.readouterr().out
     assert newest(run)["run"]["arithmetic"]["precision"] == "bfloat16"
+
+    # Another number of threads adds in another order.
     torch.set_num_threads(2)
     call(train.main, "--resume", run, "--diffusion.epochs", 3, "--dry-run")
-    assert (
-        "warning: threads was 1, is now 2: no longer bit for bit as if never stopped"
-        in capsys.readouterr().out
-    )
+    warning = "warning: threads was 1, is now 2: no longer bit for bit as if never stopped"
+    assert warning in capsys.readouterr().out
 
 
 def test_deterministic_kernels_are_asked_for_and_only_then(trained):
     for value in ("true", "false"):
         trained("--dry-run", "--diffusion.deterministic", value)
-        assert torch.are_deterministic_algorithms_enabled() == (value == "true")
-        assert torch.backends.cudnn.benchmark == (value == "false")
+        wanted = value == "true"
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+
+        # With its benchmark cuDNN may take other kernels each time.
+        assert torch.backends.cudnn.benchmark != wanted
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -96,6 +101,7 @@ def test_deterministic_kernels_are_asked_for_and_only_then(trained):
 def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit_and_is_sampled_from(
     precision, pictures, tmp_path
 ):
+    """A run that is stopped after step 7 and resumed is compared with one that never stopped."""
     flags = [
         "--device",
         "cuda",
@@ -108,20 +114,23 @@ def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit_and_is_sampled_from(
     with pytest.raises(SystemExit, match="75"), during(7, terminate):
         train_tiny(pictures, tmp_path / "cut", *flags)
     call(train.main, "faces", "--resume", "--runs", tmp_path / "cut", "--device", "cuda")
-    assert_same_run(straight, *(tmp_path / "cut").iterdir())
+
+    (cut,) = (tmp_path / "cut").iterdir()
+    assert_same_run(straight, cut)
     call(sample.main, "--runs", tmp_path / "cut", "--n", 2, "--steps", 3, "--device", "cuda")
 
 
 def test_only_the_run_with_the_same_images_is_resumed(unfinished, pictures, tmp_path, monkeypatch):
-    """Here the data set of its name has lost one."""
-    fewer = shutil.copytree(
-        pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns("00007.png")
-    )
+    """A run is refused whose data set, of the same name, has lost an image since its start."""
+    without_one = shutil.ignore_patterns("00007.png")
+    fewer = shutil.copytree(pictures, tmp_path / "pictures", ignore=without_one)
     load = train.load_images
     monkeypatch.setattr(train, "load_images", lambda name, *others: load(str(fewer), *others))
     before = (unfinished / "config.json").read_bytes()
     with pytest.raises(ConfigError, match="other images"):
         call(train.main, "--resume", unfinished)
     assert (unfinished / "config.json").read_bytes() == before
-    with pytest.raises(UserError, match="not a run folder"):  # a file in it is not the run
+
+    # A checkpoint in a run folder is not the run.
+    with pytest.raises(UserError, match="not a run folder"):
         call(train.main, "--resume", next((unfinished / "checkpoints").iterdir()))

@@ -16,13 +16,17 @@ from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import Run
 from functions.training import start
 from models.unet import UNet
-from tests.conftest import SMALL_MODEL, TINY, call, train_tiny
+from tests.conftest import SMALL_MODEL, call, train_tiny
 from tests.kill import assert_same_run
 
 
 def limit_memory(patch, **most):
-    """To so many images' passes, by what is recomputed; returns a list of the passes that are tried, by their size."""
-    forward, tried = UNet.forward, []
+    """Let a pass of training have so many images at most: `most` by what is recomputed, else 0.
+
+    Returns a list that gets the size of each pass that is tried.
+    """
+    forward = UNet.forward
+    tried = []
 
     def limited(network, x_t, t):
         if torch.is_grad_enabled():
@@ -37,34 +41,40 @@ def limit_memory(patch, **most):
 
 @pytest.mark.slow
 def test_a_batch_that_fits_changes_nothing_else(monkeypatch, pictures, tmp_path, capsys):
-    """Each divisor of 4 is tried; the run is then, bit for bit, the one that was started so."""
+    """Each divisor of 4 is tried, then the recomputation of blocks.
+
+    The run is then, bit for bit, the one that was started with what was found.
+    """
     flags = ["--model.dropout", 0.1, "--diffusion.batch-size", 4, "--diffusion.epochs", 1]
-    own = [
+    asked = train_tiny(
+        pictures,
+        tmp_path / "asked",
+        *flags,
         "--diffusion.batch-size",
         1,
         "--diffusion.gradient-accumulation",
         4,
         "--diffusion.recompute",
         "blocks",
-    ]
-    asked = train_tiny(pictures, tmp_path / "asked", *flags, *own)
+    )
     capsys.readouterr()
+
     tried = limit_memory(monkeypatch, blocks=1)
     found = train_tiny(pictures, tmp_path / "found", *flags)
     assert tried[:4] == [4, 2, 1, 1]
     printed = capsys.readouterr().out
     for size in (4, 2, 1):
         assert f"out of memory with batch_size = {size}, recompute = 'norms'\n" in printed
-    assert (
-        "going on with batch_size = 1, gradient_accumulation = 4, recompute = blocks\n" in printed
-    )
+    settings = "batch_size = 1, gradient_accumulation = 4, recompute = blocks"
+    assert f"going on with {settings}\n" in printed
+
     assert_same_run(asked, found)
-    configs = [json.loads((run / "config.json").read_text()) for run in (asked, found)]
-    assert configs[0] == configs[1]
+    config = json.loads((found / "config.json").read_text())
+    assert config == json.loads((asked / "config.json").read_text())
 
 
 def parts():
-    """A run without a folder, and its network."""
+    """Return a run without a folder, and its denoiser."""
     passes = {"batch_size": 4, "gradient_accumulation": 3, "recompute": "norms"}
     experiment = EXPERIMENTS["faces"].override(passes, SMALL_MODEL)
     network = UNet(**vars(experiment.model)).to(memory_format=torch.channels_last)
@@ -75,34 +85,26 @@ def parts():
 
 def test_a_try_leaves_nothing_behind(monkeypatch):
     run, denoiser = parts()
-    tried = limit_memory(monkeypatch, norms=3)
     before = {name: p.clone() for name, p in denoiser.network.named_parameters()}
+    tried = limit_memory(monkeypatch, norms=3)
     start.fit_memory(run, denoiser, SINGLE_PROCESS)
+
+    # The 12 images of a step come in passes of 3 then.
+    assert tried == [4, 3]
     config = run.experiment.diffusion
-    assert tried == [4, 3]  # 12 images in passes of 3
-    assert (
-        config.batch_size,
-        config.gradient_accumulation,
-        run.facts["arithmetic"]["batch_size"],
-    ) == (3, 4, 3)
+    assert config.batch_size == 3
+    assert config.gradient_accumulation == 4
+    assert run.facts["arithmetic"]["batch_size"] == 3
     for name, parameter in denoiser.network.named_parameters():
-        assert parameter.grad is None and torch.equal(parameter, before[name])
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
 
 
 def test_when_nothing_fits_it_is_said(monkeypatch, pictures, tmp_path):
     tried = limit_memory(monkeypatch, norms=0)
-    with pytest.raises(
-        UserError, match="out of memory with one image at a time: take a smaller base_dim"
-    ):
-        call(
-            train.main,
-            "faces",
-            *TINY,
-            "--diffusion.dataset-name",
-            pictures,
-            "--runs",
-            tmp_path / "runs",
-        )
+    message = "out of memory with one image at a time: take a smaller base_dim"
+    with pytest.raises(UserError, match=message):
+        train_tiny(pictures, tmp_path / "runs")
     assert tried == [8, 4, 2, 1, 1]
     assert not (tmp_path / "runs").exists()
 
@@ -116,32 +118,58 @@ def test_an_error_that_is_not_lack_of_memory_is_raised(monkeypatch):
     assert run.experiment.diffusion.batch_size == 4
 
 
-# At 32 the upsampling is a transposed convolution with 16 taps
+# At 32 the upsampling is a transposed convolution with 16 taps. At 16 it is a 3x3 convolution of
+# the doubled image.
 @pytest.mark.parametrize("size", [16, 32])
 def test_flops_are_those_of_the_layers(size):
-    network, half = UNet(size, 3, size // 2, [1, 2], [1], 8, norm_groups=2), size // 2
-    conv = lambda c_in, c_out, taps, pixels: 2 * c_in * c_out * taps * pixels**2
+    """The FLOPs are added up here by hand, layer by layer: a multiplication and an addition are 2.
+
+    A layer's backward costs twice its forward, as it has two gradients: of its weights, and of its
+    input where that needs one.
+    """
+    half = size // 2
+    network = UNet(size, 3, half, [1, 2], [1], 8, norm_groups=2)
+
+    def conv(c_in, c_out, taps, pixels):
+        """Count a convolution with an output of `pixels` by `pixels`."""
+        return 2 * c_in * c_out * taps * pixels**2
 
     def block(c_in, c_out, pixels):
+        """Add up a residual block, where the embedding of t has 32 channels."""
+        convolutions = conv(c_in, c_out, 9, pixels) + conv(c_out, c_out, 9, pixels)
         shortcut = conv(c_in, c_out, 1, pixels) if c_in != c_out else 0
-        return (
-            conv(c_in, c_out, 9, pixels) + conv(c_out, c_out, 9, pixels) + shortcut + 2 * 32 * c_out
-        )
+        return convolutions + shortcut + 2 * 32 * c_out
 
-    first = conv(3, 8, 9, size) + 2 * 8 * 32  # the two layers whose inputs need no gradient
+    # These are the two layers whose inputs need no gradient: of the image, and of the embedding.
+    first = conv(3, 8, 9, size) + 2 * 8 * 32
+
+    # Next come the second layer of the embedding, the downsampling and the output.
     forward = first + 2 * 32 * 32 + conv(8, 8, 9, half) + conv(8, 3, 9, size)
+
+    # Then there is the upsampling, of either kind.
     forward += conv(16, 16, 16, half) if half == 16 else conv(16, 16, 9, size)
+
+    # There are five blocks at the full resolution, and seven at half of it with the bottleneck's.
     forward += 2 * block(8, 8, size) + block(24, 8, size) + 2 * block(16, 8, size)
-    forward += (
-        block(8, 16, half) + 3 * block(16, 16, half) + 2 * block(32, 16, half) + block(24, 16, half)
-    )
-    forward += 6 * (4 * conv(16, 16, 1, half) + 4 * half**4 * 16)  # attention
+    forward += block(8, 16, half) + 3 * block(16, 16, half)
+    forward += 2 * block(32, 16, half) + block(24, 16, half)
+
+    # In six layers of attention there are four projections, and two products of all pixels with
+    # all: queries with keys, and weights with values.
+    forward += 6 * (4 * conv(16, 16, 1, half) + 4 * half**4 * 16)
+
+    # Backward costs twice a forward pass. To recompute norms is free, as it has no product, and to
+    # recompute blocks costs about another forward pass.
     for recompute in ("none", "norms"):
         network.set_recompute(recompute)
         assert start.flops_of_image(network) == 3 * forward - first
     network.set_recompute("blocks")
     assert 3.5 * forward < start.flops_of_image(network) < 4 * forward
-    assert all(p.grad is None and p.device.type == "cpu" for p in network.parameters())
+
+    # Counting leaves the network as it was.
+    for parameter in network.parameters():
+        assert parameter.grad is None
+        assert parameter.device.type == "cpu"
 
 
 @pytest.mark.slow
@@ -149,37 +177,36 @@ def test_flops_are_those_of_the_layers(size):
 def test_a_dry_run_says_the_hours_of_the_steps_to_go(
     slow, timed, unfinished, pictures, monkeypatch, capsys
 ):
-    """10 steps of 8 images, and the same run after 7 of them; on an H100 so slow that it takes an hour for a step."""
+    """A step is made to take an hour, here and on the H100, so hours are the steps to go.
+
+    There are 10 steps of 8 images, and for the same run after 7 of them there are 3. An image takes
+    450 s where the machine is slow, and one image is timed; else the better of two whole passes is.
+    """
     flops = 8 * start.flops_of_image(UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2))
-    # The first warms up
-    passes = iter([99 * 450, *([450] if slow else [0.1, 450 * timed, 451 * timed])] * 2)
+    timings = [450] if slow else [0.1, 450 * timed, 451 * timed]
+
+    # The first pass of each dry run warms up, and its time does not count.
+    passes = iter([99 * 450, *timings, 99 * 450, *timings])
     monkeypatch.setattr(start, "run_pass", lambda *_: next(passes))
     monkeypatch.setattr(start, "H100_PEAK", flops / 3600 / start.H100_SHARE)
-    call(
-        train.main,
-        "faces",
-        "--dry-run",
-        *TINY,
-        "--diffusion.dataset-name",
-        pictures,
-        "--runs",
-        unfinished.parent,
-    )
+    train_tiny(pictures, unfinished.parent, "--dry-run")
     call(train.main, "--resume", unfinished, "--dry-run", "--device", "cpu")
+
     new, resumed, _ = capsys.readouterr().out.split("nothing was started")
-    for said, steps in ((new, 10), (resumed, 3)):
-        said = " ".join(said.split())
-        work = f"{flops / 1e12:.3g} TFLOP a step; the {steps} steps to go take about {steps:.2f} hours on one cpu, "
-        assert work in said
-        assert (
-            f"by timing forward and backward of {timed}, and {steps:.2f} on one H100 at 15% of its"
-            in said
-        )
+    for printed, steps in ((new, 10), (resumed, 3)):
+        description = " ".join(printed.split())
+        work = f"{flops / 1e12:.3g} TFLOP a step; the {steps} steps to go take about "
+        assert f"{work}{steps:.2f} hours on one cpu, " in description
+        timing = f"by timing forward and backward of {timed}, "
+        assert f"{timing}and {steps:.2f} on one H100 at 15% of its" in description
 
 
 @pytest.mark.slow
 def test_ffhq_run1_is_ready_at_its_real_size(pictures, tmp_path, capsys):
-    """Real network and config on few pictures; the batch fits 45 of them. Nothing is started."""
+    """The network and the config are the real ones, on few pictures. Nothing is started.
+
+    The batch is smaller than the real one, so that 45 training pictures are enough for it.
+    """
     call(
         train.main,
         "ffhq-run1",
@@ -211,7 +238,8 @@ def test_ffhq_run1_is_ready_at_its_real_size(pictures, tmp_path, capsys):
     ("name", "visible"), [("ffhq-run1", True), ("ffhq-run2", False), ("ffhq-full", False)]
 )
 def test_of_the_ffhq_runs_only_the_first_sees_the_image_in_x_T(name, visible):
-    experiment, config = EXPERIMENTS[name], EXPERIMENTS[name].diffusion
+    experiment = EXPERIMENTS[name]
+    config = experiment.diffusion
     scheduler = NoiseScheduler(
         config.timesteps_diff, config.beta_start, config.beta_end, config.rescale_betas
     )
@@ -224,6 +252,8 @@ def test_of_the_ffhq_runs_only_the_first_sees_the_image_in_x_T(name, visible):
         "steps_per_epoch": 1,
         "arithmetic": {"precision": "float32"},
     }
-    said = start.describe(Run(name, experiment, Path("runs"), facts=facts), "")
-    assert ("x_T still carries the image" in said) == visible
-    assert ("samples use the raw weights" in said) == visible  # it has no EMA either
+    description = start.describe(Run(name, experiment, Path("runs"), facts=facts), "")
+    assert ("x_T still carries the image" in description) == visible
+
+    # The first run has no EMA either.
+    assert ("samples use the raw weights" in description) == visible
