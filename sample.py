@@ -112,7 +112,7 @@ def sample_from_noise(
     seen = min(args.n, MOST_IN_GRID) if frames or not args.individual else 0
 
     with ExitStack() as stack:
-        # Rank 0 holds the folder for all processes until the last batch is written.
+        # Rank 0 alone enters the folder, and holds it until the last batch is written.
         opened = open_folder(folder, facts, args.individual)
         existing = processes.from_main(lambda: stack.enter_context(opened))
 
@@ -125,7 +125,8 @@ def sample_from_noise(
         others = f" of {args.n}; the others are there" if count < args.n else ""
         processes.say(f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}")
 
-        # Each batch begins as noise, and the sampler takes it to images when it is asked for.
+        # Each batch begins as noise. The sampler takes it to images when `write_and_keep` asks for
+        # it, so that no more than one is in memory beside those that are kept.
         batches = [to_do[i] for i in processes.own_range(len(to_do))]
         progress = processes.is_main and bool(batches)
         sampled = generate_batches(image_sampler, batches, frames, progress)
@@ -163,6 +164,7 @@ def write_and_keep(
                 writing = pool.map(save_image, images[new], paths)
             if batch.start < seen:
                 kept.append(samples)
+        # An error of the last batch is raised here.
         list(writing)
     return kept
 

@@ -90,7 +90,9 @@ def measure_bands(
     seed: int,
     processes: Processes = SINGLE_PROCESS,
 ) -> BandErrors:
-    """Measure the ratios. The processes share the timesteps, and all of them get the result.
+    """Measure, at some timesteps and in each band, the network's error over the average image's.
+
+    The processes share the timesteps, and all of them get the result.
 
     `x_0_of` makes of image indices (B,) their x_0 (B, C, H, W) in [-1, 1], on the model's device.
     `average` is the average of the training images (C, H, W). Raises `UserError` for a single
@@ -117,19 +119,20 @@ def measure_bands(
         predicted, _ = predict(denoiser, scheduler, x_t, t)
         return band_energy(predicted - x_0)
 
-    t = measured_timesteps(scheduler.timesteps)
-    table = torch.zeros(len(t), len(image_of), of_average.shape[1], dtype=torch.float64)
-    rows = processes.own_range(len(t))
+    times = measured_timesteps(scheduler.timesteps)
+    table = torch.zeros(len(times), len(image_of), of_average.shape[1], dtype=torch.float64)
+    rows = processes.own_range(len(times))
     with denoiser.evaluating():
         for k in tqdm(rows, "bands", unit="timestep", disable=not processes.is_main):
-            parts = limit.in_parts(partial(network_errors, t[k]), range(len(image_of)))
+            parts = limit.in_parts(partial(network_errors, times[k]), range(len(image_of)))
             table[k] = torch.cat(parts)
 
     # Each entry is one process's and 0 in the others, so the sum over processes is exact.
     table = processes.sum_(table)
-    of_network = table.unflatten(1, (-1, len(indices))).mean(dim=1).numpy()  # (K, N, bands)
-    alpha_bar = scheduler.alphas_cumprod[t].numpy()
-    return compare_errors(t, of_network, of_average, alpha_bar)
+    # Each image is averaged over its draws: (K, draws, bands) becomes (K, N, bands).
+    of_network = table.unflatten(1, (-1, len(indices))).mean(dim=1).numpy()
+    alpha_bar = scheduler.alphas_cumprod[times].numpy()
+    return compare_errors(times, of_network, of_average, alpha_bar)
 
 
 def measured_timesteps(timesteps: int) -> list[int]:
@@ -161,6 +164,7 @@ def compare_errors(
     residuals = of_network - ratio[:, None] * of_average
     standard_error = error_of_mean(residuals.swapaxes(0, 1)) / s2
 
+    # The best linear filter of x_t leaves this share of the average image's error.
     a = alpha_bar[:, None]
     linear = (1 - a) / (a * s2 + 1 - a)
     octaves = [f"{2 ** (k - 1)}-{2**k}" for k in range(1, len(s2) - 1)]

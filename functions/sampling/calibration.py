@@ -111,6 +111,7 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
     last = scheduler.timesteps - 1
     first = round(FROM * scheduler.timesteps)
     count = min(FITTED, last - first + 1)
+    # The timesteps come falling, and interpolation wants them rising.
     times = logsnr_timesteps(scheduler, count, last, first)[::-1]
 
     limit = BatchLimit(images.device, batch_size)
@@ -125,10 +126,10 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
 
 
 def products(denoiser: Denoiser, images: Tensor, mean: Tensor, t: int, part: range) -> Tensor:
-    """Return what least squares needs of a part of the images at t: (5, images, bands) float64.
+    """Return the products of spectra that the fit of y = w_1 p + w_2 q needs, at timestep t.
 
-    These are products of spectra, pp, pq, qq, py and qy, averaged over each band: p is the
-    network's x_0, q is x_t and y the true x_0, each less its average.
+    p is the network's x_0, q is x_t and y the true x_0, each less its average. The products are
+    pp, pq, qq, py and qy, averaged over each band, for a part of the images: (5, images, bands).
     """
     scheduler = denoiser.scheduler
     x_0 = images[part.start : part.stop]
@@ -143,7 +144,10 @@ def products(denoiser: Denoiser, images: Tensor, mean: Tensor, t: int, part: ran
 
 
 def least_squares(averages: Tensor) -> Tensor:
-    """Return w_1 and w_2 of each band, (bands, 2), from the averages (5, bands) of `products`."""
+    """Fit y = w_1 p + w_2 q in each band, given the averages (5, bands) of `products`.
+
+    Returns w_1 and w_2 of each band: (bands, 2).
+    """
     pp, pq, qq, py, qy = averages
     pp = (1 + RIDGE) * pp
     qq = (1 + RIDGE) * qq
@@ -153,16 +157,18 @@ def least_squares(averages: Tensor) -> Tensor:
 
 
 def interpolated(scheduler: NoiseScheduler, times: list[int], fitted: Tensor) -> Tensor:
-    """Return the weights of all timesteps (T, bands, 2), from those fitted at rising times.
+    """Return the weights of all timesteps (T, bands, 2), given those fitted at rising times.
 
-    They are interpolated linearly in log-SNR, and are 1 and 0 below the first of the times.
+    They are interpolated linearly in log-SNR. Below the first time they are 1 and 0, which leave
+    the network's x_0 as it is.
     """
+    first = times[0]
     noisiness = -torch.logit(scheduler.alphas_cumprod).numpy()
     weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, fitted.shape[1], 1)
-    for band, k in np.ndindex(fitted.shape[1:]):
-        column = fitted[:, band, k].numpy()
-        between = np.interp(noisiness[times[0] :], noisiness[times], column)
-        weights[times[0] :, band, k] = torch.from_numpy(between)
+    for band, weight in np.ndindex(fitted.shape[1:]):
+        column = fitted[:, band, weight].numpy()
+        between = np.interp(noisiness[first:], noisiness[times], column)
+        weights[first:, band, weight] = torch.from_numpy(between)
     return weights
 
 
