@@ -243,9 +243,11 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
     split = subject.split
     indices = evenly(split.val_indices, args.images)
 
-    # The average image needs no more than a sample of the training images.
-    training = subject.image_set.images[evenly(split.train_indices, AVERAGED)]
-    average = to_model_range(torch.from_numpy(training.mean(axis=0)[None]))[0]
+    # The average image needs no more than a sample of the training images, which may take some
+    # hundred MB and is not kept.
+    sample = evenly(split.train_indices, AVERAGED)
+    average_pixels = subject.image_set.images[sample].mean(axis=0)
+    average = to_model_range(torch.from_numpy(average_pixels[None]))[0]
     result = measure_bands(
         subject.image_sampler.denoiser,
         subject.x_0_of,

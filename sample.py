@@ -14,7 +14,7 @@ are missing:
 import argparse
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -126,11 +126,11 @@ def sample_from_noise(
         processes.say(f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}")
 
         # Each batch begins as noise. The sampler takes it to images when `write_and_keep` asks for
-        # it, so that no more than one is in memory beside those that are kept.
+        # it. After an error the generator is closed at once, and ends its progress bar.
         batches = [to_do[i] for i in processes.own_range(len(to_do))]
         progress = processes.is_main and bool(batches)
-        sampled = generate_batches(image_sampler, batches, frames, progress)
-        kept = write_and_keep(args, zip(batches, sampled, strict=True), folder, existing, seen)
+        with closing(generate_batches(image_sampler, batches, frames, progress)) as sampled:
+            kept = write_and_keep(args, zip(batches, sampled, strict=True), folder, existing, seen)
 
         # No process goes on from here before all have written their images.
         gathered = processes.gather(kept)

@@ -76,7 +76,7 @@ def read_files(path: Path) -> dict[str, bytes]:
     for archive in filter(Path.is_file, path.glob("*.tar.gz")):
         with tarfile.open(archive) as tar:
             for file in tar:
-                # The folders in an archive do not matter, so nothing is unpacked to the disk.
+                # Folders in an archive do not matter: a member counts by its own name.
                 name = Path(file.name).name
                 if name in FILES and file.isfile() and file.size <= MAX_FILE_BYTES:
                     files[name] = tar.extractfile(file).read()

@@ -1,4 +1,4 @@
-"""Image files -> uint8 RGB pixels of any colour mode; or the reason why they cannot be used."""
+"""Image files of any colour mode -> uint8 RGB pixels, or the reason why they cannot be used."""
 
 import io
 import struct

@@ -67,8 +67,7 @@ def predict(
     t_of_images = t
     if isinstance(t, int):
         t_of_images = torch.full((len(x_t),), t, device=x_t.device)
-    output = model(x_t, t_of_images)
-    x_0, eps = interpret(model, scheduler, x_t, t, output)
+    x_0, eps = interpret(model, scheduler, x_t, t, model(x_t, t_of_images))
     if clip_x_0:
         x_0 = x_0.clamp(-1, 1)
         eps = scheduler.predict_eps(x_t, t, x_0)

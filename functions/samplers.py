@@ -181,8 +181,7 @@ def dpm_solver_sample(
         x = sigma_s / sigma_t * math.exp(-eta * h) * x - alpha_s * math.expm1(-(1 + eta) * h) * D
 
         if eta > 0 and sigma_s > 0:
-            z = noise_of(step_noise, k, x)
-            x = x + sigma_s * math.sqrt(-math.expm1(-2 * eta * h)) * z
+            x = x + sigma_s * math.sqrt(-math.expm1(-2 * eta * h)) * noise_of(step_noise, k, x)
         x_0_before = x_0
         h_before = h
         if on_step:
@@ -232,9 +231,8 @@ def ipndm_sample(
         a_s = scheduler.alpha_bar(s)
         sigma_t = math.sqrt((1 - a_t) / a_t)
         sigma_s = math.sqrt((1 - a_s) / a_s)
-        # This is a step of dy = eps dsigma.
-        y = x / math.sqrt(a_t) + (sigma_s - sigma_t) * eps_ahead
-        x = math.sqrt(a_s) * y
+        # This is a step of dy = eps dsigma, where y = x / sqrt(alpha_bar).
+        x = math.sqrt(a_s) * (x / math.sqrt(a_t) + (sigma_s - sigma_t) * eps_ahead)
         # The extrapolated eps does not agree with a clipped x_0, so the image itself is clipped.
         if clip_x_0 and s == -1:
             x = x.clamp(-1, 1)

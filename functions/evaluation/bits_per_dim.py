@@ -238,11 +238,11 @@ def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
     # The logarithmic axis has no 0, so it shows the paper's t, which starts at 1.
     t = [value + 1 for value in curves["t"]]
     figure, (terms, rate) = plt.subplots(1, 2, figsize=(9, 4))
-    terms.loglog(t, curves["bits_per_dim_a_step"], marker=".")
+    terms.loglog(t, curves["bits_per_dim_a_step"], marker=".", color="tab:blue")
     terms.set(xlabel="t (the paper's)", ylabel="bits/dim in one step", title="terms of the bound")
     terms.grid(color="0.92")
 
-    rate.plot(curves["rate"], curves["rmse"], marker=".")
+    rate.plot(curves["rate"], curves["rmse"], marker=".", color="tab:blue")
     rate.set(
         xlabel="rate so far, bits/dim",
         ylabel="RMSE of $x_0$, of 255",

@@ -152,8 +152,9 @@ def delete_old(run: Path, done: int, count: int, every: int) -> None:
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
     """Return the run folders of experiments whose names start with `prefix`, oldest first."""
-    folders = [path for path in runs.glob(f"{prefix}*/") if RUN_NAME.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
+    folders = [path for path in runs.glob("*/") if RUN_NAME.fullmatch(path.name)]
+    wanted = [path for path in folders if path.name.startswith(prefix)]
+    return sorted(wanted, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
 
 
 def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:

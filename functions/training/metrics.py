@@ -204,11 +204,13 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
             "label": "validation, raw weights",
             "color": "tab:orange",
             "marker": ".",
+            "linewidth": 1.5,
         },
         "val_eps_error_ema": {
             "label": "validation, EMA weights",
             "color": "tab:blue",
             "marker": ".",
+            "linewidth": 1.5,
         },
     }
     for column, style in curves.items():
