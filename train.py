@@ -185,8 +185,9 @@ def new_experiment(name: str, changes: tuple[dict, dict], initial: SavedModel | 
 
     def made_for(config):
         """Return the fields of OF_WEIGHTS; those that an older file lacks have their defaults."""
-        names = [name for name in OF_WEIGHTS if hasattr(config, name)]
-        return {name: saved_fields.get(name, getattr(type(config), name, None)) for name in names}
+        fields = [field for field in OF_WEIGHTS if hasattr(config, field)]
+        defaults = vars(type(config))
+        return {field: saved_fields.get(field, defaults.get(field)) for field in fields}
 
     experiment = preset.override(made_for(preset.diffusion), made_for(preset.model))
     changed = experiment.override(*changes)
@@ -211,10 +212,10 @@ def open_run(
     path = processes.from_main(lambda: first_sound(find_checkpoints(folder), check_whole).path)
     checkpoint = open_checkpoint(path)
     name = checkpoint.contents["run"]["experiment"]
+    saved = Experiment.from_dict(checkpoint.contents["config"])
     if wanted not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {wanted!r}")
 
-    saved = Experiment.from_dict(checkpoint.contents["config"])
     resumed = saved.resumed(*changes)
     for field, (before, now) in saved.differences(resumed).items():
         processes.say(f"changed: {field} was {before}, is now {now}")
@@ -255,10 +256,10 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
 
     # What is about to happen, for people, for config.json and for checkpoints
     run.facts = facts_of(run, split, total_steps, denoiser, device, processes)
-    run.initial = None  # Its weights are in the network by now; this frees their memory.
+    run.initial = None  # Its weights are in the network by now.
     processes.say(describe(run, image_set.summary))
     if dry_run:
-        processes.say(describe_compute(run, denoiser))
+        processes.say(describe_compute(run, denoiser, processes))
         folder = run.folder or run.runs / f"{run.name}-<time>"
         processes.say(f"  images in  {image_set.path}\n  goes to    {folder}\nnothing was started")
         return
@@ -283,7 +284,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         for step in steps:
             # Lines 3 and 4: t and the noise eps of the whole effective batch.
             draws = draw_step(config, scheduler, step, run.image_shape, device)
-            # Rotation is off at the end of a run, so that the samples do not learn its tilt.
+            # Rotation is off at the end of a run, so that the network unlearns its tilt.
             degrees = rotation_limit(
                 config.max_rotation, config.rotation_free_end, step / total_steps
             )

@@ -84,23 +84,28 @@ def warnings_of(experiment: object) -> list[str]:
     return warnings
 
 
-def describe_compute(run: Run, denoiser: Denoiser) -> str:
+def describe_compute(run: Run, denoiser: Denoiser, processes: Processes) -> str:
     """Describe what the steps to go cost: FLOPs by counting, hours here by trying, and on an H100.
 
-    The hours on an H100 assume H100_SHARE, which nobody has measured.
+    The hours on an H100 assume H100_SHARE, which nobody has measured. As in the run itself,
+    `fit_memory` comes before whole batches.
     """
     config = run.experiment.diffusion
     steps = run.facts["total_steps"] - run.first_step
-    flops = config.effective_batch * flops_of_image(denoiser.network)
 
     # The first pass warms up. Where one image takes long, it is enough to tell.
     images = 1
+    seconds = 0.0
     shape = (images, *run.image_shape)
-    run_pass(denoiser, shape)
-    seconds = run_pass(denoiser, shape)
-    if seconds < 1:
-        images = config.batch_size
+    if pass_fits(denoiser, shape):
+        seconds = run_pass(denoiser, shape)
+    if not processes.any(seconds >= 1):
+        fit_memory(run, denoiser, processes)
+        share = len(processes.own_range(config.effective_batch))
+        images = min(run.experiment.diffusion.batch_size, share)
         seconds = min(run_pass(denoiser, (images, *run.image_shape)) for _ in range(2))
+    # What is recomputed counts, and `fit_memory` may have changed it.
+    flops = config.effective_batch * flops_of_image(denoiser.network)
     hours = config.effective_batch * seconds / images * steps / 3600
     hours_on_h100 = flops * steps / (H100_SHARE * H100_PEAK) / 3600
     return (
@@ -126,8 +131,8 @@ def fit_memory(run: Run, denoiser: Denoiser, processes: Processes) -> None:
     """Give the run a batch_size that fits in the memory of every process, found by trying.
 
     Where a pass does not fit, the next smaller divisor of the effective batch becomes batch_size
-    and gradient_accumulation makes up for it, so that the result stays the same. After 1 comes
-    recompute = "blocks", then UserError.
+    and gradient_accumulation makes up for it, so that the result stays the same, but for dropout,
+    whose masks have a seed for each pass. After 1 comes recompute = "blocks", then UserError.
     """
     config = run.experiment.diffusion
     effective = config.effective_batch
@@ -182,8 +187,11 @@ def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
         torch.cuda.empty_cache()
 
 
-def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:
-    """Run forward and backward of the same noise each time, and return the seconds that it took."""
+def run_pass(denoiser: Denoiser, shape: tuple[int, ...], scale: float = 1) -> float:
+    """Run forward and backward of the same noise each time, and return the seconds that it took.
+
+    The loss is the squared error, summed over pixels and images, times `scale`.
+    """
     torch.manual_seed(0)
     start = time.perf_counter()
     weight = next(denoiser.network.parameters())
@@ -191,7 +199,7 @@ def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:
     t = torch.zeros(len(x_0), dtype=torch.int64, device=weight.device)
     losses = denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0)
     # The gradients of the mean over pixels would be too small for float16.
-    (x_0[0].numel() * losses).sum().backward()
+    (scale * x_0[0].numel() * losses).sum().backward()
     # The number reaches the host when the device is done.
     weight.grad.sum().item()
     return time.perf_counter() - start

@@ -5,6 +5,7 @@ No code is generated here: graphs are captured and run as they are.
 
 import re
 from functools import partial, partialmethod
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.parallel import DistributedDataParallel
 
 import train
+from config import EXPERIMENTS
+from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
+from functions.support.processes import SINGLE_PROCESS
+from functions.support.run_folder import Run
 from functions.training import compiling
-from tests.conftest import call, train_tiny
+from functions.training.start import run_pass
+from models.unet import UNet
+from tests.conftest import SMALL_MODEL, call, train_tiny
 from tests.functions.support.test_processes import FLAGS, assert_alike, two
 from tests.kill import assert_same_run
 
@@ -62,10 +70,32 @@ class Wrong(torch.nn.Module):
         return self.factor * self.network(x_t, t)
 
 
-def prepare(patch, compile=fast_compile):
-    """Make compiling pay on the CPU, too, as it takes no time."""
+class InFloat32(torch.nn.Module):
+    """A network without the rounding of autocast."""
+
+    def __init__(self, network, **how):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t, t):
+        with torch.autocast("cpu", enabled=False):
+            return self.network(x_t, t)
+
+
+def prepare(patch, compile=fast_compile, seconds=0.5):
+    """Make compiling pay on the CPU, too, as it takes no time.
+
+    Passes pretend to take 1 s, and `seconds` when they are compiled.
+    """
+
+    def timed(denoiser, *arguments):
+        run_pass(denoiser, *arguments)
+        plain = isinstance(denoiser.network, (UNet, DistributedDataParallel))
+        return 1 if plain else seconds
+
     patch.setattr(compiling, "DEVICES", ("cpu",))
     patch.setattr(compiling, "COMPILING", 0)
+    patch.setattr(compiling, "run_pass", timed)
     patch.setattr(torch, "compile", compile)
 
 
@@ -99,17 +129,63 @@ def test_a_compiled_training_is_the_plain_one(trained, monkeypatch):
     [
         (None, r"RuntimeError: no compiler\\nfound"),
         (-1, r"its gradients differ by \d+%"),
+        (1, "it is slower: 2 s a pass instead of 1"),
     ],
 )
-def test_what_fails_or_differs_is_left_out_and_leaves_nothing_behind(
+def test_what_fails_differs_or_is_slower_is_left_out_and_leaves_nothing_behind(
     factor, why, trained, monkeypatch
 ):
     """The run is then bit for bit the one that never tried to compile."""
     plain, _ = trained()
-    prepare(monkeypatch, partial(Wrong, factor=factor))
+    prepare(monkeypatch, partial(Wrong, factor=factor), seconds=2)
     run, printed = trained()
     assert re.search(f"failed, so it goes on without: {why}\n", printed)
     assert_same_run(plain, run)
+
+
+@pytest.fixture
+def choose():
+    """Return a function of a precision that lets a small network be compiled, or left plain."""
+    # One level has all kinds of layers but those between levels.
+    one_level = {"image_size": 8, "dim_multiply": (1,), "transformer_layers": ()}
+    experiment = EXPERIMENTS["faces"].override({}, SMALL_MODEL | one_level)
+    run = Run("faces", experiment, Path(), facts={"device": "cpu", "total_steps": 1})
+    network = UNet(**vars(experiment.model))
+
+    def chosen(precision=torch.float32):
+        denoiser = Denoiser(network, NoiseScheduler(100), precision)
+        torch.manual_seed(0)
+        return compiling.compiled_if_worth_it(denoiser, network, run, [slice(0, 1)], SINGLE_PROCESS)
+
+    chosen.network = network
+    return chosen
+
+
+def test_each_gradient_is_compared(choose, monkeypatch, capsys):
+    """The output is right, and the gradient of one parameter is zero."""
+    for name, parameter in choose.network.named_parameters():
+        hooks = []
+
+        def zeroing(network, parameter=parameter, hooks=hooks, **how):
+            hooks.append(parameter.register_hook(torch.zeros_like))
+            return Wrong(network, factor=1)
+
+        prepare(monkeypatch, zeroing)
+        chosen = choose()
+        hooks[0].remove()
+
+        # Zero is right for the bias of keys, which adds the same to all that a softmax compares.
+        refused = chosen.network is choose.network
+        assert refused == (not name.endswith("key.bias")), name
+        assert ("its gradients differ by" in capsys.readouterr().out) == refused
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_difference(precision, choose, monkeypatch):
+    # The gradients of conv_out are too large for float16 then.
+    choose.network.norm_out.weight.data.fill_(1000)
+    prepare(monkeypatch, InFloat32)
+    assert isinstance(choose(precision).network, InFloat32)
 
 
 @pytest.mark.parametrize(

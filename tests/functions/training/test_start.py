@@ -183,9 +183,10 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(
     450 s where the machine is slow, and one image is timed; else the better of two whole passes is.
     """
     flops = 8 * start.flops_of_image(UNet(16, 3, 8, [1, 2], [1], 8, norm_groups=2))
-    timings = [450] if slow else [0.1, 450 * timed, 451 * timed]
+    # After the single image a whole pass is tried for its memory, and its time does not count.
+    timings = [450] if slow else [0.1, 99 * 450, 450 * timed, 451 * timed]
 
-    # The first pass of each dry run warms up, and its time does not count.
+    # The first pass of each dry run warms up, and its time does not count either.
     passes = iter([99 * 450, *timings, 99 * 450, *timings])
     monkeypatch.setattr(start, "run_pass", lambda *_: next(passes))
     monkeypatch.setattr(start, "H100_PEAK", flops / 3600 / start.H100_SHARE)
@@ -199,6 +200,17 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(
         assert f"{work}{steps:.2f} hours on one cpu, " in description
         timing = f"by timing forward and backward of {timed}, "
         assert f"{timing}and {steps:.2f} on one H100 at 15% of its" in description
+
+
+@pytest.mark.parametrize(("memory", "images"), [({"norms": 3}, 3), ({"blocks": 1}, 1)])
+def test_a_dry_run_times_passes_that_fit(memory, images, monkeypatch):
+    """Memory is short for batch_size = 4 at first, and then for one image without recomputation."""
+    run, denoiser = parts()
+    run.facts |= {"total_steps": 1, "device": "cpu"}
+    limit_memory(monkeypatch, **memory)
+
+    description = start.describe_compute(run, denoiser, SINGLE_PROCESS)
+    assert f"by timing\n             forward and backward of {images}, " in description
 
 
 @pytest.mark.slow
