@@ -103,6 +103,10 @@ def experiments() -> dict[str, "Experiment"]:
             "epochs": 500,
             "clip_grad_norm": 1.0,
             "warmup_steps": 5000,
+            # All GPUs wait while 3.9 GB are saved, some 5 s at the 1.25 s a GB that a CPU took. On
+            # 8 H100, 8000 steps take some 210 s by the estimate in benchmarks/NOTES.md. So saving
+            # takes some 2% of the time. Where steps are slow, checkpoint_minutes saves before.
+            "checkpoint_every": 8000,
         },
         {"base_dim": 128},
     )
@@ -271,7 +275,7 @@ class DiffusionConfig:
     # hardware has.
     precision: str = "auto"
     # What backward computes again to save memory: "none"; "norms", nearly free at 128 px; "blocks",
-    # for least memory.
+    # for least memory. A compiled network computes nothing again.
     recompute: str = "norms"
     # On CUDA, compile the network where that pays off in this run ("auto"), or never ("off").
     compile: str = "auto"
@@ -435,7 +439,10 @@ class Experiment:
         changed = self.override(diffusion, model)
         may_change = {f"diffusion.{field}" for field in BOOK_KEEPING}
         may_change |= {"diffusion.epochs", "diffusion.recompute", "diffusion.compile"}
-        # Another GPU's memory may want other passes. The step stays the same if its batch does.
+        # Another GPU may lack bfloat16.
+        may_change.add("diffusion.precision")
+        # Another GPU's memory may want other passes. The step stays the same if its batch does, but
+        # for dropout.
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:
             may_change |= {"diffusion.batch_size", "diffusion.gradient_accumulation"}
 

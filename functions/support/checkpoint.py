@@ -167,13 +167,20 @@ def check_whole(path: Path) -> TensorFile:
 def load_weights(path: Path) -> SavedModel:
     """Read the EMA weights of a checkpoint or an exported file; the raw ones if there is no EMA.
 
-    No other tensors are read. Raises CheckpointError as `open_checkpoint` does, and when the
-    weights are damaged.
+    No other tensors are read. Raises CheckpointError as `open_checkpoint` does, when the weights
+    are damaged, and when the file has averages but none that is called ema.NAME.
     """
     file = open_checkpoint(path)
     part, kind = "ema.", "EMA"
     weights = file.tensors(part)
     if not weights:
+        # Raw weights are no stand-in for an average of another name, such as ema_0.9999.NAME.
+        for name in file.checksums:
+            if name.startswith("ema"):
+                raise CheckpointError(
+                    f"{path}: none of its averages is called ema.NAME, as the one to sample from "
+                    f"must be; the first is {short(name)}"
+                )
         part, kind = "model.", "raw"
         weights = file.tensors(part)
     checksums = {name: file.checksums[part + name] for name in weights}

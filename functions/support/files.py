@@ -9,7 +9,7 @@ tensor, and `sha256`, the checksum of that text.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +23,8 @@ from functions.support.errors import CheckpointError
 FORMAT = "ddpm-faces checkpoint 2"
 # This is in bytes. Our headers take some hundred thousand.
 LONGEST_HEADER = 16 * 2**20
+# This is in bytes, too: as much of a tensor is hashed and written at once.
+PIECE = 2**20
 # The types that weights may have, and what safetensors calls them.
 TYPES = {
     torch.float64: "F64",
@@ -83,19 +85,25 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> Non
 
     Raises OSError as `write_safetensors` does.
     """
-    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-    text = json.dumps({**contents, "checksums": checksums})
-    write_safetensors(path, tensors, {"format": FORMAT, "contents": text, "sha256": sha256(text)})
+    write_safetensors(path, tensors, {"format": FORMAT}, contents)
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors of any layout.
+def write_safetensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    contents: dict | None = None,
+) -> None:
+    """Write tensors of any layout; a file of ours has `contents` as well.
 
     Raises OSError, with `path` as it was, when the disk is full or the like.
     """
+    # Each tensor is read once, and hashed while it is written. So the header is first written with
+    # checksums that take as much room as the right ones, and is written again at the end.
+    checksums = dict.fromkeys(tensors, sha256(""))
     # The tensors with the widest numbers come first, so that each is aligned.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    entries = {"__metadata__": metadata}
+    entries = {}
     end = 0
     for name, tensor in tensors.items():
         start = end
@@ -105,16 +113,25 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    # Spaces fill the header up to a multiple of 8 bytes, so that the numbers begin aligned.
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
+
+    def write_header(file):
+        fields = dict(metadata)
+        if contents is not None:
+            text = json.dumps({**contents, "checksums": checksums})
+            fields |= {"contents": text, "sha256": sha256(text)}
+        header = json.dumps({"__metadata__": fields, **entries}).encode()
+        # Spaces fill the header up to a multiple of 8 bytes, so that the numbers begin aligned.
+        header += b" " * (-len(header) % 8)
+        file.write(len(header).to_bytes(8, "little") + header)
 
     def write(file):
-        file.write(len(header).to_bytes(8, "little") + header)
+        write_header(file)
         # The save_file of safetensors wants all tensors contiguous at once, and flushes nothing to
-        # the disk. Here one tensor at a time is copied, where it must be.
-        for tensor in tensors.values():
-            file.write(numbers(tensor))
+        # the disk. Here one piece of a tensor at a time is copied, where it must be.
+        for name, tensor in tensors.items():
+            checksums[name] = checksum(tensor, file.write)
+        file.seek(0)
+        write_header(file)
 
     write_whole(path, write)
 
@@ -242,16 +259,28 @@ def check_header(path: Path) -> None:
         )
 
 
-def checksum(tensor: Tensor) -> str:
-    """Return a SHA-256 over a tensor's type, shape and numbers, in hexadecimal."""
+def checksum(tensor: Tensor, write: Callable[[np.ndarray], object] | None = None) -> str:
+    """Return a SHA-256 over a tensor's type, shape and numbers, in hexadecimal.
+
+    `write`, if any, is called with each piece of the numbers' bytes on the way.
+    """
     total = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    total.update(numbers(tensor))
+    for piece in numbers(tensor):
+        total.update(piece)
+        if write:
+            write(piece)
     return total.hexdigest()
 
 
-def numbers(tensor: Tensor) -> np.ndarray:
-    """Return the bytes of a tensor's numbers, in the order of its shape."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def numbers(tensor: Tensor) -> Iterator[np.ndarray]:
+    """Yield the bytes of a tensor's numbers, in the order of its shape, piece by piece."""
+    rows = torch.atleast_1d(tensor.detach())
+    # A piece of about a megabyte stays in the cache while it is reordered, hashed and written. A
+    # copy of the whole tensor takes three times as long, most of it for memory new to the process.
+    length = max(1, len(rows) * PIECE // max(1, rows.nbytes))
+    for piece in rows.split(length):
+        # A GPU reorders at no cost, so the copy to the CPU comes last.
+        yield piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def sha256(text: str) -> str:

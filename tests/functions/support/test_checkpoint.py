@@ -1,12 +1,16 @@
 """Checkpoints: what is written comes back bit for bit, in little memory, or the old file stays."""
 
 import copy
+import hashlib
+import json
 import math
 import os
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -22,7 +26,15 @@ from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, write_tensors, write_whole
 from tests.forked import Program
 from tests.peak_memory import at_most
-from tests.spoilt_files import checkpoint_parts, same, snapshot, stepped_state, training_state
+from tests.spoilt_files import (
+    checkpoint_parts,
+    header_of,
+    same,
+    snapshot,
+    stepped_state,
+    training_state,
+    with_header,
+)
 
 CONFIG = {"diffusion": {"timesteps_diff": 10}, "model": {"base_dim": 8}}
 RUN = {
@@ -96,6 +108,50 @@ def test_tensors_of_every_type_and_shape_come_back(path, dtype):
     assert same(file.contents, contents)
 
 
+@pytest.mark.parametrize("dtype", files.TYPES)
+def test_the_file_is_that_of_safetensors_with_right_checksums(path, tmp_path, dtype, monkeypatch):
+    """The library writes the same header and numbers. Each tensor is read only once."""
+    monkeypatch.setattr(files, "PIECE", 100)
+    read = Mock(wraps=files.numbers)
+    monkeypatch.setattr(files, "numbers", read)
+    # The first has many rows in a piece, the second is in channels_last and has one row in a piece.
+    shapes = [(70, 2), (3, 2, 5, 5), (0, 3), (2, 0), ()]
+    tensors = {f"ü{i}": (100 * torch.randn(shape)).to(dtype) for i, shape in enumerate(shapes)}
+    tensors["ü1"] = tensors["ü1"].to(memory_format=torch.channels_last)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    write_tensors(path, tensors, {"step": 5})
+    assert read.call_count == len(tensors)
+    ours = path.read_bytes()
+    header = json.loads(header_of(ours))
+    metadata = header["__metadata__"]
+    theirs = safetensors.torch.save(contiguous, metadata)
+    assert header == json.loads(header_of(theirs))
+    assert with_header(ours, b"") == with_header(theirs, b"")
+    assert same(safetensors.torch.load(ours), tensors)
+
+    checksums = {}
+    for name, tensor in contiguous.items():
+        total = hashlib.sha256(f"{dtype} {list(tensor.shape)}".encode())
+        total.update(bytes(tensor.flatten().view(torch.uint8).tolist()))
+        checksums[name] = total.hexdigest()
+    assert metadata["contents"] == json.dumps({"step": 5, "checksums": checksums})
+    assert metadata["sha256"] == hashlib.sha256(metadata["contents"].encode()).hexdigest()
+
+
+def test_an_average_of_another_name_is_not_passed_over(path):
+    tensors, contents = checkpoint_parts()
+    renamed = {name.replace("ema.", "ema_0.9999."): tensor for name, tensor in tensors.items()}
+    write_tensors(path, renamed, contents)
+
+    with pytest.raises(CheckpointError, match=r"called ema\.NAME, .* first is ema_0\.9999\."):
+        load_weights(path)
+
+    # A file with both has the average that sampling takes.
+    write_tensors(path, renamed | tensors, contents)
+    assert load_weights(path).kind == "EMA"
+
+
 def test_sampling_takes_the_average_if_there_is_one(path):
     tensors, contents = checkpoint_parts()
     without_average = {name: t for name, t in tensors.items() if "ema." not in name}
@@ -144,14 +200,13 @@ def save_105_megabytes():
     """Save two networks and Adam's moments in channels_last, which is not the order of the file."""
 
     def network():
-        layers = nn.Sequential(*(nn.Conv2d(256, 256, 5) for _ in range(4)))
-        return layers.to(memory_format=torch.channels_last)
+        return nn.Conv2d(512, 512, 5).to(memory_format=torch.channels_last)
 
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = TrainingState(model, network(), optimizer, scaler)
-    with at_most(30):
+    with at_most(15):
         save_checkpoint(Path(sys.argv[1]), {}, {}, state)
 
 
