@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from functions.support.command_line import plain_errors
 from tests.conftest import ROOT
 
 WITHOUT_CUDA = pytest.mark.skipif(
@@ -89,3 +90,29 @@ def test_errors_are_one_line_and_leave_nothing(
     # By then train.py may have said what it is doing; sample.py has not.
     assert name == "train.py" or not printed.out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        # The GPU has failed, and another may go on: docs/survival.md has a loop for that.
+        ("uncorrectable ECC error encountered", 75),
+        ("unspecified launch failure", 75),
+        # More tries would not help.
+        ("out of memory", 2),
+    ],
+)
+def test_only_a_failed_gpu_has_the_status_to_try_again(text, status, capsys):
+    with pytest.raises(SystemExit) as ended, plain_errors():
+        raise torch.AcceleratorError(f"CUDA error: {text}\nmore")
+
+    assert ended.value.code == status
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_an_error_of_cuda_that_a_bug_causes_keeps_its_traceback():
+    message = "an illegal memory access was encountered"
+    with pytest.raises(torch.AcceleratorError, match=message), plain_errors():
+        raise torch.AcceleratorError(f"CUDA error: {message}")

@@ -3,14 +3,15 @@
 import argparse
 import inspect
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
-from functions.support.device import is_out_of_memory
-from functions.support.errors import UserError
+from functions.support.device import is_device_failure, is_out_of_memory
+from functions.support.errors import EXIT_STOPPED, UserError
 from functions.support.files import short
 
 # argparse uses this exit status, too.
@@ -43,8 +44,11 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        # The loop of docs/survival.md resumes after a GPU's failure, and stops for bad input.
+        sys.exit(EXIT_STOPPED if is_device_failure(error) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
+        # torchrun sends a second signal, which would interrupt this.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         # Shells report this status for Ctrl-C.
         sys.exit(130)
@@ -61,6 +65,8 @@ def plain_sentence(error: Exception, *others: type[Exception]) -> str | None:
             f"out of memory ({short(error)}): take a smaller batch or model, or another device; "
             "other programs may hold memory too"
         )
+    if is_device_failure(error):
+        return f"the GPU failed ({short(error)}): try again; train.py goes on with --resume"
     return None
 
 

@@ -85,15 +85,21 @@ def choose_precision(
     """Return the network's dtype under autocast: as named, or with "auto" the fastest native one.
 
     That is bfloat16 where the hardware has it, float16 (with a gradient scaler) on older CUDA
-    GPUs, and float32 elsewhere. A resumed run keeps the precision that it was `started_with`, if
-    the device has it. On CUDA this turns TF32 off for the whole process. Raises UserError when
-    the device has no such precision.
+    GPUs, and float32 elsewhere. With "auto" a resumed run keeps the precision that it was
+    `started_with`, if the device has it. On CUDA this turns TF32 off for the whole process.
+    Raises UserError when the device has no such precision.
     """
-    if device.type == "cuda":
+    available = list(DTYPES)
+    if device.type != "cuda":
+        available.remove("float16")
+    else:
         # TF32 would give convolutions 10 bits of fraction instead of the 23 of float32.
         torch.backends.cudnn.allow_tf32 = False
-    available = [known for known in DTYPES if known != "float16" or device.type == "cuda"]
-    if started_with in available:
+        # Emulated bfloat16, as a T4 or a V100 has it, is several times slower than float32.
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            available.remove("bfloat16")
+
+    if name == "auto" and started_with in available:
         return DTYPES[started_with]
     if name in available:
         return DTYPES[name]
@@ -101,10 +107,8 @@ def choose_precision(
         raise UserError(
             f"precision is {name!r}; on {device.type} it must be auto, {', '.join(available)}"
         )
-    # Only native bfloat16 counts: where it is emulated, it is several times slower than float32.
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
+        return torch.bfloat16 if "bfloat16" in available else torch.float16
     native = device.type == "cpu" and cpu_has_bfloat16()
     return torch.bfloat16 if native else torch.float32
 
@@ -193,6 +197,21 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def is_device_failure(error: Exception) -> bool:
+    """Return whether a GPU or its driver has failed, so that another try may succeed."""
+    # These are parts of CUDA's texts. Errors that a bug causes, such as an illegal memory access,
+    # have others.
+    texts = (
+        "ECC error",
+        "NVLink error",
+        "hardware",
+        "unspecified launch failure",
+        "unknown error",
+        "busy or unavailable",
+    )
+    return isinstance(error, torch.AcceleratorError) and any(text in str(error) for text in texts)
 
 
 class Adam(torch.optim.Adam):

@@ -11,8 +11,6 @@ from types import FrameType
 from functions.support.errors import UserError
 from functions.support.run_folder import last_checkpoint
 
-# This is EX_TEMPFAIL of sysexits.h, "try again later": the run was saved and can be resumed.
-EXIT_STOPPED = 75
 # For so many seconds a further signal counts as the same request. Schedulers signal all
 # processes, and torchrun passes its own signal on to them.
 SAME_SIGNAL = 1.0

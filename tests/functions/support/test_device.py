@@ -7,6 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from config import EXPERIMENTS
 from functions.sampling.generation import generate
 from functions.support.device import (
     Adam,
@@ -56,6 +57,20 @@ def test_auto_precision_on_cuda_asks_the_hardware_without_emulation(native, dtyp
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert choose_precision("auto", CUDA) == dtype
+
+
+def test_a_run_in_bfloat16_goes_on_where_that_is_only_emulated(monkeypatch):
+    def is_supported(including_emulation):
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert choose_precision("auto", CUDA, "bfloat16") == torch.float16
+
+    # Where it was asked for by its name, the resumed run may be given another, such as "auto".
+    with pytest.raises(UserError, match="'bfloat16'; on cuda it must be auto, float32, float16"):
+        choose_precision("bfloat16", CUDA, "bfloat16")
+    resumed = EXPERIMENTS["faces"].resumed({"precision": "float32"}, {})
+    assert choose_precision(resumed.diffusion.precision, CUDA, "float16") == torch.float32
 
 
 @pytest.mark.parametrize(
