@@ -4,8 +4,11 @@ In training each process works on its own places of every effective batch, and g
 summed once per optimiser step. Rank 0 alone prints and writes files.
 """
 
+import gc
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +27,10 @@ Value = TypeVar("Value")
 # Processes wait so long for one that prepares data or has more to sample. They notice at once when
 # one has ended.
 PATIENCE = timedelta(days=1)
+# In training they wait so long for each other. A machine that hangs or vanishes ends no connection.
+PATIENCE_IN_TRAINING = timedelta(minutes=30)
+# Gloo, NCCL and the store say one of these of a connection whose other end is gone.
+ENDED = ("connection closed", "connection was likely closed", "connection reset", "broken pipe")
 # Processes end with this status when rank 0 has said why it ends.
 EXIT_WITH_MAIN = 2
 
@@ -99,6 +106,12 @@ class Processes:
         total = self.sum_(torch.tensor(int(flag)))
         return bool(total)
 
+    def wait_less(self) -> None:
+        """Wait for the others no longer than PATIENCE_IN_TRAINING from now on."""
+        if self.count > 1:
+            # PyTorch has no public way to this, and has had this one for years.
+            dist.distributed_c10d._set_pg_timeout(PATIENCE_IN_TRAINING)
+
     def gather(self, value: Value) -> list[Value]:
         """Return every process's value, by rank."""
         values = [value] * self.count
@@ -146,17 +159,35 @@ def joined() -> Iterator[Processes]:
     except (ValueError, RuntimeError) as error:
         raise UserError(f"process {rank} cannot meet the others: {short(error)}") from error
 
+    # Rank 0 alone says that it was interrupted. The others end even while they wait for it.
+    if rank > 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # After an error the group is not destroyed, as that would wait for the others.
     try:
         yield Processes(rank, count, local_rank, os.getppid())
-    except SystemExit:
-        # Here all processes were stopped, or end with rank 0.
-        dist.destroy_process_group()
+    except SystemExit as stop:
+        # Here all processes were stopped, or end with rank 0. The frames that the exit has left
+        # hold the network that DDP wrapped.
+        traceback.clear_frames(stop.__traceback__)
+        leave()
         raise
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+        reason = str(error).lower()
+        if any(sign in reason for sign in ENDED):
+            problem = "has ended"
+        elif "timed out waiting" in reason:
+            problem = "does not answer"
+        else:
             raise
         raise UserError(
-            f"another process has ended, so process {rank} does too ({short(error)})"
+            f"another process {problem}, so process {rank} ends ({short(error)})"
         ) from error
+    leave()
+
+
+def leave() -> None:
+    """Destroy the group of processes, after all that still uses it."""
+    # Were DDP the last to hold the group, it would wait for the group's threads without giving
+    # them Python's lock, perhaps for ever.
+    gc.collect()
     dist.destroy_process_group()

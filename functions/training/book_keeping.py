@@ -17,13 +17,13 @@ from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import TrainingState, save_checkpoint
-from functions.support.errors import CheckpointError
+from functions.support.errors import EXIT_STOPPED, CheckpointError
 from functions.support.pictures import save_grid
 from functions.support.processes import Processes
 from functions.support.run_folder import Run, delete_old, locked
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses
-from functions.training.stopping import EXIT_STOPPED, StopSignals, failed_writes_explained
+from functions.training.stopping import StopSignals, failed_writes_explained
 from functions.training.validation import validation_losses
 
 # The bound takes at least one of every so many timesteps. Its error comes from the number of
@@ -75,6 +75,8 @@ class BookKeeper:
             self.bar = stack.enter_context(bar)
             self.catch_up(run.first_step)
             self.stack = stack.pop_all()
+        # The data are prepared and the network is compiled, so nobody is slow from here on.
+        self.processes.wait_less()
         return self
 
     def open_folder(self, stack: ExitStack) -> Path:

@@ -6,16 +6,20 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import weakref
+from datetime import timedelta
 
 import pytest
 import torch
 from torch.distributed.run import main as torchrun_program
 
 import train
-from functions.support.errors import UserError
-from functions.support.processes import joined
+from data import datasets
+from functions.support import processes
+from functions.support.errors import EXIT_STOPPED, UserError
+from functions.support.processes import Processes, joined
 from functions.training.metrics import read_metrics
-from functions.training.stopping import EXIT_STOPPED
 from models.unet import UNet
 from tests.conftest import ROOT, TINY, call, newest
 from tests.forked import PATIENCE, Program, train_script, wait_until
@@ -69,6 +73,36 @@ def two(folder, *arguments, act=train_script):
     ]
 
 
+def train_and_look():
+    """Train, and say whether DDP is gone when the group is destroyed.
+
+    If not, it may hang for ever: it would destroy the group itself, and wait for a thread that
+    waits for Python's lock.
+    """
+    wrap = Processes.wrap
+    destroy = torch.distributed.destroy_process_group
+    watched = []
+
+    def wrapped(self, model, device):
+        network = wrap(self, model, device)
+        watched.extend([weakref.ref(network), weakref.ref(network.reducer)])
+        return network
+
+    def looked():
+        print("left of DDP:", [reference() for reference in watched])
+        destroy()
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Processes, "wrap", wrapped)
+    patch.setattr(torch.distributed, "destroy_process_group", looked)
+    train.main()
+
+
+def assert_ddp_ended_first(programs):
+    for program in programs:
+        assert "left of DDP: [None, None]" in program.printed
+
+
 def assert_alike(run, other):
     """Assert that two runs are equal up to the rounding of sums in another order."""
     rows = read_metrics(run / "metrics.csv")
@@ -104,7 +138,7 @@ def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, monkeypatch)
     monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "1")
+        monkeypatch.setenv(name, "0")
 
     with joined():
         pass
@@ -116,6 +150,41 @@ def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, monkeypatch)
         assert backend == ("cpu:gloo,cuda:nccl" if nccl else "gloo")
         # To prepare FFHQ on a slow disk takes hours, and the other processes wait for it.
         assert options["timeout"].days >= 1
+
+
+# What NCCL and TCPStore said on other machines.
+FULL = (
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error, NCCL version 2.27.5\n"
+    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
+    "error.\nLast error:\nError while creating shared memory segment /dev/shm/nccl-Q0jTgA "
+    "(size 9637888), error: No space left on device (28)"
+)
+CLOSED = (
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting "
+    "prematurely.\nLast error:\nsocketProgress: Connection closed by remote peer gpu-2<47218>"
+)
+LOST = "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server crash?"
+
+
+@pytest.fixture
+def met(monkeypatch):
+    """Let a process meet others that are not there."""
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **options: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+
+
+@pytest.mark.parametrize("text", [CLOSED, LOST])
+def test_a_lost_connection_is_the_end_of_another_process(text, met):
+    with pytest.raises(UserError, match=r"^another process has ended"), joined():
+        raise torch.distributed.DistError(text)
+
+
+def test_other_errors_of_nccl_are_shown_whole(met):
+    with pytest.raises(torch.distributed.DistBackendError) as caught, joined():
+        raise torch.distributed.DistBackendError(FULL)
+    assert str(caught.value) == FULL
 
 
 def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
@@ -177,7 +246,7 @@ def train_with_a_bad_rank():
     if os.environ["RANK"] == "1":
         # This process has two passes a step, so its fifth is the first of step 3.
         spoil(pytest.MonkeyPatch(), most=3, bad_pass=5)
-    train.main()
+    train_and_look()
 
 
 def test_what_fails_in_one_process_is_left_out_in_all(pictures, tmp_path, monkeypatch):
@@ -187,6 +256,7 @@ def test_what_fails_in_one_process_is_left_out_in_all(pictures, tmp_path, monkey
     programs = two(tmp_path, *flags, tmp_path / "two", *undivided, act=train_with_a_bad_rank)
     assert [program.wait() for program in programs] == [0, 0], programs[1].printed
 
+    assert_ddp_ended_first(programs)
     printed = programs[0].printed
     assert "out of memory with batch_size = 9, recompute = 'norms'\n" in printed
     settings = "batch_size = 3, gradient_accumulation = 3, recompute = norms"
@@ -224,16 +294,35 @@ def test_a_process_that_dies_ends_the_other(victim, forever, tmp_path):
     programs[victim].kill()
     assert programs[victim].wait() == -signal.SIGKILL
     assert programs[survivor].wait() == 2
-    message = f"error: another process has ended, so process {survivor} does too"
+    message = f"error: another process has ended, so process {survivor} ends"
     assert message in programs[survivor].printed
 
 
+def train_with_little_patience():
+    pytest.MonkeyPatch().setattr(processes, "PATIENCE_IN_TRAINING", timedelta(seconds=5))
+    train_script()
+
+
+def test_a_process_that_hangs_ends_the_other(forever, tmp_path):
+    """As a machine that vanishes does, it leaves its connections open."""
+    programs = two(tmp_path, *forever, act=train_with_little_patience)
+    at_work(tmp_path / "runs", programs[0].is_alive)
+
+    os.kill(programs[1].pid, signal.SIGSTOP)
+    try:
+        assert programs[0].wait() == 2
+    finally:
+        programs[1].kill()
+    assert "error: another process does not answer, so process 0 ends" in programs[0].printed
+
+
 def test_a_signal_to_one_stops_all_after_the_same_step(forever, tmp_path):
-    programs = two(tmp_path, *forever)
+    programs = two(tmp_path, *forever, act=train_and_look)
     run = at_work(tmp_path / "runs", programs[0].is_alive)
 
     programs[1].terminate()
     assert [program.wait() for program in programs] == [75, 75]
+    assert_ddp_ended_first(programs)
     assert "stopped by a signal to another process" in programs[0].printed
     assert has_saved_all_steps(run)
 
@@ -242,6 +331,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(forever, tmp_path):
     ("number", "status", "why"),
     [
         (signal.SIGTERM, 1, "SIGTERM"),
+        (signal.SIGINT, 1, "SIGINT"),
         (signal.SIGKILL, -signal.SIGKILL, "the end of torchrun"),
     ],
 )
@@ -273,6 +363,29 @@ def test_processes_whose_torchrun_is_stopped_or_killed_save_and_end(
     assert re.search(f"stopped by .*{why}, saved", printed)
     assert torchrun.returncode == status
     assert has_saved_all_steps(run)
+
+
+def train_with_slow_images():
+    def load_images(*_):
+        print("loading")
+        time.sleep(PATIENCE)
+
+    pytest.MonkeyPatch().setattr(datasets, "load_images", load_images)
+    train_script()
+
+
+def test_an_interrupt_before_the_first_step_is_one_line(tmp_path):
+    """A terminal interrupts all processes, and torchrun does so again."""
+    programs = two(tmp_path, *FLAGS, act=train_with_slow_images)
+    for program in programs:
+        wait_until(lambda program=program: "loading\n" in program.printed, program.is_alive)
+
+    for _ in range(2):
+        for program in programs:
+            os.kill(program.pid, signal.SIGINT)
+    assert [program.wait() for program in programs] == [130, -signal.SIGINT]
+    assert programs[0].printed.endswith("loading\ninterrupted\n")
+    assert programs[1].printed.endswith("loading\n")
 
 
 def test_a_refusal_in_rank_0_is_said_once(tmp_path):
