@@ -14,6 +14,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
                 f"be written ({error.strerror or error}). Make room there."
             ) from None
 
-    if len(pack.bad_images) > max_bad_images:
+    if pack.bad_images and len(pack.bad_images) > max_bad_images:
         name, reason = pack.bad_images[0]
         raise UserError(
             f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; "
@@ -171,7 +172,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
     def write_images(file):
         for i, result in enumerate(map_images(source, fit, f"Preparing {source.path.name}")):
             if isinstance(result, BadImage):
-                bad_images.append([source.members[i].name, str(result)])
+                bad_images.append([source.name_of(i), str(result)])
                 continue
             pixels, height, width = result
             file.write(pixels.data)
@@ -231,12 +232,13 @@ def map_images(
         except BadImage as error:
             return error
 
-    # Pillow warns of odd metadata; what matters becomes a BadImage.
-    with warnings.catch_warnings(action="ignore"):
-        # Threads are enough for decoding, because Pillow releases Python's lock meanwhile.
-        count = len(source.ids)
-        results = map_ahead(process, map(source.read, range(count)), threads=None, ahead=32)
+    # Threads are enough for decoding, because Pillow releases Python's lock meanwhile.
+    count = len(source.ids)
+    results = map_ahead(process, map(source.read, range(count)), threads=None, ahead=32)
 
+    # Pillow warns of odd metadata; what matters becomes a BadImage. Closing waits for the threads,
+    # so that they warn of nothing after a stop either.
+    with warnings.catch_warnings(action="ignore"), closing(results):
         # The delay keeps small sets, which take a moment, free of a progress bar.
         yield from tqdm(results, title, count, unit="img", delay=1.0)
 

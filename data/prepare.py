@@ -99,10 +99,7 @@ def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
     wrong = []
     results = map_images(source, size_and_md5, "Verifying")
     for i, (image_id, result) in enumerate(zip(source.ids, results, strict=True)):
-        # In one array of all, the images have no names of their own.
-        named = len(source.members) == len(source.ids)
-        name = short(source.members[i].name) if named else f"image {image_id}"
-
+        name = short(source.name_of(i))
         if isinstance(result, BadImage):
             wrong.append(f"{name}: {result}")
         elif image_id in expected:

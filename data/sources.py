@@ -55,9 +55,12 @@ class Source:
     """What the kinds of sources have in common.
 
     Each has its `kind`, lists its `members`, and reads one of them by `read_file`. `members` are
-    the image files in the order of their ids; for an npz the one array that holds all images.
-    `ids` are the numbers in the file names (int) when these are numbered as FFHQ's are, else the
-    names (str); sorted. `notes` are sentences to be printed: what was passed over, and why.
+    the image files in the order of their ids, or the fewer files that hold all images: an npz's
+    array, the six of CIFAR-10. `ids` are the numbers in the file names (int) when these are
+    numbered as FFHQ's are, else the names (str); sorted, one for each image. `notes` are sentences
+    to be printed: what was passed over, and why.
+
+    `read` is called with 0, 1, 2, ... in this order, by one thread, so a source may be a stream.
     """
 
     def __init__(self, path: Path):
@@ -80,6 +83,12 @@ class Source:
             reason = getattr(error, "strerror", None) or error
             return BadImage(f"cannot be read ({short(reason)})")
 
+    def name_of(self, i: int) -> str:
+        """Name the i-th image to people: by its file, or by its id where files hold many."""
+        if len(self.members) == len(self.ids):
+            return self.members[i].name
+        return f"image {self.ids[i]}"
+
 
 class Folder(Source):
     """Image files in a folder and its subfolders."""
@@ -91,7 +100,9 @@ class Folder(Source):
 
         # Links are followed, because a data folder is often a link to another disk.
         errors = []
-        for folder, _, files in os.walk(path, onerror=errors.append, followlinks=True):
+        for folder, inner, files in os.walk(path, onerror=errors.append, followlinks=True):
+            # Another process may be trying whether it can write here, and its folder vanishes.
+            inner[:] = [name for name in inner if not name.startswith(".packed")]
             for file in files:
                 name = Path(folder, file).relative_to(path).as_posix()
                 if not is_image_name(name):

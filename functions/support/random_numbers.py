@@ -54,6 +54,10 @@ def training_draws(
     # All is drawn whole and cut later. So an image's draws depend on its place in the effective
     # batch, and not on how that is cut into passes.
     generator = generator_of(device, seed, "training", step)
+
+    # These five come in this order from one stream, so another draw among them would change every
+    # run. A new field has a generator of its own:
+    # generator_of(device, seed, "training", step, NAME).
     options = {"generator": generator, "device": device}
     return StepDraws(
         t=torch.randint(timesteps, (effective_batch,), **options),

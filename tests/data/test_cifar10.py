@@ -57,6 +57,9 @@ def test_images_come_as_they_were_and_the_test_images_validate(
     # Test images have their numbers after those of 50,000 training images.
     assert image_set.ids == [*range(100), *range(50_000, 50_007)]
 
+    # Its six files have no name for each image.
+    assert Cifar10(unpacked).name_of(103) == "image 50003"
+
     split = datasets.split_images(image_set, "reference")
     assert len(split.train_indices) == 100
     assert split.val_indices.tolist() == [*range(100, 107)]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from data import packed
-from data.decode import fit_square
+from data.decode import BadImage, fit_square
 from data.sources import find_source
 from functions.support.errors import UserError
 from tests.data.packing import (
@@ -150,6 +151,21 @@ def test_many_threads_keep_the_order_and_name_the_bad(tmp_path):
         assert_array_equal(pack.images, np.delete(images, 7, axis=0))
         assert pack.ids == [number for number in range(100) if number != 7]
         assert pack.bad_images[0][0] == "00007.png"
+
+
+def test_a_source_is_read_in_order_by_one_thread_and_images_without_files_have_names(tmp_path):
+    source = find_source(write_npz(tmp_path / "set.npz"), 8)
+    calls = []
+
+    def read(i, read=source.read):
+        calls.append((i, get_ident()))
+        pixels = read(i)
+        return BadImage("spoilt") if i == 7 else pixels
+
+    source.read = read
+    pack = packed.open_packed(source, 8, max_bad_images=1)
+    assert pack.bad_images == [["image 7", "spoilt"]]
+    assert calls == [(i, get_ident()) for i in range(10)]
 
 
 def test_bad_images_are_listed_and_counted(tmp_path, capsys, monkeypatch):

@@ -164,6 +164,20 @@ def test_links_are_followed_and_pipes_not_read(tmp_path):
         find_source(root, 8, numbered=True)
 
 
+def test_the_folder_by_which_another_process_tries_to_write_may_vanish(tmp_path, monkeypatch):
+    path = write_folder(tmp_path / "set")
+    (path / ".packed-probe").mkdir()
+    scandir = os.scandir
+
+    def vanishing(folder):
+        if str(folder).endswith(".packed-probe"):
+            raise FileNotFoundError(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert find_source(path, 8).ids == NUMBERS
+
+
 def test_npz(tmp_path):
     images = np.zeros((5, 8, 8, 3), np.uint8)
 

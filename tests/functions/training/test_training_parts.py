@@ -107,6 +107,20 @@ def test_draws_depend_on_seed_and_step_alone():
     assert torch.equal(first["tilt"], 2 * torch.rand(64, generator=generator) - 1)
 
 
+def test_draws_stay_what_they_are():
+    """Another draw among the five would change every run in silence."""
+    draws = training_draws(0, 7, 2, (1, 1, 2), 1000, "cpu")
+    expected = {
+        "t": [100, 201],
+        "noise": [-1.01669896, -0.35731375, 1.38009167, -1.23058355],
+        "flip": [False, True],
+        "tilt": [-0.62781382, 0.04839146],
+        "normal": [-1.19917297, 1.39719391],
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(getattr(draws, name).flatten(), values, rtol=1e-5)
+
+
 def test_draws_have_their_distributions():
     """Means, variances and counts lie within 4 of their standard errors."""
     draws = training_draws(0, 0, 20_000, (1, 2, 2), 10, "cpu")
