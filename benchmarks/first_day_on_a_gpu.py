@@ -1,4 +1,4 @@
-"""What could not be measured here yet, in at most 8 minutes on an H100.
+"""What could not be measured here yet, in at most 10 minutes on an H100.
 
     python benchmarks/first_day_on_a_gpu.py
 
@@ -16,12 +16,12 @@ import time
 import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 # Run as a script, Python looks for modules in this folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,9 +33,9 @@ from functions.sampling.generation import ImageSampler, Replayed, generate_batch
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import check_whole
 from functions.support.device import choose_device, choose_precision, set_deterministic
-from functions.support.processes import SINGLE_PROCESS
+from functions.support.processes import SINGLE_PROCESS, joined
 from functions.support.run_folder import Run, checkpoints_of
-from functions.training.compiling import tried
+from functions.training.compiling import OPTIONS, largest_difference, tried
 from functions.training.metrics import read_metrics
 
 GPU = torch.cuda.is_available()
@@ -52,6 +52,9 @@ SMALL = {
     "base_dim": 8,
 }
 SIZE = {} if GPU else SMALL
+# Without a GPU two processes share the CPU.
+PROCESSES = torch.cuda.device_count() or 2
+TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {PROCESSES}".split()
 
 # An H100 should need at most this, by the bytes that benchmarks/bytes_moved.py counts.
 ESTIMATES = {
@@ -101,25 +104,33 @@ def environment() -> Iterator[tuple[str, object]]:
     yield "bfloat16: TFLOP/s", 2 * n**3 / multiplying / 1e9
 
 
-def training(base_dim: int) -> Iterator[tuple[str, object]]:
-    """Yield the milliseconds of steps of ffhq-run2's network, with all arms by turns.
+def bench_of(arm: Arm, base_dim: int, device: torch.device) -> Bench:
+    """Return an arm with ffhq-run2's network in a width."""
+    set_deterministic(False)
+    model = replace(FFHQ, **{"base_dim": base_dim, **SIZE})
+    bench = Bench(arm, model, BATCH, device)
+    # In training a network in channels_last gets contiguous images. It would be compiled once more
+    # for images in another layout.
+    bench.batch = [tensor.contiguous() for tensor in bench.batch]
+    return bench
+
+
+def training(package: str, base_dim: int) -> Iterator[tuple[str, object]]:
+    """Yield the milliseconds of a package's steps, eager and compiled by turns.
 
     GB are what a step needs beside weights and Adam's moments.
     """
-    set_deterministic(False)
-    model = replace(FFHQ, **{"base_dim": base_dim, **SIZE})
-    # A compiler takes minutes on the CPU, so there nothing is compiled.
-    compiler = torch.compile if GPU else lambda module, options: module
-    benches, times, gradients = {}, {}, []
-    for package, how in product(("ours", "diffusers"), ("eager", "compiled")):
+    benches, gradients = {}, []
+    for how in ("eager", "compiled"):
         name = f"{package}, {how}, base {base_dim}"
         # A run recomputes norms unless it is compiled.
         recompute = "norms" if package == "ours" and how == "eager" else "none"
-        arm = Arm(name, package, PRECISION, True, False, recompute, how == "compiled")
+        # A compiler takes minutes on the CPU, so there nothing is compiled.
+        compiled = GPU and how == "compiled"
+        arm = Arm(name, package, PRECISION, True, False, recompute, compiled)
 
         start = time.perf_counter()
-        with patch.object(torch, "compile", compiler):
-            bench = Bench(arm, model, BATCH, DEVICE)
+        bench = bench_of(arm, base_dim, DEVICE)
         milliseconds(bench.step, 2)
         yield f"{name}: s for the first steps", time.perf_counter() - start
 
@@ -130,20 +141,41 @@ def training(base_dim: int) -> Iterator[tuple[str, object]]:
             bench.step()
             yield f"{name}: GB", (torch.cuda.max_memory_allocated() - before) / 1e9
         if package == "ours":
-            _, gradient = tried(bench.denoiser, {tuple(bench.batch[0].shape)})
-            gradients.append(gradient)
+            gradients.append(tried(bench.denoiser, {tuple(bench.batch[0].shape)})[1])
 
-        # An eager arm and its compiled one come together, and take turns with those before them.
-        if arm.compiled:
-            for other in ROUNDS * list(benches):
-                taken = milliseconds(benches[other].step, STEPS)
-                times.setdefault(other, []).append(taken)
-            for other, rounds in times.items():
-                yield f"{other}: ms a step", median(rounds)
+    times = {name: [] for name in benches}
+    for name in ROUNDS * list(benches):
+        times[name].append(milliseconds(benches[name].step, STEPS))
+    for name, rounds in times.items():
+        yield f"{name}: ms a step", median(rounds)
 
-    eager, compiled = gradients
-    difference = (compiled - eager).norm() / eager.norm()
-    yield f"compiled, base {base_dim}: gradients differ by", difference.item()
+    if gradients:
+        expected, actual = gradients
+        difference = largest_difference(actual, expected, bench.module)
+        yield f"compiled, base {base_dim}: gradients differ by", difference
+
+
+def in_ddp() -> Iterator[tuple[str, object]]:
+    """Yield the milliseconds of compiled steps at base 128, in all processes of torchrun.
+
+    By default Dynamo cuts the network into a graph for each of DDP's buckets, whose gradients
+    travel while backward goes on. Without optimize_ddp it is one graph, and they travel afterwards.
+    """
+    with joined() as processes:
+        device = choose_device(DEVICE.type, processes.local_rank)
+        for cut in (True, False):
+            bench = bench_of(Arm("DDP", "ours", PRECISION, True), 128, device)
+            network = DistributedDataParallel(bench.module, gradient_as_bucket_view=True)
+            # The compiler would take the first network's graphs for the second one, too.
+            torch.compiler.reset()
+            compiled = torch.compile(network, dynamic=False, options=OPTIONS, disable=not GPU)
+            bench.denoiser = replace(bench.denoiser, network=compiled)
+
+            with torch._dynamo.config.patch(optimize_ddp=cut):
+                milliseconds(bench.step, 2)
+                taken = milliseconds(bench.step, ROUNDS * STEPS)
+            # The processes wait for each other in each step, so all print about the same.
+            yield f"DDP, optimize_ddp = {cut}, base 128: ms a step", taken
 
 
 def sampling() -> Iterator[tuple[str, object]]:
@@ -224,26 +256,28 @@ def resumed() -> Iterator[tuple[str, object]]:
 
 def all_gpus() -> Iterator[tuple[str, object]]:
     """Train on all GPUs at once, or in two processes on the CPU."""
-    count = torch.cuda.device_count() or 2
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {count}"
     # Each process needs at least one image of a batch.
-    batch_size = f"--diffusion.batch-size {max(16, count)}"
+    batch_size = f"--diffusion.batch-size {max(16, PROCESSES)}"
     flags = f"faces --runs {tempfile.mkdtemp()} --diffusion.epochs 1 {batch_size}"
     model = [f"--model.{name.replace('_', '-')}={value}" for name, value in SIZE.items()]
-    command = [sys.executable, *torchrun.split(), train.__file__, *flags.split(), *model]
+    command = [sys.executable, *TORCHRUN, train.__file__, *flags.split(), *model]
     subprocess.run(command, timeout=45, check=True)
-    yield f"torchrun with {count}", "finished"
+    yield f"torchrun with {PROCESSES}", "finished"
 
 
-# A part may take the seconds beside it, all of them together 8 minutes.
+# A part may take the seconds beside it, all of them together 10 minutes. After DDP comes no other,
+# because its processes live on for a while when its time is over.
 PARTS = {
     "environment": (environment, 20),
-    "training 64": (lambda: training(64), 155),
+    "training 64": (lambda: training("ours", 64), 95),
     "float32": (float32, 35),
-    "training 128": (lambda: training(128), 155),
+    "training 128": (lambda: training("ours", 128), 95),
     "sampling": (sampling, 30),
     "resumed": (resumed, 35),
+    "diffusers 64": (lambda: training("diffusers", 64), 65),
+    "diffusers 128": (lambda: training("diffusers", 128), 65),
     "all GPUs": (all_gpus, 50),
+    "DDP": (in_ddp, 85),
 }
 
 
@@ -251,7 +285,8 @@ def main() -> None:
     """Run all parts, write and print what they find, and say what fell short."""
     facts = {}
     for part, (_, seconds) in PARTS.items():
-        command = [sys.executable, __file__, part]
+        launcher = TORCHRUN if part == "DDP" else []
+        command = [sys.executable, *launcher, __file__, part]
         try:
             printed = subprocess.check_output(command, stderr=subprocess.STDOUT, timeout=seconds)
             facts[part] = "done"
