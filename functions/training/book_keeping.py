@@ -189,7 +189,8 @@ class BookKeeper:
         """
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
 
-        # All numbers are fetched at once. A row without validation waits for the device only here.
+        # All numbers are fetched at once: the norm, three of the window, and those of bad steps. A
+        # row without validation waits for the device only here.
         window = self.window.numbers()
         bad_numbers = self.bad_numbers.numbers(self.state.scaler)
         numbers = torch.cat([grad_norm[None], window, bad_numbers])
@@ -222,6 +223,7 @@ class BookKeeper:
     def validate(self) -> dict[str, float]:
         """Return the columns of a validation of the raw weights, and of the EMA weights if any."""
         denoisers = {"": replace(self.denoiser, network=self.state.model)}
+        # With an average, `self.denoiser` has its weights.
         if self.state.ema_model:
             denoisers["_ema"] = self.denoiser
         losses = validation_losses(

@@ -45,8 +45,8 @@ def compiled_if_worth_it(
 ) -> Denoiser:
     """Return the denoiser to train with, either of `network` or of `network` compiled.
 
-    `network` is the denoiser's as `Processes.wrap` returned it. It is compiled and tried before
-    the first step, for all sizes of a step's `passes`.
+    `network` is the denoiser's network, wrapped by `Processes.wrap`. It is compiled and tried
+    before the first step, for all sizes of a step's `passes`.
     """
     eager = replace(denoiser, network=network)
     if not can_be_compiled(run, processes):
@@ -61,8 +61,8 @@ def compiled_if_worth_it(
 
         start = time.monotonic()
         try:
-            # The compiled network keeps all that backward needs: a compiler that is to repeat
-            # norms repeats convolutions too.
+            # The compiled network keeps all that backward needs. If it were to recompute norms, the
+            # compiler would recompute convolutions as well.
             denoiser.network.set_recompute("none")
             compiled_network = torch.compile(network, dynamic=False, options=OPTIONS)
             compiled = replace(denoiser, network=compiled_network)
@@ -122,7 +122,10 @@ def is_worth_it(step_seconds: float, shapes: int, run: Run, processes: Processes
 
 
 def tried(denoiser: Denoiser, shapes: set[tuple[int, ...]]) -> tuple[float, Tensor]:
-    """Return the seconds of a pass in the slowest of these shapes, and the gradients of all."""
+    """Return the seconds of a pass in the slowest of these shapes, and a gradient.
+
+    The gradient is that of all parameters, one after the other, summed over all passes tried.
+    """
     network = denoiser.network
     # Large gradients overflow in float16. As in training, the loss is halved until none do.
     for halvings in range(MOST_HALVINGS):
