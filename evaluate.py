@@ -122,6 +122,7 @@ def parse_flags() -> argparse.Namespace:
         "--t-stride",
         type=positive,
         default=20,
+        metavar="N",
         help="The most timesteps that a network call of bpd stands for. Default: %(default)s.",
     )
     group.add_argument(

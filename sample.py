@@ -271,6 +271,7 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
     group.add_argument(
         "--mask",
+        metavar="FILE",
         help="For --inpaint: an image as large, white where that is made anew. Default: none.",
     )
     group.add_argument(

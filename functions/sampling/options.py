@@ -193,12 +193,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         default=0,
+        metavar="N",
         help="Image i depends on the seed and i alone. Default: %(default)s.",
     )
     parser.add_argument(
         "--batch-size",
         type=positive,
         default=64,
+        metavar="N",
         help="How many images are sampled at a time; fewer if need be. Default: %(default)s.",
     )
     parser.add_argument(
@@ -220,6 +222,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--steps",
         type=positive,
+        metavar="N",
         help="How many network calls an image takes. Default: one for each timestep.",
     )
     group.add_argument(
@@ -231,6 +234,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eta",
         type=fraction,
+        metavar="X",
         help="How much fresh noise ddim and dpm++ add: from 0, none, to 1. "
         "Default: 0 for ddim, 1 for dpm++.",
     )
