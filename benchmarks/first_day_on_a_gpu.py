@@ -174,8 +174,9 @@ def in_ddp() -> Iterator[tuple[str, object]]:
             with torch._dynamo.config.patch(optimize_ddp=cut):
                 milliseconds(bench.step, 2)
                 taken = milliseconds(bench.step, ROUNDS * STEPS)
-            # The processes wait for each other in each step, so all print about the same.
-            yield f"DDP, optimize_ddp = {cut}, base 128: ms a step", taken
+            # The processes wait for each other in each step, so one speaks for all.
+            if processes.is_main:
+                yield f"DDP, optimize_ddp = {cut}, base 128: ms a step", taken
 
 
 def sampling() -> Iterator[tuple[str, object]]:
@@ -318,7 +319,8 @@ def run_part(part: str) -> None:
     find, _ = PARTS[part]
     for name, fact in find():
         value = round(fact, 5) if isinstance(fact, float) else str(fact)
-        print(f"FACT {json.dumps([name, value])}", flush=True)
+        # The line and its end are written at once, so that no other process writes between them.
+        print(f"FACT {json.dumps([name, value])}\n", end="", flush=True)
 
 
 if __name__ == "__main__":
