@@ -222,6 +222,7 @@ def pretended_cuda(memory: int = 80 * 10**9):
         "mem_get_info": (memory, memory),
         "memory_reserved": 0,
         "set_device": None,
+        "current_stream": None,
         "empty_cache": None,
     }
     with contextlib.ExitStack() as stack:

@@ -69,6 +69,8 @@ class ImageSampler:
     device: torch.device
     # It sees every step and decides nothing.
     watch: OnStep | None = None
+    # Nor does this: on CUDA the network is recorded as a CUDA graph, and replayed.
+    use_cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         self.options.times(self.scheduler)
@@ -277,7 +279,7 @@ def generate_batches(
     A batch that does not fit in memory is sampled by halves, and so are those after it.
     """
     denoiser = image_sampler.denoiser
-    if image_sampler.device.type == "cuda":
+    if image_sampler.device.type == "cuda" and image_sampler.use_cuda_graph:
         denoiser = replace(denoiser, network=Replayed(denoiser.network))
         image_sampler = replace(image_sampler, denoiser=denoiser)
     limit = BatchLimit(image_sampler.device)
@@ -296,20 +298,23 @@ class Replayed:
 
     The host launches one graph, not a thousand kernels. The graph is recorded anew for each size
     of a batch. Filled up to the recorded size, a smaller batch would have other bits than on its
-    own.
+    own. Where recording fails, the network is called as it is from then on.
     """
 
     def __init__(self, network: nn.Module):
         self.network = network
+        self.can_record = True
         # The graph, and the tensors that it reads (x_t and t) and writes.
         self.recorded = None
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return what the network does, without gradients; the result is the caller's to keep."""
-        if not self.recorded or len(self.recorded[1]) != len(x_t):
+        if self.can_record and (not self.recorded or len(self.recorded[1]) != len(x_t)):
             # The memory of the graph before is freed first.
             self.recorded = None
-            self.recorded = self.record(x_t, t)
+            self.record(x_t, t)
+        if not self.recorded:
+            return self.network(x_t, t)
         graph, graph_x_t, graph_t, output = self.recorded
         graph_x_t.copy_(x_t)
         graph_t.copy_(t)
@@ -317,16 +322,31 @@ class Replayed:
         # The next replay overwrites the graph's own output.
         return output.clone()
 
-    def record(self, x_t: Tensor, t: Tensor) -> tuple:
-        """Record the network for batches of this size: return graph, x_t, t and output."""
+    def record(self, x_t: Tensor, t: Tensor) -> None:
+        """Record the network for batches of this size, or find that it cannot be recorded."""
         # cuDNN tries its kernels in this call; it cannot while a graph is recorded.
         self.network(x_t, t)
         inputs = (x_t.clone(), t.clone())
         graph = torch.cuda.CUDAGraph()
-        # In this mode other threads may go on using the GPU meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self.network(*inputs)
-        return graph, *inputs, output
+        # A recording that fails leaves its own stream as the current one.
+        stream = torch.cuda.current_stream()
+        try:
+            # In this mode other threads may go on using the GPU meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                output = self.network(*inputs)
+            self.recorded = (graph, *inputs, output)
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)
+            # The end of a failed recording raises an error of its own. What failed is its context.
+            reason = error.__context__ or error
+            if not isinstance(reason, RuntimeError) or is_out_of_memory(reason):
+                raise reason from None
+            self.can_record = False
+            tqdm.write(
+                "the network cannot be recorded as a CUDA graph, and is called without one, which "
+                f"is slower: {short(reason)}",
+                file=sys.stderr,
+            )
 
 
 @dataclass

@@ -255,8 +255,15 @@ class BookKeeper:
         """Draw a grid of samples, always from the same noise, and write it."""
         config = self.config
         options = SamplerOptions(steps=min(config.grid_steps, config.timesteps_diff))
+        # No CUDA graph here: one that cannot be recorded leaves PyTorch's generator, which dropout
+        # draws from, unusable. A grid takes seconds as it is.
         sampler = ImageSampler(
-            self.denoiser, options, self.run.image_shape, config.seed, self.images.device
+            self.denoiser,
+            options,
+            self.run.image_shape,
+            config.seed,
+            self.images.device,
+            use_cuda_graph=False,
         )
 
         # Each process samples a part of the grid. With more processes than images some have none.

@@ -67,6 +67,7 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     eager = image_sampler_of(network, options=SamplerOptions("ipndm", 8))
     replayed = replace(eager, denoiser=replace(eager.denoiser, network=Replayed(recording_network)))
     parts = list(generate_batches(replayed, [range(4), range(4, 8), range(8, 10)]))
@@ -81,6 +82,64 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
     found = ipndm_sample(replayed.denoiser, replayed.scheduler, x_T, 8, clip_x_0=False)
     expected = ipndm_sample(eager.denoiser, eager.scheduler, x_T, 8, clip_x_0=False)
     torch.testing.assert_close(found, expected)
+
+
+def failing_graph(monkeypatch, network, error):
+    """Let recording the network fail; return the network, and the streams that are set after it.
+
+    As PyTorch's does, the end of the recording raises an error of its own, on a stream of its own.
+    """
+    streams = ["the stream before"]
+    recording = []
+
+    @contextlib.contextmanager
+    def graph(graph, capture_error_mode):
+        streams.append("the recording's stream")
+        recording.append(True)
+        try:
+            yield
+        finally:
+            recording.clear()
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def failing_network(x_t, t):
+        if recording:
+            raise error
+        return network(x_t, t)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    return Replayed(failing_network), streams
+
+
+def test_a_network_that_cannot_be_recorded_is_called_as_it_is(network, monkeypatch, capsys):
+    error = RuntimeError("operation not permitted when stream is capturing")
+    replayed, streams = failing_graph(monkeypatch, network, error)
+    sampler = image_sampler_of(network, options=SamplerOptions("ddim", 4))
+    expected = generate(sampler, range(3), 2).images
+    unrecorded = replace(sampler, denoiser=replace(sampler.denoiser, network=replayed))
+    parts = list(generate_batches(unrecorded, [range(2), range(2, 3)]))
+
+    assert torch.equal(Samples.joined(parts).images, expected)
+    # It was tried once, and said in one line, which has the error that matters.
+    assert streams == ["the stream before", "the recording's stream", "the stream before"]
+    assert capsys.readouterr().err.splitlines() == [
+        "the network cannot be recorded as a CUDA graph, and is called without one, which "
+        f"is slower: {error}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()]
+)
+def test_other_errors_while_recording_are_passed_on(network, monkeypatch, error):
+    replayed, streams = failing_graph(monkeypatch, network, error)
+    with pytest.raises(type(error)) as raised:
+        replayed(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.int64))
+    assert raised.value is error
+    assert streams[-1] == "the stream before"
 
 
 def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network, capsys):
