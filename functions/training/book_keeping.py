@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from functions.training.validation import validation_losses
 # The bound takes at least one of every so many timesteps. Its error comes from the number of
 # images, hardly from this.
 BOUND_T_STRIDE = 50
+# It returns columns of metrics.csv.
+Measurement = Callable[[], dict[str, float]]
 
 
 @dataclass
@@ -92,9 +95,10 @@ class BookKeeper:
         return run.folder
 
     def catch_up(self, first_step: int) -> None:
-        """Draw the grid that a resumed run lacks, and save its config if that was changed."""
-        # A run that was stopped left no grid that was due then.
-        if first_step > 0 and first_step % self.config.sample_every == 0:
+        """Do what a run that was stopped left to the one that goes on."""
+        if self.run.remembered.get("unmeasured"):
+            self.write_row({"step": first_step}, self.measurements_due(first_step))
+        if first_step > 0 and self.is_due(self.config.sample_every, first_step):
             grid = self.run.path_of("samples", first_step)
             if not self.processes.from_main(grid.exists):
                 self.sample(first_step)
@@ -121,14 +125,18 @@ class BookKeeper:
                 "so its training cannot go on exactly; it can be sampled from"
             ) from error
 
-    def save(self, done: int) -> None:
-        """Write a checkpoint to resume and sample from."""
+    def save(self, done: int, unmeasured: bool = False) -> None:
+        """Write a checkpoint to resume and sample from.
+
+        It remembers whether the row of metrics lacks what was to be measured for it.
+        """
         self.saved_at = time.monotonic()
         if not self.processes.is_main:
             return
         run = {
             "experiment": self.run.name,
             "step": done,
+            "unmeasured": unmeasured,
             **self.run.facts,
             "window": self.window.state(),
             "bad_numbers": self.bad_numbers.state(),
@@ -137,38 +145,52 @@ class BookKeeper:
         save_checkpoint(path, self.run.experiment.to_dict(), run, self.state)
         delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
 
+    def is_due(self, every: int, done: int) -> bool:
+        """Return whether it is the turn of what is done every so many steps; 0 means never."""
+        return every > 0 and (done % every == 0 or done == self.total_steps)
+
+    def measurements_due(self, done: int) -> list[Measurement]:
+        """Return what is to be measured on held-out images when `done` steps are done."""
+        measurements = []
+        if self.is_due(self.config.validate_every, done):
+            measurements.append(self.validate)
+        if self.is_due(self.config.bits_per_dim_every * self.steps_per_epoch, done):
+            measurements.append(self.bits_per_dim)
+        return measurements
+
+    def is_stopping(self, done: int) -> bool:
+        """Return whether a signal to any process ends all of them after this step."""
+        stop = self.stop.received is not None or self.processes.orphaned
+        # They agree here, so that they stop after the same step.
+        return self.processes.any(stop) and done < self.total_steps
+
     def after_step(self, done: int, grad_norm: Tensor) -> None:
         """Do all that is due when `done` steps are done.
 
-        After a signal to any process, save and end all of them.
+        After a signal to any process, save and end all of them. Whoever stops a run may leave
+        little time, so what is to be measured, and the grid, are left to the run that goes on.
         """
         config = self.config
-
-        def is_due(every):
-            """Return whether it is the turn of what is done every so many steps; 0 means never."""
-            return every > 0 and (done % every == 0 or done == self.total_steps)
-
         epoch = min(done // self.steps_per_epoch + 1, config.epochs)
         self.bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
         self.bar.update()
 
         # The speed in images a second is of training alone, so its clock is stopped.
         with self.window.paused(), failed_writes_explained(self.run.folder):
-            validating = is_due(config.validate_every)
-            bounding = is_due(config.bits_per_dim_every * self.steps_per_epoch)
-            if is_due(config.log_every) or validating or bounding:
-                self.log(done, grad_norm, validating, bounding)
+            stopping = self.is_stopping(done)
+            measurements = self.measurements_due(done)
+            unmeasured = stopping and bool(measurements)
+            if self.is_due(config.log_every, done) or measurements:
+                self.log(done, grad_norm, [] if unmeasured else measurements)
+            if measurements:
+                # A signal may have come meanwhile.
+                stopping = self.is_stopping(done)
 
-            # The processes agree on stopping here, so that they stop after the same step.
-            stop = self.stop.received is not None or self.processes.orphaned
-            stopping = self.processes.any(stop) and done < self.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
-            if is_due(config.checkpoint_every) or overdue or stopping:
-                self.save(done)
-
-            # Whoever stops a run may leave no time for a grid: the resumed run draws it.
-            if is_due(config.sample_every) and not stopping:
+            if self.is_due(config.checkpoint_every, done) or overdue or stopping:
+                self.save(done, unmeasured)
+            if self.is_due(config.sample_every, done) and not stopping:
                 self.sample(done)
 
         if stopping:
@@ -182,8 +204,8 @@ class BookKeeper:
             )
             sys.exit(EXIT_STOPPED)
 
-    def log(self, done: int, grad_norm: Tensor, validating: bool, bounding: bool) -> None:
-        """Write a row of metrics, with validation losses and bits/dim when they are due.
+    def log(self, done: int, grad_norm: Tensor, measurements: list[Measurement]) -> None:
+        """Write a row of metrics, with the columns of these measurements.
 
         Loss and speed are also shown beside the progress bar.
         """
@@ -201,22 +223,23 @@ class BookKeeper:
         skipped = self.bad_numbers.read(numbers[3:], max_skipped, learning_rate, self.run.folder)
         row = {
             "step": done,
-            "epoch": done / self.steps_per_epoch,
             **self.window.read(numbers[:3]),
             "grad_norm": norm,
             "learning_rate": learning_rate,
             "skipped_steps": skipped,
         }
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
+        self.write_row(row, measurements)
 
+    def write_row(self, row: dict[str, float], measurements: list[Measurement]) -> None:
+        """Write a row of metrics, with the columns of these measurements."""
+        row["epoch"] = row["step"] / self.steps_per_epoch
         # All processes measure, and rank 0 writes.
-        if validating:
-            row |= self.validate()
-        if bounding:
-            row["bits_per_dim"] = self.bits_per_dim()
+        for measure in measurements:
+            row |= measure()
         if self.processes.is_main:
             self.metrics.write(**row)
-            if validating:
+            if measurements:
                 folder = self.run.folder
                 plot_losses(self.metrics.path, folder / "losses.png", title=folder.name)
 
@@ -239,8 +262,8 @@ class BookKeeper:
             columns[f"val_eps_error{suffix}"] = eps_error
         return columns
 
-    def bits_per_dim(self) -> float:
-        """Return the variational bound of some of the held-out images."""
+    def bits_per_dim(self) -> dict[str, float]:
+        """Return the column of the variational bound, of some of the held-out images."""
         options = BoundOptions(BOUND_T_STRIDE, self.config.batch_size, self.config.seed)
         bound = measure_bits_per_dim(
             self.denoiser,
@@ -249,7 +272,7 @@ class BookKeeper:
             options,
             self.processes,
         )
-        return bound.total
+        return {"bits_per_dim": bound.total}
 
     def sample(self, done: int) -> None:
         """Draw a grid of samples, always from the same noise, and write it."""

@@ -96,6 +96,11 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
                 cell = row.get(column, row.get(older_column))
                 values[column] = float(cell) if cell else None
             values["step"] = int(row["step"])
+            # A run that was stopped left what was to be measured to the one that went on, which
+            # wrote it into a row of its own.
+            if rows and rows[-1]["step"] == values["step"]:
+                measured = {name: value for name, value in values.items() if value is not None}
+                values = rows.pop() | measured
             rows.append(values)
         except (ValueError, TypeError, KeyError):
             print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)

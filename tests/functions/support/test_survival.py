@@ -13,6 +13,7 @@ import sample
 import train
 from functions.support import run_folder
 from functions.support.errors import CheckpointError, UserError
+from functions.training.metrics import read_metrics
 from functions.training.stopping import StopSignals
 from tests.conftest import TINY, call, during, interrupt, newest, posix, train_tiny
 from tests.forked import Program, wait_until
@@ -82,7 +83,8 @@ def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
 def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_path, capsys):
     """Each signal comes in the middle of a step.
 
-    In step 5 no time is left for the grid that is due, so the grid is drawn on resuming.
+    In step 5 no time is left for the validation and the grid that are due, so both are done on
+    resuming.
     """
     arguments = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY]
     done = 0
@@ -97,6 +99,9 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         (run,) = tmp_path.iterdir()
         assert newest(run)["run"]["step"] == step
         assert len(list(run.glob("samples/*"))) == (step > 5)
+        rows = read_metrics(run / "metrics.csv")
+        validated = [row["step"] for row in rows if row["val_loss"] is not None]
+        assert validated == [5] * (step > 5)
         printed = capsys.readouterr().out
         assert f"stopped by {name}, saved; go on with: python train.py --resume {run}" in printed
 
