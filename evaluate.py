@@ -59,6 +59,8 @@ from models.unet import UNet
 METRICS = ("bpd", "bands", "fid", "kid", "prc")
 # The average image of `bands` is made from so many training images, evenly spaced.
 AVERAGED = 2000
+# The first argument is the file of weights. It is None for those that are downloaded.
+LoadExtractor = Callable[[Path | None, torch.device, Processes], Extractor]
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class Subject:
     """What is evaluated, on what."""
 
     image_sampler: ImageSampler  # the model, its sampler and the seed
-    image_set: ImageSet
-    split: Split
+    # The real images. They are None where published statistics stand for them.
+    image_set: ImageSet | None
+    split: Split | None
     # Which weights, in which arithmetic; part of every result.
     facts: dict
     # The results' folder, with the checkpoint's name.
@@ -79,7 +82,7 @@ class Subject:
         return to_model_range(pixels.to(self.image_sampler.device))
 
 
-def main(load_extractor: Callable = load_inception) -> None:
+def main(load_extractor: LoadExtractor = load_inception) -> None:
     """Read the command line, evaluate, and say which files were written."""
     args = parse_flags()
     with joined() as processes:
@@ -161,7 +164,7 @@ def parse_flags() -> argparse.Namespace:
         "--reference",
         type=Path,
         metavar="FILE.npz",
-        help="Published statistics to compare with, for fid alone. Default: none.",
+        help="Published statistics in place of real images, for fid alone. Default: none.",
     )
     group.add_argument(
         "--save-reference",
@@ -198,7 +201,7 @@ def metric_names(text: str) -> list[str]:
 
 
 def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
-    """Open the checkpoint, its model and its data."""
+    """Open the checkpoint, its model and, if a metric needs them, its images."""
     saved, image_sampler = open_sampler(args, processes, UNet)
     device = image_sampler.device
     run = saved.run
@@ -211,11 +214,14 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
         return images_of_run(saved.config["diffusion"], size, name or args.data)
 
     image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
-    image_set, split = load(None)
-    processes.say(split.description)
+    image_set, split = None, None
+    # Published statistics stand for the images in fid alone; all other metrics need the images.
+    if not args.reference or args.metrics != ["fid"]:
+        image_set, split = load(None)
+        processes.say(split.description)
 
     # Results on images that were trained on are too good.
-    if run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
+    if split and run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
         known = "NOBODY KNOWS WHICH IMAGES"
         if "train_ids_hash" in run:
             known = "THESE ARE NOT THE IMAGES"
@@ -317,7 +323,7 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
 
 
 def evaluate_images(
-    args: argparse.Namespace, subject: Subject, load_extractor: Callable, processes: Processes
+    args: argparse.Namespace, subject: Subject, load_extractor: LoadExtractor, processes: Processes
 ) -> None:
     """Measure FID, KID, precision and recall of samples, and write and print them."""
     image_sampler = subject.image_sampler
@@ -368,10 +374,10 @@ def open_reference(
 
     Where it is computed, all processes work on it, and rank 0 alone gets it.
     """
-    images = subject.image_set.images
     if args.reference:
-        return read_reference(args.reference, images.shape[1], extractor)
+        return read_reference(args.reference, subject.image_sampler.shape[-1], extractor)
 
+    images = subject.image_set.images
     split = args.reference_split
     indices_of = {"train": subject.split.train_indices, "val": subject.split.val_indices}
     indices = evenly(indices_of[split], args.reference_images)
