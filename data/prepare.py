@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-# When this runs as a script, Python looks for modules in this folder, not in the repository's root
-# where `data` lies.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# When this runs as a script, Python looks for modules in this folder first, not in the repository's
+# root where `data` lies. The root takes its place, as datasets.py would hide another package here.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.datasets import load_images, locate
 from data.decode import BadImage

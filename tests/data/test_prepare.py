@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import runpy
+import sys
+from importlib.machinery import PathFinder
 
 import pytest
 
@@ -74,6 +77,22 @@ def test_the_script_prepares_from_any_folder_or_ends_with_one_line(ffhq, tmp_pat
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
     assert "nowhere" in done.stderr
+
+
+def test_the_script_hides_no_package_by_the_modules_beside_it(tmp_path, monkeypatch):
+    """Hugging Face's `datasets`, an empty one here, has the name of one of them."""
+    package = tmp_path / "datasets" / "__init__.py"
+    package.parent.mkdir()
+    package.touch()
+    # Python puts the folder of a script first.
+    path = [str(ROOT / "data"), *sys.path, str(tmp_path)]
+    monkeypatch.setattr(sys, "path", path)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--help"])
+
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(ROOT / "data" / "prepare.py", run_name="__main__")
+    assert PathFinder.find_spec("datasets").origin == str(package)
+    assert sys.path == [str(ROOT), *path[1:]]
 
 
 def test_so_many_bad_images_may_be_left_out(ffhq):
