@@ -159,6 +159,10 @@ def our_network(config: dict, path: Path) -> dict:
     # A field that is missing has diffusers' default.
     defaults = NETWORK | vars(DIALECTS["diffusers"]) | {"norm_num_groups": 32, "dropout": 0.0}
     config = defaults | config
+    match config.get("sample_size"):
+        # A square may also be given by its height and its width.
+        case [height, width] if height == width:
+            config["sample_size"] = height
     size = config.get("sample_size")
     widths = config.get("block_out_channels")
     kinds = config.get("down_block_types")
@@ -166,7 +170,8 @@ def our_network(config: dict, path: Path) -> dict:
     numbers = [size, *(widths or [0])]
     if not all(type(number) is int and number > 0 for number in numbers):
         raise CheckpointError(
-            f"{path}: sample_size must be an integer, and block_out_channels a list of such"
+            f"{path}: sample_size must be an integer, or twice the same in a list, and "
+            "block_out_channels a list of integers"
         )
 
     def agreement(dialect):
@@ -230,6 +235,9 @@ def our_schedule(config: dict, path: Path) -> dict:
     if cosine:
         # The cosine schedule has no use for the ends, so they may be any.
         config |= betas
+    if config["clip_sample"] is False:
+        # What is not clipped has no range, so it may be any.
+        config |= {"clip_sample_range": SCHEDULE["clip_sample_range"]}
     # The two schedulers have the same fields.
     if config.get("_class_name") == "DDIMScheduler":
         config["_class_name"] = "DDPMScheduler"
@@ -244,7 +252,9 @@ def our_schedule(config: dict, path: Path) -> dict:
         **choices,
         "clip_x_0": config["clip_sample"] is not False,
     }
-    refuse_others(config, their_schedule(diffusion), path)
+    # This was the field for eps before `prediction_type`; False meant x_0. It is never written.
+    read = their_schedule(diffusion) | {"predict_epsilon": True}
+    refuse_others(config, read, path)
     return diffusion
 
 
@@ -272,9 +282,10 @@ def is_diffusers(folder: Path) -> bool:
 def load_model(path: Path) -> SavedModel:
     """Load a checkpoint or an exported file, as `load_weights` does, or a folder of diffusers.
 
-    The folder is that of a DDPM or DDIM pipeline, or its unet alone, for which the paper's
-    schedule is assumed. Raises CheckpointError when a file is missing or damaged, or for what
-    another network or pipeline would need.
+    The folder is that of a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or
+    a unet. Where `find_scheduler` finds none for it, the paper's schedule is assumed. Raises
+    CheckpointError when a file is missing or damaged, or for what another network or pipeline
+    would need.
     """
     if not path.is_dir():
         return load_weights(path)
@@ -303,9 +314,7 @@ def read_configs(path: Path, unet: Path) -> tuple[dict, str]:
                 "what is read is DDPM- or DDIMPipeline"
             )
 
-    # The unet of a pipeline has the scheduler beside it.
-    beside = path.parent / "scheduler" if path.name == "unet" else path
-    scheduler = first_folder(path / "scheduler", beside, path) / "scheduler_config.json"
+    scheduler = find_scheduler(path)
     schedule = {}
     note = "no scheduler_config.json: the paper's schedule is assumed, T = 1000, linear betas, eps"
     if index.exists() or scheduler.exists():
@@ -324,6 +333,21 @@ def read_configs(path: Path, unet: Path) -> tuple[dict, str]:
             f"{path}: its configs describe no model that is read: {short(error)}"
         ) from error
     return config, note
+
+
+def find_scheduler(path: Path) -> Path:
+    """Return the scheduler_config.json of a folder; a path without a file if it has none."""
+    # The oldest pipelines have it beside the weights.
+    folders = [path / "scheduler", path]
+    # The unet of a pipeline has the scheduler beside it, and the checkpoints of a training have
+    # it beside them. A folder of another name may be any model's, so its parent says nothing.
+    folder = Path(os.path.abspath(path))
+    while re.fullmatch(r"unet|unet_ema|checkpoint-\d+", folder.name):
+        folder = folder.parent
+        folders.append(folder / "scheduler")
+
+    files = [folder / "scheduler_config.json" for folder in folders]
+    return next((file for file in files if file.exists()), files[0])
 
 
 def name_of(folder: Path) -> str:

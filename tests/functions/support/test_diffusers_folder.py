@@ -31,6 +31,7 @@ from models.unet import UNet
 from tests.conftest import CPU, call
 from tests.spoilt_files import same
 
+UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
 # These details are those of the paper's networks (Ho et al. 2020).
 HO = dict(
     norm_eps=1e-6,
@@ -242,7 +243,17 @@ def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, mo
     assert (exported / "README.md").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        (SCHEDULE, {"prediction_type": "epsilon"}),
+        (SCHEDULE, {"prediction_type": "v_prediction"}),
+        # diffusers 0.8 wrote this field into every schedule.
+        (SCHEDULE, {"predict_epsilon": True}),
+        (SCHEDULE, {"clip_sample": False, "clip_sample_range": 2.0}),
+        (UNET, {"sample_size": [16, 16]}),
+    ],
+)
 @pytest.mark.parametrize(
     ("sampler", "pipeline", "options"),
     [
@@ -251,10 +262,10 @@ def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, mo
     ],
 )
 def test_our_samplers_and_their_pipelines_draw_the_same_images(
-    sampler, pipeline, options, prediction, folder
+    sampler, pipeline, options, part, fields, folder
 ):
-    schedule = folder / "scheduler" / "scheduler_config.json"
-    change(schedule, prediction_type=prediction, timestep_spacing="trailing")
+    change(folder / SCHEDULE, timestep_spacing="trailing")
+    change(folder / part, **fields)
     loaded = pipeline.from_pretrained(folder)
     generator = torch.Generator().manual_seed(3)
     theirs = loaded(2, generator, num_inference_steps=20, output_type="np", **options).images
@@ -265,9 +276,11 @@ def test_our_samplers_and_their_pipelines_draw_the_same_images(
     def draw(*_):
         return torch.randn(2, 3, 16, 16, generator=generator)
 
-    denoiser = rebuild(UNet, load_model(folder), CPU)
-    ours = sampler(denoiser, denoiser.scheduler, draw(), 20, step_noise=draw)
-    images = (ours / 2 + 0.5).permute(0, 2, 3, 1)  # (B, H, W, C) in [0, 1]
+    saved = load_model(folder)
+    clip = saved.config["diffusion"]["clip_x_0"]
+    denoiser = rebuild(UNet, saved, CPU)
+    ours = sampler(denoiser, denoiser.scheduler, draw(), 20, clip_x_0=clip, step_noise=draw)
+    images = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, C)
     assert_close(images.numpy(), theirs, rtol=0, atol=1e-4)
 
 
@@ -276,7 +289,7 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibration, "IMAGES", 8)
     change(
-        folder / "scheduler" / "scheduler_config.json",
+        folder / SCHEDULE,
         variance_type="fixed_large",
         clip_sample=False,
         num_train_timesteps=10,
@@ -320,6 +333,30 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     for name in results:
         assert len([*Path("samples").glob(f"theirs-*/theirs-{name}")]) == 1
     assert Path("samples/theirs-calibration-own.safetensors").exists()
+
+
+@pytest.mark.parametrize("part", ["", "unet_ema", "unet"])
+def test_a_checkpoint_of_their_training_has_its_parents_schedule(part, folder, monkeypatch):
+    """Their training script saves OUTPUT/checkpoint-500/unet_ema and OUTPUT/scheduler."""
+    change(folder / SCHEDULE, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    checkpoint = folder / "checkpoint-500"
+    for name in ("unet_ema", "unet"):
+        shutil.copytree(folder / "unet", checkpoint / name)
+
+    # A path may also be relative, and then it need not name the parent.
+    monkeypatch.chdir(checkpoint)
+    for path in (checkpoint / part, Path(part)):
+        saved = load_model(path)
+        assert saved.digest == load_model(folder).digest
+        assert "assumed" not in str(saved)
+        denoiser = rebuild(UNet, saved, CPU)
+        assert denoiser.objective == "v"
+        theirs = DDPMScheduler.from_pretrained(folder / "scheduler").alphas_cumprod
+        assert_close(denoiser.scheduler.alphas_cumprod.float(), theirs, rtol=1e-4, atol=1e-8)
+
+    # A folder of another name may hold any other model.
+    other = checkpoint.rename(folder / "other")
+    assert "the paper's schedule is assumed" in str(load_model(other))
 
 
 def test_a_unet_alone_linked_in_shards_and_in_half_precision(folder, tmp_path):

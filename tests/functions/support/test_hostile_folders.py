@@ -17,10 +17,9 @@ from functions.support.diffusers_folder import INDEX, PICKLE, WEIGHTS, load_mode
 from functions.support.errors import CheckpointError, UserError
 from models.unet import UNet
 from tests.conftest import CPU, OPTIONS
-from tests.functions.support.test_diffusers_folder import change, save_theirs
+from tests.functions.support.test_diffusers_folder import SCHEDULE, UNET, change, save_theirs
 from tests.peak_memory import at_most
 
-UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
 UNET_WEIGHTS = f"unet/{WEIGHTS}"
 
 
@@ -48,6 +47,8 @@ UNREAD = [
     (UNET, "attention_head_dim", 16),
     (UNET, "resnet_time_scale_shift", "scale_shift"),
     (SCHEDULE, "prediction_type", "sample"),
+    # The field's older form, in which False means that the network predicts x_0.
+    (SCHEDULE, "predict_epsilon", False),
     (SCHEDULE, "variance_type", "learned_range"),
     (SCHEDULE, "thresholding", True),
     (SCHEDULE, "beta_schedule", "scaled_linear"),
@@ -62,9 +63,9 @@ REFUSED += [
     (UNET, "cross_attention_dim", 768, "cross_attention_dim is 768; no such field is read"),
     *(
         (UNET, "sample_size", size, "sample_size must be an integer")
-        for size in (None, "32", True, [32, 32], -1)
+        for size in (None, "32", True, [16, 32], [16, 16, 16], [], ["16", "16"], [-1, -1], -1)
     ),
-    (UNET, "block_out_channels", [], "block_out_channels a list of such"),
+    (UNET, "block_out_channels", [], "block_out_channels a list of integers"),
     (UNET, "down_block_types", None, "describe no model that is read"),
     (UNET, "block_out_channels", [10**9, 10**9], "base_dim is above 16,384"),
     (UNET, "block_out_channels", [16, 16 * 10**8], "config describes no model"),
