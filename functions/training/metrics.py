@@ -63,7 +63,13 @@ class MetricsLog:
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, **values: float) -> None:
-        """Write one row; columns that are not given stay empty."""
+        """Write one row; columns that are not given stay empty.
+
+        Raises ValueError, and writes nothing, for a name that is not in COLUMNS.
+        """
+        for name in values:
+            if name not in COLUMNS:
+                raise ValueError(f"{name!r} is no column of metrics.csv; add it to COLUMNS")
         with open(self.path, "a") as file:
             file.write(format_row(values) + "\n")
             # The row reaches the disk before any checkpoint does, so a run that goes on from

@@ -245,6 +245,18 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(20, 0.5)]
 
 
+def test_a_metric_without_a_column_is_an_error_and_writes_nothing(tmp_path):
+    log = MetricsLog(tmp_path)
+    before = (tmp_path / "metrics.csv").read_text()
+    with pytest.raises(ValueError, match=r"'fid' is no column.*COLUMNS"):
+        log.write(step=10, loss=0.5, fid=3.17)
+    log.tensorboard.close()
+
+    assert (tmp_path / "metrics.csv").read_text() == before
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == []
+
+
 def test_tensorboard_has_the_curves_the_grids_and_the_config(tiny_run):
     """Each is compared with the run's own file of it."""
     # TensorBoard reads all entries where the limit is 0.
