@@ -7,7 +7,7 @@ Each sampler is a plain function `f(model, scheduler, x_T, steps=N) -> x_0`:
     ddim_sample          order 1; deterministic with eta = 0, and `ddpm_sample` with eta = 1
     dpm_solver_sample    DPM-Solver++ 2M, order 2; deterministic with eta = 0, and its SDE form
                          with eta = 1
-    ipndm_sample         iPNDM, up to order 4, deterministic
+    ipndm_sample         iPNDM, deterministic; order 2, with weights of order 4 for equal steps
 
 Their defaults are the papers'. What the scripts choose is in functions/sampling/options.py. All
 samplers share these arguments:
@@ -214,8 +214,9 @@ def ipndm_sample(
     It solves DDIM's ODE, dy = eps dsigma with y = x / sqrt(alpha_bar) and
     sigma = sqrt((1 - alpha_bar) / alpha_bar) (Song et al. 2021, Eq. 14), in Adams-Bashforth steps
     of order 4 (PNDM: Liu et al. 2022, arXiv:2202.09778, Eqs. 9 and 12). The first three steps look
-    back on less and have orders 1, 2 and 3, where PNDM spends nine more network calls. The weights
-    are those for equal steps, whatever the steps are.
+    back on less and have weights of orders 1, 2 and 3, where PNDM spends nine more network calls.
+    The weights are those for equal steps of sigma, whatever the steps are. They are not equal, so
+    the order that is measured is about 2 (tests/functions/test_sampler_orders.py).
     """
     times = sampling_times(scheduler, steps, spacing)
     x = x_T
