@@ -182,6 +182,7 @@ BOOK_KEEPING = (
     "bits_per_dim_every",
     "bits_per_dim_images",
     "grid_images",
+    "grid_sampler",
     "grid_steps",
 )
 # These integers may be 0; all others are at least 1.
@@ -206,6 +207,7 @@ CHOICES = {
     "recompute": ("none", "norms", "blocks"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "compile": ("auto", "off"),
+    "grid_sampler": ("ddpm", "ddim", "dpm++", "ipndm"),
     "dialect": ("ho", "diffusers"),
 }
 
@@ -310,8 +312,10 @@ class DiffusionConfig:
     bits_per_dim_images: int = 64
     # Images in a sample grid while training.
     grid_images: int = 16
-    # Steps of the default sampler for that grid, at most timesteps_diff. sample.py takes all T.
-    grid_steps: int = 50
+    # The sampler of that grid, with its defaults: "ddpm", "ddim", "dpm++" or "ipndm".
+    grid_sampler: str = "dpm++"
+    # Its network calls, at most timesteps_diff.
+    grid_steps: int = 20
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -470,7 +474,8 @@ class Experiment:
     def from_dict(config: dict) -> "Experiment":
         """Invert `to_dict`. Raises ConfigError when fields are missing or unknown."""
         try:
-            diffusion = DiffusionConfig(**config["diffusion"])
+            # Runs of earlier versions have no such field, and their grids are made by ddpm.
+            diffusion = DiffusionConfig(**{"grid_sampler": "ddpm"} | config["diffusion"])
             return Experiment(diffusion, ModelConfig(**config["model"]))
         except (KeyError, TypeError) as error:
             why = repr(str(error)[:200])

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from config import EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelConfig
+from config import CHOICES, EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelConfig
+from functions.sampling.options import SAMPLERS
 from functions.training.start import warnings_of
 from models.unet import UNet
 
@@ -249,6 +250,10 @@ def test_what_is_probably_not_meant_is_warned_of():
     assert warnings_of(still) == ["max_rotation has no effect without use_augmentation = True"]
 
 
+def test_a_grid_may_be_made_by_any_sampler():
+    assert CHOICES["grid_sampler"] == tuple(SAMPLERS)
+
+
 def test_a_saved_config_with_unknown_or_missing_fields():
     saved = EXPERIMENTS["faces-v"].to_dict()
 
@@ -258,6 +263,7 @@ def test_a_saved_config_with_unknown_or_missing_fields():
         Experiment.from_dict({"model": saved["model"]})
 
     # Old configs lack these fields, of which each had one possible value then.
-    for field in ("objective", "t_sampling", "beta_schedule"):
+    for field in ("objective", "t_sampling", "beta_schedule", "grid_sampler"):
         del saved["diffusion"][field]
-    assert Experiment.from_dict(saved) == EXPERIMENTS["faces"].override({"learning_rate": 1e-3}, {})
+    changes = {"learning_rate": 1e-3, "grid_sampler": "ddpm"}
+    assert Experiment.from_dict(saved) == EXPERIMENTS["faces"].override(changes, {})

@@ -277,7 +277,8 @@ class BookKeeper:
     def sample(self, done: int) -> None:
         """Draw a grid of samples, always from the same noise, and write it."""
         config = self.config
-        options = SamplerOptions(steps=min(config.grid_steps, config.timesteps_diff))
+        steps = min(config.grid_steps, config.timesteps_diff)
+        options = SamplerOptions(config.grid_sampler, steps)
         # No CUDA graph here: one that cannot be recorded leaves PyTorch's generator, which dropout
         # draws from, unusable. A grid takes seconds as it is.
         sampler = ImageSampler(
