@@ -9,7 +9,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
+from functions.samplers import (
+    ddim_sample,
+    ddpm_sample,
+    dpm_solver_sample,
+    half_log_snr,
+    ipndm_sample,
+)
 from functions.support.command_line import fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
@@ -100,15 +106,28 @@ class SamplerOptions:
         """Return the timesteps that are visited, down to -1.
 
         With a `start` below T - 1 they are those of the whole way from there, so that the steps
-        are as long. Raises UserError when the model does not have so many.
+        are as long; dpm++ leaves out the first of them if it is too near. Raises UserError when
+        the model does not have so many.
         """
         try:
             times = sampling_times(scheduler, self.steps, self.spacing)
         except ValueError as error:
             raise UserError(str(error)) from error
-        if start is None:
+        # The whole way stays as it is, and so do the images of a seed.
+        if start is None or start == times[0]:
             return times
-        return [start, *(t for t in times if t < start)]
+
+        times = [start, *(t for t in times if t < start)]
+        # In its second step DPM-Solver++ 2M adds 1 / (2 r) times the difference of two predictions,
+        # where r is the first step over the second, in log-SNR. From just above a timestep of the
+        # grid r is near 0, and the factor would be up to 266, which magnifies what the first step's
+        # noise changed. So the two steps become one where the factor would be above 1. The last
+        # call is always made: the step that follows it is of order 1.
+        if self.sampler == "dpm++" and len(times) > 3:
+            first, second, third = (half_log_snr(scheduler.alpha_bar(t)) for t in times[:3])
+            if second - first < (third - second) / 2:
+                del times[1]
+        return times
 
     def facts(self, timesteps: int) -> dict[str, str | int | float]:
         """Return all that decides the pixels, for a model with T = `timesteps`."""
@@ -194,7 +213,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="Image i depends on the seed and i alone. Default: %(default)s.",
+        help="The noise of image i depends on the seed and i alone; with another batch size its "
+        "pixels agree up to rounding. Default: %(default)s.",
     )
     parser.add_argument(
         "--batch-size",
@@ -216,7 +236,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         choices=SAMPLERS,
         default="ddpm",
         help="ddpm is the paper's, with fresh noise in every step; ddim is deterministic; dpm++ "
-        "is DPM-Solver++ 2M, good with 20 steps; ipndm is deterministic, of the highest order. "
+        "is DPM-Solver++ 2M, good with 20 steps; ipndm is deterministic, of order 2 too. "
         "Default: %(default)s.",
     )
     group.add_argument(
