@@ -202,6 +202,9 @@ def metric_names(text: str) -> list[str]:
 
 def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     """Open the checkpoint, its model and, if a metric needs them, its images."""
+    # What is not the run's own data set has its own calibration.
+    if args.calibrate == "data" and args.data:
+        args.calibrate = args.data
     saved, image_sampler = open_sampler(args, processes, UNet)
     device = image_sampler.device
     run = saved.run

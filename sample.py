@@ -18,6 +18,8 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from data.datasets import images_of_run
 from data.decode import read_image, read_with_mask
 from data.pixels import to_uint8
@@ -27,6 +29,7 @@ from functions.sampling.files import (
     MOST_IN_GRID,
     figures_of,
     image_path,
+    label_of,
     open_folder,
     save_pictures,
 )
@@ -46,6 +49,18 @@ from functions.support.pictures import save_grid, save_image
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import results_folder
 from models.unet import UNet
+
+# Which flags have an effect: always, and in sampling from noise or in what is done instead of it.
+ALWAYS = {"checkpoint", "runs", "device", "precision", "seed"}
+SAMPLING = {"batch_size", "out", "sampler", "steps", "spacing", "eta", "variance", "calibrate"}
+ROWS = {*SAMPLING, "depths", "fit"}
+TAKES = {
+    "noise": {*SAMPLING, "n", "individual", "strip", "progressive", "gif"},
+    "interpolate": ROWS,
+    "variations": ROWS,
+    "inpaint": {*SAMPLING, "n", "individual", "mask", "resample"},
+    "export": set(),
+}
 
 
 def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
@@ -176,27 +191,32 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
     def source_of(text):
         return int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
 
-    # The folder is made only when all images have been read.
+    # The folder is made only when all images have been read. The names of files tell their
+    # sources, so that a picture of other sources is not overwritten.
     rows = {}
-    if args.interpolate:
-        rows["interpolation.png"] = [source_of(text) for text in args.interpolate]
-    if args.variations:
-        rows["variations.png"] = [source_of(args.variations)]
+    for kind, texts in (("interpolation", args.interpolate), ("variations", args.variations)):
+        if texts:
+            sources = [source_of(text) for text in texts]
+            labels = map(label_of, texts, sources)
+            rows["-".join([kind, *labels])] = sources
     if args.inpaint:
         image, mask = read_with_mask(args.inpaint, args.mask, size)
+        # The same image with another mask is another source.
+        inpainting = f"inpainting-{label_of(args.inpaint, np.dstack([image, mask]))}"
     folder.mkdir(parents=True, exist_ok=True)
 
     for name, sources in rows.items():
-        save_rows(image_sampler, sources, args.depths, args.batch_size, folder / name)
+        save_rows(image_sampler, sources, args.depths, args.batch_size, folder / f"{name}.png")
     if args.inpaint:
         pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n, args.batch_size)
-        path = folder / "inpainting.png"
+        path = folder / f"{inpainting}.png"
         save_grid(pictures, path, columns=min(len(pictures), 8))
         print(f"wrote {path}")
         if args.individual:
-            # The first two pictures are the image and what is kept of it.
+            # The first two pictures are the image and what is kept of it. A name of digits alone
+            # is that of a sample, for which the folder's manifest vouches.
             for i, answer in enumerate(pictures[2:]):
-                save_image(answer, image_path(folder, i))
+                save_image(answer, folder / f"{inpainting}-{i:05d}.png")
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
@@ -246,6 +266,7 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
     group.add_argument(
         "--variations",
+        nargs=1,
         metavar="A",
         help="Sample images like one, by way of noise; it is an image file, or the number of an "
         "image of the seed. Default: none.",
@@ -290,13 +311,25 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
 
     args = parser.parse_args()
-    if args.mask and not args.inpaint:
-        raise UserError("--mask is an option of --inpaint")
+    refuse_ignored(args, parser.parse_args([]))
     if args.n > MOST_IN_GRID and (args.inpaint or not args.individual):
         raise UserError(
             f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual"
         )
     return args
+
+
+def refuse_ignored(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    """Raise UserError for a flag that would be ignored and is not at its default."""
+    # After an export nothing else is done. All else can be asked for together.
+    actions = ["export"] if args.export else [name for name in TAKES if getattr(args, name, None)]
+    taken = ALWAYS.union(actions, *(TAKES[action] for action in actions or ["noise"]))
+    for name, value in vars(args).items():
+        if name not in taken and value != getattr(defaults, name):
+            takers = [action for action in TAKES if name in TAKES[action]]
+            word = "beside" if actions else "without"
+            others = " or ".join(f"--{action}" for action in actions or takers)
+            raise UserError(f"--{name.replace('_', '-')} would be ignored {word} {others}")
 
 
 def fractions(text: str) -> list[float]:

@@ -18,15 +18,16 @@ QUEEN = "people_1f478-1f3fd.png"
 COOK = "people_1f9d1-1f3fb-200d-1f373.png"
 WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
 
-# Under the name of a picture here: the flags of sample.py, and the file that they make it write.
+# Under the name of a picture here: the flags of sample.py, and a pattern of the file that they
+# make it write.
 COMMANDS = {
     "few_steps.png": ("--sampler dpm++ --steps 20", "grid.png"),
     "progressive.png": ("--steps 50 --progressive", "progressive.png"),
-    "interpolation.png": (f"--steps 50 --interpolate {QUEEN} {COOK}", "interpolation.png"),
-    "variations.png": (f"--steps 50 --variations {QUEEN}", "variations.png"),
+    "interpolation.png": (f"--steps 50 --interpolate {QUEEN} {COOK}", "interpolation-*.png"),
+    "variations.png": (f"--steps 50 --variations {QUEEN}", "variations-*.png"),
     "inpainting.png": (
         f"--steps 50 --inpaint {WIZARD} --mask mask.png --n 5",
-        "inpainting.png",
+        "inpainting-*.png",
     ),
 }
 
@@ -44,7 +45,7 @@ def draw_sampling(checkpoint: Path, figures: Path, size: int, temporary: Path) -
     mask[size // 2 :] = 255
     save_image(mask, temporary / "mask.png")
 
-    for figure, (flags, file) in COMMANDS.items():
+    for figure, (flags, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
         command = [
             sys.executable,
@@ -55,4 +56,5 @@ def draw_sampling(checkpoint: Path, figures: Path, size: int, temporary: Path) -
             out,
         ]
         subprocess.run(command, check=True, cwd=temporary)
-        shutil.copyfile(out / file, figures / figure)
+        [file] = out.glob(pattern)
+        shutil.copyfile(file, figures / figure)

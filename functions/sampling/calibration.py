@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from functions.prediction import Denoiser, predict
 from functions.sampling.generation import BatchLimit, ImageSampler, generate
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
-from functions.support.files import TensorFile, write_tensors
+from functions.support.files import TensorFile, short, write_tensors
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
@@ -181,9 +181,10 @@ def calibrated(
 ) -> ImageSampler:
     """Return the sampler with the calibration that its options ask for, if they ask for one.
 
-    It is made once, and lies beside the checkpoint from then on. "own" fits it to the model's own
-    samples, so that no data is needed. For "data", and for other data sets by their name,
-    `load(None or the name)` gives the ImageSet and its Split.
+    It is made once for each data set, and lies beside the checkpoint from then on. "own" fits it to
+    the model's own samples, so that no data is needed. For "data", the images that the model was
+    trained on, and for other data sets by their name, `load(None or the name)` gives the ImageSet
+    and its Split.
     """
     if not image_sampler.options.calibrate:
         return image_sampler
@@ -197,14 +198,30 @@ def read_or_make(
     image_sampler: ImageSampler, saved: SavedModel, batch_size: int, load: Callable
 ) -> dict[str, Tensor]:
     """Return the tensors of `Calibration`, on the CPU: of the file that is kept, or fitted now."""
+
+    @cache
+    def load_named(name):
+        return load(None if name == "data" else name)
+
     name = image_sampler.options.calibrate
-    kind = "own" if name == "own" else "data"
+    # Images are known by their data set's name and by their ids, as files may come and go.
+    ids_hash = saved.run.get("train_ids_hash")
+    if name == "own":
+        images_of = ["own"]
+    elif name == "data" and ids_hash:
+        # What is kept for a run's own images is read without them.
+        images_of = [saved.config["diffusion"]["dataset_name"], ids_hash]
+    else:
+        image_set, split = load_named(name)
+        images_of = [image_set.name, split.train_ids_hash]
+    kind = "-".join(short(Path(part).stem) for part in images_of)
+
     # A folder of diffusers belongs to others, so nothing is written into it.
     folder = Path("samples") if saved.path.is_dir() else saved.path.parent
     path = folder / f"{saved.name}-calibration-{kind}.safetensors"
     made_from = {
         "weights": saved.digest,
-        "images": name,
+        "images": images_of,
         "fitted": [IMAGES, FROM, FITTED, RIDGE],
     }
 
@@ -212,7 +229,19 @@ def read_or_make(
     if tensors:
         return tensors
 
-    images = images_to_fit(image_sampler, batch_size, load)
+    if name == "own":
+        images = own_samples(image_sampler, batch_size)
+    else:
+        image_set, split = load_named(name)
+        if split.train_ids_hash != images_of[1]:
+            raise UserError(
+                f"{saved.path} was trained on other images than {image_set.name} has; "
+                f"fit the calibration to these with --calibrate {image_set.name}"
+            )
+        # The images are evenly spaced among those for training.
+        places = np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)
+        pixels = image_set.images[split.train_indices[places]]
+        images = to_model_range(torch.from_numpy(pixels)).to(image_sampler.device)
     tensors = vars(calibrate(image_sampler.denoiser, images, batch_size))
     # The file is for the next time. Where it cannot be written, sampling goes on without it.
     try:
@@ -241,18 +270,10 @@ def read_kept(path: Path, made_from: dict, image_sampler: ImageSampler) -> dict[
     return {}
 
 
-def images_to_fit(image_sampler: ImageSampler, batch_size: int, load: Callable) -> Tensor:
-    """Return the images that the options name: (N, C, H, W) in [-1, 1] on the sampler's device."""
-    name = image_sampler.options.calibrate
-    if name == "own":
-        # The fresh noise of this sampler keeps its images sound without a calibration.
-        quick = image_sampler.quick(seed_of("calibration"))
-        images = generate(quick, range(IMAGES), batch_size).images
-    else:
-        other = None if name == "data" else name
-        image_set, split = load(other)
-        # The images are evenly spaced among those for training.
-        places = np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)
-        pixels = image_set.images[split.train_indices[places]]
-        images = to_model_range(torch.from_numpy(pixels))
-    return images.to(image_sampler.device)
+def own_samples(image_sampler: ImageSampler, batch_size: int) -> Tensor:
+    """Return samples of the model: (N, C, H, W) in [-1, 1] on the sampler's device."""
+    # They are kept for samplers of every precision, so they are sampled in float32.
+    denoiser = replace(image_sampler.denoiser, precision=torch.float32)
+    # The fresh noise of this sampler keeps its images sound without a calibration.
+    quick = replace(image_sampler, denoiser=denoiser).quick(seed_of("calibration"))
+    return generate(quick, range(IMAGES), batch_size).images.to(image_sampler.device)

@@ -9,6 +9,7 @@ samples.json    the manifest, written first: all that decides the images' pixels
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from PIL import Image
 from data.pixels import to_uint8
 from functions.sampling.generation import Frame, Samples, frame_steps
 from functions.support.errors import UserError
-from functions.support.files import write_text
+from functions.support.files import short, write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
 from functions.support.run_folder import locked
 
@@ -38,6 +39,19 @@ STRIP_ROWS = 6
 
 def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
+
+
+def label_of(source: str, content: int | np.ndarray) -> str:
+    """Name the source of a picture in the picture's file name.
+
+    An image of the seed has its number, `content`. An image file, with these pixels, has the start
+    of its name and a hash of them.
+    """
+    if isinstance(content, int):
+        return str(content)
+    # The start is short, so that the names of two files are a valid name together.
+    digest = hashlib.sha256(content.tobytes()).hexdigest()
+    return f"{short(Path(source).stem)[:30]}-{digest[:8]}"
 
 
 def existing(folder: Path) -> set[int]:

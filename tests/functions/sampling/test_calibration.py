@@ -1,16 +1,21 @@
 """The calibration restores what is known to be damaged, and leaves the ideal denoiser as it is."""
 
 import json
+import shutil
 from dataclasses import replace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
+import evaluate
 import sample
+from data.datasets import images_of_run, load_images
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser, predict
 from functions.sampling import calibration
+from functions.support.errors import UserError
 from functions.support.files import TensorFile, write_tensors
 from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
@@ -116,12 +121,14 @@ def test_it_is_the_same_for_one_timestep_and_for_many():
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["own", "data"])
 def test_sample_makes_it_once_and_says_what_it_is_from(
-    which, tiny_run, tmp_path, monkeypatch, capsys
+    which, tiny_run, pictures, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(calibration, "IMAGES", 12)
     flags = ["--sampler", "ddim", "--steps", 3, "--n", 2, "--individual", "--device", "cpu"]
     calibrate = [*flags, "--calibrate", which]
-    path = tiny_run / "checkpoints" / f"step-00000010-calibration-{which}.safetensors"
+    facts = json.loads((tiny_run / "config.json").read_text())["run"]
+    kind = {"own": "own", "data": f"{pictures.name}-{facts['train_ids_hash']}"}[which]
+    path = tiny_run / "checkpoints" / f"step-00000010-calibration-{kind}.safetensors"
     call(sample.main, tiny_run, *calibrate)
     assert f"wrote {path}" in capsys.readouterr().out
     folder = tiny_run / "samples" / f"step-00000010-ddim3-calibrated-{which}-seed0"
@@ -129,8 +136,9 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     first = (folder / "00000.png").read_bytes()
     fitted = path.read_bytes()
 
-    # The second time it is read from its file, and the images are the same.
-    call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "again")
+    # The second time it is read from its file, without the data, and the images are the same.
+    with patch.object(sample, "images_of_run", side_effect=UserError("the data are gone")):
+        call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "again")
     assert "calibration" not in capsys.readouterr().out
     assert (tmp_path / "again" / "00000.png").read_bytes() == first
     call(sample.main, tiny_run, *flags, "--out", tmp_path / "without")
@@ -156,3 +164,61 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
         call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "not kept")
     assert "the calibration is not kept: no room" in capsys.readouterr().err
     assert (tmp_path / "not kept" / "00000.png").read_bytes() == first
+
+
+def kept_in(run):
+    """Return the tensors of the calibration that was kept last for a run."""
+    files = (run / "checkpoints").glob("*-calibration-*.safetensors")
+    return TensorFile(max(files, key=lambda path: path.stat().st_mtime_ns)).tensors()
+
+
+@pytest.mark.slow
+def test_no_data_set_gets_the_calibration_of_another(tiny_run, pictures, tmp_path, monkeypatch):
+    """The mean that is kept is that of its training images, which are 45 in every set."""
+    monkeypatch.setattr(calibration, "IMAGES", 45)
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    # The other set differs from that of the training neither in its folder's name nor in its ids.
+    other = tmp_path / pictures.name
+    shutil.copytree(pictures, other, ignore=shutil.ignore_patterns("*.packed*"))
+    for i in range(25):
+        shutil.copy(other / f"{i + 25:05d}.png", other / f"{i:05d}.png")
+
+    of_other = ["--data", other, "--metrics", "bands", "--images", 2, "--out", tmp_path]
+    of_training = ["--sampler", "ddim", "--steps", 2, "--n", 2]
+    for k, folder in enumerate([other, pictures, other, other]):
+        main, flags = (evaluate.main, of_other) if folder == other else (sample.main, of_training)
+        if k == 3:
+            # Now its ids change.
+            (other / "00003.png").unlink()
+        call(main, run, *flags, "--calibrate")
+        images = load_images(str(folder), 16).images
+        mean = images[:45].mean(axis=0).transpose(2, 0, 1) / 127.5 - 1
+        np.testing.assert_allclose(kept_in(run)["mean"], mean, atol=1e-5)
+
+
+def test_a_runs_own_images_are_those_of_its_training(tiny_run, pictures, tmp_path, monkeypatch):
+    """A data set that has lost an image since then is refused, but may be asked for by its name."""
+    monkeypatch.setattr(calibration, "IMAGES", 4)
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    fewer = tmp_path / "fewer"
+    shutil.copytree(pictures, fewer, ignore=shutil.ignore_patterns("*.packed*", "00007.png"))
+
+    def load(diffusion, size, name=None):
+        return images_of_run(diffusion, size, str(fewer))
+
+    monkeypatch.setattr(sample, "images_of_run", load)
+    flags = ["--steps", 2, "--n", 1, "--out", tmp_path]
+    message = f"was trained on other images than {fewer} has.*with --calibrate {fewer}"
+    with pytest.raises(UserError, match=message):
+        call(sample.main, run, *flags, "--calibrate")
+    call(sample.main, run, *flags, "--calibrate", fewer)
+
+
+def test_own_samples_are_those_of_float32(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "IMAGES", 4)
+    kept = []
+    for precision in ("float32", "bfloat16"):
+        run = shutil.copytree(tiny_run, tmp_path / precision)
+        call(sample.main, run, "--steps", 2, "--calibrate", "own", "--precision", precision)
+        kept.append(kept_in(run))
+    torch.testing.assert_close(kept[0], kept[1], rtol=0, atol=0)

@@ -1,7 +1,10 @@
 """Samplers by flag: each gives the images of its options, and some flags are refused."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
@@ -12,6 +15,7 @@ from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
+from functions.timesteps import SPACINGS
 from models.unet import UNet
 from tests.conftest import CPU, ROOT, call
 
@@ -85,10 +89,51 @@ def test_flags_give_the_images_of_their_options(
 def test_the_rest_of_the_way_is_done_in_the_steps_of_the_whole():
     """From 260 on the next steps are those that the 20 of the whole way have there."""
     scheduler = NoiseScheduler(1000)
-    options = SamplerOptions("dpm++", 20, "trailing")
-    assert options.times(scheduler, 999) == options.times(scheduler)
-    assert options.times(scheduler, 260) == [260, 249, 199, 149, 99, 49, -1]
+    for sampler in ("ddpm", "ddim", "ipndm"):
+        options = SamplerOptions(sampler, 20, "trailing")
+        assert options.times(scheduler, 999) == options.times(scheduler)
+        assert options.times(scheduler, 260) == [260, 249, 199, 149, 99, 49, -1]
     assert SamplerOptions().times(scheduler, 2) == [2, 1, 0, -1]
+
+    # dpm++ begins with no step as short as that from 260 to 249. The last call is always made.
+    options = SamplerOptions("dpm++", 20, "trailing")
+    assert options.times(scheduler, 260) == [260, 199, 149, 99, 49, -1]
+    assert options.times(scheduler, 101) == [101, 49, -1]
+    assert options.times(scheduler, 50) == [50, 49, -1]
+    assert options.times(scheduler, 20) == [20, -1]
+
+    # On the whole way it keeps all steps, even if the first is so short.
+    few = NoiseScheduler(20, rescale_betas=False)
+    options = SamplerOptions("dpm++", 14, "trailing")
+    assert options.times(few, 19) == options.times(few)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_dpm_solver_extrapolates_no_further_from_any_start_than_on_the_whole_way(
+    steps, beta_schedule, spacing
+):
+    """A step of order 2 multiplies the difference of two x_0 by 1 / (2 r), r = h_before / h.
+
+    It is so in all steps but the first and the last. A step's h is its difference in log-SNR.
+    """
+    scheduler = NoiseScheduler(1000, beta_schedule=beta_schedule)
+    log_snr = torch.logit(scheduler.alphas_cumprod)
+    options = SamplerOptions("dpm++", steps, spacing)
+
+    def factors(times):
+        h = log_snr[times[:-1]].diff()
+        return h[1:] / (2 * h[:-1])
+
+    # Rounded to timesteps, the whole way in 50 steps with cosine betas has a 2.19 of its own.
+    whole = options.times(scheduler)
+    assert options.times(scheduler, 999) == whole
+    most = max(2, factors(whole).max())
+    for start in range(999):
+        found = factors(options.times(scheduler, start))
+        assert (found[:1] <= 2).all()
+        assert (found <= most).all()
 
 
 def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):
@@ -122,3 +167,38 @@ def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):
 def test_a_run_behind_calibrate_is_not_taken_for_data(tiny_run):
     with pytest.raises(UserError, match="that is a run, not data; write the run before the flag"):
         call(sample.main, "--calibrate", tiny_run, "--runs", tiny_run.parent)
+
+
+@pytest.mark.parametrize(
+    "flags, flag, where",
+    [
+        ("--export faces --calibrate own", "calibrate", "beside --export"),
+        ("--export faces --interpolate 1 2", "interpolate", "beside --export"),
+        ("--export faces --batch-size 2", "batch-size", "beside --export"),
+        ("--variations 1 --n 7", "n", "beside --variations"),
+        ("--interpolate 1 2 --variations 1 --gif", "gif", "beside --interpolate or --variations"),
+        ("--inpaint face.png --depths 1", "depths", "beside --inpaint"),
+        ("--mask mask.png", "mask", "without --inpaint"),
+        ("--depths 1", "depths", "without --interpolate or --variations"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(flags, flag, where):
+    with pytest.raises(UserError, match=f"^--{flag} would be ignored {where}$"):
+        call(sample.main, "nowhere", *flags.split())
+
+
+# These are the defaults of sample.py and of sampleFFHQ.py.
+@pytest.mark.parametrize("defaults", [(36, False), (20, True)])
+def test_what_has_an_effect_is_not_refused(defaults):
+    parse = partial(sample.parse_flags, *defaults)
+    for flags in (
+        "--n 5 --individual --strip --progressive --gif --calibrate",
+        "--interpolate 1 2 --variations 3 --depths 1 --fit --calibrate",
+        "--inpaint face.png --mask mask.png --resample 2 --n 5 --individual --variations 3 --fit",
+        "--export faces --seed 1 --precision bfloat16",
+    ):
+        call(parse, *flags.split())
+
+    # A new flag has a place in the table, too.
+    known = sample.ALWAYS.union(sample.TAKES, *sample.TAKES.values())
+    assert vars(call(parse)).keys() == known - {"noise"}

@@ -235,7 +235,7 @@ def test_the_script_says_why_it_does_not_paint(flags, message, photo, tiny_run, 
 
 def test_the_script_paints_what_a_mask_says(photo, tiny_run, tmp_path, capsys):
     paint(tiny_run, tmp_path / "out", "photo.png --mask mask.png --n 5 --resample 3")
-    assert (tmp_path / "out" / "inpainting.png").exists()
+    assert len([*(tmp_path / "out").glob("inpainting-photo-*.png")]) == 1
 
     # Three of the four steps are done three times, and the last is done once.
     assert "inpainting 5 times, 10 network calls each" in capsys.readouterr().out
@@ -244,11 +244,32 @@ def test_the_script_paints_what_a_mask_says(photo, tiny_run, tmp_path, capsys):
 def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, tiny_run, tmp_path):
     out = tmp_path / "out"
     paint(tiny_run, out, "erased.png --sampler ddim --eta 1 --n 2 --individual")
-    assert (out / "inpainting.png").exists()
+    assert len([*out.glob("inpainting-erased-*.png")]) == 3
 
     image, anew = read_with_mask("erased.png", None, 16)
-    first = np.asarray(Image.open(out / "00000.png"))
-    second = np.asarray(Image.open(out / "00001.png"))
+    answers = sorted(out.glob("inpainting-erased-*-*.png"))
+    first, second = (np.asarray(Image.open(path)) for path in answers)
     assert np.array_equal(first[~anew], image[~anew])
     assert np.array_equal(second[~anew], image[~anew])
     assert not np.array_equal(first, second)
+
+
+def test_neither_samples_nor_other_paintings_are_overwritten(photo, tiny_run, tmp_path):
+    out = tmp_path / "out"
+    call(sample.main, tiny_run, "--steps", 4, "--n", 2, "--individual", "--out", out)
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (40, 20)).save(tmp_path / "other" / "photo.png")
+    Image.open("mask.png").transpose(Image.Transpose.ROTATE_180).save("turned.png")
+
+    # The second has the first one's name, and the third has another mask. The last is the first.
+    for files, added in (
+        ("photo.png --mask mask.png", 3),
+        ("other/photo.png --mask mask.png", 3),
+        ("photo.png --mask turned.png", 3),
+        ("photo.png --mask mask.png", 0),
+    ):
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        paint(tiny_run, out, f"{files} --n 2 --individual")
+        after = {path: path.read_bytes() for path in out.iterdir()}
+        assert before.items() <= after.items()
+        assert len(after) == len(before) + added

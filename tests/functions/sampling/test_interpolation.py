@@ -7,7 +7,7 @@ from PIL import Image
 
 import sample
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import ddpm_sample
+from functions.samplers import ddpm_sample, dpm_solver_sample
 from functions.sampling import interpolation
 from functions.sampling.generation import generate
 from functions.sampling.interpolation import (
@@ -20,7 +20,7 @@ from functions.sampling.options import SAMPLERS, SamplerOptions
 from functions.support.pictures import save_strip
 from functions.support.random_numbers import ImageNoise
 from tests.conftest import call, image_sampler_of
-from tests.functions.known_denoisers import Gaussian, double, ideal_model
+from tests.functions.known_denoisers import Gaussian, double, ideal_model, mean_and_variance
 
 # They give one end, a mixture, and the other end.
 WEIGHTS = torch.tensor([0.0, 0.3, 1.0])
@@ -117,13 +117,43 @@ def test_variations_differ_more_the_deeper_they_come_from():
     torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), of_depths[-1][[4, 1]])
 
 
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [10, 20])
+def test_variations_by_dpm_solver_are_too_different_at_no_depth(steps, beta_schedule):
+    """The data are N(0, 0.5^2), and the network is the ideal one for them.
+
+    The spread of the variations of x_0 = 0 is found without chance. The truth is that x_t with the
+    variance 1 - a is followed by a draw from N(gain x_t, variance), the posterior.
+    """
+    data = Gaussian(double([0.0]), double([0.5]))
+    scheduler = NoiseScheduler(1000, beta_schedule=beta_schedule)
+    options = SamplerOptions("dpm++", steps)
+    # From just above a timestep of the grid to it the first step would be tiny.
+    above = [t + 1 for t in options.times(scheduler)[1:]]
+    for start in [*above, *range(9, 1000, 10)]:
+        a = scheduler.alpha_bar(start)
+        _, found = mean_and_variance(
+            data,
+            dpm_solver_sample,
+            scheduler,
+            options.times(scheduler, start),
+            (0.0, 1 - a),
+            **options.own,
+        )
+        gain = a**0.5 * 0.5**2 / (a * 0.5**2 + 1 - a)
+        variance = 0.5**2 * (1 - a) / (a * 0.5**2 + 1 - a)
+        expected = gain**2 * (1 - a) + variance
+        # So few steps are not exact. A tiny first one made the spread up to 13 times too large.
+        assert 0.5 < (found / expected) ** 0.5 < 1.25
+
+
 @pytest.fixture
 def saved_strips(monkeypatch):
-    """Return a dict that gets columns, titles and row titles of each figure, by its file's name."""
+    """Return a dict that gets columns, titles and row titles of each figure, by its kind."""
     strips = {}
 
     def save(columns, titles, path, rows):
-        strips[path.name] = (columns, titles, rows)
+        strips[path.name.split("-")[0]] = (columns, titles, rows)
 
         # Few columns are drawn, for speed.
         save_strip(columns[:2], titles[:2], path, rows)
@@ -157,8 +187,8 @@ def test_the_script_interpolates_between_images_and_seeds(
         tmp_path / "a",
     )
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["interpolation.png", "variations.png"]
-    columns, titles, rows = saved_strips["interpolation.png"]
+    assert names == ["interpolation-1-3.png", "variations-2.png"]
+    columns, titles, rows = saved_strips["interpolation"]
     assert titles == [
         "image 1",
         "0",
@@ -181,7 +211,7 @@ def test_the_script_interpolates_between_images_and_seeds(
             assert abs(columns[column][row].astype(int) - own[i]).max() <= 1
 
     # The first variation at depth 0 is the image itself, too.
-    columns, _, _ = saved_strips["variations.png"]
+    columns, _, _ = saved_strips["variations"]
     assert abs(columns[1][0].astype(int) - own[2]).max() <= 1
 
     files = [pictures / "00000.png", pictures / "00001.png"]
@@ -201,7 +231,26 @@ def test_the_script_interpolates_between_images_and_seeds(
         tmp_path / "b",
     )
     source = np.asarray(Image.open(files[1]).resize((16, 16), Image.Resampling.LANCZOS))
-    for name, place in (("interpolation.png", 10), ("variations.png", 3)):
+    for name, place in (("interpolation", 10), ("variations", 3)):
         columns, _, rows = saved_strips[name]
         assert np.array_equal(columns[place][0], source)
         assert rows == ["t = 0", "t = 50"]
+
+
+def test_pictures_of_other_sources_are_not_overwritten(tiny_run, tmp_path, saved_strips):
+    """Here are files of one name, an image with that for its number, and long names."""
+    sources = [tmp_path / "a" / "3.png", tmp_path / "b" / "3.png", 3, tmp_path / f"{'x' * 240}.png"]
+    for level, source in enumerate(sources):
+        if source != 3:
+            source.parent.mkdir(exist_ok=True)
+            Image.new("L", (16, 16), level).save(source)
+
+    out = tmp_path / "out"
+    flags = ["--depths", "0", "--steps", 2, "--out", out]
+    # The last request is the first one again.
+    for source, expected in zip([*sources, sources[0]], (2, 4, 6, 8, 8), strict=True):
+        before = {path: path.read_bytes() for path in out.glob("*")}
+        call(sample.main, tiny_run, "--interpolate", source, source, "--variations", source, *flags)
+        after = {path: path.read_bytes() for path in out.iterdir()}
+        assert before.items() <= after.items()
+        assert len(after) == expected
