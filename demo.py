@@ -40,6 +40,8 @@ except ImportError:
     print("error: the page wants Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
+# At most so many images are drawn.
+MOST = 64
 # At most so many pictures show how images form.
 FRAMES = 25
 # Pictures in the page are so many pixels wide and high.
@@ -155,16 +157,21 @@ class Demo:
     def open(
         self, watch: object = None, seed: int = 0, sampler: str = "ddpm", steps: int | None = None
     ) -> tuple:
-        """Return the newest checkpoint and its `ImageSampler`, which calls `watch` in every step.
+        """Return the newest checkpoint, its `ImageSampler`, and how many images it takes at a time.
 
-        With the same flags sample.py has the same sampler.
+        The sampler calls `watch` in every step. With the same flags sample.py has the same one.
         """
         # An empty field gives None, which means 0 for the seed and all timesteps for the steps.
         args = argparse.Namespace(
-            **vars(self.args), seed=seed or 0, sampler=sampler, steps=steps, precision="float32"
+            **vars(self.args),
+            seed=seed or 0,
+            sampler=sampler,
+            steps=steps,
+            precision="float32",
+            batch_size=MOST,
         )
         saved, image_sampler = open_sampler(args, SINGLE_PROCESS, UNet)
-        return saved, replace(image_sampler, watch=watch)
+        return saved, replace(image_sampler, watch=watch), args.batch_size
 
     def draw(self, check: Callable, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
         """Sample images 0 .. n-1, and show every few steps what the model takes them for.
@@ -185,9 +192,9 @@ class Demo:
                 drawn.append((title, to_uint8(x_0).cpu().numpy()))
                 check(news=shown(drawn))
 
-        saved, image_sampler = self.open(watch, seed, sampler, steps)
+        saved, image_sampler, most = self.open(watch, seed, sampler, steps)
         calls = len(image_sampler.options.times(image_sampler.scheduler)) - 1
-        samples = generate(image_sampler, range(n), n)
+        samples = generate(image_sampler, range(n), most)
 
         # The last title is the command that draws the same images.
         flags = f"--seed {seed or 0} --n {n} --sampler {sampler} --steps {calls}"
@@ -201,7 +208,7 @@ class Demo:
         of either image, and then the flags of `open`.
         """
         first, first_number, second, second_number, *flags = inputs
-        _, image_sampler = self.open(check, *flags)
+        _, image_sampler, _ = self.open(check, *flags)
 
         # A source is an upload, fitted to the model, or else the number of an image of the seed.
         sources = []
@@ -226,7 +233,7 @@ class Demo:
 
         It runs on a click on "Make what is painted over anew". The flags are those of `open`.
         """
-        _, image_sampler = self.open(check, *flags)
+        _, image_sampler, most = self.open(check, *flags)
         size = image_sampler.shape[-1]
 
         # The editor's layers are RGBA; what is painted over is opaque.
@@ -236,7 +243,7 @@ class Demo:
             raise UserError(
                 "take an image, and paint over a part of it: neither all of it nor nothing"
             )
-        return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), mask, repeats, n, n))
+        return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), mask, repeats, n, most))
 
     def read(self, check: Callable, path: str) -> tuple[np.ndarray, Image.Image]:
         """Return an image file for the model, uint8 (S, S, 3), and how the page shows it.
@@ -244,7 +251,7 @@ class Demo:
         It runs when a file is uploaded.
         """
         rgb = decode_rgb(Path(path).read_bytes())
-        saved, _ = self.open()
+        saved, *_ = self.open()
         image = fit_square(rgb, saved.image_shape[-1])
         return image, enlarged(image)
 
@@ -255,7 +262,7 @@ def draw_tab(demo: Demo) -> tuple:
         with gr.Row():
             controls = [
                 seed_control(),
-                slider(64, 16, label="How many", info="Images 0 and on of the seed."),
+                slider(MOST, 16, label="How many", info="Images 0 and on of the seed."),
                 *sampler_controls(),
             ]
         start = gr.Button("Draw the images", variant="primary")

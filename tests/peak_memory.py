@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-PROCESS = Path("/proc/self")
+from functions.support.device import PROCESS, RESET_PEAK, kilobytes
 
 
 @contextmanager
@@ -13,20 +12,13 @@ def at_most(megabytes: float) -> Iterator[None]:
 
     What was in use before does not count. Elsewhere than on Linux nothing is measured.
     """
-    if not (PROCESS / "clear_refs").exists():
+    if not RESET_PEAK.exists():
         yield
         return
 
-    before = kilobytes("VmRSS")
-    # A 5 resets the peak, VmHWM, to what is in use now.
-    (PROCESS / "clear_refs").write_text("5")
+    before = kilobytes(PROCESS, "VmRSS")
+    RESET_PEAK.write_text("5")
     yield
 
-    taken = (kilobytes("VmHWM") - before) / 1000
+    taken = (kilobytes(PROCESS, "VmHWM") - before) / 1000
     assert taken < megabytes, f"it took {taken:.0f} MB"
-
-
-def kilobytes(name: str) -> int:
-    lines = (PROCESS / "status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(name)]
-    return int(line.split()[1])

@@ -22,7 +22,12 @@ from functions.prediction import Denoiser
 from functions.samplers import OnStep
 from functions.sampling.options import SAMPLERS, SamplerOptions
 from functions.support.checkpoint import SavedModel, load_into
-from functions.support.device import choose_device, choose_precision, is_out_of_memory
+from functions.support.device import (
+    choose_device,
+    choose_precision,
+    is_out_of_memory,
+    room_on_the_cpu,
+)
 from functions.support.diffusers_folder import load_model
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import short
@@ -160,7 +165,8 @@ def open_sampler(
     """Return the checkpoint that the flags of `add_sampling_flags` mean, and its sampler.
 
     That is the newest sound one of the run; without a run, of the newest run whose name begins
-    with `experiments`. The sampler is not calibrated. Raises UserError for flags that cannot be.
+    with `experiments`. The sampler is not calibrated. On a CPU `args.batch_size` is lowered to what
+    memory has room for. Raises UserError for flags that cannot be.
     """
     # Several processes have a GPU each.
     index = processes.local_rank if processes.count > 1 else None
@@ -173,6 +179,13 @@ def open_sampler(
     processes.say(f"{saved.path}: {saved}")
     denoiser = rebuild(build_model, saved, device, precision)
     options = SamplerOptions.from_args(args, saved.config["diffusion"])
+
+    if device.type == "cpu":
+        # On GPUs memory that is short raises an error, and `BatchLimit` halves the batch.
+        one = torch.zeros(1, *saved.image_shape)
+        room = room_on_the_cpu(partial(denoiser, one, torch.zeros(1, dtype=torch.int64)))
+        # The processes share it.
+        args.batch_size = max(min(args.batch_size, room // processes.count), 1)
     return saved, ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
 
 

@@ -6,6 +6,9 @@ Here is Adam, too, as it depends on the memory layout.
 import ctypes
 import os
 import platform
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,8 +17,12 @@ from torch import Tensor
 from functions.support.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Linux lists the flags of the CPU here.
+# Linux lists the flags of the CPU here, and says how much memory there is.
 CPUINFO = Path("/proc/cpuinfo")
+MEMINFO = Path("/proc/meminfo")
+# It says here how much of it this process has. Who writes a 5 there sets the peak back.
+PROCESS = Path("/proc/self/status")
+RESET_PEAK = Path("/proc/self/clear_refs")
 # The numbers of two options of mallopt are in glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
@@ -118,6 +125,35 @@ def cpu_has_bfloat16() -> bool:
     # The flags are empty where Linux does not say so, and then float32 is the safe answer.
     flags = cpu_info("flags", "Features").split()
     return not CPU_BF16_FLAGS.isdisjoint(flags)
+
+
+def room_on_the_cpu(compute_one: Callable[[], object]) -> int:
+    """Return how many images may be computed at a time, where `compute_one()` computes one.
+
+    Linux lets a process have more memory than there is, and kills it later. Elsewhere too large an
+    allocation raises, and nothing is bounded here.
+    """
+    with suppress(AttributeError, TypeError):
+        # The GNU C library gives back what `keep_heap` kept, so all that one image takes is seen.
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        RESET_PEAK.write_text("5")
+    except OSError:
+        # This is not Linux.
+        return sys.maxsize
+    free = kilobytes(MEMINFO, "MemAvailable")
+    before = kilobytes(PROCESS, "VmRSS")
+    compute_one()
+    taken = kilobytes(PROCESS, "VmHWM") - before
+    # Many images at a time leave gaps in the heap, so they get half of what is free.
+    return max(free // 2 // max(taken, 1), 1)
+
+
+def kilobytes(file: Path, name: str) -> int:
+    """Return a number of one of Linux's files about memory."""
+    lines = file.read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name}:")]
+    return int(line.split()[1])
 
 
 def cpu_name() -> str:

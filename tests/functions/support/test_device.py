@@ -2,23 +2,29 @@
 
 import copy
 import sys
-from unittest.mock import MagicMock
+from functools import partial
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 
+import sample
 from config import EXPERIMENTS
 from functions.sampling.generation import generate
 from functions.support.device import (
+    RESET_PEAK,
     Adam,
     arithmetic,
     choose_device,
     choose_precision,
     is_out_of_memory,
     keep_heap,
+    room_on_the_cpu,
 )
 from functions.support.errors import UserError
-from tests.conftest import image_sampler_of, small_unet
+from models.unet import UNet
+from tests.conftest import call, image_sampler_of, small_unet
+from tests.peak_memory import at_most
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -116,6 +122,43 @@ def test_precision_by_name_and_as_the_run_was_started_with():
         message = f"'{unusable}'; on cpu it must be auto, float32, bfloat16"
         with pytest.raises(UserError, match=message):
             choose_precision(unusable, CPU)
+
+
+@pytest.fixture
+def little_memory(monkeypatch, tmp_path):
+    """Return a function by which Linux says that so many megabytes are free."""
+
+    def says(megabytes):
+        (tmp_path / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {1000 * megabytes} kB\n")
+        monkeypatch.setattr("functions.support.device.MEMINFO", tmp_path / "meminfo")
+
+    return says
+
+
+@pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
+def test_there_is_room_for_what_is_computed_at_a_time(little_memory):
+    little_memory(300)
+    network = UNet(64, 3, 16, (1, 2, 2), (), 32, norm_groups=8).requires_grad_(False)
+
+    def compute(count):
+        network(torch.zeros(count, 3, 64, 64), torch.zeros(count, dtype=torch.int64))
+
+    # The first call of all takes memory for the kernels, too.
+    compute(1)
+    room = room_on_the_cpu(partial(compute, 1))
+    with at_most(300):
+        compute(room)
+    # It is no careless bound, either.
+    with pytest.raises(AssertionError), at_most(300):
+        compute(4 * room)
+
+
+@pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
+def test_a_cpu_with_little_memory_takes_one_image_at_a_time(tiny_run, tmp_path, little_memory):
+    little_memory(0)
+    with patch.object(sample, "batches_of", wraps=sample.batches_of) as batches:
+        call(sample.main, tiny_run, "--steps", 2, "--n", 3, "--out", tmp_path, "--device", "cpu")
+    batches.assert_called_once_with(range(3), 1)
 
 
 def test_libraries_that_have_no_memory():
