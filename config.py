@@ -9,7 +9,10 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import get_type_hints
+from typing import get_args, get_type_hints
+
+from functions.prediction import OBJECTIVES
+from functions.samplers import SAMPLERS
 
 
 def experiments() -> dict[str, "Experiment"]:
@@ -114,8 +117,8 @@ def experiments() -> dict[str, "Experiment"]:
     # The full run with v and mixed t.
     ffhq_v = ffhq_full.override({"objective": "v", "t_sampling": "mixed"}, {})
 
-    # The paper's CIFAR-10: 390 steps an epoch, 800,280 in all. Its FID of 3.17 was measured on what
-    # is here sample.py --variance large.
+    # The paper's CIFAR-10: 390 steps an epoch, 800,280 in all. Betas, objective and the like are
+    # the defaults. Its FID of 3.17 was measured on what is here sample.py --variance large.
     cifar10 = Experiment(
         DiffusionConfig(
             dataset_name="CIFAR10",
@@ -123,21 +126,11 @@ def experiments() -> dict[str, "Experiment"]:
             batch_size=128,
             use_augmentation=True,
             timesteps_diff=1000,
-            max_rotation=0.0,
-            beta_start=1e-4,
-            beta_end=0.02,
-            rescale_betas=True,
-            beta_schedule="linear",
-            objective="eps",
-            t_sampling="uniform",
             epochs=2052,
             gradient_accumulation=1,
             clip_grad_norm=1.0,
             warmup_steps=5000,
-            lr_schedule="constant",
             ema_decay=0.9999,
-            precision="auto",
-            seed=0,
             grid_images=64,
         ),
         ModelConfig(
@@ -146,10 +139,7 @@ def experiments() -> dict[str, "Experiment"]:
             transformer_layers=(1,),
             base_dim=128,
             image_size=32,
-            channels=3,
             dropout=0.1,
-            norm_groups=32,
-            dialect="ho",
         ),
     )
 
@@ -185,6 +175,15 @@ BOOK_KEEPING = (
     "grid_sampler",
     "grid_steps",
 )
+# How the values of each type are called.
+FITTING = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    tuple[int, ...]: "a list of integers, such as [1, 2, 4]",
+    tuple[float, ...]: "a list of finite numbers, such as [0.05, 0.1]",
+}
 # These integers may be 0; all others are at least 1.
 MAY_BE_ZERO = (
     "warmup_steps",
@@ -201,13 +200,13 @@ LARGEST = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "dim
 CHOICES = {
     "split": ("reference", "official"),
     "beta_schedule": ("linear", "cosine"),
-    "objective": ("eps", "v"),
+    "objective": OBJECTIVES,
     "t_sampling": ("uniform", "mixed"),
     "lr_schedule": ("constant", "cosine"),
     "recompute": ("none", "norms", "blocks"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "compile": ("auto", "off"),
-    "grid_sampler": ("ddpm", "ddim", "dpm++", "ipndm"),
+    "grid_sampler": SAMPLERS,
     "dialect": ("ho", "diffusers"),
 }
 
@@ -312,7 +311,7 @@ class DiffusionConfig:
     bits_per_dim_images: int = 64
     # Images in a sample grid while training.
     grid_images: int = 16
-    # The sampler of that grid, with its defaults: "ddpm", "ddim", "dpm++" or "ipndm".
+    # The sampler of that grid, with its defaults: a name that sample.py --sampler takes.
     grid_sampler: str = "dpm++"
     # Its network calls, at most timesteps_diff.
     grid_steps: int = 20
@@ -394,12 +393,9 @@ class ModelConfig:
         levels = len(self.dim_multiply)
         lowest = self.lowest_resolution_size
         check("dim_multiply", 0 < levels <= 15, "a list of 1 to 15 integers")
-        sizes = []
-        size = self.image_size
-        while size >= lowest:
-            sizes.append(size)
-            size //= 2
-        halving = bool(sizes) and lowest * 2 ** (len(sizes) - 1) == self.image_size
+        sizes = [self.image_size >> halvings for halvings in range(15)]
+        sizes = [size for size in sizes if size >= lowest]
+        halving = self.image_size in [lowest << doublings for doublings in range(15)]
         check("image_size", halving, f"lowest_resolution_size = {lowest} times a power of 2")
         fitting = (
             f"one multiplier for each resolution, {', '.join(map(str, sizes))}; "
@@ -415,8 +411,16 @@ class ModelConfig:
         dims = ", ".join(map(str, self.dims))
         fitting = f"a divisor of {divisor}, as the levels have {dims} channels"
         check("norm_groups", divisor % self.norm_groups == 0, fitting)
-        fitting = 'a multiple of 8, for heads of 8 channels, with dialect "diffusers"'
-        check("base_dim", self.dialect == "ho" or divisor % 8 == 0, fitting)
+        # Attention is in these levels, and in the bottleneck, which has the last level's channels.
+        attending = [self.dims[level] for level in (*self.transformer_layers, levels - 1)]
+        fitting = 'such that attention has heads of 8 channels, with dialect "diffusers"'
+        heads = self.dialect == "ho" or all(channels % 8 == 0 for channels in attending)
+        check("base_dim", heads, fitting)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.channels, self.image_size, self.image_size
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -441,16 +445,14 @@ class Experiment:
         Raises ConfigError, with their names, for fields that such a run cannot change.
         """
         changed = self.override(diffusion, model)
-        may_change = {f"diffusion.{field}" for field in BOOK_KEEPING}
-        may_change |= {"diffusion.epochs", "diffusion.recompute", "diffusion.compile"}
-        # Another GPU may lack bfloat16.
-        may_change.add("diffusion.precision")
+        # Another GPU may lack bfloat16, so precision may change.
+        may_change = {*BOOK_KEEPING, "epochs", "recompute", "compile", "precision"}
         # Another GPU's memory may want other passes. The step stays the same if its batch does, but
         # for dropout.
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:
-            may_change |= {"diffusion.batch_size", "diffusion.gradient_accumulation"}
+            may_change |= {"batch_size", "gradient_accumulation"}
 
-        fixed = self.differences(changed).keys() - may_change
+        fixed = self.differences(changed).keys() - {f"diffusion.{field}" for field in may_change}
         if fixed:
             names = ", ".join(sorted(fixed))
             raise ConfigError(f"a resumed run cannot change {names}; start a new run for that")
@@ -466,6 +468,21 @@ class Experiment:
                     differences[f"{part}.{field}"] = (value, theirs[part][field])
         return differences
 
+    def warnings(self) -> list[str]:
+        """Return what is allowed and probably not meant."""
+        warnings = []
+        groups = self.model.norm_groups
+        channels_of_group = min(self.model.dims) / groups
+        if channels_of_group < 2:
+            warnings.append(
+                f"norm_groups = {groups} leaves {channels_of_group:g} channel a group at the "
+                "narrowest level; the norm then erases each channel's mean and samples come out "
+                "tinted: leave at least 4"
+            )
+        if self.diffusion.max_rotation > 0 and not self.diffusion.use_augmentation:
+            warnings.append("max_rotation has no effect without use_augmentation = True")
+        return warnings
+
     def to_dict(self) -> dict:
         """Return plain containers, as JSON has them, for checkpoints."""
         return json.loads(json.dumps(asdict(self)))
@@ -479,26 +496,29 @@ class Experiment:
             return Experiment(diffusion, ModelConfig(**config["model"]))
         except (KeyError, TypeError) as error:
             why = repr(str(error)[:200])
-            raise ConfigError(f"the saved config does not fit this version: {why}") from error
+            raise ConfigError(
+                f"the saved config does not fit this version in 'diffusion' or 'model': {why}"
+            ) from error
 
 
 def check_types(config: DiffusionConfig | ModelConfig) -> None:
     """Bring each field to its annotated type where nothing is lost, or raise ConfigError."""
-    named = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}
     for name, wanted in get_type_hints(type(config)).items():
         check = partial(require, config, name)
         value = getattr(config, name)
 
-        # A field is a single item of its type, or a list of integers.
-        items = [value] if wanted in named else value
-        kinds = {wanted} if wanted in named else {int}
-        if wanted is float:
-            kinds.add(int)
+        # A field is a single item, or a tuple of items, which JSON has as a list.
+        kind, *several = get_args(wanted) or [wanted]
+        items = value if several else [value]
+        kinds = (float, int) if kind is float else (kind,)
         fits = isinstance(items, (list, tuple)) and all(type(item) in kinds for item in items)
-        check(fits, named.get(wanted, "a list of integers, such as [1, 2, 4]"))
+        check(fits, FITTING[wanted])
+        if several:
+            # A single number has a check of its own, which nan fails.
+            check(all(abs(item) < math.inf for item in items), FITTING[wanted])
 
         integers = [item for item in items if type(item) is int]
-        if wanted is not float:
+        if kind is not float:
             least = 0 if name in MAY_BE_ZERO else 1
             check(all(item >= least for item in integers), f"{least} or more")
         most = LARGEST.get(name, 2**63 - 1)
@@ -508,7 +528,8 @@ def check_types(config: DiffusionConfig | ModelConfig) -> None:
         check(value in choices, " or ".join(f'"{choice}"' for choice in choices))
 
         # A frozen dataclass sets itself up in this way.
-        object.__setattr__(config, name, wanted(value) if wanted in named else tuple(value))
+        brought = tuple(map(kind, items))
+        object.__setattr__(config, name, brought if several else brought[0])
 
 
 def require(config: DiffusionConfig | ModelConfig, field: str, fits: bool, fitting: str) -> None:

@@ -11,12 +11,13 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,21 +25,28 @@ from PIL import Image
 
 from data.decode import decode_rgb, fit_mask, fit_square
 from data.pixels import to_uint8
+from functions.samplers import SAMPLERS
 from functions.sampling.generation import generate, open_sampler
 from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import mixtures, x_0_of
-from functions.sampling.options import SAMPLERS, add_model_flags
+from functions.sampling.options import add_model_flags
 from functions.support.command_line import EXIT_BAD_INPUT, Parser, plain_errors, plain_sentence
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import grid_of
 from functions.support.processes import SINGLE_PROCESS
-from models.unet import UNet
 
 try:
     import gradio as gr
 except ImportError:
     print("error: the page wants Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
+
+# What the page shows, as Gradio's components take it.
+Shown = TypeVar("Shown")
+# What `in_worker` hands to its work.
+Check = Callable[..., None]
+# The value of a control: an upload, a number or a choice.
+Value = np.ndarray | int | str | None
 
 # At most so many images are drawn.
 MOST = 64
@@ -103,7 +111,7 @@ def main() -> None:
         os._exit(130)
 
 
-def in_worker(work: Callable) -> Callable:
+def in_worker(work: Callable[..., Shown]) -> Callable[..., Iterator[Shown]]:
     """Return a callback for Gradio that has the worker do `work(check, *inputs)`.
 
     Samplers call `check` in every step. It takes news for the page, and it ends the work when
@@ -155,7 +163,11 @@ class Demo:
     args: argparse.Namespace  # which model, on what
 
     def open(
-        self, watch: object = None, seed: int = 0, sampler: str = "ddpm", steps: int | None = None
+        self,
+        watch: Check | None = None,
+        seed: int = 0,
+        sampler: str = "ddpm",
+        steps: int | None = None,
     ) -> tuple:
         """Return the newest checkpoint, its `ImageSampler`, and how many images it takes at a time.
 
@@ -170,10 +182,10 @@ class Demo:
             precision="float32",
             batch_size=MOST,
         )
-        saved, image_sampler = open_sampler(args, SINGLE_PROCESS, UNet)
+        saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
         return saved, replace(image_sampler, watch=watch), args.batch_size
 
-    def draw(self, check: Callable, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
+    def draw(self, check: Check, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
         """Sample images 0 .. n-1, and show every few steps what the model takes them for.
 
         It runs on a click on "Draw the images", and returns what `shown` does.
@@ -201,7 +213,7 @@ class Demo:
         drawn.append((f"sample.py {saved.path} {flags}", to_uint8(samples.images).numpy()))
         return shown(drawn)
 
-    def mix(self, check: Callable, depth: float, share: float, *inputs: object) -> list[np.ndarray]:
+    def mix(self, check: Check, depth: float, share: float, *inputs: Value) -> list[np.ndarray]:
         """Return the first image, the mixture and the second.
 
         It runs on a click on "Mix the two images". `inputs` are the upload, or None, and the number
@@ -227,7 +239,7 @@ class Demo:
         return list(images)
 
     def paint(
-        self, check: Callable, rgb: np.ndarray, edit: dict, repeats: int, n: int, *flags: object
+        self, check: Check, rgb: np.ndarray, edit: dict, repeats: int, n: int, *flags: Value
     ) -> Image.Image:
         """Return a grid of the image, what is kept of it, and answers 0 .. n-1.
 
@@ -245,14 +257,14 @@ class Demo:
             )
         return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), mask, repeats, n, most))
 
-    def read(self, check: Callable, path: str) -> tuple[np.ndarray, Image.Image]:
+    def read(self, check: Check, path: str) -> tuple[np.ndarray, Image.Image]:
         """Return an image file for the model, uint8 (S, S, 3), and how the page shows it.
 
         It runs when a file is uploaded.
         """
         rgb = decode_rgb(Path(path).read_bytes())
         saved, *_ = self.open()
-        image = fit_square(rgb, saved.image_shape[-1])
+        image = fit_square(rgb, saved.model.image_size)
         return image, enlarged(image)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.datasets import ImageSet, Split, hash_ids, images_of_run
+from data.datasets import ImageSet, Split, images_of_run
 from data.pixels import to_model_range
 from functions.evaluation.bands import measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import (
@@ -53,7 +53,6 @@ from functions.support.errors import UserError
 from functions.support.files import sha256, write_text
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import results_folder
-from models.unet import UNet
 
 # Results have this order, whatever the order of the flag's names.
 METRICS = ("bpd", "bands", "fid", "kid", "prc")
@@ -205,22 +204,17 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     # What is not the run's own data set has its own calibration.
     if args.calibrate == "data" and args.data:
         args.calibrate = args.data
-    saved, image_sampler = open_sampler(args, processes, UNet)
+    saved, image_sampler = open_sampler(args, processes)
     device = image_sampler.device
     run = saved.run
     # The CPU's kernels are deterministic in any case.
     set_deterministic(device.type == "cuda")
 
-    # A calibration asks for the images that it is fitted to, by the name of their data set.
-    def load(name):
-        size = saved.image_shape[-1]
-        return images_of_run(saved.config["diffusion"], size, name or args.data)
-
-    image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
+    image_sampler = calibrated(image_sampler, saved, args.batch_size, processes)
     image_set, split = None, None
     # Published statistics stand for the images in fid alone; all other metrics need the images.
     if not args.reference or args.metrics != ["fid"]:
-        image_set, split = load(None)
+        image_set, split = images_of_run(saved, args.data)
         processes.say(split.description)
 
     # Results on images that were trained on are too good.
@@ -380,7 +374,6 @@ def open_reference(
     if args.reference:
         return read_reference(args.reference, subject.image_sampler.shape[-1], extractor)
 
-    images = subject.image_set.images
     split = args.reference_split
     indices_of = {"train": subject.split.train_indices, "val": subject.split.val_indices}
     indices = evenly(indices_of[split], args.reference_images)
@@ -388,11 +381,9 @@ def open_reference(
         raise UserError(
             f"an empty reference: {len(indices)} {split} image(s), {FEWEST} are the fewest"
         )
-    ids = hash_ids([subject.image_set.ids[i] for i in indices])
-    # A path is nobody's business, and the pixels have their hash.
-    name = Path(subject.image_set.name).name
-    description = describe(images, indices, ids, name, split, extractor)
-    real = real_features(images, indices, args.batch_size, extractor, processes)
+    image_set = subject.image_set
+    description = describe(image_set, indices, split, extractor)
+    real = real_features(image_set.images, indices, args.batch_size, extractor, processes)
     if not processes.is_main:
         return None
 

@@ -15,12 +15,10 @@ import argparse
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data.datasets import images_of_run
 from data.decode import read_image, read_with_mask
 from data.pixels import to_uint8
 from functions.sampling.calibration import calibrated
@@ -48,7 +46,6 @@ from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
 from functions.support.processes import Processes, joined
 from functions.support.run_folder import results_folder
-from models.unet import UNet
 
 # Which flags have an effect: always, and in sampling from noise or in what is done instead of it.
 ALWAYS = {"checkpoint", "runs", "device", "precision", "seed"}
@@ -74,7 +71,7 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     # of several images.
     with joined() as processes:
         # The network and its schedule come from the checkpoint alone.
-        saved, image_sampler = open_sampler(args, processes, UNet, experiments)
+        saved, image_sampler = open_sampler(args, processes, experiments)
         options = image_sampler.options
         if args.inpaint:
             check_sampler(options)
@@ -83,8 +80,7 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
             processes.say(f"wrote {args.export}")
             return
 
-        load = partial(images_of_run, saved.config["diffusion"], saved.image_shape[-1])
-        image_sampler = calibrated(image_sampler, saved, args.batch_size, load, processes)
+        image_sampler = calibrated(image_sampler, saved, args.batch_size, processes)
 
         # The folder's name says what differs from the defaults.
         slug = f"{saved.name}-{options.slug}"

@@ -11,7 +11,6 @@ import argparse
 import copy
 import math
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from functions.ema import update_ema
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.sampling.generation import rebuild
+from functions.sampling.generation import load_sound, rebuild
 from functions.support.checkpoint import (
     SavedModel,
     TrainingState,
@@ -52,11 +51,18 @@ from functions.support.device import (
 from functions.support.diffusers_folder import load_model
 from functions.support.processes import Processes, joined
 from functions.support.random_numbers import StepDraws, seed_of, training_draws
-from functions.support.run_folder import Run, find_checkpoints, first_sound, run_to_resume
+from functions.support.run_folder import (
+    Facts,
+    Run,
+    describe,
+    find_checkpoints,
+    first_sound,
+    run_to_resume,
+)
 from functions.timesteps import mixed_timesteps
 from functions.training.book_keeping import BookKeeper
 from functions.training.compiling import compiled_if_worth_it
-from functions.training.start import describe, describe_compute, fit_memory
+from functions.training.memory import describe_compute, fit_memory
 from models.unet import UNet
 
 # Weights are made for one value of each of these fields, so --init takes the fields from where it
@@ -86,20 +92,14 @@ def main() -> None:
         given_fields(args, "diffusion", DiffusionConfig),
         given_fields(args, "model", ModelConfig),
     )
-    name = args.experiment or DEFAULT_EXPERIMENT
     with joined() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
+        name = args.experiment or DEFAULT_EXPERIMENT
         folder = processes.from_main(lambda: run_to_resume(args.resume, args.runs, name))
-        initial = open_initial(args.init, processes) if args.init else None
         if folder is None:
-            run = Run(name, new_experiment(name, changes, initial), args.runs, initial=initial)
+            run = new_run(name, args.runs, args.init, changes, processes)
         else:
-            run = open_run(folder, args.experiment, changes, processes)
-            began_with = run.remembered.get("initial") or ""
-            if initial and initial.digest[:16] not in began_with:
-                raise ConfigError(
-                    f"{folder} did not begin with the weights of {args.init}, so it does not go on"
-                )
+            run = open_run(folder, args.experiment, args.init, changes, processes)
         train(run, device, processes, args.dry_run)
 
 
@@ -157,79 +157,98 @@ def parse_flags() -> argparse.Namespace:
     return args
 
 
+def new_run(
+    name: str,
+    runs: Path,
+    initial_path: Path | None,
+    changes: tuple[dict, dict],
+    processes: Processes,
+) -> Run:
+    """Return a new run of an experiment; with a path, it begins with the weights that are there.
+
+    Raises ConfigError for a change that contradicts these weights.
+    """
+    preset = EXPERIMENTS[name]
+    if not initial_path:
+        return Run(name, preset.override(*changes), runs)
+
+    initial = open_initial(initial_path, processes)
+    if not initial.config["diffusion"].get("clip_x_0", True):
+        processes.say(f"note: {initial_path} is sampled without clipping x_0, the new run with it")
+    experiment = of_weights(preset, initial)
+    changed = experiment.override(*changes)
+    for field, (of_initial, wanted) in experiment.differences(changed).items():
+        if field.split(".")[1] in OF_WEIGHTS:
+            raise ConfigError(
+                f"{field} is {of_initial} for the weights of {initial.path}, "
+                f"and cannot become {wanted}"
+            )
+    before = Facts(initial=f"{initial.path}: {initial}")
+    return Run(name, changed, runs, before=before, initial=initial.path)
+
+
 def open_initial(path: Path, processes: Processes) -> SavedModel:
     """Read the model whose weights a new run starts from.
 
     Raises CheckpointError if its weights and its config do not fit each other.
     """
-    # Rank 0 reads the file to find out whether it is sound; the cache saves it the second reading.
-    read = cache(load_model)
-    sound = processes.from_main(lambda: first_sound(find_checkpoints(path), read).path)
-    saved = read(sound)
-    rebuild(UNet, saved, torch.device("cpu"))
-    if not saved.config["diffusion"].get("clip_x_0", True):
-        processes.say(f"note: {path} is sampled without clipping x_0, the new run with it")
+    saved = load_sound(lambda: find_checkpoints(path), processes)
+    rebuild(saved, torch.device("cpu"))
     return saved
 
 
-def new_experiment(name: str, changes: tuple[dict, dict], initial: SavedModel | None) -> Experiment:
-    """Return a new run's experiment: the preset, but for what its initial weights are made for.
-
-    Raises ConfigError for a change that contradicts the weights.
-    """
-    preset = EXPERIMENTS[name]
-    if initial is None:
-        return preset.override(*changes)
-
+def of_weights(preset: Experiment, initial: SavedModel) -> Experiment:
+    """Return the preset with the fields of OF_WEIGHTS that these weights were trained with."""
     saved_fields = initial.config["diffusion"] | initial.config["model"]
-
-    def made_for(config):
-        """Return the fields of OF_WEIGHTS; those that an older file lacks have their defaults."""
-        fields = [field for field in OF_WEIGHTS if hasattr(config, field)]
-        defaults = vars(type(config))
-        return {field: saved_fields.get(field, defaults.get(field)) for field in fields}
-
-    experiment = preset.override(made_for(preset.diffusion), made_for(preset.model))
-    changed = experiment.override(*changes)
-    for field, (of_weights, wanted) in experiment.differences(changed).items():
-        if field.split(".")[1] in OF_WEIGHTS:
-            raise ConfigError(
-                f"{field} is {of_weights} for the weights of {initial.path}, "
-                f"and cannot become {wanted}"
-            )
-    return changed
+    parts = []
+    for config in (preset.diffusion, preset.model):
+        # A field that an older file lacks has its default.
+        fields = vars(type(config)) | saved_fields
+        parts.append({name: fields[name] for name in OF_WEIGHTS if hasattr(config, name)})
+    return preset.override(*parts)
 
 
 def open_run(
-    folder: Path, wanted: str | None, changes: tuple[dict, dict], processes: Processes
+    folder: Path,
+    wanted: str | None,
+    initial_path: Path | None,
+    changes: tuple[dict, dict],
+    processes: Processes,
 ) -> Run:
     """Open a run to resume, at its newest sound checkpoint.
 
     The experiment is the one that the checkpoint was made with, whatever config.py says by now.
-    Raises ConfigError for changes that would alter its meaning, or when another experiment is
-    `wanted`.
+    Raises ConfigError for changes that would alter its meaning, and when another experiment is
+    `wanted`, or a path to other weights than the run began with is given.
     """
     path = processes.from_main(lambda: first_sound(find_checkpoints(folder), check_whole).path)
     checkpoint = open_checkpoint(path)
     name = checkpoint.contents["run"]["experiment"]
-    saved = Experiment.from_dict(checkpoint.contents["config"])
+    before = Facts.of(checkpoint)
     if wanted not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {wanted!r}")
+    if initial_path:
+        digest = open_initial(initial_path, processes).digest[:16]
+        if digest not in (before.initial or ""):
+            raise ConfigError(
+                f"{folder} did not begin with the weights of {initial_path}, so it does not go on"
+            )
 
+    saved = Experiment.from_dict(checkpoint.contents["config"])
     resumed = saved.resumed(*changes)
-    for field, (before, now) in saved.differences(resumed).items():
-        processes.say(f"changed: {field} was {before}, is now {now}")
+    for field, (earlier, now) in saved.differences(resumed).items():
+        processes.say(f"changed: {field} was {earlier}, is now {now}")
     preset = EXPERIMENTS.get(name, resumed)
     for field, (now, in_file) in resumed.differences(preset).items():
         processes.say(f"note: {field} stays {now}, as the run was started; config.py has {in_file}")
-    return Run(name, resumed, folder.parent, folder, checkpoint)
+    return Run(name, resumed, folder.parent, folder, checkpoint, before)
 
 
 def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = False) -> None:
     """Train to the last step: a new run from the start, or a resumed one from its checkpoint on."""
     config = run.experiment.diffusion
     set_deterministic(config.deterministic)
-    started_with = run.remembered.get("arithmetic", {}).get("precision")
+    started_with = run.before.arithmetic.get("precision")
     precision = choose_precision(config.precision, device, started_with)
     # This seed is for the initial weights. Every later draw has a seed of its own.
     torch.manual_seed(config.seed)
@@ -254,36 +273,36 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     denoiser = Denoiser(model, scheduler, precision, config.objective)
     state = build_training_state(run, denoiser, device)
 
+    # Where memory is short, batch_size is lower from here on.
+    if not dry_run:
+        run.experiment = fit_memory(run.experiment, denoiser, processes)
+        config = run.experiment.diffusion
+
     # What is about to happen, for people, for config.json and for checkpoints
-    run.facts = facts_of(run, split, total_steps, denoiser, device, processes)
-    run.initial = None  # Its weights are in the network by now.
-    processes.say(describe(run, image_set.summary))
+    facts = facts_of(run, split, total_steps, denoiser, device, processes)
+    steps = range(run.first_step, total_steps)
+    processes.say(describe(run, facts, image_set.summary))
     if dry_run:
-        processes.say(describe_compute(run, denoiser, processes))
+        processes.say(describe_compute(run.experiment, denoiser, len(steps), processes))
         folder = run.folder or run.runs / f"{run.name}-<time>"
         processes.say(f"  images in  {image_set.path}\n  goes to    {folder}\nnothing was started")
         return
 
-    # Where memory is short this lowers batch_size, so the config is read again.
-    fit_memory(run, denoiser, processes)
-    config = run.experiment.diffusion
-
     # Each process has its share of every effective batch, in passes of at most batch_size images.
     passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)
-    steps = range(run.first_step, total_steps)
     batches = images.feed(
         micro_batches(split.train_indices, config.seed, config.effective_batch, passes, steps)
     )
     ema_model, optimizer, scaler = state.ema_model, state.optimizer, state.scaler
     averaged = replace(denoiser, network=ema_model or model)
     network = processes.wrap(model, device)
-    trained = compiled_if_worth_it(denoiser, network, run, passes, processes)
+    trained = compiled_if_worth_it(denoiser, network, config, passes, len(steps), processes)
 
-    with BookKeeper(run, state, averaged, images, split.val_indices, processes) as books:
+    with BookKeeper(run, facts, state, averaged, images, split.val_indices, processes) as books:
         # Algorithm 1, lines 1 and 6: repeat until converged, which here is total_steps times.
         for step in steps:
             # Lines 3 and 4: t and the noise eps of the whole effective batch.
-            draws = draw_step(config, scheduler, step, run.image_shape, device)
+            draws = draw_step(config, scheduler, step, run.experiment.model.image_shape, device)
             # Rotation is off at the end of a run, so that the network unlearns its tilt.
             degrees = rotation_limit(
                 config.max_rotation, config.rotation_free_end, step / total_steps
@@ -323,7 +342,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
 
             if ema_model:
                 # An average that begins with trained weights remembers them from the first step on.
-                ramp = not run.facts["initial"]
+                ramp = not facts.initial
                 update_ema(ema_model, model, step, config.ema_decay, ramp)
             books.window.add(sums, optimizer.found_inf)
             books.after_step(step + 1, grad_norm)
@@ -333,7 +352,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
 def check_length(run: Run, split: Split, total_steps: int, processes: Processes) -> None:
     """Raise ConfigError unless there are steps to do, on the images that the run began with."""
     config = run.experiment.diffusion
-    if run.checkpoint and run.remembered.get("train_ids_hash") != split.train_ids_hash:
+    if run.checkpoint and run.before.train_ids_hash != split.train_ids_hash:
         raise ConfigError(
             f"{run.folder} was trained on other images than {config.dataset_name} has; "
             "it cannot go on"
@@ -356,10 +375,10 @@ def check_length(run: Run, split: Split, total_steps: int, processes: Processes)
 
 
 def build_network(run: Run, device: torch.device) -> UNet:
-    """Build the network to train, with new weights or with those of `run.initial`."""
+    """Build the network to train, with new weights or with those of the file `run.initial`."""
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     if run.initial:
-        load_into(model, run.initial)
+        load_into(model, load_model(run.initial))
     model.set_recompute(run.experiment.diffusion.recompute)
     return model
 
@@ -387,24 +406,21 @@ def facts_of(
     denoiser: Denoiser,
     device: torch.device,
     processes: Processes,
-) -> dict:
-    """Return what a run finds when it starts, in plain values for config.json and checkpoints."""
+) -> Facts:
+    """Return what a run finds when it starts."""
     config = run.experiment.diffusion
-    initial = run.remembered.get("initial")
-    if run.initial:
-        initial = f"{run.initial.path}: {run.initial}"
-    return {
-        "total_steps": total_steps,
-        "steps_per_epoch": total_steps // config.epochs,
-        "split": split.description,
-        "train_ids_hash": split.train_ids_hash,
-        "val_ids_hash": split.val_ids_hash,
-        "parameters": sum(p.numel() for p in denoiser.network.parameters()),
-        "terminal_snr": denoiser.scheduler.terminal_snr,
-        "device": str(device),
-        "initial": initial,
-        "arithmetic": arithmetic(device, denoiser.precision, processes.count, config.batch_size),
-    }
+    return Facts(
+        total_steps=total_steps,
+        steps_per_epoch=total_steps // config.epochs,
+        split=split.description,
+        train_ids_hash=split.train_ids_hash,
+        val_ids_hash=split.val_ids_hash,
+        parameters=sum(p.numel() for p in denoiser.network.parameters()),
+        terminal_snr=denoiser.scheduler.terminal_snr,
+        device=str(device),
+        initial=run.before.initial,
+        arithmetic=arithmetic(device, denoiser.precision, processes.count, config.batch_size),
+    )
 
 
 def draw_step(
@@ -432,5 +448,5 @@ def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float
 
 
 if __name__ == "__main__":
-    with plain_errors(ConfigError):
+    with plain_errors():
         main()

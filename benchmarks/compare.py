@@ -32,14 +32,13 @@ from torch import Tensor, nn
 # Run as a script, Python looks for modules in this folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import EXPERIMENTS, ConfigError, ModelConfig
+from config import EXPERIMENTS, ModelConfig
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.device import (
     DTYPES,
-    Adam,
     choose_device,
     choose_precision,
     cpu_name,
@@ -195,16 +194,14 @@ class Bench:
             options = OPTIONS if arm.package == "ours" else None
             network = torch.compile(network, options=options)
 
-        def first_of_tuple(x_t: Tensor, t: Tensor) -> Tensor:
+        def first_of_tuple(x_t, t):
             return network(x_t, t, return_dict=False)[0]
 
         # diffusers' network returns a tuple, the others a tensor.
         predict = first_of_tuple if arm.package == "diffusers" else network
         self.denoiser = Denoiser(predict, NoiseScheduler(1000), DTYPES[arm.precision])
 
-        # Our Adam goes with channels_last; peers have PyTorch's.
-        adam = Adam if arm.package == "ours" else torch.optim.Adam
-        self.optimizer = adam(self.module.parameters(), lr=1e-5, fused=True)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5, fused=True)
         self.batch = self.inputs(batch)
 
     def inputs(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +261,7 @@ class Bench:
         inputs = self.inputs(images)
         storages = {}
 
-        def see(tensor: Tensor) -> Tensor:
+        def see(tensor):
             # The storage is held, or another one could come to lie at its address.
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage
@@ -310,7 +307,9 @@ def peak_bytes(device: torch.device) -> list[int]:
     return [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
 
 
-def serve(connection: Connection, *setting: object) -> None:
+def serve(
+    connection: Connection, arm: Arm, model: ModelConfig, batch: int, device: torch.device
+) -> None:
     """Answer names of methods of `Bench` with their results, and an error with its first line.
 
     This is what an arm's process does, until its end of the connection is closed or it fails.
@@ -318,7 +317,7 @@ def serve(connection: Connection, *setting: object) -> None:
     # Compilers would give their warnings into the table.
     warnings.simplefilter("ignore")
     try:
-        bench = Bench(*setting)
+        bench = Bench(arm, model, batch, device)
         while True:
             method = getattr(bench, connection.recv())
             connection.send(method())
@@ -331,19 +330,21 @@ def serve(connection: Connection, *setting: object) -> None:
 
 
 @contextmanager
-def process_of(arm: Arm, *setting: object) -> Iterator[Callable[[str], dict]]:
+def process_of(
+    arm: Arm, model: ModelConfig, batch: int, device: torch.device
+) -> Iterator[Callable[[str], dict]]:
     """Give the arm a process, and yield a function that asks it.
 
     The function takes the name of a method of `Bench` and returns its result, or raises ArmFailed.
     """
     context = multiprocessing.get_context("spawn")
     connection, others_end = context.Pipe()
-    process = context.Process(target=serve, args=(others_end, arm, *setting))
+    process = context.Process(target=serve, args=(others_end, arm, model, batch, device))
     process.start()
     # Now the process alone has its end, so that reading here ends when the process dies.
     others_end.close()
 
-    def ask(method: str) -> dict:
+    def ask(method):
         try:
             # A process that died cannot be asked, but it may have said why.
             with suppress(OSError):
@@ -519,5 +520,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors(ConfigError):
+    with plain_errors():
         main()

@@ -56,7 +56,7 @@ SIZE = {} if GPU else SMALL
 PROCESSES = torch.cuda.device_count() or 2
 TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {PROCESSES}".split()
 
-# An H100 should need at most this, by the bytes that benchmarks/bytes_moved.py counts.
+# An H100 should need at most this, by the bytes that were counted for benchmarks/NOTES.md.
 ESTIMATES = {
     "ours, compiled, base 64: ms a step": 25,
     "ours, compiled, base 128: ms a step": 75,
@@ -245,7 +245,8 @@ def resumed() -> Iterator[tuple[str, object]]:
     again = Path(shutil.copytree(run.folder, f"{run.folder}-again"))
     checkpoints_of(again)[-1].unlink()
     with patch.object(train, "training_draws", on_the_cpu):
-        train.train(train.open_run(again, None, ({}, {}), SINGLE_PROCESS), DEVICE, SINGLE_PROCESS)
+        run = train.open_run(again, None, None, ({}, {}), SINGLE_PROCESS)
+        train.train(run, DEVICE, SINGLE_PROCESS)
 
     a, b = (
         check_whole(checkpoints_of(folder)[-1]).tensors("model.") for folder in (run.folder, again)

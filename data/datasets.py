@@ -9,6 +9,7 @@ import numpy as np
 from data.cifar10 import FIRST_OF_TEST, Cifar10
 from data.packed import ImageSet, open_packed
 from data.sources import Source, find_source
+from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
 
 DATA_FOLDER = Path(__file__).resolve().parent
@@ -137,14 +138,13 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     )
 
 
-def images_of_run(
-    diffusion: dict, image_size: int, name: str | None = None
-) -> tuple[ImageSet, Split]:
-    """Load the images that a run was trained and validated on, as its saved config says.
+def images_of_run(saved: SavedModel, name: str | None = None) -> tuple[ImageSet, Split]:
+    """Load the images that a model was trained and validated on, as its saved config says.
 
     `name` says where else they lie, or names other images. Raises UserError when the config does
     not say which images it was, or as `load_images` does.
     """
+    diffusion = saved.config["diffusion"]
     if name:
         # A model of another project has a config without these fields.
         diffusion = {"max_bad_images": 0, "split": "reference", **diffusion, "dataset_name": name}
@@ -154,7 +154,8 @@ def images_of_run(
                 "the model's config does not say which images it was trained on; name some, by "
                 "evaluate.py --data NAME or sample.py --calibrate NAME"
             )
-    image_set = load_images(diffusion["dataset_name"], image_size, diffusion["max_bad_images"])
+    size = saved.model.image_size
+    image_set = load_images(diffusion["dataset_name"], size, diffusion["max_bad_images"])
     return image_set, split_images(image_set, diffusion["split"])
 
 

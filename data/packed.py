@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -26,6 +27,8 @@ from data.decode import BadImage, decode_rgb, fit_square
 from data.sources import Source
 from functions.support.errors import UserError
 from functions.support.files import short, write_text, write_whole
+
+Result = TypeVar("Result")
 
 # This number must be raised whenever the same files give other pixels, so that every pack is
 # made anew.
@@ -214,15 +217,15 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
 
 
 def map_images(
-    source: Source, job: Callable[[np.ndarray], object], title: str
-) -> Iterator[object | BadImage]:
+    source: Source, job: Callable[[np.ndarray], Result], title: str
+) -> Iterator[Result | BadImage]:
     """Yield job(pixels) for every image in the order of source.ids, beside a progress bar.
 
     pixels is uint8 (H, W, 3), at the image's own size. An unusable image yields its BadImage
     instead. `title` stands before the bar.
     """
 
-    def process(data: bytes | np.ndarray | BadImage) -> object | BadImage:
+    def process(data):
         if isinstance(data, BadImage):
             return data
         try:
@@ -243,7 +246,9 @@ def map_images(
         yield from tqdm(results, title, count, unit="img", delay=1.0)
 
 
-def map_ahead(function: Callable, items: Iterable, threads: int | None, ahead: int) -> Iterator:
+def map_ahead(
+    function: Callable[..., Result], items: Iterable, threads: int | None, ahead: int
+) -> Iterator[Result]:
     """Yield function(item) in order.
 
     Threads compute it, while up to `ahead` items wait to be asked for.

@@ -15,7 +15,6 @@ import sys
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -42,7 +41,6 @@ from functions.support.device import choose_device
 from functions.support.pictures import grid_of, plt, save_figure, save_image
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, runs_of, step_of
-from models.unet import UNet
 
 ROOT = Path(train.__file__).parent
 RESULTS = ROOT / "figures" / "experiments.json"
@@ -222,7 +220,7 @@ def train_arm(args: Namespace, arm: str, seed: int) -> None:
     """Train a run of an arm with train.py, or go on with one that was stopped."""
     before = newest(args.runs, arm, seed)
     if before:
-        run = train.open_run(before, None, ({}, {}), SINGLE_PROCESS)
+        run = train.open_run(before, None, None, ({}, {}), SINGLE_PROCESS)
     else:
         diffusion, model, _ = ARMS[arm]
         changes = {**diffusion, "seed": seed}
@@ -250,13 +248,10 @@ def measure(run: Path, args: Namespace) -> None:
     """Measure a run with each kind of calibration, unless its file is there already."""
     device = choose_device("auto")
     saved = load_weights(find_checkpoints(run)[0])
-    denoiser = rebuild(UNet, saved, device)
+    denoiser = rebuild(saved, device)
+    image_set, split = images_of_run(saved)
 
-    # Calibration asks for the images in the same way.
-    load = partial(images_of_run, saved.config["diffusion"], saved.image_shape[-1])
-    image_set, split = load()
-
-    def x_0_of(indices: np.ndarray) -> Tensor:
+    def x_0_of(indices):
         images = torch.from_numpy(image_set.images[indices])
         return to_model_range(images).to(device)
 
@@ -270,8 +265,8 @@ def measure(run: Path, args: Namespace) -> None:
         if path.exists():
             continue
         options = SamplerOptions(calibrate=None if kind == "plain" else kind)
-        sampler = ImageSampler(denoiser, options, saved.image_shape, 0, device)
-        sampler = calibrated(sampler, saved, 64, load, SINGLE_PROCESS)
+        sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, device)
+        sampler = calibrated(sampler, saved, 64, SINGLE_PROCESS)
 
         bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, average, 64, 0)
         numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path, args)}

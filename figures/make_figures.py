@@ -212,7 +212,7 @@ def blocks_of_unet() -> list[list]:
     # The hooks run in the order of the forward pass.
     blocks = []
 
-    def record(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    def record(module, inputs, output):
         if isinstance(module, ResidualBlock):
             blocks.append([*output.shape[1:3], False])
         elif isinstance(module, SelfAttention):
@@ -235,8 +235,8 @@ def draw_run(checkpoint: Path) -> None:
 
     device = choose_device("auto")
     saved = load_weights(checkpoint)
-    denoiser = rebuild(UNet, saved, device)
-    image_sampler = ImageSampler(denoiser, SamplerOptions(), saved.image_shape, 0, device)
+    denoiser = rebuild(saved, device)
+    image_sampler = ImageSampler(denoiser, SamplerOptions(), saved.model.image_shape, 0, device)
 
     # The animation and the strip show states on the way, so these have to be named beforehand.
     timesteps = image_sampler.scheduler.timesteps
@@ -249,7 +249,7 @@ def draw_run(checkpoint: Path) -> None:
     save_grid(faces, FIGURES / "faces.png", columns=9)
 
     # The nearest training images stand right below the samples, to show that these are no copies.
-    image_set, split = images_of_run(saved.config["diffusion"], saved.image_shape[-1])
+    image_set, split = images_of_run(saved)
     neighbours = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 

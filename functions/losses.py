@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Model
+from functions.noise_scheduler import NoiseScheduler, broadcast
+from functions.prediction import Model, objective_of
 
 
 def denoising_loss(
@@ -11,8 +11,8 @@ def denoising_loss(
 ) -> Tensor:
     """Return L_simple of DDPM, ||eps - eps_theta(x_t, t)||^2 / (C H W), of each image.
 
-    It is Eq. 14 and line 5 of Algorithm 1 of Ho et al. 2020. For a `Denoiser` whose network
-    predicts v it is the squared error of v (Salimans and Ho 2022, arXiv:2202.00512, Section 4).
+    It is Eq. 14 and line 5 of Algorithm 1 of Ho et al. 2020. For a `Denoiser` of another objective
+    it is the squared error of what that predicts, such as v.
 
     Args:
         x_0: (B, C, H, W) clean images in [-1, 1].
@@ -25,9 +25,7 @@ def denoising_loss(
     # x_t has the precision of x_0, float32, whatever the model computes in. In half precision the
     # small noise of the first timesteps would drown in rounding.
     x_t = scheduler.q_sample(x_0, t, noise)
-    target = noise
-    if getattr(model, "objective", "eps") == "v":
-        target = scheduler.v(x_0, t, noise)
+    target = objective_of(model).target(scheduler, x_0, t, noise)
     squared_errors = (model(x_t, t).float() - target).square()  # (B, C, H, W)
     return squared_errors.flatten(1).mean(dim=1)
 
@@ -37,8 +35,5 @@ def eps_errors(model: Model, scheduler: NoiseScheduler, losses: Tensor, t: Tenso
 
     By them, models of different objectives can be compared.
     """
-    # In the same x_t, an error of v means sqrt(alpha_bar) times that error in eps. In x_0 it means
-    # -sqrt(1 - alpha_bar) times that error.
-    if getattr(model, "objective", "eps") == "v":
-        return scheduler.alpha_bar(t).to(losses) * losses
-    return losses
+    factor = objective_of(model).eps_factor(scheduler, t)
+    return broadcast(factor, losses) * losses

@@ -1,8 +1,8 @@
 """What a network's output means: the one place between networks and the mathematics.
 
 The loss calls a `Denoiser`, which `train` and `rebuild` make, and compares what the network
-predicts, eps or v. All others want (x_0, eps) at (x_t, t): samplers ask `predict` for it, the
-variational bound asks `interpret`.
+predicts, a row of OBJECTIVES. All others want (x_0, eps) at (x_t, t): samplers ask `predict` for
+it, the variational bound asks `interpret`.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,27 +12,80 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from functions.noise_scheduler import NoiseScheduler, Timestep
+from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
 
-# (x_t (B, ...), t (B,) int64) -> eps (B, ...). A `Denoiser` returns v instead if that is its
-# objective, so whoever wants eps asks `predict`.
+# (x_t (B, ...), t (B,) int64) -> eps (B, ...). A `Denoiser` returns what its objective says
+# instead, so whoever wants eps asks `predict`.
 Model = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a network predicts at (x_t, t): a tensor of x_t's shape, linear in x_0 and eps."""
+
+    # (scheduler, x_0, t, noise) -> what the network's output is compared with.
+    target: Callable[..., Tensor]
+    # (scheduler, x_t, t, output) -> the x_0 and the eps that x_t and the output imply.
+    x_0_and_eps: Callable[..., tuple[Tensor, Tensor]]
+    # (scheduler, t) -> the squared error of eps over that of the output, in the same x_t.
+    eps_factor: Callable[..., Coefficient]
+    # What diffusers calls it, as `prediction_type`; None if it has no such networks.
+    diffusers: str | None
+
+
+def noise_itself(scheduler: NoiseScheduler, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
+    """Return the target of the paper's loss (Eq. 14), which is the noise."""
+    return noise
+
+
+def predict_from_eps(
+    scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the x_0 that x_t and eps imply (Eq. 15), and this eps."""
+    return scheduler.predict_x_0(x_t, t, eps), eps
+
+
+def one(scheduler: NoiseScheduler, t: Timestep) -> float:
+    """Return 1: the squared error of eps is that of eps."""
+    return 1.0
+
+
+# What a config's `objective` can be. Nothing else in the project decides by it.
+OBJECTIVES = {
+    # Ho et al. 2020, Algorithm 1
+    "eps": Objective(noise_itself, predict_from_eps, one, "epsilon"),
+    # Salimans and Ho 2022, arXiv:2202.00512, Section 4. An error of v means sqrt(alpha_bar) times
+    # that error in eps. In x_0 it means -sqrt(1 - alpha_bar) times that error.
+    "v": Objective(
+        NoiseScheduler.v,
+        NoiseScheduler.predict_from_v,
+        NoiseScheduler.alpha_bar,
+        "v_prediction",
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Denoiser:
     """A network and its schedule, as a `Model`.
 
-    The network runs under autocast; x_t and what it predicts are in float32.
+    The network runs under autocast; x_t and what it predicts are in float32. Raises ValueError for
+    an objective that is not in OBJECTIVES.
     """
 
     network: nn.Module
     scheduler: NoiseScheduler  # the one that the network was trained with
     precision: torch.dtype = torch.float32  # of the network's matrix products and convolutions
-    # The network predicts this: "eps", or "v" (Salimans and Ho 2022, arXiv:2202.00512).
-    objective: str = "eps"
+    objective: str = "eps"  # what the network predicts: a name of OBJECTIVES
     # (x_0, x_t, t, scheduler) -> a better x_0, as functions/sampling/calibration.py makes it.
     calibration: Callable | None = None
+
+    def __post_init__(self) -> None:
+        # A checkpoint may have anything in this place. A list, say, has no hash.
+        if self.objective not in tuple(OBJECTIVES):
+            raise ValueError(
+                f"objective is {self.objective!r}; it can be {' or '.join(OBJECTIVES)}"
+            )
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         half = self.precision != torch.float32
@@ -52,12 +105,15 @@ class Denoiser:
             self.network.train(training)
 
 
+def objective_of(model: Model) -> Objective:
+    """Return what a model predicts: eps, if it is no `Denoiser`, which says what."""
+    return OBJECTIVES[getattr(model, "objective", "eps")]
+
+
 def predict(
     model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, clip_x_0: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the x_0 that a model sees in x_t, and the eps that agrees with it: (B, C, H, W) each.
-
-    x_0 follows from eps by Eq. 15 of Ho et al. 2020.
 
     Args:
         model: a `Denoiser`, or any callable (x_t, t) -> eps.
@@ -78,12 +134,7 @@ def interpret(
     model: Model, scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the same as `predict`, given the output of the model for (x_t, t)."""
-    if getattr(model, "objective", "eps") == "v":
-        x_0, eps = scheduler.predict_from_v(x_t, t, out)
-    else:
-        x_0 = scheduler.predict_x_0(x_t, t, out)
-        eps = out
-
+    x_0, eps = objective_of(model).x_0_and_eps(scheduler, x_t, t, out)
     calibration = getattr(model, "calibration", None)
     if calibration:
         calibrated = calibration(x_0, x_t, t, scheduler)

@@ -24,7 +24,9 @@ Norm = Callable[[int], GroupNorm]
 WORTH_DOUBLING = 256
 
 
-def recomputing(wanted: bool, part: Callable[..., Tensor], *inputs: object) -> Tensor:
+def recomputing(
+    wanted: bool, part: Callable[..., Tensor], *inputs: Tensor | nn.Module | None
+) -> Tensor:
     """Return `part(*inputs)`. If `wanted`, backward recomputes what it needs from the inputs.
 
     That is PyTorch's checkpoint (Chen et al. 2016, arXiv:1604.06174).

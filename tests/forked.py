@@ -6,6 +6,7 @@ They are forks of a server that has imported torch already.
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -60,6 +61,8 @@ class Program(SERVER.Process):
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
 
+        # Whoever started the tests in the background has let them ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         # Each line is there as soon as it is printed, also when the process is killed.
         sys.stdout.reconfigure(line_buffering=True)
         for name, value in self.environment.items():

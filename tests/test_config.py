@@ -1,14 +1,24 @@
 """The named experiments are the reference's, and a config that cannot work says what would."""
 
+import json
+import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 
-from config import CHOICES, EXPERIMENTS, ConfigError, DiffusionConfig, Experiment, ModelConfig
-from functions.sampling.options import SAMPLERS
-from functions.training.start import warnings_of
+from config import (
+    EXPERIMENTS,
+    ConfigError,
+    DiffusionConfig,
+    Experiment,
+    ModelConfig,
+    check_types,
+)
+from functions.support.command_line import Parser, add_config_flags, given_fields
+from functions.support.errors import UserError
 from models.unet import UNet
 
 # These are the fields that the reference's own script gives.
@@ -95,7 +105,7 @@ def test_ffhq_runs_are_those_of_the_reference(name, diffusion, base_dim):
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_an_experiment_survives_json_and_builds_a_network_without_a_warning(experiment):
     assert Experiment.from_dict(experiment.to_dict()) == experiment
-    assert warnings_of(experiment) == []
+    assert experiment.warnings() == []
     # The network is built without memory for its weights; an error would end the test.
     with torch.device("meta"):
         UNet(**vars(experiment.model))
@@ -201,6 +211,17 @@ def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):
     assert "\n" not in message
 
 
+def test_only_levels_with_attention_need_whole_heads():
+    """Of 4 and 8 channels, 4 make no head of 8."""
+    narrow = {"base_dim": 4, "image_size": 8, "norm_groups": 2, "dialect": "diffusers"}
+    attending = ModelConfig(4, (1, 2), (1,), **narrow)
+    UNet(**vars(attending))
+    with pytest.raises(ConfigError, match="heads of 8 channels"):
+        replace(attending, transformer_layers=(0,))
+    with pytest.raises(ConfigError, match="heads of 8 channels"):
+        replace(attending, dim_multiply=(2, 1), transformer_layers=())
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("beta_start", 2e-4), ("beta_end", 0.03), ("rescale_betas", False)]
 )
@@ -244,14 +265,10 @@ def test_saving_takes_little_of_the_time_on_8_gpus(name):
 
 def test_what_is_probably_not_meant_is_warned_of():
     narrow = EXPERIMENTS["faces"].override({}, {"norm_groups": 32})
-    assert "norm_groups = 32 leaves 1 channel a group" in warnings_of(narrow)[0]
+    assert "norm_groups = 32 leaves 1 channel a group" in narrow.warnings()[0]
 
     still = EXPERIMENTS["ffhq-full"].override({"use_augmentation": False}, {})
-    assert warnings_of(still) == ["max_rotation has no effect without use_augmentation = True"]
-
-
-def test_a_grid_may_be_made_by_any_sampler():
-    assert CHOICES["grid_sampler"] == tuple(SAMPLERS)
+    assert still.warnings() == ["max_rotation has no effect without use_augmentation = True"]
 
 
 def test_a_saved_config_with_unknown_or_missing_fields():
@@ -267,3 +284,62 @@ def test_a_saved_config_with_unknown_or_missing_fields():
         del saved["diffusion"][field]
     changes = {"learning_rate": 1e-3, "grid_sampler": "ddpm"}
     assert Experiment.from_dict(saved) == EXPERIMENTS["faces"].override(changes, {})
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Stand in for a config with a tuple of floats, which no config has yet."""
+
+    # Where the bands end.
+    edges: tuple[float, ...] = (0.05, 0.1)
+
+    def __post_init__(self):
+        check_types(self)
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "value"),
+    [
+        ("0.05,0.10", [0.05, 0.1], [0.05, 0.1]),
+        ("[1, 2.5]", (1, 2.5), [1.0, 2.5]),
+        ("", [], []),
+        ("nan", [math.nan], None),
+        ("0.5,inf", (0.5, math.inf), None),
+        (None, [True], None),
+        (None, ["0.5"], None),
+        (None, 0.5, None),
+        (None, [10**400], None),
+    ],
+)
+def test_a_field_may_be_a_tuple_of_floats(flag, given, value):
+    """It is read from its flag as from a dictionary; `value` is None for what is refused."""
+    made = [partial(Bands, given)]
+    if flag is not None:
+        parser = Parser()
+        add_config_flags(parser, "bands", Bands)
+        arguments = parser.parse_args(["--bands.edges", flag])
+        made.append(partial(Bands, **given_fields(arguments, "bands", Bands)))
+
+    for make in made:
+        if value is None:
+            with pytest.raises(ConfigError, match=r"^Bands: edges is .*; it must be "):
+                make()
+        else:
+            # JSON tells 1 from 1.0.
+            edges = make().edges
+            assert type(edges) is tuple
+            assert json.dumps(edges) == json.dumps(value)
+
+
+@dataclass
+class Bare:
+    """Stand in for a config with a field that nobody explains."""
+
+    # This one has a comment.
+    epochs: int = 1
+    batch_size: int = 2
+
+
+def test_a_field_without_a_comment_is_named():
+    with pytest.raises(UserError, match="Bare: batch_size has no comment"):
+        add_config_flags(Parser(), "bare", Bare)

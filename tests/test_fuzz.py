@@ -41,7 +41,7 @@ from functions.sampling.generation import rebuild
 from functions.support import files
 from functions.support.checkpoint import check_whole, load_weights
 from functions.support.errors import UserError
-from functions.support.run_folder import Run
+from functions.support.run_folder import Facts, Run
 from functions.training.book_keeping import BookKeeper
 from models.unet import UNet
 from tests import spoilt_files as spoilt
@@ -235,7 +235,7 @@ def read_checkpoint(path, resumed):
     """Read a checkpoint as training or as sampling does; return what was read, by name."""
     if not resumed:
         saved = load_weights(path)
-        weights = rebuild(UNet, saved, spoilt.CPU).network.state_dict()
+        weights = rebuild(saved, spoilt.CPU).network.state_dict()
         weights = {f"ema.{name}": tensor for name, tensor in weights.items()}
         return {"config": saved.config, "run": saved.run, **weights}
 
@@ -244,7 +244,8 @@ def read_checkpoint(path, resumed):
     run = Run("faces", Experiment.from_dict(file.contents["config"]), path.parent, checkpoint=file)
     state.load(file)
     images = SimpleNamespace(device=spoilt.CPU)
-    BookKeeper(run, state, None, images, None, None).load(run.remembered)
+    # It loads its own numbers when it is made.
+    BookKeeper(run, Facts.of(file), state, None, images, None, None)
     return {**file.contents, **state.tensors()}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.datasets import ImageSet, hash_ids
 from functions.evaluation.features import Extractor, Reference
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short, write_whole
@@ -25,28 +26,23 @@ CHUNK = 1024
 BROKEN = (*READ_ERRORS, EOFError, zipfile.BadZipFile, MemoryError)
 
 
-def describe(
-    images: np.ndarray,
-    indices: np.ndarray,
-    ids_hash: str,
-    dataset: str,
-    split: str,
-    extractor: Extractor,
-) -> dict:
+def describe(image_set: ImageSet, indices: np.ndarray, split: str, extractor: Extractor) -> dict:
     """Return all that a reference's features follow from, as plain values.
 
-    That is the pixels, in this order, and the network.
+    That is the pixels of these images, in this order, and the network.
     """
+    images = image_set.images
     pixels = hashlib.sha256()
     for start in range(0, len(indices), CHUNK):
         chunk = indices[start : start + CHUNK]
         pixels.update(images[chunk])
     return {
-        "dataset": dataset,
+        # A path is nobody's business, and the pixels have their hash.
+        "dataset": Path(image_set.name).name,
         "split": split,
         "count": len(indices),
         "image_size": images.shape[1],
-        "ids_hash": ids_hash,
+        "ids_hash": hash_ids([image_set.ids[i] for i in indices]),
         "pixels_hash": pixels.hexdigest()[:16],
         **extractor.facts,
     }

@@ -14,7 +14,6 @@ docs/whole-before-detail.md says why it helps. Related, with one number a timest
 """
 
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.datasets import images_of_run
 from data.pixels import to_model_range
 from functions.noise_scheduler import NoiseScheduler, Timestep, broadcast
 from functions.prediction import Denoiser, predict
@@ -173,37 +173,30 @@ def interpolated(scheduler: NoiseScheduler, times: list[int], fitted: Tensor) ->
 
 
 def calibrated(
-    image_sampler: ImageSampler,
-    saved: SavedModel,
-    batch_size: int,
-    load: Callable,
-    processes: Processes,
+    image_sampler: ImageSampler, saved: SavedModel, batch_size: int, processes: Processes
 ) -> ImageSampler:
     """Return the sampler with the calibration that its options ask for, if they ask for one.
 
     It is made once for each data set, and lies beside the checkpoint from then on. "own" fits it to
-    the model's own samples, so that no data is needed. For "data", the images that the model was
-    trained on, and for other data sets by their name, `load(None or the name)` gives the ImageSet
-    and its Split.
+    the model's own samples, so that no data is needed; "data" to the images that the model was
+    trained on, and any other name to the images of that data set. Raises UserError as
+    `images_of_run`, and when the training's images have changed.
     """
     if not image_sampler.options.calibrate:
         return image_sampler
-    tensors = processes.from_main(lambda: read_or_make(image_sampler, saved, batch_size, load))
+    tensors = processes.from_main(lambda: read_or_make(image_sampler, saved, batch_size))
     tensors = {name: tensor.to(image_sampler.device) for name, tensor in tensors.items()}
     denoiser = replace(image_sampler.denoiser, calibration=Calibration(**tensors))
     return replace(image_sampler, denoiser=denoiser)
 
 
 def read_or_make(
-    image_sampler: ImageSampler, saved: SavedModel, batch_size: int, load: Callable
+    image_sampler: ImageSampler, saved: SavedModel, batch_size: int
 ) -> dict[str, Tensor]:
     """Return the tensors of `Calibration`, on the CPU: of the file that is kept, or fitted now."""
-
-    @cache
-    def load_named(name):
-        return load(None if name == "data" else name)
-
     name = image_sampler.options.calibrate
+    # The images are loaded when they are needed, and once.
+    load = cache(partial(images_of_run, saved, None if name == "data" else name))
     # Images are known by their data set's name and by their ids, as files may come and go.
     ids_hash = saved.run.get("train_ids_hash")
     if name == "own":
@@ -212,7 +205,7 @@ def read_or_make(
         # What is kept for a run's own images is read without them.
         images_of = [saved.config["diffusion"]["dataset_name"], ids_hash]
     else:
-        image_set, split = load_named(name)
+        image_set, split = load()
         images_of = [image_set.name, split.train_ids_hash]
     kind = "-".join(short(Path(part).stem) for part in images_of)
 
@@ -232,7 +225,7 @@ def read_or_make(
     if name == "own":
         images = own_samples(image_sampler, batch_size)
     else:
-        image_set, split = load_named(name)
+        image_set, split = load()
         if split.train_ids_hash != images_of[1]:
             raise UserError(
                 f"{saved.path} was trained on other images than {image_set.name} has; "

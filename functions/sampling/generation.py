@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import LARGEST
 from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.samplers import OnStep
-from functions.sampling.options import SAMPLERS, SamplerOptions
+from functions.samplers import SAMPLERS, OnStep
+from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel, load_into
 from functions.support.device import (
     choose_device,
@@ -30,10 +32,11 @@ from functions.support.device import (
 )
 from functions.support.diffusers_folder import load_model
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import short
+from functions.support.files import READ_ERRORS, short
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise
 from functions.support.run_folder import find_checkpoints, first_sound, newest_checkpoints
+from models.unet import UNet
 
 Result = TypeVar("Result")
 # ("x", k) is the state after k network calls, and ("x", 0) the noise. ("x_0", k) is the x_0 that
@@ -128,12 +131,12 @@ class ImageSampler:
                 if observer:
                     observer(*step)
 
-        return SAMPLERS[self.options.sampler](
+        return SAMPLERS[self.options.sampler].function(
             self.denoiser,
             self.scheduler,
             x,
             times,
-            **self.options.own,
+            **self.options.chosen,
             clip_x_0=self.options.clip_x_0,
             step_noise=lambda k: noise(),
             on_step=observe,
@@ -160,7 +163,7 @@ class ImageSampler:
 
 
 def open_sampler(
-    args: argparse.Namespace, processes: Processes, build_model: Callable, experiments: str = ""
+    args: argparse.Namespace, processes: Processes, experiments: str = ""
 ) -> tuple[SavedModel, ImageSampler]:
     """Return the checkpoint that the flags of `add_sampling_flags` mean, and its sampler.
 
@@ -173,60 +176,50 @@ def open_sampler(
     device = choose_device(args.device, index)
     precision = choose_precision(args.precision, device)
     # Options that fit no model are refused here, before anything is read.
-    SamplerOptions.from_args(args)
-
-    saved = load_newest(args, processes, experiments)
-    processes.say(f"{saved.path}: {saved}")
-    denoiser = rebuild(build_model, saved, device, precision)
-    options = SamplerOptions.from_args(args, saved.config["diffusion"])
-
-    if device.type == "cpu":
-        # On GPUs memory that is short raises an error, and `BatchLimit` halves the batch.
-        one = torch.zeros(1, *saved.image_shape)
-        room = room_on_the_cpu(partial(denoiser, one, torch.zeros(1, dtype=torch.int64)))
-        # The processes share it.
-        args.batch_size = max(min(args.batch_size, room // processes.count), 1)
-    return saved, ImageSampler(denoiser, options, saved.image_shape, args.seed, device)
-
-
-def load_newest(args: argparse.Namespace, processes: Processes, experiments: str) -> SavedModel:
-    """Load the newest sound checkpoint that the flags mean, the same in all processes."""
-    # Rank 0 reads checkpoints to find a sound one. The cache saves it a second reading.
-    read = cache(load_model)
+    SamplerOptions.from_args(args, {})
 
     def find():
         if args.checkpoint:
-            candidates = find_checkpoints(args.checkpoint)
-        else:
-            candidates = newest_checkpoints(args.runs, experiments)
-        return first_sound(candidates, read).path
+            return find_checkpoints(args.checkpoint)
+        return newest_checkpoints(args.runs, experiments)
 
-    return read(processes.from_main(find))
+    saved = load_sound(find, processes)
+    processes.say(f"{saved.path}: {saved}")
+    denoiser = rebuild(saved, device, precision)
+    options = SamplerOptions.from_args(args, saved.config["diffusion"])
+
+    shape = saved.model.image_shape
+    if device.type == "cpu":
+        # On GPUs memory that is short raises an error, and `BatchLimit` halves the batch.
+        one = torch.zeros(1, *shape)
+        room = room_on_the_cpu(partial(denoiser, one, torch.zeros(1, dtype=torch.int64)))
+        # The processes share it.
+        args.batch_size = max(min(args.batch_size, room // processes.count), 1)
+    return saved, ImageSampler(denoiser, options, shape, args.seed, device)
+
+
+def load_sound(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:
+    """Load the first sound one of the checkpoints that `find` gives, the same in all processes."""
+    # Rank 0 reads checkpoints to find a sound one. The cache saves it a second reading.
+    read = cache(load_model)
+    return read(processes.from_main(lambda: first_sound(find(), read).path))
 
 
 def rebuild(
-    build_model: Callable,
-    saved: SavedModel,
-    device: torch.device,
-    precision: torch.dtype = torch.float32,
+    saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32
 ) -> Denoiser:
     """Rebuild network and schedule from a checkpoint alone; for use without gradients.
 
-    The `model` fields of its config go to `build_model`. Raises CheckpointError when its config
-    describes no model, or its weights do not fit the config.
+    Raises CheckpointError when its config describes no model, or its weights do not fit the config.
     """
     try:
         diffusion = saved.config["diffusion"]
-        fields = saved.config["model"]
-        # These are far above any model's. Beyond them, building the tables or the levels would
-        # take all memory or all day.
-        largest = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "levels": 15}
-        sizes = {**diffusion, **fields, "levels": len(fields["dim_multiply"])}
-        for name, most in largest.items():
-            if sizes[name] > most:
-                raise ValueError(f"{name} is above {most:,}")
+        timesteps = diffusion["timesteps_diff"]
+        # The tables of more would take all memory.
+        if timesteps > LARGEST["timesteps_diff"]:
+            raise ValueError(f"timesteps_diff is above {LARGEST['timesteps_diff']:,}")
         scheduler = NoiseScheduler(
-            diffusion["timesteps_diff"],
+            timesteps,
             diffusion["beta_start"],
             diffusion["beta_end"],
             diffusion["rescale_betas"],
@@ -236,19 +229,12 @@ def rebuild(
         # On the meta device the network has shapes alone, so no time goes into initial weights
         # that are overwritten at once.
         with torch.device("meta"):
-            model = build_model(**fields)
+            model = UNet(**vars(saved.model))
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
-        for name, known in (("objective", ("eps", "v")), ("variance", ("small", "large"))):
-            if diffusion.get(name, known[0]) not in known:
-                raise ValueError(f"{name} is {diffusion[name]!r}; it can be {' or '.join(known)}")
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        ArithmeticError,
-        AttributeError,
-    ) as error:
+        variance = diffusion.get("variance", "small")
+        if variance not in ("small", "large"):
+            raise ValueError(f"variance is {variance!r}; it can be small or large")
+    except (*READ_ERRORS, ArithmeticError) as error:
         what = f"{type(error).__name__}: {short(error)}"
         raise CheckpointError(
             f"{saved.path}: its config describes no model of this version: {what}"

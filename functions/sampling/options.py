@@ -1,43 +1,19 @@
 """Which sampler with which options: the one place where they are chosen, for every script.
 
-`SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps. The samplers are in
-functions/samplers.py.
+`SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps. The samplers and their
+defaults are in functions/samplers.py.
 """
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import (
-    ddim_sample,
-    ddpm_sample,
-    dpm_solver_sample,
-    half_log_snr,
-    ipndm_sample,
-)
+from functions.samplers import SAMPLERS, half_log_snr
 from functions.support.command_line import fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
 from functions.timesteps import SPACINGS, sampling_times
-
-SAMPLERS = {
-    "ddpm": ddpm_sample,
-    "ddim": ddim_sample,
-    "dpm++": dpm_solver_sample,
-    "ipndm": ipndm_sample,
-}
-# These are the options that only some samplers have, with their defaults. dpm++ takes fresh noise,
-# which lets later steps correct the errors of earlier ones: with 20 calls its distance is the
-# lowest with every objective (docs/whole-before-detail.md).
-OWN_OPTIONS = {
-    "ddpm": {"variance": "small"},
-    "ddim": {"eta": 0.0},
-    "dpm++": {"eta": 1.0},
-    "ipndm": {},
-}
-# This is the better spacing with a network of `faces-v` (table in docs/whole-before-detail.md).
-SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr", "ipndm": "trailing"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +28,7 @@ class SamplerOptions:
     # How many network calls an image takes; None stands for one at each timestep.
     steps: int | None = None
     spacing: str | None = None
-    # Only ddpm has a variance, and only ddim and dpm++ have an eta.
+    # After `__post_init__` None stands for an option that the sampler does not have.
     variance: str | None = None
     eta: float | None = None
     # "data", "own" or another data set: functions/sampling/calibration.py has what they mean.
@@ -61,17 +37,17 @@ class SamplerOptions:
     clip_x_0: bool = True
 
     def __post_init__(self) -> None:
-        own = OWN_OPTIONS[self.sampler]
-        for option in ("variance", "eta"):
-            # An option that the sampler lacks is refused: to ignore it would mislead.
-            if option not in own and getattr(self, option) is not None:
-                samplers = [name for name, options in OWN_OPTIONS.items() if option in options]
-                having = " and ".join(samplers)
-                raise UserError(f"--{option} is an option of {having}, not of {self.sampler}")
-        for option, default in {"spacing": SPACING[self.sampler], **own}.items():
+        defaults = SAMPLERS[self.sampler].options
+        for option in ("spacing", "variance", "eta"):
             if getattr(self, option) is None:
                 # A frozen dataclass sets itself up in this way.
-                object.__setattr__(self, option, default)
+                object.__setattr__(self, option, defaults.get(option))
+            elif option not in defaults:
+                # An option that the sampler lacks is refused: to ignore it would mislead.
+                having = " and ".join(
+                    name for name, row in SAMPLERS.items() if option in row.options
+                )
+                raise UserError(f"--{option} is an option of {having}, not of {self.sampler}")
         # "--calibrate RUN" takes RUN for its value.
         if self.calibrate and Path(self.calibrate, "checkpoints").exists():
             raise UserError(
@@ -80,17 +56,13 @@ class SamplerOptions:
             )
 
     @staticmethod
-    def from_args(args: argparse.Namespace, diffusion: dict | None = None) -> "SamplerOptions":
+    def from_args(args: argparse.Namespace, diffusion: dict) -> "SamplerOptions":
         """Return the options that the flags of `add_sampling_flags` ask for.
 
-        `diffusion` is the config of the model that they are for, when it is known.
+        `diffusion` is the config of the model that they are for; it is empty before one is known.
         """
-        diffusion = diffusion or {}
-        given = {
-            field.name: getattr(args, field.name)
-            for field in fields(SamplerOptions)
-            if field.name in args
-        }
+        known = SamplerOptions.__annotations__
+        given = {name: value for name, value in vars(args).items() if name in known}
         # A folder of diffusers has its own variance, which holds for all timesteps alone, and may
         # forbid clipping.
         if args.sampler == "ddpm" and args.steps in (None, diffusion.get("timesteps_diff")):
@@ -98,9 +70,9 @@ class SamplerOptions:
         return SamplerOptions(**given, clip_x_0=diffusion.get("clip_x_0", True))
 
     @property
-    def own(self) -> dict[str, str | float]:
-        """Return the options that the sampler has and others lack, by name."""
-        return {option: getattr(self, option) for option in OWN_OPTIONS[self.sampler]}
+    def chosen(self) -> dict[str, str | float]:
+        """Return the spacing, and the options that other samplers lack, by name."""
+        return {option: getattr(self, option) for option in SAMPLERS[self.sampler].options}
 
     def times(self, scheduler: NoiseScheduler, start: int | None = None) -> list[int]:
         """Return the timesteps that are visited, down to -1.
@@ -134,8 +106,7 @@ class SamplerOptions:
         facts = {
             "sampler": self.sampler,
             "steps": self.steps or timesteps,
-            "spacing": self.spacing,
-            **self.own,
+            **self.chosen,
             **self.calibration,
         }
         if not self.clip_x_0:
@@ -152,7 +123,8 @@ class SamplerOptions:
         """Return a text such as "dpm++, 20 steps, logsnr, eta 1.0" or "ddpm, all steps, ..."."""
         words = [self.sampler]
         words += [f"{self.steps} steps", self.spacing] if self.steps else ["all steps"]
-        words += [f"{option} {value}" for option, value in self.own.items()]
+        own = [option for option in self.chosen if option != "spacing"]
+        words += [f"{option} {getattr(self, option)}" for option in own]
         if self.calibrate:
             words += [f"calibrated on {Path(self.calibrate).name}"]
         if not self.clip_x_0:
@@ -163,11 +135,9 @@ class SamplerOptions:
     def slug(self) -> str:
         """Name what differs from the defaults, for names of files, such as "dpmpp20-trailing"."""
         words = [self.sampler.replace("+", "p") + str(self.steps or "")]
-        if self.spacing != SPACING[self.sampler]:
-            words += [self.spacing]
-        for option, value in self.own.items():
-            if value != OWN_OPTIONS[self.sampler][option]:
-                words += [value if option == "variance" else f"eta{value:g}"]
+        for option, value in self.chosen.items():
+            if value != SAMPLERS[self.sampler].options[option]:
+                words += [f"eta{value:g}" if option == "eta" else value]
         if self.calibrate:
             words += [f"calibrated-{Path(self.calibrate).stem}"]
         return "-".join(words)
@@ -231,13 +201,16 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
 
     group = parser.add_argument_group("how images are sampled from noise")
+    # Each sampler is followed by its options, as they are when no flag sets them.
+    samplers = []
+    for name, row in SAMPLERS.items():
+        defaults = ", ".join(f"{option} {value}" for option, value in row.options.items())
+        samplers += [f"{name} is {row.help} ({defaults})"]
     group.add_argument(
         "--sampler",
         choices=SAMPLERS,
         default="ddpm",
-        help="ddpm is the paper's, with fresh noise in every step; ddim is deterministic; dpm++ "
-        "is DPM-Solver++ 2M, good with 20 steps; ipndm is deterministic, of order 2 too. "
-        "Default: %(default)s.",
+        help="; ".join(samplers) + ". Default: %(default)s.",
     )
     group.add_argument(
         "--steps",
@@ -249,14 +222,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--spacing",
         choices=SPACINGS,
         help="Which timesteps are visited: trailing, even in t; logsnr, even in log-SNR. "
-        "Default: logsnr for dpm++, trailing for the others.",
+        "Default: the sampler's.",
     )
     group.add_argument(
         "--eta",
         type=fraction,
         metavar="X",
-        help="How much fresh noise ddim and dpm++ add: from 0, none, to 1. "
-        "Default: 0 for ddim, 1 for dpm++.",
+        help="How much fresh noise is added: from 0, none, to 1. Default: the sampler's.",
     )
     group.add_argument(
         "--variance",

@@ -5,7 +5,7 @@ functions/support/files.py describes the format, and this module says what the f
 tensors    model.NAME and ema.NAME are the raw and the averaged weights; step.NAME, exp_avg.NAME
            and exp_avg_sq.NAME are Adam's state
 contents   `config` is {"diffusion": {...}, "model": {...}}; `run` has experiment, step,
-           `run.facts` of train.py, and the counters that `BookKeeper.save` adds; `scaler` is the
+           the `Facts` of the run, and the counters that `BookKeeper.save` adds; `scaler` is the
            state of float16's gradient scaler, and empty without it
 
 An exported file has only the weights to sample from, and is read in the same way.
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from config import ModelConfig
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, sha256, short, write_tensors
 
@@ -104,10 +105,9 @@ class SavedModel:
     digest: str
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Return (C, H, W)."""
-        model = self.config["model"]
-        return model["channels"], model["image_size"], model["image_size"]
+    def model(self) -> ModelConfig:
+        """Return the network's config. Raises ConfigError or TypeError when it describes none."""
+        return ModelConfig(**self.config["model"])
 
     @property
     def name(self) -> str:
@@ -205,8 +205,7 @@ def load_into(model: nn.Module, saved: SavedModel) -> None:
     """Give a model these weights. Raises CheckpointError when they do not fit."""
     check_fit(model.state_dict(), saved.weights, saved.path)
     # A model on the meta device has no memory to copy to, so it takes the tensors themselves.
-    on_meta = next(model.parameters()).is_meta
-    model.load_state_dict(saved.weights, assign=on_meta)
+    model.load_state_dict(saved.weights, assign=next(model.parameters()).is_meta)
 
 
 def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
+from config import ConfigError
 from functions.support.device import is_device_failure, is_out_of_memory
 from functions.support.errors import EXIT_STOPPED, UserError
 from functions.support.files import short
@@ -31,16 +32,12 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def plain_errors(*others: type[Exception]) -> Iterator[None]:
-    """End the script with one line for an error that users can mend; bugs keep their traceback.
-
-    `others` are such errors beside `UserError` and those of the operating system, for example
-    config.py's `ConfigError`.
-    """
+def plain_errors() -> Iterator[None]:
+    """End the script with one line for an error that users can mend; bugs keep their traceback."""
     try:
         yield
     except Exception as error:
-        sentence = plain_sentence(error, *others)
+        sentence = plain_sentence(error)
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
@@ -54,11 +51,11 @@ def plain_errors(*others: type[Exception]) -> Iterator[None]:
         sys.exit(130)
 
 
-def plain_sentence(error: Exception, *others: type[Exception]) -> str | None:
+def plain_sentence(error: Exception) -> str | None:
     """Return what a user reads of an error that users can mend; None for a bug."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, (UserError, OSError, *others)):
+    if isinstance(error, (UserError, ConfigError, OSError)):
         return str(error) or type(error).__name__
     if is_out_of_memory(error):
         return (
@@ -74,7 +71,7 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
     A flag's help is the comment above the field, with the field's default. Lists are written
-    1,2,4 and truth values true or false.
+    1,2,4 and truth values true or false. Raises UserError for a field without a comment.
     """
     group = parser.add_argument_group(
         f"{config_class.__name__}, any field for this run only; "
@@ -83,7 +80,12 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     comments = field_comments(config_class)
     for field in fields(config_class):
         parse, metavar = FLAG_TYPES[field.type]
-        sentences = comments[field.name]
+        sentences = comments.get(field.name)
+        if sentences is None:
+            raise UserError(
+                f"{config_class.__name__}: {field.name} has no comment; "
+                "write one on the lines above it, which is its flag's help"
+            )
         if field.default is not MISSING:
             sentences += f" Default: {field.default}."
         group.add_argument(
@@ -126,8 +128,20 @@ def integers(text: str) -> tuple[int, ...]:
 
     Raises `ValueError`, which argparse reports, for anything else.
     """
-    parts = text.strip("[]() ").split(",")
-    return tuple(int(part) for part in parts if part.strip())
+    return tuple(map(int, items(text)))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse a flag's value: numbers with commas between.
+
+    Raises `ValueError`, which argparse reports, for anything else.
+    """
+    return tuple(map(float, items(text)))
+
+
+def items(text: str) -> list[str]:
+    """Return what stands between the commas of a flag's value, which may have brackets."""
+    return [item for item in text.strip("[]() ").split(",") if item.strip()]
 
 
 def positive(text: str) -> int:
@@ -154,4 +168,5 @@ FLAG_TYPES = {
     str: (str, "TEXT"),
     bool: (truth, "true|false"),
     tuple[int, ...]: (integers, "N,N,..."),
+    tuple[float, ...]: (numbers, "X,X,..."),
 }

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from functions.prediction import OBJECTIVES
 from functions.support.checkpoint import SavedModel, digest_of, load_weights
 from functions.support.dialects import DIALECTS
 from functions.support.errors import CheckpointError
@@ -88,13 +89,6 @@ SCHEDULE = {
     "clip_sample_range": 1,
     "rescale_betas_zero_snr": False,
 }
-# For each of our fields: their name for it, and their word for each of ours. The first word is
-# the default of both.
-WORDS = {
-    "beta_schedule": ("beta_schedule", {"linear": "linear", "cosine": "squaredcos_cap_v2"}),
-    "objective": ("prediction_type", {"eps": "epsilon", "v": "v_prediction"}),
-    "variance": ("variance_type", {"small": "fixed_small", "large": "fixed_large"}),
-}
 # These fields decide nothing here: they say where the model comes from, how others step, the
 # numbers of what is switched off, and the state of an average.
 NOT_READ = (
@@ -136,7 +130,7 @@ def their_network(model: dict) -> dict:
     """Return the config of a UNet2DModel for the arguments of UNet."""
     levels = range(len(model["dim_multiply"]))
     kinds = ["Attn" if level in model["transformer_layers"] else "" for level in levels]
-    dialect = DIALECTS[model.get("dialect", "ho")]
+    dialect = DIALECTS[model["dialect"]]
     return {
         **NETWORK,
         **vars(dialect),
@@ -194,8 +188,24 @@ def our_network(config: dict, path: Path) -> dict:
     return model
 
 
+def their_words() -> dict[str, tuple]:
+    """Return, for each of our fields, their name for it and their word for each of ours.
+
+    The first word is the default of both.
+    """
+    objectives = {name: row.diffusers for name, row in OBJECTIVES.items() if row.diffusers}
+    return {
+        "beta_schedule": ("beta_schedule", {"linear": "linear", "cosine": "squaredcos_cap_v2"}),
+        "objective": ("prediction_type", objectives),
+        "variance": ("variance_type", {"small": "fixed_small", "large": "fixed_large"}),
+    }
+
+
 def their_schedule(diffusion: dict) -> dict:
-    """Return the config of a DDPMScheduler for a config's `diffusion` part."""
+    """Return the config of a DDPMScheduler for a config's `diffusion` part.
+
+    Raises CheckpointError for an objective that diffusers does not have.
+    """
     # Rescaled linear betas are linear, too, between other ends.
     scale = 1.0
     if diffusion.get("beta_schedule", "linear") == "linear" and diffusion["rescale_betas"]:
@@ -208,9 +218,14 @@ def their_schedule(diffusion: dict) -> dict:
         "beta_start": scale * diffusion["beta_start"],
         "beta_end": scale * diffusion["beta_end"],
     }
-    for ours, (theirs, words) in WORDS.items():
-        default = next(iter(words))
-        schedule[theirs] = words[diffusion.get(ours, default)]
+    for ours, (theirs, words) in their_words().items():
+        word = diffusion.get(ours, next(iter(words)))
+        if word not in words:
+            raise CheckpointError(
+                f"{ours} is {word}, but diffusers has {' and '.join(words)} alone; "
+                "export a file, which ends in .safetensors"
+            )
+        schedule[theirs] = words[word]
     return schedule
 
 
@@ -221,7 +236,7 @@ def our_schedule(config: dict, path: Path) -> dict:
     `path` in it, for a schedule that is not one of ours.
     """
     choices = {}
-    for ours, (theirs, words) in WORDS.items():
+    for ours, (theirs, words) in their_words().items():
         # A missing or unknown word counts as the default here. `refuse_others` below refuses the
         # unknown one.
         choices[ours] = next(iter(words))
@@ -262,7 +277,7 @@ def refuse_others(config: dict, read: dict, path: Path) -> None:
     """Raise CheckpointError for a field of another value than is read."""
     # Most fields are read with one value alone. These are read with several.
     several = {"block_out_channels": "multiples of the first"}
-    for theirs, words in WORDS.values():
+    for theirs, words in their_words().values():
         several[theirs] = " or ".join(map(repr, words.values()))
     for name, value in config.items():
         if name in NOT_READ or (name in read and value == read[name]):
@@ -290,17 +305,13 @@ def load_model(path: Path) -> SavedModel:
     if not path.is_dir():
         return load_weights(path)
     # A training of diffusers saves the average of the weights beside them.
-    unet = first_folder(path / "unet_ema", path / "unet", path)
+    folders = (path / "unet_ema", path / "unet", path)
+    unet = next(folder for folder in folders if folder.exists())
     config, note = read_configs(path, unet)
     weights = read_weights(unet)
     checksums = {name: checksum(tensor) for name, tensor in weights.items()}
     run = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": note}
     return SavedModel(path, weights, "diffusers", config, run, digest_of(config, checksums))
-
-
-def first_folder(*folders: Path) -> Path:
-    """Return the first of these folders that exists."""
-    return next(folder for folder in folders if folder.exists())
 
 
 def read_configs(path: Path, unet: Path) -> tuple[dict, str]:
@@ -413,10 +424,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def write_folder(saved: SavedModel, folder: Path) -> None:
     """Write a model as the folder of a DDPMPipeline.
 
-    Raises CheckpointError for a network that diffusers does not have.
+    Raises CheckpointError for a network or an objective that diffusers does not have.
     """
-    # A config may lack these fields, and then UNet's defaults hold.
-    model = {"dropout": 0.0, "norm_groups": 32, **saved.config["model"]}
+    # A config may lack fields, and then their defaults hold.
+    model = vars(saved.model)
     if model["dim_multiply"][0] != 1:
         raise CheckpointError(
             f"{saved.path}: dim_multiply begins with {model['dim_multiply'][0]}; "

@@ -288,7 +288,7 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def short(value: object) -> str:
+def short(value) -> str:
     """Return a text out of a file for a message: in one line, and not too long.
 
     What a terminal would obey is escaped.

@@ -10,28 +10,59 @@ checkpoints/    step-00001000.safetensors, ...
 """
 
 import json
+import math
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from config import Experiment
 from functions.support.checkpoint import SavedModel, check_whole, open_checkpoint
 from functions.support.diffusers_folder import is_diffusers
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import TensorFile, write_text
 
 Contents = TypeVar("Contents")
+# An x_T with a larger terminal SNR still carries the image. The paper's 1000 steps leave 4e-5.
+VISIBLE_SNR = 1e-3
 # The groups are the experiment and the time of the start.
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
 # Earlier versions wrote .pt files. They are found, too, so that they are refused with a reason.
 CHECKPOINT_NAME = re.compile(r"step-\d{8}\.(safetensors|pt)")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Hold what a run finds when it starts; config.json has it, and each checkpoint."""
+
+    total_steps: int = 0
+    steps_per_epoch: int = 0
+    # What the images are divided into, and hashes of the ids of those in either part.
+    split: str = ""
+    train_ids_hash: str = ""
+    val_ids_hash: str = ""
+    # The number of the network's parameters.
+    parameters: int = 0
+    terminal_snr: float = 0.0
+    device: str = ""
+    # Where the first weights come from; None if they were new.
+    initial: str | None = None
+    # What the bits of the results depend on: precision, threads, versions, ...
+    arithmetic: dict = field(default_factory=dict)
+
+    @staticmethod
+    def of(checkpoint: TensorFile) -> "Facts":
+        """Return those of a checkpoint; what an older one lacks has its default."""
+        saved = checkpoint.contents["run"]
+        names = {field.name for field in fields(Facts)}
+        return Facts(**{name: saved[name] for name in names & saved.keys()})
 
 
 @dataclass
@@ -40,33 +71,22 @@ class Run:
 
     # This is the name of the experiment.
     name: str
-    # config.py's Experiment is all that decides the result.
-    experiment: object
+    # It is all that decides the result.
+    experiment: Experiment
     # The run's folder is made in this one, and is None until then.
     runs: Path
     folder: Path | None = None
     # A resumed run goes on from this checkpoint.
     checkpoint: TensorFile | None = None
-    # A new run may start from the weights of this model.
-    initial: SavedModel | None = None
-    # The facts are those of the run's start: split, length, device, precision, ...
-    facts: dict = field(default_factory=dict)
-
-    @property
-    def remembered(self) -> dict:
-        """Return what the checkpoint says of the run; {} for a new one."""
-        return self.checkpoint.contents["run"] if self.checkpoint else {}
+    # These facts were found when it was written. Of a new run only `initial` can be known.
+    before: Facts = Facts()
+    # A new run may start from the weights of this file or folder.
+    initial: Path | None = None
 
     @property
     def first_step(self) -> int:
         """Return how many steps are done."""
-        return self.remembered.get("step", 0)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Return (C, H, W)."""
-        model = self.experiment.model
-        return model.channels, model.image_size, model.image_size
+        return self.checkpoint.contents["run"]["step"] if self.checkpoint else 0
 
     def make_folder(self) -> None:
         """Make a new, empty folder, unless the run has one. It is never one that exists."""
@@ -87,15 +107,60 @@ class Run:
         ending = "png" if kind == "samples" else "safetensors"
         return self.folder / kind / f"step-{step:08d}.{ending}"
 
-    def write_config(self) -> str:
+    def write_config(self, facts: Facts) -> str:
         """Write config.json and return its text.
 
         It has the config as in a checkpoint, and the facts under `run`.
         """
-        config = {"experiment": self.name, **self.experiment.to_dict(), "run": self.facts}
+        config = {"experiment": self.name, **self.experiment.to_dict(), "run": vars(facts)}
         text = json.dumps(config, indent=2)
         write_text(self.folder / "config.json", text)
         return text
+
+
+def describe(run: Run, facts: Facts, data_summary: str) -> str:
+    """Describe a run in some lines: data, split, network, length and schedule; then warnings."""
+    config = run.experiment.diffusion
+    snr = facts.terminal_snr
+    length = (
+        f"{facts.total_steps:,} steps of {config.effective_batch} images: "
+        f"{config.epochs} epochs of {facts.steps_per_epoch:,} steps"
+    )
+    if run.first_step:
+        length += f"; {run.first_step:,} steps are done"
+    lines = [
+        run.name,
+        f"  data       {data_summary}",
+        f"  split      {facts.split}",
+        f"  network    {facts.parameters:,} parameters, {facts.arithmetic['precision']}, "
+        f"{facts.device}",
+        f"  length     {length}",
+    ]
+    if facts.initial:
+        lines.append(f"  begins as  {facts.initial}")
+    lines.append(
+        f"  objective  {config.objective}, t {config.t_sampling} over {config.timesteps_diff} "
+        f"timesteps with {config.beta_schedule} betas, terminal SNR {snr:.2g}"
+    )
+
+    warnings = run.experiment.warnings()
+    if snr > VISIBLE_SNR:
+        warnings.append(
+            f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): x_T "
+            "still carries the image, and sampling starts from noise that the model never saw; "
+            "set rescale_betas = True or use 1000 timesteps"
+        )
+    if config.ema_decay == 0:
+        warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
+    # A resumed run repeats the bits of one that never stopped only in the same arithmetic.
+    for name, earlier in run.before.arithmetic.items():
+        now = facts.arithmetic.get(name)
+        if earlier != now:
+            warnings.append(
+                f"{name} was {earlier}, is now {now}: no longer bit for bit as if never stopped"
+            )
+    lines.extend(f"warning: {warning}" for warning in warnings)
+    return "\n".join(lines)
 
 
 @contextmanager

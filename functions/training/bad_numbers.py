@@ -20,7 +20,7 @@ class BadNumbers:
 
     `check` gives the flag that a fused Adam takes as its `found_inf`. A flag of 1 makes it leave
     weights, moments and its count of steps as they are, so the next step starts as if this one
-    had not been. Now and then the host looks at the counts, by `numbers` and `read`.
+    had not been. Now and then the host looks at them, by `counts` and `read`.
     """
 
     def __init__(self, device: torch.device):
@@ -53,40 +53,47 @@ class BadNumbers:
             getattr(self, name).fill_(int(state[name]))
         self.last.copy_(torch.tensor([float(value) for value in state["last"]]))
 
-    def numbers(self, scaler: torch.amp.GradScaler) -> Tensor:
-        """Return (6,) float32 on the device, for `read`.
+    def counts(self, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+        """Return scalars on the device, for `read`.
 
         They are the most bad steps in a row since the last `read`, all that were skipped so far,
-        the three numbers of `last`, and the scale of losses.
+        the numbers of the last bad step, and the scale of losses.
         """
-        # Scaling a one gives the scale without the wait that get_scale has.
-        scale = scaler.scale(torch.ones_like(self.last[0]))
-        numbers = [self.longest, self.skipped, *self.last, scale]
-        return torch.stack([number.float() for number in numbers])
+        step, loss, grad_norm = self.last
+        return {
+            "longest": self.longest,
+            "skipped": self.skipped,
+            "bad_step": step,
+            "bad_loss": loss,
+            "bad_grad_norm": grad_norm,
+            # Scaling a one gives the scale without the wait that get_scale has.
+            "scale": scaler.scale(torch.ones_like(step)),
+        }
 
-    def read(self, numbers: list[float], limit: int, learning_rate: float, run: Path) -> int:
-        """Return how many steps have been skipped so far, from what `numbers` gives now.
+    def read(self, numbers: dict[str, float], limit: int, learning_rate: float, run: Path) -> int:
+        """Return how many steps have been skipped so far, from what `counts` gives now.
 
         Raises UserError when `limit` bad steps in a row came since the last `read`, or when the
         loss scale of float16 has collapsed.
         """
         # A row of bad steps that is not over yet goes on counting.
         self.longest = self.in_a_row.clone()
-        longest, skipped, step, loss, grad_norm, scale = numbers
-        if longest >= limit:
+        if numbers["longest"] >= limit:
             fault = (
-                f"{longest:.0f} steps in a row had a loss or gradients that are not finite numbers"
+                f"{numbers['longest']:.0f} steps in a row had a loss or gradients that are not "
+                "finite numbers"
             )
-        elif scale < SMALLEST_SCALE:
+        elif numbers["scale"] < SMALLEST_SCALE:
             fault = (
-                f"the loss scale of float16 has collapsed to {scale:g}: "
+                f"the loss scale of float16 has collapsed to {numbers['scale']:g}: "
                 "gradients overflow at any scale"
             )
         else:
-            return int(skipped)
+            return int(numbers["skipped"])
         raise UserError(
-            f"{fault}; the last was step {step:.0f} (loss {loss:.4g}, "
-            f"gradient norm {grad_norm:.4g}, learning rate {learning_rate:.3g}). "
+            f"{fault}; the last was step {numbers['bad_step']:.0f} "
+            f"(loss {numbers['bad_loss']:.4g}, gradient norm {numbers['bad_grad_norm']:.4g}, "
+            f"learning rate {learning_rate:.3g}). "
             "They changed no weights. Lower the learning rate, clip gradients, or train in "
             f"bfloat16 or float32. Last good checkpoint: {last_checkpoint(run)}"
         )

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batches import ImageFeeder
 from data.pixels import to_model_range, to_uint8
 from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim
 from functions.prediction import Denoiser
@@ -19,11 +19,12 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import TrainingState, save_checkpoint
 from functions.support.errors import EXIT_STOPPED, CheckpointError
+from functions.support.files import TensorFile
 from functions.support.pictures import save_grid
 from functions.support.processes import Processes
-from functions.support.run_folder import Run, delete_old, locked
+from functions.support.run_folder import Facts, Run, delete_old, locked
 from functions.training.bad_numbers import BadNumbers
-from functions.training.metrics import MetricsLog, TrainingWindow, plot_losses
+from functions.training.metrics import MetricsLog, TrainingWindow, fetch, plot_losses
 from functions.training.stopping import StopSignals, failed_writes_explained
 from functions.training.validation import validation_losses
 
@@ -43,11 +44,11 @@ class BookKeeper:
     """
 
     run: Run
+    facts: Facts
     state: TrainingState
     # Samples are drawn with this one. It has the EMA weights if there are any.
     denoiser: Denoiser
-    # This is an ImageFeeder of data/batches.py.
-    images: object
+    images: ImageFeeder
     val_indices: np.ndarray
     processes: Processes
 
@@ -55,48 +56,52 @@ class BookKeeper:
         self.config = self.run.experiment.diffusion
         self.window = TrainingWindow(self.images.device, self.config.effective_batch)
         self.bad_numbers = BadNumbers(self.images.device)
+        if self.run.checkpoint:
+            self.load(self.run.checkpoint)
+        self.saved_at = time.monotonic()
+        self.stop = StopSignals()
+        self.bar = tqdm(disable=True)
+        # Rank 0 writes them within the context.
+        self.metrics: MetricsLog | None = None
+        # What the context holds, in the order in which it was entered.
+        self.stack = ExitStack()
 
     def __enter__(self) -> "BookKeeper":
         run = self.run
-        self.steps_per_epoch = run.facts["steps_per_epoch"]
-        self.total_steps = run.facts["total_steps"]
-        self.saved_at = time.monotonic()
-        if run.checkpoint:
-            self.load(run.remembered)
-
         # If anything here fails, the stack leaves what was entered so far.
-        with ExitStack() as stack:
-            run.folder = self.processes.from_main(lambda: self.open_folder(stack))
-            self.stop = stack.enter_context(StopSignals())
+        with self.stack:
+            run.folder = self.processes.from_main(self.open_folder)
+            self.stack.enter_context(self.stop)
             bar = tqdm(
                 initial=run.first_step,
-                total=self.total_steps,
+                total=self.facts.total_steps,
                 unit="step",
                 dynamic_ncols=True,
                 disable=not self.processes.is_main,
             )
-            self.bar = stack.enter_context(bar)
+            self.bar = self.stack.enter_context(bar)
             self.catch_up(run.first_step)
-            self.stack = stack.pop_all()
+            self.stack = self.stack.pop_all()
         # The data are prepared and the network is compiled, so nobody is slow from here on.
         self.processes.wait_less()
         return self
 
-    def open_folder(self, stack: ExitStack) -> Path:
+    def open_folder(self) -> Path:
         """Make the folder, lock it and begin its files, in rank 0; the stack closes them."""
         run = self.run
         run.make_folder()
-        stack.enter_context(locked(run.folder))
-        config = run.write_config()
+        self.stack.enter_context(locked(run.folder))
+        config = run.write_config(self.facts)
         self.metrics = MetricsLog(run.folder, run.first_step)
-        stack.callback(self.metrics.tensorboard.close)
+        self.stack.callback(self.metrics.tensorboard.close)
         self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", run.first_step)
         print(f"  goes to    {run.folder}", flush=True)
         return run.folder
 
     def catch_up(self, first_step: int) -> None:
         """Do what a run that was stopped left to the one that goes on."""
-        if self.run.remembered.get("unmeasured"):
+        checkpoint = self.run.checkpoint
+        if checkpoint and checkpoint.contents["run"].get("unmeasured"):
             self.write_row({"step": first_step}, self.measurements_due(first_step))
         if first_step > 0 and self.is_due(self.config.sample_every, first_step):
             grid = self.run.path_of("samples", first_step)
@@ -104,7 +109,6 @@ class BookKeeper:
                 self.sample(first_step)
 
         # The next resume takes the config from the checkpoint, so a changed one is saved at once.
-        checkpoint = self.run.checkpoint
         if checkpoint and checkpoint.contents["config"] != self.run.experiment.to_dict():
             with failed_writes_explained(self.run.folder):
                 self.save(first_step)
@@ -114,14 +118,15 @@ class BookKeeper:
         with failed_writes_explained(self.run.folder):
             self.stack.__exit__(*error)
 
-    def load(self, remembered: dict) -> None:
+    def load(self, checkpoint: TensorFile) -> None:
         """Go on with the numbers that `save` wrote."""
+        saved = checkpoint.contents["run"]
         try:
-            self.window.load(remembered["window"])
-            self.bad_numbers.load(remembered["bad_numbers"])
+            self.window.load(saved["window"])
+            self.bad_numbers.load(saved["bad_numbers"])
         except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(
-                f"{self.run.checkpoint.path}: its part 'run' is not what this version writes, "
+                f"{checkpoint.path}: its part 'run' is not what this version writes, "
                 "so its training cannot go on exactly; it can be sampled from"
             ) from error
 
@@ -137,7 +142,7 @@ class BookKeeper:
             "experiment": self.run.name,
             "step": done,
             "unmeasured": unmeasured,
-            **self.run.facts,
+            **vars(self.facts),
             "window": self.window.state(),
             "bad_numbers": self.bad_numbers.state(),
         }
@@ -147,14 +152,14 @@ class BookKeeper:
 
     def is_due(self, every: int, done: int) -> bool:
         """Return whether it is the turn of what is done every so many steps; 0 means never."""
-        return every > 0 and (done % every == 0 or done == self.total_steps)
+        return every > 0 and (done % every == 0 or done == self.facts.total_steps)
 
     def measurements_due(self, done: int) -> list[Measurement]:
         """Return what is to be measured on held-out images when `done` steps are done."""
         measurements = []
         if self.is_due(self.config.validate_every, done):
             measurements.append(self.validate)
-        if self.is_due(self.config.bits_per_dim_every * self.steps_per_epoch, done):
+        if self.is_due(self.config.bits_per_dim_every * self.facts.steps_per_epoch, done):
             measurements.append(self.bits_per_dim)
         return measurements
 
@@ -162,7 +167,7 @@ class BookKeeper:
         """Return whether a signal to any process ends all of them after this step."""
         stop = self.stop.received is not None or self.processes.orphaned
         # They agree here, so that they stop after the same step.
-        return self.processes.any(stop) and done < self.total_steps
+        return self.processes.any(stop) and done < self.facts.total_steps
 
     def after_step(self, done: int, grad_norm: Tensor) -> None:
         """Do all that is due when `done` steps are done.
@@ -171,7 +176,7 @@ class BookKeeper:
         little time, so what is to be measured, and the grid, are left to the run that goes on.
         """
         config = self.config
-        epoch = min(done // self.steps_per_epoch + 1, config.epochs)
+        epoch = min(done // self.facts.steps_per_epoch + 1, config.epochs)
         self.bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
         self.bar.update()
 
@@ -211,20 +216,18 @@ class BookKeeper:
         """
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
 
-        # All numbers are fetched at once: the norm, three of the window, and those of bad steps. A
-        # row without validation waits for the device only here.
-        window = self.window.numbers()
-        bad_numbers = self.bad_numbers.numbers(self.state.scaler)
-        numbers = torch.cat([grad_norm[None], window, bad_numbers])
-        norm, *numbers = numbers.cpu().tolist()
+        # A row without validation waits for the device only here.
+        window = self.window.sums()
+        bad_numbers = self.bad_numbers.counts(self.state.scaler)
+        numbers = fetch({"grad_norm": grad_norm, **window, **bad_numbers})
 
         # Too many bad steps in a row end the run here.
         max_skipped = self.config.max_skipped_steps
-        skipped = self.bad_numbers.read(numbers[3:], max_skipped, learning_rate, self.run.folder)
+        skipped = self.bad_numbers.read(numbers, max_skipped, learning_rate, self.run.folder)
         row = {
             "step": done,
-            **self.window.read(numbers[:3]),
-            "grad_norm": norm,
+            **self.window.read(numbers),
+            "grad_norm": numbers["grad_norm"],
             "learning_rate": learning_rate,
             "skipped_steps": skipped,
         }
@@ -233,7 +236,7 @@ class BookKeeper:
 
     def write_row(self, row: dict[str, float], measurements: list[Measurement]) -> None:
         """Write a row of metrics, with the columns of these measurements."""
-        row["epoch"] = row["step"] / self.steps_per_epoch
+        row["epoch"] = row["step"] / self.facts.steps_per_epoch
         # All processes measure, and rank 0 writes.
         for measure in measurements:
             row |= measure()
@@ -284,7 +287,7 @@ class BookKeeper:
         sampler = ImageSampler(
             self.denoiser,
             options,
-            self.run.image_shape,
+            self.run.experiment.model.image_shape,
             config.seed,
             self.images.device,
             use_cuda_graph=False,

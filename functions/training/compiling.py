@@ -8,17 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from config import DiffusionConfig
 from functions.prediction import Denoiser
 from functions.support.files import short
 from functions.support.processes import Processes
-from functions.support.run_folder import Run
-from functions.training.start import run_pass
+from functions.training.memory import run_pass
 
 DEVICES = ("cuda",)
 # Compiling for one shape takes about so many seconds.
 COMPILING = 240
-# A compiled pass saves about this part of a pass's time, by the bytes that
-# benchmarks/bytes_moved.py counts.
+# A compiled pass saves about this part of a pass's time, by the bytes that were counted for
+# benchmarks/NOTES.md.
 SAVED = 0.5
 OPTIONS = {
     # Dropout is drawn as without a compiler.
@@ -41,29 +41,37 @@ MOST_HALVINGS = 20
 
 
 def compiled_if_worth_it(
-    denoiser: Denoiser, network: nn.Module, run: Run, passes: list[slice], processes: Processes
+    denoiser: Denoiser,
+    network: nn.Module,
+    config: DiffusionConfig,
+    passes: list[slice],
+    steps: int,
+    processes: Processes,
 ) -> Denoiser:
     """Return the denoiser to train with, either of `network` or of `network` compiled.
 
     `network` is the denoiser's network, wrapped by `Processes.wrap`. It is compiled and tried
-    before the first step, for all sizes of a step's `passes`.
+    before the first step, for all sizes of a step's `passes`, if that pays off in so many `steps`.
     """
     eager = replace(denoiser, network=network)
-    if not can_be_compiled(run, processes):
+    model = denoiser.network
+    device = next(model.parameters()).device
+    if device.type not in DEVICES or not is_allowed(config, processes):
         return eager
 
     # The network is compiled by itself for each shape that a pass has.
-    shapes = {(places.stop - places.start, *run.image_shape) for places in passes}
+    image_shape = (model.channels, model.image_size, model.image_size)
+    shapes = {(places.stop - places.start, *image_shape) for places in passes}
     with trial(network, processes):
         seconds, expected = tried(eager, shapes)
-        if not is_worth_it(seconds * len(passes), len(shapes), run, processes):
+        if not is_worth_it(seconds * len(passes) * steps, len(shapes), steps, processes):
             return eager
 
         start = time.monotonic()
         try:
             # The compiled network keeps all that backward needs. If it were to recompute norms, the
             # compiler would recompute convolutions as well.
-            denoiser.network.set_recompute("none")
+            model.set_recompute("none")
             compiled_network = torch.compile(network, dynamic=False, options=OPTIONS)
             compiled = replace(denoiser, network=compiled_network)
             compiled_seconds, gradients = tried(compiled, shapes)
@@ -83,7 +91,7 @@ def compiled_if_worth_it(
     for reason in processes.gather(failure):
         if reason:
             processes.say(f"             failed, so it goes on without: {reason}")
-            denoiser.network.set_recompute(run.experiment.diffusion.recompute)
+            model.set_recompute(config.recompute)
             return eager
     processes.say(
         f"             took {took:.0f} s; "
@@ -92,25 +100,23 @@ def compiled_if_worth_it(
     return compiled
 
 
-def can_be_compiled(run: Run, processes: Processes) -> bool:
-    """Return whether device and config allow compiling; print which field does not."""
-    if torch.device(run.facts["device"]).type not in DEVICES:
-        return False
+def is_allowed(config: DiffusionConfig, processes: Processes) -> bool:
+    """Return whether the config allows compiling; print which field does not."""
     for field, value in {"compile": "off", "deterministic": True, "recompute": "blocks"}.items():
-        if getattr(run.experiment.diffusion, field) == value:
+        if getattr(config, field) == value:
             processes.say(f"  compiling  is left out, with {field} = {value}")
             return False
     return True
 
 
-def is_worth_it(step_seconds: float, shapes: int, run: Run, processes: Processes) -> bool:
+def is_worth_it(seconds: float, shapes: int, steps: int, processes: Processes) -> bool:
     """Estimate and print what compiling takes and saves; return whether it saves more.
 
-    `step_seconds` is the time of a step's passes without it, `shapes` the number of their shapes.
+    `seconds` is the time of all passes of these steps without it, `shapes` the number of their
+    shapes.
     """
     takes = COMPILING * shapes
-    steps = run.facts["total_steps"] - run.first_step
-    saves = SAVED * step_seconds * steps
+    saves = SAVED * seconds
     # Each process has timed its own passes, so rank 0 decides for all.
     worth_it = processes.from_main(lambda: saves > takes)
     verb = "takes" if worth_it else "is left out: it would take"

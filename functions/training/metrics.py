@@ -124,6 +124,12 @@ def format_number(value: float | None) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def fetch(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """Return the values of scalars on a device, all in one wait for it."""
+    values = torch.stack([scalar.float() for scalar in scalars.values()])
+    return dict(zip(scalars, values.cpu().tolist(), strict=True))
+
+
 class TrainingWindow:
     """Loss, error of eps and speed since the last row, without waiting for the device.
 
@@ -131,27 +137,28 @@ class TrainingWindow:
     """
 
     def __init__(self, device: torch.device, images_a_step: int):
-        # These are the sums of loss and of error of eps over images, and the number of steps.
-        self.totals = torch.zeros(3, device=device)
+        # The sums over images of the loss and of the error of eps, and the number of steps.
+        self.sums_of_losses = torch.zeros(2, device=device)
+        self.steps = torch.zeros((), device=device)
         self.images_a_step = images_a_step
         self.steps_timed = 0
         # The window began at this time, or would have without pauses.
         self.clock = time.perf_counter()
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, list[float] | int]:
         """Return what a checkpoint keeps, so that the next row of a resumed run misses no step."""
-        *sums, steps = self.totals.tolist()
-        return {"sums": sums, "steps": int(steps)}
+        return {"sums": self.sums_of_losses.tolist(), "steps": int(self.steps)}
 
-    def load(self, state: dict[str, float]) -> None:
+    def load(self, state: dict[str, list[float] | int]) -> None:
         """Go on from what `state` gave; the time of those steps is not known."""
         if "sums" in state:
             loss, eps_error = state["sums"]
         else:
             # Older checkpoints have one sum: all runs predicted eps then, so it is both.
             loss = eps_error = state["loss_sum"]
-        totals = [float(loss), float(eps_error), int(state["steps"])]
-        self.totals.copy_(torch.tensor(totals))
+        steps = int(state["steps"])
+        self.sums_of_losses.copy_(torch.tensor([float(loss), float(eps_error)]))
+        self.steps.fill_(steps)
 
     def add(self, sums: Tensor, skipped: Tensor) -> None:
         """Add a step's loss and error of eps (2,), summed over images.
@@ -159,32 +166,32 @@ class TrainingWindow:
         `skipped` () is 1 if the step was skipped, else 0. A skipped step takes time, but its
         loss does not count.
         """
-        self.totals[:2] += torch.where(skipped > 0, 0.0, sums)
-        self.totals[2] += 1 - skipped
+        self.sums_of_losses += torch.where(skipped > 0, 0.0, sums)
+        self.steps += 1 - skipped
         self.steps_timed += 1
 
-    def numbers(self) -> Tensor:
-        """Return (3,) on the device: the sums of the loss and of the error of eps, and steps."""
-        return self.totals
+    def sums(self) -> dict[str, Tensor]:
+        """Return scalars on the device, for `read`."""
+        loss, eps_error = self.sums_of_losses
+        return {"loss": loss, "eps_error": eps_error, "steps": self.steps}
 
-    def read(self, numbers: list[float]) -> dict[str, float]:
+    def read(self, numbers: dict[str, float]) -> dict[str, float]:
         """Return means over images and images a second, and start the next window.
 
-        `numbers` are what the method of that name gives now. The means are nan if all steps
-        were skipped.
+        `numbers` has what `sums` gives now. The means are nan if all steps were skipped.
         """
         # Whoever has the numbers has waited for the device, so the clock is right.
         now = time.perf_counter()
         speed = self.steps_timed * self.images_a_step / (now - self.clock)
-        loss, eps_error, steps = numbers
-        images = steps * self.images_a_step or math.nan
+        images = numbers["steps"] * self.images_a_step or math.nan
 
-        self.totals.zero_()
+        self.sums_of_losses.zero_()
+        self.steps.zero_()
         self.steps_timed = 0
         self.clock = now
         return {
-            "loss": loss / images,
-            "eps_error": eps_error / images,
+            "loss": numbers["loss"] / images,
+            "eps_error": numbers["eps_error"] / images,
             "images_per_second": speed,
         }
 

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from config import DiffusionConfig
 from data.pixels import to_model_range
 from functions.losses import denoising_loss, eps_errors
 from functions.prediction import Denoiser
@@ -15,9 +17,9 @@ from functions.support.random_numbers import ImageNoise, generator_of
 @torch.no_grad()
 def validation_losses(
     denoisers: list[Denoiser],
-    images_of: Callable,
+    images_of: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
-    config: object,
+    config: DiffusionConfig,
     processes: Processes,
 ) -> list[tuple[float, float]]:
     """Return each denoiser's mean loss (Eq. 14) and the mean error of eps that belongs to it.
@@ -27,8 +29,7 @@ def validation_losses(
     same objective, the errors of eps always.
 
     The denoisers have the same schedule. `images_of` takes image indices (B,) and returns uint8
-    (B, H, W, C) on the denoisers' device. `config` is the run's DiffusionConfig. The processes
-    divide the batches, and all get the means.
+    (B, H, W, C) on the denoisers' device. The processes divide the batches, and all get the means.
     """
     scheduler = denoisers[0].scheduler
     samples = config.validation_samples

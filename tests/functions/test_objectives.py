@@ -1,8 +1,10 @@
-"""Objective v beside eps: what converts into what.
+"""Objective v beside eps, and one that a test registers, x_0: what converts into what.
 
 The truths are the formulas of the papers in NumPy, diffusers, and ideal networks, whose answer is
 known in closed form.
 """
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,14 +16,43 @@ from torch.testing import assert_close
 from functions.likelihood import terms_of
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser, predict
-from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
+from functions.prediction import OBJECTIVES, Denoiser, Objective, predict
+from functions.samplers import SAMPLERS, ddim_sample, dpm_solver_sample
 from tests.functions.known_denoisers import IMAGES, ideal_model
 
 SCHEDULERS = {name: NoiseScheduler(1000, beta_schedule=name) for name in ("linear", "cosine")}
 # The timesteps of a batch of five images include both ends.
 T = torch.tensor([0, 1, 200, 700, 999])
 both_schedules = pytest.mark.parametrize("schedule", SCHEDULERS)
+not_eps = pytest.mark.parametrize("objective", ["v", "x_0"])
+
+
+def x_0_itself(scheduler, x_0, t, noise):
+    return x_0
+
+
+def predict_from_x_0(scheduler, x_t, t, x_0):
+    return x_0, scheduler.predict_eps(x_t, t, x_0)
+
+
+def snr(scheduler, t):
+    """Return the squared error of eps over that of x_0, in the same x_t (Eq. 15)."""
+    alpha_bar = scheduler.alpha_bar(t)
+    return alpha_bar / (1 - alpha_bar)
+
+
+X_0 = Objective(x_0_itself, predict_from_x_0, snr, "sample")
+
+
+@pytest.fixture(autouse=True)
+def third_objective(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "x_0", X_0)
+
+
+@pytest.mark.parametrize("name", ["noise", None, [], 1], ids=repr)
+def test_an_unknown_objective_is_refused(name):
+    with pytest.raises(ValueError, match="it can be eps or v or x_0"):
+        Denoiser(None, SCHEDULERS["linear"], objective=name)
 
 
 def normal(seed, count=5):
@@ -30,36 +61,40 @@ def normal(seed, count=5):
     return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
 
 
-def ideal_v(scheduler):
-    """Return the network of objective v that is ideal for IMAGES: E[v | x_t], in closed form."""
+def ideal(objective, scheduler):
+    """Return the ideal `Denoiser` for IMAGES, E[v | x_t] or E[x_0 | x_t], in closed form."""
     mean = IMAGES.mean.view(3, 8, 8)
     variance = (IMAGES.std**2).view(3, 8, 8)
 
     def network(x_t, t):
-        # For Gaussian images E[v | x_t] is linear in x_t, with the slope Cov(v, x_t) / Var(x_t).
-        # Cov(v, x_t) = sqrt(a (1 - a)) (1 - variance), and Var(x_t) = a variance + 1 - a.
+        # For Gaussian images both are linear in x_t, with the slope Cov(v, x_t) / Var(x_t) or
+        # Cov(x_0, x_t) / Var(x_t), where Var(x_t) = a variance + 1 - a.
         a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-        slope = (a * (1 - a)).sqrt() * (1 - variance) / (a * variance + 1 - a)
-        # x_t has the mean sqrt(a) mean, and v has -sqrt(1 - a) mean.
-        return slope * (x_t - a.sqrt() * mean) - (1 - a).sqrt() * mean
+        covariance = a.sqrt() * variance
+        mean_of_output = mean
+        if objective == "v":
+            covariance = (a * (1 - a)).sqrt() * (1 - variance)
+            mean_of_output = -(1 - a).sqrt() * mean
+        slope = covariance / (a * variance + 1 - a)
+        return slope * (x_t - a.sqrt() * mean) + mean_of_output
 
-    return network
+    return Denoiser(network, scheduler, objective=objective)
 
 
 @both_schedules
+@not_eps
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
-        (ddpm_sample, {}),
-        (ddim_sample, {}),
         (dpm_solver_sample, {"eta": 1.0}),
-        (dpm_solver_sample, {}),
-        (ipndm_sample, {}),
+        *((row.function, {}) for row in SAMPLERS.values()),
     ],
 )
-def test_ideal_networks_of_either_objective_give_the_same_samples(sampler, options, clip, schedule):
-    """The ideal v is the rotation of x_t and the ideal eps, so it leads along the same path."""
+def test_ideal_networks_of_all_objectives_give_the_same_samples(
+    sampler, options, clip, objective, schedule
+):
+    """The ideal v and x_0 are linear in x_t and the ideal eps, so they lead along the same path."""
     scheduler = SCHEDULERS[schedule]
     # Of these draws the last is x_T, and draw k is the noise of step k.
     draws = [normal(k) for k in range(26)]
@@ -76,12 +111,13 @@ def test_ideal_networks_of_either_objective_give_the_same_samples(sampler, optio
         )
 
     of_eps = sampled(ideal_model(IMAGES, scheduler))
-    of_v = sampled(Denoiser(ideal_v(scheduler), scheduler, objective="v"))
+    of_other = sampled(ideal(objective, scheduler))
 
     # The `Denoiser` rounds x_t and v, which are up to 4, to float32 and so by 6e-8 of that. x_0 and
     # eps are rotations of the two, which magnify nothing. iPNDM's first step multiplies the error
-    # of eps by sigma_T, 157 or 2e4; the later ones shrink it as much again.
-    assert_close(of_v, of_eps, rtol=0, atol=1e-6)
+    # of eps by sigma_T, 157 or 2e4; the later ones shrink it as much again. From x_0, eps is
+    # divided by sqrt(1 - alpha_bar), and multiplied by as much in the next state.
+    assert_close(of_other, of_eps, rtol=0, atol=1e-6)
 
 
 def relative_error(guess, truth):
@@ -114,7 +150,7 @@ def test_v_keeps_the_digits_of_x_0_that_eps_would_lose(schedule, lost):
 
 
 @both_schedules
-@pytest.mark.parametrize("objective", ["eps", "v"])
+@pytest.mark.parametrize("objective", ["eps", "v", "x_0"])
 def test_losses_convert_as_the_papers_say(objective, schedule):
     """For any network the loss of v is that of eps over alpha_bar, and of x_0 over 1 - alpha_bar.
 
@@ -130,27 +166,30 @@ def test_losses_convert_as_the_papers_say(objective, schedule):
     denoiser = Denoiser(network, scheduler, objective=objective)
     losses = denoising_loss(denoiser, scheduler, x_0, T, noise)
 
-    # The network's output means an eps and an x_0: Eq. 15 of Ho et al., or the definition of v.
+    # The network's output means an eps and an x_0: by x_t = sqrt(a) x_0 + sqrt(1 - a) eps, and by
+    # the definition of v.
     a = scheduler.alphas_cumprod[T].view(-1, 1, 1, 1).numpy()
     x_t = np.sqrt(a) * x_0.numpy() + np.sqrt(1 - a) * noise.numpy()
     output = network(torch.from_numpy(x_t), T).double().numpy()
+    predicted = output
     if objective == "v":
         predicted = np.sqrt(a) * x_t - np.sqrt(1 - a) * output
-        eps = (x_t - np.sqrt(a) * predicted) / np.sqrt(1 - a)
-    else:
-        eps = output
+    if objective == "eps":
         predicted = (x_t - np.sqrt(1 - a) * output) / np.sqrt(a)
+    eps = (x_t - np.sqrt(a) * predicted) / np.sqrt(1 - a)
 
     of_eps = ((eps - noise.numpy()) ** 2).mean(axis=(1, 2, 3))
     of_x_0 = ((predicted - x_0.numpy()) ** 2).mean(axis=(1, 2, 3))
     a = a.reshape(-1)
-    factor = 1 if objective == "v" else a
-    # Both conversions give the loss of v. The loss of eps is alpha_bar times that.
+    factor = {"eps": a, "v": 1, "x_0": 1 - a}[objective]
+    # Both conversions give the loss of v. The loss of eps is alpha_bar times that, and the loss of
+    # x_0 is 1 - alpha_bar times that.
     for of_v in (of_eps / a, of_x_0 / (1 - a)):
         assert_allclose(losses, of_v * factor, rtol=1e-5)
     assert_allclose(eps_errors(denoiser, scheduler, losses, T), of_eps, rtol=1e-5)
 
 
+@not_eps
 @pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
 @pytest.mark.parametrize(
     ("schedule", "theirs"),
@@ -159,10 +198,11 @@ def test_losses_convert_as_the_papers_say(objective, schedule):
         ("cosine", "squaredcos_cap_v2"),
     ],
 )
-def test_v_is_that_of_diffusers(kind, schedule, theirs):
+def test_objectives_are_those_of_diffusers(kind, schedule, theirs, objective):
     """Compare with their `get_velocity`, with the x_0 that `step` assumes, and with DDIM's step."""
     ours = SCHEDULERS[schedule]
-    theirs = kind(1000, 1e-4, 0.02, theirs, prediction_type="v_prediction")
+    word = {"v": "v_prediction", "x_0": "sample"}[objective]
+    theirs = kind(1000, 1e-4, 0.02, theirs, prediction_type=word)
     # Theirs would be in float32.
     theirs.alphas_cumprod = ours.alphas_cumprod
     theirs.set_timesteps(20)
@@ -171,26 +211,28 @@ def test_v_is_that_of_diffusers(kind, schedule, theirs):
     noise = normal(2)
     assert_close(ours.v(x_0, T, noise), theirs.get_velocity(x_0, noise, T))
 
-    # Our network and theirs say the same v, whatever it is.
+    # Our network and theirs say the same, whatever it is; ours in float32.
+    close = partial(assert_close, rtol=0, atol=1e-6, check_dtype=False)
     output = normal(3).float()
-    denoiser = Denoiser(lambda x_t, t: output, ours, objective="v")
+    denoiser = Denoiser(lambda x_t, t: output, ours, objective=objective)
     for t in (950, 500, 50):
         x_t = ours.q_sample(x_0, t, noise)
         for clip in (True, False):
             theirs.register_to_config(clip_sample=clip)
             step = theirs.step(output.double(), t, x_t)
             predicted, _ = predict(denoiser, ours, x_t, t, clip)
-            assert_close(predicted, step.pred_original_sample)
+            close(predicted, step.pred_original_sample)
 
         # The last step was without clipping.
         if kind is DDIMScheduler:
             x_s = ddim_sample(denoiser, ours, x_t, [t, t - 50], clip_x_0=False)
-            assert_close(x_s, step.prev_sample)
+            close(x_s, step.prev_sample)
 
 
 @both_schedules
-def test_the_bound_is_the_same_for_either_objective(schedule):
-    """Ideal networks of both objectives know the same, so they need the same bits."""
+@not_eps
+def test_the_bound_is_the_same_for_all_objectives(objective, schedule):
+    """Ideal networks of all objectives know the same, so they need the same bits."""
     scheduler = SCHEDULERS[schedule]
     images = IMAGES.sample(5, torch.Generator().manual_seed(0))
     x_0 = images.view(5, 3, 8, 8).clamp(-1, 1)
@@ -200,7 +242,7 @@ def test_the_bound_is_the_same_for_either_objective(schedule):
         return terms_of(model, scheduler, x_0, T, noise, "small", True)
 
     *bits, squared_errors = terms(ideal_model(IMAGES, scheduler))
-    *bits_of_v, errors_of_v = terms(Denoiser(ideal_v(scheduler), scheduler, objective="v"))
-    assert_close(bits_of_v, bits, rtol=1e-6, atol=1e-8)
+    *bits_of_other, errors_of_other = terms(ideal(objective, scheduler))
+    assert_close(bits_of_other, bits, rtol=1e-6, atol=1e-8)
     # At T - 1, where there are no bits, the rounding of eps to float32 is an error of 1e-3 in x_0.
-    assert_close(errors_of_v, squared_errors, rtol=1e-6, atol=5e-5)
+    assert_close(errors_of_other, squared_errors, rtol=1e-6, atol=5e-5)

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
+from functions.samplers import SAMPLERS, ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from tests.functions.known_denoisers import (
     IMAGES,
     MIXTURE,
@@ -69,14 +69,11 @@ def distance(x_0):
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
-        (ddpm_sample, {"variance": "small"}),
+        *((row.function, {}) for row in SAMPLERS.values()),
         (ddpm_sample, {"variance": "large"}),
-        (ddim_sample, {"eta": 0.0}),
         (ddim_sample, {"eta": 0.5}),
-        (dpm_solver_sample, {"eta": 0.0}),
         (dpm_solver_sample, {"eta": 0.5}),
         (dpm_solver_sample, {"eta": 1.0}),
-        (ipndm_sample, {}),
     ],
 )
 def test_samples_are_distributed_as_the_data(sampler, options, spacing):

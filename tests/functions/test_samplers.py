@@ -9,14 +9,13 @@ import torch
 from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
+from functions.samplers import SAMPLERS, ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
 from functions.timesteps import sampling_times
 from tests.functions.known_denoisers import Gaussian, double, mean_and_variance
 
 SHAPE = (2, 3, 4, 4)
-all_samplers = pytest.mark.parametrize(
-    "sampler", [ddpm_sample, ddim_sample, dpm_solver_sample, ipndm_sample]
-)
+FUNCTIONS = [row.function for row in SAMPLERS.values()]
+all_samplers = pytest.mark.parametrize("sampler", FUNCTIONS, ids=SAMPLERS)
 
 
 def smooth_model(x_t, t):

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("torch_fidelity", reason="requirements-eval.txt is not installed")
 
+from data.datasets import ImageSet, hash_ids
 from functions.evaluation.features import Reference
 from functions.evaluation.reference_statistics import (
     FORMAT,
@@ -48,11 +49,14 @@ def arrays(**changes):
 def test_reference_is_published_and_checked(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     indices = np.arange(5, 15)
-    facts = describe(images, indices, "abc", "discs", "train", EXTRACTOR)
+    image_set = ImageSet("private/discs", images, [*range(100, 120)])
+    facts = describe(image_set, indices, "train", EXTRACTOR)
+    assert facts["dataset"] == "discs"
+    assert facts["ids_hash"] == hash_ids([*range(105, 115)])
 
     # Other pixels under the same ids are another reference.
     images[7, 0, 0, 0] ^= 1
-    assert describe(images, indices, "abc", "discs", "train", EXTRACTOR) != facts
+    assert describe(image_set, indices, "train", EXTRACTOR) != facts
 
     public = tmp_path / "discs.npz"
     write_reference(public, Reference(facts, GOOD))

@@ -137,7 +137,7 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     fitted = path.read_bytes()
 
     # The second time it is read from its file, without the data, and the images are the same.
-    with patch.object(sample, "images_of_run", side_effect=UserError("the data are gone")):
+    with patch.object(calibration, "images_of_run", side_effect=UserError("the data are gone")):
         call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "again")
     assert "calibration" not in capsys.readouterr().out
     assert (tmp_path / "again" / "00000.png").read_bytes() == first
@@ -203,10 +203,10 @@ def test_a_runs_own_images_are_those_of_its_training(tiny_run, pictures, tmp_pat
     fewer = tmp_path / "fewer"
     shutil.copytree(pictures, fewer, ignore=shutil.ignore_patterns("*.packed*", "00007.png"))
 
-    def load(diffusion, size, name=None):
-        return images_of_run(diffusion, size, str(fewer))
+    def load(saved, name=None):
+        return images_of_run(saved, str(fewer))
 
-    monkeypatch.setattr(sample, "images_of_run", load)
+    monkeypatch.setattr(calibration, "images_of_run", load)
     flags = ["--steps", 2, "--n", 1, "--out", tmp_path]
     message = f"was trained on other images than {fewer} has.*with --calibrate {fewer}"
     with pytest.raises(UserError, match=message):

@@ -1,6 +1,7 @@
 """Samplers by flag: each gives the images of its options, and some flags are refused."""
 
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,15 +9,17 @@ import torch
 from PIL import Image
 
 import sample
+import train
 from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import predict
+from functions.samplers import SAMPLERS, Sampler
 from functions.sampling.generation import ImageSampler, generate, rebuild
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
-from functions.timesteps import SPACINGS
-from models.unet import UNet
+from functions.timesteps import SPACINGS, sampling_times
 from tests.conftest import CPU, ROOT, call
 
 
@@ -79,11 +82,63 @@ def test_flags_give_the_images_of_their_options(
     assert options.slug == slug
 
     # The files are compared with what these options give in memory.
-    denoiser = rebuild(UNet, load_weights(checkpoints_of(tiny_run)[-1]), CPU)
+    denoiser = rebuild(load_weights(checkpoints_of(tiny_run)[-1]), CPU)
     image_sampler = ImageSampler(denoiser, options, (3, 16, 16), 3, CPU)
     expected = to_uint8(generate(image_sampler, range(2), 2).images)
     images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     assert np.array_equal(images, expected)
+
+
+@torch.no_grad()
+def euler_sample(
+    model,
+    scheduler,
+    x_T,
+    steps=None,
+    spacing="trailing",
+    clip_x_0=True,
+    step_noise=None,
+    on_step=None,
+):
+    """Solve dy = eps dsigma by Euler's method, with y = x / sqrt(alpha_bar)."""
+    x = x_T
+    for k, (t, s) in enumerate(pairwise(sampling_times(scheduler, steps, spacing))):
+        x_0, eps = predict(model, scheduler, x, t, clip_x_0)
+        sigma_t = (1 / scheduler.alpha_bar(t) - 1) ** 0.5
+        sigma_s = (1 / scheduler.alpha_bar(s) - 1) ** 0.5
+        y = x / scheduler.alpha_bar(t) ** 0.5 + (sigma_s - sigma_t) * eps
+        x = scheduler.alpha_bar(s) ** 0.5 * y
+        if on_step:
+            on_step(k, t, x, x_0)
+    return x
+
+
+def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch, capsys):
+    """DDIM is Euler's method for that equation (Song et al. 2021, Eq. 14): the images agree."""
+    row = Sampler(euler_sample, {"spacing": "logsnr"}, "Euler's method")
+    monkeypatch.setitem(SAMPLERS, "euler", row)
+
+    with pytest.raises(SystemExit):
+        call(sample.main, "--help")
+    assert "euler is Euler's method (spacing logsnr)" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match=r"^--eta is an option of ddim and dpm\+\+, not of euler$"):
+        SamplerOptions("euler", eta=0.5)
+
+    call(train.main, "--resume", unfinished, "--diffusion.grid-sampler", "euler")
+    for flags in (["euler"], ["ddim", "--spacing", "logsnr"]):
+        out = tmp_path / flags[0]
+        call(sample.main, unfinished, "--n", 4, "--steps", 4, "--out", out, "--sampler", *flags)
+    script, expected, training = (
+        np.asarray(Image.open(path)).astype(float)
+        for path in (
+            tmp_path / "euler" / "grid.png",
+            tmp_path / "ddim" / "grid.png",
+            unfinished / "samples" / "step-00000010.png",
+        )
+    )
+    # Rounding differs, and the layout of the networks in memory.
+    assert abs(script - expected).max() <= 1
+    assert abs(training - expected).max() <= 2
 
 
 def test_the_rest_of_the_way_is_done_in_the_steps_of_the_whole():

@@ -11,9 +11,9 @@ from PIL import Image
 import sample
 import sampleFFHQ
 from data.pixels import to_uint8
-from functions.samplers import ipndm_sample
+from functions.samplers import SAMPLERS, ipndm_sample
 from functions.sampling.generation import Replayed, Samples, frame_steps, generate, generate_batches
-from functions.sampling.options import SAMPLERS, SamplerOptions
+from functions.sampling.options import SamplerOptions
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import SMALLEST_SIDE, save_grid
 from tests.conftest import LittleMemory, call, image_sampler_of, small_unet

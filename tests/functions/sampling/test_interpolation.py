@@ -7,7 +7,7 @@ from PIL import Image
 
 import sample
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import ddpm_sample, dpm_solver_sample
+from functions.samplers import SAMPLERS, ddpm_sample, dpm_solver_sample
 from functions.sampling import interpolation
 from functions.sampling.generation import generate
 from functions.sampling.interpolation import (
@@ -16,7 +16,7 @@ from functions.sampling.interpolation import (
     slerp,
     variations,
 )
-from functions.sampling.options import SAMPLERS, SamplerOptions
+from functions.sampling.options import SamplerOptions
 from functions.support.pictures import save_strip
 from functions.support.random_numbers import ImageNoise
 from tests.conftest import call, image_sampler_of
@@ -138,7 +138,7 @@ def test_variations_by_dpm_solver_are_too_different_at_no_depth(steps, beta_sche
             scheduler,
             options.times(scheduler, start),
             (0.0, 1 - a),
-            **options.own,
+            **options.chosen,
         )
         gain = a**0.5 * 0.5**2 / (a * 0.5**2 + 1 - a)
         variance = 0.5**2 * (1 - a) / (a * 0.5**2 + 1 - a)

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from functions.sampling.generation import rebuild
 from functions.support import checkpoint, files
 from functions.support.checkpoint import (
     TrainingState,
@@ -24,6 +25,7 @@ from functions.support.checkpoint import (
 )
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, write_tensors, write_whole
+from tests.conftest import CPU
 from tests.forked import Program
 from tests.peak_memory import at_most
 from tests.spoilt_files import (
@@ -166,8 +168,19 @@ def test_sampling_takes_the_average_if_there_is_one(path):
         assert saved.kind == kind
         assert saved.config == contents["config"]
         assert saved.run == contents["run"]
-        assert saved.image_shape == (3, 4, 4)
+        assert saved.model.image_shape == (3, 4, 4)
         assert str(saved) == f"{kind} weights after 5 of 90 steps, hash {saved.digest[:16]}"
+
+
+def test_a_field_that_an_older_config_lacks_has_its_default(path):
+    tensors, contents = checkpoint_parts()
+    model = contents["config"]["model"]
+    default = {name: model.pop(name) for name in ("channels", "dropout", "dialect")}
+    write_tensors(path, tensors, contents)
+
+    saved = load_weights(path)
+    assert vars(saved.model) == {**model, **default, "dim_multiply": (1,), "transformer_layers": ()}
+    assert same(dict(rebuild(saved, CPU).network.state_dict()), saved.weights)
 
 
 def test_an_exported_file_is_a_part_of_the_checkpoint(path, tmp_path):

@@ -1,8 +1,9 @@
-"""The hardware's devices and precisions, the GPU's samples, and Adam in the order of the memory."""
+"""The hardware's devices and precisions, the GPU's samples, and Adam on MPS."""
 
 import copy
 import sys
 from functools import partial
+from pathlib import Path
 from unittest.mock import MagicMock, patch
 
 import pytest
@@ -24,6 +25,7 @@ from functions.support.device import (
 from functions.support.errors import UserError
 from models.unet import UNet
 from tests.conftest import call, image_sampler_of, small_unet
+from tests.forked import Program
 from tests.peak_memory import at_most
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -124,20 +126,16 @@ def test_precision_by_name_and_as_the_run_was_started_with():
             choose_precision(unusable, CPU)
 
 
-@pytest.fixture
-def little_memory(monkeypatch, tmp_path):
-    """Return a function by which Linux says that so many megabytes are free."""
-
-    def says(megabytes):
-        (tmp_path / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {1000 * megabytes} kB\n")
-        monkeypatch.setattr("functions.support.device.MEMINFO", tmp_path / "meminfo")
-
-    return says
+def let_so_much_be_free(patch, folder, megabytes):
+    """Let Linux say so."""
+    (folder / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {1000 * megabytes} kB\n")
+    patch.setattr("functions.support.device.MEMINFO", folder / "meminfo")
 
 
-@pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
-def test_there_is_room_for_what_is_computed_at_a_time(little_memory):
-    little_memory(300)
+def compute_what_there_is_room_for():
+    """Take less than the 300 MB that are free, and more of them with four times the images."""
+    let_so_much_be_free(pytest.MonkeyPatch(), Path(sys.argv[1]), 300)
+    choose_device("cpu")
     network = UNet(64, 3, 16, (1, 2, 2), (), 32, norm_groups=8).requires_grad_(False)
 
     def compute(count):
@@ -148,14 +146,20 @@ def test_there_is_room_for_what_is_computed_at_a_time(little_memory):
     room = room_on_the_cpu(partial(compute, 1))
     with at_most(300):
         compute(room)
-    # It is no careless bound, either.
     with pytest.raises(AssertionError), at_most(300):
         compute(4 * room)
 
 
 @pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
-def test_a_cpu_with_little_memory_takes_one_image_at_a_time(tiny_run, tmp_path, little_memory):
-    little_memory(0)
+def test_there_is_room_for_what_is_computed_at_a_time(tmp_path):
+    """As in a script, no earlier work has left gaps in the heap."""
+    program = Program(tmp_path / "printed", tmp_path, act=compute_what_there_is_room_for)
+    assert program.wait() == 0, program.printed
+
+
+@pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
+def test_a_cpu_with_little_memory_takes_one_image_at_a_time(tiny_run, tmp_path, monkeypatch):
+    let_so_much_be_free(monkeypatch, tmp_path, 0)
     with patch.object(sample, "batches_of", wraps=sample.batches_of) as batches:
         call(sample.main, tiny_run, "--steps", 2, "--n", 3, "--out", tmp_path, "--device", "cpu")
     batches.assert_called_once_with(range(3), 1)
@@ -209,59 +213,3 @@ def test_adam_skips_a_step_on_mps_too():
 
     optimizer.step()
     assert torch.equal(weight, torch.ones(3))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_adam_in_memory_order_is_pytorchs(dtype):
-    """Ours steps on weights in channels_last as PyTorch's plain Adam does on contiguous ones.
-
-    One of the five steps is skipped.
-    """
-    torch.manual_seed(0)
-    shapes = ((8, 6, 3, 3), (8, 6, 1, 1), (8,))
-    start = [torch.randn(shape, dtype=dtype) for shape in shapes]
-
-    results = []
-    for kind, layout in ((Adam, torch.channels_last), (torch.optim.Adam, torch.contiguous_format)):
-        parameters = []
-        for tensor in start:
-            # Only weights of convolutions, which have four dimensions, can be in channels_last.
-            fitting = layout if tensor.dim() == 4 else torch.contiguous_format
-            parameters.append(tensor.clone(memory_format=fitting).requires_grad_())
-
-        optimizer = kind(parameters, lr=0.1, fused=True)
-        for step in range(5):
-            for parameter in parameters:
-                parameter.grad = torch.sin(parameter.detach() * (step + 1))
-            optimizer.found_inf = torch.tensor(float(step == 2))
-            optimizer.step()
-        moments = [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
-        results.append(parameters + moments)
-
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-
-
-def test_adam_copies_no_weights():
-    """On weights in channels_last ours copies no more than PyTorch's does on contiguous ones."""
-    ours = (Adam, torch.channels_last)
-    theirs = (torch.optim.Adam, torch.channels_last)
-    least = (torch.optim.Adam, torch.contiguous_format)
-
-    copies = {}
-    for kind, layout in (ours, theirs, least):
-        weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=layout).requires_grad_()
-        weight.grad = torch.ones_like(weight)
-        optimizer = kind([weight], lr=0.1, fused=True)
-
-        # The first step makes the moments, so the second one is looked at.
-        optimizer.step()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            optimizer.step()
-        events = [event for event in profile.key_averages() if event.key == "aten::copy_"]
-        copies[kind, layout] = sum(event.count for event in events)
-
-    assert copies[ours] == copies[least]
-
-    # When this fails, PyTorch no longer copies either, and our Adam can go.
-    assert copies[theirs] > copies[least]

@@ -27,7 +27,6 @@ from functions.support.checkpoint import load_weights
 from functions.support.diffusers_folder import INDEX, WEIGHTS, load_model
 from functions.support.errors import UserError
 from functions.support.run_folder import find_checkpoints
-from models.unet import UNet
 from tests.conftest import CPU, call
 from tests.spoilt_files import same
 
@@ -170,7 +169,7 @@ def test_the_published_models(
     assert sum(tensor.numel() for tensor in saved.weights.values()) == parameters
     assert saved.config["model"]["dialect"] == "ho"
     assert saved.config["diffusion"]["variance"] == variance
-    denoiser = rebuild(UNet, saved, CPU)
+    denoiser = rebuild(saved, CPU)
     assert torch.equal(denoiser.scheduler.alphas_cumprod, NoiseScheduler(1000).alphas_cumprod)
     same_output(denoiser, unet, min(size, 64))
 
@@ -200,7 +199,7 @@ def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path, capfd):
         assert before.keys() - after.keys() <= not_read, part
 
     assert same(theirs.unet.state_dict(), again.unet.state_dict())
-    same_output(rebuild(UNet, load_model(tmp_path / "theirs"), CPU), again.unet)
+    same_output(rebuild(load_model(tmp_path / "theirs"), CPU), again.unet)
 
 
 def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, monkeypatch, capfd):
@@ -278,7 +277,7 @@ def test_our_samplers_and_their_pipelines_draw_the_same_images(
 
     saved = load_model(folder)
     clip = saved.config["diffusion"]["clip_x_0"]
-    denoiser = rebuild(UNet, saved, CPU)
+    denoiser = rebuild(saved, CPU)
     ours = sampler(denoiser, denoiser.scheduler, draw(), 20, clip_x_0=clip, step_noise=draw)
     images = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, C)
     assert_close(images.numpy(), theirs, rtol=0, atol=1e-4)
@@ -304,6 +303,8 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     call(sample.main, "theirs", "--n", 2, "--steps", 5)
     assert "variance small, x_0 not" in capsys.readouterr().out
 
+    with pytest.raises(UserError, match="does not say which images it was trained on; name some"):
+        call(sample.main, "theirs", "--n", 2, "--calibrate")
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--metrics", "bands", "--images", 2)
     # The folder does not say on which images its network was trained, so evaluate.py warns.
     assert "NOBODY KNOWS" in capsys.readouterr().err
@@ -315,10 +316,10 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
 
     # Images leave the range [-1, 1] where x_0 is not clipped.
     saved = load_model(folder)
-    denoiser = rebuild(UNet, saved, CPU)
+    denoiser = rebuild(saved, CPU)
     for clip in (True, False):
         options = SamplerOptions("ddim", 5, clip_x_0=clip)
-        sampler = ImageSampler(denoiser, options, saved.image_shape, 0, CPU)
+        sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, CPU)
         images = generate(sampler, range(2), 2).images
         assert (images.max() <= 1) == clip
 
@@ -349,7 +350,7 @@ def test_a_checkpoint_of_their_training_has_its_parents_schedule(part, folder, m
         saved = load_model(path)
         assert saved.digest == load_model(folder).digest
         assert "assumed" not in str(saved)
-        denoiser = rebuild(UNet, saved, CPU)
+        denoiser = rebuild(saved, CPU)
         assert denoiser.objective == "v"
         theirs = DDPMScheduler.from_pretrained(folder / "scheduler").alphas_cumprod
         assert_close(denoiser.scheduler.alphas_cumprod.float(), theirs, rtol=1e-4, atol=1e-8)

@@ -15,7 +15,6 @@ from functions.sampling.export import export
 from functions.sampling.generation import ImageSampler, rebuild
 from functions.support.diffusers_folder import INDEX, PICKLE, WEIGHTS, load_model
 from functions.support.errors import CheckpointError, UserError
-from models.unet import UNet
 from tests.conftest import CPU, OPTIONS
 from tests.functions.support.test_diffusers_folder import SCHEDULE, UNET, change, save_theirs
 from tests.peak_memory import at_most
@@ -67,7 +66,7 @@ REFUSED += [
     ),
     (UNET, "block_out_channels", [], "block_out_channels a list of integers"),
     (UNET, "down_block_types", None, "describe no model that is read"),
-    (UNET, "block_out_channels", [10**9, 10**9], "base_dim is above 16,384"),
+    (UNET, "block_out_channels", [10**9, 10**9], "it must be at most 16,384"),
     (UNET, "block_out_channels", [16, 16 * 10**8], "config describes no model"),
     (UNET, "norm_num_groups", 0, "config describes no model"),
     (SCHEDULE, "_class_name", "IPNDMScheduler", "_class_name is 'IPNDMScheduler'"),
@@ -93,7 +92,7 @@ def test_what_another_network_or_schedule_would_need_is_refused(part, field, val
 def refusal(folder):
     """Return what is said of a folder, which is one short line, and takes little memory."""
     with at_most(200), pytest.raises(CheckpointError) as caught:
-        rebuild(UNet, load_model(folder), CPU)
+        rebuild(load_model(folder), CPU)
 
     message = str(caught.value)
     assert message.startswith(str(folder))
@@ -197,7 +196,7 @@ def test_hostile_folders_are_refused_in_a_sentence(spoil, said, folder):
 
 def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     saved = load_model(folder)
-    image_sampler = ImageSampler(rebuild(UNet, saved, CPU), OPTIONS, saved.image_shape, 0, CPU)
+    image_sampler = ImageSampler(rebuild(saved, CPU), OPTIONS, saved.model.image_shape, 0, CPU)
 
     with pytest.raises(UserError, match="a file to export ends in"):
         export(saved, image_sampler, tmp_path / "out.pt")

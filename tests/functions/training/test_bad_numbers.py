@@ -13,7 +13,7 @@ from functions.support import run_folder
 from functions.support.checkpoint import MOMENTS
 from functions.support.errors import UserError
 from functions.training.bad_numbers import BadNumbers
-from functions.training.metrics import read_metrics
+from functions.training.metrics import fetch, read_metrics
 from tests.conftest import CPU, call, load_checkpoint, newest
 from tests.spoilt_files import same
 
@@ -140,7 +140,7 @@ def test_counting(tmp_path):
     assert check(3.0, 1.0) == 0
 
     # A limit of 3 in a row is not reached: there were two at most, and three in all.
-    assert watch.read(watch.numbers(NO_SCALER).tolist(), 3, 0.1, tmp_path) == 3
+    assert watch.read(fetch(watch.counts(NO_SCALER)), 3, 0.1, tmp_path) == 3
 
     # The seventh step is bad by its gradient, and the eighth comes after a resumption.
     assert check(1.0, math.nan) == 1
@@ -150,10 +150,10 @@ def test_counting(tmp_path):
 
     message = r"the last was step 7 \(loss 1, gradient norm nan"
     with pytest.raises(UserError, match=message):
-        watch.read(watch.numbers(NO_SCALER).tolist(), 1, 0.1, tmp_path)
+        watch.read(fetch(watch.counts(NO_SCALER)), 1, 0.1, tmp_path)
     message = r"2 steps in a row .* was step 8 \(loss nan, gradient norm 1, learning rate 0.1\)"
     with pytest.raises(UserError, match=message):
-        resumed.read(resumed.numbers(NO_SCALER).tolist(), 2, 0.1, tmp_path)
+        resumed.read(fetch(resumed.counts(NO_SCALER)), 2, 0.1, tmp_path)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ No code is generated here: graphs are captured and run as they are.
 
 import re
 from functools import partial, partialmethod
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +18,8 @@ from config import EXPERIMENTS
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.run_folder import Run
 from functions.training import compiling
-from functions.training.start import run_pass
+from functions.training.memory import run_pass
 from models.unet import UNet
 from tests.conftest import SMALL_MODEL, call, train_tiny
 from tests.functions.support.test_processes import FLAGS, assert_alike, two
@@ -149,13 +147,15 @@ def choose():
     # One level has all kinds of layers but those between levels.
     one_level = {"image_size": 8, "dim_multiply": (1,), "transformer_layers": ()}
     experiment = EXPERIMENTS["faces"].override({}, SMALL_MODEL | one_level)
-    run = Run("faces", experiment, Path(), facts={"device": "cpu", "total_steps": 1})
     network = UNet(**vars(experiment.model))
 
     def chosen(precision=torch.float32):
         denoiser = Denoiser(network, NoiseScheduler(100), precision)
         torch.manual_seed(0)
-        return compiling.compiled_if_worth_it(denoiser, network, run, [slice(0, 1)], SINGLE_PROCESS)
+        config = experiment.diffusion
+        return compiling.compiled_if_worth_it(
+            denoiser, network, config, [slice(0, 1)], 1, SINGLE_PROCESS
+        )
 
     chosen.network = network
     return chosen

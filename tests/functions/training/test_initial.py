@@ -131,10 +131,10 @@ def test_a_folder_of_another_dialect_schedule_and_objective(tmp_path, capsys):
         50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
     )
     DDPMPipeline(UNet2DModel(**SMALL), scheduler).save_pretrained(tmp_path)
-    initial = train.open_initial(tmp_path, Processes())
+    changes = ({"seed": 1}, {"dropout": 0.2})
+    experiment = train.new_run("faces", tmp_path, tmp_path, changes, Processes()).experiment
     assert "is sampled without clipping x_0" in capsys.readouterr().out
 
-    experiment = train.new_experiment("faces", ({"seed": 1}, {"dropout": 0.2}), initial)
     config = experiment.diffusion
     assert config.timesteps_diff == 50
     assert config.beta_schedule == "cosine"

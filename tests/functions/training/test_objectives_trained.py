@@ -1,24 +1,32 @@
-"""Trainings with objective v, mixed t and cosine betas.
+"""Trainings with objective v, mixed t and cosine betas, and with one that a test registers.
 
 And runs of the time before there were any of these.
 """
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from PIL import Image
 
+import evaluate
 import sample
 import train
 from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import OBJECTIVES
+from functions.sampling import generation
+from functions.support.diffusers_folder import load_model
+from functions.support.errors import CheckpointError
 from functions.support.random_numbers import training_draws
 from functions.support.run_folder import checkpoints_of
 from functions.timesteps import mixed_timesteps
 from functions.training.metrics import COLUMNS, read_metrics
 from tests.conftest import call, during, newest, terminate, train_tiny
+from tests.functions.test_objectives import X_0
 from tests.kill import assert_same_run
 from tests.spoilt_files import contents_text, same, with_contents
 
@@ -29,29 +37,35 @@ NEW_COLUMNS = {"eps_error", "val_eps_error", "val_eps_error_ema"}
 
 
 def seen_in(pictures, runs, *flags):
-    """Return a run with some flags, and its t and losses, both (10 steps, effective batch)."""
+    """Return a run with some flags, and its t, losses and x_0, each (10 steps, ...)."""
     original = train.denoising_loss
-    all_t = []
-    all_losses = []
+    seen = []
 
     def seeing(model, scheduler, x_0, t, noise):
         losses = original(model, scheduler, x_0, t, noise)
-        all_t.append(t)
-        all_losses.append(losses.detach())
+        seen.append((t, losses.detach(), x_0))
         return losses
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "denoising_loss", seeing)
         run = train_tiny(pictures, runs, *flags, name="faces-v")
-    t = torch.cat(all_t).numpy().reshape(10, -1)
-    losses = torch.cat(all_losses).numpy().reshape(10, -1)
-    return run, t, losses
+    passes = zip(*seen, strict=True)
+    return run, *(torch.cat(batches).numpy().reshape(10, -1) for batches in passes)
 
 
 def numbers(run, column):
     """Return the numbers of a column of metrics.csv by their steps, without empty cells."""
     rows = read_metrics(run / "metrics.csv")
     return {row["step"]: row[column] for row in rows if row[column] is not None}
+
+
+def assert_logged(run, losses, errors):
+    """Compare metrics.csv with the losses and the errors of eps, both (10 steps, batch)."""
+    # A row is written after each of these steps, with the mean since the row before.
+    logged = (0, 2, 4, 5, 6, 8, 10)
+    for column, values in (("loss", losses), ("eps_error", errors)):
+        means = {last: values[first:last].mean() for first, last in pairwise(logged)}
+        assert numbers(run, column) == pytest.approx(means, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -61,7 +75,7 @@ def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
     A run that is stopped and resumed is the same as a straight one, and it is sampled from.
     """
     flags = ["--diffusion.t-sampling", "mixed", "--diffusion.beta-schedule", "cosine"]
-    straight, t, losses = seen_in(pictures, tmp_path / "straight", *flags)
+    straight, t, losses, _ = seen_in(pictures, tmp_path / "straight", *flags)
 
     # This is alpha_bar's definition, f(t + 1) / f(0), computed beside the scheduler's. It does not
     # hold at the last t, whose beta is capped.
@@ -69,11 +83,7 @@ def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
     assert t.max() < 99
     errors = f[t + 1] / f[0] * losses
 
-    # A row is written after each of these steps, with the mean since the row before.
-    logged = (0, 2, 4, 5, 6, 8, 10)
-    for column, values in (("loss", losses), ("eps_error", errors)):
-        means = {last: values[first:last].mean() for first, last in pairwise(logged)}
-        assert numbers(straight, column) == pytest.approx(means, rel=1e-5)
+    assert_logged(straight, losses, errors)
     for suffix in ("", "_ema"):
         loss = numbers(straight, f"val_loss{suffix}")
         error = numbers(straight, f"val_eps_error{suffix}")
@@ -108,7 +118,7 @@ def test_a_place_has_its_t_however_the_batch_is_cut(t_sampling, passes, pictures
 
     In passes of 3, the even places of the second pass are odd ones of the whole.
     """
-    _, t, _ = seen_in(
+    _, t, *_ = seen_in(
         pictures,
         tmp_path,
         "--diffusion.t-sampling",
@@ -125,6 +135,76 @@ def test_a_place_has_its_t_however_the_batch_is_cut(t_sampling, passes, pictures
             scheduler = NoiseScheduler(100, beta_schedule="cosine")
             expected = mixed_timesteps(scheduler, draws.t, draws.normal)
         assert t_of_step.tolist() == expected.tolist()
+
+
+class InTermsOfEps(torch.nn.Module):
+    """Says of x_t what a network of objective x_0 says, as eps."""
+
+    def __init__(self, network, scheduler):
+        super().__init__()
+        self.network = network
+        self.alphas_cumprod = scheduler.alphas_cumprod
+
+    def forward(self, x_t, t):
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (x_t - a.sqrt() * self.network(x_t, t)) / (1 - a).sqrt()
+
+
+@pytest.mark.slow
+def test_a_new_objective_is_a_row_of_the_table_and_nothing_else(pictures, tmp_path, monkeypatch):
+    """A network of x_0 is trained, sampled from, measured and exported.
+
+    Images and numbers are those of a network of eps that knows the same.
+    """
+    monkeypatch.setitem(OBJECTIVES, "x_0", X_0)
+    monkeypatch.setattr("functions.evaluation.bands.DRAWS", 5)
+    flags = ["--diffusion.objective", "x_0", "--diffusion.beta-schedule", "linear"]
+    run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs", *flags)
+
+    # A fresh network says 0, so its squared errors are the squares of x_0.
+    assert losses[0].mean() == pytest.approx(np.square(x_0[0]).mean(), rel=1e-5)
+    a = NoiseScheduler(100).alphas_cumprod.numpy()[t]
+    assert_logged(run, losses, a / (1 - a) * losses)
+
+    rebuild = generation.rebuild
+
+    def rebuild_as_eps(*args, **kwargs):
+        denoiser = rebuild(*args, **kwargs)
+        network = InTermsOfEps(denoiser.network, denoiser.scheduler)
+        return replace(denoiser, network=network, objective="eps")
+
+    results = []
+    for name, build in (("x_0", rebuild), ("eps", rebuild_as_eps)):
+        monkeypatch.setattr(generation, "rebuild", build)
+        out = tmp_path / name
+        call(sample.main, run, "--n", 4, "--out", out)
+        call(evaluate.main, run, "--metrics", "bpd,bands", "--t-stride", 20, "--out", out)
+        [bound] = [json.loads(path.read_text()) for path in out.glob("*-bpd-*.json")]
+        [bands] = [json.loads(path.read_text()) for path in out.glob("*-bands-*.json")]
+        pixels = np.asarray(Image.open(out / "grid.png")).astype(float)
+        results.append((pixels, bound["bits_per_dim"], np.array(bands["ratio"])))
+    (pixels, bits, ratio), (pixels_of_eps, bits_of_eps, ratio_of_eps) = results
+    assert abs(pixels - pixels_of_eps).max() <= 1
+    assert bits == pytest.approx(bits_of_eps, rel=1e-5)
+    assert_allclose(ratio, ratio_of_eps, rtol=1e-4)
+
+    monkeypatch.setattr(generation, "rebuild", rebuild)
+    call(sample.main, run, "--export", tmp_path / "theirs")
+    schedule = json.loads((tmp_path / "theirs/scheduler/scheduler_config.json").read_text())
+    assert schedule["prediction_type"] == "sample"
+    assert load_model(tmp_path / "theirs").config["diffusion"]["objective"] == "x_0"
+
+    monkeypatch.setitem(OBJECTIVES, "x_0", replace(X_0, diffusers=None))
+    with pytest.raises(
+        CheckpointError, match="objective is x_0, but diffusers has eps and v alone"
+    ):
+        call(sample.main, run, "--export", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+    # Without the row the run is refused.
+    monkeypatch.delitem(OBJECTIVES, "x_0")
+    with pytest.raises(CheckpointError, match="objective is 'x_0'; it can be eps or v"):
+        call(sample.main, run, "--n", 4, "--out", tmp_path / "refused")
 
 
 def test_for_eps_the_error_of_eps_is_the_loss(tiny_run):
