@@ -393,10 +393,10 @@ class ModelConfig:
         levels = len(self.dim_multiply)
         lowest = self.lowest_resolution_size
         check("dim_multiply", 0 < levels <= 15, "a list of 1 to 15 integers")
-        sizes = [self.image_size >> halvings for halvings in range(15)]
-        sizes = [size for size in sizes if size >= lowest]
-        halving = self.image_size in [lowest << doublings for doublings in range(15)]
+        sizes = [lowest << doublings for doublings in range(15)]
+        halving = self.image_size in sizes
         check("image_size", halving, f"lowest_resolution_size = {lowest} times a power of 2")
+        sizes = [size for size in reversed(sizes) if size <= self.image_size]
         fitting = (
             f"one multiplier for each resolution, {', '.join(map(str, sizes))}; "
             f"{levels} of them reach {lowest * 2 ** (levels - 1)} pixels"

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
@@ -23,13 +22,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.decode import decode_rgb, fit_mask, fit_square
+from data.decode import fit_mask, fit_square, read_image
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS
-from functions.sampling.generation import generate, open_sampler
+from functions.sampling.generation import ImageSampler, generate, open_sampler
 from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import mixtures, x_0_of
 from functions.sampling.options import add_model_flags
+from functions.support.checkpoint import SavedModel
 from functions.support.command_line import EXIT_BAD_INPUT, Parser, plain_errors, plain_sentence
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import grid_of
@@ -63,6 +63,16 @@ WORKER = ThreadPoolExecutor(1)
 # Fields for integers, and sliders for integers from 1 on.
 number = partial(gr.Number, precision=0)
 slider = partial(gr.Slider, 1, step=1, precision=0)
+# The field for the seed.
+seed_field = partial(number, 0, label="Seed", info="Another seed is other noise: other images.")
+# The button for image files.
+upload_button = partial(
+    gr.UploadButton, "Upload an image, which is cropped square", file_types=["image"]
+)
+# The place of a picture, with a button for downloads.
+picture_place = partial(
+    gr.Image, interactive=False, format="png", height=SIDE, buttons=["download"]
+)
 # Clicks wait for each other, in their order.
 QUEUED = {"concurrency_limit": 1, "concurrency_id": "model"}
 
@@ -168,8 +178,8 @@ class Demo:
         seed: int = 0,
         sampler: str = "ddpm",
         steps: int | None = None,
-    ) -> tuple:
-        """Return the newest checkpoint, its `ImageSampler`, and how many images it takes at a time.
+    ) -> tuple[SavedModel, ImageSampler]:
+        """Return the newest checkpoint and its `ImageSampler`.
 
         The sampler calls `watch` in every step. With the same flags sample.py has the same one.
         """
@@ -183,7 +193,7 @@ class Demo:
             batch_size=MOST,
         )
         saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-        return saved, replace(image_sampler, watch=watch), args.batch_size
+        return saved, replace(image_sampler, watch=watch)
 
     def draw(self, check: Check, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
         """Sample images 0 .. n-1, and show every few steps what the model takes them for.
@@ -204,9 +214,9 @@ class Demo:
                 drawn.append((title, to_uint8(x_0).cpu().numpy()))
                 check(news=shown(drawn))
 
-        saved, image_sampler, most = self.open(watch, seed, sampler, steps)
-        calls = len(image_sampler.options.times(image_sampler.scheduler)) - 1
-        samples = generate(image_sampler, range(n), most)
+        saved, image_sampler = self.open(watch, seed, sampler, steps)
+        calls = len(image_sampler.times) - 1
+        samples = generate(image_sampler, range(n))
 
         # The last title is the command that draws the same images.
         flags = f"--seed {seed or 0} --n {n} --sampler {sampler} --steps {calls}"
@@ -220,7 +230,7 @@ class Demo:
         of either image, and then the flags of `open`.
         """
         first, first_number, second, second_number, *flags = inputs
-        _, image_sampler, _ = self.open(check, *flags)
+        _, image_sampler = self.open(check, *flags)
 
         # A source is an upload, fitted to the model, or else the number of an image of the seed.
         sources = []
@@ -245,7 +255,7 @@ class Demo:
 
         It runs on a click on "Make what is painted over anew". The flags are those of `open`.
         """
-        _, image_sampler, most = self.open(check, *flags)
+        _, image_sampler = self.open(check, *flags)
         size = image_sampler.shape[-1]
 
         # The editor's layers are RGBA; what is painted over is opaque.
@@ -255,16 +265,15 @@ class Demo:
             raise UserError(
                 "take an image, and paint over a part of it: neither all of it nor nothing"
             )
-        return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), mask, repeats, n, most))
+        return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), mask, repeats, n))
 
     def read(self, check: Check, path: str) -> tuple[np.ndarray, Image.Image]:
         """Return an image file for the model, uint8 (S, S, 3), and how the page shows it.
 
         It runs when a file is uploaded.
         """
-        rgb = decode_rgb(Path(path).read_bytes())
-        saved, *_ = self.open()
-        image = fit_square(rgb, saved.model.image_size)
+        saved, _ = self.open()
+        image = read_image(path, saved.model.image_size, fit=True)
         return image, enlarged(image)
 
 
@@ -273,12 +282,12 @@ def draw_tab(demo: Demo) -> tuple:
     with gr.Tab("Draw"):
         with gr.Row():
             controls = [
-                seed_control(),
+                seed_field(),
                 slider(MOST, 16, label="How many", info="Images 0 and on of the seed."),
                 *sampler_controls(),
             ]
         start = gr.Button("Draw the images", variant="primary")
-        picture = picture_of("The images, and meanwhile what the model takes them for")
+        picture = picture_place(label="The images, and meanwhile what the model takes them for")
         drawn = gr.State([])
         back = slider(label="Look back", info="Goes through the steps again.", visible=False)
 
@@ -318,7 +327,7 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
     """Build the tab Mix. Return the event that Stop cancels."""
     with gr.Tab("Mix"):
         with gr.Row():
-            controls = [seed_control(), *sampler_controls()]
+            controls = [seed_field(), *sampler_controls()]
         with gr.Row():
             depth = gr.Slider(
                 0, 1, 0.75, label="Depth", info="How far into the noise both go; 0 blends pixels."
@@ -329,7 +338,7 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
         start = gr.Button("Mix the two images", variant="primary")
         with gr.Row():
             first, first_picture = source_controls(demo, "first", 0)
-            mixture = picture_of("The mixture")
+            mixture = picture_place(label="The mixture")
             second, second_picture = source_controls(demo, "second", 1)
 
     # This runs when the button is clicked.
@@ -345,14 +354,14 @@ def source_controls(demo: Demo, which: str, i: int) -> tuple[list, gr.Image]:
     """
     with gr.Column():
         source = gr.State()
-        picture = picture_of(f"The {which} image")
+        picture = picture_place(label=f"The {which} image")
         chosen = number(
             i,
             label=f"Number of the {which} image",
             info="Takes one of the seed's; 0 is the first.",
             minimum=0,
         )
-        upload = upload_control()
+        upload = upload_button()
 
     # This runs when a number is typed, and forgets the upload.
     chosen.input(lambda: (None, None), None, [source, picture], **QUEUED)
@@ -365,7 +374,7 @@ def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
     """Build the tab Paint. Return the event that Stop cancels."""
     with gr.Tab("Paint"):
         with gr.Row():
-            seed = seed_control()
+            seed = seed_field()
             count = slider(8, 4, label="How many", info="Answers to the same question.")
             steps = number(
                 50, label="Steps", info="From noise to the image; empty for all timesteps."
@@ -393,8 +402,8 @@ def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
                     minimum=0,
                 )
                 take = gr.Button("Take the image of this number")
-                upload = upload_control()
-            picture = picture_of("The image, what is kept of it, and the answers")
+                upload = upload_button()
+            picture = picture_place(label="The image, what is kept of it, and the answers")
 
     # This runs when the button for an image of the tab Draw is clicked.
     take.click(take_drawn, [chosen, drawn], [image, editor], **QUEUED)
@@ -427,11 +436,6 @@ def enlarged(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def seed_control() -> gr.Number:
-    """Build the field for the seed."""
-    return number(0, label="Seed", info="Another seed is other noise: other images.")
-
-
 def sampler_controls() -> list:
     """Build the controls of the sampler and its steps."""
     return [
@@ -443,16 +447,6 @@ def sampler_controls() -> list:
         ),
         number(20, label="Steps", info="Network calls for an image; empty for all timesteps."),
     ]
-
-
-def upload_control() -> gr.UploadButton:
-    """Build the button for image files."""
-    return gr.UploadButton("Upload an image, which is cropped square", file_types=["image"])
-
-
-def picture_of(label: str) -> gr.Image:
-    """Build the place of a picture, with a button for downloads."""
-    return gr.Image(label=label, interactive=False, format="png", height=SIDE, buttons=["download"])
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from functions.evaluation.features import (
     statistics,
 )
 from functions.evaluation.reference_statistics import describe, read_reference, write_reference
-from functions.likelihood import VARIANCES
+from functions.samplers import VARIANCES
 from functions.sampling.calibration import calibrated
 from functions.sampling.generation import ImageSampler, open_sampler
 from functions.sampling.options import add_sampling_flags
@@ -210,7 +210,7 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     # The CPU's kernels are deterministic in any case.
     set_deterministic(device.type == "cuda")
 
-    image_sampler = calibrated(image_sampler, saved, args.batch_size, processes)
+    image_sampler = calibrated(image_sampler, saved, processes)
     image_set, split = None, None
     # Published statistics stand for the images in fid alone; all other metrics need the images.
     if not args.reference or args.metrics != ["fid"]:
@@ -234,7 +234,7 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
         "weights_hash": saved.digest[:16],
         "precision": str(image_sampler.denoiser.precision).removeprefix("torch."),
         "device": device.type,
-        "batch_size": args.batch_size,
+        "batch_size": image_sampler.batch_size,
         "seed": args.seed,
         **image_sampler.options.calibration,
     }
@@ -244,6 +244,7 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
 
 def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
     """Measure what the network knows of the validation split's x_0, and write and print it."""
+    image_sampler = subject.image_sampler
     split = subject.split
     indices = evenly(split.val_indices, args.images)
 
@@ -253,11 +254,11 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
     average_pixels = subject.image_set.images[sample].mean(axis=0)
     average = to_model_range(torch.from_numpy(average_pixels[None]))[0]
     result = measure_bands(
-        subject.image_sampler.denoiser,
+        image_sampler.denoiser,
         subject.x_0_of,
         indices,
         average,
-        args.batch_size,
+        image_sampler.batch_size,
         args.seed,
         processes,
     )
@@ -277,10 +278,13 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
     """Measure bits/dim of the validation split, and write and print it."""
     split = subject.split
-    denoiser = subject.image_sampler.denoiser
+    image_sampler = subject.image_sampler
+    denoiser = image_sampler.denoiser
     # Samplers of some models do not clip x_0, and then the bound does not either.
-    clip = subject.image_sampler.options.clip_x_0 and not args.no_clip
-    options = BoundOptions(args.t_stride, args.batch_size, args.seed, args.bpd_variance, clip)
+    clip = image_sampler.options.clip_x_0 and not args.no_clip
+    options = BoundOptions(
+        args.t_stride, image_sampler.batch_size, args.seed, args.bpd_variance, clip
+    )
     indices = evenly(split.val_indices, args.images)
     result = measure_bits_per_dim(
         denoiser, subject.x_0_of, indices, options, processes, processes.is_main
@@ -327,7 +331,7 @@ def evaluate_images(
     # Weights and real images can be missing, so they are opened before hours of sampling.
     extractor = load_extractor(args.weights, image_sampler.device, processes)
     reference = open_reference(args, subject, extractor, processes)
-    generated = sample_features(image_sampler, args.n, args.batch_size, extractor, processes)
+    generated = sample_features(image_sampler, args.n, extractor, processes)
     if not processes.is_main:
         return
 
@@ -383,7 +387,8 @@ def open_reference(
         )
     image_set = subject.image_set
     description = describe(image_set, indices, split, extractor)
-    real = real_features(image_set.images, indices, args.batch_size, extractor, processes)
+    batch_size = subject.image_sampler.batch_size
+    real = real_features(image_set.images, indices, batch_size, extractor, processes)
     if not processes.is_main:
         return None
 

@@ -80,7 +80,7 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
             processes.say(f"wrote {args.export}")
             return
 
-        image_sampler = calibrated(image_sampler, saved, args.batch_size, processes)
+        image_sampler = calibrated(image_sampler, saved, processes)
 
         # The folder's name says what differs from the defaults.
         slug = f"{saved.name}-{options.slug}"
@@ -116,7 +116,7 @@ def sample_from_noise(
     an earlier start was interrupted. So are the images then, bit for bit where the hardware is
     the same.
     """
-    figures = figures_of(args, image_sampler.options.times(image_sampler.scheduler))
+    figures = figures_of(args, image_sampler.times)
     frames = {frame for columns in figures.values() for frame in columns.values()}
     # The first images are kept in memory, to be seen in the grid and the figures. Without figures
     # none need be kept if each has a file: the grid is then made of the files.
@@ -128,7 +128,7 @@ def sample_from_noise(
         existing = processes.from_main(lambda: stack.enter_context(opened))
 
         to_do = []
-        for batch in batches_of(range(args.n), args.batch_size):
+        for batch in batches_of(range(args.n), image_sampler.batch_size):
             missing = args.individual and not existing.issuperset(batch)
             if missing or batch.start < seen:
                 to_do.append(batch)
@@ -202,9 +202,9 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
     folder.mkdir(parents=True, exist_ok=True)
 
     for name, sources in rows.items():
-        save_rows(image_sampler, sources, args.depths, args.batch_size, folder / f"{name}.png")
+        save_rows(image_sampler, sources, args.depths, folder / f"{name}.png")
     if args.inpaint:
-        pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n, args.batch_size)
+        pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)
         path = folder / f"{inpainting}.png"
         save_grid(pictures, path, columns=min(len(pictures), 8))
         print(f"wrote {path}")

@@ -48,7 +48,6 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.diffusers_folder import load_model
 from functions.support.processes import Processes, joined
 from functions.support.random_numbers import StepDraws, seed_of, training_draws
 from functions.support.run_folder import (
@@ -65,8 +64,8 @@ from functions.training.compiling import compiled_if_worth_it
 from functions.training.memory import describe_compute, fit_memory
 from models.unet import UNet
 
-# Weights are made for one value of each of these fields, so --init takes the fields from where it
-# takes the weights.
+# Weights are made for one value of each of these fields, and of ModelConfig's but for dropout. So
+# --init takes the fields from where it takes the weights.
 OF_WEIGHTS = (
     "timesteps_diff",
     "beta_start",
@@ -74,24 +73,13 @@ OF_WEIGHTS = (
     "rescale_betas",
     "beta_schedule",
     "objective",
-    "lowest_resolution_size",
-    "dim_multiply",
-    "transformer_layers",
-    "base_dim",
-    "image_size",
-    "channels",
-    "norm_groups",
-    "dialect",
 )
 
 
 def main() -> None:
     """Read the command line and train."""
     args = parse_flags()
-    changes = (
-        given_fields(args, "diffusion", DiffusionConfig),
-        given_fields(args, "model", ModelConfig),
-    )
+    changes = given_fields(args, "diffusion"), given_fields(args, "model")
     with joined() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         name = args.experiment or DEFAULT_EXPERIMENT
@@ -175,16 +163,14 @@ def new_run(
     initial = open_initial(initial_path, processes)
     if not initial.config["diffusion"].get("clip_x_0", True):
         processes.say(f"note: {initial_path} is sampled without clipping x_0, the new run with it")
-    experiment = of_weights(preset, initial)
-    changed = experiment.override(*changes)
-    for field, (of_initial, wanted) in experiment.differences(changed).items():
-        if field.split(".")[1] in OF_WEIGHTS:
-            raise ConfigError(
-                f"{field} is {of_initial} for the weights of {initial.path}, "
-                f"and cannot become {wanted}"
-            )
+    changed = of_weights(preset, initial).override(*changes)
+    fitting = of_weights(changed, initial)
+    for field, (of_initial, wanted) in fitting.differences(changed).items():
+        raise ConfigError(
+            f"{field} is {of_initial} for the weights of {initial.path}, and cannot become {wanted}"
+        )
     before = Facts(initial=f"{initial.path}: {initial}")
-    return Run(name, changed, runs, before=before, initial=initial.path)
+    return Run(name, changed, runs, before=before, initial=initial)
 
 
 def open_initial(path: Path, processes: Processes) -> SavedModel:
@@ -197,15 +183,13 @@ def open_initial(path: Path, processes: Processes) -> SavedModel:
     return saved
 
 
-def of_weights(preset: Experiment, initial: SavedModel) -> Experiment:
-    """Return the preset with the fields of OF_WEIGHTS that these weights were trained with."""
-    saved_fields = initial.config["diffusion"] | initial.config["model"]
-    parts = []
-    for config in (preset.diffusion, preset.model):
-        # A field that an older file lacks has its default.
-        fields = vars(type(config)) | saved_fields
-        parts.append({name: fields[name] for name in OF_WEIGHTS if hasattr(config, name)})
-    return preset.override(*parts)
+def of_weights(experiment: Experiment, initial: SavedModel) -> Experiment:
+    """Return the experiment with the fields that these weights were trained with."""
+    # A field that an older file lacks has its default.
+    saved_fields = vars(DiffusionConfig) | initial.config["diffusion"]
+    diffusion = {name: saved_fields[name] for name in OF_WEIGHTS}
+    model = vars(initial.model) | {"dropout": experiment.model.dropout}
+    return experiment.override(diffusion, model)
 
 
 def open_run(
@@ -279,7 +263,18 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         config = run.experiment.diffusion
 
     # What is about to happen, for people, for config.json and for checkpoints
-    facts = facts_of(run, split, total_steps, denoiser, device, processes)
+    facts = Facts(
+        total_steps=total_steps,
+        steps_per_epoch=total_steps // config.epochs,
+        split=split.description,
+        train_ids_hash=split.train_ids_hash,
+        val_ids_hash=split.val_ids_hash,
+        parameters=sum(p.numel() for p in model.parameters()),
+        terminal_snr=scheduler.terminal_snr,
+        device=str(device),
+        initial=run.before.initial,
+        arithmetic=arithmetic(device, precision, processes.count, config.batch_size),
+    )
     steps = range(run.first_step, total_steps)
     processes.say(describe(run, facts, image_set.summary))
     if dry_run:
@@ -298,7 +293,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     network = processes.wrap(model, device)
     trained = compiled_if_worth_it(denoiser, network, config, passes, len(steps), processes)
 
-    with BookKeeper(run, facts, state, averaged, images, split.val_indices, processes) as books:
+    books = BookKeeper(run, facts, state, averaged, images, split.val_indices, processes)
+    with books.opened():
         # Algorithm 1, lines 1 and 6: repeat until converged, which here is total_steps times.
         for step in steps:
             # Lines 3 and 4: t and the noise eps of the whole effective batch.
@@ -375,10 +371,10 @@ def check_length(run: Run, split: Split, total_steps: int, processes: Processes)
 
 
 def build_network(run: Run, device: torch.device) -> UNet:
-    """Build the network to train, with new weights or with those of the file `run.initial`."""
+    """Build the network to train, with new weights or with those of `run.initial`."""
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     if run.initial:
-        load_into(model, load_model(run.initial))
+        load_into(model, run.initial)
     model.set_recompute(run.experiment.diffusion.recompute)
     return model
 
@@ -397,30 +393,6 @@ def build_training_state(run: Run, denoiser: Denoiser, device: torch.device) -> 
     if run.checkpoint:
         state.load(run.checkpoint)
     return state
-
-
-def facts_of(
-    run: Run,
-    split: Split,
-    total_steps: int,
-    denoiser: Denoiser,
-    device: torch.device,
-    processes: Processes,
-) -> Facts:
-    """Return what a run finds when it starts."""
-    config = run.experiment.diffusion
-    return Facts(
-        total_steps=total_steps,
-        steps_per_epoch=total_steps // config.epochs,
-        split=split.description,
-        train_ids_hash=split.train_ids_hash,
-        val_ids_hash=split.val_ids_hash,
-        parameters=sum(p.numel() for p in denoiser.network.parameters()),
-        terminal_snr=denoiser.scheduler.terminal_snr,
-        device=str(device),
-        initial=run.before.initial,
-        arithmetic=arithmetic(device, denoiser.precision, processes.count, config.batch_size),
-    )
 
 
 def draw_step(

@@ -128,16 +128,11 @@ def double_width(x: Tensor) -> Tensor:
 
 def halfway_weights() -> list[float]:
     """Return the weights of the pixels at 1/2, 3/2, ... from a point, by Lanczos' windowed sinc."""
-    weights = []
-    for k in range(TAPS):
-        angle = math.pi * (k + 0.5)
-        sinc = math.sin(angle) / angle
-        window = math.sin(angle / TAPS) / (angle / TAPS)
-        weights.append(sinc * window)
+    distance = torch.arange(TAPS, dtype=torch.float64) + 0.5
+    weights = torch.sinc(distance) * torch.sinc(distance / TAPS)
 
     # Each weight is used on both sides of the point, and all of these sum to 1.
-    total = 2 * sum(weights)
-    return [weight / total for weight in weights]
+    return (weights / (2 * weights.sum())).tolist()
 
 
 def rotation_limit(max_rotation: float, free_end: float, progress: float) -> float:

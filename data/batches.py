@@ -12,9 +12,6 @@ from data.packed import map_ahead
 # keeps FFHQ at 128 px.
 FREE_MEMORY_FRACTION = 0.25
 
-# The whole set goes to the device in chunks of this many images.
-COPY_CHUNK = 1024
-
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of an epoch's n images: an int64 permutation (n,).
@@ -80,16 +77,19 @@ class ImageFeeder:
         if keep_on_device is None:
             free_bytes = torch.cuda.mem_get_info(self.device)[0] if self.on_cuda else 0
             keep_on_device = self.images.nbytes <= FREE_MEMORY_FRACTION * free_bytes
-        self.resident = self.copy_to_device() if keep_on_device else None
+        self.resident = None
+        if keep_on_device:
+            self.resident = torch.tensor(self.images, device=self.device)
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """Return the images of indices (B,) as uint8 (B, S, S, 3) on the device.
+        """Return the images of indices (B,) int64 as uint8 (B, S, S, 3) on the device.
 
-        Raises IndexError when an index is out of range.
+        An index that is out of range raises IndexError; where the images stay on a GPU, it fails
+        there.
         """
         if self.resident is None:
             return self.send(self.gather_on_cpu(indices))
-        indices = torch.from_numpy(self.checked(indices))
+        indices = torch.from_numpy(indices)
         if self.on_cuda:
             indices = indices.pin_memory()
         return self.resident.index_select(0, self.send(indices))
@@ -106,7 +106,8 @@ class ImageFeeder:
 
     def gather_on_cpu(self, indices: np.ndarray) -> Tensor:
         """Return the images of indices (B,) on the CPU, in pinned memory if a GPU gets them."""
-        indices = self.checked(indices)
+        if np.any((indices < 0) | (indices >= len(self.images))):
+            raise IndexError(f"an image index is out of range 0..{len(self.images) - 1}")
         shape = (len(indices), *self.images.shape[1:])
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.on_cuda)
 
@@ -115,27 +116,7 @@ class ImageFeeder:
         np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")
         return batch
 
-    def checked(self, indices: np.ndarray) -> np.ndarray:
-        """Return indices as int64. Raises IndexError when one is out of range."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and (indices.min() < 0 or indices.max() >= len(self.images)):
-            raise IndexError(
-                f"image index out of range 0..{len(self.images) - 1}: "
-                f"{indices.min()}..{indices.max()}"
-            )
-        return indices
-
     def send(self, batch: Tensor) -> Tensor:
         """Copy a batch to the device; the CPU does not wait for a copy to a GPU."""
         # PyTorch's pinned-memory allocator hands the buffer out again only after this copy is done.
         return batch.to(self.device, non_blocking=self.on_cuda)
-
-    def copy_to_device(self) -> Tensor:
-        """Return all images as one tensor on the device."""
-        resident = torch.empty(self.images.shape, dtype=torch.uint8, device=self.device)
-
-        # The CPU holds one chunk of a memory-mapped set at a time, not all of it.
-        for start in range(0, len(self.images), COPY_CHUNK):
-            chunk = np.array(self.images[start : start + COPY_CHUNK])
-            resident[start : start + COPY_CHUNK] = torch.from_numpy(chunk)
-        return resident

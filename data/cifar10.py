@@ -70,10 +70,9 @@ def read_files(path: Path) -> dict[str, bytes]:
     files = {}
     for name in FILES:
         for file in (*path.glob(name), *path.glob(f"*/{name}")):
-            if file.is_file() and file.stat().st_size <= MAX_FILE_BYTES:
-                files[file.name] = file.read_bytes()
+            files[name] = file.read_bytes()
 
-    for archive in filter(Path.is_file, path.glob("*.tar.gz")):
+    for archive in path.glob("*.tar.gz"):
         with tarfile.open(archive) as tar:
             for file in tar:
                 # Folders in an archive do not matter: a member counts by its own name.

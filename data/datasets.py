@@ -73,13 +73,9 @@ def find_ffhq(folder: Path) -> Path:
     Raises UserError when there is none, or when the folder FFHQ holds several archives.
     """
     ffhq = folder / "FFHQ"
-    archives = sorted(
-        path
-        for path in folder.glob("FFHQ/*")
-        if path.suffix.lower() in (".zip", ".npz") and path.is_file()
-    )
+    archives = [path for path in ffhq.glob("*") if path.suffix.lower() in (".zip", ".npz")]
     if len(archives) > 1:
-        names = ", ".join(path.name for path in archives)
+        names = ", ".join(sorted(path.name for path in archives))
         raise UserError(
             f"{ffhq} holds {names}. Leave one archive there, or name one as the data set."
         )

@@ -1,18 +1,13 @@
 """Image files of any colour mode -> uint8 RGB pixels, or the reason why they cannot be used."""
 
 import io
-import struct
-import tarfile
-import tokenize
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from functions.support.errors import UserError
-from functions.support.files import short
+from functions.support.files import READ_ERRORS, short
 
 # Pillow would also try dozens of formats that no image set uses, and for some of them it calls
 # other programs.
@@ -20,23 +15,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 # This is Pillow's limit for one image; beyond it Pillow suspects a decompression bomb.
 MAX_PIXELS = 89_478_485
-
-# The readers of Python, NumPy and Pillow raise any of these on broken bytes.
-BROKEN_BYTES = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    RuntimeError,
-    SyntaxError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    tokenize.TokenError,
-)
 
 
 class BadImage(UserError):
@@ -79,7 +57,7 @@ def open_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         reason = f"not a {', '.join(FORMATS)} image" if data else "empty file"
         raise BadImage(reason) from None
-    except BROKEN_BYTES as error:
+    except READ_ERRORS as error:
         raise BadImage(f"broken file ({type(error).__name__}: {short(error)})") from None
 
 
@@ -104,8 +82,8 @@ def convert_to_rgb(image: Image.Image) -> np.ndarray:
 def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
     """Crop and resize uint8 (H, W, 3) -> uint8 (S, S, 3), S = image_size in pixels.
 
-    What is not square is cropped to the square in its centre. An image of the right size passes
-    unchanged.
+    Grey levels (H, W) become (S, S). What is not square is cropped to the square in its centre. An
+    image of the right size passes unchanged.
     """
     height, width = rgb.shape[:2]
     side = min(height, width)
@@ -164,8 +142,10 @@ def read_with_mask(
     mask = fit_mask(white, image_size)
     if mask.all() or not mask.any():
         part = "everything" if mask.all() else "nothing"
-        hint = "" if mask_path else "; name a --mask, or erase a part of the image"
-        raise UserError(f"{mask_path or path}: {part} would be made anew{hint}")
+        raise UserError(
+            f"{mask_path or path}: {part} would be made anew; name a --mask that is white in part, "
+            "or erase a part of the image"
+        )
     return fit_square(convert_to_rgb(image), image_size), mask
 
 
@@ -174,8 +154,7 @@ def fit_mask(anew: np.ndarray, image_size: int) -> np.ndarray:
 
     The mask is true where the image is made anew.
     """
-    grey = np.uint8(255) * anew[..., None].repeat(3, axis=2)
-    levels = fit_square(grey, image_size)[..., 0]
+    levels = fit_square(np.uint8(255) * anew, image_size)
 
     # A pixel with a tenth of its area in the mask is made anew as a whole, because it has taken up
     # some of what was there.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.decode import BadImage, decode_rgb, fit_square
 from data.sources import Source
 from functions.support.errors import UserError
-from functions.support.files import short, write_text, write_whole
+from functions.support.files import READ_ERRORS, short, write_text, write_whole
 
 Result = TypeVar("Result")
 
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 FORMAT_VERSION = 1
 
 # So many bad images are printed; the .json lists all.
-LISTED_BAD_IMAGES = 20
+LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,6 @@ class ImageSet:
     path: Path | None = None
     # Each image that was left out has its [name, reason] here.
     bad_images: list | tuple = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> ImageSet:
@@ -146,7 +143,7 @@ def read_pack(path: Path, key: str, image_size: int) -> ImageSet | None:
             return None
         images = np.memmap(path, np.uint8, "r", shape=shape)
         return ImageSet(path.name, images, ids, record["summary"], path, record["bad_images"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except READ_ERRORS:
         return None
 
 
@@ -209,10 +206,9 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
     }
     write_text(record_path, json.dumps(record))
 
-    lines = [summary, *source.notes]
-    for name, reason in bad_images[:LISTED_BAD_IMAGES]:
-        lines.append(f"  left out: {short(name)}: {reason}")
-    print("\n".join(lines), flush=True)
+    print(summary, *source.notes, sep="\n")
+    for name, reason in bad_images[:LISTED]:
+        print(f"  left out: {short(name)}: {reason}")
     return read_pack(target, key, image_size)
 
 

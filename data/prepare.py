@@ -23,14 +23,11 @@ if __name__ == "__main__":
 
 from data.datasets import load_images, locate
 from data.decode import BadImage
-from data.packed import map_images
+from data.packed import LISTED, map_images
 from data.sources import Source
 from functions.support.command_line import Parser, plain_errors, positive
 from functions.support.errors import UserError
-from functions.support.files import short
-
-# Of each kind of difference, at most so many are printed.
-LISTED = 20
+from functions.support.files import READ_ERRORS, short
 
 # The json lists these versions of a photo: 128 px and 1024 px.
 VERSIONS = ("thumbnail", "image")
@@ -133,22 +130,19 @@ def read_expected(json_path: str | Path) -> dict[int, dict[str, str]]:
         for key, entry in entries.items():
             sums = {}
             for version in VERSIONS:
-                if version in entry:
-                    size = "{}x{}".format(*entry[version]["pixel_size"])
-                    sums[size] = entry[version]["pixel_md5"]
+                size = "{}x{}".format(*entry[version]["pixel_size"])
+                sums[size] = entry[version]["pixel_md5"]
             expected[int(key)] = sums
+        if not expected:
+            raise ValueError("no entries")
+        return expected
     except OSError as error:
         raise UserError(f"{json_path} cannot be read ({error.strerror}).") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        # Another json stops at the first entry that is not like one of FFHQ.
-        expected = {}
-
-    if not expected or not all(expected.values()):
+    except READ_ERRORS:
         raise UserError(
             f"{json_path} is not a complete ffhq-dataset-v2.json; its size should be 267,793,842 "
             "bytes."
-        )
-    return expected
+        ) from None
 
 
 if __name__ == "__main__":

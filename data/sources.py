@@ -18,9 +18,9 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from data.decode import BROKEN_BYTES, MAX_PIXELS, BadImage
+from data.decode import MAX_PIXELS, BadImage
 from functions.support.errors import UserError
-from functions.support.files import short
+from functions.support.files import READ_ERRORS, short
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -79,7 +79,7 @@ class Source:
             return BadImage(f"larger than {MAX_FILE_BYTES // 2**20} MiB")
         try:
             return self.read_file(member)
-        except BROKEN_BYTES as error:
+        except READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             return BadImage(f"cannot be read ({short(reason)})")
 
@@ -98,9 +98,11 @@ class Folder(Source):
     def __init__(self, path: Path):
         super().__init__(path)
 
+        def fail(error):
+            raise error
+
         # Links are followed, because a data folder is often a link to another disk.
-        errors = []
-        for folder, inner, files in os.walk(path, onerror=errors.append, followlinks=True):
+        for folder, inner, files in os.walk(path, onerror=fail, followlinks=True):
             # Another process may be trying whether it can write here, and its folder vanishes.
             inner[:] = [name for name in inner if not name.startswith(".packed")]
             for file in files:
@@ -116,8 +118,6 @@ class Folder(Source):
                     # A link that leads nowhere is kept: it becomes a bad image when it is read,
                     # and so its name is listed.
                     self.members.append(Member(name, 0, 0))
-        if errors:
-            raise errors[0]
 
     def read_file(self, member: Member) -> bytes:
         """Return the bytes of a member."""
@@ -305,7 +305,7 @@ def one_sentence(path: Path) -> Iterator[None]:
     """Turn whatever an unreadable or broken source raises into a UserError of one sentence."""
     try:
         yield
-    except BROKEN_BYTES as error:
+    except READ_ERRORS as error:
         raise UserError(
             f"{path} cannot be read ({short(error)}). Was its download cut short?"
         ) from None

@@ -266,7 +266,7 @@ def measure(run: Path, args: Namespace) -> None:
             continue
         options = SamplerOptions(calibrate=None if kind == "plain" else kind)
         sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, device)
-        sampler = calibrated(sampler, saved, 64, SINGLE_PROCESS)
+        sampler = calibrated(sampler, saved, SINGLE_PROCESS)
 
         bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, average, 64, 0)
         numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path, args)}
@@ -294,7 +294,7 @@ def measure_samples(sampler: ImageSampler, features: Features, path: Path, args:
     for name, options in samplers.items():
         # A calibration is part of the denoiser, so it stays when the options are replaced.
         count = args.spoilt if name == SPOILT_WITH else args.images
-        samples = generate(replace(sampler, options=options), range(count), 64)
+        samples = generate(replace(sampler, options=options), range(count))
         images = samples.images.to(sampler.device)
 
         numbers["distance"][name] = features.distance(images[: args.images])

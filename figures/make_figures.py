@@ -23,7 +23,8 @@ from data.pixels import to_model_range, to_uint8
 from figures.rotation_figures import draw_rotation, draw_rotation_spectrum
 from figures.sampling_figures import draw_sampling
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.generation import ImageSampler, frame_steps, generate, rebuild
+from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, states
+from functions.sampling.generation import ImageSampler, generate, rebuild
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.command_line import Parser, plain_errors
@@ -239,11 +240,10 @@ def draw_run(checkpoint: Path) -> None:
     image_sampler = ImageSampler(denoiser, SamplerOptions(), saved.model.image_shape, 0, device)
 
     # The animation and the strip show states on the way, so these have to be named beforehand.
-    timesteps = image_sampler.scheduler.timesteps
-    gif_steps = frame_steps(timesteps, 40)
-    strip_steps = frame_steps(timesteps, 9)
-    frames = {("x", step) for step in gif_steps + strip_steps}
-    samples = generate(image_sampler, range(36), 36, frames)
+    animation = states(image_sampler.times, GIF_FRAMES)
+    strip = states(image_sampler.times, STRIP_COLUMNS)
+    frames = {*animation.values(), *strip.values()}
+    samples = generate(image_sampler, range(36), frames)
 
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
@@ -253,13 +253,11 @@ def draw_run(checkpoint: Path) -> None:
     neighbours = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
-    gif_frames = [samples.frames["x", step][:6] for step in gif_steps]
+    gif_frames = [samples.frames[frame][:6] for frame in animation.values()]
     save_gif(gif_frames, FIGURES / "denoising.gif", columns=6)
 
-    # After k of T network calls the state is at t = T - k.
-    strip_frames = [samples.frames["x", step][:4] for step in strip_steps]
-    titles = [f"t = {timesteps - step}" for step in strip_steps]
-    save_strip(strip_frames, titles, FIGURES / "strip.png")
+    strip_frames = [samples.frames[frame][:4] for frame in strip.values()]
+    save_strip(strip_frames, list(strip), FIGURES / "strip.png")
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:

@@ -21,8 +21,6 @@ from torch import Tensor
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Model, interpret
 
-VARIANCES = ("small", "large")
-
 # The bin of a level reaches this far to either side: there are 256 levels in [-1, 1].
 HALF_BIN = 1 / 255
 
@@ -109,11 +107,9 @@ def posterior_kl(
 def decoder_log_likelihood(x_0: Tensor, mean: Tensor, sigma: float | Tensor) -> Tensor:
     """Return the log-probability of each value's bin under N(mean, sigma^2) (Eq. 13).
 
-    It is in nats and float64. Bins reach 1/255 to either side. The first and the last are open, so
+    It is in nats. Bins reach 1/255 to either side. The first and the last are open, so
     the 256 probabilities sum to 1.
     """
-    x_0 = x_0.double()
-    mean = mean.double()
     lower = (x_0 - HALF_BIN - mean) / sigma
     upper = (x_0 + HALF_BIN - mean) / sigma
     lower = torch.where(x_0 < -OPEN, -math.inf, lower)
@@ -121,9 +117,8 @@ def decoder_log_likelihood(x_0: Tensor, mean: Tensor, sigma: float | Tensor) -> 
 
     # By symmetry every bin has a mirror image of the same probability. The one further left is
     # taken, since log Phi keeps its digits in the left tail.
-    mirrored = lower + upper > 0
-    left = torch.where(mirrored, -upper, lower)
-    right = torch.where(mirrored, -lower, upper)
+    left = torch.minimum(lower, -upper)
+    right = torch.minimum(upper, -lower)
 
     # log(Phi(right) - Phi(left)) is exact far out in the tails, too, where Ho's code stops at
     # log(1e-12).

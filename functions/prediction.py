@@ -33,34 +33,23 @@ class Objective:
     diffusers: str | None
 
 
-def noise_itself(scheduler: NoiseScheduler, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
-    """Return the target of the paper's loss (Eq. 14), which is the noise."""
-    return noise
-
-
-def predict_from_eps(
-    scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, eps: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the x_0 that x_t and eps imply (Eq. 15), and this eps."""
-    return scheduler.predict_x_0(x_t, t, eps), eps
-
-
-def one(scheduler: NoiseScheduler, t: Timestep) -> float:
-    """Return 1: the squared error of eps is that of eps."""
-    return 1.0
-
-
 # What a config's `objective` can be. Nothing else in the project decides by it.
 OBJECTIVES = {
-    # Ho et al. 2020, Algorithm 1
-    "eps": Objective(noise_itself, predict_from_eps, one, "epsilon"),
+    # Ho et al. 2020, Algorithm 1: the target is the noise (Eq. 14), and x_0 follows from eps by
+    # Eq. 15.
+    "eps": Objective(
+        target=lambda scheduler, x_0, t, noise: noise,
+        x_0_and_eps=lambda scheduler, x_t, t, eps: (scheduler.predict_x_0(x_t, t, eps), eps),
+        eps_factor=lambda scheduler, t: 1.0,
+        diffusers="epsilon",
+    ),
     # Salimans and Ho 2022, arXiv:2202.00512, Section 4. An error of v means sqrt(alpha_bar) times
     # that error in eps. In x_0 it means -sqrt(1 - alpha_bar) times that error.
     "v": Objective(
-        NoiseScheduler.v,
-        NoiseScheduler.predict_from_v,
-        NoiseScheduler.alpha_bar,
-        "v_prediction",
+        target=NoiseScheduler.v,
+        x_0_and_eps=NoiseScheduler.predict_from_v,
+        eps_factor=NoiseScheduler.alpha_bar,
+        diffusers="v_prediction",
     ),
 }
 
@@ -78,7 +67,9 @@ class Denoiser:
     precision: torch.dtype = torch.float32  # of the network's matrix products and convolutions
     objective: str = "eps"  # what the network predicts: a name of OBJECTIVES
     # (x_0, x_t, t, scheduler) -> a better x_0, as functions/sampling/calibration.py makes it.
-    calibration: Callable | None = None
+    calibration: Callable[..., Tensor] | None = None
+    # Of a larger batch the network takes so many images at a time; None means all of it.
+    at_a_time: int | None = None
 
     def __post_init__(self) -> None:
         # A checkpoint may have anything in this place. A list, say, has no hash.
@@ -88,6 +79,9 @@ class Denoiser:
             )
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.at_a_time and len(x_t) > self.at_a_time:
+            parts = zip(x_t.split(self.at_a_time), t.split(self.at_a_time), strict=True)
+            return torch.cat([self(*part) for part in parts])
         half = self.precision != torch.float32
         # No weight is used twice, so a cache of the weights in half precision would be of no use.
         # And a CUDA graph cannot have one.

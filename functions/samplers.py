@@ -40,6 +40,8 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Model, predict
 from functions.timesteps import Steps, sampling_times
 
+# Those of the noise that `ddpm_sample` adds.
+VARIANCES = ("small", "large")
 StepNoise = Callable[[int], Tensor]
 OnStep = Callable[[int, int, Tensor, Tensor], None]
 
@@ -65,7 +67,7 @@ def ddpm_sample(
             face runs. "large" is beta, which is as good with all steps and leaves noise in the
             images with few.
     """
-    if variance not in ("small", "large"):
+    if variance not in VARIANCES:
         raise ValueError(f"variance is {variance!r}; it can be small or large")
     times = sampling_times(scheduler, steps, spacing)
 
@@ -279,5 +281,5 @@ SAMPLERS = {
         {"spacing": "logsnr", "eta": 1.0},
         "DPM-Solver++ 2M, good with 20 steps",
     ),
-    "ipndm": Sampler(ipndm_sample, {"spacing": "trailing"}, "deterministic, of order 2 too"),
+    "ipndm": Sampler(ipndm_sample, {"spacing": "trailing"}, "deterministic, of order 2"),
 }

@@ -1,7 +1,6 @@
 """Which of the T timesteps a sampler visits, and which a training draws."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def sampling_times(
         steps = T
     if not isinstance(steps, int):
         times = [int(t) for t in steps]
-        falling = all(after < before for before, after in pairwise(times))
+        falling = times == sorted(set(times), reverse=True)
         if len(times) < 2 or not falling or times[0] >= T or times[-1] < -1:
             raise ValueError(
                 f"times must be 2 or more, falling, from at most {T - 1} to at least -1; "

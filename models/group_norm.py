@@ -15,17 +15,17 @@ WIDE = 16
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalize like `nn.GroupNorm`, with its arguments and parameters, without its slow cases."""
+    """Normalize like `nn.GroupNorm`, with a weight and a bias, without its slow cases."""
 
     def forward(self, x: Tensor) -> Tensor:
         arguments = (x, self.weight, self.bias, self.num_groups, self.eps)
-        if torch.compiler.is_compiling() and self.affine:
+        if torch.compiler.is_compiling():
             return in_memory_order(*arguments)
 
         # Images of one channel or one pixel are in both layouts at once. They are left to PyTorch.
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         narrow = self.num_channels // self.num_groups < WIDE
-        if x.device.type == "cpu" and channels_last and narrow and self.affine:
+        if x.device.type == "cpu" and channels_last and narrow:
             return ChannelsLastGroupNorm.apply(*arguments)
         return super().forward(x)
 

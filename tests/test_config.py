@@ -318,7 +318,7 @@ def test_a_field_may_be_a_tuple_of_floats(flag, given, value):
         parser = Parser()
         add_config_flags(parser, "bands", Bands)
         arguments = parser.parse_args(["--bands.edges", flag])
-        made.append(partial(Bands, **given_fields(arguments, "bands", Bands)))
+        made.append(partial(Bands, **given_fields(arguments, "bands")))
 
     for make in made:
         if value is None:

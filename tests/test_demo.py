@@ -6,6 +6,7 @@ It shows what sample.py writes, and answers bad input with a sentence.
 import shlex
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_draw(page, run, tmp_path):
     assert all(image.std() > 10 for image in cut(grid))
 
     image_sampler = sampler_of(run, 3, "ddim", 60)
-    frames = generate(image_sampler, range(4), 4, {("x_0", 1), ("x_0", 58)}).frames
+    frames = generate(image_sampler, range(4), {("x_0", 1), ("x_0", 58)}).frames
     for place, call, t in ((1, 1, 100), (20, 58, 5)):
         fill(page, Look_back=place)
         shown = picture(page, f"after {call} of 60 network calls, at t = {t}")
@@ -172,7 +173,7 @@ def test_clicks_wait_for_each_other(page, run, served_run):
 
     The first ends by Stop, or when its page is closed.
     """
-    images = generate(sampler_of(run, 0, "dpm++", 2), [12], 1).images
+    images = generate(sampler_of(run, 0, "dpm++", 2), [12]).images
     twelfth = to_uint8(images).numpy()[0]
     for end in ("stop", "close"):
         # The first page starts a long sampling.
@@ -213,7 +214,7 @@ def test_mix(page, run, pictures, tmp_path):
     click(page, MIX)
 
     image_sampler = sampler_of(run, 3, "dpm++", 5)
-    ends = generate(image_sampler, [0, 12], 1).images
+    ends = generate(replace(image_sampler, batch_size=1), [0, 12]).images
     mixture = mixtures(image_sampler, [0, 12], ends, 49, torch.tensor([0.3]))
     expected = to_uint8(torch.cat([ends, mixture])).numpy()
     labels = ("The first image", "The second image", "The mixture")

@@ -76,17 +76,18 @@ def training(
 
     waits = []
     held = []
-    enter = BookKeeper.__enter__
+    opened = BookKeeper.opened
     after_step = BookKeeper.after_step
     accumulating = Processes.accumulating
     with tempfile.TemporaryDirectory() as runs, pretended_cuda() as cuda:
 
+        @contextlib.contextmanager
         def entered(books):
-            books = enter(books)
-            # Before the first step there were trials for memory, which do not count.
-            held.clear()
-            cuda.waits.clear()
-            return books
+            with opened(books):
+                # Before the first step there were trials for memory, which do not count.
+                held.clear()
+                cuda.waits.clear()
+                yield
 
         def counted(books, done, grad_norm):
             in_step = dict(cuda.waits)
@@ -104,7 +105,7 @@ def training(
             return accumulating(processes, network, last)
 
         with (
-            mock.patch.multiple(BookKeeper, __enter__=entered, after_step=counted),
+            mock.patch.multiple(BookKeeper, opened=entered, after_step=counted),
             mock.patch.object(Processes, "accumulating", looked_at),
             mock.patch("train.load_images", lambda *_: image_set),
             # A CUDA graph that cannot be recorded must end no training, so its grids record none.
@@ -155,7 +156,7 @@ def sampling() -> dict:
             # The scheduler copies its table to the device once, before waits are counted.
             sampler.scheduler.alpha_bar(torch.zeros(1, dtype=torch.int64, device=device))
             cuda.waits.clear()
-            generate(sampler, range(3), 3)
+            generate(sampler, range(3))
             found[name] = dict(cuda.waits)
 
         def x_0_of(indices):

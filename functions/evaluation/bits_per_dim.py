@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from functions.likelihood import VARIANCES, terms_of
+from functions.likelihood import terms_of
 from functions.prediction import Denoiser
 from functions.sampling.generation import BatchLimit, batches_of
 from functions.support.pictures import plt, save_figure
@@ -160,20 +160,15 @@ def measure_bits_per_dim(
     number of processes nor on chance.
 
     A batch that does not fit in memory is halved. Raises `UserError` when a single image does not
-    fit, and `ValueError` without an image or for an unknown variance.
+    fit.
     """
-    if len(indices) == 0 or options.variance not in VARIANCES:
-        raise ValueError(
-            f"{len(indices)} images and variance {options.variance!r}; "
-            "there must be some, small or large"
-        )
     scheduler = denoiser.scheduler
     seed = options.seed
-    strata = strata_of(scheduler.timesteps, options.t_stride)
-    t = torch.tensor([choose_t(strata, seed, int(image)) for image in indices])  # (N, K)
+    lengths = strata_lengths(scheduler.timesteps, options.t_stride)
+    t = torch.stack([choose_t(lengths, seed, int(image)) for image in indices])  # (N, K)
 
     # The (image, t) pairs of the first image come first, then those of the second, and so on.
-    image_of = np.repeat(indices, len(strata))
+    image_of = np.repeat(indices, len(lengths))
     t_of = t.flatten()
     table = torch.zeros(3, len(t_of), dtype=torch.float64)
 
@@ -206,30 +201,30 @@ def measure_bits_per_dim(
 
     # Each entry is one process's and 0 in the others, so the sum over processes is exact.
     prior, terms, mse_x_0 = processes.sum_(table).view(3, *t.shape).numpy()
-    lengths = np.array([len(stratum) for stratum in strata])
-
     # L_T is the same at all t of an image.
-    return BitsPerDim(lengths, prior[:, 0], terms, mse_x_0)
+    return BitsPerDim(lengths.numpy(), prior[:, 0], terms, mse_x_0)
 
 
-def strata_of(timesteps: int, t_stride: int) -> list[range]:
-    """Cut 0 .. T-1 into strata of at most t_stride; t = 0 is the first, by itself."""
-    strata = [range(1)]
+def strata_lengths(timesteps: int, t_stride: int) -> Tensor:
+    """Cut 0 .. T-1 into K strata of at most t_stride, and return how long they are: (K,) int64.
+
+    t = 0 is the first, by itself.
+    """
+    lengths = [1]
     start = 1
     while start < timesteps:
         # L_t falls about as 1 / t, so a stratum is no longer than a quarter of its first t, and 1.
-        length = min(t_stride, 1 + start // 4)
-        stop = min(start + length, timesteps)
-        strata.append(range(start, stop))
-        start = stop
-    return strata
+        lengths.append(min(t_stride, 1 + start // 4, timesteps - start))
+        start += lengths[-1]
+    return torch.tensor(lengths)
 
 
-def choose_t(strata: list[range], seed: int, image: int) -> list[int]:
-    """Draw one t of each stratum, uniformly, as a function of (seed, image) alone."""
+def choose_t(lengths: Tensor, seed: int, image: int) -> Tensor:
+    """Draw one t of each stratum, uniformly, as a function of (seed, image) alone: (K,) int64."""
     generator = generator_of("cpu", seed, "bits per dim t", image)
-    uniform = torch.rand(len(strata), dtype=torch.float64, generator=generator).tolist()
-    return [stratum[int(u * len(stratum))] for stratum, u in zip(strata, uniform, strict=True)]
+    uniform = torch.rand(len(lengths), dtype=torch.float64, generator=generator)
+    first = lengths.cumsum(0) - lengths
+    return first + (uniform * lengths).long()
 
 
 def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
@@ -238,11 +233,11 @@ def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
     # The logarithmic axis has no 0, so it shows the paper's t, which starts at 1.
     t = [value + 1 for value in curves["t"]]
     figure, (terms, rate) = plt.subplots(1, 2, figsize=(9, 4))
-    terms.loglog(t, curves["bits_per_dim_a_step"], marker=".", color="tab:blue")
+    terms.loglog(t, curves["bits_per_dim_a_step"], marker=".")
     terms.set(xlabel="t (the paper's)", ylabel="bits/dim in one step", title="terms of the bound")
     terms.grid(color="0.92")
 
-    rate.plot(curves["rate"], curves["rmse"], marker=".", color="tab:blue")
+    rate.plot(curves["rate"], curves["rmse"], marker=".")
     rate.set(
         xlabel="rate so far, bits/dim",
         ylabel="RMSE of $x_0$, of 255",

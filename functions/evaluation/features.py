@@ -76,8 +76,10 @@ def load_inception(
     `UserError` when torch-fidelity is not installed, or when there are no weights.
     """
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-        from torch_fidelity.utils import create_feature_extractor
+        from torch_fidelity.feature_extractor_inceptionv3 import (
+            URL_INCEPTION_V3,
+            FeatureExtractorInceptionV3,
+        )
     except ImportError as error:
         raise UserError(
             "FID and company need torch-fidelity: pip install -r requirements-eval.txt"
@@ -88,8 +90,8 @@ def load_inception(
     # the end of the process.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        network = create_feature_extractor(
-            INCEPTION, [LAYER], cuda=False, feature_extractor_weights_path=path, verbose=False
+        network = FeatureExtractorInceptionV3(
+            INCEPTION, [LAYER], feature_extractor_weights_path=path
         )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except Exception as error:
@@ -116,26 +118,26 @@ def downloaded(url: str) -> Path:
         torch.hub.download_url_to_file(url, path, hash_prefix=path.stem.rsplit("-", 1)[1])
     except (OSError, RuntimeError) as error:
         # A RuntimeError means that the downloaded file has another hash.
-        reason = getattr(error, "reason", error)
         raise UserError(
-            f"InceptionV3's weights cannot be downloaded ({short(reason)}): "
+            f"InceptionV3's weights cannot be downloaded ({short(error)}): "
             f"get {url} where there is a network, and give --weights FILE"
         ) from error
     return path
 
 
 def sample_features(
-    sampler: ImageSampler, count: int, batch_size: int, extractor: Extractor, processes: Processes
+    sampler: ImageSampler, count: int, extractor: Extractor, processes: Processes
 ) -> Tensor:
     """Sample images and return their features (count, D) float32.
 
     Image i is the one that sample.py makes.
     """
-    # All processes cut the same batches, and each takes every count-th of them.
-    batches = batches_of(range(count), batch_size)[processes.rank :: processes.count]
-    samples = generate_batches(sampler, batches, progress=processes.is_main)
-    pixels = (to_uint8(batch.images) for batch in samples)
-    return collect_features(batches, pixels, count, extractor, processes)
+
+    def pixels_of(batches):
+        for samples in generate_batches(sampler, batches, progress=processes.is_main):
+            yield to_uint8(samples.images)
+
+    return collect_features(pixels_of, count, sampler.batch_size, extractor, processes)
 
 
 def real_features(
@@ -149,29 +151,33 @@ def real_features(
 
     The images are uint8 (N, H, W, 3).
     """
-    batches = batches_of(range(len(indices)), batch_size)[processes.rank :: processes.count]
-    bar = tqdm(batches, "reference", unit="batch", disable=not processes.is_main)
-    pixels = (torch.from_numpy(images[indices[rows]]) for rows in bar)
-    return collect_features(batches, pixels, len(indices), extractor, processes)
+
+    def pixels_of(batches):
+        for rows in tqdm(batches, "reference", unit="batch", disable=not processes.is_main):
+            yield torch.from_numpy(images[indices[rows]])
+
+    return collect_features(pixels_of, len(indices), batch_size, extractor, processes)
 
 
 @torch.no_grad()
 def collect_features(
-    batches: list[range],
-    pixels: Iterable[Tensor],
+    pixels_of: Callable[[list[range]], Iterable[Tensor]],
     count: int,
+    batch_size: int,
     extractor: Extractor,
     processes: Processes,
 ) -> Tensor:
     """Extract the features of `count` images, (count, D) float32 on the CPU, in all processes.
 
-    `batches` are those of this process: rows of the result. `pixels` has the images of each batch,
-    uint8 (B, H, W, 3). A batch that does not fit in memory is halved, and so are those after it.
-    Raises `UserError` when a single image does not fit.
+    `pixels_of` gives the images of each batch, uint8 (B, H, W, 3), for batches of numbers below
+    `count`. A batch that does not fit in memory is halved, and so are those after it. Raises
+    `UserError` when a single image does not fit.
     """
+    # All processes cut the same batches, and each takes every count-th of them.
+    batches = batches_of(range(count), batch_size)[processes.rank :: processes.count]
     features = torch.zeros(count, extractor.width)
     limit = BatchLimit(extractor.device)
-    for rows, images in zip(batches, pixels, strict=True):
+    for rows, images in zip(batches, pixels_of(batches), strict=True):
         channels_first = images.permute(0, 3, 1, 2)
         parts = limit.in_parts(lambda part: extractor.features(part).float().cpu(), channels_first)
         features[rows.start : rows.stop] = torch.cat(parts)

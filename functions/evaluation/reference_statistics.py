@@ -14,6 +14,7 @@ import numpy as np
 
 from data.datasets import ImageSet, hash_ids
 from functions.evaluation.features import Extractor, Reference
+from functions.sampling.generation import batches_of
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short, write_whole
 
@@ -23,7 +24,7 @@ TEXTS = ("dataset", "split", "ids_hash", "pixels_hash", "extractor", "weights_ha
 # So many images are hashed at a time.
 CHUNK = 1024
 # A damaged file raises one of these. MemoryError comes from a header that lies about a shape.
-BROKEN = (*READ_ERRORS, EOFError, zipfile.BadZipFile, MemoryError)
+BROKEN = (*READ_ERRORS, MemoryError)
 
 
 def describe(image_set: ImageSet, indices: np.ndarray, split: str, extractor: Extractor) -> dict:
@@ -33,8 +34,7 @@ def describe(image_set: ImageSet, indices: np.ndarray, split: str, extractor: Ex
     """
     images = image_set.images
     pixels = hashlib.sha256()
-    for start in range(0, len(indices), CHUNK):
-        chunk = indices[start : start + CHUNK]
+    for chunk in batches_of(indices, CHUNK):
         pixels.update(images[chunk])
     return {
         # A path is nobody's business, and the pixels have their hash.
@@ -99,7 +99,6 @@ def check_statistics(description: dict, mu: np.ndarray, sigma: np.ndarray) -> No
     plain = type(count) is type(size) is int and all(text == short(text) for text in texts)
     shapes_fit = mu.shape == (width,) and sigma.shape == (width, width)
     types_fit = mu.dtype == sigma.dtype == np.float64
-    if not (plain and shapes_fit and types_fit):
-        raise ValueError("it has other shapes or types than it should")
-    if count < 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"an empty reference ({count} images), or numbers that are not finite")
+    finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+    if not (plain and count >= 2 and shapes_fit and types_fit and finite):
+        raise ValueError("its texts, shapes or numbers are not those of two images or more")

@@ -76,7 +76,10 @@ def band_means(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Replace x_0 by x_0'; `interpret` of functions/prediction.py calls this."""
+    """Replace x_0 by x_0'; `interpret` of functions/prediction.py calls this.
+
+    The tensors are float32, on the device of x_0.
+    """
 
     # mu (C, H, W)
     mean: Tensor
@@ -87,25 +90,22 @@ class Calibration:
         # Where the weights are 1 and 0 the transforms would change x_0 by nothing but rounding.
         if isinstance(t, int) and t < FROM * scheduler.timesteps:
             return x_0
-        mean = self.mean.to(x_0)
         bands = octaves(x_0.shape[-1], x_0.device)
         # The weights of bands, (bands, 2) or (B, bands, 2), become those of coefficients: each is
         # (1, H, W), or (B, 1, H, W), and holds for all channels.
-        weights = self.weights[t].to(x_0)[..., bands, :]
+        weights = self.weights[t][..., bands, :]
         w_1, w_2 = weights.unsqueeze(-4).unbind(-1)
         root = broadcast(scheduler.alpha_bar(t) ** 0.5, x_t)
-        mixed = w_1 * spectrum(x_0 - mean) + w_2 * spectrum(x_t - root * mean)
-        return mean + torch.fft.ifft2(mixed, norm="ortho").real
+        mixed = w_1 * spectrum(x_0 - self.mean) + w_2 * spectrum(x_t - root * self.mean)
+        return self.mean + torch.fft.ifft2(mixed, norm="ortho").real
 
 
 @torch.no_grad()
 def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibration:
     """Fit a network without calibration to images (N, C, H, W) in [-1, 1] on its device.
 
-    The network computes in float32, at most `batch_size` images at a time. Returns tensors on the
-    CPU.
+    The network computes at most `batch_size` images at a time. Returns tensors on the CPU.
     """
-    denoiser = replace(denoiser, precision=torch.float32)
     scheduler = denoiser.scheduler
     mean = images.mean(dim=0)
     last = scheduler.timesteps - 1
@@ -165,15 +165,16 @@ def interpolated(scheduler: NoiseScheduler, times: list[int], fitted: Tensor) ->
     first = times[0]
     noisiness = -torch.logit(scheduler.alphas_cumprod).numpy()
     weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, fitted.shape[1], 1)
-    for band, weight in np.ndindex(fitted.shape[1:]):
-        column = fitted[:, band, weight].numpy()
-        between = np.interp(noisiness[first:], noisiness[times], column)
-        weights[first:, band, weight] = torch.from_numpy(between)
+
+    def between(column):
+        return np.interp(noisiness[first:], noisiness[times], column)
+
+    weights[first:] = torch.from_numpy(np.apply_along_axis(between, 0, fitted.numpy()))
     return weights
 
 
 def calibrated(
-    image_sampler: ImageSampler, saved: SavedModel, batch_size: int, processes: Processes
+    image_sampler: ImageSampler, saved: SavedModel, processes: Processes
 ) -> ImageSampler:
     """Return the sampler with the calibration that its options ask for, if they ask for one.
 
@@ -184,15 +185,13 @@ def calibrated(
     """
     if not image_sampler.options.calibrate:
         return image_sampler
-    tensors = processes.from_main(lambda: read_or_make(image_sampler, saved, batch_size))
+    tensors = processes.from_main(lambda: read_or_make(image_sampler, saved))
     tensors = {name: tensor.to(image_sampler.device) for name, tensor in tensors.items()}
     denoiser = replace(image_sampler.denoiser, calibration=Calibration(**tensors))
     return replace(image_sampler, denoiser=denoiser)
 
 
-def read_or_make(
-    image_sampler: ImageSampler, saved: SavedModel, batch_size: int
-) -> dict[str, Tensor]:
+def read_or_make(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Tensor]:
     """Return the tensors of `Calibration`, on the CPU: of the file that is kept, or fitted now."""
     name = image_sampler.options.calibrate
     # The images are loaded when they are needed, and once.
@@ -222,8 +221,12 @@ def read_or_make(
     if tensors:
         return tensors
 
+    # It is kept for samplers of every precision, so it is fitted in float32.
+    denoiser = replace(image_sampler.denoiser, precision=torch.float32)
     if name == "own":
-        images = own_samples(image_sampler, batch_size)
+        # The fresh noise of this sampler keeps its images sound without a calibration.
+        quick = replace(image_sampler, denoiser=denoiser).quick(seed_of("calibration"))
+        images = generate(quick, range(IMAGES)).images
     else:
         image_set, split = load()
         if split.train_ids_hash != images_of[1]:
@@ -234,8 +237,9 @@ def read_or_make(
         # The images are evenly spaced among those for training.
         places = np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)
         pixels = image_set.images[split.train_indices[places]]
-        images = to_model_range(torch.from_numpy(pixels)).to(image_sampler.device)
-    tensors = vars(calibrate(image_sampler.denoiser, images, batch_size))
+        images = to_model_range(torch.from_numpy(pixels))
+    images = images.to(image_sampler.device)
+    tensors = vars(calibrate(denoiser, images, image_sampler.batch_size))
     # The file is for the next time. Where it cannot be written, sampling goes on without it.
     try:
         folder.mkdir(exist_ok=True)
@@ -261,12 +265,3 @@ def read_kept(path: Path, made_from: dict, image_sampler: ImageSampler) -> dict[
             if {name: tensor.shape for name, tensor in tensors.items()} == shapes:
                 return tensors
     return {}
-
-
-def own_samples(image_sampler: ImageSampler, batch_size: int) -> Tensor:
-    """Return samples of the model: (N, C, H, W) in [-1, 1] on the sampler's device."""
-    # They are kept for samplers of every precision, so they are sampled in float32.
-    denoiser = replace(image_sampler.denoiser, precision=torch.float32)
-    # The fresh noise of this sampler keeps its images sound without a calibration.
-    quick = replace(image_sampler, denoiser=denoiser).quick(seed_of("calibration"))
-    return generate(quick, range(IMAGES), batch_size).images.to(image_sampler.device)

@@ -2,9 +2,8 @@
 
 import json
 import os
-import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate_batches
@@ -26,13 +25,13 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
     """
     if path.exists():
         raise UserError(f"{path} exists; --export overwrites nothing")
-    if path.suffix not in ("", ".safetensors"):
+    if path.suffix == ".safetensors":
+        export_weights(saved, path)
+        return
+    if path.suffix:
         raise UserError(
             f"{path}: a file to export ends in .safetensors, and a folder's name has no ending"
         )
-    if path.suffix:
-        export_weights(saved, path)
-        return
 
     sampler = image_sampler.quick(image_sampler.seed)
     # The folder is filled under another name, so that `path` is whole or not there.
@@ -51,8 +50,9 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
 def model_card(saved: SavedModel, folder: str, what: str) -> str:
     """Return the README.md that hubs show; `what` says what its picture shows."""
     diffusion = saved.config["diffusion"]
-    # A path to data may tell of its owner, so only its last part is published.
-    data = re.split(r"[/\\]", str(diffusion.get("dataset_name", "")))[-1]
+    # A path to data may tell of its owner, so only its last part is published. Windows' paths have
+    # slashes of both kinds.
+    data = PureWindowsPath(str(diffusion.get("dataset_name", ""))).name
     datasets = [data] if data else []
     fields = {**diffusion, **saved.config["model"], "dataset_name": data or "not known"}
     facts = "".join(f"| {name} | {value} |\n" for name, value in fields.items())

@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 
 from data.pixels import to_uint8
-from functions.sampling.generation import Frame, Samples, frame_steps
+from functions.sampling.generation import Frame, Samples
 from functions.support.errors import UserError
-from functions.support.files import short, write_text
+from functions.support.files import read_json, short, write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
 from functions.support.run_folder import locked
 
@@ -65,23 +65,16 @@ def check_manifest(folder: Path, facts: dict) -> None:
 
     Images without a manifest, or with a damaged one, are refused, too.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError as error:
+    path = folder / MANIFEST
+    if not path.exists():
         images = existing(folder)
         if not images:
             return
         first = image_path(folder, min(images)).name
         raise UserError(
             f"{folder} holds {first} but no {MANIFEST} to say what made it; take another --out"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder / MANIFEST}: damaged, so nobody knows what images these are; delete it"
-        ) from error
-    # JSON that is no object agrees with no facts.
-    if not isinstance(manifest, dict):
-        manifest = {}
+        )
+    manifest = read_json(path)
     changes = [
         f"{name} was {manifest.get(name)}, is now {facts.get(name)}"
         for name in {**facts, **manifest}
@@ -134,8 +127,13 @@ def figures_of(args: argparse.Namespace, times: Sequence[int]) -> dict[str, dict
 
 
 def states(times: Sequence[int], count: int) -> dict[str, Frame]:
-    """Return about `count` states on the way from noise to image, the frame under each title."""
-    steps = frame_steps(len(times) - 1, count)
+    """Return states on the way from noise to image, the frame under each title.
+
+    There are `count`, or fewer where two would be the same. They are denser at the end, where the
+    image takes shape.
+    """
+    shares = [1 - (1 - i / (count - 1)) ** 1.5 for i in range(count)]
+    steps = [round(share * (len(times) - 1)) for share in shares]
     return {f"t = {times[k] + 1}": ("x", k) for k in steps}
 
 

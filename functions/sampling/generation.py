@@ -21,7 +21,7 @@ from config import LARGEST
 from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.samplers import SAMPLERS, OnStep
+from functions.samplers import SAMPLERS, VARIANCES, OnStep
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel, load_into
 from functions.support.device import (
@@ -75,9 +75,11 @@ class ImageSampler:
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
-    # It sees every step and decides nothing.
+    # The most images at a time. This and what follows decide nothing but rounding.
+    batch_size: int = 64
+    # It sees every step.
     watch: OnStep | None = None
-    # Nor does this: on CUDA the network is recorded as a CUDA graph, and replayed.
+    # On CUDA the network is recorded as a CUDA graph, and replayed.
     use_cuda_graph: bool = True
 
     def __post_init__(self) -> None:
@@ -86,6 +88,11 @@ class ImageSampler:
     @property
     def scheduler(self) -> NoiseScheduler:
         return self.denoiser.scheduler
+
+    @property
+    def times(self) -> list[int]:
+        """Return the timesteps that are visited on the whole way, down to -1."""
+        return self.options.times(self.scheduler)
 
     def quick(self, seed: int) -> "ImageSampler":
         """Return this sampler with another seed and 20 steps of dpm++.
@@ -103,34 +110,20 @@ class ImageSampler:
         """
         return ImageNoise(self.seed, images, self.shape, self.device, purpose)
 
-    def decode(
-        self, x_t: Tensor, t: int, noise: Callable[[], Tensor], on_step: OnStep | None = None
-    ) -> Tensor:
+    def decode(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
         """Take states (B, C, H, W) at timestep t to images, in the sampler's steps from there on.
 
         States at t = -1 are images already.
         """
         if t < 0:
             return x_t
-        return self.run(x_t, self.options.times(self.scheduler, t), noise, on_step)
+        return self.run(x_t, self.options.times(self.scheduler, t), noise)
 
-    def run(
-        self,
-        x: Tensor,
-        times: list[int],
-        noise: Callable[[], Tensor],
-        on_step: OnStep | None = None,
-    ) -> Tensor:
+    def run(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
         """Take states (B, C, H, W) at the first of falling timesteps to the last of them.
 
         `noise()` draws (B, C, H, W) of standard normal noise, for each step that adds some.
         """
-
-        def observe(*step):
-            for observer in (on_step, self.watch):
-                if observer:
-                    observer(*step)
-
         return SAMPLERS[self.options.sampler].function(
             self.denoiser,
             self.scheduler,
@@ -139,7 +132,7 @@ class ImageSampler:
             **self.options.chosen,
             clip_x_0=self.options.clip_x_0,
             step_noise=lambda k: noise(),
-            on_step=observe,
+            on_step=self.watch,
         )
 
     def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
@@ -155,10 +148,13 @@ class ImageSampler:
             keep(("x", k + 1), x)
             keep(("x_0", k + 1), x_0)
             bar.update(len(images))
+            if self.watch:
+                self.watch(k, t, x, x_0)
 
         x_T = noise.draw()
         keep(("x", 0), x_T)
-        x_0 = self.decode(x_T, self.scheduler.timesteps - 1, noise.draw, on_step)
+        watched = replace(self, watch=on_step)
+        x_0 = watched.decode(x_T, self.scheduler.timesteps - 1, noise.draw)
         return Samples(x_0.cpu(), kept)
 
 
@@ -168,8 +164,8 @@ def open_sampler(
     """Return the checkpoint that the flags of `add_sampling_flags` mean, and its sampler.
 
     That is the newest sound one of the run; without a run, of the newest run whose name begins
-    with `experiments`. The sampler is not calibrated. On a CPU `args.batch_size` is lowered to what
-    memory has room for. Raises UserError for flags that cannot be.
+    with `experiments`. The sampler is not calibrated. On a CPU its network takes as many images
+    at a time as memory has room for. Raises UserError for flags that cannot be.
     """
     # Several processes have a GPU each.
     index = processes.local_rank if processes.count > 1 else None
@@ -193,9 +189,9 @@ def open_sampler(
         # On GPUs memory that is short raises an error, and `BatchLimit` halves the batch.
         one = torch.zeros(1, *shape)
         room = room_on_the_cpu(partial(denoiser, one, torch.zeros(1, dtype=torch.int64)))
-        # The processes share it.
-        args.batch_size = max(min(args.batch_size, room // processes.count), 1)
-    return saved, ImageSampler(denoiser, options, shape, args.seed, device)
+        # The processes share the memory.
+        denoiser = replace(denoiser, at_a_time=max(room // processes.count, 1))
+    return saved, ImageSampler(denoiser, options, shape, args.seed, device, args.batch_size)
 
 
 def load_sound(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:
@@ -232,7 +228,7 @@ def rebuild(
             model = UNet(**vars(saved.model))
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
         variance = diffusion.get("variance", "small")
-        if variance not in ("small", "large"):
+        if variance not in VARIANCES:
             raise ValueError(f"variance is {variance!r}; it can be small or large")
     except (*READ_ERRORS, ArithmeticError) as error:
         what = f"{type(error).__name__}: {short(error)}"
@@ -248,16 +244,13 @@ def rebuild(
 
 
 def generate(
-    image_sampler: ImageSampler,
-    images: Sequence[int],
-    batch_size: int,
-    frames: Collection[Frame] = (),
+    image_sampler: ImageSampler, images: Sequence[int], frames: Collection[Frame] = ()
 ) -> Samples:
-    """Sample images by their numbers i, at most `batch_size` at a time.
+    """Sample images by their numbers i, in batches of the sampler's size.
 
     Image i depends on (seed, i) alone.
     """
-    batches = batches_of(images, batch_size)
+    batches = batches_of(images, image_sampler.batch_size)
     with image_sampler.denoiser.evaluating():
         return Samples.joined(list(generate_batches(image_sampler, batches, frames)))
 
@@ -282,7 +275,7 @@ def generate_batches(
         denoiser = replace(denoiser, network=Replayed(denoiser.network))
         image_sampler = replace(image_sampler, denoiser=denoiser)
     limit = BatchLimit(image_sampler.device)
-    calls = len(image_sampler.options.times(denoiser.scheduler)) - 1
+    calls = len(image_sampler.times) - 1
     total = calls * sum(map(len, batches))
     with tqdm(
         desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress
@@ -300,9 +293,11 @@ class Replayed:
     own. Where recording fails, the network is called as it is from then on.
     """
 
+    # One network that cannot be recorded is enough not to try again in this process.
+    can_record = True
+
     def __init__(self, network: nn.Module):
         self.network = network
-        self.can_record = True
         # The graph, and the tensors that it reads (x_t and t) and writes.
         self.recorded = None
 
@@ -337,10 +332,12 @@ class Replayed:
         except RuntimeError as error:
             torch.cuda.set_stream(stream)
             # The end of a failed recording raises an error of its own. What failed is its context.
-            reason = error.__context__ or error
-            if not isinstance(reason, RuntimeError) or is_out_of_memory(reason):
+            reason = error
+            if isinstance(error.__context__, (RuntimeError, KeyboardInterrupt)):
+                reason = error.__context__
+            if isinstance(reason, KeyboardInterrupt) or is_out_of_memory(reason):
                 raise reason from None
-            self.can_record = False
+            Replayed.can_record = False
             tqdm.write(
                 "the network cannot be recorded as a CUDA graph, and is called without one, which "
                 f"is slower: {short(reason)}",
@@ -390,12 +387,3 @@ class BatchLimit:
                 file=sys.stderr,
             )
         return results
-
-
-def frame_steps(steps: int, count: int) -> list[int]:
-    """Return `count` rising numbers of steps from 0 to `steps`, fewer where two would be the same.
-
-    They are denser at the end, where the image takes shape.
-    """
-    shares = [1 - (1 - i / (count - 1)) ** 1.5 for i in range(count)]
-    return sorted({round(share * steps) for share in shares})

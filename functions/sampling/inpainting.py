@@ -34,12 +34,11 @@ def inpaint(
 
     x_0 is (C, H, W) in [-1, 1], on the sampler's device; `anew` is (H, W) bool, and all other
     pixels come back as they are. `images` are the numbers of the answers (B, C, H, W); each
-    depends on the seed and its number alone. Raises UserError as `check_sampler`.
+    depends on the seed and its number alone. The sampler is one that `check_sampler` lets through.
     """
-    check_sampler(image_sampler.options)
     scheduler = image_sampler.scheduler
     # A step leads from timestep t to s.
-    steps = list(pairwise(image_sampler.options.times(scheduler)))
+    steps = list(pairwise(image_sampler.times))
     noise = image_sampler.noise(images, "inpainting")
     x = noise.draw()
     for t, s in tqdm(steps, "inpainting", unit="step"):
@@ -71,18 +70,16 @@ def inpaint_image(
     anew: np.ndarray,
     resample: int,
     count: int,
-    limit: int,
 ) -> np.ndarray:
-    """Inpaint an image uint8 (H, W, 3) `count` times, at most `limit` answers at a time.
+    """Inpaint an image uint8 (H, W, 3) `count` times.
 
     Returns the image, what is kept of it, and the answers: (2 + count, H, W, 3).
     """
     device = image_sampler.device
     x_0 = x_0_of(image_sampler, image)
     mask = torch.from_numpy(anew).to(device)
-    # Each step but the last is repeated, and there are len(times) - 1 steps.
-    times = image_sampler.options.times(image_sampler.scheduler)
-    calls = resample * (len(times) - 2) + 1
+    # Each step but the last is repeated, and there are as many steps as times less one.
+    calls = resample * (len(image_sampler.times) - 2) + 1
     print(
         f"inpainting {count} times, {calls:,} network calls each: {image_sampler.options}, "
         f"a step {resample} times"
@@ -91,6 +88,6 @@ def inpaint_image(
     def work(numbers):
         return to_uint8(inpaint(image_sampler, x_0, mask, resample, numbers)).cpu()
 
-    answers = BatchLimit(device, limit).in_parts(work, range(count))
+    answers = BatchLimit(device, image_sampler.batch_size).in_parts(work, range(count))
     kept = np.where(anew[..., None], np.uint8(GREY), image)
     return np.concatenate([[image, kept], torch.cat(answers).numpy()])

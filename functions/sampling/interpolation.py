@@ -106,7 +106,7 @@ def mixtures(
 def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
     """Return a source's image, which is sampled if it is a number: (C, H, W) in [-1, 1]."""
     if isinstance(source, int):
-        images = generate(image_sampler, [source], 1).images
+        images = generate(image_sampler, [source]).images
     else:
         images = to_model_range(torch.from_numpy(source)[None])
     return images[0].to(image_sampler.device)
@@ -116,7 +116,6 @@ def save_rows(
     image_sampler: ImageSampler,
     sources: Sequence[Source],
     depths: Sequence[float],
-    batch_size: int,
     path: Path,
 ) -> None:
     """Save a figure with a row for each depth, a fraction of all timesteps.
@@ -125,31 +124,29 @@ def save_rows(
     """
     ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
     times = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in depths]
-    weights = torch.linspace(0, 1, MIXTURES, device=image_sampler.device)
+    # A column is the weight of the second image, or the number of a variation.
+    columns = range(VARIATIONS)
     mixing = len(sources) == 2
     if mixing:
-        titles = [f"{weight:.3g}" for weight in weights.tolist()]
-    else:
-        titles = [str(number) for number in range(VARIATIONS)]
+        columns = torch.linspace(0, 1, MIXTURES, device=image_sampler.device)
 
-    def part_of_row(t, columns):
+    def part_of_row(t, part):
         if mixing:
-            images = mixtures(image_sampler, sources, ends, t, weights[list(columns)])
-        else:
-            images = variations(image_sampler, ends[0], t, columns)
-        return to_uint8(images).cpu()
+            return mixtures(image_sampler, sources, ends, t, part)
+        return variations(image_sampler, ends[0], t, part)
 
-    # The images of the sources stand at the ends of each row.
-    end_images = to_uint8(ends).cpu()
-    limit = BatchLimit(image_sampler.device, batch_size)
+    limit = BatchLimit(image_sampler.device, image_sampler.batch_size)
     rows = []
     for t in tqdm(times, path.stem, unit="row"):
-        parts = limit.in_parts(partial(part_of_row, t), range(len(titles)))
-        rows.append(torch.cat([end_images[:1], *parts, end_images[1:]]).numpy())
+        parts = limit.in_parts(partial(part_of_row, t), columns)
+        # The images of the sources stand at the ends of each row.
+        row = torch.cat([ends[:1], *parts, ends[1:]])
+        rows.append(to_uint8(row).cpu().numpy())
 
+    titles = [f"{column:.3g}" for column in columns]
     first, *last = [f"image {source}" if isinstance(source, int) else "image" for source in sources]
     # The titles have the paper's t, which is 0 for an image.
     row_titles = [f"t = {t + 1}" for t in times]
-    columns = np.stack(rows).swapaxes(0, 1)
-    save_strip(columns, [first, *titles, *last], path, row_titles)
+    frames = np.stack(rows).swapaxes(0, 1)
+    save_strip(frames, [first, *titles, *last], path, row_titles)
     print(f"wrote {path} ({image_sampler.options})")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import SAMPLERS, half_log_snr
+from functions.samplers import SAMPLERS, VARIANCES, half_log_snr
 from functions.support.command_line import fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
@@ -44,10 +44,9 @@ class SamplerOptions:
                 object.__setattr__(self, option, defaults.get(option))
             elif option not in defaults:
                 # An option that the sampler lacks is refused: to ignore it would mislead.
-                having = " and ".join(
-                    name for name, row in SAMPLERS.items() if option in row.options
+                raise UserError(
+                    f"{self.sampler} has no --{option}; --help says which samplers have"
                 )
-                raise UserError(f"--{option} is an option of {having}, not of {self.sampler}")
         # "--calibrate RUN" takes RUN for its value.
         if self.calibrate and Path(self.calibrate, "checkpoints").exists():
             raise UserError(
@@ -232,7 +231,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--variance",
-        choices=("small", "large"),
+        choices=VARIANCES,
         help="The variance of ddpm's noise: small is the posterior's; large is beta, for all "
         "timesteps alone. Default: the model's.",
     )

@@ -106,14 +106,11 @@ def field_comments(config_class: type) -> dict[str, str]:
     return {name: " ".join(comment.replace("#", "").split()) for comment, name in commented}
 
 
-def given_fields(args: argparse.Namespace, prefix: str, config_class: type) -> dict:
+def given_fields(args: argparse.Namespace, prefix: str) -> dict:
     """Return the fields whose flags were given, ready for `dataclasses.replace`."""
-    given = {}
-    for field in fields(config_class):
-        flag = f"{prefix}.{field.name}"
-        if flag in args:
-            given[field.name] = getattr(args, flag)
-    return given
+    start = f"{prefix}."
+    flags = vars(args)
+    return {flag.removeprefix(start): flags[flag] for flag in flags if flag.startswith(start)}
 
 
 def truth(text: str) -> bool:

@@ -71,19 +71,17 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
 
 def keep_heap() -> None:
     """Let this process keep the memory that it frees, if it has the GNU C library."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError, OSError):
-        # This is another C library, or Windows.
-        return
     # By default the GNU C library gives large blocks back to the system at once, and all
     # activations are such blocks. Then every forward pass has its memory zeroed and mapped in
     # again, page by page. With 20 images of 128 x 128 that took a fifth of a training step's time,
     # and a third of a sampling step's. In `faces` (2026-11-27) a sampling step took 1.12 times as
     # long with 16 images, and 1.24 times with 64; a training step did not. So no request gets a
     # block of its own, and the heap never shrinks. The peak of memory is up to 15% higher for it.
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
+    # Another C library has no mallopt, and Windows has none of them.
+    with suppress(AttributeError, TypeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def choose_precision(
@@ -123,7 +121,7 @@ def choose_precision(
 def cpu_has_bfloat16() -> bool:
     """Return whether Linux says that this CPU has native bfloat16 instructions."""
     # The flags are empty where Linux does not say so, and then float32 is the safe answer.
-    flags = cpu_info("flags", "Features").split()
+    flags = first_value(CPUINFO, "flags", "Features").split()
     return not CPU_BF16_FLAGS.isdisjoint(flags)
 
 
@@ -151,20 +149,18 @@ def room_on_the_cpu(compute_one: Callable[[], object]) -> int:
 
 def kilobytes(file: Path, name: str) -> int:
     """Return a number of one of Linux's files about memory."""
-    lines = file.read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{name}:")]
-    return int(line.split()[1])
+    return int(first_value(file, name).removesuffix(" kB"))
 
 
 def cpu_name() -> str:
     """Return the CPU's model, where Linux says it, or its architecture."""
-    return cpu_info("model name") or platform.machine()
+    return first_value(CPUINFO, "model name") or platform.machine()
 
 
-def cpu_info(*names: str) -> str:
-    """Return what Linux says of the first CPU under one of these names; "" on other systems."""
-    if CPUINFO.exists():
-        for line in CPUINFO.read_text().splitlines():
+def first_value(file: Path, *names: str) -> str:
+    """Return what a file of Linux says first under one of these names; "" on other systems."""
+    if file.exists():
+        for line in file.read_text().splitlines():
             if line.startswith(names):
                 return line.partition(":")[2].strip()
     return ""

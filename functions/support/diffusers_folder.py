@@ -15,7 +15,6 @@ import os
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from functions.prediction import OBJECTIVES
@@ -27,7 +26,7 @@ from functions.support.files import (
     read_json,
     read_tensors,
     short,
-    write_safetensors,
+    write_tensors,
     write_text,
 )
 
@@ -168,21 +167,19 @@ def our_network(config: dict, path: Path) -> dict:
             "block_out_channels a list of integers"
         )
 
-    def agreement(dialect):
-        """Count the fields of a dialect that are the config's."""
-        return sum(config[name] == value for name, value in vars(DIALECTS[dialect]).items())
-
-    levels = range(len(widths))
     model = {
         "lowest_resolution_size": size >> (len(widths) - 1),
         "dim_multiply": [width // widths[0] for width in widths],
-        "transformer_layers": [level for level in levels if kinds[level] == "AttnDownBlock2D"],
+        "transformer_layers": [
+            level for level, kind in enumerate(kinds) if kind == "AttnDownBlock2D"
+        ],
         "base_dim": widths[0],
         "image_size": size,
         "channels": 3,
         "dropout": config["dropout"],
         "norm_groups": config["norm_num_groups"],
-        "dialect": max(DIALECTS, key=agreement),
+        # One detail tells the dialect, and `refuse_others` compares the other details with it.
+        "dialect": "diffusers" if config["flip_sin_to_cos"] else "ho",
     }
     refuse_others(config, their_network(model), path)
     return model
@@ -275,16 +272,12 @@ def our_schedule(config: dict, path: Path) -> dict:
 
 def refuse_others(config: dict, read: dict, path: Path) -> None:
     """Raise CheckpointError for a field of another value than is read."""
-    # Most fields are read with one value alone. These are read with several.
-    several = {"block_out_channels": "multiples of the first"}
-    for theirs, words in their_words().values():
-        several[theirs] = " or ".join(map(repr, words.values()))
     for name, value in config.items():
         if name in NOT_READ or (name in read and value == read[name]):
             continue
         reason = "no such field is read"
         if name in read:
-            reason = f"what is read is {several.get(name, repr(read[name]))}"
+            reason = f"what is read is {read[name]!r}, and docs/other-models.md has what else"
         raise CheckpointError(f"{path}: {short(name)} is {short(repr(value))}; {reason}")
 
 
@@ -307,15 +300,6 @@ def load_model(path: Path) -> SavedModel:
     # A training of diffusers saves the average of the weights beside them.
     folders = (path / "unet_ema", path / "unet", path)
     unet = next(folder for folder in folders if folder.exists())
-    config, note = read_configs(path, unet)
-    weights = read_weights(unet)
-    checksums = {name: checksum(tensor) for name, tensor in weights.items()}
-    run = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": note}
-    return SavedModel(path, weights, "diffusers", config, run, digest_of(config, checksums))
-
-
-def read_configs(path: Path, unet: Path) -> tuple[dict, str]:
-    """Read the configs of a folder of diffusers: our config, and a note of what was assumed."""
     index = path / "model_index.json"
     if index.exists():
         kind = read_json(index).get("_class_name")
@@ -343,7 +327,11 @@ def read_configs(path: Path, unet: Path) -> tuple[dict, str]:
         raise CheckpointError(
             f"{path}: its configs describe no model that is read: {short(error)}"
         ) from error
-    return config, note
+
+    weights = read_weights(unet)
+    checksums = {name: checksum(tensor) for name, tensor in weights.items()}
+    run = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": note}
+    return SavedModel(path, weights, "diffusers", config, run, digest_of(config, checksums))
 
 
 def find_scheduler(path: Path) -> Path:
@@ -412,12 +400,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 raise CheckpointError(
                     f"{path}: {short(name)} is there twice, by an old and by a new name"
                 )
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor = tensor.float()
-            # A matrix becomes a convolution. `load_into` refuses a weight that is neither.
-            if ours.endswith(MATRICES) and tensor.dim() == 2:
+            # A matrix becomes a convolution. `load_into` refuses what then has another shape.
+            if ours.endswith(MATRICES):
                 tensor = tensor[..., None, None]
-            weights[ours] = tensor
+            weights[ours] = tensor.float()
     return weights
 
 
@@ -448,4 +434,4 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
     weights = {}
     for name, tensor in saved.weights.items():
         weights[their_name(name)] = tensor.flatten(1) if name.endswith(MATRICES) else tensor
-    write_safetensors(folder / "unet" / WEIGHTS, weights, {"format": "pt"})
+    write_tensors(folder / "unet" / WEIGHTS, weights, None, file_format="pt")

@@ -9,7 +9,13 @@ tensor, and `sha256`, the checksum of that text.
 import hashlib
 import json
 import os
+import struct
+import tarfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,16 +39,24 @@ TYPES = {
     torch.float16: "F16",
     torch.int64: "I64",
 }
-# Damaged or hostile files were seen to raise these on their way through the readers of safetensors
-# and JSON.
+# Damaged or hostile files were seen to raise these on their way through the readers of safetensors,
+# JSON, archives, arrays and images.
 READ_ERRORS = (
     SafetensorError,
     OSError,
+    EOFError,
     RuntimeError,
     ValueError,
     LookupError,
     TypeError,
     AttributeError,
+    SyntaxError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    tokenize.TokenError,
 )
 
 
@@ -80,21 +94,10 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], contents: dict) -> None:
-    """Write a file of ours: tensors, and `contents` of plain values.
-
-    Raises OSError as `write_safetensors` does.
-    """
-    write_safetensors(path, tensors, {"format": FORMAT}, contents)
-
-
-def write_safetensors(
-    path: Path,
-    tensors: dict[str, Tensor],
-    metadata: dict[str, str],
-    contents: dict | None = None,
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], contents: dict | None, file_format: str = FORMAT
 ) -> None:
-    """Write tensors of any layout; a file of ours has `contents` as well.
+    """Write tensors of any layout; a file of ours has `contents` of plain values as well.
 
     Raises OSError, with `path` as it was, when the disk is full or the like.
     """
@@ -115,7 +118,7 @@ def write_safetensors(
         }
 
     def write_header(file):
-        fields = dict(metadata)
+        fields = {"format": file_format}
         if contents is not None:
             text = json.dumps({**contents, "checksums": checksums})
             fields |= {"contents": text, "sha256": sha256(text)}
@@ -144,31 +147,15 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        check_header(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = set(file.keys())
-        except READ_ERRORS as error:
-            raise CheckpointError(
-                f"{path}: the file is truncated, damaged or not a checkpoint"
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path}: a safetensors file, but not a checkpoint of this version of the project"
-            )
-        text = metadata.get("contents", "")
-        if metadata.get("sha256") != sha256(text):
-            raise CheckpointError(
-                f"{path}: the file is damaged: its contents do not match their checksum"
-            )
-        try:
+        with opened(path) as file:
+            metadata = file.metadata()
+            text = metadata["contents"]
+            if metadata["format"] != FORMAT or metadata["sha256"] != sha256(text):
+                raise ValueError("another format, or a wrong checksum")
             self.contents = json.loads(text)
             self.checksums = self.contents.pop("checksums")
-            if self.checksums.keys() != names:
-                raise CheckpointError(f"{path}: its tensors are not those that its contents name")
-        except READ_ERRORS as error:
-            raise CheckpointError(f"{path}: its contents do not read: {short(error)}") from error
+            if self.checksums.keys() != set(file.keys()):
+                raise ValueError("other tensors than the contents name")
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Read the tensors whose names begin with `prefix`, to the CPU, and name them without it.
@@ -187,15 +174,9 @@ def read_tensors(
     They are named without it. Files of ours have `checksums`. Raises CheckpointError as
     `TensorFile` does, and for numbers that are not finite or of a type that no weights have.
     """
-    check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = checksums or sorted(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
-    except READ_ERRORS as error:
-        raise CheckpointError(
-            f"{path}: the file is truncated, damaged or no safetensors"
-        ) from error
+    with opened(path) as file:
+        names = checksums or sorted(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     for name, tensor in tensors.items():
         if checksums and checksum(tensor) != checksums[name]:
             raise CheckpointError(f"{path}: damaged: {short(name)} does not match its checksum")
@@ -212,16 +193,14 @@ def read_json(path: Path) -> dict:
 
     Raises CheckpointError when it is missing, damaged or holds something else, or has a name twice.
     """
+    check_file(path)
     try:
-        # To open a pipe would wait for a writer, so what is no regular file is left alone.
-        if path.exists() and (not path.is_file() or path.stat().st_size > LONGEST_HEADER):
-            raise ValueError("no file, or too large a one")
+        if path.stat().st_size > LONGEST_HEADER:
+            raise ValueError("too large a file")
         fields = json.loads(path.read_bytes(), object_pairs_hook=unique)
         if not isinstance(fields, dict):
             raise ValueError("no fields in braces")
         return fields
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no such file") from error
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read: {short(error)}") from error
 
@@ -235,28 +214,38 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
     return fields
 
 
-def check_header(path: Path) -> None:
-    """Raise CheckpointError unless this is a file with a header that may be read.
-
-    The header must be no longer than the file, and than any of ours.
-    """
+def check_file(path: Path) -> None:
+    """Raise CheckpointError unless this is a regular file."""
+    # To open a pipe would wait for a writer.
     if not path.is_file():
         fault = "not a regular file" if path.exists() else "there is no such file"
         raise CheckpointError(f"{path}: {fault}")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file.
+
+    Raises CheckpointError when it is missing, truncated or damaged, and when what is done with it
+    raises one of `READ_ERRORS`.
+    """
+    check_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(8)
-            size = path.stat().st_size
+        # The first 8 bytes are the length of the header, which follows them. It must be no longer
+        # than the file, and than any of ours.
+        if int.from_bytes(start, "little") > min(LONGEST_HEADER, path.stat().st_size - 8):
+            raise ValueError("the header is too long")
+        with safe_open(path, framework="pt") as file:
+            yield file
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    if not size:
-        raise CheckpointError(f"{path}: the file is empty")
-    # The first 8 bytes are the length of the header, which follows them.
-    if int.from_bytes(start, "little") > min(LONGEST_HEADER, size - 8):
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except READ_ERRORS as error:
         raise CheckpointError(
             f"{path}: the file is truncated, damaged or not a checkpoint of this version "
             "(see CHANGELOG.md)"
-        )
+        ) from error
 
 
 def checksum(tensor: Tensor, write: Callable[[np.ndarray], object] | None = None) -> str:

@@ -29,8 +29,14 @@ Value = TypeVar("Value")
 PATIENCE = timedelta(days=1)
 # In training they wait so long for each other. A machine that hangs or vanishes ends no connection.
 PATIENCE_IN_TRAINING = timedelta(minutes=30)
-# Gloo, NCCL and the store say one of these of a connection whose other end is gone.
-ENDED = ("connection closed", "connection was likely closed", "connection reset", "broken pipe")
+# Gloo, NCCL and the store say one of these when the other end of a connection is gone or silent.
+LOST = (
+    "connection closed",
+    "connection was likely closed",
+    "connection reset",
+    "broken pipe",
+    "timed out waiting",
+)
 # Processes end with this status when rank 0 has said why it ends.
 EXIT_WITH_MAIN = 2
 
@@ -145,7 +151,7 @@ SINGLE_PROCESS = Processes()
 def joined() -> Iterator[Processes]:
     """Meet the other processes that torchrun has started; without torchrun there is one.
 
-    Raises UserError when they cannot meet, or when another has ended.
+    Raises UserError when they cannot meet, or when another has ended or does not answer.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not set(names) <= os.environ.keys():
@@ -162,32 +168,37 @@ def joined() -> Iterator[Processes]:
     # Rank 0 alone says that it was interrupted. The others end even while they wait for it.
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # After an error the group is not destroyed, as that would wait for the others.
     try:
         yield Processes(rank, count, local_rank, os.getppid())
-    except SystemExit as stop:
-        # Here all processes were stopped, or end with rank 0. The frames that the exit has left
-        # hold the network that DDP wrapped.
-        traceback.clear_frames(stop.__traceback__)
-        leave()
-        raise
-    except RuntimeError as error:
+    except BaseException as error:
+        forget_frames(error)
+        # Here all processes were stopped, or end with rank 0.
+        if isinstance(error, SystemExit):
+            leave()
+        # After other errors the group is not destroyed, as that would wait for the others.
         reason = str(error).lower()
-        if any(sign in reason for sign in ENDED):
-            problem = "has ended"
-        elif "timed out waiting" in reason:
-            problem = "does not answer"
-        else:
+        if not isinstance(error, RuntimeError) or not any(sign in reason for sign in LOST):
             raise
         raise UserError(
-            f"another process {problem}, so process {rank} ends ({short(error)})"
+            f"another process has ended or does not answer, so process {rank} ends ({short(error)})"
         ) from error
     leave()
 
 
+def forget_frames(error: BaseException | None) -> None:
+    """Free what the functions held that an error has left, as the network that DDP wrapped.
+
+    Were DDP the last to hold the group of processes, it would wait for the group's threads without
+    giving them Python's lock, perhaps for ever.
+    """
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
+
+
 def leave() -> None:
     """Destroy the group of processes, after all that still uses it."""
-    # Were DDP the last to hold the group, it would wait for the group's threads without giving
-    # them Python's lock, perhaps for ever.
+    # What refers to itself still holds DDP: see `forget_frames`.
     gc.collect()
     dist.destroy_process_group()

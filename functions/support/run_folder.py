@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -61,8 +61,8 @@ class Facts:
     def of(checkpoint: TensorFile) -> "Facts":
         """Return those of a checkpoint; what an older one lacks has its default."""
         saved = checkpoint.contents["run"]
-        names = {field.name for field in fields(Facts)}
-        return Facts(**{name: saved[name] for name in names & saved.keys()})
+        defaults = vars(Facts())
+        return Facts(**{name: saved.get(name, defaults[name]) for name in defaults})
 
 
 @dataclass
@@ -80,8 +80,8 @@ class Run:
     checkpoint: TensorFile | None = None
     # These facts were found when it was written. Of a new run only `initial` can be known.
     before: Facts = Facts()
-    # A new run may start from the weights of this file or folder.
-    initial: Path | None = None
+    # A new run may start from the weights of this model.
+    initial: SavedModel | None = None
 
     @property
     def first_step(self) -> int:
@@ -122,19 +122,15 @@ def describe(run: Run, facts: Facts, data_summary: str) -> str:
     """Describe a run in some lines: data, split, network, length and schedule; then warnings."""
     config = run.experiment.diffusion
     snr = facts.terminal_snr
-    length = (
-        f"{facts.total_steps:,} steps of {config.effective_batch} images: "
-        f"{config.epochs} epochs of {facts.steps_per_epoch:,} steps"
-    )
-    if run.first_step:
-        length += f"; {run.first_step:,} steps are done"
+    done = f"; {run.first_step:,} steps are done" if run.first_step else ""
     lines = [
         run.name,
         f"  data       {data_summary}",
         f"  split      {facts.split}",
         f"  network    {facts.parameters:,} parameters, {facts.arithmetic['precision']}, "
         f"{facts.device}",
-        f"  length     {length}",
+        f"  length     {facts.total_steps:,} steps of {config.effective_batch} images: "
+        f"{config.epochs} epochs of {facts.steps_per_epoch:,} steps{done}",
     ]
     if facts.initial:
         lines.append(f"  begins as  {facts.initial}")
@@ -217,9 +213,12 @@ def delete_old(run: Path, done: int, count: int, every: int) -> None:
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
     """Return the run folders of experiments whose names start with `prefix`, oldest first."""
-    folders = [path for path in runs.glob("*/") if RUN_NAME.fullmatch(path.name)]
-    wanted = [path for path in folders if path.name.startswith(prefix)]
-    return sorted(wanted, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
+    folders = [
+        path
+        for path in runs.glob("*/")
+        if RUN_NAME.fullmatch(path.name) and path.name.startswith(prefix)
+    ]
+    return sorted(folders, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
 
 
 def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
@@ -231,8 +230,7 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
         if checkpoints_of(run):
             return find_checkpoints(run)
     what = f"run of an experiment {prefix}*" if prefix else "run"
-    flag = "" if runs == Path("runs") else f" --runs {runs}"
-    command = "" if prefix else f" (python train.py{flag})"
+    command = "" if prefix else f" (python train.py --runs {runs})"
     raise CheckpointError(
         f"{runs}: no {what} with a checkpoint here yet; "
         f"train one first{command}, or name a checkpoint"
@@ -283,9 +281,8 @@ def first_sound(candidates: Sequence[Path], read: Callable[[Path], Contents]) ->
 
 def last_checkpoint(run: Path) -> str:
     """Return, for messages, the path of the newest checkpoint whose checksums are right."""
-    for path in reversed(checkpoints_of(run)):
-        with suppress(CheckpointError):
-            return str(check_whole(path).path)
+    with suppress(CheckpointError):
+        return str(first_sound(find_checkpoints(run), check_whole).path)
     return "there is none yet"
 
 

@@ -11,8 +11,6 @@ from functions.support.run_folder import last_checkpoint
 # The scale of float16's losses is there to enlarge gradients. Below 1 it has collapsed.
 # Without a scaler it is always 1.
 SMALLEST_SCALE = 1.0
-# The attributes of `BadNumbers` that count steps.
-COUNTS = ("step", "skipped", "in_a_row", "longest")
 
 
 class BadNumbers:
@@ -24,6 +22,7 @@ class BadNumbers:
     """
 
     def __init__(self, device: torch.device):
+        # All attributes are tensors, and go into checkpoints by their names.
         self.step = torch.tensor(0, device=device)
         self.skipped = torch.tensor(0, device=device)
         self.in_a_row = torch.tensor(0, device=device)
@@ -45,29 +44,24 @@ class BadNumbers:
 
     def state(self) -> dict[str, int | list[float]]:
         """Return plain numbers for a checkpoint."""
-        return {name: getattr(self, name).tolist() for name in (*COUNTS, "last")}
+        return {name: tensor.tolist() for name, tensor in vars(self).items()}
 
     def load(self, state: dict[str, int | list[float]]) -> None:
         """Go on from what `state` gave."""
-        for name in COUNTS:
-            getattr(self, name).fill_(int(state[name]))
-        self.last.copy_(torch.tensor([float(value) for value in state["last"]]))
+        for name, tensor in vars(self).items():
+            tensor.copy_(torch.tensor(state[name]))
 
     def counts(self, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
         """Return scalars on the device, for `read`.
 
         They are the most bad steps in a row since the last `read`, all that were skipped so far,
-        the numbers of the last bad step, and the scale of losses.
+        and the scale of losses.
         """
-        step, loss, grad_norm = self.last
         return {
             "longest": self.longest,
             "skipped": self.skipped,
-            "bad_step": step,
-            "bad_loss": loss,
-            "bad_grad_norm": grad_norm,
             # Scaling a one gives the scale without the wait that get_scale has.
-            "scale": scaler.scale(torch.ones_like(step)),
+            "scale": scaler.scale(torch.ones_like(self.step)),
         }
 
     def read(self, numbers: dict[str, float], limit: int, learning_rate: float, run: Path) -> int:
@@ -90,10 +84,10 @@ class BadNumbers:
             )
         else:
             return int(numbers["skipped"])
+        step, loss, grad_norm = self.last.tolist()
         raise UserError(
-            f"{fault}; the last was step {numbers['bad_step']:.0f} "
-            f"(loss {numbers['bad_loss']:.4g}, gradient norm {numbers['bad_grad_norm']:.4g}, "
-            f"learning rate {learning_rate:.3g}). "
+            f"{fault}; the last was step {step:.0f} (loss {loss:.4g}, "
+            f"gradient norm {grad_norm:.4g}, learning rate {learning_rate:.3g}). "
             "They changed no weights. Lower the learning rate, clip gradients, or train in "
             f"bfloat16 or float32. Last good checkpoint: {last_checkpoint(run)}"
         )

@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ Measurement = Callable[[], dict[str, float]]
 class BookKeeper:
     """Does what is due after a step, and ends the run after a signal: see `after_step`.
 
-    Entered, it holds the run folder's lock, its files and the progress bar. All processes
+    Within `opened` it has the run folder's lock, its files and the progress bar. All processes
     validate and sample together; rank 0 writes.
     """
 
@@ -61,17 +61,16 @@ class BookKeeper:
         self.saved_at = time.monotonic()
         self.stop = StopSignals()
         self.bar = tqdm(disable=True)
-        # Rank 0 writes them within the context.
+        # Rank 0 writes them.
         self.metrics: MetricsLog | None = None
-        # What the context holds, in the order in which it was entered.
-        self.stack = ExitStack()
 
-    def __enter__(self) -> "BookKeeper":
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Open the run's folder, do what is left to do of an earlier start, and close it again."""
         run = self.run
-        # If anything here fails, the stack leaves what was entered so far.
-        with self.stack:
-            run.folder = self.processes.from_main(self.open_folder)
-            self.stack.enter_context(self.stop)
+        with ExitStack() as stack:
+            run.folder = self.processes.from_main(lambda: self.open_folder(stack))
+            stack.enter_context(self.stop)
             bar = tqdm(
                 initial=run.first_step,
                 total=self.facts.total_steps,
@@ -79,21 +78,22 @@ class BookKeeper:
                 dynamic_ncols=True,
                 disable=not self.processes.is_main,
             )
-            self.bar = self.stack.enter_context(bar)
+            self.bar = stack.enter_context(bar)
             self.catch_up(run.first_step)
-            self.stack = self.stack.pop_all()
-        # The data are prepared and the network is compiled, so nobody is slow from here on.
-        self.processes.wait_less()
-        return self
+            # The data are prepared and the network is compiled, so nobody is slow from here on.
+            self.processes.wait_less()
+            yield
 
-    def open_folder(self) -> Path:
+    def open_folder(self, stack: ExitStack) -> Path:
         """Make the folder, lock it and begin its files, in rank 0; the stack closes them."""
         run = self.run
         run.make_folder()
-        self.stack.enter_context(locked(run.folder))
+        stack.enter_context(locked(run.folder))
         config = run.write_config(self.facts)
         self.metrics = MetricsLog(run.folder, run.first_step)
-        self.stack.callback(self.metrics.tensorboard.close)
+        # TensorBoard still writes when it is closed.
+        close = failed_writes_explained(run.folder)(self.metrics.tensorboard.close)
+        stack.callback(close)
         self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", run.first_step)
         print(f"  goes to    {run.folder}", flush=True)
         return run.folder
@@ -101,22 +101,19 @@ class BookKeeper:
     def catch_up(self, first_step: int) -> None:
         """Do what a run that was stopped left to the one that goes on."""
         checkpoint = self.run.checkpoint
-        if checkpoint and checkpoint.contents["run"].get("unmeasured"):
-            self.write_row({"step": first_step}, self.measurements_due(first_step))
-        if first_step > 0 and self.is_due(self.config.sample_every, first_step):
-            grid = self.run.path_of("samples", first_step)
-            if not self.processes.from_main(grid.exists):
-                self.sample(first_step)
+        if not checkpoint:
+            return
+        with self.window.paused(), failed_writes_explained(self.run.folder):
+            if checkpoint.contents["run"].get("unmeasured"):
+                self.write_row({"step": first_step}, self.measurements_due(first_step))
+            if self.is_due(self.config.sample_every, first_step):
+                grid = self.run.path_of("samples", first_step)
+                if not self.processes.from_main(grid.exists):
+                    self.sample(first_step)
 
-        # The next resume takes the config from the checkpoint, so a changed one is saved at once.
-        if checkpoint and checkpoint.contents["config"] != self.run.experiment.to_dict():
-            with failed_writes_explained(self.run.folder):
+            # The next resume takes the config from the checkpoint, so a changed one is saved now.
+            if checkpoint.contents["config"] != self.run.experiment.to_dict():
                 self.save(first_step)
-
-    def __exit__(self, *error: object) -> None:
-        # TensorBoard still writes when it is closed.
-        with failed_writes_explained(self.run.folder):
-            self.stack.__exit__(*error)
 
     def load(self, checkpoint: TensorFile) -> None:
         """Go on with the numbers that `save` wrote."""
@@ -182,15 +179,12 @@ class BookKeeper:
 
         # The speed in images a second is of training alone, so its clock is stopped.
         with self.window.paused(), failed_writes_explained(self.run.folder):
-            stopping = self.is_stopping(done)
             measurements = self.measurements_due(done)
-            unmeasured = stopping and bool(measurements)
+            unmeasured = False
             if self.is_due(config.log_every, done) or measurements:
-                self.log(done, grad_norm, [] if unmeasured else measurements)
-            if measurements:
-                # A signal may have come meanwhile.
-                stopping = self.is_stopping(done)
+                unmeasured = self.log(done, grad_norm, measurements)
 
+            stopping = self.is_stopping(done)
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
             if self.is_due(config.checkpoint_every, done) or overdue or stopping:
@@ -209,10 +203,10 @@ class BookKeeper:
             )
             sys.exit(EXIT_STOPPED)
 
-    def log(self, done: int, grad_norm: Tensor, measurements: list[Measurement]) -> None:
-        """Write a row of metrics, with the columns of these measurements.
+    def log(self, done: int, grad_norm: Tensor, measurements: list[Measurement]) -> bool:
+        """Write a row of metrics, and show loss and speed beside the progress bar.
 
-        Loss and speed are also shown beside the progress bar.
+        Returns what `write_row` does.
         """
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
 
@@ -232,19 +226,27 @@ class BookKeeper:
             "skipped_steps": skipped,
         }
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
-        self.write_row(row, measurements)
+        return self.write_row(row, measurements)
 
-    def write_row(self, row: dict[str, float], measurements: list[Measurement]) -> None:
-        """Write a row of metrics, with the columns of these measurements."""
+    def write_row(self, row: dict[str, float], measurements: list[Measurement]) -> bool:
+        """Write a row of metrics, with the columns of these measurements.
+
+        Returns whether some were left out, as a signal had come before they began.
+        """
         row["epoch"] = row["step"] / self.facts.steps_per_epoch
+        unmeasured = False
         # All processes measure, and rank 0 writes.
         for measure in measurements:
+            unmeasured = self.is_stopping(row["step"])
+            if unmeasured:
+                break
             row |= measure()
         if self.processes.is_main:
             self.metrics.write(**row)
             if measurements:
                 folder = self.run.folder
                 plot_losses(self.metrics.path, folder / "losses.png", title=folder.name)
+        return unmeasured
 
     def validate(self) -> dict[str, float]:
         """Return the columns of a validation of the raw weights, and of the EMA weights if any."""
@@ -290,6 +292,7 @@ class BookKeeper:
             self.run.experiment.model.image_shape,
             config.seed,
             self.images.device,
+            config.batch_size,
             use_cuda_graph=False,
         )
 
@@ -297,7 +300,7 @@ class BookKeeper:
         part = None
         indices = self.processes.own_range(config.grid_images)
         if indices:
-            samples = generate(sampler, indices, config.batch_size)
+            samples = generate(sampler, indices)
             part = to_uint8(samples.images).numpy()
         parts = [part for part in self.processes.gather(part) if part is not None]
 

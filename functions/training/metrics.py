@@ -151,14 +151,10 @@ class TrainingWindow:
 
     def load(self, state: dict[str, list[float] | int]) -> None:
         """Go on from what `state` gave; the time of those steps is not known."""
-        if "sums" in state:
-            loss, eps_error = state["sums"]
-        else:
-            # Older checkpoints have one sum: all runs predicted eps then, so it is both.
-            loss = eps_error = state["loss_sum"]
-        steps = int(state["steps"])
-        self.sums_of_losses.copy_(torch.tensor([float(loss), float(eps_error)]))
-        self.steps.fill_(steps)
+        # Older checkpoints have one sum: all runs predicted eps then, so it is both.
+        sums = state["sums"] if "sums" in state else 2 * [state["loss_sum"]]
+        self.sums_of_losses.copy_(torch.tensor(sums))
+        self.steps.fill_(int(state["steps"]))
 
     def add(self, sums: Tensor, skipped: Tensor) -> None:
         """Add a step's loss and error of eps (2,), summed over images.
@@ -200,9 +196,8 @@ class TrainingWindow:
         """Stop the clock within, for what is not training."""
         start = time.perf_counter()
         yield
-        # If `read` has started the next window meanwhile, no time of it had passed before.
-        passed = max(start - self.clock, 0.0)
-        self.clock = time.perf_counter() - passed
+        # `read` may have started the next window meanwhile.
+        self.clock += time.perf_counter() - max(start, self.clock)
 
 
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
@@ -222,13 +217,11 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
             "label": "validation, raw weights",
             "color": "tab:orange",
             "marker": ".",
-            "linewidth": 1.5,
         },
         "val_eps_error_ema": {
             "label": "validation, EMA weights",
             "color": "tab:blue",
             "marker": ".",
-            "linewidth": 1.5,
         },
     }
     for column, style in curves.items():

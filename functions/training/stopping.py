@@ -25,9 +25,9 @@ class StopSignals:
     A second signal, more than SAME_SIGNAL seconds later, ends the process at once.
     """
 
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self.received_at = 0.0
+    # The name of the first signal, and the time at which it came.
+    received: str | None = None
+    received_at = 0.0
 
     def __enter__(self) -> "StopSignals":
         self.previous = {number: signal.signal(number, self.handle) for number in SIGNALS}

@@ -21,7 +21,7 @@ def validation_losses(
     indices: np.ndarray,
     config: DiffusionConfig,
     processes: Processes,
-) -> list[tuple[float, float]]:
+) -> list[list[float]]:
     """Return each denoiser's mean loss (Eq. 14) and the mean error of eps that belongs to it.
 
     The means are over `config.validation_samples` fixed triples (image, t, noise), so neither
@@ -66,4 +66,4 @@ def validation_losses(
         batch_sums = torch.stack(sums).cpu().double().view(-1, len(denoisers), 2)
         total += batch_sums.sum(dim=0)
     means = processes.sum_(total) / samples
-    return [tuple(pair) for pair in means.tolist()]
+    return means.tolist()

@@ -183,7 +183,7 @@ def test_the_whole_set_stays_on_a_gpu_only_when_it_fits(monkeypatch, more, fits)
     # The GPU is pretended. Its free memory is a byte more or less than the set needs.
     free = IMAGES.nbytes / FREE_MEMORY_FRACTION + more
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
-    monkeypatch.setattr(ImageFeeder, "copy_to_device", lambda self: "resident")
+    monkeypatch.setattr(torch, "tensor", lambda images, device: "resident")
 
     assert (ImageFeeder(IMAGES, "cuda").resident is not None) == fits
     assert ImageFeeder(IMAGES, "cpu").resident is None

@@ -122,9 +122,10 @@ def test_features_depend_on_images_alone():
 def test_features_of_samples_are_those_of_the_images_that_are_sampled():
     """The truth is to generate the images in one batch, and to call the network on them."""
     sampler = image_sampler_of(small_unet(), options=SamplerOptions(steps=2))
-    pixels = to_uint8(generate(sampler, range(5), 5).images)
+    pixels = to_uint8(generate(sampler, range(5)).images)
     expected = small_features(pixels.permute(0, 3, 1, 2))
-    sampled = features.sample_features(sampler, 5, 2, EXTRACTOR, SINGLE_PROCESS)
+    by_two = replace(sampler, batch_size=2)
+    sampled = features.sample_features(by_two, 5, EXTRACTOR, SINGLE_PROCESS)
     # Batches of another size may round a pixel to the next level.
     assert (sampled - expected).abs().max() < 2 / 255
     assert (sampled[0] - sampled[1]).abs().max() > 4 / 255

@@ -136,12 +136,9 @@ def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
 
     # A manifest that is cut short, or is no object, tells nothing of them either.
-    for manifest, message in (
-        ('{"sampler": ', r"samples\.json: damaged"),
-        ("[1]", "sampler was None"),
-    ):
+    for manifest in ('{"sampler": ', "[1]"):
         (tmp_path / "samples.json").write_text(manifest)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=r"samples\.json: cannot be read"):
             call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
     assert [path.name for path in tmp_path.glob("*.png")] == ["00003.png"]
 

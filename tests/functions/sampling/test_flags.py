@@ -84,7 +84,7 @@ def test_flags_give_the_images_of_their_options(
     # The files are compared with what these options give in memory.
     denoiser = rebuild(load_weights(checkpoints_of(tiny_run)[-1]), CPU)
     image_sampler = ImageSampler(denoiser, options, (3, 16, 16), 3, CPU)
-    expected = to_uint8(generate(image_sampler, range(2), 2).images)
+    expected = to_uint8(generate(image_sampler, range(2)).images)
     images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     assert np.array_equal(images, expected)
 
@@ -121,7 +121,7 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         call(sample.main, "--help")
     assert "euler is Euler's method (spacing logsnr)" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(UserError, match=r"^--eta is an option of ddim and dpm\+\+, not of euler$"):
+    with pytest.raises(UserError, match=r"^euler has no --eta; --help says"):
         SamplerOptions("euler", eta=0.5)
 
     call(train.main, "--resume", unfinished, "--diffusion.grid-sampler", "euler")

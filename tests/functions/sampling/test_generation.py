@@ -12,7 +12,8 @@ import sample
 import sampleFFHQ
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, ipndm_sample
-from functions.sampling.generation import Replayed, Samples, frame_steps, generate, generate_batches
+from functions.sampling.files import GIF_FRAMES, states
+from functions.sampling.generation import Replayed, Samples, generate, generate_batches
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import SMALLEST_SIDE, save_grid
@@ -31,9 +32,9 @@ EVERY_SAMPLER = [
 def test_an_image_does_not_depend_on_its_batch(network, options):
     """Its noise is the same bit for bit, and the image is so to less than one of 255 levels."""
     sampler = image_sampler_of(network, 24, options, seed=7)
-    one_by_one = generate(sampler, range(4), 1, {("x", 0)})
+    one_by_one = generate(replace(sampler, batch_size=1), range(4), {("x", 0)})
     for images, batch_size in ((range(4), 3), (range(4), 4), ([3, 1], 2)):
-        other = generate(sampler, images, batch_size, {("x", 0)})
+        other = generate(replace(sampler, batch_size=batch_size), images, {("x", 0)})
         assert np.array_equal(other.frames["x", 0], one_by_one.frames["x", 0][images])
         assert (other.images - one_by_one.images[images]).abs().max() * 127.5 < 1
 
@@ -75,7 +76,7 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
     # Each size of batch is recorded once, after a call that is not recorded.
     assert [len(x_t) for x_t, *_ in recorded] == [4, 4, 2, 2]
     images = Samples.joined(parts).images
-    assert (images - generate(eager, range(10), 10).images).abs().max() < 1e-4
+    assert (images - generate(eager, range(10)).images).abs().max() < 1e-4
 
     # The sampler by itself, without clipping, gives the same, too.
     x_T = eager.noise(range(1)).draw()
@@ -111,6 +112,7 @@ def failing_graph(monkeypatch, network, error):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(Replayed, "can_record", True)
     return Replayed(failing_network), streams
 
 
@@ -118,7 +120,7 @@ def test_a_network_that_cannot_be_recorded_is_called_as_it_is(network, monkeypat
     error = RuntimeError("operation not permitted when stream is capturing")
     replayed, streams = failing_graph(monkeypatch, network, error)
     sampler = image_sampler_of(network, options=SamplerOptions("ddim", 4))
-    expected = generate(sampler, range(3), 2).images
+    expected = generate(replace(sampler, batch_size=2), range(3)).images
     unrecorded = replace(sampler, denoiser=replace(sampler.denoiser, network=replayed))
     parts = list(generate_batches(unrecorded, [range(2), range(2, 3)]))
 
@@ -153,32 +155,33 @@ def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network
 
     halving = LittleMemoryLater(network, 3)
     options = SamplerOptions(steps=5)
-    halved = generate(image_sampler_of(halving, options=options), range(7), 4)
+    by_four = replace(image_sampler_of(halving, options=options), batch_size=4)
+    halved = generate(by_four, range(7))
     message = "out of memory with 4 images at a time: going on with 2"
     assert capsys.readouterr().err.count(message) == 1
 
     # Of the batches 4 and 3, the first becomes 2 and 2, and the second 2 and 1. Each comes twice,
     # as two of the timesteps are below 50.
     assert halving.sizes == [2] * 6 + [1] * 2
-    whole = generate(image_sampler_of(network, options=options), range(7), 7)
+    whole = generate(image_sampler_of(network, options=options), range(7))
     assert (halved.images - whole.images).abs().max() * 127.5 < 1
 
 
 def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(network):
     message = "no memory for a single image at a time on cpu: CUDA out of memory"
     with pytest.raises(UserError, match=message):
-        generate(image_sampler_of(LittleMemory(network, 0)), range(4), 2)
+        generate(image_sampler_of(LittleMemory(network, 0)), range(4))
 
     four_channels = replace(image_sampler_of(network), shape=(4, 16, 16))
     with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels"):
-        generate(four_channels, range(4), 2)
+        generate(four_channels, range(4))
 
 
 def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
-    image_sampler = image_sampler_of(network, 24)
+    image_sampler = replace(image_sampler_of(network, 24), batch_size=2)
     frames = {("x", 0), ("x", 12), ("x", 24), ("x_0", 1), ("x_0", 24)}
     network.train()
-    samples = generate(image_sampler, range(3), 2, frames)
+    samples = generate(image_sampler, range(3), frames)
 
     # Sampling leaves the network in the mode that it was in.
     assert network.training
@@ -210,14 +213,14 @@ def test_the_host_never_waits_for_the_gpu(options):
         torch.cuda.set_sync_debug_mode("error")
 
     try:
-        image_sampler.decode(noise.draw(), 99, noise.draw, on_step)
+        replace(image_sampler, watch=on_step).decode(noise.draw(), 99, noise.draw)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("count", [2, 3, 40, 200])
-def test_frame_steps_are_rising_and_within_the_run(count):
-    steps = frame_steps(100, count)
+def test_states_are_rising_and_within_the_run(count):
+    steps = [k for _, k in states(range(99, -2, -1), count).values()]
     assert steps == sorted(set(steps))
     assert steps[0] == 0
     assert steps[-1] == 100
@@ -241,7 +244,9 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
     grid = Image.open(tmp_path / "grid.png")
     assert grid.format == "PNG"
     assert grid.width > 3 * SMALLEST_SIDE
-    assert Image.open(tmp_path / "denoising.gif").n_frames == len(frame_steps(60, 40))
+    assert Image.open(tmp_path / "denoising.gif").n_frames == len(
+        states(range(59, -2, -1), GIF_FRAMES)
+    )
     assert Image.open(tmp_path / "strip.png").width > 500
     assert Image.open(tmp_path / "progressive.png").width > 500
     printed = capsys.readouterr().out

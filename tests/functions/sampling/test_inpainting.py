@@ -15,7 +15,7 @@ from data.decode import read_image, read_with_mask
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler
-from functions.sampling.inpainting import inpaint
+from functions.sampling.inpainting import check_sampler, inpaint
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.timesteps import sampling_times
@@ -161,7 +161,7 @@ def test_the_chain_approaches_the_truth_as_steps_are_repeated():
 )
 def test_samplers_that_cannot_are_refused(options):
     with pytest.raises(UserError, match="lose their history"):
-        inpaint(sampler_of(*options), torch.zeros(1, 2, 2), ANEW, 2, range(1))
+        check_sampler(SamplerOptions(*options))
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def paint(run, out, flags):
         ("photo.png --mask full.png", "everything would be made anew"),
         (
             "photo.png",
-            "nothing would be made anew; name a --mask, or erase a part of the image",
+            "nothing would be made anew; name a --mask that is white in part, or erase a part",
         ),
         ("grey16.png", "nothing would be made anew"),
         ("nowhere.png", "No such file"),

@@ -66,7 +66,7 @@ def test_between_two_seeds_the_ends_are_their_own_samples(network, sampler):
     image_sampler = image_sampler_of(network, options=SamplerOptions(sampler, 5))
     row = interpolate_seeds(image_sampler, (3, 8), WEIGHTS)
     ends = row[[0, 2]]
-    own = generate(image_sampler, [3, 8], 2).images
+    own = generate(image_sampler, [3, 8]).images
     torch.testing.assert_close(ends, own, rtol=1e-3, atol=2e-3)
 
     # The one between is another than each of them.
@@ -96,7 +96,7 @@ def test_between_two_images_the_ends_are_what_comes_back_of_each(image_sampler):
 
 def test_a_variation_is_not_the_image_of_its_number(image_sampler):
     """The noise that image 2 of the seed was drawn from is not that of variation 2."""
-    own = generate(image_sampler, [2], 1).images[0]
+    own = generate(image_sampler, [2]).images[0]
     assert (variations(image_sampler, own, 99, [2]) - own).abs().mean() > 0.01
 
 

@@ -4,10 +4,12 @@ import copy
 import sys
 from functools import partial
 from pathlib import Path
-from unittest.mock import MagicMock, patch
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sample
 from config import EXPERIMENTS
@@ -133,7 +135,7 @@ def let_so_much_be_free(patch, folder, megabytes):
 
 
 def compute_what_there_is_room_for():
-    """Take less than the 300 MB that are free, and more of them with four times the images."""
+    """Take less than the 300 MB that are free, and more with twelve times the images."""
     let_so_much_be_free(pytest.MonkeyPatch(), Path(sys.argv[1]), 300)
     choose_device("cpu")
     network = UNet(64, 3, 16, (1, 2, 2), (), 32, norm_groups=8).requires_grad_(False)
@@ -141,13 +143,12 @@ def compute_what_there_is_room_for():
     def compute(count):
         network(torch.zeros(count, 3, 64, 64), torch.zeros(count, dtype=torch.int64))
 
-    # The first call of all takes memory for the kernels, too.
-    compute(1)
+    # The first call of all takes memory for the kernels, too, so few images have room.
     room = room_on_the_cpu(partial(compute, 1))
     with at_most(300):
         compute(room)
     with pytest.raises(AssertionError), at_most(300):
-        compute(4 * room)
+        compute(12 * room)
 
 
 @pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
@@ -158,11 +159,28 @@ def test_there_is_room_for_what_is_computed_at_a_time(tmp_path):
 
 
 @pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
-def test_a_cpu_with_little_memory_takes_one_image_at_a_time(tiny_run, tmp_path, monkeypatch):
+def test_on_a_cpu_with_little_memory_the_network_takes_one_image_at_a_time(
+    tiny_run, tmp_path, monkeypatch
+):
+    flags = [tiny_run, "--steps", 2, "--n", 3, "--device", "cpu"]
+    call(sample.main, *flags, "--out", tmp_path / "much")
     let_so_much_be_free(monkeypatch, tmp_path, 0)
-    with patch.object(sample, "batches_of", wraps=sample.batches_of) as batches:
-        call(sample.main, tiny_run, "--steps", 2, "--n", 3, "--out", tmp_path, "--device", "cpu")
-    batches.assert_called_once_with(range(3), 1)
+    forward = UNet.forward
+    sizes = []
+
+    def seen(network, x_t, t):
+        sizes.append(len(x_t))
+        return forward(network, x_t, t)
+
+    monkeypatch.setattr(UNet, "forward", seen)
+    call(sample.main, *flags, "--out", tmp_path / "little")
+    # One call found out how much memory an image takes.
+    assert sizes == [1] * (1 + 2 * 3)
+    much, little = (
+        np.asarray(Image.open(tmp_path / name / "grid.png")).astype(int)
+        for name in ("much", "little")
+    )
+    assert abs(much - little).max() <= 1
 
 
 def test_libraries_that_have_no_memory():
@@ -179,10 +197,10 @@ def test_libraries_that_have_no_memory():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_samples_on_the_gpu_are_those_of_the_cpu():
     model = small_unet()
-    on_cpu = generate(image_sampler_of(model), range(3), 3)
+    on_cpu = generate(image_sampler_of(model), range(3))
 
     gpu_model = copy.deepcopy(model).to(CUDA)
-    on_gpu = generate(image_sampler_of(gpu_model, device=CUDA), range(3), 3)
+    on_gpu = generate(image_sampler_of(gpu_model, device=CUDA), range(3))
     assert (on_gpu.images - on_cpu.images).abs().max() < 0.05
 
 

@@ -320,7 +320,7 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     for clip in (True, False):
         options = SamplerOptions("ddim", 5, clip_x_0=clip)
         sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, CPU)
-        images = generate(sampler, range(2), 2).images
+        images = generate(sampler, range(2)).images
         assert (images.max() <= 1) == clip
 
     # Results are not written into the folder, which is not ours.

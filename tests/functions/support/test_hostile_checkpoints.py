@@ -86,8 +86,7 @@ def test_truncated_files(path, whole):
     }
     for end in sorted(ends):
         path.write_bytes(whole[:end])
-        message = refusal(path)
-        assert "truncated" in message or end == 0
+        assert "truncated" in refusal(path)
 
 
 def test_a_flipped_bit_anywhere(path, whole):
@@ -196,7 +195,7 @@ def test_json_made_to_do_harm(path, whole, bomb):
 
     text = bomb[: 15 * 10**6].decode(errors="replace")
     path.write_bytes(with_contents(whole, text))
-    assert "contents" in refusal(path)
+    assert "damaged" in refusal(path)
 
     # Only whole dicts and lists leave the contents around them proper JSON.
     if bomb[-1:] in (b"}", b"]"):
@@ -228,8 +227,8 @@ def test_nesting_that_just_reads(path, whole, part):
         ("run/experiment", (None,), "no proper 'experiment'"),
         ("scaler/scale", (0.0, math.inf, math.nan, 10**400, 2), "its gradient scaler has scale "),
         ("scaler/_growth_tracker", (-1, 2**31, 0.5), "its gradient scaler has scale "),
-        ("checksums", ([WEIGHT],), "its contents do not read"),
-        ("checksums/odd", ("0",), "not those that its contents name"),
+        ("checksums", ([WEIGHT],), "truncated, damaged or"),
+        ("checksums/odd", ("0",), "truncated, damaged or"),
         (
             f"checksums/{WEIGHT}",
             ("0" * 64, None, [], "ä"),

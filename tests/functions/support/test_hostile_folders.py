@@ -167,7 +167,7 @@ HOSTILE = {
     "a type": (with_bias(torch.zeros(16).int()), "torch.int32"),
     "complex numbers": (with_bias(torch.zeros(16) * 1j), "complex64, which"),
     "a folder for the weights": (put_a_folder_for_the_weights, "not a regular file"),
-    "a pipe for the config": (put_a_pipe_for_the_config, "no file, or too large a one"),
+    "a pipe for the config": (put_a_pipe_for_the_config, "not a regular file"),
     "a terminal's command": (
         with_index({"conv_in.bias": "\x1b[2J.safetensors"}),
         "a file of this folder",

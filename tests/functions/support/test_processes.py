@@ -19,6 +19,7 @@ from data import datasets
 from functions.support import processes
 from functions.support.errors import EXIT_STOPPED, UserError
 from functions.support.processes import Processes, joined
+from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import read_metrics
 from models.unet import UNet
 from tests.conftest import ROOT, TINY, call, newest
@@ -95,7 +96,21 @@ def train_and_look():
     patch = pytest.MonkeyPatch()
     patch.setattr(Processes, "wrap", wrapped)
     patch.setattr(torch.distributed, "destroy_process_group", looked)
-    train.main()
+    try:
+        train.main()
+    except UserError:
+        # After an error the group is not destroyed before the end of the process.
+        looked()
+
+
+def train_and_fail():
+    """Let both processes end as they do when too many steps are bad, and look."""
+
+    def fail(*_):
+        raise UserError("bad numbers")
+
+    pytest.MonkeyPatch().setattr(BadNumbers, "read", fail)
+    train_and_look()
 
 
 def assert_ddp_ended_first(programs):
@@ -294,7 +309,7 @@ def test_a_process_that_dies_ends_the_other(victim, forever, tmp_path):
     programs[victim].kill()
     assert programs[victim].wait() == -signal.SIGKILL
     assert programs[survivor].wait() == 2
-    message = f"error: another process has ended, so process {survivor} ends"
+    message = f"error: another process has ended or does not answer, so process {survivor} ends"
     assert message in programs[survivor].printed
 
 
@@ -313,7 +328,9 @@ def test_a_process_that_hangs_ends_the_other(forever, tmp_path):
         assert programs[0].wait() == 2
     finally:
         programs[1].kill()
-    assert "error: another process does not answer, so process 0 ends" in programs[0].printed
+    message = "error: another process has ended or does not answer, so process 0 ends"
+    assert message in programs[0].printed
+    assert "timed out waiting" in programs[0].printed.lower()
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step(forever, tmp_path):
@@ -372,6 +389,12 @@ def train_with_slow_images():
 
     pytest.MonkeyPatch().setattr(datasets, "load_images", load_images)
     train_script()
+
+
+def test_ddp_ends_before_the_group_after_an_error_too(forever, tmp_path):
+    programs = two(tmp_path, *forever, act=train_and_fail)
+    assert [program.wait() for program in programs] == [0, 0]
+    assert_ddp_ended_first(programs)
 
 
 def test_an_interrupt_before_the_first_step_is_one_line(tmp_path):

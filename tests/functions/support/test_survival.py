@@ -196,7 +196,7 @@ def test_no_sound_checkpoint_is_an_error_and_no_fresh_start(unfinished):
     for path in run_folder.checkpoints_of(unfinished):
         path.write_bytes(b"")
 
-    with pytest.raises(CheckpointError, match="the file is empty"):
+    with pytest.raises(CheckpointError, match="the file is truncated"):
         call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
     assert list(unfinished.parent.iterdir()) == [unfinished]
 
