@@ -113,8 +113,8 @@ def sample_from_noise(
     """Sample images 0 .. n-1 and write the files that the flags ask for.
 
     The processes share batches, which are the same however many processes there are and wherever
-    an earlier start was interrupted. So are the images then, bit for bit where the hardware is
-    the same.
+    an earlier start was interrupted. So the noise is the same, and so are the images, up to
+    rounding: threads and short memory add in other orders.
     """
     figures = figures_of(args, image_sampler.times)
     frames = {frame for columns in figures.values() for frame in columns.values()}

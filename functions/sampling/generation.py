@@ -248,7 +248,8 @@ def generate(
 ) -> Samples:
     """Sample images by their numbers i, in batches of the sampler's size.
 
-    Image i depends on (seed, i) alone.
+    The noise of image i depends on (seed, i) alone, and with other batches its pixels agree up to
+    rounding.
     """
     batches = batches_of(images, image_sampler.batch_size)
     with image_sampler.denoiser.evaluating():
