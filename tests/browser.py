@@ -132,7 +132,7 @@ def paint(page: Page) -> None:
     y = box["y"] + box["height"] / 2
     page.mouse.move(x - 120, y)
     page.mouse.down()
-    page.mouse.move(x + 120, y, steps=20)
+    page.mouse.move(x + 120, y, steps=5)
     page.mouse.up()
     # The page has the line a moment later, too.
     page.wait_for_timeout(1000)

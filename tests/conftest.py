@@ -128,6 +128,14 @@ def tiny_run(pictures, tmp_path_factory):
     return train_tiny(pictures, tmp_path_factory.mktemp("runs"))
 
 
+@pytest.fixture(scope="session")
+def learned_run(pictures, tmp_path_factory):
+    """Return a run of 60 steps, which has learned what the simple pictures are."""
+    flags = "--diffusion.epochs 12 --diffusion.learning-rate 5e-3"
+    flags += " --diffusion.validation-samples 64 --diffusion.sample-every 60"
+    return train_tiny(pictures, tmp_path_factory.mktemp("learned"), *flags.split())
+
+
 @pytest.fixture
 def trained(pictures, tmp_path):
     """Return `train_tiny` for these pictures and the test's own folder."""

@@ -36,6 +36,13 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     flags = [
         "faces",
         *TINY,
+        # One level makes steps short, and most of the time writes.
+        "--model.image-size",
+        8,
+        "--model.dim-multiply",
+        1,
+        "--model.transformer-layers",
+        "",
         "--diffusion.dataset-name",
         draw_pictures(folder / "pictures"),
         "--diffusion.epochs",

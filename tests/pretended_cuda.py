@@ -104,11 +104,12 @@ class Pretended(TorchDispatchMode):
 
     def wait(self, why: str) -> None:
         """Count a wait of the innermost line of this project that is now running."""
-        frames = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)]
         where = "?"
-        if frames:
-            file = Path(frames[-1].filename).relative_to(ROOT)
-            where = f"{file}:{frames[-1].lineno}"
+        for frame, line in traceback.walk_stack(None):
+            file = frame.f_code.co_filename
+            if is_ours(file):
+                where = f"{Path(file).relative_to(ROOT)}:{line}"
+                break
         self.waits[f"{where}: {why}"] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -103,7 +103,7 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments.json")
     monkeypatch.setattr("functions.sampling.calibration.IMAGES", 20)
     monkeypatch.setattr("functions.evaluation.bands.DRAWS", 1)
-    flags = ["--runs", tmp_path / "runs", "--distances", "20 DDIM", "--images", 20, "--spoilt", 200]
+    flags = ["--runs", tmp_path / "runs", "--distances", "20 DDIM", "--images", 20, "--spoilt", 40]
 
     # Each part runs once. Its second call finds all there, so the patched work is not called.
     call(experiments.main, "train", *flags)

@@ -35,21 +35,17 @@ def test_a_run_folder_holds_everything(tiny_run):
 
 
 @pytest.mark.slow
-def test_the_loss_falls_and_the_checkpoint_samples(trained):
+def test_the_loss_falls_and_the_checkpoint_samples(learned_run):
     """After 60 steps on simple pictures the validation loss is well below its start.
 
     The start is below 1, the variance of the noise.
     """
-    flags = "--diffusion.epochs 12 --diffusion.learning-rate 5e-3"
-    flags += " --diffusion.validation-samples 64 --diffusion.sample-every 60"
-    run = trained(*flags.split())
-
-    rows = read_metrics(run / "metrics.csv")
+    rows = read_metrics(learned_run / "metrics.csv")
     losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
     assert losses[0] > 0.6
     assert losses[-1] < 0.35
     # The checkpoint can be sampled from; an error would end the test.
-    call(sample.main, run, "--n", 2, "--steps", 5)
+    call(sample.main, learned_run, "--n", 2, "--steps", 5)
 
 
 @pytest.mark.slow

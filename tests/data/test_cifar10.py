@@ -115,6 +115,7 @@ def test_the_preset_is_the_papers():
     assert 0 <= diffusion.epochs * steps_per_epoch - 800_000 < steps_per_epoch
 
 
+@pytest.mark.slow
 def test_the_preset_trains(unpacked, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(datasets, "DATA_FOLDER", unpacked.parent)
     runs = tmp_path / "runs"

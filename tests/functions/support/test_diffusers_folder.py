@@ -202,6 +202,7 @@ def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path, capfd):
     same_output(rebuild(load_model(tmp_path / "theirs"), CPU), again.unet)
 
 
+@pytest.mark.slow
 def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, monkeypatch, capfd):
     exported = tmp_path / "faces"
     call(sample.main, tiny_run, "--export", exported)
@@ -283,6 +284,7 @@ def test_our_samplers_and_their_pipelines_draw_the_same_images(
     assert_close(images.numpy(), theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     """A folder decides on the variance, on clipping of x_0, and on where samples go."""
     monkeypatch.chdir(tmp_path)

@@ -136,6 +136,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert program.printed == "one\n"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_nothing_to_resume(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run, tmp_path / tiny_run.name)
     pictures = newest(tiny_run)["config"]["diffusion"]["dataset_name"]

@@ -26,6 +26,7 @@ for flag, value in zip(TINY[::2], TINY[1::2], strict=True):
         TRAINING += [flag, value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "file", "folder"])
 def test_a_run_begins_with_the_averaged_weights_of_another(
     kind, tiny_run, pictures, tmp_path, monkeypatch, capsys
@@ -81,47 +82,21 @@ def test_a_run_begins_with_the_averaged_weights_of_another(
 
 
 @pytest.mark.slow
-def test_the_loss_begins_where_that_of_the_weights_ended(tmp_path):
-    flags = [
-        *TRAINING,
-        "--diffusion.dataset-name",
-        "emoji_people",
-        "--diffusion.validation-samples",
-        100,
-        "--diffusion.log-every",
-        10,
-        "--diffusion.validate-every",
-        50,
-        "--diffusion.sample-every",
-        500,
-        "--diffusion.checkpoint-every",
-        500,
-    ]
-    call(train.main, "faces", *TINY, *flags, "--diffusion.epochs", 3, "--runs", tmp_path / "first")
-    (source,) = (tmp_path / "first").iterdir()
-    call(
-        train.main,
-        "faces",
-        *flags,
-        "--init",
-        source,
-        "--diffusion.learning-rate",
-        1e-4,
-        "--runs",
-        tmp_path / "then",
-    )
-    (then,) = (tmp_path / "then").iterdir()
-    first, *_, ended = read_metrics(source / "metrics.csv")
+def test_the_loss_begins_where_that_of_the_weights_ended(learned_run, trained):
+    flags = "--diffusion.epochs 12 --diffusion.learning-rate 1e-4 --diffusion.validate-every 15"
+    flags += " --diffusion.validation-samples 64 --diffusion.sample-every 60"
+    then = trained("--init", learned_run, *flags.split())
+    first, *_, ended = read_metrics(learned_run / "metrics.csv")
     begins = read_metrics(then / "metrics.csv")
 
     # The first run has learned something, and the second one is not too short.
     assert first["loss"] > 0.8
-    assert ended["val_loss_ema"] < 0.5
-    assert begins[-1]["step"] >= 200
+    assert ended["val_loss_ema"] < 0.4
+    assert begins[-1]["step"] == 60
 
     validated = [row["val_loss_ema"] for row in begins if row["val_loss_ema"] is not None]
-    assert len(validated) >= 4
-    assert validated == pytest.approx([ended["val_loss_ema"]] * len(validated), rel=0.02)
+    assert len(validated) == 4
+    assert validated == pytest.approx([ended["val_loss_ema"]] * 4, rel=0.005)
     assert begins[0]["loss"] < 0.6
 
 
@@ -160,11 +135,13 @@ def test_what_contradicts_the_weights_is_refused(flag, field, value, tiny_run, t
         trained("--init", tiny_run, flag, value)
 
 
+@pytest.mark.slow
 def test_flags_that_say_what_the_weights_are_may_be_given(tiny_run, trained):
     """The flags of TINY are such flags."""
     assert trained("--init", tiny_run, "--dry-run") is None
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt), during(7, interrupt):
         trained("--init", tiny_run)

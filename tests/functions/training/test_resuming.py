@@ -86,6 +86,7 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(trained, monkeypa
     assert warning in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_deterministic_kernels_are_asked_for_and_only_then(trained):
     for value in ("true", "false"):
         trained("--dry-run", "--diffusion.deterministic", value)
