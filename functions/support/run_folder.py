@@ -230,7 +230,8 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
         if checkpoints_of(run):
             return find_checkpoints(run)
     what = f"run of an experiment {prefix}*" if prefix else "run"
-    command = "" if prefix else f" (python train.py --runs {runs})"
+    flag = "" if runs == Path("runs") else f" --runs {runs}"
+    command = "" if prefix else f" (python train.py{flag})"
     raise CheckpointError(
         f"{runs}: no {what} with a checkpoint here yet; "
         f"train one first{command}, or name a checkpoint"
