@@ -150,6 +150,7 @@ def compute_what_there_is_room_for():
         compute(12 * room)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
 def test_there_is_room_for_what_is_computed_at_a_time(tmp_path):
     """As in a script, no earlier work has left gaps in the heap."""
@@ -216,6 +217,7 @@ def count_faults():
     assert faults < 1000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library")
 def test_a_kept_heap_has_its_pages_already(tmp_path):
     """Without the setting, each page faults anew. Earlier work has left no gaps in the heap."""

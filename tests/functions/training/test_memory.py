@@ -97,6 +97,7 @@ def test_a_try_leaves_nothing_behind(monkeypatch):
         assert torch.equal(parameter, before[name])
 
 
+@pytest.mark.slow
 def test_when_nothing_fits_it_is_said(monkeypatch, pictures, tmp_path):
     tried = limit_memory(monkeypatch, norms=0)
     message = "out of memory with one image at a time: take a smaller base_dim"
@@ -196,6 +197,7 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(
         assert f"by timing forward and backward of {timed} images in" in description
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("most", "images"), [({"norms": 3}, 3), ({"blocks": 1}, 1)])
 def test_a_dry_run_times_passes_that_fit(most, images, monkeypatch):
     """Memory is short for batch_size = 4 at first, and then for one image without recomputation."""
