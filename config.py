@@ -7,7 +7,7 @@ A config that could not work is refused when it is made, with a sentence that sa
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import get_args, get_type_hints
 
@@ -225,7 +225,7 @@ class DiffusionConfig:
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
     # T, the number of noising steps.
-    timesteps_diff: int
+    timesteps_diff: int = field(metadata={"flag": "timesteps"})
 
     # Data
 
@@ -313,7 +313,7 @@ class DiffusionConfig:
     grid_images: int = 16
     # The sampler of that grid, with its defaults: a name that sample.py --sampler takes.
     grid_sampler: str = "dpm++"
-    # Its network calls, at most timesteps_diff.
+    # Its network calls, at most T.
     grid_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -364,9 +364,8 @@ class ModelConfig:
     lowest_resolution_size: int
     # Channels of each level, from the full resolution down, in units of base_dim.
     dim_multiply: tuple[int, ...]
-    # Levels with self-attention (there is no transformer), counted from 0. The bottleneck has it
-    # too.
-    transformer_layers: tuple[int, ...]
+    # Levels with self-attention, counted from 0. The bottleneck has it too.
+    transformer_layers: tuple[int, ...] = field(metadata={"flag": "attention_levels"})
     # Channels at the full resolution, before its multiplier.
     base_dim: int
 
@@ -463,9 +462,9 @@ class Experiment:
         theirs = other.to_dict()
         differences = {}
         for part, fields in self.to_dict().items():
-            for field, value in fields.items():
-                if value != theirs[part][field]:
-                    differences[f"{part}.{field}"] = (value, theirs[part][field])
+            for name, value in fields.items():
+                if value != theirs[part][name]:
+                    differences[f"{part}.{name}"] = (value, theirs[part][name])
         return differences
 
     def warnings(self) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from functions.support.command_line import plain_errors
+from functions.support.command_line import exit_on_user_error
 from tests.conftest import ROOT
 
 WITHOUT_CUDA = pytest.mark.skipif(
@@ -43,6 +43,16 @@ WITHOUT_CUDA = pytest.mark.skipif(
             "train.py",
             ["--diffusion.batch-size", "many"],
             "--diffusion.batch-size: invalid int value: 'many'",
+        ),
+        (
+            "train.py",
+            ["--diffusion.timesteps", "50", "--diffusion.timesteps-diff", "50"],
+            "--diffusion.timesteps-diff: not allowed with argument --diffusion.timesteps",
+        ),
+        (
+            "train.py",
+            ["--model.transformer-layers", "1", "--model.attention-levels", "1"],
+            "--model.attention-levels: not allowed with argument --model.transformer-layers",
         ),
         ("sample.py", ["--n", "0"], "--n/-n: '0' is not an integer of at least 1"),
         ("sample.py", ["--eta", "2"], "--eta: '2' is not a number from 0 to 1"),
@@ -103,7 +113,7 @@ def test_errors_are_one_line_and_leave_nothing(
     ],
 )
 def test_only_a_failed_gpu_has_the_status_to_try_again(text, status, capsys):
-    with pytest.raises(SystemExit) as ended, plain_errors():
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
         raise torch.AcceleratorError(f"CUDA error: {text}\nmore")
 
     assert ended.value.code == status
@@ -114,5 +124,5 @@ def test_only_a_failed_gpu_has_the_status_to_try_again(text, status, capsys):
 
 def test_an_error_of_cuda_that_a_bug_causes_keeps_its_traceback():
     message = "an illegal memory access was encountered"
-    with pytest.raises(torch.AcceleratorError, match=message), plain_errors():
+    with pytest.raises(torch.AcceleratorError, match=message), exit_on_user_error():
         raise torch.AcceleratorError(f"CUDA error: {message}")

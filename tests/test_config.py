@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+import train
 from config import (
     EXPERIMENTS,
     ConfigError,
@@ -19,7 +20,9 @@ from config import (
 )
 from functions.support.command_line import Parser, add_config_flags, given_fields
 from functions.support.errors import UserError
+from functions.support.processes import Processes
 from models.unet import UNet
+from tests.conftest import call
 
 # These are the fields that the reference's own script gives.
 DIFFUSION = dict(
@@ -343,3 +346,41 @@ class Bare:
 def test_a_field_without_a_comment_is_named():
     with pytest.raises(UserError, match="Bare: batch_size has no comment"):
         add_config_flags(Parser(), "bare", Bare)
+
+
+def changes_of(*flags):
+    """Return the fields that train.py's flags change, as `train.main` does."""
+    args = call(train.parse_flags, *flags)
+    return given_fields(args, "diffusion"), given_fields(args, "model")
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "levels", "shown"),
+    [
+        ("--diffusion.timesteps", "--model.attention-levels", True),
+        ("--diffusion.timesteps-diff", "--model.transformer-layers", False),
+    ],
+)
+def test_fields_with_misleading_names_have_flags_with_true_ones(
+    timesteps, levels, shown, tiny_run, capsys
+):
+    """Both names of a flag set the field, in a new run and in a resumed one; help has one alone."""
+    changes = changes_of(timesteps, 100, levels, "1")
+    assert changes == ({"timesteps_diff": 100}, {"transformer_layers": (1,)})
+    new = train.new_run("faces", tiny_run.parent, None, changes, Processes()).experiment
+    assert (new.diffusion.timesteps_diff, new.model.transformer_layers) == (100, (1,))
+
+    # The run has these values; others would make it another run.
+    train.open_run(tiny_run, None, None, changes, Processes())
+    for flags, field in (
+        ((timesteps, 50), "diffusion.timesteps_diff"),
+        ((levels, "0"), "model.transformer_layers"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot change {field};"):
+            train.open_run(tiny_run, None, None, changes_of(*flags), Processes())
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        changes_of("--help")
+    words = capsys.readouterr().out.split()
+    assert (timesteps in words) is (levels in words) is shown
