@@ -30,7 +30,12 @@ from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import mixtures, x_0_of
 from functions.sampling.options import add_model_flags
 from functions.support.checkpoint import SavedModel
-from functions.support.command_line import EXIT_BAD_INPUT, Parser, plain_errors, plain_sentence
+from functions.support.command_line import (
+    EXIT_BAD_INPUT,
+    Parser,
+    exit_on_user_error,
+    plain_sentence,
+)
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import grid_of
 from functions.support.processes import SINGLE_PROCESS
@@ -450,5 +455,5 @@ def sampler_controls() -> list:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_user_error():
         main()

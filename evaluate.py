@@ -47,11 +47,11 @@ from functions.samplers import VARIANCES
 from functions.sampling.calibration import calibrated
 from functions.sampling.generation import ImageSampler, open_sampler
 from functions.sampling.options import add_sampling_flags
-from functions.support.command_line import Parser, plain_errors, positive
+from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import set_deterministic
 from functions.support.errors import UserError
 from functions.support.files import sha256, write_text
-from functions.support.processes import Processes, joined
+from functions.support.processes import Processes, distributed
 from functions.support.run_folder import results_folder
 
 # Results have this order, whatever the order of the flag's names.
@@ -84,7 +84,7 @@ class Subject:
 def main(load_extractor: LoadExtractor = load_inception) -> None:
     """Read the command line, evaluate, and say which files were written."""
     args = parse_flags()
-    with joined() as processes:
+    with distributed() as processes:
         subject = open_subject(args, processes)
         if "bands" in args.metrics:
             evaluate_bands(args, subject, processes)
@@ -215,7 +215,7 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     # Published statistics stand for the images in fid alone; all other metrics need the images.
     if not args.reference or args.metrics != ["fid"]:
         image_set, split = images_of_run(saved, args.data)
-        processes.say(split.description)
+        processes.print_main(split.description)
 
     # Results on images that were trained on are too good.
     if split and run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
@@ -412,5 +412,5 @@ def write_result(place: Path, what: str, contents: dict) -> Path:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_user_error():
         main()

@@ -41,10 +41,10 @@ from functions.sampling.generation import (
 from functions.sampling.inpainting import check_sampler, inpaint_image
 from functions.sampling.interpolation import save_rows
 from functions.sampling.options import add_sampling_flags
-from functions.support.command_line import Parser, fraction, plain_errors, positive
+from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
-from functions.support.processes import Processes, joined
+from functions.support.processes import Processes, distributed
 from functions.support.run_folder import results_folder
 
 # Which flags have an effect: always, and in sampling from noise or in what is done instead of it.
@@ -69,15 +69,15 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
     args = parse_flags(n, gif)
     # Every process that torchrun starts runs all of this. Rank 0 alone speaks, and writes pictures
     # of several images.
-    with joined() as processes:
+    with distributed() as processes:
         # The network and its schedule come from the checkpoint alone.
         saved, image_sampler = open_sampler(args, processes, experiments)
         options = image_sampler.options
         if args.inpaint:
             check_sampler(options)
         if args.export:
-            processes.from_main(lambda: export(saved, image_sampler, args.export))
-            processes.say(f"wrote {args.export}")
+            processes.on_main(lambda: export(saved, image_sampler, args.export))
+            processes.print_main(f"wrote {args.export}")
             return
 
         image_sampler = calibrated(image_sampler, saved, processes)
@@ -86,11 +86,11 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
         slug = f"{saved.name}-{options.slug}"
         if args.precision != "float32":
             slug += f"-{args.precision}"
-        place = processes.from_main(lambda: results_folder(saved, "samples"))
+        place = processes.on_main(lambda: results_folder(saved, "samples"))
         folder = args.out or place / f"{slug}-seed{args.seed}"
 
         if args.interpolate or args.variations or args.inpaint:
-            processes.from_main(lambda: sample_from_images(args, image_sampler, folder))
+            processes.on_main(lambda: sample_from_images(args, image_sampler, folder))
             return
         # These facts decide the pixels. A folder holds single images of the same facts alone.
         facts = {
@@ -125,7 +125,7 @@ def sample_from_noise(
     with ExitStack() as stack:
         # Rank 0 alone enters the folder, and holds it until the last batch is written.
         opened = open_folder(folder, facts, args.individual)
-        existing = processes.from_main(lambda: stack.enter_context(opened))
+        existing = processes.on_main(lambda: stack.enter_context(opened))
 
         to_do = []
         for batch in batches_of(range(args.n), image_sampler.batch_size):
@@ -134,11 +134,13 @@ def sample_from_noise(
                 to_do.append(batch)
         count = sum(map(len, to_do))
         others = f" of {args.n}; the others are there" if count < args.n else ""
-        processes.say(f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}")
+        processes.print_main(
+            f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}"
+        )
 
         # Each batch begins as noise. The sampler takes it to images when `write_and_keep` asks for
         # it. After an error the generator is closed at once, and ends its progress bar.
-        batches = [to_do[i] for i in processes.own_range(len(to_do))]
+        batches = [to_do[i] for i in processes.shard(len(to_do))]
         progress = processes.is_main and bool(batches)
         with closing(generate_batches(image_sampler, batches, frames, progress)) as sampled:
             kept = write_and_keep(args, zip(batches, sampled, strict=True), folder, existing, seen)
@@ -146,10 +148,10 @@ def sample_from_noise(
         # No process goes on from here before all have written their images.
         gathered = processes.gather(kept)
         if args.individual:
-            processes.say(f"all {args.n} images are there: {image_path(folder, 0)} and on")
+            processes.print_main(f"all {args.n} images are there: {image_path(folder, 0)} and on")
         if processes.is_main:
             kept = [samples for part in gathered for samples in part]
-            samples = Samples.joined(kept) if kept else None
+            samples = Samples.concatenated(kept) if kept else None
             save_pictures(args.n, figures, samples, folder)
 
 
@@ -334,5 +336,5 @@ def fractions(text: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_user_error():
         main()

@@ -5,7 +5,7 @@ It takes the flags of sample.py. For such a run put FFHQ at data/FFHQ and run
 """
 
 import sample
-from functions.support.command_line import plain_errors
+from functions.support.command_line import exit_on_user_error
 
 
 def main() -> None:
@@ -13,5 +13,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_user_error():
         main()

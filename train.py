@@ -3,7 +3,7 @@
 This is Algorithm 1 of Ho et al. 2020 with gradient accumulation, mixed precision and EMA; comments
 in the loop of `train` number its lines. Experiments are in config.py. Every run writes a folder of
 its own under runs/, laid out as functions/support/run_folder.py says. What happens between two
-steps (metrics, validation, samples, checkpoints, signals) is in functions/training/book_keeping.py.
+steps (metrics, validation, samples, checkpoints, signals) is in functions/training/recorder.py.
 On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 """
 
@@ -31,7 +31,7 @@ from functions.ema import update_ema
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.sampling.generation import load_sound, rebuild
+from functions.sampling.generation import load_intact, rebuild
 from functions.support.checkpoint import (
     SavedModel,
     TrainingState,
@@ -39,7 +39,12 @@ from functions.support.checkpoint import (
     load_into,
     open_checkpoint,
 )
-from functions.support.command_line import Parser, add_config_flags, given_fields, plain_errors
+from functions.support.command_line import (
+    Parser,
+    add_config_flags,
+    exit_on_user_error,
+    given_fields,
+)
 from functions.support.device import (
     Adam,
     arithmetic,
@@ -48,20 +53,20 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.processes import Processes, joined
+from functions.support.processes import Processes, distributed
 from functions.support.random_numbers import StepDraws, seed_of, training_draws
 from functions.support.run_folder import (
     Facts,
     Run,
     describe,
     find_checkpoints,
-    first_sound,
+    first_intact,
     run_to_resume,
 )
 from functions.timesteps import mixed_timesteps
-from functions.training.book_keeping import BookKeeper
 from functions.training.compiling import compiled_if_worth_it
 from functions.training.memory import describe_compute, fit_memory
+from functions.training.recorder import Recorder
 from models.unet import UNet
 
 # Weights are made for one value of each of these fields, and of ModelConfig's but for dropout. So
@@ -80,10 +85,10 @@ def main() -> None:
     """Read the command line and train."""
     args = parse_flags()
     changes = given_fields(args, "diffusion"), given_fields(args, "model")
-    with joined() as processes:
+    with distributed() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         name = args.experiment or DEFAULT_EXPERIMENT
-        folder = processes.from_main(lambda: run_to_resume(args.resume, args.runs, name))
+        folder = processes.on_main(lambda: run_to_resume(args.resume, args.runs, name))
         if folder is None:
             run = new_run(name, args.runs, args.init, changes, processes)
         else:
@@ -162,7 +167,9 @@ def new_run(
 
     initial = open_initial(initial_path, processes)
     if not initial.config["diffusion"].get("clip_x_0", True):
-        processes.say(f"note: {initial_path} is sampled without clipping x_0, the new run with it")
+        processes.print_main(
+            f"note: {initial_path} is sampled without clipping x_0, the new run with it"
+        )
     changed = of_weights(preset, initial).override(*changes)
     fitting = of_weights(changed, initial)
     for field, (of_initial, wanted) in fitting.differences(changed).items():
@@ -178,7 +185,7 @@ def open_initial(path: Path, processes: Processes) -> SavedModel:
 
     Raises CheckpointError if its weights and its config do not fit each other.
     """
-    saved = load_sound(lambda: find_checkpoints(path), processes)
+    saved = load_intact(lambda: find_checkpoints(path), processes)
     rebuild(saved, torch.device("cpu"))
     return saved
 
@@ -205,7 +212,7 @@ def open_run(
     Raises ConfigError for changes that would alter its meaning, and when another experiment is
     `wanted`, or a path to other weights than the run began with is given.
     """
-    path = processes.from_main(lambda: first_sound(find_checkpoints(folder), check_whole).path)
+    path = processes.on_main(lambda: first_intact(find_checkpoints(folder), check_whole).path)
     checkpoint = open_checkpoint(path)
     name = checkpoint.contents["run"]["experiment"]
     before = Facts.of(checkpoint)
@@ -221,10 +228,12 @@ def open_run(
     saved = Experiment.from_dict(checkpoint.contents["config"])
     resumed = saved.resumed(*changes)
     for field, (earlier, now) in saved.differences(resumed).items():
-        processes.say(f"changed: {field} was {earlier}, is now {now}")
+        processes.print_main(f"changed: {field} was {earlier}, is now {now}")
     preset = EXPERIMENTS.get(name, resumed)
     for field, (now, in_file) in resumed.differences(preset).items():
-        processes.say(f"note: {field} stays {now}, as the run was started; config.py has {in_file}")
+        processes.print_main(
+            f"note: {field} stays {now}, as the run was started; config.py has {in_file}"
+        )
     return Run(name, resumed, folder.parent, folder, checkpoint, before)
 
 
@@ -276,25 +285,27 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         arithmetic=arithmetic(device, precision, processes.count, config.batch_size),
     )
     steps = range(run.first_step, total_steps)
-    processes.say(describe(run, facts, image_set.summary))
+    processes.print_main(describe(run, facts, image_set.summary))
     if dry_run:
-        processes.say(describe_compute(run.experiment, denoiser, len(steps), processes))
+        processes.print_main(describe_compute(run.experiment, denoiser, len(steps), processes))
         folder = run.folder or run.runs / f"{run.name}-<time>"
-        processes.say(f"  images in  {image_set.path}\n  goes to    {folder}\nnothing was started")
+        processes.print_main(
+            f"  images in  {image_set.path}\n  goes to    {folder}\nnothing was started"
+        )
         return
 
     # Each process has its share of every effective batch, in passes of at most batch_size images.
-    passes = forward_passes(processes.own_range(config.effective_batch), config.batch_size)
+    passes = forward_passes(processes.shard(config.effective_batch), config.batch_size)
     batches = images.feed(
         micro_batches(split.train_indices, config.seed, config.effective_batch, passes, steps)
     )
     ema_model, optimizer, scaler = state.ema_model, state.optimizer, state.scaler
-    averaged = replace(denoiser, network=ema_model or model)
+    sample_denoiser = replace(denoiser, network=ema_model or model)
     network = processes.wrap(model, device)
-    trained = compiled_if_worth_it(denoiser, network, config, passes, len(steps), processes)
+    train_denoiser = compiled_if_worth_it(denoiser, network, config, passes, len(steps), processes)
 
-    books = BookKeeper(run, facts, state, averaged, images, split.val_indices, processes)
-    with books.opened():
+    recorder = Recorder(run, facts, state, sample_denoiser, images, split.val_indices, processes)
+    with recorder.opened():
         # Algorithm 1, lines 1 and 6: repeat until converged, which here is total_steps times.
         for step in steps:
             # Lines 3 and 4: t and the noise eps of the whole effective batch.
@@ -317,10 +328,10 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 # last pass. Each pass has a seed for dropout, so that a resumed run drops the same.
                 torch.manual_seed(seed_of(config.seed, "dropout", step, places.start))
                 with processes.accumulating(network, last=places is passes[-1]):
-                    losses = denoising_loss(trained, scheduler, x_0, t, draws.noise[places])
+                    losses = denoising_loss(train_denoiser, scheduler, x_0, t, draws.noise[places])
                     loss = losses.sum() * processes.count / config.effective_batch
                     scaler.scale(loss).backward()
-                errors = eps_errors(trained, scheduler, losses, t)
+                errors = eps_errors(train_denoiser, scheduler, losses, t)
                 sums += torch.stack([losses, errors]).detach().sum(dim=1)
 
             # Line 5: the gradient step. Where numbers are not finite, found_inf tells Adam to leave
@@ -330,7 +341,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             max_norm = config.clip_grad_norm or math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             processes.sum_(sums)
-            optimizer.found_inf = books.bad_numbers.check(sums[0], grad_norm)
+            optimizer.found_inf = recorder.bad_numbers.check(sums[0], grad_norm)
             optimizer.step()
             scaler.update()
             # DDP's gradients are views of its buckets: set to None they would be allocated twice.
@@ -340,9 +351,9 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 # An average that begins with trained weights remembers them from the first step on.
                 ramp = not facts.initial
                 update_ema(ema_model, model, step, config.ema_decay, ramp)
-            books.window.add(sums, optimizer.found_inf)
-            books.after_step(step + 1, grad_norm)
-    processes.say(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
+            recorder.window.add(sums, optimizer.found_inf)
+            recorder.after_step(step + 1, grad_norm)
+    processes.print_main(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
 
 
 def check_length(run: Run, split: Split, total_steps: int, processes: Processes) -> None:
@@ -420,5 +431,5 @@ def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_user_error():
         main()

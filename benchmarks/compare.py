@@ -36,7 +36,7 @@ from config import EXPERIMENTS, ModelConfig
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.support.command_line import Parser, plain_errors, positive
+from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import (
     DTYPES,
     choose_device,
@@ -520,5 +520,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_user_error():
         main()

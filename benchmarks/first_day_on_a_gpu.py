@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.compare import FFHQ, Arm, Bench
 from config import EXPERIMENTS
-from functions.sampling.generation import ImageSampler, Replayed, generate_batches
+from functions.sampling.generation import CudaGraphed, ImageSampler, generate_batches
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import check_whole
 from functions.support.device import choose_device, choose_precision, set_deterministic
-from functions.support.processes import SINGLE_PROCESS, joined
+from functions.support.processes import SINGLE_PROCESS, distributed
 from functions.support.run_folder import Run, checkpoints_of
 from functions.training.compiling import OPTIONS, largest_difference, tried
 from functions.training.metrics import read_metrics
@@ -161,7 +161,7 @@ def in_ddp() -> Iterator[tuple[str, object]]:
     By default Dynamo cuts the network into a graph for each of DDP's buckets, whose gradients
     travel while backward goes on. Without optimize_ddp it is one graph, and they travel afterwards.
     """
-    with joined() as processes:
+    with distributed() as processes:
         device = choose_device(DEVICE.type, processes.local_rank)
         for cut in (True, False):
             bench = bench_of(Arm("DDP", "ours", PRECISION, True), 128, device)
@@ -190,9 +190,9 @@ def sampling() -> Iterator[tuple[str, object]]:
     def work() -> None:
         list(generate_batches(sampler, [range(IMAGES)]))
 
-    for how, network in {"eager": bench.module, "graph": Replayed(bench.module)}.items():
-        # On CUDA the sampler wraps its network in `Replayed`; here it gets this one instead.
-        with patch("functions.sampling.generation.Replayed", return_value=network):
+    for how, network in {"eager": bench.module, "graph": CudaGraphed(bench.module)}.items():
+        # On CUDA the sampler wraps its network in `CudaGraphed`; here it gets this one instead.
+        with patch("functions.sampling.generation.CudaGraphed", return_value=network):
             # The first time a graph is recorded, or cuDNN tries its kernels.
             work()
             yield f"{how}: ms a call", milliseconds(work, 1) / CALLS

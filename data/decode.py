@@ -149,12 +149,12 @@ def read_with_mask(
     return fit_square(convert_to_rgb(image), image_size), mask
 
 
-def fit_mask(anew: np.ndarray, image_size: int) -> np.ndarray:
+def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     """Crop and resize a mask, bool (H, W), as `fit_square` does its image -> bool (S, S).
 
     The mask is true where the image is made anew.
     """
-    levels = fit_square(np.uint8(255) * anew, image_size)
+    levels = fit_square(np.uint8(255) * mask, image_size)
 
     # A pixel with a tenth of its area in the mask is made anew as a whole, because it has taken up
     # some of what was there.

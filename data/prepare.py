@@ -25,7 +25,7 @@ from data.datasets import load_images, locate
 from data.decode import BadImage
 from data.packed import LISTED, map_images
 from data.sources import Source
-from functions.support.command_line import Parser, plain_errors, positive
+from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short
 
@@ -146,5 +146,5 @@ def read_expected(json_path: str | Path) -> dict[int, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_user_error():
         sys.exit(main())

@@ -36,7 +36,7 @@ from functions.sampling.calibration import calibrated
 from functions.sampling.generation import ImageSampler, generate, rebuild
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
-from functions.support.command_line import Parser, plain_errors
+from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.pictures import grid_of, plt, save_figure, save_image
 from functions.support.processes import SINGLE_PROCESS
@@ -401,5 +401,5 @@ def of_seeds(values: tuple[float, ...]) -> str:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_user_error():
         main()

@@ -27,7 +27,7 @@ from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, states
 from functions.sampling.generation import ImageSampler, generate, rebuild
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
-from functions.support.command_line import Parser, plain_errors
+from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.pictures import plt, save_figure, save_gif, save_grid, save_strip
 from functions.support.random_numbers import generator_of
@@ -280,5 +280,5 @@ def standardised(images: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_user_error():
         main()

@@ -42,7 +42,7 @@ from functions.support import files
 from functions.support.checkpoint import check_whole, load_weights
 from functions.support.errors import UserError
 from functions.support.run_folder import Facts, Run
-from functions.training.book_keeping import BookKeeper
+from functions.training.recorder import Recorder
 from models.unet import UNet
 from tests import spoilt_files as spoilt
 from tests.data import packing
@@ -245,7 +245,7 @@ def read_checkpoint(path, resumed):
     state.load(file)
     images = SimpleNamespace(device=spoilt.CPU)
     # It loads its own numbers when it is made.
-    BookKeeper(run, Facts.of(file), state, None, images, None, None)
+    Recorder(run, Facts.of(file), state, None, images, None, None)
     return {**file.contents, **state.tensors()}
 
 

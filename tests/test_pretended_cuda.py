@@ -35,8 +35,8 @@ from functions.support.device import Adam, choose_device
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import training_draws
 from functions.support.run_folder import Run
-from functions.training import book_keeping
-from functions.training.book_keeping import BookKeeper
+from functions.training import recorder
+from functions.training.recorder import Recorder
 from models.group_norm import GroupNorm
 from models.unet import UNet
 from tests.conftest import SMALL_MODEL, script
@@ -80,23 +80,23 @@ def training(
 
     waits = []
     held = []
-    opened = BookKeeper.opened
-    after_step = BookKeeper.after_step
+    opened = Recorder.opened
+    after_step = Recorder.after_step
     accumulating = Processes.accumulating
     with tempfile.TemporaryDirectory() as runs, pretended_cuda() as cuda:
 
         @contextlib.contextmanager
-        def entered(books):
-            with opened(books):
+        def entered(instance):
+            with opened(instance):
                 # Before the first step there were trials for memory, which do not count.
                 held.clear()
                 cuda.waits.clear()
                 yield
 
-        def counted(books, done, grad_norm):
+        def counted(instance, done, grad_norm):
             in_step = dict(cuda.waits)
             cuda.waits.clear()
-            after_step(books, done, grad_norm)
+            after_step(instance, done, grad_norm)
             waits.append((in_step, dict(cuda.waits)))
             cuda.waits.clear()
 
@@ -109,11 +109,11 @@ def training(
             return accumulating(processes, network, last)
 
         with (
-            mock.patch.multiple(BookKeeper, opened=entered, after_step=counted),
+            mock.patch.multiple(Recorder, opened=entered, after_step=counted),
             mock.patch.object(Processes, "accumulating", looked_at),
             mock.patch("train.load_images", lambda *_: image_set),
             # A CUDA graph that cannot be recorded must end no training, so its grids record none.
-            mock.patch.object(generation, "Replayed", mock.Mock(side_effect=AssertionError)),
+            mock.patch.object(generation, "CudaGraphed", mock.Mock(side_effect=AssertionError)),
         ):
             local_rank = processes.local_rank if processes.count > 1 else None
             device = choose_device("cuda", local_rank)
@@ -211,7 +211,7 @@ SCENARIOS = {
     "faces": lambda: training("faces", SMALL_MODEL, steps=3, gradient_accumulation=3),
     "faces-v": lambda: training("faces-v", ONE_LEVEL, precision="float16"),
     # This network alone has its real size. Its checkpoint of 4 GB is not written.
-    "ffhq-full": lambda: planted(book_keeping, "save_checkpoint", mock.Mock(), "ffhq-full"),
+    "ffhq-full": lambda: planted(recorder, "save_checkpoint", mock.Mock(), "ffhq-full"),
     "two GPUs": on_two_gpus,
     "sampling": sampling,
     "noise on the CPU": lambda: planted(train, "training_draws", noise_on_the_cpu),

@@ -121,7 +121,7 @@ def measure_bands(
 
     times = measured_timesteps(scheduler.timesteps)
     table = torch.zeros(len(times), len(image_of), of_average.shape[1], dtype=torch.float64)
-    rows = processes.own_range(len(times))
+    rows = processes.shard(len(times))
     with denoiser.evaluating():
         for k in tqdm(rows, "bands", unit="timestep", disable=not processes.is_main):
             parts = limit.in_parts(partial(network_errors, times[k]), range(len(image_of)))

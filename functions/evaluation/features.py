@@ -84,7 +84,7 @@ def load_inception(
         raise UserError(
             "FID and company need torch-fidelity: pip install -r requirements-eval.txt"
         ) from error
-    path = weights or processes.from_main(lambda: downloaded(URL_INCEPTION_V3))
+    path = weights or processes.on_main(lambda: downloaded(URL_INCEPTION_V3))
 
     # torch-fidelity itself lets a file run code. With this variable PyTorch reads tensors only, to
     # the end of the process.

@@ -37,7 +37,7 @@ def describe(image_set: ImageSet, indices: np.ndarray, split: str, extractor: Ex
     for chunk in batches_of(indices, CHUNK):
         pixels.update(images[chunk])
     return {
-        # A path is nobody's business, and the pixels have their hash.
+        # The path is left out: it may tell of its owner, and the pixels have their hash.
         "dataset": Path(image_set.name).name,
         "split": split,
         "count": len(indices),

@@ -185,7 +185,7 @@ def calibrated(
     """
     if not image_sampler.options.calibrate:
         return image_sampler
-    tensors = processes.from_main(lambda: read_or_make(image_sampler, saved))
+    tensors = processes.on_main(lambda: read_or_make(image_sampler, saved))
     tensors = {name: tensor.to(image_sampler.device) for name, tensor in tensors.items()}
     denoiser = replace(image_sampler.denoiser, calibration=Calibration(**tensors))
     return replace(image_sampler, denoiser=denoiser)

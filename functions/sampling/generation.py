@@ -35,7 +35,7 @@ from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise
-from functions.support.run_folder import find_checkpoints, first_sound, newest_checkpoints
+from functions.support.run_folder import find_checkpoints, first_intact, newest_checkpoints
 from models.unet import UNet
 
 Result = TypeVar("Result")
@@ -54,7 +54,7 @@ class Samples:
     frames: dict[Frame, np.ndarray]
 
     @staticmethod
-    def joined(batches: Sequence["Samples"]) -> "Samples":
+    def concatenated(batches: Sequence["Samples"]) -> "Samples":
         """Put the samples of several batches together, in their order."""
         images = torch.cat([batch.images for batch in batches])
         frames = {}
@@ -103,12 +103,12 @@ class ImageSampler:
         options = SamplerOptions("dpm++", steps, clip_x_0=self.options.clip_x_0)
         return replace(self, options=options, seed=seed)
 
-    def noise(self, images: Sequence[int], purpose: str = "image") -> ImageNoise:
-        """Return the noise that these images are sampled from: x_T first, then that of each step.
+    def noise(self, indices: Sequence[int], purpose: str = "image") -> ImageNoise:
+        """Return the noise of the images with these indices: x_T first, then that of each step.
 
         Another purpose has other noise.
         """
-        return ImageNoise(self.seed, images, self.shape, self.device, purpose)
+        return ImageNoise(self.seed, indices, self.shape, self.device, purpose)
 
     def decode(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
         """Take states (B, C, H, W) at timestep t to images, in the sampler's steps from there on.
@@ -135,9 +135,9 @@ class ImageSampler:
             on_step=self.watch,
         )
 
-    def sample(self, images: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
-        """Sample these images, all at once; the bar counts one step for each image."""
-        noise = self.noise(images)
+    def sample(self, indices: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
+        """Sample the images with these indices, all at once; the bar counts a step for each."""
+        noise = self.noise(indices)
         kept = {}
 
         def keep(frame, x):
@@ -147,7 +147,7 @@ class ImageSampler:
         def on_step(k, t, x, x_0):
             keep(("x", k + 1), x)
             keep(("x_0", k + 1), x_0)
-            bar.update(len(images))
+            bar.update(len(indices))
             if self.watch:
                 self.watch(k, t, x, x_0)
 
@@ -179,8 +179,8 @@ def open_sampler(
             return find_checkpoints(args.checkpoint)
         return newest_checkpoints(args.runs, experiments)
 
-    saved = load_sound(find, processes)
-    processes.say(f"{saved.path}: {saved}")
+    saved = load_intact(find, processes)
+    processes.print_main(f"{saved.path}: {saved}")
     denoiser = rebuild(saved, device, precision)
     options = SamplerOptions.from_args(args, saved.config["diffusion"])
 
@@ -194,11 +194,11 @@ def open_sampler(
     return saved, ImageSampler(denoiser, options, shape, args.seed, device, args.batch_size)
 
 
-def load_sound(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:
+def load_intact(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:
     """Load the first sound one of the checkpoints that `find` gives, the same in all processes."""
     # Rank 0 reads checkpoints to find a sound one. The cache saves it a second reading.
     read = cache(load_model)
-    return read(processes.from_main(lambda: first_sound(find(), read).path))
+    return read(processes.on_main(lambda: first_intact(find(), read).path))
 
 
 def rebuild(
@@ -244,21 +244,21 @@ def rebuild(
 
 
 def generate(
-    image_sampler: ImageSampler, images: Sequence[int], frames: Collection[Frame] = ()
+    image_sampler: ImageSampler, indices: Sequence[int], frames: Collection[Frame] = ()
 ) -> Samples:
-    """Sample images by their numbers i, in batches of the sampler's size.
+    """Sample images by their indices i, in batches of the sampler's size.
 
     The noise of image i depends on (seed, i) alone, and with other batches its pixels agree up to
     rounding.
     """
-    batches = batches_of(images, image_sampler.batch_size)
+    batches = batches_of(indices, image_sampler.batch_size)
     with image_sampler.denoiser.evaluating():
-        return Samples.joined(list(generate_batches(image_sampler, batches, frames)))
+        return Samples.concatenated(list(generate_batches(image_sampler, batches, frames)))
 
 
-def batches_of(images: Sequence[int], batch_size: int) -> list[Sequence[int]]:
-    """Cut the images into batches; the last may be smaller."""
-    return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Cut the indices into batches; the last may be smaller."""
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
 def generate_batches(
@@ -267,13 +267,13 @@ def generate_batches(
     frames: Collection[Frame] = (),
     progress: bool = False,
 ) -> Iterator[Samples]:
-    """Yield the `Samples` of each batch of image numbers, made when they are asked for.
+    """Yield the `Samples` of each batch of indices, made when they are asked for.
 
     A batch that does not fit in memory is sampled by halves, and so are those after it.
     """
     denoiser = image_sampler.denoiser
     if image_sampler.device.type == "cuda" and image_sampler.use_cuda_graph:
-        denoiser = replace(denoiser, network=Replayed(denoiser.network))
+        denoiser = replace(denoiser, network=CudaGraphed(denoiser.network))
         image_sampler = replace(image_sampler, denoiser=denoiser)
     limit = BatchLimit(image_sampler.device)
     calls = len(image_sampler.times) - 1
@@ -283,10 +283,10 @@ def generate_batches(
     ) as bar:
         sample = partial(image_sampler.sample, frames=frames, bar=bar)
         for batch in batches:
-            yield Samples.joined(limit.in_parts(sample, batch))
+            yield Samples.concatenated(limit.in_parts(sample, batch))
 
 
-class Replayed:
+class CudaGraphed:
     """A network on CUDA, recorded as a CUDA graph.
 
     The host launches one graph, not a thousand kernels. The graph is recorded anew for each size
@@ -338,7 +338,7 @@ class Replayed:
                 reason = error.__context__
             if isinstance(reason, KeyboardInterrupt) or is_out_of_memory(reason):
                 raise reason from None
-            Replayed.can_record = False
+            CudaGraphed.can_record = False
             tqdm.write(
                 "the network cannot be recorded as a CUDA graph, and is called without one, which "
                 f"is slower: {short(reason)}",
@@ -357,16 +357,16 @@ class BatchLimit:
     most: int = sys.maxsize
 
     def in_parts(
-        self, work: Callable[[Sequence[int]], Result], images: Sequence[int]
+        self, work: Callable[[Sequence[int]], Result], indices: Sequence[int]
     ) -> list[Result]:
-        """Return what `work` returns for each part of the images, of at most `most`.
+        """Return what `work` returns for each part of the indices, of at most `most`.
 
         Raises UserError when there is no memory for a single image.
         """
         results = []
         done = 0
-        while done < len(images):
-            part = images[done : done + self.most]
+        while done < len(indices):
+            part = indices[done : done + self.most]
             try:
                 results.append(work(part))
                 done += len(part)

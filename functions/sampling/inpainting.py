@@ -28,18 +28,18 @@ GREY = 128
 
 
 def inpaint(
-    image_sampler: ImageSampler, x_0: Tensor, anew: Tensor, resample: int, images: Sequence[int]
+    image_sampler: ImageSampler, x_0: Tensor, mask: Tensor, resample: int, indices: Sequence[int]
 ) -> Tensor:
     """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
-    x_0 is (C, H, W) in [-1, 1], on the sampler's device; `anew` is (H, W) bool, and all other
-    pixels come back as they are. `images` are the numbers of the answers (B, C, H, W); each
+    x_0 is (C, H, W) in [-1, 1], on the sampler's device; `mask` is (H, W) bool, and all other
+    pixels come back as they are. `indices` are those of the answers (B, C, H, W); each
     depends on the seed and its number alone. The sampler is one that `check_sampler` lets through.
     """
     scheduler = image_sampler.scheduler
     # A step leads from timestep t to s.
     steps = list(pairwise(image_sampler.times))
-    noise = image_sampler.noise(images, "inpainting")
+    noise = image_sampler.noise(indices, "inpainting")
     x = noise.draw()
     for t, s in tqdm(steps, "inpainting", unit="step"):
         # The last step, to x_0, is done once: without noise there is nothing to take it back to.
@@ -49,7 +49,7 @@ def inpaint(
             kept = x_0
             if s >= 0:
                 kept = scheduler.q_sample(x_0.expand_as(x), s, noise.draw())
-            x = torch.where(anew, new, kept)
+            x = torch.where(mask, new, kept)
             # All repeats but the last are taken back from s to t, by q(x_t | x_s).
             if repeat < repeats:
                 beta = scheduler.step_beta(t, s)
@@ -67,17 +67,17 @@ def check_sampler(options: SamplerOptions) -> None:
 def inpaint_image(
     image_sampler: ImageSampler,
     image: np.ndarray,
-    anew: np.ndarray,
+    mask: np.ndarray,
     resample: int,
     count: int,
 ) -> np.ndarray:
-    """Inpaint an image uint8 (H, W, 3) `count` times.
+    """Inpaint an image uint8 (H, W, 3) `count` times, where the mask, bool (H, W), is true.
 
     Returns the image, what is kept of it, and the answers: (2 + count, H, W, 3).
     """
     device = image_sampler.device
     x_0 = x_0_of(image_sampler, image)
-    mask = torch.from_numpy(anew).to(device)
+    device_mask = torch.from_numpy(mask).to(device)
     # Each step but the last is repeated, and there are as many steps as times less one.
     calls = resample * (len(image_sampler.times) - 2) + 1
     print(
@@ -85,9 +85,9 @@ def inpaint_image(
         f"a step {resample} times"
     )
 
-    def work(numbers):
-        return to_uint8(inpaint(image_sampler, x_0, mask, resample, numbers)).cpu()
+    def work(indices):
+        return to_uint8(inpaint(image_sampler, x_0, device_mask, resample, indices)).cpu()
 
     answers = BatchLimit(device, image_sampler.batch_size).in_parts(work, range(count))
-    kept = np.where(anew[..., None], np.uint8(GREY), image)
+    kept = np.where(mask[..., None], np.uint8(GREY), image)
     return np.concatenate([[image, kept], torch.cat(answers).numpy()])

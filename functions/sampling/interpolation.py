@@ -49,13 +49,13 @@ def interpolate_images(
 
 
 def interpolate_seeds(
-    image_sampler: ImageSampler, images: Sequence[int], weights: Tensor
+    image_sampler: ImageSampler, indices: Sequence[int], weights: Tensor
 ) -> Tensor:
     """Mix two images of the seed in their noise, x_T and each step's: (L, C, H, W) images.
 
     So (L,) weights 0 and 1 are images i and j as every script samples them, with any sampler.
     """
-    noise = image_sampler.noise(images)
+    noise = image_sampler.noise(indices)
 
     def between():
         """Draw the noise of both images, and mix it along great circles."""

@@ -5,7 +5,7 @@ functions/support/files.py describes the format, and this module says what the f
 tensors    model.NAME and ema.NAME are the raw and the averaged weights; step.NAME, exp_avg.NAME
            and exp_avg_sq.NAME are Adam's state
 contents   `config` is {"diffusion": {...}, "model": {...}}; `run` has experiment, step,
-           the `Facts` of the run, and the counters that `BookKeeper.save` adds; `scaler` is the
+           the `Facts` of the run, and the counters that `Recorder.save` adds; `scaler` is the
            state of float16's gradient scaler, and empty without it
 
 An exported file has only the weights to sample from, and is read in the same way.

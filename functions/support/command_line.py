@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def exit_on_user_error() -> Iterator[None]:
     """End the script with one line for an error that users can mend; bugs keep their traceback."""
     try:
         yield
@@ -71,7 +71,9 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
     A flag's help is the comment above the field, with the field's default. Lists are written
-    1,2,4 and truth values true or false. Raises UserError for a field without a comment.
+    1,2,4 and truth values true or false. A field whose own name misleads has a "flag" in its
+    metadata, a truer name; its own goes on working, without help. Both at once are an error.
+    Raises UserError for a field without a comment.
     """
     group = parser.add_argument_group(
         f"{config_class.__name__}, any field for this run only; "
@@ -88,15 +90,19 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
             )
         if field.default is not MISSING:
             sentences += f" Default: {field.default}."
-        group.add_argument(
-            f"--{prefix}.{field.name.replace('_', '-')}",
-            type=parse,
-            metavar=metavar,
-            # A flag that is not given leaves nothing behind in the parsed arguments.
-            default=argparse.SUPPRESS,
-            # argparse would take a single % for the start of a placeholder.
-            help=sentences.replace("%", "%%"),
-        )
+        shown = field.metadata.get("flag", field.name)
+        either = group.add_mutually_exclusive_group()
+        for name in {shown, field.name}:
+            either.add_argument(
+                f"--{prefix}.{name.replace('_', '-')}",
+                dest=f"{prefix}.{field.name}",
+                type=parse,
+                metavar=metavar,
+                # A flag that is not given leaves nothing behind in the parsed arguments.
+                default=argparse.SUPPRESS,
+                # argparse would take a single % for the start of a placeholder.
+                help=sentences.replace("%", "%%") if name == shown else argparse.SUPPRESS,
+            )
 
 
 def field_comments(config_class: type) -> dict[str, str]:

@@ -65,12 +65,12 @@ class Processes:
         # That happens when torchrun is killed, or gets a signal that it does not know.
         return self.count > 1 and os.getppid() != self.parent
 
-    def say(self, text: str) -> None:
+    def print_main(self, text: str) -> None:
         """Print a text in rank 0, and nothing in the others."""
         if self.is_main:
             print(text, flush=True)
 
-    def own_range(self, total: int) -> range:
+    def shard(self, total: int) -> range:
         """Return this process's part of 0 .. total-1.
 
         The parts are contiguous, and their lengths differ by at most one.
@@ -125,7 +125,7 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, make: Callable[[], Value]) -> Value:
+    def on_main(self, make: Callable[[], Value]) -> Value:
         """Return what `make` returns in rank 0, where alone it runs.
 
         When it fails there, the others end without a word.
@@ -148,7 +148,7 @@ SINGLE_PROCESS = Processes()
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def distributed() -> Iterator[Processes]:
     """Meet the other processes that torchrun has started; without torchrun there is one.
 
     Raises UserError when they cannot meet, or when another has ended or does not answer.

@@ -72,20 +72,20 @@ class ImageNoise:
     """Draw noise for the images of a batch.
 
     Image i's noise is a function of (seed, i) and of how often it was drawn, whatever its batch.
-    `images` are the numbers i of those in this batch, `shape` is (C, H, W), and other purposes
+    `indices` are the numbers i of those in this batch, `shape` is (C, H, W), and other purposes
     have other noise.
     """
 
     def __init__(
         self,
         seed: int,
-        images: Sequence[int],
+        indices: Sequence[int],
         shape: tuple,
         device: torch.device | str = "cpu",
         purpose: str = "image",
     ):
         # The CPU draws for every device, so that all start from the same x_T.
-        self.generators = [generator_of("cpu", seed, purpose, i) for i in images]
+        self.generators = [generator_of("cpu", seed, purpose, i) for i in indices]
         self.shape = shape
         self.device = torch.device(device)
 

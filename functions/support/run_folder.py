@@ -264,7 +264,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     return [path]
 
 
-def first_sound(candidates: Sequence[Path], read: Callable[[Path], Contents]) -> Contents:
+def first_intact(candidates: Sequence[Path], read: Callable[[Path], Contents]) -> Contents:
     """Return what `read` returns for the first checkpoint that it can read.
 
     A loud line is printed for each one before. Raises the last one's error when it can read none.
@@ -283,7 +283,7 @@ def first_sound(candidates: Sequence[Path], read: Callable[[Path], Contents]) ->
 def last_checkpoint(run: Path) -> str:
     """Return, for messages, the path of the newest checkpoint whose checksums are right."""
     with suppress(CheckpointError):
-        return str(first_sound(find_checkpoints(run), check_whole).path)
+        return str(first_intact(find_checkpoints(run), check_whole).path)
     return "there is none yet"
 
 
@@ -314,7 +314,7 @@ def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | Non
     for run in reversed(runs_of(runs, experiment)):
         # The name of another experiment may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] == experiment and checkpoints_of(run):
-            checkpoint = first_sound(find_checkpoints(run), open_checkpoint)
+            checkpoint = first_intact(find_checkpoints(run), open_checkpoint)
             facts = checkpoint.contents["run"]
             if facts["step"] < facts["total_steps"]:
                 return run

@@ -90,10 +90,10 @@ def compiled_if_worth_it(
     # The processes use the same network, so after a failure in one of them all go on without.
     for reason in processes.gather(failure):
         if reason:
-            processes.say(f"             failed, so it goes on without: {reason}")
+            processes.print_main(f"             failed, so it goes on without: {reason}")
             model.set_recompute(config.recompute)
             return eager
-    processes.say(
+    processes.print_main(
         f"             took {took:.0f} s; "
         f"a pass takes {compiled_seconds:.3g} s instead of {seconds:.3g}"
     )
@@ -104,7 +104,7 @@ def is_allowed(config: DiffusionConfig, processes: Processes) -> bool:
     """Return whether the config allows compiling; print which field does not."""
     for field, value in {"compile": "off", "deterministic": True, "recompute": "blocks"}.items():
         if getattr(config, field) == value:
-            processes.say(f"  compiling  is left out, with {field} = {value}")
+            processes.print_main(f"  compiling  is left out, with {field} = {value}")
             return False
     return True
 
@@ -118,9 +118,9 @@ def is_worth_it(seconds: float, shapes: int, steps: int, processes: Processes) -
     takes = COMPILING * shapes
     saves = SAVED * seconds
     # Each process has timed its own passes, so rank 0 decides for all.
-    worth_it = processes.from_main(lambda: saves > takes)
+    worth_it = processes.on_main(lambda: saves > takes)
     verb = "takes" if worth_it else "is left out: it would take"
-    processes.say(
+    processes.print_main(
         f"  compiling  {verb} some {takes} s and save some {saves:,.0f} s of {steps:,} steps; "
         "these are estimates"
     )

@@ -32,7 +32,7 @@ def describe_compute(
         seconds = run_pass(denoiser, shape)
     if not processes.any(seconds >= 1):
         fitting = fit_memory(experiment, denoiser, processes)
-        images = min(fitting.diffusion.batch_size, len(processes.own_range(effective_batch)))
+        images = min(fitting.diffusion.batch_size, len(processes.shard(effective_batch)))
         shape = (images, *experiment.model.image_shape)
         seconds = min(run_pass(denoiser, shape) for _ in range(2))
     # What is recomputed counts, and `fit_memory` may have changed it.
@@ -66,7 +66,7 @@ def fit_memory(experiment: Experiment, denoiser: Denoiser, processes: Processes)
     """
     config = experiment.diffusion
     effective = config.effective_batch
-    share = len(processes.own_range(effective))
+    share = len(processes.shard(effective))
     sizes = [size for size in range(config.batch_size, 0, -1) if effective % size == 0]
     attempts = [(size, config.recompute) for size in sizes]
     if config.recompute != "blocks":
@@ -77,7 +77,7 @@ def fit_memory(experiment: Experiment, denoiser: Denoiser, processes: Processes)
         fits = pass_fits(denoiser, (min(size, share), *experiment.model.image_shape))
         if not processes.any(not fits):
             break
-        processes.say(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
+        processes.print_main(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
     else:
         raise UserError(
             "out of memory with one image at a time: take a smaller base_dim, or another device"
@@ -91,7 +91,7 @@ def fit_memory(experiment: Experiment, denoiser: Denoiser, processes: Processes)
         "recompute": recompute,
     }
     changed = ", ".join(f"{name} = {value}" for name, value in changes.items())
-    processes.say(f"going on with {changed}")
+    processes.print_main(f"going on with {changed}")
     return experiment.override(changes, {})
 
 

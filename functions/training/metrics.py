@@ -142,7 +142,7 @@ class TrainingWindow:
         self.steps = torch.zeros((), device=device)
         self.images_a_step = images_a_step
         self.steps_timed = 0
-        # The window began at this time, or would have without pauses.
+        # The window began at this time. Pauses move it later.
         self.clock = time.perf_counter()
 
     def state(self) -> dict[str, list[float] | int]:

@@ -96,7 +96,7 @@ def test_micro_batches_walk_each_epoch_once_and_can_start_anywhere(
 @settings(deadline=None, max_examples=40)
 @given(effective_batch=integers(1, 40), batch_size=integers(1, 12), count=integers(1, 9))
 def test_processes_and_passes_share_every_place_of_a_batch_once(effective_batch, batch_size, count):
-    shares = [Processes(rank, count).own_range(effective_batch) for rank in range(count)]
+    shares = [Processes(rank, count).shard(effective_batch) for rank in range(count)]
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
 

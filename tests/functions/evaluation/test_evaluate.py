@@ -167,7 +167,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ):
     # Loading weights sets this variable. Here it is set first, so that pytest restores it.
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
-    with pytest.raises(SystemExit) as ended, evaluate.plain_errors():
+    with pytest.raises(SystemExit) as ended, evaluate.exit_on_user_error():
         call(small_main, tiny_run, *arguments.split(), "--out", tmp_path)
     error = capsys.readouterr().err
     assert ended.value.code == 2

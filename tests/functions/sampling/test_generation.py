@@ -13,7 +13,7 @@ import sampleFFHQ
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, ipndm_sample
 from functions.sampling.files import GIF_FRAMES, states
-from functions.sampling.generation import Replayed, Samples, generate, generate_batches
+from functions.sampling.generation import CudaGraphed, Samples, generate, generate_batches
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import SMALLEST_SIDE, save_grid
@@ -70,12 +70,14 @@ def test_a_network_replayed_as_a_cuda_graph_gives_the_same_images(network, monke
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     eager = image_sampler_of(network, options=SamplerOptions("ipndm", 8))
-    replayed = replace(eager, denoiser=replace(eager.denoiser, network=Replayed(recording_network)))
+    replayed = replace(
+        eager, denoiser=replace(eager.denoiser, network=CudaGraphed(recording_network))
+    )
     parts = list(generate_batches(replayed, [range(4), range(4, 8), range(8, 10)]))
 
     # Each size of batch is recorded once, after a call that is not recorded.
     assert [len(x_t) for x_t, *_ in recorded] == [4, 4, 2, 2]
-    images = Samples.joined(parts).images
+    images = Samples.concatenated(parts).images
     assert (images - generate(eager, range(10)).images).abs().max() < 1e-4
 
     # The sampler by itself, without clipping, gives the same, too.
@@ -112,8 +114,8 @@ def failing_graph(monkeypatch, network, error):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
-    monkeypatch.setattr(Replayed, "can_record", True)
-    return Replayed(failing_network), streams
+    monkeypatch.setattr(CudaGraphed, "can_record", True)
+    return CudaGraphed(failing_network), streams
 
 
 def test_a_network_that_cannot_be_recorded_is_called_as_it_is(network, monkeypatch, capsys):
@@ -124,7 +126,7 @@ def test_a_network_that_cannot_be_recorded_is_called_as_it_is(network, monkeypat
     unrecorded = replace(sampler, denoiser=replace(sampler.denoiser, network=replayed))
     parts = list(generate_batches(unrecorded, [range(2), range(2, 3)]))
 
-    assert torch.equal(Samples.joined(parts).images, expected)
+    assert torch.equal(Samples.concatenated(parts).images, expected)
     # It was tried once, and said in one line, which has the error that matters.
     assert streams == ["the stream before", "the recording's stream", "the stream before"]
     assert capsys.readouterr().err.splitlines() == [

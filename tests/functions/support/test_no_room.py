@@ -126,7 +126,7 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path):
 def test_a_run_whose_last_grid_fails_is_not_lost(unfinished, monkeypatch):
     """The checkpoint of the same step is written before its grid."""
     fails = Mock(side_effect=OSError(5, "I/O error"))
-    monkeypatch.setattr("functions.training.book_keeping.save_grid", fails)
+    monkeypatch.setattr("functions.training.recorder.save_grid", fails)
 
     message = r"I/O error\. Last good checkpoint: .*step-00000010\.safetensors"
     with pytest.raises(UserError, match=message):

@@ -18,7 +18,7 @@ import train
 from data import datasets
 from functions.support import processes
 from functions.support.errors import EXIT_STOPPED, UserError
-from functions.support.processes import Processes, joined
+from functions.support.processes import Processes, distributed
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import read_metrics
 from models.unet import UNet
@@ -155,9 +155,9 @@ def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, monkeypatch)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
 
-    with joined():
+    with distributed():
         pass
-    with pytest.raises(SystemExit), joined():
+    with pytest.raises(SystemExit), distributed():
         sys.exit(EXIT_STOPPED)
 
     assert len(left) == 2
@@ -192,12 +192,12 @@ def met(monkeypatch):
 
 @pytest.mark.parametrize("text", [CLOSED, LOST])
 def test_a_lost_connection_is_the_end_of_another_process(text, met):
-    with pytest.raises(UserError, match=r"^another process has ended"), joined():
+    with pytest.raises(UserError, match=r"^another process has ended"), distributed():
         raise torch.distributed.DistError(text)
 
 
 def test_other_errors_of_nccl_are_shown_whole(met):
-    with pytest.raises(torch.distributed.DistBackendError) as caught, joined():
+    with pytest.raises(torch.distributed.DistBackendError) as caught, distributed():
         raise torch.distributed.DistBackendError(FULL)
     assert str(caught.value) == FULL
 
@@ -425,5 +425,5 @@ def test_processes_that_cannot_meet_say_so(monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
 
-    with pytest.raises(UserError, match="process 1 cannot meet the others: "), joined():
+    with pytest.raises(UserError, match="process 1 cannot meet the others: "), distributed():
         pass

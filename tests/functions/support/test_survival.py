@@ -246,7 +246,7 @@ def test_a_checkpoint_by_time_has_its_metrics_and_is_on_the_disk(trained, monkey
 
     note_calls_of(os, "fsync")
     note_calls_of(os, "replace")
-    note_calls_of(train.BookKeeper, "save")
+    note_calls_of(train.Recorder, "save")
     run = trained(
         "--diffusion.log-every",
         1,

@@ -36,7 +36,7 @@ Measurement = Callable[[], dict[str, float]]
 
 
 @dataclass
-class BookKeeper:
+class Recorder:
     """Does what is due after a step, and ends the run after a signal: see `after_step`.
 
     Within `opened` it has the run folder's lock, its files and the progress bar. All processes
@@ -69,7 +69,7 @@ class BookKeeper:
         """Open the run's folder, do what is left to do of an earlier start, and close it again."""
         run = self.run
         with ExitStack() as stack:
-            run.folder = self.processes.from_main(lambda: self.open_folder(stack))
+            run.folder = self.processes.on_main(lambda: self.open_folder(stack))
             stack.enter_context(self.stop)
             bar = tqdm(
                 initial=run.first_step,
@@ -108,7 +108,7 @@ class BookKeeper:
                 self.write_row({"step": first_step}, self.measurements_due(first_step))
             if self.is_due(self.config.sample_every, first_step):
                 grid = self.run.path_of("samples", first_step)
-                if not self.processes.from_main(grid.exists):
+                if not self.processes.on_main(grid.exists):
                     self.sample(first_step)
 
             # The next resume takes the config from the checkpoint, so a changed one is saved now.
@@ -197,7 +197,7 @@ class BookKeeper:
             # until rank 0 has saved.
             self.processes.any(False)
             reason = self.stop.received or "a signal to another process, or the end of torchrun"
-            self.processes.say(
+            self.processes.print_main(
                 f"stopped by {reason}, saved; "
                 f"go on with: python train.py --resume {self.run.folder}"
             )
@@ -298,7 +298,7 @@ class BookKeeper:
 
         # Each process samples a part of the grid. With more processes than images some have none.
         part = None
-        indices = self.processes.own_range(config.grid_images)
+        indices = self.processes.shard(config.grid_images)
         if indices:
             samples = generate(sampler, indices)
             part = to_uint8(samples.images).numpy()
