@@ -241,29 +241,22 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     """Train to the last step: a new run from the start, or a resumed one from its checkpoint on."""
     config = run.experiment.diffusion
     set_deterministic(config.deterministic)
-    started_with = run.before.arithmetic.get("precision")
-    precision = choose_precision(config.precision, device, started_with)
+    precision = choose_precision(config.precision, device, run.before.arithmetic.get("precision"))
     # This seed is for the initial weights. Every later draw has a seed of its own.
     torch.manual_seed(config.seed)
 
     # Data
-    image_size = run.experiment.model.image_size
-    image_set = load_images(config.dataset_name, image_size, config.max_bad_images)
+    image_shape = run.experiment.model.image_shape
+    image_set = load_images(config.dataset_name, image_shape[-1], config.max_bad_images)
     split = split_images(image_set, config.split)
     images = ImageFeeder(image_set.images, device)
     total_steps = config.epochs * (len(split.train_indices) // config.effective_batch)
     check_length(run, split, total_steps, processes)
 
     # Network
-    model = build_network(run, device)
-    scheduler = NoiseScheduler(
-        config.timesteps_diff,
-        config.beta_start,
-        config.beta_end,
-        config.rescale_betas,
-        config.beta_schedule,
-    )
-    denoiser = Denoiser(model, scheduler, precision, config.objective)
+    denoiser = build_denoiser(run, precision, device)
+    model = denoiser.network
+    scheduler = denoiser.scheduler
     state = build_training_state(run, denoiser, device)
 
     # Where memory is short, batch_size is lower from here on.
@@ -309,7 +302,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         # Algorithm 1, lines 1 and 6: repeat until converged, which here is total_steps times.
         for step in steps:
             # Lines 3 and 4: t and the noise eps of the whole effective batch.
-            draws = draw_step(config, scheduler, step, run.experiment.model.image_shape, device)
+            draws = draw_step(config, scheduler, step, image_shape, device)
             # Rotation is off at the end of a run, so that the network unlearns its tilt.
             degrees = rotation_limit(
                 config.max_rotation, config.rotation_free_end, step / total_steps
@@ -381,13 +374,21 @@ def check_length(run: Run, split: Split, total_steps: int, processes: Processes)
         )
 
 
-def build_network(run: Run, device: torch.device) -> UNet:
-    """Build the network to train, with new weights or with those of `run.initial`."""
+def build_denoiser(run: Run, precision: torch.dtype, device: torch.device) -> Denoiser:
+    """Build the network to train and its schedule; with the weights of `run.initial` if any."""
+    config = run.experiment.diffusion
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     if run.initial:
         load_into(model, run.initial)
-    model.set_recompute(run.experiment.diffusion.recompute)
-    return model
+    model.set_recompute(config.recompute)
+    scheduler = NoiseScheduler(
+        config.timesteps_diff,
+        config.beta_start,
+        config.beta_end,
+        config.rescale_betas,
+        config.beta_schedule,
+    )
+    return Denoiser(model, scheduler, precision, config.objective)
 
 
 def build_training_state(run: Run, denoiser: Denoiser, device: torch.device) -> TrainingState:
