@@ -51,7 +51,7 @@ def third_objective(monkeypatch):
 
 @pytest.mark.parametrize("name", ["noise", None, [], 1], ids=repr)
 def test_an_unknown_objective_is_refused(name):
-    with pytest.raises(ValueError, match="it can be eps or v.* or x_0"):
+    with pytest.raises(ValueError, match=r"it can be eps or v.* or x_0"):
         Denoiser(None, SCHEDULERS["linear"], objective=name)
 
 
