@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -99,21 +100,28 @@ class Recorder:
         return run.folder
 
     def catch_up(self, first_step: int) -> None:
-        """Do what a run that was stopped left to the one that goes on."""
+        """Do what a run that was stopped left to the one that goes on.
+
+        A signal ends it here, too: then it is left to the next one.
+        """
         checkpoint = self.run.checkpoint
         if not checkpoint:
             return
         with self.window.paused(), failed_writes_explained(self.run.folder):
-            if checkpoint.contents["run"].get("unmeasured"):
-                self.write_row({"step": first_step}, self.measurements_due(first_step))
+            unmeasured = checkpoint.contents["run"].get("unmeasured", False)
+            if unmeasured:
+                measurements = self.measurements_due(first_step)
+                unmeasured = self.write_row({"step": first_step}, measurements)
+            # The next resume takes the config from the checkpoint, so a changed one is saved now.
+            if checkpoint.contents["config"] != self.run.experiment.to_dict():
+                self.save(first_step, unmeasured)
+            if self.is_stopping(first_step):
+                self.stop_run()
+
             if self.is_due(self.config.sample_every, first_step):
                 grid = self.run.path_of("samples", first_step)
                 if not self.processes.on_main(grid.exists):
                     self.sample(first_step)
-
-            # The next resume takes the config from the checkpoint, so a changed one is saved now.
-            if checkpoint.contents["config"] != self.run.experiment.to_dict():
-                self.save(first_step)
 
     def load(self, checkpoint: TensorFile) -> None:
         """Go on with the numbers that `save` wrote."""
@@ -193,15 +201,18 @@ class Recorder:
                 self.sample(done)
 
         if stopping:
-            # torchrun ends all processes when one has ended. So they wait here for each other,
-            # until rank 0 has saved.
-            self.processes.any(False)
-            reason = self.stop.received or "a signal to another process, or the end of torchrun"
-            self.processes.print_main(
-                f"stopped by {reason}, saved; "
-                f"go on with: python train.py --resume {self.run.folder}"
-            )
-            sys.exit(EXIT_STOPPED)
+            self.stop_run()
+
+    def stop_run(self) -> NoReturn:
+        """End all processes of a run that is saved, with a status that says so."""
+        # torchrun ends all processes when one has ended. So they wait here for each other, until
+        # rank 0 has saved.
+        self.processes.any(False)
+        reason = self.stop.received or "a signal to another process, or the end of torchrun"
+        self.processes.print_main(
+            f"stopped by {reason}, saved; go on with: python train.py --resume {self.run.folder}"
+        )
+        sys.exit(EXIT_STOPPED)
 
     def log(self, done: int, grad_norm: Tensor, measurements: list[Measurement]) -> bool:
         """Write a row of metrics, and show loss and speed beside the progress bar.

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from unittest import mock
 
 import pytest
 
@@ -14,6 +15,7 @@ import train
 from functions.support import run_folder
 from functions.support.errors import CheckpointError, UserError
 from functions.training.metrics import read_metrics
+from functions.training.recorder import Recorder
 from functions.training.stopping import StopSignals
 from tests.conftest import TINY, call, during, interrupt, newest, posix, train_tiny
 from tests.forked import Program, wait_until
@@ -107,9 +109,26 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
 
         arguments = ["--resume", run]
         done = step
+        if step == 5:
+            # A signal that comes at once leaves the validation and the grid to the next start.
+            with pytest.raises(SystemExit, match="75"), before_catching_up(raise_signal):
+                call(train.main, *arguments)
+            assert newest(run)["run"]["step"] == 5
+            assert not list(run.glob("samples/*"))
 
     call(train.main, *arguments)
     assert_same_run(tiny_run, run)
+
+
+def before_catching_up(act):
+    """Return a context in which `act()` precedes what a resumed run does first."""
+    catch_up = Recorder.catch_up
+
+    def acting(recorder, first_step):
+        act()
+        catch_up(recorder, first_step)
+
+    return mock.patch.object(Recorder, "catch_up", acting)
 
 
 def stopped_by_three_signals():
