@@ -82,14 +82,13 @@ class ImageFeeder:
             self.resident = torch.tensor(self.images, device=self.device)
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """Return the images of indices (B,) int64 as uint8 (B, S, S, 3) on the device.
+        """Return the images of indices (B,) as uint8 (B, S, S, 3) on the device.
 
-        An index that is out of range raises IndexError; where the images stay on a GPU, it fails
-        there.
+        Raises IndexError when an index is out of range.
         """
         if self.resident is None:
             return self.send(self.gather_on_cpu(indices))
-        indices = torch.from_numpy(indices)
+        indices = torch.from_numpy(self.checked(indices))
         if self.on_cuda:
             indices = indices.pin_memory()
         return self.resident.index_select(0, self.send(indices))
@@ -106,8 +105,7 @@ class ImageFeeder:
 
     def gather_on_cpu(self, indices: np.ndarray) -> Tensor:
         """Return the images of indices (B,) on the CPU, in pinned memory if a GPU gets them."""
-        if np.any((indices < 0) | (indices >= len(self.images))):
-            raise IndexError(f"an image index is out of range 0..{len(self.images) - 1}")
+        indices = self.checked(indices)
         shape = (len(indices), *self.images.shape[1:])
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.on_cuda)
 
@@ -115,6 +113,13 @@ class ImageFeeder:
         # so mode="clip" never clips.
         np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")
         return batch
+
+    def checked(self, indices: np.ndarray) -> np.ndarray:
+        """Return indices as int64. Raises IndexError when one is out of range."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if np.any((indices < 0) | (indices >= len(self.images))):
+            raise IndexError(f"an image index is out of range 0..{len(self.images) - 1}")
+        return indices
 
     def send(self, batch: Tensor) -> Tensor:
         """Copy a batch to the device; the CPU does not wait for a copy to a GPU."""

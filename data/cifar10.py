@@ -70,9 +70,10 @@ def read_files(path: Path) -> dict[str, bytes]:
     files = {}
     for name in FILES:
         for file in (*path.glob(name), *path.glob(f"*/{name}")):
-            files[name] = file.read_bytes()
+            if file.is_file() and file.stat().st_size <= MAX_FILE_BYTES:
+                files[name] = file.read_bytes()
 
-    for archive in path.glob("*.tar.gz"):
+    for archive in filter(Path.is_file, path.glob("*.tar.gz")):
         with tarfile.open(archive) as tar:
             for file in tar:
                 # Folders in an archive do not matter: a member counts by its own name.

@@ -73,7 +73,8 @@ def find_ffhq(folder: Path) -> Path:
     Raises UserError when there is none, or when the folder FFHQ holds several archives.
     """
     ffhq = folder / "FFHQ"
-    archives = [path for path in ffhq.glob("*") if path.suffix.lower() in (".zip", ".npz")]
+    files = filter(Path.is_file, ffhq.glob("*"))
+    archives = [path for path in files if path.suffix.lower() in (".zip", ".npz")]
     if len(archives) > 1:
         names = ", ".join(sorted(path.name for path in archives))
         raise UserError(

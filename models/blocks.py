@@ -44,8 +44,10 @@ def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"])
     This is Section 3.5 of "Attention Is All You Need" in the form of Ho's code: all sines first,
     then all cosines, with the frequencies 10000^(-i / (dim/2 - 1)) for i = 0 .. dim/2 - 1, which
     fall from 1 to exactly 1/10000. In the dialect of diffusers the cosines come first, and dim/2
-    stands in the place of dim/2 - 1. `dim` is even and at least 4, as config.py checks.
+    stands in the place of dim/2 - 1. Raises ValueError unless dim is even and at least 4.
     """
+    if dim < 4 or dim % 2:
+        raise ValueError(f"the embedding's dim is {dim}; it must be even and at least 4")
     half_dim = dim // 2
     i = torch.arange(half_dim, dtype=torch.float32, device=t.device)
     exponents = i / (half_dim - dialect.freq_shift)
@@ -134,7 +136,8 @@ def concatenated(*parts: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Add self-attention over all H x W positions to the input.
 
-    `head_dim` is the number of channels of a head, and divides `channels`; None means one head.
+    `head_dim` is the number of channels of a head; None means one head. Raises ValueError if the
+    channels cannot be cut into such heads.
     """
 
     # `UNet.set_recompute` changes this.
@@ -143,6 +146,8 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, norm: Norm, head_dim: int | None = None):
         super().__init__()
         self.head_dim = head_dim or channels
+        if channels % self.head_dim:
+            raise ValueError(f"{channels} channels cannot be cut into heads of {self.head_dim}")
         self.norm = norm(channels)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)

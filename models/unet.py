@@ -70,6 +70,8 @@ class UNet(nn.Module):
                 f"{levels} levels lead from {image_size} to {lowest:g} pixels, "
                 f"not to lowest_resolution_size = {lowest_resolution_size}"
             )
+        if dialect not in DIALECTS:
+            raise ValueError(f"dialect is {dialect!r}; it can be {' or '.join(DIALECTS)}")
         self.image_size = image_size
         self.channels = channels
 

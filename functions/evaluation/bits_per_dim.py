@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from functions.likelihood import terms_of
 from functions.prediction import Denoiser
+from functions.samplers import VARIANCES
 from functions.sampling.generation import BatchLimit, batches_of
 from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
@@ -160,8 +161,13 @@ def measure_bits_per_dim(
     number of processes nor on chance.
 
     A batch that does not fit in memory is halved. Raises `UserError` when a single image does not
-    fit.
+    fit, and `ValueError` without an image or for an unknown variance.
     """
+    if len(indices) == 0 or options.variance not in VARIANCES:
+        raise ValueError(
+            f"{len(indices)} images and variance {options.variance!r}; "
+            f"there must be some, {' or '.join(VARIANCES)}"
+        )
     scheduler = denoiser.scheduler
     seed = options.seed
     lengths = strata_lengths(scheduler.timesteps, options.t_stride)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from data.pixels import to_uint8
 from functions.sampling.generation import Frame, Samples
-from functions.support.errors import UserError
+from functions.support.errors import CheckpointError, UserError
 from functions.support.files import read_json, short, write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
 from functions.support.run_folder import locked
@@ -74,7 +74,10 @@ def check_manifest(folder: Path, facts: dict) -> None:
         raise UserError(
             f"{folder} holds {first} but no {MANIFEST} to say what made it; take another --out"
         )
-    manifest = read_json(path)
+    try:
+        manifest = read_json(path)
+    except CheckpointError as error:
+        raise UserError(f"{error}; nobody knows what images these are: delete it") from error
     changes = [
         f"{name} was {manifest.get(name)}, is now {facts.get(name)}"
         for name in {**facts, **manifest}

@@ -34,8 +34,9 @@ def inpaint(
 
     x_0 is (C, H, W) in [-1, 1], on the sampler's device; `mask` is (H, W) bool, and all other
     pixels come back as they are. `indices` are those of the answers (B, C, H, W); each
-    depends on the seed and its number alone. The sampler is one that `check_sampler` lets through.
+    depends on the seed and its number alone. Raises UserError as `check_sampler`.
     """
+    check_sampler(image_sampler.options)
     scheduler = image_sampler.scheduler
     # A step leads from timestep t to s.
     steps = list(pairwise(image_sampler.times))

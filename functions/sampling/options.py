@@ -44,9 +44,10 @@ class SamplerOptions:
                 object.__setattr__(self, option, defaults.get(option))
             elif option not in defaults:
                 # An option that the sampler lacks is refused: to ignore it would mislead.
-                raise UserError(
-                    f"{self.sampler} has no --{option}; --help says which samplers have"
+                having = " and ".join(
+                    name for name, row in SAMPLERS.items() if option in row.options
                 )
+                raise UserError(f"--{option} is an option of {having}, not of {self.sampler}")
         # "--calibrate RUN" takes RUN for its value.
         if self.calibrate and Path(self.calibrate, "checkpoints").exists():
             raise UserError(

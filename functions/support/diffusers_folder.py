@@ -15,6 +15,7 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from functions.prediction import OBJECTIVES
@@ -272,12 +273,16 @@ def our_schedule(config: dict, path: Path) -> dict:
 
 def refuse_others(config: dict, read: dict, path: Path) -> None:
     """Raise CheckpointError for a field of another value than is read."""
+    # Most fields are read with one value alone. These are read with several.
+    several = {"block_out_channels": "multiples of the first"}
+    for theirs, words in their_words().values():
+        several[theirs] = " or ".join(map(repr, words.values()))
     for name, value in config.items():
         if name in NOT_READ or (name in read and value == read[name]):
             continue
         reason = "no such field is read"
         if name in read:
-            reason = f"what is read is {read[name]!r}, and docs/other-models.md has what else"
+            reason = f"what is read is {several.get(name, repr(read[name]))}"
         raise CheckpointError(f"{path}: {short(name)} is {short(repr(value))}; {reason}")
 
 
@@ -400,10 +405,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 raise CheckpointError(
                     f"{path}: {short(name)} is there twice, by an old and by a new name"
                 )
-            # A matrix becomes a convolution. `load_into` refuses what then has another shape.
-            if ours.endswith(MATRICES):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor = tensor.float()
+            # A matrix becomes a convolution. `load_into` refuses a weight that is neither.
+            if ours.endswith(MATRICES) and tensor.dim() == 2:
                 tensor = tensor[..., None, None]
-            weights[ours] = tensor.float()
+            weights[ours] = tensor
     return weights
 
 

@@ -117,6 +117,17 @@ def test_initial_weights_are_hos():
     assert not model(torch.randn(2, 3, 32, 32), torch.tensor([3, 900])).any()
 
 
+@pytest.mark.parametrize("dim", [3, 2, 7])
+def test_an_odd_embedding_is_refused(dim):
+    with pytest.raises(ValueError, match="even"):
+        sinusoidal_embedding(torch.tensor([1]), dim)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(ValueError, match="12 channels cannot be cut into heads of 8"):
+        UNet(8, 3, 4, [1, 3], [1], 4, norm_groups=4, dialect="diffusers")
+
+
 def test_levels_that_miss_the_lowest_resolution_are_refused():
     with pytest.raises(ValueError, match="not to lowest_resolution_size = 8"):
         UNet(32, 3, 8, [1, 2, 2, 2], [1], 32)

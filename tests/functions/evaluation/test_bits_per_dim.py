@@ -197,3 +197,15 @@ def test_a_term_depends_on_seed_image_and_t_alone_and_two_processes_get_the_numb
     assert_array_equal(summed_terms, all_images.terms.flatten())
     for part in parts:
         assert (part != 0).any(dim=0).sum() < all_images.terms.size
+
+
+@pytest.mark.parametrize(
+    ("indices", "variance", "message"),
+    [
+        ([], "small", "0 images"),
+        ([5], "middle", "'middle'"),
+    ],
+)
+def test_no_images_and_unknown_variances_are_errors(indices, variance, message):
+    with pytest.raises(ValueError, match=message):
+        small_measurement(np.array(indices, int), variance=variance)

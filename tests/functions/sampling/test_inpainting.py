@@ -15,7 +15,7 @@ from data.decode import read_image, read_with_mask
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler
-from functions.sampling.inpainting import check_sampler, inpaint
+from functions.sampling.inpainting import inpaint
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.timesteps import sampling_times
@@ -163,7 +163,7 @@ def test_the_chain_approaches_the_truth_as_steps_are_repeated():
 )
 def test_samplers_that_cannot_are_refused(options):
     with pytest.raises(UserError, match="lose their history"):
-        check_sampler(SamplerOptions(*options))
+        samples_of(options, 2, CHANNELS)
 
 
 @pytest.fixture
