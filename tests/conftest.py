@@ -63,9 +63,14 @@ SMALL_MODEL = {
 }
 
 
+def pytest_sessionstart():
+    """Let PyTorch use one thread, for the runs too that a whole session shares."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def few_threads():
-    """Let PyTorch use one thread only."""
+    """Let PyTorch use one thread only, whatever the test before has set."""
     # Tests are small, and more threads than cores would only wait for each other.
     torch.set_num_threads(1)
 

@@ -262,6 +262,6 @@ def test_an_earlier_run_is_sampled_from_and_goes_on_as_it_would_have(
     assert [*rows[0]] == [*COLUMNS]
     for row, expected in zip(rows, straight, strict=True):
         for column in {*COLUMNS} - {"images_per_second"}:
-            assert row[column] == expected[column]
+            assert row[column] == expected[column], (row["step"], column)
     for part in ("config", "model", "ema", "exp_avg"):
         assert same(newest(unfinished)[part], newest(tiny_run)[part])
