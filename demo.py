@@ -27,7 +27,7 @@ from data.pixels import to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.generation import ImageSampler, generate, open_sampler
 from functions.sampling.inpainting import inpaint_image
-from functions.sampling.interpolation import mixtures, x_0_of
+from functions.sampling.interpolation import mixtures, source_to_x_0
 from functions.sampling.options import add_model_flags
 from functions.support.checkpoint import SavedModel
 from functions.support.command_line import (
@@ -246,7 +246,7 @@ class Demo:
             sources.append(source)
 
         # Both images are noised to timestep t. At depth 0 it is -1, and they stay as they are.
-        ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
+        ends = torch.stack([source_to_x_0(image_sampler, source) for source in sources])
         t = round(depth * image_sampler.scheduler.timesteps) - 1
         weights = torch.tensor([share], device=ends.device)
         mixture = mixtures(image_sampler, sources, ends, t, weights)

@@ -75,7 +75,7 @@ class Subject:
     # The results' folder, with the checkpoint's name.
     place: Path
 
-    def x_0_of(self, indices: np.ndarray) -> torch.Tensor:
+    def load_x_0(self, indices: np.ndarray) -> torch.Tensor:
         """Return the images at these indices, (B, C, H, W) in [-1, 1], on the model's device."""
         pixels = torch.from_numpy(self.image_set.images[indices])
         return to_model_range(pixels.to(self.image_sampler.device))
@@ -255,7 +255,7 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
     average = to_model_range(torch.from_numpy(average_pixels[None]))[0]
     result = measure_bands(
         image_sampler.denoiser,
-        subject.x_0_of,
+        subject.load_x_0,
         indices,
         average,
         image_sampler.batch_size,
@@ -287,7 +287,7 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
     )
     indices = evenly(split.val_indices, args.images)
     result = measure_bits_per_dim(
-        denoiser, subject.x_0_of, indices, options, processes, processes.is_main
+        denoiser, subject.load_x_0, indices, options, processes, processes.is_main
     )
     if not processes.is_main:
         return

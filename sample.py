@@ -83,11 +83,11 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
         image_sampler = calibrated(image_sampler, saved, processes)
 
         # The folder's name says what differs from the defaults.
-        slug = f"{saved.name}-{options.slug}"
+        folder_name = f"{saved.name}-{options.short_name}"
         if args.precision != "float32":
-            slug += f"-{args.precision}"
+            folder_name += f"-{args.precision}"
         place = processes.on_main(lambda: results_folder(saved, "samples"))
-        folder = args.out or place / f"{slug}-seed{args.seed}"
+        folder = args.out or place / f"{folder_name}-seed{args.seed}"
 
         if args.interpolate or args.variations or args.inpaint:
             processes.on_main(lambda: sample_from_images(args, image_sampler, folder))

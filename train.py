@@ -25,7 +25,7 @@ from config import (
 )
 from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, forward_passes, micro_batches
-from data.datasets import Split, load_images, split_images
+from data.datasets import ImageSet, Split, load_images, split_images
 from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss, eps_errors
@@ -239,30 +239,21 @@ def open_run(
 
 def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = False) -> None:
     """Train to the last step: a new run from the start, or a resumed one from its checkpoint on."""
-    config = run.experiment.diffusion
-    set_deterministic(config.deterministic)
-    precision = choose_precision(config.precision, device, run.before.arithmetic.get("precision"))
-    # This seed is for the initial weights. Every later draw has a seed of its own.
-    torch.manual_seed(config.seed)
-
     # Data
-    image_shape = run.experiment.model.image_shape
-    image_set = load_images(config.dataset_name, image_shape[-1], config.max_bad_images)
-    split = split_images(image_set, config.split)
+    image_set, split = load_data(run.experiment)
     images = ImageFeeder(image_set.images, device)
-    total_steps = config.epochs * (len(split.train_indices) // config.effective_batch)
-    check_length(run, split, total_steps, processes)
+    total_steps = count_steps(run, split, processes)
 
     # Network
-    denoiser = build_denoiser(run, precision, device)
-    model = denoiser.network
-    scheduler = denoiser.scheduler
+    denoiser = build_denoiser(run, device)
+    model, scheduler, precision = denoiser.network, denoiser.scheduler, denoiser.precision
     state = build_training_state(run, denoiser, device)
 
     # Where memory is short, batch_size is lower from here on.
     if not dry_run:
         run.experiment = fit_memory(run.experiment, denoiser, processes)
-        config = run.experiment.diffusion
+    config = run.experiment.diffusion
+    image_shape = run.experiment.model.image_shape
 
     # What is about to happen, for people, for config.json and for checkpoints
     facts = Facts(
@@ -309,19 +300,20 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             )
 
             sums = torch.zeros(2, device=device)  # of the loss, and of the error of eps in it
-            for places in passes:  # slices of the effective batch
+            for batch_slice in passes:  # slices of the effective batch
                 # Line 2: images x_0. data/batches.py shuffles them, and each comes once an epoch.
                 x_0 = to_model_range(next(batches))
                 if config.use_augmentation:
-                    angles = degrees * draws.tilt[places] if degrees else None
-                    x_0 = augment(x_0, draws.flip[places], angles)
-                t = draws.t[places]
+                    angles = degrees * draws.rotation[batch_slice] if degrees else None
+                    x_0 = augment(x_0, draws.flip[batch_slice], angles)
+                t = draws.t[batch_slice]
+                noise = draws.noise[batch_slice]
 
                 # Line 5: the loss and its gradient, which DDP averages over the processes in the
                 # last pass. Each pass has a seed for dropout, so that a resumed run drops the same.
-                torch.manual_seed(seed_of(config.seed, "dropout", step, places.start))
-                with processes.accumulating(network, last=places is passes[-1]):
-                    losses = denoising_loss(train_denoiser, scheduler, x_0, t, draws.noise[places])
+                torch.manual_seed(seed_of(config.seed, "dropout", step, batch_slice.start))
+                with processes.accumulating(network, last=batch_slice is passes[-1]):
+                    losses = denoising_loss(train_denoiser, scheduler, x_0, t, noise)
                     loss = losses.sum() * processes.count / config.effective_batch
                     scaler.scale(loss).backward()
                 errors = eps_errors(train_denoiser, scheduler, losses, t)
@@ -349,9 +341,21 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     processes.print_main(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
 
 
-def check_length(run: Run, split: Split, total_steps: int, processes: Processes) -> None:
-    """Raise ConfigError unless there are steps to do, on the images that the run began with."""
+def load_data(experiment: Experiment) -> tuple[ImageSet, Split]:
+    """Load the images, and split them into those to train on and those held out."""
+    config = experiment.diffusion
+    size = experiment.model.image_size
+    image_set = load_images(config.dataset_name, size, config.max_bad_images)
+    return image_set, split_images(image_set, config.split)
+
+
+def count_steps(run: Run, split: Split, processes: Processes) -> int:
+    """Return the number of the run's steps, from its first one.
+
+    Raises ConfigError unless there are steps to do, on the images that the run began with.
+    """
     config = run.experiment.diffusion
+    total_steps = config.epochs * (len(split.train_indices) // config.effective_batch)
     if run.checkpoint and run.before.train_ids_hash != split.train_ids_hash:
         raise ConfigError(
             f"{run.folder} was trained on other images than {config.dataset_name} has; "
@@ -372,11 +376,16 @@ def check_length(run: Run, split: Split, total_steps: int, processes: Processes)
         raise ConfigError(
             f"{run.folder}: the run is finished; to go on, give more --diffusion.epochs"
         )
+    return total_steps
 
 
-def build_denoiser(run: Run, precision: torch.dtype, device: torch.device) -> Denoiser:
+def build_denoiser(run: Run, device: torch.device) -> Denoiser:
     """Build the network to train and its schedule; with the weights of `run.initial` if any."""
     config = run.experiment.diffusion
+    set_deterministic(config.deterministic)
+    precision = choose_precision(config.precision, device, run.before.arithmetic.get("precision"))
+    # This seed is for the initial weights. Every later draw has a seed of its own.
+    torch.manual_seed(config.seed)
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     if run.initial:
         load_into(model, run.initial)

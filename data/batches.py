@@ -53,8 +53,8 @@ def micro_batches(
             epoch = step // steps_per_epoch
             order = train_indices[epoch_order(len(train_indices), seed, epoch)]
         first = step % steps_per_epoch * effective_batch
-        for places in passes:
-            yield order[first + places.start : first + places.stop]
+        for batch_slice in passes:
+            yield order[first + batch_slice.start : first + batch_slice.stop]
 
 
 class ImageFeeder:

@@ -192,14 +192,14 @@ def main() -> None:
             measure(run, args)
 
 
-def slug(arm: str, seed: int) -> str:
+def run_name(arm: str, seed: int) -> str:
     """Return the name of an arm's runs, such as "v-mixed-t-seed0"."""
     return f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
 def newest(runs: Path, arm: str, seed: int) -> Path | None:
     """Return the newest run of an arm that has a checkpoint, or None."""
-    for run in reversed(runs_of(runs, f"{slug(arm, seed)}-")):
+    for run in reversed(runs_of(runs, f"{run_name(arm, seed)}-")):
         if checkpoints_of(run):
             return run
     return None
@@ -227,7 +227,7 @@ def train_arm(args: Namespace, arm: str, seed: int) -> None:
         if "photos" in arm:
             changes["dataset_name"] = args.photos
         experiment = EXPERIMENTS["faces"].override(changes, model)
-        run = Run(slug(arm, seed), experiment, args.runs)
+        run = Run(run_name(arm, seed), experiment, args.runs)
 
     # train.py has no such weight of the loss, so the arm that wants it puts it in here.
     with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
@@ -251,11 +251,11 @@ def measure(run: Path, args: Namespace) -> None:
     denoiser = rebuild(saved, device)
     image_set, split = images_of_run(saved)
 
-    def x_0_of(indices):
+    def load_x_0(indices):
         images = torch.from_numpy(image_set.images[indices])
         return to_model_range(images).to(device)
 
-    train_images = x_0_of(split.train_indices)
+    train_images = load_x_0(split.train_indices)
     average = train_images.mean(dim=0)
     # Training flips images, so that samples look either way.
     features = Features(torch.cat([train_images, train_images.flip(3)]))
@@ -268,13 +268,13 @@ def measure(run: Path, args: Namespace) -> None:
         sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, device)
         sampler = calibrated(sampler, saved, SINGLE_PROCESS)
 
-        bands = measure_bands(sampler.denoiser, x_0_of, split.val_indices, average, 64, 0)
+        bands = measure_bands(sampler.denoiser, load_x_0, split.val_indices, average, 64, 0)
         numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path, args)}
 
         # The bound is measured once, as calibration is for samplers alone.
         if kind == "plain":
             bound = measure_bits_per_dim(
-                denoiser, x_0_of, split.val_indices, BoundOptions(t_stride=50)
+                denoiser, load_x_0, split.val_indices, BoundOptions(t_stride=50)
             )
             numbers["bits_per_dim"] = [bound.total, bound.standard_error]
         path.write_text(json.dumps(numbers))
@@ -287,7 +287,7 @@ def measure_samples(sampler: ImageSampler, features: Features, path: Path, args:
     """
     run = path.parent.name
     samplers = {name: DISTANCES[name] for name in args.distances}
-    if path.stem == "measured-plain" and run.startswith(slug(PRESETS[1], 0)):
+    if path.stem == "measured-plain" and run.startswith(run_name(PRESETS[1], 0)):
         samplers |= GRID
 
     numbers = {"distance": {}}

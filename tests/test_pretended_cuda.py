@@ -164,12 +164,12 @@ def sampling() -> dict:
             generate(sampler, range(3))
             found[name] = dict(cuda.waits)
 
-        def x_0_of(indices):
+        def load_x_0(indices):
             return torch.zeros(len(indices), 3, 16, 16).to(device)
 
         # It must not raise; its waits are not counted.
         options = BoundOptions(t_stride=50, batch_size=8)
-        measure_bits_per_dim(denoiser, x_0_of, np.arange(2), options)
+        measure_bits_per_dim(denoiser, load_x_0, np.arange(2), options)
     return found
 
 

@@ -83,7 +83,7 @@ class BandErrors:
 @torch.no_grad()
 def measure_bands(
     denoiser: Denoiser,
-    x_0_of: Callable[[np.ndarray], Tensor],
+    load_x_0: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
     average: Tensor,
     batch_size: int,
@@ -94,18 +94,19 @@ def measure_bands(
 
     The processes share the timesteps, and all of them get the result.
 
-    `x_0_of` makes of image indices (B,) their x_0 (B, C, H, W) in [-1, 1], on the model's device.
+    `load_x_0` takes image indices (B,) and returns x_0 (B, C, H, W) in [-1, 1], on the model's
+    device.
     `average` is the average of the training images (C, H, W). Raises `UserError` for a single
     held-out image, as its standard error is not known.
     """
     if len(indices) < 2:
         raise UserError("bands wants two held-out images or more")
     scheduler = denoiser.scheduler
-    limit = BatchLimit(x_0_of(indices[:1]).device, batch_size)
+    limit = BatchLimit(load_x_0(indices[:1]).device, batch_size)
     average = average.to(limit.device)
 
     # (N, bands): the squared error of the average image for each held-out image.
-    parts = limit.in_parts(lambda batch: band_energy(x_0_of(batch) - average), indices)
+    parts = limit.in_parts(lambda batch: band_energy(load_x_0(batch) - average), indices)
     of_average = torch.cat(parts).numpy()
 
     # The draws go through all images several times, so every image comes equally often.
@@ -113,7 +114,7 @@ def measure_bands(
 
     def network_errors(t, draws):
         """Return the squared errors of the network's x_0 in these draws at t: (B, bands)."""
-        x_0 = x_0_of(image_of[draws])
+        x_0 = load_x_0(image_of[draws])
         noise = ImageNoise(seed, draws, x_0.shape[1:], x_0.device, f"bands {t}").draw()
         x_t = scheduler.q_sample(x_0, t, noise)
         predicted, _ = predict(denoiser, scheduler, x_t, t)

@@ -148,7 +148,7 @@ def evenly(indices: np.ndarray, count: int | None) -> np.ndarray:
 @torch.no_grad()
 def measure_bits_per_dim(
     denoiser: Denoiser,
-    x_0_of: Callable[[np.ndarray], Tensor],
+    load_x_0: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
     options: BoundOptions,
     processes: Processes = SINGLE_PROCESS,
@@ -156,9 +156,9 @@ def measure_bits_per_dim(
 ) -> BitsPerDim:
     """Measure the variational bound (Eq. 5) of held-out images.
 
-    The processes share the batches, and all of them get the result. `x_0_of` makes of image indices
-    (B,) the x_0 (B, C, H, W) in [-1, 1], on the model's device. The result depends neither on the
-    number of processes nor on chance.
+    `load_x_0` takes image indices (B,) and returns x_0 (B, C, H, W) in [-1, 1], on the model's
+    device. The processes share the batches, and all of them get the result. It depends neither on
+    the number of processes nor on chance.
 
     A batch that does not fit in memory is halved. Raises `UserError` when a single image does not
     fit, and `ValueError` without an image or for an unknown variance.
@@ -180,7 +180,7 @@ def measure_bits_per_dim(
 
     def fill(pairs):
         columns = slice(pairs.start, pairs.stop)
-        x_0 = x_0_of(image_of[columns])
+        x_0 = load_x_0(image_of[columns])
 
         # The noise of a term depends on (seed, image, t) alone, whichever process computes it.
         noise = []
@@ -200,7 +200,7 @@ def measure_bits_per_dim(
 
     # All processes cut the same batches, and each takes every count-th of them.
     batches = batches_of(range(len(t_of)), options.batch_size)[processes.rank :: processes.count]
-    limit = BatchLimit(x_0_of(image_of[:1]).device)
+    limit = BatchLimit(load_x_0(image_of[:1]).device)
     with denoiser.evaluating():
         for pairs in tqdm(batches, "bits/dim", unit="batch", disable=not progress):
             limit.in_parts(fill, pairs)

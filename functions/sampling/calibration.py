@@ -39,7 +39,7 @@ from functions.timesteps import logsnr_timesteps
 # The weights are fitted to this many images.
 IMAGES = 512
 # x_0 is replaced from this share of T on: below it the network knows more than a mix can add.
-FROM = 0.6
+CALIBRATED_FROM = 0.6
 # The weights are fitted at this many timesteps from there to T - 1, evenly spaced in log-SNR.
 FITTED = 17
 # The squares are raised by this share: where x_0 is a multiple of x_t, one weight is as good as
@@ -88,7 +88,7 @@ class Calibration:
 
     def __call__(self, x_0: Tensor, x_t: Tensor, t: Timestep, scheduler: NoiseScheduler) -> Tensor:
         # Where the weights are 1 and 0 the transforms would change x_0 by nothing but rounding.
-        if isinstance(t, int) and t < FROM * scheduler.timesteps:
+        if isinstance(t, int) and t < CALIBRATED_FROM * scheduler.timesteps:
             return x_0
         bands = octaves(x_0.shape[-1], x_0.device)
         # The weights of bands, (bands, 2) or (B, bands, 2), become those of coefficients: each is
@@ -109,7 +109,7 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
     scheduler = denoiser.scheduler
     mean = images.mean(dim=0)
     last = scheduler.timesteps - 1
-    first = round(FROM * scheduler.timesteps)
+    first = round(CALIBRATED_FROM * scheduler.timesteps)
     count = min(FITTED, last - first + 1)
     # The timesteps come falling, and interpolation wants them rising.
     times = logsnr_timesteps(scheduler, count, last, first)[::-1]
@@ -199,22 +199,22 @@ def read_or_make(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Te
     # Images are known by their data set's name and by their ids, as files may come and go.
     ids_hash = saved.run.get("train_ids_hash")
     if name == "own":
-        images_of = ["own"]
+        calibrated_on = ["own"]
     elif name == "data" and ids_hash:
         # What is kept for a run's own images is read without them.
-        images_of = [saved.config["diffusion"]["dataset_name"], ids_hash]
+        calibrated_on = [saved.config["diffusion"]["dataset_name"], ids_hash]
     else:
         image_set, split = load()
-        images_of = [image_set.name, split.train_ids_hash]
-    kind = "-".join(short(Path(part).stem) for part in images_of)
+        calibrated_on = [image_set.name, split.train_ids_hash]
+    kind = "-".join(short(Path(part).stem) for part in calibrated_on)
 
     # A folder of diffusers belongs to others, so nothing is written into it.
     folder = Path("samples") if saved.path.is_dir() else saved.path.parent
     path = folder / f"{saved.name}-calibration-{kind}.safetensors"
     made_from = {
         "weights": saved.digest,
-        "images": images_of,
-        "fitted": [IMAGES, FROM, FITTED, RIDGE],
+        "images": calibrated_on,
+        "fitted": [IMAGES, CALIBRATED_FROM, FITTED, RIDGE],
     }
 
     tensors = read_kept(path, made_from, image_sampler)
@@ -229,14 +229,14 @@ def read_or_make(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Te
         images = generate(quick, range(IMAGES)).images
     else:
         image_set, split = load()
-        if split.train_ids_hash != images_of[1]:
+        if split.train_ids_hash != calibrated_on[1]:
             raise UserError(
                 f"{saved.path} was trained on other images than {image_set.name} has; "
                 f"fit the calibration to these with --calibrate {image_set.name}"
             )
         # The images are evenly spaced among those for training.
-        places = np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)
-        pixels = image_set.images[split.train_indices[places]]
+        positions = np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)
+        pixels = image_set.images[split.train_indices[positions]]
         images = to_model_range(torch.from_numpy(pixels))
     images = images.to(image_sampler.device)
     tensors = vars(calibrate(denoiser, images, image_sampler.batch_size))

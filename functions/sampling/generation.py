@@ -110,7 +110,7 @@ class ImageSampler:
         """
         return ImageNoise(self.seed, indices, self.shape, self.device, purpose)
 
-    def decode(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
+    def denoise(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
         """Take states (B, C, H, W) at timestep t to images, in the sampler's steps from there on.
 
         States at t = -1 are images already.
@@ -154,7 +154,7 @@ class ImageSampler:
         x_T = noise.draw()
         keep(("x", 0), x_T)
         watched = replace(self, watch=on_step)
-        x_0 = watched.decode(x_T, self.scheduler.timesteps - 1, noise.draw)
+        x_0 = watched.denoise(x_T, self.scheduler.timesteps - 1, noise.draw)
         return Samples(x_0.cpu(), kept)
 
 

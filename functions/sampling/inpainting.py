@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.pixels import to_uint8
 from functions.sampling.generation import BatchLimit, ImageSampler
-from functions.sampling.interpolation import x_0_of
+from functions.sampling.interpolation import source_to_x_0
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 
@@ -77,7 +77,7 @@ def inpaint_image(
     Returns the image, what is kept of it, and the answers: (2 + count, H, W, 3).
     """
     device = image_sampler.device
-    x_0 = x_0_of(image_sampler, image)
+    x_0 = source_to_x_0(image_sampler, image)
     device_mask = torch.from_numpy(mask).to(device)
     # Each step but the last is repeated, and there are as many steps as times less one.
     calls = resample * (len(image_sampler.times) - 2) + 1

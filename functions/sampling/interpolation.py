@@ -29,7 +29,7 @@ Source = int | np.ndarray
 def interpolate_images(
     image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor
 ) -> Tensor:
-    """Noise two images to depth t, mix x_t on the straight line, and decode: (L, C, H, W) images.
+    """Noise two images to depth t, mix x_t on the straight line, and denoise: (L, C, H, W) images.
 
     The ends are (2, C, H, W) in [-1, 1], the (L,) weights those of the second: 0 and 1 give the
     two as they come back from depth t. Along a row nothing but the mixture changes.
@@ -45,7 +45,7 @@ def interpolate_images(
         """Draw a step's noise, the same for all mixtures."""
         return noise.draw().expand_as(x_t)
 
-    return image_sampler.decode(x_t, t, shared)
+    return image_sampler.denoise(x_t, t, shared)
 
 
 def interpolate_seeds(
@@ -62,17 +62,17 @@ def interpolate_seeds(
         first, second = noise.draw()
         return slerp(first, second, weights)
 
-    return image_sampler.decode(between(), image_sampler.scheduler.timesteps - 1, between)
+    return image_sampler.denoise(between(), image_sampler.scheduler.timesteps - 1, between)
 
 
-def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, numbers: Sequence[int]) -> Tensor:
-    """Noise x_0 (C, H, W) to depth t with other noise each time, and decode: (N, C, H, W) images.
+def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
+    """Noise x_0 (C, H, W) to depth t with other noise each time, and denoise: (N, C, H, W) images.
 
     The noise of the steps differs, too. Each of the N depends on the seed and its number alone.
     """
-    noise = image_sampler.noise(numbers, "variation")
-    x_t = image_sampler.scheduler.q_sample(x_0.expand(len(numbers), *x_0.shape), t, noise.draw())
-    return image_sampler.decode(x_t, t, noise.draw)
+    noise = image_sampler.noise(indices, "variation")
+    x_t = image_sampler.scheduler.q_sample(x_0.expand(len(indices), *x_0.shape), t, noise.draw())
+    return image_sampler.denoise(x_t, t, noise.draw)
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def mixtures(
     return interpolate_images(image_sampler, ends, t, weights)
 
 
-def x_0_of(image_sampler: ImageSampler, source: Source) -> Tensor:
+def source_to_x_0(image_sampler: ImageSampler, source: Source) -> Tensor:
     """Return a source's image, which is sampled if it is a number: (C, H, W) in [-1, 1]."""
     if isinstance(source, int):
         images = generate(image_sampler, [source]).images
@@ -122,7 +122,7 @@ def save_rows(
 
     A row of two sources has the mixtures between their images, a row of one has variations.
     """
-    ends = torch.stack([x_0_of(image_sampler, source) for source in sources])
+    ends = torch.stack([source_to_x_0(image_sampler, source) for source in sources])
     times = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in depths]
     # A column is the weight of the second image, or the number of a variation.
     columns = range(VARIATIONS)

@@ -132,7 +132,7 @@ class SamplerOptions:
         return ", ".join(words)
 
     @property
-    def slug(self) -> str:
+    def short_name(self) -> str:
         """Name what differs from the defaults, for names of files, such as "dpmpp20-trailing"."""
         words = [self.sampler.replace("+", "p") + str(self.steps or "")]
         for option, value in self.chosen.items():

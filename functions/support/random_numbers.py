@@ -37,7 +37,7 @@ class StepDraws:
     noise: Tensor  # (B, C, H, W) float32, standard normal
     flip: Tensor  # (B,) bool, each True half the time
     # (B,) float32, uniform in [-1, 1). This is the rotation, as a share of the largest.
-    tilt: Tensor
+    rotation: Tensor
     # (B,) float32, standard normal. t_sampling = "mixed" uses it.
     normal: Tensor
 
@@ -63,7 +63,7 @@ def training_draws(
         t=torch.randint(timesteps, (effective_batch,), **options),
         noise=torch.randn(effective_batch, *image_shape, **options),
         flip=torch.rand(effective_batch, **options) < 0.5,
-        tilt=2 * torch.rand(effective_batch, **options) - 1,
+        rotation=2 * torch.rand(effective_batch, **options) - 1,
         normal=torch.randn(effective_batch, **options),
     )
 

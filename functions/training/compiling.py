@@ -19,7 +19,7 @@ DEVICES = ("cuda",)
 COMPILING = 240
 # A compiled pass saves about this part of a pass's time, by the bytes that were counted for
 # benchmarks/NOTES.md.
-SAVED = 0.5
+SHARE_SAVED = 0.5
 OPTIONS = {
     # Dropout is drawn as without a compiler.
     "fallback_random": True,
@@ -61,7 +61,7 @@ def compiled_if_worth_it(
 
     # The network is compiled by itself for each shape that a pass has.
     image_shape = (model.channels, model.image_size, model.image_size)
-    shapes = {(places.stop - places.start, *image_shape) for places in passes}
+    shapes = {(batch_slice.stop - batch_slice.start, *image_shape) for batch_slice in passes}
     with trial(network, processes):
         seconds, expected = tried(eager, shapes)
         if not is_worth_it(seconds * len(passes) * steps, len(shapes), steps, processes):
@@ -116,7 +116,7 @@ def is_worth_it(seconds: float, shapes: int, steps: int, processes: Processes) -
     shapes.
     """
     takes = COMPILING * shapes
-    saves = SAVED * seconds
+    saves = SHARE_SAVED * seconds
     # Each process has timed its own passes, so rank 0 decides for all.
     worth_it = processes.on_main(lambda: saves > takes)
     verb = "takes" if worth_it else "is left out: it would take"

@@ -17,7 +17,7 @@ from functions.support.random_numbers import ImageNoise, generator_of
 @torch.no_grad()
 def validation_losses(
     denoisers: list[Denoiser],
-    images_of: Callable[[np.ndarray], Tensor],
+    load_images: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
     config: DiffusionConfig,
     processes: Processes,
@@ -28,7 +28,7 @@ def validation_losses(
     batch size nor chance moves them. The losses of two runs can be compared where they have the
     same objective, the errors of eps always.
 
-    The denoisers have the same schedule. `images_of` takes image indices (B,) and returns uint8
+    The denoisers have the same schedule. `load_images` takes image indices (B,) and returns uint8
     (B, H, W, C) on the denoisers' device. The processes divide the batches, and all get the means.
     """
     scheduler = denoisers[0].scheduler
@@ -44,14 +44,14 @@ def validation_losses(
     # The sums stay on the device, so that no batch waits for the one before.
     sums = []
     for start in range(0, samples, config.batch_size)[processes.rank :: processes.count]:
-        places = slice(start, start + config.batch_size)
-        x_0 = to_model_range(images_of(all_images[places]))
+        batch_slice = slice(start, start + config.batch_size)
+        x_0 = to_model_range(load_images(all_images[batch_slice]))
         # All t are copied to the device once, with the first batch.
         all_t = all_t.to(x_0.device)
-        t = all_t[places]
+        t = all_t[batch_slice]
         # A sample's noise depends on its number, not on the batch that it is in.
-        numbers = range(samples)[places]
-        noise = ImageNoise(config.seed, numbers, x_0.shape[1:], x_0.device, "validation noise")
+        indices = range(samples)[batch_slice]
+        noise = ImageNoise(config.seed, indices, x_0.shape[1:], x_0.device, "validation noise")
         eps = noise.draw()
 
         for denoiser in denoisers:

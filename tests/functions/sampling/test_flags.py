@@ -24,7 +24,7 @@ from tests.conftest import CPU, ROOT, call
 
 
 @pytest.mark.parametrize(
-    ("flags", "options", "text", "slug"),
+    ("flags", "options", "text", "short_name"),
     [
         pytest.param(
             "", SamplerOptions(), "ddpm, all steps, variance small", "ddpm", marks=pytest.mark.slow
@@ -63,7 +63,7 @@ from tests.conftest import CPU, ROOT, call
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_flags_give_the_images_of_their_options(
-    flags, options, text, slug, tiny_run, tmp_path, capsys
+    flags, options, text, short_name, tiny_run, tmp_path, capsys
 ):
     call(
         sample.main,
@@ -79,7 +79,7 @@ def test_flags_give_the_images_of_their_options(
     )
     assert f"{text}, seed 3" in capsys.readouterr().out
     assert str(options) == text
-    assert options.slug == slug
+    assert options.short_name == short_name
 
     # The files are compared with what these options give in memory.
     denoiser = rebuild(load_weights(checkpoints_of(tiny_run)[-1]), CPU)

@@ -205,7 +205,7 @@ def test_the_host_never_waits_for_the_gpu(options):
     noise = image_sampler.noise(range(4))
 
     # The first call loads kernels, for which the host waits.
-    image_sampler.decode(noise.draw(), 99, noise.draw)
+    image_sampler.denoise(noise.draw(), 99, noise.draw)
 
     def on_step(k, t, x, x_0):
         """Make waiting an error, from the end of the first step on.
@@ -215,7 +215,7 @@ def test_the_host_never_waits_for_the_gpu(options):
         torch.cuda.set_sync_debug_mode("error")
 
     try:
-        replace(image_sampler, watch=on_step).decode(noise.draw(), 99, noise.draw)
+        replace(image_sampler, watch=on_step).denoise(noise.draw(), 99, noise.draw)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -105,7 +105,7 @@ def test_draws_depend_on_seed_and_step_alone():
     assert torch.equal(first["t"], torch.randint(1000, (64,), generator=generator))
     assert torch.equal(first["noise"], torch.randn(64, 3, 4, 4, generator=generator))
     assert torch.equal(first["flip"], torch.rand(64, generator=generator) < 0.5)
-    assert torch.equal(first["tilt"], 2 * torch.rand(64, generator=generator) - 1)
+    assert torch.equal(first["rotation"], 2 * torch.rand(64, generator=generator) - 1)
 
 
 def test_draws_stay_what_they_are():
@@ -115,7 +115,7 @@ def test_draws_stay_what_they_are():
         "t": [100, 201],
         "noise": [-1.01669896, -0.35731375, 1.38009167, -1.23058355],
         "flip": [False, True],
-        "tilt": [-0.62781382, 0.04839146],
+        "rotation": [-0.62781382, 0.04839146],
         "normal": [-1.19917297, 1.39719391],
     }
     for name, values in expected.items():
@@ -135,12 +135,12 @@ def test_draws_have_their_distributions():
     assert abs(draws.flip.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(20_000)
 
     # The variance of a uniform number in [-1, 1) is 1/3.
-    assert draws.tilt.min() >= -1
-    assert draws.tilt.max() < 1
-    assert abs(draws.tilt.mean()) < 4 / math.sqrt(3 * 20_000)
+    assert draws.rotation.min() >= -1
+    assert draws.rotation.max() < 1
+    assert abs(draws.rotation.mean()) < 4 / math.sqrt(3 * 20_000)
 
     # The normal numbers do not depend on the tilts: they are other draws, not the same again.
-    assert abs((draws.normal * draws.tilt).mean()) < 4 / math.sqrt(3 * 20_000)
+    assert abs((draws.normal * draws.rotation).mean()) < 4 / math.sqrt(3 * 20_000)
 
 
 def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
