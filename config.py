@@ -1,8 +1,8 @@
-"""What a run is made of: experiments by name, and two dataclasses with a comment for each field.
+"""The named experiments, and two dataclasses with a comment for each field.
 
 Edit `experiments` or add to it, or override any field for one run:
 `python train.py faces --diffusion.epochs 10`.
-A config that could not work is refused when it is made, with a sentence that says what would fit.
+A config that cannot work raises ConfigError, whose message says which values would work.
 """
 
 import json
@@ -16,8 +16,8 @@ from functions.samplers import SAMPLERS
 
 
 def experiments() -> dict[str, "Experiment"]:
-    """Return EXPERIMENTS, by name. One that is close to another says where it differs."""
-    # Minutes on a laptop's CPU: the people of the embedded emoji set at 32 x 32.
+    """Return the experiments by name; many are given by the fields in which they differ."""
+    # It trains in minutes on a laptop's CPU, on the people of the embedded emoji set at 32 x 32.
     faces = Experiment(
         DiffusionConfig(
             dataset_name="emoji_people",
@@ -48,15 +48,15 @@ def experiments() -> dict[str, "Experiment"]:
         ),
     )
 
-    # The same with v and cosine betas, at a lower rate: docs/whole-before-detail.md says why, and
-    # what is better.
+    # `faces` with v and cosine betas, at a lower learning rate. docs/whole-before-detail.md says
+    # why, and what improves.
     faces_v = faces.override(
         {"objective": "v", "beta_schedule": "cosine", "learning_rate": 1e-3},
         {},
     )
 
-    # The reference's first run (see README), faults included: 200 steps of betas that are meant
-    # for 1000, and no EMA. Every value is written out, and so are the changes of the runs after it.
+    # The reference's first run (see README) with its faults: 200 timesteps with the betas for 1000,
+    # and no EMA. Every value is written out, and so are the changes in the runs after it.
     ffhq_run1 = Experiment(
         DiffusionConfig(
             dataset_name="FFHQ",
@@ -90,14 +90,14 @@ def experiments() -> dict[str, "Experiment"]:
         ),
     )
 
-    # Its second run: 1000 steps, for which the betas are meant, and EMA.
+    # The reference's second run: 1000 timesteps and EMA.
     ffhq_run2 = ffhq_run1.override(
         {"timesteps_diff": 1000, "rescale_betas": True, "ema_decay": 0.9999},
         {},
     )
 
-    # Its full run: twice the width, augmentation, 500 epochs. Go on after them with --resume and
-    # more --diffusion.epochs.
+    # The reference's full run: twice the width, augmentation, 500 epochs. --resume with a larger
+    # --diffusion.epochs trains longer.
     ffhq_full = ffhq_run2.override(
         {
             "use_augmentation": True,
@@ -106,19 +106,19 @@ def experiments() -> dict[str, "Experiment"]:
             "epochs": 500,
             "clip_grad_norm": 1.0,
             "warmup_steps": 5000,
-            # All GPUs wait while 3.9 GB are saved, some 5 s at the 1.25 s a GB that a CPU took. On
-            # 8 H100, 8000 steps take some 210 s by the estimate in benchmarks/NOTES.md. So saving
-            # takes some 2% of the time. Where steps are slow, checkpoint_minutes saves before.
+            # All GPUs wait while 3.9 GB are saved: some 5 s, as a CPU took 1.25 s a GB. On 8 H100,
+            # 8000 steps take some 210 s by the estimate in benchmarks/NOTES.md. So saving takes
+            # some 2% of the time. Where steps are slow, checkpoint_minutes saves more often.
             "checkpoint_every": 8000,
         },
         {"base_dim": 128},
     )
 
-    # The full run with v and mixed t.
+    # The full run with v, and with t_sampling = "mixed".
     ffhq_v = ffhq_full.override({"objective": "v", "t_sampling": "mixed"}, {})
 
-    # The paper's CIFAR-10: 390 steps an epoch, 800,280 in all. Betas, objective and the like are
-    # the defaults. Its FID of 3.17 was measured on what is here sample.py --variance large.
+    # The paper's CIFAR-10: 390 steps an epoch, 800,280 in all. Betas and objective are the
+    # defaults. The paper's FID of 3.17 is that of sample.py --variance large.
     cifar10 = Experiment(
         DiffusionConfig(
             dataset_name="CIFAR10",
@@ -155,11 +155,11 @@ def experiments() -> dict[str, "Experiment"]:
 
 
 class ConfigError(ValueError):
-    """A field's value does not fit; the message names the field, the value and what would."""
+    """Report a field's value that does not fit, and which values fit."""
 
 
-# These may change when a run is resumed, as they do not touch the weights.
-BOOK_KEEPING = (
+# A resumed run may change these fields, as they do not change the weights.
+RECORDING_FIELDS = (
     "log_every",
     "validate_every",
     "sample_every",
@@ -175,8 +175,8 @@ BOOK_KEEPING = (
     "grid_sampler",
     "grid_steps",
 )
-# How the values of each type are called.
-FITTING = {
+# Error messages describe the values of each type in this way.
+TYPE_DESCRIPTIONS = {
     int: "an integer",
     float: "a number",
     bool: "True or False",
@@ -184,7 +184,7 @@ FITTING = {
     tuple[int, ...]: "a list of integers, such as [1, 2, 4]",
     tuple[float, ...]: "a list of finite numbers, such as [0.05, 0.1]",
 }
-# These integers may be 0; all others are at least 1.
+# These integers may be 0. All other integers are at least 1.
 MAY_BE_ZERO = (
     "warmup_steps",
     "max_bad_images",
@@ -193,10 +193,10 @@ MAY_BE_ZERO = (
     "bits_per_dim_every",
     "transformer_layers",
 )
-# These limits are far above any use. Beyond them, tables and layers would take all memory.
+# Above these limits, which no experiment comes near, tables and layers would take all memory.
 # All other integers may have 64 bits.
 LARGEST = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "dim_multiply": 1024}
-# These texts are chosen from a list.
+# These texts must be one of a list.
 CHOICES = {
     "split": ("reference", "official"),
     "beta_schedule": ("linear", "cosine"),
@@ -213,48 +213,50 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The data, the diffusion process and the training. One *step* is one optimiser step."""
+    """Hold the settings of data, diffusion and training. One *step* is one optimiser step."""
 
     # The data set: "emoji_faces" or "emoji_people" (embedded), "FFHQ", "CIFAR10", or the path of a
     # folder, zip or npz.
     dataset_name: str
-    # Adam's learning rate, reached after the warm-up.
+    # The learning rate after the warm-up.
     learning_rate: float
-    # Images in one forward pass. Lower it, and raise gradient_accumulation, when memory is short.
+    # The most images in one forward pass. A run lowers it by itself when memory is short.
     batch_size: int
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
-    # T, the number of noising steps.
+    # T, the number of diffusion timesteps.
     timesteps_diff: int = field(metadata={"flag": "timesteps"})
 
     # Data
 
-    # How to split the full FFHQ: "reference" (63,000 train, 7,000 validate) or "official" (60,000
-    # and 10,000).
+    # The split of the full FFHQ: "reference" (63,000 images for training, 7,000 for validation) or
+    # "official" (60,000 and 10,000).
     split: str = "reference"
-    # Largest rotation in degrees, to either side; angles are uniform up to it.
+    # Augmentation rotates training images by up to this many degrees, to either side.
     max_rotation: float = 0.0
-    # The last share of the steps, in which rotation is off so that its tilt is unlearned.
+    # The fraction of the steps, at the end of a run, in which no image is rotated, so that the
+    # network unlearns the tilt.
     rotation_free_end: float = 0.1
-    # Unreadable images that are left out (and listed) before it counts as an error.
+    # The most unreadable images that are left out, with a list of them. More are an error.
     max_bad_images: int = 0
 
     # Noise schedule
 
-    # Beta of the first step, for T = 1000.
+    # Beta of the first timestep, for T = 1000.
     beta_start: float = 1e-4
-    # Beta of the last step, for T = 1000.
+    # Beta of the last timestep, for T = 1000.
     beta_end: float = 0.02
-    # Multiply betas by 1000 / T, so that x_T is noise for any T.
+    # Multiply linear betas by 1000 / T, so that x_T is almost pure noise for any T.
     rescale_betas: bool = True
-    # "linear" or "cosine" (Nichol and Dhariwal 2021). Cosine betas have no use for the three above.
+    # The schedule of betas: "linear"; or "cosine" (Nichol and Dhariwal 2021), which does not use
+    # beta_start, beta_end and rescale_betas.
     beta_schedule: str = "linear"
 
     # Objective
 
-    # What the network predicts and is compared with: the noise "eps", or "v", a mix with x_0.
+    # What the network predicts: "eps", the noise; or "v", a combination of the noise and x_0.
     objective: str = "eps"
-    # How t is drawn in training: "uniform", or "mixed": every second t log-normal in the noise
+    # How t is drawn in training: "uniform"; or "mixed", with every second t log-normal in the noise
     # level, as in EDM.
     t_sampling: str = "uniform"
 
@@ -262,58 +264,62 @@ class DiffusionConfig:
 
     # Length of the run, in passes over the training images.
     epochs: int = 45
-    # Forward passes in a step. The effective batch is batch_size times this.
+    # Batches in a step. The effective batch is batch_size times gradient_accumulation.
     gradient_accumulation: int = 4
-    # Largest gradient norm. 0: no clipping.
+    # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.
     clip_grad_norm: float = 0.0
-    # Steps over which the learning rate rises from 0.
+    # Steps over which the learning rate rises linearly from 0.
     warmup_steps: int = 0
-    # "constant", or "cosine": the learning rate falls to 0 in a half cosine over the whole run.
+    # The learning rate's course: "constant"; or "cosine", which falls to 0 in a half cosine over
+    # the whole run.
     lr_schedule: str = "constant"
-    # Decay of the weights' moving average, per step. 0: no average, samples use the raw weights.
+    # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
     ema_decay: float = 0.9999
-    # Precision of the network: "float32", "bfloat16", "float16", or "auto", the fastest that the
-    # hardware has.
+    # Precision of the network: "float32", "bfloat16", "float16"; or "auto", the fastest that the
+    # hardware supports.
     precision: str = "auto"
-    # What backward computes again to save memory: "none"; "norms", nearly free at 128 px; "blocks",
-    # for least memory. A compiled network computes nothing again.
+    # What backward recomputes to save memory: "none"; "norms", nearly free at 128 px; or "blocks",
+    # for the least memory (docs/speed.md).
     recompute: str = "norms"
-    # On CUDA, compile the network where that pays off in this run ("auto"), or never ("off").
+    # Whether to compile the network: "auto", on CUDA if that saves time in this run; or "off".
     compile: str = "auto"
-    # Seed of everything that is drawn.
+    # Seed of all random numbers.
     seed: int = 0
-    # On CUDA, take only kernels that repeat bit for bit, which are slower. Those of the CPU do.
+    # On CUDA, use only deterministic kernels, which are slower. A CPU's kernels always are
+    # deterministic.
     deterministic: bool = False
 
-    # Book-keeping, in steps; none of it changes the weights
+    # Recording, which does not change the weights
 
     # Steps between rows of metrics.csv.
     log_every: int = 50
-    # Steps between validations of the raw and the EMA weights; losses.png is drawn after each.
+    # Steps between validations of the raw and the EMA weights. Each also draws losses.png.
     validate_every: int = 800
-    # Steps between sample grids.
+    # Steps between grids of samples.
     sample_every: int = 4000
-    # Steps between checkpoints, to resume and sample from.
+    # Steps between checkpoints.
     checkpoint_every: int = 800
-    # Save a checkpoint also when the last one is so many minutes old. 0: never.
+    # The longest time between checkpoints, in minutes. 0: no limit.
     checkpoint_minutes: float = 30.0
-    # How many of the newest checkpoints are kept.
+    # The number of newest checkpoints that are kept.
     keep_checkpoints: int = 3
-    # Keep the checkpoints of every so many steps for good. 0: none.
+    # Checkpoints of steps that are multiples of this are never deleted. 0: only the newest are
+    # kept.
     keep_every: int = 0
-    # Stop after so many steps in a row whose loss or gradients were not finite numbers.
+    # The run ends with an error after so many steps in a row whose loss or gradients are not
+    # finite.
     max_skipped_steps: int = 20
-    # Held-out (image, t, noise) triples in a validation, the same each time.
+    # Held-out triples (image, t, noise) in a validation. All validations have the same.
     validation_samples: int = 1000
-    # Epochs between measurements of the variational bound (see evaluate.py). 0: none.
+    # Epochs between measurements of bits/dim, the variational bound. 0: none.
     bits_per_dim_every: int = 0
-    # Held-out images for it. Each takes 36 network calls with 1000 timesteps.
+    # Held-out images in a measurement of bits/dim. Each takes 36 network calls with 1000 timesteps.
     bits_per_dim_images: int = 64
-    # Images in a sample grid while training.
+    # Images in a grid of samples.
     grid_images: int = 16
-    # The sampler of that grid, with its defaults: a name that sample.py --sampler takes.
+    # The sampler of the grids, with its default settings: a name that sample.py --sampler takes.
     grid_sampler: str = "dpm++"
-    # Its network calls, at most T.
+    # Network calls for each sample of a grid, or T if that is less.
     grid_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -334,51 +340,51 @@ class DiffusionConfig:
             "ema_decay", 0 <= self.ema_decay < 1, "at least 0 (no EMA) and below 1, such as 0.9999"
         )
 
-        rising = self.beta_start <= self.beta_end
+        rises = self.beta_start <= self.beta_end
         check("beta_start", 0 < self.beta_start < 1, "between 0 and 1, such as 1e-4")
-        check("beta_end", rising, f"at least beta_start = {self.beta_start:g}")
+        check("beta_end", rises, f"at least beta_start = {self.beta_start:g}")
         if self.beta_schedule == "cosine":
-            # Cosine betas have no use for these three. Whoever sets one means linear betas.
-            unset = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
-            fitting = '"linear" when beta_start, beta_end or rescale_betas are changed'
-            check("beta_schedule", unset, fitting)
+            # Cosine betas do not use these three fields. Whoever changes one wants linear betas.
+            unchanged = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
+            requirement = '"linear" when beta_start, beta_end or rescale_betas are changed'
+            check("beta_schedule", unchanged, requirement)
         else:
             scale = 1000 / self.timesteps_diff if self.rescale_betas else 1
-            fitting = (
+            requirement = (
                 f"below {1 / scale:g} with timesteps_diff = {self.timesteps_diff}, "
                 "so that every beta stays below 1"
             )
-            check("beta_end", scale * self.beta_end < 1, fitting)
+            check("beta_end", scale * self.beta_end < 1, requirement)
 
     @property
     def effective_batch(self) -> int:
-        """Images that one optimiser step sees."""
+        """The number of images in one step, over all processes."""
         return self.batch_size * self.gradient_accumulation
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The U-Net; the fields are the arguments of `models.unet.UNet`."""
+    """Hold the arguments of `models.unet.UNet`."""
 
-    # Height and width in the bottleneck.
+    # Height and width of the features in the bottleneck.
     lowest_resolution_size: int
-    # Channels of each level, from the full resolution down, in units of base_dim.
+    # Channels of each level, from the full resolution down, as multiples of base_dim.
     dim_multiply: tuple[int, ...]
-    # Levels with self-attention, counted from 0. The bottleneck has it too.
+    # Levels with self-attention. Level 0 is the full resolution. The bottleneck always has it.
     transformer_layers: tuple[int, ...] = field(metadata={"flag": "attention_levels"})
-    # Channels at the full resolution, before its multiplier.
+    # Channels of a level whose multiplier in dim_multiply is 1.
     base_dim: int
 
     # Height and width of the images.
     image_size: int = 128
-    # Colour channels; 3, as images are read as RGB.
+    # Colour channels. They must be 3, as images are read as RGB.
     channels: int = 3
     # Dropout probability in every residual block.
     dropout: float = 0.0
-    # Groups of each GroupNorm. Narrow networks want fewer: leave at least 4 channels a group.
+    # Groups of each GroupNorm. A group needs at least 4 channels, so narrow networks take fewer.
     norm_groups: int = 32
-    # Details of the network: "ho", as in the paper's code; or "diffusers", as in that library's
-    # default networks (docs/other-models.md).
+    # Details of the network: "ho", as in the code of Ho et al. 2020; or "diffusers", as in that
+    # library's default networks (docs/other-models.md).
     dialect: str = "ho"
 
     def __post_init__(self) -> None:
@@ -388,66 +394,66 @@ class ModelConfig:
         check("base_dim", self.base_dim >= 4 and self.base_dim % 2 == 0, "even and at least 4")
         check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 
-        # Halving leads from image_size to lowest_resolution_size, with a multiplier for each size.
+        # Each level halves the size, from image_size down to lowest_resolution_size.
         levels = len(self.dim_multiply)
         lowest = self.lowest_resolution_size
         check("dim_multiply", 0 < levels <= 15, "a list of 1 to 15 integers")
         sizes = [lowest << doublings for doublings in range(15)]
-        halving = self.image_size in sizes
-        check("image_size", halving, f"lowest_resolution_size = {lowest} times a power of 2")
+        reachable = self.image_size in sizes
+        check("image_size", reachable, f"lowest_resolution_size = {lowest} times a power of 2")
         sizes = [size for size in reversed(sizes) if size <= self.image_size]
-        fitting = (
+        requirement = (
             f"one multiplier for each resolution, {', '.join(map(str, sizes))}; "
             f"{levels} of them reach {lowest * 2 ** (levels - 1)} pixels"
         )
-        check("dim_multiply", levels == len(sizes), fitting)
+        check("dim_multiply", levels == len(sizes), requirement)
 
-        known = all(level < levels for level in self.transformer_layers)
-        fitting = f"levels between 0 and {levels - 1}, as dim_multiply has {levels}"
-        check("transformer_layers", known, fitting)
+        exist = all(level < levels for level in self.transformer_layers)
+        requirement = f"levels between 0 and {levels - 1}, as dim_multiply has {levels}"
+        check("transformer_layers", exist, requirement)
 
         divisor = math.gcd(*self.dims)
         dims = ", ".join(map(str, self.dims))
-        fitting = f"a divisor of {divisor}, as the levels have {dims} channels"
-        check("norm_groups", divisor % self.norm_groups == 0, fitting)
-        # Attention is in these levels, and in the bottleneck, which has the last level's channels.
-        attending = [self.dims[level] for level in (*self.transformer_layers, levels - 1)]
-        fitting = 'such that attention has heads of 8 channels, with dialect "diffusers"'
-        heads = self.dialect == "ho" or all(channels % 8 == 0 for channels in attending)
-        check("base_dim", heads, fitting)
+        requirement = f"a divisor of {divisor}, as the levels have {dims} channels"
+        check("norm_groups", divisor % self.norm_groups == 0, requirement)
+        # The bottleneck has attention, too, and the last level's channels.
+        attention_dims = [self.dims[level] for level in (*self.transformer_layers, levels - 1)]
+        requirement = 'such that attention has heads of 8 channels, with dialect "diffusers"'
+        divisible = self.dialect == "ho" or all(dim % 8 == 0 for dim in attention_dims)
+        check("base_dim", divisible, requirement)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """The shape (C, H, W) of an image."""
         return self.channels, self.image_size, self.image_size
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Channels of each level."""
+        """The number of channels of each level."""
         return tuple(self.base_dim * multiplier for multiplier in self.dim_multiply)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """All that defines a run's result."""
+    """Hold every setting that a run's result depends on."""
 
     diffusion: DiffusionConfig
     model: ModelConfig
 
     def override(self, diffusion: dict, model: dict) -> "Experiment":
-        """Return a copy with some fields replaced, which is checked again."""
+        """Return a copy with some fields replaced. Raises ConfigError if these do not fit."""
         return Experiment(replace(self.diffusion, **diffusion), replace(self.model, **model))
 
     def resumed(self, diffusion: dict, model: dict) -> "Experiment":
-        """Return what `override` does, for a run that goes on.
+        """Return a copy with some fields replaced, for a run that is resumed.
 
-        Raises ConfigError, with their names, for fields that such a run cannot change.
+        Raises ConfigError, with the names of the fields, for changes that such a run cannot make.
         """
         changed = self.override(diffusion, model)
         # Another GPU may lack bfloat16, so precision may change.
-        may_change = {*BOOK_KEEPING, "epochs", "recompute", "compile", "precision"}
-        # Another GPU's memory may want other passes. The step stays the same if its batch does, but
-        # for dropout.
+        may_change = {*RECORDING_FIELDS, "epochs", "recompute", "compile", "precision"}
+        # Another GPU may have less memory. With the same effective batch, a step differs only in
+        # its dropout.
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:
             may_change |= {"batch_size", "gradient_accumulation"}
 
@@ -458,17 +464,18 @@ class Experiment:
         return changed
 
     def differences(self, other: "Experiment") -> dict[str, tuple]:
-        """Return the fields that differ: {"diffusion.epochs": (own value, the other's), ...}."""
-        theirs = other.to_dict()
+        """Return the fields that differ: {"diffusion.epochs": (value, value in `other`), ...}."""
+        other_parts = other.to_dict()
         differences = {}
         for part, fields in self.to_dict().items():
             for name, value in fields.items():
-                if value != theirs[part][name]:
-                    differences[f"{part}.{name}"] = (value, theirs[part][name])
+                other_value = other_parts[part][name]
+                if value != other_value:
+                    differences[f"{part}.{name}"] = (value, other_value)
         return differences
 
     def warnings(self) -> list[str]:
-        """Return what is allowed and probably not meant."""
+        """Return a warning for each setting that is allowed but probably a mistake."""
         warnings = []
         groups = self.model.norm_groups
         channels_of_group = min(self.model.dims) / groups
@@ -483,14 +490,14 @@ class Experiment:
         return warnings
 
     def to_dict(self) -> dict:
-        """Return plain containers, as JSON has them, for checkpoints."""
+        """Return the fields as nested dicts, with lists for tuples, as JSON stores them."""
         return json.loads(json.dumps(asdict(self)))
 
     @staticmethod
     def from_dict(config: dict) -> "Experiment":
         """Invert `to_dict`. Raises ConfigError when fields are missing or unknown."""
         try:
-            # Runs of earlier versions have no such field, and their grids are made by ddpm.
+            # Runs of earlier versions lack grid_sampler, and made their grids with ddpm.
             diffusion = DiffusionConfig(**{"grid_sampler": "ddpm"} | config["diffusion"])
             return Experiment(diffusion, ModelConfig(**config["model"]))
         except (KeyError, TypeError) as error:
@@ -501,41 +508,47 @@ class Experiment:
 
 
 def check_types(config: DiffusionConfig | ModelConfig) -> None:
-    """Bring each field to its annotated type where nothing is lost, or raise ConfigError."""
-    for name, wanted in get_type_hints(type(config)).items():
+    """Convert each field to its annotated type, or raise ConfigError if it has another type.
+
+    An integer is converted to a float, and a list to a tuple. Integers and texts are also checked
+    against MAY_BE_ZERO, LARGEST and CHOICES.
+    """
+    for name, annotation in get_type_hints(type(config)).items():
         check = partial(require, config, name)
         value = getattr(config, name)
 
-        # A field is a single item, or a tuple of items, which JSON has as a list.
-        kind, *several = get_args(wanted) or [wanted]
-        items = value if several else [value]
-        kinds = (float, int) if kind is float else (kind,)
-        fits = isinstance(items, (list, tuple)) and all(type(item) in kinds for item in items)
-        check(fits, FITTING[wanted])
-        if several:
-            # A single number has a check of its own, which nan fails.
-            check(all(abs(item) < math.inf for item in items), FITTING[wanted])
+        # The value of a field is a single item, or a tuple of items, which is a list in JSON.
+        item_type, *ellipsis = get_args(annotation) or [annotation]
+        items = value if ellipsis else [value]
+        allowed = (float, int) if item_type is float else (item_type,)
+        fits = isinstance(items, (list, tuple)) and all(type(item) in allowed for item in items)
+        check(fits, TYPE_DESCRIPTIONS[annotation])
+        if ellipsis:
+            # `__post_init__` checks a single number against limits, which nan fails.
+            check(all(abs(item) < math.inf for item in items), TYPE_DESCRIPTIONS[annotation])
 
         integers = [item for item in items if type(item) is int]
-        if kind is not float:
-            least = 0 if name in MAY_BE_ZERO else 1
-            check(all(item >= least for item in integers), f"{least} or more")
-        most = LARGEST.get(name, 2**63 - 1)
-        check(all(abs(item) <= most for item in integers), f"at most {most:,}")
+        if item_type is not float:
+            minimum = 0 if name in MAY_BE_ZERO else 1
+            check(all(item >= minimum for item in integers), f"{minimum} or more")
+        maximum = LARGEST.get(name, 2**63 - 1)
+        check(all(abs(item) <= maximum for item in integers), f"at most {maximum:,}")
 
         choices = CHOICES.get(name, (value,))
         check(value in choices, " or ".join(f'"{choice}"' for choice in choices))
 
-        # A frozen dataclass sets itself up in this way.
-        brought = tuple(map(kind, items))
-        object.__setattr__(config, name, brought if several else brought[0])
+        # A frozen dataclass can set its own fields only in this way.
+        converted = tuple(map(item_type, items))
+        object.__setattr__(config, name, converted if ellipsis else converted[0])
 
 
-def require(config: DiffusionConfig | ModelConfig, field: str, fits: bool, fitting: str) -> None:
-    """Raise ConfigError unless a field fits, with what would."""
+def require(
+    config: DiffusionConfig | ModelConfig, field: str, fits: bool, requirement: str
+) -> None:
+    """Raise ConfigError, which states the requirement, unless the field fits."""
     if not fits:
         value = f"{getattr(config, field)!r:.100}"
-        raise ConfigError(f"{type(config).__name__}: {field} is {value}; it must be {fitting}")
+        raise ConfigError(f"{type(config).__name__}: {field} is {value}; it must be {requirement}")
 
 
 EXPERIMENTS = experiments()

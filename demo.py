@@ -1,8 +1,8 @@
-"""A page to play with a trained model: `python demo.py` serves it and prints its address.
+"""Play with a trained model in the browser: `python demo.py` serves a page and prints its address.
 
-It serves this machine alone. Its three tabs draw images, mix two, and make a part of one anew, with
-the functions of sample.py and so with its very images. Every click takes the newest checkpoint, so
-that a run may be training meanwhile, and waits for the clicks before it.
+The page is for this machine alone. Its three tabs draw images, mix two, and inpaint one. They call
+the functions of sample.py, so the images are the same. Every click takes the newest checkpoint, so
+a run may be training meanwhile. A click waits until the earlier clicks are served.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from functions.samplers import SAMPLERS
 from functions.sampling.generation import ImageSampler, generate, open_sampler
 from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import mixtures, source_to_x_0
-from functions.sampling.options import add_model_flags
+from functions.sampling.options import add_model_flags, add_sampling_flags
 from functions.support.checkpoint import SavedModel
 from functions.support.command_line import (
     EXIT_BAD_INPUT,
     Parser,
     exit_on_user_error,
-    plain_sentence,
+    user_message,
 )
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import grid_of
@@ -46,39 +46,39 @@ except ImportError:
     print("error: the page wants Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
-# What the page shows, as Gradio's components take it.
-Shown = TypeVar("Shown")
-# What `in_worker` hands to its work.
+# This is what a callback returns to Gradio's components.
+Outputs = TypeVar("Outputs")
+# `in_worker` hands such a function to its work.
 Check = Callable[..., None]
-# The value of a control: an upload, a number or a choice.
+# The value of a control is an upload, a number or a choice.
 Value = np.ndarray | int | str | None
 
-# At most so many images are drawn.
-MOST = 64
-# At most so many pictures show how images form.
-FRAMES = 25
-# Pictures in the page are so many pixels wide and high.
+# At most this many images are drawn.
+IMAGE_LIMIT = 64
+# At most this many pictures show how images form.
+FRAME_LIMIT = 25
+# Pictures in the page have this width and height in pixels.
 SIDE = 512
 # A picture starts below its label, which would cover its upper edge.
 STYLE = ".image-frame img { width: 100%; height: 100%; object-fit: contain; padding-top: 30px }"
-# The fonts are the machine's own, so that the page asks nothing of the web.
+# The fonts are installed on the machine, so that the page downloads none.
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 # All models run in this one thread.
 WORKER = ThreadPoolExecutor(1)
 # Fields for integers, and sliders for integers from 1 on.
 number = partial(gr.Number, precision=0)
 slider = partial(gr.Slider, 1, step=1, precision=0)
-# The field for the seed.
+# This is the field for the seed.
 seed_field = partial(number, 0, label="Seed", info="Another seed is other noise: other images.")
-# The button for image files.
+# This is the button for image files.
 upload_button = partial(
     gr.UploadButton, "Upload an image, which is cropped square", file_types=["image"]
 )
-# The place of a picture, with a button for downloads.
-picture_place = partial(
+# A picture has a button for downloads.
+picture_output = partial(
     gr.Image, interactive=False, format="png", height=SIDE, buttons=["download"]
 )
-# Clicks wait for each other, in their order.
+# Clicks are served one after the other, in their order.
 QUEUED = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 
@@ -90,17 +90,17 @@ def main() -> None:
     try:
         demo.open()
     except CheckpointError as error:
-        # The page opens all the same, as a model may come later.
+        # The page opens without a model, because a run may write a checkpoint later.
         print(error)
 
     with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         model = gr.Textbox(label="The model")
-        # This runs when somebody opens the page, and names the newest checkpoint.
+        # Opening the page calls this, which names the newest checkpoint.
         page.load(in_worker(lambda check: str(demo.open()[0].path)), outputs=model, **QUEUED)
 
-        drawing, drawn = draw_tab(demo)
-        stoppable = [drawing, mix_tab(demo), paint_tab(demo, drawn)]
-        # A click on Stop runs no function, and ends what the buttons of the tabs have started.
+        drawing, history = draw_tab(demo)
+        stoppable = [drawing, mix_tab(demo), paint_tab(demo, history)]
+        # A click on Stop calls no function, and cancels what the buttons of the tabs have started.
         gr.Button("Stop").click(None, cancels=stoppable)
 
     page.queue(max_size=16).launch(
@@ -126,118 +126,117 @@ def main() -> None:
         os._exit(130)
 
 
-def in_worker(work: Callable[..., Shown]) -> Callable[..., Iterator[Shown]]:
-    """Return a callback for Gradio that has the worker do `work(check, *inputs)`.
+def in_worker(work: Callable[..., Outputs]) -> Callable[..., Iterator[Outputs]]:
+    """Return a callback for Gradio that calls `work(check, *inputs)` in the worker.
 
-    Samplers call `check` in every step. It takes news for the page, and it ends the work when
-    Gradio ends the callback: on Stop, or when nobody looks any more. Errors that a user can mend
-    are sentences in the page.
+    `work` calls `check` after every step, and may hand it new outputs for the page. When Gradio
+    ends the callback, on Stop or when the page is closed, `check` raises an error, which ends
+    `work`. Errors that a user can mend are shown in the page as one sentence.
     """
 
     def callback(*inputs):
         latest = deque(maxlen=1)
-        left = Event()
+        cancelled = Event()
 
-        def check(*step, news=None):
-            if left.is_set():
+        def check(*step, outputs=None):
+            if cancelled.is_set():
                 raise InterruptedError
-            if news:
-                latest.append(news)
+            if outputs:
+                latest.append(outputs)
 
         def job():
             try:
                 return work(check, *inputs)
             except Exception as error:
-                text = plain_sentence(error)
+                text = user_message(error)
                 if not text:
                     raise
-            # Outside of `except` the error itself is gone: it would hold on to the model.
+            # This is outside of `except`, because the original error refers to the model's memory.
             raise gr.Error(html.escape(text), print_exception=False)
 
-        # While the worker is busy, Gradio gets the latest news five times a second.
-        done = WORKER.submit(job)
+        # While the worker is busy, Gradio gets the latest outputs five times a second.
+        future = WORKER.submit(job)
         try:
-            while not wait([done], timeout=0.2).done:
+            while not wait([future], timeout=0.2).done:
                 yield latest.pop() if latest else gr.skip()
         finally:
-            # Gradio closes this generator on Stop, and then the next `check` ends the job.
-            left.set()
-        yield done.result()
+            # Gradio closes this generator on Stop. The next `check` then ends the job.
+            cancelled.set()
+        yield future.result()
 
     return callback
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What happens behind the page.
+    """Do what the buttons of the page ask for, with the model and device of the command line.
 
-    `draw`, `mix`, `paint` and `read` run in the worker. It hands them `check` and then the values
-    of the controls, and they return what the page shows.
+    `draw`, `mix`, `paint` and `read` are called in the worker. They get `check` and the values of
+    the controls, and return outputs for the page.
     """
 
-    args: argparse.Namespace  # which model, on what
+    args: argparse.Namespace  # the flags of `add_model_flags`
 
     def open(
         self,
-        watch: Check | None = None,
+        on_step: Check | None = None,
         seed: int = 0,
         sampler: str = "ddpm",
         steps: int | None = None,
     ) -> tuple[SavedModel, ImageSampler]:
-        """Return the newest checkpoint and its `ImageSampler`.
+        """Return the newest checkpoint and its `ImageSampler`, which calls `on_step` in each step.
 
-        The sampler calls `watch` in every step. With the same flags sample.py has the same one.
+        The sampler is the one that sample.py has with the same flags.
         """
+        # All flags that the page has no field for have their defaults.
+        parser = Parser()
+        add_sampling_flags(parser)
         # An empty field gives None, which means 0 for the seed and all timesteps for the steps.
-        args = argparse.Namespace(
-            **vars(self.args),
-            seed=seed or 0,
-            sampler=sampler,
-            steps=steps,
-            precision="float32",
-            batch_size=MOST,
+        parser.set_defaults(
+            **vars(self.args), seed=seed or 0, sampler=sampler, steps=steps, batch_size=IMAGE_LIMIT
         )
-        saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-        return saved, replace(image_sampler, watch=watch)
+        saved, image_sampler = open_sampler(parser.parse_args([]), SINGLE_PROCESS)
+        return saved, replace(image_sampler, on_step=on_step)
 
     def draw(self, check: Check, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
-        """Sample images 0 .. n-1, and show every few steps what the model takes them for.
+        """Sample images 0 .. n-1, and show the model's x_0 every few steps.
 
-        It runs on a click on "Draw the images", and returns what `shown` does.
+        A click on "Draw the images" calls this. It returns what `show_last` returns.
         """
-        # Titles, and uint8 images (N, H, W, 3): x_0 on the way, and at last the samples.
-        drawn = []
+        # This has titles and images, uint8 (N, H, W, 3): first x_0 of several steps, then the
+        # samples.
+        history = []
 
-        # The sampler calls this in every step; `calls` is known by then.
-        def watch(k, t, x, x_0):
+        # The sampler calls this after every step.
+        def on_step(k, t, x, x_0):
             check()
-            if k % math.ceil(calls / FRAMES) == 0:
+            if k % math.ceil(calls / FRAME_LIMIT) == 0:
                 title = (
                     f"x_0 as the model sees it after {k + 1} of {calls} network calls, "
                     f"at t = {t + 1}"
                 )
-                drawn.append((title, to_uint8(x_0).cpu().numpy()))
-                check(news=shown(drawn))
+                history.append((title, to_uint8(x_0).cpu().numpy()))
+                check(outputs=show_last(history))
 
-        saved, image_sampler = self.open(watch, seed, sampler, steps)
-        calls = len(image_sampler.times) - 1
+        saved, image_sampler = self.open(on_step, seed, sampler, steps)
+        calls = image_sampler.network_calls
         samples = generate(image_sampler, range(n))
 
-        # The last title is the command that draws the same images.
+        # The last title is the command that samples the same images.
         flags = f"--seed {seed or 0} --n {n} --sampler {sampler} --steps {calls}"
-        drawn.append((f"sample.py {saved.path} {flags}", to_uint8(samples.images).numpy()))
-        return shown(drawn)
+        history.append((f"sample.py {saved.path} {flags}", to_uint8(samples.images).numpy()))
+        return show_last(history)
 
     def mix(self, check: Check, depth: float, share: float, *inputs: Value) -> list[np.ndarray]:
         """Return the first image, the mixture and the second.
 
-        It runs on a click on "Mix the two images". `inputs` are the upload, or None, and the number
-        of either image, and then the flags of `open`.
+        A click on "Mix the two images" calls this. `inputs` are the upload (or None) and the number
+        of the first image, the same of the second, and the arguments of `open` after `on_step`.
         """
         first, first_number, second, second_number, *flags = inputs
         _, image_sampler = self.open(check, *flags)
 
-        # A source is an upload, fitted to the model, or else the number of an image of the seed.
+        # A source is an upload, cropped and resized, or the number of an image of the seed.
         sources = []
         for rgb, i in ((first, first_number), (second, second_number)):
             source = i or 0
@@ -245,7 +244,7 @@ class Demo:
                 source = fit_square(rgb, image_sampler.shape[-1])
             sources.append(source)
 
-        # Both images are noised to timestep t. At depth 0 it is -1, and they stay as they are.
+        # Both images are noised to timestep t. Depth 0 is t = -1, where images are not noised.
         ends = torch.stack([source_to_x_0(image_sampler, source) for source in sources])
         t = round(depth * image_sampler.scheduler.timesteps) - 1
         weights = torch.tensor([share], device=ends.device)
@@ -256,16 +255,17 @@ class Demo:
     def paint(
         self, check: Check, rgb: np.ndarray, edit: dict, repeats: int, n: int, *flags: Value
     ) -> Image.Image:
-        """Return a grid of the image, what is kept of it, and answers 0 .. n-1.
+        """Return a grid of the image, its known pixels, and answers 0 .. n-1.
 
-        It runs on a click on "Make what is painted over anew". The flags are those of `open`.
+        A click on "Make what is painted over anew" calls this. `flags` are the arguments of `open`
+        after `on_step`.
         """
         _, image_sampler = self.open(check, *flags)
         size = image_sampler.shape[-1]
 
-        # The editor's layers are RGBA; what is painted over is opaque.
-        painted = [layer[..., 3] > 127 for layer in edit["layers"]]
-        mask = fit_mask(np.any(painted, axis=0), size) if painted else np.array(False)
+        # The editor's layers are RGBA, and opaque where the user has painted.
+        masks = [layer[..., 3] > 127 for layer in edit["layers"]]
+        mask = fit_mask(np.any(masks, axis=0), size) if masks else np.array(False)
         if rgb is None or mask.all() or not mask.any():
             raise UserError(
                 "take an image, and paint over a part of it: neither all of it nor nothing"
@@ -273,59 +273,56 @@ class Demo:
         return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), mask, repeats, n))
 
     def read(self, check: Check, path: str) -> tuple[np.ndarray, Image.Image]:
-        """Return an image file for the model, uint8 (S, S, 3), and how the page shows it.
-
-        It runs when a file is uploaded.
-        """
+        """Return the pixels of an uploaded file, uint8 (S, S, 3), and the picture for the page."""
         saved, _ = self.open()
         image = read_image(path, saved.model.image_size, fit=True)
-        return image, enlarged(image)
+        return image, enlarge(image)
 
 
 def draw_tab(demo: Demo) -> tuple:
-    """Build the tab Draw. Return the event that Stop cancels, and the state with what was drawn."""
+    """Build the tab Draw. Return the event that Stop cancels, and the state with its history."""
     with gr.Tab("Draw"):
         with gr.Row():
             controls = [
                 seed_field(),
-                slider(MOST, 16, label="How many", info="Images 0 and on of the seed."),
+                slider(IMAGE_LIMIT, 16, label="How many", info="Images 0 and on of the seed."),
                 *sampler_controls(),
             ]
         start = gr.Button("Draw the images", variant="primary")
-        picture = picture_place(label="The images, and meanwhile what the model takes them for")
-        drawn = gr.State([])
+        picture = picture_output(label="The images, and meanwhile what the model takes them for")
+        history = gr.State([])
         back = slider(label="Look back", info="Goes through the steps again.", visible=False)
 
-    # This runs when the slider is moved, and does not wait for the worker. Of several moves in a
-    # row the last counts.
+    # Moving the slider calls this at once, without the worker. Of several moves in a row the last
+    # counts.
     back.input(
         look_back,
-        [back, drawn],
+        [back, history],
         picture,
         queue=False,
         show_progress="hidden",
         trigger_mode="always_last",
     )
-    # This runs when the button is clicked.
-    drawing = start.click(in_worker(demo.draw), controls, [picture, back, drawn], **QUEUED)
-    return drawing, drawn
+    # A click on the button calls this.
+    event = start.click(in_worker(demo.draw), controls, [picture, back, history], **QUEUED)
+    return event, history
 
 
-def look_back(place: int, drawn: list) -> dict:
-    """Show the images of a step again, by its place in `drawn`, from 1.
+def look_back(place: int, history: list) -> dict:
+    """Show the images at a place of the history again; the first place is 1.
 
-    It runs when the slider "Look back" is moved.
+    Moving the slider "Look back" calls this.
     """
-    # The slider goes to 2 at least, so its place can be beyond the last.
-    title, images = drawn[:place][-1]
+    # The slider's maximum is at least 2, so the place may be beyond the last.
+    title, images = history[:place][-1]
     return gr.update(value=grid_of(images), label=title)
 
 
-def shown(drawn: list) -> tuple:
-    """Return what the tab Draw shows: the last images, the slider at its end, and the state."""
-    last = len(drawn)
+def show_last(history: list) -> tuple:
+    """Return the outputs of the tab Draw: the last images, the slider at its end, the history."""
+    last = len(history)
     slider_at_last = gr.update(maximum=max(2, last), value=last, visible=True)
-    return look_back(last, drawn), slider_at_last, drawn
+    return look_back(last, history), slider_at_last, history
 
 
 def mix_tab(demo: Demo) -> gr.events.Dependency:
@@ -343,10 +340,10 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
         start = gr.Button("Mix the two images", variant="primary")
         with gr.Row():
             first, first_picture = source_controls(demo, "first", 0)
-            mixture = picture_place(label="The mixture")
+            mixture = picture_output(label="The mixture")
             second, second_picture = source_controls(demo, "second", 1)
 
-    # This runs when the button is clicked.
+    # A click on the button calls this.
     inputs = [depth, share, *first, *second, *controls]
     pictures = [first_picture, mixture, second_picture]
     return start.click(in_worker(demo.mix), inputs, pictures, **QUEUED)
@@ -355,12 +352,12 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
 def source_controls(demo: Demo, which: str, i: int) -> tuple[list, gr.Image]:
     """Build the column of an image to mix. Return its inputs and its picture.
 
-    The inputs are the state with an upload, which is None without one, and the number.
+    The inputs are a state, which has the upload or None, and the field with the number.
     """
     with gr.Column():
         source = gr.State()
-        picture = picture_place(label=f"The {which} image")
-        chosen = number(
+        picture = picture_output(label=f"The {which} image")
+        index = number(
             i,
             label=f"Number of the {which} image",
             info="Takes one of the seed's; 0 is the first.",
@@ -368,14 +365,14 @@ def source_controls(demo: Demo, which: str, i: int) -> tuple[list, gr.Image]:
         )
         upload = upload_button()
 
-    # This runs when a number is typed, and forgets the upload.
-    chosen.input(lambda: (None, None), None, [source, picture], **QUEUED)
-    # This runs when a file is uploaded, and shows it.
+    # Typing a number calls this, which removes the upload.
+    index.input(lambda: (None, None), None, [source, picture], **QUEUED)
+    # Uploading a file calls this, which shows the file.
     upload.upload(in_worker(demo.read), upload, [source, picture], **QUEUED)
-    return [source, chosen], picture
+    return [source, index], picture
 
 
-def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
+def paint_tab(demo: Demo, history: gr.State) -> gr.events.Dependency:
     """Build the tab Paint. Return the event that Stop cancels."""
     with gr.Tab("Paint"):
         with gr.Row():
@@ -400,32 +397,32 @@ def paint_tab(demo: Demo, drawn: gr.State) -> gr.events.Dependency:
                     layers=False,
                     canvas_size=(SIDE, SIDE),
                 )
-                chosen = number(
+                index = number(
                     0,
                     label="Number of the image",
-                    info="Takes one of those just drawn.",
+                    info="Takes one of the images just drawn.",
                     minimum=0,
                 )
                 take = gr.Button("Take the image of this number")
                 upload = upload_button()
-            picture = picture_place(label="The image, what is kept of it, and the answers")
+            picture = picture_output(label="The image, what is kept of it, and the answers")
 
-    # This runs when the button for an image of the tab Draw is clicked.
-    take.click(take_drawn, [chosen, drawn], [image, editor], **QUEUED)
-    # This runs when a file is uploaded.
+    # A click on the button for an image of the tab Draw calls this.
+    take.click(take_image, [index, history], [image, editor], **QUEUED)
+    # Uploading a file calls this.
     upload.upload(in_worker(demo.read), upload, [image, editor], **QUEUED)
 
-    # This runs when the button is clicked. RePaint wants the sampler ddpm.
+    # A click on the button calls this. RePaint needs the sampler ddpm.
     inputs = [image, editor, repeats, count, seed, gr.State("ddpm"), steps]
     return start.click(in_worker(demo.paint), inputs, picture, **QUEUED)
 
 
-def take_drawn(i: int | None, drawn: list) -> tuple[np.ndarray, Image.Image]:
-    """Return image i of those that were drawn last, and how the page shows it.
+def take_image(i: int | None, history: list) -> tuple[np.ndarray, Image.Image]:
+    """Return image i of the last images in the history, and the picture for the page.
 
-    It runs on a click on "Take the image of this number".
+    A click on "Take the image of this number" calls this.
     """
-    images = drawn[-1][1] if drawn else []
+    images = history[-1][1] if history else []
     # An empty field gives None, which means the first image.
     i = i or 0
     if i >= len(images):
@@ -433,10 +430,10 @@ def take_drawn(i: int | None, drawn: list) -> tuple[np.ndarray, Image.Image]:
             f"There are {len(images)} images in the tab Draw; the first is number 0.",
             print_exception=False,
         )
-    return images[i], enlarged(images[i])
+    return images[i], enlarge(images[i])
 
 
-def enlarged(image: np.ndarray) -> Image.Image:
+def enlarge(image: np.ndarray) -> Image.Image:
     """Enlarge an image to the size of pictures in the page."""
     return Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 

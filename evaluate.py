@@ -1,14 +1,14 @@
-"""How good a trained model is: `python evaluate.py` states bits/dim of the newest run.
+"""Evaluate a trained model: `python evaluate.py` measures bits/dim of the newest run.
 
-`--metrics bpd,bands,fid,kid,prc` measures all there is:
+`--metrics bpd,bands,fid,kid,prc` measures everything:
     bpd               bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5)
-    bands             what the network knows of x_0 at each noise level, by spatial frequency
-                      (docs/whole-before-detail.md)
-    fid, kid, prc     samples compared with real images; prc is precision and recall. They need
+    bands             how well the network knows x_0 at each noise level, in bands of spatial
+                      frequency (docs/whole-before-detail.md)
+    fid, kid, prc     FID, KID, and precision and recall of samples against real images. They need
                       requirements-eval.txt and the weights of InceptionV3.
 
-On several GPUs: `torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid`. There --n is written
--n, since torchrun takes --n for its own.
+On several GPUs: `torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid`. With torchrun write -n
+for --n, because torchrun reads --n as its own flag.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.datasets import ImageSet, Split, images_of_run
+from data.datasets import ImageSet, Split, load_and_split
 from data.pixels import to_model_range
 from functions.evaluation.bands import measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import (
     BoundOptions,
-    evenly,
+    evenly_spaced,
     measure_bits_per_dim,
     plot_bits_per_dim,
 )
@@ -44,7 +44,7 @@ from functions.evaluation.features import (
 )
 from functions.evaluation.reference_statistics import describe, read_reference, write_reference
 from functions.samplers import VARIANCES
-from functions.sampling.calibration import calibrated
+from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, open_sampler
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, positive
@@ -54,35 +54,35 @@ from functions.support.files import sha256, write_text
 from functions.support.processes import Processes, distributed
 from functions.support.run_folder import results_folder
 
-# Results have this order, whatever the order of the flag's names.
+# Names of metrics in results and in files have this order, whatever the order in --metrics.
 METRICS = ("bpd", "bands", "fid", "kid", "prc")
-# The average image of `bands` is made from so many training images, evenly spaced.
-AVERAGED = 2000
-# The first argument is the file of weights. It is None for those that are downloaded.
+# `bands` averages this many training images, evenly spaced.
+AVERAGE_COUNT = 2000
+# (file of weights, or None to download it; device; processes) -> the feature network.
 LoadExtractor = Callable[[Path | None, torch.device, Processes], Extractor]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, on what."""
+    """The model that is evaluated, and the real images that it is compared with."""
 
     image_sampler: ImageSampler  # the model, its sampler and the seed
-    # The real images. They are None where published statistics stand for them.
+    # None where published statistics replace the real images.
     image_set: ImageSet | None
     split: Split | None
-    # Which weights, in which arithmetic; part of every result.
+    # The weights and their arithmetic, for the settings of every result.
     facts: dict
-    # The results' folder, with the checkpoint's name.
-    place: Path
+    # The results' folder and the checkpoint's name, with which all file names begin.
+    path_prefix: Path
 
     def load_x_0(self, indices: np.ndarray) -> torch.Tensor:
-        """Return the images at these indices, (B, C, H, W) in [-1, 1], on the model's device."""
+        """Return the images at the indices (B,): (B, C, H, W) in [-1, 1], on the model's device."""
         pixels = torch.from_numpy(self.image_set.images[indices])
         return to_model_range(pixels.to(self.image_sampler.device))
 
 
 def main(load_extractor: LoadExtractor = load_inception) -> None:
-    """Read the command line, evaluate, and say which files were written."""
+    """Read the command line, measure the metrics, and print the paths of the written files."""
     args = parse_flags()
     with distributed() as processes:
         subject = open_subject(args, processes)
@@ -95,7 +95,7 @@ def main(load_extractor: LoadExtractor = load_inception) -> None:
 
 
 def parse_flags() -> argparse.Namespace:
-    """Read the command line. Raises `UserError` for flags that cannot go together."""
+    """Read the command line. Raises `UserError` for flags that contradict each other."""
     parser = Parser(description=__doc__, usage="%(prog)s [RUN] [flags]")
     add_sampling_flags(parser)
     parser.add_argument(
@@ -103,14 +103,14 @@ def parse_flags() -> argparse.Namespace:
         type=metric_names,
         default="bpd",
         metavar="bpd,bands,fid,kid,prc",
-        help="What to measure, with commas between. Default: %(default)s.",
+        help="The metrics to measure, separated by commas. Default: %(default)s.",
     )
     parser.add_argument(
         "--data",
         "--dataset-name",
         metavar="NAME|PATH",
-        help="The name or path of a data set, such as the place where the training's is now. "
-        "Default: that of the training.",
+        help="The name or path of the data set, for example if the training's has moved. "
+        "Default: the training's.",
     )
 
     group = parser.add_argument_group("bits/dim (bpd) and bands, on the validation split")
@@ -125,7 +125,7 @@ def parse_flags() -> argparse.Namespace:
         type=positive,
         default=20,
         metavar="N",
-        help="The most timesteps that a network call of bpd stands for. Default: %(default)s.",
+        help="The most timesteps that one network call of bpd stands for. Default: %(default)s.",
     )
     group.add_argument(
         "--bpd-variance",
@@ -136,7 +136,7 @@ def parse_flags() -> argparse.Namespace:
     group.add_argument(
         "--no-clip",
         action="store_true",
-        help="Let the x_0 of bpd leave [-1, 1]. Default: it is clipped, as in sampling.",
+        help="Do not clip the x_0 of bpd to [-1, 1]. Default: it is clipped, as in sampling.",
     )
 
     group = parser.add_argument_group("FID, KID, precision and recall (fid, kid, prc)")
@@ -169,28 +169,28 @@ def parse_flags() -> argparse.Namespace:
         "--save-reference",
         type=Path,
         metavar="FILE.npz",
-        help="Where to publish the real images' statistics. Default: nowhere.",
+        help="Write the real images' statistics to this file. Default: they are not written.",
     )
     group.add_argument(
         "--weights",
         type=Path,
         metavar="FILE",
-        help="The weights of InceptionV3. Default: they are downloaded once.",
+        help="The file of InceptionV3's weights. Default: it is downloaded once.",
     )
 
     args = parser.parse_args()
     if args.reference and (args.save_reference or {"kid", "prc"} & set(args.metrics)):
         raise UserError(
             "--reference has statistics for fid alone; "
-            "kid, prc and --save-reference want real images"
+            "kid, prc and --save-reference need real images"
         )
     if args.n < FEWEST:
-        raise UserError(f"--n is {args.n}; {FEWEST} images are the fewest")
+        raise UserError(f"--n is {args.n}; it must be {FEWEST} or more")
     return args
 
 
 def metric_names(text: str) -> list[str]:
-    """Read a flag's value: names of metrics with commas between. Return them in METRICS' order."""
+    """Return the metrics of a comma-separated list, in the order of METRICS."""
     names = {name.strip() for name in text.split(",")} - {""}
     if not names or not names.issubset(METRICS):
         raise argparse.ArgumentTypeError(
@@ -200,36 +200,36 @@ def metric_names(text: str) -> list[str]:
 
 
 def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
-    """Open the checkpoint, its model and, if a metric needs them, its images."""
-    # What is not the run's own data set has its own calibration.
+    """Open the checkpoint, its model and, if a metric needs them, the real images."""
+    # With --data, a calibration on "data" is fitted to this data set, not to the training's.
     if args.calibrate == "data" and args.data:
         args.calibrate = args.data
     saved, image_sampler = open_sampler(args, processes)
     device = image_sampler.device
-    run = saved.run
+    provenance = saved.provenance
     # The CPU's kernels are deterministic in any case.
     set_deterministic(device.type == "cuda")
 
-    image_sampler = calibrated(image_sampler, saved, processes)
+    image_sampler = with_calibration(image_sampler, saved, processes)
     image_set, split = None, None
-    # Published statistics stand for the images in fid alone; all other metrics need the images.
+    # Published statistics replace the real images for fid alone.
     if not args.reference or args.metrics != ["fid"]:
-        image_set, split = images_of_run(saved, args.data)
+        image_set, split = load_and_split(saved, args.data)
         processes.print_main(split.description)
 
-    # Results on images that were trained on are too good.
-    if split and run.get("train_ids_hash") != split.train_ids_hash and processes.is_main:
-        known = "NOBODY KNOWS WHICH IMAGES"
-        if "train_ids_hash" in run:
-            known = "THESE ARE NOT THE IMAGES"
+    # If the model was trained on some validation images, its results on them are too good.
+    ids_hash = provenance.get("train_ids_hash")
+    if split and ids_hash != split.train_ids_hash and processes.is_main:
+        problem = "THESE ARE NOT THE IMAGES" if ids_hash else "NOBODY KNOWS WHICH IMAGES"
         print(
-            f"WARNING: {known} IT WAS TRAINED ON: it may have seen some of those for validation",
+            f"WARNING: {problem} IT WAS TRAINED ON: "
+            "some of the validation images may be among its training images",
             file=sys.stderr,
         )
 
     facts = {
-        "experiment": run["experiment"],
-        "step": run["step"],
+        "experiment": provenance["experiment"],
+        "step": provenance["step"],
         "weights": saved.kind,
         "weights_hash": saved.digest[:16],
         "precision": str(image_sampler.denoiser.precision).removeprefix("torch."),
@@ -243,15 +243,14 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
 
 
 def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
-    """Measure what the network knows of the validation split's x_0, and write and print it."""
+    """Measure the ratios of errors in bands, on the validation split; write and print them."""
     image_sampler = subject.image_sampler
     split = subject.split
-    indices = evenly(split.val_indices, args.images)
+    indices = evenly_spaced(split.val_indices, args.images)
 
-    # The average image needs no more than a sample of the training images, which may take some
-    # hundred MB and is not kept.
-    sample = evenly(split.train_indices, AVERAGED)
-    average_pixels = subject.image_set.images[sample].mean(axis=0)
+    # These training images take some hundred MB, so no variable keeps them.
+    average_indices = evenly_spaced(split.train_indices, AVERAGE_COUNT)
+    average_pixels = subject.image_set.images[average_indices].mean(axis=0)
     average = to_model_range(torch.from_numpy(average_pixels[None]))[0]
     result = measure_bands(
         image_sampler.denoiser,
@@ -268,7 +267,7 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
     verdict = result.verdict()
     settings = {**subject.facts, "ids_hash": split.val_ids_hash, "images": len(indices)}
     contents = {"verdict": verdict, "settings": settings, **result.facts()}
-    path = write_result(subject.place, "bands", contents)
+    path = write_result(subject.path_prefix, "bands", contents)
     picture = path.with_suffix(".png")
     plot_bands(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
     print("squared error of x_0 over the average image's, by t and cycles an image")
@@ -276,16 +275,16 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
 
 
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
-    """Measure bits/dim of the validation split, and write and print it."""
+    """Measure bits/dim of the validation split; write and print it."""
     split = subject.split
     image_sampler = subject.image_sampler
     denoiser = image_sampler.denoiser
-    # Samplers of some models do not clip x_0, and then the bound does not either.
+    # The samplers of some diffusers models do not clip x_0. Then the bound does not clip it either.
     clip = image_sampler.options.clip_x_0 and not args.no_clip
     options = BoundOptions(
         args.t_stride, image_sampler.batch_size, args.seed, args.bpd_variance, clip
     )
-    indices = evenly(split.val_indices, args.images)
+    indices = evenly_spaced(split.val_indices, args.images)
     result = measure_bits_per_dim(
         denoiser, subject.load_x_0, indices, options, processes, processes.is_main
     )
@@ -301,20 +300,20 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
     }
     calls = len(result.lengths)
     timesteps = denoiser.scheduler.timesteps
-    chosen = f"{calls} of {timesteps} t for each image, stratified at random"
+    t_draws = f"{calls} of {timesteps} t for each image, stratified at random"
     if calls == timesteps:
-        chosen = "every t"
-    clipped = "clipped" if clip else "not clipped"
+        t_draws = "every t"
+    clipping = "clipped" if clip else "not clipped"
 
-    # The protocol has all that one must know of bits/dim to compare it with others.
+    # Two results of bits/dim can be compared if their protocols agree.
     protocol = (
         f"{len(indices):,} of {len(split.val_indices):,} validation images "
-        f"(ids {split.val_ids_hash}), {chosen}; variance {options.variance}, x_0 {clipped}, "
+        f"(ids {split.val_ids_hash}), {t_draws}; variance {options.variance}, x_0 {clipping}, "
         f"{settings['weights']} weights, {settings['precision']}, seed {args.seed}; "
         "the error is over images and choices of t"
     )
     contents = {"protocol": protocol, "settings": settings, **result.facts()}
-    path = write_result(subject.place, "bpd", contents)
+    path = write_result(subject.path_prefix, "bpd", contents)
     picture = path.with_suffix(".png")
     plot_bits_per_dim(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
     print(f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}")
@@ -326,9 +325,9 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
 def evaluate_images(
     args: argparse.Namespace, subject: Subject, load_extractor: LoadExtractor, processes: Processes
 ) -> None:
-    """Measure FID, KID, precision and recall of samples, and write and print them."""
+    """Measure FID, KID, precision and recall of samples; write and print them."""
     image_sampler = subject.image_sampler
-    # Weights and real images can be missing, so they are opened before hours of sampling.
+    # Sampling can take hours, so missing weights or real images must end the script before.
     extractor = load_extractor(args.weights, image_sampler.device, processes)
     reference = open_reference(args, subject, extractor, processes)
     generated = sample_features(image_sampler, args.n, extractor, processes)
@@ -345,7 +344,7 @@ def evaluate_images(
         "reference": real,
     }
 
-    # The protocol has all that one must know of these numbers to compare them with others.
+    # Two results can be compared if their protocols agree.
     protocol = (
         f"{args.n:,} samples, {options}, {settings['weights']} weights, "
         f"{settings['precision']}, seed {args.seed}; "
@@ -362,7 +361,7 @@ def evaluate_images(
     metrics = [name for name in args.metrics if name not in ("bpd", "bands")]
     results = compare(metrics, generated, reference, args.seed)
     contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}
-    path = write_result(subject.place, "-".join(metrics), contents)
+    path = write_result(subject.path_prefix, "-".join(metrics), contents)
     for name, value in results.items():
         print(f"{name:16}{value:.6g}")
     print(f"    {protocol}\nwrote {path}")
@@ -371,19 +370,19 @@ def evaluate_images(
 def open_reference(
     args: argparse.Namespace, subject: Subject, extractor: Extractor, processes: Processes
 ) -> Reference | None:
-    """Return the real images' side of the comparison; it is read from a file or computed.
+    """Read the real images' features from --reference, or compute them from the images.
 
-    Where it is computed, all processes work on it, and rank 0 alone gets it.
+    All processes compute them, and the others than rank 0 return None.
     """
     if args.reference:
         return read_reference(args.reference, subject.image_sampler.shape[-1], extractor)
 
     split = args.reference_split
     indices_of = {"train": subject.split.train_indices, "val": subject.split.val_indices}
-    indices = evenly(indices_of[split], args.reference_images)
+    indices = evenly_spaced(indices_of[split], args.reference_images)
     if len(indices) < FEWEST:
         raise UserError(
-            f"an empty reference: {len(indices)} {split} image(s), {FEWEST} are the fewest"
+            f"an empty reference: {len(indices)} {split} image(s), it must have {FEWEST} or more"
         )
     image_set = subject.image_set
     description = describe(image_set, indices, split, extractor)
@@ -392,7 +391,6 @@ def open_reference(
     if not processes.is_main:
         return None
 
-    # Rank 0 alone computes statistics and compares.
     reference = Reference(description, statistics(real), real)
     if args.save_reference:
         write_reference(args.save_reference, reference)
@@ -400,12 +398,15 @@ def open_reference(
     return reference
 
 
-def write_result(place: Path, what: str, contents: dict) -> Path:
-    """Write <place>-<metrics>-<hash of all settings>.json, which no other settings overwrite."""
-    # Sorted keys make the hash one of the settings alone, and not of their order.
+def write_result(path_prefix: Path, metrics: str, contents: dict) -> Path:
+    """Write <path_prefix>-<metrics>-<hash of the settings>.json, and return its path.
+
+    Results with other settings have other names, so they are not overwritten.
+    """
+    # With sorted keys the hash does not depend on the order of the settings.
     settings = json.dumps(contents["settings"], sort_keys=True)
     digest = sha256(settings)[:8]
-    path = place.with_name(f"{place.name}-{what}-{digest}.json")
+    path = path_prefix.with_name(f"{path_prefix.name}-{metrics}-{digest}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(contents, indent=2))
     return path

@@ -2,11 +2,11 @@
 
 The network is rebuilt from the checkpoint alone, with its EMA weights. Images are sampled from pure
 noise over all timesteps (Algorithm 2 of Ho et al. 2020), or with --sampler and --steps in fewer;
-the reverse loops are in functions/samplers.py. --interpolate and --variations sample images
-between two, or like one, by way of noise. --inpaint makes a part of one anew.
+functions/samplers.py has the reverse loops. --interpolate mixes two images, --variations samples
+images like one, and --inpaint samples a part of one again.
 
-Many images can be sampled on several GPUs. Started again after a kill, this makes only those that
-are missing:
+Several GPUs can share many images. After a kill, another start samples only the images that are
+missing:
 
     torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
 """
@@ -21,10 +21,10 @@ import numpy as np
 
 from data.decode import read_image, read_with_mask
 from data.pixels import to_uint8
-from functions.sampling.calibration import calibrated
+from functions.sampling.calibration import with_calibration
 from functions.sampling.export import export
 from functions.sampling.files import (
-    MOST_IN_GRID,
+    GRID_LIMIT,
     figures_of,
     image_path,
     label_of,
@@ -47,10 +47,11 @@ from functions.support.pictures import save_grid, save_image
 from functions.support.processes import Processes, distributed
 from functions.support.run_folder import results_folder
 
-# Which flags have an effect: always, and in sampling from noise or in what is done instead of it.
+# These flags always have an effect.
 ALWAYS = {"checkpoint", "runs", "device", "precision", "seed"}
 SAMPLING = {"batch_size", "out", "sampler", "steps", "spacing", "eta", "variance", "calibrate"}
 ROWS = {*SAMPLING, "depths", "fit"}
+# These flags have an effect beside each action; "noise", sampling from noise, is the default.
 TAKES = {
     "noise": {*SAMPLING, "n", "individual", "strip", "progressive", "gif"},
     "interpolate": ROWS,
@@ -61,14 +62,14 @@ TAKES = {
 
 
 def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
-    """Read the command line, sample, and say which files were written.
+    """Read the command line, sample, and print which files were written.
 
-    `n` and `gif` are the defaults of these flags. The newest run is one of those whose names
-    begin with `experiments`.
+    `n` and `gif` are the defaults of these flags. Without RUN, the newest run whose name begins
+    with `experiments` is taken.
     """
     args = parse_flags(n, gif)
-    # Every process that torchrun starts runs all of this. Rank 0 alone speaks, and writes pictures
-    # of several images.
+    # Every process that torchrun starts executes all of this. Rank 0 alone prints, and writes the
+    # pictures of several images.
     with distributed() as processes:
         # The network and its schedule come from the checkpoint alone.
         saved, image_sampler = open_sampler(args, processes, experiments)
@@ -80,19 +81,19 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
             processes.print_main(f"wrote {args.export}")
             return
 
-        image_sampler = calibrated(image_sampler, saved, processes)
+        image_sampler = with_calibration(image_sampler, saved, processes)
 
-        # The folder's name says what differs from the defaults.
+        # The folder's name has the options that differ from the defaults.
         folder_name = f"{saved.name}-{options.short_name}"
         if args.precision != "float32":
             folder_name += f"-{args.precision}"
-        place = processes.on_main(lambda: results_folder(saved, "samples"))
-        folder = args.out or place / f"{folder_name}-seed{args.seed}"
+        results = processes.on_main(lambda: results_folder(saved, "samples"))
+        folder = args.out or results / f"{folder_name}-seed{args.seed}"
 
         if args.interpolate or args.variations or args.inpaint:
             processes.on_main(lambda: sample_from_images(args, image_sampler, folder))
             return
-        # These facts decide the pixels. A folder holds single images of the same facts alone.
+        # These facts decide the pixels. All single images of a folder have the same facts.
         facts = {
             "checkpoint": saved.digest,
             "weights": saved.kind,
@@ -112,85 +113,90 @@ def sample_from_noise(
 ) -> None:
     """Sample images 0 .. n-1 and write the files that the flags ask for.
 
-    The processes share batches, which are the same however many processes there are and wherever
-    an earlier start was interrupted. So the noise is the same, and so are the images, up to
-    rounding: threads and short memory add in other orders.
+    The processes share the batches. The batches do not depend on the number of processes, nor on
+    where an earlier start was interrupted. So the images are the same up to rounding, which depends
+    on the number of threads and on free memory.
     """
-    figures = figures_of(args, image_sampler.times)
-    frames = {frame for columns in figures.values() for frame in columns.values()}
-    # The first images are kept in memory, to be seen in the grid and the figures. Without figures
-    # none need be kept if each has a file: the grid is then made of the files.
-    seen = min(args.n, MOST_IN_GRID) if frames or not args.individual else 0
+    figures = figures_of(args, image_sampler)
+    frames = {frame for figure in figures.values() for frame in figure.values()}
+    # The first images stay in memory for the grid and the figures. Without figures, and with a file
+    # for each image, the grid is made from the files instead.
+    shown_count = min(args.n, GRID_LIMIT) if frames or not args.individual else 0
 
     with ExitStack() as stack:
-        # Rank 0 alone enters the folder, and holds it until the last batch is written.
-        opened = open_folder(folder, facts, args.individual)
-        existing = processes.on_main(lambda: stack.enter_context(opened))
+        # Rank 0 alone locks the folder, until the last batch is written.
+        context = open_folder(folder, facts, args.individual)
+        indices_on_disk = processes.on_main(lambda: stack.enter_context(context))
 
-        to_do = []
+        remaining = []
         for batch in batches_of(range(args.n), image_sampler.batch_size):
-            missing = args.individual and not existing.issuperset(batch)
-            if missing or batch.start < seen:
-                to_do.append(batch)
-        count = sum(map(len, to_do))
-        others = f" of {args.n}; the others are there" if count < args.n else ""
+            incomplete = args.individual and not indices_on_disk.issuperset(batch)
+            if incomplete or batch.start < shown_count:
+                remaining.append(batch)
+        count = sum(map(len, remaining))
+        others = f" of {args.n}; the others exist" if count < args.n else ""
         processes.print_main(
             f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}"
         )
 
-        # Each batch begins as noise. The sampler takes it to images when `write_and_keep` asks for
-        # it. After an error the generator is closed at once, and ends its progress bar.
-        batches = [to_do[i] for i in processes.shard(len(to_do))]
+        # `write_images` asks for one batch after the other, and each is sampled from noise when it
+        # is asked for. After an error the generator is closed, which ends its progress bar.
+        batches = [remaining[i] for i in processes.shard(len(remaining))]
         progress = processes.is_main and bool(batches)
-        with closing(generate_batches(image_sampler, batches, frames, progress)) as sampled:
-            kept = write_and_keep(args, zip(batches, sampled, strict=True), folder, existing, seen)
+        with closing(generate_batches(image_sampler, batches, frames, progress)) as generator:
+            pairs = zip(batches, generator, strict=True)
+            shown = write_images(args, pairs, folder, indices_on_disk, shown_count)
 
-        # No process goes on from here before all have written their images.
-        gathered = processes.gather(kept)
+        # This waits until all processes have written their images.
+        shown_by_rank = processes.gather(shown)
         if args.individual:
-            processes.print_main(f"all {args.n} images are there: {image_path(folder, 0)} and on")
+            processes.print_main(f"all {args.n} images exist, from {image_path(folder, 0)} on")
         if processes.is_main:
-            kept = [samples for part in gathered for samples in part]
-            samples = Samples.concatenated(kept) if kept else None
+            shown = [samples for part in shown_by_rank for samples in part]
+            samples = Samples.concatenated(shown) if shown else None
             save_pictures(args.n, figures, samples, folder)
 
 
-def write_and_keep(
+def write_images(
     args: argparse.Namespace,
-    sampled: Iterable[tuple[range, Samples]],
+    pairs: Iterable[tuple[range, Samples]],
     folder: Path,
-    existing: set[int],
-    seen: int,
+    indices_on_disk: set[int],
+    shown_count: int,
 ) -> list[Samples]:
-    """Write the single images that do not exist yet, and return the samples that are to be seen."""
-    kept = []
-    writing = []
+    """Write the single images that are not on the disk, and return the batches that are shown.
+
+    The pairs are batches of indices and their samples. The grid and the figures show those batches
+    that have some of the first `shown_count` images.
+    """
+    shown = []
+    writes = []
     with ThreadPoolExecutor(4) as pool:
-        for batch, samples in sampled:
+        for batch, samples in pairs:
             if args.individual:
-                # The batch before is on the disk after this, or its error is raised.
-                list(writing)
+                # This waits until the previous batch is on the disk, and raises its errors.
+                list(writes)
                 # Threads write this batch while the next one is sampled.
                 images = to_uint8(samples.images).numpy()
-                new = [k for k, i in enumerate(batch) if i not in existing]
-                paths = [image_path(folder, batch[k]) for k in new]
-                writing = pool.map(save_image, images[new], paths)
-            if batch.start < seen:
-                kept.append(samples)
-        # An error of the last batch is raised here.
-        list(writing)
-    return kept
+                missing = [k for k, i in enumerate(batch) if i not in indices_on_disk]
+                paths = [image_path(folder, batch[k]) for k in missing]
+                writes = pool.map(save_image, images[missing], paths)
+            if batch.start < shown_count:
+                shown.append(samples)
+        # This raises the errors of the last batch.
+        list(writes)
+    return shown
 
 
 def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
-    """Do what --interpolate, --variations and --inpaint ask for."""
+    """Write the pictures that --interpolate, --variations and --inpaint ask for."""
     size = image_sampler.shape[-1]
 
     def source_of(text):
         return int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
 
-    # The folder is made only when all images have been read. The names of files tell their
-    # sources, so that a picture of other sources is not overwritten.
+    # All images are read before the folder is made. A picture's file name has labels of its
+    # sources, so that no picture of other sources is overwritten.
     rows = {}
     for kind, texts in (("interpolation", args.interpolate), ("variations", args.variations)):
         if texts:
@@ -211,14 +217,14 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
         save_grid(pictures, path, columns=min(len(pictures), 8))
         print(f"wrote {path}")
         if args.individual:
-            # The first two pictures are the image and what is kept of it. A name of digits alone
-            # is that of a sample, for which the folder's manifest vouches.
+            # The first two pictures are the image and its known pixels. An answer's file name is
+            # not a number alone, because such files are samples, which the manifest describes.
             for i, answer in enumerate(pictures[2:]):
                 save_image(answer, folder / f"{inpainting}-{i:05d}.png")
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
-    """Read the command line; `UserError` for more images than a grid has room for."""
+    """Read the command line. Raises UserError for more images than fit in a grid."""
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     parser.add_argument(
@@ -226,100 +232,100 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
         "-n",
         type=positive,
         default=n,
-        help="How many images to sample. Behind torchrun write -n, as it takes --n for its own. "
-        "Default: %(default)s.",
+        help="How many images to sample. With torchrun write -n, because torchrun takes --n for "
+        "its own flag. Default: %(default)s.",
     )
 
     group = parser.add_argument_group("what to write beside the grid")
     group.add_argument(
         "--individual",
         action="store_true",
-        help="Write a PNG for each image; those that are there are kept. Default: no.",
+        help="Write a PNG for each image, unless it exists. Default: no.",
     )
     group.add_argument(
         "--strip",
         action="store_true",
-        help="Draw a figure of how the noise becomes images. Default: no.",
+        help="Draw a figure of the states x_t from noise to images. Default: no.",
     )
     group.add_argument(
         "--progressive",
         action="store_true",
-        help="Draw a figure of the x_0 that the model sees meanwhile. Default: no.",
+        help="Draw a figure of the x_0 that the model predicts at each t. Default: no.",
     )
     group.add_argument(
         "--gif",
         action="store_true",
         default=gif,
-        help="Write an animation of how the noise becomes the grid. "
+        help="Write an animation of the grid from noise to images. "
         "Default: no, but yes in sampleFFHQ.py.",
     )
 
-    group = parser.add_argument_group("what to do instead")
+    group = parser.add_argument_group("what to do instead of sampling from noise")
     group.add_argument(
         "--interpolate",
         nargs=2,
         metavar=("A", "B"),
-        help="Mix two images in the noise; each is an image file, or the number of an image of "
-        "the seed. Default: none.",
+        help="Mix two noised images and denoise the mixtures; each is an image file, or the number "
+        "of an image of the seed. Default: none.",
     )
     group.add_argument(
         "--variations",
         nargs=1,
         metavar="A",
-        help="Sample images like one, by way of noise; it is an image file, or the number of an "
-        "image of the seed. Default: none.",
+        help="Noise an image and denoise it several times; it is an image file, or the number of "
+        "an image of the seed. Default: none.",
     )
     group.add_argument(
         "--depths",
         type=fractions,
         default="0.25,0.5,0.75,1",
         metavar="X,X,...",
-        help="How far into the noise both of these go, as fractions of all timesteps. "
+        help="How far --interpolate and --variations noise images, in fractions of all timesteps. "
         "Default: %(default)s.",
     )
     group.add_argument(
         "--fit",
         action="store_true",
-        help="Crop and resize image files of another size for both of these. Default: no.",
+        help="Crop and resize image files of another size, for --interpolate and --variations. "
+        "Default: no.",
     )
     group.add_argument(
         "--inpaint",
         metavar="IMAGE",
-        help="Make a part of an image file anew, --n times: what is white in --mask, or "
-        "transparent. It takes --sampler ddpm, or ddim with --eta 1. Default: none.",
+        help="Sample a part of an image file again, --n times: the part that is white in --mask, "
+        "or transparent. This takes --sampler ddpm, or ddim with --eta 1. Default: none.",
     )
     group.add_argument(
         "--mask",
         metavar="FILE",
-        help="For --inpaint: an image as large, white where that is made anew. Default: none.",
+        help="For --inpaint: an image of the same size, white in the part that is sampled again. "
+        "Default: none.",
     )
     group.add_argument(
         "--resample",
         type=positive,
         default=10,
         metavar="N",
-        help="For --inpaint: how many network calls a step takes. Default: %(default)s.",
+        help="For --inpaint: how often each step is done. Default: %(default)s.",
     )
     group.add_argument(
         "--export",
         type=Path,
         metavar="FILE.safetensors|FOLDER",
-        help="Write the weights, the EMA's if there are, as one file, or as a folder for "
-        "diffusers. Default: no.",
+        help="Write the EMA weights, or the raw ones of a run without EMA, as one file, or as a "
+        "folder for diffusers. Default: no.",
     )
 
     args = parser.parse_args()
     refuse_ignored(args, parser.parse_args([]))
-    if args.n > MOST_IN_GRID and (args.inpaint or not args.individual):
-        raise UserError(
-            f"a grid shows {MOST_IN_GRID} images at most; for {args.n} add --individual"
-        )
+    if args.n > GRID_LIMIT and (args.inpaint or not args.individual):
+        raise UserError(f"a grid shows {GRID_LIMIT} images at most; for {args.n} add --individual")
     return args
 
 
 def refuse_ignored(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     """Raise UserError for a flag that would be ignored and is not at its default."""
-    # After an export nothing else is done. All else can be asked for together.
+    # Nothing is done beside an export. The other actions can be asked for together.
     actions = ["export"] if args.export else [name for name in TAKES if getattr(args, name, None)]
     taken = ALWAYS.union(actions, *(TAKES[action] for action in actions or ["noise"]))
     for name, value in vars(args).items():
@@ -331,7 +337,7 @@ def refuse_ignored(args: argparse.Namespace, defaults: argparse.Namespace) -> No
 
 
 def fractions(text: str) -> list[float]:
-    """A flag's type: numbers from 0 to 1 with commas between."""
+    """Parse a flag's value: numbers from 0 to 1 with commas between."""
     return [fraction(number) for number in text.split(",")]
 
 

@@ -1,6 +1,6 @@
-"""Sample faces from the newest FFHQ run: sample.py with a grid of 20 and its animation.
+"""Sample faces from the newest FFHQ run: write a grid of 20 and its animation.
 
-It takes the flags of sample.py. For such a run put FFHQ at data/FFHQ and run
+The script takes the flags of sample.py. To train such a run, put FFHQ at data/FFHQ and start
 `python train.py ffhq-run2`.
 """
 

@@ -1,9 +1,9 @@
 """Train a DDPM: `python train.py` for faces in minutes, `python train.py ffhq-full` for real.
 
 This is Algorithm 1 of Ho et al. 2020 with gradient accumulation, mixed precision and EMA; comments
-in the loop of `train` number its lines. Experiments are in config.py. Every run writes a folder of
-its own under runs/, laid out as functions/support/run_folder.py says. What happens between two
-steps (metrics, validation, samples, checkpoints, signals) is in functions/training/recorder.py.
+in the loop of `train` number its lines. Experiments are in config.py. Each run writes a new folder
+in runs/, whose files functions/support/run_folder.py lists. What happens between two steps
+(metrics, validation, samples, checkpoints, signals) is in functions/training/recorder.py.
 On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 """
 
@@ -35,9 +35,9 @@ from functions.sampling.generation import load_intact, rebuild
 from functions.support.checkpoint import (
     SavedModel,
     TrainingState,
-    check_whole,
     load_into,
     open_checkpoint,
+    verify_checkpoint,
 )
 from functions.support.command_line import (
     Parser,
@@ -64,14 +64,14 @@ from functions.support.run_folder import (
     run_to_resume,
 )
 from functions.timesteps import mixed_timesteps
-from functions.training.compiling import compiled_if_worth_it
+from functions.training.compiling import compile_if_worth_it
 from functions.training.memory import describe_compute, fit_memory
 from functions.training.recorder import Recorder
 from models.unet import UNet
 
-# Weights are made for one value of each of these fields, and of ModelConfig's but for dropout. So
-# --init takes the fields from where it takes the weights.
-OF_WEIGHTS = (
+# Weights fit only the values of these fields that they were trained with, and of the fields of
+# ModelConfig except dropout. So --init takes these values over together with the weights.
+WEIGHT_FIELDS = (
     "timesteps_diff",
     "beta_start",
     "beta_end",
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def parse_flags() -> argparse.Namespace:
-    """Read the command line; end the script for flags that cannot be or cannot go together."""
+    """Read the command line; end the script if flags are wrong or exclude each other."""
     parser = Parser(description=__doc__, usage="%(prog)s [experiment] [flags]")
     parser.add_argument(
         "experiment",
@@ -109,21 +109,21 @@ def parse_flags() -> argparse.Namespace:
         nargs="?",
         const="newest",
         metavar="RUN|auto",
-        help="Go on with the run in this folder; without a value, with the newest unfinished run "
-        "of the experiment; with auto, with that one or with a new run if there is none. "
+        help="Resume the run in this folder. Without a value, resume the newest unfinished run of "
+        "the experiment; with auto, resume that run, or start a new run if there is none. "
         "Default: a new run.",
     )
     parser.add_argument(
         "--init",
         type=Path,
         metavar="RUN|FILE|FOLDER",
-        help="Start from the weights of a run, a file or a folder of diffusers, from the EMA's if "
-        "there are any. Default: new weights.",
+        help="Start from the weights of a run, a checkpoint or a diffusers folder, and from its "
+        "EMA weights if it has any. Default: new weights.",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="Say what would happen, prepare the data, and stop.",
+        help="Prepare the data, describe the run and its cost, and stop.",
     )
     parser.add_argument(
         "--device",
@@ -136,7 +136,7 @@ def parse_flags() -> argparse.Namespace:
         type=Path,
         default=Path("runs"),
         metavar="FOLDER",
-        help="The folder that holds the folders of runs. Default: %(default)s.",
+        help="The folder that contains the run folders. Default: %(default)s.",
     )
     add_config_flags(parser, "diffusion", DiffusionConfig)
     add_config_flags(parser, "model", ModelConfig)
@@ -146,7 +146,7 @@ def parse_flags() -> argparse.Namespace:
         known = ", ".join(EXPERIMENTS)
         parser.error(f"there is no experiment {args.experiment!r}; there are {known}")
     if args.init and args.resume not in (None, "auto"):
-        parser.error("--init starts a new run, --resume goes on with one")
+        parser.error("--init starts a new run, but --resume goes on with one")
     return args
 
 
@@ -157,9 +157,9 @@ def new_run(
     changes: tuple[dict, dict],
     processes: Processes,
 ) -> Run:
-    """Return a new run of an experiment; with a path, it begins with the weights that are there.
+    """Return a new run of an experiment. With `initial_path` it starts from the weights there.
 
-    Raises ConfigError for a change that contradicts these weights.
+    Raises ConfigError for a change that does not fit these weights.
     """
     preset = EXPERIMENTS[name]
     if not initial_path:
@@ -168,61 +168,66 @@ def new_run(
     initial = open_initial(initial_path, processes)
     if not initial.config["diffusion"].get("clip_x_0", True):
         processes.print_main(
-            f"note: {initial_path} is sampled without clipping x_0, the new run with it"
+            f"note: {initial_path} is sampled without clipping x_0, but the new run clips x_0"
         )
-    changed = of_weights(preset, initial).override(*changes)
-    fitting = of_weights(changed, initial)
-    for field, (of_initial, wanted) in fitting.differences(changed).items():
+    experiment = with_weight_fields(preset, initial).override(*changes)
+    fitting = with_weight_fields(experiment, initial)
+    for field, (trained_value, value) in fitting.differences(experiment).items():
         raise ConfigError(
-            f"{field} is {of_initial} for the weights of {initial.path}, and cannot become {wanted}"
+            f"{field} is {trained_value} for the weights of {initial.path}; "
+            f"it cannot become {value}"
         )
-    before = Facts(initial=f"{initial.path}: {initial}")
-    return Run(name, changed, runs, before=before, initial=initial)
+    prior_facts = Facts(initial=f"{initial.path}: {initial}")
+    return Run(name, experiment, runs, prior_facts=prior_facts, initial=initial)
 
 
 def open_initial(path: Path, processes: Processes) -> SavedModel:
     """Read the model whose weights a new run starts from.
 
-    Raises CheckpointError if its weights and its config do not fit each other.
+    Raises CheckpointError if these weights do not fit the config that is saved with them.
     """
     saved = load_intact(lambda: find_checkpoints(path), processes)
     rebuild(saved, torch.device("cpu"))
     return saved
 
 
-def of_weights(experiment: Experiment, initial: SavedModel) -> Experiment:
-    """Return the experiment with the fields that these weights were trained with."""
-    # A field that an older file lacks has its default.
+def with_weight_fields(experiment: Experiment, initial: SavedModel) -> Experiment:
+    """Return the experiment with the values of WEIGHT_FIELDS and ModelConfig that fit the weights.
+
+    Dropout stays that of the experiment.
+    """
+    # An older file may lack a field, which then has its default.
     saved_fields = vars(DiffusionConfig) | initial.config["diffusion"]
-    diffusion = {name: saved_fields[name] for name in OF_WEIGHTS}
+    diffusion = {name: saved_fields[name] for name in WEIGHT_FIELDS}
     model = vars(initial.model) | {"dropout": experiment.model.dropout}
     return experiment.override(diffusion, model)
 
 
 def open_run(
     folder: Path,
-    wanted: str | None,
+    expected_name: str | None,
     initial_path: Path | None,
     changes: tuple[dict, dict],
     processes: Processes,
 ) -> Run:
-    """Open a run to resume, at its newest sound checkpoint.
+    """Open a run to resume it from its newest intact checkpoint.
 
-    The experiment is the one that the checkpoint was made with, whatever config.py says by now.
-    Raises ConfigError for changes that would alter its meaning, and when another experiment is
-    `wanted`, or a path to other weights than the run began with is given.
+    The experiment comes from the checkpoint, whatever config.py says now. Raises ConfigError for
+    changes that a resumed run cannot make, for a run whose experiment is not `expected_name`, and
+    for a run that did not start from the weights in `initial_path`; None fits any run.
     """
-    path = processes.on_main(lambda: first_intact(find_checkpoints(folder), check_whole).path)
+    path = processes.on_main(lambda: first_intact(find_checkpoints(folder), verify_checkpoint).path)
     checkpoint = open_checkpoint(path)
     name = checkpoint.contents["run"]["experiment"]
-    before = Facts.of(checkpoint)
-    if wanted not in (None, name):
-        raise ConfigError(f"{folder} is a run of {name!r}, not of {wanted!r}")
+    prior_facts = Facts.of(checkpoint)
+    if expected_name not in (None, name):
+        raise ConfigError(f"{folder} is a run of {name!r}, not of {expected_name!r}")
     if initial_path:
         digest = open_initial(initial_path, processes).digest[:16]
-        if digest not in (before.initial or ""):
+        if digest not in (prior_facts.initial or ""):
             raise ConfigError(
-                f"{folder} did not begin with the weights of {initial_path}, so it does not go on"
+                f"{folder} did not begin with the weights of {initial_path}; "
+                "resume it without --init"
             )
 
     saved = Experiment.from_dict(checkpoint.contents["config"])
@@ -234,14 +239,17 @@ def open_run(
         processes.print_main(
             f"note: {field} stays {now}, as the run was started; config.py has {in_file}"
         )
-    return Run(name, resumed, folder.parent, folder, checkpoint, before)
+    return Run(name, resumed, folder.parent, folder, checkpoint, prior_facts)
 
 
 def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = False) -> None:
-    """Train to the last step: a new run from the start, or a resumed one from its checkpoint on."""
+    """Train a run to its last step; a resumed run starts at its checkpoint.
+
+    With `dry_run`, prepare the data and describe the run instead.
+    """
     # Data
     image_set, split = load_data(run.experiment)
-    images = ImageFeeder(image_set.images, device)
+    feeder = ImageFeeder(image_set.images, device)
     total_steps = count_steps(run, split, processes)
 
     # Network
@@ -249,13 +257,13 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     model, scheduler, precision = denoiser.network, denoiser.scheduler, denoiser.precision
     state = build_training_state(run, denoiser, device)
 
-    # Where memory is short, batch_size is lower from here on.
+    # This lowers batch_size where memory is short.
     if not dry_run:
         run.experiment = fit_memory(run.experiment, denoiser, processes)
     config = run.experiment.diffusion
     image_shape = run.experiment.model.image_shape
 
-    # What is about to happen, for people, for config.json and for checkpoints
+    # Facts of the run, which are printed and go into config.json and checkpoints
     facts = Facts(
         total_steps=total_steps,
         steps_per_epoch=total_steps // config.epochs,
@@ -265,14 +273,14 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         parameters=sum(p.numel() for p in model.parameters()),
         terminal_snr=scheduler.terminal_snr,
         device=str(device),
-        initial=run.before.initial,
+        initial=run.prior_facts.initial,
         arithmetic=arithmetic(device, precision, processes.count, config.batch_size),
     )
     steps = range(run.first_step, total_steps)
     processes.print_main(describe(run, facts, image_set.summary))
     if dry_run:
         processes.print_main(describe_compute(run.experiment, denoiser, len(steps), processes))
-        folder = run.folder or run.runs / f"{run.name}-<time>"
+        folder = run.folder or run.runs_folder / f"{run.name}-<time>"
         processes.print_main(
             f"  images in  {image_set.path}\n  goes to    {folder}\nnothing was started"
         )
@@ -280,17 +288,17 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
 
     # Each process has its share of every effective batch, in passes of at most batch_size images.
     passes = forward_passes(processes.shard(config.effective_batch), config.batch_size)
-    batches = images.feed(
+    batches = feeder.feed(
         micro_batches(split.train_indices, config.seed, config.effective_batch, passes, steps)
     )
     ema_model, optimizer, scaler = state.ema_model, state.optimizer, state.scaler
     sample_denoiser = replace(denoiser, network=ema_model or model)
     network = processes.wrap(model, device)
-    train_denoiser = compiled_if_worth_it(denoiser, network, config, passes, len(steps), processes)
+    train_denoiser = compile_if_worth_it(denoiser, network, config, passes, len(steps), processes)
 
-    recorder = Recorder(run, facts, state, sample_denoiser, images, split.val_indices, processes)
+    recorder = Recorder(run, facts, state, sample_denoiser, feeder, split.val_indices, processes)
     with recorder.opened():
-        # Algorithm 1, lines 1 and 6: repeat until converged, which here is total_steps times.
+        # Algorithm 1, lines 1 and 6: "repeat until converged" is a fixed number of steps here.
         for step in steps:
             # Lines 3 and 4: t and the noise eps of the whole effective batch.
             draws = draw_step(config, scheduler, step, image_shape, device)
@@ -299,7 +307,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 config.max_rotation, config.rotation_free_end, step / total_steps
             )
 
-            sums = torch.zeros(2, device=device)  # of the loss, and of the error of eps in it
+            # These are sums over images of the loss, and of the error of eps.
+            sums = torch.zeros(2, device=device)
             for batch_slice in passes:  # slices of the effective batch
                 # Line 2: images x_0. data/batches.py shuffles them, and each comes once an epoch.
                 x_0 = to_model_range(next(batches))
@@ -310,7 +319,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 noise = draws.noise[batch_slice]
 
                 # Line 5: the loss and its gradient, which DDP averages over the processes in the
-                # last pass. Each pass has a seed for dropout, so that a resumed run drops the same.
+                # last pass. Each pass seeds its dropout, so that a resumed run repeats it.
                 torch.manual_seed(seed_of(config.seed, "dropout", step, batch_slice.start))
                 with processes.accumulating(network, last=batch_slice is passes[-1]):
                     losses = denoising_loss(train_denoiser, scheduler, x_0, t, noise)
@@ -319,8 +328,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 errors = eps_errors(train_denoiser, scheduler, losses, t)
                 sums += torch.stack([losses, errors]).detach().sum(dim=1)
 
-            # Line 5: the gradient step. Where numbers are not finite, found_inf tells Adam to leave
-            # it out. So scaler.step is not needed, which would wait for the device.
+            # Line 5: the gradient step. If the loss or gradients are not finite, found_inf tells
+            # Adam to skip it. scaler.step would do so, too, but would wait for the device.
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             max_norm = config.clip_grad_norm or math.inf
@@ -329,11 +338,13 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             optimizer.found_inf = recorder.bad_numbers.check(sums[0], grad_norm)
             optimizer.step()
             scaler.update()
-            # DDP's gradients are views of its buckets: set to None they would be allocated twice.
+            # DDP's gradients are views of its buckets. If they were set to None, they would be
+            # allocated twice.
             optimizer.zero_grad(set_to_none=processes.count == 1)
 
             if ema_model:
-                # An average that begins with trained weights remembers them from the first step on.
+                # An EMA that starts from trained weights has its full decay from the first step on,
+                # so that it does not forget them.
                 ramp = not facts.initial
                 update_ema(ema_model, model, step, config.ema_decay, ramp)
             recorder.window.add(sums, optimizer.found_inf)
@@ -342,7 +353,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
 
 
 def load_data(experiment: Experiment) -> tuple[ImageSet, Split]:
-    """Load the images, and split them into those to train on and those held out."""
+    """Load the images, and split them into training and held-out images."""
     config = experiment.diffusion
     size = experiment.model.image_size
     image_set = load_images(config.dataset_name, size, config.max_bad_images)
@@ -350,16 +361,17 @@ def load_data(experiment: Experiment) -> tuple[ImageSet, Split]:
 
 
 def count_steps(run: Run, split: Split, processes: Processes) -> int:
-    """Return the number of the run's steps, from its first one.
+    """Return the number of steps of the whole run.
 
-    Raises ConfigError unless there are steps to do, on the images that the run began with.
+    Raises ConfigError if no step is left to do, if a resumed run began with other training images,
+    or if the processes cannot share the effective batch.
     """
     config = run.experiment.diffusion
     total_steps = config.epochs * (len(split.train_indices) // config.effective_batch)
-    if run.checkpoint and run.before.train_ids_hash != split.train_ids_hash:
+    if run.checkpoint and run.prior_facts.train_ids_hash != split.train_ids_hash:
         raise ConfigError(
             f"{run.folder} was trained on other images than {config.dataset_name} has; "
-            "it cannot go on"
+            "it cannot go on with these"
         )
     if total_steps == 0:
         raise ConfigError(
@@ -380,11 +392,13 @@ def count_steps(run: Run, split: Split, processes: Processes) -> int:
 
 
 def build_denoiser(run: Run, device: torch.device) -> Denoiser:
-    """Build the network to train and its schedule; with the weights of `run.initial` if any."""
+    """Build the network, with the weights of `run.initial` if there are any, and the schedule."""
     config = run.experiment.diffusion
     set_deterministic(config.deterministic)
-    precision = choose_precision(config.precision, device, run.before.arithmetic.get("precision"))
-    # This seed is for the initial weights. Every later draw has a seed of its own.
+    precision = choose_precision(
+        config.precision, device, run.prior_facts.arithmetic.get("precision")
+    )
+    # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
     model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
     if run.initial:
@@ -433,7 +447,7 @@ def draw_step(
 
 
 def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float:
-    """Return a step's learning rate: a linear warm-up from 0, times a half cosine if wanted."""
+    """Return a step's learning rate: a linear warm-up from 0, and a half cosine if configured."""
     rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
     if config.lr_schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / total_steps))

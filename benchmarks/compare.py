@@ -2,12 +2,12 @@
 
     python benchmarks/compare.py [--help]
 
-The table has seconds and memory of each arm; an arm is a network in a setting. It has a process of
-its own, because peak memory and the heap's settings belong to a process, and it takes turns with
-ours, A B A B. Each peer runs as it is shipped, and as fast as we could make it: with our precision,
-our heap, its faster memory layout (of lucidrains' not tried), compiled. Ours is not compiled. The
-comparison needs requirements-dev.txt and a machine that does nothing else. It has not yet run on a
-GPU.
+An arm is a network with its settings. The table has the seconds and the memory of each arm. Each
+arm runs in a process of its own, because peak memory and heap settings belong to a process. It
+takes turns with our arm, A B A B. Each peer runs as shipped, and with the settings that make it
+fastest: our precision, our heap settings, its faster memory layout (not measured for lucidrains),
+compiled. Our network is not compiled. The comparison needs requirements-dev.txt and an idle
+machine. It has not run on a GPU yet.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-# Run as a script, Python looks for modules in this folder, not in the repository's root.
+# Python looks for modules in this script's folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EXPERIMENTS, ModelConfig
@@ -44,18 +44,18 @@ from functions.support.device import (
     cpu_name,
     keep_heap,
 )
-from functions.support.diffusers_folder import their_network
+from functions.support.diffusers_folder import diffusers_network
 from functions.support.errors import UserError
 from functions.training.compiling import OPTIONS
 from models.unet import UNet
 
-# Every network has the multipliers and the levels of attention of this one.
+# Every network has the multipliers and the attention levels of this config.
 FFHQ = EXPERIMENTS["ffhq-run2"].model
-# Peak memory is read after so many steps: the second has Adam's moments from its start.
+# Peak memory is read after this many steps: Adam's moments exist from the second step on.
 FIRST_STEPS = 2
-# In a turn an arm takes steps for so long, then calls for so long, and one of each at least.
+# In a turn an arm takes steps for this time, then calls for this time, and at least one of each.
 TURN_SECONDS = 0.3
-# An arm has so many seconds for its first steps, with compiling, and for a turn.
+# The time limit for an arm's first steps, which compile, and for a turn, in seconds.
 LONGEST_ANSWER = 900.0
 
 COLUMNS = (
@@ -77,10 +77,7 @@ Peak: of the process on the CPU, its compiler included; on CUDA allocated / rese
 
 
 class ArmFailed(UserError):
-    """An arm has an error, or its process died or gives no answer.
-
-    The message says which arm and why.
-    """
+    """An arm raised an error, or its process died or timed out. The message names the arm."""
 
     def __init__(self, arm: "Arm", reason: str):
         super().__init__(f"{arm.text}: {reason}")
@@ -90,23 +87,23 @@ class ArmFailed(UserError):
 
 @dataclass(frozen=True)
 class Arm:
-    """A network in a setting."""
+    """A network with its settings."""
 
-    text: str  # for people
+    text: str  # the name in the table
     package: str  # "ours", "diffusers" or "lucidrains"
     precision: str  # of autocast; "float32" is none
     channels_last: bool
-    # Whether freed memory stays with the process: functions.support.device.keep_heap.
+    # Whether freed memory stays with the process (`keep_heap` of functions/support/device.py).
     keeps_heap: bool = False
-    # What backward recomputes. Ours has none, norms and blocks; diffusers has none, and blocks,
-    # which is its gradient checkpointing.
+    # What backward recomputes: "none", "norms" (ours alone) or "blocks". For diffusers "blocks" is
+    # its gradient checkpointing.
     recompute: str = "none"
     compiled: bool = False
 
 
 def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
     """Return every arm by its name for --arms, ours first."""
-    # Only the CPU's heap can be kept.
+    # `keep_heap` works on the CPU alone.
     heap = ", heap kept" if on_cpu else ""
     # On the CPU diffusers is faster with contiguous tensors; on CUDA it should not be.
     layout = "contiguous" if on_cpu else "channels_last"
@@ -137,13 +134,13 @@ def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
         ),
     }
     if not on_cpu:
-        # Without a heap to keep, this arm is "diffusers-channels_last" once more.
+        # Without `keep_heap` this arm is the same as "diffusers-channels_last".
         del arms["diffusers-heap"]
     return arms
 
 
 def build(arm: Arm, model: ModelConfig) -> nn.Module:
-    """Return the arm's network, none of whose weights is zero."""
+    """Return the arm's network, with random weights of which none is zero."""
     torch.manual_seed(0)
     if arm.package == "ours":
         module = UNet(**vars(model))
@@ -153,13 +150,12 @@ def build(arm: Arm, model: ModelConfig) -> nn.Module:
         if arm.recompute == "blocks":
             module.enable_gradient_checkpointing()
     else:
-        # It has our width and multipliers. Its blocks and its attention are its own defaults, which
-        # are not ours.
+        # Width and multipliers are ours. Blocks and attention are the package's defaults.
         from denoising_diffusion_pytorch import Unet
 
         module = Unet(dim=model.base_dim, dim_mults=model.dim_multiply)
 
-    # Some of our layers start at zero, and work on zeros can be faster.
+    # Some of our layers start at zero, and computing with zeros can be faster.
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -169,11 +165,11 @@ def build(arm: Arm, model: ModelConfig) -> nn.Module:
 def build_diffusers(model: ModelConfig) -> nn.Module:
     """Return diffusers' U-Net with our architecture.
 
-    It has the same parameters, and is the same function (tests/models/test_unet.py).
+    With the same parameters it computes the same function (tests/models/test_unet.py).
     """
     from diffusers import UNet2DModel
 
-    return UNet2DModel.from_config(their_network(vars(model)))
+    return UNet2DModel.from_config(diffusers_network(vars(model)))
 
 
 class Bench:
@@ -188,7 +184,7 @@ class Bench:
         self.layout = torch.channels_last if arm.channels_last else torch.contiguous_format
         self.module = build(arm, model).to(device, memory_format=self.layout)
 
-        # Ours is compiled as train.py compiles it, the others with PyTorch's defaults.
+        # Our network is compiled as in train.py, and the others with PyTorch's defaults.
         network = self.module
         if arm.compiled:
             options = OPTIONS if arm.package == "ours" else None
@@ -197,19 +193,19 @@ class Bench:
         def first_of_tuple(x_t, t):
             return network(x_t, t, return_dict=False)[0]
 
-        # diffusers' network returns a tuple, the others a tensor.
+        # diffusers' network returns a tuple, and the others return a tensor.
         predict = first_of_tuple if arm.package == "diffusers" else network
         self.denoiser = Denoiser(predict, NoiseScheduler(1000), DTYPES[arm.precision])
 
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5, fused=True)
         self.batch = self.inputs(batch)
 
-    def inputs(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x_0, t and noise: the same numbers in every arm, in its layout."""
+    def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x_0, t and noise in the arm's layout; all arms have the same values."""
         generator = torch.Generator().manual_seed(0)
-        shape = (2, images, 3, self.image_size, self.image_size)
+        shape = (2, batch, 3, self.image_size, self.image_size)
         x_0, noise = torch.randn(shape, generator=generator).to(self.device)
-        t = torch.randint(1000, (images,), generator=generator).to(self.device)
+        t = torch.randint(1000, (batch,), generator=generator).to(self.device)
         return (
             x_0.contiguous(memory_format=self.layout),
             t,
@@ -233,75 +229,75 @@ class Bench:
         """Return the seconds of a step and of a call."""
         step = seconds_of(self.step, self.device)
 
-        # Samplers call the network without dropout.
+        # Samplers call the network in eval mode.
         self.module.eval()
         call = seconds_of(self.call, self.device)
         self.module.train()
         return {"step": step, "call": call}
 
     def facts(self) -> dict:
-        """Return what needs no clock, after the first steps, in which a network is compiled."""
+        """Take the first steps, which compile the network, and return its size and its memory."""
         for _ in range(FIRST_STEPS):
             self.step()
 
-        # The peak is read first, since counting what is kept takes memory as well.
+        # The peak is read first, since `kept_bytes` takes memory too.
         peaks = peak_bytes(self.device)
         kept = None
         if not self.arm.compiled:
-            # Weights are kept whatever the batch; the difference is what two more images add.
+            # Autograd keeps the weights for any batch. The difference is due to two more images.
             kept = (self.kept_bytes(3) - self.kept_bytes(1)) / 2
         parameters = sum(parameter.numel() for parameter in self.module.parameters())
         return {"parameters": parameters, "peaks": peaks, "kept": kept}
 
-    def kept_bytes(self, images: int) -> int:
+    def kept_bytes(self, batch: int) -> int:
         """Return the bytes that autograd keeps of a forward pass for the backward pass.
 
-        Each storage counts once; weights are among them.
+        Each storage counts once. Weights count too.
         """
-        inputs = self.inputs(images)
+        inputs = self.inputs(batch)
         storages = {}
 
-        def see(tensor):
-            # The storage is held, or another one could come to lie at its address.
+        def record(tensor):
+            # The dict keeps the storage alive, so no other storage gets its address.
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             denoising_loss(self.denoiser, self.denoiser.scheduler, *inputs)
         return sum(storage.nbytes() for storage in storages.values())
 
 
 def seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """Return the mean seconds of as many calls of `work` in a row as take TURN_SECONDS.
+    """Call `work` for TURN_SECONDS, at least once, and return the mean seconds of a call.
 
-    On CUDA the device works on one while the host launches the next, as in training.
+    On CUDA the host launches a call while the device computes the one before, as in training.
     """
     wait_for(device)
     start = time.perf_counter()
-    times = 0
-    while times == 0 or time.perf_counter() - start < TURN_SECONDS:
+    calls = 0
+    while calls == 0 or time.perf_counter() - start < TURN_SECONDS:
         work()
-        times += 1
+        calls += 1
     wait_for(device)
-    return (time.perf_counter() - start) / times
+    return (time.perf_counter() - start) / calls
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has done all that was launched; the CPU has done it already."""
+    """Wait until the GPU has finished all launched work. The CPU works synchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_bytes(device: torch.device) -> list[int]:
-    """Return the most bytes so far: of the process, or nothing where the system does not say it.
+    """Return the process's peak memory in bytes, or an empty list on systems other than Linux.
 
-    On CUDA they are two numbers: the most bytes of tensors, and of PyTorch's cache.
+    On CUDA return two numbers: the peak of tensors, and the peak of PyTorch's cache.
     """
     if device.type == "cuda":
         return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
 
-    # Linux has such a file, other systems do not.
+    # Linux alone has this file.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
@@ -310,11 +306,12 @@ def peak_bytes(device: torch.device) -> list[int]:
 def serve(
     connection: Connection, arm: Arm, model: ModelConfig, batch: int, device: torch.device
 ) -> None:
-    """Answer names of methods of `Bench` with their results, and an error with its first line.
+    """Run an arm's process: receive names of methods of `Bench`, call them and send their results.
 
-    This is what an arm's process does, until its end of the connection is closed or it fails.
+    It ends when the other end of the connection is closed. It also ends after an error, whose first
+    line it sends.
     """
-    # Compilers would give their warnings into the table.
+    # Warnings of compilers would be printed into the table.
     warnings.simplefilter("ignore")
     try:
         bench = Bench(arm, model, batch, device)
@@ -322,10 +319,10 @@ def serve(
             method = getattr(bench, connection.recv())
             connection.send(method())
     except EOFError:
-        # Nobody asks any more.
+        # The other end is closed.
         pass
     except Exception as error:
-        # Whatever the error is, it is this arm's result.
+        # Any error is this arm's result, and the other arms go on.
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
@@ -333,20 +330,20 @@ def serve(
 def process_of(
     arm: Arm, model: ModelConfig, batch: int, device: torch.device
 ) -> Iterator[Callable[[str], dict]]:
-    """Give the arm a process, and yield a function that asks it.
+    """Start the arm's process, and yield a function that calls methods of its `Bench`.
 
-    The function takes the name of a method of `Bench` and returns its result, or raises ArmFailed.
+    The function takes the name of a method and returns its result, or raises ArmFailed.
     """
     context = multiprocessing.get_context("spawn")
-    connection, others_end = context.Pipe()
-    process = context.Process(target=serve, args=(others_end, arm, model, batch, device))
+    connection, child_connection = context.Pipe()
+    process = context.Process(target=serve, args=(child_connection, arm, model, batch, device))
     process.start()
-    # Now the process alone has its end, so that reading here ends when the process dies.
-    others_end.close()
+    # This copy is closed. So when the process dies, nobody holds its end, and reading here ends.
+    child_connection.close()
 
     def ask(method):
         try:
-            # A process that died cannot be asked, but it may have said why.
+            # Sending to a dead process fails, but its error may still be waiting to be read.
             with suppress(OSError):
                 connection.send(method)
             if connection.poll(LONGEST_ANSWER):
@@ -363,7 +360,7 @@ def process_of(
     try:
         yield ask
     finally:
-        # Closing tells the process to end. One that hangs is killed.
+        # The process ends when the connection is closed. If it hangs, it is killed.
         connection.close()
         process.join(10)
         process.kill()
@@ -373,13 +370,13 @@ def process_of(
 def rows(
     arms: list[Arm], rounds: int, model: ModelConfig, batch: int, device: torch.device
 ) -> Iterator[list[str]]:
-    """Yield the cells of each arm as soon as it is measured.
+    """Yield the table's row for each arm as soon as it is measured.
 
-    The first arm is ours, with which the others take turns; ArmFailed if it fails itself.
+    The first arm is ours, and the others take turns with it. Raises ArmFailed when ours fails.
     """
     with process_of(arms[0], model, batch, device) as ask_ours:
         facts = ask_ours("facts")
-        # The first round warms up, here and below, and does not count.
+        # The first round is a warm-up and does not count, here and below.
         turns = [ask_ours("turn") for _ in range(1 + rounds)][1:]
         yield cells(arms[0], facts, turns, turns, batch)
 
@@ -391,7 +388,7 @@ def rows(
                 turns, ours = zip(*pairs[1:], strict=True)
                 yield cells(arm, facts, turns, ours, batch)
             except ArmFailed as failure:
-                # Without ours there is nothing to compare with.
+                # Without our arm there is no comparison.
                 if failure.arm is arms[0]:
                     raise
                 yield [arm.text, f"failed: {failure.reason}", *[""] * (len(COLUMNS) - 2)]
@@ -415,13 +412,13 @@ def cells(arm: Arm, facts: dict, turns: list[dict], ours: list[dict], batch: int
 
 
 def ratio(name: str, turns: list[dict], ours: list[dict]) -> str:
-    """Return the median, the least and the most of the rounds' ratios."""
+    """Return the median, the minimum and the maximum of the rounds' ratios, as text."""
     ratios = [turn[name] / other[name] for turn, other in zip(turns, ours, strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def table_line(row: list[str] | tuple[str, ...]) -> str:
-    """Return a row in Markdown, in which a bar within a cell would begin another one."""
+    """Return a row in Markdown. A bar in a cell would start a new cell, so it becomes a slash."""
     return f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
 
 
@@ -432,7 +429,7 @@ def heading(
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     versions = [f"PyTorch {torch.__version__}"]
     for peer in ("diffusers", "denoising-diffusion-pytorch"):
-        # A peer that is not installed says so in its row.
+        # The row of a peer that is not installed shows the error.
         with suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{peer} {importlib.metadata.version(peer)}")
     return (
@@ -444,7 +441,7 @@ def heading(
 
 
 def main() -> None:
-    """Measure, and print each arm's row at once."""
+    """Measure all arms, and print each row as soon as it is measured."""
     parser = Parser(description=__doc__)
     parser.add_argument(
         "--image-size",
@@ -462,13 +459,13 @@ def main() -> None:
         "--batch",
         type=positive,
         default=4,
-        help="Images in a step and in a call. Default: %(default)s.",
+        help="The number of images in a step or call. Default: %(default)s.",
     )
     parser.add_argument(
-        "--rounds", type=positive, default=5, help="Turns of each arm. Default: %(default)s."
+        "--rounds", type=positive, default=5, help="Turns for each arm. Default: %(default)s."
     )
     parser.add_argument(
-        "--arms", metavar="NAME,...", help="These arms alone, beside ours. Default: all."
+        "--arms", metavar="NAME,...", help="The arms to compare with ours. Default: all."
     )
     parser.add_argument(
         "--device",
@@ -477,7 +474,7 @@ def main() -> None:
         help="Where to measure. Default: cuda where there is a GPU.",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="A file for the table too. Default: none."
+        "--out", type=Path, metavar="FILE", help="Also write the table to this file. Default: none."
     )
     options = parser.parse_args()
 
@@ -491,7 +488,7 @@ def main() -> None:
             f"there is no arm {', '.join(unknown)} on this device; there are {', '.join(arms)}"
         )
 
-    # The lowest of the network's five levels has a sixteenth of the image's size.
+    # The lowest of the network's five levels has 1/16 of the image's size.
     model = replace(
         FFHQ,
         image_size=options.image_size,
@@ -508,13 +505,13 @@ def main() -> None:
     ]
     print(*lines, sep="\n", flush=True)
 
-    # Ours comes first and is never left out, since the others take turns with it.
-    chosen = [arm for name, arm in arms.items() if name == "ours" or name in names]
-    for row in rows(chosen, options.rounds, model, options.batch, device):
+    # Our arm is first and always measured, since the others take turns with it.
+    selection = [arm for name, arm in arms.items() if name == "ours" or name in names]
+    for row in rows(selection, options.rounds, model, options.batch, device):
         lines.append(table_line(row))
         print(lines[-1], flush=True)
         if options.out:
-            # The file is complete after every row, so that a stopped comparison leaves a table.
+            # The whole file is written after each row, so a stopped comparison leaves a table.
             options.out.write_text("\n".join([*lines, "", NOTES, ""]))
     print(f"\n{NOTES}")
 

@@ -1,10 +1,10 @@
-"""How fast batches of uint8 images reach the training device.
+"""Measure how fast batches of uint8 images reach the training device.
 
     python benchmarks/data_feeding.py [--photos 4200] [--batch-size 80] [--workers N] [--rounds 5]
 
-Two ways are compared: a plain DataLoader over PNGs, and the packed file. They take turns, A B A B,
-shuffled, from a warm cache, over synthetic photos in a temporary folder. Then come the float
-conversion and the augmentation, which happen on the training device.
+A plain DataLoader over PNGs is compared with the packed file. They take turns, A B A B, with
+shuffled synthetic photos in a temporary folder that the system has cached. Then the float
+conversion and the augmentation are measured, which run on the training device.
 """
 
 import itertools
@@ -21,8 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 
-# Run as a script, Python looks for modules in this folder, not in the repository's root, where
-# `data` lies.
+# Python looks for modules in this script's folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.augmentation import augment
@@ -32,17 +31,13 @@ from data.pixels import to_model_range
 from functions.support.command_line import Parser, positive
 
 IMAGE_SIZE = 128
-# A round has so many PNGs' batches and so many packed images that the batches which are ready at
-# its start hardly count.
+# The length of a round. It is long beside the few batches that are prefetched at its start.
 PNG_BATCHES = 100
 PACKED_IMAGES = 20_000
 
 
 class PngFiles(list):
-    """Paths of files, with their images as items.
-
-    This is the usual way: every access opens and decodes a file.
-    """
+    """A data set over paths of image files: each access opens and decodes a file, as is usual."""
 
     def __getitem__(self, index: int) -> torch.Tensor:
         image = Image.open(super().__getitem__(index))
@@ -50,16 +45,16 @@ class PngFiles(list):
 
 
 def make_photos(folder: Path, count: int) -> list[Path]:
-    """Write PNGs that take about as many bytes as photos do, and return their paths."""
+    """Write PNGs of about the size of photos in bytes, and return their paths."""
     rng = np.random.default_rng(0)
     size = (IMAGE_SIZE, IMAGE_SIZE)
     frequency = np.fft.fftfreq(IMAGE_SIZE)
     radius = np.maximum(np.hypot(frequency[:, None], frequency), 1 / IMAGE_SIZE)
 
     folder.mkdir()
-    paths = [folder / f"{number:05d}.png" for number in range(count)]
+    paths = [folder / f"{index:05d}.png" for index in range(count)]
     for path in paths:
-        # Like a photo, this noise has less energy at higher frequencies, so PNG can compress it.
+        # Like a photo, this noise has less power at higher frequencies, so PNG can compress it.
         spectrum = np.fft.fft2(rng.standard_normal(size)) / radius**1.2
         grey = np.fft.ifft2(spectrum).real
         tinted = 128 + 45 * grey[..., None] / grey.std() + rng.normal(0, 2, (*size, 3))
@@ -67,36 +62,36 @@ def make_photos(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def index_batches(count: int, batch_size: int, images_wanted: int) -> Iterator[np.ndarray]:
-    """Yield shuffled batches of indices, epoch after epoch, until so many images are reached."""
-    images = 0
+def index_batches(count: int, batch_size: int, total: int) -> Iterator[np.ndarray]:
+    """Yield shuffled batches of indices below `count`, over epochs, until they have `total`."""
+    index_count = 0
     for epoch in itertools.count():
         order = epoch_order(count, 0, epoch)
-        # What is left at the end of an epoch is no whole batch, and is dropped.
+        # An incomplete batch at the end of an epoch is dropped.
         for i in range(0, count - batch_size + 1, batch_size):
             yield order[i : i + batch_size]
-            images += batch_size
-            if images >= images_wanted:
+            index_count += batch_size
+            if index_count >= total:
                 return
 
 
-def rate_of(batches: Iterable[torch.Tensor], device: torch.device) -> float:
-    """Return how many images a second come onto the device."""
-    # The first batch waits for workers and threads to start, and does not count.
+def images_per_second(batches: Iterable[torch.Tensor], device: torch.device) -> float:
+    """Copy all batches to the device, and return the images per second."""
+    # The first batch waits for workers and threads to start, so it does not count.
     batches = iter(batches)
     next(batches)
 
     start = time.perf_counter()
-    images = 0
+    image_count = 0
     for batch in batches:
-        images += len(batch.to(device, non_blocking=True))
+        image_count += len(batch.to(device, non_blocking=True))
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return images / (time.perf_counter() - start)
+    return image_count / (time.perf_counter() - start)
 
 
-def say(name: str, rates: list[float], unit: str = "images/s") -> None:
-    """Print the median of some rates, and the least and the most."""
+def print_rates(name: str, rates: list[float], unit: str = "images/s") -> None:
+    """Print the median, the minimum and the maximum of the rates."""
     print(f"{name:<32} {median(rates):>10,.0f} {unit}   ({min(rates):,.0f} to {max(rates):,.0f})")
 
 
@@ -108,7 +103,7 @@ def main() -> None:
         "--workers",
         type=positive,
         default=os.cpu_count(),
-        help="Processes of the DataLoader. Default: as many as there are cores.",
+        help="The number of processes of the DataLoader. Default: the number of cores.",
     )
     parser.add_argument("--rounds", type=positive, default=5)
     options = parser.parse_args()
@@ -129,23 +124,23 @@ def main() -> None:
         images = load_images(str(paths[0].parent), IMAGE_SIZE).images
         feeder = ImageFeeder(images, device, keep_on_device=False)
 
-        def packed_rate(images_wanted: int) -> float:
-            batches = index_batches(len(images), batch_size, images_wanted)
-            return rate_of(feeder.feed(batches), device)
+        def packed_rate(total):
+            batches = index_batches(len(images), batch_size, total)
+            return images_per_second(feeder.feed(batches), device)
 
-        # One pass over all images puts the packed file into the system's cache.
+        # A pass over all images brings the packed file into the system's cache.
         packed_rate(len(images))
         png_rates, packed_rates = [], []
         for _ in range(options.rounds):
-            png_rates.append(rate_of(loader, device))
+            png_rates.append(images_per_second(loader, device))
             packed_rates.append(packed_rate(PACKED_IMAGES))
         batch = feeder.gather(np.arange(min(batch_size, len(images))))
 
     print(f"{len(images):,} photos, batches of {batch_size}, {os.cpu_count()} cores, onto {device}")
-    say(f"A  DataLoader, {options.workers} workers", png_rates)
-    say("B  packed file", packed_rates)
+    print_rates(f"A  DataLoader, {options.workers} workers", png_rates)
+    print_rates("B  packed file", packed_rates)
     ratios = [packed / png for png, packed in zip(png_rates, packed_rates, strict=True)]
-    say("B / A", ratios, "times")
+    print_rates("B / A", ratios, "times")
 
     x_0 = to_model_range(batch)
     flip = torch.arange(len(batch), device=device) % 2 == 0
@@ -155,9 +150,9 @@ def main() -> None:
         ("flips", lambda: augment(x_0, flip)),
         ("flips and rotations", lambda: augment(x_0, flip, angle)),
     ):
-        # Each rate is of three batches, as the first of four does not count.
-        rates = [rate_of((work() for _ in range(4)), device) for _ in range(options.rounds)]
-        say(name, rates)
+        # A rate is measured over three batches, as the first of four does not count.
+        rounds = range(options.rounds)
+        print_rates(name, [images_per_second((work() for _ in range(4)), device) for _ in rounds])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What could not be measured here yet, in at most 10 minutes on an H100.
+"""Measure on a GPU what has been measured on CPUs alone, in at most 10 minutes on an H100.
 
     python benchmarks/first_day_on_a_gpu.py
 
-Each part is a process of its own with a time of its own, so that neither an error nor a slow
-compiler spoils the rest. The facts are written to first_day.json. Without a GPU all of it runs
-small, on the CPU, as its own test.
+Each part is a process with a time limit, so an error or a slow compiler in one part does not affect
+the others. The facts are written to first_day.json. Without a GPU all parts run on the CPU with the
+smallest sizes, as a test of this script.
 """
 
 import json
@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-# Run as a script, Python looks for modules in this folder, not in the repository's root.
+# Python looks for modules in this script's folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
@@ -31,18 +31,18 @@ from benchmarks.compare import FFHQ, Arm, Bench
 from config import EXPERIMENTS
 from functions.sampling.generation import CudaGraphed, ImageSampler, generate_batches
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import check_whole
+from functions.support.checkpoint import verify_checkpoint
 from functions.support.device import choose_device, choose_precision, set_deterministic
 from functions.support.processes import SINGLE_PROCESS, distributed
 from functions.support.run_folder import Run, checkpoints_of
-from functions.training.compiling import OPTIONS, largest_difference, tried
+from functions.training.compiling import OPTIONS, largest_difference, time_and_gradients
 from functions.training.metrics import read_metrics
 
 GPU = torch.cuda.is_available()
 DEVICE = choose_device("cuda") if GPU else torch.device("cpu")
 PRECISION = str(choose_precision("auto", DEVICE)).removeprefix("torch.")
-# Without a GPU all sizes are as small as they can be.
-BATCH, ROUNDS, STEPS, IMAGES, CALLS = (20, 3, 10, 64, 50) if GPU else (2, 2, 1, 2, 3)
+# Without a GPU all sizes are the smallest that work.
+BATCH, ROUNDS, STEPS, IMAGE_COUNT, CALLS = (20, 3, 10, 64, 50) if GPU else (2, 2, 1, 2, 3)
 SMALL = {
     "image_size": 16,
     "lowest_resolution_size": 8,
@@ -56,7 +56,7 @@ SIZE = {} if GPU else SMALL
 PROCESSES = torch.cuda.device_count() or 2
 TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {PROCESSES}".split()
 
-# An H100 should need at most this, by the bytes that were counted for benchmarks/NOTES.md.
+# Upper limits for an H100, estimated from the bytes moved (benchmarks/NOTES.md).
 ESTIMATES = {
     "ours, compiled, base 64: ms a step": 25,
     "ours, compiled, base 128: ms a step": 75,
@@ -66,67 +66,67 @@ ESTIMATES = {
 }
 
 
-def milliseconds(work: Callable[[], object], times: int) -> float:
-    """Return the mean milliseconds of so many calls of `work`."""
+def milliseconds(work: Callable[[], object], calls: int) -> float:
+    """Call `work` this many times, and return the mean milliseconds of a call."""
     if not GPU:
-        return 1000 * timeit.timeit(work, number=times) / times
+        return 1000 * timeit.timeit(work, number=calls) / calls
 
-    # The GPU's own clock does not count what the host does before and after.
+    # CUDA events measure the GPU's time, and not the host's time before and after.
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     start.record()
-    timeit.timeit(work, number=times)
+    timeit.timeit(work, number=calls)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / times
+    return start.elapsed_time(end) / calls
 
 
 def environment() -> Iterator[tuple[str, object]]:
-    """Yield the GPU, its driver and PyTorch, and how fast the GPU copies and multiplies."""
+    """Yield the GPU, its driver, PyTorch's version, and the GPU's speed of copying and products."""
     yield "GPU", torch.cuda.get_device_properties(0) if GPU else "none"
     driver = "none"
     if GPU:
-        ask = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
-        driver = subprocess.check_output(ask.split(), text=True).split()
+        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        driver = subprocess.check_output(query.split(), text=True).split()
     yield "driver", driver
     gpus = f"{torch.cuda.device_count()} GPUs"
     yield "PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda}, {gpus}"
 
-    # Each number of 4 bytes is read and written.
+    # Each element has 4 bytes, and is read and written.
     n = 8192 if GPU else 256
     source = torch.ones(n, n, device=DEVICE)
     copying = min(milliseconds(source.clone, 10) for _ in range(2))
     yield "copying: TB/s", 8 * n**2 / copying / 1e9
 
-    # Each of the product's numbers takes n multiplications and n additions.
+    # Each element of the product takes n multiplications and n additions.
     matrix = torch.ones(n, n, dtype=torch.bfloat16, device=DEVICE)
     multiplying = min(milliseconds(lambda: matrix @ matrix, 10) for _ in range(2))
     yield "bfloat16: TFLOP/s", 2 * n**3 / multiplying / 1e9
 
 
 def bench_of(arm: Arm, base_dim: int, device: torch.device) -> Bench:
-    """Return an arm with ffhq-run2's network in a width."""
+    """Return an arm's bench, with ffhq-run2's network of width `base_dim`."""
     set_deterministic(False)
     model = replace(FFHQ, **{"base_dim": base_dim, **SIZE})
     bench = Bench(arm, model, BATCH, device)
-    # In training a network in channels_last gets contiguous images. It would be compiled once more
-    # for images in another layout.
+    # In training a channels_last network gets contiguous images. Images in another layout would
+    # compile the network a second time.
     bench.batch = [tensor.contiguous() for tensor in bench.batch]
     return bench
 
 
 def training(package: str, base_dim: int) -> Iterator[tuple[str, object]]:
-    """Yield the milliseconds of a package's steps, eager and compiled by turns.
+    """Yield the milliseconds of a package's steps, eager and compiled, which take turns.
 
-    GB are what a step needs beside weights and Adam's moments.
+    GB is the memory of a step in addition to weights and Adam's moments.
     """
     benches, gradients = {}, []
-    for how in ("eager", "compiled"):
-        name = f"{package}, {how}, base {base_dim}"
-        # A run recomputes norms unless it is compiled.
-        recompute = "norms" if package == "ours" and how == "eager" else "none"
-        # A compiler takes minutes on the CPU, so there nothing is compiled.
-        compiled = GPU and how == "compiled"
+    for mode in ("eager", "compiled"):
+        name = f"{package}, {mode}, base {base_dim}"
+        # A training run recomputes norms unless its network is compiled.
+        recompute = "norms" if package == "ours" and mode == "eager" else "none"
+        # Compiling takes minutes on the CPU, so nothing is compiled there.
+        compiled = GPU and mode == "compiled"
         arm = Arm(name, package, PRECISION, True, False, recompute, compiled)
 
         start = time.perf_counter()
@@ -141,7 +141,7 @@ def training(package: str, base_dim: int) -> Iterator[tuple[str, object]]:
             bench.step()
             yield f"{name}: GB", (torch.cuda.max_memory_allocated() - before) / 1e9
         if package == "ours":
-            gradients.append(tried(bench.denoiser, {tuple(bench.batch[0].shape)})[1])
+            gradients.append(time_and_gradients(bench.denoiser, {tuple(bench.batch[0].shape)})[1])
 
     times = {name: [] for name in benches}
     for name in ROUNDS * list(benches):
@@ -156,51 +156,52 @@ def training(package: str, base_dim: int) -> Iterator[tuple[str, object]]:
 
 
 def in_ddp() -> Iterator[tuple[str, object]]:
-    """Yield the milliseconds of compiled steps at base 128, in all processes of torchrun.
+    """Yield the milliseconds of compiled steps at base 128 with DDP, from the main process.
 
-    By default Dynamo cuts the network into a graph for each of DDP's buckets, whose gradients
-    travel while backward goes on. Without optimize_ddp it is one graph, and they travel afterwards.
+    With optimize_ddp, the default, Dynamo compiles a graph for each of DDP's buckets, and gradients
+    of a bucket are reduced while backward continues. Without it there is one graph, and all
+    gradients are reduced after backward.
     """
     with distributed() as processes:
         device = choose_device(DEVICE.type, processes.local_rank)
-        for cut in (True, False):
+        for optimize_ddp in (True, False):
             bench = bench_of(Arm("DDP", "ours", PRECISION, True), 128, device)
             network = DistributedDataParallel(bench.module, gradient_as_bucket_view=True)
-            # The compiler would take the first network's graphs for the second one, too.
+            # Without a reset the compiler would use the first network's graphs for the second.
             torch.compiler.reset()
             compiled = torch.compile(network, dynamic=False, options=OPTIONS, disable=not GPU)
             bench.denoiser = replace(bench.denoiser, network=compiled)
 
-            with torch._dynamo.config.patch(optimize_ddp=cut):
+            with torch._dynamo.config.patch(optimize_ddp=optimize_ddp):
                 milliseconds(bench.step, 2)
-                taken = milliseconds(bench.step, ROUNDS * STEPS)
-            # The processes wait for each other in each step, so one speaks for all.
+                step_time = milliseconds(bench.step, ROUNDS * STEPS)
+            # The processes wait for each other in each step, so their times are the same.
             if processes.is_main:
-                yield f"DDP, optimize_ddp = {cut}, base 128: ms a step", taken
+                yield f"DDP, optimize_ddp = {optimize_ddp}, base 128: ms a step", step_time
 
 
 def sampling() -> Iterator[tuple[str, object]]:
-    """Yield the milliseconds of a network call in sampling, eager and recorded as a CUDA graph."""
+    """Yield the milliseconds of a network call in sampling, eager and as a CUDA graph."""
     model = replace(FFHQ, **SIZE)
     bench = Bench(Arm("ours", "ours", PRECISION, True), model, 1, DEVICE)
     bench.module.eval().requires_grad_(False)
     shape = (model.channels, model.image_size, model.image_size)
     sampler = ImageSampler(bench.denoiser, SamplerOptions("ddim", CALLS), shape, 0, DEVICE)
 
-    def work() -> None:
-        list(generate_batches(sampler, [range(IMAGES)]))
+    def sample():
+        list(generate_batches(sampler, [range(IMAGE_COUNT)]))
 
-    for how, network in {"eager": bench.module, "graph": CudaGraphed(bench.module)}.items():
-        # On CUDA the sampler wraps its network in `CudaGraphed`; here it gets this one instead.
+    for mode, network in {"eager": bench.module, "graph": CudaGraphed(bench.module)}.items():
+        # `generate_batches` wraps the network in `CudaGraphed` on CUDA. The patch decides instead.
         with patch("functions.sampling.generation.CudaGraphed", return_value=network):
-            # The first time a graph is recorded, or cuDNN tries its kernels.
-            work()
-            yield f"{how}: ms a call", milliseconds(work, 1) / CALLS
+            # The first call records the graph, or cuDNN chooses its kernels.
+            sample()
+            yield f"{mode}: ms a call", milliseconds(sample, 1) / CALLS
 
 
-def run_of(runs: Path, device: torch.device, **changes: object) -> Run:
-    """Train an epoch of `faces`, which is 50 steps, with the CPU's draws, and return the run."""
-    often = {
+def train_epoch(runs: Path, device: torch.device, **changes: object) -> Run:
+    """Train an epoch of `faces`, 50 steps, with random numbers of the CPU; return the run."""
+    short = {
         "epochs": 1,
         "log_every": 1,
         "validate_every": 99,
@@ -210,15 +211,15 @@ def run_of(runs: Path, device: torch.device, **changes: object) -> Run:
         "grid_images": 1,
         "grid_steps": 1,
     }
-    run = Run("faces", EXPERIMENTS["faces"].override({**often, **changes}, SIZE), runs)
-    # A GPU's random numbers are others than the CPU's, and would make another run.
-    with patch.object(train, "training_draws", on_the_cpu):
+    run = Run("faces", EXPERIMENTS["faces"].override({**short, **changes}, SIZE), runs)
+    # The GPU's generator gives other random numbers than the CPU's, so losses would differ.
+    with patch.object(train, "training_draws", cpu_draws):
         train.train(run, device, SINGLE_PROCESS)
     return run
 
 
-def on_the_cpu(*args: object, draw: Callable = train.training_draws) -> object:
-    """Return the draws of a step as the CPU makes them, on the device that is the last argument."""
+def cpu_draws(*args: object, draw: Callable = train.training_draws) -> object:
+    """Draw as `training_draws` with the CPU's generator, and move the result to the device."""
     *settings, device = args
     draws = draw(*settings, "cpu")
     moved = {name: values.to(device) for name, values in vars(draws).items()}
@@ -229,7 +230,7 @@ def float32() -> Iterator[tuple[str, object]]:
     """Yield the largest relative difference between losses on the GPU and on the CPU."""
     losses = []
     for device in (torch.device("cpu"), DEVICE):
-        run = run_of(Path(tempfile.mkdtemp()), device, precision="float32")
+        run = train_epoch(Path(tempfile.mkdtemp()), device, precision="float32")
         rows = read_metrics(run.folder / "metrics.csv")
         losses.append(torch.tensor([row["loss"] for row in rows]))
     expected, actual = losses
@@ -238,21 +239,22 @@ def float32() -> Iterator[tuple[str, object]]:
 
 
 def resumed() -> Iterator[tuple[str, object]]:
-    """Compare a run that goes on from its middle with the whole run, with deterministic kernels."""
-    run = run_of(Path(tempfile.mkdtemp()), DEVICE, deterministic=True)
+    """Compare a run resumed at step 25 of 50 with the whole run, with deterministic kernels."""
+    run = train_epoch(Path(tempfile.mkdtemp()), DEVICE, deterministic=True)
 
-    # Without its last checkpoint the copy stands at step 25 of 50.
-    again = Path(shutil.copytree(run.folder, f"{run.folder}-again"))
-    checkpoints_of(again)[-1].unlink()
-    with patch.object(train, "training_draws", on_the_cpu):
-        run = train.open_run(again, None, None, ({}, {}), SINGLE_PROCESS)
+    # Without its last checkpoint, of step 50, the copy resumes from that of step 25.
+    copy = Path(shutil.copytree(run.folder, f"{run.folder}-again"))
+    checkpoints_of(copy)[-1].unlink()
+    with patch.object(train, "training_draws", cpu_draws):
+        run = train.open_run(copy, None, None, ({}, {}), SINGLE_PROCESS)
         train.train(run, DEVICE, SINGLE_PROCESS)
 
     a, b = (
-        check_whole(checkpoints_of(folder)[-1]).tensors("model.") for folder in (run.folder, again)
+        verify_checkpoint(checkpoints_of(folder)[-1]).tensors("model.")
+        for folder in (run.folder, copy)
     )
     same = all(torch.equal(a[name], b[name]) for name in a)
-    assert same, "a resumed run is another than the whole one"
+    assert same, "the weights of a resumed run differ from those of the whole run"
     yield "a resumed run", "bit for bit as the whole one"
 
 
@@ -267,8 +269,8 @@ def all_gpus() -> Iterator[tuple[str, object]]:
     yield f"torchrun with {PROCESSES}", "finished"
 
 
-# A part may take the seconds beside it, all of them together 10 minutes. After DDP comes no other,
-# because its processes live on for a while when its time is over.
+# The parts and their time limits in seconds, together 10 minutes. DDP is the last part, because its
+# processes can outlive its time limit for a while.
 PARTS = {
     "environment": (environment, 20),
     "training 64": (lambda: training("ours", 64), 95),
@@ -284,43 +286,43 @@ PARTS = {
 
 
 def main() -> None:
-    """Run all parts, write and print what they find, and say what fell short."""
+    """Run all parts, write and print their facts, and list failures and missed estimates."""
     facts = {}
     for part, (_, seconds) in PARTS.items():
         launcher = TORCHRUN if part == "DDP" else []
         command = [sys.executable, *launcher, __file__, part]
         try:
-            printed = subprocess.check_output(command, stderr=subprocess.STDOUT, timeout=seconds)
+            output = subprocess.check_output(command, stderr=subprocess.STDOUT, timeout=seconds)
             facts[part] = "done"
         except subprocess.SubprocessError as error:
-            late = isinstance(error, subprocess.TimeoutExpired)
-            facts[part] = "skipped: time" if late else "failed"
-            printed = error.stdout or b""
+            timed_out = isinstance(error, subprocess.TimeoutExpired)
+            facts[part] = "skipped: time" if timed_out else "failed"
+            output = error.stdout or b""
 
-        # What a part printed before it ended counts, however it ended.
-        lines = printed.decode(errors="replace").splitlines()
+        # Facts that a part printed before it failed count too.
+        lines = output.decode(errors="replace").splitlines()
         facts |= dict(json.loads(line[5:]) for line in lines if line.startswith("FACT "))
-        # The file is written after each part, so a machine that goes down leaves what it measured.
+        # The file is written after each part, so a crash of the machine leaves the earlier facts.
         Path("first_day.json").write_text(json.dumps(facts, indent=1))
-        # The last lines of a part that failed say why.
-        shown = lines[-9:] if facts[part] == "failed" else []
-        print(f"{part}: {facts[part]}", *shown, sep="\n", flush=True)
+        # The last lines of a failed part have its error.
+        error_lines = lines[-9:] if facts[part] == "failed" else []
+        print(f"{part}: {facts[part]}", *error_lines, sep="\n", flush=True)
 
     print("\n| | |\n|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items()), sep="\n")
     missing = [f"fell short: {part} {facts[part]}" for part in PARTS if facts[part] != "done"]
     print(*missing, sep="\n")
-    for name, most in ESTIMATES.items():
-        # The estimates are of a GPU.
-        if GPU and not facts.get(name, torch.inf) <= most:
-            print(f"fell short: {name} {facts.get(name, 'was not measured')}, estimated {most}")
+    for name, limit in ESTIMATES.items():
+        # The estimates are for a GPU.
+        if GPU and not facts.get(name, torch.inf) <= limit:
+            print(f"fell short: {name} {facts.get(name, 'was not measured')}, estimated {limit}")
 
 
 def run_part(part: str) -> None:
-    """Print the facts of a part, each as a line of JSON that `main` reads."""
-    find, _ = PARTS[part]
-    for name, fact in find():
+    """Run a part, and print each of its facts as a line of JSON, which `main` reads."""
+    measure, _ = PARTS[part]
+    for name, fact in measure():
         value = round(fact, 5) if isinstance(fact, float) else str(fact)
-        # The line and its end are written at once, so that no other process writes between them.
+        # A line is written with its end in one call, so no other process can write in between.
         print(f"FACT {json.dumps([name, value])}\n", end="", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Flips and small rotations of a batch, on its device, that leave no trace in the images."""
+"""Flip a batch of images and rotate them by small angles, on its device and without a trace."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The mirrored margin is wide enough for this angle; a larger one would not be a small rotation.
+# The mirrored margin is wide enough for rotations up to this angle.
 MAX_DEGREES = 10.0
 
 # The filter that doubles an image reads this many pixels on either side of a point.
@@ -14,12 +14,12 @@ TAPS = 8
 
 
 def augment(x_0: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
-    """Mirror and rotate each image by its own draw.
+    """Flip and rotate each image of a batch.
 
-    x_0 (B, 3, H, W) is float32 in [-1, 1]; the result has the same shape and range. Where flip
+    x_0 (B, 3, H, W) is float32 in [-1, 1]. The result has the same shape and range. Where flip
     (B,) bool is true, left and right are exchanged exactly. angle (B,) is in degrees, positive
-    counter-clockwise, or None for no rotation. An angle of 0 leaves an image bit for bit as it
-    was; beyond MAX_DEGREES edge pixels repeat.
+    counter-clockwise, or None for no rotation. An angle of 0 changes no bit of an image. Beyond
+    MAX_DEGREES, corners may show repeated edge pixels.
     """
     x_0 = torch.where(flip[:, None, None, None], x_0.flip(-1), x_0)
     if angle is None:
@@ -33,30 +33,31 @@ def augment(x_0: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Rotate each image of x (B, 3, H, W) about its centre by its angle (B,) in degrees.
 
-    A rotated frame shows wedges of the outside along its edges: at most 3.3 pixels at 3 degrees
-    and 128 px. There the image continues mirrored at its edge.
+    Along its edges, a rotated image has wedges from outside the original, which are at most 3.3
+    pixels wide at 3 degrees and 128 px. They are filled with the image mirrored at its edge.
     """
     height, width = x.shape[-2:]
 
-    # Values are taken relative to one pixel: a constant image becomes zeros and comes back exactly.
+    # One pixel's value is subtracted here and added at the end. So a constant image is zero in
+    # between, and stays exactly constant.
     origin = x[:, :, :1, :1]
     x = x - origin
 
-    # The margin holds the widest wedge and the 2 pixels that bicubic interpolation reads beyond it.
+    # The margin is the widest wedge, and 2 more pixels that bicubic interpolation reads.
     widest_wedge = max(height, width) / 2 * math.sin(math.radians(MAX_DEGREES))
     margin = math.ceil(widest_wedge) + 2
 
-    # The wedges show the image mirrored, so a constant image stays constant and the textures are
-    # the image's own. The alternatives are worse: zooming in until no outside shows would enlarge
-    # every face by 5%, and repeated edge pixels draw streaks.
+    # A mirrored image fills the wedges with textures of the image. The alternatives are worse: a
+    # zoom that hides the wedges would enlarge every face by 5%, and repeated edge pixels are
+    # streaks.
     #
-    # Interpolation must not blur, because the network learns what it sees. Bicubic interpolation
-    # alone costs photos at 128 px 10% of their gradient energy. If it reads an image that a
-    # windowed sinc of 16 taps has doubled, it costs 1.5%. The price is a faint ringing near edges
-    # that are sharper than those of photos.
+    # Interpolation must not blur, because the network would learn the blur. Bicubic interpolation
+    # alone costs photos at 128 px 10% of their gradient energy. It costs 1.5% when a windowed sinc
+    # of 16 taps doubles the image first. The price is a faint ringing near edges that are sharper
+    # than those of photos.
     #
-    # The width is doubled first, (B, 3, H + 2 (margin + TAPS), 2 (W + 2 margin)), then the height,
-    # (B, 3, 2 (H + 2 margin), 2 (W + 2 margin)).
+    # The width is doubled first, to (B, 3, H + 2 (margin + TAPS), 2 (W + 2 margin)), and then the
+    # height, to (B, 3, 2 (H + 2 margin), 2 (W + 2 margin)).
     doubled = double_width(mirror(x, margin + TAPS))
     doubled = double_width(doubled.transpose(2, 3)).transpose(2, 3)
 
@@ -66,7 +67,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     x_out = torch.arange(width, device=x.device) - x_centre
     y_out = torch.arange(height, device=x.device)[:, None] - y_centre
 
-    # (x_in, y_in) is where it lies in the input. The y axis points down, so these signs turn
+    # (x_in, y_in) is the same point in the input. The y axis points down, so these signs rotate
     # counter-clockwise.
     radians = torch.deg2rad(angle)[:, None, None]
     cos = radians.cos()
@@ -74,7 +75,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     x_in = cos * x_out - sin * y_out  # (B, H, W)
     y_in = sin * x_out + cos * y_out
 
-    # The doubled image has that point at (x_doubled, y_doubled), counted from its first pixel.
+    # (x_doubled, y_doubled) is that point in the doubled image, counted from its first pixel.
     x_doubled = 2 * (x_in + x_centre + margin)
     y_doubled = 2 * (y_in + y_centre + margin)
 
@@ -98,7 +99,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 def mirror(x: Tensor, margin: int) -> Tensor:
     """Extend x (B, C, H, W) by `margin` pixels on each side, mirrored at its edges.
 
-    A margin wider than the image is filled by mirroring again and again.
+    A margin wider than the image is filled by repeated mirroring.
     """
     for dim in (2, 3):
         size = x.shape[dim]
@@ -110,14 +111,14 @@ def mirror(x: Tensor, margin: int) -> Tensor:
 
 
 def double_width(x: Tensor) -> Tensor:
-    """Return x (..., W + 2 TAPS) at twice the resolution, without its outer pixels: (..., 2 W).
+    """Double the resolution of x (..., W + 2 TAPS) without its outer TAPS pixels -> (..., 2 W).
 
-    Each pixel is followed by the point half-way to the next one.
+    Each pixel is followed by the point half-way to the next pixel.
     """
     width = x.shape[-1] - 2 * TAPS
 
-    # Shifted images are summed instead of convolved: a convolution may run in TF32 or bfloat16 on
-    # a GPU, and a constant image would not stay constant.
+    # Sums of shifted images replace a convolution, because a GPU may run a convolution in TF32 or
+    # bfloat16. A constant image would then not stay constant.
     halfway = 0
     for k, weight in enumerate(halfway_weights()):
         left = x.narrow(-1, TAPS - k, width)
@@ -131,11 +132,12 @@ def halfway_weights() -> list[float]:
     distance = torch.arange(TAPS, dtype=torch.float64) + 0.5
     weights = torch.sinc(distance) * torch.sinc(distance / TAPS)
 
-    # Each weight is used on both sides of the point, and all of these sum to 1.
+    # Each weight counts for a pixel on either side of the point, and together they sum to 1.
     return (weights / (2 * weights.sum())).tolist()
 
 
 def rotation_limit(max_rotation: float, free_end: float, progress: float) -> float:
     """Return the largest rotation in degrees at `progress` (0 to 1) of a run."""
-    # The last part of a run, `free_end` of it, rotates nothing, so the model unlearns the tilt.
+    # The last part of a run, the fraction `free_end`, rotates nothing, so the model unlearns the
+    # rotations.
     return max_rotation if progress < 1 - free_end else 0.0

@@ -1,4 +1,4 @@
-"""Batches of uint8 images by index: which images (shuffling), and onto the device (feeding)."""
+"""Choose the images of each batch by their indices, and copy batches to the device."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -19,18 +19,18 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     It is a pure function of its arguments. Raises ValueError when seed or epoch is negative.
     """
     # The images are sorted by random keys of 64 bits. NumPy guarantees that Philox and
-    # SeedSequence never change between versions and platforms; for its own permutation() it
-    # doesn't.
+    # SeedSequence give the same numbers in every version and on every platform. For permutation()
+    # there is no such guarantee.
     generator = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(generator.random_raw(n), kind="stable")
 
 
-def forward_passes(share: range, batch_size: int) -> list[slice]:
-    """Cut a process's share of the places in an effective batch into forward passes.
+def forward_passes(shard: range, batch_size: int) -> list[slice]:
+    """Cut a process's shard of an effective batch into slices, one for each forward pass.
 
-    Each pass takes at most batch_size images.
+    Each slice has at most batch_size images.
     """
-    return [slice(first, min(first + batch_size, share.stop)) for first in share[::batch_size]]
+    return [slice(first, min(first + batch_size, shard.stop)) for first in shard[::batch_size]]
 
 
 def micro_batches(
@@ -40,12 +40,12 @@ def micro_batches(
     passes: Sequence[slice],
     steps: range,
 ) -> Iterator[np.ndarray]:
-    """Yield the image indices of every forward pass of the given optimiser steps.
+    """Yield the indices of the images of every forward pass, for optimiser steps `steps`.
 
-    Each step yields one array for each of `passes`. It takes the next effective_batch images of
-    its epoch's order; those left over at an epoch's end are dropped.
+    A step takes the next effective_batch images of its epoch's order, and yields one array for each
+    slice of `passes`. Images left over at the end of an epoch are dropped.
     """
-    # The number of the step alone says where in the data it begins, so a run can resume anywhere.
+    # Only the number of a step decides which images it takes, so a run can resume at any step.
     steps_per_epoch = len(train_indices) // effective_batch
     epoch = None
     for step in steps:
@@ -58,11 +58,11 @@ def micro_batches(
 
 
 class ImageFeeder:
-    """Hand out batches of images (N, S, S, 3) uint8, memory-mapped or not, on a device.
+    """Feed a device with batches of images (N, S, S, 3) uint8, memory-mapped or not.
 
-    keep_on_device=True copies the whole set there at once; False gathers each batch on the CPU.
-    None, the default, keeps the set on a CUDA device when it takes no more than
-    FREE_MEMORY_FRACTION of the memory that is free there.
+    keep_on_device=True copies all images to the device at the start. False gathers each batch on
+    the CPU. None, the default, copies all images to a CUDA device if they take at most
+    FREE_MEMORY_FRACTION of its free memory.
     """
 
     def __init__(
@@ -71,15 +71,13 @@ class ImageFeeder:
         self.device = torch.device(device)
         self.on_cuda = self.device.type == "cuda"
 
-        # A plain array gathers faster: np.memmap's class does bookkeeping for every result.
+        # Gathering from a plain array is faster, because np.memmap does bookkeeping at every call.
         self.images = np.asarray(images)
 
         if keep_on_device is None:
             free_bytes = torch.cuda.mem_get_info(self.device)[0] if self.on_cuda else 0
             keep_on_device = self.images.nbytes <= FREE_MEMORY_FRACTION * free_bytes
-        self.resident = None
-        if keep_on_device:
-            self.resident = torch.tensor(self.images, device=self.device)
+        self.resident = torch.tensor(self.images, device=self.device) if keep_on_device else None
 
     def gather(self, indices: np.ndarray) -> Tensor:
         """Return the images of indices (B,) as uint8 (B, S, S, 3) on the device.
@@ -88,24 +86,24 @@ class ImageFeeder:
         """
         if self.resident is None:
             return self.send(self.gather_on_cpu(indices))
-        indices = torch.from_numpy(self.checked(indices))
+        indices = torch.from_numpy(self.check(indices))
         if self.on_cuda:
             indices = indices.pin_memory()
         return self.resident.index_select(0, self.send(indices))
 
     def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """Yield `gather` of each batch of indices, in order."""
-        if self.resident is not None:
-            yield from map(self.gather, batches_of_indices)
-        else:
+        if self.resident is None:
             # A thread gathers the next batch while the device works on this one.
             yield from map(
                 self.send, map_ahead(self.gather_on_cpu, batches_of_indices, threads=1, ahead=1)
             )
+        else:
+            yield from map(self.gather, batches_of_indices)
 
     def gather_on_cpu(self, indices: np.ndarray) -> Tensor:
-        """Return the images of indices (B,) on the CPU, in pinned memory if a GPU gets them."""
-        indices = self.checked(indices)
+        """Return the images of indices (B,) on the CPU, in pinned memory if the device is a GPU."""
+        indices = self.check(indices)
         shape = (len(indices), *self.images.shape[1:])
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.on_cuda)
 
@@ -114,7 +112,7 @@ class ImageFeeder:
         np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")
         return batch
 
-    def checked(self, indices: np.ndarray) -> np.ndarray:
+    def check(self, indices: np.ndarray) -> np.ndarray:
         """Return indices as int64. Raises IndexError when one is out of range."""
         indices = np.asarray(indices, dtype=np.int64)
         if np.any((indices < 0) | (indices >= len(self.images))):
@@ -122,6 +120,6 @@ class ImageFeeder:
         return indices
 
     def send(self, batch: Tensor) -> Tensor:
-        """Copy a batch to the device; the CPU does not wait for a copy to a GPU."""
-        # PyTorch's pinned-memory allocator hands the buffer out again only after this copy is done.
+        """Copy a batch to the device. The CPU does not wait for a copy to a GPU."""
+        # PyTorch's pinned-memory allocator reuses the buffer only after this copy is done.
         return batch.to(self.device, non_blocking=self.on_cuda)

@@ -1,4 +1,4 @@
-"""CIFAR-10's binary version: six files of records, or the .tar.gz in which they are published."""
+"""Read CIFAR-10's binary version: six files of records, or the .tar.gz in which they come."""
 
 import tarfile
 import zlib
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.sources import MAX_FILE_BYTES, Member, Source, one_sentence
+from data.sources import MAX_FILE_BYTES, Member, Source, raise_user_error
 from functions.support.errors import UserError
 
 FILES = (
@@ -18,11 +18,8 @@ FILES = (
     "test_batch.bin",
 )
 
-# A record has so many bytes: the label, then the planes of red, green and blue.
+# A record is a label of one byte, and then the red, the green and the blue plane.
 RECORD = 1 + 3 * 32 * 32
-
-# The ids of the test images begin here, even where training images are missing.
-FIRST_OF_TEST = 50_000
 
 
 class Cifar10(Source):
@@ -32,10 +29,12 @@ class Cifar10(Source):
     """
 
     kind = "cifar10"
+    # The numbers are those of the full set, even if training images are missing.
+    first_test_id = 50_000
 
     def __init__(self, path: Path):
         super().__init__(path)
-        with one_sentence(path):
+        with raise_user_error(path):
             files = read_files(path)
 
         # A published file has 10,000 records. A shorter one is accepted if it ends with a record.
@@ -51,13 +50,13 @@ class Cifar10(Source):
             self.members.append(Member(name, len(data), zlib.crc32(data)))
             records.append(np.frombuffer(data, np.uint8).reshape(-1, RECORD))
 
-        # Behind the label lie the planes of three colours, which become the last dimension.
+        # The three colour planes follow the label. They become the last dimension.
         planes = np.concatenate(records)[:, 1:].reshape(-1, 3, 32, 32)
         self.images = planes.transpose(0, 2, 3, 1)
 
         test_count = len(records[-1])
         train_count = len(self.images) - test_count
-        test_ids = range(FIRST_OF_TEST, FIRST_OF_TEST + test_count)
+        test_ids = range(self.first_test_id, self.first_test_id + test_count)
         self.ids = [*range(train_count), *test_ids]
 
     def read(self, i: int) -> np.ndarray:
@@ -66,7 +65,10 @@ class Cifar10(Source):
 
 
 def read_files(path: Path) -> dict[str, bytes]:
-    """Read those of FILES that lie in a folder, in a folder in it, or in an archive in it."""
+    """Read the files named in FILES from a folder, its subfolders and the archives in it.
+
+    Returns the bytes by name, without the files that are missing or too large.
+    """
     files = {}
     for name in FILES:
         for file in (*path.glob(name), *path.glob(f"*/{name}")):
@@ -76,7 +78,7 @@ def read_files(path: Path) -> dict[str, bytes]:
     for archive in filter(Path.is_file, path.glob("*.tar.gz")):
         with tarfile.open(archive) as tar:
             for file in tar:
-                # Folders in an archive do not matter: a member counts by its own name.
+                # The members may lie in any folder of the archive.
                 name = Path(file.name).name
                 if name in FILES and file.isfile() and file.size <= MAX_FILE_BYTES:
                     files[name] = tar.extractfile(file).read()

@@ -1,4 +1,4 @@
-"""The data sets by name, and their split into training and validation images."""
+"""Load data sets by name, and split them into training and validation images."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cifar10 import FIRST_OF_TEST, Cifar10
+from data.cifar10 import Cifar10
 from data.packed import ImageSet, open_packed
-from data.sources import Source, find_source
+from data.sources import ARCHIVES, Source, find_source
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
 
@@ -16,16 +16,15 @@ DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
 FFHQ_SIZE = 70_000
 
-# So many of the last images by id of the full FFHQ validate, in the split of the reference run
-# and in the official one.
+# Each split of the full FFHQ validates on this many of the last images by id.
 FFHQ_VALIDATION = {"reference": 7_000, "official": 10_000}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which images of an ImageSet train and which validate.
+    """Say which images of an ImageSet train and which validate.
 
-    The indices are int64; the hashes are those of the two lists of ids.
+    The indices are int64. Each hash is `hash_ids` of the ids of one side.
     """
 
     train_indices: np.ndarray
@@ -38,21 +37,20 @@ class Split:
 def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0) -> ImageSet:
     """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
-    "emoji_faces" is the embedded set, "emoji_people" the people in it, "FFHQ" whatever copy of
-    FFHQ lies at data/FFHQ, and "CIFAR10" its binary version at data/CIFAR10. Anything else is the
-    path of a folder, .zip or .npz. Raises UserError as `find_source`, `Cifar10` and `open_packed`
-    do.
+    "emoji_faces" is the embedded set, and "emoji_people" are the people in it. "FFHQ" is the copy
+    that `find_ffhq` finds, and "CIFAR10" the binary version at data/CIFAR10. Any other name is a
+    path for `find_source`. Raises UserError as `find_source`, `Cifar10` and `open_packed` do.
     """
     source = locate(dataset_name, image_size)
     pack = open_packed(source, image_size, max_bad_images)
     if dataset_name != "emoji_people":
-        return replace(pack, name=dataset_name)
+        return replace(pack, name=dataset_name, first_test_id=source.first_test_id)
 
     # The people share the packed file of the whole embedded set.
-    people = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
-    ids = [pack.ids[i] for i in people]
-    summary = f"{dataset_name}: {len(people):,} of the images of {pack.summary}"
-    return ImageSet(dataset_name, pack.images[people], ids, summary, pack.path)
+    indices = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
+    ids = [pack.ids[i] for i in indices]
+    summary = f"{dataset_name}: {len(ids):,} of the images of {pack.summary}"
+    return ImageSet(dataset_name, pack.images[indices], ids, summary, pack.path)
 
 
 def locate(dataset_name: str, image_size: int) -> Source:
@@ -69,37 +67,38 @@ def locate(dataset_name: str, image_size: int) -> Source:
 def find_ffhq(folder: Path) -> Path:
     """Find the copy of FFHQ in a data folder.
 
-    It is an archive in the folder FFHQ, that folder itself, or FFHQ.zip or FFHQ.npz beside it.
-    Raises UserError when there is none, or when the folder FFHQ holds several archives.
+    The copy is an archive in the folder FFHQ, that folder itself, or an archive beside it.
+    Raises UserError when there is no copy, or when the folder FFHQ holds several archives.
     """
     ffhq = folder / "FFHQ"
     files = filter(Path.is_file, ffhq.glob("*"))
-    archives = [path for path in files if path.suffix.lower() in (".zip", ".npz")]
+    archives = [path for path in files if path.suffix.lower() in ARCHIVES]
     if len(archives) > 1:
         names = ", ".join(sorted(path.name for path in archives))
         raise UserError(
             f"{ffhq} holds {names}. Leave one archive there, or name one as the data set."
         )
 
-    for path in (*archives, ffhq, folder / "FFHQ.zip", folder / "FFHQ.npz"):
+    archive_names = [f"FFHQ{suffix}" for suffix in ARCHIVES]
+    for path in (*archives, ffhq, *map(folder.joinpath, archive_names)):
         # An empty folder may stand beside an archive.
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             return path
     raise UserError(
         "FFHQ is not there. Get the 128x128 thumbnails (2 GB; python download_ffhq.py --thumbs of "
         "github.com/NVlabs/ffhq-dataset, or a copy from Kaggle or Hugging Face)\n"
-        f"and put it at {ffhq} (a folder, or FFHQ.zip or FFHQ.npz), or name its path as the data "
-        "set."
+        f"and put it at {ffhq} (a folder, or {' or '.join(archive_names)}), or name its path as "
+        "the data set."
     )
 
 
 def split_images(image_set: ImageSet, split: str) -> Split:
     """Split a set by sorted id. `split` is "reference" or "official".
 
-    The full FFHQ (ids 0 to 69,999) is split 63,000 / 7,000 as in the reference run, or 60,000 /
-    10,000 as officially. Of CIFAR-10 the test images validate; of any other set, an incomplete
-    FFHQ included, the last 10% and at least one image. Raises UserError when `split` is neither
-    or a side would be empty.
+    The full FFHQ (ids 0 to 69,999) is split into 63,000 and 7,000 as in the reference run, or
+    into the official 60,000 and 10,000. A set with test images validates on these. Any other set,
+    also an incomplete FFHQ, validates on its last 10%, and on at least one image. Raises UserError
+    when there is no such split, or when no image would train.
     """
     if split not in FFHQ_VALIDATION:
         names = " or ".join(map(repr, FFHQ_VALIDATION))
@@ -111,8 +110,8 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     if ids == list(range(FFHQ_SIZE)):
         val_count = FFHQ_VALIDATION[split]
         reason = f"{split} split of the full FFHQ"
-    elif name == "CIFAR10":
-        val_count = sum(image_id >= FIRST_OF_TEST for image_id in ids)
+    elif image_set.first_test_id:
+        val_count = sum(image_id >= image_set.first_test_id for image_id in ids)
         reason = "its test images"
     else:
         val_count = max(1, count // 10)
@@ -135,11 +134,11 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     )
 
 
-def images_of_run(saved: SavedModel, name: str | None = None) -> tuple[ImageSet, Split]:
-    """Load the images that a model was trained and validated on, as its saved config says.
+def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet, Split]:
+    """Load and split the data set that a model was trained on, as its saved config says.
 
-    `name` says where else they lie, or names other images. Raises UserError when the config does
-    not say which images it was, or as `load_images` does.
+    A `name` or path replaces the one in the config, for other images or another copy. Raises
+    UserError when the config does not name the data set, or as `load_images` does.
     """
     diffusion = saved.config["diffusion"]
     if name:
@@ -158,6 +157,6 @@ def images_of_run(saved: SavedModel, name: str | None = None) -> tuple[ImageSet,
 
 def hash_ids(ids: list) -> str:
     """Return a short hash of a list of ids, to show that two runs used the same images."""
-    # File names that are not UTF-8 have surrogates in them.
+    # A file name that is not UTF-8 has surrogates, which the default of encode() refuses.
     lines = "\n".join(map(str, ids)).encode(errors="surrogateescape")
     return hashlib.sha256(lines).hexdigest()[:16]

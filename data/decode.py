@@ -1,4 +1,4 @@
-"""Image files of any colour mode -> uint8 RGB pixels, or the reason why they cannot be used."""
+"""Decode image files of any colour mode to uint8 RGB pixels, or say why they cannot be used."""
 
 import io
 from pathlib import Path
@@ -13,30 +13,31 @@ from functions.support.files import READ_ERRORS, short
 # other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
-# This is Pillow's limit for one image; beyond it Pillow suspects a decompression bomb.
+# Pillow suspects a decompression bomb in an image of more pixels.
 MAX_PIXELS = 89_478_485
 
 
 class BadImage(UserError):
-    """An image that cannot be used; the message is the reason, without the file's name."""
+    """Say why an image cannot be used. The message does not name the file."""
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
-    """Decode the bytes of a PNG, JPEG, WebP or BMP -> uint8 (H, W, 3) at the file's own size.
+    """Decode the bytes of a PNG, JPEG, WebP or BMP -> uint8 (H, W, 3) at its original size.
 
     The image is turned upright by its EXIF orientation. Alpha and transparent colours are
-    composited over white; grey, palette and CMYK become RGB. 16-bit grey is scaled to 8 bits; of
-    16-bit colour Pillow keeps the high byte, which is at most one level off. Embedded colour
+    composited over white. Grey, palette and CMYK become RGB. 16-bit grey is scaled to 8 bits.
+    Pillow keeps the high byte of 16-bit colour, which is at most one level off. Embedded colour
     profiles are ignored.
 
-    Raises BadImage for anything animated, truncated, corrupt, of more than MAX_PIXELS or not an
-    image. A damaged JPEG can decode without complaint; inside a zip its checksum tells.
+    Raises BadImage for bytes that are no image, truncated or corrupt, and for an image that is
+    animated or has more than MAX_PIXELS. A damaged JPEG can decode without an error; in a zip, the
+    checksum shows the damage.
     """
     return convert_to_rgb(open_image(data))
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Return a Pillow image of any mode, loaded and upright; raises as `decode_rgb` does."""
+    """Load a Pillow image of any mode and turn it upright. Raises as `decode_rgb` does."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -45,9 +46,9 @@ def open_image(data: bytes) -> Image.Image:
                 # load() ignores the checksums of the pixels, so verify() compares them first.
                 image.verify()
 
-        # verify() leaves an image that cannot be loaded, so the bytes are opened again.
+        # After verify(), an image cannot be loaded, so the bytes are opened again.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # An MPO is a photo with previews behind it, not an animation.
+            # The later frames of an MPO are previews of the photo, not an animation.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise BadImage(f"animated ({image.n_frames} frames)")
             image.load()
@@ -64,14 +65,13 @@ def open_image(data: bytes) -> Image.Image:
 def convert_to_rgb(image: Image.Image) -> np.ndarray:
     """Convert a Pillow image of any mode -> uint8 (H, W, 3)."""
     if image.mode.startswith("I"):
-        # convert("RGB") would clip 16-bit grey. It is scaled instead, by 65535 / 255 = 257, and
-        # rounded to the nearest level.
-        grey = np.asarray(image).astype(np.int32)
+        # convert("RGB") would clip 16-bit grey. Here its values, at most 65535, are divided by
+        # 65535 / 255 = 257 and rounded to the nearest level.
+        grey = np.asarray(image, np.int32)
         levels = (grey + 128) // 257
         if "transparency" in image.info:
             levels[grey == image.info["transparency"]] = 255
-        levels = levels.clip(0, 255).astype(np.uint8)
-        return np.repeat(levels[..., None], 3, axis=2)
+        return np.repeat(np.uint8(levels)[..., None], 3, axis=2)
 
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -82,8 +82,8 @@ def convert_to_rgb(image: Image.Image) -> np.ndarray:
 def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
     """Crop and resize uint8 (H, W, 3) -> uint8 (S, S, 3), S = image_size in pixels.
 
-    Grey levels (H, W) become (S, S). What is not square is cropped to the square in its centre. An
-    image of the right size passes unchanged.
+    Grey levels (H, W) become (S, S). The longer side is cropped on both ends. A square of S pixels
+    is not changed.
     """
     height, width = rgb.shape[:2]
     side = min(height, width)
@@ -93,16 +93,17 @@ def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
     if side == image_size:
         return square
 
-    # Lanczos antialiases an image that gets smaller; one that gets larger needs no antialiasing.
+    # An image that gets smaller needs antialiasing, which Lanczos does.
     resample = Image.LANCZOS if side > image_size else Image.BICUBIC
     resized = Image.fromarray(square).resize((image_size, image_size), resample)
     return np.array(resized)
 
 
-def read_file(path: str, hint: str = "") -> Image.Image:
+def open_image_file(path: str, hint: str = "") -> Image.Image:
     """Read one image file, as `open_image` does.
 
-    Raises UserError when it is no image, or when there is no such file; then `hint` follows.
+    Raises UserError when the file is no image, or when it cannot be read. In the second case, the
+    message ends with `hint`.
     """
     try:
         return open_image(Path(path).read_bytes())
@@ -115,18 +116,18 @@ def read_file(path: str, hint: str = "") -> Image.Image:
 def read_with_mask(
     path: str, mask_path: str | None, image_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image of which a part is to be made anew -> uint8 (S, S, 3), and bool (S, S).
+    """Read an image to be inpainted and its mask -> uint8 (S, S, 3), and bool (S, S).
 
-    The bool array says which part. It is what is white in the mask's file; without one, what is
-    transparent in the image. Both are cropped and resized as training images are, to S =
-    image_size. Raises UserError as `read_file` does, and for a mask that has another size or is
-    empty or full.
+    The mask is true where the image is to be inpainted: where the mask's file is white or, if there
+    is no such file, where the image is transparent. Both are cropped and resized as training images
+    are, to S = image_size. Raises UserError as `open_image_file` does, and for a mask of another
+    size than its image, or a mask that is true or false everywhere.
     """
-    image = read_file(path)
+    image = open_image_file(path)
     if mask_path:
-        mask_image = read_file(mask_path)
+        mask_image = open_image_file(mask_path)
     elif image.mode.startswith("I"):
-        # Pillow does not convert 16-bit grey to RGBA; such an image has no transparent part.
+        # Pillow does not convert 16-bit grey to RGBA. Such an image has no transparent part.
         mask_image = Image.new("L", image.size)
     else:
         alpha = image.convert("RGBA").getchannel("A")
@@ -150,24 +151,22 @@ def read_with_mask(
 
 
 def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
-    """Crop and resize a mask, bool (H, W), as `fit_square` does its image -> bool (S, S).
-
-    The mask is true where the image is made anew.
-    """
+    """Crop and resize a mask, bool (H, W), as `fit_square` does its image -> bool (S, S)."""
     levels = fit_square(np.uint8(255) * mask, image_size)
 
-    # A pixel with a tenth of its area in the mask is made anew as a whole, because it has taken up
-    # some of what was there.
+    # A resized pixel mixes what the mask covers with what it does not cover. It is inpainted when
+    # the mask covers more than a tenth of it.
     return levels > 25
 
 
 def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
     """Read one image file for a model -> uint8 (S, S, 3), S = image_size in pixels.
 
-    Raises UserError as `read_file`, or when it has another size and `fit` is False.
+    Raises UserError as `open_image_file` does, or when the image has another size and `fit` is
+    False.
     """
     hint = "; an image is named by its file, or by its number (0, 1, ...) among those of the seed"
-    rgb = convert_to_rgb(read_file(path, hint))
+    rgb = convert_to_rgb(open_image_file(path, hint))
     if not fit and rgb.shape[:2] != (image_size, image_size):
         raise UserError(
             f"{path} is {rgb.shape[1]}x{rgb.shape[0]} pixels, the model's images are "

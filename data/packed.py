@@ -1,7 +1,7 @@
-"""The packed file: every image of a source, decoded and resized once, as uint8 (N, S, S, 3).
+"""Decode and resize every image of a source once, into one packed file, and memory-map the file.
 
-It is memory-mapped from then on. Beside <name>-<S>px.packed lie its .json (what was left out, the
-ids, and the key of what it was made from) and its .lock.
+<name>-<S>px.packed holds uint8 (N, S, S, 3). Beside it lie a .lock and a .json with the ids, the
+images left out, and the key (`pack_key`).
 """
 
 import glob
@@ -26,40 +26,40 @@ from tqdm import tqdm
 from data.decode import BadImage, decode_rgb, fit_square
 from data.sources import Source
 from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, short, write_text, write_whole
+from functions.support.files import READ_ERRORS, short, write_atomically, write_text
 
 Result = TypeVar("Result")
 
-# This number must be raised whenever the same files give other pixels, so that every pack is
-# made anew.
+# Raise this number whenever the same files give other pixels. Every pack is then made again.
 FORMAT_VERSION = 1
 
-# So many bad images are printed; the .json lists all.
+# At most this many bad images are printed. The .json lists all.
 LISTED = 20
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of a data set, uint8 (N, S, S, 3), and their N ids (int or str), sorted."""
+    """Hold the images of a data set, uint8 (N, S, S, 3), and their N sorted ids (int or str)."""
 
     name: str
-    # These are memory-mapped, unless they were picked from a pack.
+    # The array is a memory map, unless the set is a part of a pack.
     images: np.ndarray
     ids: list
-    # One line says how many images there are, and how many were left out, enlarged or cropped.
+    # This line says how many images there are, and how many were left out, enlarged or cropped.
     summary: str = ""
-    # The packed file lies here.
+    # This is the path of the packed file.
     path: Path | None = None
-    # Each image that was left out has its [name, reason] here.
+    # Each image that was left out has a [name, reason].
     bad_images: list | tuple = ()
+    # See `Source.first_test_id`.
+    first_test_id: int | None = None
 
 
 def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> ImageSet:
     """Map the packed file of a source at image_size (pixels).
 
-    It is made first if there is none or it is outdated. Raises UserError when more than
-    max_bad_images had to be left out (after listing them), when no image is usable, or when there
-    is no room.
+    A missing or outdated file is made first, and the images left out are printed. Raises UserError
+    when no image is usable, when the disk is full, or when more than max_bad_images were left out.
     """
     key = pack_key(source, image_size)
     beside, in_cache = pack_paths(source, image_size)
@@ -69,7 +69,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with lock_or_wait(target):
-                # If another process held the lock, it has made the pack meanwhile.
+                # Another process that held the lock may have made the pack meanwhile.
                 pack = read_pack(target, key, image_size)
                 pack = pack or make_pack(source, image_size, key, target)
         except OSError as error:
@@ -89,37 +89,36 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
 
 
 def pack_key(source: Source, image_size: int) -> str:
-    """Hash all that a pack is made from.
+    """Hash the facts that the content of a pack follows from.
 
-    That is the format version, the image size, and each file's name, size and stamp.
+    These are the format version, the image size, the kind of source, and each member's name, size
+    and stamp.
     """
-    made_from = [FORMAT_VERSION, image_size, source.kind, source.members]
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    facts = [FORMAT_VERSION, image_size, source.kind, source.members]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
-    """Return the two places of a source's pack: with the data, and in the user's cache folder.
+    """Return two paths for a source's pack: with the data, and in the user's cache folder.
 
-    The cache is for data that is read-only.
+    The cache is for read-only data.
     """
     path = source.path.resolve()
 
-    # The name is the same for every state of a source, so that an outdated pack is replaced.
+    # The name does not depend on the source's content, so a new pack replaces an outdated one.
     ending = f"{image_size}px.packed"
+    data_folder = path if source.holds_pack else path.parent
 
-    # A pack lies beside an archive, but inside a folder of images: it goes where the folder goes.
-    data_folder = path if source.kind == "folder" else path.parent
-
-    # The cache may hold the packs of two sources of one name.
-    origin = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache_folder = caches / "ddpm-packed-images"
-    return data_folder / f"{path.name}-{ending}", cache_folder / f"{path.name}-{origin}-{ending}"
+    # In the cache, a hash of the path tells sources of the same name apart.
+    path_hash = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache_folder = Path(caches, "ddpm-packed-images")
+    return data_folder / f"{path.name}-{ending}", cache_folder / f"{path.name}-{path_hash}-{ending}"
 
 
 def is_writable(folder: Path) -> bool:
-    """Return whether files can be made and locked in a folder."""
-    # Permissions don't tell all: the disk may be read-only or know no locks. So both are tried.
+    """Return whether files can be created and locked in a folder."""
+    # Permissions do not show that a disk is read-only or has no locks. So a file is locked here.
     try:
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=".packed") as probe,
@@ -133,7 +132,7 @@ def is_writable(folder: Path) -> bool:
 def read_pack(path: Path, key: str, image_size: int) -> ImageSet | None:
     """Map a packed file.
 
-    Returns None when it is missing, was made from something else or has the wrong size.
+    Returns None when the file is missing, has another key or has the wrong size.
     """
     try:
         record = json.loads(Path(f"{path}.json").read_text())
@@ -148,7 +147,7 @@ def read_pack(path: Path, key: str, image_size: int) -> ImageSet | None:
 
 
 def lock_or_wait(target: Path) -> AcquireReturnProxy:
-    """Lock a packed file against other processes that would make it; a `with` unlocks it."""
+    """Lock a packed file, so that one process alone makes it. The end of a `with` unlocks it."""
     lock = FileLock(f"{target}.lock")
     try:
         return lock.acquire(timeout=0)
@@ -159,14 +158,15 @@ def lock_or_wait(target: Path) -> AcquireReturnProxy:
 
 def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageSet:
     """Write the packed file of a source and its record, and print what was left out."""
-    for left_by_a_kill in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        left_by_a_kill.unlink()
+    # A killed process leaves its temporary file.
+    for temporary in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        temporary.unlink()
     ids = []
     bad_images = []
-    altered = Counter()
+    changes = Counter()
 
     def fit(rgb):
-        """Return an image's pixels at image_size, and its own height and width."""
+        """Return an image's pixels at image_size, and its original height and width."""
         return fit_square(rgb, image_size), *rgb.shape[:2]
 
     def write_images(file):
@@ -177,8 +177,8 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
             pixels, height, width = result
             file.write(pixels.data)
             ids.append(source.ids[i])
-            altered["not square, cropped to their centre"] += height != width
-            altered[f"smaller than {image_size} px, enlarged"] += min(height, width) < image_size
+            changes["not square, cropped to their centre"] += height != width
+            changes[f"smaller than {image_size} px, enlarged"] += min(height, width) < image_size
         if not ids:
             name, reason = bad_images[0]
             raise UserError(
@@ -186,16 +186,16 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
                 f"({reason})."
             )
 
-    # A record must at no moment stand beside images that it wasn't made for.
+    # The old record is deleted first, so that it never describes the new images.
     record_path = Path(f"{target}.json")
     record_path.unlink(missing_ok=True)
-    write_whole(target, write_images)
+    write_atomically(target, write_images)
 
     summary = f"{short(source.path.name)}: {len(ids):,} images at {image_size}x{image_size}, "
     summary += f"{len(bad_images):,} left out"
-    for how, count in altered.items():
+    for change, count in changes.items():
         if count:
-            summary += f"; {count:,} {how}"
+            summary += f"; {count:,} {change}"
     record = {
         "key": key,
         "made_from": str(source.path.resolve()),
@@ -215,10 +215,10 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
 def map_images(
     source: Source, job: Callable[[np.ndarray], Result], title: str
 ) -> Iterator[Result | BadImage]:
-    """Yield job(pixels) for every image in the order of source.ids, beside a progress bar.
+    """Yield job(pixels) for every image in the order of source.ids, and show a progress bar.
 
-    pixels is uint8 (H, W, 3), at the image's own size. An unusable image yields its BadImage
-    instead. `title` stands before the bar.
+    pixels is uint8 (H, W, 3), at the image's original size. An unusable image yields its BadImage
+    instead. `title` is the text before the bar.
     """
 
     def process(data):
@@ -231,23 +231,23 @@ def map_images(
         except BadImage as error:
             return error
 
-    # Threads are enough for decoding, because Pillow releases Python's lock meanwhile.
+    # Threads are enough, because Pillow releases the GIL while it decodes.
     count = len(source.ids)
     results = map_ahead(process, map(source.read, range(count)), threads=None, ahead=32)
 
-    # Pillow warns of odd metadata; what matters becomes a BadImage. Closing waits for the threads,
-    # so that they warn of nothing after a stop either.
+    # Pillow's warnings of odd metadata are ignored, since an image with a real fault becomes a
+    # BadImage. closing() waits for the threads, so none of them warns after an early stop.
     with warnings.catch_warnings(action="ignore"), closing(results):
-        # The delay keeps small sets, which take a moment, free of a progress bar.
+        # A small set is done within the delay and shows no progress bar.
         yield from tqdm(results, title, count, unit="img", delay=1.0)
 
 
 def map_ahead(
     function: Callable[..., Result], items: Iterable, threads: int | None, ahead: int
 ) -> Iterator[Result]:
-    """Yield function(item) in order.
+    """Yield function(item) for each item, in order.
 
-    Threads compute it, while up to `ahead` items wait to be asked for.
+    Threads compute up to `ahead` results before the caller asks for them.
     """
     waiting = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="images") as executor:

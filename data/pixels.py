@@ -1,6 +1,6 @@
-"""Pixel values on their two sides: uint8 0..255 in files and caches, float -1..1 in the model.
+"""Convert pixel values between uint8 0..255, as in files, and float32 -1..1, as in the model.
 
-The two functions are each other's inverse on all 256 values.
+The two functions are inverses of each other on all 256 values.
 """
 
 import torch
@@ -12,7 +12,8 @@ def to_model_range(images_uint8: Tensor) -> Tensor:
 
     The result is contiguous.
     """
-    # The copy that makes the images contiguous moves bytes, a quarter of the memory of floats.
+    # The copy to contiguous memory comes before the cast, because bytes take a quarter of the
+    # memory of floats.
     x = images_uint8.permute(0, 3, 1, 2).contiguous()
     return x.to(torch.float32).div_(127.5).sub_(1.0)
 
@@ -20,8 +21,8 @@ def to_model_range(images_uint8: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Map images (B, 3, H, W) in [-1, 1], of any float type, to uint8 (B, H, W, 3).
 
-    Values outside [-1, 1] are clamped, the rest rounded to the nearest level. The device stays
-    the same.
+    Values are rounded to the nearest level, and values outside [-1, 1] are clamped. The result is
+    on the same device.
     """
     levels = (x.to(torch.float32) + 1.0).mul_(127.5).round_().clamp_(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -4,9 +4,9 @@
     python data/prepare.py path/to/folder-or-zip-or-npz --image-size 64
     python data/prepare.py FFHQ --verify ffhq-dataset-v2.json
 
-train.py prepares by itself what is not prepared yet. With --verify the images are checked first,
-and prepared only when every one is right. Exit code: 0 fine, 1 the verification found
-differences, 2 the data cannot be used.
+train.py prepares its data set by itself. With --verify, the images are checked first, and are
+prepared only if all are correct. The exit code is 0 on success, 1 if the verification found
+differences, and 2 if the data cannot be used.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-# When this runs as a script, Python looks for modules in this folder first, not in the repository's
-# root where `data` lies. The root takes its place, as datasets.py would hide another package here.
+# When this file runs as a script, Python searches this folder for modules instead of the
+# repository's root. The root replaces this folder, whose datasets.py would hide another package.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -29,7 +29,7 @@ from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short
 
-# The json lists these versions of a photo: 128 px and 1024 px.
+# These are the versions of a photo in the json, at 128 px and 1024 px.
 VERSIONS = ("thumbnail", "image")
 
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=int,
         default=0,
         metavar="N",
-        help="How many unusable images may be left out. Default: %(default)s.",
+        help="Leave out at most this many unusable images. Default: %(default)s.",
     )
     parser.add_argument(
         "--verify",
@@ -64,27 +64,27 @@ def main(arguments: list[str] | None = None) -> int:
 
     if args.verify:
         source = locate(args.source, args.image_size)
-        names = verify(source, args.verify)
-        print(", ".join(f"{len(listed):,} {kind}" for kind, listed in names.items()))
-        del names["correct"]
-        for kind, listed in names.items():
-            for name in listed[:LISTED]:
-                print(f"  {kind}: {name}")
-        if any(names.values()):
+        report = verify(source, args.verify)
+        print(", ".join(f"{len(names):,} {verdict}" for verdict, names in report.items()))
+        del report["correct"]
+        for verdict, names in report.items():
+            for name in names[:LISTED]:
+                print(f"  {verdict}: {name}")
+        if any(report.values()):
             return 1
 
-    images = load_images(args.source, args.image_size, args.max_bad_images)
-    print(f"Ready: {images.summary}")
+    image_set = load_images(args.source, args.image_size, args.max_bad_images)
+    print(f"Ready: {image_set.summary}")
     return 0
 
 
 def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
-    """Compare the pixel_md5 of every image of a source, at its own size, with the json's.
+    """Compare the md5 of the pixels of every image, at its original size, with the json's.
 
-    It is over the raw pixels, so it also fits re-encoded lossless copies; JPEGs and resized copies
-    never match. Returns the names of the images that are "correct", "wrong" (with the reason),
-    "missing" and "extra". Raises UserError when the json cannot be read or is another file than
-    ffhq-dataset-v2.json, or when the source's images aren't numbered.
+    The md5 is over raw pixels, so a lossless copy in another format matches. JPEGs and resized
+    copies never match. Returns the names of the images that are "correct", "wrong" (with the
+    reason), "missing" and "extra". Raises UserError when the json cannot be read or is not
+    ffhq-dataset-v2.json, or when the source's images are not numbered.
     """
     expected = read_expected(json_path)
     # The ids of a source are either all numbers or all names.
@@ -105,8 +105,8 @@ def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
             if result in sums.items():
                 correct.append(name)
             else:
-                right = " or ".join(f"{size} with {md5}" for size, md5 in sums.items())
-                wrong.append(f"{name}: is {result[0]} with pixel_md5 {result[1]}, not {right}")
+                choice = " or ".join(f"{size} with {md5}" for size, md5 in sums.items())
+                wrong.append(f"{name}: is {result[0]} with pixel_md5 {result[1]}, not {choice}")
 
     missing = [f"id {image_id}" for image_id in sorted(expected.keys() - source.ids)]
     extra = [f"id {image_id}" for image_id in source.ids if image_id not in expected]
@@ -120,19 +120,19 @@ def size_and_md5(rgb: np.ndarray) -> tuple[str, str]:
 
 
 def read_expected(json_path: str | Path) -> dict[int, dict[str, str]]:
-    """Read ffhq-dataset-v2.json -> by id, the pixel_md5 by size ("128x128") of both VERSIONS.
+    """Read ffhq-dataset-v2.json -> a dict by id of dicts of pixel_md5 by size ("128x128").
 
-    Raises UserError when it isn't that file.
+    Each inner dict has both VERSIONS. Raises UserError when the file cannot be read or is not that
+    file.
     """
     expected = {}
     try:
         entries = json.loads(Path(json_path).read_bytes())
         for key, entry in entries.items():
-            sums = {}
-            for version in VERSIONS:
-                size = "{}x{}".format(*entry[version]["pixel_size"])
-                sums[size] = entry[version]["pixel_md5"]
-            expected[int(key)] = sums
+            versions = [entry[name] for name in VERSIONS]
+            expected[int(key)] = {
+                "{}x{}".format(*version["pixel_size"]): version["pixel_md5"] for version in versions
+            }
         if not expected:
             raise ValueError("no entries")
         return expected

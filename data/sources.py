@@ -1,7 +1,7 @@
-"""Where images come from: a folder with its subfolders, a zip or an npz.
+"""Find images in a folder with its subfolders, in a zip or in an npz.
 
-Archives are read in place and never extracted, so a member's name is no path on this machine,
-whatever it says.
+Archives are read in place and never extracted, so the name of a member never becomes a path on
+this machine.
 """
 
 import math
@@ -24,9 +24,9 @@ from functions.support.files import READ_ERRORS, short
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-# The known copies of FFHQ lie in these folders, with images of so many pixels, from small to
-# large. Every copy numbers its images alike, so when several lie under one root only one may be
-# read. The uncropped photos (0) are never chosen over aligned ones.
+# Each of these folders holds a copy of FFHQ, with images of this side in pixels. All copies use the
+# same image numbers, so only one of them is read. The uncropped photos have no common size. Their 0
+# makes them the last choice.
 FFHQ_LAYOUTS = {
     "in-the-wild-images": 0,
     "thumbnails128x128": 128,
@@ -34,10 +34,10 @@ FFHQ_LAYOUTS = {
     "images1024x1024": 1024,
 }
 
-# No image file may be larger than this. An FFHQ photo at 1024 px takes 1.3 MB.
+# A larger image file counts as unusable. An FFHQ photo at 1024 px takes 1.3 MB.
 MAX_FILE_BYTES = 100 * 2**20
 
-# If this part of a set's images is numbered, the set counts as numbered and the others as strays.
+# A set counts as numbered when at least this fraction of its images is. The others are strays.
 NEARLY_ALL = 0.99
 
 
@@ -46,22 +46,27 @@ class Member(NamedTuple):
     name: str
     # The size is in bytes, uncompressed.
     size: int
-    # The stamp changes when the content does: it is the CRC-32 in an archive, and the modification
+    # The stamp changes when the content does. It is the CRC-32 in an archive, and the modification
     # time (ns) in a folder.
     stamp: int
 
 
 class Source:
-    """What the kinds of sources have in common.
+    """List the images at a path and read them. Each format is a class; `find_source` chooses it.
 
-    Each has its `kind`, lists its `members`, and reads one of them by `read_file`. `members` are
-    the image files in the order of their ids, or the fewer files that hold all images: an npz's
-    array, the six of CIFAR-10. `ids` are the numbers in the file names (int) when these are
-    numbered as FFHQ's are, else the names (str); sorted, one for each image. `notes` are sentences
-    to be printed: what was passed over, and why.
+    A class has its `kind`, which is part of a pack's key. `members` are the image files, or the
+    fewer files that hold all images: the array of an npz, the six files of CIFAR-10. `ids` has one
+    id for each image, sorted, all int or all str. A class whose members are the images leaves `ids`
+    to `find_source` and defines `read_file`. Any other class sets `ids` and defines `read`.
+    `notes` are sentences to be printed, which say what was passed over and why.
 
     `read` is called with 0, 1, 2, ... in this order, by one thread, so a source may be a stream.
     """
+
+    # A pack lies beside its source, or in it if this is True, so that a folder moves with its pack.
+    holds_pack = False
+    # Images with this id or a larger one are test images. None: the set has no test images.
+    first_test_id = None
 
     def __init__(self, path: Path):
         self.path = path
@@ -84,7 +89,7 @@ class Source:
             return BadImage(f"cannot be read ({short(reason)})")
 
     def name_of(self, i: int) -> str:
-        """Name the i-th image to people: by its file, or by its id where files hold many."""
+        """Name the i-th image in messages: by its file, or by its id if its file holds many."""
         if len(self.members) == len(self.ids):
             return self.members[i].name
         return f"image {self.ids[i]}"
@@ -94,6 +99,7 @@ class Folder(Source):
     """Image files in a folder and its subfolders."""
 
     kind = "folder"
+    holds_pack = True
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -103,7 +109,7 @@ class Folder(Source):
 
         # Links are followed, because a data folder is often a link to another disk.
         for folder, inner, files in os.walk(path, onerror=fail, followlinks=True):
-            # Another process may be trying whether it can write here, and its folder vanishes.
+            # These folders vanish: `is_writable` of another process makes and deletes them.
             inner[:] = [name for name in inner if not name.startswith(".packed")]
             for file in files:
                 name = Path(folder, file).relative_to(path).as_posix()
@@ -111,12 +117,12 @@ class Folder(Source):
                     continue
                 try:
                     status = os.stat(path / name)
-                    # Whoever reads a pipe waits for its other end, perhaps for ever.
+                    # Reading a pipe may wait for ever.
                     if stat.S_ISREG(status.st_mode):
                         self.members.append(Member(name, status.st_size, status.st_mtime_ns))
                 except OSError:
-                    # A link that leads nowhere is kept: it becomes a bad image when it is read,
-                    # and so its name is listed.
+                    # A broken link stays a member. It becomes a bad image when it is read, so its
+                    # name is listed.
                     self.members.append(Member(name, 0, 0))
 
     def read_file(self, member: Member) -> bytes:
@@ -133,24 +139,24 @@ class Zip(Source):
         super().__init__(path)
         self.archive = zipfile.ZipFile(path)
 
-        # Of two members with one name the last counts, as for every other zip tool.
+        # If two members have the same name, the last one counts, as in other zip tools.
         infos = {info.filename: info for info in self.archive.infolist()}
         for name, info in infos.items():
             if is_image_name(name):
                 self.members.append(Member(name, info.file_size, info.CRC))
 
     def read_file(self, member: Member) -> bytes:
-        """Return the bytes of a member, at most one more than it should have."""
+        """Return the bytes of a member, at most one byte more than its size."""
         with open_member(self.archive, member.name) as file:
-            # A read() without a limit would unpack all there is, whatever the size should be.
-            # Reading one byte more than that reaches the end, where zipfile compares the CRC.
+            # A read() without a limit would unpack a bomb, whatever size it claims. One byte more
+            # than the size reaches the end of a sound member, where zipfile compares the CRC.
             return file.read(member.size + 1)
 
 
 class Npz(Source):
-    """One uint8 array (N, H, W, 3), streamed: the full set's at 1024 px would not fit into memory.
+    """One uint8 array (N, H, W, 3), read as a stream, since FFHQ at 1024 px does not fit in memory.
 
-    So `read` takes 0, 1, ..., N - 1 in this order; the last one checks the CRC.
+    The last of the N reads checks the CRC.
     """
 
     kind = "npz"
@@ -162,7 +168,7 @@ class Npz(Source):
         for info in self.archive.infolist():
             if info.filename.endswith(".npy"):
                 with open_member(self.archive, info.filename) as file:
-                    # All plain arrays have version 1.0 of the header.
+                    # The header of a plain array has version 1.0.
                     plain = npy.read_magic(file) == (1, 0)
                     shape, fortran, dtype = npy.read_array_header_1_0(file)
                     header = file.tell()
@@ -179,8 +185,8 @@ class Npz(Source):
         count, *self.shape = shape
         self.members = [Member(info.filename, info.file_size, info.CRC)]
 
-        # The header can claim any number of images, of any size, so its claim is compared with the
-        # bytes there are before anything of that length is made.
+        # The header can claim any shape. The shape is compared with the number of bytes in the file
+        # before a list or array of that length is made.
         self.image_bytes = math.prod(self.shape)
         too_large = self.image_bytes > 3 * MAX_PIXELS
         if too_large or count * self.image_bytes != info.file_size - self.header:
@@ -191,7 +197,7 @@ class Npz(Source):
 
     def read(self, i: int) -> np.ndarray:
         """Read the i-th image, uint8 (H, W, 3), right after the one before it."""
-        with one_sentence(self.path):
+        with raise_user_error(self.path):
             if i == 0:
                 self.stream = open_member(self.archive, self.members[0].name)
                 self.stream.read(self.header)
@@ -199,29 +205,32 @@ class Npz(Source):
             return pixels.reshape(self.shape)
 
 
+# These classes read the files with these suffixes, in upper or lower case.
+ARCHIVES = {".zip": Zip, ".npz": Npz}
+
+
 def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False) -> Source:
-    """Find the images of a folder, a .zip or an .npz, and put them into the order of their ids.
+    """Find the images at a path, and put them into the order of their ids.
 
-    Ids don't depend on the order of a directory, and numbers don't depend on the folders that they
-    lie in. Of several copies of FFHQ under one root, the smallest that need not be enlarged to
+    The ids do not depend on the order of a directory, and numbers do not depend on the folders of
+    the files. If there are several copies of FFHQ, the smallest that need not be enlarged to
     `image_size` (pixels) is read. In a set that must be `numbered`, unnumbered images are passed
-    over with a note, and two with one number are an error. They are passed over too where nearly
-    all others are numbered, as a stray preview.png among 70,000 is.
+    over with a note, and two images with the same number are an error. In any other set,
+    unnumbered images are passed over if they are few, as a stray preview.png among 70,000 is.
 
-    Raises UserError when the path is missing, is none of the three, cannot be read or holds no
-    image.
+    Raises UserError when the path is missing, is neither a folder nor one of `ARCHIVES`, cannot be
+    read or holds no image.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a folder, a .zip or an .npz of images.")
-    archive_kinds = {".zip": Zip, ".npz": Npz}
-    kind = Folder if path.is_dir() else archive_kinds.get(path.suffix.lower())
-    if kind is None:
+    source_class = Folder if path.is_dir() else ARCHIVES.get(path.suffix.lower())
+    if not source_class:
         raise UserError(f"{path} is neither a folder nor a .zip nor an .npz. Give one of these.")
 
-    with one_sentence(path):
-        source = kind(path)
-    if kind is not Npz:
+    with raise_user_error(path):
+        source = source_class(path)
+    if not source.ids:
         choose_layout(source, image_size)
         put_in_order(source, numbered)
     return source
@@ -233,52 +242,52 @@ def choose_layout(source: Source, image_size: int) -> None:
     all_folders = set().union(*folders.values())
     layouts = [layout for layout in FFHQ_LAYOUTS if layout in all_folders]
     if len(layouts) > 1:
-        # The search goes from small to large. If no copy is large enough, it ends with the largest.
-        for chosen in layouts:
-            if FFHQ_LAYOUTS[chosen] >= image_size:
+        # FFHQ_LAYOUTS goes from small to large. If no copy is large enough, the loop ends with the
+        # largest.
+        for layout in layouts:
+            if FFHQ_LAYOUTS[layout] >= image_size:
                 break
-        source.members = [member for member in source.members if chosen in folders[member]]
-        source.notes.append(f"Found {' and '.join(layouts)}; used {chosen} only.")
+        source.members = [member for member in source.members if layout in folders[member]]
+        source.notes.append(f"Found {' and '.join(layouts)}; used {layout} only.")
 
 
 def put_in_order(source: Source, numbered: bool) -> None:
-    """Pass over the strays among numbered members, give the rest their ids, and sort by these."""
-    numbers = {member: number_in(member.name) for member in source.members}
+    """Drop strays among numbered members, give the other members their ids, and sort by these."""
+    stems = {member: split_stem(member.name) for member in source.members}
 
     # FFHQ's files are named by a number alone, or by "img" and a number.
-    plain = {
-        member: number for member, number in numbers.items() if number and number[0] in ("", "img")
-    }
-    strays = numbers.keys() - plain.keys()
-    if strays and (numbered or len(plain) >= NEARLY_ALL * len(numbers)):
+    ffhq_stems = {member: stem for member, stem in stems.items() if stem and stem[0] in ("", "img")}
+    strays = stems.keys() - ffhq_stems.keys()
+    if strays and (numbered or len(ffhq_stems) >= NEARLY_ALL * len(stems)):
         first = short(min(strays).name)
         source.notes.append(
             f"Passed over {len(strays)} (no image number in the name), the first is {first!r}."
         )
-        numbers = plain
-    if not numbers:
+        stems = ffhq_stems
+    if not stems:
         reason = f"{source.path} holds no image ({', '.join(IMAGE_EXTENSIONS)})."
         raise UserError(" ".join([reason, *source.notes]))
 
-    # The names are ids unless all have numbers, of one series, of which none comes twice.
-    ids = {member: with_slashes(member.name) for member in numbers}
-    if all(numbers.values()):
-        prefixes, without_prefix = zip(*numbers.values(), strict=True)
-        number, times = Counter(without_prefix).most_common(1)[0]
+    # The ids are the numbers if every name has one and no number comes twice. The prefixes must be
+    # the same, too, unless the set must be `numbered`. Otherwise the ids are the names.
+    ids = {member: with_slashes(member.name) for member in stems}
+    if all(stems.values()):
+        prefixes, numbers = zip(*stems.values(), strict=True)
+        number, times = Counter(numbers).most_common(1)[0]
         if times == 1 and (numbered or len(set(prefixes)) == 1):
-            ids = {member: number for member, (_, number) in numbers.items()}
+            ids = dict(zip(stems, numbers, strict=True))
         elif numbered:
             raise UserError(
                 f"{source.path}: {times} images have the number {number}. Keep one copy of the set "
                 "there."
             )
     source.members = sorted(ids, key=ids.get)
-    source.ids = [ids[member] for member in source.members]
+    source.ids = sorted(ids.values())
 
 
 def is_image_name(name: str) -> bool:
     """Return whether a path inside a source has an image's extension and is not hidden."""
-    # macOS puts shadows of files into __MACOSX.
+    # macOS puts metadata, in files with the names of the images, into __MACOSX.
     parts = PurePosixPath(with_slashes(name)).parts
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
     return name.lower().endswith(IMAGE_EXTENSIONS) and not hidden
@@ -290,10 +299,10 @@ def with_slashes(name: str) -> str:
     return name.replace("\\", "/")
 
 
-def number_in(name: str) -> tuple[str, int] | None:
-    """Return the prefix and the number that a file's name consists of, or None for other names.
+def split_stem(name: str) -> tuple[str, int] | None:
+    """Split a file's name into a prefix and a number. Returns None for names of another form.
 
-    They are ("img", 12) for x/img00000012.png.
+    x/img00000012.png gives ("img", 12).
     """
     stem = PurePosixPath(with_slashes(name)).stem
     match = re.fullmatch(r"([A-Za-z_-]*)(\d{1,18})", stem)
@@ -301,8 +310,8 @@ def number_in(name: str) -> tuple[str, int] | None:
 
 
 @contextmanager
-def one_sentence(path: Path) -> Iterator[None]:
-    """Turn whatever an unreadable or broken source raises into a UserError of one sentence."""
+def raise_user_error(path: Path) -> Iterator[None]:
+    """Turn the errors of an unreadable or broken source into a UserError of one sentence."""
     try:
         yield
     except READ_ERRORS as error:
@@ -312,8 +321,8 @@ def one_sentence(path: Path) -> Iterator[None]:
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """Open a member of a zip for reading. Raises NotImplementedError for methods but deflate."""
-    # Python's readers of other methods unpack all at once, however much that is.
+    """Open a member of a zip. Raises NotImplementedError unless it is stored or deflated."""
+    # Python's readers of other methods unpack a whole member at once, whatever its size.
     if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise NotImplementedError("packed by another method than deflate")
     return archive.open(name)

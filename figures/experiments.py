@@ -1,13 +1,13 @@
-"""Why colours go wrong, and two cures: the arms of docs/whole-before-detail.md.
+"""Train, measure and draw the arms of docs/whole-before-detail.md.
 
-`python figures/experiments.py WORD`, where WORD is
+`python figures/experiments.py WORD`, where WORD is one of:
 
-train     trains a run of every arm and seed, in a quarter of an hour each on two cores; a run
-          that was stopped goes on
-measure   writes each run's numbers, with and without calibration, into JSON files in its folder,
-          in as long again
-draw      adds those numbers to figures/experiments.json, prints the table of all that is there,
-          and draws a picture
+train     train a run of every arm and seed, a quarter of an hour each on two cores; a run that was
+          stopped goes on
+measure   measure each run, with and without calibration, another quarter of an hour each, and
+          write JSON files into its folder
+draw      add these measurements to figures/experiments.json, print that file as a table, and draw
+          a picture
 """
 
 import json
@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from config import EXPERIMENTS
-from data.datasets import images_of_run
+from data.datasets import load_and_split
 from data.pixels import to_model_range, to_uint8
 from figures.feature_distance import Features, spoilt
 from functions.evaluation.bands import BandErrors, measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim
-from functions.sampling.calibration import calibrated
+from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, generate, rebuild
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
@@ -51,14 +51,14 @@ FACES_V = V | {"t_sampling": "uniform", "beta_schedule": "cosine"}
 LARGE = {"image_size": 64, "lowest_resolution_size": 8}
 SHORT = {"epochs": 16}
 
-# Under the name of an arm: what differs from `faces` in the diffusion config and in the model
-# config, and how many seeds it has.
+# The name of an arm -> its changes to the diffusion config and to the model config of `faces`, and
+# its number of seeds.
 ARMS = {
-    # What the network predicts, and how t is drawn.
+    # The objective and the distribution of t.
     "eps": ({}, {}, 3),
     "v, mixed t": (V, {}, 3),
     "v, uniform t": (V | {"t_sampling": "uniform"}, {}, 3),
-    # What else differs between `faces` and those with v, one thing at a time.
+    # Arms with v differ from `faces` in these two fields too. Each arm here changes one of them.
     "eps, mixed t": ({"t_sampling": "mixed"}, {}, 1),
     "eps, rate 1e-3": ({"learning_rate": 1e-3}, {}, 1),
     # Other betas, and another weight of the loss.
@@ -70,7 +70,7 @@ ARMS = {
     "v, mixed t, 800 steps": (V | SHORT, {}, 1),
     "eps, 800 steps, 64 px": (SHORT, LARGE, 1),
     "v, mixed t, 800 steps, 64 px": (V | SHORT, LARGE, 1),
-    # Photos are other data than emoji, and users bring their own.
+    # Another kind of images. The photos do not come with the repository.
     "eps, photos": ({}, {}, 1),
     "v, mixed t, photos": (V, {}, 1),
     "v, uniform t, cosine, photos": (FACES_V, {}, 1),
@@ -78,7 +78,7 @@ ARMS = {
 
 # These two arms are the presets `faces` and `faces-v`.
 PRESETS = ("eps", "v, uniform t, cosine")
-# The kinds of calibration: none, fitted to training images, fitted to the model's own samples.
+# The kinds of calibration: none, fitted to the training images, fitted to the model's samples.
 KINDS = ("plain", "data", "own")
 # docs/whole-before-detail.md shows a heat map of the bands for these arms.
 MAPS = {
@@ -102,7 +102,7 @@ SOLVERS = {
     "SDE": ("dpm++", 1.0),
     "iPNDM": ("ipndm", None),
 }
-# These 30 samplers take long, so that only the first run of `faces-v` is measured with them.
+# These 30 samplers take long, so only the first run of `faces-v` is measured with them.
 GRID = {
     f"{name} {spacing} {calls}": SamplerOptions(sampler, calls, spacing, eta=eta)
     for name, (sampler, eta) in SOLVERS.items()
@@ -110,10 +110,10 @@ GRID = {
     for calls in (10, 20, 50)
 }
 # Spoilt samples are counted with this sampler, since few steps without fresh noise spoil most.
-SPOILT_WITH = "20 DDIM"
-# The first samples of that sampler are kept for the pictures, and COLUMNS of them are in that of
-# all arms.
-SHOWN, COLUMNS = 36, 12
+SPOILT_SAMPLER = "20 DDIM"
+# This many samples of that sampler are saved for the pictures. The picture of all arms shows the
+# first COLUMNS of them.
+SAVED_SAMPLES, COLUMNS = 36, 12
 
 
 def main() -> None:
@@ -132,7 +132,7 @@ def main() -> None:
         "--seeds",
         nargs="+",
         type=int,
-        help="The seeds of each arm. Default: 0, 1 and so on, as many as ARMS says.",
+        help="The seeds of each arm. Default: those in ARMS, from 0 on.",
     )
     parser.add_argument(
         "--photos",
@@ -162,13 +162,13 @@ def main() -> None:
         "--images",
         type=int,
         default=100,
-        help="How many samples a distance takes. Default: %(default)s.",
+        help="The number of samples for each distance. Default: %(default)s.",
     )
     parser.add_argument(
         "--spoilt",
         type=int,
         default=1000,
-        help="How many samples the share of spoilt ones takes. Default: %(default)s.",
+        help="The number of samples of which the spoilt ones are counted. Default: %(default)s.",
     )
     parser.add_argument(
         "--picture",
@@ -183,8 +183,7 @@ def main() -> None:
         return
 
     for arm, seed in pairs:
-        run = finished(args.runs, arm, seed)
-        # Photos do not come with the repository.
+        run = finished_run(args.runs, arm, seed)
         trainable = "photos" not in arm or args.photos
         if args.word == "train" and trainable and not run:
             train_arm(args, arm, seed)
@@ -197,7 +196,7 @@ def run_name(arm: str, seed: int) -> str:
     return f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
-def newest(runs: Path, arm: str, seed: int) -> Path | None:
+def newest_run(runs: Path, arm: str, seed: int) -> Path | None:
     """Return the newest run of an arm that has a checkpoint, or None."""
     for run in reversed(runs_of(runs, f"{run_name(arm, seed)}-")):
         if checkpoints_of(run):
@@ -205,22 +204,22 @@ def newest(runs: Path, arm: str, seed: int) -> Path | None:
     return None
 
 
-def finished(runs: Path, arm: str, seed: int) -> Path | None:
+def finished_run(runs: Path, arm: str, seed: int) -> Path | None:
     """Return the newest run of an arm if it has reached its last step, or None."""
-    run = newest(runs, arm, seed)
+    run = newest_run(runs, arm, seed)
     if not run:
         return None
 
     config = json.loads((run / "config.json").read_text())
-    done = step_of(find_checkpoints(run)[0])
-    return run if done == config["run"]["total_steps"] else None
+    last_step = step_of(find_checkpoints(run)[0])
+    return run if last_step == config["run"]["total_steps"] else None
 
 
 def train_arm(args: Namespace, arm: str, seed: int) -> None:
-    """Train a run of an arm with train.py, or go on with one that was stopped."""
-    before = newest(args.runs, arm, seed)
-    if before:
-        run = train.open_run(before, None, None, ({}, {}), SINGLE_PROCESS)
+    """Train a run of an arm with train.py, or resume one that was stopped."""
+    stopped_run = newest_run(args.runs, arm, seed)
+    if stopped_run:
+        run = train.open_run(stopped_run, None, None, ({}, {}), SINGLE_PROCESS)
     else:
         diffusion, model, _ = ARMS[arm]
         changes = {**diffusion, "seed": seed}
@@ -229,7 +228,7 @@ def train_arm(args: Namespace, arm: str, seed: int) -> None:
         experiment = EXPERIMENTS["faces"].override(changes, model)
         run = Run(run_name(arm, seed), experiment, args.runs)
 
-    # train.py has no such weight of the loss, so the arm that wants it puts it in here.
+    # train.py has no min-SNR weight, so this arm replaces the loss function.
     with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
         train.train(run, choose_device("auto"), SINGLE_PROCESS)
 
@@ -238,18 +237,18 @@ def min_snr_loss(
     model, scheduler, x_0: Tensor, t: Tensor, noise: Tensor, loss=train.denoising_loss
 ) -> Tensor:
     """Return the squared error of x_0 times min(SNR, 5) (Hang et al. 2023, arXiv:2303.09556)."""
-    # The loss of v is the squared error of x_0 divided by (1 - alpha_bar).
+    # The squared error of v is that of x_0 divided by (1 - alpha_bar).
     a = scheduler.alpha_bar(t).to(x_0)
     weight = (1 - a) * (a / (1 - a)).clamp(max=5)
     return weight * loss(model, scheduler, x_0, t, noise)
 
 
 def measure(run: Path, args: Namespace) -> None:
-    """Measure a run with each kind of calibration, unless its file is there already."""
+    """Measure a run with each kind of calibration whose file does not exist yet."""
     device = choose_device("auto")
     saved = load_weights(find_checkpoints(run)[0])
     denoiser = rebuild(saved, device)
-    image_set, split = images_of_run(saved)
+    image_set, split = load_and_split(saved)
 
     def load_x_0(indices):
         images = torch.from_numpy(image_set.images[indices])
@@ -257,7 +256,7 @@ def measure(run: Path, args: Namespace) -> None:
 
     train_images = load_x_0(split.train_indices)
     average = train_images.mean(dim=0)
-    # Training flips images, so that samples look either way.
+    # Training flips images, so samples face either way.
     features = Features(torch.cat([train_images, train_images.flip(3)]))
 
     for kind in args.kinds:
@@ -266,12 +265,12 @@ def measure(run: Path, args: Namespace) -> None:
             continue
         options = SamplerOptions(calibrate=None if kind == "plain" else kind)
         sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, device)
-        sampler = calibrated(sampler, saved, SINGLE_PROCESS)
+        sampler = with_calibration(sampler, saved, SINGLE_PROCESS)
 
         bands = measure_bands(sampler.denoiser, load_x_0, split.val_indices, average, 64, 0)
         numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path, args)}
 
-        # The bound is measured once, as calibration is for samplers alone.
+        # The bound of the uncalibrated network alone is reported.
         if kind == "plain":
             bound = measure_bits_per_dim(
                 denoiser, load_x_0, split.val_indices, BoundOptions(t_stride=50)
@@ -281,9 +280,9 @@ def measure(run: Path, args: Namespace) -> None:
 
 
 def measure_samples(sampler: ImageSampler, features: Features, path: Path, args: Namespace) -> dict:
-    """Return the distance with each sampler, and the share of samples that is spoilt.
+    """Return the distance with each sampler, and the share of spoilt samples.
 
-    The first samples are kept beside `path`, the file of the run's numbers.
+    The first samples are saved beside `path`, the file of the run's numbers.
     """
     run = path.parent.name
     samplers = {name: DISTANCES[name] for name in args.distances}
@@ -292,41 +291,41 @@ def measure_samples(sampler: ImageSampler, features: Features, path: Path, args:
 
     numbers = {"distance": {}}
     for name, options in samplers.items():
-        # A calibration is part of the denoiser, so it stays when the options are replaced.
-        count = args.spoilt if name == SPOILT_WITH else args.images
+        # The denoiser has the calibration, so replacing the options does not change it.
+        count = args.spoilt if name == SPOILT_SAMPLER else args.images
         samples = generate(replace(sampler, options=options), range(count))
         images = samples.images.to(sampler.device)
 
         numbers["distance"][name] = features.distance(images[: args.images])
-        if name == SPOILT_WITH:
-            # Photos have no white corners, by which `spoilt` tells.
+        if name == SPOILT_SAMPLER:
+            # `spoilt` looks for white corners, which photos do not have.
             if "photos" not in run:
                 numbers["spoilt"] = spoilt(images).double().mean().item()
-            np.save(path.with_suffix(".npy"), to_uint8(images[:SHOWN]).cpu().numpy())
+            np.save(path.with_suffix(".npy"), to_uint8(images[:SAVED_SAMPLES]).cpu().numpy())
         print(f"{path}: {numbers['distance']}, spoilt {numbers.get('spoilt')}", flush=True)
     return numbers
 
 
 def draw(pairs: list[tuple], args: Namespace) -> None:
-    """Add the numbers of some runs to RESULTS, print the table of all, and draw these runs.
+    """Add the numbers of the runs to RESULTS, print all of RESULTS, and draw the runs.
 
-    The runs are given by pairs of an arm and a seed; those that are not there are left out.
+    `pairs` has the arm and the seed of each run. Missing runs are skipped.
     """
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     pictures = {}
     for arm, seed in pairs:
-        run = newest(args.runs, arm, seed)
+        run = newest_run(args.runs, arm, seed)
         for kind in KINDS if run else ():
             path = run / f"measured-{kind}.json"
             if not path.exists():
                 continue
 
-            # Five digits are more than the seeds agree in, and keep the file short.
+            # Seeds agree in fewer than five digits, and five keep the file short.
             numbers = json.loads(path.read_text(), parse_float=lambda x: float(f"{float(x):.5g}"))
             label = arm if kind == "plain" else f"{arm}, calibrated ({kind})"
             results.setdefault(label, {})[str(seed)] = numbers
 
-            # The first seed of each arm is drawn. The people in photos are not shown.
+            # The first seed of each arm is drawn. Photos show real people and are not published.
             if label in pictures or "photos" in arm:
                 continue
             pictures[label] = np.load(path.with_suffix(".npy"))
@@ -334,7 +333,7 @@ def draw(pairs: list[tuple], args: Namespace) -> None:
                 arrays = {name: np.array(value) for name, value in numbers["bands"].items()}
                 plot_bands(BandErrors(**arrays), RESULTS.with_name(MAPS[label]), label)
 
-    # Each arm has a line of the file, so that a diff of it can be read.
+    # One line for each arm makes diffs of the file readable.
     lines = [f"{json.dumps(label)}: {json.dumps(seeds)}" for label, seeds in results.items()]
     text = ",\n".join(lines)
     RESULTS.write_text(f"{{\n{text}\n}}\n")
@@ -362,26 +361,26 @@ def draw_samples(pictures: dict, name: str) -> None:
     if pictures.keys() >= set(PRESETS):
         grids = []
         for preset in PRESETS:
-            # A white margin at the right of each grid keeps the two apart.
+            # A white margin at the right of each grid separates the two.
             grid = grid_of(pictures[preset], 6)
             grids.append(np.pad(grid, ((0, 0), (0, 36), (0, 0)), constant_values=255))
         save_image(np.concatenate(grids, axis=1), RESULTS.with_name("faces_and_faces_v.png"))
 
 
 def table(results: dict) -> str:
-    """Return a Markdown table: the mean over seeds, and in brackets the lowest and the highest."""
+    """Return a Markdown table of the means over seeds; brackets have the lowest and the highest."""
     titles = ["arm", "seeds", "mean, t = 999", "mean, t = 920", *DISTANCES, "spoilt, %", "bits/dim"]
     lines = [titles, ["---"] * len(titles)]
 
     for label, seeds in results.items():
-        rows = [table_numbers(numbers) for numbers in seeds.values()]
-        cells = [of_seeds(values) for values in zip(*rows, strict=True)]
+        rows = [columns_of_run(numbers) for numbers in seeds.values()]
+        cells = [table_cell(values) for values in zip(*rows, strict=True)]
         lines.append([label, str(len(seeds)), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table_numbers(numbers: dict) -> list[float]:
-    """Return a run's numbers in the order of the table's columns; NaN where there is none."""
+def columns_of_run(numbers: dict) -> list[float]:
+    """Return a run's numbers in the order of the table's columns; NaN for a missing one."""
     ratio = numbers["bands"]["ratio"]
     return [
         ratio[-1][0],
@@ -392,8 +391,8 @@ def table_numbers(numbers: dict) -> list[float]:
     ]
 
 
-def of_seeds(values: tuple[float, ...]) -> str:
-    """Return a cell such as "2.1 (1.9-2.4)"; nothing where there is no number."""
+def table_cell(values: tuple[float, ...]) -> str:
+    """Return the text for the values of all seeds, such as "2.1 (1.9-2.4)"; "" for NaN."""
     if np.isnan(values[0]):
         return ""
     spread = f" ({min(values):.3g}-{max(values):.3g})" if len(values) > 1 else ""

@@ -1,10 +1,10 @@
-"""Make every picture of README and docs/ffhq.md from real runs.
+"""Draw the pictures of README and docs/ffhq.md from a real run.
 
 `python figures/make_figures.py [RUN]`
 
-RUN is a run folder of the `faces` experiment; the newest one when left out. What rotation costs in
-fine detail can only be seen on photos: `--photos SOURCE`, any copy of FFHQ, draws that figure too
-(curves only, no photo).
+RUN is a run folder of the `faces` experiment; without it, the newest one. Only photos show how much
+fine detail rotation costs. `--photos SOURCE`, with any copy of FFHQ, draws that figure too (curves,
+no photo).
 """
 
 import sys
@@ -18,12 +18,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EXPERIMENTS
-from data.datasets import images_of_run, load_images
+from data.datasets import load_and_split, load_images
 from data.pixels import to_model_range, to_uint8
 from figures.rotation_figures import draw_rotation, draw_rotation_spectrum
 from figures.sampling_figures import draw_sampling
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, states
+from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, state_frames
 from functions.sampling.generation import ImageSampler, generate, rebuild
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
@@ -37,7 +37,7 @@ from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
 from models.unet import UNet
 
 FIGURES = Path(__file__).resolve().parent
-# 200 steps with the betas of 1000 leave part of the image in x_T, which these schedules show.
+# 200 steps with the betas of 1000 leave part of the image in x_T. The figures show this fault.
 SCHEDULES = {
     "T = 1000": NoiseScheduler(1000),
     "T = 200, rescaled": NoiseScheduler(200),
@@ -54,11 +54,11 @@ def main() -> None:
     parser.add_argument(
         "--photos",
         metavar="SOURCE",
-        help="Images from which to draw what rotation costs in detail. Default: not drawn.",
+        help="The photos for the figure of the detail that rotation costs. Default: not drawn.",
     )
     args = parser.parse_args()
 
-    # A missing run is an error before anything is drawn.
+    # The checkpoints are looked for first, so that a missing run ends the script at once.
     if args.run:
         checkpoints = find_checkpoints(args.run)
     else:
@@ -87,11 +87,11 @@ def draw_cumulative_noise() -> None:
     times = (0, 66, 132, 200)
     figure, axes = plt.subplots(2, len(times), figsize=(7, 3.9))
 
-    # The rows are the fault, above, and its cure.
+    # The upper row shows the fault, and the lower row its cure.
     for row, name in zip(axes, ("T = 200, betas as for 1000", "T = 200, rescaled"), strict=True):
         row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
         for axis, t in zip(row, times, strict=True):
-            # The titles count as the paper does, where t = 0 is the image. Code t is one less.
+            # The titles have the paper's t, where t = 0 is the image. Code t is one less.
             x_t = SCHEDULES[name].q_sample(x_0, t - 1, noise) if t else x_0
             axis.imshow(to_uint8(x_t)[0].numpy(), interpolation="bicubic")
             axis.set(xticks=[], yticks=[], title=f"t = {t}")
@@ -137,22 +137,22 @@ def draw_time_embedding() -> None:
         axis.set(ylabel=f"{name}\nfrequency", yticks=[0, 31], yticklabels=["1", "1e-4"])
     axes[1].set_xlabel("timestep t")
 
-    # Both halves have the same range, so that one bar of colours serves both. It takes its space
-    # from the finished layout, which it would upset.
+    # Both halves have the same range, so one colour bar is enough. It is added after the layout,
+    # since tight_layout does not support it.
     figure.tight_layout()
     figure.colorbar(picture, ax=axes, ticks=[-1, 0, 1])
     save_figure(figure, FIGURES / "time_embedding.png")
 
 
 def draw_unet() -> None:
-    """Draw the network of `ffhq-run2`: a bar for each block, as high as its image."""
+    """Draw the network of `ffhq-run2`: a bar for each block, whose height shows its resolution."""
     blocks = blocks_of_unet()
     figure, axis = plt.subplots(figsize=(10, 4))
 
     # The blocks stand side by side in the order of the forward pass.
     centres = {}
     for i, (channels, resolution, attention) in enumerate(blocks):
-        # Each level halves the resolution, so that a logarithm makes even steps of them.
+        # Each level halves the resolution, so the logarithm falls in equal steps.
         height = np.log2(resolution) - 2
         color = "tab:orange" if attention else "tab:blue"
         # More channels make a bar more opaque.
@@ -172,19 +172,19 @@ def draw_unet() -> None:
         )
         centres.setdefault(resolution, []).append(i)
 
-    # A level's blocks lie on both sides of the U. Its title stands above the first one, and the
-    # arrow below goes from the first one to the last.
-    for resolution, places in centres.items():
+    # A level has blocks on both sides of the U. Its title is above the first block, and an arrow
+    # below goes from the first block to the last.
+    for resolution, positions in centres.items():
         edge = (np.log2(resolution) - 2) / 2 + 0.12
-        axis.text(places[0], edge, f"{resolution} x {resolution}", fontsize=8, ha="left")
+        axis.text(positions[0], edge, f"{resolution} x {resolution}", fontsize=8, ha="left")
         axis.annotate(
             "",
-            (places[-1] + 0.4, -edge),
-            (places[0] - 0.4, -edge),
+            (positions[-1] + 0.4, -edge),
+            (positions[0] - 0.4, -edge),
             arrowprops={"arrowstyle": "->", "color": "0.6", "linestyle": "--"},
         )
 
-    # The legend needs something to name: bars without height, and a line without points.
+    # These bars without height and this line without points give the legend its entries.
     axis.bar(0, 0, color="tab:blue", label="residual block (number: its channels)")
     axis.bar(0, 0, color="tab:orange", label="residual block, then self-attention")
     axis.plot([], [], "--", color="0.6", label="skip connections of a level")
@@ -199,18 +199,17 @@ def draw_unet() -> None:
 def blocks_of_unet() -> list[list]:
     """Return [channels, resolution, attention?] of each residual block of `ffhq-run2`.
 
-    They come from the shapes of a real forward pass, in its order, so that the figure cannot say
-    anything else than the network does.
+    They are recorded in a real forward pass, so the figure agrees with the network.
     """
     model_config = EXPERIMENTS["ffhq-run2"].model
     size = model_config.image_size
-    # On the device "meta" tensors have shapes, and take neither memory nor time.
+    # On the device "meta" tensors have shapes alone, and take neither memory nor time.
     with torch.device("meta"):
         model = UNet(**vars(model_config))
         x_t = torch.empty(1, 3, size, size)
         t = torch.empty(1, dtype=torch.int64)
 
-    # The hooks run in the order of the forward pass.
+    # Forward hooks run in the order of the forward pass.
     blocks = []
 
     def record(module, inputs, output):
@@ -239,17 +238,17 @@ def draw_run(checkpoint: Path) -> None:
     denoiser = rebuild(saved, device)
     image_sampler = ImageSampler(denoiser, SamplerOptions(), saved.model.image_shape, 0, device)
 
-    # The animation and the strip show states on the way, so these have to be named beforehand.
-    animation = states(image_sampler.times, GIF_FRAMES)
-    strip = states(image_sampler.times, STRIP_COLUMNS)
+    # The animation and the strip show intermediate states, which `generate` must be asked for.
+    animation = state_frames(image_sampler, GIF_FRAMES)
+    strip = state_frames(image_sampler, STRIP_COLUMNS)
     frames = {*animation.values(), *strip.values()}
     samples = generate(image_sampler, range(36), frames)
 
     faces = to_uint8(samples.images).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
 
-    # The nearest training images stand right below the samples, to show that these are no copies.
-    image_set, split = images_of_run(saved)
+    # Each nearest training image is right below its sample, to show which samples are copies.
+    image_set, split = load_and_split(saved)
     neighbours = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
@@ -263,10 +262,10 @@ def draw_run(checkpoint: Path) -> None:
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
     """Return for each image (N, H, W, 3) the training image that correlates with it most.
 
-    Training images (M, H, W, 3) are tried as they are and mirrored. Grey levels are compared, and
-    standardised for each image, so that neither colour nor brightness counts.
+    Each training image (M, H, W, 3) is compared unchanged and mirrored. Grey levels are compared,
+    standardised for each image, so neither colour nor brightness counts.
     """
-    # Training flips images, so that a sample may be the mirror image of a training image.
+    # Training flips images, so a sample may be the mirror image of a training image.
     both = np.concatenate([training, training[:, :, ::-1]])
     correlation = standardised(images) @ standardised(both).T
     return both[correlation.argmax(axis=1)]

@@ -1,4 +1,4 @@
-"""What rotation does to images: the usual way, and ours (data/augmentation.py).
+"""Compare the usual rotation of images with ours (data/augmentation.py).
 
 docs/ffhq.md shows these figures, and make_figures.py draws them.
 """
@@ -17,26 +17,26 @@ from data.pixels import to_model_range, to_uint8
 from functions.support.pictures import plt, save_figure
 from functions.support.random_numbers import generator_of
 
-# This one answer is broadcast to all images of a batch.
+# This value is broadcast to all images of a batch.
 NO_FLIP = torch.zeros(1, dtype=torch.bool)
 
 
 def draw_rotation(figures: Path) -> None:
-    """Draw embedded faces rotated the usual way, with black corners, and our way.
+    """Draw embedded faces rotated in the usual way, which has black corners, and in ours.
 
-    A row is an image; its columns are the original, then both ways at 3 degrees and at 10.
+    Each row is an image. The columns are the original, then both ways at 3 and at 10 degrees.
     """
     images = load_images("emoji_faces", 64).images[[500, 800, 300]]
     x_0 = to_model_range(torch.from_numpy(images))
 
     pictures = [Image.fromarray(image) for image in images]
     columns = {"original": images}
-    # The small angle is one that training draws; at the large one the corners cannot be missed.
+    # Training draws angles up to 3 degrees. At 10 degrees the corners are easier to see.
     for degrees in (3, 10):
         usual = [picture.rotate(degrees, Image.Resampling.BICUBIC) for picture in pictures]
         columns[f"{degrees} degrees, black corners"] = np.stack(usual)
 
-        # The angle of each image is its own in training; here all have the same.
+        # Training draws an angle for each image. Here all images have the same angle.
         angle = torch.full((len(images),), float(degrees))
         ours = augment(x_0, NO_FLIP, angle)
         columns[f"{degrees} degrees, ours"] = to_uint8(ours).numpy()
@@ -54,9 +54,9 @@ def draw_rotation(figures: Path) -> None:
 
 
 def draw_rotation_spectrum(photos: str, figures: Path) -> None:
-    """Draw the mean power spectrum of up to 600 photos.
+    """Draw the mean power spectrum of up to 600 photos, before and after rotation.
 
-    It shows them as they are, and rotated by up to 3 degrees in the usual way and in ours.
+    The photos are rotated by up to 3 degrees, in the usual way and in ours.
     """
     images = np.array(load_images(photos, 128).images[:600])
     x_0 = to_model_range(torch.from_numpy(images))
@@ -64,12 +64,12 @@ def draw_rotation_spectrum(photos: str, figures: Path) -> None:
     generator = generator_of("cpu", 0, "rotation spectrum")
     angle = 6 * torch.rand(len(x_0), generator=generator) - 3
 
-    # Ours doubles each image on the way, so all photos at once would take too much memory.
+    # `augment` doubles the size of images internally, so all photos at once take too much memory.
     parts = zip(x_0.split(50), angle.split(50), strict=True)
     ours = torch.cat([augment(x, NO_FLIP, a) for x, a in parts])
     curves = {"bicubic, as usual": rotated_as_usual(x_0, angle), "ours": ours}
 
-    # At the left are the spectra themselves, at the right what is left of the photos' own.
+    # The left panel has the spectra, and the right panel their ratio to that before rotation.
     before = radial_power(x_0)
     frequency = np.linspace(0, 0.5, len(before) + 1)[1:]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
@@ -80,7 +80,7 @@ def draw_rotation_spectrum(photos: str, figures: Path) -> None:
         left.semilogy(frequency, power, label=name)
         right.plot(frequency, power / before, label=name)
 
-    # On this line rotation costs nothing.
+    # At a ratio of 1 rotation costs no detail.
     right.axhline(1, color="black", linewidth=0.8)
     left.set(xlabel="cycles per pixel", ylabel="mean power")
     right.set(xlabel="cycles per pixel", ylabel="power after / before rotation", ylim=(0, 1.2))
@@ -98,10 +98,10 @@ def rotated_as_usual(x_0: Tensor, angle: Tensor) -> Tensor:
     cos, sin = radians.cos(), radians.sin()
     zero = torch.zeros_like(radians)
 
-    # Six numbers are the two rows of an image's rotation matrix, each followed by a shift of zero.
+    # The affine matrix (2, 3) of an image is a rotation matrix and a translation of zero.
     turn = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
 
-    # Outside its frame an image is mirrored, so that its edge leaves no jump in the spectrum.
+    # Reflection padding avoids an edge, which would add high frequencies to the spectrum.
     grid = F.affine_grid(turn, x_0.shape, align_corners=False)
     return F.grid_sample(x_0, grid, "bicubic", "reflection", align_corners=False)
 
@@ -113,15 +113,15 @@ def radial_power(x: Tensor, rings: int = 32) -> np.ndarray:
     """
     size = x.shape[-1]
 
-    # Without a window the jump between opposite edges would cover all high frequencies.
+    # Without a window, the jump between opposite edges would hide all other high frequencies.
     window = torch.hann_window(size, periodic=False)
     x = (x - x.mean((2, 3), keepdim=True)) * window[:, None] * window
 
-    # The transform of all photos at once takes too much memory.
+    # The Fourier transform of all photos at once takes too much memory.
     powers = [torch.fft.fft2(part).abs().square().mean((0, 1)) for part in x.split(50)]
     power = torch.stack(powers).mean(0)
 
-    # Each coefficient of the transform belongs to the ring of its distance from frequency zero.
+    # The distance of a coefficient from frequency zero gives its ring.
     frequency = torch.fft.fftfreq(size)
     radius = (frequency[:, None] ** 2 + frequency**2).sqrt()
     ring = (radius * 2 * rings).long()

@@ -1,4 +1,4 @@
-"""Pictures for README that anyone can make from a run with sample.py: each is one command."""
+"""Draw the pictures of README that sample.py makes from a run, each with one command."""
 
 import shutil
 import subprocess
@@ -12,14 +12,13 @@ from functions.support.pictures import save_image
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Training has seen the queen and the cook. It has not seen the wizard, so that inpainting cannot
-# know him by heart.
+# The queen and the cook are training images. The wizard is held out, so inpainting cannot have
+# learned him by heart.
 QUEEN = "people_1f478-1f3fd.png"
 COOK = "people_1f9d1-1f3fb-200d-1f373.png"
 WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
 
-# Under the name of a picture here: the flags of sample.py, and a pattern of the file that they
-# make it write.
+# The name of a picture -> the flags of sample.py, and a pattern of the file that it writes.
 COMMANDS = {
     "few_steps.png": ("--sampler dpm++ --steps 20", "grid.png"),
     "progressive.png": ("--steps 50 --progressive", "progressive.png"),
@@ -40,7 +39,7 @@ def draw_sampling(checkpoint: Path, figures: Path, size: int, temporary: Path) -
         image = people.images[people.ids.index(name)]
         save_image(image, temporary / name)
 
-    # White marks what inpainting makes: the lower half.
+    # White marks the pixels that inpainting replaces: the lower half.
     mask = np.zeros((size, size), np.uint8)
     mask[size // 2 :] = 255
     save_image(mask, temporary / "mask.png")

@@ -1,6 +1,6 @@
-"""Exponential moving average of the weights (Ho et al. 2020, Appendix B).
+"""Exponential moving average (EMA) of the weights (Ho et al. 2020, Appendix B).
 
-Samples are drawn with it.
+Samples are drawn with the averaged weights.
 """
 
 import torch
@@ -11,17 +11,17 @@ from torch import nn
 def update_ema(
     ema_model: nn.Module, model: nn.Module, step: int, decay: float, ramp: bool = True
 ) -> None:
-    """Move the parameters of `ema_model` a little towards those of `model`, in place.
+    """Update each average in place: average = decay * average + (1 - decay) * parameter.
 
     Args:
         ema_model: a deep copy of `model`, made before training.
-        step: optimiser steps done before this update's own, 0, 1, ...
+        step: the number of earlier updates, 0, 1, ...
         decay: the final decay, 0 <= decay < 1, such as 0.9999.
-        ramp: raise the decay up to the final one, as min(decay, (1 + step) / (10 + step)). False
-            is for a model that began with good weights: the decay is the final one at once.
+        ramp: use min(decay, (1 + step) / (10 + step)) as the decay. False uses the final decay from
+            the first step on, for a training that starts from trained weights.
     """
-    # Early on the average follows the weights closely. Otherwise it would remember the initial
-    # weights for 1 / (1 - decay) steps, and they would spoil the samples of a short run.
+    # A small decay early in training makes the average forget the random initial weights.
+    # Otherwise they would last for about 1 / (1 - decay) steps, and spoil samples of short runs.
     if ramp:
         decay = min(decay, (1 + step) / (10 + step))
     averages = list(ema_model.parameters())

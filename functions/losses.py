@@ -9,12 +9,13 @@ from functions.prediction import Model, objective_of
 def denoising_loss(
     model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """Return L_simple of DDPM, ||eps - eps_theta(x_t, t)||^2 / (C H W), of each image.
+    """Return L_simple of each image, ||eps - eps_theta(x_t, t)||^2 / (C H W).
 
-    It is Eq. 14 and line 5 of Algorithm 1 of Ho et al. 2020. For a `Denoiser` of another objective
-    it is the squared error of what that predicts, such as v.
+    This is Eq. 14 of Ho et al. 2020, and line 5 of their Algorithm 1. For a `Denoiser` that
+    predicts v, it is the squared error of v.
 
     Args:
+        model: a `Denoiser`, or any callable (x_t, t) -> eps.
         x_0: (B, C, H, W) clean images in [-1, 1].
         t: (B,) int64 timesteps.
         noise: (B, C, H, W) standard normal.
@@ -22,8 +23,8 @@ def denoising_loss(
     Returns:
         (B,) float32: each image's squared error, averaged over its channels and pixels.
     """
-    # x_t has the precision of x_0, float32, whatever the model computes in. In half precision the
-    # small noise of the first timesteps would drown in rounding.
+    # x_t is float32, as x_0 is, even where the network computes in half precision. In half
+    # precision rounding would hide the small noise of the first timesteps.
     x_t = scheduler.q_sample(x_0, t, noise)
     target = objective_of(model).target(scheduler, x_0, t, noise)
     squared_errors = (model(x_t, t).float() - target).square()  # (B, C, H, W)
@@ -31,9 +32,9 @@ def denoising_loss(
 
 
 def eps_errors(model: Model, scheduler: NoiseScheduler, losses: Tensor, t: Tensor) -> Tensor:
-    """Return the squared errors of eps (B,) that belong to these losses (B,).
+    """Convert the losses of a model (B,) to squared errors of eps (B,).
 
-    By them, models of different objectives can be compared.
+    Errors of eps can be compared between models of different objectives. t is (B,) int64.
     """
     factor = objective_of(model).eps_factor(scheduler, t)
     return broadcast(factor, losses) * losses

@@ -1,4 +1,4 @@
-"""Which of the T timesteps a sampler visits, and which a training draws."""
+"""The timesteps that a sampler visits, and those that training draws."""
 
 from collections.abc import Sequence
 
@@ -9,28 +9,29 @@ from functions.noise_scheduler import NoiseScheduler
 
 SPACINGS = ("trailing", "logsnr")
 
-# The number of steps, or the timesteps themselves; None means all.
+# The number of steps, or the timesteps themselves. None means all T timesteps.
 Steps = int | Sequence[int] | None
 
 
 def sampling_times(
     scheduler: NoiseScheduler, steps: Steps = None, spacing: str = "trailing"
 ) -> list[int]:
-    """Return the falling timesteps that a sampler visits.
+    """Return the timesteps that a sampler visits, in falling order.
 
-    They lead from T - 1 to -1, the clean image, where no network is called.
+    `steps` network calls have `steps` + 1 timesteps, from T - 1 down to -1, the clean image. The
+    network is not called at the last one.
 
     Args:
-        steps: network calls, 1 .. T; None means all T. Or the timesteps themselves, which are
-            checked: they may begin below T - 1, with an image that was noised up to there only, and
-            end above -1, with noise left in the image.
-        spacing: "trailing" is even in t, and the first timestep is T - 1 (Lin et al. 2024,
-            arXiv:2305.08891, Section 3.3). "logsnr" is even in log(alpha_bar / (1 - alpha_bar)), as
-            far as whole timesteps allow, and the last call is at t = 0 (Lu et al. 2022,
-            arXiv:2206.00927, Section 3.3).
+        steps: the number of network calls, 1 .. T; None means T. Or the timesteps themselves. They
+            may start below T - 1, for an image that was noised up to that timestep, and end above
+            -1, to leave noise in the image.
+        spacing: "trailing" is even in t (Lin et al. 2024, arXiv:2305.08891, Section 3.3). "logsnr"
+            is even in the log-SNR, log(alpha_bar / (1 - alpha_bar)), up to rounding, and the last
+            call is at t = 0 (Lu et al. 2022, arXiv:2206.00927, Section 3.3).
 
     Raises:
-        ValueError: when the schedule does not have what was asked for.
+        ValueError: for an unknown spacing, too many or too few steps, or timesteps that do not
+            fall or are not in -1 .. T-1.
     """
     T = scheduler.timesteps
     if spacing not in SPACINGS:
@@ -55,33 +56,33 @@ def sampling_times(
 
 
 def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: int) -> list[int]:
-    """Return `count` timesteps from `first` down to `last`, evenly spaced in the log-SNR.
-
-    That is the logarithm of the signal-to-noise ratio, log(alpha_bar / (1 - alpha_bar)).
-    """
+    """Return `count` different timesteps from `first` down to `last`, evenly spaced in log-SNR."""
     ends = torch.logit(scheduler.alphas_cumprod[[first, last]]).tolist()
     log_snr = torch.linspace(*ends, count, dtype=torch.float64)
     times = nearest_timesteps(scheduler, log_snr)
 
-    # Near t = 0 the log-SNR changes fast, and several points get the same timestep. They move up
-    # until all differ. With k added, "falling by 1 or more" becomes "not rising", and the running
-    # maximum from the last one back to the first makes it so.
+    # Near t = 0 the log-SNR changes fast, so several points have the same nearest timestep. Equal
+    # timesteps are raised until each is at least 1 above the next. That holds when times + k does
+    # not rise with k. A running maximum from the last element to the first ensures it.
     k = torch.arange(count)
     from_last = (times + k).flip(0)
     times = from_last.cummax(0).values.flip(0) - k
 
-    # Where that went too far, they move down again to what falls by 1 each from `first`. There are
-    # enough timesteps for both, so all still differ.
+    # Raised timesteps can exceed first - k, which leaves no room below `first`. The minimum lowers
+    # these. All timesteps still differ.
     return torch.minimum(times, first - k).tolist()
 
 
 def mixed_timesteps(scheduler: NoiseScheduler, uniform: Tensor, normal: Tensor) -> Tensor:
-    """Replace every second of (B,) uniform timesteps by one whose noise is log-normal.
+    """Replace every second of (B,) uniform timesteps by one with a log-normal noise level.
 
-    The noise is that beside an image of size 1, sigma = sqrt((1 - alpha_bar) / alpha_bar), and
-    ln sigma is from N(-1.2, 1.2^2). This is the distribution of EDM (Karras et al. 2022,
-    arXiv:2206.00364, Table 1): most steps go where there is most to learn. `normal` is (B,)
-    standard normal.
+    The noise level is sigma = sqrt((1 - alpha_bar) / alpha_bar). ln sigma is drawn from
+    N(-1.2, 1.2^2), as in EDM (Karras et al. 2022, arXiv:2206.00364, Table 1). This distribution
+    favours the noise levels at which there is most to learn.
+
+    Args:
+        uniform: (B,) int64, uniform in 0 .. T-1.
+        normal: (B,) standard normal.
     """
     log_sigma = 1.2 * normal - 1.2
     log_normal = nearest_timesteps(scheduler, -2 * log_sigma)
@@ -93,8 +94,8 @@ def mixed_timesteps(scheduler: NoiseScheduler, uniform: Tensor, normal: Tensor) 
 def nearest_timesteps(scheduler: NoiseScheduler, log_snr: Tensor) -> Tensor:
     """Return the timesteps (B,) whose log-SNR is nearest to log_snr (B,)."""
     t = torch.arange(scheduler.timesteps, device=log_snr.device)
-    # The negative log-SNR rises with t, as `searchsorted` wants it.
-    noisiness = -torch.logit(scheduler.alpha_bar(t))  # (T,)
-    between = (noisiness[1:] + noisiness[:-1]) / 2
-    nearest = torch.searchsorted(between, -log_snr.to(between))
+    # `searchsorted` needs rising values. The negative log-SNR rises with t.
+    negative_log_snr = -torch.logit(scheduler.alpha_bar(t))  # (T,)
+    midpoints = (negative_log_snr[1:] + negative_log_snr[:-1]) / 2
+    nearest = torch.searchsorted(midpoints, -log_snr.to(midpoints))
     return nearest.to(log_snr.device)

@@ -1,8 +1,7 @@
 """The parts of the U-Net: time embedding, residual block, self-attention and resampling.
 
-They are those of Ho et al. 2020 (Appendix B, and the released code). In the shapes, B is the
-batch, C the channels, H and W height and width. All blocks but `Downsample` and `Upsample` keep
-H and W.
+They follow Ho et al. 2020 (Appendix B, and the released code). In shapes, B is the batch, C the
+channels, H and W height and width. All blocks except `Downsample` and `Upsample` keep H and W.
 """
 
 import math
@@ -19,21 +18,21 @@ from models.group_norm import GroupNorm
 
 Norm = Callable[[int], GroupNorm]
 
-# `Upsample` sums up its kernel for images of this many pixels or more. For fewer, the sums cost
-# more than they save.
-WORTH_DOUBLING = 256
+# `Upsample` fuses doubling and convolution for images of at least this many pixels. For smaller
+# images, building the fused kernel costs more than it saves.
+MIN_FUSED_PIXELS = 256
 
 
 def recomputing(
-    wanted: bool, part: Callable[..., Tensor], *inputs: Tensor | nn.Module | None
+    recompute: bool, part: Callable[..., Tensor], *inputs: Tensor | nn.Module | None
 ) -> Tensor:
-    """Return `part(*inputs)`. If `wanted`, backward recomputes what it needs from the inputs.
+    """Return `part(*inputs)`. With `recompute`, backward keeps only the inputs, and repeats `part`.
 
-    That is PyTorch's checkpoint (Chen et al. 2016, arXiv:1604.06174).
+    This is PyTorch's checkpoint (Chen et al. 2016, arXiv:1604.06174).
     """
     # Backward repeats the part only up to the last tensor that it needs. A convolution needs its
     # input and not its output, so of "norm, SiLU, convolution" the convolution is not repeated.
-    if wanted and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled():
         return checkpoint(part, *inputs, use_reentrant=False)
     return part(*inputs)
 
@@ -44,7 +43,7 @@ def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"])
     This is Section 3.5 of "Attention Is All You Need" in the form of Ho's code: all sines first,
     then all cosines, with the frequencies 10000^(-i / (dim/2 - 1)) for i = 0 .. dim/2 - 1, which
     fall from 1 to exactly 1/10000. In the dialect of diffusers the cosines come first, and dim/2
-    stands in the place of dim/2 - 1. Raises ValueError unless dim is even and at least 4.
+    replaces dim/2 - 1. Raises ValueError unless dim is even and at least 4.
     """
     if dim < 4 or dim % 2:
         raise ValueError(f"the embedding's dim is {dim}; it must be even and at least 4")
@@ -62,7 +61,7 @@ def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"])
 class TimeEmbedding(nn.Module):
     """Turn timesteps (B,) into (B, 4 base_dim): sinusoid, Linear, SiLU, Linear.
 
-    Every residual block adds a projection of it.
+    Every residual block adds a projection of the result.
     """
 
     def __init__(self, base_dim: int, dialect: Dialect):
@@ -73,7 +72,7 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(4 * base_dim, 4 * base_dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        # The sinusoid is in float32 under autocast, too, because half precision confuses timesteps.
+        # The sinusoid stays float32 under autocast, as bfloat16 rounds large timesteps to the same.
         embedding = sinusoidal_embedding(t, self.base_dim, self.dialect)  # (B, base_dim)
         h = F.silu(self.linear_1(embedding))
         return self.linear_2(h)  # (B, 4 base_dim)
@@ -83,8 +82,8 @@ class ResidualBlock(nn.Module):
     """Apply norm, SiLU and convolution twice, and add a shortcut.
 
     A projection of the time embedding is added between the two convolutions. Dropout precedes the
-    second one. The shortcut is a 1x1 convolution where the number of channels changes. `norm` makes
-    a GroupNorm for the number of channels it is given.
+    second one. The shortcut is a 1x1 convolution where the number of channels changes.
+    `norm(channels)` returns a GroupNorm.
     """
 
     # `UNet.set_recompute` changes this.
@@ -106,19 +105,19 @@ class ResidualBlock(nn.Module):
 
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """Map parts (B, C_i, H, W), whose C_i add up to in_channels, to (B, out_channels, H, W)."""
-        run = partial(recomputing, self.recompute_norms)
-        # With `recompute_norms` the shortcut and the first layer each concatenate the parts for
-        # themselves, so that backward need not keep the concatenation.
+        call = partial(recomputing, self.recompute_norms)
+        # With `recompute_norms` the shortcut and the first layer each concatenate the parts, so
+        # that backward does not keep the concatenation.
         if not self.recompute_norms:
-            parts = [concatenated(*parts)]
-        shortcut = run(lambda *parts: self.shortcut(concatenated(*parts)), *parts)
-        h = run(self.first_layer, *parts)
+            parts = [concatenate(*parts)]
+        shortcut = call(lambda *parts: self.shortcut(concatenate(*parts)), *parts)
+        h = call(self.first_layer, *parts)
         h = h + self.time_projection(F.silu(time_embedding))[:, :, None, None]
-        h = run(self.second_layer, h)
+        h = call(self.second_layer, h)
         return h + shortcut
 
     def first_layer(self, *parts: Tensor) -> Tensor:
-        h = self.norm_1(concatenated(*parts))
+        h = self.norm_1(concatenate(*parts))
         h = F.silu(h)
         return self.conv_1(h)
 
@@ -128,7 +127,7 @@ class ResidualBlock(nn.Module):
         return self.conv_2(h)
 
 
-def concatenated(*parts: Tensor) -> Tensor:
+def concatenate(*parts: Tensor) -> Tensor:
     """Concatenate parts (B, C_i, H, W) to (B, sum of C_i, H, W)."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -136,8 +135,8 @@ def concatenated(*parts: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Add self-attention over all H x W positions to the input.
 
-    `head_dim` is the number of channels of a head; None means one head. Raises ValueError if the
-    channels cannot be cut into such heads.
+    `head_dim` is the number of channels of a head; None means one head. Raises ValueError if
+    `head_dim` does not divide `channels`.
     """
 
     # `UNet.set_recompute` changes this.
@@ -167,8 +166,8 @@ class SelfAttention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
         """Normalize x (B, C, H, W) and return its queries, keys and values: (B, 3 C, H, W)."""
-        # The three layers run as one convolution. A backward that recomputes the norm would have to
-        # repeat two of three convolutions; of a single one it repeats none.
+        # The three layers run as one convolution. A backward that recomputes the norm repeats all
+        # convolutions but the last: of three it would repeat two, and of one it repeats none.
         layers = (self.query, self.key, self.value)
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
@@ -183,8 +182,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A convolution that does not pad itself is padded at the right and the bottom only, as in
-        # Ho's code.
+        # Without padding in the convolution, the image is padded at the right and the bottom only,
+        # as in Ho's code.
         if self.conv.padding[0] == 0:
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
@@ -201,19 +200,19 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] * x.shape[3] < WORTH_DOUBLING:
+        if x.shape[2] * x.shape[3] < MIN_FUSED_PIXELS:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-        # In the doubled image every pixel is there four times, so a 3x3 window of it holds only
-        # 2x2 different ones. Hence both steps together are one transposed convolution of stride 2,
-        # whose 4x4 kernel holds sums of the weights. It takes 4/9 of the operations, and the
-        # doubled image is neither made nor kept.
-        kernel = doubled_kernel(self.conv.weight)
+        # The doubled image has every pixel four times, so a 3x3 window of it holds only 2x2
+        # different pixels. Hence doubling and convolution are together one transposed convolution
+        # of stride 2, whose 4x4 kernel holds sums of the weights. It takes 4/9 of the operations,
+        # and no doubled image is kept for backward.
+        kernel = fused_kernel(self.conv.weight)
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
-def doubled_kernel(weight: Tensor) -> Tensor:
-    """Return the kernel of a transposed convolution that doubles an image and convolves it.
+def fused_kernel(weight: Tensor) -> Tensor:
+    """Return the kernel of the transposed convolution that doubles an image and convolves it.
 
     `weight` is (C_out, C_in, 3, 3), the kernel for the doubled image. The result is
     (C_in, C_out, 4, 4).

@@ -1,7 +1,7 @@
 """Group norm that is fast for images in channels_last.
 
-There PyTorch's own can be slow on the CPU, and makes copies when it is compiled. In the shapes, N
-is the batch, C the channels, H and W height and width.
+PyTorch's group norm can be slow in this layout on the CPU, and copies images when it is compiled.
+In shapes, N is the batch, C the channels, H and W height and width.
 """
 
 import torch
@@ -9,35 +9,37 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# PyTorch's code is the faster one for groups of this many channels or more. For groups of 2, at
-# 128 x 128 pixels, the code below is 5 times as fast.
-WIDE = 16
+# PyTorch's group norm is faster for groups of at least this many channels. For groups of 2, at
+# 128 x 128 pixels, the code below is 5 times as fast as PyTorch's.
+WIDE_GROUP = 16
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalize like `nn.GroupNorm`, with a weight and a bias, without its slow cases."""
+    """Normalize like `nn.GroupNorm` with a weight and a bias, but avoid its slow cases."""
 
     def forward(self, x: Tensor) -> Tensor:
         arguments = (x, self.weight, self.bias, self.num_groups, self.eps)
         if torch.compiler.is_compiling():
-            return in_memory_order(*arguments)
+            return channels_last_group_norm(*arguments)
 
-        # Images of one channel or one pixel are in both layouts at once. They are left to PyTorch.
+        # PyTorch normalizes images of one channel or one pixel, which have both layouts at once.
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        narrow = self.num_channels // self.num_groups < WIDE
+        narrow = self.num_channels // self.num_groups < WIDE_GROUP
         if x.device.type == "cpu" and channels_last and narrow:
             return ChannelsLastGroupNorm.apply(*arguments)
         return super().forward(x)
 
 
-def in_memory_order(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """Compute the group norm in the order of channels_last, for compilers."""
-    # PyTorch's view (N, groups, C / groups, H, W) would be a copy to the other layout, and the
-    # output a copy back.
+def channels_last_group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """Compute the group norm of x in channels_last, by operations that a compiler fuses."""
+    # PyTorch's view (N, groups, C / groups, H, W) would copy x to the other layout, and its output
+    # would be copied back.
     N, C, H, W = x.shape
     pixels = x.permute(0, 2, 3, 1).reshape(N, H * W, C).to(weight.dtype)
 
-    # First come the statistics of each channel: (N, groups, C / groups).
+    # These are the statistics of each channel: (N, groups, C / groups).
     variances, means = torch.var_mean(pixels, dim=1, correction=0)
     variances = variances.view(N, groups, -1)
     means = means.view(N, groups, -1)
@@ -52,7 +54,7 @@ def in_memory_order(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 
 
 class ChannelsLastGroupNorm(Function):
-    """Run PyTorch's forward kernel, and a backward pass of whole-tensor operations in x's type.
+    """Run PyTorch's forward kernel, and a backward pass of whole-tensor operations in x's dtype.
 
     x may be in half precision beside float32 parameters, as under autocast.
     """
@@ -72,7 +74,7 @@ class ChannelsLastGroupNorm(Function):
     def backward(ctx: FunctionCtx, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias.
 
-        With x_hat = (x - mean) * rstd, that of x is
+        With x_hat = (x - mean) * rstd, the gradient of x is
 
             grad_x = rstd * (weight * grad_z - mean_1 - x_hat * mean_x)
 
@@ -89,22 +91,22 @@ class ChannelsLastGroupNorm(Function):
             return values.to(weight.dtype).view(N, groups, -1)
 
         def per_pixel(values):
-            """Return values of `per_group` as (N, C, 1, 1) in x's type, to multiply x with."""
+            """Return values of `per_group` as (N, C, 1, 1) in x's dtype, to multiply x with."""
             values = values.expand(N, groups, C // groups)
             return values.reshape(N, C, 1, 1).to(x.dtype)
 
         def sum_over_pixels(values):
             """Return the sums of (N, C, H, W) over the pixels: (N, groups, C / groups)."""
-            # In this layout a matrix product is the fastest way to a sum.
+            # In this layout a matrix product is the fastest sum.
             pixels = values.permute(0, 2, 3, 1).reshape(N, H * W, C)
             return per_group(torch.bmm(ones, pixels))
 
         mean = per_group(mean)
         rstd = per_group(rstd)
 
-        # Sums over pixels are rounded to x's type, and a small difference of large sums would be
-        # nothing but rounding. So the mean is subtracted before, as far as x's type can hold it.
-        # The rest of it is subtracted from the sums.
+        # Sums over pixels are rounded to x's dtype, and a small difference of large sums would be
+        # only rounding error. So x is centred before it is summed, by the mean in x's dtype. What
+        # rounding took from the mean is subtracted from the sums.
         rounded_mean = mean.to(x.dtype)
         rest = mean - rounded_mean
         centred = x - per_pixel(rounded_mean)
@@ -124,7 +126,7 @@ class ChannelsLastGroupNorm(Function):
         of_centred = -mean_x * rstd.square()
         of_1 = -mean_1 * rstd - of_centred * rest
 
-        # The sum takes the memory of `centred`, which nothing needs any more.
+        # The result overwrites `centred`, which is not needed any more.
         grad_x = torch.addcmul(per_pixel(of_1), centred, per_pixel(of_centred), out=centred)
         grad_x.addcmul_(grad_z, per_pixel(of_grad_z))
         grad_weight = sum_x.sum(0).flatten()

@@ -1,6 +1,6 @@
 """The denoising network of DDPM: a U-Net that predicts the noise in x_t, or v.
 
-It is that of Ho et al. 2020, Appendix B.
+The architecture is that of Ho et al. 2020, Appendix B.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ BLOCKS_UP = 3
 
 
 class UNet(nn.Module):
-    """Predict the noise in an image, eps_theta(x_t, t); or v, as the objective wants.
+    """Predict the noise in an image, eps_theta(x_t, t); or v, if it is trained for v.
 
     Level 0 is the full resolution. Each further level halves it and has
     base_dim * dim_multiply[level] channels. A level is two residual blocks on the way down and
     three on the way up, each followed by self-attention at the levels in `transformer_layers`.
-    Between the two ways lies a bottleneck of block, attention, block. What each block and each
-    downsampling returns on the way down is a skip connection: it is concatenated to the input of
+    Between down and up lies a bottleneck of block, attention, block. The output of the first layer,
+    of each block and of each downsampling is a skip connection: it is concatenated to the input of
     a block on the way up.
 
     Args:
@@ -90,8 +90,8 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(base_dim, details)
         self.conv_in = nn.Conv2d(channels, base_dim, 3, padding=1)
 
-        # `dim` is the number of channels that the newest layer returns. `skip_dims` has the
-        # channels of the skip connections that still wait for their block on the way up.
+        # `dim` is the number of output channels of the last layer so far. `skip_dims` has the
+        # channels of the skip connections that no block on the way up has used yet.
         dim = base_dim
         skip_dims = [dim]
         self.down = nn.ModuleList()
@@ -134,27 +134,28 @@ class UNet(nn.Module):
         for name, layer in self.named_modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 # The last layer of each residual branch starts at zero, so that the branch adds
-                # nothing at first. So does the last layer of the network.
-                zero = name.endswith(("conv_2", ".out", "conv_out"))
-                initialise = nn.init.zeros_ if zero else nn.init.xavier_uniform_
+                # nothing at first. The last layer of the network starts at zero, too.
+                is_last = name.endswith(("conv_2", ".out", "conv_out"))
+                initialise = nn.init.zeros_ if is_last else nn.init.xavier_uniform_
                 initialise(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     def set_recompute(self, recompute: str) -> None:
         """Choose what backward recomputes instead of keeping it from the forward pass.
 
-        The gradients are the same.
+        The gradients are the same. docs/speed.md has the memory and time of each choice.
 
         Args:
-            recompute: "none"; or "norms", what precedes a convolution in residual blocks
-                (concatenation, norm, activation, dropout), in attention (norm) and at the output,
-                but no convolution, so that it is nearly free at 128 pixels; or "blocks", everything
-                between the inputs of the blocks, for most of another forward pass. Anything else
-                raises ValueError.
+            recompute: one of these; any other value raises ValueError.
+                "none": nothing.
+                "norms": what precedes a convolution, but no convolution. In residual blocks this is
+                concatenation, norm, SiLU and dropout; in attention the norm; at the output norm and
+                SiLU.
+                "blocks": everything inside residual blocks, attention and resampling.
         """
         if recompute not in ("none", "norms", "blocks"):
             raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")
-        # On MPS a checkpoint cannot draw the same dropout again, so there nothing is recomputed.
+        # On MPS a checkpoint cannot repeat the same dropout, so nothing is recomputed.
         if self.conv_in.weight.device.type == "mps" and self.middle_block_1.dropout.p > 0:
             recompute = "none"
         self.recompute = recompute
@@ -165,33 +166,33 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise, or v, in images x_t at timesteps t (B,) int64, 0 .. T-1.
 
-        x_t and the result are (B, channels, image_size, image_size). The result has the precision
-        of the last layer, which is autocast's when that is on.
+        x_t and the result are (B, channels, image_size, image_size). The result has the dtype of
+        the last layer, which autocast may lower.
         """
-        run = partial(recomputing, self.recompute == "blocks")
+        call = partial(recomputing, self.recompute == "blocks")
         time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
         h = self.conv_in(x_t)  # (B, base_dim, H, W)
 
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = run(block_and_attention, None, block, attention, time_embedding, h)
+                h = call(block_and_attention, None, block, attention, time_embedding, h)
                 skips.append(h)  # (B, dims[level], H / 2^level, W / 2^level)
             if "downsample" in stage:
-                h = run(stage["downsample"], h)
+                h = call(stage["downsample"], h)
                 skips.append(h)
 
-        h = run(
+        h = call(
             block_and_attention, None, self.middle_block_1, self.middle_attention, time_embedding, h
         )
-        h = run(self.middle_block_2, time_embedding, h)
+        h = call(self.middle_block_2, time_embedding, h)
 
-        # The upsampling is run together with the first block behind it, so that "blocks" keeps the
-        # small image and not the large one.
+        # The upsampling and the first block after it are called together, so that "blocks" keeps
+        # the features before the upsampling, which are smaller.
         upsample = None
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = run(
+                h = call(
                     block_and_attention, upsample, block, attention, time_embedding, h, skips.pop()
                 )
                 upsample = None
@@ -213,10 +214,9 @@ def block_and_attention(
     h: Tensor,
     *skip: Tensor,
 ) -> Tensor:
-    """Run what every level repeats: a residual block, and the attention behind it.
+    """Call a residual block and the attention after it, which every level repeats.
 
-    On the way up the block gets a skip connection, too, and a level's first block gets the
-    upsampling into the level.
+    On the way up `skip` is a skip connection, and `upsample` leads to a level's first block.
     """
     if upsample is not None:
         h = upsample(h)

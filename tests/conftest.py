@@ -21,7 +21,7 @@ from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.support import run_folder
-from functions.support.checkpoint import MOMENTS, check_whole
+from functions.support.checkpoint import MOMENTS, verify_checkpoint
 from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent
@@ -197,7 +197,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 def load_checkpoint(path) -> dict:
     """Return all that a checkpoint holds, so that two can be compared."""
-    file = check_whole(path)
+    file = verify_checkpoint(path)
     tensors = {part: file.tensors(f"{part}.") for part in ("model", "ema", *MOMENTS)}
     return {**file.contents, **tensors}
 

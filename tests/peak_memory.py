@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from functions.support.device import PROCESS, RESET_PEAK, kilobytes
+from functions.support.device import PROCESS_STATUS, RESET_PEAK, kilobytes
 
 
 @contextmanager
@@ -16,9 +16,9 @@ def at_most(megabytes: float) -> Iterator[None]:
         yield
         return
 
-    before = kilobytes(PROCESS, "VmRSS")
+    before = kilobytes(PROCESS_STATUS, "VmRSS")
     RESET_PEAK.write_text("5")
     yield
 
-    taken = (kilobytes(PROCESS, "VmHWM") - before) / 1000
+    taken = (kilobytes(PROCESS_STATUS, "VmHWM") - before) / 1000
     assert taken < megabytes, f"it took {taken:.0f} MB"

@@ -101,7 +101,7 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     arms = {name: (experiments.ARMS[name][0] | data, tiny, 1) for name in names}
     monkeypatch.setattr(experiments, "ARMS", arms)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments.json")
-    monkeypatch.setattr("functions.sampling.calibration.IMAGES", 20)
+    monkeypatch.setattr("functions.sampling.calibration.IMAGE_COUNT", 20)
     monkeypatch.setattr("functions.evaluation.bands.DRAWS", 1)
     flags = ["--runs", tmp_path / "runs", "--distances", "20 DDIM", "--images", 20, "--spoilt", 40]
 

@@ -39,7 +39,7 @@ from data.sources import is_image_name
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import rebuild
 from functions.support import files
-from functions.support.checkpoint import check_whole, load_weights
+from functions.support.checkpoint import load_weights, verify_checkpoint
 from functions.support.errors import UserError
 from functions.support.run_folder import Facts, Run
 from functions.training.recorder import Recorder
@@ -237,9 +237,9 @@ def read_checkpoint(path, resumed):
         saved = load_weights(path)
         weights = rebuild(saved, spoilt.CPU).network.state_dict()
         weights = {f"ema.{name}": tensor for name, tensor in weights.items()}
-        return {"config": saved.config, "run": saved.run, **weights}
+        return {"config": saved.config, "run": saved.provenance, **weights}
 
-    file = check_whole(path)
+    file = verify_checkpoint(path)
     state = spoilt.training_state()
     run = Run("faces", Experiment.from_dict(file.contents["config"]), path.parent, checkpoint=file)
     state.load(file)

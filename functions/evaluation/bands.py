@@ -1,14 +1,14 @@
-"""What a network knows of x_0 at each timestep, by spatial frequency.
+"""How well a network knows x_0 at each timestep, in bands of spatial frequency.
 
     python evaluate.py --metrics bands
 
-The measure is the squared error of the network's x_0 (unclipped) for held-out images over the
-squared error of the average training image, in an image's mean and in each octave of frequencies.
-A ratio of 1 is no knowledge at all, and a ratio above 1 is a fault.
+The network's unclipped x_0 of held-out images has a squared error in each band: the image's mean
+and octaves of frequency. This error is divided by the squared error of the average training image.
+A ratio of 1 means no knowledge of the image, and a ratio above 1 is a fault.
 
-The best linear filter of x_t reaches (1 - a) / (a s^2 + 1 - a) with a = alpha_bar_t. Here s^2 is
-the squared error of the average image for each coefficient of the orthonormal transform, in which
-the noise has 1. docs/whole-before-detail.md says what the measure is for.
+The best linear filter of x_t has the ratio (1 - a) / (a s^2 + 1 - a), where a is alpha_bar_t. Here
+s^2 is the squared error of the average image for each coefficient of the orthonormal Fourier
+transform, in which the noise has variance 1. docs/whole-before-detail.md explains the measure.
 """
 
 import math
@@ -32,30 +32,31 @@ from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise
 
+# The most timesteps that are measured.
 TIMES = 12
-# Each timestep gets at least so many draws of an image and noise. With few held-out images, each
-# image comes several times.
+# The least number of (image, noise) pairs for each timestep. With fewer held-out images than this,
+# each image is drawn several times.
 DRAWS = 500
 
 
 @dataclass(frozen=True)
 class BandErrors:
-    """Ratios at K timesteps in the bands; float64 arrays."""
+    """The ratios at K timesteps, in each band; float64 arrays."""
 
     t: list[int]  # (K,)
-    # The names are "mean", "1-2", "2-4", ..., "finest"; the numbers are cycles an image.
+    # The names "mean", "1-2", "2-4", ..., "finest", in cycles per image.
     bands: list[str]
-    # (K, bands): the squared error of the network's x_0 over that of the average image.
+    # (K, bands): the squared error of the network's x_0, divided by that of the average image.
     ratio: np.ndarray
     # (K, bands): the standard error of `ratio`, over images.
     standard_error: np.ndarray
-    # (K, bands): the ratio that the best linear filter reaches.
+    # (K, bands): the ratio of the best linear filter of x_t.
     linear: np.ndarray
     # (bands,): s^2, the squared error of the average image.
     variance: np.ndarray
 
     def table(self) -> str:
-        """Return the ratios as text for people, a line a timestep."""
+        """Return the ratios as a text table, with a line for each timestep."""
         lines = ["     t  " + "".join(f"{name:>18}" for name in self.bands)]
         for t, ratios, errors in zip(self.t, self.ratio, self.standard_error, strict=True):
             line = f"{t:>6}  "
@@ -66,8 +67,10 @@ class BandErrors:
         return "\n".join(lines)
 
     def verdict(self) -> str:
-        """Say in a sentence how well the last timestep's x_0 knows the mean of an image."""
-        # People see an image's mean as its colour and darkness.
+        """Return a sentence that compares the network with the average image at the last timestep.
+
+        It compares the errors of an image's mean, which people see as colour and darkness.
+        """
         ratio = self.ratio[-1, 0]
         comparison = "not measurably worse than"
         if ratio - 2 * self.standard_error[-1, 0] > 1:
@@ -76,7 +79,7 @@ class BandErrors:
         return f"{guess} is {comparison} the average image's"
 
     def facts(self) -> dict:
-        """Return plain values, for a JSON."""
+        """Return the fields as plain lists, for a JSON file."""
         return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
 
 
@@ -90,82 +93,83 @@ def measure_bands(
     seed: int,
     processes: Processes = SINGLE_PROCESS,
 ) -> BandErrors:
-    """Measure, at some timesteps and in each band, the network's error over the average image's.
+    """Measure the network's squared error of x_0, over that of the average training image.
 
-    The processes share the timesteps, and all of them get the result.
+    The processes share the timesteps, and all of them return the result. Raises `UserError` for a
+    single held-out image, since one image has no standard error.
 
-    `load_x_0` takes image indices (B,) and returns x_0 (B, C, H, W) in [-1, 1], on the model's
-    device.
-    `average` is the average of the training images (C, H, W). Raises `UserError` for a single
-    held-out image, as its standard error is not known.
+    Args:
+        load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
+        indices: the held-out images, (N,).
+        average: the average training image (C, H, W).
     """
     if len(indices) < 2:
-        raise UserError("bands wants two held-out images or more")
+        raise UserError("bands needs two or more held-out images")
     scheduler = denoiser.scheduler
     limit = BatchLimit(load_x_0(indices[:1]).device, batch_size)
     average = average.to(limit.device)
 
     # (N, bands): the squared error of the average image for each held-out image.
     parts = limit.in_parts(lambda batch: band_energy(load_x_0(batch) - average), indices)
-    of_average = torch.cat(parts).numpy()
+    average_errors = torch.cat(parts)
 
-    # The draws go through all images several times, so every image comes equally often.
-    image_of = np.tile(indices, math.ceil(DRAWS / len(indices)))
+    # The draws repeat the list of all images, so each image is drawn equally often.
+    drawn_indices = np.tile(indices, math.ceil(DRAWS / len(indices)))
 
-    def network_errors(t, draws):
-        """Return the squared errors of the network's x_0 in these draws at t: (B, bands)."""
-        x_0 = load_x_0(image_of[draws])
+    def errors_at(t, draws):
+        """Return the squared errors of the network's x_0 for these draws at t: (B, bands)."""
+        x_0 = load_x_0(drawn_indices[draws])
         noise = ImageNoise(seed, draws, x_0.shape[1:], x_0.device, f"bands {t}").draw()
         x_t = scheduler.q_sample(x_0, t, noise)
-        predicted, _ = predict(denoiser, scheduler, x_t, t)
-        return band_energy(predicted - x_0)
+        predicted_x_0, _ = predict(denoiser, scheduler, x_t, t)
+        return band_energy(predicted_x_0 - x_0)
 
     times = measured_timesteps(scheduler.timesteps)
-    table = torch.zeros(len(times), len(image_of), of_average.shape[1], dtype=torch.float64)
+    count = len(drawn_indices)
+    errors = average_errors.new_zeros(len(times), count, average_errors.shape[1])
     rows = processes.shard(len(times))
     with denoiser.evaluating():
         for k in tqdm(rows, "bands", unit="timestep", disable=not processes.is_main):
-            parts = limit.in_parts(partial(network_errors, times[k]), range(len(image_of)))
-            table[k] = torch.cat(parts)
+            errors[k] = torch.cat(limit.in_parts(partial(errors_at, times[k]), range(count)))
 
-    # Each entry is one process's and 0 in the others, so the sum over processes is exact.
-    table = processes.sum_(table)
-    # Each image is averaged over its draws: (K, draws, bands) becomes (K, N, bands).
-    of_network = table.unflatten(1, (-1, len(indices))).mean(dim=1).numpy()
+    # One process computes each entry, and the others have 0 there, so the sum is exact.
+    errors = processes.sum_(errors)
+    # The draws of each image are averaged: (K, draws, bands) becomes (K, N, bands).
+    network_errors = errors.unflatten(1, (-1, len(indices))).mean(dim=1).numpy()
     alpha_bar = scheduler.alphas_cumprod[times].numpy()
-    return compare_errors(times, of_network, of_average, alpha_bar)
+    return compare_errors(times, network_errors, average_errors.numpy(), alpha_bar)
 
 
 def measured_timesteps(timesteps: int) -> list[int]:
-    """Return TIMES timesteps of 0 .. T-1 or, for small T, fewer.
+    """Return TIMES timesteps of 0 .. T-1, or fewer for a small T.
 
-    They are Chebyshev's points, which are dense at both ends.
+    They are Chebyshev points, which are dense at both ends.
     """
-    share = (1 - np.cos(np.linspace(0, np.pi, TIMES))) / 2
-    t = (share * (timesteps - 1)).round().astype(int)
+    fractions = (1 - np.cos(np.linspace(0, np.pi, TIMES))) / 2
+    t = (fractions * (timesteps - 1)).round().astype(int)
     return np.unique(t).tolist()
 
 
 def band_energy(images: Tensor) -> Tensor:
-    """Return the mean square of the spectrum of (B, C, H, W) in each band: (B, bands)."""
+    """Return the mean power of the spectrum of (B, C, H, W) in each band: (B, bands)."""
     return band_means(spectrum(images).abs().square())
 
 
 def compare_errors(
-    t: list[int], of_network: np.ndarray, of_average: np.ndarray, alpha_bar: np.ndarray
+    t: list[int], network_errors: np.ndarray, average_errors: np.ndarray, alpha_bar: np.ndarray
 ) -> BandErrors:
     """Divide the network's squared errors (K, N, bands) by the average image's (N, bands).
 
-    `alpha_bar` (K,) has the value at each timestep in t.
+    `alpha_bar` (K,) is alpha_bar at each timestep of t.
     """
-    s2 = of_average.mean(axis=0)
-    ratio = of_network.mean(axis=1) / s2
+    s2 = average_errors.mean(axis=0)
+    ratio = network_errors.mean(axis=1) / s2
 
-    # Both means are over the same images, so the delta method gives the error of their ratio.
-    residuals = of_network - ratio[:, None] * of_average
+    # Both means are over the same images. The delta method gives the standard error of their ratio.
+    residuals = network_errors - ratio[:, None] * average_errors
     standard_error = error_of_mean(residuals.swapaxes(0, 1)) / s2
 
-    # The best linear filter of x_t leaves this share of the average image's error.
+    # This is the ratio of the best linear filter of x_t.
     a = alpha_bar[:, None]
     linear = (1 - a) / (a * s2 + 1 - a)
     octaves = [f"{2 ** (k - 1)}-{2**k}" for k in range(1, len(s2) - 1)]
@@ -173,9 +177,9 @@ def compare_errors(
 
 
 def plot_bands(result: BandErrors, path: Path, title: str) -> None:
-    """Save a heat map in which red is worse than no knowledge.
+    """Save a heat map of the ratios. Red means worse than no knowledge.
 
-    A cell has a frame where its ratio is above 1 by more than two standard errors.
+    A frame marks a cell whose ratio is above 1 by more than two standard errors.
     """
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.55 * len(result.bands)))
     axis.imshow(
@@ -186,7 +190,7 @@ def plot_bands(result: BandErrors, path: Path, title: str) -> None:
         interpolation="nearest",
     )
     for (k, band), ratio in np.ndenumerate(result.ratio):
-        # Cells at both ends of the scale are dark, so their text is white.
+        # The colours at both ends of the scale are dark, so the text on them is white.
         color = "black" if 1 / 30 < ratio < 30 else "white"
         axis.text(k, band, f"{ratio:.3g}", ha="center", va="center", fontsize=8, color=color)
         if ratio - 2 * result.standard_error[k, band] > 1:

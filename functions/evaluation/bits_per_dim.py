@@ -2,13 +2,13 @@
 
     bits/dim = (L_T + sum_t L_t + L_0) / (C H W log 2)
 
-The terms are those of `functions.likelihood`, in bits. L_0 is the "distortion", and the others
-together are the "rate". The sum is an upper bound of the bits that an ideal code made from the
-model needs for an image, so lower is better.
+functions/likelihood.py has the terms. L_0 is the "distortion", and the sum of the others is the
+"rate". An ideal code made from the model needs at most this many bits for an image, so lower is
+better.
 
-Every L_t of every image costs a network call. So `t_stride` cuts the timesteps into strata of
-neighbours and takes one t of each, at random for each image. The estimate is unbiased. The images
-stay independent, so their standard error includes the noise of this choice.
+Each L_t of each image costs a network call. So `t_stride` cuts the timesteps into strata of
+neighbours, and one t of each stratum is drawn for each image. The estimate is unbiased. The draws
+of different images are independent, so the standard error over images includes their noise.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from functions.likelihood import terms_of
+from functions.likelihood import bound_terms
 from functions.prediction import Denoiser
 from functions.samplers import VARIANCES
 from functions.sampling.generation import BatchLimit, batches_of
@@ -34,46 +34,46 @@ from functions.support.random_numbers import generator_of
 class BoundOptions:
     """How the bound is measured."""
 
-    # One network call stands for at most so many timesteps. 1 takes all T, without an error from t.
+    # The most timesteps in a stratum, for which one network call stands. 1: all T are computed.
     t_stride: int = 1
     # The most (image, t) pairs in a forward pass.
     batch_size: int = 64
     seed: int = 0
     # The variance of p(x_{t-1} | x_t), "small" or "large".
     variance: str = "small"
-    # Whether the predicted x_0 is clipped to [-1, 1], as samplers do.
+    # Whether the predicted x_0 is clipped to [-1, 1], as in sampling.
     clip_x_0: bool = True
 
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """The bound of N images at K timesteps each, in bits per dimension; float64 arrays."""
+    """The bound of N images from K timesteps each, in bits per dimension; float64 arrays."""
 
-    # (K,): how many timesteps each stratum stands for. The first is t = 0 alone.
+    # (K,): the number of timesteps in each stratum. The first stratum is t = 0 alone.
     lengths: np.ndarray
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
-    # (N, K): the squared error of the (clipped) prediction of x_0, for images in [-1, 1].
+    # (N, K): the mean squared error of the predicted x_0, for images in [-1, 1].
     mse_x_0: np.ndarray
 
     @property
-    def of_images(self) -> np.ndarray:
+    def image_bounds(self) -> np.ndarray:
         """Return each image's bound: (N,)."""
         return self.prior + (self.terms * self.lengths).sum(axis=1)
 
     @property
     def total(self) -> float:
         """Return the mean bound over images."""
-        return float(self.of_images.mean())
+        return float(self.image_bounds.mean())
 
     @property
     def standard_error(self) -> float:
-        """Return the error of `total`, over images and the choice of t; nan for a single image."""
-        return float(error_of_mean(self.of_images))
+        """Return the standard error of `total`; nan for a single image."""
+        return float(error_of_mean(self.image_bounds))
 
     @property
     def distortion(self) -> float:
-        """Return L_0, the bits that the decoder adds so that the image is exact."""
+        """Return L_0, the bits with which the decoder makes the image exact; mean over images."""
         return float(self.terms[:, 0].mean())
 
     @property
@@ -82,17 +82,17 @@ class BitsPerDim:
         return self.total - self.distortion
 
     def curves(self) -> dict[str, list[float]]:
-        """Return what the figure shows for each stratum, small t first; means over images.
+        """Return means over images for each stratum, small t first, for the figure.
 
-        `rate` and `rmse` are the rate-distortion curve of the paper's Figure 5. The rate is what a
-        receiver has read when it knows x_t: L_T and all terms above t. The rmse is the error of the
-        x_0 that the model predicts then, in levels of 0 .. 255.
+        `rate` and `rmse` are the rate-distortion curve of the paper's Figure 5. The rate counts the
+        bits that a receiver needs to know x_t: L_T and all terms above t. The rmse is the error of
+        the x_0 predicted from this x_t, in levels of 0 .. 255.
         """
         lengths = self.lengths
         terms = self.terms.mean(axis=0)
         mse = self.mse_x_0.mean(axis=0)
 
-        # In the middle of a stratum, half of its own other terms are above t.
+        # t is the middle of a stratum, so half of the stratum's other terms are above t.
         sums = terms * lengths
         above = np.cumsum(sums[::-1])[::-1] - sums
         rate = self.prior.mean() + above + terms * (lengths - 1) / 2
@@ -108,9 +108,9 @@ class BitsPerDim:
         return {name: column.astype(float).tolist() for name, column in columns.items()}
 
     def facts(self) -> dict:
-        """Return plain values in bits per dimension, for a JSON.
+        """Return plain values in bits per dimension, for a JSON file.
 
-        A standard error is None when there is but one image.
+        The standard error of a single image is None.
         """
         curves = self.curves()
         error = self.standard_error
@@ -138,10 +138,10 @@ def error_of_mean(values: np.ndarray) -> np.ndarray:
     return values.std(axis=0, ddof=1) / math.sqrt(count)
 
 
-def evenly(indices: np.ndarray, count: int | None) -> np.ndarray:
-    """Take `count` of the indices, evenly spaced; all of them for None or for a larger count."""
+def evenly_spaced(indices: np.ndarray, count: int | None) -> np.ndarray:
+    """Return `count` of the indices, evenly spaced; all of them for None or a larger count."""
     count = min(count or len(indices), len(indices))
-    # Without any indices the range is empty, so nothing is divided by a count of 0.
+    # Without indices the range is empty, so NumPy divides nothing by a count of 0.
     return indices[np.arange(count) * len(indices) // count]
 
 
@@ -156,87 +156,91 @@ def measure_bits_per_dim(
 ) -> BitsPerDim:
     """Measure the variational bound (Eq. 5) of held-out images.
 
-    `load_x_0` takes image indices (B,) and returns x_0 (B, C, H, W) in [-1, 1], on the model's
-    device. The processes share the batches, and all of them get the result. It depends neither on
-    the number of processes nor on chance.
+    The processes share the batches, and all of them return the result. It is a function of the
+    arguments alone, whatever the number of processes.
 
     A batch that does not fit in memory is halved. Raises `UserError` when a single image does not
     fit, and `ValueError` without an image or for an unknown variance.
+
+    Args:
+        load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
+        indices: the held-out images, (N,).
     """
     if len(indices) == 0 or options.variance not in VARIANCES:
         raise ValueError(
             f"{len(indices)} images and variance {options.variance!r}; "
-            f"there must be some, {' or '.join(VARIANCES)}"
+            f"there must be 1 image or more, and variance can be {' or '.join(VARIANCES)}"
         )
     scheduler = denoiser.scheduler
     seed = options.seed
     lengths = strata_lengths(scheduler.timesteps, options.t_stride)
-    t = torch.stack([choose_t(lengths, seed, int(image)) for image in indices])  # (N, K)
+    t = torch.stack([draw_t(lengths, seed, int(index)) for index in indices])  # (N, K)
 
-    # The (image, t) pairs of the first image come first, then those of the second, and so on.
-    image_of = np.repeat(indices, len(lengths))
-    t_of = t.flatten()
-    table = torch.zeros(3, len(t_of), dtype=torch.float64)
+    # Each image has K pairs (index, t), one after the other.
+    pair_index = np.repeat(indices, len(lengths))
+    pair_t = t.flatten()
+    table = torch.zeros(3, len(pair_t), dtype=torch.float64)
 
     def fill(pairs):
         columns = slice(pairs.start, pairs.stop)
-        x_0 = load_x_0(image_of[columns])
+        x_0 = load_x_0(pair_index[columns])
 
-        # The noise of a term depends on (seed, image, t) alone, whichever process computes it.
+        # The noise of a pair is a function of (seed, index, t), whichever process computes it.
         noise = []
         for k in pairs:
-            generator = generator_of("cpu", seed, "bits per dim", int(image_of[k]), int(t_of[k]))
+            pair = int(pair_index[k]), int(pair_t[k])
+            generator = generator_of("cpu", seed, "bits per dim", *pair)
             noise.append(torch.randn(x_0.shape[1:], generator=generator))
-        terms = terms_of(
+        terms = bound_terms(
             denoiser,
             scheduler,
             x_0,
-            t_of[columns],
+            pair_t[columns],
             torch.stack(noise),
             options.variance,
             options.clip_x_0,
         )
         table[:, columns] = terms.cpu()
 
-    # All processes cut the same batches, and each takes every count-th of them.
-    batches = batches_of(range(len(t_of)), options.batch_size)[processes.rank :: processes.count]
-    limit = BatchLimit(load_x_0(image_of[:1]).device)
+    # All processes cut the same batches, and each computes every count-th batch.
+    batches = batches_of(range(len(pair_t)), options.batch_size)[processes.rank :: processes.count]
+    limit = BatchLimit(load_x_0(indices[:1]).device)
     with denoiser.evaluating():
         for pairs in tqdm(batches, "bits/dim", unit="batch", disable=not progress):
             limit.in_parts(fill, pairs)
 
-    # Each entry is one process's and 0 in the others, so the sum over processes is exact.
+    # One process computes each entry, and the others have 0 there, so the sum is exact.
     prior, terms, mse_x_0 = processes.sum_(table).view(3, *t.shape).numpy()
-    # L_T is the same at all t of an image.
+    # L_T of an image does not depend on t, so the first column has it.
     return BitsPerDim(lengths.numpy(), prior[:, 0], terms, mse_x_0)
 
 
 def strata_lengths(timesteps: int, t_stride: int) -> Tensor:
-    """Cut 0 .. T-1 into K strata of at most t_stride, and return how long they are: (K,) int64.
+    """Return the lengths of K strata of 0 .. T-1, at most t_stride each: (K,) int64.
 
-    t = 0 is the first, by itself.
+    The first stratum is t = 0 alone.
     """
     lengths = [1]
     start = 1
     while start < timesteps:
-        # L_t falls about as 1 / t, so a stratum is no longer than a quarter of its first t, and 1.
+        # L_t falls about as 1 / t, so strata are short where t is small.
         lengths.append(min(t_stride, 1 + start // 4, timesteps - start))
         start += lengths[-1]
     return torch.tensor(lengths)
 
 
-def choose_t(lengths: Tensor, seed: int, image: int) -> Tensor:
-    """Draw one t of each stratum, uniformly, as a function of (seed, image) alone: (K,) int64."""
-    generator = generator_of("cpu", seed, "bits per dim t", image)
+def draw_t(lengths: Tensor, seed: int, index: int) -> Tensor:
+    """Draw one t of each stratum, uniformly: (K,) int64, a function of (seed, image index)."""
+    generator = generator_of("cpu", seed, "bits per dim t", index)
     uniform = torch.rand(len(lengths), dtype=torch.float64, generator=generator)
     first = lengths.cumsum(0) - lengths
     return first + (uniform * lengths).long()
 
 
 def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
-    """Save two panels: the terms by t, and the rate-distortion curve (the paper's Figure 5)."""
+    """Plot the terms over t, and the rate-distortion curve (the paper's Figure 5)."""
     curves = result.curves()
-    # The logarithmic axis has no 0, so it shows the paper's t, which starts at 1.
+    # A logarithmic axis cannot show 0, so the figure has the paper's t, which starts at 1.
     t = [value + 1 for value in curves["t"]]
     figure, (terms, rate) = plt.subplots(1, 2, figsize=(9, 4))
     terms.loglog(t, curves["bits_per_dim_a_step"], marker=".")

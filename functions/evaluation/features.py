@@ -1,18 +1,20 @@
-"""FID, KID, precision and recall: how far features of generated images are from those of real ones.
+"""FID, KID, precision and recall: they compare the features of generated and of real images.
 
-    FID                 The Frechet distance of the Gaussians that have the features' means and
-                        covariances (Heusel et al. 2017):
+    FID                 The Frechet distance between two Gaussians with the means and covariances of
+                        the features (Heusel et al. 2017):
                         |mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2)).
-                        Few images bias it upwards, so numbers of different counts don't compare.
-    KID                 The squared maximum mean discrepancy with a cubic kernel, unbiased
-                        (Binkowski et al. 2018), averaged over random subsets. For the same
-                        distribution it is about 0, and as often just below.
-    precision, recall   The fraction of generated features within the real ones' manifold of 3
-                        nearest neighbours, and the other way round (Kynkaanniemi et al. 2019), in
-                        the features of FID, as ADM's evaluator has it.
+                        Its bias depends on the number of images, so only FIDs of the same number
+                        can be compared.
+    KID                 The squared maximum mean discrepancy with a cubic kernel, averaged over
+                        random subsets (Binkowski et al. 2018). It is unbiased: for two samples of
+                        the same distribution it is about 0, and can be negative.
+    precision, recall   Precision is the fraction of generated features inside the manifold of the
+                        real ones, made of balls up to the 3rd nearest neighbour. Recall is the same
+                        with real and generated exchanged (Kynkaanniemi et al. 2019). The features
+                        are those of FID, as in ADM's evaluator.
 
-The metrics themselves and the network are torch-fidelity's. It gets images as uint8 tensors, never
-as files. Images live for one batch; features, a float32 row of D numbers each, stay on the CPU.
+torch-fidelity has the metrics and the network. It gets uint8 tensors, and no image files. Images
+are freed after each batch. The features stay on the CPU, a float32 row of D for each image.
 """
 
 import hashlib
@@ -34,14 +36,15 @@ from functions.support.processes import SINGLE_PROCESS, Processes
 
 INCEPTION = "inception-v3-compat"
 LAYER = "2048"
-# Published FIDs are of so many images.
+# Published FIDs compare this many generated images.
 FULL_COUNT = 50_000
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 NEIGHBOURS = 3
-# Either side has at least so many images, so that each of them has its neighbours.
+# The fewest real or generated images: each image needs 3 neighbours.
 FEWEST = NEIGHBOURS + 1
-# Distances of so many images to 50,000 others are computed at a time; they take 0.5 GB.
+# Precision and recall compute the distances of this many images at a time. To 50,000 others they
+# take 0.5 GB.
 DISTANCE_ROWS = 2_500
 
 
@@ -49,31 +52,33 @@ DISTANCE_ROWS = 2_500
 class Extractor:
     """A feature network."""
 
-    # "extractor", the network's name, and "weights_hash" are part of every result.
+    # "extractor" (the network's name) and "weights_hash", which every result contains.
     facts: dict[str, str]
     width: int  # D, the number of features
     # uint8 images (B, 3, H, W) on any device -> their features (B, D).
     features: Callable[[Tensor], Tensor]
-    device: torch.device  # where the network is
+    device: torch.device  # the network's device
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as the metrics see them."""
+    """The features of real images, with which the metrics compare."""
 
+    # The data set, its hashes and the network: see `describe` in reference_statistics.py.
     description: dict
-    statistics: dict  # mu, sigma
-    # (N, D) float32. A published file has no features, which is None here.
+    # "mu" (D,) and "sigma" (D, D), float64.
+    statistics: dict
+    # (N, D) float32. None for published statistics, which have no features.
     features: Tensor | None = None
 
 
 def load_inception(
     weights: Path | None, device: torch.device, processes: Processes = SINGLE_PROCESS
 ) -> Extractor:
-    """Load torch-fidelity's InceptionV3, the original TensorFlow network, for its 2048 features.
+    """Load torch-fidelity's InceptionV3, a copy of the original TensorFlow network; D is 2048.
 
-    `weights` is a local file. For None rank 0 downloads it once into PyTorch's cache. Raises
-    `UserError` when torch-fidelity is not installed, or when there are no weights.
+    `weights` is a local file. With None, rank 0 downloads the file once into PyTorch's cache.
+    Raises `UserError` when torch-fidelity is not installed, or when there are no weights.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import (
@@ -86,8 +91,8 @@ def load_inception(
         ) from error
     path = weights or processes.on_main(lambda: downloaded(URL_INCEPTION_V3))
 
-    # torch-fidelity itself lets a file run code. With this variable PyTorch reads tensors only, to
-    # the end of the process.
+    # torch-fidelity unpickles the file, which can run code. This variable makes PyTorch read
+    # tensors alone, until the process ends.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         network = FeatureExtractorInceptionV3(
@@ -95,7 +100,7 @@ def load_inception(
         )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except Exception as error:
-        # torch-fidelity raises whatever it likes at a missing file, or at one of something else.
+        # torch-fidelity raises many types of errors for a missing file or for other contents.
         raise UserError(
             f"{path}: not the weights that are at {URL_INCEPTION_V3} ({short(error)})"
         ) from error
@@ -105,22 +110,22 @@ def load_inception(
 
 
 def downloaded(url: str) -> Path:
-    """Return the file's place in PyTorch's cache, and download the file unless it is there.
+    """Return the path of the file in PyTorch's cache. Download the file if it is not there.
 
-    Raises `UserError` without a network.
+    Raises `UserError` when the download fails.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if path.is_file():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # PyTorch checks the hash that the file's name ends with.
+        # PyTorch compares the file's hash with the end of the file's name.
         torch.hub.download_url_to_file(url, path, hash_prefix=path.stem.rsplit("-", 1)[1])
     except (OSError, RuntimeError) as error:
         # A RuntimeError means that the downloaded file has another hash.
         raise UserError(
             f"InceptionV3's weights cannot be downloaded ({short(error)}): "
-            f"get {url} where there is a network, and give --weights FILE"
+            f"get {url} on a machine with internet access, and give --weights FILE"
         ) from error
     return path
 
@@ -128,16 +133,16 @@ def downloaded(url: str) -> Path:
 def sample_features(
     sampler: ImageSampler, count: int, extractor: Extractor, processes: Processes
 ) -> Tensor:
-    """Sample images and return their features (count, D) float32.
+    """Sample `count` images and return their features, (count, D) float32.
 
-    Image i is the one that sample.py makes.
+    Sample i is the image i of sample.py with the same options and seed.
     """
 
-    def pixels_of(batches):
+    def load(batches):
         for samples in generate_batches(sampler, batches, progress=processes.is_main):
             yield to_uint8(samples.images)
 
-    return collect_features(pixels_of, count, sampler.batch_size, extractor, processes)
+    return collect_features(load, count, sampler.batch_size, extractor, processes)
 
 
 def real_features(
@@ -147,47 +152,50 @@ def real_features(
     extractor: Extractor,
     processes: Processes,
 ) -> Tensor:
-    """Return the features of the images at these indices, as they are: (len(indices), D) float32.
+    """Return the features of the images (N, H, W, 3), uint8, at the indices.
 
-    The images are uint8 (N, H, W, 3).
+    The result is (len(indices), D) float32. The images are not augmented.
     """
 
-    def pixels_of(batches):
+    def load(batches):
         for rows in tqdm(batches, "reference", unit="batch", disable=not processes.is_main):
             yield torch.from_numpy(images[indices[rows]])
 
-    return collect_features(pixels_of, len(indices), batch_size, extractor, processes)
+    return collect_features(load, len(indices), batch_size, extractor, processes)
 
 
 @torch.no_grad()
 def collect_features(
-    pixels_of: Callable[[list[range]], Iterable[Tensor]],
+    load: Callable[[list[range]], Iterable[Tensor]],
     count: int,
     batch_size: int,
     extractor: Extractor,
     processes: Processes,
 ) -> Tensor:
-    """Extract the features of `count` images, (count, D) float32 on the CPU, in all processes.
+    """Extract the features of `count` images: (count, D) float32, on the CPU, in all processes.
 
-    `pixels_of` gives the images of each batch, uint8 (B, H, W, 3), for batches of numbers below
-    `count`. A batch that does not fit in memory is halved, and so are those after it. Raises
-    `UserError` when a single image does not fit.
+    `load` takes batches, which are ranges of 0 .. count-1, and yields the uint8 images
+    (B, H, W, 3) of each. A batch that does not fit in memory is halved, and so are later batches.
+    Raises `UserError` when a single image does not fit.
     """
-    # All processes cut the same batches, and each takes every count-th of them.
+    # All processes cut the same batches, and each computes every count-th batch.
     batches = batches_of(range(count), batch_size)[processes.rank :: processes.count]
     features = torch.zeros(count, extractor.width)
     limit = BatchLimit(extractor.device)
-    for rows, images in zip(batches, pixels_of(batches), strict=True):
+    for rows, images in zip(batches, load(batches), strict=True):
         channels_first = images.permute(0, 3, 1, 2)
         parts = limit.in_parts(lambda part: extractor.features(part).float().cpu(), channels_first)
         features[rows.start : rows.stop] = torch.cat(parts)
 
-    # Each row is one process's and 0 in the others, so the sum over processes is exact.
+    # One process computes each row, and the others have 0 there, so the sum is exact.
     return processes.sum_(features)
 
 
 def image_warnings(real: int, generated: int, width: int) -> list[str]:
-    """Return why FID of so many images and D = `width` features must not be compared, loudly."""
+    """Return the reasons why an FID cannot be compared with others.
+
+    `real` and `generated` are numbers of images, and `width` is D.
+    """
     warnings = []
     if generated < FULL_COUNT:
         warnings.append(
@@ -195,7 +203,7 @@ def image_warnings(real: int, generated: int, width: int) -> list[str]:
             "FID IS BIASED UPWARDS and compares with no other count"
         )
 
-    # The covariance of N images has a rank of at most N - 1.
+    # The covariance of N features has a rank of at most N - 1.
     fewest = min(real, generated)
     if fewest <= width:
         warnings.append(
@@ -206,16 +214,16 @@ def image_warnings(real: int, generated: int, width: int) -> list[str]:
 
 
 def statistics(features: Tensor) -> dict:
-    """Return mu (D,) and sigma (D, D), float64: all that FID needs of (N, D) features."""
+    """Return mu (D,) and sigma (D, D), float64, of the features (N, D), for FID."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     return fid_features_to_statistics(features.double())
 
 
 def compare(metrics: Collection[str], generated: Tensor, reference: Reference, seed: int) -> dict:
-    """Return the metrics asked for, "fid", "kid" or "prc", of (N, D) features.
+    """Compute some of the metrics "fid", "kid" and "prc", for generated features (N, D).
 
-    They are numbers by name, with what they are over.
+    Returns a dict of scalars: the metrics and their settings.
     """
     from torch_fidelity.metric_fid import fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -232,7 +240,7 @@ def compare(metrics: Collection[str], generated: Tensor, reference: Reference, s
             "kid_subsets": KID_SUBSETS,
             "kid_subset_size": min(KID_SUBSET_SIZE, len(generated), len(real)),
         }
-        # NumPy's seeds have 32 bits.
+        # A seed of NumPy has at most 32 bits.
         kid = kid_features_to_metric(
             generated.double(), real.double(), **subsets, rng_seed=seed % 2**32, verbose=False
         )

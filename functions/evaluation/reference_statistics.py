@@ -1,7 +1,7 @@
-"""Statistics of real images that FID compares with, in a file to publish.
+"""Files with the statistics of real images, for FID.
 
-Whoever has the file does not need the images. It is a NumPy archive of plain arrays:
-    description    JSON: all that the numbers were made from
+With such a file others can compute FID without the images. It is a NumPy archive of plain arrays:
+    description    JSON: the images and the network, see `describe`
     mu, sigma      (D,) and (D, D) float64
 """
 
@@ -16,28 +16,28 @@ from data.datasets import ImageSet, hash_ids
 from functions.evaluation.features import Extractor, Reference
 from functions.sampling.generation import batches_of
 from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, short, write_whole
+from functions.support.files import READ_ERRORS, short, write_atomically
 
 FORMAT = "ddpm-faces reference statistics 1"
-# These fields of a description are texts.
+# The fields of a description that are strings.
 TEXTS = ("dataset", "split", "ids_hash", "pixels_hash", "extractor", "weights_hash")
-# So many images are hashed at a time.
+# The number of images that are read and hashed at a time.
 CHUNK = 1024
-# A damaged file raises one of these. MemoryError comes from a header that lies about a shape.
+# The errors that reading a damaged file can raise. A false shape in a header raises MemoryError.
 BROKEN = (*READ_ERRORS, MemoryError)
 
 
 def describe(image_set: ImageSet, indices: np.ndarray, split: str, extractor: Extractor) -> dict:
-    """Return all that a reference's features follow from, as plain values.
+    """Return a description of the images at the indices and of the network, as plain values.
 
-    That is the pixels of these images, in this order, and the network.
+    It determines the features: its hashes are over the pixels, in this order, and the weights.
     """
     images = image_set.images
     pixels = hashlib.sha256()
     for chunk in batches_of(indices, CHUNK):
         pixels.update(images[chunk])
     return {
-        # The path is left out: it may tell of its owner, and the pixels have their hash.
+        # The name alone is published, because a path may tell who owns it.
         "dataset": Path(image_set.name).name,
         "split": split,
         "count": len(indices),
@@ -49,26 +49,29 @@ def describe(image_set: ImageSet, indices: np.ndarray, split: str, extractor: Ex
 
 
 def write_reference(path: Path, reference: Reference) -> None:
-    """Write the statistics, to publish."""
+    """Write a file that `read_reference` reads."""
     description = json.dumps({"format": FORMAT, **reference.description})
-    write_whole(path, lambda file: np.savez(file, description=description, **reference.statistics))
+    write_atomically(
+        path, lambda file: np.savez(file, description=description, **reference.statistics)
+    )
 
 
 def read_reference(path: Path, image_size: int, extractor: Extractor) -> Reference:
-    """Read a file that somebody published, for models of this size and this network.
+    """Read published statistics, for images of this size and features of this network.
 
-    Raises `UserError` when it is missing, damaged, empty, not one of ours, or of other images or
-    another network.
+    Raises `UserError` when the file is missing, damaged or of another format, or when its images
+    have another size or its features another network.
     """
     try:
-        # `zipfile` compares checksums as it reads. The arrays are not compressed, so a file that
-        # would unpack to more than its own size is none of ours.
+        # `write_reference` does not compress. So a file that unpacks to more than its own size has
+        # another writer, and could fill the memory.
         with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise ValueError("it would unpack to more than it is")
+            unpacked_size = sum(member.file_size for member in archive.infolist())
+        if unpacked_size > path.stat().st_size:
+            raise ValueError("it would unpack to more than its own size")
 
-        # By default NumPy reads plain arrays alone, so no code in the file is run.
+        # By default NumPy refuses pickled objects, so no code in the file is run. Reading compares
+        # the checksums of the archive.
         with np.load(path) as file:
             arrays = dict(file)
         description = json.loads(str(arrays.pop("description")))
@@ -80,25 +83,25 @@ def read_reference(path: Path, image_size: int, extractor: Extractor) -> Referen
     except BROKEN as error:
         raise UserError(f"{path}: no sound reference statistics ({short(error)})") from error
 
-    found = {**description, "features": len(mu)}
+    actual = {**description, "features": len(mu)}
     expected = {"image_size": image_size, **extractor.facts, "features": extractor.width}
     for name, value in expected.items():
-        if found[name] != value:
-            raise UserError(f"{path}: made with {name} = {short(found[name])}; here it is {value}")
+        if actual[name] != value:
+            raise UserError(f"{path}: made with {name} = {short(actual[name])}; here it is {value}")
     return Reference(description, {"mu": mu, "sigma": sigma})
 
 
 def check_statistics(description: dict, mu: np.ndarray, sigma: np.ndarray) -> None:
-    """Raise one of `BROKEN` unless shapes and types are right and all numbers are finite."""
+    """Raise one of `BROKEN` unless all types and shapes are right and all values finite."""
     width = len(mu)
     count = description["count"]
     size = description["image_size"]
     texts = [description[name] for name in TEXTS]
 
-    # `short` changes a text that is too long, or that has control characters for a terminal.
+    # `short` changes texts that are too long to print, or that have control characters.
     plain = type(count) is type(size) is int and all(text == short(text) for text in texts)
     shapes_fit = mu.shape == (width,) and sigma.shape == (width, width)
     types_fit = mu.dtype == sigma.dtype == np.float64
     finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
     if not (plain and count >= 2 and shapes_fit and types_fit and finite):
-        raise ValueError("its texts, shapes or numbers are not those of two images or more")
+        raise ValueError("its texts, shapes or values are not those of two or more images")

@@ -1,16 +1,15 @@
-"""A cure without training for what a network does not know of x_0 at high t: colour, darkness
-and speckles.
+"""Correct the x_0 that a trained network predicts at high t, without training it further.
 
-At each timestep and in each band of spatial frequency the network's x_0 is replaced by the best
-linear mix of it and x_t, about the average image mu:
+Errors there give samples wrong colours, darkness and speckles. In each band of spatial frequencies,
+the network's x_0 is replaced by the best linear mix of x_0 and x_t, relative to the mean image mu:
 
     x_0' = mu + w_1 (x_0 - mu) + w_2 (x_t - sqrt(alpha_bar) mu)
 
-The weights are two real numbers for each band and t. They are fitted by least squares at some
-timesteps and interpolated between them. On the images that they are fitted to they are as good as
-the network alone, (1, 0), and as the best linear filter of x_t, (0, w), or better.
-docs/whole-before-detail.md says why it helps. Related, with one number a timestep: Pang et al.
-2023, arXiv:2302.10688.
+Each band has two real weights at each timestep. They are fitted by least squares at some timesteps
+and interpolated in between. On the images of the fit, the mix is at least as good as the network
+alone, which is (w_1, w_2) = (1, 0), and as the best linear filter of x_t, which is (0, w).
+docs/whole-before-detail.md says why this helps. Pang et al. 2023, arXiv:2302.10688, use one number
+for each timestep.
 """
 
 import sys
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.datasets import images_of_run
+from data.datasets import load_and_split
 from data.pixels import to_model_range
 from functions.noise_scheduler import NoiseScheduler, Timestep, broadcast
 from functions.prediction import Denoiser, predict
@@ -37,36 +36,36 @@ from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
 
 # The weights are fitted to this many images.
-IMAGES = 512
-# x_0 is replaced from this share of T on: below it the network knows more than a mix can add.
+IMAGE_COUNT = 512
+# Timesteps from this fraction of T on are calibrated. At lower t no mix improves on the network.
 CALIBRATED_FROM = 0.6
-# The weights are fitted at this many timesteps from there to T - 1, evenly spaced in log-SNR.
-FITTED = 17
-# The squares are raised by this share: where x_0 is a multiple of x_t, one weight is as good as
-# the other, and least squares alone could not choose.
+# The weights are fitted at this many of these timesteps, evenly spaced in log-SNR.
+TIMESTEP_COUNT = 17
+# The fit multiplies squares by 1 + RIDGE. Without this it would have no unique solution where x_0
+# is a multiple of x_t.
 RIDGE = 1e-4
 
-# With this norm white noise has variance 1 in the spectrum too.
+# With this norm the spectrum of white noise has variance 1, too.
 spectrum = partial(torch.fft.fft2, norm="ortho")
 
 
 def octaves(size: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the band of each coefficient in the spectrum of a square image: (size, size) int64.
 
-    Band 0 is the mean. Band k has frequencies from 2^(k-1) to 2^k cycles an image, and the last
-    band all that are higher, too.
+    Band 0 is the mean. Band k has frequencies from 2^(k-1) to 2^k cycles an image. The last band
+    has all higher frequencies, too.
     """
     cycles = torch.fft.fftfreq(size, 1 / size, device=device)
     frequencies = torch.hypot(cycles[:, None], cycles)
-    # The mean, of frequency 0, counts as half a cycle, so that it is one octave below the rest.
+    # The mean has frequency 0. It counts as half a cycle, which is one octave below band 1.
     octave = 1 + torch.log2(frequencies.clamp(min=0.5)).floor().long()
     return octave.clamp(max=max(1, size.bit_length() - 2))
 
 
 def band_means(values: Tensor) -> Tensor:
-    """Average real numbers, (B, C, H, W) for each coefficient of spectra, over bands and channels.
+    """Average real values of the coefficients of spectra, (B, C, H, W), over bands and channels.
 
-    Returns (B, bands) float64, on the CPU.
+    Returns (B, bands) in float64, on the CPU.
     """
     bands = octaves(values.shape[-1]).flatten()
     values = values.mean(dim=1).flatten(1).cpu().double()
@@ -83,16 +82,16 @@ class Calibration:
 
     # mu (C, H, W)
     mean: Tensor
-    # w_1 and w_2 (T, bands, 2). They are 1 and 0 where nothing changes.
+    # w_1 and w_2 (T, bands, 2). They are 1 and 0 at timesteps that are not calibrated.
     weights: Tensor
 
     def __call__(self, x_0: Tensor, x_t: Tensor, t: Timestep, scheduler: NoiseScheduler) -> Tensor:
-        # Where the weights are 1 and 0 the transforms would change x_0 by nothing but rounding.
+        # The weights are 1 and 0 here, so the transforms would only add rounding errors.
         if isinstance(t, int) and t < CALIBRATED_FROM * scheduler.timesteps:
             return x_0
         bands = octaves(x_0.shape[-1], x_0.device)
-        # The weights of bands, (bands, 2) or (B, bands, 2), become those of coefficients: each is
-        # (1, H, W), or (B, 1, H, W), and holds for all channels.
+        # Each coefficient gets the weights of its band, (bands, 2) or (B, bands, 2). So w_1 and w_2
+        # are (1, H, W) or (B, 1, H, W), and the same for all channels.
         weights = self.weights[t][..., bands, :]
         w_1, w_2 = weights.unsqueeze(-4).unbind(-1)
         root = broadcast(scheduler.alpha_bar(t) ** 0.5, x_t)
@@ -102,34 +101,36 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibration:
-    """Fit a network without calibration to images (N, C, H, W) in [-1, 1] on its device.
+    """Fit a calibration for a network that has none to images (N, C, H, W) in [-1, 1].
 
-    The network computes at most `batch_size` images at a time. Returns tensors on the CPU.
+    The images are on the network's device, which computes at most `batch_size` at a time. The
+    calibration's tensors are on the CPU.
     """
     scheduler = denoiser.scheduler
     mean = images.mean(dim=0)
     last = scheduler.timesteps - 1
     first = round(CALIBRATED_FROM * scheduler.timesteps)
-    count = min(FITTED, last - first + 1)
-    # The timesteps come falling, and interpolation wants them rising.
+    count = min(TIMESTEP_COUNT, last - first + 1)
+    # `logsnr_timesteps` returns falling timesteps, but np.interp needs rising ones.
     times = logsnr_timesteps(scheduler, count, last, first)[::-1]
 
     limit = BatchLimit(images.device, batch_size)
-    fitted = []
+    weights = []
     with denoiser.evaluating():
         for t in tqdm(times, "calibrating", unit="timestep"):
             work = partial(products, denoiser, images, mean, t)
             parts = limit.in_parts(work, range(len(images)))
-            fitted.append(least_squares(torch.cat(parts, dim=1).mean(dim=1)))
+            weights.append(least_squares(torch.cat(parts, dim=1).mean(dim=1)))
 
-    return Calibration(mean.cpu(), interpolated(scheduler, times, torch.stack(fitted)))
+    return Calibration(mean.cpu(), interpolate_weights(scheduler, times, torch.stack(weights)))
 
 
 def products(denoiser: Denoiser, images: Tensor, mean: Tensor, t: int, part: range) -> Tensor:
     """Return the products of spectra that the fit of y = w_1 p + w_2 q needs, at timestep t.
 
-    p is the network's x_0, q is x_t and y the true x_0, each less its average. The products are
-    pp, pq, qq, py and qy, averaged over each band, for a part of the images: (5, images, bands).
+    p is the spectrum of the network's x_0, q that of x_t and y that of the true x_0, each minus its
+    mean. Returns pp, pq, qq, py and qy of a part of the images, averaged over each band:
+    (5, len(part), bands).
     """
     scheduler = denoiser.scheduler
     x_0 = images[part.start : part.stop]
@@ -156,111 +157,112 @@ def least_squares(averages: Tensor) -> Tensor:
     return numerators / (pp * qq - pq**2)[:, None]
 
 
-def interpolated(scheduler: NoiseScheduler, times: list[int], fitted: Tensor) -> Tensor:
-    """Return the weights of all timesteps (T, bands, 2), given those fitted at rising times.
+def interpolate_weights(scheduler: NoiseScheduler, times: list[int], fitted: Tensor) -> Tensor:
+    """Return the weights of all timesteps (T, bands, 2), given the fitted weights at rising times.
 
-    They are interpolated linearly in log-SNR. Below the first time they are 1 and 0, which leave
-    the network's x_0 as it is.
+    The interpolation is linear in log-SNR. Below the first of the times the weights are 1 and 0,
+    which do not change the network's x_0.
     """
     first = times[0]
     noisiness = -torch.logit(scheduler.alphas_cumprod).numpy()
     weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, fitted.shape[1], 1)
 
-    def between(column):
+    def interpolate(column):
         return np.interp(noisiness[first:], noisiness[times], column)
 
-    weights[first:] = torch.from_numpy(np.apply_along_axis(between, 0, fitted.numpy()))
+    weights[first:] = torch.from_numpy(np.apply_along_axis(interpolate, 0, fitted.numpy()))
     return weights
 
 
-def calibrated(
+def with_calibration(
     image_sampler: ImageSampler, saved: SavedModel, processes: Processes
 ) -> ImageSampler:
     """Return the sampler with the calibration that its options ask for, if they ask for one.
 
-    It is made once for each data set, and lies beside the checkpoint from then on. "own" fits it to
-    the model's own samples, so that no data is needed; "data" to the images that the model was
-    trained on, and any other name to the images of that data set. Raises UserError as
-    `images_of_run`, and when the training's images have changed.
+    The calibration is fitted once for each data set, and saved beside the checkpoint. The option
+    "own" fits it to samples of the model, which needs no data. "data" fits it to images that the
+    model was trained on, and any other name to images of the data set with that name. Raises
+    UserError as `load_and_split` does, and when the training images have changed.
     """
     if not image_sampler.options.calibrate:
         return image_sampler
-    tensors = processes.on_main(lambda: read_or_make(image_sampler, saved))
+    tensors = processes.on_main(lambda: load_or_fit(image_sampler, saved))
     tensors = {name: tensor.to(image_sampler.device) for name, tensor in tensors.items()}
     denoiser = replace(image_sampler.denoiser, calibration=Calibration(**tensors))
     return replace(image_sampler, denoiser=denoiser)
 
 
-def read_or_make(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Tensor]:
-    """Return the tensors of `Calibration`, on the CPU: of the file that is kept, or fitted now."""
+def load_or_fit(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Tensor]:
+    """Return the tensors of `Calibration` on the CPU: read them from their file, or fit them."""
     name = image_sampler.options.calibrate
-    # The images are loaded when they are needed, and once.
-    load = cache(partial(images_of_run, saved, None if name == "data" else name))
-    # Images are known by their data set's name and by their ids, as files may come and go.
-    ids_hash = saved.run.get("train_ids_hash")
+    # The images are loaded when they are needed, and only once.
+    load = cache(partial(load_and_split, saved, None if name == "data" else name))
+    # Files may be added to a data set, or deleted. So the name of the data set and a hash of the
+    # ids of its training images identify the images of the fit.
+    ids_hash = saved.provenance.get("train_ids_hash")
     if name == "own":
-        calibrated_on = ["own"]
+        identity = ["own"]
     elif name == "data" and ids_hash:
-        # What is kept for a run's own images is read without them.
-        calibrated_on = [saved.config["diffusion"]["dataset_name"], ids_hash]
+        # The file for the training images is found without loading them.
+        identity = [saved.config["diffusion"]["dataset_name"], ids_hash]
     else:
         image_set, split = load()
-        calibrated_on = [image_set.name, split.train_ids_hash]
-    kind = "-".join(short(Path(part).stem) for part in calibrated_on)
+        identity = [image_set.name, split.train_ids_hash]
+    kind = "-".join(short(Path(part).stem) for part in identity)
 
-    # A folder of diffusers belongs to others, so nothing is written into it.
+    # A folder of diffusers is not ours, so nothing is written into it.
     folder = Path("samples") if saved.path.is_dir() else saved.path.parent
     path = folder / f"{saved.name}-calibration-{kind}.safetensors"
-    made_from = {
+    origin = {
         "weights": saved.digest,
-        "images": calibrated_on,
-        "fitted": [IMAGES, CALIBRATED_FROM, FITTED, RIDGE],
+        "images": identity,
+        "fitted": [IMAGE_COUNT, CALIBRATED_FROM, TIMESTEP_COUNT, RIDGE],
     }
 
-    tensors = read_kept(path, made_from, image_sampler)
+    tensors = read_calibration(path, origin, image_sampler)
     if tensors:
         return tensors
 
-    # It is kept for samplers of every precision, so it is fitted in float32.
+    # The file serves samplers of every precision, so the network computes in float32 here.
     denoiser = replace(image_sampler.denoiser, precision=torch.float32)
     if name == "own":
-        # The fresh noise of this sampler keeps its images sound without a calibration.
+        # This sampler adds fresh noise, so its images are realistic without a calibration.
         quick = replace(image_sampler, denoiser=denoiser).quick(seed_of("calibration"))
-        images = generate(quick, range(IMAGES)).images
+        images = generate(quick, range(IMAGE_COUNT)).images
     else:
         image_set, split = load()
-        if split.train_ids_hash != calibrated_on[1]:
+        if split.train_ids_hash != identity[1]:
             raise UserError(
                 f"{saved.path} was trained on other images than {image_set.name} has; "
                 f"fit the calibration to these with --calibrate {image_set.name}"
             )
-        # The images are evenly spaced among those for training.
-        positions = np.linspace(0, len(split.train_indices) - 1, IMAGES).astype(int)
+        # The fit takes evenly spaced images of the training split.
+        positions = np.linspace(0, len(split.train_indices) - 1, IMAGE_COUNT).astype(int)
         pixels = image_set.images[split.train_indices[positions]]
         images = to_model_range(torch.from_numpy(pixels))
     images = images.to(image_sampler.device)
     tensors = vars(calibrate(denoiser, images, image_sampler.batch_size))
-    # The file is for the next time. Where it cannot be written, sampling goes on without it.
+    # The file only saves time later, so sampling goes on if it cannot be written.
     try:
         folder.mkdir(exist_ok=True)
-        write_tensors(path, tensors, made_from)
+        write_tensors(path, tensors, origin)
         print(f"wrote {path}")
     except OSError as error:
-        print(f"WARNING: the calibration is not kept: {error}", file=sys.stderr)
+        print(f"WARNING: the calibration is not saved: {error}", file=sys.stderr)
     return tensors
 
 
-def read_kept(path: Path, made_from: dict, image_sampler: ImageSampler) -> dict[str, Tensor]:
-    """Return the tensors of the file; none when they were made from anything else."""
+def read_calibration(path: Path, origin: dict, image_sampler: ImageSampler) -> dict[str, Tensor]:
+    """Return the tensors of a calibration's file, or {} if the file has another origin."""
     bands = int(octaves(image_sampler.shape[-1]).max()) + 1
     shapes = {
         "mean": image_sampler.shape,
         "weights": (image_sampler.scheduler.timesteps, bands, 2),
     }
-    # A file that is missing or damaged is not an error: it is written again.
+    # A missing or damaged file is no error, because the caller writes it again.
     with suppress(UserError, OSError):
         file = TensorFile(path)
-        if file.contents == made_from:
+        if file.contents == origin:
             tensors = file.tensors()
             if {name: tensor.shape for name, tensor in tensors.items()} == shapes:
                 return tensors

@@ -1,4 +1,4 @@
-"""A model to give away: one file, or a folder for diffusers with a model card and samples."""
+"""Export a model as one file, or as a folder for diffusers with a model card and samples."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from functions.support.files import write_text
 from functions.support.pictures import save_grid
 
 # The model card shows this many samples.
-IN_CARD = 16
+SAMPLE_COUNT = 16
 
 
 def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
-    """Write FILE.safetensors, which sample.py reads, or else a folder that diffusers loads.
+    """Write a .safetensors file, which sample.py reads, or a folder, which diffusers loads.
 
     Raises UserError for a path that exists or has another ending, and CheckpointError as
     `write_folder` does.
@@ -34,28 +34,28 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
         )
 
     sampler = image_sampler.quick(image_sampler.seed)
-    # The folder is filled under another name, so that `path` is whole or not there.
+    # The folder is filled under a temporary name, so that `path` is complete as soon as it exists.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_folder(saved, temporary)
-        [samples] = generate_batches(sampler, [range(IN_CARD)], progress=True)
+        [samples] = generate_batches(sampler, [range(SAMPLE_COUNT)], progress=True)
         save_grid(to_uint8(samples.images).numpy(), temporary / "samples.png")
-        what = f"The first {IN_CARD} images of seed {sampler.seed}: {sampler.options}."
-        write_text(temporary / "README.md", model_card(saved, path.name, what))
+        caption = f"The first {SAMPLE_COUNT} images of seed {sampler.seed}: {sampler.options}."
+        write_text(temporary / "README.md", model_card(saved, path.name, caption))
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def model_card(saved: SavedModel, folder: str, what: str) -> str:
-    """Return the README.md that hubs show; `what` says what its picture shows."""
+def model_card(saved: SavedModel, folder: str, caption: str) -> str:
+    """Return the README.md of the folder, which hubs show. The caption is that of samples.png."""
     diffusion = saved.config["diffusion"]
-    # A path to data may tell of its owner, so only its last part is published. Windows' paths have
-    # slashes of both kinds.
+    # A path may reveal who owns the data, so only its last part is published. Windows separates
+    # the parts of a path by slashes of both kinds.
     data = PureWindowsPath(str(diffusion.get("dataset_name", ""))).name
     datasets = [data] if data else []
     fields = {**diffusion, **saved.config["model"], "dataset_name": data or "not known"}
-    facts = "".join(f"| {name} | {value} |\n" for name, value in fields.items())
+    rows = "".join(f"| {name} | {value} |\n" for name, value in fields.items())
     return f"""---
 license:  # to be filled in: what others may do with the weights
 library_name: diffusers
@@ -64,13 +64,13 @@ tags: [ddpm, pytorch, unconditional-image-generation]
 datasets: {json.dumps(datasets)}
 ---
 
-# {saved.run["experiment"]}
+# {saved.provenance["experiment"]}
 
 A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)): {saved}.
 
 ![Samples](samples.png)
 
-*{what}*
+*{caption}*
 
     from diffusers import DDPMPipeline
     pipeline = DDPMPipeline.from_pretrained({folder!r})
@@ -79,4 +79,4 @@ A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)): {saved}.
 
 | field | value |
 |---|---|
-{facts}"""
+{rows}"""

@@ -1,11 +1,12 @@
-"""A folder of many single images, 00000.png and on, and pictures of several beside them.
+"""Write samples into a folder: single images, and pictures that show several images.
 
-Several processes may make the images, and an interrupted folder is finished by another start.
+Several processes may share the single images. After an interruption another start adds those that
+are missing. The folder has these files:
 
-samples.json    the manifest, written first: all that decides the images' pixels, so that a folder
-                holds images of one kind
-00000.png       image 0, and so on; renamed into place, so that each is whole or not there
-.lock           held by the process that makes them
+samples.json    the manifest: the facts that decide the pixels of all single images. It is written
+                before them.
+00000.png       image 0, and so on. Each file is renamed into place, so that none is incomplete.
+.lock           the lock of the process that writes the single images
 """
 
 import argparse
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from data.pixels import to_uint8
-from functions.sampling.generation import Frame, Samples
+from functions.sampling.generation import Frame, ImageSampler, Samples
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import read_json, short, write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
@@ -29,8 +30,9 @@ from functions.support.run_folder import locked
 
 MANIFEST = "samples.json"
 IMAGE_NAME = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.png")
-# A grid has at most this many images, an animation about this many frames.
-MOST_IN_GRID = 100
+# A grid has at most this many images.
+GRID_LIMIT = 100
+# An animation has about this many frames.
 GIF_FRAMES = 40
 # A figure of the denoising has at most this many columns and rows.
 STRIP_COLUMNS = 9
@@ -42,126 +44,134 @@ def image_path(folder: Path, i: int) -> Path:
 
 
 def label_of(source: str, content: int | np.ndarray) -> str:
-    """Name the source of a picture in the picture's file name.
+    """Return a label for the source of a picture, for the picture's file name.
 
-    An image of the seed has its number, `content`. An image file, with these pixels, has the start
-    of its name and a hash of them.
+    If `content` is the number of an image of the seed, this is the label. If it is the pixels of an
+    image file, the label is the start of the file's name, which is `source`, and a hash of the
+    pixels.
     """
     if isinstance(content, int):
         return str(content)
-    # The start is short, so that the names of two files are a valid name together.
+    # The start is short, so that a file name has room for two labels.
     digest = hashlib.sha256(content.tobytes()).hexdigest()
     return f"{short(Path(source).stem)[:30]}-{digest[:8]}"
 
 
-def existing(folder: Path) -> set[int]:
-    """Return the numbers of the images that a folder holds."""
+def image_indices(folder: Path) -> set[int]:
+    """Return the indices of the single images that a folder holds."""
     matches = map(IMAGE_NAME.fullmatch, os.listdir(folder))
     return {int(match[1]) for match in matches if match}
 
 
 def check_manifest(folder: Path, facts: dict) -> None:
-    """Raise UserError when the folder's images were made otherwise than `facts` say.
+    """Raise UserError when the folder's images were sampled with other facts than these.
 
     Images without a manifest, or with a damaged one, are refused, too.
     """
     path = folder / MANIFEST
     if not path.exists():
-        images = existing(folder)
-        if not images:
+        indices = image_indices(folder)
+        if not indices:
             return
-        first = image_path(folder, min(images)).name
+        first = image_path(folder, min(indices)).name
         raise UserError(
-            f"{folder} holds {first} but no {MANIFEST} to say what made it; take another --out"
+            f"{folder} holds {first} but no {MANIFEST} to say how it was sampled; "
+            "take another --out"
         )
     try:
         manifest = read_json(path)
     except CheckpointError as error:
-        raise UserError(f"{error}; nobody knows what images these are: delete it") from error
+        raise UserError(
+            f"{error}; nobody knows how the images here were sampled, so take another --out"
+        ) from error
     changes = [
         f"{name} was {manifest.get(name)}, is now {facts.get(name)}"
         for name in {**facts, **manifest}
         if manifest.get(name) != facts.get(name)
     ]
     if changes:
-        what = "; ".join(changes)
-        raise UserError(f"{folder} holds images made otherwise ({what}); take another --out")
+        raise UserError(
+            f"{folder} holds images sampled otherwise ({'; '.join(changes)}); take another --out"
+        )
 
 
 @contextmanager
 def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int]]:
-    """Make the folder, or go on with it, and yield the numbers of the single images in it.
+    """Make the folder if it does not exist, and yield the indices of the single images in it.
 
-    With `individual` this process, the main one of several, holds the folder and writes the
-    manifest: `facts`. Raises UserError as `check_manifest`, or when another process makes images
-    in the folder.
+    With `individual` the folder stays locked within the context, and `facts` become its manifest.
+    Of several processes the main one alone may enter the context. Raises UserError as
+    `check_manifest` does, and when another process has locked the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Only single images are gone on with, so only for them is the folder locked.
-    holding = nullcontext()
+    # Only single images are added to those of an earlier start, so only they need the lock.
+    lock = nullcontext()
     if individual:
-        holding = locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp")
-    with holding:
+        lock = locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp")
+    with lock:
         check_manifest(folder, facts)
         if individual:
             write_text(folder / MANIFEST, json.dumps(facts, indent=2))
-        yield existing(folder)
+        yield image_indices(folder)
 
 
-def figures_of(args: argparse.Namespace, times: Sequence[int]) -> dict[str, dict[str, Frame]]:
-    """Return the figures of the denoising that the flags ask for, by the names of their files.
+def figures_of(
+    args: argparse.Namespace, image_sampler: ImageSampler
+) -> dict[str, dict[str, Frame]]:
+    """Return the figures of the denoising that the flags ask for, by file name.
 
-    A figure has the frame under each title. The times are those that the sampler visits; titles
-    have the paper's t, which is 0 for an image.
+    A figure has frames by title. A title has the paper's t, which is 0 for an image.
     """
-    calls = len(times) - 1
+    calls = image_sampler.network_calls
     figures = {}
     if args.gif:
-        figures["denoising.gif"] = states(times, GIF_FRAMES)
+        figures["denoising.gif"] = state_frames(image_sampler, GIF_FRAMES)
     if args.strip:
-        figures["strip.png"] = states(times, STRIP_COLUMNS)
+        figures["strip.png"] = state_frames(image_sampler, STRIP_COLUMNS)
     if args.progressive:
-        # The calls are evenly spaced. The last is left out, as its x_0 is the image.
+        # The figure has the x_0 of evenly spaced network calls. It leaves out the last call, whose
+        # x_0 is the image.
         columns = min(STRIP_COLUMNS - 1, max(calls - 1, 1))
-        predicted = [round(i * (calls - 1) / columns) for i in range(columns)]
-        figure = {f"t = {times[k] + 1}": ("x_0", k + 1) for k in predicted}
+        steps = [round(i * (calls - 1) / columns) for i in range(columns)]
+        figure = {f"t = {image_sampler.times[k] + 1}": ("x_0", k + 1) for k in steps}
         figures["progressive.png"] = {**figure, "image": ("x", calls)}
     return figures
 
 
-def states(times: Sequence[int], count: int) -> dict[str, Frame]:
-    """Return states on the way from noise to image, the frame under each title.
+def state_frames(image_sampler: ImageSampler, count: int) -> dict[str, Frame]:
+    """Return the frames of `count` states from noise to image, by title.
 
-    There are `count`, or fewer where two would be the same. They are denser at the end, where the
-    image takes shape.
+    There are fewer frames where two would be the same. They are denser near the image, which takes
+    shape there.
     """
+    times = image_sampler.times
     shares = [1 - (1 - i / (count - 1)) ** 1.5 for i in range(count)]
-    steps = [round(share * (len(times) - 1)) for share in shares]
+    steps = [round(share * image_sampler.network_calls) for share in shares]
     return {f"t = {times[k] + 1}": ("x", k) for k in steps}
 
 
 def save_pictures(
     n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path
 ) -> None:
-    """Write the grid of the first of `n` images and the figures of their denoising.
+    """Write a grid of the first of `n` images, and the figures of their denoising.
 
     Without `samples` the images are read from their files.
     """
-    seen = min(n, MOST_IN_GRID)
+    shown_count = min(n, GRID_LIMIT)
     if samples:
-        images = to_uint8(samples.images[:seen]).numpy()
+        images = to_uint8(samples.images[:shown_count]).numpy()
     else:
-        paths = [image_path(folder, i) for i in range(seen)]
-        # An array takes the pixels at once, so that no file stays open.
+        paths = [image_path(folder, i) for i in range(shown_count)]
+        # np.asarray reads the pixels at once, so that no file stays open.
         images = np.stack([np.asarray(Image.open(path)) for path in paths])
     save_grid(images, folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
 
-    for name, frame_of in figures.items():
-        frames = [samples.frames[frame][:seen] for frame in frame_of.values()]
+    for name, figure in figures.items():
+        frames = [samples.frames[frame][:shown_count] for frame in figure.values()]
         if name.endswith(".gif"):
             save_gif(frames, folder / name)
         else:
             rows = [frame[:STRIP_ROWS] for frame in frames]
-            save_strip(rows, list(frame_of), folder / name)
+            save_strip(rows, list(figure), folder / name)
         print(f"wrote {folder / name}")

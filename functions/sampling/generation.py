@@ -1,7 +1,7 @@
-"""From a trained model to images in memory: for the scripts and for training's grids.
+"""Sample images with a trained model, for the scripts and for training's grids.
 
-The reverse loops of functions/samplers.py are called here, for as many images at a time as fit in
-memory.
+The images stay in memory. The samplers of functions/samplers.py are called for as many images at a
+time as memory has room for.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from functions.support.checkpoint import SavedModel, load_into
 from functions.support.device import (
     choose_device,
     choose_precision,
+    cpu_batch_limit,
     is_out_of_memory,
-    room_on_the_cpu,
 )
 from functions.support.diffusers_folder import load_model
 from functions.support.errors import CheckpointError, UserError
@@ -46,7 +46,7 @@ Frame = tuple[str, int]
 
 @dataclass
 class Samples:
-    """Images, and the frames of the way to them that were asked for."""
+    """Hold images, and the frames of their denoising that the caller asked for."""
 
     # (N, C, H, W) in [-1, 1], on the CPU
     images: Tensor
@@ -65,9 +65,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """All that decides what image i is.
+    """Hold all that decides the pixels of image i.
 
-    Raises UserError when the options ask for more steps than the model has.
+    Raises UserError when the options ask for more steps than the model has timesteps.
     """
 
     denoiser: Denoiser
@@ -75,11 +75,12 @@ class ImageSampler:
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
-    # The most images at a time. This and what follows decide nothing but rounding.
+    # At most this many images are sampled at a time. This field and the next two change pixels by
+    # rounding alone.
     batch_size: int = 64
-    # It sees every step.
-    watch: OnStep | None = None
-    # On CUDA the network is recorded as a CUDA graph, and replayed.
+    # The sampler calls this after every step.
+    on_step: OnStep | None = None
+    # On CUDA the network is recorded as a CUDA graph, which is replayed for each call.
     use_cuda_graph: bool = True
 
     def __post_init__(self) -> None:
@@ -91,87 +92,93 @@ class ImageSampler:
 
     @property
     def times(self) -> list[int]:
-        """Return the timesteps that are visited on the whole way, down to -1."""
+        """Return the falling timesteps between the steps from noise to image; the last is -1."""
         return self.options.times(self.scheduler)
+
+    @property
+    def network_calls(self) -> int:
+        """Return how many network calls an image takes. All samplers make one call a step."""
+        return len(self.times) - 1
 
     def quick(self, seed: int) -> "ImageSampler":
         """Return this sampler with another seed and 20 steps of dpm++.
 
-        The fresh noise of dpm++ keeps samples sound in so few steps.
+        dpm++ adds fresh noise, which keeps samples realistic in 20 steps.
         """
         steps = min(20, self.scheduler.timesteps)
         options = SamplerOptions("dpm++", steps, clip_x_0=self.options.clip_x_0)
         return replace(self, options=options, seed=seed)
 
     def noise(self, indices: Sequence[int], purpose: str = "image") -> ImageNoise:
-        """Return the noise of the images with these indices: x_T first, then that of each step.
+        """Return the noise of the images with these indices: that is x_T, then each step's noise.
 
-        Another purpose has other noise.
+        Each purpose has different noise.
         """
         return ImageNoise(self.seed, indices, self.shape, self.device, purpose)
 
     def denoise(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
-        """Take states (B, C, H, W) at timestep t to images, in the sampler's steps from there on.
+        """Denoise states (B, C, H, W) at timestep t to images, by the sampler's steps below t.
 
-        States at t = -1 are images already.
+        At t = -1 the states are images already.
         """
         if t < 0:
             return x_t
-        return self.run(x_t, self.options.times(self.scheduler, t), noise)
+        return self.take_steps(x_t, self.options.times(self.scheduler, t), noise)
 
-    def run(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
-        """Take states (B, C, H, W) at the first of falling timesteps to the last of them.
+    def take_steps(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
+        """Take states (B, C, H, W) from the first of falling timesteps to the last.
 
-        `noise()` draws (B, C, H, W) of standard normal noise, for each step that adds some.
+        `noise()` draws standard normal noise (B, C, H, W). It is called for each step that adds
+        noise.
         """
         return SAMPLERS[self.options.sampler].function(
             self.denoiser,
             self.scheduler,
             x,
             times,
-            **self.options.chosen,
+            **self.options.arguments,
             clip_x_0=self.options.clip_x_0,
             step_noise=lambda k: noise(),
-            on_step=self.watch,
+            on_step=self.on_step,
         )
 
     def sample(self, indices: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
-        """Sample the images with these indices, all at once; the bar counts a step for each."""
+        """Sample the images with these indices as one batch; the bar counts each image's steps."""
         noise = self.noise(indices)
-        kept = {}
+        arrays = {}
 
         def keep(frame, x):
             if frame in frames:
-                kept[frame] = to_uint8(x).cpu().numpy()
+                arrays[frame] = to_uint8(x).cpu().numpy()
 
         def on_step(k, t, x, x_0):
             keep(("x", k + 1), x)
             keep(("x_0", k + 1), x_0)
             bar.update(len(indices))
-            if self.watch:
-                self.watch(k, t, x, x_0)
+            if self.on_step:
+                self.on_step(k, t, x, x_0)
 
         x_T = noise.draw()
         keep(("x", 0), x_T)
-        watched = replace(self, watch=on_step)
-        x_0 = watched.denoise(x_T, self.scheduler.timesteps - 1, noise.draw)
-        return Samples(x_0.cpu(), kept)
+        sampler = replace(self, on_step=on_step)
+        x_0 = sampler.denoise(x_T, self.scheduler.timesteps - 1, noise.draw)
+        return Samples(x_0.cpu(), arrays)
 
 
 def open_sampler(
     args: argparse.Namespace, processes: Processes, experiments: str = ""
 ) -> tuple[SavedModel, ImageSampler]:
-    """Return the checkpoint that the flags of `add_sampling_flags` mean, and its sampler.
+    """Load the checkpoint that the flags of `add_sampling_flags` name, and return its sampler, too.
 
-    That is the newest sound one of the run; without a run, of the newest run whose name begins
-    with `experiments`. The sampler is not calibrated. On a CPU its network takes as many images
-    at a time as memory has room for. Raises UserError for flags that cannot be.
+    The checkpoint is the newest intact one of the run. If the flags name no run, it is that of the
+    newest run whose name begins with `experiments`. The sampler has no calibration yet. Raises
+    UserError for flags that the machine or the model cannot satisfy.
     """
-    # Several processes have a GPU each.
+    # Each of several processes has its own GPU.
     index = processes.local_rank if processes.count > 1 else None
     device = choose_device(args.device, index)
     precision = choose_precision(args.precision, device)
-    # Options that fit no model are refused here, before anything is read.
+    # Options that fit no model are refused here, before a checkpoint is read.
     SamplerOptions.from_args(args, {})
 
     def find():
@@ -186,17 +193,18 @@ def open_sampler(
 
     shape = saved.model.image_shape
     if device.type == "cpu":
-        # On GPUs memory that is short raises an error, and `BatchLimit` halves the batch.
-        one = torch.zeros(1, *shape)
-        room = room_on_the_cpu(partial(denoiser, one, torch.zeros(1, dtype=torch.int64)))
+        # A GPU raises an error when memory is short, and `BatchLimit` then halves the batch. A CPU
+        # does not, so here the network's batch is limited beforehand.
+        x_t = torch.zeros(1, *shape)
+        limit = cpu_batch_limit(partial(denoiser, x_t, torch.zeros(1, dtype=torch.int64)))
         # The processes share the memory.
-        denoiser = replace(denoiser, at_a_time=max(room // processes.count, 1))
+        denoiser = replace(denoiser, largest_batch=max(limit // processes.count, 1))
     return saved, ImageSampler(denoiser, options, shape, args.seed, device, args.batch_size)
 
 
 def load_intact(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:
-    """Load the first sound one of the checkpoints that `find` gives, the same in all processes."""
-    # Rank 0 reads checkpoints to find a sound one. The cache saves it a second reading.
+    """Load the first intact one of the checkpoints that `find` returns, in all processes."""
+    # Rank 0 reads checkpoints until one is intact. Thanks to the cache it reads none of them twice.
     read = cache(load_model)
     return read(processes.on_main(lambda: first_intact(find(), read).path))
 
@@ -204,14 +212,14 @@ def load_intact(find: Callable[[], list[Path]], processes: Processes) -> SavedMo
 def rebuild(
     saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32
 ) -> Denoiser:
-    """Rebuild network and schedule from a checkpoint alone; for use without gradients.
+    """Rebuild network and schedule from a checkpoint alone, for use without gradients.
 
     Raises CheckpointError when its config describes no model, or its weights do not fit the config.
     """
     try:
         diffusion = saved.config["diffusion"]
         timesteps = diffusion["timesteps_diff"]
-        # The tables of more would take all memory.
+        # The tables of more timesteps would take all memory.
         if timesteps > LARGEST["timesteps_diff"]:
             raise ValueError(f"timesteps_diff is above {LARGEST['timesteps_diff']:,}")
         scheduler = NoiseScheduler(
@@ -219,11 +227,11 @@ def rebuild(
             diffusion["beta_start"],
             diffusion["beta_end"],
             diffusion["rescale_betas"],
-            # Older checkpoints do not name it.
+            # Older checkpoints do not have this field.
             diffusion.get("beta_schedule", "linear"),
         )
-        # On the meta device the network has shapes alone, so no time goes into initial weights
-        # that are overwritten at once.
+        # On the meta device the network has shapes alone. So no time is spent on initial weights,
+        # which would be overwritten at once.
         with torch.device("meta"):
             model = UNet(**vars(saved.model))
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
@@ -231,14 +239,14 @@ def rebuild(
         if variance not in VARIANCES:
             raise ValueError(f"variance is {variance!r}; it can be small or large")
     except (*READ_ERRORS, ArithmeticError) as error:
-        what = f"{type(error).__name__}: {short(error)}"
+        reason = f"{type(error).__name__}: {short(error)}"
         raise CheckpointError(
-            f"{saved.path}: its config describes no model of this version: {what}"
+            f"{saved.path}: its config describes no model of this version: {reason}"
         ) from error
 
     load_into(model, saved)
-    # Without gradients this layout is faster on 2 CPU cores too: in float32 a face took 3.5 ms,
-    # against 4.7 ms.
+    # Without gradients channels_last is faster on CPUs, too. On 2 cores a face took 3.5 ms in
+    # float32, and 4.7 ms in the default layout.
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return denoiser
 
@@ -248,8 +256,8 @@ def generate(
 ) -> Samples:
     """Sample images by their indices i, in batches of the sampler's size.
 
-    The noise of image i depends on (seed, i) alone, and with other batches its pixels agree up to
-    rounding.
+    The noise of image i depends on (seed, i) alone, so other batches change its pixels by rounding
+    alone.
     """
     batches = batches_of(indices, image_sampler.batch_size)
     with image_sampler.denoiser.evaluating():
@@ -257,7 +265,7 @@ def generate(
 
 
 def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
-    """Cut the indices into batches; the last may be smaller."""
+    """Split the indices into batches; the last may be smaller."""
     return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
@@ -267,17 +275,16 @@ def generate_batches(
     frames: Collection[Frame] = (),
     progress: bool = False,
 ) -> Iterator[Samples]:
-    """Yield the `Samples` of each batch of indices, made when they are asked for.
+    """Yield the `Samples` of each batch of indices, which is sampled when the caller asks for it.
 
-    A batch that does not fit in memory is sampled by halves, and so are those after it.
+    `BatchLimit` halves a batch that does not fit in memory.
     """
     denoiser = image_sampler.denoiser
     if image_sampler.device.type == "cuda" and image_sampler.use_cuda_graph:
         denoiser = replace(denoiser, network=CudaGraphed(denoiser.network))
         image_sampler = replace(image_sampler, denoiser=denoiser)
     limit = BatchLimit(image_sampler.device)
-    calls = len(image_sampler.times) - 1
-    total = calls * sum(map(len, batches))
+    total = image_sampler.network_calls * sum(map(len, batches))
     with tqdm(
         desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress
     ) as bar:
@@ -287,52 +294,52 @@ def generate_batches(
 
 
 class CudaGraphed:
-    """A network on CUDA, recorded as a CUDA graph.
+    """Call a network on CUDA by replaying a CUDA graph of it.
 
-    The host launches one graph, not a thousand kernels. The graph is recorded anew for each size
-    of a batch. Filled up to the recorded size, a smaller batch would have other bits than on its
-    own. Where recording fails, the network is called as it is from then on.
+    The host then launches one graph instead of a thousand kernels. The graph is recorded again when
+    the batch has another size, because padding a smaller batch would change its bits. If recording
+    fails, the network itself is called from then on.
     """
 
-    # One network that cannot be recorded is enough not to try again in this process.
+    # After one failure no network is recorded in this process.
     can_record = True
 
     def __init__(self, network: nn.Module):
         self.network = network
         # The graph, and the tensors that it reads (x_t and t) and writes.
-        self.recorded = None
+        self.recording = None
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return what the network does, without gradients; the result is the caller's to keep."""
-        if self.can_record and (not self.recorded or len(self.recorded[1]) != len(x_t)):
-            # The memory of the graph before is freed first.
-            self.recorded = None
+        """Return the network's output, without gradients. Later calls do not change it."""
+        if self.can_record and (not self.recording or len(self.recording[1]) != len(x_t)):
+            # This frees the memory of the previous graph before the next is recorded.
+            self.recording = None
             self.record(x_t, t)
-        if not self.recorded:
+        if not self.recording:
             return self.network(x_t, t)
-        graph, graph_x_t, graph_t, output = self.recorded
+        graph, graph_x_t, graph_t, output = self.recording
         graph_x_t.copy_(x_t)
         graph_t.copy_(t)
         graph.replay()
-        # The next replay overwrites the graph's own output.
+        # The next replay overwrites `output`.
         return output.clone()
 
     def record(self, x_t: Tensor, t: Tensor) -> None:
-        """Record the network for batches of this size, or find that it cannot be recorded."""
-        # cuDNN tries its kernels in this call; it cannot while a graph is recorded.
+        """Record the network for batches of this size; if that fails, set `can_record` to False."""
+        # In this call cuDNN tries its kernels, which it cannot do while a graph is recorded.
         self.network(x_t, t)
         inputs = (x_t.clone(), t.clone())
         graph = torch.cuda.CUDAGraph()
-        # A recording that fails leaves its own stream as the current one.
+        # A recording that fails leaves another stream as the current one.
         stream = torch.cuda.current_stream()
         try:
-            # In this mode other threads may go on using the GPU meanwhile.
+            # In this mode other threads may use the GPU during the recording.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 output = self.network(*inputs)
-            self.recorded = (graph, *inputs, output)
+            self.recording = (graph, *inputs, output)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)
-            # The end of a failed recording raises an error of its own. What failed is its context.
+            # The end of a failed recording raises another error, whose context is the cause.
             reason = error
             if isinstance(error.__context__, (RuntimeError, KeyboardInterrupt)):
                 reason = error.__context__
@@ -348,25 +355,26 @@ class CudaGraphed:
 
 @dataclass
 class BatchLimit:
-    """The number of images that fit in memory, at first `most`.
+    """Limit how many images are computed at a time to `size`.
 
-    When memory runs out, work is halved, and so is all work that follows.
+    When memory runs out, `size` becomes half of the part that did not fit, also for later work.
     """
 
     device: torch.device
-    most: int = sys.maxsize
+    size: int = sys.maxsize
 
     def in_parts(
         self, work: Callable[[Sequence[int]], Result], indices: Sequence[int]
     ) -> list[Result]:
-        """Return what `work` returns for each part of the indices, of at most `most`.
+        """Call `work` for one part of the indices after the other, and return its results.
 
-        Raises UserError when there is no memory for a single image.
+        A part has at most `size` indices. Raises UserError when a single image does not fit in
+        memory.
         """
         results = []
         done = 0
         while done < len(indices):
-            part = indices[done : done + self.most]
+            part = indices[done : done + self.size]
             try:
                 results.append(work(part))
                 done += len(part)
@@ -378,13 +386,13 @@ class BatchLimit:
                     raise UserError(
                         f"no memory for a single image at a time on {self.device}: {short(error)}"
                     ) from error
-            # The memory is freed here, outside of `except`: there the error still holds on to
-            # what did not fit.
+            # The memory is freed here, outside of `except`. Inside, the error still refers to the
+            # tensors of the failed work.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.most = len(part) // 2
+            self.size = len(part) // 2
             tqdm.write(
-                f"out of memory with {len(part)} images at a time: going on with {self.most}",
+                f"out of memory with {len(part)} images at a time: going on with {self.size}",
                 file=sys.stderr,
             )
         return results

@@ -1,12 +1,12 @@
-"""Inpainting: a part of an image made anew, to fit the rest (RePaint).
+"""Inpaint an image: sample the pixels of a mask so that they fit the others (RePaint).
 
-At each step the kept pixels are noised to the level that the others have by then, and put beside
-them. A single pass leaves seams, since the new part was made before that noise was known. So a
-step is repeated: it is taken back by noising, and done again from a state in which the new part
-has heard of the kept one.
+After each step the known pixels, which are outside the mask, are noised to the step's noise level
+and inserted into the state. A single pass leaves seams, because the step denoises the mask's pixels
+before this noise is drawn. So each step is repeated: the state is noised back to the level before
+the step, and the network then sees both parts together.
 
-RePaint is Lugmayr et al. 2022, arXiv:2201.09865. Of its jumps, over 10 steps of 250 in the paper,
-only those of length 1 are here: they go with few steps.
+RePaint is Lugmayr et al. 2022, arXiv:2201.09865. The paper jumps back by 10 steps of 250. Here all
+jumps have length 1, which suits fewer steps.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from functions.sampling.interpolation import source_to_x_0
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 
-# The picture of what is kept is grey where the image is made anew.
+# The picture of the known pixels has this grey in the mask.
 GREY = 128
 
 
@@ -32,9 +32,9 @@ def inpaint(
 ) -> Tensor:
     """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
-    x_0 is (C, H, W) in [-1, 1], on the sampler's device; `mask` is (H, W) bool, and all other
-    pixels come back as they are. `indices` are those of the answers (B, C, H, W); each
-    depends on the seed and its number alone. Raises UserError as `check_sampler`.
+    x_0 is (C, H, W) in [-1, 1], on the sampler's device. `mask`, (H, W) bool, is true where pixels
+    are sampled; the others do not change. Returns one answer for each index: (B, C, H, W). An
+    answer depends on the seed and its index alone. Raises UserError as `check_sampler` does.
     """
     check_sampler(image_sampler.options)
     scheduler = image_sampler.scheduler
@@ -43,15 +43,15 @@ def inpaint(
     noise = image_sampler.noise(indices, "inpainting")
     x = noise.draw()
     for t, s in tqdm(steps, "inpainting", unit="step"):
-        # The last step, to x_0, is done once: without noise there is nothing to take it back to.
+        # The last step leads to x_0, and is done once.
         repeats = resample if s >= 0 else 1
         for repeat in range(1, repeats + 1):
-            new = image_sampler.run(x, [t, s], noise.draw)
-            kept = x_0
+            unknown = image_sampler.take_steps(x, [t, s], noise.draw)
+            known = x_0
             if s >= 0:
-                kept = scheduler.q_sample(x_0.expand_as(x), s, noise.draw())
-            x = torch.where(mask, new, kept)
-            # All repeats but the last are taken back from s to t, by q(x_t | x_s).
+                known = scheduler.q_sample(x_0.expand_as(x), s, noise.draw())
+            x = torch.where(mask, unknown, known)
+            # After all repeats but the last, q(x_t | x_s) takes the state back from s to t.
             if repeat < repeats:
                 beta = scheduler.step_beta(t, s)
                 x = (1 - beta) ** 0.5 * x + beta**0.5 * noise.draw()
@@ -59,10 +59,12 @@ def inpaint(
 
 
 def check_sampler(options: SamplerOptions) -> None:
-    """Raise UserError for a sampler without fresh noise, or one that looks back on its steps."""
+    """Raise UserError for a sampler that adds too little noise, or one that uses earlier steps."""
     if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
-        why = "others add too little noise, or lose their history when a step is taken back"
-        raise UserError(f"--inpaint wants --sampler ddpm, or ddim --eta 1: {why}")
+        raise UserError(
+            "--inpaint wants --sampler ddpm, or ddim --eta 1: others add too little noise, or lose "
+            "their history when a step is taken back"
+        )
 
 
 def inpaint_image(
@@ -74,13 +76,13 @@ def inpaint_image(
 ) -> np.ndarray:
     """Inpaint an image uint8 (H, W, 3) `count` times, where the mask, bool (H, W), is true.
 
-    Returns the image, what is kept of it, and the answers: (2 + count, H, W, 3).
+    Returns the image, its known pixels on grey, and the answers: (2 + count, H, W, 3).
     """
     device = image_sampler.device
     x_0 = source_to_x_0(image_sampler, image)
     device_mask = torch.from_numpy(mask).to(device)
-    # Each step but the last is repeated, and there are as many steps as times less one.
-    calls = resample * (len(image_sampler.times) - 2) + 1
+    # Each step but the last is repeated.
+    calls = resample * (image_sampler.network_calls - 1) + 1
     print(
         f"inpainting {count} times, {calls:,} network calls each: {image_sampler.options}, "
         f"a step {resample} times"
@@ -90,5 +92,5 @@ def inpaint_image(
         return to_uint8(inpaint(image_sampler, x_0, device_mask, resample, indices)).cpu()
 
     answers = BatchLimit(device, image_sampler.batch_size).in_parts(work, range(count))
-    kept = np.where(mask[..., None], np.uint8(GREY), image)
-    return np.concatenate([[image, kept], torch.cat(answers).numpy()])
+    known = np.where(mask[..., None], np.uint8(GREY), image)
+    return np.concatenate([[image, known], torch.cat(answers).numpy()])

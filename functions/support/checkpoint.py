@@ -1,14 +1,13 @@
-"""Checkpoints: one file holds all that a training goes on from, and that a model is rebuilt from.
+"""Read and write checkpoints: one file to resume a training from, and to rebuild a model from.
 
-functions/support/files.py describes the format, and this module says what the file holds:
+functions/support/files.py describes the format of the file, and docs/survival.md lists its tensors.
+The file's `contents` are:
 
-tensors    model.NAME and ema.NAME are the raw and the averaged weights; step.NAME, exp_avg.NAME
-           and exp_avg_sq.NAME are Adam's state
-contents   `config` is {"diffusion": {...}, "model": {...}}; `run` has experiment, step,
-           the `Facts` of the run, and the counters that `Recorder.save` adds; `scaler` is the
-           state of float16's gradient scaler, and empty without it
+config     {"diffusion": {...}, "model": {...}}
+run        the experiment, the step, the `Facts` of the run, and the counters of `Recorder.save`
+scaler     the state of float16's gradient scaler, which is empty in other precisions
 
-An exported file has only the weights to sample from, and is read in the same way.
+An exported file has the same format, but its only tensors are the weights to sample from.
 """
 
 import json
@@ -22,7 +21,7 @@ from config import ModelConfig
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, sha256, short, write_tensors
 
-# These are Adam's own names for what it keeps of each parameter.
+# These are PyTorch's names for Adam's state of each parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -89,49 +88,50 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Hold what sampling needs of a checkpoint or an exported file."""
+    """Hold the part of a checkpoint or an exported file that sampling needs."""
 
     path: Path
     weights: dict[str, Tensor]
-    # The kind of the weights is "EMA", or "raw" where the run has no EMA; those of a folder of
-    # diffusers are "diffusers".
+    # The weights are "EMA", or "raw" where the run has no EMA, or "diffusers" from a folder of
+    # diffusers.
     kind: str
-    # {"diffusion": {...}, "model": {...}}
+    # The config is {"diffusion": {...}, "model": {...}}.
     config: dict
-    # This has experiment, step and total_steps, which is 0 where nobody knows it. A checkpoint's
-    # has more.
-    run: dict
-    # The hash of weights and config is the same for a checkpoint and what is exported from it.
+    # The file has this dict as `run`. Its keys are at least experiment, step and total_steps, which
+    # is 0 where it is unknown.
+    provenance: dict
+    # This hash of config and weights is the same for a checkpoint and the file exported from it.
     digest: str
 
     @property
     def model(self) -> ModelConfig:
-        """Return the network's config. Raises ConfigError or TypeError when it describes none."""
+        """Return the network's config. Raises ConfigError or TypeError for an invalid one."""
         return ModelConfig(**self.config["model"])
 
     @property
     def name(self) -> str:
-        """Return the name that this model's results are called by."""
-        return self.run["experiment"] if self.path.is_dir() else self.path.stem
+        """Return the model's name, for the names of its results."""
+        return self.provenance["experiment"] if self.path.is_dir() else self.path.stem
 
     def __str__(self) -> str:
+        facts = self.provenance
         text = f"{self.kind} weights"
-        if self.run["total_steps"]:
-            text += f" after {self.run['step']:,} of {self.run['total_steps']:,} steps"
+        if facts["total_steps"]:
+            text += f" after {facts['step']:,} of {facts['total_steps']:,} steps"
         text += f", hash {self.digest[:16]}"
-        if self.run.get("note"):
-            text += f"; {self.run['note']}"
+        if facts.get("note"):
+            text += f"; {facts['note']}"
         return text
 
 
-def save_checkpoint(path: Path, config: dict, run: dict, state: TrainingState) -> None:
-    """Write a checkpoint. Raises OSError when the disk is full, or the like."""
-    contents = {"config": config, "run": run, "scaler": state.scaler.state_dict()}
+def save_checkpoint(path: Path, config: dict, facts: dict, state: TrainingState) -> None:
+    """Write a checkpoint, with `facts` as its `run`. Raises OSError, as when the disk is full."""
+    contents = {"config": config, "run": facts, "scaler": state.scaler.state_dict()}
     write_tensors(path, state.tensors(), contents)
 
 
 def open_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint and check its contents, without reading a tensor.
+    """Open a checkpoint and check its contents. This reads no tensor.
 
     Raises CheckpointError as `TensorFile` does, and when the contents are malformed.
     """
@@ -140,22 +140,21 @@ def open_checkpoint(path: Path) -> TensorFile:
         if not isinstance(file.contents.get(part), dict):
             raise CheckpointError(f"{path}: its part {part!r} is missing or malformed")
 
-    run = file.contents["run"]
-    # A model that came from diffusers has no arithmetic.
-    arithmetic = run.get("arithmetic", {})
-    if not isinstance(run.get("experiment"), str) or not isinstance(arithmetic, dict):
+    facts = file.contents["run"]
+    # A model from a folder of diffusers has no arithmetic.
+    arithmetic = facts.get("arithmetic", {})
+    if not isinstance(facts.get("experiment"), str) or not isinstance(arithmetic, dict):
         raise CheckpointError(f"{path}: its part 'run' has no proper 'experiment' or 'arithmetic'")
 
-    # The names of files have 8 digits for a step. The total is checked first, as it is the bound
-    # of the step.
-    for name, most in {"total_steps": 10**8, "step": run.get("total_steps")}.items():
-        if type(run.get(name)) is not int or not 0 <= run[name] <= most:
+    # File names have 8 digits for a step. The total comes first because it bounds the step.
+    for name, maximum in {"total_steps": 10**8, "step": facts.get("total_steps")}.items():
+        if type(facts.get(name)) is not int or not 0 <= facts[name] <= maximum:
             raise CheckpointError(f"{path}: its part 'run' has no proper {name!r}")
     return file
 
 
-def check_whole(path: Path) -> TensorFile:
-    """Open a checkpoint, and read every tensor to compare it with its checksum.
+def verify_checkpoint(path: Path) -> TensorFile:
+    """Open a checkpoint, and compare every tensor with its checksum.
 
     Raises CheckpointError as `open_checkpoint` does, and for a damaged tensor.
     """
@@ -165,21 +164,22 @@ def check_whole(path: Path) -> TensorFile:
 
 
 def load_weights(path: Path) -> SavedModel:
-    """Read the EMA weights of a checkpoint or an exported file; the raw ones if there is no EMA.
+    """Read the EMA weights of a checkpoint or an exported file, or the raw ones without an EMA.
 
-    No other tensors are read. Raises CheckpointError as `open_checkpoint` does, when the weights
-    are damaged, and when the file has averages but none that is called ema.NAME.
+    This reads no other tensors. Raises CheckpointError as `open_checkpoint` does, for damaged
+    weights, and when the file has averages, but none under ema.NAME.
     """
     file = open_checkpoint(path)
     part, kind = "ema.", "EMA"
     weights = file.tensors(part)
     if not weights:
-        # Raw weights are no stand-in for an average of another name, such as ema_0.9999.NAME.
+        # Averages under other names, such as ema_0.9999.NAME, are refused. The raw weights are a
+        # different model.
         for name in file.checksums:
             if name.startswith("ema"):
                 raise CheckpointError(
-                    f"{path}: none of its averages is called ema.NAME, as the one to sample from "
-                    f"must be; the first is {short(name)}"
+                    f"{path}: the average to sample from must be called ema.NAME, but the first is "
+                    f"{short(name)}"
                 )
         part, kind = "model.", "raw"
         weights = file.tensors(part)
@@ -190,36 +190,35 @@ def load_weights(path: Path) -> SavedModel:
 
 
 def digest_of(config: dict, checksums: dict[str, str]) -> str:
-    """Return a hash of a model: of its config and of the checksum of each of its weights."""
+    """Return a hash of a model's config and of the checksums of its weights."""
     return sha256(json.dumps([config, sorted(checksums.items())], sort_keys=True))
 
 
 def export_weights(saved: SavedModel, path: Path) -> None:
-    """Write a model as a file of its own, to publish."""
+    """Write a model to a file that can be published."""
     part = "ema" if saved.kind == "EMA" else "model"
     weights = {f"{part}.{name}": tensor for name, tensor in saved.weights.items()}
-    write_tensors(path, weights, {"config": saved.config, "run": saved.run, "scaler": {}})
+    write_tensors(path, weights, {"config": saved.config, "run": saved.provenance, "scaler": {}})
 
 
 def load_into(model: nn.Module, saved: SavedModel) -> None:
-    """Give a model these weights. Raises CheckpointError when they do not fit."""
+    """Load saved weights into a model. Raises CheckpointError when they do not fit."""
     check_fit(model.state_dict(), saved.weights, saved.path)
-    # A model on the meta device has no memory to copy to, so it takes the tensors themselves.
+    # A model on the meta device has no memory, so it uses the saved tensors themselves.
     model.load_state_dict(saved.weights, assign=next(model.parameters()).is_meta)
 
 
-def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError when a tensor's name, shape or type differs, and name the first."""
-    odd = sorted(expected.keys() ^ found.keys())
-    if odd:
+def check_fit(expected: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError for the first tensor whose name, shape or type differs."""
+    mismatches = sorted(expected.keys() ^ weights.keys())
+    if mismatches:
         raise CheckpointError(
-            f"{path}: {len(odd)} weights are missing or unknown, {short(odd[0])!r} first"
+            f"{path}: {len(mismatches)} weights are missing or unknown, "
+            f"{short(mismatches[0])!r} first"
         )
     for name, tensor in expected.items():
-        other = found[name]
+        weight = weights[name]
         expected_kind = f"{tensor.dtype} {tuple(tensor.shape)}"
-        found_kind = f"{other.dtype} {tuple(other.shape)}"
-        if found_kind != expected_kind:
-            raise CheckpointError(
-                f"{path}: {name} is {short(found_kind)}; the model has {expected_kind}"
-            )
+        kind = f"{weight.dtype} {tuple(weight.shape)}"
+        if kind != expected_kind:
+            raise CheckpointError(f"{path}: {name} is {short(kind)}; the model has {expected_kind}")

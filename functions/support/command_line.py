@@ -1,4 +1,4 @@
-"""What the scripts' command lines share: flags made from dataclasses, and errors as one line."""
+"""Make flags from dataclasses, and print errors in one line, for all scripts."""
 
 import argparse
 import inspect
@@ -15,12 +15,12 @@ from functions.support.device import is_device_failure, is_out_of_memory
 from functions.support.errors import EXIT_STOPPED, UserError
 from functions.support.files import short
 
-# argparse uses this exit status, too.
+# argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse arguments; report an error in one line, without the usage of forty flags before it."""
+    """Parse arguments, and report an error in one line, without the usage of some forty flags."""
 
     def __init__(self, **options):
         super().__init__(
@@ -33,26 +33,26 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the script with one line for an error that users can mend; bugs keep their traceback."""
+    """End the script with one line for an error that users can mend. Bugs keep their traceback."""
     try:
         yield
     except Exception as error:
-        sentence = plain_sentence(error)
+        sentence = user_message(error)
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
-        # The loop of docs/survival.md resumes after a GPU's failure, and stops for bad input.
+        # The loop in docs/survival.md resumes after a GPU's failure, and stops for bad input.
         sys.exit(EXIT_STOPPED if is_device_failure(error) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        # torchrun sends a second signal, which would interrupt this.
+        # torchrun sends a second signal, which would interrupt the next lines.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
-        # Shells report this status for Ctrl-C.
+        # Shells use this status for Ctrl-C.
         sys.exit(130)
 
 
-def plain_sentence(error: Exception) -> str | None:
-    """Return what a user reads of an error that users can mend; None for a bug."""
+def user_message(error: Exception) -> str | None:
+    """Return the sentence to print for an error that users can mend, and None for a bug."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (UserError, ConfigError, OSError)):
@@ -71,13 +71,13 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
     A flag's help is the comment above the field, with the field's default. Lists are written
-    1,2,4 and truth values true or false. A field whose own name misleads has a "flag" in its
-    metadata, a truer name; its own goes on working, without help. Both at once are an error.
-    Raises UserError for a field without a comment.
+    1,2,4, and truth values true or false. A field whose name misleads has a truer name as "flag"
+    in its metadata. Then `--help` shows the truer name alone, both names work, and both at once
+    are an error. Raises UserError for a field without a comment.
     """
     group = parser.add_argument_group(
-        f"{config_class.__name__}, any field for this run only; "
-        "defaults hold where config.py's experiment sets none"
+        f"{config_class.__name__}, any field, for this run only; "
+        "a default holds where the experiment in config.py does not set the field"
     )
     comments = field_comments(config_class)
     for field in fields(config_class):
@@ -91,16 +91,16 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
         if field.default is not MISSING:
             sentences += f" Default: {field.default}."
         shown = field.metadata.get("flag", field.name)
-        either = group.add_mutually_exclusive_group()
+        aliases = group.add_mutually_exclusive_group()
         for name in {shown, field.name}:
-            either.add_argument(
+            aliases.add_argument(
                 f"--{prefix}.{name.replace('_', '-')}",
                 dest=f"{prefix}.{field.name}",
                 type=parse,
                 metavar=metavar,
-                # A flag that is not given leaves nothing behind in the parsed arguments.
+                # The parsed arguments have no entry for a flag that is absent.
                 default=argparse.SUPPRESS,
-                # argparse would take a single % for the start of a placeholder.
+                # argparse takes a single % for the start of a placeholder.
                 help=sentences.replace("%", "%%") if name == shown else argparse.SUPPRESS,
             )
 
@@ -113,63 +113,63 @@ def field_comments(config_class: type) -> dict[str, str]:
 
 
 def given_fields(args: argparse.Namespace, prefix: str) -> dict:
-    """Return the fields whose flags were given, ready for `dataclasses.replace`."""
+    """Return the values of the fields whose flags were given, by the fields' names."""
     start = f"{prefix}."
     flags = vars(args)
     return {flag.removeprefix(start): flags[flag] for flag in flags if flag.startswith(start)}
 
 
-def truth(text: str) -> bool:
-    """Parse a flag's value: true or false."""
+def boolean(text: str) -> bool:
+    """Parse "true" or "false"."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """Parse a flag's value: integers with commas between.
+    """Parse integers that commas separate.
 
-    Raises `ValueError`, which argparse reports, for anything else.
+    Raises ValueError, which argparse reports, for any other text.
     """
-    return tuple(map(int, items(text)))
+    return tuple(map(int, split_list(text)))
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Parse a flag's value: numbers with commas between.
+def floats(text: str) -> tuple[float, ...]:
+    """Parse numbers that commas separate.
 
-    Raises `ValueError`, which argparse reports, for anything else.
+    Raises ValueError, which argparse reports, for any other text.
     """
-    return tuple(map(float, items(text)))
+    return tuple(map(float, split_list(text)))
 
 
-def items(text: str) -> list[str]:
-    """Return what stands between the commas of a flag's value, which may have brackets."""
+def split_list(text: str) -> list[str]:
+    """Split a text, which may have brackets, at its commas."""
     return [item for item in text.strip("[]() ").split(",") if item.strip()]
 
 
 def positive(text: str) -> int:
-    """Parse a flag's value: an integer of at least 1."""
+    """Parse an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
 
 
 def fraction(text: str) -> float:
-    """Parse a flag's value: a number from 0 to 1.
+    """Parse a number from 0 to 1.
 
-    Raises `ValueError`, which argparse reports, for what is no number.
+    Raises ValueError, which argparse reports, for a text that is no number.
     """
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return float(text)
 
 
-# How a flag is read and what its help shows as its value, by the type of its field.
+# The type of a field decides how its flag is parsed, and what the help shows as its value.
 FLAG_TYPES = {
     int: (int, "N"),
     float: (float, "X"),
     str: (str, "TEXT"),
-    bool: (truth, "true|false"),
+    bool: (boolean, "true|false"),
     tuple[int, ...]: (integers, "N,N,..."),
-    tuple[float, ...]: (numbers, "X,X,..."),
+    tuple[float, ...]: (floats, "X,X,..."),
 }

@@ -1,4 +1,4 @@
-"""Device, precision and memory layout: what the hardware really has, asked when a run starts.
+"""Choose the device, precision and memory layout by what the hardware has, when a script starts.
 
 Here is Adam, too, as it depends on the device.
 """
@@ -16,34 +16,34 @@ import torch
 from functions.support.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Linux lists the flags of the CPU here, and says how much memory there is.
+# Linux lists the CPU's flags in the first file, and the size of the memory in the second.
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
-# It says here how much of it this process has. Who writes a 5 there sets the peak back.
-PROCESS = Path("/proc/self/status")
+# The first file says how much memory this process uses, and used at most. Writing "5" to the
+# second resets that peak.
+PROCESS_STATUS = Path("/proc/self/status")
 RESET_PEAK = Path("/proc/self/clear_refs")
-# The numbers of two options of mallopt are in glibc's malloc.h.
+# These are two options of mallopt, as numbered in glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
-# The first two are flags of x86, and the last one is of 64-bit Arm.
+# The first two flags are x86's, and the last one is 64-bit Arm's.
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
-    """Return the device to compute on, and set this process up for it.
+    """Return the device to compute on, and set up this process for it.
 
-    `name` is "auto" (CUDA, then Apple's MPS, then the CPU) or a device such as "cuda:1". `index`
-    is the GPU of this process among several, which have one each. Raises UserError when there is
-    no such device, or when several processes are given one GPU by its number.
+    `name` is "auto" (CUDA, then Apple's MPS, then the CPU) or a device such as "cuda:1". With
+    several processes, `index` is the number of this process's GPU. Raises UserError when there is
+    no such device, or when `name` gives several processes the same GPU.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available.insert(0, "cuda")
-    wanted = available[0] if name == "auto" else name
     try:
-        device = torch.device(wanted)
+        device = torch.device(available[0] if name == "auto" else name)
     except RuntimeError as error:
         raise UserError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
     if device.type not in available:
@@ -62,7 +62,7 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
         count = torch.cuda.device_count()
         if device.index >= count:
             raise UserError(f"device is {str(device)!r}, but there are {count} CUDA devices")
-        # Otherwise what has no device of its own, such as pinned memory, goes to the first GPU.
+        # Otherwise calls that name no device, such as those for pinned memory, use the first GPU.
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_heap()
@@ -70,42 +70,41 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
 
 
 def keep_heap() -> None:
-    """Let this process keep the memory that it frees, if it has the GNU C library."""
-    # By default the GNU C library gives large blocks back to the system at once, and all
-    # activations are such blocks. Then every forward pass has its memory zeroed and mapped in
-    # again, page by page. With 20 images of 128 x 128 that took a fifth of a training step's time,
-    # and a third of a sampling step's. In `faces` (2026-11-27) a sampling step took 1.12 times as
-    # long with 16 images, and 1.24 times with 64; a training step did not. So no request gets a
-    # block of its own, and the heap never shrinks. The peak of memory is up to 15% higher for it.
-    # Another C library has no mallopt, and Windows has none of them.
+    """Let this process keep the memory that it frees, if it uses the GNU C library."""
+    # By default the GNU C library returns large blocks, and so all activations, to the system at
+    # once. Then the system zeroes and maps the memory of every forward pass again, page by page.
+    # With 20 images of 128 x 128 that took a fifth of a training step's time, and a third of a
+    # sampling step's. In `faces` (2026-11-27) a sampling step took 1.12 times as long with 16
+    # images, and 1.24 times with 64; a training step took the same time. The first option makes
+    # malloc take all blocks from the heap, and the second keeps the heap from shrinking. Both
+    # raise the peak of memory by up to 15%. Other C libraries lack mallopt, and on Windows
+    # `CDLL(None)` raises an error.
     with suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def choose_precision(
-    name: str, device: torch.device, started_with: str | None = None
-) -> torch.dtype:
-    """Return the network's dtype under autocast: as named, or with "auto" the fastest native one.
+def choose_precision(name: str, device: torch.device, previous: str | None = None) -> torch.dtype:
+    """Return the network's dtype under autocast: the named one, or for "auto" the fastest one.
 
-    That is bfloat16 where the hardware has it, float16 (with a gradient scaler) on older CUDA
-    GPUs, and float32 elsewhere. With "auto" a resumed run keeps the precision that it was
-    `started_with`, if the device has it. On CUDA this turns TF32 off for the whole process.
-    Raises UserError when the device has no such precision.
+    The fastest one is bfloat16 where the hardware has it, float16 (with a gradient scaler) on older
+    CUDA GPUs, and float32 elsewhere. With "auto" a resumed run keeps its `previous` precision, if
+    the device has it. On CUDA this function turns TF32 off for the whole process. Raises UserError
+    when the device lacks the named precision.
     """
     available = list(DTYPES)
     if device.type != "cuda":
         available.remove("float16")
     else:
-        # TF32 would give convolutions 10 bits of fraction instead of the 23 of float32.
+        # TF32 gives convolutions 10 bits of fraction, and float32 gives them 23.
         torch.backends.cudnn.allow_tf32 = False
-        # Emulated bfloat16, as a T4 or a V100 has it, is several times slower than float32.
+        # A T4 or a V100 emulates bfloat16, which is several times slower than float32.
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             available.remove("bfloat16")
 
-    if name == "auto" and started_with in available:
-        return DTYPES[started_with]
+    if name == "auto" and previous in available:
+        return DTYPES[previous]
     if name in available:
         return DTYPES[name]
     if name != "auto":
@@ -120,45 +119,46 @@ def choose_precision(
 
 def cpu_has_bfloat16() -> bool:
     """Return whether Linux says that this CPU has native bfloat16 instructions."""
-    # The flags are empty where Linux does not say so, and then float32 is the safe answer.
+    # Other systems list no flags. Then float32 is the safe choice.
     flags = first_value(CPUINFO, "flags", "Features").split()
     return not CPU_BF16_FLAGS.isdisjoint(flags)
 
 
-def room_on_the_cpu(compute_one: Callable[[], object]) -> int:
-    """Return how many images may be computed at a time, where `compute_one()` computes one.
+def cpu_batch_limit(compute_one: Callable[[], object]) -> int:
+    """Return the largest safe batch on a CPU, where `compute_one()` computes a batch of one.
 
-    Linux lets a process have more memory than there is, and kills it later. Elsewhere too large an
-    allocation raises, and nothing is bounded here.
+    Linux lets a process allocate more memory than the machine has, and kills the process later.
+    On other systems such an allocation raises an error, so there is no limit here.
     """
     with suppress(AttributeError, TypeError):
-        # The GNU C library gives back what `keep_heap` kept, so all that one image takes is seen.
+        # The GNU C library returns the memory that `keep_heap` kept, so that the peak below counts
+        # all the memory of one image.
         ctypes.CDLL(None).malloc_trim(0)
     try:
         RESET_PEAK.write_text("5")
     except OSError:
-        # This is not Linux.
+        # The system is not Linux.
         return sys.maxsize
     free = kilobytes(MEMINFO, "MemAvailable")
-    before = kilobytes(PROCESS, "VmRSS")
+    before = kilobytes(PROCESS_STATUS, "VmRSS")
     compute_one()
-    taken = kilobytes(PROCESS, "VmHWM") - before
-    # Many images at a time leave gaps in the heap, so they get half of what is free.
-    return max(free // 2 // max(taken, 1), 1)
+    peak = kilobytes(PROCESS_STATUS, "VmHWM")
+    # Large batches fragment the heap, so they get half of the free memory.
+    return max(free // 2 // max(peak - before, 1), 1)
 
 
 def kilobytes(file: Path, name: str) -> int:
-    """Return a number of one of Linux's files about memory."""
+    """Return a value, in kB, from one of Linux's files about memory."""
     return int(first_value(file, name).removesuffix(" kB"))
 
 
 def cpu_name() -> str:
-    """Return the CPU's model, where Linux says it, or its architecture."""
+    """Return the CPU's model on Linux, or its architecture where the model is unknown."""
     return first_value(CPUINFO, "model name") or platform.machine()
 
 
 def first_value(file: Path, *names: str) -> str:
-    """Return what a file of Linux says first under one of these names; "" on other systems."""
+    """Return the first value that a file of Linux has for one of these names; "" without one."""
     if file.exists():
         for line in file.read_text().splitlines():
             if line.startswith(names):
@@ -167,22 +167,19 @@ def first_value(file: Path, *names: str) -> str:
 
 
 def fast_layout(device: torch.device) -> torch.memory_format:
-    """Return the memory layout in which convolutions are faster, as measured.
-
-    benchmarks/NOTES.md has the measurements.
-    """
+    """Return the memory layout in which convolutions are faster (see benchmarks/NOTES.md)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """Let PyTorch take only kernels that give the same bits every time, or the fastest ones.
+    """Make PyTorch use deterministic kernels alone, or let it use the fastest kernels.
 
-    With True PyTorch raises where it has no such kernel.
+    With True PyTorch raises where it has no deterministic kernel.
     """
-    # With benchmark, cuDNN tries its kernels for every shape and takes the fastest.
+    # With `benchmark`, cuDNN times its kernels for every shape and uses the fastest.
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        # cuBLAS needs a workspace of a fixed size for that.
+        # cuBLAS is deterministic only with a workspace of a fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
@@ -190,10 +187,9 @@ def set_deterministic(deterministic: bool) -> None:
 def arithmetic(
     device: torch.device, precision: torch.dtype, processes: int, batch_size: int
 ) -> dict[str, str | int]:
-    """Return, as plain values, all beside the code that decides how numbers are added.
+    """Return, as plain values, what the order and the precision of sums depend on.
 
-    Order and precision of sums depend on it. A resumed run is bit for bit the one that was not
-    stopped only where all of these values are the same.
+    A resumed run gives the bits of an uninterrupted one only where all of these values are equal.
     """
     processor = device.type
     threads = 0
@@ -209,15 +205,15 @@ def arithmetic(
         "threads": threads,
         "processes": processes,
         "batch_size": batch_size,
-        # The version is a subclass of str, and JSON is to hold a plain string.
+        # The version is a subclass of str, and JSON needs a plain string.
         "torch": str(torch.__version__),
     }
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether PyTorch, or Python, could not have the memory that it asked for."""
-    # cuBLAS says ALLOC_FAILED and cuDNN ALLOCATION_FAILED. oneDNN, which convolves on the CPU,
-    # says no more than the last of these texts.
+    """Return whether an allocation of PyTorch or Python has failed."""
+    # The message of cuBLAS has ALLOC_FAILED, and cuDNN's has ALLOCATION_FAILED. The last text is
+    # the whole message of oneDNN, which computes convolutions on the CPU.
     texts = (
         "can't allocate memory",
         "not enough memory",
@@ -232,9 +228,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_device_failure(error: Exception) -> bool:
-    """Return whether a GPU or its driver has failed, so that another try may succeed."""
-    # These are parts of CUDA's texts. Errors that a bug causes, such as an illegal memory access,
-    # have others.
+    """Return whether a GPU or its driver has failed, so that a second attempt may succeed."""
+    # These texts are parts of CUDA's messages. Errors that a bug causes, such as an illegal memory
+    # access, have other messages.
     texts = (
         "ECC error",
         "NVLink error",

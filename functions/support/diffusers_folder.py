@@ -1,13 +1,13 @@
-"""Folders of diffusers, read and written without it: network, weights and schedule of a pipeline.
+"""Read and write folders of diffusers without the package: a pipeline's network and schedule.
 
-    model_index.json                            which pipeline
+    model_index.json                            the class of the pipeline
     unet/config.json                            the network
     unet/diffusion_pytorch_model.safetensors    its weights; or an index, and the files it names
-    scheduler/scheduler_config.json             T, betas, what the network predicts, how it is
-                                                sampled from
+    scheduler/scheduler_config.json             T, betas, the network's objective, the sampler
 
-The oldest published pipelines have all files in one folder. A config is read into ours, and
-`their_network` and `their_schedule` write theirs again: a field that then differs is refused.
+The oldest published pipelines have all files in one folder. A config of diffusers is converted to
+ours, and `diffusers_network` or `diffusers_schedule` converts ours back. A field that then differs
+is refused, as another network would silently give other images.
 """
 
 import json
@@ -34,8 +34,8 @@ from functions.support.files import (
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "diffusion_pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"
-# Our parts of the weights' names become theirs in this order, and theirs become ours in the
-# opposite order.
+# The parts of our weights' names are replaced by those of diffusers in this order. The opposite
+# conversion takes the opposite order.
 NAMES = {
     "down.": "down_blocks.",
     "up.": "up_blocks.",
@@ -58,10 +58,11 @@ NAMES = {
     "value.": "to_v.",
     ".out.": ".to_out.0.",
 }
-# These weights of attention are matrices in diffusers, and convolutions of 1 x 1 here.
+# These weights of attention are matrices in diffusers, and 1 x 1 convolutions here.
 MATRICES = (".query.weight", ".key.weight", ".value.weight", ".out.weight")
-# Our network is like this without a field that says so. diffusers' defaults are the same.
-NETWORK = {
+# Our network always has these values, and our config has no fields for them. They are also the
+# defaults of diffusers.
+FIXED_NETWORK = {
     "_class_name": "UNet2DModel",
     "in_channels": 3,
     "out_channels": 3,
@@ -81,17 +82,17 @@ NETWORK = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-# This holds for our schedule in the same way.
-SCHEDULE = {
+# Our schedule always has these values, which are the defaults of diffusers, too.
+FIXED_SCHEDULE = {
     "_class_name": "DDPMScheduler",
     "trained_betas": None,
     "thresholding": False,
     "clip_sample_range": 1,
     "rescale_betas_zero_snr": False,
 }
-# These fields decide nothing here: they say where the model comes from, how others step, the
-# numbers of what is switched off, and the state of an average.
-NOT_READ = (
+# These fields change no image here. They are the origin of the model, the timesteps of diffusers'
+# samplers, options of features that are off, and the state of a moving average.
+IGNORED_FIELDS = (
     "_diffusers_version",
     "_name_or_path",
     "tensor_format",
@@ -111,28 +112,28 @@ NOT_READ = (
 )
 
 
-def their_name(name: str) -> str:
-    """Return what diffusers calls a weight of ours."""
+def diffusers_name(name: str) -> str:
+    """Return the name in diffusers of one of our weights."""
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)
     return name
 
 
 def our_name(name: str) -> str:
-    """Return what a weight of diffusers is called here."""
+    """Return our name of a weight of diffusers."""
     for ours, theirs in reversed(NAMES.items()):
         name = name.replace(theirs, ours)
-    # Attention's weights had other names once. All but this one are the same as ours.
+    # Attention's weights had other names before 2023. All of those but this one are our names.
     return name.replace(".proj_attn.", ".out.")
 
 
-def their_network(model: dict) -> dict:
+def diffusers_network(model: dict) -> dict:
     """Return the config of a UNet2DModel for the arguments of UNet."""
     levels = range(len(model["dim_multiply"]))
     kinds = ["Attn" if level in model["transformer_layers"] else "" for level in levels]
     dialect = DIALECTS[model["dialect"]]
     return {
-        **NETWORK,
+        **FIXED_NETWORK,
         **vars(dialect),
         "sample_size": model["image_size"],
         "norm_num_groups": model["norm_groups"],
@@ -148,23 +149,22 @@ def their_network(model: dict) -> dict:
 def our_network(config: dict, path: Path) -> dict:
     """Return the arguments of UNet for the config of a UNet2DModel.
 
-    Raises CheckpointError, with `path` in it, for a network that is not one of ours.
+    Raises CheckpointError, with `path` in it, for a network that UNet does not support.
     """
-    # A field that is missing has diffusers' default.
-    defaults = NETWORK | vars(DIALECTS["diffusers"]) | {"norm_num_groups": 32, "dropout": 0.0}
+    # A missing field has diffusers' default.
+    defaults = FIXED_NETWORK | vars(DIALECTS["diffusers"]) | {"norm_num_groups": 32, "dropout": 0.0}
     config = defaults | config
     match config.get("sample_size"):
-        # A square may also be given by its height and its width.
+        # The size of a square may also be a list of its height and its width.
         case [height, width] if height == width:
             config["sample_size"] = height
     size = config.get("sample_size")
     widths = config.get("block_out_channels")
     kinds = config.get("down_block_types")
-    # Without widths there is a 0 in their place, which is refused.
-    numbers = [size, *(widths or [0])]
-    if not all(type(number) is int and number > 0 for number in numbers):
+    # Without widths the 0 is refused.
+    if not all(type(number) is int and number > 0 for number in [size, *(widths or [0])]):
         raise CheckpointError(
-            f"{path}: sample_size must be an integer, or twice the same in a list, and "
+            f"{path}: sample_size must be an integer, or the same integer twice in a list, and "
             "block_out_channels a list of integers"
         )
 
@@ -179,17 +179,17 @@ def our_network(config: dict, path: Path) -> dict:
         "channels": 3,
         "dropout": config["dropout"],
         "norm_groups": config["norm_num_groups"],
-        # One detail tells the dialect, and `refuse_others` compares the other details with it.
+        # One detail decides which dialect it is, and `refuse_unsupported` compares the others.
         "dialect": "diffusers" if config["flip_sin_to_cos"] else "ho",
     }
-    refuse_others(config, their_network(model), path)
+    refuse_unsupported(config, diffusers_network(model), path)
     return model
 
 
-def their_words() -> dict[str, tuple]:
-    """Return, for each of our fields, their name for it and their word for each of ours.
+def diffusers_words() -> dict[str, tuple]:
+    """Return, for some of our fields, diffusers' name of the field and a dict of its values.
 
-    The first word is the default of both.
+    The dict maps our values to those of diffusers. Its first value is the default of both.
     """
     objectives = {name: row.diffusers for name, row in OBJECTIVES.items() if row.diffusers}
     return {
@@ -199,24 +199,24 @@ def their_words() -> dict[str, tuple]:
     }
 
 
-def their_schedule(diffusion: dict) -> dict:
+def diffusers_schedule(diffusion: dict) -> dict:
     """Return the config of a DDPMScheduler for a config's `diffusion` part.
 
     Raises CheckpointError for an objective that diffusers does not have.
     """
-    # Rescaled linear betas are linear, too, between other ends.
+    # Rescaling multiplies both ends of the linear betas.
     scale = 1.0
     if diffusion.get("beta_schedule", "linear") == "linear" and diffusion["rescale_betas"]:
         scale = 1000 / diffusion["timesteps_diff"]
     schedule = {
-        **SCHEDULE,
+        **FIXED_SCHEDULE,
         "timestep_spacing": "trailing",
         "num_train_timesteps": diffusion["timesteps_diff"],
         "clip_sample": diffusion.get("clip_x_0", True),
         "beta_start": scale * diffusion["beta_start"],
         "beta_end": scale * diffusion["beta_end"],
     }
-    for ours, (theirs, words) in their_words().items():
+    for ours, (theirs, words) in diffusers_words().items():
         word = diffusion.get(ours, next(iter(words)))
         if word not in words:
             raise CheckpointError(
@@ -230,13 +230,13 @@ def their_schedule(diffusion: dict) -> dict:
 def our_schedule(config: dict, path: Path) -> dict:
     """Return a config's `diffusion` part for the config of a DDPMScheduler or DDIMScheduler.
 
-    It has `variance` and `clip_x_0`, too, which are for the sampler. Raises CheckpointError, with
-    `path` in it, for a schedule that is not one of ours.
+    That part also has `variance` and `clip_x_0`, which the sampler uses. Raises CheckpointError,
+    with `path` in it, for a schedule that NoiseScheduler does not support.
     """
     choices = {}
-    for ours, (theirs, words) in their_words().items():
-        # A missing or unknown word counts as the default here. `refuse_others` below refuses the
-        # unknown one.
+    for ours, (theirs, words) in diffusers_words().items():
+        # Here a missing or an unknown word becomes the default. `refuse_unsupported` below refuses
+        # the unknown one.
         choices[ours] = next(iter(words))
         for word in words:
             if words[word] == config.get(theirs):
@@ -246,11 +246,11 @@ def our_schedule(config: dict, path: Path) -> dict:
     config = {"num_train_timesteps": 1000, "clip_sample": True} | betas | config
     cosine = choices["beta_schedule"] == "cosine"
     if cosine:
-        # The cosine schedule has no use for the ends, so they may be any.
+        # The cosine schedule does not use the ends, so they may have any values.
         config |= betas
     if config["clip_sample"] is False:
-        # What is not clipped has no range, so it may be any.
-        config |= {"clip_sample_range": SCHEDULE["clip_sample_range"]}
+        # Without clipping the range is not used, so it may have any value.
+        config |= {"clip_sample_range": FIXED_SCHEDULE["clip_sample_range"]}
     # The two schedulers have the same fields.
     if config.get("_class_name") == "DDIMScheduler":
         config["_class_name"] = "DDPMScheduler"
@@ -260,34 +260,34 @@ def our_schedule(config: dict, path: Path) -> dict:
         "timesteps_diff": T,
         "beta_start": config["beta_start"],
         "beta_end": config["beta_end"],
-        # With T = 1000 rescaling changes nothing. With another T the ends are final as they stand.
+        # With T = 1000 rescaling changes nothing. With another T the file's ends are final.
         "rescale_betas": cosine or T == 1000,
         **choices,
         "clip_x_0": config["clip_sample"] is not False,
     }
-    # This was the field for eps before `prediction_type`; False meant x_0. It is never written.
-    read = their_schedule(diffusion) | {"predict_epsilon": True}
-    refuse_others(config, read, path)
+    # Before `prediction_type` this field said whether the network predicts eps. False meant x_0.
+    supported = diffusers_schedule(diffusion) | {"predict_epsilon": True}
+    refuse_unsupported(config, supported, path)
     return diffusion
 
 
-def refuse_others(config: dict, read: dict, path: Path) -> None:
-    """Raise CheckpointError for a field of another value than is read."""
-    # Most fields are read with one value alone. These are read with several.
-    several = {"block_out_channels": "multiples of the first"}
-    for theirs, words in their_words().values():
-        several[theirs] = " or ".join(map(repr, words.values()))
+def refuse_unsupported(config: dict, supported: dict, path: Path) -> None:
+    """Raise CheckpointError for an unknown field, or for a value that is not the supported one."""
+    # Most fields may have one value alone. These may have several.
+    alternatives = {"block_out_channels": "multiples of the first"}
+    for theirs, words in diffusers_words().values():
+        alternatives[theirs] = " or ".join(map(repr, words.values()))
     for name, value in config.items():
-        if name in NOT_READ or (name in read and value == read[name]):
+        if name in IGNORED_FIELDS or (name in supported and value == supported[name]):
             continue
-        reason = "no such field is read"
-        if name in read:
-            reason = f"what is read is {several.get(name, repr(read[name]))}"
+        reason = "the field is unknown"
+        if name in supported:
+            reason = f"it must be {alternatives.get(name, repr(supported[name]))}"
         raise CheckpointError(f"{path}: {short(name)} is {short(repr(value))}; {reason}")
 
 
-def is_diffusers(folder: Path) -> bool:
-    """Return whether a folder is meant to be one of diffusers."""
+def is_diffusers_folder(folder: Path) -> bool:
+    """Return whether a folder has a file or a folder of a diffusers pipeline."""
     names = ("model_index.json", "unet", "unet_ema", WEIGHTS, INDEX, PICKLE)
     return any((folder / name).exists() for name in names)
 
@@ -295,23 +295,22 @@ def is_diffusers(folder: Path) -> bool:
 def load_model(path: Path) -> SavedModel:
     """Load a checkpoint or an exported file, as `load_weights` does, or a folder of diffusers.
 
-    The folder is that of a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or
-    a unet. Where `find_scheduler` finds none for it, the paper's schedule is assumed. Raises
-    CheckpointError when a file is missing or damaged, or for what another network or pipeline
-    would need.
+    A folder of diffusers is a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or
+    a unet. For a unet without a scheduler, the paper's schedule is assumed. Raises CheckpointError
+    when a file is missing or damaged, and for any other network or pipeline.
     """
     if not path.is_dir():
         return load_weights(path)
-    # A training of diffusers saves the average of the weights beside them.
+    # The training script of diffusers saves the EMA of the weights in unet_ema.
     folders = (path / "unet_ema", path / "unet", path)
     unet = next(folder for folder in folders if folder.exists())
     index = path / "model_index.json"
     if index.exists():
-        kind = read_json(index).get("_class_name")
-        if kind not in ("DDPMPipeline", "DDIMPipeline"):
+        pipeline = read_json(index).get("_class_name")
+        if pipeline not in ("DDPMPipeline", "DDIMPipeline"):
             raise CheckpointError(
-                f"{index}: _class_name is {short(repr(kind))}; "
-                "what is read is DDPM- or DDIMPipeline"
+                f"{index}: _class_name is {short(repr(pipeline))}; "
+                "it must be DDPMPipeline or DDIMPipeline"
             )
 
     scheduler = find_scheduler(path)
@@ -328,23 +327,23 @@ def load_model(path: Path) -> SavedModel:
             "model": our_network(read_json(network), network),
         }
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        # A value of another type than is meant fails somewhere on its way.
+        # A value of a wrong type raises one of these errors in the conversion.
         raise CheckpointError(
-            f"{path}: its configs describe no model that is read: {short(error)}"
+            f"{path}: its configs describe no supported model: {short(error)}"
         ) from error
 
     weights = read_weights(unet)
     checksums = {name: checksum(tensor) for name, tensor in weights.items()}
-    run = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": note}
-    return SavedModel(path, weights, "diffusers", config, run, digest_of(config, checksums))
+    facts = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": note}
+    return SavedModel(path, weights, "diffusers", config, facts, digest_of(config, checksums))
 
 
 def find_scheduler(path: Path) -> Path:
-    """Return the scheduler_config.json of a folder; a path without a file if it has none."""
-    # The oldest pipelines have it beside the weights.
+    """Return the scheduler_config.json of a folder, or a path without a file if it has none."""
+    # The oldest pipelines have the file beside the weights.
     folders = [path / "scheduler", path]
-    # The unet of a pipeline has the scheduler beside it, and the checkpoints of a training have
-    # it beside them. A folder of another name may be any model's, so its parent says nothing.
+    # In a pipeline `scheduler` is beside `unet`, and in a training it is beside `checkpoint-N`. A
+    # folder of another name may hold any model, so its parent is not searched.
     folder = Path(os.path.abspath(path))
     while re.fullmatch(r"unet|unet_ema|checkpoint-\d+", folder.name):
         folder = folder.parent
@@ -355,8 +354,8 @@ def find_scheduler(path: Path) -> Path:
 
 
 def name_of(folder: Path) -> str:
-    """Return a folder's name; in a hub's cache, where hashes name folders, the model's name."""
-    # `Path.resolve` would follow the links that a hub's cache is made of.
+    """Return a folder's name, or in a hub's cache, where hashes name folders, the model's name."""
+    # Unlike `Path.resolve`, this does not follow the links in a hub's cache.
     folder = Path(os.path.abspath(folder))
     if folder.parent.name == "snapshots":
         return folder.parents[1].name.removeprefix("models--")
@@ -364,14 +363,14 @@ def name_of(folder: Path) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the file of each weight by its name. Raises CheckpointError for a malformed index."""
+    """Return the name of each weight's file. Raises CheckpointError for a malformed index."""
     file_of = read_json(path).get("weight_map")
     files = file_of.values() if isinstance(file_of, dict) else []
-    # A name without a slash leads to no other folder.
-    proper = [re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(file)) for file in files]
-    if not proper or not all(proper):
+    # A name without a slash cannot lead to another folder.
+    matches = [re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(file)) for file in files]
+    if not matches or not all(matches):
         raise CheckpointError(
-            f"{path}: its weight_map does not give each weight a file of this folder"
+            f"{path}: its weight_map does not name a file of this folder for each weight"
         )
     return file_of
 
@@ -379,16 +378,16 @@ def read_index(path: Path) -> dict[str, str]:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the weights in float32, under our names and in our shapes.
 
-    Raises CheckpointError when they are missing, damaged, twice there or in a pickle.
+    Raises CheckpointError when weights are missing, damaged, duplicated or in a pickle.
     """
     file_of = {}
     if (folder / INDEX).exists():
         file_of = read_index(folder / INDEX)
     elif (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
         raise CheckpointError(
-            f"{folder / PICKLE}: a pickle, which can hold code and is not read; with diffusers, "
-            "DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) makes safetensors "
-            "of it"
+            f"{folder / PICKLE}: this is a pickle, which can hold code and is not read; with "
+            "diffusers, DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) converts "
+            "it to safetensors"
         )
 
     weights = {}
@@ -403,11 +402,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             ours = our_name(name)
             if ours in weights:
                 raise CheckpointError(
-                    f"{path}: {short(name)} is there twice, by an old and by a new name"
+                    f"{path}: {short(name)} is there twice, under an old and a new name"
                 )
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 tensor = tensor.float()
-            # A matrix becomes a convolution. `load_into` refuses a weight that is neither.
+            # A matrix becomes a convolution. `load_into` refuses any other shape.
             if ours.endswith(MATRICES) and tensor.dim() == 2:
                 tensor = tensor[..., None, None]
             weights[ours] = tensor
@@ -419,12 +418,12 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
 
     Raises CheckpointError for a network or an objective that diffusers does not have.
     """
-    # A config may lack fields, and then their defaults hold.
+    # Fields that a config lacks have their defaults here.
     model = vars(saved.model)
     if model["dim_multiply"][0] != 1:
         raise CheckpointError(
             f"{saved.path}: dim_multiply begins with {model['dim_multiply'][0]}; "
-            "diffusers' networks begin with as many channels as level 0 has"
+            "a network of diffusers needs 1 there"
         )
     configs = {
         "model_index": {
@@ -432,13 +431,13 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
             "unet": ["diffusers", "UNet2DModel"],
             "scheduler": ["diffusers", "DDPMScheduler"],
         },
-        "unet/config": their_network(model),
-        "scheduler/scheduler_config": their_schedule(saved.config["diffusion"]),
+        "unet/config": diffusers_network(model),
+        "scheduler/scheduler_config": diffusers_schedule(saved.config["diffusion"]),
     }
     for name, config in configs.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{name}.json", json.dumps(config, indent=2))
     weights = {}
     for name, tensor in saved.weights.items():
-        weights[their_name(name)] = tensor.flatten(1) if name.endswith(MATRICES) else tensor
+        weights[diffusers_name(name)] = tensor.flatten(1) if name.endswith(MATRICES) else tensor
     write_tensors(folder / "unet" / WEIGHTS, weights, None, file_format="pt")

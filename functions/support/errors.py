@@ -1,19 +1,19 @@
-"""Errors that users can mend: scripts print one plain sentence and end with exit status 2."""
+"""Define the errors that users can mend. Scripts print them in one line and exit with status 2."""
 
-# This is EX_TEMPFAIL of sysexits.h, "try again later": a run was stopped and saved, or a GPU has
-# failed. Either way the run can be resumed.
+# This is EX_TEMPFAIL of sysexits.h, which means "try again later". A run was stopped and saved, or
+# a GPU has failed. Either way the run can be resumed.
 EXIT_STOPPED = 75
 
 
 class UserError(Exception):
-    """Say what a user can mend, in a sentence that scripts print without a traceback.
+    """Report an error that a user can mend. Scripts print its one sentence without a traceback.
 
-    There is a subclass only where something catches it apart from the others.
+    A subclass exists only where some code catches that subclass alone.
     """
 
 
 class CheckpointError(UserError):
-    """Say that a checkpoint or run cannot be used; the message names the file.
+    """Report that a checkpoint or a run cannot be used. The message names the file.
 
-    Readers may take the checkpoint before it.
+    Readers may catch this error and use the checkpoint before.
     """

@@ -1,9 +1,9 @@
-"""Files that are whole or not there: atomic writes, and tensors with a checksum each.
+"""Write files atomically, and write and read files of tensors with checksums.
 
-A file of tensors is a .safetensors: a header in JSON, then the numbers of each tensor. No code of
-a file is run when it is read. The format has no checksums, and a flipped bit would become a wrong
-weight. So our metadata has `contents`, a JSON text of plain values and the checksum of every
-tensor, and `sha256`, the checksum of that text.
+A file of tensors is a .safetensors: a header in JSON, then the bytes of each tensor. Reading it
+runs no code from the file. The format has no checksums, and without them a flipped bit would become
+a wrong weight. So the metadata of our files has `contents`, a JSON text of plain values and of the
+checksum of each tensor, and `sha256`, the checksum of that text.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from torch import Tensor
 from functions.support.errors import CheckpointError
 
 FORMAT = "ddpm-faces checkpoint 2"
-# This is in bytes. Our headers take some hundred thousand.
-LONGEST_HEADER = 16 * 2**20
-# This is in bytes, too: as much of a tensor is hashed and written at once.
-PIECE = 2**20
-# The types that weights may have, and what safetensors calls them.
+# This limit is in bytes. Our headers have some hundred thousand.
+MAX_HEADER = 16 * 2**20
+# Tensors are hashed and written in pieces of about this size, in bytes.
+PIECE_SIZE = 2**20
+# Weights may have these types. The values are the names of the types in safetensors.
 TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -39,8 +39,8 @@ TYPES = {
     torch.float16: "F16",
     torch.int64: "I64",
 }
-# Damaged or hostile files were seen to raise these on their way through the readers of safetensors,
-# JSON, archives, arrays and images.
+# Damaged or hostile files have raised these errors in the readers of safetensors, JSON, archives,
+# arrays and images.
 READ_ERRORS = (
     SafetensorError,
     OSError,
@@ -60,12 +60,13 @@ READ_ERRORS = (
 )
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that `path` always holds what it held before, or all of the new content.
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that `path` always holds either all of the old or all of the new content.
 
-    Raises OSError, with `path` in it, when the disk is full or the like.
+    Raises OSError, with `path` in it, for example when the disk is full.
     """
-    # A temporary file beside it is filled and flushed to the disk, and then takes its name.
+    # The content goes to a temporary file in the same folder, is flushed to the disk, and then the
+    # file gets its name.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -74,13 +75,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        # Nobody knows the temporary file, so the error names the one that was to be written.
+        # Users do not know the temporary file, so the error names the final one.
         error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
-    # The new name is on the disk when its folder is. Only POSIX systems can open a folder.
+    # The new name is on the disk only after its folder is flushed, too. Only POSIX systems can open
+    # a folder.
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -90,21 +92,21 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text as `write_whole` does."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """Write a text to a file with `write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], contents: dict | None, file_format: str = FORMAT
 ) -> None:
-    """Write tensors of any layout; a file of ours has `contents` of plain values as well.
+    """Write tensors of any memory layout, and in our own files also `contents` of plain values.
 
-    Raises OSError, with `path` as it was, when the disk is full or the like.
+    Raises OSError, for example when the disk is full. Then the old file is unchanged.
     """
-    # Each tensor is read once, and hashed while it is written. So the header is first written with
-    # checksums that take as much room as the right ones, and is written again at the end.
+    # Each tensor is read once, and hashed while it is written. So the header is written twice:
+    # first with placeholders as long as the checksums, and at the end with the checksums.
     checksums = dict.fromkeys(tensors, sha256(""))
-    # The tensors with the widest numbers come first, so that each is aligned.
+    # The tensors with the largest elements come first, so that every tensor is aligned.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     entries = {}
     end = 0
@@ -123,31 +125,31 @@ def write_tensors(
             text = json.dumps({**contents, "checksums": checksums})
             fields |= {"contents": text, "sha256": sha256(text)}
         header = json.dumps({"__metadata__": fields, **entries}).encode()
-        # Spaces fill the header up to a multiple of 8 bytes, so that the numbers begin aligned.
+        # Spaces pad the header to a multiple of 8 bytes, so that the first tensor is aligned.
         header += b" " * (-len(header) % 8)
         file.write(len(header).to_bytes(8, "little") + header)
 
     def write(file):
         write_header(file)
-        # The save_file of safetensors wants all tensors contiguous at once, and flushes nothing to
-        # the disk. Here one piece of a tensor at a time is copied, where it must be.
+        # The save_file of safetensors needs contiguous copies of all tensors at once, and does not
+        # flush the file to the disk. This loop copies one piece of a tensor at a time.
         for name, tensor in tensors.items():
             checksums[name] = checksum(tensor, file.write)
         file.seek(0)
         write_header(file)
 
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 class TensorFile:
-    """Open a file that `write_tensors` wrote: read and check `contents`, but no tensor yet.
+    """Open a file that `write_tensors` wrote, and read and check its `contents`, but no tensor.
 
-    Raises CheckpointError when the file is missing, truncated, damaged, or not one of ours.
+    Raises CheckpointError when the file is missing, truncated, damaged or of another format.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        with opened(path) as file:
+        with open_safetensors(path) as file:
             metadata = file.metadata()
             text = metadata["contents"]
             if metadata["format"] != FORMAT or metadata["sha256"] != sha256(text):
@@ -158,23 +160,20 @@ class TensorFile:
                 raise ValueError("other tensors than the contents name")
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Read the tensors whose names begin with `prefix`, to the CPU, and name them without it.
-
-        Raises CheckpointError when one does not match its checksum, or holds numbers that are not
-        finite.
-        """
+        """Read the tensors whose names begin with `prefix`, to the CPU, as `read_tensors` does."""
         return read_tensors(self.path, prefix, self.checksums)
 
 
 def read_tensors(
     path: Path, prefix: str = "", checksums: dict[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """Read the tensors whose names begin with `prefix` from a safetensors file that anyone wrote.
+    """Read the tensors whose names begin with `prefix` from any safetensors file.
 
-    They are named without it. Files of ours have `checksums`. Raises CheckpointError as
-    `TensorFile` does, and for numbers that are not finite or of a type that no weights have.
+    The names that are returned lack the prefix. Only our own files have `checksums`. Raises
+    CheckpointError as `TensorFile` does, and for a tensor of a wrong checksum, with a number that
+    is not finite, or of a type that is not in `TYPES`.
     """
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         names = checksums or sorted(file.keys())
         tensors = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     for name, tensor in tensors.items():
@@ -182,22 +181,24 @@ def read_tensors(
             raise CheckpointError(f"{path}: damaged: {short(name)} does not match its checksum")
         if tensor.dtype not in TYPES:
             raise CheckpointError(f"{path}: {short(name)} is {tensor.dtype}, which no weights are")
-        # An empty tensor has no extremes. Those of others are not finite when any number is not.
+        # An empty tensor has no minimum and maximum. In any other tensor one of the two is inf or
+        # nan when any number is.
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise CheckpointError(f"{path}: {short(name)} holds numbers that are not finite")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file of fields.
+    """Read a JSON file that holds one object.
 
-    Raises CheckpointError when it is missing, damaged or holds something else, or has a name twice.
+    Raises CheckpointError when the file is missing or damaged, holds another value, or has a name
+    twice.
     """
     check_file(path)
     try:
-        if path.stat().st_size > LONGEST_HEADER:
+        if path.stat().st_size > MAX_HEADER:
             raise ValueError("too large a file")
-        fields = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        fields = json.loads(path.read_bytes(), object_pairs_hook=unique_fields)
         if not isinstance(fields, dict):
             raise ValueError("no fields in braces")
         return fields
@@ -205,10 +206,10 @@ def read_json(path: Path) -> dict:
         raise CheckpointError(f"{path}: cannot be read: {short(error)}") from error
 
 
-def unique(pairs: list[tuple[str, object]]) -> dict:
-    """Return a dict of the pairs. Raises ValueError for a name that is there twice."""
+def unique_fields(pairs: list[tuple[str, object]]) -> dict:
+    """Return a dict of the pairs. Raises ValueError when two pairs have the same name."""
     fields = dict(pairs)
-    # Without this, json would silently take the last of two values of a name.
+    # By default json takes the last of two values of a name, without an error.
     if len(fields) < len(pairs):
         raise ValueError("a name is there twice")
     return fields
@@ -216,26 +217,26 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
 
 def check_file(path: Path) -> None:
     """Raise CheckpointError unless this is a regular file."""
-    # To open a pipe would wait for a writer.
+    # Opening a pipe would block until a writer opens it, too.
     if not path.is_file():
         fault = "not a regular file" if path.exists() else "there is no such file"
         raise CheckpointError(f"{path}: {fault}")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[safe_open]:
+def open_safetensors(path: Path) -> Iterator[safe_open]:
     """Open a safetensors file.
 
-    Raises CheckpointError when it is missing, truncated or damaged, and when what is done with it
-    raises one of `READ_ERRORS`.
+    Raises CheckpointError when the file is missing, truncated or damaged, and when the body of the
+    `with` raises one of `READ_ERRORS`.
     """
     check_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(8)
-        # The first 8 bytes are the length of the header, which follows them. It must be no longer
-        # than the file, and than any of ours.
-        if int.from_bytes(start, "little") > min(LONGEST_HEADER, path.stat().st_size - 8):
+        # The first 8 bytes are the length of the header, which follows. The header must fit into
+        # the file, and be no longer than MAX_HEADER.
+        if int.from_bytes(start, "little") > min(MAX_HEADER, path.stat().st_size - 8):
             raise ValueError("the header is too long")
         with safe_open(path, framework="pt") as file:
             yield file
@@ -249,38 +250,38 @@ def opened(path: Path) -> Iterator[safe_open]:
 
 
 def checksum(tensor: Tensor, write: Callable[[np.ndarray], object] | None = None) -> str:
-    """Return a SHA-256 over a tensor's type, shape and numbers, in hexadecimal.
+    """Return the SHA-256 of a tensor's type, shape and bytes, in hexadecimal.
 
-    `write`, if any, is called with each piece of the numbers' bytes on the way.
+    With `write`, each piece of the bytes is also written.
     """
-    total = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    for piece in numbers(tensor):
-        total.update(piece)
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    for piece in byte_pieces(tensor):
+        digest.update(piece)
         if write:
             write(piece)
-    return total.hexdigest()
+    return digest.hexdigest()
 
 
-def numbers(tensor: Tensor) -> Iterator[np.ndarray]:
-    """Yield the bytes of a tensor's numbers, in the order of its shape, piece by piece."""
+def byte_pieces(tensor: Tensor) -> Iterator[np.ndarray]:
+    """Yield a tensor's bytes piece by piece, as if the tensor were contiguous."""
     rows = torch.atleast_1d(tensor.detach())
     # A piece of about a megabyte stays in the cache while it is reordered, hashed and written. A
-    # copy of the whole tensor takes three times as long, most of it for memory new to the process.
-    length = max(1, len(rows) * PIECE // max(1, rows.nbytes))
+    # copy of the whole tensor takes three times as long, mostly because its memory is newly mapped.
+    length = max(1, len(rows) * PIECE_SIZE // max(1, rows.nbytes))
     for piece in rows.split(length):
-        # A GPU reorders at no cost, so the copy to the CPU comes last.
+        # A GPU reorders faster than a CPU, so the copy to the CPU comes last.
         yield piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def sha256(text: str) -> str:
-    # A text out of a hostile file may have surrogates, which utf-8 would refuse.
+    # A text from a hostile file may have surrogates, which utf-8 cannot encode.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def short(value) -> str:
-    """Return a text out of a file for a message: in one line, and not too long.
+    """Return a text from a file for a message: in one line, and cut after 200 characters.
 
-    What a terminal would obey is escaped.
+    Characters that control a terminal are escaped.
     """
     text = str(value)
     start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])

@@ -1,4 +1,4 @@
-"""Pictures: grids, animations and strips of images. Images are uint8 (N, H, W, 3)."""
+"""Draw grids, animations and strips of images. Images are uint8 (N, H, W, 3)."""
 
 import math
 from collections.abc import Sequence
@@ -10,52 +10,52 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 
-# Agg plots into files, as a run on a server has no screen.
+# The backend Agg plots into files, and needs no screen.
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from functions.support.files import write_whole
+from functions.support.files import write_atomically
 
-# Grids are to be looked at, so images with fewer pixels a side are enlarged in them.
-SMALLEST_SIDE = 96
-# So many white pixels separate images before they are enlarged.
+# Images with fewer pixels a side than this are enlarged in grids, so that one can see them.
+MIN_SIDE = 96
+# Before images are enlarged, the gap between two of them has this width in pixels.
 GAP = 2
 
 
 def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
-    """Return all images in rows with white gaps, about square unless columns are given.
+    """Return a picture of all images in rows, with white gaps. By default it is about square.
 
-    Small images are enlarged by the whole number that brings them to SMALLEST_SIDE.
+    Small images are enlarged by the smallest integer factor that gives them MIN_SIDE.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, H, W)
     grid = make_grid(batch, nrow=columns, padding=GAP, pad_value=255)
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    factor = math.ceil(SMALLEST_SIDE / images.shape[1])
-    # This resamples bicubically.
+    factor = math.ceil(MIN_SIDE / images.shape[1])
+    # The default of `scale` is bicubic.
     return ImageOps.scale(picture, factor)
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
-    """Write one image as a PNG, with exactly its pixels."""
+    """Write one image, (H, W, 3), as a PNG."""
     picture = Image.fromarray(image)
-    write_whole(path, lambda file: picture.save(file, "PNG"))
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Image.Image:
-    """Write a PNG of all images in rows, small ones enlarged, and return it."""
+    """Write the picture of `grid_of` as a PNG, and return the picture."""
     grid = grid_of(images, columns)
-    write_whole(path, lambda file: grid.save(file, "PNG"))
+    write_atomically(path, lambda file: grid.save(file, "PNG"))
     return grid
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None) -> None:
-    """Write an animated GIF of grids, one (N, H, W, 3) batch a frame.
+    """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, 3).
 
-    It shows 12 frames a second, and the last one for two seconds.
+    The GIF shows 12 frames a second, and the last frame for two seconds.
     """
     grids = [grid_of(frame, columns) for frame in frames]
-    # All frames share the palette of the last one, so that colours do not flicker.
+    # All frames share the palette of the last frame, so that colours do not flicker.
     palette = grids[-1].quantize(256)
     first, *others = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
     animation = {
@@ -66,19 +66,19 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
         # 0 repeats the animation for ever.
         "loop": 0,
     }
-    write_whole(path, lambda file: first.save(file, "GIF", **animation))
+    write_atomically(path, lambda file: first.save(file, "GIF", **animation))
 
 
 def save_strip(
     frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()
 ) -> None:
-    """Draw a figure with a row for each sample and a column for each frame (N, H, W, 3).
+    """Draw a figure with a row for each sample and a column for each frame, (N, H, W, 3).
 
-    The titles of columns stand above, and `row_titles` at the left.
+    `titles` are above the columns, and `row_titles` are at the left of the rows.
     """
     rows = len(frames[0])
     columns = len(frames)
-    # All sizes are in inches. `left` and `top` are the room for the titles.
+    # All sizes are in inches. `left` and `top` are the widths of the margins for the titles.
     left = 0.75 if row_titles else 0.0
     top = 0.3
     width = 1.1 * columns + left
@@ -94,13 +94,13 @@ def save_strip(
         ax = axes[row, 0]
         ax.text(-0.08, 0.5, title, fontsize=9, ha="right", va="center", transform=ax.transAxes)
 
-    # The numbers are left, bottom, right and top, in shares of the figure, and the two gaps between
-    # images, in shares of an image.
+    # The arguments are left, bottom, right and top, as fractions of the figure, and then the two
+    # gaps between images, as fractions of an image.
     figure.subplots_adjust(left / width + 0.005, 0.005, 0.995, 1 - top / height, 0.04, 0.04)
     save_figure(figure, path)
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write a matplotlib figure as a PNG, and close it."""
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    """Write a matplotlib figure as a PNG, and close the figure."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
     plt.close(figure)

@@ -1,7 +1,7 @@
-"""The processes of a script: as many as `torchrun` started, one for each GPU, or a single one.
+"""Let the processes of a script work together: one for each GPU under `torchrun`, or a single one.
 
-In training each process works on its own places of every effective batch, and gradients are
-summed once per optimiser step. Rank 0 alone prints and writes files.
+In training each process computes its shard of every effective batch, and the processes average
+their gradients once per optimiser step. Rank 0 alone prints and writes files.
 """
 
 import gc
@@ -24,35 +24,36 @@ from functions.support.errors import UserError
 from functions.support.files import short
 
 Value = TypeVar("Value")
-# Processes wait so long for one that prepares data or has more to sample. They notice at once when
-# one has ended.
-PATIENCE = timedelta(days=1)
-# In training they wait so long for each other. A machine that hangs or vanishes ends no connection.
-PATIENCE_IN_TRAINING = timedelta(minutes=30)
-# Gloo, NCCL and the store say one of these when the other end of a connection is gone or silent.
-LOST = (
+# Processes wait for this time for one that prepares data or has more images to sample. When one
+# ends, its connections close, and the others notice that at once.
+TIMEOUT = timedelta(days=1)
+# In training the timeout is shorter. A machine that hangs or vanishes does not close connections.
+TRAINING_TIMEOUT = timedelta(minutes=30)
+# The errors of Gloo, NCCL and the store have one of these texts when another process has ended or
+# does not answer.
+CONNECTION_LOST = (
     "connection closed",
     "connection was likely closed",
     "connection reset",
     "broken pipe",
     "timed out waiting",
 )
-# Processes end with this status when rank 0 has said why it ends.
+# The other processes exit with this status when rank 0 ends with an error, which it prints.
 EXIT_WITH_MAIN = 2
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Say which of the processes this one is, and do what they do together.
+    """Hold this process's rank, and do the collective operations of all processes.
 
-    With one process nothing is sent.
+    A single process communicates with none.
     """
 
     rank: int = 0  # 0 .. count-1
     count: int = 1
-    # This counts the processes of the same machine. It is the number of this process's GPU.
+    # This is the rank among the processes of the same machine, and the number of this one's GPU.
     local_rank: int = 0
-    # This is the id of torchrun's process.
+    # This is torchrun's process id.
     parent: int = 0
 
     @property
@@ -62,7 +63,7 @@ class Processes:
     @property
     def orphaned(self) -> bool:
         """Return whether torchrun has ended without ending this process."""
-        # That happens when torchrun is killed, or gets a signal that it does not know.
+        # That happens when torchrun is killed, or gets a signal that it does not handle.
         return self.count > 1 and os.getppid() != self.parent
 
     def print_main(self, text: str) -> None:
@@ -71,9 +72,9 @@ class Processes:
             print(text, flush=True)
 
     def shard(self, total: int) -> range:
-        """Return this process's part of 0 .. total-1.
+        """Return this process's shard of 0 .. total-1.
 
-        The parts are contiguous, and their lengths differ by at most one.
+        The shards are contiguous, and their lengths differ by at most one.
         """
         start = self.rank * total // self.count
         end = (self.rank + 1) * total // self.count
@@ -86,17 +87,17 @@ class Processes:
         """
         if self.count == 1:
             return model
-        # DDP moves these gradients into its buckets. Without them it would make others beside the
-        # buckets.
+        # DDP moves existing gradients into its buckets. Without these zeros the gradients would
+        # take memory in addition to the buckets.
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         devices = None if device.type == "cpu" else [device]
         return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
-        """Return a context for forward and backward.
+        """Return a context for a forward and a backward pass.
 
-        It lets processes exchange gradients in a step's last pass alone.
+        In this context the processes exchange gradients only in the last pass of a step.
         """
         return nullcontext() if last or self.count == 1 else wrapped.no_sync()
 
@@ -108,32 +109,32 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Return whether a flag is true in any process."""
-        # The tensor is on the CPU, so the hosts exchange it beside the GPU's work, without waiting.
+        # The tensor is on the CPU, so the hosts exchange it without waiting for their GPUs.
         total = self.sum_(torch.tensor(int(flag)))
         return bool(total)
 
-    def wait_less(self) -> None:
-        """Wait for the others no longer than PATIENCE_IN_TRAINING from now on."""
+    def shorten_timeout(self) -> None:
+        """Set the timeout of later operations to TRAINING_TIMEOUT."""
         if self.count > 1:
-            # PyTorch has no public way to this, and has had this one for years.
-            dist.distributed_c10d._set_pg_timeout(PATIENCE_IN_TRAINING)
+            # PyTorch has no public function for this, but has had this private one for years.
+            dist.distributed_c10d._set_pg_timeout(TRAINING_TIMEOUT)
 
     def gather(self, value: Value) -> list[Value]:
-        """Return every process's value, by rank."""
+        """Return the values of all processes, in the order of their ranks."""
         values = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
         return values
 
     def on_main(self, make: Callable[[], Value]) -> Value:
-        """Return what `make` returns in rank 0, where alone it runs.
+        """Call `make` in rank 0 alone, and return its value in all processes.
 
-        When it fails there, the others end without a word.
+        When `make` raises an error, the other processes exit and print nothing.
         """
         if self.count == 1:
             return make()
         failed_and_value = [True, None]
-        # The others get the list even when rank 0 leaves with an error.
+        # Rank 0 sends the list even when `make` raises an error.
         try:
             if self.is_main:
                 failed_and_value = [False, make()]
@@ -149,9 +150,9 @@ SINGLE_PROCESS = Processes()
 
 @contextmanager
 def distributed() -> Iterator[Processes]:
-    """Meet the other processes that torchrun has started; without torchrun there is one.
+    """Connect the processes that torchrun has started. Without torchrun there is a single one.
 
-    Raises UserError when they cannot meet, or when another has ended or does not answer.
+    Raises UserError when they cannot connect, or when another process has ended or does not answer.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not set(names) <= os.environ.keys():
@@ -161,35 +162,36 @@ def distributed() -> Iterator[Processes]:
     try:
         on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"process {rank} cannot meet the others: {short(error)}") from error
+        raise UserError(f"process {rank} cannot connect to the others: {short(error)}") from error
 
-    # Rank 0 alone says that it was interrupted. The others end even while they wait for it.
+    # Rank 0 alone prints "interrupted". The system ends the others, even while they wait for it.
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield Processes(rank, count, local_rank, os.getppid())
     except BaseException as error:
-        forget_frames(error)
-        # Here all processes were stopped, or end with rank 0.
+        clear_frames(error)
+        # After SystemExit all processes end: they were stopped, or end with rank 0.
         if isinstance(error, SystemExit):
-            leave()
-        # After other errors the group is not destroyed, as that would wait for the others.
+            leave_group()
+        # After other errors the group stays, because destroying it would wait for the others.
         reason = str(error).lower()
-        if not isinstance(error, RuntimeError) or not any(sign in reason for sign in LOST):
+        lost = any(text in reason for text in CONNECTION_LOST)
+        if not isinstance(error, RuntimeError) or not lost:
             raise
         raise UserError(
             f"another process has ended or does not answer, so process {rank} ends ({short(error)})"
         ) from error
-    leave()
+    leave_group()
 
 
-def forget_frames(error: BaseException | None) -> None:
-    """Free what the functions held that an error has left, as the network that DDP wrapped.
+def clear_frames(error: BaseException | None) -> None:
+    """Free the local variables in an error's traceback, such as the network that DDP wrapped.
 
-    Were DDP the last to hold the group of processes, it would wait for the group's threads without
-    giving them Python's lock, perhaps for ever.
+    If DDP held the last reference to the process group, its destructor would wait for the group's
+    threads while it holds Python's global lock, which these threads may need.
     """
     while error:
         traceback.clear_frames(error.__traceback__)
@@ -197,8 +199,8 @@ def forget_frames(error: BaseException | None) -> None:
     gc.collect()
 
 
-def leave() -> None:
-    """Destroy the group of processes, after all that still uses it."""
-    # What refers to itself still holds DDP: see `forget_frames`.
+def leave_group() -> None:
+    """Destroy the process group, after all objects that use it."""
+    # Reference cycles may still hold DDP (see `clear_frames`).
     gc.collect()
     dist.destroy_process_group()

@@ -1,8 +1,8 @@
-"""Every random number of a run, as a function of what it is for and never of what was drawn before.
+"""Draw each random number as a function of its purpose, independent of all earlier draws.
 
-A run that draws from one long stream changes when it is resumed, split over processes, or cut into
-other micro-batches. Here a generator is seeded afresh from (seed, purpose, step) or (seed, image),
-so there is no stream to keep.
+If a run draws all numbers from one stream, its result changes when it is resumed, split over
+processes, or cut into other micro-batches. Here every generator gets its seed from
+(seed, purpose, step) or (seed, purpose, image), so no state of a generator has to be saved.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# These threads draw noise for a GPU. One thread would take 24 ms for 64 images of 128 px.
+# These threads draw noise for a GPU. A single thread takes 24 ms for 64 images of 128 x 128.
 THREADS = ThreadPoolExecutor(8)
 
 
 def seed_of(*parts: int | str) -> int:
-    """Return a 63-bit seed that depends on all parts, the same on every machine and Python."""
+    """Return a 63-bit seed, a hash of all parts that is the same on every machine and Python."""
     text = "/".join(map(str, parts))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -36,9 +36,9 @@ class StepDraws:
     t: Tensor  # (B,) int64, uniform in 0 .. T-1
     noise: Tensor  # (B, C, H, W) float32, standard normal
     flip: Tensor  # (B,) bool, each True half the time
-    # (B,) float32, uniform in [-1, 1). This is the rotation, as a share of the largest.
+    # (B,) float32, uniform in [-1, 1). The rotation is this fraction of the largest angle.
     rotation: Tensor
-    # (B,) float32, standard normal. t_sampling = "mixed" uses it.
+    # (B,) float32, standard normal. Only t_sampling = "mixed" uses this draw.
     normal: Tensor
 
 
@@ -51,12 +51,12 @@ def training_draws(
     device: torch.device | str,
 ) -> StepDraws:
     """Draw t and noise (Algorithm 1, lines 3 and 4) and the augmentation for an effective batch."""
-    # All is drawn whole and cut later. So an image's draws depend on its place in the effective
-    # batch, and not on how that is cut into passes.
+    # The draws are made for the whole effective batch, and cut later. So an image's draws depend on
+    # its place in the effective batch, and not on the batch size.
     generator = generator_of(device, seed, "training", step)
 
-    # These five come in this order from one stream, so another draw among them would change every
-    # run. A new field has a generator of its own:
+    # These five draws come in this order from one generator, so a sixth among them would change
+    # every run. A new field needs a separate generator:
     # generator_of(device, seed, "training", step, NAME).
     options = {"generator": generator, "device": device}
     return StepDraws(
@@ -71,9 +71,8 @@ def training_draws(
 class ImageNoise:
     """Draw noise for the images of a batch.
 
-    Image i's noise is a function of (seed, i) and of how often it was drawn, whatever its batch.
-    `indices` are the numbers i of those in this batch, `shape` is (C, H, W), and other purposes
-    have other noise.
+    `indices` are the indices of the batch's images, and `shape` is (C, H, W). The k-th noise of
+    image i is a function of (seed, purpose, i, k) alone, and not of the other images in the batch.
     """
 
     def __init__(
@@ -91,15 +90,16 @@ class ImageNoise:
 
     def draw(self) -> Tensor:
         """Return the next (B, C, H, W) of standard normal noise."""
-        # The copy from pinned memory waits for nothing, so the next step's noise is drawn while
-        # the GPU computes this one.
+        # The copy from pinned memory does not block the host, so the host draws the next step's
+        # noise while the GPU computes this step.
         pinned = self.device.type == "cuda"
         noise = torch.empty(len(self.generators), *self.shape, pin_memory=pinned)
 
         def fill(row, generator):
             row.normal_(generator=generator)
 
-        # Several threads draw for a GPU, which would wait for one. The list waits for all of them.
+        # Several threads draw for a GPU, as a single one would keep it waiting. `list` waits for
+        # all of them.
         draw_all = THREADS.map if pinned else map
         list(draw_all(fill, noise, self.generators))
         return noise.to(self.device, non_blocking=pinned)

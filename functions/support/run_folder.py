@@ -1,12 +1,12 @@
-"""Run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ with everything about one run.
+"""Make and find run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ has everything about one run.
 
-config.json     the experiment, field by field, and the facts of the run: split, device, precision,
-                versions
-metrics.csv     one row every `log_every` steps; tensorboard/ has the same numbers as events
+config.json     the experiment's fields, and the `Facts` of the run
+metrics.csv     one row every `log_every` steps
+tensorboard/    the same metrics as events
 losses.png      the curves of metrics.csv
-samples/        grids made while training, by step
+samples/        grids of samples, by step
 checkpoints/    step-00001000.safetensors, ...
-.lock           held by the process that trains
+.lock           a lock that the training process holds
 """
 
 import json
@@ -24,75 +24,75 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from config import Experiment
-from functions.support.checkpoint import SavedModel, check_whole, open_checkpoint
-from functions.support.diffusers_folder import is_diffusers
+from functions.support.checkpoint import SavedModel, open_checkpoint, verify_checkpoint
+from functions.support.diffusers_folder import is_diffusers_folder
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import TensorFile, write_text
 
-Contents = TypeVar("Contents")
-# An x_T with a larger terminal SNR still carries the image. The paper's 1000 steps leave 4e-5.
+Result = TypeVar("Result")
+# With a larger terminal SNR, x_T still shows the image. The paper's 1000 steps have 4e-5.
 VISIBLE_SNR = 1e-3
-# The groups are the experiment and the time of the start.
+# The two groups are the experiment's name and the time of the start.
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
-# Earlier versions wrote .pt files. They are found, too, so that they are refused with a reason.
+# Earlier versions wrote .pt files. The pattern matches them, so that a message can refuse them.
 CHECKPOINT_NAME = re.compile(r"step-\d{8}\.(safetensors|pt)")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Hold what a run finds when it starts; config.json has it, and each checkpoint."""
+    """Hold the facts that a run finds at its start, for config.json and each checkpoint."""
 
     total_steps: int = 0
     steps_per_epoch: int = 0
-    # What the images are divided into, and hashes of the ids of those in either part.
+    # This describes how the images are split. Each hash is over the ids of one part's images.
     split: str = ""
     train_ids_hash: str = ""
     val_ids_hash: str = ""
-    # The number of the network's parameters.
+    # This is the number of the network's parameters.
     parameters: int = 0
     terminal_snr: float = 0.0
     device: str = ""
-    # Where the first weights come from; None if they were new.
+    # This describes the model whose weights the run started from. It is None for new weights.
     initial: str | None = None
-    # What the bits of the results depend on: precision, threads, versions, ...
+    # The bits of the results depend on these values: precision, threads, versions, ...
     arithmetic: dict = field(default_factory=dict)
 
     @staticmethod
     def of(checkpoint: TensorFile) -> "Facts":
-        """Return those of a checkpoint; what an older one lacks has its default."""
-        saved = checkpoint.contents["run"]
+        """Return the facts in a checkpoint. Facts that an older one lacks have their defaults."""
+        contents = checkpoint.contents["run"]
         defaults = vars(Facts())
-        return Facts(**{name: saved.get(name, defaults[name]) for name in defaults})
+        return Facts(**{name: contents.get(name, defaults[name]) for name in defaults})
 
 
 @dataclass
 class Run:
-    """Say of a run which experiment it is, where it lies, and where it stands."""
+    """Hold a run's experiment, its folder and its state at the start."""
 
     # This is the name of the experiment.
     name: str
-    # It is all that decides the result.
+    # The experiment has all settings that change the result.
     experiment: Experiment
-    # The run's folder is made in this one, and is None until then.
-    runs: Path
+    # `make_folder` makes the run's folder in this one. `folder` is None until then.
+    runs_folder: Path
     folder: Path | None = None
     # A resumed run goes on from this checkpoint.
     checkpoint: TensorFile | None = None
-    # These facts were found when it was written. Of a new run only `initial` can be known.
-    before: Facts = Facts()
+    # A resumed run has the facts of its checkpoint here. A new run has at most `initial`.
+    prior_facts: Facts = Facts()
     # A new run may start from the weights of this model.
     initial: SavedModel | None = None
 
     @property
     def first_step(self) -> int:
-        """Return how many steps are done."""
+        """Return the number of steps that earlier sessions of the run have done."""
         return self.checkpoint.contents["run"]["step"] if self.checkpoint else 0
 
     def make_folder(self) -> None:
-        """Make a new, empty folder, unless the run has one. It is never one that exists."""
-        self.runs.mkdir(parents=True, exist_ok=True)
+        """Make a new folder for the run, unless the run has one, and the folders inside."""
+        self.runs_folder.mkdir(parents=True, exist_ok=True)
         while self.folder is None:
-            folder = self.runs / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            folder = self.runs_folder / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             try:
                 folder.mkdir()
                 self.folder = folder
@@ -103,14 +103,14 @@ class Run:
             (self.folder / inner).mkdir(exist_ok=True)
 
     def path_of(self, kind: str, step: int) -> Path:
-        """Return the path of a step's file, of kind "checkpoints" or "samples"."""
+        """Return the path of a step's file. Its `kind` is "checkpoints" or "samples"."""
         ending = "png" if kind == "samples" else "safetensors"
         return self.folder / kind / f"step-{step:08d}.{ending}"
 
     def write_config(self, facts: Facts) -> str:
-        """Write config.json and return its text.
+        """Write config.json, and return its text.
 
-        It has the config as in a checkpoint, and the facts under `run`.
+        The file has the config in the form of a checkpoint's, and the facts as `run`.
         """
         config = {"experiment": self.name, **self.experiment.to_dict(), "run": vars(facts)}
         text = json.dumps(config, indent=2)
@@ -119,7 +119,7 @@ class Run:
 
 
 def describe(run: Run, facts: Facts, data_summary: str) -> str:
-    """Describe a run in some lines: data, split, network, length and schedule; then warnings."""
+    """Return a description of a run in some lines: data, split, network, ...; then warnings."""
     config = run.experiment.diffusion
     snr = facts.terminal_snr
     done = f"; {run.first_step:,} steps are done" if run.first_step else ""
@@ -143,13 +143,13 @@ def describe(run: Run, facts: Facts, data_summary: str) -> str:
     if snr > VISIBLE_SNR:
         warnings.append(
             f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): x_T "
-            "still carries the image, and sampling starts from noise that the model never saw; "
+            "still carries the image, but sampling starts from pure noise; "
             "set rescale_betas = True or use 1000 timesteps"
         )
     if config.ema_decay == 0:
         warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
-    # A resumed run repeats the bits of one that never stopped only in the same arithmetic.
-    for name, earlier in run.before.arithmetic.items():
+    # Only in the same arithmetic a resumed run gives the bits of an uninterrupted one.
+    for name, earlier in run.prior_facts.arithmetic.items():
         now = facts.arithmetic.get(name)
         if earlier != now:
             warnings.append(
@@ -160,22 +160,25 @@ def describe(run: Run, facts: Facts, data_summary: str) -> str:
 
 
 @contextmanager
-def locked(folder: Path, doing: str = "training", leftovers: str = "**/.*.tmp") -> Iterator[None]:
-    """Hold a folder for one process.
+def locked(
+    folder: Path, activity: str = "training", leftovers: str = "**/.*.tmp"
+) -> Iterator[None]:
+    """Lock a folder for one process, and delete the files that match the pattern `leftovers`.
 
-    `leftovers` is the pattern of files that a process leaves when it is killed while it writes;
-    they are deleted. Raises UserError, with what this process is `doing`, when another process is
-    at work in the folder.
+    A process that is killed while it writes leaves such files. Raises UserError, which names the
+    `activity`, when another process has locked the folder.
     """
-    # The system drops the lock when the process ends, however it ends.
+    # The system releases the lock when the process ends, even when it is killed.
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{folder}: another process is {doing} in this folder already") from error
+        raise UserError(
+            f"{folder}: another process is {activity} in this folder already"
+        ) from error
     except (NotImplementedError, OSError):
         print(
-            f"warning: {folder} is on a disk without locks: start nothing else in it",
+            f"warning: {folder} is on a disk without locks; start no other process in it",
             file=sys.stderr,
         )
     try:
@@ -196,17 +199,17 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.removeprefix("step-"))
 
 
-def delete_old(run: Path, done: int, count: int, every: int) -> None:
-    """Delete old checkpoints, but not the `count` newest, nor those of every `every`-th step.
+def delete_old(run: Path, last_step: int, count: int, every: int) -> None:
+    """Delete checkpoints, except the `count` newest and those at multiples of `every` steps.
 
     With `every` = 0 only the newest stay.
     """
-    # A resumed run leaves checkpoints beyond step `done` when they are damaged, and writes them
-    # again. So they do not count.
-    written = [path for path in checkpoints_of(run) if step_of(path) <= done]
-    for path in written[:-count]:
+    # Checkpoints after `last_step` are damaged ones. The resumed run will overwrite them, so they
+    # do not count as the newest.
+    checkpoints = [path for path in checkpoints_of(run) if step_of(path) <= last_step]
+    for path in checkpoints[:-count]:
         if every == 0 or step_of(path) % every:
-            # What a calibration measured for a checkpoint goes with it.
+            # The calibrations of a checkpoint are deleted with it.
             for file in (path, *path.parent.glob(f"{path.stem}-calibration-*.safetensors")):
                 file.unlink()
 
@@ -222,25 +225,25 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
 
 
 def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
-    """Return the checkpoints, newest first, of the newest run that has any.
+    """Return the checkpoints, newest first, of the newest run that has one.
 
-    Raises CheckpointError when there is none.
+    Raises CheckpointError when no run has one.
     """
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return find_checkpoints(run)
-    what = f"run of an experiment {prefix}*" if prefix else "run"
+    target = f"run of an experiment {prefix}*" if prefix else "run"
     flag = "" if runs == Path("runs") else f" --runs {runs}"
     command = "" if prefix else f" (python train.py{flag})"
     raise CheckpointError(
-        f"{runs}: no {what} with a checkpoint here yet; "
+        f"{runs}: no {target} with a checkpoint here yet; "
         f"train one first{command}, or name a checkpoint"
     )
 
 
 def results_folder(saved: SavedModel, kind: str) -> Path:
-    """Return where results of a kind go: into a checkpoint's run, or beside an exported file."""
-    # A folder of diffusers is someone else's, so results of such a model go into a new folder.
+    """Return the folder for results of a kind: in a checkpoint's run, or next to an export."""
+    # A folder of diffusers stays unchanged, so the results of its model go into a new folder.
     if saved.path.is_dir():
         return Path("samples") / f"{saved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = saved.path.parent
@@ -250,47 +253,48 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """Return a run's checkpoints, newest first, or a file or a folder of diffusers as it is.
+    """Return a run's checkpoints, newest first, or the path itself if it is of another kind.
 
-    Raises CheckpointError for another folder.
+    The other kinds are a file and a folder of diffusers. Raises CheckpointError for another folder.
     """
     checkpoints = checkpoints_of(path)
     if checkpoints:
         return checkpoints[::-1]
-    if path.is_dir() and not is_diffusers(path):
+    if path.is_dir() and not is_diffusers_folder(path):
         raise CheckpointError(
             f"{path}: no checkpoint in this folder (a run folder has them in checkpoints/)"
         )
     return [path]
 
 
-def first_intact(candidates: Sequence[Path], read: Callable[[Path], Contents]) -> Contents:
-    """Return what `read` returns for the first checkpoint that it can read.
+def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> Result:
+    """Return the value of `read` for the first checkpoint that it can read.
 
-    A loud line is printed for each one before. Raises the last one's error when it can read none.
+    This prints a loud warning for each damaged checkpoint, and raises the last one's error when all
+    are damaged.
     """
-    for path, following in pairwise(candidates):
+    for path, next_path in pairwise(candidates):
         try:
             return read(path)
         except CheckpointError as error:
             print(
-                f"WARNING: DAMAGED CHECKPOINT: {error}. Taking the one before it: {following}",
+                f"WARNING: DAMAGED CHECKPOINT: {error}. Taking the one before it: {next_path}",
                 file=sys.stderr,
             )
     return read(candidates[-1])
 
 
 def last_checkpoint(run: Path) -> str:
-    """Return, for messages, the path of the newest checkpoint whose checksums are right."""
+    """Return, for a message, the path of the newest checkpoint whose checksums are right."""
     with suppress(CheckpointError):
-        return str(first_intact(find_checkpoints(run), check_whole).path)
+        return str(first_intact(find_checkpoints(run), verify_checkpoint).path)
     return "there is none yet"
 
 
-def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | None:
-    """Return the folder of the run that goes on; None when a new one is to be started.
+def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
+    """Return the folder of the run to resume, or None to start a new run.
 
-    `wanted` is one of these:
+    `resume` is one of these:
 
         None           a new run
         "newest"       the newest run of the experiment that has a checkpoint and has not reached
@@ -301,16 +305,16 @@ def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | Non
     Raises UserError when there is no such run, and CheckpointError when all checkpoints of a run
     are damaged.
     """
-    if wanted is None:
+    if resume is None:
         return None
-    if wanted not in ("newest", "auto"):
-        # The file of a checkpoint is no run.
-        if not Path(wanted).is_dir():
+    if resume not in ("newest", "auto"):
+        # A user may name a checkpoint's file, which is not a run.
+        if not Path(resume).is_dir():
             raise UserError(
-                f"{wanted} is not a run folder; "
+                f"{resume} is not a run folder; "
                 "`NAME --resume` takes the newest unfinished run of NAME"
             )
-        return Path(wanted)
+        return Path(resume)
     for run in reversed(runs_of(runs, experiment)):
         # The name of another experiment may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] == experiment and checkpoints_of(run):
@@ -318,8 +322,8 @@ def run_to_resume(wanted: str | None, runs: Path, experiment: str) -> Path | Non
             facts = checkpoint.contents["run"]
             if facts["step"] < facts["total_steps"]:
                 return run
-    nothing = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
-    if wanted == "newest":
-        raise UserError(f"{nothing}; start one without --resume")
-    print(f"WARNING: NOTHING TO RESUME ({nothing}). STARTING A NEW RUN.", file=sys.stderr)
+    problem = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
+    if resume == "newest":
+        raise UserError(f"{problem}; start one without --resume")
+    print(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.", file=sys.stderr)
     return None

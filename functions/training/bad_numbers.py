@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite numbers: skipped, counted, and in the end fatal."""
+"""Skip and count steps whose loss or gradients are not finite; too many in a row end the run."""
 
 from pathlib import Path
 
@@ -8,21 +8,21 @@ from torch import Tensor
 from functions.support.errors import UserError
 from functions.support.run_folder import last_checkpoint
 
-# The scale of float16's losses is there to enlarge gradients. Below 1 it has collapsed.
-# Without a scaler it is always 1.
+# The loss scale of float16 enlarges gradients, so below 1 it has collapsed. With other precisions
+# it is always 1.
 SMALLEST_SCALE = 1.0
 
 
 class BadNumbers:
-    """Finds and counts bad steps on the device, without making the host wait for it.
+    """Find and count bad steps on the device, so that the host does not wait for it.
 
-    `check` gives the flag that a fused Adam takes as its `found_inf`. A flag of 1 makes it leave
-    weights, moments and its count of steps as they are, so the next step starts as if this one
-    had not been. Now and then the host looks at them, by `counts` and `read`.
+    `check` returns a flag that a fused Adam takes as `found_inf`. If the flag is 1, Adam changes
+    neither weights nor moments nor its step count. At each row of metrics the host copies the
+    counts from the device, by `counts` and `read`.
     """
 
     def __init__(self, device: torch.device):
-        # All attributes are tensors, and go into checkpoints by their names.
+        # All attributes are tensors, which checkpoints store under the attributes' names.
         self.step = torch.tensor(0, device=device)
         self.skipped = torch.tensor(0, device=device)
         self.in_a_row = torch.tensor(0, device=device)
@@ -35,7 +35,7 @@ class BadNumbers:
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         self.step += 1
         self.skipped += bad
-        # A good step sets the row back to 0, since `bad` is then 0.
+        # `bad` is 0 for a good step, which ends the row of bad steps.
         self.in_a_row = (self.in_a_row + 1) * bad
         self.longest = torch.maximum(self.longest, self.in_a_row)
         this_step = torch.stack([self.step.float(), loss.float(), grad_norm.float()])
@@ -43,47 +43,47 @@ class BadNumbers:
         return bad.float()
 
     def state(self) -> dict[str, int | list[float]]:
-        """Return plain numbers for a checkpoint."""
+        """Return the numbers that a checkpoint stores."""
         return {name: tensor.tolist() for name, tensor in vars(self).items()}
 
     def load(self, state: dict[str, int | list[float]]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from the numbers that `state` returned."""
         for name, tensor in vars(self).items():
             tensor.copy_(torch.tensor(state[name]))
 
     def counts(self, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
         """Return scalars on the device, for `read`.
 
-        They are the most bad steps in a row since the last `read`, all that were skipped so far,
-        and the scale of losses.
+        They are the most bad steps in a row since the last `read`, the number of all skipped steps
+        of the run, and the loss scale.
         """
         return {
             "longest": self.longest,
             "skipped": self.skipped,
-            # Scaling a one gives the scale without the wait that get_scale has.
+            # Unlike `get_scale`, scaling a one does not wait for the device.
             "scale": scaler.scale(torch.ones_like(self.step)),
         }
 
-    def read(self, numbers: dict[str, float], limit: int, learning_rate: float, run: Path) -> int:
-        """Return how many steps have been skipped so far, from what `counts` gives now.
+    def read(self, counts: dict[str, float], limit: int, learning_rate: float, run: Path) -> int:
+        """Return the number of all skipped steps, from the values of the scalars in `counts`.
 
-        Raises UserError when `limit` bad steps in a row came since the last `read`, or when the
+        Raises UserError if there were `limit` bad steps in a row since the last `read`, or if the
         loss scale of float16 has collapsed.
         """
-        # A row of bad steps that is not over yet goes on counting.
+        # A row of bad steps may continue after this `read`, so it is not forgotten.
         self.longest = self.in_a_row.clone()
-        if numbers["longest"] >= limit:
+        if counts["longest"] >= limit:
             fault = (
-                f"{numbers['longest']:.0f} steps in a row had a loss or gradients that are not "
+                f"{counts['longest']:.0f} steps in a row had a loss or gradients that are not "
                 "finite numbers"
             )
-        elif numbers["scale"] < SMALLEST_SCALE:
+        elif counts["scale"] < SMALLEST_SCALE:
             fault = (
-                f"the loss scale of float16 has collapsed to {numbers['scale']:g}: "
+                f"the loss scale of float16 has collapsed to {counts['scale']:g}: "
                 "gradients overflow at any scale"
             )
         else:
-            return int(numbers["skipped"])
+            return int(counts["skipped"])
         step, loss, grad_norm = self.last.tolist()
         raise UserError(
             f"{fault}; the last was step {step:.0f} (loss {loss:.4g}, "

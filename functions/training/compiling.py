@@ -1,4 +1,4 @@
-"""On CUDA the network that is trained is compiled, where that saves more time than it takes."""
+"""Compile the network for training on CUDA, if that saves more time than it takes."""
 
 import time
 from collections.abc import Iterator
@@ -15,32 +15,32 @@ from functions.support.processes import Processes
 from functions.training.memory import run_pass
 
 DEVICES = ("cuda",)
-# Compiling for one shape takes about so many seconds.
-COMPILING = 240
-# A compiled pass saves about this part of a pass's time, by the bytes that were counted for
+# Compiling for one shape takes about this many seconds.
+COMPILE_SECONDS = 240
+# A compiled pass saves about this fraction of a pass's time, by the count of bytes in
 # benchmarks/NOTES.md.
-SHARE_SAVED = 0.5
+SAVED_FRACTION = 0.5
 OPTIONS = {
-    # Dropout is drawn as without a compiler.
+    # Dropout draws the same random numbers as without a compiler.
     "fallback_random": True,
-    # What is cheap is computed again and not kept: a pass moves 25 GB, not 30, by the same count.
+    # Cheap tensors are recomputed instead of kept: a pass moves 25 GB, not 30, by the same count.
     "realize_reads_threshold": 32,
     "realize_acc_reads_threshold": 32,
     "realize_opcount_threshold": 200,
 }
-# Each parameter's compiled gradient may differ by this part of the plain gradient's norm. Rounding
-# to bfloat16 changed none by more than 0.065, in the presets' networks. PyTorch 2.13 on a CPU
-# compiled bfloat16 wrongly: all gradients together differed by 0.15 and more.
+# Each parameter's compiled gradient may differ by this fraction of the plain gradient's norm. In
+# the presets' networks, rounding to bfloat16 changed no gradient by more than 0.065. PyTorch 2.13
+# on a CPU compiled bfloat16 wrongly: the gradient of all parameters differed by 0.15 and more.
 TOLERANCE = 0.1
-# This part of the norm of all gradients is added to that of each. The biases of keys need it: they
-# change no softmax, so their gradients are only rounding, of up to 2e-6 of all. In the presets'
-# networks each other parameter has at least 3.7e-5 of all.
+# This fraction of the norm of all gradients is added to the norm of each. The biases of keys need
+# it: they change no softmax, so their gradients are only rounding errors, of up to 2e-6 of that
+# norm. In the presets' networks every other gradient has at least 3.7e-5 of it.
 FLOOR = 3e-5
-# Gradients that are not finite after so many halvings are a fault.
+# Gradients that are not finite after this many halvings are an error.
 MOST_HALVINGS = 20
 
 
-def compiled_if_worth_it(
+def compile_if_worth_it(
     denoiser: Denoiser,
     network: nn.Module,
     config: DiffusionConfig,
@@ -48,10 +48,11 @@ def compiled_if_worth_it(
     steps: int,
     processes: Processes,
 ) -> Denoiser:
-    """Return the denoiser to train with, either of `network` or of `network` compiled.
+    """Return the denoiser to train with, whose network is `network` or its compiled form.
 
-    `network` is the denoiser's network, wrapped by `Processes.wrap`. It is compiled and tried
-    before the first step, for all sizes of a step's `passes`, if that pays off in so many `steps`.
+    `network` is the denoiser's network as `Processes.wrap` returned it. If compiling saves time in
+    this number of `steps`, `network` is compiled before the first step, for the batch size of each
+    of a step's `passes`, and its gradients are compared with those of the plain network.
     """
     eager = replace(denoiser, network=network)
     model = denoiser.network
@@ -59,49 +60,49 @@ def compiled_if_worth_it(
     if device.type not in DEVICES or not is_allowed(config, processes):
         return eager
 
-    # The network is compiled by itself for each shape that a pass has.
+    # Each shape of a batch is compiled separately.
     image_shape = (model.channels, model.image_size, model.image_size)
     shapes = {(batch_slice.stop - batch_slice.start, *image_shape) for batch_slice in passes}
-    with trial(network, processes):
-        seconds, expected = tried(eager, shapes)
+    with perturbed_weights(network, processes):
+        seconds, expected = time_and_gradients(eager, shapes)
         if not is_worth_it(seconds * len(passes) * steps, len(shapes), steps, processes):
             return eager
 
         start = time.monotonic()
         try:
-            # The compiled network keeps all that backward needs. If it were to recompute norms, the
-            # compiler would recompute convolutions as well.
+            # With "norms" the compiler would recompute convolutions, too. So the compiled network
+            # recomputes nothing.
             model.set_recompute("none")
             compiled_network = torch.compile(network, dynamic=False, options=OPTIONS)
             compiled = replace(denoiser, network=compiled_network)
-            compiled_seconds, gradients = tried(compiled, shapes)
+            compiled_seconds, gradients = time_and_gradients(compiled, shapes)
             difference = largest_difference(gradients, expected, network)
             failure = ""
             if compiled_seconds >= seconds:
                 failure = f"it is slower: {compiled_seconds:.3g} s a pass instead of {seconds:.3g}"
-            # A gradient that is not a number fails, too.
+            # This is also true if the difference is nan.
             if not difference < TOLERANCE:
                 failure = f"its gradients differ by {difference:.0%}"
         except Exception as error:
-            # Compilers fail with errors of any kind, and training can go on after all of them.
+            # Compilers raise errors of any kind, and training can go on after all of them.
             failure = f"{type(error).__name__}: {short(error)}"
-        took = time.monotonic() - start
+        compile_seconds = time.monotonic() - start
 
-    # The processes use the same network, so after a failure in one of them all go on without.
+    # All processes must train the same network. So if compiling fails in one, none uses it.
     for reason in processes.gather(failure):
         if reason:
             processes.print_main(f"             failed, so it goes on without: {reason}")
             model.set_recompute(config.recompute)
             return eager
     processes.print_main(
-        f"             took {took:.0f} s; "
+        f"             took {compile_seconds:.0f} s; "
         f"a pass takes {compiled_seconds:.3g} s instead of {seconds:.3g}"
     )
     return compiled
 
 
 def is_allowed(config: DiffusionConfig, processes: Processes) -> bool:
-    """Return whether the config allows compiling; print which field does not."""
+    """Return whether the config allows compiling; print the field that forbids it."""
     for field, value in {"compile": "off", "deterministic": True, "recompute": "blocks"}.items():
         if getattr(config, field) == value:
             processes.print_main(f"  compiling  is left out, with {field} = {value}")
@@ -110,34 +111,35 @@ def is_allowed(config: DiffusionConfig, processes: Processes) -> bool:
 
 
 def is_worth_it(seconds: float, shapes: int, steps: int, processes: Processes) -> bool:
-    """Estimate and print what compiling takes and saves; return whether it saves more.
+    """Estimate and print the time that compiling takes and saves; return whether it saves more.
 
-    `seconds` is the time of all passes of these steps without it, `shapes` the number of their
-    shapes.
+    `seconds` is the time of all passes of these steps without compiling, and `shapes` the number of
+    shapes to compile for.
     """
-    takes = COMPILING * shapes
-    saves = SHARE_SAVED * seconds
-    # Each process has timed its own passes, so rank 0 decides for all.
-    worth_it = processes.on_main(lambda: saves > takes)
-    verb = "takes" if worth_it else "is left out: it would take"
+    cost = COMPILE_SECONDS * shapes
+    saving = SAVED_FRACTION * seconds
+    # Each process has timed its passes, so rank 0 decides for all.
+    worth_it = processes.on_main(lambda: saving > cost)
+    verdict = "will take" if worth_it else "is left out: it would take"
     processes.print_main(
-        f"  compiling  {verb} some {takes} s and save some {saves:,.0f} s of {steps:,} steps; "
+        f"  compiling  {verdict} some {cost} s and save some {saving:,.0f} s of {steps:,} steps; "
         "these are estimates"
     )
     return worth_it
 
 
-def tried(denoiser: Denoiser, shapes: set[tuple[int, ...]]) -> tuple[float, Tensor]:
-    """Return the seconds of a pass in the slowest of these shapes, and a gradient.
+def time_and_gradients(denoiser: Denoiser, shapes: set[tuple[int, ...]]) -> tuple[float, Tensor]:
+    """Return the seconds of a pass in the slowest of these shapes, and gradients.
 
-    The gradient is that of all parameters, one after the other, summed over all passes tried.
+    The gradients are those of all parameters, flattened into one vector (parameters,), and summed
+    over two passes of each shape.
     """
     network = denoiser.network
-    # Large gradients overflow in float16. As in training, the loss is halved until none do.
+    # Large gradients overflow in float16. As in training, the loss is halved until none overflows.
     for halvings in range(MOST_HALVINGS):
         scale = 0.5**halvings
         network.zero_grad(set_to_none=False)
-        # The first pass of a shape may include compiling, so the faster of two counts.
+        # The first pass of a shape may include compiling, so the time is that of the faster pass.
         seconds = [min(run_pass(denoiser, shape, scale) for _ in range(2)) for shape in shapes]
         gradients = torch.cat(
             [parameter.grad.flatten().cpu() for parameter in network.parameters()]
@@ -150,9 +152,9 @@ def tried(denoiser: Denoiser, shapes: set[tuple[int, ...]]) -> tuple[float, Tens
 def largest_difference(gradients: Tensor, expected: Tensor, network: nn.Module) -> float:
     """Return the largest relative difference of a parameter's gradient, which may be nan.
 
-    Both are gradients of all parameters of the network, as `tried` returns them.
+    Both are gradients of all parameters of the network, as `time_and_gradients` returns them.
     """
-    # All are not compared at once: most of their norm is that of the last layer.
+    # Each parameter is compared separately, since the last layer has most of the norm of all.
     sizes = [parameter.numel() for parameter in network.parameters()]
     floor = FLOOR * expected.norm()
     differences = [
@@ -163,18 +165,18 @@ def largest_difference(gradients: Tensor, expected: Tensor, network: nn.Module) 
 
 
 @contextmanager
-def trial(network: nn.Module, processes: Processes) -> Iterator[None]:
-    """Move all weights a little, to compare gradients within, and restore them afterwards."""
-    before = {name: tensor.to("cpu", copy=True) for name, tensor in network.state_dict().items()}
+def perturbed_weights(network: nn.Module, processes: Processes) -> Iterator[None]:
+    """Add noise to all weights within the context, to compare gradients; restore them after it."""
+    weights = {name: tensor.to("cpu", copy=True) for name, tensor in network.state_dict().items()}
     try:
-        # Some weights of a new network are zero, and then most gradients are zero, too.
+        # Some weights of a new network are zero. They would make most gradients zero.
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-        # The processes do not wait for each other's gradients, as one of them may fail.
+        # The processes do not share gradients here, as one process may fail while others wait.
         with processes.accumulating(network, last=False):
             yield
     finally:
-        network.load_state_dict(before)
-        # With several processes gradients lie in DDP's buckets, where they are zeroed in place.
+        network.load_state_dict(weights)
+        # With several processes gradients are views of DDP's buckets and are zeroed in place.
         network.zero_grad(set_to_none=processes.count == 1)

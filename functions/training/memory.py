@@ -1,4 +1,4 @@
-"""Before the first step: a batch size that fits in memory, and what the steps will cost."""
+"""Before the first step: find a batch size that fits in memory, and estimate what steps cost."""
 
 import copy
 import gc
@@ -19,36 +19,37 @@ from functions.support.processes import Processes
 def describe_compute(
     experiment: Experiment, denoiser: Denoiser, steps: int, processes: Processes
 ) -> str:
-    """Describe what the steps to go cost: FLOPs by counting, and hours on this device by trying.
+    """Describe what the steps to go cost: FLOPs, which are counted, and hours, by timed passes.
 
-    As in the run itself, `fit_memory` comes before whole batches.
+    The passes have the batch size that `fit_memory` finds, as in the run, unless one image takes a
+    second or more. Then a pass of one image is timed.
     """
     effective_batch = experiment.diffusion.effective_batch
-    # The first pass warms up. Where one image takes long, it is enough to tell.
-    images = 1
+    # The pass of one image also warms up the device.
+    image_count = 1
     seconds = 0.0
-    shape = (images, *experiment.model.image_shape)
+    shape = (image_count, *experiment.model.image_shape)
     if pass_fits(denoiser, shape):
         seconds = run_pass(denoiser, shape)
     if not processes.any(seconds >= 1):
         fitting = fit_memory(experiment, denoiser, processes)
-        images = min(fitting.diffusion.batch_size, len(processes.shard(effective_batch)))
-        shape = (images, *experiment.model.image_shape)
+        image_count = min(fitting.diffusion.batch_size, len(processes.shard(effective_batch)))
+        shape = (image_count, *experiment.model.image_shape)
         seconds = min(run_pass(denoiser, shape) for _ in range(2))
-    # What is recomputed counts, and `fit_memory` may have changed it.
+    # FLOPs include recomputation, which `fit_memory` may have changed. So they are counted here.
     flops = effective_batch * flops_of_image(denoiser.network)
-    hours = effective_batch * seconds / images * steps / 3600
+    hours = effective_batch * seconds / image_count * steps / 3600
     device = next(denoiser.network.parameters()).device
     return (
         f"  compute    {flops / 1e12:.3g} TFLOP a step; the {steps:,} steps to go take about "
         f"{hours:,.2f} hours on one {device}, by timing\n"
-        f"             forward and backward of {images}"
+        f"             forward and backward of {image_count}"
     )
 
 
 def flops_of_image(network: nn.Module) -> int:
-    """Count the FLOPs of an image's forward and backward pass, recomputation included."""
-    # On the meta device tensors have shapes and no memory, so nothing is computed.
+    """Count the FLOPs of forward and backward of one image, recomputation included."""
+    # On the meta device tensors have shapes but no memory, so nothing is computed.
     network = copy.deepcopy(network).to("meta")
     image = torch.empty(1, network.channels, network.image_size, network.image_size, device="meta")
     t = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -58,11 +59,12 @@ def flops_of_image(network: nn.Module) -> int:
 
 
 def fit_memory(experiment: Experiment, denoiser: Denoiser, processes: Processes) -> Experiment:
-    """Return the experiment with a batch_size that fits in every process's memory, by trying.
+    """Return the experiment with the largest batch_size whose pass fits in every process's memory.
 
-    Where a pass does not fit, the next smaller divisor of the effective batch becomes batch_size
-    and gradient_accumulation makes up for it, so that the result stays the same, but for dropout,
-    whose masks have a seed for each pass. After 1 comes recompute = "blocks", then UserError.
+    The first attempt is the configured batch_size. The next ones are the smaller divisors of the
+    effective batch, which stays the same as gradient_accumulation grows. So the result stays the
+    same, except for dropout, whose masks have a seed for each pass. The last attempt is one image
+    with recompute = "blocks". Raises UserError if this does not fit either.
     """
     config = experiment.diffusion
     effective = config.effective_batch
@@ -96,11 +98,11 @@ def fit_memory(experiment: Experiment, denoiser: Denoiser, processes: Processes)
 
 
 def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
-    """Try whether forward and backward of images in this shape fit in memory."""
+    """Return whether forward and backward of images in this shape fit in memory."""
     network = denoiser.network
     try:
-        # A step's later passes find gradients in memory, as they find Adam's moments, which
-        # `TrainingState` has made.
+        # In training, a step's later passes share memory with gradients and with Adam's moments.
+        # `TrainingState` has allocated the moments already.
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         run_pass(denoiser, shape)
@@ -111,14 +113,14 @@ def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
         return False
     finally:
         network.zero_grad()
-        # Checkpoints refer to themselves, so what did not fit stays until it is collected.
+        # `torch.utils.checkpoint` makes reference cycles, whose memory only this frees.
         gc.collect()
-        # This does nothing where CUDA is not in use.
+        # Without CUDA this does nothing.
         torch.cuda.empty_cache()
 
 
 def run_pass(denoiser: Denoiser, shape: tuple[int, ...], scale: float = 1) -> float:
-    """Run forward and backward of the same noise each time, and return the seconds that it took.
+    """Run forward and backward of noise, the same in every call, and return the seconds they take.
 
     The loss is the squared error, summed over pixels and images, times `scale`.
     """
@@ -128,8 +130,8 @@ def run_pass(denoiser: Denoiser, shape: tuple[int, ...], scale: float = 1) -> fl
     x_0 = torch.randn(shape, device=weight.device)
     t = torch.zeros(len(x_0), dtype=torch.int64, device=weight.device)
     losses = denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0)
-    # The gradients of the mean over pixels would be too small for float16.
+    # A mean over pixels would have gradients that are too small for float16.
     (scale * x_0[0].numel() * losses).sum().backward()
-    # The number reaches the host when the device is done.
+    # `item` waits until the device is done.
     weight.grad.sum().item()
     return time.perf_counter() - start

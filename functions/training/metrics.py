@@ -1,4 +1,4 @@
-"""A run's numbers: metrics.csv for people and scripts, and the same in TensorBoard."""
+"""The metrics of a run: metrics.csv for people and scripts, and the same in TensorBoard."""
 
 import csv
 import math
@@ -18,38 +18,39 @@ from functions.support.files import write_text
 from functions.support.pictures import plt, save_figure
 
 COLUMNS = (
-    # Optimiser steps done.
+    # The number of optimiser steps done.
     "step",
-    # Passes over the training images done, as a fraction.
+    # The number of passes over the training images done, with its fraction.
     "epoch",
-    # The training loss, as the mean of the steps since the row before.
+    # The mean training loss of the steps since the row before.
     "loss",
     # The squared error of eps that belongs to that loss; with objective = "eps" it is the loss.
     "eps_error",
-    # The same two on held-out images, with the raw weights; empty where nothing was measured.
+    # Loss and error of eps on held-out images, with the raw weights; empty in rows without
+    # validation.
     "val_loss",
     "val_eps_error",
-    # The same with the EMA weights.
+    # Loss and error of eps on held-out images, with the EMA weights.
     "val_loss_ema",
     "val_eps_error_ema",
-    # The variational bound on held-out images, with the EMA weights if there are any; empty
-    # where nothing was measured.
+    # The variational bound on held-out images, with the EMA weights if there are any; empty in
+    # rows without its measurement.
     "bits_per_dim",
     # The gradient norm of the last step, before clipping.
     "grad_norm",
     "learning_rate",
-    # The speed of training alone, without validation and samples.
+    # The speed of training, without the time of validation and samples.
     "images_per_second",
-    # Steps skipped so far, as their loss or gradients were not finite numbers.
+    # The number of steps skipped so far, as their loss or gradients were not finite.
     "skipped_steps",
 )
 
 
 class MetricsLog:
-    """Appends rows to metrics.csv and TensorBoard.
+    """Append rows to metrics.csv and TensorBoard.
 
-    A row is on the disk when `write` returns. Rows that an interrupted run wrote after
-    `resume_step` are dropped, since those steps are done again.
+    A row is on the disk when `write` returns. Rows after `resume_step`, which an interrupted run
+    has written, are dropped, since the resumed run repeats these steps.
     """
 
     def __init__(self, run: Path, resume_step: int = 0):
@@ -72,8 +73,8 @@ class MetricsLog:
                 raise ValueError(f"{name!r} is no column of metrics.csv; add it to COLUMNS")
         with open(self.path, "a") as file:
             file.write(format_row(values) + "\n")
-            # The row reaches the disk before any checkpoint does, so a run that goes on from
-            # that checkpoint finds it.
+            # The row reaches the disk before the next checkpoint, so a run that resumes from that
+            # checkpoint finds the row.
             file.flush()
             os.fsync(file.fileno())
         for column, value in values.items():
@@ -85,10 +86,10 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Return the rows of a metrics.csv as numbers, None where a cell is empty.
 
-    A last row that was cut short is left out. So are damaged rows, each with a warning.
+    An incomplete last row is left out. Damaged rows are left out, too, each with a warning.
     """
     with open(path, newline="", errors="replace") as file:
-        # A line without an end was being written when the process was killed.
+        # The process was killed while it wrote a line without an end.
         lines = [line for line in file if line.endswith("\n")]
     rows = []
     # The header is line 1 of the file.
@@ -96,17 +97,17 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
         try:
             values = {}
             for column in COLUMNS:
-                # Older runs have no columns of eps. All of them predicted eps, so that error
-                # was their loss.
+                # Older runs have no columns eps_error. They all predicted eps, so the error of eps
+                # is their loss.
                 older_column = column.replace("eps_error", "loss")
                 cell = row.get(column, row.get(older_column))
                 values[column] = float(cell) if cell else None
             values["step"] = int(row["step"])
-            # A run that was stopped left what was to be measured to the one that went on, which
-            # wrote it into a row of its own.
+            # A run that was stopped left its measurements to the resumed run, which wrote them into
+            # a second row of the same step.
             if rows and rows[-1]["step"] == values["step"]:
-                measured = {name: value for name, value in values.items() if value is not None}
-                values = rows.pop() | measured
+                measurements = {name: value for name, value in values.items() if value is not None}
+                values = rows.pop() | measurements
             rows.append(values)
         except (ValueError, TypeError, KeyError):
             print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
@@ -114,7 +115,7 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 
 
 def format_row(values: dict[str, float | None]) -> str:
-    """Return a line of metrics.csv, without its end."""
+    """Return a line of metrics.csv, without the newline."""
     return ",".join(format_number(values.get(column)) for column in COLUMNS)
 
 
@@ -125,13 +126,13 @@ def format_number(value: float | None) -> str:
 
 
 def fetch(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Return the values of scalars on a device, all in one wait for it."""
+    """Copy scalars from a device, all at once, so that the host waits for it only once."""
     values = torch.stack([scalar.float() for scalar in scalars.values()])
     return dict(zip(scalars, values.cpu().tolist(), strict=True))
 
 
 class TrainingWindow:
-    """Loss, error of eps and speed since the last row, without waiting for the device.
+    """Sum up the loss and the error of eps since the last row on the device; measure the speed.
 
     `images_a_step` is the effective batch.
     """
@@ -142,16 +143,16 @@ class TrainingWindow:
         self.steps = torch.zeros((), device=device)
         self.images_a_step = images_a_step
         self.steps_timed = 0
-        # The window began at this time. Pauses move it later.
+        # This is when the window began. Each pause moves it to a later time.
         self.clock = time.perf_counter()
 
     def state(self) -> dict[str, list[float] | int]:
-        """Return what a checkpoint keeps, so that the next row of a resumed run misses no step."""
+        """Return what a checkpoint stores, so that the next row of a resumed run has all steps."""
         return {"sums": self.sums_of_losses.tolist(), "steps": int(self.steps)}
 
     def load(self, state: dict[str, list[float] | int]) -> None:
-        """Go on from what `state` gave; the time of those steps is not known."""
-        # Older checkpoints have one sum: all runs predicted eps then, so it is both.
+        """Go on from the sums that `state` returned. The time of these steps is not known."""
+        # Older checkpoints have one sum. All older runs predicted eps, so it is both sums.
         sums = state["sums"] if "sums" in state else 2 * [state["loss_sum"]]
         self.sums_of_losses.copy_(torch.tensor(sums))
         self.steps.fill_(int(state["steps"]))
@@ -159,8 +160,8 @@ class TrainingWindow:
     def add(self, sums: Tensor, skipped: Tensor) -> None:
         """Add a step's loss and error of eps (2,), summed over images.
 
-        `skipped` () is 1 if the step was skipped, else 0. A skipped step takes time, but its
-        loss does not count.
+        `skipped` () is 1 if the step was skipped, else 0. A skipped step counts for the speed, but
+        not for the means.
         """
         self.sums_of_losses += torch.where(skipped > 0, 0.0, sums)
         self.steps += 1 - skipped
@@ -171,39 +172,40 @@ class TrainingWindow:
         loss, eps_error = self.sums_of_losses
         return {"loss": loss, "eps_error": eps_error, "steps": self.steps}
 
-    def read(self, numbers: dict[str, float]) -> dict[str, float]:
+    def read(self, sums: dict[str, float]) -> dict[str, float]:
         """Return means over images and images a second, and start the next window.
 
-        `numbers` has what `sums` gives now. The means are nan if all steps were skipped.
+        `sums` has the values of the scalars in `sums()`. The means are nan if all steps were
+        skipped.
         """
-        # Whoever has the numbers has waited for the device, so the clock is right.
+        # The caller has waited for the device, so all steps are done by now.
         now = time.perf_counter()
         speed = self.steps_timed * self.images_a_step / (now - self.clock)
-        images = numbers["steps"] * self.images_a_step or math.nan
+        image_count = sums["steps"] * self.images_a_step or math.nan
 
         self.sums_of_losses.zero_()
         self.steps.zero_()
         self.steps_timed = 0
         self.clock = now
         return {
-            "loss": numbers["loss"] / images,
-            "eps_error": numbers["eps_error"] / images,
+            "loss": sums["loss"] / image_count,
+            "eps_error": sums["eps_error"] / image_count,
             "images_per_second": speed,
         }
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock within, for what is not training."""
+        """Stop the clock within the context, whose work is not training."""
         start = time.perf_counter()
         yield
-        # `read` may have started the next window meanwhile.
+        # `read` may have started the next window within the context.
         self.clock += time.perf_counter() - max(start, self.clock)
 
 
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
     """Plot the training and validation curves of a metrics.csv.
 
-    They are of the error of eps, so that runs with different objectives can be compared.
+    The curves show the error of eps, so that runs with different objectives can be compared.
     """
     rows = read_metrics(metrics)
     figure, axis = plt.subplots(figsize=(8, 4.5))
@@ -225,14 +227,11 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
         },
     }
     for column, style in curves.items():
-        measured = [row for row in rows if row[column] is not None]
-        if measured:
-            steps = [row["step"] for row in measured]
-            errors = [row[column] for row in measured]
-            axis.plot(steps, errors, **style)
+        points = [(row["step"], row[column]) for row in rows if row[column] is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), **style)
 
-    # The first steps start near 1, where nothing is learned yet. A linear axis would flatten
-    # all that follows.
+    # The error starts near 1 and soon is far below. A linear axis would flatten all that follows.
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""Between two steps of a training: metrics, validation, sample grids, checkpoints and stopping."""
+"""Between two training steps: metrics, validation, sample grids, checkpoints and stopping."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data.batches import ImageFeeder
 from data.pixels import to_model_range, to_uint8
-from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim
+from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
@@ -29,49 +29,49 @@ from functions.training.metrics import MetricsLog, TrainingWindow, fetch, plot_l
 from functions.training.stopping import StopSignals, failed_writes_explained
 from functions.training.validation import validation_losses
 
-# The bound takes at least one of every so many timesteps. Its error comes from the number of
-# images, hardly from this.
+# The variational bound uses at least one of this many timesteps. Its error comes mostly from the
+# number of images.
 BOUND_T_STRIDE = 50
-# It returns columns of metrics.csv.
+# A measurement returns columns of metrics.csv.
 Measurement = Callable[[], dict[str, float]]
 
 
 @dataclass
 class Recorder:
-    """Does what is due after a step, and ends the run after a signal: see `after_step`.
+    """Record a run: `after_step` does everything that is due after a step.
 
-    Within `opened` it has the run folder's lock, its files and the progress bar. All processes
-    validate and sample together; rank 0 writes.
+    The context `opened` holds the run folder's lock, its files and the progress bar. All processes
+    validate and sample together, and rank 0 writes.
     """
 
     run: Run
     facts: Facts
     state: TrainingState
-    # Samples are drawn with this one. It has the EMA weights if there are any.
+    # This denoiser draws the samples. It has the EMA weights if there are any.
     denoiser: Denoiser
-    images: ImageFeeder
+    feeder: ImageFeeder
     val_indices: np.ndarray
     processes: Processes
 
     def __post_init__(self) -> None:
         self.config = self.run.experiment.diffusion
-        self.window = TrainingWindow(self.images.device, self.config.effective_batch)
-        self.bad_numbers = BadNumbers(self.images.device)
+        self.window = TrainingWindow(self.feeder.device, self.config.effective_batch)
+        self.bad_numbers = BadNumbers(self.feeder.device)
         if self.run.checkpoint:
             self.load(self.run.checkpoint)
         self.saved_at = time.monotonic()
-        self.stop = StopSignals()
+        self.stop_signals = StopSignals()
         self.bar = tqdm(disable=True)
-        # Rank 0 writes them.
+        # Only rank 0 has this log.
         self.metrics: MetricsLog | None = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Open the run's folder, do what is left to do of an earlier start, and close it again."""
+        """Open the run folder, and catch up with the work that an interrupted run has left."""
         run = self.run
         with ExitStack() as stack:
             run.folder = self.processes.on_main(lambda: self.open_folder(stack))
-            stack.enter_context(self.stop)
+            stack.enter_context(self.stop_signals)
             bar = tqdm(
                 initial=run.first_step,
                 total=self.facts.total_steps,
@@ -82,17 +82,17 @@ class Recorder:
             self.bar = stack.enter_context(bar)
             self.catch_up(run.first_step)
             # The data are prepared and the network is compiled, so nobody is slow from here on.
-            self.processes.wait_less()
+            self.processes.shorten_timeout()
             yield
 
     def open_folder(self, stack: ExitStack) -> Path:
-        """Make the folder, lock it and begin its files, in rank 0; the stack closes them."""
+        """Make the run folder, lock it and open its files, in rank 0; the stack closes them."""
         run = self.run
         run.make_folder()
         stack.enter_context(locked(run.folder))
         config = run.write_config(self.facts)
         self.metrics = MetricsLog(run.folder, run.first_step)
-        # TensorBoard still writes when it is closed.
+        # TensorBoard writes when it is closed, which may fail.
         close = failed_writes_explained(run.folder)(self.metrics.tensorboard.close)
         stack.callback(close)
         self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", run.first_step)
@@ -100,9 +100,9 @@ class Recorder:
         return run.folder
 
     def catch_up(self, first_step: int) -> None:
-        """Do what a run that was stopped left to the one that goes on.
+        """Do the work that a stopped run has left to the run that resumes it.
 
-        A signal ends it here, too: then it is left to the next one.
+        After a signal this run stops here, too, and leaves the work to the next one.
         """
         checkpoint = self.run.checkpoint
         if not checkpoint:
@@ -112,7 +112,7 @@ class Recorder:
             if unmeasured:
                 measurements = self.measurements_due(first_step)
                 unmeasured = self.write_row({"step": first_step}, measurements)
-            # The next resume takes the config from the checkpoint, so a changed one is saved now.
+            # The next resumed run takes its config from the checkpoint, so changes are saved now.
             if checkpoint.contents["config"] != self.run.experiment.to_dict():
                 self.save(first_step, unmeasured)
             if self.is_stopping(first_step):
@@ -124,7 +124,7 @@ class Recorder:
                     self.sample(first_step)
 
     def load(self, checkpoint: TensorFile) -> None:
-        """Go on with the numbers that `save` wrote."""
+        """Go on with the metrics and the counts of bad steps that `save` has written."""
         saved = checkpoint.contents["run"]
         try:
             self.window.load(saved["window"])
@@ -138,12 +138,12 @@ class Recorder:
     def save(self, done: int, unmeasured: bool = False) -> None:
         """Write a checkpoint to resume and sample from.
 
-        It remembers whether the row of metrics lacks what was to be measured for it.
+        With `unmeasured`, the resumed run makes the measurements that are due at this step.
         """
         self.saved_at = time.monotonic()
         if not self.processes.is_main:
             return
-        run = {
+        contents = {
             "experiment": self.run.name,
             "step": done,
             "unmeasured": unmeasured,
@@ -152,15 +152,15 @@ class Recorder:
             "bad_numbers": self.bad_numbers.state(),
         }
         path = self.run.path_of("checkpoints", done)
-        save_checkpoint(path, self.run.experiment.to_dict(), run, self.state)
+        save_checkpoint(path, self.run.experiment.to_dict(), contents, self.state)
         delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
 
     def is_due(self, every: int, done: int) -> bool:
-        """Return whether it is the turn of what is done every so many steps; 0 means never."""
+        """Return whether work that is done every `every` steps is due; 0 means never."""
         return every > 0 and (done % every == 0 or done == self.facts.total_steps)
 
     def measurements_due(self, done: int) -> list[Measurement]:
-        """Return what is to be measured on held-out images when `done` steps are done."""
+        """Return the measurements on held-out images that are due when `done` steps are done."""
         measurements = []
         if self.is_due(self.config.validate_every, done):
             measurements.append(self.validate)
@@ -169,23 +169,23 @@ class Recorder:
         return measurements
 
     def is_stopping(self, done: int) -> bool:
-        """Return whether a signal to any process ends all of them after this step."""
-        stop = self.stop.received is not None or self.processes.orphaned
-        # They agree here, so that they stop after the same step.
+        """Return whether a signal to any process stops the run after this step."""
+        stop = self.stop_signals.received is not None or self.processes.orphaned
+        # All processes get the same answer, so that they stop after the same step.
         return self.processes.any(stop) and done < self.facts.total_steps
 
     def after_step(self, done: int, grad_norm: Tensor) -> None:
-        """Do all that is due when `done` steps are done.
+        """Do everything that is due when `done` steps are done.
 
-        After a signal to any process, save and end all of them. Whoever stops a run may leave
-        little time, so what is to be measured, and the grid, are left to the run that goes on.
+        After a signal to any process, save a checkpoint and end all processes. There may be little
+        time after a signal, so measurements and the grid are left to the resumed run.
         """
         config = self.config
         epoch = min(done // self.facts.steps_per_epoch + 1, config.epochs)
         self.bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
         self.bar.update()
 
-        # The speed in images a second is of training alone, so its clock is stopped.
+        # The clock stops here, so that images_per_second is the speed of training alone.
         with self.window.paused(), failed_writes_explained(self.run.folder):
             measurements = self.measurements_due(done)
             unmeasured = False
@@ -204,11 +204,10 @@ class Recorder:
             self.stop_run()
 
     def stop_run(self) -> NoReturn:
-        """End all processes of a run that is saved, with a status that says so."""
-        # torchrun ends all processes when one has ended. So they wait here for each other, until
-        # rank 0 has saved.
+        """End all processes with EXIT_STOPPED, after a checkpoint has been saved."""
+        # torchrun ends all processes when one has ended. So they wait here until rank 0 has saved.
         self.processes.any(False)
-        reason = self.stop.received or "a signal to another process, or the end of torchrun"
+        reason = self.stop_signals.received or "a signal to another process, or the end of torchrun"
         self.processes.print_main(
             f"stopped by {reason}, saved; go on with: python train.py --resume {self.run.folder}"
         )
@@ -217,22 +216,22 @@ class Recorder:
     def log(self, done: int, grad_norm: Tensor, measurements: list[Measurement]) -> bool:
         """Write a row of metrics, and show loss and speed beside the progress bar.
 
-        Returns what `write_row` does.
+        Returns what `write_row` returns.
         """
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
 
-        # A row without validation waits for the device only here.
-        window = self.window.sums()
-        bad_numbers = self.bad_numbers.counts(self.state.scaler)
-        numbers = fetch({"grad_norm": grad_norm, **window, **bad_numbers})
+        # In a row without measurements this is the only wait for the device.
+        sums = self.window.sums()
+        counts = self.bad_numbers.counts(self.state.scaler)
+        scalars = fetch({"grad_norm": grad_norm, **sums, **counts})
 
         # Too many bad steps in a row end the run here.
         max_skipped = self.config.max_skipped_steps
-        skipped = self.bad_numbers.read(numbers, max_skipped, learning_rate, self.run.folder)
+        skipped = self.bad_numbers.read(scalars, max_skipped, learning_rate, self.run.folder)
         row = {
             "step": done,
-            **self.window.read(numbers),
-            "grad_norm": numbers["grad_norm"],
+            **self.window.read(scalars),
+            "grad_norm": scalars["grad_norm"],
             "learning_rate": learning_rate,
             "skipped_steps": skipped,
         }
@@ -240,9 +239,9 @@ class Recorder:
         return self.write_row(row, measurements)
 
     def write_row(self, row: dict[str, float], measurements: list[Measurement]) -> bool:
-        """Write a row of metrics, with the columns of these measurements.
+        """Make these measurements, and write a row of metrics with their columns.
 
-        Returns whether some were left out, as a signal had come before they began.
+        Returns whether measurements were left out, because a signal came before they began.
         """
         row["epoch"] = row["step"] / self.facts.steps_per_epoch
         unmeasured = False
@@ -260,14 +259,14 @@ class Recorder:
         return unmeasured
 
     def validate(self) -> dict[str, float]:
-        """Return the columns of a validation of the raw weights, and of the EMA weights if any."""
+        """Validate the raw weights, and the EMA weights if there are any; return the columns."""
         denoisers = {"": replace(self.denoiser, network=self.state.model)}
-        # With an average, `self.denoiser` has its weights.
         if self.state.ema_model:
+            # In this case `self.denoiser` has the EMA weights.
             denoisers["_ema"] = self.denoiser
         losses = validation_losses(
             [*denoisers.values()],
-            self.images.gather,
+            self.feeder.gather,
             self.val_indices,
             self.config,
             self.processes,
@@ -279,35 +278,36 @@ class Recorder:
         return columns
 
     def bits_per_dim(self) -> dict[str, float]:
-        """Return the column of the variational bound, of some of the held-out images."""
+        """Measure the variational bound on a part of the held-out images; return its column."""
         options = BoundOptions(BOUND_T_STRIDE, self.config.batch_size, self.config.seed)
         bound = measure_bits_per_dim(
             self.denoiser,
-            lambda indices: to_model_range(self.images.gather(indices)),
-            evenly(self.val_indices, self.config.bits_per_dim_images),
+            lambda indices: to_model_range(self.feeder.gather(indices)),
+            evenly_spaced(self.val_indices, self.config.bits_per_dim_images),
             options,
             self.processes,
         )
         return {"bits_per_dim": bound.total}
 
     def sample(self, done: int) -> None:
-        """Draw a grid of samples, always from the same noise, and write it."""
+        """Draw a grid of samples, always from the same noise, and write it to a file."""
         config = self.config
         steps = min(config.grid_steps, config.timesteps_diff)
         options = SamplerOptions(config.grid_sampler, steps)
-        # No CUDA graph here: one that cannot be recorded leaves PyTorch's generator, which dropout
-        # draws from, unusable. A grid takes seconds as it is.
+        # A CUDA graph that cannot be recorded makes PyTorch's generator unusable, from which
+        # dropout draws. A grid takes seconds without one.
         sampler = ImageSampler(
             self.denoiser,
             options,
             self.run.experiment.model.image_shape,
             config.seed,
-            self.images.device,
+            self.feeder.device,
             config.batch_size,
             use_cuda_graph=False,
         )
 
-        # Each process samples a part of the grid. With more processes than images some have none.
+        # Each process samples a part of the grid, or nothing if there are more processes than
+        # images.
         part = None
         indices = self.processes.shard(config.grid_images)
         if indices:

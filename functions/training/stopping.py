@@ -1,4 +1,4 @@
-"""Stopping a run between two steps on a signal; and writes that fail and end it, explained."""
+"""Stop a run between two steps after a signal, and explain a failed write that ends a run."""
 
 import os
 import signal
@@ -11,17 +11,17 @@ from types import FrameType
 from functions.support.errors import UserError
 from functions.support.run_folder import last_checkpoint
 
-# For so many seconds a further signal counts as the same request. Schedulers signal all
-# processes, and torchrun passes its own signal on to them.
+# Within this many seconds a second signal counts as the same request. Schedulers signal all
+# processes, and torchrun passes the signal that it receives on to them.
 SAME_SIGNAL = 1.0
 # Windows has no SIGUSR1.
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 
 class StopSignals:
-    """While it is entered, SIGINT, SIGTERM and SIGUSR1 set `received` and do not end the process.
+    """Set `received` on SIGINT, SIGTERM and SIGUSR1, which do not end the process in this context.
 
-    The training loop looks at `received` between steps, saves, and exits with EXIT_STOPPED.
+    `Recorder` reads `received` between steps, saves a checkpoint, and exits with EXIT_STOPPED.
     A second signal, more than SAME_SIGNAL seconds later, ends the process at once.
     """
 
@@ -40,18 +40,18 @@ class StopSignals:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Remember the first signal; end the process at a second one."""
         if not self.received:
-            # The time comes first, since another signal may arrive between these two lines.
+            # The time is set first, since another signal may arrive between these two lines.
             self.received_at = time.monotonic()
             self.received = signal.Signals(number).name
         elif time.monotonic() - self.received_at > SAME_SIGNAL:
-            # Whoever signals again does not want to wait. Shells report such an end as
-            # 128 + the signal's number.
+            # A second signal asks for an end at once. Shells report such an end as 128 + the
+            # signal's number.
             os._exit(128 + number)
 
 
 @contextmanager
 def failed_writes_explained(run: Path) -> Iterator[None]:
-    """Turn a full disk, or the like, into a `UserError` that says what is safe."""
+    """Turn an OSError, as of a full disk, into a UserError that names the last good checkpoint."""
     try:
         yield
     except OSError as error:

@@ -17,41 +17,41 @@ from functions.support.random_numbers import ImageNoise, generator_of
 @torch.no_grad()
 def validation_losses(
     denoisers: list[Denoiser],
-    load_images: Callable[[np.ndarray], Tensor],
+    gather: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
     config: DiffusionConfig,
     processes: Processes,
 ) -> list[list[float]]:
     """Return each denoiser's mean loss (Eq. 14) and the mean error of eps that belongs to it.
 
-    The means are over `config.validation_samples` fixed triples (image, t, noise), so neither
-    batch size nor chance moves them. The losses of two runs can be compared where they have the
-    same objective, the errors of eps always.
+    The means are over `config.validation_samples` fixed triples (image, t, noise), so they do not
+    depend on the batch size. Losses can be compared between runs with the same objective, and
+    errors of eps between all runs.
 
-    The denoisers have the same schedule. `load_images` takes image indices (B,) and returns uint8
-    (B, H, W, C) on the denoisers' device. The processes divide the batches, and all get the means.
+    The denoisers have the same schedule. `gather` takes image indices (B,) and returns uint8
+    (B, H, W, C) on the denoisers' device. The processes share the batches, and all get the means.
     """
     scheduler = denoisers[0].scheduler
-    samples = config.validation_samples
+    count = config.validation_samples
 
-    # 0 .. T-1 is cut into as many strata as there are samples. Their middles, shuffled, are the t.
-    order = torch.randperm(samples, generator=generator_of("cpu", config.seed, "validation t"))
-    all_t = (2 * order + 1) * scheduler.timesteps // (2 * samples)
-    # Sample j takes the image at j * len(indices) // samples, so all images count equally often,
-    # give or take one.
-    all_images = indices[np.arange(samples) * len(indices) // samples]
+    # 0 .. T-1 is divided into one stratum for each triple. Their middles, shuffled, are the t.
+    order = torch.randperm(count, generator=generator_of("cpu", config.seed, "validation t"))
+    all_t = (2 * order + 1) * scheduler.timesteps // (2 * count)
+    # The triples are spread evenly over the images, so that each image is in equally many, plus or
+    # minus one.
+    all_indices = indices[np.arange(count) * len(indices) // count]
 
     # The sums stay on the device, so that no batch waits for the one before.
     sums = []
-    for start in range(0, samples, config.batch_size)[processes.rank :: processes.count]:
+    for start in range(0, count, config.batch_size)[processes.rank :: processes.count]:
         batch_slice = slice(start, start + config.batch_size)
-        x_0 = to_model_range(load_images(all_images[batch_slice]))
+        x_0 = to_model_range(gather(all_indices[batch_slice]))
         # All t are copied to the device once, with the first batch.
         all_t = all_t.to(x_0.device)
         t = all_t[batch_slice]
-        # A sample's noise depends on its number, not on the batch that it is in.
-        indices = range(samples)[batch_slice]
-        noise = ImageNoise(config.seed, indices, x_0.shape[1:], x_0.device, "validation noise")
+        # The noise of a triple depends on its position among all triples, not on its batch.
+        positions = range(count)[batch_slice]
+        noise = ImageNoise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")
         eps = noise.draw()
 
         for denoiser in denoisers:
@@ -60,10 +60,10 @@ def validation_losses(
                 errors = eps_errors(denoiser, scheduler, losses, t)
                 sums.append(torch.stack([losses, errors]).sum(dim=1))
 
-    # A process without any batch adds zeros.
+    # A process without a batch adds zeros.
     total = torch.zeros(len(denoisers), 2, dtype=torch.float64)
     if sums:
         batch_sums = torch.stack(sums).cpu().double().view(-1, len(denoisers), 2)
         total += batch_sums.sum(dim=0)
-    means = processes.sum_(total) / samples
+    means = processes.sum_(total) / count
     return means.tolist()

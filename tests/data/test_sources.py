@@ -5,14 +5,16 @@ Hostile and stray members are not.
 
 import os
 import stat
+import tarfile
 import zipfile
 
 import numpy as np
 import pytest
 
-from data.sources import find_source
+from data.datasets import find_ffhq
+from data.sources import ARCHIVES, Member, Source, find_source, is_image_name
 from functions.support.errors import UserError
-from tests.data.packing import IMAGES, TREE, encoded, name_of, write_folder, write_zip
+from tests.data.packing import IMAGES, TREE, encoded, load, name_of, write_folder, write_zip
 
 PICTURE = encoded(IMAGES[0])
 NUMBERS = list(range(len(IMAGES)))
@@ -195,10 +197,39 @@ def test_npz(tmp_path):
             find_source(tmp_path / name, 8)
 
 
+class Tar(Source):
+    """Image files in a tar: the example of docs/change.md."""
+
+    kind = "tar"
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.archive = tarfile.TarFile(path)
+        stamp = path.stat().st_mtime_ns
+        for info in self.archive:
+            if is_image_name(info.name) and info.isfile():
+                self.members.append(Member(info.name, info.size, stamp))
+
+    def read_file(self, member):
+        return self.archive.extractfile(member.name).read()
+
+
+def test_another_archive_is_a_class_and_a_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHIVES, ".tar", Tar)
+    path = tmp_path / "FFHQ.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(write_folder(tmp_path / "set", more={"teaser.png": PICTURE}), "set")
+
+    assert find_ffhq(tmp_path) == path
+    assert find_source(path, 8, numbered=True).ids == NUMBERS
+    path.with_name("set").rename(tmp_path / "elsewhere")
+    assert np.array_equal(load(path).images[:10], IMAGES)
+
+
 def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 cut short")
-    (tmp_path / "a.tar").write_bytes(b"")
+    (tmp_path / "a.rar").write_bytes(b"")
     write_zip(tmp_path / "text.zip", [], more={"readme.txt": b"no image"})
     write_zip(tmp_path / "broken.npz", [], more={"arr_0.npy": b"no array"})
 
@@ -206,7 +237,7 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
         ("missing", "does not exist"),
         ("empty", "no image"),
         ("a.zip", r"cannot be read \(File is not a zip file\)"),
-        ("a.tar", "neither a folder"),
+        ("a.rar", "neither a folder"),
         ("text.zip", "no image"),
         ("broken.npz", "cannot be read"),
     ):

@@ -15,11 +15,11 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from functions.likelihood import (
+    bound_terms,
     decoder_log_likelihood,
     model_variance,
     posterior_kl,
     prior_kl,
-    terms_of,
 )
 from functions.noise_scheduler import NoiseScheduler
 
@@ -115,8 +115,8 @@ def test_clipping_is_of_the_prediction():
         return torch.full_like(x_t, -1.0)
 
     # The three are L_T, L_t, and the squared error of the predicted x_0.
-    _, clipped, clipped_error = terms_of(wrong, scheduler, x_0, t, noise, "small", True)
-    _, unclipped, unclipped_error = terms_of(wrong, scheduler, x_0, t, noise, "small", False)
+    _, clipped, clipped_error = bound_terms(wrong, scheduler, x_0, t, noise, "small", True)
+    _, unclipped, unclipped_error = bound_terms(wrong, scheduler, x_0, t, noise, "small", False)
     assert clipped_error == 0
     assert unclipped_error > 0
     assert clipped < unclipped

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from numpy.testing import assert_allclose
 from torch.testing import assert_close
 
-from functions.likelihood import terms_of
+from functions.likelihood import bound_terms
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import OBJECTIVES, Denoiser, Objective, predict
@@ -239,7 +239,7 @@ def test_the_bound_is_the_same_for_all_objectives(objective, schedule):
     noise = normal(2)
 
     def terms(model):
-        return terms_of(model, scheduler, x_0, T, noise, "small", True)
+        return bound_terms(model, scheduler, x_0, T, noise, "small", True)
 
     *bits, squared_errors = terms(ideal_model(IMAGES, scheduler))
     *bits_of_other, errors_of_other = terms(ideal(objective, scheduler))

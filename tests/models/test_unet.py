@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS, ModelConfig
-from functions.support.diffusers_folder import our_name, their_name
+from functions.support.diffusers_folder import diffusers_name, our_name
 from models.blocks import Upsample, sinusoidal_embedding
 from models.unet import UNet
 
@@ -56,8 +56,8 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, l
     their_parameters = dict(theirs.named_parameters())
     pairs = {}
     for name, parameter in ours.named_parameters():
-        assert our_name(their_name(name)) == name
-        pairs[name] = parameter, their_parameters.pop(their_name(name))
+        assert our_name(diffusers_name(name)) == name
+        pairs[name] = parameter, their_parameters.pop(diffusers_name(name))
     assert not their_parameters
 
     for parameter, other in pairs.values():
@@ -133,7 +133,7 @@ def test_levels_that_miss_the_lowest_resolution_are_refused():
         UNet(32, 3, 8, [1, 2, 2, 2], [1], 32)
 
 
-# The sizes are below and above WORTH_DOUBLING.
+# The sizes are below and above MIN_FUSED_PIXELS.
 @pytest.mark.parametrize("size", [5, 16])
 def test_upsampling_is_nearest_neighbour_and_convolution(size):
     upsample = Upsample(4).double()

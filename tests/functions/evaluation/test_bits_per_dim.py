@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from functions.evaluation.bits_per_dim import BoundOptions, evenly, measure_bits_per_dim
+from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
@@ -183,7 +183,7 @@ def test_a_term_depends_on_seed_image_and_t_alone_and_two_processes_get_the_numb
     assert one.facts()["standard_error"] is None
 
     # Every second image has the same terms without the others between.
-    half = small_measurement(evenly(HELD_OUT, 4))
+    half = small_measurement(evenly_spaced(HELD_OUT, 4))
     assert_allclose(half.terms, all_images.terms[::2], rtol=1e-12)
 
     # Batches of 8 do not fit here, so they are halved twice.

@@ -140,7 +140,7 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
             "'bpd,is' is not a list of metrics; there are bpd, bands, fid, kid, prc",
         ),
         ("--images 0", "not an integer of at least 1"),
-        ("--metrics fid --n 3", "--n is 3; 4 images are the fewest"),
+        ("--metrics fid --n 3", "--n is 3; it must be 4 or more"),
         ("--metrics fid --steps 101", "steps is 101; a model with 100 timesteps takes 1 to 100"),
         (
             "--metrics fid --reference none.npz",
@@ -149,7 +149,7 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
         ("--metrics fid,kid --reference a.npz", "--reference has statistics for fid alone"),
         (
             "--metrics fid --reference-images 1",
-            "an empty reference: 1 train image(s), 4 are the fewest",
+            "an empty reference: 1 train image(s), it must have 4 or more",
         ),
         pytest.param(
             "--metrics fid --weights none.pth",

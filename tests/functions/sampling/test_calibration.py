@@ -11,7 +11,7 @@ import torch
 
 import evaluate
 import sample
-from data.datasets import images_of_run, load_images
+from data.datasets import load_and_split, load_images
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser, predict
 from functions.sampling import calibration
@@ -123,7 +123,7 @@ def test_it_is_the_same_for_one_timestep_and_for_many():
 def test_sample_makes_it_once_and_says_what_it_is_from(
     which, tiny_run, pictures, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(calibration, "IMAGES", 12)
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 12)
     flags = ["--sampler", "ddim", "--steps", 3, "--n", 2, "--individual", "--device", "cpu"]
     calibrate = [*flags, "--calibrate", which]
     facts = json.loads((tiny_run / "config.json").read_text())["run"]
@@ -137,7 +137,7 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     fitted = path.read_bytes()
 
     # The second time it is read from its file, without the data, and the images are the same.
-    with patch.object(calibration, "images_of_run", side_effect=UserError("the data are gone")):
+    with patch.object(calibration, "load_and_split", side_effect=UserError("the data are gone")):
         call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "again")
     assert "calibration" not in capsys.readouterr().out
     assert (tmp_path / "again" / "00000.png").read_bytes() == first
@@ -162,7 +162,7 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     path.unlink()
     with patch.object(calibration, "write_tensors", side_effect=OSError("no room")):
         call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "not kept")
-    assert "the calibration is not kept: no room" in capsys.readouterr().err
+    assert "the calibration is not saved: no room" in capsys.readouterr().err
     assert (tmp_path / "not kept" / "00000.png").read_bytes() == first
 
 
@@ -175,7 +175,7 @@ def kept_in(run):
 @pytest.mark.slow
 def test_no_data_set_gets_the_calibration_of_another(tiny_run, pictures, tmp_path, monkeypatch):
     """The mean that is kept is that of its training images, which are 45 in every set."""
-    monkeypatch.setattr(calibration, "IMAGES", 45)
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 45)
     run = shutil.copytree(tiny_run, tmp_path / "run")
     # The other set differs from that of the training neither in its folder's name nor in its ids.
     other = tmp_path / pictures.name
@@ -198,15 +198,15 @@ def test_no_data_set_gets_the_calibration_of_another(tiny_run, pictures, tmp_pat
 
 def test_a_runs_own_images_are_those_of_its_training(tiny_run, pictures, tmp_path, monkeypatch):
     """A data set that has lost an image since then is refused, but may be asked for by its name."""
-    monkeypatch.setattr(calibration, "IMAGES", 4)
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
     run = shutil.copytree(tiny_run, tmp_path / "run")
     fewer = tmp_path / "fewer"
     shutil.copytree(pictures, fewer, ignore=shutil.ignore_patterns("*.packed*", "00007.png"))
 
     def load(saved, name=None):
-        return images_of_run(saved, str(fewer))
+        return load_and_split(saved, str(fewer))
 
-    monkeypatch.setattr(calibration, "images_of_run", load)
+    monkeypatch.setattr(calibration, "load_and_split", load)
     flags = ["--steps", 2, "--n", 1, "--out", tmp_path]
     message = f"was trained on other images than {fewer} has.*with --calibrate {fewer}"
     with pytest.raises(UserError, match=message):
@@ -215,7 +215,7 @@ def test_a_runs_own_images_are_those_of_its_training(tiny_run, pictures, tmp_pat
 
 
 def test_own_samples_are_those_of_float32(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "IMAGES", 4)
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
     kept = []
     for precision in ("float32", "bfloat16"):
         run = shutil.copytree(tiny_run, tmp_path / precision)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import sample
 from functions.sampling import files
-from functions.sampling.files import existing, image_path
+from functions.sampling.files import image_indices, image_path
 from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.run_folder import locked
@@ -78,7 +78,7 @@ def test_after_a_kill_only_what_is_missing_is_made(whole, tiny_run, tmp_path, ca
 
     # The grid is among the files that are compared.
     call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
-    assert "of 22; the others are there" in capsys.readouterr().out
+    assert "of 22; the others exist" in capsys.readouterr().out
     assert kept.items() <= written(tmp_path).items()
     assert contents(tmp_path) == contents(whole)
     assert not list(tmp_path.glob(".*.tmp"))
@@ -102,7 +102,7 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
     assert two.returncode == 0, two.stderr
 
     # Rank 0 alone speaks. Its one bar is that of 3 batches of the 6, all of which are to be seen.
-    assert two.stdout.count("all 22 images are there") == 1
+    assert two.stdout.count("all 22 images exist") == 1
     assert two.stderr.count(" 0.00/360 ") == 1
 
     assert kept.items() <= written(tmp_path).items()
@@ -124,7 +124,7 @@ def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, indiv
         ("", "--precision bfloat16 --steps 4 --spacing logsnr", ["precision", "steps", "spacing"]),
         ("", "--variance large", ["variance"]),
     ):
-        with pytest.raises(UserError, match="holds images made otherwise") as error:
+        with pytest.raises(UserError, match="holds images sampled otherwise") as error:
             call(sample.main, tiny_run / run, *common, *individual, *flags.split())
         assert re.findall(r"(\w+) was ", str(error.value)) == changed
     assert contents(tmp_path) == before
@@ -157,11 +157,11 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
     on_disk = {}
 
     def save(image, path):
-        on_disk[int(path.stem)] = existing(tmp_path)
+        on_disk[int(path.stem)] = image_indices(tmp_path)
         save_image(image, path)
 
     monkeypatch.setattr(sample, "save_image", save)
-    monkeypatch.setattr(files, "MOST_IN_GRID", 4)
+    monkeypatch.setattr(files, "GRID_LIMIT", 4)
     call(
         sample.main,
         tiny_run,
@@ -199,4 +199,4 @@ def test_numbers_beyond_five_digits_keep_the_names_of_the_others(tmp_path):
 
     # No image has a name like this: beyond five digits there are no leading zeros.
     (tmp_path / "0000007.png").touch()
-    assert existing(tmp_path) == numbers
+    assert image_indices(tmp_path) == numbers

@@ -12,11 +12,11 @@ import sample
 import sampleFFHQ
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, ipndm_sample
-from functions.sampling.files import GIF_FRAMES, states
+from functions.sampling.files import GIF_FRAMES, state_frames
 from functions.sampling.generation import CudaGraphed, Samples, generate, generate_batches
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import CheckpointError, UserError
-from functions.support.pictures import SMALLEST_SIDE, save_grid
+from functions.support.pictures import MIN_SIDE, save_grid
 from tests.conftest import LittleMemory, call, image_sampler_of, small_unet
 
 # They all have few steps, but for the first: it has all.
@@ -215,21 +215,22 @@ def test_the_host_never_waits_for_the_gpu(options):
         torch.cuda.set_sync_debug_mode("error")
 
     try:
-        replace(image_sampler, watch=on_step).denoise(noise.draw(), 99, noise.draw)
+        replace(image_sampler, on_step=on_step).denoise(noise.draw(), 99, noise.draw)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("count", [2, 3, 40, 200])
-def test_states_are_rising_and_within_the_run(count):
-    steps = [k for _, k in states(range(99, -2, -1), count).values()]
+def test_states_are_rising_and_within_the_steps(count, network):
+    image_sampler = image_sampler_of(network, options=SamplerOptions())
+    steps = [k for _, k in state_frames(image_sampler, count).values()]
     assert steps == sorted(set(steps))
     assert steps[0] == 0
     assert steps[-1] == 100
 
 
 @pytest.mark.slow
-def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
+def test_the_script_writes_what_was_asked_for(tiny_run, network, tmp_path, capsys):
     call(
         sample.main,
         tiny_run,
@@ -245,9 +246,9 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
     )
     grid = Image.open(tmp_path / "grid.png")
     assert grid.format == "PNG"
-    assert grid.width > 3 * SMALLEST_SIDE
+    assert grid.width > 3 * MIN_SIDE
     assert Image.open(tmp_path / "denoising.gif").n_frames == len(
-        states(range(59, -2, -1), GIF_FRAMES)
+        state_frames(image_sampler_of(network, 60, SamplerOptions()), GIF_FRAMES)
     )
     assert Image.open(tmp_path / "strip.png").width > 500
     assert Image.open(tmp_path / "progressive.png").width > 500

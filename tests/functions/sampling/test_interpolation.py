@@ -138,7 +138,7 @@ def test_variations_by_dpm_solver_are_too_different_at_no_depth(steps, beta_sche
             scheduler,
             options.times(scheduler, start),
             (0.0, 1 - a),
-            **options.chosen,
+            **options.arguments,
         )
         gain = a**0.5 * 0.5**2 / (a * 0.5**2 + 1 - a)
         variance = 0.5**2 * (1 - a) / (a * 0.5**2 + 1 - a)

@@ -18,13 +18,13 @@ from functions.sampling.generation import rebuild
 from functions.support import checkpoint, files
 from functions.support.checkpoint import (
     TrainingState,
-    check_whole,
     export_weights,
     load_weights,
     save_checkpoint,
+    verify_checkpoint,
 )
 from functions.support.errors import CheckpointError
-from functions.support.files import TensorFile, write_tensors, write_whole
+from functions.support.files import TensorFile, write_atomically, write_tensors
 from tests.conftest import CPU
 from tests.forked import Program
 from tests.peak_memory import at_most
@@ -61,7 +61,7 @@ def test_a_training_comes_back_bit_for_bit(path):
 
     save_checkpoint(path, CONFIG, RUN, saved)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    file = check_whole(path)
+    file = verify_checkpoint(path)
     assert file.contents["config"] == CONFIG
     assert file.contents["run"] == RUN
 
@@ -113,9 +113,9 @@ def test_tensors_of_every_type_and_shape_come_back(path, dtype):
 @pytest.mark.parametrize("dtype", files.TYPES)
 def test_the_file_is_that_of_safetensors_with_right_checksums(path, tmp_path, dtype, monkeypatch):
     """The library writes the same header and numbers. Each tensor is read only once."""
-    monkeypatch.setattr(files, "PIECE", 100)
-    read = Mock(wraps=files.numbers)
-    monkeypatch.setattr(files, "numbers", read)
+    monkeypatch.setattr(files, "PIECE_SIZE", 100)
+    read = Mock(wraps=files.byte_pieces)
+    monkeypatch.setattr(files, "byte_pieces", read)
     # The first has many rows in a piece, the second is in channels_last and has one row in a piece.
     shapes = [(70, 2), (3, 2, 5, 5), (0, 3), (2, 0), ()]
     tensors = {f"ü{i}": (100 * torch.randn(shape)).to(dtype) for i, shape in enumerate(shapes)}
@@ -167,7 +167,7 @@ def test_sampling_takes_the_average_if_there_is_one(path):
         assert same(saved.weights, weights)
         assert saved.kind == kind
         assert saved.config == contents["config"]
-        assert saved.run == contents["run"]
+        assert saved.provenance == contents["run"]
         assert saved.model.image_shape == (3, 4, 4)
         assert str(saved) == f"{kind} weights after 5 of 90 steps, hash {saved.digest[:16]}"
 
@@ -195,7 +195,7 @@ def test_an_exported_file_is_a_part_of_the_checkpoint(path, tmp_path):
     assert same(again.weights, original.weights)
     assert again.kind == original.kind
     assert again.config == original.config
-    assert again.run == original.run
+    assert again.provenance == original.provenance
     average = {name: tensor for name, tensor in tensors.items() if name.startswith("ema.")}
     assert same(TensorFile(exported).tensors(), average)
 
@@ -262,9 +262,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(path):
         file.write(b"new")
         raise OSError(28, "No space left on device")
 
-    write_whole(path, lambda file: file.write(b"old"))
+    write_atomically(path, lambda file: file.write(b"old"))
     with pytest.raises(OSError, match="No space") as error:
-        write_whole(path, write_half)
+        write_atomically(path, write_half)
 
     assert error.value.filename == str(path)
     assert path.read_bytes() == b"old"

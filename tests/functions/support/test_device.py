@@ -20,8 +20,8 @@ from functions.support.device import (
     arithmetic,
     choose_device,
     choose_precision,
+    cpu_batch_limit,
     is_out_of_memory,
-    room_on_the_cpu,
 )
 from functions.support.errors import UserError
 from models.unet import UNet
@@ -104,7 +104,7 @@ def test_auto_precision_on_a_cpu_asks_for_native_instructions(
         assert choose_precision("auto", CPU) == expected
 
 
-def test_precision_by_name_and_as_the_run_was_started_with():
+def test_precision_by_name_and_as_the_run_was_previous():
     # PyTorch allows TF32 by default, and float32 must not mean that.
     torch.backends.cudnn.allow_tf32 = True
     assert choose_precision("float32", CUDA) == torch.float32
@@ -115,8 +115,8 @@ def test_precision_by_name_and_as_the_run_was_started_with():
 
     # A resumed run keeps its precision, as its checkpoint says it.
     for dtype in (torch.bfloat16, torch.float32):
-        started_with = arithmetic(CPU, dtype, 1, 8)["precision"]
-        assert choose_precision("auto", CPU, started_with) == dtype
+        previous = arithmetic(CPU, dtype, 1, 8)["precision"]
+        assert choose_precision("auto", CPU, previous) == dtype
 
     # float16 may come from a GPU's checkpoint, but no CPU trains in it.
     for unusable in ("float16", None, [], "int8"):
@@ -143,7 +143,7 @@ def compute_what_there_is_room_for():
         network(torch.zeros(count, 3, 64, 64), torch.zeros(count, dtype=torch.int64))
 
     # The first call of all takes memory for the kernels, too, so few images have room.
-    room = room_on_the_cpu(partial(compute, 1))
+    room = cpu_batch_limit(partial(compute, 1))
     with at_most(300):
         compute(room)
     with pytest.raises(AssertionError), at_most(300):

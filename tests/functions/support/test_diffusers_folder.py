@@ -288,7 +288,7 @@ def test_our_samplers_and_their_pipelines_draw_the_same_images(
 def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     """A folder decides on the variance, on clipping of x_0, and on where samples go."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calibration, "IMAGES", 8)
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 8)
     change(
         folder / SCHEDULE,
         variance_type="fixed_large",

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from functions.sampling.generation import rebuild
 from functions.support import files
-from functions.support.checkpoint import check_whole, load_weights
+from functions.support.checkpoint import load_weights, verify_checkpoint
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import LONGEST_HEADER, write_tensors
+from functions.support.files import MAX_HEADER, write_tensors
 from tests import spoilt_files
 from tests.conftest import posix
 from tests.peak_memory import at_most
@@ -40,7 +40,7 @@ def whole(path):
     return path.read_bytes()
 
 
-def refusal(path, read=check_whole):
+def refusal(path, read=verify_checkpoint):
     """Assert that a file is refused as it should be, and return what is said of it.
 
     It is one short line that begins with the file's name; it comes soon and takes little memory.
@@ -63,7 +63,7 @@ def resume(path):
     state = spoilt_files.stepped_state(1)
     before = snapshot(state)
     try:
-        state.load(check_whole(path))
+        state.load(verify_checkpoint(path))
     except UserError:
         assert same(snapshot(state), before)
         raise
@@ -112,7 +112,7 @@ def test_a_flipped_bit_anywhere(path, whole):
 
 def test_the_length_of_a_header_is_judged_before_it_is_read(path, monkeypatch):
     monkeypatch.setattr(files, "safe_open", None)
-    for length in (LONGEST_HEADER + 1, 2**40, 2**63, 2**64 - 1):
+    for length in (MAX_HEADER + 1, 2**40, 2**63, 2**64 - 1):
         # The file is shorter than its header claims to be, or 4 TB of holes that take no room.
         for size in (100, 2**42):
             with open(path, "wb") as file:
@@ -175,7 +175,7 @@ def test_headers_that_lie(path, whole):
 @pytest.mark.parametrize(
     "bomb",
     [
-        b"[" * LONGEST_HEADER,
+        b"[" * MAX_HEADER,
         b'{"a":' * 10**6,
         b"9" * 10**7,
         b"[" + b"[]," * 2_000_000 + b"0]",
@@ -190,7 +190,7 @@ def test_headers_that_lie(path, whole):
 )
 def test_json_made_to_do_harm(path, whole, bomb):
     """It stands in the place of the header, of the contents, or of one of their parts."""
-    path.write_bytes(with_header(whole, bomb[:LONGEST_HEADER]))
+    path.write_bytes(with_header(whole, bomb[:MAX_HEADER]))
     refusal(path)
 
     text = bomb[: 15 * 10**6].decode(errors="replace")

@@ -56,23 +56,23 @@ UNREAD = [
     (SCHEDULE, "clip_sample_range", 2.0),
 ]
 REFUSED = [
-    (part, field, value, f"{field} is {value!r}; what is read is ") for part, field, value in UNREAD
+    (part, field, value, f"{field} is {value!r}; it must be ") for part, field, value in UNREAD
 ]
 REFUSED += [
-    (UNET, "cross_attention_dim", 768, "cross_attention_dim is 768; no such field is read"),
+    (UNET, "cross_attention_dim", 768, "cross_attention_dim is 768; the field is unknown"),
     *(
         (UNET, "sample_size", size, "sample_size must be an integer")
         for size in (None, "32", True, [16, 32], [16, 16, 16], [], ["16", "16"], [-1, -1], -1)
     ),
     (UNET, "block_out_channels", [], "block_out_channels a list of integers"),
-    (UNET, "down_block_types", None, "describe no model that is read"),
+    (UNET, "down_block_types", None, "describe no supported model"),
     (UNET, "block_out_channels", [10**9, 10**9], "it must be at most 16,384"),
     (UNET, "block_out_channels", [16, 16 * 10**8], "config describes no model"),
     (UNET, "norm_num_groups", 0, "config describes no model"),
     (SCHEDULE, "_class_name", "IPNDMScheduler", "_class_name is 'IPNDMScheduler'"),
-    (SCHEDULE, "clip_sample", "false", "clip_sample is 'false'; what is read is True"),
+    (SCHEDULE, "clip_sample", "false", "clip_sample is 'false'; it must be True"),
     (SCHEDULE, "beta_end", 7, "config describes no model"),
-    (SCHEDULE, "beta_end", "x", "describe no model that is read"),
+    (SCHEDULE, "beta_end", "x", "describe no supported model"),
     (SCHEDULE, "num_train_timesteps", 10**9, "timesteps_diff is above 1,000,000"),
     (
         "model_index.json",

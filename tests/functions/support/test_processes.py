@@ -314,7 +314,7 @@ def test_a_process_that_dies_ends_the_other(victim, forever, tmp_path):
 
 
 def train_with_little_patience():
-    pytest.MonkeyPatch().setattr(processes, "PATIENCE_IN_TRAINING", timedelta(seconds=5))
+    pytest.MonkeyPatch().setattr(processes, "TRAINING_TIMEOUT", timedelta(seconds=5))
     train_script()
 
 
@@ -425,5 +425,5 @@ def test_processes_that_cannot_meet_say_so(monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
 
-    with pytest.raises(UserError, match="process 1 cannot meet the others: "), distributed():
+    with pytest.raises(UserError, match="process 1 cannot connect to the others: "), distributed():
         pass

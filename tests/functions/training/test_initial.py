@@ -157,4 +157,4 @@ def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, tmp_path, cap
 
     with pytest.raises(SystemExit):
         trained("--resume", run, "--init", tiny_run)
-    assert "--init starts a new run, --resume goes on with one" in capsys.readouterr().err
+    assert "--init starts a new run, but --resume goes on with one" in capsys.readouterr().err
