@@ -318,8 +318,10 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 t = draws.t[batch_slice]
                 noise = draws.noise[batch_slice]
 
-                # Line 5: the loss and its gradient, which DDP averages over the processes in the
-                # last pass. Each pass seeds its dropout, so that a resumed run repeats it.
+                # Line 5: the loss and its gradient. `denoising_loss` noises x_0 (Eq. 4), and
+                # compares the prediction with its target (Eq. 14). DDP averages the gradients over
+                # the processes in the last pass. Each pass seeds its dropout, so that a resumed run
+                # repeats it.
                 torch.manual_seed(seed_of(config.seed, "dropout", step, batch_slice.start))
                 with processes.accumulating(network, last=batch_slice is passes[-1]):
                     losses = denoising_loss(train_denoiser, scheduler, x_0, t, noise)

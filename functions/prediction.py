@@ -45,8 +45,10 @@ OBJECTIVES = {
         eps_factor=lambda scheduler, t: 1.0,
         diffusers="epsilon",
     ),
-    # Salimans and Ho 2022, arXiv:2202.00512, Section 4. An error d of v is an error of
-    # sqrt(alpha_bar) d in eps, and of -sqrt(1 - alpha_bar) d in x_0.
+    # Salimans and Ho 2022, arXiv:2202.00512, Section 4:
+    #     v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
+    #     x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
+    # An error d of v is an error of sqrt(alpha_bar) d in eps, and of -sqrt(1 - alpha_bar) d in x_0.
     "v": Objective(
         target=NoiseScheduler.v,
         x_0_and_eps=NoiseScheduler.predict_from_v,

@@ -76,6 +76,7 @@ def ddpm_sample(
     for k, (t, s) in enumerate(pairwise(times)):
         # Algorithm 2 computes the mean from x_t and eps. This code computes x_0 first (Eq. 15) and
         # then the mean (Eq. 7), so that x_0 can be clipped. Without clipping both are the same.
+        # For a network that predicts eps, `predict` calls scheduler.predict_x_0.
         x_0, _ = predict(model, scheduler, x, t, clip_x_0)
         mean, sigma_squared = scheduler.q_posterior(x_0, x, t, s)
         if variance == "large":
@@ -87,7 +88,7 @@ def ddpm_sample(
         x = mean + sigma_squared**0.5 * z
         if on_step:
             on_step(k, t, x, x_0)
-    # Line 6: return x_0.
+    # Lines 5 and 6: end for, and return x_0.
     return x
 
 

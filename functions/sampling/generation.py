@@ -194,7 +194,7 @@ def open_sampler(
     shape = saved.model.image_shape
     if device.type == "cpu":
         # A GPU raises an error when memory is short, and `BatchLimit` then halves the batch. A CPU
-        # does not, so here the network's batch is limited beforehand.
+        # does not, so the network's batch is limited beforehand: `Denoiser` splits larger ones.
         x_t = torch.zeros(1, *shape)
         limit = cpu_batch_limit(partial(denoiser, x_t, torch.zeros(1, dtype=torch.int64)))
         # The processes share the memory.
