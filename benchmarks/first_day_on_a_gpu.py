@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.compare import FFHQ, Arm, Bench
 from config import EXPERIMENTS
-from functions.sampling.generation import CudaGraphed, ImageSampler, generate_batches
+from functions.sampling.cuda_graph import CudaGraphed
+from functions.sampling.generation import ImageSampler, generate_batches
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import verify_checkpoint
 from functions.support.device import choose_device, choose_precision, set_deterministic

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from config import LARGEST
@@ -22,6 +22,7 @@ from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.samplers import SAMPLERS, VARIANCES, OnStep
+from functions.sampling.cuda_graph import CudaGraphed
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel, load_into
 from functions.support.device import (
@@ -291,66 +292,6 @@ def generate_batches(
         sample = partial(image_sampler.sample, frames=frames, bar=bar)
         for batch in batches:
             yield Samples.concatenated(limit.in_parts(sample, batch))
-
-
-class CudaGraphed:
-    """Call a network on CUDA by replaying a CUDA graph of it.
-
-    The host then launches one graph instead of a thousand kernels. The graph is recorded again when
-    the batch has another size, because padding a smaller batch would change its bits. If recording
-    fails, the network itself is called from then on.
-    """
-
-    # After one failure no network is recorded in this process.
-    can_record = True
-
-    def __init__(self, network: nn.Module):
-        self.network = network
-        # The graph, and the tensors that it reads (x_t and t) and writes.
-        self.recording = None
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's output, without gradients. Later calls do not change it."""
-        if self.can_record and (not self.recording or len(self.recording[1]) != len(x_t)):
-            # This frees the memory of the previous graph before the next is recorded.
-            self.recording = None
-            self.record(x_t, t)
-        if not self.recording:
-            return self.network(x_t, t)
-        graph, graph_x_t, graph_t, output = self.recording
-        graph_x_t.copy_(x_t)
-        graph_t.copy_(t)
-        graph.replay()
-        # The next replay overwrites `output`.
-        return output.clone()
-
-    def record(self, x_t: Tensor, t: Tensor) -> None:
-        """Record the network for batches of this size; if that fails, set `can_record` to False."""
-        # In this call cuDNN tries its kernels, which it cannot do while a graph is recorded.
-        self.network(x_t, t)
-        inputs = (x_t.clone(), t.clone())
-        graph = torch.cuda.CUDAGraph()
-        # A recording that fails leaves another stream as the current one.
-        stream = torch.cuda.current_stream()
-        try:
-            # In this mode other threads may use the GPU during the recording.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = self.network(*inputs)
-            self.recording = (graph, *inputs, output)
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)
-            # The end of a failed recording raises another error, whose context is the cause.
-            reason = error
-            if isinstance(error.__context__, (RuntimeError, KeyboardInterrupt)):
-                reason = error.__context__
-            if isinstance(reason, KeyboardInterrupt) or is_out_of_memory(reason):
-                raise reason from None
-            CudaGraphed.can_record = False
-            tqdm.write(
-                "the network cannot be recorded as a CUDA graph, and is called without one, which "
-                f"is slower: {short(reason)}",
-                file=sys.stderr,
-            )
 
 
 @dataclass

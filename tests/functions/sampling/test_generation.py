@@ -12,8 +12,9 @@ import sample
 import sampleFFHQ
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, ipndm_sample
+from functions.sampling.cuda_graph import CudaGraphed
 from functions.sampling.files import GIF_FRAMES, state_frames
-from functions.sampling.generation import CudaGraphed, Samples, generate, generate_batches
+from functions.sampling.generation import Samples, generate, generate_batches
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import MIN_SIDE, save_grid
