@@ -16,8 +16,8 @@ from functions.samplers import SAMPLERS
 
 
 def experiments() -> dict[str, "Experiment"]:
-    """Return the experiments by name; many are given by the fields in which they differ."""
-    # It trains in minutes on a laptop's CPU, on the people of the embedded emoji set at 32 x 32.
+    """Return the experiments by name; some are copies of another one with changed fields."""
+    # `faces` trains in minutes on a laptop's CPU, on the people of the embedded emoji at 32 x 32.
     faces = Experiment(
         DiffusionConfig(
             dataset_name="emoji_people",
@@ -56,7 +56,7 @@ def experiments() -> dict[str, "Experiment"]:
     )
 
     # The reference's first run (see README) with its faults: 200 timesteps with the betas for 1000,
-    # and no EMA. Every value is written out, and so are the changes in the runs after it.
+    # and no EMA. Every value is written out here, and the next runs list their changes.
     ffhq_run1 = Experiment(
         DiffusionConfig(
             dataset_name="FFHQ",
@@ -106,9 +106,9 @@ def experiments() -> dict[str, "Experiment"]:
             "epochs": 500,
             "clip_grad_norm": 1.0,
             "warmup_steps": 5000,
-            # All GPUs wait while 3.9 GB are saved: some 5 s, as a CPU took 1.25 s a GB. On 8 H100,
-            # 8000 steps take some 210 s by the estimate in benchmarks/NOTES.md. So saving takes
-            # some 2% of the time. Where steps are slow, checkpoint_minutes saves more often.
+            # All GPUs wait while 3.9 GB are saved: about 5 s, as a CPU took 1.25 s per GB. On 8
+            # H100s, 8000 steps take about 210 s (estimate in benchmarks/NOTES.md), so saving takes
+            # about 2% of the time. If steps are slow, checkpoint_minutes saves more often.
             "checkpoint_every": 8000,
         },
         {"base_dim": 128},
@@ -117,8 +117,8 @@ def experiments() -> dict[str, "Experiment"]:
     # The full run with v, and with t_sampling = "mixed".
     ffhq_v = ffhq_full.override({"objective": "v", "t_sampling": "mixed"}, {})
 
-    # The paper's CIFAR-10: 390 steps an epoch, 800,280 in all. Betas and objective are the
-    # defaults. The paper's FID of 3.17 is that of sample.py --variance large.
+    # The paper's CIFAR-10: 390 steps per epoch, 800,280 in total. Betas and objective are the
+    # defaults. The paper's FID of 3.17 is for samples made with sample.py --variance large.
     cifar10 = Experiment(
         DiffusionConfig(
             dataset_name="CIFAR10",
@@ -155,10 +155,10 @@ def experiments() -> dict[str, "Experiment"]:
 
 
 class ConfigError(ValueError):
-    """Report a field's value that does not fit, and which values fit."""
+    """An error about a field with an invalid value; its message says which values are valid."""
 
 
-# A resumed run may change these fields, as they do not change the weights.
+# A resumed run may change these fields, because they do not affect the weights.
 RECORDING_FIELDS = (
     "log_every",
     "validate_every",
@@ -180,7 +180,7 @@ TYPE_DESCRIPTIONS = {
     int: "an integer",
     float: "a number",
     bool: "True or False",
-    str: "a text",
+    str: "a string",
     tuple[int, ...]: "a list of integers, such as [1, 2, 4]",
     tuple[float, ...]: "a list of finite numbers, such as [0.05, 0.1]",
 }
@@ -193,10 +193,10 @@ MAY_BE_ZERO = (
     "bits_per_dim_every",
     "transformer_layers",
 )
-# Above these limits, which no experiment comes near, tables and layers would take all memory.
+# Above these limits, which are far above any experiment, tables and layers would fill the memory.
 # All other integers may have 64 bits.
 LARGEST = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "dim_multiply": 1024}
-# These texts must be one of a list.
+# Each of these strings must be one of those listed.
 CHOICES = {
     "split": ("reference", "official"),
     "beta_schedule": ("linear", "cosine"),
@@ -213,14 +213,14 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Hold the settings of data, diffusion and training. One *step* is one optimiser step."""
+    """The settings of data, diffusion and training. One *step* is one optimiser step."""
 
     # The data set: "emoji_faces" or "emoji_people" (embedded), "FFHQ", "CIFAR10", or the path of a
     # folder, zip or npz.
     dataset_name: str
     # The learning rate after the warm-up.
     learning_rate: float
-    # The most images in one forward pass. A run lowers it by itself when memory is short.
+    # The most images in one forward pass. A run lowers it if there is not enough memory.
     batch_size: int
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
@@ -232,12 +232,12 @@ class DiffusionConfig:
     # The split of the full FFHQ: "reference" (63,000 images for training, 7,000 for validation) or
     # "official" (60,000 and 10,000).
     split: str = "reference"
-    # Augmentation rotates training images by up to this many degrees, to either side.
+    # Augmentation rotates training images by up to this many degrees, in either direction.
     max_rotation: float = 0.0
     # The fraction of the steps, at the end of a run, in which no image is rotated, so that the
     # network unlearns the tilt.
     rotation_free_end: float = 0.1
-    # The most unreadable images that are left out, with a list of them. More are an error.
+    # Up to this many unreadable images are skipped and listed. More are an error.
     max_bad_images: int = 0
 
     # Noise schedule
@@ -254,9 +254,9 @@ class DiffusionConfig:
 
     # Objective
 
-    # What the network predicts: "eps", the noise; or "v", a combination of the noise and x_0.
+    # What the network predicts: "eps", the noise; or "v", a linear combination of noise and x_0.
     objective: str = "eps"
-    # How t is drawn in training: "uniform"; or "mixed", with every second t log-normal in the noise
+    # How t is drawn in training: "uniform"; or "mixed", where every second t has a log-normal noise
     # level, as in EDM.
     t_sampling: str = "uniform"
 
@@ -264,14 +264,14 @@ class DiffusionConfig:
 
     # Length of the run, in passes over the training images.
     epochs: int = 45
-    # Batches in a step. The effective batch is batch_size times gradient_accumulation.
+    # Batches per step. The effective batch is batch_size times gradient_accumulation.
     gradient_accumulation: int = 4
     # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.
     clip_grad_norm: float = 0.0
     # Steps over which the learning rate rises linearly from 0.
     warmup_steps: int = 0
-    # The learning rate's course: "constant"; or "cosine", which falls to 0 in a half cosine over
-    # the whole run.
+    # The learning rate after the warm-up: "constant"; or "cosine", which falls to 0 along a half
+    # cosine over the whole run.
     lr_schedule: str = "constant"
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
     ema_decay: float = 0.9999
@@ -285,7 +285,7 @@ class DiffusionConfig:
     compile: str = "auto"
     # Seed of all random numbers.
     seed: int = 0
-    # On CUDA, use only deterministic kernels, which are slower. A CPU's kernels always are
+    # On CUDA, use only deterministic kernels, which are slower. On CPUs all kernels are
     # deterministic.
     deterministic: bool = False
 
@@ -306,20 +306,20 @@ class DiffusionConfig:
     # Checkpoints of steps that are multiples of this are never deleted. 0: only the newest are
     # kept.
     keep_every: int = 0
-    # The run ends with an error after so many steps in a row whose loss or gradients are not
+    # The run ends with an error after this many steps in a row whose loss or gradients are not
     # finite.
     max_skipped_steps: int = 20
-    # Held-out triples (image, t, noise) in a validation. All validations have the same.
+    # Held-out triples (image, t, noise) in a validation. All validations use the same triples.
     validation_samples: int = 1000
     # Epochs between measurements of bits/dim, the variational bound. 0: none.
     bits_per_dim_every: int = 0
-    # Held-out images in a measurement of bits/dim. Each takes 36 network calls with 1000 timesteps.
+    # Held-out images in a measurement of bits/dim. Each needs 36 network calls with 1000 timesteps.
     bits_per_dim_images: int = 64
     # Images in a grid of samples.
     grid_images: int = 16
-    # The sampler of the grids, with its default settings: a name that sample.py --sampler takes.
+    # The sampler of the grids, with its default settings: a name that sample.py --sampler accepts.
     grid_sampler: str = "dpm++"
-    # Network calls for each sample of a grid, or T if that is less.
+    # Network calls per sample of a grid, or T if that is less.
     grid_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -344,7 +344,7 @@ class DiffusionConfig:
         check("beta_start", 0 < self.beta_start < 1, "between 0 and 1, such as 1e-4")
         check("beta_end", rises, f"at least beta_start = {self.beta_start:g}")
         if self.beta_schedule == "cosine":
-            # Cosine betas do not use these three fields. Whoever changes one wants linear betas.
+            # Cosine betas do not use these three fields, so changing one of them is a mistake.
             unchanged = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
             requirement = '"linear" when beta_start, beta_end or rescale_betas are changed'
             check("beta_schedule", unchanged, requirement)
@@ -364,7 +364,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Hold the arguments of `models.unet.UNet`."""
+    """The arguments of `models.unet.UNet`."""
 
     # Height and width of the features in the bottleneck.
     lowest_resolution_size: int
@@ -381,7 +381,7 @@ class ModelConfig:
     channels: int = 3
     # Dropout probability in every residual block.
     dropout: float = 0.0
-    # Groups of each GroupNorm. A group needs at least 4 channels, so narrow networks take fewer.
+    # Groups of each GroupNorm. A group needs at least 4 channels, so narrow networks need fewer.
     norm_groups: int = 32
     # Details of the network: "ho", as in the code of Ho et al. 2020; or "diffusers", as in that
     # library's default networks (docs/other-models.md).
@@ -416,7 +416,7 @@ class ModelConfig:
         dims = ", ".join(map(str, self.dims))
         requirement = f"a divisor of {divisor}, as the levels have {dims} channels"
         check("norm_groups", divisor % self.norm_groups == 0, requirement)
-        # The bottleneck has attention, too, and the last level's channels.
+        # The bottleneck has attention, too, with as many channels as the last level.
         attention_dims = [self.dims[level] for level in (*self.transformer_layers, levels - 1)]
         requirement = 'such that attention has heads of 8 channels, with dialect "diffusers"'
         divisible = self.dialect == "ho" or all(dim % 8 == 0 for dim in attention_dims)
@@ -435,7 +435,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Hold every setting that a run's result depends on."""
+    """All settings that a run's result depends on."""
 
     diffusion: DiffusionConfig
     model: ModelConfig
@@ -481,9 +481,9 @@ class Experiment:
         channels_of_group = min(self.model.dims) / groups
         if channels_of_group < 2:
             warnings.append(
-                f"norm_groups = {groups} leaves {channels_of_group:g} channel a group at the "
+                f"norm_groups = {groups} leaves {channels_of_group:g} channel per group at the "
                 "narrowest level; the norm then erases each channel's mean and samples come out "
-                "tinted: leave at least 4"
+                "tinted: use at least 4 channels per group"
             )
         if self.diffusion.max_rotation > 0 and not self.diffusion.use_augmentation:
             warnings.append("max_rotation has no effect without use_augmentation = True")
@@ -510,7 +510,7 @@ class Experiment:
 def check_types(config: DiffusionConfig | ModelConfig) -> None:
     """Convert each field to its annotated type, or raise ConfigError if it has another type.
 
-    An integer is converted to a float, and a list to a tuple. Integers and texts are also checked
+    An integer is converted to a float, and a list to a tuple. Integers and strings are also checked
     against MAY_BE_ZERO, LARGEST and CHOICES.
     """
     for name, annotation in get_type_hints(type(config)).items():

@@ -1,8 +1,8 @@
 """Play with a trained model in the browser: `python demo.py` serves a page and prints its address.
 
-The page is for this machine alone. Its three tabs draw images, mix two, and inpaint one. They call
-the functions of sample.py, so the images are the same. Every click takes the newest checkpoint, so
-a run may be training meanwhile. A click waits until the earlier clicks are served.
+Only this machine can open the page. Its three tabs draw images, mix two, and inpaint one. They call
+the same functions as sample.py, so the images are the same. Every click uses the newest checkpoint,
+so you can use the page while a run is training. A click waits until earlier clicks are finished.
 """
 
 import argparse
@@ -43,42 +43,42 @@ from functions.support.processes import SINGLE_PROCESS
 try:
     import gradio as gr
 except ImportError:
-    print("error: the page wants Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
+    print("error: the page needs Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
-# This is what a callback returns to Gradio's components.
+# A callback returns these values to Gradio's components.
 Outputs = TypeVar("Outputs")
-# `in_worker` hands such a function to its work.
+# `in_worker` passes such a function to its `work`.
 Check = Callable[..., None]
-# The value of a control is an upload, a number or a choice.
+# The value of a control: an upload, a number or a choice.
 Value = np.ndarray | int | str | None
 
-# At most this many images are drawn.
+# At most this many images are drawn per click.
 IMAGE_LIMIT = 64
 # At most this many pictures show how images form.
 FRAME_LIMIT = 25
-# Pictures in the page have this width and height in pixels.
+# The width and height of pictures in the page, in pixels.
 SIDE = 512
-# A picture starts below its label, which would cover its upper edge.
+# The label would cover a picture's upper edge, so the picture starts below it.
 STYLE = ".image-frame img { width: 100%; height: 100%; object-fit: contain; padding-top: 30px }"
-# The fonts are installed on the machine, so that the page downloads none.
+# The page uses fonts of the machine, so that it downloads none.
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 # All models run in this one thread.
 WORKER = ThreadPoolExecutor(1)
-# Fields for integers, and sliders for integers from 1 on.
+# Fields for integers, and sliders for integers from 1 upwards.
 number = partial(gr.Number, precision=0)
 slider = partial(gr.Slider, 1, step=1, precision=0)
-# This is the field for the seed.
-seed_field = partial(number, 0, label="Seed", info="Another seed is other noise: other images.")
-# This is the button for image files.
+# The field for the seed.
+seed_field = partial(number, 0, label="Seed", info="Another seed gives other images.")
+# The button for image files.
 upload_button = partial(
-    gr.UploadButton, "Upload an image, which is cropped square", file_types=["image"]
+    gr.UploadButton, "Upload an image (it is cropped to a square)", file_types=["image"]
 )
-# A picture has a button for downloads.
+# Each picture has a button to download it.
 picture_output = partial(
     gr.Image, interactive=False, format="png", height=SIDE, buttons=["download"]
 )
-# Clicks are served one after the other, in their order.
+# Clicks are processed one after the other, in their order.
 QUEUED = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 
@@ -95,12 +95,12 @@ def main() -> None:
 
     with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         model = gr.Textbox(label="The model")
-        # Opening the page calls this, which names the newest checkpoint.
+        # This is called when the page is opened, and shows the path of the newest checkpoint.
         page.load(in_worker(lambda check: str(demo.open()[0].path)), outputs=model, **QUEUED)
 
         drawing, history = draw_tab(demo)
         stoppable = [drawing, mix_tab(demo), paint_tab(demo, history)]
-        # A click on Stop calls no function, and cancels what the buttons of the tabs have started.
+        # A click on Stop calls no function. It cancels the work that the tabs' buttons started.
         gr.Button("Stop").click(None, cancels=stoppable)
 
     page.queue(max_size=16).launch(
@@ -129,9 +129,9 @@ def main() -> None:
 def in_worker(work: Callable[..., Outputs]) -> Callable[..., Iterator[Outputs]]:
     """Return a callback for Gradio that calls `work(check, *inputs)` in the worker.
 
-    `work` calls `check` after every step, and may hand it new outputs for the page. When Gradio
+    `work` calls `check` after every step, and may pass it new outputs for the page. When Gradio
     ends the callback, on Stop or when the page is closed, `check` raises an error, which ends
-    `work`. Errors that a user can mend are shown in the page as one sentence.
+    `work`. Errors that the user can fix are shown in the page as one sentence.
     """
 
     def callback(*inputs):
@@ -151,7 +151,8 @@ def in_worker(work: Callable[..., Outputs]) -> Callable[..., Iterator[Outputs]]:
                 text = user_message(error)
                 if not text:
                     raise
-            # This is outside of `except`, because the original error refers to the model's memory.
+            # This comes after the `except` block, because the original error keeps the model's
+            # tensors in memory.
             raise gr.Error(html.escape(text), print_exception=False)
 
         # While the worker is busy, Gradio gets the latest outputs five times a second.
@@ -160,7 +161,7 @@ def in_worker(work: Callable[..., Outputs]) -> Callable[..., Iterator[Outputs]]:
             while not wait([future], timeout=0.2).done:
                 yield latest.pop() if latest else gr.skip()
         finally:
-            # Gradio closes this generator on Stop. The next `check` then ends the job.
+            # On Stop, Gradio closes this generator. The next call of `check` then ends the job.
             cancelled.set()
         yield future.result()
 
@@ -169,7 +170,7 @@ def in_worker(work: Callable[..., Outputs]) -> Callable[..., Iterator[Outputs]]:
 
 @dataclass(frozen=True)
 class Demo:
-    """Do what the buttons of the page ask for, with the model and device of the command line.
+    """The functions behind the page's buttons, with the model and device of the command line.
 
     `draw`, `mix`, `paint` and `read` are called in the worker. They get `check` and the values of
     the controls, and return outputs for the page.
@@ -184,11 +185,11 @@ class Demo:
         sampler: str = "ddpm",
         steps: int | None = None,
     ) -> tuple[SavedModel, ImageSampler]:
-        """Return the newest checkpoint and its `ImageSampler`, which calls `on_step` in each step.
+        """Return the newest checkpoint and its `ImageSampler`, which calls `on_step` at each step.
 
-        The sampler is the one that sample.py has with the same flags.
+        sample.py has the same sampler for the same flags.
         """
-        # All flags that the page has no field for have their defaults.
+        # Flags without a field in the page have their defaults.
         parser = Parser()
         add_sampling_flags(parser)
         # An empty field gives None, which means 0 for the seed and all timesteps for the steps.
@@ -201,10 +202,10 @@ class Demo:
     def draw(self, check: Check, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
         """Sample images 0 .. n-1, and show the model's x_0 every few steps.
 
-        A click on "Draw the images" calls this. It returns what `show_last` returns.
+        A click on "Draw the images" calls this. The outputs are those of `show_last`.
         """
-        # This has titles and images, uint8 (N, H, W, 3): first x_0 of several steps, then the
-        # samples.
+        # Each entry is a title and images, uint8 (N, H, W, 3). The last entry has the samples, and
+        # the entries before have the x_0 of several steps.
         history = []
 
         # The sampler calls this after every step.
@@ -212,7 +213,7 @@ class Demo:
             check()
             if k % math.ceil(calls / FRAME_LIMIT) == 0:
                 title = (
-                    f"x_0 as the model sees it after {k + 1} of {calls} network calls, "
+                    f"the model's estimate of x_0 after {k + 1} of {calls} network calls, "
                     f"at t = {t + 1}"
                 )
                 history.append((title, to_uint8(x_0).cpu().numpy()))
@@ -230,21 +231,22 @@ class Demo:
     def mix(self, check: Check, depth: float, share: float, *inputs: Value) -> list[np.ndarray]:
         """Return the first image, the mixture and the second.
 
-        A click on "Mix the two images" calls this. `inputs` are the upload (or None) and the number
-        of the first image, the same of the second, and the arguments of `open` after `on_step`.
+        A click on "Mix the two images" calls this. `inputs` are the upload (or None) and the index
+        of the first image, the same for the second image, and the arguments of `open` after
+        `on_step`.
         """
-        first, first_number, second, second_number, *flags = inputs
+        first, first_index, second, second_index, *flags = inputs
         _, image_sampler = self.open(check, *flags)
 
-        # A source is an upload, cropped and resized, or the number of an image of the seed.
+        # A source is an upload, cropped and resized, or the index of an image of the seed.
         sources = []
-        for rgb, i in ((first, first_number), (second, second_number)):
+        for rgb, i in ((first, first_index), (second, second_index)):
             source = i or 0
             if rgb is not None:
                 source = fit_square(rgb, image_sampler.shape[-1])
             sources.append(source)
 
-        # Both images are noised to timestep t. Depth 0 is t = -1, where images are not noised.
+        # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
         ends = torch.stack([source_to_x_0(image_sampler, source) for source in sources])
         t = round(depth * image_sampler.scheduler.timesteps) - 1
         weights = torch.tensor([share], device=ends.device)
@@ -255,20 +257,20 @@ class Demo:
     def paint(
         self, check: Check, rgb: np.ndarray, edit: dict, repeats: int, n: int, *flags: Value
     ) -> Image.Image:
-        """Return a grid of the image, its known pixels, and answers 0 .. n-1.
+        """Return a grid of the image, its known pixels, and inpaintings 0 .. n-1.
 
-        A click on "Make what is painted over anew" calls this. `flags` are the arguments of `open`
-        after `on_step`.
+        A click on "Inpaint the painted part" calls this. `flags` are the arguments of `open` after
+        `on_step`.
         """
         _, image_sampler = self.open(check, *flags)
         size = image_sampler.shape[-1]
 
-        # The editor's layers are RGBA, and opaque where the user has painted.
+        # The editor's layers are RGBA and opaque where the user has painted.
         masks = [layer[..., 3] > 127 for layer in edit["layers"]]
         mask = fit_mask(np.any(masks, axis=0), size) if masks else np.array(False)
         if rgb is None or mask.all() or not mask.any():
             raise UserError(
-                "take an image, and paint over a part of it: neither all of it nor nothing"
+                "choose an image and paint over a part of it, but not over the whole image"
             )
         return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), mask, repeats, n))
 
@@ -285,16 +287,16 @@ def draw_tab(demo: Demo) -> tuple:
         with gr.Row():
             controls = [
                 seed_field(),
-                slider(IMAGE_LIMIT, 16, label="How many", info="Images 0 and on of the seed."),
+                slider(IMAGE_LIMIT, 16, label="How many", info="The first images of the seed."),
                 *sampler_controls(),
             ]
         start = gr.Button("Draw the images", variant="primary")
-        picture = picture_output(label="The images, and meanwhile what the model takes them for")
+        picture = picture_output(label="The images; while they form, the model's estimates of them")
         history = gr.State([])
-        back = slider(label="Look back", info="Goes through the steps again.", visible=False)
+        back = slider(label="Look back", info="Shows earlier steps.", visible=False)
 
-    # Moving the slider calls this at once, without the worker. Of several moves in a row the last
-    # counts.
+    # Moving the slider calls this directly, without the worker. If it moves several times in a row,
+    # only the last position counts.
     back.input(
         look_back,
         [back, history],
@@ -308,13 +310,13 @@ def draw_tab(demo: Demo) -> tuple:
     return event, history
 
 
-def look_back(place: int, history: list) -> dict:
-    """Show the images at a place of the history again; the first place is 1.
+def look_back(position: int, history: list) -> dict:
+    """Show the images at a position of the history again; the first position is 1.
 
     Moving the slider "Look back" calls this.
     """
-    # The slider's maximum is at least 2, so the place may be beyond the last.
-    title, images = history[:place][-1]
+    # The slider's maximum is at least 2, so the position may be beyond the last entry.
+    title, images = history[:position][-1]
     return gr.update(value=grid_of(images), label=title)
 
 
@@ -332,7 +334,7 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
             controls = [seed_field(), *sampler_controls()]
         with gr.Row():
             depth = gr.Slider(
-                0, 1, 0.75, label="Depth", info="How far into the noise both go; 0 blends pixels."
+                0, 1, 0.75, label="Depth", info="How far both are noised; 0 blends pixels."
             )
             share = gr.Slider(
                 0, 1, 0.5, label="Share", info="How much of the mixture is the second image."
@@ -350,22 +352,22 @@ def mix_tab(demo: Demo) -> gr.events.Dependency:
 
 
 def source_controls(demo: Demo, which: str, i: int) -> tuple[list, gr.Image]:
-    """Build the column of an image to mix. Return its inputs and its picture.
+    """Build the column for one of the two images. Return its inputs and its picture.
 
-    The inputs are a state, which has the upload or None, and the field with the number.
+    The inputs are a state, which holds the upload or None, and the field with the index.
     """
     with gr.Column():
         source = gr.State()
         picture = picture_output(label=f"The {which} image")
         index = number(
             i,
-            label=f"Number of the {which} image",
-            info="Takes one of the seed's; 0 is the first.",
+            label=f"Index of the {which} image",
+            info="An image of the seed; 0 is the first.",
             minimum=0,
         )
         upload = upload_button()
 
-    # Typing a number calls this, which removes the upload.
+    # Typing an index calls this, which removes the upload.
     index.input(lambda: (None, None), None, [source, picture], **QUEUED)
     # Uploading a file calls this, which shows the file.
     upload.upload(in_worker(demo.read), upload, [source, picture], **QUEUED)
@@ -377,19 +379,17 @@ def paint_tab(demo: Demo, history: gr.State) -> gr.events.Dependency:
     with gr.Tab("Paint"):
         with gr.Row():
             seed = seed_field()
-            count = slider(8, 4, label="How many", info="Answers to the same question.")
-            steps = number(
-                50, label="Steps", info="From noise to the image; empty for all timesteps."
-            )
+            count = slider(8, 4, label="How many", info="Each inpainting is different.")
+            steps = number(50, label="Steps", info="From noise to the image; empty: all timesteps.")
             repeats = slider(
-                20, 10, label="Repeats", info="Network calls a step: 1 leaves seams, 10 none."
+                20, 10, label="Repeats", info="Network calls per step: 1 leaves seams, 10 does not."
             )
-        start = gr.Button("Make what is painted over anew", variant="primary")
+        start = gr.Button("Inpaint the painted part", variant="primary")
         with gr.Row():
             with gr.Column():
                 image = gr.State()
                 editor = gr.ImageEditor(
-                    label="Paint over what is to be made anew",
+                    label="Paint over the part to inpaint",
                     brush=gr.Brush(SIDE // 10, colors=["#ff00ff"], color_mode="fixed"),
                     sources=(),
                     height=600,
@@ -399,16 +399,16 @@ def paint_tab(demo: Demo, history: gr.State) -> gr.events.Dependency:
                 )
                 index = number(
                     0,
-                    label="Number of the image",
-                    info="Takes one of the images just drawn.",
+                    label="Index of the image",
+                    info="One of the images just drawn; 0 is the first.",
                     minimum=0,
                 )
-                take = gr.Button("Take the image of this number")
+                use = gr.Button("Use the image with this index")
                 upload = upload_button()
-            picture = picture_output(label="The image, what is kept of it, and the answers")
+            picture = picture_output(label="The image, its known part, and the inpaintings")
 
     # A click on the button for an image of the tab Draw calls this.
-    take.click(take_image, [index, history], [image, editor], **QUEUED)
+    use.click(drawn_image, [index, history], [image, editor], **QUEUED)
     # Uploading a file calls this.
     upload.upload(in_worker(demo.read), upload, [image, editor], **QUEUED)
 
@@ -417,17 +417,17 @@ def paint_tab(demo: Demo, history: gr.State) -> gr.events.Dependency:
     return start.click(in_worker(demo.paint), inputs, picture, **QUEUED)
 
 
-def take_image(i: int | None, history: list) -> tuple[np.ndarray, Image.Image]:
+def drawn_image(i: int | None, history: list) -> tuple[np.ndarray, Image.Image]:
     """Return image i of the last images in the history, and the picture for the page.
 
-    A click on "Take the image of this number" calls this.
+    A click on "Use the image with this index" calls this.
     """
     images = history[-1][1] if history else []
     # An empty field gives None, which means the first image.
     i = i or 0
     if i >= len(images):
         raise gr.Error(
-            f"There are {len(images)} images in the tab Draw; the first is number 0.",
+            f"The tab Draw has {len(images)} images; the first has the index 0.",
             print_exception=False,
         )
     return images[i], enlarge(images[i])
@@ -445,9 +445,9 @@ def sampler_controls() -> list:
             [*SAMPLERS],
             value="dpm++",
             label="Sampler",
-            info="ddpm, the paper's, wants many steps, the others 20.",
+            info="ddpm, the paper's, needs many steps; the others need 20.",
         ),
-        number(20, label="Steps", info="Network calls for an image; empty for all timesteps."),
+        number(20, label="Steps", info="Network calls per image; empty: all timesteps."),
     ]
 
 

@@ -4,11 +4,11 @@
     bpd               bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5)
     bands             how well the network knows x_0 at each noise level, in bands of spatial
                       frequency (docs/whole-before-detail.md)
-    fid, kid, prc     FID, KID, and precision and recall of samples against real images. They need
-                      requirements-eval.txt and the weights of InceptionV3.
+    fid, kid, prc     FID, KID, and precision and recall of samples, compared with real images. They
+                      need requirements-eval.txt and the weights of InceptionV3.
 
 On several GPUs: `torchrun --nproc-per-node 8 evaluate.py RUN --metrics fid`. With torchrun write -n
-for --n, because torchrun reads --n as its own flag.
+instead of --n, because torchrun reads --n as its own flag.
 """
 
 import argparse
@@ -54,25 +54,25 @@ from functions.support.files import sha256, write_text
 from functions.support.processes import Processes, distributed
 from functions.support.run_folder import results_folder
 
-# Names of metrics in results and in files have this order, whatever the order in --metrics.
+# Results and file names list the metrics in this order, whatever their order in --metrics.
 METRICS = ("bpd", "bands", "fid", "kid", "prc")
-# `bands` averages this many training images, evenly spaced.
+# For `bands`, the average image is computed from this many training images, evenly spaced.
 AVERAGE_COUNT = 2000
-# (file of weights, or None to download it; device; processes) -> the feature network.
+# It loads the feature network onto a device, from a file of weights (None: download it).
 LoadExtractor = Callable[[Path | None, torch.device, Processes], Extractor]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is evaluated, and the real images that it is compared with."""
+    """The model to evaluate, and the real images to compare it with."""
 
     image_sampler: ImageSampler  # the model, its sampler and the seed
-    # None where published statistics replace the real images.
+    # None when published statistics replace the real images.
     image_set: ImageSet | None
     split: Split | None
-    # The weights and their arithmetic, for the settings of every result.
+    # The weights, the device, the precision and so on, for the settings of every result.
     facts: dict
-    # The results' folder and the checkpoint's name, with which all file names begin.
+    # The folder of the results, followed by the checkpoint's name, which begins all file names.
     path_prefix: Path
 
     def load_x_0(self, indices: np.ndarray) -> torch.Tensor:
@@ -103,14 +103,14 @@ def parse_flags() -> argparse.Namespace:
         type=metric_names,
         default="bpd",
         metavar="bpd,bands,fid,kid,prc",
-        help="The metrics to measure, separated by commas. Default: %(default)s.",
+        help="The metrics to measure, comma-separated. Default: %(default)s.",
     )
     parser.add_argument(
         "--data",
         "--dataset-name",
         metavar="NAME|PATH",
-        help="The name or path of the data set, for example if the training's has moved. "
-        "Default: the training's.",
+        help="The name or path of the data set, for example if the training data have moved. "
+        "Default: the data set that the model was trained on.",
     )
 
     group = parser.add_argument_group("bits/dim (bpd) and bands, on the validation split")
@@ -118,25 +118,25 @@ def parse_flags() -> argparse.Namespace:
         "--images",
         type=positive,
         metavar="N",
-        help="How many images of the split to take, evenly spaced. Default: all.",
+        help="How many images of the split to use, evenly spaced. Default: all.",
     )
     group.add_argument(
         "--t-stride",
         type=positive,
         default=20,
         metavar="N",
-        help="The most timesteps that one network call of bpd stands for. Default: %(default)s.",
+        help="The most timesteps that one network call represents, for bpd. Default: %(default)s.",
     )
     group.add_argument(
         "--bpd-variance",
         choices=VARIANCES,
         default="small",
-        help="The variance of p(x_{t-1} | x_t) for bpd. Default: %(default)s.",
+        help="The variance of p(x_{t-1} | x_t), for bpd. Default: %(default)s.",
     )
     group.add_argument(
         "--no-clip",
         action="store_true",
-        help="Do not clip the x_0 of bpd to [-1, 1]. Default: it is clipped, as in sampling.",
+        help="Do not clip the x_0 of bpd to [-1, 1]. Default: clip it, as in sampling.",
     )
 
     group = parser.add_argument_group("FID, KID, precision and recall (fid, kid, prc)")
@@ -157,13 +157,13 @@ def parse_flags() -> argparse.Namespace:
         "--reference-images",
         type=positive,
         metavar="N",
-        help="How many of the real images to take, evenly spaced. Default: all.",
+        help="How many of the real images to use, evenly spaced. Default: all.",
     )
     group.add_argument(
         "--reference",
         type=Path,
         metavar="FILE.npz",
-        help="Published statistics in place of real images, for fid alone. Default: none.",
+        help="Published statistics to use instead of real images, only for fid. Default: none.",
     )
     group.add_argument(
         "--save-reference",
@@ -181,7 +181,7 @@ def parse_flags() -> argparse.Namespace:
     args = parser.parse_args()
     if args.reference and (args.save_reference or {"kid", "prc"} & set(args.metrics)):
         raise UserError(
-            "--reference has statistics for fid alone; "
+            "--reference has only the statistics for fid; "
             "kid, prc and --save-reference need real images"
         )
     if args.n < FEWEST:
@@ -194,33 +194,33 @@ def metric_names(text: str) -> list[str]:
     names = {name.strip() for name in text.split(",")} - {""}
     if not names or not names.issubset(METRICS):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of metrics; there are {', '.join(METRICS)}"
+            f"{text!r} is not a list of metrics; the metrics are {', '.join(METRICS)}"
         )
     return [name for name in METRICS if name in names]
 
 
 def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     """Open the checkpoint, its model and, if a metric needs them, the real images."""
-    # With --data, a calibration on "data" is fitted to this data set, not to the training's.
+    # With --data, a calibration on "data" is fitted to that data set, not to the training data.
     if args.calibrate == "data" and args.data:
         args.calibrate = args.data
     saved, image_sampler = open_sampler(args, processes)
     device = image_sampler.device
     provenance = saved.provenance
-    # The CPU's kernels are deterministic in any case.
+    # On the CPU the kernels are deterministic anyway.
     set_deterministic(device.type == "cuda")
 
     image_sampler = with_calibration(image_sampler, saved, processes)
     image_set, split = None, None
-    # Published statistics replace the real images for fid alone.
+    # Published statistics replace the real images only for fid.
     if not args.reference or args.metrics != ["fid"]:
         image_set, split = load_and_split(saved, args.data)
         processes.print_main(split.description)
 
-    # If the model was trained on some validation images, its results on them are too good.
+    # If the model was trained on some of the validation images, its results on them are too good.
     ids_hash = provenance.get("train_ids_hash")
     if split and ids_hash != split.train_ids_hash and processes.is_main:
-        problem = "THESE ARE NOT THE IMAGES" if ids_hash else "NOBODY KNOWS WHICH IMAGES"
+        problem = "THESE ARE NOT THE IMAGES" if ids_hash else "IT IS UNKNOWN WHICH IMAGES"
         print(
             f"WARNING: {problem} IT WAS TRAINED ON: "
             "some of the validation images may be among its training images",
@@ -243,12 +243,12 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
 
 
 def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
-    """Measure the ratios of errors in bands, on the validation split; write and print them."""
+    """Measure the error ratios in bands, on the validation split; write and print them."""
     image_sampler = subject.image_sampler
     split = subject.split
     indices = evenly_spaced(split.val_indices, args.images)
 
-    # These training images take some hundred MB, so no variable keeps them.
+    # These training images need some hundred MB, so no variable keeps them in memory.
     average_indices = evenly_spaced(split.train_indices, AVERAGE_COUNT)
     average_pixels = subject.image_set.images[average_indices].mean(axis=0)
     average = to_model_range(torch.from_numpy(average_pixels[None]))[0]
@@ -270,7 +270,7 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
     path = write_result(subject.path_prefix, "bands", contents)
     picture = path.with_suffix(".png")
     plot_bands(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
-    print("squared error of x_0 over the average image's, by t and cycles an image")
+    print("squared error of x_0 / squared error of the average image, by t and cycles per image")
     print(f"{result.table()}\n{verdict}\nwrote {path}\nwrote {picture}")
 
 
@@ -279,7 +279,7 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
     split = subject.split
     image_sampler = subject.image_sampler
     denoiser = image_sampler.denoiser
-    # The samplers of some diffusers models do not clip x_0. Then the bound does not clip it either.
+    # For some diffusers models, samplers do not clip x_0. The bound then does not clip it either.
     clip = image_sampler.options.clip_x_0 and not args.no_clip
     options = BoundOptions(
         args.t_stride, image_sampler.batch_size, args.seed, args.bpd_variance, clip
@@ -305,7 +305,7 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
         t_draws = "every t"
     clipping = "clipped" if clip else "not clipped"
 
-    # Two results of bits/dim can be compared if their protocols agree.
+    # Two results can be compared only if their protocols agree.
     protocol = (
         f"{len(indices):,} of {len(split.val_indices):,} validation images "
         f"(ids {split.val_ids_hash}), {t_draws}; variance {options.variance}, x_0 {clipping}, "
@@ -327,7 +327,7 @@ def evaluate_images(
 ) -> None:
     """Measure FID, KID, precision and recall of samples; write and print them."""
     image_sampler = subject.image_sampler
-    # Sampling can take hours, so missing weights or real images must end the script before.
+    # Sampling can take hours. So the weights and real images are loaded first, in case of errors.
     extractor = load_extractor(args.weights, image_sampler.device, processes)
     reference = open_reference(args, subject, extractor, processes)
     generated = sample_features(image_sampler, args.n, extractor, processes)
@@ -344,7 +344,7 @@ def evaluate_images(
         "reference": real,
     }
 
-    # Two results can be compared if their protocols agree.
+    # Two results can be compared only if their protocols agree.
     protocol = (
         f"{args.n:,} samples, {options}, {settings['weights']} weights, "
         f"{settings['precision']}, seed {args.seed}; "
@@ -372,7 +372,7 @@ def open_reference(
 ) -> Reference | None:
     """Read the real images' features from --reference, or compute them from the images.
 
-    All processes compute them, and the others than rank 0 return None.
+    All processes compute them, but only rank 0 returns them; the others return None.
     """
     if args.reference:
         return read_reference(args.reference, subject.image_sampler.shape[-1], extractor)
@@ -382,7 +382,7 @@ def open_reference(
     indices = evenly_spaced(indices_of[split], args.reference_images)
     if len(indices) < FEWEST:
         raise UserError(
-            f"an empty reference: {len(indices)} {split} image(s), it must have {FEWEST} or more"
+            f"too few real images: {len(indices)} in {split}; there must be {FEWEST} or more"
         )
     image_set = subject.image_set
     description = describe(image_set, indices, split, extractor)
@@ -401,7 +401,7 @@ def open_reference(
 def write_result(path_prefix: Path, metrics: str, contents: dict) -> Path:
     """Write <path_prefix>-<metrics>-<hash of the settings>.json, and return its path.
 
-    Results with other settings have other names, so they are not overwritten.
+    Results with different settings have different names, so none overwrites another.
     """
     # With sorted keys the hash does not depend on the order of the settings.
     settings = json.dumps(contents["settings"], sort_keys=True)

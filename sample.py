@@ -1,12 +1,12 @@
-"""Sample images from a trained model: `python sample.py` takes the newest run and writes a grid.
+"""Sample images from a trained model: `python sample.py` uses the newest run and writes a grid.
 
-The network is rebuilt from the checkpoint alone, with its EMA weights. Images are sampled from pure
-noise over all timesteps (Algorithm 2 of Ho et al. 2020), or with --sampler and --steps in fewer;
-functions/samplers.py has the reverse loops. --interpolate mixes two images, --variations samples
-images like one, and --inpaint samples a part of one again.
+The network and its EMA weights come from the checkpoint, and no other file is needed. Images are
+sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or in fewer steps with
+--sampler and --steps. functions/samplers.py has the reverse loops. --interpolate mixes two images,
+--variations samples images similar to one, and --inpaint regenerates a part of one.
 
-Several GPUs can share many images. After a kill, another start samples only the images that are
-missing:
+Several GPUs can divide many images among them. If this command is interrupted, starting it again
+samples only the missing images:
 
     torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
 """
@@ -51,8 +51,8 @@ from functions.support.run_folder import results_folder
 ALWAYS = {"checkpoint", "runs", "device", "precision", "seed"}
 SAMPLING = {"batch_size", "out", "sampler", "steps", "spacing", "eta", "variance", "calibrate"}
 ROWS = {*SAMPLING, "depths", "fit"}
-# These flags have an effect beside each action; "noise", sampling from noise, is the default.
-TAKES = {
+# These flags have an effect together with each action. The default, "noise", samples from noise.
+ACTION_FLAGS = {
     "noise": {*SAMPLING, "n", "individual", "strip", "progressive", "gif"},
     "interpolate": ROWS,
     "variations": ROWS,
@@ -61,18 +61,18 @@ TAKES = {
 }
 
 
-def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
+def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
     """Read the command line, sample, and print which files were written.
 
     `n` and `gif` are the defaults of these flags. Without RUN, the newest run whose name begins
-    with `experiments` is taken.
+    with `name_prefix` is used.
     """
     args = parse_flags(n, gif)
-    # Every process that torchrun starts executes all of this. Rank 0 alone prints, and writes the
-    # pictures of several images.
+    # Every process that torchrun starts executes all of this. Only rank 0 prints and writes the
+    # pictures that show several images.
     with distributed() as processes:
-        # The network and its schedule come from the checkpoint alone.
-        saved, image_sampler = open_sampler(args, processes, experiments)
+        # The network and its schedule come only from the checkpoint.
+        saved, image_sampler = open_sampler(args, processes, name_prefix)
         options = image_sampler.options
         if args.inpaint:
             check_sampler(options)
@@ -83,7 +83,7 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
 
         image_sampler = with_calibration(image_sampler, saved, processes)
 
-        # The folder's name has the options that differ from the defaults.
+        # The folder's name contains the options that differ from the defaults.
         folder_name = f"{saved.name}-{options.short_name}"
         if args.precision != "float32":
             folder_name += f"-{args.precision}"
@@ -93,7 +93,7 @@ def main(n: int = 36, gif: bool = False, experiments: str = "") -> None:
         if args.interpolate or args.variations or args.inpaint:
             processes.on_main(lambda: sample_from_images(args, image_sampler, folder))
             return
-        # These facts decide the pixels. All single images of a folder have the same facts.
+        # These facts determine the pixels, and are the same for all single images of a folder.
         facts = {
             "checkpoint": saved.digest,
             "weights": saved.kind,
@@ -113,18 +113,18 @@ def sample_from_noise(
 ) -> None:
     """Sample images 0 .. n-1 and write the files that the flags ask for.
 
-    The processes share the batches. The batches do not depend on the number of processes, nor on
-    where an earlier start was interrupted. So the images are the same up to rounding, which depends
-    on the number of threads and on free memory.
+    The processes divide the batches among them. The batches depend neither on the number of
+    processes nor on where an earlier command was interrupted. So the images are the same up to
+    rounding, which depends on the number of threads and on free memory.
     """
     figures = figures_of(args, image_sampler)
     frames = {frame for figure in figures.values() for frame in figure.values()}
-    # The first images stay in memory for the grid and the figures. Without figures, and with a file
-    # for each image, the grid is made from the files instead.
+    # The first images stay in memory for the grid and the figures. If there are no figures and each
+    # image has a file, the grid is made from the files instead.
     shown_count = min(args.n, GRID_LIMIT) if frames or not args.individual else 0
 
     with ExitStack() as stack:
-        # Rank 0 alone locks the folder, until the last batch is written.
+        # Only rank 0 locks the folder, until the last batch is written.
         context = open_folder(folder, facts, args.individual)
         indices_on_disk = processes.on_main(lambda: stack.enter_context(context))
 
@@ -139,8 +139,8 @@ def sample_from_noise(
             f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}"
         )
 
-        # `write_images` asks for one batch after the other, and each is sampled from noise when it
-        # is asked for. After an error the generator is closed, which ends its progress bar.
+        # The generator samples a batch when `write_images` asks for it. After an error the
+        # generator is closed, which ends its progress bar.
         batches = [remaining[i] for i in processes.shard(len(remaining))]
         progress = processes.is_main and bool(batches)
         with closing(generate_batches(image_sampler, batches, frames, progress)) as generator:
@@ -150,7 +150,9 @@ def sample_from_noise(
         # This waits until all processes have written their images.
         shown_by_rank = processes.gather(shown)
         if args.individual:
-            processes.print_main(f"all {args.n} images exist, from {image_path(folder, 0)} on")
+            processes.print_main(
+                f"all {args.n} images exist, starting with {image_path(folder, 0)}"
+            )
         if processes.is_main:
             shown = [samples for part in shown_by_rank for samples in part]
             samples = Samples.concatenated(shown) if shown else None
@@ -166,8 +168,8 @@ def write_images(
 ) -> list[Samples]:
     """Write the single images that are not on the disk, and return the batches that are shown.
 
-    The pairs are batches of indices and their samples. The grid and the figures show those batches
-    that have some of the first `shown_count` images.
+    Each pair is a batch of indices and its samples. The batches that contain some of the first
+    `shown_count` images are shown in the grid and the figures.
     """
     shown = []
     writes = []
@@ -195,7 +197,7 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
     def source_of(text):
         return int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
 
-    # All images are read before the folder is made. A picture's file name has labels of its
+    # All images are read before the folder is created. A picture's file name contains labels of its
     # sources, so that no picture of other sources is overwritten.
     rows = {}
     for kind, texts in (("interpolation", args.interpolate), ("variations", args.variations)):
@@ -217,14 +219,15 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
         save_grid(pictures, path, columns=min(len(pictures), 8))
         print(f"wrote {path}")
         if args.individual:
-            # The first two pictures are the image and its known pixels. An answer's file name is
-            # not a number alone, because such files are samples, which the manifest describes.
-            for i, answer in enumerate(pictures[2:]):
-                save_image(answer, folder / f"{inpainting}-{i:05d}.png")
+            # The first two pictures are the image and its known pixels. The names of the other
+            # files are not just numbers, because a file with such a name is a sample from noise,
+            # which the manifest describes.
+            for i, picture in enumerate(pictures[2:]):
+                save_image(picture, folder / f"{inpainting}-{i:05d}.png")
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
-    """Read the command line. Raises UserError for more images than fit in a grid."""
+    """Read the command line. Raises UserError if the images do not fit in a grid."""
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     parser.add_argument(
@@ -232,32 +235,32 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
         "-n",
         type=positive,
         default=n,
-        help="How many images to sample. With torchrun write -n, because torchrun takes --n for "
+        help="How many images to sample. With torchrun write -n, because torchrun reads --n as "
         "its own flag. Default: %(default)s.",
     )
 
-    group = parser.add_argument_group("what to write beside the grid")
+    group = parser.add_argument_group("what to write in addition to the grid")
     group.add_argument(
         "--individual",
         action="store_true",
-        help="Write a PNG for each image, unless it exists. Default: no.",
+        help="Write a PNG file for each image, unless the file exists. Default: no.",
     )
     group.add_argument(
         "--strip",
         action="store_true",
-        help="Draw a figure of the states x_t from noise to images. Default: no.",
+        help="Draw a figure of the states x_t, from noise to images. Default: no.",
     )
     group.add_argument(
         "--progressive",
         action="store_true",
-        help="Draw a figure of the x_0 that the model predicts at each t. Default: no.",
+        help="Draw a figure of the model's estimates of x_0, from t = T down. Default: no.",
     )
     group.add_argument(
         "--gif",
         action="store_true",
         default=gif,
-        help="Write an animation of the grid from noise to images. "
-        "Default: no, but yes in sampleFFHQ.py.",
+        help="Write an animation of the grid, from noise to images. "
+        "Default: no; yes in sampleFFHQ.py.",
     )
 
     group = parser.add_argument_group("what to do instead of sampling from noise")
@@ -265,55 +268,54 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
         "--interpolate",
         nargs=2,
         metavar=("A", "B"),
-        help="Mix two noised images and denoise the mixtures; each is an image file, or the number "
-        "of an image of the seed. Default: none.",
+        help="Interpolate between two images: noise them, mix them and denoise. A and B are image "
+        "files, or indices of images that this seed generates. Default: none.",
     )
     group.add_argument(
         "--variations",
         nargs=1,
         metavar="A",
-        help="Noise an image and denoise it several times; it is an image file, or the number of "
-        "an image of the seed. Default: none.",
+        help="Vary an image: noise it and denoise it, several times. A is an image file, or the "
+        "index of an image that this seed generates. Default: none.",
     )
     group.add_argument(
         "--depths",
         type=fractions,
         default="0.25,0.5,0.75,1",
         metavar="X,X,...",
-        help="How far --interpolate and --variations noise images, in fractions of all timesteps. "
-        "Default: %(default)s.",
+        help="How far --interpolate and --variations noise the images, as fractions of all "
+        "timesteps. Default: %(default)s.",
     )
     group.add_argument(
         "--fit",
         action="store_true",
-        help="Crop and resize image files of another size, for --interpolate and --variations. "
+        help="For --interpolate and --variations: crop and resize image files of another size. "
         "Default: no.",
     )
     group.add_argument(
         "--inpaint",
         metavar="IMAGE",
-        help="Sample a part of an image file again, --n times: the part that is white in --mask, "
-        "or transparent. This takes --sampler ddpm, or ddim with --eta 1. Default: none.",
+        help="Regenerate the part that is white in --mask (or transparent in IMAGE), --n times. "
+        "This needs --sampler ddpm, or ddim with --eta 1. Default: none.",
     )
     group.add_argument(
         "--mask",
         metavar="FILE",
-        help="For --inpaint: an image of the same size, white in the part that is sampled again. "
-        "Default: none.",
+        help="For --inpaint: an image of equal size, white in the part to inpaint. Default: none.",
     )
     group.add_argument(
         "--resample",
         type=positive,
         default=10,
         metavar="N",
-        help="For --inpaint: how often each step is done. Default: %(default)s.",
+        help="For --inpaint: how many times each step is done. Default: %(default)s.",
     )
     group.add_argument(
         "--export",
         type=Path,
         metavar="FILE.safetensors|FOLDER",
-        help="Write the EMA weights, or the raw ones of a run without EMA, as one file, or as a "
-        "folder for diffusers. Default: no.",
+        help="Write the EMA weights (of a run without EMA, the raw weights) as one file, or as a "
+        "diffusers folder. Default: no.",
     )
 
     args = parser.parse_args()
@@ -324,20 +326,22 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
 
 
 def refuse_ignored(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
-    """Raise UserError for a flag that would be ignored and is not at its default."""
-    # Nothing is done beside an export. The other actions can be asked for together.
-    actions = ["export"] if args.export else [name for name in TAKES if getattr(args, name, None)]
-    taken = ALWAYS.union(actions, *(TAKES[action] for action in actions or ["noise"]))
+    """Raise UserError for a flag that would be ignored and does not have its default value."""
+    # An export does nothing else. The other actions can be combined.
+    actions = [name for name in ACTION_FLAGS if getattr(args, name, None)]
+    if args.export:
+        actions = ["export"]
+    effective = ALWAYS.union(actions, *(ACTION_FLAGS[action] for action in actions or ["noise"]))
     for name, value in vars(args).items():
-        if name not in taken and value != getattr(defaults, name):
-            takers = [action for action in TAKES if name in TAKES[action]]
-            word = "beside" if actions else "without"
-            others = " or ".join(f"--{action}" for action in actions or takers)
+        if name not in effective and value != getattr(defaults, name):
+            users = [action for action in ACTION_FLAGS if name in ACTION_FLAGS[action]]
+            word = "with" if actions else "without"
+            others = " or ".join(f"--{action}" for action in actions or users)
             raise UserError(f"--{name.replace('_', '-')} would be ignored {word} {others}")
 
 
 def fractions(text: str) -> list[float]:
-    """Parse a flag's value: numbers from 0 to 1 with commas between."""
+    """Parse a flag's value: comma-separated numbers from 0 to 1."""
     return [fraction(number) for number in text.split(",")]
 
 

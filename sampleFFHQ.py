@@ -1,6 +1,6 @@
 """Sample faces from the newest FFHQ run: write a grid of 20 and its animation.
 
-The script takes the flags of sample.py. To train such a run, put FFHQ at data/FFHQ and start
+The script has the flags of sample.py. To train such a run, put FFHQ at data/FFHQ and start
 `python train.py ffhq-run2`.
 """
 
@@ -9,7 +9,7 @@ from functions.support.command_line import exit_on_user_error
 
 
 def main() -> None:
-    sample.main(n=20, gif=True, experiments="ffhq")
+    sample.main(n=20, gif=True, name_prefix="ffhq")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a DDPM: `python train.py` for faces in minutes, `python train.py ffhq-full` for real.
 
 This is Algorithm 1 of Ho et al. 2020 with gradient accumulation, mixed precision and EMA; comments
-in the loop of `train` number its lines. Experiments are in config.py. Each run writes a new folder
+in the loop of `train` quote its lines. Experiments are in config.py. Each run writes a new folder
 in runs/, whose files functions/support/run_folder.py lists. What happens between two steps
 (metrics, validation, samples, checkpoints, signals) is in functions/training/recorder.py.
 On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
@@ -69,8 +69,8 @@ from functions.training.memory import describe_compute, fit_memory
 from functions.training.recorder import Recorder
 from models.unet import UNet
 
-# Weights fit only the values of these fields that they were trained with, and of the fields of
-# ModelConfig except dropout. So --init takes these values over together with the weights.
+# Weights work only with the values that these fields, and the fields of ModelConfig except dropout,
+# had when the weights were trained. So --init copies these values together with the weights.
 WEIGHT_FIELDS = (
     "timesteps_diff",
     "beta_start",
@@ -144,9 +144,9 @@ def parse_flags() -> argparse.Namespace:
 
     if args.experiment not in (None, *EXPERIMENTS):
         known = ", ".join(EXPERIMENTS)
-        parser.error(f"there is no experiment {args.experiment!r}; there are {known}")
+        parser.error(f"there is no experiment {args.experiment!r}; choose from {known}")
     if args.init and args.resume not in (None, "auto"):
-        parser.error("--init starts a new run, but --resume goes on with one")
+        parser.error("--init starts a new run, but --resume continues one")
     return args
 
 
@@ -157,7 +157,7 @@ def new_run(
     changes: tuple[dict, dict],
     processes: Processes,
 ) -> Run:
-    """Return a new run of an experiment. With `initial_path` it starts from the weights there.
+    """Return a new run of an experiment, which starts from the weights in `initial_path`, if any.
 
     Raises ConfigError for a change that does not fit these weights.
     """
@@ -175,7 +175,7 @@ def new_run(
     for field, (trained_value, value) in fitting.differences(experiment).items():
         raise ConfigError(
             f"{field} is {trained_value} for the weights of {initial.path}; "
-            f"it cannot become {value}"
+            f"it cannot be changed to {value}"
         )
     prior_facts = Facts(initial=f"{initial.path}: {initial}")
     return Run(name, experiment, runs, prior_facts=prior_facts, initial=initial)
@@ -194,7 +194,7 @@ def open_initial(path: Path, processes: Processes) -> SavedModel:
 def with_weight_fields(experiment: Experiment, initial: SavedModel) -> Experiment:
     """Return the experiment with the values of WEIGHT_FIELDS and ModelConfig that fit the weights.
 
-    Dropout stays that of the experiment.
+    Dropout stays as in the experiment.
     """
     # An older file may lack a field, which then has its default.
     saved_fields = vars(DiffusionConfig) | initial.config["diffusion"]
@@ -212,7 +212,7 @@ def open_run(
 ) -> Run:
     """Open a run to resume it from its newest intact checkpoint.
 
-    The experiment comes from the checkpoint, whatever config.py says now. Raises ConfigError for
+    The experiment comes from the checkpoint, even if config.py has changed. Raises ConfigError for
     changes that a resumed run cannot make, for a run whose experiment is not `expected_name`, and
     for a run that did not start from the weights in `initial_path`; None fits any run.
     """
@@ -236,9 +236,7 @@ def open_run(
         processes.print_main(f"changed: {field} was {earlier}, is now {now}")
     preset = EXPERIMENTS.get(name, resumed)
     for field, (now, in_file) in resumed.differences(preset).items():
-        processes.print_main(
-            f"note: {field} stays {now}, as the run was started; config.py has {in_file}"
-        )
+        processes.print_main(f"note: {field} is {now} in this run; config.py has {in_file}")
     return Run(name, resumed, folder.parent, folder, checkpoint, prior_facts)
 
 
@@ -257,13 +255,13 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     model, scheduler, precision = denoiser.network, denoiser.scheduler, denoiser.precision
     state = build_training_state(run, denoiser, device)
 
-    # This lowers batch_size where memory is short.
+    # This lowers batch_size if there is not enough memory.
     if not dry_run:
         run.experiment = fit_memory(run.experiment, denoiser, processes)
     config = run.experiment.diffusion
     image_shape = run.experiment.model.image_shape
 
-    # Facts of the run, which are printed and go into config.json and checkpoints
+    # Facts of the run, which are printed and saved in config.json and checkpoints
     facts = Facts(
         total_steps=total_steps,
         steps_per_epoch=total_steps // config.epochs,
@@ -310,7 +308,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             # These are sums over images of the loss, and of the error of eps.
             sums = torch.zeros(2, device=device)
             for batch_slice in passes:  # slices of the effective batch
-                # Line 2: images x_0. data/batches.py shuffles them, and each comes once an epoch.
+                # Line 2: images x_0. data/batches.py shuffles them; each comes once per epoch.
                 x_0 = to_model_range(next(batches))
                 if config.use_augmentation:
                     angles = degrees * draws.rotation[batch_slice] if degrees else None
@@ -323,7 +321,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 # the processes in the last pass. Each pass seeds its dropout, so that a resumed run
                 # repeats it.
                 torch.manual_seed(seed_of(config.seed, "dropout", step, batch_slice.start))
-                with processes.accumulating(network, last=batch_slice is passes[-1]):
+                with processes.gradient_sync(network, last=batch_slice is passes[-1]):
                     losses = denoising_loss(train_denoiser, scheduler, x_0, t, noise)
                     loss = losses.sum() * processes.count / config.effective_batch
                     scaler.scale(loss).backward()
@@ -331,7 +329,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 sums += torch.stack([losses, errors]).detach().sum(dim=1)
 
             # Line 5: the gradient step. If the loss or gradients are not finite, found_inf tells
-            # Adam to skip it. scaler.step would do so, too, but would wait for the device.
+            # Adam to skip it. scaler.step would skip it, too, but it would wait for the device.
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             max_norm = config.clip_grad_norm or math.inf
@@ -373,7 +371,7 @@ def count_steps(run: Run, split: Split, processes: Processes) -> int:
     if run.checkpoint and run.prior_facts.train_ids_hash != split.train_ids_hash:
         raise ConfigError(
             f"{run.folder} was trained on other images than {config.dataset_name} has; "
-            "it cannot go on with these"
+            "it cannot continue with these"
         )
     if total_steps == 0:
         raise ConfigError(
@@ -388,7 +386,7 @@ def count_steps(run: Run, split: Split, processes: Processes) -> int:
         )
     if run.first_step >= total_steps:
         raise ConfigError(
-            f"{run.folder}: the run is finished; to go on, give more --diffusion.epochs"
+            f"{run.folder}: the run is finished; to continue it, increase --diffusion.epochs"
         )
     return total_steps
 

@@ -1,13 +1,13 @@
-"""Our U-Net beside its peers, diffusers' UNet2DModel and lucidrains' Unet, as a Markdown table.
+"""Compare our U-Net with diffusers' UNet2DModel and lucidrains' Unet in a Markdown table.
 
     python benchmarks/compare.py [--help]
 
-An arm is a network with its settings. The table has the seconds and the memory of each arm. Each
-arm runs in a process of its own, because peak memory and heap settings belong to a process. It
-takes turns with our arm, A B A B. Each peer runs as shipped, and with the settings that make it
+An arm is a network with its settings. The table has the time and the memory of each arm. Each arm
+runs in a process of its own, because peak memory and heap settings belong to a process. The arms
+take turns with our arm, A B A B. Each peer runs as shipped, and with the settings that make it
 fastest: our precision, our heap settings, its faster memory layout (not measured for lucidrains),
-compiled. Our network is not compiled. The comparison needs requirements-dev.txt and an idle
-machine. It has not run on a GPU yet.
+and compiling. Our network is not compiled. The comparison needs requirements-dev.txt and an idle
+machine. It has not been run on a GPU yet.
 """
 
 import argparse
@@ -53,9 +53,10 @@ from models.unet import UNet
 FFHQ = EXPERIMENTS["ffhq-run2"].model
 # Peak memory is read after this many steps: Adam's moments exist from the second step on.
 FIRST_STEPS = 2
-# In a turn an arm takes steps for this time, then calls for this time, and at least one of each.
+# In a turn an arm makes steps for this many seconds, then network calls for as many seconds, and at
+# least one of each.
 TURN_SECONDS = 0.3
-# The time limit for an arm's first steps, which compile, and for a turn, in seconds.
+# The time limit in seconds for an arm's first steps, which compile, and for each turn.
 LONGEST_ANSWER = 900.0
 
 COLUMNS = (
@@ -66,14 +67,16 @@ COLUMNS = (
     "call, s",
     "call / ours",
     "images/s",
-    "kept, MiB an image",
+    "kept, MiB per image",
     "peak, GB",
 )
 NOTES = """\
-Medians of all rounds, and in brackets their least and most; a ratio is of two turns side by side. \
-Step: forward, backward, fused Adam. Call: without gradients, as samplers make it. \
-Kept: by a forward pass for backward; not counted of compiled networks. \
-Peak: of the process on the CPU, its compiler included; on CUDA allocated / reserved."""
+Medians of all rounds, with the minimum and the maximum in brackets. \
+Each ratio compares two turns made one right after the other. \
+Step: forward, backward and fused Adam. Call: one network call without gradients, as in sampling. \
+Kept: what a forward pass keeps for backward; not counted for compiled networks. \
+Peak: peak memory of the process, compiler included, on the CPU; \
+allocated / reserved by PyTorch on CUDA."""
 
 
 class ArmFailed(UserError):
@@ -95,17 +98,17 @@ class Arm:
     channels_last: bool
     # Whether freed memory stays with the process (`keep_heap` of functions/support/device.py).
     keeps_heap: bool = False
-    # What backward recomputes: "none", "norms" (ours alone) or "blocks". For diffusers "blocks" is
-    # its gradient checkpointing.
+    # What backward recomputes: "none", "norms" (only ours) or "blocks", which for diffusers is its
+    # gradient checkpointing.
     recompute: str = "none"
     compiled: bool = False
 
 
 def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
     """Return every arm by its name for --arms, ours first."""
-    # `keep_heap` works on the CPU alone.
+    # `keep_heap` works only on the CPU.
     heap = ", heap kept" if on_cpu else ""
-    # On the CPU diffusers is faster with contiguous tensors; on CUDA it should not be.
+    # On the CPU diffusers is faster with contiguous tensors; on CUDA with channels_last, we expect.
     layout = "contiguous" if on_cpu else "channels_last"
     eager = Arm(f"diffusers, {layout}{heap}", "diffusers", precision, not on_cpu, on_cpu)
     lucidrains = Arm(f"lucidrains, channels_last{heap}", "lucidrains", precision, True, on_cpu)
@@ -140,7 +143,7 @@ def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
 
 
 def build(arm: Arm, model: ModelConfig) -> nn.Module:
-    """Return the arm's network, with random weights of which none is zero."""
+    """Return the arm's network, with random weights, none of which is zero."""
     torch.manual_seed(0)
     if arm.package == "ours":
         module = UNet(**vars(model))
@@ -165,7 +168,7 @@ def build(arm: Arm, model: ModelConfig) -> nn.Module:
 def build_diffusers(model: ModelConfig) -> nn.Module:
     """Return diffusers' U-Net with our architecture.
 
-    With the same parameters it computes the same function (tests/models/test_unet.py).
+    With the same parameters it computes the same function as ours (tests/models/test_unet.py).
     """
     from diffusers import UNet2DModel
 
@@ -213,7 +216,7 @@ class Bench:
         )
 
     def step(self) -> None:
-        """Take an optimiser step, as train.py does."""
+        """Make an optimiser step, as train.py does."""
         losses = denoising_loss(self.denoiser, self.denoiser.scheduler, *self.batch)
         losses.mean().backward()
         self.optimizer.step()
@@ -236,15 +239,15 @@ class Bench:
         return {"step": step, "call": call}
 
     def facts(self) -> dict:
-        """Take the first steps, which compile the network, and return its size and its memory."""
+        """Make the first steps, which compile the network, and return its size and its memory."""
         for _ in range(FIRST_STEPS):
             self.step()
 
-        # The peak is read first, since `kept_bytes` takes memory too.
+        # The peak is read first, because `kept_bytes` needs memory, too.
         peaks = peak_bytes(self.device)
         kept = None
         if not self.arm.compiled:
-            # Autograd keeps the weights for any batch. The difference is due to two more images.
+            # Autograd keeps the weights for any batch. So the difference is due to two more images.
             kept = (self.kept_bytes(3) - self.kept_bytes(1)) / 2
         parameters = sum(parameter.numel() for parameter in self.module.parameters())
         return {"parameters": parameters, "peaks": peaks, "kept": kept}
@@ -284,7 +287,7 @@ def seconds_of(work: Callable[[], None], device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the GPU has finished all launched work. The CPU works synchronously."""
+    """Wait until the GPU has finished all launched work. A CPU needs no wait."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -292,12 +295,12 @@ def wait_for(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> list[int]:
     """Return the process's peak memory in bytes, or an empty list on systems other than Linux.
 
-    On CUDA return two numbers: the peak of tensors, and the peak of PyTorch's cache.
+    On CUDA return two numbers: the peak allocated by tensors, and the peak reserved by PyTorch.
     """
     if device.type == "cuda":
         return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
 
-    # Linux alone has this file.
+    # Only Linux has this file.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
@@ -322,7 +325,7 @@ def serve(
         # The other end is closed.
         pass
     except Exception as error:
-        # Any error is this arm's result, and the other arms go on.
+        # Any error is this arm's result, and the other arms continue.
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
@@ -338,7 +341,7 @@ def process_of(
     connection, child_connection = context.Pipe()
     process = context.Process(target=serve, args=(child_connection, arm, model, batch, device))
     process.start()
-    # This copy is closed. So when the process dies, nobody holds its end, and reading here ends.
+    # Only the arm's process keeps its end open. So if the process dies, reading here ends.
     child_connection.close()
 
     def ask(method):
@@ -459,7 +462,7 @@ def main() -> None:
         "--batch",
         type=positive,
         default=4,
-        help="The number of images in a step or call. Default: %(default)s.",
+        help="The number of images per step or call. Default: %(default)s.",
     )
     parser.add_argument(
         "--rounds", type=positive, default=5, help="Turns for each arm. Default: %(default)s."
@@ -471,7 +474,7 @@ def main() -> None:
         "--device",
         choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="Where to measure. Default: cuda where there is a GPU.",
+        help="Where to measure. Default: cuda if there is a GPU.",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="Also write the table to this file. Default: none."
@@ -485,7 +488,7 @@ def main() -> None:
     unknown = sorted(set(names) - set(arms))
     if unknown:
         parser.error(
-            f"there is no arm {', '.join(unknown)} on this device; there are {', '.join(arms)}"
+            f"there is no arm {', '.join(unknown)} on this device; choose from {', '.join(arms)}"
         )
 
     # The lowest of the network's five levels has 1/16 of the image's size.

@@ -31,7 +31,7 @@ from data.pixels import to_model_range
 from functions.support.command_line import Parser, positive
 
 IMAGE_SIZE = 128
-# The length of a round. It is long beside the few batches that are prefetched at its start.
+# The length of a round, which is long compared with the few batches prefetched at its start.
 PNG_BATCHES = 100
 PACKED_IMAGES = 20_000
 
@@ -63,7 +63,7 @@ def make_photos(folder: Path, count: int) -> list[Path]:
 
 
 def index_batches(count: int, batch_size: int, total: int) -> Iterator[np.ndarray]:
-    """Yield shuffled batches of indices below `count`, over epochs, until they have `total`."""
+    """Yield shuffled batches of indices below `count`, over epochs, up to `total` or more."""
     index_count = 0
     for epoch in itertools.count():
         order = epoch_order(count, 0, epoch)
@@ -109,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     batch_size = options.batch_size
     if options.photos < 2 * batch_size:
-        parser.error(f"two batches of {batch_size} take more than {options.photos} photos")
+        parser.error(f"two batches of {batch_size} need more than {options.photos} photos")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""Measure on a GPU what has been measured on CPUs alone, in at most 10 minutes on an H100.
+"""Measure on a GPU what has been measured only on CPUs, in at most 10 minutes on an H100.
 
     python benchmarks/first_day_on_a_gpu.py
 
@@ -59,10 +59,10 @@ TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {PROCESSES}"
 
 # Upper limits for an H100, estimated from the bytes moved (benchmarks/NOTES.md).
 ESTIMATES = {
-    "ours, compiled, base 64: ms a step": 25,
-    "ours, compiled, base 128: ms a step": 75,
-    "graph: ms a call": 45,
-    "float32: a loss beside the CPU's": 1e-3,
+    "ours, compiled, base 64: ms per step": 25,
+    "ours, compiled, base 128: ms per step": 75,
+    "graph: ms per call": 45,
+    "float32: a loss differs from the CPU's by": 1e-3,
     "compiled, base 64: gradients differ by": 0.1,
 }
 
@@ -148,7 +148,7 @@ def training(package: str, base_dim: int) -> Iterator[tuple[str, object]]:
     for name in ROUNDS * list(benches):
         times[name].append(milliseconds(benches[name].step, STEPS))
     for name, rounds in times.items():
-        yield f"{name}: ms a step", median(rounds)
+        yield f"{name}: ms per step", median(rounds)
 
     if gradients:
         expected, actual = gradients
@@ -178,7 +178,7 @@ def in_ddp() -> Iterator[tuple[str, object]]:
                 step_time = milliseconds(bench.step, ROUNDS * STEPS)
             # The processes wait for each other in each step, so their times are the same.
             if processes.is_main:
-                yield f"DDP, optimize_ddp = {optimize_ddp}, base 128: ms a step", step_time
+                yield f"DDP, optimize_ddp = {optimize_ddp}, base 128: ms per step", step_time
 
 
 def sampling() -> Iterator[tuple[str, object]]:
@@ -197,7 +197,7 @@ def sampling() -> Iterator[tuple[str, object]]:
         with patch("functions.sampling.generation.CudaGraphed", return_value=network):
             # The first call records the graph, or cuDNN chooses its kernels.
             sample()
-            yield f"{mode}: ms a call", milliseconds(sample, 1) / CALLS
+            yield f"{mode}: ms per call", milliseconds(sample, 1) / CALLS
 
 
 def train_epoch(runs: Path, device: torch.device, **changes: object) -> Run:
@@ -220,7 +220,7 @@ def train_epoch(runs: Path, device: torch.device, **changes: object) -> Run:
 
 
 def cpu_draws(*args: object, draw: Callable = train.training_draws) -> object:
-    """Draw as `training_draws` with the CPU's generator, and move the result to the device."""
+    """Draw like `training_draws` with the CPU's generator, and move the result to the device."""
     *settings, device = args
     draws = draw(*settings, "cpu")
     moved = {name: values.to(device) for name, values in vars(draws).items()}
@@ -236,11 +236,11 @@ def float32() -> Iterator[tuple[str, object]]:
         losses.append(torch.tensor([row["loss"] for row in rows]))
     expected, actual = losses
     difference = (actual - expected).abs() / expected
-    yield "float32: a loss beside the CPU's", difference.max().item()
+    yield "float32: a loss differs from the CPU's by", difference.max().item()
 
 
 def resumed() -> Iterator[tuple[str, object]]:
-    """Compare a run resumed at step 25 of 50 with the whole run, with deterministic kernels."""
+    """Compare a run resumed at step 25 of 50 with the whole run, on deterministic kernels."""
     run = train_epoch(Path(tempfile.mkdtemp()), DEVICE, deterministic=True)
 
     # Without its last checkpoint, of step 50, the copy resumes from that of step 25.
@@ -256,11 +256,11 @@ def resumed() -> Iterator[tuple[str, object]]:
     )
     same = all(torch.equal(a[name], b[name]) for name in a)
     assert same, "the weights of a resumed run differ from those of the whole run"
-    yield "a resumed run", "bit for bit as the whole one"
+    yield "a resumed run", "bit for bit equal to the whole one"
 
 
 def all_gpus() -> Iterator[tuple[str, object]]:
-    """Train on all GPUs at once, or in two processes on the CPU."""
+    """Train on all GPUs together, or in two processes on the CPU."""
     # Each process needs at least one image of a batch.
     batch_size = f"--diffusion.batch-size {max(16, PROCESSES)}"
     flags = f"faces --runs {tempfile.mkdtemp()} --diffusion.epochs 1 {batch_size}"
@@ -300,12 +300,12 @@ def main() -> None:
             facts[part] = "skipped: time" if timed_out else "failed"
             output = error.stdout or b""
 
-        # Facts that a part printed before it failed count too.
+        # Facts that a part printed before it failed count, too.
         lines = output.decode(errors="replace").splitlines()
         facts |= dict(json.loads(line[5:]) for line in lines if line.startswith("FACT "))
         # The file is written after each part, so a crash of the machine leaves the earlier facts.
         Path("first_day.json").write_text(json.dumps(facts, indent=1))
-        # The last lines of a failed part have its error.
+        # The last lines of a failed part contain its error.
         error_lines = lines[-9:] if facts[part] == "failed" else []
         print(f"{part}: {facts[part]}", *error_lines, sep="\n", flush=True)
 
@@ -323,7 +323,7 @@ def run_part(part: str) -> None:
     measure, _ = PARTS[part]
     for name, fact in measure():
         value = round(fact, 5) if isinstance(fact, float) else str(fact)
-        # A line is written with its end in one call, so no other process can write in between.
+        # A line and its newline are written in one call, so no other process can write in between.
         print(f"FACT {json.dumps([name, value])}\n", end="", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Flip a batch of images and rotate them by small angles, on its device and without a trace."""
+"""Flip images and rotate them by small angles, on their device and without visible artefacts."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 # The mirrored margin is wide enough for rotations up to this angle.
 MAX_DEGREES = 10.0
 
-# The filter that doubles an image reads this many pixels on either side of a point.
+# The filter that doubles an image's resolution reads this many pixels on either side of a point.
 TAPS = 8
 
 
@@ -18,14 +18,14 @@ def augment(x_0: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
 
     x_0 (B, 3, H, W) is float32 in [-1, 1]. The result has the same shape and range. Where flip
     (B,) bool is true, left and right are exchanged exactly. angle (B,) is in degrees, positive
-    counter-clockwise, or None for no rotation. An angle of 0 changes no bit of an image. Beyond
-    MAX_DEGREES, corners may show repeated edge pixels.
+    counter-clockwise, or None for no rotation. At an angle of 0 an image stays exactly the same.
+    Beyond MAX_DEGREES, corners may show repeated edge pixels.
     """
     x_0 = torch.where(flip[:, None, None, None], x_0.flip(-1), x_0)
     if angle is None:
         return x_0
 
-    # Interpolation rounds, even at an angle of 0, so those images bypass it.
+    # Interpolation rounds even at an angle of 0, so upright images bypass it.
     upright = (angle == 0)[:, None, None, None]
     return torch.where(upright, x_0, rotate(x_0, angle))
 
@@ -33,28 +33,29 @@ def augment(x_0: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Rotate each image of x (B, 3, H, W) about its centre by its angle (B,) in degrees.
 
-    Along its edges, a rotated image has wedges from outside the original, which are at most 3.3
-    pixels wide at 3 degrees and 128 px. They are filled with the image mirrored at its edge.
+    Rotation brings wedges from outside the image into view. At 3 degrees and 128 px they are at
+    most 3.3 pixels wide. They are filled by mirroring the image at its edges.
     """
     height, width = x.shape[-2:]
 
-    # One pixel's value is subtracted here and added at the end. So a constant image is zero in
+    # One pixel's value is subtracted here and added back at the end. So a constant image is zero in
     # between, and stays exactly constant.
     origin = x[:, :, :1, :1]
     x = x - origin
 
-    # The margin is the widest wedge, and 2 more pixels that bicubic interpolation reads.
+    # The margin has room for the widest wedge and for 2 more pixels, which bicubic interpolation
+    # reads.
     widest_wedge = max(height, width) / 2 * math.sin(math.radians(MAX_DEGREES))
     margin = math.ceil(widest_wedge) + 2
 
-    # A mirrored image fills the wedges with textures of the image. The alternatives are worse: a
-    # zoom that hides the wedges would enlarge every face by 5%, and repeated edge pixels are
+    # Mirroring fills the wedges with textures of the image. The alternatives are worse: a zoom that
+    # hides the wedges would enlarge every face by 5%, and repeating the edge pixels would draw
     # streaks.
     #
-    # Interpolation must not blur, because the network would learn the blur. Bicubic interpolation
-    # alone costs photos at 128 px 10% of their gradient energy. It costs 1.5% when a windowed sinc
-    # of 16 taps doubles the image first. The price is a faint ringing near edges that are sharper
-    # than those of photos.
+    # Interpolation must not blur, because the network would learn the blur. With only bicubic
+    # interpolation, photos at 128 px lose 10% of their gradient energy. If a windowed sinc of 16
+    # taps first doubles the resolution, they lose 1.5%. The price is faint ringing near edges that
+    # are sharper than those in photos.
     #
     # The width is doubled first, to (B, 3, H + 2 (margin + TAPS), 2 (W + 2 margin)), and then the
     # height, to (B, 3, 2 (H + 2 margin), 2 (W + 2 margin)).
@@ -84,7 +85,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     y_grid = y_doubled / (doubled.shape[-2] - 1) * 2 - 1
     grid = torch.stack([x_grid, y_grid], dim=-1)
 
-    # On Apple's GPUs grid_sample refuses bicubic interpolation, so the CPU does it.
+    # On Apple's GPUs grid_sample does not support bicubic interpolation, so the CPU does it.
     if x.device.type == "mps":
         doubled = doubled.cpu()
         grid = grid.cpu()
@@ -92,7 +93,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
         doubled, grid, mode="bicubic", padding_mode="border", align_corners=True
     )
 
-    # Interpolation overshoots at sharp edges.
+    # Interpolation overshoots at sharp edges, so the result is clamped.
     return (rotated.to(x.device) + origin).clamp(-1, 1)
 
 
@@ -111,9 +112,9 @@ def mirror(x: Tensor, margin: int) -> Tensor:
 
 
 def double_width(x: Tensor) -> Tensor:
-    """Double the resolution of x (..., W + 2 TAPS) without its outer TAPS pixels -> (..., 2 W).
+    """Double the width of x (..., W + 2 TAPS), dropping TAPS pixels at either end -> (..., 2 W).
 
-    Each pixel is followed by the point half-way to the next pixel.
+    Each pixel is followed by the value half-way to the next pixel.
     """
     width = x.shape[-1] - 2 * TAPS
 
@@ -132,12 +133,12 @@ def halfway_weights() -> list[float]:
     distance = torch.arange(TAPS, dtype=torch.float64) + 0.5
     weights = torch.sinc(distance) * torch.sinc(distance / TAPS)
 
-    # Each weight counts for a pixel on either side of the point, and together they sum to 1.
+    # Each weight is used for a pixel on either side of the point, and all of them sum to 1.
     return (weights / (2 * weights.sum())).tolist()
 
 
 def rotation_limit(max_rotation: float, free_end: float, progress: float) -> float:
     """Return the largest rotation in degrees at `progress` (0 to 1) of a run."""
-    # The last part of a run, the fraction `free_end`, rotates nothing, so the model unlearns the
-    # rotations.
+    # In the last part of a run, the fraction `free_end`, nothing is rotated, so that the model
+    # unlearns the rotations.
     return max_rotation if progress < 1 - free_end else 0.0

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from data.packed import map_ahead
 
-# All images stay on a GPU if they take at most this part of its free memory, so a GPU with 16 GB
-# keeps FFHQ at 128 px.
+# All images stay on a GPU if they need at most this fraction of its free memory. So a GPU with
+# 16 GB keeps FFHQ at 128 px.
 FREE_MEMORY_FRACTION = 0.25
 
 
@@ -18,9 +18,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
     It is a pure function of its arguments. Raises ValueError when seed or epoch is negative.
     """
-    # The images are sorted by random keys of 64 bits. NumPy guarantees that Philox and
-    # SeedSequence give the same numbers in every version and on every platform. For permutation()
-    # there is no such guarantee.
+    # The images are sorted by random 64-bit keys. NumPy guarantees that Philox and SeedSequence
+    # give the same numbers in every version and on every platform, but does not guarantee this for
+    # permutation().
     generator = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(generator.random_raw(n), kind="stable")
 
@@ -40,12 +40,12 @@ def micro_batches(
     passes: Sequence[slice],
     steps: range,
 ) -> Iterator[np.ndarray]:
-    """Yield the indices of the images of every forward pass, for optimiser steps `steps`.
+    """Yield the indices of the images of every forward pass in the optimiser steps `steps`.
 
-    A step takes the next effective_batch images of its epoch's order, and yields one array for each
-    slice of `passes`. Images left over at the end of an epoch are dropped.
+    A step uses the next effective_batch images of its epoch's order, and yields one array for each
+    slice in `passes`. Images left over at the end of an epoch are dropped.
     """
-    # Only the number of a step decides which images it takes, so a run can resume at any step.
+    # Which images a step uses depends only on its number, so a run can resume at any step.
     steps_per_epoch = len(train_indices) // effective_batch
     epoch = None
     for step in steps:
@@ -58,10 +58,10 @@ def micro_batches(
 
 
 class ImageFeeder:
-    """Feed a device with batches of images (N, S, S, 3) uint8, memory-mapped or not.
+    """Images (N, S, S, 3) uint8, memory-mapped or not, that are fed to a device in batches.
 
     keep_on_device=True copies all images to the device at the start. False gathers each batch on
-    the CPU. None, the default, copies all images to a CUDA device if they take at most
+    the CPU. None, the default, copies all images to a CUDA device if they need at most
     FREE_MEMORY_FRACTION of its free memory.
     """
 
@@ -71,7 +71,7 @@ class ImageFeeder:
         self.device = torch.device(device)
         self.on_cuda = self.device.type == "cuda"
 
-        # Gathering from a plain array is faster, because np.memmap does bookkeeping at every call.
+        # Gathering from a plain array is faster, because np.memmap does bookkeeping in every call.
         self.images = np.asarray(images)
 
         if keep_on_device is None:
@@ -80,7 +80,7 @@ class ImageFeeder:
         self.resident = torch.tensor(self.images, device=self.device) if keep_on_device else None
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """Return the images of indices (B,) as uint8 (B, S, S, 3) on the device.
+        """Return the images with indices (B,) as uint8 (B, S, S, 3) on the device.
 
         Raises IndexError when an index is out of range.
         """
@@ -92,7 +92,7 @@ class ImageFeeder:
         return self.resident.index_select(0, self.send(indices))
 
     def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """Yield `gather` of each batch of indices, in order."""
+        """Yield the images of each batch of indices on the device, in order."""
         if self.resident is None:
             # A thread gathers the next batch while the device works on this one.
             yield from map(
@@ -102,13 +102,13 @@ class ImageFeeder:
             yield from map(self.gather, batches_of_indices)
 
     def gather_on_cpu(self, indices: np.ndarray) -> Tensor:
-        """Return the images of indices (B,) on the CPU, in pinned memory if the device is a GPU."""
+        """Return the images with indices (B,) on the CPU, pinned if the device is a CUDA GPU."""
         indices = self.check(indices)
         shape = (len(indices), *self.images.shape[1:])
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.on_cuda)
 
-        # With mode="raise" NumPy would copy the batch once more. The indices are checked above,
-        # so mode="clip" never clips.
+        # With mode="raise" NumPy would copy the batch once more. mode="clip" never clips here,
+        # because the indices are checked above.
         np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")
         return batch
 

@@ -16,15 +16,15 @@ DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
 FFHQ_SIZE = 70_000
 
-# Each split of the full FFHQ validates on this many of the last images by id.
+# Each split of the full FFHQ validates on this many images, the last ones by id.
 FFHQ_VALIDATION = {"reference": 7_000, "official": 10_000}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Say which images of an ImageSet train and which validate.
+    """A split of an ImageSet into training and validation images.
 
-    The indices are int64. Each hash is `hash_ids` of the ids of one side.
+    The indices are int64. Each hash is `hash_ids` of the ids of one part.
     """
 
     train_indices: np.ndarray
@@ -54,7 +54,7 @@ def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0) -> 
 
 
 def locate(dataset_name: str, image_size: int) -> Source:
-    """Find the source behind a data set's name or path. Raises UserError when there is none."""
+    """Find the source for a data set's name or path. Raises UserError when there is none."""
     if dataset_name in ("emoji_faces", "emoji_people"):
         return find_source(EMBEDDED_SET, image_size)
     if dataset_name == "FFHQ":
@@ -67,8 +67,8 @@ def locate(dataset_name: str, image_size: int) -> Source:
 def find_ffhq(folder: Path) -> Path:
     """Find the copy of FFHQ in a data folder.
 
-    The copy is an archive in the folder FFHQ, that folder itself, or an archive beside it.
-    Raises UserError when there is no copy, or when the folder FFHQ holds several archives.
+    The copy is an archive in the folder FFHQ, that folder itself, or an archive next to it.
+    Raises UserError when there is no copy, or when the folder FFHQ contains several archives.
     """
     ffhq = folder / "FFHQ"
     files = filter(Path.is_file, ffhq.glob("*"))
@@ -76,16 +76,16 @@ def find_ffhq(folder: Path) -> Path:
     if len(archives) > 1:
         names = ", ".join(sorted(path.name for path in archives))
         raise UserError(
-            f"{ffhq} holds {names}. Leave one archive there, or name one as the data set."
+            f"{ffhq} contains {names}. Leave one archive there, or name one as the data set."
         )
 
     archive_names = [f"FFHQ{suffix}" for suffix in ARCHIVES]
     for path in (*archives, ffhq, *map(folder.joinpath, archive_names)):
-        # An empty folder may stand beside an archive.
+        # There may be an empty folder next to an archive.
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             return path
     raise UserError(
-        "FFHQ is not there. Get the 128x128 thumbnails (2 GB; python download_ffhq.py --thumbs of "
+        "FFHQ was not found. Get the 128x128 thumbnails (2 GB; python download_ffhq.py --thumbs of "
         "github.com/NVlabs/ffhq-dataset, or a copy from Kaggle or Hugging Face)\n"
         f"and put it at {ffhq} (a folder, or {' or '.join(archive_names)}), or name its path as "
         "the data set."
@@ -97,8 +97,8 @@ def split_images(image_set: ImageSet, split: str) -> Split:
 
     The full FFHQ (ids 0 to 69,999) is split into 63,000 and 7,000 as in the reference run, or
     into the official 60,000 and 10,000. A set with test images validates on these. Any other set,
-    also an incomplete FFHQ, validates on its last 10%, and on at least one image. Raises UserError
-    when there is no such split, or when no image would train.
+    including an incomplete FFHQ, validates on its last 10%, but on at least one image. Raises
+    UserError when there is no such split, or when no image is left for training.
     """
     if split not in FFHQ_VALIDATION:
         names = " or ".join(map(repr, FFHQ_VALIDATION))
@@ -137,18 +137,18 @@ def split_images(image_set: ImageSet, split: str) -> Split:
 def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet, Split]:
     """Load and split the data set that a model was trained on, as its saved config says.
 
-    A `name` or path replaces the one in the config, for other images or another copy. Raises
-    UserError when the config does not name the data set, or as `load_images` does.
+    A `name`, or path, replaces the one in the config, for other images or another copy. Raises
+    UserError when the config does not name the data set, and as `load_images` does.
     """
     diffusion = saved.config["diffusion"]
     if name:
-        # A model of another project has a config without these fields.
+        # The config of another project's model lacks these fields.
         diffusion = {"max_bad_images": 0, "split": "reference", **diffusion, "dataset_name": name}
     for field, kind in {"dataset_name": str, "max_bad_images": int, "split": str}.items():
         if type(diffusion.get(field)) is not kind:
             raise UserError(
-                "the model's config does not say which images it was trained on; name some, by "
-                "evaluate.py --data NAME or sample.py --calibrate NAME"
+                "the model's config does not say which images it was trained on; name a data set "
+                "with evaluate.py --data NAME or sample.py --calibrate NAME"
             )
     size = saved.model.image_size
     image_set = load_images(diffusion["dataset_name"], size, diffusion["max_bad_images"])
@@ -157,6 +157,6 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
 
 def hash_ids(ids: list) -> str:
     """Return a short hash of a list of ids, to show that two runs used the same images."""
-    # A file name that is not UTF-8 has surrogates, which the default of encode() refuses.
+    # A file name that is not UTF-8 contains surrogates, which encode() refuses by default.
     lines = "\n".join(map(str, ids)).encode(errors="surrogateescape")
     return hashlib.sha256(lines).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Decode image files of any colour mode to uint8 RGB pixels, or say why they cannot be used."""
+"""Decode image files of any colour mode to uint8 RGB, or report why they cannot be used."""
 
 import io
 from pathlib import Path
@@ -9,16 +9,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short
 
-# Pillow would also try dozens of formats that no image set uses, and for some of them it calls
-# other programs.
+# By default Pillow tries dozens of other formats too. No data set uses these, and Pillow runs other
+# programs to read some of them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
-# Pillow suspects a decompression bomb in an image of more pixels.
+# In an image with more pixels than this, Pillow suspects a decompression bomb.
 MAX_PIXELS = 89_478_485
 
 
 class BadImage(UserError):
-    """Say why an image cannot be used. The message does not name the file."""
+    """An image cannot be used. The message gives the reason and does not name the file."""
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
@@ -29,9 +29,9 @@ def decode_rgb(data: bytes) -> np.ndarray:
     Pillow keeps the high byte of 16-bit colour, which is at most one level off. Embedded colour
     profiles are ignored.
 
-    Raises BadImage for bytes that are no image, truncated or corrupt, and for an image that is
-    animated or has more than MAX_PIXELS. A damaged JPEG can decode without an error; in a zip, the
-    checksum shows the damage.
+    Raises BadImage for bytes that are not an image, and for an image that is truncated, corrupt,
+    animated or larger than MAX_PIXELS. A damaged JPEG may decode without an error; in a zip, the
+    checksum reveals the damage.
     """
     return convert_to_rgb(open_image(data))
 
@@ -43,10 +43,10 @@ def open_image(data: bytes) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if image.format == "PNG":
-                # load() ignores the checksums of the pixels, so verify() compares them first.
+                # load() ignores the checksums of the pixels, so verify() checks them first.
                 image.verify()
 
-        # After verify(), an image cannot be loaded, so the bytes are opened again.
+        # An image cannot be loaded after verify(), so the bytes are opened again.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             # The later frames of an MPO are previews of the photo, not an animation.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
@@ -82,8 +82,8 @@ def convert_to_rgb(image: Image.Image) -> np.ndarray:
 def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
     """Crop and resize uint8 (H, W, 3) -> uint8 (S, S, 3), S = image_size in pixels.
 
-    Grey levels (H, W) become (S, S). The longer side is cropped on both ends. A square of S pixels
-    is not changed.
+    Grey levels (H, W) become (S, S). The longer side is cropped at both ends. An S x S square is
+    returned unchanged.
     """
     height, width = rgb.shape[:2]
     side = min(height, width)
@@ -93,7 +93,7 @@ def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
     if side == image_size:
         return square
 
-    # An image that gets smaller needs antialiasing, which Lanczos does.
+    # An image that shrinks needs antialiasing, which Lanczos does.
     resample = Image.LANCZOS if side > image_size else Image.BICUBIC
     resized = Image.fromarray(square).resize((image_size, image_size), resample)
     return np.array(resized)
@@ -102,8 +102,8 @@ def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
 def open_image_file(path: str, hint: str = "") -> Image.Image:
     """Read one image file, as `open_image` does.
 
-    Raises UserError when the file is no image, or when it cannot be read. In the second case, the
-    message ends with `hint`.
+    Raises UserError when the file is not an image, or when it cannot be read. In the second case
+    the message ends with `hint`.
     """
     try:
         return open_image(Path(path).read_bytes())
@@ -144,18 +144,18 @@ def read_with_mask(
     if mask.all() or not mask.any():
         part = "everything" if mask.all() else "nothing"
         raise UserError(
-            f"{mask_path or path}: {part} would be made anew; name a --mask that is white in part, "
+            f"{mask_path or path}: {part} would be inpainted; give a --mask that is partly white, "
             "or erase a part of the image"
         )
     return fit_square(convert_to_rgb(image), image_size), mask
 
 
 def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
-    """Crop and resize a mask, bool (H, W), as `fit_square` does its image -> bool (S, S)."""
+    """Crop and resize a mask, bool (H, W), as `fit_square` does with its image -> bool (S, S)."""
     levels = fit_square(np.uint8(255) * mask, image_size)
 
-    # A resized pixel mixes what the mask covers with what it does not cover. It is inpainted when
-    # the mask covers more than a tenth of it.
+    # The mask may cover a resized pixel only in part. The pixel is inpainted if the mask covers
+    # more than a tenth of it.
     return levels > 25
 
 
@@ -165,7 +165,7 @@ def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
     Raises UserError as `open_image_file` does, or when the image has another size and `fit` is
     False.
     """
-    hint = "; an image is named by its file, or by its number (0, 1, ...) among those of the seed"
+    hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
     rgb = convert_to_rgb(open_image_file(path, hint))
     if not fit and rgb.shape[:2] != (image_size, image_size):
         raise UserError(

@@ -1,7 +1,7 @@
 """Decode and resize every image of a source once, into one packed file, and memory-map the file.
 
-<name>-<S>px.packed holds uint8 (N, S, S, 3). Beside it lie a .lock and a .json with the ids, the
-images left out, and the key (`pack_key`).
+<name>-<S>px.packed contains uint8 (N, S, S, 3). Next to it are a .lock and a .json with the ids,
+the images left out, and the key (`pack_key`).
 """
 
 import glob
@@ -30,26 +30,26 @@ from functions.support.files import READ_ERRORS, short, write_atomically, write_
 
 Result = TypeVar("Result")
 
-# Raise this number whenever the same files give other pixels. Every pack is then made again.
+# Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 1
 
-# At most this many bad images are printed. The .json lists all.
+# At most this many bad images are printed. The .json lists all of them.
 LISTED = 20
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Hold the images of a data set, uint8 (N, S, S, 3), and their N sorted ids (int or str)."""
+    """The images of a data set, uint8 (N, S, S, 3), and their N sorted ids (int or str)."""
 
     name: str
-    # The array is a memory map, unless the set is a part of a pack.
+    # The array is a memory map, unless the set is only a part of a pack.
     images: np.ndarray
     ids: list
-    # This line says how many images there are, and how many were left out, enlarged or cropped.
+    # The summary counts the images, and those that were left out, enlarged or cropped.
     summary: str = ""
     # This is the path of the packed file.
     path: Path | None = None
-    # Each image that was left out has a [name, reason].
+    # There is one [name, reason] for each image that was left out.
     bad_images: list | tuple = ()
     # See `Source.first_test_id`.
     first_test_id: int | None = None
@@ -62,14 +62,14 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
     when no image is usable, when the disk is full, or when more than max_bad_images were left out.
     """
     key = pack_key(source, image_size)
-    beside, in_cache = pack_paths(source, image_size)
-    pack = read_pack(beside, key, image_size) or read_pack(in_cache, key, image_size)
+    with_data, in_cache = pack_paths(source, image_size)
+    pack = read_pack(with_data, key, image_size) or read_pack(in_cache, key, image_size)
     if pack is None:
-        target = beside if is_writable(beside.parent) else in_cache
+        target = with_data if is_writable(with_data.parent) else in_cache
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with lock_or_wait(target):
-                # Another process that held the lock may have made the pack meanwhile.
+                # While this process waited, the one that held the lock may have made the pack.
                 pack = read_pack(target, key, image_size)
                 pack = pack or make_pack(source, image_size, key, target)
         except OSError as error:
@@ -82,16 +82,16 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
         name, reason = pack.bad_images[0]
         raise UserError(
             f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; "
-            f"the first is {short(name)} ({reason}). {pack.path}.json lists all; mend or remove "
-            "them, or allow as many."
+            f"the first is {short(name)} ({reason}). {pack.path}.json lists all; fix or remove "
+            "them, or allow that many."
         )
     return pack
 
 
 def pack_key(source: Source, image_size: int) -> str:
-    """Hash the facts that the content of a pack follows from.
+    """Return a hash of everything that a pack's content depends on.
 
-    These are the format version, the image size, the kind of source, and each member's name, size
+    This is the format version, the image size, the kind of source, and each member's name, size
     and stamp.
     """
     facts = [FORMAT_VERSION, image_size, source.kind, source.members]
@@ -106,19 +106,19 @@ def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
     path = source.path.resolve()
 
     # The name does not depend on the source's content, so a new pack replaces an outdated one.
-    ending = f"{image_size}px.packed"
+    suffix = f"{image_size}px.packed"
     data_folder = path if source.holds_pack else path.parent
 
-    # In the cache, a hash of the path tells sources of the same name apart.
+    # In the cache, a hash of the path distinguishes sources of the same name.
     path_hash = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache_folder = Path(caches, "ddpm-packed-images")
-    return data_folder / f"{path.name}-{ending}", cache_folder / f"{path.name}-{path_hash}-{ending}"
+    return data_folder / f"{path.name}-{suffix}", cache_folder / f"{path.name}-{path_hash}-{suffix}"
 
 
 def is_writable(folder: Path) -> bool:
     """Return whether files can be created and locked in a folder."""
-    # Permissions do not show that a disk is read-only or has no locks. So a file is locked here.
+    # Permissions do not show that a disk is read-only or has no locks, so this locks a file.
     try:
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=".packed") as probe,
@@ -147,7 +147,7 @@ def read_pack(path: Path, key: str, image_size: int) -> ImageSet | None:
 
 
 def lock_or_wait(target: Path) -> AcquireReturnProxy:
-    """Lock a packed file, so that one process alone makes it. The end of a `with` unlocks it."""
+    """Lock a packed file, so that only one process makes it. Leaving the `with` unlocks it."""
     lock = FileLock(f"{target}.lock")
     try:
         return lock.acquire(timeout=0)
@@ -158,7 +158,7 @@ def lock_or_wait(target: Path) -> AcquireReturnProxy:
 
 def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageSet:
     """Write the packed file of a source and its record, and print what was left out."""
-    # A killed process leaves its temporary file.
+    # A process that was killed may have left its temporary file.
     for temporary in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         temporary.unlink()
     ids = []
@@ -182,7 +182,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
         if not ids:
             name, reason = bad_images[0]
             raise UserError(
-                f"{source.path}: not one of its images can be used; the first is {short(name)} "
+                f"{source.path}: none of its images can be used; the first is {short(name)} "
                 f"({reason})."
             )
 
@@ -235,10 +235,10 @@ def map_images(
     count = len(source.ids)
     results = map_ahead(process, map(source.read, range(count)), threads=None, ahead=32)
 
-    # Pillow's warnings of odd metadata are ignored, since an image with a real fault becomes a
+    # Pillow's warnings about odd metadata are ignored, because an image with a real fault becomes a
     # BadImage. closing() waits for the threads, so none of them warns after an early stop.
     with warnings.catch_warnings(action="ignore"), closing(results):
-        # A small set is done within the delay and shows no progress bar.
+        # A small set finishes within the delay and shows no progress bar.
         yield from tqdm(results, title, count, unit="img", delay=1.0)
 
 
@@ -249,11 +249,11 @@ def map_ahead(
 
     Threads compute up to `ahead` results before the caller asks for them.
     """
-    waiting = deque()
+    futures = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="images") as executor:
         for item in items:
-            waiting.append(executor.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            futures.append(executor.submit(function, item))
+            if len(futures) > ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()

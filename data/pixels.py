@@ -1,6 +1,6 @@
 """Convert pixel values between uint8 0..255, as in files, and float32 -1..1, as in the model.
 
-The two functions are inverses of each other on all 256 values.
+On all 256 values, `to_uint8` is the inverse of `to_model_range`.
 """
 
 import torch
@@ -12,7 +12,7 @@ def to_model_range(images_uint8: Tensor) -> Tensor:
 
     The result is contiguous.
     """
-    # The copy to contiguous memory comes before the cast, because bytes take a quarter of the
+    # The copy to contiguous memory comes before the cast, because bytes need only a quarter of the
     # memory of floats.
     x = images_uint8.permute(0, 3, 1, 2).contiguous()
     return x.to(torch.float32).div_(127.5).sub_(1.0)

@@ -4,9 +4,9 @@
     python data/prepare.py path/to/folder-or-zip-or-npz --image-size 64
     python data/prepare.py FFHQ --verify ffhq-dataset-v2.json
 
-train.py prepares its data set by itself. With --verify, the images are checked first, and are
-prepared only if all are correct. The exit code is 0 on success, 1 if the verification found
-differences, and 2 if the data cannot be used.
+This is optional, because train.py prepares its data set itself. With --verify, the images are
+checked first, and are prepared only if all are correct. The exit code is 0 on success, 1 if the
+verification found differences, and 2 if the data cannot be used.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 # When this file runs as a script, Python searches this folder for modules instead of the
-# repository's root. The root replaces this folder, whose datasets.py would hide another package.
+# repository's root. So the root replaces this folder, whose datasets.py would also hide a package.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -29,7 +29,7 @@ from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short
 
-# These are the versions of a photo in the json, at 128 px and 1024 px.
+# The json has these versions of each photo, at 128 px and at 1024 px.
 VERSIONS = ("thumbnail", "image")
 
 
@@ -79,18 +79,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def verify(source: Source, json_path: str | Path) -> dict[str, list[str]]:
-    """Compare the md5 of the pixels of every image, at its original size, with the json's.
+    """Compare the md5 of every image's pixels, at its original size, with the one in the json.
 
-    The md5 is over raw pixels, so a lossless copy in another format matches. JPEGs and resized
-    copies never match. Returns the names of the images that are "correct", "wrong" (with the
-    reason), "missing" and "extra". Raises UserError when the json cannot be read or is not
+    The md5 is computed from raw pixels, so a lossless copy in another format matches. JPEGs and
+    resized copies never match. Returns the names of the images that are "correct", "wrong" (with
+    the reason), "missing" and "extra". Raises UserError when the json cannot be read or is not
     ffhq-dataset-v2.json, or when the source's images are not numbered.
     """
     expected = read_expected(json_path)
     # The ids of a source are either all numbers or all names.
     if isinstance(source.ids[0], str):
         raise UserError(
-            f"{source.path}: the images have no numbers by which {json_path} could be compared."
+            f"{source.path}: the images have no numbers, so {json_path} cannot be compared."
         )
 
     correct = []
@@ -120,9 +120,9 @@ def size_and_md5(rgb: np.ndarray) -> tuple[str, str]:
 
 
 def read_expected(json_path: str | Path) -> dict[int, dict[str, str]]:
-    """Read ffhq-dataset-v2.json -> a dict by id of dicts of pixel_md5 by size ("128x128").
+    """Read ffhq-dataset-v2.json -> a dict from id to a dict from size ("128x128") to pixel_md5.
 
-    Each inner dict has both VERSIONS. Raises UserError when the file cannot be read or is not that
+    Each inner dict has both VERSIONS. Raises UserError when the file cannot be read or is another
     file.
     """
     expected = {}

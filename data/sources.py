@@ -1,4 +1,4 @@
-"""Find images in a folder with its subfolders, in a zip or in an npz.
+"""Find images in a folder and its subfolders, in a zip or in an npz.
 
 Archives are read in place and never extracted, so the name of a member never becomes a path on
 this machine.
@@ -24,9 +24,9 @@ from functions.support.files import READ_ERRORS, short
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-# Each of these folders holds a copy of FFHQ, with images of this side in pixels. All copies use the
-# same image numbers, so only one of them is read. The uncropped photos have no common size. Their 0
-# makes them the last choice.
+# Each of these folders contains a copy of FFHQ, with images of this side in pixels. All copies use
+# the same image numbers, so only one of them is read. The uncropped photos have no common size.
+# Their 0 makes them the last choice.
 FFHQ_LAYOUTS = {
     "in-the-wild-images": 0,
     "thumbnails128x128": 128,
@@ -34,15 +34,15 @@ FFHQ_LAYOUTS = {
     "images1024x1024": 1024,
 }
 
-# A larger image file counts as unusable. An FFHQ photo at 1024 px takes 1.3 MB.
+# A larger image file counts as unusable. An FFHQ photo at 1024 px is about 1.3 MB.
 MAX_FILE_BYTES = 100 * 2**20
 
-# A set counts as numbered when at least this fraction of its images is. The others are strays.
+# If at least this fraction of a set's images is numbered, the others are strays and are skipped.
 NEARLY_ALL = 0.99
 
 
 class Member(NamedTuple):
-    # This is the path inside the source, exactly as stored.
+    # The name is the path inside the source, exactly as stored.
     name: str
     # The size is in bytes, uncompressed.
     size: int
@@ -52,20 +52,21 @@ class Member(NamedTuple):
 
 
 class Source:
-    """List the images at a path and read them. Each format is a class; `find_source` chooses it.
+    """The images at a path. Each format has a class; `find_source` chooses it.
 
     A class has its `kind`, which is part of a pack's key. `members` are the image files, or the
-    fewer files that hold all images: the array of an npz, the six files of CIFAR-10. `ids` has one
-    id for each image, sorted, all int or all str. A class whose members are the images leaves `ids`
-    to `find_source` and defines `read_file`. Any other class sets `ids` and defines `read`.
-    `notes` are sentences to be printed, which say what was passed over and why.
+    files that contain all images: the array of an npz, the six files of CIFAR-10. `ids` has one id
+    for each image, sorted, all int or all str. A class whose members are the images leaves `ids` to
+    `find_source` and defines `read_file`. Any other class sets `ids` and defines `read`. `notes`
+    are sentences to print about files that were not used.
 
     `read` is called with 0, 1, 2, ... in this order, by one thread, so a source may be a stream.
     """
 
-    # A pack lies beside its source, or in it if this is True, so that a folder moves with its pack.
+    # A pack is next to its source, or inside it if this is True, so that a moved folder keeps its
+    # pack.
     holds_pack = False
-    # Images with this id or a larger one are test images. None: the set has no test images.
+    # Images with this id or a larger one are test images. None means that there are none.
     first_test_id = None
 
     def __init__(self, path: Path):
@@ -89,7 +90,7 @@ class Source:
             return BadImage(f"cannot be read ({short(reason)})")
 
     def name_of(self, i: int) -> str:
-        """Name the i-th image in messages: by its file, or by its id if its file holds many."""
+        """Name the i-th image in messages: by its file, or by its id if its file has several."""
         if len(self.members) == len(self.ids):
             return self.members[i].name
         return f"image {self.ids[i]}"
@@ -109,7 +110,7 @@ class Folder(Source):
 
         # Links are followed, because a data folder is often a link to another disk.
         for folder, inner, files in os.walk(path, onerror=fail, followlinks=True):
-            # These folders vanish: `is_writable` of another process makes and deletes them.
+            # Such a folder may vanish: `is_writable` in another process makes and deletes them.
             inner[:] = [name for name in inner if not name.startswith(".packed")]
             for file in files:
                 name = Path(folder, file).relative_to(path).as_posix()
@@ -117,12 +118,12 @@ class Folder(Source):
                     continue
                 try:
                     status = os.stat(path / name)
-                    # Reading a pipe may wait for ever.
+                    # Reading a pipe could block forever.
                     if stat.S_ISREG(status.st_mode):
                         self.members.append(Member(name, status.st_size, status.st_mtime_ns))
                 except OSError:
-                    # A broken link stays a member. It becomes a bad image when it is read, so its
-                    # name is listed.
+                    # A broken link stays a member. Reading it gives a bad image, so its name is
+                    # listed.
                     self.members.append(Member(name, 0, 0))
 
     def read_file(self, member: Member) -> bytes:
@@ -148,13 +149,14 @@ class Zip(Source):
     def read_file(self, member: Member) -> bytes:
         """Return the bytes of a member, at most one byte more than its size."""
         with open_member(self.archive, member.name) as file:
-            # A read() without a limit would unpack a bomb, whatever size it claims. One byte more
-            # than the size reaches the end of a sound member, where zipfile compares the CRC.
+            # Without a limit, read() would unpack a bomb, whatever size it claims. Asking for one
+            # byte more than the size reaches the end of an intact member, where zipfile checks the
+            # CRC.
             return file.read(member.size + 1)
 
 
 class Npz(Source):
-    """One uint8 array (N, H, W, 3), read as a stream, since FFHQ at 1024 px does not fit in memory.
+    """One uint8 array (N, H, W, 3), read as a stream, as FFHQ at 1024 px does not fit in memory.
 
     The last of the N reads checks the CRC.
     """
@@ -177,7 +179,7 @@ class Npz(Source):
                     arrays.append((info, shape, header))
         if len(arrays) != 1:
             raise UserError(
-                f"{path} must hold exactly one uint8 array of shape (N, H, W, 3). It holds "
+                f"{path} must contain exactly one uint8 array of shape (N, H, W, 3). It contains "
                 f"{len(arrays)}."
             )
 
@@ -185,18 +187,18 @@ class Npz(Source):
         count, *self.shape = shape
         self.members = [Member(info.filename, info.file_size, info.CRC)]
 
-        # The header can claim any shape. The shape is compared with the number of bytes in the file
-        # before a list or array of that length is made.
+        # The header may claim any shape, so it is compared with the number of bytes in the file
+        # before a list or an array of this length is made.
         self.image_bytes = math.prod(self.shape)
         too_large = self.image_bytes > 3 * MAX_PIXELS
         if too_large or count * self.image_bytes != info.file_size - self.header:
             raise UserError(
-                f"{path} is damaged: its array is not as large as it says, or impossibly large."
+                f"{path} is damaged: its array's size differs from its header or is impossible."
             )
         self.ids = list(range(count))
 
     def read(self, i: int) -> np.ndarray:
-        """Read the i-th image, uint8 (H, W, 3), right after the one before it."""
+        """Read the i-th image, uint8 (H, W, 3). Images must be read in order."""
         with raise_user_error(self.path):
             if i == 0:
                 self.stream = open_member(self.archive, self.members[0].name)
@@ -210,16 +212,17 @@ ARCHIVES = {".zip": Zip, ".npz": Npz}
 
 
 def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False) -> Source:
-    """Find the images at a path, and put them into the order of their ids.
+    """Find the images at a path, and sort them by their ids.
 
-    The ids do not depend on the order of a directory, and numbers do not depend on the folders of
-    the files. If there are several copies of FFHQ, the smallest that need not be enlarged to
-    `image_size` (pixels) is read. In a set that must be `numbered`, unnumbered images are passed
-    over with a note, and two images with the same number are an error. In any other set,
-    unnumbered images are passed over if they are few, as a stray preview.png among 70,000 is.
+    The ids do not depend on the order in which a folder lists its files. If the ids are numbers,
+    they do not depend on the files' folders either. If there are several copies of FFHQ, the
+    smallest that need not be enlarged to `image_size` (pixels) is read. In a set that must be
+    `numbered`, unnumbered images are skipped with a note, and two images with the same number are
+    an error. In any other set, unnumbered images are skipped if they are few, such as a stray
+    preview.png among 70,000 images.
 
     Raises UserError when the path is missing, is neither a folder nor one of `ARCHIVES`, cannot be
-    read or holds no image.
+    read or contains no image.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -255,31 +258,31 @@ def put_in_order(source: Source, numbered: bool) -> None:
     """Drop strays among numbered members, give the other members their ids, and sort by these."""
     stems = {member: split_stem(member.name) for member in source.members}
 
-    # FFHQ's files are named by a number alone, or by "img" and a number.
+    # The names of FFHQ's files are a number, or "img" and a number.
     ffhq_stems = {member: stem for member, stem in stems.items() if stem and stem[0] in ("", "img")}
     strays = stems.keys() - ffhq_stems.keys()
     if strays and (numbered or len(ffhq_stems) >= NEARLY_ALL * len(stems)):
         first = short(min(strays).name)
         source.notes.append(
-            f"Passed over {len(strays)} (no image number in the name), the first is {first!r}."
+            f"Skipped {len(strays)} without an image number in the name; the first is {first!r}."
         )
         stems = ffhq_stems
     if not stems:
-        reason = f"{source.path} holds no image ({', '.join(IMAGE_EXTENSIONS)})."
+        reason = f"{source.path} contains no image ({', '.join(IMAGE_EXTENSIONS)})."
         raise UserError(" ".join([reason, *source.notes]))
 
-    # The ids are the numbers if every name has one and no number comes twice. The prefixes must be
-    # the same, too, unless the set must be `numbered`. Otherwise the ids are the names.
+    # The ids are the numbers if every name has one and no number occurs twice. Unless the set must
+    # be `numbered`, all prefixes must also be the same. Otherwise the ids are the names.
     ids = {member: with_slashes(member.name) for member in stems}
     if all(stems.values()):
         prefixes, numbers = zip(*stems.values(), strict=True)
-        number, times = Counter(numbers).most_common(1)[0]
-        if times == 1 and (numbered or len(set(prefixes)) == 1):
+        number, count = Counter(numbers).most_common(1)[0]
+        if count == 1 and (numbered or len(set(prefixes)) == 1):
             ids = dict(zip(stems, numbers, strict=True))
         elif numbered:
             raise UserError(
-                f"{source.path}: {times} images have the number {number}. Keep one copy of the set "
-                "there."
+                f"{source.path}: {count} images have the number {number}. Keep only one copy of "
+                "the set there."
             )
     source.members = sorted(ids, key=ids.get)
     source.ids = sorted(ids.values())
@@ -287,14 +290,14 @@ def put_in_order(source: Source, numbered: bool) -> None:
 
 def is_image_name(name: str) -> bool:
     """Return whether a path inside a source has an image's extension and is not hidden."""
-    # macOS puts metadata, in files with the names of the images, into __MACOSX.
+    # macOS puts files of metadata, with the names of the images, into __MACOSX.
     parts = PurePosixPath(with_slashes(name)).parts
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
     return name.lower().endswith(IMAGE_EXTENSIONS) and not hidden
 
 
 def with_slashes(name: str) -> str:
-    """Return a path inside a source with slashes only."""
+    """Return a path inside a source with slashes instead of backslashes."""
     # Some Windows tools write zips with backslashes.
     return name.replace("\\", "/")
 
@@ -322,7 +325,7 @@ def raise_user_error(path: Path) -> Iterator[None]:
 
 def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     """Open a member of a zip. Raises NotImplementedError unless it is stored or deflated."""
-    # Python's readers of other methods unpack a whole member at once, whatever its size.
+    # For other compression methods, Python's reader unpacks a whole member, whatever its size.
     if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise NotImplementedError("packed by another method than deflate")
+        raise NotImplementedError("compressed by a method other than deflate")
     return archive.open(name)

@@ -2,9 +2,9 @@
 
 `python figures/experiments.py WORD`, where WORD is one of:
 
-train     train a run of every arm and seed, a quarter of an hour each on two cores; a run that was
-          stopped goes on
-measure   measure each run, with and without calibration, another quarter of an hour each, and
+train     train a run of every arm and seed, a quarter of an hour each on two cores; a stopped run
+          is resumed
+measure   measure each run, with and without calibration, in another quarter of an hour each, and
           write JSON files into its folder
 draw      add these measurements to figures/experiments.json, print that file as a table, and draw
           a picture
@@ -109,7 +109,7 @@ GRID = {
     for spacing in ("trailing", "logsnr")
     for calls in (10, 20, 50)
 }
-# Spoilt samples are counted with this sampler, since few steps without fresh noise spoil most.
+# Spoilt samples are counted with this sampler: few steps without fresh noise spoil the most.
 SPOILT_SAMPLER = "20 DDIM"
 # This many samples of that sampler are saved for the pictures. The picture of all arms shows the
 # first COLUMNS of them.
@@ -117,7 +117,7 @@ SAVED_SAMPLES, COLUMNS = 36, 12
 
 
 def main() -> None:
-    """Train or measure the runs one after the other, or draw all of them at once."""
+    """Train or measure the runs one after the other, or draw them all together."""
     parser = Parser(description=__doc__)
     parser.add_argument("word", choices=("train", "measure", "draw"))
     parser.add_argument(
@@ -136,7 +136,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--photos",
-        help="The images that the arms of photos train on. Default: these arms are left out.",
+        help="The images that the arms of photos train on. Default: these arms are skipped.",
     )
     parser.add_argument(
         "--runs",
@@ -256,7 +256,7 @@ def measure(run: Path, args: Namespace) -> None:
 
     train_images = load_x_0(split.train_indices)
     average = train_images.mean(dim=0)
-    # Training flips images, so samples face either way.
+    # Training flips images, so samples may face either way.
     features = Features(torch.cat([train_images, train_images.flip(3)]))
 
     for kind in args.kinds:
@@ -270,7 +270,7 @@ def measure(run: Path, args: Namespace) -> None:
         bands = measure_bands(sampler.denoiser, load_x_0, split.val_indices, average, 64, 0)
         numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path, args)}
 
-        # The bound of the uncalibrated network alone is reported.
+        # Only the bound of the uncalibrated network is reported.
         if kind == "plain":
             bound = measure_bits_per_dim(
                 denoiser, load_x_0, split.val_indices, BoundOptions(t_stride=50)
@@ -282,7 +282,7 @@ def measure(run: Path, args: Namespace) -> None:
 def measure_samples(sampler: ImageSampler, features: Features, path: Path, args: Namespace) -> dict:
     """Return the distance with each sampler, and the share of spoilt samples.
 
-    The first samples are saved beside `path`, the file of the run's numbers.
+    The first samples are saved next to `path`, the file with the run's numbers.
     """
     run = path.parent.name
     samplers = {name: DISTANCES[name] for name in args.distances}
@@ -320,7 +320,7 @@ def draw(pairs: list[tuple], args: Namespace) -> None:
             if not path.exists():
                 continue
 
-            # Seeds agree in fewer than five digits, and five keep the file short.
+            # Results of different seeds agree in fewer than five digits, so five are enough.
             numbers = json.loads(path.read_text(), parse_float=lambda x: float(f"{float(x):.5g}"))
             label = arm if kind == "plain" else f"{arm}, calibrated ({kind})"
             results.setdefault(label, {})[str(seed)] = numbers

@@ -17,8 +17,9 @@ WHITE = 10
 class Features:
     """Fixed, untrained features of images, and the Fréchet distance between them; it is not FID.
 
-    Its unit is the variance of the real images. 100 of the embedded people have a distance of 1.1
-    to the others. Tinted by 10/255 the same images have 1.5, and blurred 4. Noise has 106.
+    The unit of the distance is the variance of the real images. 100 of the embedded people have a
+    distance of 1.1 to the others. If these 100 are tinted by 10/255 the distance is 1.5, and if
+    they are blurred it is 4. For noise it is 106.
 
     Args:
         real: (N, 3, H, W) in [-1, 1].
@@ -55,7 +56,7 @@ def raw_features(images: Tensor) -> Tensor:
     """
     generator = generator_of("cpu", "features")
     filters = torch.randn(FILTERS, 3, 3, 3, generator=generator, dtype=torch.float64)
-    # Filters of mean 0 ignore the brightness of a region, which the 4 x 4 pixels have already.
+    # Filters of mean 0 ignore the brightness of a region, which the 4 x 4 pixels already have.
     filters = filters - filters.mean((1, 2, 3), keepdim=True)
     norms = filters.flatten(1).norm(dim=1)
     filters = (filters / norms[:, None, None, None]).to(images.device)

@@ -2,9 +2,9 @@
 
 `python figures/make_figures.py [RUN]`
 
-RUN is a run folder of the `faces` experiment; without it, the newest one. Only photos show how much
-fine detail rotation costs. `--photos SOURCE`, with any copy of FFHQ, draws that figure too (curves,
-no photo).
+RUN is a run folder of the `faces` experiment; the default is the newest one. With
+`--photos SOURCE`, where SOURCE is any copy of FFHQ, it also draws how much fine detail rotation
+costs, which only photos show. That figure contains curves and no photo.
 """
 
 import sys
@@ -58,7 +58,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    # The checkpoints are looked for first, so that a missing run ends the script at once.
+    # The checkpoints are looked for first, so that a missing run ends the script immediately.
     if args.run:
         checkpoints = find_checkpoints(args.run)
     else:
@@ -203,7 +203,7 @@ def blocks_of_unet() -> list[list]:
     """
     model_config = EXPERIMENTS["ffhq-run2"].model
     size = model_config.image_size
-    # On the device "meta" tensors have shapes alone, and take neither memory nor time.
+    # On the meta device tensors have shapes but no data, so the pass needs no memory or time.
     with torch.device("meta"):
         model = UNet(**vars(model_config))
         x_t = torch.empty(1, 3, size, size)

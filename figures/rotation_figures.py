@@ -45,7 +45,7 @@ def draw_rotation(figures: Path) -> None:
     for column, (title, rotated) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
         for axis, image in zip(column, rotated, strict=True):
-            # Without interpolation the figure shows each pixel of the 64 x 64 as a square.
+            # Without interpolation the figure shows each of the 64 x 64 pixels as a square.
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
 
@@ -64,7 +64,7 @@ def draw_rotation_spectrum(photos: str, figures: Path) -> None:
     generator = generator_of("cpu", 0, "rotation spectrum")
     angle = 6 * torch.rand(len(x_0), generator=generator) - 3
 
-    # `augment` doubles the size of images internally, so all photos at once take too much memory.
+    # `augment` doubles the size of images internally, so all photos at once need too much memory.
     parts = zip(x_0.split(50), angle.split(50), strict=True)
     ours = torch.cat([augment(x, NO_FLIP, a) for x, a in parts])
     curves = {"bicubic, as usual": rotated_as_usual(x_0, angle), "ours": ours}
@@ -117,7 +117,7 @@ def radial_power(x: Tensor, rings: int = 32) -> np.ndarray:
     window = torch.hann_window(size, periodic=False)
     x = (x - x.mean((2, 3), keepdim=True)) * window[:, None] * window
 
-    # The Fourier transform of all photos at once takes too much memory.
+    # The Fourier transform of all photos at once needs too much memory.
     powers = [torch.fft.fft2(part).abs().square().mean((0, 1)) for part in x.split(50)]
     power = torch.stack(powers).mean(0)
 

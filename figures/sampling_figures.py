@@ -12,8 +12,8 @@ from functions.support.pictures import save_image
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The queen and the cook are training images. The wizard is held out, so inpainting cannot have
-# learned him by heart.
+# The queen and the cook are training images. The wizard is held out, so the network cannot
+# have memorised him.
 QUEEN = "people_1f478-1f3fd.png"
 COOK = "people_1f9d1-1f3fb-200d-1f373.png"
 WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
@@ -33,7 +33,7 @@ COMMANDS = {
 
 def draw_sampling(checkpoint: Path, figures: Path, size: int, temporary: Path) -> None:
     """Run the commands in a temporary folder, and copy their pictures into `figures`."""
-    # sample.py takes images and the mask as files.
+    # sample.py reads the images and the mask from files.
     people = load_images("emoji_people", size)
     for name in (QUEEN, COOK, WIZARD):
         image = people.images[people.ids.index(name)]

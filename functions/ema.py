@@ -18,10 +18,10 @@ def update_ema(
         step: the number of earlier updates, 0, 1, ...
         decay: the final decay, 0 <= decay < 1, such as 0.9999.
         ramp: use min(decay, (1 + step) / (10 + step)) as the decay. False uses the final decay from
-            the first step on, for a training that starts from trained weights.
+            the first step on, for training that starts from trained weights.
     """
     # A small decay early in training makes the average forget the random initial weights.
-    # Otherwise they would last for about 1 / (1 - decay) steps, and spoil samples of short runs.
+    # Otherwise they would persist for about 1 / (1 - decay) steps, and spoil samples of short runs.
     if ramp:
         decay = min(decay, (1 + step) / (10 + step))
     averages = list(ema_model.parameters())

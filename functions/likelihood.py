@@ -2,14 +2,14 @@
 
 Images are in [-1, 1] and have 256 levels. t counts from 0, so it is the paper's t minus 1.
 
-    L_T   KL(q(x_T | x_0) || N(0, I)), the "prior" term. It depends on the schedule and the image
-          alone, and not on the model.
+    L_T   KL(q(x_T | x_0) || N(0, I)), the "prior" term. It depends only on the schedule and the
+          image.
     L_t   KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), for t = 1 .. T-1.
     L_0   -log p(x_0 | x_1) of the discretised Gaussian decoder (Eq. 13), at t = 0.
 
 The mean of p follows from the model's x_0 (Eq. 7), clipped to [-1, 1] as in Ho's evaluation. The
-variance of p is fixed, "small" or "large" as in sampling. Only the network computes in float32;
-the rest is float64.
+variance of p is fixed, "small" or "large" as in sampling. The network computes in float32, and
+everything else is float64.
 """
 
 import math
@@ -23,8 +23,9 @@ from functions.prediction import Model, interpret
 # Half the distance between neighbouring levels: 256 levels span [-1, 1].
 HALF_BIN = 1 / 255
 
-# The bin of level -1 reaches to -infinity, and that of level 1 to infinity. Values beyond this
-# limit are one of these levels. The limit is less than 1, since values may be rounded.
+# The bin of level -1 extends to -infinity, and the bin of level 1 to infinity. A value below
+# -OUTER_BIN or above OUTER_BIN is in one of these two. OUTER_BIN is less than 1, because rounding
+# can move a level slightly towards 0.
 OUTER_BIN = 0.999
 
 
@@ -49,7 +50,7 @@ def bound_terms(
         clip_x_0: clip the predicted x_0 to [-1, 1].
     """
     device = x_0.device
-    # MPS has no float64. There the CPU computes everything but the network.
+    # MPS has no float64, so for MPS the CPU computes everything except the network.
     float64_device = "cpu" if device.type == "mps" else device
     x_0 = x_0.to(float64_device, torch.float64)
     t = t.to(float64_device)
@@ -79,7 +80,7 @@ def bound_terms(
 
 def model_variance(scheduler: NoiseScheduler, t: Tensor, variance: str) -> Tensor:
     """Return the variance of p(x_{t-1} | x_t), as `p_mean_variance` of Ho's code: (B, 1, 1, 1)."""
-    # At t = 0 the posterior's variance is 0, so both variances are the posterior's at t = 1.
+    # At t = 0 the posterior's variance is 0, so both choices use its variance at t = 1 instead.
     at_least_1 = t.clamp(min=1)
     sigma_squared = scheduler.posterior_variance(at_least_1, at_least_1 - 1)
     if variance == "large":
@@ -99,10 +100,10 @@ def prior_kl(scheduler: NoiseScheduler, x_0: Tensor) -> Tensor:
 def posterior_kl(
     scheduler: NoiseScheduler, x_0: Tensor, predicted_x_0: Tensor, t: Tensor, sigma_squared: Tensor
 ) -> Tensor:
-    """Return L_t of each dimension, in nats, for t >= 1: (B, C, H, W). At t = 0 it has no meaning.
+    """Return L_t of each dimension, in nats, for t >= 1: (B, C, H, W). It is meaningless at t = 0.
 
-    It is the KL of two normals. Their means are mu tilde of Eq. 7 for x_0 and for the predicted
-    x_0.
+    It is the KL divergence of two normals, whose means are mu tilde (Eq. 7) of x_0 and of the
+    predicted x_0.
     """
     # mu tilde is linear in (x_0, x_t), so the difference of the means is mu tilde of
     # (x_0 - predicted_x_0, 0). Subtracting the means instead would lose digits, since they are
@@ -123,13 +124,13 @@ def decoder_log_likelihood(x_0: Tensor, mean: Tensor, sigma: float | Tensor) -> 
     lower = torch.where(x_0 < -OUTER_BIN, -math.inf, lower)
     upper = torch.where(x_0 > OUTER_BIN, math.inf, upper)
 
-    # log Phi is precise in the left tail alone. The normal is symmetric, so a bin in the right tail
+    # log Phi is precise only in the left tail. The normal is symmetric, so a bin in the right tail
     # is replaced by its mirror image.
     left = torch.minimum(lower, -upper)
     right = torch.minimum(upper, -lower)
 
-    # This log(Phi(right) - Phi(left)) is precise in the far tails too. Ho's code stops at
-    # log(1e-12).
+    # This form of log(Phi(right) - Phi(left)) stays precise in the far tails, where Ho's code
+    # returns log(1e-12).
     log_left = torch.special.log_ndtr(left)
     log_right = torch.special.log_ndtr(right)
     return log_right + torch.log(-torch.expm1(log_left - log_right))

@@ -23,8 +23,8 @@ def denoising_loss(
     Returns:
         (B,) float32: each image's squared error, averaged over its channels and pixels.
     """
-    # x_t is float32, as x_0 is, even where the network computes in half precision. In half
-    # precision rounding would hide the small noise of the first timesteps.
+    # x_t is float32, like x_0, even if the network computes in half precision. Rounded to half
+    # precision, the small noise of the first timesteps would be lost.
     x_t = scheduler.q_sample(x_0, t, noise)
     target = objective_of(model).target(scheduler, x_0, t, noise)
     squared_errors = (model(x_t, t).float() - target).square()  # (B, C, H, W)
@@ -32,7 +32,7 @@ def denoising_loss(
 
 
 def eps_errors(model: Model, scheduler: NoiseScheduler, losses: Tensor, t: Tensor) -> Tensor:
-    """Convert the losses of a model (B,) to squared errors of eps (B,).
+    """Convert a model's losses, (B,), to squared errors of eps, (B,).
 
     Errors of eps can be compared between models of different objectives. t is (B,) int64.
     """

@@ -1,8 +1,8 @@
-"""The forward process: the betas, and everything in closed form that follows from them.
+"""The forward process: the betas, and the closed forms that follow from them.
 
     T           number of timesteps: `timesteps`
     t           0 .. T-1, the paper's t minus 1; -1 means the clean image
-    s           a timestep before t; the paper has t - 1 alone
+    s           a timestep before t; in the paper always t - 1
     x_0         clean image in [-1, 1], (B, C, H, W)
     x_t         x_0 after t + 1 steps of noise, (B, C, H, W)
     eps         the standard normal noise in x_t, (B, C, H, W)
@@ -24,9 +24,9 @@ from torch import Tensor
 # The paper's first and last beta are meant for this many timesteps.
 PAPER_TIMESTEPS = 1000
 
-# Samplers pass one timestep for the whole batch. Training passes one for each image, (B,) int64.
+# Samplers pass one timestep for the whole batch. Training passes one per image, (B,) int64.
 Timestep = int | Tensor
-# A function of an int t is a Python number, and a function of (B,) timesteps is (B,) float64.
+# For an int t a coefficient is a Python number. For (B,) timesteps it is (B,) float64.
 Coefficient = float | Tensor
 
 
@@ -35,12 +35,12 @@ class NoiseScheduler:
 
     The schedule is computed in float64, and cast to the dtype of the tensor that it multiplies.
     Coefficients are looked up on the device of t, and on the CPU for an int t, so no lookup
-    synchronises with a GPU. Raises ValueError for arguments that make no schedule.
+    synchronises with a GPU. Raises ValueError for arguments that give no valid schedule.
 
     Args:
         timesteps: T, at least 2.
-        beta_start, beta_end: the first and the last beta for T = 1000. They must fulfil
-            0 < beta_start <= beta_end < 1, after rescaling too.
+        beta_start, beta_end: the first and the last beta for T = 1000. They must satisfy
+            0 < beta_start <= beta_end < 1, also after rescaling.
         rescale_betas: multiply both by 1000 / T, so that x_T has nearly the same noise for every T.
         beta_schedule: "linear", or "cosine" (`cosine_betas`). "cosine" ignores `beta_start`,
             `beta_end` and `rescale_betas`.
@@ -58,8 +58,8 @@ class NoiseScheduler:
     ):
         if timesteps < 2 or beta_schedule not in ("linear", "cosine"):
             raise ValueError(
-                f"{timesteps} timesteps, {beta_schedule!r}: "
-                "there must be 2 or more, linear or cosine"
+                f"timesteps is {timesteps} and beta_schedule is {beta_schedule!r}; "
+                "use 2 or more timesteps, and 'linear' or 'cosine'"
             )
         self.timesteps = timesteps
         if beta_schedule == "linear":
@@ -68,7 +68,7 @@ class NoiseScheduler:
         else:
             self.betas = cosine_betas(timesteps)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64, on the CPU
-        # For each device of a t, `alpha_bar` stores the table of t = -1 .. T-1 there: (T + 1,).
+        # Copies of alpha_bar at t = -1 .. T-1, (T + 1,), on each device that has been used so far.
         self.tables: dict[torch.device, Tensor] = {}
 
     @property
@@ -80,8 +80,8 @@ class NoiseScheduler:
     def alpha_bar(self, t: Timestep) -> Coefficient:
         """Return alpha_bar at t: a Python number for an int, (B,) float64 for (B,) timesteps.
 
-        At t = -1 it is 1. Raises IndexError when t is not one of -1 .. T-1. On CUDA, for (B,)
-        timesteps, PyTorch raises its own error.
+        At t = -1 it is 1. Raises IndexError for an int t outside -1 .. T-1; (B,) timesteps are not
+        checked here.
         """
         if isinstance(t, int):
             if not -1 <= t < self.timesteps:
@@ -137,9 +137,9 @@ class NoiseScheduler:
         return x_0, eps
 
     def step_beta(self, t: Timestep, s: Timestep) -> Coefficient:
-        """Return the beta of a single step between an earlier s and t, in float64.
+        """Return the beta of a single step from an earlier s to t, in float64.
 
-        It is `betas[t]` where s = t - 1 (Nichol and Dhariwal 2021, arXiv:2102.09672, Eq. 19).
+        It is `betas[t]` if s = t - 1 (Nichol and Dhariwal 2021, arXiv:2102.09672, Eq. 19).
         """
         # The alpha of this step is the product of all alphas after s up to t, a_t / a_s.
         return 1 - self.alpha_bar(t) / self.alpha_bar(s)

@@ -1,4 +1,4 @@
-"""The objectives, and x_0 and eps from a network's output.
+"""What a network predicts, and how x_0 and eps follow from it.
 
 A network predicts eps or v; the table OBJECTIVES has a row for each. No other module needs to know
 which. The loss compares the output with the row's target. Samplers get x_0 and eps from `predict`,
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
 
-# (x_t (B, C, H, W), t (B,) int64) -> eps (B, C, H, W). A `Denoiser` with another objective returns
-# v, say. So code that needs eps calls `predict`, and not the model.
+# (x_t (B, C, H, W), t (B,) int64) -> eps (B, C, H, W). A `Denoiser` may return v instead, so code
+# that needs eps calls `predict` and not the model.
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -79,8 +79,8 @@ class Denoiser:
     largest_batch: int | None = None
 
     def __post_init__(self) -> None:
-        # The objective comes from a checkpoint, so it may be of any type. A list, say, cannot be
-        # hashed, and the tuple compares without hashing.
+        # The objective comes from a checkpoint, so it may have any type. A list has no hash and
+        # cannot be looked up in a dict, but it can be compared with the entries of a tuple.
         if self.objective not in tuple(OBJECTIVES):
             raise ValueError(
                 f"objective is {self.objective!r}; it can be {' or '.join(OBJECTIVES)}"
@@ -91,8 +91,8 @@ class Denoiser:
             parts = zip(x_t.split(self.largest_batch), t.split(self.largest_batch), strict=True)
             return torch.cat([self(*part) for part in parts])
         half = self.precision != torch.float32
-        # Autocast's cache of cast weights is off: no weight is used twice in a forward pass, and a
-        # CUDA graph cannot use the cache.
+        # Autocast's cache of cast weights is off, because no weight is used twice in a forward pass
+        # and a CUDA graph cannot use the cache.
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
             return self.network(x_t.float(), t).float()
 

@@ -5,24 +5,24 @@ defaults. A new sampler is a function and a row of the table `SAMPLERS` at the e
 All samplers share these arguments:
 
     model        a `Denoiser`, or any callable `(x_t (B, C, H, W), t (B,) int64) -> eps`. It is
-                 called once a step.
-    x_T          (B, C, H, W) standard normal. Sample i depends on x_T[i] and on the step noise of
-                 sample i alone.
-    steps        the number of network calls, 1 .. T; None means T. Or the timesteps themselves,
-                 falling: x_T is the state at the first one, and the result is the state at the
-                 last one, where -1 means the clean image.
+                 called once per step.
+    x_T          (B, C, H, W) standard normal. Sample i depends only on x_T[i] and on the step
+                 noise of sample i.
+    steps        the number of network calls, 1 .. T (None means T); or the timesteps themselves,
+                 in descending order. Then x_T is the state at the first timestep, and the result
+                 is the state at the last one, where -1 means the clean image.
     spacing      "trailing" or "logsnr": how `sampling_times` chooses the timesteps.
     clip_x_0     clip the model's x_0 to [-1, 1] *before* the step uses it, and recompute eps from
-                 it. If only the final image were clipped, errors in colour would add up over the
-                 steps.
+                 it. If only the final image were clipped, errors in colour would accumulate over
+                 the steps.
     step_noise   `step_noise(k) -> (B, C, H, W)`, standard normal. It is called in each step that
                  adds noise, with the number k of network calls before this step, 0, 1, ... None
-                 means PyTorch's global generator. All samplers take it, so that all are called
-                 alike, also those that add no noise.
+                 means PyTorch's global generator. Samplers that add no noise accept it, too, so
+                 that all samplers are called alike.
     on_step      `on_step(k, t, x, x_0)` is called after each step: x is the state after the step,
                  and x_0 is the model's prediction at timestep t.
 
-They return images (B, C, H, W), in [-1, 1] if `clip_x_0`, and raise ValueError for invalid
+The samplers return images (B, C, H, W), in [-1, 1] if `clip_x_0`, and raise ValueError for invalid
 arguments. A step leads from timestep t to s; `a_t` and `a_s` are alpha_bar at t and s. These are
 Python numbers, so the loops never synchronise with a GPU.
 """
@@ -75,7 +75,7 @@ def ddpm_sample(
     # Line 2: for t = T, ..., 1. A step leads from t to s.
     for k, (t, s) in enumerate(pairwise(times)):
         # Algorithm 2 computes the mean from x_t and eps. This code computes x_0 first (Eq. 15) and
-        # then the mean (Eq. 7), so that x_0 can be clipped. Without clipping both are the same.
+        # then the mean (Eq. 7), so that x_0 can be clipped. Without clipping the mean is the same.
         # For a network that predicts eps, `predict` calls scheduler.predict_x_0.
         x_0, _ = predict(model, scheduler, x, t, clip_x_0)
         mean, sigma_squared = scheduler.q_posterior(x_0, x, t, s)
@@ -107,7 +107,7 @@ def ddim_sample(
     """Sample by DDIM (Song et al. 2021, arXiv:2010.02502); order 1.
 
     Args:
-        eta: 0 adds no noise. 1 adds noise with the posterior's variance, and is `ddpm_sample` with
+        eta: 0 adds no noise. 1 adds noise with the posterior's variance, as `ddpm_sample` does with
             the same steps.
     """
     check_eta(eta)
@@ -118,8 +118,8 @@ def ddim_sample(
         a_s = scheduler.alpha_bar(s)
         # Eq. 16: sigma is eta times the standard deviation of the posterior.
         sigma = eta * math.sqrt(scheduler.posterior_variance(t, s))
-        # Eq. 12: fresh noise has the variance sigma^2, and eps has the rest of 1 - a_s. Rounding
-        # can bring the rest just below 0.
+        # Eq. 12: of the variance 1 - a_s, fresh noise has sigma^2 and eps has the rest, which
+        # rounding can bring slightly below 0.
         x = math.sqrt(a_s) * x_0 + math.sqrt(max(1 - a_s - sigma**2, 0)) * eps
         if sigma > 0:
             x = x + sigma * draw_noise(step_noise, k, x)
@@ -164,7 +164,7 @@ def dpm_solver_sample(
         alpha_s = math.sqrt(a_s)
         sigma_s = math.sqrt(1 - a_s)
         sigma_t = math.sqrt(1 - a_t)
-        # h is the step in lambda, and r is the previous step divided by this one.
+        # h is the step in lambda, and r is the previous h divided by this h.
         h = half_log_snr(a_s) - half_log_snr(a_t)
 
         # D is the x_0 that the step uses. A step of order 2 extrapolates D from the last two
@@ -186,7 +186,7 @@ def dpm_solver_sample(
     return x
 
 
-# Row n has the weights of order n + 1, for the newest eps first.
+# Row n has the weights of order n + 1. The first weight is that of the newest eps.
 ADAMS_BASHFORTH = (
     (1,),
     (3 / 2, -1 / 2),
@@ -211,9 +211,9 @@ def ipndm_sample(
     It solves DDIM's ODE, dy = eps dsigma with y = x / sqrt(alpha_bar) and
     sigma = sqrt((1 - alpha_bar) / alpha_bar) (Song et al. 2021, Eq. 14). Its steps are
     Adams-Bashforth steps of order 4, as in PNDM (Liu et al. 2022, arXiv:2202.09778, Eqs. 9 and 12).
-    The first three steps have too few earlier eps, so their orders are 1, 2 and 3. PNDM makes nine
-    more network calls there. The weights assume equal steps of sigma. The steps are not equal, so
-    the measured order is about 2 (tests/functions/test_sampler_orders.py).
+    The first three steps have too few earlier eps, so their orders are 1, 2 and 3; PNDM makes nine
+    extra network calls for them. The weights assume equal steps of sigma. The steps are not equal,
+    so the measured order is about 2 (tests/functions/test_sampler_orders.py).
     """
     times = sampling_times(scheduler, steps, spacing)
     x = x_T
@@ -241,14 +241,14 @@ def ipndm_sample(
 
 def half_log_snr(alpha_bar: float) -> float:
     """Return DPM-Solver's lambda, log(alpha / sigma), which is half the log-SNR."""
-    # At the clean image lambda is infinite. 100 replaces it, since exp(-100) is negligible.
+    # At the clean image lambda is infinite. 100 is large enough, since exp(-100) is negligible.
     return math.log(alpha_bar / (1 - alpha_bar)) / 2 if alpha_bar < 1 else 100.0
 
 
 def check_eta(eta: float) -> None:
     """Raise ValueError unless eta is in 0 .. 1."""
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it can be 0 to 1")
+        raise ValueError(f"eta is {eta}; it must be between 0 and 1")
 
 
 def draw_noise(step_noise: StepNoise | None, k: int, x: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ SAMPLERS = {
     "ddpm": Sampler(
         ddpm_sample,
         {"spacing": "trailing", "variance": "small"},
-        "the paper's, with fresh noise in every step",
+        "the paper's sampler, with fresh noise in every step",
     ),
     "ddim": Sampler(ddim_sample, {"spacing": "trailing", "eta": 0.0}, "deterministic"),
     # The paper's eta is 0. The scripts' eta is 1: with 20 calls it has the lowest feature distance

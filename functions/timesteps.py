@@ -9,29 +9,30 @@ from functions.noise_scheduler import NoiseScheduler
 
 SPACINGS = ("trailing", "logsnr")
 
-# The number of steps, or the timesteps themselves. None means all T timesteps.
+# The number of steps, or the timesteps themselves. None means T steps.
 Steps = int | Sequence[int] | None
 
 
 def sampling_times(
     scheduler: NoiseScheduler, steps: Steps = None, spacing: str = "trailing"
 ) -> list[int]:
-    """Return the timesteps that a sampler visits, in falling order.
+    """Return the timesteps that a sampler visits, in descending order.
 
-    `steps` network calls have `steps` + 1 timesteps, from T - 1 down to -1, the clean image. The
-    network is not called at the last one.
+    N network calls visit N + 1 timesteps, from T - 1 down to -1. The last one, -1, is the clean
+    image, where the network is not called.
 
     Args:
-        steps: the number of network calls, 1 .. T; None means T. Or the timesteps themselves. They
-            may start below T - 1, for an image that was noised up to that timestep, and end above
-            -1, to leave noise in the image.
-        spacing: "trailing" is even in t (Lin et al. 2024, arXiv:2305.08891, Section 3.3). "logsnr"
-            is even in the log-SNR, log(alpha_bar / (1 - alpha_bar)), up to rounding, and the last
-            call is at t = 0 (Lu et al. 2022, arXiv:2206.00927, Section 3.3).
+        steps: the number of network calls, 1 .. T (None means T); or the timesteps themselves,
+            which may start below T - 1, for an image that was noised only up to that timestep, and
+            end above -1, to leave noise in the image.
+        spacing: "trailing" timesteps are evenly spaced in t (Lin et al. 2024, arXiv:2305.08891,
+            Section 3.3). "logsnr" timesteps are evenly spaced in log-SNR, which is
+            log(alpha_bar / (1 - alpha_bar)), up to rounding, from T - 1 to 0, followed by -1 (Lu et
+            al. 2022, arXiv:2206.00927, Section 3.3).
 
     Raises:
         ValueError: for an unknown spacing, too many or too few steps, or timesteps that do not
-            fall or are not in -1 .. T-1.
+            descend or lie outside -1 .. T-1.
     """
     T = scheduler.timesteps
     if spacing not in SPACINGS:
@@ -40,10 +41,10 @@ def sampling_times(
         steps = T
     if not isinstance(steps, int):
         times = [int(t) for t in steps]
-        falling = times == sorted(set(times), reverse=True)
-        if len(times) < 2 or not falling or times[0] >= T or times[-1] < -1:
+        descending = times == sorted(set(times), reverse=True)
+        if len(times) < 2 or not descending or times[0] >= T or times[-1] < -1:
             raise ValueError(
-                f"times must be 2 or more, falling, from at most {T - 1} to at least -1; "
+                f"times must be 2 or more, descending, from at most {T - 1} to at least -1; "
                 f"not {times}"
             )
         return times
@@ -62,14 +63,14 @@ def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: in
     times = nearest_timesteps(scheduler, log_snr)
 
     # Near t = 0 the log-SNR changes fast, so several points have the same nearest timestep. Equal
-    # timesteps are raised until each is at least 1 above the next. That holds when times + k does
-    # not rise with k. A running maximum from the last element to the first ensures it.
+    # timesteps are raised until each is at least 1 above the next. This holds if times + k never
+    # rises with k, which a running maximum from the last element to the first ensures.
     k = torch.arange(count)
     from_last = (times + k).flip(0)
     times = from_last.cummax(0).values.flip(0) - k
 
-    # Raised timesteps can exceed first - k, which leaves no room below `first`. The minimum lowers
-    # these. All timesteps still differ.
+    # Raising can push timesteps above first - k, or even above `first`. The minimum lowers these
+    # again, and all timesteps still differ.
     return torch.minimum(times, first - k).tolist()
 
 

@@ -26,12 +26,12 @@ MIN_FUSED_PIXELS = 256
 def recomputing(
     recompute: bool, part: Callable[..., Tensor], *inputs: Tensor | nn.Module | None
 ) -> Tensor:
-    """Return `part(*inputs)`. With `recompute`, backward keeps only the inputs, and repeats `part`.
+    """Return `part(*inputs)`. With `recompute`, only the inputs are kept, and backward repeats it.
 
-    This is PyTorch's checkpoint (Chen et al. 2016, arXiv:1604.06174).
+    This is activation checkpointing (Chen et al. 2016, arXiv:1604.06174).
     """
-    # Backward repeats the part only up to the last tensor that it needs. A convolution needs its
-    # input and not its output, so of "norm, SiLU, convolution" the convolution is not repeated.
+    # Backward repeats the part only up to the last tensor that it needs. For a convolution it needs
+    # the input and not the output, so of "norm, SiLU, convolution" it repeats no convolution.
     if recompute and torch.is_grad_enabled():
         return checkpoint(part, *inputs, use_reentrant=False)
     return part(*inputs)
@@ -59,7 +59,7 @@ def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"])
 
 
 class TimeEmbedding(nn.Module):
-    """Turn timesteps (B,) into (B, 4 base_dim): sinusoid, Linear, SiLU, Linear.
+    """An embedding of timesteps (B,) as (B, 4 base_dim): sinusoid, Linear, SiLU, Linear.
 
     Every residual block adds a projection of the result.
     """
@@ -72,16 +72,16 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(4 * base_dim, 4 * base_dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        # The sinusoid stays float32 under autocast, as bfloat16 rounds large timesteps to the same.
+        # The sinusoid stays float32 under autocast: bfloat16 would round large timesteps.
         embedding = sinusoidal_embedding(t, self.base_dim, self.dialect)  # (B, base_dim)
         h = F.silu(self.linear_1(embedding))
         return self.linear_2(h)  # (B, 4 base_dim)
 
 
 class ResidualBlock(nn.Module):
-    """Apply norm, SiLU and convolution twice, and add a shortcut.
+    """Norm, SiLU and convolution, twice, plus a shortcut.
 
-    A projection of the time embedding is added between the two convolutions. Dropout precedes the
+    A projection of the time embedding is added after the first convolution. Dropout precedes the
     second one. The shortcut is a 1x1 convolution where the number of channels changes.
     `norm(channels)` returns a GroupNorm.
     """
@@ -106,8 +106,8 @@ class ResidualBlock(nn.Module):
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """Map parts (B, C_i, H, W), whose C_i add up to in_channels, to (B, out_channels, H, W)."""
         call = partial(recomputing, self.recompute_norms)
-        # With `recompute_norms` the shortcut and the first layer each concatenate the parts, so
-        # that backward does not keep the concatenation.
+        # With `recompute_norms` the shortcut and the first layer each concatenate the parts, so the
+        # concatenation is not kept for backward.
         if not self.recompute_norms:
             parts = [concatenate(*parts)]
         shortcut = call(lambda *parts: self.shortcut(concatenate(*parts)), *parts)
@@ -133,9 +133,9 @@ def concatenate(*parts: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Add self-attention over all H x W positions to the input.
+    """Self-attention over all H x W positions, added to its input.
 
-    `head_dim` is the number of channels of a head; None means one head. Raises ValueError if
+    `head_dim` is the number of channels per head; None means one head. Raises ValueError if
     `head_dim` does not divide `channels`.
     """
 
@@ -165,9 +165,9 @@ class SelfAttention(nn.Module):
         return x + self.out(h)
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
-        """Normalize x (B, C, H, W) and return its queries, keys and values: (B, 3 C, H, W)."""
-        # The three layers run as one convolution. A backward that recomputes the norm repeats all
-        # convolutions but the last: of three it would repeat two, and of one it repeats none.
+        """Normalise x (B, C, H, W) and return its queries, keys and values: (B, 3 C, H, W)."""
+        # The three layers run as one convolution. When backward recomputes the norm, it repeats all
+        # convolutions after it except the last: two of three, but none of one.
         layers = (self.query, self.key, self.value)
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
@@ -175,7 +175,7 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a 3x3 convolution of stride 2: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """A 3x3 convolution of stride 2, which halves H and W: (B, C, H, W) -> (B, C, H/2, W/2)."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__()
@@ -190,7 +190,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest neighbours, then apply a 3x3 convolution.
+    """Nearest-neighbour doubling of height and width, followed by a 3x3 convolution.
 
     (B, C, H, W) -> (B, C, 2H, 2W).
     """
@@ -203,10 +203,10 @@ class Upsample(nn.Module):
         if x.shape[2] * x.shape[3] < MIN_FUSED_PIXELS:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-        # The doubled image has every pixel four times, so a 3x3 window of it holds only 2x2
-        # different pixels. Hence doubling and convolution are together one transposed convolution
-        # of stride 2, whose 4x4 kernel holds sums of the weights. It takes 4/9 of the operations,
-        # and no doubled image is kept for backward.
+        # The doubled image has every pixel four times, so a 3x3 window of it has only 2x2 different
+        # pixels. So doubling and convolution together equal one transposed convolution of stride 2,
+        # whose 4x4 kernel has sums of the weights. It needs 4/9 of the operations, and no doubled
+        # image is kept for backward.
         kernel = fused_kernel(self.conv.weight)
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 

@@ -20,19 +20,20 @@ from models.blocks import (
 )
 from models.group_norm import GroupNorm
 
-# Each level has this many residual blocks. On the way up it has one more, for one more skip
-# connection: the downsampling into the level or, at the full resolution, the first layer.
+# Each level has this many residual blocks on the way down. On the way up it has one more, for one
+# more skip connection: from the downsampling into the level or, at the full resolution, from the
+# first layer.
 BLOCKS_DOWN = 2
 BLOCKS_UP = 3
 
 
 class UNet(nn.Module):
-    """Predict the noise in an image, eps_theta(x_t, t); or v, if it is trained for v.
+    """A network that predicts the noise in an image, eps_theta(x_t, t); or v, if trained for v.
 
     Level 0 is the full resolution. Each further level halves it and has
-    base_dim * dim_multiply[level] channels. A level is two residual blocks on the way down and
+    base_dim * dim_multiply[level] channels. A level has two residual blocks on the way down and
     three on the way up, each followed by self-attention at the levels in `transformer_layers`.
-    Between down and up lies a bottleneck of block, attention, block. The output of the first layer,
+    Between the two ways is a bottleneck of block, attention, block. The output of the first layer,
     of each block and of each downsampling is a skip connection: it is concatenated to the input of
     a block on the way up.
 
@@ -41,7 +42,7 @@ class UNet(nn.Module):
             lowest_resolution_size * 2^(levels - 1), or ValueError is raised.
         channels: colour channels of the images.
         lowest_resolution_size: height and width at the last level.
-        dim_multiply: multiplier of `base_dim`, one for each level.
+        dim_multiply: multipliers of `base_dim`, one per level.
         transformer_layers: levels with self-attention, counted from 0.
         base_dim: channels at multiplier 1. The time embedding has 4 times as many.
         dropout: probability inside each residual block.
@@ -91,7 +92,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(channels, base_dim, 3, padding=1)
 
         # `dim` is the number of output channels of the last layer so far. `skip_dims` has the
-        # channels of the skip connections that no block on the way up has used yet.
+        # numbers of channels of the skip connections that no block on the way up uses yet.
         dim = base_dim
         skip_dims = [dim]
         self.down = nn.ModuleList()
@@ -141,21 +142,21 @@ class UNet(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def set_recompute(self, recompute: str) -> None:
-        """Choose what backward recomputes instead of keeping it from the forward pass.
+        """Choose which activations backward recomputes, instead of keeping them (checkpointing).
 
-        The gradients are the same. docs/speed.md has the memory and time of each choice.
+        The gradients stay the same. docs/speed.md has the memory and time of each choice.
 
         Args:
             recompute: one of these; any other value raises ValueError.
                 "none": nothing.
-                "norms": what precedes a convolution, but no convolution. In residual blocks this is
-                concatenation, norm, SiLU and dropout; in attention the norm; at the output norm and
-                SiLU.
+                "norms": the inputs of convolutions, without recomputing a convolution. In residual
+                blocks it repeats concatenation, norm, SiLU and dropout; in attention the norm; at
+                the output norm and SiLU.
                 "blocks": everything inside residual blocks, attention and resampling.
         """
         if recompute not in ("none", "norms", "blocks"):
             raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")
-        # On MPS a checkpoint cannot repeat the same dropout, so nothing is recomputed.
+        # On MPS recomputing cannot repeat the same dropout, so with dropout nothing is recomputed.
         if self.conv_in.weight.device.type == "mps" and self.middle_block_1.dropout.p > 0:
             recompute = "none"
         self.recompute = recompute
@@ -216,7 +217,7 @@ def block_and_attention(
 ) -> Tensor:
     """Call a residual block and the attention after it, which every level repeats.
 
-    On the way up `skip` is a skip connection, and `upsample` leads to a level's first block.
+    On the way up `skip` is a skip connection. `upsample`, if there is one, precedes the block.
     """
     if upsample is not None:
         h = upsample(h)

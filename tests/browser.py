@@ -35,7 +35,7 @@ FLAGS = (
 # The captions of the buttons that start each tab's work.
 DRAW = "Draw the images"
 MIX = "Mix the two images"
-PAINT = "Make what is painted over anew"
+PAINT = "Inpaint the painted part"
 
 
 @contextmanager
@@ -167,10 +167,10 @@ def main() -> None:
         screenshot(page, "mix")
 
         tab(page, "Paint")
-        click(page, "Take the image of this number")
+        click(page, "Use the image with this index")
         paint(page)
         click(page, PAINT)
-        picture(page, "The image, what is kept of it, and the answers")
+        picture(page, "The image, its known part, and the inpaintings")
         screenshot(page, "paint")
 
 

@@ -159,7 +159,7 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         ("seed", -1, "0 or more"),
         ("keep_every", -1, "0 or more"),
         ("dataset_name", "", "a data set's name"),
-        ("dataset_name", 7, "a text"),
+        ("dataset_name", 7, "a string"),
         ("learning_rate", float("nan"), "above 0"),
         ("learning_rate", "fast", "a number"),
         ("batch_size", True, "an integer"),
@@ -174,7 +174,7 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         ("beta_end", 0.2, "below 0.2 with timesteps_diff = 200"),
         ("beta_schedule", "sigmoid", '"linear" or "cosine"'),
         ("objective", "x_0", '"eps" or "v"'),
-        ("objective", None, "a text"),
+        ("objective", None, "a string"),
         ("t_sampling", "lognormal", '"uniform" or "mixed"'),
         ("clip_grad_norm", float("inf"), "0 (off) or more"),
         ("lr_schedule", "linear", '"constant" or "cosine"'),
@@ -268,7 +268,7 @@ def test_saving_takes_little_of_the_time_on_8_gpus(name):
 
 def test_what_is_probably_not_meant_is_warned_of():
     narrow = EXPERIMENTS["faces"].override({}, {"norm_groups": 32})
-    assert "norm_groups = 32 leaves 1 channel a group" in narrow.warnings()[0]
+    assert "norm_groups = 32 leaves 1 channel per group" in narrow.warnings()[0]
 
     still = EXPERIMENTS["ffhq-full"].override({"use_augmentation": False}, {})
     assert still.warnings() == ["max_rotation has no effect without use_augmentation = True"]

@@ -123,7 +123,7 @@ def pixels_of(path):
 
 def give_second_number(page):
     """Type 12 as the number of the second image, in the tab Mix."""
-    number = control(page, "Number of the second image")
+    number = control(page, "Index of the second image")
     number.press("Backspace")
     number.press_sequentially("12", delay=20)
 
@@ -252,14 +252,14 @@ def test_paint(page, run, tmp_path):
     # Without an image there is nothing to paint over.
     tab(page, "Paint")
     click(page, PAINT)
-    sentence(page, "take an image, and paint over a part of it")
+    sentence(page, "choose an image and paint over a part of it")
 
-    fill(page, Number_of_the_image=1)
-    click(page, "Take the image of this number")
+    fill(page, Index_of_the_image=1)
+    click(page, "Use the image with this index")
     paint(page)
     fill(page, Seed=3, Steps=6, Repeats=2)
     click(page, PAINT)
-    image, kept, *answers = cut(picture(page, "The image, what is kept of it, and the answers"))
+    image, kept, *answers = cut(picture(page, "The image, its known part, and the inpaintings"))
     assert_array_equal(image, drawn[1])
     # The page shows in grey what is painted over.
     painted = (kept == 128).all(axis=2)
@@ -288,8 +288,8 @@ def test_bad_input_is_a_sentence_and_the_page_goes_on(page, tmp_path):
     sentence(page, "steps is 101; a model with 100 timesteps takes 1 to 100")
 
     tab(page, "Paint")
-    click(page, "Take the image of this number")
-    sentence(page, "There are 0 images in the tab Draw")
+    click(page, "Use the image with this index")
+    sentence(page, "The tab Draw has 0 images")
     for file, reason in (("text", "not a PNG, JPEG, WEBP, BMP image"), ("bomb", "too many pixels")):
         upload(page, tmp_path / f"{file}.png")
         sentence(page, reason)

@@ -29,12 +29,12 @@ def test_each_part_finds_what_it_is_to_find(pictures, monkeypatch):
     for part in list(first_day.PARTS)[:-1]:
         facts.update(first_day.PARTS[part][0]())
 
-    assert facts["float32: a loss beside the CPU's"] == 0.0
+    assert facts["float32: a loss differs from the CPU's by"] == 0.0
     assert facts["a resumed run"]
     assert facts["torchrun with 2"] == "finished"
     for name in ("ours, eager", "ours, compiled", "diffusers, eager", "diffusers, compiled"):
         for base in (64, 128):
-            assert facts[f"{name}, base {base}: ms a step"] > 0
+            assert facts[f"{name}, base {base}: ms per step"] > 0
     assert first_day.ESTIMATES.keys() <= facts.keys()
     assert not first_day.PARTS.keys() & facts.keys()
 
@@ -75,7 +75,7 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(
     facts = json.loads((tmp_path / "first_day.json").read_text())
     # These are of all processes together, and differ each time.
     for cut in (True, False):
-        assert facts.pop(f"DDP, optimize_ddp = {cut}, base 128: ms a step") > 0
+        assert facts.pop(f"DDP, optimize_ddp = {cut}, base 128: ms per step") > 0
     expected = {
         "none": "failed",
         "sampling": "skipped: time",

@@ -82,7 +82,7 @@ def training(
     held = []
     opened = Recorder.opened
     after_step = Recorder.after_step
-    accumulating = Processes.accumulating
+    gradient_sync = Processes.gradient_sync
     with tempfile.TemporaryDirectory() as runs, pretended_cuda() as cuda:
 
         @contextlib.contextmanager
@@ -106,11 +106,11 @@ def training(
                 if parameter.grad is not None:
                     storages.add(parameter.grad.untyped_storage()._cdata)
             held.append(len(storages))
-            return accumulating(processes, network, last)
+            return gradient_sync(processes, network, last)
 
         with (
             mock.patch.multiple(Recorder, opened=entered, after_step=counted),
-            mock.patch.object(Processes, "accumulating", looked_at),
+            mock.patch.object(Processes, "gradient_sync", looked_at),
             mock.patch("train.load_images", lambda *_: image_set),
             # A CUDA graph that cannot be recorded must end no training, so its grids record none.
             mock.patch.object(generation, "CudaGraphed", mock.Mock(side_effect=AssertionError)),

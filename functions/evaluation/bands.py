@@ -1,14 +1,15 @@
-"""How well a network knows x_0 at each timestep, in bands of spatial frequency.
+"""Measure how well a network knows x_0 at each timestep, in bands of spatial frequency.
 
     python evaluate.py --metrics bands
 
-The network's unclipped x_0 of held-out images has a squared error in each band: the image's mean
-and octaves of frequency. This error is divided by the squared error of the average training image.
-A ratio of 1 means no knowledge of the image, and a ratio above 1 is a fault.
+The bands are the image's mean and octaves of frequency. In each band, the squared error of the x_0
+that the network predicts for held-out images, unclipped, is divided by the squared error of the
+average training image. A ratio of 1 means that the network knows nothing of the image, and a ratio
+above 1 is a fault.
 
-The best linear filter of x_t has the ratio (1 - a) / (a s^2 + 1 - a), where a is alpha_bar_t. Here
-s^2 is the squared error of the average image for each coefficient of the orthonormal Fourier
-transform, in which the noise has variance 1. docs/whole-before-detail.md explains the measure.
+The best linear filter of x_t has the ratio (1 - a) / (a s^2 + 1 - a), where a is alpha_bar_t, and
+s^2 is the average image's squared error per coefficient of the orthonormal Fourier transform. The
+noise has variance 1 in this transform. docs/whole-before-detail.md explains the measure.
 """
 
 import math
@@ -32,21 +33,21 @@ from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise
 
-# The most timesteps that are measured.
+# At most this many timesteps are measured.
 TIMES = 12
-# The least number of (image, noise) pairs for each timestep. With fewer held-out images than this,
-# each image is drawn several times.
+# At each timestep at least this many (image, noise) pairs are measured. With fewer held-out images,
+# each image is used several times, with different noise.
 DRAWS = 500
 
 
 @dataclass(frozen=True)
 class BandErrors:
-    """The ratios at K timesteps, in each band; float64 arrays."""
+    """The ratios in each band at K timesteps, as float64 arrays."""
 
     t: list[int]  # (K,)
     # The names "mean", "1-2", "2-4", ..., "finest", in cycles per image.
     bands: list[str]
-    # (K, bands): the squared error of the network's x_0, divided by that of the average image.
+    # (K, bands): the squared error of the network's x_0, divided by the average image's.
     ratio: np.ndarray
     # (K, bands): the standard error of `ratio`, over images.
     standard_error: np.ndarray
@@ -56,7 +57,7 @@ class BandErrors:
     variance: np.ndarray
 
     def table(self) -> str:
-        """Return the ratios as a text table, with a line for each timestep."""
+        """Return the ratios as a table in plain text, with a line for each timestep."""
         lines = ["     t  " + "".join(f"{name:>18}" for name in self.bands)]
         for t, ratios, errors in zip(self.t, self.ratio, self.standard_error, strict=True):
             line = f"{t:>6}  "
@@ -69,7 +70,7 @@ class BandErrors:
     def verdict(self) -> str:
         """Return a sentence that compares the network with the average image at the last timestep.
 
-        It compares the errors of an image's mean, which people see as colour and darkness.
+        It compares the errors of an image's mean, which people see as its colour and brightness.
         """
         ratio = self.ratio[-1, 0]
         comparison = "not measurably worse than"
@@ -93,10 +94,10 @@ def measure_bands(
     seed: int,
     processes: Processes = SINGLE_PROCESS,
 ) -> BandErrors:
-    """Measure the network's squared error of x_0, over that of the average training image.
+    """Measure the network's squared error of x_0, divided by the average training image's.
 
-    The processes share the timesteps, and all of them return the result. Raises `UserError` for a
-    single held-out image, since one image has no standard error.
+    The processes divide the timesteps among them, and all return the result. Raises `UserError` for
+    a single held-out image, because one image has no standard error.
 
     Args:
         load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
@@ -104,7 +105,7 @@ def measure_bands(
         average: the average training image (C, H, W).
     """
     if len(indices) < 2:
-        raise UserError("bands needs two or more held-out images")
+        raise UserError("bands needs at least two held-out images")
     scheduler = denoiser.scheduler
     limit = BatchLimit(load_x_0(indices[:1]).device, batch_size)
     average = average.to(limit.device)
@@ -113,7 +114,7 @@ def measure_bands(
     parts = limit.in_parts(lambda batch: band_energy(load_x_0(batch) - average), indices)
     average_errors = torch.cat(parts)
 
-    # The draws repeat the list of all images, so each image is drawn equally often.
+    # The draws repeat the whole list of images, so each image is used equally often.
     drawn_indices = np.tile(indices, math.ceil(DRAWS / len(indices)))
 
     def errors_at(t, draws):
@@ -132,9 +133,9 @@ def measure_bands(
         for k in tqdm(rows, "bands", unit="timestep", disable=not processes.is_main):
             errors[k] = torch.cat(limit.in_parts(partial(errors_at, times[k]), range(count)))
 
-    # One process computes each entry, and the others have 0 there, so the sum is exact.
+    # Each entry is computed by one process and is 0 in the others, so the sum is exact.
     errors = processes.sum_(errors)
-    # The draws of each image are averaged: (K, draws, bands) becomes (K, N, bands).
+    # The errors of each image's draws are averaged: (K, draws, bands) becomes (K, N, bands).
     network_errors = errors.unflatten(1, (-1, len(indices))).mean(dim=1).numpy()
     alpha_bar = scheduler.alphas_cumprod[times].numpy()
     return compare_errors(times, network_errors, average_errors.numpy(), alpha_bar)
@@ -143,7 +144,7 @@ def measure_bands(
 def measured_timesteps(timesteps: int) -> list[int]:
     """Return TIMES timesteps of 0 .. T-1, or fewer for a small T.
 
-    They are Chebyshev points, which are dense at both ends.
+    They are Chebyshev points, which are densest at both ends.
     """
     fractions = (1 - np.cos(np.linspace(0, np.pi, TIMES))) / 2
     t = (fractions * (timesteps - 1)).round().astype(int)
@@ -151,7 +152,7 @@ def measured_timesteps(timesteps: int) -> list[int]:
 
 
 def band_energy(images: Tensor) -> Tensor:
-    """Return the mean power of the spectrum of (B, C, H, W) in each band: (B, bands)."""
+    """Return the mean power in each band of the spectra of images (B, C, H, W): (B, bands)."""
     return band_means(spectrum(images).abs().square())
 
 
@@ -177,7 +178,7 @@ def compare_errors(
 
 
 def plot_bands(result: BandErrors, path: Path, title: str) -> None:
-    """Save a heat map of the ratios. Red means worse than no knowledge.
+    """Save a heat map of the ratios. Red cells are worse than the average image.
 
     A frame marks a cell whose ratio is above 1 by more than two standard errors.
     """
@@ -200,8 +201,8 @@ def plot_bands(result: BandErrors, path: Path, title: str) -> None:
     axis.set_yticks(range(len(result.bands)), result.bands)
     axis.set(
         xlabel="t (code)",
-        ylabel="cycles an image",
-        title=f"{title}: error of $x_0$ over the average image's",
+        ylabel="cycles per image",
+        title=f"{title}: error of $x_0$ / error of the average image",
     )
     figure.tight_layout()
     save_figure(figure, path)

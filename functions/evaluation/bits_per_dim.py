@@ -1,14 +1,15 @@
-"""Bits per dimension: the variational bound of Ho et al. 2020 (Eq. 5) on held-out images.
+"""Measure bits per dimension: the variational bound of Ho et al. 2020 (Eq. 5) on held-out images.
 
     bits/dim = (L_T + sum_t L_t + L_0) / (C H W log 2)
 
-functions/likelihood.py has the terms. L_0 is the "distortion", and the sum of the others is the
-"rate". An ideal code made from the model needs at most this many bits for an image, so lower is
-better.
+functions/likelihood.py computes the terms. L_0 is the "distortion", and the sum of the other terms
+is the "rate". An ideal code made from the model needs at most this many bits per dimension, so
+lower is better.
 
-Each L_t of each image costs a network call. So `t_stride` cuts the timesteps into strata of
-neighbours, and one t of each stratum is drawn for each image. The estimate is unbiased. The draws
-of different images are independent, so the standard error over images includes their noise.
+Each L_t of each image costs a network call. To save calls, the timesteps are divided into strata of
+at most `t_stride` neighbours, and one t of each stratum is drawn for each image. The estimate is
+unbiased. The draws of different images are independent, so the standard error over images includes
+the noise of the draws.
 """
 
 import math
@@ -34,7 +35,7 @@ from functions.support.random_numbers import generator_of
 class BoundOptions:
     """How the bound is measured."""
 
-    # The most timesteps in a stratum, for which one network call stands. 1: all T are computed.
+    # The most timesteps in a stratum, which one network call represents. With 1 all T are computed.
     t_stride: int = 1
     # The most (image, t) pairs in a forward pass.
     batch_size: int = 64
@@ -47,9 +48,9 @@ class BoundOptions:
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """The bound of N images from K timesteps each, in bits per dimension; float64 arrays."""
+    """The bound of N images, each from K timesteps, in bits per dimension, as float64 arrays."""
 
-    # (K,): the number of timesteps in each stratum. The first stratum is t = 0 alone.
+    # (K,): the number of timesteps in each stratum. The first stratum is only t = 0.
     lengths: np.ndarray
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
@@ -73,26 +74,26 @@ class BitsPerDim:
 
     @property
     def distortion(self) -> float:
-        """Return L_0, the bits with which the decoder makes the image exact; mean over images."""
+        """Return the mean of L_0 over images: the bits that make the decoded image exact."""
         return float(self.terms[:, 0].mean())
 
     @property
     def rate(self) -> float:
-        """Return the sum of all terms but L_0."""
+        """Return the sum of all terms except L_0, as a mean over images."""
         return self.total - self.distortion
 
     def curves(self) -> dict[str, list[float]]:
-        """Return means over images for each stratum, small t first, for the figure.
+        """Return means over images for each stratum, in ascending t, for the figure.
 
         `rate` and `rmse` are the rate-distortion curve of the paper's Figure 5. The rate counts the
-        bits that a receiver needs to know x_t: L_T and all terms above t. The rmse is the error of
-        the x_0 predicted from this x_t, in levels of 0 .. 255.
+        bits that a receiver needs to know x_t: L_T and all terms above t. The RMSE is that of the
+        x_0 predicted from this x_t, in grey levels (0 to 255).
         """
         lengths = self.lengths
         terms = self.terms.mean(axis=0)
         mse = self.mse_x_0.mean(axis=0)
 
-        # t is the middle of a stratum, so half of the stratum's other terms are above t.
+        # t is the middle of its stratum, so half of the stratum's other timesteps are above t.
         sums = terms * lengths
         above = np.cumsum(sums[::-1])[::-1] - sums
         rate = self.prior.mean() + above + terms * (lengths - 1) / 2
@@ -110,7 +111,7 @@ class BitsPerDim:
     def facts(self) -> dict:
         """Return plain values in bits per dimension, for a JSON file.
 
-        The standard error of a single image is None.
+        For a single image, the standard error is None.
         """
         curves = self.curves()
         error = self.standard_error
@@ -139,9 +140,9 @@ def error_of_mean(values: np.ndarray) -> np.ndarray:
 
 
 def evenly_spaced(indices: np.ndarray, count: int | None) -> np.ndarray:
-    """Return `count` of the indices, evenly spaced; all of them for None or a larger count."""
+    """Return `count` evenly spaced indices, or all for None or a larger count."""
     count = min(count or len(indices), len(indices))
-    # Without indices the range is empty, so NumPy divides nothing by a count of 0.
+    # Without indices `count` is 0, but NumPy then divides an empty array, which is no error.
     return indices[np.arange(count) * len(indices) // count]
 
 
@@ -156,11 +157,11 @@ def measure_bits_per_dim(
 ) -> BitsPerDim:
     """Measure the variational bound (Eq. 5) of held-out images.
 
-    The processes share the batches, and all of them return the result. It is a function of the
-    arguments alone, whatever the number of processes.
+    The processes divide the batches among them, and all return the result. It depends only on the
+    other arguments, not on the number of processes.
 
     A batch that does not fit in memory is halved. Raises `UserError` when a single image does not
-    fit, and `ValueError` without an image or for an unknown variance.
+    fit, and `ValueError` if there are no images or the variance is unknown.
 
     Args:
         load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
@@ -185,7 +186,7 @@ def measure_bits_per_dim(
         columns = slice(pairs.start, pairs.stop)
         x_0 = load_x_0(pair_index[columns])
 
-        # The noise of a pair is a function of (seed, index, t), whichever process computes it.
+        # The noise of a pair depends only on (seed, index, t), not on the process.
         noise = []
         for k in pairs:
             pair = int(pair_index[k]), int(pair_t[k])
@@ -202,28 +203,28 @@ def measure_bits_per_dim(
         )
         table[:, columns] = terms.cpu()
 
-    # All processes cut the same batches, and each computes every count-th batch.
+    # All processes form the same batches, and each computes every `processes.count`-th one.
     batches = batches_of(range(len(pair_t)), options.batch_size)[processes.rank :: processes.count]
     limit = BatchLimit(load_x_0(indices[:1]).device)
     with denoiser.evaluating():
         for pairs in tqdm(batches, "bits/dim", unit="batch", disable=not progress):
             limit.in_parts(fill, pairs)
 
-    # One process computes each entry, and the others have 0 there, so the sum is exact.
+    # Each entry is computed by one process and is 0 in the others, so the sum is exact.
     prior, terms, mse_x_0 = processes.sum_(table).view(3, *t.shape).numpy()
-    # L_T of an image does not depend on t, so the first column has it.
+    # L_T of an image is the same in all columns, because it does not depend on t.
     return BitsPerDim(lengths.numpy(), prior[:, 0], terms, mse_x_0)
 
 
 def strata_lengths(timesteps: int, t_stride: int) -> Tensor:
-    """Return the lengths of K strata of 0 .. T-1, at most t_stride each: (K,) int64.
+    """Divide 0 .. T-1 into K strata of at most t_stride timesteps: their lengths, (K,) int64.
 
-    The first stratum is t = 0 alone.
+    The first stratum is only t = 0.
     """
     lengths = [1]
     start = 1
     while start < timesteps:
-        # L_t falls about as 1 / t, so strata are short where t is small.
+        # L_t falls roughly as 1 / t, so strata are short where t is small.
         lengths.append(min(t_stride, 1 + start // 4, timesteps - start))
         start += lengths[-1]
     return torch.tensor(lengths)
@@ -240,7 +241,7 @@ def draw_t(lengths: Tensor, seed: int, index: int) -> Tensor:
 def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
     """Plot the terms over t, and the rate-distortion curve (the paper's Figure 5)."""
     curves = result.curves()
-    # A logarithmic axis cannot show 0, so the figure has the paper's t, which starts at 1.
+    # A logarithmic axis cannot show 0, so the figure shows the paper's t, which starts at 1.
     t = [value + 1 for value in curves["t"]]
     figure, (terms, rate) = plt.subplots(1, 2, figsize=(9, 4))
     terms.loglog(t, curves["bits_per_dim_a_step"], marker=".")
@@ -249,8 +250,8 @@ def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
 
     rate.plot(curves["rate"], curves["rmse"], marker=".")
     rate.set(
-        xlabel="rate so far, bits/dim",
-        ylabel="RMSE of $x_0$, of 255",
+        xlabel="rate up to $x_t$, bits/dim",
+        ylabel="RMSE of $x_0$, in levels of 0 to 255",
         title="rate and distortion",
         xlim=(0, 1.03 * result.rate),
         ylim=(0, None),

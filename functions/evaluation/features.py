@@ -1,20 +1,21 @@
-"""FID, KID, precision and recall: they compare the features of generated and of real images.
+"""Compare the features of generated and real images: FID, KID, precision and recall.
 
     FID                 The Frechet distance between two Gaussians with the means and covariances of
                         the features (Heusel et al. 2017):
                         |mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2)).
-                        Its bias depends on the number of images, so only FIDs of the same number
-                        can be compared.
+                        Its bias depends on the number of images, so two FIDs can be compared only
+                        if they use the same number.
     KID                 The squared maximum mean discrepancy with a cubic kernel, averaged over
                         random subsets (Binkowski et al. 2018). It is unbiased: for two samples of
                         the same distribution it is about 0, and can be negative.
     precision, recall   Precision is the fraction of generated features inside the manifold of the
-                        real ones, made of balls up to the 3rd nearest neighbour. Recall is the same
-                        with real and generated exchanged (Kynkaanniemi et al. 2019). The features
-                        are those of FID, as in ADM's evaluator.
+                        real ones. The manifold consists of a ball around each real feature, which
+                        reaches to its 3rd nearest neighbour. Recall is the same with real and
+                        generated exchanged (Kynkaanniemi et al. 2019). The features are those of
+                        FID, as in ADM's evaluator.
 
-torch-fidelity has the metrics and the network. It gets uint8 tensors, and no image files. Images
-are freed after each batch. The features stay on the CPU, a float32 row of D for each image.
+torch-fidelity computes the metrics and has the network. It gets uint8 tensors instead of image
+files. Images are freed after each batch. The features stay on the CPU, as (N, D) float32.
 """
 
 import hashlib
@@ -36,23 +37,23 @@ from functions.support.processes import SINGLE_PROCESS, Processes
 
 INCEPTION = "inception-v3-compat"
 LAYER = "2048"
-# Published FIDs compare this many generated images.
+# Published FIDs use this many generated images.
 FULL_COUNT = 50_000
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 NEIGHBOURS = 3
-# The fewest real or generated images: each image needs 3 neighbours.
+# There must be at least this many real and generated images, as each needs 3 neighbours.
 FEWEST = NEIGHBOURS + 1
-# Precision and recall compute the distances of this many images at a time. To 50,000 others they
-# take 0.5 GB.
+# Precision and recall compute the distances of this many images at a time. Their distances to
+# 50,000 others need 0.5 GB.
 DISTANCE_ROWS = 2_500
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network."""
+    """A network that computes the features of images."""
 
-    # "extractor" (the network's name) and "weights_hash", which every result contains.
+    # "extractor" (the network's name) and "weights_hash", which are written into every result.
     facts: dict[str, str]
     width: int  # D, the number of features
     # uint8 images (B, 3, H, W) on any device -> their features (B, D).
@@ -62,7 +63,7 @@ class Extractor:
 
 @dataclass(frozen=True)
 class Reference:
-    """The features of real images, with which the metrics compare."""
+    """The features of real images, with which generated ones are compared."""
 
     # The data set, its hashes and the network: see `describe` in reference_statistics.py.
     description: dict
@@ -78,7 +79,7 @@ def load_inception(
     """Load torch-fidelity's InceptionV3, a copy of the original TensorFlow network; D is 2048.
 
     `weights` is a local file. With None, rank 0 downloads the file once into PyTorch's cache.
-    Raises `UserError` when torch-fidelity is not installed, or when there are no weights.
+    Raises `UserError` when torch-fidelity is not installed, or when the weights cannot be loaded.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import (
@@ -87,12 +88,12 @@ def load_inception(
         )
     except ImportError as error:
         raise UserError(
-            "FID and company need torch-fidelity: pip install -r requirements-eval.txt"
+            "fid, kid and prc need torch-fidelity: pip install -r requirements-eval.txt"
         ) from error
     path = weights or processes.on_main(lambda: downloaded(URL_INCEPTION_V3))
 
-    # torch-fidelity unpickles the file, which can run code. This variable makes PyTorch read
-    # tensors alone, until the process ends.
+    # torch-fidelity unpickles the file, which could run code in it. With this variable set, PyTorch
+    # reads only tensors, until the process ends.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         network = FeatureExtractorInceptionV3(
@@ -100,9 +101,9 @@ def load_inception(
         )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except Exception as error:
-        # torch-fidelity raises many types of errors for a missing file or for other contents.
+        # For a missing file or wrong contents, torch-fidelity raises errors of many types.
         raise UserError(
-            f"{path}: not the weights that are at {URL_INCEPTION_V3} ({short(error)})"
+            f"{path} cannot be loaded as the file from {URL_INCEPTION_V3} ({short(error)})"
         ) from error
     network.to(device)
     facts = {"extractor": f"{INCEPTION}/{LAYER}", "weights_hash": digest}
@@ -110,7 +111,7 @@ def load_inception(
 
 
 def downloaded(url: str) -> Path:
-    """Return the path of the file in PyTorch's cache. Download the file if it is not there.
+    """Return the path of the URL's file in PyTorch's cache; download it if it is missing.
 
     Raises `UserError` when the download fails.
     """
@@ -135,7 +136,7 @@ def sample_features(
 ) -> Tensor:
     """Sample `count` images and return their features, (count, D) float32.
 
-    Sample i is the image i of sample.py with the same options and seed.
+    Sample i is image i of sample.py with the same options and seed.
     """
 
     def load(batches):
@@ -152,9 +153,9 @@ def real_features(
     extractor: Extractor,
     processes: Processes,
 ) -> Tensor:
-    """Return the features of the images (N, H, W, 3), uint8, at the indices.
+    """Return the features of the images at the indices: (len(indices), D) float32.
 
-    The result is (len(indices), D) float32. The images are not augmented.
+    `images` are uint8 (N, H, W, 3), and are not augmented.
     """
 
     def load(batches):
@@ -174,11 +175,11 @@ def collect_features(
 ) -> Tensor:
     """Extract the features of `count` images: (count, D) float32, on the CPU, in all processes.
 
-    `load` takes batches, which are ranges of 0 .. count-1, and yields the uint8 images
-    (B, H, W, 3) of each. A batch that does not fit in memory is halved, and so are later batches.
+    `load` gets a list of batches, which are ranges in 0 .. count-1, and yields the uint8 images
+    (B, H, W, 3) of each. A batch that does not fit in memory is halved, and later ones are too.
     Raises `UserError` when a single image does not fit.
     """
-    # All processes cut the same batches, and each computes every count-th batch.
+    # All processes form the same batches, and each computes every `processes.count`-th one.
     batches = batches_of(range(count), batch_size)[processes.rank :: processes.count]
     features = torch.zeros(count, extractor.width)
     limit = BatchLimit(extractor.device)
@@ -187,12 +188,12 @@ def collect_features(
         parts = limit.in_parts(lambda part: extractor.features(part).float().cpu(), channels_first)
         features[rows.start : rows.stop] = torch.cat(parts)
 
-    # One process computes each row, and the others have 0 there, so the sum is exact.
+    # Each row is computed by one process and is 0 in the others, so the sum is exact.
     return processes.sum_(features)
 
 
 def image_warnings(real: int, generated: int, width: int) -> list[str]:
-    """Return the reasons why an FID cannot be compared with others.
+    """Return warnings for an FID that cannot be compared with others.
 
     `real` and `generated` are numbers of images, and `width` is D.
     """
@@ -200,10 +201,10 @@ def image_warnings(real: int, generated: int, width: int) -> list[str]:
     if generated < FULL_COUNT:
         warnings.append(
             f"ONLY {generated:,} SAMPLES, NOT {FULL_COUNT:,}: "
-            "FID IS BIASED UPWARDS and compares with no other count"
+            "FID IS BIASED UPWARDS and compares only with FIDs of the same count"
         )
 
-    # The covariance of N features has a rank of at most N - 1.
+    # The covariance of N images' features has a rank of at most N - 1.
     fewest = min(real, generated)
     if fewest <= width:
         warnings.append(
@@ -221,7 +222,7 @@ def statistics(features: Tensor) -> dict:
 
 
 def compare(metrics: Collection[str], generated: Tensor, reference: Reference, seed: int) -> dict:
-    """Compute some of the metrics "fid", "kid" and "prc", for generated features (N, D).
+    """Compute the named metrics, of "fid", "kid" and "prc", for generated features (N, D).
 
     Returns a dict of scalars: the metrics and their settings.
     """
@@ -235,12 +236,12 @@ def compare(metrics: Collection[str], generated: Tensor, reference: Reference, s
         fid = fid_statistics_to_metric(statistics(generated), reference.statistics, verbose=False)
         results["fid"] = fid["frechet_inception_distance"]
     if "kid" in metrics:
-        # A subset cannot be larger than either side.
+        # A subset cannot be larger than the number of generated or real images.
         subsets = {
             "kid_subsets": KID_SUBSETS,
             "kid_subset_size": min(KID_SUBSET_SIZE, len(generated), len(real)),
         }
-        # A seed of NumPy has at most 32 bits.
+        # NumPy's seeds have at most 32 bits.
         kid = kid_features_to_metric(
             generated.double(), real.double(), **subsets, rng_seed=seed % 2**32, verbose=False
         )

@@ -1,15 +1,16 @@
 """Correct the x_0 that a trained network predicts at high t, without training it further.
 
-Errors there give samples wrong colours, darkness and speckles. In each band of spatial frequencies,
-the network's x_0 is replaced by the best linear mix of x_0 and x_t, relative to the mean image mu:
+Errors at high t make samples dark, speckled or wrongly coloured. In each band of spatial
+frequencies, the network's x_0 is replaced by the best linear combination of x_0 and x_t, relative
+to the mean image mu:
 
     x_0' = mu + w_1 (x_0 - mu) + w_2 (x_t - sqrt(alpha_bar) mu)
 
 Each band has two real weights at each timestep. They are fitted by least squares at some timesteps
-and interpolated in between. On the images of the fit, the mix is at least as good as the network
-alone, which is (w_1, w_2) = (1, 0), and as the best linear filter of x_t, which is (0, w).
-docs/whole-before-detail.md says why this helps. Pang et al. 2023, arXiv:2302.10688, use one number
-for each timestep.
+and interpolated in between. The network's x_0 is the combination with (w_1, w_2) = (1, 0), and the
+best linear filter of x_t is one with (0, w). So on the images of the fit, the result is at least as
+good as both. docs/whole-before-detail.md explains why this helps. Pang et al. 2023,
+arXiv:2302.10688, use a single factor for each timestep.
 """
 
 import sys
@@ -37,23 +38,24 @@ from functions.timesteps import logsnr_timesteps
 
 # The weights are fitted to this many images.
 IMAGE_COUNT = 512
-# Timesteps from this fraction of T on are calibrated. At lower t no mix improves on the network.
+# Timesteps from this fraction of T upwards are calibrated. At lower t no combination improves on
+# the network.
 CALIBRATED_FROM = 0.6
-# The weights are fitted at this many of these timesteps, evenly spaced in log-SNR.
+# The weights are fitted at this many calibrated timesteps, evenly spaced in log-SNR.
 TIMESTEP_COUNT = 17
-# The fit multiplies squares by 1 + RIDGE. Without this it would have no unique solution where x_0
-# is a multiple of x_t.
+# The fit multiplies the squares pp and qq by 1 + RIDGE. Without this factor the solution would not
+# be unique where x_0 is a multiple of x_t.
 RIDGE = 1e-4
 
-# With this norm the spectrum of white noise has variance 1, too.
+# With this norm the spectrum of standard normal noise also has variance 1.
 spectrum = partial(torch.fft.fft2, norm="ortho")
 
 
 def octaves(size: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the band of each coefficient in the spectrum of a square image: (size, size) int64.
 
-    Band 0 is the mean. Band k has frequencies from 2^(k-1) to 2^k cycles an image. The last band
-    has all higher frequencies, too.
+    Band 0 is the mean. Band k has frequencies from 2^(k-1) to 2^k cycles per image. The last band
+    also has all higher frequencies.
     """
     cycles = torch.fft.fftfreq(size, 1 / size, device=device)
     frequencies = torch.hypot(cycles[:, None], cycles)
@@ -63,7 +65,7 @@ def octaves(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def band_means(values: Tensor) -> Tensor:
-    """Average real values of the coefficients of spectra, (B, C, H, W), over bands and channels.
+    """Average real values, one per coefficient of (B, C, H, W) spectra, over bands and channels.
 
     Returns (B, bands) in float64, on the CPU.
     """
@@ -75,7 +77,7 @@ def band_means(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Replace x_0 by x_0'; `interpret` of functions/prediction.py calls this.
+    """A correction that replaces x_0 by x_0'; `interpret` of functions/prediction.py calls it.
 
     The tensors are float32, on the device of x_0.
     """
@@ -90,8 +92,9 @@ class Calibration:
         if isinstance(t, int) and t < CALIBRATED_FROM * scheduler.timesteps:
             return x_0
         bands = octaves(x_0.shape[-1], x_0.device)
-        # Each coefficient gets the weights of its band, (bands, 2) or (B, bands, 2). So w_1 and w_2
-        # are (1, H, W) or (B, 1, H, W), and the same for all channels.
+        # The weights of the bands are (bands, 2), or (B, bands, 2) if each image has its own t.
+        # Each coefficient gets the weights of its band. So w_1 and w_2 are (1, H, W) or
+        # (B, 1, H, W), and all channels share them.
         weights = self.weights[t][..., bands, :]
         w_1, w_2 = weights.unsqueeze(-4).unbind(-1)
         root = broadcast(scheduler.alpha_bar(t) ** 0.5, x_t)
@@ -101,9 +104,9 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibration:
-    """Fit a calibration for a network that has none to images (N, C, H, W) in [-1, 1].
+    """Fit a calibration to images (N, C, H, W) in [-1, 1], for a network that has none.
 
-    The images are on the network's device, which computes at most `batch_size` at a time. The
+    The images are on the network's device, and at most `batch_size` are computed at a time. The
     calibration's tensors are on the CPU.
     """
     scheduler = denoiser.scheduler
@@ -111,7 +114,7 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
     last = scheduler.timesteps - 1
     first = round(CALIBRATED_FROM * scheduler.timesteps)
     count = min(TIMESTEP_COUNT, last - first + 1)
-    # `logsnr_timesteps` returns falling timesteps, but np.interp needs rising ones.
+    # `logsnr_timesteps` returns descending timesteps, but np.interp needs ascending ones.
     times = logsnr_timesteps(scheduler, count, last, first)[::-1]
 
     limit = BatchLimit(images.device, batch_size)
@@ -128,8 +131,8 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
 def products(denoiser: Denoiser, images: Tensor, mean: Tensor, t: int, part: range) -> Tensor:
     """Return the products of spectra that the fit of y = w_1 p + w_2 q needs, at timestep t.
 
-    p is the spectrum of the network's x_0, q that of x_t and y that of the true x_0, each minus its
-    mean. Returns pp, pq, qq, py and qy of a part of the images, averaged over each band:
+    p, q and y are the spectra of the network's x_0, of x_t and of the true x_0, each minus its
+    mean. Returns pp, pq, qq, py and qy for a part of the images, averaged over each band:
     (5, len(part), bands).
     """
     scheduler = denoiser.scheduler
@@ -158,10 +161,10 @@ def least_squares(averages: Tensor) -> Tensor:
 
 
 def interpolate_weights(scheduler: NoiseScheduler, times: list[int], fitted: Tensor) -> Tensor:
-    """Return the weights of all timesteps (T, bands, 2), given the fitted weights at rising times.
+    """Interpolate weights that were fitted at ascending times: (T, bands, 2) for all timesteps.
 
-    The interpolation is linear in log-SNR. Below the first of the times the weights are 1 and 0,
-    which do not change the network's x_0.
+    The interpolation is linear in log-SNR. Below times[0] the weights are 1 and 0, which leave the
+    network's x_0 unchanged.
     """
     first = times[0]
     noisiness = -torch.logit(scheduler.alphas_cumprod).numpy()
@@ -179,10 +182,10 @@ def with_calibration(
 ) -> ImageSampler:
     """Return the sampler with the calibration that its options ask for, if they ask for one.
 
-    The calibration is fitted once for each data set, and saved beside the checkpoint. The option
-    "own" fits it to samples of the model, which needs no data. "data" fits it to images that the
-    model was trained on, and any other name to images of the data set with that name. Raises
-    UserError as `load_and_split` does, and when the training images have changed.
+    The calibration is fitted once for each data set, and saved next to the checkpoint. "own" fits
+    it to samples of the model, so that no data are needed. "data" fits it to images that the model
+    was trained on, and any other name to images of the data set with that name. Raises UserError
+    when the training images have changed, and for the reasons of `load_and_split`.
     """
     if not image_sampler.options.calibrate:
         return image_sampler
@@ -193,24 +196,24 @@ def with_calibration(
 
 
 def load_or_fit(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Tensor]:
-    """Return the tensors of `Calibration` on the CPU: read them from their file, or fit them."""
+    """Read the tensors of a `Calibration` from its file, or fit them; they are on the CPU."""
     name = image_sampler.options.calibrate
-    # The images are loaded when they are needed, and only once.
+    # The images are loaded only when they are needed, and only once.
     load = cache(partial(load_and_split, saved, None if name == "data" else name))
-    # Files may be added to a data set, or deleted. So the name of the data set and a hash of the
-    # ids of its training images identify the images of the fit.
+    # Files may be added to a data set, or deleted from it. So the images of the fit are identified
+    # by the data set's name and by a hash of the ids of its training images.
     ids_hash = saved.provenance.get("train_ids_hash")
     if name == "own":
         identity = ["own"]
     elif name == "data" and ids_hash:
-        # The file for the training images is found without loading them.
+        # The checkpoint has this hash, so the file is found without loading the images.
         identity = [saved.config["diffusion"]["dataset_name"], ids_hash]
     else:
         image_set, split = load()
         identity = [image_set.name, split.train_ids_hash]
     kind = "-".join(short(Path(part).stem) for part in identity)
 
-    # A folder of diffusers is not ours, so nothing is written into it.
+    # A diffusers folder may come from other software, so nothing is written into it.
     folder = Path("samples") if saved.path.is_dir() else saved.path.parent
     path = folder / f"{saved.name}-calibration-{kind}.safetensors"
     origin = {
@@ -223,7 +226,7 @@ def load_or_fit(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Ten
     if tensors:
         return tensors
 
-    # The file serves samplers of every precision, so the network computes in float32 here.
+    # Samplers of every precision use this file, so the network computes in float32 here.
     denoiser = replace(image_sampler.denoiser, precision=torch.float32)
     if name == "own":
         # This sampler adds fresh noise, so its images are realistic without a calibration.
@@ -234,32 +237,32 @@ def load_or_fit(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Ten
         if split.train_ids_hash != identity[1]:
             raise UserError(
                 f"{saved.path} was trained on other images than {image_set.name} has; "
-                f"fit the calibration to these with --calibrate {image_set.name}"
+                f"to fit the calibration to these, use --calibrate {image_set.name}"
             )
-        # The fit takes evenly spaced images of the training split.
+        # The fit uses evenly spaced images of the training split.
         positions = np.linspace(0, len(split.train_indices) - 1, IMAGE_COUNT).astype(int)
         pixels = image_set.images[split.train_indices[positions]]
         images = to_model_range(torch.from_numpy(pixels))
     images = images.to(image_sampler.device)
     tensors = vars(calibrate(denoiser, images, image_sampler.batch_size))
-    # The file only saves time later, so sampling goes on if it cannot be written.
+    # The file only saves time later, so sampling continues if it cannot be written.
     try:
         folder.mkdir(exist_ok=True)
         write_tensors(path, tensors, origin)
         print(f"wrote {path}")
     except OSError as error:
-        print(f"WARNING: the calibration is not saved: {error}", file=sys.stderr)
+        print(f"WARNING: the calibration cannot be saved: {error}", file=sys.stderr)
     return tensors
 
 
 def read_calibration(path: Path, origin: dict, image_sampler: ImageSampler) -> dict[str, Tensor]:
-    """Return the tensors of a calibration's file, or {} if the file has another origin."""
+    """Return the tensors of a calibration's file, or {} if it is missing or has another origin."""
     bands = int(octaves(image_sampler.shape[-1]).max()) + 1
     shapes = {
         "mean": image_sampler.shape,
         "weights": (image_sampler.scheduler.timesteps, bands, 2),
     }
-    # A missing or damaged file is no error, because the caller writes it again.
+    # A missing or damaged file is not an error, because the caller then writes it again.
     with suppress(UserError, OSError):
         file = TensorFile(path)
         if file.contents == origin:

@@ -1,4 +1,4 @@
-"""Replay a network on CUDA from a CUDA graph."""
+"""Record a network as a CUDA graph, and replay the graph for each call."""
 
 import sys
 
@@ -11,14 +11,14 @@ from functions.support.files import short
 
 
 class CudaGraphed:
-    """Call a network on CUDA by replaying a CUDA graph of it.
+    """A network on CUDA that is called by replaying a CUDA graph of it.
 
-    The host then launches one graph instead of a thousand kernels. The graph is recorded again when
-    the batch has another size, because padding a smaller batch would change its bits. If recording
+    The CPU then launches one graph instead of a thousand kernels. When the batch size changes, the
+    graph is recorded again, because padding a smaller batch would change its bits. If recording
     fails, the network itself is called from then on.
     """
 
-    # After one failure no network is recorded in this process.
+    # After the first failure this is False, and no network is recorded in this process.
     can_record = True
 
     def __init__(self, network: nn.Module):
@@ -43,11 +43,11 @@ class CudaGraphed:
 
     def record(self, x_t: Tensor, t: Tensor) -> None:
         """Record the network for batches of this size; if that fails, set `can_record` to False."""
-        # In this call cuDNN tries its kernels, which it cannot do while a graph is recorded.
+        # In this call cuDNN selects its kernels. It cannot do so while a graph is recorded.
         self.network(x_t, t)
         inputs = (x_t.clone(), t.clone())
         graph = torch.cuda.CUDAGraph()
-        # A recording that fails leaves another stream as the current one.
+        # A failed recording leaves another stream current, so this one must be restored.
         stream = torch.cuda.current_stream()
         try:
             # In this mode other threads may use the GPU during the recording.
@@ -56,7 +56,8 @@ class CudaGraphed:
             self.recording = (graph, *inputs, output)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)
-            # The end of a failed recording raises another error, whose context is the cause.
+            # When a recording fails, leaving the context raises a second error. The original error
+            # is its `__context__`.
             reason = error
             if isinstance(error.__context__, (RuntimeError, KeyboardInterrupt)):
                 reason = error.__context__
@@ -64,7 +65,7 @@ class CudaGraphed:
                 raise reason from None
             CudaGraphed.can_record = False
             tqdm.write(
-                "the network cannot be recorded as a CUDA graph, and is called without one, which "
-                f"is slower: {short(reason)}",
+                "the network cannot be recorded as a CUDA graph, so it runs without one, which is "
+                f"slower: {short(reason)}",
                 file=sys.stderr,
             )

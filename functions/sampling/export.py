@@ -1,4 +1,4 @@
-"""Export a model as one file, or as a folder for diffusers with a model card and samples."""
+"""Export a model as one file, or as a diffusers folder with a model card and samples."""
 
 import json
 import os
@@ -20,17 +20,17 @@ SAMPLE_COUNT = 16
 def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
     """Write a .safetensors file, which sample.py reads, or a folder, which diffusers loads.
 
-    Raises UserError for a path that exists or has another ending, and CheckpointError as
+    Raises UserError for a path that exists or has another extension, and CheckpointError as
     `write_folder` does.
     """
     if path.exists():
-        raise UserError(f"{path} exists; --export overwrites nothing")
+        raise UserError(f"{path} exists, and --export does not overwrite")
     if path.suffix == ".safetensors":
         export_weights(saved, path)
         return
     if path.suffix:
         raise UserError(
-            f"{path}: a file to export ends in .safetensors, and a folder's name has no ending"
+            f"{path}: --export needs NAME.safetensors, or NAME without an extension for a folder"
         )
 
     sampler = image_sampler.quick(image_sampler.seed)
@@ -48,10 +48,10 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
 
 
 def model_card(saved: SavedModel, folder: str, caption: str) -> str:
-    """Return the README.md of the folder, which hubs show. The caption is that of samples.png."""
+    """Return the folder's README.md, which model hubs display. `caption` goes under samples.png."""
     diffusion = saved.config["diffusion"]
-    # A path may reveal who owns the data, so only its last part is published. Windows separates
-    # the parts of a path by slashes of both kinds.
+    # A path may reveal who owns the data, so only its last part is published. PureWindowsPath,
+    # on any system, splits at both / and \.
     data = PureWindowsPath(str(diffusion.get("dataset_name", ""))).name
     datasets = [data] if data else []
     fields = {**diffusion, **saved.config["model"], "dataset_name": data or "not known"}

@@ -1,10 +1,10 @@
 """Write samples into a folder: single images, and pictures that show several images.
 
-Several processes may share the single images. After an interruption another start adds those that
-are missing. The folder has these files:
+Several processes may divide the single images among them. After an interruption, the same command
+adds the missing images. The folder has these files:
 
-samples.json    the manifest: the facts that decide the pixels of all single images. It is written
-                before them.
+samples.json    the manifest: all facts that determine the pixels of the single images. It is
+                written before the images.
 00000.png       image 0, and so on. Each file is renamed into place, so that none is incomplete.
 .lock           the lock of the process that writes the single images
 """
@@ -44,29 +44,28 @@ def image_path(folder: Path, i: int) -> Path:
 
 
 def label_of(source: str, content: int | np.ndarray) -> str:
-    """Return a label for the source of a picture, for the picture's file name.
+    """Return a label for the source of a picture, for use in the picture's file name.
 
-    If `content` is the number of an image of the seed, this is the label. If it is the pixels of an
-    image file, the label is the start of the file's name, which is `source`, and a hash of the
-    pixels.
+    The label of an image of the seed is its index, `content`. The label of an image file is the
+    start of its name, `source`, and a hash of its pixels, `content`.
     """
     if isinstance(content, int):
         return str(content)
-    # The start is short, so that a file name has room for two labels.
+    # The name is cut to 30 characters, so that a file name has room for two labels.
     digest = hashlib.sha256(content.tobytes()).hexdigest()
     return f"{short(Path(source).stem)[:30]}-{digest[:8]}"
 
 
 def image_indices(folder: Path) -> set[int]:
-    """Return the indices of the single images that a folder holds."""
+    """Return the indices of the single images in a folder."""
     matches = map(IMAGE_NAME.fullmatch, os.listdir(folder))
     return {int(match[1]) for match in matches if match}
 
 
 def check_manifest(folder: Path, facts: dict) -> None:
-    """Raise UserError when the folder's images were sampled with other facts than these.
+    """Raise UserError unless the folder's images were sampled with the same facts.
 
-    Images without a manifest, or with a damaged one, are refused, too.
+    Images without a manifest, or with a damaged one, are also refused.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -75,14 +74,13 @@ def check_manifest(folder: Path, facts: dict) -> None:
             return
         first = image_path(folder, min(indices)).name
         raise UserError(
-            f"{folder} holds {first} but no {MANIFEST} to say how it was sampled; "
-            "take another --out"
+            f"{folder} has {first}, but no {MANIFEST} with its settings; use another --out"
         )
     try:
         manifest = read_json(path)
     except CheckpointError as error:
         raise UserError(
-            f"{error}; nobody knows how the images here were sampled, so take another --out"
+            f"{error}; the settings of the images there are unknown, so use another --out"
         ) from error
     changes = [
         f"{name} was {manifest.get(name)}, is now {facts.get(name)}"
@@ -91,20 +89,21 @@ def check_manifest(folder: Path, facts: dict) -> None:
     ]
     if changes:
         raise UserError(
-            f"{folder} holds images sampled otherwise ({'; '.join(changes)}); take another --out"
+            f"{folder} has images with other settings ({'; '.join(changes)}); use another --out"
         )
 
 
 @contextmanager
 def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int]]:
-    """Make the folder if it does not exist, and yield the indices of the single images in it.
+    """Create the folder if it does not exist, and yield the indices of the single images in it.
 
     With `individual` the folder stays locked within the context, and `facts` become its manifest.
-    Of several processes the main one alone may enter the context. Raises UserError as
-    `check_manifest` does, and when another process has locked the folder.
+    Only rank 0 may enter the context. Raises UserError when another process has locked the folder,
+    and for the reasons of `check_manifest`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Only single images are added to those of an earlier start, so only they need the lock.
+    # Single images are added to those of an earlier command, so they need the lock. Other pictures
+    # do not.
     lock = nullcontext()
     if individual:
         lock = locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp")
@@ -118,9 +117,9 @@ def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int
 def figures_of(
     args: argparse.Namespace, image_sampler: ImageSampler
 ) -> dict[str, dict[str, Frame]]:
-    """Return the figures of the denoising that the flags ask for, by file name.
+    """Return the denoising figures that the flags ask for, by file name.
 
-    A figure has frames by title. A title has the paper's t, which is 0 for an image.
+    A figure has frames by title. The titles give the paper's t, which is 0 for the final image.
     """
     calls = image_sampler.network_calls
     figures = {}
@@ -129,8 +128,8 @@ def figures_of(
     if args.strip:
         figures["strip.png"] = state_frames(image_sampler, STRIP_COLUMNS)
     if args.progressive:
-        # The figure has the x_0 of evenly spaced network calls. It leaves out the last call, whose
-        # x_0 is the image.
+        # The figure has the x_0 of evenly spaced network calls. It leaves out the last call,
+        # because its x_0 is the final image.
         columns = min(STRIP_COLUMNS - 1, max(calls - 1, 1))
         steps = [round(i * (calls - 1) / columns) for i in range(columns)]
         figure = {f"t = {image_sampler.times[k] + 1}": ("x_0", k + 1) for k in steps}
@@ -141,8 +140,8 @@ def figures_of(
 def state_frames(image_sampler: ImageSampler, count: int) -> dict[str, Frame]:
     """Return the frames of `count` states from noise to image, by title.
 
-    There are fewer frames where two would be the same. They are denser near the image, which takes
-    shape there.
+    If two frames would be the same, only one is returned. The frames are denser near the end, where
+    the image takes shape.
     """
     times = image_sampler.times
     shares = [1 - (1 - i / (count - 1)) ** 1.5 for i in range(count)]
@@ -153,7 +152,7 @@ def state_frames(image_sampler: ImageSampler, count: int) -> dict[str, Frame]:
 def save_pictures(
     n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path
 ) -> None:
-    """Write a grid of the first of `n` images, and the figures of their denoising.
+    """Write a grid of the first images of `n`, and the figures of their denoising.
 
     Without `samples` the images are read from their files.
     """
@@ -162,7 +161,7 @@ def save_pictures(
         images = to_uint8(samples.images[:shown_count]).numpy()
     else:
         paths = [image_path(folder, i) for i in range(shown_count)]
-        # np.asarray reads the pixels at once, so that no file stays open.
+        # np.asarray reads the pixels immediately, so that no file stays open.
         images = np.stack([np.asarray(Image.open(path)) for path in paths])
     save_grid(images, folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")

@@ -1,7 +1,7 @@
 """Sample images with a trained model, for the scripts and for training's grids.
 
-The images stay in memory. The samplers of functions/samplers.py are called for as many images at a
-time as memory has room for.
+The images stay in memory. The samplers are in functions/samplers.py. Each call of them gets at most
+as many images as fit in memory.
 """
 
 import argparse
@@ -40,14 +40,14 @@ from functions.support.run_folder import find_checkpoints, first_intact, newest_
 from models.unet import UNet
 
 Result = TypeVar("Result")
-# ("x", k) is the state after k network calls, and ("x", 0) the noise. ("x_0", k) is the x_0 that
+# ("x", k) is the state after k network calls, and ("x", 0) is the noise. ("x_0", k) is the x_0 that
 # the k-th call predicts.
 Frame = tuple[str, int]
 
 
 @dataclass
 class Samples:
-    """Hold images, and the frames of their denoising that the caller asked for."""
+    """Sampled images, and the denoising frames that the caller asked for."""
 
     # (N, C, H, W) in [-1, 1], on the CPU
     images: Tensor
@@ -56,7 +56,7 @@ class Samples:
 
     @staticmethod
     def concatenated(batches: Sequence["Samples"]) -> "Samples":
-        """Put the samples of several batches together, in their order."""
+        """Concatenate the samples of several batches."""
         images = torch.cat([batch.images for batch in batches])
         frames = {}
         for frame in batches[0].frames:
@@ -66,7 +66,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """Hold all that decides the pixels of image i.
+    """Everything that sampling needs, so that image i of a seed is reproducible.
 
     Raises UserError when the options ask for more steps than the model has timesteps.
     """
@@ -76,8 +76,8 @@ class ImageSampler:
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
-    # At most this many images are sampled at a time. This field and the next two change pixels by
-    # rounding alone.
+    # At most this many images are sampled at a time. This field and the next two affect pixels only
+    # through rounding.
     batch_size: int = 64
     # The sampler calls this after every step.
     on_step: OnStep | None = None
@@ -93,12 +93,15 @@ class ImageSampler:
 
     @property
     def times(self) -> list[int]:
-        """Return the falling timesteps between the steps from noise to image; the last is -1."""
+        """Return the timesteps from T - 1 down to -1 (the clean image).
+
+        Each step leads from one timestep to the next.
+        """
         return self.options.times(self.scheduler)
 
     @property
     def network_calls(self) -> int:
-        """Return how many network calls an image takes. All samplers make one call a step."""
+        """Return the number of network calls per image. All samplers make one call per step."""
         return len(self.times) - 1
 
     def quick(self, seed: int) -> "ImageSampler":
@@ -111,25 +114,25 @@ class ImageSampler:
         return replace(self, options=options, seed=seed)
 
     def noise(self, indices: Sequence[int], purpose: str = "image") -> ImageNoise:
-        """Return the noise of the images with these indices: that is x_T, then each step's noise.
+        """Return the noise of the images with these indices: first x_T, then that of the steps.
 
-        Each purpose has different noise.
+        Different purposes have different noise.
         """
         return ImageNoise(self.seed, indices, self.shape, self.device, purpose)
 
     def denoise(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
-        """Denoise states (B, C, H, W) at timestep t to images, by the sampler's steps below t.
+        """Denoise states (B, C, H, W) at timestep t to images, at the sampler's timesteps below t.
 
-        At t = -1 the states are images already.
+        At t = -1 the states already are images.
         """
         if t < 0:
             return x_t
         return self.take_steps(x_t, self.options.times(self.scheduler, t), noise)
 
     def take_steps(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
-        """Take states (B, C, H, W) from the first of falling timesteps to the last.
+        """Run the sampler on states (B, C, H, W) from times[0] to times[-1] (descending).
 
-        `noise()` draws standard normal noise (B, C, H, W). It is called for each step that adds
+        `noise()` draws standard normal noise (B, C, H, W), and is called for each step that adds
         noise.
         """
         return SAMPLERS[self.options.sampler].function(
@@ -144,7 +147,7 @@ class ImageSampler:
         )
 
     def sample(self, indices: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
-        """Sample the images with these indices as one batch; the bar counts each image's steps."""
+        """Sample the images with these indices as one batch; the bar counts steps of all images."""
         noise = self.noise(indices)
         arrays = {}
 
@@ -167,15 +170,16 @@ class ImageSampler:
 
 
 def open_sampler(
-    args: argparse.Namespace, processes: Processes, experiments: str = ""
+    args: argparse.Namespace, processes: Processes, name_prefix: str = ""
 ) -> tuple[SavedModel, ImageSampler]:
-    """Load the checkpoint that the flags of `add_sampling_flags` name, and return its sampler, too.
+    """Load the checkpoint that the flags name, and return it with a sampler for it.
 
-    The checkpoint is the newest intact one of the run. If the flags name no run, it is that of the
-    newest run whose name begins with `experiments`. The sampler has no calibration yet. Raises
-    UserError for flags that the machine or the model cannot satisfy.
+    The flags are those of `add_sampling_flags`. The newest intact checkpoint of the run is loaded.
+    Without a run in the flags, the newest run whose name begins with `name_prefix` is used. The
+    sampler has no calibration yet. Raises UserError for flags that the machine or the model cannot
+    satisfy.
     """
-    # Each of several processes has its own GPU.
+    # If there are several processes, each has its own GPU.
     index = processes.local_rank if processes.count > 1 else None
     device = choose_device(args.device, index)
     precision = choose_precision(args.precision, device)
@@ -185,7 +189,7 @@ def open_sampler(
     def find():
         if args.checkpoint:
             return find_checkpoints(args.checkpoint)
-        return newest_checkpoints(args.runs, experiments)
+        return newest_checkpoints(args.runs, name_prefix)
 
     saved = load_intact(find, processes)
     processes.print_main(f"{saved.path}: {saved}")
@@ -194,8 +198,9 @@ def open_sampler(
 
     shape = saved.model.image_shape
     if device.type == "cpu":
-        # A GPU raises an error when memory is short, and `BatchLimit` then halves the batch. A CPU
-        # does not, so the network's batch is limited beforehand: `Denoiser` splits larger ones.
+        # When a GPU runs out of memory, an error is raised, and `BatchLimit` halves the batch. On a
+        # CPU no error is raised. So the network's batch size is limited beforehand, and `Denoiser`
+        # splits larger batches.
         x_t = torch.zeros(1, *shape)
         limit = cpu_batch_limit(partial(denoiser, x_t, torch.zeros(1, dtype=torch.int64)))
         # The processes share the memory.
@@ -204,8 +209,9 @@ def open_sampler(
 
 
 def load_intact(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:
-    """Load the first intact one of the checkpoints that `find` returns, in all processes."""
-    # Rank 0 reads checkpoints until one is intact. Thanks to the cache it reads none of them twice.
+    """Load, in all processes, the first intact checkpoint from `find`."""
+    # Rank 0 reads checkpoints until it finds an intact one. Thanks to the cache it does not read
+    # this one a second time.
     read = cache(load_model)
     return read(processes.on_main(lambda: first_intact(find(), read).path))
 
@@ -213,14 +219,15 @@ def load_intact(find: Callable[[], list[Path]], processes: Processes) -> SavedMo
 def rebuild(
     saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32
 ) -> Denoiser:
-    """Rebuild network and schedule from a checkpoint alone, for use without gradients.
+    """Rebuild the network and its schedule from a checkpoint, for use without gradients.
 
-    Raises CheckpointError when its config describes no model, or its weights do not fit the config.
+    Raises CheckpointError when no model can be built from the config, or when the weights do not
+    fit the model.
     """
     try:
         diffusion = saved.config["diffusion"]
         timesteps = diffusion["timesteps_diff"]
-        # The tables of more timesteps would take all memory.
+        # A broken config could ask for so many timesteps that the schedule fills the memory.
         if timesteps > LARGEST["timesteps_diff"]:
             raise ValueError(f"timesteps_diff is above {LARGEST['timesteps_diff']:,}")
         scheduler = NoiseScheduler(
@@ -231,8 +238,8 @@ def rebuild(
             # Older checkpoints do not have this field.
             diffusion.get("beta_schedule", "linear"),
         )
-        # On the meta device the network has shapes alone. So no time is spent on initial weights,
-        # which would be overwritten at once.
+        # On the meta device tensors have shapes but no data. So no time is spent on initial
+        # weights, which `load_into` would overwrite.
         with torch.device("meta"):
             model = UNet(**vars(saved.model))
         denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
@@ -242,12 +249,12 @@ def rebuild(
     except (*READ_ERRORS, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {short(error)}"
         raise CheckpointError(
-            f"{saved.path}: its config describes no model of this version: {reason}"
+            f"{saved.path}: this version cannot build a model from its config: {reason}"
         ) from error
 
     load_into(model, saved)
-    # Without gradients channels_last is faster on CPUs, too. On 2 cores a face took 3.5 ms in
-    # float32, and 4.7 ms in the default layout.
+    # Without gradients channels_last is faster on CPUs, too. In float32 on 2 cores, a face took
+    # 3.5 ms in channels_last and 4.7 ms in the default layout.
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return denoiser
 
@@ -255,10 +262,10 @@ def rebuild(
 def generate(
     image_sampler: ImageSampler, indices: Sequence[int], frames: Collection[Frame] = ()
 ) -> Samples:
-    """Sample images by their indices i, in batches of the sampler's size.
+    """Sample the images with these indices, in batches of the sampler's size.
 
-    The noise of image i depends on (seed, i) alone, so other batches change its pixels by rounding
-    alone.
+    The noise of image i depends only on (seed, i), so a different batch size changes its pixels
+    only by rounding.
     """
     batches = batches_of(indices, image_sampler.batch_size)
     with image_sampler.denoiser.evaluating():
@@ -276,7 +283,7 @@ def generate_batches(
     frames: Collection[Frame] = (),
     progress: bool = False,
 ) -> Iterator[Samples]:
-    """Yield the `Samples` of each batch of indices, which is sampled when the caller asks for it.
+    """Yield the `Samples` of each batch of indices; a batch is sampled when it is asked for.
 
     `BatchLimit` halves a batch that does not fit in memory.
     """
@@ -296,9 +303,9 @@ def generate_batches(
 
 @dataclass
 class BatchLimit:
-    """Limit how many images are computed at a time to `size`.
+    """A limit on how many images are computed at a time: at most `size`.
 
-    When memory runs out, `size` becomes half of the part that did not fit, also for later work.
+    When a part does not fit in memory, `size` becomes half of it and stays there.
     """
 
     device: torch.device
@@ -307,33 +314,33 @@ class BatchLimit:
     def in_parts(
         self, work: Callable[[Sequence[int]], Result], indices: Sequence[int]
     ) -> list[Result]:
-        """Call `work` for one part of the indices after the other, and return its results.
+        """Call `work` for consecutive parts of the indices, and return its results.
 
         A part has at most `size` indices. Raises UserError when a single image does not fit in
         memory.
         """
         results = []
-        done = 0
-        while done < len(indices):
-            part = indices[done : done + self.size]
+        start = 0
+        while start < len(indices):
+            part = indices[start : start + self.size]
             try:
                 results.append(work(part))
-                done += len(part)
+                start += len(part)
                 continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
                     raise UserError(
-                        f"no memory for a single image at a time on {self.device}: {short(error)}"
+                        f"not enough memory for even one image on {self.device}: {short(error)}"
                     ) from error
-            # The memory is freed here, outside of `except`. Inside, the error still refers to the
-            # tensors of the failed work.
+            # The memory is freed here, after the `except` block. Inside it, the error still refers
+            # to the tensors of the failed call.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.size = len(part) // 2
             tqdm.write(
-                f"out of memory with {len(part)} images at a time: going on with {self.size}",
+                f"out of memory with {len(part)} images at a time: continuing with {self.size}",
                 file=sys.stderr,
             )
         return results

@@ -1,7 +1,7 @@
 """Interpolate between two images, or sample variations of one, by noising and denoising them.
 
-The depth t, a timestep 0 .. T-1, is how far an image is noised before the reverse process denoises
-it. The deeper, the less of the image remains; t = -1 is the image itself. Section 4.4 of Ho et al.
+An image is noised to a depth t, a timestep in 0 .. T-1, and the reverse process then denoises it.
+The larger t is, the less of the image remains; t = -1 is the image itself. Section 4.4 of Ho et al.
 2020 interpolates in this way.
 """
 
@@ -18,25 +18,26 @@ from data.pixels import to_model_range, to_uint8
 from functions.sampling.generation import BatchLimit, ImageSampler, generate
 from functions.support.pictures import save_strip
 
-# A row of a figure has this many mixtures, from one end to the other.
+# A row of a figure has this many mixtures, from the first image to the second.
 MIXTURE_COUNT = 9
-# A row of a figure has this many variations, beside the image.
+# A row of a figure has this many variations, after the image itself.
 VARIATION_COUNT = 8
-# A source is the number of an image of the seed, or uint8 (H, W, 3) of an image file.
+# A source is the index of an image of the seed, or the pixels of an image file, uint8 (H, W, 3).
 Source = int | np.ndarray
 
 
 def interpolate_images(
     image_sampler: ImageSampler, ends: Tensor, t: int, weights: Tensor
 ) -> Tensor:
-    """Noise two images to depth t, mix x_t on the straight line, and denoise: (L, C, H, W) images.
+    """Noise two images to depth t, interpolate linearly, and denoise: (L, C, H, W) images.
 
-    `ends` are (2, C, H, W) in [-1, 1]. `weights`, (L,), are those of the second end; with 0 and 1
-    the results are the two ends, noised to depth t and denoised.
+    `ends` are (2, C, H, W) in [-1, 1]. `weights`, (L,), are the weights of the second end. For 0
+    and 1 the results are the two ends, noised to depth t and denoised.
     """
-    # An end may be sampled from the noise of image 0. The purpose makes this noise another one.
+    # An end may have been sampled from the noise of image 0. The purpose makes this noise differ
+    # from that of image 0.
     noise = image_sampler.noise([0], "interpolation")
-    # Both ends get the same noise, which leaves the mixture as noisy as they are.
+    # Both ends get the same noise, so the mixture is as noisy as the ends are.
     first, second = image_sampler.scheduler.q_sample(ends, t, noise.draw().expand_as(ends))
     w = weights.view(-1, 1, 1, 1)
     x_t = (1 - w) * first + w * second
@@ -53,8 +54,8 @@ def interpolate_seeds(
 ) -> Tensor:
     """Mix x_T and each step's noise of two images of the seed, and denoise: (L, C, H, W) images.
 
-    `weights`, (L,), are those of the second image; with 0 and 1 the results are the two images, as
-    every script samples them.
+    `weights`, (L,), are the weights of the second image. For 0 and 1 the results are the two
+    images, as every script samples them.
     """
     noise = image_sampler.noise(indices)
 
@@ -69,7 +70,8 @@ def interpolate_seeds(
 def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
     """Noise x_0 (C, H, W) to depth t with different noise, and denoise: (N, C, H, W) images.
 
-    The noise of the steps differs, too. Each variation depends on the seed and its index alone.
+    The noise of the steps also differs. For the same x_0 and t, each variation depends only on the
+    seed and its index.
     """
     noise = image_sampler.noise(indices, "variation")
     x_t = image_sampler.scheduler.q_sample(x_0.expand(len(indices), *x_0.shape), t, noise.draw())
@@ -79,11 +81,12 @@ def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequen
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """Interpolate from a to b, both (C, H, W), on the great circle: (L, C, H, W) for (L,) weights.
 
-    Every point of the great circle between two draws of noise is such a draw, too. The middle of
-    the straight line would have a standard deviation of 0.71, which no model has seen.
+    A point on the great circle between two draws of standard normal noise has nearly the same
+    distribution. The middle of the straight line would have a standard deviation of 0.71, and
+    models are not trained on such noise.
     """
     cosine = torch.dot(a.flatten(), b.flatten()) / (a.norm() * b.norm())
-    # If a = b the angle is 0. Its sine, by which the mixture is divided, must not be.
+    # If a = b the angle is 0. The mixture is divided by its sine, so the angle is clamped.
     angle = torch.acos(cosine.clamp(-1, 1)).clamp(min=1e-4)
     w = weights.view(-1, 1, 1, 1)
     mixture = torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b
@@ -94,8 +97,8 @@ def mixtures(
     image_sampler: ImageSampler, sources: Sequence[Source], ends: Tensor, t: int, weights: Tensor
 ) -> Tensor:
     """Mix two sources, whose images are `ends`, at depth t: (L, C, H, W) images."""
-    # The noise of images of the seed is known. So at the last timestep this noise is mixed, not the
-    # noised images.
+    # For images of the seed, the noise that they are sampled from is known. At the last timestep
+    # this noise is mixed, instead of images with added noise.
     of_seed = all(isinstance(source, int) for source in sources)
     if of_seed and t == image_sampler.scheduler.timesteps - 1:
         return interpolate_seeds(image_sampler, sources, weights)
@@ -103,7 +106,7 @@ def mixtures(
 
 
 def source_to_x_0(image_sampler: ImageSampler, source: Source) -> Tensor:
-    """Return a source's image (C, H, W) in [-1, 1]; for a number the image is sampled."""
+    """Return a source's image (C, H, W) in [-1, 1]; for an index the image is sampled."""
     if isinstance(source, int):
         images = generate(image_sampler, [source]).images
     else:
@@ -119,11 +122,11 @@ def save_rows(
 ) -> None:
     """Save a figure with a row for each depth, a fraction of all timesteps.
 
-    With two sources a row has the mixtures of their images. With one it has variations.
+    With two sources a row has mixtures of their images. With one source it has variations.
     """
     ends = torch.stack([source_to_x_0(image_sampler, source) for source in sources])
     times = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in depths]
-    # A column is the weight of the second image, or the index of a variation.
+    # There is a column for each weight of the second image, or for each variation's index.
     columns = range(VARIATION_COUNT)
     mixing = len(sources) == 2
     if mixing:
@@ -144,7 +147,7 @@ def save_rows(
 
     titles = [f"{column:.3g}" for column in columns]
     first, *last = [f"image {source}" if isinstance(source, int) else "image" for source in sources]
-    # The titles have the paper's t, which is 0 for an image.
+    # The titles give the paper's t, which is 0 for a clean image.
     row_titles = [f"t = {t + 1}" for t in times]
     frames = np.stack(rows).swapaxes(0, 1)
     save_strip(frames, [first, *titles, *last], path, row_titles)

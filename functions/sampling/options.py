@@ -1,4 +1,4 @@
-"""Choose a sampler and its options, for every script.
+"""The sampler options, which all scripts set by the same flags.
 
 `SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps. The samplers and their
 defaults are in functions/samplers.py.
@@ -18,39 +18,39 @@ from functions.timesteps import SPACINGS, sampling_times
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """Hold how images are sampled.
+    """How images are sampled.
 
     None means the sampler's default. Raises UserError for an option that the sampler does not have.
     """
 
     sampler: str = "ddpm"
-    # How many network calls an image takes; None means one at each timestep.
+    # The number of network calls per image. None means one at each timestep.
     steps: int | None = None
     spacing: str | None = None
     # After `__post_init__` None means that the sampler does not have the option.
     variance: str | None = None
     eta: float | None = None
-    # This is "data", "own" or a data set; `with_calibration` says what they mean.
+    # This is "data", "own" or a data set; `with_calibration` explains them.
     calibrate: str | None = None
-    # This has no flag. It is False for a few models from folders of diffusers.
+    # This has no flag. It is False for a few models from diffusers folders.
     clip_x_0: bool = True
 
     def __post_init__(self) -> None:
         defaults = SAMPLERS[self.sampler].options
         for option in ("spacing", "variance", "eta"):
             if getattr(self, option) is None:
-                # The dataclass is frozen, so its fields can be set in this way alone.
+                # The dataclass is frozen, so its fields can be set only in this way.
                 object.__setattr__(self, option, defaults.get(option))
             elif option not in defaults:
-                # It would mislead to ignore an option that the sampler does not have.
+                # Silently ignoring an option that the sampler does not have would mislead.
                 samplers = " and ".join(
                     name for name, row in SAMPLERS.items() if option in row.options
                 )
                 raise UserError(f"--{option} is an option of {samplers}, not of {self.sampler}")
-        # argparse takes the RUN of "--calibrate RUN" for the flag's value.
+        # argparse reads the RUN of "--calibrate RUN" as the flag's value.
         if self.calibrate and Path(self.calibrate, "checkpoints").exists():
             raise UserError(
-                f"--calibrate {self.calibrate}: that is a run, not data; "
+                f"--calibrate {self.calibrate}: this is a run, not a data set; "
                 "write the run before the flag"
             )
 
@@ -62,8 +62,8 @@ class SamplerOptions:
         """
         names = SamplerOptions.__annotations__
         options = {name: value for name, value in vars(args).items() if name in names}
-        # The config of a folder of diffusers names a variance, which is meant for all timesteps
-        # alone. It may also forbid clipping.
+        # The config of a diffusers folder names a variance, which is meant only for sampling over
+        # all timesteps. It may also turn clipping off.
         if args.sampler == "ddpm" and args.steps in (None, diffusion.get("timesteps_diff")):
             options["variance"] = options.get("variance") or diffusion.get("variance")
         return SamplerOptions(**options, clip_x_0=diffusion.get("clip_x_0", True))
@@ -74,11 +74,11 @@ class SamplerOptions:
         return {option: getattr(self, option) for option in SAMPLERS[self.sampler].options}
 
     def times(self, scheduler: NoiseScheduler, start: int | None = None) -> list[int]:
-        """Return the falling timesteps between the steps; the last is -1.
+        """Return the timesteps that the sampler visits, descending to -1.
 
-        With a `start` they are `start` and those of the full sequence below it. dpm++ leaves out
-        the first of these if it is too near to `start`. Raises UserError when the model has fewer
-        timesteps than `steps`.
+        With a `start` these are `start` and the timesteps of the full sequence below it. dpm++ may
+        leave out the first one below `start`. Raises UserError when the model has fewer timesteps
+        than `steps`.
         """
         try:
             times = sampling_times(scheduler, self.steps, self.spacing)
@@ -90,10 +90,10 @@ class SamplerOptions:
 
         times = [start, *(t for t in times if t < start)]
         # In its second step DPM-Solver++ 2M adds 1 / (2 r) times the difference of two predictions,
-        # where r is the length of the first step over that of the second, in log-SNR. If `start` is
-        # just above the next timestep, r is near 0. The factor would be up to 266, and magnify the
-        # noise of the first step. So the two steps become one where the factor would be above 1.
-        # The timestep before -1 always stays, because the step from there is of order 1.
+        # where r is the length of the first step divided by that of the second, in log-SNR. If
+        # `start` is just above the next timestep, r is near 0, and the factor could reach 266 and
+        # magnify the noise of the first step. So the two steps are merged if the factor would be
+        # above 1. The timestep before -1 always stays, because the step from it has order 1.
         if self.sampler == "dpm++" and len(times) > 3:
             first, second, third = (half_log_snr(scheduler.alpha_bar(t)) for t in times[:3])
             if second - first < (third - second) / 2:
@@ -101,7 +101,7 @@ class SamplerOptions:
         return times
 
     def facts(self, timesteps: int) -> dict[str, str | int | float]:
-        """Return the options that decide the pixels, for a model with T = `timesteps`."""
+        """Return the options that determine the pixels, for a model with T = `timesteps`."""
         facts = {
             "sampler": self.sampler,
             "steps": self.steps or timesteps,
@@ -114,7 +114,7 @@ class SamplerOptions:
 
     @property
     def calibration(self) -> dict[str, str]:
-        """Return the name of the data that the calibration is fitted to, or {} without one."""
+        """Return the name of the data that the calibration is fitted to; {} without calibration."""
         # A path may reveal who owns the data, so only its last part is published.
         return {"calibrate": Path(self.calibrate).name} if self.calibrate else {}
 
@@ -150,7 +150,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="RUN",
-        help="A run folder, a checkpoint, an exported file or a folder of diffusers. "
+        help="A run folder, a checkpoint, an exported file or a diffusers folder. "
         "Default: the newest run.",
     )
     parser.add_argument(
@@ -169,13 +169,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that sample.py and evaluate.py share; they include those of the model."""
+    """Add the flags that sample.py and evaluate.py share, which include the model flags."""
     add_model_flags(parser)
     parser.add_argument(
         "--precision",
         default="float32",
         choices=("auto", *DTYPES),
-        help="The number format that the network computes in; auto takes the fastest that the "
+        help="The number format that the network computes in; auto is the fastest one that the "
         "hardware has. Default: %(default)s.",
     )
     parser.add_argument(
@@ -183,22 +183,22 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="The seed of the noise. Image i depends on the seed and i alone; another batch size "
-        "changes its pixels by rounding alone. Default: %(default)s.",
+        help="The seed of the noise. The noise of image i depends only on the seed and i; another "
+        "batch size changes its pixels only by rounding. Default: %(default)s.",
     )
     parser.add_argument(
         "--batch-size",
         type=positive,
         default=64,
         metavar="N",
-        help="How many images are sampled at a time; fewer if memory is short. "
+        help="How many images are sampled at a time; fewer if they do not fit in memory. "
         "Default: %(default)s.",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="The folder for the files. Default: a folder in the run folder.",
+        help="The folder for the written files. Default: a folder in the run folder.",
     )
 
     group = parser.add_argument_group("how images are sampled from noise")
@@ -217,7 +217,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=positive,
         metavar="N",
-        help="How many network calls an image takes. Default: one for each timestep.",
+        help="How many network calls to make per image. Default: one for each timestep.",
     )
     group.add_argument(
         "--spacing",
@@ -229,13 +229,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--eta",
         type=fraction,
         metavar="X",
-        help="How much noise each step adds, from 0 for none to 1. Default: the sampler's.",
+        help="How much noise each step adds, from 0 (none) to 1. Default: the sampler's.",
     )
     group.add_argument(
         "--variance",
         choices=VARIANCES,
-        help="The variance of ddpm's noise: small is the posterior's; large is beta, which suits "
-        "sampling over all timesteps. Default: the model's.",
+        help="The variance of ddpm's noise: small is the posterior variance; large is beta, which "
+        "suits sampling over all timesteps. Default: the model's.",
     )
     group.add_argument(
         "--calibrate",
@@ -243,6 +243,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         const="data",
         metavar="DATA|own",
         help="Correct the network's x_0 at high t (docs/whole-before-detail.md). The correction is "
-        "fitted to the training images, to those of another data set, or to samples of the model. "
-        "The fit takes a minute or two, once. Default: no.",
+        "fitted once, in a minute or two: to the training images, to another data set DATA, or to "
+        "samples of the model (own). Default: no.",
     )

@@ -1,11 +1,11 @@
-"""Read and write checkpoints: one file to resume a training from, and to rebuild a model from.
+"""Read and write checkpoints: files to resume training from, and to rebuild a model from.
 
 functions/support/files.py describes the format of the file, and docs/survival.md lists its tensors.
 The file's `contents` are:
 
 config     {"diffusion": {...}, "model": {...}}
 run        the experiment, the step, the `Facts` of the run, and the counters of `Recorder.save`
-scaler     the state of float16's gradient scaler, which is empty in other precisions
+scaler     the state of the gradient scaler for float16; empty in other precisions
 
 An exported file has the same format, but its only tensors are the weights to sample from.
 """
@@ -21,7 +21,7 @@ from config import ModelConfig
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, sha256, short, write_tensors
 
-# These are PyTorch's names for Adam's state of each parameter.
+# PyTorch uses these names for Adam's state of each parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -88,19 +88,19 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Hold the part of a checkpoint or an exported file that sampling needs."""
+    """The part of a checkpoint or an exported file that sampling needs."""
 
     path: Path
     weights: dict[str, Tensor]
-    # The weights are "EMA", or "raw" where the run has no EMA, or "diffusers" from a folder of
-    # diffusers.
+    # The kind of weights is "EMA", "raw" if the run has no EMA, or "diffusers" if they come from a
+    # diffusers folder.
     kind: str
     # The config is {"diffusion": {...}, "model": {...}}.
     config: dict
-    # The file has this dict as `run`. Its keys are at least experiment, step and total_steps, which
-    # is 0 where it is unknown.
+    # This is the `run` part of the file. It has at least the keys experiment, step and total_steps,
+    # which is 0 if the total is unknown.
     provenance: dict
-    # This hash of config and weights is the same for a checkpoint and the file exported from it.
+    # This hash of config and weights is the same for a checkpoint and for a file exported from it.
     digest: str
 
     @property
@@ -125,7 +125,7 @@ class SavedModel:
 
 
 def save_checkpoint(path: Path, config: dict, facts: dict, state: TrainingState) -> None:
-    """Write a checkpoint, with `facts` as its `run`. Raises OSError, as when the disk is full."""
+    """Write a checkpoint, with `facts` as its `run`. Raises OSError, such as for a full disk."""
     contents = {"config": config, "run": facts, "scaler": state.scaler.state_dict()}
     write_tensors(path, state.tensors(), contents)
 
@@ -141,15 +141,17 @@ def open_checkpoint(path: Path) -> TensorFile:
             raise CheckpointError(f"{path}: its part {part!r} is missing or malformed")
 
     facts = file.contents["run"]
-    # A model from a folder of diffusers has no arithmetic.
+    # A model from a diffusers folder has no arithmetic.
     arithmetic = facts.get("arithmetic", {})
     if not isinstance(facts.get("experiment"), str) or not isinstance(arithmetic, dict):
-        raise CheckpointError(f"{path}: its part 'run' has no proper 'experiment' or 'arithmetic'")
+        raise CheckpointError(
+            f"{path}: in its part 'run', 'experiment' or 'arithmetic' is malformed"
+        )
 
-    # File names have 8 digits for a step. The total comes first because it bounds the step.
+    # A step has at most 8 digits in file names. The total comes first because it bounds the step.
     for name, maximum in {"total_steps": 10**8, "step": facts.get("total_steps")}.items():
         if type(facts.get(name)) is not int or not 0 <= facts[name] <= maximum:
-            raise CheckpointError(f"{path}: its part 'run' has no proper {name!r}")
+            raise CheckpointError(f"{path}: in its part 'run', {name!r} is missing or malformed")
     return file
 
 
@@ -164,22 +166,21 @@ def verify_checkpoint(path: Path) -> TensorFile:
 
 
 def load_weights(path: Path) -> SavedModel:
-    """Read the EMA weights of a checkpoint or an exported file, or the raw ones without an EMA.
+    """Read the EMA weights of a checkpoint or an exported file, or the raw ones if it has no EMA.
 
-    This reads no other tensors. Raises CheckpointError as `open_checkpoint` does, for damaged
-    weights, and when the file has averages, but none under ema.NAME.
+    No other tensors are read. Raises CheckpointError as `open_checkpoint` does, for damaged
+    weights, and when the averages in the file are not called ema.NAME.
     """
     file = open_checkpoint(path)
     part, kind = "ema.", "EMA"
     weights = file.tensors(part)
     if not weights:
-        # Averages under other names, such as ema_0.9999.NAME, are refused. The raw weights are a
-        # different model.
+        # A file with averages of another name, such as ema_0.9999.NAME, is refused. Using the raw
+        # weights instead would silently give a different model.
         for name in file.checksums:
             if name.startswith("ema"):
                 raise CheckpointError(
-                    f"{path}: the average to sample from must be called ema.NAME, but the first is "
-                    f"{short(name)}"
+                    f"{path}: EMA weights must be called ema.NAME, but the first is {short(name)}"
                 )
         part, kind = "model.", "raw"
         weights = file.tensors(part)
@@ -209,12 +210,12 @@ def load_into(model: nn.Module, saved: SavedModel) -> None:
 
 
 def check_fit(expected: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError for the first tensor whose name, shape or type differs."""
+    """Raise CheckpointError for the first tensor whose name, shape or dtype differs."""
     mismatches = sorted(expected.keys() ^ weights.keys())
     if mismatches:
         raise CheckpointError(
             f"{path}: {len(mismatches)} weights are missing or unknown, "
-            f"{short(mismatches[0])!r} first"
+            f"such as {short(mismatches[0])!r}"
         )
     for name, tensor in expected.items():
         weight = weights[name]

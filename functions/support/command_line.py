@@ -20,7 +20,7 @@ EXIT_BAD_INPUT = 2
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse arguments, and report an error in one line, without the usage of some forty flags."""
+    """A parser that reports an error in one line, without the usage of some forty flags."""
 
     def __init__(self, **options):
         super().__init__(
@@ -28,12 +28,12 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"error: {message} ({self.prog} --help lists what there is)\n")
+        self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the script with one line for an error that users can mend. Bugs keep their traceback."""
+    """End the script with one line for an error that users can fix. Bugs keep their traceback."""
     try:
         yield
     except Exception as error:
@@ -41,10 +41,10 @@ def exit_on_user_error() -> Iterator[None]:
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
-        # The loop in docs/survival.md resumes after a GPU's failure, and stops for bad input.
+        # The loop in docs/survival.md resumes after a GPU failure, and stops after bad input.
         sys.exit(EXIT_STOPPED if is_device_failure(error) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        # torchrun sends a second signal, which would interrupt the next lines.
+        # torchrun sends a second signal, which would otherwise interrupt the next lines.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         # Shells use this status for Ctrl-C.
@@ -52,32 +52,32 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def user_message(error: Exception) -> str | None:
-    """Return the sentence to print for an error that users can mend, and None for a bug."""
+    """Return the sentence to print for an error that users can fix, or None for a bug."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (UserError, ConfigError, OSError)):
         return str(error) or type(error).__name__
     if is_out_of_memory(error):
         return (
-            f"out of memory ({short(error)}): take a smaller batch or model, or another device; "
-            "other programs may hold memory too"
+            f"out of memory ({short(error)}): use a smaller batch or model, or another device; "
+            "other programs may be using memory"
         )
     if is_device_failure(error):
-        return f"the GPU failed ({short(error)}): try again; train.py goes on with --resume"
+        return f"the GPU failed ({short(error)}): try again; continue a run with train.py --resume"
     return None
 
 
 def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
-    A flag's help is the comment above the field, with the field's default. Lists are written
-    1,2,4, and truth values true or false. A field whose name misleads has a truer name as "flag"
-    in its metadata. Then `--help` shows the truer name alone, both names work, and both at once
-    are an error. Raises UserError for a field without a comment.
+    A flag's help is the comment above the field, with the field's default. Lists are written as
+    `1,2,4`, and booleans as `true` or `false`. A field whose name misleads has a clearer name as
+    "flag" in its metadata, and `--help` shows only the clearer name. Either name works; giving
+    both is an error. Raises UserError for a field without a comment.
     """
     group = parser.add_argument_group(
-        f"{config_class.__name__}, any field, for this run only; "
-        "a default holds where the experiment in config.py does not set the field"
+        f"override any field of {config_class.__name__} for this run; "
+        "a default applies if the experiment in config.py does not set the field"
     )
     comments = field_comments(config_class)
     for field in fields(config_class):
@@ -86,34 +86,34 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
         if sentences is None:
             raise UserError(
                 f"{config_class.__name__}: {field.name} has no comment; "
-                "write one on the lines above it, which is its flag's help"
+                "write one above it; it becomes the flag's help"
             )
         if field.default is not MISSING:
             sentences += f" Default: {field.default}."
-        shown = field.metadata.get("flag", field.name)
+        shown_name = field.metadata.get("flag", field.name)
         aliases = group.add_mutually_exclusive_group()
-        for name in {shown, field.name}:
+        for name in {shown_name, field.name}:
             aliases.add_argument(
                 f"--{prefix}.{name.replace('_', '-')}",
                 dest=f"{prefix}.{field.name}",
                 type=parse,
                 metavar=metavar,
-                # The parsed arguments have no entry for a flag that is absent.
+                # A flag that is not given has no entry in the parsed arguments.
                 default=argparse.SUPPRESS,
-                # argparse takes a single % for the start of a placeholder.
-                help=sentences.replace("%", "%%") if name == shown else argparse.SUPPRESS,
+                # argparse treats a single % as the start of a placeholder.
+                help=sentences.replace("%", "%%") if name == shown_name else argparse.SUPPRESS,
             )
 
 
 def field_comments(config_class: type) -> dict[str, str]:
-    """Return the comment on the lines right above each field of a dataclass."""
+    """Return the comment directly above each field of a dataclass, by the field's name."""
     source = inspect.getsource(config_class)
-    commented = re.findall(r"^((?:    # .*\n)+)    (\w+): ", source, flags=re.MULTILINE)
-    return {name: " ".join(comment.replace("#", "").split()) for comment, name in commented}
+    matches = re.findall(r"^((?:    # .*\n)+)    (\w+): ", source, flags=re.MULTILINE)
+    return {name: " ".join(comment.replace("#", "").split()) for comment, name in matches}
 
 
 def given_fields(args: argparse.Namespace, prefix: str) -> dict:
-    """Return the values of the fields whose flags were given, by the fields' names."""
+    """Return the values of the fields whose flags were given, by field name."""
     start = f"{prefix}."
     flags = vars(args)
     return {flag.removeprefix(start): flags[flag] for flag in flags if flag.startswith(start)}
@@ -127,7 +127,7 @@ def boolean(text: str) -> bool:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """Parse integers that commas separate.
+    """Parse comma-separated integers.
 
     Raises ValueError, which argparse reports, for any other text.
     """
@@ -135,7 +135,7 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def floats(text: str) -> tuple[float, ...]:
-    """Parse numbers that commas separate.
+    """Parse comma-separated numbers.
 
     Raises ValueError, which argparse reports, for any other text.
     """
@@ -143,7 +143,7 @@ def floats(text: str) -> tuple[float, ...]:
 
 
 def split_list(text: str) -> list[str]:
-    """Split a text, which may have brackets, at its commas."""
+    """Split a comma-separated text, with or without brackets."""
     return [item for item in text.strip("[]() ").split(",") if item.strip()]
 
 
@@ -157,14 +157,14 @@ def positive(text: str) -> int:
 def fraction(text: str) -> float:
     """Parse a number from 0 to 1.
 
-    Raises ValueError, which argparse reports, for a text that is no number.
+    Raises ValueError, which argparse reports, for a text that is not a number.
     """
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return float(text)
 
 
-# The type of a field decides how its flag is parsed, and what the help shows as its value.
+# A field's type decides how its flag is parsed, and which placeholder the help shows for its value.
 FLAG_TYPES = {
     int: (int, "N"),
     float: (float, "X"),

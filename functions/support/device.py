@@ -1,4 +1,4 @@
-"""Choose the device, precision and memory layout by what the hardware has, when a script starts.
+"""Choose the device, precision and memory layout for the hardware, when a script starts.
 
 Here is Adam, too, as it depends on the device.
 """
@@ -19,8 +19,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Linux lists the CPU's flags in the first file, and the size of the memory in the second.
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
-# The first file says how much memory this process uses, and used at most. Writing "5" to the
-# second resets that peak.
+# The first file has this process's current and peak memory. Writing "5" to the second resets the
+# peak.
 PROCESS_STATUS = Path("/proc/self/status")
 RESET_PEAK = Path("/proc/self/clear_refs")
 # These are two options of mallopt, as numbered in glibc's malloc.h.
@@ -34,7 +34,7 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     """Return the device to compute on, and set up this process for it.
 
     `name` is "auto" (CUDA, then Apple's MPS, then the CPU) or a device such as "cuda:1". With
-    several processes, `index` is the number of this process's GPU. Raises UserError when there is
+    several processes, `index` is the index of this process's GPU. Raises UserError when there is
     no such device, or when `name` gives several processes the same GPU.
     """
     available = ["cpu"]
@@ -55,14 +55,15 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     if device.type == "cuda" and index is not None:
         if device.index is not None:
             raise UserError(
-                f"device is {name!r}, but each of several processes takes its own GPU: give cuda"
+                f"device is {name!r}, but with several processes each uses its own GPU: give cuda"
             )
         device = torch.device("cuda", index)
     if device.type == "cuda" and device.index is not None:
         count = torch.cuda.device_count()
         if device.index >= count:
             raise UserError(f"device is {str(device)!r}, but there are {count} CUDA devices")
-        # Otherwise calls that name no device, such as those for pinned memory, use the first GPU.
+        # Calls that name no device, such as those for pinned memory, would otherwise use the first
+        # GPU.
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_heap()
@@ -71,14 +72,14 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
 
 def keep_heap() -> None:
     """Let this process keep the memory that it frees, if it uses the GNU C library."""
-    # By default the GNU C library returns large blocks, and so all activations, to the system at
-    # once. Then the system zeroes and maps the memory of every forward pass again, page by page.
-    # With 20 images of 128 x 128 that took a fifth of a training step's time, and a third of a
-    # sampling step's. In `faces` (2026-11-27) a sampling step took 1.12 times as long with 16
-    # images, and 1.24 times with 64; a training step took the same time. The first option makes
-    # malloc take all blocks from the heap, and the second keeps the heap from shrinking. Both
-    # raise the peak of memory by up to 15%. Other C libraries lack mallopt, and on Windows
-    # `CDLL(None)` raises an error.
+    # By default the GNU C library returns a large block, such as an activation, to the system as
+    # soon as it is freed. So in every forward pass the system zeroes and maps this memory again,
+    # page by page. With 20 images of 128 x 128 that took a fifth of a training step's time, and a
+    # third of a sampling step's. In `faces` (2026-11-27), without the options below, a sampling
+    # step took 1.12 times as long with 16 images and 1.24 times as long with 64, and a training
+    # step took the same time. The first option makes malloc take all blocks from the heap, and the
+    # second keeps the heap from shrinking. Together they raise peak memory by up to 15%. Other C
+    # libraries lack mallopt, and on Windows `CDLL(None)` raises an error.
     with suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
@@ -88,16 +89,16 @@ def keep_heap() -> None:
 def choose_precision(name: str, device: torch.device, previous: str | None = None) -> torch.dtype:
     """Return the network's dtype under autocast: the named one, or for "auto" the fastest one.
 
-    The fastest one is bfloat16 where the hardware has it, float16 (with a gradient scaler) on older
-    CUDA GPUs, and float32 elsewhere. With "auto" a resumed run keeps its `previous` precision, if
-    the device has it. On CUDA this function turns TF32 off for the whole process. Raises UserError
-    when the device lacks the named precision.
+    The fastest one is bfloat16 if the hardware supports it, float16 (with a gradient scaler) on
+    older CUDA GPUs, and float32 otherwise. With "auto" a resumed run keeps its `previous`
+    precision, if the device supports it. On CUDA this function turns TF32 off for the whole
+    process. Raises UserError when the device does not support the named precision.
     """
     available = list(DTYPES)
     if device.type != "cuda":
         available.remove("float16")
     else:
-        # TF32 gives convolutions 10 bits of fraction, and float32 gives them 23.
+        # In TF32 the inputs of convolutions have 10 mantissa bits instead of float32's 23.
         torch.backends.cudnn.allow_tf32 = False
         # A T4 or a V100 emulates bfloat16, which is several times slower than float32.
         if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -118,8 +119,8 @@ def choose_precision(name: str, device: torch.device, previous: str | None = Non
 
 
 def cpu_has_bfloat16() -> bool:
-    """Return whether Linux says that this CPU has native bfloat16 instructions."""
-    # Other systems list no flags. Then float32 is the safe choice.
+    """Return whether this CPU has native bfloat16 instructions, as far as Linux lists them."""
+    # Other systems list no flags, so there float32 is the safe choice.
     flags = first_value(CPUINFO, "flags", "Features").split()
     return not CPU_BF16_FLAGS.isdisjoint(flags)
 
@@ -127,12 +128,12 @@ def cpu_has_bfloat16() -> bool:
 def cpu_batch_limit(compute_one: Callable[[], object]) -> int:
     """Return the largest safe batch on a CPU, where `compute_one()` computes a batch of one.
 
-    Linux lets a process allocate more memory than the machine has, and kills the process later.
-    On other systems such an allocation raises an error, so there is no limit here.
+    Linux lets a process allocate more memory than the machine has, and may kill it later. On other
+    systems such an allocation raises an error, so no limit is needed.
     """
     with suppress(AttributeError, TypeError):
-        # The GNU C library returns the memory that `keep_heap` kept, so that the peak below counts
-        # all the memory of one image.
+        # This returns the memory that `keep_heap` kept to the system. Otherwise the image could
+        # reuse it, and the peak below would not count it.
         ctypes.CDLL(None).malloc_trim(0)
     try:
         RESET_PEAK.write_text("5")
@@ -143,22 +144,22 @@ def cpu_batch_limit(compute_one: Callable[[], object]) -> int:
     before = kilobytes(PROCESS_STATUS, "VmRSS")
     compute_one()
     peak = kilobytes(PROCESS_STATUS, "VmHWM")
-    # Large batches fragment the heap, so they get half of the free memory.
+    # Large batches fragment the heap, so they may use only half of the free memory.
     return max(free // 2 // max(peak - before, 1), 1)
 
 
 def kilobytes(file: Path, name: str) -> int:
-    """Return a value, in kB, from one of Linux's files about memory."""
+    """Return a value in kB from one of Linux's memory files, MEMINFO or PROCESS_STATUS."""
     return int(first_value(file, name).removesuffix(" kB"))
 
 
 def cpu_name() -> str:
-    """Return the CPU's model on Linux, or its architecture where the model is unknown."""
+    """Return the CPU's model on Linux, or its architecture if the model is unknown."""
     return first_value(CPUINFO, "model name") or platform.machine()
 
 
 def first_value(file: Path, *names: str) -> str:
-    """Return the first value that a file of Linux has for one of these names; "" without one."""
+    """Return the first value for one of these names in a file under /proc, or "" if none exists."""
     if file.exists():
         for line in file.read_text().splitlines():
             if line.startswith(names):
@@ -172,9 +173,9 @@ def fast_layout(device: torch.device) -> torch.memory_format:
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """Make PyTorch use deterministic kernels alone, or let it use the fastest kernels.
+    """Make PyTorch use only deterministic kernels, or let it use the fastest kernels.
 
-    With True PyTorch raises where it has no deterministic kernel.
+    With True, PyTorch raises an error for an operation that has no deterministic kernel.
     """
     # With `benchmark`, cuDNN times its kernels for every shape and uses the fastest.
     torch.backends.cudnn.benchmark = not deterministic
@@ -187,9 +188,9 @@ def set_deterministic(deterministic: bool) -> None:
 def arithmetic(
     device: torch.device, precision: torch.dtype, processes: int, batch_size: int
 ) -> dict[str, str | int]:
-    """Return, as plain values, what the order and the precision of sums depend on.
+    """Return the settings on which the order and the precision of sums depend, as plain values.
 
-    A resumed run gives the bits of an uninterrupted one only where all of these values are equal.
+    A resumed run equals an uninterrupted one bit for bit only if all of these values are the same.
     """
     processor = device.type
     threads = 0
@@ -211,10 +212,10 @@ def arithmetic(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an allocation of PyTorch or Python has failed."""
-    # The message of cuBLAS has ALLOC_FAILED, and cuDNN's has ALLOCATION_FAILED. The last text is
-    # the whole message of oneDNN, which computes convolutions on the CPU.
-    texts = (
+    """Return whether PyTorch or Python failed to allocate memory."""
+    # cuBLAS reports ALLOC_FAILED, and cuDNN reports ALLOCATION_FAILED. The last string is the whole
+    # message of oneDNN, which computes convolutions on the CPU.
+    strings = (
         "can't allocate memory",
         "not enough memory",
         "out of memory",
@@ -224,14 +225,14 @@ def is_out_of_memory(error: Exception) -> bool:
     )
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in strings)
 
 
 def is_device_failure(error: Exception) -> bool:
     """Return whether a GPU or its driver has failed, so that a second attempt may succeed."""
-    # These texts are parts of CUDA's messages. Errors that a bug causes, such as an illegal memory
+    # These strings occur in CUDA's messages. Errors caused by a bug, such as an illegal memory
     # access, have other messages.
-    texts = (
+    strings = (
         "ECC error",
         "NVLink error",
         "hardware",
@@ -239,7 +240,7 @@ def is_device_failure(error: Exception) -> bool:
         "unknown error",
         "busy or unavailable",
     )
-    return isinstance(error, torch.AcceleratorError) and any(text in str(error) for text in texts)
+    return isinstance(error, torch.AcceleratorError) and any(s in str(error) for s in strings)
 
 
 class Adam(torch.optim.Adam):

@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Dialect:
-    """Hold fields of the config of `UNet2DModel`, which is diffusers' class of both dialects."""
+    """Fields of the config of diffusers' `UNet2DModel`, which implements both dialects."""
 
-    # Every GroupNorm has this epsilon.
+    # Every GroupNorm uses this epsilon.
     norm_eps: float
-    # 0 pads the right and the bottom only, as TensorFlow's 'SAME' does for an even size. 1 pads all
+    # 0 pads only the right and the bottom, as TensorFlow's 'SAME' does for an even size. 1 pads all
     # sides.
     downsample_padding: int
-    # True puts the cosines first in the time embedding.
+    # True puts the cosines before the sines in the time embedding.
     flip_sin_to_cos: bool
     # The frequencies of the time embedding are 10000^(-i / (dim/2 - freq_shift)).
     freq_shift: int
-    # This is the number of channels of each attention head. None makes a single head.
+    # Each attention head has this number of channels. None means a single head.
     attention_head_dim: int | None
 
 
 DIALECTS = {
-    # The code of Ho et al. 2020 has these values, so their weights need them. The epsilon is
-    # TensorFlow's default.
+    # The code of Ho et al. 2020 uses these values, so their published weights need them. The
+    # epsilon is TensorFlow's default.
     "ho": Dialect(1e-6, 0, False, 1, None),
-    # These are the defaults of diffusers, which its training script uses.
+    # These are diffusers' defaults, which its training script uses.
     "diffusers": Dialect(1e-5, 1, True, 0, 8),
 }

@@ -1,4 +1,4 @@
-"""Read and write folders of diffusers without the package: a pipeline's network and schedule.
+"""Read and write diffusers folders without the package: a pipeline's network and schedule.
 
     model_index.json                            the class of the pipeline
     unet/config.json                            the network
@@ -6,8 +6,9 @@
     scheduler/scheduler_config.json             T, betas, the network's objective, the sampler
 
 The oldest published pipelines have all files in one folder. A config of diffusers is converted to
-ours, and `diffusers_network` or `diffusers_schedule` converts ours back. A field that then differs
-is refused, as another network would silently give other images.
+ours, and `diffusers_network` or `diffusers_schedule` converts ours back. If a field then differs
+from the original, we cannot represent it and refuse it. Otherwise the samples would silently be
+wrong.
 """
 
 import json
@@ -34,8 +35,8 @@ from functions.support.files import (
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "diffusion_pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"
-# The parts of our weights' names are replaced by those of diffusers in this order. The opposite
-# conversion takes the opposite order.
+# To convert our name of a weight to that of diffusers, its parts are replaced in this order. The
+# opposite conversion uses the opposite order.
 NAMES = {
     "down.": "down_blocks.",
     "up.": "up_blocks.",
@@ -58,7 +59,7 @@ NAMES = {
     "value.": "to_v.",
     ".out.": ".to_out.0.",
 }
-# These weights of attention are matrices in diffusers, and 1 x 1 convolutions here.
+# These attention weights are matrices in diffusers, and 1 x 1 convolutions here.
 MATRICES = (".query.weight", ".key.weight", ".value.weight", ".out.weight")
 # Our network always has these values, and our config has no fields for them. They are also the
 # defaults of diffusers.
@@ -82,7 +83,7 @@ FIXED_NETWORK = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-# Our schedule always has these values, which are the defaults of diffusers, too.
+# Our schedule always has these values, which are also the defaults of diffusers.
 FIXED_SCHEDULE = {
     "_class_name": "DDPMScheduler",
     "trained_betas": None,
@@ -90,8 +91,8 @@ FIXED_SCHEDULE = {
     "clip_sample_range": 1,
     "rescale_betas_zero_snr": False,
 }
-# These fields change no image here. They are the origin of the model, the timesteps of diffusers'
-# samplers, options of features that are off, and the state of a moving average.
+# These fields do not affect our images. They concern the origin of the model, the timesteps of
+# diffusers' samplers, features that are turned off, and the moving average.
 IGNORED_FIELDS = (
     "_diffusers_version",
     "_name_or_path",
@@ -113,22 +114,23 @@ IGNORED_FIELDS = (
 
 
 def diffusers_name(name: str) -> str:
-    """Return the name in diffusers of one of our weights."""
+    """Return diffusers' name for one of our weights."""
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)
     return name
 
 
 def our_name(name: str) -> str:
-    """Return our name of a weight of diffusers."""
+    """Return our name for one of diffusers' weights."""
     for ours, theirs in reversed(NAMES.items()):
         name = name.replace(theirs, ours)
-    # Attention's weights had other names before 2023. All of those but this one are our names.
+    # Before 2023 diffusers had other names for attention weights. They are the same as ours, except
+    # for this one.
     return name.replace(".proj_attn.", ".out.")
 
 
 def diffusers_network(model: dict) -> dict:
-    """Return the config of a UNet2DModel for the arguments of UNet."""
+    """Convert the arguments of UNet to the config of a UNet2DModel."""
     levels = range(len(model["dim_multiply"]))
     kinds = ["Attn" if level in model["transformer_layers"] else "" for level in levels]
     dialect = DIALECTS[model["dialect"]]
@@ -147,21 +149,21 @@ def diffusers_network(model: dict) -> dict:
 
 
 def our_network(config: dict, path: Path) -> dict:
-    """Return the arguments of UNet for the config of a UNet2DModel.
+    """Convert the config of a UNet2DModel to the arguments of UNet.
 
-    Raises CheckpointError, with `path` in it, for a network that UNet does not support.
+    Raises CheckpointError, which names `path`, for a network that UNet does not support.
     """
-    # A missing field has diffusers' default.
+    # A field that is missing has diffusers' default.
     defaults = FIXED_NETWORK | vars(DIALECTS["diffusers"]) | {"norm_num_groups": 32, "dropout": 0.0}
     config = defaults | config
     match config.get("sample_size"):
-        # The size of a square may also be a list of its height and its width.
+        # A list of two equal numbers, height and width, also means a square.
         case [height, width] if height == width:
             config["sample_size"] = height
     size = config.get("sample_size")
     widths = config.get("block_out_channels")
     kinds = config.get("down_block_types")
-    # Without widths the 0 is refused.
+    # If there are no widths, the 0 makes this check fail.
     if not all(type(number) is int and number > 0 for number in [size, *(widths or [0])]):
         raise CheckpointError(
             f"{path}: sample_size must be an integer, or the same integer twice in a list, and "
@@ -179,7 +181,7 @@ def our_network(config: dict, path: Path) -> dict:
         "channels": 3,
         "dropout": config["dropout"],
         "norm_groups": config["norm_num_groups"],
-        # One detail decides which dialect it is, and `refuse_unsupported` compares the others.
+        # This one field decides the dialect, and `refuse_unsupported` compares the other fields.
         "dialect": "diffusers" if config["flip_sin_to_cos"] else "ho",
     }
     refuse_unsupported(config, diffusers_network(model), path)
@@ -187,9 +189,9 @@ def our_network(config: dict, path: Path) -> dict:
 
 
 def diffusers_words() -> dict[str, tuple]:
-    """Return, for some of our fields, diffusers' name of the field and a dict of its values.
+    """Return, by the name of our field, its name in diffusers and a dict of its values.
 
-    The dict maps our values to those of diffusers. Its first value is the default of both.
+    The dict maps our values to those of diffusers. Its first entry is the default of both.
     """
     objectives = {name: row.diffusers for name, row in OBJECTIVES.items() if row.diffusers}
     return {
@@ -200,11 +202,11 @@ def diffusers_words() -> dict[str, tuple]:
 
 
 def diffusers_schedule(diffusion: dict) -> dict:
-    """Return the config of a DDPMScheduler for a config's `diffusion` part.
+    """Convert a config's `diffusion` part to the config of a DDPMScheduler.
 
     Raises CheckpointError for an objective that diffusers does not have.
     """
-    # Rescaling multiplies both ends of the linear betas.
+    # Rescaling multiplies the first and the last of the linear betas.
     scale = 1.0
     if diffusion.get("beta_schedule", "linear") == "linear" and diffusion["rescale_betas"]:
         scale = 1000 / diffusion["timesteps_diff"]
@@ -220,23 +222,23 @@ def diffusers_schedule(diffusion: dict) -> dict:
         word = diffusion.get(ours, next(iter(words)))
         if word not in words:
             raise CheckpointError(
-                f"{ours} is {word}, but diffusers has {' and '.join(words)} alone; "
-                "export a file, which ends in .safetensors"
+                f"{ours} is {word}, but diffusers has only {' and '.join(words)}; "
+                "export to a file, whose name ends in .safetensors"
             )
         schedule[theirs] = words[word]
     return schedule
 
 
 def our_schedule(config: dict, path: Path) -> dict:
-    """Return a config's `diffusion` part for the config of a DDPMScheduler or DDIMScheduler.
+    """Convert the config of a DDPMScheduler or DDIMScheduler to a config's `diffusion` part.
 
     That part also has `variance` and `clip_x_0`, which the sampler uses. Raises CheckpointError,
-    with `path` in it, for a schedule that NoiseScheduler does not support.
+    which names `path`, for a schedule that NoiseScheduler does not support.
     """
     choices = {}
     for ours, (theirs, words) in diffusers_words().items():
-        # Here a missing or an unknown word becomes the default. `refuse_unsupported` below refuses
-        # the unknown one.
+        # A missing or unknown word becomes the default here. If it is unknown, `refuse_unsupported`
+        # refuses it below.
         choices[ours] = next(iter(words))
         for word in words:
             if words[word] == config.get(theirs):
@@ -246,10 +248,10 @@ def our_schedule(config: dict, path: Path) -> dict:
     config = {"num_train_timesteps": 1000, "clip_sample": True} | betas | config
     cosine = choices["beta_schedule"] == "cosine"
     if cosine:
-        # The cosine schedule does not use the ends, so they may have any values.
+        # The cosine schedule does not use beta_start and beta_end, so they may have any values.
         config |= betas
     if config["clip_sample"] is False:
-        # Without clipping the range is not used, so it may have any value.
+        # Without clipping, clip_sample_range is not used, so it may have any value.
         config |= {"clip_sample_range": FIXED_SCHEDULE["clip_sample_range"]}
     # The two schedulers have the same fields.
     if config.get("_class_name") == "DDIMScheduler":
@@ -260,12 +262,12 @@ def our_schedule(config: dict, path: Path) -> dict:
         "timesteps_diff": T,
         "beta_start": config["beta_start"],
         "beta_end": config["beta_end"],
-        # With T = 1000 rescaling changes nothing. With another T the file's ends are final.
+        # With T = 1000 rescaling changes nothing. With another T the betas in the file are final.
         "rescale_betas": cosine or T == 1000,
         **choices,
         "clip_x_0": config["clip_sample"] is not False,
     }
-    # Before `prediction_type` this field said whether the network predicts eps. False meant x_0.
+    # Before `prediction_type` existed, predict_epsilon was True for eps and False for x_0.
     supported = diffusers_schedule(diffusion) | {"predict_epsilon": True}
     refuse_unsupported(config, supported, path)
     return diffusion
@@ -273,7 +275,7 @@ def our_schedule(config: dict, path: Path) -> dict:
 
 def refuse_unsupported(config: dict, supported: dict, path: Path) -> None:
     """Raise CheckpointError for an unknown field, or for a value that is not the supported one."""
-    # Most fields may have one value alone. These may have several.
+    # Most fields have only one supported value. These fields have several.
     alternatives = {"block_out_channels": "multiples of the first"}
     for theirs, words in diffusers_words().values():
         alternatives[theirs] = " or ".join(map(repr, words.values()))
@@ -287,21 +289,21 @@ def refuse_unsupported(config: dict, supported: dict, path: Path) -> None:
 
 
 def is_diffusers_folder(folder: Path) -> bool:
-    """Return whether a folder has a file or a folder of a diffusers pipeline."""
+    """Return whether a folder contains a file or a subfolder of a diffusers pipeline."""
     names = ("model_index.json", "unet", "unet_ema", WEIGHTS, INDEX, PICKLE)
     return any((folder / name).exists() for name in names)
 
 
 def load_model(path: Path) -> SavedModel:
-    """Load a checkpoint or an exported file, as `load_weights` does, or a folder of diffusers.
+    """Load a checkpoint or an exported file, as `load_weights` does, or a diffusers folder.
 
-    A folder of diffusers is a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or
-    a unet. For a unet without a scheduler, the paper's schedule is assumed. Raises CheckpointError
+    A diffusers folder is a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or a
+    unet. For a unet without a scheduler, the paper's schedule is assumed. Raises CheckpointError
     when a file is missing or damaged, and for any other network or pipeline.
     """
     if not path.is_dir():
         return load_weights(path)
-    # The training script of diffusers saves the EMA of the weights in unet_ema.
+    # Diffusers' training script saves the EMA weights in unet_ema.
     folders = (path / "unet_ema", path / "unet", path)
     unet = next(folder for folder in folders if folder.exists())
     index = path / "model_index.json"
@@ -327,9 +329,9 @@ def load_model(path: Path) -> SavedModel:
             "model": our_network(read_json(network), network),
         }
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        # A value of a wrong type raises one of these errors in the conversion.
+        # The conversion raises one of these errors for a value of the wrong type.
         raise CheckpointError(
-            f"{path}: its configs describe no supported model: {short(error)}"
+            f"{path}: its configs do not describe a supported model: {short(error)}"
         ) from error
 
     weights = read_weights(unet)
@@ -339,11 +341,12 @@ def load_model(path: Path) -> SavedModel:
 
 
 def find_scheduler(path: Path) -> Path:
-    """Return the scheduler_config.json of a folder, or a path without a file if it has none."""
-    # The oldest pipelines have the file beside the weights.
+    """Return the path of a folder's scheduler_config.json, even if the folder has no such file."""
+    # The oldest pipelines have the file next to the weights.
     folders = [path / "scheduler", path]
-    # In a pipeline `scheduler` is beside `unet`, and in a training it is beside `checkpoint-N`. A
-    # folder of another name may hold any model, so its parent is not searched.
+    # `path` may also be the `unet` of a pipeline or the `checkpoint-N` of a training, and
+    # `scheduler` is next to either. The parent of a folder with another name is not searched,
+    # because a scheduler found there may belong to another model.
     folder = Path(os.path.abspath(path))
     while re.fullmatch(r"unet|unet_ema|checkpoint-\d+", folder.name):
         folder = folder.parent
@@ -354,23 +357,24 @@ def find_scheduler(path: Path) -> Path:
 
 
 def name_of(folder: Path) -> str:
-    """Return a folder's name, or in a hub's cache, where hashes name folders, the model's name."""
-    # Unlike `Path.resolve`, this does not follow the links in a hub's cache.
+    """Return a folder's name, or the model's name if the folder is in a model hub's cache."""
+    # Unlike `Path.resolve`, abspath does not follow the links in a hub's cache.
     folder = Path(os.path.abspath(folder))
+    # In the cache, the folder's name is a hash.
     if folder.parent.name == "snapshots":
         return folder.parents[1].name.removeprefix("models--")
     return folder.name
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the name of each weight's file. Raises CheckpointError for a malformed index."""
+    """Return, by weight, the name of its file. Raises CheckpointError for a malformed index."""
     file_of = read_json(path).get("weight_map")
     files = file_of.values() if isinstance(file_of, dict) else []
     # A name without a slash cannot lead to another folder.
     matches = [re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(file)) for file in files]
     if not matches or not all(matches):
         raise CheckpointError(
-            f"{path}: its weight_map does not name a file of this folder for each weight"
+            f"{path}: its weight_map does not name a file in this folder for each weight"
         )
     return file_of
 
@@ -385,9 +389,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         file_of = read_index(folder / INDEX)
     elif (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
         raise CheckpointError(
-            f"{folder / PICKLE}: this is a pickle, which can hold code and is not read; with "
-            "diffusers, DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) converts "
-            "it to safetensors"
+            f"{folder / PICKLE}: this is a pickle, which is not read because it can contain code; "
+            "in diffusers, DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) "
+            "converts it to safetensors"
         )
 
     weights = {}
@@ -397,12 +401,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         tensors = read_tensors(path)
         names = {name for name in file_of if file_of[name] == file}
         if file_of and tensors.keys() != names:
-            raise CheckpointError(f"{path}: its tensors are not those that {INDEX} names")
+            raise CheckpointError(f"{path}: its tensors are not the ones listed in {INDEX}")
         for name, tensor in tensors.items():
             ours = our_name(name)
             if ours in weights:
                 raise CheckpointError(
-                    f"{path}: {short(name)} is there twice, under an old and a new name"
+                    f"{path}: {short(name)} appears twice, under an old and a new name"
                 )
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 tensor = tensor.float()
@@ -414,16 +418,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def write_folder(saved: SavedModel, folder: Path) -> None:
-    """Write a model as the folder of a DDPMPipeline.
+    """Write a model as a diffusers folder, a DDPMPipeline.
 
     Raises CheckpointError for a network or an objective that diffusers does not have.
     """
-    # Fields that a config lacks have their defaults here.
+    # ModelConfig fills in the defaults of missing fields.
     model = vars(saved.model)
     if model["dim_multiply"][0] != 1:
         raise CheckpointError(
-            f"{saved.path}: dim_multiply begins with {model['dim_multiply'][0]}; "
-            "a network of diffusers needs 1 there"
+            f"{saved.path}: dim_multiply begins with {model['dim_multiply'][0]}, "
+            "but in diffusers it must begin with 1"
         )
     configs = {
         "model_index": {

@@ -1,9 +1,9 @@
 """Write files atomically, and write and read files of tensors with checksums.
 
-A file of tensors is a .safetensors: a header in JSON, then the bytes of each tensor. Reading it
-runs no code from the file. The format has no checksums, and without them a flipped bit would become
-a wrong weight. So the metadata of our files has `contents`, a JSON text of plain values and of the
-checksum of each tensor, and `sha256`, the checksum of that text.
+Tensors are saved as .safetensors: a header in JSON, then the bytes of each tensor. Reading such a
+file runs no code from it. The format has no checksums, so a flipped bit could silently become a
+wrong weight. Therefore the metadata of our files has `contents`, a JSON text with plain values and
+the checksum of each tensor, and `sha256`, the checksum of that text.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from torch import Tensor
 from functions.support.errors import CheckpointError
 
 FORMAT = "ddpm-faces checkpoint 2"
-# This limit is in bytes. Our headers have some hundred thousand.
+# The longest header that is read, in bytes. Ours have a few hundred thousand.
 MAX_HEADER = 16 * 2**20
 # Tensors are hashed and written in pieces of about this size, in bytes.
 PIECE_SIZE = 2**20
-# Weights may have these types. The values are the names of the types in safetensors.
+# Weights may have these dtypes. The values are their names in safetensors.
 TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -63,10 +63,10 @@ READ_ERRORS = (
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that `path` always holds either all of the old or all of the new content.
 
-    Raises OSError, with `path` in it, for example when the disk is full.
+    Raises OSError, which names `path`, for example when the disk is full.
     """
-    # The content goes to a temporary file in the same folder, is flushed to the disk, and then the
-    # file gets its name.
+    # The content is written to a temporary file in the same folder and flushed to the disk. Then
+    # the file is renamed.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -75,13 +75,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        # Users do not know the temporary file, so the error names the final one.
+        # Users do not know about the temporary file, so the error names the final one.
         error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
-    # The new name is on the disk only after its folder is flushed, too. Only POSIX systems can open
+    # The new name is on the disk only after the folder is flushed, too. Only POSIX systems can open
     # a folder.
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -99,7 +99,7 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], contents: dict | None, file_format: str = FORMAT
 ) -> None:
-    """Write tensors of any memory layout, and in our own files also `contents` of plain values.
+    """Write tensors of any memory layout and, in our own files, `contents` of plain values.
 
     Raises OSError, for example when the disk is full. Then the old file is unchanged.
     """
@@ -131,8 +131,8 @@ def write_tensors(
 
     def write(file):
         write_header(file)
-        # The save_file of safetensors needs contiguous copies of all tensors at once, and does not
-        # flush the file to the disk. This loop copies one piece of a tensor at a time.
+        # The save_file of safetensors needs contiguous copies of all tensors together, and does
+        # not flush the file to the disk. This loop copies one piece of a tensor at a time.
         for name, tensor in tensors.items():
             checksums[name] = checksum(tensor, file.write)
         file.seek(0)
@@ -142,7 +142,7 @@ def write_tensors(
 
 
 class TensorFile:
-    """Open a file that `write_tensors` wrote, and read and check its `contents`, but no tensor.
+    """A file that `write_tensors` wrote. Opening it reads and checks `contents`, but no tensor.
 
     Raises CheckpointError when the file is missing, truncated, damaged or of another format.
     """
@@ -153,11 +153,11 @@ class TensorFile:
             metadata = file.metadata()
             text = metadata["contents"]
             if metadata["format"] != FORMAT or metadata["sha256"] != sha256(text):
-                raise ValueError("another format, or a wrong checksum")
+                raise ValueError("it has another format or a wrong checksum")
             self.contents = json.loads(text)
             self.checksums = self.contents.pop("checksums")
             if self.checksums.keys() != set(file.keys()):
-                raise ValueError("other tensors than the contents name")
+                raise ValueError("its tensors are not the ones listed in its contents")
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Read the tensors whose names begin with `prefix`, to the CPU, as `read_tensors` does."""
@@ -169,9 +169,9 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read the tensors whose names begin with `prefix` from any safetensors file.
 
-    The names that are returned lack the prefix. Only our own files have `checksums`. Raises
-    CheckpointError as `TensorFile` does, and for a tensor of a wrong checksum, with a number that
-    is not finite, or of a type that is not in `TYPES`.
+    The names are returned without the prefix. Only our own files have `checksums`. Raises
+    CheckpointError as `TensorFile` does, and for a tensor that has a wrong checksum, a dtype that
+    is not in `TYPES`, or numbers that are not finite.
     """
     with open_safetensors(path) as file:
         names = checksums or sorted(file.keys())
@@ -180,27 +180,27 @@ def read_tensors(
         if checksums and checksum(tensor) != checksums[name]:
             raise CheckpointError(f"{path}: damaged: {short(name)} does not match its checksum")
         if tensor.dtype not in TYPES:
-            raise CheckpointError(f"{path}: {short(name)} is {tensor.dtype}, which no weights are")
-        # An empty tensor has no minimum and maximum. In any other tensor one of the two is inf or
-        # nan when any number is.
+            raise CheckpointError(f"{path}: {short(name)} is {tensor.dtype}, but weights cannot be")
+        # An empty tensor has no minimum and maximum. If any number in another tensor is not finite,
+        # its minimum or maximum is not finite either.
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-            raise CheckpointError(f"{path}: {short(name)} holds numbers that are not finite")
+            raise CheckpointError(f"{path}: {short(name)} has numbers that are not finite")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file that holds one object.
+    """Read a JSON file that contains one object.
 
-    Raises CheckpointError when the file is missing or damaged, holds another value, or has a name
-    twice.
+    Raises CheckpointError when the file is missing or damaged, contains another value, or has the
+    same name twice.
     """
     check_file(path)
     try:
         if path.stat().st_size > MAX_HEADER:
-            raise ValueError("too large a file")
+            raise ValueError("the file is too large")
         fields = json.loads(path.read_bytes(), object_pairs_hook=unique_fields)
         if not isinstance(fields, dict):
-            raise ValueError("no fields in braces")
+            raise ValueError("it is not an object in braces")
         return fields
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read: {short(error)}") from error
@@ -209,15 +209,15 @@ def read_json(path: Path) -> dict:
 def unique_fields(pairs: list[tuple[str, object]]) -> dict:
     """Return a dict of the pairs. Raises ValueError when two pairs have the same name."""
     fields = dict(pairs)
-    # By default json takes the last of two values of a name, without an error.
+    # By default json uses the last value of a repeated name, without an error.
     if len(fields) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name appears twice")
     return fields
 
 
 def check_file(path: Path) -> None:
     """Raise CheckpointError unless this is a regular file."""
-    # Opening a pipe would block until a writer opens it, too.
+    # Opening a pipe would block until a writer opens it.
     if not path.is_file():
         fault = "not a regular file" if path.exists() else "there is no such file"
         raise CheckpointError(f"{path}: {fault}")
@@ -227,15 +227,15 @@ def check_file(path: Path) -> None:
 def open_safetensors(path: Path) -> Iterator[safe_open]:
     """Open a safetensors file.
 
-    Raises CheckpointError when the file is missing, truncated or damaged, and when the body of the
-    `with` raises one of `READ_ERRORS`.
+    Raises CheckpointError when the file is missing, truncated or damaged, and when the `with` block
+    raises one of `READ_ERRORS`.
     """
     check_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(8)
-        # The first 8 bytes are the length of the header, which follows. The header must fit into
-        # the file, and be no longer than MAX_HEADER.
+        # The first 8 bytes are the length of the header, which follows. It must fit into the file
+        # and must not exceed MAX_HEADER.
         if int.from_bytes(start, "little") > min(MAX_HEADER, path.stat().st_size - 8):
             raise ValueError("the header is too long")
         with safe_open(path, framework="pt") as file:
@@ -250,7 +250,7 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
 
 
 def checksum(tensor: Tensor, write: Callable[[np.ndarray], object] | None = None) -> str:
-    """Return the SHA-256 of a tensor's type, shape and bytes, in hexadecimal.
+    """Return the SHA-256 of a tensor's dtype, shape and bytes, in hexadecimal.
 
     With `write`, each piece of the bytes is also written.
     """
@@ -265,21 +265,22 @@ def checksum(tensor: Tensor, write: Callable[[np.ndarray], object] | None = None
 def byte_pieces(tensor: Tensor) -> Iterator[np.ndarray]:
     """Yield a tensor's bytes piece by piece, as if the tensor were contiguous."""
     rows = torch.atleast_1d(tensor.detach())
-    # A piece of about a megabyte stays in the cache while it is reordered, hashed and written. A
-    # copy of the whole tensor takes three times as long, mostly because its memory is newly mapped.
+    # A piece of about a megabyte stays in the cache while it is reordered, hashed and written.
+    # Copying the whole tensor takes three times as long, mostly because the system has to map new
+    # memory for the copy.
     length = max(1, len(rows) * PIECE_SIZE // max(1, rows.nbytes))
     for piece in rows.split(length):
-        # A GPU reorders faster than a CPU, so the copy to the CPU comes last.
+        # A GPU reorders faster than a CPU, so the piece is made contiguous before it is copied.
         yield piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def sha256(text: str) -> str:
-    # A text from a hostile file may have surrogates, which utf-8 cannot encode.
+    # A text from a hostile file may contain surrogates, which UTF-8 cannot encode.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def short(value) -> str:
-    """Return a text from a file for a message: in one line, and cut after 200 characters.
+    """Prepare a text from a file for a message: make it one line, and cut it at 200 characters.
 
     Characters that control a terminal are escaped.
     """

@@ -10,29 +10,30 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 
-# The backend Agg plots into files, and needs no screen.
+# The Agg backend plots to files and needs no screen.
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from functions.support.files import write_atomically
 
-# Images with fewer pixels a side than this are enlarged in grids, so that one can see them.
+# In grids, images with a shorter side than this (in pixels) are enlarged, so that they can be seen.
 MIN_SIDE = 96
-# Before images are enlarged, the gap between two of them has this width in pixels.
+# The gap between two images has this width in pixels, before the grid is enlarged.
 GAP = 2
 
 
 def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
     """Return a picture of all images in rows, with white gaps. By default it is about square.
 
-    Small images are enlarged by the smallest integer factor that gives them MIN_SIDE.
+    Small images are enlarged by the smallest integer factor that makes their sides at least
+    MIN_SIDE.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, H, W)
     grid = make_grid(batch, nrow=columns, padding=GAP, pad_value=255)
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
     factor = math.ceil(MIN_SIDE / images.shape[1])
-    # The default of `scale` is bicubic.
+    # By default `scale` is bicubic.
     return ImageOps.scale(picture, factor)
 
 
@@ -52,7 +53,7 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Ima
 def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None) -> None:
     """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, 3).
 
-    The GIF shows 12 frames a second, and the last frame for two seconds.
+    The GIF shows about 12 frames per second, and the last frame for two seconds.
     """
     grids = [grid_of(frame, columns) for frame in frames]
     # All frames share the palette of the last frame, so that colours do not flicker.
@@ -63,7 +64,7 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
         "append_images": others,
         # The durations are in milliseconds.
         "duration": [80] * len(others) + [2000],
-        # 0 repeats the animation for ever.
+        # 0 repeats the animation forever.
         "loop": 0,
     }
     write_atomically(path, lambda file: first.save(file, "GIF", **animation))
@@ -74,7 +75,7 @@ def save_strip(
 ) -> None:
     """Draw a figure with a row for each sample and a column for each frame, (N, H, W, 3).
 
-    `titles` are above the columns, and `row_titles` are at the left of the rows.
+    `titles` are above the columns, and `row_titles` are to the left of the rows.
     """
     rows = len(frames[0])
     columns = len(frames)

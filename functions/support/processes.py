@@ -1,7 +1,7 @@
 """Let the processes of a script work together: one for each GPU under `torchrun`, or a single one.
 
 In training each process computes its shard of every effective batch, and the processes average
-their gradients once per optimiser step. Rank 0 alone prints and writes files.
+their gradients once per optimiser step. Only rank 0 prints and writes files.
 """
 
 import gc
@@ -24,13 +24,14 @@ from functions.support.errors import UserError
 from functions.support.files import short
 
 Value = TypeVar("Value")
-# Processes wait for this time for one that prepares data or has more images to sample. When one
-# ends, its connections close, and the others notice that at once.
+# This is how long processes wait for one that is still preparing data or sampling. When a process
+# ends, its connections close, and the others notice that immediately.
 TIMEOUT = timedelta(days=1)
-# In training the timeout is shorter. A machine that hangs or vanishes does not close connections.
+# In training the timeout is shorter, because a machine that hangs or loses power closes no
+# connection and is noticed only by the timeout.
 TRAINING_TIMEOUT = timedelta(minutes=30)
-# The errors of Gloo, NCCL and the store have one of these texts when another process has ended or
-# does not answer.
+# Errors from Gloo, NCCL and the TCPStore contain one of these strings when another process has
+# ended or does not answer.
 CONNECTION_LOST = (
     "connection closed",
     "connection was likely closed",
@@ -38,20 +39,20 @@ CONNECTION_LOST = (
     "broken pipe",
     "timed out waiting",
 )
-# The other processes exit with this status when rank 0 ends with an error, which it prints.
+# Rank 0 prints its error and ends; then the other processes exit with this status.
 EXIT_WITH_MAIN = 2
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Hold this process's rank, and do the collective operations of all processes.
+    """This process's rank, and the collective operations.
 
-    A single process communicates with none.
+    With a single process, all operations are local.
     """
 
     rank: int = 0  # 0 .. count-1
     count: int = 1
-    # This is the rank among the processes of the same machine, and the number of this one's GPU.
+    # The rank within this machine is also the index of this process's GPU.
     local_rank: int = 0
     # This is torchrun's process id.
     parent: int = 0
@@ -63,11 +64,11 @@ class Processes:
     @property
     def orphaned(self) -> bool:
         """Return whether torchrun has ended without ending this process."""
-        # That happens when torchrun is killed, or gets a signal that it does not handle.
+        # That happens when torchrun is killed or receives a signal that it does not handle.
         return self.count > 1 and os.getppid() != self.parent
 
     def print_main(self, text: str) -> None:
-        """Print a text in rank 0, and nothing in the others."""
+        """Print a text in rank 0 only."""
         if self.is_main:
             print(text, flush=True)
 
@@ -81,23 +82,20 @@ class Processes:
         return range(start, end)
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Return the model to call in training.
-
-        Its backward pass averages gradients over all processes.
-        """
+        """Return the model to call in training. Its backward averages the processes' gradients."""
         if self.count == 1:
             return model
-        # DDP moves existing gradients into its buckets. Without these zeros the gradients would
-        # take memory in addition to the buckets.
+        # DDP moves gradients that exist into its buckets. Without these zeros, gradients would need
+        # memory in addition to the buckets.
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         devices = None if device.type == "cpu" else [device]
         return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
-    def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
-        """Return a context for a forward and a backward pass.
+    def gradient_sync(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
+        """Return a context for one forward and backward pass.
 
-        In this context the processes exchange gradients only in the last pass of a step.
+        The processes exchange gradients in it only if it is the step's `last` pass.
         """
         return nullcontext() if last or self.count == 1 else wrapped.no_sync()
 
@@ -109,7 +107,7 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Return whether a flag is true in any process."""
-        # The tensor is on the CPU, so the hosts exchange it without waiting for their GPUs.
+        # The tensor is on the CPU, so the processes exchange it without waiting for their GPUs.
         total = self.sum_(torch.tensor(int(flag)))
         return bool(total)
 
@@ -120,21 +118,21 @@ class Processes:
             dist.distributed_c10d._set_pg_timeout(TRAINING_TIMEOUT)
 
     def gather(self, value: Value) -> list[Value]:
-        """Return the values of all processes, in the order of their ranks."""
+        """Return the values of all processes, in rank order."""
         values = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
         return values
 
     def on_main(self, make: Callable[[], Value]) -> Value:
-        """Call `make` in rank 0 alone, and return its value in all processes.
+        """Call `make` only in rank 0, and return its value in all processes.
 
         When `make` raises an error, the other processes exit and print nothing.
         """
         if self.count == 1:
             return make()
         failed_and_value = [True, None]
-        # Rank 0 sends the list even when `make` raises an error.
+        # Rank 0 sends the list even if `make` raises an error, so that the others do not wait.
         try:
             if self.is_main:
                 failed_and_value = [False, make()]
@@ -150,7 +148,7 @@ SINGLE_PROCESS = Processes()
 
 @contextmanager
 def distributed() -> Iterator[Processes]:
-    """Connect the processes that torchrun has started. Without torchrun there is a single one.
+    """Connect the processes that torchrun has started. Without torchrun there is only one.
 
     Raises UserError when they cannot connect, or when another process has ended or does not answer.
     """
@@ -166,17 +164,19 @@ def distributed() -> Iterator[Processes]:
     except (ValueError, RuntimeError) as error:
         raise UserError(f"process {rank} cannot connect to the others: {short(error)}") from error
 
-    # Rank 0 alone prints "interrupted". The system ends the others, even while they wait for it.
+    # Only rank 0 prints "interrupted". The others get the default handler, so that Ctrl-C ends them
+    # even while they wait for rank 0.
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield Processes(rank, count, local_rank, os.getppid())
     except BaseException as error:
         clear_frames(error)
-        # After SystemExit all processes end: they were stopped, or end with rank 0.
+        # SystemExit ends every process (the run was stopped, or rank 0 failed), so none of them
+        # waits in vain in `leave_group`.
         if isinstance(error, SystemExit):
             leave_group()
-        # After other errors the group stays, because destroying it would wait for the others.
+        # After another error the group is not destroyed, because that would wait for the others.
         reason = str(error).lower()
         lost = any(text in reason for text in CONNECTION_LOST)
         if not isinstance(error, RuntimeError) or not lost:
@@ -188,10 +188,10 @@ def distributed() -> Iterator[Processes]:
 
 
 def clear_frames(error: BaseException | None) -> None:
-    """Free the local variables in an error's traceback, such as the network that DDP wrapped.
+    """Free the local variables in an error's traceback, such as the DDP wrapper.
 
-    If DDP held the last reference to the process group, its destructor would wait for the group's
-    threads while it holds Python's global lock, which these threads may need.
+    If DDP held the last reference to the process group, freeing it would join the group's threads
+    with the GIL held. They may need the GIL: a deadlock.
     """
     while error:
         traceback.clear_frames(error.__traceback__)
@@ -200,7 +200,7 @@ def clear_frames(error: BaseException | None) -> None:
 
 
 def leave_group() -> None:
-    """Destroy the process group, after all objects that use it."""
-    # Reference cycles may still hold DDP (see `clear_frames`).
+    """Collect the objects that use the process group, and then destroy it."""
+    # Reference cycles may keep the DDP wrapper alive (see `clear_frames`).
     gc.collect()
     dist.destroy_process_group()

@@ -1,8 +1,8 @@
-"""Draw each random number as a function of its purpose, independent of all earlier draws.
+"""Draw random numbers that depend on their purpose and not on earlier draws.
 
-If a run draws all numbers from one stream, its result changes when it is resumed, split over
-processes, or cut into other micro-batches. Here every generator gets its seed from
-(seed, purpose, step) or (seed, purpose, image), so no state of a generator has to be saved.
+If a run drew all its random numbers from one stream, its result would change when it is resumed,
+split over processes, or cut into other micro-batches. So every generator is seeded by
+(seed, purpose, step) or (seed, purpose, image), and no generator's state has to be saved.
 """
 
 import hashlib
@@ -18,7 +18,10 @@ THREADS = ThreadPoolExecutor(8)
 
 
 def seed_of(*parts: int | str) -> int:
-    """Return a 63-bit seed, a hash of all parts that is the same on every machine and Python."""
+    """Return a 63-bit seed, a hash of all parts.
+
+    It is the same on every machine and in every Python version.
+    """
     text = "/".join(map(str, parts))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -31,11 +34,11 @@ def generator_of(device: torch.device | str, *parts: int | str) -> torch.Generat
 
 @dataclass(frozen=True)
 class StepDraws:
-    """Hold the randomness of one optimiser step, for its B images."""
+    """The random numbers of one optimiser step, for its B images."""
 
     t: Tensor  # (B,) int64, uniform in 0 .. T-1
     noise: Tensor  # (B, C, H, W) float32, standard normal
-    flip: Tensor  # (B,) bool, each True half the time
+    flip: Tensor  # (B,) bool, True with probability 1/2
     # (B,) float32, uniform in [-1, 1). The rotation is this fraction of the largest angle.
     rotation: Tensor
     # (B,) float32, standard normal. Only t_sampling = "mixed" uses this draw.
@@ -51,12 +54,12 @@ def training_draws(
     device: torch.device | str,
 ) -> StepDraws:
     """Draw t and noise (Algorithm 1, lines 3 and 4) and the augmentation for an effective batch."""
-    # The draws are made for the whole effective batch, and cut later. So an image's draws depend on
-    # its place in the effective batch, and not on the batch size.
+    # The draws are made for the whole effective batch and cut later. So an image's draws depend on
+    # its place in the effective batch, but not on the batch size.
     generator = generator_of(device, seed, "training", step)
 
-    # These five draws come in this order from one generator, so a sixth among them would change
-    # every run. A new field needs a separate generator:
+    # These five draws come from one generator, so another draw between them, or another order,
+    # would change every run. A new field needs a separate generator:
     # generator_of(device, seed, "training", step, NAME).
     options = {"generator": generator, "device": device}
     return StepDraws(
@@ -69,10 +72,10 @@ def training_draws(
 
 
 class ImageNoise:
-    """Draw noise for the images of a batch.
+    """The noise for the images of a batch.
 
     `indices` are the indices of the batch's images, and `shape` is (C, H, W). The k-th noise of
-    image i is a function of (seed, purpose, i, k) alone, and not of the other images in the batch.
+    image i depends only on (seed, purpose, i, k), and not on the other images in the batch.
     """
 
     def __init__(
@@ -83,22 +86,22 @@ class ImageNoise:
         device: torch.device | str = "cpu",
         purpose: str = "image",
     ):
-        # The CPU draws for every device, so that all start from the same x_T.
+        # The CPU draws for every device, so that sampling starts from the same x_T on all devices.
         self.generators = [generator_of("cpu", seed, purpose, i) for i in indices]
         self.shape = shape
         self.device = torch.device(device)
 
     def draw(self) -> Tensor:
-        """Return the next (B, C, H, W) of standard normal noise."""
-        # The copy from pinned memory does not block the host, so the host draws the next step's
-        # noise while the GPU computes this step.
+        """Return the next standard normal noise, (B, C, H, W)."""
+        # The copy from pinned memory does not block the CPU, so the CPU draws the next step's noise
+        # while the GPU computes this step.
         pinned = self.device.type == "cuda"
         noise = torch.empty(len(self.generators), *self.shape, pin_memory=pinned)
 
         def fill(row, generator):
             row.normal_(generator=generator)
 
-        # Several threads draw for a GPU, as a single one would keep it waiting. `list` waits for
+        # A single thread would keep a GPU waiting, so several threads draw for it. `list` waits for
         # all of them.
         draw_all = THREADS.map if pinned else map
         list(draw_all(fill, noise, self.generators))

@@ -1,4 +1,4 @@
-"""Make and find run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ has everything about one run.
+"""Make and find run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ contains all about one run.
 
 config.json     the experiment's fields, and the `Facts` of the run
 metrics.csv     one row every `log_every` steps
@@ -30,36 +30,37 @@ from functions.support.errors import CheckpointError, UserError
 from functions.support.files import TensorFile, write_text
 
 Result = TypeVar("Result")
-# With a larger terminal SNR, x_T still shows the image. The paper's 1000 steps have 4e-5.
+# With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
 VISIBLE_SNR = 1e-3
-# The two groups are the experiment's name and the time of the start.
+# The two groups are the experiment's name and the start time.
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
-# Earlier versions wrote .pt files. The pattern matches them, so that a message can refuse them.
+# Earlier versions wrote .pt files. The pattern matches them too, so that they are refused with a
+# message instead of being overlooked.
 CHECKPOINT_NAME = re.compile(r"step-\d{8}\.(safetensors|pt)")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Hold the facts that a run finds at its start, for config.json and each checkpoint."""
+    """The facts that a run finds at its start, for config.json and each checkpoint."""
 
     total_steps: int = 0
     steps_per_epoch: int = 0
-    # This describes how the images are split. Each hash is over the ids of one part's images.
+    # This describes the split. Each hash is over the ids of the images in one part.
     split: str = ""
     train_ids_hash: str = ""
     val_ids_hash: str = ""
-    # This is the number of the network's parameters.
+    # The network has this number of parameters.
     parameters: int = 0
     terminal_snr: float = 0.0
     device: str = ""
-    # This describes the model whose weights the run started from. It is None for new weights.
+    # This describes the model whose weights the run started from. None means random weights.
     initial: str | None = None
     # The bits of the results depend on these values: precision, threads, versions, ...
     arithmetic: dict = field(default_factory=dict)
 
     @staticmethod
     def of(checkpoint: TensorFile) -> "Facts":
-        """Return the facts in a checkpoint. Facts that an older one lacks have their defaults."""
+        """Return the facts in a checkpoint. Facts that an old checkpoint lacks get defaults."""
         contents = checkpoint.contents["run"]
         defaults = vars(Facts())
         return Facts(**{name: contents.get(name, defaults[name]) for name in defaults})
@@ -67,18 +68,19 @@ class Facts:
 
 @dataclass
 class Run:
-    """Hold a run's experiment, its folder and its state at the start."""
+    """A run: its experiment, its folder and its state at the start."""
 
     # This is the name of the experiment.
     name: str
-    # The experiment has all settings that change the result.
+    # The experiment contains all settings that change the result.
     experiment: Experiment
-    # `make_folder` makes the run's folder in this one. `folder` is None until then.
+    # `make_folder` makes the run's folder in runs_folder. Until then `folder` is None.
     runs_folder: Path
     folder: Path | None = None
-    # A resumed run goes on from this checkpoint.
+    # A resumed run continues from this checkpoint.
     checkpoint: TensorFile | None = None
-    # A resumed run has the facts of its checkpoint here. A new run has at most `initial`.
+    # For a resumed run, these are the facts in its checkpoint. For a new run, only `initial` may be
+    # set.
     prior_facts: Facts = Facts()
     # A new run may start from the weights of this model.
     initial: SavedModel | None = None
@@ -89,7 +91,7 @@ class Run:
         return self.checkpoint.contents["run"]["step"] if self.checkpoint else 0
 
     def make_folder(self) -> None:
-        """Make a new folder for the run, unless the run has one, and the folders inside."""
+        """Make the run's folder, unless it exists already, and its subfolders."""
         self.runs_folder.mkdir(parents=True, exist_ok=True)
         while self.folder is None:
             folder = self.runs_folder / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -103,14 +105,14 @@ class Run:
             (self.folder / inner).mkdir(exist_ok=True)
 
     def path_of(self, kind: str, step: int) -> Path:
-        """Return the path of a step's file. Its `kind` is "checkpoints" or "samples"."""
-        ending = "png" if kind == "samples" else "safetensors"
-        return self.folder / kind / f"step-{step:08d}.{ending}"
+        """Return the path of a step's file. `kind` is "checkpoints" or "samples"."""
+        extension = "png" if kind == "samples" else "safetensors"
+        return self.folder / kind / f"step-{step:08d}.{extension}"
 
     def write_config(self, facts: Facts) -> str:
         """Write config.json, and return its text.
 
-        The file has the config in the form of a checkpoint's, and the facts as `run`.
+        The file contains the config as a checkpoint does, and the facts as `run`.
         """
         config = {"experiment": self.name, **self.experiment.to_dict(), "run": vars(facts)}
         text = json.dumps(config, indent=2)
@@ -119,7 +121,7 @@ class Run:
 
 
 def describe(run: Run, facts: Facts, data_summary: str) -> str:
-    """Return a description of a run in some lines: data, split, network, ...; then warnings."""
+    """Describe a run in a few lines (data, split, network, ...), followed by warnings."""
     config = run.experiment.diffusion
     snr = facts.terminal_snr
     done = f"; {run.first_step:,} steps are done" if run.first_step else ""
@@ -148,12 +150,13 @@ def describe(run: Run, facts: Facts, data_summary: str) -> str:
         )
     if config.ema_decay == 0:
         warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
-    # Only in the same arithmetic a resumed run gives the bits of an uninterrupted one.
-    for name, earlier in run.prior_facts.arithmetic.items():
-        now = facts.arithmetic.get(name)
-        if earlier != now:
+    # A resumed run equals an uninterrupted one bit for bit only in the same arithmetic.
+    for name, previous in run.prior_facts.arithmetic.items():
+        current = facts.arithmetic.get(name)
+        if previous != current:
             warnings.append(
-                f"{name} was {earlier}, is now {now}: no longer bit for bit as if never stopped"
+                f"{name} was {previous}, is now {current}: no longer bit for bit like an "
+                "uninterrupted run"
             )
     lines.extend(f"warning: {warning}" for warning in warnings)
     return "\n".join(lines)
@@ -174,11 +177,11 @@ def locked(
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(
-            f"{folder}: another process is {activity} in this folder already"
+            f"{folder}: another process is already {activity} in this folder"
         ) from error
     except (NotImplementedError, OSError):
         print(
-            f"warning: {folder} is on a disk without locks; start no other process in it",
+            f"warning: {folder} is on a disk without locks; do not start another process in it",
             file=sys.stderr,
         )
     try:
@@ -202,10 +205,10 @@ def step_of(checkpoint: Path) -> int:
 def delete_old(run: Path, last_step: int, count: int, every: int) -> None:
     """Delete checkpoints, except the `count` newest and those at multiples of `every` steps.
 
-    With `every` = 0 only the newest stay.
+    If `every` is 0, only the newest are kept.
     """
-    # Checkpoints after `last_step` are damaged ones. The resumed run will overwrite them, so they
-    # do not count as the newest.
+    # Checkpoints after `last_step` are damaged, and the resumed run will overwrite them. So they do
+    # not count as the newest.
     checkpoints = [path for path in checkpoints_of(run) if step_of(path) <= last_step]
     for path in checkpoints[:-count]:
         if every == 0 or step_of(path) % every:
@@ -243,7 +246,7 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
 
 def results_folder(saved: SavedModel, kind: str) -> Path:
     """Return the folder for results of a kind: in a checkpoint's run, or next to an export."""
-    # A folder of diffusers stays unchanged, so the results of its model go into a new folder.
+    # Nothing is written to a diffusers folder, so the results of its model go into a new folder.
     if saved.path.is_dir():
         return Path("samples") / f"{saved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = saved.path.parent
@@ -253,9 +256,9 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """Return a run's checkpoints, newest first, or the path itself if it is of another kind.
+    """Return the checkpoints of a run folder, newest first.
 
-    The other kinds are a file and a folder of diffusers. Raises CheckpointError for another folder.
+    For a file or a diffusers folder, return its path. Raises CheckpointError for any other folder.
     """
     checkpoints = checkpoints_of(path)
     if checkpoints:
@@ -270,22 +273,22 @@ def find_checkpoints(path: Path) -> list[Path]:
 def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> Result:
     """Return the value of `read` for the first checkpoint that it can read.
 
-    This prints a loud warning for each damaged checkpoint, and raises the last one's error when all
-    are damaged.
+    Print a loud warning for each damaged checkpoint. If all are damaged, raise the last one's
+    error.
     """
     for path, next_path in pairwise(candidates):
         try:
             return read(path)
         except CheckpointError as error:
             print(
-                f"WARNING: DAMAGED CHECKPOINT: {error}. Taking the one before it: {next_path}",
+                f"WARNING: DAMAGED CHECKPOINT: {error}. Using the one before it: {next_path}",
                 file=sys.stderr,
             )
     return read(candidates[-1])
 
 
 def last_checkpoint(run: Path) -> str:
-    """Return, for a message, the path of the newest checkpoint whose checksums are right."""
+    """Return the path of the newest checkpoint whose checksums are right, for a message."""
     with suppress(CheckpointError):
         return str(first_intact(find_checkpoints(run), verify_checkpoint).path)
     return "there is none yet"
@@ -308,15 +311,15 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
     if resume is None:
         return None
     if resume not in ("newest", "auto"):
-        # A user may name a checkpoint's file, which is not a run.
+        # A user may give a checkpoint file, which is not a run folder.
         if not Path(resume).is_dir():
             raise UserError(
                 f"{resume} is not a run folder; "
-                "`NAME --resume` takes the newest unfinished run of NAME"
+                "`NAME --resume` resumes the newest unfinished run of NAME"
             )
         return Path(resume)
     for run in reversed(runs_of(runs, experiment)):
-        # The name of another experiment may begin with this one's.
+        # Another experiment's name may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] == experiment and checkpoints_of(run):
             checkpoint = first_intact(find_checkpoints(run), open_checkpoint)
             facts = checkpoint.contents["run"]

@@ -14,11 +14,11 @@ SMALLEST_SCALE = 1.0
 
 
 class BadNumbers:
-    """Find and count bad steps on the device, so that the host does not wait for it.
+    """The counts of bad steps, kept on the device so that the host does not wait for it.
 
-    `check` returns a flag that a fused Adam takes as `found_inf`. If the flag is 1, Adam changes
-    neither weights nor moments nor its step count. At each row of metrics the host copies the
-    counts from the device, by `counts` and `read`.
+    `check` returns a flag for the `found_inf` of a fused Adam. If the flag is 1, Adam changes
+    neither weights nor moments nor its step count. For each row of metrics the host copies the
+    counts from the device, with `counts` and `read`.
     """
 
     def __init__(self, device: torch.device):
@@ -27,7 +27,7 @@ class BadNumbers:
         self.skipped = torch.tensor(0, device=device)
         self.in_a_row = torch.tensor(0, device=device)
         self.longest = torch.tensor(0, device=device)
-        # These are the number, the loss and the gradient norm of the last bad step.
+        # The last bad step: its number, its loss and its gradient norm.
         self.last = torch.zeros(3, device=device)
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class BadNumbers:
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         self.step += 1
         self.skipped += bad
-        # `bad` is 0 for a good step, which ends the row of bad steps.
+        # `bad` is 0 for a good step, which resets the count of bad steps in a row.
         self.in_a_row = (self.in_a_row + 1) * bad
         self.longest = torch.maximum(self.longest, self.in_a_row)
         this_step = torch.stack([self.step.float(), loss.float(), grad_norm.float()])
@@ -47,15 +47,15 @@ class BadNumbers:
         return {name: tensor.tolist() for name, tensor in vars(self).items()}
 
     def load(self, state: dict[str, int | list[float]]) -> None:
-        """Go on from the numbers that `state` returned."""
+        """Restore the numbers that `state` returned."""
         for name, tensor in vars(self).items():
             tensor.copy_(torch.tensor(state[name]))
 
     def counts(self, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
         """Return scalars on the device, for `read`.
 
-        They are the most bad steps in a row since the last `read`, the number of all skipped steps
-        of the run, and the loss scale.
+        They are the largest number of bad steps in a row since the last `read`, the number of steps
+        skipped in the whole run, and the loss scale.
         """
         return {
             "longest": self.longest,
@@ -65,12 +65,13 @@ class BadNumbers:
         }
 
     def read(self, counts: dict[str, float], limit: int, learning_rate: float, run: Path) -> int:
-        """Return the number of all skipped steps, from the values of the scalars in `counts`.
+        """Return the number of steps skipped in the whole run.
 
-        Raises UserError if there were `limit` bad steps in a row since the last `read`, or if the
-        loss scale of float16 has collapsed.
+        `counts` has the values of the scalars that the method `counts` returns. Raises UserError if
+        there were `limit` bad steps in a row since the last `read`, or if the loss scale of float16
+        has collapsed.
         """
-        # A row of bad steps may continue after this `read`, so it is not forgotten.
+        # The next step may be bad, too, so the current number in a row still counts.
         self.longest = self.in_a_row.clone()
         if counts["longest"] >= limit:
             fault = (

@@ -1,4 +1,4 @@
-"""Before the first step: find a batch size that fits in memory, and estimate what steps cost."""
+"""Find a batch size that fits in memory before the first step, and estimate the run's cost."""
 
 import copy
 import gc
@@ -49,7 +49,7 @@ def describe_compute(
 
 def flops_of_image(network: nn.Module) -> int:
     """Count the FLOPs of forward and backward of one image, recomputation included."""
-    # On the meta device tensors have shapes but no memory, so nothing is computed.
+    # On the meta device tensors have shapes but no data, so nothing is computed.
     network = copy.deepcopy(network).to("meta")
     image = torch.empty(1, network.channels, network.image_size, network.image_size, device="meta")
     t = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -62,8 +62,8 @@ def fit_memory(experiment: Experiment, denoiser: Denoiser, processes: Processes)
     """Return the experiment with the largest batch_size whose pass fits in every process's memory.
 
     The first attempt is the configured batch_size. The next ones are the smaller divisors of the
-    effective batch, which stays the same as gradient_accumulation grows. So the result stays the
-    same, except for dropout, whose masks have a seed for each pass. The last attempt is one image
+    effective batch, which stays the same because gradient_accumulation grows. So the result stays
+    the same, except for dropout, whose masks are seeded per pass. The last attempt is one image
     with recompute = "blocks". Raises UserError if this does not fit either.
     """
     config = experiment.diffusion
@@ -82,7 +82,7 @@ def fit_memory(experiment: Experiment, denoiser: Denoiser, processes: Processes)
         processes.print_main(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
     else:
         raise UserError(
-            "out of memory with one image at a time: take a smaller base_dim, or another device"
+            "out of memory with one image at a time: use a smaller base_dim, or another device"
         )
 
     if (size, recompute) == (config.batch_size, config.recompute):
@@ -93,7 +93,7 @@ def fit_memory(experiment: Experiment, denoiser: Denoiser, processes: Processes)
         "recompute": recompute,
     }
     changed = ", ".join(f"{name} = {value}" for name, value in changes.items())
-    processes.print_main(f"going on with {changed}")
+    processes.print_main(f"continuing with {changed}")
     return experiment.override(changes, {})
 
 
@@ -101,8 +101,8 @@ def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
     """Return whether forward and backward of images in this shape fit in memory."""
     network = denoiser.network
     try:
-        # In training, a step's later passes share memory with gradients and with Adam's moments.
-        # `TrainingState` has allocated the moments already.
+        # In training, the later passes of a step share the memory with gradients and with Adam's
+        # moments. `TrainingState` has already allocated the moments.
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         run_pass(denoiser, shape)
@@ -113,14 +113,14 @@ def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
         return False
     finally:
         network.zero_grad()
-        # `torch.utils.checkpoint` makes reference cycles, whose memory only this frees.
+        # `torch.utils.checkpoint` creates reference cycles, whose memory only `collect` frees.
         gc.collect()
         # Without CUDA this does nothing.
         torch.cuda.empty_cache()
 
 
 def run_pass(denoiser: Denoiser, shape: tuple[int, ...], scale: float = 1) -> float:
-    """Run forward and backward of noise, the same in every call, and return the seconds they take.
+    """Run forward and backward on the same noise in every call, and return the seconds they take.
 
     The loss is the squared error, summed over pixels and images, times `scale`.
     """

@@ -20,11 +20,11 @@ from functions.support.pictures import plt, save_figure
 COLUMNS = (
     # The number of optimiser steps done.
     "step",
-    # The number of passes over the training images done, with its fraction.
+    # The number of epochs done, a fraction included.
     "epoch",
-    # The mean training loss of the steps since the row before.
+    # The mean training loss of the steps since the previous row.
     "loss",
-    # The squared error of eps that belongs to that loss; with objective = "eps" it is the loss.
+    # The corresponding squared error of eps; with objective = "eps" it equals the loss.
     "eps_error",
     # Loss and error of eps on held-out images, with the raw weights; empty in rows without
     # validation.
@@ -39,18 +39,18 @@ COLUMNS = (
     # The gradient norm of the last step, before clipping.
     "grad_norm",
     "learning_rate",
-    # The speed of training, without the time of validation and samples.
+    # The speed of training, excluding the time for validation and samples.
     "images_per_second",
-    # The number of steps skipped so far, as their loss or gradients were not finite.
+    # The number of steps skipped so far, because their loss or gradients were not finite.
     "skipped_steps",
 )
 
 
 class MetricsLog:
-    """Append rows to metrics.csv and TensorBoard.
+    """The file metrics.csv and TensorBoard's log, to which `write` appends rows.
 
-    A row is on the disk when `write` returns. Rows after `resume_step`, which an interrupted run
-    has written, are dropped, since the resumed run repeats these steps.
+    A row is on the disk when `write` returns. Rows after `resume_step` come from an interrupted
+    run. They are dropped, because the resumed run repeats these steps.
     """
 
     def __init__(self, run: Path, resume_step: int = 0):
@@ -70,7 +70,7 @@ class MetricsLog:
         """
         for name in values:
             if name not in COLUMNS:
-                raise ValueError(f"{name!r} is no column of metrics.csv; add it to COLUMNS")
+                raise ValueError(f"{name!r} is not a column of metrics.csv; add it to COLUMNS")
         with open(self.path, "a") as file:
             file.write(format_row(values) + "\n")
             # The row reaches the disk before the next checkpoint, so a run that resumes from that
@@ -89,7 +89,7 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     An incomplete last row is left out. Damaged rows are left out, too, each with a warning.
     """
     with open(path, newline="", errors="replace") as file:
-        # The process was killed while it wrote a line without an end.
+        # A line without a newline is incomplete: the process was killed while it wrote this line.
         lines = [line for line in file if line.endswith("\n")]
     rows = []
     # The header is line 1 of the file.
@@ -126,32 +126,32 @@ def format_number(value: float | None) -> str:
 
 
 def fetch(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Copy scalars from a device, all at once, so that the host waits for it only once."""
+    """Copy all scalars from a device in one transfer, so that the host waits only once."""
     values = torch.stack([scalar.float() for scalar in scalars.values()])
     return dict(zip(scalars, values.cpu().tolist(), strict=True))
 
 
 class TrainingWindow:
-    """Sum up the loss and the error of eps since the last row on the device; measure the speed.
+    """The sums of loss and error of eps since the last row, on the device, and the speed.
 
-    `images_a_step` is the effective batch.
+    `images_per_step` is the effective batch.
     """
 
-    def __init__(self, device: torch.device, images_a_step: int):
-        # The sums over images of the loss and of the error of eps, and the number of steps.
+    def __init__(self, device: torch.device, images_per_step: int):
+        # The loss and the error of eps, summed over images, and the number of steps.
         self.sums_of_losses = torch.zeros(2, device=device)
         self.steps = torch.zeros((), device=device)
-        self.images_a_step = images_a_step
+        self.images_per_step = images_per_step
         self.steps_timed = 0
-        # This is when the window began. Each pause moves it to a later time.
+        # The time at which the window began. Each pause moves it forward.
         self.clock = time.perf_counter()
 
     def state(self) -> dict[str, list[float] | int]:
-        """Return what a checkpoint stores, so that the next row of a resumed run has all steps."""
+        """Return the sums for a checkpoint, so that a resumed run has all steps in its next row."""
         return {"sums": self.sums_of_losses.tolist(), "steps": int(self.steps)}
 
     def load(self, state: dict[str, list[float] | int]) -> None:
-        """Go on from the sums that `state` returned. The time of these steps is not known."""
+        """Restore the sums that `state` returned. Their steps do not count for the speed."""
         # Older checkpoints have one sum. All older runs predicted eps, so it is both sums.
         sums = state["sums"] if "sums" in state else 2 * [state["loss_sum"]]
         self.sums_of_losses.copy_(torch.tensor(sums))
@@ -160,8 +160,8 @@ class TrainingWindow:
     def add(self, sums: Tensor, skipped: Tensor) -> None:
         """Add a step's loss and error of eps (2,), summed over images.
 
-        `skipped` () is 1 if the step was skipped, else 0. A skipped step counts for the speed, but
-        not for the means.
+        `skipped` () is 1 if the step was skipped, otherwise 0. A skipped step counts for the speed,
+        but not for the means.
         """
         self.sums_of_losses += torch.where(skipped > 0, 0.0, sums)
         self.steps += 1 - skipped
@@ -173,15 +173,15 @@ class TrainingWindow:
         return {"loss": loss, "eps_error": eps_error, "steps": self.steps}
 
     def read(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return means over images and images a second, and start the next window.
+        """Return means over images and images per second, and start the next window.
 
         `sums` has the values of the scalars in `sums()`. The means are nan if all steps were
         skipped.
         """
         # The caller has waited for the device, so all steps are done by now.
         now = time.perf_counter()
-        speed = self.steps_timed * self.images_a_step / (now - self.clock)
-        image_count = sums["steps"] * self.images_a_step or math.nan
+        speed = self.steps_timed * self.images_per_step / (now - self.clock)
+        image_count = sums["steps"] * self.images_per_step or math.nan
 
         self.sums_of_losses.zero_()
         self.steps.zero_()
@@ -231,7 +231,7 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
         if points:
             axis.plot(*zip(*points, strict=True), **style)
 
-    # The error starts near 1 and soon is far below. A linear axis would flatten all that follows.
+    # The error starts near 1 and soon falls far below. On a linear axis the rest would look flat.
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""Between two training steps: metrics, validation, sample grids, checkpoints and stopping."""
+"""The work between two steps: metrics, validation, sample grids, checkpoints and stopping."""
 
 import sys
 import time
@@ -26,11 +26,11 @@ from functions.support.processes import Processes
 from functions.support.run_folder import Facts, Run, delete_old, locked
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import MetricsLog, TrainingWindow, fetch, plot_losses
-from functions.training.stopping import StopSignals, failed_writes_explained
+from functions.training.stopping import StopSignals, explain_failed_writes
 from functions.training.validation import validation_losses
 
-# The variational bound uses at least one of this many timesteps. Its error comes mostly from the
-# number of images.
+# The variational bound uses one timestep of this many, and more of the first ones. Its error comes
+# mostly from the number of images.
 BOUND_T_STRIDE = 50
 # A measurement returns columns of metrics.csv.
 Measurement = Callable[[], dict[str, float]]
@@ -38,16 +38,16 @@ Measurement = Callable[[], dict[str, float]]
 
 @dataclass
 class Recorder:
-    """Record a run: `after_step` does everything that is due after a step.
+    """The records of a run: `after_step` does everything that is due after a step.
 
-    The context `opened` holds the run folder's lock, its files and the progress bar. All processes
-    validate and sample together, and rank 0 writes.
+    Within the context `opened` the run folder is locked, and its files and the progress bar are
+    open. All processes validate and sample together, and rank 0 writes.
     """
 
     run: Run
     facts: Facts
     state: TrainingState
-    # This denoiser draws the samples. It has the EMA weights if there are any.
+    # This denoiser draws the samples, with the EMA weights if there are any.
     denoiser: Denoiser
     feeder: ImageFeeder
     val_indices: np.ndarray
@@ -81,19 +81,19 @@ class Recorder:
             )
             self.bar = stack.enter_context(bar)
             self.catch_up(run.first_step)
-            # The data are prepared and the network is compiled, so nobody is slow from here on.
+            # The data are prepared and the network is compiled, so no process is slow from here on.
             self.processes.shorten_timeout()
             yield
 
     def open_folder(self, stack: ExitStack) -> Path:
-        """Make the run folder, lock it and open its files, in rank 0; the stack closes them."""
+        """Create the run folder in rank 0, lock it and open its files; the stack closes them."""
         run = self.run
         run.make_folder()
         stack.enter_context(locked(run.folder))
         config = run.write_config(self.facts)
         self.metrics = MetricsLog(run.folder, run.first_step)
-        # TensorBoard writes when it is closed, which may fail.
-        close = failed_writes_explained(run.folder)(self.metrics.tensorboard.close)
+        # Closing TensorBoard writes to the disk, which may fail.
+        close = explain_failed_writes(run.folder)(self.metrics.tensorboard.close)
         stack.callback(close)
         self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", run.first_step)
         print(f"  goes to    {run.folder}", flush=True)
@@ -107,7 +107,7 @@ class Recorder:
         checkpoint = self.run.checkpoint
         if not checkpoint:
             return
-        with self.window.paused(), failed_writes_explained(self.run.folder):
+        with self.window.paused(), explain_failed_writes(self.run.folder):
             unmeasured = checkpoint.contents["run"].get("unmeasured", False)
             if unmeasured:
                 measurements = self.measurements_due(first_step)
@@ -124,21 +124,21 @@ class Recorder:
                     self.sample(first_step)
 
     def load(self, checkpoint: TensorFile) -> None:
-        """Go on with the metrics and the counts of bad steps that `save` has written."""
+        """Restore the metrics and the counts of bad steps that `save` has written."""
         saved = checkpoint.contents["run"]
         try:
             self.window.load(saved["window"])
             self.bad_numbers.load(saved["bad_numbers"])
         except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(
-                f"{checkpoint.path}: its part 'run' is not what this version writes, "
-                "so its training cannot go on exactly; it can be sampled from"
+                f"{checkpoint.path}: this version does not understand its part 'run', "
+                "so training cannot continue exactly; sampling works"
             ) from error
 
     def save(self, done: int, unmeasured: bool = False) -> None:
         """Write a checkpoint to resume and sample from.
 
-        With `unmeasured`, the resumed run makes the measurements that are due at this step.
+        With `unmeasured`, the measurements due at this step are left to the resumed run.
         """
         self.saved_at = time.monotonic()
         if not self.processes.is_main:
@@ -185,8 +185,8 @@ class Recorder:
         self.bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
         self.bar.update()
 
-        # The clock stops here, so that images_per_second is the speed of training alone.
-        with self.window.paused(), failed_writes_explained(self.run.folder):
+        # The clock stops here, so that images_per_second is the speed of training only.
+        with self.window.paused(), explain_failed_writes(self.run.folder):
             measurements = self.measurements_due(done)
             unmeasured = False
             if self.is_due(config.log_every, done) or measurements:
@@ -209,18 +209,18 @@ class Recorder:
         self.processes.any(False)
         reason = self.stop_signals.received or "a signal to another process, or the end of torchrun"
         self.processes.print_main(
-            f"stopped by {reason}, saved; go on with: python train.py --resume {self.run.folder}"
+            f"stopped by {reason}, saved; continue with: python train.py --resume {self.run.folder}"
         )
         sys.exit(EXIT_STOPPED)
 
     def log(self, done: int, grad_norm: Tensor, measurements: list[Measurement]) -> bool:
-        """Write a row of metrics, and show loss and speed beside the progress bar.
+        """Write a row of metrics, and show loss and speed in the progress bar.
 
         Returns what `write_row` returns.
         """
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
 
-        # In a row without measurements this is the only wait for the device.
+        # For a row without measurements, this is the only wait for the device.
         sums = self.window.sums()
         counts = self.bad_numbers.counts(self.state.scaler)
         scalars = fetch({"grad_norm": grad_norm, **sums, **counts})
@@ -294,8 +294,8 @@ class Recorder:
         config = self.config
         steps = min(config.grid_steps, config.timesteps_diff)
         options = SamplerOptions(config.grid_sampler, steps)
-        # A CUDA graph that cannot be recorded makes PyTorch's generator unusable, from which
-        # dropout draws. A grid takes seconds without one.
+        # If recording a CUDA graph failed, PyTorch's generator would become unusable, and dropout
+        # draws from it. Without a graph, a grid takes seconds.
         sampler = ImageSampler(
             self.denoiser,
             options,

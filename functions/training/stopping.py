@@ -11,18 +11,18 @@ from types import FrameType
 from functions.support.errors import UserError
 from functions.support.run_folder import last_checkpoint
 
-# Within this many seconds a second signal counts as the same request. Schedulers signal all
-# processes, and torchrun passes the signal that it receives on to them.
-SAME_SIGNAL = 1.0
+# A second signal within this many seconds counts as the same request. Schedulers signal every
+# process, and torchrun forwards its own signal too, so one request can arrive twice.
+SAME_REQUEST_SECONDS = 1.0
 # Windows has no SIGUSR1.
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 
 class StopSignals:
-    """Set `received` on SIGINT, SIGTERM and SIGUSR1, which do not end the process in this context.
+    """A context in which SIGINT, SIGTERM and SIGUSR1 set `received` instead of ending the process.
 
     `Recorder` reads `received` between steps, saves a checkpoint, and exits with EXIT_STOPPED.
-    A second signal, more than SAME_SIGNAL seconds later, ends the process at once.
+    A second signal, more than SAME_REQUEST_SECONDS later, ends the process immediately.
     """
 
     # The name of the first signal, and the time at which it came.
@@ -43,20 +43,20 @@ class StopSignals:
             # The time is set first, since another signal may arrive between these two lines.
             self.received_at = time.monotonic()
             self.received = signal.Signals(number).name
-        elif time.monotonic() - self.received_at > SAME_SIGNAL:
-            # A second signal asks for an end at once. Shells report such an end as 128 + the
-            # signal's number.
+        elif time.monotonic() - self.received_at > SAME_REQUEST_SECONDS:
+            # A second signal means: exit immediately, with a shell's status for a signal, which is
+            # 128 + its number.
             os._exit(128 + number)
 
 
 @contextmanager
-def failed_writes_explained(run: Path) -> Iterator[None]:
-    """Turn an OSError, as of a full disk, into a UserError that names the last good checkpoint."""
+def explain_failed_writes(run: Path) -> Iterator[None]:
+    """Turn an OSError, such as from a full disk, into a UserError with the last good checkpoint."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"{run} cannot be written to: {error.strerror or error}. "
             f"Last good checkpoint: {last_checkpoint(run)}. "
-            f"When that is mended, go on with: python train.py --resume {run}"
+            f"Once you have fixed this, continue with: python train.py --resume {run}"
         ) from error

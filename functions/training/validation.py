@@ -22,7 +22,7 @@ def validation_losses(
     config: DiffusionConfig,
     processes: Processes,
 ) -> list[list[float]]:
-    """Return each denoiser's mean loss (Eq. 14) and the mean error of eps that belongs to it.
+    """Return each denoiser's mean loss (Eq. 14) and the corresponding mean error of eps.
 
     The means are over `config.validation_samples` fixed triples (image, t, noise), so they do not
     depend on the batch size. Losses can be compared between runs with the same objective, and
@@ -34,14 +34,14 @@ def validation_losses(
     scheduler = denoisers[0].scheduler
     count = config.validation_samples
 
-    # 0 .. T-1 is divided into one stratum for each triple. Their middles, shuffled, are the t.
+    # 0 .. T-1 is divided into one stratum per triple. The t are the strata's midpoints, shuffled.
     order = torch.randperm(count, generator=generator_of("cpu", config.seed, "validation t"))
     all_t = (2 * order + 1) * scheduler.timesteps // (2 * count)
-    # The triples are spread evenly over the images, so that each image is in equally many, plus or
-    # minus one.
+    # The triples are spread evenly over the images: the numbers of triples with any two images
+    # differ by at most one.
     all_indices = indices[np.arange(count) * len(indices) // count]
 
-    # The sums stay on the device, so that no batch waits for the one before.
+    # The sums stay on the device, so that no batch waits for the previous one.
     sums = []
     for start in range(0, count, config.batch_size)[processes.rank :: processes.count]:
         batch_slice = slice(start, start + config.batch_size)

@@ -71,7 +71,7 @@ def test_images_come_as_they_were_and_the_test_images_validate(
     [
         (
             lambda file: file.unlink(),
-            "data_batch_3.bin is missing or damaged. Put its binary version there",
+            "data_batch_3.bin is missing or damaged. Put CIFAR-10's binary version there",
         ),
         (lambda file: file.write_bytes(b""), "data_batch_3.bin is missing or damaged"),
         # The last record lacks a byte.

@@ -211,5 +211,5 @@ def test_what_was_enlarged_and_cropped_is_counted(tmp_path, capsys):
 
 def test_a_set_without_one_good_image_is_an_error(tmp_path):
     path = write_folder(tmp_path / "set", [], more={"a.png": b""})
-    with pytest.raises(UserError, match=r"not one.*a\.png.*empty file"):
+    with pytest.raises(UserError, match=r"none of.*a\.png.*empty file"):
         load(path, max_bad_images=5)

@@ -113,7 +113,7 @@ def test_where_numbers_are_needed_none_may_come_twice(tmp_path):
 
     # Where numbers are not needed, all images are read.
     assert len(find_source(tmp_path, 8).ids) == 21
-    with pytest.raises(UserError, match=r"2 images have the number \d\. Keep one copy"):
+    with pytest.raises(UserError, match=r"2 images have the number \d\. Keep only one copy"):
         find_source(tmp_path, 8, numbered=True)
 
 
@@ -127,7 +127,7 @@ def test_names_of_zip_members_are_no_paths(tmp_path):
 
     source = find_source(path, 8)
 
-    # A name that leads out of the archive is passed over; the others are read within it.
+    # A name that leads out of the archive is skipped; the others are read within it.
     assert source.ids == [*NUMBERS, 90, 93, 98]
     assert source.read(10) == PICTURE
     # Of a link, it reads where the link leads, and does not go there.

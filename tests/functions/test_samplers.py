@@ -277,8 +277,8 @@ def test_what_the_model_said_is_kept_for_as_long_as_the_method_needs_it(sampler)
     ("sampler", "options", "message"),
     [
         (ddpm_sample, {"variance": "medium"}, "variance is 'medium'; it can be small or large"),
-        (ddim_sample, {"eta": 1.5}, "eta is 1.5; it can be 0 to 1"),
-        (dpm_solver_sample, {"eta": -0.5}, "eta is -0.5; it can be 0 to 1"),
+        (ddim_sample, {"eta": 1.5}, "eta is 1.5; it must be between 0 and 1"),
+        (dpm_solver_sample, {"eta": -0.5}, "eta is -0.5; it must be between 0 and 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(sampler, options, message):

@@ -87,8 +87,8 @@ def test_mixed_times_are_log_normal_at_odd_places_and_as_they_were_at_even_ones(
     [
         ({"steps": 0}, "steps is 0; a model with 100 timesteps takes 1 to 100"),
         ({"steps": 101}, "steps is 101; a model with 100 timesteps takes 1 to 100"),
-        ({"steps": [9, 9, -1]}, "must be 2 or more, falling"),
-        ({"steps": [9]}, "must be 2 or more, falling"),
+        ({"steps": [9, 9, -1]}, "must be 2 or more, descending"),
+        ({"steps": [9]}, "must be 2 or more, descending"),
         ({"steps": [9, -2]}, "at least -1"),
         ({"steps": [100, 9]}, "at most 99"),
         ({"spacing": "leading"}, "spacing is .leading.; it can be trailing or logsnr"),

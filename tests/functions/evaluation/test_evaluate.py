@@ -137,23 +137,23 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
     [
         (
             "--metrics bpd,is",
-            "'bpd,is' is not a list of metrics; there are bpd, bands, fid, kid, prc",
+            "'bpd,is' is not a list of metrics; the metrics are bpd, bands, fid, kid, prc",
         ),
         ("--images 0", "not an integer of at least 1"),
         ("--metrics fid --n 3", "--n is 3; it must be 4 or more"),
         ("--metrics fid --steps 101", "steps is 101; a model with 100 timesteps takes 1 to 100"),
         (
             "--metrics fid --reference none.npz",
-            "none.npz: no sound reference statistics ([Errno 2] No such file",
+            "none.npz: no valid reference statistics ([Errno 2] No such file",
         ),
-        ("--metrics fid,kid --reference a.npz", "--reference has statistics for fid alone"),
+        ("--metrics fid,kid --reference a.npz", "--reference has only the statistics for fid"),
         (
             "--metrics fid --reference-images 1",
-            "an empty reference: 1 train image(s), it must have 4 or more",
+            "too few real images: 1 in train; there must be 4 or more",
         ),
         pytest.param(
             "--metrics fid --weights none.pth",
-            "none.pth: not the weights that are at",
+            "none.pth cannot be loaded as the file from",
             marks=needs_fidelity,
         ),
         ("--dataset-name nowhere", "nowhere"),

@@ -160,7 +160,7 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
         b"weights",
     ):
         path.write_bytes(content)
-        message = r"bad\.pth: not the weights that are at https"
+        message = r"bad\.pth cannot be loaded as the file from https"
         with pytest.raises(UserError, match=message) as error:
             features.load_inception(path, CPU)
         assert "\n" not in str(error.value)

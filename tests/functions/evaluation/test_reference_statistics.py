@@ -157,7 +157,7 @@ def test_bad_files_are_one_sentence(kind, tmp_path):
     else:
         np.savez(path, **content)
 
-    with pytest.raises(UserError, match=r"bad\.npz: no sound reference statistics") as error:
+    with pytest.raises(UserError, match=r"bad\.npz: no valid reference statistics") as error:
         read_reference(path, 16, EXTRACTOR)
     sentence = str(error.value)
     assert sentence.isprintable()

@@ -162,7 +162,7 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     path.unlink()
     with patch.object(calibration, "write_tensors", side_effect=OSError("no room")):
         call(sample.main, tiny_run, *calibrate, "--out", tmp_path / "not kept")
-    assert "the calibration is not saved: no room" in capsys.readouterr().err
+    assert "the calibration cannot be saved: no room" in capsys.readouterr().err
     assert (tmp_path / "not kept" / "00000.png").read_bytes() == first
 
 
@@ -208,7 +208,7 @@ def test_a_runs_own_images_are_those_of_its_training(tiny_run, pictures, tmp_pat
 
     monkeypatch.setattr(calibration, "load_and_split", load)
     flags = ["--steps", 2, "--n", 1, "--out", tmp_path]
-    message = f"was trained on other images than {fewer} has.*with --calibrate {fewer}"
+    message = f"was trained on other images than {fewer} has.*use --calibrate {fewer}"
     with pytest.raises(UserError, match=message):
         call(sample.main, run, *flags, "--calibrate")
     call(sample.main, run, *flags, "--calibrate", fewer)

@@ -124,7 +124,7 @@ def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, indiv
         ("", "--precision bfloat16 --steps 4 --spacing logsnr", ["precision", "steps", "spacing"]),
         ("", "--variance large", ["variance"]),
     ):
-        with pytest.raises(UserError, match="holds images sampled otherwise") as error:
+        with pytest.raises(UserError, match="has images with other settings") as error:
             call(sample.main, tiny_run / run, *common, *individual, *flags.split())
         assert re.findall(r"(\w+) was ", str(error.value)) == changed
     assert contents(tmp_path) == before
@@ -132,7 +132,7 @@ def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, indiv
 
 def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "00003.png")
-    with pytest.raises(UserError, match=r"holds 00003\.png but no samples\.json"):
+    with pytest.raises(UserError, match=r"has 00003\.png, but no samples\.json"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
 
     # A manifest that is cut short, or is no object, tells nothing of them either.
@@ -144,7 +144,7 @@ def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
 
 
 def test_a_folder_is_for_one_process_at_a_time(tiny_run, tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match="making images in this folder already"):
+    with locked(tmp_path), pytest.raises(UserError, match="already making images in this folder"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
 
 

@@ -209,7 +209,7 @@ def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):
         (["--interpolate", right, broken], "broken.png: "),
         (
             ["--variations", tmp_path / "none.png"],
-            "none.png: No such file or directory; an image is named by",
+            "none.png: No such file or directory; give an image file",
         ),
         (["--variations", ROOT / "README.md"], "README.md: not a PNG"),
         (["--variations", tmp_path], "Is a directory"),
@@ -220,19 +220,21 @@ def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):
 
 
 def test_a_run_behind_calibrate_is_not_taken_for_data(tiny_run):
-    with pytest.raises(UserError, match="that is a run, not data; write the run before the flag"):
+    with pytest.raises(
+        UserError, match="this is a run, not a data set; write the run before the flag"
+    ):
         call(sample.main, "--calibrate", tiny_run, "--runs", tiny_run.parent)
 
 
 @pytest.mark.parametrize(
     "flags, flag, where",
     [
-        ("--export faces --calibrate own", "calibrate", "beside --export"),
-        ("--export faces --interpolate 1 2", "interpolate", "beside --export"),
-        ("--export faces --batch-size 2", "batch-size", "beside --export"),
-        ("--variations 1 --n 7", "n", "beside --variations"),
-        ("--interpolate 1 2 --variations 1 --gif", "gif", "beside --interpolate or --variations"),
-        ("--inpaint face.png --depths 1", "depths", "beside --inpaint"),
+        ("--export faces --calibrate own", "calibrate", "with --export"),
+        ("--export faces --interpolate 1 2", "interpolate", "with --export"),
+        ("--export faces --batch-size 2", "batch-size", "with --export"),
+        ("--variations 1 --n 7", "n", "with --variations"),
+        ("--interpolate 1 2 --variations 1 --gif", "gif", "with --interpolate or --variations"),
+        ("--inpaint face.png --depths 1", "depths", "with --inpaint"),
         ("--mask mask.png", "mask", "without --inpaint"),
         ("--depths 1", "depths", "without --interpolate or --variations"),
     ],
@@ -255,5 +257,5 @@ def test_what_has_an_effect_is_not_refused(defaults):
         call(parse, *flags.split())
 
     # A new flag has a place in the table, too.
-    known = sample.ALWAYS.union(sample.TAKES, *sample.TAKES.values())
+    known = sample.ALWAYS.union(sample.ACTION_FLAGS, *sample.ACTION_FLAGS.values())
     assert vars(call(parse)).keys() == known - {"noise"}

@@ -131,8 +131,8 @@ def test_a_network_that_cannot_be_recorded_is_called_as_it_is(network, monkeypat
     # It was tried once, and said in one line, which has the error that matters.
     assert streams == ["the stream before", "the recording's stream", "the stream before"]
     assert capsys.readouterr().err.splitlines() == [
-        "the network cannot be recorded as a CUDA graph, and is called without one, which "
-        f"is slower: {error}"
+        "the network cannot be recorded as a CUDA graph, so it runs without one, which is "
+        f"slower: {error}"
     ]
 
 
@@ -160,7 +160,7 @@ def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network
     options = SamplerOptions(steps=5)
     by_four = replace(image_sampler_of(halving, options=options), batch_size=4)
     halved = generate(by_four, range(7))
-    message = "out of memory with 4 images at a time: going on with 2"
+    message = "out of memory with 4 images at a time: continuing with 2"
     assert capsys.readouterr().err.count(message) == 1
 
     # Of the batches 4 and 3, the first becomes 2 and 2, and the second 2 and 1. Each comes twice,
@@ -171,7 +171,7 @@ def test_what_does_not_fit_in_memory_is_halved_and_gives_the_same_images(network
 
 
 def test_no_memory_for_one_image_is_an_error_and_other_errors_are_not_hidden(network):
-    message = "no memory for a single image at a time on cpu: CUDA out of memory"
+    message = "not enough memory for even one image on cpu: CUDA out of memory"
     with pytest.raises(UserError, match=message):
         generate(image_sampler_of(LittleMemory(network, 0)), range(4))
 

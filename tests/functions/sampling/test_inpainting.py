@@ -162,7 +162,7 @@ def test_the_chain_approaches_the_truth_as_steps_are_repeated():
     "options", [("ddim",), ("ddim", 10, None, None, 0.5), ("dpm++",), ("ipndm",)]
 )
 def test_samplers_that_cannot_are_refused(options):
-    with pytest.raises(UserError, match="lose their history"):
+    with pytest.raises(UserError, match="depend on earlier steps"):
         samples_of(options, 2, CHANNELS)
 
 
@@ -214,15 +214,15 @@ def paint(run, out, flags):
             "photo.png --mask small.png",
             "has 40x10 pixels, its image 40x20; a mask must be as large as its image",
         ),
-        ("photo.png --mask empty.png", "nothing would be made anew"),
-        ("photo.png --mask full.png", "everything would be made anew"),
+        ("photo.png --mask empty.png", "nothing would be inpainted"),
+        ("photo.png --mask full.png", "everything would be inpainted"),
         (
             "photo.png",
-            "nothing would be made anew; name a --mask that is white in part, or erase a part",
+            "nothing would be inpainted; give a --mask that is partly white, or erase a part",
         ),
-        ("grey16.png", "nothing would be made anew"),
+        ("grey16.png", "nothing would be inpainted"),
         ("nowhere.png", "No such file"),
-        ("photo.png --mask mask.png --sampler dpm++", "lose their history"),
+        ("photo.png --mask mask.png --sampler dpm++", "depend on earlier steps"),
         (
             "photo.png --mask mask.png --n 101 --individual",
             "a grid shows 100 images at most",

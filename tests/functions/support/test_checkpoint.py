@@ -85,7 +85,7 @@ def test_a_training_comes_back_bit_for_bit(path):
 
     # A run without EMA is another run, so it may not go on from this checkpoint.
     without_ema = TrainingState(other.model, None, other.optimizer, other.scaler)
-    with pytest.raises(CheckpointError, match="unknown, 'ema"):
+    with pytest.raises(CheckpointError, match="unknown, such as 'ema"):
         without_ema.load(file)
 
 

@@ -55,7 +55,7 @@ def test_a_gpu_number_that_is_not_there_is_refused(monkeypatch):
         choose_device("cuda:2")
 
     # All of several processes would share the GPU that is named.
-    with pytest.raises(UserError, match="'cuda:0', but each of several processes"):
+    with pytest.raises(UserError, match="'cuda:0', but with several processes"):
         choose_device("cuda:0", index=1)
 
 

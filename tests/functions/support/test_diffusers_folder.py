@@ -309,7 +309,7 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
         call(sample.main, "theirs", "--n", 2, "--calibrate")
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--metrics", "bands", "--images", 2)
     # The folder does not say on which images its network was trained, so evaluate.py warns.
-    assert "NOBODY KNOWS" in capsys.readouterr().err
+    assert "IT IS UNKNOWN" in capsys.readouterr().err
 
     call(sample.main, "theirs", "--n", 2, "--sampler", "ddim", "--calibrate", "own", "--strip")
     flags = ["--interpolate", 0, 1, "--depths", "1", "--variations", 0, "--out", "between"]

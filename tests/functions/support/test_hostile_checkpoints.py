@@ -222,9 +222,9 @@ def test_nesting_that_just_reads(path, whole, part):
             (part, (None, [], "text"), f"its part '{part}' is missing or malformed")
             for part in PARTS
         ),
-        ("run/step", (91, True, -1, "5", math.nan, 5.0), "no proper 'step'"),
-        ("run/total_steps", (10**9, None), "no proper 'total_steps'"),
-        ("run/experiment", (None,), "no proper 'experiment'"),
+        ("run/step", (91, True, -1, "5", math.nan, 5.0), "'step' is missing or malformed"),
+        ("run/total_steps", (10**9, None), "'total_steps' is missing or malformed"),
+        ("run/experiment", (None,), "'experiment' or 'arithmetic' is malformed"),
         ("scaler/scale", (0.0, math.inf, math.nan, 10**400, 2), "its gradient scaler has scale "),
         ("scaler/_growth_tracker", (-1, 2**31, 0.5), "its gradient scaler has scale "),
         ("checksums", ([WEIGHT],), "truncated, damaged or"),
@@ -242,13 +242,13 @@ def test_nesting_that_just_reads(path, whole, part):
         ("config/model/dim_multiply", ([1] * 10**5,), "it must be a list of 1 to 15 integers"),
         ("config/model/dim_multiply", ([1, 10**9],), "it must be at most 1,024"),
         ("config/model/norm_groups", (0,), "norm_groups is 0; it must be 1 or more"),
-        ("config/model/norm_groups", (5,), "describes no model"),
-        ("config/model/unknown", (1,), "describes no model"),
+        ("config/model/norm_groups", (5,), "cannot build a model from its config"),
+        ("config/model/unknown", (1,), "cannot build a model from its config"),
         ("config/diffusion/objective", ("x_0", None, [], 1), "it can be eps or v"),
         (
             "config/diffusion/beta_schedule",
             ("x_0", None, [], 1),
-            "there must be 2 or more, linear or cosine",
+            "use 2 or more timesteps, and 'linear' or 'cosine'",
         ),
     ],
 )
@@ -278,22 +278,22 @@ def test_contents_that_cannot_be(path, whole, place, values, message):
         (
             "model.conv_in.weight",
             lambda t: t * torch.nan,
-            "model.conv_in.weight holds numbers that are not finite",
+            "model.conv_in.weight has numbers that are not finite",
         ),
         (
             "ema.conv_in.weight",
             lambda t: t - torch.inf,
-            "conv_in.weight holds numbers that are not finite",
+            "conv_in.weight has numbers that are not finite",
         ),
         (
             "ema.conv_in.weight",
             lambda t: t.to(torch.float8_e5m2),
-            "is torch.float8_e5m2, which no weights are",
+            "is torch.float8_e5m2, but weights cannot be",
         ),
         (
             "exp_avg.conv_in.bias",
             lambda t: t / 0,
-            "exp_avg.conv_in.bias holds numbers that are not finite",
+            "exp_avg.conv_in.bias has numbers that are not finite",
         ),
         ("exp_avg_sq.conv_in.bias", lambda t: -t - 1, "exp_avg_sq.conv_in.bias is negative"),
         ("step.conv_in.bias", lambda t: -t, "step.conv_in.bias is negative"),

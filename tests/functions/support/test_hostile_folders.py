@@ -65,14 +65,14 @@ REFUSED += [
         for size in (None, "32", True, [16, 32], [16, 16, 16], [], ["16", "16"], [-1, -1], -1)
     ),
     (UNET, "block_out_channels", [], "block_out_channels a list of integers"),
-    (UNET, "down_block_types", None, "describe no supported model"),
+    (UNET, "down_block_types", None, "do not describe a supported model"),
     (UNET, "block_out_channels", [10**9, 10**9], "it must be at most 16,384"),
-    (UNET, "block_out_channels", [16, 16 * 10**8], "config describes no model"),
-    (UNET, "norm_num_groups", 0, "config describes no model"),
+    (UNET, "block_out_channels", [16, 16 * 10**8], "cannot build a model from its config"),
+    (UNET, "norm_num_groups", 0, "cannot build a model from its config"),
     (SCHEDULE, "_class_name", "IPNDMScheduler", "_class_name is 'IPNDMScheduler'"),
     (SCHEDULE, "clip_sample", "false", "clip_sample is 'false'; it must be True"),
-    (SCHEDULE, "beta_end", 7, "config describes no model"),
-    (SCHEDULE, "beta_end", "x", "describe no supported model"),
+    (SCHEDULE, "beta_end", 7, "cannot build a model from its config"),
+    (SCHEDULE, "beta_end", "x", "do not describe a supported model"),
     (SCHEDULE, "num_train_timesteps", 10**9, "timesteps_diff is above 1,000,000"),
     (
         "model_index.json",
@@ -146,45 +146,45 @@ HOSTILE = {
         lambda f: (f / UNET_WEIGHTS).rename(f / "unet" / PICKLE),
         "save_pretrained(NEW_FOLDER)",
     ),
-    "a list": (lambda f: (f / UNET).write_text("[1, 2]"), "no fields in braces"),
+    "a list": (lambda f: (f / UNET).write_text("[1, 2]"), "not an object in braces"),
     "no JSON": (lambda f: (f / UNET).write_text("{"), "cannot be read"),
     "deep": (lambda f: (f / UNET).write_text('{"a":' * 10**5), "cannot be read"),
     "a name twice": (
         lambda f: (f / UNET).write_text('{"a": 1, "a": 2}'),
-        "a name is there twice",
+        "a name appears twice",
     ),
     "cut off": (lambda f: os.truncate(f / UNET_WEIGHTS, 20_000), "truncated"),
     "too large a header": (lambda f: (f / UNET_WEIGHTS).write_bytes(b"\xff" * 99), "truncated"),
     "one missing": (
         spoil_weights(lambda weights: weights.pop("conv_in.bias")),
-        "1 weights are missing or unknown, 'conv_in.bias'",
+        "1 weights are missing or unknown, such as 'conv_in.bias'",
     ),
     "one more": (
         spoil_weights(lambda weights: weights.update(odd=torch.zeros(1))),
-        "missing or unknown, 'odd'",
+        "missing or unknown, such as 'odd'",
     ),
     "a shape": (with_bias(torch.zeros(9)), "is torch.float32 (9,)"),
     "a type": (with_bias(torch.zeros(16).int()), "torch.int32"),
-    "complex numbers": (with_bias(torch.zeros(16) * 1j), "complex64, which"),
+    "complex numbers": (with_bias(torch.zeros(16) * 1j), "complex64, but"),
     "a folder for the weights": (put_a_folder_for_the_weights, "not a regular file"),
     "a pipe for the config": (put_a_pipe_for_the_config, "not a regular file"),
     "a terminal's command": (
         with_index({"conv_in.bias": "\x1b[2J.safetensors"}),
-        "a file of this folder",
+        "a file in this folder",
     ),
     "NaN": (
         spoil_weights(lambda weights: weights["conv_in.bias"].fill_(torch.nan)),
         "not finite",
     ),
-    "old and new": (spoil_weights(add_old_names), "there twice"),
+    "old and new": (spoil_weights(add_old_names), "appears twice"),
     "a way out": (
         with_index({"conv_in.bias": "../../theirs/unet/x.safetensors"}),
-        "a file of this folder",
+        "a file in this folder",
     ),
-    "a number": (with_index({"conv_in.bias": 7}), "a file of this folder"),
-    "no map": (with_index(None), "a file of this folder"),
-    "an empty map": (with_index({}), "a file of this folder"),
-    "another map": (with_index({"conv_in.bias": WEIGHTS}), "not those that"),
+    "a number": (with_index({"conv_in.bias": 7}), "a file in this folder"),
+    "no map": (with_index(None), "a file in this folder"),
+    "an empty map": (with_index({}), "a file in this folder"),
+    "another map": (with_index({"conv_in.bias": WEIGHTS}), "not the ones listed"),
 }
 
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path, monkeyp
     saved = load_model(folder)
     image_sampler = ImageSampler(rebuild(saved, CPU), OPTIONS, saved.model.image_shape, 0, CPU)
 
-    with pytest.raises(UserError, match="a file to export ends in"):
+    with pytest.raises(UserError, match=r"--export needs NAME\.safetensors"):
         export(saved, image_sampler, tmp_path / "out.pt")
 
     # The grid is drawn when the folder is half filled.

@@ -58,7 +58,7 @@ def test_a_full_disk(unfinished, tmp_path, every):
     last = run_folder.checkpoints_of(tmp_path / "back")[-1]
     said = result.stderr.splitlines()[-1]
     assert "cannot be written to: No space left on device. Last good checkpoint: " in said
-    advice = "When that is mended, go on with: python train.py --resume "
+    advice = "Once you have fixed this, continue with: python train.py --resume "
     assert f"checkpoints/{last.name}. {advice}" in said
 
     # With grids TensorBoard's thread may print its own error.

@@ -275,7 +275,7 @@ def test_what_fails_in_one_process_is_left_out_in_all(pictures, tmp_path, monkey
     printed = programs[0].printed
     assert "out of memory with batch_size = 9, recompute = 'norms'\n" in printed
     settings = "batch_size = 3, gradient_accumulation = 3, recompute = norms"
-    assert f"going on with {settings}\n" in printed
+    assert f"continuing with {settings}\n" in printed
 
     # Of ten steps, all processes have skipped one.
     together = next((tmp_path / "two").iterdir())

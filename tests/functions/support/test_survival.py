@@ -105,7 +105,7 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         validated = [row["step"] for row in rows if row["val_loss"] is not None]
         assert validated == [5] * (step > 5)
         printed = capsys.readouterr().out
-        assert f"stopped by {name}, saved; go on with: python train.py --resume {run}" in printed
+        assert f"stopped by {name}, saved; continue with: python train.py --resume {run}" in printed
 
         arguments = ["--resume", run]
         done = step
@@ -239,7 +239,7 @@ def test_two_trainings_in_one_folder(unfinished, tmp_path):
 
     second = Program(tmp_path / "second", "--resume", unfinished)
     assert second.wait() == 2
-    message = f"{unfinished}: another process is training in this folder already"
+    message = f"{unfinished}: another process is already training in this folder"
     assert second.printed.endswith(f"\nerror: {message}\n")
 
     first.terminate()

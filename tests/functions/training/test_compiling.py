@@ -117,7 +117,7 @@ def test_a_compiled_training_is_the_plain_one(trained, monkeypatch):
     # There is one graph, and its backward pass computes no convolution of the forward pass again.
     assert len(compiled) == 1
     assert repeated == [0]
-    assert "compiling  will take some 0 s and save some" in printed
+    assert "compiling  estimate: takes about 0 s, saves about" in printed
     assert "a pass takes" in printed
     assert_alike(plain, run)
 
@@ -127,7 +127,7 @@ def test_a_compiled_training_is_the_plain_one(trained, monkeypatch):
     [
         (None, r"RuntimeError: no compiler\\nfound"),
         (-1, r"its gradients differ by \d+%"),
-        (1, "it is slower: 2 s a pass instead of 1"),
+        (1, "it is slower: 2 s per pass, not 1"),
     ],
 )
 def test_what_fails_differs_or_is_slower_is_left_out_and_leaves_nothing_behind(
@@ -137,7 +137,7 @@ def test_what_fails_differs_or_is_slower_is_left_out_and_leaves_nothing_behind(
     plain, _ = trained()
     prepare(monkeypatch, partial(Wrong, factor=factor), seconds=2)
     run, printed = trained()
-    assert re.search(f"failed, so it goes on without: {why}\n", printed)
+    assert re.search(f"failed, so training continues without it: {why}\n", printed)
     assert_same_run(plain, run)
 
 
@@ -198,14 +198,14 @@ def test_it_is_not_tried_in_vain(setting, trained, monkeypatch):
         field, value = setting
         prepare(monkeypatch, Wrong)
         flags = [f"--diffusion.{field}", value]
-        expected = f"with {field} = "
+        expected = f"as {field} = "
     else:
         # Compiling takes its real time here, and five steps are not worth it.
         monkeypatch.setattr(compiling, "DEVICES", ("cpu",))
-        expected = "it would take some 240 s and save some 0 s of 5 steps"
+        expected = "estimate: takes about 240 s, saves about 0 s over 5 steps"
 
     _, printed = trained("--diffusion.epochs", 1, *flags)
-    assert "  compiling  is left out" in printed
+    assert "  compiling  is off" in printed
     assert expected in printed
     assert "failed" not in printed
 

@@ -131,7 +131,7 @@ def test_a_folder_of_another_dialect_schedule_and_objective(tmp_path, capsys):
     ],
 )
 def test_what_contradicts_the_weights_is_refused(flag, field, value, tiny_run, trained):
-    with pytest.raises(ConfigError, match=f"{field} is .* cannot become {value}"):
+    with pytest.raises(ConfigError, match=f"{field} is .* cannot be changed to {value}"):
         trained("--init", tiny_run, flag, value)
 
 
@@ -157,4 +157,4 @@ def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, tmp_path, cap
 
     with pytest.raises(SystemExit):
         trained("--resume", run, "--init", tiny_run)
-    assert "--init starts a new run, but --resume goes on with one" in capsys.readouterr().err
+    assert "--init starts a new run, but --resume continues one" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_a_batch_that_fits_changes_nothing_else(monkeypatch, pictures, tmp_path,
     for size in (4, 2, 1):
         assert f"out of memory with batch_size = {size}, recompute = 'norms'\n" in printed
     settings = "batch_size = 1, gradient_accumulation = 4, recompute = blocks"
-    assert f"going on with {settings}\n" in printed
+    assert f"continuing with {settings}\n" in printed
 
     assert_same_run(asked, found)
     config = json.loads((found / "config.json").read_text())
@@ -100,7 +100,7 @@ def test_a_try_leaves_nothing_behind(monkeypatch):
 @pytest.mark.slow
 def test_when_nothing_fits_it_is_said(monkeypatch, pictures, tmp_path):
     tried = limit_memory(monkeypatch, norms=0)
-    message = "out of memory with one image at a time: take a smaller base_dim"
+    message = "out of memory with one image at a time: use a smaller base_dim"
     with pytest.raises(UserError, match=message):
         train_tiny(pictures, tmp_path / "runs")
     assert tried == [8, 4, 2, 1, 1]

@@ -56,7 +56,7 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     assert "changed: diffusion.epochs was 2, is now 3" in printed
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
     assert "warning: batch_size was 8, is now 4: no longer bit for bit" in printed
-    assert "note: model.base_dim stays 8, as the run was started; config.py has 32" in printed
+    assert "note: model.base_dim is 8 in this run; config.py has 32" in printed
 
     # It goes on to the end of three epochs, each of five steps.
     call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
@@ -82,7 +82,7 @@ def test_resuming_keeps_precision_and_says_what_it_cannot_keep(trained, monkeypa
     # Another number of threads adds in another order.
     torch.set_num_threads(2)
     call(train.main, "--resume", run, "--diffusion.epochs", 3, "--dry-run")
-    warning = "warning: threads was 1, is now 2: no longer bit for bit as if never stopped"
+    warning = "warning: threads was 1, is now 2: no longer bit for bit like an uninterrupted run"
     assert warning in capsys.readouterr().out
 
 

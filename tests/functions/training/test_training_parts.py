@@ -249,7 +249,7 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
 def test_a_metric_without_a_column_is_an_error_and_writes_nothing(tmp_path):
     log = MetricsLog(tmp_path)
     before = (tmp_path / "metrics.csv").read_text()
-    with pytest.raises(ValueError, match=r"'fid' is no column.*COLUMNS"):
+    with pytest.raises(ValueError, match=r"'fid' is not a column.*COLUMNS"):
         log.write(step=10, loss=0.5, fid=3.17)
     log.tensorboard.close()
 
@@ -315,8 +315,8 @@ def clock(monkeypatch):
 
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(clock):
     """A step has two images, so a window's means are its sums by twice its steps."""
-    window = TrainingWindow(CPU, images_a_step=2)
-    resumed = TrainingWindow(CPU, images_a_step=2)
+    window = TrainingWindow(CPU, images_per_step=2)
+    resumed = TrainingWindow(CPU, images_per_step=2)
 
     def add(window, seconds, loss, skipped=0):
         """Add a step that took so long; its sum of the errors of eps is a quarter of the loss."""
