@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 # When this file runs as a script, Python searches this folder for modules instead of the
-# repository's root. So the root replaces this folder, whose datasets.py would also hide a package.
+# repository's root. So the root replaces this folder, whose datasets.py would also shadow the
+# package `datasets`.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 

@@ -35,7 +35,8 @@ class NoiseScheduler:
 
     The schedule is computed in float64, and cast to the dtype of the tensor that it multiplies.
     Coefficients are looked up on the device of t, and on the CPU for an int t, so no lookup
-    synchronises with a GPU. Raises ValueError for arguments that give no valid schedule.
+    synchronises with a GPU, except on MPS, which lacks float64. Raises ValueError for arguments
+    that give no valid schedule.
 
     Args:
         timesteps: T, at least 2.
@@ -185,8 +186,8 @@ def linear_betas(timesteps: int, beta_start: float, beta_end: float, scale: floa
 def cosine_betas(timesteps: int) -> Tensor:
     """Return the cosine schedule of Nichol and Dhariwal 2021, arXiv:2102.09672: (T,) float64.
 
-    Its alpha_bar is proportional to cos^2((t / T + 0.008) / 1.008 pi / 2) (Eq. 17). Betas are at
-    most 0.999.
+    Its alpha_bar is proportional to cos^2(pi / 2 * (t / T + 0.008) / 1.008) (Eq. 17). Betas are
+    at most 0.999.
     """
     # Here t is the paper's, 0 .. T, and t = 0 is the clean image.
     t = torch.arange(timesteps + 1, dtype=torch.float64)

@@ -2,10 +2,10 @@
 
     python evaluate.py --metrics bands
 
-The bands are the image's mean and octaves of frequency. In each band, the squared error of the x_0
-that the network predicts for held-out images, unclipped, is divided by the squared error of the
-average training image. A ratio of 1 means that the network knows nothing of the image, and a ratio
-above 1 is a fault.
+The bands are the image's mean and octaves of frequency. The network predicts x_0 for held-out
+images, without clipping. In each band, the squared error of this prediction is divided by that of
+the average training image. A ratio of 1 means that the network knows nothing of the image, and a
+ratio above 1 is a fault.
 
 The best linear filter of x_t has the ratio (1 - a) / (a s^2 + 1 - a), where a is alpha_bar_t, and
 s^2 is the average image's squared error per coefficient of the orthonormal Fourier transform. The
@@ -76,8 +76,8 @@ class BandErrors:
         comparison = "not measurably worse than"
         if ratio - 2 * self.standard_error[-1, 0] > 1:
             comparison = f"{ratio:.3g} times worse than"
-        guess = f"at t = {self.t[-1]} the model's guess of an image's mean"
-        return f"{guess} is {comparison} the average image's"
+        guess = f"at t = {self.t[-1]}, as a guess of an image's mean, the model's x_0"
+        return f"{guess} is {comparison} the average training image"
 
     def facts(self) -> dict:
         """Return the fields as plain lists, for a JSON file."""

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from data.pixels import to_uint8
-from functions.sampling.generation import Frame, ImageSampler, Samples
+from functions.sampling.generation import FrameKey, ImageSampler, Samples
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import read_json, short, write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
@@ -43,16 +43,16 @@ def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
 
 
-def label_of(source: str, content: int | np.ndarray) -> str:
+def label_of(source: str, index_or_pixels: int | np.ndarray) -> str:
     """Return a label for the source of a picture, for use in the picture's file name.
 
-    The label of an image of the seed is its index, `content`. The label of an image file is the
-    start of its name, `source`, and a hash of its pixels, `content`.
+    An image generated from the seed is labelled with its index. An image file is labelled with the
+    start of its name, `source`, and a hash of its pixels.
     """
-    if isinstance(content, int):
-        return str(content)
+    if isinstance(index_or_pixels, int):
+        return str(index_or_pixels)
     # The name is cut to 30 characters, so that a file name has room for two labels.
-    digest = hashlib.sha256(content.tobytes()).hexdigest()
+    digest = hashlib.sha256(index_or_pixels.tobytes()).hexdigest()
     return f"{short(Path(source).stem)[:30]}-{digest[:8]}"
 
 
@@ -116,10 +116,11 @@ def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int
 
 def figures_of(
     args: argparse.Namespace, image_sampler: ImageSampler
-) -> dict[str, dict[str, Frame]]:
-    """Return the denoising figures that the flags ask for, by file name.
+) -> dict[str, dict[str, FrameKey]]:
+    """Return {file name: figure} for the denoising figures that the flags ask for.
 
-    A figure has frames by title. The titles give the paper's t, which is 0 for the final image.
+    A figure is {title: key of a frame}. The titles give the paper's t, which is 0 for the final
+    image.
     """
     calls = image_sampler.network_calls
     figures = {}
@@ -137,8 +138,8 @@ def figures_of(
     return figures
 
 
-def state_frames(image_sampler: ImageSampler, count: int) -> dict[str, Frame]:
-    """Return the frames of `count` states from noise to image, by title.
+def state_frames(image_sampler: ImageSampler, count: int) -> dict[str, FrameKey]:
+    """Return {title: key of a frame} for `count` states from noise to image.
 
     If two frames would be the same, only one is returned. The frames are denser near the end, where
     the image takes shape.
@@ -150,9 +151,9 @@ def state_frames(image_sampler: ImageSampler, count: int) -> dict[str, Frame]:
 
 
 def save_pictures(
-    n: int, figures: dict[str, dict[str, Frame]], samples: Samples | None, folder: Path
+    n: int, figures: dict[str, dict[str, FrameKey]], samples: Samples | None, folder: Path
 ) -> None:
-    """Write a grid of the first images of `n`, and the figures of their denoising.
+    """Write a grid of the first GRID_LIMIT of the `n` images, and the figures of their denoising.
 
     Without `samples` the images are read from their files.
     """
@@ -167,7 +168,7 @@ def save_pictures(
     print(f"wrote {folder / 'grid.png'}")
 
     for name, figure in figures.items():
-        frames = [samples.frames[frame][:shown_count] for frame in figure.values()]
+        frames = [samples.frames[key][:shown_count] for key in figure.values()]
         if name.endswith(".gif"):
             save_gif(frames, folder / name)
         else:

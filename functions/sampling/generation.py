@@ -42,7 +42,7 @@ from models.unet import UNet
 Result = TypeVar("Result")
 # ("x", k) is the state after k network calls, and ("x", 0) is the noise. ("x_0", k) is the x_0 that
 # the k-th call predicts.
-Frame = tuple[str, int]
+FrameKey = tuple[str, int]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Samples:
     # (N, C, H, W) in [-1, 1], on the CPU
     images: Tensor
     # uint8 (N, H, W, C) each
-    frames: dict[Frame, np.ndarray]
+    frames: dict[FrameKey, np.ndarray]
 
     @staticmethod
     def concatenated(batches: Sequence["Samples"]) -> "Samples":
@@ -146,7 +146,7 @@ class ImageSampler:
             on_step=self.on_step,
         )
 
-    def sample(self, indices: Sequence[int], frames: Collection[Frame], bar: tqdm) -> Samples:
+    def sample(self, indices: Sequence[int], frames: Collection[FrameKey], bar: tqdm) -> Samples:
         """Sample the images with these indices as one batch; the bar counts steps of all images."""
         noise = self.noise(indices)
         arrays = {}
@@ -260,7 +260,7 @@ def rebuild(
 
 
 def generate(
-    image_sampler: ImageSampler, indices: Sequence[int], frames: Collection[Frame] = ()
+    image_sampler: ImageSampler, indices: Sequence[int], frames: Collection[FrameKey] = ()
 ) -> Samples:
     """Sample the images with these indices, in batches of the sampler's size.
 
@@ -280,7 +280,7 @@ def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
 def generate_batches(
     image_sampler: ImageSampler,
     batches: list[Sequence[int]],
-    frames: Collection[Frame] = (),
+    frames: Collection[FrameKey] = (),
     progress: bool = False,
 ) -> Iterator[Samples]:
     """Yield the `Samples` of each batch of indices; a batch is sampled when it is asked for.

@@ -75,11 +75,12 @@ def keep_heap() -> None:
     # By default the GNU C library returns a large block, such as an activation, to the system as
     # soon as it is freed. So in every forward pass the system zeroes and maps this memory again,
     # page by page. With 20 images of 128 x 128 that took a fifth of a training step's time, and a
-    # third of a sampling step's. In `faces` (2026-11-27), without the options below, a sampling
-    # step took 1.12 times as long with 16 images and 1.24 times as long with 64, and a training
-    # step took the same time. The first option makes malloc take all blocks from the heap, and the
-    # second keeps the heap from shrinking. Together they raise peak memory by up to 15%. Other C
-    # libraries lack mallopt, and on Windows `CDLL(None)` raises an error.
+    # third of a sampling step's. The small images of `faces` gain less (measured 2026-11-27):
+    # without the options below a sampling step takes 1.12 times as long with 16 images and 1.24
+    # times as long with 64, and training steps are not affected. The first option makes malloc take
+    # all blocks from the heap, and the second keeps the heap from shrinking. Together they raise
+    # peak memory by up to 15%. Other C libraries lack mallopt, and on Windows `CDLL(None)` raises
+    # an error.
     with suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
@@ -132,7 +133,7 @@ def cpu_batch_limit(compute_one: Callable[[], object]) -> int:
     systems such an allocation raises an error, so no limit is needed.
     """
     with suppress(AttributeError, TypeError):
-        # This returns the memory that `keep_heap` kept to the system. Otherwise the image could
+        # This gives back to the system what `keep_heap` retained. Otherwise the image could
         # reuse it, and the peak below would not count it.
         ctypes.CDLL(None).malloc_trim(0)
     try:
@@ -229,7 +230,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_device_failure(error: Exception) -> bool:
-    """Return whether a GPU or its driver has failed, so that a second attempt may succeed."""
+    """Return whether it is a failure of a GPU or its driver; a second attempt may succeed."""
     # These strings occur in CUDA's messages. Errors caused by a bug, such as an illegal memory
     # access, have other messages.
     strings = (

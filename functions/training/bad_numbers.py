@@ -17,8 +17,8 @@ class BadNumbers:
     """The counts of bad steps, kept on the device so that the host does not wait for it.
 
     `check` returns a flag for the `found_inf` of a fused Adam. If the flag is 1, Adam changes
-    neither weights nor moments nor its step count. For each row of metrics the host copies the
-    counts from the device, with `counts` and `read`.
+    neither weights nor moments nor its step count. For each row of metrics the caller copies the
+    scalars of `counts` to the host, and passes their values to `check_counts`.
     """
 
     def __init__(self, device: torch.device):
@@ -31,7 +31,7 @@ class BadNumbers:
         self.last = torch.zeros(3, device=device)
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Return () float32: 1 if the loss () or the gradient norm () is not finite, else 0."""
+        """Return a float32 scalar: 1 if the loss or the gradient norm is not finite, else 0."""
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         self.step += 1
         self.skipped += bad
@@ -52,9 +52,9 @@ class BadNumbers:
             tensor.copy_(torch.tensor(state[name]))
 
     def counts(self, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
-        """Return scalars on the device, for `read`.
+        """Return scalars on the device, for `check_counts`.
 
-        They are the largest number of bad steps in a row since the last `read`, the number of steps
+        They are the largest number of bad steps in a row since the last check, the number of steps
         skipped in the whole run, and the loss scale.
         """
         return {
@@ -64,31 +64,33 @@ class BadNumbers:
             "scale": scaler.scale(torch.ones_like(self.step)),
         }
 
-    def read(self, counts: dict[str, float], limit: int, learning_rate: float, run: Path) -> int:
+    def check_counts(
+        self, values: dict[str, float], limit: int, learning_rate: float, run: Path
+    ) -> int:
         """Return the number of steps skipped in the whole run.
 
-        `counts` has the values of the scalars that the method `counts` returns. Raises UserError if
-        there were `limit` bad steps in a row since the last `read`, or if the loss scale of float16
-        has collapsed.
+        `values` are those of `counts`, as numbers. Raises UserError if there were `limit` bad steps
+        in a row since the last check, or if the loss scale of float16 has collapsed.
         """
-        # The next step may be bad, too, so the current number in a row still counts.
+        # Bad steps in a row may continue after this check, so `longest` restarts at their present
+        # number, not at 0.
         self.longest = self.in_a_row.clone()
-        if counts["longest"] >= limit:
+        if values["longest"] >= limit:
             fault = (
-                f"{counts['longest']:.0f} steps in a row had a loss or gradients that are not "
+                f"{values['longest']:.0f} steps in a row had a loss or gradients that are not "
                 "finite numbers"
             )
-        elif counts["scale"] < SMALLEST_SCALE:
+        elif values["scale"] < SMALLEST_SCALE:
             fault = (
-                f"the loss scale of float16 has collapsed to {counts['scale']:g}: "
+                f"the loss scale of float16 has collapsed to {values['scale']:g}: "
                 "gradients overflow at any scale"
             )
         else:
-            return int(counts["skipped"])
+            return int(values["skipped"])
         step, loss, grad_norm = self.last.tolist()
         raise UserError(
-            f"{fault}; the last was step {step:.0f} (loss {loss:.4g}, "
+            f"{fault}. The last bad step was {step:.0f} (loss {loss:.4g}, "
             f"gradient norm {grad_norm:.4g}, learning rate {learning_rate:.3g}). "
-            "They changed no weights. Lower the learning rate, clip gradients, or train in "
+            "Bad steps changed no weights. Lower the learning rate, clip gradients, or train in "
             f"bfloat16 or float32. Last good checkpoint: {last_checkpoint(run)}"
         )

@@ -19,7 +19,7 @@ from functions.support.processes import Processes
 def describe_compute(
     experiment: Experiment, denoiser: Denoiser, steps: int, processes: Processes
 ) -> str:
-    """Describe what the steps to go cost: FLOPs, which are counted, and hours, by timed passes.
+    """Describe the cost of the remaining steps: FLOPs (counted) and hours (from timed passes).
 
     The passes have the batch size that `fit_memory` finds, as in the run, unless one image takes a
     second or more. Then a pass of one image is timed.

@@ -227,7 +227,9 @@ class Recorder:
 
         # Too many bad steps in a row end the run here.
         max_skipped = self.config.max_skipped_steps
-        skipped = self.bad_numbers.read(scalars, max_skipped, learning_rate, self.run.folder)
+        skipped = self.bad_numbers.check_counts(
+            scalars, max_skipped, learning_rate, self.run.folder
+        )
         row = {
             "step": done,
             **self.window.read(scalars),

@@ -88,7 +88,7 @@ def test_the_ratios_of_known_networks(eps):
     else:
         # The sentence names the ratio of the last timestep, in the band of the mean.
         assert expected[-1, 0] > 100
-        times_worse = float(result.verdict().split("mean is ")[1].split(" times")[0])
+        times_worse = float(result.verdict().split("x_0 is ")[1].split(" times")[0])
         assert times_worse == pytest.approx(result.ratio[-1, 0], rel=0.01)
 
 

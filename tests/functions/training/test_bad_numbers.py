@@ -115,7 +115,7 @@ def test_many_bad_steps_in_a_row_end_the_run_with_all_that_helps(trained, tmp_pa
     assert run_folder.step_of(last) == 5
     for part in (
         "3 steps in a row",
-        "the last was step 6",
+        "The last bad step was 6",
         "loss nan",
         "gradient norm nan",
         "learning rate 0.00",
@@ -140,7 +140,7 @@ def test_counting(tmp_path):
     assert check(3.0, 1.0) == 0
 
     # A limit of 3 in a row is not reached: there were two at most, and three in all.
-    assert watch.read(fetch(watch.counts(NO_SCALER)), 3, 0.1, tmp_path) == 3
+    assert watch.check_counts(fetch(watch.counts(NO_SCALER)), 3, 0.1, tmp_path) == 3
 
     # The seventh step is bad by its gradient, and the eighth comes after a resumption.
     assert check(1.0, math.nan) == 1
@@ -148,12 +148,12 @@ def test_counting(tmp_path):
     resumed.load(watch.state())
     resumed.check(torch.tensor(math.nan), torch.tensor(1.0))
 
-    message = r"the last was step 7 \(loss 1, gradient norm nan"
+    message = r"The last bad step was 7 \(loss 1, gradient norm nan"
     with pytest.raises(UserError, match=message):
-        watch.read(fetch(watch.counts(NO_SCALER)), 1, 0.1, tmp_path)
-    message = r"2 steps in a row .* was step 8 \(loss nan, gradient norm 1, learning rate 0.1\)"
+        watch.check_counts(fetch(watch.counts(NO_SCALER)), 1, 0.1, tmp_path)
+    message = r"2 steps in a row .* bad step was 8 \(loss nan, gradient norm 1, learning rate 0.1\)"
     with pytest.raises(UserError, match=message):
-        resumed.read(fetch(resumed.counts(NO_SCALER)), 2, 0.1, tmp_path)
+        resumed.check_counts(fetch(resumed.counts(NO_SCALER)), 2, 0.1, tmp_path)
 
 
 @pytest.mark.slow
