@@ -202,6 +202,7 @@ CHOICES = {
     "beta_schedule": ("linear", "cosine"),
     "objective": OBJECTIVES,
     "t_sampling": ("uniform", "mixed"),
+    "optimizer": ("adam", "muon"),
     "lr_schedule": ("constant", "cosine"),
     "recompute": ("none", "norms", "blocks"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
@@ -262,6 +263,9 @@ class DiffusionConfig:
 
     # Optimisation
 
+    # "adam", or "muon": the orthogonal factor of its momentum moves each weight that is a matrix,
+    # and Adam moves the others.
+    optimizer: str = "adam"
     # Length of the run, in passes over the training images.
     epochs: int = 45
     # Batches per step. The effective batch is batch_size times gradient_accumulation.

@@ -30,6 +30,7 @@ from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
+from functions.optimizers import Adam, Muon
 from functions.prediction import Denoiser
 from functions.sampling.generation import load_intact, rebuild
 from functions.support.checkpoint import (
@@ -46,7 +47,6 @@ from functions.support.command_line import (
     given_fields,
 )
 from functions.support.device import (
-    Adam,
     arithmetic,
     choose_device,
     choose_precision,
@@ -277,7 +277,9 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     steps = range(run.first_step, total_steps)
     processes.print_main(describe(run, facts, image_set.summary))
     if dry_run:
-        processes.print_main(describe_compute(run.experiment, denoiser, len(steps), processes))
+        processes.print_main(
+            describe_compute(run.experiment, denoiser, state.optimizer, len(steps), processes)
+        )
         folder = run.folder or run.runs_folder / f"{run.name}-<time>"
         processes.print_main(
             f"  images in  {image_set.path}\n  goes to    {folder}\nnothing was started"
@@ -329,7 +331,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 sums += torch.stack([losses, errors]).detach().sum(dim=1)
 
             # Line 5: the gradient step. If the loss or gradients are not finite, found_inf tells
-            # Adam to skip it. scaler.step would skip it, too, but it would wait for the device.
+            # the optimiser to skip it. scaler.step would skip it, too, but would wait for the device.
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             max_norm = config.clip_grad_norm or math.inf
@@ -421,7 +423,10 @@ def build_training_state(run: Run, denoiser: Denoiser, device: torch.device) -> 
     ema_model = None
     if config.ema_decay > 0:
         ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    if config.optimizer == "muon":
+        optimizer = Muon(model.parameters(), config.learning_rate, denoiser.precision)
+    else:
+        optimizer = Adam(model.parameters(), config.learning_rate)
     # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=denoiser.precision == torch.float16)
     state = TrainingState(model, ema_model, optimizer, scaler)

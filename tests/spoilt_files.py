@@ -8,11 +8,13 @@ import random
 import re
 import struct
 import zipfile
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
+from functions.optimizers import Adam
 from functions.support.checkpoint import TrainingState
 from functions.support.device import arithmetic
 from functions.support.files import sha256
@@ -92,12 +94,12 @@ def tiny_experiment() -> Experiment:
     return EXPERIMENTS["faces"].override(diffusion, model)
 
 
-def training_state(seed: int = 0) -> TrainingState:
-    """Return a model, its average, Adam and a gradient scaler, as train.py makes them."""
+def training_state(seed: int = 0, kind: Callable[..., Adam] = Adam) -> TrainingState:
+    """Return a model, its average, optimiser and gradient scaler, as train.py makes them."""
     torch.manual_seed(seed)
     model = UNet(**vars(tiny_experiment().model))
     model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    optimizer = kind(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     return TrainingState(model, copy.deepcopy(model), optimizer, scaler)
 
@@ -108,9 +110,9 @@ def snapshot(state: TrainingState) -> list:
 
 
 @functools.cache
-def stepped_state(seed: int) -> TrainingState:
-    """Return a state after one step of Adam; all callers with the same seed share it."""
-    state = training_state(seed)
+def stepped_state(seed: int, kind: Callable[..., Adam] = Adam) -> TrainingState:
+    """Return a state after one step; all callers with the same arguments share it."""
+    state = training_state(seed, kind)
     for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     state.optimizer.step()

@@ -16,6 +16,7 @@ MATHEMATICS = {
     "noise_scheduler",
     "losses",
     "ema",
+    "optimizers",
     "timesteps",
     "prediction",
     "samplers",

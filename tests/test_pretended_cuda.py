@@ -26,12 +26,13 @@ from data.datasets import ImageSet
 from functions.ema import update_ema
 from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim
 from functions.noise_scheduler import NoiseScheduler
+from functions.optimizers import Adam
 from functions.prediction import Denoiser
 from functions.samplers import SAMPLERS
 from functions.sampling import generation
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support.device import Adam, choose_device
+from functions.support.device import choose_device
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import training_draws
 from functions.support.run_folder import Run

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from config import ModelConfig
+from functions.optimizers import Adam
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, sha256, short, write_tensors
 
-# PyTorch uses these names for Adam's state of each parameter.
+# PyTorch uses these names for Adam's state of each parameter. Muon keeps fewer for a matrix.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -31,17 +32,8 @@ class TrainingState:
 
     model: nn.Module
     ema_model: nn.Module | None
-    optimizer: torch.optim.Adam
+    optimizer: Adam
     scaler: torch.amp.GradScaler
-
-    def __post_init__(self) -> None:
-        # Adam would make its state in its first step. A checkpoint needs it to be there before.
-        for p in self.model.parameters():
-            self.optimizer.state[p] = {
-                "step": torch.zeros((), device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all but the scaler, by the names that tensors have in a checkpoint."""
@@ -50,7 +42,9 @@ class TrainingState:
             tensors.update(self.ema_model.state_dict(prefix="ema."))
         for moment in MOMENTS:
             for name, p in self.model.named_parameters():
-                tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
+                state = self.optimizer.state[p]
+                if moment in state:
+                    tensors[f"{moment}.{name}"] = state[moment]
         return tensors
 
     def load(self, file: TensorFile) -> None:

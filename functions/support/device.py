@@ -1,7 +1,4 @@
-"""Choose the device, precision and memory layout for the hardware, when a script starts.
-
-Here is Adam, too, as it depends on the device.
-"""
+"""Choose the device, precision and memory layout for the hardware, when a script starts."""
 
 import ctypes
 import os
@@ -242,17 +239,3 @@ def is_device_failure(error: Exception) -> bool:
         "busy or unavailable",
     )
     return isinstance(error, torch.AcceleratorError) and any(s in str(error) for s in strings)
-
-
-class Adam(torch.optim.Adam):
-    """Run PyTorch's Adam (Kingma and Ba 2015, arXiv:1412.6980), with `found_inf` on MPS too.
-
-    With `found_inf`, a tensor, at 1 a step of fused Adam changes nothing.
-    """
-
-    def step(self, closure: None = None) -> None:
-        """Make one step; this waits for the device on MPS."""
-        found_inf = getattr(self, "found_inf", None)
-        # Apple's kernel does not look at found_inf, so on MPS the host does.
-        if found_inf is None or found_inf.device.type != "mps" or not found_inf:
-            super().step()

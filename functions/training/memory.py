@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import Experiment
 from functions.losses import denoising_loss
+from functions.optimizers import Adam
 from functions.prediction import Denoiser
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
@@ -17,12 +18,13 @@ from functions.support.processes import Processes
 
 
 def describe_compute(
-    experiment: Experiment, denoiser: Denoiser, steps: int, processes: Processes
+    experiment: Experiment, denoiser: Denoiser, optimizer: Adam, steps: int, processes: Processes
 ) -> str:
     """Describe the cost of the remaining steps: FLOPs (counted) and hours (from timed passes).
 
     The passes have the batch size that `fit_memory` finds, as in the run, unless one image takes a
-    second or more. Then a pass of one image is timed.
+    second or more. Then a pass of one image is timed. The steps of the optimiser are real ones, so
+    nothing can be trained afterwards.
     """
     effective_batch = experiment.diffusion.effective_batch
     # The pass of one image also warms up the device.
@@ -38,7 +40,16 @@ def describe_compute(
         seconds = min(run_pass(denoiser, shape) for _ in range(2))
     # FLOPs include recomputation, which `fit_memory` may have changed. So they are counted here.
     flops = effective_batch * flops_of_image(denoiser.network)
-    hours = effective_batch * seconds / image_count * steps / 3600
+    # The first step warms up. The gradients are those of the last pass, as in training.
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    flops += counter.get_total_flops()
+    start = time.perf_counter()
+    optimizer.step()
+    # Reading a number waits for the device.
+    next(denoiser.network.parameters()).sum().item()
+    seconds_of_step = effective_batch * seconds / image_count + time.perf_counter() - start
+    hours = seconds_of_step * steps / 3600
     device = next(denoiser.network.parameters()).device
     return (
         f"  compute    {flops / 1e12:.3g} TFLOP a step; the {steps:,} steps to go take about "
@@ -101,8 +112,8 @@ def pass_fits(denoiser: Denoiser, shape: tuple[int, ...]) -> bool:
     """Return whether forward and backward of images in this shape fit in memory."""
     network = denoiser.network
     try:
-        # In training, the later passes of a step share the memory with gradients and with Adam's
-        # moments. `TrainingState` has already allocated the moments.
+        # In training, the later passes of a step share the memory with gradients and with the
+        # optimiser's moments, which are already allocated.
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         run_pass(denoiser, shape)

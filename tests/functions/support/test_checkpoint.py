@@ -1,11 +1,11 @@
 """Checkpoints: what is written comes back bit for bit, in little memory, or the old file stays."""
 
-import copy
 import hashlib
 import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from functions.optimizers import Adam, Muon
 from functions.sampling.generation import rebuild
 from functions.support import checkpoint, files
 from functions.support.checkpoint import (
@@ -38,6 +39,7 @@ from tests.spoilt_files import (
     with_header,
 )
 
+MUON = partial(Muon, precision=torch.float32)
 CONFIG = {"diffusion": {"timesteps_diff": 10}, "model": {"base_dim": 8}}
 RUN = {
     "experiment": "faces",
@@ -47,13 +49,15 @@ RUN = {
 }
 
 
-def test_a_training_comes_back_bit_for_bit(path):
-    """Weights, average, Adam's moments and steps, and the scaler come back; the layout stays.
+@pytest.mark.parametrize("kind", [Adam, MUON])
+def test_a_training_comes_back_bit_for_bit(kind, path):
+    """Weights, average, moments and steps, and the scaler come back; the layout stays.
 
     Both trainings step alike afterwards.
     """
-    saved = copy.deepcopy(stepped_state(0))
-    other = training_state(seed=1)
+    # It is changed here, so this test has one of its own.
+    saved = stepped_state.__wrapped__(0, kind)
+    other = training_state(1, kind)
     with torch.no_grad():
         # The average differs from the model, so that an exchange of the two is noticed.
         next(saved.ema_model.parameters()).sub_(1)
@@ -65,16 +69,18 @@ def test_a_training_comes_back_bit_for_bit(path):
     assert file.contents["config"] == CONFIG
     assert file.contents["run"] == RUN
 
-    # Before the load the model, the average and Adam differ.
+    # Before the load the model, the average and the optimiser differ.
     assert not same(snapshot(other)[:3], snapshot(saved)[:3])
     other.load(file)
     assert same(snapshot(other), snapshot(saved))
 
     for parameter in other.model.parameters():
         moments = other.optimizer.state[parameter]
-        assert set(moments) == set(checkpoint.MOMENTS)
-        assert parameter.stride() == moments["exp_avg"].stride()
-        assert parameter.stride() == moments["exp_avg_sq"].stride()
+        # The one matrix is that of the time embedding.
+        of_muon = kind is MUON and parameter.shape == (16, 16)
+        assert set(moments) == ({"exp_avg"} if of_muon else {*checkpoint.MOMENTS})
+        for name in moments.keys() - {"step"}:
+            assert parameter.stride() == moments[name].stride()
     assert other.model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
     for state in (saved, other):
@@ -87,6 +93,11 @@ def test_a_training_comes_back_bit_for_bit(path):
     without_ema = TrainingState(other.model, None, other.optimizer, other.scaler)
     with pytest.raises(CheckpointError, match="unknown, such as 'ema"):
         without_ema.load(file)
+
+    # Nor may a run with the other optimiser, which has other moments of the matrix.
+    another = training_state(1, Adam if kind is MUON else MUON)
+    with pytest.raises(CheckpointError, match="2 weights are missing or unknown, 'exp_avg_sq"):
+        another.load(file)
 
 
 @pytest.mark.parametrize("dtype", files.TYPES)
@@ -216,7 +227,7 @@ def save_105_megabytes():
         return nn.Conv2d(512, 512, 5).to(memory_format=torch.channels_last)
 
     model = network()
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = Adam(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = TrainingState(model, network(), optimizer, scaler)
     with at_most(15):

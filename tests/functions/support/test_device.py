@@ -13,10 +13,10 @@ from PIL import Image
 
 import sample
 from config import EXPERIMENTS
+from functions.optimizers import Adam
 from functions.sampling.generation import generate
 from functions.support.device import (
     RESET_PEAK,
-    Adam,
     arithmetic,
     choose_device,
     choose_precision,
@@ -232,7 +232,7 @@ def test_adam_skips_a_step_on_mps_too():
     """
     weight = torch.ones(3, requires_grad=True)
     weight.grad = torch.ones(3)
-    optimizer = Adam([weight], lr=0.1, fused=True)
+    optimizer = Adam([weight], lr=0.1)
     optimizer.found_inf = MagicMock(device=torch.device("mps"))
 
     optimizer.step()

@@ -202,12 +202,13 @@ def test_other_errors_of_nccl_are_shown_whole(met):
     assert str(caught.value) == FULL
 
 
-def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_two_machines_give_the_losses_of_one(optimizer, pictures, tmp_path, capsys):
     """Each machine has a torchrun of one process; here both machines are this one.
 
     They recompute blocks, which one process alone does not. In the end one process goes on alone.
     """
-    flags = [*FLAGS, "--diffusion.dataset-name", pictures]
+    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.optimizer", optimizer]
     call(train.main, *flags, "--runs", tmp_path / "1")
 
     torchrun = [

@@ -23,7 +23,8 @@ from tests.kill import assert_same_run, kill_and_resume
 
 
 @pytest.mark.slow
-def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_step_cut_short_in_its_accumulation_is_done_again(optimizer, pictures, tmp_path):
     """Dropout and augmentation are on, so a step that is done again needs the same random draws."""
     flags = [
         "--diffusion.batch-size",
@@ -34,6 +35,8 @@ def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path):
         0.1,
         "--diffusion.max-rotation",
         3,
+        "--diffusion.optimizer",
+        optimizer,
     ]
     straight = train_tiny(pictures, tmp_path / "straight", *flags)
 

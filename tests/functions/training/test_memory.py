@@ -10,6 +10,7 @@ import torch
 import train
 from config import EXPERIMENTS
 from functions.noise_scheduler import NoiseScheduler
+from functions.optimizers import Muon
 from functions.prediction import Denoiser
 from functions.support.errors import UserError
 from functions.support.processes import SINGLE_PROCESS
@@ -204,8 +205,18 @@ def test_a_dry_run_times_passes_that_fit(most, images, monkeypatch):
     experiment, denoiser = parts()
     limit_memory(monkeypatch, **most)
 
-    description = memory.describe_compute(experiment, denoiser, 1, SINGLE_PROCESS)
+    optimizer = Muon(denoiser.network.parameters(), 1e-3, torch.float32)
+
+    description = memory.describe_compute(experiment, denoiser, optimizer, 1, SINGLE_PROCESS)
     assert description.endswith(f"by timing\n             forward and backward of {images}")
+
+    # A step of Newton-Schulz has two products with a matrix, and the square of its Gram matrix.
+    flops = 12 * memory.flops_of_image(denoiser.network)
+    for parameter in denoiser.network.parameters():
+        short, long = sorted([len(parameter), parameter[0].numel()])
+        if parameter.ndim > 1 and short >= 16:
+            flops += 5 * (2 * 2 * short**2 * long + 2 * short**3)
+    assert f" {flops / 1e12:.3g} TFLOP a step" in description
 
 
 @pytest.mark.slow

@@ -30,8 +30,13 @@ from tests.functions.test_objectives import X_0
 from tests.kill import assert_same_run
 from tests.spoilt_files import contents_text, same, with_contents
 
-# These fields of a config came with v. Earlier runs were all as the values here say.
-NEW_FIELDS = {"objective": "eps", "t_sampling": "uniform", "beta_schedule": "linear"}
+# These fields of a config came with v and Muon. Earlier runs were all as the values here say.
+NEW_FIELDS = {
+    "objective": "eps",
+    "t_sampling": "uniform",
+    "beta_schedule": "linear",
+    "optimizer": "adam",
+}
 # These columns of metrics.csv came with v, too.
 NEW_COLUMNS = {"eps_error", "val_eps_error", "val_eps_error_ema"}
 
@@ -215,7 +220,7 @@ def test_for_eps_the_error_of_eps_is_the_loss(tiny_run):
 
 
 def without_new_fields(config):
-    """Remove the fields that came with v; they have the values that had no names before."""
+    """Remove the new fields; they have the values that had no names before."""
     for field, value in NEW_FIELDS.items():
         assert config["diffusion"].pop(field, value) == value
 

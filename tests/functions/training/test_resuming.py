@@ -22,7 +22,7 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
 
     Its newest checkpoint has it already, so it goes on without being told again.
     """
-    message = r"cannot change diffusion\.learning_rate, model\.base_dim"
+    message = r"cannot change diffusion\.learning_rate, diffusion\.optimizer, model\.base_dim"
     with pytest.raises(ConfigError, match=message):
         call(
             train.main,
@@ -30,6 +30,8 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
             unfinished,
             "--diffusion.learning-rate",
             "1e-3",
+            "--diffusion.optimizer",
+            "muon",
             "--model.base-dim",
             "16",
         )

@@ -1,0 +1,167 @@
+"""Adam and Muon, beside PyTorch's own and a singular value decomposition."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from functions.optimizers import Adam, Muon, is_matrix, orthogonal_factor
+from models.unet import UNet
+from tests.conftest import SMALL_MODEL
+from tests.spoilt_files import same
+
+RATE = 1e-2
+EPS = 1e-8
+
+
+def network():
+    """Return layers with two matrices of equal shape, one of another, and what is no matrix."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(16, 32, 3),
+        nn.GroupNorm(4, 32),
+        nn.Conv2d(16, 32, 3),
+        nn.Linear(64, 24),
+        nn.Conv2d(32, 3, 3),
+    )
+    return layers.to(memory_format=torch.channels_last)
+
+
+def draw_gradients(layers, scale=1.0):
+    for p in layers.parameters():
+        p.grad = scale * torch.randn(p.shape).to(p)
+
+
+def muon(layers, precision=torch.float32):
+    return Muon(layers.parameters(), RATE, precision)
+
+
+def moved(scale):
+    """Return by how much a first step moves each matrix whose gradient has this RMS."""
+    layers = network()
+    before = copy.deepcopy(layers)
+    torch.manual_seed(1)
+    draw_gradients(layers, scale)
+    muon(layers).step()
+    pairs = zip(layers.parameters(), before.parameters(), strict=True)
+    return torch.cat([(new - old).flatten() for new, old in pairs if is_matrix(new)]).detach()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 144), (64, 16)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)],
+)
+def test_the_factor_has_the_singular_vectors_and_values_near_one(shape, precision, tolerance):
+    """The band of Newton-Schulz's singular values is that of the quintic, found on a grid."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(3, *shape, dtype=torch.float64), full_matrices=False)
+    s = torch.linspace(0.1, 1, min(shape), dtype=torch.float64)
+    matrices = (1e-3 * u * s @ v).float()
+
+    factor = orthogonal_factor(matrices, EPS, precision)
+    assert factor.dtype == torch.float32
+    values = u.mT @ factor.double() @ v.mT
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    assert (values - torch.diag_embed(diagonal)).abs().max() < tolerance
+
+    assert diagonal.min() > 0.68 - tolerance
+    assert diagonal.max() < 1.21 + tolerance
+
+
+def test_matrices_move_as_those_of_pytorch_and_the_rest_as_adams():
+    """PyTorch's Muon takes matrices alone, and computes in bfloat16, as ours does here.
+
+    Of channels_last the matrices have other columns first, which changes rounding alone.
+    """
+    layers = network()
+    theirs = copy.deepcopy(layers)
+    optimizer = muon(layers, torch.bfloat16)
+    flat = {p: nn.Parameter(p.detach().flatten(1)) for p in theirs.parameters() if is_matrix(p)}
+    assert len(flat) == 3
+    theirs_muon = torch.optim.Muon(
+        flat.values(), lr=RATE, weight_decay=0, adjust_lr_fn="match_rms_adamw"
+    )
+    theirs_adam = torch.optim.Adam(
+        [p for p in theirs.parameters() if p not in flat], lr=RATE, fused=True
+    )
+
+    for step in range(5):
+        # Like train.py, this sets the rate in one place.
+        rate = RATE / (step + 1)
+        for each in (optimizer, theirs_muon, theirs_adam):
+            each.param_groups[0]["lr"] = rate
+        draw_gradients(layers)
+        for p, other in zip(layers.parameters(), theirs.parameters(), strict=True):
+            other.grad = p.grad.clone()
+        for other, matrix in flat.items():
+            matrix.grad = other.grad.flatten(1)
+
+        for each in (optimizer, theirs_muon, theirs_adam):
+            each.step()
+
+    start = network().parameters()
+    for old, p, other in zip(start, layers.parameters(), theirs.parameters(), strict=True):
+        if other in flat:
+            expected = flat[other].view_as(p) - old
+            assert (p - old - expected).norm() < 0.05 * expected.norm()
+        else:
+            assert torch.equal(p, other)
+
+
+def test_adam_is_that_of_pytorch_to_the_bit():
+    layers = network()
+    theirs = copy.deepcopy(layers)
+    draw_gradients(layers)
+    optimizers = (
+        Adam(layers.parameters(), RATE),
+        torch.optim.Adam(theirs.parameters(), lr=RATE, fused=True),
+    )
+    for p, other in zip(layers.parameters(), theirs.parameters(), strict=True):
+        other.grad = p.grad
+    for optimizer in optimizers:
+        optimizer.step()
+    assert same(layers.state_dict(), theirs.state_dict())
+    assert same(*(optimizer.state_dict()["state"] for optimizer in optimizers))
+
+
+def test_the_size_of_a_gradient_counts_only_where_it_is_rounding():
+    """As with Adam, half a step is left where the RMS is eps. Squares of 1e-30 are 0 in float32.
+
+    The first step's momentum, with Nesterov's step ahead, is 0.05 + 0.95 x 0.05 of the gradient.
+    """
+    full = moved(1e-2)
+    # Updates have the RMS that those of Adam have, which is 0.2 to 0.4 of the rate.
+    assert 0.15 < full.square().mean().sqrt() / RATE < 0.25
+    torch.testing.assert_close(moved(1e-4), full, rtol=1e-3, atol=1e-3 * RATE)
+    half = moved(EPS / (0.05 + 0.95 * 0.05))
+    torch.testing.assert_close(half.norm(), full.norm() / 2, rtol=0.01, atol=0)
+    for scale, most in {1e-11: 0.01, 1e-30: 1e-6, 0: 0}.items():
+        assert moved(scale).norm() <= most * full.norm()
+
+
+def test_the_first_step_of_a_network_moves_its_last_layer_alone():
+    """All gradients but those of the last layer are zero, as that layer starts at zero."""
+    torch.manual_seed(0)
+    model = UNet(**SMALL_MODEL | {"channels": 3, "base_dim": 16})
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randn(2, 3, 16, 16), torch.tensor([3, 50])).sub(1).square().sum().backward()
+    muon(model).step()
+
+    changed = {name for name, value in model.state_dict().items() if not same(value, before[name])}
+    assert changed == {"conv_out.weight", "conv_out.bias"}
+
+
+def test_a_skipped_step_changes_nothing():
+    layers = network()
+    optimizer = muon(layers)
+    optimizer.found_inf = torch.zeros(())
+    draw_gradients(layers)
+    optimizer.step()
+    before = copy.deepcopy([layers.state_dict(), optimizer.state_dict()["state"]])
+
+    optimizer.found_inf = torch.ones(())
+    draw_gradients(layers, torch.nan)
+    optimizer.step()
+    assert same([layers.state_dict(), optimizer.state_dict()["state"]], before)
