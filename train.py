@@ -331,7 +331,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 sums += torch.stack([losses, errors]).detach().sum(dim=1)
 
             # Line 5: the gradient step. If the loss or gradients are not finite, found_inf tells
-            # the optimiser to skip it. scaler.step would skip it, too, but would wait for the device.
+            # the optimiser to skip it. scaler.step would skip it, too, but it would wait for the
+            # device.
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             max_norm = config.clip_grad_norm or math.inf

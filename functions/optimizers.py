@@ -1,4 +1,4 @@
-"""The two optimisers: Adam, and Muon, which leaves to Adam what is no matrix."""
+"""The optimisers: Adam, and Muon for weight matrices with Adam for all other parameters."""
 
 import math
 from collections import defaultdict
@@ -11,11 +11,11 @@ from torch import Tensor
 MOMENTUM = 0.95
 # A weight with fewer rows or columns is no matrix to Muon: biases, norms, and the last convolution.
 SMALLEST_SIDE = 16
-# A stack of matrices has at most so many numbers, unless one matrix has more. Larger stacks fit in
-# no cache, and took up to 1.4 times as long on a CPU.
+# A stack of matrices has at most so many numbers, unless one matrix has more. Larger stacks do
+# not fit in the cache, and took up to 1.4 times as long on a CPU.
 STACK = 2**19
-# A step of Newton-Schulz maps each singular value s to A s + B s^3 + C s^5. By these numbers of
-# Jordan's, five steps bring all from 0.002 to 1 to between 0.68 and 1.2; 0 stays 0.
+# A step of Newton-Schulz maps each singular value s to A s + B s^3 + C s^5. With Jordan's
+# coefficients, five steps bring all from 0.002 to 1 to between 0.68 and 1.2; 0 stays 0.
 A, B, C = 3.4445, -4.7750, 2.0315
 NEWTON_SCHULZ_STEPS = 5
 
@@ -23,7 +23,7 @@ NEWTON_SCHULZ_STEPS = 5
 class Adam(torch.optim.Adam):
     """Run PyTorch's Adam (Kingma and Ba 2015, arXiv:1412.6980), with `found_inf` on MPS too.
 
-    With `found_inf`, a tensor, at 1 a step of fused Adam changes nothing. `state` is there from
+    If the tensor `found_inf` is 1, a step of fused Adam changes nothing. `state` exists from
     the start, so that a checkpoint can be written or loaded before the first step.
     """
 
@@ -107,10 +107,10 @@ class Muon(Adam):
             stack.append(ahead.movedim(1, -1).flatten(1))  # (out, k k in)
         matrices = torch.stack(stack)
         factors = orthogonal_factor(matrices, group["eps"], group["precision"])
-        length = 0.2 * math.sqrt(max(matrices.shape[1:])) * group["lr"] * (1 - skipped)
+        scale = 0.2 * math.sqrt(max(matrices.shape[1:])) * group["lr"] * (1 - skipped)
         for p, factor in zip(weights, factors, strict=True):
             weight = p.movedim(1, -1)
-            weight.addcmul_(factor.view(weight.shape), length, value=-1)
+            weight.addcmul_(factor.view(weight.shape), scale, value=-1)
 
 
 def is_matrix(p: Tensor) -> bool:

@@ -96,7 +96,9 @@ def test_a_training_comes_back_bit_for_bit(kind, path):
 
     # Nor may a run with the other optimiser, which has other moments of the matrix.
     another = training_state(1, Adam if kind is MUON else MUON)
-    with pytest.raises(CheckpointError, match="2 weights are missing or unknown, 'exp_avg_sq"):
+    with pytest.raises(
+        CheckpointError, match="2 weights are missing or unknown, such as 'exp_avg_sq"
+    ):
         another.load(file)
 
 
