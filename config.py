@@ -36,6 +36,7 @@ def experiments() -> dict[str, "Experiment"]:
             validate_every=250,
             sample_every=500,
             checkpoint_every=500,
+            snapshot_every=175,
             validation_samples=360,
         ),
         ModelConfig(
@@ -76,6 +77,7 @@ def experiments() -> dict[str, "Experiment"]:
             ema_decay=0.0,
             precision="auto",
             seed=0,
+            snapshot_every=1770,
             grid_images=20,
         ),
         ModelConfig(
@@ -110,6 +112,7 @@ def experiments() -> dict[str, "Experiment"]:
             # H100s, 8000 steps take about 210 s (estimate in benchmarks/NOTES.md), so saving takes
             # about 2% of the time. If steps are slow, checkpoint_minutes saves more often.
             "checkpoint_every": 8000,
+            "snapshot_every": 20_000,
         },
         {"base_dim": 128},
     )
@@ -131,6 +134,7 @@ def experiments() -> dict[str, "Experiment"]:
             clip_grad_norm=1.0,
             warmup_steps=5000,
             ema_decay=0.9999,
+            snapshot_every=40_000,
             grid_images=64,
         ),
         ModelConfig(
@@ -167,6 +171,7 @@ RECORDING_FIELDS = (
     "checkpoint_minutes",
     "keep_checkpoints",
     "keep_every",
+    "snapshot_every",
     "max_skipped_steps",
     "validation_samples",
     "bits_per_dim_every",
@@ -190,6 +195,7 @@ MAY_BE_ZERO = (
     "max_bad_images",
     "seed",
     "keep_every",
+    "snapshot_every",
     "bits_per_dim_every",
     "transformer_layers",
 )
@@ -263,8 +269,8 @@ class DiffusionConfig:
 
     # Optimisation
 
-    # "adam", or "muon": the orthogonal factor of its momentum moves each weight that is a matrix,
-    # and Adam moves the others.
+    # "adam"; or "muon", which moves each weight matrix by the orthogonal factor of its momentum,
+    # and all other parameters as Adam does.
     optimizer: str = "adam"
     # Length of the run, in passes over the training images.
     epochs: int = 45
@@ -310,6 +316,9 @@ class DiffusionConfig:
     # Checkpoints of steps that are multiples of this are never deleted. 0: only the newest are
     # kept.
     keep_every: int = 0
+    # Steps between snapshots: the weights to sample from, in float16, which are never deleted.
+    # sample.py --guide uses them. 0: none.
+    snapshot_every: int = 0
     # The run ends with an error after this many steps in a row whose loss or gradients are not
     # finite.
     max_skipped_steps: int = 20

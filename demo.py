@@ -26,6 +26,7 @@ from data.decode import fit_mask, fit_square, read_image
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.generation import ImageSampler, generate, open_sampler
+from functions.sampling.guidance import with_guide
 from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import mixtures, source_to_x_0
 from functions.sampling.options import add_model_flags, add_sampling_flags
@@ -65,6 +66,8 @@ STYLE = ".image-frame img { width: 100%; height: 100%; object-fit: contain; padd
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 # All models run in this one thread.
 WORKER = ThreadPoolExecutor(1)
+# The guide is the run's snapshot after about this fraction of the model's steps.
+GUIDE_AT = 0.25
 # Fields for integers, and sliders for integers from 1 upwards.
 number = partial(gr.Number, precision=0)
 slider = partial(gr.Slider, 1, step=1, precision=0)
@@ -184,10 +187,12 @@ class Demo:
         seed: int = 0,
         sampler: str = "ddpm",
         steps: int | None = None,
+        guidance: float = 1,
     ) -> tuple[SavedModel, ImageSampler]:
         """Return the newest checkpoint and its `ImageSampler`, which calls `on_step` at each step.
 
-        sample.py has the same sampler for the same flags.
+        sample.py has the same sampler for the same flags. A guidance above 1 uses a guide from the
+        same run.
         """
         # Flags without a field in the page have their defaults.
         parser = Parser()
@@ -197,12 +202,18 @@ class Demo:
             **vars(self.args), seed=seed or 0, sampler=sampler, steps=steps, batch_size=IMAGE_LIMIT
         )
         saved, image_sampler = open_sampler(parser.parse_args([]), SINGLE_PROCESS)
+        if guidance > 1:
+            guide = str(round(GUIDE_AT * saved.provenance["step"]))
+            options = replace(image_sampler.options, guide=guide, guidance=guidance)
+            image_sampler = replace(image_sampler, options=options)
+            image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
         return saved, replace(image_sampler, on_step=on_step)
 
-    def draw(self, check: Check, seed: int, n: int, sampler: str, steps: int | None) -> tuple:
+    def draw(self, check: Check, seed: int, n: int, *controls: Value) -> tuple:
         """Sample images 0 .. n-1, and show the model's x_0 every few steps.
 
-        A click on "Draw the images" calls this. The outputs are those of `show_last`.
+        A click on "Draw the images" calls this. `controls` are those of `sampler_controls`. The
+        outputs are those of `show_last`.
         """
         # Each entry is a title and images, uint8 (N, H, W, 3). The last entry has the samples, and
         # the entries before have the x_0 of several steps.
@@ -213,18 +224,20 @@ class Demo:
             check()
             if k % math.ceil(calls / FRAME_LIMIT) == 0:
                 title = (
-                    f"the model's estimate of x_0 after {k + 1} of {calls} network calls, "
-                    f"at t = {t + 1}"
+                    f"the model's estimate of x_0 after {k + 1} of {calls} steps, at t = {t + 1}"
                 )
                 history.append((title, to_uint8(x_0).cpu().numpy()))
                 check(outputs=show_last(history))
 
-        saved, image_sampler = self.open(on_step, seed, sampler, steps)
-        calls = image_sampler.network_calls
+        saved, image_sampler = self.open(on_step, seed, *controls)
+        calls = image_sampler.step_count
         samples = generate(image_sampler, range(n))
 
         # The last title is the command that samples the same images.
-        flags = f"--seed {seed or 0} --n {n} --sampler {sampler} --steps {calls}"
+        options = image_sampler.options
+        flags = f"--seed {seed or 0} --n {n} --sampler {options.sampler} --steps {calls}"
+        if options.guide:
+            flags += f" --guide {options.guide} --guidance {options.guidance:g}"
         history.append((f"sample.py {saved.path} {flags}", to_uint8(samples.images).numpy()))
         return show_last(history)
 
@@ -384,6 +397,7 @@ def paint_tab(demo: Demo, history: gr.State) -> gr.events.Dependency:
             repeats = slider(
                 20, 10, label="Repeats", info="Network calls per step: 1 leaves seams, 10 does not."
             )
+            guidance = guidance_slider()
         start = gr.Button("Inpaint the painted part", variant="primary")
         with gr.Row():
             with gr.Column():
@@ -413,7 +427,7 @@ def paint_tab(demo: Demo, history: gr.State) -> gr.events.Dependency:
     upload.upload(in_worker(demo.read), upload, [image, editor], **QUEUED)
 
     # A click on the button calls this. RePaint needs the sampler ddpm.
-    inputs = [image, editor, repeats, count, seed, gr.State("ddpm"), steps]
+    inputs = [image, editor, repeats, count, seed, gr.State("ddpm"), steps, guidance]
     return start.click(in_worker(demo.paint), inputs, picture, **QUEUED)
 
 
@@ -439,7 +453,7 @@ def enlarge(image: np.ndarray) -> Image.Image:
 
 
 def sampler_controls() -> list:
-    """Build the controls of the sampler and its steps."""
+    """Build the controls of the sampler, its steps and its guidance."""
     return [
         gr.Radio(
             [*SAMPLERS],
@@ -448,7 +462,20 @@ def sampler_controls() -> list:
             info="ddpm, the paper's, needs many steps; the others need 20.",
         ),
         number(20, label="Steps", info="Network calls per image; empty: all timesteps."),
+        guidance_slider(),
     ]
+
+
+def guidance_slider() -> gr.Slider:
+    """Build the control of the guidance."""
+    return gr.Slider(
+        1,
+        3,
+        1,
+        step=0.25,
+        label="Guidance",
+        info="Above 1: away from the run's own early weights. This doubles the network calls.",
+    )
 
 
 if __name__ == "__main__":

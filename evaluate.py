@@ -46,6 +46,7 @@ from functions.evaluation.reference_statistics import describe, read_reference, 
 from functions.samplers import VARIANCES
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, open_sampler
+from functions.sampling.guidance import with_guide
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import set_deterministic
@@ -184,6 +185,11 @@ def parse_flags() -> argparse.Namespace:
             "--reference has only the statistics for fid; "
             "kid, prc and --save-reference need real images"
         )
+    if args.guide and {"bpd", "bands"} & set(args.metrics):
+        raise UserError(
+            "bpd and bands measure a single model, without --guide; "
+            "fid, kid and prc measure guided samples"
+        )
     if args.n < FEWEST:
         raise UserError(f"--n is {args.n}; it must be {FEWEST} or more")
     return args
@@ -211,6 +217,7 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     set_deterministic(device.type == "cuda")
 
     image_sampler = with_calibration(image_sampler, saved, processes)
+    image_sampler = with_guide(image_sampler, saved, processes)
     image_set, split = None, None
     # Published statistics replace the real images only for fid.
     if not args.reference or args.metrics != ["fid"]:
@@ -236,7 +243,7 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
         "device": device.type,
         "batch_size": image_sampler.batch_size,
         "seed": args.seed,
-        **image_sampler.options.calibration,
+        **image_sampler.options.corrections,
     }
     folder = args.out or results_folder(saved, "evaluation")
     return Subject(image_sampler, image_set, split, facts, folder / saved.name)

@@ -38,6 +38,7 @@ from functions.sampling.generation import (
     generate_batches,
     open_sampler,
 )
+from functions.sampling.guidance import with_guide
 from functions.sampling.inpainting import check_sampler, inpaint_image
 from functions.sampling.interpolation import save_rows
 from functions.sampling.options import add_sampling_flags
@@ -49,7 +50,8 @@ from functions.support.run_folder import results_folder
 
 # These flags always have an effect.
 ALWAYS = {"checkpoint", "runs", "device", "precision", "seed"}
-SAMPLING = {"batch_size", "out", "sampler", "steps", "spacing", "eta", "variance", "calibrate"}
+SAMPLING = {"batch_size", "out", "sampler", "steps", "spacing", "eta", "variance"}
+SAMPLING |= {"calibrate", "guide", "guidance"}
 ROWS = {*SAMPLING, "depths", "fit"}
 # These flags have an effect together with each action. The default, "noise", samples from noise.
 ACTION_FLAGS = {
@@ -73,15 +75,16 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
     with distributed() as processes:
         # The network and its schedule come only from the checkpoint.
         saved, image_sampler = open_sampler(args, processes, name_prefix)
-        options = image_sampler.options
         if args.inpaint:
-            check_sampler(options)
+            check_sampler(image_sampler.options)
         if args.export:
             processes.on_main(lambda: export(saved, image_sampler, args.export))
             processes.print_main(f"wrote {args.export}")
             return
 
         image_sampler = with_calibration(image_sampler, saved, processes)
+        image_sampler = with_guide(image_sampler, saved, processes)
+        options = image_sampler.options
 
         # The folder's name contains the options that differ from the defaults.
         folder_name = f"{saved.name}-{options.short_name}"

@@ -75,6 +75,9 @@ class Denoiser:
     objective: str = "eps"
     # (x_0, x_t, t, scheduler) -> a better x_0, as functions/sampling/calibration.py makes it.
     calibration: Callable[..., Tensor] | None = None
+    # A worse model to move away from, and by how much: functions/sampling/guidance.py.
+    guide: "Denoiser | None" = None
+    guidance: float = 1.0
     # The most images in one forward pass. A larger batch is split. None: it is never split.
     largest_batch: int | None = None
 
@@ -127,6 +130,13 @@ def predict(
     if isinstance(t, int):
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
     x_0, eps = interpret(model, scheduler, x_t, t, model(x_t, t_batch))
+    guide = getattr(model, "guide", None)
+    if guide:
+        # x_0(guide) + w (x_0(model) - x_0(guide)), written so that w = 1 changes no bit. eps is
+        # linear in x_0, so the same mix of both eps agrees with it.
+        guide_x_0, guide_eps = predict(guide, scheduler, x_t, t)
+        x_0 = x_0 + (model.guidance - 1) * (x_0 - guide_x_0)
+        eps = eps + (model.guidance - 1) * (eps - guide_eps)
     if clip_x_0:
         x_0 = x_0.clamp(-1, 1)
         eps = scheduler.predict_eps(x_t, t, x_0)

@@ -147,10 +147,11 @@ def sampler_of(run, *flags):
 
 def test_draw(page, run, tmp_path):
     """The downloaded grid is that of sample.py, to the bit, and the slider shows earlier x_0."""
-    fill(page, Seed=3, How_many=4, Steps=40)
+    fill(page, Seed=3, How_many=4, Steps=40, Guidance=2)
     page.get_by_label("ddim").check()
     click(page, DRAW)
-    flags = "--seed 3 --n 4 --sampler ddim --steps 40"
+    # The guide is the weights of about a quarter of the 5 steps.
+    flags = "--seed 3 --n 4 --sampler ddim --steps 40 --guide 1 --guidance 2"
     checkpoint = run / "checkpoints" / "step-00000005.safetensors"
     grid = picture(page, f"sample.py {checkpoint} {flags}")
 
@@ -158,11 +159,11 @@ def test_draw(page, run, tmp_path):
     assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
     assert all(image.std() > 10 for image in cut(grid))
 
-    image_sampler = sampler_of(run, 3, "ddim", 40)
+    image_sampler = sampler_of(run, 3, "ddim", 40, 2)
     frames = generate(image_sampler, range(4), {("x_0", 1), ("x_0", 39)}).frames
     for place, calls, t in ((1, 1, 100), (20, 39, 5)):
         fill(page, Look_back=place)
-        shown = picture(page, f"after {calls} of 40 network calls, at t = {t}")
+        shown = picture(page, f"after {calls} of 40 steps, at t = {t}")
         assert_array_equal(cut(shown), frames["x_0", calls])
 
     # Of the two numbers that are typed here, 1 and 17, the last counts.
@@ -170,7 +171,7 @@ def test_draw(page, run, tmp_path):
     number.press("Home")
     page.keyboard.press("Shift+End")
     number.press_sequentially("17", delay=20)
-    picture(page, "after 33 of 40 network calls")
+    picture(page, "after 33 of 40 steps")
 
 
 def test_clicks_wait_for_each_other(page, run, served_run):
@@ -187,7 +188,7 @@ def test_clicks_wait_for_each_other(page, run, served_run):
         first.goto(served_run)
         fill(first, How_many=16, Steps=100)
         click(first, DRAW)
-        first.get_by_text("of 100 network calls").wait_for()
+        first.get_by_text("of 100 steps").wait_for()
 
         # The second page waits in the queue. A share of 1 makes the mixture the second image.
         second.goto(served_run)
@@ -336,7 +337,7 @@ def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
         shutil.copytree(run / "checkpoints", checkpoints)
         fill(chromium, How_many=16, Steps=100)
         click(chromium, DRAW)
-        chromium.get_by_text("of 100 network calls").wait_for()
+        chromium.get_by_text("of 100 steps").wait_for()
 
 
 def test_it_listens_to_this_machine_alone(served_run):

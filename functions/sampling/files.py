@@ -122,7 +122,7 @@ def figures_of(
     A figure is {title: key of a frame}. The titles give the paper's t, which is 0 for the final
     image.
     """
-    calls = image_sampler.network_calls
+    calls = image_sampler.step_count
     figures = {}
     if args.gif:
         figures["denoising.gif"] = state_frames(image_sampler, GIF_FRAMES)
@@ -146,7 +146,7 @@ def state_frames(image_sampler: ImageSampler, count: int) -> dict[str, FrameKey]
     """
     times = image_sampler.times
     shares = [1 - (1 - i / (count - 1)) ** 1.5 for i in range(count)]
-    steps = [round(share * image_sampler.network_calls) for share in shares]
+    steps = [round(share * image_sampler.step_count) for share in shares]
     return {f"t = {times[k] + 1}": ("x", k) for k in steps}
 
 

@@ -100,8 +100,8 @@ class ImageSampler:
         return self.options.times(self.scheduler)
 
     @property
-    def network_calls(self) -> int:
-        """Return the number of network calls per image. All samplers make one call per step."""
+    def step_count(self) -> int:
+        """Return the number of steps. Each makes one network call, or two with a guide."""
         return len(self.times) - 1
 
     def quick(self, seed: int) -> "ImageSampler":
@@ -197,15 +197,24 @@ def open_sampler(
     options = SamplerOptions.from_args(args, saved.config["diffusion"])
 
     shape = saved.model.image_shape
-    if device.type == "cpu":
-        # When a GPU runs out of memory, an error is raised, and `BatchLimit` halves the batch. On a
-        # CPU no error is raised. So the network's batch size is limited beforehand, and `Denoiser`
-        # splits larger batches.
-        x_t = torch.zeros(1, *shape)
-        limit = cpu_batch_limit(partial(denoiser, x_t, torch.zeros(1, dtype=torch.int64)))
-        # The processes share the memory.
-        denoiser = replace(denoiser, largest_batch=max(limit // processes.count, 1))
+    denoiser = limit_batch(denoiser, shape, device, processes)
     return saved, ImageSampler(denoiser, options, shape, args.seed, device, args.batch_size)
+
+
+def limit_batch(
+    denoiser: Denoiser, shape: tuple[int, int, int], device: torch.device, processes: Processes
+) -> Denoiser:
+    """Return the denoiser with as large a batch as the CPU's memory has room for.
+
+    A GPU raises an error when memory is short, and `BatchLimit` then halves the batch. A CPU does
+    not, so the network's batch is limited beforehand: `Denoiser` splits larger ones.
+    """
+    if device.type != "cpu":
+        return denoiser
+    x_t = torch.zeros(1, *shape)
+    limit = cpu_batch_limit(partial(denoiser, x_t, torch.zeros(1, dtype=torch.int64)))
+    # The processes share the memory.
+    return replace(denoiser, largest_batch=max(limit // processes.count, 1))
 
 
 def load_intact(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:
@@ -289,10 +298,13 @@ def generate_batches(
     """
     denoiser = image_sampler.denoiser
     if image_sampler.device.type == "cuda" and image_sampler.use_cuda_graph:
-        denoiser = replace(denoiser, network=CudaGraphed(denoiser.network))
+        guide = denoiser.guide
+        if guide:
+            guide = replace(guide, network=CudaGraphed(guide.network))
+        denoiser = replace(denoiser, network=CudaGraphed(denoiser.network), guide=guide)
         image_sampler = replace(image_sampler, denoiser=denoiser)
     limit = BatchLimit(image_sampler.device)
-    total = image_sampler.network_calls * sum(map(len, batches))
+    total = image_sampler.step_count * sum(map(len, batches))
     with tqdm(
         desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress
     ) as bar:

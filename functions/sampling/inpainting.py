@@ -84,9 +84,9 @@ def inpaint_image(
     x_0 = source_to_x_0(image_sampler, image)
     device_mask = torch.from_numpy(mask).to(device)
     # Every step except the last is repeated.
-    calls = resample * (image_sampler.network_calls - 1) + 1
+    steps = resample * (image_sampler.step_count - 1) + 1
     print(
-        f"inpainting {count} times, {calls:,} network calls each: {image_sampler.options}, "
+        f"inpainting {count} times, {steps:,} steps in all each: {image_sampler.options}, "
         f"each step {resample} times (the last once)"
     )
 

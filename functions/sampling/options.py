@@ -15,6 +15,11 @@ from functions.support.device import DTYPES
 from functions.support.errors import UserError
 from functions.timesteps import SPACINGS, sampling_times
 
+# The default weight w of a guide. The largest weight only catches typing errors: samples are garish
+# from 3 on.
+GUIDANCE = 1.5
+LARGEST_GUIDANCE = 100
+
 
 @dataclass(frozen=True)
 class SamplerOptions:
@@ -24,7 +29,7 @@ class SamplerOptions:
     """
 
     sampler: str = "ddpm"
-    # The number of network calls per image. None means one at each timestep.
+    # The number of steps. None means one step per timestep.
     steps: int | None = None
     spacing: str | None = None
     # After `__post_init__` None means that the sampler does not have the option.
@@ -32,6 +37,11 @@ class SamplerOptions:
     eta: float | None = None
     # This is "data", "own" or a data set; `with_calibration` explains them.
     calibrate: str | None = None
+    # The worse model to move away from, and the weight: functions/sampling/guidance.py explains
+    # them. `with_guide` sets the digest, which has no flag.
+    guide: str | None = None
+    guidance: float | None = None
+    guide_digest: str | None = None
     # This has no flag. It is False for a few models from diffusers folders.
     clip_x_0: bool = True
 
@@ -47,6 +57,15 @@ class SamplerOptions:
                     name for name, row in SAMPLERS.items() if option in row.options
                 )
                 raise UserError(f"--{option} is an option of {samplers}, not of {self.sampler}")
+        if self.guide and self.guidance is None:
+            object.__setattr__(self, "guidance", GUIDANCE)
+        if self.guidance is not None:
+            if not self.guide:
+                raise UserError("--guidance needs a --guide")
+            if not 0 <= self.guidance <= LARGEST_GUIDANCE:
+                raise UserError(
+                    f"--guidance is {self.guidance:g}; it must be from 0 to {LARGEST_GUIDANCE}"
+                )
         # argparse reads the RUN of "--calibrate RUN" as the flag's value.
         if self.calibrate and Path(self.calibrate, "checkpoints").exists():
             raise UserError(
@@ -106,17 +125,22 @@ class SamplerOptions:
             "sampler": self.sampler,
             "steps": self.steps or timesteps,
             **self.arguments,
-            **self.calibration,
+            **self.corrections,
         }
         if not self.clip_x_0:
             facts["clip_x_0"] = False
         return facts
 
     @property
-    def calibration(self) -> dict[str, str]:
-        """Return the name of the data that the calibration is fitted to; {} without calibration."""
-        # A path may reveal who owns the data, so only its last part is published.
-        return {"calibrate": Path(self.calibrate).name} if self.calibrate else {}
+    def corrections(self) -> dict[str, str | float]:
+        """Return the data of the calibration, and the guide with its weight; {} without either."""
+        corrections = {}
+        if self.calibrate:
+            # A path may reveal who owns the data, so only its last part is published.
+            corrections["calibrate"] = Path(self.calibrate).name
+        if self.guide:
+            corrections |= {"guide": self.guide_digest, "guidance": self.guidance}
+        return corrections
 
     def __str__(self) -> str:
         """Return a text such as "dpm++, 20 steps, logsnr, eta 1.0" or "ddpm, all steps, ..."."""
@@ -127,6 +151,10 @@ class SamplerOptions:
         ]
         if self.calibrate:
             words += [f"calibrated on {Path(self.calibrate).name}"]
+        if self.guide:
+            # `with_guide` has loaded the guide if there is a digest.
+            guide = self.guide_digest[:8] if self.guide_digest else Path(self.guide).name
+            words += [f"guided by {guide}, weight {self.guidance:g}"]
         if not self.clip_x_0:
             words += ["x_0 not clipped"]
         return ", ".join(words)
@@ -140,6 +168,8 @@ class SamplerOptions:
                 words += [f"eta{value:g}" if option == "eta" else value]
         if self.calibrate:
             words += [f"calibrated-{Path(self.calibrate).stem}"]
+        if self.guide:
+            words += [f"guided{self.guidance:g}-{self.guide_digest[:8]}"]
         return "-".join(words)
 
 
@@ -217,7 +247,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=positive,
         metavar="N",
-        help="How many network calls to make per image. Default: one for each timestep.",
+        help="The number of steps. Each makes one network call, or two with --guide. "
+        "Default: one step for each timestep.",
     )
     group.add_argument(
         "--spacing",
@@ -245,4 +276,18 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="Correct the network's x_0 at high t (docs/whole-before-detail.md). The correction is "
         "fitted once, in a minute or two: to the training images, to another data set DATA, or to "
         "samples of the model (own). Default: no.",
+    )
+    group.add_argument(
+        "--guide",
+        metavar="STEP|MODEL",
+        help="Move away from a worse model (docs/better-than-the-model.md): the run's own snapshot "
+        "of about this step, or another run, checkpoint or folder. Each step then takes two "
+        "network calls. Default: no.",
+    )
+    group.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="The weight of --guide: 1 is the model itself, more is further away from the guide. "
+        f"Default: {GUIDANCE}.",
     )

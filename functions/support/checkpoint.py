@@ -22,7 +22,8 @@ from functions.optimizers import Adam
 from functions.support.errors import CheckpointError
 from functions.support.files import TensorFile, sha256, short, write_tensors
 
-# PyTorch uses these names for Adam's state of each parameter. Muon keeps fewer for a matrix.
+# PyTorch uses these names for Adam's state of each parameter. For a matrix, Muon keeps only
+# exp_avg.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -124,6 +125,17 @@ def save_checkpoint(path: Path, config: dict, facts: dict, state: TrainingState)
     write_tensors(path, state.tensors(), contents)
 
 
+def save_snapshot(path: Path, config: dict, facts: dict, state: TrainingState) -> None:
+    """Write the weights to sample from, in float16. Raises OSError, as when the disk is full."""
+    part, model = ("ema", state.ema_model) if state.ema_model else ("model", state.model)
+    # The copies are on the CPU, because a GPU may be full.
+    weights = {
+        f"{part}.{name}": tensor.to("cpu", torch.float16)
+        for name, tensor in model.state_dict().items()
+    }
+    write_tensors(path, weights, {"config": config, "run": facts, "scaler": {}})
+
+
 def open_checkpoint(path: Path) -> TensorFile:
     """Open a checkpoint and check its contents. This reads no tensor.
 
@@ -179,6 +191,10 @@ def load_weights(path: Path) -> SavedModel:
         part, kind = "model.", "raw"
         weights = file.tensors(part)
     checksums = {name: file.checksums[part + name] for name in weights}
+    # Snapshots have float16. The network's own parameters are float32.
+    for name, tensor in weights.items():
+        if tensor.dtype == torch.float16:
+            weights[name] = tensor.float()
     config = file.contents["config"]
     digest = digest_of(config, checksums)
     return SavedModel(path, weights, kind, config, file.contents["run"], digest)

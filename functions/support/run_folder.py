@@ -6,6 +6,7 @@ tensorboard/    the same metrics as events
 losses.png      the curves of metrics.csv
 samples/        grids of samples, by step
 checkpoints/    step-00001000.safetensors, ...
+snapshots/      the weights to sample from, in float16, by step: guides for `sample.py --guide`
 .lock           a lock that the training process holds
 """
 
@@ -101,11 +102,11 @@ class Run:
             except FileExistsError:
                 # Another run has started within the same second.
                 time.sleep(0.2)
-        for inner in ("samples", "checkpoints"):
+        for inner in ("samples", "checkpoints", "snapshots"):
             (self.folder / inner).mkdir(exist_ok=True)
 
     def path_of(self, kind: str, step: int) -> Path:
-        """Return the path of a step's file. `kind` is "checkpoints" or "samples"."""
+        """Return the path of a step's file. `kind` is "checkpoints", "snapshots" or "samples"."""
         extension = "png" if kind == "samples" else "safetensors"
         return self.folder / kind / f"step-{step:08d}.{extension}"
 
@@ -192,9 +193,9 @@ def locked(
         lock.release()
 
 
-def checkpoints_of(run: Path) -> list[Path]:
-    """Return the run's checkpoints, oldest first."""
-    paths = (run / "checkpoints").glob("*")
+def checkpoints_of(run: Path, folder: str = "checkpoints") -> list[Path]:
+    """Return the run's checkpoints, or its "snapshots", oldest first."""
+    paths = (run / folder).glob("*")
     return sorted(path for path in paths if CHECKPOINT_NAME.fullmatch(path.name))
 
 
@@ -250,7 +251,7 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
     if saved.path.is_dir():
         return Path("samples") / f"{saved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = saved.path.parent
-    if folder.name == "checkpoints":
+    if folder.name in ("checkpoints", "snapshots"):
         folder = folder.parent
     return folder / kind
 

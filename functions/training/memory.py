@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import time
 
 import torch
@@ -43,19 +44,30 @@ def describe_compute(
     # The first step warms up. The gradients are those of the last pass, as in training.
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
+    wait(denoiser)
     flops += counter.get_total_flops()
     start = time.perf_counter()
     optimizer.step()
-    # Reading a number waits for the device.
-    next(denoiser.network.parameters()).sum().item()
+    wait(denoiser)
     seconds_of_step = effective_batch * seconds / image_count + time.perf_counter() - start
     hours = seconds_of_step * steps / 3600
     device = next(denoiser.network.parameters()).device
-    return (
+    snapshots = ""
+    every = experiment.diffusion.snapshot_every
+    if every:
+        count = math.ceil(steps / every)
+        megabytes = 2 * sum(p.numel() for p in denoiser.network.parameters()) / 1e6
+        snapshots = f"  snapshots  {count:,} of {megabytes:,.1f} MB each\n"
+    return snapshots + (
         f"  compute    {flops / 1e12:.3g} TFLOP a step; the {steps:,} steps to go take about "
         f"{hours:,.2f} hours on one {device}, by timing\n"
         f"             forward and backward of {image_count}"
     )
+
+
+def wait(denoiser: Denoiser) -> None:
+    """Wait until the device has finished; reading a number does so on every device."""
+    next(denoiser.network.parameters()).sum().item()
 
 
 def flops_of_image(network: nn.Module) -> int:

@@ -18,7 +18,7 @@ from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measu
 from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import TrainingState, save_checkpoint
+from functions.support.checkpoint import TrainingState, save_checkpoint, save_snapshot
 from functions.support.errors import EXIT_STOPPED, CheckpointError
 from functions.support.files import TensorFile
 from functions.support.pictures import save_grid
@@ -191,6 +191,12 @@ class Recorder:
             unmeasured = False
             if self.is_due(config.log_every, done) or measurements:
                 unmeasured = self.log(done, grad_norm, measurements)
+
+            # The snapshot of a step is written before its checkpoint, so a resumed run has it.
+            if self.is_due(config.snapshot_every, done) and self.processes.is_main:
+                path = self.run.path_of("snapshots", done)
+                facts = {"experiment": self.run.name, "step": done, **vars(self.facts)}
+                save_snapshot(path, self.run.experiment.to_dict(), facts, self.state)
 
             stopping = self.is_stopping(done)
             minutes = (time.monotonic() - self.saved_at) / 60

@@ -240,7 +240,7 @@ def test_the_script_paints_what_a_mask_says(photo, tiny_run, tmp_path, capsys):
     assert len([*(tmp_path / "out").glob("inpainting-photo-*.png")]) == 1
 
     # Three of the four steps are done three times, and the last is done once.
-    assert "inpainting 5 times, 10 network calls each" in capsys.readouterr().out
+    assert "inpainting 5 times, 10 steps in all each" in capsys.readouterr().out
 
 
 def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, tiny_run, tmp_path):

@@ -305,7 +305,9 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     call(sample.main, "theirs", "--n", 2, "--steps", 5)
     assert "variance small, x_0 not" in capsys.readouterr().out
 
-    with pytest.raises(UserError, match="does not say which images it was trained on; name a data set"):
+    with pytest.raises(
+        UserError, match="does not say which images it was trained on; name a data set"
+    ):
         call(sample.main, "theirs", "--n", 2, "--calibrate")
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--metrics", "bands", "--images", 2)
     # The folder does not say on which images its network was trained, so evaluate.py warns.
