@@ -11,6 +11,8 @@ from PIL import Image
 
 import evaluate
 from functions.evaluation.reference_statistics import read_reference
+from functions.support.checkpoint import load_weights
+from functions.support.run_folder import checkpoints_of
 from tests.conftest import call
 from tests.functions.evaluation.parts import small_extractor
 
@@ -102,6 +104,15 @@ def test_images_of_a_run(tiny_run, tmp_path, capsys):
     call(small_main, *arguments, "--seed", "1")
     call(small_main, *arguments, "--reference-split", "val")
     assert len(results_of(tmp_path, "fid-kid-prc")) == 3
+
+    # Guided samples are other samples, and the protocol names the guide by its hash.
+    before = results_of(tmp_path, "fid-kid-prc")
+    call(small_main, *arguments, "--guide", 5)
+    (guided,) = results_of(tmp_path, "fid-kid-prc").keys() - before.keys()
+    guided = json.loads((tmp_path / guided).read_text())
+    digest = load_weights(checkpoints_of(tiny_run)[0]).digest
+    assert f"guided by {digest[:8]}, weight 1.5" in guided["protocol"]
+    assert guided["fid"] != result["fid"]
 
 
 @needs_fidelity
