@@ -109,7 +109,7 @@ def train_and_fail():
     def fail(*_):
         raise UserError("bad numbers")
 
-    pytest.MonkeyPatch().setattr(BadNumbers, "read", fail)
+    pytest.MonkeyPatch().setattr(BadNumbers, "check_counts", fail)
     train_and_look()
 
 
