@@ -222,20 +222,19 @@ class Demo:
         # The sampler calls this after every step.
         def on_step(k, t, x, x_0):
             check()
-            if k % math.ceil(calls / FRAME_LIMIT) == 0:
-                title = (
-                    f"the model's estimate of x_0 after {k + 1} of {calls} steps, at t = {t + 1}"
-                )
+            if k % math.ceil(step_count / FRAME_LIMIT) == 0:
+                done = f"{k + 1} of {step_count} steps"
+                title = f"the model's estimate of x_0 after {done}, at t = {t + 1}"
                 history.append((title, to_uint8(x_0).cpu().numpy()))
                 check(outputs=show_last(history))
 
         saved, image_sampler = self.open(on_step, seed, *controls)
-        calls = image_sampler.step_count
+        step_count = image_sampler.step_count
         samples = generate(image_sampler, range(n))
 
         # The last title is the command that samples the same images.
         options = image_sampler.options
-        flags = f"--seed {seed or 0} --n {n} --sampler {options.sampler} --steps {calls}"
+        flags = f"--seed {seed or 0} --n {n} --sampler {options.sampler} --steps {step_count}"
         if options.guide:
             flags += f" --guide {options.guide} --guidance {options.guidance:g}"
         history.append((f"sample.py {saved.path} {flags}", to_uint8(samples.images).numpy()))
@@ -461,7 +460,7 @@ def sampler_controls() -> list:
             label="Sampler",
             info="ddpm, the paper's, needs many steps; the others need 20.",
         ),
-        number(20, label="Steps", info="Network calls per image; empty: all timesteps."),
+        number(20, label="Steps", info="From noise to the image; empty: all timesteps."),
         guidance_slider(),
     ]
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 # Nesterov's momentum of Muon, as Jordan has it.
 MOMENTUM = 0.95
-# A weight with fewer rows or columns is no matrix to Muon: biases, norms, and the last convolution.
+# Muon moves only weights with at least this many rows and columns. Adam moves the biases, the norms
+# and the last convolution.
 SMALLEST_SIDE = 16
-# A stack of matrices has at most so many numbers, unless one matrix has more. Larger stacks do
+# A stack of matrices has at most this many elements, unless one matrix has more. Larger stacks do
 # not fit in the cache, and took up to 1.4 times as long on a CPU.
 STACK = 2**19
 # A step of Newton-Schulz maps each singular value s to A s + B s^3 + C s^5. With Jordan's
@@ -55,8 +56,8 @@ class Muon(Adam):
 
     A weight (out, in, k, k) is a matrix (out, in k k). The factor is scaled by
     0.2 sqrt(longer side), which gives it the RMS of Adam's updates (Liu et al. 2025,
-    arXiv:2502.16982), so that both have the same learning rate. Of a matrix only the momentum is
-    kept, under Adam's name `exp_avg`. All other parameters are Adam's.
+    arXiv:2502.16982), so that both have the same learning rate. The state of a matrix is only its
+    momentum, under Adam's name `exp_avg`. Adam moves all other parameters.
 
     Newton-Schulz runs in `precision`, that of the network.
     """
@@ -97,8 +98,8 @@ class Muon(Adam):
         stack = []
         for p in weights:
             momentum = self.state[p]["exp_avg"]
-            # In a skipped step the momentum is drawn towards itself, and stays as it is. A product
-            # with 0 would leave NaN.
+            # In a skipped step the momentum takes the gradient's place, so it does not change. A
+            # gradient that is NaN would stay NaN if it were multiplied by 0.
             gradient = torch.where(skipped > 0, momentum, p.grad)
             momentum.lerp_(gradient, 1 - MOMENTUM)
             # Nesterov's momentum is a step ahead.

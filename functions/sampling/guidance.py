@@ -36,7 +36,7 @@ def with_guide(
     if not options.guide:
         return image_sampler
     saved_guide = load_intact(lambda: find_guide(options.guide, saved), processes)
-    processes.print_main(f"guide {saved_guide.path}: {saved_guide}; two network calls a step")
+    processes.print_main(f"guide {saved_guide.path}: {saved_guide}; two network calls per step")
 
     model = image_sampler.denoiser
     guide = rebuild(saved_guide, image_sampler.device, model.precision)

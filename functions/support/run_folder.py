@@ -142,6 +142,12 @@ def describe(run: Run, facts: Facts, data_summary: str) -> str:
         f"timesteps with {config.beta_schedule} betas, terminal SNR {snr:.2g}"
     )
 
+    if config.snapshot_every:
+        count = math.ceil(facts.total_steps / config.snapshot_every)
+        # A parameter takes 2 bytes in float16.
+        megabytes = 2 * facts.parameters / 1e6
+        lines.append(f"  snapshots  {count:,} of {megabytes:,.1f} MB each")
+
     warnings = run.experiment.warnings()
     if snr > VISIBLE_SNR:
         warnings.append(

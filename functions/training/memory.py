@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import math
 import time
 
 import torch
@@ -52,13 +51,7 @@ def describe_compute(
     seconds_of_step = effective_batch * seconds / image_count + time.perf_counter() - start
     hours = seconds_of_step * steps / 3600
     device = next(denoiser.network.parameters()).device
-    snapshots = ""
-    every = experiment.diffusion.snapshot_every
-    if every:
-        count = math.ceil(steps / every)
-        megabytes = 2 * sum(p.numel() for p in denoiser.network.parameters()) / 1e6
-        snapshots = f"  snapshots  {count:,} of {megabytes:,.1f} MB each\n"
-    return snapshots + (
+    return (
         f"  compute    {flops / 1e12:.3g} TFLOP a step; the {steps:,} steps to go take about "
         f"{hours:,.2f} hours on one {device}, by timing\n"
         f"             forward and backward of {image_count}"

@@ -118,6 +118,8 @@ class Recorder:
             if self.is_stopping(first_step):
                 self.stop_run()
 
+            if self.is_due(self.config.snapshot_every, first_step):
+                self.save_snapshot(first_step)
             if self.is_due(self.config.sample_every, first_step):
                 grid = self.run.path_of("samples", first_step)
                 if not self.processes.on_main(grid.exists):
@@ -154,6 +156,13 @@ class Recorder:
         path = self.run.path_of("checkpoints", done)
         save_checkpoint(path, self.run.experiment.to_dict(), contents, self.state)
         delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
+
+    def save_snapshot(self, done: int) -> None:
+        """Write a snapshot, unless the run has written it before."""
+        path = self.run.path_of("snapshots", done)
+        if self.processes.is_main and not path.exists():
+            facts = {"experiment": self.run.name, "step": done, **vars(self.facts)}
+            save_snapshot(path, self.run.experiment.to_dict(), facts, self.state)
 
     def is_due(self, every: int, done: int) -> bool:
         """Return whether work that is done every `every` steps is due; 0 means never."""
@@ -192,17 +201,13 @@ class Recorder:
             if self.is_due(config.log_every, done) or measurements:
                 unmeasured = self.log(done, grad_norm, measurements)
 
-            # The snapshot of a step is written before its checkpoint, so a resumed run has it.
-            if self.is_due(config.snapshot_every, done) and self.processes.is_main:
-                path = self.run.path_of("snapshots", done)
-                facts = {"experiment": self.run.name, "step": done, **vars(self.facts)}
-                save_snapshot(path, self.run.experiment.to_dict(), facts, self.state)
-
             stopping = self.is_stopping(done)
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
             if self.is_due(config.checkpoint_every, done) or overdue or stopping:
                 self.save(done, unmeasured)
+            if self.is_due(config.snapshot_every, done) and not stopping:
+                self.save_snapshot(done)
             if self.is_due(config.sample_every, done) and not stopping:
                 self.sample(done)
 

@@ -24,7 +24,16 @@ from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import checkpoints_of, find_checkpoints
-from tests.conftest import TINY, call, image_sampler_of, newest, small_unet, train_tiny
+from tests.conftest import (
+    TINY,
+    call,
+    during,
+    image_sampler_of,
+    newest,
+    small_unet,
+    terminate,
+    train_tiny,
+)
 
 SCHEDULER = NoiseScheduler(40)
 FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 2, "--device", "cpu", "--individual"]
@@ -278,3 +287,17 @@ def test_snapshots_are_counted_before_a_run(pictures, tmp_path, capsys):
     flags = [*TINY, "--diffusion.snapshot-every", 4, "--dry-run"]
     call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *flags)
     assert "snapshots  3 of 0.1 MB each" in capsys.readouterr().out
+
+
+def test_a_snapshot_that_a_stop_left_out_is_written_on_resuming(run, pictures, tmp_path):
+    """After a signal the checkpoint comes first, and the resumed run makes up for the snapshot."""
+    with pytest.raises(SystemExit, match="75"), during(4, terminate):
+        train_tiny(pictures, tmp_path, "--diffusion.snapshot-every", 4)
+    (stopped,) = tmp_path.iterdir()
+    assert checkpoints_of(stopped)[-1].stem == "step-00000004"
+    assert not checkpoints_of(stopped, "snapshots")
+
+    call(train.main, "--resume", stopped, "--runs", tmp_path)
+    expected = checkpoints_of(run, "snapshots")
+    for path, other in zip(checkpoints_of(stopped, "snapshots"), expected, strict=True):
+        assert load_weights(path).digest == load_weights(other).digest
