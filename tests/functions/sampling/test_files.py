@@ -112,6 +112,18 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
     assert one.items() <= both.items()
 
 
+@pytest.mark.slow
+def test_two_processes_with_a_guide_make_the_images_of_one(tiny_run, tmp_path):
+    flags = [*FLAGS[:-4], "--steps", 5, "--device", "cpu", "--guide", 5]
+    call(sample.main, tiny_run, *flags, "--out", tmp_path / "one")
+    two = script(*TORCHRUN, tiny_run, *flags, "--out", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("two network calls per step") == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    manifests = [(tmp_path / name / "samples.json").read_bytes() for name in ("one", "two")]
+    assert manifests[0] == manifests[1]
+
+
 # Without --individual there would only be a grid, and that may not lie beside the images either.
 @pytest.mark.parametrize("individual", [["--individual"], []])
 def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, individual):

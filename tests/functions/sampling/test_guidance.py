@@ -15,17 +15,18 @@ import train
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser, predict
 from functions.samplers import SAMPLERS, ddpm_sample
-from functions.sampling import calibration
+from functions.sampling import calibration, generation
 from functions.sampling.generation import generate, generate_batches
-from functions.sampling.guidance import find_guide, with_guide
+from functions.sampling.guidance import find_guide
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.errors import UserError
 from functions.support.pictures import save_image
-from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import checkpoints_of, find_checkpoints
+from models.unet import UNet
 from tests.conftest import (
     TINY,
+    LittleMemory,
     call,
     during,
     image_sampler_of,
@@ -124,6 +125,45 @@ def test_a_weight_of_1_and_a_guide_that_is_the_model_change_no_bit(network, samp
     assert torch.equal(images(other, 1.0), expected)
     assert (images(other, 2.0) - expected).abs().max() > 0.01
     assert torch.equal(images(plain.denoiser, 2.0), expected)
+
+
+@pytest.mark.parametrize("model_fits, guide_fits", [(3, 9), (9, 3), (3, 1)])
+def test_a_batch_is_halved_if_either_network_runs_out_of_memory(
+    network, capsys, model_fits, guide_fits
+):
+    """The images are those of batches of one, in which no network runs out."""
+    guide = small_unet(dim_multiply=(1, 1))
+    plain = image_sampler_of(network, options=SamplerOptions("ddim", 4))
+
+    def images(model, guide, batch_size):
+        guide = Denoiser(guide, plain.scheduler)
+        denoiser = replace(plain.denoiser, network=model, guide=guide, guidance=1.5)
+        return generate(replace(plain, denoiser=denoiser, batch_size=batch_size), range(5)).images
+
+    model = LittleMemory(network, model_fits)
+    guide_in_little_memory = LittleMemory(guide, guide_fits)
+    halved = images(model, guide_in_little_memory, 4)
+    largest = min(2, guide_fits)
+    assert f"continuing with {largest}\n" in capsys.readouterr().err
+    # The batches of 4 and 1 have 4 steps each. The guide gets no batch that does not fit the model.
+    assert guide_in_little_memory.sizes == [*[largest] * (4 * 4 // largest), *[1] * 4]
+    assert (halved - images(network, guide, 1)).abs().max() * 127.5 < 1
+
+
+def test_a_cpu_limits_the_batches_of_either_network(run, tmp_path, monkeypatch):
+    limits = iter([3, 2])
+    monkeypatch.setattr(generation, "cpu_batch_limit", lambda compute_one: next(limits))
+    forward = UNet.forward
+    sizes = []
+
+    def counted(unet, x_t, t):
+        sizes.append(len(x_t))
+        return forward(unet, x_t, t)
+
+    monkeypatch.setattr(UNet, "forward", counted)
+    call(sample.main, run, *FEW, "--n", 4, "--guide", 4, "--out", tmp_path)
+    # In each of the 3 steps the model has its limit of 3, and the guide its limit of 2.
+    assert sizes == [3, 1, 2, 2] * 3
 
 
 def test_snapshots_are_the_averaged_weights_in_float16(run, trained, pictures):
@@ -225,20 +265,21 @@ def test_a_damaged_snapshot_is_named_and_other_files_are_passed_over(run, tmp_pa
         call(sample.main, copy, *FEW, "--guide", 4)
 
 
-def test_a_guide_of_another_shape_or_schedule_is_refused(run, trained):
-    saved = load_weights(checkpoints_of(run)[-1])
-    others = {
-        "timesteps": ["--diffusion.timesteps-diff", 50],
-        "schedule": ["--diffusion.beta-schedule", "cosine"],
-        "images": ["--model.image-size", 32, "--model.dim-multiply", "1,2,2"],
-    }
-    for name, flags in others.items():
-        other = trained(*flags, "--diffusion.epochs", 1, "--runs", run.parent / name)
-        other = next((run.parent / name).iterdir())
-        options = SamplerOptions("ddim", 3, guide=str(other))
-        sampler = image_sampler_of(small_unet(), options=options)
-        with pytest.raises(UserError, match="cannot guide"):
-            with_guide(sampler, saved, SINGLE_PROCESS)
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--diffusion.timesteps-diff", 50], "another noise schedule"),
+        (["--diffusion.beta-schedule", "cosine"], "another noise schedule"),
+        (
+            ["--model.image-size", 32, "--model.dim-multiply", "1,2,2"],
+            r"its images are \(3, 32, 32\)",
+        ),
+    ],
+)
+def test_a_guide_of_another_shape_or_schedule_is_refused(run, trained, flags, reason):
+    other = trained(*flags, "--diffusion.epochs", 1)
+    with pytest.raises(UserError, match=f"cannot guide .*{reason}"):
+        call(sample.main, run, *FEW, "--guide", other)
 
 
 @pytest.mark.parametrize(
@@ -247,13 +288,22 @@ def test_a_guide_of_another_shape_or_schedule_is_refused(run, trained):
         (sample.main, ["--guidance", 2], "needs a --guide"),
         (sample.main, ["--guide", 4, "--guidance", "nan"], "from 0 to"),
         (sample.main, ["--guide", 4, "--export", "x.safetensors"], "ignored with --export"),
-        (evaluate.main, ["--guide", 4, "--metrics", "bpd"], "single model"),
+        # Without --metrics this measures bits/dim.
+        (evaluate.main, ["--guide", 4], "single model"),
+        (evaluate.main, ["--guide", 4, "--metrics", "bands"], "single model"),
         (evaluate.main, ["--guide", 4, "--metrics", "bands,fid"], "single model"),
     ],
 )
 def test_what_cannot_be_guided_is_refused(main, flags, message, run):
     with pytest.raises(UserError, match=message):
         call(main, run, *flags)
+
+
+def test_training_has_no_guide(capsys):
+    """So no loss, and no curve of losses, is that of a guided model."""
+    with pytest.raises(SystemExit, match="2"):
+        call(train.main, "faces", "--dry-run", "--guide", 4)
+    assert "unrecognized arguments: --guide 4" in capsys.readouterr().err
 
 
 def test_a_run_without_snapshots_says_how_to_get_them(tiny_run, tmp_path):
