@@ -66,7 +66,7 @@ STYLE = ".image-frame img { width: 100%; height: 100%; object-fit: contain; padd
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 # All models run in this one thread.
 WORKER = ThreadPoolExecutor(1)
-# The guide is the run's snapshot after about this fraction of the model's steps.
+# The guide is the run's snapshot or checkpoint nearest to this fraction of the model's steps.
 GUIDE_AT = 0.25
 # Fields for integers, and sliders for integers from 1 upwards.
 number = partial(gr.Number, precision=0)
@@ -191,8 +191,8 @@ class Demo:
     ) -> tuple[SavedModel, ImageSampler]:
         """Return the newest checkpoint and its `ImageSampler`, which calls `on_step` at each step.
 
-        sample.py has the same sampler for the same flags. A guidance above 1 uses a guide from the
-        same run.
+        sample.py has the same sampler for the same flags. If `guidance`, the weight w, is above 1,
+        the guide is an earlier snapshot or checkpoint of the same run.
         """
         # Flags without a field in the page have their defaults.
         parser = Parser()
@@ -202,6 +202,7 @@ class Demo:
             **vars(self.args), seed=seed or 0, sampler=sampler, steps=steps, batch_size=IMAGE_LIMIT
         )
         saved, image_sampler = open_sampler(parser.parse_args([]), SINGLE_PROCESS)
+        # At 1 a guide would only double the network calls.
         if guidance > 1:
             guide = str(round(GUIDE_AT * saved.provenance["step"]))
             options = replace(image_sampler.options, guide=guide, guidance=guidance)
@@ -466,7 +467,7 @@ def sampler_controls() -> list:
 
 
 def guidance_slider() -> gr.Slider:
-    """Build the control of the guidance."""
+    """Build the slider for the weight w of the guide; at 1 there is no guide."""
     return gr.Slider(
         1,
         3,

@@ -185,10 +185,12 @@ def parse_flags() -> argparse.Namespace:
             "--reference has only the statistics for fid; "
             "kid, prc and --save-reference need real images"
         )
+    # The bound needs the likelihood of a model, which the mix of two models does not have. Bands
+    # show what a single network knows.
     if args.guide and {"bpd", "bands"} & set(args.metrics):
         raise UserError(
-            "bpd and bands measure a single model, without --guide; "
-            "fid, kid and prc measure guided samples"
+            "bpd and bands measure a single model, so they do not work with --guide; "
+            "fid, kid and prc do"
         )
     if args.n < FEWEST:
         raise UserError(f"--n is {args.n}; it must be {FEWEST} or more")
@@ -216,6 +218,7 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     # On the CPU the kernels are deterministic anyway.
     set_deterministic(device.type == "cuda")
 
+    # As in sample.py, the calibration is first, because it is fitted to the model alone.
     image_sampler = with_calibration(image_sampler, saved, processes)
     image_sampler = with_guide(image_sampler, saved, processes)
     image_set, split = None, None

@@ -82,6 +82,8 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             processes.print_main(f"wrote {args.export}")
             return
 
+        # Both have no effect unless a flag asks for them. The calibration is first, because it is
+        # fitted to the model alone; `with_guide` calibrates the guide.
         image_sampler = with_calibration(image_sampler, saved, processes)
         image_sampler = with_guide(image_sampler, saved, processes)
         options = image_sampler.options

@@ -75,7 +75,8 @@ class Denoiser:
     objective: str = "eps"
     # (x_0, x_t, t, scheduler) -> a better x_0, as functions/sampling/calibration.py makes it.
     calibration: Callable[..., Tensor] | None = None
-    # A worse model to move away from, and by how much: functions/sampling/guidance.py.
+    # A worse model, from whose x_0 `predict` moves away, and the weight w of this guidance. At 1
+    # the guide has no effect. functions/sampling/guidance.py explains both.
     guide: "Denoiser | None" = None
     guidance: float = 1.0
     # The most images in one forward pass. A larger batch is split. None: it is never split.
@@ -132,8 +133,9 @@ def predict(
     x_0, eps = interpret(model, scheduler, x_t, t, model(x_t, t_batch))
     guide = getattr(model, "guide", None)
     if guide:
-        # x_0(guide) + w (x_0(model) - x_0(guide)), written so that w = 1 changes no bit. eps is
-        # linear in x_0, so the same mix of both eps agrees with it.
+        # The guided x_0 is x_0(guide) + w (x_0(model) - x_0(guide)). It is computed in a form in
+        # which w = 1 changes no bit. eps is linear in x_0, so the same mix of both eps is the eps
+        # of the guided x_0. Neither network's x_0 is clipped here; the guided x_0 is clipped below.
         guide_x_0, guide_eps = predict(guide, scheduler, x_t, t)
         x_0 = x_0 + (model.guidance - 1) * (x_0 - guide_x_0)
         eps = eps + (model.guidance - 1) * (eps - guide_eps)

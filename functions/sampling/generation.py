@@ -81,7 +81,7 @@ class ImageSampler:
     batch_size: int = 64
     # The sampler calls this after every step.
     on_step: OnStep | None = None
-    # On CUDA the network is recorded as a CUDA graph, which is replayed for each call.
+    # On CUDA each network is recorded as a CUDA graph, which is replayed for each call.
     use_cuda_graph: bool = True
 
     def __post_init__(self) -> None:
@@ -298,6 +298,8 @@ def generate_batches(
     """
     denoiser = image_sampler.denoiser
     if image_sampler.device.type == "cuda" and image_sampler.use_cuda_graph:
+        # The guide's network has a graph of its own. The mix of both x_0 is in neither graph: its
+        # coefficients depend on t and are Python numbers, which a graph would keep as constants.
         guide = denoiser.guide
         if guide:
             guide = replace(guide, network=CudaGraphed(guide.network))

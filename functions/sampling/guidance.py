@@ -1,12 +1,14 @@
-"""Guide a model by a worse one, such as itself from earlier in its training.
+"""Guide a model by a worse one, such as an earlier snapshot of its own training.
 
-The x_0 of the model is moved away from that of the guide:
+The guided x_0 lies on the line from the guide's x_0 through the model's x_0:
 
     x_0 = x_0(guide) + w (x_0(model) - x_0(guide))
 
-With w = 1 this is the model. With w > 1 it corrects what the guide does worse, further than the
-model does. This is autoguidance (Karras et al. 2024, arXiv:2406.02507), here for models without
-labels, whose own snapshots are good guides: docs/better-than-the-model.md.
+With w = 1 it is the model's x_0. With w > 1 it lies beyond the model's, further from the guide's.
+This helps if the guide makes the same errors as the model, but larger ones. The method is
+autoguidance (Karras et al. 2024, arXiv:2406.02507); here it needs neither labels nor a second
+training. docs/better-than-the-model.md explains and measures it. `predict` in
+functions/prediction.py computes the guided x_0.
 """
 
 import re
@@ -29,8 +31,9 @@ def with_guide(
 ) -> ImageSampler:
     """Return the sampler with the guide that its options name, if they name one.
 
-    The guide has the precision of the model, and a calibration of its own if the model has one.
-    Raises UserError for a guide with another noise schedule or another shape of images.
+    `saved` is the sampler's model. The guide computes in the model's precision. If the options ask
+    for a calibration, the guide gets one that is fitted to the guide. Raises UserError for a guide
+    with another noise schedule or another shape of images, and when `find_guide` finds none.
     """
     options = image_sampler.options
     if not options.guide:
@@ -38,6 +41,7 @@ def with_guide(
     saved_guide = load_intact(lambda: find_guide(options.guide, saved), processes)
     processes.print_main(f"guide {saved_guide.path}: {saved_guide}; two network calls per step")
 
+    # The guide keeps its own objective, and its network may have another size.
     model = image_sampler.denoiser
     guide = rebuild(saved_guide, image_sampler.device, model.precision)
     shape = saved_guide.model.image_shape
@@ -46,32 +50,42 @@ def with_guide(
             f"{saved_guide.path} cannot guide {saved.path}: its images are {shape}, and the "
             f"model's are {image_sampler.shape}"
         )
+    # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
     if not torch.equal(guide.scheduler.alphas_cumprod, model.scheduler.alphas_cumprod):
         raise UserError(
             f"{saved_guide.path} cannot guide {saved.path}: it has another noise schedule "
             "(the number of timesteps, or the betas)"
         )
 
+    # The guide's network may need more memory per image than the model's, so it has its own limit.
     guide = limit_batch(guide, shape, image_sampler.device, processes)
+    # The calibration is fitted to the guide alone. Only x_0 of single networks is ever calibrated,
+    # and not the guided x_0.
     guide_sampler = replace(image_sampler, denoiser=guide)
     guide = with_calibration(guide_sampler, saved_guide, processes).denoiser
     return replace(
         image_sampler,
         denoiser=replace(model, guide=guide, guidance=options.guidance),
+        # Manifests and the names of folders contain the digest, so that images of one guide are
+        # never taken for images of another guide, or of none.
         options=replace(options, guide_digest=saved_guide.digest),
     )
 
 
 def find_guide(guide: str, saved: SavedModel) -> Sequence[Path]:
-    """Return the files that `guide` names, in the order in which they are tried.
+    """Return the files or folders to try as the guide of `saved`, in this order.
 
-    It is a path, or a step of the model's run. A step means the nearest snapshot or checkpoint from
-    before the model. Raises UserError when the run has none.
+    `guide` is the path of a model, or a step of the run that `saved` is from. For a step, the only
+    candidate is the nearest snapshot or checkpoint among those from before `saved`. Raises
+    UserError when the run has none, and CheckpointError for a folder without a model.
     """
+    # Steps have at most eight digits, as in the names of checkpoints.
     if not re.fullmatch(r"\d{1,8}", guide):
         return find_checkpoints(Path(guide))
+    # Checkpoints are at RUN/checkpoints/FILE, and snapshots at RUN/snapshots/FILE.
     run = saved.path.absolute().parent.parent
-    # Checkpoints are deleted later, so a snapshot comes first if both are equally near.
+    # Of several equally near files `min` returns the first. The snapshots are listed first, because
+    # the run may later delete a checkpoint.
     files = [*checkpoints_of(run, "snapshots"), *checkpoints_of(run)]
     earlier = [file for file in files if step_of(file) < saved.provenance["step"]]
     if not earlier:

@@ -37,8 +37,9 @@ class SamplerOptions:
     eta: float | None = None
     # This is "data", "own" or a data set; `with_calibration` explains them.
     calibrate: str | None = None
-    # The worse model to move away from, and the weight: functions/sampling/guidance.py explains
-    # them. `with_guide` sets the digest, which has no flag.
+    # The guide is a worse model, given as a step or a path, and the guidance is its weight w.
+    # functions/sampling/guidance.py explains both. `with_guide` sets the digest of the guide's
+    # weights, which has no flag.
     guide: str | None = None
     guidance: float | None = None
     guide_digest: str | None = None
@@ -57,6 +58,7 @@ class SamplerOptions:
                     name for name, row in SAMPLERS.items() if option in row.options
                 )
                 raise UserError(f"--{option} is an option of {samplers}, not of {self.sampler}")
+        # Without a guide the guidance stays None.
         if self.guide and self.guidance is None:
             object.__setattr__(self, "guidance", GUIDANCE)
         if self.guidance is not None:
@@ -280,14 +282,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guide",
         metavar="STEP|MODEL",
-        help="Move away from a worse model (docs/better-than-the-model.md): the run's own snapshot "
-        "of about this step, or another run, checkpoint or folder. Each step then takes two "
-        "network calls. Default: no.",
+        help="Move each x_0 away from that of a worse model (docs/better-than-the-model.md). The "
+        "worse model is the run's own snapshot or checkpoint nearest to STEP, or any other run, "
+        "checkpoint or folder. Each step then makes two network calls. Default: no.",
     )
     group.add_argument(
         "--guidance",
         type=float,
         metavar="W",
-        help="The weight of --guide: 1 is the model itself, more is further away from the guide. "
-        f"Default: {GUIDANCE}.",
+        help="The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away "
+        f"from that of the guide. Default: {GUIDANCE}.",
     )
