@@ -49,7 +49,10 @@ def main() -> None:
     """Draw all figures into this folder."""
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "run", nargs="?", type=Path, help="A run folder. Default: the newest run of `faces`."
+        "run",
+        nargs="?",
+        type=Path,
+        help="A run folder. Default: the newest run whose name begins with faces.",
     )
     parser.add_argument(
         "--photos",
