@@ -27,7 +27,7 @@ from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, forward_passes, micro_batches
 from data.datasets import ImageSet, Split, load_images, split_images
 from data.pixels import to_model_range
-from functions.ema import update_ema
+from functions.ema import power_decay, update_ema
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
 from functions.optimizers import Adam, Muon
@@ -350,6 +350,8 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 # so that it does not forget them.
                 ramp = not facts.initial
                 update_ema(ema_model, model, step, config.ema_decay, ramp)
+            for length, average in state.power_emas.items():
+                update_ema(average, model, step, power_decay(length, step), ramp=False)
             recorder.window.add(sums, optimizer.found_inf)
             recorder.after_step(step + 1, grad_norm)
     processes.print_main(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
@@ -421,16 +423,19 @@ def build_training_state(run: Run, denoiser: Denoiser, device: torch.device) -> 
     """Build all that the steps change, as new or as the run's checkpoint has it."""
     config = run.experiment.diffusion
     model = denoiser.network
-    ema_model = None
-    if config.ema_decay > 0:
-        ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def copy_of_model():
+        return copy.deepcopy(model).eval().requires_grad_(False)
+
+    ema_model = copy_of_model() if config.ema_decay > 0 else None
+    power_emas = {length: copy_of_model() for length in config.power_ema}
     if config.optimizer == "muon":
         optimizer = Muon(model.parameters(), config.learning_rate, denoiser.precision)
     else:
         optimizer = Adam(model.parameters(), config.learning_rate)
     # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=denoiser.precision == torch.float16)
-    state = TrainingState(model, ema_model, optimizer, scaler)
+    state = TrainingState(model, ema_model, optimizer, scaler, power_emas)
     if run.checkpoint:
         state.load(run.checkpoint)
     return state

@@ -251,7 +251,14 @@ def test_cosine_betas_refuse_what_they_have_no_use_for(field, value):
                 "diffusion.beta_schedule": ("linear", "cosine"),
             },
         ),
-        ("ffhq-v", "ffhq-full", {"diffusion.t_sampling": ("uniform", "mixed")}),
+        (
+            "ffhq-v",
+            "ffhq-full",
+            {
+                "diffusion.t_sampling": ("uniform", "mixed"),
+                "diffusion.power_ema": ([], [0.05, 0.1]),
+            },
+        ),
     ],
 )
 def test_the_v_presets_differ_in_their_objective_and_what_it_wants_alone(name, other, also):

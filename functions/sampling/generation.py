@@ -24,6 +24,7 @@ from functions.prediction import Denoiser
 from functions.samplers import SAMPLERS, VARIANCES, OnStep
 from functions.sampling.cuda_graph import CudaGraphed
 from functions.sampling.options import SamplerOptions
+from functions.sampling.reconstruction import reconstruct
 from functions.support.checkpoint import SavedModel, load_into
 from functions.support.device import (
     choose_device,
@@ -186,10 +187,15 @@ def open_sampler(
     # Options that fit no model are refused here, before a checkpoint is read.
     SamplerOptions.from_args(args, {})
 
+    if args.at and args.ema_length is None:
+        raise UserError("--at needs an --ema-length")
+
     def find():
-        if args.checkpoint:
-            return find_checkpoints(args.checkpoint)
-        return newest_checkpoints(args.runs, name_prefix)
+        run = args.checkpoint
+        if args.ema_length is not None:
+            run = run or newest_checkpoints(args.runs, name_prefix)[0].parent.parent
+            return [reconstruct(run, args.ema_length, args.at)]
+        return find_checkpoints(run) if run else newest_checkpoints(args.runs, name_prefix)
 
     saved = load_intact(find, processes)
     processes.print_main(f"{saved.path}: {saved}")

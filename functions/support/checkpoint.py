@@ -11,7 +11,7 @@ An exported file has the same format, but its only tensors are the weights to sa
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,12 +35,16 @@ class TrainingState:
     ema_model: nn.Module | None
     optimizer: Adam
     scaler: torch.amp.GradScaler
+    # The power averages of the weights, by their relative lengths: functions/ema.py explains them.
+    power_emas: dict[float, nn.Module] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all but the scaler, by the names that tensors have in a checkpoint."""
         tensors = self.model.state_dict(prefix="model.")
         if self.ema_model:
             tensors.update(self.ema_model.state_dict(prefix="ema."))
+        for length, average in self.power_emas.items():
+            tensors.update(average.state_dict(prefix=f"power_ema_{length}."))
         for moment in MOMENTS:
             for name, p in self.model.named_parameters():
                 state = self.optimizer.state[p]
@@ -125,9 +129,11 @@ def save_checkpoint(path: Path, config: dict, facts: dict, state: TrainingState)
     write_tensors(path, state.tensors(), contents)
 
 
-def save_snapshot(path: Path, config: dict, facts: dict, state: TrainingState) -> None:
-    """Write the weights to sample from, in float16. Raises OSError, as when the disk is full."""
-    part, model = ("ema", state.ema_model) if state.ema_model else ("model", state.model)
+def save_snapshot(path: Path, config: dict, facts: dict, part: str, model: nn.Module) -> None:
+    """Write a model to sample from, in float16. `part` is "ema" for averages, otherwise "model".
+
+    Raises OSError, as when the disk is full.
+    """
     # The copies are on the CPU, because a GPU may be full.
     weights = {
         f"{part}.{name}": tensor.to("cpu", torch.float16)

@@ -23,7 +23,7 @@ from functions.support.errors import EXIT_STOPPED, CheckpointError
 from functions.support.files import TensorFile
 from functions.support.pictures import save_grid
 from functions.support.processes import Processes
-from functions.support.run_folder import Facts, Run, delete_old, locked
+from functions.support.run_folder import Facts, Run, delete_old, locked, power_path
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import MetricsLog, TrainingWindow, fetch, plot_losses
 from functions.training.stopping import StopSignals, explain_failed_writes
@@ -158,11 +158,22 @@ class Recorder:
         delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
 
     def save_snapshot(self, done: int) -> None:
-        """Write a snapshot, unless the run has written it before."""
+        """Write the snapshots of a step, except those that the run has written before."""
+        if not self.processes.is_main:
+            return
+        state = self.state
         path = self.run.path_of("snapshots", done)
-        if self.processes.is_main and not path.exists():
-            facts = {"experiment": self.run.name, "step": done, **vars(self.facts)}
-            save_snapshot(path, self.run.experiment.to_dict(), facts, self.state)
+        part, model = ("ema", state.ema_model) if state.ema_model else ("model", state.model)
+        snapshots = [(path, part, model, {})]
+        for length, average in state.power_emas.items():
+            note = {"note": f"power average of relative length {length}"}
+            snapshots.append((power_path(path, length), "ema", average, note))
+
+        config = self.run.experiment.to_dict()
+        facts = {"experiment": self.run.name, "step": done, **vars(self.facts)}
+        for path, part, model, note in snapshots:
+            if not path.exists():
+                save_snapshot(path, config, facts | note, part, model)
 
     def is_due(self, every: int, done: int) -> bool:
         """Return whether work that is done every `every` steps is due; 0 means never."""
