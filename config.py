@@ -125,9 +125,15 @@ def experiments() -> dict[str, "Experiment"]:
     )
 
     # The full run with v, with t_sampling = "mixed", and with averages whose length can be chosen
-    # afterwards.
+    # afterwards. With these a checkpoint has 5.8 GB instead of 3.9 GB, so there are fewer.
     ffhq_v = ffhq_full.override(
-        {"objective": "v", "t_sampling": "mixed", "power_ema": (0.05, 0.1)}, {}
+        {
+            "objective": "v",
+            "t_sampling": "mixed",
+            "power_ema": (0.05, 0.1),
+            "checkpoint_every": 12_000,
+        },
+        {},
     )
 
     # The paper's CIFAR-10: 390 steps per epoch, 800,280 in total. Betas and objective are the

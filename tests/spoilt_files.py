@@ -106,7 +106,8 @@ def training_state(seed: int = 0, kind: Callable[..., Adam] = Adam) -> TrainingS
 
 def snapshot(state: TrainingState) -> list:
     """Copy all that `TrainingState.load` could change."""
-    return copy.deepcopy([dict(part.state_dict()) for part in vars(state).values()])
+    parts = [state.model, state.ema_model, state.optimizer, state.scaler]
+    return copy.deepcopy([dict(part.state_dict()) for part in parts])
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from functions.support.pictures import save_image
 from functions.support.run_folder import checkpoints_of, find_checkpoints
 from models.unet import UNet
 from tests.conftest import (
+    POWER_EMA,
     TINY,
     LittleMemory,
     call,
@@ -336,7 +337,13 @@ def test_snapshots_are_counted_before_a_run(pictures, tmp_path, capsys):
     """The tiny network has 64,483 parameters of 2 bytes."""
     flags = [*TINY, "--diffusion.snapshot-every", 4, "--dry-run"]
     call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *flags)
-    assert "snapshots  3 of 0.1 MB each" in capsys.readouterr().out
+    assert "snapshots  3 of 0.1 MB each\n" in capsys.readouterr().out
+
+    flags += [*POWER_EMA, "--diffusion.epochs", 400]
+    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *flags)
+    printed = capsys.readouterr().out
+    assert "500 of 0.1 MB each, and 1,000 of power averages: 0.13 GB more\n" in printed
+    assert "of relative length 0.05, 0.1: 0.5 MB of memory more\n" in printed
 
 
 def test_a_snapshot_that_a_stop_left_out_is_written_on_resuming(run, pictures, tmp_path):

@@ -22,7 +22,7 @@ from functions.support.processes import Processes, distributed
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import read_metrics
 from models.unet import UNet
-from tests.conftest import ROOT, TINY, call, newest
+from tests.conftest import POWER_EMA, POWER_PARTS, ROOT, TINY, call, newest
 from tests.forked import PATIENCE, Program, train_script, wait_until
 from tests.functions.training.test_bad_numbers import not_a_number, poison
 
@@ -132,7 +132,8 @@ def assert_alike(run, other):
                 expected = pytest.approx(expected, rel=2e-4, nan_ok=True)
             assert other_row[column] == expected
 
-    torch.testing.assert_close(newest(run)["model"], newest(other)["model"], rtol=1e-3, atol=1e-4)
+    for part in ("model", *POWER_PARTS):
+        torch.testing.assert_close(newest(run)[part], newest(other)[part], rtol=1e-3, atol=1e-4)
     assert names_of_samples(run) == names_of_samples(other)
 
 
@@ -209,6 +210,7 @@ def test_two_machines_give_the_losses_of_one(optimizer, pictures, tmp_path, caps
     They recompute blocks, which one process alone does not. In the end one process goes on alone.
     """
     flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.optimizer", optimizer]
+    flags += POWER_EMA
     call(train.main, *flags, "--runs", tmp_path / "1")
 
     torchrun = [

@@ -17,7 +17,7 @@ from functions.support.errors import CheckpointError, UserError
 from functions.training.metrics import read_metrics
 from functions.training.recorder import Recorder
 from functions.training.stopping import StopSignals
-from tests.conftest import TINY, call, during, interrupt, newest, posix, train_tiny
+from tests.conftest import POWER_EMA, TINY, call, during, interrupt, newest, posix, train_tiny
 from tests.forked import Program, wait_until
 from tests.kill import assert_same_run, kill_and_resume
 
@@ -37,6 +37,9 @@ def test_a_step_cut_short_in_its_accumulation_is_done_again(optimizer, pictures,
         3,
         "--diffusion.optimizer",
         optimizer,
+        *POWER_EMA,
+        "--diffusion.snapshot-every",
+        4,
     ]
     straight = train_tiny(pictures, tmp_path / "straight", *flags)
 
@@ -47,6 +50,12 @@ def test_a_step_cut_short_in_its_accumulation_is_done_again(optimizer, pictures,
 
     (cut,) = (tmp_path / "cut").iterdir()
     assert_same_run(straight, cut)
+    snapshots = [path.name for path in (straight / "snapshots").iterdir()]
+    # There are three of steps 4, 8 and 10 each.
+    assert len(snapshots) == 9
+    for name in snapshots:
+        files = [run / "snapshots" / name for run in (straight, cut)]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.slow
