@@ -80,8 +80,8 @@ def mixing_weights(
     products = (rows + 1) * (gammas + 1) / (rows + gammas + 1) * powers / latest
 
     # Algorithm 3 minimises without a constraint. Here the factors have the sum 1, so that the part
-    # of the weights that does not change during training is exact: with 20 snapshots, the error of
-    # the sum is 2 to 10 times smaller. The target's row and column make room for the constraint.
+    # of the weights that does not change during training is exact. With 20 snapshots, the error of
+    # the sum is up to 10 times smaller. The target's row and column make room for the constraint.
     target = products[:, -1].clone()
     target[-1] = 1
     products[-1] = products[:, -1] = 1
