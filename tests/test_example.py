@@ -1,0 +1,98 @@
+"""example.py computes what the rest of the repository computes, and its command draws pictures."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import example
+from functions.losses import denoising_loss
+from functions.noise_scheduler import NoiseScheduler
+from functions.samplers import ddpm_sample
+from tests.conftest import ROOT, SMALL_MODEL, small_unet
+
+
+@pytest.fixture
+def scheduler():
+    return NoiseScheduler(50)
+
+
+@pytest.fixture
+def images():
+    """Return 10 images of noise in [-1, 1]."""
+    return torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_its_algorithm_2_is_ddpm_sample(network, scheduler):
+    x_T = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    samples = []
+    for sampler in (example.sample, ddpm_sample):
+        # Both draw the noise of the steps from the global generator.
+        torch.manual_seed(3)
+        samples.append(sampler(network, scheduler, x_T))
+    assert samples[0].std() > 0.1
+    torch.testing.assert_close(*samples, rtol=0, atol=1e-6)
+
+
+def test_its_loss_is_denoising_loss(scheduler, images, monkeypatch):
+    monkeypatch.setattr(example, "STEPS", 1)
+    model = small_unet()
+    before = copy.deepcopy(model)
+    torch.manual_seed(4)
+    _, [loss] = example.train(model, scheduler, images)
+
+    # The same draws in the same order: images, which are mirrored, timesteps, noise.
+    torch.manual_seed(4)
+    x_0 = images[torch.randint(10, (example.BATCH_SIZE,))]
+    mirrored = torch.rand(len(x_0), 1, 1, 1).flatten() < 0.5
+    x_0[mirrored] = x_0[mirrored].flip(3)
+    t = torch.randint(50, (len(x_0),))
+    expected = denoising_loss(before, scheduler, x_0, t, torch.randn_like(x_0)).mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_its_average_is_that_of_the_definition(scheduler, images, monkeypatch):
+    # Adam also records the weights after each step.
+    recorded = []
+
+    class RecordingAdam(torch.optim.Adam):
+        def step(self, *args):
+            super().step(*args)
+            recorded.append(copy.deepcopy(model))
+
+    monkeypatch.setattr(example.torch.optim, "Adam", RecordingAdam)
+    monkeypatch.setattr(example, "STEPS", 3)
+    monkeypatch.setattr(example, "EMA_DECAY", 0.7)
+    model = small_unet()
+    before = copy.deepcopy(model)
+    ema_model, _ = example.train(model, scheduler, images)
+
+    # After three steps each weight counts as often as the recursion says.
+    shares = (0.7**3, 0.3 * 0.7**2, 0.3 * 0.7, 0.3)
+    weights = [list(each.parameters()) for each in (before, *recorded)]
+    for average, *each in zip(ema_model.parameters(), *weights, strict=True):
+        expected = sum(share * weight for share, weight in zip(shares, each, strict=True))
+        torch.testing.assert_close(average, expected, rtol=0, atol=1e-6)
+    # The steps change the weights by far more than this tolerance.
+    assert (each[0] - each[-1]).abs().max() > 1e-4
+
+
+def test_its_command_learns_and_draws(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("T", 50), ("STEPS", 40), ("NETWORK", {"channels": 3, **SMALL_MODEL})):
+        monkeypatch.setattr(example, name, value)
+    curves = []
+    monkeypatch.setattr(example.plt, "semilogy", curves.append)
+    example.main()
+
+    # An untrained network predicts 0, so its loss is the variance of the noise, which is 1.
+    [losses] = curves
+    assert losses[0] == pytest.approx(1, abs=0.05)
+    assert np.mean(losses[-5:]) < 0.8
+    # Six images of 16 pixels, with gaps of 2 around each, make a side.
+    assert Image.open("example.png").size == (6 * 18 + 2, 6 * 18 + 2)
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {path.name for path in tmp_path.iterdir()} == {"example.png", "example_loss.png"}
+    assert {path.name for path in tmp_path.iterdir()} <= set(ignored)
