@@ -31,7 +31,7 @@ from functions.prediction import Denoiser, predict
 from functions.sampling.generation import BatchLimit, ImageSampler, generate
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
-from functions.support.files import TensorFile, short, write_tensors
+from functions.support.files import TensorFile, file_name, write_tensors
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
@@ -211,7 +211,7 @@ def load_or_fit(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Ten
     else:
         image_set, split = load()
         identity = [image_set.name, split.train_ids_hash]
-    kind = "-".join(short(Path(part).stem) for part in identity)
+    kind = "-".join(file_name(Path(part).stem) for part in identity)
 
     # A diffusers folder may come from other software, so nothing is written into it.
     folder = Path("samples") if saved.path.is_dir() else saved.path.parent

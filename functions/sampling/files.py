@@ -24,7 +24,7 @@ from PIL import Image
 from data.pixels import to_uint8
 from functions.sampling.generation import FrameKey, ImageSampler, Samples
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import read_json, short, write_text
+from functions.support.files import file_name, read_json, write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
 from functions.support.run_folder import locked
 
@@ -53,7 +53,7 @@ def label_of(source: str, index_or_pixels: int | np.ndarray) -> str:
         return str(index_or_pixels)
     # The name is cut to 30 characters, so that a file name has room for two labels.
     digest = hashlib.sha256(index_or_pixels.tobytes()).hexdigest()
-    return f"{short(Path(source).stem)[:30]}-{digest[:8]}"
+    return f"{file_name(Path(source).stem)[:30]}-{digest[:8]}"
 
 
 def image_indices(folder: Path) -> set[int]:

@@ -13,6 +13,7 @@ from functions.samplers import SAMPLERS, VARIANCES, half_log_snr
 from functions.support.command_line import fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
+from functions.support.files import file_name
 from functions.timesteps import SPACINGS, sampling_times
 
 # The default weight w of a guide. The largest weight only catches typing errors: samples are garish
@@ -169,7 +170,7 @@ class SamplerOptions:
             if value != SAMPLERS[self.sampler].options[option]:
                 words += [f"eta{value:g}" if option == "eta" else value]
         if self.calibrate:
-            words += [f"calibrated-{Path(self.calibrate).stem}"]
+            words += [f"calibrated-{file_name(Path(self.calibrate).stem)}"]
         if self.guide:
             words += [f"guided{self.guidance:g}-{self.guide_digest[:8]}"]
         return "-".join(words)

@@ -9,6 +9,7 @@ the checksum of each tensor, and `sha256`, the checksum of that text.
 import hashlib
 import json
 import os
+import re
 import struct
 import tarfile
 import tokenize
@@ -287,3 +288,13 @@ def short(value) -> str:
     text = str(value)
     start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
     return start if len(text) <= 200 else f"{start}..."
+
+
+def file_name(text: str) -> str:
+    """Prepare a text for a file name: cut it at 200 characters, as `short` does.
+
+    Characters that Windows forbids in names become underscores, so that results made on one system
+    can be copied to another one. The caller adds letters before and after the text, because Windows
+    also forbids names such as "con", and a dot or a space at the end.
+    """
+    return re.sub(r'[<>:"/\\|?*]', "_", short(text))

@@ -1,0 +1,79 @@
+"""The names that the project gives to files and folders are also names on Windows."""
+
+import re
+import shlex
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+import sample
+from config import EXPERIMENTS
+from functions.sampling import calibration
+from functions.sampling.files import label_of
+from functions.sampling.options import SamplerOptions
+from functions.support.run_folder import Run
+from tests.conftest import call
+
+# These characters, these endings and these names are forbidden: "Naming Files, Paths, and
+# Namespaces" in Microsoft's documentation.
+FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[. ]$')
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9])\s*(\.|$)", re.IGNORECASE)
+# Other systems allow these names of a picture or of a data set.
+ODD_NAMES = ["who?", 'a"b*c', "10:30 <1>", "C:\\faces|2", "con", "dot.", "space ", "\x1b\u202e"]
+
+
+def is_legal(name):
+    """Return whether Windows allows a file of this name, and reads the name as a single part."""
+    forbidden = FORBIDDEN.search(name) or RESERVED.match(name)
+    return not forbidden and PureWindowsPath("folder", name).parts == ("folder", name)
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "NUL.png", "a/b"])
+def test_the_check_refuses_what_windows_forbids(name):
+    # A character that controls a terminal is refused if it is one of the first 32.
+    assert not is_legal(name)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_run_folder_of_each_experiment(name, tmp_path):
+    run = Run(name, EXPERIMENTS[name], tmp_path)
+    run.make_folder()
+    paths = [run.path_of(kind, 123) for kind in ("checkpoints", "snapshots", "samples")]
+    for path in (*paths, *tmp_path.rglob("*")):
+        assert all(map(is_legal, path.relative_to(tmp_path).parts)), path
+
+
+def test_a_run_its_samples_and_its_pack(tiny_run, pictures):
+    flags = shlex.split("--n 2 --steps 3 --device cpu --individual --gif --strip --progressive")
+    call(sample.main, tiny_run, *flags)
+    paths = {path.relative_to(tiny_run.parent) for path in tiny_run.rglob("*")}
+    # The names of the pictures themselves are the user's.
+    paths |= {path.relative_to(pictures) for path in pictures.glob("*packed*")}
+
+    kinds = {path.suffix for path in paths}
+    assert kinds >= {".safetensors", ".json", ".csv", ".png", ".gif", ".packed"}
+    for path in paths:
+        assert all(map(is_legal, path.parts)), path
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_results_of_a_picture_or_a_data_set_with_an_odd_name(name, monkeypatch):
+    label = label_of(f"folder/{name}.png", np.zeros((2, 2, 3), np.uint8))
+    assert is_legal(f"variations-{label}.png")
+
+    options = SamplerOptions("ddim", steps=3, calibrate=f"folder/{name}.zip")
+    assert is_legal(f"faces-{options.short_name}-seed0")
+
+    # Here the name comes from the config in a checkpoint.
+    facts = {"train_ids_hash": "1a2b"}
+    config = {"diffusion": {"dataset_name": f"folder/{name}.zip"}}
+    path = Path("1.safetensors")
+    saved = SimpleNamespace(path=path, name="1", digest="", provenance=facts, config=config)
+    read = Mock()
+    monkeypatch.setattr(calibration, "read_calibration", read)
+    calibration.load_or_fit(SimpleNamespace(options=SamplerOptions(calibrate="data")), saved)
+    [path, *_] = read.call_args.args
+    assert is_legal(path.name)
