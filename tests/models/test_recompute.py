@@ -10,13 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from config import EXPERIMENTS
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from models.blocks import ResidualBlock
 from models.group_norm import GroupNorm
 from models.unet import UNet
-from tests.conftest import call, newest, small_unet
-from tests.live_bytes import LiveBytes, kept_per_image
+from tests.conftest import ROOT, call, newest, small_unet
+from tests.live_bytes import LiveBytes, kept_per_image, memory_row
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -143,6 +144,25 @@ def test_little_is_kept_for_backward_at_the_reference_size(mode, least, most):
     # These are MiB an image, in bfloat16.
     kept = kept_per_image(net.to_empty(device=CPU), torch.bfloat16)
     assert least * MIB < kept < most * MIB
+
+
+def test_the_peak_is_the_most_that_is_alive_at_once():
+    with LiveBytes() as live:
+        x = torch.zeros(10)
+        y = x + 1
+        del x
+        z = y + 1
+    # Each has 40 bytes, and at most two of them are alive.
+    assert (live.now, live.peak) == (80, 80)
+    del y, z
+    assert (live.now, live.peak) == (0, 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["faces", "ffhq-full"])
+def test_the_table_of_memory_is_that_of_todays_network(name):
+    table = (ROOT / "docs" / "speed.md").read_text().splitlines()
+    assert memory_row(name, EXPERIMENTS[name]) in table
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
