@@ -49,7 +49,8 @@ def main() -> None:
 
     x_T = torch.randn(36, *images.shape[1:])
     samples = sample(ema_model, scheduler, x_T)
-    save_image(samples, "example.png", nrow=6, normalize=True, value_range=(-1, 1))
+    enlarged = F.interpolate(samples, scale_factor=3)
+    save_image(enlarged, "example.png", nrow=6, normalize=True, value_range=(-1, 1), pad_value=1)
     plt.semilogy(losses)
     plt.xlabel("step")
     plt.ylabel("loss")

@@ -91,8 +91,8 @@ def test_its_command_learns_and_draws(tmp_path, monkeypatch):
     [losses] = curves
     assert losses[0] == pytest.approx(1, abs=0.05)
     assert np.mean(losses[-5:]) < 0.8
-    # Six images of 16 pixels, with gaps of 2 around each, make a side.
-    assert Image.open("example.png").size == (6 * 18 + 2, 6 * 18 + 2)
+    # Six images of 16 pixels, three times as large, with gaps of 2 around each, make a side.
+    assert Image.open("example.png").size == (6 * 50 + 2, 6 * 50 + 2)
     ignored = (ROOT / ".gitignore").read_text().split()
     assert {path.name for path in tmp_path.iterdir()} == {"example.png", "example_loss.png"}
     assert {path.name for path in tmp_path.iterdir()} <= set(ignored)
