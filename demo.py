@@ -2,7 +2,8 @@
 
 Only this machine can open the page. Its three tabs draw images, mix two, and inpaint one. They call
 the same functions as sample.py, so the images are the same. Every click uses the newest checkpoint,
-so you can use the page while a run is training. A click waits until earlier clicks are finished.
+so you can use the page while a run is training; without any run, it uses a model in pretrained/. A
+click waits until earlier clicks are finished.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """Sample images from a trained model: `python sample.py` uses the newest run and writes a grid.
 
+Without any run, it uses a model in pretrained/, which comes with the repository.
+
 The network and its EMA weights come from the checkpoint, and no other file is needed. Images are
 sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or in fewer steps with
 --sampler and --steps. functions/samplers.py has the reverse loops. --interpolate mixes two images,

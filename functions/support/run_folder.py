@@ -43,6 +43,8 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.(safetensors|pt)")
 # Snapshots of power averages have names that CHECKPOINT_NAME does not match, so that they are never
 # taken for the run's model or its guide. The two groups are the step and the relative length.
 POWER_NAME = re.compile(r"step-(\d{8})-power-(0\.\d+)\.safetensors")
+# The trained models that come with the repository. They are read when there is no run.
+PRETRAINED = Path("pretrained")
 
 
 @dataclass(frozen=True)
@@ -264,13 +266,23 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
 def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
     """Return the checkpoints, newest first, of the newest run that has one.
 
-    Raises CheckpointError when no run has one.
+    If no run has one, return the models in PRETRAINED, and print that they are used. They replace
+    neither the runs of a certain experiment nor those of a folder that the user names. Raises
+    CheckpointError when there is neither a checkpoint nor such a model.
     """
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return find_checkpoints(run)
     target = f"run of an experiment {prefix}*" if prefix else "run"
     flag = "" if runs == Path("runs") else f" --runs {runs}"
+    # A calibration is written next to its model.
+    boxed = [path for path in PRETRAINED.glob("*.safetensors") if "-calibration-" not in path.name]
+    if boxed and not prefix and not flag:
+        print(
+            f"{runs}: no run with a checkpoint here yet; using a model that comes with the "
+            "repository (train your own: python train.py)"
+        )
+        return sorted(boxed)
     command = "" if prefix else f" (python train.py{flag})"
     raise CheckpointError(
         f"{runs}: no {target} with a checkpoint here yet; "

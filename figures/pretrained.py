@@ -1,0 +1,133 @@
+"""Put a trained model into pretrained/, with a card that says where it comes from.
+
+`python figures/pretrained.py RUN`
+
+RUN is the folder of a finished run of a preset with the embedded faces. Its last snapshot is
+copied, so the weights are float16. The card, pretrained/README.md, has the hash of the file and the
+distance of 100 samples; tests/test_pretrained.py checks both.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+# Python looks for modules in this script's folder, not in the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import EXPERIMENTS, Experiment
+from data.datasets import load_and_split
+from data.pixels import to_model_range
+from figures.feature_distance import Features, spoilt
+from functions.sampling.generation import ImageSampler, generate, rebuild
+from functions.sampling.options import SamplerOptions
+from functions.support.checkpoint import SavedModel, load_weights
+from functions.support.command_line import Parser, exit_on_user_error
+from functions.support.errors import UserError
+from functions.support.files import write_text
+from functions.support.run_folder import PRETRAINED, checkpoints_of
+from functions.training.metrics import read_metrics
+
+# The samples of the card: the first images of seed 0, with this sampler.
+SAMPLE_COUNT = 100
+OPTIONS = SamplerOptions("dpm++", 20)
+
+
+def main() -> None:
+    """Copy the last snapshot of the run, and write the card and its picture."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("run", type=Path, help="The folder of a finished run.")
+    run = parser.parse_args().run
+
+    checkpoints, snapshots = checkpoints_of(run), checkpoints_of(run, "snapshots")
+    if not checkpoints or not snapshots or checkpoints[-1].name != snapshots[-1].name:
+        raise UserError(f"{run} needs a checkpoint and a snapshot of its last step")
+    source = load_weights(checkpoints[-1])
+    facts = source.provenance
+    name = facts["experiment"]
+    if facts["step"] != facts["total_steps"]:
+        raise UserError(f"{run} is not finished; train.py --resume continues it")
+    # The card names the command, so the command has to give the same run.
+    if name not in EXPERIMENTS or Experiment.from_dict(source.config) != EXPERIMENTS[name]:
+        raise UserError(f"{run} differs from the presets; the card needs a run of a preset")
+    # The run is in the working tree in which it was trained.
+    git = ["git", "-C", str(run), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    if not commit:
+        raise UserError(f"{run} is not in a git repository; the card needs the commit")
+
+    PRETRAINED.mkdir(exist_ok=True)
+    path = PRETRAINED / f"{name}.safetensors"
+    shutil.copyfile(snapshots[-1], path)
+    write_text(PRETRAINED / "README.md", card(run, commit, path, source))
+    print(f"wrote {path} and {PRETRAINED / 'README.md'}")
+
+
+def draw(saved: SavedModel) -> torch.Tensor:
+    """Return the samples that the card describes: (SAMPLE_COUNT, C, H, W) in [-1, 1]."""
+    cpu = torch.device("cpu")
+    sampler = ImageSampler(rebuild(saved, cpu), OPTIONS, saved.model.image_shape, 0, cpu)
+    return generate(sampler, range(SAMPLE_COUNT)).images
+
+
+def distance_of(saved: SavedModel, images: torch.Tensor) -> float:
+    """Return the feature distance of images from those that the model was trained on."""
+    image_set, split = load_and_split(saved)
+    real = to_model_range(torch.from_numpy(image_set.images[split.train_indices]))
+    # Training flips images, so samples may face either way.
+    return Features(torch.cat([real, real.flip(3)])).distance(images)
+
+
+def card(run: Path, commit: str, path: Path, source: SavedModel) -> str:
+    """Return the text of the card for the file at `path`, whose weights are those of `source`."""
+    rows = read_metrics(run / "metrics.csv")
+    lowest = min((row for row in rows if row["val_loss_ema"]), key=lambda row: row["val_loss_ema"])
+
+    saved = load_weights(path)
+    images = draw(saved)
+    facts = source.provenance
+    arithmetic = facts["arithmetic"]
+    return f"""# The model in the box
+
+`python sample.py`, `python evaluate.py` and `python demo.py` use this model until there is a run in
+`runs/`.
+
+| | |
+|---|---|
+| file | `{path.name}`: {source.kind} weights in float16, {facts["parameters"]:,} parameters |
+| SHA-256 of the file | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |
+| command | `python train.py {facts["experiment"]}` |
+| commit | `{commit}` |
+| steps | {facts["step"]:,} |
+| processor | {arithmetic["processor"]}, {arithmetic["threads"]} threads |
+| arithmetic | {arithmetic["precision"]}, PyTorch {arithmetic["torch"]} |
+| source | `{source.path.name}`, whose weights have the hash `{source.digest[:16]}` |
+| training loss at the end | {rows[-1]["loss"]:.4f} |
+| held-out loss of the EMA at the end | {rows[-1]["val_loss_ema"]:.4f} |
+| lowest held-out loss of the EMA | {lowest["val_loss_ema"]:.4f}, at step {lowest["step"]:,} |
+| samples that are dark or speckled | {int(spoilt(images).sum())} of {SAMPLE_COUNT} |
+| distance | {distance_of(saved, images):.2f} |
+
+The last two rows are measured on {SAMPLE_COUNT} samples: {OPTIONS}, seed 0.
+[whole-before-detail](../docs/whole-before-detail.md#measured) explains both. 100 random real images
+have distances of 1.2 to 2.0 to the training images.
+
+**Good at:** heads and shoulders of emoji people on white, at 32 x 32 pixels, in 20 steps.
+
+**Bad at:** everything else, because it has seen nothing else. With only 811 training images, it
+memorises: some samples are almost copies ([evaluation](../docs/evaluation.md)). It has no earlier
+snapshots, which `--guide STEP` needs.
+
+**Licence.** The training images are Noto Emoji, under the Apache License 2.0
+([licence](../data/LICENSE-emoji_faces.txt), [notice](../data/README.md#the-embedded-set)).
+
+Written by `python figures/pretrained.py RUN`.
+"""
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,119 @@
+"""The model in the box: when it is used, its card, and the samples of the real one."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import sample
+import sampleFFHQ
+from config import Experiment
+from figures import pretrained
+from figures.feature_distance import spoilt
+from functions.support.checkpoint import load_weights
+from functions.support.errors import CheckpointError, UserError
+from functions.support.run_folder import PRETRAINED, checkpoints_of
+from tests.conftest import ROOT, call
+
+BOXED = sorted((ROOT / PRETRAINED).glob("*.safetensors"))
+TAKEN = "using a model that comes with the repository (train your own: python train.py)"
+FLAGS = ("--n", 2, "--steps", 3)
+
+
+@pytest.fixture
+def box(tiny_run, tmp_path, monkeypatch):
+    """Return a folder with a model, in a working directory that has no run."""
+    monkeypatch.chdir(tmp_path)
+    PRETRAINED.mkdir()
+    shutil.copy(checkpoints_of(tiny_run, "snapshots")[-1], PRETRAINED / "faces.safetensors")
+    return PRETRAINED
+
+
+def card_row(folder, name):
+    """Return the value of a row in the card of a folder."""
+    card = (folder / "README.md").read_text()
+    return re.search(rf"^\| {name} \| `?(.+?)`? \|$", card, re.MULTILINE)[1]
+
+
+def test_without_a_run_the_box_is_sampled_and_says_so(box, tiny_run, tmp_path, capsys):
+    # A calibration is written next to its model, and is no model itself.
+    shutil.copy(box / "faces.safetensors", box / "faces-calibration-own.safetensors")
+    call(sample.main, *FLAGS)
+    assert TAKEN in capsys.readouterr().out
+    drawn = Image.open(box / "samples" / "faces-ddpm3-seed0" / "grid.png")
+
+    call(sample.main, checkpoints_of(tiny_run, "snapshots")[-1], *FLAGS, "--out", tmp_path / "a")
+    assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
+
+
+def test_without_a_run_the_box_is_evaluated(box, capsys):
+    call(evaluate.main, "--images", 2, "--t-stride", 50)
+    assert TAKEN in capsys.readouterr().out
+    assert list((box / "evaluation").glob("faces-bpd-*.json"))
+
+
+def test_a_run_comes_before_the_box(box, tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run, tmp_path / "runs" / tiny_run.name)
+    call(sample.main, *FLAGS)
+    assert "pretrained" not in capsys.readouterr().out
+    assert (run / "samples" / "step-00000010-ddpm3-seed0" / "grid.png").exists()
+
+
+def test_the_box_replaces_no_run_that_is_asked_for(box):
+    with pytest.raises(CheckpointError, match="no run of an experiment ffhq"):
+        call(sampleFFHQ.main)
+    with pytest.raises(CheckpointError, match="elsewhere: no run"):
+        call(sample.main, "--runs", "elsewhere")
+
+
+@pytest.mark.slow
+def test_a_run_is_boxed_with_a_card(trained, tmp_path, monkeypatch):
+    run = trained()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="differs from the presets"):
+        call(pretrained.main, run)
+
+    source = checkpoints_of(run)[-1]
+    preset = Experiment.from_dict(load_weights(source).config)
+    monkeypatch.setattr(pretrained, "EXPERIMENTS", {"faces": preset})
+    with pytest.raises(UserError, match="git repository"):
+        call(pretrained.main, run)
+    git = ["git", "-C", tmp_path, "-c", "user.name=A", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "First"], check=True)
+    call(pretrained.main, run)
+
+    boxed = PRETRAINED / "faces.safetensors"
+    average = load_weights(source).weights
+    for name, weight in load_weights(boxed).weights.items():
+        assert torch.equal(weight, average[name].half().float())
+    assert card_row(PRETRAINED, "SHA-256 of the file") == file_hash(boxed)
+    assert card_row(PRETRAINED, "command") == "python train.py faces"
+    assert load_weights(source).digest[:16] in card_row(PRETRAINED, "source")
+
+    # A run that has not reached its last step is no model for the box.
+    source.unlink()
+    with pytest.raises(UserError, match="last step"):
+        call(pretrained.main, run)
+
+
+def file_hash(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BOXED, reason="pretrained/ has no model yet: figures/pretrained.py RUN")
+def test_the_real_model_draws_what_its_card_says():
+    """Another processor rounds differently, so the distance may be a little larger."""
+    [path] = BOXED
+    assert card_row(path.parent, "SHA-256 of the file") == file_hash(path)
+    saved = load_weights(path)
+    images = pretrained.draw(saved)
+    assert not spoilt(images).any()
+    measured = float(card_row(path.parent, "distance"))
+    assert pretrained.distance_of(saved, images) <= measured + 0.3
