@@ -1,4 +1,4 @@
-"""What README and docs/ name in backticks is there: files, and tests."""
+"""What README and docs/ name in backticks or link to is there: files, headings and tests."""
 
 import re
 
@@ -26,3 +26,17 @@ def test_what_a_page_names_is_there(page):
             assert any(path.endswith(f"/{file}") for path in PATHS), file
         for name in re.findall(r"^test_\w+$", quoted):
             assert name in names, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_a_page_links_to_is_there(page):
+    """A link leads to a file or a folder and, after a #, to a heading as GitHub names it."""
+    for path, anchor in re.findall(r"\]\(([^):#]*)#?([^):]*)\)", page.read_text()):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            names = {
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }
+            assert anchor in names, f"{path}#{anchor}"
