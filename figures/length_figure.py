@@ -31,9 +31,7 @@ from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import find_checkpoints
 
 FIGURE = Path(__file__).resolve().parent / "ema_lengths.png"
-LENGTHS = (0.03, 0.05, 0.08, 0.1, 0.15, 0.2)
-# The values of eta for the two forms of dpm++.
-SAMPLERS = {"SDE": 1.0, "2M": 0.0}
+LENGTHS = (0.03, 0.05, 0.1, 0.15, 0.2)
 # The guide is from this fraction of the run.
 GUIDE_AT = 0.25
 
@@ -50,7 +48,7 @@ def main() -> None:
 
 
 def measure(run: Path, count: int) -> dict[str, dict[str, float]]:
-    """Return the distance by sampler and by length; "EMA" is the length of today's average.
+    """Return the distance by "plain" or "guided", and by length or "EMA", the average of training.
 
     Distances that are already in the run's file are not measured again.
     """
@@ -70,36 +68,32 @@ def measure(run: Path, count: int) -> dict[str, dict[str, float]]:
         saved = load_weights(model)
         denoiser = rebuild(saved, device)
         early = str(round(GUIDE_AT * saved.provenance["step"]))
-        for sampler, eta in SAMPLERS.items():
-            for key, guide in ((sampler, None), (f"{sampler}, guided", early)):
-                if name in distances.setdefault(key, {}):
-                    continue
-                options = SamplerOptions("dpm++", 20, eta=eta, guide=guide)
-                plain = ImageSampler(denoiser, options, saved.model.image_shape, 0, device)
-                guided = with_guide(plain, saved, SINGLE_PROCESS)
-                images = generate(guided, range(count)).images
-                distances[key][name] = features.distance(images.to(device))
-                print(f"{key}, {name}: {distances[key][name]:.3f}", flush=True)
-                path.write_text(json.dumps(distances))
+        for key, guide in (("plain", None), ("guided", early)):
+            if name in distances.setdefault(key, {}):
+                continue
+            options = SamplerOptions("dpm++", 20, guide=guide)
+            sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, device)
+            sampler = with_guide(sampler, saved, SINGLE_PROCESS)
+            images = generate(sampler, range(count)).images
+            distances[key][name] = features.distance(images.to(device))
+            print(f"{key}, {name}: {distances[key][name]:.3f}", flush=True)
+            path.write_text(json.dumps(distances))
     return distances
 
 
 def draw(runs: list[dict[str, dict[str, float]]]) -> None:
-    """Draw a panel for each sampler: a dot for each run, and lines through the means."""
-    figure, axes = plt.subplots(1, len(SAMPLERS), figsize=(9, 3.4), sharey=True)
-    for axis, sampler in zip(axes, SAMPLERS, strict=True):
-        for key, colour in ((sampler, "tab:blue"), (f"{sampler}, guided", "tab:orange")):
-            rows = np.array([[run[key][str(length)] for length in LENGTHS] for run in runs])
-            for row in rows:
-                axis.plot(LENGTHS, row, ".", color=colour)
-            axis.plot(LENGTHS, rows.mean(0), color=colour, label=key)
-            ema = np.mean([run[key]["EMA"] for run in runs])
-            axis.axhline(ema, color=colour, linestyle=":", label=f"{key}, EMA of training")
-        axis.set(xlabel="relative length of the average")
-        axis.grid(color="0.92")
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set(ylabel="distance", ylim=(0, None))
-    figure.tight_layout()
+    """Draw a dot for each run and length, lines through the means, and the EMA of training."""
+    figure, axis = plt.subplots(figsize=(5, 3.4))
+    for key, colour in (("plain", "tab:blue"), ("guided", "tab:orange")):
+        rows = np.array([[run[key][str(length)] for length in LENGTHS] for run in runs])
+        for row in rows:
+            axis.plot(LENGTHS, row, ".", color=colour)
+        axis.plot(LENGTHS, rows.mean(0), color=colour, label=key)
+        ema = np.mean([run[key]["EMA"] for run in runs])
+        axis.axhline(ema, color=colour, linestyle=":", label=f"{key}, EMA of training")
+    axis.set(xlabel="relative length of the average", ylabel="distance", ylim=(0, None))
+    axis.grid(color="0.92")
+    axis.legend(frameon=False, fontsize=8)
     save_figure(figure, FIGURE)
     print(f"wrote {FIGURE}")
 
