@@ -416,7 +416,7 @@ class ModelConfig:
 
     # Height and width of the images.
     image_size: int = 128
-    # Colour channels. They must be 3, as images are read as RGB.
+    # Colour channels: 3, and images are read as RGB; or 1, and they are read as grey.
     channels: int = 3
     # Dropout probability in every residual block.
     dropout: float = 0.0
@@ -429,7 +429,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check = partial(require, self)
-        check("channels", self.channels == 3, "3: images are read as RGB")
+        check("channels", self.channels in (1, 3), "3 (RGB) or 1 (grey)")
         check("base_dim", self.base_dim >= 4 and self.base_dim % 2 == 0, "even and at least 4")
         check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.decode import fit_mask, fit_square, read_image
-from data.pixels import to_uint8
+from data.decode import fit_image, fit_mask, read_image
+from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.generation import ImageSampler, generate, open_sampler
 from functions.sampling.guidance import with_guide
@@ -217,7 +217,7 @@ class Demo:
         A click on "Draw the images" calls this. `controls` are those of `sampler_controls`. The
         outputs are those of `show_last`.
         """
-        # Each entry is a title and images, uint8 (N, H, W, 3). The last entry has the samples, and
+        # Each entry is a title and images, uint8 (N, H, W, C). The last entry has the samples, and
         # the entries before have the x_0 of several steps.
         history = []
 
@@ -242,7 +242,7 @@ class Demo:
         history.append((f"sample.py {saved.path} {flags}", to_uint8(samples.images).numpy()))
         return show_last(history)
 
-    def mix(self, check: Check, depth: float, share: float, *inputs: Value) -> list[np.ndarray]:
+    def mix(self, check: Check, depth: float, share: float, *inputs: Value) -> list[Image.Image]:
         """Return the first image, the mixture and the second.
 
         A click on "Mix the two images" calls this. `inputs` are the upload (or None) and the index
@@ -254,10 +254,10 @@ class Demo:
 
         # A source is an upload, cropped and resized, or the index of an image of the seed.
         sources = []
-        for rgb, i in ((first, first_index), (second, second_index)):
+        for pixels, i in ((first, first_index), (second, second_index)):
             source = i or 0
-            if rgb is not None:
-                source = fit_square(rgb, image_sampler.shape[-1])
+            if pixels is not None:
+                source = fit_image(picture_of(pixels), image_sampler.shape)
             sources.append(source)
 
         # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
@@ -266,10 +266,10 @@ class Demo:
         weights = torch.tensor([share], device=ends.device)
         mixture = mixtures(image_sampler, sources, ends, t, weights)
         images = to_uint8(torch.cat([ends[:1], mixture, ends[1:]])).cpu().numpy()
-        return list(images)
+        return list(map(picture_of, images))
 
     def paint(
-        self, check: Check, rgb: np.ndarray, edit: dict, repeats: int, n: int, *flags: Value
+        self, check: Check, pixels: np.ndarray, edit: dict, repeats: int, n: int, *flags: Value
     ) -> Image.Image:
         """Return a grid of the image, its known pixels, and inpaintings 0 .. n-1.
 
@@ -277,21 +277,22 @@ class Demo:
         `on_step`.
         """
         _, image_sampler = self.open(check, *flags)
-        size = image_sampler.shape[-1]
+        shape = image_sampler.shape
 
         # The editor's layers are RGBA and opaque where the user has painted.
         masks = [layer[..., 3] > 127 for layer in edit["layers"]]
-        mask = fit_mask(np.any(masks, axis=0), size) if masks else np.array(False)
-        if rgb is None or mask.all() or not mask.any():
+        mask = fit_mask(np.any(masks, axis=0), shape[-1]) if masks else np.array(False)
+        if pixels is None or mask.all() or not mask.any():
             raise UserError(
                 "choose an image and paint over a part of it, but not over the whole image"
             )
-        return grid_of(inpaint_image(image_sampler, fit_square(rgb, size), mask, repeats, n))
+        image = fit_image(picture_of(pixels), shape)
+        return grid_of(inpaint_image(image_sampler, image, mask, repeats, n))
 
     def read(self, check: Check, path: str) -> tuple[np.ndarray, Image.Image]:
-        """Return the pixels of an uploaded file, uint8 (S, S, 3), and the picture for the page."""
+        """Return the pixels of an uploaded file, uint8 (S, S, C), and the picture for the page."""
         saved, _ = self.open()
-        image = read_image(path, saved.model.image_size, fit=True)
+        image = read_image(path, saved.model.image_shape, fit=True)
         return image, enlarge(image)
 
 
@@ -450,7 +451,7 @@ def drawn_image(i: int | None, history: list) -> tuple[np.ndarray, Image.Image]:
 
 def enlarge(image: np.ndarray) -> Image.Image:
     """Enlarge an image to the size of pictures in the page."""
-    return Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return picture_of(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def sampler_controls() -> list:

@@ -199,10 +199,10 @@ def write_images(
 
 def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Write the pictures that --interpolate, --variations and --inpaint ask for."""
-    size = image_sampler.shape[-1]
+    shape = image_sampler.shape
 
     def source_of(text):
-        return int(text) if text.isdecimal() else read_image(Path(text), size, args.fit)
+        return int(text) if text.isdecimal() else read_image(Path(text), shape, args.fit)
 
     # All images are read before the folder is created. A picture's file name contains labels of its
     # sources, so that no picture of other sources is overwritten.
@@ -213,7 +213,7 @@ def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, fo
             labels = map(label_of, texts, sources)
             rows["-".join([kind, *labels])] = sources
     if args.inpaint:
-        image, mask = read_with_mask(args.inpaint, args.mask, size)
+        image, mask = read_with_mask(args.inpaint, args.mask, shape)
         # The same image with another mask is another source.
         inpainting = f"inpainting-{label_of(args.inpaint, np.dstack([image, mask]))}"
     folder.mkdir(parents=True, exist_ok=True)

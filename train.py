@@ -170,7 +170,10 @@ def new_run(
         processes.print_main(
             f"note: {initial_path} is sampled without clipping x_0, but the new run clips x_0"
         )
-    experiment = with_weight_fields(preset, initial).override(*changes)
+    diffusion, model = changes
+    # The images' channels are not taken from the weights, so other channels are refused below.
+    model = {"channels": preset.model.channels} | model
+    experiment = with_weight_fields(preset, initial).override(diffusion, model)
     fitting = with_weight_fields(experiment, initial)
     for field, (trained_value, value) in fitting.differences(experiment).items():
         raise ConfigError(
@@ -360,8 +363,10 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
 def load_data(experiment: Experiment) -> tuple[ImageSet, Split]:
     """Load the images, and split them into training and held-out images."""
     config = experiment.diffusion
-    size = experiment.model.image_size
-    image_set = load_images(config.dataset_name, size, config.max_bad_images)
+    model = experiment.model
+    image_set = load_images(
+        config.dataset_name, model.image_size, config.max_bad_images, model.channels
+    )
     return image_set, split_images(image_set, config.split)
 
 

@@ -34,7 +34,9 @@ class Split:
     val_ids_hash: str
 
 
-def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0) -> ImageSet:
+def load_images(
+    dataset_name: str, image_size: int, max_bad_images: int = 0, channels: int = 3
+) -> ImageSet:
     """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
     "emoji_faces" is the embedded set, and "emoji_people" are the people in it. "FFHQ" is the copy
@@ -42,6 +44,7 @@ def load_images(dataset_name: str, image_size: int, max_bad_images: int = 0) -> 
     path for `find_source`. Raises UserError as `find_source`, `Cifar10` and `open_packed` do.
     """
     source = locate(dataset_name, image_size)
+    source.channels = channels
     pack = open_packed(source, image_size, max_bad_images)
     if dataset_name != "emoji_people":
         return replace(pack, name=dataset_name, first_test_id=source.first_test_id)
@@ -150,8 +153,12 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
                 "the model's config does not say which images it was trained on; name a data set "
                 "with evaluate.py --data NAME or sample.py --calibrate NAME"
             )
-    size = saved.model.image_size
-    image_set = load_images(diffusion["dataset_name"], size, diffusion["max_bad_images"])
+    image_set = load_images(
+        diffusion["dataset_name"],
+        saved.model.image_size,
+        diffusion["max_bad_images"],
+        saved.model.channels,
+    )
     return image_set, split_images(image_set, diffusion["split"])
 
 

@@ -1,4 +1,4 @@
-"""Decode image files of any colour mode to uint8 RGB, or report why they cannot be used."""
+"""Decode image files of any colour mode to RGB or grey, or report why they cannot be used."""
 
 import io
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data.pixels import picture_of
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short
 
@@ -16,28 +17,32 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # In an image with more pixels than this, Pillow suspects a decompression bomb.
 MAX_PIXELS = 89_478_485
 
+# Pillow's modes, by the number of channels. Its grey is the luma of ITU-R BT.601.
+MODES = {1: "L", 3: "RGB"}
+
 
 class BadImage(UserError):
     """An image cannot be used. The message gives the reason and does not name the file."""
 
 
-def decode_rgb(data: bytes) -> np.ndarray:
-    """Decode the bytes of a PNG, JPEG, WebP or BMP -> uint8 (H, W, 3) at its original size.
+def decode(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
+    """Decode the bytes of a PNG, JPEG, WebP or BMP -> uint8 (H, W, channels) at its original size.
 
-    The image is turned upright by its EXIF orientation. Alpha and transparent colours are
-    composited over white. Grey, palette and CMYK become RGB. 16-bit grey is scaled to 8 bits.
-    Pillow keeps the high byte of 16-bit colour, which is at most one level off. Embedded colour
-    profiles are ignored.
+    Pixels, uint8 (H, W, C), are only converted. The image is turned upright by its EXIF
+    orientation. Alpha and transparent colours are composited over white. All colour modes become
+    RGB, or grey if `channels` is 1. 16-bit grey is scaled to 8 bits. Pillow keeps the high byte of
+    16-bit colour, which is at most one level off. Embedded colour profiles are ignored.
 
     Raises BadImage for bytes that are not an image, and for an image that is truncated, corrupt,
     animated or larger than MAX_PIXELS. A damaged JPEG may decode without an error; in a zip, the
     checksum reveals the damage.
     """
-    return convert_to_rgb(open_image(data))
+    image = open_image(data) if isinstance(data, bytes) else picture_of(data)
+    return to_pixels(image, channels)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Load a Pillow image of any mode and turn it upright. Raises as `decode_rgb` does."""
+    """Load a Pillow image of any mode and turn it upright. Raises as `decode` does."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -62,8 +67,8 @@ def open_image(data: bytes) -> Image.Image:
         raise BadImage(f"broken file ({type(error).__name__}: {short(error)})") from None
 
 
-def convert_to_rgb(image: Image.Image) -> np.ndarray:
-    """Convert a Pillow image of any mode -> uint8 (H, W, 3)."""
+def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
+    """Convert a Pillow image of any mode -> uint8 (H, W, channels), RGB or grey."""
     if image.mode.startswith("I"):
         # convert("RGB") would clip 16-bit grey. Here its values, at most 65535, are divided by
         # 65535 / 255 = 257 and rounded to the nearest level.
@@ -71,32 +76,42 @@ def convert_to_rgb(image: Image.Image) -> np.ndarray:
         levels = (grey + 128) // 257
         if "transparency" in image.info:
             levels[grey == image.info["transparency"]] = 255
-        return np.repeat(np.uint8(levels)[..., None], 3, axis=2)
+        return np.repeat(np.uint8(levels)[..., None], channels, axis=2)
 
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    pixels = np.array(image.convert(MODES[channels]))
+    return pixels.reshape(image.height, image.width, channels)
 
 
-def fit_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
-    """Crop and resize uint8 (H, W, 3) -> uint8 (S, S, 3), S = image_size in pixels.
+def fit_square(pixels: np.ndarray, image_size: int) -> np.ndarray:
+    """Crop and resize uint8 (H, W, C) -> uint8 (S, S, C), S = image_size in pixels.
 
     Grey levels (H, W) become (S, S). The longer side is cropped at both ends. An S x S square is
     returned unchanged.
     """
-    height, width = rgb.shape[:2]
+    height, width = pixels.shape[:2]
     side = min(height, width)
     top = (height - side) // 2
     left = (width - side) // 2
-    square = np.ascontiguousarray(rgb[top : top + side, left : left + side])
+    square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
     if side == image_size:
         return square
 
     # An image that shrinks needs antialiasing, which Lanczos does.
     resample = Image.LANCZOS if side > image_size else Image.BICUBIC
-    resized = Image.fromarray(square).resize((image_size, image_size), resample)
-    return np.array(resized)
+    resized = picture_of(square).resize((image_size, image_size), resample)
+    return np.array(resized).reshape(image_size, image_size, *pixels.shape[2:])
+
+
+def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """Convert, crop and resize a Pillow image for a model -> uint8 (S, S, C).
+
+    `shape` is the shape (C, S, S) of the model's images.
+    """
+    channels, image_size, _ = shape
+    return fit_square(to_pixels(image, channels), image_size)
 
 
 def open_image_file(path: str, hint: str = "") -> Image.Image:
@@ -114,14 +129,14 @@ def open_image_file(path: str, hint: str = "") -> Image.Image:
 
 
 def read_with_mask(
-    path: str, mask_path: str | None, image_size: int
+    path: str, mask_path: str | None, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image to be inpainted and its mask -> uint8 (S, S, 3), and bool (S, S).
+    """Read an image to be inpainted and its mask -> uint8 (S, S, C), and bool (S, S).
 
     The mask is true where the image is to be inpainted: where the mask's file is white or, if there
     is no such file, where the image is transparent. Both are cropped and resized as training images
-    are, to S = image_size. Raises UserError as `open_image_file` does, and for a mask of another
-    size than its image, or a mask that is true or false everywhere.
+    are, to the `shape` (C, S, S) of the model's images. Raises UserError as `open_image_file` does,
+    and for a mask of another size than its image, or a mask that is true or false everywhere.
     """
     image = open_image_file(path)
     if mask_path:
@@ -139,15 +154,15 @@ def read_with_mask(
             f"{image.width}x{image.height}; a mask must be as large as its image"
         )
 
-    white = convert_to_rgb(mask_image).mean(axis=2) >= 128
-    mask = fit_mask(white, image_size)
+    white = to_pixels(mask_image, 3).mean(axis=2) >= 128
+    mask = fit_mask(white, shape[-1])
     if mask.all() or not mask.any():
         part = "everything" if mask.all() else "nothing"
         raise UserError(
             f"{mask_path or path}: {part} would be inpainted; give a --mask that is partly white, "
             "or erase a part of the image"
         )
-    return fit_square(convert_to_rgb(image), image_size), mask
+    return fit_image(image, shape), mask
 
 
 def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
@@ -159,17 +174,18 @@ def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     return levels > 25
 
 
-def read_image(path: str, image_size: int, fit: bool) -> np.ndarray:
-    """Read one image file for a model -> uint8 (S, S, 3), S = image_size in pixels.
+def read_image(path: str, shape: tuple[int, int, int], fit: bool) -> np.ndarray:
+    """Read one image file for a model -> uint8 (S, S, C).
 
-    Raises UserError as `open_image_file` does, or when the image has another size and `fit` is
-    False.
+    `shape` is the shape (C, S, S) of the model's images. Raises UserError as `open_image_file`
+    does, or when the image has another size and `fit` is False.
     """
     hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
-    rgb = convert_to_rgb(open_image_file(path, hint))
-    if not fit and rgb.shape[:2] != (image_size, image_size):
+    image = open_image_file(path, hint)
+    size = shape[-1]
+    if not fit and image.size != (size, size):
         raise UserError(
-            f"{path} is {rgb.shape[1]}x{rgb.shape[0]} pixels, the model's images are "
-            f"{image_size}x{image_size}; --fit crops and resizes it"
+            f"{path} is {image.width}x{image.height} pixels, the model's images are "
+            f"{size}x{size}; --fit crops and resizes it"
         )
-    return fit_square(rgb, image_size)
+    return fit_image(image, shape)

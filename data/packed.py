@@ -1,7 +1,7 @@
 """Decode and resize every image of a source once, into one packed file, and memory-map the file.
 
-<name>-<S>px.packed contains uint8 (N, S, S, 3). Next to it are a .lock and a .json with the ids,
-the images left out, and the key (`pack_key`).
+<name>-<S>px.packed contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed (N, S, S, 1). Next to
+it are a .lock and a .json with the ids, the images left out, and the key (`pack_key`).
 """
 
 import glob
@@ -23,7 +23,7 @@ import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
-from data.decode import BadImage, decode_rgb, fit_square
+from data.decode import BadImage, decode, fit_square
 from data.sources import Source
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short, write_atomically, write_text
@@ -39,7 +39,7 @@ LISTED = 20
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of a data set, uint8 (N, S, S, 3), and their N sorted ids (int or str)."""
+    """The images of a data set, uint8 (N, S, S, C), and their N sorted ids (int or str)."""
 
     name: str
     # The array is a memory map, unless the set is only a part of a pack.
@@ -63,18 +63,19 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
     """
     key = pack_key(source, image_size)
     with_data, in_cache = pack_paths(source, image_size)
-    pack = read_pack(with_data, key, image_size) or read_pack(in_cache, key, image_size)
+    shape = (image_size, image_size, source.channels)
+    pack = read_pack(with_data, key, shape) or read_pack(in_cache, key, shape)
     if pack is None:
         target = with_data if is_writable(with_data.parent) else in_cache
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with lock_or_wait(target):
                 # While this process waited, the one that held the lock may have made the pack.
-                pack = read_pack(target, key, image_size)
+                pack = read_pack(target, key, shape)
                 pack = pack or make_pack(source, image_size, key, target)
         except OSError as error:
             raise UserError(
-                f"{target}, {len(source.ids) * image_size**2 * 3 / 1e6:,.1f} MB of images, cannot "
+                f"{target}, {len(source.ids) * math.prod(shape) / 1e6:,.1f} MB of images, cannot "
                 f"be written ({error.strerror or error}). Make room there."
             ) from None
 
@@ -91,10 +92,13 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
 def pack_key(source: Source, image_size: int) -> str:
     """Return a hash of everything that a pack's content depends on.
 
-    This is the format version, the image size, the kind of source, and each member's name, size
-    and stamp.
+    This is the format version, the image size, the kind of source, each member's name, size and
+    stamp, and the number of channels.
     """
     facts = [FORMAT_VERSION, image_size, source.kind, source.members]
+    # Keys for RGB lack the number of channels, so that packs of earlier versions stay valid.
+    if source.channels != 3:
+        facts.append(source.channels)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -106,7 +110,8 @@ def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
     path = source.path.resolve()
 
     # The name does not depend on the source's content, so a new pack replaces an outdated one.
-    suffix = f"{image_size}px.packed"
+    grey = "-grey" if source.channels == 1 else ""
+    suffix = f"{image_size}px{grey}.packed"
     data_folder = path if source.holds_pack else path.parent
 
     # In the cache, a hash of the path distinguishes sources of the same name.
@@ -129,15 +134,15 @@ def is_writable(folder: Path) -> bool:
         return False
 
 
-def read_pack(path: Path, key: str, image_size: int) -> ImageSet | None:
-    """Map a packed file.
+def read_pack(path: Path, key: str, image_shape: tuple[int, int, int]) -> ImageSet | None:
+    """Map a packed file of images of this shape (S, S, C).
 
     Returns None when the file is missing, has another key or has the wrong size.
     """
     try:
         record = json.loads(Path(f"{path}.json").read_text())
         ids = record["ids"]
-        shape = (len(ids), image_size, image_size, 3)
+        shape = (len(ids), *image_shape)
         if record["key"] != key or path.stat().st_size != math.prod(shape):
             return None
         images = np.memmap(path, np.uint8, "r", shape=shape)
@@ -165,9 +170,9 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
     bad_images = []
     changes = Counter()
 
-    def fit(rgb):
+    def fit(pixels):
         """Return an image's pixels at image_size, and its original height and width."""
-        return fit_square(rgb, image_size), *rgb.shape[:2]
+        return fit_square(pixels, image_size), *pixels.shape[:2]
 
     def write_images(file):
         for i, result in enumerate(map_images(source, fit, f"Preparing {source.path.name}")):
@@ -209,7 +214,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
     print(summary, *source.notes, sep="\n")
     for name, reason in bad_images[:LISTED]:
         print(f"  left out: {short(name)}: {reason}")
-    return read_pack(target, key, image_size)
+    return read_pack(target, key, (image_size, image_size, source.channels))
 
 
 def map_images(
@@ -217,17 +222,15 @@ def map_images(
 ) -> Iterator[Result | BadImage]:
     """Yield job(pixels) for every image in the order of source.ids, and show a progress bar.
 
-    pixels is uint8 (H, W, 3), at the image's original size. An unusable image yields its BadImage
-    instead. `title` is the text before the bar.
+    pixels is uint8 (H, W, source.channels), at the image's original size. An unusable image yields
+    its BadImage instead. `title` is the text before the bar.
     """
 
     def process(data):
         if isinstance(data, BadImage):
             return data
         try:
-            if isinstance(data, bytes):
-                data = decode_rgb(data)
-            return job(data)
+            return job(decode(data, source.channels))
         except BadImage as error:
             return error
 

@@ -50,6 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="The side of the prepared images in pixels. Default: %(default)s.",
     )
     parser.add_argument(
+        "--channels",
+        type=int,
+        default=3,
+        choices=(1, 3),
+        help="3 for RGB, 1 for grey. Default: %(default)s.",
+    )
+    parser.add_argument(
         "--max-bad-images",
         type=int,
         default=0,
@@ -74,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         if any(report.values()):
             return 1
 
-    image_set = load_images(args.source, args.image_size, args.max_bad_images)
+    image_set = load_images(args.source, args.image_size, args.max_bad_images, args.channels)
     print(f"Ready: {image_set.summary}")
     return 0
 

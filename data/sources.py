@@ -68,6 +68,8 @@ class Source:
     holds_pack = False
     # Images with this id or a larger one are test images. None means that there are none.
     first_test_id = None
+    # Images are converted to this number of channels, RGB or grey, after they are read.
+    channels = 3
 
     def __init__(self, path: Path):
         self.path = path
@@ -78,7 +80,7 @@ class Source:
     def read(self, i: int) -> bytes | np.ndarray | BadImage:
         """Read the i-th image.
 
-        Returns a file's bytes, or uint8 (H, W, 3), or the reason why it cannot be read.
+        Returns a file's bytes, or uint8 (H, W, C), or the reason why it cannot be read.
         """
         member = self.members[i]
         if member.size > MAX_FILE_BYTES:
@@ -156,9 +158,9 @@ class Zip(Source):
 
 
 class Npz(Source):
-    """One uint8 array (N, H, W, 3), read as a stream, as FFHQ at 1024 px does not fit in memory.
+    """One uint8 array (N, H, W, C), read as a stream, as FFHQ at 1024 px does not fit in memory.
 
-    The last of the N reads checks the CRC.
+    C is 3, or 1 if there is no such array with C = 3. The last of the N reads checks the CRC.
     """
 
     kind = "npz"
@@ -174,13 +176,15 @@ class Npz(Source):
                     plain = npy.read_magic(file) == (1, 0)
                     shape, fortran, dtype = npy.read_array_header_1_0(file)
                     header = file.tell()
-                rgb = len(shape) == 4 and shape[3] == 3 and min(shape) > 0
-                if plain and rgb and dtype == np.uint8 and not fortran:
+                fits = len(shape) == 4 and shape[3] in (1, 3) and min(shape) > 0
+                if plain and fits and dtype == np.uint8 and not fortran:
                     arrays.append((info, shape, header))
+        # Next to colour images, an array with one channel may have their masks.
+        arrays = [array for array in arrays if array[1][3] == 3] or arrays
         if len(arrays) != 1:
             raise UserError(
-                f"{path} must contain exactly one uint8 array of shape (N, H, W, 3). It contains "
-                f"{len(arrays)}."
+                f"{path} must contain exactly one uint8 array of shape (N, H, W, 3), or (N, H, W, "
+                f"1) for grey images. It contains {len(arrays)}."
             )
 
         info, shape, self.header = arrays[0]
@@ -198,7 +202,7 @@ class Npz(Source):
         self.ids = list(range(count))
 
     def read(self, i: int) -> np.ndarray:
-        """Read the i-th image, uint8 (H, W, 3). Images must be read in order."""
+        """Read the i-th image, uint8 (H, W, C). Images must be read in order."""
         with raise_user_error(self.path):
             if i == 0:
                 self.stream = open_member(self.archive, self.members[0].name)

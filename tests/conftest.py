@@ -137,6 +137,12 @@ def tiny_run(pictures, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def grey_run(pictures, tmp_path_factory):
+    """Return a finished run like `tiny_run`, of a network with one channel."""
+    return train_tiny(pictures, tmp_path_factory.mktemp("grey"), "--model.channels", 1)
+
+
+@pytest.fixture(scope="session")
 def learned_run(pictures, tmp_path_factory):
     """Return a run of 60 steps, which has learned what the simple pictures are."""
     flags = "--diffusion.epochs 12 --diffusion.learning-rate 5e-3"

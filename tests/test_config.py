@@ -201,7 +201,7 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         ("norm_groups", 24, "a divisor of 64"),
         ("dropout", 1, "below 1"),
         ("dialect", "lucidrains", '"ho" or "diffusers"'),
-        ("channels", 1, "3"),
+        ("channels", 2, "3 (RGB) or 1 (grey)"),
     ],
 )
 def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):

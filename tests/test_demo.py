@@ -237,7 +237,7 @@ def test_mix(page, run, pictures, tmp_path):
     # The page shows the upload itself in large, and the model's size of it as the mixture.
     fill(page, Depth=0, Share=0)
     upload(page, pictures / "00003.png")
-    photo = read_image(pictures / "00003.png", SIZE, fit=True)
+    photo = read_image(pictures / "00003.png", (3, SIZE, SIZE), fit=True)
     large = Image.fromarray(photo).resize((512, 512), Image.Resampling.BICUBIC)
     await_picture(page, "The first image", np.asarray(large))
     click(page, MIX)

@@ -34,7 +34,7 @@ from PIL import Image
 
 from config import EXPERIMENTS, ConfigError, Experiment
 from data.datasets import load_images
-from data.decode import decode_rgb, fit_square
+from data.decode import decode, fit_square
 from data.sources import is_image_name
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import rebuild
@@ -118,7 +118,7 @@ def pictures():
     for name in names:
         mode, file_format = name.split(".")
         encoded[name] = packing.encoded(picture.convert(mode), file_format)
-    return encoded, {name: fit_square(decode_rgb(data), SIZE) for name, data in encoded.items()}
+    return encoded, {name: fit_square(decode(data), SIZE) for name, data in encoded.items()}
 
 
 def data_set_case(path, truths, rng, checksums=True):

@@ -155,7 +155,7 @@ def real_features(
 ) -> Tensor:
     """Return the features of the images at the indices: (len(indices), D) float32.
 
-    `images` are uint8 (N, H, W, 3), and are not augmented.
+    `images` are uint8 (N, H, W, C), and are not augmented.
     """
 
     def load(batches):
@@ -176,7 +176,8 @@ def collect_features(
     """Extract the features of `count` images: (count, D) float32, on the CPU, in all processes.
 
     `load` gets a list of batches, which are ranges in 0 .. count-1, and yields the uint8 images
-    (B, H, W, 3) of each. A batch that does not fit in memory is halved, and later ones are too.
+    (B, H, W, C) of each. Grey is repeated to three channels. A batch that does not fit in memory is
+    halved, and later ones are too.
     Raises `UserError` when a single image does not fit.
     """
     # All processes form the same batches, and each computes every `processes.count`-th one.
@@ -184,8 +185,9 @@ def collect_features(
     features = torch.zeros(count, extractor.width)
     limit = BatchLimit(extractor.device)
     for rows, images in zip(batches, load(batches), strict=True):
-        channels_first = images.permute(0, 3, 1, 2)
-        parts = limit.in_parts(lambda part: extractor.features(part).float().cpu(), channels_first)
+        # The network wants (B, 3, H, W). `expand` repeats one channel, and leaves three unchanged.
+        rgb = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+        parts = limit.in_parts(lambda part: extractor.features(part).float().cpu(), rgb)
         features[rows.start : rows.stop] = torch.cat(parts)
 
     # Each row is computed by one process and is 0 in the others, so the sum is exact.

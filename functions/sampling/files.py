@@ -164,6 +164,8 @@ def save_pictures(
         paths = [image_path(folder, i) for i in range(shown_count)]
         # np.asarray reads the pixels immediately, so that no file stays open.
         images = np.stack([np.asarray(Image.open(path)) for path in paths])
+        # Grey images are read as (N, H, W).
+        images = images.reshape(*images.shape[:3], -1)
     save_grid(images, folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
 

@@ -77,8 +77,8 @@ def inpaint_image(
 ) -> np.ndarray:
     """Inpaint an image `count` times where the mask is true.
 
-    `image` is uint8 (H, W, 3), and `mask` is bool (H, W). Returns the image, its known pixels on
-    grey, and the results: (2 + count, H, W, 3).
+    `image` is uint8 (H, W, C), and `mask` is bool (H, W). Returns the image, its known pixels on
+    grey, and the results: (2 + count, H, W, C).
     """
     device = image_sampler.device
     x_0 = source_to_x_0(image_sampler, image)

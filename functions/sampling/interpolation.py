@@ -22,7 +22,7 @@ from functions.support.pictures import save_strip
 MIXTURE_COUNT = 9
 # A row of a figure has this many variations, after the image itself.
 VARIATION_COUNT = 8
-# A source is the index of an image of the seed, or the pixels of an image file, uint8 (H, W, 3).
+# A source is the index of an image of the seed, or the pixels of an image file, uint8 (H, W, C).
 Source = int | np.ndarray
 
 

@@ -61,8 +61,8 @@ NAMES = {
 }
 # These attention weights are matrices in diffusers, and 1 x 1 convolutions here.
 MATRICES = (".query.weight", ".key.weight", ".value.weight", ".out.weight")
-# Our network always has these values, and our config has no fields for them. They are also the
-# defaults of diffusers.
+# Our network always has these values, which are also the defaults of diffusers. Only a grey network
+# has other channels.
 FIXED_NETWORK = {
     "_class_name": "UNet2DModel",
     "in_channels": 3,
@@ -137,6 +137,8 @@ def diffusers_network(model: dict) -> dict:
     return {
         **FIXED_NETWORK,
         **vars(dialect),
+        "in_channels": model["channels"],
+        "out_channels": model["channels"],
         "sample_size": model["image_size"],
         "norm_num_groups": model["norm_groups"],
         "dropout": model["dropout"],
@@ -178,7 +180,8 @@ def our_network(config: dict, path: Path) -> dict:
         ],
         "base_dim": widths[0],
         "image_size": size,
-        "channels": 3,
+        # `refuse_unsupported` refuses any number but 1 and 3.
+        "channels": 1 if config["in_channels"] == 1 else 3,
         "dropout": config["dropout"],
         "norm_groups": config["norm_num_groups"],
         # This one field decides the dialect, and `refuse_unsupported` compares the other fields.
@@ -276,7 +279,7 @@ def our_schedule(config: dict, path: Path) -> dict:
 def refuse_unsupported(config: dict, supported: dict, path: Path) -> None:
     """Raise CheckpointError for an unknown field, or for a value that is not the supported one."""
     # Most fields have only one supported value. These fields have several.
-    alternatives = {"block_out_channels": "multiples of the first"}
+    alternatives = {"in_channels": "1 or 3", "block_out_channels": "multiples of the first"}
     for theirs, words in diffusers_words().values():
         alternatives[theirs] = " or ".join(map(repr, words.values()))
     for name, value in config.items():

@@ -1,4 +1,4 @@
-"""Draw grids, animations and strips of images. Images are uint8 (N, H, W, 3)."""
+"""Draw grids, animations and strips of images. Images are uint8 (N, H, W, C), RGB or grey."""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torchvision.utils import make_grid
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from data.pixels import picture_of
 from functions.support.files import write_atomically
 
 # In grids, images with a shorter side than this (in pixels) are enlarged, so that they can be seen.
@@ -29,17 +30,19 @@ def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
     MIN_SIDE.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
-    batch = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, C, H, W)
     grid = make_grid(batch, nrow=columns, padding=GAP, pad_value=255)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    # torchvision repeats grey to three channels.
+    grid = grid[: images.shape[3]]
+    picture = picture_of(grid.permute(1, 2, 0).numpy())
     factor = math.ceil(MIN_SIDE / images.shape[1])
     # By default `scale` is bicubic.
     return ImageOps.scale(picture, factor)
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
-    """Write one image, (H, W, 3), as a PNG."""
-    picture = Image.fromarray(image)
+    """Write one image, (H, W, C) or grey (H, W), as a PNG."""
+    picture = picture_of(image)
     write_atomically(path, lambda file: picture.save(file, "PNG"))
 
 
@@ -51,7 +54,7 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Ima
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None) -> None:
-    """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, 3).
+    """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, C).
 
     The GIF shows about 12 frames per second, and the last frame for two seconds.
     """
@@ -73,7 +76,7 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
 def save_strip(
     frames: Sequence[np.ndarray], titles: Sequence[str], path: Path, row_titles: Sequence[str] = ()
 ) -> None:
-    """Draw a figure with a row for each sample and a column for each frame, (N, H, W, 3).
+    """Draw a figure with a row for each sample and a column for each frame, (N, H, W, C).
 
     `titles` are above the columns, and `row_titles` are to the left of the rows.
     """
@@ -89,7 +92,8 @@ def save_strip(
     for column, frame, title in zip(axes.T, frames, titles, strict=True):
         column[0].set_title(title, fontsize=9)
         for ax, image in zip(column, frame, strict=True):
-            ax.imshow(image, interpolation="bicubic")
+            # The colour map and its range are only used for grey.
+            ax.imshow(image, "gray", vmin=0, vmax=255, interpolation="bicubic")
             ax.axis("off")
     for row, title in enumerate(row_titles):
         ax = axes[row, 0]

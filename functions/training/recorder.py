@@ -341,4 +341,5 @@ class Recorder:
 
         if self.processes.is_main:
             grid = save_grid(np.concatenate(parts), self.run.path_of("samples", done))
-            self.metrics.tensorboard.add_image("samples", np.asarray(grid), done, dataformats="HWC")
+            pixels = np.asarray(grid.convert("RGB"))
+            self.metrics.tensorboard.add_image("samples", pixels, done, dataformats="HWC")

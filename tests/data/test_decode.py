@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from data.decode import BadImage, decode_rgb, fit_square, read_image
+from data.decode import BadImage, decode, fit_square, read_image
 from functions.support.errors import UserError
 from tests.data.packing import chunk, encoded, png, random_pixels
 
@@ -79,13 +79,25 @@ FORMS = {
 
 @pytest.mark.parametrize(("data", "expected", "tolerance"), FORMS.values(), ids=FORMS)
 def test_every_form_becomes_rgb(data, expected, tolerance):
-    decoded = decode_rgb(data)
+    decoded = decode(data)
 
     assert decoded.dtype == np.uint8
     assert decoded.shape == (*np.shape(expected)[:2], 3)
     # Grey stands for three equal channels.
     expected = np.broadcast_to(expected, decoded.shape)
     np.testing.assert_allclose(decoded, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("data", "expected", "tolerance"), FORMS.values(), ids=FORMS)
+def test_every_form_becomes_grey(data, expected, tolerance):
+    """Grey is the luma of ITU-R BT.601, so that grey levels stay exactly the same."""
+    decoded = decode(data, channels=1)
+
+    assert decoded.dtype == np.uint8
+    expected = np.broadcast_to(expected, (*np.shape(expected)[:2], 3)) @ [0.299, 0.587, 0.114]
+    assert decoded.shape == (*expected.shape, 1)
+    rounding = 0.501 if tolerance == 0 else 1
+    np.testing.assert_allclose(decoded[..., 0], expected, rtol=0, atol=tolerance + rounding)
 
 
 def test_exif_orientation_is_applied():
@@ -104,7 +116,7 @@ def test_exif_orientation_is_applied():
     for orientation, expected in enumerate(turned, start=1):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        decoded = decode_rgb(encoded(RGB, exif=exif))
+        decoded = decode(encoded(RGB, exif=exif))
         assert_array_equal(decoded, expected)
 
 
@@ -134,7 +146,7 @@ def animated(image_format):
 )
 def test_bad_images_are_refused_with_the_reason(data, reason):
     with pytest.raises(BadImage, match=reason):
-        decode_rgb(data)
+        decode(data)
 
 
 def test_the_centre_is_cropped():
@@ -147,11 +159,11 @@ def test_an_image_of_another_shape_is_read_only_to_be_fitted(tmp_path):
     path = tmp_path / "wide.png"
     path.write_bytes(encoded(RGB))
 
-    assert_array_equal(read_image(str(path), 12, fit=True), RGB[:, 2:14])
+    assert_array_equal(read_image(str(path), (3, 12, 12), fit=True), RGB[:, 2:14])
 
     message = "is 16x12 pixels, the model's images are 12x12; --fit crops and resizes it"
     with pytest.raises(UserError, match=message):
-        read_image(str(path), 12, fit=False)
+        read_image(str(path), (3, 12, 12), fit=False)
 
 
 def lanczos(x):

@@ -13,7 +13,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from data.datasets import hash_ids
-from data.decode import BadImage, decode_rgb
+from data.decode import BadImage, decode
 from data.sources import find_source
 from functions.support.errors import UserError
 from functions.support.files import short
@@ -35,14 +35,14 @@ def patch(path, signature, offset, code, value):
 def test_a_png_with_wrong_checksums_is_refused():
     rows = b"\0" + bytes(range(24))
     sound = png(8, 1, 8, 2, rows)
-    assert decode_rgb(sound).ravel().tolist() == list(range(24))
+    assert decode(sound).ravel().tolist() == list(range(24))
 
     # Other pixels are packed soundly, but the checksum is the old one. Pillow alone shows them.
     body = zlib.compress(rows)
     other_body = zlib.compress(b"\0" + bytes(reversed(range(24))))
     assert len(body) == len(other_body)
     with pytest.raises(BadImage, match="checksum"):
-        decode_rgb(sound.replace(body, other_body))
+        decode(sound.replace(body, other_body))
 
 
 def test_a_member_that_unpacks_to_more_than_it_says_takes_no_memory(tmp_path):

@@ -112,7 +112,7 @@ def test_a_pack_of_another_format_is_not_read(tmp_path, monkeypatch):
     pack = load(path)
     monkeypatch.setattr(packed, "FORMAT_VERSION", packed.FORMAT_VERSION + 1)
     key = packed.pack_key(find_source(path, 8), 8)
-    assert packed.read_pack(pack.path, key, 8) is None
+    assert packed.read_pack(pack.path, key, (8, 8, 3)) is None
 
 
 @pytest.mark.parametrize("ending", ["", ".json"])

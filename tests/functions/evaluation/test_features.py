@@ -36,6 +36,15 @@ def of_images(batch_size=64, extractor=EXTRACTOR, processes=SINGLE_PROCESS):
     return features.real_features(IMAGES, np.arange(100), batch_size, extractor, processes)
 
 
+def test_features_of_grey_images_are_those_of_three_equal_channels():
+    grey = IMAGES[..., :1]
+    of_grey, of_repeated = (
+        features.real_features(images, np.arange(100), 64, EXTRACTOR, SINGLE_PROCESS)
+        for images in (grey, np.repeat(grey, 3, axis=3))
+    )
+    assert torch.equal(of_grey, of_repeated)
+
+
 @pytest.fixture
 def two_sets():
     """Return features of 60 samples and of 60 real images: (60, 5) float32 each.

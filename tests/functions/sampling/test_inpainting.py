@@ -194,12 +194,12 @@ def photo(tmp_path, monkeypatch):
 @pytest.mark.parametrize("files", [("photo.png", "mask.png"), ("erased.png", None)])
 def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
     # At half the size, 2 of 10 columns are masked. The next is white in part, by the resizing.
-    image, anew = read_with_mask(*files, 10)
+    image, anew = read_with_mask(*files, (3, 10, 10))
     assert anew[:, :2].all()
     assert not anew[:, 3:].any()
 
     # Farther from the mask the image is the photo itself.
-    whole = read_image("photo.png", 10, fit=True)
+    whole = read_image("photo.png", (3, 10, 10), fit=True)
     assert np.array_equal(image[:, 6:], whole[:, 6:])
 
 
@@ -243,12 +243,21 @@ def test_the_script_paints_what_a_mask_says(photo, tiny_run, tmp_path, capsys):
     assert "inpainting 5 times, 10 steps in all each" in capsys.readouterr().out
 
 
-def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, tiny_run, tmp_path):
+@pytest.mark.parametrize("channels", [3, 1])
+def test_the_script_paints_what_is_erased_and_keeps_the_rest(
+    channels, photo, tiny_run, grey_run, tmp_path
+):
     out = tmp_path / "out"
-    paint(tiny_run, out, "erased.png --sampler ddim --eta 1 --n 2 --individual")
+    paint(
+        {3: tiny_run, 1: grey_run}[channels],
+        out,
+        "erased.png --sampler ddim --eta 1 --n 2 --individual",
+    )
     assert len([*out.glob("inpainting-erased-*.png")]) == 3
 
-    image, anew = read_with_mask("erased.png", None, 16)
+    image, anew = read_with_mask("erased.png", None, (channels, 16, 16))
+    # PNGs of grey are (H, W).
+    image = image.squeeze()
     answers = sorted(out.glob("inpainting-erased-*-*.png"))
     first, second = (np.asarray(Image.open(path)) for path in answers)
     assert np.array_equal(first[~anew], image[~anew])

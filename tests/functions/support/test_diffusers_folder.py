@@ -120,7 +120,7 @@ def open_in_diffusers(folder, capfd):
 
 
 def same_output(denoiser, unet, size=16):
-    x_t = torch.randn(2, 3, size, size)
+    x_t = torch.randn(2, unet.config.in_channels, size, size)
     t = torch.tensor([7, 999])
     with torch.no_grad():
         assert_close(denoiser(x_t, t), unet(x_t, t).sample, rtol=1e-4, atol=1e-4)
@@ -179,7 +179,10 @@ def fields_of(component):
     return json.loads(json.dumps(dict(component.config)))
 
 
-@pytest.mark.parametrize("details", [HO, {}], ids=["ho", "diffusers"])
+GREY = {"in_channels": 1, "out_channels": 1}
+
+
+@pytest.mark.parametrize("details", [HO, {}, GREY], ids=["ho", "diffusers", "grey"])
 def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path, capfd):
     scheduler = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
@@ -203,7 +206,11 @@ def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("channels", [3, 1])
+def test_ours_to_diffusers_and_back_gives_the_same_images(
+    channels, tiny_run, grey_run, tmp_path, monkeypatch, capfd
+):
+    tiny_run = {3: tiny_run, 1: grey_run}[channels]
     exported = tmp_path / "faces"
     call(sample.main, tiny_run, "--export", exported)
 

@@ -1,0 +1,152 @@
+"""Networks with one channel, from image files to pictures; and that three channels stay as ever."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+import evaluate
+import sample
+from config import EXPERIMENTS, ConfigError
+from data.datasets import EMBEDDED_SET
+from data.packed import open_packed, pack_key, pack_paths
+from data.sources import find_source
+from functions.support.checkpoint import digest_of
+from functions.support.diffusers_folder import (
+    diffusers_network,
+    diffusers_schedule,
+    our_network,
+    our_schedule,
+)
+from functions.support.errors import UserError
+from functions.support.files import sha256
+from functions.support.pictures import save_strip
+from functions.support.random_numbers import ImageNoise, training_draws
+from tests.conftest import call, train_tiny
+from tests.data.packing import IMAGES, load, write_folder
+
+# The luma of ITU-R BT.601.
+LUMA = np.array([0.299, 0.587, 0.114])
+FEW = ["--steps", 4, "--seed", 3, "--device", "cpu"]
+
+
+def sha256_of(array):
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def test_three_channels_keep_their_keys_packs_seeds_and_digests():
+    """The values are a contract: the code of commit bfe6c5a, which had no grey, printed them."""
+    source = find_source(EMBEDDED_SET, 64)
+    key_64 = "5398c195261a42acd48993220a6cf4c044417af03c851898b44ef9e82fcd2329"
+    key_32 = "28c046146ac18cf95a1163c7ff06fd87432c002a17c915b1a6e4453f6f18c902"
+    assert pack_key(source, 64) == key_64
+    assert pack_key(source, 32) == key_32
+    assert pack_paths(source, 64)[0].name == "emoji_faces.zip-64px.packed"
+    # At 64 pixels nothing is resized.
+    assert sha256_of(open_packed(source, 64).images).startswith("a1efb81a9fa30ee9")
+
+    noise = ImageNoise(3, [5], (3, 16, 16)).draw()
+    assert sha256_of(noise.numpy()).startswith("42849bfc13265ce0")
+    draws = training_draws(3, 7, 4, (3, 16, 16), 1000, "cpu")
+    assert draws.t.tolist() == [571, 3, 463, 842]
+    assert sha256_of(draws.noise.numpy()).startswith("56c6c34779f46c2b")
+
+    config = EXPERIMENTS["cifar10"].to_dict()
+    network = diffusers_network(config["model"])
+    assert sha256(json.dumps(network)).startswith("80b9a80d6a202ac8")
+    schedule = diffusers_schedule(config["diffusion"])
+    ours = {
+        "diffusion": our_schedule(schedule, Path("scheduler")),
+        "model": our_network(network, Path("unet")),
+    }
+    assert digest_of(ours, {}).startswith("5fdf39670d0607d3")
+
+
+def test_grey_packs_lie_beside_those_of_colours(tmp_path):
+    path = write_folder(tmp_path / "set")
+    colour = load(path)
+    source = find_source(path, 8)
+    source.channels = 1
+
+    grey = open_packed(source, 8)
+
+    assert grey.images.shape == (10, 8, 8, 1)
+    np.testing.assert_allclose(grey.images[..., 0], IMAGES @ LUMA, atol=1)
+    assert_array_equal(open_packed(source, 8).images, grey.images)
+    assert_array_equal(load(path).images, IMAGES)
+    assert (colour.path.name, grey.path.name) == ("set-8px.packed", "set-8px-grey.packed")
+
+
+def test_an_npz_may_be_grey_and_masks_beside_colours_do_not_count(tmp_path):
+    np.savez(tmp_path / "grey.npz", IMAGES[..., :1])
+    np.savez(tmp_path / "both.npz", IMAGES, IMAGES[..., :1])
+    # A network with three channels sees grey as three equal ones.
+    assert_array_equal(load(tmp_path / "grey.npz").images, np.repeat(IMAGES[..., :1], 3, axis=3))
+    assert_array_equal(load(tmp_path / "both.npz").images, IMAGES)
+
+
+def test_single_images_grids_and_figures_are_grey(grey_run, tmp_path):
+    call(sample.main, grey_run, *FEW, "--n", 2, "--individual", "--out", tmp_path)
+    # This grid was made from the files, and the next one is made from the samples.
+    from_files = (tmp_path / "grid.png").read_bytes()
+    flags = ["--n", 2, "--strip", "--progressive", "--gif"]
+    call(sample.main, grey_run, *FEW, *flags, "--out", tmp_path)
+    assert (tmp_path / "grid.png").read_bytes() == from_files
+
+    for name in ("grid", "00000", "00001"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.mode == "L"
+            assert np.std(image) > 10
+    for name in ("strip.png", "progressive.png", "denoising.gif"):
+        red, green, blue = np.moveaxis(np.asarray(Image.open(tmp_path / name).convert("RGB")), 2, 0)
+        assert_array_equal(red, green)
+        assert_array_equal(red, blue)
+
+
+def test_a_strip_shows_the_grey_levels_themselves(tmp_path):
+    frames = [np.full((1, 8, 8, 1), level, np.uint8) for level in (60, 200)]
+    save_strip(frames, ["dark", "bright"], tmp_path / "strip.png")
+    strip = np.asarray(Image.open(tmp_path / "strip.png").convert("L"))
+    columns = strip.shape[1]
+    assert strip[-20, [columns // 4, 3 * columns // 4]].tolist() == [60, 200]
+
+
+def test_pictures_from_colour_files(grey_run, pictures, tmp_path):
+    files = [pictures / "00001.png", pictures / "00002.png"]
+    rows = ["--interpolate", *files, "--variations", files[0], "--fit", "--depths", "0.5"]
+    call(sample.main, grey_run, *FEW, *rows, "--out", tmp_path)
+
+    assert len([*tmp_path.glob("interpolation-*.png")]) == 1
+    assert len([*tmp_path.glob("variations-*.png")]) == 1
+
+
+@pytest.mark.slow
+def test_a_grey_network_is_evaluated_with_a_calibration(grey_run, tmp_path):
+    flags = ["--metrics", "bpd,bands", "--calibrate", "data", "--images", 4, "--device", "cpu"]
+    call(evaluate.main, grey_run, *flags, "--out", tmp_path)
+
+    [bands] = tmp_path.glob("*-bands-*.json")
+    assert np.isfinite(json.loads(bands.read_text())["ratio"]).all()
+    assert len([*tmp_path.glob("*-bpd-*.json")]) == 1
+
+
+def test_weights_of_other_channels_are_refused_in_a_sentence(
+    grey_run, tiny_run, pictures, tmp_path
+):
+    message = "model.channels is 1 for the weights of .* cannot be changed to 3"
+    with pytest.raises(ConfigError, match=message):
+        train_tiny(pictures, tmp_path, "--init", grey_run)
+    message = "model.channels is 3 for the weights of .* cannot be changed to 1"
+    with pytest.raises(ConfigError, match=message):
+        train_tiny(pictures, tmp_path, "--init", tiny_run, "--model.channels", 1)
+
+    with pytest.raises(ConfigError, match=r"a resumed run cannot change model\.channels"):
+        train_tiny(pictures, tmp_path, "--resume", tiny_run, "--model.channels", 1)
+
+    message = r"its images are \(3, 16, 16\), and the model's are \(1, 16, 16\)"
+    with pytest.raises(UserError, match=message):
+        call(sample.main, grey_run, *FEW, "--guide", tiny_run, "--guidance", 2)
