@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cifar10 import Cifar10
+from data.mnist import Mnist
 from data.packed import ImageSet, open_packed
 from data.sources import ARCHIVES, Source, find_source
 from functions.support.checkpoint import SavedModel
@@ -40,8 +41,9 @@ def load_images(
     """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
     "emoji_faces" is the embedded set, and "emoji_people" are the people in it. "FFHQ" is the copy
-    that `find_ffhq` finds, and "CIFAR10" the binary version at data/CIFAR10. Any other name is a
-    path for `find_source`. Raises UserError as `find_source`, `Cifar10` and `open_packed` do.
+    that `find_ffhq` finds, "CIFAR10" the binary version at data/CIFAR10, and "MNIST" the files at
+    data/MNIST. Any other name is a path for `find_source`. Raises UserError as `find_source`,
+    `Cifar10`, `Mnist` and `open_packed` do.
     """
     source = locate(dataset_name, image_size)
     source.channels = channels
@@ -64,6 +66,8 @@ def locate(dataset_name: str, image_size: int) -> Source:
         return find_source(find_ffhq(DATA_FOLDER), image_size, numbered=True)
     if dataset_name == "CIFAR10":
         return Cifar10(DATA_FOLDER / "CIFAR10")
+    if dataset_name == "MNIST":
+        return Mnist(DATA_FOLDER / "MNIST")
     return find_source(dataset_name, image_size)
 
 

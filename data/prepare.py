@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="FFHQ, CIFAR10, emoji_faces, emoji_people, or the path of a folder or archive.",
+        help="FFHQ, CIFAR10, MNIST, emoji_faces, emoji_people, or the path of a folder or archive.",
     )
     parser.add_argument(
         "--image-size",
