@@ -1,7 +1,7 @@
 """Prepare a data set ahead of training, or check a copy of FFHQ against its published md5 sums.
 
     python data/prepare.py FFHQ
-    python data/prepare.py path/to/folder-or-zip-or-npz --image-size 64
+    python data/prepare.py path/to/folder-or-archive --image-size 64
     python data/prepare.py FFHQ --verify ffhq-dataset-v2.json
 
 This is optional, because train.py prepares its data set itself. With --verify, the images are

@@ -1,4 +1,4 @@
-"""Find images in a folder and its subfolders, in a zip or in an npz.
+"""Find images in a folder and its subfolders, in a zip, a tar or an npz.
 
 Archives are read in place and never extracted, so the name of a member never becomes a path on
 this machine.
@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -157,6 +158,29 @@ class Zip(Source):
             return file.read(member.size + 1)
 
 
+class Tar(Source):
+    """Image files in a plain tar, such as a shard of a WebDataset."""
+
+    kind = "tar"
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.archive = tarfile.TarFile(path)
+        # A tar has no checksums of its members' contents.
+        stamp = path.stat().st_mtime_ns
+
+        # If two members have the same name, the last one counts, as in other tar tools.
+        self.infos = {info.name: info for info in self.archive if info.isfile()}
+        for name, info in self.infos.items():
+            if is_image_name(name):
+                self.members.append(Member(name, info.size, stamp))
+
+    def read_file(self, member: Member) -> bytes:
+        """Return the bytes of a member."""
+        # Looking a member up by its name would take as long as reading the whole list.
+        return self.archive.extractfile(self.infos[member.name]).read()
+
+
 class Npz(Source):
     """One uint8 array (N, H, W, C), read as a stream, as FFHQ at 1024 px does not fit in memory.
 
@@ -212,7 +236,7 @@ class Npz(Source):
 
 
 # These classes read the files with these suffixes, in upper or lower case.
-ARCHIVES = {".zip": Zip, ".npz": Npz}
+ARCHIVES = {".zip": Zip, ".npz": Npz, ".tar": Tar}
 
 
 def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False) -> Source:
@@ -230,10 +254,10 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"{path} does not exist. Give a folder, a .zip or an .npz of images.")
+        raise UserError(f"{path} does not exist. Give a folder, a .zip, .tar or .npz of images.")
     source_class = Folder if path.is_dir() else ARCHIVES.get(path.suffix.lower())
     if not source_class:
-        raise UserError(f"{path} is neither a folder nor a .zip nor an .npz. Give one of these.")
+        raise UserError(f"{path} is neither a folder nor a .zip, .tar or .npz. Give one of these.")
 
     with raise_user_error(path):
         source = source_class(path)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data.datasets import find_ffhq
-from data.sources import ARCHIVES, Member, Source, find_source, is_image_name
+from data.sources import find_source
 from functions.support.errors import UserError
 from tests.data.packing import IMAGES, TREE, encoded, load, name_of, write_folder, write_zip
 
@@ -197,33 +197,24 @@ def test_npz(tmp_path):
             find_source(tmp_path / name, 8)
 
 
-class Tar(Source):
-    """Image files in a tar: the example of docs/change.md."""
-
-    kind = "tar"
-
-    def __init__(self, path):
-        super().__init__(path)
-        self.archive = tarfile.TarFile(path)
-        stamp = path.stat().st_mtime_ns
-        for info in self.archive:
-            if is_image_name(info.name) and info.isfile():
-                self.members.append(Member(info.name, info.size, stamp))
-
-    def read_file(self, member):
-        return self.archive.extractfile(member.name).read()
-
-
-def test_another_archive_is_a_class_and_a_row(tmp_path, monkeypatch):
-    monkeypatch.setitem(ARCHIVES, ".tar", Tar)
+def test_a_tar(tmp_path):
     path = tmp_path / "FFHQ.tar"
+    # A WebDataset has files of other kinds beside each image.
+    more = {"teaser.png": PICTURE, "00003.json": b"{}", "00003.cls": b"1"}
     with tarfile.open(path, "w") as archive:
-        archive.add(write_folder(tmp_path / "set", more={"teaser.png": PICTURE}), "set")
+        # Of two members with the same name, the last one counts.
+        archive.add(write_folder(tmp_path / "other", 255 - IMAGES[:1]), "set")
+        archive.add(write_folder(tmp_path / "set", more=more), "set")
 
     assert find_ffhq(tmp_path) == path
     assert find_source(path, 8, numbered=True).ids == NUMBERS
     path.with_name("set").rename(tmp_path / "elsewhere")
     assert np.array_equal(load(path).images[:10], IMAGES)
+
+    # A member that is cut short shows when the tar is opened.
+    os.truncate(path, 5000)
+    with pytest.raises(UserError, match="cannot be read"):
+        find_source(path, 8)
 
 
 def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
