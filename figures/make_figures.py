@@ -263,9 +263,9 @@ def draw_run(checkpoint: Path) -> None:
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Return for each image (N, H, W, 3) the training image that correlates with it most.
+    """Return for each image (N, H, W, C) the training image that correlates with it most.
 
-    Each training image (M, H, W, 3) is compared unchanged and mirrored. Grey levels are compared,
+    Each training image (M, H, W, C) is compared unchanged and mirrored. Grey levels are compared,
     standardised for each image, so neither colour nor brightness counts.
     """
     # Training flips images, so a sample may be the mirror image of a training image.
@@ -275,7 +275,7 @@ def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
 
 
 def standardised(images: np.ndarray) -> np.ndarray:
-    """Return the grey levels of images (N, H, W, 3) with mean 0 and norm 1: (N, H W)."""
+    """Return the grey levels of images (N, H, W, C) with mean 0 and norm 1: (N, H W)."""
     grey = images.mean(axis=3).reshape(len(images), -1)
     grey = grey - grey.mean(axis=1, keepdims=True)
     return grey / np.linalg.norm(grey, axis=1, keepdims=True)
