@@ -103,7 +103,7 @@ def cut(grid):
     """Return the images of a grid, row by row."""
     # There are 2 pixels between images, and around them.
     step = SIZE + 2
-    height, width, _ = grid.shape
+    height, width = grid.shape[:2]
     return [
         grid[y : y + SIZE, x : x + SIZE]
         for y in range(2, height - SIZE, step)
@@ -278,6 +278,28 @@ def test_paint(page, run, tmp_path):
         assert_array_equal(answer, pixels_of(path))
         assert_array_equal(answer[~painted], image[~painted])
         assert abs(answer[painted].astype(int) - image[painted]).mean() > 5
+
+
+def test_a_grey_model(chromium, pictures, tmp_path):
+    """It mixes and paints an uploaded photo, which has colours, in grey."""
+    run = train_tiny(pictures, tmp_path / "runs", *FLAGS, "--model.channels", 1)
+    with served(tmp_path / "log", "--runs", run.parent) as address:
+        chromium.goto(address)
+        tab(chromium, "Mix")
+        fill(chromium, Steps=5, Depth=0, Share=0)
+        upload(chromium, pictures / "00003.png")
+        click(chromium, MIX)
+        photo = read_image(pictures / "00003.png", (1, SIZE, SIZE), fit=True)[..., 0]
+        await_picture(chromium, "The mixture", photo)
+
+        tab(chromium, "Paint")
+        upload(chromium, pictures / "00003.png")
+        paint(chromium)
+        fill(chromium, Steps=6, Repeats=2)
+        click(chromium, PAINT)
+        image, kept, *_ = cut(picture(chromium, "The image, its known part, and the inpaintings"))
+        assert_array_equal(image, photo)
+        assert kept[SIZE // 2, SIZE // 2] == 128
 
 
 def test_bad_input_is_a_sentence_and_the_page_goes_on(page, tmp_path):

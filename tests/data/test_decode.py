@@ -77,27 +77,20 @@ FORMS = {
 }
 
 
+@pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize(("data", "expected", "tolerance"), FORMS.values(), ids=FORMS)
-def test_every_form_becomes_rgb(data, expected, tolerance):
-    decoded = decode(data)
+def test_every_form_becomes_rgb_or_grey(data, expected, tolerance, channels):
+    decoded = decode(data, channels)
 
     assert decoded.dtype == np.uint8
-    assert decoded.shape == (*np.shape(expected)[:2], 3)
+    assert decoded.shape == (*np.shape(expected)[:2], channels)
     # Grey stands for three equal channels.
-    expected = np.broadcast_to(expected, decoded.shape)
+    expected = np.broadcast_to(expected, (*decoded.shape[:2], 3))
+    if channels == 1:
+        # This is the luma of ITU-R BT.601, which is rounded to a level.
+        expected = expected @ [[0.299], [0.587], [0.114]]
+        tolerance += 0.501
     np.testing.assert_allclose(decoded, expected, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize(("data", "expected", "tolerance"), FORMS.values(), ids=FORMS)
-def test_every_form_becomes_grey(data, expected, tolerance):
-    """Grey is the luma of ITU-R BT.601, so that grey levels stay exactly the same."""
-    decoded = decode(data, channels=1)
-
-    assert decoded.dtype == np.uint8
-    expected = np.broadcast_to(expected, (*np.shape(expected)[:2], 3)) @ [0.299, 0.587, 0.114]
-    assert decoded.shape == (*expected.shape, 1)
-    rounding = 0.501 if tolerance == 0 else 1
-    np.testing.assert_allclose(decoded[..., 0], expected, rtol=0, atol=tolerance + rounding)
 
 
 def test_exif_orientation_is_applied():
