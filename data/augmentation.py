@@ -16,7 +16,7 @@ TAPS = 8
 def augment(x_0: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
     """Flip and rotate each image of a batch.
 
-    x_0 (B, 3, H, W) is float32 in [-1, 1]. The result has the same shape and range. Where flip
+    x_0 (B, C, H, W) is float32 in [-1, 1]. The result has the same shape and range. Where flip
     (B,) bool is true, left and right are exchanged exactly. angle (B,) is in degrees, positive
     counter-clockwise, or None for no rotation. At an angle of 0 an image stays exactly the same.
     Beyond MAX_DEGREES, corners may show repeated edge pixels.
@@ -31,7 +31,7 @@ def augment(x_0: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
 
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotate each image of x (B, 3, H, W) about its centre by its angle (B,) in degrees.
+    """Rotate each image of x (B, C, H, W) about its centre by its angle (B,) in degrees.
 
     Rotation brings wedges from outside the image into view. At 3 degrees and 128 px they are at
     most 3.3 pixels wide. They are filled by mirroring the image at its edges.
@@ -57,8 +57,8 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     # taps first doubles the resolution, they lose 1.5%. The price is faint ringing near edges that
     # are sharper than those in photos.
     #
-    # The width is doubled first, to (B, 3, H + 2 (margin + TAPS), 2 (W + 2 margin)), and then the
-    # height, to (B, 3, 2 (H + 2 margin), 2 (W + 2 margin)).
+    # The width is doubled first, to (B, C, H + 2 (margin + TAPS), 2 (W + 2 margin)), and then the
+    # height, to (B, C, 2 (H + 2 margin), 2 (W + 2 margin)).
     doubled = double_width(mirror(x, margin + TAPS))
     doubled = double_width(doubled.transpose(2, 3)).transpose(2, 3)
 

@@ -58,7 +58,7 @@ def micro_batches(
 
 
 class ImageFeeder:
-    """Images (N, S, S, 3) uint8, memory-mapped or not, that are fed to a device in batches.
+    """Images (N, S, S, C) uint8, memory-mapped or not, that are fed to a device in batches.
 
     keep_on_device=True copies all images to the device at the start. False gathers each batch on
     the CPU. None, the default, copies all images to a CUDA device if they need at most
@@ -80,7 +80,7 @@ class ImageFeeder:
         self.resident = torch.tensor(self.images, device=self.device) if keep_on_device else None
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """Return the images with indices (B,) as uint8 (B, S, S, 3) on the device.
+        """Return the images with indices (B,) as uint8 (B, S, S, C) on the device.
 
         Raises IndexError when an index is out of range.
         """

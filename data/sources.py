@@ -207,8 +207,8 @@ class Npz(Source):
         arrays = [array for array in arrays if array[1][3] == 3] or arrays
         if len(arrays) != 1:
             raise UserError(
-                f"{path} must contain exactly one uint8 array of shape (N, H, W, 3), or (N, H, W, "
-                f"1) for grey images. It contains {len(arrays)}."
+                f"{path} must contain exactly one uint8 array of shape (N, H, W, 3), or of shape "
+                f"(N, H, W, 1) for grey images. It contains {len(arrays)}."
             )
 
         info, shape, self.header = arrays[0]
