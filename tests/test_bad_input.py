@@ -36,7 +36,7 @@ WITHOUT_CUDA = pytest.mark.skipif(
         (
             "train.py",
             ["fases"],
-            "there is no experiment 'fases'; choose from faces, faces-v, ffhq-run1",
+            "there is no experiment 'fases'; choose from faces-quick, faces, faces-v, mnist",
         ),
         ("train.py", ["--batchsize", "3"], "unrecognized arguments: --batchsize"),
         (

@@ -11,6 +11,7 @@ import torch
 
 import train
 from config import (
+    DEFAULT_EXPERIMENT,
     EXPERIMENTS,
     ConfigError,
     DiffusionConfig,
@@ -22,7 +23,7 @@ from functions.support.command_line import Parser, add_config_flags, given_field
 from functions.support.errors import UserError
 from functions.support.processes import Processes
 from models.unet import UNet
-from tests.conftest import call
+from tests.conftest import ROOT, call
 
 # These are the fields that the reference's own script gives.
 DIFFUSION = dict(
@@ -268,6 +269,16 @@ def test_cosine_betas_refuse_what_they_have_no_use_for(field, value):
 def test_the_v_presets_differ_in_their_objective_and_what_it_wants_alone(name, other, also):
     changes = EXPERIMENTS[other].differences(EXPERIMENTS[name])
     assert changes == {"diffusion.objective": ("eps", "v"), **also}
+
+
+def test_the_default_has_the_guide_of_readme_as_a_snapshot():
+    readme = (ROOT / "README.md").read_text()
+    step = int(re.search(r"train\.py && .*sample\.py .* --guide (\d+)", readme)[1])
+    config = EXPERIMENTS[DEFAULT_EXPERIMENT].diffusion
+
+    # 811 of the embedded people are for training.
+    assert step < config.epochs * (811 // config.effective_batch)
+    assert step % config.snapshot_every == 0
 
 
 @pytest.mark.parametrize("name", ["ffhq-full", "ffhq-v"])
