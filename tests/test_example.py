@@ -54,15 +54,15 @@ def test_its_loss_is_denoising_loss(scheduler, images, monkeypatch):
 
 
 def test_its_average_is_that_of_the_definition(scheduler, images, monkeypatch):
-    # Adam also records the weights after each step.
+    # The optimiser also records the weights after each step.
     recorded = []
 
-    class RecordingAdam(torch.optim.Adam):
+    class RecordingMuon(example.Muon):
         def step(self, *args):
             super().step(*args)
             recorded.append(copy.deepcopy(model))
 
-    monkeypatch.setattr(example.torch.optim, "Adam", RecordingAdam)
+    monkeypatch.setattr(example, "Muon", RecordingMuon)
     monkeypatch.setattr(example, "STEPS", 3)
     monkeypatch.setattr(example, "EMA_DECAY", 0.7)
     model = small_unet()
