@@ -72,39 +72,6 @@ class NoiseScheduler:
         # Copies of alpha_bar at t = -1 .. T-1, (T + 1,), on each device that has been used so far.
         self.tables: dict[torch.device, Tensor] = {}
 
-    @property
-    def terminal_snr(self) -> float:
-        """Return the signal-to-noise ratio of x_T; sampling assumes that it is 0."""
-        alpha_bar_T = self.alpha_bar(self.timesteps - 1)
-        return alpha_bar_T / (1 - alpha_bar_T)
-
-    def alpha_bar(self, t: Timestep) -> Coefficient:
-        """Return alpha_bar at t: a Python number for an int, (B,) float64 for (B,) timesteps.
-
-        At t = -1 it is 1. Raises IndexError for an int t outside -1 .. T-1; (B,) timesteps are not
-        checked here.
-        """
-        if isinstance(t, int):
-            if not -1 <= t < self.timesteps:
-                raise IndexError(
-                    f"t is {t}; it can be 0 to {self.timesteps - 1}, and -1 for the clean image"
-                )
-            return self.alphas_cumprod[t].item() if t >= 0 else 1.0
-
-        # MPS has no float64, so t is copied to the CPU and looked up there.
-        if t.device.type == "mps":
-            t = t.cpu()
-        device = t.device
-        if device not in self.tables:
-            clean = self.alphas_cumprod.new_ones(1)
-            self.tables[device] = torch.cat([clean, self.alphas_cumprod]).to(device)
-        return self.tables[device][t + 1]
-
-    def square_roots(self, t: Timestep, x: Tensor) -> tuple[Coefficient, Coefficient]:
-        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcast to the shape of x."""
-        a_t = self.alpha_bar(t)
-        return broadcast(a_t**0.5, x), broadcast((1 - a_t) ** 0.5, x)
-
     def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """Sample x_t from q(x_t | x_0) in one step (Eq. 4): (B, C, H, W).
 
@@ -165,10 +132,44 @@ class NoiseScheduler:
         a_s = self.alpha_bar(s)
         beta = self.step_beta(t, s)
         alpha = 1 - beta
+        # The mean is (sqrt(a_s) beta x_0 + sqrt(alpha) (1 - a_s) x_t) / (1 - a_t).
         x_0_weight = a_s**0.5 * beta / (1 - a_t)
         x_t_weight = alpha**0.5 * (1 - a_s) / (1 - a_t)
         mean = broadcast(x_0_weight, x_t) * x_0 + broadcast(x_t_weight, x_t) * x_t
         return mean, broadcast(self.posterior_variance(t, s), x_t)
+
+    @property
+    def terminal_snr(self) -> float:
+        """Return the signal-to-noise ratio of x_T; sampling assumes that it is 0."""
+        alpha_bar_T = self.alpha_bar(self.timesteps - 1)
+        return alpha_bar_T / (1 - alpha_bar_T)
+
+    def alpha_bar(self, t: Timestep) -> Coefficient:
+        """Return alpha_bar at t: a Python number for an int, (B,) float64 for (B,) timesteps.
+
+        At t = -1 it is 1. Raises IndexError for an int t outside -1 .. T-1; (B,) timesteps are not
+        checked here.
+        """
+        if isinstance(t, int):
+            if not -1 <= t < self.timesteps:
+                raise IndexError(
+                    f"t is {t}; it can be 0 to {self.timesteps - 1}, and -1 for the clean image"
+                )
+            return self.alphas_cumprod[t].item() if t >= 0 else 1.0
+
+        # MPS has no float64, so t is copied to the CPU and looked up there.
+        if t.device.type == "mps":
+            t = t.cpu()
+        device = t.device
+        if device not in self.tables:
+            clean = self.alphas_cumprod.new_ones(1)
+            self.tables[device] = torch.cat([clean, self.alphas_cumprod]).to(device)
+        return self.tables[device][t + 1]
+
+    def square_roots(self, t: Timestep, x: Tensor) -> tuple[Coefficient, Coefficient]:
+        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcast to the shape of x."""
+        a_t = self.alpha_bar(t)
+        return broadcast(a_t**0.5, x), broadcast((1 - a_t) ** 0.5, x)
 
 
 def linear_betas(timesteps: int, beta_start: float, beta_end: float, scale: float) -> Tensor:
