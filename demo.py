@@ -203,7 +203,7 @@ class Demo:
             **vars(self.args), seed=seed or 0, sampler=sampler, steps=steps, batch_size=IMAGE_LIMIT
         )
         saved, image_sampler = open_sampler(parser.parse_args([]), SINGLE_PROCESS)
-        # At 1 a guide would only double the network calls.
+        # At 1 a guide would only add network calls.
         if guidance > 1:
             guide = str(round(GUIDE_AT * saved.provenance["step"]))
             options = replace(image_sampler.options, guide=guide, guidance=guidance)
@@ -476,7 +476,7 @@ def guidance_slider() -> gr.Slider:
         1,
         step=0.25,
         label="Guidance",
-        info="Above 1: away from the run's own early weights. This doubles the network calls.",
+        info="Above 1: away from the run's own early weights. This adds network calls.",
     )
 
 

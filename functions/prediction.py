@@ -5,6 +5,7 @@ which. The loss compares the output with the row's target. Samplers get x_0 and 
 and the variational bound gets them from `interpret`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
 # (x_t (B, C, H, W), t (B,) int64) -> eps (B, C, H, W). A `Denoiser` may return v instead, so code
 # that needs eps calls `predict` and not the model.
 Model = Callable[[Tensor, Tensor], Tensor]
+
+# The log-SNR, log(alpha_bar / (1 - alpha_bar)), from which and up to which a guide is asked. In
+# higher noise and in lower noise, the improvement is small, and so most of the guide's calls in few
+# steps are saved (Kynkaanniemi et al. 2024, arXiv:2404.07724; measured in
+# docs/better-than-the-model.md).
+GUIDED_LOG_SNR = (-4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def predict(
     Args:
         model: a `Denoiser`, or any callable (x_t, t) -> eps.
         x_t: (B, C, H, W).
-        t: one timestep for the whole batch, or (B,) int64.
+        t: one timestep for the whole batch, or (B,) int64. With a guide it must be one timestep.
         clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it.
     """
     t_batch = t
@@ -132,7 +139,7 @@ def predict(
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
     x_0, eps = interpret(model, scheduler, x_t, t, model(x_t, t_batch))
     guide = getattr(model, "guide", None)
-    if guide:
+    if guide and is_guided(scheduler, t):
         # The guided x_0 is x_0(guide) + w (x_0(model) - x_0(guide)). It is computed in a form in
         # which w = 1 changes no bit. eps is linear in x_0, so the same mix of both eps is the eps
         # of the guided x_0. Neither network's x_0 is clipped here; the guided x_0 is clipped below.
@@ -143,6 +150,13 @@ def predict(
         x_0 = x_0.clamp(-1, 1)
         eps = scheduler.predict_eps(x_t, t, x_0)
     return x_0, eps
+
+
+def is_guided(scheduler: NoiseScheduler, t: int) -> bool:
+    """Return whether a guide is asked at timestep t."""
+    alpha_bar = scheduler.alpha_bar(t)
+    lowest, highest = GUIDED_LOG_SNR
+    return lowest <= math.log(alpha_bar / (1 - alpha_bar)) <= highest
 
 
 def interpret(

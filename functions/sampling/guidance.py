@@ -8,7 +8,7 @@ With w = 1 it is the model's x_0. With w > 1 it lies beyond the model's, further
 This helps if the guide makes the same errors as the model, but larger ones. The method is
 autoguidance (Karras et al. 2024, arXiv:2406.02507); here it needs neither labels nor a second
 training. docs/better-than-the-model.md explains and measures it. `predict` in
-functions/prediction.py computes the guided x_0.
+functions/prediction.py computes the guided x_0, at the noise levels at which a guide helps most.
 """
 
 import re
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from functions.prediction import is_guided
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, limit_batch, load_intact, rebuild
 from functions.support.checkpoint import SavedModel
@@ -39,7 +40,12 @@ def with_guide(
     if not options.guide:
         return image_sampler
     saved_guide = load_intact(lambda: find_guide(options.guide, saved), processes)
-    processes.print_main(f"guide {saved_guide.path}: {saved_guide}; two network calls per step")
+    guided_steps = sum(is_guided(image_sampler.scheduler, t) for t in image_sampler.times[:-1])
+    calls = image_sampler.step_count + guided_steps
+    processes.print_main(
+        f"guide {saved_guide.path}: {saved_guide}; {calls:,} network calls in "
+        f"{image_sampler.step_count:,} steps"
+    )
 
     # The guide keeps its own objective, and its network may have another size.
     model = image_sampler.denoiser

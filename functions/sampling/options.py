@@ -300,7 +300,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="STEP|MODEL",
         help="Move each x_0 away from that of a worse model (docs/better-than-the-model.md). The "
         "worse model is the run's own snapshot or checkpoint nearest to STEP, or any other run, "
-        "checkpoint or folder. Each step then makes two network calls. Default: no.",
+        "checkpoint or folder. Most steps then make two network calls. Default: no.",
     )
     group.add_argument(
         "--guidance",

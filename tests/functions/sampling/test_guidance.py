@@ -12,6 +12,7 @@ import torch
 import evaluate
 import sample
 import train
+from functions import prediction
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser, predict
 from functions.samplers import SAMPLERS, ddpm_sample
@@ -64,7 +65,7 @@ def test_samples_of_guided_gaussians_have_the_mean_and_variance_of_algebra(w):
     """Each x_0 is linear in x_t, so is the guided one, and so the steps of Algorithm 2.
 
     Mean and variance of x are carried through the steps here, in float64, with the coefficients of
-    Eq. 7 computed from the betas.
+    Eq. 7 computed from the betas. The guide is asked only at a log-SNR from -4 to 6.
     """
     fine, coarse = (0.4, 0.3), (0.1, 0.6)
     guided = ideal(*fine, guide=ideal(*coarse), guidance=w)
@@ -76,7 +77,8 @@ def test_samples_of_guided_gaussians_have_the_mean_and_variance_of_algebra(w):
         a = alpha_bars[t]
         previous = alpha_bars[t - 1] if t else 1.0
         slope, offset = 0.0, 0.0
-        for weight, (m, s) in ((w, fine), (1 - w, coarse)):
+        w_t = w if -4 <= math.log(a / (1 - a)) <= 6 else 1.0
+        for weight, (m, s) in ((w_t, fine), (1 - w_t, coarse)):
             gain = s**2 * a**0.5 / (a * s**2 + 1 - a)
             slope += weight * gain
             offset += weight * m * (1 - gain * a**0.5)
@@ -98,6 +100,26 @@ def test_samples_of_guided_gaussians_have_the_mean_and_variance_of_algebra(w):
     )
     assert samples.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / 40_000))
     assert samples.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / 40_000))
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
+def test_a_guide_is_asked_only_where_images_form(beta_schedule):
+    scheduler = NoiseScheduler(1000, beta_schedule=beta_schedule)
+    asked = []
+
+    def record(x_t, t):
+        asked.append(t[0].item())
+        return x_t
+
+    guide = Denoiser(record, scheduler)
+    model = Denoiser(lambda x_t, t: x_t, scheduler, guide=guide, guidance=2.0)
+    ddpm_sample(model, scheduler, torch.zeros(1, 1, 1, 1), step_noise=lambda k: torch.zeros(1))
+
+    # sigma^2 = (1 - alpha_bar) / alpha_bar is exp(-log-SNR).
+    sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
+    inside = (sigmas >= math.exp(-3)) & (sigmas <= math.exp(2))
+    assert asked[::-1] == inside.nonzero().flatten().tolist()
+    assert 300 < len(asked) < 950
 
 
 def test_the_mix_is_clipped_and_each_network_has_its_own_objective():
@@ -128,9 +150,15 @@ def test_a_weight_of_1_and_a_guide_that_is_the_model_change_no_bit(network, samp
     assert torch.equal(images(plain.denoiser, 2.0), expected)
 
 
+@pytest.fixture
+def guided_in_all_steps(monkeypatch):
+    """Ask the guide at every noise level."""
+    monkeypatch.setattr(prediction, "GUIDED_LOG_SNR", (-math.inf, math.inf))
+
+
 @pytest.mark.parametrize("model_fits, guide_fits", [(3, 9), (9, 3), (3, 1)])
 def test_a_batch_is_halved_if_either_network_runs_out_of_memory(
-    network, capsys, model_fits, guide_fits
+    network, capsys, guided_in_all_steps, model_fits, guide_fits
 ):
     """The images are those of batches of one, in which no network runs out."""
     guide = small_unet(dim_multiply=(1, 1))
@@ -151,7 +179,9 @@ def test_a_batch_is_halved_if_either_network_runs_out_of_memory(
     assert (halved - images(network, guide, 1)).abs().max() * 127.5 < 1
 
 
-def test_a_cpu_limits_the_batches_of_either_network(run, tmp_path, monkeypatch):
+def test_a_cpu_limits_the_batches_of_either_network(
+    run, tmp_path, monkeypatch, capsys, guided_in_all_steps
+):
     limits = iter([3, 2])
     monkeypatch.setattr(generation, "cpu_batch_limit", lambda compute_one: next(limits))
     forward = UNet.forward
@@ -165,6 +195,7 @@ def test_a_cpu_limits_the_batches_of_either_network(run, tmp_path, monkeypatch):
     call(sample.main, run, *FEW, "--n", 4, "--guide", 4, "--out", tmp_path)
     # In each of the 3 steps the model has its limit of 3, and the guide its limit of 2.
     assert sizes == [3, 1, 2, 2] * 3
+    assert "; 6 network calls in 3 steps\n" in capsys.readouterr().out
 
 
 def test_snapshots_are_the_averaged_weights_in_float16(run, trained, pictures):
