@@ -369,7 +369,7 @@ class DiffusionConfig:
         check(
             "dataset_name",
             bool(self.dataset_name),
-            "a data set's name or the path to a folder or zip",
+            "a data set's name or the path of a folder, zip, tar or npz",
         )
         check("learning_rate", 0 < self.learning_rate <= 1, "above 0 and at most 1, such as 3e-5")
         check("timesteps_diff", self.timesteps_diff >= 2, "at least 2; the paper has 1000")

@@ -69,8 +69,9 @@ from functions.training.memory import describe_compute, fit_memory
 from functions.training.recorder import Recorder
 from models.unet import UNet
 
-# Weights work only with the values that these fields, and the fields of ModelConfig except dropout,
-# had when the weights were trained. So --init copies these values together with the weights.
+# Weights work only with the values that these fields, and the fields of ModelConfig except dropout
+# and channels, had when the weights were trained. So --init copies these values together with the
+# weights.
 WEIGHT_FIELDS = (
     "timesteps_diff",
     "beta_start",
@@ -176,9 +177,11 @@ def new_run(
     experiment = with_weight_fields(preset, initial).override(diffusion, model)
     fitting = with_weight_fields(experiment, initial)
     for field, (trained_value, value) in fitting.differences(experiment).items():
+        # A preset also has a number of channels, which the user may not have thought of.
+        hint = f"; add --model.channels {trained_value}" if field == "model.channels" else ""
         raise ConfigError(
             f"{field} is {trained_value} for the weights of {initial.path}; "
-            f"it cannot be changed to {value}"
+            f"it cannot be changed to {value}{hint}"
         )
     prior_facts = Facts(initial=f"{initial.path}: {initial}")
     return Run(name, experiment, runs, prior_facts=prior_facts, initial=initial)

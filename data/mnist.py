@@ -64,7 +64,8 @@ def read_file(path: Path, name: str) -> bytes:
     Returns b"" for a missing file, and at most one byte more than the largest file has.
     """
     for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
-        for file in filter(Path.is_file, path.glob(pattern)):
+        # Some copies have a dot in the place of the second hyphen.
+        for file in filter(Path.is_file, path.glob(pattern.replace("-idx", "[-.]idx"))):
             opener = gzip.open if file.suffix == ".gz" else open
             with opener(file, "rb") as stream:
                 return stream.read(HEADER + LARGEST_COUNT * SIZE**2 + 1)

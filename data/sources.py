@@ -171,6 +171,10 @@ class Tar(Source):
 
         # If two members have the same name, the last one counts, as in other tar tools.
         self.infos = {info.name: info for info in self.archive if info.isfile()}
+        # At a damaged header tarfile stops without an error. An intact tar ends with zeros.
+        self.archive.fileobj.seek(self.archive.offset)
+        if self.archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("a header is damaged, or the end is missing")
         for name, info in self.infos.items():
             if is_image_name(name):
                 self.members.append(Member(name, info.size, stamp))

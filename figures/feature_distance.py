@@ -45,12 +45,12 @@ class Features:
         return standardised @ self.axes
 
     def distance(self, images: Tensor) -> float:
-        """Return the distance of images (N, 3, H, W) from the real ones."""
+        """Return the distance of images (N, C, H, W) from the real ones."""
         return frechet_distance(self(images), self.real)
 
 
 def raw_features(images: Tensor) -> Tensor:
-    """Return F features of images (N, 3, H, W): (N, F) float64.
+    """Return F features of images (N, C, H, W): (N, F) float64.
 
     They are the image shrunk to 4 x 4 pixels, and the responses of random filters at three scales.
     """
@@ -62,7 +62,8 @@ def raw_features(images: Tensor) -> Tensor:
     filters = (filters / norms[:, None, None, None]).to(images.device)
 
     # Averages over 2 x 2 regions tell where in the image the responses are strong.
-    images = images.double()
+    # Grey is repeated to three channels.
+    images = images.double().expand(-1, 3, -1, -1)
     parts = [F.adaptive_avg_pool2d(images, 4)]
     for scale in (1, 2, 4):
         shrunk = F.avg_pool2d(images, scale)

@@ -26,6 +26,7 @@ from functions.sampling.reconstruction import reconstruct
 from functions.support.checkpoint import load_weights
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import choose_device
+from functions.support.errors import UserError
 from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import find_checkpoints
@@ -52,6 +53,9 @@ def measure(run: Path, count: int) -> dict[str, dict[str, float]]:
 
     Distances that are already in the run's file are not measured again.
     """
+    facts = load_weights(find_checkpoints(run)[0]).provenance
+    if facts["step"] != facts["total_steps"]:
+        raise UserError(f"{run} is not finished; train.py --resume continues it")
     path = run / f"lengths-{count}.json"
     distances = json.loads(path.read_text()) if path.exists() else {}
     models = {"EMA": find_checkpoints(run)[0]}

@@ -81,9 +81,11 @@ def mixing_weights(
 
     # Algorithm 3 minimises without a constraint. Here the factors have the sum 1, so that the part
     # of the weights that does not change during training is exact. With 20 snapshots, the error of
-    # the sum is up to 10 times smaller. The target's row and column make room for the constraint.
+    # the sum is up to 10 times smaller.
     target = products[:, -1].clone()
     target[-1] = 1
-    products[-1] = products[:, -1] = 1
+    # The unknowns are the factors and a Lagrange multiplier: [[A, 1], [1, 0]] [f, m] = [b, 1].
+    products[-1, :] = 1
+    products[:, -1] = 1
     products[-1, -1] = 0
     return torch.linalg.solve(products, target)[:-1]

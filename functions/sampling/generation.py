@@ -193,7 +193,12 @@ def open_sampler(
     def find():
         run = args.checkpoint
         if args.ema_length is not None:
-            run = run or newest_checkpoints(args.runs, name_prefix)[0].parent.parent
+            if not run:
+                newest = newest_checkpoints(args.runs, name_prefix)[0]
+                # A model of pretrained/ has no run.
+                if newest.parent.name != "checkpoints":
+                    raise UserError(f"{args.runs}: no run for --ema-length yet; train one first")
+                run = newest.parent.parent
             return [reconstruct(run, args.ema_length, args.at)]
         return find_checkpoints(run) if run else newest_checkpoints(args.runs, name_prefix)
 

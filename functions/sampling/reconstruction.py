@@ -26,6 +26,8 @@ from functions.support.run_folder import power_snapshots
 # The error grows outside of the lengths that are averaged in training, which are 0.05 and 0.1 in
 # the presets. Within these limits it is small.
 SHORTEST, LONGEST = 0.03, 0.2
+# With snapshots of fewer steps, the error at some lengths can be seen (docs/evaluation.md).
+FEWEST_STEPS = 15
 
 
 def reconstruct(run: Path, length: float, at: int | None = None) -> Path:
@@ -43,8 +45,8 @@ def reconstruct(run: Path, length: float, at: int | None = None) -> Path:
             f"{run} has no power averages for --ema-length; name a run folder that was trained "
             "with --diffusion.power-ema 0.05,0.1 and --diffusion.snapshot-every"
         )
-    steps = [step for step, _ in snapshots.values()]
-    step = steps[-1] if at is None else min(steps, key=lambda step: abs(step - at))
+    saved_steps = [step for step, _ in snapshots.values()]
+    step = saved_steps[-1] if at is None else min(saved_steps, key=lambda step: abs(step - at))
     snapshots = {path: value for path, value in snapshots.items() if value[0] <= step}
 
     # The checksums in their headers identify the snapshots, and no tensor is read.
@@ -59,6 +61,11 @@ def reconstruct(run: Path, length: float, at: int | None = None) -> Path:
             return target
 
     steps, lengths = zip(*snapshots.values(), strict=True)
+    if len(set(steps)) < FEWEST_STEPS and length not in lengths:
+        print(
+            f"WARNING: there are snapshots of only {len(set(steps))} steps up to step {step}, so "
+            "this may be an average of another length; train with a smaller snapshot_every"
+        )
     factors = mixing_weights(lengths, steps, length, step).tolist()
     total = {}
     for path, factor in zip(tqdm(snapshots, "averaging", unit="file"), factors, strict=True):

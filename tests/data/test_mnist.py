@@ -36,12 +36,14 @@ def raw(tmp_path, monkeypatch):
     return raw
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_images_come_as_they_were_with_their_numbers(packed, raw):
-    if packed:
-        for file in [*raw.iterdir()]:
+@pytest.mark.parametrize("form", ["raw", "packed", "with dots"])
+def test_images_come_as_they_were_with_their_numbers(form, raw):
+    for file in [*raw.iterdir()]:
+        if form == "packed":
             (raw.parent / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
             file.unlink()
+        elif form == "with dots":
+            file.rename(raw / file.name.replace("-idx", ".idx"))
 
     image_set = datasets.load_images("MNIST", 28, channels=1)
     assert_array_equal(image_set.images, IMAGES)

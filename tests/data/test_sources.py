@@ -211,10 +211,17 @@ def test_a_tar(tmp_path):
     path.with_name("set").rename(tmp_path / "elsewhere")
     assert np.array_equal(load(path).images[:10], IMAGES)
 
-    # A member that is cut short shows when the tar is opened.
-    os.truncate(path, 5000)
-    with pytest.raises(UserError, match="cannot be read"):
-        find_source(path, 8)
+    # Each kind of damage shows when the tar is opened: a cut in a member, in a header and between
+    # two members, and a changed byte of a header.
+    intact = path.read_bytes()
+    with tarfile.open(path) as archive:
+        start = archive.getmembers()[5].offset
+    changed = bytearray(intact)
+    changed[start + 3] ^= 1
+    for damaged in (intact[: start + 600], intact[: start + 100], intact[:start], changed):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            find_source(path, 8)
 
 
 def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
