@@ -23,7 +23,7 @@ Model = Callable[[Tensor, Tensor], Tensor]
 # higher noise and in lower noise, the improvement is small, and so most of the guide's calls in few
 # steps are saved (Kynkaanniemi et al. 2024, arXiv:2404.07724; measured in
 # docs/better-than-the-model.md).
-GUIDED_LOG_SNR = (-4.0, 6.0)
+GUIDED_LOG_SNR = (-7.0, 6.0)
 
 
 @dataclass(frozen=True)
