@@ -2,7 +2,7 @@
 
 Denoising Diffusion Probabilistic Models, Ho et al. 2020 (arXiv:2006.11239). Noise is added to an
 image x_0 in T small steps, until nothing of it is left. A network learns to predict the noise eps
-in a noisy image x_t. Then it turns pure noise into an image, step by step. The comments quote the
+in a noisy image x_t. Then it turns pure noise into an image, step by step. The comments name the
 lines of the paper's Algorithms 1 and 2.
 
 This takes 8 minutes on two CPU cores, and writes example.png and example_loss.png. train.py does
@@ -109,17 +109,21 @@ def sample(model: nn.Module, scheduler: NoiseScheduler, x_T: Tensor) -> Tensor:
     x_t = x_T
     # Line 2: for each timestep, from the last to the first.
     for t in tqdm(range(scheduler.timesteps - 1, -1, -1), "sampling"):
-        # Line 3: fresh noise, as x_{t-1} is random, too.
+        # Line 3: fresh noise. Without it, the states would have less noise than in training.
         z = torch.randn_like(x_t)
         # Line 4: the network predicts the noise in x_t. Eq. 4, solved for x_0, gives the image:
         # x_0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar) (Eq. 15). It is clipped to the
         # range of images, because later steps would build on what is outside of it.
         eps = model(x_t, torch.full((len(x_t),), t))
         x_0 = scheduler.predict_x_0(x_t, t, eps).clamp(-1, 1)
-        # For large t this x_0 is only a blurred average of all images that fit x_t. So the next
-        # state is one small step towards it, and x_0 is estimated again. If x_0 and x_t are known,
-        # x_{t-1} is Gaussian, and its mean is a mix of both (Eq. 7). t - 1 = -1 means the clean
-        # image: in the last step the mean is x_0, and the variance is 0.
+        # For large t this x_0 is only a blurred average of all images that fit x_t, because the
+        # average has the smallest squared error. So the next state is one small step towards it,
+        # and x_0 is estimated again. If x_0 and x_t are known, x_{t-1} is Gaussian (Eq. 7). With
+        # a = alpha_bar_t and b = alpha_bar_{t-1},
+        # mean = (sqrt(b) beta_t x_0 + sqrt(alpha_t) (1 - b) x_t) / (1 - a),
+        # variance = (1 - b) / (1 - a) beta_t.
+        # The paper has the same with Eq. 15 inserted, where x_0 cannot be clipped. t - 1 = -1 means
+        # the clean image: in the last step the mean is x_0, and the variance is 0.
         mean, variance = scheduler.q_posterior(x_0, x_t, t, t - 1)
         x_t = mean + variance**0.5 * z
     # Lines 5 and 6: the loop ends with the image x_0.
