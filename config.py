@@ -69,8 +69,8 @@ def experiments() -> dict[str, "Experiment"]:
         {"lowest_resolution_size": 7, "dim_multiply": (1, 2, 4), "image_size": 28, "channels": 1},
     )
 
-    # The reference's first run (see README) with its faults: 200 timesteps with the betas for 1000,
-    # and no EMA. Every value is written out here, and the next runs list their changes.
+    # The reference's first run (docs/ffhq.md) with its faults: 200 timesteps with the betas for
+    # 1000, and no EMA. Every value is written out here, and the next runs list their changes.
     ffhq_run1 = Experiment(
         DiffusionConfig(
             dataset_name="FFHQ",

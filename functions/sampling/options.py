@@ -265,7 +265,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=positive,
         metavar="N",
-        help="The number of steps. Each makes one network call, or two with --guide. "
+        help="The number of steps. Each makes one network call, or up to two with --guide. "
         "Default: one step for each timestep.",
     )
     group.add_argument(
@@ -300,7 +300,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="STEP|MODEL",
         help="Move each x_0 away from that of a worse model (docs/better-than-the-model.md). The "
         "worse model is the run's own snapshot or checkpoint nearest to STEP, or any other run, "
-        "checkpoint or folder. Most steps then make two network calls. Default: no.",
+        "checkpoint or folder. Steps at middle noise levels then make two network calls. "
+        "Default: no.",
     )
     group.add_argument(
         "--guidance",
