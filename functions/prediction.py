@@ -19,10 +19,9 @@ from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
 # that needs eps calls `predict` and not the model.
 Model = Callable[[Tensor, Tensor], Tensor]
 
-# The log-SNR, log(alpha_bar / (1 - alpha_bar)), from which and up to which a guide is asked. In
-# higher noise and in lower noise, the improvement is small, and so most of the guide's calls in few
-# steps are saved (Kynkaanniemi et al. 2024, arXiv:2404.07724; measured in
-# docs/better-than-the-model.md).
+# The log-SNR, log(alpha_bar / (1 - alpha_bar)), from which and up to which a guide is asked. At
+# higher and at lower noise it helps little, so its calls there are saved (Kynkaanniemi et al. 2024,
+# arXiv:2404.07724). docs/better-than-the-model.md measures this.
 GUIDED_LOG_SNR = (-7.0, 6.0)
 
 
@@ -154,9 +153,10 @@ def predict(
 
 def is_guided(scheduler: NoiseScheduler, t: int) -> bool:
     """Return whether a guide is asked at timestep t."""
-    alpha_bar = scheduler.alpha_bar(t)
-    lowest, highest = GUIDED_LOG_SNR
-    return lowest <= math.log(alpha_bar / (1 - alpha_bar)) <= highest
+    # alpha_bar is the sigmoid of the log-SNR. In a very long schedule it may be exactly 0, which
+    # has no logarithm.
+    lowest, highest = (1 / (1 + math.exp(-log_snr)) for log_snr in GUIDED_LOG_SNR)
+    return lowest <= scheduler.alpha_bar(t) <= highest
 
 
 def interpret(
