@@ -23,9 +23,7 @@ Norm = Callable[[int], GroupNorm]
 MIN_FUSED_PIXELS = 256
 
 
-def recomputing(
-    recompute: bool, part: Callable[..., Tensor], *inputs: Tensor | nn.Module | None
-) -> Tensor:
+def recomputing(recompute: bool, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Return `part(*inputs)`. With `recompute`, only the inputs are kept, and backward repeats it.
 
     This is activation checkpointing (Chen et al. 2016, arXiv:1604.06174).
@@ -86,8 +84,8 @@ class ResidualBlock(nn.Module):
     `norm(channels)` returns a GroupNorm.
     """
 
-    # `UNet.set_recompute` changes this.
-    recompute_norms = False
+    # `UNet.set_recompute` changes this, and says what it means.
+    recompute = "none"
 
     def __init__(
         self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm: Norm
@@ -105,10 +103,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """Map parts (B, C_i, H, W), whose C_i add up to in_channels, to (B, out_channels, H, W)."""
-        call = partial(recomputing, self.recompute_norms)
-        # With `recompute_norms` the shortcut and the first layer each concatenate the parts, so the
+        return recomputing(self.recompute == "blocks", self.whole_block, time_embedding, *parts)
+
+    def whole_block(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
+        call = partial(recomputing, self.recompute == "norms")
+        # With "norms" the shortcut and the first layer each concatenate the parts, so that the
         # concatenation is not kept for backward.
-        if not self.recompute_norms:
+        if self.recompute != "norms":
             parts = [concatenate(*parts)]
         shortcut = call(lambda *parts: self.shortcut(concatenate(*parts)), *parts)
         h = call(self.first_layer, *parts)
@@ -139,8 +140,8 @@ class SelfAttention(nn.Module):
     `head_dim` does not divide `channels`.
     """
 
-    # `UNet.set_recompute` changes this.
-    recompute_norms = False
+    # `UNet.set_recompute` changes this, and says what it means.
+    recompute = "none"
 
     def __init__(self, channels: int, norm: Norm, head_dim: int | None = None):
         super().__init__()
@@ -154,8 +155,11 @@ class SelfAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return recomputing(self.recompute == "blocks", self.whole_block, x)
+
+    def whole_block(self, x: Tensor) -> Tensor:
         H, W = x.shape[2:]
-        qkv = recomputing(self.recompute_norms, self.queries_keys_values, x)  # (B, 3 C, H, W)
+        qkv = recomputing(self.recompute == "norms", self.queries_keys_values, x)  # (B, 3 C, H, W)
         qkv = qkv.flatten(2).transpose(1, 2)  # (B, H W, 3 C)
         qkv = qkv.unflatten(2, (3, -1, self.head_dim))  # (B, H W, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H W, head_dim)

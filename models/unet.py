@@ -152,7 +152,8 @@ class UNet(nn.Module):
                 "norms": the inputs of convolutions, without recomputing a convolution. In residual
                 blocks it repeats concatenation, norm, SiLU and dropout; in attention the norm; at
                 the output norm and SiLU.
-                "blocks": everything inside residual blocks, attention and resampling.
+                "blocks": everything inside residual blocks and attention, and what "norms"
+                recomputes at the output.
         """
         if recompute not in ("none", "norms", "blocks"):
             raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")
@@ -162,7 +163,7 @@ class UNet(nn.Module):
         self.recompute = recompute
         for module in self.modules():
             if isinstance(module, (ResidualBlock, SelfAttention)):
-                module.recompute_norms = recompute == "norms"
+                module.recompute = recompute
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise, or v, in images x_t at timesteps t (B,) int64, 0 .. T-1.
@@ -170,55 +171,31 @@ class UNet(nn.Module):
         x_t and the result are (B, channels, image_size, image_size). The result has the dtype of
         the last layer, which autocast may lower.
         """
-        call = partial(recomputing, self.recompute == "blocks")
         time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
         h = self.conv_in(x_t)  # (B, base_dim, H, W)
 
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = call(block_and_attention, None, block, attention, time_embedding, h)
+                h = attention(block(time_embedding, h))
                 skips.append(h)  # (B, dims[level], H / 2^level, W / 2^level)
             if "downsample" in stage:
-                h = call(stage["downsample"], h)
+                h = stage["downsample"](h)
                 skips.append(h)
 
-        h = call(
-            block_and_attention, None, self.middle_block_1, self.middle_attention, time_embedding, h
-        )
-        h = call(self.middle_block_2, time_embedding, h)
+        h = self.middle_block_1(time_embedding, h)
+        h = self.middle_attention(h)
+        h = self.middle_block_2(time_embedding, h)
 
-        # The upsampling and the first block after it are called together, so that "blocks" keeps
-        # the features before the upsampling, which are smaller.
-        upsample = None
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = call(
-                    block_and_attention, upsample, block, attention, time_embedding, h, skips.pop()
-                )
-                upsample = None
+                # The block concatenates h and the skip connection.
+                h = attention(block(time_embedding, h, skips.pop()))
             if "upsample" in stage:
-                upsample = stage["upsample"]
+                h = stage["upsample"](h)
 
         return recomputing(self.recompute != "none", self.output_layer, h)
 
     def output_layer(self, h: Tensor) -> Tensor:
         h = F.silu(self.norm_out(h))
         return self.conv_out(h)
-
-
-def block_and_attention(
-    upsample: Upsample | None,
-    block: nn.Module,
-    attention: nn.Module,
-    time_embedding: Tensor,
-    h: Tensor,
-    *skip: Tensor,
-) -> Tensor:
-    """Call a residual block and the attention after it, which every level repeats.
-
-    On the way up `skip` is a skip connection. `upsample`, if there is one, precedes the block.
-    """
-    if upsample is not None:
-        h = upsample(h)
-    return attention(block(time_embedding, h, *skip))

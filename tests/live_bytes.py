@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from config import EXPERIMENTS, Experiment
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.optimizers import is_matrix
 from models.unet import UNet
 
 GB = 1e9
@@ -114,9 +115,14 @@ def memory_row(name: str, experiment: Experiment) -> str:
     network.to(memory_format=torch.channels_last).to_empty(device="cpu")
 
     config = experiment.diffusion
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    # A parameter has its weight, its gradient, Adam's two moments and its average, in float32.
-    state = 4 * parameters * (5 if config.ema_decay else 4)
+    averages = len(config.power_ema) + (config.ema_decay > 0)
+    parameters = 0
+    state = 0
+    for parameter in network.parameters():
+        moments = 1 if config.optimizer == "muon" and is_matrix(parameter) else 2
+        parameters += parameter.numel()
+        # The weight, its gradient, the optimiser's moments and the averages are in float32.
+        state += 4 * (2 + moments + averages) * parameter.numel()
     cells = [f"`{name}`", f"{parameters / 1e6:.1f} M", f"{state / GB:.2f}", str(config.batch_size)]
     for mode, batch_size in (
         ("none", config.batch_size),
