@@ -234,7 +234,7 @@ CHOICES = {
     "t_sampling": ("uniform", "mixed"),
     "optimizer": ("adam", "muon"),
     "lr_schedule": ("constant", "cosine"),
-    "recompute": ("none", "norms", "blocks"),
+    "recompute": ("none", "norms"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "compile": ("auto", "off"),
     "grid_sampler": SAMPLERS,
@@ -316,8 +316,8 @@ class DiffusionConfig:
     # Precision of the network: "float32", "bfloat16", "float16"; or "auto", the fastest that the
     # hardware supports.
     precision: str = "auto"
-    # What backward recomputes to save memory: "none"; "norms", nearly free at 128 px; or "blocks",
-    # for the least memory (docs/speed.md).
+    # What backward recomputes to save memory: "none"; or "norms", which takes a third of the memory
+    # and is nearly free at 128 px (docs/speed.md).
     recompute: str = "norms"
     # Whether to compile the network: "auto", on CUDA if that saves time in this run; or "off".
     compile: str = "auto"
@@ -546,8 +546,11 @@ class Experiment:
         """Invert `to_dict`. Raises ConfigError when fields are missing or unknown."""
         try:
             # Runs of earlier versions lack grid_sampler, and made their grids with ddpm.
-            diffusion = DiffusionConfig(**{"grid_sampler": "ddpm"} | config["diffusion"])
-            return Experiment(diffusion, ModelConfig(**config["model"]))
+            diffusion = {"grid_sampler": "ddpm"} | config["diffusion"]
+            # They could recompute "blocks", too.
+            if diffusion.get("recompute") == "blocks":
+                diffusion["recompute"] = "norms"
+            return Experiment(DiffusionConfig(**diffusion), ModelConfig(**config["model"]))
         except (KeyError, TypeError) as error:
             why = repr(str(error)[:200])
             raise ConfigError(

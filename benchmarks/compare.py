@@ -98,8 +98,8 @@ class Arm:
     channels_last: bool
     # Whether freed memory stays with the process (`keep_heap` of functions/support/device.py).
     keeps_heap: bool = False
-    # What backward recomputes: "none", "norms" (only ours) or "blocks", which for diffusers is its
-    # gradient checkpointing.
+    # What backward recomputes: "none"; "norms", of ours; or "blocks", diffusers' gradient
+    # checkpointing.
     recompute: str = "none"
     compiled: bool = False
 
@@ -117,7 +117,6 @@ def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
             "ours: norms recomputed, the default", "ours", precision, True, on_cpu, "norms"
         ),
         "ours-none": Arm("ours, nothing recomputed", "ours", precision, True, on_cpu),
-        "ours-blocks": Arm("ours, blocks recomputed", "ours", precision, True, on_cpu, "blocks"),
         "diffusers-default": Arm(
             "diffusers as shipped: float32, contiguous, eager", "diffusers", "float32", False
         ),

@@ -84,8 +84,8 @@ class ResidualBlock(nn.Module):
     `norm(channels)` returns a GroupNorm.
     """
 
-    # `UNet.set_recompute` changes this, and says what it means.
-    recompute = "none"
+    # `UNet.set_recompute` changes this.
+    recompute_norms = False
 
     def __init__(
         self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm: Norm
@@ -103,13 +103,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
         """Map parts (B, C_i, H, W), whose C_i add up to in_channels, to (B, out_channels, H, W)."""
-        return recomputing(self.recompute == "blocks", self.whole_block, time_embedding, *parts)
-
-    def whole_block(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
-        call = partial(recomputing, self.recompute == "norms")
-        # With "norms" the shortcut and the first layer each concatenate the parts, so that the
+        call = partial(recomputing, self.recompute_norms)
+        # With `recompute_norms` the shortcut and the first layer each concatenate the parts, so the
         # concatenation is not kept for backward.
-        if self.recompute != "norms":
+        if not self.recompute_norms:
             parts = [concatenate(*parts)]
         shortcut = call(lambda *parts: self.shortcut(concatenate(*parts)), *parts)
         h = call(self.first_layer, *parts)
@@ -140,8 +137,8 @@ class SelfAttention(nn.Module):
     `head_dim` does not divide `channels`.
     """
 
-    # `UNet.set_recompute` changes this, and says what it means.
-    recompute = "none"
+    # `UNet.set_recompute` changes this.
+    recompute_norms = False
 
     def __init__(self, channels: int, norm: Norm, head_dim: int | None = None):
         super().__init__()
@@ -155,11 +152,8 @@ class SelfAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputing(self.recompute == "blocks", self.whole_block, x)
-
-    def whole_block(self, x: Tensor) -> Tensor:
         H, W = x.shape[2:]
-        qkv = recomputing(self.recompute == "norms", self.queries_keys_values, x)  # (B, 3 C, H, W)
+        qkv = recomputing(self.recompute_norms, self.queries_keys_values, x)  # (B, 3 C, H, W)
         qkv = qkv.flatten(2).transpose(1, 2)  # (B, H W, 3 C)
         qkv = qkv.unflatten(2, (3, -1, self.head_dim))  # (B, H W, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H W, head_dim)

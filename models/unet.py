@@ -152,18 +152,16 @@ class UNet(nn.Module):
                 "norms": the inputs of convolutions, without recomputing a convolution. In residual
                 blocks it repeats concatenation, norm, SiLU and dropout; in attention the norm; at
                 the output norm and SiLU.
-                "blocks": everything inside residual blocks and attention, and what "norms"
-                recomputes at the output.
         """
-        if recompute not in ("none", "norms", "blocks"):
-            raise ValueError(f"recompute is {recompute!r}; it can be none, norms or blocks")
+        if recompute not in ("none", "norms"):
+            raise ValueError(f"recompute is {recompute!r}; it can be none or norms")
         # On MPS recomputing cannot repeat the same dropout, so with dropout nothing is recomputed.
         if self.conv_in.weight.device.type == "mps" and self.middle_block_1.dropout.p > 0:
             recompute = "none"
         self.recompute = recompute
         for module in self.modules():
             if isinstance(module, (ResidualBlock, SelfAttention)):
-                module.recompute = recompute
+                module.recompute_norms = recompute == "norms"
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise, or v, in images x_t at timesteps t (B,) int64, 0 .. T-1.
@@ -194,7 +192,7 @@ class UNet(nn.Module):
             if "upsample" in stage:
                 h = stage["upsample"](h)
 
-        return recomputing(self.recompute != "none", self.output_layer, h)
+        return recomputing(self.recompute == "norms", self.output_layer, h)
 
     def output_layer(self, h: Tensor) -> Tensor:
         h = F.silu(self.norm_out(h))

@@ -127,8 +127,7 @@ def memory_row(name: str, experiment: Experiment) -> str:
     for mode, batch_size in (
         ("none", config.batch_size),
         ("norms", config.batch_size),
-        ("blocks", config.batch_size),
-        ("blocks", 1),
+        ("norms", 1),
     ):
         network.set_recompute(mode)
         _, peak = bytes_of_pass(network, torch.bfloat16, batch_size)

@@ -19,7 +19,7 @@ ARMS = all_arms("float32", on_cpu=True)
 SMALL = replace(FFHQ, **SMALL_MODEL)
 
 
-@pytest.mark.parametrize("name", ["ours", "ours-none", "ours-blocks"])
+@pytest.mark.parametrize("name", ["ours", "ours-none"])
 def test_kept_bytes_are_those_that_live_after_a_forward_pass(name):
     bench = Bench(all_arms("bfloat16", True)[name], SMALL, 2, CPU)
 

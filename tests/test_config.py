@@ -184,7 +184,7 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         ("power_ema", [0.05, 0.05], "different lengths"),
         ("power_ema", [0.05, float("nan")], "finite numbers"),
         ("precision", "half", '"auto" or "float32" or "bfloat16" or "float16"'),
-        ("recompute", "all", '"none" or "norms" or "blocks"'),
+        ("recompute", "all", '"none" or "norms"'),
         ("compile", "on", '"auto" or "off"'),
         ("checkpoint_minutes", float("nan"), "0 (off) or more"),
         (
@@ -311,10 +311,11 @@ def test_a_saved_config_with_unknown_or_missing_fields():
     with pytest.raises(ConfigError, match="diffusion"):
         Experiment.from_dict({"model": saved["model"]})
 
-    # Old configs lack these fields, of which each had one possible value then.
+    # Old configs may recompute blocks. They lack these fields, each of which had one value then.
+    saved["diffusion"]["recompute"] = "blocks"
     for field in ("objective", "t_sampling", "beta_schedule", "grid_sampler"):
         del saved["diffusion"][field]
-    changes = {"learning_rate": 1e-3, "grid_sampler": "ddpm"}
+    changes = {"learning_rate": 1e-3, "grid_sampler": "ddpm", "recompute": "norms"}
     assert Experiment.from_dict(saved) == EXPERIMENTS["faces"].override(changes, {})
 
 

@@ -104,7 +104,7 @@ def compile_if_worth_it(
 
 def is_allowed(config: DiffusionConfig, processes: Processes) -> bool:
     """Return whether the config allows compiling; print the field that forbids it."""
-    for field, value in {"compile": "off", "deterministic": True, "recompute": "blocks"}.items():
+    for field, value in {"compile": "off", "deterministic": True}.items():
         if getattr(config, field) == value:
             processes.print_main(f"  compiling  is off, as {field} = {value}")
             return False

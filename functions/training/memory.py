@@ -38,7 +38,6 @@ def describe_compute(
         image_count = min(fitting.diffusion.batch_size, len(processes.shard(effective_batch)))
         shape = (image_count, *experiment.model.image_shape)
         seconds = min(run_pass(denoiser, shape) for _ in range(2))
-    # FLOPs include recomputation, which `fit_memory` may have changed. So they are counted here.
     flops = effective_batch * flops_of_image(denoiser.network)
     # The first step warms up. The gradients are those of the last pass, as in training.
     with FlopCounterMode(display=False) as counter:
@@ -79,35 +78,26 @@ def fit_memory(experiment: Experiment, denoiser: Denoiser, processes: Processes)
 
     The first attempt is the configured batch_size. The next ones are the smaller divisors of the
     effective batch, which stays the same because gradient_accumulation grows. So the result stays
-    the same, except for dropout, whose masks are seeded per pass. The last attempt is one image
-    with recompute = "blocks". Raises UserError if this does not fit either.
+    the same, except for dropout, whose masks are seeded per pass. Raises UserError if not even one
+    image fits.
     """
     config = experiment.diffusion
     effective = config.effective_batch
     share = len(processes.shard(effective))
     sizes = [size for size in range(config.batch_size, 0, -1) if effective % size == 0]
-    attempts = [(size, config.recompute) for size in sizes]
-    if config.recompute != "blocks":
-        attempts.append((1, "blocks"))
-
-    for size, recompute in attempts:
-        denoiser.network.set_recompute(recompute)
+    for size in sizes:
         fits = pass_fits(denoiser, (min(size, share), *experiment.model.image_shape))
         if not processes.any(not fits):
             break
-        processes.print_main(f"out of memory with batch_size = {size}, recompute = {recompute!r}")
+        processes.print_main(f"out of memory with batch_size = {size}")
     else:
         raise UserError(
             "out of memory with one image at a time: use a smaller base_dim, or another device"
         )
 
-    if (size, recompute) == (config.batch_size, config.recompute):
+    if size == config.batch_size:
         return experiment
-    changes = {
-        "batch_size": size,
-        "gradient_accumulation": effective // size,
-        "recompute": recompute,
-    }
+    changes = {"batch_size": size, "gradient_accumulation": effective // size}
     changed = ", ".join(f"{name} = {value}" for name, value in changes.items())
     processes.print_main(f"continuing with {changed}")
     return experiment.override(changes, {})

@@ -188,9 +188,7 @@ def test_rounding_is_no_difference(precision, choose, monkeypatch):
     assert isinstance(choose(precision).network, InFloat32)
 
 
-@pytest.mark.parametrize(
-    "setting", [("compile", "off"), ("deterministic", "true"), ("recompute", "blocks"), None]
-)
+@pytest.mark.parametrize("setting", [("compile", "off"), ("deterministic", "true"), None])
 def test_it_is_not_tried_in_vain(setting, trained, monkeypatch):
     """It is left out with some settings, and in a run that is too short for it."""
     flags = []

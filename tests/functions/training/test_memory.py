@@ -21,8 +21,8 @@ from tests.conftest import SMALL_MODEL, call, train_tiny
 from tests.kill import assert_same_run
 
 
-def limit_memory(patch, **most):
-    """Let a pass of training have so many images at most: `most` by what is recomputed, else 0.
+def limit_memory(patch, most):
+    """Let a pass of training have at most so many images.
 
     Returns a list that gets the size of each pass that is tried.
     """
@@ -32,7 +32,7 @@ def limit_memory(patch, **most):
     def limited(network, x_t, t):
         if torch.is_grad_enabled():
             tried.append(len(x_t))
-            if len(x_t) > most.get(network.recompute, 0):
+            if len(x_t) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
         return forward(network, x_t, t)
 
@@ -42,10 +42,7 @@ def limit_memory(patch, **most):
 
 @pytest.mark.slow
 def test_a_batch_that_fits_changes_nothing_else(monkeypatch, pictures, tmp_path, capsys):
-    """Each divisor of 4 is tried, then the recomputation of blocks.
-
-    The run is then, bit for bit, the one that was started with what was found.
-    """
+    """Each divisor of 4 is tried. The run is then the one that was started with what was found."""
     flags = ["--model.dropout", 0.1, "--diffusion.batch-size", 4, "--diffusion.epochs", 1]
     asked = train_tiny(
         pictures,
@@ -55,19 +52,16 @@ def test_a_batch_that_fits_changes_nothing_else(monkeypatch, pictures, tmp_path,
         1,
         "--diffusion.gradient-accumulation",
         4,
-        "--diffusion.recompute",
-        "blocks",
     )
     capsys.readouterr()
 
-    tried = limit_memory(monkeypatch, blocks=1)
+    tried = limit_memory(monkeypatch, 1)
     found = train_tiny(pictures, tmp_path / "found", *flags)
-    assert tried[:4] == [4, 2, 1, 1]
+    assert tried[:3] == [4, 2, 1]
     printed = capsys.readouterr().out
-    for size in (4, 2, 1):
-        assert f"out of memory with batch_size = {size}, recompute = 'norms'\n" in printed
-    settings = "batch_size = 1, gradient_accumulation = 4, recompute = blocks"
-    assert f"continuing with {settings}\n" in printed
+    for size in (4, 2):
+        assert f"out of memory with batch_size = {size}\n" in printed
+    assert "continuing with batch_size = 1, gradient_accumulation = 4\n" in printed
 
     assert_same_run(asked, found)
     config = json.loads((found / "config.json").read_text())
@@ -86,7 +80,7 @@ def parts():
 def test_a_try_leaves_nothing_behind(monkeypatch):
     experiment, denoiser = parts()
     before = {name: p.clone() for name, p in denoiser.network.named_parameters()}
-    tried = limit_memory(monkeypatch, norms=3)
+    tried = limit_memory(monkeypatch, 3)
     config = memory.fit_memory(experiment, denoiser, SINGLE_PROCESS).diffusion
 
     # The 12 images of a step come in passes of 3 then.
@@ -100,11 +94,11 @@ def test_a_try_leaves_nothing_behind(monkeypatch):
 
 @pytest.mark.slow
 def test_when_nothing_fits_it_is_said(monkeypatch, pictures, tmp_path):
-    tried = limit_memory(monkeypatch, norms=0)
+    tried = limit_memory(monkeypatch, 0)
     message = "out of memory with one image at a time: use a smaller base_dim"
     with pytest.raises(UserError, match=message):
         train_tiny(pictures, tmp_path / "runs")
-    assert tried == [8, 4, 2, 1, 1]
+    assert tried == [8, 4, 2, 1]
     assert not (tmp_path / "runs").exists()
 
 
@@ -156,13 +150,10 @@ def test_flops_are_those_of_the_layers(size):
     # all: queries with keys, and weights with values.
     forward += 6 * (4 * conv(16, 16, 1, half) + 4 * half**4 * 16)
 
-    # Backward costs twice a forward pass. To recompute norms is free, as it has no product, and to
-    # recompute blocks costs about another forward pass.
+    # Backward costs twice a forward pass. To recompute norms is free, as it has no product.
     for recompute in ("none", "norms"):
         network.set_recompute(recompute)
         assert memory.flops_of_image(network) == 3 * forward - first
-    network.set_recompute("blocks")
-    assert 3.5 * forward < memory.flops_of_image(network) < 4 * forward
 
     # Counting leaves the network as it was.
     for parameter in network.parameters():
@@ -199,16 +190,16 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("most", "images"), [({"norms": 3}, 3), ({"blocks": 1}, 1)])
-def test_a_dry_run_times_passes_that_fit(most, images, monkeypatch):
-    """Memory is short for batch_size = 4 at first, and then for one image without recomputation."""
+@pytest.mark.parametrize("most", [3, 1])
+def test_a_dry_run_times_passes_that_fit(most, monkeypatch):
+    """Memory is short for batch_size = 4."""
     experiment, denoiser = parts()
-    limit_memory(monkeypatch, **most)
+    limit_memory(monkeypatch, most)
 
     optimizer = Muon(denoiser.network.parameters(), 1e-3, torch.float32)
 
     description = memory.describe_compute(experiment, denoiser, optimizer, 1, SINGLE_PROCESS)
-    assert description.endswith(f"by timing\n             forward and backward of {images}")
+    assert description.endswith(f"by timing\n             forward and backward of {most}")
 
     # A step of Newton-Schulz has two products with a matrix, and the square of its Gram matrix.
     flops = 12 * memory.flops_of_image(denoiser.network)
