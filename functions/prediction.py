@@ -85,8 +85,6 @@ class Denoiser:
     # the guide has no effect. functions/sampling/guidance.py explains both.
     guide: "Denoiser | None" = None
     guidance: float = 1.0
-    # The most images in one forward pass. A larger batch is split. None: it is never split.
-    largest_batch: int | None = None
 
     def __post_init__(self) -> None:
         # The objective comes from a checkpoint, so it may have any type. A list has no hash and
@@ -97,9 +95,6 @@ class Denoiser:
             )
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        if self.largest_batch and len(x_t) > self.largest_batch:
-            parts = zip(x_t.split(self.largest_batch), t.split(self.largest_batch), strict=True)
-            return torch.cat([self(*part) for part in parts])
         half = self.precision != torch.float32
         # Autocast's cache of cast weights is off, because no weight is used twice in a forward pass
         # and a CUDA graph cannot use the cache.

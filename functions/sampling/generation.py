@@ -208,24 +208,25 @@ def open_sampler(
     options = SamplerOptions.from_args(args, saved.config["diffusion"])
 
     shape = saved.model.image_shape
-    denoiser = limit_batch(denoiser, shape, device, processes)
-    return saved, ImageSampler(denoiser, options, shape, args.seed, device, args.batch_size)
+    sampler = ImageSampler(denoiser, options, shape, args.seed, device, args.batch_size)
+    return saved, limit_batch(sampler, denoiser, processes)
 
 
 def limit_batch(
-    denoiser: Denoiser, shape: tuple[int, int, int], device: torch.device, processes: Processes
-) -> Denoiser:
-    """Return the denoiser with as large a batch as the CPU's memory has room for.
+    image_sampler: ImageSampler, denoiser: Denoiser, processes: Processes
+) -> ImageSampler:
+    """Return the sampler with a batch for which a network call has room in a CPU's memory.
 
     A GPU raises an error when memory is short, and `BatchLimit` then halves the batch. A CPU does
-    not, so the network's batch is limited beforehand: `Denoiser` splits larger ones.
+    not, so its batch is limited beforehand.
     """
-    if device.type != "cpu":
-        return denoiser
-    x_t = torch.zeros(1, *shape)
+    if image_sampler.device.type != "cpu":
+        return image_sampler
+    x_t = torch.zeros(1, *image_sampler.shape)
     limit = cpu_batch_limit(partial(denoiser, x_t, torch.zeros(1, dtype=torch.int64)))
     # The processes share the memory.
-    return replace(denoiser, largest_batch=max(limit // processes.count, 1))
+    limit = max(limit // processes.count, 1)
+    return replace(image_sampler, batch_size=min(image_sampler.batch_size, limit))
 
 
 def load_intact(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:

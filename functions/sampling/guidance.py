@@ -63,8 +63,8 @@ def with_guide(
             "(the number of timesteps, or the betas)"
         )
 
-    # The guide's network may need more memory per image than the model's, so it has its own limit.
-    guide = limit_batch(guide, shape, image_sampler.device, processes)
+    # The guide's network may need more memory per image than the model's. Then its limit counts.
+    image_sampler = limit_batch(image_sampler, guide, processes)
     # The calibration is fitted to the guide alone. Only x_0 of single networks is ever calibrated,
     # and not the guided x_0.
     guide_sampler = replace(image_sampler, denoiser=guide)
