@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from functions.support.dialects import DIALECTS, Dialect
+from models.dialects import DIALECTS, Dialect
 from models.group_norm import GroupNorm
 
 Norm = Callable[[int], GroupNorm]

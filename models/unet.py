@@ -9,7 +9,6 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from functions.support.dialects import DIALECTS
 from models.blocks import (
     Downsample,
     ResidualBlock,
@@ -18,6 +17,7 @@ from models.blocks import (
     Upsample,
     recomputing,
 )
+from models.dialects import DIALECTS
 from models.group_norm import GroupNorm
 
 # Each level has this many residual blocks on the way down. On the way up it has one more, for one
@@ -48,7 +48,7 @@ class UNet(nn.Module):
         dropout: probability inside each residual block.
         norm_groups: groups of each GroupNorm. They must divide every level's channels.
         dialect: "ho", the paper's network; or "diffusers", which differs in the details that
-            functions/support/dialects.py lists.
+            models/dialects.py lists.
     """
 
     def __init__(

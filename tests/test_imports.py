@@ -29,7 +29,7 @@ SAMPLING = SUPPORT | {"data", "functions.sampling"}
 EVALUATION = SAMPLING | {"functions.evaluation"}
 MAY_IMPORT = {
     "config.py": {"functions.prediction", "functions.samplers"},
-    "models": {"models", "functions.support.dialects"},
+    "models": {"models"},
     "data": {"data", "functions.support"},
     "functions/support": SUPPORT,
     "functions/sampling": SAMPLING,

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from functions.prediction import OBJECTIVES
 from functions.support.checkpoint import SavedModel, digest_of, load_weights
-from functions.support.dialects import DIALECTS
 from functions.support.errors import CheckpointError
 from functions.support.files import (
     checksum,
@@ -31,6 +30,7 @@ from functions.support.files import (
     write_tensors,
     write_text,
 )
+from models.dialects import DIALECTS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "diffusion_pytorch_model.bin"
