@@ -31,7 +31,7 @@ from functions.prediction import Denoiser, predict
 from functions.sampling.generation import BatchLimit, ImageSampler, generate
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
-from functions.support.files import TensorFile, file_name, write_tensors
+from functions.support.files import TensorFile, file_name, sha256, write_tensors
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
@@ -189,20 +189,27 @@ def with_calibration(
     """
     if not image_sampler.options.calibrate:
         return image_sampler
-    tensors = processes.on_main(lambda: load_or_fit(image_sampler, saved))
+    tensors, digest = processes.on_main(lambda: load_or_fit(image_sampler, saved))
     tensors = {name: tensor.to(image_sampler.device) for name, tensor in tensors.items()}
     denoiser = replace(image_sampler.denoiser, calibration=Calibration(**tensors))
-    return replace(image_sampler, denoiser=denoiser)
+    options = replace(image_sampler.options, calibration_digest=digest)
+    return replace(image_sampler, denoiser=denoiser, options=options)
 
 
-def load_or_fit(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Tensor]:
-    """Read the tensors of a `Calibration` from its file, or fit them; they are on the CPU."""
+def load_or_fit(
+    image_sampler: ImageSampler, saved: SavedModel
+) -> tuple[dict[str, Tensor], str | None]:
+    """Read the tensors of a `Calibration` from its file, or fit them; they are on the CPU.
+
+    Also returns a digest of the images' identity, or None if the checkpoint determines the images.
+    """
     name = image_sampler.options.calibrate
     # The images are loaded only when they are needed, and only once.
     load = cache(partial(load_and_split, saved, None if name == "data" else name))
     # Files may be added to a data set, or deleted from it. So the images of the fit are identified
     # by the data set's name and by a hash of the ids of its training images.
     ids_hash = saved.provenance.get("train_ids_hash")
+    digest = None
     if name == "own":
         identity = ["own"]
     elif name == "data" and ids_hash:
@@ -211,6 +218,7 @@ def load_or_fit(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Ten
     else:
         image_set, split = load()
         identity = [image_set.name, split.train_ids_hash]
+        digest = sha256("/".join(identity))[:8]
     kind = "-".join(file_name(Path(part).stem) for part in identity)
 
     # A diffusers folder may come from other software, so nothing is written into it.
@@ -224,7 +232,7 @@ def load_or_fit(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Ten
 
     tensors = read_calibration(path, origin, image_sampler)
     if tensors:
-        return tensors
+        return tensors, digest
 
     # Samplers of every precision use this file, so the network computes in float32 here.
     denoiser = replace(image_sampler.denoiser, precision=torch.float32)
@@ -252,7 +260,7 @@ def load_or_fit(image_sampler: ImageSampler, saved: SavedModel) -> dict[str, Ten
         print(f"wrote {path}")
     except OSError as error:
         print(f"WARNING: the calibration cannot be saved: {error}", file=sys.stderr)
-    return tensors
+    return tensors, digest
 
 
 def read_calibration(path: Path, origin: dict, image_sampler: ImageSampler) -> dict[str, Tensor]:

@@ -36,8 +36,10 @@ class SamplerOptions:
     # After `__post_init__` None means that the sampler does not have the option.
     variance: str | None = None
     eta: float | None = None
-    # This is "data", "own" or a data set; `with_calibration` explains them.
+    # This is "data", "own" or a data set; `with_calibration` explains them. If the checkpoint does
+    # not say which images these are, it also sets their digest, which has no flag.
     calibrate: str | None = None
+    calibration_digest: str | None = None
     # The guide is a worse model, given as a step or a path, and the guidance is its weight w.
     # functions/sampling/guidance.py explains both. `with_guide` sets the digest of the guide's
     # weights, which has no flag.
@@ -139,11 +141,18 @@ class SamplerOptions:
         """Return the data of the calibration, and the guide with its weight; {} without either."""
         corrections = {}
         if self.calibrate:
-            # A path may reveal who owns the data, so only its last part is published.
-            corrections["calibrate"] = Path(self.calibrate).name
+            corrections["calibrate"] = self.calibration_name
         if self.guide:
             corrections |= {"guide": self.guide_digest, "guidance": self.guidance}
         return corrections
+
+    @property
+    def calibration_name(self) -> str:
+        """Return the name of the calibration's data, followed by their digest if there is one."""
+        # A path may reveal who owns the data, so only its last part is published.
+        name = file_name(Path(self.calibrate).stem)
+        # The digest distinguishes data sets whose names are the same.
+        return f"{name}-{self.calibration_digest}" if self.calibration_digest else name
 
     def __str__(self) -> str:
         """Return a text such as "dpm++, 20 steps, logsnr, eta 1.0" or "ddpm, all steps, ..."."""
@@ -153,7 +162,7 @@ class SamplerOptions:
             f"{option} {value}" for option, value in self.arguments.items() if option != "spacing"
         ]
         if self.calibrate:
-            words += [f"calibrated on {Path(self.calibrate).name}"]
+            words += [f"calibrated on {self.calibration_name}"]
         if self.guide:
             # `with_guide` has loaded the guide if there is a digest.
             guide = self.guide_digest[:8] if self.guide_digest else Path(self.guide).name
@@ -170,7 +179,7 @@ class SamplerOptions:
             if value != SAMPLERS[self.sampler].options[option]:
                 words += [f"eta{value:g}" if option == "eta" else value]
         if self.calibrate:
-            words += [f"calibrated-{file_name(Path(self.calibrate).stem)}"]
+            words += [f"calibrated-{self.calibration_name}"]
         if self.guide:
             words += [f"guided{self.guidance:g}-{self.guide_digest[:8]}"]
         return "-".join(words)

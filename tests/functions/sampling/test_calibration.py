@@ -204,14 +204,21 @@ def test_a_runs_own_images_are_those_of_its_training(tiny_run, pictures, tmp_pat
     shutil.copytree(pictures, fewer, ignore=shutil.ignore_patterns("*.packed*", "00007.png"))
 
     def load(saved, name=None):
-        return load_and_split(saved, str(fewer))
+        return load_and_split(saved, name or str(fewer))
 
     monkeypatch.setattr(calibration, "load_and_split", load)
     flags = ["--steps", 2, "--n", 1, "--out", tmp_path]
     message = f"was trained on other images than {fewer} has.*use --calibrate {fewer}"
     with pytest.raises(UserError, match=message):
         call(sample.main, run, *flags, "--calibrate")
+    flags.append("--individual")
     call(sample.main, run, *flags, "--calibrate", fewer)
+
+    # The images of this data set have the same names, and one of them is another.
+    namesake = shutil.copytree(fewer, tmp_path / "other" / "fewer")
+    shutil.copy(namesake / "00001.png", namesake / "00000.png")
+    with pytest.raises(UserError, match=r"calibrate was fewer-.*, is now fewer-.*another --out"):
+        call(sample.main, run, *flags, "--calibrate", namesake)
 
 
 def test_own_samples_are_those_of_float32(tiny_run, tmp_path, monkeypatch):
