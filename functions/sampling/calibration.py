@@ -79,7 +79,7 @@ def band_means(values: Tensor) -> Tensor:
 class Calibration:
     """A correction that replaces x_0 by x_0'; `interpret` of functions/prediction.py calls it.
 
-    The tensors are float32, on the device of x_0.
+    The tensors are float32. They are copied to the device of x_0 if they are on another one.
     """
 
     # mu (C, H, W)
@@ -91,15 +91,18 @@ class Calibration:
         # The weights are 1 and 0 here, so the transforms would only add rounding errors.
         if isinstance(t, int) and t < CALIBRATED_FROM * scheduler.timesteps:
             return x_0
-        bands = octaves(x_0.shape[-1], x_0.device)
+        device = x_0.device
+        # The bound computes x_0 on the CPU if the network is on MPS, which lacks float64.
+        mean = self.mean.to(device)
+        bands = octaves(x_0.shape[-1], device)
         # The weights of the bands are (bands, 2), or (B, bands, 2) if each image has its own t.
         # Each coefficient gets the weights of its band. So w_1 and w_2 are (1, H, W) or
         # (B, 1, H, W), and all channels share them.
-        weights = self.weights[t][..., bands, :]
+        weights = self.weights.to(device)[t][..., bands, :]
         w_1, w_2 = weights.unsqueeze(-4).unbind(-1)
         root = broadcast(scheduler.alpha_bar(t) ** 0.5, x_t)
-        mixed = w_1 * spectrum(x_0 - self.mean) + w_2 * spectrum(x_t - root * self.mean)
-        return self.mean + torch.fft.ifft2(mixed, norm="ortho").real
+        mixed = w_1 * spectrum(x_0 - mean) + w_2 * spectrum(x_t - root * mean)
+        return mean + torch.fft.ifft2(mixed, norm="ortho").real
 
 
 @torch.no_grad()

@@ -117,6 +117,10 @@ def test_it_is_the_same_for_one_timestep_and_for_many():
     by_hand = MU + (by_bands(x_0[:1] - MU, w_1) + by_bands(centred, w_2))
     torch.testing.assert_close(together[:1], by_hand)
 
+    # The images may be on another device. Tensors on "meta" have devices and no numbers.
+    meta = [tensor.to("meta") for tensor in (x_0, x_t, torch.tensor(times))]
+    assert mix(*meta, SCHEDULER).device.type == "meta"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["own", "data"])
