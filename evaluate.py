@@ -364,7 +364,9 @@ def evaluate_images(
         "no resizing but the extractor's own; "
         f"{real['extractor']} (weights {real['weights_hash']})"
     )
-    warnings = image_warnings(real["count"], args.n, extractor.width)
+    warnings = []
+    if "fid" in args.metrics:
+        warnings = image_warnings(real["count"], args.n, extractor.width)
     for warning in warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
 

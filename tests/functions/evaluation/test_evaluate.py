@@ -114,6 +114,11 @@ def test_images_of_a_run(tiny_run, tmp_path, capsys):
     assert f"guided by {digest[:8]}, weight 1.5" in guided["protocol"]
     assert guided["fid"] != result["fid"]
 
+    # The warnings are about FID, so results without it have none.
+    call(small_main, *arguments, "--metrics", "kid", "--out", tmp_path / "kid")
+    [kid] = results_of(tmp_path / "kid", "kid").values()
+    assert json.loads(kid)["warnings"] == []
+
 
 @needs_fidelity
 def test_published_statistics_need_no_images(tiny_run, tmp_path):
