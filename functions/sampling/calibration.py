@@ -242,7 +242,7 @@ def load_or_fit(
     if name == "own":
         # This sampler adds fresh noise, so its images are realistic without a calibration.
         quick = replace(image_sampler, denoiser=denoiser).quick(seed_of("calibration"))
-        images = generate(quick, range(IMAGE_COUNT)).images
+        images = generate(quick, range(IMAGE_COUNT), progress=True).images
     else:
         image_set, split = load()
         if split.train_ids_hash != identity[1]:

@@ -281,7 +281,10 @@ def rebuild(
 
 
 def generate(
-    image_sampler: ImageSampler, indices: Sequence[int], frames: Collection[FrameKey] = ()
+    image_sampler: ImageSampler,
+    indices: Sequence[int],
+    frames: Collection[FrameKey] = (),
+    progress: bool = False,
 ) -> Samples:
     """Sample the images with these indices, in batches of the sampler's size.
 
@@ -290,7 +293,8 @@ def generate(
     """
     batches = batches_of(indices, image_sampler.batch_size)
     with image_sampler.denoiser.evaluating():
-        return Samples.concatenated(list(generate_batches(image_sampler, batches, frames)))
+        generated = generate_batches(image_sampler, batches, frames, progress)
+        return Samples.concatenated(list(generated))
 
 
 def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
