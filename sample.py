@@ -328,7 +328,9 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     args = parser.parse_args()
     refuse_ignored(args, parser.parse_args([]))
     if args.n > GRID_LIMIT and (args.inpaint or not args.individual):
-        raise UserError(f"a grid shows {GRID_LIMIT} images at most; for {args.n} add --individual")
+        # The grid of --inpaint shows all images, even with --individual.
+        advice = "use a smaller --n" if args.inpaint else f"for {args.n} add --individual"
+        raise UserError(f"a grid shows {GRID_LIMIT} images at most; {advice}")
     return args
 
 

@@ -225,7 +225,7 @@ def paint(run, out, flags):
         ("photo.png --mask mask.png --sampler dpm++", "depend on earlier steps"),
         (
             "photo.png --mask mask.png --n 101 --individual",
-            "a grid shows 100 images at most",
+            "a grid shows 100 images at most; use a smaller --n",
         ),
     ],
 )
