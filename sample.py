@@ -264,7 +264,7 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
     group.add_argument(
         "--gif",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         default=gif,
         help="Write an animation of the grid, from noise to images. "
         "Default: no; yes in sampleFFHQ.py.",

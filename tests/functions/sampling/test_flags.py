@@ -256,6 +256,7 @@ def test_what_has_an_effect_is_not_refused(defaults):
     ):
         call(parse, *flags.split())
 
+    assert not call(parse, "--no-gif").gif
     # A new flag has a place in the table, too.
     known = sample.ALWAYS.union(sample.ACTION_FLAGS, *sample.ACTION_FLAGS.values())
     assert vars(call(parse)).keys() == known - {"noise"}
