@@ -89,7 +89,7 @@ class Calibration:
 
     def __call__(self, x_0: Tensor, x_t: Tensor, t: Timestep, scheduler: NoiseScheduler) -> Tensor:
         # The weights are 1 and 0 here, so the transforms would only add rounding errors.
-        if isinstance(t, int) and t < CALIBRATED_FROM * scheduler.timesteps:
+        if isinstance(t, int) and t < first_calibrated(scheduler):
             return x_0
         device = x_0.device
         # The bound computes x_0 on the CPU if the network is on MPS, which lacks float64.
@@ -105,6 +105,11 @@ class Calibration:
         return mean + torch.fft.ifft2(mixed, norm="ortho").real
 
 
+def first_calibrated(scheduler: NoiseScheduler) -> int:
+    """Return the first timestep that is calibrated."""
+    return round(CALIBRATED_FROM * scheduler.timesteps)
+
+
 @torch.no_grad()
 def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibration:
     """Fit a calibration to images (N, C, H, W) in [-1, 1], for a network that has none.
@@ -115,7 +120,7 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
     scheduler = denoiser.scheduler
     mean = images.mean(dim=0)
     last = scheduler.timesteps - 1
-    first = round(CALIBRATED_FROM * scheduler.timesteps)
+    first = first_calibrated(scheduler)
     count = min(TIMESTEP_COUNT, last - first + 1)
     # `logsnr_timesteps` returns descending timesteps, but np.interp needs ascending ones.
     times = logsnr_timesteps(scheduler, count, last, first)[::-1]

@@ -99,27 +99,30 @@ def test_it_leaves_the_ideal_denoiser_as_it_is():
         assert change < 0.005 * (changed - x_0).square().mean()
 
 
-def test_it_is_the_same_for_one_timestep_and_for_many():
-    weights = torch.rand(1000, 4, 2, generator=torch.Generator().manual_seed(0))
-    weights[:600] = torch.tensor([1.0, 0.0])
+# Calibration starts at the rounded 0.6 T, which is 601 for T = 1002.
+@pytest.mark.parametrize("timesteps", [1000, 1002])
+def test_it_is_the_same_for_one_timestep_and_for_many(timesteps):
+    scheduler = NoiseScheduler(timesteps)
+    weights = torch.rand(timesteps, 4, 2, generator=torch.Generator().manual_seed(0))
+    weights[:601] = torch.tensor([1.0, 0.0])
     mix = calibration.Calibration(MU, weights)
     x_0 = draw_images(3)
     x_t = draw_images(3, seed=1)
-    times = [999, 50, 700]
-    together = mix(x_0, x_t, torch.tensor(times), SCHEDULER)
+    times = [999, 50, 601]
+    together = mix(x_0, x_t, torch.tensor(times), scheduler)
     for k, t in enumerate(times):
-        alone = mix(x_0[k : k + 1], x_t[k : k + 1], t, SCHEDULER)
+        alone = mix(x_0[k : k + 1], x_t[k : k + 1], t, scheduler)
         torch.testing.assert_close(together[k], alone[0])
 
     # The first image is also mixed by the formula, mu + w_1 (x_0 - mu) + w_2 (x_t - sqrt(a) mu).
     w_1, w_2 = weights[999].unbind(1)
-    centred = x_t[:1] - SCHEDULER.alpha_bar(999) ** 0.5 * MU
+    centred = x_t[:1] - scheduler.alpha_bar(999) ** 0.5 * MU
     by_hand = MU + (by_bands(x_0[:1] - MU, w_1) + by_bands(centred, w_2))
     torch.testing.assert_close(together[:1], by_hand)
 
     # The images may be on another device. Tensors on "meta" have devices and no numbers.
     meta = [tensor.to("meta") for tensor in (x_0, x_t, torch.tensor(times))]
-    assert mix(*meta, SCHEDULER).device.type == "meta"
+    assert mix(*meta, scheduler).device.type == "meta"
 
 
 @pytest.mark.slow
