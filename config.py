@@ -401,6 +401,16 @@ class DiffusionConfig:
                 "so that every beta stays below 1"
             )
             check("beta_end", scale * self.beta_end < 1, requirement)
+            # `NoiseScheduler` refuses an alpha_bar of 2^-300 or less. alpha_bar is the product of
+            # all 1 - beta.
+            rise = (self.beta_end - self.beta_start) / (self.timesteps_diff - 1)
+            betas = (scale * (self.beta_start + rise * t) for t in range(self.timesteps_diff))
+            log_alpha_bar = sum(math.log1p(-beta) for beta in betas)
+            requirement = (
+                f"smaller with timesteps_diff = {self.timesteps_diff} and rescale_betas = "
+                f"{self.rescale_betas}, so that alpha_bar does not underflow to 0"
+            )
+            check("beta_end", log_alpha_bar > -300 * math.log(2), requirement)
 
     @property
     def effective_batch(self) -> int:

@@ -69,6 +69,13 @@ class NoiseScheduler:
         else:
             self.betas = cosine_betas(timesteps)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64, on the CPU
+        # Eq. 15 divides float32 tensors by sqrt(alpha_bar), so this must not be 0 in float32, whose
+        # smallest number is 2^-149. Without this check samples would be nan.
+        if self.alphas_cumprod[-1] <= 2.0**-300:
+            raise ValueError(
+                f"alpha_bar underflows to 0 within {timesteps} timesteps; "
+                "use fewer timesteps, smaller betas or rescale_betas"
+            )
         # Copies of alpha_bar at t = -1 .. T-1, (T + 1,), on each device that has been used so far.
         self.tables: dict[torch.device, Tensor] = {}
 

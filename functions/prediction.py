@@ -148,10 +148,9 @@ def predict(
 
 def is_guided(scheduler: NoiseScheduler, t: int) -> bool:
     """Return whether a guide is asked at timestep t."""
-    # alpha_bar is the sigmoid of the log-SNR. In a very long schedule it may be exactly 0, which
-    # has no logarithm.
-    lowest, highest = (1 / (1 + math.exp(-log_snr)) for log_snr in GUIDED_LOG_SNR)
-    return lowest <= scheduler.alpha_bar(t) <= highest
+    alpha_bar = scheduler.alpha_bar(t)
+    lowest, highest = GUIDED_LOG_SNR
+    return lowest <= math.log(alpha_bar / (1 - alpha_bar)) <= highest
 
 
 def interpret(

@@ -218,6 +218,14 @@ def test_a_field_that_does_not_fit_says_what_would(field, value, what_fits):
     assert "\n" not in message
 
 
+def test_betas_whose_alpha_bar_underflows_are_refused():
+    """The sum of all betas is about 1005, and exp(-1005) is 0 in float64."""
+    long = {**DIFFUSION, "timesteps_diff": 100_000}
+    DiffusionConfig(**long)
+    with pytest.raises(ConfigError, match="it must be smaller with timesteps_diff = 100000"):
+        DiffusionConfig(**long, rescale_betas=False)
+
+
 def test_only_levels_with_attention_need_whole_heads():
     """Of 4 and 8 channels, 4 make no head of 8."""
     narrow = {"base_dim": 4, "image_size": 8, "norm_groups": 2, "dialect": "diffusers"}

@@ -172,8 +172,12 @@ def test_rescaling_ends_at_nearly_the_same_noise_for_any_number_of_steps():
         {"timesteps": 1000, "beta_start": 0.03},
         # No comparison with nan is true, so a check must not ask whether the betas are wrong.
         {"timesteps": 1000, "beta_end": float("nan")},
+        # The last alpha_bar is near exp(-1005).
+        {"timesteps": 100_000, "rescale_betas": False},
     ],
 )
 def test_impossible_schedules_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"use 2 or more timesteps|betas from"):
+    with pytest.raises(
+        ValueError, match=r"use 2 or more timesteps|betas from|alpha_bar underflows"
+    ):
         NoiseScheduler(**arguments)

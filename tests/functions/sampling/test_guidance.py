@@ -122,13 +122,6 @@ def test_a_guide_is_asked_only_where_images_form(beta_schedule):
     assert 700 < len(asked) < 970
 
 
-def test_a_guide_is_not_asked_where_alpha_bar_is_0():
-    scheduler = NoiseScheduler(10_000, beta_end=0.9, rescale_betas=False)
-    assert scheduler.alpha_bar(9999) == 0
-    assert not prediction.is_guided(scheduler, 9999)
-    assert prediction.is_guided(scheduler, 50)
-
-
 def test_the_mix_is_clipped_and_each_network_has_its_own_objective():
     x_t = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     guide = Denoiser(lambda x_t, t: 0.5 * x_t, SCHEDULER, objective="v")
