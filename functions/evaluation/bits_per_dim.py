@@ -15,6 +15,7 @@ the noise of the draws.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ from tqdm import tqdm
 from functions.likelihood import bound_terms
 from functions.prediction import Denoiser
 from functions.samplers import VARIANCES
-from functions.sampling.generation import BatchLimit, batches_of
+from functions.sampling.generation import BatchLimit
 from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
-from functions.support.random_numbers import generator_of
+from functions.support.random_numbers import ImageNoise, generator_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class BoundOptions:
 
     # The most timesteps in a stratum, which one network call represents. With 1 all T are computed.
     t_stride: int = 1
-    # The most (image, t) pairs in a forward pass.
+    # The most timesteps of an image in a forward pass.
     batch_size: int = 64
     seed: int = 0
     # The variance of p(x_{t-1} | x_t), "small" or "large".
@@ -157,7 +158,7 @@ def measure_bits_per_dim(
 ) -> BitsPerDim:
     """Measure the variational bound (Eq. 5) of held-out images.
 
-    The processes divide the batches among them, and all return the result. It depends only on the
+    The processes divide the images among them, and all return the result. It depends only on the
     other arguments, not on the number of processes.
 
     A batch that does not fit in memory is halved. Raises `UserError` when a single image does not
@@ -172,48 +173,45 @@ def measure_bits_per_dim(
             f"{len(indices)} images and variance {options.variance!r}; "
             f"there must be 1 image or more, and variance can be {' or '.join(VARIANCES)}"
         )
-    scheduler = denoiser.scheduler
-    seed = options.seed
-    lengths = strata_lengths(scheduler.timesteps, options.t_stride)
-    t = torch.stack([draw_t(lengths, seed, int(index)) for index in indices])  # (N, K)
+    lengths = strata_lengths(denoiser.scheduler.timesteps, options.t_stride)
+    # Each process computes every `processes.count`-th image.
+    table = torch.zeros(3, len(indices), len(lengths), dtype=torch.float64)
+    positions = range(processes.rank, len(indices), processes.count)
+    limit = BatchLimit(load_x_0(indices[:1]).device, options.batch_size)
 
-    # Each image has K pairs (index, t), one after the other.
-    pair_index = np.repeat(indices, len(lengths))
-    pair_t = t.flatten()
-    table = torch.zeros(3, len(pair_t), dtype=torch.float64)
-
-    def fill(pairs):
-        columns = slice(pairs.start, pairs.stop)
-        x_0 = load_x_0(pair_index[columns])
-
-        # The noise of a pair depends only on (seed, index, t), not on the process.
-        noise = []
-        for k in pairs:
-            pair = int(pair_index[k]), int(pair_t[k])
-            generator = generator_of("cpu", seed, "bits per dim", *pair)
-            noise.append(torch.randn(x_0.shape[1:], generator=generator))
-        terms = bound_terms(
-            denoiser,
-            scheduler,
-            x_0,
-            pair_t[columns],
-            torch.stack(noise),
-            options.variance,
-            options.clip_x_0,
-        )
-        table[:, columns] = terms.cpu()
-
-    # All processes form the same batches, and each computes every `processes.count`-th one.
-    batches = batches_of(range(len(pair_t)), options.batch_size)[processes.rank :: processes.count]
-    limit = BatchLimit(load_x_0(indices[:1]).device)
     with denoiser.evaluating():
-        for pairs in tqdm(batches, "bits/dim", unit="batch", disable=not progress):
-            limit.in_parts(fill, pairs)
+        for i in tqdm(positions, "bits/dim", unit="image", disable=not progress):
+            index = int(indices[i])
+            t = draw_t(lengths, options.seed, index)  # (K,)
+            x_0 = load_x_0(indices[i : i + 1])
+            work = partial(image_terms, denoiser, x_0, index, options)
+            table[:, i] = torch.cat(limit.in_parts(work, t), dim=1)
 
     # Each entry is computed by one process and is 0 in the others, so the sum is exact.
-    prior, terms, mse_x_0 = processes.sum_(table).view(3, *t.shape).numpy()
+    prior, terms, mse_x_0 = processes.sum_(table).numpy()
     # L_T of an image is the same in all columns, because it does not depend on t.
     return BitsPerDim(lengths.numpy(), prior[:, 0], terms, mse_x_0)
+
+
+def image_terms(
+    denoiser: Denoiser, x_0: Tensor, index: int, options: BoundOptions, t: Tensor
+) -> Tensor:
+    """Return the results (3, B) of `bound_terms` for one image at the timesteps t (B,), on the CPU.
+
+    x_0 (1, C, H, W) is the image with this index. Its noise depends only on (seed, index, t).
+    """
+    purpose = f"bits per dim/{index}"
+    noise = ImageNoise(options.seed, t.tolist(), x_0.shape[1:], x_0.device, purpose)
+    terms = bound_terms(
+        denoiser,
+        denoiser.scheduler,
+        x_0.expand(len(t), -1, -1, -1),
+        t,
+        noise.draw(),
+        options.variance,
+        options.clip_x_0,
+    )
+    return terms.cpu()
 
 
 def strata_lengths(timesteps: int, t_stride: int) -> Tensor:

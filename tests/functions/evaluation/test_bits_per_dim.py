@@ -194,7 +194,7 @@ def test_a_term_depends_on_seed_image_and_t_alone_and_two_processes_get_the_numb
     # The sum over two processes is the whole table, of which neither has all.
     parts = of_each_process(2, lambda processes: small_measurement(processes=processes))
     _, summed_terms, _ = sum(parts)
-    assert_array_equal(summed_terms, all_images.terms.flatten())
+    assert_array_equal(summed_terms, all_images.terms)
     for part in parts:
         assert (part != 0).any(dim=0).sum() < all_images.terms.size
 
