@@ -14,5 +14,6 @@ test:
 lint:
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
+# make figures RUN=runs/faces-<time>
 figures:
-	.venv/bin/python figures/make_figures.py
+	.venv/bin/python figures/make_figures.py $(RUN)

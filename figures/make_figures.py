@@ -1,8 +1,8 @@
 """Draw the pictures of README and docs/ffhq.md from a real run.
 
-`python figures/make_figures.py [RUN]`
+`python figures/make_figures.py RUN`
 
-RUN is a run folder of the `faces` experiment; the default is the newest one. With
+RUN is a run folder of the experiment `faces`. With
 `--photos SOURCE`, where SOURCE is any copy of FFHQ, it also draws how much fine detail rotation
 costs, which only photos show. That figure contains curves and no photo.
 """
@@ -26,12 +26,12 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, state_frames
 from functions.sampling.generation import ImageSampler, generate, rebuild
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import load_weights
+from functions.support.checkpoint import SavedModel, load_weights
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.pictures import plt, save_figure, save_gif, save_grid, save_strip
 from functions.support.random_numbers import generator_of
-from functions.support.run_folder import find_checkpoints, newest_checkpoints
+from functions.support.run_folder import find_checkpoints
 from functions.training.metrics import plot_losses
 from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
 from models.unet import UNet
@@ -48,12 +48,7 @@ SCHEDULES = {
 def main() -> None:
     """Draw all figures into this folder."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "run",
-        nargs="?",
-        type=Path,
-        help="A run folder. Default: the newest run whose name begins with faces.",
-    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="A run folder.")
     parser.add_argument(
         "--photos",
         metavar="SOURCE",
@@ -61,11 +56,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    # The checkpoints are looked for first, so that a missing run ends the script immediately.
-    if args.run:
-        checkpoints = find_checkpoints(args.run)
-    else:
-        checkpoints = newest_checkpoints(FIGURES.parent / "runs", "faces")
+    # The checkpoint is loaded first, so that a missing run ends the script immediately.
+    saved = load_weights(find_checkpoints(args.run)[0])
 
     draw_cumulative_noise()
     draw_schedules()
@@ -75,10 +67,9 @@ def main() -> None:
     if args.photos:
         draw_rotation_spectrum(args.photos, FIGURES)
 
-    # The newest checkpoint comes first.
-    draw_run(checkpoints[0])
+    draw_run(saved)
     with tempfile.TemporaryDirectory() as temporary:
-        draw_sampling(checkpoints[0], FIGURES, 32, Path(temporary))
+        draw_sampling(saved.path, FIGURES, 32, Path(temporary))
 
 
 def draw_cumulative_noise() -> None:
@@ -228,16 +219,15 @@ def blocks_of_unet() -> list[list]:
     return blocks
 
 
-def draw_run(checkpoint: Path) -> None:
+def draw_run(saved: SavedModel) -> None:
     """Draw a run's loss curves, samples, their nearest training images, a strip and an animation.
 
     The samples are those that `python sample.py` draws with seed 0.
     """
-    run = checkpoint.parent.parent
+    run = saved.path.parent.parent
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
 
     device = choose_device("auto")
-    saved = load_weights(checkpoint)
     denoiser = rebuild(saved, device)
     image_sampler = ImageSampler(denoiser, SamplerOptions(), saved.model.image_shape, 0, device)
 
