@@ -13,12 +13,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.pixels import to_uint8
-from functions.sampling.generation import generate, open_sampler
+from functions.sampling.generation import ImageSampler, generate, rebuild
 from functions.sampling.guidance import with_guide
-from functions.sampling.options import SamplerOptions, add_sampling_flags
+from functions.sampling.options import SamplerOptions
+from functions.support.checkpoint import load_weights
 from functions.support.command_line import Parser, exit_on_user_error
+from functions.support.device import choose_device
 from functions.support.pictures import save_strip
 from functions.support.processes import SINGLE_PROCESS
+from functions.support.run_folder import find_checkpoints
 
 FIGURE = Path(__file__).resolve().parent / "guidance.png"
 WEIGHTS = (1, 1.25, 1.5, 2, 3)
@@ -28,16 +31,25 @@ IMAGE_COUNT = 8
 def main() -> None:
     """Draw the figure."""
     parser = Parser(description=__doc__)
-    add_sampling_flags(parser)
-    parser.set_defaults(guide="1000")
+    parser.add_argument("run", type=Path, metavar="RUN", help="A run folder or a checkpoint.")
+    parser.add_argument(
+        "--guide",
+        default="1000",
+        metavar="STEP|MODEL",
+        help="The guide, as for sample.py. Default: %(default)s.",
+    )
     args = parser.parse_args()
-    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+
+    device = choose_device("auto")
+    saved = load_weights(find_checkpoints(args.run)[0])
+    options = SamplerOptions("dpm++", 20, eta=0.0, guide=args.guide)
+    sampler = ImageSampler(rebuild(saved, device), options, saved.model.image_shape, 0, device)
+    sampler = with_guide(sampler, saved, SINGLE_PROCESS)
 
     columns = {}
     for weight in WEIGHTS:
-        options = SamplerOptions("dpm++", 20, eta=0.0, guide=args.guide, guidance=weight)
-        guided = with_guide(replace(image_sampler, options=options), saved, SINGLE_PROCESS)
-        images = generate(guided, range(IMAGE_COUNT)).images
+        denoiser = replace(sampler.denoiser, guidance=weight)
+        images = generate(replace(sampler, denoiser=denoiser), range(IMAGE_COUNT)).images
         columns[f"w = {weight:g}"] = to_uint8(images).numpy()
     save_strip(list(columns.values()), list(columns), FIGURE)
     print(f"wrote {FIGURE}")
