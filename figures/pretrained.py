@@ -9,7 +9,6 @@ distance of 100 samples; tests/test_pretrained.py checks both.
 
 import hashlib
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,16 +52,11 @@ def main() -> None:
     # The card names the command, so the command has to give the same run.
     if name not in EXPERIMENTS or Experiment.from_dict(source.config) != EXPERIMENTS[name]:
         raise UserError(f"{run} differs from the presets; the card needs a run of a preset")
-    # The run is in the working tree in which it was trained.
-    git = ["git", "-C", str(run), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    if not commit:
-        raise UserError(f"{run} is not in a git repository; the card needs the commit")
 
     PRETRAINED.mkdir(exist_ok=True)
     path = PRETRAINED / f"{name}.safetensors"
     shutil.copyfile(snapshots[-1], path)
-    write_text(PRETRAINED / "README.md", card(run, commit, path, source))
+    write_text(PRETRAINED / "README.md", card(run, path, source))
     print(f"wrote {path} and {PRETRAINED / 'README.md'}")
 
 
@@ -81,7 +75,7 @@ def distance_of(saved: SavedModel, images: torch.Tensor) -> float:
     return Features(torch.cat([real, real.flip(3)])).distance(images)
 
 
-def card(run: Path, commit: str, path: Path, source: SavedModel) -> str:
+def card(run: Path, path: Path, source: SavedModel) -> str:
     """Return the text of the card for the file at `path`, whose weights are those of `source`."""
     rows = read_metrics(run / "metrics.csv")
     lowest = min((row for row in rows if row["val_loss_ema"]), key=lambda row: row["val_loss_ema"])
@@ -100,7 +94,6 @@ def card(run: Path, commit: str, path: Path, source: SavedModel) -> str:
 | file | `{path.name}`: {source.kind} weights in float16, {facts["parameters"]:,} parameters |
 | SHA-256 of the file | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |
 | command | `python train.py {facts["experiment"]}` |
-| commit | `{commit}` |
 | steps | {facts["step"]:,} |
 | processor | {arithmetic["processor"]}, {arithmetic["threads"]} threads |
 | arithmetic | {arithmetic["precision"]}, PyTorch {arithmetic["torch"]} |
