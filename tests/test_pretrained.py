@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ import sampleFFHQ
 from config import Experiment
 from figures import pretrained
 from figures.feature_distance import spoilt
+from functions.support import run_folder
 from functions.support.checkpoint import load_weights
 from functions.support.errors import CheckpointError, UserError
-from functions.support.run_folder import PRETRAINED, checkpoints_of
-from tests.conftest import ROOT, call
+from functions.support.run_folder import PRETRAINED, checkpoints_of, newest_checkpoints
+from tests.conftest import call
 
-BOXED = sorted((ROOT / PRETRAINED).glob("*.safetensors"))
+BOXED = sorted(PRETRAINED.glob("*.safetensors"))
 TAKEN = "using a model that comes with the repository (train your own: python train.py)"
 FLAGS = ("--n", 2, "--steps", 3)
 
@@ -28,9 +30,11 @@ FLAGS = ("--n", 2, "--steps", 3)
 def box(tiny_run, tmp_path, monkeypatch):
     """Return a folder with a model, in a working directory that has no run."""
     monkeypatch.chdir(tmp_path)
-    PRETRAINED.mkdir()
-    shutil.copy(checkpoints_of(tiny_run, "snapshots")[-1], PRETRAINED / "faces.safetensors")
-    return PRETRAINED
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    monkeypatch.setattr(run_folder, "PRETRAINED", folder)
+    shutil.copy(checkpoints_of(tiny_run, "snapshots")[-1], folder / "faces.safetensors")
+    return folder
 
 
 def card_row(folder, name):
@@ -43,11 +47,20 @@ def test_without_a_run_the_box_is_sampled_and_says_so(box, tiny_run, tmp_path, c
     # A calibration is written next to its model, and is no model itself.
     shutil.copy(box / "faces.safetensors", box / "faces-calibration-own.safetensors")
     call(sample.main, *FLAGS)
-    assert TAKEN in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert TAKEN in printed
+    # The path in the message is from the working directory, so it is short.
+    assert f"\n{Path('pretrained', 'faces.safetensors')}: EMA weights" in printed
     drawn = Image.open(box / "samples" / "faces-ddpm3-seed0" / "grid.png")
 
     call(sample.main, checkpoints_of(tiny_run, "snapshots")[-1], *FLAGS, "--out", tmp_path / "a")
     assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
+
+
+@pytest.mark.skipif(not BOXED, reason="pretrained/ has no model yet: figures/pretrained.py RUN")
+def test_the_box_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert newest_checkpoints(Path("runs")) == BOXED
 
 
 def test_without_a_run_the_box_is_evaluated(box, capsys):
@@ -73,7 +86,8 @@ def test_the_box_replaces_no_run_that_is_asked_for(box):
 @pytest.mark.slow
 def test_a_run_is_boxed_with_a_card(trained, tmp_path, monkeypatch):
     run = trained()
-    monkeypatch.chdir(tmp_path)
+    box = tmp_path / "pretrained"
+    monkeypatch.setattr(pretrained, "PRETRAINED", box)
     with pytest.raises(UserError, match="differs from the presets"):
         call(pretrained.main, run)
 
@@ -82,13 +96,13 @@ def test_a_run_is_boxed_with_a_card(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "EXPERIMENTS", {"faces": preset})
     call(pretrained.main, run)
 
-    boxed = PRETRAINED / "faces.safetensors"
+    boxed = box / "faces.safetensors"
     average = load_weights(source).weights
     for name, weight in load_weights(boxed).weights.items():
         assert torch.equal(weight, average[name].half().float())
-    assert card_row(PRETRAINED, "SHA-256 of the file") == file_hash(boxed)
-    assert card_row(PRETRAINED, "command") == "python train.py faces"
-    assert load_weights(source).digest[:16] in card_row(PRETRAINED, "source")
+    assert card_row(box, "SHA-256 of the file") == file_hash(boxed)
+    assert card_row(box, "command") == "python train.py faces"
+    assert load_weights(source).digest[:16] in card_row(box, "source")
 
     # A run that has not reached its last step is no model for the box.
     source.unlink()

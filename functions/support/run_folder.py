@@ -44,7 +44,7 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.(safetensors|pt)")
 # taken for the run's model or its guide. The two groups are the step and the relative length.
 POWER_NAME = re.compile(r"step-(\d{8})-power-(0\.\d+)\.safetensors")
 # The trained models that come with the repository. They are read when there is no run.
-PRETRAINED = Path("pretrained")
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,12 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
             return find_checkpoints(run)
     target = f"run of an experiment {prefix}*" if prefix else "run"
     flag = "" if runs == Path("runs") else f" --runs {runs}"
+    folder = PRETRAINED
+    # Seen from the repository's folder, messages have the short path pretrained/NAME.safetensors.
+    with suppress(ValueError):
+        folder = folder.relative_to(Path.cwd())
     # A calibration is written next to its model.
-    boxed = [path for path in PRETRAINED.glob("*.safetensors") if "-calibration-" not in path.name]
+    boxed = [path for path in folder.glob("*.safetensors") if "-calibration-" not in path.name]
     if boxed and not prefix and not flag:
         print(
             f"{runs}: no run with a checkpoint here yet; using a model that comes with the "
