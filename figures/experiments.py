@@ -7,12 +7,11 @@ train     train a run of every arm and seed, a quarter of an hour each on two co
 measure   measure each run, with and without calibration, in another quarter of an hour each, and
           write JSON files into its folder
 draw      add these measurements to figures/experiments.json, print that file as a table, and draw
-          a picture
+          the pictures whose arms are measured
 """
 
 import json
 import sys
-from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +79,24 @@ ARMS = {
 PRESETS = ("eps", "v, uniform t, cosine")
 # The kinds of calibration: none, fitted to the training images, fitted to the model's samples.
 KINDS = ("plain", "data", "own")
-# docs/whole-before-detail.md shows a heat map of the bands for these arms.
+# docs/whole-before-detail.md shows these pictures, with a row for each of these arms. Photos show
+# real people and are not published.
+PICTURES = {
+    "whole_before_detail.png": (
+        "eps",
+        "eps, calibrated (data)",
+        "eps, calibrated (own)",
+        PRESETS[1],
+    ),
+    "other_arms.png": (
+        "eps, mixed t",
+        "eps, rate 1e-3",
+        "v, mixed t, min-SNR",
+        "v, mixed t, cosine",
+    ),
+    "arms_64_px.png": ("eps, 800 steps, 64 px", "v, mixed t, 800 steps, 64 px"),
+}
+# It also shows a heat map of the bands for these arms.
 MAPS = {
     "eps": "bands-eps.png",
     PRESETS[1]: "bands-v.png",
@@ -95,24 +111,12 @@ DISTANCES = {
     "20 SDE": SamplerOptions("dpm++", 20),
     "200 DDPM": SamplerOptions("ddpm", 200),
 }
-SOLVERS = {
-    "DDPM": ("ddpm", None),
-    "DDIM": ("ddim", 0.0),
-    "2M": ("dpm++", 0.0),
-    "SDE": ("dpm++", 1.0),
-    "iPNDM": ("ipndm", None),
-}
-# These 30 samplers take long, so only the first run of `faces-v` is measured with them.
-GRID = {
-    f"{name} {spacing} {calls}": SamplerOptions(sampler, calls, spacing, eta=eta)
-    for name, (sampler, eta) in SOLVERS.items()
-    for spacing in ("trailing", "logsnr")
-    for calls in (10, 20, 50)
-}
+# Each distance is that of this many samples.
+IMAGE_COUNT = 100
 # Spoilt samples are counted with this sampler: few steps without fresh noise spoil the most.
 SPOILT_SAMPLER = "20 DDIM"
-# This many samples of that sampler are saved for the pictures. The picture of all arms shows the
-# first COLUMNS of them.
+SPOILT_COUNT = 1000
+# The first samples of that sampler are saved for the pictures, which show COLUMNS of them in a row.
 SAVED_SAMPLES, COLUMNS = 36, 12
 
 
@@ -144,51 +148,20 @@ def main() -> None:
         default=ROOT / "runs" / "experiments",
         help="The folder of the runs. Default: %(default)s.",
     )
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        default=KINDS,
-        choices=KINDS,
-        help="The kinds of calibration to measure with. Default: all.",
-    )
-    parser.add_argument(
-        "--distances",
-        nargs="+",
-        default=DISTANCES,
-        choices=DISTANCES,
-        help="The samplers to measure distances with. Default: all.",
-    )
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=100,
-        help="The number of samples for each distance. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--spoilt",
-        type=int,
-        default=1000,
-        help="The number of samples of which the spoilt ones are counted. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--picture",
-        default="whole_before_detail.png",
-        help="The name in figures/ of the picture of the arms. Default: %(default)s.",
-    )
     args = parser.parse_args()
 
     pairs = [(arm, seed) for arm in args.arms for seed in args.seeds or range(ARMS[arm][2])]
     if args.word == "draw":
-        draw(pairs, args)
+        draw(pairs, args.runs)
         return
 
     for arm, seed in pairs:
         run = finished_run(args.runs, arm, seed)
         trainable = "photos" not in arm or args.photos
         if args.word == "train" and trainable and not run:
-            train_arm(args, arm, seed)
+            train_arm(arm, seed, args.runs, args.photos)
         elif args.word == "measure" and run:
-            measure(run, args)
+            measure(run)
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -215,18 +188,18 @@ def finished_run(runs: Path, arm: str, seed: int) -> Path | None:
     return run if last_step == config["run"]["total_steps"] else None
 
 
-def train_arm(args: Namespace, arm: str, seed: int) -> None:
+def train_arm(arm: str, seed: int, runs: Path, photos: str | None) -> None:
     """Train a run of an arm with train.py, or resume one that was stopped."""
-    stopped_run = newest_run(args.runs, arm, seed)
+    stopped_run = newest_run(runs, arm, seed)
     if stopped_run:
         run = train.open_run(stopped_run, None, None, ({}, {}), SINGLE_PROCESS)
     else:
         diffusion, model, _ = ARMS[arm]
         changes = {**diffusion, "seed": seed}
         if "photos" in arm:
-            changes["dataset_name"] = args.photos
+            changes["dataset_name"] = photos
         experiment = EXPERIMENTS["faces"].override(changes, model)
-        run = Run(run_name(arm, seed), experiment, args.runs)
+        run = Run(run_name(arm, seed), experiment, runs)
 
     # train.py has no min-SNR weight, so this arm replaces the loss function.
     with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
@@ -243,7 +216,7 @@ def min_snr_loss(
     return weight * loss(model, scheduler, x_0, t, noise)
 
 
-def measure(run: Path, args: Namespace) -> None:
+def measure(run: Path) -> None:
     """Measure a run with each kind of calibration whose file does not exist yet."""
     device = choose_device("auto")
     saved = load_weights(find_checkpoints(run)[0])
@@ -259,7 +232,7 @@ def measure(run: Path, args: Namespace) -> None:
     # Training flips images, so samples may face either way.
     features = Features(torch.cat([train_images, train_images.flip(3)]))
 
-    for kind in args.kinds:
+    for kind in KINDS:
         path = run / f"measured-{kind}.json"
         if path.exists():
             continue
@@ -268,7 +241,7 @@ def measure(run: Path, args: Namespace) -> None:
         sampler = with_calibration(sampler, saved, SINGLE_PROCESS)
 
         bands = measure_bands(sampler.denoiser, load_x_0, split.val_indices, average, 64, 0)
-        numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path, args)}
+        numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path)}
 
         # Only the bound of the uncalibrated network is reported.
         if kind == "plain":
@@ -279,42 +252,37 @@ def measure(run: Path, args: Namespace) -> None:
         path.write_text(json.dumps(numbers))
 
 
-def measure_samples(sampler: ImageSampler, features: Features, path: Path, args: Namespace) -> dict:
+def measure_samples(sampler: ImageSampler, features: Features, path: Path) -> dict:
     """Return the distance with each sampler, and the share of spoilt samples.
 
     The first samples are saved next to `path`, the file with the run's numbers.
     """
-    run = path.parent.name
-    samplers = {name: DISTANCES[name] for name in args.distances}
-    if path.stem == "measured-plain" and run.startswith(run_name(PRESETS[1], 0)):
-        samplers |= GRID
-
     numbers = {"distance": {}}
-    for name, options in samplers.items():
+    for name, options in DISTANCES.items():
         # The denoiser has the calibration, so replacing the options does not change it.
-        count = args.spoilt if name == SPOILT_SAMPLER else args.images
+        count = SPOILT_COUNT if name == SPOILT_SAMPLER else IMAGE_COUNT
         samples = generate(replace(sampler, options=options), range(count))
         images = samples.images.to(sampler.device)
 
-        numbers["distance"][name] = features.distance(images[: args.images])
+        numbers["distance"][name] = features.distance(images[:IMAGE_COUNT])
         if name == SPOILT_SAMPLER:
             # `spoilt` looks for white corners, which photos do not have.
-            if "photos" not in run:
+            if "photos" not in path.parent.name:
                 numbers["spoilt"] = spoilt(images).double().mean().item()
             np.save(path.with_suffix(".npy"), to_uint8(images[:SAVED_SAMPLES]).cpu().numpy())
         print(f"{path}: {numbers['distance']}, spoilt {numbers.get('spoilt')}", flush=True)
     return numbers
 
 
-def draw(pairs: list[tuple], args: Namespace) -> None:
+def draw(pairs: list[tuple[str, int]], runs: Path) -> None:
     """Add the numbers of the runs to RESULTS, print all of RESULTS, and draw the runs.
 
     `pairs` has the arm and the seed of each run. Missing runs are skipped.
     """
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    pictures = {}
+    samples = {}
     for arm, seed in pairs:
-        run = newest_run(args.runs, arm, seed)
+        run = newest_run(runs, arm, seed)
         for kind in KINDS if run else ():
             path = run / f"measured-{kind}.json"
             if not path.exists():
@@ -325,10 +293,10 @@ def draw(pairs: list[tuple], args: Namespace) -> None:
             label = arm if kind == "plain" else f"{arm}, calibrated ({kind})"
             results.setdefault(label, {})[str(seed)] = numbers
 
-            # The first seed of each arm is drawn. Photos show real people and are not published.
-            if label in pictures or "photos" in arm:
+            # The first seed of each arm is drawn.
+            if label in samples:
                 continue
-            pictures[label] = np.load(path.with_suffix(".npy"))
+            samples[label] = np.load(path.with_suffix(".npy"))
             if label in MAPS:
                 arrays = {name: np.array(value) for name, value in numbers["bands"].items()}
                 plot_bands(BandErrors(**arrays), RESULTS.with_name(MAPS[label]), label)
@@ -338,31 +306,38 @@ def draw(pairs: list[tuple], args: Namespace) -> None:
     text = ",\n".join(lines)
     RESULTS.write_text(f"{{\n{text}\n}}\n")
     print(table(results))
-    draw_samples(pictures, args.picture)
+    draw_samples(samples)
 
 
-def draw_samples(pictures: dict, name: str) -> None:
-    """Draw a row of samples for each label, and those of `faces` and `faces-v` side by side."""
-    rows = len(pictures)
-    figure, axes = plt.subplots(rows, 1, figsize=(10, 0.8 * rows), squeeze=False)
-    for axis, (label, images) in zip(axes[:, 0], pictures.items(), strict=True):
-        axis.imshow(grid_of(images[:COLUMNS], COLUMNS), interpolation="bicubic")
-        axis.set_ylabel(
-            label.replace(", calibrated", ",\ncalibrated"),
-            rotation=0,
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
-        axis.set(xticks=[], yticks=[])
-    figure.subplots_adjust(0.18, 0.01, 0.995, 0.99, 0, 0.05)
-    save_figure(figure, RESULTS.with_name(name))
+def draw_samples(samples: dict[str, np.ndarray]) -> None:
+    """Draw each of PICTURES, and the samples of `faces` and `faces-v` side by side.
 
-    if pictures.keys() >= set(PRESETS):
+    `samples` has those of each label. A picture without all of its samples stays as it is.
+    """
+    for file, labels in PICTURES.items():
+        missing = [label for label in labels if label not in samples]
+        if missing:
+            print(f"{file} is not drawn, because these are not measured: {'; '.join(missing)}")
+            continue
+        figure, axes = plt.subplots(len(labels), 1, figsize=(10, 0.8 * len(labels)))
+        for axis, label in zip(axes, labels, strict=True):
+            axis.imshow(grid_of(samples[label][:COLUMNS], COLUMNS), interpolation="bicubic")
+            axis.set_ylabel(
+                label.replace(", calibrated", ",\ncalibrated"),
+                rotation=0,
+                ha="right",
+                va="center",
+                fontsize=8,
+            )
+            axis.set(xticks=[], yticks=[])
+        figure.subplots_adjust(0.18, 0.01, 0.995, 0.99, 0, 0.05)
+        save_figure(figure, RESULTS.with_name(file))
+
+    if samples.keys() >= set(PRESETS):
         grids = []
         for preset in PRESETS:
             # A white margin at the right of each grid separates the two.
-            grid = grid_of(pictures[preset], 6)
+            grid = grid_of(samples[preset], 6)
             grids.append(np.pad(grid, ((0, 0), (0, 36), (0, 0)), constant_values=255))
         save_image(np.concatenate(grids, axis=1), RESULTS.with_name("faces_and_faces_v.png"))
 

@@ -99,11 +99,21 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     data = {"timesteps_diff": 50, "epochs": 1, "dataset_name": str(pictures)}
     names = ("eps", "v, mixed t, min-SNR")
     arms = {name: (experiments.ARMS[name][0] | data, tiny, 1) for name in names}
-    monkeypatch.setattr(experiments, "ARMS", arms)
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments.json")
+    few = {"20 DDIM": experiments.DISTANCES["20 DDIM"]}
+    rows = ("eps", "v, mixed t, min-SNR, calibrated (own)")
+    changes = {
+        "ARMS": arms,
+        "PICTURES": {"arms.png": rows, "none.png": ("eps", "eps, photos")},
+        "DISTANCES": few,
+        "IMAGE_COUNT": 20,
+        "SPOILT_COUNT": 40,
+        "RESULTS": tmp_path / "experiments.json",
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(experiments, name, value)
     monkeypatch.setattr("functions.sampling.calibration.IMAGE_COUNT", 20)
     monkeypatch.setattr("functions.evaluation.bands.DRAWS", 1)
-    flags = ["--runs", tmp_path / "runs", "--distances", "20 DDIM", "--images", 20, "--spoilt", 40]
+    flags = ["--runs", tmp_path / "runs"]
 
     # Each part runs once. Its second call finds all there, so the patched work is not called.
     call(experiments.main, "train", *flags)
@@ -112,7 +122,7 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     call(experiments.main, "measure", *flags)
     with patch.object(experiments, "generate", side_effect=AssertionError("measured again")):
         call(experiments.main, "measure", *flags)
-    call(experiments.main, "draw", "--picture", "arms.png", *flags)
+    call(experiments.main, "draw", *flags)
 
     # Each of the two arms is measured plain, and calibrated in two ways.
     results = json.loads((tmp_path / "experiments.json").read_text())
@@ -120,4 +130,10 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     assert results["eps"]["0"]["distance"]["20 DDIM"] > 0
     printed = capsys.readouterr().out
     assert "| v, mixed t, min-SNR, calibrated (own) | 1 |" in printed
-    assert Image.open(tmp_path / "arms.png").width > 1000
+    assert "none.png is not drawn, because these are not measured: eps, photos" in printed
+    assert not (tmp_path / "none.png").exists()
+
+    # The picture has the rows of its table, and no others.
+    drawn = Image.open(tmp_path / "arms.png")
+    assert drawn.width > 1000
+    assert drawn.height == pytest.approx(drawn.width * 0.16, rel=0.05)
