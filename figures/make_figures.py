@@ -2,9 +2,7 @@
 
 `python figures/make_figures.py RUN`
 
-RUN is a run folder of the experiment `faces`. With
-`--photos SOURCE`, where SOURCE is any copy of FFHQ, it also draws how much fine detail rotation
-costs, which only photos show. That figure contains curves and no photo.
+RUN is a run folder of the experiment `faces`.
 """
 
 import sys
@@ -13,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 # Python looks for modules in this script's folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EXPERIMENTS
+from data.augmentation import rotate
 from data.datasets import load_and_split, load_images
 from data.pixels import to_model_range, to_uint8
-from figures.rotation_figures import draw_rotation, draw_rotation_spectrum
 from figures.sampling_figures import draw_sampling
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, state_frames
@@ -49,11 +48,6 @@ def main() -> None:
     """Draw all figures into this folder."""
     parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="A run folder.")
-    parser.add_argument(
-        "--photos",
-        metavar="SOURCE",
-        help="The photos for the figure of the detail that rotation costs. Default: not drawn.",
-    )
     args = parser.parse_args()
 
     # The checkpoint is loaded first, so that a missing run ends the script immediately.
@@ -63,10 +57,7 @@ def main() -> None:
     draw_schedules()
     draw_time_embedding()
     draw_unet()
-    draw_rotation(FIGURES)
-    if args.photos:
-        draw_rotation_spectrum(args.photos, FIGURES)
-
+    draw_rotation()
     draw_run(saved)
     with tempfile.TemporaryDirectory() as temporary:
         draw_sampling(saved.path, FIGURES, 32, Path(temporary))
@@ -217,6 +208,38 @@ def blocks_of_unet() -> list[list]:
         module.register_forward_hook(record)
     model(x_t, t)
     return blocks
+
+
+def draw_rotation() -> None:
+    """Draw embedded faces rotated in the usual way, which has black corners, and in ours.
+
+    Each row is an image. The columns are the original, then both ways at 3 and at 10 degrees.
+    """
+    images = load_images("emoji_faces", 64).images[[500, 800, 300]]
+    x_0 = to_model_range(torch.from_numpy(images))
+
+    pictures = [Image.fromarray(image) for image in images]
+    columns = {"original": images}
+    # Training draws angles up to 3 degrees. At 10 degrees the corners are easier to see.
+    for degrees in (3, 10):
+        usual = [picture.rotate(degrees, Image.Resampling.BICUBIC) for picture in pictures]
+        columns[f"{degrees} degrees, black corners"] = np.stack(usual)
+
+        # Training draws an angle for each image. Here all images have the same angle.
+        angle = torch.full((len(images),), float(degrees))
+        ours = rotate(x_0, angle)
+        columns[f"{degrees} degrees, ours"] = to_uint8(ours).numpy()
+
+    figure, axes = plt.subplots(len(images), len(columns), figsize=(10, 6.2))
+    for column, (title, rotated) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(title, fontsize=9)
+        for axis, image in zip(column, rotated, strict=True):
+            # Without interpolation the figure shows each of the 64 x 64 pixels as a square.
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+
+    figure.tight_layout()
+    save_figure(figure, FIGURES / "rotation.png")
 
 
 def draw_run(saved: SavedModel) -> None:
