@@ -28,11 +28,12 @@ import train
 from config import EXPERIMENTS
 from data.datasets import load_and_split
 from data.pixels import to_model_range, to_uint8
-from figures.feature_distance import Features, spoilt
+from figures.feature_distance import Features, spoilt, training_features
+from figures.saved_model import sampler_of
 from functions.evaluation.bands import BandErrors, measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim
 from functions.sampling.calibration import with_calibration
-from functions.sampling.generation import ImageSampler, generate, rebuild
+from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.command_line import Parser, exit_on_user_error
@@ -218,27 +219,23 @@ def min_snr_loss(
 
 def measure(run: Path) -> None:
     """Measure a run with each kind of calibration whose file does not exist yet."""
-    device = choose_device("auto")
     saved = load_weights(find_checkpoints(run)[0])
-    denoiser = rebuild(saved, device)
+    plain = sampler_of(saved, SamplerOptions())
     image_set, split = load_and_split(saved)
 
     def load_x_0(indices):
         images = torch.from_numpy(image_set.images[indices])
-        return to_model_range(images).to(device)
+        return to_model_range(images).to(plain.device)
 
-    train_images = load_x_0(split.train_indices)
-    average = train_images.mean(dim=0)
-    # Training flips images, so samples may face either way.
-    features = Features(torch.cat([train_images, train_images.flip(3)]))
+    average = load_x_0(split.train_indices).mean(dim=0)
+    features = training_features(saved, plain.device)
 
     for kind in KINDS:
         path = run / f"measured-{kind}.json"
         if path.exists():
             continue
         options = SamplerOptions(calibrate=None if kind == "plain" else kind)
-        sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, device)
-        sampler = with_calibration(sampler, saved, SINGLE_PROCESS)
+        sampler = with_calibration(replace(plain, options=options), saved, SINGLE_PROCESS)
 
         bands = measure_bands(sampler.denoiser, load_x_0, split.val_indices, average, 64, 0)
         numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path)}
@@ -246,7 +243,7 @@ def measure(run: Path) -> None:
         # Only the bound of the uncalibrated network is reported.
         if kind == "plain":
             bound = measure_bits_per_dim(
-                denoiser, load_x_0, split.val_indices, BoundOptions(t_stride=50)
+                plain.denoiser, load_x_0, split.val_indices, BoundOptions(t_stride=50)
             )
             numbers["bits_per_dim"] = [bound.total, bound.standard_error]
         path.write_text(json.dumps(numbers))

@@ -1,12 +1,15 @@
 """A distance between samples and real images, from features that need no downloaded network.
 
-figures/experiments.py compares its arms by this distance.
+experiments.py compares its arms by this distance, and the card of pretrained/ names it.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.datasets import load_and_split
+from data.pixels import to_model_range
+from functions.support.checkpoint import SavedModel
 from functions.support.random_numbers import generator_of
 
 DIMENSIONS, FILTERS = 16, 16
@@ -47,6 +50,14 @@ class Features:
     def distance(self, images: Tensor) -> float:
         """Return the distance of images (N, C, H, W) from the real ones."""
         return frechet_distance(self(images), self.real)
+
+
+def training_features(saved: SavedModel, device: torch.device | str = "cpu") -> Features:
+    """Return the features of the images that a model was trained on, as they are and mirrored."""
+    image_set, split = load_and_split(saved)
+    real = to_model_range(torch.from_numpy(image_set.images[split.train_indices])).to(device)
+    # Training flips images, so samples may face either way.
+    return Features(torch.cat([real, real.flip(3)]))
 
 
 def raw_features(images: Tensor) -> Tensor:

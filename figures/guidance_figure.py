@@ -13,12 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.pixels import to_uint8
-from functions.sampling.generation import ImageSampler, generate, rebuild
+from figures.saved_model import sampler_of
+from functions.sampling.generation import generate
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.command_line import Parser, exit_on_user_error
-from functions.support.device import choose_device
 from functions.support.pictures import save_strip
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import find_checkpoints
@@ -40,11 +40,9 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    device = choose_device("auto")
     saved = load_weights(find_checkpoints(args.run)[0])
     options = SamplerOptions("dpm++", 20, eta=0.0, guide=args.guide)
-    sampler = ImageSampler(rebuild(saved, device), options, saved.model.image_shape, 0, device)
-    sampler = with_guide(sampler, saved, SINGLE_PROCESS)
+    sampler = with_guide(sampler_of(saved, options), saved, SINGLE_PROCESS)
 
     columns = {}
     for weight in WEIGHTS:

@@ -21,13 +21,13 @@ from data.augmentation import rotate
 from data.datasets import load_and_split, load_images
 from data.pixels import to_model_range, to_uint8
 from figures.sampling_figures import draw_sampling
+from figures.saved_model import sampler_of
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, state_frames
-from functions.sampling.generation import ImageSampler, generate, rebuild
+from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel, load_weights
 from functions.support.command_line import Parser, exit_on_user_error
-from functions.support.device import choose_device
 from functions.support.pictures import plt, save_figure, save_gif, save_grid, save_strip
 from functions.support.random_numbers import generator_of
 from functions.support.run_folder import find_checkpoints
@@ -250,9 +250,7 @@ def draw_run(saved: SavedModel) -> None:
     run = saved.path.parent.parent
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
 
-    device = choose_device("auto")
-    denoiser = rebuild(saved, device)
-    image_sampler = ImageSampler(denoiser, SamplerOptions(), saved.model.image_shape, 0, device)
+    image_sampler = sampler_of(saved, SamplerOptions())
 
     # The animation and the strip show intermediate states, which `generate` must be asked for.
     animation = state_frames(image_sampler, GIF_FRAMES)

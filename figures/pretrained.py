@@ -12,16 +12,15 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 # Python looks for modules in this script's folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EXPERIMENTS, Experiment
-from data.datasets import load_and_split
-from data.pixels import to_model_range
-from figures.feature_distance import Features, spoilt
-from functions.sampling.generation import ImageSampler, generate, rebuild
+from figures.feature_distance import spoilt, training_features
+from figures.saved_model import sampler_of
+from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel, load_weights
 from functions.support.command_line import Parser, exit_on_user_error
@@ -60,19 +59,10 @@ def main() -> None:
     print(f"wrote {path} and {PRETRAINED / 'README.md'}")
 
 
-def draw(saved: SavedModel) -> torch.Tensor:
+def draw(saved: SavedModel) -> Tensor:
     """Return the samples that the card describes: (SAMPLE_COUNT, C, H, W) in [-1, 1]."""
-    cpu = torch.device("cpu")
-    sampler = ImageSampler(rebuild(saved, cpu), OPTIONS, saved.model.image_shape, 0, cpu)
+    sampler = sampler_of(saved, OPTIONS, "cpu")
     return generate(sampler, range(SAMPLE_COUNT)).images
-
-
-def distance_of(saved: SavedModel, images: torch.Tensor) -> float:
-    """Return the feature distance of images from those that the model was trained on."""
-    image_set, split = load_and_split(saved)
-    real = to_model_range(torch.from_numpy(image_set.images[split.train_indices]))
-    # Training flips images, so samples may face either way.
-    return Features(torch.cat([real, real.flip(3)])).distance(images)
 
 
 def card(run: Path, path: Path, source: SavedModel) -> str:
@@ -102,7 +92,7 @@ def card(run: Path, path: Path, source: SavedModel) -> str:
 | held-out loss of the EMA at the end | {rows[-1]["val_loss_ema"]:.4f} |
 | lowest held-out loss of the EMA | {lowest["val_loss_ema"]:.4f}, at step {lowest["step"]:,} |
 | samples that are dark or speckled | {int(spoilt(images).sum())} of {SAMPLE_COUNT} |
-| distance | {distance_of(saved, images):.2f} |
+| distance | {training_features(saved).distance(images):.2f} |
 
 The last two rows are measured on {SAMPLE_COUNT} samples: {OPTIONS}, seed 0.
 [whole-before-detail](../docs/whole-before-detail.md#measured) explains both. 100 random real images
