@@ -16,4 +16,4 @@ lint:
 
 # make figures RUN=runs/faces-<time>
 figures:
-	.venv/bin/python figures/make_figures.py $(RUN)
+	.venv/bin/python -m figures.make_figures $(RUN)

@@ -1,6 +1,6 @@
 """Train, measure and draw the arms of docs/whole-before-detail.md.
 
-`python figures/experiments.py WORD`, where WORD is one of:
+`python -m figures.experiments WORD`, where WORD is one of:
 
 train     train a run of every arm and seed, a quarter of an hour each on two cores; a stopped run
           is resumed
@@ -11,7 +11,6 @@ draw      add these measurements to figures/experiments.json, print that file as
 """
 
 import json
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-
-# Python looks for modules in this script's folder, not in the repository's root.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from config import EXPERIMENTS

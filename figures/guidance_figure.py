@@ -1,16 +1,12 @@
 """Draw the same noise with rising weights of a guide, for docs/better-than-the-model.md.
 
-`python figures/guidance_figure.py RUN [--guide STEP|MODEL]`
+`python -m figures.guidance_figure RUN [--guide STEP|MODEL]`
 
 RUN is a run folder of `faces-v`, or a checkpoint of it.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-
-# Python looks for modules in this script's folder, not in the repository's root.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.pixels import to_uint8
 from figures.saved_model import sampler_of

@@ -1,20 +1,16 @@
 """Draw the pictures of README and docs/ffhq.md from a real run.
 
-`python figures/make_figures.py RUN`
+`python -m figures.make_figures RUN`
 
 RUN is a run folder of the experiment `faces`.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-
-# Python looks for modules in this script's folder, not in the repository's root.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EXPERIMENTS
 from data.augmentation import rotate

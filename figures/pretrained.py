@@ -1,6 +1,6 @@
 """Put a trained model into pretrained/, with a card that says where it comes from.
 
-`python figures/pretrained.py RUN`
+`python -m figures.pretrained RUN`
 
 RUN is the folder of a finished run of a preset with the embedded faces. Its last snapshot is
 copied, so the weights are float16. The card, pretrained/README.md, has the hash of the file and the
@@ -9,13 +9,9 @@ distance of 100 samples; tests/test_pretrained.py checks both.
 
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 
 from torch import Tensor
-
-# Python looks for modules in this script's folder, not in the repository's root.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EXPERIMENTS, Experiment
 from figures.feature_distance import spoilt, training_features
@@ -107,7 +103,7 @@ snapshots, which `--guide STEP` needs.
 **Licence.** The training images are Noto Emoji, under the Apache License 2.0
 ([licence](../data/LICENSE-emoji_faces.txt), [notice](../data/README.md#the-embedded-set)).
 
-Written by `python figures/pretrained.py RUN`.
+Written by `python -m figures.pretrained RUN`.
 """
 
 

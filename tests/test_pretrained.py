@@ -57,7 +57,7 @@ def test_without_a_run_the_box_is_sampled_and_says_so(box, tiny_run, tmp_path, c
     assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
 
 
-@pytest.mark.skipif(not BOXED, reason="pretrained/ has no model yet: figures/pretrained.py RUN")
+@pytest.mark.skipif(not BOXED, reason="pretrained/ has no model yet")
 def test_the_box_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert newest_checkpoints(Path("runs")) == BOXED
@@ -115,7 +115,7 @@ def file_hash(path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BOXED, reason="pretrained/ has no model yet: figures/pretrained.py RUN")
+@pytest.mark.skipif(not BOXED, reason="pretrained/ has no model yet")
 def test_the_real_model_draws_what_its_card_says():
     """Another processor rounds differently, so the distance may be a little larger."""
     [path] = BOXED
