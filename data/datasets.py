@@ -122,7 +122,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         reason = "its test images"
     else:
         val_count = max(1, count // 10)
-        reason = "not the full FFHQ, so the last 10% by id validate"
+        reason = "the last 10% by id"
 
     train_count = count - val_count
     if train_count < 1:
