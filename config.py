@@ -70,7 +70,9 @@ def experiments() -> dict[str, "Experiment"]:
     )
 
     # The reference's first run (docs/ffhq.md) with its faults: 200 timesteps with the betas for
-    # 1000, and no EMA. Every value is written out here, and the next runs list their changes.
+    # 1000, and no EMA. The values that describe the reference are written out here, even those that
+    # are defaults. Fields without a counterpart in it, such as objective and optimizer, have their
+    # defaults. The next runs list their changes.
     ffhq_run1 = Experiment(
         DiffusionConfig(
             dataset_name="FFHQ",
