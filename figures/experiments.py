@@ -2,8 +2,8 @@
 
 `python -m figures.experiments WORD`, where WORD is one of:
 
-train     train a run of every arm and seed, a quarter of an hour each on two cores; a stopped run
-          is resumed
+train     train a run of every arm and seed in runs/experiments/, a quarter of an hour each on two
+          cores; a stopped run is resumed
 measure   measure each run, with and without calibration, in another quarter of an hour each, and
           write JSON files into its folder
 draw      add these measurements to figures/experiments.json, print that file as a table, and draw
@@ -31,14 +31,15 @@ from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import load_weights
+from functions.support.checkpoint import load_weights, open_checkpoint
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.pictures import grid_of, plt, save_figure, save_image
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, runs_of, step_of
+from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, runs_of
 
 ROOT = Path(train.__file__).parent
+RUNS = ROOT / "runs" / "experiments"
 RESULTS = ROOT / "figures" / "experiments.json"
 
 # At 2e-3, the rate of `faces`, two of three runs with v and uniform t did not learn.
@@ -130,33 +131,21 @@ def main() -> None:
         help="The arms to train, measure or draw. Default: all.",
     )
     parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        help="The seeds of each arm. Default: those in ARMS, from 0 on.",
-    )
-    parser.add_argument(
         "--photos",
         help="The images that the arms of photos train on. Default: these arms are skipped.",
     )
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=ROOT / "runs" / "experiments",
-        help="The folder of the runs. Default: %(default)s.",
-    )
     args = parser.parse_args()
 
-    pairs = [(arm, seed) for arm in args.arms for seed in args.seeds or range(ARMS[arm][2])]
+    pairs = [(arm, seed) for arm in args.arms for seed in range(ARMS[arm][2])]
     if args.word == "draw":
-        draw(pairs, args.runs)
+        draw(pairs)
         return
 
     for arm, seed in pairs:
-        run = finished_run(args.runs, arm, seed)
+        run = finished_run(arm, seed)
         trainable = "photos" not in arm or args.photos
         if args.word == "train" and trainable and not run:
-            train_arm(arm, seed, args.runs, args.photos)
+            train_arm(arm, seed, args.photos)
         elif args.word == "measure" and run:
             measure(run)
 
@@ -166,28 +155,26 @@ def run_name(arm: str, seed: int) -> str:
     return f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
-def newest_run(runs: Path, arm: str, seed: int) -> Path | None:
+def newest_run(arm: str, seed: int) -> Path | None:
     """Return the newest run of an arm that has a checkpoint, or None."""
-    for run in reversed(runs_of(runs, f"{run_name(arm, seed)}-")):
+    for run in reversed(runs_of(RUNS, f"{run_name(arm, seed)}-")):
         if checkpoints_of(run):
             return run
     return None
 
 
-def finished_run(runs: Path, arm: str, seed: int) -> Path | None:
+def finished_run(arm: str, seed: int) -> Path | None:
     """Return the newest run of an arm if it has reached its last step, or None."""
-    run = newest_run(runs, arm, seed)
+    run = newest_run(arm, seed)
     if not run:
         return None
-
-    config = json.loads((run / "config.json").read_text())
-    last_step = step_of(find_checkpoints(run)[0])
-    return run if last_step == config["run"]["total_steps"] else None
+    facts = open_checkpoint(find_checkpoints(run)[0]).contents["run"]
+    return run if facts["step"] == facts["total_steps"] else None
 
 
-def train_arm(arm: str, seed: int, runs: Path, photos: str | None) -> None:
+def train_arm(arm: str, seed: int, photos: str | None) -> None:
     """Train a run of an arm with train.py, or resume one that was stopped."""
-    stopped_run = newest_run(runs, arm, seed)
+    stopped_run = newest_run(arm, seed)
     if stopped_run:
         run = train.open_run(stopped_run, None, None, ({}, {}), SINGLE_PROCESS)
     else:
@@ -196,7 +183,7 @@ def train_arm(arm: str, seed: int, runs: Path, photos: str | None) -> None:
         if "photos" in arm:
             changes["dataset_name"] = photos
         experiment = EXPERIMENTS["faces"].override(changes, model)
-        run = Run(run_name(arm, seed), experiment, runs)
+        run = Run(run_name(arm, seed), experiment, RUNS)
 
     # train.py has no min-SNR weight, so this arm replaces the loss function.
     with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
@@ -267,7 +254,7 @@ def measure_samples(sampler: ImageSampler, features: Features, path: Path) -> di
     return numbers
 
 
-def draw(pairs: list[tuple[str, int]], runs: Path) -> None:
+def draw(pairs: list[tuple[str, int]]) -> None:
     """Add the numbers of the runs to RESULTS, print all of RESULTS, and draw the runs.
 
     `pairs` has the arm and the seed of each run. Missing runs are skipped.
@@ -275,7 +262,7 @@ def draw(pairs: list[tuple[str, int]], runs: Path) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     samples = {}
     for arm, seed in pairs:
-        run = newest_run(runs, arm, seed)
+        run = newest_run(arm, seed)
         for kind in KINDS if run else ():
             path = run / f"measured-{kind}.json"
             if not path.exists():

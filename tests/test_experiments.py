@@ -107,22 +107,22 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
         "DISTANCES": few,
         "IMAGE_COUNT": 20,
         "SPOILT_COUNT": 40,
+        "RUNS": tmp_path / "runs",
         "RESULTS": tmp_path / "experiments.json",
     }
     for name, value in changes.items():
         monkeypatch.setattr(experiments, name, value)
     monkeypatch.setattr("functions.sampling.calibration.IMAGE_COUNT", 20)
     monkeypatch.setattr("functions.evaluation.bands.DRAWS", 1)
-    flags = ["--runs", tmp_path / "runs"]
 
     # Each part runs once. Its second call finds all there, so the patched work is not called.
-    call(experiments.main, "train", *flags)
+    call(experiments.main, "train")
     with patch("train.train", side_effect=AssertionError("trained again")):
-        call(experiments.main, "train", *flags)
-    call(experiments.main, "measure", *flags)
+        call(experiments.main, "train")
+    call(experiments.main, "measure")
     with patch.object(experiments, "generate", side_effect=AssertionError("measured again")):
-        call(experiments.main, "measure", *flags)
-    call(experiments.main, "draw", *flags)
+        call(experiments.main, "measure")
+    call(experiments.main, "draw")
 
     # Each of the two arms is measured plain, and calibrated in two ways.
     results = json.loads((tmp_path / "experiments.json").read_text())
