@@ -65,19 +65,15 @@ def draw_cumulative_noise() -> None:
     x_0 = to_model_range(torch.from_numpy(image)[None])
     noise = torch.randn(x_0.shape, generator=generator_of("cpu", 0, "figure"))
 
-    times = (0, 66, 132, 200)
-    figure, axes = plt.subplots(2, len(times), figsize=(7, 3.9))
-
     # The upper row shows the fault, and the lower row its cure.
-    for row, name in zip(axes, ("T = 200, betas as for 1000", "T = 200, rescaled"), strict=True):
-        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
-        for axis, t in zip(row, times, strict=True):
-            # The titles have the paper's t, where t = 0 is the image. Code t is one less.
-            x_t = SCHEDULES[name].q_sample(x_0, t - 1, noise) if t else x_0
-            axis.imshow(to_uint8(x_t)[0].numpy(), interpolation="bicubic")
-            axis.set(xticks=[], yticks=[], title=f"t = {t}")
-    figure.tight_layout()
-    save_figure(figure, FIGURES / "cumulative_noise.png")
+    names = ("T = 200, betas as for 1000", "T = 200, rescaled")
+    columns = {"t = 0": np.stack([image, image])}
+    for t in (66, 132, 200):
+        # The titles have the paper's t, where t = 0 is the image. Code t is one less.
+        x_t = torch.cat([SCHEDULES[name].q_sample(x_0, t - 1, noise) for name in names])
+        columns[f"t = {t}"] = to_uint8(x_t).numpy()
+    rows = ["betas as\nfor 1000", "rescaled"]
+    save_strip(list(columns.values()), list(columns), FIGURES / "cumulative_noise.png", rows)
 
 
 def draw_schedules() -> None:
@@ -107,68 +103,41 @@ def draw_time_embedding() -> None:
 
     The upper half of the picture has the sines, the lower the cosines, a row for each frequency.
     """
-    embedding = sinusoidal_embedding(torch.arange(1000), 64).numpy()
-    halves = np.split(embedding, 2, axis=1)  # (1000, 32) each
-
-    figure, axes = plt.subplots(2, 1, figsize=(7, 3.4), sharex=True)
-    for axis, name, half in zip(axes, ("sin", "cos"), halves, strict=True):
-        picture = axis.imshow(
-            half.T, aspect="auto", cmap="RdBu", interpolation="nearest", vmin=-1, vmax=1
-        )
-        axis.set(ylabel=f"{name}\nfrequency", yticks=[0, 31], yticklabels=["1", "1e-4"])
-    axes[1].set_xlabel("timestep t")
-
-    # Both halves have the same range, so one colour bar is enough. It is added after the layout,
-    # since tight_layout does not support it.
+    embedding = sinusoidal_embedding(torch.arange(1000), 64).T  # (64, 1000)
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    picture = axis.imshow(embedding, "RdBu", aspect="auto", interpolation="nearest")
+    axis.axhline(31.5, color="black", linewidth=0.8)
+    axis.set(xlabel="timestep t")
+    axis.set_yticks([0, 32, 63], ["sin(t)", "cos(t)", "cos(t / 10,000)"])
+    figure.colorbar(picture, ticks=[-1, 0, 1])
     figure.tight_layout()
-    figure.colorbar(picture, ax=axes, ticks=[-1, 0, 1])
     save_figure(figure, FIGURES / "time_embedding.png")
 
 
 def draw_unet() -> None:
     """Draw the network of `ffhq-run2`: a bar for each block, whose height shows its resolution."""
-    blocks = blocks_of_unet()
+    blocks = np.array(blocks_of_unet())
     figure, axis = plt.subplots(figsize=(10, 4))
 
     # The blocks stand side by side in the order of the forward pass.
-    centres = {}
-    for i, (channels, resolution, attention) in enumerate(blocks):
+    kinds = ("residual block (number: its channels)", "residual block, then self-attention")
+    for attention, kind in enumerate(kinds):
+        [places] = np.nonzero(blocks[:, 2] == attention)
         # Each level halves the resolution, so the logarithm falls in equal steps.
-        height = np.log2(resolution) - 2
-        color = "tab:orange" if attention else "tab:blue"
-        # More channels make a bar more opaque.
-        alpha = 0.35 + 0.65 * channels / 512
-        axis.bar(i, height, 0.8, bottom=-height / 2, color=color, alpha=alpha)
+        heights = np.log2(blocks[places, 1]) - 2
+        bars = axis.bar(places, heights, bottom=-heights / 2, label=kind)
+        style = {"fontsize": 8, "color": "white", "weight": "bold", "rotation": 90}
+        axis.bar_label(bars, blocks[places, 0], label_type="center", **style)
 
-        axis.text(
-            i,
-            0,
-            channels,
-            rotation=90,
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white",
-            weight="bold",
-        )
-        centres.setdefault(resolution, []).append(i)
-
-    # A level has blocks on both sides of the U. Its title is above the first block, and an arrow
+    # A level has blocks on both sides of the U. Its title is above the first block, and a line
     # below goes from the first block to the last.
-    for resolution, positions in centres.items():
+    for resolution in np.unique(blocks[:, 1]):
+        [places] = np.nonzero(blocks[:, 1] == resolution)
         edge = (np.log2(resolution) - 2) / 2 + 0.12
-        axis.text(positions[0], edge, f"{resolution} x {resolution}", fontsize=8, ha="left")
-        axis.annotate(
-            "",
-            (positions[-1] + 0.4, -edge),
-            (positions[0] - 0.4, -edge),
-            arrowprops={"arrowstyle": "->", "color": "0.6", "linestyle": "--"},
-        )
-
-    # These bars without height and this line without points give the legend its entries.
-    axis.bar(0, 0, color="tab:blue", label="residual block (number: its channels)")
-    axis.bar(0, 0, color="tab:orange", label="residual block, then self-attention")
-    axis.plot([], [], "--", color="0.6", label="skip connections of a level")
+        axis.text(places[0] - 0.4, edge, f"{resolution} x {resolution}", fontsize=8)
+        ends = (places[0] - 0.4, places[-1] + 0.4)
+        [line] = axis.plot(ends, (-edge, -edge), "--", color="0.6")
+    line.set_label("skip connections of a level")
 
     axis.legend(loc="lower center", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0.5, -0.12))
     axis.set(xlim=(-1, len(blocks)), ylim=(-3.1, 3.1))
@@ -219,23 +188,12 @@ def draw_rotation() -> None:
     # Training draws angles up to 3 degrees. At 10 degrees the corners are easier to see.
     for degrees in (3, 10):
         usual = [picture.rotate(degrees, Image.Resampling.BICUBIC) for picture in pictures]
-        columns[f"{degrees} degrees, black corners"] = np.stack(usual)
+        columns[f"{degrees}\N{DEGREE SIGN}, as usual"] = np.stack(usual)
 
         # Training draws an angle for each image. Here all images have the same angle.
         angle = torch.full((len(images),), float(degrees))
-        ours = rotate(x_0, angle)
-        columns[f"{degrees} degrees, ours"] = to_uint8(ours).numpy()
-
-    figure, axes = plt.subplots(len(images), len(columns), figsize=(10, 6.2))
-    for column, (title, rotated) in zip(axes.T, columns.items(), strict=True):
-        column[0].set_title(title, fontsize=9)
-        for axis, image in zip(column, rotated, strict=True):
-            # Without interpolation the figure shows each of the 64 x 64 pixels as a square.
-            axis.imshow(image, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-
-    figure.tight_layout()
-    save_figure(figure, FIGURES / "rotation.png")
+        columns[f"{degrees}\N{DEGREE SIGN}, ours"] = to_uint8(rotate(x_0, angle)).numpy()
+    save_strip(list(columns.values()), list(columns), FIGURES / "rotation.png")
 
 
 def draw_run(saved: SavedModel) -> None:
