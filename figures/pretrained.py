@@ -22,7 +22,7 @@ from functions.support.checkpoint import SavedModel, load_weights
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.errors import UserError
 from functions.support.files import write_text
-from functions.support.run_folder import PRETRAINED, checkpoints_of
+from functions.support.run_folder import PRETRAINED, find_checkpoints
 from functions.training.metrics import read_metrics
 
 # The samples of the card: the first images of seed 0, with this sampler.
@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="The folder of a finished run.")
     run = parser.parse_args().run
 
-    checkpoints, snapshots = checkpoints_of(run), checkpoints_of(run, "snapshots")
-    if not checkpoints or not snapshots or checkpoints[-1].name != snapshots[-1].name:
-        raise UserError(f"{run} needs a checkpoint and a snapshot of its last step")
-    source = load_weights(checkpoints[-1])
+    source = load_weights(find_checkpoints(run)[0])
+    snapshot = run / "snapshots" / source.path.name
+    if not snapshot.exists():
+        raise UserError(f"{run} has no snapshot of the step of its last checkpoint")
     facts = source.provenance
     name = facts["experiment"]
     if facts["step"] != facts["total_steps"]:
@@ -50,7 +50,7 @@ def main() -> None:
 
     PRETRAINED.mkdir(exist_ok=True)
     path = PRETRAINED / f"{name}.safetensors"
-    shutil.copyfile(snapshots[-1], path)
+    shutil.copyfile(snapshot, path)
     write_text(PRETRAINED / "README.md", card(run, path, source))
     print(f"wrote {path} and {PRETRAINED / 'README.md'}")
 
