@@ -302,13 +302,7 @@ def draw_samples(samples: dict[str, np.ndarray]) -> None:
         figure, axes = plt.subplots(len(labels), 1, figsize=(10, 0.8 * len(labels)))
         for axis, label in zip(axes, labels, strict=True):
             axis.imshow(grid_of(samples[label][:COLUMNS], COLUMNS), interpolation="bicubic")
-            axis.set_ylabel(
-                label.replace(", calibrated", ",\ncalibrated"),
-                rotation=0,
-                ha="right",
-                va="center",
-                fontsize=8,
-            )
+            axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
             axis.set(xticks=[], yticks=[])
         figure.subplots_adjust(0.18, 0.01, 0.995, 0.99, 0, 0.05)
         save_figure(figure, RESULTS.with_name(file))

@@ -5,6 +5,9 @@
 RUN is a run folder of the experiment `faces`.
 """
 
+import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,7 +19,6 @@ from config import EXPERIMENTS
 from data.augmentation import rotate
 from data.datasets import load_and_split, load_images
 from data.pixels import to_model_range, to_uint8
-from figures.sampling_figures import draw_sampling
 from figures.saved_model import sampler_of
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, state_frames
@@ -24,7 +26,14 @@ from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel, load_weights
 from functions.support.command_line import Parser, exit_on_user_error
-from functions.support.pictures import plt, save_figure, save_gif, save_grid, save_strip
+from functions.support.pictures import (
+    plt,
+    save_figure,
+    save_gif,
+    save_grid,
+    save_image,
+    save_strip,
+)
 from functions.support.random_numbers import generator_of
 from functions.support.run_folder import find_checkpoints
 from functions.training.metrics import plot_losses
@@ -37,6 +46,24 @@ SCHEDULES = {
     "T = 1000": NoiseScheduler(1000),
     "T = 200, rescaled": NoiseScheduler(200),
     "T = 200, betas as for 1000": NoiseScheduler(200, rescale_betas=False),
+}
+
+# The queen and the cook are training images. The wizard is held out, so the network cannot
+# have memorised him.
+QUEEN = "people_1f478-1f3fd.png"
+COOK = "people_1f9d1-1f3fb-200d-1f373.png"
+WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
+
+# The name of a picture -> the flags of sample.py, and a pattern of the file that it writes.
+COMMANDS = {
+    "few_steps.png": ("--sampler dpm++ --steps 20", "grid.png"),
+    "progressive.png": ("--steps 50 --progressive", "progressive.png"),
+    "interpolation.png": (f"--steps 50 --interpolate {QUEEN} {COOK}", "interpolation-*.png"),
+    "variations.png": (f"--steps 50 --variations {QUEEN}", "variations-*.png"),
+    "inpainting.png": (
+        f"--steps 50 --inpaint {WIZARD} --mask mask.png --n 5",
+        "inpainting-*.png",
+    ),
 }
 
 
@@ -56,7 +83,7 @@ def main() -> None:
     draw_rotation()
     draw_run(saved)
     with tempfile.TemporaryDirectory() as temporary:
-        draw_sampling(saved.path, FIGURES, 32, Path(temporary))
+        draw_commands(saved, Path(temporary))
 
 
 def draw_cumulative_noise() -> None:
@@ -139,8 +166,7 @@ def draw_unet() -> None:
         [line] = axis.plot(ends, (-edge, -edge), "--", color="0.6")
     line.set_label("skip connections of a level")
 
-    axis.legend(loc="lower center", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0.5, -0.12))
-    axis.set(xlim=(-1, len(blocks)), ylim=(-3.1, 3.1))
+    axis.legend(loc="upper center", frameon=False)
     axis.axis("off")
     figure.tight_layout()
     save_figure(figure, FIGURES / "unet.png")
@@ -225,6 +251,28 @@ def draw_run(saved: SavedModel) -> None:
 
     strip_frames = [samples.frames[frame][:4] for frame in strip.values()]
     save_strip(strip_frames, list(strip), FIGURES / "strip.png")
+
+
+def draw_commands(saved: SavedModel, temporary: Path) -> None:
+    """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
+    # sample.py reads the images and the mask from files.
+    size = saved.model.image_size
+    people = load_images("emoji_people", size)
+    for name in (QUEEN, COOK, WIZARD):
+        save_image(people.images[people.ids.index(name)], temporary / name)
+
+    # White marks the pixels that inpainting replaces: the lower half.
+    mask = np.zeros((size, size), np.uint8)
+    mask[size // 2 :] = 255
+    save_image(mask, temporary / "mask.png")
+
+    for figure, (flags, pattern) in COMMANDS.items():
+        out = temporary / Path(figure).stem
+        script = FIGURES.parent / "sample.py"
+        command = [sys.executable, script, saved.path.resolve(), *flags.split(), "--out", out]
+        subprocess.run(command, check=True, cwd=temporary)
+        [file] = out.glob(pattern)
+        shutil.copyfile(file, FIGURES / figure)
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
