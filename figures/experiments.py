@@ -157,10 +157,8 @@ def run_name(arm: str, seed: int) -> str:
 
 def newest_run(arm: str, seed: int) -> Path | None:
     """Return the newest run of an arm that has a checkpoint, or None."""
-    for run in reversed(runs_of(RUNS, f"{run_name(arm, seed)}-")):
-        if checkpoints_of(run):
-            return run
-    return None
+    runs = runs_of(RUNS, f"{run_name(arm, seed)}-")
+    return next((run for run in reversed(runs) if checkpoints_of(run)), None)
 
 
 def finished_run(arm: str, seed: int) -> Path | None:
@@ -308,12 +306,10 @@ def draw_samples(samples: dict[str, np.ndarray]) -> None:
         save_figure(figure, RESULTS.with_name(file))
 
     if samples.keys() >= set(PRESETS):
-        grids = []
-        for preset in PRESETS:
-            # A white margin at the right of each grid separates the two.
-            grid = grid_of(samples[preset], 6)
-            grids.append(np.pad(grid, ((0, 0), (0, 36), (0, 0)), constant_values=255))
-        save_image(np.concatenate(grids, axis=1), RESULTS.with_name("faces_and_faces_v.png"))
+        left, right = (np.array(grid_of(samples[preset], 6)) for preset in PRESETS)
+        # A white margin separates the two.
+        both = np.concatenate([left, np.full_like(left[:, :36], 255), right], axis=1)
+        save_image(both, RESULTS.with_name("faces_and_faces_v.png"))
 
 
 def table(results: dict) -> str:

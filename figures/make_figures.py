@@ -278,20 +278,16 @@ def draw_commands(saved: SavedModel, temporary: Path) -> None:
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
     """Return for each image (N, H, W, C) the training image that correlates with it most.
 
-    Each training image (M, H, W, C) is compared unchanged and mirrored. Grey levels are compared,
-    standardised for each image, so neither colour nor brightness counts.
+    Each training image (M, H, W, C) is compared unchanged and mirrored. The coefficients are those
+    of grey levels, so neither colour nor brightness counts.
     """
     # Training flips images, so a sample may be the mirror image of a training image.
     both = np.concatenate([training, training[:, :, ::-1]])
-    correlation = standardised(images) @ standardised(both).T
+    count = len(images)
+    grey, grey_of_both = (x.mean(axis=3).reshape(len(x), -1) for x in (images, both))
+    # The matrix has the coefficients of all pairs of images, also within each of the two sets.
+    correlation = np.corrcoef(grey, grey_of_both)[:count, count:]
     return both[correlation.argmax(axis=1)]
-
-
-def standardised(images: np.ndarray) -> np.ndarray:
-    """Return the grey levels of images (N, H, W, C) with mean 0 and norm 1: (N, H W)."""
-    grey = images.mean(axis=3).reshape(len(images), -1)
-    grey = grey - grey.mean(axis=1, keepdims=True)
-    return grey / np.linalg.norm(grey, axis=1, keepdims=True)
 
 
 if __name__ == "__main__":

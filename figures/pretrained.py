@@ -45,7 +45,7 @@ def main() -> None:
     if facts["step"] != facts["total_steps"]:
         raise UserError(f"{run} is not finished; train.py --resume continues it")
     # The card names the command, so the command has to give the same run.
-    if name not in EXPERIMENTS or Experiment.from_dict(source.config) != EXPERIMENTS[name]:
+    if Experiment.from_dict(source.config) != EXPERIMENTS.get(name):
         raise UserError(f"{run} differs from the presets; the card needs a run of a preset")
 
     PRETRAINED.mkdir(exist_ok=True)
