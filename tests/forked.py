@@ -19,6 +19,10 @@ from tests.conftest import ROOT
 if os.name == "posix":
     SERVER = multiprocessing.get_context("forkserver")
     SERVER.set_forkserver_preload(["tests.conftest"])
+    # The server keeps the environment of its start, so it starts here and not in a test. Its
+    # processes import this file, too, but have other names.
+    if multiprocessing.current_process().name == "MainProcess":
+        multiprocessing.forkserver.ensure_running()
 else:
     # Windows has no fork, so each process imports everything itself.
     SERVER = multiprocessing.get_context("spawn")

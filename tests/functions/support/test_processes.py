@@ -2,12 +2,14 @@
 
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 import weakref
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -60,15 +62,20 @@ def forever(pictures, tmp_path):
 
 
 def free_port():
-    """Return a port at which processes can meet."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    """Return a port of 127.0.0.1 at which processes can meet.
+
+    It is below the ports of outgoing connections, so none of them takes it before the processes do.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def two(folder, *arguments, act=train_script):
     """Start two processes as torchrun does, but each ends by itself."""
-    shared = {"act": act, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    shared = {"act": act, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         Program(folder / f"rank{i}.txt", *arguments, **shared, RANK=i, LOCAL_RANK=i) for i in (0, 1)
     ]
@@ -219,7 +226,7 @@ def test_two_machines_give_the_losses_of_one(optimizer, pictures, tmp_path, caps
         "--rdzv-backend",
         "c10d",
         "--rdzv-endpoint",
-        f"localhost:{free_port()}",
+        f"127.0.0.1:{free_port()}",
         ROOT / "train.py",
         *flags,
         "--diffusion.recompute",
@@ -316,7 +323,7 @@ def test_a_process_that_dies_ends_the_other(victim, forever, tmp_path):
 
 
 def train_with_little_patience():
-    pytest.MonkeyPatch().setattr(processes, "TRAINING_TIMEOUT", timedelta(seconds=5))
+    pytest.MonkeyPatch().setattr(processes, "TRAINING_TIMEOUT", timedelta(seconds=10))
     train_script()
 
 
@@ -374,11 +381,14 @@ def test_processes_whose_torchrun_is_stopped_or_killed_save_and_end(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    run = at_work(tmp_path / "runs", lambda: torchrun.poll() is None)
+    try:
+        run = at_work(tmp_path / "runs", lambda: torchrun.poll() is None)
 
-    # The output ends when the last of the processes has closed it.
-    torchrun.send_signal(number)
-    printed, _ = torchrun.communicate(timeout=PATIENCE)
+        # The output ends when the last of the processes has closed it.
+        torchrun.send_signal(number)
+        printed, _ = torchrun.communicate(timeout=PATIENCE)
+    finally:
+        torchrun.kill()
     assert re.search(f"stopped by .*{why}, saved", printed)
     assert torchrun.returncode == status
     assert has_saved_all_steps(run)
@@ -387,7 +397,9 @@ def test_processes_whose_torchrun_is_stopped_or_killed_save_and_end(
 def train_with_slow_images():
     def load_images(*_):
         print("loading")
-        time.sleep(PATIENCE)
+        # A signal just before a sleep does not shorten it, so no sleep is long.
+        while True:
+            time.sleep(0.05)
 
     pytest.MonkeyPatch().setattr(datasets, "load_images", load_images)
     train_script()
