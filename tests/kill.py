@@ -21,18 +21,19 @@ from tests.spoilt_files import same
 EVERY = 2
 # From a start to its kill there are fewer steps than this.
 STEPS_A_KILL = 8
-# The run has more steps for each kill, so that it is not over before the last one,
-# however late that comes.
+# The run has more steps for each kill, and in all, as a kill may come late.
 MARGIN = 17
+MARGIN_IN_ALL = 50
 
 
 def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     """Train a tiny run without a pause, and another that is killed `times` times; compare them.
 
-    Returns what happened. Raises AssertionError when the two differ.
+    There are fewer kills when the run ends before one. Returns what happened. Raises AssertionError
+    when the two differ, or when nothing was killed.
     """
     # An epoch has five steps.
-    epochs = times * (STEPS_A_KILL + MARGIN) // 5 + 2
+    epochs = (times * (STEPS_A_KILL + MARGIN) + MARGIN_IN_ALL) // 5
     flags = [
         "faces",
         *TINY,
@@ -67,12 +68,19 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
 
     flags += ["--resume", "auto", "--runs", folder / "killed"]
     rng = random.Random(seed)
+    kills = 0
     kills_in_a_write = 0
     most_lost = 0
-    for _ in range(times):
+    status = -signal.SIGKILL
+    while kills < times:
         program = Program(folder / "killed.txt", *flags)
         steps = rng.randrange(STEPS_A_KILL)
         run = kill(program, folder / "killed", steps, rng.uniform(0, 0.05))
+        status = program.wait()
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, program.printed
+        kills += 1
         kills_in_a_write += any(run.rglob(".*.tmp"))
 
         # Each checkpoint is read as a whole here, so none may be damaged.
@@ -86,13 +94,15 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
         if not saved:
             shutil.rmtree(run)
 
-    last = Program(folder / "killed.txt", *flags)
-    assert last.wait() == 0, last.printed
+    assert kills > 0, "the run was over before it was killed"
+    if status:
+        last = Program(folder / "killed.txt", *flags)
+        assert last.wait() == 0, last.printed
     (undisturbed,) = run_folder.runs_of(folder / "straight")
     (killed,) = run_folder.runs_of(folder / "killed")
     assert_same_run(undisturbed, killed)
     return (
-        f"killed {times} times, {kills_in_a_write} of them while a file was being written; "
+        f"killed {kills} times, {kills_in_a_write} of them while a file was being written; "
         f"at most {most_lost} steps done again"
     )
 
@@ -109,7 +119,6 @@ def kill(program: Program, runs: Path, steps: int, seconds: float) -> Path:
     # After the wait the program is within a step, or within what follows it.
     time.sleep(seconds)
     program.kill()
-    assert program.wait() == -signal.SIGKILL, "the run was over before it was killed"
     return run
 
 
