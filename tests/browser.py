@@ -19,13 +19,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-# Chromium runs as root here, which it does without its sandbox only. The other flags keep it from
-# asking other machines for anything.
+# Chromium runs as root here, which it does without its sandbox only, and /dev/shm may be small. The
+# other flags keep it from asking other machines for anything.
 FLAGS = (
     "--no-sandbox",
+    "--disable-dev-shm-usage",
     "--disable-gpu",
     "--no-first-run",
     "--disable-background-networking",
@@ -36,6 +37,9 @@ FLAGS = (
 DRAW = "Draw the images"
 MIX = "Mix the two images"
 PAINT = "Inpaint the painted part"
+# The label of what the tab Paint makes, and the sentence when nothing is painted over.
+INPAINTED = "The image, its known part, and the inpaintings"
+UNPAINTED = "choose an image and paint over a part of it"
 
 
 @contextmanager
@@ -73,13 +77,13 @@ def printed_address(printed: Path, process: subprocess.Popen) -> str:
 
 
 @contextmanager
-def browser() -> Iterator[Page]:
-    """Yield a page of headless Chromium, whose waits end after three minutes."""
+def browser() -> Iterator[BrowserContext]:
+    """Yield headless Chromium for pages whose waits end after three minutes."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        page = chromium.new_page(viewport={"width": 1100, "height": 900})
-        page.set_default_timeout(180_000)
-        yield page
+        context = chromium.new_context(viewport={"width": 1100, "height": 900})
+        context.set_default_timeout(180_000)
+        yield context
         chromium.close()
 
 
@@ -113,34 +117,55 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def picture(page: Page, label: str | re.Pattern) -> np.ndarray:
-    """Wait for a picture under this label, download it by its button, and return its pixels."""
+def download_link(page: Page, label: str | re.Pattern) -> Locator:
+    """Return the button that downloads the picture under this label."""
     labels = page.get_by_test_id("block-label").filter(has_text=label)
     block = page.locator(".block", has=labels).locator("visible=true")
+    return block.get_by_test_id("download-link")
+
+
+def picture(page: Page, label: str | re.Pattern) -> np.ndarray:
+    """Wait for a picture under this label, download it by its button, and return its pixels."""
     with page.expect_download() as download:
-        block.get_by_test_id("download-link").click()
+        download_link(page, label).click()
     return np.asarray(Image.open(download.value.path()))
 
 
-def paint(page: Page) -> None:
-    """Wait for the image in the tab Paint, and draw a broad line across its middle."""
-    page.get_by_text("select the draw tool to start").wait_for(state="hidden")
-    # Nothing in the page says when the canvas has the image; a second is enough.
-    page.wait_for_timeout(1000)
-    box = page.locator("canvas").locator("visible=true").first.bounding_box()
-    x = box["x"] + box["width"] / 2
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(x - 120, y)
-    page.mouse.down()
-    page.mouse.move(x + 120, y, steps=5)
-    page.mouse.up()
-    # The page has the line a moment later, too.
-    page.wait_for_timeout(1000)
+def inpaint(page: Page) -> np.ndarray:
+    """Draw a broad line across the image in the tab Paint, inpaint it, and return the picture.
+
+    There must be no earlier picture. Nothing in the page says when it has the image and the line,
+    so this is tried again when the page answers that nothing is painted over.
+    """
+    for _ in range(5):
+        box = page.locator("canvas").locator("visible=true").first.bounding_box()
+        x = box["x"] + box["width"] / 2
+        y = box["y"] + box["height"] / 2
+        page.mouse.move(x - 120, y)
+        page.mouse.down()
+        page.mouse.move(x + 120, y, steps=5)
+        page.mouse.up()
+        page.wait_for_timeout(1000)
+
+        click(page, PAINT)
+        download_link(page, INPAINTED).or_(toast(page, UNPAINTED)).first.wait_for()
+        if download_link(page, INPAINTED).is_visible():
+            break
+        sentence(page, UNPAINTED)
+    return picture(page, INPAINTED)
+
+
+def toast(page: Page, text: str) -> Locator:
+    """Return the error of this text in the page."""
+    return page.get_by_test_id("toast-body").filter(has_text=text).first
 
 
 def sentence(page: Page, text: str) -> None:
-    """Wait for an error of this text in the page."""
-    page.get_by_test_id("toast-body").filter(has_text=text).first.wait_for()
+    """Wait for an error of this text in the page, and close it, so that it can come anew."""
+    toast(page, text).wait_for()
+    # Errors vanish by themselves, too, so there may be none to close any more.
+    page.get_by_test_id("toast-close").evaluate_all("all => all.forEach(one => one.click())")
+    toast(page, text).wait_for(state="hidden")
 
 
 def screenshot(page: Page, name: str) -> None:
@@ -153,7 +178,8 @@ def main() -> None:
     with (
         TemporaryDirectory() as folder,
         served(Path(folder, "printed"), *sys.argv[1:]) as address,
-        browser() as page,
+        browser() as chromium,
+        chromium.new_page() as page,
     ):
         page.goto(address)
         click(page, DRAW)
@@ -168,9 +194,7 @@ def main() -> None:
 
         tab(page, "Paint")
         click(page, "Use the image with this index")
-        paint(page)
-        click(page, PAINT)
-        picture(page, "The image, its known part, and the inpaintings")
+        inpaint(page)
         screenshot(page, "paint")
 
 

@@ -39,10 +39,11 @@ from tests.browser import (
     DRAW,
     MIX,
     PAINT,
+    UNPAINTED,
     click,
     control,
     fill,
-    paint,
+    inpaint,
     picture,
     sentence,
     served,
@@ -78,25 +79,23 @@ def served_run(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
-    """Yield one browser page for all tests here."""
-    with browser.browser() as page:
-        yield page
+    """Yield one browser for all tests here."""
+    with browser.browser() as chromium:
+        yield chromium
 
 
 @pytest.fixture
 def page(chromium, served_run):
-    """Yield the run's page, freshly loaded; then check that it asked no other machine."""
+    """Yield a new page of the run; then check that it asked no other machine."""
     urls = []
 
     def note(request):
         urls.append(request.url)
 
-    # The page of an earlier test may still ask the server of that test. Leaving it ends that.
-    chromium.goto("about:blank")
-    chromium.on("request", note)
-    chromium.goto(served_run)
-    yield chromium
-    chromium.remove_listener("request", note)
+    with chromium.new_page() as page:
+        page.on("request", note)
+        page.goto(served_run)
+        yield page
     assert urls
     assert [url for url in urls if not url.startswith((served_run, "data:", "blob:"))] == []
 
@@ -185,8 +184,8 @@ def test_clicks_wait_for_each_other(page, run, served_run):
     twelfth = to_uint8(images).numpy()[0]
     for end in ("stop", "close"):
         # The first page starts a long sampling.
-        first = page.context.browser.new_page()
-        second = page.context.browser.new_page()
+        first = page.context.new_page()
+        second = page.context.new_page()
         first.goto(served_run)
         fill(first, How_many=16, Steps=100)
         click(first, DRAW)
@@ -255,14 +254,12 @@ def test_paint(page, run, tmp_path):
     # Without an image there is nothing to paint over.
     tab(page, "Paint")
     click(page, PAINT)
-    sentence(page, "choose an image and paint over a part of it")
+    sentence(page, UNPAINTED)
 
     fill(page, Index_of_the_image=1)
     click(page, "Use the image with this index")
-    paint(page)
     fill(page, Seed=3, Steps=6, Repeats=2)
-    click(page, PAINT)
-    image, kept, *answers = cut(picture(page, "The image, its known part, and the inpaintings"))
+    image, kept, *answers = cut(inpaint(page))
     assert_array_equal(image, drawn[1])
     # The page shows in grey what is painted over.
     painted = (kept == 128).all(axis=2)
@@ -280,28 +277,6 @@ def test_paint(page, run, tmp_path):
         assert_array_equal(answer, pixels_of(path))
         assert_array_equal(answer[~painted], image[~painted])
         assert abs(answer[painted].astype(int) - image[painted]).mean() > 5
-
-
-def test_a_grey_model(chromium, pictures, tmp_path):
-    """It mixes and paints an uploaded photo, which has colours, in grey."""
-    run = train_tiny(pictures, tmp_path / "runs", *FLAGS, "--model.channels", 1)
-    with served(tmp_path / "log", "--runs", run.parent) as address:
-        chromium.goto(address)
-        tab(chromium, "Mix")
-        fill(chromium, Steps=5, Depth=0, Share=0)
-        upload(chromium, pictures / "00003.png")
-        click(chromium, MIX)
-        photo = read_image(pictures / "00003.png", (1, SIZE, SIZE), fit=True)[..., 0]
-        await_picture(chromium, "The mixture", photo)
-
-        tab(chromium, "Paint")
-        upload(chromium, pictures / "00003.png")
-        paint(chromium)
-        fill(chromium, Steps=6, Repeats=2)
-        click(chromium, PAINT)
-        image, kept, *_ = cut(picture(chromium, "The image, its known part, and the inpaintings"))
-        assert_array_equal(image, photo)
-        assert kept[SIZE // 2, SIZE // 2] == 128
 
 
 def test_bad_input_is_a_sentence_and_the_page_goes_on(page, tmp_path):
@@ -335,33 +310,30 @@ def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
     printed = tmp_path / "printed"
     command = f"python train.py --runs {runs}"
     missing = f"no run with a checkpoint here yet; train one first ({command})"
-    with served(printed, "--runs", runs) as address:
-        chromium.goto(address)
-        sentence(chromium, missing)
+    with chromium.new_page() as page, served(printed, "--runs", runs) as address:
+        page.goto(address)
+        sentence(page, missing)
         assert missing in printed.read_text()
-        # It stays for ten seconds, but the same sentence shall come anew below.
-        chromium.get_by_test_id("toast-close").click()
-        chromium.get_by_test_id("toast-body").wait_for(state="hidden")
 
         # A run appears, and goes on.
         checkpoints = runs / run.name / "checkpoints"
         checkpoints.mkdir(parents=True)
-        fill(chromium, How_many=1, Steps=2)
+        fill(page, How_many=1, Steps=2)
         for step in (4, 5):
             shutil.copy(run / "checkpoints" / f"step-0000000{step}.safetensors", checkpoints)
-            click(chromium, DRAW)
-            picture(chromium, f"step-0000000{step}.safetensors --seed 0")
+            click(page, DRAW)
+            picture(page, f"step-0000000{step}.safetensors --seed 0")
 
         # It vanishes.
         shutil.rmtree(checkpoints)
-        click(chromium, DRAW)
-        sentence(chromium, missing)
+        click(page, DRAW)
+        sentence(page, missing)
 
         # It is back, and Ctrl-C, pressed when this context ends, interrupts its sampling.
         shutil.copytree(run / "checkpoints", checkpoints)
-        fill(chromium, How_many=16, Steps=100)
-        click(chromium, DRAW)
-        chromium.get_by_text("of 100 steps").wait_for()
+        fill(page, How_many=16, Steps=100)
+        click(page, DRAW)
+        page.get_by_text("of 100 steps").wait_for()
 
 
 def test_it_listens_to_this_machine_alone(served_run):
