@@ -119,7 +119,7 @@ def script(*arguments, cwd=ROOT):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 

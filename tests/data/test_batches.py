@@ -27,7 +27,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(n=integers(0, 400), seed=integers(0, 2**63), epoch=integers(0, 10**6))
 def test_an_epochs_order_is_a_permutation_and_a_pure_function(n, seed, epoch):
     order = epoch_order(n, seed, epoch)
@@ -56,7 +56,7 @@ def test_the_order_is_the_same_on_every_machine():
         epoch_order(5, -1, 0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     n=integers(1, 60),
     effective_batch=integers(1, 12),
@@ -93,7 +93,7 @@ def test_micro_batches_walk_each_epoch_once_and_can_start_anywhere(
         assert_array_equal(part, expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(effective_batch=integers(1, 40), batch_size=integers(1, 12), count=integers(1, 9))
 def test_processes_and_passes_share_every_place_of_a_batch_once(effective_batch, batch_size, count):
     shares = [Processes(rank, count).shard(effective_batch) for rank in range(count)]
@@ -144,13 +144,14 @@ def test_an_index_out_of_range_is_raised_at_its_batch(keep, bad):
         next(feed)
 
 
-def feeding_threads():
-    """Return the threads that gather images."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("images")]
-
-
 def test_one_batch_is_read_ahead_and_neither_leaving_early_nor_an_error_leaves_a_thread():
     asked = []
+    # Feeds of other tests may have threads, too.
+    before = threading.enumerate()
+
+    def feeding_threads():
+        threads = [thread for thread in threading.enumerate() if thread not in before]
+        return [thread for thread in threads if thread.name.startswith("images")]
 
     def indices():
         for i in range(3):
