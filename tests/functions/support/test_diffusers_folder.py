@@ -128,19 +128,16 @@ def same_output(denoiser, unet, size=16):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "multipliers", "attention", "parameters", "variance", "unet_in", "scheduler_in"),
+    ("size", "multipliers", "attention", "parameters", "variance"),
     [
-        # CIFAR-10's network has all files in one folder first, and then in the folders of today.
-        (32, (1, 2, 2, 2), 1, 35_746_307, "large", "", ""),
-        (32, (1, 2, 2, 2), 1, 35_746_307, "large", "unet", "scheduler"),
+        # This is CIFAR-10's network.
+        (32, (1, 2, 2, 2), 1, 35_746_307, "large"),
         # The networks of CelebA-HQ, church, cat and bedroom have this form.
-        (256, (1, 1, 2, 2, 4, 4), 4, 113_673_219, "small", "", ""),
+        (256, (1, 1, 2, 2, 4, 4), 4, 113_673_219, "small"),
     ],
 )
-def test_the_published_models(
-    size, multipliers, attention, parameters, variance, unet_in, scheduler_in, tmp_path
-):
-    """Their weights are random here, and have the old names where all files are in one folder."""
+def test_the_published_models(size, multipliers, attention, parameters, variance, tmp_path):
+    """All their files are in one folder. Their weights are random here, and have the old names."""
     kinds = ["Attn" if level == attention else "" for level in range(len(multipliers))]
     config = PUBLISHED | {
         "sample_size": size,
@@ -151,19 +148,14 @@ def test_the_published_models(
     schedule = OLD_SCHEDULE | {"variance_type": f"fixed_{variance}"}
     contents = {
         "model_index.json": {"_class_name": "DDPMPipeline"},
-        f"{unet_in}/config.json": config,
-        f"{scheduler_in}/scheduler_config.json": schedule,
+        "config.json": config,
+        "scheduler_config.json": schedule,
     }
     for name, fields in contents.items():
-        file = tmp_path / name.strip("/")
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(fields))
+        (tmp_path / name).write_text(json.dumps(fields))
 
     unet = random_weights(UNet2DModel.from_config(config))
-    weights = unet.state_dict()
-    if not unet_in:
-        weights = with_old_names(weights)
-    save_file(weights, tmp_path / unet_in / WEIGHTS)
+    save_file(with_old_names(unet.state_dict()), tmp_path / WEIGHTS)
 
     saved = load_model(find_checkpoints(tmp_path)[0])
     assert sum(tensor.numel() for tensor in saved.weights.values()) == parameters
