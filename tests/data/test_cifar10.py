@@ -10,12 +10,10 @@ import tarfile
 import numpy as np
 import pytest
 
-import train
 from config import EXPERIMENTS
 from data import datasets
 from data.cifar10 import FILES, RECORD, Cifar10
 from functions.support.errors import UserError
-from tests.conftest import TINY, call
 from tests.data.packing import random_pixels
 
 
@@ -113,15 +111,3 @@ def test_the_preset_is_the_papers():
     # The paper trains for 800,000 steps, which end within the last epoch.
     steps_per_epoch = 50_000 // 128
     assert 0 <= diffusion.epochs * steps_per_epoch - 800_000 < steps_per_epoch
-
-
-@pytest.mark.slow
-def test_the_preset_trains(unpacked, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(datasets, "DATA_FOLDER", unpacked.parent)
-    runs = tmp_path / "runs"
-    size = ["--model.image-size", 32, "--model.dim-multiply", "1,2,2"]
-
-    call(train.main, "cifar10", *TINY, *size, "--diffusion.epochs", 1, "--runs", runs)
-
-    assert "CIFAR10: 100 images train, 7 validate (its test images)" in capsys.readouterr().out
-    assert list(runs.glob("cifar10-*/checkpoints/*"))

@@ -331,13 +331,6 @@ def test_what_cannot_be_guided_is_refused(main, flags, message, run):
         call(main, run, *flags)
 
 
-def test_training_has_no_guide(capsys):
-    """So no loss, and no curve of losses, is that of a guided model."""
-    with pytest.raises(SystemExit, match="2"):
-        call(train.main, "faces", "--dry-run", "--guide", 4)
-    assert "unrecognized arguments: --guide 4" in capsys.readouterr().err
-
-
 def test_a_run_without_snapshots_says_how_to_get_them(tiny_run, tmp_path):
     copy = tmp_path / tiny_run.name / "checkpoints"
     copy.mkdir(parents=True)
