@@ -52,6 +52,12 @@ TINY = shlex.split("""
     --diffusion.recompute norms
     --device cpu
 """)
+# With these flags it has one level, which has all kinds of layers but those between levels.
+ONE_LEVEL = shlex.split("""
+    --model.image-size 8
+    --model.dim-multiply 1
+    --model.transformer-layers ""
+""")
 # The flag of the averages whose length is chosen afterwards, and their parts in a checkpoint.
 POWER_EMA = ["--diffusion.power-ema", "0.05,0.1"]
 POWER_PARTS = ("power_ema_0.05", "power_ema_0.1")

@@ -5,6 +5,7 @@
 
 import argparse
 import random
+import shlex
 import shutil
 import signal
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from functions.support import run_folder
 from functions.training.metrics import read_metrics
-from tests.conftest import TINY, draw_pictures, load_checkpoint, newest
+from tests.conftest import ONE_LEVEL, TINY, draw_pictures, load_checkpoint, newest
 from tests.forked import Program, wait_until
 from tests.spoilt_files import same
 
@@ -34,35 +35,19 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
     """
     # An epoch has five steps.
     epochs = (times * (STEPS_A_KILL + MARGIN) + MARGIN_IN_ALL) // 5
-    flags = [
-        "faces",
-        *TINY,
-        # One level makes steps short, and most of the time writes.
-        "--model.image-size",
-        8,
-        "--model.dim-multiply",
-        1,
-        "--model.transformer-layers",
-        "",
-        "--diffusion.dataset-name",
-        draw_pictures(folder / "pictures"),
-        "--diffusion.epochs",
-        epochs,
-        "--diffusion.checkpoint-every",
-        EVERY,
-        "--diffusion.log-every",
-        1,
-        "--diffusion.validate-every",
-        20,
-        "--diffusion.sample-every",
-        20,
-        "--diffusion.batch-size",
-        4,
-        "--diffusion.gradient-accumulation",
-        2,
-        "--diffusion.recompute",
-        "none",
-    ]
+    pictures = draw_pictures(folder / "pictures")
+    # One level makes steps short, and most of the time writes.
+    flags = ["faces", *TINY, *ONE_LEVEL, "--diffusion.dataset-name", pictures]
+    flags += shlex.split(f"""
+        --diffusion.epochs {epochs}
+        --diffusion.checkpoint-every {EVERY}
+        --diffusion.log-every 1
+        --diffusion.validate-every 20
+        --diffusion.sample-every 20
+        --diffusion.batch-size 4
+        --diffusion.gradient-accumulation 2
+        --diffusion.recompute none
+    """)
     straight = Program(folder / "straight.txt", *flags, "--runs", folder / "straight")
     assert straight.wait() == 0, straight.printed
 

@@ -65,18 +65,8 @@ from tests.conftest import CPU, ROOT, call
 def test_flags_give_the_images_of_their_options(
     flags, options, text, short_name, tiny_run, tmp_path, capsys
 ):
-    call(
-        sample.main,
-        tiny_run,
-        *flags.split(),
-        "--seed",
-        3,
-        "--n",
-        2,
-        "--individual",
-        "--out",
-        tmp_path,
-    )
+    flags += " --seed 3 --n 2 --individual --out"
+    call(sample.main, tiny_run, *flags.split(), tmp_path)
     assert f"{text}, seed 3" in capsys.readouterr().out
     assert str(options) == text
     assert options.short_name == short_name

@@ -169,23 +169,8 @@ def test_the_script_interpolates_between_images_and_seeds(
     """At the ends of each row stand the images of the seed, or those of the files."""
     call(sample.main, tiny_run, "--n", 4, "--steps", 5, "--individual", "--out", tmp_path / "own")
     own = [np.asarray(Image.open(tmp_path / "own" / f"0000{i}.png")) for i in range(4)]
-    call(
-        sample.main,
-        tiny_run,
-        "--steps",
-        5,
-        "--interpolate",
-        1,
-        3,
-        "--variations",
-        2,
-        "--batch-size",
-        4,
-        "--depths",
-        "0,0.4,1",
-        "--out",
-        tmp_path / "a",
-    )
+    flags = "--steps 5 --interpolate 1 3 --variations 2 --batch-size 4 --depths 0,0.4,1"
+    call(sample.main, tiny_run, *flags.split(), "--out", tmp_path / "a")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["interpolation-1-3.png", "variations-2.png"]
     columns, titles, rows = saved_strips["interpolation"]
@@ -215,21 +200,9 @@ def test_the_script_interpolates_between_images_and_seeds(
     assert abs(columns[1][0].astype(int) - own[2]).max() <= 1
 
     files = [pictures / "00000.png", pictures / "00001.png"]
-    call(
-        sample.main,
-        tiny_run,
-        "--steps",
-        5,
-        "--interpolate",
-        *files,
-        "--fit",
-        "--variations",
-        files[1],
-        "--depths",
-        "0,0.5",
-        "--out",
-        tmp_path / "b",
-    )
+    sources = ["--interpolate", *files, "--fit", "--variations", files[1]]
+    flags = ["--steps", 5, "--depths", "0,0.5", "--out", tmp_path / "b"]
+    call(sample.main, tiny_run, *sources, *flags)
     source = np.asarray(Image.open(files[1]).resize((16, 16), Image.Resampling.LANCZOS))
     for name, place in (("interpolation", 10), ("variations", 3)):
         columns, _, rows = saved_strips[name]

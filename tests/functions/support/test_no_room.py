@@ -104,18 +104,8 @@ def train_in_little_memory():
 @linux
 def test_out_of_memory_is_a_sentence(pictures, tmp_path):
     """The network takes more memory than there is, even for a single image."""
-    flags = [
-        "faces",
-        *TINY,
-        "--model.base-dim",
-        1024,
-        "--diffusion.batch-size",
-        24,
-        "--runs",
-        tmp_path / "runs",
-        "--diffusion.dataset-name",
-        pictures,
-    ]
+    flags = ["faces", *TINY, "--model.base-dim", 1024, "--diffusion.batch-size", 24]
+    flags += ["--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures]
     program = Program(tmp_path / "printed", *flags, act=train_in_little_memory)
 
     assert program.wait() == 2

@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -34,31 +35,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="t
 FLAGS = [
     "faces-v",
     *TINY,
-    "--diffusion.t-sampling",
-    "mixed",
-    "--model.dropout",
-    0,
-    "--diffusion.batch-size",
-    3,
-    "--diffusion.gradient-accumulation",
-    3,
-    "--diffusion.validation-samples",
-    20,
+    *shlex.split("""
+        --diffusion.t-sampling mixed
+        --model.dropout 0
+        --diffusion.batch-size 3
+        --diffusion.gradient-accumulation 3
+        --diffusion.validation-samples 20
+    """),
 ]
 
 
 @pytest.fixture
 def forever(pictures, tmp_path):
     """Return the flags of a run that does not end by itself."""
-    return [
-        *FLAGS,
-        "--diffusion.epochs",
-        4000,
-        "--diffusion.dataset-name",
-        pictures,
-        "--runs",
-        tmp_path / "runs",
-    ]
+    flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs"]
+    return [*FLAGS, "--diffusion.epochs", 4000, *flags]
 
 
 def free_port():
@@ -145,7 +136,8 @@ def assert_alike(run, other):
 
 
 def names_of_samples(run):
-    return {path.name for path in run.glob("samples/*")}
+    # Other tests may have sampled from the run, into folders.
+    return {path.name for path in run.glob("samples/*.png")}
 
 
 @pytest.mark.parametrize("nccl", [True, False])
@@ -210,30 +202,18 @@ def test_other_errors_of_nccl_are_shown_whole(met):
     assert str(caught.value) == FULL
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_two_machines_give_the_losses_of_one(optimizer, pictures, tmp_path, capsys):
+def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
     """Each machine has a torchrun of one process; here both machines are this one.
 
     They recompute nothing, and one process alone recomputes norms. In the end it goes on alone.
     """
-    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.optimizer", optimizer]
+    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.optimizer", "muon"]
     flags += POWER_EMA
     call(train.main, *flags, "--runs", tmp_path / "1")
 
-    torchrun = [
-        "--nnodes",
-        2,
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        f"127.0.0.1:{free_port()}",
-        ROOT / "train.py",
-        *flags,
-        "--diffusion.recompute",
-        "none",
-        "--runs",
-        tmp_path / "2",
-    ]
+    meeting = f"--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()}"
+    torchrun = [*meeting.split(), ROOT / "train.py", *flags, "--runs", tmp_path / "2"]
+    torchrun += ["--diffusion.recompute", "none"]
     machines = [
         Program(tmp_path / name, *torchrun, act=torchrun_program, OMP_NUM_THREADS=1)
         for name in ("a", "b")
@@ -357,23 +337,14 @@ def test_a_signal_to_one_stops_all_after_the_same_step(forever, tmp_path):
     ("number", "status", "why"),
     [
         (signal.SIGTERM, 1, "SIGTERM"),
-        (signal.SIGINT, 1, "SIGINT"),
         (signal.SIGKILL, -signal.SIGKILL, "the end of torchrun"),
     ],
 )
 def test_processes_whose_torchrun_is_stopped_or_killed_save_and_end(
     number, status, why, forever, tmp_path
 ):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        2,
-        "train.py",
-        *forever,
-    ]
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 train.py"
+    command = [sys.executable, *command.split(), *forever]
     torchrun = subprocess.Popen(
         [str(argument) for argument in command],
         cwd=ROOT,

@@ -3,6 +3,7 @@ average.
 """
 
 import math
+import shlex
 from functools import partial
 
 import pytest
@@ -19,20 +20,14 @@ from tests.spoilt_files import same
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 # Each step has a row of metrics and a checkpoint, and nothing else is done beside the training.
-FLAGS = [
-    "--diffusion.checkpoint-every",
-    1,
-    "--diffusion.keep-checkpoints",
-    100,
-    "--diffusion.ema-decay",
-    0.5,
-    "--diffusion.log-every",
-    1,
-    "--diffusion.validate-every",
-    99,
-    "--diffusion.sample-every",
-    99,
-]
+FLAGS = shlex.split("""
+    --diffusion.checkpoint-every 1
+    --diffusion.keep-checkpoints 100
+    --diffusion.ema-decay 0.5
+    --diffusion.log-every 1
+    --diffusion.validate-every 99
+    --diffusion.sample-every 99
+""")
 
 
 def not_a_number(losses):

@@ -4,6 +4,7 @@ No code is generated here: graphs are captured and run as they are.
 """
 
 import re
+import shlex
 from functools import partial, partialmethod
 
 import pytest
@@ -21,7 +22,7 @@ from functions.support.processes import SINGLE_PROCESS
 from functions.training import compiling
 from functions.training.memory import run_pass
 from models.unet import UNet
-from tests.conftest import SMALL_MODEL, call, train_tiny
+from tests.conftest import ONE_LEVEL, SMALL_MODEL, call, train_tiny
 from tests.functions.support.test_processes import FLAGS, assert_alike, two
 from tests.kill import assert_same_run
 
@@ -109,8 +110,7 @@ def trained(pictures, tmp_path, capsys):
     return run
 
 
-def test_a_compiled_training_is_the_plain_one(trained, monkeypatch):
-    plain, _ = trained()
+def test_a_compiled_training_is_the_plain_one(tiny_run, trained, monkeypatch):
     prepare(monkeypatch)
     run, printed = trained()
 
@@ -119,7 +119,7 @@ def test_a_compiled_training_is_the_plain_one(trained, monkeypatch):
     assert repeated == [0]
     assert "compiling  estimate: takes about 0 s, saves about" in printed
     assert "a pass takes" in printed
-    assert_alike(plain, run)
+    assert_alike(tiny_run, run)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,13 @@ def test_a_compiled_training_is_the_plain_one(trained, monkeypatch):
     ],
 )
 def test_what_fails_differs_or_is_slower_is_left_out_and_leaves_nothing_behind(
-    factor, why, trained, monkeypatch
+    factor, why, tiny_run, trained, monkeypatch
 ):
     """The run is then bit for bit the one that never tried to compile."""
-    plain, _ = trained()
     prepare(monkeypatch, partial(Wrong, factor=factor), seconds=2)
     run, printed = trained()
     assert re.search(f"failed, so training continues without it: {why}\n", printed)
-    assert_same_run(plain, run)
+    assert_same_run(tiny_run, run)
 
 
 @pytest.fixture
@@ -223,23 +222,9 @@ def train_compiled():
 
 
 def test_two_processes_with_compiled_networks_give_the_losses_of_one(pictures, tmp_path):
-    flags = [
-        *FLAGS,
-        "--diffusion.dataset-name",
-        pictures,
-        "--diffusion.batch-size",
-        4,
-        "--diffusion.gradient-accumulation",
-        2,
-        # One level has all kinds of layers but those between levels, and is captured sooner.
-        "--model.image-size",
-        8,
-        "--model.dim-multiply",
-        1,
-        "--model.transformer-layers",
-        "",
-        "--runs",
-    ]
+    # One level is captured sooner.
+    flags = [*FLAGS, *ONE_LEVEL, "--diffusion.dataset-name", pictures]
+    flags += shlex.split("--diffusion.batch-size 4 --diffusion.gradient-accumulation 2 --runs")
     call(train.main, *flags, tmp_path / "one")
     programs = two(tmp_path, *flags, tmp_path / "two", act=train_compiled)
     assert [program.wait() for program in programs] == [0, 0], programs[0].printed

@@ -1,6 +1,7 @@
 """What a training says and tries before its first step: a batch size that fits."""
 
 import json
+import shlex
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -44,15 +45,8 @@ def limit_memory(patch, most):
 def test_a_batch_that_fits_changes_nothing_else(monkeypatch, pictures, tmp_path, capsys):
     """Each divisor of 4 is tried. The run is then the one that was started with what was found."""
     flags = ["--model.dropout", 0.1, "--diffusion.batch-size", 4, "--diffusion.epochs", 1]
-    asked = train_tiny(
-        pictures,
-        tmp_path / "asked",
-        *flags,
-        "--diffusion.batch-size",
-        1,
-        "--diffusion.gradient-accumulation",
-        4,
-    )
+    by_one = shlex.split("--diffusion.batch-size 1 --diffusion.gradient-accumulation 4")
+    asked = train_tiny(pictures, tmp_path / "asked", *flags, *by_one)
     capsys.readouterr()
 
     tried = limit_memory(monkeypatch, 1)
@@ -216,19 +210,9 @@ def test_ffhq_run1_is_ready_at_its_real_size(pictures, tmp_path, capsys):
 
     The batch is smaller than the real one, so that 45 training pictures are enough for it.
     """
-    call(
-        train.main,
-        "ffhq-run1",
-        "--dry-run",
-        "--runs",
-        tmp_path / "runs",
-        "--diffusion.dataset-name",
-        pictures,
-        "--device",
-        "cpu",
-        "--diffusion.gradient-accumulation",
-        "2",
-    )
+    flags = shlex.split("--dry-run --device cpu --diffusion.gradient-accumulation 2")
+    flags += ["--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures]
+    call(train.main, "ffhq-run1", *flags)
     printed = capsys.readouterr().out
     for part in (
         "50 images at 128x128",

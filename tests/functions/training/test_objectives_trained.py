@@ -123,16 +123,9 @@ def test_a_place_has_its_t_however_the_batch_is_cut(t_sampling, passes, pictures
 
     In passes of 3, the even places of the second pass are odd ones of the whole.
     """
-    _, t, *_ = seen_in(
-        pictures,
-        tmp_path,
-        "--diffusion.t-sampling",
-        t_sampling,
-        "--diffusion.batch-size",
-        9 // passes,
-        "--diffusion.gradient-accumulation",
-        passes,
-    )
+    flags = f"--diffusion.t-sampling {t_sampling} --diffusion.batch-size {9 // passes}"
+    flags += f" --diffusion.gradient-accumulation {passes}"
+    _, t, *_ = seen_in(pictures, tmp_path, *flags.split())
     for step, t_of_step in enumerate(t):
         draws = training_draws(0, step, 9, (3, 16, 16), 100, "cpu")
         expected = draws.t

@@ -24,17 +24,8 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     """
     message = r"cannot change diffusion\.learning_rate, diffusion\.optimizer, model\.base_dim"
     with pytest.raises(ConfigError, match=message):
-        call(
-            train.main,
-            "--resume",
-            unfinished,
-            "--diffusion.learning-rate",
-            "1e-3",
-            "--diffusion.optimizer",
-            "muon",
-            "--model.base-dim",
-            "16",
-        )
+        changes = "--diffusion.learning-rate 1e-3 --diffusion.optimizer muon --model.base-dim 16"
+        call(train.main, "--resume", unfinished, *changes.split())
     with pytest.raises(ConfigError, match=r"cannot change diffusion\.batch_size"):
         call(train.main, "--resume", unfinished, "--diffusion.batch-size", "4")
     with pytest.raises(ConfigError, match="a run of 'faces', not of 'ffhq-full'"):
@@ -43,17 +34,8 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
 
     # The effective batch stays the same, so this is allowed.
     with pytest.raises(KeyboardInterrupt), during(1, interrupt):
-        call(
-            train.main,
-            "--resume",
-            unfinished,
-            "--diffusion.batch-size",
-            4,
-            "--diffusion.gradient-accumulation",
-            2,
-            "--diffusion.epochs",
-            3,
-        )
+        changes = "--diffusion.batch-size 4 --diffusion.gradient-accumulation 2"
+        call(train.main, "--resume", unfinished, *changes.split(), "--diffusion.epochs", 3)
     printed = capsys.readouterr().out
     assert "changed: diffusion.epochs was 2, is now 3" in printed
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
