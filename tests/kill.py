@@ -99,7 +99,12 @@ def kill(program: Program, runs: Path, steps: int, seconds: float) -> Path:
 
     metrics = run / "metrics.csv"
     rows = len(read_metrics(metrics)) + steps
-    wait_until(lambda: len(read_metrics(metrics)) >= rows, program.is_alive)
+
+    # If this process stalls, the run may be over before it has so many more rows.
+    def reached():
+        return len(read_metrics(metrics)) >= rows or not program.is_alive()
+
+    wait_until(reached, lambda: True)
 
     # After the wait the program is within a step, or within what follows it.
     time.sleep(seconds)
