@@ -318,8 +318,8 @@ class DiffusionConfig:
     # Precision of the network: "float32", "bfloat16", "float16"; or "auto", the fastest that the
     # hardware supports.
     precision: str = "auto"
-    # What backward recomputes to save memory: "none"; or "norms", which takes a third of the memory
-    # and is nearly free at 128 px (docs/speed.md).
+    # What backward recomputes: "none"; or "norms", which keeps a third of the activations and is
+    # nearly free at 128 px (docs/speed.md).
     recompute: str = "norms"
     # Whether to compile the network: "auto", on CUDA if that saves time in this run; or "off".
     compile: str = "auto"

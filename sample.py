@@ -122,7 +122,7 @@ def sample_from_noise(
 
     The processes divide the batches among them. The batches depend neither on the number of
     processes nor on where an earlier command was interrupted. So the images are the same up to
-    rounding, which depends on the number of threads and on free memory.
+    rounding, which depends on the number of threads and on a GPU's free memory.
     """
     figures = figures_of(args, image_sampler)
     frames = {frame for figure in figures.values() for frame in figure.values()}
@@ -342,7 +342,8 @@ def refuse_ignored(args: argparse.Namespace, defaults: argparse.Namespace) -> No
         actions = ["export"]
     effective = ALWAYS.union(actions, *(ACTION_FLAGS[action] for action in actions or ["noise"]))
     for name, value in vars(args).items():
-        if name not in effective and value != getattr(defaults, name):
+        # Flags that are off, such as --no-gif, ask for nothing.
+        if value and name not in effective and value != getattr(defaults, name):
             users = [action for action in ACTION_FLAGS if name in ACTION_FLAGS[action]]
             word = "with" if actions else "without"
             others = " or ".join(f"--{action}" for action in actions or users)

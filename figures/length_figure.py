@@ -93,10 +93,12 @@ def draw(panels: dict[str, list[Distances]]) -> None:
             axis.plot(LENGTHS, rows.mean(0), color=colour, label=key)
             ema = np.mean([run[key]["EMA"] for run in runs])
             axis.axhline(ema, color=colour, linestyle=":", label=f"{key}, EMA of training")
-        axis.set(title=data, xlabel="relative length of the average", ylim=(0, None))
+        axis.set(title=data, xlabel="relative length of the average")
         axis.grid(color="0.92")
-    axes[0, 0].set_ylabel("distance")
+    # All panels share this axis.
+    axes[0, 0].set(ylabel="distance", ylim=(0, None))
     axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
     save_figure(figure, FIGURE)
     print(f"wrote {FIGURE}")
 

@@ -37,13 +37,13 @@ def main() -> None:
     run = parser.parse_args().run
 
     source = load_weights(find_checkpoints(run)[0])
-    snapshot = run / "snapshots" / source.path.name
-    if not snapshot.exists():
-        raise UserError(f"{run} has no snapshot of the step of its last checkpoint")
     facts = source.provenance
     name = facts["experiment"]
     if facts["step"] != facts["total_steps"]:
         raise UserError(f"{run} is not finished; train.py --resume continues it")
+    snapshot = run / "snapshots" / source.path.name
+    if not snapshot.exists():
+        raise UserError(f"{run} has no snapshot of its last step")
     # The card names the command, so the command has to give the same run.
     if Experiment.from_dict(source.config) != EXPERIMENTS.get(name):
         raise UserError(f"{run} differs from the presets; the card needs a run of a preset")

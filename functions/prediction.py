@@ -149,8 +149,10 @@ def predict(
 def is_guided(scheduler: NoiseScheduler, t: int) -> bool:
     """Return whether a guide is asked at timestep t."""
     alpha_bar = scheduler.alpha_bar(t)
-    lowest, highest = GUIDED_LOG_SNR
-    return lowest <= math.log(alpha_bar / (1 - alpha_bar)) <= highest
+    # The signal-to-noise ratio is alpha_bar / (1 - alpha_bar). With tiny betas alpha_bar may be 1,
+    # so nothing is divided by 1 - alpha_bar.
+    lowest, highest = map(math.exp, GUIDED_LOG_SNR)
+    return lowest * (1 - alpha_bar) <= alpha_bar <= highest * (1 - alpha_bar)
 
 
 def interpret(

@@ -2,8 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from functions.support.device import PROCESS_STATUS, RESET_PEAK, kilobytes
+from functions.support.device import first_value
+
+# The first file has this process's current and peak memory. Writing "5" to the second resets the
+# peak.
+PROCESS_STATUS = Path("/proc/self/status")
+RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 @contextmanager
@@ -16,9 +22,14 @@ def at_most(megabytes: float) -> Iterator[None]:
         yield
         return
 
-    before = kilobytes(PROCESS_STATUS, "VmRSS")
+    before = kilobytes("VmRSS")
     RESET_PEAK.write_text("5")
     yield
 
-    taken = (kilobytes(PROCESS_STATUS, "VmHWM") - before) / 1000
+    taken = (kilobytes("VmHWM") - before) / 1000
     assert taken < megabytes, f"it took {taken:.0f} MB"
+
+
+def kilobytes(name: str) -> int:
+    """Return a value in kB from PROCESS_STATUS."""
+    return int(first_value(PROCESS_STATUS, name).removesuffix(" kB"))

@@ -106,7 +106,7 @@ def test_a_run_is_boxed_with_a_card(trained, tmp_path, monkeypatch):
 
     # A run that has not reached its last step is no model for the box.
     source.unlink()
-    with pytest.raises(UserError, match="no snapshot"):
+    with pytest.raises(UserError, match="is not finished"):
         call(pretrained.main, run)
 
 

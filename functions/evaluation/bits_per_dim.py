@@ -200,6 +200,7 @@ def image_terms(
 
     x_0 (1, C, H, W) is the image with this index. Its noise depends only on (seed, index, t).
     """
+    # Results of earlier versions had this text as their seed, too.
     purpose = f"bits per dim/{index}"
     noise = ImageNoise(options.seed, t.tolist(), x_0.shape[1:], x_0.device, purpose)
     terms = bound_terms(

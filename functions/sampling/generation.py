@@ -29,7 +29,6 @@ from functions.support.checkpoint import SavedModel, load_into
 from functions.support.device import (
     choose_device,
     choose_precision,
-    cpu_batch_limit,
     is_out_of_memory,
 )
 from functions.support.diffusers_folder import load_model
@@ -41,6 +40,10 @@ from functions.support.run_folder import find_checkpoints, first_intact, newest_
 from models.unet import UNet
 
 Result = TypeVar("Result")
+# So many images are sampled at a time unless --batch-size says otherwise. On a CPU larger batches
+# are not faster, and when memory runs out, Linux kills the process without an error.
+GPU_BATCH = 64
+CPU_BATCH = 16
 # ("x", k) is the state after k network calls, and ("x", 0) is the noise. ("x_0", k) is the x_0 that
 # the k-th call predicts.
 FrameKey = tuple[str, int]
@@ -79,7 +82,7 @@ class ImageSampler:
     device: torch.device
     # At most this many images are sampled at a time. This field and the next two affect pixels only
     # through rounding.
-    batch_size: int = 64
+    batch_size: int = GPU_BATCH
     # The sampler calls this after every step.
     on_step: OnStep | None = None
     # On CUDA each network is recorded as a CUDA graph, which is replayed for each call.
@@ -208,25 +211,8 @@ def open_sampler(
     options = SamplerOptions.from_args(args, saved.config["diffusion"])
 
     shape = saved.model.image_shape
-    sampler = ImageSampler(denoiser, options, shape, args.seed, device, args.batch_size)
-    return saved, limit_batch(sampler, denoiser, processes)
-
-
-def limit_batch(
-    image_sampler: ImageSampler, denoiser: Denoiser, processes: Processes
-) -> ImageSampler:
-    """Return the sampler with a batch for which a network call has room in a CPU's memory.
-
-    A GPU raises an error when memory is short, and `BatchLimit` then halves the batch. A CPU does
-    not, so its batch is limited beforehand.
-    """
-    if image_sampler.device.type != "cpu":
-        return image_sampler
-    x_t = torch.zeros(1, *image_sampler.shape)
-    limit = cpu_batch_limit(partial(denoiser, x_t, torch.zeros(1, dtype=torch.int64)))
-    # The processes share the memory.
-    limit = max(limit // processes.count, 1)
-    return replace(image_sampler, batch_size=min(image_sampler.batch_size, limit))
+    batch_size = args.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+    return saved, ImageSampler(denoiser, options, shape, args.seed, device, batch_size)
 
 
 def load_intact(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:

@@ -20,7 +20,7 @@ import torch
 
 from functions.prediction import is_guided
 from functions.sampling.calibration import with_calibration
-from functions.sampling.generation import ImageSampler, limit_batch, load_intact, rebuild
+from functions.sampling.generation import ImageSampler, load_intact, rebuild
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
 from functions.support.processes import Processes
@@ -63,8 +63,6 @@ def with_guide(
             "(the number of timesteps, or the betas)"
         )
 
-    # The guide's network may need more memory per image than the model's. Then its limit counts.
-    image_sampler = limit_batch(image_sampler, guide, processes)
     # The calibration is fitted to the guide alone. Only x_0 of single networks is ever calibrated,
     # and not the guided x_0.
     guide_sampler = replace(image_sampler, denoiser=guide)

@@ -246,10 +246,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=positive,
-        default=64,
         metavar="N",
-        help="How many images are sampled at a time; fewer if they do not fit in memory. "
-        "Default: %(default)s.",
+        help="How many images are sampled at a time; fewer if they do not fit in a GPU's memory. "
+        "Default: 64, or 16 on a CPU.",
     )
     parser.add_argument(
         "--out",

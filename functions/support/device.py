@@ -3,8 +3,6 @@
 import ctypes
 import os
 import platform
-import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,13 +11,8 @@ import torch
 from functions.support.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Linux lists the CPU's flags in the first file, and the size of the memory in the second.
+# Linux lists the CPU's name and flags in this file.
 CPUINFO = Path("/proc/cpuinfo")
-MEMINFO = Path("/proc/meminfo")
-# The first file has this process's current and peak memory. Writing "5" to the second resets the
-# peak.
-PROCESS_STATUS = Path("/proc/self/status")
-RESET_PEAK = Path("/proc/self/clear_refs")
 # These are two options of mallopt, as numbered in glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
@@ -121,34 +114,6 @@ def cpu_has_bfloat16() -> bool:
     # Other systems list no flags, so there float32 is the safe choice.
     flags = first_value(CPUINFO, "flags", "Features").split()
     return not CPU_BF16_FLAGS.isdisjoint(flags)
-
-
-def cpu_batch_limit(compute_one: Callable[[], object]) -> int:
-    """Return the largest safe batch on a CPU, where `compute_one()` computes a batch of one.
-
-    Linux lets a process allocate more memory than the machine has, and may kill it later. On other
-    systems such an allocation raises an error, so no limit is needed.
-    """
-    with suppress(AttributeError, TypeError):
-        # This gives back to the system what `keep_heap` retained. Otherwise the image could
-        # reuse it, and the peak below would not count it.
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        RESET_PEAK.write_text("5")
-    except OSError:
-        # The system is not Linux.
-        return sys.maxsize
-    free = kilobytes(MEMINFO, "MemAvailable")
-    before = kilobytes(PROCESS_STATUS, "VmRSS")
-    compute_one()
-    peak = kilobytes(PROCESS_STATUS, "VmHWM")
-    # Large batches fragment the heap, so they may use only half of the free memory.
-    return max(free // 2 // max(peak - before, 1), 1)
-
-
-def kilobytes(file: Path, name: str) -> int:
-    """Return a value in kB from one of Linux's memory files, MEMINFO or PROCESS_STATUS."""
-    return int(first_value(file, name).removesuffix(" kB"))
 
 
 def cpu_name() -> str:

@@ -14,10 +14,11 @@ from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import predict
 from functions.samplers import SAMPLERS, Sampler
-from functions.sampling.generation import ImageSampler, generate, rebuild
+from functions.sampling.generation import ImageSampler, generate, open_sampler, rebuild
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.errors import UserError
+from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import checkpoints_of
 from functions.timesteps import SPACINGS, sampling_times
 from tests.conftest import CPU, ROOT, call
@@ -216,6 +217,12 @@ def test_a_run_behind_calibrate_is_not_taken_for_data(tiny_run):
         call(sample.main, "--calibrate", tiny_run, "--runs", tiny_run.parent)
 
 
+@pytest.mark.parametrize(("flags", "size"), [([], 16), (["--batch-size", 20], 20)])
+def test_a_cpu_samples_few_images_at_a_time(tiny_run, flags, size):
+    args = call(partial(sample.parse_flags, 36, False), tiny_run, "--device", "cpu", *flags)
+    assert open_sampler(args, SINGLE_PROCESS)[1].batch_size == size
+
+
 @pytest.mark.parametrize(
     "flags, flag, where",
     [
@@ -243,6 +250,7 @@ def test_what_has_an_effect_is_not_refused(defaults):
         "--interpolate 1 2 --variations 3 --depths 1 --fit --calibrate",
         "--inpaint face.png --mask mask.png --resample 2 --n 5 --individual --variations 3 --fit",
         "--export faces --seed 1 --precision bfloat16",
+        "--interpolate 1 2 --no-gif",
     ):
         call(parse, *flags.split())
 

@@ -2,32 +2,23 @@
 
 import copy
 import sys
-from functools import partial
-from pathlib import Path
 from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import sample
 from config import EXPERIMENTS
 from functions.optimizers import Adam
 from functions.sampling.generation import generate
 from functions.support.device import (
-    RESET_PEAK,
     arithmetic,
     choose_device,
     choose_precision,
-    cpu_batch_limit,
     is_out_of_memory,
 )
 from functions.support.errors import UserError
-from models.unet import UNet
-from tests.conftest import call, image_sampler_of, small_unet
+from tests.conftest import image_sampler_of, small_unet
 from tests.forked import Program
-from tests.peak_memory import at_most
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -125,62 +116,6 @@ def test_precision_by_name_and_as_the_run_was_previous():
         message = f"'{unusable}'; on cpu it must be auto, float32, bfloat16"
         with pytest.raises(UserError, match=message):
             choose_precision(unusable, CPU)
-
-
-def let_so_much_be_free(patch, folder, megabytes):
-    """Let Linux say so."""
-    (folder / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {1000 * megabytes} kB\n")
-    patch.setattr("functions.support.device.MEMINFO", folder / "meminfo")
-
-
-def compute_what_there_is_room_for():
-    """Take less than the 300 MB that are free, and more with twelve times the images."""
-    let_so_much_be_free(pytest.MonkeyPatch(), Path(sys.argv[1]), 300)
-    choose_device("cpu")
-    network = UNet(64, 3, 16, (1, 2, 2), (), 32, norm_groups=8).requires_grad_(False)
-
-    def compute(count):
-        network(torch.zeros(count, 3, 64, 64), torch.zeros(count, dtype=torch.int64))
-
-    # The first call of all takes memory for the kernels, too, so few images have room.
-    room = cpu_batch_limit(partial(compute, 1))
-    with at_most(300):
-        compute(room)
-    with pytest.raises(AssertionError), at_most(300):
-        compute(12 * room)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
-def test_there_is_room_for_what_is_computed_at_a_time(tmp_path):
-    """As in a script, no earlier work has left gaps in the heap."""
-    program = Program(tmp_path / "printed", tmp_path, act=compute_what_there_is_room_for)
-    assert program.wait() == 0, program.printed
-
-
-@pytest.mark.skipif(not RESET_PEAK.exists(), reason="needs Linux")
-def test_on_a_cpu_with_little_memory_the_network_takes_one_image_at_a_time(
-    tiny_run, tmp_path, monkeypatch
-):
-    flags = [tiny_run, "--steps", 2, "--n", 3, "--device", "cpu"]
-    call(sample.main, *flags, "--out", tmp_path / "much")
-    let_so_much_be_free(monkeypatch, tmp_path, 0)
-    forward = UNet.forward
-    sizes = []
-
-    def seen(network, x_t, t):
-        sizes.append(len(x_t))
-        return forward(network, x_t, t)
-
-    monkeypatch.setattr(UNet, "forward", seen)
-    call(sample.main, *flags, "--out", tmp_path / "little")
-    # One call found out how much memory an image takes.
-    assert sizes == [1] * (1 + 2 * 3)
-    much, little = (
-        np.asarray(Image.open(tmp_path / name / "grid.png")).astype(int)
-        for name in ("much", "little")
-    )
-    assert abs(much - little).max() <= 1
 
 
 def test_libraries_that_have_no_memory():
