@@ -69,6 +69,10 @@ def bytes_of_pass(network: nn.Module, precision: torch.dtype, batch_size: int) -
     memo = {id(parameter): parameter for parameter in network.parameters()}
     network = copy.deepcopy(network, memo)
 
+    # The scheduler makes its table at the first call, which should not be counted.
+    scheduler = NoiseScheduler(1000)
+    scheduler.alpha_bar(torch.zeros(1, dtype=torch.int64, device=device))
+
     # Fake tensors have shapes and types without memory, so nothing is computed.
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in network.modules():
@@ -82,10 +86,6 @@ def bytes_of_pass(network: nn.Module, precision: torch.dtype, batch_size: int) -
         x_0 = torch.zeros(batch_size, network.channels, size, size, device=device)
         noise = torch.zeros_like(x_0)
         t = torch.zeros(batch_size, dtype=torch.int64, device=device)
-
-        # The scheduler makes its table at the first call, which should not be counted.
-        scheduler = NoiseScheduler(1000)
-        scheduler.alpha_bar(t)
 
         autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         with LiveBytes() as live:
