@@ -93,7 +93,7 @@ def draw(panels: dict[str, list[Distances]]) -> None:
             axis.plot(LENGTHS, rows.mean(0), color=colour, label=key)
             ema = np.mean([run[key]["EMA"] for run in runs])
             axis.axhline(ema, color=colour, linestyle=":", label=f"{key}, EMA of training")
-        axis.set(title=data, xlabel="relative length of the average")
+        axis.set(title=data, xlabel="relative length of the average", xticks=LENGTHS)
         axis.grid(color="0.92")
     # All panels share this axis.
     axes[0, 0].set(ylabel="distance", ylim=(0, None))
