@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -35,6 +35,7 @@ from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import verify_checkpoint
 from functions.support.device import choose_device, choose_precision, set_deterministic
 from functions.support.processes import SINGLE_PROCESS, distributed
+from functions.support.random_numbers import StepDraws, training_draws
 from functions.support.run_folder import Run, checkpoints_of
 from functions.training.compiling import OPTIONS, largest_difference, time_and_gradients
 from functions.training.metrics import read_metrics
@@ -56,6 +57,9 @@ SIZE = {} if GPU else SMALL
 # Without a GPU two processes share the CPU.
 PROCESSES = torch.cuda.device_count() or 2
 TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {PROCESSES}".split()
+
+# A fact that a part has found: its name and its value.
+Fact = tuple[str, str | float]
 
 # Upper limits for an H100, estimated from the bytes moved (benchmarks/NOTES.md).
 ESTIMATES = {
@@ -82,13 +86,13 @@ def milliseconds(work: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) / calls
 
 
-def environment() -> Iterator[tuple[str, object]]:
+def environment() -> Iterator[Fact]:
     """Yield the GPU, its driver, PyTorch's version, and the GPU's speed of copying and products."""
-    yield "GPU", torch.cuda.get_device_properties(0) if GPU else "none"
+    yield "GPU", str(torch.cuda.get_device_properties(0)) if GPU else "none"
     driver = "none"
     if GPU:
         query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
-        driver = subprocess.check_output(query.split(), text=True).split()
+        driver = ", ".join(subprocess.check_output(query.split(), text=True).split())
     yield "driver", driver
     gpus = f"{torch.cuda.device_count()} GPUs"
     yield "PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda}, {gpus}"
@@ -116,7 +120,7 @@ def bench_of(arm: Arm, base_dim: int, device: torch.device) -> Bench:
     return bench
 
 
-def training(package: str, base_dim: int) -> Iterator[tuple[str, object]]:
+def training(package: str, base_dim: int) -> Iterator[Fact]:
     """Yield the milliseconds of a package's steps, eager and compiled, which take turns.
 
     GB is the memory of a step in addition to weights and Adam's moments.
@@ -156,7 +160,7 @@ def training(package: str, base_dim: int) -> Iterator[tuple[str, object]]:
         yield f"compiled, base {base_dim}: gradients differ by", difference
 
 
-def in_ddp() -> Iterator[tuple[str, object]]:
+def in_ddp() -> Iterator[Fact]:
     """Yield the milliseconds of compiled steps at base 128 with DDP, from the main process.
 
     With optimize_ddp, the default, Dynamo compiles a graph for each of DDP's buckets, and gradients
@@ -181,7 +185,7 @@ def in_ddp() -> Iterator[tuple[str, object]]:
                 yield f"DDP, optimize_ddp = {optimize_ddp}, base 128: ms per step", step_time
 
 
-def sampling() -> Iterator[tuple[str, object]]:
+def sampling() -> Iterator[Fact]:
     """Yield the milliseconds of a network call in sampling, eager and as a CUDA graph."""
     model = replace(FFHQ, **SIZE)
     bench = Bench(Arm("ours", "ours", PRECISION, True), model, 1, DEVICE)
@@ -200,7 +204,7 @@ def sampling() -> Iterator[tuple[str, object]]:
             yield f"{mode}: ms per call", milliseconds(sample, 1) / CALLS
 
 
-def train_epoch(runs: Path, device: torch.device, **changes: object) -> Run:
+def train_epoch(runs: Path, device: torch.device, **changes: str | bool) -> Run:
     """Train an epoch of `faces`, 50 steps, with random numbers of the CPU; return the run."""
     short = {
         "epochs": 1,
@@ -219,15 +223,21 @@ def train_epoch(runs: Path, device: torch.device, **changes: object) -> Run:
     return run
 
 
-def cpu_draws(*args: object, draw: Callable = train.training_draws) -> object:
+def cpu_draws(
+    seed: int,
+    step: int,
+    effective_batch: int,
+    image_shape: Sequence[int],
+    timesteps: int,
+    device: torch.device,
+) -> StepDraws:
     """Draw like `training_draws` with the CPU's generator, and move the result to the device."""
-    *settings, device = args
-    draws = draw(*settings, "cpu")
+    draws = training_draws(seed, step, effective_batch, image_shape, timesteps, "cpu")
     moved = {name: values.to(device) for name, values in vars(draws).items()}
     return replace(draws, **moved)
 
 
-def float32() -> Iterator[tuple[str, object]]:
+def float32() -> Iterator[Fact]:
     """Yield the largest relative difference between losses on the GPU and on the CPU."""
     losses = []
     for device in (torch.device("cpu"), DEVICE):
@@ -239,7 +249,7 @@ def float32() -> Iterator[tuple[str, object]]:
     yield "float32: a loss differs from the CPU's by", difference.max().item()
 
 
-def resumed() -> Iterator[tuple[str, object]]:
+def resumed() -> Iterator[Fact]:
     """Compare a run resumed at step 25 of 50 with the whole run, on deterministic kernels."""
     run = train_epoch(Path(tempfile.mkdtemp()), DEVICE, deterministic=True)
 
@@ -259,7 +269,7 @@ def resumed() -> Iterator[tuple[str, object]]:
     yield "a resumed run", "bit for bit equal to the whole one"
 
 
-def all_gpus() -> Iterator[tuple[str, object]]:
+def all_gpus() -> Iterator[Fact]:
     """Train on all GPUs together, or in two processes on the CPU."""
     # Each process needs at least one image of a batch.
     batch_size = f"--diffusion.batch-size {max(16, PROCESSES)}"
