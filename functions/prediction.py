@@ -96,8 +96,7 @@ class Denoiser:
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         half = self.precision != torch.float32
-        # Autocast's cache of cast weights is off, because no weight is used twice in a forward pass
-        # and a CUDA graph cannot use the cache.
+        # Autocast's cache of cast weights is off: no weight is used twice in a forward pass.
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
             return self.network(x_t.float(), t).float()
 

@@ -6,33 +6,72 @@ channels, H and W height and width. All blocks except `Downsample` and `Upsample
 
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from models.dialects import DIALECTS, Dialect
-from models.group_norm import GroupNorm
-
-Norm = Callable[[int], GroupNorm]
-
-# `Upsample` fuses doubling and convolution for images of at least this many pixels. For smaller
-# images, building the fused kernel costs more than it saves.
-MIN_FUSED_PIXELS = 256
 
 
-def recomputing(recompute: bool, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Return `part(*inputs)`. With `recompute`, only the inputs are kept, and backward repeats it.
+@dataclass(frozen=True)
+class Dialect:
+    """The details in which two versions of the network differ; their weights have equal shapes.
 
-    This is activation checkpointing (Chen et al. 2016, arXiv:1604.06174).
+    These are fields of the config of diffusers' `UNet2DModel`, which implements both.
     """
-    # Backward repeats the part only up to the last tensor that it needs. For a convolution it needs
-    # the input and not the output, so of "norm, SiLU, convolution" it repeats no convolution.
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(part, *inputs, use_reentrant=False)
-    return part(*inputs)
+
+    # Every GroupNorm uses this epsilon.
+    norm_eps: float
+    # 0 pads only the right and the bottom, as TensorFlow's 'SAME' does for an even size. 1 pads all
+    # sides.
+    downsample_padding: int
+    # True puts the cosines before the sines in the time embedding.
+    flip_sin_to_cos: bool
+    # The frequencies of the time embedding are 10000^(-i / (dim/2 - freq_shift)).
+    freq_shift: int
+    # Each attention head has this number of channels. None means a single head.
+    attention_head_dim: int | None
+
+
+DIALECTS = {
+    # The code of Ho et al. 2020 uses these values, so their published weights need them. The
+    # epsilon is TensorFlow's default.
+    "ho": Dialect(1e-6, 0, False, 1, None),
+    # These are diffusers' defaults, which its training script uses.
+    "diffusers": Dialect(1e-5, 1, True, 0, 8),
+}
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's group norm, which on CUDA returns the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        if torch.compiler.is_compiling():
+            return self.in_memory_order(x)
+        # Under CUDA's autocast group norm would return float32, and its input and its output would
+        # be kept for backward in float32, too. The kernel adds up in float32 for every dtype.
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+    def in_memory_order(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, H, W) in channels_last by operations that the compiler fuses."""
+        # The compiler would copy x to (B, groups, C / groups, H, W) and back. Without these copies
+        # a training pass moves a tenth less (benchmarks/NOTES.md).
+        B, C, H, W = x.shape
+        pixels = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
+        variances, means = torch.var_mean(pixels, dim=1, correction=0)  # (B, C)
+        variances = variances.view(B, self.num_groups, -1)
+        means = means.view(B, self.num_groups, -1)
+        # The variance of a group is the mean of its channels' variances, plus the variance of
+        # their means.
+        variance = variances.mean(2, keepdim=True) + means.var(2, correction=0, keepdim=True)
+        mean = means.mean(2, keepdim=True).expand_as(means).reshape(B, 1, C)
+        scale = torch.rsqrt(variance + self.eps) * self.weight.view(self.num_groups, -1)
+        y = (pixels - mean) * scale.reshape(B, 1, C) + self.bias
+        return y.to(x.dtype).reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"]) -> Tensor:
@@ -41,10 +80,8 @@ def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"])
     This is Section 3.5 of "Attention Is All You Need" in the form of Ho's code: all sines first,
     then all cosines, with the frequencies 10000^(-i / (dim/2 - 1)) for i = 0 .. dim/2 - 1, which
     fall from 1 to exactly 1/10000. In the dialect of diffusers the cosines come first, and dim/2
-    replaces dim/2 - 1. Raises ValueError unless dim is even and at least 4.
+    replaces dim/2 - 1. dim is even and at least 4.
     """
-    if dim < 4 or dim % 2:
-        raise ValueError(f"the embedding's dim is {dim}; it must be even and at least 4")
     half_dim = dim // 2
     i = torch.arange(half_dim, dtype=torch.float32, device=t.device)
     exponents = i / (half_dim - dialect.freq_shift)
@@ -84,11 +121,13 @@ class ResidualBlock(nn.Module):
     `norm(channels)` returns a GroupNorm.
     """
 
-    # `UNet.set_recompute` changes this.
-    recompute_norms = False
-
     def __init__(
-        self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm: Norm
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_dim: int,
+        dropout: float,
+        norm: Callable[[int], GroupNorm],
     ):
         super().__init__()
         self.norm_1 = norm(in_channels)
@@ -101,50 +140,27 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, time_embedding: Tensor, *parts: Tensor) -> Tensor:
-        """Map parts (B, C_i, H, W), whose C_i add up to in_channels, to (B, out_channels, H, W)."""
-        call = partial(recomputing, self.recompute_norms)
-        # With `recompute_norms` the shortcut and the first layer each concatenate the parts, so the
-        # concatenation is not kept for backward.
-        if not self.recompute_norms:
-            parts = [concatenate(*parts)]
-        shortcut = call(lambda *parts: self.shortcut(concatenate(*parts)), *parts)
-        h = call(self.first_layer, *parts)
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
+        """Map x (B, in_channels, H, W) and embedding (B, time_dim) to (B, out_channels, H, W)."""
+        h = F.silu(self.norm_1(x))
+        h = self.conv_1(h)
         h = h + self.time_projection(F.silu(time_embedding))[:, :, None, None]
-        h = call(self.second_layer, h)
-        return h + shortcut
-
-    def first_layer(self, *parts: Tensor) -> Tensor:
-        h = self.norm_1(concatenate(*parts))
-        h = F.silu(h)
-        return self.conv_1(h)
-
-    def second_layer(self, h: Tensor) -> Tensor:
         h = F.silu(self.norm_2(h))
-        h = self.dropout(h)
-        return self.conv_2(h)
-
-
-def concatenate(*parts: Tensor) -> Tensor:
-    """Concatenate parts (B, C_i, H, W) to (B, sum of C_i, H, W)."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        h = self.conv_2(self.dropout(h))
+        return h + self.shortcut(x)
 
 
 class SelfAttention(nn.Module):
     """Self-attention over all H x W positions, added to its input.
 
-    `head_dim` is the number of channels per head; None means one head. Raises ValueError if
-    `head_dim` does not divide `channels`.
+    `head_dim` is the number of channels per head, a divisor of `channels`; None means one head.
     """
 
-    # `UNet.set_recompute` changes this.
-    recompute_norms = False
-
-    def __init__(self, channels: int, norm: Norm, head_dim: int | None = None):
+    def __init__(
+        self, channels: int, norm: Callable[[int], GroupNorm], head_dim: int | None = None
+    ):
         super().__init__()
         self.head_dim = head_dim or channels
-        if channels % self.head_dim:
-            raise ValueError(f"{channels} channels cannot be cut into heads of {self.head_dim}")
         self.norm = norm(channels)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)
@@ -152,24 +168,18 @@ class SelfAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        H, W = x.shape[2:]
-        qkv = recomputing(self.recompute_norms, self.queries_keys_values, x)  # (B, 3 C, H, W)
-        qkv = qkv.flatten(2).transpose(1, 2)  # (B, H W, 3 C)
-        qkv = qkv.unflatten(2, (3, -1, self.head_dim))  # (B, H W, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H W, head_dim)
-        h = F.scaled_dot_product_attention(q, k, v)
-        h = h.transpose(1, 2).flatten(2)  # (B, H W, C)
-        h = h.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+        h = self.norm(x)
+        q = self.heads(self.query(h))
+        k = self.heads(self.key(h))
+        v = self.heads(self.value(h))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H W, head_dim)
+        h = h.transpose(2, 3).reshape(x.shape)  # (B, C, H, W)
         return x + self.out(h)
 
-    def queries_keys_values(self, x: Tensor) -> Tensor:
-        """Normalise x (B, C, H, W) and return its queries, keys and values: (B, 3 C, H, W)."""
-        # The three layers run as one convolution. When backward recomputes the norm, it repeats all
-        # convolutions after it except the last: two of three, but none of one.
-        layers = (self.query, self.key, self.value)
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers])
-        return F.conv2d(self.norm(x), weight, bias)
+    def heads(self, x: Tensor) -> Tensor:
+        """Cut the channels of x (B, C, H, W) into heads: (B, heads, H W, head_dim)."""
+        x = x.unflatten(1, (-1, self.head_dim))  # (B, heads, head_dim, H, W)
+        return x.flatten(3).transpose(2, 3)
 
 
 class Downsample(nn.Module):
@@ -198,30 +208,5 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] * x.shape[3] < MIN_FUSED_PIXELS:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-        # The doubled image has every pixel four times, so a 3x3 window of it has only 2x2 different
-        # pixels. So doubling and convolution together equal one transposed convolution of stride 2,
-        # whose 4x4 kernel has sums of the weights. It needs 4/9 of the operations, and no doubled
-        # image is kept for backward.
-        kernel = fused_kernel(self.conv.weight)
-        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
-
-
-def fused_kernel(weight: Tensor) -> Tensor:
-    """Return the kernel of the transposed convolution that doubles an image and convolves it.
-
-    `weight` is (C_out, C_in, 3, 3), the kernel for the doubled image. The result is
-    (C_in, C_out, 4, 4).
-    """
-    # In one dimension, pixel i becomes the doubled pixels 2i and 2i + 1, and output o applies
-    # weight d to the doubled pixel o + d - 1. So pixel i gets
-    #     in output 2i - 1: weight 2,
-    #     in output 2i:     weights 1 and 2,
-    #     in output 2i + 1: weights 0 and 1,
-    #     in output 2i + 2: weight 0.
-    for dim in (2, 3):
-        first, second, third = weight.unbind(dim)
-        weight = torch.stack([third, second + third, first + second, first], dim)
-    return weight.transpose(0, 1)
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x)

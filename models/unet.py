@@ -6,19 +6,19 @@ The architecture is that of Ho et al. 2020, Appendix B.
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import (
+    DIALECTS,
     Downsample,
+    GroupNorm,
     ResidualBlock,
     SelfAttention,
     TimeEmbedding,
     Upsample,
-    recomputing,
 )
-from models.dialects import DIALECTS
-from models.group_norm import GroupNorm
 
 # Each level has this many residual blocks on the way down. On the way up it has one more, for one
 # more skip connection: from the downsampling into the level or, at the full resolution, from the
@@ -48,7 +48,7 @@ class UNet(nn.Module):
         dropout: probability inside each residual block.
         norm_groups: groups of each GroupNorm. They must divide every level's channels.
         dialect: "ho", the paper's network; or "diffusers", which differs in the details that
-            models/dialects.py lists.
+            `Dialect` in models/blocks.py lists.
     """
 
     def __init__(
@@ -71,8 +71,6 @@ class UNet(nn.Module):
                 f"{levels} levels lead from {image_size} to {lowest:g} pixels, "
                 f"not to lowest_resolution_size = {lowest_resolution_size}"
             )
-        if dialect not in DIALECTS:
-            raise ValueError(f"dialect is {dialect!r}; it can be {' or '.join(DIALECTS)}")
         self.image_size = image_size
         self.channels = channels
 
@@ -128,7 +126,6 @@ class UNet(nn.Module):
         self.norm_out = norm(dim)
         self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
         self.reset_parameters()
-        self.set_recompute("none")
 
     def reset_parameters(self) -> None:
         """Draw initial weights as Ho's code does: Glorot's (uniform, fan average), zero biases."""
@@ -140,28 +137,6 @@ class UNet(nn.Module):
                 initialise = nn.init.zeros_ if is_last else nn.init.xavier_uniform_
                 initialise(layer.weight)
                 nn.init.zeros_(layer.bias)
-
-    def set_recompute(self, recompute: str) -> None:
-        """Choose which activations backward recomputes, instead of keeping them (checkpointing).
-
-        The gradients stay the same. docs/speed.md has the memory and time of each choice.
-
-        Args:
-            recompute: one of these; any other value raises ValueError.
-                "none": nothing.
-                "norms": the inputs of convolutions, without recomputing a convolution. In residual
-                blocks it repeats concatenation, norm, SiLU and dropout; in attention the norm; at
-                the output norm and SiLU.
-        """
-        if recompute not in ("none", "norms"):
-            raise ValueError(f"recompute is {recompute!r}; it can be none or norms")
-        # On MPS recomputing cannot repeat the same dropout, so with dropout nothing is recomputed.
-        if self.conv_in.weight.device.type == "mps" and self.middle_block_1.dropout.p > 0:
-            recompute = "none"
-        self.recompute = recompute
-        for module in self.modules():
-            if isinstance(module, (ResidualBlock, SelfAttention)):
-                module.recompute_norms = recompute == "norms"
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise, or v, in images x_t at timesteps t (B,) int64, 0 .. T-1.
@@ -175,25 +150,22 @@ class UNet(nn.Module):
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = attention(block(time_embedding, h))
+                h = attention(block(h, time_embedding))
                 skips.append(h)  # (B, dims[level], H / 2^level, W / 2^level)
             if "downsample" in stage:
                 h = stage["downsample"](h)
                 skips.append(h)
 
-        h = self.middle_block_1(time_embedding, h)
+        h = self.middle_block_1(h, time_embedding)
         h = self.middle_attention(h)
-        h = self.middle_block_2(time_embedding, h)
+        h = self.middle_block_2(h, time_embedding)
 
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                # The block concatenates h and the skip connection.
-                h = attention(block(time_embedding, h, skips.pop()))
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = attention(block(h, time_embedding))
             if "upsample" in stage:
                 h = stage["upsample"](h)
 
-        return recomputing(self.recompute == "norms", self.output_layer, h)
-
-    def output_layer(self, h: Tensor) -> Tensor:
         h = F.silu(self.norm_out(h))
-        return self.conv_out(h)
+        return self.conv_out(h)  # (B, channels, H, W)

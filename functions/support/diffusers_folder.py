@@ -30,7 +30,7 @@ from functions.support.files import (
     write_tensors,
     write_text,
 )
-from models.dialects import DIALECTS
+from models.blocks import DIALECTS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "diffusion_pytorch_model.bin"
