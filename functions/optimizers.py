@@ -12,9 +12,9 @@ MOMENTUM = 0.95
 # Muon moves only weights with at least this many rows and columns. Adam moves the biases, the norms
 # and the last convolution.
 SMALLEST_SIDE = 16
-# A stack of matrices has at most this many elements, unless one matrix has more. Larger stacks do
-# not fit in the cache, and took up to 1.4 times as long on a CPU.
-STACK = 2**19
+# On a CPU a stack of matrices has at most this many elements, unless one matrix has more. Larger
+# stacks do not fit in the cache, and took up to 1.4 times as long.
+CPU_STACK = 2**19
 # A step of Newton-Schulz maps each singular value s to A s + B s^3 + C s^5. With Jordan's
 # coefficients, five steps bring all from 0.002 to 1 to between 0.68 and 1.2; 0 stays 0.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -83,35 +83,39 @@ class Muon(Adam):
         super().step()
         for p, gradient in gradients.items():
             p.grad = gradient
-        # Matrices of equal shape are multiplied together, as many as a cache may hold.
+        found_inf = self.found_inf
+        if found_inf is None:
+            found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        skipped = found_inf > 0
+        # Matrices of equal shape are multiplied together: on a CPU as many as its cache may hold,
+        # on a GPU all, because launching kernels takes longer there than computing.
         for weights in stacks.values():
-            count = max(1, STACK // weights[0].numel())
+            count = len(weights)
+            if weights[0].device.type == "cpu":
+                count = max(1, CPU_STACK // weights[0].numel())
             for start in range(0, len(weights), count):
-                self.move(weights[start : start + count])
+                self.move(weights[start : start + count], skipped)
 
-    def move(self, weights: list[Tensor]) -> None:
-        """Make one step of N weights of equal shape."""
+    def move(self, weights: list[Tensor], skipped: Tensor) -> None:
+        """Make one step of N weights of equal shape, unless `skipped` () is true."""
         group = self.param_groups[0]
-        skipped = self.found_inf
-        if skipped is None:
-            skipped = torch.zeros((), device=weights[0].device)
-        stack = []
-        for p in weights:
-            momentum = self.state[p]["exp_avg"]
-            # In a skipped step the momentum takes the gradient's place, so it does not change. A
-            # gradient that is NaN would stay NaN if it were multiplied by 0.
-            gradient = torch.where(skipped > 0, momentum, p.grad)
-            momentum.lerp_(gradient, 1 - MOMENTUM)
-            # Nesterov's momentum is a step ahead.
-            ahead = gradient.lerp_(momentum, MOMENTUM)
-            # Channels come last, as in memory. The factor's columns have the same order.
-            stack.append(ahead.movedim(1, -1).flatten(1))  # (out, k k in)
-        matrices = torch.stack(stack)
+        # Channels come last, as in memory: (N, out, k, k, in). The columns of the factors have the
+        # same order.
+        momenta = [self.state[p]["exp_avg"].movedim(1, -1) for p in weights]
+        momentum = torch.stack(momenta)
+        gradient = torch.stack([p.grad.movedim(1, -1) for p in weights])
+        # In a skipped step the momentum takes the gradient's place, so it does not change. A
+        # gradient that is NaN would stay NaN if it were multiplied by 0.
+        gradient = torch.where(skipped, momentum, gradient)
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        torch._foreach_copy_(momenta, momentum.unbind())
+
+        # Nesterov's momentum is a step ahead.
+        matrices = gradient.lerp_(momentum, MOMENTUM).flatten(2)  # (N, out, k k in)
         factors = orthogonal_factor(matrices, group["eps"], group["precision"])
-        scale = 0.2 * math.sqrt(max(matrices.shape[1:])) * group["lr"] * (1 - skipped)
-        for p, factor in zip(weights, factors, strict=True):
-            weight = p.movedim(1, -1)
-            weight.addcmul_(factor.view(weight.shape), scale, value=-1)
+        updates = factors.masked_fill_(skipped, 0).view(momentum.shape)
+        scale = 0.2 * math.sqrt(max(matrices.shape[1:])) * group["lr"]
+        torch._foreach_sub_([p.movedim(1, -1) for p in weights], updates.unbind(), alpha=scale)
 
 
 def is_matrix(p: Tensor) -> bool:
@@ -134,4 +138,5 @@ def orthogonal_factor(matrices: Tensor, eps: float, precision: torch.dtype) -> T
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
-    return x.float().mul_(norm / (norm + floor))
+    # x may be in half precision, but the product is float32.
+    return x * (norm / (norm + floor))
