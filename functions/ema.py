@@ -12,17 +12,22 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
 def update_ema(
-    ema_model: nn.Module, model: nn.Module, step: int, decay: float, ramp: bool = True
+    averages: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    step: int,
+    decay: float,
+    ramp: bool = True,
 ) -> None:
     """Update each average in place: average = decay * average + (1 - decay) * parameter.
 
     Args:
-        ema_model: a deep copy of `model`, made before training.
+        averages: the parameters of a deep copy of the network, made before training.
+        parameters: the network's, in the same order.
         step: the number of earlier updates, 0, 1, ...
         decay: the final decay, 0 <= decay < 1, such as 0.9999.
         ramp: use min(decay, (1 + step) / (10 + step)) as the decay. False uses the final decay from
@@ -32,8 +37,6 @@ def update_ema(
     # Otherwise they would persist for about 1 / (1 - decay) steps, and spoil samples of short runs.
     if ramp:
         decay = min(decay, (1 + step) / (10 + step))
-    averages = list(ema_model.parameters())
-    parameters = list(model.parameters())
     torch._foreach_lerp_(averages, parameters, 1 - decay)
 
 

@@ -43,7 +43,8 @@ def test_the_updates_give_each_step_its_share(length, trajectory):
     model, average = nn.Linear(300, 1, bias=False).double(), nn.Linear(300, 1, bias=False).double()
     for step, weights in enumerate(trajectory[:100]):
         model.weight.data[:] = weights
-        update_ema(average, model, step, power_decay(length, step), ramp=False)
+        decay = power_decay(length, step)
+        update_ema([average.weight], [model.weight], step, decay, ramp=False)
     expected = shares(length, 100) @ trajectory[:100]
     torch.testing.assert_close(average.weight.data[0], expected, rtol=1e-12, atol=1e-12)
 
