@@ -31,7 +31,6 @@ def experiments() -> dict[str, "Experiment"]:
             warmup_steps=200,
             lr_schedule="cosine",
             ema_decay=0.998,
-            recompute="none",
             log_every=25,
             validate_every=250,
             sample_every=500,
@@ -92,6 +91,7 @@ def experiments() -> dict[str, "Experiment"]:
             ema_decay=0.0,
             precision="auto",
             seed=0,
+            compile=True,
             snapshot_every=1770,
             grid_images=20,
         ),
@@ -158,6 +158,7 @@ def experiments() -> dict[str, "Experiment"]:
             clip_grad_norm=1.0,
             warmup_steps=5000,
             ema_decay=0.9999,
+            compile=True,
             snapshot_every=40_000,
             grid_images=64,
         ),
@@ -206,6 +207,8 @@ RECORDING_FIELDS = (
     "grid_sampler",
     "grid_steps",
 )
+# Sampling reads earlier checkpoints, too, but their runs can be resumed only with this commit.
+LAST_COMMIT_FOR_EARLIER_RUNS = "447a7f4"
 # Error messages describe the values of each type in this way.
 TYPE_DESCRIPTIONS = {
     int: "an integer",
@@ -236,9 +239,7 @@ CHOICES = {
     "t_sampling": ("uniform", "mixed"),
     "optimizer": ("adam", "muon"),
     "lr_schedule": ("constant", "cosine"),
-    "recompute": ("none", "norms"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
-    "compile": ("auto", "off"),
     "grid_sampler": SAMPLERS,
     "dialect": ("ho", "diffusers"),
 }
@@ -253,7 +254,8 @@ class DiffusionConfig:
     dataset_name: str
     # The learning rate after the warm-up.
     learning_rate: float
-    # The most images in one forward pass. A run lowers it if there is not enough memory.
+    # The most images in one forward pass. Half of it with twice the gradient_accumulation gives the
+    # same result in about half of the memory (docs/speed.md).
     batch_size: int
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
@@ -315,14 +317,12 @@ class DiffusionConfig:
     # lengths after training: 0.05,0.1 is enough. Each takes the memory of the weights, and is saved
     # with each snapshot. "": none.
     power_ema: tuple[float, ...] = ()
-    # Precision of the network: "float32", "bfloat16", "float16"; or "auto", the fastest that the
-    # hardware supports.
+    # Precision of the network: "float32" (on CUDA as PyTorch sets it, which is TF32 in
+    # convolutions), "bfloat16", "float16"; or "auto", the fastest that the hardware supports.
     precision: str = "auto"
-    # What backward recomputes: "none"; or "norms", which keeps a third of the activations and is
-    # nearly free at 128 px (docs/speed.md).
-    recompute: str = "norms"
-    # Whether to compile the network: "auto", on CUDA if that saves time in this run; or "off".
-    compile: str = "auto"
+    # On CUDA, compile the network before the first step, which takes minutes and makes the steps of
+    # large networks shorter (docs/speed.md). Not with deterministic = True.
+    compile: bool = False
     # Seed of all random numbers.
     seed: int = 0
     # On CUDA, use only deterministic kernels, which are slower. On CPUs all kernels are
@@ -509,7 +509,7 @@ class Experiment:
         """
         changed = self.override(diffusion, model)
         # Another GPU may lack bfloat16, so precision may change.
-        may_change = {*RECORDING_FIELDS, "epochs", "recompute", "compile", "precision"}
+        may_change = {*RECORDING_FIELDS, "epochs", "compile", "precision"}
         # Another GPU may have less memory. With the same effective batch, a step differs only in
         # its dropout.
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:
@@ -557,16 +557,14 @@ class Experiment:
     def from_dict(config: dict) -> "Experiment":
         """Invert `to_dict`. Raises ConfigError when fields are missing or unknown."""
         try:
-            # Runs of earlier versions lack grid_sampler, and made their grids with ddpm.
-            diffusion = {"grid_sampler": "ddpm"} | config["diffusion"]
-            # They could recompute "blocks", too.
-            if diffusion.get("recompute") == "blocks":
-                diffusion["recompute"] = "norms"
-            return Experiment(DiffusionConfig(**diffusion), ModelConfig(**config["model"]))
+            return Experiment(
+                DiffusionConfig(**config["diffusion"]), ModelConfig(**config["model"])
+            )
         except (KeyError, TypeError) as error:
             why = repr(str(error)[:200])
             raise ConfigError(
-                f"the saved config does not fit this version in 'diffusion' or 'model': {why}"
+                f"the saved config does not fit this version in 'diffusion' or 'model': {why}; "
+                f"runs from before 2026-11-28 continue with commit {LAST_COMMIT_FOR_EARLIER_RUNS}"
             ) from error
 
 

@@ -10,6 +10,7 @@ On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.
 import argparse
 import copy
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
+from functions.support.errors import EXIT_STOPPED
 from functions.support.processes import Processes, distributed
 from functions.support.random_numbers import StepDraws, seed_of, training_draws
 from functions.support.run_folder import (
@@ -64,8 +66,9 @@ from functions.support.run_folder import (
     run_to_resume,
 )
 from functions.timesteps import mixed_timesteps
-from functions.training.compiling import compile_if_worth_it
-from functions.training.memory import describe_compute, fit_memory
+from functions.training.compiling import compile_network
+from functions.training.cost import describe_cost
+from functions.training.memory import explain_lack_of_memory
 from functions.training.recorder import Recorder
 from models.unet import UNet
 
@@ -94,7 +97,10 @@ def main() -> None:
             run = new_run(name, args.runs, args.init, changes, processes)
         else:
             run = open_run(folder, args.experiment, args.init, changes, processes)
-        train(run, device, processes, args.dry_run)
+        with explain_lack_of_memory(run, processes):
+            finished = train(run, device, processes, args.dry_run)
+    if not finished:
+        sys.exit(EXIT_STOPPED)
 
 
 def parse_flags() -> argparse.Namespace:
@@ -246,28 +252,38 @@ def open_run(
     return Run(name, resumed, folder.parent, folder, checkpoint, prior_facts)
 
 
-def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = False) -> None:
+def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = False) -> bool:
     """Train a run to its last step; a resumed run starts at its checkpoint.
 
-    With `dry_run`, prepare the data and describe the run instead.
+    Returns False if a signal has stopped the run before. With `dry_run`, prepare the data and
+    describe the run instead.
     """
     # Data
     image_set, split = load_data(run.experiment)
     feeder = ImageFeeder(image_set.images, device)
     total_steps = count_steps(run, split, processes)
+    steps = range(run.first_step, total_steps)
+    config = run.experiment.diffusion
+    image_shape = run.experiment.model.image_shape
+    # Each process has its share of every effective batch, in passes of at most batch_size images.
+    share = processes.shard(config.effective_batch)
+    passes = forward_passes(share, config.batch_size)
 
     # Network
     denoiser = build_denoiser(run, device)
     model, scheduler, precision = denoiser.network, denoiser.scheduler, denoiser.precision
     state = build_training_state(run, denoiser, device)
-
-    # This lowers batch_size if there is not enough memory.
-    if not dry_run:
-        run.experiment = fit_memory(run.experiment, denoiser, processes)
-    config = run.experiment.diffusion
-    image_shape = run.experiment.model.image_shape
+    ema_model, optimizer, scaler = state.ema_model, state.optimizer, state.scaler
+    sample_denoiser = replace(denoiser, network=ema_model or model)
+    network = processes.wrap(model, device)
+    train_network = network
+    if config.compile and not dry_run:
+        batch_sizes = {batch_slice.stop - batch_slice.start for batch_slice in passes}
+        train_network = compile_network(network, denoiser, config, scaler, batch_sizes, processes)
+    train_denoiser = replace(denoiser, network=train_network)
 
     # Facts of the run, which are printed and saved in config.json and checkpoints
+    compiled = train_network is not network
     facts = Facts(
         total_steps=total_steps,
         steps_per_epoch=total_steps // config.epochs,
@@ -278,30 +294,28 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
         terminal_snr=scheduler.terminal_snr,
         device=str(device),
         initial=run.prior_facts.initial,
-        arithmetic=arithmetic(device, precision, processes.count, config.batch_size),
+        arithmetic=arithmetic(device, precision, processes.count, config.batch_size, compiled),
     )
-    steps = range(run.first_step, total_steps)
     processes.print_main(describe(run, facts, image_set.summary))
     if dry_run:
         processes.print_main(
-            describe_compute(run.experiment, denoiser, state.optimizer, len(steps), processes)
+            describe_cost(run.experiment, denoiser, optimizer, len(steps), len(share))
         )
         folder = run.folder or run.runs_folder / f"{run.name}-<time>"
         processes.print_main(
             f"  images in  {image_set.path}\n  goes to    {folder}\nnothing was started"
         )
-        return
+        return True
 
-    # Each process has its share of every effective batch, in passes of at most batch_size images.
-    passes = forward_passes(processes.shard(config.effective_batch), config.batch_size)
     batches = feeder.feed(
         micro_batches(split.train_indices, config.seed, config.effective_batch, passes, steps)
     )
-    ema_model, optimizer, scaler = state.ema_model, state.optimizer, state.scaler
-    sample_denoiser = replace(denoiser, network=ema_model or model)
-    network = processes.wrap(model, device)
-    train_denoiser = compile_if_worth_it(denoiser, network, config, passes, len(steps), processes)
-
+    # Listing the parameters takes as long as launching some kernels, so it is done once.
+    parameters = list(model.parameters())
+    ema_parameters = list(ema_model.parameters()) if ema_model else []
+    power_parameters = {
+        length: list(average.parameters()) for length, average in state.power_emas.items()
+    }
     recorder = Recorder(run, facts, state, sample_denoiser, feeder, split.val_indices, processes)
     with recorder.opened():
         # Algorithm 1, lines 1 and 6: "repeat until converged" is a fixed number of steps here.
@@ -342,7 +356,7 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             optimizer.param_groups[0]["lr"] = learning_rate(config, step, total_steps)
             scaler.unscale_(optimizer)
             max_norm = config.clip_grad_norm or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
             processes.sum_(sums)
             optimizer.found_inf = recorder.bad_numbers.check(sums[0], grad_norm)
             optimizer.step()
@@ -351,16 +365,18 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
             # allocated twice.
             optimizer.zero_grad(set_to_none=processes.count == 1)
 
-            if ema_model:
+            if ema_parameters:
                 # An EMA that starts from trained weights has its full decay from the first step on,
                 # so that it does not forget them.
                 ramp = not facts.initial
-                update_ema(ema_model, model, step, config.ema_decay, ramp)
-            for length, average in state.power_emas.items():
-                update_ema(average, model, step, power_decay(length, step), ramp=False)
+                update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
+            for length, average in power_parameters.items():
+                update_ema(average, parameters, step, power_decay(length, step), ramp=False)
             recorder.window.add(sums, optimizer.found_inf)
-            recorder.after_step(step + 1, grad_norm)
+            if not recorder.after_step(step + 1, grad_norm):
+                return False
     processes.print_main(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
+    return True
 
 
 def load_data(experiment: Experiment) -> tuple[ImageSet, Split]:
@@ -413,10 +429,10 @@ def build_denoiser(run: Run, device: torch.device) -> Denoiser:
     )
     # This seed is for the initial weights. Every later draw has another seed.
     torch.manual_seed(config.seed)
-    model = UNet(**vars(run.experiment.model)).to(device, memory_format=fast_layout(device))
+    layout = fast_layout(device, training=True)
+    model = UNet(**vars(run.experiment.model)).to(device, memory_format=layout)
     if run.initial:
         load_into(model, run.initial)
-    model.set_recompute(config.recompute)
     scheduler = NoiseScheduler(
         config.timesteps_diff,
         config.beta_start,

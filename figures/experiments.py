@@ -11,6 +11,7 @@ draw      add these measurements to figures/experiments.json, print that file as
 """
 
 import json
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights, open_checkpoint
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.device import choose_device
+from functions.support.errors import EXIT_STOPPED
 from functions.support.pictures import grid_of, plt, save_figure, save_image
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, runs_of
@@ -185,7 +187,8 @@ def train_arm(arm: str, seed: int, photos: str | None) -> None:
 
     # train.py has no min-SNR weight, so this arm replaces the loss function.
     with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
-        train.train(run, choose_device("auto"), SINGLE_PROCESS)
+        if not train.train(run, choose_device("auto"), SINGLE_PROCESS):
+            sys.exit(EXIT_STOPPED)
 
 
 def min_snr_loss(
@@ -216,7 +219,7 @@ def measure(run: Path) -> None:
         if path.exists():
             continue
         options = SamplerOptions(calibrate=None if kind == "plain" else kind)
-        sampler = with_calibration(replace(plain, options=options), saved, SINGLE_PROCESS)
+        sampler = with_calibration(replace(plain, options=options), saved)
 
         bands = measure_bands(sampler.denoiser, load_x_0, split.val_indices, average, 64, 0)
         numbers = {"bands": bands.facts(), **measure_samples(sampler, features, path)}

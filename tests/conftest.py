@@ -49,7 +49,6 @@ TINY = shlex.split("""
     --diffusion.grid-images 4
     --diffusion.grid-steps 4
     --diffusion.precision float32
-    --diffusion.recompute norms
     --device cpu
 """)
 # With these flags it has one level, which has all kinds of layers but those between levels.
@@ -257,21 +256,3 @@ interrupt = mock.Mock(side_effect=KeyboardInterrupt)
 def terminate():
     """Send this process the signal that asks it to end."""
     signal.raise_signal(signal.SIGTERM)
-
-
-def pytest_addoption(parser):
-    """Add the flags of tests/test_fuzz.py to pytest's own."""
-    parser.addoption(
-        "--fuzz-cases",
-        type=int,
-        default=300,
-        metavar="N",
-        help="Number of cases of tests/test_fuzz.py in all. Default: 300.",
-    )
-    parser.addoption(
-        "--fuzz-seed",
-        type=int,
-        default=0,
-        metavar="S",
-        help="Number of the first case of each kind. Default: 0.",
-    )

@@ -60,29 +60,12 @@ class TrainingState:
         tensors = self.tensors()
         saved = file.tensors()
         check_fit(tensors, saved, file.path)
-        for name, tensor in saved.items():
-            # Adam takes the roots of exp_avg_sq and of 1 - beta_2^step, which must not be negative.
-            if name.startswith(("step.", "exp_avg_sq.")) and (tensor < 0).any():
-                raise CheckpointError(f"{file.path}: {name} is negative")
-
-        scaler = self.scaler.state_dict()
-        saved_scaler = file.contents["scaler"]
-        # Either is empty where the precision is not float16, and then the scaler stays as it is.
-        if scaler and saved_scaler:
-            scale = saved_scaler.get("scale")
-            tracker = saved_scaler.get("_growth_tracker")
-            scale_fits = type(scale) is float and 0 < scale < 2**127
-            tracker_fits = type(tracker) is int and 0 <= tracker < 2**31
-            if not (scale_fits and tracker_fits):
-                raise CheckpointError(
-                    f"{file.path}: its gradient scaler has scale {short(scale)}, which cannot be"
-                )
-            scaler |= {"scale": scale, "_growth_tracker": tracker}
-
-        # Nothing has changed up to here, and nothing that follows can fail.
+        # Either state is empty where the precision is not float16. Then the scaler stays as it is.
+        scaler = file.contents["scaler"]
+        if scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.scaler.state_dict() | scaler)
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
-        self.scaler.load_state_dict(scaler)
 
 
 @dataclass(frozen=True)
@@ -106,6 +89,11 @@ class SavedModel:
     def model(self) -> ModelConfig:
         """Return the network's config. Raises ConfigError or TypeError for an invalid one."""
         return ModelConfig(**self.config["model"])
+
+    @property
+    def precision(self) -> str | None:
+        """Return the precision in which the model was trained, or None if that is unknown."""
+        return self.provenance.get("arithmetic", {}).get("precision")
 
     @property
     def name(self) -> str:
@@ -181,19 +169,12 @@ def load_weights(path: Path) -> SavedModel:
     """Read the EMA weights of a checkpoint or an exported file, or the raw ones if it has no EMA.
 
     No other tensors are read. Raises CheckpointError as `open_checkpoint` does, for damaged
-    weights, and when the averages in the file are not called ema.NAME.
+    weights.
     """
     file = open_checkpoint(path)
     part, kind = "ema.", "EMA"
     weights = file.tensors(part)
     if not weights:
-        # A file with averages of another name, such as ema_0.9999.NAME, is refused. Using the raw
-        # weights instead would silently give a different model.
-        for name in file.checksums:
-            if name.startswith("ema"):
-                raise CheckpointError(
-                    f"{path}: EMA weights must be called ema.NAME, but the first is {short(name)}"
-                )
         part, kind = "model.", "raw"
         weights = file.tensors(part)
     checksums = {name: file.checksums[part + name] for name in weights}

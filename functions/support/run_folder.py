@@ -154,16 +154,7 @@ def describe(run: Run, facts: Facts, data_summary: str) -> str:
     averages = len(config.power_ema)
     if config.snapshot_every:
         count = math.ceil(facts.total_steps / config.snapshot_every)
-        line = f"  snapshots  {count:,} of {megabytes:,.1f} MB each"
-        if averages:
-            total = count * averages
-            line += f", and {total:,} of power averages: {total * megabytes / 1e3:,.2f} GB more"
-        lines.append(line)
-    if averages:
-        lengths = ", ".join(map(str, config.power_ema))
-        # In memory, a parameter takes 4 bytes.
-        memory = 2 * averages * megabytes
-        lines.append(f"  averages   of relative length {lengths}: {memory:,.1f} MB of memory more")
+        lines.append(f"  snapshots  {count * (1 + averages):,} of {megabytes:,.1f} MB each")
 
     warnings = run.experiment.warnings()
     if snr > VISIBLE_SNR:

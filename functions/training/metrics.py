@@ -97,17 +97,9 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
         try:
             values = {}
             for column in COLUMNS:
-                # Older runs have no columns eps_error. They all predicted eps, so the error of eps
-                # is their loss.
-                older_column = column.replace("eps_error", "loss")
-                cell = row.get(column, row.get(older_column))
+                cell = row.get(column)
                 values[column] = float(cell) if cell else None
             values["step"] = int(row["step"])
-            # A run that was stopped left its measurements to the resumed run, which wrote them into
-            # a second row of the same step.
-            if rows and rows[-1]["step"] == values["step"]:
-                measurements = {name: value for name, value in values.items() if value is not None}
-                values = rows.pop() | measurements
             rows.append(values)
         except (ValueError, TypeError, KeyError):
             print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
@@ -152,9 +144,7 @@ class TrainingWindow:
 
     def load(self, state: dict[str, list[float] | int]) -> None:
         """Restore the sums that `state` returned. Their steps do not count for the speed."""
-        # Older checkpoints have one sum. All older runs predicted eps, so it is both sums.
-        sums = state["sums"] if "sums" in state else 2 * [state["loss_sum"]]
-        self.sums_of_losses.copy_(torch.tensor(sums))
+        self.sums_of_losses.copy_(torch.tensor(state["sums"]))
         self.steps.fill_(int(state["steps"]))
 
     def add(self, sums: Tensor, skipped: Tensor) -> None:

@@ -1,12 +1,10 @@
 """The work between two steps: metrics, validation, sample grids, checkpoints and stopping."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -19,8 +17,6 @@ from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import TrainingState, save_checkpoint, save_snapshot
-from functions.support.errors import EXIT_STOPPED, CheckpointError
-from functions.support.files import TensorFile
 from functions.support.pictures import save_grid
 from functions.support.processes import Processes
 from functions.support.run_folder import Facts, Run, delete_old, locked, power_path
@@ -58,7 +54,9 @@ class Recorder:
         self.window = TrainingWindow(self.feeder.device, self.config.effective_batch)
         self.bad_numbers = BadNumbers(self.feeder.device)
         if self.run.checkpoint:
-            self.load(self.run.checkpoint)
+            saved = self.run.checkpoint.contents["run"]
+            self.window.load(saved["window"])
+            self.bad_numbers.load(saved["bad_numbers"])
         self.saved_at = time.monotonic()
         self.stop_signals = StopSignals()
         self.bar = tqdm(disable=True)
@@ -67,7 +65,7 @@ class Recorder:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Open the run folder, and catch up with the work that an interrupted run has left."""
+        """Lock the run folder, and open its files and the progress bar."""
         run = self.run
         with ExitStack() as stack:
             run.folder = self.processes.on_main(lambda: self.open_folder(stack))
@@ -80,9 +78,11 @@ class Recorder:
                 disable=not self.processes.is_main,
             )
             self.bar = stack.enter_context(bar)
-            self.catch_up(run.first_step)
-            # The data are prepared and the network is compiled, so no process is slow from here on.
-            self.processes.shorten_timeout()
+            # The next resumed run takes its config from the checkpoint, so changes are saved now.
+            checkpoint = run.checkpoint
+            if checkpoint and checkpoint.contents["config"] != run.experiment.to_dict():
+                with explain_failed_writes(run.folder):
+                    self.save(run.first_step)
             yield
 
     def open_folder(self, stack: ExitStack) -> Path:
@@ -99,56 +99,14 @@ class Recorder:
         print(f"  goes to    {run.folder}", flush=True)
         return run.folder
 
-    def catch_up(self, first_step: int) -> None:
-        """Do the work that a stopped run has left to the run that resumes it.
-
-        After a signal this run stops here, too, and leaves the work to the next one.
-        """
-        checkpoint = self.run.checkpoint
-        if not checkpoint:
-            return
-        with self.window.paused(), explain_failed_writes(self.run.folder):
-            unmeasured = checkpoint.contents["run"].get("unmeasured", False)
-            if unmeasured:
-                measurements = self.measurements_due(first_step)
-                unmeasured = self.write_row({"step": first_step}, measurements)
-            # The next resumed run takes its config from the checkpoint, so changes are saved now.
-            if checkpoint.contents["config"] != self.run.experiment.to_dict():
-                self.save(first_step, unmeasured)
-            if self.is_stopping(first_step):
-                self.stop_run()
-
-            if self.is_due(self.config.snapshot_every, first_step):
-                self.save_snapshot(first_step)
-            if self.is_due(self.config.sample_every, first_step):
-                grid = self.run.path_of("samples", first_step)
-                if not self.processes.on_main(grid.exists):
-                    self.sample(first_step)
-
-    def load(self, checkpoint: TensorFile) -> None:
-        """Restore the metrics and the counts of bad steps that `save` has written."""
-        saved = checkpoint.contents["run"]
-        try:
-            self.window.load(saved["window"])
-            self.bad_numbers.load(saved["bad_numbers"])
-        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise CheckpointError(
-                f"{checkpoint.path}: this version does not understand its part 'run', "
-                "so training cannot continue exactly; sampling works"
-            ) from error
-
-    def save(self, done: int, unmeasured: bool = False) -> None:
-        """Write a checkpoint to resume and sample from.
-
-        With `unmeasured`, the measurements due at this step are left to the resumed run.
-        """
+    def save(self, done: int) -> None:
+        """Write a checkpoint to resume and sample from."""
         self.saved_at = time.monotonic()
         if not self.processes.is_main:
             return
         contents = {
             "experiment": self.run.name,
             "step": done,
-            "unmeasured": unmeasured,
             **vars(self.facts),
             "window": self.window.state(),
             "bad_numbers": self.bad_numbers.state(),
@@ -158,7 +116,7 @@ class Recorder:
         delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
 
     def save_snapshot(self, done: int) -> None:
-        """Write the snapshots of a step, except those that the run has written before."""
+        """Write the snapshots of a step."""
         if not self.processes.is_main:
             return
         state = self.state
@@ -172,8 +130,7 @@ class Recorder:
         config = self.run.experiment.to_dict()
         facts = {"experiment": self.run.name, "step": done, **vars(self.facts)}
         for path, part, model, note in snapshots:
-            if not path.exists():
-                save_snapshot(path, config, facts | note, part, model)
+            save_snapshot(path, config, facts | note, part, model)
 
     def is_due(self, every: int, done: int) -> bool:
         """Return whether work that is done every `every` steps is due; 0 means never."""
@@ -188,17 +145,11 @@ class Recorder:
             measurements.append(self.bits_per_dim)
         return measurements
 
-    def is_stopping(self, done: int) -> bool:
-        """Return whether a signal to any process stops the run after this step."""
-        stop = self.stop_signals.received is not None or self.processes.orphaned
-        # All processes get the same answer, so that they stop after the same step.
-        return self.processes.any(stop) and done < self.facts.total_steps
+    def after_step(self, done: int, grad_norm: Tensor) -> bool:
+        """Do everything that is due when `done` steps are done, and return whether to go on.
 
-    def after_step(self, done: int, grad_norm: Tensor) -> None:
-        """Do everything that is due when `done` steps are done.
-
-        After a signal to any process, save a checkpoint and end all processes. There may be little
-        time after a signal, so measurements and the grid are left to the resumed run.
+        After a signal to any process, this saves a checkpoint and returns False in all of them.
+        There may be little time after a signal, so nothing is measured and no grid is drawn.
         """
         config = self.config
         epoch = min(done // self.facts.steps_per_epoch + 1, config.epochs)
@@ -207,39 +158,35 @@ class Recorder:
 
         # The clock stops here, so that images_per_second is the speed of training only.
         with self.window.paused(), explain_failed_writes(self.run.folder):
+            # All processes get the same answer, so that they stop after the same step.
+            stopping = self.processes.any(self.stop_signals.received is not None)
+            stopping = stopping and done < self.facts.total_steps
             measurements = self.measurements_due(done)
-            unmeasured = False
             if self.is_due(config.log_every, done) or measurements:
-                unmeasured = self.log(done, grad_norm, measurements)
-
-            stopping = self.is_stopping(done)
+                self.log(done, grad_norm, [] if stopping else measurements)
+            # The snapshot comes before the checkpoint: a run that is killed in between repeats the
+            # step, and writes it again.
+            if self.is_due(config.snapshot_every, done):
+                self.save_snapshot(done)
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
             if self.is_due(config.checkpoint_every, done) or overdue or stopping:
-                self.save(done, unmeasured)
-            if self.is_due(config.snapshot_every, done) and not stopping:
-                self.save_snapshot(done)
+                self.save(done)
             if self.is_due(config.sample_every, done) and not stopping:
                 self.sample(done)
 
         if stopping:
-            self.stop_run()
+            # torchrun ends all processes when one has ended. So they wait until rank 0 has saved.
+            self.processes.any(False)
+            reason = self.stop_signals.received or "a signal to another process"
+            self.processes.print_main(
+                f"stopped by {reason}, saved; "
+                f"continue with: python train.py --resume {self.run.folder}"
+            )
+        return not stopping
 
-    def stop_run(self) -> NoReturn:
-        """End all processes with EXIT_STOPPED, after a checkpoint has been saved."""
-        # torchrun ends all processes when one has ended. So they wait here until rank 0 has saved.
-        self.processes.any(False)
-        reason = self.stop_signals.received or "a signal to another process, or the end of torchrun"
-        self.processes.print_main(
-            f"stopped by {reason}, saved; continue with: python train.py --resume {self.run.folder}"
-        )
-        sys.exit(EXIT_STOPPED)
-
-    def log(self, done: int, grad_norm: Tensor, measurements: list[Measurement]) -> bool:
-        """Write a row of metrics, and show loss and speed in the progress bar.
-
-        Returns what `write_row` returns.
-        """
+    def log(self, done: int, grad_norm: Tensor, measurements: list[Measurement]) -> None:
+        """Write a row of metrics with these measurements, and show loss and speed in the bar."""
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
 
         # For a row without measurements, this is the only wait for the device.
@@ -254,33 +201,21 @@ class Recorder:
         )
         row = {
             "step": done,
+            "epoch": done / self.facts.steps_per_epoch,
             **self.window.read(scalars),
             "grad_norm": scalars["grad_norm"],
             "learning_rate": learning_rate,
             "skipped_steps": skipped,
         }
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
-        return self.write_row(row, measurements)
-
-    def write_row(self, row: dict[str, float], measurements: list[Measurement]) -> bool:
-        """Make these measurements, and write a row of metrics with their columns.
-
-        Returns whether measurements were left out, because a signal came before they began.
-        """
-        row["epoch"] = row["step"] / self.facts.steps_per_epoch
-        unmeasured = False
         # All processes measure, and rank 0 writes.
         for measure in measurements:
-            unmeasured = self.is_stopping(row["step"])
-            if unmeasured:
-                break
             row |= measure()
         if self.processes.is_main:
             self.metrics.write(**row)
             if measurements:
                 folder = self.run.folder
                 plot_losses(self.metrics.path, folder / "losses.png", title=folder.name)
-        return unmeasured
 
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""
@@ -318,8 +253,6 @@ class Recorder:
         config = self.config
         steps = min(config.grid_steps, config.timesteps_diff)
         options = SamplerOptions(config.grid_sampler, steps)
-        # If recording a CUDA graph failed, PyTorch's generator would become unusable, and dropout
-        # draws from it. Without a graph, a grid takes seconds.
         sampler = ImageSampler(
             self.denoiser,
             options,
@@ -327,7 +260,6 @@ class Recorder:
             config.seed,
             self.feeder.device,
             config.batch_size,
-            use_cuda_graph=False,
         )
 
         # Each process samples a part of the grid, or nothing if there are more processes than

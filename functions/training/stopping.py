@@ -21,7 +21,7 @@ SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIG
 class StopSignals:
     """A context in which SIGINT, SIGTERM and SIGUSR1 set `received` instead of ending the process.
 
-    `Recorder` reads `received` between steps, saves a checkpoint, and exits with EXIT_STOPPED.
+    `Recorder` reads `received` between steps and saves a checkpoint; train.py then ends.
     A second signal, more than SAME_REQUEST_SECONDS later, ends the process immediately.
     """
 

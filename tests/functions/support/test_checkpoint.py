@@ -154,19 +154,6 @@ def test_the_file_is_that_of_safetensors_with_right_checksums(path, tmp_path, dt
     assert metadata["sha256"] == hashlib.sha256(metadata["contents"].encode()).hexdigest()
 
 
-def test_an_average_of_another_name_is_not_passed_over(path):
-    tensors, contents = checkpoint_parts()
-    renamed = {name.replace("ema.", "ema_0.9999."): tensor for name, tensor in tensors.items()}
-    write_tensors(path, renamed, contents)
-
-    with pytest.raises(CheckpointError, match=r"called ema\.NAME, .* first is ema_0\.9999\."):
-        load_weights(path)
-
-    # A file with both has the average that sampling takes.
-    write_tensors(path, renamed | tensors, contents)
-    assert load_weights(path).kind == "EMA"
-
-
 def test_sampling_takes_the_average_if_there_is_one(path):
     tensors, contents = checkpoint_parts()
     without_average = {name: t for name, t in tensors.items() if "ema." not in name}

@@ -43,15 +43,14 @@ def test_a_run_begins_with_the_averaged_weights_of_another(
     original = train.update_ema
     began = []
 
-    def watched(ema_model, model, step, decay, ramp):
+    def watched(averages, parameters, step, decay, ramp):
         if step == 0:
-            for name, average in ema_model.named_parameters():
-                began.append(torch.equal(average, before.weights[name]))
-
-            # The network has done one step of Adam, which is as long as the learning rate.
-            for name, parameter in model.named_parameters():
-                began.append((parameter - before.weights[name]).abs().max() < 2.1e-4)
-        original(ema_model, model, step, decay, ramp)
+            pairs = zip(averages, parameters, before.weights.values(), strict=True)
+            for average, parameter, weight in pairs:
+                began.append(torch.equal(average, weight))
+                # The network has done one step of Adam, which is as long as the learning rate.
+                began.append((parameter - weight).abs().max() < 2.1e-4)
+        original(averages, parameters, step, decay, ramp)
 
     monkeypatch.setattr(train, "update_ema", watched)
     flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs", *TRAINING]

@@ -6,13 +6,11 @@ import shutil
 import pytest
 import torch
 
-import sample
 import train
 from config import ConfigError
 from functions.support.errors import UserError
 from functions.training.metrics import read_metrics
-from tests.conftest import call, during, interrupt, newest, posix, terminate, train_tiny
-from tests.kill import assert_same_run
+from tests.conftest import call, during, interrupt, newest, posix
 
 
 @pytest.mark.slow
@@ -79,30 +77,6 @@ def test_deterministic_kernels_are_asked_for_and_only_then(trained):
 
         # With its benchmark cuDNN may take other kernels each time.
         assert torch.backends.cudnn.benchmark != wanted
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_deterministic_run_on_the_gpu_resumes_bit_for_bit_and_is_sampled_from(
-    precision, pictures, tmp_path
-):
-    """A run that is stopped after step 7 and resumed is compared with one that never stopped."""
-    flags = [
-        "--device",
-        "cuda",
-        "--diffusion.deterministic",
-        "true",
-        "--diffusion.precision",
-        precision,
-    ]
-    straight = train_tiny(pictures, tmp_path / "straight", *flags)
-    with pytest.raises(SystemExit, match="75"), during(7, terminate):
-        train_tiny(pictures, tmp_path / "cut", *flags)
-    call(train.main, "faces", "--resume", "--runs", tmp_path / "cut", "--device", "cuda")
-
-    (cut,) = (tmp_path / "cut").iterdir()
-    assert_same_run(straight, cut)
-    call(sample.main, "--runs", tmp_path / "cut", "--n", 2, "--steps", 3, "--device", "cuda")
 
 
 def test_only_the_run_with_the_same_images_is_resumed(unfinished, pictures, tmp_path, monkeypatch):
