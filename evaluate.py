@@ -49,7 +49,6 @@ from functions.sampling.generation import ImageSampler, open_sampler
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, positive
-from functions.support.device import set_deterministic
 from functions.support.errors import UserError
 from functions.support.files import sha256, write_text
 from functions.support.processes import Processes, distributed
@@ -71,7 +70,7 @@ class Subject:
     # None when published statistics replace the real images.
     image_set: ImageSet | None
     split: Split | None
-    # The weights, the device, the precision and so on, for the settings of every result.
+    # The weights, the device and so on, for the settings of every result.
     facts: dict
     # The folder of the results, followed by the checkpoint's name, which begins all file names.
     path_prefix: Path
@@ -215,11 +214,9 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     saved, image_sampler = open_sampler(args, processes)
     device = image_sampler.device
     provenance = saved.provenance
-    # On the CPU the kernels are deterministic anyway.
-    set_deterministic(device.type == "cuda")
 
     # As in sample.py, the calibration is first, because it is fitted to the model alone.
-    image_sampler = with_calibration(image_sampler, saved, processes)
+    image_sampler = with_calibration(image_sampler, saved)
     image_sampler = with_guide(image_sampler, saved, processes)
     image_set, split = None, None
     # Published statistics replace the real images only for fid.
@@ -242,7 +239,6 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
         "step": provenance["step"],
         "weights": saved.kind,
         "weights_hash": saved.digest[:16],
-        "precision": str(image_sampler.denoiser.precision).removeprefix("torch."),
         "device": device.type,
         "batch_size": image_sampler.batch_size,
         "seed": args.seed,
@@ -275,7 +271,12 @@ def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Proces
         return
 
     verdict = result.verdict()
-    settings = {**subject.facts, "ids_hash": split.val_ids_hash, "images": len(indices)}
+    settings = {
+        **subject.facts,
+        **image_sampler.precision_facts,
+        "ids_hash": split.val_ids_hash,
+        "images": len(indices),
+    }
     contents = {"verdict": verdict, "settings": settings, **result.facts()}
     path = write_result(subject.path_prefix, "bands", contents)
     picture = path.with_suffix(".png")
@@ -303,6 +304,8 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
 
     settings = {
         **subject.facts,
+        # The bound is computed in float32, whatever the precision of sampling.
+        "precision": "float32",
         "ids_hash": split.val_ids_hash,
         "split_images": len(split.val_indices),
         "images": len(indices),
@@ -348,6 +351,7 @@ def evaluate_images(
     real = reference.description
     settings = {
         **subject.facts,
+        **image_sampler.precision_facts,
         "n": args.n,
         **options.facts(image_sampler.scheduler.timesteps),
         "sampler_in_words": str(options),

@@ -32,6 +32,7 @@ from functions.sampling.files import (
     label_of,
     open_folder,
     save_pictures,
+    wait_for_images,
 )
 from functions.sampling.generation import (
     ImageSampler,
@@ -80,32 +81,33 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
         if args.inpaint:
             check_sampler(image_sampler.options)
         if args.export:
-            processes.on_main(lambda: export(saved, image_sampler, args.export))
-            processes.print_main(f"wrote {args.export}")
+            if processes.is_main:
+                export(saved, image_sampler, args.export)
+                print(f"wrote {args.export}")
             return
 
         # Both have no effect unless a flag asks for them. The calibration is first, because it is
         # fitted to the model alone; `with_guide` calibrates the guide.
-        image_sampler = with_calibration(image_sampler, saved, processes)
+        image_sampler = with_calibration(image_sampler, saved)
         image_sampler = with_guide(image_sampler, saved, processes)
         options = image_sampler.options
 
-        # The folder's name contains the options that differ from the defaults.
-        folder_name = f"{saved.name}-{options.short_name}"
-        if args.precision != "float32":
-            folder_name += f"-{args.precision}"
+        # The folder's name contains the options that differ from the defaults, and the precision.
+        precision = image_sampler.precision_facts
+        folder_name = f"{saved.name}-{options.short_name}-{precision['precision']}"
         results = processes.on_main(lambda: results_folder(saved, "samples"))
         folder = args.out or results / f"{folder_name}-seed{args.seed}"
 
         if args.interpolate or args.variations or args.inpaint:
-            processes.on_main(lambda: sample_from_images(args, image_sampler, folder))
+            if processes.is_main:
+                sample_from_images(args, image_sampler, folder)
             return
         # These facts determine the pixels, and are the same for all single images of a folder.
         facts = {
             "checkpoint": saved.digest,
             "weights": saved.kind,
             "seed": args.seed,
-            "precision": str(image_sampler.denoiser.precision).removeprefix("torch."),
+            **precision,
             **options.facts(image_sampler.scheduler.timesteps),
         }
         sample_from_noise(args, image_sampler, folder, facts, processes)
@@ -122,9 +124,13 @@ def sample_from_noise(
 
     The processes divide the batches among them. The batches depend neither on the number of
     processes nor on where an earlier command was interrupted. So the images are the same up to
-    rounding, which depends on the number of threads and on a GPU's free memory.
+    rounding.
     """
     figures = figures_of(args, image_sampler)
+    if figures and args.individual and processes.count > 1:
+        # For figures the processes would wait for each other until the last image.
+        processes.print_main("with --individual, several processes draw no figures")
+        figures = {}
     frames = {frame for figure in figures.values() for frame in figure.values()}
     # The first images stay in memory for the grid and the figures. If there are no figures and each
     # image has a file, the grid is made from the files instead.
@@ -154,14 +160,13 @@ def sample_from_noise(
             pairs = zip(batches, generator, strict=True)
             shown = write_images(args, pairs, folder, indices_on_disk, shown_count)
 
-        # This waits until all processes have written their images.
-        shown_by_rank = processes.gather(shown)
-        if args.individual:
-            processes.print_main(
-                f"all {args.n} images exist, starting with {image_path(folder, 0)}"
-            )
+        # Single images are not collected: rank 0 waits for their files.
+        if not args.individual:
+            shown = [samples for part in processes.gather(shown) for samples in part]
         if processes.is_main:
-            shown = [samples for part in shown_by_rank for samples in part]
+            if args.individual:
+                wait_for_images(folder, args.n)
+                print(f"all {args.n} images exist, starting with {image_path(folder, 0)}")
             samples = Samples.concatenated(shown) if shown else None
             save_pictures(args.n, figures, samples, folder)
 

@@ -51,7 +51,7 @@ def test_without_a_run_the_box_is_sampled_and_says_so(box, tiny_run, tmp_path, c
     assert TAKEN in printed
     # The path in the message is from the working directory, so it is short.
     assert f"\n{Path('pretrained', 'faces.safetensors')}: EMA weights" in printed
-    drawn = Image.open(box / "samples" / "faces-ddpm3-seed0" / "grid.png")
+    drawn = Image.open(box / "samples" / "faces-ddpm3-float32-seed0" / "grid.png")
 
     call(sample.main, checkpoints_of(tiny_run, "snapshots")[-1], *FLAGS, "--out", tmp_path / "a")
     assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
@@ -73,7 +73,7 @@ def test_a_run_comes_before_the_box(box, tiny_run, tmp_path, capsys):
     run = shutil.copytree(tiny_run, tmp_path / "runs" / tiny_run.name)
     call(sample.main, *FLAGS)
     assert "pretrained" not in capsys.readouterr().out
-    assert (run / "samples" / "step-00000010-ddpm3-seed0" / "grid.png").exists()
+    assert (run / "samples" / "step-00000010-ddpm3-float32-seed0" / "grid.png").exists()
 
 
 def test_the_box_replaces_no_run_that_is_asked_for(box):

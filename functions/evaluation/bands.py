@@ -15,7 +15,6 @@ noise has variance 1 in this transform. docs/whole-before-detail.md explains the
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from functions.evaluation.bits_per_dim import error_of_mean
 from functions.prediction import Denoiser, predict
 from functions.sampling.calibration import band_means, spectrum
-from functions.sampling.generation import BatchLimit
+from functions.sampling.generation import batches_of
 from functions.support.errors import UserError
 from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
@@ -107,12 +106,11 @@ def measure_bands(
     if len(indices) < 2:
         raise UserError("bands needs at least two held-out images")
     scheduler = denoiser.scheduler
-    limit = BatchLimit(load_x_0(indices[:1]).device, batch_size)
-    average = average.to(limit.device)
+    average = average.to(load_x_0(indices[:1]).device)
 
     # (N, bands): the squared error of the average image for each held-out image.
-    parts = limit.in_parts(lambda batch: band_energy(load_x_0(batch) - average), indices)
-    average_errors = torch.cat(parts)
+    batches = batches_of(indices, batch_size)
+    average_errors = torch.cat([band_energy(load_x_0(batch) - average) for batch in batches])
 
     # The draws repeat the whole list of images, so each image is used equally often.
     drawn_indices = np.tile(indices, math.ceil(DRAWS / len(indices)))
@@ -131,7 +129,8 @@ def measure_bands(
     rows = processes.shard(len(times))
     with denoiser.evaluating():
         for k in tqdm(rows, "bands", unit="timestep", disable=not processes.is_main):
-            errors[k] = torch.cat(limit.in_parts(partial(errors_at, times[k]), range(count)))
+            batches = batches_of(range(count), batch_size)
+            errors[k] = torch.cat([errors_at(times[k], draws) for draws in batches])
 
     # Each entry is computed by one process and is 0 in the others, so the sum is exact.
     errors = processes.sum_(errors)

@@ -14,8 +14,7 @@ the noise of the draws.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from functions.likelihood import bound_terms
 from functions.prediction import Denoiser
 from functions.samplers import VARIANCES
-from functions.sampling.generation import BatchLimit
+from functions.sampling.generation import batches_of
 from functions.support.pictures import plt, save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise, generator_of
@@ -159,10 +158,8 @@ def measure_bits_per_dim(
     """Measure the variational bound (Eq. 5) of held-out images.
 
     The processes divide the images among them, and all return the result. It depends only on the
-    other arguments, not on the number of processes.
-
-    A batch that does not fit in memory is halved. Raises `UserError` when a single image does not
-    fit, and `ValueError` if there are no images or the variance is unknown.
+    other arguments, not on the number of processes. The network computes in float32, without TF32.
+    Raises `ValueError` if there are no images or the variance is unknown.
 
     Args:
         load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
@@ -177,15 +174,21 @@ def measure_bits_per_dim(
     # Each process computes every `processes.count`-th image.
     table = torch.zeros(3, len(indices), len(lengths), dtype=torch.float64)
     positions = range(processes.rank, len(indices), processes.count)
-    limit = BatchLimit(load_x_0(indices[:1]).device, options.batch_size)
 
-    with denoiser.evaluating():
+    denoiser = replace(denoiser, precision=torch.float32)
+    float32 = torch.backends.cudnn.flags(
+        enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
+    )
+    with denoiser.evaluating(), float32:
         for i in tqdm(positions, "bits/dim", unit="image", disable=not progress):
             index = int(indices[i])
             t = draw_t(lengths, options.seed, index)  # (K,)
             x_0 = load_x_0(indices[i : i + 1])
-            work = partial(image_terms, denoiser, x_0, index, options)
-            table[:, i] = torch.cat(limit.in_parts(work, t), dim=1)
+            parts = [
+                image_terms(denoiser, x_0, index, options, part)
+                for part in batches_of(t, options.batch_size)
+            ]
+            table[:, i] = torch.cat(parts, dim=1)
 
     # Each entry is computed by one process and is 0 in the others, so the sum is exact.
     prior, terms, mse_x_0 = processes.sum_(table).numpy()

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_uint8
-from functions.sampling.generation import BatchLimit, ImageSampler, batches_of, generate_batches
+from functions.sampling.generation import ImageSampler, batches_of, generate_batches
 from functions.support.errors import UserError
 from functions.support.files import short
 from functions.support.processes import SINGLE_PROCESS, Processes
@@ -176,19 +176,15 @@ def collect_features(
     """Extract the features of `count` images: (count, D) float32, on the CPU, in all processes.
 
     `load` gets a list of batches, which are ranges in 0 .. count-1, and yields the uint8 images
-    (B, H, W, C) of each. Grey is repeated to three channels. A batch that does not fit in memory is
-    halved, and later ones are too.
-    Raises `UserError` when a single image does not fit.
+    (B, H, W, C) of each. Grey is repeated to three channels.
     """
     # All processes form the same batches, and each computes every `processes.count`-th one.
     batches = batches_of(range(count), batch_size)[processes.rank :: processes.count]
     features = torch.zeros(count, extractor.width)
-    limit = BatchLimit(extractor.device)
     for rows, images in zip(batches, load(batches), strict=True):
         # The network wants (B, 3, H, W). `expand` repeats one channel, and leaves three unchanged.
         rgb = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
-        parts = limit.in_parts(lambda part: extractor.features(part).float().cpu(), rgb)
-        features[rows.start : rows.stop] = torch.cat(parts)
+        features[rows.start : rows.stop] = extractor.features(rgb).float().cpu()
 
     # Each row is computed by one process and is 0 in the others, so the sum is exact.
     return processes.sum_(features)

@@ -28,11 +28,10 @@ from data.datasets import load_and_split
 from data.pixels import to_model_range
 from functions.noise_scheduler import NoiseScheduler, Timestep, broadcast
 from functions.prediction import Denoiser, predict
-from functions.sampling.generation import BatchLimit, ImageSampler, generate
+from functions.sampling.generation import ImageSampler, batches_of, generate
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
 from functions.support.files import TensorFile, file_name, sha256, write_tensors
-from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
 
@@ -125,12 +124,13 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
     # `logsnr_timesteps` returns descending timesteps, but np.interp needs ascending ones.
     times = logsnr_timesteps(scheduler, count, last, first)[::-1]
 
-    limit = BatchLimit(images.device, batch_size)
     weights = []
     with denoiser.evaluating():
         for t in tqdm(times, "calibrating", unit="timestep"):
-            work = partial(products, denoiser, images, mean, t)
-            parts = limit.in_parts(work, range(len(images)))
+            parts = [
+                products(denoiser, images, mean, t, part)
+                for part in batches_of(range(len(images)), batch_size)
+            ]
             weights.append(least_squares(torch.cat(parts, dim=1).mean(dim=1)))
 
     return Calibration(mean.cpu(), interpolate_weights(scheduler, times, torch.stack(weights)))
@@ -185,19 +185,18 @@ def interpolate_weights(scheduler: NoiseScheduler, times: list[int], fitted: Ten
     return weights
 
 
-def with_calibration(
-    image_sampler: ImageSampler, saved: SavedModel, processes: Processes
-) -> ImageSampler:
+def with_calibration(image_sampler: ImageSampler, saved: SavedModel) -> ImageSampler:
     """Return the sampler with the calibration that its options ask for, if they ask for one.
 
-    The calibration is fitted once for each data set, and saved next to the checkpoint. "own" fits
-    it to samples of the model, so that no data are needed. "data" fits it to images that the model
-    was trained on, and any other name to images of the data set with that name. Raises UserError
-    when the training images have changed, and for the reasons of `load_and_split`.
+    The calibration is fitted once for each data set, and saved next to the checkpoint. Several
+    processes each fit it, so that none waits for another. "own" fits it to samples of the model, so
+    that no data are needed. "data" fits it to images that the model was trained on, and any other
+    name to images of the data set with that name. Raises UserError when the training images have
+    changed, and for the reasons of `load_and_split`.
     """
     if not image_sampler.options.calibrate:
         return image_sampler
-    tensors, digest = processes.on_main(lambda: load_or_fit(image_sampler, saved))
+    tensors, digest = load_or_fit(image_sampler, saved)
     tensors = {name: tensor.to(image_sampler.device) for name, tensor in tensors.items()}
     denoiser = replace(image_sampler.denoiser, calibration=Calibration(**tensors))
     options = replace(image_sampler.options, calibration_digest=digest)

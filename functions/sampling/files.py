@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -60,6 +61,13 @@ def image_indices(folder: Path) -> set[int]:
     """Return the indices of the single images in a folder."""
     matches = map(IMAGE_NAME.fullmatch, os.listdir(folder))
     return {int(match[1]) for match in matches if match}
+
+
+def wait_for_images(folder: Path, n: int) -> None:
+    """Wait until images 0 .. n-1 are in a folder, into which other processes write them."""
+    while missing := len(set(range(n)) - image_indices(folder)):
+        print(f"waiting for {missing} images of other processes", end="\r", flush=True)
+        time.sleep(1)
 
 
 def check_manifest(folder: Path, facts: dict) -> None:

@@ -1,16 +1,13 @@
 """Sample images with a trained model, for the scripts and for training's grids.
 
-The images stay in memory. The samplers are in functions/samplers.py. Each call of them gets at most
-as many images as fit in memory.
+The images stay in memory. The samplers are in functions/samplers.py.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +19,15 @@ from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.samplers import SAMPLERS, VARIANCES, OnStep
-from functions.sampling.cuda_graph import CudaGraphed
 from functions.sampling.options import SamplerOptions
 from functions.sampling.reconstruction import reconstruct
 from functions.support.checkpoint import SavedModel, load_into
 from functions.support.device import (
     choose_device,
-    choose_precision,
-    is_out_of_memory,
+    fast_layout,
+    precision_facts,
+    sampling_precision,
+    set_deterministic,
 )
 from functions.support.diffusers_folder import load_model
 from functions.support.errors import CheckpointError, UserError
@@ -39,7 +37,6 @@ from functions.support.random_numbers import ImageNoise
 from functions.support.run_folder import find_checkpoints, first_intact, newest_checkpoints
 from models.unet import UNet
 
-Result = TypeVar("Result")
 # So many images are sampled at a time unless --batch-size says otherwise. On a CPU larger batches
 # are not faster, and when memory runs out, Linux kills the process without an error.
 GPU_BATCH = 64
@@ -80,13 +77,10 @@ class ImageSampler:
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
-    # At most this many images are sampled at a time. This field and the next two affect pixels only
-    # through rounding.
+    # At most this many images are sampled at a time. This affects pixels only through rounding.
     batch_size: int = GPU_BATCH
     # The sampler calls this after every step.
     on_step: OnStep | None = None
-    # On CUDA each network is recorded as a CUDA graph, which is replayed for each call.
-    use_cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         self.options.times(self.scheduler)
@@ -107,6 +101,11 @@ class ImageSampler:
     def step_count(self) -> int:
         """Return the number of steps. Each makes one network call, or two with a guide."""
         return len(self.times) - 1
+
+    @property
+    def precision_facts(self) -> dict[str, str | bool]:
+        """Return the precision of sampling, as manifests and results say it."""
+        return precision_facts(self.device, self.denoiser.precision)
 
     def quick(self, seed: int) -> "ImageSampler":
         """Return this sampler with another seed and 20 steps of dpm++.
@@ -186,7 +185,7 @@ def open_sampler(
     # If there are several processes, each has its own GPU.
     index = processes.local_rank if processes.count > 1 else None
     device = choose_device(args.device, index)
-    precision = choose_precision(args.precision, device)
+    set_deterministic(False)
     # Options that fit no model are refused here, before a checkpoint is read.
     SamplerOptions.from_args(args, {})
 
@@ -207,6 +206,7 @@ def open_sampler(
 
     saved = load_intact(find, processes)
     processes.print_main(f"{saved.path}: {saved}")
+    precision = sampling_precision(args.precision, device, saved.precision)
     denoiser = rebuild(saved, device, precision)
     options = SamplerOptions.from_args(args, saved.config["diffusion"])
 
@@ -260,9 +260,8 @@ def rebuild(
         ) from error
 
     load_into(model, saved)
-    # Without gradients channels_last is faster on CPUs, too. In float32 on 2 cores, a face took
-    # 3.5 ms in channels_last and 4.7 ms in the default layout.
-    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    layout = fast_layout(device, training=False)
+    model.to(device, memory_format=layout).eval().requires_grad_(False)
     return denoiser
 
 
@@ -294,69 +293,10 @@ def generate_batches(
     frames: Collection[FrameKey] = (),
     progress: bool = False,
 ) -> Iterator[Samples]:
-    """Yield the `Samples` of each batch of indices; a batch is sampled when it is asked for.
-
-    `BatchLimit` halves a batch that does not fit in memory.
-    """
-    denoiser = image_sampler.denoiser
-    if image_sampler.device.type == "cuda" and image_sampler.use_cuda_graph:
-        # The guide's network has a graph of its own. The mix of both x_0 is in neither graph: its
-        # coefficients depend on t and are Python numbers, which a graph would keep as constants.
-        guide = denoiser.guide
-        if guide:
-            guide = replace(guide, network=CudaGraphed(guide.network))
-        denoiser = replace(denoiser, network=CudaGraphed(denoiser.network), guide=guide)
-        image_sampler = replace(image_sampler, denoiser=denoiser)
-    limit = BatchLimit(image_sampler.device)
+    """Yield the `Samples` of each batch of indices; a batch is sampled when it is asked for."""
     total = image_sampler.step_count * sum(map(len, batches))
     with tqdm(
         desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress
     ) as bar:
-        sample = partial(image_sampler.sample, frames=frames, bar=bar)
         for batch in batches:
-            yield Samples.concatenated(limit.in_parts(sample, batch))
-
-
-@dataclass
-class BatchLimit:
-    """A limit on how many images are computed at a time: at most `size`.
-
-    When a part does not fit in memory, `size` becomes half of it and stays there.
-    """
-
-    device: torch.device
-    size: int = sys.maxsize
-
-    def in_parts(
-        self, work: Callable[[Sequence[int]], Result], indices: Sequence[int]
-    ) -> list[Result]:
-        """Call `work` for consecutive parts of the indices, and return its results.
-
-        A part has at most `size` indices. Raises UserError when a single image does not fit in
-        memory.
-        """
-        results = []
-        start = 0
-        while start < len(indices):
-            part = indices[start : start + self.size]
-            try:
-                results.append(work(part))
-                start += len(part)
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(part) == 1:
-                    raise UserError(
-                        f"not enough memory for even one image on {self.device}: {short(error)}"
-                    ) from error
-            # The memory is freed here, after the `except` block. Inside it, the error still refers
-            # to the tensors of the failed call.
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.size = len(part) // 2
-            tqdm.write(
-                f"out of memory with {len(part)} images at a time: continuing with {self.size}",
-                file=sys.stderr,
-            )
-        return results
+            yield image_sampler.sample(batch, frames, bar)

@@ -66,7 +66,7 @@ def with_guide(
     # The calibration is fitted to the guide alone. Only x_0 of single networks is ever calibrated,
     # and not the guided x_0.
     guide_sampler = replace(image_sampler, denoiser=guide)
-    guide = with_calibration(guide_sampler, saved_guide, processes).denoiser
+    guide = with_calibration(guide_sampler, saved_guide).denoiser
     return replace(
         image_sampler,
         denoiser=replace(model, guide=guide, guidance=options.guidance),

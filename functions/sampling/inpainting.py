@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_uint8
-from functions.sampling.generation import BatchLimit, ImageSampler
+from functions.sampling.generation import ImageSampler, batches_of
 from functions.sampling.interpolation import source_to_x_0
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
@@ -90,9 +90,9 @@ def inpaint_image(
         f"each step {resample} times (the last once)"
     )
 
-    def work(indices):
-        return to_uint8(inpaint(image_sampler, x_0, device_mask, resample, indices)).cpu()
-
-    results = BatchLimit(device, image_sampler.batch_size).in_parts(work, range(count))
+    results = [
+        to_uint8(inpaint(image_sampler, x_0, device_mask, resample, indices)).cpu()
+        for indices in batches_of(range(count), image_sampler.batch_size)
+    ]
     known = np.where(mask[..., None], np.uint8(GREY), image)
     return np.concatenate([[image, known], torch.cat(results).numpy()])

@@ -6,7 +6,6 @@ The larger t is, the less of the image remains; t = -1 is the image itself. Sect
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_model_range, to_uint8
-from functions.sampling.generation import BatchLimit, ImageSampler, generate
+from functions.sampling.generation import ImageSampler, batches_of, generate
 from functions.support.pictures import save_strip
 
 # A row of a figure has this many mixtures, from the first image to the second.
@@ -137,10 +136,9 @@ def save_rows(
             return mixtures(image_sampler, sources, ends, t, part)
         return variations(image_sampler, ends[0], t, part)
 
-    limit = BatchLimit(image_sampler.device, image_sampler.batch_size)
     rows = []
     for t in tqdm(times, path.stem, unit="row"):
-        parts = limit.in_parts(partial(part_of_row, t), columns)
+        parts = [part_of_row(t, part) for part in batches_of(columns, image_sampler.batch_size)]
         # A row begins and ends with the images of the sources.
         row = torch.cat([ends[:1], *parts, ends[1:]])
         rows.append(to_uint8(row).cpu().numpy())

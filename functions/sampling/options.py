@@ -230,10 +230,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
     parser.add_argument(
         "--precision",
-        default="float32",
+        default="auto",
         choices=("auto", *DTYPES),
-        help="The number format that the network computes in; auto is the fastest one that the "
-        "hardware has. Default: %(default)s.",
+        help="The number format that the network computes in. auto is that of the model's "
+        "training, or float32 if the device has no instructions for it. Default: %(default)s.",
     )
     parser.add_argument(
         "--seed",
@@ -247,8 +247,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive,
         metavar="N",
-        help="How many images are sampled at a time; fewer if they do not fit in a GPU's memory. "
-        "Default: 64, or 16 on a CPU.",
+        help="How many images are sampled at a time. Default: 64, or 16 on a CPU.",
     )
     parser.add_argument(
         "--out",

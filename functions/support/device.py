@@ -78,35 +78,58 @@ def keep_heap() -> None:
 
 
 def choose_precision(name: str, device: torch.device, previous: str | None = None) -> torch.dtype:
-    """Return the network's dtype under autocast: the named one, or for "auto" the fastest one.
+    """Return the network's dtype in training: the named one, or for "auto" the fastest one.
 
-    The fastest one is bfloat16 if the hardware supports it, float16 (with a gradient scaler) on
-    older CUDA GPUs, and float32 otherwise. With "auto" a resumed run keeps its `previous`
-    precision, if the device supports it. On CUDA this function turns TF32 off for the whole
-    process. Raises UserError when the device does not support the named precision.
+    The fastest one is bfloat16 if the device computes it natively, float16 (with a gradient scaler)
+    on older CUDA GPUs, and float32 otherwise. With "auto" a resumed run keeps its `previous`
+    precision, if the device supports it. Raises UserError when the device does not support the
+    named precision.
     """
-    available = list(DTYPES)
-    if device.type != "cuda":
-        available.remove("float16")
-    else:
-        # In TF32 the inputs of convolutions have 10 mantissa bits instead of float32's 23.
-        torch.backends.cudnn.allow_tf32 = False
-        # A T4 or a V100 emulates bfloat16, which is several times slower than float32.
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            available.remove("bfloat16")
-
-    if name == "auto" and previous in available:
-        return DTYPES[previous]
-    if name in available:
-        return DTYPES[name]
-    if name != "auto":
+    available = native_precisions(device)
+    # CPUs without the instructions and MPS compute in bfloat16, too, but not faster than in
+    # float32.
+    if device.type != "cuda" and "bfloat16" not in available:
+        available.append("bfloat16")
+    if name == "auto":
+        name = previous if previous in available else available[0]
+    if name not in available:
         raise UserError(
             f"precision is {name!r}; on {device.type} it must be auto, {', '.join(available)}"
         )
+    return DTYPES[name]
+
+
+def sampling_precision(name: str, device: torch.device, trained: str | None) -> torch.dtype:
+    """Return the network's dtype in sampling: the named one, or for "auto" that of the training.
+
+    With "auto" it is float32 if the device does not compute the `trained` precision natively, or if
+    that is unknown (None). Raises UserError as `choose_precision` does.
+    """
+    if name == "auto":
+        name = trained if trained in native_precisions(device) else "float32"
+    return choose_precision(name, device)
+
+
+def native_precisions(device: torch.device) -> list[str]:
+    """Return the precisions that the device has instructions for, the fastest first."""
     if device.type == "cuda":
-        return torch.bfloat16 if "bfloat16" in available else torch.float16
-    native = device.type == "cpu" and cpu_has_bfloat16()
-    return torch.bfloat16 if native else torch.float32
+        # A T4 or a V100 emulates bfloat16, which is several times slower than float32.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return ["bfloat16", "float16", "float32"]
+        return ["float16", "float32"]
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return ["bfloat16", "float32"]
+    return ["float32"]
+
+
+def precision_facts(device: torch.device, precision: torch.dtype) -> dict[str, str | bool]:
+    """Return the precision in which a network computes, and "tf32" if float32 means TF32."""
+    facts = {"precision": str(precision).removeprefix("torch.")}
+    # In TF32 the inputs of convolutions have 10 mantissa bits instead of float32's 23. It is
+    # PyTorch's default for cuDNN.
+    if device.type == "cuda" and precision == torch.float32 and torch.backends.cudnn.allow_tf32:
+        facts["tf32"] = True
+    return facts
 
 
 def cpu_has_bfloat16() -> bool:
@@ -130,9 +153,12 @@ def first_value(file: Path, *names: str) -> str:
     return ""
 
 
-def fast_layout(device: torch.device) -> torch.memory_format:
-    """Return the memory layout in which convolutions are faster (see benchmarks/NOTES.md)."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+def fast_layout(device: torch.device, training: bool) -> torch.memory_format:
+    """Return the memory layout in which the network is faster (see benchmarks/NOTES.md)."""
+    # On a CPU, group norm's backward is slow in channels_last, but everything else is faster.
+    if device.type == "cuda" or (device.type == "cpu" and not training):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def set_deterministic(deterministic: bool) -> None:
@@ -149,8 +175,12 @@ def set_deterministic(deterministic: bool) -> None:
 
 
 def arithmetic(
-    device: torch.device, precision: torch.dtype, processes: int, batch_size: int
-) -> dict[str, str | int]:
+    device: torch.device,
+    precision: torch.dtype,
+    processes: int,
+    batch_size: int,
+    compiled: bool = False,
+) -> dict[str, str | int | bool]:
     """Return the settings on which the order and the precision of sums depend, as plain values.
 
     A resumed run equals an uninterrupted one bit for bit only if all of these values are the same.
@@ -163,12 +193,14 @@ def arithmetic(
         processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
         threads = torch.get_num_threads()
     return {
-        "precision": str(precision).removeprefix("torch."),
-        "memory_format": str(fast_layout(device)).removeprefix("torch."),
+        **precision_facts(device, precision),
+        "memory_format": str(fast_layout(device, training=True)).removeprefix("torch."),
         "processor": processor,
         "threads": threads,
         "processes": processes,
         "batch_size": batch_size,
+        # Compiled dropout draws other random numbers.
+        "compiled": compiled,
         # The version is a subclass of str, and JSON needs a plain string.
         "torch": str(torch.__version__),
     }
@@ -186,21 +218,6 @@ def is_out_of_memory(error: Exception) -> bool:
         "ALLOCATION_FAILED",
         "could not create a primitive",
     )
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(s in str(error) for s in strings)
-
-
-def is_device_failure(error: Exception) -> bool:
-    """Return whether it is a failure of a GPU or its driver; a second attempt may succeed."""
-    # These strings occur in CUDA's messages. Errors caused by a bug, such as an illegal memory
-    # access, have other messages.
-    strings = (
-        "ECC error",
-        "NVLink error",
-        "hardware",
-        "unspecified launch failure",
-        "unknown error",
-        "busy or unavailable",
-    )
-    return isinstance(error, torch.AcceleratorError) and any(s in str(error) for s in strings)
+    if isinstance(error, RuntimeError):
+        return any(string in str(error) for string in strings)
+    return isinstance(error, MemoryError)

@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.utils import make_grid
 
 # The Agg backend plots to files and needs no screen.
 matplotlib.use("Agg")
@@ -29,6 +28,9 @@ def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
     Small images are enlarged by the smallest integer factor that makes their sides at least
     MIN_SIDE.
     """
+    # This import takes two seconds, and it also imports PyTorch's compiler.
+    from torchvision.utils import make_grid
+
     columns = columns or math.ceil(math.sqrt(len(images)))
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, C, H, W)
     grid = make_grid(batch, nrow=columns, padding=GAP, pad_value=255)

@@ -35,7 +35,7 @@ def half_the_mean(x_t, t):
 
 
 def measured(eps, memory=4096, images=100, seed=0, **options):
-    """Measure the model `eps` on Gaussian images, with memory for so many at a time."""
+    """Measure the model `eps` on Gaussian images, so many at a time."""
     x_0 = draw_images(images, seed)
     denoiser = Denoiser(LittleMemory(eps, memory), SCHEDULER)
     return bands.measure_bands(
@@ -43,7 +43,7 @@ def measured(eps, memory=4096, images=100, seed=0, **options):
         lambda i: x_0[i],
         np.arange(images),
         MU,
-        256,
+        min(memory, 256),
         seed,
         **options,
     )
@@ -134,9 +134,9 @@ def test_neither_processes_nor_memory_change_the_result(monkeypatch):
     """The truth is a measurement by one process, with memory for all images."""
     monkeypatch.setattr(bands, "DRAWS", 27)
     whole = measured(ideal_eps, images=9)
-    little_memory = measured(ideal_eps, memory=5, images=9)
+    by_five = measured(ideal_eps, memory=5, images=9)
     # Other batches round otherwise, in float32.
-    assert_allclose(little_memory.ratio, whole.ratio, rtol=1e-5)
+    assert_allclose(by_five.ratio, whole.ratio, rtol=1e-5)
 
     # What the processes sum are the squared errors of 27 draws, three of each image.
     parts = of_each_process(3, lambda processes: measured(ideal_eps, images=9, processes=processes))

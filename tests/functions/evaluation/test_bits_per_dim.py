@@ -186,10 +186,10 @@ def test_a_term_depends_on_seed_image_and_t_alone_and_two_processes_get_the_numb
     half = small_measurement(evenly_spaced(HELD_OUT, 4))
     assert_allclose(half.terms, all_images.terms[::2], rtol=1e-12)
 
-    # Batches of 8 do not fit here, so they are halved twice.
-    halved = small_measurement(most=3)
-    assert_allclose(halved.terms, all_images.terms, rtol=1e-12)
-    assert_allclose(halved.mse_x_0, all_images.mse_x_0, rtol=1e-12)
+    # No call has more timesteps than batch_size.
+    by_three = small_measurement(batch_size=3, most=3)
+    assert_allclose(by_three.terms, all_images.terms, rtol=1e-12)
+    assert_allclose(by_three.mse_x_0, all_images.mse_x_0, rtol=1e-12)
 
     # The sum over two processes is the whole table, of which neither has all.
     parts = of_each_process(2, lambda processes: small_measurement(processes=processes))
@@ -197,6 +197,21 @@ def test_a_term_depends_on_seed_image_and_t_alone_and_two_processes_get_the_numb
     assert_array_equal(summed_terms, all_images.terms)
     for part in parts:
         assert (part != 0).any(dim=0).sum() < all_images.terms.size
+
+
+def test_the_bound_is_computed_in_float32_without_tf32(monkeypatch):
+    seen = set()
+
+    def network(x_t, t):
+        seen.add((torch.is_autocast_enabled("cpu"), torch.backends.cudnn.allow_tf32))
+        return torch.zeros_like(x_t)
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    denoiser = Denoiser(LittleMemory(network, 64), NoiseScheduler(40), torch.bfloat16)
+    x_0 = torch.zeros(2, 3, 4, 4)
+    measure_bits_per_dim(denoiser, lambda i: x_0[i], np.arange(2), BoundOptions())
+    assert seen == {(False, False)}
+    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_bits_per_dim_of_a_run(tiny_run, tmp_path, capsys):
     (name,) = (name for name in new_names if name.endswith(".json"))
     protocol = json.loads(both[name])["protocol"]
     assert "2 of 5" in protocol
-    assert "variance large, x_0 not clipped, EMA weights, bfloat16" in protocol
+    assert "variance large, x_0 not clipped, EMA weights, float32" in protocol
 
 
 @pytest.mark.slow

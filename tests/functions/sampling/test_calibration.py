@@ -141,7 +141,7 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     assert f"wrote {path}" in captured.out
     # A bar counts the 20 steps of each of the model's own 12 images.
     assert ("/240 [" in captured.err) == (which == "own")
-    folder = tiny_run / "samples" / f"step-00000010-ddim3-calibrated-{which}-seed0"
+    folder = tiny_run / "samples" / f"step-00000010-ddim3-calibrated-{which}-float32-seed0"
     assert json.loads((folder / "samples.json").read_text())["calibrate"] == which
     first = (folder / "00000.png").read_bytes()
     fitted = path.read_bytes()

@@ -1,6 +1,5 @@
-"""The hardware's devices and precisions, the GPU's samples, and Adam on MPS."""
+"""The hardware's devices and precisions, and Adam on MPS."""
 
-import copy
 import sys
 from unittest.mock import MagicMock
 
@@ -9,15 +8,15 @@ import torch
 
 from config import EXPERIMENTS
 from functions.optimizers import Adam
-from functions.sampling.generation import generate
 from functions.support.device import (
     arithmetic,
     choose_device,
     choose_precision,
     is_out_of_memory,
+    precision_facts,
+    sampling_precision,
 )
 from functions.support.errors import UserError
-from tests.conftest import image_sampler_of, small_unet
 from tests.forked import Program
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -67,7 +66,7 @@ def test_a_run_in_bfloat16_goes_on_where_that_is_only_emulated(monkeypatch):
     assert choose_precision("auto", CUDA, "bfloat16") == torch.float16
 
     # Where it was asked for by its name, the resumed run may be given another, such as "auto".
-    with pytest.raises(UserError, match="'bfloat16'; on cuda it must be auto, float32, float16"):
+    with pytest.raises(UserError, match="'bfloat16'; on cuda it must be auto, float16, float32"):
         choose_precision("bfloat16", CUDA, "bfloat16")
     resumed = EXPERIMENTS["faces"].resumed({"precision": "float32"}, {})
     assert choose_precision(resumed.diffusion.precision, CUDA, "float16") == torch.float32
@@ -95,12 +94,8 @@ def test_auto_precision_on_a_cpu_asks_for_native_instructions(
         assert choose_precision("auto", CPU) == expected
 
 
-def test_precision_by_name_and_as_the_run_was_previous():
-    # PyTorch allows TF32 by default, and float32 must not mean that.
-    torch.backends.cudnn.allow_tf32 = True
-    assert choose_precision("float32", CUDA) == torch.float32
-    assert not torch.backends.cudnn.allow_tf32
-
+def test_precision_by_name_and_as_the_run_was_previous(monkeypatch):
+    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: False)
     assert choose_precision("bfloat16", CPU) == torch.bfloat16
     assert choose_precision("auto", torch.device("mps")) == torch.float32
 
@@ -118,6 +113,43 @@ def test_precision_by_name_and_as_the_run_was_previous():
             choose_precision(unusable, CPU)
 
 
+@pytest.mark.parametrize(
+    ("device", "native", "trained", "expected"),
+    [
+        # Where the device has the instructions, samples have the precision of the training.
+        (CPU, True, "bfloat16", torch.bfloat16),
+        (CUDA, True, "bfloat16", torch.bfloat16),
+        (CUDA, True, "float16", torch.float16),
+        (CUDA, False, "float16", torch.float16),
+        (CUDA, True, "float32", torch.float32),
+        # Elsewhere, and for a model that does not say it, they have float32.
+        (CPU, False, "bfloat16", torch.float32),
+        (CPU, True, "float16", torch.float32),
+        (CUDA, False, "bfloat16", torch.float32),
+        (torch.device("mps"), False, "bfloat16", torch.float32),
+        (CUDA, True, None, torch.float32),
+        (CPU, True, [], torch.float32),
+    ],
+)
+def test_samples_have_the_precision_of_the_training(device, native, trained, expected, monkeypatch):
+    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert sampling_precision("auto", device, trained) == expected
+    assert sampling_precision("float32", device, trained) == torch.float32
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_stays_as_it_is_set_and_is_said_where_it_is_on(allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    assert choose_precision("float32", CUDA) == torch.float32
+    assert torch.backends.cudnn.allow_tf32 == allowed
+
+    tf32 = {"tf32": True} if allowed else {}
+    assert precision_facts(CUDA, torch.float32) == {"precision": "float32", **tf32}
+    assert precision_facts(CUDA, torch.bfloat16) == {"precision": "bfloat16"}
+    assert precision_facts(CPU, torch.float32) == {"precision": "float32"}
+
+
 def test_libraries_that_have_no_memory():
     def says(text):
         return is_out_of_memory(RuntimeError(text))
@@ -127,16 +159,6 @@ def test_libraries_that_have_no_memory():
 
     # Other errors of a kernel do not come from too little memory.
     assert not says("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_samples_on_the_gpu_are_those_of_the_cpu():
-    model = small_unet()
-    on_cpu = generate(image_sampler_of(model), range(3))
-
-    gpu_model = copy.deepcopy(model).to(CUDA)
-    on_gpu = generate(image_sampler_of(gpu_model, device=CUDA), range(3))
-    assert (on_gpu.images - on_cpu.images).abs().max() < 0.05
 
 
 def count_faults():

@@ -329,10 +329,10 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     # Results are not written into the folder, which is not ours.
     assert sorted(folder.rglob("*")) == before
     results = (
-        "ddpm-large-seed0/grid.png",
-        "ddpm5-seed0/grid.png",
+        "ddpm-large-float32-seed0/grid.png",
+        "ddpm5-float32-seed0/grid.png",
         "bands-*.json",
-        "ddim-calibrated-own-seed0/strip.png",
+        "ddim-calibrated-own-float32-seed0/strip.png",
     )
     for name in results:
         assert len([*Path("samples").glob(f"theirs-*/theirs-{name}")]) == 1
