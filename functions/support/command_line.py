@@ -11,8 +11,8 @@ from dataclasses import MISSING, fields
 from typing import NoReturn
 
 from config import ConfigError
-from functions.support.device import is_device_failure, is_out_of_memory
-from functions.support.errors import EXIT_STOPPED, UserError
+from functions.support.device import is_out_of_memory
+from functions.support.errors import UserError
 from functions.support.files import short
 
 # argparse ends with this exit status, too.
@@ -41,8 +41,7 @@ def exit_on_user_error() -> Iterator[None]:
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
-        # The loop in docs/survival.md resumes after a GPU failure, and stops after bad input.
-        sys.exit(EXIT_STOPPED if is_device_failure(error) else EXIT_BAD_INPUT)
+        sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         # torchrun sends a second signal, which would otherwise interrupt the next lines.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -58,12 +57,7 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, (UserError, ConfigError, OSError)):
         return str(error) or type(error).__name__
     if is_out_of_memory(error):
-        return (
-            f"out of memory ({short(error)}): use a smaller batch or model, or another device; "
-            "other programs may be using memory"
-        )
-    if is_device_failure(error):
-        return f"the GPU failed ({short(error)}): try again; continue a run with train.py --resume"
+        return f"out of memory ({short(error)}): use a smaller --batch-size, or another device"
     return None
 
 

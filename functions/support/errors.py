@@ -1,7 +1,7 @@
 """Define the errors that users can fix. Scripts print them in one line and exit with status 2."""
 
-# This is EX_TEMPFAIL of sysexits.h, which means "try again later". Scripts exit with it when a run
-# was stopped and saved, or when a GPU has failed. In both cases the run can be resumed.
+# This is EX_TEMPFAIL of sysexits.h, which means "try again later". train.py exits with it when a
+# run was stopped by a signal and saved, and can be resumed.
 EXIT_STOPPED = 75
 
 

@@ -4,11 +4,11 @@ In training each process computes its shard of every effective batch, and the pr
 their gradients once per optimiser step. Only rank 0 prints and writes files.
 """
 
+import atexit
 import gc
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,21 +24,9 @@ from functions.support.errors import UserError
 from functions.support.files import short
 
 Value = TypeVar("Value")
-# This is how long processes wait for one that is still preparing data or sampling. When a process
+# A process waits this long for another one, which may hang or have lost its machine. When a process
 # ends, its connections close, and the others notice that immediately.
-TIMEOUT = timedelta(days=1)
-# In training the timeout is shorter, because a machine that hangs or loses power closes no
-# connection and is noticed only by the timeout.
-TRAINING_TIMEOUT = timedelta(minutes=30)
-# Errors from Gloo, NCCL and the TCPStore contain one of these strings when another process has
-# ended or does not answer.
-CONNECTION_LOST = (
-    "connection closed",
-    "connection was likely closed",
-    "connection reset",
-    "broken pipe",
-    "timed out waiting",
-)
+TIMEOUT = timedelta(minutes=30)
 # Rank 0 prints its error and ends; then the other processes exit with this status.
 EXIT_WITH_MAIN = 2
 
@@ -54,18 +42,10 @@ class Processes:
     count: int = 1
     # The rank within this machine is also the index of this process's GPU.
     local_rank: int = 0
-    # This is torchrun's process id.
-    parent: int = 0
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def orphaned(self) -> bool:
-        """Return whether torchrun has ended without ending this process."""
-        # That happens when torchrun is killed or receives a signal that it does not handle.
-        return self.count > 1 and os.getppid() != self.parent
 
     def print_main(self, text: str) -> None:
         """Print a text in rank 0 only."""
@@ -111,12 +91,6 @@ class Processes:
         total = self.sum_(torch.tensor(int(flag)))
         return bool(total)
 
-    def shorten_timeout(self) -> None:
-        """Set the timeout of later operations to TRAINING_TIMEOUT."""
-        if self.count > 1:
-            # PyTorch has no public function for this, but has had this private one for years.
-            dist.distributed_c10d._set_pg_timeout(TRAINING_TIMEOUT)
-
     def gather(self, value: Value) -> list[Value]:
         """Return the values of all processes, in rank order."""
         values = [value] * self.count
@@ -150,13 +124,17 @@ SINGLE_PROCESS = Processes()
 def distributed() -> Iterator[Processes]:
     """Connect the processes that torchrun has started. Without torchrun there is only one.
 
-    Raises UserError when they cannot connect, or when another process has ended or does not answer.
+    Raises UserError when they cannot connect. After any later error in one of them, its exit status
+    is 1, and torchrun ends the others.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not set(names) <= os.environ.keys():
         yield SINGLE_PROCESS
         return
     rank, count, local_rank = (int(os.environ[name]) for name in names)
+    # By default each process starts as many compilers as the machine has cores, up to 32. PyTorch
+    # reads this when its compiler is imported, so it cannot be set later.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
     try:
         on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
@@ -169,38 +147,19 @@ def distributed() -> Iterator[Processes]:
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        yield Processes(rank, count, local_rank, os.getppid())
-    except BaseException as error:
-        clear_frames(error)
-        # SystemExit ends every process (the run was stopped, or rank 0 failed), so none of them
-        # waits in vain in `leave_group`.
-        if isinstance(error, SystemExit):
-            leave_group()
-        # After another error the group is not destroyed, because that would wait for the others.
-        reason = str(error).lower()
-        lost = any(text in reason for text in CONNECTION_LOST)
-        if not isinstance(error, RuntimeError) or not lost:
-            raise
-        raise UserError(
-            f"another process has ended or does not answer, so process {rank} ends ({short(error)})"
-        ) from error
-    leave_group()
-
-
-def clear_frames(error: BaseException | None) -> None:
-    """Free the local variables in an error's traceback, such as the DDP wrapper.
-
-    If DDP held the last reference to the process group, freeing it would join the group's threads
-    with the GIL held. They may need the GIL: a deadlock.
-    """
-    while error:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-    gc.collect()
-
-
-def leave_group() -> None:
-    """Collect the objects that use the process group, and then destroy it."""
-    # Reference cycles may keep the DDP wrapper alive (see `clear_frames`).
+        yield Processes(rank, count, local_rank)
+    except BaseException:
+        # To destroy the group could wait for the others, and Python's own end would destroy it at a
+        # time when its threads make the process abort or hang.
+        atexit.register(end_immediately)
+        raise
+    # The model of `wrap` may still exist in a reference cycle. If it held the last reference to the
+    # group, destroying the model later could deadlock.
     gc.collect()
     dist.destroy_process_group()
+
+
+def end_immediately() -> None:
+    """End this process without destroying what it has."""
+    sys.stdout.flush()
+    os._exit(1)
