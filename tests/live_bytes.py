@@ -1,4 +1,4 @@
-"""What a forward pass keeps in memory for the backward pass, counted exactly.
+"""The memory of a training pass on CUDA, counted on a CPU.
 
 `python -m tests.live_bytes` prints the table of memory in docs/speed.md.
 """
@@ -6,9 +6,11 @@
 import copy
 import weakref
 from dataclasses import asdict
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 # torch.compile traces with this mode, so it knows every operation's shapes.
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,12 +18,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import EXPERIMENTS, Experiment
+from data.batches import FREE_MEMORY_FRACTION
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.optimizers import is_matrix
+from functions.prediction import Denoiser
+from models.blocks import GroupNorm, Upsample
 from models.unet import UNet
 
 GB = 1e9
+# The memory of usual GPUs, in GiB.
+GPUS = (8, 12, 16, 24)
+# This much is left for CUDA itself, cuDNN's workspaces, and gaps between blocks of memory.
+RESERVE = 1.0 * GB
+# These data sets are copied to a GPU with enough memory.
+DATA_SETS = {"FFHQ": 70_000 * 128**2 * 3, "CIFAR10": 60_000 * 32**2 * 3}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -58,57 +69,48 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def bytes_of_pass(network: nn.Module, precision: torch.dtype, batch_size: int) -> tuple[int, int]:
-    """Return the bytes that are alive between the forward and the backward pass, and their peak.
+def norm_of_cuda(norm: GroupNorm, x: Tensor) -> Tensor:
+    """Do what the group norm does on CUDA: PyTorch's kernel there copies x, and keeps the copy."""
+    with torch.autocast("cpu", enabled=False):
+        weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+        return F.group_norm(x.contiguous(), norm.num_groups, weight, bias, norm.eps)
 
-    The peak is that of both passes. The weights and their gradients do not count.
-    """
-    device = next(network.parameters()).device
 
+def upsampling_of_cuda(upsample: Upsample, x: Tensor) -> Tensor:
+    """Do what the upsampling does on CUDA, where autocast doubles in float32."""
+    return upsample.conv(F.interpolate(x.float(), scale_factor=2.0, mode="nearest"))
+
+
+def peak_of_pass(network: UNet, batch_size: int) -> int:
+    """Return how many bytes a pass in bfloat16 needs at its peak, beside weights and gradients."""
     # Parameters are not copied: the memo says that they are their own copies.
     memo = {id(parameter): parameter for parameter in network.parameters()}
     network = copy.deepcopy(network, memo)
-
+    denoiser = Denoiser(network, NoiseScheduler(1000), torch.bfloat16)
     # The scheduler makes its table at the first call, which should not be counted.
-    scheduler = NoiseScheduler(1000)
-    scheduler.alpha_bar(torch.zeros(1, dtype=torch.int64, device=device))
+    denoiser.scheduler.alpha_bar(torch.zeros(1, dtype=torch.int64))
 
     # Fake tensors have shapes and types without memory, so nothing is computed.
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        mock.patch.object(GroupNorm, "forward", norm_of_cuda),
+        mock.patch.object(Upsample, "forward", upsampling_of_cuda),
+    ):
         for module in network.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 fake_parameter = fake.from_tensor(parameter)
                 setattr(module, name, fake_parameter)
                 # In training the gradients exist from the first pass of a step on.
                 fake_parameter.grad = torch.zeros_like(fake_parameter)
-
-        size = network.image_size
-        x_0 = torch.zeros(batch_size, network.channels, size, size, device=device)
-        noise = torch.zeros_like(x_0)
-        t = torch.zeros(batch_size, dtype=torch.int64, device=device)
-
-        autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+        x_0 = torch.zeros(batch_size, network.channels, network.image_size, network.image_size)
+        t = torch.zeros(batch_size, dtype=torch.int64)
         with LiveBytes() as live:
-            with autocast:
-                loss = denoising_loss(network, scheduler, x_0, t, noise).sum()
-            kept = live.now
-            loss.backward()
-    return kept, live.peak
+            denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
+    return live.peak
 
 
-def kept_per_image(network: nn.Module, precision: torch.dtype) -> float:
-    """Return how many bytes are alive between the forward and the backward pass of an image.
-
-    It is a third of the difference between batches of four and of one, so what is kept for a batch
-    of any size does not count.
-    """
-    kept_of_1, _ = bytes_of_pass(network, precision, 1)
-    kept_of_4, _ = bytes_of_pass(network, precision, 4)
-    return (kept_of_4 - kept_of_1) / 3
-
-
-def memory_row(name: str, experiment: Experiment) -> str:
-    """Return the row of an experiment: all that training in bfloat16 keeps in memory, in GB."""
+def peaks_of(experiment: Experiment, batch_sizes: list[int]) -> tuple[UNet, int, list[int]]:
+    """Return the network, the bytes of its weights and of what follows them, and these peaks."""
     # Shapes alone count, so the weights get no values.
     with torch.device("meta"):
         network = UNet(**asdict(experiment.model))
@@ -116,22 +118,30 @@ def memory_row(name: str, experiment: Experiment) -> str:
 
     config = experiment.diffusion
     averages = len(config.power_ema) + (config.ema_decay > 0)
-    parameters = 0
     state = 0
     for parameter in network.parameters():
         moments = 1 if config.optimizer == "muon" and is_matrix(parameter) else 2
-        parameters += parameter.numel()
         # The weight, its gradient, the optimiser's moments and the averages are in float32.
         state += 4 * (2 + moments + averages) * parameter.numel()
+    return network, state, [state + peak_of_pass(network, size) for size in batch_sizes]
+
+
+def memory_row(name: str, experiment: Experiment) -> str:
+    """Return the row of an experiment: what it needs, and the batch sizes that fit in GPUS."""
+    config = experiment.diffusion
+    effective = config.effective_batch
+    divisors = [size for size in range(1, effective + 1) if effective % size == 0]
+    network, state, peaks = peaks_of(experiment, divisors)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    peaks = dict(zip(divisors, peaks, strict=True))
     cells = [f"`{name}`", f"{parameters / 1e6:.1f} M", f"{state / GB:.2f}", str(config.batch_size)]
-    for mode, batch_size in (
-        ("none", config.batch_size),
-        ("norms", config.batch_size),
-        ("norms", 1),
-    ):
-        network.set_recompute(mode)
-        _, peak = bytes_of_pass(network, torch.bfloat16, batch_size)
-        cells.append(f"{(state + peak) / GB:.2f}")
+    cells += [f"{peaks[config.batch_size] / GB:.2f}", f"{peaks[1] / GB:.2f}"]
+    data_set = DATA_SETS.get(config.dataset_name, 0)
+    for gibibytes in GPUS:
+        room = gibibytes * 2**30 - RESERVE
+        if data_set <= FREE_MEMORY_FRACTION * room:
+            room -= data_set
+        cells.append(str(max((size for size in divisors if peaks[size] <= room), default="none")))
     return f"| {' | '.join(cells)} |"
 
 
