@@ -1,0 +1,174 @@
+"""What only a real GPU can show; skipped without one."""
+
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from functions.optimizers import Muon
+from functions.sampling.generation import generate
+from functions.sampling.options import SamplerOptions
+from functions.support.command_line import exit_on_user_error
+from functions.support.processes import Processes
+from functions.support.run_folder import checkpoints_of
+from functions.training.metrics import read_metrics
+from models.blocks import GroupNorm
+from tests.conftest import (
+    TINY,
+    call,
+    during,
+    image_sampler_of,
+    load_checkpoint,
+    small_unet,
+    terminate,
+    train_tiny,
+)
+from tests.forked import Program
+from tests.functions.support.test_processes import free_port
+from tests.kill import assert_same_run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+# 20 steps of 4 passes of two images.
+CUDA = shlex.split("""
+    --device cuda
+    --diffusion.precision auto
+    --diffusion.batch-size 2
+    --diffusion.gradient-accumulation 4
+    --diffusion.epochs 4
+""")
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_a_network_learns_in_20_steps(compiled, pictures, tmp_path, capsys):
+    run = train_tiny(pictures, tmp_path, *CUDA, "--diffusion.compile", compiled)
+    assert "failed" not in capsys.readouterr().out
+    rows = read_metrics(run / "metrics.csv")
+    assert rows[-1]["step"] == 20
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert load_checkpoint(checkpoints_of(run)[-1])["run"]["arithmetic"]["compiled"] == (
+        compiled == "true"
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_deterministic_run_resumes_bit_for_bit(precision, pictures, tmp_path):
+    """A run that is stopped after step 7 and resumed is compared with one that never stopped."""
+    flags = [*CUDA, "--diffusion.deterministic", "true", "--diffusion.precision", precision]
+    straight = train_tiny(pictures, tmp_path / "straight", *flags)
+    with pytest.raises(SystemExit, match="75"), during(7, terminate):
+        train_tiny(pictures, tmp_path / "cut", *flags)
+    (cut,) = (tmp_path / "cut").iterdir()
+    call(train.main, "--resume", cut, "--device", "cuda")
+    assert_same_run(straight, cut)
+
+
+def test_group_norm_keeps_bfloat16_under_autocast():
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    norm = GroupNorm(4, 8).cuda()
+    x = torch.randn(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with (
+        torch.autocast("cuda", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
+
+
+def test_muon_waits_for_no_device():
+    model = small_unet().cuda()
+    optimizer = Muon(model.parameters(), 1e-3, torch.bfloat16)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_samples_in_bfloat16_are_near_those_in_float32():
+    sampler = image_sampler_of(small_unet().cuda(), options=SamplerOptions("ddim", 10))
+    sampler = replace(sampler, device=torch.device("cuda"))
+    exact = generate(sampler, range(8)).images
+    half = replace(sampler, denoiser=replace(sampler.denoiser, precision=torch.bfloat16))
+    assert (generate(half, range(8)).images - exact).square().mean().sqrt() < 0.05
+
+
+def test_samples_are_those_of_the_cpu():
+    model = small_unet()
+    on_cpu = generate(image_sampler_of(model), range(3))
+    on_gpu = generate(image_sampler_of(model.cuda(), device="cuda"), range(3))
+    assert (on_gpu.images - on_cpu.images).abs().max() < 0.05
+
+
+def test_the_host_never_waits_for_the_gpu():
+    image_sampler = image_sampler_of(
+        small_unet().cuda(), options=SamplerOptions("dpm++", 5), device="cuda"
+    )
+    noise = image_sampler.noise(range(4))
+    # The first call loads kernels, for which the host waits.
+    image_sampler.denoise(noise.draw(), 99, noise.draw)
+
+    def on_step(k, t, x, x_0):
+        """Make waiting an error from the end of the first step on; before, tables are made."""
+        torch.cuda.set_sync_debug_mode("error")
+
+    try:
+        replace(image_sampler, on_step=on_step).denoise(noise.draw(), 99, noise.draw)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_out_of_memory_is_a_sentence(pictures, tmp_path, capsys):
+    """The process may use a thousandth of the GPU."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(SystemExit, match="2"), exit_on_user_error():
+            train_tiny(pictures, tmp_path, *CUDA, "--model.base-dim", 256)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    error = capsys.readouterr().err
+    assert "error: out of memory with 2 images at a time" in error
+    assert "--diffusion.batch-size 1 --diffusion.gradient-accumulation 8" in error
+
+
+def train_with_ddp():
+    """Let a single process exchange its gradients with itself, by NCCL."""
+
+    def wrap(self, model, device):
+        return DistributedDataParallel(model, [device], gradient_as_bucket_view=True)
+
+    pytest.MonkeyPatch().setattr(Processes, "wrap", wrap)
+    train.main()
+
+
+def test_one_process_of_nccl_gives_the_numbers_of_none(pictures, tmp_path):
+    flags = ["--diffusion.deterministic", "true", "--diffusion.dataset-name", pictures, "--runs"]
+    flags = ["faces", *TINY, *CUDA, *flags]
+    group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    program = Program(
+        tmp_path / "printed", *flags, tmp_path / "nccl", act=train_with_ddp, **group, **address
+    )
+    assert program.wait() == 0, program.printed
+    call(train.main, *flags, tmp_path / "alone")
+    checkpoints = [
+        load_checkpoint(checkpoints_of(next((tmp_path / name).iterdir()))[-1])
+        for name in ("nccl", "alone")
+    ]
+    torch.testing.assert_close(*(checkpoint["model"] for checkpoint in checkpoints))
