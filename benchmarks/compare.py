@@ -1,13 +1,13 @@
 """Compare our U-Net with diffusers' UNet2DModel and lucidrains' Unet in a Markdown table.
 
-    python benchmarks/compare.py [--help]
+    python benchmarks/compare.py [--help] | tee table.md
 
 An arm is a network with its settings. The table has the time and the memory of each arm. Each arm
 runs in a process of its own, because peak memory and heap settings belong to a process. The arms
-take turns with our arm, A B A B. Each peer runs as shipped, and with the settings that make it
-fastest: our precision, our heap settings, its faster memory layout (not measured for lucidrains),
-and compiling. Our network is not compiled. The comparison needs requirements-dev.txt and an idle
-machine. It has not been run on a GPU yet.
+take turns with our arm, A B A B. Each peer runs as shipped, and with our settings: precision, heap,
+and memory layout, which on a CPU is one in training and another one in sampling; eager and
+compiled. Our network is compiled only on CUDA, as in training. The comparison needs
+requirements-dev.txt and an idle machine. It has not been run on a GPU yet.
 """
 
 import argparse
@@ -15,11 +15,10 @@ import datetime
 import importlib.metadata
 import math
 import multiprocessing
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -42,11 +41,11 @@ from functions.support.device import (
     choose_device,
     choose_precision,
     cpu_name,
+    fast_layout,
     keep_heap,
 )
 from functions.support.diffusers_folder import diffusers_network
 from functions.support.errors import UserError
-from functions.training.compiling import OPTIONS
 from models.unet import UNet
 
 # Every network has the multipliers and the attention levels of this config.
@@ -95,49 +94,30 @@ class Arm:
     text: str  # the name in the table
     package: str  # "ours", "diffusers" or "lucidrains"
     precision: str  # of autocast; "float32" is none
-    channels_last: bool
-    # Whether freed memory stays with the process (`keep_heap` of functions/support/device.py).
+    layout: torch.memory_format
+    # Whether freed memory stays with the process (`keep_heap` of functions/support/device.py, which
+    # works only on the CPU).
     keeps_heap: bool = False
-    # What backward recomputes: "none"; "norms", of ours; or "blocks", diffusers' gradient
-    # checkpointing.
-    recompute: str = "none"
     compiled: bool = False
 
 
-def all_arms(precision: str, on_cpu: bool) -> dict[str, Arm]:
+def all_arms(precision: str, device: torch.device) -> dict[str, Arm]:
     """Return every arm by its name for --arms, ours first."""
-    # `keep_heap` works only on the CPU.
-    heap = ", heap kept" if on_cpu else ""
-    # On the CPU diffusers is faster with contiguous tensors; on CUDA with channels_last, we expect.
-    layout = "contiguous" if on_cpu else "channels_last"
-    eager = Arm(f"diffusers, {layout}{heap}", "diffusers", precision, not on_cpu, on_cpu)
-    lucidrains = Arm(f"lucidrains, channels_last{heap}", "lucidrains", precision, True, on_cpu)
-    arms = {
-        "ours": Arm(
-            "ours: norms recomputed, the default", "ours", precision, True, on_cpu, "norms"
-        ),
-        "ours-none": Arm("ours, nothing recomputed", "ours", precision, True, on_cpu),
-        "diffusers-default": Arm(
-            "diffusers as shipped: float32, contiguous, eager", "diffusers", "float32", False
-        ),
-        "diffusers-channels_last": Arm("diffusers, channels_last", "diffusers", precision, True),
-        "diffusers-contiguous": Arm("diffusers, contiguous", "diffusers", precision, False),
-        "diffusers-heap": eager,
-        "diffusers-compiled": replace(eager, text=f"{eager.text}, compiled", compiled=True),
-        "diffusers-checkpointing": replace(
-            eager, text=f"{eager.text}, gradient checkpointing", recompute="blocks"
-        ),
-        "lucidrains-default": Arm(
-            "lucidrains as shipped: float32, contiguous, eager", "lucidrains", "float32", False
-        ),
-        "lucidrains-channels_last": lucidrains,
-        "lucidrains-compiled": replace(
-            lucidrains, text=f"{lucidrains.text}, compiled", compiled=True
-        ),
-    }
-    if not on_cpu:
-        # Without `keep_heap` this arm is the same as "diffusers-channels_last".
-        del arms["diffusers-heap"]
+    on_cpu = device.type == "cpu"
+    arms = {}
+    for package in ("ours", "diffusers", "lucidrains"):
+        eager = Arm(package, package, precision, fast_layout(device, training=True), on_cpu)
+        arms[package] = eager
+        if on_cpu:
+            layout = fast_layout(device, training=False)
+            text = f"{package}, in our layout of sampling"
+            arms[f"{package}-sampling"] = replace(eager, text=text, layout=layout)
+        if package != "ours" or not on_cpu:
+            text = f"{package}, compiled"
+            arms[f"{package}-compiled"] = replace(eager, text=text, compiled=True)
+        if package != "ours":
+            text = f"{package} as shipped: float32, contiguous, eager"
+            arms[f"{package}-default"] = Arm(text, package, "float32", torch.contiguous_format)
     return arms
 
 
@@ -146,11 +126,8 @@ def build(arm: Arm, model: ModelConfig) -> nn.Module:
     torch.manual_seed(0)
     if arm.package == "ours":
         module = UNet(**vars(model))
-        module.set_recompute(arm.recompute)
     elif arm.package == "diffusers":
         module = build_diffusers(model)
-        if arm.recompute == "blocks":
-            module.enable_gradient_checkpointing()
     else:
         # Width and multipliers are ours. Blocks and attention are the package's defaults.
         from denoising_diffusion_pytorch import Unet
@@ -183,14 +160,11 @@ class Bench:
         self.arm = arm
         self.image_size = model.image_size
         self.device = device
-        self.layout = torch.channels_last if arm.channels_last else torch.contiguous_format
-        self.module = build(arm, model).to(device, memory_format=self.layout)
+        self.module = build(arm, model).to(device, memory_format=arm.layout)
 
-        # Our network is compiled as in train.py, and the others with PyTorch's defaults.
         network = self.module
         if arm.compiled:
-            options = OPTIONS if arm.package == "ours" else None
-            network = torch.compile(network, options=options)
+            network = torch.compile(network, dynamic=False)
 
         def first_of_tuple(x_t, t):
             return network(x_t, t, return_dict=False)[0]
@@ -203,16 +177,13 @@ class Bench:
         self.batch = self.inputs(batch)
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x_0, t and noise in the arm's layout; all arms have the same values."""
+        """Return x_0, t and noise; all arms have the same values."""
+        # The images are contiguous, as in training. Features have the layout of the weights.
         generator = torch.Generator().manual_seed(0)
         shape = (2, batch, 3, self.image_size, self.image_size)
         x_0, noise = torch.randn(shape, generator=generator).to(self.device)
         t = torch.randint(1000, (batch,), generator=generator).to(self.device)
-        return (
-            x_0.contiguous(memory_format=self.layout),
-            t,
-            noise.contiguous(memory_format=self.layout),
-        )
+        return x_0, t, noise
 
     def step(self) -> None:
         """Make an optimiser step, as train.py does."""
@@ -270,7 +241,7 @@ class Bench:
         return sum(storage.nbytes() for storage in storages.values())
 
 
-def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Call `work` for TURN_SECONDS, at least once, and return the mean seconds of a call.
 
     On CUDA the host launches a call while the device computes the one before, as in training.
@@ -419,7 +390,7 @@ def ratio(name: str, turns: list[dict], ours: list[dict]) -> str:
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def table_line(row: list[str] | tuple[str, ...]) -> str:
+def table_line(row: Sequence[str]) -> str:
     """Return a row in Markdown. A bar in a cell would start a new cell, so it becomes a slash."""
     return f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
 
@@ -435,7 +406,7 @@ def heading(
         with suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{peer} {importlib.metadata.version(peer)}")
     return (
-        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
+        f"{processor}, {torch.get_num_threads()} threads; "
         f"{', '.join(versions)}; {datetime.date.today()}; "
         f"{precision}, batch {options.batch}, {model.image_size} px, base_dim {model.base_dim}; "
         f"{options.rounds} rounds"
@@ -475,20 +446,17 @@ def main() -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="Where to measure. Default: cuda if there is a GPU.",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="Also write the table to this file. Default: none."
-    )
     options = parser.parse_args()
 
     device = choose_device(options.device)
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
-    arms = all_arms(precision, device.type == "cpu")
-    names = options.arms.split(",") if options.arms else list(arms)
-    unknown = sorted(set(names) - set(arms))
-    if unknown:
-        parser.error(
-            f"there is no arm {', '.join(unknown)} on this device; choose from {', '.join(arms)}"
-        )
+    arms = all_arms(precision, device)
+    # Our arm is first and always measured, since the others take turns with it.
+    names = options.arms.split(",") if options.arms else arms
+    names = dict.fromkeys(["ours", *names])
+    for name in names:
+        if name not in arms:
+            parser.error(f"there is no arm {name} on this device; choose from {', '.join(arms)}")
 
     # The lowest of the network's five levels has 1/16 of the image's size.
     model = replace(
@@ -499,22 +467,11 @@ def main() -> None:
         norm_groups=math.gcd(32, options.base_dim),
     )
 
-    lines = [
-        heading(options, model, precision, device),
-        "",
-        table_line(COLUMNS),
-        table_line(["---"] * len(COLUMNS)),
-    ]
-    print(*lines, sep="\n", flush=True)
-
-    # Our arm is first and always measured, since the others take turns with it.
-    selection = [arm for name, arm in arms.items() if name == "ours" or name in names]
+    print(f"{heading(options, model, precision, device)}\n\n{table_line(COLUMNS)}")
+    print(table_line(["---"] * len(COLUMNS)), flush=True)
+    selection = [arms[name] for name in names]
     for row in rows(selection, options.rounds, model, options.batch, device):
-        lines.append(table_line(row))
-        print(lines[-1], flush=True)
-        if options.out:
-            # The whole file is written after each row, so a stopped comparison leaves a table.
-            options.out.write_text("\n".join([*lines, "", NOTES, ""]))
+        print(table_line(row), flush=True)
     print(f"\n{NOTES}")
 
 

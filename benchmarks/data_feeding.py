@@ -122,7 +122,7 @@ def main() -> None:
             pin_memory=device.type == "cuda",
         )
         images = load_images(str(paths[0].parent), IMAGE_SIZE).images
-        feeder = ImageFeeder(images, device, keep_on_device=False)
+        feeder = ImageFeeder(images, device)
 
         def packed_rate(total):
             batches = index_batches(len(images), batch_size, total)

@@ -5,61 +5,41 @@ import json
 import pytest
 import torch
 
+from benchmarks import compare
 from benchmarks import first_day_on_a_gpu as first_day
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there it takes 10 minutes"),
-]
+from tests.conftest import call
 
 
-def test_each_part_finds_what_it_is_to_find(pictures, monkeypatch):
-    # The CPU's algorithms are deterministic anyway, and the setting would remain for other tests.
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles for minutes")
+def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    def broken():
+        yield "before the error", 1.0
+        raise RuntimeError("no compiler\nfound")
 
-    # An epoch has 45 steps of one image, and a checkpoint after 25.
-    changes = {"dataset_name": str(pictures), "batch_size": 1}
-    faces = first_day.EXPERIMENTS["faces"].override(changes, {})
-    monkeypatch.setitem(first_day.EXPERIMENTS, "faces", faces)
-
-    facts = {}
-    # The last two parts want several processes, which import all they need once more.
-    for part in list(first_day.PARTS)[:-2]:
-        facts.update(first_day.PARTS[part][0]())
-
-    assert facts["float32: a loss differs from the CPU's by"] == 0.0
-    assert facts["a resumed run"]
-    for name in ("ours, eager", "ours, compiled", "diffusers, eager", "diffusers, compiled"):
-        for base in (64, 128):
-            assert facts[f"{name}, base {base}: ms per step"] > 0
-    assert first_day.ESTIMATES.keys() <= facts.keys()
-    assert not first_day.PARTS.keys() & facts.keys()
-
-
-def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(
-    tmp_path, monkeypatch, capsys
-):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        first_day,
-        "PARTS",
-        {
-            "none": (None, 60),
-            "sampling": (None, 0.1),
-            "DDP": (None, 200),
-        },
-    )
+    # Each time is that of one call.
+    monkeypatch.setattr(compare, "TURN_SECONDS", 0)
+    monkeypatch.setattr(first_day, "PARTS", {"broken": broken, **first_day.PARTS})
 
-    first_day.main()
+    call(first_day.main)
 
     facts = json.loads((tmp_path / "first_day.json").read_text())
-    # These are of all processes together, and differ each time.
-    for cut in (True, False):
-        assert facts.pop(f"DDP, optimize_ddp = {cut}, base 128: ms per step") > 0
-    expected = {
-        "none": "failed",
-        "sampling": "skipped: time",
-        "DDP": "done",
-    }
-    assert facts == expected
-    assert "KeyError: 'none'" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert all(f"{name}: {value}" in printed for name, value in facts.items())
+    assert facts.pop("GPU") == "none"
+    assert torch.__version__ in facts.pop("PyTorch")
+    assert facts.pop("broken") == r"failed: RuntimeError('no compiler\nfound')"
+    expected = {"before the error", "faces-quick, muon: steps/s"}
+    expected.add("faces-quick, adam: steps/s")
+    for precision in ("bfloat16", "float32"):
+        expected.add(f"ffhq-v, {precision}: images/s in 1,000 steps")
+    for name in ("ffhq-run2", "ffhq-v"):
+        # Here the compiler only traces, so the gradients are the same.
+        assert facts.pop(f"{name}: a parameter's gradients differ by") == 0
+        for mode in ("eager", "compiled"):
+            assert facts.pop(f"{name}, {mode}: GB") == 0
+            expected |= {f"{name}, {mode}: s of the first pass", f"{name}, {mode}: ms per pass"}
+        expected.add(f"{name}: GB, estimated")
+    assert facts.keys() == expected
+    assert min(facts.values()) > 0
