@@ -60,24 +60,22 @@ def micro_batches(
 class ImageFeeder:
     """Images (N, S, S, C) uint8, memory-mapped or not, that are fed to a device in batches.
 
-    keep_on_device=True copies all images to the device at the start. False gathers each batch on
-    the CPU. None, the default, copies all images to a CUDA device if they need at most
-    FREE_MEMORY_FRACTION of its free memory.
+    All images are copied to a CUDA device at the start if they need at most FREE_MEMORY_FRACTION of
+    its free memory. Otherwise the CPU gathers each batch.
     """
 
-    def __init__(
-        self, images: np.ndarray, device: torch.device | str, keep_on_device: bool | None = None
-    ):
+    def __init__(self, images: np.ndarray, device: torch.device | str):
         self.device = torch.device(device)
         self.on_cuda = self.device.type == "cuda"
 
         # Gathering from a plain array is faster, because np.memmap does bookkeeping in every call.
         self.images = np.asarray(images)
 
-        if keep_on_device is None:
-            free_bytes = torch.cuda.mem_get_info(self.device)[0] if self.on_cuda else 0
-            keep_on_device = self.images.nbytes <= FREE_MEMORY_FRACTION * free_bytes
-        self.resident = torch.tensor(self.images, device=self.device) if keep_on_device else None
+        self.resident = None
+        if self.on_cuda:
+            free_bytes, _ = torch.cuda.mem_get_info(self.device)
+            if self.images.nbytes <= FREE_MEMORY_FRACTION * free_bytes:
+                self.resident = torch.tensor(self.images, device=self.device)
 
     def gather(self, indices: np.ndarray) -> Tensor:
         """Return the images with indices (B,) as uint8 (B, S, S, C) on the device.
