@@ -204,15 +204,14 @@ def test_json_made_to_do_harm(path, whole, bomb):
         refusal(path, sample)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ["config", "run"])
 def test_nesting_that_just_reads(path, whole, part):
     """Later steps must not stumble over what the first one let pass."""
-    read = resume if part == "scaler" else sample
     unclosed = contents_text(whole)[:-1]
     for depth in (500, *range(900, 1000, 7)):
         deep = "[" * depth + "]" * depth
         path.write_bytes(with_contents(whole, f'{unclosed}, "{part}": {{"scale": {deep}}}}}'))
-        refusal(path, read)
+        refusal(path, sample)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +224,6 @@ def test_nesting_that_just_reads(path, whole, part):
         ("run/step", (91, True, -1, "5", math.nan, 5.0), "'step' is missing or malformed"),
         ("run/total_steps", (10**9, None), "'total_steps' is missing or malformed"),
         ("run/experiment", (None,), "'experiment' or 'arithmetic' is malformed"),
-        ("scaler/scale", (0.0, math.inf, math.nan, 10**400, 2), "its gradient scaler has scale "),
-        ("scaler/_growth_tracker", (-1, 2**31, 0.5), "its gradient scaler has scale "),
         ("checksums", ([WEIGHT],), "truncated, damaged or"),
         ("checksums/odd", ("0",), "truncated, damaged or"),
         (
@@ -295,8 +292,6 @@ def test_contents_that_cannot_be(path, whole, place, values, message):
             lambda t: t / 0,
             "exp_avg.conv_in.bias has numbers that are not finite",
         ),
-        ("exp_avg_sq.conv_in.bias", lambda t: -t - 1, "exp_avg_sq.conv_in.bias is negative"),
-        ("step.conv_in.bias", lambda t: -t, "step.conv_in.bias is negative"),
         (
             "step.conv_in.bias",
             lambda t: t[None],
