@@ -53,7 +53,8 @@ class GroupNorm(nn.GroupNorm):
         # Under CUDA's autocast group norm would return float32, and its input and its output would
         # be kept for backward in float32, too. The kernel adds up in float32 for every dtype.
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            weight = self.weight.to(x.dtype)
+            bias = self.bias.to(x.dtype)
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
     def in_memory_order(self, x: Tensor) -> Tensor:
@@ -65,13 +66,16 @@ class GroupNorm(nn.GroupNorm):
         variances, means = torch.var_mean(pixels, dim=1, correction=0)  # (B, C)
         variances = variances.view(B, self.num_groups, -1)
         means = means.view(B, self.num_groups, -1)
+
         # The variance of a group is the mean of its channels' variances, plus the variance of
         # their means.
         variance = variances.mean(2, keepdim=True) + means.var(2, correction=0, keepdim=True)
         mean = means.mean(2, keepdim=True).expand_as(means).reshape(B, 1, C)
         scale = torch.rsqrt(variance + self.eps) * self.weight.view(self.num_groups, -1)
+
         y = (pixels - mean) * scale.reshape(B, 1, C) + self.bias
-        return y.to(x.dtype).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        y = y.to(x.dtype).reshape(B, H, W, C)
+        return y.permute(0, 3, 1, 2)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"]) -> Tensor:
@@ -173,7 +177,9 @@ class SelfAttention(nn.Module):
         k = self.heads(self.key(h))
         v = self.heads(self.value(h))
         h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H W, head_dim)
-        h = h.transpose(2, 3).reshape(x.shape)  # (B, C, H, W)
+
+        h = h.transpose(2, 3)  # (B, heads, head_dim, H W)
+        h = h.reshape(x.shape)  # (B, C, H, W)
         return x + self.out(h)
 
     def heads(self, x: Tensor) -> Tensor:
