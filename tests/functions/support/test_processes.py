@@ -1,5 +1,6 @@
 """Several processes train as one does, and none outlives the others."""
 
+import atexit
 import os
 import re
 import secrets
@@ -139,16 +140,20 @@ def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, monkeypatch)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    # The last one is set here so that it is restored after the test.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHINDUCTOR_COMPILE_THREADS"):
         monkeypatch.setenv(name, "0")
 
     with distributed():
         pass
     assert len(left) == 1
     # To leave the group could mean to wait for a process that does not answer.
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
     with pytest.raises(KeyError), distributed():
         raise KeyError
     assert len(left) == 1
+    assert at_exit == [processes.end_immediately]
     for backend, options in asked:
         assert backend == ("cpu:gloo,cuda:nccl" if nccl else "gloo")
         assert options["timeout"] == timedelta(minutes=30)
@@ -232,8 +237,9 @@ with distributed():
 
 
 @pytest.mark.parametrize(("asked", "used"), [({}, 8), ({"TORCHINDUCTOR_COMPILE_THREADS": "3"}, 3)])
-def test_one_of_several_processes_starts_few_compilers(asked, used):
+def test_one_of_several_processes_starts_few_compilers(asked, used, monkeypatch):
     """Nothing has imported the compiler before, which would be too early for the setting."""
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     program = subprocess.run(
