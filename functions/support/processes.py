@@ -27,8 +27,6 @@ Value = TypeVar("Value")
 # A process waits this long for another one, which may hang or have lost its machine. When a process
 # ends, its connections close, and the others notice that immediately.
 TIMEOUT = timedelta(minutes=30)
-# Rank 0 prints its error and ends; then the other processes exit with this status.
-EXIT_WITH_MAIN = 2
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,8 @@ class Processes:
         finally:
             dist.broadcast_object_list(failed_and_value)
         if failed_and_value[0]:
-            sys.exit(EXIT_WITH_MAIN)
+            # Rank 0 prints its error.
+            sys.exit(1)
         return failed_and_value[1]
 
 
