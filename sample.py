@@ -52,7 +52,7 @@ from functions.support.processes import Processes, distributed
 from functions.support.run_folder import results_folder
 
 # These flags always have an effect.
-ALWAYS = {"checkpoint", "ema_length", "at", "runs", "device", "precision", "seed"}
+ALWAYS = {"checkpoint", "runs", "device", "precision", "seed"}
 SAMPLING = {"batch_size", "out", "sampler", "steps", "spacing", "eta", "variance"}
 SAMPLING |= {"calibrate", "guide", "guidance"}
 ROWS = {*SAMPLING, "depths", "fit"}

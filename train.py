@@ -28,7 +28,7 @@ from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, forward_passes, micro_batches
 from data.datasets import ImageSet, Split, load_images, split_images
 from data.pixels import to_model_range
-from functions.ema import power_decay, update_ema
+from functions.ema import update_ema
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
 from functions.optimizers import Adam, Muon
@@ -56,7 +56,7 @@ from functions.support.device import (
 )
 from functions.support.errors import EXIT_STOPPED
 from functions.support.processes import Processes, distributed
-from functions.support.random_numbers import StepDraws, seed_of, training_draws
+from functions.support.random_numbers import seed_of, training_draws
 from functions.support.run_folder import (
     Facts,
     Run,
@@ -65,7 +65,6 @@ from functions.support.run_folder import (
     first_intact,
     run_to_resume,
 )
-from functions.timesteps import mixed_timesteps
 from functions.training.compiling import compile_network
 from functions.training.cost import describe_cost
 from functions.training.memory import explain_lack_of_memory
@@ -313,15 +312,14 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
     # Listing the parameters takes as long as launching some kernels, so it is done once.
     parameters = list(model.parameters())
     ema_parameters = list(ema_model.parameters()) if ema_model else []
-    power_parameters = {
-        length: list(average.parameters()) for length, average in state.power_emas.items()
-    }
     recorder = Recorder(run, facts, state, sample_denoiser, feeder, split.val_indices, processes)
     with recorder.opened():
         # Algorithm 1, lines 1 and 6: "repeat until converged" is a fixed number of steps here.
         for step in steps:
             # Lines 3 and 4: t and the noise eps of the whole effective batch.
-            draws = draw_step(config, scheduler, step, image_shape, device)
+            draws = training_draws(
+                config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device
+            )
             # Rotation is off at the end of a run, so that the network unlearns its tilt.
             degrees = rotation_limit(
                 config.max_rotation, config.rotation_free_end, step / total_steps
@@ -370,8 +368,6 @@ def train(run: Run, device: torch.device, processes: Processes, dry_run: bool = 
                 # so that it does not forget them.
                 ramp = not facts.initial
                 update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
-            for length, average in power_parameters.items():
-                update_ema(average, parameters, step, power_decay(length, step), ramp=False)
             recorder.window.add(sums, optimizer.found_inf)
             if not recorder.after_step(step + 1, grad_norm):
                 return False
@@ -447,38 +443,19 @@ def build_training_state(run: Run, denoiser: Denoiser, device: torch.device) -> 
     """Build all that the steps change, as new or as the run's checkpoint has it."""
     config = run.experiment.diffusion
     model = denoiser.network
-
-    def copy_of_model():
-        return copy.deepcopy(model).eval().requires_grad_(False)
-
-    ema_model = copy_of_model() if config.ema_decay > 0 else None
-    power_emas = {length: copy_of_model() for length in config.power_ema}
+    ema_model = None
+    if config.ema_decay > 0:
+        ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     if config.optimizer == "muon":
         optimizer = Muon(model.parameters(), config.learning_rate, denoiser.precision)
     else:
         optimizer = Adam(model.parameters(), config.learning_rate)
     # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=denoiser.precision == torch.float16)
-    state = TrainingState(model, ema_model, optimizer, scaler, power_emas)
+    state = TrainingState(model, ema_model, optimizer, scaler)
     if run.checkpoint:
         state.load(run.checkpoint)
     return state
-
-
-def draw_step(
-    config: DiffusionConfig,
-    scheduler: NoiseScheduler,
-    step: int,
-    image_shape: tuple[int, int, int],
-    device: torch.device,
-) -> StepDraws:
-    """Draw t, the noise and the augmentation of one step's whole effective batch."""
-    draws = training_draws(
-        config.seed, step, config.effective_batch, image_shape, scheduler.timesteps, device
-    )
-    if config.t_sampling == "mixed":
-        return replace(draws, t=mixed_timesteps(scheduler, draws.t, draws.normal))
-    return draws
 
 
 def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float:

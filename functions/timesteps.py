@@ -1,4 +1,4 @@
-"""The timesteps that a sampler visits, and those that training draws."""
+"""The timesteps that a sampler visits."""
 
 from collections.abc import Sequence
 
@@ -72,24 +72,6 @@ def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: in
     # Raising can push timesteps above first - k, or even above `first`. The minimum lowers these
     # again, and all timesteps still differ.
     return torch.minimum(times, first - k).tolist()
-
-
-def mixed_timesteps(scheduler: NoiseScheduler, uniform: Tensor, normal: Tensor) -> Tensor:
-    """Replace every second of (B,) uniform timesteps by one with a log-normal noise level.
-
-    The noise level is sigma = sqrt((1 - alpha_bar) / alpha_bar). ln sigma is drawn from
-    N(-1.2, 1.2^2), as in EDM (Karras et al. 2022, arXiv:2206.00364, Table 1). This distribution
-    favours the noise levels at which there is most to learn.
-
-    Args:
-        uniform: (B,) int64, uniform in 0 .. T-1.
-        normal: (B,) standard normal.
-    """
-    log_sigma = 1.2 * normal - 1.2
-    log_normal = nearest_timesteps(scheduler, -2 * log_sigma)
-    mixed = uniform.clone()
-    mixed[1::2] = log_normal[1::2]
-    return mixed
 
 
 def nearest_timesteps(scheduler: NoiseScheduler, log_snr: Tensor) -> Tensor:

@@ -57,9 +57,6 @@ ONE_LEVEL = shlex.split("""
     --model.dim-multiply 1
     --model.transformer-layers ""
 """)
-# The flag of the averages whose length is chosen afterwards, and their parts in a checkpoint.
-POWER_EMA = ["--diffusion.power-ema", "0.05,0.1"]
-POWER_PARTS = ("power_ema_0.05", "power_ema_0.1")
 # The same network, as fields of ModelConfig.
 SMALL_MODEL = {
     "image_size": 16,
@@ -212,7 +209,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 def load_checkpoint(path) -> dict:
     """Return all that a checkpoint holds, so that two can be compared."""
     file = verify_checkpoint(path)
-    tensors = {part: file.tensors(f"{part}.") for part in ("model", "ema", *POWER_PARTS, *MOMENTS)}
+    tensors = {part: file.tensors(f"{part}.") for part in ("model", "ema", *MOMENTS)}
     return {**file.contents, **tensors}
 
 

@@ -117,7 +117,7 @@ def peaks_of(experiment: Experiment, batch_sizes: list[int]) -> tuple[UNet, int,
     network.to(memory_format=torch.channels_last).to_empty(device="cpu")
 
     config = experiment.diffusion
-    averages = len(config.power_ema) + (config.ema_decay > 0)
+    averages = int(config.ema_decay > 0)
     state = 0
     for parameter in network.parameters():
         moments = 1 if config.optimizer == "muon" and is_matrix(parameter) else 2

@@ -61,7 +61,6 @@ def training_state(seed: int = 0, kind: Callable[..., Adam] = Adam) -> TrainingS
 def snapshot(state: TrainingState) -> list:
     """Copy all that `TrainingState.load` could change."""
     parts = [state.model, state.ema_model, state.optimizer, state.scaler]
-    parts += state.power_emas.values()
     return copy.deepcopy([dict(part.state_dict()) for part in parts])
 
 

@@ -20,7 +20,6 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.samplers import SAMPLERS, VARIANCES, OnStep
 from functions.sampling.options import SamplerOptions
-from functions.sampling.reconstruction import reconstruct
 from functions.support.checkpoint import SavedModel, load_into
 from functions.support.device import (
     choose_device,
@@ -30,7 +29,7 @@ from functions.support.device import (
     set_deterministic,
 )
 from functions.support.diffusers_folder import load_model
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 from functions.support.files import READ_ERRORS, short
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise
@@ -189,19 +188,8 @@ def open_sampler(
     # Options that fit no model are refused here, before a checkpoint is read.
     SamplerOptions.from_args(args, {})
 
-    if args.at and args.ema_length is None:
-        raise UserError("--at needs an --ema-length")
-
     def find():
         run = args.checkpoint
-        if args.ema_length is not None:
-            if not run:
-                newest = newest_checkpoints(args.runs, name_prefix)[0]
-                # A model of pretrained/ has no run.
-                if newest.parent.name != "checkpoints":
-                    raise UserError(f"{args.runs}: no run for --ema-length yet; train one first")
-                run = newest.parent.parent
-            return [reconstruct(run, args.ema_length, args.at)]
         return find_checkpoints(run) if run else newest_checkpoints(args.runs, name_prefix)
 
     saved = load_intact(find, processes)

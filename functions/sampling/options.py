@@ -186,7 +186,7 @@ class SamplerOptions:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name the model, its average and the device."""
+    """Add the flags that name the model and the device."""
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -201,21 +201,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default="runs",
         metavar="FOLDER",
         help="The folder with all run folders. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--ema-length",
-        type=float,
-        metavar="X",
-        help="Use another average of the weights of RUN: its relative length, from 0.03 to 0.2 of "
-        "the steps so far (docs/evaluation.md). The run needs --diffusion.power-ema. Default: the "
-        "EMA of training.",
-    )
-    parser.add_argument(
-        "--at",
-        type=positive,
-        metavar="STEP",
-        help="For --ema-length: the average after about this many steps. Default: the last "
-        "snapshot.",
     )
     parser.add_argument(
         "--device",

@@ -11,7 +11,7 @@ An exported file has the same format, but its only tensors are the weights to sa
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,16 +35,12 @@ class TrainingState:
     ema_model: nn.Module | None
     optimizer: Adam
     scaler: torch.amp.GradScaler
-    # The power averages of the weights, by their relative lengths: functions/ema.py explains them.
-    power_emas: dict[float, nn.Module] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all but the scaler, by the names that tensors have in a checkpoint."""
         tensors = self.model.state_dict(prefix="model.")
         if self.ema_model:
             tensors.update(self.ema_model.state_dict(prefix="ema."))
-        for length, average in self.power_emas.items():
-            tensors.update(average.state_dict(prefix=f"power_ema_{length}."))
         for moment in MOMENTS:
             for name, p in self.model.named_parameters():
                 state = self.optimizer.state[p]

@@ -128,14 +128,6 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(map(int, split_list(text)))
 
 
-def floats(text: str) -> tuple[float, ...]:
-    """Parse comma-separated numbers.
-
-    Raises ValueError, which argparse reports, for any other text.
-    """
-    return tuple(map(float, split_list(text)))
-
-
 def split_list(text: str) -> list[str]:
     """Split a comma-separated text, with or without brackets."""
     return [item for item in text.strip("[]() ").split(",") if item.strip()]
@@ -165,5 +157,4 @@ FLAG_TYPES = {
     str: (str, "TEXT"),
     bool: (boolean, "true|false"),
     tuple[int, ...]: (integers, "N,N,..."),
-    tuple[float, ...]: (floats, "X,X,..."),
 }

@@ -43,8 +43,6 @@ class StepDraws:
     flip: Tensor  # (B,) bool, True with probability 1/2
     # (B,) float32, uniform in [-1, 1). The rotation is this fraction of the largest angle.
     rotation: Tensor
-    # (B,) float32, standard normal. Only t_sampling = "mixed" uses this draw.
-    normal: Tensor
 
 
 def training_draws(
@@ -60,7 +58,7 @@ def training_draws(
     # its place in the effective batch, but not on the batch size.
     generator = generator_of(device, seed, "training", step)
 
-    # These five draws come from one generator, so another draw between them, or another order,
+    # These four draws come from one generator, so another draw between them, or another order,
     # would change every run. A new field needs a separate generator:
     # generator_of(device, seed, "training", step, NAME).
     options = {"generator": generator, "device": device}
@@ -69,7 +67,6 @@ def training_draws(
         noise=torch.randn(effective_batch, *image_shape, **options),
         flip=torch.rand(effective_batch, **options) < 0.5,
         rotation=2 * torch.rand(effective_batch, **options) - 1,
-        normal=torch.randn(effective_batch, **options),
     )
 
 

@@ -6,9 +6,7 @@ tensorboard/    the same metrics as events
 losses.png      the curves of metrics.csv
 samples/        grids of samples, by step
 checkpoints/    step-00001000.safetensors, ...
-snapshots/      the weights to sample from, in float16, by step: guides for `sample.py --guide`; and
-                power averages, such as step-00001000-power-0.05.safetensors
-reconstructed/  averages of other lengths, which `sample.py --ema-length` has made of these
+snapshots/      the weights to sample from, in float16, by step: guides for `sample.py --guide`
 .lock           a lock that the training process holds
 """
 
@@ -40,9 +38,6 @@ RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
 # Earlier versions wrote .pt files. The pattern matches them too, so that they are refused with a
 # message instead of being overlooked.
 CHECKPOINT_NAME = re.compile(r"step-\d{8}\.(safetensors|pt)")
-# Snapshots of power averages have names that CHECKPOINT_NAME does not match, so that they are never
-# taken for the run's model or its guide. The two groups are the step and the relative length.
-POWER_NAME = re.compile(r"step-(\d{8})-power-(0\.\d+)\.safetensors")
 # The trained models that come with the repository. They are read when there is no run.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 
@@ -145,16 +140,15 @@ def describe(run: Run, facts: Facts, data_summary: str) -> str:
     if facts.initial:
         lines.append(f"  begins as  {facts.initial}")
     lines.append(
-        f"  objective  {config.objective}, t {config.t_sampling} over {config.timesteps_diff} "
+        f"  objective  {config.objective} over {config.timesteps_diff} "
         f"timesteps with {config.beta_schedule} betas, terminal SNR {snr:.2g}"
     )
 
     # A parameter takes 2 bytes in float16.
     megabytes = 2 * facts.parameters / 1e6
-    averages = len(config.power_ema)
     if config.snapshot_every:
         count = math.ceil(facts.total_steps / config.snapshot_every)
-        lines.append(f"  snapshots  {count * (1 + averages):,} of {megabytes:,.1f} MB each")
+        lines.append(f"  snapshots  {count:,} of {megabytes:,.1f} MB each")
 
     warnings = run.experiment.warnings()
     if snr > VISIBLE_SNR:
@@ -211,18 +205,6 @@ def checkpoints_of(run: Path, folder: str = "checkpoints") -> list[Path]:
     """Return the run's checkpoints, or its "snapshots", oldest first."""
     paths = (run / folder).glob("*")
     return sorted(path for path in paths if CHECKPOINT_NAME.fullmatch(path.name))
-
-
-def power_path(snapshot: Path, length: float) -> Path:
-    """Return the path of the power average of a length, beside a step's snapshot."""
-    return snapshot.with_stem(f"{snapshot.stem}-power-{length}")
-
-
-def power_snapshots(run: Path) -> dict[Path, tuple[int, float]]:
-    """Return the step and the relative length of each power average in a run, oldest first."""
-    names = {path: POWER_NAME.fullmatch(path.name) for path in (run / "snapshots").glob("*")}
-    found = {path: (int(name[1]), float(name[2])) for path, name in names.items() if name}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -291,7 +273,7 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
     if saved.path.is_dir():
         return Path("samples") / f"{saved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = saved.path.parent
-    if folder.name in ("checkpoints", "snapshots", "reconstructed"):
+    if folder.name in ("checkpoints", "snapshots"):
         folder = folder.parent
     return folder / kind
 

@@ -19,7 +19,7 @@ from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import TrainingState, save_checkpoint, save_snapshot
 from functions.support.pictures import save_grid
 from functions.support.processes import Processes
-from functions.support.run_folder import Facts, Run, delete_old, locked, power_path
+from functions.support.run_folder import Facts, Run, delete_old, locked
 from functions.training.bad_numbers import BadNumbers
 from functions.training.metrics import MetricsLog, TrainingWindow, fetch, plot_losses
 from functions.training.stopping import StopSignals, explain_failed_writes
@@ -116,21 +116,15 @@ class Recorder:
         delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
 
     def save_snapshot(self, done: int) -> None:
-        """Write the snapshots of a step."""
+        """Write the snapshot of a step."""
         if not self.processes.is_main:
             return
         state = self.state
         path = self.run.path_of("snapshots", done)
         part, model = ("ema", state.ema_model) if state.ema_model else ("model", state.model)
-        snapshots = [(path, part, model, {})]
-        for length, average in state.power_emas.items():
-            note = {"note": f"power average of relative length {length}"}
-            snapshots.append((power_path(path, length), "ema", average, note))
-
         config = self.run.experiment.to_dict()
         facts = {"experiment": self.run.name, "step": done, **vars(self.facts)}
-        for path, part, model, note in snapshots:
-            save_snapshot(path, config, facts | note, part, model)
+        save_snapshot(path, config, facts, part, model)
 
     def is_due(self, every: int, done: int) -> bool:
         """Return whether work that is done every `every` steps is due; 0 means never."""

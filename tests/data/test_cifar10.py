@@ -100,7 +100,6 @@ def test_the_preset_is_the_papers():
         beta_end=0.02,
         beta_schedule="linear",
         objective="eps",
-        t_sampling="uniform",
         use_augmentation=True,
         max_rotation=0.0,
         lr_schedule="constant",

@@ -1,15 +1,12 @@
 """Which timesteps a sampler visits, and which a training draws."""
 
-from statistics import NormalDist
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.timesteps import SPACINGS, logsnr_timesteps, mixed_timesteps, sampling_times
+from functions.timesteps import SPACINGS, logsnr_timesteps, sampling_times
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -54,32 +51,6 @@ def test_logsnr_times_are_even_in_the_log_snr(start, stop):
     log_snr = np.log(alpha_bar / (1 - alpha_bar))
     gaps = np.diff(log_snr[times])
     assert gaps == pytest.approx([gaps.mean()] * 50, rel=0.01)
-
-
-@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
-def test_mixed_times_are_log_normal_at_odd_places_and_as_they_were_at_even_ones(beta_schedule):
-    """The truth is the CDF of N(-1.2, 1.2^2), of the standard library."""
-    scheduler = NoiseScheduler(100, beta_schedule=beta_schedule)
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.randint(100, (200_001,), generator=generator)
-    normal = torch.randn(200_001, generator=generator)
-    mixed = mixed_timesteps(scheduler, uniform, normal)
-
-    assert mixed.dtype == torch.int64
-    assert torch.equal(mixed[::2], uniform[::2])
-
-    # Each t is due the share of N(-1.2, 1.2^2) that is nearer to its ln sigma than to any other's.
-    ln_sigma = np.log(1 / scheduler.alphas_cumprod.numpy() - 1) / 2
-    midpoints = (ln_sigma[1:] + ln_sigma[:-1]) / 2
-    shares = np.diff([0.0, *map(NormalDist(-1.2, 1.2).cdf, midpoints), 1.0])
-
-    # This is a chi-squared test of the 100,000 draws. It leaves out what is due less than 10 times.
-    # The statistic has the number of its terms as mean, and twice that as variance.
-    counts = np.bincount(mixed[1::2], minlength=100)
-    expected = 100_000 * shares
-    terms = (counts - expected) ** 2 / expected
-    terms = terms[shares > 1e-4]
-    assert abs(terms.sum() - len(terms)) < 4 * np.sqrt(2 * len(terms))
 
 
 @pytest.mark.parametrize(

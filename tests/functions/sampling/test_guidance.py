@@ -25,7 +25,6 @@ from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.run_folder import checkpoints_of, find_checkpoints
 from tests.conftest import (
-    POWER_EMA,
     TINY,
     call,
     during,
@@ -302,11 +301,6 @@ def test_snapshots_are_counted_before_a_run(pictures, tmp_path, capsys):
     flags = [*TINY, "--diffusion.snapshot-every", 4, "--dry-run"]
     call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *flags)
     assert "snapshots  3 of 0.1 MB each\n" in capsys.readouterr().out
-
-    flags += [*POWER_EMA, "--diffusion.epochs", 400]
-    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *flags)
-    printed = capsys.readouterr().out
-    assert "snapshots  1,500 of 0.1 MB each\n" in printed
 
 
 def test_a_stopped_run_has_all_its_snapshots(run, pictures, tmp_path):

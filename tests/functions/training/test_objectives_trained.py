@@ -24,7 +24,6 @@ from functions.support.diffusers_folder import load_model
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import training_draws
 from functions.support.run_folder import checkpoints_of
-from functions.timesteps import mixed_timesteps
 from functions.training.metrics import read_metrics
 from tests.conftest import call, during, terminate, train_tiny
 from tests.functions.test_objectives import X_0
@@ -34,7 +33,6 @@ from tests.spoilt_files import contents_text, with_contents
 # These fields of a config came with v and Muon. Earlier runs were all as the values here say.
 NEW_FIELDS = {
     "objective": "eps",
-    "t_sampling": "uniform",
     "beta_schedule": "linear",
     "optimizer": "adam",
 }
@@ -73,18 +71,16 @@ def assert_logged(run, losses, errors):
 
 
 @pytest.mark.slow
-def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
+def test_a_run_with_v_and_cosine_betas(pictures, tmp_path):
     """In the same x_t the squared error of eps is alpha_bar times that of v, which is the loss.
 
     A run that is stopped and resumed is the same as a straight one, and it is sampled from.
     """
-    flags = ["--diffusion.t-sampling", "mixed", "--diffusion.beta-schedule", "cosine"]
-    straight, t, losses, _ = seen_in(pictures, tmp_path / "straight", *flags)
+    straight, t, losses, _ = seen_in(pictures, tmp_path / "straight")
 
-    # This is alpha_bar's definition, f(t + 1) / f(0), computed beside the scheduler's. It does not
-    # hold at the last t, whose beta is capped.
+    # This is alpha_bar's definition, f(t + 1) / f(0), computed beside the scheduler's. At the
+    # last t, whose beta is capped, both are almost 0.
     f = np.cos((np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
-    assert t.max() < 99
     errors = f[t + 1] / f[0] * losses
 
     assert_logged(straight, losses, errors)
@@ -95,7 +91,7 @@ def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
         assert all(0 < error[step] < loss[step] for step in (5, 10))
 
     with pytest.raises(SystemExit, match="75"), during(7, terminate):
-        train_tiny(pictures, tmp_path / "cut", *flags, name="faces-v")
+        train_tiny(pictures, tmp_path / "cut", name="faces-v")
     call(train.main, "faces-v", "--resume", "--runs", tmp_path / "cut")
     (cut,) = (tmp_path / "cut").iterdir()
     assert_same_run(straight, cut)
@@ -116,22 +112,13 @@ def test_a_run_with_v_mixed_t_and_cosine_betas(pictures, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("t_sampling", "passes"), [("mixed", 1), ("mixed", 3), ("uniform", 3)])
-def test_a_place_has_its_t_however_the_batch_is_cut(t_sampling, passes, pictures, tmp_path):
-    """Mixed t are log-normal at odd places of the whole batch.
-
-    In passes of 3, the even places of the second pass are odd ones of the whole.
-    """
-    flags = f"--diffusion.t-sampling {t_sampling} --diffusion.batch-size {9 // passes}"
-    flags += f" --diffusion.gradient-accumulation {passes}"
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_place_has_its_t_however_the_batch_is_cut(passes, pictures, tmp_path):
+    flags = f"--diffusion.batch-size {9 // passes} --diffusion.gradient-accumulation {passes}"
     _, t, *_ = seen_in(pictures, tmp_path, *flags.split())
     for step, t_of_step in enumerate(t):
         draws = training_draws(0, step, 9, (3, 16, 16), 100, "cpu")
-        expected = draws.t
-        if t_sampling == "mixed":
-            scheduler = NoiseScheduler(100, beta_schedule="cosine")
-            expected = mixed_timesteps(scheduler, draws.t, draws.normal)
-        assert t_of_step.tolist() == expected.tolist()
+        assert t_of_step.tolist() == draws.t.tolist()
 
 
 class InTermsOfEps(torch.nn.Module):
