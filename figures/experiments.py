@@ -12,14 +12,11 @@ draw      add these measurements to figures/experiments.json, print that file as
 
 import json
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import train
 from config import EXPERIMENTS
@@ -44,34 +41,26 @@ ROOT = Path(train.__file__).parent
 RUNS = ROOT / "runs" / "experiments"
 RESULTS = ROOT / "figures" / "experiments.json"
 
-# At 2e-3, the rate of `faces`, two of three runs with v and uniform t did not learn.
-V = {"objective": "v", "t_sampling": "mixed", "learning_rate": 1e-3}
-FACES_V = V | {"t_sampling": "uniform", "beta_schedule": "cosine"}
+# At 2e-3, the rate of `faces`, two of three runs with v and linear betas did not learn.
+V = {"objective": "v", "learning_rate": 1e-3}
+FACES_V = V | {"beta_schedule": "cosine"}
 LARGE = {"image_size": 64, "lowest_resolution_size": 8}
 SHORT = {"epochs": 16}
 
 # The name of an arm -> its changes to the diffusion config and to the model config of `faces`, and
-# its number of seeds.
+# its number of seeds. Names say "uniform t" because arms of earlier versions had another
+# distribution (docs/tried.md). RESULTS has these, too.
 ARMS = {
-    # The objective and the distribution of t.
     "eps": ({}, {}, 3),
-    "v, mixed t": (V, {}, 3),
-    "v, uniform t": (V | {"t_sampling": "uniform"}, {}, 3),
-    # Arms with v differ from `faces` in these two fields too. Each arm here changes one of them.
-    "eps, mixed t": ({"t_sampling": "mixed"}, {}, 1),
-    "eps, rate 1e-3": ({"learning_rate": 1e-3}, {}, 1),
-    # Other betas, and another weight of the loss.
-    "v, mixed t, cosine": (V | {"beta_schedule": "cosine"}, {}, 1),
+    "v, uniform t": (V, {}, 3),
     "v, uniform t, cosine": (FACES_V, {}, 3),
-    "v, mixed t, min-SNR": (V, {}, 1),
-    # At 64 px the 3,500 steps of `faces` take over an hour, so all of these have fewer.
+    # Arms with v differ from `faces` in the learning rate, too.
+    "eps, rate 1e-3": ({"learning_rate": 1e-3}, {}, 1),
+    # At 64 px the 3,500 steps of `faces` take over an hour, so these two have fewer.
     "eps, 800 steps": (SHORT, {}, 1),
-    "v, mixed t, 800 steps": (V | SHORT, {}, 1),
     "eps, 800 steps, 64 px": (SHORT, LARGE, 1),
-    "v, mixed t, 800 steps, 64 px": (V | SHORT, LARGE, 1),
     # Another kind of images. The photos do not come with the repository.
     "eps, photos": ({}, {}, 1),
-    "v, mixed t, photos": (V, {}, 1),
     "v, uniform t, cosine, photos": (FACES_V, {}, 1),
 }
 
@@ -79,8 +68,7 @@ ARMS = {
 PRESETS = ("eps", "v, uniform t, cosine")
 # The kinds of calibration: none, fitted to the training images, fitted to the model's samples.
 KINDS = ("plain", "data", "own")
-# docs/whole-before-detail.md shows these pictures, with a row for each of these arms. Photos show
-# real people and are not published.
+# docs/whole-before-detail.md shows this picture, with a row for each of these arms.
 PICTURES = {
     "whole_before_detail.png": (
         "eps",
@@ -88,13 +76,6 @@ PICTURES = {
         "eps, calibrated (own)",
         PRESETS[1],
     ),
-    "other_arms.png": (
-        "eps, mixed t",
-        "eps, rate 1e-3",
-        "v, mixed t, min-SNR",
-        "v, mixed t, cosine",
-    ),
-    "arms_64_px.png": ("eps, 800 steps, 64 px", "v, mixed t, 800 steps, 64 px"),
 }
 # It also shows a heat map of the bands for these arms.
 MAPS = {
@@ -185,20 +166,8 @@ def train_arm(arm: str, seed: int, photos: str | None) -> None:
         experiment = EXPERIMENTS["faces"].override(changes, model)
         run = Run(run_name(arm, seed), experiment, RUNS)
 
-    # train.py has no min-SNR weight, so this arm replaces the loss function.
-    with patch("train.denoising_loss", min_snr_loss) if "min-SNR" in arm else nullcontext():
-        if not train.train(run, choose_device("auto"), SINGLE_PROCESS):
-            sys.exit(EXIT_STOPPED)
-
-
-def min_snr_loss(
-    model, scheduler, x_0: Tensor, t: Tensor, noise: Tensor, loss=train.denoising_loss
-) -> Tensor:
-    """Return the squared error of x_0 times min(SNR, 5) (Hang et al. 2023, arXiv:2303.09556)."""
-    # The squared error of v is that of x_0 divided by (1 - alpha_bar).
-    a = scheduler.alpha_bar(t).to(x_0)
-    weight = (1 - a) * (a / (1 - a)).clamp(max=5)
-    return weight * loss(model, scheduler, x_0, t, noise)
+    if not train.train(run, choose_device("auto"), SINGLE_PROCESS):
+        sys.exit(EXIT_STOPPED)
 
 
 def measure(run: Path) -> None:
