@@ -25,7 +25,8 @@ FFHQ_VALIDATION = {"reference": 7_000, "official": 10_000}
 class Split:
     """A split of an ImageSet into training and validation images.
 
-    The indices are int64. Each hash is `hash_ids` of the ids of one part.
+    The indices are int64. Each hash of ids is `hash_ids` of the ids of one part. The hash of pixels
+    is that of the whole ImageSet.
     """
 
     train_indices: np.ndarray
@@ -33,6 +34,7 @@ class Split:
     description: str
     train_ids_hash: str
     val_ids_hash: str
+    pixels_hash: str
 
 
 def load_images(
@@ -55,7 +57,7 @@ def load_images(
     indices = [i for i, image_id in enumerate(pack.ids) if image_id.startswith("people_")]
     ids = [pack.ids[i] for i in indices]
     summary = f"{dataset_name}: {len(ids):,} of the images of {pack.summary}"
-    return ImageSet(dataset_name, pack.images[indices], ids, summary, pack.path)
+    return ImageSet(dataset_name, pack.images[indices], ids, pack.pixels_hash, summary, pack.path)
 
 
 def locate(dataset_name: str, image_size: int) -> Source:
@@ -138,6 +140,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         description,
         hash_ids(ids[:train_count]),
         hash_ids(ids[train_count:]),
+        image_set.pixels_hash,
     )
 
 

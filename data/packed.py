@@ -1,7 +1,8 @@
 """Decode and resize every image of a source once, into one packed file, and memory-map the file.
 
 <name>-<S>px.packed contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed (N, S, S, 1). Next to
-it are a .lock and a .json with the ids, the images left out, and the key (`pack_key`).
+it are a .lock and a .json with the ids, the images left out, a hash of the pixels, and the key
+(`pack_key`).
 """
 
 import glob
@@ -45,6 +46,8 @@ class ImageSet:
     # The array is a memory map, unless the set is only a part of a pack.
     images: np.ndarray
     ids: list
+    # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
+    pixels_hash: str = ""
     # The summary counts the images, and those that were left out, enlarged or cropped.
     summary: str = ""
     # This is the path of the packed file.
@@ -96,7 +99,7 @@ def pack_key(source: Source, image_size: int) -> str:
     stamp, and the number of channels.
     """
     facts = [FORMAT_VERSION, image_size, source.kind, source.members]
-    # Keys for RGB lack the number of channels, so that packs of earlier versions stay valid.
+    # Keys for RGB lack the number of channels, so that earlier versions can read these packs.
     if source.channels != 3:
         facts.append(source.channels)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -137,7 +140,8 @@ def is_writable(folder: Path) -> bool:
 def read_pack(path: Path, key: str, image_shape: tuple[int, int, int]) -> ImageSet | None:
     """Map a packed file of images of this shape (S, S, C).
 
-    Returns None when the file is missing, has another key or has the wrong size.
+    Returns None when the file is missing, has another key or has the wrong size, or when an earlier
+    version made it, which computed no hash of the pixels.
     """
     try:
         record = json.loads(Path(f"{path}.json").read_text())
@@ -146,7 +150,15 @@ def read_pack(path: Path, key: str, image_shape: tuple[int, int, int]) -> ImageS
         if record["key"] != key or path.stat().st_size != math.prod(shape):
             return None
         images = np.memmap(path, np.uint8, "r", shape=shape)
-        return ImageSet(path.name, images, ids, record["summary"], path, record["bad_images"])
+        return ImageSet(
+            path.name,
+            images,
+            ids,
+            record["pixels_hash"],
+            record["summary"],
+            path,
+            record["bad_images"],
+        )
     except READ_ERRORS:
         return None
 
@@ -169,6 +181,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
     ids = []
     bad_images = []
     changes = Counter()
+    digest = hashlib.sha256()
 
     def fit(pixels):
         """Return an image's pixels at image_size, and its original height and width."""
@@ -181,6 +194,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
                 continue
             pixels, height, width = result
             file.write(pixels.data)
+            digest.update(pixels.data)
             ids.append(source.ids[i])
             changes["not square, cropped to their centre"] += height != width
             changes[f"smaller than {image_size} px, enlarged"] += min(height, width) < image_size
@@ -207,6 +221,7 @@ def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageS
         "image_size": image_size,
         "summary": summary,
         "bad_images": bad_images,
+        "pixels_hash": digest.hexdigest()[:16],
         "ids": ids,
     }
     write_text(record_path, json.dumps(record))

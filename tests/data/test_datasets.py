@@ -41,6 +41,10 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
     assert people.images.shape == (901, 64, 64, 3)
     assert people.ids == [name for name in everyone.ids if name.startswith("people_")]
 
+    # They share a pack, so they share its hash.
+    assert people.pixels_hash == everyone.pixels_hash
+    assert split_images(people, "reference").pixels_hash == everyone.pixels_hash
+
     # Some images are compared with their files.
     with zipfile.ZipFile(datasets.EMBEDDED_SET) as archive:
         for position in (0, 450, 900):

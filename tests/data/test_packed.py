@@ -1,5 +1,6 @@
 """data/packed.py: prepared once, and again only when something changed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,6 +55,28 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
 
     forbid_decoding(monkeypatch)
     assert_array_equal(load(path).images, IMAGES)
+
+
+def test_the_hash_is_that_of_the_pixels_and_not_of_their_files(tmp_path):
+    pack = load(write_folder(tmp_path / "set"))
+    assert pack.pixels_hash == hashlib.sha256(pack.path.read_bytes()).hexdigest()[:16]
+    archive = load(write_zip(tmp_path / "set.zip"))
+    assert (archive.ids, archive.pixels_hash) == (pack.ids, pack.pixels_hash)
+
+    others = load(write_folder(tmp_path / "others", 255 - IMAGES))
+    assert others.ids == pack.ids
+    assert others.pixels_hash != pack.pixels_hash
+
+
+def test_a_pack_of_an_earlier_version_without_a_hash_is_made_anew(tmp_path):
+    path = write_folder(tmp_path / "set")
+    pack = load(path)
+    record_path = Path(f"{pack.path}.json")
+    record = json.loads(record_path.read_text())
+    del record["pixels_hash"]
+    record_path.write_text(json.dumps(record))
+
+    assert load(path).pixels_hash == pack.pixels_hash
 
 
 def test_sizes_lie_side_by_side_and_move_with_their_folder(tmp_path, monkeypatch):
