@@ -123,14 +123,15 @@ SINGLE_PROCESS = Processes()
 def distributed() -> Iterator[Processes]:
     """Connect the processes that torchrun has started. Without torchrun there is only one.
 
-    Raises UserError when they cannot connect. After any later error in one of them, its exit status
-    is 1, and torchrun ends the others.
+    Raises UserError when one of torchrun's variables is not an integer, and when they cannot
+    connect. After any later error in one of them, its exit status is 1, and torchrun ends the
+    others.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not set(names) <= os.environ.keys():
         yield SINGLE_PROCESS
         return
-    rank, count, local_rank = (int(os.environ[name]) for name in names)
+    rank, count, local_rank = map(environment_integer, names)
     # By default each process starts as many compilers as the machine has cores, up to 32. PyTorch
     # reads this when its compiler is imported, so it cannot be set later.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
@@ -156,6 +157,18 @@ def distributed() -> Iterator[Processes]:
     # group, destroying the model later could deadlock.
     gc.collect()
     dist.destroy_process_group()
+
+
+def environment_integer(name: str) -> int:
+    """Return the integer in an environment variable. Raises UserError if it has another text."""
+    text = os.environ[name]
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"the environment variable {name} is {short(text)!r}, which is not an integer; "
+            "unset it, or start with torchrun"
+        ) from None
 
 
 def end_immediately() -> None:

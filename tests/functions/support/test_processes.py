@@ -412,6 +412,15 @@ def test_a_refusal_in_rank_0_is_said_once(tmp_path):
     assert not re.sub(r"\[Gloo\].*\n", "", programs[1].printed)
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_variable_that_is_no_integer_is_named(name, monkeypatch):
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(variable, "" if variable == name else "1")
+
+    with pytest.raises(UserError, match=f" {name} is '', .*unset it, or start"), distributed():
+        pass
+
+
 def test_processes_that_cannot_meet_say_so(monkeypatch):
     # They are told how many they are, but no address.
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
