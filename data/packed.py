@@ -77,9 +77,12 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
                 pack = read_pack(target, key, shape)
                 pack = pack or make_pack(source, image_size, key, target)
         except OSError as error:
+            advice = "Make room there"
+            if target == in_cache:
+                advice += ", or set XDG_CACHE_HOME to a folder that can be written"
             raise UserError(
                 f"{target}, {len(source.ids) * math.prod(shape) / 1e6:,.1f} MB of images, cannot "
-                f"be written ({error.strerror or error}). Make room there."
+                f"be written ({error.strerror or error}). {advice}."
             ) from None
 
     if pack.bad_images and len(pack.bad_images) > max_bad_images:
@@ -106,10 +109,7 @@ def pack_key(source: Source, image_size: int) -> str:
 
 
 def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
-    """Return two paths for a source's pack: with the data, and in the user's cache folder.
-
-    The cache is for read-only data.
-    """
+    """Return two paths for a source's pack: with the data, and in a cache for read-only data."""
     path = source.path.resolve()
 
     # The name does not depend on the source's content, so a new pack replaces an outdated one.
@@ -119,9 +119,21 @@ def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
 
     # In the cache, a hash of the path distinguishes sources of the same name.
     path_hash = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache_folder = Path(caches, "ddpm-packed-images")
-    return data_folder / f"{path.name}-{suffix}", cache_folder / f"{path.name}-{path_hash}-{suffix}"
+    in_cache = cache_folder() / "ddpm-packed-images" / f"{path.name}-{path_hash}-{suffix}"
+    return data_folder / f"{path.name}-{suffix}", in_cache
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder, or a temporary one if the user has no home folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        return Path(cache)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        # In a container, the user may be a number without a name. The folder's name contains this
+        # number, so that users do not get each other's folders.
+        return Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
 
 
 def is_writable(folder: Path) -> bool:

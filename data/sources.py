@@ -253,10 +253,13 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
     an error. In any other set, unnumbered images are skipped if they are few, such as a stray
     preview.png among 70,000 images.
 
-    Raises UserError when the path is missing, is neither a folder nor one of `ARCHIVES`, cannot be
-    read or contains no image.
+    Raises UserError when the path is missing or in an unknown home folder, is neither a folder nor
+    one of `ARCHIVES`, cannot be read or contains no image.
     """
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: this home folder is unknown. Give the path without ~.") from None
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a folder, a .zip, .tar or .npz of images.")
     source_class = Folder if path.is_dir() else ARCHIVES.get(path.suffix.lower())

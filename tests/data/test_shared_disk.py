@@ -6,8 +6,10 @@ Disks are read-only or full; processes compete or are killed.
 import errno
 import os
 import signal
+import tempfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from numpy.testing import assert_array_equal
@@ -45,6 +47,17 @@ def test_read_only_data_goes_to_the_cache_and_is_found_there(tmp_path, monkeypat
 
     forbid_decoding(monkeypatch)
     assert_array_equal(load(first).images, IMAGES)
+
+
+@posix
+def test_a_user_without_a_home_folder_has_a_cache(tmp_path, monkeypatch):
+    path = write_folder(tmp_path / "set")
+    monkeypatch.setattr(packed, "is_writable", lambda folder: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError))
+
+    assert load(path).path.is_relative_to(tmp_path / f"cache-{os.getuid()}")
 
 
 def test_whether_a_folder_can_be_written_is_tried(tmp_path):
@@ -90,7 +103,7 @@ def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
 
-    message = r"ddpm-packed-images/.* cannot be written \(Not a directory\)"
+    message = r"ddpm-packed-images/.* cannot be written \(Not a directory\).* set XDG_CACHE_HOME"
     with pytest.raises(UserError, match=message):
         load(path)
 

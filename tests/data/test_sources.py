@@ -14,6 +14,7 @@ import pytest
 from data.datasets import find_ffhq
 from data.sources import find_source
 from functions.support.errors import UserError
+from tests.conftest import posix
 from tests.data.packing import IMAGES, TREE, encoded, load, name_of, write_folder, write_zip
 
 PICTURE = encoded(IMAGES[0])
@@ -222,6 +223,12 @@ def test_a_tar(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="cannot be read"):
             find_source(path, 8)
+
+
+@posix
+def test_an_unknown_home_folder_is_said_in_a_sentence():
+    with pytest.raises(UserError, match="~no-such-user/faces: this home folder is unknown"):
+        find_source("~no-such-user/faces", 8)
 
 
 def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
