@@ -38,8 +38,9 @@ def describe(image_set: ImageSet, indices: np.ndarray, split: str, extractor: Ex
     for chunk in batches_of(indices, CHUNK):
         pixels.update(images[chunk])
     return {
-        # A path may reveal who owns the data, so only its last part is published.
-        "dataset": Path(image_set.name).name,
+        # A path may reveal who owns the data, so only its last part is published. `read_reference`
+        # refuses names that are long or that a terminal cannot show.
+        "dataset": short(Path(image_set.name).name)[:200],
         "split": split,
         "count": len(indices),
         "image_size": images.shape[1],

@@ -46,6 +46,14 @@ def arrays(**changes):
     return {"description": description(), **GOOD, **changes}
 
 
+@pytest.mark.parametrize("name", ["discs\udcff", "d" * 250])
+def test_a_reference_with_an_odd_name_can_be_read(name, tmp_path):
+    image_set = ImageSet(name, np.zeros((4, 16, 16, 3), np.uint8), [*range(4)])
+    facts = describe(image_set, np.arange(4), "train", EXTRACTOR)
+    write_reference(tmp_path / "odd.npz", Reference(facts, GOOD))
+    assert read_reference(tmp_path / "odd.npz", 16, EXTRACTOR).description == facts
+
+
 def test_reference_is_published_and_checked(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     indices = np.arange(5, 15)
