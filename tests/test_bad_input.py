@@ -3,6 +3,8 @@
 They write nothing.
 """
 
+import io
+import os
 import runpy
 import sys
 
@@ -100,6 +102,14 @@ def test_errors_are_one_line_and_leave_nothing(
     # By then train.py may have said what it is doing; sample.py has not.
     assert name == "train.py" or not printed.out
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_name_that_is_not_utf_8_is_printed(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with exit_on_user_error():
+        print(os.fsdecode(b"faces\xff"), flush=True)
+    assert stdout.buffer.getvalue() == b"faces\\udcff\n"
 
 
 def test_lack_of_memory_is_one_line(capsys):

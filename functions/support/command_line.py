@@ -33,7 +33,14 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the script with one line for an error that users can fix. Bugs keep their traceback."""
+    """End the script with one line for an error that users can fix. Bugs keep their traceback.
+
+    The standard output escapes what it cannot encode, such as a folder's name that is not UTF-8.
+    """
+    # Python itself makes stderr escape such names. What replaces stdout in a notebook or a test
+    # may not have this method.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except Exception as error:
