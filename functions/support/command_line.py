@@ -128,16 +128,12 @@ def boolean(text: str) -> bool:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """Parse comma-separated integers.
+    """Parse comma-separated integers, with or without brackets.
 
     Raises ValueError, which argparse reports, for any other text.
     """
-    return tuple(map(int, split_list(text)))
-
-
-def split_list(text: str) -> list[str]:
-    """Split a comma-separated text, with or without brackets."""
-    return [item for item in text.strip("[]() ").split(",") if item.strip()]
+    items = text.strip("[]() ").split(",")
+    return tuple(int(item) for item in items if item.strip())
 
 
 def positive(text: str) -> int:
