@@ -7,12 +7,21 @@ A config that cannot work raises ConfigError, whose message says which values wo
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import get_args, get_type_hints
 
+from functions.noise_scheduler import LARGEST_TIMESTEPS, NoiseScheduler
 from functions.prediction import OBJECTIVES
 from functions.samplers import SAMPLERS
+from functions.support.settings import (
+    ConfigError,
+    changeable,
+    check_fields,
+    choice,
+    marked,
+    require,
+    setting,
+)
 
 
 def experiments() -> dict[str, "Experiment"]:
@@ -179,62 +188,8 @@ def experiments() -> dict[str, "Experiment"]:
     }
 
 
-class ConfigError(ValueError):
-    """An error about a field with an invalid value; its message says which values are valid."""
-
-
-# A resumed run may change these fields, because they do not affect the weights.
-RECORDING_FIELDS = (
-    "log_every",
-    "validate_every",
-    "sample_every",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "keep_checkpoints",
-    "keep_every",
-    "snapshot_every",
-    "max_skipped_steps",
-    "validation_samples",
-    "bits_per_dim_every",
-    "bits_per_dim_images",
-    "grid_images",
-    "grid_sampler",
-    "grid_steps",
-)
 # Sampling reads earlier checkpoints, too, but their runs can be resumed only with this commit.
 LAST_COMMIT_FOR_EARLIER_RUNS = "447a7f4"
-# Error messages describe the values of each type in this way.
-TYPE_DESCRIPTIONS = {
-    int: "an integer",
-    float: "a number",
-    bool: "True or False",
-    str: "a string",
-    tuple[int, ...]: "a list of integers, such as [1, 2, 4]",
-}
-# These integers may be 0. All other integers are at least 1.
-MAY_BE_ZERO = (
-    "warmup_steps",
-    "max_bad_images",
-    "seed",
-    "keep_every",
-    "snapshot_every",
-    "bits_per_dim_every",
-    "transformer_layers",
-)
-# Above these limits, which are far above any experiment, tables and layers would fill the memory.
-# All other integers may have 64 bits.
-LARGEST = {"timesteps_diff": 10**6, "image_size": 2**14, "base_dim": 2**14, "dim_multiply": 1024}
-# Each of these strings must be one of those listed.
-CHOICES = {
-    "split": ("reference", "official"),
-    "beta_schedule": ("linear", "cosine"),
-    "objective": OBJECTIVES,
-    "optimizer": ("adam", "muon"),
-    "lr_schedule": ("constant", "cosine"),
-    "precision": ("auto", "float32", "bfloat16", "float16"),
-    "grid_sampler": SAMPLERS,
-    "dialect": ("ho", "diffusers"),
-}
 
 
 @dataclass(frozen=True)
@@ -243,73 +198,75 @@ class DiffusionConfig:
 
     # The data set: "emoji_faces" or "emoji_people" (embedded), "FFHQ", "CIFAR10", "MNIST", or the
     # path of a folder, zip, tar or npz.
-    dataset_name: str
+    dataset_name: str = changeable()
     # The learning rate after the warm-up.
-    learning_rate: float
+    learning_rate: float = setting(at_least=1e-9, at_most=1)
     # The most images in one forward pass. Half of it with twice the gradient_accumulation gives the
     # same result in about half of the memory (docs/speed.md).
     batch_size: int
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
     # T, the number of diffusion timesteps.
-    timesteps_diff: int = field(metadata={"flag": "timesteps"})
+    timesteps_diff: int = setting(
+        at_least=2, at_most=LARGEST_TIMESTEPS, flag="timesteps", of_weights=True
+    )
 
     # Data
 
     # The split of the full FFHQ: "reference" (63,000 images for training, 7,000 for validation) or
     # "official" (60,000 and 10,000).
-    split: str = "reference"
+    split: str = choice("reference", "official")
     # Augmentation rotates training images by up to this many degrees, in either direction.
-    max_rotation: float = 0.0
+    max_rotation: float = setting(0.0, at_most=10)
     # The fraction of the steps, at the end of a run, in which no image is rotated, so that the
     # network unlearns the tilt.
-    rotation_free_end: float = 0.1
+    rotation_free_end: float = setting(0.1, at_most=1)
     # Up to this many unreadable images are skipped and listed. More are an error.
-    max_bad_images: int = 0
+    max_bad_images: int = setting(0, at_least=0)
 
     # Noise schedule
 
     # Beta of the first timestep, for T = 1000.
-    beta_start: float = 1e-4
+    beta_start: float = setting(1e-4, of_weights=True)
     # Beta of the last timestep, for T = 1000.
-    beta_end: float = 0.02
+    beta_end: float = setting(0.02, of_weights=True)
     # Multiply linear betas by 1000 / T, so that x_T is almost pure noise for any T.
-    rescale_betas: bool = True
+    rescale_betas: bool = setting(True, of_weights=True)
     # The schedule of betas: "linear"; or "cosine" (Nichol and Dhariwal 2021), which does not use
     # beta_start, beta_end and rescale_betas.
-    beta_schedule: str = "linear"
+    beta_schedule: str = choice("linear", "cosine", of_weights=True)
 
     # Objective
 
     # What the network predicts: "eps", the noise; or "v", a linear combination of noise and x_0.
-    objective: str = "eps"
+    objective: str = choice(*OBJECTIVES, of_weights=True)
 
     # Optimisation
 
     # "adam"; or "muon", which moves each weight matrix by the orthogonal factor of its momentum,
     # and all other parameters as Adam does.
-    optimizer: str = "adam"
+    optimizer: str = choice("adam", "muon")
     # Length of the run, in passes over the training images.
-    epochs: int = 45
+    epochs: int = changeable(45)
     # Batches per step. The effective batch is batch_size times gradient_accumulation.
     gradient_accumulation: int = 4
     # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.
     clip_grad_norm: float = 0.0
     # Steps over which the learning rate rises linearly from 0.
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0, at_least=0)
     # The learning rate after the warm-up: "constant"; or "cosine", which falls to 0 along a half
     # cosine over the whole run.
-    lr_schedule: str = "constant"
+    lr_schedule: str = choice("constant", "cosine")
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
-    ema_decay: float = 0.9999
+    ema_decay: float = setting(0.9999, at_most=0.999999)
     # Precision of the network: "float32" (on CUDA as PyTorch sets it, which is TF32 in
     # convolutions), "bfloat16", "float16"; or "auto", the fastest that the hardware supports.
-    precision: str = "auto"
+    precision: str = choice("auto", "float32", "bfloat16", "float16", changeable=True)
     # On CUDA, compile the network before the first step, which takes minutes and makes the steps of
     # large networks shorter (docs/speed.md). Not with deterministic = True.
-    compile: bool = False
+    compile: bool = changeable(False)
     # Seed of all random numbers.
-    seed: int = 0
+    seed: int = setting(0, at_least=0)
     # On CUDA, use only deterministic kernels, which are slower. On CPUs all kernels are
     # deterministic.
     deterministic: bool = False
@@ -317,82 +274,59 @@ class DiffusionConfig:
     # Recording, which does not change the weights
 
     # Steps between rows of metrics.csv.
-    log_every: int = 50
+    log_every: int = changeable(50)
     # Steps between validations of the raw and the EMA weights. Each also draws losses.png.
-    validate_every: int = 800
+    validate_every: int = changeable(800)
     # Steps between grids of samples.
-    sample_every: int = 4000
+    sample_every: int = changeable(4000)
     # Steps between checkpoints.
-    checkpoint_every: int = 800
+    checkpoint_every: int = changeable(800)
     # The longest time between checkpoints, in minutes. 0: no limit.
-    checkpoint_minutes: float = 30.0
+    checkpoint_minutes: float = changeable(30.0)
     # The number of newest checkpoints that are kept.
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = changeable(3)
     # Checkpoints of steps that are multiples of this are never deleted. 0: only the newest are
     # kept.
-    keep_every: int = 0
+    keep_every: int = changeable(0, at_least=0)
     # Steps between snapshots: the weights to sample from, in float16, which are never deleted.
     # sample.py --guide uses them. 0: none.
-    snapshot_every: int = 0
+    snapshot_every: int = changeable(0, at_least=0)
     # The run ends with an error after this many steps in a row whose loss or gradients are not
     # finite.
-    max_skipped_steps: int = 20
+    max_skipped_steps: int = changeable(20)
     # Held-out triples (image, t, noise) in a validation. All validations use the same triples.
-    validation_samples: int = 1000
+    validation_samples: int = changeable(1000)
     # Epochs between measurements of bits/dim, the variational bound. 0: none.
-    bits_per_dim_every: int = 0
+    bits_per_dim_every: int = changeable(0, at_least=0)
     # Held-out images in a measurement of bits/dim. Each needs 36 network calls with 1000 timesteps.
-    bits_per_dim_images: int = 64
+    bits_per_dim_images: int = changeable(64)
     # Images in a grid of samples.
-    grid_images: int = 16
+    grid_images: int = changeable(16)
     # The sampler of the grids, with its default settings: a name that sample.py --sampler accepts.
-    grid_sampler: str = "dpm++"
+    grid_sampler: str = changeable("dpm++", choices=SAMPLERS)
     # Network calls per sample of a grid, or T if that is less.
-    grid_steps: int = 20
+    grid_steps: int = changeable(20)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check = partial(require, self)
-        check(
-            "dataset_name",
-            bool(self.dataset_name),
-            "a data set's name or the path of a folder, zip, tar or npz",
-        )
-        check("learning_rate", 0 < self.learning_rate <= 1, "above 0 and at most 1, such as 3e-5")
-        check("timesteps_diff", self.timesteps_diff >= 2, "at least 2; the paper has 1000")
-        check("max_rotation", 0 <= self.max_rotation <= 10, "between 0 and 10 degrees")
-        check("rotation_free_end", 0 <= self.rotation_free_end <= 1, "between 0 and 1")
-        check("clip_grad_norm", 0 <= self.clip_grad_norm < math.inf, "0 (off) or more, such as 1.0")
-        check("checkpoint_minutes", 0 <= self.checkpoint_minutes < math.inf, "0 (off) or more")
-        check(
-            "ema_decay", 0 <= self.ema_decay < 1, "at least 0 (no EMA) and below 1, such as 0.9999"
-        )
+        check_fields(self)
+        # Cosine betas do not use these three fields, so changing one of them is a mistake.
+        unchanged = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
+        requirement = '"linear" when beta_start, beta_end or rescale_betas are changed'
+        require(self, "beta_schedule", unchanged or self.beta_schedule == "linear", requirement)
+        try:
+            self.build_scheduler()
+        except ValueError as error:
+            raise ConfigError(f"{type(self).__name__}: {error}") from error
 
-        rises = self.beta_start <= self.beta_end
-        check("beta_start", 0 < self.beta_start < 1, "between 0 and 1, such as 1e-4")
-        check("beta_end", rises, f"at least beta_start = {self.beta_start:g}")
-        if self.beta_schedule == "cosine":
-            # Cosine betas do not use these three fields, so changing one of them is a mistake.
-            unchanged = (self.beta_start, self.beta_end, self.rescale_betas) == (1e-4, 0.02, True)
-            requirement = '"linear" when beta_start, beta_end or rescale_betas are changed'
-            check("beta_schedule", unchanged, requirement)
-        else:
-            scale = 1000 / self.timesteps_diff if self.rescale_betas else 1
-            requirement = (
-                f"below {1 / scale:g} with timesteps_diff = {self.timesteps_diff}, "
-                "so that every beta stays below 1"
-            )
-            check("beta_end", scale * self.beta_end < 1, requirement)
-            # `NoiseScheduler` refuses an alpha_bar of 2^-300 or less. alpha_bar is the product of
-            # all 1 - beta.
-            rise = (self.beta_end - self.beta_start) / (self.timesteps_diff - 1)
-            betas = (scale * (self.beta_start + rise * t) for t in range(self.timesteps_diff))
-            log_alpha_bar = sum(math.log1p(-beta) for beta in betas)
-            requirement = (
-                f"smaller with timesteps_diff = {self.timesteps_diff} and rescale_betas = "
-                f"{self.rescale_betas}, so that alpha_bar does not underflow to 0"
-            )
-            check("beta_end", log_alpha_bar > -300 * math.log(2), requirement)
+    def build_scheduler(self) -> NoiseScheduler:
+        """Build the schedule. Raises ValueError if there is none with these betas."""
+        return NoiseScheduler(
+            self.timesteps_diff,
+            self.beta_start,
+            self.beta_end,
+            self.rescale_betas,
+            self.beta_schedule,
+        )
 
     @property
     def effective_batch(self) -> int:
@@ -407,57 +341,51 @@ class ModelConfig:
     # Height and width of the features in the bottleneck.
     lowest_resolution_size: int
     # Channels of each level, from the full resolution down, as multiples of base_dim.
-    dim_multiply: tuple[int, ...]
+    dim_multiply: tuple[int, ...] = setting(at_most=1024)
     # Levels with self-attention. Level 0 is the full resolution. The bottleneck always has it.
-    transformer_layers: tuple[int, ...] = field(metadata={"flag": "attention_levels"})
+    transformer_layers: tuple[int, ...] = setting(flag="attention_levels", at_least=0)
     # Channels of a level whose multiplier in dim_multiply is 1.
-    base_dim: int
+    base_dim: int = setting(at_least=4, at_most=2**14)
 
     # Height and width of the images.
-    image_size: int = 128
+    image_size: int = setting(128, at_most=2**14)
     # Colour channels: 3, and images are read as RGB; or 1, and they are read as grey.
-    channels: int = 3
+    channels: int = choice(3, 1)
     # Dropout probability in every residual block.
-    dropout: float = 0.0
+    dropout: float = setting(0.0, at_most=0.99)
     # Groups of each GroupNorm. A group needs at least 4 channels, so narrow networks need fewer.
     norm_groups: int = 32
     # Details of the network: "ho", as in the code of Ho et al. 2020; or "diffusers", as in that
     # library's default networks (docs/other-models.md).
-    dialect: str = "ho"
+    dialect: str = choice("ho", "diffusers")
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         check = partial(require, self)
-        check("channels", self.channels in (1, 3), "3 (RGB) or 1 (grey)")
-        check("base_dim", self.base_dim >= 4 and self.base_dim % 2 == 0, "even and at least 4")
-        check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        check("base_dim", self.base_dim % 2 == 0, "even and at least 4")
 
         # Each level halves the size, from image_size down to lowest_resolution_size.
-        levels = len(self.dim_multiply)
         lowest = self.lowest_resolution_size
-        check("dim_multiply", 0 < levels <= 15, "a list of 1 to 15 integers")
-        sizes = [lowest << doublings for doublings in range(15)]
-        reachable = self.image_size in sizes
-        check("image_size", reachable, f"lowest_resolution_size = {lowest} times a power of 2")
-        sizes = [size for size in reversed(sizes) if size <= self.image_size]
+        levels = math.log2(self.image_size / lowest) + 1
+        requirement = f"lowest_resolution_size = {lowest} times a power of 2"
+        check("image_size", levels >= 1 and levels.is_integer(), requirement)
         requirement = (
-            f"one multiplier for each resolution, {', '.join(map(str, sizes))}; "
-            f"{levels} of them reach {lowest * 2 ** (levels - 1)} pixels"
+            f"a list of {levels:g}, one for each resolution from image_size = {self.image_size} "
+            f"down to lowest_resolution_size = {lowest}"
         )
-        check("dim_multiply", levels == len(sizes), requirement)
+        check("dim_multiply", len(self.dim_multiply) == levels, requirement)
 
-        exist = all(level < levels for level in self.transformer_layers)
-        requirement = f"levels between 0 and {levels - 1}, as dim_multiply has {levels}"
+        exist = max(self.transformer_layers, default=0) < levels
+        requirement = f"levels between 0 and {levels - 1:g}, as dim_multiply has {levels:g}"
         check("transformer_layers", exist, requirement)
 
         divisor = math.gcd(*self.dims)
-        dims = ", ".join(map(str, self.dims))
-        requirement = f"a divisor of {divisor}, as the levels have {dims} channels"
+        requirement = f"a divisor of {divisor}, as the levels' channels are {list(self.dims)}"
         check("norm_groups", divisor % self.norm_groups == 0, requirement)
         # The bottleneck has attention, too, with as many channels as the last level.
-        attention_dims = [self.dims[level] for level in (*self.transformer_layers, levels - 1)]
+        attention_dims = [self.dims[level] for level in (*self.transformer_layers, -1)]
+        divisible = self.dialect == "ho" or math.gcd(*attention_dims) % 8 == 0
         requirement = 'such that attention has heads of 8 channels, with dialect "diffusers"'
-        divisible = self.dialect == "ho" or all(dim % 8 == 0 for dim in attention_dims)
         check("base_dim", divisible, requirement)
 
     @property
@@ -488,14 +416,14 @@ class Experiment:
         Raises ConfigError, with the names of the fields, for changes that such a run cannot make.
         """
         changed = self.override(diffusion, model)
-        # Another GPU may lack bfloat16, so precision may change.
-        may_change = {*RECORDING_FIELDS, "epochs", "compile", "precision"}
+        # The data may have moved, and another GPU may lack bfloat16.
+        may_change = marked(DiffusionConfig, "changeable")
         # Another GPU may have less memory. With the same effective batch, a step differs only in
         # its dropout.
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:
             may_change |= {"batch_size", "gradient_accumulation"}
 
-        fixed = self.differences(changed).keys() - {f"diffusion.{field}" for field in may_change}
+        fixed = self.differences(changed).keys() - {f"diffusion.{name}" for name in may_change}
         if fixed:
             names = ", ".join(sorted(fixed))
             raise ConfigError(f"a resumed run cannot change {names}; start a new run for that")
@@ -544,50 +472,6 @@ class Experiment:
                 f"the saved config does not fit this version in 'diffusion' or 'model': {why}; "
                 f"runs from before 2026-11-28 continue with commit {LAST_COMMIT_FOR_EARLIER_RUNS}"
             ) from error
-
-
-def check_types(config: DiffusionConfig | ModelConfig) -> None:
-    """Convert each field to its annotated type, or raise ConfigError if it has another type.
-
-    An integer is converted to a float, and a list to a tuple. Integers and strings are also checked
-    against MAY_BE_ZERO, LARGEST and CHOICES.
-    """
-    for name, annotation in get_type_hints(type(config)).items():
-        check = partial(require, config, name)
-        value = getattr(config, name)
-
-        # The value of a field is a single item, or a tuple of items, which is a list in JSON.
-        item_type, *ellipsis = get_args(annotation) or [annotation]
-        items = value if ellipsis else [value]
-        allowed = (float, int) if item_type is float else (item_type,)
-        fits = isinstance(items, (list, tuple)) and all(type(item) in allowed for item in items)
-        check(fits, TYPE_DESCRIPTIONS[annotation])
-        if ellipsis:
-            # `__post_init__` checks a single number against limits, which nan fails.
-            check(all(abs(item) < math.inf for item in items), TYPE_DESCRIPTIONS[annotation])
-
-        integers = [item for item in items if type(item) is int]
-        if item_type is not float:
-            minimum = 0 if name in MAY_BE_ZERO else 1
-            check(all(item >= minimum for item in integers), f"{minimum} or more")
-        maximum = LARGEST.get(name, 2**63 - 1)
-        check(all(abs(item) <= maximum for item in integers), f"at most {maximum:,}")
-
-        choices = CHOICES.get(name, (value,))
-        check(value in choices, " or ".join(f'"{choice}"' for choice in choices))
-
-        # A frozen dataclass can set its own fields only in this way.
-        converted = tuple(map(item_type, items))
-        object.__setattr__(config, name, converted if ellipsis else converted[0])
-
-
-def require(
-    config: DiffusionConfig | ModelConfig, field: str, fits: bool, requirement: str
-) -> None:
-    """Raise ConfigError, which states the requirement, unless the field fits."""
-    if not fits:
-        value = f"{getattr(config, field)!r:.100}"
-        raise ConfigError(f"{type(config).__name__}: {field} is {value}; it must be {requirement}")
 
 
 EXPERIMENTS = experiments()

@@ -65,23 +65,12 @@ from functions.support.run_folder import (
     first_intact,
     run_to_resume,
 )
+from functions.support.settings import marked
 from functions.training.compiling import compile_network
 from functions.training.cost import describe_cost
 from functions.training.memory import explain_lack_of_memory
 from functions.training.recorder import Recorder
 from models.unet import UNet
-
-# Weights work only with the values that these fields, and the fields of ModelConfig except dropout
-# and channels, had when the weights were trained. So --init copies these values together with the
-# weights.
-WEIGHT_FIELDS = (
-    "timesteps_diff",
-    "beta_start",
-    "beta_end",
-    "rescale_betas",
-    "beta_schedule",
-    "objective",
-)
 
 
 def main() -> None:
@@ -203,13 +192,14 @@ def open_initial(path: Path, processes: Processes) -> SavedModel:
 
 
 def with_weight_fields(experiment: Experiment, initial: SavedModel) -> Experiment:
-    """Return the experiment with the values of WEIGHT_FIELDS and ModelConfig that fit the weights.
+    """Return the experiment with the values with which the weights were trained.
 
-    Dropout stays as in the experiment.
+    These are the fields of DiffusionConfig that belong to weights, and those of ModelConfig except
+    dropout, which stays as in the experiment.
     """
     # An older file may lack a field, which then has its default.
     saved_fields = vars(DiffusionConfig) | initial.config["diffusion"]
-    diffusion = {name: saved_fields[name] for name in WEIGHT_FIELDS}
+    diffusion = {name: saved_fields[name] for name in marked(DiffusionConfig, "of_weights")}
     model = vars(initial.model) | {"dropout": experiment.model.dropout}
     return experiment.override(diffusion, model)
 

@@ -23,6 +23,8 @@ from torch import Tensor
 
 # The paper's first and last beta are meant for this many timesteps.
 PAPER_TIMESTEPS = 1000
+# The tables of more timesteps, which would be far above any experiment, could fill the memory.
+LARGEST_TIMESTEPS = 10**6
 
 # Samplers pass one timestep for the whole batch. Training passes one per image, (B,) int64.
 Timestep = int | Tensor
@@ -39,7 +41,7 @@ class NoiseScheduler:
     that give no valid schedule.
 
     Args:
-        timesteps: T, at least 2.
+        timesteps: T, from 2 to a million.
         beta_start, beta_end: the first and the last beta for T = 1000. They must satisfy
             0 < beta_start <= beta_end < 1, also after rescaling.
         rescale_betas: multiply both by 1000 / T, so that x_T has nearly the same noise for every T.
@@ -57,10 +59,10 @@ class NoiseScheduler:
         rescale_betas: bool = True,
         beta_schedule: str = "linear",
     ):
-        if timesteps < 2 or beta_schedule not in ("linear", "cosine"):
+        if not 2 <= timesteps <= LARGEST_TIMESTEPS or beta_schedule not in ("linear", "cosine"):
             raise ValueError(
                 f"timesteps is {timesteps} and beta_schedule is {beta_schedule!r}; "
-                "use 2 or more timesteps, and 'linear' or 'cosine'"
+                f"use 2 to {LARGEST_TIMESTEPS:,} timesteps, and 'linear' or 'cosine'"
             )
         self.timesteps = timesteps
         if beta_schedule == "linear":
@@ -73,8 +75,9 @@ class NoiseScheduler:
         # smallest number is 2^-149. Without this check samples would be nan.
         if self.alphas_cumprod[-1] <= 2.0**-300:
             raise ValueError(
-                f"alpha_bar underflows to 0 within {timesteps} timesteps; "
-                "use fewer timesteps, smaller betas or rescale_betas"
+                f"alpha_bar underflows to 0 within {timesteps} timesteps, as beta_end is "
+                f"{beta_end:g} and rescale_betas is {rescale_betas}; use fewer timesteps, a "
+                "smaller beta_end or rescale_betas = True"
             )
         # Copies of alpha_bar at t = -1 .. T-1, (T + 1,), on each device that has been used so far.
         self.tables: dict[torch.device, Tensor] = {}
@@ -185,8 +188,9 @@ def linear_betas(timesteps: int, beta_start: float, beta_end: float, scale: floa
     last = scale * beta_end
     if not 0 < first <= last < 1:
         raise ValueError(
-            f"betas from {first:g} to {last:g} (timesteps = {timesteps}, rescaled by {scale:g}); "
-            "they must rise and stay between 0 and 1: use more timesteps or smaller betas"
+            f"beta_start is {beta_start:g} and beta_end is {beta_end:g}; with {timesteps} "
+            f"timesteps they must satisfy 0 < beta_start <= beta_end < {1 / scale:g}: "
+            "use more timesteps or smaller betas"
         )
     return torch.linspace(first, last, timesteps, dtype=torch.float64)
 

@@ -28,7 +28,12 @@ SUPPORT |= {f"functions.{name}" for name in MATHEMATICS}
 SAMPLING = SUPPORT | {"data", "functions.sampling"}
 EVALUATION = SAMPLING | {"functions.evaluation"}
 MAY_IMPORT = {
-    "config.py": {"functions.prediction", "functions.samplers"},
+    "config.py": {
+        "functions.noise_scheduler",
+        "functions.prediction",
+        "functions.samplers",
+        "functions.support.settings",
+    },
     "models": {"models"},
     "data": {"data", "functions.support"},
     "functions/support": SUPPORT,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import LARGEST
 from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
@@ -221,12 +220,8 @@ def rebuild(
     """
     try:
         diffusion = saved.config["diffusion"]
-        timesteps = diffusion["timesteps_diff"]
-        # A broken config could ask for so many timesteps that the schedule fills the memory.
-        if timesteps > LARGEST["timesteps_diff"]:
-            raise ValueError(f"timesteps_diff is above {LARGEST['timesteps_diff']:,}")
         scheduler = NoiseScheduler(
-            timesteps,
+            diffusion["timesteps_diff"],
             diffusion["beta_start"],
             diffusion["beta_end"],
             diffusion["rescale_betas"],
