@@ -188,10 +188,6 @@ def experiments() -> dict[str, "Experiment"]:
     }
 
 
-# Sampling reads earlier checkpoints, too, but their runs can be resumed only with this commit.
-LAST_COMMIT_FOR_EARLIER_RUNS = "447a7f4"
-
-
 @dataclass(frozen=True)
 class DiffusionConfig:
     """The settings of data, diffusion and training. One *step* is one optimiser step."""
@@ -239,7 +235,7 @@ class DiffusionConfig:
     # Objective
 
     # What the network predicts: "eps", the noise; or "v", a linear combination of noise and x_0.
-    objective: str = choice(*OBJECTIVES, of_weights=True)
+    objective: str = setting("eps", choices=OBJECTIVES, of_weights=True)
 
     # Optimisation
 
@@ -291,15 +287,8 @@ class DiffusionConfig:
     # Steps between snapshots: the weights to sample from, in float16, which are never deleted.
     # sample.py --guide uses them. 0: none.
     snapshot_every: int = changeable(0, at_least=0)
-    # The run ends with an error after this many steps in a row whose loss or gradients are not
-    # finite.
-    max_skipped_steps: int = changeable(20)
     # Held-out triples (image, t, noise) in a validation. All validations use the same triples.
     validation_samples: int = changeable(1000)
-    # Epochs between measurements of bits/dim, the variational bound. 0: none.
-    bits_per_dim_every: int = changeable(0, at_least=0)
-    # Held-out images in a measurement of bits/dim. Each needs 36 network calls with 1000 timesteps.
-    bits_per_dim_images: int = changeable(64)
     # Images in a grid of samples.
     grid_images: int = changeable(16)
     # The sampler of the grids, with its default settings: a name that sample.py --sampler accepts.
@@ -470,7 +459,7 @@ class Experiment:
             why = repr(str(error)[:200])
             raise ConfigError(
                 f"the saved config does not fit this version in 'diffusion' or 'model': {why}; "
-                f"runs from before 2026-11-28 continue with commit {LAST_COMMIT_FOR_EARLIER_RUNS}"
+                "CHANGELOG.md says which version it is of"
             ) from error
 
 

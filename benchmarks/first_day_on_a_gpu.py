@@ -22,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.compare import seconds_of
 from config import EXPERIMENTS
-from functions.support.processes import SINGLE_PROCESS
-from functions.support.run_folder import Run
 from functions.training.cost import run_pass
 from functions.training.metrics import read_metrics
+from functions.training.run import TrainingRun
 from tests.live_bytes import peaks_of
 
 GPU = torch.cuda.is_available()
@@ -44,9 +43,12 @@ TINY = {
 Fact = tuple[str, str | float]
 
 
-def run_of(name: str, folder: str = "", **changes: str | int) -> Run:
-    """Return a new run of an experiment, of which some fields of DiffusionConfig are changed."""
-    return Run(name, EXPERIMENTS[name].override(changes, {} if GPU else TINY), Path(folder))
+def run_of(name: str, folder: str = "", **changes: str | int) -> TrainingRun:
+    """Return a new run of an experiment, with the embedded images and some changed fields."""
+    experiment = EXPERIMENTS[name].override({"dataset_name": "emoji_people"} | changes, {})
+    if not GPU:
+        experiment = experiment.override({}, TINY)
+    return TrainingRun(name, experiment, Path(folder), DEVICE)
 
 
 def training(name: str) -> Iterator[Fact]:
@@ -58,19 +60,17 @@ def training(name: str) -> Iterator[Fact]:
     run = run_of(name, precision="bfloat16")
     yield f"{name}: GB, estimated", peaks_of(run.experiment, [BATCH])[2][0] / 1e9
     shape = (BATCH, *run.experiment.model.image_shape)
-    denoiser = train.build_denoiser(run, DEVICE)
-    state = train.build_training_state(run, denoiser, DEVICE)
-    parameters = list(state.model.parameters())
+    parameters = list(run.model.parameters())
     for parameter in parameters:
         # Before layers that start at zero, the gradients would be zero, too.
         parameter.data.add_(0.02 * torch.randn_like(parameter))
 
     gradients = []
     # On a CPU the compiler would take a minute, so there the network is only traced.
-    compiled = torch.compile(state.model, dynamic=False, backend="inductor" if GPU else "eager")
-    for mode, network in {"eager": state.model, "compiled": compiled}.items():
-        one_pass = partial(run_pass, replace(denoiser, network=network), shape)
-        state.optimizer.zero_grad()
+    compiled = torch.compile(run.model, dynamic=False, backend="inductor" if GPU else "eager")
+    for mode, network in {"eager": run.model, "compiled": compiled}.items():
+        one_pass = partial(run_pass, replace(run.denoiser, network=network), shape)
+        run.optimizer.zero_grad()
         # Both networks get the same noise.
         torch.manual_seed(0)
         yield f"{name}, {mode}: s of the first pass", one_pass()
@@ -96,7 +96,7 @@ def sampling(name: str) -> Iterator[Fact]:
     for precision in ("bfloat16", "float32"):
         run = run_of(name, precision=precision)
         x_t = torch.randn(64, *run.experiment.model.image_shape, device=DEVICE)
-        call = partial(train.build_denoiser(run, DEVICE), x_t, torch.arange(64, device=DEVICE))
+        call = partial(run.denoiser, x_t, torch.arange(64, device=DEVICE))
         # The first call warms up.
         call()
         yield f"{name}, {precision}: images/s in 1,000 steps", 0.064 / seconds_of(call, DEVICE)
@@ -106,7 +106,7 @@ def steps(name: str, **changes: str | int) -> Iterator[Fact]:
     """Yield the speed of whole steps in a short run, as train.py measures it."""
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(name, folder, log_every=10, **changes)
-        if not train.train(run, DEVICE, SINGLE_PROCESS):
+        if not train.train(run):
             raise KeyboardInterrupt
         # The steps before those of the last row warm up.
         speed = read_metrics(run.folder / "metrics.csv")[-1]["images_per_second"]

@@ -1,6 +1,6 @@
 """Choose the images of each batch by their indices, and copy batches to the device."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -25,25 +25,18 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(generator.random_raw(n), kind="stable")
 
 
-def forward_passes(shard: range, batch_size: int) -> list[slice]:
-    """Cut a process's shard of an effective batch into slices, one for each forward pass.
-
-    Each slice has at most batch_size images.
-    """
-    return [slice(first, min(first + batch_size, shard.stop)) for first in shard[::batch_size]]
+def forward_passes(count: int, batch_size: int) -> list[slice]:
+    """Cut `count` images into slices of at most batch_size, one for each forward pass."""
+    return [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
 
 
-def micro_batches(
-    train_indices: np.ndarray,
-    seed: int,
-    effective_batch: int,
-    passes: Sequence[slice],
-    steps: range,
+def indices_of_steps(
+    train_indices: np.ndarray, seed: int, effective_batch: int, share: range, steps: range
 ) -> Iterator[np.ndarray]:
-    """Yield the indices of the images of every forward pass in the optimiser steps `steps`.
+    """Yield the indices of a process's images in each of the optimiser steps `steps`.
 
-    A step uses the next effective_batch images of its epoch's order, and yields one array for each
-    slice in `passes`. Images left over at the end of an epoch are dropped.
+    A step uses the next effective_batch images of its epoch's order; `share` are the process's
+    places among them. Images left over at the end of an epoch are dropped.
     """
     # Which images a step uses depends only on its number, so a run can resume at any step.
     steps_per_epoch = len(train_indices) // effective_batch
@@ -53,8 +46,7 @@ def micro_batches(
             epoch = step // steps_per_epoch
             order = train_indices[epoch_order(len(train_indices), seed, epoch)]
         first = step % steps_per_epoch * effective_batch
-        for batch_slice in passes:
-            yield order[first + batch_slice.start : first + batch_slice.stop]
+        yield order[first + share.start : first + share.stop]
 
 
 class ImageFeeder:

@@ -10,6 +10,7 @@ draw      add these measurements to figures/experiments.json, print that file as
           the pictures whose arms are measured
 """
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -23,19 +24,20 @@ from config import EXPERIMENTS
 from data.datasets import load_and_split
 from data.pixels import to_model_range, to_uint8
 from figures.feature_distance import Features, spoilt, training_features
-from figures.saved_model import sampler_of
+from figures.saved_model import open_saved
 from functions.evaluation.bands import BandErrors, measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import load_weights, open_checkpoint
+from functions.support.checkpoint import open_checkpoint
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
 from functions.support.pictures import grid_of, plt, save_figure, save_image
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.run_folder import Run, checkpoints_of, find_checkpoints, runs_of
+from functions.support.run_folder import checkpoints_of, find_checkpoints, is_finished, runs_of
+from functions.training.run import TrainingRun, resume_run
 
 ROOT = Path(train.__file__).parent
 RUNS = ROOT / "runs" / "experiments"
@@ -149,31 +151,32 @@ def finished_run(arm: str, seed: int) -> Path | None:
     run = newest_run(arm, seed)
     if not run:
         return None
-    facts = open_checkpoint(find_checkpoints(run)[0]).contents["run"]
-    return run if facts["step"] == facts["total_steps"] else None
+    return run if is_finished(open_checkpoint(find_checkpoints(run)[0])) else None
 
 
 def train_arm(arm: str, seed: int, photos: str | None) -> None:
     """Train a run of an arm with train.py, or resume one that was stopped."""
+    device = choose_device("auto")
     stopped_run = newest_run(arm, seed)
     if stopped_run:
-        run = train.open_run(stopped_run, None, None, ({}, {}), SINGLE_PROCESS)
+        args = argparse.Namespace(experiment=None, init=None)
+        run = resume_run(stopped_run, args, device, SINGLE_PROCESS)
     else:
         diffusion, model, _ = ARMS[arm]
         changes = {**diffusion, "seed": seed}
         if "photos" in arm:
             changes["dataset_name"] = photos
         experiment = EXPERIMENTS["faces"].override(changes, model)
-        run = Run(run_name(arm, seed), experiment, RUNS)
+        run = TrainingRun(run_name(arm, seed), experiment, RUNS, device)
 
-    if not train.train(run, choose_device("auto"), SINGLE_PROCESS):
+    print(run.describe())
+    if not train.train(run):
         sys.exit(EXIT_STOPPED)
 
 
 def measure(run: Path) -> None:
     """Measure a run with each kind of calibration whose file does not exist yet."""
-    saved = load_weights(find_checkpoints(run)[0])
-    plain = sampler_of(saved, SamplerOptions())
+    saved, plain = open_saved(run, SamplerOptions())
     image_set, split = load_and_split(saved)
 
     def load_x_0(indices):

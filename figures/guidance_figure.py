@@ -9,15 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.pixels import to_uint8
-from figures.saved_model import sampler_of
+from figures.saved_model import open_saved
 from functions.sampling.generation import generate
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import load_weights
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.pictures import save_strip
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.run_folder import find_checkpoints
 
 FIGURE = Path(__file__).resolve().parent / "guidance.png"
 WEIGHTS = (1, 1.25, 1.5, 2, 3)
@@ -36,9 +34,9 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    saved = load_weights(find_checkpoints(args.run)[0])
     options = SamplerOptions("dpm++", 20, eta=0.0, guide=args.guide)
-    sampler = with_guide(sampler_of(saved, options), saved, SINGLE_PROCESS)
+    saved, sampler = open_saved(args.run, options)
+    sampler = with_guide(sampler, saved, SINGLE_PROCESS)
 
     columns = {}
     for weight in WEIGHTS:

@@ -19,12 +19,12 @@ from config import EXPERIMENTS
 from data.augmentation import rotate
 from data.datasets import load_and_split, load_images
 from data.pixels import to_model_range, to_uint8
-from figures.saved_model import sampler_of
+from figures.saved_model import open_saved
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, state_frames
-from functions.sampling.generation import generate
+from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import SavedModel, load_weights
+from functions.support.checkpoint import SavedModel
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.pictures import (
     plt,
@@ -35,7 +35,6 @@ from functions.support.pictures import (
     save_strip,
 )
 from functions.support.random_numbers import generator_of
-from functions.support.run_folder import find_checkpoints
 from functions.training.metrics import plot_losses
 from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
 from models.unet import UNet
@@ -74,14 +73,14 @@ def main() -> None:
     args = parser.parse_args()
 
     # The checkpoint is loaded first, so that a missing run ends the script immediately.
-    saved = load_weights(find_checkpoints(args.run)[0])
+    saved, image_sampler = open_saved(args.run, SamplerOptions())
 
     draw_cumulative_noise()
     draw_schedules()
     draw_time_embedding()
     draw_unet()
     draw_rotation()
-    draw_run(saved)
+    draw_run(saved, image_sampler)
     with tempfile.TemporaryDirectory() as temporary:
         draw_commands(saved, Path(temporary))
 
@@ -222,15 +221,13 @@ def draw_rotation() -> None:
     save_strip(list(columns.values()), list(columns), FIGURES / "rotation.png")
 
 
-def draw_run(saved: SavedModel) -> None:
+def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
     """Draw a run's loss curves, samples, their nearest training images, a strip and an animation.
 
     The samples are those that `python sample.py` draws with seed 0.
     """
     run = saved.path.parent.parent
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
-
-    image_sampler = sampler_of(saved, SamplerOptions())
 
     # The animation and the strip show intermediate states, which `generate` must be asked for.
     animation = state_frames(image_sampler, GIF_FRAMES)

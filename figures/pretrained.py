@@ -15,14 +15,14 @@ from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
 from figures.feature_distance import spoilt, training_features
-from figures.saved_model import sampler_of
+from figures.saved_model import open_saved
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import SavedModel, load_weights
+from functions.support.checkpoint import SavedModel
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.errors import UserError
 from functions.support.files import write_text
-from functions.support.run_folder import PRETRAINED, find_checkpoints
+from functions.support.run_folder import PRETRAINED
 from functions.training.metrics import read_metrics
 
 # The samples of the card: the first images of seed 0, with this sampler.
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="The folder of a finished run.")
     run = parser.parse_args().run
 
-    source = load_weights(find_checkpoints(run)[0])
+    source, _ = open_saved(run, OPTIONS, "cpu")
     facts = source.provenance
     name = facts["experiment"]
     if facts["step"] != facts["total_steps"]:
@@ -55,10 +55,10 @@ def main() -> None:
     print(f"wrote {path} and {PRETRAINED / 'README.md'}")
 
 
-def draw(saved: SavedModel) -> Tensor:
-    """Return the samples that the card describes: (SAMPLE_COUNT, C, H, W) in [-1, 1]."""
-    sampler = sampler_of(saved, OPTIONS, "cpu")
-    return generate(sampler, range(SAMPLE_COUNT)).images
+def draw(path: Path) -> tuple[SavedModel, Tensor]:
+    """Return the model and the samples that the card describes: (SAMPLE_COUNT, C, H, W)."""
+    saved, sampler = open_saved(path, OPTIONS, "cpu")
+    return saved, generate(sampler, range(SAMPLE_COUNT)).images
 
 
 def card(run: Path, path: Path, source: SavedModel) -> str:
@@ -66,8 +66,7 @@ def card(run: Path, path: Path, source: SavedModel) -> str:
     rows = read_metrics(run / "metrics.csv")
     lowest = min((row for row in rows if row["val_loss_ema"]), key=lambda row: row["val_loss_ema"])
 
-    saved = load_weights(path)
-    images = draw(saved)
+    saved, images = draw(path)
     facts = source.provenance
     arithmetic = facts["arithmetic"]
     return f"""# The model in the box

@@ -1,12 +1,18 @@
-"""Sample with a saved model, as all scripts of this folder do: images of seed 0."""
+"""Open a saved model as all scripts of this folder do, for the images of seed 0."""
 
-from functions.sampling.generation import ImageSampler, rebuild
+from pathlib import Path
+
+from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel
 from functions.support.device import choose_device
+from functions.support.loading import open_model
 
 
-def sampler_of(saved: SavedModel, options: SamplerOptions, device: str = "auto") -> ImageSampler:
-    """Return the sampler of a model for the images of seed 0, without calibration and guide."""
+def open_saved(
+    path: Path, options: SamplerOptions, device: str = "auto"
+) -> tuple[SavedModel, ImageSampler]:
+    """Return the model of a run or a file, and its sampler, without calibration and guide."""
     place = choose_device(device)
-    return ImageSampler(rebuild(saved, place), options, saved.model.image_shape, 0, place)
+    saved, denoiser = open_model(path, place)
+    return saved, ImageSampler(denoiser, options, saved.model.image_shape, 0, place)

@@ -24,8 +24,9 @@ NEWTON_SCHULZ_STEPS = 5
 class Adam(torch.optim.Adam):
     """Run PyTorch's Adam (Kingma and Ba 2015, arXiv:1412.6980), with `found_inf` on MPS too.
 
-    If the tensor `found_inf` is 1, a step of fused Adam changes nothing. `state` exists from
-    the start, so that a checkpoint can be written or loaded before the first step.
+    If the tensor `found_inf` is 1, a step of fused Adam changes nothing, and the host does not wait
+    for the device to know it, as `GradScaler.step` would. `state` exists from the start, so that a
+    checkpoint can be written or loaded before the first step.
     """
 
     found_inf: Tensor | None = None

@@ -21,7 +21,7 @@ from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.support import run_folder
-from functions.support.checkpoint import MOMENTS, verify_checkpoint
+from functions.support.checkpoint import verify_checkpoint
 from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent
@@ -209,8 +209,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 def load_checkpoint(path) -> dict:
     """Return all that a checkpoint holds, so that two can be compared."""
     file = verify_checkpoint(path)
-    tensors = {part: file.tensors(f"{part}.") for part in ("model", "ema", *MOMENTS)}
-    return {**file.contents, **tensors}
+    return {**file.contents, **{part: file.tensors(part) for part in file.digests}}
 
 
 def newest(run):

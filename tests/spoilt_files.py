@@ -2,21 +2,19 @@
 
 import copy
 import functools
-import io
 import json
-import zipfile
-from collections.abc import Callable
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
-from functions.optimizers import Adam
-from functions.support.checkpoint import TrainingState
-from functions.support.device import arithmetic
+from functions.support.checkpoint import Tensors
 from functions.support.files import sha256
-from functions.training.bad_numbers import BadNumbers
-from models.unet import UNet
+from functions.training.run import TrainingRun
+from tests.conftest import draw_pictures
 
 CPU = torch.device("cpu")
 
@@ -48,52 +46,48 @@ def tiny_experiment() -> Experiment:
     return EXPERIMENTS["faces"].override(diffusion, model)
 
 
-def training_state(seed: int = 0, kind: Callable[..., Adam] = Adam) -> TrainingState:
-    """Return a model, its average, optimiser and gradient scaler, as train.py makes them."""
-    torch.manual_seed(seed)
-    model = UNet(**vars(tiny_experiment().model))
-    model = model.to(memory_format=torch.channels_last)
-    optimizer = kind(model.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    return TrainingState(model, copy.deepcopy(model), optimizer, scaler)
+@functools.cache
+def tiny_pictures() -> tempfile.TemporaryDirectory:
+    """Return a folder of pictures, which is deleted when Python ends."""
+    folder = tempfile.TemporaryDirectory()
+    draw_pictures(Path(folder.name))
+    return folder
 
 
-def snapshot(state: TrainingState) -> list:
-    """Copy all that `TrainingState.load` could change."""
-    parts = [state.model, state.ema_model, state.optimizer, state.scaler]
-    return copy.deepcopy([dict(part.state_dict()) for part in parts])
+def training_run(seed: int = 0, optimizer: str = "adam") -> TrainingRun:
+    """Return a new run as on a GPU: in channels_last, and with a scaler of the loss."""
+    changes = {"dataset_name": tiny_pictures().name, "seed": seed, "optimizer": optimizer}
+    experiment = tiny_experiment().override(changes, {})
+    with mock.patch("functions.training.run.fast_layout", lambda *a, **k: torch.channels_last):
+        run = TrainingRun("faces", experiment, Path("runs"), CPU)
+    run.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    return run
+
+
+def snapshot(run: TrainingRun) -> list:
+    """Copy all that `TrainingRun.load` could change."""
+    return copy.deepcopy([run.parts(), run.scaler.state_dict(), run.window.state()])
 
 
 @functools.cache
-def stepped_state(seed: int, kind: Callable[..., Adam] = Adam) -> TrainingState:
-    """Return a state after one step; all callers with the same arguments share it."""
-    state = training_state(seed, kind)
-    for parameter in state.model.parameters():
+def stepped_run(seed: int, optimizer: str = "adam") -> TrainingRun:
+    """Return a run after one step; all callers with the same arguments share it."""
+    run = training_run(seed, optimizer)
+    for parameter in run.model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    state.optimizer.step()
-    return state
+    run.optimizer.step()
+    run.step = 1
+    run.window.add(torch.tensor([12.5 + seed, 9.5]), torch.tensor(0.0))
+    return run
 
 
-def checkpoint_parts(seed: int = 0) -> tuple[dict[str, Tensor], dict]:
-    """Return tensors and contents as `write_tensors` takes them; callers may change both."""
-    state = stepped_state(seed)
-    run = {
-        "experiment": "faces",
-        "total_steps": 90,
-        "step": 5,
-        "train_ids_hash": "0123456789abcdef",
-        **arithmetic(CPU, torch.float32, 1, 8),
-        "window": {"sums": [12.5, 9.5], "steps": 3},
-        "bad_numbers": BadNumbers(CPU).state(),
-    }
-    contents = {
-        "config": tiny_experiment().to_dict(),
-        "run": run,
-        "scaler": state.scaler.state_dict(),
-    }
+def checkpoint_parts() -> tuple[dict[str, Tensors], dict]:
+    """Return parts and contents as `write_tensors` takes them; callers may change both."""
+    with mock.patch("functions.training.run.write_tensors") as write:
+        stepped_run(0).save(Path("never written"))
+    _, parts, contents = write.call_args.args
     # Tuples become lists, as they do in a file.
-    contents = json.loads(json.dumps(contents))
-    return copy.deepcopy(state.tensors()), contents
+    return copy.deepcopy(parts), json.loads(json.dumps(contents))
 
 
 def header_of(whole: bytes) -> bytes:
@@ -102,28 +96,14 @@ def header_of(whole: bytes) -> bytes:
     return whole[8 : 8 + length]
 
 
-def with_header(whole: bytes, header: dict | bytes) -> bytes:
-    """Return the file with another header and the right length of it."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    numbers = whole[8 + len(header_of(whole)) :]
-    return len(text).to_bytes(8, "little") + text + numbers
-
-
-def with_contents(whole: bytes, contents: dict | str) -> bytes:
-    """Return the file with other contents and the right checksum of them."""
-    text = contents if isinstance(contents, str) else json.dumps(contents)
+def with_contents(whole: bytes, contents: dict) -> bytes:
+    """Return the file with other contents, and the right checksum and length of them."""
     header = json.loads(header_of(whole))
+    text = json.dumps(contents)
     header["__metadata__"] |= {"contents": text, "sha256": sha256(text)}
-    return with_header(whole, header)
+    new = json.dumps(header).encode()
+    return len(new).to_bytes(8, "little") + new + whole[8 + len(header_of(whole)) :]
 
 
 def contents_text(whole: bytes) -> str:
     return json.loads(header_of(whole))["__metadata__"]["contents"]
-
-
-def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()

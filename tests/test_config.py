@@ -244,7 +244,7 @@ def test_a_saved_config_with_unknown_or_missing_fields():
 
     # A run of an earlier version has fields that went, such as this one.
     saved["diffusion"]["recompute"] = "norms"
-    with pytest.raises(ConfigError, match=r"'recompute'.* continue with commit 447a7f4"):
+    with pytest.raises(ConfigError, match=r"'recompute'.*CHANGELOG\.md says"):
         Experiment.from_dict(saved)
 
 

@@ -13,9 +13,7 @@ from data.datasets import load_images
 from data.pixels import to_model_range
 from figures import experiments
 from figures.feature_distance import Features, frechet_distance, spoilt
-from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
-from tests.conftest import SMALL_MODEL, call, small_unet
+from tests.conftest import SMALL_MODEL, call
 
 
 @pytest.fixture(scope="module")
@@ -73,34 +71,15 @@ def test_spoilt_are_dark_and_speckled_images_and_no_real_ones(people):
     assert spoilt(speckled).float().mean() > 0.9
 
 
-def test_min_snr_weighs_the_error_of_x_0():
-    """The squared error of x_0 is weighted by the signal-to-noise ratio, which is clamped to 5."""
-    scheduler = NoiseScheduler(1000)
-    denoiser = Denoiser(small_unet(), scheduler, objective="v")
-    t = torch.tensor([0, 300, 700, 999])
-    x_0, noise = torch.randn(2, 4, 3, 16, 16, generator=seeded())
-
-    with torch.no_grad():
-        losses = experiments.min_snr_loss(denoiser, scheduler, x_0, t, noise)
-        x_t = scheduler.q_sample(x_0, t, noise)
-        predicted, _ = scheduler.predict_from_v(x_t, t, denoiser(x_t, t))
-
-    alpha_bar = scheduler.alphas_cumprod[t]
-    weights = (alpha_bar / (1 - alpha_bar)).clamp(max=5)
-    errors = (predicted - x_0).double().square().mean(dim=(1, 2, 3))
-    expected = weights * errors
-    torch.testing.assert_close(losses.double(), expected, rtol=1e-3, atol=1e-6)
-
-
 @pytest.mark.slow
 def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     """Two arms are trained, measured and drawn on a tiny network, and nothing is done twice."""
     tiny = SMALL_MODEL | {"dim_multiply": (1, 1), "transformer_layers": ()}
     data = {"timesteps_diff": 50, "epochs": 1, "dataset_name": str(pictures)}
-    names = ("eps", "v, mixed t, min-SNR")
+    names = ("eps", "v, uniform t")
     arms = {name: (experiments.ARMS[name][0] | data, tiny, 1) for name in names}
     few = {"20 DDIM": experiments.DISTANCES["20 DDIM"]}
-    rows = ("eps", "v, mixed t, min-SNR, calibrated (own)")
+    rows = ("eps", "v, uniform t, calibrated (own)")
     changes = {
         "ARMS": arms,
         "PICTURES": {"arms.png": rows, "none.png": ("eps", "eps, photos")},
@@ -129,7 +108,7 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     assert len(results) == 6
     assert results["eps"]["0"]["distance"]["20 DDIM"] > 0
     printed = capsys.readouterr().out
-    assert "| v, mixed t, min-SNR, calibrated (own) | 1 |" in printed
+    assert "| v, uniform t, calibrated (own) | 1 |" in printed
     assert "none.png is not drawn, because these are not measured: eps, photos" in printed
     assert not (tmp_path / "none.png").exists()
 

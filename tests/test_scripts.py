@@ -5,11 +5,11 @@ from dataclasses import MISSING, fields
 
 import pytest
 
-import evaluate
 import sample
 import train
 from config import DiffusionConfig, ModelConfig
 from functions.support.command_line import field_comments
+from functions.training import run
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, script
 
@@ -51,13 +51,13 @@ def test_the_loss_falls_and_the_checkpoint_samples(learned_run):
 @pytest.mark.slow
 def test_rotation_is_off_in_the_last_part_of_a_run(trained, monkeypatch):
     angles = []
-    augment = train.augment
+    augment = run.augment
 
     def noting_angles(x, flip, angle):
         angles.append(angle)
         return augment(x, flip, angle)
 
-    monkeypatch.setattr(train, "augment", noting_angles)
+    monkeypatch.setattr(run, "augment", noting_angles)
 
     trained("--diffusion.rotation-free-end", 0.3, name="ffhq-full")
 
@@ -87,20 +87,6 @@ def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
 
     call(sample.main, "--runs", run.parent, "--n", 1, "--steps", 1)
     assert "raw weights" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_bits_per_dim_is_logged_every_so_many_epochs_and_is_evaluates(trained):
-    run = trained("--diffusion.bits-per-dim-every", 1, "--diffusion.bits-per-dim-images", 4)
-    rows = read_metrics(run / "metrics.csv")
-    measured = {row["step"]: row["bits_per_dim"] for row in rows if row["bits_per_dim"]}
-    assert list(measured) == [5, 10]
-
-    # evaluate.py measures the same of the last checkpoint.
-    call(evaluate.main, run, "--images", 4, "--t-stride", 50)
-    (path,) = (run / "evaluation").glob("*.json")
-    result = json.loads(path.read_text())
-    assert measured[10] == pytest.approx(result["bits_per_dim"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ good as both. docs/whole-before-detail.md explains why this helps. Pang et al. 2
 arXiv:2302.10688, use a single factor for each timestep.
 """
 
+import json
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,9 +30,9 @@ from data.pixels import to_model_range
 from functions.noise_scheduler import NoiseScheduler, Timestep, broadcast
 from functions.prediction import Denoiser, predict
 from functions.sampling.generation import ImageSampler, batches_of, generate
-from functions.support.checkpoint import SavedModel
+from functions.support.checkpoint import SavedModel, TensorFile, write_tensors
 from functions.support.errors import UserError
-from functions.support.files import TensorFile, file_name, sha256, write_tensors
+from functions.support.files import file_name, sha256
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
 
@@ -45,6 +46,8 @@ TIMESTEP_COUNT = 17
 # The fit multiplies the squares pp and qq by 1 + RIDGE. Without this factor the solution would not
 # be unique where x_0 is a multiple of x_t.
 RIDGE = 1e-4
+# The tensors have this part's name in their file.
+PART = "calibration"
 
 # With this norm the spectrum of standard normal noise also has variance 1.
 spectrum = partial(torch.fft.fft2, norm="ortho")
@@ -225,7 +228,7 @@ def load_or_fit(
     else:
         image_set, split = load()
         identity = [image_set.name, split.train_ids_hash]
-        digest = sha256("/".join(identity))[:8]
+        digest = sha256(json.dumps(identity))[:8]
     kind = "-".join(file_name(Path(part).stem) for part in identity)
 
     # A diffusers folder may come from other software, so nothing is written into it.
@@ -263,7 +266,7 @@ def load_or_fit(
     # The file only saves time later, so sampling continues if it cannot be written.
     try:
         folder.mkdir(exist_ok=True)
-        write_tensors(path, tensors, origin)
+        write_tensors(path, {PART: tensors}, origin)
         print(f"wrote {path}")
     except OSError as error:
         print(f"WARNING: the calibration cannot be saved: {error}", file=sys.stderr)
@@ -281,7 +284,7 @@ def read_calibration(path: Path, origin: dict, image_sampler: ImageSampler) -> d
     with suppress(UserError, OSError):
         file = TensorFile(path)
         if file.contents == origin:
-            tensors = file.tensors()
+            tensors = file.tensors(PART)
             if {name: tensor.shape for name, tensor in tensors.items()} == shapes:
                 return tensors
     return {}

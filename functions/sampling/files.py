@@ -114,7 +114,7 @@ def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int
     # do not.
     lock = nullcontext()
     if individual:
-        lock = locked(folder, "making images", leftovers=".*.png.[0-9]*.tmp")
+        lock = locked(folder, "making images", leftovers=[".[0-9]*.png.*.tmp"])
     with lock:
         check_manifest(folder, facts)
         if individual:

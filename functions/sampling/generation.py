@@ -6,8 +6,6 @@ The images stay in memory. The samplers are in functions/samplers.py.
 import argparse
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,23 +15,14 @@ from tqdm import tqdm
 from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
-from functions.samplers import SAMPLERS, VARIANCES, OnStep
+from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import SavedModel, load_into
-from functions.support.device import (
-    choose_device,
-    fast_layout,
-    precision_facts,
-    sampling_precision,
-    set_deterministic,
-)
-from functions.support.diffusers_folder import load_model
-from functions.support.errors import CheckpointError
-from functions.support.files import READ_ERRORS, short
+from functions.support.checkpoint import SavedModel
+from functions.support.device import choose_device, precision_facts, set_deterministic
+from functions.support.loading import open_model
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise
-from functions.support.run_folder import find_checkpoints, first_intact, newest_checkpoints
-from models.unet import UNet
+from functions.support.run_folder import newest_checkpoints
 
 # So many images are sampled at a time unless --batch-size says otherwise. On a CPU larger batches
 # are not faster, and when memory runs out, Linux kills the process without an error.
@@ -187,65 +176,16 @@ def open_sampler(
     # Options that fit no model are refused here, before a checkpoint is read.
     SamplerOptions.from_args(args, {})
 
-    def find():
-        run = args.checkpoint
-        return find_checkpoints(run) if run else newest_checkpoints(args.runs, name_prefix)
-
-    saved = load_intact(find, processes)
+    path = args.checkpoint
+    if not path:
+        path = processes.on_main(lambda: newest_checkpoints(args.runs, name_prefix))
+    saved, denoiser = open_model(path, device, args.precision, processes)
     processes.print_main(f"{saved.path}: {saved}")
-    precision = sampling_precision(args.precision, device, saved.precision)
-    denoiser = rebuild(saved, device, precision)
     options = SamplerOptions.from_args(args, saved.config["diffusion"])
 
     shape = saved.model.image_shape
     batch_size = args.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
     return saved, ImageSampler(denoiser, options, shape, args.seed, device, batch_size)
-
-
-def load_intact(find: Callable[[], list[Path]], processes: Processes) -> SavedModel:
-    """Load, in all processes, the first intact checkpoint from `find`."""
-    # Rank 0 reads checkpoints until it finds an intact one. Thanks to the cache it does not read
-    # this one a second time.
-    read = cache(load_model)
-    return read(processes.on_main(lambda: first_intact(find(), read).path))
-
-
-def rebuild(
-    saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32
-) -> Denoiser:
-    """Rebuild the network and its schedule from a checkpoint, for use without gradients.
-
-    Raises CheckpointError when no model can be built from the config, or when the weights do not
-    fit the model.
-    """
-    try:
-        diffusion = saved.config["diffusion"]
-        scheduler = NoiseScheduler(
-            diffusion["timesteps_diff"],
-            diffusion["beta_start"],
-            diffusion["beta_end"],
-            diffusion["rescale_betas"],
-            # Older checkpoints do not have this field.
-            diffusion.get("beta_schedule", "linear"),
-        )
-        # On the meta device tensors have shapes but no data. So no time is spent on initial
-        # weights, which `load_into` would overwrite.
-        with torch.device("meta"):
-            model = UNet(**vars(saved.model))
-        denoiser = Denoiser(model, scheduler, precision, diffusion.get("objective", "eps"))
-        variance = diffusion.get("variance", "small")
-        if variance not in VARIANCES:
-            raise ValueError(f"variance is {variance!r}; it can be small or large")
-    except (*READ_ERRORS, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {short(error)}"
-        raise CheckpointError(
-            f"{saved.path}: this version cannot build a model from its config: {reason}"
-        ) from error
-
-    load_into(model, saved)
-    layout = fast_layout(device, training=False)
-    model.to(device, memory_format=layout).eval().requires_grad_(False)
-    return denoiser
 
 
 def generate(

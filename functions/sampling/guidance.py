@@ -20,9 +20,10 @@ import torch
 
 from functions.prediction import is_guided
 from functions.sampling.calibration import with_calibration
-from functions.sampling.generation import ImageSampler, load_intact, rebuild
+from functions.sampling.generation import ImageSampler
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
+from functions.support.loading import open_model
 from functions.support.processes import Processes
 from functions.support.run_folder import checkpoints_of, find_checkpoints, step_of
 
@@ -39,7 +40,11 @@ def with_guide(
     options = image_sampler.options
     if not options.guide:
         return image_sampler
-    saved_guide = load_intact(lambda: find_guide(options.guide, saved), processes)
+    # The guide keeps its own objective, and its network may have another size.
+    model = image_sampler.denoiser
+    files = processes.on_main(lambda: find_guide(options.guide, saved))
+    saved_guide, guide = open_model(files, image_sampler.device, "float32", processes)
+    guide = replace(guide, precision=model.precision)
     guided_steps = sum(is_guided(image_sampler.scheduler, t) for t in image_sampler.times[:-1])
     calls = image_sampler.step_count + guided_steps
     processes.print_main(
@@ -47,9 +52,6 @@ def with_guide(
         f"{image_sampler.step_count:,} steps"
     )
 
-    # The guide keeps its own objective, and its network may have another size.
-    model = image_sampler.denoiser
-    guide = rebuild(saved_guide, image_sampler.device, model.precision)
     shape = saved_guide.model.image_shape
     if shape != image_sampler.shape:
         raise UserError(

@@ -1,67 +1,168 @@
-"""Read and write checkpoints: files to resume training from, and to rebuild a model from.
+"""Read and write files of tensors: checkpoints, snapshots, exported models and calibrations.
 
-functions/support/files.py describes the format of the file, and docs/survival.md lists its tensors.
-The file's `contents` are:
+A file is a .safetensors file as the library's `save_file` writes it. Reading it runs no code from
+it. The tensors belong to parts, and PART.NAME is the name of a tensor. A checkpoint has the parts
+`model`, `ema` (if the run has an EMA) and `optimizer`; a model to sample from has only `model` or
+`ema`. The metadata are:
 
-config     {"diffusion": {...}, "model": {...}}
-run        the experiment, the step, the `Facts` of the run, and the counters of `Recorder.save`
-scaler     the state of the gradient scaler for float16; empty in other precisions
-
-An exported file has the same format, but its only tensors are the weights to sample from.
+format      the version of this format
+contents    a JSON text with plain values; for checkpoints and models `TrainingRun.save` lists them.
+            Its `digests` have the SHA-256 of each part, because a flipped bit could silently become
+            a wrong weight.
+sha256      the SHA-256 of `contents`
 """
 
+import hashlib
 import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import ModelConfig
-from functions.optimizers import Adam
-from functions.support.errors import CheckpointError
-from functions.support.files import TensorFile, sha256, short, write_tensors
+from functions.support.errors import CheckpointError, UserError
+from functions.support.files import READ_ERRORS, check_file, replacing, sha256, short
 
-# PyTorch uses these names for Adam's state of each parameter. For a matrix, Muon keeps only
-# exp_avg.
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+FORMAT = "ddpm-faces checkpoint 3"
+# Tensors by their names.
+Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """Hold what the steps of a training change."""
+def write_tensors(path: Path, parts: dict[str, Tensors], contents: dict) -> None:
+    """Write parts of tensors, on any device and of any memory layout, with plain values.
 
-    model: nn.Module
-    ema_model: nn.Module | None
-    optimizer: Adam
-    scaler: torch.amp.GradScaler
+    Raises UserError for numbers that are not finite, and OSError, for example when the disk is
+    full. Then the old file is unchanged.
+    """
+    copies = {}
+    digests = {}
+    for part, tensors in parts.items():
+        copied = cpu_copies(tensors)
+        digests[part] = digest_of(copied)
+        for name, tensor in copied.items():
+            if not is_finite(tensor):
+                fault = f"{part}.{name} has numbers that are not finite"
+                raise UserError(f"{path} is not written: {fault}")
+            copies[f"{part}.{name}"] = tensor
+    text = json.dumps({**contents, "digests": digests})
+    save_safetensors(path, copies, {"format": FORMAT, "contents": text, "sha256": sha256(text)})
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all but the scaler, by the names that tensors have in a checkpoint."""
-        tensors = self.model.state_dict(prefix="model.")
-        if self.ema_model:
-            tensors.update(self.ema_model.state_dict(prefix="ema."))
-        for moment in MOMENTS:
-            for name, p in self.model.named_parameters():
-                state = self.optimizer.state[p]
-                if moment in state:
-                    tensors[f"{moment}.{name}"] = state[moment]
+
+def cpu_copies(tensors: Tensors) -> Tensors:
+    """Return the tensors on the CPU and contiguous, as `save_file` needs them."""
+    # They are made contiguous on the CPU, because a GPU may be full.
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def save_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """Call `save_file` so that the old file stays until the new one is complete and on the disk.
+
+    The tensors are contiguous and on the CPU. Raises OSError, for example when the disk is full.
+    """
+    with replacing(path) as temporary:
+        # Other files have the mode that the user's umask says, but `save_file` gives its file 0600.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        # `save_file` writes to a random name in the same folder, which a kill would leave there. So
+        # it gets a folder that is recognised as a leftover.
+        prefix = f".{path.name}."
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, suffix=".tmp") as folder:
+            written = Path(folder, path.name)
+            try:
+                save_file(tensors, written, metadata)
+            except SafetensorError as error:
+                # Of an error of the system, the library keeps only the number in its message.
+                number = re.search(r"os error (\d+)", str(error))
+                if number is None:
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            written.chmod(mode)
+            os.replace(written, temporary)
+
+
+def digest_of(tensors: Tensors) -> str:
+    """Return a SHA-256 of names, dtypes, shapes and bytes of contiguous tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class TensorFile:
+    """A file that `write_tensors` wrote. Opening it reads and checks `contents`, but no tensor.
+
+    Raises CheckpointError when the file is missing, truncated, damaged or of another format.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open_safetensors(path) as file:
+            metadata = file.metadata()
+            text = metadata["contents"]
+            if metadata["format"] != FORMAT or metadata["sha256"] != sha256(text):
+                raise ValueError("it has another format or a wrong checksum")
+            self.contents = json.loads(text)
+            self.digests = dict(self.contents.pop("digests"))
+
+    def tensors(self, part: str) -> Tensors:
+        """Read the tensors of a part, to the CPU, by their names without the part's name.
+
+        Raises CheckpointError when they are damaged or have numbers that are not finite.
+        """
+        tensors = read_tensors(self.path, f"{part}.")
+        if digest_of(tensors) != self.digests.get(part):
+            raise CheckpointError(f"{self.path}: damaged: {part} does not match its checksum")
         return tensors
 
-    def load(self, file: TensorFile) -> None:
-        """Take a checkpoint's numbers over; memory layouts stay as they are.
 
-        Raises CheckpointError, with nothing changed, when the checkpoint does not fit.
-        """
-        tensors = self.tensors()
-        saved = file.tensors()
-        check_fit(tensors, saved, file.path)
-        # Either state is empty where the precision is not float16. Then the scaler stays as it is.
-        scaler = file.contents["scaler"]
-        if scaler and self.scaler.is_enabled():
-            self.scaler.load_state_dict(self.scaler.state_dict() | scaler)
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+def read_tensors(path: Path, prefix: str = "") -> Tensors:
+    """Read the tensors whose names begin with `prefix` from any safetensors file.
+
+    The names are returned without the prefix. Raises CheckpointError when the file is missing or
+    damaged, and for numbers that are not finite.
+    """
+    tensors = {}
+    with open_safetensors(path) as file:
+        names = file.keys()
+        for name in names:
+            if name.startswith(prefix):
+                tensor = file.get_tensor(name)
+                if not is_finite(tensor):
+                    raise CheckpointError(f"{path}: {short(name)} has numbers that are not finite")
+                tensors[name.removeprefix(prefix)] = tensor
+    return tensors
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite; then the smallest and the largest are finite, too."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file.
+
+    Raises CheckpointError when the file is missing, truncated or damaged, and when the `with` block
+    raises one of `READ_ERRORS`.
+    """
+    check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except READ_ERRORS as error:
+        raise CheckpointError(
+            f"{path}: the file is truncated, damaged or not a checkpoint of this version "
+            f"(see CHANGELOG.md): {short(error)}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -69,7 +170,8 @@ class SavedModel:
     """The part of a checkpoint or an exported file that sampling needs."""
 
     path: Path
-    weights: dict[str, Tensor]
+    # Snapshots have float16, and so has a file exported from one.
+    weights: Tensors
     # The kind of weights is "EMA", "raw" if the run has no EMA, or "diffusers" if they come from a
     # diffusers folder.
     kind: str
@@ -78,7 +180,8 @@ class SavedModel:
     # This is the `run` part of the file. It has at least the keys experiment, step and total_steps,
     # which is 0 if the total is unknown.
     provenance: dict
-    # This hash of config and weights is the same for a checkpoint and for a file exported from it.
+    # This hash of config and weights identifies the model. It is the same for a checkpoint or a
+    # snapshot and for a file exported from it.
     digest: str
 
     @property
@@ -107,112 +210,80 @@ class SavedModel:
         return text
 
 
-def save_checkpoint(path: Path, config: dict, facts: dict, state: TrainingState) -> None:
-    """Write a checkpoint, with `facts` as its `run`. Raises OSError, such as for a full disk."""
-    contents = {"config": config, "run": facts, "scaler": state.scaler.state_dict()}
-    write_tensors(path, state.tensors(), contents)
-
-
-def save_snapshot(path: Path, config: dict, facts: dict, part: str, model: nn.Module) -> None:
-    """Write a model to sample from, in float16. `part` is "ema" for averages, otherwise "model".
-
-    Raises OSError, as when the disk is full.
-    """
-    # The copies are on the CPU, because a GPU may be full.
-    weights = {
-        f"{part}.{name}": tensor.to("cpu", torch.float16)
-        for name, tensor in model.state_dict().items()
-    }
-    write_tensors(path, weights, {"config": config, "run": facts, "scaler": {}})
-
-
 def open_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint and check its contents. This reads no tensor.
+    """Open a checkpoint or a model, and check its contents. This reads no tensor.
 
     Raises CheckpointError as `TensorFile` does, and when the contents are malformed.
     """
     file = TensorFile(path)
-    for part in ("config", "run", "scaler"):
-        if not isinstance(file.contents.get(part), dict):
-            raise CheckpointError(f"{path}: its part {part!r} is missing or malformed")
-
-    facts = file.contents["run"]
-    # A model from a diffusers folder has no arithmetic.
-    arithmetic = facts.get("arithmetic", {})
-    if not isinstance(facts.get("experiment"), str) or not isinstance(arithmetic, dict):
-        raise CheckpointError(
-            f"{path}: in its part 'run', 'experiment' or 'arithmetic' is malformed"
-        )
-
-    # A step has at most 8 digits in file names. The total comes first because it bounds the step.
-    for name, maximum in {"total_steps": 10**8, "step": facts.get("total_steps")}.items():
-        if type(facts.get(name)) is not int or not 0 <= facts[name] <= maximum:
-            raise CheckpointError(f"{path}: in its part 'run', {name!r} is missing or malformed")
+    config, run = (file.contents.get(name) for name in ("config", "run"))
+    fits = isinstance(config, dict) and isinstance(run, dict)
+    if fits:
+        numbers = [run.get("step"), run.get("total_steps")]
+        fits = isinstance(run.get("experiment"), str) and all(type(n) is int for n in numbers)
+    if not fits:
+        raise CheckpointError(f"{path}: its config or its facts of the run are malformed")
     return file
 
 
 def verify_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint, and compare every tensor with its checksum.
+    """Open a checkpoint, and compare every part with its checksum.
 
-    Raises CheckpointError as `open_checkpoint` does, and for a damaged tensor.
+    Raises CheckpointError as `open_checkpoint` does, and for a damaged part.
     """
     file = open_checkpoint(path)
-    file.tensors()
+    for part in file.digests:
+        file.tensors(part)
     return file
 
 
 def load_weights(path: Path) -> SavedModel:
     """Read the EMA weights of a checkpoint or an exported file, or the raw ones if it has no EMA.
 
-    No other tensors are read. Raises CheckpointError as `open_checkpoint` does, for damaged
+    No other tensors are read. Raises CheckpointError as `open_checkpoint` does, and for damaged
     weights.
     """
     file = open_checkpoint(path)
-    part, kind = "ema.", "EMA"
+    part, kind = ("ema", "EMA") if "ema" in file.digests else ("model", "raw")
     weights = file.tensors(part)
-    if not weights:
-        part, kind = "model.", "raw"
-        weights = file.tensors(part)
-    checksums = {name: file.checksums[part + name] for name in weights}
-    # Snapshots have float16. The network's own parameters are float32.
-    for name, tensor in weights.items():
-        if tensor.dtype == torch.float16:
-            weights[name] = tensor.float()
     config = file.contents["config"]
-    digest = digest_of(config, checksums)
+    digest = model_digest(config, file.digests[part])
     return SavedModel(path, weights, kind, config, file.contents["run"], digest)
 
 
-def digest_of(config: dict, checksums: dict[str, str]) -> str:
-    """Return a hash of a model's config and of the checksums of its weights."""
-    return sha256(json.dumps([config, sorted(checksums.items())], sort_keys=True))
+def model_digest(config: dict, weights_digest: str) -> str:
+    """Return the identity of a model: a hash of its config and of the digest of its weights."""
+    return sha256(json.dumps([config, weights_digest], sort_keys=True))
 
 
 def export_weights(saved: SavedModel, path: Path) -> None:
-    """Write a model to a file that can be published."""
+    """Write a model to a file that can be published. Its dtype and its identity stay."""
     part = "ema" if saved.kind == "EMA" else "model"
-    weights = {f"{part}.{name}": tensor for name, tensor in saved.weights.items()}
-    write_tensors(path, weights, {"config": saved.config, "run": saved.provenance, "scaler": {}})
+    write_tensors(path, {part: saved.weights}, {"config": saved.config, "run": saved.provenance})
 
 
 def load_into(model: nn.Module, saved: SavedModel) -> None:
     """Load saved weights into a model. Raises CheckpointError when they do not fit."""
-    check_fit(model.state_dict(), saved.weights, saved.path)
+    # The network's own parameters are float32.
+    weights = {
+        name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        for name, tensor in saved.weights.items()
+    }
+    check_fit(model.state_dict(), weights, saved.path)
     # A model on the meta device has no memory, so it uses the saved tensors themselves.
-    model.load_state_dict(saved.weights, assign=next(model.parameters()).is_meta)
+    model.load_state_dict(weights, assign=next(model.parameters()).is_meta)
 
 
-def check_fit(expected: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+def check_fit(expected: Tensors, tensors: Tensors, path: Path) -> None:
     """Raise CheckpointError for the first tensor whose name, shape or dtype differs."""
-    mismatches = sorted(expected.keys() ^ weights.keys())
+    mismatches = sorted(expected.keys() ^ tensors.keys())
     if mismatches:
         raise CheckpointError(
             f"{path}: {len(mismatches)} weights are missing or unknown, "
             f"such as {short(mismatches[0])!r}"
         )
     for name, tensor in expected.items():
-        weight = weights[name]
         expected_kind = f"{tensor.dtype} {tuple(tensor.shape)}"
-        kind = f"{weight.dtype} {tuple(weight.shape)}"
+        kind = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
         if kind != expected_kind:
             raise CheckpointError(f"{path}: {name} is {short(kind)}; the model has {expected_kind}")

@@ -2,13 +2,14 @@
 
 import argparse
 import inspect
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, fields
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from config import ConfigError
 from functions.support.device import is_out_of_memory
@@ -31,30 +32,62 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
 
 
+class LastingOutput:
+    """A text stream that stays usable when its reader has gone, as in `train.py | head`.
+
+    It escapes what the stream cannot encode, such as a folder's name that is not UTF-8.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        # What replaces stdout in a notebook or a test may not have this method.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or nothing if nobody reads it any more."""
+        with self.without_reader():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        with self.without_reader():
+            self.stream.flush()
+
+    @contextmanager
+    def without_reader(self) -> Iterator[None]:
+        """After an OSError, send this text, and all that follow, nowhere."""
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """End the script with one line for an error that users can fix. Bugs keep their traceback.
 
-    The standard output escapes what it cannot encode, such as a folder's name that is not UTF-8.
+    The output of the script never ends it.
     """
-    # Python itself makes stderr escape such names. What replaces stdout in a notebook or a test
-    # may not have this method.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except Exception as error:
-        sentence = user_message(error)
-        if sentence is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        # torchrun sends a second signal, which would otherwise interrupt the next lines.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("interrupted", file=sys.stderr)
-        # Shells use this status for Ctrl-C.
-        sys.exit(130)
+    with redirect_stdout(LastingOutput(sys.stdout)), redirect_stderr(LastingOutput(sys.stderr)):
+        try:
+            yield
+        except Exception as error:
+            sentence = user_message(error)
+            if sentence is None:
+                raise
+            print(f"error: {sentence}", file=sys.stderr)
+            sys.exit(EXIT_BAD_INPUT)
+        except KeyboardInterrupt:
+            # torchrun sends a second signal, which would otherwise interrupt the next lines.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            print("interrupted", file=sys.stderr)
+            # Shells use this status for Ctrl-C.
+            sys.exit(130)
 
 
 def user_message(error: Exception) -> str | None:

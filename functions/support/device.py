@@ -11,6 +11,8 @@ import torch
 from functions.support.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# PyTorch compiles for CPUs, too, but there the network would not be faster.
+COMPILED_DEVICES = ("cuda",)
 # Linux lists the CPU's name and flags in this file.
 CPUINFO = Path("/proc/cpuinfo")
 # These are two options of mallopt, as numbered in glibc's malloc.h.

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from functions.prediction import OBJECTIVES
-from functions.support.checkpoint import SavedModel, digest_of, load_weights
-from functions.support.errors import CheckpointError
-from functions.support.files import (
-    checksum,
-    read_json,
+from functions.support.checkpoint import (
+    SavedModel,
+    cpu_copies,
+    digest_of,
+    model_digest,
     read_tensors,
-    short,
-    write_tensors,
-    write_text,
+    save_safetensors,
 )
+from functions.support.errors import CheckpointError
+from functions.support.files import read_json, short, write_text
 from models.blocks import DIALECTS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -297,15 +297,13 @@ def is_diffusers_folder(folder: Path) -> bool:
     return any((folder / name).exists() for name in names)
 
 
-def load_model(path: Path) -> SavedModel:
-    """Load a checkpoint or an exported file, as `load_weights` does, or a diffusers folder.
+def load_folder(path: Path) -> SavedModel:
+    """Load a diffusers folder.
 
-    A diffusers folder is a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or a
+    The folder is a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or a
     unet. For a unet without a scheduler, the paper's schedule is assumed. Raises CheckpointError
     when a file is missing or damaged, and for any other network or pipeline.
     """
-    if not path.is_dir():
-        return load_weights(path)
     # Diffusers' training script saves the EMA weights in unet_ema.
     folders = (path / "unet_ema", path / "unet", path)
     unet = next(folder for folder in folders if folder.exists())
@@ -338,9 +336,9 @@ def load_model(path: Path) -> SavedModel:
         ) from error
 
     weights = read_weights(unet)
-    checksums = {name: checksum(tensor) for name, tensor in weights.items()}
     facts = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": note}
-    return SavedModel(path, weights, "diffusers", config, facts, digest_of(config, checksums))
+    digest = model_digest(config, digest_of(weights))
+    return SavedModel(path, weights, "diffusers", config, facts, digest)
 
 
 def find_scheduler(path: Path) -> Path:
@@ -446,5 +444,7 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
         write_text(folder / f"{name}.json", json.dumps(config, indent=2))
     weights = {}
     for name, tensor in saved.weights.items():
-        weights[diffusers_name(name)] = tensor.flatten(1) if name.endswith(MATRICES) else tensor
-    write_tensors(folder / "unet" / WEIGHTS, weights, None, file_format="pt")
+        # The folders of diffusers have float32, and snapshots float16.
+        matrix = name.endswith(MATRICES)
+        weights[diffusers_name(name)] = (tensor.flatten(1) if matrix else tensor).float()
+    save_safetensors(folder / "unet" / WEIGHTS, cpu_copies(weights), {"format": "pt"})

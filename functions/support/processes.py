@@ -77,6 +77,12 @@ class Processes:
         """
         return nullcontext() if last or self.count == 1 else wrapped.no_sync()
 
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Free the gradients; of several processes, set them to 0."""
+        # DDP's gradients are views of its buckets. If they were set to None, they would be
+        # allocated twice.
+        optimizer.zero_grad(set_to_none=self.count == 1)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place. The host does not wait for a GPU."""
         if self.count > 1:
@@ -88,6 +94,10 @@ class Processes:
         # The tensor is on the CPU, so the processes exchange it without waiting for their GPUs.
         total = self.sum_(torch.tensor(int(flag)))
         return bool(total)
+
+    def wait(self) -> None:
+        """Wait until all processes have called this."""
+        self.any(False)
 
     def gather(self, value: Value) -> list[Value]:
         """Return the values of all processes, in rank order."""

@@ -8,7 +8,7 @@ split over processes, or cut into other micro-batches. So every generator is see
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class StepDraws:
     flip: Tensor  # (B,) bool, True with probability 1/2
     # (B,) float32, uniform in [-1, 1). The rotation is this fraction of the largest angle.
     rotation: Tensor
+
+    def cut(self, share: range) -> "StepDraws":
+        """Return the draws of a contiguous share of the images."""
+        draws = [getattr(self, field.name)[share.start : share.stop] for field in fields(self)]
+        return StepDraws(*draws)
 
 
 def training_draws(

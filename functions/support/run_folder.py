@@ -1,6 +1,6 @@
 """Make and find run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ contains all about one run.
 
-config.json     the experiment's fields, and the `Facts` of the run
+config.json     the experiment's fields, and the facts of the run
 metrics.csv     one row every `log_every` steps
 tensorboard/    the same metrics as events
 losses.png      the curves of metrics.csv
@@ -8,177 +8,77 @@ samples/        grids of samples, by step
 checkpoints/    step-00001000.safetensors, ...
 snapshots/      the weights to sample from, in float16, by step: guides for `sample.py --guide`
 .lock           a lock that the training process holds
+
+The time is in UTC, so that the newest run is the newest in every time zone.
 """
 
-import json
-import math
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from config import Experiment
-from functions.support.checkpoint import SavedModel, open_checkpoint, verify_checkpoint
+from functions.support.checkpoint import (
+    SavedModel,
+    TensorFile,
+    open_checkpoint,
+    verify_checkpoint,
+)
 from functions.support.diffusers_folder import is_diffusers_folder
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import TensorFile, write_text
+from functions.support.files import check_name
 
 Result = TypeVar("Result")
-# With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
-VISIBLE_SNR = 1e-3
 # The two groups are the experiment's name and the start time.
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
-# Earlier versions wrote .pt files. The pattern matches them too, so that they are refused with a
-# message instead of being overlooked.
-CHECKPOINT_NAME = re.compile(r"step-\d{8}\.(safetensors|pt)")
+# The names of checkpoints and snapshots have eight digits.
+CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
+MOST_STEPS = 10**8 - 1
+# A training that is killed while it writes leaves such files in its run folder. The files of other
+# scripts there have other names.
+TRAINING_LEFTOVERS = (".*.tmp", "*/.step-????????.safetensors.*.tmp", "samples/.step-*.png.*.tmp")
 # The trained models that come with the repository. They are read when there is no run.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 
 
-@dataclass(frozen=True)
-class Facts:
-    """The facts that a run finds at its start, for config.json and each checkpoint."""
-
-    total_steps: int = 0
-    steps_per_epoch: int = 0
-    # This describes the split. Each hash is over the ids of the images in one part.
-    split: str = ""
-    train_ids_hash: str = ""
-    val_ids_hash: str = ""
-    # The network has this number of parameters.
-    parameters: int = 0
-    terminal_snr: float = 0.0
-    device: str = ""
-    # This describes the model whose weights the run started from. None means random weights.
-    initial: str | None = None
-    # The bits of the results depend on these values: precision, threads, versions, ...
-    arithmetic: dict = field(default_factory=dict)
-
-    @staticmethod
-    def of(checkpoint: TensorFile) -> "Facts":
-        """Return the facts in a checkpoint. Facts that an old checkpoint lacks get defaults."""
-        contents = checkpoint.contents["run"]
-        defaults = vars(Facts())
-        return Facts(**{name: contents.get(name, defaults[name]) for name in defaults})
+def new_folder(runs: Path, name: str) -> Path:
+    """Make the folder of a new run."""
+    check_name(runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    while True:
+        with suppress(FileExistsError):
+            folder = runs / f"{name}-{timestamp()}"
+            folder.mkdir()
+            return folder
+        # Another run has started within the same second.
+        time.sleep(0.2)
 
 
-@dataclass
-class Run:
-    """A run: its experiment, its folder and its state at the start."""
-
-    # This is the name of the experiment.
-    name: str
-    # The experiment contains all settings that change the result.
-    experiment: Experiment
-    # `make_folder` makes the run's folder in runs_folder. Until then `folder` is None.
-    runs_folder: Path
-    folder: Path | None = None
-    # A resumed run continues from this checkpoint.
-    checkpoint: TensorFile | None = None
-    # For a resumed run, these are the facts in its checkpoint. For a new run, only `initial` may be
-    # set.
-    prior_facts: Facts = Facts()
-    # A new run may start from the weights of this model.
-    initial: SavedModel | None = None
-
-    @property
-    def first_step(self) -> int:
-        """Return the number of steps that earlier sessions of the run have done."""
-        return self.checkpoint.contents["run"]["step"] if self.checkpoint else 0
-
-    def make_folder(self) -> None:
-        """Make the run's folder, unless it exists already, and its subfolders."""
-        self.runs_folder.mkdir(parents=True, exist_ok=True)
-        while self.folder is None:
-            folder = self.runs_folder / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-            try:
-                folder.mkdir()
-                self.folder = folder
-            except FileExistsError:
-                # Another run has started within the same second.
-                time.sleep(0.2)
-        for inner in ("samples", "checkpoints", "snapshots"):
-            (self.folder / inner).mkdir(exist_ok=True)
-
-    def path_of(self, kind: str, step: int) -> Path:
-        """Return the path of a step's file. `kind` is "checkpoints", "snapshots" or "samples"."""
-        extension = "png" if kind == "samples" else "safetensors"
-        return self.folder / kind / f"step-{step:08d}.{extension}"
-
-    def write_config(self, facts: Facts) -> str:
-        """Write config.json, and return its text.
-
-        The file contains the config as a checkpoint does, and the facts as `run`.
-        """
-        config = {"experiment": self.name, **self.experiment.to_dict(), "run": vars(facts)}
-        text = json.dumps(config, indent=2)
-        write_text(self.folder / "config.json", text)
-        return text
+def timestamp() -> str:
+    """Return the time for a folder's name, in UTC."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
 
 
-def describe(run: Run, facts: Facts, data_summary: str) -> str:
-    """Describe a run in a few lines (data, split, network, ...), followed by warnings."""
-    config = run.experiment.diffusion
-    snr = facts.terminal_snr
-    done = f"; {run.first_step:,} steps are done" if run.first_step else ""
-    lines = [
-        run.name,
-        f"  data       {data_summary}",
-        f"  split      {facts.split}",
-        f"  network    {facts.parameters:,} parameters, {facts.arithmetic['precision']}, "
-        f"{facts.device}",
-        f"  length     {facts.total_steps:,} steps of {config.effective_batch} images: "
-        f"{config.epochs} epochs of {facts.steps_per_epoch:,} steps{done}",
-    ]
-    if facts.initial:
-        lines.append(f"  begins as  {facts.initial}")
-    lines.append(
-        f"  objective  {config.objective} over {config.timesteps_diff} "
-        f"timesteps with {config.beta_schedule} betas, terminal SNR {snr:.2g}"
-    )
-
-    # A parameter takes 2 bytes in float16.
-    megabytes = 2 * facts.parameters / 1e6
-    if config.snapshot_every:
-        count = math.ceil(facts.total_steps / config.snapshot_every)
-        lines.append(f"  snapshots  {count:,} of {megabytes:,.1f} MB each")
-
-    warnings = run.experiment.warnings()
-    if snr > VISIBLE_SNR:
-        warnings.append(
-            f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): x_T "
-            "still carries the image, but sampling starts from pure noise; "
-            "set rescale_betas = True or use 1000 timesteps"
-        )
-    if config.ema_decay == 0:
-        warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
-    # A resumed run equals an uninterrupted one bit for bit only in the same arithmetic.
-    for name, previous in run.prior_facts.arithmetic.items():
-        current = facts.arithmetic.get(name)
-        if previous != current:
-            warnings.append(
-                f"{name} was {previous}, is now {current}: no longer bit for bit like an "
-                "uninterrupted run"
-            )
-    lines.extend(f"warning: {warning}" for warning in warnings)
-    return "\n".join(lines)
+def path_of(run: Path, kind: str, step: int) -> Path:
+    """Return the path of a step's file. `kind` is "checkpoints", "snapshots" or "samples"."""
+    extension = "png" if kind == "samples" else "safetensors"
+    return run / kind / f"step-{step:08d}.{extension}"
 
 
 @contextmanager
 def locked(
-    folder: Path, activity: str = "training", leftovers: str = "**/.*.tmp"
+    folder: Path, activity: str = "training", leftovers: Sequence[str] = TRAINING_LEFTOVERS
 ) -> Iterator[None]:
-    """Lock a folder for one process, and delete the files that match the pattern `leftovers`.
+    """Lock a folder for one process, and delete what matches the patterns `leftovers`.
 
-    A process that is killed while it writes leaves such files. Raises UserError, which names the
-    `activity`, when another process has locked the folder.
+    Raises UserError, which names the `activity`, when another process has locked the folder, or
+    when the lock belongs to another user.
     """
     # The system releases the lock when the process ends, even when it is killed.
     lock = FileLock(folder / ".lock")
@@ -188,14 +88,21 @@ def locked(
         raise UserError(
             f"{folder}: another process is already {activity} in this folder"
         ) from error
+    except PermissionError as error:
+        raise UserError(
+            f"{folder}: its .lock belongs to another user, who may be {activity} in this folder"
+        ) from error
     except (NotImplementedError, OSError):
         print(
             f"warning: {folder} is on a disk without locks; do not start another process in it",
             file=sys.stderr,
         )
     try:
-        for leftover in folder.glob(leftovers):
-            leftover.unlink(missing_ok=True)
+        for leftover in [path for pattern in leftovers for path in folder.glob(pattern)]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         yield
     finally:
         lock.release()
@@ -208,6 +115,7 @@ def checkpoints_of(run: Path, folder: str = "checkpoints") -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint or a snapshot."""
     return int(checkpoint.stem.removeprefix("step-"))
 
 
@@ -224,6 +132,16 @@ def delete_old(run: Path, last_step: int, count: int, every: int) -> None:
             # The calibrations of a checkpoint are deleted with it.
             for file in (path, *path.parent.glob(f"{path.stem}-calibration-*.safetensors")):
                 file.unlink()
+
+
+def abandon_snapshots(run: Path, step: int) -> None:
+    """Rename the snapshots after this step, so that they are never guides.
+
+    They belong to a part of the run that is abandoned, because the run continues from this step.
+    """
+    for path in checkpoints_of(run, "snapshots"):
+        if step_of(path) > step:
+            path.replace(path.with_name(f"abandoned-{path.name}"))
 
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
@@ -271,7 +189,7 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
     """Return the folder for results of a kind: in a checkpoint's run, or next to an export."""
     # Nothing is written to a diffusers folder, so the results of its model go into a new folder.
     if saved.path.is_dir():
-        return Path("samples") / f"{saved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return Path("samples") / f"{saved.name}-{timestamp()}"
     folder = saved.path.parent
     if folder.name in ("checkpoints", "snapshots"):
         folder = folder.parent
@@ -310,11 +228,11 @@ def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> 
     return read(candidates[-1])
 
 
-def last_checkpoint(run: Path) -> str:
-    """Return the path of the newest checkpoint whose checksums are right, for a message."""
+def last_checkpoint(run: Path) -> Path | None:
+    """Return the path of the newest checkpoint whose checksums are right, if there is one."""
     with suppress(CheckpointError):
-        return str(first_intact(find_checkpoints(run), verify_checkpoint).path)
-    return "there is none yet"
+        return first_intact(find_checkpoints(run), verify_checkpoint).path
+    return None
 
 
 def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
@@ -324,7 +242,7 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
 
         None           a new run
         "newest"       the newest run of the experiment that has a checkpoint and has not reached
-                       its last step
+                       its last step, or whose last grid or snapshot is missing
         "auto"         the same, or a new run if there is none
         a run's folder
 
@@ -343,13 +261,23 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
         return Path(resume)
     for run in reversed(runs_of(runs, experiment)):
         # Another experiment's name may begin with this one's.
-        if RUN_NAME.fullmatch(run.name)[1] == experiment and checkpoints_of(run):
-            checkpoint = first_intact(find_checkpoints(run), open_checkpoint)
-            facts = checkpoint.contents["run"]
-            if facts["step"] < facts["total_steps"]:
-                return run
+        if RUN_NAME.fullmatch(run.name)[1] != experiment or not checkpoints_of(run):
+            continue
+        if not is_finished(first_intact(find_checkpoints(run), open_checkpoint)):
+            return run
     problem = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
     if resume == "newest":
         raise UserError(f"{problem}; start one without --resume")
     print(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.", file=sys.stderr)
     return None
+
+
+def is_finished(checkpoint: TensorFile) -> bool:
+    """Return whether a run's newest checkpoint is of its last step, and nothing else is missing."""
+    run = checkpoint.path.parents[1]
+    step = checkpoint.contents["run"]["step"]
+    last_files = [path_of(run, "samples", step)]
+    if checkpoint.contents["config"]["diffusion"]["snapshot_every"]:
+        last_files.append(path_of(run, "snapshots", step))
+    at_end = step == checkpoint.contents["run"]["total_steps"]
+    return at_end and all(path.exists() for path in last_files)

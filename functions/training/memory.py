@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
 from functions.support.files import short
-from functions.support.processes import Processes
-from functions.support.run_folder import Run, checkpoints_of
+from functions.support.run_folder import checkpoints_of
+from functions.training.run import TrainingRun
 
 
 @contextmanager
-def explain_lack_of_memory(run: Run, processes: Processes) -> Iterator[None]:
+def explain_lack_of_memory(run: TrainingRun) -> Iterator[None]:
     """Turn a lack of memory within the context into a UserError with flags that need half of it."""
     try:
         yield
@@ -21,9 +21,8 @@ def explain_lack_of_memory(run: Run, processes: Processes) -> Iterator[None]:
             raise
         reason = short(error)
 
-    config = run.experiment.diffusion
-    effective = config.effective_batch
-    image_count = min(config.batch_size, len(processes.shard(effective)))
+    effective = run.config.effective_batch
+    image_count = min(run.config.batch_size, len(run.share))
     if image_count == 1:
         raise UserError(f"out of memory with one image ({reason}): use a smaller base_dim")
     # With the same effective batch the result is the same.

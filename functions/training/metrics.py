@@ -1,6 +1,5 @@
 """The metrics of a run: metrics.csv for people and scripts, and the same in TensorBoard."""
 
-import csv
 import math
 import os
 import sys
@@ -33,9 +32,6 @@ COLUMNS = (
     # Loss and error of eps on held-out images, with the EMA weights.
     "val_loss_ema",
     "val_eps_error_ema",
-    # The variational bound on held-out images, with the EMA weights if there are any; empty in
-    # rows without its measurement.
-    "bits_per_dim",
     # The gradient norm of the last step, before clipping.
     "grad_norm",
     "learning_rate",
@@ -88,20 +84,22 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 
     An incomplete last row is left out. Damaged rows are left out, too, each with a warning.
     """
-    with open(path, newline="", errors="replace") as file:
-        # A line without a newline is incomplete: the process was killed while it wrote this line.
-        lines = [line for line in file if line.endswith("\n")]
+    text = path.read_text(errors="replace")
+    # What follows the last newline is incomplete: the process was killed while it wrote this line.
+    header, *lines = text.split("\n")[:-1]
     rows = []
-    # The header is line 1 of the file.
-    for number, row in enumerate(csv.DictReader(lines), 2):
+    for number, line in enumerate(lines, 2):
         try:
-            values = {}
-            for column in COLUMNS:
-                cell = row.get(column)
-                values[column] = float(cell) if cell else None
-            values["step"] = int(row["step"])
+            values = dict.fromkeys(COLUMNS)
+            cells = line.split(",")
+            # A damaged header is no reason to lose rows.
+            columns = COLUMNS if len(cells) == len(COLUMNS) else header.split(",")
+            for column, cell in zip(columns, cells, strict=True):
+                if column in values and cell:
+                    values[column] = float(cell)
+            values["step"] = int(values["step"])
             rows.append(values)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, OverflowError):
             print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
     return rows
 
@@ -117,22 +115,23 @@ def format_number(value: float | None) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def fetch(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Copy all scalars from a device in one transfer, so that the host waits only once."""
-    values = torch.stack([scalar.float() for scalar in scalars.values()])
-    return dict(zip(scalars, values.cpu().tolist(), strict=True))
-
-
 class TrainingWindow:
-    """The sums of loss and error of eps since the last row, on the device, and the speed.
+    """The steps since the last row: sums of loss and error of eps on the device, and the speed.
 
-    `images_per_step` is the effective batch.
+    A step whose gradients are not finite is skipped by the optimiser, and counted here. Its loss
+    does not count. `images_per_step` is the effective batch.
     """
 
     def __init__(self, device: torch.device, images_per_step: int):
-        # The loss and the error of eps, summed over images, and the number of steps.
+        # The loss and the error of eps, summed over images.
         self.sums_of_losses = torch.zeros(2, device=device)
-        self.steps = torch.zeros((), device=device)
+        # The number of steps that were skipped.
+        self.skipped = torch.zeros((), device=device)
+        self.steps = 0
+        # The number of steps that were skipped in all windows before.
+        self.skipped_before = 0
+        # The number of steps in the last windows in which all steps were skipped.
+        self.skipped_in_a_row = 0
         self.images_per_step = images_per_step
         self.steps_timed = 0
         # The time at which the window began. Each pause moves it forward.
@@ -140,48 +139,56 @@ class TrainingWindow:
 
     def state(self) -> dict[str, list[float] | int]:
         """Return the sums for a checkpoint, so that a resumed run has all steps in its next row."""
-        return {"sums": self.sums_of_losses.tolist(), "steps": int(self.steps)}
+        return {
+            "sums": self.sums_of_losses.tolist(),
+            "skipped": int(self.skipped),
+            "steps": self.steps,
+            "skipped_before": self.skipped_before,
+        }
 
     def load(self, state: dict[str, list[float] | int]) -> None:
         """Restore the sums that `state` returned. Their steps do not count for the speed."""
         self.sums_of_losses.copy_(torch.tensor(state["sums"]))
-        self.steps.fill_(int(state["steps"]))
+        self.skipped.fill_(state["skipped"])
+        self.steps = state["steps"]
+        self.skipped_before = state["skipped_before"]
 
     def add(self, sums: Tensor, skipped: Tensor) -> None:
         """Add a step's loss and error of eps (2,), summed over images.
 
-        `skipped` () is 1 if the step was skipped, otherwise 0. A skipped step counts for the speed,
-        but not for the means.
+        `skipped` () is 1 if the step was skipped, otherwise 0.
         """
         self.sums_of_losses += torch.where(skipped > 0, 0.0, sums)
-        self.steps += 1 - skipped
+        self.skipped += skipped
+        self.steps += 1
         self.steps_timed += 1
 
-    def sums(self) -> dict[str, Tensor]:
-        """Return scalars on the device, for `read`."""
-        loss, eps_error = self.sums_of_losses
-        return {"loss": loss, "eps_error": eps_error, "steps": self.steps}
+    def read(self, grad_norm: Tensor) -> dict[str, float]:
+        """Return the columns of a row, and start the next window. This waits for the device.
 
-    def read(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return means over images and images per second, and start the next window.
-
-        `sums` has the values of the scalars in `sums()`. The means are nan if all steps were
-        skipped.
+        `grad_norm` () is that of the last step. The means are nan if all steps were skipped.
         """
-        # The caller has waited for the device, so all steps are done by now.
+        # All numbers are copied in one transfer, so that the host waits only once.
+        values = torch.stack([*self.sums_of_losses, self.skipped, grad_norm.float()])
+        loss, eps_error, skipped, last_grad_norm = values.tolist()
         now = time.perf_counter()
-        speed = self.steps_timed * self.images_per_step / (now - self.clock)
-        image_count = sums["steps"] * self.images_per_step or math.nan
-
+        good_steps = self.steps - int(skipped)
+        image_count = good_steps * self.images_per_step or math.nan
+        self.skipped_before += int(skipped)
+        self.skipped_in_a_row = 0 if good_steps else self.skipped_in_a_row + self.steps
+        row = {
+            "loss": loss / image_count,
+            "eps_error": eps_error / image_count,
+            "grad_norm": last_grad_norm,
+            "images_per_second": self.steps_timed * self.images_per_step / (now - self.clock),
+            "skipped_steps": self.skipped_before,
+        }
         self.sums_of_losses.zero_()
-        self.steps.zero_()
+        self.skipped.zero_()
+        self.steps = 0
         self.steps_timed = 0
         self.clock = now
-        return {
-            "loss": sums["loss"] / image_count,
-            "eps_error": sums["eps_error"] / image_count,
-            "images_per_second": speed,
-        }
+        return row
 
     @contextmanager
     def paused(self) -> Iterator[None]:

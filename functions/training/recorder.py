@@ -1,38 +1,39 @@
 """The work between two steps: metrics, validation, sample grids, checkpoints and stopping."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import ImageFeeder
-from data.pixels import to_model_range, to_uint8
-from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
-from functions.prediction import Denoiser
+from data.pixels import to_uint8
+from functions.losses import eps_errors
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import TrainingState, save_checkpoint, save_snapshot
+from functions.support.errors import UserError
+from functions.support.files import short, write_text
 from functions.support.pictures import save_grid
-from functions.support.processes import Processes
-from functions.support.run_folder import Facts, Run, delete_old, locked
-from functions.training.bad_numbers import BadNumbers
-from functions.training.metrics import MetricsLog, TrainingWindow, fetch, plot_losses
+from functions.support.run_folder import (
+    abandon_snapshots,
+    delete_old,
+    last_checkpoint,
+    locked,
+    new_folder,
+    path_of,
+)
+from functions.training.metrics import MetricsLog, plot_losses
+from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
 from functions.training.validation import validation_losses
 
-# The variational bound uses one timestep of this many, and more of the first ones. Its error comes
-# mostly from the number of images.
-BOUND_T_STRIDE = 50
-# A measurement returns columns of metrics.csv.
-Measurement = Callable[[], dict[str, float]]
+# The run ends when so many steps in a row were skipped, counted in whole rows of metrics.csv.
+MOST_SKIPPED = 20
 
 
-@dataclass
 class Recorder:
     """The records of a run: `after_step` does everything that is due after a step.
 
@@ -40,25 +41,14 @@ class Recorder:
     open. All processes validate and sample together, and rank 0 writes.
     """
 
-    run: Run
-    facts: Facts
-    state: TrainingState
-    # This denoiser draws the samples, with the EMA weights if there are any.
-    denoiser: Denoiser
-    feeder: ImageFeeder
-    val_indices: np.ndarray
-    processes: Processes
-
-    def __post_init__(self) -> None:
-        self.config = self.run.experiment.diffusion
-        self.window = TrainingWindow(self.feeder.device, self.config.effective_batch)
-        self.bad_numbers = BadNumbers(self.feeder.device)
-        if self.run.checkpoint:
-            saved = self.run.checkpoint.contents["run"]
-            self.window.load(saved["window"])
-            self.bad_numbers.load(saved["bad_numbers"])
+    def __init__(self, run: TrainingRun):
+        self.run = run
+        self.config = run.config
+        self.processes = run.processes
         self.saved_at = time.monotonic()
         self.stop_signals = StopSignals()
+        # Whether a signal has stopped the run.
+        self.stopped = False
         self.bar = tqdm(disable=True)
         # Only rank 0 has this log.
         self.metrics: MetricsLog | None = None
@@ -71,156 +61,174 @@ class Recorder:
             run.folder = self.processes.on_main(lambda: self.open_folder(stack))
             stack.enter_context(self.stop_signals)
             bar = tqdm(
-                initial=run.first_step,
-                total=self.facts.total_steps,
+                initial=run.step,
+                total=run.total_steps,
                 unit="step",
                 dynamic_ncols=True,
                 disable=not self.processes.is_main,
             )
             self.bar = stack.enter_context(bar)
-            # The next resumed run takes its config from the checkpoint, so changes are saved now.
-            checkpoint = run.checkpoint
-            if checkpoint and checkpoint.contents["config"] != run.experiment.to_dict():
-                with explain_failed_writes(run.folder):
-                    self.save(run.first_step)
+            with explain_failed_writes(run.folder):
+                self.complete()
             yield
 
     def open_folder(self, stack: ExitStack) -> Path:
         """Create the run folder in rank 0, lock it and open its files; the stack closes them."""
         run = self.run
-        run.make_folder()
-        stack.enter_context(locked(run.folder))
-        config = run.write_config(self.facts)
-        self.metrics = MetricsLog(run.folder, run.first_step)
+        folder = run.folder or new_folder(run.runs_folder, run.name)
+        for inner in ("samples", "checkpoints", "snapshots"):
+            (folder / inner).mkdir(exist_ok=True)
+        stack.enter_context(locked(folder))
+        abandon_snapshots(folder, run.step)
+        config = run.config_text()
+        write_text(folder / "config.json", config)
+        self.metrics = MetricsLog(folder, run.step)
         # Closing TensorBoard writes to the disk, which may fail.
-        close = explain_failed_writes(run.folder)(self.metrics.tensorboard.close)
+        close = explain_failed_writes(folder)(self.metrics.tensorboard.close)
         stack.callback(close)
-        self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", run.first_step)
-        print(f"  goes to    {run.folder}", flush=True)
-        return run.folder
+        self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", run.step)
+        print(f"  goes to    {folder}", flush=True)
+        return folder
 
-    def save(self, done: int) -> None:
-        """Write a checkpoint to resume and sample from."""
-        self.saved_at = time.monotonic()
-        if not self.processes.is_main:
-            return
-        contents = {
-            "experiment": self.run.name,
-            "step": done,
-            **vars(self.facts),
-            "window": self.window.state(),
-            "bad_numbers": self.bad_numbers.state(),
-        }
-        path = self.run.path_of("checkpoints", done)
-        save_checkpoint(path, self.run.experiment.to_dict(), contents, self.state)
-        delete_old(self.run.folder, done, self.config.keep_checkpoints, self.config.keep_every)
+    def complete(self) -> None:
+        """Write what a resumed run has to write before its first step."""
+        run = self.run
+        # The next resumed run takes its config from the checkpoint, so changes are saved now.
+        if run.config_changed:
+            self.save()
+        # A kill or a signal may have prevented the files that were due after the checkpoint's step.
+        if self.is_missing("snapshots", self.config.snapshot_every):
+            self.save_snapshot()
+        if self.is_missing("samples", self.config.sample_every):
+            self.sample()
 
-    def save_snapshot(self, done: int) -> None:
-        """Write the snapshot of a step."""
-        if not self.processes.is_main:
-            return
-        state = self.state
-        path = self.run.path_of("snapshots", done)
-        part, model = ("ema", state.ema_model) if state.ema_model else ("model", state.model)
-        config = self.run.experiment.to_dict()
-        facts = {"experiment": self.run.name, "step": done, **vars(self.facts)}
-        save_snapshot(path, config, facts, part, model)
+    def is_missing(self, kind: str, every: int) -> bool:
+        """Return whether a file of the present step is due and does not exist."""
+        run = self.run
+        path = path_of(run.folder, kind, run.step)
+        missing = run.step > 0 and self.is_due(every) and not path.exists()
+        # All processes sample together, so they need the same answer.
+        return self.processes.on_main(lambda: missing)
 
-    def is_due(self, every: int, done: int) -> bool:
+    def steps(self) -> Iterator[int]:
+        """Yield the numbers of the steps that are left, until a signal stops the run."""
+        for step in range(self.run.step, self.run.total_steps):
+            yield step
+            if self.stopped:
+                return
+
+    def is_due(self, every: int) -> bool:
         """Return whether work that is done every `every` steps is due; 0 means never."""
-        return every > 0 and (done % every == 0 or done == self.facts.total_steps)
+        done = self.run.step
+        return every > 0 and (done % every == 0 or done == self.run.total_steps)
 
-    def measurements_due(self, done: int) -> list[Measurement]:
-        """Return the measurements on held-out images that are due when `done` steps are done."""
-        measurements = []
-        if self.is_due(self.config.validate_every, done):
-            measurements.append(self.validate)
-        if self.is_due(self.config.bits_per_dim_every * self.facts.steps_per_epoch, done):
-            measurements.append(self.bits_per_dim)
-        return measurements
+    def after_step(self, losses: Tensor, t: Tensor, grad_norm: Tensor) -> None:
+        """Do everything that is due after a step, and count the step as done.
 
-    def after_step(self, done: int, grad_norm: Tensor) -> bool:
-        """Do everything that is due when `done` steps are done, and return whether to go on.
-
-        After a signal to any process, this saves a checkpoint and returns False in all of them.
-        There may be little time after a signal, so nothing is measured and no grid is drawn.
+        `losses` and `t` (B,) are those of this process's images. After a signal to any process,
+        this saves a checkpoint and ends the iteration of `steps`. There may be little time after a
+        signal, so nothing is measured and no grid is drawn.
         """
+        run = self.run
         config = self.config
-        epoch = min(done // self.facts.steps_per_epoch + 1, config.epochs)
+        errors = eps_errors(run.denoiser, run.denoiser.scheduler, losses, t)
+        sums = self.processes.sum_(torch.stack([losses, errors]).sum(dim=1))
+        run.window.add(sums, run.optimizer.found_inf)
+        # From here on `run.step` counts this step, too.
+        run.step += 1
+        epoch = min(run.step // run.steps_per_epoch + 1, config.epochs)
         self.bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
         self.bar.update()
 
         # The clock stops here, so that images_per_second is the speed of training only.
-        with self.window.paused(), explain_failed_writes(self.run.folder):
-            # All processes get the same answer, so that they stop after the same step.
-            stopping = self.processes.any(self.stop_signals.received is not None)
-            stopping = stopping and done < self.facts.total_steps
-            measurements = self.measurements_due(done)
-            if self.is_due(config.log_every, done) or measurements:
-                self.log(done, grad_norm, [] if stopping else measurements)
-            # The snapshot comes before the checkpoint: a run that is killed in between repeats the
-            # step, and writes it again.
-            if self.is_due(config.snapshot_every, done):
-                self.save_snapshot(done)
+        with run.window.paused(), explain_failed_writes(run.folder):
+            self.stopped = self.signal_received()
+            validation_due = self.is_due(config.validate_every)
+            if self.is_due(config.log_every) or validation_due:
+                self.log(grad_norm, validation_due and not self.stopped)
+            # The snapshot comes before the checkpoint: if the run is killed in between, it resumes
+            # from the checkpoint before, and writes the snapshot again.
+            if self.is_due(config.snapshot_every):
+                self.save_snapshot()
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
-            if self.is_due(config.checkpoint_every, done) or overdue or stopping:
-                self.save(done)
-            if self.is_due(config.sample_every, done) and not stopping:
-                self.sample(done)
+            if self.is_due(config.checkpoint_every) or overdue or self.stopped:
+                self.save()
+            if self.is_due(config.sample_every):
+                # Saving takes time, in which another signal may have come.
+                self.stopped = self.stopped or self.signal_received()
+                if not self.stopped:
+                    self.sample()
 
-        if stopping:
+        if self.stopped:
             # torchrun ends all processes when one has ended. So they wait until rank 0 has saved.
-            self.processes.any(False)
+            self.processes.wait()
             reason = self.stop_signals.received or "a signal to another process"
             self.processes.print_main(
-                f"stopped by {reason}, saved; "
-                f"continue with: python train.py --resume {self.run.folder}"
+                f"stopped by {reason}, saved; continue with: python train.py --resume {run.folder}"
             )
-        return not stopping
 
-    def log(self, done: int, grad_norm: Tensor, measurements: list[Measurement]) -> None:
-        """Write a row of metrics with these measurements, and show loss and speed in the bar."""
-        learning_rate = self.state.optimizer.param_groups[0]["lr"]
+    def signal_received(self) -> bool:
+        """Return whether any process has received a signal to stop."""
+        # All processes get the same answer, so that they stop after the same step. They exchange it
+        # on their CPUs, and do not wait for a GPU.
+        return self.processes.any(self.stop_signals.received is not None)
 
-        # For a row without measurements, this is the only wait for the device.
-        sums = self.window.sums()
-        counts = self.bad_numbers.counts(self.state.scaler)
-        scalars = fetch({"grad_norm": grad_norm, **sums, **counts})
+    def save(self) -> None:
+        """Write a checkpoint to resume and sample from."""
+        run = self.run
+        self.saved_at = time.monotonic()
+        if self.processes.is_main:
+            run.save(path_of(run.folder, "checkpoints", run.step))
+            delete_old(run.folder, run.step, self.config.keep_checkpoints, self.config.keep_every)
 
-        # Too many bad steps in a row end the run here.
-        max_skipped = self.config.max_skipped_steps
-        skipped = self.bad_numbers.check_counts(
-            scalars, max_skipped, learning_rate, self.run.folder
-        )
+    def save_snapshot(self) -> None:
+        """Write the snapshot of a step."""
+        if self.processes.is_main:
+            self.run.save_snapshot(path_of(self.run.folder, "snapshots", self.run.step))
+
+    def log(self, grad_norm: Tensor, validating: bool) -> None:
+        """Write a row of metrics, with a validation if asked; show loss and speed in the bar.
+
+        Raises UserError if so many steps were skipped that training is in vain.
+        """
+        run = self.run
+        learning_rate = run.optimizer.param_groups[0]["lr"]
+        # For a row without validation, this is the only wait for the device.
         row = {
-            "step": done,
-            "epoch": done / self.facts.steps_per_epoch,
-            **self.window.read(scalars),
-            "grad_norm": scalars["grad_norm"],
+            "step": run.step,
+            "epoch": run.step / run.steps_per_epoch,
             "learning_rate": learning_rate,
-            "skipped_steps": skipped,
+            **run.window.read(grad_norm),
         }
+        if run.window.skipped_in_a_row >= MOST_SKIPPED:
+            raise UserError(
+                f"{run.window.skipped_in_a_row} steps in a row had gradients that are not finite "
+                f"numbers. The last one was {run.step} (gradient norm {row['grad_norm']:.4g}, "
+                f"learning rate {learning_rate:.3g}). Bad steps changed no weights. Lower the "
+                "learning rate, clip gradients, or train in bfloat16 or float32. "
+                f"Last good checkpoint: {last_checkpoint(run.folder) or 'there is none yet'}"
+            )
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")
-        # All processes measure, and rank 0 writes.
-        for measure in measurements:
-            row |= measure()
+        # All processes validate, and rank 0 writes.
+        if validating:
+            row |= self.validate()
         if self.processes.is_main:
             self.metrics.write(**row)
-            if measurements:
-                folder = self.run.folder
-                plot_losses(self.metrics.path, folder / "losses.png", title=folder.name)
+            if validating:
+                title = short(run.folder.name)
+                plot_losses(self.metrics.path, run.folder / "losses.png", title)
 
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""
-        denoisers = {"": replace(self.denoiser, network=self.state.model)}
-        if self.state.ema_model:
-            # In this case `self.denoiser` has the EMA weights.
-            denoisers["_ema"] = self.denoiser
+        run = self.run
+        denoisers = {"": run.denoiser}
+        if run.ema_model:
+            denoisers["_ema"] = run.sample_denoiser
         losses = validation_losses(
             [*denoisers.values()],
-            self.feeder.gather,
-            self.val_indices,
+            run.feeder.gather,
+            run.split.val_indices,
             self.config,
             self.processes,
         )
@@ -230,29 +238,16 @@ class Recorder:
             columns[f"val_eps_error{suffix}"] = eps_error
         return columns
 
-    def bits_per_dim(self) -> dict[str, float]:
-        """Measure the variational bound on a part of the held-out images; return its column."""
-        options = BoundOptions(BOUND_T_STRIDE, self.config.batch_size, self.config.seed)
-        bound = measure_bits_per_dim(
-            self.denoiser,
-            lambda indices: to_model_range(self.feeder.gather(indices)),
-            evenly_spaced(self.val_indices, self.config.bits_per_dim_images),
-            options,
-            self.processes,
-        )
-        return {"bits_per_dim": bound.total}
-
-    def sample(self, done: int) -> None:
+    def sample(self) -> None:
         """Draw a grid of samples, always from the same noise, and write it to a file."""
+        run = self.run
         config = self.config
-        steps = min(config.grid_steps, config.timesteps_diff)
-        options = SamplerOptions(config.grid_sampler, steps)
         sampler = ImageSampler(
-            self.denoiser,
-            options,
-            self.run.experiment.model.image_shape,
+            run.sample_denoiser,
+            SamplerOptions(config.grid_sampler, min(config.grid_steps, config.timesteps_diff)),
+            run.experiment.model.image_shape,
             config.seed,
-            self.feeder.device,
+            run.device,
             config.batch_size,
         )
 
@@ -266,6 +261,6 @@ class Recorder:
         parts = [part for part in self.processes.gather(part) if part is not None]
 
         if self.processes.is_main:
-            grid = save_grid(np.concatenate(parts), self.run.path_of("samples", done))
+            grid = save_grid(np.concatenate(parts), path_of(run.folder, "samples", run.step))
             pixels = np.asarray(grid.convert("RGB"))
-            self.metrics.tensorboard.add_image("samples", pixels, done, dataformats="HWC")
+            self.metrics.tensorboard.add_image("samples", pixels, run.step, dataformats="HWC")

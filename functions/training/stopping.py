@@ -55,8 +55,13 @@ def explain_failed_writes(run: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        checkpoint = last_checkpoint(run)
+        advice = "There is no checkpoint yet"
+        if checkpoint:
+            advice = (
+                f"Last good checkpoint: {checkpoint}. "
+                f"Once you have fixed this, continue with: python train.py --resume {run}"
+            )
         raise UserError(
-            f"{run} cannot be written to: {error.strerror or error}. "
-            f"Last good checkpoint: {last_checkpoint(run)}. "
-            f"Once you have fixed this, continue with: python train.py --resume {run}"
+            f"{run} cannot be written to: {error.strerror or error}. {advice}"
         ) from error

@@ -17,7 +17,7 @@ from data.batches import (
     ImageFeeder,
     epoch_order,
     forward_passes,
-    micro_batches,
+    indices_of_steps,
 )
 from functions.support.processes import Processes
 from tests.data.packing import random_pixels
@@ -61,51 +61,39 @@ def test_the_order_is_the_same_on_every_machine():
     n=integers(1, 60),
     effective_batch=integers(1, 12),
     batch_size=integers(1, 12),
+    count=integers(1, 9),
     seed=integers(0, 9),
+    start=integers(0, 119),
 )
-def test_micro_batches_walk_each_epoch_once_and_can_start_anywhere(
-    n, effective_batch, batch_size, seed
+def test_processes_share_each_step_of_an_epoch_and_can_start_anywhere(
+    n, effective_batch, batch_size, count, seed, start
 ):
     effective_batch = min(effective_batch, n)
+    steps = n // effective_batch
+    start %= 2 * steps
     train_indices = np.arange(n) * 10
-    passes = forward_passes(range(effective_batch), batch_size)
-
-    def walk(*steps):
-        return list(micro_batches(train_indices, seed, effective_batch, passes, range(*steps)))
 
     # Two epochs are walked.
-    steps = n // effective_batch
-    parts = walk(2 * steps)
-    parts_per_epoch = steps * -(-effective_batch // batch_size)
-    assert max(map(len, parts)) <= batch_size
-    assert len(parts) == 2 * parts_per_epoch
-    for epoch in range(2):
-        first = epoch * parts_per_epoch
-        walked = np.concatenate(parts[first : first + parts_per_epoch])
-        assert len(walked) == steps * effective_batch
-        assert len(set(walked.tolist())) == len(walked)
-        order = epoch_order(n, seed, epoch)
-        assert_array_equal(walked, 10 * order[: len(walked)])
+    walked = []
+    for rank in range(count):
+        share = Processes(rank, count).shard(effective_batch)
+        assert effective_batch // count <= len(share) <= -(-effective_batch // count)
+        settings = (train_indices, seed, effective_batch, share)
+        indices = list(indices_of_steps(*settings, range(2 * steps)))
+        walked.append(indices)
+        resumed = indices_of_steps(*settings, range(start, 2 * steps))
+        for batch, expected in zip(resumed, indices[start:], strict=True):
+            assert_array_equal(batch, expected)
 
-    # Who starts at the second epoch gets the same as who arrives there.
-    resumed = walk(steps, 2 * steps)
-    for part, expected in zip(resumed, parts[parts_per_epoch:], strict=True):
-        assert_array_equal(part, expected)
-
-
-@settings(deadline=None, max_examples=40, derandomize=True)
-@given(effective_batch=integers(1, 40), batch_size=integers(1, 12), count=integers(1, 9))
-def test_processes_and_passes_share_every_place_of_a_batch_once(effective_batch, batch_size, count):
-    shares = [Processes(rank, count).shard(effective_batch) for rank in range(count)]
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1
-
-    places = []
-    for share in shares:
-        for part in forward_passes(share, batch_size):
+        places = []
+        for part in forward_passes(len(share), batch_size):
             assert 0 < part.stop - part.start <= batch_size
             places.extend(range(part.start, part.stop))
-    assert places == list(range(effective_batch))
+        assert places == list(range(len(share)))
+
+    all_indices = np.concatenate([np.concatenate(shares) for shares in zip(*walked, strict=True)])
+    orders = [epoch_order(n, seed, epoch)[: steps * effective_batch] for epoch in range(2)]
+    assert_array_equal(all_indices, 10 * np.concatenate(orders))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -18,7 +18,6 @@ from data.sources import find_source
 from functions.support.errors import UserError
 from functions.support.files import short
 from tests.data.packing import IMAGES, encoded, load, png, write_folder, write_zip
-from tests.spoilt_files import zipped
 
 # A zip has these signatures before a member's entry in the list at its end, and before its data.
 CENTRAL = b"PK\x01\x02"
@@ -48,7 +47,8 @@ def test_a_png_with_wrong_checksums_is_refused():
 def test_a_member_that_unpacks_to_more_than_it_says_takes_no_memory(tmp_path):
     # The member unpacks to 50 MiB. Both of its entries say 1,000 bytes.
     path = tmp_path / "bomb.zip"
-    path.write_bytes(zipped({"0.png": bytes(50 * 2**20)}))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", bytes(50 * 2**20))
     patch(path, CENTRAL, 24, "<I", 1000)
     patch(path, LOCAL, 22, "<I", 1000)
 
@@ -82,7 +82,6 @@ def test_a_member_that_is_damaged_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_methods_than_deflate_are_not_unpacked(tmp_path, method):
-    # In a zip, the image that is packed so is left out.
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("0.png", encoded(IMAGES[0]), method)
@@ -92,12 +91,6 @@ def test_other_methods_than_deflate_are_not_unpacked(tmp_path, method):
         ["0.png", "cannot be read (compressed by a method other than deflate)"]
     ]
     assert_array_equal(pack.images, IMAGES[1:2])
-
-    # In an npz it is all there is.
-    path = tmp_path / "set.npz"
-    path.write_bytes(zipped({"arr_0.npy": b""}, method))
-    with pytest.raises(UserError, match="a method other"):
-        find_source(path, 8)
 
 
 def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
@@ -134,15 +127,11 @@ def test_file_names_that_are_no_utf_8_are_read(tmp_path):
     [
         # This is refused before anything is counted by it.
         ("(1000000000000, 8, 8, 3)", "differs from its header"),
-        # The array looks as if it was cut short.
-        ("(11, 8, 8, 3)", "differs from its header"),
         # More data follows the array.
         ("(9, 8, 8, 3)", "differs from its header"),
-        ("(1, 100000, 100000, 3)", "differs from its header|damaged"),
         ("(-10, 8, 8, 3)", "exactly one"),
-        # These are no Python expressions.
+        # This is no Python expression.
         ("(" * 500, "cannot be read"),
-        ("(10, 8, 8, 3", "cannot be read"),
     ],
 )
 def test_an_array_that_lies_about_its_shape_is_an_error(tmp_path, shape, message):

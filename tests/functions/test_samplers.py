@@ -1,6 +1,5 @@
 """The reverse process: exact recursions, and what all samplers promise."""
 
-import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -252,25 +251,6 @@ def test_the_way_can_be_taken_in_parts(sampler):
 def test_the_loop_reads_no_number_from_the_device(sampler):
     """On the meta device nothing has a value, so that asking for one raises an error."""
     sampler(lambda x_t, t: x_t, NoiseScheduler(100), torch.ones(SHAPE, device="meta"), 10)
-
-
-@all_samplers
-def test_what_the_model_said_is_kept_for_as_long_as_the_method_needs_it(sampler):
-    """iPNDM keeps four outputs of the model, and the others one at most."""
-    outputs = []
-    # Before each call: how many outputs of earlier calls are still in memory.
-    alive = []
-
-    def model(x_t, t):
-        alive.append(sum(output() is not None for output in outputs))
-        eps = 0.1 * x_t
-        outputs.append(weakref.ref(eps))
-        return eps
-
-    sampler(model, NoiseScheduler(100), torch.ones(SHAPE), 40, clip_x_0=False)
-
-    needed = 4 if sampler is ipndm_sample else 1
-    assert max(alive) <= needed
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ from data.pixels import to_uint8
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import predict
 from functions.samplers import SAMPLERS, Sampler
-from functions.sampling.generation import ImageSampler, generate, open_sampler, rebuild
+from functions.sampling.generation import ImageSampler, generate, open_sampler
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import load_weights
 from functions.support.errors import UserError
+from functions.support.loading import load_denoiser
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.run_folder import checkpoints_of
 from functions.timesteps import SPACINGS, sampling_times
 from tests.conftest import CPU, ROOT, call
 
@@ -73,8 +72,7 @@ def test_flags_give_the_images_of_their_options(
     assert options.short_name == short_name
 
     # The files are compared with what these options give in memory.
-    denoiser = rebuild(load_weights(checkpoints_of(tiny_run)[-1]), CPU)
-    image_sampler = ImageSampler(denoiser, options, (3, 16, 16), 3, CPU)
+    image_sampler = ImageSampler(load_denoiser(tiny_run), options, (3, 16, 16), 3, CPU)
     expected = to_uint8(generate(image_sampler, range(2)).images)
     images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     assert np.array_equal(images, expected)

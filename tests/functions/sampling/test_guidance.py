@@ -11,7 +11,6 @@ import torch
 
 import evaluate
 import sample
-import train
 from functions import prediction
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser, predict
@@ -22,18 +21,15 @@ from functions.sampling.guidance import find_guide
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
 from functions.support.errors import UserError
-from functions.support.pictures import save_image
 from functions.support.run_folder import checkpoints_of, find_checkpoints
 from tests.conftest import (
-    TINY,
     call,
-    during,
     image_sampler_of,
     newest,
     small_unet,
-    terminate,
     train_tiny,
 )
+from tests.spoilt_files import same
 
 SCHEDULER = NoiseScheduler(40)
 FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 2, "--device", "cpu", "--individual"]
@@ -149,40 +145,15 @@ def test_a_weight_of_1_and_a_guide_that_is_the_model_change_no_bit(network, samp
     assert torch.equal(images(plain.denoiser, 2.0), expected)
 
 
-@pytest.fixture
-def guided_in_all_steps(monkeypatch):
-    """Ask the guide at every noise level."""
-    monkeypatch.setattr(prediction, "GUIDED_LOG_SNR", (-math.inf, math.inf))
-
-
-def test_snapshots_are_the_averaged_weights_in_float16(run, trained, pictures):
-    """Checkpoints, and what resuming and sampling take, are those of a run without snapshots."""
+def test_snapshots_are_the_averaged_weights_in_float16(run):
     assert [path.stem for path in checkpoints_of(run, "snapshots")] == [
         f"step-{i:08d}" for i in (4, 8, 10)
     ]
     saved = load_weights(checkpoints_of(run, "snapshots")[-1])
     weights = newest(run)["ema"]
-    for name, weight in saved.weights.items():
-        assert weight.dtype == torch.float32
-        assert torch.equal(weight, weights[name].half().float())
+    assert same(saved.weights, {name: weight.half() for name, weight in weights.items()})
     assert saved.kind == "EMA"
     assert saved.provenance["step"] == 10
-
-    plain = trained("--diffusion.snapshot-every", 0)
-    with_snapshots, without = newest(run), newest(plain)
-    for part in ("model", "ema", "exp_avg"):
-        for name, tensor in without[part].items():
-            assert torch.equal(tensor, with_snapshots[part][name])
-    assert [p.name for p in find_checkpoints(run)] == [p.name for p in find_checkpoints(plain)]
-    assert not checkpoints_of(plain, "snapshots")
-
-
-def test_the_raw_weights_of_a_run_without_an_average_are_its_snapshots(trained):
-    run = trained("--diffusion.snapshot-every", 10, "--diffusion.ema-decay", 0)
-    saved = load_weights(checkpoints_of(run, "snapshots")[0])
-    assert saved.kind == "raw"
-    weights = newest(run)["model"]
-    assert all(torch.equal(w, weights[k].half().float()) for k, w in saved.weights.items())
 
 
 def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
@@ -220,27 +191,6 @@ def test_either_network_has_its_own_calibration(run, tmp_path, monkeypatch):
     call(sample.main, copy, *FEW, "--guide", 4, "--calibrate", "own")
     names = {path.name for path in copy.rglob("*calibration*")}
     assert names == {f"step-{i:08d}-calibration-own.safetensors" for i in (4, 10)}
-
-
-def test_interpolation_and_inpainting_are_guided(run, pictures, tmp_path):
-    """They sample by the same denoiser. The guide here is an exported folder of diffusers."""
-    guide = tmp_path / "guide"
-    call(sample.main, checkpoints_of(run, "snapshots")[0], "--export", guide)
-    image = pictures / "00000.png"
-    actions = {
-        "rows": [*FEW[:4], "--interpolate", 0, 1, "--depths", 1],
-        "inpainting": ["--steps", 3, "--inpaint", image, "--mask", tmp_path / "mask.png"],
-    }
-    mask = np.zeros((20, 20), np.uint8)
-    mask[10:] = 255
-    save_image(mask, tmp_path / "mask.png")
-    for action, flags in actions.items():
-        files = {}
-        for w in (1, 2):
-            out = ["--out", tmp_path / action / str(w), "--guide", guide, "--guidance", w]
-            call(sample.main, run, *flags, *out)
-            files[w] = next((tmp_path / action / str(w)).glob("*.png")).read_bytes()
-        assert files[1] != files[2]
 
 
 def test_a_damaged_snapshot_is_named_and_other_files_are_passed_over(run, tmp_path):
@@ -294,23 +244,3 @@ def test_a_run_without_snapshots_says_how_to_get_them(tiny_run, tmp_path):
     shutil.copy(checkpoints_of(tiny_run)[-1], copy)
     with pytest.raises(UserError, match="snapshot-every"):
         call(sample.main, copy.parent, *FEW, "--guide", 4)
-
-
-def test_snapshots_are_counted_before_a_run(pictures, tmp_path, capsys):
-    """The tiny network has 64,483 parameters of 2 bytes."""
-    flags = [*TINY, "--diffusion.snapshot-every", 4, "--dry-run"]
-    call(train.main, "faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *flags)
-    assert "snapshots  3 of 0.1 MB each\n" in capsys.readouterr().out
-
-
-def test_a_stopped_run_has_all_its_snapshots(run, pictures, tmp_path):
-    with pytest.raises(SystemExit, match="75"), during(4, terminate):
-        train_tiny(pictures, tmp_path, "--diffusion.snapshot-every", 4)
-    (stopped,) = tmp_path.iterdir()
-    assert checkpoints_of(stopped)[-1].stem == "step-00000004"
-    assert len(checkpoints_of(stopped, "snapshots")) == 1
-
-    call(train.main, "--resume", stopped, "--runs", tmp_path)
-    expected = checkpoints_of(run, "snapshots")
-    for path, other in zip(checkpoints_of(stopped, "snapshots"), expected, strict=True):
-        assert load_weights(path).digest == load_weights(other).digest

@@ -14,7 +14,7 @@ from config import EXPERIMENTS
 from functions.sampling import calibration
 from functions.sampling.files import label_of
 from functions.sampling.options import SamplerOptions
-from functions.support.run_folder import Run
+from functions.support.run_folder import new_folder, path_of
 from tests.conftest import call
 
 # These characters, these endings and these names are forbidden: "Naming Files, Paths, and
@@ -33,10 +33,9 @@ def is_legal(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_run_folder_of_each_experiment(name, tmp_path):
-    run = Run(name, EXPERIMENTS[name], tmp_path)
-    run.make_folder()
-    paths = [run.path_of(kind, 123) for kind in ("checkpoints", "snapshots", "samples")]
-    for path in (*paths, *tmp_path.rglob("*")):
+    run = new_folder(tmp_path, name)
+    for kind in ("checkpoints", "snapshots", "samples"):
+        path = path_of(run, kind, 123)
         assert all(map(is_legal, path.relative_to(tmp_path).parts)), path
 
 

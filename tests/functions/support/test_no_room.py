@@ -23,7 +23,7 @@ FULL_DISK = """
 mount -t tmpfs -o size=4m none {folder} || exit 99
 cp -r {run} {folder}/
 {python} train.py --resume {folder}/{name} --diffusion.epochs 20 --diffusion.keep-checkpoints 100 \
-    --diffusion.sample-every {every}
+    --diffusion.sample-every 1000
 code=$?
 cp -r {folder}/{name} {back}
 exit $code
@@ -31,9 +31,8 @@ exit $code
 
 
 @linux
-@pytest.mark.parametrize("every", [1000, 5])
-def test_a_full_disk(unfinished, tmp_path, every):
-    """A file system of 4 MB fills up with checkpoints of 1.3 MB each, or with these and grids."""
+def test_a_full_disk(unfinished, tmp_path):
+    """A file system of 4 MB fills up with checkpoints of 1.3 MB each."""
     small = tmp_path / "small"
     small.mkdir()
     commands = FULL_DISK.format(
@@ -42,7 +41,6 @@ def test_a_full_disk(unfinished, tmp_path, every):
         name=unfinished.name,
         python=sys.executable,
         back=tmp_path / "back",
-        every=every,
     )
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", commands]
     try:
@@ -60,37 +58,11 @@ def test_a_full_disk(unfinished, tmp_path, every):
     assert "cannot be written to: No space left on device. Last good checkpoint: " in said
     advice = "Once you have fixed this, continue with: python train.py --resume "
     assert f"checkpoints/{last.name}. {advice}" in said
-
-    # With grids TensorBoard's thread may print its own error.
-    assert every == 5 or "Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr
 
     # The run was stopped after step 7, and lost nothing.
     assert load_checkpoint(last)["run"]["step"] >= 7
     assert not list((tmp_path / "back").rglob(".*.tmp"))
-
-
-def train_within_a_quota():
-    """Train where the system refuses files above 100 kB; the checkpoints are larger."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    train_script()
-
-
-def contents_of_checkpoints(run):
-    return {path: path.read_bytes() for path in run_folder.checkpoints_of(run)}
-
-
-@linux
-def test_a_checkpoint_beyond_a_quota(unfinished, tmp_path):
-    before = contents_of_checkpoints(unfinished)
-    last = list(before)[-1]
-
-    program = Program(tmp_path / "printed", "--resume", unfinished, act=train_within_a_quota)
-
-    assert program.wait() == 2
-    said = f"cannot be written to: File too large. Last good checkpoint: {last}"
-    assert said in program.printed
-    assert "Traceback" not in program.printed
-    assert contents_of_checkpoints(unfinished) == before
 
 
 def train_in_little_memory():

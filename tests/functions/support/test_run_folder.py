@@ -1,46 +1,55 @@
 """Run folders: what is found, what is kept, and that no two runs share one.
 
-Tests of a folder's lock are in test_survival.py.
+More tests of a folder's lock are in test_survival.py.
 """
+
+import time
+from unittest.mock import Mock
 
 import pytest
 import torch
+from filelock import FileLock
 
 from functions.support import run_folder
-from functions.support.errors import CheckpointError
-from functions.support.files import write_tensors
+from functions.support.checkpoint import open_checkpoint, write_tensors
+from functions.support.errors import CheckpointError, UserError
+from functions.support.run_folder import checkpoints_of, locked, path_of
+from tests.conftest import posix
 
 
-def make_run(runs, name, steps, total=100):
-    """Make a run folder with a checkpoint of each of these steps."""
-    folder = runs / name / "checkpoints"
-    folder.mkdir(parents=True)
+def make_run(runs, name, steps, total=100, snapshot_every=0):
+    """Make a run folder with a checkpoint and a grid of each of these steps."""
+    run = runs / name
+    for folder in ("checkpoints", "samples", "snapshots"):
+        (run / folder).mkdir(parents=True)
     for step in steps:
         # The name ends in a date and a time, which are 16 characters with their dashes.
-        run = {"experiment": name[:-16], "step": step, "total_steps": total}
-        contents = {"config": {}, "run": run, "scaler": {}}
-        path = folder / f"step-{step:08d}.safetensors"
-        write_tensors(path, {"a": torch.zeros(1)}, contents)
+        facts = {"experiment": name[:-16], "step": step, "total_steps": total}
+        contents = {"config": {"diffusion": {"snapshot_every": snapshot_every}}, "run": facts}
+        write_tensors(path_of(run, "checkpoints", step), {"model": {"a": torch.ones(1)}}, contents)
+        path_of(run, "samples", step).touch()
+    return run
 
 
 def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
     make_run(tmp_path, "faces-20260101-000000", [100])
-    make_run(tmp_path, "ffhq-full-20260102-000000", [50, 9, 60])
+    unfinished = make_run(tmp_path, "ffhq-full-20260102-000000", [50, 9, 60])
     make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
     # This one has just started.
-    make_run(tmp_path, "faces-20260103-000000", [])
+    new = make_run(tmp_path, "faces-20260103-000000", [])
     (tmp_path / "notes").mkdir()
-    unfinished = tmp_path / "ffhq-full-20260102-000000"
     # A process that was killed has left half a file.
     (unfinished / "checkpoints" / ".step-00000070.safetensors.1.tmp").touch()
 
     newest, *others = run_folder.newest_checkpoints(tmp_path)
-    assert newest == unfinished / "checkpoints" / "step-00000060.safetensors"
+    assert newest == path_of(unfinished, "checkpoints", 60)
+    assert run_folder.last_checkpoint(unfinished) == newest
+    assert run_folder.last_checkpoint(new) is None
     assert [run_folder.step_of(path) for path in others] == [50, 9]
     of_faces = run_folder.newest_checkpoints(tmp_path, "faces")[0]
     assert of_faces.parent.parent.name == "faces-20260101-000000"
 
-    assert run_folder.run_to_resume("newest", tmp_path, "ffhq-full").name == unfinished.name
+    assert run_folder.run_to_resume("newest", tmp_path, "ffhq-full") == unfinished
     # "ffhq" is no experiment, but a prefix of two.
     for finished in ("faces", "ffhq", "ffhq-run1"):
         assert run_folder.run_to_resume("auto", tmp_path, finished) is None
@@ -51,23 +60,72 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
         run_folder.newest_checkpoints(tmp_path / "missing")
 
 
-def test_a_run_of_an_earlier_version_is_refused_and_not_passed_over(tmp_path):
-    """Its checkpoints are `.pt` files. Nobody wants the run before it instead, or a new one."""
-    make_run(tmp_path, "faces-20260101-000000", [50])
-    make_run(tmp_path, "faces-20260102-000000", [])
-    torch.save({}, tmp_path / "faces-20260102-000000" / "checkpoints" / "step-00000005.pt")
+@pytest.mark.parametrize("kind", ["samples", "snapshots"])
+def test_a_run_without_its_last_grid_or_snapshot_is_not_finished(kind, tmp_path):
+    run = make_run(tmp_path, "faces-20260101-000000", [50, 100], snapshot_every=50)
+    early, last = map(open_checkpoint, checkpoints_of(run))
+    path_of(run, "snapshots", 50).touch()
+    path_of(run, "snapshots", 100).touch()
+    assert run_folder.is_finished(last)
+    assert not run_folder.is_finished(early)
 
-    with pytest.raises(CheckpointError, match=r"00000005\.pt: .*not a checkpoint of this version"):
-        run_folder.run_to_resume("auto", tmp_path, "faces")
+    path_of(run, kind, 100).unlink()
+    assert not run_folder.is_finished(last)
+    assert run_folder.run_to_resume("newest", tmp_path, "faces") == run
 
 
-def test_a_run_folder_is_never_used_twice(tmp_path):
-    first = run_folder.Run("faces", None, tmp_path)
-    second = run_folder.Run("faces", None, tmp_path)
+@posix
+def test_a_run_folder_is_never_used_twice_and_has_its_time_in_utc(tmp_path, monkeypatch):
+    folders = []
+    # The clocks of the second zone are 24 hours behind those of the first.
+    for zone in ("EAST-12", "WEST+12"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        folders.append(run_folder.new_folder(tmp_path, "faces"))
+    monkeypatch.undo()
+    time.tzset()
+    assert run_folder.runs_of(tmp_path) == folders
 
-    first.make_folder()
-    second.make_folder()
-    assert run_folder.runs_of(tmp_path) == [first.folder, second.folder]
+
+def test_a_lock_deletes_what_a_killed_training_left_and_no_more(tmp_path):
+    run = make_run(tmp_path, "faces-20260101-000000", [])
+    # What `save_safetensors` leaves is a folder with a file.
+    folder = run / "checkpoints" / ".step-00000010.safetensors.abc.tmp"
+    folder.mkdir()
+    (folder / "step-00000010.safetensors").touch()
+    (run / ".config.json.1.tmp").touch()
+    for kind in ("checkpoints", "snapshots", "samples"):
+        path = path_of(run, kind, 10)
+        path.with_name(f".{path.name}.1.tmp").touch()
+
+    # Other processes are writing these.
+    alive = [
+        run / "checkpoints" / ".step-00000010-calibration-own.safetensors.1.tmp",
+        run / "samples" / "ddim" / ".grid.png.1.tmp",
+    ]
+    alive[1].parent.mkdir()
+    for path in alive:
+        path.touch()
+    with locked(run):
+        assert sorted(run.rglob(".*.tmp")) == alive
+
+
+def test_a_lock_of_another_user_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=PermissionError))
+    with pytest.raises(UserError) as error, locked(tmp_path):
+        pass
+    assert str(error.value).startswith(f"{tmp_path}: its .lock belongs to another user")
+
+
+def test_abandoned_snapshots_are_kept_but_not_listed(tmp_path):
+    run = make_run(tmp_path, "faces-20260101-000000", [])
+    for step in (10, 20, 30):
+        path_of(run, "snapshots", step).write_text(str(step))
+
+    run_folder.abandon_snapshots(run, 20)
+    listed = checkpoints_of(run, "snapshots")
+    assert [run_folder.step_of(path) for path in listed] == [10, 20]
+    assert {path.read_text() for path in (run / "snapshots").iterdir()} == {"10", "20", "30"}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +133,6 @@ def test_a_run_folder_is_never_used_twice(tmp_path):
     [
         (2, 0, 60, [50, 60]),
         (1, 20, 60, [20, 40, 60]),
-        (1, 0, 60, [60]),
         (9, 0, 60, [10, 20, 30, 40, 50, 60]),
         # Checkpoints beyond the step that was reached are no reason to delete another.
         (2, 0, 40, [30, 40, 50, 60]),
@@ -83,8 +140,7 @@ def test_a_run_folder_is_never_used_twice(tmp_path):
 )
 def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, done, kept):
     steps = range(10, 70, 10)
-    make_run(tmp_path, "faces-20260101-000000", steps)
-    (run,) = tmp_path.iterdir()
+    run = make_run(tmp_path, "faces-20260101-000000", steps)
     calibrations = {}
     files_of_users = []
     for step in steps:
@@ -96,7 +152,7 @@ def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, d
 
     run_folder.delete_old(run, done, count, every)
 
-    assert [run_folder.step_of(path) for path in run_folder.checkpoints_of(run)] == kept
+    assert [run_folder.step_of(path) for path in checkpoints_of(run)] == kept
     assert [step for step in steps if calibrations[step].exists()] == kept
     # What a user has put beside them stays.
     assert all(path.exists() for path in files_of_users)

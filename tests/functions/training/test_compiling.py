@@ -5,23 +5,23 @@ The CPU stands in for the GPU, and stubs for the compiler that writes kernels.
 
 import json
 import shlex
-import weakref
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from config import EXPERIMENTS
 from functions.noise_scheduler import NoiseScheduler
+from functions.optimizers import Adam
 from functions.prediction import Denoiser
-from functions.support.processes import SINGLE_PROCESS, Processes
+from functions.support.processes import SINGLE_PROCESS
 from functions.training import compiling
-from tests.conftest import CPU, newest, train_tiny
-
-CONFIG = EXPERIMENTS["faces"].diffusion
-NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+from tests.conftest import newest, train_tiny
+from tests.spoilt_files import tiny_experiment, training_run
 
 
 class Broken(Exception):
@@ -47,9 +47,6 @@ STUBS = {
 class Toy(torch.nn.Module):
     """A network that is traced at once."""
 
-    channels = 3
-    image_size = 4
-
     def __init__(self):
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 3, 1)
@@ -67,106 +64,67 @@ def use_stub(patch, name):
         return STUBS[name](graph, inputs)
 
     torch.compiler.reset()
-    patch.setattr(compiling, "DEVICES", ("cpu",))
+    patch.setattr("functions.training.run.COMPILED_DEVICES", ("cpu",))
     patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     return graphs
 
 
-def compile_small(network, processes=SINGLE_PROCESS, scaler=NO_SCALER, config=CONFIG):
-    denoiser = Denoiser(network, NoiseScheduler(100))
-    return compiling.compile_network(network, denoiser, config, scaler, {2, 1}, processes)
+def run_of(network):
+    """Return what `compile_network` uses of the run that trains a network."""
+    return SimpleNamespace(
+        processes=SINGLE_PROCESS,
+        experiment=tiny_experiment(),
+        denoiser=Denoiser(network, NoiseScheduler(100)),
+        optimizer=Adam(network.parameters(), 1e-3),
+        scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10),
+        facts={"arithmetic": {"compiled": True}},
+    )
 
 
 def test_each_batch_size_is_compiled_before_the_first_step(monkeypatch):
     network = Toy()
+    run = run_of(network)
     graphs = use_stub(monkeypatch, "works")
-    compiled = compile_small(network)
+    with mock.patch.object(compiling, "run_pass", wraps=compiling.run_pass) as passes:
+        compiled = compiling.compile_network(network, run, {2, 1})
     assert compiled is not network
+    assert run.facts["arithmetic"]["compiled"]
     assert len(graphs) == 2
+    # The loss is scaled as in training.
+    assert [call.args[1:] for call in passes.mock_calls] == [
+        ((1, 3, 4, 4), 2.0**10),
+        ((2, 3, 4, 4), 2.0**10),
+    ]
     assert all(parameter.grad is None for parameter in network.parameters())
 
-    # Nothing is compiled again in the steps.
-    denoiser = Denoiser(compiled, NoiseScheduler(100))
+    # The steps compile nothing more.
     for batch_size in (2, 1, 2):
-        compiling.run_pass(denoiser, (batch_size, 3, 4, 4))
+        compiling.run_pass(replace(run.denoiser, network=compiled), (batch_size, 3, 4, 4))
     assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_failure_is_one_line_and_frees_the_memory_of_its_pass(where, monkeypatch, capsys):
+def test_a_failure_is_one_line_and_the_network_stays_as_it_was(where, monkeypatch, capsys):
     network = Toy()
-    inputs = []
-    run_pass = compiling.run_pass
-
-    def watched(trial, shape, scale):
-        images = torch.zeros(shape)
-        inputs.append(weakref.ref(images))
-        run_pass(trial, shape, scale)
-
-    alive = []
-
-    class Looking(Processes):
-        def gather(self, value):
-            alive.extend(images() for images in inputs)
-            return [value]
-
+    run = run_of(network)
     use_stub(monkeypatch, where)
-    monkeypatch.setattr(compiling, "run_pass", watched)
-    assert compile_small(network, Looking()) is network
+    assert compiling.compile_network(network, run, {2, 1}) is network
+    assert not run.facts["arithmetic"]["compiled"]
     printed = capsys.readouterr().out
     assert "compiling failed, so training goes on without: " in printed
     assert "no C compiler" in printed
     assert printed.count("\n") == 2
     assert all(parameter.grad is None for parameter in network.parameters())
-    # The error's traceback would keep what the failed pass has computed, until training begins.
-    assert alive == [None]
 
 
-def test_one_failure_among_several_processes_is_the_failure_of_all(monkeypatch, capsys):
-    """This process is the first of two, and its own compiler works."""
-    contexts = []
-
-    class TwoProcesses(Processes):
-        def gather(self, value):
-            assert value == ""
-            return [value, "Broken: no C compiler"]
-
-        def gradient_sync(self, wrapped, last):
-            contexts.append(last)
-            return super().gradient_sync(torch.nn.parallel.DataParallel(wrapped), last=True)
-
-    network = Toy()
-    # DDP's gradients exist from the start.
-    for parameter in network.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+def test_nothing_is_compiled_on_a_cpu_or_if_the_run_is_deterministic(monkeypatch):
+    run = training_run()
+    run.config = replace(run.config, compile=True)
+    assert not run.is_to_compile
     use_stub(monkeypatch, "works")
-    assert compile_small(network, TwoProcesses(0, 2)) is network
-    assert "goes on without: Broken: no C compiler\n" in capsys.readouterr().out
-    # No gradients are exchanged, and they are zero again.
-    assert contexts == [False]
-    assert not any(parameter.grad.any() for parameter in network.parameters())
-
-
-def test_the_loss_is_scaled_as_in_training(monkeypatch):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    scales = []
-    monkeypatch.setattr(compiling, "DEVICES", ("cpu",))
-    monkeypatch.setattr(compiling, "run_pass", lambda trial, shape, scale: scales.append(scale))
-    compile_small(Toy(), scaler=scaler)
-    assert scales == [2.0**10] * 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [({}, "the device is cpu"), ({"deterministic": True}, "deterministic = True")],
-)
-def test_where_nothing_is_compiled_it_is_said(changes, reason, capsys):
-    network = Toy()
-    config = EXPERIMENTS["ffhq-v"].override(changes, {}).diffusion
-    assert config.compile
-    assert compile_small(network, config=config) is network
-    assert capsys.readouterr().out == f"the network is not compiled, as {reason}\n"
-    assert next(network.parameters()).device == CPU
+    assert run.is_to_compile
+    run.config = replace(run.config, deterministic=True)
+    assert not run.is_to_compile
 
 
 @pytest.mark.slow
@@ -184,6 +142,6 @@ def test_a_compiled_run_says_so_and_has_the_numbers_of_a_plain_one(
     assert "compiling the network" in capsys.readouterr().out
     configs = [json.loads((run / "config.json").read_text()) for run in (plain, compiled)]
     assert [config["run"]["arithmetic"]["compiled"] for config in configs] == [False, True]
-    for part in ("model", "ema", "exp_avg"):
+    for part in ("model", "ema", "optimizer"):
         expected = newest(plain)[part]
         torch.testing.assert_close(newest(compiled)[part], expected, rtol=1e-3, atol=1e-4)

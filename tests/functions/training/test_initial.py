@@ -4,6 +4,7 @@ They may be a run's, an exported file's, or those of a folder of diffusers.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ import sample
 import train
 from config import ConfigError, ModelConfig
 from functions.support.checkpoint import load_weights
-from functions.support.processes import Processes
+from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import checkpoints_of
 from functions.training.metrics import read_metrics
-from tests.conftest import TINY, call, during, interrupt, newest
+from functions.training.run import open_run
+from models.unet import UNet
+from tests.conftest import CPU, TINY, call, during, interrupt, newest
 from tests.functions.support.test_diffusers_folder import SMALL
 
 # These flags of TINY do not belong to the weights, which bring the others with them.
@@ -40,12 +43,15 @@ def test_a_run_begins_with_the_averaged_weights_of_another(
         source = tmp_path / {"file": "faces.safetensors", "folder": "faces"}[kind]
         call(sample.main, tiny_run, "--export", source)
     before = load_weights(checkpoints_of(tiny_run)[-1])
+    # Parameters have the order of the network, and saved weights that of the file.
+    order = UNet(**vars(before.model)).state_dict()
+    weights = [before.weights[name] for name in order]
     original = train.update_ema
     began = []
 
     def watched(averages, parameters, step, decay, ramp):
         if step == 0:
-            pairs = zip(averages, parameters, before.weights.values(), strict=True)
+            pairs = zip(averages, parameters, weights, strict=True)
             for average, parameter, weight in pairs:
                 began.append(torch.equal(average, weight))
                 # The network has done one step of Adam, which is as long as the learning rate.
@@ -99,15 +105,15 @@ def test_the_loss_begins_where_that_of_the_weights_ended(learned_run, trained):
     assert begins[0]["loss"] < 0.6
 
 
-def test_a_folder_of_another_dialect_schedule_and_objective(tmp_path, capsys):
+def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
     """The new run takes over what its weights need; the rest is of the preset and of the flags."""
     scheduler = DDPMScheduler(
         50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
     )
     DDPMPipeline(UNet2DModel(**SMALL), scheduler).save_pretrained(tmp_path)
-    changes = ({"seed": 1}, {"dropout": 0.2})
-    experiment = train.new_run("faces", tmp_path, tmp_path, changes, Processes()).experiment
-    assert "is sampled without clipping x_0" in capsys.readouterr().out
+    flags = ["--diffusion.dataset-name", pictures, "--diffusion.seed", 1, "--model.dropout", 0.2]
+    args = call(train.parse_flags, "faces", "--init", tmp_path, *flags)
+    experiment = open_run(args, CPU, SINGLE_PROCESS).experiment
 
     config = experiment.diffusion
     assert config.timesteps_diff == 50
@@ -142,18 +148,22 @@ def test_flags_that_say_what_the_weights_are_may_be_given(tiny_run, trained):
 
 @pytest.mark.slow
 def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, tmp_path, capsys):
+    source = shutil.copytree(tiny_run, tmp_path.with_name("source") / tiny_run.name)
     with pytest.raises(KeyboardInterrupt), during(7, interrupt):
-        trained("--init", tiny_run)
+        trained("--init", source)
     (interrupted,) = tmp_path.iterdir()
     with pytest.raises(ConfigError, match="did not begin with the weights of"):
         trained("--resume", "auto", "--init", interrupted)
 
-    run = trained("--resume", "auto", "--init", tiny_run)
+    # The same command continues the run, even if the other one has a newer checkpoint by now.
+    last = checkpoints_of(source)[-1]
+    last.rename(last.with_stem("step-00000011"))
+    run = trained("--resume", "auto", "--init", source)
     initial = newest(run)["run"]["initial"]
     assert capsys.readouterr().out.count(f"begins as  {initial}") == 2
     assert len([*run.parent.iterdir()]) == 1
     assert newest(run)["run"]["step"] == 10
 
     with pytest.raises(SystemExit):
-        trained("--resume", run, "--init", tiny_run)
+        trained("--resume", run, "--init", source)
     assert "--init starts a new run, but --resume continues one" in capsys.readouterr().err

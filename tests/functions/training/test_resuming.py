@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,8 +11,12 @@ import torch
 import train
 from config import ConfigError
 from functions.support.errors import UserError
+from functions.support.run_folder import checkpoints_of
 from functions.training.metrics import read_metrics
-from tests.conftest import call, during, interrupt, newest, posix
+from functions.training.stopping import explain_failed_writes
+from tests.conftest import ROOT, TINY, call, during, interrupt, newest, posix, terminate
+from tests.kill import assert_same_run, sample_grids
+from tests.spoilt_files import same
 
 
 @pytest.mark.slow
@@ -38,7 +44,6 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     assert "changed: diffusion.epochs was 2, is now 3" in printed
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
     assert "warning: batch_size was 8, is now 4: no longer bit for bit" in printed
-    assert "note: model.base_dim is 8 in this run; config.py has 32" in printed
 
     # It goes on to the end of three epochs, each of five steps.
     call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
@@ -79,17 +84,93 @@ def test_deterministic_kernels_are_asked_for_and_only_then(trained):
         assert torch.backends.cudnn.benchmark != wanted
 
 
-def test_only_the_run_with_the_same_images_is_resumed(unfinished, pictures, tmp_path, monkeypatch):
-    """A run is refused whose data set, of the same name, has lost an image since its start."""
-    without_one = shutil.ignore_patterns("00007.png")
-    fewer = shutil.copytree(pictures, tmp_path / "pictures", ignore=without_one)
-    load = train.load_images
-    monkeypatch.setattr(train, "load_images", lambda name, *others: load(str(fewer), *others))
+def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_run, pictures):
+    """A run is refused whose images are fewer, or other ones of the same names."""
+    elsewhere = shutil.copytree(pictures, unfinished.parent.parent / "moved")
+    resume = ["--resume", unfinished, "--diffusion.dataset-name", elsewhere]
+    picture = elsewhere / "00007.png"
+    pixels = picture.read_bytes()
     before = (unfinished / "config.json").read_bytes()
+    picture.write_bytes((elsewhere / "00008.png").read_bytes())
     with pytest.raises(ConfigError, match="other images"):
-        call(train.main, "--resume", unfinished)
+        call(train.main, *resume)
+    picture.unlink()
+    with pytest.raises(ConfigError, match="other images"):
+        call(train.main, *resume)
     assert (unfinished / "config.json").read_bytes() == before
 
-    # A checkpoint in a run folder is not the run.
+    picture.write_bytes(pixels)
+    call(train.main, *resume)
+    assert same(newest(unfinished)["ema"], newest(tiny_run)["ema"])
+
+
+def test_a_checkpoint_in_a_run_folder_is_not_the_run(unfinished):
     with pytest.raises(UserError, match="not a run folder"):
         call(train.main, "--resume", next((unfinished / "checkpoints").iterdir()))
+
+
+def test_more_steps_than_a_file_name_can_count_are_refused(trained, tmp_path):
+    """An epoch has five steps, and names have eight digits."""
+    with pytest.raises(ConfigError, match="lower epochs to 19,999,999"):
+        trained("--diffusion.epochs", 20_000_000, "--dry-run")
+    assert trained("--diffusion.epochs", 19_999_999, "--dry-run") is None
+
+
+def test_a_run_whose_last_files_are_missing_is_unfinished(tiny_run, tmp_path, capsys):
+    """This is a run that was killed between its last checkpoint and its last grid."""
+    run = shutil.copytree(tiny_run, tmp_path / tiny_run.name)
+    grid = run / "samples" / "step-00000010.png"
+    grid.unlink()
+    call(train.main, "faces", "--resume", "auto", "--runs", tmp_path)
+    assert list(tmp_path.iterdir()) == [run]
+    assert "finished" in capsys.readouterr().out
+    assert_same_run(tiny_run, run)
+
+
+@posix
+def test_a_signal_before_the_last_grid_is_heeded(unfinished, tiny_run, monkeypatch):
+    save = train.Recorder.save
+
+    def save_and_terminate(recorder):
+        save(recorder)
+        terminate()
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="75"):
+        patch.setattr(train.Recorder, "save", save_and_terminate)
+        call(train.main, "--resume", unfinished)
+    assert newest(unfinished)["run"]["step"] == 10
+    assert "step-00000010.png" not in sample_grids(unfinished)
+    call(train.main, "--resume", unfinished)
+    assert_same_run(tiny_run, unfinished)
+
+
+def test_snapshots_of_an_abandoned_part_are_no_guides(trained):
+    run = trained("--diffusion.snapshot-every", 4)
+    (run / "checkpoints" / "step-00000010.safetensors").unlink()
+    with pytest.raises(KeyboardInterrupt), during(1, interrupt):
+        call(train.main, "--resume", run, "--diffusion.epochs", 3)
+    assert [path.stem for path in checkpoints_of(run, "snapshots")] == ["step-00000004"]
+    names = sorted(path.stem for path in (run / "snapshots").glob("abandoned-*"))
+    assert names == ["abandoned-step-00000008", "abandoned-step-00000010"]
+
+
+@posix
+def test_a_closed_pipe_does_not_end_a_training(pictures, tmp_path):
+    """After its first line nobody reads what the training prints."""
+    flags = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    (run,) = tmp_path.iterdir()
+    assert newest(run)["run"]["step"] == 10
+
+
+def test_without_a_checkpoint_nobody_is_told_to_continue(tmp_path):
+    with pytest.raises(UserError) as error, explain_failed_writes(tmp_path):
+        raise OSError(28, "No space left on device")
+    assert str(error.value).endswith("No space left on device. There is no checkpoint yet")

@@ -1,0 +1,105 @@
+"""Load trained models: the one way in for all scripts and figures, and for your own code.
+
+    denoiser = load_denoiser("runs/faces-20260101-120000")
+
+This is the model of the run's newest checkpoint.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from functions.noise_scheduler import NoiseScheduler
+from functions.prediction import Denoiser
+from functions.samplers import VARIANCES
+from functions.support.checkpoint import SavedModel, load_into, load_weights
+from functions.support.device import fast_layout, sampling_precision
+from functions.support.diffusers_folder import load_folder
+from functions.support.errors import CheckpointError
+from functions.support.files import READ_ERRORS, short
+from functions.support.processes import SINGLE_PROCESS, Processes
+from functions.support.run_folder import find_checkpoints, first_intact
+from models.unet import UNet
+
+
+def load_denoiser(
+    path: Path | str, device: torch.device | str = "cpu", precision: str = "float32"
+) -> Denoiser:
+    """Load the model of a run, a checkpoint, an exported file or a diffusers folder.
+
+    The EMA weights are loaded, or the raw ones if there is no EMA. `precision` is that of
+    `open_model`. Raises CheckpointError when there is no model or when it is damaged.
+    """
+    return open_model(Path(path), torch.device(device), precision)[1]
+
+
+def open_model(
+    path: Path | Sequence[Path],
+    device: torch.device,
+    precision: str = "float32",
+    processes: Processes = SINGLE_PROCESS,
+) -> tuple[SavedModel, Denoiser]:
+    """Load a model in all processes. Return what was saved, with its provenance, and a denoiser.
+
+    Args:
+        path: a run, a file or a folder; or the files to try, of which the first intact one is
+            loaded. Of a run this is the newest intact checkpoint.
+        precision: "float32", "bfloat16", "float16"; or "auto", that of the training, or float32 if
+            the device has no instructions for it.
+
+    Raises CheckpointError when there is no model or when it is damaged.
+    """
+    # Rank 0 reads checkpoints until it finds an intact one. Thanks to the cache it does not read
+    # this one a second time.
+    read = cache(load_model)
+
+    def choose():
+        candidates = find_checkpoints(path) if isinstance(path, Path) else path
+        return first_intact(candidates, read).path
+
+    saved = read(processes.on_main(choose))
+    return saved, rebuild(saved, device, sampling_precision(precision, device, saved.precision))
+
+
+def load_model(path: Path) -> SavedModel:
+    """Load a checkpoint or an exported file, or a diffusers folder, as the two readers do."""
+    return load_folder(path) if path.is_dir() else load_weights(path)
+
+
+def rebuild(
+    saved: SavedModel, device: torch.device, precision: torch.dtype = torch.float32
+) -> Denoiser:
+    """Rebuild the network and its schedule from a saved model, for use without gradients.
+
+    Raises CheckpointError when no model can be built from the config, or when the weights do not
+    fit the model.
+    """
+    try:
+        diffusion = saved.config["diffusion"]
+        scheduler = NoiseScheduler(
+            diffusion["timesteps_diff"],
+            diffusion["beta_start"],
+            diffusion["beta_end"],
+            diffusion["rescale_betas"],
+            diffusion["beta_schedule"],
+        )
+        # On the meta device tensors have shapes but no data. So no time is spent on initial
+        # weights, which `load_into` would overwrite.
+        with torch.device("meta"):
+            model = UNet(**vars(saved.model))
+        denoiser = Denoiser(model, scheduler, precision, diffusion["objective"])
+        variance = diffusion.get("variance", "small")
+        if variance not in VARIANCES:
+            raise ValueError(f"variance is {variance!r}; it can be small or large")
+    except (*READ_ERRORS, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {short(error)}"
+        raise CheckpointError(
+            f"{saved.path}: this version cannot build a model from its config: {reason}"
+        ) from error
+
+    load_into(model, saved)
+    layout = fast_layout(device, training=False)
+    model.to(device, memory_format=layout).eval().requires_grad_(False)
+    return denoiser

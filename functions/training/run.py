@@ -1,0 +1,457 @@
+"""What a training is: its data, its network, and all that its steps change."""
+
+import argparse
+import copy
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import (
+    DEFAULT_EXPERIMENT,
+    EXPERIMENTS,
+    DiffusionConfig,
+    Experiment,
+)
+from data.augmentation import augment, rotation_limit
+from data.batches import ImageFeeder, indices_of_steps
+from data.datasets import load_images, split_images
+from functions.optimizers import Adam, Muon
+from functions.prediction import Denoiser
+from functions.support.checkpoint import (
+    SavedModel,
+    TensorFile,
+    Tensors,
+    check_fit,
+    load_into,
+    open_checkpoint,
+    verify_checkpoint,
+    write_tensors,
+)
+from functions.support.command_line import given_fields
+from functions.support.device import (
+    COMPILED_DEVICES,
+    arithmetic,
+    choose_precision,
+    fast_layout,
+    set_deterministic,
+)
+from functions.support.errors import CheckpointError
+from functions.support.loading import open_model
+from functions.support.processes import SINGLE_PROCESS, Processes
+from functions.support.random_numbers import StepDraws, training_draws
+from functions.support.run_folder import (
+    MOST_STEPS,
+    find_checkpoints,
+    first_intact,
+    is_finished,
+    run_to_resume,
+)
+from functions.support.settings import ConfigError, marked
+from functions.training.metrics import TrainingWindow
+from models.unet import UNet
+
+# With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
+VISIBLE_SNR = 1e-3
+
+
+class TrainingRun:
+    """A training run, which saves and loads itself.
+
+    A run is new, and `start` is None; or it begins with the weights of another model, the
+    SavedModel `start`; or it continues from the checkpoint `start`. Raises ConfigError for images
+    that do not fit the config or the checkpoint, and CheckpointError for a checkpoint or a model
+    that does not fit.
+
+    Attributes:
+        name, experiment, config: the experiment's name, the experiment, and its DiffusionConfig.
+        folder: the run's folder; None for a new run until the Recorder makes it in `runs_folder`.
+        image_set, split, feeder: the images, their split, and what copies them to the device.
+        denoiser, model: the model that is trained, and its network.
+        ema_model: the network with the averaged weights; None without EMA.
+        optimizer, scaler: the optimiser, and the scaler of the loss for float16.
+        window: the steps since the last row of metrics.csv.
+        step: the number of steps that are done.
+        total_steps, steps_per_epoch: the number of steps of the whole run, and of an epoch.
+        share: this process's places in the effective batch.
+        facts: plain values for config.json and checkpoints: hashes of the images, the device, ...
+        earlier_facts: the facts in the checkpoint; {} for a run that is not resumed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        experiment: Experiment,
+        runs_folder: Path,
+        device: torch.device,
+        processes: Processes = SINGLE_PROCESS,
+        start: SavedModel | TensorFile | None = None,
+    ):
+        self.name = name
+        self.experiment = experiment
+        self.config = experiment.diffusion
+        self.runs_folder = runs_folder
+        self.device = device
+        self.processes = processes
+        checkpoint = start if isinstance(start, TensorFile) else None
+        initial = start if isinstance(start, SavedModel) else None
+        self.earlier_facts = checkpoint.contents["run"] if checkpoint else {}
+        self.step = self.earlier_facts.get("step", 0)
+        # A checkpoint is at RUN/checkpoints/FILE.
+        self.folder = checkpoint.path.parents[1] if checkpoint else None
+        self.config_changed = False
+        if checkpoint:
+            self.config_changed = checkpoint.contents["config"] != experiment.to_dict()
+
+        # Data. Each process has its share of every effective batch.
+        model = experiment.model
+        self.image_set = load_images(
+            self.config.dataset_name, model.image_size, self.config.max_bad_images, model.channels
+        )
+        self.split = split_images(self.image_set, self.config.split)
+        self.steps_per_epoch = len(self.split.train_indices) // self.config.effective_batch
+        self.total_steps = self.config.epochs * self.steps_per_epoch
+        self.share = processes.shard(self.config.effective_batch)
+        self.check_length()
+        if checkpoint:
+            self.check_resumption(checkpoint)
+        self.feeder = ImageFeeder(self.image_set.images, device)
+        self.window = TrainingWindow(device, self.config.effective_batch)
+
+        # The network, and all that the steps change
+        set_deterministic(self.config.deterministic)
+        earlier_arithmetic = self.earlier_facts.get("arithmetic", {})
+        precision = choose_precision(
+            self.config.precision, device, earlier_arithmetic.get("precision")
+        )
+        self.denoiser = self.build_denoiser(precision, initial)
+        self.model = self.denoiser.network
+        self.ema_model = None
+        if self.config.ema_decay > 0:
+            self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if self.config.optimizer == "muon":
+            self.optimizer = Muon(self.model.parameters(), self.config.learning_rate, precision)
+        else:
+            self.optimizer = Adam(self.model.parameters(), self.config.learning_rate)
+        # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
+        # nothing.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        if checkpoint:
+            self.load(checkpoint)
+
+        self.facts = {
+            "total_steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "split": self.split.description,
+            "train_ids_hash": self.split.train_ids_hash,
+            "val_ids_hash": self.split.val_ids_hash,
+            "pixels_hash": self.split.pixels_hash,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "terminal_snr": self.denoiser.scheduler.terminal_snr,
+            "device": str(device),
+            # This describes the model whose weights the run started from. None: random weights.
+            "initial": self.earlier_facts.get("initial"),
+            "initial_path": self.earlier_facts.get("initial_path"),
+            # The bits of the results depend on these values.
+            "arithmetic": arithmetic(
+                device,
+                precision,
+                processes.count,
+                self.config.batch_size,
+                self.is_to_compile,
+            ),
+        }
+        if initial:
+            self.facts["initial"] = f"{initial.path}: {initial}"
+            self.facts["initial_path"] = os.path.abspath(initial.path)
+
+    @property
+    def is_to_compile(self) -> bool:
+        """Return whether the network is compiled for training."""
+        config = self.config
+        return config.compile and self.device.type in COMPILED_DEVICES and not config.deterministic
+
+    @property
+    def sample_denoiser(self) -> Denoiser:
+        """Return the model that draws samples, with the EMA weights if there are any."""
+        return replace(self.denoiser, network=self.ema_model or self.model)
+
+    def check_length(self) -> None:
+        """Raise ConfigError for a run of no step or too many, or for too many processes."""
+        effective_batch = self.config.effective_batch
+        if self.total_steps == 0:
+            raise ConfigError(
+                f"{self.config.dataset_name} has {len(self.split.train_indices)} training images, "
+                f"fewer than one step's {effective_batch} (batch_size x gradient_accumulation); "
+                "lower one of the two"
+            )
+        if self.total_steps > MOST_STEPS:
+            raise ConfigError(
+                f"{self.config.epochs:,} epochs are {self.total_steps:,} steps, and a run has at "
+                f"most {MOST_STEPS:,}; lower epochs to {MOST_STEPS // self.steps_per_epoch:,}"
+            )
+        if effective_batch < self.processes.count:
+            raise ConfigError(
+                f"{self.processes.count} processes cannot share an effective batch of "
+                f"{effective_batch}"
+            )
+
+    def check_resumption(self, checkpoint: TensorFile) -> None:
+        """Raise ConfigError if no step is left to do, or if the images are not the run's.
+
+        The images may have another name or lie elsewhere, if their ids and pixels are the same.
+        """
+        for fact in ("train_ids_hash", "val_ids_hash", "pixels_hash"):
+            if self.earlier_facts[fact] != getattr(self.split, fact):
+                raise ConfigError(
+                    f"{self.folder} was trained on other images than {self.config.dataset_name} "
+                    "has; it cannot continue with these"
+                )
+        # A run whose last grid or snapshot is missing is opened once more, to write it.
+        if self.step >= self.total_steps and is_finished(checkpoint):
+            raise ConfigError(
+                f"{self.folder}: the run is finished; to continue it, increase --diffusion.epochs"
+            )
+
+    def build_denoiser(self, precision: torch.dtype, initial: SavedModel | None) -> Denoiser:
+        """Build the network, with the weights of `initial` if there are any, and the schedule."""
+        # This seed is for the initial weights. Every later draw has another seed.
+        torch.manual_seed(self.config.seed)
+        layout = fast_layout(self.device, training=True)
+        model = UNet(**vars(self.experiment.model)).to(self.device, memory_format=layout)
+        if initial:
+            load_into(model, initial)
+        return Denoiser(model, self.config.build_scheduler(), precision, self.config.objective)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield this process's images of each step that is left: uint8 (B, S, S, C)."""
+        steps = range(self.step, self.total_steps)
+        indices = indices_of_steps(
+            self.split.train_indices,
+            self.config.seed,
+            self.config.effective_batch,
+            self.share,
+            steps,
+        )
+        return self.feeder.feed(indices)
+
+    def draw(self, step: int) -> StepDraws:
+        """Draw t, the noise and the augmentation of this process's images of a step."""
+        draws = training_draws(
+            self.config.seed,
+            step,
+            self.config.effective_batch,
+            self.experiment.model.image_shape,
+            self.config.timesteps_diff,
+            self.device,
+        )
+        return draws.cut(self.share)
+
+    def augment(self, x_0: Tensor, draws: StepDraws, step: int) -> Tensor:
+        """Flip and rotate x_0 (B, C, H, W), if the config says so."""
+        config = self.config
+        if not config.use_augmentation:
+            return x_0
+        # Rotation is off at the end of a run, so that the network unlearns its tilt.
+        progress = step / self.total_steps
+        degrees = rotation_limit(config.max_rotation, config.rotation_free_end, progress)
+        return augment(x_0, draws.flip, degrees * draws.rotation if degrees else None)
+
+    def parts(self) -> dict[str, Tensors]:
+        """Return the tensors that the steps change, by the parts and names of a checkpoint.
+
+        They are those of the run itself. Our optimisers have theirs from the start.
+        """
+        parts = {"model": self.model.state_dict()}
+        if self.ema_model:
+            parts["ema"] = self.ema_model.state_dict()
+        parts["optimizer"] = {}
+        for name, p in self.model.named_parameters():
+            for moment, tensor in self.optimizer.state[p].items():
+                parts["optimizer"][f"{moment}.{name}"] = tensor
+        return parts
+
+    def contents(self) -> dict:
+        """Return the plain values of a checkpoint or a snapshot."""
+        run = {"experiment": self.name, "step": self.step, **self.facts}
+        return {"config": self.experiment.to_dict(), "run": run}
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint. Raises OSError, such as for a full disk.
+
+        It needs no state of a random generator and no position in the data, because both follow
+        from the seed and the step.
+        """
+        counters = {"window": self.window.state(), "scaler": self.scaler.state_dict()}
+        write_tensors(path, self.parts(), self.contents() | counters)
+
+    def save_snapshot(self, path: Path) -> None:
+        """Write the weights to sample from, in float16. Raises OSError, such as for a full disk."""
+        part = "ema" if self.ema_model else "model"
+        # The copies are on the CPU, because a GPU may be full.
+        weights = {
+            name: tensor.to("cpu", torch.float16) for name, tensor in self.parts()[part].items()
+        }
+        write_tensors(path, {part: weights}, self.contents())
+
+    def load(self, checkpoint: TensorFile) -> None:
+        """Take over a checkpoint's numbers; memory layouts stay as they are.
+
+        Raises CheckpointError, with no tensor changed, when the checkpoint does not fit.
+        """
+        path = checkpoint.path
+        parts = self.parts()
+        if parts.keys() != checkpoint.digests.keys():
+            raise CheckpointError(
+                f"{path}: it has {', '.join(checkpoint.digests)}; the run has {', '.join(parts)}"
+            )
+        saved = {part: checkpoint.tensors(part) for part in parts}
+        for part, tensors in parts.items():
+            check_fit(tensors, saved[part], path)
+        for name, tensor in saved["optimizer"].items():
+            # These are a number of steps and a mean of squares.
+            if name.startswith(("step.", "exp_avg_sq.")) and tensor.min() < 0:
+                raise CheckpointError(f"{path}: {name} has negative numbers")
+        window, scaler = copy.deepcopy((self.window, self.scaler))
+        try:
+            window.load(checkpoint.contents["window"])
+            # Either state is empty where the precision is not float16. Then the scaler stays new.
+            scaler_state = checkpoint.contents["scaler"]
+            if scaler_state and scaler.is_enabled():
+                scaler.load_state_dict(scaler.state_dict() | scaler_state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: its counters are malformed") from error
+        self.window, self.scaler = window, scaler
+        for part, tensors in parts.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[part][name])
+
+    def config_text(self) -> str:
+        """Return the text of config.json: the experiment's fields, and the facts as `run`."""
+        config = {"experiment": self.name, **self.experiment.to_dict(), "run": self.facts}
+        return json.dumps(config, indent=2)
+
+    def describe(self) -> str:
+        """Describe the run in a few lines (data, split, network, ...), followed by warnings."""
+        config = self.config
+        facts = self.facts
+        snr = facts["terminal_snr"]
+        done = f"; {self.step:,} steps are done" if self.step else ""
+        lines = [
+            self.name,
+            f"  data       {self.image_set.summary}",
+            f"  split      {facts['split']}",
+            f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, "
+            f"{facts['device']}",
+            f"  length     {self.total_steps:,} steps of {config.effective_batch} images: "
+            f"{config.epochs} epochs of {self.steps_per_epoch:,} steps{done}",
+        ]
+        if facts["initial"]:
+            lines.append(f"  begins as  {facts['initial']}")
+        lines.append(
+            f"  objective  {config.objective} over {config.timesteps_diff} timesteps with "
+            f"{config.beta_schedule} betas, terminal SNR {snr:.2g}"
+        )
+        if config.snapshot_every:
+            count = math.ceil(self.total_steps / config.snapshot_every)
+            # A parameter takes 2 bytes in float16.
+            megabytes = 2 * facts["parameters"] / 1e6
+            lines.append(f"  snapshots  {count:,} of {megabytes:,.1f} MB each")
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings())])
+
+    def warnings(self) -> list[str]:
+        """Return a warning for each setting that is allowed but probably not meant."""
+        warnings = self.experiment.warnings()
+        snr = self.facts["terminal_snr"]
+        if snr > VISIBLE_SNR:
+            warnings.append(
+                f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): "
+                "x_T still carries the image, but sampling starts from pure noise; "
+                "set rescale_betas = True or use 1000 timesteps"
+            )
+        if not self.ema_model:
+            warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
+        # A resumed run equals an uninterrupted one bit for bit only in the same arithmetic.
+        for name, earlier in self.earlier_facts.get("arithmetic", {}).items():
+            now = self.facts["arithmetic"].get(name)
+            if earlier != now:
+                warnings.append(
+                    f"{name} was {earlier}, is now {now}: no longer bit for bit like an "
+                    "uninterrupted run"
+                )
+        return warnings
+
+
+def open_run(args: argparse.Namespace, device: torch.device, processes: Processes) -> TrainingRun:
+    """Return the run that the flags of train.py ask for: a new one, or one to resume."""
+    name = args.experiment or DEFAULT_EXPERIMENT
+    folder = processes.on_main(lambda: run_to_resume(args.resume, args.runs, name))
+    if folder:
+        return resume_run(folder, args, device, processes)
+    diffusion = given_fields(args, "diffusion")
+    model = given_fields(args, "model")
+    if not args.init:
+        experiment = EXPERIMENTS[name].override(diffusion, model)
+        return TrainingRun(name, experiment, args.runs, device, processes)
+
+    initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
+    experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
+    return TrainingRun(name, experiment, args.runs, device, processes, initial)
+
+
+def fit_to_weights(
+    preset: Experiment, initial: SavedModel, diffusion: dict, model: dict
+) -> Experiment:
+    """Return the preset with the values that the weights need, and with the given fields changed.
+
+    Weights work only with the values of some fields of DiffusionConfig, and of all fields of
+    ModelConfig except dropout, with which they were trained. Raises ConfigError for a given value
+    that is another one.
+    """
+    # A diffusers folder has no values for some fields, which then have their defaults.
+    saved_fields = vars(DiffusionConfig) | initial.config["diffusion"]
+    needed_diffusion = {name: saved_fields[name] for name in marked(DiffusionConfig, "of_weights")}
+    needed_model = vars(initial.model) | {"dropout": model.get("dropout", preset.model.dropout)}
+    experiment = preset.override(diffusion | needed_diffusion, needed_model)
+    asked = experiment.override(diffusion, model)
+    for field, (needed, given) in experiment.differences(asked).items():
+        raise ConfigError(
+            f"{field} is {needed} for the weights of {initial.path}; "
+            f"it cannot be changed to {given}"
+        )
+    return experiment
+
+
+def resume_run(
+    folder: Path, args: argparse.Namespace, device: torch.device, processes: Processes
+) -> TrainingRun:
+    """Open a run to continue from its newest intact checkpoint.
+
+    The experiment comes from the checkpoint, even if config.py has changed. Raises ConfigError for
+    changes that a resumed run cannot make, and for a run of another experiment or of other initial
+    weights than the flags name.
+    """
+    path = processes.on_main(lambda: first_intact(find_checkpoints(folder), verify_checkpoint).path)
+    checkpoint = open_checkpoint(path)
+    facts = checkpoint.contents["run"]
+    name = facts["experiment"]
+    if args.experiment not in (None, name):
+        raise ConfigError(f"{folder} is a run of {name!r}, not of {args.experiment!r}")
+    if args.init:
+        # --init may name the file of the initial weights, or its run: RUN/checkpoints/FILE.
+        file = Path(facts["initial_path"] or "")
+        if Path(os.path.abspath(args.init)) not in (file, file.parent.parent):
+            raise ConfigError(
+                f"{folder} did not begin with the weights of {args.init}; resume it without --init"
+            )
+
+    saved = Experiment.from_dict(checkpoint.contents["config"])
+    resumed = saved.resumed(given_fields(args, "diffusion"), given_fields(args, "model"))
+    for field, (earlier, now) in saved.differences(resumed).items():
+        processes.print_main(f"changed: {field} was {earlier}, is now {now}")
+    return TrainingRun(name, resumed, folder.parent, device, processes, checkpoint)
