@@ -90,7 +90,8 @@ def train(run: TrainingRun) -> bool:
             losses = []
             for part in passes:
                 # Each pass seeds its dropout, so that a resumed run repeats it.
-                torch.manual_seed(seed_of(config.seed, "dropout", step, run.share[part.start]))
+                place = step * config.effective_batch + run.share[part.start]
+                torch.manual_seed(seed_of(config.seed, "dropout", place))
                 with processes.gradient_sync(network, last=part is passes[-1]):
                     loss = denoising_loss(denoiser, scheduler, x_0[part], t[part], eps[part])
                     # DDP averages over the processes, so the factor makes their mean a sum.

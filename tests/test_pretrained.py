@@ -120,8 +120,7 @@ def test_the_real_model_draws_what_its_card_says():
     """Another processor rounds differently, so the distance may be a little larger."""
     [path] = BOXED
     assert card_row(path.parent, "SHA-256 of the file") == file_hash(path)
-    saved = load_weights(path)
-    images = pretrained.draw(saved)
+    saved, images = pretrained.draw(path)
     assert not spoilt(images).any()
     measured = float(card_row(path.parent, "distance"))
     assert training_features(saved).distance(images) <= measured + 0.3

@@ -248,7 +248,7 @@ def load_or_fit(
     denoiser = replace(image_sampler.denoiser, precision=torch.float32)
     if name == "own":
         # This sampler adds fresh noise, so its images are realistic without a calibration.
-        quick = replace(image_sampler, denoiser=denoiser).quick(seed_of("calibration"))
+        quick = replace(image_sampler, denoiser=denoiser).quick(seed_of(0, "calibration"))
         images = generate(quick, range(IMAGE_COUNT), progress=True).images
     else:
         image_set, split = load()

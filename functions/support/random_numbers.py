@@ -19,19 +19,22 @@ THREADS = ThreadPoolExecutor(8)
 THREADED_SIZE = 64 * 64 * 3
 
 
-def seed_of(*parts: int | str) -> int:
-    """Return a 63-bit seed, a hash of all parts.
+def seed_of(seed: int, purpose: str, index: int = 0) -> int:
+    """Return the 32-bit seed of a purpose's draw with this index, such as a step or an image.
 
-    It is the same on every machine and in every Python version.
+    It is (hash(seed, purpose) + index) mod 2^32, on every machine and in every Python version.
     """
-    text = "/".join(map(str, parts))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    # PyTorch's generator for CPUs uses only 32 bits of a seed. If the index were hashed, too, two
+    # of 50,000 images would probably have the same seed, and so be identical.
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=4).digest()
+    return (int.from_bytes(digest, "little") + index) % 2**32
 
 
-def generator_of(device: torch.device | str, *parts: int | str) -> torch.Generator:
-    """Return a generator on `device`, seeded by `seed_of(*parts)`."""
-    return torch.Generator(device).manual_seed(seed_of(*parts))
+def generator_of(
+    device: torch.device | str, seed: int, purpose: str, index: int = 0
+) -> torch.Generator:
+    """Return a generator on `device`, seeded by `seed_of`."""
+    return torch.Generator(device).manual_seed(seed_of(seed, purpose, index))
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def training_draws(
 
     # These four draws come from one generator, so another draw between them, or another order,
     # would change every run. A new field needs a separate generator:
-    # generator_of(device, seed, "training", step, NAME).
+    # generator_of(device, seed, f"training {NAME}", step).
     options = {"generator": generator, "device": device}
     return StepDraws(
         t=torch.randint(timesteps, (effective_batch,), **options),

@@ -1,6 +1,7 @@
 """Loss, EMA, draws, validation, metrics and learning rate: each beside its definition."""
 
 import copy
+import hashlib
 import io
 import math
 import time
@@ -19,7 +20,7 @@ from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.random_numbers import training_draws
+from functions.support.random_numbers import ImageNoise, seed_of, training_draws
 from functions.training.metrics import (
     MetricsLog,
     TrainingWindow,
@@ -93,6 +94,21 @@ def test_draws_depend_on_seed_and_step_alone():
         assert torch.equal(values, again[name])
         assert not torch.equal(values, next_step[name])
         assert not torch.equal(values, other_seed[name])
+
+
+def test_no_two_images_of_a_seed_have_the_same_noise():
+    """PyTorch's generator for CPUs uses 32 bits of a seed, so these must differ."""
+    seeds = {seed_of(0, "image", i) for i in range(50_000)}
+    assert len(seeds) == 50_000
+    assert max(seeds) < 2**32
+    wide = torch.randn(3, generator=torch.Generator().manual_seed(2**40 + 5))
+    assert torch.equal(wide, torch.randn(3, generator=torch.Generator().manual_seed(5)))
+
+    # This is the definition: the hash of seed and purpose, plus the index.
+    start = int.from_bytes(hashlib.blake2b(b"3/image", digest_size=4).digest(), "little")
+    generator = torch.Generator().manual_seed((start + 5) % 2**32)
+    expected = torch.randn(3, 4, 4, generator=generator)
+    assert torch.equal(ImageNoise(3, [5], (3, 4, 4)).draw()[0], expected)
 
 
 def test_draws_have_their_distributions():
