@@ -132,10 +132,10 @@ def experiments() -> dict[str, "Experiment"]:
             "epochs": 500,
             "clip_grad_norm": 1.0,
             "warmup_steps": 5000,
-            # All GPUs wait while 3.9 GB are saved: about 5 s, as a CPU took 1.25 s per GB. On 8
-            # H100s, 8000 steps take about 210 s (estimate in benchmarks/NOTES.md), so saving takes
-            # about 2% of the time. If steps are slow, checkpoint_minutes saves more often.
-            "checkpoint_every": 8000,
+            # All GPUs wait while 3.9 GB are saved: about 12 s, as a CPU took 3 s per GB. On 8
+            # H100s, 20,000 steps take about 525 s (estimate in benchmarks/NOTES.md), so saving
+            # takes about 2% of the time. If steps are slow, checkpoint_minutes saves more often.
+            "checkpoint_every": 20_000,
             "snapshot_every": 20_000,
         },
         {"base_dim": 128},
