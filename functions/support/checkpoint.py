@@ -80,7 +80,7 @@ def save_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> 
                 save_file(tensors, written, metadata)
             except SafetensorError as error:
                 # Of an error of the system, the library keeps only the number in its message.
-                number = re.search(r"os error (\d+)", str(error))
+                number = re.search(r"(?:os error|code:) (\d+)", str(error))
                 if number is None:
                     raise
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
@@ -107,9 +107,13 @@ class TensorFile:
         self.path = path
         with open_safetensors(path) as file:
             metadata = file.metadata()
+            if metadata["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{path}: not a checkpoint of this version (see CHANGELOG.md)"
+                )
             text = metadata["contents"]
-            if metadata["format"] != FORMAT or metadata["sha256"] != sha256(text):
-                raise ValueError("it has another format or a wrong checksum")
+            if metadata["sha256"] != sha256(text):
+                raise ValueError("it has a wrong checksum")
             self.contents = json.loads(text)
             self.digests = dict(self.contents.pop("digests"))
 

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, fields
 from typing import NoReturn, TextIO
 
@@ -33,16 +33,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class LastingOutput:
-    """A text stream that stays usable when its reader has gone, as in `train.py | head`.
-
-    It escapes what the stream cannot encode, such as a folder's name that is not UTF-8.
-    """
+    """A text stream that stays usable when its reader has gone, as in `train.py | head`."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        # What replaces stdout in a notebook or a test may not have this method.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -68,26 +62,41 @@ class LastingOutput:
 
 
 @contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let the context go on when what it prints cannot be written any more."""
+    with ExitStack() as stack:
+        # A stream that the shell has closed is None.
+        if sys.stdout:
+            stack.enter_context(redirect_stdout(LastingOutput(sys.stdout)))
+        if sys.stderr:
+            stack.enter_context(redirect_stderr(LastingOutput(sys.stderr)))
+        yield
+
+
+@contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """End the script with one line for an error that users can fix. Bugs keep their traceback.
 
-    The output of the script never ends it.
+    The standard output escapes what it cannot encode, such as a folder's name that is not UTF-8.
     """
-    with redirect_stdout(LastingOutput(sys.stdout)), redirect_stderr(LastingOutput(sys.stderr)):
-        try:
-            yield
-        except Exception as error:
-            sentence = user_message(error)
-            if sentence is None:
-                raise
-            print(f"error: {sentence}", file=sys.stderr)
-            sys.exit(EXIT_BAD_INPUT)
-        except KeyboardInterrupt:
-            # torchrun sends a second signal, which would otherwise interrupt the next lines.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            print("interrupted", file=sys.stderr)
-            # Shells use this status for Ctrl-C.
-            sys.exit(130)
+    # Python itself makes stderr escape such names. What replaces stdout in a notebook or a test may
+    # not have this method.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except Exception as error:
+        sentence = user_message(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        # torchrun sends a second signal, which would otherwise interrupt the next lines.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("interrupted", file=sys.stderr)
+        # Shells use this status for Ctrl-C.
+        sys.exit(130)
 
 
 def user_message(error: Exception) -> str | None:
@@ -97,7 +106,7 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, (UserError, ConfigError, OSError)):
         return str(error) or type(error).__name__
     if is_out_of_memory(error):
-        return f"out of memory ({short(error)}): use a smaller --batch-size, or another device"
+        return f"out of memory ({short(error)}): use a smaller batch or model, or another device"
     return None
 
 

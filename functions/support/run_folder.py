@@ -42,7 +42,13 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
 MOST_STEPS = 10**8 - 1
 # A training that is killed while it writes leaves such files in its run folder. The files of other
 # scripts there have other names.
-TRAINING_LEFTOVERS = (".*.tmp", "*/.step-????????.safetensors.*.tmp", "samples/.step-*.png.*.tmp")
+TRAINING_LEFTOVERS = (
+    ".config.json.*.tmp",
+    ".metrics.csv.*.tmp",
+    ".losses.png.*.tmp",
+    "samples/.step-*.png.*.tmp",
+    "*/.step-????????.safetensors.*.tmp",
+)
 # The trained models that come with the repository. They are read when there is no run.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 
@@ -90,7 +96,7 @@ def locked(
         ) from error
     except PermissionError as error:
         raise UserError(
-            f"{folder}: its .lock belongs to another user, who may be {activity} in this folder"
+            f"{folder}: no permission to lock it; another user may be {activity} in this folder"
         ) from error
     except (NotImplementedError, OSError):
         print(
@@ -222,7 +228,7 @@ def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> 
             return read(path)
         except CheckpointError as error:
             print(
-                f"WARNING: DAMAGED CHECKPOINT: {error}. Using the one before it: {next_path}",
+                f"WARNING: UNUSABLE CHECKPOINT: {error}. Using the one before it: {next_path}",
                 file=sys.stderr,
             )
     return read(candidates[-1])

@@ -56,7 +56,7 @@ def check_fields(config: Any) -> None:
         check = partial(require, config, each.name)
         value = getattr(config, each.name)
         choices = each.metadata.get("choices", [value])
-        check(value in choices, " or ".join(map(json.dumps, choices)))
+        check(value in tuple(choices), " or ".join(map(json.dumps, choices)))
 
         # The value of a field is a single item, or a tuple of items, which is a list in JSON.
         item_type, *ellipsis = get_args(each.type) or [each.type]

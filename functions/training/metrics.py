@@ -37,7 +37,7 @@ COLUMNS = (
     "learning_rate",
     # The speed of training, excluding the time for validation and samples.
     "images_per_second",
-    # The number of steps skipped so far, because their loss or gradients were not finite.
+    # The number of steps skipped so far, because their gradients were not finite.
     "skipped_steps",
 )
 
@@ -84,24 +84,33 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 
     An incomplete last row is left out. Damaged rows are left out, too, each with a warning.
     """
-    text = path.read_text(errors="replace")
     # What follows the last newline is incomplete: the process was killed while it wrote this line.
-    header, *lines = text.split("\n")[:-1]
+    lines = path.read_text(errors="replace").split("\n")[:-1]
     rows = []
-    for number, line in enumerate(lines, 2):
+    for line in lines[1:]:
+        values = dict.fromkeys(COLUMNS)
         try:
-            values = dict.fromkeys(COLUMNS)
             cells = line.split(",")
             # A damaged header is no reason to lose rows.
-            columns = COLUMNS if len(cells) == len(COLUMNS) else header.split(",")
+            columns = COLUMNS if len(cells) == len(COLUMNS) else lines[0].split(",")
             for column, cell in zip(columns, cells, strict=True):
                 if column in values and cell:
                     values[column] = float(cell)
             values["step"] = int(values["step"])
-            rows.append(values)
         except (ValueError, TypeError, OverflowError):
+            values["step"] = 0
+        rows.append(values)
+
+    # Steps rise from 1. A row whose step does not lie between its neighbours' is damaged.
+    kept = []
+    next_steps = [*(row["step"] for row in rows[1:]), math.inf]
+    for number, (row, next_step) in enumerate(zip(rows, next_steps, strict=False), 2):
+        last_step = kept[-1]["step"] if kept else 0
+        if row["step"] <= last_step or row["step"] >= next_step > last_step:
             print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
-    return rows
+        else:
+            kept.append(row)
+    return kept
 
 
 def format_row(values: dict[str, float | None]) -> str:
@@ -135,6 +144,10 @@ class TrainingWindow:
         self.images_per_step = images_per_step
         self.steps_timed = 0
         # The time at which the window began. Each pause moves it forward.
+        self.clock = 0.0
+
+    def start_clock(self) -> None:
+        """Begin to measure the speed."""
         self.clock = time.perf_counter()
 
     def state(self) -> dict[str, list[float] | int]:

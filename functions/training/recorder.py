@@ -19,6 +19,7 @@ from functions.support.files import short, write_text
 from functions.support.pictures import save_grid
 from functions.support.run_folder import (
     abandon_snapshots,
+    checkpoints_of,
     delete_old,
     last_checkpoint,
     locked,
@@ -70,6 +71,7 @@ class Recorder:
             self.bar = stack.enter_context(bar)
             with explain_failed_writes(run.folder):
                 self.complete()
+            run.window.start_clock()
             yield
 
     def open_folder(self, stack: ExitStack) -> Path:
@@ -79,6 +81,8 @@ class Recorder:
         for inner in ("samples", "checkpoints", "snapshots"):
             (folder / inner).mkdir(exist_ok=True)
         stack.enter_context(locked(folder))
+        if run.folder and checkpoints_of(folder) != run.known_checkpoints:
+            raise UserError(f"{folder}: another process has just trained there; resume it again")
         abandon_snapshots(folder, run.step)
         config = run.config_text()
         write_text(folder / "config.json", config)

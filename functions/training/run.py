@@ -47,6 +47,7 @@ from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import StepDraws, training_draws
 from functions.support.run_folder import (
     MOST_STEPS,
+    checkpoints_of,
     find_checkpoints,
     first_intact,
     is_finished,
@@ -104,6 +105,8 @@ class TrainingRun:
         self.step = self.earlier_facts.get("step", 0)
         # A checkpoint is at RUN/checkpoints/FILE.
         self.folder = checkpoint.path.parents[1] if checkpoint else None
+        # The Recorder compares these with those that exist when it has locked the folder.
+        self.known_checkpoints = checkpoints_of(self.folder) if checkpoint else []
         self.config_changed = False
         if checkpoint:
             self.config_changed = checkpoint.contents["config"] != experiment.to_dict()
@@ -213,7 +216,8 @@ class TrainingRun:
                     "has; it cannot continue with these"
                 )
         # A run whose last grid or snapshot is missing is opened once more, to write it.
-        if self.step >= self.total_steps and is_finished(checkpoint):
+        at_end = self.step == self.total_steps
+        if self.step > self.total_steps or (at_end and is_finished(checkpoint)):
             raise ConfigError(
                 f"{self.folder}: the run is finished; to continue it, increase --diffusion.epochs"
             )
@@ -295,7 +299,7 @@ class TrainingRun:
         part = "ema" if self.ema_model else "model"
         # The copies are on the CPU, because a GPU may be full.
         weights = {
-            name: tensor.to("cpu", torch.float16) for name, tensor in self.parts()[part].items()
+            name: tensor.detach().cpu().half() for name, tensor in self.parts()[part].items()
         }
         write_tensors(path, {part: weights}, self.contents())
 
@@ -436,8 +440,24 @@ def resume_run(
     changes that a resumed run cannot make, and for a run of another experiment or of other initial
     weights than the flags name.
     """
-    path = processes.on_main(lambda: first_intact(find_checkpoints(folder), verify_checkpoint).path)
-    checkpoint = open_checkpoint(path)
+
+    def choose():
+        candidates = find_checkpoints(folder)
+        intact = first_intact(candidates, verify_checkpoint).path
+        return candidates[candidates.index(intact) :]
+
+    def resume_from(path):
+        return continue_from(open_checkpoint(path), args, device, processes)
+
+    # The newest intact checkpoint may still not fit, which shows only when it is loaded.
+    return first_intact(processes.on_main(choose), resume_from)
+
+
+def continue_from(
+    checkpoint: TensorFile, args: argparse.Namespace, device: torch.device, processes: Processes
+) -> TrainingRun:
+    """Return the run that continues from this checkpoint; see `resume_run`."""
+    folder = checkpoint.path.parents[1]
     facts = checkpoint.contents["run"]
     name = facts["experiment"]
     if args.experiment not in (None, name):

@@ -114,7 +114,7 @@ def test_a_lock_of_another_user_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=PermissionError))
     with pytest.raises(UserError) as error, locked(tmp_path):
         pass
-    assert str(error.value).startswith(f"{tmp_path}: its .lock belongs to another user")
+    assert str(error.value).startswith(f"{tmp_path}: no permission to lock it; another user")
 
 
 def test_abandoned_snapshots_are_kept_but_not_listed(tmp_path):

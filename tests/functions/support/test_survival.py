@@ -166,7 +166,7 @@ def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
     capsys.readouterr()
     call(sample.main, unfinished, "--n", 1, "--steps", 1)
     printed = capsys.readouterr()
-    assert f"WARNING: DAMAGED CHECKPOINT: {path}" in printed.err
+    assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in printed.err
     assert "after 5 of 10 steps" in printed.out
 
     # A checkpoint that is named itself is not exchanged for another.
@@ -177,7 +177,7 @@ def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
     resume = ["faces", "--resume", "auto", "--runs", unfinished.parent]
     call(train.main, *resume)
     printed = capsys.readouterr().err
-    assert f"WARNING: DAMAGED CHECKPOINT: {path}" in printed
+    assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in printed
     assert "metrics.csv: line 6 is damaged" in printed
     assert json.loads(config.read_text())["experiment"] == "faces"
     assert_same_run(tiny_run, unfinished)
@@ -186,7 +186,7 @@ def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
     last = run_folder.checkpoints_of(unfinished)[-1]
     last.write_bytes(last.read_bytes()[:-100])
     call(train.main, *resume)
-    assert f"WARNING: DAMAGED CHECKPOINT: {last}" in capsys.readouterr().err
+    assert f"WARNING: UNUSABLE CHECKPOINT: {last}" in capsys.readouterr().err
     assert list(unfinished.parent.iterdir()) == [unfinished]
     assert_same_run(tiny_run, unfinished)
 

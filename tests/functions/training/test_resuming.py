@@ -4,12 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import train
 from config import ConfigError
+from functions.support.checkpoint import verify_checkpoint, write_tensors
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
 from functions.training.metrics import read_metrics
@@ -125,6 +127,35 @@ def test_a_run_whose_last_files_are_missing_is_unfinished(tiny_run, tmp_path, ca
     assert list(tmp_path.iterdir()) == [run]
     assert "finished" in capsys.readouterr().out
     assert_same_run(tiny_run, run)
+
+
+def test_fewer_steps_than_are_done_are_refused(unfinished):
+    """The run has done 7 of its 10 steps, and an epoch has five."""
+    with pytest.raises(ConfigError, match="the run is finished"):
+        call(train.main, "--resume", unfinished, "--diffusion.epochs", 1)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_passed_over(unfinished, tiny_run, capsys):
+    """The newest one has a moment that cannot be, with the right checksum."""
+    path = checkpoints_of(unfinished)[-1]
+    file = verify_checkpoint(path)
+    parts = {part: file.tensors(part) for part in file.digests}
+    parts["optimizer"]["exp_avg_sq.conv_in.bias"] -= 1
+    write_tensors(path, parts, file.contents)
+    call(train.main, "--resume", unfinished)
+    assert f"UNUSABLE CHECKPOINT: {path}: exp_avg_sq" in capsys.readouterr().err
+    assert_same_run(tiny_run, unfinished)
+
+
+def test_a_run_that_went_on_meanwhile_is_not_rewound(unfinished, monkeypatch):
+    """Another process writes a checkpoint while this one waits for the lock."""
+    path = checkpoints_of(unfinished)[-1]
+    monkeypatch.setattr(
+        "functions.training.recorder.locked",
+        lambda folder: nullcontext(shutil.copy(path, path.with_stem("step-00000009"))),
+    )
+    with pytest.raises(UserError, match="has just trained there; resume it again"):
+        call(train.main, "--resume", unfinished)
 
 
 @posix

@@ -246,13 +246,16 @@ def test_a_damaged_byte_of_the_metrics_costs_at_most_its_rows(tmp_path, capsys):
         line = whole[:position].count(b"\n")
         damaged = rows[max(line - 1, 0) : line + (old == ord("\n"))]
         others = [row for row in rows if row not in damaged]
-        for byte in b'"\0,\n\xffx':
+        for byte in b'"\0,\n\xffx40':
             path.write_bytes(whole[:position] + bytes([byte]) + whole[position + 1 :])
             read = read_metrics(path)
             assert [row for row in read if row in others] == others
             # A row that is joined to the header, or that seems incomplete, is lost in silence.
             if len(read) < 3 and line > 0 and position < len(whole) - 1:
                 assert f"WARNING: {path}: line " in capsys.readouterr().err
+    for nothing in (b"", whole.splitlines()[0]):
+        path.write_bytes(nothing)
+        assert read_metrics(path) == []
 
 
 def test_a_metric_without_a_column_is_an_error_and_writes_nothing(tmp_path):
@@ -311,6 +314,8 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(clock):
     """A step has two images, so a window's means are its sums by twice its steps."""
     window = TrainingWindow(CPU, images_per_step=2)
     resumed = TrainingWindow(CPU, images_per_step=2)
+    window.start_clock()
+    resumed.start_clock()
 
     def add(window, seconds, loss, skipped=0):
         """Add a step that took so long; its sum of the errors of eps is a quarter of the loss."""
