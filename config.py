@@ -10,8 +10,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import LARGEST_TIMESTEPS, NoiseScheduler
-from functions.prediction import OBJECTIVES
 from functions.samplers import SAMPLERS
 from functions.support.settings import (
     ConfigError,

@@ -1,15 +1,16 @@
 """Play with a trained model in the browser: `python demo.py` serves a page and prints its address.
 
 Only this machine can open the page. Its three tabs draw images, mix two, and inpaint one. They call
-the same functions as sample.py, so the images are the same. Every click uses the newest checkpoint,
-so you can use the page while a run is training; without any run, it uses a model in pretrained/. A
-click waits until earlier clicks are finished.
+the same functions as sample.py and edit.py, so the images are the same. Every click uses the newest
+checkpoint, so you can use the page while a run is training; without any run, it uses a model in
+pretrained/. A click waits until earlier clicks are finished.
 """
 
 import argparse
 import html
 import math
 import os
+import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -239,7 +240,9 @@ class Demo:
         flags = f"--seed {seed or 0} --n {n} --sampler {options.sampler} --steps {step_count}"
         if options.guide:
             flags += f" --guide {options.guide} --guidance {options.guidance:g}"
-        history.append((f"sample.py {saved.path} {flags}", to_uint8(samples.images).numpy()))
+        # The path may contain spaces.
+        path = shlex.quote(str(saved.path))
+        history.append((f"sample.py {path} {flags}", to_uint8(samples.images).numpy()))
         return show_last(history)
 
     def mix(self, check: Check, depth: float, share: float, *inputs: Value) -> list[Image.Image]:

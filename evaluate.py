@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.datasets import ImageSet, Split, load_and_split
+from data.datasets import ImageSet, Split, hash_ids, load_and_split
 from data.pixels import to_model_range
 from functions.evaluation.bands import measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import (
@@ -40,9 +40,7 @@ from functions.evaluation.features import (
     load_inception,
     real_features,
     sample_features,
-    statistics,
 )
-from functions.evaluation.reference_statistics import describe, read_reference, write_reference
 from functions.samplers import VARIANCES
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, open_sampler
@@ -50,7 +48,7 @@ from functions.sampling.guidance import with_guide
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
-from functions.support.files import sha256, write_text
+from functions.support.files import sha256, short, write_text
 from functions.support.processes import Processes, distributed
 from functions.support.run_folder import results_folder
 
@@ -67,9 +65,8 @@ class Subject:
     """The model to evaluate, and the real images to compare it with."""
 
     image_sampler: ImageSampler  # the model, its sampler and the seed
-    # None when published statistics replace the real images.
-    image_set: ImageSet | None
-    split: Split | None
+    image_set: ImageSet
+    split: Split
     # The weights, the device and so on, for the settings of every result.
     facts: dict
     # The folder of the results, followed by the checkpoint's name, which begins all file names.
@@ -85,13 +82,16 @@ def main(load_extractor: LoadExtractor = load_inception) -> None:
     """Read the command line, measure the metrics, and print the paths of the written files."""
     args = parse_flags()
     with distributed() as processes:
-        subject = open_subject(args, processes)
+        if args.metrics != ["bpd"]:
+            subject = open_subject(args, processes)
         if "bands" in args.metrics:
             evaluate_bands(args, subject, processes)
         if {"fid", "kid", "prc"} & set(args.metrics):
             evaluate_images(args, subject, load_extractor, processes)
         if "bpd" in args.metrics:
-            evaluate_bits(args, subject, processes)
+            # The bound is computed in float32, whatever the precision of sampling.
+            args.precision = "float32"
+            evaluate_bits(args, open_subject(args, processes), processes)
 
 
 def parse_flags() -> argparse.Namespace:
@@ -160,18 +160,6 @@ def parse_flags() -> argparse.Namespace:
         help="How many of the real images to use, evenly spaced. Default: all.",
     )
     group.add_argument(
-        "--reference",
-        type=Path,
-        metavar="FILE.npz",
-        help="Published statistics to use instead of real images, only for fid. Default: none.",
-    )
-    group.add_argument(
-        "--save-reference",
-        type=Path,
-        metavar="FILE.npz",
-        help="Write the real images' statistics to this file. Default: they are not written.",
-    )
-    group.add_argument(
         "--weights",
         type=Path,
         metavar="FILE",
@@ -179,11 +167,6 @@ def parse_flags() -> argparse.Namespace:
     )
 
     args = parser.parse_args()
-    if args.reference and (args.save_reference or {"kid", "prc"} & set(args.metrics)):
-        raise UserError(
-            "--reference has only the statistics for fid; "
-            "kid, prc and --save-reference need real images"
-        )
     # The bound needs the likelihood of a model, which the mix of two models does not have. Bands
     # show what a single network knows.
     if args.guide and {"bpd", "bands"} & set(args.metrics):
@@ -218,15 +201,12 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     # As in sample.py, the calibration is first, because it is fitted to the model alone.
     image_sampler = with_calibration(image_sampler, saved)
     image_sampler = with_guide(image_sampler, saved, processes)
-    image_set, split = None, None
-    # Published statistics replace the real images only for fid.
-    if not args.reference or args.metrics != ["fid"]:
-        image_set, split = load_and_split(saved, args.data)
-        processes.print_main(split.description)
+    image_set, split = load_and_split(saved, args.data)
+    processes.print_main(split.description)
 
     # If the model was trained on some of the validation images, its results on them are too good.
     ids_hash = provenance.get("train_ids_hash")
-    if split and ids_hash != split.train_ids_hash and processes.is_main:
+    if ids_hash != split.train_ids_hash and processes.is_main:
         problem = "THESE ARE NOT THE IMAGES" if ids_hash else "IT IS UNKNOWN WHICH IMAGES"
         print(
             f"WARNING: {problem} IT WAS TRAINED ON: "
@@ -304,7 +284,6 @@ def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Process
 
     settings = {
         **subject.facts,
-        # The bound is computed in float32, whatever the precision of sampling.
         "precision": "float32",
         "ids_hash": split.val_ids_hash,
         "split_images": len(split.val_indices),
@@ -386,13 +365,10 @@ def evaluate_images(
 def open_reference(
     args: argparse.Namespace, subject: Subject, extractor: Extractor, processes: Processes
 ) -> Reference | None:
-    """Read the real images' features from --reference, or compute them from the images.
+    """Compute the features of the real images.
 
     All processes compute them, but only rank 0 returns them; the others return None.
     """
-    if args.reference:
-        return read_reference(args.reference, subject.image_sampler.shape[-1], extractor)
-
     split = args.reference_split
     indices_of = {"train": subject.split.train_indices, "val": subject.split.val_indices}
     indices = evenly_spaced(indices_of[split], args.reference_images)
@@ -401,17 +377,23 @@ def open_reference(
             f"too few real images: {len(indices)} in {split}; there must be {FEWEST} or more"
         )
     image_set = subject.image_set
-    description = describe(image_set, indices, split, extractor)
+    # It determines the features, because it has hashes of the images and of the network.
+    description = {
+        # A path may reveal who owns the data, so only its last part is published.
+        "dataset": short(Path(image_set.name).name),
+        "split": split,
+        "count": len(indices),
+        "image_size": image_set.images.shape[1],
+        "ids_hash": hash_ids([image_set.ids[i] for i in indices]),
+        "pixels_hash": image_set.pixels_hash,
+        **extractor.facts,
+    }
     batch_size = subject.image_sampler.batch_size
     real = real_features(image_set.images, indices, batch_size, extractor, processes)
     if not processes.is_main:
         return None
 
-    reference = Reference(description, statistics(real), real)
-    if args.save_reference:
-        write_reference(args.save_reference, reference)
-        print(f"wrote {args.save_reference}")
-    return reference
+    return Reference(description, real)
 
 
 def write_result(path_prefix: Path, metrics: str, contents: dict) -> Path:

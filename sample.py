@@ -4,8 +4,8 @@ Without any run, it uses a model in pretrained/, which comes with the repository
 
 The network and its EMA weights come from the checkpoint, and no other file is needed. Images are
 sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or in fewer steps with
---sampler and --steps. functions/samplers.py has the reverse loops. --interpolate mixes two images,
---variations samples images similar to one, and --inpaint regenerates a part of one.
+--sampler and --steps. functions/samplers.py has the reverse loops. edit.py is the script for what
+begins with images.
 
 Several GPUs can divide many images among them. If this command is interrupted, starting it again
 samples only the missing images:
@@ -14,14 +14,12 @@ samples only the missing images:
 """
 
 import argparse
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import numpy as np
-
-from data.decode import read_image, read_with_mask
 from data.pixels import to_uint8
 from functions.sampling.calibration import with_calibration
 from functions.sampling.export import export
@@ -29,8 +27,8 @@ from functions.sampling.files import (
     GRID_LIMIT,
     figures_of,
     image_path,
-    label_of,
     open_folder,
+    samples_folder,
     save_pictures,
     wait_for_images,
 )
@@ -42,27 +40,19 @@ from functions.sampling.generation import (
     open_sampler,
 )
 from functions.sampling.guidance import with_guide
-from functions.sampling.inpainting import check_sampler, inpaint_image
-from functions.sampling.interpolation import save_rows
 from functions.sampling.options import add_sampling_flags
-from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
+from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
-from functions.support.pictures import save_grid, save_image
+from functions.support.pictures import save_image
 from functions.support.processes import Processes, distributed
-from functions.support.run_folder import results_folder
 
-# These flags always have an effect.
-ALWAYS = {"checkpoint", "runs", "device", "precision", "seed"}
-SAMPLING = {"batch_size", "out", "sampler", "steps", "spacing", "eta", "variance"}
-SAMPLING |= {"calibrate", "guide", "guidance"}
-ROWS = {*SAMPLING, "depths", "fit"}
-# These flags have an effect together with each action. The default, "noise", samples from noise.
-ACTION_FLAGS = {
-    "noise": {*SAMPLING, "n", "individual", "strip", "progressive", "gif"},
-    "interpolate": ROWS,
-    "variations": ROWS,
-    "inpaint": {*SAMPLING, "n", "individual", "mask", "resample"},
-    "export": set(),
+# These flags have an effect with --export.
+EXPORT_FLAGS = {"export", "checkpoint", "runs", "device", "precision", "seed"}
+# Earlier flags of this script, and what replaces them.
+MOVED = {
+    "--interpolate": "edit.py interpolate A B",
+    "--variations": "edit.py vary A",
+    "--inpaint": "edit.py inpaint A",
 }
 
 
@@ -78,8 +68,6 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
     with distributed() as processes:
         # The network and its schedule come only from the checkpoint.
         saved, image_sampler = open_sampler(args, processes, name_prefix)
-        if args.inpaint:
-            check_sampler(image_sampler.options)
         if args.export:
             if processes.is_main:
                 export(saved, image_sampler, args.export)
@@ -90,25 +78,14 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
         # fitted to the model alone; `with_guide` calibrates the guide.
         image_sampler = with_calibration(image_sampler, saved)
         image_sampler = with_guide(image_sampler, saved, processes)
-        options = image_sampler.options
-
-        # The folder's name contains the options that differ from the defaults, and the precision.
-        precision = image_sampler.precision_facts
-        folder_name = f"{saved.name}-{options.short_name}-{precision['precision']}"
-        results = processes.on_main(lambda: results_folder(saved, "samples"))
-        folder = args.out or results / f"{folder_name}-seed{args.seed}"
-
-        if args.interpolate or args.variations or args.inpaint:
-            if processes.is_main:
-                sample_from_images(args, image_sampler, folder)
-            return
+        folder = samples_folder(args, saved, image_sampler, processes)
         # These facts determine the pixels, and are the same for all single images of a folder.
         facts = {
             "checkpoint": saved.digest,
             "weights": saved.kind,
             "seed": args.seed,
-            **precision,
-            **options.facts(image_sampler.scheduler.timesteps),
+            **image_sampler.precision_facts,
+            **image_sampler.options.facts(image_sampler.scheduler.timesteps),
         }
         sample_from_noise(args, image_sampler, folder, facts, processes)
 
@@ -156,7 +133,8 @@ def sample_from_noise(
         # generator is closed, which ends its progress bar.
         batches = [remaining[i] for i in processes.shard(len(remaining))]
         progress = processes.is_main and bool(batches)
-        with closing(generate_batches(image_sampler, batches, frames, progress)) as generator:
+        samples_of = generate_batches(image_sampler, batches, frames, progress, shown_count)
+        with closing(samples_of) as generator:
             pairs = zip(batches, generator, strict=True)
             shown = write_images(args, pairs, folder, indices_on_disk, shown_count)
 
@@ -202,44 +180,16 @@ def write_images(
     return shown
 
 
-def sample_from_images(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
-    """Write the pictures that --interpolate, --variations and --inpaint ask for."""
-    shape = image_sampler.shape
-
-    def source_of(text):
-        return int(text) if text.isdecimal() else read_image(Path(text), shape, args.fit)
-
-    # All images are read before the folder is created. A picture's file name contains labels of its
-    # sources, so that no picture of other sources is overwritten.
-    rows = {}
-    for kind, texts in (("interpolation", args.interpolate), ("variations", args.variations)):
-        if texts:
-            sources = [source_of(text) for text in texts]
-            labels = map(label_of, texts, sources)
-            rows["-".join([kind, *labels])] = sources
-    if args.inpaint:
-        image, mask = read_with_mask(args.inpaint, args.mask, shape)
-        # The same image with another mask is another source.
-        inpainting = f"inpainting-{label_of(args.inpaint, np.dstack([image, mask]))}"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    for name, sources in rows.items():
-        save_rows(image_sampler, sources, args.depths, folder / f"{name}.png")
-    if args.inpaint:
-        pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)
-        path = folder / f"{inpainting}.png"
-        save_grid(pictures, path, columns=min(len(pictures), 8))
-        print(f"wrote {path}")
-        if args.individual:
-            # The first two pictures are the image and its known pixels. The names of the other
-            # files are not just numbers, because a file with such a name is a sample from noise,
-            # which the manifest describes.
-            for i, picture in enumerate(pictures[2:]):
-                save_image(picture, folder / f"{inpainting}-{i:05d}.png")
-
-
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
-    """Read the command line. Raises UserError if the images do not fit in a grid."""
+    """Read the command line.
+
+    Raises UserError for a flag that has moved or would be ignored, and if the images do not fit in
+    a grid.
+    """
+    for flag, command in MOVED.items():
+        if any(text.startswith(flag) for text in sys.argv):
+            raise UserError(f"{flag} is now a command of its own: python {command}")
+
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     parser.add_argument(
@@ -275,89 +225,22 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
         "Default: no; yes in sampleFFHQ.py.",
     )
 
-    group = parser.add_argument_group("what to do instead of sampling from noise")
-    group.add_argument(
-        "--interpolate",
-        nargs=2,
-        metavar=("A", "B"),
-        help="Interpolate between two images: noise them, mix them and denoise. A and B are image "
-        "files, or indices of images that this seed generates. Default: none.",
-    )
-    group.add_argument(
-        "--variations",
-        nargs=1,
-        metavar="A",
-        help="Vary an image: noise it and denoise it, several times. A is an image file, or the "
-        "index of an image that this seed generates. Default: none.",
-    )
-    group.add_argument(
-        "--depths",
-        type=fractions,
-        default="0.25,0.5,0.75,1",
-        metavar="X,X,...",
-        help="How far --interpolate and --variations noise the images, as fractions of all "
-        "timesteps. Default: %(default)s.",
-    )
-    group.add_argument(
-        "--fit",
-        action="store_true",
-        help="For --interpolate and --variations: crop and resize image files of another size. "
-        "Default: no.",
-    )
-    group.add_argument(
-        "--inpaint",
-        metavar="IMAGE",
-        help="Regenerate the part that is white in --mask (or transparent in IMAGE), --n times. "
-        "This needs --sampler ddpm, or ddim with --eta 1. Default: none.",
-    )
-    group.add_argument(
-        "--mask",
-        metavar="FILE",
-        help="For --inpaint: an image of equal size, white in the part to inpaint. Default: none.",
-    )
-    group.add_argument(
-        "--resample",
-        type=positive,
-        default=10,
-        metavar="N",
-        help="For --inpaint: how many times each step is done. Default: %(default)s.",
-    )
-    group.add_argument(
+    parser.add_argument(
         "--export",
         type=Path,
         metavar="FILE.safetensors|FOLDER",
-        help="Write the EMA weights (of a run without EMA, the raw weights) as one file, or as a "
-        "diffusers folder. Default: no.",
+        help="Instead of sampling, write the EMA weights (of a run without EMA, the raw weights) "
+        "as one file, or as a diffusers folder. Default: no.",
     )
 
     args = parser.parse_args()
-    refuse_ignored(args, parser.parse_args([]))
-    if args.n > GRID_LIMIT and (args.inpaint or not args.individual):
-        # The grid of --inpaint shows all images, even with --individual.
-        advice = "use a smaller --n" if args.inpaint else f"for {args.n} add --individual"
-        raise UserError(f"a grid shows {GRID_LIMIT} images at most; {advice}")
-    return args
-
-
-def refuse_ignored(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
-    """Raise UserError for a flag that would be ignored and does not have its default value."""
-    # An export does nothing else. The other actions can be combined.
-    actions = [name for name in ACTION_FLAGS if getattr(args, name, None)]
-    if args.export:
-        actions = ["export"]
-    effective = ALWAYS.union(actions, *(ACTION_FLAGS[action] for action in actions or ["noise"]))
+    defaults = parser.parse_args([])
     for name, value in vars(args).items():
-        # Flags that are off, such as --no-gif, ask for nothing.
-        if value and name not in effective and value != getattr(defaults, name):
-            users = [action for action in ACTION_FLAGS if name in ACTION_FLAGS[action]]
-            word = "with" if actions else "without"
-            others = " or ".join(f"--{action}" for action in actions or users)
-            raise UserError(f"--{name.replace('_', '-')} would be ignored {word} {others}")
-
-
-def fractions(text: str) -> list[float]:
-    """Parse a flag's value: comma-separated numbers from 0 to 1."""
-    return [fraction(number) for number in text.split(",")]
+        if args.export and name not in EXPORT_FLAGS and value != getattr(defaults, name):
+            raise UserError(f"--{name.replace('_', '-')} would be ignored with --export")
+    if args.n > GRID_LIMIT and not args.individual:
+        raise UserError(f"a grid shows {GRID_LIMIT} images at most; for {args.n} add --individual")
+    return args
 
 
 if __name__ == "__main__":

@@ -60,7 +60,6 @@ def train(run: TrainingRun) -> bool:
     """Train a run to its last step. Return False if a signal has stopped it before."""
     config = run.config
     processes = run.processes
-    scheduler = run.denoiser.scheduler
     optimizer = run.optimizer
     scaler = run.scaler
 
@@ -98,7 +97,7 @@ def train(run: TrainingRun) -> bool:
                 place = step * config.effective_batch + run.share[part.start]
                 torch.manual_seed(seed_of(config.seed, "dropout", place))
                 with processes.gradient_sync(network, last=part is passes[-1]):
-                    loss = denoising_loss(denoiser, scheduler, x_0[part], t[part], eps[part])
+                    loss = denoising_loss(denoiser, x_0[part], t[part], eps[part])
                     # DDP averages over the processes, so the factor makes their mean a sum.
                     mean = loss.sum() * processes.count / config.effective_batch
                     scaler.scale(mean).backward()

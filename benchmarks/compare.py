@@ -32,9 +32,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EXPERIMENTS, ModelConfig
+from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import (
     DTYPES,
@@ -171,7 +171,7 @@ class Bench:
 
         # diffusers' network returns a tuple, and the others return a tensor.
         predict = first_of_tuple if arm.package == "diffusers" else network
-        self.denoiser = Denoiser(predict, NoiseScheduler(1000), DTYPES[arm.precision])
+        self.denoiser = Denoiser(predict, NoiseScheduler(1000), precision=DTYPES[arm.precision])
 
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5, fused=True)
         self.batch = self.inputs(batch)
@@ -187,7 +187,7 @@ class Bench:
 
     def step(self) -> None:
         """Make an optimiser step, as train.py does."""
-        losses = denoising_loss(self.denoiser, self.denoiser.scheduler, *self.batch)
+        losses = denoising_loss(self.denoiser, *self.batch)
         losses.mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -237,7 +237,7 @@ class Bench:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-            denoising_loss(self.denoiser, self.denoiser.scheduler, *inputs)
+            denoising_loss(self.denoiser, *inputs)
         return sum(storage.nbytes() for storage in storages.values())
 
 

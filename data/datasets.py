@@ -12,6 +12,7 @@ from data.packed import ImageSet, open_packed
 from data.sources import ARCHIVES, Source, find_source
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
+from functions.support.files import short
 
 DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
@@ -132,7 +133,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
             f"{name} has {count} image(s): too few to train on some and validate on others."
         )
 
-    description = f"{name}: {train_count:,} images train, {val_count:,} validate ({reason})"
+    description = f"{short(name)}: {train_count:,} images train, {val_count:,} validate ({reason})"
     indices = np.arange(count, dtype=np.int64)
     return Split(
         indices[:train_count],

@@ -128,43 +128,6 @@ def open_image_file(path: str, hint: str = "") -> Image.Image:
         raise UserError(f"{path}: {error.strerror}{hint}") from error
 
 
-def read_with_mask(
-    path: str, mask_path: str | None, shape: tuple[int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image to be inpainted and its mask -> uint8 (S, S, C), and bool (S, S).
-
-    The mask is true where the image is to be inpainted: where the mask's file is white or, if there
-    is no such file, where the image is transparent. Both are cropped and resized as training images
-    are, to the `shape` (C, S, S) of the model's images. Raises UserError as `open_image_file` does,
-    and for a mask of another size than its image, or a mask that is true or false everywhere.
-    """
-    image = open_image_file(path)
-    if mask_path:
-        mask_image = open_image_file(mask_path)
-    elif image.mode.startswith("I"):
-        # Pillow does not convert 16-bit grey to RGBA. Such an image has no transparent part.
-        mask_image = Image.new("L", image.size)
-    else:
-        alpha = image.convert("RGBA").getchannel("A")
-        mask_image = ImageOps.invert(alpha)
-
-    if mask_image.size != image.size:
-        raise UserError(
-            f"{mask_path} has {mask_image.width}x{mask_image.height} pixels, its image "
-            f"{image.width}x{image.height}; a mask must be as large as its image"
-        )
-
-    white = to_pixels(mask_image, 3).mean(axis=2) >= 128
-    mask = fit_mask(white, shape[-1])
-    if mask.all() or not mask.any():
-        part = "everything" if mask.all() else "nothing"
-        raise UserError(
-            f"{mask_path or path}: {part} would be inpainted; give a --mask that is partly white, "
-            "or erase a part of the image"
-        )
-    return fit_image(image, shape), mask
-
-
 def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     """Crop and resize a mask, bool (H, W), as `fit_square` does with its image -> bool (S, S)."""
     levels = fit_square(np.uint8(255) * mask, image_size)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import train
 from config import EXPERIMENTS
@@ -34,7 +35,7 @@ from functions.support.checkpoint import open_checkpoint
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
-from functions.support.pictures import grid_of, plt, save_figure, save_image
+from functions.support.pictures import grid_of, save_figure, save_image
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import checkpoints_of, find_checkpoints, is_finished, runs_of
 from functions.training.run import TrainingRun, resume_run
@@ -272,7 +273,8 @@ def draw_samples(samples: dict[str, np.ndarray]) -> None:
         if missing:
             print(f"{file} is not drawn, because these are not measured: {'; '.join(missing)}")
             continue
-        figure, axes = plt.subplots(len(labels), 1, figsize=(10, 0.8 * len(labels)))
+        figure = Figure(figsize=(10, 0.8 * len(labels)))
+        axes = figure.subplots(len(labels), 1)
         for axis, label in zip(axes, labels, strict=True):
             axis.imshow(grid_of(samples[label][:COLUMNS], COLUMNS), interpolation="bicubic")
             axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)

@@ -40,7 +40,7 @@ def main() -> None:
 
     columns = {}
     for weight in WEIGHTS:
-        denoiser = replace(sampler.denoiser, guidance=weight)
+        denoiser = replace(sampler.denoiser, weight=weight)
         images = generate(replace(sampler, denoiser=denoiser), range(IMAGE_COUNT)).images
         columns[f"w = {weight:g}"] = to_uint8(images).numpy()
     save_strip(list(columns.values()), list(columns), FIGURE)

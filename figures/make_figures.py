@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from config import EXPERIMENTS
@@ -27,7 +28,6 @@ from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.pictures import (
-    plt,
     save_figure,
     save_gif,
     save_grid,
@@ -53,14 +53,15 @@ QUEEN = "people_1f478-1f3fd.png"
 COOK = "people_1f9d1-1f3fb-200d-1f373.png"
 WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
 
-# The name of a picture -> the flags of sample.py, and a pattern of the file that it writes.
+# The name of a picture -> a command, which the run is added to, and a pattern of the file that it
+# writes.
 COMMANDS = {
-    "few_steps.png": ("--sampler dpm++ --steps 20", "grid.png"),
-    "progressive.png": ("--steps 50 --progressive", "progressive.png"),
-    "interpolation.png": (f"--steps 50 --interpolate {QUEEN} {COOK}", "interpolation-*.png"),
-    "variations.png": (f"--steps 50 --variations {QUEEN}", "variations-*.png"),
+    "few_steps.png": ("sample.py --sampler dpm++ --steps 20", "grid.png"),
+    "progressive.png": ("sample.py --steps 50 --progressive", "progressive.png"),
+    "interpolation.png": (f"edit.py interpolate --steps 50 {QUEEN} {COOK}", "interpolation-*.png"),
+    "variations.png": (f"edit.py vary --steps 50 {QUEEN}", "variations-*.png"),
     "inpainting.png": (
-        f"--steps 50 --inpaint {WIZARD} --mask mask.png --n 5",
+        f"edit.py inpaint --steps 50 --mask mask.png --n 5 {WIZARD}",
         "inpainting-*.png",
     ),
 }
@@ -104,7 +105,8 @@ def draw_cumulative_noise() -> None:
 
 def draw_schedules() -> None:
     """Draw alpha_bar and the signal-to-noise ratio over t / T."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4))
+    left, right = figure.subplots(1, 2)
     for name, scheduler in SCHEDULES.items():
         alpha_bar = scheduler.alphas_cumprod.numpy()
         t = np.arange(1, scheduler.timesteps + 1) / scheduler.timesteps
@@ -130,7 +132,8 @@ def draw_time_embedding() -> None:
     The upper half of the picture has the sines, the lower the cosines, a row for each frequency.
     """
     embedding = sinusoidal_embedding(torch.arange(1000), 64).T  # (64, 1000)
-    figure, axis = plt.subplots(figsize=(7, 3.4))
+    figure = Figure(figsize=(7, 3.4))
+    axis = figure.subplots()
     picture = axis.imshow(embedding, "RdBu", aspect="auto", interpolation="nearest")
     axis.axhline(31.5, color="black", linewidth=0.8)
     axis.set(xlabel="timestep t")
@@ -143,7 +146,8 @@ def draw_time_embedding() -> None:
 def draw_unet() -> None:
     """Draw the network of `ffhq-run2`: a bar for each block, whose height shows its resolution."""
     blocks = np.array(blocks_of_unet())
-    figure, axis = plt.subplots(figsize=(10, 4))
+    figure = Figure(figsize=(10, 4))
+    axis = figure.subplots()
 
     # The blocks stand side by side in the order of the forward pass.
     kinds = ("residual block (number: its channels)", "residual block, then self-attention")
@@ -252,7 +256,7 @@ def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
 
 def draw_commands(saved: SavedModel, temporary: Path) -> None:
     """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
-    # sample.py reads the images and the mask from files.
+    # edit.py reads the images and the mask from files.
     size = saved.model.image_size
     people = load_images("emoji_people", size)
     for name in (QUEEN, COOK, WIZARD):
@@ -263,11 +267,12 @@ def draw_commands(saved: SavedModel, temporary: Path) -> None:
     mask[size // 2 :] = 255
     save_image(mask, temporary / "mask.png")
 
-    for figure, (flags, pattern) in COMMANDS.items():
+    for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
-        script = FIGURES.parent / "sample.py"
-        command = [sys.executable, script, saved.path.resolve(), *flags.split(), "--out", out]
-        subprocess.run(command, check=True, cwd=temporary)
+        script, *arguments = command.split()
+        arguments += [saved.path.resolve(), "--out", out]
+        call = [sys.executable, FIGURES.parent / script, *arguments]
+        subprocess.run(call, check=True, cwd=temporary)
         [file] = out.glob(pattern)
         shutil.copyfile(file, FIGURES / figure)
 

@@ -8,8 +8,8 @@ Images are in [-1, 1] and have 256 levels. t counts from 0, so it is the paper's
     L_0   -log p(x_0 | x_1) of the discretised Gaussian decoder (Eq. 13), at t = 0.
 
 The mean of p follows from the model's x_0 (Eq. 7), clipped to [-1, 1] as in Ho's evaluation. The
-variance of p is fixed, "small" or "large" as in sampling. The network computes in float32, and
-everything else is float64.
+variance of p is fixed, "small" or "large" as in sampling. The network computes in its
+denoiser's precision (evaluate.py opens it in float32), and everything else is float64.
 """
 
 import math
@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Model, interpret
 
 # Half the distance between neighbouring levels: 256 levels span [-1, 1].
 HALF_BIN = 1 / 255
@@ -30,8 +30,7 @@ OUTER_BIN = 0.999
 
 
 def bound_terms(
-    model: Model,
-    scheduler: NoiseScheduler,
+    denoiser: Predictor,
     x_0: Tensor,
     t: Tensor,
     noise: Tensor,
@@ -50,17 +49,18 @@ def bound_terms(
         clip_x_0: clip the predicted x_0 to [-1, 1].
     """
     device = x_0.device
-    # MPS has no float64, so for MPS the CPU computes everything except the network.
+    # MPS has no float64, so for MPS the CPU computes everything except the prediction.
     float64_device = "cpu" if device.type == "mps" else device
     x_0 = x_0.to(float64_device, torch.float64)
     t = t.to(float64_device)
     noise = noise.to(float64_device, torch.float64)
 
+    scheduler = denoiser.scheduler
     x_t = scheduler.q_sample(x_0, t, noise)
-    output = model(x_t.to(device, torch.float32), t.to(device)).to(float64_device)
-    predicted_x_0, _ = interpret(model, scheduler, x_t, t, output)
-    if clip_x_0:
-        predicted_x_0 = predicted_x_0.clamp(-1, 1)
+    if device.type == "mps":
+        x_t = x_t.float().to(device)
+    predicted_x_0, _ = denoiser.predict(x_t, t.to(device), clip_x_0)
+    predicted_x_0 = predicted_x_0.to(x_0)
 
     sigma_squared = model_variance(scheduler, t, variance)
     terms = posterior_kl(scheduler, x_0, predicted_x_0, t, sigma_squared)

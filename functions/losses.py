@@ -2,20 +2,17 @@
 
 from torch import Tensor
 
-from functions.noise_scheduler import NoiseScheduler, broadcast
-from functions.prediction import Model, objective_of
+from functions.denoiser import OBJECTIVES, Denoiser
+from functions.noise_scheduler import broadcast
 
 
-def denoising_loss(
-    model: Model, scheduler: NoiseScheduler, x_0: Tensor, t: Tensor, noise: Tensor
-) -> Tensor:
+def denoising_loss(denoiser: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Return L_simple of each image, ||eps - eps_theta(x_t, t)||^2 / (C H W).
 
     This is Eq. 14 of Ho et al. 2020, and line 5 of their Algorithm 1. For a `Denoiser` that
     predicts v, it is the squared error of v.
 
     Args:
-        model: a `Denoiser`, or any callable (x_t, t) -> eps.
         x_0: (B, C, H, W) clean images in [-1, 1].
         t: (B,) int64 timesteps.
         noise: (B, C, H, W) standard normal.
@@ -25,16 +22,16 @@ def denoising_loss(
     """
     # x_t is float32, like x_0, even if the network computes in half precision. Rounded to half
     # precision, the small noise of the first timesteps would be lost.
-    x_t = scheduler.q_sample(x_0, t, noise)
-    target = objective_of(model).target(scheduler, x_0, t, noise)
-    squared_errors = (model(x_t, t).float() - target).square()  # (B, C, H, W)
+    x_t = denoiser.scheduler.q_sample(x_0, t, noise)
+    target = OBJECTIVES[denoiser.objective].target(denoiser.scheduler, x_0, t, noise)
+    squared_errors = (denoiser(x_t, t) - target).square()  # (B, C, H, W)
     return squared_errors.flatten(1).mean(dim=1)
 
 
-def eps_errors(model: Model, scheduler: NoiseScheduler, losses: Tensor, t: Tensor) -> Tensor:
-    """Convert a model's losses, (B,), to squared errors of eps, (B,).
+def eps_errors(denoiser: Denoiser, losses: Tensor, t: Tensor) -> Tensor:
+    """Convert a denoiser's losses, (B,), to squared errors of eps, (B,).
 
     Errors of eps can be compared between models of different objectives. t is (B,) int64.
     """
-    factor = objective_of(model).eps_factor(scheduler, t)
+    factor = OBJECTIVES[denoiser.objective].eps_factor(denoiser.scheduler, t)
     return broadcast(factor, losses) * losses

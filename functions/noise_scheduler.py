@@ -59,7 +59,8 @@ class NoiseScheduler:
         rescale_betas: bool = True,
         beta_schedule: str = "linear",
     ):
-        if not 2 <= timesteps <= LARGEST_TIMESTEPS or beta_schedule not in ("linear", "cosine"):
+        in_range = type(timesteps) is int and 2 <= timesteps <= LARGEST_TIMESTEPS
+        if not in_range or beta_schedule not in ("linear", "cosine"):
             raise ValueError(
                 f"timesteps is {timesteps} and beta_schedule is {beta_schedule!r}; "
                 f"use 2 to {LARGEST_TIMESTEPS:,} timesteps, and 'linear' or 'cosine'"
@@ -71,14 +72,17 @@ class NoiseScheduler:
         else:
             self.betas = cosine_betas(timesteps)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64, on the CPU
-        # Eq. 15 divides float32 tensors by sqrt(alpha_bar), so this must not be 0 in float32, whose
-        # smallest number is 2^-149. Without this check samples would be nan.
-        if self.alphas_cumprod[-1] <= 2.0**-300:
+        # Eq. 15 divides float32 tensors by sqrt(alpha_bar). The largest float32 is 2^128, so with a
+        # much smaller alpha_bar samples would be inf or nan.
+        if self.alphas_cumprod[-1] <= 2.0**-240:
             raise ValueError(
                 f"alpha_bar underflows to 0 within {timesteps} timesteps, as beta_end is "
                 f"{beta_end:g} and rescale_betas is {rescale_betas}; use fewer timesteps, a "
                 "smaller beta_end or rescale_betas = True"
             )
+        # At the first timestep eps is divided by sqrt(1 - alpha_bar).
+        if self.alphas_cumprod[0] == 1:
+            raise ValueError(f"beta_start is {beta_start:g}, which adds no noise; use a larger one")
         # Copies of alpha_bar at t = -1 .. T-1, (T + 1,), on each device that has been used so far.
         self.tables: dict[torch.device, Tensor] = {}
 

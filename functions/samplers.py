@@ -1,11 +1,11 @@
 """The samplers: from noise x_T to images x_0.
 
-Each sampler is a plain function `f(model, scheduler, x_T, steps=N) -> x_0` with its paper's
-defaults. A new sampler is a function and a row of the table `SAMPLERS` at the end of this file.
-All samplers share these arguments:
+Each sampler is a plain function `f(denoiser, x_T, steps=N) -> x_0` with its paper's defaults. A new
+sampler is a function and a row of the table `SAMPLERS` at the end of this file. All samplers share
+these arguments:
 
-    model        a `Denoiser`, or any callable `(x_t (B, C, H, W), t (B,) int64) -> eps`. It is
-                 called once per step.
+    denoiser     a `Denoiser`, or anything else with `scheduler` and `predict`. `predict` is called
+                 once per step.
     x_T          (B, C, H, W) standard normal. Sample i depends only on x_T[i] and on the step
                  noise of sample i.
     steps        the number of network calls, 1 .. T (None means T); or the timesteps themselves,
@@ -35,8 +35,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Model, predict
+from functions.denoiser import Predictor
 from functions.timesteps import Steps, sampling_times
 
 # The variances of the noise that `ddpm_sample` adds.
@@ -47,8 +46,7 @@ OnStep = Callable[[int, int, Tensor, Tensor], None]
 
 @torch.no_grad()
 def ddpm_sample(
-    model: Model,
-    scheduler: NoiseScheduler,
+    denoiser: Predictor,
     x_T: Tensor,
     steps: Steps = None,
     variance: str = "small",
@@ -68,6 +66,7 @@ def ddpm_sample(
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance is {variance!r}; it can be small or large")
+    scheduler = denoiser.scheduler
     times = sampling_times(scheduler, steps, spacing)
 
     # Line 1: x_T ~ N(0, I), which the caller draws.
@@ -77,7 +76,7 @@ def ddpm_sample(
         # Algorithm 2 computes the mean from x_t and eps. This code computes x_0 first (Eq. 15) and
         # then the mean (Eq. 7), so that x_0 can be clipped. Without clipping the mean is the same.
         # For a network that predicts eps, `predict` calls scheduler.predict_x_0.
-        x_0, _ = predict(model, scheduler, x, t, clip_x_0)
+        x_0, _ = denoiser.predict(x, t, clip_x_0)
         mean, sigma_squared = scheduler.q_posterior(x_0, x, t, s)
         if variance == "large":
             sigma_squared = scheduler.step_beta(t, s)
@@ -94,8 +93,7 @@ def ddpm_sample(
 
 @torch.no_grad()
 def ddim_sample(
-    model: Model,
-    scheduler: NoiseScheduler,
+    denoiser: Predictor,
     x_T: Tensor,
     steps: Steps = None,
     eta: float = 0.0,
@@ -111,10 +109,11 @@ def ddim_sample(
             the same steps.
     """
     check_eta(eta)
+    scheduler = denoiser.scheduler
     times = sampling_times(scheduler, steps, spacing)
     x = x_T
     for k, (t, s) in enumerate(pairwise(times)):
-        x_0, eps = predict(model, scheduler, x, t, clip_x_0)
+        x_0, eps = denoiser.predict(x, t, clip_x_0)
         a_s = scheduler.alpha_bar(s)
         # Eq. 16: sigma is eta times the standard deviation of the posterior.
         sigma = eta * math.sqrt(scheduler.posterior_variance(t, s))
@@ -129,9 +128,38 @@ def ddim_sample(
 
 
 @torch.no_grad()
+def ddim_invert(
+    denoiser: Predictor, x_0: Tensor, steps: Steps = None, spacing: str = "trailing"
+) -> Tensor:
+    """Return the x_T from which `ddim_sample` with eta = 0 samples images x_0; order 1.
+
+    With eta = 0, DDIM is Euler's method for an ODE that leads from noise to an image (Song et al.
+    2021, Section 4.3). This solves the ODE from the image to the noise, at the same timesteps in
+    ascending order (as in Dhariwal and Nichol 2021, arXiv:2105.05233). A step from s to t takes eps
+    at s, where the step of `ddim_sample` from t to s takes it at t. So `ddim_sample` returns x_0
+    only up to an error, which is halved by twice as many steps. The clean image is at s = -1, where
+    the network cannot be called. There it is called at the lowest timestep, as if the image were
+    the state at that timestep.
+
+    x_0 is not clipped in any step, as `ddim_sample` with `clip_x_0` = False, because the clipped
+    values could not be recovered.
+    """
+    scheduler = denoiser.scheduler
+    ascending = sampling_times(scheduler, steps, spacing)[::-1]
+    x = x_0
+    for s, t in pairwise(ascending):
+        _, eps = denoiser.predict(x, t if s < 0 else s)
+        a_s = scheduler.alpha_bar(s)
+        a_t = scheduler.alpha_bar(t)
+        # In terms of y = x / sqrt(alpha_bar) = x_0 + sigma eps, a step adds (sigma_t - sigma_s) eps
+        # (Eq. 14).
+        x = math.sqrt(a_t / a_s) * (x - math.sqrt(1 - a_s) * eps) + math.sqrt(1 - a_t) * eps
+    return x
+
+
+@torch.no_grad()
 def dpm_solver_sample(
-    model: Model,
-    scheduler: NoiseScheduler,
+    denoiser: Predictor,
     x_T: Tensor,
     steps: Steps = None,
     eta: float = 0.0,
@@ -150,6 +178,7 @@ def dpm_solver_sample(
             errors of earlier steps.
     """
     check_eta(eta)
+    scheduler = denoiser.scheduler
     times = sampling_times(scheduler, steps, spacing)
     # A last step to the clean image has order 1, because lambda is infinite there. With fewer than
     # 15 steps any last step has order 1, for stability (`lower_order_final` of the authors' code).
@@ -158,7 +187,7 @@ def dpm_solver_sample(
     x = x_T
     previous_x_0 = previous_h = None
     for k, (t, s) in enumerate(pairwise(times)):
-        x_0, _ = predict(model, scheduler, x, t, clip_x_0)
+        x_0, _ = denoiser.predict(x, t, clip_x_0)
         a_t = scheduler.alpha_bar(t)
         a_s = scheduler.alpha_bar(s)
         alpha_s = math.sqrt(a_s)
@@ -181,59 +210,6 @@ def dpm_solver_sample(
             x = x + sigma_s * math.sqrt(-math.expm1(-2 * eta * h)) * draw_noise(step_noise, k, x)
         previous_x_0 = x_0
         previous_h = h
-        if on_step:
-            on_step(k, t, x, x_0)
-    return x
-
-
-# Row n has the weights of order n + 1. The first weight is that of the newest eps.
-ADAMS_BASHFORTH = (
-    (1,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
-
-
-@torch.no_grad()
-def ipndm_sample(
-    model: Model,
-    scheduler: NoiseScheduler,
-    x_T: Tensor,
-    steps: Steps = None,
-    spacing: str = "trailing",
-    clip_x_0: bool = True,
-    step_noise: StepNoise | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Sample by iPNDM (Zhang and Chen 2023, arXiv:2204.13902); order 2.
-
-    It solves DDIM's ODE, dy = eps dsigma with y = x / sqrt(alpha_bar) and
-    sigma = sqrt((1 - alpha_bar) / alpha_bar) (Song et al. 2021, Eq. 14). Its steps are
-    Adams-Bashforth steps of order 4, as in PNDM (Liu et al. 2022, arXiv:2202.09778, Eqs. 9 and 12).
-    The first three steps have too few earlier eps, so their orders are 1, 2 and 3; PNDM makes nine
-    extra network calls for them. The weights assume equal steps of sigma. The steps are not equal,
-    so the measured order is about 2 (tests/functions/test_sampler_orders.py).
-    """
-    times = sampling_times(scheduler, steps, spacing)
-    x = x_T
-    history = []
-    for k, (t, s) in enumerate(pairwise(times)):
-        x_0, eps = predict(model, scheduler, x, t, clip_x_0)
-        # The history has the last four eps, the newest first.
-        history = [eps, *history[:3]]
-        weights = ADAMS_BASHFORTH[len(history) - 1]
-        mean_eps = sum(w * e for w, e in zip(weights, history, strict=True))
-
-        a_t = scheduler.alpha_bar(t)
-        a_s = scheduler.alpha_bar(s)
-        sigma_t = math.sqrt((1 - a_t) / a_t)
-        sigma_s = math.sqrt((1 - a_s) / a_s)
-        # This is a step of dy = eps dsigma, where y = x / sqrt(alpha_bar).
-        x = math.sqrt(a_s) * (x / math.sqrt(a_t) + (sigma_s - sigma_t) * mean_eps)
-        # `mean_eps` does not agree with the clipped x_0, so the final image is clipped too.
-        if clip_x_0 and s == -1:
-            x = x.clamp(-1, 1)
         if on_step:
             on_step(k, t, x, x_0)
     return x
@@ -282,5 +258,4 @@ SAMPLERS = {
         {"spacing": "logsnr", "eta": 1.0},
         "DPM-Solver++ 2M, good with 20 steps",
     ),
-    "ipndm": Sampler(ipndm_sample, {"spacing": "trailing"}, "deterministic, of order 2"),
 }

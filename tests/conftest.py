@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import train
+from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
 from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.support import run_folder

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from config import EXPERIMENTS, Experiment
 from data.batches import FREE_MEMORY_FRACTION
+from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.optimizers import is_matrix
-from functions.prediction import Denoiser
 from models.blocks import GroupNorm, Upsample
 from models.unet import UNet
 
@@ -86,7 +86,7 @@ def peak_of_pass(network: UNet, batch_size: int) -> int:
     # Parameters are not copied: the memo says that they are their own copies.
     memo = {id(parameter): parameter for parameter in network.parameters()}
     network = copy.deepcopy(network, memo)
-    denoiser = Denoiser(network, NoiseScheduler(1000), torch.bfloat16)
+    denoiser = Denoiser(network, NoiseScheduler(1000), precision=torch.bfloat16)
     # The scheduler makes its table at the first call, which should not be counted.
     denoiser.scheduler.alpha_bar(torch.zeros(1, dtype=torch.int64))
 
@@ -105,7 +105,7 @@ def peak_of_pass(network: UNet, batch_size: int) -> int:
         x_0 = torch.zeros(batch_size, network.channels, network.image_size, network.image_size)
         t = torch.zeros(batch_size, dtype=torch.int64)
         with LiveBytes() as live:
-            denoising_loss(denoiser, denoiser.scheduler, x_0, t, x_0).sum().backward()
+            denoising_loss(denoiser, x_0, t, x_0).sum().backward()
     return live.peak
 
 

@@ -17,6 +17,7 @@ import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
 
+import edit
 import sample
 from data.decode import read_image
 from data.pixels import to_uint8
@@ -210,8 +211,8 @@ def test_clicks_wait_for_each_other(page, run, served_run):
         first.close()
 
 
-def test_mix(page, run, pictures, tmp_path):
-    """Two images of a seed are those of sample.py, and are mixed as it mixes.
+def test_mix(page, run, pictures):
+    """Two images of a seed are those of `generate`, and are mixed as edit.py mixes.
 
     An upload comes back when depth and share are 0.
     """
@@ -228,13 +229,6 @@ def test_mix(page, run, pictures, tmp_path):
     for label, image in zip(labels, expected, strict=True):
         assert_array_equal(picture(page, label), image)
 
-    # Images 0 and 12 of sample.py are the same; all 13 are drawn one by one, as the page draws.
-    flags = "--seed 3 --n 13 --sampler dpm++ --steps 5 --batch-size 1 --individual"
-    sample_py(run, *flags.split(), "--out", tmp_path)
-    assert_array_equal(expected[0], pixels_of(tmp_path / "00000.png"))
-    assert_array_equal(expected[1], pixels_of(tmp_path / "00012.png"))
-    assert expected[2].std() > 10
-
     # The page shows the upload itself in large, and the model's size of it as the mixture.
     fill(page, Depth=0, Share=0)
     upload(page, pictures / "00003.png")
@@ -246,7 +240,7 @@ def test_mix(page, run, pictures, tmp_path):
 
 
 def test_paint(page, run, tmp_path):
-    """What is painted over is made anew, as sample.py makes it, and all else stays."""
+    """What is painted over is made anew, as edit.py makes it, and all else stays."""
     fill(page, How_many=2, Steps=5)
     click(page, DRAW)
     drawn = cut(picture(page, "--n 2"))
@@ -269,10 +263,10 @@ def test_paint(page, run, tmp_path):
 
     Image.fromarray(image).save(tmp_path / "image.png")
     Image.fromarray(np.uint8(255) * painted).save(tmp_path / "mask.png")
-    files = ["--inpaint", tmp_path / "image.png", "--mask", tmp_path / "mask.png"]
-    flags = "--resample 2 --steps 6 --seed 3 --n 4 --individual"
-    sample_py(run, *files, *flags.split(), "--out", tmp_path)
-    paths = sorted(tmp_path.glob("inpainting-image-*-0*.png"))
+    files = [tmp_path / "image.png", run, "--mask", tmp_path / "mask.png", "--out", tmp_path]
+    flags = "--resample 2 --steps 6 --seed 3 --n 4 --individual --device cpu"
+    call(edit.main, "inpaint", *files, *flags.split())
+    paths = sorted(tmp_path.glob("inpainting-*-image-*-0*.png"))
     for answer, path in zip(answers, paths, strict=True):
         assert_array_equal(answer, pixels_of(path))
         assert_array_equal(answer[~painted], image[~painted])
@@ -334,6 +328,19 @@ def test_a_run_comes_goes_on_and_vanishes(chromium, run, tmp_path):
         fill(page, How_many=16, Steps=100)
         click(page, DRAW)
         page.get_by_text("of 100 steps").wait_for()
+
+
+def test_the_command_that_the_page_shows_can_be_pasted(run, tmp_path):
+    """The path of the model has a space here."""
+    from demo import Demo
+
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    shutil.copy(run / "checkpoints" / "step-00000005.safetensors", folder)
+    demo = Demo(Namespace(checkpoint=folder / "step-00000005.safetensors", runs=None, device="cpu"))
+    _, _, history = demo.draw(lambda *step, outputs=None: None, 0, 1, "dpm++", 2, 1)
+    title, _ = history[-1]
+    assert shlex.split(title)[1] == str(folder / "step-00000005.safetensors")
 
 
 def test_it_listens_to_this_machine_alone(served_run):

@@ -9,6 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
+import edit
 import evaluate
 import sample
 from config import EXPERIMENTS, ConfigError
@@ -76,7 +77,7 @@ def test_single_images_grids_and_figures_are_grey(grey_run, pictures, tmp_path):
 
     # These files have colours.
     photos = [pictures / "00001.png", pictures / "00002.png"]
-    call(sample.main, grey_run, *FEW, "--interpolate", *photos, "--fit", "--out", tmp_path)
+    call(edit.main, "interpolate", *photos, grey_run, *FEW, "--fit", "--out", tmp_path)
 
     for name in ("grid.png", "00000.png", "00001.png"):
         assert Image.open(tmp_path / name).mode == "L"

@@ -18,7 +18,8 @@ MATHEMATICS = {
     "ema",
     "optimizers",
     "timesteps",
-    "prediction",
+    "denoiser",
+    "guidance",
     "samplers",
     "likelihood",
 }
@@ -30,7 +31,7 @@ EVALUATION = SAMPLING | {"functions.evaluation"}
 MAY_IMPORT = {
     "config.py": {
         "functions.noise_scheduler",
-        "functions.prediction",
+        "functions.denoiser",
         "functions.samplers",
         "functions.support.settings",
     },

@@ -20,15 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from tqdm import tqdm
 
+from functions.denoiser import Predictor
 from functions.evaluation.bits_per_dim import error_of_mean
-from functions.prediction import Denoiser, predict
 from functions.sampling.calibration import band_means, spectrum
 from functions.sampling.generation import batches_of
 from functions.support.errors import UserError
-from functions.support.pictures import plt, save_figure
+from functions.support.pictures import save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise
 
@@ -85,7 +87,7 @@ class BandErrors:
 
 @torch.no_grad()
 def measure_bands(
-    denoiser: Denoiser,
+    denoiser: Predictor,
     load_x_0: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
     average: Tensor,
@@ -120,17 +122,16 @@ def measure_bands(
         x_0 = load_x_0(drawn_indices[draws])
         noise = ImageNoise(seed, draws, x_0.shape[1:], x_0.device, f"bands {t}").draw()
         x_t = scheduler.q_sample(x_0, t, noise)
-        predicted_x_0, _ = predict(denoiser, scheduler, x_t, t)
+        predicted_x_0, _ = denoiser.predict(x_t, t)
         return band_energy(predicted_x_0 - x_0)
 
     times = measured_timesteps(scheduler.timesteps)
     count = len(drawn_indices)
     errors = average_errors.new_zeros(len(times), count, average_errors.shape[1])
     rows = processes.shard(len(times))
-    with denoiser.evaluating():
-        for k in tqdm(rows, "bands", unit="timestep", disable=not processes.is_main):
-            batches = batches_of(range(count), batch_size)
-            errors[k] = torch.cat([errors_at(times[k], draws) for draws in batches])
+    for k in tqdm(rows, "bands", unit="timestep", disable=not processes.is_main):
+        batches = batches_of(range(count), batch_size)
+        errors[k] = torch.cat([errors_at(times[k], draws) for draws in batches])
 
     # Each entry is computed by one process and is 0 in the others, so the sum is exact.
     errors = processes.sum_(errors)
@@ -181,7 +182,8 @@ def plot_bands(result: BandErrors, path: Path, title: str) -> None:
 
     A frame marks a cell whose ratio is above 1 by more than two standard errors.
     """
-    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.55 * len(result.bands)))
+    figure = Figure(figsize=(10, 1.2 + 0.55 * len(result.bands)))
+    axis = figure.subplots()
     axis.imshow(
         result.ratio.T,
         cmap="RdBu_r",
@@ -195,7 +197,7 @@ def plot_bands(result: BandErrors, path: Path, title: str) -> None:
         axis.text(k, band, f"{ratio:.3g}", ha="center", va="center", fontsize=8, color=color)
         if ratio - 2 * result.standard_error[k, band] > 1:
             corner = (k - 0.49, band - 0.48)
-            axis.add_patch(plt.Rectangle(corner, 0.98, 0.96, fill=False, linewidth=1.5))
+            axis.add_patch(Rectangle(corner, 0.98, 0.96, fill=False, linewidth=1.5))
     axis.set_xticks(range(len(result.t)), map(str, result.t))
     axis.set_yticks(range(len(result.bands)), result.bands)
     axis.set(

@@ -14,19 +14,20 @@ the noise of the draws.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from functions.denoiser import Predictor
 from functions.likelihood import bound_terms
-from functions.prediction import Denoiser
 from functions.samplers import VARIANCES
 from functions.sampling.generation import batches_of
-from functions.support.pictures import plt, save_figure
+from functions.support.pictures import save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise, generator_of
 
@@ -148,7 +149,7 @@ def evenly_spaced(indices: np.ndarray, count: int | None) -> np.ndarray:
 
 @torch.no_grad()
 def measure_bits_per_dim(
-    denoiser: Denoiser,
+    denoiser: Predictor,
     load_x_0: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
     options: BoundOptions,
@@ -158,8 +159,8 @@ def measure_bits_per_dim(
     """Measure the variational bound (Eq. 5) of held-out images.
 
     The processes divide the images among them, and all return the result. It depends only on the
-    other arguments, not on the number of processes. The network computes in float32, without TF32.
-    Raises `ValueError` if there are no images or the variance is unknown.
+    other arguments, not on the number of processes. A float32 network computes without TF32. Raises
+    `ValueError` if there are no images or the variance is unknown.
 
     Args:
         load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
@@ -175,11 +176,10 @@ def measure_bits_per_dim(
     table = torch.zeros(3, len(indices), len(lengths), dtype=torch.float64)
     positions = range(processes.rank, len(indices), processes.count)
 
-    denoiser = replace(denoiser, precision=torch.float32)
-    float32 = torch.backends.cudnn.flags(
+    without_tf32 = torch.backends.cudnn.flags(
         enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
     )
-    with denoiser.evaluating(), float32:
+    with without_tf32:
         for i in tqdm(positions, "bits/dim", unit="image", disable=not progress):
             index = int(indices[i])
             t = draw_t(lengths, options.seed, index)  # (K,)
@@ -197,7 +197,7 @@ def measure_bits_per_dim(
 
 
 def image_terms(
-    denoiser: Denoiser, x_0: Tensor, index: int, options: BoundOptions, t: Tensor
+    denoiser: Predictor, x_0: Tensor, index: int, options: BoundOptions, t: Tensor
 ) -> Tensor:
     """Return the results (3, B) of `bound_terms` for one image at the timesteps t (B,), on the CPU.
 
@@ -208,7 +208,6 @@ def image_terms(
     noise = ImageNoise(options.seed, t.tolist(), x_0.shape[1:], x_0.device, purpose)
     terms = bound_terms(
         denoiser,
-        denoiser.scheduler,
         x_0.expand(len(t), -1, -1, -1),
         t,
         noise.draw(),
@@ -245,7 +244,8 @@ def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
     curves = result.curves()
     # A logarithmic axis cannot show 0, so the figure shows the paper's t, which starts at 1.
     t = [value + 1 for value in curves["t"]]
-    figure, (terms, rate) = plt.subplots(1, 2, figsize=(9, 4))
+    figure = Figure(figsize=(9, 4))
+    terms, rate = figure.subplots(1, 2)
     terms.loglog(t, curves["bits_per_dim_a_step"], marker=".")
     terms.set(xlabel="t (the paper's)", ylabel="bits/dim in one step", title="terms of the bound")
     terms.grid(color="0.92")

@@ -65,12 +65,10 @@ class Extractor:
 class Reference:
     """The features of real images, with which generated ones are compared."""
 
-    # The data set, its hashes and the network: see `describe` in reference_statistics.py.
+    # The data set, its hashes and the network, as plain values.
     description: dict
-    # "mu" (D,) and "sigma" (D, D), float64.
-    statistics: dict
-    # (N, D) float32. None for published statistics, which have no features.
-    features: Tensor | None = None
+    # (N, D) float32
+    features: Tensor
 
 
 def load_inception(
@@ -231,7 +229,7 @@ def compare(metrics: Collection[str], generated: Tensor, reference: Reference, s
     results = {}
     real = reference.features
     if "fid" in metrics:
-        fid = fid_statistics_to_metric(statistics(generated), reference.statistics, verbose=False)
+        fid = fid_statistics_to_metric(statistics(generated), statistics(real), verbose=False)
         results["fid"] = fid["frechet_inception_distance"]
     if "kid" in metrics:
         # A subset cannot be larger than the number of generated or real images.

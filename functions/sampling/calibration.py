@@ -15,9 +15,10 @@ arXiv:2302.10688, use a single factor for each timestep.
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.datasets import load_and_split
+from data.datasets import ImageSet, Split, load_and_split
 from data.pixels import to_model_range
+from functions.denoiser import Denoiser, clipped
 from functions.noise_scheduler import NoiseScheduler, Timestep, broadcast
-from functions.prediction import Denoiser, predict
 from functions.sampling.generation import ImageSampler, batches_of, generate
 from functions.support.checkpoint import SavedModel, TensorFile, write_tensors
 from functions.support.errors import UserError
-from functions.support.files import file_name, sha256
+from functions.support.files import sha256
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
 
@@ -46,6 +47,8 @@ TIMESTEP_COUNT = 17
 # The fit multiplies the squares pp and qq by 1 + RIDGE. Without this factor the solution would not
 # be unique where x_0 is a multiple of x_t.
 RIDGE = 1e-4
+# It loads the data set and its split.
+Load = Callable[[], tuple[ImageSet, Split]]
 # The tensors have this part's name in their file.
 PART = "calibration"
 
@@ -79,9 +82,9 @@ def band_means(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A correction that replaces x_0 by x_0'; `interpret` of functions/prediction.py calls it.
+    """A correction that replaces x_0 by x_0'.
 
-    The tensors are float32. They are copied to the device of x_0 if they are on another one.
+    The tensors are float32, on the device of x_0.
     """
 
     # mu (C, H, W)
@@ -89,22 +92,47 @@ class Calibration:
     # w_1 and w_2 (T, bands, 2). They are 1 and 0 at timesteps that are not calibrated.
     weights: Tensor
 
-    def __call__(self, x_0: Tensor, x_t: Tensor, t: Timestep, scheduler: NoiseScheduler) -> Tensor:
-        # The weights are 1 and 0 here, so the transforms would only add rounding errors.
-        if isinstance(t, int) and t < first_calibrated(scheduler):
-            return x_0
-        device = x_0.device
-        # The bound computes x_0 on the CPU if the network is on MPS, which lacks float64.
-        mean = self.mean.to(device)
-        bands = octaves(x_0.shape[-1], device)
+    def tensors(self) -> dict[str, Tensor]:
+        """Return both by name."""
+        return {"mean": self.mean, "weights": self.weights}
+
+    @cached_property
+    def changes(self) -> list[bool]:
+        """Return, for each t, whether a weight differs from 1 and 0, which change nothing."""
+        return (self.weights.cpu() != torch.tensor([1.0, 0.0])).any(dim=(1, 2)).tolist()
+
+    def apply(self, x_0: Tensor, x_t: Tensor, t: Timestep, scheduler: NoiseScheduler) -> Tensor:
+        """Return x_0' for the network's x_0 at (x_t, t): (B, C, H, W)."""
+        bands = octaves(x_0.shape[-1], x_0.device)
         # The weights of the bands are (bands, 2), or (B, bands, 2) if each image has its own t.
         # Each coefficient gets the weights of its band. So w_1 and w_2 are (1, H, W) or
         # (B, 1, H, W), and all channels share them.
-        weights = self.weights.to(device)[t][..., bands, :]
+        weights = self.weights[t][..., bands, :]
         w_1, w_2 = weights.unsqueeze(-4).unbind(-1)
         root = broadcast(scheduler.alpha_bar(t) ** 0.5, x_t)
-        mixed = w_1 * spectrum(x_0 - mean) + w_2 * spectrum(x_t - root * mean)
-        return mean + torch.fft.ifft2(mixed, norm="ortho").real
+        mixed = w_1 * spectrum(x_0 - self.mean) + w_2 * spectrum(x_t - root * self.mean)
+        return self.mean + torch.fft.ifft2(mixed, norm="ortho").real
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A denoiser whose x_0 is corrected by a calibration that was fitted to it."""
+
+    denoiser: Denoiser
+    fit: Calibration
+
+    @property
+    def scheduler(self) -> NoiseScheduler:
+        return self.denoiser.scheduler
+
+    def predict(self, x_t: Tensor, t: Timestep, clip_x_0: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the corrected x_0 and its eps at (x_t, t), as `Denoiser.predict` does."""
+        x_0, eps = self.denoiser.predict(x_t, t)
+        # Where the weights are 1 and 0, the transforms would only add rounding errors.
+        if not isinstance(t, int) or self.fit.changes[t]:
+            x_0 = self.fit.apply(x_0, x_t, t, self.scheduler)
+            eps = self.scheduler.predict_eps(x_t, t, x_0)
+        return clipped(self.scheduler, x_t, t, x_0) if clip_x_0 else (x_0, eps)
 
 
 def first_calibrated(scheduler: NoiseScheduler) -> int:
@@ -128,13 +156,12 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
     times = logsnr_timesteps(scheduler, count, last, first)[::-1]
 
     weights = []
-    with denoiser.evaluating():
-        for t in tqdm(times, "calibrating", unit="timestep"):
-            parts = [
-                products(denoiser, images, mean, t, part)
-                for part in batches_of(range(len(images)), batch_size)
-            ]
-            weights.append(least_squares(torch.cat(parts, dim=1).mean(dim=1)))
+    for t in tqdm(times, "calibrating", unit="timestep"):
+        parts = [
+            products(denoiser, images, mean, t, part)
+            for part in batches_of(range(len(images)), batch_size)
+        ]
+        weights.append(least_squares(torch.cat(parts, dim=1).mean(dim=1)))
 
     return Calibration(mean.cpu(), interpolate_weights(scheduler, times, torch.stack(weights)))
 
@@ -150,7 +177,7 @@ def products(denoiser: Denoiser, images: Tensor, mean: Tensor, t: int, part: ran
     x_0 = images[part.start : part.stop]
     noise = ImageNoise(0, part, mean.shape, images.device, f"calibration {t}")
     x_t = scheduler.q_sample(x_0, t, noise.draw())
-    predicted, _ = predict(denoiser, scheduler, x_t, t)
+    predicted, _ = denoiser.predict(x_t, t)
     p = spectrum(predicted - mean)
     q = spectrum(x_t - scheduler.alpha_bar(t) ** 0.5 * mean)
     y = spectrum(x_0 - mean)
@@ -191,100 +218,81 @@ def interpolate_weights(scheduler: NoiseScheduler, times: list[int], fitted: Ten
 def with_calibration(image_sampler: ImageSampler, saved: SavedModel) -> ImageSampler:
     """Return the sampler with the calibration that its options ask for, if they ask for one.
 
-    The calibration is fitted once for each data set, and saved next to the checkpoint. Several
-    processes each fit it, so that none waits for another. "own" fits it to samples of the model, so
-    that no data are needed. "data" fits it to images that the model was trained on, and any other
-    name to images of the data set with that name. Raises UserError when the training images have
-    changed, and for the reasons of `load_and_split`.
+    "own" fits it to samples of the model, so that no data are needed; "data" to images that the
+    model was trained on; and any other name to images of the data set with that name. Several
+    processes each fit it, so that none waits for another. Raises UserError when the training images
+    have changed, and for the reasons of `load_and_split`.
     """
-    if not image_sampler.options.calibrate:
+    name = image_sampler.options.calibrate
+    if not name:
         return image_sampler
-    tensors, digest = load_or_fit(image_sampler, saved)
-    tensors = {name: tensor.to(image_sampler.device) for name, tensor in tensors.items()}
-    denoiser = replace(image_sampler.denoiser, calibration=Calibration(**tensors))
-    options = replace(image_sampler.options, calibration_digest=digest)
+    # The images are loaded only when they are needed, and only once.
+    load = cache(partial(load_and_split, saved, None if name == "data" else name))
+    identity = identity_of(name, saved, load)
+    digest = sha256(json.dumps(identity))[:8]
+    # The fit is kept beside its model. Nothing is written into a diffusers folder, as it may come
+    # from other software.
+    folder = Path("samples") if saved.path.is_dir() else saved.path.parent
+    path = folder / f"{saved.name}-calibration-{digest}.safetensors"
+    constants = [IMAGE_COUNT, CALIBRATED_FROM, TIMESTEP_COUNT, RIDGE]
+    origin = {"weights": saved.digest, "images": identity, "fitted": constants}
+
+    fit = read_fit(path, origin)
+    if not fit:
+        # Samplers of every precision use this file, so the network computes in float32 here.
+        float32 = replace(image_sampler.denoiser, precision=torch.float32)
+        image_sampler_32 = replace(image_sampler, denoiser=float32)
+        images = images_of_fit(image_sampler_32, saved, identity, load)
+        fit = calibrate(float32, images.to(image_sampler.device), image_sampler.batch_size)
+        # The file only saves time later, so sampling continues if it cannot be written.
+        try:
+            folder.mkdir(exist_ok=True)
+            write_tensors(path, {PART: fit.tensors()}, origin)
+            print(f"wrote {path}")
+        except OSError as error:
+            print(f"WARNING: the calibration cannot be saved: {error}", file=sys.stderr)
+    on_device = {name: t.to(image_sampler.device) for name, t in fit.tensors().items()}
+    denoiser = Calibrated(image_sampler.denoiser, Calibration(**on_device))
+    # Names of results have the digest, unless the model determines the images.
+    options = replace(image_sampler.options, calibration_digest=None if name == "own" else digest)
     return replace(image_sampler, denoiser=denoiser, options=options)
 
 
-def load_or_fit(
-    image_sampler: ImageSampler, saved: SavedModel
-) -> tuple[dict[str, Tensor], str | None]:
-    """Read the tensors of a `Calibration` from its file, or fit them; they are on the CPU.
-
-    Also returns a digest of the images' identity, or None if the checkpoint determines the images.
-    """
-    name = image_sampler.options.calibrate
-    # The images are loaded only when they are needed, and only once.
-    load = cache(partial(load_and_split, saved, None if name == "data" else name))
-    # Files may be added to a data set, or deleted from it. So the images of the fit are identified
-    # by the data set's name and by a hash of the ids of its training images.
-    ids_hash = saved.provenance.get("train_ids_hash")
-    digest = None
+def identity_of(name: str, saved: SavedModel, load: Load) -> list[str]:
+    """Return what identifies the images of a fit: hashes of their ids and of their pixels."""
     if name == "own":
-        identity = ["own"]
-    elif name == "data" and ids_hash:
-        # The checkpoint has this hash, so the file is found without loading the images.
-        identity = [saved.config["diffusion"]["dataset_name"], ids_hash]
-    else:
-        image_set, split = load()
-        identity = [image_set.name, split.train_ids_hash]
-        digest = sha256(json.dumps(identity))[:8]
-    kind = "-".join(file_name(Path(part).stem) for part in identity)
+        return ["own"]
+    # The checkpoint has the hashes of its training images, so they need not be here.
+    hashes = [saved.provenance.get(fact) for fact in ("train_ids_hash", "pixels_hash")]
+    if name == "data" and all(hashes):
+        return hashes
+    _, split = load()
+    return [split.train_ids_hash, split.pixels_hash]
 
-    # A diffusers folder may come from other software, so nothing is written into it.
-    folder = Path("samples") if saved.path.is_dir() else saved.path.parent
-    path = folder / f"{saved.name}-calibration-{kind}.safetensors"
-    origin = {
-        "weights": saved.digest,
-        "images": identity,
-        "fitted": [IMAGE_COUNT, CALIBRATED_FROM, TIMESTEP_COUNT, RIDGE],
-    }
 
-    tensors = read_calibration(path, origin, image_sampler)
-    if tensors:
-        return tensors, digest
-
-    # Samplers of every precision use this file, so the network computes in float32 here.
-    denoiser = replace(image_sampler.denoiser, precision=torch.float32)
-    if name == "own":
+def images_of_fit(
+    image_sampler: ImageSampler, saved: SavedModel, identity: list[str], load: Load
+) -> Tensor:
+    """Return the images that the calibration is fitted to: (N, C, H, W) in [-1, 1]."""
+    if identity == ["own"]:
         # This sampler adds fresh noise, so its images are realistic without a calibration.
-        quick = replace(image_sampler, denoiser=denoiser).quick(seed_of(0, "calibration"))
-        images = generate(quick, range(IMAGE_COUNT), progress=True).images
-    else:
-        image_set, split = load()
-        if split.train_ids_hash != identity[1]:
-            raise UserError(
-                f"{saved.path} was trained on other images than {image_set.name} has; "
-                f"to fit the calibration to these, use --calibrate {image_set.name}"
-            )
-        # The fit uses evenly spaced images of the training split.
-        positions = np.linspace(0, len(split.train_indices) - 1, IMAGE_COUNT).astype(int)
-        pixels = image_set.images[split.train_indices[positions]]
-        images = to_model_range(torch.from_numpy(pixels))
-    images = images.to(image_sampler.device)
-    tensors = vars(calibrate(denoiser, images, image_sampler.batch_size))
-    # The file only saves time later, so sampling continues if it cannot be written.
-    try:
-        folder.mkdir(exist_ok=True)
-        write_tensors(path, {PART: tensors}, origin)
-        print(f"wrote {path}")
-    except OSError as error:
-        print(f"WARNING: the calibration cannot be saved: {error}", file=sys.stderr)
-    return tensors, digest
+        quick = image_sampler.quick(seed_of(0, "calibration"))
+        return generate(quick, range(IMAGE_COUNT), progress=True).images
+    image_set, split = load()
+    if [split.train_ids_hash, split.pixels_hash] != identity:
+        raise UserError(
+            f"{saved.path} was trained on other images than {image_set.name} has; "
+            f"to fit the calibration to these, use --calibrate {image_set.name}"
+        )
+    # The images are evenly spaced in the training split.
+    positions = np.linspace(0, len(split.train_indices) - 1, IMAGE_COUNT).astype(int)
+    return to_model_range(torch.from_numpy(image_set.images[split.train_indices[positions]]))
 
 
-def read_calibration(path: Path, origin: dict, image_sampler: ImageSampler) -> dict[str, Tensor]:
-    """Return the tensors of a calibration's file, or {} if it is missing or has another origin."""
-    bands = int(octaves(image_sampler.shape[-1]).max()) + 1
-    shapes = {
-        "mean": image_sampler.shape,
-        "weights": (image_sampler.scheduler.timesteps, bands, 2),
-    }
-    # A missing or damaged file is not an error, because the caller then writes it again.
+def read_fit(path: Path, origin: dict) -> Calibration | None:
+    """Return the calibration in a file, or None if the file is missing, damaged or of another."""
     with suppress(UserError, OSError):
         file = TensorFile(path)
         if file.contents == origin:
-            tensors = file.tensors(PART)
-            if {name: tensor.shape for name, tensor in tensors.items()} == shapes:
-                return tensors
-    return {}
+            return Calibration(**file.tensors(PART))
+    return None

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -24,10 +24,12 @@ from PIL import Image
 
 from data.pixels import to_uint8
 from functions.sampling.generation import FrameKey, ImageSampler, Samples
+from functions.support.checkpoint import SavedModel
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import file_name, read_json, write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
-from functions.support.run_folder import locked
+from functions.support.processes import Processes
+from functions.support.run_folder import locked, results_folder
 
 MANIFEST = "samples.json"
 IMAGE_NAME = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.png")
@@ -42,6 +44,37 @@ STRIP_ROWS = 6
 
 def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
+
+
+def samples_folder(
+    args: argparse.Namespace, saved: SavedModel, image_sampler: ImageSampler, processes: Processes
+) -> Path:
+    """Return the folder for what is sampled: --out, or a folder in the model's run.
+
+    Its name contains the options that differ from the defaults, the precision and the seed.
+    """
+    if args.out:
+        return args.out
+    name = saved.name
+    # A run may have a checkpoint and a snapshot of the same step.
+    if saved.path.absolute().parent.name == "snapshots":
+        name = f"snapshot-{name}"
+    precision = image_sampler.precision_facts["precision"]
+    name = f"{name}-{image_sampler.options.short_name}-{precision}-seed{args.seed}"
+    return processes.on_main(lambda: results_folder(saved, "samples")) / name
+
+
+def edited_path(
+    folder: Path, kind: str, texts: Sequence[str], sources: Sequence[int | np.ndarray]
+) -> Path:
+    """Create the folder, and return the path of a picture in it that is made of some images.
+
+    `texts` are the images' indices or files on the command line, and `sources` are their indices or
+    pixels. The name has labels of both, so that no picture of other images is overwritten.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = map(label_of, texts, sources)
+    return folder / f"{'-'.join([kind, *labels])}.png"
 
 
 def label_of(source: str, index_or_pixels: int | np.ndarray) -> str:

@@ -4,6 +4,7 @@ The images stay in memory. The samplers are in functions/samplers.py.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,16 +14,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import to_uint8
+from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
-from functions.samplers import SAMPLERS, OnStep
+from functions.samplers import SAMPLERS, OnStep, half_log_snr
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel
 from functions.support.device import choose_device, precision_facts, set_deterministic
+from functions.support.errors import UserError
 from functions.support.loading import open_model
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise
 from functions.support.run_folder import newest_checkpoints
+from functions.timesteps import sampling_times
 
 # So many images are sampled at a time unless --batch-size says otherwise. On a CPU larger batches
 # are not faster, and when memory runs out, Linux kills the process without an error.
@@ -39,7 +42,8 @@ class Samples:
 
     # (N, C, H, W) in [-1, 1], on the CPU
     images: Tensor
-    # uint8 (N, H, W, C) each
+    # uint8 (N, H, W, C) each. Of a batch that is not shown in full, N is the number of its images
+    # that are shown.
     frames: dict[FrameKey, np.ndarray]
 
     @staticmethod
@@ -59,18 +63,21 @@ class ImageSampler:
     Raises UserError when the options ask for more steps than the model has timesteps.
     """
 
-    denoiser: Denoiser
+    denoiser: Predictor
     options: SamplerOptions
     shape: tuple[int, int, int]  # (C, H, W)
     seed: int
     device: torch.device
     # At most this many images are sampled at a time. This affects pixels only through rounding.
     batch_size: int = GPU_BATCH
+    # The precision of the denoiser's network.
+    precision: torch.dtype = torch.float32
     # The sampler calls this after every step.
     on_step: OnStep | None = None
 
     def __post_init__(self) -> None:
-        self.options.times(self.scheduler)
+        # This raises the error.
+        _ = self.times
 
     @property
     def scheduler(self) -> NoiseScheduler:
@@ -82,7 +89,31 @@ class ImageSampler:
 
         Each step leads from one timestep to the next.
         """
-        return self.options.times(self.scheduler)
+        try:
+            spacing = self.options.arguments["spacing"]
+            return sampling_times(self.scheduler, self.options.steps, spacing)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def times_from(self, start: int) -> list[int]:
+        """Return `start` and the sampler's timesteps below it, descending to -1.
+
+        dpm++ may leave out the first one below `start`.
+        """
+        # The full sequence stays unchanged, so that the images of a seed do not depend on `start`.
+        if start == self.times[0]:
+            return self.times
+        times = [start, *(t for t in self.times if t < start)]
+        # In its second step DPM-Solver++ 2M adds 1 / (2 r) times the difference of two predictions,
+        # where r is the length of the first step divided by that of the second, in log-SNR. If
+        # `start` is just above the next timestep, r is near 0, and the factor could reach 266 and
+        # magnify the noise of the first step. So the two steps are merged if the factor would be
+        # above 1. The timestep before -1 always stays, because the step from it has order 1.
+        if self.options.sampler == "dpm++" and len(times) > 3:
+            first, second, third = (half_log_snr(self.scheduler.alpha_bar(t)) for t in times[:3])
+            if second - first < (third - second) / 2:
+                del times[1]
+        return times
 
     @property
     def step_count(self) -> int:
@@ -92,7 +123,7 @@ class ImageSampler:
     @property
     def precision_facts(self) -> dict[str, str | bool]:
         """Return the precision of sampling, as manifests and results say it."""
-        return precision_facts(self.device, self.denoiser.precision)
+        return precision_facts(self.device, self.precision)
 
     def quick(self, seed: int) -> "ImageSampler":
         """Return this sampler with another seed and 20 steps of dpm++.
@@ -117,7 +148,7 @@ class ImageSampler:
         """
         if t < 0:
             return x_t
-        return self.take_steps(x_t, self.options.times(self.scheduler, t), noise)
+        return self.take_steps(x_t, self.times_from(t), noise)
 
     def take_steps(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
         """Run the sampler on states (B, C, H, W) from times[0] to times[-1] (descending).
@@ -127,7 +158,6 @@ class ImageSampler:
         """
         return SAMPLERS[self.options.sampler].function(
             self.denoiser,
-            self.scheduler,
             x,
             times,
             **self.options.arguments,
@@ -136,14 +166,19 @@ class ImageSampler:
             on_step=self.on_step,
         )
 
-    def sample(self, indices: Sequence[int], frames: Collection[FrameKey], bar: tqdm) -> Samples:
-        """Sample the images with these indices as one batch; the bar counts steps of all images."""
+    def sample(
+        self, indices: Sequence[int], frames: Collection[FrameKey], shown: int, bar: tqdm
+    ) -> Samples:
+        """Sample the images with these indices as one batch; the bar counts steps of all images.
+
+        The frames are kept of the first `shown` images of the batch.
+        """
         noise = self.noise(indices)
         arrays = {}
 
         def keep(frame, x):
-            if frame in frames:
-                arrays[frame] = to_uint8(x).cpu().numpy()
+            if shown and frame in frames:
+                arrays[frame] = to_uint8(x[:shown]).cpu().numpy()
 
         def on_step(k, t, x, x_0):
             keep(("x", k + 1), x)
@@ -174,18 +209,25 @@ def open_sampler(
     device = choose_device(args.device, index)
     set_deterministic(False)
     # Options that fit no model are refused here, before a checkpoint is read.
-    SamplerOptions.from_args(args, {})
+    flags = vars(args).items()
+    options = SamplerOptions(**{k: v for k, v in flags if k in SamplerOptions.__annotations__})
 
     path = args.checkpoint
     if not path:
         path = processes.on_main(lambda: newest_checkpoints(args.runs, name_prefix))
     saved, denoiser = open_model(path, device, args.precision, processes)
     processes.print_main(f"{saved.path}: {saved}")
-    options = SamplerOptions.from_args(args, saved.config["diffusion"])
+    # The config of a diffusers folder names a variance, which is meant only for sampling over all
+    # timesteps. It may also turn clipping off.
+    diffusion = saved.config["diffusion"]
+    if args.sampler == "ddpm" and args.steps in (None, diffusion["timesteps_diff"]):
+        options = replace(options, variance=args.variance or diffusion.get("variance"))
+    options = replace(options, clip_x_0=diffusion.get("clip_x_0", True))
 
     shape = saved.model.image_shape
     batch_size = args.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
-    return saved, ImageSampler(denoiser, options, shape, args.seed, device, batch_size)
+    precision = denoiser.precision
+    return saved, ImageSampler(denoiser, options, shape, args.seed, device, batch_size, precision)
 
 
 def generate(
@@ -200,9 +242,7 @@ def generate(
     only by rounding.
     """
     batches = batches_of(indices, image_sampler.batch_size)
-    with image_sampler.denoiser.evaluating():
-        generated = generate_batches(image_sampler, batches, frames, progress)
-        return Samples.concatenated(list(generated))
+    return Samples.concatenated(list(generate_batches(image_sampler, batches, frames, progress)))
 
 
 def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
@@ -215,11 +255,15 @@ def generate_batches(
     batches: list[Sequence[int]],
     frames: Collection[FrameKey] = (),
     progress: bool = False,
+    shown: float = math.inf,
 ) -> Iterator[Samples]:
-    """Yield the `Samples` of each batch of indices; a batch is sampled when it is asked for."""
+    """Yield the `Samples` of each batch of indices; a batch is sampled when it is asked for.
+
+    `frames` are kept only of the images 0 .. shown-1. Such images come first in their batches.
+    """
     total = image_sampler.step_count * sum(map(len, batches))
     with tqdm(
         desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress
     ) as bar:
         for batch in batches:
-            yield image_sampler.sample(batch, frames, bar)
+            yield image_sampler.sample(batch, frames, sum(i < shown for i in batch), bar)

@@ -1,15 +1,4 @@
-"""Guide a model by a worse one, such as an earlier snapshot of its own training.
-
-The guided x_0 lies on the line from the guide's x_0 through the model's x_0:
-
-    x_0 = x_0(guide) + w (x_0(model) - x_0(guide))
-
-With w = 1 it is the model's x_0. With w > 1 it lies beyond the model's, further from the guide's.
-This helps if the guide makes the same errors as the model, but larger ones. The method is
-autoguidance (Karras et al. 2024, arXiv:2406.02507); here it needs neither labels nor a second
-training. docs/better-than-the-model.md explains and measures it. `predict` in
-functions/prediction.py computes the guided x_0, at the noise levels at which a guide helps most.
-"""
+"""Find the guide of a model, and guide the model by it (functions/guidance.py)."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from functions.prediction import is_guided
+from functions.guidance import Guided, is_guided
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler
 from functions.support.checkpoint import SavedModel
@@ -44,7 +33,10 @@ def with_guide(
     model = image_sampler.denoiser
     files = processes.on_main(lambda: find_guide(options.guide, saved))
     saved_guide, guide = open_model(files, image_sampler.device, "float32", processes)
-    guide = replace(guide, precision=model.precision)
+    guide = replace(guide, precision=image_sampler.precision)
+    step = saved_guide.provenance["step"]
+    if options.guide.isdecimal() and int(options.guide) != step:
+        processes.print_main(f"guide: step {step:,}, nearest to {int(options.guide):,}")
     guided_steps = sum(is_guided(image_sampler.scheduler, t) for t in image_sampler.times[:-1])
     calls = image_sampler.step_count + guided_steps
     processes.print_main(
@@ -71,7 +63,7 @@ def with_guide(
     guide = with_calibration(guide_sampler, saved_guide).denoiser
     return replace(
         image_sampler,
-        denoiser=replace(model, guide=guide, guidance=options.guidance),
+        denoiser=Guided(model, guide, options.guidance),
         # Manifests and the names of folders contain the digest, so that images of one guide are
         # never taken for images of another guide, or of none.
         options=replace(options, guide_digest=saved_guide.digest),

@@ -9,19 +9,25 @@ RePaint is Lugmayr et al. 2022, arXiv:2201.09865. The paper uses 250 steps and j
 time. Here all jumps have length 1, which suits fewer steps.
 """
 
+import argparse
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_uint8
+from functions.sampling.files import edited_path
 from functions.sampling.generation import ImageSampler, batches_of
 from functions.sampling.interpolation import source_to_x_0
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
+from functions.support.pictures import save_grid, save_image
 
 # Grey that fills the mask in the picture of the known pixels.
 GREY = 128
@@ -63,9 +69,66 @@ def check_sampler(options: SamplerOptions) -> None:
     """Raise UserError for a sampler that adds too little noise or depends on earlier steps."""
     if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
         raise UserError(
-            "--inpaint needs --sampler ddpm, or ddim --eta 1: the other samplers add too little "
+            "inpaint needs --sampler ddpm, or ddim --eta 1: the other samplers add too little "
             "noise, or depend on earlier steps, which inpainting undoes"
         )
+
+
+def save_inpaintings(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+    """Save a grid of an image and its inpaintings, as `edit.py inpaint` asks for it.
+
+    With --individual each inpainting also becomes a file.
+    """
+    image, mask = read_with_mask(args.images[0], args.mask, image_sampler.shape)
+    # The same image with another mask is another source.
+    kind = f"inpainting-resample{args.resample}"
+    path = edited_path(folder, kind, args.images, [np.dstack([image, mask])])
+    pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)
+    save_grid(pictures, path, columns=min(len(pictures), 8))
+    print(f"wrote {path}")
+    if args.individual:
+        # The first two pictures are the image and its known pixels. The names of the other files
+        # are not just numbers, because a file with such a name is a sample from noise, which the
+        # manifest describes.
+        for i, picture in enumerate(pictures[2:]):
+            save_image(picture, path.with_name(f"{path.stem}-{i:05d}.png"))
+
+
+def read_with_mask(
+    path: str, mask_path: str | None, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image to be inpainted and its mask -> uint8 (S, S, C), and bool (S, S).
+
+    The mask is true where the image is to be inpainted: where the mask's file is white or, if there
+    is no such file, where the image is transparent. Both are cropped and resized as training images
+    are, to the `shape` (C, S, S) of the model's images. Raises UserError as `open_image_file` does,
+    and for a mask of another size than its image, or a mask that is true or false everywhere.
+    """
+    image = open_image_file(path)
+    if mask_path:
+        mask_image = open_image_file(mask_path)
+    elif image.mode.startswith("I"):
+        # Pillow does not convert 16-bit grey to RGBA. Such an image has no transparent part.
+        mask_image = Image.new("L", image.size)
+    else:
+        alpha = image.convert("RGBA").getchannel("A")
+        mask_image = ImageOps.invert(alpha)
+
+    if mask_image.size != image.size:
+        raise UserError(
+            f"{mask_path} has {mask_image.width}x{mask_image.height} pixels, its image "
+            f"{image.width}x{image.height}; a mask must be as large as its image"
+        )
+
+    white = to_pixels(mask_image, 3).mean(axis=2) >= 128
+    mask = fit_mask(white, shape[-1])
+    if mask.all() or not mask.any():
+        part = "everything" if mask.all() else "nothing"
+        raise UserError(
+            f"{mask_path or path}: {part} would be inpainted in the middle square of the image, to "
+            "which it is cropped; give a --mask that is partly white there, or erase a part there"
+        )
+    return fit_image(image, shape), mask
 
 
 def inpaint_image(

@@ -2,10 +2,14 @@
 
 An image is noised to a depth t, a timestep in 0 .. T-1, and the reverse process then denoises it.
 The larger t is, the less of the image remains; t = -1 is the image itself. Section 4.4 of Ho et al.
-2020 interpolates in this way.
+2020 interpolates in this way. `interpolate_exactly` instead mixes the x_T from which DDIM samples
+the two images.
 """
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.decode import read_image
 from data.pixels import to_model_range, to_uint8
+from functions.samplers import ddim_invert, ddim_sample
+from functions.sampling.files import edited_path
 from functions.sampling.generation import ImageSampler, batches_of, generate
+from functions.sampling.options import SamplerOptions
+from functions.support.errors import UserError
 from functions.support.pictures import save_strip
 
 # A row of a figure has this many mixtures, from the first image to the second.
@@ -23,6 +32,8 @@ MIXTURE_COUNT = 9
 VARIATION_COUNT = 8
 # A source is the index of an image of the seed, or the pixels of an image file, uint8 (H, W, C).
 Source = int | np.ndarray
+# A row of a figure: it returns the images (B, C, H, W) of some columns.
+Row = Callable[[Sequence[int] | Tensor], Tensor]
 
 
 def interpolate_images(
@@ -104,6 +115,43 @@ def mixtures(
     return interpolate_images(image_sampler, ends, t, weights)
 
 
+def exact_sampler(image_sampler: ImageSampler) -> ImageSampler:
+    """Return the sampler for `edit.py interpolate --exact`: ddim with eta 0, without clipping.
+
+    Raises UserError if the options ask for another sampler, for noise, or for a correction.
+    """
+    options = image_sampler.options
+    if options.sampler == "dpm++" or options.eta or options.calibrate or options.guide:
+        raise UserError(
+            "--exact always samples by ddim with eta 0, without a calibration or a guide; "
+            "give it no flags of the sampler but --steps and --spacing"
+        )
+    options = SamplerOptions("ddim", options.steps, options.spacing, eta=0.0, clip_x_0=False)
+    return replace(image_sampler, options=options)
+
+
+def invert(image_sampler: ImageSampler, x_0: Tensor) -> Tensor:
+    """Return the x_T (1, C, H, W) from which the `exact_sampler` samples an image x_0 (C, H, W).
+
+    Print by how much the sampled image differs from x_0.
+    """
+    x_T = ddim_invert(image_sampler.denoiser, x_0[None], image_sampler.times)
+    again = ddim_sample(image_sampler.denoiser, x_T, image_sampler.times, clip_x_0=False)
+    # From -1 to 1 there are 255 levels.
+    error = 127.5 * (again - x_0).square().mean().sqrt()
+    print(f"inverting and sampling again misses the image by {error:.2f} of 255 levels (RMS)")
+    return x_T
+
+
+def interpolate_exactly(image_sampler: ImageSampler, x_T: Tensor, weights: Tensor) -> Tensor:
+    """Mix two x_T (2, C, H, W) along great circles, and sample: (L, C, H, W) images.
+
+    `weights`, (L,), are the weights of the second x_T.
+    """
+    mixed = slerp(*x_T, weights)
+    return ddim_sample(image_sampler.denoiser, mixed, image_sampler.times, clip_x_0=False)
+
+
 def source_to_x_0(image_sampler: ImageSampler, source: Source) -> Tensor:
     """Return a source's image (C, H, W) in [-1, 1]; for an index the image is sampled."""
     if isinstance(source, int):
@@ -113,40 +161,68 @@ def source_to_x_0(image_sampler: ImageSampler, source: Source) -> Tensor:
     return images[0].to(image_sampler.device)
 
 
+def read_sources(args: argparse.Namespace, image_sampler: ImageSampler) -> list[Source]:
+    """Return the sources that the command line names: indices or image files."""
+
+    def read(text):
+        return int(text) if text.isdecimal() else read_image(text, image_sampler.shape, args.fit)
+
+    return [read(text) for text in args.images]
+
+
+def save_mixtures(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+    """Save a figure of mixtures of two images, as `edit.py interpolate` asks for it."""
+    sources = read_sources(args, image_sampler)
+    ends = torch.stack([source_to_x_0(image_sampler, source) for source in sources])
+    weights = torch.linspace(0, 1, MIXTURE_COUNT, device=image_sampler.device)
+    if args.exact:
+        x_T = torch.cat([invert(image_sampler, end) for end in ends])
+        kind = "interpolation-exact"
+        rows = {"exact": partial(interpolate_exactly, image_sampler, x_T)}
+    else:
+        kind = "interpolation"
+        rows = rows_of(args, image_sampler, partial(mixtures, image_sampler, sources, ends))
+    path = edited_path(folder, kind, args.images, sources)
+    save_rows(image_sampler, sources, ends, rows, weights, path)
+
+
+def save_variations(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+    """Save a figure of variations of an image, as `edit.py vary` asks for it."""
+    sources = read_sources(args, image_sampler)
+    x_0 = source_to_x_0(image_sampler, sources[0])
+    rows = rows_of(args, image_sampler, partial(variations, image_sampler, x_0))
+    path = edited_path(folder, "variations", args.images, sources)
+    save_rows(image_sampler, sources, x_0[None], rows, range(VARIATION_COUNT), path)
+
+
+def rows_of(
+    args: argparse.Namespace, image_sampler: ImageSampler, edit: Callable[..., Tensor]
+) -> dict[str, Row]:
+    """Return {title: row} with a row of `edit(t, columns)` for each of --depths."""
+    times = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in args.depths]
+    # The titles give the paper's t, which is 0 for a clean image.
+    return {f"t = {t + 1}": partial(edit, t) for t in times}
+
+
 def save_rows(
     image_sampler: ImageSampler,
     sources: Sequence[Source],
-    depths: Sequence[float],
+    ends: Tensor,
+    rows: dict[str, Row],
+    columns: Sequence[int] | Tensor,
     path: Path,
 ) -> None:
-    """Save a figure with a row for each depth, a fraction of all timesteps.
+    """Save a figure, whose rows begin and end with the images of the sources, which are `ends`.
 
-    With two sources a row has mixtures of their images. With one source it has variations.
+    There is a column for each weight of the second image, or for each variation's index.
     """
-    ends = torch.stack([source_to_x_0(image_sampler, source) for source in sources])
-    times = [round(depth * image_sampler.scheduler.timesteps) - 1 for depth in depths]
-    # There is a column for each weight of the second image, or for each variation's index.
-    columns = range(VARIATION_COUNT)
-    mixing = len(sources) == 2
-    if mixing:
-        columns = torch.linspace(0, 1, MIXTURE_COUNT, device=image_sampler.device)
-
-    def part_of_row(t, part):
-        if mixing:
-            return mixtures(image_sampler, sources, ends, t, part)
-        return variations(image_sampler, ends[0], t, part)
-
-    rows = []
-    for t in tqdm(times, path.stem, unit="row"):
-        parts = [part_of_row(t, part) for part in batches_of(columns, image_sampler.batch_size)]
-        # A row begins and ends with the images of the sources.
-        row = torch.cat([ends[:1], *parts, ends[1:]])
-        rows.append(to_uint8(row).cpu().numpy())
+    images = []
+    for row in tqdm(rows.values(), path.stem, unit="row"):
+        parts = [row(part) for part in batches_of(columns, image_sampler.batch_size)]
+        images.append(to_uint8(torch.cat([ends[:1], *parts, ends[1:]])).cpu().numpy())
 
     titles = [f"{column:.3g}" for column in columns]
     first, *last = [f"image {source}" if isinstance(source, int) else "image" for source in sources]
-    # The titles give the paper's t, which is 0 for a clean image.
-    row_titles = [f"t = {t + 1}" for t in times]
-    frames = np.stack(rows).swapaxes(0, 1)
-    save_strip(frames, [first, *titles, *last], path, row_titles)
+    frames = np.stack(images).swapaxes(0, 1)
+    save_strip(frames, [first, *titles, *last], path, list(rows))
     print(f"wrote {path} ({image_sampler.options})")

@@ -8,13 +8,13 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import SAMPLERS, VARIANCES, half_log_snr
+from functions.guidance import GUIDED_LOG_SNR
+from functions.samplers import SAMPLERS, VARIANCES
 from functions.support.command_line import fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
 from functions.support.files import file_name
-from functions.timesteps import SPACINGS, sampling_times
+from functions.timesteps import SPACINGS
 
 # The default weight w of a guide. The largest weight only catches typing errors: samples are garish
 # from 3 on.
@@ -32,8 +32,8 @@ class SamplerOptions:
     sampler: str = "ddpm"
     # The number of steps. None means one step per timestep.
     steps: int | None = None
+    # `arguments` replaces None by the sampler's default.
     spacing: str | None = None
-    # After `__post_init__` None means that the sampler does not have the option.
     variance: str | None = None
     eta: float | None = None
     # This is "data", "own" or a data set; `with_calibration` explains them. If the checkpoint does
@@ -44,33 +44,24 @@ class SamplerOptions:
     # functions/sampling/guidance.py explains both. `with_guide` sets the digest of the guide's
     # weights, which has no flag.
     guide: str | None = None
-    guidance: float | None = None
+    guidance: float = GUIDANCE
     guide_digest: str | None = None
     # This has no flag. It is False for a few models from diffusers folders.
     clip_x_0: bool = True
 
     def __post_init__(self) -> None:
-        defaults = SAMPLERS[self.sampler].options
-        for option in ("spacing", "variance", "eta"):
-            if getattr(self, option) is None:
-                # The dataclass is frozen, so its fields can be set only in this way.
-                object.__setattr__(self, option, defaults.get(option))
-            elif option not in defaults:
-                # Silently ignoring an option that the sampler does not have would mislead.
-                samplers = " and ".join(
-                    name for name, row in SAMPLERS.items() if option in row.options
-                )
-                raise UserError(f"--{option} is an option of {samplers}, not of {self.sampler}")
-        # Without a guide the guidance stays None.
-        if self.guide and self.guidance is None:
-            object.__setattr__(self, "guidance", GUIDANCE)
-        if self.guidance is not None:
-            if not self.guide:
-                raise UserError("--guidance needs a --guide")
-            if not 0 <= self.guidance <= LARGEST_GUIDANCE:
-                raise UserError(
-                    f"--guidance is {self.guidance:g}; it must be from 0 to {LARGEST_GUIDANCE}"
-                )
+        own = SAMPLERS[self.sampler].options
+        # Silently ignoring an option that the sampler does not have would mislead.
+        for option in self.arguments:
+            if option not in own:
+                flags = " and ".join(f"--{name}" for name in own)
+                raise UserError(f"--{option}: the options of --sampler {self.sampler} are {flags}")
+        if self.guidance != GUIDANCE and not self.guide:
+            raise UserError("--guidance needs a --guide")
+        if not 0 <= self.guidance <= LARGEST_GUIDANCE:
+            raise UserError(
+                f"--guidance is {self.guidance:g}; it must be from 0 to {LARGEST_GUIDANCE}"
+            )
         # argparse reads the RUN of "--calibrate RUN" as the flag's value.
         if self.calibrate and Path(self.calibrate, "checkpoints").exists():
             raise UserError(
@@ -78,51 +69,12 @@ class SamplerOptions:
                 "write the run before the flag"
             )
 
-    @staticmethod
-    def from_args(args: argparse.Namespace, diffusion: dict) -> "SamplerOptions":
-        """Return the options that the flags of `add_sampling_flags` ask for.
-
-        `diffusion` is the model's config. It is empty while no model is loaded.
-        """
-        names = SamplerOptions.__annotations__
-        options = {name: value for name, value in vars(args).items() if name in names}
-        # The config of a diffusers folder names a variance, which is meant only for sampling over
-        # all timesteps. It may also turn clipping off.
-        if args.sampler == "ddpm" and args.steps in (None, diffusion.get("timesteps_diff")):
-            options["variance"] = options.get("variance") or diffusion.get("variance")
-        return SamplerOptions(**options, clip_x_0=diffusion.get("clip_x_0", True))
-
     @property
     def arguments(self) -> dict[str, str | float]:
         """Return the spacing, and the options that not all samplers have, by name."""
-        return {option: getattr(self, option) for option in SAMPLERS[self.sampler].options}
-
-    def times(self, scheduler: NoiseScheduler, start: int | None = None) -> list[int]:
-        """Return the timesteps that the sampler visits, descending to -1.
-
-        With a `start` these are `start` and the timesteps of the full sequence below it. dpm++ may
-        leave out the first one below `start`. Raises UserError when the model has fewer timesteps
-        than `steps`.
-        """
-        try:
-            times = sampling_times(scheduler, self.steps, self.spacing)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        # The full sequence stays unchanged, so that the images of a seed do not depend on `start`.
-        if start is None or start == times[0]:
-            return times
-
-        times = [start, *(t for t in times if t < start)]
-        # In its second step DPM-Solver++ 2M adds 1 / (2 r) times the difference of two predictions,
-        # where r is the length of the first step divided by that of the second, in log-SNR. If
-        # `start` is just above the next timestep, r is near 0, and the factor could reach 266 and
-        # magnify the noise of the first step. So the two steps are merged if the factor would be
-        # above 1. The timestep before -1 always stays, because the step from it has order 1.
-        if self.sampler == "dpm++" and len(times) > 3:
-            first, second, third = (half_log_snr(scheduler.alpha_bar(t)) for t in times[:3])
-            if second - first < (third - second) / 2:
-                del times[1]
-        return times
+        arguments = {"spacing": self.spacing, "variance": self.variance, "eta": self.eta}
+        given = {option: value for option, value in arguments.items() if value is not None}
+        return SAMPLERS[self.sampler].options | given
 
     def facts(self, timesteps: int) -> dict[str, str | int | float]:
         """Return the options that determine the pixels, for a model with T = `timesteps`."""
@@ -137,13 +89,15 @@ class SamplerOptions:
         return facts
 
     @property
-    def corrections(self) -> dict[str, str | float]:
+    def corrections(self) -> dict[str, str | float | list]:
         """Return the data of the calibration, and the guide with its weight; {} without either."""
         corrections = {}
         if self.calibrate:
             corrections["calibrate"] = self.calibration_name
         if self.guide:
-            corrections |= {"guide": self.guide_digest, "guidance": self.guidance}
+            corrections["guide"] = self.guide_digest
+            corrections["guidance"] = self.guidance
+            corrections["guided_log_snr"] = list(GUIDED_LOG_SNR)
         return corrections
 
     @property
@@ -155,18 +109,14 @@ class SamplerOptions:
         return f"{name}-{self.calibration_digest}" if self.calibration_digest else name
 
     def __str__(self) -> str:
-        """Return a text such as "dpm++, 20 steps, logsnr, eta 1.0" or "ddpm, all steps, ..."."""
-        words = [self.sampler]
-        words += [f"{self.steps} steps", self.spacing] if self.steps else ["all steps"]
-        words += [
-            f"{option} {value}" for option, value in self.arguments.items() if option != "spacing"
-        ]
+        """Return a text such as "dpm++, logsnr, 20 steps, eta 1.0" or "ddpm, trailing, all ..."."""
+        options = self.arguments
+        words = [self.sampler, options.pop("spacing"), f"{self.steps or 'all'} steps"]
+        words += [f"{option} {value}" for option, value in options.items()]
         if self.calibrate:
             words += [f"calibrated on {self.calibration_name}"]
         if self.guide:
-            # `with_guide` has loaded the guide if there is a digest.
-            guide = self.guide_digest[:8] if self.guide_digest else Path(self.guide).name
-            words += [f"guided by {guide}, weight {self.guidance:g}"]
+            words += [f"guided by {self.guide_digest[:8]}, weight {self.guidance:g}"]
         if not self.clip_x_0:
             words += ["x_0 not clipped"]
         return ", ".join(words)
@@ -177,7 +127,7 @@ class SamplerOptions:
         words = [self.sampler.replace("+", "p") + str(self.steps or "")]
         for option, value in self.arguments.items():
             if value != SAMPLERS[self.sampler].options[option]:
-                words += [f"eta{value:g}" if option == "eta" else value]
+                words += [f"{option}-{value}"]
         if self.calibrate:
             words += [f"calibrated-{self.calibration_name}"]
         if self.guide:
@@ -199,13 +149,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--runs",
         type=Path,
         default="runs",
-        metavar="FOLDER",
         help="The folder with all run folders. Default: %(default)s.",
     )
     parser.add_argument(
         "--device",
         default="auto",
-        metavar="NAME",
         help="auto, cpu, cuda, cuda:N or mps. Default: %(default)s.",
     )
 
@@ -224,29 +172,22 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         default=0,
-        metavar="N",
         help="The seed of the noise. The noise of image i depends only on the seed and i; another "
         "batch size changes its pixels only by rounding. Default: %(default)s.",
     )
     parser.add_argument(
         "--batch-size",
         type=positive,
-        metavar="N",
         help="How many images are sampled at a time. Default: 64, or 16 on a CPU.",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        metavar="FOLDER",
         help="The folder for the written files. Default: a folder in the run folder.",
     )
 
     group = parser.add_argument_group("how images are sampled from noise")
-    # The help names each sampler's options and their defaults.
-    samplers = []
-    for name, row in SAMPLERS.items():
-        defaults = ", ".join(f"{option} {value}" for option, value in row.options.items())
-        samplers += [f"{name} is {row.help} ({defaults})"]
+    samplers = [f"{name} is {row.help}" for name, row in SAMPLERS.items()]
     group.add_argument(
         "--sampler",
         choices=SAMPLERS,
@@ -256,7 +197,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--steps",
         type=positive,
-        metavar="N",
         help="The number of steps. Each makes one network call, or up to two with --guide. "
         "Default: one step for each timestep.",
     )
@@ -269,7 +209,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eta",
         type=fraction,
-        metavar="X",
         help="How much noise each step adds, from 0 (none) to 1. Default: the sampler's.",
     )
     group.add_argument(
@@ -298,7 +237,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance",
         type=float,
-        metavar="W",
+        default=GUIDANCE,
         help="The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away "
-        f"from that of the guide. Default: {GUIDANCE}.",
+        "from that of the guide. Default: %(default)s.",
     )

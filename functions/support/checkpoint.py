@@ -210,7 +210,7 @@ class SavedModel:
             text += f" after {facts['step']:,} of {facts['total_steps']:,} steps"
         text += f", hash {self.digest[:16]}"
         if facts.get("note"):
-            text += f"; {facts['note']}"
+            text += f"; {short(facts['note'])}"
         return text
 
 

@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 from config import ConfigError
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
-from functions.support.files import short
+from functions.support.files import escaped, short
 
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
@@ -89,7 +89,9 @@ def exit_on_user_error() -> Iterator[None]:
         sentence = user_message(error)
         if sentence is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        # A name from a file must not control the terminal.
+        lines = map(escaped, f"error: {sentence}".split("\n"))
+        print(*lines, sep="\n", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         # torchrun sends a second signal, which would otherwise interrupt the next lines.

@@ -2,7 +2,7 @@
 
     model_index.json                            the class of the pipeline
     unet/config.json                            the network
-    unet/diffusion_pytorch_model.safetensors    its weights; or an index, and the files it names
+    unet/diffusion_pytorch_model.safetensors    its weights
     scheduler/scheduler_config.json             T, betas, the network's objective, the sampler
 
 The oldest published pipelines have all files in one folder. A config of diffusers is converted to
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from functions.prediction import OBJECTIVES
+from functions.denoiser import OBJECTIVES
 from functions.support.checkpoint import (
     SavedModel,
     cpu_copies,
@@ -34,7 +34,6 @@ from models.blocks import DIALECTS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "diffusion_pytorch_model.bin"
-INDEX = f"{WEIGHTS}.index.json"
 # To convert our name of a weight to that of diffusers, its parts are replaced in this order. The
 # opposite conversion uses the opposite order.
 NAMES = {
@@ -293,7 +292,7 @@ def refuse_unsupported(config: dict, supported: dict, path: Path) -> None:
 
 def is_diffusers_folder(folder: Path) -> bool:
     """Return whether a folder contains a file or a subfolder of a diffusers pipeline."""
-    names = ("model_index.json", "unet", "unet_ema", WEIGHTS, INDEX, PICKLE)
+    names = ("model_index.json", "unet", "unet_ema", WEIGHTS, PICKLE)
     return any((folder / name).exists() for name in names)
 
 
@@ -367,28 +366,13 @@ def name_of(folder: Path) -> str:
     return folder.name
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Return, by weight, the name of its file. Raises CheckpointError for a malformed index."""
-    file_of = read_json(path).get("weight_map")
-    files = file_of.values() if isinstance(file_of, dict) else []
-    # A name without a slash cannot lead to another folder.
-    matches = [re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(file)) for file in files]
-    if not matches or not all(matches):
-        raise CheckpointError(
-            f"{path}: its weight_map does not name a file in this folder for each weight"
-        )
-    return file_of
-
-
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the weights in float32, under our names and in our shapes.
 
     Raises CheckpointError when weights are missing, damaged, duplicated or in a pickle.
     """
-    file_of = {}
-    if (folder / INDEX).exists():
-        file_of = read_index(folder / INDEX)
-    elif (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
+    path = folder / WEIGHTS
+    if (folder / PICKLE).exists() and not path.exists():
         raise CheckpointError(
             f"{folder / PICKLE}: this is a pickle, which is not read because it can contain code; "
             "in diffusers, DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) "
@@ -396,25 +380,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         )
 
     weights = {}
-    # Without an index all weights are in one file.
-    for file in sorted(set(file_of.values())) or [WEIGHTS]:
-        path = folder / file
-        tensors = read_tensors(path)
-        names = {name for name in file_of if file_of[name] == file}
-        if file_of and tensors.keys() != names:
-            raise CheckpointError(f"{path}: its tensors are not the ones listed in {INDEX}")
-        for name, tensor in tensors.items():
-            ours = our_name(name)
-            if ours in weights:
-                raise CheckpointError(
-                    f"{path}: {short(name)} appears twice, under an old and a new name"
-                )
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor = tensor.float()
-            # A matrix becomes a convolution. `load_into` refuses any other shape.
-            if ours.endswith(MATRICES) and tensor.dim() == 2:
-                tensor = tensor[..., None, None]
-            weights[ours] = tensor
+    for name, tensor in read_tensors(path).items():
+        ours = our_name(name)
+        if ours in weights:
+            raise CheckpointError(
+                f"{path}: {short(name)} appears twice, under an old and a new name"
+            )
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
+        # A matrix becomes a convolution. `load_into` refuses any other shape.
+        if ours.endswith(MATRICES) and tensor.dim() == 2:
+            tensor = tensor[..., None, None]
+        weights[ours] = tensor
     return weights
 
 

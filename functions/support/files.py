@@ -121,13 +121,15 @@ def sha256(text: str) -> str:
 
 
 def short(value) -> str:
-    """Prepare a text from a file for a message: make it one line, and cut it at 200 characters.
-
-    Characters that control a terminal are escaped.
-    """
+    """Prepare a text from a file for a message: make it one line, and cut it at 200 characters."""
     text = str(value)
-    start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
+    start = escaped(text[:200])
     return start if len(text) <= 200 else f"{start}..."
+
+
+def escaped(text: str) -> str:
+    """Escape the characters that control a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def file_name(text: str) -> str:

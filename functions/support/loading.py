@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
 from functions.samplers import VARIANCES
 from functions.support.checkpoint import SavedModel, load_into, load_weights
 from functions.support.device import fast_layout, sampling_precision
@@ -89,7 +89,7 @@ def rebuild(
         # weights, which `load_into` would overwrite.
         with torch.device("meta"):
             model = UNet(**vars(saved.model))
-        denoiser = Denoiser(model, scheduler, precision, diffusion["objective"])
+        denoiser = Denoiser(model, scheduler, diffusion["objective"], precision)
         variance = diffusion.get("variance", "small")
         if variance not in VARIANCES:
             raise ValueError(f"variance is {variance!r}; it can be small or large")

@@ -4,14 +4,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-
-# The Agg backend plots to files and needs no screen.
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from data.pixels import picture_of
 from functions.support.files import write_atomically
@@ -89,7 +85,8 @@ def save_strip(
     top = 0.3
     width = 1.1 * columns + left
     height = 1.1 * rows + top
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(rows, columns, squeeze=False)
 
     for column, frame, title in zip(axes.T, frames, titles, strict=True):
         column[0].set_title(title, fontsize=9)
@@ -107,7 +104,7 @@ def save_strip(
     save_figure(figure, path)
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write a matplotlib figure as a PNG, and close the figure."""
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a matplotlib figure as a PNG."""
+    # A Figure that is not made by pyplot needs no screen, and no backend is chosen for the user.
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
-    plt.close(figure)

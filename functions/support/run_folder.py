@@ -197,8 +197,9 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
     if saved.path.is_dir():
         return Path("samples") / f"{saved.name}-{timestamp()}"
     folder = saved.path.parent
-    if folder.name in ("checkpoints", "snapshots"):
-        folder = folder.parent
+    if folder.absolute().name in ("checkpoints", "snapshots"):
+        # The parent of Path("."), the working directory, would be the same.
+        folder = folder.parent if folder.name else folder / ".."
     return folder / kind
 
 

@@ -4,8 +4,8 @@ import time
 
 import torch
 
+from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
-from functions.prediction import Denoiser
 from functions.training.run import TrainingRun
 
 
@@ -55,7 +55,7 @@ def run_pass(denoiser: Denoiser, shape: tuple[int, ...], scale: float = 1.0) -> 
     start = time.perf_counter()
     x_0 = torch.randn(shape, device=device)
     t = torch.zeros(len(x_0), dtype=torch.int64, device=device)
-    losses = denoising_loss(denoiser, denoiser.scheduler, x_0, t, torch.randn_like(x_0))
+    losses = denoising_loss(denoiser, x_0, t, torch.randn_like(x_0))
     (scale * losses.sum()).backward()
     wait(denoiser)
     return time.perf_counter() - start

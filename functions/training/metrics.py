@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from functions.support.files import write_text
-from functions.support.pictures import plt, save_figure
+from functions.support.pictures import save_figure
 
 COLUMNS = (
     # The number of optimiser steps done.
@@ -218,7 +219,8 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
     The curves show the error of eps, so that runs with different objectives can be compared.
     """
     rows = read_metrics(metrics)
-    figure, axis = plt.subplots(figsize=(8, 4.5))
+    figure = Figure(figsize=(8, 4.5))
+    axis = figure.subplots()
     curves = {
         "eps_error": {
             "label": "training (raw weights, random t and noise)",

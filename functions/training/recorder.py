@@ -135,7 +135,7 @@ class Recorder:
         """
         run = self.run
         config = self.config
-        errors = eps_errors(run.denoiser, run.denoiser.scheduler, losses, t)
+        errors = eps_errors(run.denoiser, losses, t)
         sums = self.processes.sum_(torch.stack([losses, errors]).sum(dim=1))
         run.window.add(sums, run.optimizer.found_inf)
         # From here on `run.step` counts this step, too.
@@ -260,7 +260,8 @@ class Recorder:
         part = None
         indices = self.processes.shard(config.grid_images)
         if indices:
-            samples = generate(sampler, indices)
+            with run.sample_denoiser.evaluating():
+                samples = generate(sampler, indices)
             part = to_uint8(samples.images).numpy()
         parts = [part for part in self.processes.gather(part) if part is not None]
 

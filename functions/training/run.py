@@ -21,8 +21,8 @@ from config import (
 from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
+from functions.denoiser import Denoiser
 from functions.optimizers import Adam, Muon
-from functions.prediction import Denoiser
 from functions.support.checkpoint import (
     SavedModel,
     TensorFile,
@@ -230,7 +230,7 @@ class TrainingRun:
         model = UNet(**vars(self.experiment.model)).to(self.device, memory_format=layout)
         if initial:
             load_into(model, initial)
-        return Denoiser(model, self.config.build_scheduler(), precision, self.config.objective)
+        return Denoiser(model, self.config.build_scheduler(), self.config.objective, precision)
 
     def batches(self) -> Iterator[Tensor]:
         """Yield this process's images of each step that is left: uint8 (B, S, S, C)."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from config import DiffusionConfig
 from data.pixels import to_model_range
+from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
-from functions.prediction import Denoiser
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise, generator_of
 
@@ -31,12 +31,12 @@ def validation_losses(
     The denoisers have the same schedule. `gather` takes image indices (B,) and returns uint8
     (B, H, W, C) on the denoisers' device. The processes share the batches, and all get the means.
     """
-    scheduler = denoisers[0].scheduler
+    timesteps = denoisers[0].scheduler.timesteps
     count = config.validation_samples
 
     # 0 .. T-1 is divided into one stratum per triple. The t are the strata's midpoints, shuffled.
     order = torch.randperm(count, generator=generator_of("cpu", config.seed, "validation t"))
-    all_t = (2 * order + 1) * scheduler.timesteps // (2 * count)
+    all_t = (2 * order + 1) * timesteps // (2 * count)
     # The triples are spread evenly over the images: the numbers of triples with any two images
     # differ by at most one.
     all_indices = indices[np.arange(count) * len(indices) // count]
@@ -56,8 +56,8 @@ def validation_losses(
 
         for denoiser in denoisers:
             with denoiser.evaluating():
-                losses = denoising_loss(denoiser, scheduler, x_0, t, eps)
-                errors = eps_errors(denoiser, scheduler, losses, t)
+                losses = denoising_loss(denoiser, x_0, t, eps)
+                errors = eps_errors(denoiser, losses, t)
                 sums.append(torch.stack([losses, errors]).sum(dim=1))
 
     # A process without a batch adds zeros.

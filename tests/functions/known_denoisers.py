@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from functions.denoiser import Denoiser
 from functions.timesteps import logsnr_timesteps
 
 
@@ -87,28 +88,34 @@ def sigmas(alpha_bar: Tensor) -> Tensor:
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
-def ideal_model(data, scheduler):
-    """Return the model `(x_t, t) -> E[eps | x_t]` of this data, for x_t of any shape (B, ...)."""
+class Exact(Denoiser):
+    """A `Denoiser` whose network computes in the dtype of x_t, so that truths keep their digits."""
 
-    def model(x_t, t):
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.network(x_t, t)
+
+
+def ideal(data, scheduler) -> Exact:
+    """Return the ideal denoiser of this data, E[eps | x_t], for x_t of any shape (B, ...)."""
+
+    def network(x_t, t):
         a = scheduler.alphas_cumprod[t].view(-1, 1)
         # y is in proportion to x_t, so the noise in it is the same.
         y = x_t.flatten(1) / a.sqrt()
         return data.eps(y, sigmas(a)).view(x_t.shape)
 
-    return model
+    return Exact(network, scheduler)
 
 
-def mean_and_variance(
-    data: Gaussian, sampler, scheduler, times, start=(0.0, 1.0), **options
-) -> tuple[float, float]:
+def mean_and_variance(denoiser, sampler, times, start, **options) -> tuple[float, float]:
     """Return the mean and the variance that a sampler gives to a state of those in `start`.
 
-    The data are of one dimension. There is no chance in it: the two are exact.
+    The denoiser is the ideal one of a Gaussian in one dimension. There is no chance in it: the two
+    are exact.
     """
-    # With the ideal model of a Gaussian the result is linear in all standard normal draws. So it is
-    # enough to follow one "image" without any draw, which is the mean, and for each draw one
-    # "image" in which this draw is 1 and the others are 0.
+    # So the result is linear in all standard normal draws, and it is enough to follow one "image"
+    # without any draw, which is the mean, and for each draw one "image" in which this draw is 1 and
+    # the others are 0.
     noises = torch.eye(len(times) + 1, len(times), dtype=torch.float64).roll(1, 0)
 
     def step_noise(k):
@@ -117,8 +124,7 @@ def mean_and_variance(
 
     mean, variance = start
     x = sampler(
-        ideal_model(data, scheduler),
-        scheduler,
+        denoiser,
         mean + variance**0.5 * noises[:, :1],
         times,
         clip_x_0=False,

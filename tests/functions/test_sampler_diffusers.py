@@ -1,32 +1,23 @@
 """Every sampler against the same one of diffusers, step for step on the same timesteps."""
 
-from functools import cache
-
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, IPNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, ipndm_sample
+from functions.samplers import ddim_sample, ddpm_sample, dpm_solver_sample
 from functions.timesteps import sampling_times
-from tests.functions.known_denoisers import part_of_the_way
+from tests.functions.known_denoisers import Exact, part_of_the_way
 from tests.functions.test_samplers import SHAPE, pure_noise
-
-
-@cache
-def alpha_bars(timesteps):
-    """Return alpha_bar in float64."""
-    # Diffusers has float32, and without clipping x_0 is divided by as little as 0.006.
-    betas = torch.linspace(0.1, 20, timesteps, dtype=torch.float64) / timesteps
-    return torch.cumprod(1 - betas, dim=0)
 
 
 def model_of(timesteps):
     """Return a model with some nonlinear idea of x_0, whose values go up to 1.5."""
+    alpha_bar = NoiseScheduler(timesteps).alphas_cumprod
 
     def model(x_t, t):
-        a = alpha_bars(timesteps)[t].view(-1, 1, 1, 1)
+        a = alpha_bar[t].view(-1, 1, 1, 1)
         # With bounded x_0 the states stay small, and beyond 1 clipping has work to do.
         x_0 = 1.5 * torch.tanh(x_t + 0.3 * torch.sin(9 * a))
         return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
@@ -35,16 +26,9 @@ def model_of(timesteps):
 
 
 def theirs(kind, timesteps=1000, **options):
-    """Return a scheduler of diffusers, with the paper's rescaled betas in float64."""
-    scale = 1000 / timesteps
-    scheduler = kind(
-        timesteps,
-        beta_start=1e-4 * scale,
-        beta_end=0.02 * scale,
-        beta_schedule="linear",
-        **options,
-    )
-    scheduler.alphas_cumprod = alpha_bars(timesteps)
+    """Return a scheduler of diffusers with our alpha_bar, which is in float64."""
+    scheduler = kind(timesteps, **options)
+    scheduler.alphas_cumprod = NoiseScheduler(timesteps).alphas_cumprod
     return scheduler
 
 
@@ -75,8 +59,7 @@ def our_states(sampler, timesteps, *arguments, noise_dtype=torch.float64, **opti
         return torch.randn(SHAPE, generator=generator, dtype=noise_dtype).double()
 
     x_0 = sampler(
-        model_of(timesteps),
-        NoiseScheduler(timesteps),
+        Exact(model_of(timesteps), NoiseScheduler(timesteps)),
         pure_noise(),
         *arguments,
         step_noise=step_noise,
@@ -177,33 +160,3 @@ def test_dpm_solver_agrees_with_diffusers_step_for_step(
     ours = our_states(sampler, 1000, times, eta, clip_x_0=False, noise_dtype=torch.float32)
     # Their `step` rounds the state to float32.
     assert_close(ours, their_states(scheduler).double(), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
-@pytest.mark.parametrize("steps", [1, 3, 10, 40])
-def test_ipndm_agrees_with_diffusers_step_for_step(steps, spacing):
-    times = sampling_times(NoiseScheduler(1000), steps, spacing)
-    # The last time is -1, the clean image, whose alpha_bar is 1.
-    alpha_bar = torch.cat([alpha_bars(1000), torch.ones(1, dtype=torch.float64)])[times]
-    alpha = alpha_bar.sqrt()
-    sigma = (1 - alpha_bar).sqrt()
-
-    scheduler = IPNDMScheduler(trained_betas=alpha_bar.tolist())
-    scheduler.set_timesteps(steps)
-    # Their names for alpha and sigma are `alphas` and `betas`.
-    scheduler.alphas = alpha
-    scheduler.betas = sigma
-    scheduler.set_begin_index(0)
-
-    x = pure_noise()
-    expected = []
-    model = model_of(1000)
-    for k in range(steps):
-        eps = model(x, torch.full((2,), times[k]))
-        # They take the model's output for v, so it gets the v of this eps.
-        v = (eps - sigma[k] * x) / alpha[k]
-        x = scheduler.step(v, None, x).prev_sample
-        expected.append(x)
-
-    ours = our_states(ipndm_sample, 1000, steps, spacing, clip_x_0=False)
-    assert_close(ours, torch.stack(expected), rtol=0, atol=1e-7)

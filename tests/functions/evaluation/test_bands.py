@@ -13,9 +13,9 @@ from numpy.testing import assert_allclose
 from PIL import Image
 
 import evaluate
+from functions.denoiser import Denoiser
 from functions.evaluation import bands
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
 from functions.sampling.calibration import band_means, octaves, spectrum
 from tests.conftest import LittleMemory, call
 from tests.functions.evaluation.parts import of_each_process

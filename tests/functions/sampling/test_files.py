@@ -16,10 +16,12 @@ from PIL import Image
 import sample
 from functions.sampling import files
 from functions.sampling.files import image_indices, image_path
+from functions.sampling.generation import generate_batches
+from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.run_folder import locked
-from tests.conftest import call, posix, script
+from tests.conftest import call, image_sampler_of, posix, script
 from tests.forked import Program
 
 FLAGS = shlex.split("--individual -n 22 --batch-size 4 --steps 30 --device cpu --guide 5")
@@ -124,7 +126,7 @@ def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path, indiv
     before = contents(tmp_path)
     for run, flags, changed in (
         ("checkpoints/step-00000005.safetensors", "--seed 1", ["checkpoint", "seed"]),
-        ("", "--sampler ipndm", ["sampler", "variance"]),
+        ("", "--sampler ddim", ["sampler", "eta", "variance"]),
         ("", "--precision bfloat16 --steps 4 --spacing logsnr", ["precision", "steps", "spacing"]),
         ("", "--variance large", ["variance"]),
     ):
@@ -175,6 +177,28 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
 
     # It has 2 x 2 images of 96 pixels.
     assert Image.open(tmp_path / "grid.png").width < 2.5 * 100
+
+
+def test_frames_are_kept_only_of_images_that_are_shown(network):
+    image_sampler = image_sampler_of(network, options=SamplerOptions("ddim", 1))
+    batches = [range(2), range(2, 4), range(4, 6)]
+    samples = generate_batches(image_sampler, batches, {("x", 1)}, shown=3)
+    kept = [[len(frame) for frame in batch.frames.values()] for batch in samples]
+    assert kept == [[2], [1], []]
+
+
+def test_a_checkpoint_and_a_snapshot_of_one_step_have_folders_of_their_own(
+    trained, tmp_path, monkeypatch
+):
+    """From inside `checkpoints` the results are in the run's folder of samples, too."""
+    run = trained("--diffusion.snapshot-every", 10)
+    name = "step-00000010.safetensors"
+    for folder in ("checkpoints", "snapshots"):
+        monkeypatch.chdir(run / folder)
+        call(sample.main, name, "--n", 1, "--steps", 1)
+    names = {path.parent.name for path in (run / "samples").glob("*/grid.png")}
+    start = "step-00000010-ddpm1-float32-seed0"
+    assert names == {start, f"snapshot-{start}"}
 
 
 def test_a_failed_write_ends_the_script(tiny_run, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from functions.sampling import calibration
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import load_weights
-from functions.support.diffusers_folder import INDEX, WEIGHTS
+from functions.support.diffusers_folder import WEIGHTS
 from functions.support.errors import UserError
 from functions.support.loading import load_denoiser, load_model, rebuild
 from functions.support.run_folder import find_checkpoints
@@ -264,7 +264,7 @@ def test_our_samplers_and_their_pipelines_draw_the_same_images(
     saved = load_model(folder)
     clip = saved.config["diffusion"]["clip_x_0"]
     denoiser = rebuild(saved, CPU)
-    ours = sampler(denoiser, denoiser.scheduler, draw(), 20, clip_x_0=clip, step_noise=draw)
+    ours = sampler(denoiser, draw(), 20, clip_x_0=clip, step_noise=draw)
     images = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, C)
     assert_close(images.numpy(), theirs, rtol=0, atol=1e-4)
 
@@ -312,14 +312,14 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     # Results are not written into the folder, which is not ours.
     assert sorted(folder.rglob("*")) == before
     results = (
-        "ddpm-large-float32-seed0/grid.png",
+        "ddpm-variance-large-float32-seed0/grid.png",
         "ddpm5-float32-seed0/grid.png",
         "bands-*.json",
         "ddim-calibrated-own-float32-seed0/strip.png",
     )
     for name in results:
         assert len([*Path("samples").glob(f"theirs-*/theirs-{name}")]) == 1
-    assert Path("samples/theirs-calibration-own.safetensors").exists()
+    assert len([*Path("samples").glob("theirs-calibration-*.safetensors")]) == 1
 
 
 @pytest.mark.parametrize("part", ["", "unet_ema"])
@@ -348,7 +348,7 @@ def test_a_checkpoint_of_their_training_has_its_parents_schedule(part, folder, m
     assert "the paper's schedule is assumed" in str(load_model(other))
 
 
-def test_a_unet_alone_linked_in_shards_and_in_half_precision(folder, tmp_path):
+def test_a_unet_alone_linked_and_in_half_precision(folder, tmp_path):
     whole = load_model(folder)
     unet = folder / "unet"
     weights = load_file(unet / WEIGHTS)
@@ -369,13 +369,3 @@ def test_a_unet_alone_linked_in_shards_and_in_half_precision(folder, tmp_path):
     (alone / WEIGHTS).unlink()
     save_file({name: tensor.half() for name, tensor in weights.items()}, alone / WEIGHTS)
     assert_close(load_model(alone).weights, whole.weights, rtol=1e-3, atol=1e-6)
-
-    # An index says in which of several files each weight lies.
-    names = sorted(weights)
-    file_of = {}
-    for shard, part in (("a.safetensors", names[:20]), ("b.safetensors", names[20:])):
-        save_file({name: weights[name] for name in part}, unet / shard)
-        file_of |= dict.fromkeys(part, shard)
-    (unet / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
-    (unet / WEIGHTS).unlink()
-    assert load_model(folder).digest == whole.digest

@@ -2,16 +2,13 @@
 
 import re
 import shlex
-from pathlib import Path, PureWindowsPath
-from types import SimpleNamespace
-from unittest.mock import Mock
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pytest
 
 import sample
 from config import EXPERIMENTS
-from functions.sampling import calibration
 from functions.sampling.files import label_of
 from functions.sampling.options import SamplerOptions
 from functions.support.run_folder import new_folder, path_of
@@ -53,20 +50,9 @@ def test_a_run_its_samples_and_its_pack(tiny_run, pictures):
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_results_of_a_picture_or_a_data_set_with_an_odd_name(name, monkeypatch):
+def test_results_of_a_picture_or_a_data_set_with_an_odd_name(name):
     label = label_of(f"folder/{name}.png", np.zeros((2, 2, 3), np.uint8))
     assert is_legal(f"variations-{label}.png")
 
     options = SamplerOptions("ddim", steps=3, calibrate=f"folder/{name}.zip")
     assert is_legal(f"faces-{options.short_name}-seed0")
-
-    # Here the name comes from the config in a checkpoint.
-    facts = {"train_ids_hash": "1a2b"}
-    config = {"diffusion": {"dataset_name": f"folder/{name}.zip"}}
-    path = Path("1.safetensors")
-    saved = SimpleNamespace(path=path, name="1", digest="", provenance=facts, config=config)
-    read = Mock()
-    monkeypatch.setattr(calibration, "read_calibration", read)
-    calibration.load_or_fit(SimpleNamespace(options=SamplerOptions(calibrate="data")), saved)
-    [path, *_] = read.call_args.args
-    assert is_legal(path.name)

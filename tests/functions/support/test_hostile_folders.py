@@ -3,7 +3,6 @@
 Each is refused in a sentence.
 """
 
-import json
 import os
 import shutil
 from unittest import mock
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from functions.sampling.export import export
 from functions.sampling.generation import ImageSampler
-from functions.support.diffusers_folder import INDEX, PICKLE, WEIGHTS, load_folder
+from functions.support.diffusers_folder import PICKLE, WEIGHTS, load_folder
 from functions.support.errors import CheckpointError, UserError
 from functions.support.loading import load_denoiser, rebuild
 from tests.conftest import CPU, OPTIONS
@@ -117,12 +116,6 @@ def add_old_names(weights):
             weights[name.replace("to_out.0", "proj_attn")] = weights[name].clone()
 
 
-def with_index(weight_map):
-    """Return a function that writes an index, which says in which file each weight lies."""
-    text = json.dumps({"weight_map": weight_map})
-    return lambda folder: (folder / "unet" / INDEX).write_text(text)
-
-
 def put_a_pipe_for_the_config(folder):
     (folder / UNET).unlink()
     os.mkfifo(folder / UNET)
@@ -146,10 +139,6 @@ HOSTILE = {
     "NaN": (with_bias(torch.full([16], torch.nan)), "not finite"),
     "a pipe for the config": (put_a_pipe_for_the_config, "not a regular file"),
     "old and new": (spoil_weights(add_old_names), "appears twice"),
-    "a terminal's command": (with_index({"a": "\x1b[2J.safetensors"}), "a file in this folder"),
-    "a way out": (with_index({"a": "../../theirs/unet/x.safetensors"}), "a file in this folder"),
-    "no map": (with_index(None), "a file in this folder"),
-    "another map": (with_index({"conv_in.bias": WEIGHTS}), "not the ones listed"),
 }
 
 

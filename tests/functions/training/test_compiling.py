@@ -15,9 +15,9 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.optimizers import Adam
-from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
 from functions.training import compiling
 from tests.conftest import newest, train_tiny

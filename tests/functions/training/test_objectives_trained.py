@@ -13,8 +13,8 @@ from PIL import Image
 import evaluate
 import sample
 import train
+from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import OBJECTIVES
 from functions.support import loading
 from functions.support.errors import CheckpointError
 from functions.training.metrics import read_metrics
@@ -28,8 +28,8 @@ def seen_in(pictures, runs, *flags):
     original = train.denoising_loss
     seen = []
 
-    def seeing(model, scheduler, x_0, t, noise):
-        losses = original(model, scheduler, x_0, t, noise)
+    def seeing(denoiser, x_0, t, noise):
+        losses = original(denoiser, x_0, t, noise)
         seen.append((t, losses.detach(), x_0))
         return losses
 
@@ -157,10 +157,3 @@ def test_a_new_objective_is_a_row_of_the_table_and_nothing_else(pictures, tmp_pa
     monkeypatch.delitem(OBJECTIVES, "x_0")
     with pytest.raises(CheckpointError, match="objective is 'x_0'; it can be eps or v"):
         call(sample.main, run, "--n", 4, "--out", tmp_path / "refused")
-
-
-def test_for_eps_the_error_of_eps_is_the_loss(tiny_run):
-    for prefix in ("", "val_"):
-        error = numbers(tiny_run, f"{prefix}eps_error")
-        assert error == numbers(tiny_run, f"{prefix}loss") != {}
-    assert numbers(tiny_run, "val_eps_error_ema") == numbers(tiny_run, "val_loss_ema") != {}

@@ -1,4 +1,4 @@
-"""Loss, EMA, draws, validation, metrics and learning rate: each beside its definition."""
+"""EMA, draws, validation, metrics and learning rate: each beside its definition."""
 
 import copy
 import hashlib
@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from config import EXPERIMENTS
 from data.augmentation import rotation_limit
+from functions.denoiser import Denoiser
 from functions.ema import update_ema
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise, seed_of, training_draws
 from functions.training.metrics import (
@@ -32,29 +32,13 @@ from tests.conftest import CPU, LittleMemory
 from train import learning_rate
 
 
-def test_loss_of_known_predictions():
-    """A prediction of 0 has the noise's own square as its loss, one of the true noise has none.
-
-    The noised image is made in float32, whatever the model computes in.
-    """
+def test_the_noised_image_is_in_float32_whatever_the_network_computes_in():
+    """In bfloat16 x_t would lose the noise at t = 0, and this network's eps would be wrong."""
     scheduler = NoiseScheduler(1000)
     x_0 = torch.rand(4, 3, 8, 8) * 2 - 1
-    noise = torch.randn(4, 3, 8, 8)
-    t = torch.tensor([0, 10, 500, 999])
-
-    def zero(x_t, t):
-        return torch.zeros_like(x_t, dtype=torch.bfloat16)
-
-    def knows_x_0(x_t, t):
-        return scheduler.predict_eps(x_t, t, x_0)
-
-    losses = denoising_loss(zero, scheduler, x_0, t, noise)
-    torch.testing.assert_close(losses, noise.square().mean(dim=(1, 2, 3)))
-
-    # If x_t were in bfloat16, it would lose the noise at t = 0.
+    denoiser = Denoiser(lambda x_t, t: scheduler.predict_eps(x_t, t, x_0), scheduler)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = denoising_loss(knows_x_0, scheduler, x_0, t, noise)
-    assert losses.shape == (4,)
+        losses = denoising_loss(denoiser, x_0, torch.arange(4), torch.randn_like(x_0))
     assert losses.max() < 1e-6
 
 
@@ -129,7 +113,10 @@ def test_draws_have_their_distributions():
 
 
 def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
-    """The network predicts no noise at all, so its loss is the mean square of the noise."""
+    """A network that predicts no noise at all has the mean square of the noise as its loss.
+
+    Beside it is one of v. Its error of eps is alpha_bar times its loss, which is 1 or more.
+    """
     images = torch.randint(256, (12, 4, 4, 3), dtype=torch.uint8)
     seen_t = []
     seen_indices = []
@@ -143,61 +130,25 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
         return images[indices]
 
     def measure(**changes):
-        """Return loss and error of eps on images 3, 5 and 9."""
+        """Return loss and error of eps on images 3, 5 and 9, of each network."""
         config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=48, **changes)
         denoiser = Denoiser(LittleMemory(zero, 48), NoiseScheduler(960))
+        of_v = replace(denoiser, objective="v")
         indices = np.array([3, 5, 9])
-        return validation_losses([denoiser], images_of, indices, config, SINGLE_PROCESS)[0]
+        return validation_losses([denoiser, of_v], images_of, indices, config, SINGLE_PROCESS)
 
     # The square of 48 * 48 standard normal numbers is 1 on average, with this standard error.
-    loss, eps_error = measure(batch_size=48, seed=0)
+    (loss, eps_error), (loss_of_v, eps_error_of_v) = measure(batch_size=48, seed=0)
     assert eps_error == loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))
+    assert 0 < eps_error_of_v < loss_of_v != loss
 
     # The t are the middles of 48 strata of 20 each, and all images count equally often.
-    assert sorted(seen_t) == list(range(10, 960, 20))
+    assert sorted(seen_t) == sorted([*range(10, 960, 20)] * 2)
     assert sorted(seen_indices) == [3] * 16 + [5] * 16 + [9] * 16
-    assert measure(batch_size=7, seed=0) == pytest.approx((loss, loss), rel=1e-6)
-    assert measure(batch_size=7, seed=1)[0] != loss
-
-
-def test_validation_of_v_also_has_the_error_of_its_eps():
-    """A network whose v is 0 has the square of v as its loss.
-
-    As eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t, its eps is sqrt(1 - alpha_bar) x_t. Noise
-    and v are computed here from the x_t that the network saw and from x_0, which is known.
-    """
-    images = np.full((4, 4, 4, 3), 204, np.uint8)
-    x_0 = 2 * 204 / 255 - 1
-    seen_x_t = []
-    seen_t = []
-
-    def zero(x_t, t):
-        seen_x_t.append(x_t.double().numpy())
-        seen_t.append(t.numpy())
-        return torch.zeros_like(x_t)
-
-    config = replace(EXPERIMENTS["faces-v"].diffusion, validation_samples=20, batch_size=7)
-    denoiser = Denoiser(LittleMemory(zero, 48), NoiseScheduler(100), objective="v")
-
-    # The second denoiser, whose v is 1, is measured beside the first and not mixed in.
-    other = replace(denoiser, network=LittleMemory(lambda x_t, t: torch.ones_like(x_t), 48))
-    (loss, eps_error), of_other = validation_losses(
-        [denoiser, other],
-        lambda indices: torch.from_numpy(images[indices]),
-        np.arange(4),
-        config,
-        SINGLE_PROCESS,
-    )
-
-    alpha_bar = np.cumprod(1 - np.linspace(0.01, 2, 100) / 10)
-    x_t = np.concatenate(seen_x_t)
-    a = alpha_bar[np.concatenate(seen_t)].reshape(-1, 1, 1, 1)
-    noise = (x_t - np.sqrt(a) * x_0) / np.sqrt(1 - a)
-    v = np.sqrt(a) * noise - np.sqrt(1 - a) * x_0
-    eps = np.sqrt(1 - a) * x_t
-    assert loss == pytest.approx((v**2).mean(), rel=1e-5)
-    assert eps_error == pytest.approx(((eps - noise) ** 2).mean(), rel=1e-5)
-    assert of_other[0] == pytest.approx(((v - 1) ** 2).mean(), rel=1e-5)
+    by_seven = measure(batch_size=7, seed=0)
+    assert by_seven[0] == pytest.approx((loss, loss), rel=1e-6)
+    assert by_seven[1] == pytest.approx((loss_of_v, eps_error_of_v), rel=1e-6)
+    assert measure(batch_size=7, seed=1)[0][0] != loss
 
 
 @pytest.mark.slow

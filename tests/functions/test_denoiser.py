@@ -1,13 +1,14 @@
-"""The seam between a network and the mathematics."""
+"""A network becomes x_0 and eps."""
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
-from functions.prediction import Denoiser, predict
 from tests.conftest import small_unet
+from tests.functions.known_denoisers import Exact
 
 SCHEDULER = NoiseScheduler(1000)
 
@@ -23,7 +24,7 @@ def test_the_true_eps_gives_the_true_x_0(t):
     noise = images(2).double()
     x_t = SCHEDULER.q_sample(x_0, t, noise)
 
-    predicted, eps = predict(lambda x, t: noise, SCHEDULER, x_t, t)
+    predicted, eps = Exact(lambda x_t, t: noise, SCHEDULER).predict(x_t, t)
     assert_close(predicted, x_0)
     assert eps is noise
 
@@ -32,18 +33,18 @@ def test_the_true_eps_gives_the_true_x_0(t):
 def test_timesteps_that_there_are_not_are_no_others(t):
     """A negative index must not count from the end, as it does in Python."""
     with pytest.raises(IndexError):
-        predict(lambda x, t: x, SCHEDULER, images(), t)
+        Denoiser(lambda x_t, t: x_t, SCHEDULER).predict(images(), t)
 
 
 @torch.no_grad()
 def test_a_denoiser_gives_float32():
     """The truth is the network itself, called without a `Denoiser`."""
-    model = small_unet()
+    network = small_unet()
     t = torch.tensor([3, 700])
-    expected = model(images(), t)
-    assert_close(Denoiser(model, SCHEDULER)(images(), t), expected)
+    expected = network(images(), t)
+    assert_close(Denoiser(network, SCHEDULER)(images(), t), expected)
 
-    half = Denoiser(model, SCHEDULER, precision=torch.bfloat16)(images().double(), t)
+    half = Denoiser(network, SCHEDULER, precision=torch.bfloat16)(images().double(), t)
     assert half.dtype == torch.float32
     assert_close(half, expected, rtol=0.1, atol=0.1)
     # Were the two equal, then autocast would have done nothing.

@@ -1,0 +1,131 @@
+"""What a network predicts, and how x_0 and eps follow from it.
+
+A `Denoiser` is a network with its noise schedule and its objective. `predict` calls it, and returns
+x_0 and eps, whatever the network predicts. Samplers, the variational bound and figures take
+anything that has `scheduler` and `predict`: a `Denoiser`, or what wraps one, such as
+functions/guidance.py.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A quantity that a network predicts at (x_t, t).
+
+    It has the shape of x_t, and is linear in x_0 and eps.
+    """
+
+    # (scheduler, x_0, t, noise) -> the tensor that the loss compares the network's output with.
+    target: Callable[..., Tensor]
+    # (scheduler, x_t, t, output) -> the x_0 and the eps that x_t and the output imply.
+    x_0_and_eps: Callable[..., tuple[Tensor, Tensor]]
+    # (scheduler, t) -> the squared error of that eps, divided by the squared error of the output.
+    eps_factor: Callable[..., Coefficient]
+    # The `prediction_type` of diffusers; None if diffusers has no such networks.
+    diffusers: str | None
+
+
+# The values of a config's `objective`. Only this table knows what they mean.
+OBJECTIVES = {
+    # Ho et al. 2020: the target is the noise (Eq. 14), and Eq. 15 gives x_0.
+    "eps": Objective(
+        target=lambda scheduler, x_0, t, noise: noise,
+        x_0_and_eps=lambda scheduler, x_t, t, eps: (scheduler.predict_x_0(x_t, t, eps), eps),
+        eps_factor=lambda scheduler, t: 1.0,
+        diffusers="epsilon",
+    ),
+    # Salimans and Ho 2022, arXiv:2202.00512, Section 4:
+    #     v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
+    #     x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
+    # An error d of v is an error of sqrt(alpha_bar) d in eps, and of -sqrt(1 - alpha_bar) d in x_0.
+    "v": Objective(
+        target=NoiseScheduler.v,
+        x_0_and_eps=NoiseScheduler.predict_from_v,
+        eps_factor=NoiseScheduler.alpha_bar,
+        diffusers="v_prediction",
+    ),
+}
+
+
+class Predictor(Protocol):
+    """What samplers need: a schedule, and the x_0 and eps at (x_t, t)."""
+
+    @property
+    def scheduler(self) -> NoiseScheduler: ...
+
+    def predict(
+        self, x_t: Tensor, t: Timestep, clip_x_0: bool = False
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network with the schedule and the objective that it was trained with.
+
+    `network` may also be a plain function (x_t (B, C, H, W), t (B,) int64) -> prediction. Raises
+    ValueError for an objective that is not in OBJECTIVES.
+    """
+
+    network: nn.Module | Callable[[Tensor, Tensor], Tensor]
+    scheduler: NoiseScheduler
+    # A key of OBJECTIVES.
+    objective: str = "eps"
+    # The dtype of the network's matrix products and convolutions.
+    precision: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        # The objective comes from a checkpoint, so it may have any type. A list has no hash and
+        # cannot be looked up in a dict, but it can be compared with the entries of a tuple.
+        if self.objective not in tuple(OBJECTIVES):
+            raise ValueError(
+                f"objective is {self.objective!r}; it can be {' or '.join(OBJECTIVES)}"
+            )
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the network's prediction at (x_t, t (B,)), in float32: (B, C, H, W)."""
+        half = self.precision != torch.float32
+        # Autocast's cache of cast weights is off: no weight is used twice in a forward pass.
+        with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
+            return self.network(x_t.float(), t).float()
+
+    def predict(self, x_t: Tensor, t: Timestep, clip_x_0: bool = False) -> tuple[Tensor, Tensor]:
+        """Call the network, and return its x_0 and eps at (x_t, t): (B, C, H, W) each.
+
+        Args:
+            x_t: (B, C, H, W).
+            t: one timestep for the whole batch, or (B,) int64.
+            clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it.
+        """
+        t_batch = t
+        if isinstance(t, int):
+            t_batch = torch.full((len(x_t),), t, device=x_t.device)
+        output = self(x_t, t_batch)
+        x_0, eps = OBJECTIVES[self.objective].x_0_and_eps(self.scheduler, x_t, t, output)
+        return clipped(self.scheduler, x_t, t, x_0) if clip_x_0 else (x_0, eps)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the network in eval mode within the context, and restore its mode afterwards."""
+        training = self.network.training
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train(training)
+
+
+def clipped(
+    scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, x_0: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return x_0 clipped to the range of images, [-1, 1], and the eps that it implies at x_t."""
+    x_0 = x_0.clamp(-1, 1)
+    return x_0, scheduler.predict_eps(x_t, t, x_0)

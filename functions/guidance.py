@@ -1,0 +1,61 @@
+"""Guide a model by a worse one, such as an earlier snapshot of its own training.
+
+The guided x_0 lies on the line from the guide's x_0 through the model's x_0:
+
+    x_0 = x_0(guide) + w (x_0(model) - x_0(guide))
+
+With w = 1 it is the model's x_0. With w > 1 it lies beyond the model's, further from the guide's.
+This helps if the guide makes the same errors as the model, but larger ones. The method is
+autoguidance (Karras et al. 2024, arXiv:2406.02507); here it needs neither labels nor a second
+training. docs/better-than-the-model.md explains and measures it.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from functions.denoiser import Predictor, clipped
+from functions.noise_scheduler import NoiseScheduler
+
+# The log-SNR, log(alpha_bar / (1 - alpha_bar)), from which and up to which a guide is asked. At
+# higher and at lower noise it helps little, so its calls there are saved (Kynkaanniemi et al. 2024,
+# arXiv:2404.07724). docs/better-than-the-model.md measures this.
+GUIDED_LOG_SNR = (-7.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A model that moves away from a worse one, the guide, which has the same schedule."""
+
+    model: Predictor
+    guide: Predictor
+    # w. At 1 the guide has no effect.
+    weight: float
+
+    @property
+    def scheduler(self) -> NoiseScheduler:
+        return self.model.scheduler
+
+    def predict(self, x_t: Tensor, t: int, clip_x_0: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the guided x_0 and its eps at (x_t, t), as `Denoiser.predict` does.
+
+        t is one timestep for the whole batch. Neither network's own x_0 is clipped.
+        """
+        x_0, eps = self.model.predict(x_t, t)
+        if is_guided(self.scheduler, t):
+            # This form of the line is exact for w = 1. eps is linear in x_0, so the same mix of
+            # both eps is the eps of the guided x_0.
+            guide_x_0, guide_eps = self.guide.predict(x_t, t)
+            x_0 = x_0 + (self.weight - 1) * (x_0 - guide_x_0)
+            eps = eps + (self.weight - 1) * (eps - guide_eps)
+        return clipped(self.scheduler, x_t, t, x_0) if clip_x_0 else (x_0, eps)
+
+
+def is_guided(scheduler: NoiseScheduler, t: int) -> bool:
+    """Return whether a guide is asked at timestep t."""
+    alpha_bar = scheduler.alpha_bar(t)
+    # The signal-to-noise ratio is alpha_bar / (1 - alpha_bar). With tiny betas alpha_bar may be 1,
+    # so nothing is divided by 1 - alpha_bar.
+    lowest, highest = map(math.exp, GUIDED_LOG_SNR)
+    return lowest * (1 - alpha_bar) <= alpha_bar <= highest * (1 - alpha_bar)

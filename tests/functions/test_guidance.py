@@ -1,0 +1,114 @@
+"""A guide and a calibration, which wrap denoisers: alone, together, and where they change nothing.
+
+The truths are Gaussian images, whose ideal x_0 is known in closed form. The calibration's fit has
+tests of its own, in sampling/test_calibration.py.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from functions.guidance import Guided
+from functions.noise_scheduler import NoiseScheduler
+from functions.samplers import SAMPLERS
+from functions.sampling.calibration import Calibrated, Calibration
+from tests.conftest import image_sampler_of, small_unet
+from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
+from tests.functions.known_denoisers import IMAGES, Exact, ideal
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("w", [0.5, 3.0])
+def test_the_guided_x_0_is_on_the_line_through_both(w, schedule):
+    """The guide is a network of v that says 0, so that its x_0 is sqrt(alpha_bar) x_t.
+
+    It is asked only at a log-SNR from -7 to 6. Each network has its own objective.
+    """
+    scheduler = NoiseScheduler(1000, beta_schedule=schedule)
+    asked = []
+
+    def zero(x_t, t):
+        asked.append(t[0].item())
+        return torch.zeros_like(x_t)
+
+    guided = Guided(ideal(IMAGES, scheduler), Exact(zero, scheduler, "v"), w)
+    x_t = torch.randn(3, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inside = []
+    for t, a in enumerate(scheduler.alphas_cumprod.tolist()):
+        gain = a**0.5 * IMAGES.std**2 / (a * IMAGES.std**2 + 1 - a)
+        expected = IMAGES.mean + gain * (x_t - a**0.5 * IMAGES.mean)
+        if -7 <= math.log(a / (1 - a)) <= 6:
+            inside += [t, t]
+            expected = w * expected + (1 - w) * a**0.5 * x_t
+
+        for clip in (False, True):
+            if clip:
+                expected = expected.clamp(-1, 1)
+            x_0, eps = guided.predict(x_t, t, clip)
+            assert_close(x_0, expected)
+            assert_close(a**0.5 * x_0 + (1 - a) ** 0.5 * eps, x_t)
+
+    assert asked == inside
+    assert 700 < len(inside) / 2 < 970
+
+
+def calibration_of(w_1, w_2):
+    """Return the calibration with these weights in the four bands, at every t."""
+    weights = torch.stack([torch.tensor(w_1), torch.tensor(w_2)], dim=1)
+    return Calibration(MU, weights.expand(1000, 4, 2))
+
+
+@pytest.mark.parametrize("t", [100, 600])
+def test_both_together(t):
+    """Each x_0 is calibrated before both are mixed.
+
+    The model's x_0 is damped in each band, which its calibration undoes. The guide says that there
+    is no noise, and its calibration has only x_t.
+    """
+
+    def best(x_t, t):
+        return SCHEDULER.predict_x_0(x_t, t, ideal_eps(x_t, t))
+
+    def damped(x_t, t):
+        return SCHEDULER.predict_eps(x_t, t, MU + by_bands(best(x_t, t) - MU, 1 / undo))
+
+    undo = torch.tensor([5.0, 0.25, 2.0, 10.0])
+    zeros = [0.0] * 4
+    model = Calibrated(Exact(damped, SCHEDULER), calibration_of(undo.tolist(), zeros))
+    guide = Exact(lambda x_t, t: torch.zeros_like(x_t), SCHEDULER)
+    guide = Calibrated(guide, calibration_of(zeros, [0.5] * 4))
+
+    x_t = SCHEDULER.q_sample(draw_images(4), t, draw_images(4, seed=1))
+    x_0, _ = Guided(model, guide, 1.5).predict(x_t, t)
+    of_guide = MU + 0.5 * (x_t - SCHEDULER.alpha_bar(t) ** 0.5 * MU)
+    expected = 1.5 * best(x_t, torch.full((4,), t)) - 0.5 * of_guide
+    assert_close(x_0, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("row", SAMPLERS.values(), ids=SAMPLERS)
+def test_what_changes_nothing_changes_no_bit(network, row, clip):
+    """A weight of 1, a guide that is the model, and a calibration that fits nothing do nothing."""
+    plain = image_sampler_of(network, 1000).denoiser
+    draws = torch.randn(6, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def sampled(denoiser):
+        options = {"clip_x_0": clip, "step_noise": draws.__getitem__, **row.options}
+        return row.function(denoiser, draws[-1], 5, **options)
+
+    def calibrated(denoiser):
+        return Calibrated(denoiser, calibration_of([1.0] * 4, [0.0] * 4))
+
+    other = replace(plain, network=small_unet(dim_multiply=(1, 1)))
+    expected = sampled(plain)
+    assert (sampled(Guided(plain, other, 2.0)) - expected).abs().max() > 0.01
+    for denoiser in (
+        Guided(plain, other, 1.0),
+        Guided(plain, plain, 2.0),
+        calibrated(plain),
+        Guided(calibrated(plain), calibrated(plain), 2.0),
+    ):
+        assert torch.equal(sampled(denoiser), expected)
