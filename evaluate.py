@@ -1,9 +1,7 @@
 """Evaluate a trained model: `python evaluate.py` measures bits/dim of the newest run.
 
-`--metrics bpd,bands,fid,kid,prc` measures everything:
+`--metrics bpd,fid,kid,prc` measures everything:
     bpd               bits/dim, the variational bound on held-out images (Ho et al. 2020, Eq. 5)
-    bands             how well the network knows x_0 at each noise level, in bands of spatial
-                      frequency (docs/whole-before-detail.md)
     fid, kid, prc     FID, KID, and precision and recall of samples, compared with real images. They
                       need requirements-eval.txt and the weights of InceptionV3.
 
@@ -23,7 +21,6 @@ import torch
 
 from data.datasets import ImageSet, Split, hash_ids, load_and_split
 from data.pixels import to_model_range
-from functions.evaluation.bands import measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import (
     BoundOptions,
     evenly_spaced,
@@ -53,9 +50,7 @@ from functions.support.processes import Processes, distributed
 from functions.support.run_folder import results_folder
 
 # Results and file names list the metrics in this order, whatever their order in --metrics.
-METRICS = ("bpd", "bands", "fid", "kid", "prc")
-# For `bands`, the average image is computed from this many training images, evenly spaced.
-AVERAGE_COUNT = 2000
+METRICS = ("bpd", "fid", "kid", "prc")
 # It loads the feature network onto a device, from a file of weights (None: download it).
 LoadExtractor = Callable[[Path | None, torch.device, Processes], Extractor]
 
@@ -83,11 +78,7 @@ def main(load_extractor: LoadExtractor = load_inception) -> None:
     args = parse_flags()
     with distributed() as processes:
         if args.metrics != ["bpd"]:
-            subject = open_subject(args, processes)
-        if "bands" in args.metrics:
-            evaluate_bands(args, subject, processes)
-        if {"fid", "kid", "prc"} & set(args.metrics):
-            evaluate_images(args, subject, load_extractor, processes)
+            evaluate_images(args, open_subject(args, processes), load_extractor, processes)
         if "bpd" in args.metrics:
             # The bound is computed in float32, whatever the precision of sampling.
             args.precision = "float32"
@@ -102,7 +93,7 @@ def parse_flags() -> argparse.Namespace:
         "--metrics",
         type=metric_names,
         default="bpd",
-        metavar="bpd,bands,fid,kid,prc",
+        metavar="bpd,fid,kid,prc",
         help="The metrics to measure, comma-separated. Default: %(default)s.",
     )
     parser.add_argument(
@@ -113,7 +104,7 @@ def parse_flags() -> argparse.Namespace:
         "Default: the data set that the model was trained on.",
     )
 
-    group = parser.add_argument_group("bits/dim (bpd) and bands, on the validation split")
+    group = parser.add_argument_group("bits/dim (bpd), on the validation split")
     group.add_argument(
         "--images",
         type=positive,
@@ -167,12 +158,10 @@ def parse_flags() -> argparse.Namespace:
     )
 
     args = parser.parse_args()
-    # The bound needs the likelihood of a model, which the mix of two models does not have. Bands
-    # show what a single network knows.
-    if args.guide and {"bpd", "bands"} & set(args.metrics):
+    # The bound needs the likelihood of a model, which the mix of two models does not have.
+    if args.guide and "bpd" in args.metrics:
         raise UserError(
-            "bpd and bands measure a single model, so they do not work with --guide; "
-            "fid, kid and prc do"
+            "bpd measures a single model, so it does not work with --guide; fid, kid and prc do"
         )
     if args.n < FEWEST:
         raise UserError(f"--n is {args.n}; it must be {FEWEST} or more")
@@ -226,43 +215,6 @@ def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     }
     folder = args.out or results_folder(saved, "evaluation")
     return Subject(image_sampler, image_set, split, facts, folder / saved.name)
-
-
-def evaluate_bands(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
-    """Measure the error ratios in bands, on the validation split; write and print them."""
-    image_sampler = subject.image_sampler
-    split = subject.split
-    indices = evenly_spaced(split.val_indices, args.images)
-
-    # These training images need some hundred MB, so no variable keeps them in memory.
-    average_indices = evenly_spaced(split.train_indices, AVERAGE_COUNT)
-    average_pixels = subject.image_set.images[average_indices].mean(axis=0)
-    average = to_model_range(torch.from_numpy(average_pixels[None]))[0]
-    result = measure_bands(
-        image_sampler.denoiser,
-        subject.load_x_0,
-        indices,
-        average,
-        image_sampler.batch_size,
-        args.seed,
-        processes,
-    )
-    if not processes.is_main:
-        return
-
-    verdict = result.verdict()
-    settings = {
-        **subject.facts,
-        **image_sampler.precision_facts,
-        "ids_hash": split.val_ids_hash,
-        "images": len(indices),
-    }
-    contents = {"verdict": verdict, "settings": settings, **result.facts()}
-    path = write_result(subject.path_prefix, "bands", contents)
-    picture = path.with_suffix(".png")
-    plot_bands(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
-    print("squared error of x_0 / squared error of the average image, by t and cycles per image")
-    print(f"{result.table()}\n{verdict}\nwrote {path}\nwrote {picture}")
 
 
 def evaluate_bits(args: argparse.Namespace, subject: Subject, processes: Processes) -> None:
@@ -353,7 +305,7 @@ def evaluate_images(
     for warning in warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
 
-    metrics = [name for name in args.metrics if name not in ("bpd", "bands")]
+    metrics = [name for name in args.metrics if name != "bpd"]
     results = compare(metrics, generated, reference, args.seed)
     contents = {"protocol": protocol, "warnings": warnings, "settings": settings, **results}
     path = write_result(subject.path_prefix, "-".join(metrics), contents)

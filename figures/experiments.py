@@ -24,9 +24,9 @@ import train
 from config import EXPERIMENTS
 from data.datasets import load_and_split
 from data.pixels import to_model_range, to_uint8
+from figures.bands import BandErrors, measure_bands, plot_bands
 from figures.feature_distance import Features, spoilt, training_features
 from figures.saved_model import open_saved
-from functions.evaluation.bands import BandErrors, measure_bands, plot_bands
 from functions.evaluation.bits_per_dim import BoundOptions, measure_bits_per_dim
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, generate

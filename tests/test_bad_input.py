@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from functions.support.command_line import exit_on_user_error
+from functions.support.errors import UserError
 from tests.conftest import ROOT
 
 WITHOUT_CUDA = pytest.mark.skipif(
@@ -117,3 +118,9 @@ def test_another_error_of_cuda_keeps_its_traceback():
     message = "an illegal memory access was encountered"
     with pytest.raises(torch.AcceleratorError, match=message), exit_on_user_error():
         raise torch.AcceleratorError(f"CUDA error: {message}")
+
+
+def test_an_error_does_not_control_the_terminal(capsys):
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise UserError("\x1b[2J: no such file\nand more")
+    assert capsys.readouterr().err == "error: \\x1b[2J: no such file\nand more\n"

@@ -92,7 +92,7 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     for name, value in changes.items():
         monkeypatch.setattr(experiments, name, value)
     monkeypatch.setattr("functions.sampling.calibration.IMAGE_COUNT", 20)
-    monkeypatch.setattr("functions.evaluation.bands.DRAWS", 1)
+    monkeypatch.setattr("figures.bands.DRAWS", 1)
 
     # Each part runs once. Its second call finds all there, so the patched work is not called.
     call(experiments.main, "train")

@@ -161,6 +161,8 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
     [
         {"timesteps": 1},
         {"timesteps": 10**12},
+        # The number is that of a JSON file.
+        {"timesteps": 1000.0},
         {"timesteps": 1, "beta_schedule": "cosine"},
         {"timesteps": 1000, "beta_schedule": "sigmoid"},
         # Rescaled to 20 steps, the last beta is 1.
@@ -172,8 +174,10 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
         {"timesteps": 1000, "beta_start": 0.03},
         # No comparison with nan is true, so a check must not ask whether the betas are wrong.
         {"timesteps": 1000, "beta_end": float("nan")},
-        # The last alpha_bar is near exp(-1005).
+        # The last alpha_bar is near exp(-1005), and in the next schedule near 2^-270. In float32
+        # one cannot be divided by its root.
         {"timesteps": 100_000, "rescale_betas": False},
+        {"timesteps": 1000, "beta_end": 0.33},
     ],
 )
 def test_impossible_schedules_are_refused(arguments):

@@ -134,7 +134,7 @@ def test_other_images_than_in_training_are_said_loudly(tiny_run, pictures, tmp_p
     [
         (
             "--metrics bpd,is",
-            "'bpd,is' is not a list of metrics; the metrics are bpd, bands, fid, kid, prc",
+            "'bpd,is' is not a list of metrics; the metrics are bpd, fid, kid, prc",
         ),
         ("--images 0", "not an integer of at least 1"),
         ("--metrics fid --n 3", "--n is 3; it must be 4 or more"),

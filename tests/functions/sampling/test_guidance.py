@@ -102,6 +102,11 @@ def test_a_guide_of_another_shape_or_schedule_is_refused(run, trained, flags, re
         call(sample.main, run, *FEW, "--guide", other)
 
 
+def test_a_guide_of_another_step_is_said(run, tmp_path, capsys):
+    call(sample.main, run, *FEW, "--guide", 3, "--out", tmp_path)
+    assert "guide: step 4, nearest to 3\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "main, flags, message",
     [
@@ -110,8 +115,6 @@ def test_a_guide_of_another_shape_or_schedule_is_refused(run, trained, flags, re
         (sample.main, ["--guide", 4, "--export", "x.safetensors"], "ignored with --export"),
         # Without --metrics this measures bits/dim.
         (evaluate.main, ["--guide", 4], "single model"),
-        (evaluate.main, ["--guide", 4, "--metrics", "bands"], "single model"),
-        (evaluate.main, ["--guide", 4, "--metrics", "bands,fid"], "single model"),
     ],
 )
 def test_what_cannot_be_guided_is_refused(main, flags, message, run):

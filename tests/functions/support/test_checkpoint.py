@@ -151,3 +151,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(path):
         write_tensors(path, {"model": {"weight": torch.tensor([1.0, torch.nan])}}, {})
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_note_of_a_file_does_not_control_the_terminal(path):
+    parts, contents = checkpoint_parts()
+    contents["run"]["note"] = "\x1b[2J"
+    write_tensors(path, parts, contents)
+    assert str(load_weights(path)).endswith("; \\x1b[2J")

@@ -13,6 +13,7 @@ from PIL import Image
 import evaluate
 import sample
 import train
+from figures import bands
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import NoiseScheduler
 from functions.support import loading
@@ -111,7 +112,7 @@ def test_a_new_objective_is_a_row_of_the_table_and_nothing_else(pictures, tmp_pa
     Images and numbers are those of a network of eps that knows the same.
     """
     monkeypatch.setitem(OBJECTIVES, "x_0", X_0)
-    monkeypatch.setattr("functions.evaluation.bands.DRAWS", 5)
+    monkeypatch.setattr("figures.bands.DRAWS", 5)
     flags = ["--diffusion.objective", "x_0", "--diffusion.beta-schedule", "linear"]
     run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs", *flags)
 
@@ -132,11 +133,12 @@ def test_a_new_objective_is_a_row_of_the_table_and_nothing_else(pictures, tmp_pa
         monkeypatch.setattr(loading, "rebuild", build)
         out = tmp_path / name
         call(sample.main, run, "--n", 4, "--out", out)
-        call(evaluate.main, run, "--metrics", "bpd,bands", "--t-stride", 20, "--out", out)
+        call(evaluate.main, run, "--t-stride", 20, "--out", out)
+        call(bands.main, run, "--out", out)
         [bound] = [json.loads(path.read_text()) for path in out.glob("*-bpd-*.json")]
-        [bands] = [json.loads(path.read_text()) for path in out.glob("*-bands-*.json")]
+        [ratios] = [json.loads(path.read_text()) for path in out.glob("*-bands.json")]
         pixels = np.asarray(Image.open(out / "grid.png")).astype(float)
-        results.append((pixels, bound["bits_per_dim"], np.array(bands["ratio"])))
+        results.append((pixels, bound["bits_per_dim"], np.array(ratios["ratio"])))
     (pixels, bits, ratio), (pixels_of_eps, bits_of_eps, ratio_of_eps) = results
     assert abs(pixels - pixels_of_eps).max() <= 1
     assert bits == pytest.approx(bits_of_eps, rel=1e-5)

@@ -1,6 +1,6 @@
 """Measure how well a network knows x_0 at each timestep, in bands of spatial frequency.
 
-    python evaluate.py --metrics bands
+    python -m figures.bands [RUN]
 
 The bands are the image's mean and octaves of frequency. The network predicts x_0 for held-out
 images, without clipping. In each band, the squared error of this prediction is divided by that of
@@ -12,6 +12,7 @@ s^2 is the average image's squared error per coefficient of the orthonormal Four
 noise has variance 1 in this transform. docs/whole-before-detail.md explains the measure.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,20 +26,28 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from tqdm import tqdm
 
+from data.datasets import load_and_split
+from data.pixels import to_model_range
 from functions.denoiser import Predictor
-from functions.evaluation.bits_per_dim import error_of_mean
-from functions.sampling.calibration import band_means, spectrum
-from functions.sampling.generation import batches_of
+from functions.evaluation.bits_per_dim import error_of_mean, evenly_spaced
+from functions.sampling.calibration import band_means, spectrum, with_calibration
+from functions.sampling.generation import batches_of, open_sampler
+from functions.sampling.options import add_sampling_flags
+from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
+from functions.support.files import write_text
 from functions.support.pictures import save_figure
-from functions.support.processes import SINGLE_PROCESS, Processes
+from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise
+from functions.support.run_folder import results_folder
 
 # At most this many timesteps are measured.
 TIMES = 12
 # At each timestep at least this many (image, noise) pairs are measured. With fewer held-out images,
 # each image is used several times, with different noise.
 DRAWS = 500
+# The average image is computed from this many training images, evenly spaced.
+AVERAGE_COUNT = 2000
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,38 @@ class BandErrors:
         return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
 
 
+def main() -> None:
+    """Measure a model's errors, print the table, and write the numbers and a heat map."""
+    parser = Parser(description=__doc__)
+    add_sampling_flags(parser)
+    parser.add_argument("--data", metavar="NAME|PATH", help="Another copy of the model's images.")
+    parser.add_argument("--images", type=positive, metavar="N", help="How many held-out images.")
+    args = parser.parse_args()
+    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+    image_sampler = with_calibration(image_sampler, saved)
+    image_set, split = load_and_split(saved, args.data)
+    print(split.description)
+
+    def load_x_0(indices):
+        images = torch.from_numpy(image_set.images[indices])
+        return to_model_range(images.to(image_sampler.device))
+
+    # The mean of the pixels takes less memory than the images in float32.
+    pixels = image_set.images[evenly_spaced(split.train_indices, AVERAGE_COUNT)].mean(axis=0)
+    average = to_model_range(torch.from_numpy(pixels[None]))[0]
+    indices = evenly_spaced(split.val_indices, args.images)
+    denoiser, batch_size = image_sampler.denoiser, image_sampler.batch_size
+    result = measure_bands(denoiser, load_x_0, indices, average, batch_size, args.seed)
+
+    folder = args.out or results_folder(saved, "evaluation")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{saved.name}-bands.json"
+    write_text(path, json.dumps({"verdict": result.verdict(), **result.facts()}, indent=2))
+    plot_bands(result, path.with_suffix(".png"), saved.name)
+    print("squared error of x_0 / squared error of the average image, by t and cycles per image")
+    print(f"{result.table()}\n{result.verdict()}\nwrote {path}\nwrote {path.with_suffix('.png')}")
+
+
 @torch.no_grad()
 def measure_bands(
     denoiser: Predictor,
@@ -93,11 +134,10 @@ def measure_bands(
     average: Tensor,
     batch_size: int,
     seed: int,
-    processes: Processes = SINGLE_PROCESS,
 ) -> BandErrors:
     """Measure the network's squared error of x_0, divided by the average training image's.
 
-    The processes divide the timesteps among them, and all return the result. Raises `UserError` for
+    Raises `UserError` for
     a single held-out image, because one image has no standard error.
 
     Args:
@@ -128,13 +168,10 @@ def measure_bands(
     times = measured_timesteps(scheduler.timesteps)
     count = len(drawn_indices)
     errors = average_errors.new_zeros(len(times), count, average_errors.shape[1])
-    rows = processes.shard(len(times))
-    for k in tqdm(rows, "bands", unit="timestep", disable=not processes.is_main):
+    for k, t in enumerate(tqdm(times, "bands", unit="timestep")):
         batches = batches_of(range(count), batch_size)
-        errors[k] = torch.cat([errors_at(times[k], draws) for draws in batches])
+        errors[k] = torch.cat([errors_at(t, draws) for draws in batches])
 
-    # Each entry is computed by one process and is 0 in the others, so the sum is exact.
-    errors = processes.sum_(errors)
     # The errors of each image's draws are averaged: (K, draws, bands) becomes (K, N, bands).
     network_errors = errors.unflatten(1, (-1, len(indices))).mean(dim=1).numpy()
     alpha_bar = scheduler.alphas_cumprod[times].numpy()
@@ -207,3 +244,8 @@ def plot_bands(result: BandErrors, path: Path, title: str) -> None:
     )
     figure.tight_layout()
     save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -12,13 +12,11 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
-import evaluate
+from figures import bands
 from functions.denoiser import Denoiser
-from functions.evaluation import bands
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.calibration import band_means, octaves, spectrum
 from tests.conftest import LittleMemory, call
-from tests.functions.evaluation.parts import of_each_process
 from tests.functions.gaussian_bands import (
     MU,
     SCHEDULER,
@@ -130,19 +128,12 @@ def test_bands_are_octaves(size, monkeypatch):
     assert band_of[size // 2, size // 2] == len(names) - 1
 
 
-def test_neither_processes_nor_memory_change_the_result(monkeypatch):
-    """The truth is a measurement by one process, with memory for all images."""
+def test_memory_does_not_change_the_result(monkeypatch):
+    """Other batches round otherwise, in float32."""
     monkeypatch.setattr(bands, "DRAWS", 27)
     whole = measured(ideal_eps, images=9)
     by_five = measured(ideal_eps, memory=5, images=9)
-    # Other batches round otherwise, in float32.
     assert_allclose(by_five.ratio, whole.ratio, rtol=1e-5)
-
-    # What the processes sum are the squared errors of 27 draws, three of each image.
-    parts = of_each_process(3, lambda processes: measured(ideal_eps, images=9, processes=processes))
-    errors = sum(parts).unflatten(1, (-1, 9)).mean(dim=(1, 2))
-    ratio = errors / torch.from_numpy(whole.variance)
-    assert_allclose(ratio, whole.ratio, rtol=1e-9)
 
 
 def test_the_heat_map_is_red_where_it_is_worse_than_nothing(tmp_path):
@@ -168,9 +159,9 @@ def test_the_heat_map_is_red_where_it_is_worse_than_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluate_writes_table_and_map(tiny_run, tmp_path, capsys):
-    call(evaluate.main, tiny_run, "--metrics", "bands", "--device", "cpu", "--out", tmp_path)
-    (path,) = tmp_path.glob("step-00000010-bands-*.json")
+def test_the_script_writes_table_and_map(tiny_run, tmp_path, capsys):
+    call(bands.main, tiny_run, "--device", "cpu", "--out", tmp_path)
+    path = tmp_path / "step-00000010-bands.json"
     result = json.loads(path.read_text())
     assert result["verdict"] in capsys.readouterr().out
     assert result["bands"] == ["mean", "1-2", "2-4", "finest"]
