@@ -131,7 +131,7 @@ def test_weights_fix_the_objective_and_all_that_the_schedule_is_built_from():
     [
         ("batch_size", 0, "1 or more"),
         ("batch_size", True, "an integer"),
-        ("epochs", 2**63, "1 or more, and below 2^63"),
+        ("epochs", 2**63, "from 1 to 9,223,372,036,854,775,807"),
         ("seed", -1, "0 or more"),
         ("dataset_name", "", "a name or a path"),
         ("learning_rate", float("nan"), "from 1e-09 to 1"),
@@ -145,7 +145,7 @@ def test_weights_fix_the_objective_and_all_that_the_schedule_is_built_from():
         ("beta_start", 0, "0 < beta_start <= beta_end < 0.2: use more timesteps or smaller betas"),
         ("beta_end", 0.2, "with 200 timesteps they must satisfy 0 < beta_start <= beta_end < 0.2"),
         ("beta_schedule", "sigmoid", '"linear" or "cosine"'),
-        ("clip_grad_norm", float("inf"), "0 or more, and below 2^63"),
+        ("clip_grad_norm", float("inf"), "from 0 to 9,223,372,036,854,775,807"),
         ("ema_decay", 1, "from 0 to 0.999999"),
         ("precision", "half", '"auto" or "float32" or "bfloat16" or "float16"'),
         ("grid_sampler", "euler", '"ddpm" or "ddim" or'),

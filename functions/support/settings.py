@@ -68,8 +68,8 @@ def check_fields(config: Any) -> None:
         if item_type in (int, float):
             at_least = each.metadata.get("at_least", int(item_type is int))
             at_most = each.metadata.get("at_most", 2**63 - 1)
-            requirement = f"{at_least} or more, and below 2^63"
-            if "at_most" in each.metadata:
+            requirement = f"{at_least} or more"
+            if "at_most" in each.metadata or any(item > at_most for item in items):
                 requirement = f"from {at_least} to {at_most:,}"
             # No comparison with nan is true, so nan does not fit.
             check(all(at_least <= item <= at_most for item in items), requirement)
