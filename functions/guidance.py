@@ -55,7 +55,5 @@ class Guided:
 def is_guided(scheduler: NoiseScheduler, t: int) -> bool:
     """Return whether a guide is asked at timestep t."""
     alpha_bar = scheduler.alpha_bar(t)
-    # The signal-to-noise ratio is alpha_bar / (1 - alpha_bar). With tiny betas alpha_bar may be 1,
-    # so nothing is divided by 1 - alpha_bar.
-    lowest, highest = map(math.exp, GUIDED_LOG_SNR)
-    return lowest * (1 - alpha_bar) <= alpha_bar <= highest * (1 - alpha_bar)
+    lowest, highest = GUIDED_LOG_SNR
+    return lowest <= math.log(alpha_bar / (1 - alpha_bar)) <= highest

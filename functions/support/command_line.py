@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, fields
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from config import ConfigError
 from functions.support.device import is_out_of_memory
@@ -38,7 +38,7 @@ class LastingOutput:
     def __init__(self, stream: TextIO):
         self.stream = stream
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
@@ -108,7 +108,8 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, (UserError, ConfigError, OSError)):
         return str(error) or type(error).__name__
     if is_out_of_memory(error):
-        return f"out of memory ({short(error)}): use a smaller batch or model, or another device"
+        advice = "use a smaller --batch-size, a smaller model or another device"
+        return f"out of memory ({short(error)}): {advice}"
     return None
 
 

@@ -56,7 +56,7 @@ def test_out_of_memory_names_the_flag(tiny_run, monkeypatch, capsys):
         call(sample.main, tiny_run, "--steps", 2, "--n", 3)
     error = capsys.readouterr().err
     assert "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB)" in error
-    assert "use a smaller batch" in error
+    assert "use a smaller --batch-size" in error
 
 
 def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
