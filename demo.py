@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 
 from data.decode import fit_image, fit_mask, read_image
-from data.pixels import picture_of, to_uint8
+from data.pixels import picture_of, to_model_range, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.generation import ImageSampler, generate, open_sampler
 from functions.sampling.guidance import with_guide
 from functions.sampling.inpainting import inpaint_image
-from functions.sampling.interpolation import mixtures, source_to_x_0
+from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import add_model_flags, add_sampling_flags
 from functions.support.checkpoint import SavedModel
 from functions.support.command_line import (
@@ -256,18 +256,20 @@ class Demo:
         _, image_sampler = self.open(check, *flags)
 
         # A source is an upload, cropped and resized, or the index of an image of the seed.
-        sources = []
+        ends = []
         for pixels, i in ((first, first_index), (second, second_index)):
-            source = i or 0
-            if pixels is not None:
-                source = fit_image(picture_of(pixels), image_sampler.shape)
-            sources.append(source)
+            if pixels is None:
+                x_0 = generate(image_sampler, [i or 0]).images
+            else:
+                image = fit_image(picture_of(pixels), image_sampler.shape)
+                x_0 = to_model_range(torch.from_numpy(image)[None])
+            ends.append(x_0)
 
         # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
-        ends = torch.stack([source_to_x_0(image_sampler, source) for source in sources])
-        t = round(depth * image_sampler.scheduler.timesteps) - 1
+        ends = torch.cat(ends).to(image_sampler.device)
         weights = torch.tensor([share], device=ends.device)
-        mixture = mixtures(image_sampler, sources, ends, t, weights)
+        t = image_sampler.time_at(depth)
+        mixture = interpolate_images(image_sampler, ends, t, weights)
         images = to_uint8(torch.cat([ends[:1], mixture, ends[1:]])).cpu().numpy()
         return list(map(picture_of, images))
 

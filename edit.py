@@ -14,11 +14,12 @@ that the images are sampled from, and mixes only this noise.
 import argparse
 
 from functions.sampling.calibration import with_calibration
+from functions.sampling.editing import save_inpaintings, save_mixtures, save_variations
 from functions.sampling.files import GRID_LIMIT, samples_folder
 from functions.sampling.generation import open_sampler
 from functions.sampling.guidance import with_guide
-from functions.sampling.inpainting import check_sampler, save_inpaintings
-from functions.sampling.interpolation import exact_sampler, save_mixtures, save_variations
+from functions.sampling.inpainting import check_sampler
+from functions.sampling.interpolation import exact_sampler
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
 from functions.support.errors import UserError

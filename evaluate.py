@@ -180,9 +180,6 @@ def metric_names(text: str) -> list[str]:
 
 def open_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     """Open the checkpoint, its model and, if a metric needs them, the real images."""
-    # With --data, a calibration on "data" is fitted to that data set, not to the training data.
-    if args.calibrate == "data" and args.data:
-        args.calibrate = args.data
     saved, image_sampler = open_sampler(args, processes)
     device = image_sampler.device
     provenance = saved.provenance

@@ -15,7 +15,6 @@ samples only the missing images:
 
 import argparse
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -25,17 +24,18 @@ from functions.sampling.calibration import with_calibration
 from functions.sampling.export import export
 from functions.sampling.files import (
     GRID_LIMIT,
+    check_manifest,
     figures_of,
     image_path,
     open_folder,
+    read_images,
     samples_folder,
     save_pictures,
-    wait_for_images,
 )
 from functions.sampling.generation import (
     ImageSampler,
-    Samples,
     batches_of,
+    generate,
     generate_batches,
     open_sampler,
 )
@@ -43,7 +43,7 @@ from functions.sampling.guidance import with_guide
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
-from functions.support.pictures import save_image
+from functions.support.pictures import save_grid, save_image
 from functions.support.processes import Processes, distributed
 
 # These flags have an effect with --export.
@@ -63,8 +63,8 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
     with `name_prefix` is used.
     """
     args = parse_flags(n, gif)
-    # Every process that torchrun starts executes all of this. Only rank 0 prints and writes the
-    # pictures that show several images.
+    # Every process that torchrun starts executes all of this, but only rank 0 prints. The processes
+    # divide single images among them; a grid alone is sampled by rank 0.
     with distributed() as processes:
         # The network and its schedule come only from the checkpoint.
         saved, image_sampler = open_sampler(args, processes, name_prefix)
@@ -87,97 +87,74 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             **image_sampler.precision_facts,
             **image_sampler.options.facts(image_sampler.scheduler.timesteps),
         }
-        sample_from_noise(args, image_sampler, folder, facts, processes)
+        if args.individual:
+            sample_files(args.n, image_sampler, folder, facts, processes)
+        elif processes.is_main:
+            sample_pictures(args, image_sampler, folder, facts)
 
 
-def sample_from_noise(
-    args: argparse.Namespace,
-    image_sampler: ImageSampler,
-    folder: Path,
-    facts: dict,
-    processes: Processes,
+def sample_pictures(
+    args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, facts: dict
 ) -> None:
-    """Sample images 0 .. n-1 and write the files that the flags ask for.
+    """Sample images 0 .. n-1, and write a grid and the figures that the flags ask for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # A grid of other settings would not fit to the single images in the folder.
+    check_manifest(folder, facts)
+    print(f"sampling {args.n} images: {image_sampler.options}, seed {args.seed}")
+    figures = figures_of(args, image_sampler)
+    frames = {frame for figure in figures.values() for frame in figure.values()}
+    samples = generate(image_sampler, range(args.n), frames, progress=True)
+    save_pictures(samples, figures, folder)
+
+
+def sample_files(
+    n: int, image_sampler: ImageSampler, folder: Path, facts: dict, processes: Processes
+) -> None:
+    """Sample those of the images 0 .. n-1 that are not in the folder, and write a PNG file of each.
 
     The processes divide the batches among them. The batches depend neither on the number of
     processes nor on where an earlier command was interrupted. So the images are the same up to
     rounding.
     """
-    figures = figures_of(args, image_sampler)
-    if figures and args.individual and processes.count > 1:
-        # For figures the processes would wait for each other until the last image.
-        processes.print_main("with --individual, several processes draw no figures")
-        figures = {}
-    frames = {frame for figure in figures.values() for frame in figure.values()}
-    # The first images stay in memory for the grid and the figures. If there are no figures and each
-    # image has a file, the grid is made from the files instead.
-    shown_count = min(args.n, GRID_LIMIT) if frames or not args.individual else 0
-
     with ExitStack() as stack:
         # Only rank 0 locks the folder, until the last batch is written.
-        context = open_folder(folder, facts, args.individual)
+        context = open_folder(folder, facts)
         indices_on_disk = processes.on_main(lambda: stack.enter_context(context))
-
-        remaining = []
-        for batch in batches_of(range(args.n), image_sampler.batch_size):
-            incomplete = args.individual and not indices_on_disk.issuperset(batch)
-            if incomplete or batch.start < shown_count:
-                remaining.append(batch)
+        remaining = [
+            batch
+            for batch in batches_of(range(n), image_sampler.batch_size)
+            if not indices_on_disk.issuperset(batch)
+        ]
         count = sum(map(len, remaining))
-        others = f" of {args.n}; the others exist" if count < args.n else ""
+        others = f" of {n}; the others exist" if count < n else ""
         processes.print_main(
-            f"sampling {count} images{others}: {image_sampler.options}, seed {args.seed}"
+            f"sampling {count} images{others}: {image_sampler.options}, seed {image_sampler.seed}"
         )
 
-        # The generator samples a batch when `write_images` asks for it. After an error the
-        # generator is closed, which ends its progress bar.
         batches = [remaining[i] for i in processes.shard(len(remaining))]
         progress = processes.is_main and bool(batches)
-        samples_of = generate_batches(image_sampler, batches, frames, progress, shown_count)
-        with closing(samples_of) as generator:
-            pairs = zip(batches, generator, strict=True)
-            shown = write_images(args, pairs, folder, indices_on_disk, shown_count)
-
-        # Single images are not collected: rank 0 waits for their files.
-        if not args.individual:
-            shown = [samples for part in processes.gather(shown) for samples in part]
-        if processes.is_main:
-            if args.individual:
-                wait_for_images(folder, args.n)
-                print(f"all {args.n} images exist, starting with {image_path(folder, 0)}")
-            samples = Samples.concatenated(shown) if shown else None
-            save_pictures(args.n, figures, samples, folder)
-
-
-def write_images(
-    args: argparse.Namespace,
-    pairs: Iterable[tuple[range, Samples]],
-    folder: Path,
-    indices_on_disk: set[int],
-    shown_count: int,
-) -> list[Samples]:
-    """Write the single images that are not on the disk, and return the batches that are shown.
-
-    Each pair is a batch of indices and its samples. The batches that contain some of the first
-    `shown_count` images are shown in the grid and the figures.
-    """
-    shown = []
-    writes = []
-    with ThreadPoolExecutor(4) as pool:
-        for batch, samples in pairs:
-            if args.individual:
-                # This waits until the previous batch is on the disk, and raises its errors.
-                list(writes)
-                # Threads write this batch while the next one is sampled.
-                images = to_uint8(samples.images).numpy()
-                missing = [k for k, i in enumerate(batch) if i not in indices_on_disk]
-                paths = [image_path(folder, batch[k]) for k in missing]
-                writes = pool.map(save_image, images[missing], paths)
-            if batch.start < shown_count:
-                shown.append(samples)
-        # This raises the errors of the last batch.
+        # The generator samples a batch when the loop asks for it. After an error it is closed,
+        # which ends its progress bar.
+        generator = stack.enter_context(
+            closing(generate_batches(image_sampler, batches, progress=progress))
+        )
+        pool = stack.enter_context(ThreadPoolExecutor(4))
+        writes = []
+        for batch, samples in zip(batches, generator, strict=True):
+            # This waits until the previous batch is on the disk, and raises its errors.
+            list(writes)
+            # Threads write this batch while the next one is sampled.
+            images = to_uint8(samples.images).numpy()
+            missing = [k for k, i in enumerate(batch) if i not in indices_on_disk]
+            paths = [image_path(folder, batch[k]) for k in missing]
+            writes = pool.map(save_image, images[missing], paths)
         list(writes)
-    return shown
+
+        processes.wait()
+        if processes.is_main:
+            print(f"all {n} images exist, starting with {image_path(folder, 0)}")
+            save_grid(read_images(folder, min(n, GRID_LIMIT)), folder / "grid.png")
+            print(f"wrote {folder / 'grid.png'}")
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
@@ -205,7 +182,8 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     group.add_argument(
         "--individual",
         action="store_true",
-        help="Write a PNG file for each image, unless the file exists. Default: no.",
+        help="Write a PNG file for each image, unless the file exists, and no figures or "
+        "animation. Default: no.",
     )
     group.add_argument(
         "--strip",
@@ -220,7 +198,6 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     group.add_argument(
         "--gif",
         action=argparse.BooleanOptionalAction,
-        default=gif,
         help="Write an animation of the grid, from noise to images. "
         "Default: no; yes in sampleFFHQ.py.",
     )
@@ -238,6 +215,10 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     for name, value in vars(args).items():
         if args.export and name not in EXPORT_FLAGS and value != getattr(defaults, name):
             raise UserError(f"--{name.replace('_', '-')} would be ignored with --export")
+    if args.individual and (args.strip or args.progressive or args.gif):
+        raise UserError("--individual draws no figures and no animation; use a command without it")
+    if args.gif is None:
+        args.gif = gif and not args.individual
     if args.n > GRID_LIMIT and not args.individual:
         raise UserError(f"a grid shows {GRID_LIMIT} images at most; for {args.n} add --individual")
     return args

@@ -30,9 +30,10 @@ from data.datasets import load_and_split
 from data.pixels import to_model_range
 from functions.denoiser import Predictor
 from functions.evaluation.bits_per_dim import error_of_mean, evenly_spaced
-from functions.sampling.calibration import band_means, spectrum, with_calibration
+from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import batches_of, open_sampler
 from functions.sampling.options import add_sampling_flags
+from functions.spectra import band_sums, octaves, spectrum
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
 from functions.support.files import write_text
@@ -190,7 +191,8 @@ def measured_timesteps(timesteps: int) -> list[int]:
 
 def band_energy(images: Tensor) -> Tensor:
     """Return the mean power in each band of the spectra of images (B, C, H, W): (B, bands)."""
-    return band_means(spectrum(images).abs().square())
+    power = spectrum(images).abs().square().mean(dim=1)
+    return band_sums(power) / octaves(images.shape[-1]).flatten().bincount()
 
 
 def compare_errors(
@@ -210,8 +212,8 @@ def compare_errors(
     # This is the ratio of the best linear filter of x_t.
     a = alpha_bar[:, None]
     linear = (1 - a) / (a * s2 + 1 - a)
-    octaves = [f"{2 ** (k - 1)}-{2**k}" for k in range(1, len(s2) - 1)]
-    return BandErrors(t, ["mean", *octaves, "finest"], ratio, standard_error, linear, s2)
+    names = [f"{2 ** (k - 1)}-{2**k}" for k in range(1, len(s2) - 1)]
+    return BandErrors(t, ["mean", *names, "finest"], ratio, standard_error, linear, s2)
 
 
 def plot_bands(result: BandErrors, path: Path, title: str) -> None:

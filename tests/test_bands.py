@@ -15,7 +15,7 @@ from PIL import Image
 from figures import bands
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.calibration import band_means, octaves, spectrum
+from functions.spectra import band_sums, octaves, spectrum
 from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import (
     MU,
@@ -118,9 +118,8 @@ def test_bands_are_octaves(size, monkeypatch):
         low, high = map(int, name.split("-"))
         for cycles in range(low, high):
             wave = torch.cos(cycles * positions).expand(1, 1, size, size)
-            # The band's mean times its number of coefficients is the wave's whole energy.
-            means = band_means(spectrum(wave).abs().square())[0]
-            energy = means * torch.bincount(band_of.flatten())
+            # The band has the wave's whole energy.
+            energy = band_sums(spectrum(wave).abs().square())[0, 0]
             whole = wave.square().sum().item()
             assert energy[names.index(name)] == pytest.approx(whole, rel=1e-5)
 

@@ -22,7 +22,7 @@ import sample
 from data.decode import read_image
 from data.pixels import to_uint8
 from functions.sampling.generation import generate
-from functions.sampling.interpolation import mixtures
+from functions.sampling.interpolation import interpolate_images
 from tests.conftest import ROOT, call, train_tiny
 from tests.data.test_decode import png
 
@@ -192,10 +192,10 @@ def test_clicks_wait_for_each_other(page, run, served_run):
         click(first, DRAW)
         first.get_by_text("of 100 steps").wait_for()
 
-        # The second page waits in the queue. A share of 1 makes the mixture the second image.
+        # The second page waits in the queue. Without noise, a share of 1 is the second image.
         second.goto(served_run)
         tab(second, "Mix")
-        fill(second, Steps=2, Depth=1, Share=1)
+        fill(second, Steps=2, Depth=0, Share=1)
         give_second_number(second)
         click(second, MIX)
         second.get_by_text("queue: ").first.wait_for()
@@ -223,7 +223,8 @@ def test_mix(page, run, pictures):
 
     image_sampler = sampler_of(run, 3, "dpm++", 5)
     ends = generate(replace(image_sampler, batch_size=1), [0, 12]).images
-    mixture = mixtures(image_sampler, [0, 12], ends, 49, torch.tensor([0.3]))
+    t = image_sampler.time_at(0.5)
+    mixture = interpolate_images(image_sampler, ends, t, torch.tensor([0.3]))
     expected = to_uint8(torch.cat([ends, mixture])).numpy()
     labels = ("The first image", "The second image", "The mixture")
     for label, image in zip(labels, expected, strict=True):

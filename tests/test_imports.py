@@ -22,6 +22,7 @@ MATHEMATICS = {
     "guidance",
     "samplers",
     "likelihood",
+    "spectra",
 }
 # Of the project, the files of a folder import these alone.
 SUPPORT = {"config", "models", "data.pixels", "functions.support"}

@@ -10,13 +10,11 @@ samples.json    the manifest: all facts that determine the pixels of the single 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from data.pixels import to_uint8
 from functions.sampling.generation import FrameKey, ImageSampler, Samples
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import file_name, read_json, write_text
+from functions.support.files import read_json, write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
 from functions.support.processes import Processes
 from functions.support.run_folder import locked, results_folder
@@ -64,43 +62,10 @@ def samples_folder(
     return processes.on_main(lambda: results_folder(saved, "samples")) / name
 
 
-def edited_path(
-    folder: Path, kind: str, texts: Sequence[str], sources: Sequence[int | np.ndarray]
-) -> Path:
-    """Create the folder, and return the path of a picture in it that is made of some images.
-
-    `texts` are the images' indices or files on the command line, and `sources` are their indices or
-    pixels. The name has labels of both, so that no picture of other images is overwritten.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    labels = map(label_of, texts, sources)
-    return folder / f"{'-'.join([kind, *labels])}.png"
-
-
-def label_of(source: str, index_or_pixels: int | np.ndarray) -> str:
-    """Return a label for the source of a picture, for use in the picture's file name.
-
-    An image generated from the seed is labelled with its index. An image file is labelled with the
-    start of its name, `source`, and a hash of its pixels.
-    """
-    if isinstance(index_or_pixels, int):
-        return str(index_or_pixels)
-    # The name is cut to 30 characters, so that a file name has room for two labels.
-    digest = hashlib.sha256(index_or_pixels.tobytes()).hexdigest()
-    return f"{file_name(Path(source).stem)[:30]}-{digest[:8]}"
-
-
 def image_indices(folder: Path) -> set[int]:
     """Return the indices of the single images in a folder."""
     matches = map(IMAGE_NAME.fullmatch, os.listdir(folder))
     return {int(match[1]) for match in matches if match}
-
-
-def wait_for_images(folder: Path, n: int) -> None:
-    """Wait until images 0 .. n-1 are in a folder, into which other processes write them."""
-    while missing := len(set(range(n)) - image_indices(folder)):
-        print(f"waiting for {missing} images of other processes", end="\r", flush=True)
-        time.sleep(1)
 
 
 def check_manifest(folder: Path, facts: dict) -> None:
@@ -135,24 +100,26 @@ def check_manifest(folder: Path, facts: dict) -> None:
 
 
 @contextmanager
-def open_folder(folder: Path, facts: dict, individual: bool) -> Iterator[set[int]]:
-    """Create the folder if it does not exist, and yield the indices of the single images in it.
+def open_folder(folder: Path, facts: dict) -> Iterator[set[int]]:
+    """Lock a folder for single images, and yield the indices of those that are in it.
 
-    With `individual` the folder stays locked within the context, and `facts` become its manifest.
-    Only rank 0 may enter the context. Raises UserError when another process has locked the folder,
-    and for the reasons of `check_manifest`.
+    It is created if it does not exist, and `facts` become its manifest. Only rank 0 may enter the
+    context. Raises UserError when another process has locked the folder, and for the reasons of
+    `check_manifest`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Single images are added to those of an earlier command, so they need the lock. Other pictures
-    # do not.
-    lock = nullcontext()
-    if individual:
-        lock = locked(folder, "making images", leftovers=[".[0-9]*.png.*.tmp"])
-    with lock:
+    with locked(folder, "making images", leftovers=[".[0-9]*.png.*.tmp"]):
         check_manifest(folder, facts)
-        if individual:
-            write_text(folder / MANIFEST, json.dumps(facts, indent=2))
+        write_text(folder / MANIFEST, json.dumps(facts, indent=2))
         yield image_indices(folder)
+
+
+def read_images(folder: Path, n: int) -> np.ndarray:
+    """Read the single images 0 .. n-1: uint8 (N, H, W, C)."""
+    # np.asarray reads the pixels immediately, so that no file stays open.
+    images = np.stack([np.asarray(Image.open(image_path(folder, i))) for i in range(n)])
+    # Grey images are read as (N, H, W).
+    return images.reshape(*images.shape[:3], -1)
 
 
 def figures_of(
@@ -191,27 +158,12 @@ def state_frames(image_sampler: ImageSampler, count: int) -> dict[str, FrameKey]
     return {f"t = {times[k] + 1}": ("x", k) for k in steps}
 
 
-def save_pictures(
-    n: int, figures: dict[str, dict[str, FrameKey]], samples: Samples | None, folder: Path
-) -> None:
-    """Write a grid of the first GRID_LIMIT of the `n` images, and the figures of their denoising.
-
-    Without `samples` the images are read from their files.
-    """
-    shown_count = min(n, GRID_LIMIT)
-    if samples:
-        images = to_uint8(samples.images[:shown_count]).numpy()
-    else:
-        paths = [image_path(folder, i) for i in range(shown_count)]
-        # np.asarray reads the pixels immediately, so that no file stays open.
-        images = np.stack([np.asarray(Image.open(path)) for path in paths])
-        # Grey images are read as (N, H, W).
-        images = images.reshape(*images.shape[:3], -1)
-    save_grid(images, folder / "grid.png")
+def save_pictures(samples: Samples, figures: dict[str, dict[str, FrameKey]], folder: Path) -> None:
+    """Write the grid of the images, and the figures of their denoising."""
+    save_grid(to_uint8(samples.images).numpy(), folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
-
     for name, figure in figures.items():
-        frames = [samples.frames[key][:shown_count] for key in figure.values()]
+        frames = [samples.frames[key] for key in figure.values()]
         if name.endswith(".gif"):
             save_gif(frames, folder / name)
         else:

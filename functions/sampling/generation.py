@@ -4,7 +4,6 @@ The images stay in memory. The samplers are in functions/samplers.py.
 """
 
 import argparse
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from data.pixels import to_uint8
 from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import SAMPLERS, OnStep, half_log_snr
+from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel
 from functions.support.device import choose_device, precision_facts, set_deterministic
@@ -42,18 +41,8 @@ class Samples:
 
     # (N, C, H, W) in [-1, 1], on the CPU
     images: Tensor
-    # uint8 (N, H, W, C) each. Of a batch that is not shown in full, N is the number of its images
-    # that are shown.
+    # uint8 (N, H, W, C) each
     frames: dict[FrameKey, np.ndarray]
-
-    @staticmethod
-    def concatenated(batches: Sequence["Samples"]) -> "Samples":
-        """Concatenate the samples of several batches."""
-        images = torch.cat([batch.images for batch in batches])
-        frames = {}
-        for frame in batches[0].frames:
-            frames[frame] = np.concatenate([batch.frames[frame] for batch in batches])
-        return Samples(images, frames)
 
 
 @dataclass(frozen=True)
@@ -95,25 +84,12 @@ class ImageSampler:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def times_from(self, start: int) -> list[int]:
-        """Return `start` and the sampler's timesteps below it, descending to -1.
+    def time_at(self, depth: float) -> int:
+        """Return the sampler's timestep that is nearest to `depth`, a fraction of all timesteps.
 
-        dpm++ may leave out the first one below `start`.
+        At depth 1 it is T - 1, and at depth 0 it is -1, the clean image.
         """
-        # The full sequence stays unchanged, so that the images of a seed do not depend on `start`.
-        if start == self.times[0]:
-            return self.times
-        times = [start, *(t for t in self.times if t < start)]
-        # In its second step DPM-Solver++ 2M adds 1 / (2 r) times the difference of two predictions,
-        # where r is the length of the first step divided by that of the second, in log-SNR. If
-        # `start` is just above the next timestep, r is near 0, and the factor could reach 266 and
-        # magnify the noise of the first step. So the two steps are merged if the factor would be
-        # above 1. The timestep before -1 always stays, because the step from it has order 1.
-        if self.options.sampler == "dpm++" and len(times) > 3:
-            first, second, third = (half_log_snr(self.scheduler.alpha_bar(t)) for t in times[:3])
-            if second - first < (third - second) / 2:
-                del times[1]
-        return times
+        return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
 
     @property
     def step_count(self) -> int:
@@ -142,13 +118,13 @@ class ImageSampler:
         return ImageNoise(self.seed, indices, self.shape, self.device, purpose)
 
     def denoise(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
-        """Denoise states (B, C, H, W) at timestep t to images, at the sampler's timesteps below t.
+        """Denoise states (B, C, H, W) at t, one of the sampler's timesteps, to images.
 
         At t = -1 the states already are images.
         """
         if t < 0:
             return x_t
-        return self.take_steps(x_t, self.times_from(t), noise)
+        return self.take_steps(x_t, self.times[self.times.index(t) :], noise)
 
     def take_steps(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
         """Run the sampler on states (B, C, H, W) from times[0] to times[-1] (descending).
@@ -166,19 +142,14 @@ class ImageSampler:
             on_step=self.on_step,
         )
 
-    def sample(
-        self, indices: Sequence[int], frames: Collection[FrameKey], shown: int, bar: tqdm
-    ) -> Samples:
-        """Sample the images with these indices as one batch; the bar counts steps of all images.
-
-        The frames are kept of the first `shown` images of the batch.
-        """
+    def sample(self, indices: Sequence[int], frames: Collection[FrameKey], bar: tqdm) -> Samples:
+        """Sample the images with these indices as one batch; the bar counts steps of all images."""
         noise = self.noise(indices)
         arrays = {}
 
         def keep(frame, x):
-            if shown and frame in frames:
-                arrays[frame] = to_uint8(x[:shown]).cpu().numpy()
+            if frame in frames:
+                arrays[frame] = to_uint8(x).cpu().numpy()
 
         def on_step(k, t, x, x_0):
             keep(("x", k + 1), x)
@@ -242,7 +213,11 @@ def generate(
     only by rounding.
     """
     batches = batches_of(indices, image_sampler.batch_size)
-    return Samples.concatenated(list(generate_batches(image_sampler, batches, frames, progress)))
+    parts = list(generate_batches(image_sampler, batches, frames, progress))
+    images = torch.cat([part.images for part in parts])
+    return Samples(
+        images, {frame: np.concatenate([part.frames[frame] for part in parts]) for frame in frames}
+    )
 
 
 def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
@@ -255,15 +230,11 @@ def generate_batches(
     batches: list[Sequence[int]],
     frames: Collection[FrameKey] = (),
     progress: bool = False,
-    shown: float = math.inf,
 ) -> Iterator[Samples]:
-    """Yield the `Samples` of each batch of indices; a batch is sampled when it is asked for.
-
-    `frames` are kept only of the images 0 .. shown-1. Such images come first in their batches.
-    """
+    """Yield the `Samples` of each batch of indices; a batch is sampled when it is asked for."""
     total = image_sampler.step_count * sum(map(len, batches))
     with tqdm(
         desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress
     ) as bar:
         for batch in batches:
-            yield image_sampler.sample(batch, frames, sum(i < shown for i in batch), bar)
+            yield image_sampler.sample(batch, frames, bar)

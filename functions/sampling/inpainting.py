@@ -9,10 +9,8 @@ RePaint is Lugmayr et al. 2022, arXiv:2201.09865. The paper uses 250 steps and j
 time. Here all jumps have length 1, which suits fewer steps.
 """
 
-import argparse
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,13 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
-from data.pixels import to_uint8
-from functions.sampling.files import edited_path
+from data.pixels import to_model_range, to_uint8
 from functions.sampling.generation import ImageSampler, batches_of
-from functions.sampling.interpolation import source_to_x_0
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
-from functions.support.pictures import save_grid, save_image
 
 # Grey that fills the mask in the picture of the known pixels.
 GREY = 128
@@ -72,26 +67,6 @@ def check_sampler(options: SamplerOptions) -> None:
             "inpaint needs --sampler ddpm, or ddim --eta 1: the other samplers add too little "
             "noise, or depend on earlier steps, which inpainting undoes"
         )
-
-
-def save_inpaintings(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
-    """Save a grid of an image and its inpaintings, as `edit.py inpaint` asks for it.
-
-    With --individual each inpainting also becomes a file.
-    """
-    image, mask = read_with_mask(args.images[0], args.mask, image_sampler.shape)
-    # The same image with another mask is another source.
-    kind = f"inpainting-resample{args.resample}"
-    path = edited_path(folder, kind, args.images, [np.dstack([image, mask])])
-    pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)
-    save_grid(pictures, path, columns=min(len(pictures), 8))
-    print(f"wrote {path}")
-    if args.individual:
-        # The first two pictures are the image and its known pixels. The names of the other files
-        # are not just numbers, because a file with such a name is a sample from noise, which the
-        # manifest describes.
-        for i, picture in enumerate(pictures[2:]):
-            save_image(picture, path.with_name(f"{path.stem}-{i:05d}.png"))
 
 
 def read_with_mask(
@@ -144,7 +119,7 @@ def inpaint_image(
     grey, and the results: (2 + count, H, W, C).
     """
     device = image_sampler.device
-    x_0 = source_to_x_0(image_sampler, image)
+    x_0 = to_model_range(torch.from_numpy(image)[None])[0].to(device)
     device_mask = torch.from_numpy(mask).to(device)
     # Every step except the last is repeated.
     steps = resample * (image_sampler.step_count - 1) + 1

@@ -13,7 +13,6 @@ from functions.samplers import SAMPLERS, VARIANCES
 from functions.support.command_line import fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
-from functions.support.files import file_name
 from functions.timesteps import SPACINGS
 
 # The default weight w of a guide. The largest weight only catches typing errors: samples are garish
@@ -36,10 +35,8 @@ class SamplerOptions:
     spacing: str | None = None
     variance: str | None = None
     eta: float | None = None
-    # This is "data", "own" or a data set; `with_calibration` explains them. If the checkpoint does
-    # not say which images these are, it also sets their digest, which has no flag.
+    # This is "data" or "own"; `with_calibration` explains them.
     calibrate: str | None = None
-    calibration_digest: str | None = None
     # The guide is a worse model, given as a step or a path, and the guidance is its weight w.
     # functions/sampling/guidance.py explains both. `with_guide` sets the digest of the guide's
     # weights, which has no flag.
@@ -61,12 +58,6 @@ class SamplerOptions:
         if not 0 <= self.guidance <= LARGEST_GUIDANCE:
             raise UserError(
                 f"--guidance is {self.guidance:g}; it must be from 0 to {LARGEST_GUIDANCE}"
-            )
-        # argparse reads the RUN of "--calibrate RUN" as the flag's value.
-        if self.calibrate and Path(self.calibrate, "checkpoints").exists():
-            raise UserError(
-                f"--calibrate {self.calibrate}: this is a run, not a data set; "
-                "write the run before the flag"
             )
 
     @property
@@ -93,20 +84,12 @@ class SamplerOptions:
         """Return the data of the calibration, and the guide with its weight; {} without either."""
         corrections = {}
         if self.calibrate:
-            corrections["calibrate"] = self.calibration_name
+            corrections["calibrate"] = self.calibrate
         if self.guide:
             corrections["guide"] = self.guide_digest
             corrections["guidance"] = self.guidance
             corrections["guided_log_snr"] = list(GUIDED_LOG_SNR)
         return corrections
-
-    @property
-    def calibration_name(self) -> str:
-        """Return the name of the calibration's data, followed by their digest if there is one."""
-        # A path may reveal who owns the data, so only its last part is published.
-        name = file_name(Path(self.calibrate).stem)
-        # The digest distinguishes data sets whose names are the same.
-        return f"{name}-{self.calibration_digest}" if self.calibration_digest else name
 
     def __str__(self) -> str:
         """Return a text such as "dpm++, logsnr, 20 steps, eta 1.0" or "ddpm, trailing, all ..."."""
@@ -114,7 +97,7 @@ class SamplerOptions:
         words = [self.sampler, options.pop("spacing"), f"{self.steps or 'all'} steps"]
         words += [f"{option} {value}" for option, value in options.items()]
         if self.calibrate:
-            words += [f"calibrated on {self.calibration_name}"]
+            words += [f"calibrated on {self.calibrate}"]
         if self.guide:
             words += [f"guided by {self.guide_digest[:8]}, weight {self.guidance:g}"]
         if not self.clip_x_0:
@@ -129,7 +112,7 @@ class SamplerOptions:
             if value != SAMPLERS[self.sampler].options[option]:
                 words += [f"{option}-{value}"]
         if self.calibrate:
-            words += [f"calibrated-{self.calibration_name}"]
+            words += [f"calibrated-{self.calibrate}"]
         if self.guide:
             words += [f"guided{self.guidance:g}-{self.guide_digest[:8]}"]
         return "-".join(words)
@@ -221,10 +204,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         nargs="?",
         const="data",
-        metavar="DATA|own",
+        choices=("data", "own"),
         help="Correct the network's x_0 at high t (docs/whole-before-detail.md). The correction is "
-        "fitted once, in a minute or two: to the training images, to another data set DATA, or to "
-        "samples of the model (own). Default: no.",
+        "fitted once, in a minute or two: to the training images (data), or to samples of the "
+        "model (own). Default: no.",
     )
     group.add_argument(
         "--guide",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.calibration import octaves, spectrum
+from functions.spectra import octaves, spectrum
 
 SIZE = 16
 SCHEDULER = NoiseScheduler(1000)

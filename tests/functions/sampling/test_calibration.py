@@ -2,20 +2,21 @@
 
 import json
 import shutil
+from shutil import ignore_patterns
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-import evaluate
 import sample
 from data.datasets import load_and_split, load_images
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import calibration
-from functions.support.checkpoint import TensorFile, write_tensors
+from functions.support.checkpoint import TensorFile, load_weights, write_tensors
 from functions.support.errors import UserError
+from functions.support.run_folder import checkpoints_of
 from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
 
@@ -104,10 +105,17 @@ def test_it_is_the_formula_for_one_timestep_and_for_many():
         torch.testing.assert_close(together[k], alone[0])
 
 
-def kept_in(run):
-    """Return the file of the calibration that was kept last for a run."""
-    files = (run / "checkpoints").glob("*-calibration-*.safetensors")
-    return TensorFile(max(files, key=lambda path: path.stat().st_mtime_ns))
+def test_a_fit_of_nothing_changes_no_bit():
+    denoiser = denoiser_of(ideal_eps, SCHEDULER)
+    weights = torch.tensor([1.0, 0.0]).repeat(1000, 4, 1)
+    fitted = calibration.Calibrated(denoiser, calibration.Calibration(MU, weights))
+    x_t = draw_images(3)
+    for t in (999, torch.tensor([999, 50, 601])):
+        for plain, wrapped in zip(denoiser.predict(x_t, t), fitted.predict(x_t, t), strict=True):
+            assert torch.equal(plain, wrapped)
+
+
+FLAGS = ["--sampler", "ddim", "--steps", 3, "--n", 2, "--individual", "--device", "cpu"]
 
 
 @pytest.mark.slow
@@ -116,18 +124,16 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     which, tiny_run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(calibration, "IMAGE_COUNT", 12)
-    flags = ["--sampler", "ddim", "--steps", 3, "--n", 2, "--individual", "--device", "cpu"]
-    calibrate = [*flags, "--calibrate", which]
+    calibrate = [*FLAGS, "--calibrate", which]
     run = shutil.copytree(tiny_run, tmp_path / "run")
     call(sample.main, run, *calibrate)
     captured = capsys.readouterr()
-    file = kept_in(run)
-    path = file.path
+    path = run / "checkpoints" / f"step-00000010-calibration-{which}.safetensors"
     assert f"wrote {path}" in captured.out
     # A bar counts the 20 steps of each of the model's own 12 images.
     assert ("/240 [" in captured.err) == (which == "own")
-    (folder,) = (run / "samples").glob(f"step-00000010-ddim3-calibrated-{which}*-float32-seed0")
-    assert json.loads((folder / "samples.json").read_text())["calibrate"].startswith(which)
+    folder = run / "samples" / f"step-00000010-ddim3-calibrated-{which}-float32-seed0"
+    assert json.loads((folder / "samples.json").read_text())["calibrate"] == which
     first = (folder / "00000.png").read_bytes()
     fitted = path.read_bytes()
 
@@ -136,14 +142,15 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
         call(sample.main, run, *calibrate, "--out", tmp_path / "again")
     assert "calibration" not in capsys.readouterr().out
     assert (tmp_path / "again" / "00000.png").read_bytes() == first
-    call(sample.main, run, *flags, "--out", tmp_path / "without")
+    call(sample.main, run, *FLAGS, "--out", tmp_path / "without")
     assert (tmp_path / "without" / "00000.png").read_bytes() != first
 
     # A file of another step is no better than a damaged one: the calibration is fitted again, in
     # float32 whatever the precision of sampling, and is the same.
+    file = TensorFile(path)
     zeros = {name: 0 * tensor for name, tensor in file.tensors(calibration.PART).items()}
     write_tensors(path, {calibration.PART: zeros}, {**file.contents, "weights": "of another step"})
-    for spoilt in (fitted[:-100], b"PK", path.read_bytes()):
+    for spoilt in (fitted[:-100], path.read_bytes()):
         path.write_bytes(spoilt)
         anew = ["--out", tmp_path / "anew", "--precision", "bfloat16"]
         call(sample.main, run, *calibrate, *anew)
@@ -157,50 +164,25 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     assert (tmp_path / "not kept" / "00000.png").read_bytes() == first
 
 
-@pytest.mark.slow
-def test_no_data_set_gets_the_calibration_of_another(tiny_run, pictures, tmp_path, monkeypatch):
-    """The mean that is kept is that of its training images, which are 45 in every set."""
+def test_it_is_fitted_to_the_images_of_the_training_alone(
+    tiny_run, pictures, tmp_path, monkeypatch
+):
+    """The mean that is kept is that of the 45 training images. Changed images are refused."""
     monkeypatch.setattr(calibration, "IMAGE_COUNT", 45)
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    # The other set differs from that of the training neither in its folder's name nor in its ids.
-    other = tmp_path / pictures.name
-    shutil.copytree(pictures, other, ignore=shutil.ignore_patterns("*.packed*"))
-    for i in range(25):
-        shutil.copy(other / f"{i + 25:05d}.png", other / f"{i:05d}.png")
+    call(sample.main, run, *FLAGS, "--calibrate")
+    file = TensorFile(run / "checkpoints" / "step-00000010-calibration-data.safetensors")
+    images = load_images(str(pictures), 16).images
+    mean = images[:45].mean(axis=0).transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(file.tensors(calibration.PART)["mean"], mean, atol=1e-5)
 
-    of_other = ["--data", other, "--t-stride", 50, "--images", 2, "--out", tmp_path]
-    of_training = ["--sampler", "ddim", "--steps", 2, "--n", 2]
-    for k, folder in enumerate([other, pictures, other]):
-        main, flags = (evaluate.main, of_other) if folder == other else (sample.main, of_training)
-        if k == 2:
-            # Now its ids change.
-            (other / "00003.png").unlink()
-        call(main, run, *flags, "--calibrate")
-        images = load_images(str(folder), 16).images
-        mean = images[:45].mean(axis=0).transpose(2, 0, 1) / 127.5 - 1
-        np.testing.assert_allclose(kept_in(run).tensors(calibration.PART)["mean"], mean, atol=1e-5)
-
-
-def test_a_runs_own_images_are_those_of_its_training(tiny_run, pictures, tmp_path, monkeypatch):
-    """A data set that has lost an image since then is refused, but may be asked for by its name."""
-    monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
-    run = shutil.copytree(tiny_run, tmp_path / "run")
-    fewer = tmp_path / "fewer"
-    shutil.copytree(pictures, fewer, ignore=shutil.ignore_patterns("*.packed*", "00007.png"))
-
-    def load(saved, name=None):
-        return load_and_split(saved, name or str(fewer))
-
-    monkeypatch.setattr(calibration, "load_and_split", load)
-    flags = ["--steps", 2, "--n", 1, "--out", tmp_path]
-    message = f"was trained on other images than {fewer} has.*use --calibrate {fewer}"
-    with pytest.raises(UserError, match=message):
-        call(sample.main, run, *flags, "--calibrate")
-    flags.append("--individual")
-    call(sample.main, run, *flags, "--calibrate", fewer)
-
-    # The images of this data set have the same names, and one of them is another.
-    namesake = shutil.copytree(fewer, tmp_path / "other" / "fewer")
-    shutil.copy(namesake / "00001.png", namesake / "00000.png")
-    with pytest.raises(UserError, match=r"calibrate was fewer-.*, is now fewer-.*another --out"):
-        call(sample.main, run, *flags, "--calibrate", namesake)
+    # One set has lost an image. The other has the same names, but one image is another.
+    fewer = shutil.copytree(pictures, tmp_path / "fewer", ignore=ignore_patterns("00007.png"))
+    changed = shutil.copytree(pictures, tmp_path / "changed")
+    shutil.copy(changed / "00001.png", changed / "00000.png")
+    file.path.unlink()
+    for folder in (fewer, changed):
+        split = load_and_split(load_weights(checkpoints_of(run)[-1]), str(folder))
+        monkeypatch.setattr(calibration, "load_and_split", lambda saved, split=split: split)
+        with pytest.raises(UserError, match=r"trained on other images .* use --calibrate own"):
+            call(sample.main, run, *FLAGS, "--calibrate")

@@ -14,14 +14,11 @@ import pytest
 from PIL import Image
 
 import sample
-from functions.sampling import files
 from functions.sampling.files import image_indices, image_path
-from functions.sampling.generation import generate_batches
-from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 from functions.support.pictures import save_image
 from functions.support.run_folder import locked
-from tests.conftest import call, image_sampler_of, posix, script
+from tests.conftest import call, posix, script
 from tests.forked import Program
 
 FLAGS = shlex.split("--individual -n 22 --batch-size 4 --steps 30 --device cpu --guide 5")
@@ -101,14 +98,13 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
     call(sample.main, tiny_run, *FLAGS, "-n", 8, "--out", tmp_path)
     image_path(tmp_path, 5).unlink()
     kept = written(tmp_path)
-    two = script(*TORCHRUN, tiny_run, *FLAGS, "--progressive", "--out", tmp_path)
+    two = script(*TORCHRUN, tiny_run, *FLAGS, "--out", tmp_path)
     assert two.returncode == 0, two.stderr
 
-    # Rank 0 alone speaks, and has the one bar. There is no figure, as no process waits for others.
+    # Rank 0 alone speaks, and has the one bar.
     assert two.stdout.count("all 22 images exist") == 1
     assert two.stdout.count(" network calls in ") == 1
     assert two.stderr.count(" 0.00/") == 1
-    assert two.stdout.count("several processes draw no figures") == 1
 
     assert kept.items() <= written(tmp_path).items()
     both = contents(tmp_path)
@@ -167,7 +163,7 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
         save_image(image, path)
 
     monkeypatch.setattr(sample, "save_image", save)
-    monkeypatch.setattr(files, "GRID_LIMIT", 4)
+    monkeypatch.setattr(sample, "GRID_LIMIT", 4)
     flags = "--individual --n 10 --batch-size 2 --steps 2 --out"
     call(sample.main, tiny_run, *flags.split(), tmp_path)
     assert sorted(on_disk) == list(range(10))
@@ -177,14 +173,6 @@ def test_images_are_not_all_kept_in_memory(tiny_run, tmp_path, monkeypatch):
 
     # It has 2 x 2 images of 96 pixels.
     assert Image.open(tmp_path / "grid.png").width < 2.5 * 100
-
-
-def test_frames_are_kept_only_of_images_that_are_shown(network):
-    image_sampler = image_sampler_of(network, options=SamplerOptions("ddim", 1))
-    batches = [range(2), range(2, 4), range(4, 6)]
-    samples = generate_batches(image_sampler, batches, {("x", 1)}, shown=3)
-    kept = [[len(frame) for frame in batch.frames.values()] for batch in samples]
-    assert kept == [[2], [1], []]
 
 
 def test_a_checkpoint_and_a_snapshot_of_one_step_have_folders_of_their_own(

@@ -89,57 +89,18 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
     assert abs(script - training).max() <= 2
 
 
-def times_from(scheduler, options, start):
-    """Return the timesteps of a sampler with these options, from `start` on."""
-    denoiser = Denoiser(torch.nn.Identity(), scheduler)
-    return ImageSampler(denoiser, options, (3, 16, 16), 0, CPU).times_from(start)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "start", "expected"),
-    [
-        ("ddpm", 260, [260, 249, 199, 149, 99, 49, -1]),
-        # dpm++ begins with no step as short as that from 260 to 249. The last call is always made.
-        ("dpm++", 260, [260, 199, 149, 99, 49, -1]),
-        ("dpm++", 101, [101, 49, -1]),
-        ("dpm++", 20, [20, -1]),
-    ],
-)
-def test_the_rest_of_the_way_is_done_in_the_steps_of_the_whole(sampler, start, expected):
-    """From 260 on the next steps are those that the 20 of the whole way have there."""
-    options = SamplerOptions(sampler, 20, "trailing")
-    assert times_from(NoiseScheduler(1000), options, start) == expected
-    # On the whole way all steps are kept, even if the first is very short.
-    few = NoiseScheduler(20, rescale_betas=False)
-    options = SamplerOptions(sampler, 14, "trailing")
-    assert times_from(few, options, 19) == sampling_times(few, 14)
-
-
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("steps", [10, 20, 50])
-def test_dpm_solver_extrapolates_no_further_from_any_start_than_on_the_whole_way(
-    steps, beta_schedule, spacing
-):
-    """A step of order 2 multiplies the difference of two x_0 by 1 / (2 r), r = h_before / h.
-
-    It is so in all steps but the first and the last. A step's h is its difference in log-SNR.
-    """
-    scheduler = NoiseScheduler(1000, beta_schedule=beta_schedule)
-    log_snr = torch.logit(scheduler.alphas_cumprod)
-    options = SamplerOptions("dpm++", steps, spacing)
-
-    def factors(times):
-        h = log_snr[times[:-1]].diff()
-        return h[1:] / (2 * h[:-1])
-
-    # Rounded to timesteps, the whole way in 50 steps with cosine betas has a 2.19 of its own.
-    whole = times_from(scheduler, options, 999)
-    most = max(2, factors(whole).max())
-    for start in range(999):
-        found = factors(times_from(scheduler, options, start))
-        assert (found[:1] <= 2).all()
-        assert (found <= most).all()
+def test_edits_begin_at_one_of_the_samplers_timesteps(spacing):
+    """The nearest one to the depth; depths 0 and 1 are the image and the noise."""
+    scheduler = NoiseScheduler(1000)
+    denoiser = Denoiser(torch.nn.Identity(), scheduler)
+    options = SamplerOptions("dpm++", 20, spacing)
+    image_sampler = ImageSampler(denoiser, options, (3, 16, 16), 0, CPU)
+    times = sampling_times(scheduler, 20, spacing)
+    assert [image_sampler.time_at(depth) for depth in (0, 1)] == [-1, 999]
+    for depth in (0.1, 0.25, 0.6):
+        distances = {t: abs(t + 1 - 1000 * depth) for t in times}
+        assert distances[image_sampler.time_at(depth)] == min(distances.values())
 
 
 def test_images_that_do_not_fit_are_refused(tiny_run, pictures, tmp_path):
@@ -160,13 +121,6 @@ def test_the_manifest_has_all_of_a_guide():
     assert facts.items() <= options.facts(100).items()
 
 
-def test_a_run_behind_calibrate_is_not_taken_for_data(tiny_run):
-    with pytest.raises(
-        UserError, match="this is a run, not a data set; write the run before the flag"
-    ):
-        call(sample.main, "--calibrate", tiny_run, "--runs", tiny_run.parent)
-
-
 @pytest.mark.parametrize(("flags", "size"), [([], 16), (["--batch-size", 20], 20)])
 def test_a_cpu_samples_few_images_at_a_time(tiny_run, flags, size):
     args = call(partial(sample.parse_flags, 36, False), tiny_run, "--device", "cpu", *flags)
@@ -176,6 +130,8 @@ def test_a_cpu_samples_few_images_at_a_time(tiny_run, flags, size):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--individual --n 2 --strip", "^--individual draws no figures"),
+        ("--individual --gif", "^--individual draws no figures"),
         ("--export x --calibrate own", "^--calibrate would be ignored with --export$"),
         ("--export x --batch-size 2", "--batch-size would be ignored with --export"),
         ("--export x --n 2", "--n would be ignored with --export"),

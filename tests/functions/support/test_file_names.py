@@ -4,13 +4,12 @@ import re
 import shlex
 from pathlib import PureWindowsPath
 
-import numpy as np
 import pytest
+import torch
 
 import sample
 from config import EXPERIMENTS
-from functions.sampling.files import label_of
-from functions.sampling.options import SamplerOptions
+from functions.sampling.editing import edited_path
 from functions.support.run_folder import new_folder, path_of
 from tests.conftest import call
 
@@ -37,8 +36,8 @@ def test_a_run_folder_of_each_experiment(name, tmp_path):
 
 
 def test_a_run_its_samples_and_its_pack(tiny_run, pictures):
-    flags = shlex.split("--n 2 --steps 3 --device cpu --individual --gif --strip --progressive")
-    call(sample.main, tiny_run, *flags)
+    for figures in ("--individual", "--gif --strip --progressive"):
+        call(sample.main, tiny_run, *shlex.split(f"--n 2 --steps 3 --device cpu {figures}"))
     paths = {path.relative_to(tiny_run.parent) for path in tiny_run.rglob("*")}
     # The names of the pictures themselves are the user's.
     paths |= {path.relative_to(pictures) for path in pictures.glob("*packed*")}
@@ -50,9 +49,6 @@ def test_a_run_its_samples_and_its_pack(tiny_run, pictures):
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_results_of_a_picture_or_a_data_set_with_an_odd_name(name):
-    label = label_of(f"folder/{name}.png", np.zeros((2, 2, 3), np.uint8))
-    assert is_legal(f"variations-{label}.png")
-
-    options = SamplerOptions("ddim", steps=3, calibrate=f"folder/{name}.zip")
-    assert is_legal(f"faces-{options.short_name}-seed0")
+def test_results_of_a_picture_with_an_odd_name(name, tmp_path):
+    path = edited_path(tmp_path, "variations", [f"folder/{name}.png"], torch.zeros(3, 2, 2))
+    assert is_legal(path.name)
