@@ -133,7 +133,7 @@ def experiments() -> dict[str, "Experiment"]:
             "clip_grad_norm": 1.0,
             "warmup_steps": 5000,
             # All GPUs wait while 3.9 GB are saved: about 12 s, as a CPU took 3 s per GB. On 8
-            # H100s, 20,000 steps take about 525 s (estimate in benchmarks/NOTES.md), so saving
+            # H100s, 20,000 steps take about 700 s (estimate in benchmarks/NOTES.md), so saving
             # takes about 2% of the time. If steps are slow, checkpoint_minutes saves more often.
             "checkpoint_every": 20_000,
             "snapshot_every": 20_000,
@@ -203,9 +203,7 @@ class DiffusionConfig:
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
     # T, the number of diffusion timesteps.
-    timesteps_diff: int = setting(
-        at_least=2, at_most=LARGEST_TIMESTEPS, flag="timesteps", of_weights=True
-    )
+    timesteps_diff: int = setting(at_least=2, at_most=LARGEST_TIMESTEPS, of_weights=True)
 
     # Data
 
@@ -332,7 +330,7 @@ class ModelConfig:
     # Channels of each level, from the full resolution down, as multiples of base_dim.
     dim_multiply: tuple[int, ...] = setting(at_most=1024)
     # Levels with self-attention. Level 0 is the full resolution. The bottleneck always has it.
-    transformer_layers: tuple[int, ...] = setting(flag="attention_levels", at_least=0)
+    transformer_layers: tuple[int, ...] = setting(at_least=0)
     # Channels of a level whose multiplier in dim_multiply is 1.
     base_dim: int = setting(at_least=4, at_most=2**14)
 

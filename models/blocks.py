@@ -48,34 +48,12 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda:
             return super().forward(x)
-        if torch.compiler.is_compiling():
-            return self.in_memory_order(x)
         # Under CUDA's autocast group norm would return float32, and its input and its output would
         # be kept for backward in float32, too. The kernel adds up in float32 for every dtype.
         with torch.autocast(x.device.type, enabled=False):
             weight = self.weight.to(x.dtype)
             bias = self.bias.to(x.dtype)
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
-
-    def in_memory_order(self, x: Tensor) -> Tensor:
-        """Normalise x (B, C, H, W) in channels_last by operations that the compiler fuses."""
-        # The compiler would copy x to (B, groups, C / groups, H, W) and back. Without these copies
-        # a training pass moves a tenth less (benchmarks/NOTES.md).
-        B, C, H, W = x.shape
-        pixels = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
-        variances, means = torch.var_mean(pixels, dim=1, correction=0)  # (B, C)
-        variances = variances.view(B, self.num_groups, -1)
-        means = means.view(B, self.num_groups, -1)
-
-        # The variance of a group is the mean of its channels' variances, plus the variance of
-        # their means.
-        variance = variances.mean(2, keepdim=True) + means.var(2, correction=0, keepdim=True)
-        mean = means.mean(2, keepdim=True).expand_as(means).reshape(B, 1, C)
-        scale = torch.rsqrt(variance + self.eps) * self.weight.view(self.num_groups, -1)
-
-        y = (pixels - mean) * scale.reshape(B, 1, C) + self.bias
-        y = y.to(x.dtype).reshape(B, H, W, C)
-        return y.permute(0, 3, 1, 2)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"]) -> Tensor:

@@ -46,11 +46,6 @@ WITHOUT_CUDA = pytest.mark.skipif(
             ["--diffusion.batch-size", "many"],
             "--diffusion.batch-size: invalid int value: 'many'",
         ),
-        (
-            "train.py",
-            ["--model.transformer-layers", "1", "--model.attention-levels", "1"],
-            "--model.attention-levels: not allowed with argument --model.transformer-layers",
-        ),
         ("sample.py", ["--n", "0"], "--n/-n: '0' is not an integer of at least 1"),
         ("sample.py", ["--eta", "2"], "--eta: '2' is not a number from 0 to 1"),
         ("sample.py", ["--sampler", "euler"], "invalid choice: 'euler' (choose from"),

@@ -7,7 +7,6 @@ from inspect import signature
 import pytest
 import torch
 
-import train
 from config import (
     DEFAULT_EXPERIMENT,
     EXPERIMENTS,
@@ -17,11 +16,11 @@ from config import (
     ModelConfig,
 )
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.command_line import Parser, add_config_flags, given_fields
+from functions.support.command_line import Parser, add_config_flags
 from functions.support.errors import UserError
 from functions.support.settings import marked
 from models.unet import UNet
-from tests.conftest import ROOT, call
+from tests.conftest import ROOT
 
 # These are the fields that the reference's own script gives.
 DIFFUSION = dict(
@@ -260,22 +259,3 @@ class Bare:
 def test_a_field_without_a_comment_is_named():
     with pytest.raises(UserError, match="Bare: batch_size has no comment"):
         add_config_flags(Parser(), "bare", Bare)
-
-
-@pytest.mark.parametrize(
-    ("timesteps", "levels", "shown"),
-    [
-        ("--diffusion.timesteps", "--model.attention-levels", True),
-        ("--diffusion.timesteps-diff", "--model.transformer-layers", False),
-    ],
-)
-def test_fields_with_misleading_names_have_flags_with_true_ones(timesteps, levels, shown, capsys):
-    """Both names of a flag set the field; help has one alone."""
-    args = call(train.parse_flags, timesteps, 100, levels, "1")
-    assert given_fields(args, "diffusion") == {"timesteps_diff": 100}
-    assert given_fields(args, "model") == {"transformer_layers": (1,)}
-
-    with pytest.raises(SystemExit):
-        call(train.parse_flags, "--help")
-    words = capsys.readouterr().out.split()
-    assert (timesteps in words) is (levels in words) is shown

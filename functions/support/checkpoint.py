@@ -12,10 +12,10 @@ contents    a JSON text with plain values; for checkpoints and models `TrainingR
 sha256      the SHA-256 of `contents`
 """
 
+import errno
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,11 +79,8 @@ def save_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> 
             try:
                 save_file(tensors, written, metadata)
             except SafetensorError as error:
-                # Of an error of the system, the library keeps only the number in its message.
-                number = re.search(r"(?:os error|code:) (\d+)", str(error))
-                if number is None:
-                    raise
-                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+                # The library turns the system's error, such as that of a full disk, into its own.
+                raise OSError(errno.EIO, str(error)) from error
             written.chmod(mode)
             os.replace(written, temporary)
 

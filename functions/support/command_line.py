@@ -117,9 +117,7 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
     A flag's help is the comment above the field, with the field's default. Lists are written as
-    `1,2,4`, and booleans as `true` or `false`. A field whose name misleads has a clearer name as
-    "flag" in its metadata, and `--help` shows only the clearer name. Either name works; giving
-    both is an error. Raises UserError for a field without a comment.
+    `1,2,4`, and booleans as `true` or `false`. Raises UserError for a field without a comment.
     """
     group = parser.add_argument_group(
         f"override any field of {config_class.__name__} for this run; "
@@ -136,19 +134,16 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
             )
         if field.default is not MISSING:
             sentences += f" Default: {field.default}."
-        shown_name = field.metadata.get("flag", field.name)
-        aliases = group.add_mutually_exclusive_group()
-        for name in {shown_name, field.name}:
-            aliases.add_argument(
-                f"--{prefix}.{name.replace('_', '-')}",
-                dest=f"{prefix}.{field.name}",
-                type=parse,
-                metavar=metavar,
-                # A flag that is not given has no entry in the parsed arguments.
-                default=argparse.SUPPRESS,
-                # argparse treats a single % as the start of a placeholder.
-                help=sentences.replace("%", "%%") if name == shown_name else argparse.SUPPRESS,
-            )
+        group.add_argument(
+            f"--{prefix}.{field.name.replace('_', '-')}",
+            dest=f"{prefix}.{field.name}",
+            type=parse,
+            metavar=metavar,
+            # A flag that is not given has no entry in the parsed arguments.
+            default=argparse.SUPPRESS,
+            # argparse treats a single % as the start of a placeholder.
+            help=sentences.replace("%", "%%"),
+        )
 
 
 def field_comments(config_class: type) -> dict[str, str]:

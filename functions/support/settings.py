@@ -27,7 +27,6 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     choices: the values that fit.
     changeable: a resumed run may change the value.
     of_weights: weights work only with the value with which they were trained.
-    flag: a clearer name for the command line.
     """
     return field(default=default, metadata=marks)
 

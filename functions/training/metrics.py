@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,37 +80,16 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of a metrics.csv as numbers, None where a cell is empty.
-
-    An incomplete last row is left out. Damaged rows are left out, too, each with a warning.
-    """
+    """Return the rows of a metrics.csv as numbers, None where a cell is empty."""
     # What follows the last newline is incomplete: the process was killed while it wrote this line.
-    lines = path.read_text(errors="replace").split("\n")[:-1]
+    header, *lines = path.read_text().split("\n")[:-1]
     rows = []
-    for line in lines[1:]:
-        values = dict.fromkeys(COLUMNS)
-        try:
-            cells = line.split(",")
-            # A damaged header is no reason to lose rows.
-            columns = COLUMNS if len(cells) == len(COLUMNS) else lines[0].split(",")
-            for column, cell in zip(columns, cells, strict=True):
-                if column in values and cell:
-                    values[column] = float(cell)
-            values["step"] = int(values["step"])
-        except (ValueError, TypeError, OverflowError):
-            values["step"] = 0
-        rows.append(values)
-
-    # Steps rise from 1. A row whose step does not lie between its neighbours' is damaged.
-    kept = []
-    next_steps = [*(row["step"] for row in rows[1:]), math.inf]
-    for number, (row, next_step) in enumerate(zip(rows, next_steps, strict=False), 2):
-        last_step = kept[-1]["step"] if kept else 0
-        if row["step"] <= last_step or row["step"] >= next_step > last_step:
-            print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
-        else:
-            kept.append(row)
-    return kept
+    for line in lines:
+        cells = zip(header.split(","), line.split(","), strict=True)
+        row = {column: float(cell) if cell else None for column, cell in cells}
+        row["step"] = int(row["step"])
+        rows.append(row)
+    return rows
 
 
 def format_row(values: dict[str, float | None]) -> str:

@@ -182,8 +182,7 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(20, 0.5)]
 
 
-@pytest.mark.slow
-def test_a_damaged_byte_of_the_metrics_costs_at_most_its_rows(tmp_path, capsys):
+def test_a_row_that_a_kill_cut_short_is_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     log = MetricsLog(tmp_path)
     for step in (10, 20, 30):
@@ -191,22 +190,9 @@ def test_a_damaged_byte_of_the_metrics_costs_at_most_its_rows(tmp_path, capsys):
     log.tensorboard.close()
     whole = path.read_bytes()
     rows = read_metrics(path)
-
-    for position, old in enumerate(whole):
-        # The header is line 0. A lost newline joins a line to the next one.
-        line = whole[:position].count(b"\n")
-        damaged = rows[max(line - 1, 0) : line + (old == ord("\n"))]
-        others = [row for row in rows if row not in damaged]
-        for byte in b'"\0,\n\xffx40':
-            path.write_bytes(whole[:position] + bytes([byte]) + whole[position + 1 :])
-            read = read_metrics(path)
-            assert [row for row in read if row in others] == others
-            # A row that is joined to the header, or that seems incomplete, is lost in silence.
-            if len(read) < 3 and line > 0 and position < len(whole) - 1:
-                assert f"WARNING: {path}: line " in capsys.readouterr().err
-    for nothing in (b"", whole.splitlines()[0]):
-        path.write_bytes(nothing)
-        assert read_metrics(path) == []
+    for end in range(whole[:-1].rindex(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:end])
+        assert read_metrics(path) == rows[:2]
 
 
 def test_a_metric_without_a_column_is_an_error_and_writes_nothing(tmp_path):
