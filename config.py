@@ -279,9 +279,6 @@ class DiffusionConfig:
     checkpoint_minutes: float = changeable(30.0)
     # The number of newest checkpoints that are kept.
     keep_checkpoints: int = changeable(3)
-    # Checkpoints of steps that are multiples of this are never deleted. 0: only the newest are
-    # kept.
-    keep_every: int = changeable(0, at_least=0)
     # Steps between snapshots: the weights to sample from, in float16, which are never deleted.
     # sample.py --guide uses them. 0: none.
     snapshot_every: int = changeable(0, at_least=0)

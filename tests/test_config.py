@@ -97,7 +97,6 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
         "epochs": 99,
         "compile": True,
         "precision": "float16",
-        "keep_every": 5,
         "grid_sampler": "ddim",
     }
     resumed = faces.resumed(harmless, {})

@@ -99,13 +99,6 @@ class Processes:
         """Wait until all processes have called this."""
         self.any(False)
 
-    def gather(self, value: Value) -> list[Value]:
-        """Return the values of all processes, in rank order."""
-        values = [value] * self.count
-        if self.count > 1:
-            dist.all_gather_object(values, value)
-        return values
-
     def on_main(self, make: Callable[[], Value]) -> Value:
         """Call `make` only in rank 0, and return its value in all processes.
 

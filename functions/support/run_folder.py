@@ -125,19 +125,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.removeprefix("step-"))
 
 
-def delete_old(run: Path, last_step: int, count: int, every: int) -> None:
-    """Delete checkpoints, except the `count` newest and those at multiples of `every` steps.
-
-    If `every` is 0, only the newest are kept.
-    """
+def delete_old(run: Path, last_step: int, count: int) -> None:
+    """Delete checkpoints except the `count` newest."""
     # Checkpoints after `last_step` are damaged, and the resumed run will overwrite them. So they do
     # not count as the newest.
     checkpoints = [path for path in checkpoints_of(run) if step_of(path) <= last_step]
     for path in checkpoints[:-count]:
-        if every == 0 or step_of(path) % every:
-            # The calibrations of a checkpoint are deleted with it.
-            for file in (path, *path.parent.glob(f"{path.stem}-calibration-*.safetensors")):
-                file.unlink()
+        # The calibrations of a checkpoint are deleted with it.
+        for file in (path, *path.parent.glob(f"{path.stem}-calibration-*.safetensors")):
+            file.unlink()
 
 
 def abandon_snapshots(run: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,15 +81,21 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of a metrics.csv as numbers, None where a cell is empty."""
+    """Return the rows of a metrics.csv as numbers, None where a cell is empty.
+
+    Damaged rows are left out, with a warning.
+    """
     # What follows the last newline is incomplete: the process was killed while it wrote this line.
-    header, *lines = path.read_text().split("\n")[:-1]
+    header, *lines = path.read_text(errors="replace").split("\n")[:-1]
     rows = []
-    for line in lines:
-        cells = zip(header.split(","), line.split(","), strict=True)
-        row = {column: float(cell) if cell else None for column, cell in cells}
-        row["step"] = int(row["step"])
-        rows.append(row)
+    for number, line in enumerate(lines, 2):
+        try:
+            cells = zip(header.split(","), line.split(","), strict=True)
+            row = {column: float(cell) if cell else None for column, cell in cells}
+            row["step"] = int(row["step"])
+            rows.append(row)
+        except (ValueError, TypeError):
+            print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
     return rows
 
 

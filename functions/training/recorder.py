@@ -39,7 +39,8 @@ class Recorder:
     """The records of a run: `after_step` does everything that is due after a step.
 
     Within the context `opened` the run folder is locked, and its files and the progress bar are
-    open. All processes validate and sample together, and rank 0 writes.
+    open. All processes validate together. Rank 0 samples and writes, and the others wait for it in
+    the next step.
     """
 
     def __init__(self, run: TrainingRun):
@@ -110,9 +111,7 @@ class Recorder:
         """Return whether a file of the present step is due and does not exist."""
         run = self.run
         path = path_of(run.folder, kind, run.step)
-        missing = run.step > 0 and self.is_due(every) and not path.exists()
-        # All processes sample together, so they need the same answer.
-        return self.processes.on_main(lambda: missing)
+        return run.step > 0 and self.is_due(every) and not path.exists()
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the steps that are left, until a signal stops the run."""
@@ -184,7 +183,7 @@ class Recorder:
         self.saved_at = time.monotonic()
         if self.processes.is_main:
             run.save(path_of(run.folder, "checkpoints", run.step))
-            delete_old(run.folder, run.step, self.config.keep_checkpoints, self.config.keep_every)
+            delete_old(run.folder, run.step, self.config.keep_checkpoints)
 
     def save_snapshot(self) -> None:
         """Write the snapshot of a step."""
@@ -246,6 +245,8 @@ class Recorder:
         """Draw a grid of samples, always from the same noise, and write it to a file."""
         run = self.run
         config = self.config
+        if not self.processes.is_main:
+            return
         sampler = ImageSampler(
             run.sample_denoiser,
             SamplerOptions(config.grid_sampler, min(config.grid_steps, config.timesteps_diff)),
@@ -255,17 +256,9 @@ class Recorder:
             config.batch_size,
         )
 
-        # Each process samples a part of the grid, or nothing if there are more processes than
-        # images.
-        part = None
-        indices = self.processes.shard(config.grid_images)
-        if indices:
-            with run.sample_denoiser.evaluating():
-                samples = generate(sampler, indices)
-            part = to_uint8(samples.images).numpy()
-        parts = [part for part in self.processes.gather(part) if part is not None]
-
-        if self.processes.is_main:
-            grid = save_grid(np.concatenate(parts), path_of(run.folder, "samples", run.step))
-            pixels = np.asarray(grid.convert("RGB"))
-            self.metrics.tensorboard.add_image("samples", pixels, run.step, dataformats="HWC")
+        with run.sample_denoiser.evaluating():
+            samples = generate(sampler, range(config.grid_images))
+        images = to_uint8(samples.images).numpy()
+        grid = save_grid(images, path_of(run.folder, "samples", run.step))
+        pixels = np.asarray(grid.convert("RGB"))
+        self.metrics.tensorboard.add_image("samples", pixels, run.step, dataformats="HWC")

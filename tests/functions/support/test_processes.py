@@ -187,11 +187,10 @@ def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
 
 
 def train_with_a_bad_rank():
-    """Let the compiler of one process fail, and its loss be NaN in step 3."""
+    """Let the loss of one process be NaN in step 3."""
     patch = pytest.MonkeyPatch()
-    bad = os.environ["RANK"] == "1"
-    use_stub(patch, "backward" if bad else "works")
-    if bad:
+    use_stub(patch, "works")
+    if os.environ["RANK"] == "1":
         # This process has two passes a step, so its fifth is the first of step 3.
         poison(patch, {5: not_a_number})
     train_and_look()
@@ -210,10 +209,9 @@ def test_two_compiled_processes_give_the_numbers_of_one(act, pictures, tmp_path,
     assert_ended(programs, 0)
     together = next((tmp_path / "two").iterdir())
     checkpoint = newest(together)
-    assert checkpoint["run"]["arithmetic"]["compiled"] == (act is train_compiled)
+    assert checkpoint["run"]["arithmetic"]["compiled"]
 
     if act is train_with_a_bad_rank:
-        assert "compiling failed, so training goes on without: " in programs[0].printed
         # Of ten steps, both processes have skipped one.
         assert read_metrics(together / "metrics.csv")[-1]["skipped_steps"] == 1
         assert checkpoint["optimizer"]["step.conv_in.bias"] == 9

@@ -129,16 +129,15 @@ def test_abandoned_snapshots_are_kept_but_not_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "every", "done", "kept"),
+    ("count", "done", "kept"),
     [
-        (2, 0, 60, [50, 60]),
-        (1, 20, 60, [20, 40, 60]),
-        (9, 0, 60, [10, 20, 30, 40, 50, 60]),
+        (2, 60, [50, 60]),
+        (9, 60, [10, 20, 30, 40, 50, 60]),
         # Checkpoints beyond the step that was reached are no reason to delete another.
-        (2, 0, 40, [30, 40, 50, 60]),
+        (2, 40, [30, 40, 50, 60]),
     ],
 )
-def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, done, kept):
+def test_the_newest_checkpoints_are_kept(tmp_path, count, done, kept):
     steps = range(10, 70, 10)
     run = make_run(tmp_path, "faces-20260101-000000", steps)
     calibrations = {}
@@ -150,7 +149,7 @@ def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path, count, every, d
         files_of_users.append(run / "checkpoints" / f"{start}-mine.safetensors")
         files_of_users[-1].touch()
 
-    run_folder.delete_old(run, done, count, every)
+    run_folder.delete_old(run, done, count)
 
     assert [run_folder.step_of(path) for path in checkpoints_of(run)] == kept
     assert [step for step in steps if calibrations[step].exists()] == kept
