@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.datasets import ImageSet, Split, load_and_split
+from data.datasets import ImageSet, Split
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser, clipped
 from functions.noise_scheduler import NoiseScheduler, Timestep, broadcast
@@ -34,6 +34,7 @@ from functions.sampling.generation import ImageSampler, batches_of, generate
 from functions.support.checkpoint import SavedModel, TensorFile, write_tensors
 from functions.support.errors import UserError
 from functions.support.files import sha256
+from functions.support.loading import load_and_split
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
 
