@@ -16,28 +16,15 @@ def rotate(x_0, angle):
     return augment(x_0, no_flip, torch.as_tensor(angle))
 
 
-def texture(count, size=64, cutoff=0.35):
-    """Return random images (count, 3, size, size) in [-1, 1] with the falling spectrum of photos.
-
-    Their detail ends at `cutoff` cycles per pixel.
-    """
-    # The images are cut out of a larger torus, so that nothing repeats across the edges.
-    frequency = torch.fft.fftfreq(4 * size)
-    radius = (frequency[:, None] ** 2 + frequency**2).sqrt()
-    gain = (radius < cutoff) / radius.clamp(min=1 / size)
-
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(count, 3, 4 * size, 4 * size, generator=generator)
-    spectrum = torch.fft.fft2(noise) * gain
-    images = torch.fft.ifft2(spectrum).real[:, :, :size, :size]
-
-    images = images - images.mean((2, 3), keepdim=True)
-    largest = images.abs().amax((1, 2, 3), keepdim=True)
-    return images / largest * 0.9
+def waves(count):
+    """Return different smooth images (count, 1, 64, 64) in [-1, 1]."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    images = [torch.sin(0.2 * x + k) * torch.cos(0.3 * y - k) for k in range(count)]
+    return torch.stack(images)[:, None]
 
 
 def test_flips_and_angle_0_are_exact_and_each_image_has_its_own_draw():
-    x_0 = texture(4)
+    x_0 = waves(4)
     angle = torch.tensor([2.0, -1.0, 0.0, 0.0])
 
     # NumPy mirrors the images that are to be flipped.
@@ -60,7 +47,7 @@ def test_flips_and_angle_0_are_exact_and_each_image_has_its_own_draw():
 @pytest.mark.parametrize("angle", [3.0, -10.0])
 def test_the_same_as_pillow_given_the_image_and_its_mirrored_surroundings(angle):
     # The image is smooth, so that Pillow's bicubic interpolation doesn't blur it.
-    x_0 = texture(1, cutoff=0.1)
+    x_0 = waves(1)
     expected = []
     for channel in x_0[0].numpy():
         # Pillow finds the image's mirrored surroundings in a margin of 16 pixels.
@@ -74,24 +61,6 @@ def test_the_same_as_pillow_given_the_image_and_its_mirrored_surroundings(angle)
     assert error.max() < 0.05
 
 
-def energy(images):
-    """Return the mean of the squared differences to the neighbours on the left and above."""
-    across = images[..., 1:, 1:] - images[..., 1:, :-1]
-    down = images[..., 1:, 1:] - images[..., :-1, 1:]
-    squares = across.square() + down.square()
-
-    # Along the edges lies what the image is continued with.
-    return squares[..., 8:-8, 8:-8].mean()
-
-
-def test_little_fine_detail_is_lost():
-    x_0 = texture(16, cutoff=0.5)
-    rotated = rotate(x_0, torch.linspace(-3, 3, 16))
-
-    # Bilinear interpolation would keep 0.6.
-    assert 0.85 < energy(rotated) / energy(x_0) < 1
-
-
 @pytest.mark.parametrize("size", [33, 4])
 def test_values_stay_in_range_at_sharp_edges_and_constant_images_stay_constant(size):
     generator = torch.Generator().manual_seed(0)
@@ -103,14 +72,3 @@ def test_values_stay_in_range_at_sharp_edges_and_constant_images_stay_constant(s
     # Black borders would change it.
     constant = torch.full_like(x_0, 0.7)
     torch.testing.assert_close(rotate(constant, [3.0, -10.0]), constant)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_gives_what_the_cpu_gives():
-    x_0 = texture(4)
-    angle = torch.tensor([3.0, -2.0, 0.0, 1.0])
-
-    on_cpu = augment(x_0, FLIP, angle)
-    on_gpu = augment(x_0.cuda(), FLIP.cuda(), angle.cuda())
-
-    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-4, rtol=0)

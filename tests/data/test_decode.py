@@ -62,8 +62,6 @@ def row_16(values):
 # For each form: a file's bytes, the right pixels, and how far off these may be.
 FORMS = {
     "png": (encoded(RGB), RGB, 0),
-    "bmp": (encoded(RGB, "BMP"), RGB, 0),
-    "lossless webp": (encoded(RGB, "WEBP", lossless=True), RGB, 0),
     "grey": (encoded(RGB[..., 0]), RGB[..., :1], 0),
     "one bit": (encoded(ONE_BIT), np.asarray(ONE_BIT)[..., None] * 255, 0),
     "16-bit grey, scaled and not clipped": (
@@ -79,10 +77,8 @@ FORMS = {
         0,
     ),
     "alpha": (encoded(RGBA), OVER_WHITE, 1),
-    "alpha in webp": (encoded(RGBA, "WEBP", lossless=True, exact=True), OVER_WHITE, 1),
     "the first frame of a GIF": (animated("GIF"), GREYS, 0),
     "the first frame of an animated PNG": (animated("PNG"), GREYS, 0),
-    "the first frame of an animated WebP": (animated("WEBP", lossless=True), GREYS, 0),
     "large text": (encoded(RGB, pnginfo=LARGE_TEXT), RGB, 0),
     "large profile": (encoded(RGB, icc_profile=bytes(2**21)), RGB, 0),
     "grey with alpha": (encoded(GREY_WITH_ALPHA), [[[255], [100]]], 0),
@@ -139,8 +135,6 @@ WRONG_CHECKSUM = png(8, 1, 8, 2, ROWS).replace(
     [
         (encoded(RGB)[:200], "cannot be decoded"),
         (encoded(RGB, "JPEG")[:500], "cannot be decoded"),
-        (encoded(RGB, "BMP")[:200], "cannot be decoded"),
-        (encoded(RGB, "WEBP", lossless=True)[:200], "not a|cannot be decoded"),
         (WRONG_CHECKSUM, "checksum"),
         (b"<html>Quota exceeded</html>", "not a"),
         (encoded(RGB, "TIFF"), "not a"),
@@ -176,23 +170,8 @@ def lanczos(x):
     return np.where(abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
 
 
-def bicubic(x):
-    """Return Keys' kernel with a = -1/2."""
-    x = abs(x)
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    return np.select([x < 1, x < 2], [near, far])
-
-
-@pytest.mark.parametrize(
-    ("size", "kernel"),
-    [
-        (32, lanczos),
-        (25, lanczos),
-        (128, bicubic),
-    ],
-)
-def test_resizing_is_by_the_kernels_formula_and_antialiases(size, kernel):
+def test_resizing_is_by_the_kernels_formula_and_antialiases():
+    size = 25
     pixels = np.random.default_rng(0).integers(64, 192, (64, 64, 3), dtype=np.uint8)
 
     # These are the centres of the new pixels, in coordinates of the old ones.
@@ -201,7 +180,7 @@ def test_resizing_is_by_the_kernels_formula_and_antialiases(size, kernel):
 
     # The kernel gets as much wider as the image gets smaller.
     distances = np.arange(64) - centres[:, None]
-    weights = kernel(distances / max(ratio, 1))
+    weights = lanczos(distances / max(ratio, 1))
     weights /= weights.sum(1, keepdims=True)
     expected = np.einsum("yi,xj,ijc->yxc", weights, weights, pixels, optimize=True)
 

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -121,31 +120,25 @@ def test_a_damaged_pack_is_made_anew(tmp_path, ending, left):
 def test_bad_images_are_left_out_listed_and_counted(tmp_path, capsys, monkeypatch):
     # Among 100 images one is cut short, one is a web page, and one is small.
     images = np.concatenate([IMAGES] * 10)
-    folder = write_folder(tmp_path / "set", images)
-    whole = (folder / "00002.png").read_bytes()
-    (folder / "00002.png").write_bytes(whole[:100])
-    (folder / "00005.png").write_text("<html>quota exceeded</html>")
-    (folder / "00009.png").write_bytes(encoded(Image.new("RGB", (4, 4))))
-    archive = Path(shutil.make_archive(folder, "zip", folder))
+    path = write_folder(tmp_path / "set", images)
+    (path / "00002.png").write_bytes((path / "00002.png").read_bytes()[:100])
+    (path / "00005.png").write_text("<html>quota exceeded</html>")
+    (path / "00099.png").write_bytes(encoded(Image.new("RGB", (4, 4))))
 
-    for path in (folder, archive):
-        with pytest.raises(UserError, match=r"2 unusable.*1 allowed.*00002\.png"):
-            load(path, max_bad_images=1)
-        printed = capsys.readouterr().out
-        assert "98 images at 8x8, 2 left out, 1 enlarged" in printed
-        assert "00002.png: cannot be decoded" in printed
-        assert "00005.png: not a PNG" in printed
+    with pytest.raises(UserError, match=r"2 unusable.*1 allowed.*00002\.png"):
+        load(path, max_bad_images=1)
+    printed = capsys.readouterr().out
+    assert "98 images at 8x8, 2 left out, 1 enlarged" in printed
+    assert "00002.png: cannot be decoded" in printed
+    assert "00005.png: not a PNG" in printed
 
-        # No second decoding is needed to allow them. The limit holds for a pack, too.
-        with monkeypatch.context() as patch:
-            forbid_decoding(patch)
-            pack = load(path, max_bad_images=2)
-            assert [name for name, reason in pack.bad_images] == ["00002.png", "00005.png"]
-            assert pack.ids == [number for number in range(100) if number not in (2, 5)]
-            good = [number for number in pack.ids if number != 9]
-            assert_array_equal(np.delete(pack.images, 8 - 1, axis=0), images[good])
-            with pytest.raises(UserError, match="2 unusable"):
-                load(path)
+    # No second decoding is needed to allow them. The limit holds for a pack, too.
+    forbid_decoding(monkeypatch)
+    pack = load(path, max_bad_images=2)
+    assert pack.ids == [number for number in range(100) if number not in (2, 5)]
+    assert_array_equal(pack.images[:-1], images[pack.ids[:-1]])
+    with pytest.raises(UserError, match="2 unusable"):
+        load(path)
 
 
 def test_an_image_that_could_not_be_read_is_read_when_that_is_mended(tmp_path, monkeypatch):
@@ -163,18 +156,6 @@ def test_an_image_that_could_not_be_read_is_read_when_that_is_mended(tmp_path, m
             load(path)
         assert len(load(path, max_bad_images=1).images) == 9
     assert_array_equal(load(path).images, IMAGES)
-
-
-def test_a_damaged_member_of_a_zip_is_left_out(tmp_path):
-    # BMP has no checksum of its own, so only the zip's tells that a byte is wrong.
-    path = write_zip(tmp_path / "flipped.zip", pattern="{number:05d}.bmp")
-    data = bytearray(path.read_bytes())
-    data[data.index(b"BM") + 100] ^= 1
-    path.write_bytes(data)
-
-    pack = load(path, max_bad_images=1)
-    assert pack.bad_images == [["00009.bmp", "cannot be read (Bad CRC-32 for file '00009.bmp')"]]
-    assert_array_equal(pack.images, IMAGES[:9])
 
 
 def test_a_set_without_one_good_image_is_an_error(tmp_path, capsys):
@@ -201,15 +182,7 @@ def test_odd_names_are_read_and_do_not_reach_the_terminal_as_they_are(tmp_path, 
     assert len(short("x" * 10_000)) < 210
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        PermissionError(errno.EACCES, "Permission denied"),
-        OSError(errno.ENOLCK, "No locks available"),
-        OSError(errno.EROFS, "Read-only file system"),
-    ],
-)
-def test_data_that_cannot_be_locked_go_to_the_cache(tmp_path, monkeypatch, error):
+def test_data_that_cannot_be_locked_go_to_the_cache(tmp_path, monkeypatch):
     """The folder may be read-only, the disk without locks, or the lock another user's."""
     # Two sets have the same name.
     paths = [write_folder(tmp_path / "data" / name / "set") for name in "12"]
@@ -217,7 +190,7 @@ def test_data_that_cannot_be_locked_go_to_the_cache(tmp_path, monkeypatch, error
 
     def locks_elsewhere(place):
         if "/data/" in place:
-            raise error
+            raise PermissionError(errno.EACCES, "Permission denied")
         return lock(place)
 
     monkeypatch.setattr(packed, "FileLock", locks_elsewhere)
@@ -227,14 +200,6 @@ def test_data_that_cannot_be_locked_go_to_the_cache(tmp_path, monkeypatch, error
         assert not packed_files(path)
     forbid_decoding(monkeypatch)
     assert_array_equal(load(paths[0]).images, IMAGES)
-
-    # A file lies where the cache should be.
-    monkeypatch.undo()
-    monkeypatch.setattr(packed, "FileLock", locks_elsewhere)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(paths[0] / "00000.png"))
-    message = r"cannot be prepared: .*Not a directory.*set XDG_CACHE_HOME"
-    with pytest.raises(UserError, match=message):
-        load(paths[1], 4)
 
 
 @pytest.mark.parametrize("synced_before", [0, 2], ids=["at the images", "at their record"])

@@ -10,11 +10,8 @@ import pytest
 from numpy.testing import assert_array_equal
 from torchvision.datasets import CIFAR10
 
-import train
-from config import EXPERIMENTS
 from data import datasets, prepare, torchvision_sets
 from functions.support.errors import UserError
-from tests.conftest import TINY, call
 from tests.data.packing import random_pixels
 
 DIGITS = random_pixels(47, 28, 28, 1)
@@ -142,41 +139,3 @@ def test_a_set_is_downloaded_only_if_that_is_asked_for(data_folder, monkeypatch,
     with pytest.raises(SystemExit, match="2"):
         prepare.main(["FFHQ", "--download"])
     assert "only CIFAR10 and MNIST can" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_preset_trains(mnist, tmp_path, capsys):
-    shape = ["--model.image-size", 28, "--model.lowest-resolution-size", 7]
-    shape += ["--model.dim-multiply", "1,2,4"]
-    runs = tmp_path / "runs"
-
-    call(train.main, "mnist", *TINY, *shape, "--runs", runs)
-
-    assert "MNIST: 40 images train, 7 validate (its test images)" in capsys.readouterr().out
-    assert list(runs.glob("mnist-*/checkpoints/*"))
-
-
-def test_the_preset_is_the_papers():
-    """These are the values of Appendix B of Ho et al. 2020."""
-    diffusion = EXPERIMENTS["cifar10"].diffusion
-    expected = dict(
-        learning_rate=2e-4,
-        warmup_steps=5000,
-        effective_batch=128,
-        ema_decay=0.9999,
-        clip_grad_norm=1.0,
-        timesteps_diff=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        objective="eps",
-        use_augmentation=True,
-        max_rotation=0.0,
-        lr_schedule="constant",
-    )
-    assert {name: getattr(diffusion, name) for name in expected} == expected
-    assert EXPERIMENTS["cifar10"].model.dropout == 0.1
-
-    # The paper trains for 800,000 steps, which end within the last epoch.
-    steps_per_epoch = 50_000 // 128
-    assert 0 <= diffusion.epochs * steps_per_epoch - 800_000 < steps_per_epoch
