@@ -83,16 +83,12 @@ def test_batches_of_a_memory_map_come_in_order_as_copies(tmp_path, device, keep)
     feeder = ImageFeeder(mapped, device)
     feeder.resident = torch.tensor(mapped, device=device) if keep else None
 
-    # A batch may hold an image twice, or nothing.
     indices = [epoch_order(50, 0, epoch)[:7] for epoch in range(6)]
-    indices += [np.array([3, 3]), np.array([], np.int64)]
 
     for expected, batch in zip(indices, feeder.feed(iter(indices)), strict=True):
         assert batch.dtype == torch.uint8
         assert batch.device.type == device
         assert_array_equal(batch.cpu().numpy(), IMAGES[expected])
-        gathered = feeder.gather(expected)
-        assert_array_equal(gathered.cpu().numpy(), IMAGES[expected])
 
         # What is written to a batch reaches no other batch and no file.
         batch.zero_()

@@ -15,7 +15,6 @@ from PIL import Image
 from data import packed
 from data.decode import fit_square
 from functions.support.errors import UserError
-from functions.support.files import short
 from tests.conftest import posix
 from tests.data.packing import (
     IMAGES,
@@ -106,13 +105,13 @@ def test_a_zip_is_known_by_its_content_and_not_by_its_time(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("ending", ["", ".json"])
-@pytest.mark.parametrize("left", [None, b"{", b"[]"], ids=["gone", "cut short", "another json"])
+@pytest.mark.parametrize("left", [b"", b"[]"])
 def test_a_damaged_pack_is_made_anew(tmp_path, ending, left):
     path = write_folder(tmp_path / "set")
+    # Who has the old pack open keeps it, so this is another file.
     damaged = Path(f"{load(path).path}{ending}")
     damaged.unlink()
-    if left is not None:
-        damaged.write_bytes(left)
+    damaged.write_bytes(left)
 
     assert_array_equal(load(path).images, IMAGES)
 
@@ -179,7 +178,6 @@ def test_odd_names_are_read_and_do_not_reach_the_terminal_as_they_are(tmp_path, 
     with pytest.raises(UserError, match="1 unusable") as error:
         load(folder)
     assert "\x1b" not in str(error.value)
-    assert len(short("x" * 10_000)) < 210
 
 
 def test_data_that_cannot_be_locked_go_to_the_cache(tmp_path, monkeypatch):
@@ -229,7 +227,6 @@ def test_a_disk_that_runs_full_leaves_nothing_wrong_behind(tmp_path, monkeypatch
 
 def build(path, go):
     """Prepare a folder, but wait at the first image until the file `go` is there."""
-    print("begun", flush=True)
 
     def slow_fit(rgb, image_size):
         print("decoded", flush=True)
@@ -255,11 +252,10 @@ def test_of_two_processes_one_prepares_and_a_kill_leaves_nothing(tmp_path):
 
     programs = [Program(tmp_path / name, act=partial(build, path, go)) for name in ("1", "2")]
 
-    def both_wait():
-        printed = [program.printed for program in programs]
-        return all("begun" in text for text in printed) and "decoded" in "".join(printed)
+    def one_decodes():
+        return any("decoded" in program.printed for program in programs)
 
-    wait_until(both_wait, lambda: all(program.is_alive() for program in programs))
+    wait_until(one_decodes, lambda: all(program.is_alive() for program in programs))
     go.touch()
     for program in programs:
         assert program.wait() == 0
