@@ -91,7 +91,7 @@ def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=()):
 def write_npz(path, images=IMAGES):
     """Write the images as one array; return the file's path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, images)
+    np.savez_compressed(path, images, labels=np.arange(len(images)))
     return path
 
 
