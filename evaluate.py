@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.datasets import ImageSet, Split, hash_ids, load_and_split
+from data.datasets import ImageSet, Split, hash_ids
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import (
     BoundOptions,
@@ -46,6 +46,7 @@ from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
 from functions.support.files import sha256, short, write_text
+from functions.support.loading import load_and_split
 from functions.support.processes import Processes, distributed
 from functions.support.run_folder import results_folder
 

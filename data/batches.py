@@ -70,44 +70,19 @@ class ImageFeeder:
                 self.resident = torch.tensor(self.images, device=self.device)
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """Return the images with indices (B,) as uint8 (B, S, S, C) on the device.
+        """Return the images with indices (B,) int64 as uint8 (B, S, S, C) on the device.
 
-        Raises IndexError when an index is out of range.
+        Raises IndexError when an index is beyond the last image.
         """
-        if self.resident is None:
-            return self.send(self.gather_on_cpu(indices))
-        indices = torch.from_numpy(self.check(indices))
-        if self.on_cuda:
-            indices = indices.pin_memory()
-        return self.resident.index_select(0, self.send(indices))
+        if self.resident is not None:
+            return self.resident.index_select(0, self.send(torch.from_numpy(indices)))
+        batch = torch.from_numpy(self.images[indices])
+        return self.send(batch.pin_memory() if self.on_cuda else batch)
 
     def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """Yield the images of each batch of indices on the device, in order."""
-        if self.resident is None:
-            # A thread gathers the next batch while the device works on this one.
-            yield from map(
-                self.send, map_ahead(self.gather_on_cpu, batches_of_indices, threads=1, ahead=1)
-            )
-        else:
-            yield from map(self.gather, batches_of_indices)
-
-    def gather_on_cpu(self, indices: np.ndarray) -> Tensor:
-        """Return the images with indices (B,) on the CPU, pinned if the device is a CUDA GPU."""
-        indices = self.check(indices)
-        shape = (len(indices), *self.images.shape[1:])
-        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.on_cuda)
-
-        # With mode="raise" NumPy would copy the batch once more. mode="clip" never clips here,
-        # because the indices are checked above.
-        np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")
-        return batch
-
-    def check(self, indices: np.ndarray) -> np.ndarray:
-        """Return indices as int64. Raises IndexError when one is out of range."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if np.any((indices < 0) | (indices >= len(self.images))):
-            raise IndexError(f"an image index is out of range 0..{len(self.images) - 1}")
-        return indices
+        # A thread gathers the next batch while the device works on this one.
+        return map_ahead(self.gather, batches_of_indices, threads=1, ahead=1)
 
     def send(self, batch: Tensor) -> Tensor:
         """Copy a batch to the device. The CPU does not wait for a copy to a GPU."""

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from data.pixels import picture_of
 from functions.support.errors import UserError
@@ -12,13 +12,7 @@ from functions.support.files import READ_ERRORS, short
 
 # By default Pillow tries dozens of other formats too. No data set uses these, and Pillow runs other
 # programs to read some of them.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-
-# In an image with more pixels than this, Pillow suspects a decompression bomb.
-MAX_PIXELS = 89_478_485
-
-# Pillow's modes, by the number of channels. Its grey is the luma of ITU-R BT.601.
-MODES = {1: "L", 3: "RGB"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 class BadImage(UserError):
@@ -26,45 +20,39 @@ class BadImage(UserError):
 
 
 def decode(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
-    """Decode the bytes of a PNG, JPEG, WebP or BMP -> uint8 (H, W, channels) at its original size.
+    """Decode the bytes of an image of FORMATS -> uint8 (H, W, channels) at its original size.
 
     Pixels, uint8 (H, W, C), are only converted. The image is turned upright by its EXIF
     orientation. Alpha and transparent colours are composited over white. All colour modes become
     RGB, or grey if `channels` is 1. 16-bit grey is scaled to 8 bits. Pillow keeps the high byte of
-    16-bit colour, which is at most one level off. Embedded colour profiles are ignored.
+    16-bit colour, which is at most one level off. Embedded colour profiles are ignored. Of an
+    animation, the first frame is decoded.
 
-    Raises BadImage for bytes that are not an image, and for an image that is truncated, corrupt,
-    animated or larger than MAX_PIXELS. A damaged JPEG may decode without an error; in a zip, the
-    checksum reveals the damage.
+    Raises BadImage for bytes that are not an image, and for an image that is truncated, corrupt or
+    larger than Pillow's limit. A damaged JPEG may decode without an error; in a zip, the checksum
+    reveals the damage.
     """
-    image = open_image(data) if isinstance(data, bytes) else picture_of(data)
+    image = picture_of(data) if isinstance(data, np.ndarray) else open_image(data)
     return to_pixels(image, channels)
 
 
 def open_image(data: bytes) -> Image.Image:
     """Load a Pillow image of any mode and turn it upright. Raises as `decode` does."""
+    # Pillow refuses PNGs with texts or colour profiles of more than 1 MB, as some editors write
+    # them. They are not used here, so 256 MB are allowed.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            if image.format == "PNG":
-                # load() ignores the checksums of the pixels, so verify() checks them first.
-                image.verify()
-
-        # An image cannot be loaded after verify(), so the bytes are opened again.
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # The later frames of an MPO are previews of the photo, not an animation.
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise BadImage(f"animated ({image.n_frames} frames)")
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError:
-        raise BadImage("too many pixels (a decompression bomb?)") from None
+        # load() ignores the checksums of a PNG's pixels, so verify() checks them first. An image
+        # cannot be loaded after verify(), so the bytes are opened again.
+        Image.open(io.BytesIO(data), formats=FORMATS).verify()
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+        return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         reason = f"not a {', '.join(FORMATS)} image" if data else "empty file"
         raise BadImage(reason) from None
-    except READ_ERRORS as error:
-        raise BadImage(f"broken file ({type(error).__name__}: {short(error)})") from None
+    except (Image.DecompressionBombError, *READ_ERRORS) as error:
+        raise BadImage(f"cannot be decoded ({type(error).__name__}: {short(error)})") from None
 
 
 def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -74,14 +62,13 @@ def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
         # 65535 / 255 = 257 and rounded to the nearest level.
         grey = np.asarray(image, np.int32)
         levels = (grey + 128) // 257
-        if "transparency" in image.info:
-            levels[grey == image.info["transparency"]] = 255
         return np.repeat(np.uint8(levels)[..., None], channels, axis=2)
 
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    pixels = np.array(image.convert(MODES[channels]))
+    # Pillow's grey is the luma of ITU-R BT.601.
+    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(image.height, image.width, channels)
 
 

@@ -5,34 +5,29 @@ it are a .lock and a .json with the ids, the images left out, a hash of the pixe
 (`pack_key`).
 """
 
-import glob
 import hashlib
 import json
-import math
 import os
-import tempfile
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 from data.decode import BadImage, decode, fit_square
-from data.sources import Source
+from data.sources import Source, Unreadable, read_member
 from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, short, write_atomically, write_text
-
-Result = TypeVar("Result")
+from functions.support.files import READ_ERRORS, sha256, short, write_atomically, write_text
 
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # At most this many bad images are printed. The .json lists all of them.
 LISTED = 20
@@ -54,43 +49,39 @@ class ImageSet:
     path: Path | None = None
     # There is one [name, reason] for each image that was left out.
     bad_images: list | tuple = ()
-    # See `Source.first_test_id`.
-    first_test_id: int | None = None
+    # The last images are this number of the set's own test images.
+    test_count: int = 0
 
 
 def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> ImageSet:
     """Map the packed file of a source at image_size (pixels).
 
     A missing or outdated file is made first, and the images left out are printed. Raises UserError
-    when no image is usable, when the disk is full, or when more than max_bad_images were left out.
+    when no image is usable, when the file cannot be written, for example to a full disk, or when
+    more than max_bad_images were left out.
     """
     key = pack_key(source, image_size)
-    with_data, in_cache = pack_paths(source, image_size)
-    shape = (image_size, image_size, source.channels)
-    pack = read_pack(with_data, key, shape) or read_pack(in_cache, key, shape)
-    if pack is None:
-        target = with_data if is_writable(with_data.parent) else in_cache
+    targets = pack_paths(source, image_size)
+    with_data, in_cache = (read_pack(target, key, source) for target in targets)
+    pack = with_data or in_cache
+    failure = "none of its images can be used"
+    for target in targets:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with lock_or_wait(target):
-                # While this process waited, the one that held the lock may have made the pack.
-                pack = read_pack(target, key, shape)
-                pack = pack or make_pack(source, image_size, key, target)
-        except OSError as error:
-            advice = "Make room there"
-            if target == in_cache:
-                advice += ", or set XDG_CACHE_HOME to a folder that can be written"
-            raise UserError(
-                f"{target}, {len(source.ids) * math.prod(shape) / 1e6:,.1f} MB of images, cannot "
-                f"be written ({error.strerror or error}). {advice}."
-            ) from None
+            pack = pack or make_or_wait(source, image_size, key, target)
+        except (OSError, NotImplementedError) as error:
+            # The data may be on a read-only disk, or on one without locks, or another user may own
+            # the lock. Then the cache is tried.
+            failure = f"{error}; make room, or set XDG_CACHE_HOME to a folder that can be written"
+    if pack is None:
+        raise UserError(f"{source.path} cannot be prepared: {failure}.")
 
-    if pack.bad_images and len(pack.bad_images) > max_bad_images:
+    bad_count = len(pack.bad_images)
+    if bad_count > max_bad_images:
         name, reason = pack.bad_images[0]
         raise UserError(
-            f"{source.path}: {len(pack.bad_images)} unusable image(s), {max_bad_images} allowed; "
-            f"the first is {short(name)} ({reason}). {pack.path}.json lists all; fix or remove "
-            "them, or allow that many."
+            f"{source.path}: {bad_count} unusable image(s), {max_bad_images} allowed; the first is "
+            f"{short(name)} ({reason}). {pack.path}.json lists all; fix or remove them, or allow "
+            "that many."
         )
     return pack
 
@@ -98,155 +89,104 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
 def pack_key(source: Source, image_size: int) -> str:
     """Return a hash of everything that a pack's content depends on.
 
-    This is the format version, the image size, the kind of source, each member's name, size and
-    stamp, and the number of channels.
+    This is the format version, the image size, the number of channels, and each member's name and
+    stamp.
     """
-    facts = [FORMAT_VERSION, image_size, source.kind, source.members]
-    # Keys for RGB lack the number of channels, so that earlier versions can read these packs.
-    if source.channels != 3:
-        facts.append(source.channels)
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    facts = [FORMAT_VERSION, image_size, source.channels]
+    facts += [member[:2] for member in source.members]
+    return sha256(json.dumps(facts))
 
 
-def pack_paths(source: Source, image_size: int) -> tuple[Path, Path]:
+def pack_paths(source: Source, image_size: int) -> list[Path]:
     """Return two paths for a source's pack: with the data, and in a cache for read-only data."""
     path = source.path.resolve()
 
     # The name does not depend on the source's content, so a new pack replaces an outdated one.
     grey = "-grey" if source.channels == 1 else ""
-    suffix = f"{image_size}px{grey}.packed"
-    data_folder = path if source.holds_pack else path.parent
+    name = f"{path.name}-{image_size}px{grey}.packed"
+    # The pack of a folder is inside it, so that a moved folder keeps its pack.
+    data_folder = path if path.is_dir() else path.parent
 
     # In the cache, a hash of the path distinguishes sources of the same name.
-    path_hash = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    in_cache = cache_folder() / "ddpm-packed-images" / f"{path.name}-{path_hash}-{suffix}"
-    return data_folder / f"{path.name}-{suffix}", in_cache
+    path_hash = sha256(ascii(path))[:8]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [data_folder / name, Path(cache, "ddpm-packed-images", path_hash, name)]
 
 
-def cache_folder() -> Path:
-    """Return the user's cache folder, or a temporary one if the user has no home folder."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    if cache:
-        return Path(cache)
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError:
-        # In a container, the user may be a number without a name. The folder's name contains this
-        # number, so that users do not get each other's folders.
-        return Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
-
-
-def is_writable(folder: Path) -> bool:
-    """Return whether files can be created and locked in a folder."""
-    # Permissions do not show that a disk is read-only or has no locks, so this locks a file.
-    try:
-        with (
-            tempfile.TemporaryDirectory(dir=folder, prefix=".packed") as probe,
-            FileLock(f"{probe}/lock"),
-        ):
-            return True
-    except (OSError, NotImplementedError):
-        return False
-
-
-def read_pack(path: Path, key: str, image_shape: tuple[int, int, int]) -> ImageSet | None:
-    """Map a packed file of images of this shape (S, S, C).
-
-    Returns None when the file is missing, has another key or has the wrong size, or when an earlier
-    version made it, which computed no hash of the pixels.
-    """
+def read_pack(path: Path, key: str | None, source: Source) -> ImageSet | None:
+    """Map a packed file. Returns None when it is missing, or has another key or the wrong size."""
     try:
         record = json.loads(Path(f"{path}.json").read_text())
-        ids = record["ids"]
-        shape = (len(ids), *image_shape)
-        if record["key"] != key or path.stat().st_size != math.prod(shape):
+        if record.pop("key") != key:
             return None
-        images = np.memmap(path, np.uint8, "r", shape=shape)
-        return ImageSet(
-            path.name,
-            images,
-            ids,
-            record["pixels_hash"],
-            record["summary"],
-            path,
-            record["bad_images"],
-        )
+        shape = record.pop("shape")
+        images = np.memmap(path, np.uint8, "r", shape=tuple(shape))
+        return ImageSet(path.name, images, path=path, test_count=source.test_count, **record)
     except READ_ERRORS:
         return None
 
 
-def lock_or_wait(target: Path) -> AcquireReturnProxy:
-    """Lock a packed file, so that only one process makes it. Leaving the `with` unlocks it."""
-    lock = FileLock(f"{target}.lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Another process is preparing {target}; waiting for it.", flush=True)
-        return lock.acquire()
+def make_or_wait(source: Source, image_size: int, key: str, target: Path) -> ImageSet | None:
+    """Make a pack and print what was left out, or wait until another process has made it.
+
+    Returns None when no image is usable. Raises OSError when nothing can be written there.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        pack = read_pack(target, key, source)
+        if pack:
+            return pack
+
+        # A process that was killed may have left its temporary file.
+        for temporary in target.parent.glob(f".{target.name}.*.tmp"):
+            temporary.unlink()
+        # The old record is deleted first, so that it never describes the new images.
+        record_path = Path(f"{target}.json")
+        record_path.unlink(missing_ok=True)
+        record = {"key": key}
+        write_atomically(target, partial(write_images, source, image_size, record))
+        write_text(record_path, json.dumps(record))
+
+        print(record["summary"])
+        for name, reason in record["bad_images"][:LISTED]:
+            print(f"  left out: {short(name)}: {reason}")
+        return read_pack(target, record["key"], source)
 
 
-def make_pack(source: Source, image_size: int, key: str, target: Path) -> ImageSet:
-    """Write the packed file of a source and its record, and print what was left out."""
-    # A process that was killed may have left its temporary file.
-    for temporary in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        temporary.unlink()
+def write_images(source: Source, image_size: int, record: dict, file: BinaryIO) -> None:
+    """Write the pixels of all usable images, and add what `read_pack` needs to the record."""
     ids = []
+    sizes = []
     bad_images = []
-    changes = Counter()
     digest = hashlib.sha256()
 
     def fit(pixels):
-        """Return an image's pixels at image_size, and its original height and width."""
-        return fit_square(pixels, image_size), *pixels.shape[:2]
+        sizes.append(pixels.shape[:2])
+        return fit_square(pixels, image_size)
 
-    def write_images(file):
-        for i, result in enumerate(map_images(source, fit, f"Preparing {source.path.name}")):
-            if isinstance(result, BadImage):
-                bad_images.append([source.name_of(i), str(result)])
-                continue
-            pixels, height, width = result
-            file.write(pixels.data)
-            digest.update(pixels.data)
-            ids.append(source.ids[i])
-            changes["not square, cropped to their centre"] += height != width
-            changes[f"smaller than {image_size} px, enlarged"] += min(height, width) < image_size
-        if not ids:
-            name, reason = bad_images[0]
-            raise UserError(
-                f"{source.path}: none of its images can be used; the first is {short(name)} "
-                f"({reason})."
-            )
-
-    # The old record is deleted first, so that it never describes the new images.
-    record_path = Path(f"{target}.json")
-    record_path.unlink(missing_ok=True)
-    write_atomically(target, write_images)
-
-    summary = f"{short(source.path.name)}: {len(ids):,} images at {image_size}x{image_size}, "
-    summary += f"{len(bad_images):,} left out"
-    for change, count in changes.items():
-        if count:
-            summary += f"; {count:,} {change}"
-    record = {
-        "key": key,
-        "made_from": str(source.path.resolve()),
-        "image_size": image_size,
-        "summary": summary,
-        "bad_images": bad_images,
-        "pixels_hash": digest.hexdigest()[:16],
-        "ids": ids,
-    }
-    write_text(record_path, json.dumps(record))
-
-    print(summary, *source.notes, sep="\n")
-    for name, reason in bad_images[:LISTED]:
-        print(f"  left out: {short(name)}: {reason}")
-    return read_pack(target, key, (image_size, image_size, source.channels))
+    results = map_images(source, fit, f"Preparing {source.path.name}")
+    for member, image_id, pixels in zip(source.members, source.ids, results, strict=True):
+        if isinstance(pixels, BadImage):
+            bad_images.append([member.name, str(pixels)])
+            # A pack without a key is not used again, because the image may be readable later.
+            if isinstance(pixels, Unreadable):
+                record["key"] = None
+        else:
+            file.write(pixels)
+            digest.update(pixels)
+            ids.append(image_id)
+    enlarged = sum(min(size) < image_size for size in sizes)
+    record["summary"] = (
+        f"{short(source.path.name)}: {len(ids):,} images at {image_size}x{image_size}, "
+        f"{len(bad_images):,} left out, {enlarged:,} enlarged"
+    )
+    record["shape"] = [len(ids), image_size, image_size, source.channels]
+    record["bad_images"] = bad_images
+    record["pixels_hash"] = digest.hexdigest()[:16]
+    record["ids"] = ids
 
 
-def map_images(
-    source: Source, job: Callable[[np.ndarray], Result], title: str
-) -> Iterator[Result | BadImage]:
+def map_images(source: Source, job: Callable[[np.ndarray], Any], title: str) -> Iterator[Any]:
     """Yield job(pixels) for every image in the order of source.ids, and show a progress bar.
 
     pixels is uint8 (H, W, source.channels), at the image's original size. An unusable image yields
@@ -262,19 +202,19 @@ def map_images(
             return error
 
     # Threads are enough, because Pillow releases the GIL while it decodes.
-    count = len(source.ids)
-    results = map_ahead(process, map(source.read, range(count)), threads=None, ahead=32)
+    data = map(read_member, source.members)
+    results = map_ahead(process, data, threads=None, ahead=32)
 
     # Pillow's warnings about odd metadata are ignored, because an image with a real fault becomes a
-    # BadImage. closing() waits for the threads, so none of them warns after an early stop.
-    with warnings.catch_warnings(action="ignore"), closing(results):
+    # BadImage.
+    with warnings.catch_warnings(action="ignore"):
         # A small set finishes within the delay and shows no progress bar.
-        yield from tqdm(results, title, count, unit="img", delay=1.0)
+        yield from tqdm(results, title, len(source.ids), unit="img", delay=1.0)
 
 
 def map_ahead(
-    function: Callable[..., Result], items: Iterable, threads: int | None, ahead: int
-) -> Iterator[Result]:
+    function: Callable[..., Any], items: Iterable, threads: int | None, ahead: int
+) -> Iterator:
     """Yield function(item) for each item, in order.
 
     Threads compute up to `ahead` results before the caller asks for them.

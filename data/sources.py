@@ -1,29 +1,26 @@
-"""Find images in a folder and its subfolders, in a zip, a tar or an npz.
+"""Find images in a folder, in a zip, a tar, an npz or a parquet file, or in shards of these.
 
 Archives are read in place and never extracted, so the name of a member never becomes a path on
 this machine.
 """
 
-import math
 import os
 import re
-import stat
 import tarfile
 import zipfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib import format as npy
 
-from data.decode import MAX_PIXELS, BadImage
+from data.decode import BadImage
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 # Each of these folders contains a copy of FFHQ, with images of this side in pixels. All copies use
 # the same image numbers, so only one of them is read. The uncropped photos have no common size.
@@ -35,212 +32,51 @@ FFHQ_LAYOUTS = {
     "images1024x1024": 1024,
 }
 
-# A larger image file counts as unusable. An FFHQ photo at 1024 px is about 1.3 MB.
-MAX_FILE_BYTES = 100 * 2**20
+# A name with a number: folders, a prefix and the number, as in x/img00000012.png.
+NUMBERED_NAME = re.compile(r"(?:.*/)?([A-Za-z_-]*)(\d{1,18})(?:\.\w+)?")
 
-# If at least this fraction of a set's images is numbered, the others are strays and are skipped.
-NEARLY_ALL = 0.99
+# If at most this fraction of a set's images is not numbered, these are strays and are skipped.
+FEW = 0.01
+
+
+class Unreadable(BadImage):
+    """The bytes of an image cannot be read now, but perhaps later, with another permission."""
 
 
 class Member(NamedTuple):
-    # The name is the path inside the source, exactly as stored.
+    """One image of a source."""
+
+    # The name is the path inside the source. For a row of an array or a table it is a number.
     name: str
-    # The size is in bytes, uncompressed.
-    size: int
-    # The stamp changes when the content does. It is the CRC-32 in an archive, and the modification
-    # time (ns) in a folder.
-    stamp: int
+    # The stamp changes when the content does. It is a CRC-32, or a file's size and time.
+    stamp: int | tuple[int, int]
+    # The function returns a file's bytes, or uint8 (H, W, C).
+    read: Callable[[], bytes | np.ndarray]
 
 
+@dataclass
 class Source:
-    """The images at a path. Each format has a class; `find_source` chooses it.
+    """The images at a path, sorted by their ids, which are all int or all str."""
 
-    A class has its `kind`, which is part of a pack's key. `members` are the image files, or the
-    files that contain all images: the array of an npz, the six files of CIFAR-10. `ids` has one id
-    for each image, sorted, all int or all str. A class whose members are the images leaves `ids` to
-    `find_source` and defines `read_file`. Any other class sets `ids` and defines `read`. `notes`
-    are sentences to print about files that were not used.
-
-    `read` is called with 0, 1, 2, ... in this order, by one thread, so a source may be a stream.
-    """
-
-    # A pack is next to its source, or inside it if this is True, so that a moved folder keeps its
-    # pack.
-    holds_pack = False
-    # Images with this id or a larger one are test images. None means that there are none.
-    first_test_id = None
+    path: Path
+    members: list[Member]
+    ids: list
     # Images are converted to this number of channels, RGB or grey, after they are read.
-    channels = 3
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.members = []
-        self.ids = []
-        self.notes = []
-
-    def read(self, i: int) -> bytes | np.ndarray | BadImage:
-        """Read the i-th image.
-
-        Returns a file's bytes, or uint8 (H, W, C), or the reason why it cannot be read.
-        """
-        member = self.members[i]
-        if member.size > MAX_FILE_BYTES:
-            return BadImage(f"larger than {MAX_FILE_BYTES // 2**20} MiB")
-        try:
-            return self.read_file(member)
-        except READ_ERRORS as error:
-            reason = getattr(error, "strerror", None) or error
-            return BadImage(f"cannot be read ({short(reason)})")
-
-    def name_of(self, i: int) -> str:
-        """Name the i-th image in messages: by its file, or by its id if its file has several."""
-        if len(self.members) == len(self.ids):
-            return self.members[i].name
-        return f"image {self.ids[i]}"
+    channels: int = 3
+    # The last images are this number of test images.
+    test_count: int = 0
 
 
-class Folder(Source):
-    """Image files in a folder and its subfolders."""
+def read_member(member: Member) -> bytes | np.ndarray | BadImage:
+    """Read an image: a file's bytes, or uint8 (H, W, C), or why it cannot be read.
 
-    kind = "folder"
-    holds_pack = True
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-
-        def fail(error):
-            raise error
-
-        # Links are followed, because a data folder is often a link to another disk.
-        for folder, inner, files in os.walk(path, onerror=fail, followlinks=True):
-            # Such a folder may vanish: `is_writable` in another process makes and deletes them.
-            inner[:] = [name for name in inner if not name.startswith(".packed")]
-            for file in files:
-                name = Path(folder, file).relative_to(path).as_posix()
-                if not is_image_name(name):
-                    continue
-                try:
-                    status = os.stat(path / name)
-                    # Reading a pipe could block forever.
-                    if stat.S_ISREG(status.st_mode):
-                        self.members.append(Member(name, status.st_size, status.st_mtime_ns))
-                except OSError:
-                    # A broken link stays a member. Reading it gives a bad image, so its name is
-                    # listed.
-                    self.members.append(Member(name, 0, 0))
-
-    def read_file(self, member: Member) -> bytes:
-        """Return the bytes of a member."""
-        return (self.path / member.name).read_bytes()
-
-
-class Zip(Source):
-    """Image files in a zip."""
-
-    kind = "zip"
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.archive = zipfile.ZipFile(path)
-
-        # If two members have the same name, the last one counts, as in other zip tools.
-        infos = {info.filename: info for info in self.archive.infolist()}
-        for name, info in infos.items():
-            if is_image_name(name):
-                self.members.append(Member(name, info.file_size, info.CRC))
-
-    def read_file(self, member: Member) -> bytes:
-        """Return the bytes of a member, at most one byte more than its size."""
-        with open_member(self.archive, member.name) as file:
-            # Without a limit, read() would unpack a bomb, whatever size it claims. Asking for one
-            # byte more than the size reaches the end of an intact member, where zipfile checks the
-            # CRC.
-            return file.read(member.size + 1)
-
-
-class Tar(Source):
-    """Image files in a plain tar, such as a shard of a WebDataset."""
-
-    kind = "tar"
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.archive = tarfile.TarFile(path)
-        # A tar has no checksums of its members' contents.
-        stamp = path.stat().st_mtime_ns
-
-        # If two members have the same name, the last one counts, as in other tar tools.
-        self.infos = {info.name: info for info in self.archive if info.isfile()}
-        # At a damaged header tarfile stops without an error. An intact tar ends with zeros.
-        self.archive.fileobj.seek(self.archive.offset)
-        if self.archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("a header is damaged, or the end is missing")
-        for name, info in self.infos.items():
-            if is_image_name(name):
-                self.members.append(Member(name, info.size, stamp))
-
-    def read_file(self, member: Member) -> bytes:
-        """Return the bytes of a member."""
-        # Looking a member up by its name would take as long as reading the whole list.
-        return self.archive.extractfile(self.infos[member.name]).read()
-
-
-class Npz(Source):
-    """One uint8 array (N, H, W, C), read as a stream, as FFHQ at 1024 px does not fit in memory.
-
-    C is 3, or 1 if there is no such array with C = 3. The last of the N reads checks the CRC.
+    The members of a source must be read by one thread at a time.
     """
-
-    kind = "npz"
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.archive = zipfile.ZipFile(path)
-        arrays = []
-        for info in self.archive.infolist():
-            if info.filename.endswith(".npy"):
-                with open_member(self.archive, info.filename) as file:
-                    # The header of a plain array has version 1.0.
-                    plain = npy.read_magic(file) == (1, 0)
-                    shape, fortran, dtype = npy.read_array_header_1_0(file)
-                    header = file.tell()
-                fits = len(shape) == 4 and shape[3] in (1, 3) and min(shape) > 0
-                if plain and fits and dtype == np.uint8 and not fortran:
-                    arrays.append((info, shape, header))
-        # Next to colour images, an array with one channel may have their masks.
-        arrays = [array for array in arrays if array[1][3] == 3] or arrays
-        if len(arrays) != 1:
-            raise UserError(
-                f"{path} must contain exactly one uint8 array of shape (N, H, W, 3), or of shape "
-                f"(N, H, W, 1) for grey images. It contains {len(arrays)}."
-            )
-
-        info, shape, self.header = arrays[0]
-        count, *self.shape = shape
-        self.members = [Member(info.filename, info.file_size, info.CRC)]
-
-        # The header may claim any shape, so it is compared with the number of bytes in the file
-        # before a list or an array of this length is made.
-        self.image_bytes = math.prod(self.shape)
-        too_large = self.image_bytes > 3 * MAX_PIXELS
-        if too_large or count * self.image_bytes != info.file_size - self.header:
-            raise UserError(
-                f"{path} is damaged: its array's size differs from its header or is impossible."
-            )
-        self.ids = list(range(count))
-
-    def read(self, i: int) -> np.ndarray:
-        """Read the i-th image, uint8 (H, W, C). Images must be read in order."""
-        with raise_user_error(self.path):
-            if i == 0:
-                self.stream = open_member(self.archive, self.members[0].name)
-                self.stream.read(self.header)
-            pixels = np.frombuffer(self.stream.read(self.image_bytes), np.uint8)
-            return pixels.reshape(self.shape)
-
-
-# These classes read the files with these suffixes, in upper or lower case.
-ARCHIVES = {".zip": Zip, ".npz": Npz, ".tar": Tar}
+    try:
+        return member.read()
+    except READ_ERRORS as error:
+        kind = Unreadable if isinstance(error, OSError) else BadImage
+        return kind(f"cannot be read ({short(error)})")
 
 
 def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False) -> Source:
@@ -249,118 +85,205 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
     The ids do not depend on the order in which a folder lists its files. If the ids are numbers,
     they do not depend on the files' folders either. If there are several copies of FFHQ, the
     smallest that need not be enlarged to `image_size` (pixels) is read. In a set that must be
-    `numbered`, unnumbered images are skipped with a note, and two images with the same number are
-    an error. In any other set, unnumbered images are skipped if they are few, such as a stray
-    preview.png among 70,000 images.
+    `numbered`, unnumbered images are skipped, and two images with the same number are an error.
+    In any other set, unnumbered images are skipped if they are few, such as a stray preview.png
+    among 70,000 images. What is skipped is printed.
 
-    Raises UserError when the path is missing or in an unknown home folder, is neither a folder nor
-    one of `ARCHIVES`, cannot be read or contains no image.
+    Raises UserError when the path is neither a folder nor one of `ARCHIVES`, cannot be read or
+    contains no image, and OSError, which names it, when a file or folder in it cannot be listed.
+    """
+    # An unknown home folder, as in ~nobody/faces, stays as it is, and does not exist.
+    path = Path(os.path.expanduser(path))
+    if path.is_dir():
+        members = list_folder(path)
+    elif path.suffix.lower() in ARCHIVES:
+        members = list_archives([path], path)
+    else:
+        raise UserError(
+            f"{path}: there is no such folder, and only files with names that end with "
+            f"{', '.join(ARCHIVES)} can be read; unpack it, or give another path."
+        )
+    if not members:
+        raise UserError(f"{path} contains no image ({', '.join(IMAGE_EXTENSIONS)}).")
+    ids = choose_ids(choose_layout(members, image_size), path, numbered)
+    return Source(path, sorted(ids, key=ids.get), sorted(ids.values()))
+
+
+def list_folder(path: Path) -> list[Member]:
+    """List the image files in a folder and its subfolders, or the images in its archives.
+
+    The archives are the shards of one set. They are read if there are not more image files, such as
+    a single preview.
+    """
+    images = []
+    archives = []
+    visited = set()
+
+    def fail(error):
+        raise error
+
+    # Links are followed, because a data folder is often a link to another disk. A link may lead to
+    # a folder that is read anyway, such as one above it, so each real folder is read once.
+    for folder, inner, files in os.walk(path, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            inner.clear()
+            continue
+        visited.add(real)
+        inner.sort()
+        for file in map(Path(folder).joinpath, files):
+            if is_image_name(file.relative_to(path).as_posix()):
+                images.append(file)
+            elif file.suffix.lower() in ARCHIVES:
+                archives.append(file)
+
+    if len(archives) >= len(images):
+        return list_archives(sorted(archives), path)
+    return [
+        Member(file.relative_to(path).as_posix(), stamp_of(file), file.read_bytes)
+        for file in images
+    ]
+
+
+def stamp_of(file: Path) -> tuple[int, int]:
+    """Return the size of a file in bytes, and its modification time in ns."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def list_archives(archives: list[Path], root: Path) -> list[Member]:
+    """List the images in archives, the shards of one set, at or below the path `root`.
+
+    Raises UserError, which names the archive, when one of them cannot be read.
+    """
+    members = []
+    for archive in archives:
+        try:
+            found = ARCHIVES[archive.suffix.lower()](archive)
+        except READ_ERRORS as error:
+            raise UserError(
+                f"{archive} cannot be read ({short(error)}). Was its download cut short?"
+            ) from None
+        shard = f"{archive.relative_to(root).as_posix()}/" if archive != root else ""
+        for name, *others in found:
+            # Rows are numbered through all shards.
+            if name is None or is_image_name(name):
+                members.append(Member(shard + (name or str(len(members))), *others))
+    return members
+
+
+def list_zip(path: Path) -> list[Member]:
+    """List the files in a zip."""
+    archive = zipfile.ZipFile(path)
+    # Some Windows tools write zips with backslashes.
+    return [
+        Member(info.filename.replace("\\", "/"), info.CRC, partial(archive.read, info))
+        for info in archive.infolist()
+    ]
+
+
+def list_tar(path: Path) -> list[Member]:
+    """List the files in a plain tar, such as a shard of a WebDataset."""
+    archive = tarfile.TarFile(path)
+
+    def read(info):
+        # A link has the content of the file that it leads to.
+        return archive.extractfile(info).read()
+
+    # A tar has no checksums of its members' contents.
+    stamp = stamp_of(path)
+    members = [Member(info.name, stamp, partial(read, info)) for info in archive]
+    # At a damaged header tarfile stops without an error. An intact tar ends with zeros.
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("a header is damaged, or the end is missing")
+    return members
+
+
+def list_npz(path: Path) -> list[Member]:
+    """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory."""
+    arrays = [
+        array
+        for array in np.load(path).values()
+        if array.dtype == np.uint8 and array.shape[3:] in ((1,), (3,))
+    ]
+    if len(arrays) != 1:
+        raise ValueError(f"it has {len(arrays)} uint8 arrays (N, H, W, 3 or 1), and must have one")
+    stamp = stamp_of(path)
+    return [Member(None, stamp, row.copy) for row in arrays[0]]
+
+
+def list_parquet(path: Path) -> list[Member]:
+    """List the rows of the one column of encoded images, as Hugging Face's `Image` stores them.
+
+    Raises UserError if pyarrow is not installed.
     """
     try:
-        path = Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: this home folder is unknown. Give the path without ~.") from None
-    if not path.exists():
-        raise UserError(f"{path} does not exist. Give a folder, a .zip, .tar or .npz of images.")
-    source_class = Folder if path.is_dir() else ARCHIVES.get(path.suffix.lower())
-    if not source_class:
-        raise UserError(f"{path} is neither a folder nor a .zip, .tar or .npz. Give one of these.")
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path} needs pyarrow: python -m pip install pyarrow") from None
+    file = ParquetFile(path)
+    # Such a column is a struct of `bytes` and `path`.
+    columns = [column.path for column in file.schema if column.path.endswith(".bytes")]
+    if len(columns) != 1:
+        raise ValueError(f"it has {len(columns)} columns of encoded images, and must have one")
 
-    with raise_user_error(path):
-        source = source_class(path)
-    if not source.ids:
-        choose_layout(source, image_size)
-        put_in_order(source, numbered)
-    return source
+    def read(i):
+        return read_column(file, columns[0])[i].as_py()["bytes"]
 
-
-def choose_layout(source: Source, image_size: int) -> None:
-    """Keep one of several copies of FFHQ."""
-    folders = {member: with_slashes(member.name).split("/")[:-1] for member in source.members}
-    all_folders = set().union(*folders.values())
-    layouts = [layout for layout in FFHQ_LAYOUTS if layout in all_folders]
-    if len(layouts) > 1:
-        # FFHQ_LAYOUTS goes from small to large. If no copy is large enough, the loop ends with the
-        # largest.
-        for layout in layouts:
-            if FFHQ_LAYOUTS[layout] >= image_size:
-                break
-        source.members = [member for member in source.members if layout in folders[member]]
-        source.notes.append(f"Found {' and '.join(layouts)}; used {layout} only.")
+    stamp = stamp_of(path)
+    return [Member(None, stamp, partial(read, i)) for i in range(file.metadata.num_rows)]
 
 
-def put_in_order(source: Source, numbered: bool) -> None:
-    """Drop strays among numbered members, give the other members their ids, and sort by these."""
-    stems = {member: split_stem(member.name) for member in source.members}
+# Only the newest column is kept in memory, because a set may have many shards.
+@lru_cache(maxsize=1)
+def read_column(file: Any, column: str) -> Sequence:
+    """Return a column of a `ParquetFile`."""
+    return file.read([column]).column(0)
+
+
+# These functions list the images in files with these suffixes, in upper or lower case.
+ARCHIVES = {".zip": list_zip, ".tar": list_tar, ".npz": list_npz, ".parquet": list_parquet}
+
+
+def choose_layout(members: list[Member], image_size: int) -> list[Member]:
+    """Return the members of one of several copies of FFHQ, or all if there are not several."""
+    folders = {folder for member in members for folder in member.name.split("/")[:-1]}
+    layouts = [layout for layout in FFHQ_LAYOUTS if layout in folders]
+    if len(layouts) < 2:
+        return members
+    # FFHQ_LAYOUTS goes from small to large. If no copy is large enough, the largest is chosen.
+    large = [layout for layout in layouts if FFHQ_LAYOUTS[layout] >= image_size]
+    chosen = (large or layouts[-1:])[0]
+    print(f"Found {' and '.join(layouts)}; using {chosen} only.")
+    return [member for member in members if chosen in member.name.split("/")]
+
+
+def choose_ids(members: list[Member], path: Path, numbered: bool) -> dict:
+    """Return the id of each member, without strays among numbered members."""
+    names = {member: NUMBERED_NAME.fullmatch(member.name) for member in members}
 
     # The names of FFHQ's files are a number, or "img" and a number.
-    ffhq_stems = {member: stem for member, stem in stems.items() if stem and stem[0] in ("", "img")}
-    strays = stems.keys() - ffhq_stems.keys()
-    if strays and (numbered or len(ffhq_stems) >= NEARLY_ALL * len(stems)):
-        first = short(min(strays).name)
-        source.notes.append(
-            f"Skipped {len(strays)} without an image number in the name; the first is {first!r}."
-        )
-        stems = ffhq_stems
-    if not stems:
-        reason = f"{source.path} contains no image ({', '.join(IMAGE_EXTENSIONS)})."
-        raise UserError(" ".join([reason, *source.notes]))
+    ffhq = {member: name for member, name in names.items() if name and name[1] in ("", "img")}
+    strays = len(names) - len(ffhq)
+    if strays and ffhq and (numbered or strays <= FEW * len(names)):
+        print(f"Skipping {strays} image(s) of {path} without a number in the name.")
+        names = ffhq
 
     # The ids are the numbers if every name has one and no number occurs twice. Unless the set must
     # be `numbered`, all prefixes must also be the same. Otherwise the ids are the names.
-    ids = {member: with_slashes(member.name) for member in stems}
-    if all(stems.values()):
-        prefixes, numbers = zip(*stems.values(), strict=True)
-        number, count = Counter(numbers).most_common(1)[0]
-        if count == 1 and (numbered or len(set(prefixes)) == 1):
-            ids = dict(zip(stems, numbers, strict=True))
-        elif numbered:
-            raise UserError(
-                f"{source.path}: {count} images have the number {number}. Keep only one copy of "
-                "the set there."
-            )
-    source.members = sorted(ids, key=ids.get)
-    source.ids = sorted(ids.values())
+    if all(names.values()):
+        ids = {member: int(name[2]) for member, name in names.items()}
+        once = len(set(ids.values())) == len(ids)
+        if once and (numbered or len({name[1] for name in names.values()}) == 1):
+            return ids
+        if numbered:
+            raise UserError(f"{path}: two images have one number. Keep one copy of the set there.")
+    return {member: member.name for member in names}
 
 
 def is_image_name(name: str) -> bool:
     """Return whether a path inside a source has an image's extension and is not hidden."""
     # macOS puts files of metadata, with the names of the images, into __MACOSX.
-    parts = PurePosixPath(with_slashes(name)).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
     return name.lower().endswith(IMAGE_EXTENSIONS) and not hidden
-
-
-def with_slashes(name: str) -> str:
-    """Return a path inside a source with slashes instead of backslashes."""
-    # Some Windows tools write zips with backslashes.
-    return name.replace("\\", "/")
-
-
-def split_stem(name: str) -> tuple[str, int] | None:
-    """Split a file's name into a prefix and a number. Returns None for names of another form.
-
-    x/img00000012.png gives ("img", 12).
-    """
-    stem = PurePosixPath(with_slashes(name)).stem
-    match = re.fullmatch(r"([A-Za-z_-]*)(\d{1,18})", stem)
-    return (match[1], int(match[2])) if match else None
-
-
-@contextmanager
-def raise_user_error(path: Path) -> Iterator[None]:
-    """Turn the errors of an unreadable or broken source into a UserError of one sentence."""
-    try:
-        yield
-    except READ_ERRORS as error:
-        raise UserError(
-            f"{path} cannot be read ({short(error)}). Was its download cut short?"
-        ) from None
-
-
-def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """Open a member of a zip. Raises NotImplementedError unless it is stored or deflated."""
-    # For other compression methods, Python's reader unpacks a whole member, whatever its size.
-    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise NotImplementedError("compressed by a method other than deflate")
-    return archive.open(name)

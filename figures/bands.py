@@ -26,7 +26,6 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from tqdm import tqdm
 
-from data.datasets import load_and_split
 from data.pixels import to_model_range
 from functions.denoiser import Predictor
 from functions.evaluation.bits_per_dim import error_of_mean, evenly_spaced
@@ -37,6 +36,7 @@ from functions.spectra import band_sums, octaves, spectrum
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
 from functions.support.files import write_text
+from functions.support.loading import load_and_split
 from functions.support.pictures import save_figure
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 import train
 from config import EXPERIMENTS
-from data.datasets import load_and_split
 from data.pixels import to_model_range, to_uint8
 from figures.bands import BandErrors, measure_bands, plot_bands
 from figures.feature_distance import Features, spoilt, training_features
@@ -35,6 +34,7 @@ from functions.support.checkpoint import open_checkpoint
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
+from functions.support.loading import load_and_split
 from functions.support.pictures import grid_of, save_figure, save_image
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import checkpoints_of, find_checkpoints, is_finished, runs_of

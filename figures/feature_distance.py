@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.datasets import load_and_split
 from data.pixels import to_model_range
 from functions.support.checkpoint import SavedModel
+from functions.support.loading import load_and_split
 
 DIMENSIONS, FILTERS = 16, 16
 # The seed of these filters. With another one, distances differ from those in docs/.

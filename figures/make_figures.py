@@ -18,7 +18,7 @@ from PIL import Image
 
 from config import EXPERIMENTS
 from data.augmentation import rotate
-from data.datasets import load_and_split, load_images
+from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
 from figures.saved_model import open_saved
 from functions.noise_scheduler import NoiseScheduler
@@ -27,6 +27,7 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel
 from functions.support.command_line import Parser, exit_on_user_error
+from functions.support.loading import load_and_split
 from functions.support.pictures import (
     save_figure,
     save_gif,

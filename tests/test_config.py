@@ -258,3 +258,29 @@ class Bare:
 def test_a_field_without_a_comment_is_named():
     with pytest.raises(UserError, match="Bare: batch_size has no comment"):
         add_config_flags(Parser(), "bare", Bare)
+
+
+def test_the_preset_of_cifar10_is_the_papers():
+    """These are the values of Appendix B of Ho et al. 2020."""
+    diffusion = EXPERIMENTS["cifar10"].diffusion
+    expected = dict(
+        learning_rate=2e-4,
+        warmup_steps=5000,
+        effective_batch=128,
+        ema_decay=0.9999,
+        clip_grad_norm=1.0,
+        timesteps_diff=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        objective="eps",
+        use_augmentation=True,
+        max_rotation=0.0,
+        lr_schedule="constant",
+    )
+    assert {name: getattr(diffusion, name) for name in expected} == expected
+    assert EXPERIMENTS["cifar10"].model.dropout == 0.1
+
+    # The paper trains for 800,000 steps, which end within the last epoch.
+    steps_per_epoch = 50_000 // 128
+    assert 0 <= diffusion.epochs * steps_per_epoch - 800_000 < steps_per_epoch

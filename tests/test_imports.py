@@ -1,8 +1,8 @@
 """Who may import whom.
 
 The mathematics (functions/*.py) import torch and each other alone, and each room (functions/*/)
-imports these, `config`, `models`, `data` (of which support has the pixels alone) and no room after
-its own of support, sampling, evaluation and training.
+imports these, `config`, `models`, `data` (of which support has the pixels and the sets alone) and
+no room after its own of support, sampling, evaluation and training.
 """
 
 import ast
@@ -25,7 +25,7 @@ MATHEMATICS = {
     "spectra",
 }
 # Of the project, the files of a folder import these alone.
-SUPPORT = {"config", "models", "data.pixels", "functions.support"}
+SUPPORT = {"config", "models", "data.pixels", "data.datasets", "functions.support"}
 SUPPORT |= {f"functions.{name}" for name in MATHEMATICS}
 SAMPLING = SUPPORT | {"data", "functions.sampling"}
 EVALUATION = SAMPLING | {"functions.evaluation"}
@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "functions.support.settings",
     },
     "models": {"models"},
-    "data": {"data", "functions.support"},
+    "data": {"data", "functions.support.errors", "functions.support.files"},
     "functions/support": SUPPORT,
     "functions/sampling": SAMPLING,
     "functions/evaluation": EVALUATION,

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.datasets import load_and_split
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser, clipped
 from functions.noise_scheduler import NoiseScheduler, Timestep
@@ -31,6 +30,7 @@ from functions.sampling.generation import ImageSampler, batches_of, generate
 from functions.spectra import band_sums, octaves, spectrum
 from functions.support.checkpoint import SavedModel, TensorFile, write_tensors
 from functions.support.errors import UserError
+from functions.support.loading import load_and_split
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
 

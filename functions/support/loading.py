@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import VARIANCES
 from functions.support.checkpoint import SavedModel, load_into, load_weights
 from functions.support.device import fast_layout, sampling_precision
 from functions.support.diffusers_folder import load_folder
-from functions.support.errors import CheckpointError
+from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.run_folder import find_checkpoints, first_intact
@@ -103,3 +104,28 @@ def rebuild(
     layout = fast_layout(device, training=False)
     model.to(device, memory_format=layout).eval().requires_grad_(False)
     return denoiser
+
+
+def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet, Split]:
+    """Load and split the data set that a model was trained on, as its saved config says.
+
+    A `name`, or path, replaces the one in the config, for other images or another copy. Raises
+    UserError when the config does not name the data set, and as `load_images` does.
+    """
+    diffusion = saved.config["diffusion"]
+    if name:
+        # The config of another project's model lacks these fields.
+        diffusion = {"max_bad_images": 0, "split": "reference", **diffusion, "dataset_name": name}
+    for field, kind in {"dataset_name": str, "max_bad_images": int, "split": str}.items():
+        if type(diffusion.get(field)) is not kind:
+            raise UserError(
+                "the model's config does not say which images it was trained on; name a data set "
+                "with evaluate.py --data NAME or sample.py --calibrate NAME"
+            )
+    image_set = load_images(
+        diffusion["dataset_name"],
+        saved.model.image_size,
+        diffusion["max_bad_images"],
+        saved.model.channels,
+    )
+    return image_set, split_images(image_set, diffusion["split"])

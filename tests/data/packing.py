@@ -44,17 +44,14 @@ def chunk(kind, body):
     return length + kind + body + checksum
 
 
-def png(width, height, bit_depth, colour_type, rows, extra=b""):
-    """Return a PNG put together by hand from its filtered rows, independent of any encoder.
-
-    `extra` holds chunks that stand before the pixels.
-    """
+def png(width, height, bit_depth, colour_type, rows):
+    """Return a PNG put together by hand from its filtered rows, independent of any encoder."""
     # The three zeros mean deflate, the standard filters, and rows from top to bottom.
     fields = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
     header = chunk(b"IHDR", fields)
     pixels = chunk(b"IDAT", zlib.compress(rows))
     end = chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + header + extra + pixels + end
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + end
 
 
 def name_of(number, pattern):
@@ -94,7 +91,7 @@ def write_zip(path, images=IMAGES, pattern="{number:05d}.png", more=()):
 def write_npz(path, images=IMAGES):
     """Write the images as one array; return the file's path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, images)
+    np.savez_compressed(path, images, labels=np.arange(len(images)))
     return path
 
 

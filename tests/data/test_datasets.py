@@ -1,22 +1,19 @@
 """data/datasets.py: the sets by name, wherever a copy lies, and the splits by id."""
 
 import hashlib
-import random
-import runpy
 import shutil
-import sys
 import zipfile
 
 import numpy as np
 import pytest
-import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
 
 from data import datasets
 from data.datasets import ImageSet, load_images, split_images
 from functions.support.errors import UserError
-from tests.data.packing import IMAGES, ROOT, TREE, write_folder, write_npz, write_zip
+from tests.conftest import script
+from tests.data.packing import IMAGES, TREE, write_folder, write_zip
 
 
 @pytest.fixture
@@ -33,17 +30,16 @@ def data_folder(tmp_path, monkeypatch):
 def test_the_embedded_set_and_the_people_in_it(data_folder):
     everyone = load_images("emoji_faces", 64)
     assert everyone.images.shape == (1038, 64, 64, 3)
-    assert everyone.images.dtype == np.uint8
-    assert everyone.ids == sorted(everyone.ids)
 
     people = load_images("emoji_people", 64)
     assert people.name == "emoji_people"
     assert people.images.shape == (901, 64, 64, 3)
     assert people.ids == [name for name in everyone.ids if name.startswith("people_")]
 
-    # They share a pack, so they share its hash.
-    assert people.pixels_hash == everyone.pixels_hash
-    assert split_images(people, "reference").pixels_hash == everyone.pixels_hash
+    # The included model names these hashes. The pixels have the pack's.
+    split = split_images(people, "reference")
+    assert split.pixels_hash == everyone.pixels_hash == "a1efb81a9fa30ee9"
+    assert (split.train_ids_hash, split.val_ids_hash) == ("85bfcb9302dc4ef3", "dfaa4145932b2a17")
 
     # Some images are compared with their files.
     with zipfile.ZipFile(datasets.EMBEDDED_SET) as archive:
@@ -70,12 +66,9 @@ def write_zip_beside_an_empty_folder(data):
 PLACES = {
     "link": link_to_a_copy,
     "official tree": write_official_tree,
-    "zip beside": lambda data: write_zip(data / "FFHQ.zip"),
-    "npz beside": lambda data: write_npz(data / "FFHQ.npz"),
     "zip inside": lambda data: write_zip(
         data / "FFHQ" / "archive.zip", pattern=f"thumbnails128x128/{TREE}"
     ),
-    "npz inside": lambda data: write_npz(data / "FFHQ" / "thumbs.npz"),
     "zip beside an empty folder": write_zip_beside_an_empty_folder,
 }
 
@@ -101,16 +94,10 @@ def test_missing_ffhq_says_how_to_get_it(data_folder):
     assert str(data_folder / "FFHQ") in message
 
 
-def test_two_archives_are_not_guessed_between(data_folder):
-    for name in ("a.zip", "b.zip"):
-        write_zip(data_folder / "FFHQ" / name)
-    with pytest.raises(UserError, match=r"a\.zip, b\.zip"):
-        load_images("FFHQ", 8)
-
-
-def set_of(ids):
+def set_of(ids, test_count=0):
     """Return an image set of these ids, with pixels that nobody reads."""
-    return ImageSet("set", np.empty((len(ids), 1, 1, 3), np.uint8), ids)
+    images = np.empty((len(ids), 1, 1, 3), np.uint8)
+    return ImageSet("set", images, ids, test_count=test_count)
 
 
 def hash_of(ids):
@@ -138,54 +125,40 @@ def test_the_full_set_has_two_splits(name, train_count):
     assert split.val_indices.tolist() == ids[train_count:]
     assert split.val_ids_hash == hash_of(ids[train_count:])
 
-    assert name in split.description
-    assert f"{train_count:,}" in split.description
+    assert f"{train_count:,} images train" in split.description
+
+
+@pytest.mark.parametrize("name", ["reference", "official"])
+@pytest.mark.parametrize(("train_count", "test_count"), [(60_000, 10_000), (50_000, 10_000)])
+def test_own_test_images_are_held_out_whatever_the_number_of_images(name, train_count, test_count):
+    """MNIST has as many images as FFHQ, and CIFAR-10 has 60,000."""
+    split = split_images(set_of(list(range(train_count + test_count)), test_count), name)
+    assert split.train_indices.tolist() == list(range(train_count))
+    assert len(split.val_indices) == test_count
 
 
 @pytest.mark.parametrize("name", ["reference", "official"])
 def test_any_other_set_validates_on_its_last_tenth(name):
-    # These are nearly the full set.
-    nearly_full = [
-        # The last image is missing.
-        range(69_999),
-        # The numbers begin with 1.
-        range(1, 70_001),
-        # The images have names instead of numbers.
-        [str(i) for i in range(70_000)],
-    ]
-    small = [range(count) for count in range(2, 41)]
-
-    for ids in nearly_full + small:
+    # The last image of the full set is missing, or the images have names instead of numbers.
+    for ids in (range(69_999), [str(i) for i in range(70_000)], *map(range, range(2, 41))):
         split = split_images(set_of(list(ids)), name)
         train_count = len(ids) - max(1, len(ids) // 10)
         assert_array_equal(split.train_indices, np.arange(train_count))
         assert_array_equal(split.val_indices, np.arange(train_count, len(ids)))
         assert "last 10%" in split.description
-        assert "\n" not in split.description
 
 
-def test_an_empty_side_or_an_unknown_split_is_an_error():
+def test_one_image_is_too_few():
     with pytest.raises(UserError, match="too few"):
         split_images(set_of([7]), "reference")
-    with pytest.raises(UserError, match=r"'mine'.*'reference' or 'official'"):
-        split_images(set_of([1, 2]), "mine")
 
 
-def generator_states():
-    """Return the states of the three generators that a module could draw from."""
-    return (
-        random.getstate(),
-        np.random.get_state()[1].tolist(),
-        torch.get_rng_state().tolist(),
-    )
-
-
-def test_importing_prints_nothing_and_draws_nothing(monkeypatch, capfd):
-    before = generator_states()
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-
-    for module in (ROOT / "data").glob("*.py"):
-        runpy.run_path(str(module))
-
-    assert generator_states() == before
-    assert capfd.readouterr() == ("", "")
+def test_loading_images_imports_no_config_preset_or_checkpoint():
+    code = "import sys, example; example.load_images('emoji_people', 32); print(*sys.modules)"
+    done = script("-c", code)
+    assert done.returncode == 0, done.stderr
+    modules = done.stdout.split()
+    assert "data.packed" in modules
+    support = {name for name in modules if name.startswith("functions.support.")}
+    assert support == {"functions.support.errors", "functions.support.files"}
+    assert "config" not in modules

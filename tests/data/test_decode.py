@@ -1,15 +1,13 @@
 """data/decode.py: every colour mode and bad form, against values worked out by hand or by NumPy."""
 
-import struct
-
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data.decode import BadImage, decode, fit_square, read_image
 from functions.support.errors import UserError
-from tests.data.packing import chunk, encoded, png, random_pixels
+from tests.data.packing import encoded, png, random_pixels
 
 RGB = random_pixels(12, 16, 3)
 ONE_BIT = Image.fromarray(RGB[..., 0]).convert("1")
@@ -22,13 +20,27 @@ GREY_WITH_ALPHA = np.uint8([[[0, 0], [100, 255]]])
 
 # Values of 16 bits are scaled by 1 / 257; here are some on both sides of a half.
 GREY_16 = np.uint16([[0, 128, 129, 300, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535]])
-RGB_16 = np.random.default_rng(1).integers(0, 65536, (1, 9, 3), dtype=np.uint16)
 
 PALETTE = Image.new("P", (2, 1))
 PALETTE.putpalette([10, 20, 30, 200, 100, 50])
 PALETTE.putdata([1, 0])
 
 CYAN_INK = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+
+# Some editors write megabytes of text, which are small when compressed.
+LARGE_TEXT = PngImagePlugin.PngInfo()
+LARGE_TEXT.add_text("history", "x" * 2**21, zip=True)
+
+# A palette of 256 greys holds these.
+GREYS = RGB[..., :1]
+
+
+def animated(image_format, **options):
+    """Return the bytes of a file with two frames."""
+    frames = [Image.fromarray(255 - GREYS[..., 0])]
+    options = {"save_all": True, "append_images": frames, **options}
+    return encoded(GREYS[..., 0], image_format, **options)
+
 
 # Some cameras put a small preview behind the photo, as a second image of the file.
 PREVIEWED = encoded(
@@ -39,38 +51,27 @@ PREVIEWED = encoded(
 )
 
 
-def row_16(values):
-    """Return a row of a PNG of 16 bits, with the filter that does nothing."""
-    return b"\0" + values.astype(">u2").tobytes()
-
-
-# The chunk says that the value 257 is transparent.
-TRANSPARENT_16 = png(
-    2, 1, 16, 0, row_16(np.array([257, 514])), chunk(b"tRNS", struct.pack(">H", 257))
-)
-
 # For each form: a file's bytes, the right pixels, and how far off these may be.
 FORMS = {
     "png": (encoded(RGB), RGB, 0),
-    "bmp": (encoded(RGB, "BMP"), RGB, 0),
-    "lossless webp": (encoded(RGB, "WEBP", lossless=True), RGB, 0),
     "grey": (encoded(RGB[..., 0]), RGB[..., :1], 0),
     "one bit": (encoded(ONE_BIT), np.asarray(ONE_BIT)[..., None] * 255, 0),
     "16-bit grey, scaled and not clipped": (
-        png(8, 1, 16, 0, row_16(GREY_16)),
+        encoded(GREY_16),
         np.round(GREY_16[..., None] / 65535 * 255),
         0,
     ),
-    "16-bit colour": (png(9, 1, 16, 2, row_16(RGB_16)), RGB_16 / 65535 * 255, 1),
     "palette": (encoded(PALETTE), [[[200, 100, 50], [10, 20, 30]]], 0),
     "transparent palette": (
         encoded(PALETTE, transparency=0),
         [[[200, 100, 50], [255, 255, 255]]],
         0,
     ),
-    "transparent 16-bit grey": (TRANSPARENT_16, [[[255], [2]]], 0),
     "alpha": (encoded(RGBA), OVER_WHITE, 1),
-    "alpha in webp": (encoded(RGBA, "WEBP", lossless=True, exact=True), OVER_WHITE, 1),
+    "the first frame of a GIF": (animated("GIF"), GREYS, 0),
+    "the first frame of an animated PNG": (animated("PNG"), GREYS, 0),
+    "large text": (encoded(RGB, pnginfo=LARGE_TEXT), RGB, 0),
+    "large profile": (encoded(RGB, icc_profile=bytes(2**21)), RGB, 0),
     "grey with alpha": (encoded(GREY_WITH_ALPHA), [[[255], [100]]], 0),
     "cmyk": (encoded(CYAN_INK, "JPEG", quality=100), np.full((16, 16, 3), [0, 255, 255]), 3),
     "a photo with a preview behind it": (PREVIEWED, np.full((32, 32, 1), 80), 2),
@@ -113,39 +114,27 @@ def test_exif_orientation_is_applied():
         assert_array_equal(decoded, expected)
 
 
-def animated(image_format):
-    """Return the bytes of a file with two frames."""
-    return encoded(RGB, image_format, save_all=True, append_images=[Image.fromarray(255 - RGB)])
+# The last 12 bytes are a chunk of their own. Before it stands the checksum of the pixels.
+PNG = encoded(RGB)
+WRONG_CHECKSUM = PNG[:-13] + bytes([PNG[-13] ^ 1]) + PNG[-12:]
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (animated("PNG"), "animated"),
-        (animated("WEBP"), "animated"),
-        (encoded(RGB)[:200], "broken"),
-        (encoded(RGB, "JPEG")[:500], "broken"),
-        (encoded(RGB, "BMP")[:200], "broken"),
-        (animated("GIF"), "not a"),
+        (encoded(RGB)[:200], "cannot be decoded"),
+        (encoded(RGB, "JPEG")[:500], "cannot be decoded"),
+        (WRONG_CHECKSUM, "checksum"),
         (b"<html>Quota exceeded</html>", "not a"),
         (encoded(RGB, "TIFF"), "not a"),
-        (encoded(RGB, "WEBP", lossless=True)[:200], "not a|broken"),
         (b"", "empty"),
         # Pillow raises an error for over twice its limit of pixels.
-        (png(20_000, 20_000, 8, 2, b""), "too many pixels"),
-        # It only warns of fewer that are over its limit.
-        (png(10_000, 10_000, 8, 2, b""), "too many pixels"),
+        (png(20_000, 20_000, 8, 2, b""), "DecompressionBomb"),
     ],
 )
 def test_bad_images_are_refused_with_the_reason(data, reason):
     with pytest.raises(BadImage, match=reason):
         decode(data)
-
-
-def test_the_centre_is_cropped():
-    tall = RGB.transpose(1, 0, 2)
-    assert_array_equal(fit_square(RGB, 12), RGB[:, 2:14])
-    assert_array_equal(fit_square(tall, 12), tall[2:14])
 
 
 def test_an_image_of_another_shape_is_read_only_to_be_fitted(tmp_path):
@@ -164,23 +153,8 @@ def lanczos(x):
     return np.where(abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
 
 
-def bicubic(x):
-    """Return Keys' kernel with a = -1/2."""
-    x = abs(x)
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    return np.select([x < 1, x < 2], [near, far])
-
-
-@pytest.mark.parametrize(
-    ("size", "kernel"),
-    [
-        (32, lanczos),
-        (25, lanczos),
-        (128, bicubic),
-    ],
-)
-def test_resizing_is_by_the_kernels_formula_and_antialiases(size, kernel):
+def test_resizing_is_by_the_kernels_formula_and_antialiases():
+    size = 25
     pixels = np.random.default_rng(0).integers(64, 192, (64, 64, 3), dtype=np.uint8)
 
     # These are the centres of the new pixels, in coordinates of the old ones.
@@ -189,7 +163,7 @@ def test_resizing_is_by_the_kernels_formula_and_antialiases(size, kernel):
 
     # The kernel gets as much wider as the image gets smaller.
     distances = np.arange(64) - centres[:, None]
-    weights = kernel(distances / max(ratio, 1))
+    weights = lanczos(distances / max(ratio, 1))
     weights /= weights.sum(1, keepdims=True)
     expected = np.einsum("yi,xj,ijc->yxc", weights, weights, pixels, optimize=True)
 

@@ -1,11 +1,11 @@
-"""data/packed.py: prepared once, and again only when something changed."""
+"""data/packed.py: prepared once, again when something changed, and whatever the disk is like."""
 
+import errno
 import hashlib
-import json
 import os
-import shutil
+import signal
+from functools import partial
 from pathlib import Path
-from threading import get_ident
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from data import packed
-from data.decode import BadImage, fit_square
-from data.sources import find_source
+from data.decode import fit_square
 from functions.support.errors import UserError
+from tests.conftest import posix
 from tests.data.packing import (
     IMAGES,
     encoded,
@@ -26,6 +26,13 @@ from tests.data.packing import (
     write_npz,
     write_zip,
 )
+from tests.forked import Program, wait_until
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep the tests out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
@@ -45,53 +52,27 @@ def test_the_pack_holds_the_pixels_and_is_made_once(tmp_path, monkeypatch, write
     assert not pack.images.flags.writeable
     assert pack.ids == list(range(10))
 
-    # The file holds the pixels and nothing else.
-    assert pack.path.read_bytes() == IMAGES.tobytes()
+    # The file holds the pixels and nothing else, and the hash is theirs.
+    content = pack.path.read_bytes()
+    assert content == IMAGES.tobytes()
+    assert pack.pixels_hash == hashlib.sha256(content).hexdigest()[:16]
     assert packed_files(pack.path.parent) == [
         f"{name}-8px.packed",
         f"{name}-8px.packed.json",
         f"{name}-8px.packed.lock",
     ]
 
+    # Another size lies beside it. Both move with a folder or an archive. A zip is known by its
+    # content and not by its time.
+    assert_array_equal(load(path, 4).images, [fit_square(image, 4) for image in IMAGES])
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for file in tmp_path.glob(f"{name}*"):
+        file.rename(moved / file.name)
+    if name == "set.zip":
+        os.utime(moved / name, ns=(1, 1))
     forbid_decoding(monkeypatch)
-    assert_array_equal(load(path).images, IMAGES)
-
-
-def test_the_hash_is_that_of_the_pixels_and_not_of_their_files(tmp_path):
-    pack = load(write_folder(tmp_path / "set"))
-    assert pack.pixels_hash == hashlib.sha256(pack.path.read_bytes()).hexdigest()[:16]
-    archive = load(write_zip(tmp_path / "set.zip"))
-    assert (archive.ids, archive.pixels_hash) == (pack.ids, pack.pixels_hash)
-
-    others = load(write_folder(tmp_path / "others", 255 - IMAGES))
-    assert others.ids == pack.ids
-    assert others.pixels_hash != pack.pixels_hash
-
-
-def test_a_pack_of_an_earlier_version_without_a_hash_is_made_anew(tmp_path):
-    path = write_folder(tmp_path / "set")
-    pack = load(path)
-    record_path = Path(f"{pack.path}.json")
-    record = json.loads(record_path.read_text())
-    del record["pixels_hash"]
-    record_path.write_text(json.dumps(record))
-
-    assert load(path).pixels_hash == pack.pixels_hash
-
-
-def test_sizes_lie_side_by_side_and_move_with_their_folder(tmp_path, monkeypatch):
-    path = write_folder(tmp_path / "set")
-    load(path)
-    load(path, 4)
-    small = [fit_square(image, 4) for image in IMAGES]
-
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    path = path.rename(elsewhere / "set")
-
-    forbid_decoding(monkeypatch)
-    assert_array_equal(load(path).images, IMAGES)
-    assert_array_equal(load(path, 4).images, small)
+    assert_array_equal(load(moved / name).images, IMAGES)
 
 
 def test_what_changed_is_made_anew_in_the_same_place(tmp_path):
@@ -109,130 +90,169 @@ def test_what_changed_is_made_anew_in_the_same_place(tmp_path):
     # Who has the old pack open keeps it.
     assert_array_equal(before.images, IMAGES)
 
-    # An image is added and taken away again.
-    Image.fromarray(IMAGES[0]).save(path / "00010.png")
-    assert len(load(path).images) == 11
-    (path / "00010.png").unlink()
-    assert len(load(path).images) == 10
-
+    (path / "00009.png").unlink()
+    assert len(load(path).images) == 9
     assert packed_files(path) == files
 
 
-def test_a_zip_is_known_by_its_content_and_not_by_its_time(tmp_path, monkeypatch):
-    path = write_zip(tmp_path / "set.zip")
-    load(path)
-    os.utime(path, ns=(1, 1))
-    with monkeypatch.context() as patch:
-        forbid_decoding(patch)
-        load(path)
-
-    write_zip(path, 255 - IMAGES)
-    assert_array_equal(load(path).images, 255 - IMAGES)
-
-
-def test_a_pack_of_another_format_is_not_read(tmp_path, monkeypatch):
-    path = write_zip(tmp_path / "set.zip")
-    pack = load(path)
-    monkeypatch.setattr(packed, "FORMAT_VERSION", packed.FORMAT_VERSION + 1)
-    key = packed.pack_key(find_source(path, 8), 8)
-    assert packed.read_pack(pack.path, key, (8, 8, 3)) is None
-
-
 @pytest.mark.parametrize("ending", ["", ".json"])
-@pytest.mark.parametrize(
-    "left",
-    [
-        # The file is gone.
-        None,
-        # The file is cut short.
-        b"{",
-        # The file is a json of another form.
-        b"[]",
-        # The file is longer than it should be.
-        bytes(9999),
-    ],
-)
+@pytest.mark.parametrize("left", [b"", b"[]"])
 def test_a_damaged_pack_is_made_anew(tmp_path, ending, left):
     path = write_folder(tmp_path / "set")
-    pack_path = load(path).path
-    damaged = Path(f"{pack_path}{ending}")
+    # Who has the old pack open keeps it, so this is another file.
+    damaged = Path(f"{load(path).path}{ending}")
     damaged.unlink()
-    if left is not None:
-        damaged.write_bytes(left)
+    damaged.write_bytes(left)
 
     assert_array_equal(load(path).images, IMAGES)
 
 
-def test_many_threads_keep_the_order_and_name_the_bad(tmp_path):
+def test_bad_images_are_left_out_listed_and_counted(tmp_path, capsys, monkeypatch):
+    # Among 100 images one is cut short, one is a web page, and one is small.
     images = np.concatenate([IMAGES] * 10)
-    folder = write_folder(tmp_path / "set", images)
-    (folder / "00007.png").write_bytes(b"no image")
-    archive = shutil.make_archive(folder, "zip", folder)
+    path = write_folder(tmp_path / "set", images)
+    (path / "00002.png").write_bytes((path / "00002.png").read_bytes()[:100])
+    (path / "00005.png").write_text("<html>quota exceeded</html>")
+    (path / "00099.png").write_bytes(encoded(Image.new("RGB", (4, 4))))
 
-    for path in (folder, Path(archive)):
-        pack = load(path, max_bad_images=1)
-        assert_array_equal(pack.images, np.delete(images, 7, axis=0))
-        assert pack.ids == [number for number in range(100) if number != 7]
-        assert pack.bad_images[0][0] == "00007.png"
-
-
-def test_a_source_is_read_in_order_by_one_thread_and_images_without_files_have_names(tmp_path):
-    source = find_source(write_npz(tmp_path / "set.npz"), 8)
-    calls = []
-
-    def read(i, read=source.read):
-        calls.append((i, get_ident()))
-        pixels = read(i)
-        return BadImage("spoilt") if i == 7 else pixels
-
-    source.read = read
-    pack = packed.open_packed(source, 8, max_bad_images=1)
-    assert pack.bad_images == [["image 7", "spoilt"]]
-    assert calls == [(i, get_ident()) for i in range(10)]
-
-
-def test_bad_images_are_listed_and_counted(tmp_path, capsys, monkeypatch):
-    # Of three images one is cut short, one is a web page, and one is a link to nothing.
-    path = write_folder(tmp_path / "set")
-    whole = (path / "00002.png").read_bytes()
-    (path / "00002.png").write_bytes(whole[:100])
-    (path / "00005.png").unlink()
-    (path / "00005.jpg").write_text("<html>quota exceeded</html>")
-    (path / "00011.png").symlink_to("nowhere.png")
-
-    with pytest.raises(UserError, match=r"3 unusable.*2 allowed.*00002\.png"):
-        load(path, max_bad_images=2)
+    with pytest.raises(UserError, match=r"2 unusable.*1 allowed.*00002\.png"):
+        load(path, max_bad_images=1)
     printed = capsys.readouterr().out
-    assert "8 images" in printed
-    assert "3 left out" in printed
-    assert "00002.png: broken" in printed
-    assert "00005.jpg: not a PNG" in printed
-    assert "00011.png: cannot be" in printed
+    assert "98 images at 8x8, 2 left out, 1 enlarged" in printed
+    assert "00002.png: cannot be decoded" in printed
+    assert "00005.png: not a PNG" in printed
 
-    record = json.loads((path / "set-8px.packed.json").read_text())
-    names = [name for name, reason in record["bad_images"]]
-    assert names == ["00002.png", "00005.jpg", "00011.png"]
-
-    # No second decoding is needed to allow them. The limit holds for a pack that is there, too.
+    # No second decoding is needed to allow them. The limit holds for a pack, too.
     forbid_decoding(monkeypatch)
-    assert load(path, max_bad_images=3).ids == [0, 1, 3, 4, 6, 7, 8, 9]
-    with pytest.raises(UserError, match="3 unusable"):
+    pack = load(path, max_bad_images=2)
+    assert pack.ids == [number for number in range(100) if number not in (2, 5)]
+    assert_array_equal(pack.images[:-1], images[pack.ids[:-1]])
+    with pytest.raises(UserError, match="2 unusable"):
         load(path)
 
 
-def test_what_was_enlarged_and_cropped_is_counted(tmp_path, capsys):
-    wide = encoded(Image.new("RGB", (9, 8)))
-    small = encoded(Image.new("RGB", (4, 4)))
-    path = write_folder(tmp_path / "set", more={"00010.png": wide, "00011.png": small})
+def test_an_image_that_could_not_be_read_is_read_when_that_is_mended(tmp_path, monkeypatch):
+    path = write_folder(tmp_path / "set")
+    read_bytes = Path.read_bytes
 
-    load(path)
+    def denied(file):
+        if file.name == "00004.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read_bytes(file)
 
-    printed = capsys.readouterr().out
-    assert "1 not square" in printed
-    assert "1 smaller than 8 px" in printed
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", denied)
+        with pytest.raises(UserError, match=r"1 unusable.*00004.png.*Permission denied"):
+            load(path)
+        assert len(load(path, max_bad_images=1).images) == 9
+    assert_array_equal(load(path).images, IMAGES)
 
 
-def test_a_set_without_one_good_image_is_an_error(tmp_path):
+def test_a_set_without_one_good_image_is_an_error(tmp_path, capsys):
     path = write_folder(tmp_path / "set", [], more={"a.png": b""})
-    with pytest.raises(UserError, match=r"none of.*a\.png.*empty file"):
+    with pytest.raises(UserError, match="none of its images can be used"):
         load(path, max_bad_images=5)
+    assert "a.png: empty file" in capsys.readouterr().out
+
+
+def test_odd_names_are_read_and_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
+    # The first name is not UTF-8, and the second would clear the screen.
+    folder = tmp_path / os.fsdecode(b"set\xff")
+    more = {os.fsdecode(b"\xfe.png"): encoded(IMAGES[2]), "\x1b[2J\n.png": b"no image"}
+    write_folder(folder, IMAGES[:2], more=more)
+
+    # The second time, the names come from the record beside the pack.
+    for _ in range(2):
+        pack = load(folder, max_bad_images=1)
+        assert pack.ids == ["00000.png", "00001.png", "\udcfe.png"]
+    assert "left out: \\x1b[2J\\n.png" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 unusable") as error:
+        load(folder)
+    assert "\x1b" not in str(error.value)
+
+
+def test_data_that_cannot_be_locked_go_to_the_cache(tmp_path, monkeypatch):
+    """The folder may be read-only, the disk without locks, or the lock another user's."""
+    # Two sets have the same name.
+    paths = [write_folder(tmp_path / "data" / name / "set") for name in "12"]
+    lock = packed.FileLock
+
+    def locks_elsewhere(place):
+        if "/data/" in place:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return lock(place)
+
+    monkeypatch.setattr(packed, "FileLock", locks_elsewhere)
+    for path in paths:
+        pack = load(path)
+        assert pack.path.is_relative_to(tmp_path / "cache")
+        assert not packed_files(path)
+    forbid_decoding(monkeypatch)
+    assert_array_equal(load(paths[0]).images, IMAGES)
+
+
+@pytest.mark.parametrize("synced_before", [0, 2], ids=["at the images", "at their record"])
+def test_a_disk_that_runs_full_leaves_nothing_wrong_behind(tmp_path, monkeypatch, synced_before):
+    path = write_zip(tmp_path / "set.zip")
+    load(path)
+    write_zip(path, 255 - IMAGES)
+
+    # Every write ends with an fsync, and the disk is full after so many of them.
+    synced = []
+
+    def full(file):
+        synced.append(file)
+        if len(synced) > synced_before:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    message = r"cannot be prepared: .*No space left on device.*make room"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
+        patch.setattr(os, "fsync", full)
+        load(path)
+    assert packed_files(tmp_path) == ["set.zip-8px.packed", "set.zip-8px.packed.lock"]
+
+    # The zip is what it was at first. Its old record must not be taken for that of the new images.
+    write_zip(path)
+    assert_array_equal(load(path).images, IMAGES)
+
+
+def build(path, go):
+    """Prepare a folder, but wait at the first image until the file `go` is there."""
+
+    def slow_fit(rgb, image_size):
+        print("decoded", flush=True)
+        wait_until(go.exists, lambda: True)
+        return fit_square(rgb, image_size)
+
+    # The process is a fork, so this patch ends with it.
+    packed.fit_square = slow_fit
+    print("sum", load(path).images.sum(dtype=int))
+
+
+@pytest.mark.slow
+@posix
+def test_of_two_processes_one_prepares_and_a_kill_leaves_nothing(tmp_path):
+    path = write_folder(tmp_path / "set")
+    go = tmp_path / "go"
+
+    # This process is killed when it has begun to write.
+    killed = Program(tmp_path / "printed", act=partial(build, path, go))
+    wait_until(lambda: list(path.glob(".*.packed.*.tmp")), killed.is_alive)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+
+    programs = [Program(tmp_path / name, act=partial(build, path, go)) for name in ("1", "2")]
+
+    def one_decodes():
+        return any("decoded" in program.printed for program in programs)
+
+    wait_until(one_decodes, lambda: all(program.is_alive() for program in programs))
+    go.touch()
+    for program in programs:
+        assert program.wait() == 0
+        assert f"sum {IMAGES.sum()}" in program.printed
+
+    # Only the one that prepares reports what there is.
+    printed = "".join(program.printed for program in programs)
+    assert printed.count("10 images at 8x8") == 1
+    assert packed_files(path) == ["set-8px.packed", "set-8px.packed.json", "set-8px.packed.lock"]

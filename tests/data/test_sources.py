@@ -1,32 +1,38 @@
-"""data/sources.py: every layout of FFHQ is found and ordered alike.
-
-Hostile and stray members are not.
-"""
+"""data/sources.py: every form of a set is found and ordered alike, and strays are not."""
 
 import os
-import stat
+import shutil
+import sys
 import tarfile
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from numpy.testing import assert_array_equal
+from pyarrow import parquet
 
-from data.datasets import find_ffhq
-from data.sources import find_source
+from data.sources import find_source, read_member
 from functions.support.errors import UserError
-from tests.conftest import posix
-from tests.data.packing import IMAGES, TREE, encoded, load, name_of, write_folder, write_zip
+from tests.data.packing import (
+    IMAGES,
+    TREE,
+    encoded,
+    load,
+    name_of,
+    write_folder,
+    write_npz,
+    write_zip,
+)
 
 PICTURE = encoded(IMAGES[0])
 NUMBERS = list(range(len(IMAGES)))
 LAYOUTS = {
     "official tree": f"thumbnails128x128/{TREE}",
-    "flat": "thumbnails128x128/{number:05d}.png",
-    "bare": "{number:05d}.png",
     "jpeg": "resized/{number:05d}.jpg",
     "upper case": "{number:05d}.PNG",
-    "webp": "{number:05d}.webp",
-    "large": f"images1024x1024/{TREE}",
     "dataset_tool": "{folder:05d}/img{number:08d}.png",
     "folders in another order": "{mixed}/{number:05d}.png",
     "unpadded": "{number}.bmp",
@@ -37,13 +43,7 @@ STRAYS = ("LICENSE.txt", "dataset.json", "__MACOSX/00003.png", "thumbnails128x12
 
 
 @pytest.mark.parametrize("pattern", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize(
-    ("write", "name"),
-    [
-        (write_folder, "set"),
-        (write_zip, "set.ZIP"),
-    ],
-)
+@pytest.mark.parametrize(("write", "name"), [(write_folder, "set"), (write_zip, "set.ZIP")])
 def test_every_layout_is_numbered_alike(tmp_path, pattern, write, name):
     path = write(tmp_path / name, pattern=pattern, more=dict.fromkeys(STRAYS, PICTURE))
     names = [name_of(number, pattern) for number in NUMBERS]
@@ -54,6 +54,65 @@ def test_every_layout_is_numbered_alike(tmp_path, pattern, write, name):
         assert [member.name for member in source.members] == names
 
 
+def write_tar(path, images=IMAGES, pattern="{number:05d}.png"):
+    """Write the images, and what a WebDataset has beside them, to a tar; return its path."""
+    folder = write_folder(path.with_suffix(".files"), images, pattern, {"00003.json": b"{}"})
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, "")
+    shutil.rmtree(folder)
+    return path
+
+
+def write_parquet(path, images=IMAGES, pattern="{number:05d}.png"):
+    """Write the images as the package `datasets` does, with a label each; return the path."""
+    rows = [{"bytes": encoded(image), "path": "the same name"} for image in images]
+    parquet.write_table(pa.table({"label": [0] * len(rows), "image": rows}), path)
+    return path
+
+
+WRITERS = {".zip": write_zip, ".tar": write_tar, ".parquet": write_parquet, ".npz": write_npz}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_one_archive_and_several_shards_are_the_same_set(tmp_path, suffix):
+    write = WRITERS[suffix]
+    one = write(tmp_path / f"one{suffix}")
+    (tmp_path / "shards" / "data").mkdir(parents=True)
+    # The shards have 6 and 4 images. Those of zips and tars have numbers of their own.
+    for name, part, first in (("b", IMAGES[6:], 6), ("a", IMAGES[:6], 0)):
+        shard = tmp_path / "shards" / "data" / f"{name}{suffix}"
+        options = [] if suffix == ".npz" else [f"{first // 6}{{number:04d}}.png"]
+        write(shard, part, *options)
+    # A preview beside shards is not the set.
+    (tmp_path / "shards" / "preview.png").write_bytes(PICTURE)
+
+    for path in (one, tmp_path / "shards"):
+        image_set = load(path)
+        assert_array_equal(image_set.images, IMAGES)
+        assert image_set.ids == sorted(image_set.ids)
+    rows = suffix in (".parquet", ".npz")
+    assert image_set.ids == (NUMBERS if rows else [*NUMBERS[:6], 10_000, 10_001, 10_002, 10_003])
+
+
+def test_shards_with_the_same_numbers_keep_their_names(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, IMAGES[:1])
+    assert find_source(tmp_path, 8).ids == ["a.tar/00000.png", "b.tar/00000.png"]
+    with pytest.raises(UserError, match="two images have one number"):
+        find_source(tmp_path, 8, numbered=True)
+
+
+def test_seventy_shards_of_a_thousand_images_are_listed_in_seconds(tmp_path):
+    # Here are 5,000 members, a fourteenth of FFHQ.
+    for shard in range(5):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for number in range(1000):
+                archive.addfile(tarfile.TarInfo(f"{1000 * shard + number:05d}.png"))
+    start = time.process_time()
+    assert find_source(tmp_path, 8, numbered=True).ids == list(range(5000))
+    assert time.process_time() - start < 5
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -61,191 +120,118 @@ def test_every_layout_is_numbered_alike(tmp_path, pattern, write, name):
         "a/1.png a/10.png a/2.png b/1.png zoe.jpeg",
         # There are two series.
         "cat_10.png cat_2.png dog_3.png",
+        "größe.png 人.png",
     ],
 )
 def test_names_without_one_series_of_numbers_are_sorted_and_kept_whole(tmp_path, names):
     names = names.split()
     write_folder(tmp_path, [], more=dict.fromkeys(reversed(names), PICTURE))
-    assert find_source(tmp_path, 8).ids == names
+    assert find_source(tmp_path, 8).ids == sorted(names)
 
 
-@pytest.mark.parametrize(
-    ("strays", "passed_over"),
-    [
-        (["preview.png"], True),
-        # Two of 101 are more than a hundredth.
-        (["preview.png", "title.png"], False),
-    ],
-)
-def test_few_unnumbered_images_among_many_numbered_ones_are_passed_over(
-    tmp_path, strays, passed_over
-):
-    more = dict.fromkeys(strays, PICTURE)
-    path = write_zip(tmp_path / "set.zip", [IMAGES[0]] * 99, more=more)
-    assert (find_source(path, 8).ids == list(range(99))) == passed_over
+def test_few_unnumbered_images_are_skipped_and_more_only_where_numbers_are_needed(tmp_path):
+    path = write_folder(tmp_path, [IMAGES[0]] * 99, more={"preview.png": PICTURE})
+    assert find_source(path, 8).ids == list(range(99))
+    # Two of 101 are more than a hundredth.
+    (path / "title.png").write_bytes(PICTURE)
+    assert "title.png" in find_source(path, 8).ids
+    assert find_source(path, 8, numbered=True).ids == list(range(99))
 
 
-def test_of_two_copies_one_is_read(tmp_path):
+def test_of_several_copies_one_is_read(tmp_path):
     for layout in ("thumbnails128x128", "images1024x1024", "in-the-wild-images"):
         write_folder(tmp_path / layout)
 
     # The smallest copy that need not be enlarged is chosen.
-    for image_size, chosen in (
-        (64, "thumbnails128x128"),
-        (128, "thumbnails128x128"),
-        (256, "images1024x1024"),
-    ):
-        source = find_source(tmp_path, image_size, numbered=True)
+    for size, chosen in ((64, "thumbnails128x128"), (256, "images1024x1024")):
+        source = find_source(tmp_path, size, numbered=True)
         assert {member.name.split("/")[0] for member in source.members} == {chosen}
         assert source.ids == NUMBERS
-        assert chosen in source.notes[0]
 
 
-def test_where_numbers_are_needed_other_images_are_passed_over(tmp_path):
-    write_folder(tmp_path, more={"ffhq-teaser.png": PICTURE})
-    source = find_source(tmp_path, 8, numbered=True)
-    assert source.ids == NUMBERS
-    assert "ffhq-teaser.png" in source.notes[0]
-
-
-def test_where_numbers_are_needed_none_may_come_twice(tmp_path):
-    write_folder(tmp_path / "one", more={"ffhq-teaser.png": PICTURE})
-    write_folder(tmp_path / "two")
-
-    # Where numbers are not needed, all images are read.
-    assert len(find_source(tmp_path, 8).ids) == 21
-    with pytest.raises(UserError, match=r"2 images have the number \d\. Keep only one copy"):
-        find_source(tmp_path, 8, numbered=True)
-
-
-def test_names_of_zip_members_are_no_paths(tmp_path):
-    """Nothing is extracted, so the worst that a name can do is to name an image."""
-    link = zipfile.ZipInfo("00098.png")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    more = dict.fromkeys(["/etc/00090.png", "C:\\00093.png", "../00091.png"], PICTURE)
-    more[link] = b"/etc/passwd"
-    path = write_zip(tmp_path / "set.zip", more=more)
-
-    source = find_source(path, 8)
-
-    # A name that leads out of the archive is skipped; the others are read within it.
-    assert source.ids == [*NUMBERS, 90, 93, 98]
-    assert source.read(10) == PICTURE
-    # Of a link, it reads where the link leads, and does not go there.
-    assert source.read(12) == b"/etc/passwd"
-    assert not (tmp_path / "00091.png").exists()
-
-
-def test_zip_with_backslashes_and_a_repeated_name(tmp_path):
-    path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("t\\00001.png", b"one")
-        archive.writestr("t\\00000.png", b"zero")
-        with pytest.warns(UserWarning, match="Duplicate"):
-            archive.writestr("t\\00000.png", b"zero, again")
-
-    source = find_source(path, 8)
-    assert source.ids == [0, 1]
-    assert source.read(0) == b"zero, again"
-
-
-def test_links_are_followed_and_pipes_not_read(tmp_path):
+def test_each_real_folder_is_read_once(tmp_path):
     root = tmp_path / "set"
     root.mkdir()
     (root / "thumbnails").symlink_to(write_folder(tmp_path / "elsewhere"))
-    os.mkfifo(root / "00077.png")
-    (root / "00078.png").symlink_to(tmp_path / "gone.png")
-
-    # The link that leads nowhere becomes a bad image.
-    source = find_source(root, 8)
-    assert source.ids == [*NUMBERS, 78]
-    assert str(source.read(10)) == "cannot be read (No such file or directory)"
-
-    # A link that leads back up shows every image again, but not without end.
-    (root / "back").symlink_to(root)
-    with pytest.raises(UserError, match="images have the number"):
-        find_source(root, 8, numbered=True)
+    # Two links that lead back up would never end.
+    (root / "up").symlink_to(root)
+    (root / "thumbnails" / "back").symlink_to(root)
+    assert find_source(root, 8).ids == NUMBERS
 
 
-def test_the_folder_by_which_another_process_tries_to_write_may_vanish(tmp_path, monkeypatch):
-    path = write_folder(tmp_path / "set")
-    (path / ".packed-probe").mkdir()
-    scandir = os.scandir
+def test_a_link_in_a_tar_is_the_file_it_leads_to(tmp_path):
+    folder = write_folder(tmp_path / "set")
+    # tar stores the second name of a file as a hard link, without content.
+    os.link(folder / "00009.png", folder / "00010.png")
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(folder, "set")
+        assert any(member.islnk() for member in archive.getmembers())
 
-    def vanishing(folder):
-        if str(folder).endswith(".packed-probe"):
-            raise FileNotFoundError(folder)
-        return scandir(folder)
-
-    monkeypatch.setattr(os, "scandir", vanishing)
-    assert find_source(path, 8).ids == NUMBERS
-
-
-def test_npz(tmp_path):
-    images = np.zeros((5, 8, 8, 3), np.uint8)
-
-    # The array of images may have any name, and others may lie beside it.
-    np.savez(tmp_path / "a.npz", images, np.arange(5))
-    np.savez_compressed(tmp_path / "b.npz", images=images)
-    for name in ("a.npz", "b.npz"):
-        assert find_source(tmp_path / name, 8, numbered=True).ids == [0, 1, 2, 3, 4]
-
-    np.savez(tmp_path / "two.npz", images, images)
-    np.savez(tmp_path / "float.npz", images.astype(np.float32))
-    np.savez(tmp_path / "pickle.npz", np.array([{}], dtype=object))
-    for name in ("two.npz", "float.npz", "pickle.npz"):
-        with pytest.raises(UserError, match="exactly one"):
-            find_source(tmp_path / name, 8)
+    images = load(tmp_path / "set.tar").images
+    assert len(images) == 11
+    assert_array_equal(images[10], IMAGES[9])
 
 
-def test_a_tar(tmp_path):
-    path = tmp_path / "FFHQ.tar"
-    # A WebDataset has files of other kinds beside each image.
-    more = {"teaser.png": PICTURE, "00003.json": b"{}", "00003.cls": b"1"}
-    with tarfile.open(path, "w") as archive:
-        # Of two members with the same name, the last one counts.
-        archive.add(write_folder(tmp_path / "other", 255 - IMAGES[:1]), "set")
-        archive.add(write_folder(tmp_path / "set", more=more), "set")
-
-    assert find_ffhq(tmp_path) == path
-    assert find_source(path, 8, numbered=True).ids == NUMBERS
-    path.with_name("set").rename(tmp_path / "elsewhere")
-    assert np.array_equal(load(path).images[:10], IMAGES)
-
-    # Each kind of damage shows when the tar is opened: a cut in a member, in a header and between
-    # two members, and a changed byte of a header.
+def test_a_damaged_tar_is_refused(tmp_path):
+    path = write_tar(tmp_path / "set.tar")
     intact = path.read_bytes()
     with tarfile.open(path) as archive:
         start = archive.getmembers()[5].offset
     changed = bytearray(intact)
     changed[start + 3] ^= 1
-    for damaged in (intact[: start + 600], intact[: start + 100], intact[:start], changed):
+    # A cut in a member, one between two members, and a changed byte of a header.
+    for damaged in (intact[: start + 600], intact[:start], changed):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="cannot be read"):
             find_source(path, 8)
 
 
-@posix
-def test_an_unknown_home_folder_is_said_in_a_sentence():
-    with pytest.raises(UserError, match="~no-such-user/faces: this home folder is unknown"):
-        find_source("~no-such-user/faces", 8)
+def test_names_in_a_zip_are_no_paths_and_may_have_backslashes(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("t\\00001.png", b"one")
+        archive.writestr("/etc/00000.png", b"zero")
+        archive.writestr("../00002.png", b"two")
+
+    source = find_source(path, 8)
+
+    # A name that leads out of the archive is hidden; the others are read within it.
+    assert source.ids == [0, 1]
+    assert [read_member(member) for member in source.members] == [b"zero", b"one"]
+
+
+def test_arrays_and_tables_without_one_set_of_images_are_refused(tmp_path):
+    np.savez(tmp_path / "two.npz", IMAGES, IMAGES)
+    # Labels beside the images do no harm, but here are no images.
+    np.savez(tmp_path / "float.npz", IMAGES / 255, np.arange(10))
+    parquet.write_table(pa.table({"image": [b"1"]}), tmp_path / "bytes.parquet")
+    for name in ("two.npz", "float.npz", "bytes.parquet"):
+        with pytest.raises(UserError, match="and must have one"):
+            find_source(tmp_path / name, 8)
+
+
+def test_parquet_without_pyarrow_says_what_is_missing(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "set.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="needs pyarrow: python -m pip install pyarrow"):
+        find_source(path, 8)
 
 
 def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 cut short")
-    (tmp_path / "a.rar").write_bytes(b"")
+    (tmp_path / "a.tar.gz").write_bytes(b"")
     write_zip(tmp_path / "text.zip", [], more={"readme.txt": b"no image"})
-    write_zip(tmp_path / "broken.npz", [], more={"arr_0.npy": b"no array"})
 
     for name, message in (
-        ("missing", "does not exist"),
+        ("missing.zip", "cannot be read .*No such file"),
         ("empty", "no image"),
         ("a.zip", r"cannot be read \(File is not a zip file\)"),
-        ("a.rar", "neither a folder"),
+        ("a.tar.gz", "only files with names that end with .zip, .tar.* unpack it"),
         ("text.zip", "no image"),
-        ("broken.npz", "cannot be read"),
+        ("~nobody-here/faces", "there is no such folder"),
     ):
+        path = name if name.startswith("~") else tmp_path / name
         with pytest.raises(UserError, match=message) as error:
-            find_source(tmp_path / name, 8)
-        assert str(tmp_path / name) in str(error.value)
+            find_source(path, 8)
+        assert Path(path).name in str(error.value)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import sample
-from data.datasets import load_and_split, load_images
+from data.datasets import load_images
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import calibration
 from functions.support.checkpoint import TensorFile, load_weights, write_tensors
 from functions.support.errors import UserError
+from functions.support.loading import load_and_split
 from functions.support.run_folder import checkpoints_of
 from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps

@@ -1,0 +1,141 @@
+"""CIFAR-10 and MNIST by torchvision, from files made here with few images."""
+
+import gzip
+import hashlib
+import pickle
+import struct
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from torchvision.datasets import CIFAR10
+
+from data import datasets, prepare, torchvision_sets
+from functions.support.errors import UserError
+from tests.data.packing import random_pixels
+
+DIGITS = random_pixels(47, 28, 28, 1)
+PHOTOS = random_pixels(107, 32, 32, 3)
+
+
+@pytest.fixture
+def data_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "DATA_FOLDER", tmp_path)
+    monkeypatch.setattr(prepare, "DATA_FOLDER", tmp_path)
+    return tmp_path
+
+
+def idx(*header, content):
+    """Return a file as MNIST's page describes it: big-endian numbers and then one byte each."""
+    return struct.pack(f">{len(header)}I", *header) + content.tobytes()
+
+
+@pytest.fixture
+def mnist(data_folder, monkeypatch):
+    """Write 40 training and 7 test images as MNIST's four packed files; return their folder."""
+    folder = data_folder / "MNIST"
+    folder.mkdir()
+    sums = {}
+    for part, digits in (("train", DIGITS[:40]), ("t10k", DIGITS[40:])):
+        count = len(digits)
+        for kind, data in (
+            ("images-idx3", idx(2051, count, 28, 28, content=digits)),
+            ("labels-idx1", idx(2049, count, content=np.zeros(count, np.uint8))),
+        ):
+            name = f"{part}-{kind}-ubyte"
+            sums[name] = hashlib.md5(data).hexdigest()
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+    assert sums.keys() == torchvision_sets.MNIST_MD5.keys()
+    monkeypatch.setattr(torchvision_sets, "MNIST_MD5", sums)
+    return folder
+
+
+@pytest.fixture
+def cifar10(data_folder, monkeypatch):
+    """Write 100 training and 7 test images as CIFAR-10's pickled files; return their folder."""
+    folder = data_folder / "cifar-10-batches-py"
+    folder.mkdir()
+
+    def write(name, content):
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    # A row has the red, the green and the blue plane of an image.
+    rows = PHOTOS.transpose(0, 3, 1, 2).reshape(107, -1)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    files = [
+        write(name, {"data": rows[20 * i : 20 * i + 20], "labels": []})
+        for i, name in enumerate(names)
+    ]
+    meta = write("batches.meta", {"label_names": []})
+    monkeypatch.setattr(CIFAR10, "train_list", files[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", files[5:])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": meta[1]})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "train_count"),
+    [
+        ("MNIST", DIGITS, 40),
+        ("CIFAR10", PHOTOS, 100),
+    ],
+)
+def test_images_come_as_they_were_and_those_of_the_test_files_validate(
+    name, images, train_count, request
+):
+    request.getfixturevalue(name.lower())
+    size, channels = images.shape[2:]
+
+    # The second time, unpacked and packed files lie there too.
+    for _ in range(2):
+        image_set = datasets.load_images(name, size, channels=channels)
+        assert_array_equal(image_set.images, images)
+        assert image_set.ids == list(range(len(images)))
+        for split_name in ("reference", "official"):
+            split = datasets.split_images(image_set, split_name)
+            assert split.train_indices.tolist() == list(range(train_count))
+            assert split.val_indices.tolist() == list(range(train_count, len(images)))
+            assert "its test images" in split.description
+
+
+def test_a_damaged_or_missing_set_is_one_sentence(mnist, cifar10, data_folder):
+    datasets.load_images("MNIST", 28)
+    unpacked = mnist / "raw" / "train-images-idx3-ubyte"
+    # torchvision itself reads this file, with one wrong pixel.
+    unpacked.write_bytes(unpacked.read_bytes()[:-1] + b"\0")
+    with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged; delete it"):
+        datasets.load_images("MNIST", 28)
+    unpacked.unlink()
+    (mnist / "t10k-labels-idx1-ubyte.gz").write_bytes(b"")
+    (mnist / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match=r"MNIST cannot be read .* --download"):
+        datasets.load_images("MNIST", 28)
+
+    # The pickle is not read, because its md5 is wrong.
+    (cifar10 / "data_batch_3").write_bytes(b"")
+    with pytest.raises(UserError, match=r"CIFAR10 cannot .* binary version is not read.*download"):
+        datasets.load_images("CIFAR10", 32)
+
+
+def test_a_set_is_downloaded_only_if_that_is_asked_for(data_folder, monkeypatch, capsys):
+    calls = []
+
+    def no_network(self):
+        calls.append(self.root)
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR10, "download", no_network)
+    with pytest.raises(UserError, match="CIFAR10 cannot be read"):
+        datasets.load_images("CIFAR10", 32)
+    assert not calls
+
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main(["CIFAR10", "--download"])
+    assert calls == [data_folder]
+    assert "no network" in capsys.readouterr().err
+
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main(["FFHQ", "--download"])
+    assert "only CIFAR10 and MNIST can" in capsys.readouterr().err
