@@ -102,18 +102,24 @@ def load_folder(path: Path) -> SavedModel:
     diffusers = import_diffusers()
     # Diffusers' training script writes checkpoint-N/unet_ema, and the schedule next to that folder.
     unet = next(place for place in (path / "unet_ema", path / "unet", path) if place.exists())
-    places = [path / place for place in ("scheduler", "../scheduler", "../../scheduler", "")]
+    places = [path / place for place in ("", "scheduler", "../scheduler", "../../scheduler")]
+    places = [place for place in places if (place / "scheduler_config.json").exists()]
     try:
         network, loading = diffusers.UNet2DModel.from_pretrained(unet, output_loading_info=True)
         scheduler_class = diffusers.DDPMScheduler
-        schedule = scheduler_class.load_config(next(place for place in places if place.exists()))
+        # Without such a file, the error of diffusers names the folder.
+        schedule = scheduler_class.load_config([*places, path][0])
         _, unexpected, _ = scheduler_class.extract_init_dict(schedule)
         scheduler = scheduler_class.from_config(schedule)
         fields = {**network.config, **scheduler.config, **schedule}
         fields["mismatched weights"] = [name for names in loading.values() for name in names]
         config = our_config(fields)
         refuse_unsupported(fields, config, unexpected)
-        compare_schedules(config["diffusion"], scheduler.alphas_cumprod)
+        betas = [config["diffusion"][field] for field in BETAS]
+        # diffusers computes in float32.
+        alphas_cumprod = NoiseScheduler(*betas).alphas_cumprod.float()
+        if not torch.allclose(alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3):
+            raise ValueError("our alpha_bar is another than that of diffusers")
         weights = our_weights(config["model"], network)
     except (*READ_ERRORS, ArithmeticError) as error:
         # Files that are damaged, or describe what is impossible, raise errors of these types.
@@ -182,13 +188,6 @@ def refuse_unsupported(fields: dict, config: dict, unexpected: dict) -> None:
     for name, is_fault in faults.items():
         if is_fault:
             raise ValueError(f"unsupported: {name} = {fields[name]!r}")
-
-
-def compare_schedules(diffusion: dict, alphas_cumprod: Tensor) -> None:
-    """Raise ValueError unless our alpha_bar is that of diffusers, which computes in float32."""
-    ours = NoiseScheduler(*[diffusion[field] for field in BETAS]).alphas_cumprod
-    if not torch.allclose(ours.float(), alphas_cumprod, rtol=1e-3):
-        raise ValueError("our alpha_bar is another than that of diffusers")
 
 
 @torch.no_grad()

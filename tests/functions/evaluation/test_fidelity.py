@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
+from torch.utils.data import Subset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 import evaluate
@@ -64,24 +65,13 @@ def evaluated(capsys, *arguments):
     return numbers, printed.out + printed.err
 
 
-class Arrays(torch.utils.data.Dataset):
-    """Images (N, H, W, 3) as torch-fidelity wants them."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return torch.tensor(self.images[i]).permute(2, 0, 1)
-
-
 def by_hand(samples, real, subset):
     """Return what torch-fidelity measures of two arrays (N, H, W, 3), in six digits."""
+    arrays = [torch.tensor(images).permute(0, 3, 1, 2) for images in (samples, real)]
+    first, second = (Subset(array, range(len(array))) for array in arrays)
     numbers = torch_fidelity.calculate_metrics(
-        input1=Arrays(samples),
-        input2=Arrays(real),
+        input1=first,
+        input2=second,
         fid=True,
         kid=True,
         prc=True,
