@@ -185,12 +185,13 @@ def image_terms(
     parts = []
     for t in draw_t(lengths, options.seed, index).split(options.batch_size):
         # Results of earlier versions had this text as their seed, too.
-        purpose = f"bits per dim/{index}"
-        noise = ImageNoise(options.seed, t.tolist(), x_0.shape[1:], x_0.device, purpose).draw()
-        repeated = x_0.expand_as(noise)
-        parts.append(
-            bound_terms(denoiser, repeated, t, noise, options.variance, options.clip_x_0).cpu()
+        noise = ImageNoise(
+            options.seed, t.tolist(), x_0.shape[1:], x_0.device, f"bits per dim/{index}"
+        ).draw()
+        terms = bound_terms(
+            denoiser, x_0.expand_as(noise), t, noise, options.variance, options.clip_x_0
         )
+        parts.append(terms.cpu())
     return torch.cat(parts, dim=1)
 
 
