@@ -116,15 +116,17 @@ def main() -> None:
     average = to_model_range(torch.from_numpy(pixels[None]))[0]
     indices = evenly_spaced(split.val_indices, args.images)
     denoiser, batch_size = image_sampler.denoiser, image_sampler.batch_size
-    result = measure_bands(denoiser, load_x_0, indices, average, batch_size, args.seed)
-
+    # The measurement may take hours. So an error of the folder comes first.
     folder = args.out or results_folder(saved, "evaluation")
     folder.mkdir(parents=True, exist_ok=True)
+    result = measure_bands(denoiser, load_x_0, indices, average, batch_size, args.seed)
+
+    print("squared error of x_0 / squared error of the average image, by t and cycles per image")
+    print(f"{result.table()}\n{result.verdict()}")
     path = folder / f"{saved.name}-bands.json"
     write_text(path, json.dumps({"verdict": result.verdict(), **result.facts()}, indent=2))
     plot_bands(result, path.with_suffix(".png"), saved.name)
-    print("squared error of x_0 / squared error of the average image, by t and cycles per image")
-    print(f"{result.table()}\n{result.verdict()}\nwrote {path}\nwrote {path.with_suffix('.png')}")
+    print(f"wrote {path}\nwrote {path.with_suffix('.png')}")
 
 
 @torch.no_grad()
@@ -221,6 +223,8 @@ def plot_bands(result: BandErrors, path: Path, title: str) -> None:
 
     A frame marks a cell whose ratio is above 1 by more than two standard errors.
     """
+    # Two dollars in the name would enclose mathematics.
+    name = title.replace("$", r"\$")
     figure = Figure(figsize=(10, 1.2 + 0.55 * len(result.bands)))
     axis = figure.subplots()
     axis.imshow(
@@ -242,7 +246,7 @@ def plot_bands(result: BandErrors, path: Path, title: str) -> None:
     axis.set(
         xlabel="t (code)",
         ylabel="cycles per image",
-        title=f"{title}: error of $x_0$ / error of the average image",
+        title=f"{name}: error of $x_0$ / error of the average image",
     )
     figure.tight_layout()
     save_figure(figure, path)

@@ -91,7 +91,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         # The sinusoid stays float32 under autocast: bfloat16 would round large timesteps.
         embedding = sinusoidal_embedding(t, self.base_dim, self.dialect)  # (B, base_dim)
-        h = F.silu(self.linear_1(embedding))
+        h = F.silu(self.linear_1(embedding.to(self.linear_1.weight.dtype)))
         return self.linear_2(h)  # (B, 4 base_dim)
 
 

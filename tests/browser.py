@@ -78,11 +78,11 @@ def printed_address(printed: Path, process: subprocess.Popen) -> str:
 
 @contextmanager
 def browser() -> Iterator[BrowserContext]:
-    """Yield headless Chromium for pages whose waits end after three minutes."""
+    """Yield headless Chromium for pages whose waits end after a minute."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         context = chromium.new_context(viewport={"width": 1100, "height": 900})
-        context.set_default_timeout(180_000)
+        context.set_default_timeout(60_000)
         yield context
         chromium.close()
 
@@ -183,7 +183,7 @@ def main() -> None:
     ):
         page.goto(address)
         click(page, DRAW)
-        picture(page, "sample.py")
+        picture(page, "images of seed")
         screenshot(page, "draw")
 
         tab(page, "Mix")

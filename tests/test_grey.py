@@ -1,8 +1,5 @@
 """Networks with one channel, from image files to pictures; and that three channels stay as ever."""
 
-import json
-from argparse import Namespace
-
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -11,26 +8,20 @@ from PIL import Image
 import edit
 import evaluate
 import sample
-from config import EXPERIMENTS, ConfigError
+from config import ConfigError
 from data.decode import read_image
 from data.packed import open_packed
 from data.sources import find_source
-from functions.support.diffusers_folder import diffusers_network
+from functions.sampling.generation import ImageSampler
 from functions.support.errors import UserError
-from functions.support.files import sha256
+from functions.support.loading import open_model
 from functions.support.pictures import save_strip
-from tests.conftest import call, train_tiny
+from tests.conftest import CPU, OPTIONS, call, train_tiny
 from tests.data.packing import IMAGES, load, write_folder
 
 # The luma of ITU-R BT.601.
 LUMA = np.array([0.299, 0.587, 0.114])
 FEW = ["--steps", 4, "--seed", 3, "--device", "cpu"]
-
-
-def test_three_channels_keep_their_diffusers_folder():
-    """The value is a contract: the code of commit bfe6c5a, which had no grey, printed it."""
-    network = diffusers_network(EXPERIMENTS["cifar10"].to_dict()["model"])
-    assert sha256(json.dumps(network)).startswith("80b9a80d6a202ac8")
 
 
 def test_grey_packs_lie_beside_those_of_colours(tmp_path):
@@ -89,14 +80,16 @@ def test_the_page_shows_mixes_and_paints_a_photo_of_colours_in_grey(grey_run, pi
     def check(*step, outputs=None):
         pass
 
-    demo = Demo(Namespace(checkpoint=grey_run, runs=None, device="cpu"))
+    saved, denoiser = open_model(grey_run, CPU)
+    demo = Demo(saved, ImageSampler(denoiser, OPTIONS, saved.model.image_shape, 0, CPU))
     path = pictures / "00003.png"
     photo = read_image(path, (1, 16, 16), fit=True)[..., 0]
-    pixels, shown = demo.read(check, str(path))
+    controls = (0, "ddpm", 3, 1)
+    pixels, shown = demo.choose(check, str(path), *controls)
     assert shown.mode == "L"
 
     # At depth 0 the mixture is the first image if its share is all.
-    first, mixture, second = demo.mix(check, 0, 0, pixels, 0, None, 1, 0, "dpm++", 3, 1)
+    first, mixture, second = demo.mix(check, 0, 0, str(path), 0, None, 1, *controls)
     assert_array_equal(first, photo)
     assert_array_equal(mixture, photo)
     assert (second.mode, second.size) == ("L", (16, 16))
@@ -104,7 +97,7 @@ def test_the_page_shows_mixes_and_paints_a_photo_of_colours_in_grey(grey_run, pi
     # The left quarter stays as it is.
     layer = np.full((512, 512, 4), 255, np.uint8)
     layer[:, :128] = 0
-    grid = demo.paint(check, pixels, {"layers": [layer]}, 2, 1, 0, "ddpm", 3, 1)
+    grid = demo.paint(check, pixels, {"layers": [layer]}, 2, 1, *controls)
     assert grid.mode == "L"
     # The grid is enlarged 6 times. The second image of its first row shows in grey what is painted.
     assert grid.getpixel((6 * 28, 6 * 10)) == 128

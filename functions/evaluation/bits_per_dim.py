@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from functions.denoiser import Predictor
 from functions.likelihood import bound_terms
-from functions.samplers import VARIANCES
-from functions.sampling.generation import batches_of
+from functions.support.errors import UserError
 from functions.support.pictures import save_figure
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise, generator_of
@@ -70,7 +69,7 @@ class BitsPerDim:
 
     @property
     def standard_error(self) -> float:
-        """Return the standard error of `total`; nan for a single image."""
+        """Return the standard error of `total`."""
         return float(error_of_mean(self.image_bounds))
 
     @property
@@ -110,34 +109,20 @@ class BitsPerDim:
         return {name: column.astype(float).tolist() for name, column in columns.items()}
 
     def facts(self) -> dict:
-        """Return plain values in bits per dimension, for a JSON file.
-
-        For a single image, the standard error is None.
-        """
-        curves = self.curves()
-        error = self.standard_error
-        if math.isnan(error):
-            # JSON has no nan.
-            error = None
-            curves["standard_error"] = [None] * len(self.lengths)
+        """Return plain values in bits per dimension, for a JSON file."""
         return {
             "bits_per_dim": self.total,
-            "standard_error": error,
+            "standard_error": self.standard_error,
             "rate": self.rate,
             "distortion": self.distortion,
             "prior": float(self.prior.mean()),
-            "images": len(self.prior),
-            "network_calls_an_image": len(self.lengths),
-            "curves": curves,
+            "curves": self.curves(),
         }
 
 
 def error_of_mean(values: np.ndarray) -> np.ndarray:
-    """Return the standard error of the mean, (N, ...) -> (...); nan for N = 1."""
-    count = len(values)
-    if count < 2:
-        return np.full(values.shape[1:], math.nan)
-    return values.std(axis=0, ddof=1) / math.sqrt(count)
+    """Return the standard error of the mean over N >= 2 values: (N, ...) -> (...)."""
+    return values.std(axis=0, ddof=1) / math.sqrt(len(values))
 
 
 def evenly_spaced(indices: np.ndarray, count: int | None) -> np.ndarray:
@@ -154,23 +139,19 @@ def measure_bits_per_dim(
     indices: np.ndarray,
     options: BoundOptions,
     processes: Processes = SINGLE_PROCESS,
-    progress: bool = False,
 ) -> BitsPerDim:
     """Measure the variational bound (Eq. 5) of held-out images.
 
     The processes divide the images among them, and all return the result. It depends only on the
     other arguments, not on the number of processes. A float32 network computes without TF32. Raises
-    `ValueError` if there are no images or the variance is unknown.
+    UserError for fewer than two images, which have no standard error.
 
     Args:
         load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
         indices: the held-out images, (N,).
     """
-    if len(indices) == 0 or options.variance not in VARIANCES:
-        raise ValueError(
-            f"{len(indices)} images and variance {options.variance!r}; "
-            f"there must be 1 image or more, and variance can be {' or '.join(VARIANCES)}"
-        )
+    if len(indices) < 2:
+        raise UserError(f"bits/dim needs two held-out images or more; there are {len(indices)}")
     lengths = strata_lengths(denoiser.scheduler.timesteps, options.t_stride)
     # Each process computes every `processes.count`-th image.
     table = torch.zeros(3, len(indices), len(lengths), dtype=torch.float64)
@@ -180,15 +161,8 @@ def measure_bits_per_dim(
         enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
     )
     with without_tf32:
-        for i in tqdm(positions, "bits/dim", unit="image", disable=not progress):
-            index = int(indices[i])
-            t = draw_t(lengths, options.seed, index)  # (K,)
-            x_0 = load_x_0(indices[i : i + 1])
-            parts = [
-                image_terms(denoiser, x_0, index, options, part)
-                for part in batches_of(t, options.batch_size)
-            ]
-            table[:, i] = torch.cat(parts, dim=1)
+        for i in tqdm(positions, "bits/dim", unit="image", disable=not processes.is_main):
+            table[:, i] = image_terms(denoiser, load_x_0, int(indices[i]), options, lengths)
 
     # Each entry is computed by one process and is 0 in the others, so the sum is exact.
     prior, terms, mse_x_0 = processes.sum_(table).numpy()
@@ -197,24 +171,28 @@ def measure_bits_per_dim(
 
 
 def image_terms(
-    denoiser: Predictor, x_0: Tensor, index: int, options: BoundOptions, t: Tensor
+    denoiser: Predictor,
+    load_x_0: Callable[[np.ndarray], Tensor],
+    index: int,
+    options: BoundOptions,
+    lengths: Tensor,
 ) -> Tensor:
-    """Return the results (3, B) of `bound_terms` for one image at the timesteps t (B,), on the CPU.
+    """Return the results (3, K) of `bound_terms` for one image, at one t of each stratum.
 
-    x_0 (1, C, H, W) is the image with this index. Its noise depends only on (seed, index, t).
+    The noise depends only on (seed, index, t).
     """
-    # Results of earlier versions had this text as their seed, too.
-    purpose = f"bits per dim/{index}"
-    noise = ImageNoise(options.seed, t.tolist(), x_0.shape[1:], x_0.device, purpose)
-    terms = bound_terms(
-        denoiser,
-        x_0.expand(len(t), -1, -1, -1),
-        t,
-        noise.draw(),
-        options.variance,
-        options.clip_x_0,
-    )
-    return terms.cpu()
+    x_0 = load_x_0(np.array([index]))
+    parts = []
+    for t in draw_t(lengths, options.seed, index).split(options.batch_size):
+        # Results of earlier versions had this text as their seed, too.
+        noise = ImageNoise(
+            options.seed, t.tolist(), x_0.shape[1:], x_0.device, f"bits per dim/{index}"
+        ).draw()
+        terms = bound_terms(
+            denoiser, x_0.expand_as(noise), t, noise, options.variance, options.clip_x_0
+        )
+        parts.append(terms.cpu())
+    return torch.cat(parts, dim=1)
 
 
 def strata_lengths(timesteps: int, t_stride: int) -> Tensor:
@@ -255,13 +233,13 @@ def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
         xlabel="rate up to $x_t$, bits/dim",
         ylabel="RMSE of $x_0$, in levels of 0 to 255",
         title="rate and distortion",
-        xlim=(0, 1.03 * result.rate),
         ylim=(0, None),
     )
     rate.grid(color="0.92")
 
     total = f"{result.total:.3f} bits/dim"
     parts = f"rate {result.rate:.3f} + distortion {result.distortion:.3f}"
-    figure.suptitle(f"{title}: {total} = {parts}", fontsize=11)
+    # A name may have two dollars, which would enclose mathematics.
+    figure.suptitle(f"{title}: {total} = {parts}", parse_math=False)
     figure.tight_layout()
     save_figure(figure, path)

@@ -1,41 +1,30 @@
-"""Read and write diffusers folders without the package: a pipeline's network and schedule.
+"""Read and write models of diffusers, through its package.
 
     model_index.json                            the class of the pipeline
-    unet/config.json                            the network
-    unet/diffusion_pytorch_model.safetensors    its weights
-    scheduler/scheduler_config.json             T, betas, the network's objective, the sampler
+    unet/                                       the network: its config and its weights
+    scheduler/                                  T, betas, the network's objective, the sampler
 
-The oldest published pipelines have all files in one folder. A config of diffusers is converted to
-ours, and `diffusers_network` or `diffusers_schedule` converts ours back. If a field then differs
-from the original, we cannot represent it and refuse it. Otherwise the samples would silently be
-wrong.
+The oldest published pipelines have all files in one folder. diffusers loads the network and the
+scheduler, and our `UNet` gets the weights. Both networks and both schedules must compute the same.
+A field that does not show in this comparison is refused by its name, because the samples of a model
+that we do not support would silently be wrong.
 """
 
-import json
-import os
-import re
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from functions.denoiser import OBJECTIVES
-from functions.support.checkpoint import (
-    SavedModel,
-    cpu_copies,
-    digest_of,
-    model_digest,
-    read_tensors,
-    save_safetensors,
-)
-from functions.support.errors import CheckpointError
-from functions.support.files import read_json, short, write_text
+from functions.noise_scheduler import NoiseScheduler
+from functions.support.checkpoint import SavedModel, digest_of, model_digest
+from functions.support.errors import CheckpointError, UserError
+from functions.support.files import READ_ERRORS, short
 from models.blocks import DIALECTS
+from models.unet import UNet
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-PICKLE = "diffusion_pytorch_model.bin"
-# To convert our name of a weight to that of diffusers, its parts are replaced in this order. The
-# opposite conversion uses the opposite order.
+# To convert our name of a weight to that of diffusers, its parts are replaced in this order.
 NAMES = {
     "down.": "down_blocks.",
     "up.": "up_blocks.",
@@ -58,58 +47,31 @@ NAMES = {
     "value.": "to_v.",
     ".out.": ".to_out.0.",
 }
-# These attention weights are matrices in diffusers, and 1 x 1 convolutions here.
-MATRICES = (".query.weight", ".key.weight", ".value.weight", ".out.weight")
-# Our network always has these values, which are also the defaults of diffusers. Only a grey network
-# has other channels.
-FIXED_NETWORK = {
-    "_class_name": "UNet2DModel",
-    "in_channels": 3,
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "mid_block_type": "UNetMidBlock2D",
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "act_fn": "silu",
-    "attn_norm_num_groups": None,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "num_train_timesteps": None,
+# Our name of each field of a schedule, and that of diffusers.
+SCHEDULE = {
+    "timesteps_diff": "num_train_timesteps",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "beta_schedule": "beta_schedule",
+    "objective": "prediction_type",
+    "variance": "variance_type",
+    "clip_x_0": "clip_sample",
 }
-# Our schedule always has these values, which are also the defaults of diffusers.
-FIXED_SCHEDULE = {
-    "_class_name": "DDPMScheduler",
-    "trained_betas": None,
-    "thresholding": False,
-    "clip_sample_range": 1,
-    "rescale_betas_zero_snr": False,
-}
-# These fields do not affect our images. They concern the origin of the model, the timesteps of
-# diffusers' samplers, features that are turned off, and the moving average.
-IGNORED_FIELDS = (
-    "_diffusers_version",
-    "_name_or_path",
-    "tensor_format",
-    "timestep_spacing",
-    "timestep_values",
-    "steps_offset",
-    "set_alpha_to_one",
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "decay",
-    "min_decay",
-    "optimization_step",
-    "update_after_step",
-    "use_ema_warmup",
-    "inv_gamma",
-    "power",
-)
+# The arguments of NoiseScheduler, which are fields of a config.
+BETAS = ("timesteps_diff", "beta_start", "beta_end", "rescale_betas", "beta_schedule")
+# The blocks of a level without attention, and with it.
+BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
+
+
+def import_diffusers() -> ModuleType:
+    """Import diffusers. Raises UserError when it is not installed."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(
+            "for models of diffusers, install its package: pip install 'diffusers>=0.30'"
+        ) from error
+    return diffusers
 
 
 def diffusers_name(name: str) -> str:
@@ -119,280 +81,160 @@ def diffusers_name(name: str) -> str:
     return name
 
 
-def our_name(name: str) -> str:
-    """Return our name for one of diffusers' weights."""
-    for ours, theirs in reversed(NAMES.items()):
-        name = name.replace(theirs, ours)
-    # Before 2023 diffusers had other names for attention weights. They are the same as ours, except
-    # for this one.
-    return name.replace(".proj_attn.", ".out.")
-
-
-def diffusers_network(model: dict) -> dict:
-    """Convert the arguments of UNet to the config of a UNet2DModel."""
-    levels = range(len(model["dim_multiply"]))
-    kinds = ["Attn" if level in model["transformer_layers"] else "" for level in levels]
-    dialect = DIALECTS[model["dialect"]]
+def diffusers_words() -> dict:
+    """Return {our word: the word of diffusers, or None} for betas, variances and objectives."""
     return {
-        **FIXED_NETWORK,
-        **vars(dialect),
-        "in_channels": model["channels"],
-        "out_channels": model["channels"],
-        "sample_size": model["image_size"],
-        "norm_num_groups": model["norm_groups"],
-        "dropout": model["dropout"],
-        "block_out_channels": [
-            model["base_dim"] * multiplier for multiplier in model["dim_multiply"]
-        ],
-        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
-        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "linear": "linear",
+        "cosine": "squaredcos_cap_v2",
+        "small": "fixed_small",
+        "large": "fixed_large",
+        **{name: row.diffusers for name, row in OBJECTIVES.items()},
     }
-
-
-def our_network(config: dict, path: Path) -> dict:
-    """Convert the config of a UNet2DModel to the arguments of UNet.
-
-    Raises CheckpointError, which names `path`, for a network that UNet does not support.
-    """
-    # A field that is missing has diffusers' default.
-    defaults = FIXED_NETWORK | vars(DIALECTS["diffusers"]) | {"norm_num_groups": 32, "dropout": 0.0}
-    config = defaults | config
-    match config.get("sample_size"):
-        # A list of two equal numbers, height and width, also means a square.
-        case [height, width] if height == width:
-            config["sample_size"] = height
-    size = config.get("sample_size")
-    widths = config.get("block_out_channels")
-    kinds = config.get("down_block_types")
-    # If there are no widths, the 0 makes this check fail.
-    if not all(type(number) is int and number > 0 for number in [size, *(widths or [0])]):
-        raise CheckpointError(
-            f"{path}: sample_size must be an integer, or the same integer twice in a list, and "
-            "block_out_channels a list of integers"
-        )
-
-    model = {
-        "lowest_resolution_size": size >> (len(widths) - 1),
-        "dim_multiply": [width // widths[0] for width in widths],
-        "transformer_layers": [
-            level for level, kind in enumerate(kinds) if kind == "AttnDownBlock2D"
-        ],
-        "base_dim": widths[0],
-        "image_size": size,
-        # `refuse_unsupported` refuses any number but 1 and 3.
-        "channels": 1 if config["in_channels"] == 1 else 3,
-        "dropout": config["dropout"],
-        "norm_groups": config["norm_num_groups"],
-        # This one field decides the dialect, and `refuse_unsupported` compares the other fields.
-        "dialect": "diffusers" if config["flip_sin_to_cos"] else "ho",
-    }
-    refuse_unsupported(config, diffusers_network(model), path)
-    return model
-
-
-def diffusers_words() -> dict[str, tuple]:
-    """Return, by the name of our field, its name in diffusers and a dict of its values.
-
-    The dict maps our values to those of diffusers. Its first entry is the default of both.
-    """
-    objectives = {name: row.diffusers for name, row in OBJECTIVES.items() if row.diffusers}
-    return {
-        "beta_schedule": ("beta_schedule", {"linear": "linear", "cosine": "squaredcos_cap_v2"}),
-        "objective": ("prediction_type", objectives),
-        "variance": ("variance_type", {"small": "fixed_small", "large": "fixed_large"}),
-    }
-
-
-def diffusers_schedule(diffusion: dict) -> dict:
-    """Convert a config's `diffusion` part to the config of a DDPMScheduler.
-
-    Raises CheckpointError for an objective that diffusers does not have.
-    """
-    # Rescaling multiplies the first and the last of the linear betas.
-    scale = 1.0
-    if diffusion.get("beta_schedule", "linear") == "linear" and diffusion["rescale_betas"]:
-        scale = 1000 / diffusion["timesteps_diff"]
-    schedule = {
-        **FIXED_SCHEDULE,
-        "timestep_spacing": "trailing",
-        "num_train_timesteps": diffusion["timesteps_diff"],
-        "clip_sample": diffusion.get("clip_x_0", True),
-        "beta_start": scale * diffusion["beta_start"],
-        "beta_end": scale * diffusion["beta_end"],
-    }
-    for ours, (theirs, words) in diffusers_words().items():
-        word = diffusion.get(ours, next(iter(words)))
-        if word not in words:
-            raise CheckpointError(
-                f"{ours} is {word}, but diffusers has only {' and '.join(words)}; "
-                "export to a file, whose name ends in .safetensors"
-            )
-        schedule[theirs] = words[word]
-    return schedule
-
-
-def our_schedule(config: dict, path: Path) -> dict:
-    """Convert the config of a DDPMScheduler or DDIMScheduler to a config's `diffusion` part.
-
-    That part also has `variance` and `clip_x_0`, which the sampler uses. Raises CheckpointError,
-    which names `path`, for a schedule that NoiseScheduler does not support.
-    """
-    choices = {}
-    for ours, (theirs, words) in diffusers_words().items():
-        # A missing or unknown word becomes the default here. If it is unknown, `refuse_unsupported`
-        # refuses it below.
-        choices[ours] = next(iter(words))
-        for word in words:
-            if words[word] == config.get(theirs):
-                choices[ours] = word
-
-    betas = {"beta_start": 1e-4, "beta_end": 0.02}
-    config = {"num_train_timesteps": 1000, "clip_sample": True} | betas | config
-    cosine = choices["beta_schedule"] == "cosine"
-    if cosine:
-        # The cosine schedule does not use beta_start and beta_end, so they may have any values.
-        config |= betas
-    if config["clip_sample"] is False:
-        # Without clipping, clip_sample_range is not used, so it may have any value.
-        config |= {"clip_sample_range": FIXED_SCHEDULE["clip_sample_range"]}
-    # The two schedulers have the same fields.
-    if config.get("_class_name") == "DDIMScheduler":
-        config["_class_name"] = "DDPMScheduler"
-
-    T = config["num_train_timesteps"]
-    diffusion = {
-        "timesteps_diff": T,
-        "beta_start": config["beta_start"],
-        "beta_end": config["beta_end"],
-        # With T = 1000 rescaling changes nothing. With another T the betas in the file are final.
-        "rescale_betas": cosine or T == 1000,
-        **choices,
-        "clip_x_0": config["clip_sample"] is not False,
-    }
-    # Before `prediction_type` existed, predict_epsilon was True for eps and False for x_0.
-    supported = diffusers_schedule(diffusion) | {"predict_epsilon": True}
-    refuse_unsupported(config, supported, path)
-    return diffusion
-
-
-def refuse_unsupported(config: dict, supported: dict, path: Path) -> None:
-    """Raise CheckpointError for an unknown field, or for a value that is not the supported one."""
-    # Most fields have only one supported value. These fields have several.
-    alternatives = {"in_channels": "1 or 3", "block_out_channels": "multiples of the first"}
-    for theirs, words in diffusers_words().values():
-        alternatives[theirs] = " or ".join(map(repr, words.values()))
-    for name, value in config.items():
-        if name in IGNORED_FIELDS or (name in supported and value == supported[name]):
-            continue
-        reason = "the field is unknown"
-        if name in supported:
-            reason = f"it must be {alternatives.get(name, repr(supported[name]))}"
-        raise CheckpointError(f"{path}: {short(name)} is {short(repr(value))}; {reason}")
-
-
-def is_diffusers_folder(folder: Path) -> bool:
-    """Return whether a folder contains a file or a subfolder of a diffusers pipeline."""
-    names = ("model_index.json", "unet", "unet_ema", WEIGHTS, PICKLE)
-    return any((folder / name).exists() for name in names)
 
 
 def load_folder(path: Path) -> SavedModel:
     """Load a diffusers folder.
 
-    The folder is a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or a
-    unet. For a unet without a scheduler, the paper's schedule is assumed. Raises CheckpointError
-    when a file is missing or damaged, and for any other network or pipeline.
+    The folder is a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or the unet
+    of either. Raises CheckpointError when diffusers cannot read it, and when our network or
+    schedule would compute something else.
     """
-    # Diffusers' training script saves the EMA weights in unet_ema.
-    folders = (path / "unet_ema", path / "unet", path)
-    unet = next(folder for folder in folders if folder.exists())
-    index = path / "model_index.json"
-    if index.exists():
-        pipeline = read_json(index).get("_class_name")
-        if pipeline not in ("DDPMPipeline", "DDIMPipeline"):
-            raise CheckpointError(
-                f"{index}: _class_name is {short(repr(pipeline))}; "
-                "it must be DDPMPipeline or DDIMPipeline"
-            )
-
-    scheduler = find_scheduler(path)
-    schedule = {}
-    note = "no scheduler_config.json: the paper's schedule is assumed, T = 1000, linear betas, eps"
-    if index.exists() or scheduler.exists():
-        schedule = read_json(scheduler)
-        note = ""
-
-    network = unet / "config.json"
+    diffusers = import_diffusers()
+    # Diffusers' training script writes checkpoint-N/unet_ema, and the schedule next to that folder.
+    unet = next(place for place in (path / "unet_ema", path / "unet", path) if place.exists())
+    places = [path / place for place in ("", "scheduler", "../scheduler", "../../scheduler")]
+    places = [place for place in places if (place / "scheduler_config.json").exists()]
     try:
-        config = {
-            "diffusion": our_schedule(schedule, scheduler),
-            "model": our_network(read_json(network), network),
-        }
-    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        # The conversion raises one of these errors for a value of the wrong type.
-        raise CheckpointError(
-            f"{path}: its configs do not describe a supported model: {short(error)}"
-        ) from error
+        network, loading = diffusers.UNet2DModel.from_pretrained(unet, output_loading_info=True)
+        scheduler_class = diffusers.DDPMScheduler
+        # Without such a file, the error of diffusers names the folder.
+        schedule = scheduler_class.load_config([*places, path][0])
+        _, unexpected, _ = scheduler_class.extract_init_dict(schedule)
+        scheduler = scheduler_class.from_config(schedule)
+        fields = {**network.config, **scheduler.config, **schedule}
+        fields["mismatched weights"] = [name for names in loading.values() for name in names]
+        config = our_config(fields)
+        refuse_unsupported(fields, config, unexpected)
+        betas = [config["diffusion"][field] for field in BETAS]
+        # diffusers computes in float32.
+        alphas_cumprod = NoiseScheduler(*betas).alphas_cumprod.float()
+        if not torch.allclose(alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3):
+            raise ValueError("our alpha_bar is another than that of diffusers")
+        weights = our_weights(config["model"], network)
+    except (*READ_ERRORS, ArithmeticError) as error:
+        # Files that are damaged, or describe what is impossible, raise errors of these types.
+        raise CheckpointError(f"{path}: this model cannot be read: {short(error)}") from error
 
-    weights = read_weights(unet)
-    facts = {"experiment": name_of(path), "step": 0, "total_steps": 0, "note": note}
+    # In a model hub's cache, the folder's name is a hash.
+    parts = path.absolute().parts
+    name = parts[-3] if "snapshots" in parts[-2:] else parts[-1]
+    name = name.removeprefix("models--")
+    facts = {"experiment": name, "step": 0, "total_steps": 0}
     digest = model_digest(config, digest_of(weights))
     return SavedModel(path, weights, "diffusers", config, facts, digest)
 
 
-def find_scheduler(path: Path) -> Path:
-    """Return the path of a folder's scheduler_config.json, even if the folder has no such file."""
-    # The oldest pipelines have the file next to the weights.
-    folders = [path / "scheduler", path]
-    # `path` may also be the `unet` of a pipeline or the `checkpoint-N` of a training, and
-    # `scheduler` is next to either. The parent of a folder with another name is not searched,
-    # because a scheduler found there may belong to another model.
-    folder = Path(os.path.abspath(path))
-    while re.fullmatch(r"unet|unet_ema|checkpoint-\d+", folder.name):
-        folder = folder.parent
-        folders.append(folder / "scheduler")
+def our_config(fields: dict) -> dict:
+    """Convert the configs of a UNet2DModel and a DDPMScheduler to ours."""
+    # An unknown word becomes None.
+    words = {theirs: ours for ours, theirs in diffusers_words().items()}
+    # Linear betas in the file are final. For others, the field must have its default.
+    diffusion = {"rescale_betas": fields["beta_schedule"] != "linear"}
+    for ours, theirs in SCHEDULE.items():
+        value = fields[theirs]
+        diffusion[ours] = words.get(value) if isinstance(value, str) else value
+    widths = fields["block_out_channels"]
+    kinds = fields["down_block_types"]
+    size = fields["sample_size"]
+    # A list has the height and the width.
+    side = size if isinstance(size, int) else size[0]
+    model = {
+        "lowest_resolution_size": side >> (len(widths) - 1),
+        "dim_multiply": [width // widths[0] for width in widths],
+        "transformer_layers": [level for level, kind in enumerate(kinds) if kind == BLOCKS[1]],
+        "base_dim": widths[0],
+        "image_size": side,
+        "channels": fields["in_channels"],
+        "dropout": fields["dropout"],
+        "norm_groups": fields["norm_num_groups"],
+        "dialect": "diffusers" if fields["flip_sin_to_cos"] else "ho",
+    }
+    return {"diffusion": diffusion, "model": model}
 
-    files = [folder / "scheduler_config.json" for folder in folders]
-    return next((file for file in files if file.exists()), files[0])
 
+def refuse_unsupported(fields: dict, config: dict, unexpected: dict) -> None:
+    """Raise ValueError for a field of diffusers that we cannot represent, or that it ignores.
 
-def name_of(folder: Path) -> str:
-    """Return a folder's name, or the model's name if the folder is in a model hub's cache."""
-    # Unlike `Path.resolve`, abspath does not follow the links in a hub's cache.
-    folder = Path(os.path.abspath(folder))
-    # In the cache, the folder's name is a hash.
-    if folder.parent.name == "snapshots":
-        return folder.parents[1].name.removeprefix("models--")
-    return folder.name
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the weights in float32, under our names and in our shapes.
-
-    Raises CheckpointError when weights are missing, damaged, duplicated or in a pickle.
+    `config` is ours for these fields. `unexpected` are those that diffusers does not know.
     """
-    path = folder / WEIGHTS
-    if (folder / PICKLE).exists() and not path.exists():
-        raise CheckpointError(
-            f"{folder / PICKLE}: this is a pickle, which is not read because it can contain code; "
-            "in diffusers, DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) "
-            "converts it to safetensors"
-        )
+    diffusion = config["diffusion"]
+    side = config["model"]["image_size"]
+    faults = {
+        "sample_size": fields["sample_size"] not in (side, [side, side]),
+        "down_block_types": not set(fields["down_block_types"]) <= set(BLOCKS),
+        # diffusers draws missing weights at random.
+        "mismatched weights": fields["mismatched weights"],
+        "_class_name": fields["_class_name"] not in ("DDPMScheduler", "DDIMScheduler"),
+        "prediction_type": diffusion["objective"] is None,
+        "variance_type": diffusion["variance"] is None,
+        "beta_schedule": diffusion["beta_schedule"] is None,
+        "thresholding": fields["thresholding"],
+        "clip_sample_range": fields["clip_sample"] and fields["clip_sample_range"] != 1,
+        **dict.fromkeys(unexpected, True),
+        # The first schedulers had these fields.
+        "tensor_format": False,
+        "predict_epsilon": not fields.get("predict_epsilon", True),
+    }
+    for name, is_fault in faults.items():
+        if is_fault:
+            raise ValueError(f"unsupported: {name} = {fields[name]!r}")
 
-    weights = {}
-    for name, tensor in read_tensors(path).items():
-        ours = our_name(name)
-        if ours in weights:
-            raise CheckpointError(
-                f"{path}: {short(name)} appears twice, under an old and a new name"
-            )
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor = tensor.float()
-        # A matrix becomes a convolution. `load_into` refuses any other shape.
-        if ours.endswith(MATRICES) and tensor.dim() == 2:
-            tensor = tensor[..., None, None]
-        weights[ours] = tensor
+
+@torch.no_grad()
+def our_weights(model: dict, network: nn.Module) -> dict[str, Tensor]:
+    """Return the network's weights under our names and in our shapes.
+
+    Raises ValueError unless our network computes the same with them in float64. `network` is
+    float64 afterwards.
+    """
+    # On the meta device no initial weights are drawn.
+    with torch.device("meta"):
+        ours = UNet(**model)
+    theirs = network.state_dict()
+    # Some of their matrices are our 1 x 1 convolutions.
+    weights = {
+        name: theirs[diffusers_name(name)].reshape(tensor.shape)
+        for name, tensor in ours.state_dict().items()
+    }
+    ours.load_state_dict(weights, assign=True)
+
+    side = min(ours.image_size, 64)
+    x_t = torch.linspace(-2, 2, ours.channels * side**2).double().view(1, -1, side, side)
+    # Both compute the time embedding in float32, whose rounding errors are small for a small t.
+    t = torch.tensor([1])
+    expected = network.double().eval()(x_t, t).sample
+    error = (ours.double().eval()(x_t, t) - expected).norm() / expected.norm()
+    if not error <= 1e-6:
+        raise ValueError(f"our network computes something else, by a relative {error:.1g}")
     return weights
+
+
+def diffusers_network(model: dict) -> dict:
+    """Convert the arguments of UNet to the config of a UNet2DModel."""
+    kinds = ["DownBlock2D" for _ in model["dim_multiply"]]
+    for level in model["transformer_layers"]:
+        kinds[level] = "AttnDownBlock2D"
+    return {
+        **vars(DIALECTS[model["dialect"]]),
+        "in_channels": model["channels"],
+        "out_channels": model["channels"],
+        "sample_size": model["image_size"],
+        "norm_num_groups": model["norm_groups"],
+        "dropout": model["dropout"],
+        "block_out_channels": [model["base_dim"] * factor for factor in model["dim_multiply"]],
+        "down_block_types": kinds,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
+    }
 
 
 def write_folder(saved: SavedModel, folder: Path) -> None:
@@ -400,28 +242,26 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
 
     Raises CheckpointError for a network or an objective that diffusers does not have.
     """
+    diffusers = import_diffusers()
+    words = diffusers_words()
+    # Our own runs have no variance, and always clip.
+    fields = {"variance": "small", "clip_x_0": True, **saved.config["diffusion"]}
+    if fields["rescale_betas"]:
+        for name in ("beta_start", "beta_end"):
+            fields[name] *= 1000 / fields["timesteps_diff"]
+    # Numbers are no words, and stay as they are.
+    schedule = {theirs: words.get(fields[ours], fields[ours]) for ours, theirs in SCHEDULE.items()}
     # ModelConfig fills in the defaults of missing fields.
     model = vars(saved.model)
-    if model["dim_multiply"][0] != 1:
+    if model["dim_multiply"][0] != 1 or schedule["prediction_type"] is None:
         raise CheckpointError(
-            f"{saved.path}: dim_multiply begins with {model['dim_multiply'][0]}, "
-            "but in diffusers it must begin with 1"
+            f"{saved.path}: diffusers has no model with objective {fields['objective']} and "
+            f"dim_multiply {model['dim_multiply']}; export to a file, NAME.safetensors"
         )
-    configs = {
-        "model_index": {
-            "_class_name": "DDPMPipeline",
-            "unet": ["diffusers", "UNet2DModel"],
-            "scheduler": ["diffusers", "DDPMScheduler"],
-        },
-        "unet/config": diffusers_network(model),
-        "scheduler/scheduler_config": diffusers_schedule(saved.config["diffusion"]),
-    }
-    for name, config in configs.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{name}.json", json.dumps(config, indent=2))
-    weights = {}
+    network = diffusers.UNet2DModel(**diffusers_network(model))
+    theirs = network.state_dict()
     for name, tensor in saved.weights.items():
-        # The folders of diffusers have float32, and snapshots float16.
-        matrix = name.endswith(MATRICES)
-        weights[diffusers_name(name)] = (tensor.flatten(1) if matrix else tensor).float()
-    save_safetensors(folder / "unet" / WEIGHTS, cpu_copies(weights), {"format": "pt"})
+        target = theirs[diffusers_name(name)]
+        target.copy_(tensor.reshape(target.shape))
+    scheduler = diffusers.DDPMScheduler(timestep_spacing="trailing", **schedule)
+    diffusers.DDPMPipeline(network, scheduler).save_pretrained(folder)

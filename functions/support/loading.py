@@ -17,7 +17,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import VARIANCES
 from functions.support.checkpoint import SavedModel, load_into, load_weights
 from functions.support.device import fast_layout, sampling_precision
-from functions.support.diffusers_folder import load_folder
+from functions.support.diffusers_folder import import_diffusers, load_folder
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
 from functions.support.processes import SINGLE_PROCESS, Processes
@@ -45,8 +45,8 @@ def open_model(
     """Load a model in all processes. Return what was saved, with its provenance, and a denoiser.
 
     Args:
-        path: a run, a file or a folder; or the files to try, of which the first intact one is
-            loaded. Of a run this is the newest intact checkpoint.
+        path: a run, a file, a folder or a name on a model hub; or the files to try, of which the
+            first intact one is loaded. Of a run this is the newest intact checkpoint.
         precision: "float32", "bfloat16", "float16"; or "auto", that of the training, or float32 if
             the device has no instructions for it.
 
@@ -58,10 +58,28 @@ def open_model(
 
     def choose():
         candidates = find_checkpoints(path) if isinstance(path, Path) else path
-        return first_intact(candidates, read).path
+        return first_intact([*map(downloaded, candidates)], read).path
 
     saved = read(processes.on_main(choose))
     return saved, rebuild(saved, device, sampling_precision(precision, device, saved.precision))
+
+
+def downloaded(path: Path) -> Path:
+    """Return the path, or for a name such as google/ddpm-cifar10-32 its folder in diffusers' cache.
+
+    A path that exists is no such name, nor is one in a folder that exists. Raises UserError when
+    diffusers has not got the model in its cache and cannot download it.
+    """
+    if len(path.parts) != 2 or path.parent.exists() or path.suffix == ".safetensors":
+        return path
+    diffusers = import_diffusers()
+    print(f"{path}: no such path; diffusers takes it from its cache, or downloads it", flush=True)
+    try:
+        return Path(diffusers.DiffusionPipeline.download(path.as_posix()))
+    except Exception as error:
+        # Without a network, the libraries below diffusers raise errors of many types.
+        reason = f"{type(error).__name__}: {short(error)}"
+        raise UserError(f"{path} is no path, and diffusers cannot download it: {reason}") from error
 
 
 def load_model(path: Path) -> SavedModel:

@@ -30,7 +30,6 @@ from functions.support.checkpoint import (
     open_checkpoint,
     verify_checkpoint,
 )
-from functions.support.diffusers_folder import is_diffusers_folder
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import check_name
 
@@ -197,6 +196,11 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
         # The parent of Path("."), the working directory, would be the same.
         folder = folder.parent if folder.name else folder / ".."
     return folder / kind
+
+
+def is_diffusers_folder(folder: Path) -> bool:
+    """Return whether a folder contains a network of diffusers, itself or in a subfolder."""
+    return any(folder.glob("unet*")) or any(folder.glob("diffusion_pytorch_model*"))
 
 
 def find_checkpoints(path: Path) -> list[Path]:

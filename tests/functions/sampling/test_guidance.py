@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-import evaluate
 import sample
 from functions.sampling import calibration
 from functions.sampling.guidance import find_guide
@@ -113,8 +112,6 @@ def test_a_guide_of_another_step_is_said(run, tmp_path, capsys):
         (sample.main, ["--guidance", 2], "needs a --guide"),
         (sample.main, ["--guide", 4, "--guidance", "nan"], "from 0 to"),
         (sample.main, ["--guide", 4, "--export", "x.safetensors"], "ignored with --export"),
-        # Without --metrics this measures bits/dim.
-        (evaluate.main, ["--guide", 4], "single model"),
     ],
 )
 def test_what_cannot_be_guided_is_refused(main, flags, message, run):

@@ -1,37 +1,32 @@
-"""Folders of diffusers: they are read as diffusers reads them, and written for it to read.
-
-test_hostile_folders.py has those that are refused.
-"""
+"""Models of diffusers: they are read as diffusers reads them, and written for it to read."""
 
 import json
 import shutil
-import warnings
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.utils.logging import disable_progress_bar
-from huggingface_hub import ModelCard
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import evaluate
 import sample
-from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling import calibration
-from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.options import SamplerOptions
+from functions.sampling.export import export
+from functions.sampling.generation import ImageSampler
 from functions.support.checkpoint import load_weights
-from functions.support.diffusers_folder import WEIGHTS
-from functions.support.errors import UserError
+from functions.support.errors import CheckpointError, UserError
 from functions.support.loading import load_denoiser, load_model, rebuild
 from functions.support.run_folder import find_checkpoints
-from tests.conftest import CPU, call
+from tests.conftest import CPU, OPTIONS, call
 from tests.spoilt_files import same
 
 UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # These details are those of the paper's networks (Ho et al. 2020).
 HO = dict(
     norm_eps=1e-6,
@@ -40,57 +35,72 @@ HO = dict(
     freq_shift=1,
     attention_head_dim=None,
 )
-SMALL = dict(
-    sample_size=16,
-    block_out_channels=(16, 32),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    norm_num_groups=4,
-)
-# The paper's networks (https://arxiv.org/abs/2006.11239) were published with these fields, by
-# diffusers 0.0.4 and 0.1.1, with all files in one folder.
-PUBLISHED = {
-    "_class_name": "UNet2DModel",
-    "_diffusers_version": "0.0.4",
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "in_channels": 3,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "time_embedding_type": "positional",
-    **HO,
-}
-OLD_SCHEDULE = {
-    "_class_name": "DDPMScheduler",
-    "_diffusers_version": "0.1.1",
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "clip_sample": True,
-    "num_train_timesteps": 1000,
-    "trained_betas": None,
-}
 
 
-def random_weights(unet):
+def blocks(size, widths, attention, groups=4):
+    """Return the fields of a network with attention at one level."""
+    kinds = ["DownBlock2D"] * len(widths)
+    kinds[attention] = "AttnDownBlock2D"
+    return dict(
+        sample_size=size,
+        block_out_channels=widths,
+        down_block_types=tuple(kinds),
+        up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(kinds)),
+        norm_num_groups=groups,
+    )
+
+
+SMALL = blocks(16, (16, 32), 1)
+# The paper's networks for 32 and for 256 pixels have these levels; their width is 128.
+CIFAR10 = blocks(32, (16, 32, 32, 32), 1) | HO
+LARGE = blocks(64, (16, 16, 32, 32, 64, 64), 4) | HO
+V = dict(num_train_timesteps=50, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+
+
+def network_of(fields):
+    """Return a network of diffusers with random weights."""
     torch.manual_seed(0)
+    unet = UNet2DModel(**fields)
     for parameter in unet.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     return unet
 
 
-def save_theirs(folder):
-    """Save a pipeline of diffusers whose network has the paper's details; return its folder."""
-    unet = random_weights(UNet2DModel(**SMALL, **HO))
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+def write_pipeline(folder, unet, scheduler):
+    """Write a pipeline as diffusers does today; return the path to read."""
+    DDPMPipeline(unet, scheduler).save_pretrained(folder)
     return folder
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return save_theirs(tmp_path / "theirs")
+def write_old(folder, unet, scheduler):
+    """Write a pipeline as diffusers 0.1 did: in one folder, with other names of weights."""
+    write_without_folders(folder, unet, scheduler)
+    change(folder / "scheduler_config.json", predict_epsilon=True, tensor_format="pt")
+    (folder / "diffusion_pytorch_model.bin").unlink()
+    weights = unet.state_dict()
+    for new, old in {"q": "query", "k": "key", "v": "value", "out.0": "proj_attn"}.items():
+        weights = {name.replace(f"to_{new}.", f"{old}."): weights[name] for name in weights}
+    save_file(weights, folder / WEIGHTS)
+    return folder
+
+
+def write_without_folders(folder, unet, scheduler):
+    """Write a pipeline in one folder, with a pickle of tensors."""
+    unet.save_pretrained(folder, safe_serialization=False)
+    scheduler.save_pretrained(folder)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
+    return folder
+
+
+def write_training(folder, unet, scheduler):
+    """Write a checkpoint as diffusers' training script does, with an EMA and raw weights."""
+    scheduler.save_pretrained(folder / "scheduler")
+    checkpoint = folder / "checkpoint-500"
+    unet.save_pretrained(checkpoint / "unet_ema")
+    change(checkpoint / "unet_ema" / "config.json", decay=0.9999, optimization_step=500)
+    # The raw weights are not read.
+    (checkpoint / "unet").mkdir()
+    return checkpoint
 
 
 def change(path, **fields):
@@ -99,174 +109,99 @@ def change(path, **fields):
     path.write_text(json.dumps(changed))
 
 
-def with_old_names(weights):
-    """Call attention's weights as the first diffusers called them."""
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    for new, name in old.items():
-        weights = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in weights.items()}
-    return weights
-
-
-def open_in_diffusers(folder, capfd):
-    """Return diffusers' pipeline; anything that diffusers says is a failure."""
-    # What earlier calls printed is dropped first.
-    capfd.readouterr()
-    disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pipeline = DDPMPipeline.from_pretrained(folder)
-
-    assert capfd.readouterr() == ("", "")
-    return pipeline
-
-
-def same_output(denoiser, unet, size=16):
-    x_t = torch.randn(2, unet.config.in_channels, size, size)
-    t = torch.tensor([7, 999])
-    with torch.no_grad():
-        assert_close(denoiser(x_t, t), unet(x_t, t).sample, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_published_model_of_cifar_10(tmp_path):
-    """All its files are in one folder. Its weights are random here, and have the old names."""
-    config = PUBLISHED | {
-        "sample_size": 32,
-        "block_out_channels": [128, 256, 256, 256],
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    }
-    schedule = OLD_SCHEDULE | {"variance_type": "fixed_large"}
-    contents = {
-        "model_index.json": {"_class_name": "DDPMPipeline"},
-        "config.json": config,
-        "scheduler_config.json": schedule,
-    }
-    for name, fields in contents.items():
-        (tmp_path / name).write_text(json.dumps(fields))
-
-    unet = random_weights(UNet2DModel.from_config(config))
-    save_file(with_old_names(unet.state_dict()), tmp_path / WEIGHTS)
-
-    saved = load_model(find_checkpoints(tmp_path)[0])
-    assert sum(tensor.numel() for tensor in saved.weights.values()) == 35_746_307
-    assert saved.config["model"]["dialect"] == "ho"
-    assert saved.config["diffusion"]["variance"] == "large"
+def same_images(path, unet, scheduler):
+    """Check that our samplers and the pipelines draw the same images with the model in `path`."""
+    saved = load_model(path)
     denoiser = rebuild(saved, CPU)
-    assert torch.equal(denoiser.scheduler.alphas_cumprod, NoiseScheduler(1000).alphas_cumprod)
-    same_output(denoiser, unet, 32)
+    diffusion = saved.config["diffusion"]
+    words = {"small": "fixed_small", "large": "fixed_large"}
+    variance = diffusion.get("variance", "small")
+    assert words[variance] == scheduler.config.get("variance_type", "fixed_small")
+    channels, size, _ = saved.model.image_shape
+    # With few steps, diffusers' large variance would add noise after the last of them.
+    changes = {"timestep_spacing": "trailing", "variance_type": "fixed_small"}
+    for sampler, pipeline, scheduler_class, options in (
+        (ddpm_sample, DDPMPipeline, DDPMScheduler, {}),
+        (ddim_sample, DDIMPipeline, DDIMScheduler, {"use_clipped_model_output": True}),
+    ):
+        generator = torch.Generator().manual_seed(3)
+        loaded = pipeline(unet, scheduler_class.from_config(scheduler.config, **changes))
+        loaded.set_progress_bar_config(disable=True)
+        expected = loaded(2, generator, num_inference_steps=5, output_type="np", **options).images
+
+        # Ours draws the same noise in the same order.
+        generator.manual_seed(3)
+
+        def draw(*_, generator=generator):
+            return torch.randn(2, channels, size, size, generator=generator)
+
+        clip = diffusion.get("clip_x_0", True)
+        images = sampler(denoiser, draw(), 5, clip_x_0=clip, step_noise=draw)
+        images = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, C)
+        assert_close(images.numpy(), expected, rtol=0, atol=1e-3)
 
 
-def fields_of(component):
-    """Return the config of a network or a scheduler as JSON has it, without tuples."""
-    return json.loads(json.dumps(dict(component.config)))
-
-
-GREY = {"in_channels": 1, "out_channels": 1}
-
-
-@pytest.mark.parametrize("details", [HO, {}, GREY], ids=["ho", "diffusers", "grey"])
-def test_diffusers_to_ours_and_back_is_bit_identical(details, tmp_path, capfd):
-    scheduler = DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
-    )
-    theirs = DDPMPipeline(random_weights(UNet2DModel(**SMALL, **details)), scheduler)
-    theirs.save_pretrained(tmp_path / "theirs")
-
-    call(sample.main, tmp_path / "theirs", "--export", tmp_path / "ours")
-    again = open_in_diffusers(tmp_path / "ours", capfd)
-
-    # We neither read nor write these fields.
-    not_read = {"_diffusers_version", "timestep_spacing", "_name_or_path", "_use_default_values"}
-    for part in ("unet", "scheduler"):
-        before = fields_of(getattr(theirs, part))
-        after = fields_of(getattr(again, part))
-        assert {name for name in after if after[name] != before.get(name)} <= not_read, part
-        assert before.keys() - after.keys() <= not_read, part
-
-    assert same(theirs.unet.state_dict(), again.unet.state_dict())
-    same_output(load_denoiser(tmp_path / "theirs"), again.unet)
+@pytest.mark.parametrize(
+    ("write", "fields", "scheduler"),
+    [
+        (write_old, CIFAR10, DDPMScheduler(variance_type="fixed_large")),
+        (write_without_folders, LARGE, DDPMScheduler()),
+        (write_pipeline, LARGE, DDPMScheduler(variance_type="fixed_large")),
+        (write_pipeline, LARGE | {"sample_size": [64, 64]}, DDPMScheduler(clip_sample=False)),
+        (write_training, SMALL, DDIMScheduler(clip_sample_range=1.0)),
+        (write_training, SMALL, DDPMScheduler(clip_sample_range=2, clip_sample=False, **V)),
+        (write_pipeline, SMALL | {"in_channels": 1, "out_channels": 1}, DDPMScheduler(**V)),
+    ],
+    ids=["cifar10", "celebahq", "church", "bedroom", "ddim", "v", "grey"],
+)
+def test_published_shapes_give_the_images_of_diffusers(write, fields, scheduler, tmp_path):
+    unet = network_of(fields)
+    path = write(tmp_path / "theirs", unet, scheduler)
+    same_images(path, unet, scheduler)
 
 
 @pytest.mark.slow
-def test_ours_to_diffusers_and_back_gives_the_same_images(tiny_run, tmp_path, monkeypatch, capfd):
+def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
+    """Run, folder and exported file give the same images, and so do the pipelines of diffusers."""
+    monkeypatch.chdir(tmp_path)
     exported = tmp_path / "faces"
     call(sample.main, tiny_run, "--export", exported)
-
-    # The run's betas were rescaled for T = 100, so the folder says the first and the last.
-    pipeline = open_in_diffusers(exported, capfd)
-    assert_close(pipeline.scheduler.betas.double(), NoiseScheduler(100).betas, rtol=1e-6, atol=0)
+    # The run's betas were rescaled for T = 100.
+    pipeline = DDPMPipeline.from_pretrained(exported)
+    same_images(find_checkpoints(tiny_run)[0], pipeline.unet, pipeline.scheduler)
     original = load_weights(find_checkpoints(tiny_run)[0])
     assert same(original.weights, load_model(exported).weights)
-
-    # The run, the folder and an exported file give the same images.
-    file = tmp_path / "faces.safetensors"
-    call(sample.main, tiny_run, "--export", file)
-    flags = ["--n", 4, "--steps", 5, "--sampler", "ddim", "--individual"]
-    for model, out in ((tiny_run, "a"), (exported, "b"), (file, "c")):
-        call(sample.main, model, *flags, "--out", tmp_path / out)
-    for name in ("grid.png", "00000.png", "00001.png", "00002.png", "00003.png"):
-        assert len({(tmp_path / out / name).read_bytes() for out in "abc"}) == 1
+    call(sample.main, tiny_run, "--export", "faces.safetensors")
+    assert load_weights(Path("faces.safetensors")).digest == original.digest
 
     card = (exported / "README.md").read_text()
-    front_matter = ModelCard(card).data.to_dict()
-    assert front_matter["datasets"] == ["pictures0"]
-    assert front_matter["library_name"] == "diffusers"
+    assert ModelCard(card).data.to_dict()["datasets"] == ["pictures0"]
     # Nobody else needs to know where the run lies on this disk.
     assert str(tmp_path.parent) not in card
     assert (exported / "samples.png").exists()
-
     # The code that the card shows runs as it is, and writes an image.
-    code = [line.strip() for line in card.splitlines() if line.startswith("    ")]
-    monkeypatch.chdir(tmp_path)
-    exec("\n".join(code))
+    exec("\n".join(line.strip() for line in card.splitlines() if line.startswith("    ")))
     assert Path("image.png").exists()
 
-    # A second export does not touch what is there.
-    before = (exported / "README.md").stat().st_mtime_ns
-    with pytest.raises(UserError, match="faces exists"):
-        call(sample.main, tiny_run, "--export", exported)
-    assert (exported / "README.md").stat().st_mtime_ns == before
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return the folder of a pipeline of diffusers, whose network has the paper's details."""
+    return write_pipeline(tmp_path / "theirs", network_of(SMALL | HO), DDPMScheduler())
 
 
-@pytest.mark.parametrize(
-    ("part", "fields"),
-    [
-        (SCHEDULE, {"prediction_type": "v_prediction"}),
-        # diffusers 0.8 wrote this field into every schedule.
-        (SCHEDULE, {"predict_epsilon": True}),
-        (SCHEDULE, {"clip_sample": False, "clip_sample_range": 2.0}),
-        (UNET, {"sample_size": [16, 16]}),
-    ],
-)
-@pytest.mark.parametrize(
-    ("sampler", "pipeline", "options"),
-    [
-        (ddpm_sample, DDPMPipeline, {}),
-        (ddim_sample, DDIMPipeline, {"use_clipped_model_output": True}),
-    ],
-)
-def test_our_samplers_and_their_pipelines_draw_the_same_images(
-    sampler, pipeline, options, part, fields, folder
-):
-    change(folder / SCHEDULE, timestep_spacing="trailing")
-    change(folder / part, **fields)
-    loaded = pipeline.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(3)
-    theirs = loaded(2, generator, num_inference_steps=20, output_type="np", **options).images
-
-    # Ours draws the same noise in the same order.
-    generator.manual_seed(3)
-
-    def draw(*_):
-        return torch.randn(2, 3, 16, 16, generator=generator)
-
+def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path):
     saved = load_model(folder)
-    clip = saved.config["diffusion"]["clip_x_0"]
-    denoiser = rebuild(saved, CPU)
-    ours = sampler(denoiser, draw(), 20, clip_x_0=clip, step_noise=draw)
-    images = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, C)
-    assert_close(images.numpy(), theirs, rtol=0, atol=1e-4)
+    image_sampler = ImageSampler(rebuild(saved, CPU), OPTIONS, saved.model.image_shape, 0, CPU)
+    with pytest.raises(UserError, match=r"--export needs NAME\.safetensors"):
+        export(saved, image_sampler, tmp_path / "out.pt")
+    with pytest.raises(UserError, match="theirs exists"):
+        export(saved, image_sampler, folder)
+    # Diffusers has no such network.
+    saved.config["model"]["dim_multiply"] = [2, 2]
+    with pytest.raises(CheckpointError, match=r"dim_multiply \(2, 2\)"):
+        export(saved, image_sampler, tmp_path / "out")
+    assert [*tmp_path.iterdir()] == [folder]
 
 
 @pytest.mark.slow
@@ -274,14 +209,8 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     """A folder decides on the variance, on clipping of x_0, and on where samples go."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibration, "IMAGE_COUNT", 8)
-    change(
-        folder / SCHEDULE,
-        variance_type="fixed_large",
-        clip_sample=False,
-        num_train_timesteps=10,
-        beta_start=0.01,
-        beta_end=0.4,
-    )
+    changes = {"variance_type": "fixed_large", "clip_sample": False, "num_train_timesteps": 10}
+    change(folder / SCHEDULE, beta_start=0.01, beta_end=0.4, **changes)
     before = sorted(folder.rglob("*"))
 
     # The folder's variance is for all timesteps; with fewer steps it is the small one.
@@ -289,83 +218,108 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     assert "all steps, variance large, x_0 not clipped" in capsys.readouterr().out
     call(sample.main, "theirs", "--n", 2, "--steps", 5)
     assert "variance small, x_0 not" in capsys.readouterr().out
-
-    with pytest.raises(
-        UserError, match="does not say which images it was trained on; name a data set"
-    ):
+    with pytest.raises(UserError, match="does not say which images it was trained on"):
         call(sample.main, "theirs", "--n", 2, "--calibrate")
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--images", 2, "--t-stride", 20)
     # The folder does not say on which images its network was trained, so evaluate.py warns.
     assert "IT IS UNKNOWN" in capsys.readouterr().err
-
-    call(sample.main, "theirs", "--n", 2, "--sampler", "ddim", "--calibrate", "own", "--strip")
-
-    # Images leave the range [-1, 1] where x_0 is not clipped.
-    saved = load_model(folder)
-    denoiser = rebuild(saved, CPU)
-    for clip in (True, False):
-        options = SamplerOptions("ddim", 5, clip_x_0=clip)
-        sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, CPU)
-        images = generate(sampler, range(2)).images
-        assert (images.max() <= 1) == clip
+    call(sample.main, "theirs", "--n", 2, "--sampler", "ddim", "--calibrate", "own")
 
     # Results are not written into the folder, which is not ours.
     assert sorted(folder.rglob("*")) == before
-    results = (
-        "ddpm-variance-large-float32-seed0/grid.png",
-        "ddpm5-float32-seed0/grid.png",
-        "bpd-*.json",
-        "ddim-calibrated-own-float32-seed0/strip.png",
-    )
-    for name in results:
-        assert len([*Path("samples").glob(f"theirs-*/theirs-{name}")]) == 1
-    assert len([*Path("samples").glob("theirs-calibration-*.safetensors")]) == 1
+    for name in (
+        "*-*/theirs-ddpm-variance-large-float32-seed0/grid.png",
+        "*-*/theirs-ddpm5-float32-seed0/grid.png",
+        "*-*/theirs-bpd-*.json",
+        "*-*/theirs-ddim-calibrated-own-float32-seed0/grid.png",
+        "theirs-calibration-*.safetensors",
+    ):
+        assert len([*Path("samples").glob(name)]) == 1
 
 
-@pytest.mark.parametrize("part", ["", "unet_ema"])
-def test_a_checkpoint_of_their_training_has_its_parents_schedule(part, folder, monkeypatch):
-    """Their training script saves OUTPUT/checkpoint-500/unet_ema and OUTPUT/scheduler."""
-    change(folder / SCHEDULE, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
-    checkpoint = folder / "checkpoint-500"
-    shutil.copytree(folder / "unet", checkpoint / "unet_ema")
-    change(checkpoint / "unet_ema" / "config.json", decay=0.9999, optimization_step=500)
-    # The raw weights are not read.
-    (checkpoint / "unet").mkdir()
+REFUSED = [
+    # In these fields the networks differ, or their weights do.
+    (UNET, {"norm_eps": 1e-5}, "our network computes something else"),
+    (UNET, {"act_fn": "gelu"}, "our network computes something else"),
+    (UNET, {"freq_shift": 0}, "our network computes something else"),
+    (UNET, {"block_out_channels": [16, 48]}, "cannot be read: Cannot load"),
+    (UNET, {"up_block_types": ["UpBlock2D"] * 2}, "mismatched weights = "),
+    (UNET, {"norm_num_groups": 0}, "cannot be read"),
+    (UNET, {"sample_size": None}, "cannot be read"),
+    # diffusers accepts these, and some of them have no effect on its network or its schedule.
+    (UNET, {"sample_size": [16, 32]}, "sample_size = [16, 32]"),
+    (UNET, {"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "KDownBlock2D"),
+    (SCHEDULE, {"prediction_type": "sample"}, "prediction_type = 'sample'"),
+    (SCHEDULE, {"predict_epsilon": False}, "predict_epsilon = False"),
+    (SCHEDULE, {"variance_type": "learned_range"}, "variance_type = 'learned_range'"),
+    (SCHEDULE, {"clip_sample_range": 2.0}, "clip_sample_range = 2.0"),
+    (SCHEDULE, {"thresholding": True}, "thresholding = True"),
+    (SCHEDULE, {"my_trick": 1}, "my_trick = 1"),
+    (SCHEDULE, {"_class_name": "EDMEulerScheduler"}, "_class_name = 'EDMEulerScheduler'"),
+    (SCHEDULE, {"beta_schedule": "scaled_linear"}, "beta_schedule = 'scaled_linear'"),
+    (SCHEDULE, {"rescale_betas_zero_snr": True}, "our alpha_bar is another"),
+    (SCHEDULE, {"trained_betas": [0.01] * 1000}, "our alpha_bar is another"),
+]
 
-    # A path may also be relative, and then it need not name the parent.
-    monkeypatch.chdir(checkpoint)
-    for path in (checkpoint / part, Path(part)):
-        saved = load_model(path)
-        assert saved.digest == load_model(folder).digest
-        assert "assumed" not in str(saved)
-        denoiser = rebuild(saved, CPU)
-        assert denoiser.objective == "v"
-        theirs = DDPMScheduler.from_pretrained(folder / "scheduler").alphas_cumprod
-        assert_close(denoiser.scheduler.alphas_cumprod.float(), theirs, rtol=1e-4, atol=1e-8)
 
-    # A folder of another name may hold any other model.
-    other = checkpoint.rename(folder / "other")
-    assert "the paper's schedule is assumed" in str(load_model(other))
+@pytest.mark.parametrize(("part", "fields", "said"), REFUSED)
+def test_what_another_network_or_schedule_would_need_is_refused(part, fields, said, folder):
+    change(folder / part, **fields)
+    assert said in refusal(folder)
 
 
-def test_a_unet_alone_linked_and_in_half_precision(folder, tmp_path):
-    whole = load_model(folder)
-    unet = folder / "unet"
-    weights = load_file(unet / WEIGHTS)
+def refusal(folder):
+    """Return what is said of a folder, which is one short line."""
+    with pytest.raises(CheckpointError) as caught:
+        load_denoiser(folder)
+    message = str(caught.value)
+    assert message.startswith(str(folder))
+    assert message.isprintable()
+    assert len(message) < len(str(folder)) + 300
+    return message
 
-    # A hub's cache names folders by hashes, and links files.
-    alone = tmp_path / "models--me--faces" / "snapshots" / "0a1b"
-    alone.mkdir(parents=True)
-    for name in ("config.json", WEIGHTS):
-        (alone / name).symlink_to(unet / name)
-    linked = load_model(alone)
-    assert linked.digest == whole.digest
-    assert linked.name == "me--faces"
-    assert "the paper's schedule is assumed" in str(linked)
 
-    assert load_model(unet).digest == whole.digest
+def test_damaged_folders_are_refused_in_a_sentence(folder):
+    file = folder / "unet" / WEIGHTS
+    weights = load_file(file)
+    bias = weights.pop("conv_in.bias")
+    for damaged in (
+        weights,
+        weights | {"conv_in.bias": torch.zeros(9)},
+        weights | {"conv_in.bias": bias * torch.nan},
+    ):
+        save_file(damaged, file)
+        refusal(folder)
+    file.write_bytes(file.read_bytes()[:2000])
+    refusal(folder)
+    (folder / UNET).unlink()
+    refusal(folder)
+    shutil.rmtree(folder / "scheduler")
+    refusal(folder)
 
-    # Weights in half precision are read as float32.
-    (alone / WEIGHTS).unlink()
-    save_file({name: tensor.half() for name, tensor in weights.items()}, alone / WEIGHTS)
-    assert_close(load_model(alone).weights, whole.weights, rtol=1e-3, atol=1e-6)
+
+def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--me--faces"
+    shutil.copytree(folder, repository / "snapshots" / "0a1b")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0a1b")
+
+    call(sample.main, "me/faces", "--n", 1, "--steps", 2)
+    assert "me/faces: no such path; diffusers takes it from its cache" in capsys.readouterr().out
+    assert len([*Path("samples").glob("me--faces-*/*me--faces-ddpm2-float32-seed0/grid.png")]) == 1
+    with pytest.raises(UserError, match="me/others is no path, and diffusers cannot download it"):
+        call(sample.main, "me/others")
+    # A name in a folder that is there is a path.
+    with pytest.raises(CheckpointError, match="theirs/unet2: there is no such file"):
+        call(sample.main, "theirs/unet2")
+
+
+def test_without_the_package_a_sentence_says_what_to_install(folder, tiny_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    sentence = "install its package: pip install 'diffusers>=0.30'"
+    for arguments in ([folder], [tiny_run, "--export", folder.with_name("out")]):
+        with pytest.raises(UserError, match=sentence):
+            call(sample.main, *arguments)

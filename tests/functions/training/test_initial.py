@@ -118,7 +118,6 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
     config = experiment.diffusion
     assert config.timesteps_diff == 50
     assert config.beta_schedule == "cosine"
-    assert config.rescale_betas is True
     assert config.objective == "v"
     assert config.learning_rate == 2e-3
     assert config.seed == 1

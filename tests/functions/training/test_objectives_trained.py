@@ -151,7 +151,7 @@ def test_a_new_objective_is_a_row_of_the_table_and_nothing_else(pictures, tmp_pa
     assert loading.load_model(tmp_path / "theirs").config["diffusion"]["objective"] == "x_0"
 
     monkeypatch.setitem(OBJECTIVES, "x_0", replace(X_0, diffusers=None))
-    with pytest.raises(CheckpointError, match="objective is x_0, but diffusers has only eps and v"):
+    with pytest.raises(CheckpointError, match="diffusers has no model with objective x_0"):
         call(sample.main, run, "--export", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

@@ -1,0 +1,144 @@
+"""Compare samples with real images by torch-fidelity: FID, KID, precision and recall.
+
+    FID                 The Frechet distance between two Gaussians with the means and covariances of
+                        the features (Heusel et al. 2017). Its bias depends on the number of images,
+                        so two FIDs can be compared only if they use the same number.
+    KID                 The squared maximum mean discrepancy with a cubic kernel, averaged over
+                        random subsets (Binkowski et al. 2018). It is unbiased: for two samples of
+                        the same distribution it is about 0, and can be negative.
+    precision, recall   Precision is the fraction of samples within the manifold of the real images,
+                        and recall the opposite (Kynkaanniemi et al. 2019).
+
+All use the same features of InceptionV3, as ADM's evaluator does.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.datasets import load_images, split_images
+from functions.sampling.files import image_indices, image_path
+from functions.support.errors import UserError
+from functions.support.files import short
+
+# torch-fidelity would otherwise take another network for precision and recall.
+EXTRACTOR = "inception-v3-compat"
+# Precision and recall need three neighbours of each image.
+FEWEST = 4
+
+
+@dataclass(frozen=True)
+class Images(Dataset):
+    """Images for torch-fidelity, as uint8 RGB (3, H, W)."""
+
+    count: int
+    # It returns the pixels of the image with this position, uint8 (H, W, C).
+    read: Callable[[int], np.ndarray]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> Tensor:
+        # Grey is repeated to three channels.
+        return torch.tensor(self.read(position)).permute(2, 0, 1).expand(3, -1, -1)
+
+
+def folder_images(folder: Path) -> Images:
+    """Return the images of a folder, which sample.py --individual has written.
+
+    Raises UserError when one is missing, or there are too few.
+    """
+    indices = image_indices(folder)
+    count = len(indices)
+    if count < FEWEST or max(indices) >= count:
+        raise UserError(
+            f"{folder} has {count} images; there must be {FEWEST} or more, 00000.png and so on, "
+            "without a gap: sample again, or name another folder"
+        )
+
+    def read(i):
+        return np.array(Image.open(image_path(folder, i)).convert("RGB"))
+
+    return Images(count, read)
+
+
+def data_images(name: str, like: Path, part: str | None) -> Images:
+    """Return a data set's images for training or, for "val", the held-out ones.
+
+    Their size and colours are those of the file `like`.
+
+    They are those of training: cropped, resized and packed. Raises UserError as `load_images` does.
+    """
+    image = Image.open(like)
+    channels = 1 if image.mode == "L" else 3
+    image_set = load_images(name, image.height, channels=channels)
+    split = split_images(image_set, "reference")
+    indices = split.val_indices if part == "val" else split.train_indices
+    return Images(len(indices), lambda i: image_set.images[indices[i]])
+
+
+def inception_weights() -> Path:
+    """Return the path of the weights of InceptionV3, after reading them without running code.
+
+    Raises UserError when torch-fidelity or the file is missing, or when it has other contents.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    except ImportError as error:
+        raise UserError(
+            "FID, KID, precision and recall need torch-fidelity: "
+            "pip install -r requirements-eval.txt"
+        ) from error
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+    if not path.exists():
+        raise UserError(f"the weights of InceptionV3 are missing: put {URL_INCEPTION_V3} at {path}")
+    try:
+        torch.load(path, weights_only=True)
+    except Exception as error:
+        # For damaged pickles, PyTorch raises errors of many types.
+        raise UserError(f"{path} is not the file of {URL_INCEPTION_V3}: {short(error)}") from error
+    return path
+
+
+def measure_fidelity(samples: Images, real: Images, device: torch.device) -> dict[str, float]:
+    """Return FID, KID with its standard deviation, precision and recall, by torch-fidelity's names.
+
+    Raises UserError as `inception_weights` does.
+    """
+    weights = inception_weights()
+    from torch_fidelity import calculate_metrics
+
+    return calculate_metrics(
+        input1=samples,
+        input2=real,
+        # torch-fidelity would return old features for other images of the same name.
+        input1_cache_name=digest_of(samples, weights),
+        input2_cache_name=digest_of(real, weights),
+        # It runs the code in this folder's files, which therefore are ours alone.
+        cache_root=str(Path(torch.hub.get_dir(), "ddpm-faces")),
+        feature_extractor=EXTRACTOR,
+        feature_extractor_weights_path=str(weights),
+        cuda=device.type == "cuda",
+        fid=True,
+        kid=True,
+        prc=True,
+        # If all subsets were the whole, KID would have no standard deviation.
+        kid_subset_size=min(1000, len(samples) // 2, len(real) // 2),
+        # Without processes that load images, and with less memory for distances.
+        save_cpu_ram=True,
+    )
+
+
+def digest_of(images: Images, weights: Path) -> str:
+    """Return a hash of all pixels and of the file of weights."""
+    digest = hashlib.sha256(weights.read_bytes())
+    for position in range(len(images)):
+        digest.update(images[position].numpy().tobytes())
+    return digest.hexdigest()

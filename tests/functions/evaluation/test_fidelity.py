@@ -1,0 +1,157 @@
+"""evaluate.py images: torch-fidelity gets the right images, and measures them anew."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from torch.utils.data import Subset
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+import evaluate
+import sample
+from data.datasets import load_images
+from functions.evaluation import fidelity
+from functions.support.errors import UserError
+from tests.conftest import ROOT, call
+
+FAST = ["--sampler", "ddim", "--steps", 1, "--individual", "--device", "cpu"]
+
+
+class SmallExtractor(FeatureExtractorBase):
+    """A network in InceptionV3's place, whose features are mean colours and contrasts."""
+
+    def __init__(self, name, features_list, **options):
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("6",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "6"
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        pixels = images.double().flatten(2) / 255
+        return (torch.cat([pixels.mean(2), pixels.std(2)], dim=1).float(),)
+
+
+torch_fidelity.register_feature_extractor("small", SmallExtractor)
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """Let evaluate.py use the small network, and return the file of its weights."""
+    monkeypatch.setattr(fidelity, "EXTRACTOR", "small")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    path = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    path.parent.mkdir(parents=True)
+    torch.save({}, path)
+    return path
+
+
+def evaluated(capsys, *arguments):
+    """Return the numbers that evaluate.py prints, by name, and all that it prints."""
+    capsys.readouterr()
+    call(evaluate.main, "images", *arguments, "--device", "cpu")
+    printed = capsys.readouterr()
+    lines = [line.split() for line in printed.out.splitlines()]
+    numbers = {words[0]: float(words[1]) for words in lines if len(words) == 2}
+    return numbers, printed.out + printed.err
+
+
+def by_hand(samples, real, subset):
+    """Return what torch-fidelity measures of two arrays (N, H, W, 3), in six digits."""
+    arrays = [torch.tensor(images).permute(0, 3, 1, 2) for images in (samples, real)]
+    first, second = (Subset(array, range(len(array))) for array in arrays)
+    numbers = torch_fidelity.calculate_metrics(
+        input1=first,
+        input2=second,
+        fid=True,
+        kid=True,
+        prc=True,
+        feature_extractor="small",
+        kid_subset_size=subset,
+        cuda=False,
+        cache=False,
+        verbose=False,
+    )
+    return {name: float(f"{value:.6g}") for name, value in numbers.items()}
+
+
+def pixels_of(folder, count):
+    paths = [folder / f"{i:05d}.png" for i in range(count)]
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+
+
+@pytest.mark.slow
+def test_samples_of_the_box_are_compared_as_torch_fidelity_does(weights, tmp_path, capsys):
+    """The truth is torch-fidelity, called by hand on the same arrays."""
+    folder = tmp_path / "samples"
+    box = ROOT / "pretrained" / "faces-v.safetensors"
+    call(sample.main, box, "--n", 500, "--out", folder, *FAST)
+    # The folder has a grid, too, which is not an image of the model.
+    assert (folder / "grid.png").exists()
+
+    real = load_images("emoji_people", 32).images
+    numbers, printed = evaluated(capsys, folder, "emoji_people")
+    assert numbers == by_hand(pixels_of(folder, 500), real[:811], 250)
+    assert numbers["kernel_inception_distance_std"] > 1e-6
+    manifest = json.loads((folder / "samples.json").read_text())
+    assert f"500 images of {folder}, and 811 of emoji_people" in printed
+    assert json.dumps(manifest) in printed
+    assert "WARNING: ONLY 500 SAMPLES" in printed
+
+    held_out, _ = evaluated(capsys, folder, "emoji_people", "--part", "val")
+    assert held_out == by_hand(pixels_of(folder, 500), real[811:], 45)
+    # Other pixels under the same names are measured anew.
+    Image.fromarray(real[0]).save(folder / "00007.png")
+    changed, _ = evaluated(capsys, folder, "emoji_people")
+    assert changed == by_hand(pixels_of(folder, 500), real[:811], 250) != numbers
+
+
+def test_two_folders_of_grey_samples(weights, grey_run, pictures, tmp_path, capsys):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        call(sample.main, grey_run, "--n", 8, "--seed", seed, "--out", folder, *FAST)
+    numbers, _ = evaluated(capsys, *folders)
+    assert numbers == by_hand(pixels_of(folders[0], 8), pixels_of(folders[1], 8), 4)
+    # The data of a grey network are grey.
+    numbers, _ = evaluated(capsys, folders[0], pictures)
+    grey = load_images(str(pictures), 16, channels=1).images[:45].repeat(3, axis=3)
+    assert numbers == by_hand(pixels_of(folders[0], 8), grey, 4)
+
+    with pytest.raises(UserError, match="--part is for a data set"):
+        evaluated(capsys, *folders, "--part", "val")
+    (folders[1] / "00003.png").unlink()
+    with pytest.raises(UserError, match=r"b has 7 images; .* without a gap"):
+        evaluated(capsys, *folders)
+
+
+class Harm:
+    """An object whose pickle runs code: whoever unpickles it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_weights_that_are_missing_or_harmful(weights, tmp_path):
+    assert fidelity.inception_weights() == weights
+    torch.save({"fc.weight": Harm(tmp_path / "ran")}, weights)
+    for content in (weights.read_bytes(), weights.read_bytes()[:300], b"weights"):
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match=r"6726825d\.pth is not the file of https") as error:
+            fidelity.inception_weights()
+        assert str(error.value).isprintable()
+    assert not Path(tmp_path / "ran").exists()
+    weights.unlink()
+    with pytest.raises(UserError, match=f"put https.* at {weights}"):
+        fidelity.inception_weights()
