@@ -250,7 +250,10 @@ class Demo:
 
         `source` is the file's path or the index. The pixels are uint8 (S, S, C).
         """
-        x_0 = read_x_0(self.sampler_of(check, *controls), str(source or 0), fit=True)
+        # Reading a file needs none of the controls.
+        upload = isinstance(source, str)
+        image_sampler = self.plain if upload else self.sampler_of(check, *controls)
+        x_0 = read_x_0(image_sampler, str(source or 0), fit=True)
         image = to_uint8(x_0[None]).cpu().numpy()[0]
         # The picture is as large as others in the page.
         return image, picture_of(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
