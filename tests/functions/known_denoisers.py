@@ -3,7 +3,7 @@
 For a Gaussian the paths from noise to data are known, too. Everything is in terms of
 y = x_t / sqrt(alpha_bar) = x_0 + sigma eps with sigma = sqrt((1 - alpha_bar) / alpha_bar), where
 noise is only added. `eps(y (B, D), sigma (B, 1)) -> (B, D)` is the best guess of the noise in y,
-E[eps | y]. test_sampler_orders.py compares it with the score of PyTorch's densities.
+E[eps | y]. If it were not, no sampler would converge to the distribution of the data.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,6 @@ distribution, and the paths along which noise becomes data.
 
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, ddim_sample, ddpm_sample, dpm_solver_sample
@@ -21,27 +20,6 @@ from tests.functions.known_denoisers import (
     mean_and_variance,
     part_of_the_way,
 )
-
-
-@pytest.mark.parametrize("data", [MIXTURE, IMAGES], ids=["mixture", "images"])
-@pytest.mark.parametrize("sigma", [0.01, 0.5, 20.0])
-def test_the_ideal_denoiser_is_the_score(sigma, data):
-    """All tests below stand on this: E[eps | y] = -sigma d log p(y) / dy (Tweedie).
-
-    The truth is the derivative of PyTorch's densities, by autograd.
-    """
-    y = data.sample(20, torch.Generator().manual_seed(0)) + sigma
-    y.requires_grad_()
-    if data is MIXTURE:
-        widths = (data.stds**2 + sigma**2).sqrt()[:, None].expand_as(data.means)
-        components = Independent(Normal(data.means, widths), 1)
-        density = MixtureSameFamily(Categorical(data.weights), components)
-    else:
-        density = Independent(Normal(data.mean, (data.std**2 + sigma**2).sqrt()), 1)
-    (score,) = torch.autograd.grad(density.log_prob(y).sum(), y)
-
-    eps = data.eps(y.detach(), torch.full((20, 1), sigma, dtype=torch.float64))
-    torch.testing.assert_close(eps, -sigma * score)
 
 
 def distance(x_0):
