@@ -49,7 +49,7 @@ def moved(scale):
 @pytest.mark.parametrize("shape", [(24, 24), (16, 144), (64, 16)])
 @pytest.mark.parametrize(
     ("precision", "tolerance"),
-    [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)],
+    [(torch.float32, 1e-4), (torch.bfloat16, 0.05)],
 )
 def test_the_factor_has_the_singular_vectors_and_values_near_one(shape, precision, tolerance):
     """The band of Newton-Schulz's singular values is that of the quintic, found on a grid."""
@@ -85,11 +85,7 @@ def test_matrices_move_as_those_of_pytorch_and_the_rest_as_adams():
         [p for p in theirs.parameters() if p not in flat], lr=RATE, fused=True
     )
 
-    for step in range(5):
-        # Like train.py, this sets the rate in one place.
-        rate = RATE / (step + 1)
-        for each in (optimizer, theirs_muon, theirs_adam):
-            each.param_groups[0]["lr"] = rate
+    for _ in range(5):
         draw_gradients(layers)
         for p, other in zip(layers.parameters(), theirs.parameters(), strict=True):
             other.grad = p.grad.clone()

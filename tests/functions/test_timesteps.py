@@ -34,19 +34,12 @@ def test_trailing_times_are_even():
     assert sampling_times(NoiseScheduler(1000), 7) == [999, 856, 713, 570, 428, 285, 142, -1]
 
 
-@pytest.mark.parametrize(
-    ("start", "stop"),
-    [
-        (99_999, 500),
-        (50_000, 1000),
-    ],
-)
-def test_logsnr_times_are_even_in_the_log_snr(start, stop):
+def test_logsnr_times_are_even_in_the_log_snr():
     """The truth is the log-SNR of the paper's betas in NumPy.
 
     There are so many timesteps that rounding to whole ones hardly matters.
     """
-    times = logsnr_timesteps(NoiseScheduler(100_000), 51, start, stop)
+    times = logsnr_timesteps(NoiseScheduler(100_000), 51, 50_000, 1000)
     alpha_bar = np.cumprod(1 - np.linspace(0.1, 20, 100_000) / 100_000)
     log_snr = np.log(alpha_bar / (1 - alpha_bar))
     gaps = np.diff(log_snr[times])
