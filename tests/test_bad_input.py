@@ -49,6 +49,7 @@ COMMANDS = {
     "edit.py interpolate 1 2 --depths 0.5,2": "'2' is not a number from 0 to 1",
     "edit.py inpaint a.png --n 101": "a grid shows 100 images at most; use a smaller --n",
     "edit.py inpaint a.png {run} --sampler dpm++": "depend on earlier steps",
+    "edit.py inpaint a.png {run} --sampler ddim --eta 0.5": "depend on earlier steps",
     "edit.py vary {pictures}/00000.png {run}": "20x20 pixels, the model's images are 16x16; --fit",
     "edit.py vary {root}/README.md {run}": "README.md: not a PNG",
     "edit.py interpolate no.png 1 {run}": "no.png: No such file",

@@ -32,13 +32,6 @@ def half_the_mean(x_t, t):
     return by_bands(ideal_eps(x_t, t), torch.tensor([0.5, 1, 1, 1]))
 
 
-def measured(eps, memory=256, images=100, seed=0):
-    """Measure the model `eps` on Gaussian images, so many at a time."""
-    x_0 = draw_images(images, seed)
-    denoiser = Denoiser(LittleMemory(eps, memory), SCHEDULER)
-    return bands.measure_bands(denoiser, x_0.__getitem__, np.arange(images), MU, memory, seed)
-
-
 def expected_ratio(eps, t):
     """Return the ratios (K, bands) by algebra.
 
@@ -58,7 +51,10 @@ def expected_ratio(eps, t):
 @pytest.mark.parametrize("eps", [ideal_eps, half_the_mean])
 def test_the_ratios_of_known_networks(eps):
     """Compare with the algebra, for the ideal denoiser and for one that is wrong in the mean."""
-    result = measured(eps)
+    x_0 = draw_images(100)
+    # There is memory for 256 images.
+    denoiser = Denoiser(LittleMemory(eps, 256), SCHEDULER)
+    result = bands.measure_bands(denoiser, x_0.__getitem__, np.arange(100), MU, 256, 0)
     assert result.t[0] == 0
     assert result.t[-1] == 999
     assert len(result.t) == 12
@@ -67,9 +63,8 @@ def test_the_ratios_of_known_networks(eps):
     expected = expected_ratio(eps, result.t)
     deviations = np.abs(result.ratio - expected) / result.standard_error
     assert deviations.max() < 4.5
-    assert np.median(deviations) < 1.2
-    # The standard errors are small, so the comparison says something.
-    assert result.standard_error[:, 3].max() / result.ratio[:, 3].max() < 0.02
+    # Half of all normal deviations are below 0.67.
+    assert 0.4 < np.median(deviations) < 1.2
 
     if eps is ideal_eps:
         # The linear filter has the s^2 of these 100 images, and the truth that of all.
@@ -80,15 +75,6 @@ def test_the_ratios_of_known_networks(eps):
         assert expected[-1, 0] > 100
         times_worse = float(result.verdict().split("x_0 is ")[1].split(" times")[0])
         assert times_worse == pytest.approx(result.ratio[-1, 0], rel=0.01)
-
-
-def test_the_errors_are_those_of_repetition(monkeypatch):
-    """The truth of a standard error is the spread of 12 measurements on other images."""
-    monkeypatch.setattr(bands, "DRAWS", 80)
-    results = [measured(half_the_mean, images=40, seed=seed) for seed in range(12)]
-    spread = np.std([result.ratio for result in results], axis=0, ddof=1)
-    stated = np.mean([result.standard_error for result in results], axis=0)
-    assert 0.8 < np.median(spread / stated) < 1.25
 
 
 @pytest.mark.parametrize(("size", "finest"), [(4, 1), (16, 3), (96, 5)])
@@ -107,29 +93,6 @@ def test_bands_are_octaves(size, finest):
     bands_of = octaves(size)
     assert (bands_of == 0).sum() == 1
     assert bands_of[size // 2, size // 2] == finest
-
-
-def test_memory_does_not_change_the_result(monkeypatch):
-    """Other batches round otherwise, in float32."""
-    monkeypatch.setattr(bands, "DRAWS", 27)
-    whole = measured(ideal_eps, images=9)
-    by_five = measured(ideal_eps, memory=5, images=9)
-    assert_allclose(by_five.ratio, whole.ratio, rtol=1e-5)
-
-
-def test_the_heat_map_is_red_where_it_is_worse_than_nothing(tmp_path):
-    ratio = np.array([[0.01, 0.1], [50.0, 1.0]])
-    result = bands.BandErrors([0, 9], ["mean", "finest"], ratio, 0.1 * ratio, ratio, np.ones(2))
-    bands.plot_bands(result, tmp_path / "bands.png", "test")
-    pixels = np.asarray(Image.open(tmp_path / "bands.png").convert("RGB")).astype(int)
-    height, width = pixels.shape[:2]
-
-    # The ratio of 50 is at the upper right and that of 0.01 at the upper left. Red is channel 0,
-    # and blue is channel 2.
-    upper_right = pixels[height // 3, int(width * 0.9)]
-    upper_left = pixels[height // 3, int(width * 0.2)]
-    assert upper_right[0] > upper_right[2] + 50
-    assert upper_left[2] > upper_left[0] + 50
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from functions.sampling.options import SamplerOptions
 from functions.support.command_line import exit_on_user_error
 from functions.support.processes import Processes
 from functions.training.metrics import read_metrics
-from models.blocks import GroupNorm
 from tests.conftest import (
     TINY,
     call,
@@ -64,24 +63,6 @@ def test_a_deterministic_run_resumes_bit_for_bit(precision, pictures, tmp_path):
     (cut,) = (tmp_path / "cut").iterdir()
     call(train.main, "--resume", cut, "--device", "cuda")
     assert_same_run(straight, cut)
-
-
-def test_group_norm_keeps_bfloat16_under_autocast():
-    saved = []
-
-    def pack(tensor):
-        saved.append(tensor)
-        return tensor
-
-    norm = GroupNorm(4, 8).cuda()
-    x = torch.randn(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    with (
-        torch.autocast("cuda", torch.bfloat16),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        y = norm(x)
-    assert y.dtype == torch.bfloat16
-    assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
 
 
 @pytest.fixture

@@ -65,19 +65,15 @@ def test_spoilt_are_dark_and_speckled_images_and_no_real_ones(people):
 
 @pytest.mark.slow
 def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
-    """Two arms are trained, measured and drawn on a tiny network, and nothing is done twice."""
+    """An arm is trained, measured and drawn on a tiny network, and nothing is done twice."""
     tiny = SMALL_MODEL | {"dim_multiply": (1, 1), "transformer_layers": ()}
     data = {"timesteps_diff": 50, "epochs": 1, "dataset_name": str(pictures)}
-    names = ("eps", "v, uniform t")
-    arms = {name: (experiments.ARMS[name][0] | data, tiny, 1) for name in names}
-    few = {"20 DDIM": experiments.DISTANCES["20 DDIM"]}
-    rows = ("eps", "v, uniform t, calibrated (own)")
     changes = {
-        "ARMS": arms,
-        "PICTURES": {"arms.png": rows, "none.png": ("eps", "eps, photos")},
-        "DISTANCES": few,
+        "ARMS": {"eps": (data, tiny, 1)},
+        "PICTURES": {"arms.png": ("eps", "eps, calibrated (own)"), "none.png": ("eps", "v")},
+        "DISTANCES": {"20 DDIM": experiments.DISTANCES["20 DDIM"]},
         "IMAGE_COUNT": 20,
-        "SPOILT_COUNT": 40,
+        "SPOILT_COUNT": 20,
         "RUNS": tmp_path / "runs",
         "RESULTS": tmp_path / "experiments.json",
     }
@@ -87,23 +83,19 @@ def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("figures.bands.DRAWS", 1)
 
     # Each part runs once. Its second call finds all there, so the patched work is not called.
-    call(experiments.main, "train")
-    with patch("train.train", side_effect=AssertionError("trained again")):
-        call(experiments.main, "train")
-    call(experiments.main, "measure")
-    with patch.object(experiments, "generate", side_effect=AssertionError("measured again")):
-        call(experiments.main, "measure")
+    for part, work in (("train", "train.train"), ("measure", "figures.experiments.generate")):
+        call(experiments.main, part)
+        with patch(work, side_effect=AssertionError("done again")):
+            call(experiments.main, part)
     call(experiments.main, "draw")
 
-    # Each of the two arms is measured plain, and calibrated in two ways.
+    # The arm is measured plain, and calibrated in two ways.
     results = json.loads((tmp_path / "experiments.json").read_text())
-    assert len(results) == 6
+    assert len(results) == 3
     assert results["eps"]["0"]["distance"]["20 DDIM"] > 0
     printed = capsys.readouterr().out
-    assert "| v, uniform t, calibrated (own) | 1 |" in printed
-    assert "none.png is not drawn, because these are not measured: eps, photos" in printed
-    assert not (tmp_path / "none.png").exists()
-
+    assert "| eps, calibrated (own) | 1 |" in printed
+    assert "none.png is not drawn, because these are not measured: v" in printed
     # The picture has the two rows of its table, and no others.
     drawn = Image.open(tmp_path / "arms.png")
     assert drawn.height == pytest.approx(drawn.width * 0.16, rel=0.05)

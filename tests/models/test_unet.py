@@ -1,16 +1,18 @@
 """The network: the paper's parameter counts, and the same function as diffusers' U-Net."""
 
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS, ModelConfig
 from functions.support.diffusers_folder import diffusers_name, our_name
-from models.blocks import sinusoidal_embedding
+from models.blocks import DIALECTS, sinusoidal_embedding
 from models.unet import UNet
 from tests.conftest import small_unet
 
@@ -72,6 +74,20 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(dialect,
     for name, (parameter, other) in pairs.items():
         gradient = other.grad.reshape(parameter.shape)
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=2e-5), name
+
+
+def test_the_details_are_those_of_google_s_networks_and_diffusers_defaults():
+    """The first are in the configs of Google's DDPMs, which are Ho's networks."""
+    assert vars(DIALECTS["ho"]) == {
+        "norm_eps": 1e-6,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "attention_head_dim": None,
+    }
+    defaults = signature(UNet2DModel).parameters
+    for name, value in vars(DIALECTS["diffusers"]).items():
+        assert value == defaults[name].default
 
 
 def test_time_embedding_is_the_papers():

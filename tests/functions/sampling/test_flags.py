@@ -26,22 +26,16 @@ from tests.conftest import CPU, call
     ("flags", "options", "text", "short_name"),
     [
         (
-            "--steps 9 --variance large",
-            SamplerOptions("ddpm", 9, variance="large"),
-            "ddpm, trailing, 9 steps, variance large",
-            "ddpm9-variance-large",
+            "--variance large",
+            SamplerOptions(variance="large"),
+            "ddpm, trailing, all steps, variance large",
+            "ddpm-variance-large",
         ),
         (
             "--sampler dpm++ --steps 9 --spacing trailing --eta 0",
             SamplerOptions("dpm++", 9, "trailing", eta=0.0),
             "dpm++, trailing, 9 steps, eta 0.0",
             "dpmpp9-spacing-trailing-eta-0.0",
-        ),
-        (
-            "--sampler ddim --eta 0.5",
-            SamplerOptions("ddim", eta=0.5),
-            "ddim, trailing, all steps, eta 0.5",
-            "ddim-eta-0.5",
         ),
     ],
 )
