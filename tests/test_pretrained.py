@@ -11,7 +11,6 @@ from PIL import Image
 
 import evaluate
 import sample
-import sampleFFHQ
 from config import Experiment
 from figures import pretrained
 from figures.feature_distance import spoilt, training_features
@@ -74,8 +73,6 @@ def test_a_run_comes_before_the_box(box, tiny_run, tmp_path, capsys):
 
 
 def test_the_box_replaces_no_run_that_is_asked_for(box):
-    with pytest.raises(CheckpointError, match="no run of an experiment ffhq"):
-        call(sampleFFHQ.main)
     with pytest.raises(CheckpointError, match="elsewhere: no run"):
         call(sample.main, "--runs", "elsewhere")
 

@@ -1,4 +1,7 @@
-"""From a checkpoint to pictures: each image by its seed alone, and files with the right content."""
+"""From a checkpoint to pictures: by the seed alone, with the flags' options, the right files.
+
+test_bad_input.py has what is refused.
+"""
 
 from dataclasses import replace
 
@@ -8,16 +11,18 @@ from PIL import Image
 
 import sample
 import sampleFFHQ
+import train
 from data.pixels import to_uint8
-from functions.samplers import SAMPLERS
+from functions.samplers import SAMPLERS, Sampler, ddim_sample
 from functions.sampling.files import GIF_FRAMES, state_frames
-from functions.sampling.generation import generate
+from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.command_line import exit_on_user_error
-from functions.support.errors import CheckpointError
+from functions.support.errors import CheckpointError, UserError
+from functions.support.loading import load_denoiser
 from functions.support.pictures import MIN_SIDE, save_grid
 from models.unet import UNet
-from tests.conftest import LittleMemory, call, image_sampler_of
+from tests.conftest import CPU, LittleMemory, call, image_sampler_of
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -96,3 +101,54 @@ def test_large_images_keep_their_pixels_in_a_grid(tmp_path):
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (132, 5 * 130 + 2, 3)
     assert np.array_equal(grid[2:130, 132:260], images[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "text", "short_name"),
+    [
+        (
+            "--variance large",
+            SamplerOptions(variance="large"),
+            "ddpm, trailing, all steps, variance large",
+            "ddpm-variance-large",
+        ),
+        (
+            "--sampler dpm++ --steps 9 --spacing trailing --eta 0",
+            SamplerOptions("dpm++", 9, "trailing", eta=0.0),
+            "dpm++, trailing, 9 steps, eta 0.0",
+            "dpmpp9-spacing-trailing-eta-0.0",
+        ),
+    ],
+)
+def test_flags_give_the_images_of_their_options(
+    flags, options, text, short_name, tiny_run, tmp_path, capsys
+):
+    flags += " --seed 3 --n 2 --individual --out"
+    call(sample.main, tiny_run, *flags.split(), tmp_path)
+    assert f"{text}, seed 3" in capsys.readouterr().out
+    assert options.short_name == short_name
+
+    # The files are compared with what these options give in memory.
+    image_sampler = ImageSampler(load_denoiser(tiny_run), options, (3, 16, 16), 3, CPU)
+    expected = to_uint8(generate(image_sampler, range(2)).images)
+    images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
+    assert np.array_equal(images, expected)
+
+
+def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch, capsys):
+    """The scripts and the grids of training know it, and refuse options that it does not have."""
+    row = Sampler(ddim_sample, {"spacing": "logsnr"}, "Euler's method")
+    monkeypatch.setitem(SAMPLERS, "euler", row)
+
+    with pytest.raises(SystemExit):
+        call(sample.main, "--help")
+    assert "euler is Euler's method" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="the options of --sampler euler are --spacing"):
+        SamplerOptions("euler", eta=0.5)
+
+    call(train.main, "--resume", unfinished, "--diffusion.grid-sampler", "euler")
+    call(sample.main, unfinished, "--n", 4, "--steps", 4, "--sampler", "euler", "--out", tmp_path)
+    script = np.asarray(Image.open(tmp_path / "grid.png")).astype(float)
+    training = np.asarray(Image.open(unfinished / "samples" / "step-00000010.png"))
+    # Rounding differs, and the layout of the networks in memory.
+    assert abs(script - training).max() <= 2
