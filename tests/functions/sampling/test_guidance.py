@@ -71,14 +71,6 @@ def test_either_network_has_its_own_calibration(run, tmp_path, monkeypatch):
     assert names == {"step-00000004", "step-00000010"}
 
 
-def test_a_damaged_snapshot_is_named(run, tmp_path):
-    copy = shutil.copytree(run, tmp_path / run.name)
-    damaged = checkpoints_of(copy, "snapshots")[0]
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    with pytest.raises(UserError, match=damaged.name):
-        call(sample.main, copy, *FEW, "--guide", 4)
-
-
 @pytest.mark.parametrize(
     "flags, reason",
     [
