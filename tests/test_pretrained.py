@@ -70,9 +70,6 @@ def test_a_run_comes_before_the_box(box, tiny_run, tmp_path, capsys):
     call(sample.main, *FLAGS)
     assert "pretrained" not in capsys.readouterr().out
     assert (run / "samples" / "step-00000010-ddpm3-float32-seed0" / "grid.png").exists()
-
-
-def test_the_box_replaces_no_run_that_is_asked_for(box):
     with pytest.raises(CheckpointError, match="elsewhere: no run"):
         call(sample.main, "--runs", "elsewhere")
 

@@ -84,21 +84,6 @@ def test_noise_is_asked_for_once_a_step_and_not_at_the_end():
 
 
 @all_samplers
-def test_a_sample_depends_on_its_own_noise_alone(sampler):
-    """A sample that is made alone is, bit for bit, the one that is made with four others."""
-    # Of these draws the last is x_T.
-    noises = torch.randn(13, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-
-    def sampled(draws):
-        return sampler(DENOISER, draws[-1], 12, step_noise=draws.__getitem__)
-
-    together = sampled(noises)
-    for i in range(5):
-        alone = sampled(noises[:, i : i + 1])
-        assert torch.equal(alone[0], together[i])
-
-
-@all_samplers
 def test_the_way_can_be_given_as_times_and_taken_in_parts(sampler):
     """The truth is the way that is given as a number of steps."""
     times = sampling_times(SCHEDULER, 12, "logsnr")

@@ -27,7 +27,10 @@ from tests.conftest import CPU, LittleMemory, call, image_sampler_of
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(network, sampler):
-    """Its noise is the same bit for bit, and the image is so to less than one of 255 levels."""
+    """Its noise is the same bit for bit, and the image is so to less than one of 255 levels.
+
+    A batch may also consist of other images.
+    """
     # It has memory for as many images as a call may have.
     limited = LittleMemory(network, 1)
     sampler = image_sampler_of(limited, 24, SamplerOptions(sampler, 5), seed=7)
