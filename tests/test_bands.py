@@ -1,4 +1,4 @@
-"""What a network knows of x_0 by band.
+"""Figures: what a network knows of x_0 by band, and the experiments with their distances.
 
 The truths are algebra for networks whose answer is known (gaussian_bands.py), and cosine waves,
 whose band is their number of cycles.
@@ -6,6 +6,7 @@ whose band is their number of cycles.
 
 import json
 import shutil
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from figures import bands
+from data.datasets import load_images
+from data.pixels import to_model_range
+from figures import bands, experiments
+from figures.feature_distance import Features, frechet_distance, spoilt
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.spectra import band_sums, octaves, spectrum
-from tests.conftest import LittleMemory, call
+from tests.conftest import SMALL_MODEL, LittleMemory, call
 from tests.functions.gaussian_bands import (
     MU,
     SCHEDULER,
@@ -31,21 +35,6 @@ from tests.functions.gaussian_bands import (
 def half_the_mean(x_t, t):
     """The ideal denoiser, but its eps has half the mean."""
     return by_bands(ideal_eps(x_t, t), torch.tensor([0.5, 1, 1, 1]))
-
-
-def measured(eps, memory=4096, images=100, seed=0, **options):
-    """Measure the model `eps` on Gaussian images, so many at a time."""
-    x_0 = draw_images(images, seed)
-    denoiser = Denoiser(LittleMemory(eps, memory), SCHEDULER)
-    return bands.measure_bands(
-        denoiser,
-        lambda i: x_0[i],
-        np.arange(images),
-        MU,
-        min(memory, 256),
-        seed,
-        **options,
-    )
 
 
 def expected_ratio(eps, t):
@@ -67,7 +56,10 @@ def expected_ratio(eps, t):
 @pytest.mark.parametrize("eps", [ideal_eps, half_the_mean])
 def test_the_ratios_of_known_networks(eps):
     """Compare with the algebra, for the ideal denoiser and for one that is wrong in the mean."""
-    result = measured(eps)
+    x_0 = draw_images(100)
+    # There is memory for 256 images.
+    denoiser = Denoiser(LittleMemory(eps, 256), SCHEDULER)
+    result = bands.measure_bands(denoiser, x_0.__getitem__, np.arange(100), MU, 256, 0)
     assert result.t[0] == 0
     assert result.t[-1] == 999
     assert len(result.t) == 12
@@ -76,9 +68,8 @@ def test_the_ratios_of_known_networks(eps):
     expected = expected_ratio(eps, result.t)
     deviations = np.abs(result.ratio - expected) / result.standard_error
     assert deviations.max() < 4.5
-    assert np.median(deviations) < 1.2
-    # The standard errors are small, so the comparison says something.
-    assert result.standard_error[:, 3].max() / result.ratio[:, 3].max() < 0.02
+    # Half of all normal deviations are below 0.67.
+    assert 0.4 < np.median(deviations) < 1.2
 
     if eps is ideal_eps:
         # The linear filter has the s^2 of these 100 images, and the truth that of all.
@@ -91,75 +82,27 @@ def test_the_ratios_of_known_networks(eps):
         assert times_worse == pytest.approx(result.ratio[-1, 0], rel=0.01)
 
 
-def test_the_errors_are_those_of_repetition(monkeypatch):
-    """The truth of a standard error is the spread of 12 measurements on other images."""
-    monkeypatch.setattr(bands, "DRAWS", 80)
-    results = [measured(half_the_mean, images=40, seed=seed) for seed in range(12)]
-    spread = np.std([result.ratio for result in results], axis=0, ddof=1)
-    stated = np.mean([result.standard_error for result in results], axis=0)
-    assert 0.8 < np.median(spread / stated) < 1.25
-
-
-@pytest.mark.parametrize("size", [4, 8, 16, 32, 96])
-def test_bands_are_octaves(size, monkeypatch):
-    """A wave of f cycles lies in the band whose name says so; the finest has the corners."""
-    # The names come from a measurement, which is short here.
-    monkeypatch.setattr(bands, "DRAWS", 2)
-    x_0 = torch.rand(2, 3, size, size)
-    any_network = Denoiser(LittleMemory(lambda x_t, t: x_t, 4096), SCHEDULER)
-    names = bands.measure_bands(any_network, lambda i: x_0[i], np.arange(2), x_0[0], 512, 0).bands
-
-    # The mean is a band by itself.
-    band_of = octaves(size)
-    assert band_of[0, 0] == 0
-    assert (band_of == 0).sum() == 1
-
+@pytest.mark.parametrize(("size", "finest"), [(4, 1), (16, 3), (96, 5)])
+def test_bands_are_octaves(size, finest):
+    """A wave of 1 cycle is in band 1, of 2 or 3 in band 2, and so on up to the finest band."""
     positions = torch.arange(size) * 2 * torch.pi / size
-    for name in names[1:-1]:
-        low, high = map(int, name.split("-"))
-        for cycles in range(low, high):
-            wave = torch.cos(cycles * positions).expand(1, 1, size, size)
-            # The band has the wave's whole energy.
-            energy = band_sums(spectrum(wave).abs().square())[0, 0]
-            whole = wave.square().sum().item()
-            assert energy[names.index(name)] == pytest.approx(whole, rel=1e-5)
+    for cycles in range(size // 2):
+        wave = torch.cos(cycles * positions).expand(size, size)
+        energy = band_sums(spectrum(wave).abs().square())
+        assert len(energy) == finest + 1
+        # The band has the wave's whole energy.
+        band = min(cycles.bit_length(), finest)
+        assert energy[band] == pytest.approx(wave.square().sum().item(), rel=1e-5)
 
-    # The highest frequency of both directions is the corner farthest from the mean.
-    assert band_of[size // 2, size // 2] == len(names) - 1
-
-
-def test_memory_does_not_change_the_result(monkeypatch):
-    """Other batches round otherwise, in float32."""
-    monkeypatch.setattr(bands, "DRAWS", 27)
-    whole = measured(ideal_eps, images=9)
-    by_five = measured(ideal_eps, memory=5, images=9)
-    assert_allclose(by_five.ratio, whole.ratio, rtol=1e-5)
-
-
-def test_the_heat_map_is_red_where_it_is_worse_than_nothing(tmp_path):
-    ratio = np.array([[0.01, 0.1], [50.0, 1.0]])
-    result = bands.BandErrors([0, 9], ["mean", "finest"], ratio, 0.1 * ratio, ratio, np.ones(2))
-    bands.plot_bands(result, tmp_path / "bands.png", "test")
-    picture = Image.open(tmp_path / "bands.png").convert("RGB")
-    pixels = np.asarray(picture).astype(int)
-    height, width = pixels.shape[:2]
-
-    # The ratio of 50 is at the upper right and that of 0.01 at the upper left. Red is channel 0,
-    # and blue is channel 2.
-    upper_right = pixels[height // 3, int(width * 0.9)]
-    upper_left = pixels[height // 3, int(width * 0.2)]
-    assert upper_right[0] > upper_right[2] + 50
-    assert upper_left[2] > upper_left[0] + 50
-
-    # A frame has columns that are black from top to bottom. Not all of them are on the left.
-    black = (pixels.max(axis=2) < 40).sum(axis=0)
-    frame = black > height / 5
-    assert frame.sum() > 4
-    assert frame[: width // 2].sum() < frame.sum()
+    # The mean is a band by itself. The corner has the highest frequency of both directions.
+    bands_of = octaves(size)
+    assert (bands_of == 0).sum() == 1
+    assert bands_of[size // 2, size // 2] == finest
 
 
 @pytest.mark.slow
-def test_the_script_writes_table_and_map(tiny_run, tmp_path, capsys):
+def test_the_script_writes_table_and_map(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bands, "DRAWS", 90)
     # Two dollars in a name are no mathematics.
     [checkpoint] = (tiny_run / "checkpoints").glob("step-00000010.safetensors")
     model = shutil.copy(checkpoint, tmp_path / "$\\frac$.safetensors")
@@ -176,3 +119,89 @@ def test_the_script_writes_table_and_map(tiny_run, tmp_path, capsys):
     s2 = np.array(result["variance"])
     assert_allclose(result["linear"], (1 - a) / (a * s2 + 1 - a))
     assert Image.open(path.with_suffix(".png")).width > 1000
+
+
+@pytest.fixture(scope="module")
+def people():
+    """Return the images of the data set emoji_people."""
+    images = load_images("emoji_people", 32).images
+    return to_model_range(torch.from_numpy(images))
+
+
+def seeded():
+    """Return a random generator that starts anew, with seed 0."""
+    return torch.Generator().manual_seed(0)
+
+
+def test_the_feature_distance_orders_the_obvious(people):
+    """Held-out images are nearest, then tinted ones; noise is very far."""
+    held_out = people[::9]
+    distance = Features(people[np.arange(len(people)) % 9 > 0]).distance
+    tint = torch.tensor([20, 0, -20]).view(3, 1, 1) / 255
+    tinted = (held_out + tint).clamp(-1, 1)
+    noise = torch.randn(held_out.shape, generator=seeded()).clamp(-1, 1)
+
+    assert distance(held_out) < distance(tinted)
+    assert distance(tinted) < distance(noise) / 5
+
+
+def test_the_frechet_distance_of_gaussians_is_the_closed_form():
+    """For covariances that commute it is a sum of squared differences.
+
+    These are the differences of means, here 1 and 1, and of standard deviations, here 1 and 2.
+    """
+    a, b = torch.randn(2, 200_000, 2, generator=seeded(), dtype=torch.float64)
+    rotation = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
+    a = a * torch.tensor([1, 3]) @ rotation + 1
+    b = b * torch.tensor([2, 1]) @ rotation
+
+    assert frechet_distance(a, b) == pytest.approx(2 + 1 + 4, rel=0.02)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_spoilt_are_dark_and_speckled_images_and_no_real_ones(people):
+    dark = people[:20] - 0.2
+    noise = torch.randn(20, 3, 32, 32, generator=seeded())
+    speckled = (people[:20] + 0.3 * noise).clamp(-1, 1)
+
+    assert not spoilt(people).any()
+    assert spoilt(dark).all()
+    assert spoilt(speckled).float().mean() > 0.9
+
+
+@pytest.mark.slow
+def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
+    """An arm is trained, measured and drawn on a tiny network, and nothing is done twice."""
+    tiny = SMALL_MODEL | {"dim_multiply": (1, 1), "transformer_layers": ()}
+    data = {"timesteps_diff": 50, "epochs": 1, "dataset_name": str(pictures)}
+    changes = {
+        "ARMS": {"eps": (data, tiny, 1)},
+        "PICTURES": {"arms.png": ("eps", "eps, calibrated (own)"), "none.png": ("eps", "v")},
+        "DISTANCES": {"20 DDIM": experiments.DISTANCES["20 DDIM"]},
+        "IMAGE_COUNT": 20,
+        "SPOILT_COUNT": 20,
+        "RUNS": tmp_path / "runs",
+        "RESULTS": tmp_path / "experiments.json",
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(experiments, name, value)
+    monkeypatch.setattr("functions.sampling.calibration.IMAGE_COUNT", 20)
+    monkeypatch.setattr("figures.bands.DRAWS", 1)
+
+    # Each part runs once. Its second call finds all there, so the patched work is not called.
+    for part, work in (("train", "train.train"), ("measure", "figures.experiments.generate")):
+        call(experiments.main, part)
+        with patch(work, side_effect=AssertionError("done again")):
+            call(experiments.main, part)
+    call(experiments.main, "draw")
+
+    # The arm is measured plain, and calibrated in two ways.
+    results = json.loads((tmp_path / "experiments.json").read_text())
+    assert len(results) == 3
+    assert results["eps"]["0"]["distance"]["20 DDIM"] > 0
+    printed = capsys.readouterr().out
+    assert "| eps, calibrated (own) | 1 |" in printed
+    assert "none.png is not drawn, because these are not measured: v" in printed
+    # The picture has the two rows of its table, and no others.
+    drawn = Image.open(tmp_path / "arms.png")
+    assert drawn.height == pytest.approx(drawn.width * 0.16, rel=0.05)

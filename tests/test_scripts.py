@@ -16,10 +16,8 @@ from tests.conftest import ROOT, TINY, call, script
 
 def test_a_run_folder_holds_everything(tiny_run):
     config = json.loads((tiny_run / "config.json").read_text())
-    assert config["experiment"] == "faces"
-    assert config["model"]["base_dim"] == 8
+    assert (config["experiment"], config["model"]["base_dim"]) == ("faces", 8)
     assert config["run"]["total_steps"] == 10
-    assert len(config["run"]["train_ids_hash"]) > 8
 
     rows = read_metrics(tiny_run / "metrics.csv")
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10]
@@ -35,7 +33,7 @@ def test_a_run_folder_holds_everything(tiny_run):
 
 
 @pytest.mark.slow
-def test_the_loss_falls_and_the_checkpoint_samples(learned_run):
+def test_the_loss_falls(learned_run):
     """After 60 steps on simple pictures the validation loss is well below its start.
 
     The start is below 1, the variance of the noise.
@@ -44,8 +42,6 @@ def test_the_loss_falls_and_the_checkpoint_samples(learned_run):
     losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
     assert losses[0] > 0.6
     assert losses[-1] < 0.35
-    # The checkpoint can be sampled from; an error would end the test.
-    call(sample.main, learned_run, "--n", 2, "--steps", 5)
 
 
 @pytest.mark.slow
@@ -91,13 +87,12 @@ def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
 
 @pytest.mark.slow
 def test_the_scripts_work_from_another_folder(pictures, tmp_path):
-    trained = script(ROOT / "train.py", "--diffusion.dataset-name", pictures, *TINY, cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    assert "epoch 2/2" in trained.stderr
-    assert "img/s" in trained.stderr
-
-    sampled = script(ROOT / "sample.py", "--n", "2", "--steps", "2", cwd=tmp_path)
-    assert sampled.returncode == 0, sampled.stderr
+    data = ["--diffusion.dataset-name", pictures]
+    for arguments in (["train.py", *data, *TINY], ["sample.py", "--n", 2, "--steps", 2]):
+        name, *flags = arguments
+        ended = script(ROOT / name, *flags, cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        assert ("epoch 2/2" in ended.stderr) == (name == "train.py")
     assert list((tmp_path / "runs").glob("faces-*/samples/*/grid.png"))
 
 

@@ -12,8 +12,9 @@ SCHEDULER = NoiseScheduler(1000)
 OCTAVES = octaves(SIZE)
 # From band to band the variances fall roughly as a power law, as they do in photographs.
 VARIANCES = torch.tensor([30.0, 6.0, 1.0, 0.05])
-# In the mean image each pixel of each channel has another value.
-MU = torch.linspace(-0.5, 0.5, 3 * SIZE * SIZE).view(3, SIZE, SIZE)
+# In the mean image each pixel of each channel has another value. They are large, so that a wrong
+# mean is noticed also where x_t has little of it.
+MU = torch.linspace(-4, 4, 3 * SIZE * SIZE).view(3, SIZE, SIZE)
 
 
 def by_bands(images: Tensor, factors: Tensor) -> Tensor:

@@ -1,19 +1,19 @@
-"""Objective v beside eps, and one that a test registers, x_0: what converts into what.
+"""Denoisers: objective v beside eps, and one that a test registers, x_0.
 
-The truths are the formulas of the papers in NumPy, and diffusers.
+The truths are the formulas of the papers, and diffusers.
 """
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from numpy.testing import assert_allclose
+from torch import nn
 from torch.testing import assert_close
 
 from functions.denoiser import OBJECTIVES, Denoiser, Objective
 from functions.losses import denoising_loss, eps_errors
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddim_sample
+from tests.conftest import small_unet
 from tests.functions.known_denoisers import Exact
 
 SCHEDULERS = {name: NoiseScheduler(1000, beta_schedule=name) for name in ("linear", "cosine")}
@@ -43,7 +43,7 @@ def third_objective(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "x_0", X_0)
 
 
-@pytest.mark.parametrize("name", ["noise", None, [], 1], ids=repr)
+@pytest.mark.parametrize("name", ["noise", []], ids=repr)
 def test_an_unknown_objective_is_refused(name):
     with pytest.raises(ValueError, match=r"it can be eps or v.* or x_0"):
         Denoiser(None, SCHEDULERS["linear"], objective=name)
@@ -55,68 +55,36 @@ def normal(seed, count=5):
     return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("schedule", "lost"), [("linear", 5e-6), ("cosine", 2e-4)])
-def test_v_keeps_the_digits_of_x_0_that_eps_would_lose(schedule, lost):
+def test_v_keeps_the_digits_of_x_0_that_eps_would_lose():
     """The truth is the x_0 in float64 that x_t at T - 1 was made from.
 
-    x_t and v are given in float32, as to any network.
+    x_t and v are given in float32, as to any network. By way of eps, x_0 would be divided by
+    sqrt(alpha_bar), which is 5e-5 here.
     """
-    scheduler = SCHEDULERS[schedule]
-    x_0 = normal(1, 100)
-    noise = normal(2, 100)
-    a = scheduler.alphas_cumprod[-1]
-    x_t = (a.sqrt() * x_0 + (1 - a).sqrt() * noise).float()
-    v = (a.sqrt() * noise - (1 - a).sqrt() * x_0).float()
-
-    denoiser = Denoiser(lambda x_t, t: v, scheduler, objective="v")
-    predicted, eps = denoiser.predict(x_t, 999)
-    assert predicted.dtype == eps.dtype == torch.float32
-    assert (predicted - x_0).norm() < 1e-7 * x_0.norm()
-    assert (eps - noise).norm() < 1e-7 * noise.norm()
-
-    # By way of eps, x_0 is divided by sqrt(alpha_bar), which is 0.006 or 5e-5 here.
-    by_way_of_eps = scheduler.predict_x_0(x_t, 999, eps)
-    assert (by_way_of_eps - x_0).norm() > lost * x_0.norm()
+    scheduler = SCHEDULERS["cosine"]
+    truths = normal(1), normal(2)
+    x_0, noise = truths
+    v = scheduler.v(x_0, 999, noise).float()
+    x_t = scheduler.q_sample(x_0, 999, noise).float()
+    predicted = Denoiser(lambda x_t, t: v, scheduler, "v").predict(x_t, 999)
+    for found, truth in zip(predicted, truths, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - truth).norm() < 1e-7 * truth.norm()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULERS)
 @pytest.mark.parametrize("objective", ["eps", "v", "x_0"])
-def test_losses_convert_as_the_papers_say(objective, schedule):
-    """For any network the loss of v is that of eps over alpha_bar, and of x_0 over 1 - alpha_bar.
-
-    So Salimans and Ho have it. The truth is in NumPy float64.
-    """
+def test_losses_are_squared_errors_of_the_target_and_convert_into_those_of_eps(objective, schedule):
+    """The next test compares v and the predicted eps with those of diffusers."""
     scheduler = SCHEDULERS[schedule]
-    x_0 = normal(1).float()
-    noise = normal(2).float()
-
-    def network(x_t, t):
-        return torch.tanh(2 * x_t.float() + t.view(-1, 1, 1, 1) / 500)
-
-    denoiser = Denoiser(network, scheduler, objective=objective)
+    x_0, noise, output = (normal(seed) for seed in (1, 2, 3))
+    denoiser = Exact(lambda x_t, t: output, scheduler, objective)
     losses = denoising_loss(denoiser, x_0, T, noise)
+    target = {"eps": noise, "v": scheduler.v(x_0, T, noise), "x_0": x_0}[objective]
+    assert_close(losses, (output - target).square().mean((1, 2, 3)))
 
-    # The network's output means an eps and an x_0: by x_t = sqrt(a) x_0 + sqrt(1 - a) eps, and by
-    # the definition of v.
-    a = scheduler.alphas_cumprod[T].view(-1, 1, 1, 1).numpy()
-    x_t = np.sqrt(a) * x_0.numpy() + np.sqrt(1 - a) * noise.numpy()
-    output = network(torch.from_numpy(x_t), T).double().numpy()
-    predicted = output
-    if objective == "v":
-        predicted = np.sqrt(a) * x_t - np.sqrt(1 - a) * output
-    if objective == "eps":
-        predicted = (x_t - np.sqrt(1 - a) * output) / np.sqrt(a)
-    eps = (x_t - np.sqrt(a) * predicted) / np.sqrt(1 - a)
-
-    of_eps = ((eps - noise.numpy()) ** 2).mean(axis=(1, 2, 3))
-    of_x_0 = ((predicted - x_0.numpy()) ** 2).mean(axis=(1, 2, 3))
-    a = a.reshape(-1)
-    factor = {"eps": a, "v": 1, "x_0": 1 - a}[objective]
-    # Both conversions give the loss of v. The loss of eps is alpha_bar times that, and the loss of
-    # x_0 is 1 - alpha_bar times that.
-    for of_v in (of_eps / a, of_x_0 / (1 - a)):
-        assert_allclose(losses, of_v * factor, rtol=1e-5)
-    assert_allclose(eps_errors(denoiser, losses, T), of_eps, rtol=1e-5)
+    _, eps = denoiser.predict(scheduler.q_sample(x_0, T, noise), T)
+    assert_close(eps_errors(denoiser, losses, T), (eps - noise).square().mean((1, 2, 3)))
 
 
 @pytest.mark.parametrize("objective", ["v", "x_0"])
@@ -131,7 +99,7 @@ def test_objectives_are_those_of_diffusers(schedule, theirs, objective):
     """Compare with their `get_velocity`, with the x_0 that `step` assumes, and with DDIM's step."""
     ours = SCHEDULERS[schedule]
     word = {"v": "v_prediction", "x_0": "sample"}[objective]
-    theirs = DDIMScheduler(1000, 1e-4, 0.02, theirs, prediction_type=word)
+    theirs = DDIMScheduler(1000, beta_schedule=theirs, prediction_type=word)
     # Theirs would be in float32.
     theirs.alphas_cumprod = ours.alphas_cumprod
     theirs.set_timesteps(20)
@@ -154,3 +122,39 @@ def test_objectives_are_those_of_diffusers(schedule, theirs, objective):
         # The last step was without clipping.
         x_s = ddim_sample(denoiser, x_t, [t, t - 50], clip_x_0=False)
         assert_close(x_s, step.prev_sample)
+
+
+SCHEDULER = NoiseScheduler(1000)
+X_T = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("t", [-2, 1000, torch.tensor([1000, 3])], ids=str)
+def test_timesteps_that_there_are_not_are_no_others(t):
+    """A negative index must not count from the end, as it does in Python."""
+    with pytest.raises(IndexError):
+        Denoiser(lambda x_t, t: x_t, SCHEDULER).predict(X_T, t)
+
+
+@torch.no_grad()
+def test_a_denoiser_gives_float32():
+    """The truth is the network itself, called without a `Denoiser`."""
+    network = small_unet()
+    t = torch.tensor([3, 700])
+    expected = network(X_T, t)
+    assert_close(Denoiser(network, SCHEDULER)(X_T, t), expected)
+
+    half = Denoiser(network, SCHEDULER, precision=torch.bfloat16)(X_T.double(), t)
+    assert half.dtype == torch.float32
+    assert_close(half, expected, rtol=0.1, atol=0.1)
+    # Were the two equal, then autocast would have done nothing.
+    assert not torch.equal(half, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_is_without_dropout_and_for_a_while(training):
+    """The network is as it was after the context, even after one that an error ended."""
+    denoiser = Denoiser(nn.Dropout(0.5).train(training), SCHEDULER)
+    with pytest.raises(KeyError), denoiser.evaluating():
+        assert not denoiser.network.training
+        raise KeyError
+    assert denoiser.network.training == training

@@ -97,13 +97,7 @@ def test_ddpm_agrees_with_diffusers_step_for_step(timesteps, steps, spacing, var
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(
     ("steps", "eta"),
-    [
-        (200, 0.0),
-        (50, 0.0),
-        (50, 1.0),
-        (8, 0.5),
-        (1, 0.0),
-    ],
+    [(200, 0.0), (50, 1.0), (8, 0.5), (1, 0.0)],
 )
 def test_ddim_agrees_with_diffusers_step_for_step(steps, eta, clip):
     scheduler = theirs(

@@ -1,4 +1,4 @@
-"""Every sampler converges to the data, as fast as its order says.
+"""Every sampler, and DDIM backwards, converges as fast as its order says.
 
 The truths are data whose ideal denoiser is known in closed form (known_denoisers.py): their
 distribution, and the paths along which noise becomes data.
@@ -6,42 +6,21 @@ distribution, and the paths along which noise becomes data.
 
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import SAMPLERS, ddim_sample, ddpm_sample, dpm_solver_sample
+from functions.samplers import SAMPLERS, ddim_invert, ddim_sample, ddpm_sample, dpm_solver_sample
 from functions.timesteps import sampling_times
 from tests.functions.known_denoisers import (
     IMAGES,
     MIXTURE,
     Gaussian,
     double,
-    exact_path,
     ideal,
     mean_and_variance,
     part_of_the_way,
+    sigmas,
 )
-
-
-@pytest.mark.parametrize("data", [MIXTURE, IMAGES], ids=["mixture", "images"])
-@pytest.mark.parametrize("sigma", [0.01, 0.5, 20.0])
-def test_the_ideal_denoiser_is_the_score(sigma, data):
-    """All tests below stand on this: E[eps | y] = -sigma d log p(y) / dy (Tweedie).
-
-    The truth is the derivative of PyTorch's densities, by autograd.
-    """
-    y = data.sample(20, torch.Generator().manual_seed(0)) + sigma
-    y.requires_grad_()
-    if data is MIXTURE:
-        widths = (data.stds**2 + sigma**2).sqrt()[:, None].expand_as(data.means)
-        components = Independent(Normal(data.means, widths), 1)
-        density = MixtureSameFamily(Categorical(data.weights), components)
-    else:
-        density = Independent(Normal(data.mean, (data.std**2 + sigma**2).sqrt()), 1)
-    (score,) = torch.autograd.grad(density.log_prob(y).sum(), y)
-
-    eps = data.eps(y.detach(), torch.full((20, 1), sigma, dtype=torch.float64))
-    torch.testing.assert_close(eps, -sigma * score)
 
 
 def distance(x_0):
@@ -126,24 +105,6 @@ def slopes(errors):
     return (-torch.stack(errors).log2().diff()).tolist()
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        (MIXTURE, (2,)),
-        (IMAGES, (3, 8, 8)),
-    ],
-    ids=["mixture", "images"],
-)
-def path(request):
-    """Return data, their schedule, and both ends of the paths on which noise becomes data."""
-    data, shape = request.param
-    scheduler = NoiseScheduler(T)
-    generator = torch.Generator().manual_seed(0)
-    x_T = torch.randn(8, *shape, generator=generator, dtype=torch.float64)
-    exact = exact_path(data, scheduler, x_T, START, STOP)
-    return data, scheduler, x_T, exact
-
-
 @pytest.mark.parametrize(
     ("sampler", "spacing", "order"),
     [
@@ -153,16 +114,19 @@ def path(request):
         (dpm_solver_sample, "trailing", 2),
     ],
 )
-def test_the_error_falls_with_the_order(sampler, spacing, order, path):
+def test_the_error_falls_with_the_order(sampler, spacing, order):
     """With a method of order p, twice as many steps make the error 2^p times smaller.
 
-    The truth is where the exact path ends.
+    The truth is where the exact path of IMAGES ends.
     """
-    data, scheduler, x_T, exact = path
+    scheduler = NoiseScheduler(T)
+    a, a_end = scheduler.alphas_cumprod[[START, STOP]]
+    x_T = torch.randn(8, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = a_end.sqrt() * IMAGES.path(x_T / a.sqrt(), sigmas(a), sigmas(a_end))
     errors = []
     for steps in (128, 256, 512):
         times = part_of_the_way(scheduler, steps, spacing, START, STOP)
-        x = sampler(ideal(data, scheduler), x_T, times, clip_x_0=False)
+        x = sampler(ideal(IMAGES, scheduler), x_T, times, clip_x_0=False)
         errors.append((x - exact).abs().max())
 
     assert slopes(errors) == pytest.approx([order] * 2, abs=0.25)
@@ -197,3 +161,45 @@ def test_with_fresh_noise_the_error_of_the_distribution_falls_with_the_order(
 
     assert slopes(errors) == pytest.approx([order] * 2, abs=0.15)
     assert errors[-1] < 10 * 0.02**order
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
+def test_inversion_and_the_way_back_have_order_1(beta_schedule):
+    """Twice as many steps halve the errors, of x_T and of the image that is sampled from it."""
+    # So many timesteps are needed that the spacing of the steps is not rounded much.
+    scheduler = NoiseScheduler(4000, beta_schedule=beta_schedule)
+    denoiser = ideal(IMAGES, scheduler)
+    x_0 = IMAGES.sample(8, torch.Generator().manual_seed(0)).view(8, 3, 8, 8)
+    # The path is that from sigma = 0, the clean image, to the last timestep.
+    a = scheduler.alphas_cumprod[-1].double()
+    path = IMAGES.path(x_0.flatten(1), double(0.0), sigmas(a))
+    truth = a.sqrt() * path.view(x_0.shape)
+
+    errors = []
+    for steps in (50, 100, 200, 400):
+        x_T = ddim_invert(denoiser, x_0, steps, "logsnr")
+        again = ddim_sample(denoiser, x_T, steps, spacing="logsnr", clip_x_0=False)
+        differences = torch.stack([x_T - truth, again - x_0])
+        errors.append(differences.square().mean((1, 2, 3, 4)).sqrt())
+
+    errors = torch.stack(errors)
+    orders = torch.log2(errors[:-1] / errors[1:])
+    assert ((orders > 0.9) & (orders < 1.15)).all()
+    assert errors[-1].max() < 0.012
+
+
+def test_inversion_calls_the_network_where_it_is():
+    """Each step asks at the timestep of its state, and the first one at the lowest timestep."""
+    asked = []
+
+    def network(x_t, t):
+        asked.append(t[0].item())
+        return torch.zeros_like(x_t)
+
+    scheduler = NoiseScheduler(1000)
+    denoiser = Denoiser(network, scheduler)
+    # Without noise in the image, the states are the image times sqrt(alpha_bar).
+    x_T = ddim_invert(denoiser, torch.ones(1, 3, 8, 8), [999, 600, 20, -1])
+    assert asked == [20, 20, 600]
+    expected = torch.full((1, 3, 8, 8), scheduler.alpha_bar(999) ** 0.5)
+    torch.testing.assert_close(x_T, expected)

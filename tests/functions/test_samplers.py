@@ -1,12 +1,15 @@
-"""The reverse process: what all samplers promise."""
+"""The reverse process: what all samplers promise, and the timesteps that they visit."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, ddim_sample, ddpm_sample, dpm_solver_sample
-from functions.timesteps import sampling_times
+from functions.timesteps import SPACINGS, logsnr_timesteps, sampling_times
 from tests.functions.known_denoisers import Exact
 
 SHAPE = (2, 3, 4, 4)
@@ -81,21 +84,6 @@ def test_noise_is_asked_for_once_a_step_and_not_at_the_end():
 
 
 @all_samplers
-def test_a_sample_depends_on_its_own_noise_alone(sampler):
-    """A sample that is made alone is, bit for bit, the one that is made with four others."""
-    # Of these draws the last is x_T.
-    noises = torch.randn(13, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-
-    def sampled(draws):
-        return sampler(DENOISER, draws[-1], 12, step_noise=draws.__getitem__)
-
-    together = sampled(noises)
-    for i in range(5):
-        alone = sampled(noises[:, i : i + 1])
-        assert torch.equal(alone[0], together[i])
-
-
-@all_samplers
 def test_the_way_can_be_given_as_times_and_taken_in_parts(sampler):
     """The truth is the way that is given as a number of steps."""
     times = sampling_times(SCHEDULER, 12, "logsnr")
@@ -139,3 +127,57 @@ def test_the_loop_reads_no_number_from_the_device(sampler):
 def test_what_makes_no_sense_is_refused(sampler, options, message):
     with pytest.raises(ValueError, match=message):
         sampler(DENOISER, torch.randn(SHAPE), **options)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_times_are_as_many_as_asked_for_and_fall_to_the_image(data):
+    timesteps = data.draw(st.integers(21, 300))
+    steps = data.draw(st.none() | st.just(timesteps) | st.integers(1, timesteps))
+    spacing = data.draw(st.sampled_from(SPACINGS))
+    times = sampling_times(NoiseScheduler(timesteps), steps, spacing)
+
+    # So all T steps visit all timesteps.
+    assert len(times) == (steps or timesteps) + 1
+    assert times[0] == timesteps - 1
+    assert times[-1] == -1
+    assert all(type(t) is int for t in times)
+    assert times == sorted(set(times), reverse=True)
+    # The last call is at the least noise.
+    if spacing == "logsnr" and len(times) > 2:
+        assert times[-2] == 0
+
+
+def test_trailing_times_are_even():
+    """The truths are counted by hand: from T - 1, in steps of T / steps, rounded."""
+    assert sampling_times(NoiseScheduler(1000), 5) == [999, 799, 599, 399, 199, -1]
+    assert sampling_times(NoiseScheduler(1000), 7) == [999, 856, 713, 570, 428, 285, 142, -1]
+
+
+def test_logsnr_times_are_even_in_the_log_snr():
+    """The truth is the log-SNR of the paper's betas in NumPy.
+
+    There are so many timesteps that rounding to whole ones hardly matters.
+    """
+    times = logsnr_timesteps(NoiseScheduler(100_000), 51, 50_000, 1000)
+    alpha_bar = np.cumprod(1 - np.linspace(0.1, 20, 100_000) / 100_000)
+    log_snr = np.log(alpha_bar / (1 - alpha_bar))
+    gaps = np.diff(log_snr[times])
+    assert gaps == pytest.approx([gaps.mean()] * 50, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0; a model with 100 timesteps takes 1 to 100"),
+        ({"steps": 101}, "steps is 101; a model with 100 timesteps takes 1 to 100"),
+        ({"steps": [9, 9, -1]}, "must be 2 or more, descending"),
+        ({"steps": [9]}, "must be 2 or more, descending"),
+        ({"steps": [9, -2]}, "at least -1"),
+        ({"steps": [100, 9]}, "at most 99"),
+        ({"spacing": "leading"}, "spacing is .leading.; it can be trailing or logsnr"),
+    ],
+)
+def test_times_outside_the_schedule_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sampling_times(NoiseScheduler(100), **options)

@@ -1,15 +1,21 @@
 """The network: the paper's parameter counts, and the same function as diffusers' U-Net."""
 
+from dataclasses import replace
+from inspect import signature
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
 from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS, ModelConfig
 from functions.support.diffusers_folder import diffusers_name
-from models.blocks import Upsample, sinusoidal_embedding
+from models.blocks import DIALECTS, GroupNorm, sinusoidal_embedding
 from models.unet import UNet
+from tests.conftest import small_unet
 
 CELEBA_HQ = ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256)
 
@@ -31,23 +37,15 @@ def test_parameter_counts_are_the_papers(shape, count):
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-SMALL = {
-    "attention at the lowest level": ModelConfig(
-        4, (1, 2, 2), (2,), base_dim=16, image_size=16, norm_groups=8
-    ),
-    "attention in the middle, uneven channels": ModelConfig(
-        4, (1, 3, 2, 4), (1, 2), 16, image_size=32, norm_groups=4
-    ),
-    "diffusers' details": ModelConfig(
-        4, (1, 3, 2), (1, 2), 16, image_size=16, norm_groups=4, dialect="diffusers"
-    ),
-}
+# The channels of the levels are uneven, and attention is in the middle and at the lowest level.
+SMALL = ModelConfig(4, (1, 3, 2), (1, 2), 16, image_size=16, norm_groups=4)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
-def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, layout):
+@pytest.mark.parametrize("dialect", ["ho", "diffusers"])
+def test_same_function_and_gradients_as_diffusers_with_the_same_weights(dialect, layout):
     torch.manual_seed(0)
+    shape = replace(SMALL, dialect=dialect)
     ours = UNet(**vars(shape))
     theirs = build_diffusers(shape)
 
@@ -65,7 +63,7 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, l
         parameter.data.copy_(other.data.reshape(parameter.shape))
     ours.to(memory_format=layout)
 
-    x_t = torch.randn(3, 3, shape.image_size, shape.image_size)
+    x_t = torch.randn(3, 3, 16, 16)
     t = torch.tensor([0, 421, 999])
     output = ours(x_t, t)
     expected = theirs(x_t, t).sample
@@ -74,21 +72,28 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(shape, l
     output.square().mean().backward()
     expected.square().mean().backward()
     for name, (parameter, other) in pairs.items():
-        assert_close(
-            parameter.grad,
-            other.grad.reshape(parameter.shape),
-            rtol=1e-3,
-            atol=2e-5,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+        gradient = other.grad.reshape(parameter.shape)
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=2e-5), name
+
+
+def test_the_details_are_those_of_google_s_networks_and_diffusers_defaults():
+    """The first are in the configs of Google's DDPMs, which are Ho's networks."""
+    assert vars(DIALECTS["ho"]) == {
+        "norm_eps": 1e-6,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "attention_head_dim": None,
+    }
+    defaults = signature(UNet2DModel).parameters
+    for name, value in vars(DIALECTS["diffusers"]).items():
+        assert value == defaults[name].default
 
 
 def test_time_embedding_is_the_papers():
     t = torch.tensor([0, 1, 17, 999])
-    frequencies = 10_000.0 ** (-np.arange(32) / 31)
-    angles = t.numpy()[:, None] * frequencies
+    angles = t.numpy()[:, None] * 10_000.0 ** (-np.arange(32) / 31)
     expected = np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32)
-
     assert_close(sinusoidal_embedding(t, 64).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -120,21 +125,10 @@ def test_levels_that_miss_the_lowest_resolution_are_refused():
         UNet(32, 3, 8, [1, 2, 2, 2], [1], 32)
 
 
-def test_upsampling_is_nearest_neighbour_and_convolution():
-    upsample = Upsample(4).double()
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    # Each pixel becomes a square of four.
-    doubled = torch.kron(x, torch.ones(2, 2, dtype=torch.float64))
-    assert_close(upsample(x), upsample.conv(doubled))
-
-
 def test_the_network_is_traced_as_one_graph():
     """The compiler's front end and autograd find nothing that they cannot follow."""
-    torch.manual_seed(0)
-    model = UNet(**vars(SMALL["attention at the lowest level"]))
+    model = small_unet()
     traced = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
-    for parameter in model.parameters():
-        parameter.data.add_(0.03 * torch.randn_like(parameter))
     x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
 
     gradients = []
@@ -143,3 +137,39 @@ def test_the_network_is_traced_as_one_graph():
         network(x_t, t).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def output_and_gradients(y, *inputs):
+    """Return y, and the gradients of the inputs for a fixed gradient of y."""
+    generator = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(y.shape, generator=generator).to(y.dtype)
+    return [y, *torch.autograd.grad(y, inputs, grad_y)]
+
+
+@pytest.mark.parametrize("mean", [0, 2])
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (12, 4)])
+def test_in_bfloat16_it_is_near_that_of_float64(channels, groups, mean):
+    torch.manual_seed(0)
+    norm = GroupNorm(groups, channels, 1e-6)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x = (mean + torch.randn(3, channels, 20, 20)).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    # Under autocast x is in bfloat16 and the weights are in float32.
+    with torch.autocast("cpu", torch.bfloat16):
+        found = output_and_gradients(norm(x.as_subclass(OnCuda)), x, *norm.parameters())
+    assert [value.dtype for value in found] == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+    inputs = [tensor.detach().double().requires_grad_() for tensor in (x, *norm.parameters())]
+    x, weight, bias = inputs
+    exact = output_and_gradients(F.group_norm(x, groups, weight, bias, 1e-6), *inputs)
+    for value, truth in zip(found, exact, strict=True):
+        # bfloat16 has 8 bits, so it rounds by up to 0.4%.
+        assert (value.double() - truth).norm() < 0.01 * truth.norm()

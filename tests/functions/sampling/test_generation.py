@@ -1,53 +1,48 @@
-"""From a checkpoint to pictures: each image by its seed alone, and files with the right content."""
+"""From a checkpoint to pictures: by the seed alone, with the flags' options, the right files.
+
+test_bad_input.py has what is refused.
+"""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import sample
 import sampleFFHQ
+import train
 from data.pixels import to_uint8
-from functions.samplers import SAMPLERS
+from functions.samplers import SAMPLERS, Sampler, ddim_sample
 from functions.sampling.files import GIF_FRAMES, state_frames
-from functions.sampling.generation import generate
+from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.command_line import exit_on_user_error
-from functions.support.errors import CheckpointError
+from functions.support.errors import CheckpointError, UserError
+from functions.support.loading import load_denoiser
 from functions.support.pictures import MIN_SIDE, save_grid
 from models.unet import UNet
-from tests.conftest import LittleMemory, call, image_sampler_of
+from tests.conftest import CPU, LittleMemory, call, image_sampler_of
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(network, sampler):
-    """Its noise is the same bit for bit, and the image is so to less than one of 255 levels."""
-    sampler = image_sampler_of(network, 24, SamplerOptions(sampler, 5), seed=7)
+    """Its noise is the same bit for bit, and the image is so to less than one of 255 levels.
+
+    A batch may also consist of other images.
+    """
+    # It has memory for as many images as a call may have.
+    limited = LittleMemory(network, 1)
+    sampler = image_sampler_of(limited, 24, SamplerOptions(sampler, 5), seed=7)
     one_by_one = generate(replace(sampler, batch_size=1), range(4), {("x", 0)})
     for images, batch_size in ((range(4), 3), (range(4), 4), ([3, 1], 2)):
+        limited.most = batch_size
         other = generate(replace(sampler, batch_size=batch_size), images, {("x", 0)})
         assert np.array_equal(other.frames["x", 0], one_by_one.frames["x", 0][images])
         assert (other.images - one_by_one.images[images]).abs().max() * 127.5 < 1
-
     # Another number is another image.
     first, second, *_ = one_by_one.images
     assert (first - second).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_no_call_has_more_images_than_asked_for(network, batch_size):
-    limited = LittleMemory(network, batch_size)
-    sampler = image_sampler_of(limited, options=SamplerOptions("ddim", 2))
-    generate(replace(sampler, batch_size=batch_size), range(7))
-    assert max(limited.sizes) == batch_size
-
-
-def test_cudnn_chooses_the_fastest_kernels(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    call(sample.main, tiny_run, "--steps", 1, "--n", 1, "--out", tmp_path)
-    assert torch.backends.cudnn.benchmark
 
 
 def test_out_of_memory_names_the_flag(tiny_run, monkeypatch, capsys):
@@ -67,34 +62,23 @@ def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
     noise = to_uint8(image_sampler.noise(range(3)).draw()).numpy()
     assert samples.frames.keys() == frames
     assert np.array_equal(samples.frames["x", 0], noise)
-    assert np.array_equal(samples.frames["x", 24], images)
-
     # The last x_0 is the image; the first is another.
-    assert np.array_equal(samples.frames["x_0", 24], images)
+    for frame in (("x", 24), ("x_0", 24)):
+        assert np.array_equal(samples.frames[frame], images)
     assert abs(samples.frames["x_0", 1].astype(float) - images).mean() > 10
-
-
-@pytest.mark.parametrize("count", [2, 3, 40, 200])
-def test_states_are_rising_and_within_the_steps(count, network):
-    image_sampler = image_sampler_of(network, options=SamplerOptions())
-    steps = [k for _, k in state_frames(image_sampler, count).values()]
-    assert steps == sorted(set(steps))
-    assert steps[0] == 0
-    assert steps[-1] == 100
 
 
 @pytest.mark.slow
 def test_the_script_writes_what_was_asked_for(tiny_run, network, tmp_path, capsys):
     flags = "--n 5 --steps 60 --strip --progressive --gif"
     call(sample.main, tiny_run, *flags.split(), "--out", tmp_path)
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.format == "PNG"
-    assert grid.width > 3 * MIN_SIDE
-    assert Image.open(tmp_path / "denoising.gif").n_frames == len(
-        state_frames(image_sampler_of(network, 60, SamplerOptions()), GIF_FRAMES)
-    )
-    assert Image.open(tmp_path / "strip.png").width > 500
-    assert Image.open(tmp_path / "progressive.png").width > 500
+    assert Image.open(tmp_path / "grid.png").width > 3 * MIN_SIDE
+    for name in ("strip", "progressive"):
+        assert Image.open(tmp_path / f"{name}.png").width > 500
+    states = state_frames(image_sampler_of(network, 60), GIF_FRAMES)
+    steps = [k for _, k in states.values()]
+    assert steps == sorted({0, *steps, 60})
+    assert Image.open(tmp_path / "denoising.gif").n_frames == len(steps)
     printed = capsys.readouterr().out
     assert "EMA weights after 10 of 10 steps" in printed
     assert str(tmp_path / "grid.png") in printed
@@ -120,3 +104,54 @@ def test_large_images_keep_their_pixels_in_a_grid(tmp_path):
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (132, 5 * 130 + 2, 3)
     assert np.array_equal(grid[2:130, 132:260], images[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "text", "short_name"),
+    [
+        (
+            "--variance large",
+            SamplerOptions(variance="large"),
+            "ddpm, trailing, all steps, variance large",
+            "ddpm-variance-large",
+        ),
+        (
+            "--sampler dpm++ --steps 9 --spacing trailing --eta 0",
+            SamplerOptions("dpm++", 9, "trailing", eta=0.0),
+            "dpm++, trailing, 9 steps, eta 0.0",
+            "dpmpp9-spacing-trailing-eta-0.0",
+        ),
+    ],
+)
+def test_flags_give_the_images_of_their_options(
+    flags, options, text, short_name, tiny_run, tmp_path, capsys
+):
+    flags += " --seed 3 --n 2 --individual --out"
+    call(sample.main, tiny_run, *flags.split(), tmp_path)
+    assert f"{text}, seed 3" in capsys.readouterr().out
+    assert options.short_name == short_name
+
+    # The files are compared with what these options give in memory.
+    image_sampler = ImageSampler(load_denoiser(tiny_run), options, (3, 16, 16), 3, CPU)
+    expected = to_uint8(generate(image_sampler, range(2)).images)
+    images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
+    assert np.array_equal(images, expected)
+
+
+def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch, capsys):
+    """The scripts and the grids of training know it, and refuse options that it does not have."""
+    row = Sampler(ddim_sample, {"spacing": "logsnr"}, "Euler's method")
+    monkeypatch.setitem(SAMPLERS, "euler", row)
+
+    with pytest.raises(SystemExit):
+        call(sample.main, "--help")
+    assert "euler is Euler's method" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="the options of --sampler euler are --spacing"):
+        SamplerOptions("euler", eta=0.5)
+
+    call(train.main, "--resume", unfinished, "--diffusion.grid-sampler", "euler")
+    call(sample.main, unfinished, "--n", 4, "--steps", 4, "--sampler", "euler", "--out", tmp_path)
+    script = np.asarray(Image.open(tmp_path / "grid.png")).astype(float)
+    training = np.asarray(Image.open(unfinished / "samples" / "step-00000010.png"))
+    # Rounding differs, and the layout of the networks in memory.
+    assert abs(script - training).max() <= 2

@@ -1,0 +1,320 @@
+"""Inpainting, interpolation and variations: exact where the truth is known, and as files.
+
+Inpainting is compared with the exact mean and covariance of its chain. The data are correlated
+Gaussian pixels, for which the ideal network is known, too.
+"""
+
+from itertools import pairwise
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import edit
+import sample
+from data.decode import read_image
+from functions.denoiser import Denoiser
+from functions.noise_scheduler import NoiseScheduler
+from functions.samplers import ddpm_sample
+from functions.sampling import editing
+from functions.sampling.generation import ImageSampler
+from functions.sampling.inpainting import inpaint, read_with_mask
+from functions.sampling.interpolation import interpolate_images, slerp, variations
+from functions.sampling.options import SamplerOptions
+from functions.support.errors import UserError
+from functions.support.random_numbers import ImageNoise
+from functions.timesteps import sampling_times
+from tests.conftest import CPU, call, image_sampler_of
+from tests.functions.known_denoisers import Gaussian, double, ideal
+
+SCHEDULER = NoiseScheduler(1000)
+# An image has four pixels, each like its neighbours: the first two, its first row, are kept.
+INDICES = torch.arange(4, dtype=torch.float64)
+COVARIANCE = 0.9 ** (INDICES[:, None] - INDICES).abs()
+KEPT = torch.tensor([1.5, 1.0]).double()
+ANEW = torch.tensor([[False, False], [True, True]])
+# Each channel is a sample of its own, as one generator draws many numbers sooner than many do.
+CHANNELS = 100
+# The image with the kept pixels, (CHANNELS, 2, 2). What the others are does not matter.
+IMAGE = torch.cat([KEPT, torch.zeros(2)]).float().view(1, 2, 2).expand(CHANNELS, 2, 2)
+
+
+def ideal_x_0(a):
+    """Return the matrix M (4, 4) at alpha_bar = a of E[x_0 | x_t] = M x_t.
+
+    The data are N(0, COVARIANCE), so x_t has the covariance that is inverted here.
+    """
+    covariance = a * COVARIANCE + (1 - a) * torch.eye(4).double()
+    return a**0.5 * COVARIANCE @ torch.linalg.inv(covariance)
+
+
+class Ideal(torch.nn.Module):
+    """The network that predicts E[eps | x_t], of each channel by itself."""
+
+    def forward(self, x_t, t):
+        a = SCHEDULER.alphas_cumprod[t[0]].item()
+        x_0 = (x_t.flatten(2).double() @ ideal_x_0(a).T).view_as(x_t)
+        return ((x_t - a**0.5 * x_0) / (1 - a) ** 0.5).float()
+
+
+def chain(steps, resample):
+    """Return the mean (2,) and the covariance (2, 2) that inpainting gives to the new pixels.
+
+    Both are exact: each operation of the chain is linear, with Gaussian noise.
+    """
+    eye = torch.eye(4).double()
+    mean = torch.zeros(4).double()
+    covariance = torch.eye(4).double()
+    for t, s in pairwise(sampling_times(SCHEDULER, steps)):
+        a_t = SCHEDULER.alpha_bar(t)
+        a_s = SCHEDULER.alpha_bar(s)
+        beta = SCHEDULER.step_beta(t, s)
+        variance = SCHEDULER.posterior_variance(t, s)
+
+        # These are the weights of x_0 and x_t in the mean of Eq. 7.
+        of_x_0 = a_s**0.5 * beta / (1 - a_t)
+        of_x_t = (1 - beta) ** 0.5 * (1 - a_s) / (1 - a_t)
+        step = of_x_0 * ideal_x_0(a_t) + of_x_t * eye
+
+        # The last step is done once.
+        for repeat in range(resample if s >= 0 else 1):
+            if repeat:
+                # All repeats but the first begin with the noise that takes x from s back to t.
+                mean = (1 - beta) ** 0.5 * mean
+                covariance = (1 - beta) * covariance + beta * eye
+            mean = step @ mean
+            covariance = step @ covariance @ step.T + variance * eye
+
+            # The kept pixels are replaced by themselves with the noise of s, drawn independently.
+            mean[:2] = a_s**0.5 * KEPT
+            covariance[:2] = 0.0
+            covariance[:, :2] = 0.0
+            covariance[:2, :2] = (1 - a_s) * torch.eye(2)
+    return mean[2:], covariance[2:, 2:]
+
+
+@pytest.mark.parametrize(
+    ("options", "resample"),
+    [
+        (("ddpm", 10), 1),
+        (("ddpm", 10), 4),
+        (("ddim", 10, None, None, 1.0), 4),
+    ],
+)
+def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
+    """They agree within 4 standard errors of 20,000 samples. DDIM has eta 1, so it is DDPM."""
+    N = 20_000
+    options = SamplerOptions(*options, clip_x_0=False)
+    denoiser = Denoiser(Ideal(), SCHEDULER)
+    sampler = ImageSampler(denoiser, options, tuple(IMAGE.shape), 0, CPU)
+    answers = inpaint(sampler, IMAGE, ANEW, resample, range(N // CHANNELS)).flatten(0, 1)
+    assert torch.equal(answers[:, 0], IMAGE[0, 0].expand(N, 2))
+
+    new = answers[:, 1].double()
+    mean, covariance = chain(10, resample)
+    variances = covariance.diagonal()
+    errors = (new.mean(dim=0) - mean) / (variances / N).sqrt()
+    assert errors.abs().max() < 4
+
+    # The covariance of i and j varies by (c_ii c_jj + c_ij^2) / N.
+    spread = ((variances[:, None] * variances + covariance**2) / N).sqrt()
+    assert ((torch.cov(new.T) - covariance) / spread).abs().max() < 4
+
+
+@pytest.fixture
+def photo(tmp_path, monkeypatch):
+    """Go to a folder with a photo of 40 x 20 pixels, masks of it, and the photo with a part erased.
+
+    The erased part is that of mask.png.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+
+    # The photo is cropped to its middle, 20 x 20 pixels, which has 4 columns of the mask.
+    mask = np.zeros((20, 40), np.uint8)
+    mask[:, :14] = 255
+    images = {
+        "photo": pixels,
+        "erased": np.dstack([pixels, 255 - mask]),
+        "grey16": mask.astype(np.uint16),
+        "mask": mask,
+        "turned": mask[:, ::-1],
+        "small": mask[:10],
+        "full": 0 * mask + 255,
+        "margin": np.where(np.arange(40) < 9, mask, 0),
+    }
+    for name, image in images.items():
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("files", [("photo.png", "mask.png"), ("erased.png", None)])
+def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
+    # At half the size, 2 of 10 columns are masked. The next is white in part, by the resizing.
+    image, anew = read_with_mask(*files, (3, 10, 10))
+    assert anew[:, :2].all()
+    assert not anew[:, 3:].any()
+
+    # Farther from the mask the image is the photo itself.
+    whole = read_image("photo.png", (3, 10, 10), fit=True)
+    assert np.array_equal(image[:, 6:], whole[:, 6:])
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (("photo.png", "small.png"), "40x10 pixels, its image 40x20; a mask must be as large"),
+        (("photo.png", "full.png"), "everything would be inpainted"),
+        (("photo.png", "margin.png"), "nothing .* in the middle square .* it is cropped"),
+        (("photo.png", None), "give a --mask that is partly white there, or erase a part there"),
+        (("grey16.png", None), "nothing would be inpainted"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(files, message, photo):
+    with pytest.raises(UserError, match=message):
+        read_with_mask(*files, (3, 16, 16))
+
+
+def paint(run, out, flags):
+    """Paint two images, and return what the script has written by now."""
+    common = ["--steps", 4, "--n", 2, "--individual", "--out", out]
+    call(edit.main, "inpaint", *flags.split(), run, *common)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_the_script_paints_what_is_erased_and_keeps_the_rest(
+    channels, photo, tiny_run, grey_run, tmp_path
+):
+    run = {3: tiny_run, 1: grey_run}[channels]
+    *names, _ = sorted(paint(run, tmp_path / "out", "--sampler ddim --eta 1 erased.png"))
+    first, second = (np.asarray(Image.open(tmp_path / "out" / name)) for name in names)
+    assert not np.array_equal(first, second)
+
+    image, anew = read_with_mask("erased.png", None, (channels, 16, 16))
+    for answer in (first, second):
+        # PNGs of grey are (H, W).
+        assert np.array_equal(answer[~anew], image.squeeze()[~anew])
+
+
+def test_other_paintings_are_not_overwritten(photo, tiny_run, tmp_path):
+    before = {}
+    # The second has another mask, and the third other repeats. The last is the first.
+    for flags, added in (
+        ("--mask mask.png photo.png", 3),
+        ("--mask turned.png photo.png", 3),
+        ("--mask mask.png --resample 2 photo.png", 3),
+        ("--mask mask.png photo.png", 0),
+    ):
+        after = paint(tiny_run, tmp_path / "out", flags)
+        assert before.items() <= after.items()
+        assert len(after) == len(before) + added
+        before = after
+
+
+# They give one end, a mixture, and the other end.
+WEIGHTS = torch.tensor([0.0, 0.3, 1.0])
+
+
+def test_slerp_keeps_the_distribution_of_noise():
+    noise = ImageNoise(0, range(2), (3, 64, 64)).draw()
+    first, second = noise
+    between = slerp(first, second, torch.linspace(0, 1, 11))
+    torch.testing.assert_close(between.std((1, 2, 3)), torch.ones(11), rtol=0.02, atol=0)
+    torch.testing.assert_close(between[0], first)
+    torch.testing.assert_close(between[-1], second)
+
+    # Between a noise and itself there is nothing else.
+    torch.testing.assert_close(slerp(first, first, WEIGHTS), first.expand(3, 3, 64, 64))
+
+
+def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
+    """What comes back is computed by hand, from one end at a time.
+
+    The end is noised with the shared noise, and sampled from there with the noise that follows it.
+    """
+    image_sampler = image_sampler_of(network, options=SamplerOptions(steps=10), seed=5)
+    scheduler = image_sampler.scheduler
+    ends = image_sampler.noise([0, 1]).draw().clamp(-1, 1)
+    row = interpolate_images(image_sampler, ends, 49, WEIGHTS)
+    for end, interpolated in zip(ends, row[[0, 2]], strict=True):
+        noise = image_sampler.noise([0], "interpolation")
+        x_t = scheduler.q_sample(end[None], torch.tensor([49]), noise.draw())
+        times = [49, 39, 29, 19, 9, -1]
+        draws = [noise.draw() for _ in times]
+        by_hand = ddpm_sample(image_sampler.denoiser, x_t, times, step_noise=draws.__getitem__)
+        torch.testing.assert_close(interpolated, by_hand[0], rtol=1e-3, atol=1e-3)
+
+
+def test_variations_differ_more_the_deeper_they_come_from():
+    """The network is the ideal one for pixels from N(0, 0.5^2), so it returns draws of these."""
+    data = Gaussian(double(0.0), double(0.5))
+    image_sampler = image_sampler_of(ideal(data, NoiseScheduler(100)).network)
+    x_0 = 0.5 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1.9, 1.9)
+    times = [image_sampler.time_at(depth) for depth in (0.05, 0.15, 0.3, 1)]
+    of_depths = [variations(image_sampler, x_0, t, range(6)) for t in times]
+    spreads = [(images - x_0).std().item() for images in of_depths]
+    assert spreads[:3] == sorted(spreads[:3])
+
+    # From pure noise nothing of the image is left: the variances of independent draws add up.
+    independent = (x_0.var() + of_depths[-1].var()).sqrt().item()
+    assert spreads[-1] == pytest.approx(independent, rel=0.05)
+
+    # A variation depends on its number alone.
+    torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), of_depths[-1][[4, 1]])
+
+
+@pytest.fixture
+def saved_figures(monkeypatch):
+    """Return the stand-in for what draws figures, which keeps what it is called with."""
+    save = Mock()
+    monkeypatch.setattr(editing, "save_strip", save)
+    return save
+
+
+def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved_figures):
+    """At the ends of each row stand the images of the seed.
+
+    So do they as mixtures at depth 0, where nothing is noised.
+    """
+    call(sample.main, tiny_run, "--n", 4, "--steps", 5, "--individual", "--out", tmp_path)
+    own = [np.asarray(Image.open(tmp_path / f"0000{i}.png")).astype(int) for i in range(4)]
+    flags = "--steps 5 --batch-size 4 --depths 0,0.295,1 --out"
+    call(edit.main, "interpolate", 1, 3, tiny_run, *flags.split(), tmp_path)
+    columns, titles, path, rows = saved_figures.call_args.args
+    assert path.name.startswith("interpolation-1-3-")
+    assert titles == ["A", *(f"{i / 8:.3g}" for i in range(9)), "B"]
+    # The sampler's 5 steps visit 0, 20, 40, 60, 80 and 100.
+    assert rows == ["t = 0", "t = 20", "t = 100"]
+    for column, row, i in ((0, 0, 1), (1, 0, 1), (9, 0, 3), (10, 0, 3), (0, 1, 1), (0, 2, 1)):
+        assert abs(columns[column][row] - own[i]).max() <= 1
+
+
+def test_the_script_varies_files_and_overwrites_no_picture_of_others(
+    tiny_run, tmp_path, saved_figures
+):
+    """Here are two files of one name, and the image of the seed with that for its index."""
+    sources = [3]
+    for level in (200, 100):
+        folder = tmp_path / str(level)
+        folder.mkdir()
+        sources.append(folder / "3.png")
+        Image.new("RGB", (20, 20), (level, 0, 0)).save(sources[-1])
+    flags = ["--fit", "--depths", 0, "--steps", 2, "--out", tmp_path]
+    for source in [3, *sources]:
+        call(edit.main, "vary", source, tiny_run, *flags)
+    assert len({call.args[2] for call in saved_figures.call_args_list}) == 3
+    # At depth 0 the variations are the image itself.
+    columns, *_ = saved_figures.call_args.args
+    assert np.array_equal(columns[3], columns[0])
+
+
+def test_exact_interpolation_says_by_how_much_it_misses(tiny_run, pictures, tmp_path, capsys):
+    files = [pictures / "00000.png", pictures / "00001.png"]
+    flags = ["--fit", "--steps", 4, "--exact", "--out", tmp_path]
+    call(edit.main, "interpolate", *files, tiny_run, *flags)
+    printed = capsys.readouterr().out
+    assert printed.count("sampling again misses the image by ") == 2
+    assert "(ddim, trailing, 4 steps, eta 0.0, x_0 not clipped)" in printed
+    assert len([*tmp_path.glob("interpolation-exact-*.png")]) == 1
