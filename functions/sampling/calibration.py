@@ -13,7 +13,6 @@ good as both. docs/whole-before-detail.md explains why this helps. Pang et al. 2
 arXiv:2302.10688, use a single factor for each timestep.
 """
 
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,13 +175,9 @@ def with_calibration(image_sampler: ImageSampler, saved: SavedModel) -> ImageSam
         float32 = replace(image_sampler.denoiser, precision=torch.float32)
         images = images_of_fit(replace(image_sampler, denoiser=float32), saved)
         fit = calibrate(float32, images.to(image_sampler.device), image_sampler.batch_size)
-        # The file only saves time later, so sampling continues if it cannot be written.
-        try:
-            folder.mkdir(exist_ok=True)
-            write_tensors(path, {PART: vars(fit)}, origin)
-            print(f"wrote {path}")
-        except OSError as error:
-            print(f"WARNING: the calibration cannot be saved: {error}", file=sys.stderr)
+        folder.mkdir(exist_ok=True)
+        write_tensors(path, {PART: vars(fit)}, origin)
+        print(f"wrote {path}")
     fit = Calibration(fit.mean.to(image_sampler.device), fit.weights.to(image_sampler.device))
     return replace(image_sampler, denoiser=Calibrated(image_sampler.denoiser, fit))
 
