@@ -14,7 +14,6 @@ import torch
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import VARIANCES
 from functions.support.checkpoint import SavedModel, load_into, load_weights
 from functions.support.device import fast_layout, sampling_precision
 from functions.support.diffusers_folder import import_diffusers, load_folder
@@ -109,9 +108,6 @@ def rebuild(
         with torch.device("meta"):
             model = UNet(**vars(saved.model))
         denoiser = Denoiser(model, scheduler, diffusion["objective"], precision)
-        variance = diffusion.get("variance", "small")
-        if variance not in VARIANCES:
-            raise ValueError(f"variance is {variance!r}; it can be small or large")
     except (*READ_ERRORS, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {short(error)}"
         raise CheckpointError(
