@@ -12,7 +12,7 @@ from functions.support.errors import UserError
 from functions.support.run_folder import path_of
 from functions.training import recorder
 from functions.training.metrics import read_metrics
-from tests.conftest import call, load_checkpoint, newest
+from tests.conftest import ONE_LEVEL, call, load_checkpoint, newest
 from tests.spoilt_files import same
 
 FLAGS = shlex.split("""
@@ -22,6 +22,7 @@ FLAGS = shlex.split("""
     --diffusion.validate-every 99
     --diffusion.sample-every 99
 """)
+FLAGS += ONE_LEVEL
 
 
 def not_a_number(losses):
@@ -103,7 +104,7 @@ def test_float16_with_a_loss_scale_trains(trained, monkeypatch):
     monkeypatch.setattr("functions.training.run.choose_precision", lambda *a: torch.float16)
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**24)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    run = trained("--diffusion.epochs", 5)
+    run = trained(*ONE_LEVEL, "--diffusion.epochs", 5)
 
     # Each skipped step halves the scale.
     last = read_metrics(run / "metrics.csv")[-1]

@@ -146,9 +146,10 @@ def test_a_signal_before_the_last_grid_is_heeded(unfinished, tiny_run, monkeypat
 def train_into_a_closed_pipe():
     """Train when nobody reads any more what the training prints."""
     reading, writing = os.pipe()
-    sys.stdout = sys.stderr = open(writing, "w", buffering=1)
     os.close(reading)
-    train_script()
+    with open(writing, "w", buffering=1) as nobody:
+        sys.stdout = sys.stderr = nobody
+        train_script()
 
 
 @posix
