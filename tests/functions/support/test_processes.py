@@ -148,26 +148,17 @@ def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, expected, mo
     assert at_exit == [processes.end_immediately]
 
 
-def test_two_machines_give_the_losses_of_one(pictures, tmp_path, capsys):
-    """Each machine has a torchrun of one process; here both machines are this one.
-
-    In the end one goes on alone.
-    """
+def test_two_processes_give_the_losses_of_one(pictures, tmp_path, capsys):
+    """In the end one goes on alone."""
     flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--diffusion.optimizer", "muon"]
     call(train.main, *flags, "--runs", tmp_path / "1")
-
-    meeting = f"--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()}"
-    torchrun = [*meeting.split(), ROOT / "train.py", *flags, "--runs", tmp_path / "2"]
-    machines = [
-        Program(tmp_path / name, *torchrun, act=torchrun_program, OMP_NUM_THREADS=1)
-        for name in ("a", "b")
-    ]
-    assert [machine.wait() for machine in machines] == [0, 0], machines[0].printed
-
+    torchrun = ["--standalone", "--nproc-per-node", 2, ROOT / "train.py"]
+    torchrun += [*flags, "--runs", tmp_path / "2"]
+    program = Program(tmp_path / "printed", *torchrun, act=torchrun_program, OMP_NUM_THREADS=1)
+    assert program.wait() == 0, program.printed
     # Rank 0 alone speaks, and has the one progress bar.
-    printed = "".join(machine.printed for machine in machines)
-    assert printed.count("finished") == 1
-    assert printed.count(" 0/10 ") == 1
+    assert program.printed.count("finished") == 1
+    assert program.printed.count(" 0/10 ") == 1
 
     alone = next((tmp_path / "1").iterdir())
     together = next((tmp_path / "2").iterdir())
