@@ -8,7 +8,6 @@ import shlex
 import signal
 import socket
 import sys
-import time
 import weakref
 from contextlib import suppress
 from datetime import timedelta
@@ -253,24 +252,6 @@ train.main()
 """
 
 
-def train_with_little_patience():
-    pytest.MonkeyPatch().setattr(processes, "TIMEOUT", timedelta(seconds=10))
-    train_script()
-
-
-def test_a_process_that_hangs_ends_the_other(forever, tmp_path):
-    """As a machine that vanishes does, it leaves its connections open."""
-    programs = two(tmp_path, *forever, act=train_with_little_patience)
-    at_work(tmp_path / "runs", programs[0].is_alive)
-
-    os.kill(programs[1].pid, signal.SIGSTOP)
-    try:
-        assert programs[0].wait() == 1
-    finally:
-        programs[1].kill()
-    assert "timed out waiting" in programs[0].printed.lower()
-
-
 def test_a_signal_to_one_stops_all_after_the_same_step(forever, tmp_path):
     programs = two(tmp_path, *forever, act=train_and_look)
     run = at_work(tmp_path / "runs", programs[0].is_alive)
@@ -279,33 +260,6 @@ def test_a_signal_to_one_stops_all_after_the_same_step(forever, tmp_path):
     assert_ended(programs, 75)
     assert "stopped by a signal to another process" in programs[0].printed
     assert has_saved_all_steps(run)
-
-
-def train_with_slow_images():
-    def load_images(*_):
-        print("loading")
-        # A signal just before a sleep does not shorten it, so no sleep is long.
-        while True:
-            time.sleep(0.05)
-
-    pytest.MonkeyPatch().setattr("functions.training.run.load_images", load_images)
-    train_script()
-
-
-def test_an_interrupt_before_the_first_step_is_one_line(tmp_path):
-    """A terminal interrupts all processes, and torchrun does so again."""
-    programs = two(tmp_path, *FLAGS, act=train_with_slow_images)
-    for program in programs:
-        wait_until(lambda program=program: "loading\n" in program.printed, program.is_alive)
-
-    for _ in range(2):
-        for program in programs:
-            os.kill(program.pid, signal.SIGINT)
-        # The second signal comes a moment later.
-        time.sleep(0.01)
-    assert [program.wait() for program in programs] == [130, -signal.SIGINT]
-    assert programs[0].printed.endswith("loading\ninterrupted\n")
-    assert programs[1].printed.endswith("loading\n")
 
 
 def test_a_refusal_in_rank_0_is_said_once(tmp_path):

@@ -28,7 +28,7 @@ def make_run(runs, name, steps, total=100, snapshot_every=0):
     return run
 
 
-def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
+def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
     make_run(tmp_path, "faces-20260101-000000", [100])
     unfinished = make_run(tmp_path, "ffhq-full-20260102-000000", [50, 9, 60])
     make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
@@ -48,6 +48,9 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
     # "ffhq" is no experiment, but a prefix of two.
     for finished in ("faces", "ffhq", "ffhq-run1"):
         assert run_folder.run_to_resume("auto", tmp_path, finished) is None
+        assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
+        with pytest.raises(UserError, match="no unfinished run"):
+            run_folder.run_to_resume("newest", tmp_path, finished)
 
     with pytest.raises(CheckpointError, match="cifar"):
         run_folder.newest_checkpoints(tmp_path, "cifar")

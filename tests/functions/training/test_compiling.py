@@ -5,7 +5,6 @@ The CPU stands in for the GPU, and stubs for the compiler that writes kernels.
 
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,13 +12,9 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from functions.denoiser import Denoiser
-from functions.noise_scheduler import NoiseScheduler
-from functions.optimizers import Adam
 from functions.support.errors import UserError
-from functions.support.processes import SINGLE_PROCESS
 from functions.training import compiling
-from tests.spoilt_files import tiny_experiment, training_run
+from tests.spoilt_files import training_run
 
 
 def fails(graph, inputs):
@@ -33,17 +28,6 @@ def as_it_is(graph, inputs):
 # As with PyTorch's compiler, the graph of backward is compiled when backward is called first.
 WORKS = aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is)
 FAILS = aot_autograd(fw_compiler=as_it_is, bw_compiler=fails)
-
-
-class Toy(torch.nn.Module):
-    """A network that is traced at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 3, 1)
-
-    def forward(self, x_t, t):
-        return self.conv(x_t) + t[:, None, None, None]
 
 
 def use_stub(patch, stub=WORKS):
@@ -60,31 +44,18 @@ def use_stub(patch, stub=WORKS):
     return graphs
 
 
-def run_of(network):
-    """Return what `compile_network` uses of the run that trains a network."""
-    return SimpleNamespace(
-        processes=SINGLE_PROCESS,
-        experiment=tiny_experiment(),
-        denoiser=Denoiser(network, NoiseScheduler(100)),
-        optimizer=Adam(network.parameters(), 1e-3),
-        scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10),
-    )
-
-
 def test_each_batch_size_is_compiled_before_the_first_step(monkeypatch):
-    network = Toy()
-    run = run_of(network)
+    run = training_run()
     graphs = use_stub(monkeypatch)
     with mock.patch.object(compiling, "run_pass", wraps=compiling.run_pass) as passes:
-        compiled = compiling.compile_network(network, run, {2, 1})
-    assert compiled is not network
+        compiled = compiling.compile_network(run.model, run, {2, 1})
+    assert compiled is not run.model
     assert len(graphs) == 2
     # The loss is scaled as in training.
-    assert [call.args[1:] for call in passes.mock_calls] == [
-        ((1, 3, 4, 4), 2.0**10),
-        ((2, 3, 4, 4), 2.0**10),
-    ]
-    assert all(parameter.grad is None for parameter in network.parameters())
+    scale = run.scaler.get_scale()
+    expected = [((size, 3, 4, 4), scale) for size in (1, 2)]
+    assert [call.args[1:] for call in passes.mock_calls] == expected
+    assert all(parameter.grad is None for parameter in run.model.parameters())
 
     # The steps compile nothing more.
     for batch_size in (2, 1, 2):
@@ -93,9 +64,10 @@ def test_each_batch_size_is_compiled_before_the_first_step(monkeypatch):
 
 
 def test_a_failure_is_one_sentence(monkeypatch):
+    run = training_run()
     use_stub(monkeypatch, FAILS)
     with pytest.raises(UserError, match=r"no C compiler.*add --diffusion\.compile false"):
-        compiling.compile_network(Toy(), run_of(Toy()), {2, 1})
+        compiling.compile_network(run.model, run, {2, 1})
 
 
 def test_nothing_is_compiled_on_a_cpu_or_if_the_run_is_deterministic(monkeypatch):

@@ -21,7 +21,6 @@ from functions.support.random_numbers import ImageNoise, seed_of, training_draws
 from functions.training.metrics import (
     MetricsLog,
     TrainingWindow,
-    plot_losses,
     read_metrics,
 )
 from functions.training.validation import validation_losses
@@ -168,22 +167,6 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     losses = [(event.step, round(event.value, 6)) for event in events.Scalars("loss")]
     assert losses == [(10, 0.1), (20, 0.05), (30, 0.25)]
     assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(20, 0.5)]
-
-
-def test_the_curves_are_of_the_error_of_eps(tmp_path, monkeypatch):
-    (tmp_path / "metrics.csv").write_text(
-        "step,loss,eps_error,val_loss,val_eps_error,val_loss_ema,val_eps_error_ema\n"
-        "10,0.6,0.3,0.5,0.25,,\n"
-        "15,0.4,0.2,,,,\n"
-    )
-    saved = []
-    monkeypatch.setattr(
-        "functions.training.metrics.save_figure", lambda figure, path: saved.append(figure)
-    )
-    plot_losses(tmp_path / "metrics.csv", tmp_path / "losses.png")
-    training, validation = saved[0].axes[0].lines
-    assert training.get_xydata().tolist() == [[10, 0.3], [15, 0.2]]
-    assert validation.get_xydata().tolist() == [[10, 0.25]]
 
 
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
