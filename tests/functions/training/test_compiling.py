@@ -44,6 +44,7 @@ def use_stub(patch, stub=WORKS):
     return graphs
 
 
+@pytest.mark.slow
 def test_each_batch_size_is_compiled_before_the_first_step(monkeypatch):
     run = training_run()
     graphs = use_stub(monkeypatch)
@@ -63,6 +64,7 @@ def test_each_batch_size_is_compiled_before_the_first_step(monkeypatch):
     assert len(graphs) == 2
 
 
+@pytest.mark.slow
 def test_a_failure_is_one_sentence(monkeypatch):
     run = training_run()
     use_stub(monkeypatch, FAILS)
