@@ -52,11 +52,7 @@ def test_a_training_comes_back_bit_for_bit(optimizer, path):
         run.optimizer.step()
     assert same(snapshot(other), snapshot(saved))
 
-    # Muon has fewer moments of the one matrix, that of the time embedding.
-    another = training_run(1, "adam" if optimizer == "muon" else "muon")
-    with pytest.raises(CheckpointError, match="2 weights are missing or unknown, such as 'exp_avg"):
-        another.load(file)
-    # A run without EMA is another run, too.
+    # A run without EMA is another run.
     other.ema_model = None
     with pytest.raises(CheckpointError, match="has model, ema, optimizer; the run has model, opt"):
         other.load(file)
@@ -81,8 +77,6 @@ def test_sampling_takes_the_average_if_there_is_one(path):
         saved = load_weights(path)
         assert same(saved.weights, parts[part])
         assert saved.kind == kind
-        assert saved.config == contents["config"]
-        assert saved.provenance == contents["run"]
         total = contents["run"]["total_steps"]
         assert str(saved) == f"{kind} weights after 1 of {total} steps, hash {saved.digest[:16]}"
         parts.pop("ema", None)

@@ -62,10 +62,8 @@ def native(request, monkeypatch):
         # A resumed run keeps its precision where the device has it.
         (CPU, False, "auto", "bfloat16", torch.bfloat16),
         (CPU, True, "auto", "float32", torch.float32),
-        (CPU, False, "auto", "float16", torch.float32),
         (CUDA, False, "auto", "bfloat16", torch.float16),
         # A precision that is named is taken or refused.
-        (CUDA, True, "float32", "float16", torch.float32),
         (CUDA, False, "bfloat16", None, "on cuda it must be auto, float16, float32"),
         (CPU, True, "float16", "float16", "on cpu it must be auto, bfloat16, float32"),
     ],
@@ -122,7 +120,6 @@ def test_tf32_is_said_where_it_is_on(monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
         assert precision_facts(CUDA, torch.float32) == {"precision": "float32", **tf32}
         assert precision_facts(CUDA, torch.bfloat16) == {"precision": "bfloat16"}
-        assert precision_facts(CPU, torch.float32) == {"precision": "float32"}
 
 
 @pytest.mark.parametrize(

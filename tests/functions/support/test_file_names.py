@@ -1,4 +1,4 @@
-"""The names that the project gives to files and folders are also names on Windows."""
+"""The names that the project makes of others are also names on Windows."""
 
 import re
 from pathlib import PureWindowsPath
@@ -20,15 +20,6 @@ def is_legal(name):
     """Return whether Windows allows a file of this name, and reads the name as a single part."""
     forbidden = FORBIDDEN.search(name) or RESERVED.match(name)
     return not forbidden and PureWindowsPath("folder", name).parts == ("folder", name)
-
-
-def test_a_run_and_its_pack(tiny_run, pictures):
-    paths = {path.relative_to(tiny_run.parent) for path in tiny_run.rglob("*")}
-    # The names of the pictures themselves are the user's.
-    paths |= {path.relative_to(pictures) for path in pictures.glob("*packed*")}
-    assert {path.suffix for path in paths} >= {".safetensors", ".json", ".csv", ".png", ".packed"}
-    for path in paths:
-        assert all(map(is_legal, path.parts)), path
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)

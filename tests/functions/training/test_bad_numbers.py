@@ -86,7 +86,6 @@ def test_many_bad_steps_end_the_run_and_it_resumes_from_its_last_checkpoint(
     for part in (
         "4 steps in a row had gradients that are not finite numbers",
         "The last one was 6 (gradient norm nan, learning rate 0.00",
-        "train in bfloat16 or float32",
         f"Last good checkpoint: {path_of(run, 'checkpoints', 5)}",
     ):
         assert part in str(error.value)

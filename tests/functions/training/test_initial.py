@@ -82,7 +82,6 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
     ("flag", "field", "value"),
     [
         ("--model.base-dim", "model.base_dim", 16),
-        ("--diffusion.timesteps-diff", "diffusion.timesteps_diff", 50),
         ("--diffusion.objective", "diffusion.objective", "v"),
     ],
 )

@@ -14,7 +14,6 @@ from config import ConfigError
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
 from functions.training.metrics import read_metrics
-from functions.training.stopping import explain_failed_writes
 from tests.conftest import ONE_LEVEL, TINY, call, during, interrupt, newest, posix, terminate
 from tests.forked import Program, train_script
 from tests.kill import assert_same_run, sample_grids
@@ -152,9 +151,3 @@ def test_a_closed_pipe_does_not_end_a_training(pictures, tmp_path):
     assert Program(tmp_path / "printed", *flags, act=train_into_a_closed_pipe).wait() == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert newest(run)["run"]["step"] == 10
-
-
-def test_without_a_checkpoint_nobody_is_told_to_continue(tmp_path):
-    with pytest.raises(UserError) as error, explain_failed_writes(tmp_path):
-        raise OSError(28, "No space left on device")
-    assert str(error.value).endswith("No space left on device. There is no checkpoint yet")
