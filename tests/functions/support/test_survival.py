@@ -6,12 +6,14 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 import sample
 import train
 from functions.support import run_folder
 from functions.support.checkpoint import verify_checkpoint, write_tensors
 from functions.support.errors import CheckpointError
+from functions.support.random_numbers import seed_of
 from functions.training.metrics import read_metrics
 from functions.training.stopping import StopSignals
 from tests.conftest import TINY, call, during, interrupt, load_checkpoint, newest, posix, train_tiny
@@ -21,11 +23,22 @@ from tests.spoilt_files import same
 
 
 @pytest.mark.slow
-def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path):
+def test_a_step_cut_short_in_its_accumulation_is_done_again(pictures, tmp_path, monkeypatch):
     """Dropout and augmentation are on, so a step that is done again needs the same random draws."""
     flags = "--diffusion.batch-size 4 --diffusion.gradient-accumulation 2 --model.dropout 0.1"
     flags += " --diffusion.max-rotation 3 --diffusion.optimizer muon --diffusion.snapshot-every 4"
-    straight = train_tiny(pictures, tmp_path / "straight", *flags.split())
+    seeds = []
+    original = train.denoising_loss
+
+    def noting_seeds(*args):
+        seeds.append(torch.initial_seed())
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "denoising_loss", noting_seeds)
+        straight = train_tiny(pictures, tmp_path / "straight", *flags.split())
+    # The seed of a pass's dropout follows from the place of its first image in the whole run.
+    assert seeds == [seed_of(0, "dropout", place) for place in range(0, 80, 4)]
 
     # The 14th pass is the second of step 7; the last checkpoint is that of step 5.
     with pytest.raises(KeyboardInterrupt), during(14, interrupt, "denoising_loss"):
