@@ -18,7 +18,7 @@ from tests.spoilt_files import same
 FLAGS = shlex.split("""
     --diffusion.checkpoint-every 1
     --diffusion.keep-checkpoints 100
-    --diffusion.ema-decay 0.1
+    --diffusion.ema-decay 0.9
     --diffusion.validate-every 99
     --diffusion.sample-every 99
 """)
@@ -64,8 +64,10 @@ def test_a_bad_step_changes_only_the_average(trained, monkeypatch):
         # The optimiser's part has the moments and the number of good steps.
         assert all(same(before[part], after[part]) for part in ("model", "optimizer"))
         assert not same(following["model"], after["model"])
+        # There were step - 1 updates before, so the decay is (1 + (step - 1)) / (10 + (step - 1)).
+        decay = step / (9 + step)
         for name, average in before["ema"].items():
-            expected = 0.1 * average + 0.9 * before["model"][name]
+            expected = decay * average + (1 - decay) * before["model"][name]
             torch.testing.assert_close(after["ema"][name], expected)
     assert {n.item() for name, n in newest(run)["optimizer"].items() if name[:5] == "step."} == {8}
     rows = read_metrics(run / "metrics.csv")
