@@ -25,7 +25,6 @@ from config import EXPERIMENTS
 from functions.training.cost import run_pass
 from functions.training.metrics import read_metrics
 from functions.training.run import TrainingRun
-from tests.live_bytes import peaks_of
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -54,11 +53,9 @@ def run_of(name: str, folder: str = "", **changes: str | int) -> TrainingRun:
 def training(name: str) -> Iterator[Fact]:
     """Yield time and memory of a pass, forward and backward, eager and compiled.
 
-    The memory is all that is allocated at the peak, with the optimiser and the averages. The
-    estimate is that of an eager pass.
+    The memory is all that is allocated at the peak, with the optimiser and the averages.
     """
     run = run_of(name, precision="bfloat16")
-    yield f"{name}: GB, estimated", peaks_of(run.experiment, [BATCH])[2][0] / 1e9
     shape = (BATCH, *run.experiment.model.image_shape)
     parameters = list(run.model.parameters())
     for parameter in parameters:

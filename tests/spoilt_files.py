@@ -1,4 +1,4 @@
-"""What tests of spoilt files share: a small training, its checkpoint's parts, and ways to spoil."""
+"""What tests of checkpoints share: a small training, and the parts of its checkpoint."""
 
 import copy
 import functools
@@ -10,9 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from config import EXPERIMENTS, Experiment
+from config import EXPERIMENTS
 from functions.support.checkpoint import Tensors
-from functions.support.files import sha256
 from functions.training.run import TrainingRun
 from tests.conftest import draw_pictures
 
@@ -32,20 +31,6 @@ def same(a: object, b: object) -> bool:
     return type(a) is type(b) and repr(a) == repr(b)
 
 
-def tiny_experiment() -> Experiment:
-    """Return an experiment of three thousand parameters that has all parts of a training."""
-    diffusion = {"timesteps_diff": 30, "precision": "float32"}
-    model = {
-        "image_size": 4,
-        "lowest_resolution_size": 4,
-        "dim_multiply": (1,),
-        "transformer_layers": (),
-        "base_dim": 4,
-        "norm_groups": 1,
-    }
-    return EXPERIMENTS["faces"].override(diffusion, model)
-
-
 @functools.cache
 def tiny_pictures() -> tempfile.TemporaryDirectory:
     """Return a folder of pictures, which is deleted when Python ends."""
@@ -56,8 +41,18 @@ def tiny_pictures() -> tempfile.TemporaryDirectory:
 
 def training_run(seed: int = 0, optimizer: str = "adam") -> TrainingRun:
     """Return a new run as on a GPU: in channels_last, and with a scaler of the loss."""
-    changes = {"dataset_name": tiny_pictures().name, "seed": seed, "optimizer": optimizer}
-    experiment = tiny_experiment().override(changes, {})
+    changes = {"timesteps_diff": 30, "precision": "float32"}
+    changes |= {"dataset_name": tiny_pictures().name, "seed": seed, "optimizer": optimizer}
+    # It has three thousand parameters, and all parts of a training.
+    model = {
+        "image_size": 4,
+        "lowest_resolution_size": 4,
+        "dim_multiply": (1,),
+        "transformer_layers": (),
+        "base_dim": 4,
+        "norm_groups": 1,
+    }
+    experiment = EXPERIMENTS["faces"].override(changes, model)
     with mock.patch("functions.training.run.fast_layout", lambda *a, **k: torch.channels_last):
         run = TrainingRun("faces", experiment, Path("runs"), CPU)
     run.scaler = torch.amp.GradScaler("cpu", enabled=True)
@@ -88,22 +83,3 @@ def checkpoint_parts() -> tuple[dict[str, Tensors], dict]:
     _, parts, contents = write.call_args.args
     # Tuples become lists, as they do in a file.
     return copy.deepcopy(parts), json.loads(json.dumps(contents))
-
-
-def header_of(whole: bytes) -> bytes:
-    """Return the JSON header of a safetensors file, which follows its length in eight bytes."""
-    length = int.from_bytes(whole[:8], "little")
-    return whole[8 : 8 + length]
-
-
-def with_contents(whole: bytes, contents: dict) -> bytes:
-    """Return the file with other contents, and the right checksum and length of them."""
-    header = json.loads(header_of(whole))
-    text = json.dumps(contents)
-    header["__metadata__"] |= {"contents": text, "sha256": sha256(text)}
-    new = json.dumps(header).encode()
-    return len(new).to_bytes(8, "little") + new + whole[8 + len(header_of(whole)) :]
-
-
-def contents_text(whole: bytes) -> str:
-    return json.loads(header_of(whole))["__metadata__"]["contents"]

@@ -52,11 +52,7 @@ def test_a_training_comes_back_bit_for_bit(optimizer, path):
         run.optimizer.step()
     assert same(snapshot(other), snapshot(saved))
 
-    # Muon has fewer moments of the one matrix, that of the time embedding.
-    another = training_run(1, "adam" if optimizer == "muon" else "muon")
-    with pytest.raises(CheckpointError, match="2 weights are missing or unknown, such as 'exp_avg"):
-        another.load(file)
-    # A run without EMA is another run, too.
+    # A run without EMA is another run.
     other.ema_model = None
     with pytest.raises(CheckpointError, match="has model, ema, optimizer; the run has model, opt"):
         other.load(file)
@@ -81,8 +77,6 @@ def test_sampling_takes_the_average_if_there_is_one(path):
         saved = load_weights(path)
         assert same(saved.weights, parts[part])
         assert saved.kind == kind
-        assert saved.config == contents["config"]
-        assert saved.provenance == contents["run"]
         total = contents["run"]["total_steps"]
         assert str(saved) == f"{kind} weights after 1 of {total} steps, hash {saved.digest[:16]}"
         parts.pop("ema", None)
@@ -129,11 +123,10 @@ def test_the_whole_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch)
         # The folder, which holds the name, is flushed when the name is there.
         assert flushed[path.parent.stat().st_ino][1]
 
-        # Other users may read a checkpoint as they may read other files. Only a call that sets
-        # the mask says what it was.
-        mask = os.umask(0)
-        os.umask(mask)
-        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+        # Other users may read a checkpoint as they may read other files.
+        other = path.with_name("other")
+        other.touch()
+        assert path.stat().st_mode == other.stat().st_mode
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(path):
@@ -151,10 +144,3 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(path):
         write_tensors(path, {"model": {"weight": torch.tensor([1.0, torch.nan])}}, {})
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_note_of_a_file_does_not_control_the_terminal(path):
-    parts, contents = checkpoint_parts()
-    contents["run"]["note"] = "\x1b[2J"
-    write_tensors(path, parts, contents)
-    assert str(load_weights(path)).endswith("; \\x1b[2J")

@@ -1,116 +1,82 @@
 """The hardware's devices and precisions, and Adam on MPS."""
 
-import sys
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from config import EXPERIMENTS
 from functions.optimizers import Adam
 from functions.support.device import (
-    arithmetic,
     choose_device,
     choose_precision,
+    cpu_has_bfloat16,
     is_out_of_memory,
     precision_facts,
     sampling_precision,
 )
 from functions.support.errors import UserError
-from tests.forked import Program
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize("available", [["cuda", "mps", "cpu"], ["mps", "cpu"], ["cpu"]])
-def test_auto_takes_the_fastest_device_there_is(available, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in available)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in available)
+def test_auto_takes_the_fastest_device_there_is(monkeypatch):
+    for fastest in ("cuda", "mps", "cpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda name=fastest: name == "cuda")
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda name=fastest: name != "cpu")
+        assert choose_device().type == fastest
 
-    assert choose_device().type == available[0]
 
-
-def test_a_gpu_number_that_is_not_there_is_refused(monkeypatch):
+def test_each_process_has_a_gpu_that_is_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
 
-    assert choose_device("cuda:1").index == 1
-    assert choose_device("auto", index=1).index == 1
-    assert choose_device("cuda", index=1).index == 1
+    for name, index in (("cuda:1", None), ("auto", 1), ("cuda", 1)):
+        assert choose_device(name, index).index == 1
     assert chosen == [torch.device("cuda", 1)] * 3
-
     with pytest.raises(UserError, match="2 CUDA devices"):
         choose_device("cuda:2")
-
-    # All of several processes would share the GPU that is named.
     with pytest.raises(UserError, match="'cuda:0', but with several processes"):
         choose_device("cuda:0", index=1)
 
 
-@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_auto_precision_on_cuda_asks_the_hardware_without_emulation(native, dtype, monkeypatch):
+@pytest.fixture
+def native(request, monkeypatch):
+    """Say whether the hardware has bfloat16; a GPU that has not emulates it."""
+
     def is_supported(including_emulation):
-        return including_emulation or native
+        return including_emulation or request.param
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-    assert choose_precision("auto", CUDA) == dtype
-
-
-def test_a_run_in_bfloat16_goes_on_where_that_is_only_emulated(monkeypatch):
-    def is_supported(including_emulation):
-        return including_emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-    assert choose_precision("auto", CUDA, "bfloat16") == torch.float16
-
-    # Where it was asked for by its name, the resumed run may be given another, such as "auto".
-    with pytest.raises(UserError, match="'bfloat16'; on cuda it must be auto, float16, float32"):
-        choose_precision("bfloat16", CUDA, "bfloat16")
-    resumed = EXPERIMENTS["faces"].resumed({"precision": "float32"}, {})
-    assert choose_precision(resumed.diffusion.precision, CUDA, "float16") == torch.float32
+    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: request.param)
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "native"),
+    ("device", "native", "name", "previous", "expected"),
     [
-        ("processor : 0\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n", True),
-        ("flags : fpu avx2 amx_bf16 amx_tile\n", True),
-        ("processor : 0\nFeatures : fp asimd bf16 i8mm\n", True),
-        ("flags : fpu sse avx2 avx512f\n", False),
-        ("", False),
+        (CUDA, True, "auto", None, torch.bfloat16),
+        (CUDA, False, "auto", None, torch.float16),
+        (CPU, True, "auto", None, torch.bfloat16),
+        (CPU, False, "auto", None, torch.float32),
+        # A resumed run keeps its precision where the device has it.
+        (CPU, False, "auto", "bfloat16", torch.bfloat16),
+        (CPU, True, "auto", "float32", torch.float32),
+        (CUDA, False, "auto", "bfloat16", torch.float16),
+        # A precision that is named is taken or refused.
+        (CUDA, False, "bfloat16", None, "on cuda it must be auto, float16, float32"),
+        (CPU, True, "float16", "float16", "on cpu it must be auto, bfloat16, float32"),
     ],
+    indirect=["native"],
 )
-def test_auto_precision_on_a_cpu_asks_for_native_instructions(
-    cpuinfo, native, monkeypatch, tmp_path
+def test_a_training_has_the_fastest_precision_of_the_device(
+    device, native, name, previous, expected
 ):
-    (tmp_path / "cpuinfo").write_text(cpuinfo)
-    dtype = torch.bfloat16 if native else torch.float32
-
-    # Other systems than Linux have no such file.
-    for name, expected in {"cpuinfo": dtype, "missing": torch.float32}.items():
-        monkeypatch.setattr("functions.support.device.CPUINFO", tmp_path / name)
-        assert choose_precision("auto", CPU) == expected
-
-
-def test_precision_by_name_and_as_the_run_was_previous(monkeypatch):
-    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: False)
-    assert choose_precision("bfloat16", CPU) == torch.bfloat16
-    assert choose_precision("auto", torch.device("mps")) == torch.float32
-
-    # A resumed run keeps its precision, as its checkpoint says it.
-    for dtype in (torch.bfloat16, torch.float32):
-        previous = arithmetic(CPU, dtype, 1, 8)["precision"]
-        assert choose_precision("auto", CPU, previous) == dtype
-
-    # float16 may come from a GPU's checkpoint, but no CPU trains in it.
-    for unusable in ("float16", None, [], "int8"):
-        assert choose_precision("bfloat16", CPU, unusable) == torch.bfloat16
-    for unusable in ("float16", "int8"):
-        message = f"'{unusable}'; on cpu it must be auto, float32, bfloat16"
-        with pytest.raises(UserError, match=message):
-            choose_precision(unusable, CPU)
+    if isinstance(expected, torch.dtype):
+        assert choose_precision(name, device, previous) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            choose_precision(name, device, previous)
 
 
 @pytest.mark.parametrize(
@@ -118,68 +84,54 @@ def test_precision_by_name_and_as_the_run_was_previous(monkeypatch):
     [
         # Where the device has the instructions, samples have the precision of the training.
         (CPU, True, "bfloat16", torch.bfloat16),
-        (CUDA, True, "bfloat16", torch.bfloat16),
-        (CUDA, True, "float16", torch.float16),
         (CUDA, False, "float16", torch.float16),
-        (CUDA, True, "float32", torch.float32),
         # Elsewhere, and for a model that does not say it, they have float32.
         (CPU, False, "bfloat16", torch.float32),
-        (CPU, True, "float16", torch.float32),
         (CUDA, False, "bfloat16", torch.float32),
-        (torch.device("mps"), False, "bfloat16", torch.float32),
         (CUDA, True, None, torch.float32),
-        (CPU, True, [], torch.float32),
     ],
+    indirect=["native"],
 )
-def test_samples_have_the_precision_of_the_training(device, native, trained, expected, monkeypatch):
-    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: native)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+def test_samples_have_the_precision_of_the_training(device, native, trained, expected):
     assert sampling_precision("auto", device, trained) == expected
     assert sampling_precision("float32", device, trained) == torch.float32
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-def test_tf32_stays_as_it_is_set_and_is_said_where_it_is_on(allowed, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert choose_precision("float32", CUDA) == torch.float32
-    assert torch.backends.cudnn.allow_tf32 == allowed
-
-    tf32 = {"tf32": True} if allowed else {}
-    assert precision_facts(CUDA, torch.float32) == {"precision": "float32", **tf32}
-    assert precision_facts(CUDA, torch.bfloat16) == {"precision": "bfloat16"}
-    assert precision_facts(CPU, torch.float32) == {"precision": "float32"}
-
-
-def test_libraries_that_have_no_memory():
-    def says(text):
-        return is_out_of_memory(RuntimeError(text))
-
-    assert says("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    assert says("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
-
-    # Other errors of a kernel do not come from too little memory.
-    assert not says("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+@pytest.mark.parametrize(
+    ("cpuinfo", "has"),
+    [
+        ("processor : 0\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n", True),
+        ("processor : 0\nFeatures : fp asimd bf16 i8mm\n", True),
+        ("flags : fpu sse avx2 avx512f\n", False),
+        # Other systems than Linux have no such file.
+        (None, False),
+    ],
+)
+def test_the_instructions_of_a_cpu_are_read(cpuinfo, has, monkeypatch, tmp_path):
+    path = tmp_path / "cpuinfo"
+    if cpuinfo:
+        path.write_text(cpuinfo)
+    monkeypatch.setattr("functions.support.device.CPUINFO", path)
+    assert cpu_has_bfloat16() == has
 
 
-def count_faults():
-    """Count the page faults of a block that is freed and allocated again."""
-    resource = pytest.importorskip("resource")
-    choose_device("cpu")
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(16_000_000).zero_()
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    # The block of 64 MB has 15,600 pages.
-    assert faults < 1000
+def test_tf32_is_said_where_it_is_on(monkeypatch):
+    for allowed, tf32 in ((True, {"tf32": True}), (False, {})):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert precision_facts(CUDA, torch.float32) == {"precision": "float32", **tf32}
+        assert precision_facts(CUDA, torch.bfloat16) == {"precision": "bfloat16"}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library")
-def test_a_kept_heap_has_its_pages_already(tmp_path):
-    """Without the setting, each page faults anew. Earlier work has left no gaps in the heap."""
-    program = Program(tmp_path / "printed", act=count_faults)
-    assert program.wait() == 0, program.printed
+@pytest.mark.parametrize(
+    ("message", "memory"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", False),
+    ],
+)
+def test_libraries_that_have_no_memory(message, memory):
+    assert is_out_of_memory(RuntimeError(message)) == memory
 
 
 def test_adam_skips_a_step_on_mps_too():

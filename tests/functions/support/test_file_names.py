@@ -1,23 +1,18 @@
-"""The names that the project gives to files and folders are also names on Windows."""
+"""The names that the project makes of others are also names on Windows."""
 
 import re
-import shlex
 from pathlib import PureWindowsPath
 
 import pytest
 import torch
 
-import sample
-from config import EXPERIMENTS
 from functions.sampling.editing import edited_path
-from functions.support.run_folder import new_folder, path_of
-from tests.conftest import call
 
 # These characters, these endings and these names are forbidden: "Naming Files, Paths, and
 # Namespaces" in Microsoft's documentation.
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[. ]$')
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9])\s*(\.|$)", re.IGNORECASE)
-# Other systems allow these names of a picture or of a data set.
+# Other systems allow these names of a picture.
 ODD_NAMES = ["who?", 'a"b*c', "10:30 <1>", "C:\\faces|2", "con", "dot.", "space ", "\x1b\u202e"]
 
 
@@ -25,27 +20,6 @@ def is_legal(name):
     """Return whether Windows allows a file of this name, and reads the name as a single part."""
     forbidden = FORBIDDEN.search(name) or RESERVED.match(name)
     return not forbidden and PureWindowsPath("folder", name).parts == ("folder", name)
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_run_folder_of_each_experiment(name, tmp_path):
-    run = new_folder(tmp_path, name)
-    for kind in ("checkpoints", "snapshots", "samples"):
-        path = path_of(run, kind, 123)
-        assert all(map(is_legal, path.relative_to(tmp_path).parts)), path
-
-
-def test_a_run_its_samples_and_its_pack(tiny_run, pictures):
-    for figures in ("--individual", "--gif --strip --progressive"):
-        call(sample.main, tiny_run, *shlex.split(f"--n 2 --steps 3 --device cpu {figures}"))
-    paths = {path.relative_to(tiny_run.parent) for path in tiny_run.rglob("*")}
-    # The names of the pictures themselves are the user's.
-    paths |= {path.relative_to(pictures) for path in pictures.glob("*packed*")}
-
-    kinds = {path.suffix for path in paths}
-    assert kinds >= {".safetensors", ".json", ".csv", ".png", ".gif", ".packed"}
-    for path in paths:
-        assert all(map(is_legal, path.parts)), path
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)

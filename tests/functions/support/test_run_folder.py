@@ -1,7 +1,4 @@
-"""Run folders: what is found, what is kept, and that no two runs share one.
-
-More tests of a folder's lock are in test_survival.py.
-"""
+"""Run folders: what is found, what is kept, and that no two runs share one."""
 
 import time
 from unittest.mock import Mock
@@ -31,15 +28,13 @@ def make_run(runs, name, steps, total=100, snapshot_every=0):
     return run
 
 
-def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
+def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
     make_run(tmp_path, "faces-20260101-000000", [100])
     unfinished = make_run(tmp_path, "ffhq-full-20260102-000000", [50, 9, 60])
     make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
     # This one has just started.
     new = make_run(tmp_path, "faces-20260103-000000", [])
     (tmp_path / "notes").mkdir()
-    # A process that was killed has left half a file.
-    (unfinished / "checkpoints" / ".step-00000070.safetensors.1.tmp").touch()
 
     newest, *others = run_folder.newest_checkpoints(tmp_path)
     assert newest == path_of(unfinished, "checkpoints", 60)
@@ -53,6 +48,9 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path):
     # "ffhq" is no experiment, but a prefix of two.
     for finished in ("faces", "ffhq", "ffhq-run1"):
         assert run_folder.run_to_resume("auto", tmp_path, finished) is None
+        assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
+        with pytest.raises(UserError, match="no unfinished run"):
+            run_folder.run_to_resume("newest", tmp_path, finished)
 
     with pytest.raises(CheckpointError, match="cifar"):
         run_folder.newest_checkpoints(tmp_path, "cifar")
@@ -93,46 +91,28 @@ def test_a_lock_deletes_what_a_killed_training_left_and_no_more(tmp_path):
     folder = run / "checkpoints" / ".step-00000010.safetensors.abc.tmp"
     folder.mkdir()
     (folder / "step-00000010.safetensors").touch()
-    (run / ".config.json.1.tmp").touch()
-    for kind in ("checkpoints", "snapshots", "samples"):
-        path = path_of(run, kind, 10)
-        path.with_name(f".{path.name}.1.tmp").touch()
-
-    # Other processes are writing these.
-    alive = [
-        run / "checkpoints" / ".step-00000010-calibration-own.safetensors.1.tmp",
-        run / "samples" / "ddim" / ".grid.png.1.tmp",
-    ]
-    alive[1].parent.mkdir()
-    for path in alive:
-        path.touch()
+    for name in (".config.json.1.tmp", "samples/.step-00000010.png.1.tmp"):
+        (run / name).touch()
+    # Another process is writing this one.
+    alive = run / "checkpoints" / ".step-00000010-calibration-own.safetensors.1.tmp"
+    alive.touch()
     with locked(run):
-        assert sorted(run.rglob(".*.tmp")) == alive
+        assert list(run.rglob(".*.tmp")) == [alive]
 
 
-def test_a_lock_of_another_user_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=PermissionError))
-    with pytest.raises(UserError) as error, locked(tmp_path):
+def test_a_lock_of_another_process_or_user_is_an_error(tmp_path, monkeypatch):
+    message = "another process is already training in this folder"
+    with locked(tmp_path), pytest.raises(UserError, match=message), locked(tmp_path):
         pass
-    assert str(error.value).startswith(f"{tmp_path}: no permission to lock it; another user")
-
-
-def test_abandoned_snapshots_are_kept_but_not_listed(tmp_path):
-    run = make_run(tmp_path, "faces-20260101-000000", [])
-    for step in (10, 20, 30):
-        path_of(run, "snapshots", step).write_text(str(step))
-
-    run_folder.abandon_snapshots(run, 20)
-    listed = checkpoints_of(run, "snapshots")
-    assert [run_folder.step_of(path) for path in listed] == [10, 20]
-    assert {path.read_text() for path in (run / "snapshots").iterdir()} == {"10", "20", "30"}
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=PermissionError))
+    with pytest.raises(UserError, match="no permission to lock it; another user"), locked(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(
     ("count", "done", "kept"),
     [
         (2, 60, [50, 60]),
-        (9, 60, [10, 20, 30, 40, 50, 60]),
         # Checkpoints beyond the step that was reached are no reason to delete another.
         (2, 40, [30, 40, 50, 60]),
     ],
@@ -140,18 +120,14 @@ def test_abandoned_snapshots_are_kept_but_not_listed(tmp_path):
 def test_the_newest_checkpoints_are_kept(tmp_path, count, done, kept):
     steps = range(10, 70, 10)
     run = make_run(tmp_path, "faces-20260101-000000", steps)
-    calibrations = {}
-    files_of_users = []
-    for step in steps:
-        start = f"step-{step:08d}"
-        calibrations[step] = run / "checkpoints" / f"{start}-calibration-own.safetensors"
-        calibrations[step].touch()
-        files_of_users.append(run / "checkpoints" / f"{start}-mine.safetensors")
-        files_of_users[-1].touch()
+    # A calibration goes with its checkpoint, but what a user has put beside it stays.
+    for path in checkpoints_of(run):
+        for word in ("calibration-own", "mine"):
+            path.with_stem(f"{path.stem}-{word}").touch()
 
     run_folder.delete_old(run, done, count)
 
-    assert [run_folder.step_of(path) for path in checkpoints_of(run)] == kept
-    assert [step for step in steps if calibrations[step].exists()] == kept
-    # What a user has put beside them stays.
-    assert all(path.exists() for path in files_of_users)
+    assert checkpoints_of(run) == [path_of(run, "checkpoints", step) for step in kept]
+    for word, expected in (("calibration-own", kept), ("mine", steps)):
+        names = sorted(path.name for path in run.rglob(f"*-{word}.safetensors"))
+        assert names == [f"step-{step:08d}-{word}.safetensors" for step in expected]

@@ -1,7 +1,5 @@
 """What a training says before its first step: what the run is, and what it costs."""
 
-import shlex
-
 import pytest
 
 import train
@@ -27,6 +25,8 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(
     train_tiny(pictures, unfinished.parent, "--dry-run", "--diffusion.snapshot-every", 4)
     call(train.main, "--resume", unfinished, "--dry-run", "--device", "cpu")
 
+    # Nothing but the copy of the run is there.
+    assert list(unfinished.parent.iterdir()) == [unfinished]
     new, resumed, _ = capsys.readouterr().out.split("nothing was started")
     # The network has 64,483 parameters, and each takes 2 bytes.
     assert "snapshots  3 of 0.1 MB each\n" in new
@@ -34,29 +34,3 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(
         description = " ".join(printed.split())
         assert f"compute forward and backward of {timed} on cpu" in description
         assert f"so the {steps} steps to go take about {steps:.2f} hours" in description
-
-
-@pytest.mark.slow
-def test_ffhq_run1_is_ready_at_its_real_size(pictures, tmp_path, monkeypatch, capsys):
-    """The network and the config are the real ones, on few pictures. Nothing is started.
-
-    The batch is smaller than the real one, so that 45 training pictures are enough for it.
-    """
-    # One image seems to take long, so no pass of a whole batch is timed.
-    run_pass = cost.run_pass
-    monkeypatch.setattr(cost, "run_pass", lambda *args: run_pass(*args) + 450)
-    flags = shlex.split("--dry-run --device cpu --diffusion.gradient-accumulation 2")
-    flags += ["--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures]
-    call(train.main, "ffhq-run1", *flags)
-    printed = capsys.readouterr().out
-    for part in (
-        "50 images at 128x128",
-        "45 images train, 5 validate",
-        "60,372,867 parameters",
-        "terminal SNR 0.15",
-        "45 steps of 40 images: 45 epochs of 1 steps",
-        "x_T still carries the image",
-        f"goes to    {tmp_path / 'runs' / 'ffhq-run1-<time>'}",
-    ):
-        assert part in printed
-    assert not (tmp_path / "runs").exists()

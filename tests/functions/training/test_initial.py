@@ -1,26 +1,20 @@
-"""train.py --init: a new run from the weights of another.
+"""train.py --init: a new run from the weights of another, or of a folder of diffusers."""
 
-They may be a run's, an exported file's, or those of a folder of diffusers.
-"""
-
-import json
 import shutil
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-import sample
 import train
 from config import ConfigError, ModelConfig
 from functions.support.checkpoint import load_weights
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import checkpoints_of
-from functions.training.metrics import read_metrics
 from functions.training.run import open_run
-from models.unet import UNet
 from tests.conftest import CPU, TINY, call, during, interrupt, newest
 from tests.functions.support.test_diffusers_folder import SMALL
+from tests.spoilt_files import same
 
 # These flags of TINY do not belong to the weights, which bring the others with them.
 TRAINING = []
@@ -30,79 +24,36 @@ for flag, value in zip(TINY[::2], TINY[1::2], strict=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["run", "file", "folder"])
-def test_a_run_begins_with_the_averaged_weights_of_another(
-    kind, tiny_run, pictures, tmp_path, monkeypatch, capsys
-):
+def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, tmp_path):
     """Network, T and betas are those of the weights, whatever the preset has.
 
     The new run's average begins exactly with the averaged weights, and moves little from them.
     """
-    source = tiny_run
-    if kind != "run":
-        source = tmp_path / {"file": "faces.safetensors", "folder": "faces"}[kind]
-        call(sample.main, tiny_run, "--export", source)
     before = load_weights(checkpoints_of(tiny_run)[-1])
-    # Parameters have the order of the network, and saved weights that of the file.
-    order = UNet(**vars(before.model)).state_dict()
-    weights = [before.weights[name] for name in order]
-    original = train.update_ema
-    began = []
+    flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path, *TRAINING]
+    args = call(train.parse_flags, "cifar10", "--init", tiny_run, *flags)
+    run = open_run(args, CPU, SINGLE_PROCESS)
+    assert same(run.parts()["model"], run.parts()["ema"])
+    for name, weight in run.parts()["ema"].items():
+        assert torch.equal(weight, before.weights[name])
+    assert f"begins as  {tiny_run}" in run.describe()
 
-    def watched(averages, parameters, step, decay, ramp):
-        if step == 0:
-            pairs = zip(averages, parameters, weights, strict=True)
-            for average, parameter, weight in pairs:
-                began.append(torch.equal(average, weight))
-                # The network has done one step of Adam, which is as long as the learning rate.
-                began.append((parameter - weight).abs().max() < 2.1e-4)
-        original(averages, parameters, step, decay, ramp)
-
-    monkeypatch.setattr(train, "update_ema", watched)
-    flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path / "runs", *TRAINING]
-    call(train.main, "cifar10", "--init", source, *flags)
-    (run,) = (tmp_path / "runs").iterdir()
-
-    # The run says where it began. A folder of diffusers does not hold the digest of the weights.
-    contents = newest(run)
+    # The run says where it began.
+    assert train.train(run)
+    contents = newest(run.folder)
     initial = contents["run"]["initial"]
-    assert str(source) in initial
-    assert kind == "folder" or before.digest[:16] in initial
-    assert json.loads((run / "config.json").read_text())["run"]["initial"] == initial
-    assert f"begins as  {initial}" in capsys.readouterr().out
-
+    assert str(tiny_run) in initial
+    assert before.digest[:16] in initial
     # Dropout is no property of the weights, so it is the preset's.
     assert contents["config"]["model"] == before.config["model"] | {"dropout": 0.1}
     assert contents["config"]["diffusion"]["timesteps_diff"] == 100
 
-    def moved(part):
-        """Return how far the weights, or their average, went from the initial ones at most."""
+    # In ten steps an average over 10,000 moves little.
+    moved = {}
+    for part in ("ema", "model"):
         weights = contents[part]
-        return max((weights[name] - start).abs().max() for name, start in before.weights.items())
-
-    # There were ten steps, of an average over 10,000.
-    assert began
-    assert all(began)
-    assert 0 < moved("ema") < 0.01 * moved("model")
-
-
-@pytest.mark.slow
-def test_the_loss_begins_where_that_of_the_weights_ended(learned_run, trained):
-    flags = "--diffusion.epochs 12 --diffusion.learning-rate 1e-4 --diffusion.validate-every 15"
-    flags += " --diffusion.validation-samples 64 --diffusion.sample-every 60"
-    then = trained("--init", learned_run, *flags.split())
-    first, *_, ended = read_metrics(learned_run / "metrics.csv")
-    begins = read_metrics(then / "metrics.csv")
-
-    # The first run has learned something, and the second one is not too short.
-    assert first["loss"] > 0.8
-    assert ended["val_loss_ema"] < 0.4
-    assert begins[-1]["step"] == 60
-
-    validated = [row["val_loss_ema"] for row in begins if row["val_loss_ema"] is not None]
-    assert len(validated) == 4
-    assert validated == pytest.approx([ended["val_loss_ema"]] * 4, rel=0.005)
-    assert begins[0]["loss"] < 0.6
+        moved[part] = max((weights[n] - start).abs().max() for n, start in before.weights.items())
+    assert 0 < moved["ema"] < 0.01 * moved["model"]
 
 
 def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
@@ -130,19 +81,12 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
     ("flag", "field", "value"),
     [
         ("--model.base-dim", "model.base_dim", 16),
-        ("--diffusion.timesteps-diff", "diffusion.timesteps_diff", 50),
         ("--diffusion.objective", "diffusion.objective", "v"),
     ],
 )
 def test_what_contradicts_the_weights_is_refused(flag, field, value, tiny_run, trained):
     with pytest.raises(ConfigError, match=f"{field} is .* cannot be changed to {value}"):
         trained("--init", tiny_run, flag, value)
-
-
-@pytest.mark.slow
-def test_flags_that_say_what_the_weights_are_may_be_given(tiny_run, trained):
-    """The flags of TINY are such flags."""
-    assert trained("--init", tiny_run, "--dry-run") is None
 
 
 @pytest.mark.slow

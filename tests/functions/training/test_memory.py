@@ -1,15 +1,15 @@
 """Where memory runs out: a sentence with the flags that need half of it and change no result."""
 
-import re
 import shlex
+from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from functions.support.errors import UserError
-from functions.training.metrics import read_metrics
 from models.unet import UNet
-from tests.conftest import LittleMemory, call, newest, train_tiny
+from tests.conftest import call, newest
 
 
 def limit(patch, most, after=0):
@@ -19,36 +19,32 @@ def limit(patch, most, after=0):
 
     def limited(network, x_t, t):
         calls.append(len(x_t))
-        if len(calls) <= after:
-            return forward(network, x_t, t)
-        return LittleMemory(lambda *_: forward(network, x_t, t), most)(x_t, t)
+        if len(calls) > after and len(x_t) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(network, x_t, t)
 
     patch.setattr(UNet, "forward", limited)
 
 
-def flags_in(sentence):
-    return shlex.split(re.search(r"--diffusion.batch-size \d+ \S+ \d+", sentence)[0])
-
-
 @pytest.mark.slow
-def test_the_run_goes_on_with_the_flags_that_the_sentence_gives(pictures, tmp_path, monkeypatch):
-    """Memory runs out in a step after the first checkpoint; the result is that of another run."""
-    flags = shlex.split("--diffusion.batch-size 4 --diffusion.gradient-accumulation 2")
+def test_the_run_goes_on_with_the_flags_that_the_sentence_gives(tiny_run, trained, monkeypatch):
+    """Memory runs out in a step after the first checkpoint; the result is that of another run.
+
+    Afterwards no step, validation or grid has more images in a call than fit.
+    """
     with monkeypatch.context() as patch:
-        limit(patch, 2, after=26)
-        with pytest.raises(UserError, match="out of memory with 4 images at a time") as raised:
-            train_tiny(pictures, tmp_path / "little", *flags)
+        limit(patch, 4, after=9)
+        with pytest.raises(UserError, match="out of memory with 8 images at a time") as raised:
+            trained()
+    sentence, command = str(raised.value).split("; continue with: python train.py ")
+    assert sentence.endswith("--diffusion.batch-size 4 --diffusion.gradient-accumulation 2")
 
-    sentence = str(raised.value)
-    (run,) = (tmp_path / "little").iterdir()
-    assert f"continue with: python train.py --resume {run} --diffusion.batch-size 2" in sentence
-    smaller = flags_in(sentence)
-    assert smaller == shlex.split("--diffusion.batch-size 2 --diffusion.gradient-accumulation 4")
-    assert newest(run)["run"]["step"] == 5
-
-    call(train.main, "--resume", run, *smaller)
-    whole = train_tiny(pictures, tmp_path / "whole", *smaller)
-    first, second = newest(run), newest(whole)
+    limit(monkeypatch, 4)
+    call(train.main, *shlex.split(command))
+    run = command.split()[1]
+    first = newest(Path(run))
+    assert first["run"]["step"] == 10
+    second = newest(tiny_run)
     for part in ("model", "ema"):
         for name, weight in first[part].items():
             assert (weight - second[part][name]).abs().max() < 1e-4
@@ -63,27 +59,8 @@ def test_the_run_goes_on_with_the_flags_that_the_sentence_gives(pictures, tmp_pa
     ],
 )
 def test_before_the_first_checkpoint_there_is_nothing_to_resume(
-    batch_size, most, sentence, pictures, tmp_path, monkeypatch
+    batch_size, most, sentence, trained, monkeypatch
 ):
     limit(monkeypatch, most)
     with pytest.raises(UserError, match=sentence):
-        train_tiny(pictures, tmp_path, "--diffusion.batch-size", batch_size)
-
-
-@pytest.mark.slow
-def test_no_call_in_training_has_more_images_than_batch_size(pictures, tmp_path, monkeypatch):
-    """This holds for steps, validation and grids."""
-    limit(monkeypatch, 2)
-    flags = "--diffusion.batch-size 2 --diffusion.epochs 1 --diffusion.validate-every 9"
-    run = train_tiny(pictures, tmp_path, *flags.split())
-    assert read_metrics(run / "metrics.csv")[-1]["val_loss"] > 0
-    assert list(run.glob("samples/*.png"))
-
-
-def test_another_error_is_raised_as_it_is(pictures, tmp_path, monkeypatch):
-    def forward(network, x_t, t):
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(UNet, "forward", forward)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        train_tiny(pictures, tmp_path)
+        trained("--diffusion.batch-size", batch_size)

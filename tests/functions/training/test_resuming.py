@@ -1,8 +1,8 @@
 """What a resumed run keeps, what it may change, and what it says of the rest."""
 
 import json
+import os
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -11,12 +11,11 @@ import torch
 
 import train
 from config import ConfigError
-from functions.support.checkpoint import verify_checkpoint, write_tensors
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
 from functions.training.metrics import read_metrics
-from functions.training.stopping import explain_failed_writes
-from tests.conftest import ROOT, TINY, call, during, interrupt, newest, posix, terminate
+from tests.conftest import ONE_LEVEL, TINY, call, during, interrupt, newest, posix, terminate
+from tests.forked import Program, train_script
 from tests.kill import assert_same_run, sample_grids
 from tests.spoilt_files import same
 
@@ -28,14 +27,15 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
 
     Its newest checkpoint has it already, so it goes on without being told again.
     """
-    message = r"cannot change diffusion\.learning_rate, diffusion\.optimizer, model\.base_dim"
-    with pytest.raises(ConfigError, match=message):
-        changes = "--diffusion.learning-rate 1e-3 --diffusion.optimizer muon --model.base-dim 16"
-        call(train.main, "--resume", unfinished, *changes.split())
-    with pytest.raises(ConfigError, match=r"cannot change diffusion\.batch_size"):
-        call(train.main, "--resume", unfinished, "--diffusion.batch-size", "4")
-    with pytest.raises(ConfigError, match="a run of 'faces', not of 'ffhq-full'"):
-        call(train.main, "ffhq-full", "--resume", unfinished)
+    for refused, message in {
+        "--diffusion.optimizer muon --model.base-dim 16": "diffusion.optimizer, model.base_dim",
+        "--diffusion.batch-size 4": "cannot change diffusion.batch_size",
+        # It has done 7 steps, and an epoch has five.
+        "--diffusion.epochs 1": "the run is finished",
+        "ffhq-full": "a run of 'faces', not of 'ffhq-full'",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            call(train.main, *refused.split(), "--resume", unfinished)
     capsys.readouterr()
 
     # The effective batch stays the same, so this is allowed.
@@ -57,20 +57,18 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
         call(train.main, "--resume", unfinished)
 
 
-@pytest.mark.slow
-def test_resuming_keeps_precision_and_says_what_it_cannot_keep(trained, monkeypatch, capsys):
-    """A run started with "auto" where that is bfloat16 goes on in bfloat16 where it is not."""
+def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monkeypatch, capsys):
+    """The run is in float32, and "auto" would be bfloat16 here."""
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: True)
-    run = trained("--diffusion.precision", "auto", "--diffusion.epochs", 1)
-    monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: False)
-    capsys.readouterr()
-    call(train.main, "--resume", run, "--diffusion.epochs", 2)
-    assert "no longer bit for bit" not in capsys.readouterr().out
-    assert newest(run)["run"]["arithmetic"]["precision"] == "bfloat16"
+    resume = ["--resume", unfinished, "--dry-run", "--diffusion.precision", "auto"]
+    call(train.main, *resume)
+    printed = capsys.readouterr().out
+    assert "parameters, float32, cpu" in printed
+    assert "no longer bit for bit" not in printed
 
     # Another number of threads adds in another order.
     torch.set_num_threads(2)
-    call(train.main, "--resume", run, "--diffusion.epochs", 3, "--dry-run")
+    call(train.main, *resume)
     warning = "warning: threads was 1, is now 2: no longer bit for bit like an uninterrupted run"
     assert warning in capsys.readouterr().out
 
@@ -106,47 +104,6 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     assert same(newest(unfinished)["ema"], newest(tiny_run)["ema"])
 
 
-def test_a_checkpoint_in_a_run_folder_is_not_the_run(unfinished):
-    with pytest.raises(UserError, match="not a run folder"):
-        call(train.main, "--resume", next((unfinished / "checkpoints").iterdir()))
-
-
-def test_more_steps_than_a_file_name_can_count_are_refused(trained, tmp_path):
-    """An epoch has five steps, and names have eight digits."""
-    with pytest.raises(ConfigError, match="lower epochs to 19,999,999"):
-        trained("--diffusion.epochs", 20_000_000, "--dry-run")
-    assert trained("--diffusion.epochs", 19_999_999, "--dry-run") is None
-
-
-def test_a_run_whose_last_files_are_missing_is_unfinished(tiny_run, tmp_path, capsys):
-    """This is a run that was killed between its last checkpoint and its last grid."""
-    run = shutil.copytree(tiny_run, tmp_path / tiny_run.name)
-    grid = run / "samples" / "step-00000010.png"
-    grid.unlink()
-    call(train.main, "faces", "--resume", "auto", "--runs", tmp_path)
-    assert list(tmp_path.iterdir()) == [run]
-    assert "finished" in capsys.readouterr().out
-    assert_same_run(tiny_run, run)
-
-
-def test_fewer_steps_than_are_done_are_refused(unfinished):
-    """The run has done 7 of its 10 steps, and an epoch has five."""
-    with pytest.raises(ConfigError, match="the run is finished"):
-        call(train.main, "--resume", unfinished, "--diffusion.epochs", 1)
-
-
-def test_a_checkpoint_that_cannot_be_loaded_is_passed_over(unfinished, tiny_run, capsys):
-    """The newest one has a moment that cannot be, with the right checksum."""
-    path = checkpoints_of(unfinished)[-1]
-    file = verify_checkpoint(path)
-    parts = {part: file.tensors(part) for part in file.digests}
-    parts["optimizer"]["exp_avg_sq.conv_in.bias"] -= 1
-    write_tensors(path, parts, file.contents)
-    call(train.main, "--resume", unfinished)
-    assert f"UNUSABLE CHECKPOINT: {path}: exp_avg_sq" in capsys.readouterr().err
-    assert_same_run(tiny_run, unfinished)
-
-
 def test_a_run_that_went_on_meanwhile_is_not_rewound(unfinished, monkeypatch):
     """Another process writes a checkpoint while this one waits for the lock."""
     path = checkpoints_of(unfinished)[-1]
@@ -160,6 +117,8 @@ def test_a_run_that_went_on_meanwhile_is_not_rewound(unfinished, monkeypatch):
 
 @posix
 def test_a_signal_before_the_last_grid_is_heeded(unfinished, tiny_run, monkeypatch):
+    """A run that has its last checkpoint, but not its last grid, is unfinished."""
+    resume = ["faces", "--resume", "auto", "--runs", unfinished.parent]
     save = train.Recorder.save
 
     def save_and_terminate(recorder):
@@ -168,40 +127,27 @@ def test_a_signal_before_the_last_grid_is_heeded(unfinished, tiny_run, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="75"):
         patch.setattr(train.Recorder, "save", save_and_terminate)
-        call(train.main, "--resume", unfinished)
+        call(train.main, *resume)
     assert newest(unfinished)["run"]["step"] == 10
     assert "step-00000010.png" not in sample_grids(unfinished)
-    call(train.main, "--resume", unfinished)
+    call(train.main, *resume)
+    assert list(unfinished.parent.iterdir()) == [unfinished]
     assert_same_run(tiny_run, unfinished)
 
 
-def test_snapshots_of_an_abandoned_part_are_no_guides(trained):
-    run = trained("--diffusion.snapshot-every", 4)
-    (run / "checkpoints" / "step-00000010.safetensors").unlink()
-    with pytest.raises(KeyboardInterrupt), during(1, interrupt):
-        call(train.main, "--resume", run, "--diffusion.epochs", 3)
-    assert [path.stem for path in checkpoints_of(run, "snapshots")] == ["step-00000004"]
-    names = sorted(path.stem for path in (run / "snapshots").glob("abandoned-*"))
-    assert names == ["abandoned-step-00000008", "abandoned-step-00000010"]
+def train_into_a_closed_pipe():
+    """Train when nobody reads any more what the training prints."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1) as nobody:
+        sys.stdout = sys.stderr = nobody
+        train_script()
 
 
 @posix
 def test_a_closed_pipe_does_not_end_a_training(pictures, tmp_path):
-    """After its first line nobody reads what the training prints."""
-    flags = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait() == 0
-    (run,) = tmp_path.iterdir()
+    flags = ["faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures]
+    flags += [*TINY, *ONE_LEVEL]
+    assert Program(tmp_path / "printed", *flags, act=train_into_a_closed_pipe).wait() == 0
+    (run,) = (tmp_path / "runs").iterdir()
     assert newest(run)["run"]["step"] == 10
-
-
-def test_without_a_checkpoint_nobody_is_told_to_continue(tmp_path):
-    with pytest.raises(UserError) as error, explain_failed_writes(tmp_path):
-        raise OSError(28, "No space left on device")
-    assert str(error.value).endswith("No space left on device. There is no checkpoint yet")

@@ -1,8 +1,6 @@
 """EMA, draws, validation, metrics and learning rate: each beside its definition."""
 
-import copy
 import hashlib
-import io
 import math
 import time
 from dataclasses import replace
@@ -10,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import EXPERIMENTS
@@ -24,7 +21,6 @@ from functions.support.random_numbers import ImageNoise, seed_of, training_draws
 from functions.training.metrics import (
     MetricsLog,
     TrainingWindow,
-    plot_losses,
     read_metrics,
 )
 from functions.training.validation import validation_losses
@@ -45,39 +41,28 @@ def test_the_noised_image_is_in_float32_whatever_the_network_computes_in():
 @pytest.mark.parametrize("ramp", [True, False])
 def test_ema_is_the_weighted_sum_of_its_definition(ramp):
     decay = 0.3
-    model = torch.nn.Linear(1, 1)
-    model.weight.data.fill_(1.0)
-    ema_model = copy.deepcopy(model)
-
     # The average begins as the initial weight.
+    average = torch.tensor([1.0])
     expected = 1.0
     for step, value in enumerate([5.0, -2.0, 7.0, 3.0]):
-        model.weight.data.fill_(value)
-        update_ema([*ema_model.parameters()], [*model.parameters()], step, decay, ramp)
-        d = decay
-        if ramp:
-            d = min(decay, (1 + step) / (10 + step))
+        weight = torch.tensor([value])
+        update_ema([average], [weight], step, decay, ramp)
+        d = min(decay, (1 + step) / (10 + step)) if ramp else decay
         expected = d * expected + (1 - d) * value
-        assert ema_model.weight.item() == pytest.approx(expected, rel=1e-6)
-
-    # The weights themselves stay.
-    assert model.weight.item() == 3.0
+        assert average.item() == pytest.approx(expected, rel=1e-6)
+        # The weights themselves stay.
+        assert weight.item() == value
 
 
 def test_draws_depend_on_seed_and_step_alone():
     def draws(seed, step):
         return vars(training_draws(seed, step, 64, (3, 4, 4), 1000, "cpu"))
 
-    # Between the two draws of the same step there are draws of another.
-    first = draws(0, 7)
-    draws(0, 6)
-    again = draws(0, 7)
-    next_step = draws(0, 8)
-    other_seed = draws(1, 7)
+    # Between the two draws of the same step there are draws of others.
+    first, *others, again = (draws(*place) for place in ((0, 7), (0, 6), (0, 8), (1, 7), (0, 7)))
     for name, values in first.items():
         assert torch.equal(values, again[name])
-        assert not torch.equal(values, next_step[name])
-        assert not torch.equal(values, other_seed[name])
+        assert not any(torch.equal(values, other[name]) for other in others)
 
 
 def test_no_two_images_of_a_seed_have_the_same_noise():
@@ -85,8 +70,6 @@ def test_no_two_images_of_a_seed_have_the_same_noise():
     seeds = {seed_of(0, "image", i) for i in range(50_000)}
     assert len(seeds) == 50_000
     assert max(seeds) < 2**32
-    wide = torch.randn(3, generator=torch.Generator().manual_seed(2**40 + 5))
-    assert torch.equal(wide, torch.randn(3, generator=torch.Generator().manual_seed(5)))
 
     # This is the definition: the hash of seed and purpose, plus the index.
     start = int.from_bytes(hashlib.blake2b(b"3/image", digest_size=4).digest(), "little")
@@ -97,19 +80,21 @@ def test_no_two_images_of_a_seed_have_the_same_noise():
 
 def test_draws_have_their_distributions():
     """Means, variances and counts lie within 4 of their standard errors."""
-    draws = training_draws(0, 0, 20_000, (1, 2, 2), 10, "cpu")
+    N = 20_000
+    draws = training_draws(0, 0, N, (1, 2, 2), 10, "cpu")
     counts = torch.bincount(draws.t, minlength=10)
     assert counts.shape == (10,)
-    assert (counts - 2000).abs().max() < 4 * math.sqrt(20_000 * 0.1 * 0.9)
-    n = draws.noise.numel()
-    assert abs(draws.noise.mean()) < 4 / math.sqrt(n)
-    assert abs(draws.noise.var() - 1) < 4 * math.sqrt(2 / n)
-    assert abs(draws.flip.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(20_000)
-
-    # The variance of a uniform number in [-1, 1) is 1/3.
+    assert (counts - N / 10).abs().max() < 4 * math.sqrt(N * 0.1 * 0.9)
     assert draws.rotation.min() >= -1
     assert draws.rotation.max() < 1
-    assert abs(draws.rotation.mean()) < 4 / math.sqrt(3 * 20_000)
+    # The variance of a uniform number in [-1, 1) is 1/3.
+    for values, mean, variance in (
+        (draws.noise, 0, 1),
+        (draws.noise.square(), 1, 2),
+        (draws.flip.float(), 0.5, 0.25),
+        (draws.rotation, 0, 1 / 3),
+    ):
+        assert abs(values.mean() - mean) < 4 * math.sqrt(variance / values.numel())
 
 
 def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
@@ -138,22 +123,21 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
         return validation_losses([denoiser, of_v], images_of, indices, config, SINGLE_PROCESS)
 
     # The square of 48 * 48 standard normal numbers is 1 on average, with this standard error.
-    (loss, eps_error), (loss_of_v, eps_error_of_v) = measure(batch_size=48, seed=0)
+    whole = measure(batch_size=48, seed=0)
+    (loss, eps_error), (loss_of_v, eps_error_of_v) = whole
     assert eps_error == loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))
     assert 0 < eps_error_of_v < loss_of_v != loss
 
     # The t are the middles of 48 strata of 20 each, and all images count equally often.
     assert sorted(seen_t) == sorted([*range(10, 960, 20)] * 2)
     assert sorted(seen_indices) == [3] * 16 + [5] * 16 + [9] * 16
-    by_seven = measure(batch_size=7, seed=0)
-    assert by_seven[0] == pytest.approx((loss, loss), rel=1e-6)
-    assert by_seven[1] == pytest.approx((loss_of_v, eps_error_of_v), rel=1e-6)
+    np.testing.assert_allclose(measure(batch_size=7, seed=0), whole, rtol=1e-6)
     assert measure(batch_size=7, seed=1)[0][0] != loss
 
 
 @pytest.mark.slow
 def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tmp_path):
-    """A row that a power cut has cut short, wherever, is left out, too."""
+    """A row that a kill has cut short, wherever, is left out, too."""
     path = tmp_path / "metrics.csv"
     log = MetricsLog(tmp_path)
     log.write(step=10, loss=1 / 10, skipped_steps=0)
@@ -162,6 +146,9 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     log.tensorboard.close()
 
     whole = path.read_text()
+    with pytest.raises(ValueError, match=r"'fid' is not a column.*COLUMNS"):
+        log.write(step=40, loss=0.5, fid=3.17)
+    assert path.read_text() == whole
     for cut in range(1, len(whole.splitlines()[-1]) + 1):
         path.write_text(whole[:-cut])
         assert [row["step"] for row in read_metrics(path)] == [10, 20]
@@ -182,77 +169,10 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(20, 0.5)]
 
 
-def test_a_row_that_a_kill_cut_short_is_left_out(tmp_path):
-    path = tmp_path / "metrics.csv"
-    log = MetricsLog(tmp_path)
-    for step in (10, 20, 30):
-        log.write(step=step, loss=1 / step, val_loss=0.5, skipped_steps=0)
-    log.tensorboard.close()
-    whole = path.read_bytes()
-    rows = read_metrics(path)
-    for end in range(whole[:-1].rindex(b"\n") + 1, len(whole)):
-        path.write_bytes(whole[:end])
-        assert read_metrics(path) == rows[:2]
-
-
-def test_a_metric_without_a_column_is_an_error_and_writes_nothing(tmp_path):
-    log = MetricsLog(tmp_path)
-    before = (tmp_path / "metrics.csv").read_text()
-    with pytest.raises(ValueError, match=r"'fid' is not a column.*COLUMNS"):
-        log.write(step=10, loss=0.5, fid=3.17)
-    log.tensorboard.close()
-    assert (tmp_path / "metrics.csv").read_text() == before
-
-
-def test_tensorboard_has_the_curves_the_grids_and_the_config(tiny_run):
-    """Each is compared with the run's own file of it."""
-    # With the limit 0 TensorBoard reads all entries.
-    log = str(tiny_run / "tensorboard")
-    events = EventAccumulator(log, size_guidance={"images": 0}).Reload()
-    rows = read_metrics(tiny_run / "metrics.csv")
-    logged = [(row["step"], row["val_loss_ema"]) for row in rows if row["val_loss_ema"]]
-    seen = [(event.step, event.value) for event in events.Scalars("val_loss_ema")]
-    np.testing.assert_allclose(seen, logged, rtol=1e-5)
-    grids = sorted((tiny_run / "samples").glob("*.png"))
-    for grid, event in zip(grids, events.Images("samples"), strict=True):
-        assert grid.stem == f"step-{event.step:08d}"
-        in_tensorboard = Image.open(io.BytesIO(event.encoded_image_string))
-        assert np.array_equal(Image.open(grid), in_tensorboard)
-
-    (text,) = events.Tensors("config/text_summary")[0].tensor_proto.string_val
-    assert (tiny_run / "config.json").read_text() in text.decode()
-
-
-def test_the_curves_are_of_the_error_of_eps(tmp_path, monkeypatch):
-    (tmp_path / "metrics.csv").write_text(
-        "step,loss,eps_error,val_loss,val_eps_error,val_loss_ema,val_eps_error_ema\n"
-        "10,0.6,0.3,0.5,0.25,,\n"
-        "15,0.4,0.2,,,,\n"
-    )
-    saved = []
-    monkeypatch.setattr(
-        "functions.training.metrics.save_figure", lambda figure, path: saved.append(figure)
-    )
-    plot_losses(tmp_path / "metrics.csv", tmp_path / "losses.png")
-    training, validation = saved[0].axes[0].lines
-    assert training.get_xydata().tolist() == [[10, 0.3], [15, 0.2]]
-    assert validation.get_xydata().tolist() == [[10, 0.25]]
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Return a list with the time in seconds, which goes on by hand."""
-    now = [100.0]
-    monkeypatch.setattr("functions.training.metrics.time.perf_counter", lambda: now[0])
-    return now
-
-
-def test_the_window_averages_over_images_and_its_clock_can_stand_still(clock):
+def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
     """A step has two images, so a window's means are its sums by twice its steps."""
-    window = TrainingWindow(CPU, images_per_step=2)
-    resumed = TrainingWindow(CPU, images_per_step=2)
-    window.start_clock()
-    resumed.start_clock()
+    clock = [100.0]
+    monkeypatch.setattr("functions.training.metrics.time.perf_counter", lambda: clock[0])
 
     def add(window, seconds, loss, skipped=0):
         """Add a step that took so long; its sum of the errors of eps is a quarter of the loss."""
@@ -264,29 +184,26 @@ def test_the_window_averages_over_images_and_its_clock_can_stand_still(clock):
         assert row["grad_norm"] == 0.5
         return [row[name] for name in ("loss", "eps_error", "images_per_second", "skipped_steps")]
 
+    window = TrainingWindow(CPU, images_per_step=2)
+    window.start_clock()
     add(window, 2, 3.0)
     with window.paused():
         clock[0] += 50
-
     # A skipped step counts for the speed, but its loss does not count.
     add(window, 0, math.nan, skipped=1)
     add(window, 1, 6.0)
-    assert read(window) == [9 / 4, 9 / 16, 2.0, 1]
-
-    # The training loop reads within a pause, too.
-    add(window, 0.5, 4.0)
+    # The training loop reads within a pause.
     with window.paused():
-        assert read(window) == [2.0, 0.5, 4.0, 1]
+        assert read(window) == [9 / 4, 9 / 16, 2.0, 1]
         clock[0] += 9
 
     # A resumed window's means have the earlier step, too, but its speed has only its own step.
-    # Reading starts its clock.
     add(window, 1, 2.0)
-    read(resumed)
+    resumed = TrainingWindow(CPU, images_per_step=2)
+    resumed.start_clock()
     resumed.load(window.state())
     add(resumed, 0.5, 7.0)
     assert read(resumed) == [9 / 4, 9 / 16, 4.0, 1]
-
     # There is no mean if all steps were skipped.
     add(resumed, 1, math.inf, skipped=1)
     assert np.array_equal(read(resumed), [math.nan, math.nan, 2.0, 2], equal_nan=True)
@@ -297,15 +214,15 @@ def test_learning_rate_warms_up_and_decays_and_rotation_stops_for_the_last_tenth
     faces = EXPERIMENTS["faces"].diffusion
 
     # The first warms up over 5000 steps, and then its rate stays.
-    assert learning_rate(full, 0, 10**6) == pytest.approx(3e-5 / 5001)
-    assert learning_rate(full, 2500, 10**6) == pytest.approx(1.5e-5, rel=1e-3)
-    assert learning_rate(full, 5000, 10**6) == 3e-5
-    assert learning_rate(full, 10**6 - 1, 10**6) == 3e-5
+    rates = {0: 3e-5 / 5001, 2500: 3e-5 * 2501 / 5001, 5000: 3e-5, 10**6 - 1: 3e-5}
+    assert {n: learning_rate(full, n, 10**6) for n in rates} == pytest.approx(rates)
 
-    # This one has no warm-up, and the next has half a cosine.
+    # The second warms up, too, and has half a cosine; the third has neither.
+    for step in (200, 500, 999):
+        half_cosine = (1 + math.cos(math.pi * step / 1000)) / 2
+        expected = pytest.approx(faces.learning_rate * half_cosine)
+        assert learning_rate(faces, step, 1000) == expected
     assert learning_rate(EXPERIMENTS["ffhq-run1"].diffusion, 0, 100) == 3e-5
-    assert learning_rate(faces, 500, 1000) == pytest.approx(faces.learning_rate / 2)
-    assert learning_rate(faces, 999, 1000) < 1e-4 * faces.learning_rate
 
     for step, limit in ((0, 3), (500, 3), (899, 3), (900, 0), (999, 0)):
         assert rotation_limit(full.max_rotation, full.rotation_free_end, step / 1000) == limit
