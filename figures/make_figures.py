@@ -1,14 +1,17 @@
-"""Draw the pictures of README and docs/ffhq.md from a real run.
+"""Draw the pictures of README and docs/ from two real runs.
 
-`python -m figures.make_figures RUN`
+`python -m figures.make_figures RUN_FACES RUN_FACES_V`
 
-RUN is a run folder of the experiment `faces`.
+These are run folders of the experiments `faces` and `faces-v`. faces-quick.png is the grid that
+README's second command writes, and `python -m tests.browser` makes the pictures of demo.py.
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +25,23 @@ from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
 from figures.saved_model import open_saved
 from functions.noise_scheduler import NoiseScheduler
+from functions.sampling.calibration import with_calibration
 from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, state_frames
 from functions.sampling.generation import ImageSampler, generate
+from functions.sampling.guidance import with_guide
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.loading import load_and_split
 from functions.support.pictures import (
+    grid_of,
     save_figure,
     save_gif,
     save_grid,
     save_image,
     save_strip,
 )
+from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
 from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
@@ -54,28 +61,39 @@ QUEEN = "people_1f478-1f3fd.png"
 COOK = "people_1f9d1-1f3fb-200d-1f373.png"
 WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
 
-# The name of a picture -> a command, which the run is added to, and a pattern of the file that it
-# writes.
+# The name of a picture -> a command, and a pattern of the file that it writes. FACES and FACES_V
+# stand for the runs.
 COMMANDS = {
-    "few_steps.png": ("sample.py --sampler dpm++ --steps 20", "grid.png"),
-    "progressive.png": ("sample.py --steps 50 --progressive", "progressive.png"),
-    "interpolation.png": (f"edit.py interpolate --steps 50 {QUEEN} {COOK}", "interpolation-*.png"),
-    "variations.png": (f"edit.py vary --steps 50 {QUEEN}", "variations-*.png"),
+    "few_steps.png": ("sample FACES --sampler dpm++ --steps 20", "grid.png"),
+    "progressive.png": ("sample FACES --steps 50 --progressive", "progressive.png"),
+    "interpolation.png": (
+        f"edit interpolate {QUEEN} {COOK} FACES --steps 50",
+        "interpolation-*.png",
+    ),
+    "variations.png": (f"edit vary {QUEEN} FACES --steps 50", "variations-*.png"),
     "inpainting.png": (
-        f"edit.py inpaint --steps 50 --mask mask.png --n 5 {WIZARD}",
+        f"edit inpaint {WIZARD} FACES --steps 50 --mask mask.png --n 5",
         "inpainting-*.png",
     ),
+    "bands-eps.png": ("figures.bands FACES --precision float32", "*.png"),
+    "bands-calibrated.png": ("figures.bands FACES --precision float32 --calibrate", "*.png"),
+    "bands-v.png": ("figures.bands FACES_V --precision float32", "*.png"),
 }
+
+# The weights of a guide that are compared.
+WEIGHTS = (1, 1.25, 1.5, 2, 3)
 
 
 def main() -> None:
     """Draw all figures into this folder."""
     parser = Parser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="A run folder.")
+    parser.add_argument("faces", type=Path, metavar="RUN_FACES", help="A run folder.")
+    parser.add_argument("faces_v", type=Path, metavar="RUN_FACES_V", help="A run folder.")
     args = parser.parse_args()
 
     # The checkpoint is loaded first, so that a missing run ends the script immediately.
-    saved, image_sampler = open_saved(args.run, SamplerOptions())
+    saved, image_sampler = open_saved(args.faces, SamplerOptions())
+    draw_guidance(args.faces_v)
 
     draw_cumulative_noise()
     draw_schedules()
@@ -83,8 +101,10 @@ def main() -> None:
     draw_unet()
     draw_rotation()
     draw_run(saved, image_sampler)
+    draw_cures(args.faces, args.faces_v)
     with tempfile.TemporaryDirectory() as temporary:
-        draw_commands(saved, Path(temporary))
+        runs = {"FACES": args.faces.resolve(), "FACES_V": args.faces_v.resolve()}
+        draw_commands(runs, saved.model.image_size, Path(temporary))
 
 
 def draw_cumulative_noise() -> None:
@@ -255,10 +275,47 @@ def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
     save_strip(strip_frames, list(strip), FIGURES / "strip.png")
 
 
-def draw_commands(saved: SavedModel, temporary: Path) -> None:
-    """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
+def draw_cures(faces: Path, faces_v: Path) -> None:
+    """Draw what `faces` does wrong, and both cures: its calibrations, and `faces-v`.
+
+    The samples start from the same noise, and have 20 steps of DDIM. The picture of docs/ has a row
+    for each cure, and README's has both runs side by side.
+    """
+    rows = []
+    for run, calibrate in ((faces, None), (faces, "data"), (faces, "own"), (faces_v, None)):
+        saved, image_sampler = open_saved(run, SamplerOptions("ddim", 20, calibrate=calibrate))
+        samples = generate(with_calibration(image_sampler, saved), range(36))
+        rows.append(to_uint8(samples.images).numpy())
+
+    columns = np.stack(rows, axis=1)[:12]  # (12, rows, H, W, C)
+    titles = ["faces", "calibrated\n(data)", "calibrated\n(own)", "faces-v"]
+    save_strip(columns, [""] * 12, FIGURES / "whole_before_detail.png", titles)
+
+    left, right = (np.array(grid_of(row, 6)) for row in (rows[0], rows[-1]))
+    # A white margin separates the two.
+    both = np.concatenate([left, np.full_like(left[:, :36], 255), right], axis=1)
+    save_image(both, FIGURES / "faces_and_faces_v.png")
+
+
+def draw_guidance(faces_v: Path) -> None:
+    """Draw the same noise with rising weights of a guide, a column for each weight."""
+    options = SamplerOptions("dpm++", 20, eta=0.0, guide="1000")
+    saved, image_sampler = open_saved(faces_v, options)
+    image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
+    columns = {}
+    for weight in WEIGHTS:
+        denoiser = replace(image_sampler.denoiser, weight=weight)
+        samples = generate(replace(image_sampler, denoiser=denoiser), range(8))
+        columns[f"w = {weight:g}"] = to_uint8(samples.images).numpy()
+    save_strip(list(columns.values()), list(columns), FIGURES / "guidance.png")
+
+
+def draw_commands(runs: dict[str, Path], size: int, temporary: Path) -> None:
+    """Run each of COMMANDS in a temporary folder, and copy its picture into this folder.
+
+    `runs` has the folders that FACES and FACES_V stand for, and `size` is that of their images.
+    """
     # edit.py reads the images and the mask from files.
-    size = saved.model.image_size
     people = load_images("emoji_people", size)
     for name in (QUEEN, COOK, WIZARD):
         save_image(people.images[people.ids.index(name)], temporary / name)
@@ -268,12 +325,13 @@ def draw_commands(saved: SavedModel, temporary: Path) -> None:
     mask[size // 2 :] = 255
     save_image(mask, temporary / "mask.png")
 
+    # Modules are found from any folder.
+    environment = {**os.environ, "PYTHONPATH": str(FIGURES.parent)}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
-        script, *arguments = command.split()
-        arguments += [saved.path.resolve(), "--out", out]
-        call = [sys.executable, FIGURES.parent / script, *arguments]
-        subprocess.run(call, check=True, cwd=temporary)
+        words = [runs.get(word, word) for word in command.split()]
+        call = [sys.executable, "-m", *words, "--out", out]
+        subprocess.run(call, check=True, cwd=temporary, env=environment)
         [file] = out.glob(pattern)
         shutil.copyfile(file, FIGURES / figure)
 
