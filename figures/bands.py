@@ -66,10 +66,11 @@ class BandErrors:
 
     def table(self) -> str:
         """Return the ratios as a table in plain text, with a line for each timestep."""
-        lines = ["     t  " + "".join(f"{name:>18}" for name in self.bands)]
-        for t, ratios, errors in zip(self.t, self.ratio, self.standard_error, strict=True):
+        titles = "".join(f"{name:>18}" for name in self.bands)
+        lines = [f"     t  {titles}"]
+        for k, t in enumerate(self.t):
             line = f"{t:>6}  "
-            for ratio, error in zip(ratios, errors, strict=True):
+            for ratio, error in zip(self.ratio[k], self.standard_error[k], strict=True):
                 cell = f"{ratio:.3g} ± {error:.1g}"
                 line += f"{cell:>18}"
             lines.append(line)
@@ -109,9 +110,11 @@ def main() -> None:
     print("squared error of x_0 / squared error of the average image, by t and cycles per image")
     print(result.table())
     path = folder / f"{saved.name}-bands.json"
+    picture = path.with_suffix(".png")
     write_text(path, json.dumps(result.facts(), indent=2))
-    plot_bands(result, path.with_suffix(".png"), saved.name)
-    print(f"wrote {path}\nwrote {path.with_suffix('.png')}")
+    plot_bands(result, picture, saved.name)
+    print(f"wrote {path}")
+    print(f"wrote {picture}")
 
 
 @torch.no_grad()
@@ -139,8 +142,11 @@ def measure_bands(
     average = average.to(load_x_0(indices[:1]).device)
 
     # (N, bands): the squared error of the average image for each held-out image.
-    batches = batches_of(indices, batch_size)
-    average_errors = torch.cat([band_energy(load_x_0(batch) - average) for batch in batches])
+    parts = []
+    for batch in batches_of(indices, batch_size):
+        x_0 = load_x_0(batch)
+        parts.append(band_energy(x_0 - average))
+    average_errors = torch.cat(parts)
 
     # The draws repeat the whole list of images, so each image is used equally often.
     drawn_indices = np.tile(indices, math.ceil(DRAWS / len(indices)))
@@ -170,15 +176,20 @@ def measured_timesteps(timesteps: int) -> list[int]:
 
     They are Chebyshev points, which are densest at both ends.
     """
-    fractions = (1 - np.cos(np.linspace(0, np.pi, TIMES))) / 2
+    angles = np.linspace(0, np.pi, TIMES)
+    fractions = (1 - np.cos(angles)) / 2
     t = (fractions * (timesteps - 1)).round().astype(int)
+    # For a small T, several points may be the same timestep.
     return np.unique(t).tolist()
 
 
 def band_energy(images: Tensor) -> Tensor:
     """Return the mean power in each band of the spectra of images (B, C, H, W): (B, bands)."""
     power = spectrum(images).abs().square().mean(dim=1)
-    return band_sums(power) / octaves(images.shape[-1]).flatten().bincount()
+    # A sum over a band, divided by the band's number of frequencies, is its mean.
+    size = images.shape[-1]
+    counts = octaves(size).flatten().bincount()
+    return band_sums(power) / counts
 
 
 def compare_errors(

@@ -89,10 +89,11 @@ class Features:
         return frechet_distance(self(images), self.real)
 
 
-def training_features(saved: SavedModel, device: torch.device | str = "cpu") -> Features:
+def training_features(saved: SavedModel) -> Features:
     """Return the features of the images that a model was trained on, as they are and mirrored."""
     image_set, split = load_and_split(saved)
-    real = to_model_range(torch.from_numpy(image_set.images[split.train_indices])).to(device)
+    images = image_set.images[split.train_indices]
+    real = to_model_range(torch.from_numpy(images))
     # Training flips images, so samples may face either way.
     return Features(torch.cat([real, real.flip(3)]))
 
@@ -106,7 +107,7 @@ def raw_features(images: Tensor) -> Tensor:
     filters = torch.randn(FILTERS, 3, 3, 3, generator=generator, dtype=torch.float64)
     # Filters of mean 0 ignore the brightness of a region, which the 4 x 4 pixels already have.
     filters = filters - filters.mean((1, 2, 3), keepdim=True)
-    filters = F.normalize(filters, dim=(1, 2, 3)).to(images.device)
+    filters = F.normalize(filters, dim=(1, 2, 3))
 
     # Averages over 2 x 2 regions tell where in the image the responses are strong.
     # Grey is repeated to three channels.
@@ -125,7 +126,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     It is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
     """
     means = (a.mean(0) - b.mean(0)).square().sum()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    cov_a = a.T.cov()
+    cov_b = b.T.cov()
 
     # With root = C_a^(1/2), root C_b root has the eigenvalues of C_a C_b and is symmetric, as
     # eigvalsh requires. Rounding can leave an eigenvalue below zero.
@@ -149,7 +151,10 @@ def spoilt(images: Tensor) -> Tensor:
     # (N, 3, 2 k, 2 k): an image of the four corners alone
     rows = torch.cat([images[:, :, :k], images[:, :, -k:]], dim=2)
     corners = torch.cat([rows[..., :k], rows[..., -k:]], dim=3)
-    squares = F.avg_pool2d((1 - corners).square(), k).mean(dim=1)  # (N, 2, 2)
+
+    # (N, 2, 2): the mean squared distance of each corner from white
+    distances = (1 - corners).square()
+    squares = F.avg_pool2d(distances, k).mean(dim=1)
     rms = 127.5 * squares.sqrt()
     return rms.amin(dim=(1, 2)) > WHITE
 
