@@ -7,9 +7,7 @@ images, without clipping. In each band, the squared error of this prediction is 
 the average training image. A ratio of 1 means that the network knows nothing of the image, and a
 ratio above 1 is a fault.
 
-The best linear filter of x_t has the ratio (1 - a) / (a s^2 + 1 - a), where a is alpha_bar_t, and
-s^2 is the average image's squared error per coefficient of the orthonormal Fourier transform. The
-noise has variance 1 in this transform. docs/whole-before-detail.md explains the measure.
+docs/whole-before-detail.md explains the measure.
 """
 
 import json
@@ -62,33 +60,21 @@ class BandErrors:
     ratio: np.ndarray
     # (K, bands): the standard error of `ratio`, over images.
     standard_error: np.ndarray
-    # (K, bands): the ratio of the best linear filter of x_t.
-    linear: np.ndarray
-    # (bands,): s^2, the squared error of the average image.
+    # (bands,): the squared error of the average image, per coefficient of the orthonormal Fourier
+    # transform.
     variance: np.ndarray
 
     def table(self) -> str:
         """Return the ratios as a table in plain text, with a line for each timestep."""
-        lines = ["     t  " + "".join(f"{name:>18}" for name in self.bands)]
-        for t, ratios, errors in zip(self.t, self.ratio, self.standard_error, strict=True):
+        titles = "".join(f"{name:>18}" for name in self.bands)
+        lines = [f"     t  {titles}"]
+        for k, t in enumerate(self.t):
             line = f"{t:>6}  "
-            for ratio, error in zip(ratios, errors, strict=True):
+            for ratio, error in zip(self.ratio[k], self.standard_error[k], strict=True):
                 cell = f"{ratio:.3g} ± {error:.1g}"
                 line += f"{cell:>18}"
             lines.append(line)
         return "\n".join(lines)
-
-    def verdict(self) -> str:
-        """Return a sentence that compares the network with the average image at the last timestep.
-
-        It compares the errors of an image's mean, which people see as its colour and brightness.
-        """
-        ratio = self.ratio[-1, 0]
-        comparison = "not measurably worse than"
-        if ratio - 2 * self.standard_error[-1, 0] > 1:
-            comparison = f"{ratio:.3g} times worse than"
-        guess = f"at t = {self.t[-1]}, as a guess of an image's mean, the model's x_0"
-        return f"{guess} is {comparison} the average training image"
 
     def facts(self) -> dict:
         """Return the fields as plain lists, for a JSON file."""
@@ -122,11 +108,13 @@ def main() -> None:
     result = measure_bands(denoiser, load_x_0, indices, average, batch_size, args.seed)
 
     print("squared error of x_0 / squared error of the average image, by t and cycles per image")
-    print(f"{result.table()}\n{result.verdict()}")
+    print(result.table())
     path = folder / f"{saved.name}-bands.json"
-    write_text(path, json.dumps({"verdict": result.verdict(), **result.facts()}, indent=2))
-    plot_bands(result, path.with_suffix(".png"), saved.name)
-    print(f"wrote {path}\nwrote {path.with_suffix('.png')}")
+    picture = path.with_suffix(".png")
+    write_text(path, json.dumps(result.facts(), indent=2))
+    plot_bands(result, picture, saved.name)
+    print(f"wrote {path}")
+    print(f"wrote {picture}")
 
 
 @torch.no_grad()
@@ -154,8 +142,11 @@ def measure_bands(
     average = average.to(load_x_0(indices[:1]).device)
 
     # (N, bands): the squared error of the average image for each held-out image.
-    batches = batches_of(indices, batch_size)
-    average_errors = torch.cat([band_energy(load_x_0(batch) - average) for batch in batches])
+    parts = []
+    for batch in batches_of(indices, batch_size):
+        x_0 = load_x_0(batch)
+        parts.append(band_energy(x_0 - average))
+    average_errors = torch.cat(parts)
 
     # The draws repeat the whole list of images, so each image is used equally often.
     drawn_indices = np.tile(indices, math.ceil(DRAWS / len(indices)))
@@ -177,8 +168,7 @@ def measure_bands(
 
     # The errors of each image's draws are averaged: (K, draws, bands) becomes (K, N, bands).
     network_errors = errors.unflatten(1, (-1, len(indices))).mean(dim=1).numpy()
-    alpha_bar = scheduler.alphas_cumprod[times].numpy()
-    return compare_errors(times, network_errors, average_errors.numpy(), alpha_bar)
+    return compare_errors(times, network_errors, average_errors.numpy())
 
 
 def measured_timesteps(timesteps: int) -> list[int]:
@@ -186,24 +176,26 @@ def measured_timesteps(timesteps: int) -> list[int]:
 
     They are Chebyshev points, which are densest at both ends.
     """
-    fractions = (1 - np.cos(np.linspace(0, np.pi, TIMES))) / 2
+    angles = np.linspace(0, np.pi, TIMES)
+    fractions = (1 - np.cos(angles)) / 2
     t = (fractions * (timesteps - 1)).round().astype(int)
+    # For a small T, several points may be the same timestep.
     return np.unique(t).tolist()
 
 
 def band_energy(images: Tensor) -> Tensor:
     """Return the mean power in each band of the spectra of images (B, C, H, W): (B, bands)."""
     power = spectrum(images).abs().square().mean(dim=1)
-    return band_sums(power) / octaves(images.shape[-1]).flatten().bincount()
+    # A sum over a band, divided by the band's number of frequencies, is its mean.
+    size = images.shape[-1]
+    counts = octaves(size).flatten().bincount()
+    return band_sums(power) / counts
 
 
 def compare_errors(
-    t: list[int], network_errors: np.ndarray, average_errors: np.ndarray, alpha_bar: np.ndarray
+    t: list[int], network_errors: np.ndarray, average_errors: np.ndarray
 ) -> BandErrors:
-    """Divide the network's squared errors (K, N, bands) by the average image's (N, bands).
-
-    `alpha_bar` (K,) is alpha_bar at each timestep of t.
-    """
+    """Divide the network's squared errors (K, N, bands) by the average image's (N, bands)."""
     s2 = average_errors.mean(axis=0)
     ratio = network_errors.mean(axis=1) / s2
 
@@ -211,11 +203,8 @@ def compare_errors(
     residuals = network_errors - ratio[:, None] * average_errors
     standard_error = error_of_mean(residuals.swapaxes(0, 1)) / s2
 
-    # This is the ratio of the best linear filter of x_t.
-    a = alpha_bar[:, None]
-    linear = (1 - a) / (a * s2 + 1 - a)
     names = [f"{2 ** (k - 1)}-{2**k}" for k in range(1, len(s2) - 1)]
-    return BandErrors(t, ["mean", *names, "finest"], ratio, standard_error, linear, s2)
+    return BandErrors(t, ["mean", *names, "finest"], ratio, standard_error, s2)
 
 
 def plot_bands(result: BandErrors, path: Path, title: str) -> None:

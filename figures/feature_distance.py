@@ -1,6 +1,10 @@
-"""A distance between samples and real images, from features that need no downloaded network.
+"""Measure the samples of a model without a downloaded network.
 
-experiments.py compares its arms by this distance, and the card of pretrained/ names it.
+    python -m figures.feature_distance RUN --sampler dpm++ --steps 20 --n 1000
+
+It prints the share of dark or speckled samples, which is meant for the embedded people, and the
+distance between the samples and the training images. It takes the flags of sample.py that say how
+images are sampled, and writes no files.
 """
 
 import torch
@@ -8,14 +12,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.pixels import to_model_range
+from functions.sampling.calibration import with_calibration
+from functions.sampling.generation import generate, open_sampler
+from functions.sampling.guidance import with_guide
+from functions.sampling.options import add_sampling_flags
 from functions.support.checkpoint import SavedModel
+from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.loading import load_and_split
+from functions.support.processes import SINGLE_PROCESS
 
 DIMENSIONS, FILTERS = 16, 16
 # The seed of these filters. With another one, distances differ from those in docs/.
 FILTER_SEED = 1057978271
 # A corner is white if its RMS distance from white is at most this, on the scale 0 to 255.
 WHITE = 10
+
+
+def main() -> None:
+    """Draw the first images of a seed, and print what is measured on them."""
+    parser = Parser(description=__doc__)
+    add_sampling_flags(parser)
+    parser.add_argument(
+        "--n",
+        type=positive,
+        default=100,
+        help="The number of samples. Only distances of equal numbers can be compared. "
+        "Default: %(default)s.",
+    )
+    args = parser.parse_args()
+    if args.n < 2:
+        parser.error("--n must be at least 2, because the distance compares variances")
+
+    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+    image_sampler = with_calibration(image_sampler, saved)
+    image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
+    features = training_features(saved)
+    images = generate(image_sampler, range(args.n), progress=True).images
+
+    print(f"{args.n} samples: {image_sampler.options}, seed {args.seed}")
+    print(f"dark or speckled: {spoilt(images).double().mean():.2%}")
+    print(f"distance: {features.distance(images):.4g}")
 
 
 class Features:
@@ -53,10 +89,11 @@ class Features:
         return frechet_distance(self(images), self.real)
 
 
-def training_features(saved: SavedModel, device: torch.device | str = "cpu") -> Features:
+def training_features(saved: SavedModel) -> Features:
     """Return the features of the images that a model was trained on, as they are and mirrored."""
     image_set, split = load_and_split(saved)
-    real = to_model_range(torch.from_numpy(image_set.images[split.train_indices])).to(device)
+    images = image_set.images[split.train_indices]
+    real = to_model_range(torch.from_numpy(images))
     # Training flips images, so samples may face either way.
     return Features(torch.cat([real, real.flip(3)]))
 
@@ -70,7 +107,7 @@ def raw_features(images: Tensor) -> Tensor:
     filters = torch.randn(FILTERS, 3, 3, 3, generator=generator, dtype=torch.float64)
     # Filters of mean 0 ignore the brightness of a region, which the 4 x 4 pixels already have.
     filters = filters - filters.mean((1, 2, 3), keepdim=True)
-    filters = F.normalize(filters, dim=(1, 2, 3)).to(images.device)
+    filters = F.normalize(filters, dim=(1, 2, 3))
 
     # Averages over 2 x 2 regions tell where in the image the responses are strong.
     # Grey is repeated to three channels.
@@ -89,7 +126,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     It is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
     """
     means = (a.mean(0) - b.mean(0)).square().sum()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    cov_a = a.T.cov()
+    cov_b = b.T.cov()
 
     # With root = C_a^(1/2), root C_b root has the eigenvalues of C_a C_b and is symmetric, as
     # eigvalsh requires. Rounding can leave an eigenvalue below zero.
@@ -113,6 +151,14 @@ def spoilt(images: Tensor) -> Tensor:
     # (N, 3, 2 k, 2 k): an image of the four corners alone
     rows = torch.cat([images[:, :, :k], images[:, :, -k:]], dim=2)
     corners = torch.cat([rows[..., :k], rows[..., -k:]], dim=3)
-    squares = F.avg_pool2d((1 - corners).square(), k).mean(dim=1)  # (N, 2, 2)
+
+    # (N, 2, 2): the mean squared distance of each corner from white
+    distances = (1 - corners).square()
+    squares = F.avg_pool2d(distances, k).mean(dim=1)
     rms = 127.5 * squares.sqrt()
     return rms.amin(dim=(1, 2)) > WHITE
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,14 +1,18 @@
-"""Draw the pictures of README and docs/ffhq.md from a real run.
+"""Draw the pictures of README and docs/ from two real runs.
 
-`python -m figures.make_figures RUN`
+`python -m figures.make_figures RUN_FACES RUN_FACES_V`
 
-RUN is a run folder of the experiment `faces`.
+These are run folders of the experiments `faces` and `faces-v`. faces-quick.png is the grid that
+README's second command writes, and `python -m tests.browser` makes the pictures of demo.py.
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +26,23 @@ from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
 from figures.saved_model import open_saved
 from functions.noise_scheduler import NoiseScheduler
+from functions.sampling.calibration import with_calibration
 from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, state_frames
 from functions.sampling.generation import ImageSampler, generate
+from functions.sampling.guidance import with_guide
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.loading import load_and_split
 from functions.support.pictures import (
+    grid_of,
     save_figure,
     save_gif,
     save_grid,
     save_image,
     save_strip,
 )
+from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
 from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
@@ -54,28 +62,39 @@ QUEEN = "people_1f478-1f3fd.png"
 COOK = "people_1f9d1-1f3fb-200d-1f373.png"
 WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
 
-# The name of a picture -> a command, which the run is added to, and a pattern of the file that it
-# writes.
+# The name of a picture -> a command, and a pattern of the file that it writes. FACES and FACES_V
+# stand for the runs.
 COMMANDS = {
-    "few_steps.png": ("sample.py --sampler dpm++ --steps 20", "grid.png"),
-    "progressive.png": ("sample.py --steps 50 --progressive", "progressive.png"),
-    "interpolation.png": (f"edit.py interpolate --steps 50 {QUEEN} {COOK}", "interpolation-*.png"),
-    "variations.png": (f"edit.py vary --steps 50 {QUEEN}", "variations-*.png"),
+    "few_steps.png": ("sample FACES --sampler dpm++ --steps 20", "grid.png"),
+    "progressive.png": ("sample FACES --steps 50 --progressive", "progressive.png"),
+    "interpolation.png": (
+        f"edit interpolate {QUEEN} {COOK} FACES --steps 50",
+        "interpolation-*.png",
+    ),
+    "variations.png": (f"edit vary {QUEEN} FACES --steps 50", "variations-*.png"),
     "inpainting.png": (
-        f"edit.py inpaint --steps 50 --mask mask.png --n 5 {WIZARD}",
+        f"edit inpaint {WIZARD} FACES --steps 50 --mask mask.png --n 5",
         "inpainting-*.png",
     ),
+    "bands-eps.png": ("figures.bands FACES --precision float32", "*.png"),
+    "bands-calibrated.png": ("figures.bands FACES --precision float32 --calibrate", "*.png"),
+    "bands-v.png": ("figures.bands FACES_V --precision float32", "*.png"),
 }
+
+# The weights of a guide that are compared.
+WEIGHTS = (1, 1.25, 1.5, 2, 3)
 
 
 def main() -> None:
     """Draw all figures into this folder."""
     parser = Parser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="A run folder.")
+    parser.add_argument("faces", type=Path, metavar="RUN_FACES", help="A run folder.")
+    parser.add_argument("faces_v", type=Path, metavar="RUN_FACES_V", help="A run folder.")
     args = parser.parse_args()
 
     # The checkpoint is loaded first, so that a missing run ends the script immediately.
-    saved, image_sampler = open_saved(args.run, SamplerOptions())
+    saved, image_sampler = open_saved(args.faces, SamplerOptions())
+    draw_guidance(args.faces_v)
 
     draw_cumulative_noise()
     draw_schedules()
@@ -83,15 +102,19 @@ def main() -> None:
     draw_unet()
     draw_rotation()
     draw_run(saved, image_sampler)
+    draw_cures(args.faces, args.faces_v)
     with tempfile.TemporaryDirectory() as temporary:
-        draw_commands(saved, Path(temporary))
+        runs = {"FACES": args.faces.resolve(), "FACES_V": args.faces_v.resolve()}
+        draw_commands(runs, saved.model.image_size, Path(temporary))
 
 
 def draw_cumulative_noise() -> None:
     """Draw an image at t = 0, 66, 132 and 200 of 200 steps, a row for each schedule of T = 200."""
-    image = np.array(load_images("emoji_faces", 64).images[500])
+    image_set = load_images("emoji_faces", 64)
+    image = np.array(image_set.images[500])
     x_0 = to_model_range(torch.from_numpy(image)[None])
-    noise = torch.randn(x_0.shape, generator=generator_of("cpu", 0, "figure"))
+    generator = generator_of("cpu", 0, "figure")
+    noise = torch.randn(x_0.shape, generator=generator)
 
     # The upper row shows the fault, and the lower row its cure.
     names = ("T = 200, betas as for 1000", "T = 200, rescaled")
@@ -100,8 +123,7 @@ def draw_cumulative_noise() -> None:
         # The titles have the paper's t, where t = 0 is the image. Code t is one less.
         x_t = torch.cat([SCHEDULES[name].q_sample(x_0, t - 1, noise) for name in names])
         columns[f"t = {t}"] = to_uint8(x_t).numpy()
-    rows = ["betas as\nfor 1000", "rescaled"]
-    save_strip(list(columns.values()), list(columns), FIGURES / "cumulative_noise.png", rows)
+    draw_strip("cumulative_noise.png", columns, ["betas as\nfor 1000", "rescaled"])
 
 
 def draw_schedules() -> None:
@@ -132,14 +154,16 @@ def draw_time_embedding() -> None:
 
     The upper half of the picture has the sines, the lower the cosines, a row for each frequency.
     """
-    embedding = sinusoidal_embedding(torch.arange(1000), 64).T  # (64, 1000)
+    # (64, 1000): a row for each frequency
+    embedding = sinusoidal_embedding(torch.arange(1000), 64).T
+
     figure = Figure(figsize=(7, 3.4))
     axis = figure.subplots()
     picture = axis.imshow(embedding, "RdBu", aspect="auto", interpolation="nearest")
     axis.axhline(31.5, color="black", linewidth=0.8)
     axis.set(xlabel="timestep t")
     axis.set_yticks([0, 32, 63], ["sin(t)", "cos(t)", "cos(t / 10,000)"])
-    figure.colorbar(picture, ticks=[-1, 0, 1])
+    figure.colorbar(picture)
     figure.tight_layout()
     save_figure(figure, FIGURES / "time_embedding.png")
 
@@ -157,17 +181,25 @@ def draw_unet() -> None:
         # Each level halves the resolution, so the logarithm falls in equal steps.
         heights = np.log2(blocks[places, 1]) - 2
         bars = axis.bar(places, heights, bottom=-heights / 2, label=kind)
-        style = {"fontsize": 8, "color": "white", "weight": "bold", "rotation": 90}
-        axis.bar_label(bars, blocks[places, 0], label_type="center", **style)
+        axis.bar_label(
+            bars,
+            blocks[places, 0],
+            label_type="center",
+            fontsize=8,
+            color="white",
+            weight="bold",
+            rotation=90,
+        )
 
     # A level has blocks on both sides of the U. Its title is above the first block, and a line
     # below goes from the first block to the last.
     for resolution in np.unique(blocks[:, 1]):
         [places] = np.nonzero(blocks[:, 1] == resolution)
         edge = (np.log2(resolution) - 2) / 2 + 0.12
-        axis.text(places[0] - 0.4, edge, f"{resolution} x {resolution}", fontsize=8)
-        ends = (places[0] - 0.4, places[-1] + 0.4)
-        [line] = axis.plot(ends, (-edge, -edge), "--", color="0.6")
+        left = places[0] - 0.4
+        right = places[-1] + 0.4
+        axis.text(left, edge, f"{resolution} x {resolution}", fontsize=8)
+        [line] = axis.plot((left, right), (-edge, -edge), "--", color="0.6")
     line.set_label("skip connections of a level")
 
     axis.legend(loc="upper center", frameon=False)
@@ -215,15 +247,25 @@ def draw_rotation() -> None:
 
     pictures = [Image.fromarray(image) for image in images]
     columns = {"original": images}
+
     # Training draws angles up to 3 degrees. At 10 degrees the corners are easier to see.
     for degrees in (3, 10):
+        title = f"{degrees}\N{DEGREE SIGN}"
         usual = [picture.rotate(degrees, Image.Resampling.BICUBIC) for picture in pictures]
-        columns[f"{degrees}\N{DEGREE SIGN}, as usual"] = np.stack(usual)
+        columns[f"{title}, as usual"] = np.stack(usual)
 
         # Training draws an angle for each image. Here all images have the same angle.
         angle = torch.full((len(images),), float(degrees))
-        columns[f"{degrees}\N{DEGREE SIGN}, ours"] = to_uint8(rotate(x_0, angle)).numpy()
-    save_strip(list(columns.values()), list(columns), FIGURES / "rotation.png")
+        rotated = rotate(x_0, angle)
+        columns[f"{title}, ours"] = to_uint8(rotated).numpy()
+    draw_strip("rotation.png", columns)
+
+
+def draw_strip(name: str, columns: dict[str, np.ndarray], rows: Sequence[str] = ()) -> None:
+    """Draw a picture of these columns, {title: images (N, H, W, C)}, and these titles of rows."""
+    titles = list(columns)
+    frames = list(columns.values())
+    save_strip(frames, titles, FIGURES / name, rows)
 
 
 def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
@@ -248,17 +290,66 @@ def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
     neighbours = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
+    # The animation has one row, of the first six samples.
     gif_frames = [samples.frames[frame][:6] for frame in animation.values()]
     save_gif(gif_frames, FIGURES / "denoising.gif", columns=6)
 
-    strip_frames = [samples.frames[frame][:4] for frame in strip.values()]
-    save_strip(strip_frames, list(strip), FIGURES / "strip.png")
+    # The strip has a row for each of the first four samples.
+    columns = {title: samples.frames[frame][:4] for title, frame in strip.items()}
+    draw_strip("strip.png", columns)
 
 
-def draw_commands(saved: SavedModel, temporary: Path) -> None:
-    """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
+def draw_cures(faces: Path, faces_v: Path) -> None:
+    """Draw what `faces` does wrong, and both cures: its calibrations, and `faces-v`.
+
+    The samples start from the same noise, and have 20 steps of DDIM. The picture of docs/ has a row
+    for each cure, and README's has both runs side by side.
+    """
+    rows = []
+    for run, calibrate in ((faces, None), (faces, "data"), (faces, "own"), (faces_v, None)):
+        options = SamplerOptions("ddim", 20, calibrate=calibrate)
+        saved, image_sampler = open_saved(run, options)
+        image_sampler = with_calibration(image_sampler, saved)
+        rows.append(draw_pixels(image_sampler, 36))
+
+    # (12, rows, H, W, C): a column for each of the first samples.
+    columns = np.stack(rows, axis=1)[:12]
+    titles = ["faces", "calibrated\n(data)", "calibrated\n(own)", "faces-v"]
+    save_strip(columns, [""] * 12, FIGURES / "whole_before_detail.png", titles)
+
+    left = np.array(grid_of(rows[0], 6))
+    right = np.array(grid_of(rows[-1], 6))
+    # A white margin separates the two.
+    margin = np.full_like(left[:, :36], 255)
+    both = np.concatenate([left, margin, right], axis=1)
+    save_image(both, FIGURES / "faces_and_faces_v.png")
+
+
+def draw_pixels(image_sampler: ImageSampler, count: int) -> np.ndarray:
+    """Return the first samples as uint8 images, (count, H, W, C)."""
+    samples = generate(image_sampler, range(count))
+    return to_uint8(samples.images).numpy()
+
+
+def draw_guidance(faces_v: Path) -> None:
+    """Draw the same noise with rising weights of a guide, a column for each weight."""
+    options = SamplerOptions("dpm++", 20, eta=0.0, guide="1000")
+    saved, image_sampler = open_saved(faces_v, options)
+    image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
+    columns = {}
+    for weight in WEIGHTS:
+        denoiser = replace(image_sampler.denoiser, weight=weight)
+        guided_sampler = replace(image_sampler, denoiser=denoiser)
+        columns[f"w = {weight:g}"] = draw_pixels(guided_sampler, 8)
+    draw_strip("guidance.png", columns)
+
+
+def draw_commands(runs: dict[str, Path], size: int, temporary: Path) -> None:
+    """Run each of COMMANDS in a temporary folder, and copy its picture into this folder.
+
+    `runs` has the folders that FACES and FACES_V stand for, and `size` is that of their images.
+    """
     # edit.py reads the images and the mask from files.
-    size = saved.model.image_size
     people = load_images("emoji_people", size)
     for name in (QUEEN, COOK, WIZARD):
         save_image(people.images[people.ids.index(name)], temporary / name)
@@ -268,12 +359,13 @@ def draw_commands(saved: SavedModel, temporary: Path) -> None:
     mask[size // 2 :] = 255
     save_image(mask, temporary / "mask.png")
 
+    # Modules are found from any folder.
+    environment = {**os.environ, "PYTHONPATH": str(FIGURES.parent)}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
-        script, *arguments = command.split()
-        arguments += [saved.path.resolve(), "--out", out]
-        call = [sys.executable, FIGURES.parent / script, *arguments]
-        subprocess.run(call, check=True, cwd=temporary)
+        words = [runs.get(word, word) for word in command.split()]
+        call = [sys.executable, "-m", *words, "--out", out]
+        subprocess.run(call, check=True, cwd=temporary, env=environment)
         [file] = out.glob(pattern)
         shutil.copyfile(file, FIGURES / figure)
 
@@ -287,10 +379,13 @@ def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
     # Training flips images, so a sample may be the mirror image of a training image.
     both = np.concatenate([training, training[:, :, ::-1]])
     count = len(images)
-    grey, grey_of_both = (x.mean(axis=3).reshape(len(x), -1) for x in (images, both))
+    grey = images.mean(axis=3).reshape(count, -1)
+    grey_of_both = both.mean(axis=3).reshape(len(both), -1)
+
     # The matrix has the coefficients of all pairs of images, also within each of the two sets.
     correlation = np.corrcoef(grey, grey_of_both)[:count, count:]
-    return both[correlation.argmax(axis=1)]
+    most_similar = correlation.argmax(axis=1)
+    return both[most_similar]
 
 
 if __name__ == "__main__":

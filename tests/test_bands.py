@@ -1,12 +1,12 @@
-"""Figures: what a network knows of x_0 by band, and the experiments with their distances.
+"""Figures: what a network knows of x_0 by band, and the distance of its samples.
 
 The truths are algebra for networks whose answer is known (gaussian_bands.py), and cosine waves,
 whose band is their number of cycles.
 """
 
 import json
+import re
 import shutil
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,14 +14,14 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
+import sample
 from data.datasets import load_images
 from data.pixels import to_model_range
-from figures import bands, experiments
+from figures import bands, feature_distance
 from figures.feature_distance import Features, frechet_distance, spoilt
 from functions.denoiser import Denoiser
-from functions.noise_scheduler import NoiseScheduler
 from functions.spectra import band_sums, octaves, spectrum
-from tests.conftest import SMALL_MODEL, LittleMemory, call
+from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import (
     MU,
     SCHEDULER,
@@ -70,16 +70,8 @@ def test_the_ratios_of_known_networks(eps):
     assert deviations.max() < 4.5
     # Half of all normal deviations are below 0.67.
     assert 0.4 < np.median(deviations) < 1.2
-
-    if eps is ideal_eps:
-        # The linear filter has the s^2 of these 100 images, and the truth that of all.
-        assert_allclose(result.linear, expected, rtol=0.3)
-        assert "not measurably worse than" in result.verdict()
-    else:
-        # The sentence names the ratio of the last timestep, in the band of the mean.
-        assert expected[-1, 0] > 100
-        times_worse = float(result.verdict().split("x_0 is ")[1].split(" times")[0])
-        assert times_worse == pytest.approx(result.ratio[-1, 0], rel=0.01)
+    # These are the variances of 100 images.
+    assert_allclose(result.variance, VARIANCES, rtol=0.3)
 
 
 @pytest.mark.parametrize(("size", "finest"), [(4, 1), (16, 3), (96, 5)])
@@ -109,15 +101,13 @@ def test_the_script_writes_table_and_map(tiny_run, tmp_path, monkeypatch, capsys
     call(bands.main, model, "--device", "cpu", "--out", tmp_path)
     path = tmp_path / "$\\frac$-bands.json"
     result = json.loads(path.read_text())
-    assert result["verdict"] in capsys.readouterr().out
+    first_line, *lines = capsys.readouterr().out.split("cycles per image\n")[1].splitlines()
+    assert first_line.split() == ["t", *result["bands"]]
+    printed = np.array([line.split()[1::3] for line in lines[: len(result["t"])]], dtype=float)
+    assert_allclose(printed, result["ratio"], rtol=0.01)
     assert result["bands"] == ["mean", "1-2", "2-4", "finest"]
     assert np.array(result["ratio"]).shape == (len(result["t"]), 4)
     assert result["t"][-1] == 99
-
-    # The best linear filter leaves (1 - a) / (a s^2 + 1 - a) of the variance.
-    a = NoiseScheduler(100).alphas_cumprod.numpy()[result["t"]][:, None]
-    s2 = np.array(result["variance"])
-    assert_allclose(result["linear"], (1 - a) / (a * s2 + 1 - a))
     assert Image.open(path.with_suffix(".png")).width > 1000
 
 
@@ -170,38 +160,22 @@ def test_spoilt_are_dark_and_speckled_images_and_no_real_ones(people):
 
 
 @pytest.mark.slow
-def test_all_of_it(pictures, tmp_path, monkeypatch, capsys):
-    """An arm is trained, measured and drawn on a tiny network, and nothing is done twice."""
-    tiny = SMALL_MODEL | {"dim_multiply": (1, 1), "transformer_layers": ()}
-    data = {"timesteps_diff": 50, "epochs": 1, "dataset_name": str(pictures)}
-    changes = {
-        "ARMS": {"eps": (data, tiny, 1)},
-        "PICTURES": {"arms.png": ("eps", "eps, calibrated (own)"), "none.png": ("eps", "v")},
-        "DISTANCES": {"20 DDIM": experiments.DISTANCES["20 DDIM"]},
-        "IMAGE_COUNT": 20,
-        "SPOILT_COUNT": 20,
-        "RUNS": tmp_path / "runs",
-        "RESULTS": tmp_path / "experiments.json",
-    }
-    for name, value in changes.items():
-        monkeypatch.setattr(experiments, name, value)
-    monkeypatch.setattr("functions.sampling.calibration.IMAGE_COUNT", 20)
-    monkeypatch.setattr("figures.bands.DRAWS", 1)
-
-    # Each part runs once. Its second call finds all there, so the patched work is not called.
-    for part, work in (("train", "train.train"), ("measure", "figures.experiments.generate")):
-        call(experiments.main, part)
-        with patch(work, side_effect=AssertionError("done again")):
-            call(experiments.main, part)
-    call(experiments.main, "draw")
-
-    # The arm is measured plain, and calibrated in two ways.
-    results = json.loads((tmp_path / "experiments.json").read_text())
-    assert len(results) == 3
-    assert results["eps"]["0"]["distance"]["20 DDIM"] > 0
+def test_the_command_measures_what_sample_py_writes(tiny_run, pictures, tmp_path, capsys):
+    """It draws the same samples with the same flags; in PNG files they are only rounded."""
+    run = shutil.copytree(tiny_run, tmp_path / tiny_run.name)
+    flags = ["--sampler", "dpm++", "--steps", "4", "--guide", "5", "--seed", "3", "--n", "30"]
+    call(feature_distance.main, run, *flags)
     printed = capsys.readouterr().out
-    assert "| eps, calibrated (own) | 1 |" in printed
-    assert "none.png is not drawn, because these are not measured: v" in printed
-    # The picture has the two rows of its table, and no others.
-    drawn = Image.open(tmp_path / "arms.png")
-    assert drawn.height == pytest.approx(drawn.width * 0.16, rel=0.05)
+    share = float(re.search(r"dark or speckled: (.+)%", printed)[1])
+    distance = float(re.search(r"distance: (.+)", printed)[1])
+
+    out = tmp_path / "samples"
+    call(sample.main, run, *flags, "--individual", "--out", out)
+    files = sorted(out.glob("0*.png"))
+    assert len(files) == 30
+    samples = to_model_range(torch.from_numpy(np.stack([Image.open(file) for file in files])))
+    images = load_images(str(pictures), 16).images[:45].copy()
+    real = to_model_range(torch.from_numpy(images))
+    truth = Features(torch.cat([real, real.flip(3)])).distance(samples)
+    assert distance == pytest.approx(truth, rel=0.01)
+    assert share == pytest.approx(100 * spoilt(samples).double().mean().item(), abs=0.01)

@@ -1,26 +1,24 @@
-"""benchmarks/: arms that learn, the feeding of data, and the first day on a GPU in small."""
+"""benchmarks/: networks that learn beside ours, and the first day on a GPU in small."""
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import compare, data_feeding
+from benchmarks import compare
 from benchmarks import first_day_on_a_gpu as first_day
-from benchmarks.compare import FFHQ, Bench, all_arms
+from benchmarks.compare import COLUMNS, PACKAGES, SETTINGS, Bench
+from config import EXPERIMENTS
 from tests.conftest import CPU, SMALL_MODEL, call
 
-ARMS = all_arms("float32", CPU)
-PACKAGES = ("ours", "diffusers", "lucidrains")
-SMALL = replace(FFHQ, **SMALL_MODEL)
+SMALL = replace(EXPERIMENTS["ffhq-run2"].model, **SMALL_MODEL)
 
 
 # This is slow, as it imports the peers.
 @pytest.mark.slow
-def test_every_arm_learns_and_ours_and_diffusers_are_of_one_size(monkeypatch):
-    facts = {}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_network_learns_and_ours_and_diffusers_are_of_one_size(package, monkeypatch):
     compiled = []
 
     def pretended_compile(module, dynamic):
@@ -31,33 +29,32 @@ def test_every_arm_learns_and_ours_and_diffusers_are_of_one_size(monkeypatch):
     # Real compilation takes a minute.
     monkeypatch.setattr(torch, "compile", pretended_compile)
 
-    for name, arm in ARMS.items():
-        bench = Bench(arm, SMALL, 2, CPU)
-        before = [parameter.clone() for parameter in bench.module.parameters()]
-        facts[name] = bench.facts()
-        assert not any(map(torch.equal, before, bench.module.parameters())), name
-        assert set(bench.turn()) == {"step", "call"}
+    for settings in SETTINGS:
+        bench = Bench(package, settings, SMALL, 2, CPU)
+        for _ in range(2):
+            before = [parameter.clone() for parameter in bench.module.parameters()]
+            assert min(bench.turn()) > 0
+            assert not any(map(torch.equal, before, bench.module.parameters()))
+    assert len(compiled) == 1
 
-    # Our network is compiled on CUDA only, where training and sampling have the same layout.
-    on_cuda = all_arms("bfloat16", torch.device("cuda"))
-    assert on_cuda.keys() ^ ARMS.keys() == {"ours-compiled", *(f"{p}-sampling" for p in PACKAGES)}
-
-    sizes = {facts[name]["parameters"] for name in facts if not name.startswith("lucidrains")}
-    assert len(sizes) == 1
-    # Kept bytes are not counted in the two arms that compile.
-    assert len(compiled) == 2
-    assert [fact["kept"] for fact in facts.values()].count(None) == 2
-    # It is the same network, so both keep nearly the same.
-    assert facts["ours"]["kept"] == pytest.approx(facts["diffusers"]["kept"], rel=0.01)
+    size = sum(parameter.numel() for parameter in bench.module.parameters())
+    ours = sum(parameter.numel() for parameter in compare.build("ours", SMALL).parameters())
+    assert (size == ours) == (package != "lucidrains")
 
 
 @pytest.mark.slow
-def test_data_feeding(capsys):
-    call(data_feeding.main, "--photos", 24, "--batch-size", 8, "--workers", 1, "--rounds", 1)
+def test_a_row_is_measured_in_a_process_of_its_own_and_may_fail():
+    cells = compare.row("ours", compare.PLAIN, SMALL, 2, 1, "cpu")
+    assert len(cells) == len(COLUMNS)
+    assert cells[:3] == ["ours", compare.PLAIN, "0.1 M"]
+    step, call_seconds, peak = (float(cells[k]) for k in (3, 5, 7))
+    assert min(step, call_seconds) > 0
+    # PyTorch alone takes some 0.2 GB.
+    assert 0.1 < peak < 5
 
-    printed = capsys.readouterr().out
-    assert "24 photos, batches of 8" in printed
-    assert len(re.findall(r"[1-9].* images/s", printed)) == 5
+    failed = compare.row("ours", compare.PLAIN, SMALL, 2, 1, "nowhere")
+    assert len(failed) == len(COLUMNS)
+    assert "device is 'nowhere'" in failed[2]
 
 
 @pytest.mark.slow

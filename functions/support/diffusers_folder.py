@@ -69,7 +69,7 @@ def import_diffusers() -> ModuleType:
         import diffusers
     except ImportError as error:
         raise UserError(
-            "for models of diffusers, install its package: pip install 'diffusers>=0.30'"
+            "for models of diffusers, install its package: pip install 'diffusers>=0.30,<1'"
         ) from error
     return diffusers
 

@@ -319,7 +319,7 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
 
 def test_without_the_package_a_sentence_says_what_to_install(folder, tiny_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    sentence = "install its package: pip install 'diffusers>=0.30'"
+    sentence = "install its package: pip install 'diffusers>=0.30,<1'"
     for arguments in ([folder], [tiny_run, "--export", folder.with_name("out")]):
         with pytest.raises(UserError, match=sentence):
             call(sample.main, *arguments)
