@@ -22,17 +22,6 @@ from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-# Chromium runs as root here, which it does without its sandbox only, and /dev/shm may be small. The
-# other flags keep it from asking other machines for anything.
-FLAGS = (
-    "--no-sandbox",
-    "--disable-dev-shm-usage",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-sync",
-    "--disable-component-update",
-)
 # The captions of the buttons that start each tab's work.
 DRAW = "Draw the images"
 MIX = "Mix the two images"
@@ -80,7 +69,7 @@ def printed_address(printed: Path, process: subprocess.Popen) -> str:
 def browser() -> Iterator[BrowserContext]:
     """Yield headless Chromium for pages whose waits end after a minute."""
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"))
         context = chromium.new_context(viewport={"width": 1100, "height": 900})
         context.set_default_timeout(60_000)
         yield context
@@ -117,14 +106,14 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def download_link(page: Page, label: str | re.Pattern) -> Locator:
+def download_link(page: Page, label: str) -> Locator:
     """Return the button that downloads the picture under this label."""
     labels = page.get_by_test_id("block-label").filter(has_text=label)
     block = page.locator(".block", has=labels).locator("visible=true")
     return block.get_by_test_id("download-link")
 
 
-def picture(page: Page, label: str | re.Pattern) -> np.ndarray:
+def picture(page: Page, label: str) -> np.ndarray:
     """Wait for a picture under this label, download it by its button, and return its pixels."""
     with page.expect_download() as download:
         download_link(page, label).click()
