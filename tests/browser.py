@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +19,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
+
+from tests.forked import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 # The captions of the buttons that start each tab's work.
@@ -47,22 +48,11 @@ def served(printed: Path, *flags: object) -> Iterator[str]:
             command, env=environment, stdout=file, stderr=file, preexec_fn=hear_ctrl_c
         )
     try:
-        yield printed_address(printed, process)
+        wait_until(lambda: "; Ctrl-C" in printed.read_text(), lambda: process.poll() is None)
+        yield re.search("the page is at (.*); ", printed.read_text())[1]
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, printed.read_text()
-
-
-def printed_address(printed: Path, process: subprocess.Popen) -> str:
-    """Wait up to two minutes until demo.py has printed the page's address, and return it."""
-    deadline = time.monotonic() + 120
-    while True:
-        match = re.search("the page is at (.*); ", printed.read_text())
-        if match:
-            return match[1]
-        assert process.poll() is None, printed.read_text()
-        assert time.monotonic() < deadline, printed.read_text()
-        time.sleep(0.1)
 
 
 @contextmanager
