@@ -80,8 +80,8 @@ def test_one_archive_and_several_shards_are_the_same_set(tmp_path, suffix):
         shard = tmp_path / "shards" / "data" / f"{name}{suffix}"
         options = [] if suffix == ".npz" else [f"{first // 6}{{number:04d}}.png"]
         write(shard, part, *options)
-    # A preview beside shards is not the set.
-    (tmp_path / "shards" / "preview.png").write_bytes(PICTURE)
+    # Previews beside shards are not the set.
+    write_folder(tmp_path / "shards", IMAGES[:2])
 
     for path in (one, tmp_path / "shards"):
         image_set = load(path)
