@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,18 +20,9 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
+from tests.forked import wait_until
+
 ROOT = Path(__file__).resolve().parents[1]
-# Chromium runs as root here, which it does without its sandbox only, and /dev/shm may be small. The
-# other flags keep it from asking other machines for anything.
-FLAGS = (
-    "--no-sandbox",
-    "--disable-dev-shm-usage",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-sync",
-    "--disable-component-update",
-)
 # The captions of the buttons that start each tab's work.
 DRAW = "Draw the images"
 MIX = "Mix the two images"
@@ -58,29 +48,18 @@ def served(printed: Path, *flags: object) -> Iterator[str]:
             command, env=environment, stdout=file, stderr=file, preexec_fn=hear_ctrl_c
         )
     try:
-        yield printed_address(printed, process)
+        wait_until(lambda: "; Ctrl-C" in printed.read_text(), lambda: process.poll() is None)
+        yield re.search("the page is at (.*); ", printed.read_text())[1]
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, printed.read_text()
-
-
-def printed_address(printed: Path, process: subprocess.Popen) -> str:
-    """Wait up to two minutes until demo.py has printed the page's address, and return it."""
-    deadline = time.monotonic() + 120
-    while True:
-        match = re.search("the page is at (.*); ", printed.read_text())
-        if match:
-            return match[1]
-        assert process.poll() is None, printed.read_text()
-        assert time.monotonic() < deadline, printed.read_text()
-        time.sleep(0.1)
 
 
 @contextmanager
 def browser() -> Iterator[BrowserContext]:
     """Yield headless Chromium for pages whose waits end after a minute."""
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"))
         context = chromium.new_context(viewport={"width": 1100, "height": 900})
         context.set_default_timeout(60_000)
         yield context
@@ -117,14 +96,14 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def download_link(page: Page, label: str | re.Pattern) -> Locator:
+def download_link(page: Page, label: str) -> Locator:
     """Return the button that downloads the picture under this label."""
     labels = page.get_by_test_id("block-label").filter(has_text=label)
     block = page.locator(".block", has=labels).locator("visible=true")
     return block.get_by_test_id("download-link")
 
 
-def picture(page: Page, label: str | re.Pattern) -> np.ndarray:
+def picture(page: Page, label: str) -> np.ndarray:
     """Wait for a picture under this label, download it by its button, and return its pixels."""
     with page.expect_download() as download:
         download_link(page, label).click()

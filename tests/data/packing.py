@@ -1,9 +1,7 @@
 """What the tests of data share: ten small images, and files of every kind to hold them."""
 
 import io
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +33,6 @@ def encoded(image, image_format="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
-
-
-def chunk(kind, body):
-    """Return one chunk of a PNG file: its length, kind, body and checksum."""
-    length = struct.pack(">I", len(body))
-    checksum = struct.pack(">I", zlib.crc32(kind + body))
-    return length + kind + body + checksum
-
-
-def png(width, height, bit_depth, colour_type, rows):
-    """Return a PNG put together by hand from its filtered rows, independent of any encoder."""
-    # The three zeros mean deflate, the standard filters, and rows from top to bottom.
-    fields = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
-    header = chunk(b"IHDR", fields)
-    pixels = chunk(b"IDAT", zlib.compress(rows))
-    end = chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + header + pixels + end
 
 
 def name_of(number, pattern):

@@ -124,18 +124,11 @@ def test_one_batch_is_read_ahead_and_neither_leaving_early_nor_an_error_leaves_a
     assert not feeding_threads()
 
 
-@pytest.mark.parametrize(
-    ("more", "fits"),
-    [
-        (1, True),
-        (-1, False),
-    ],
-)
-def test_the_whole_set_stays_on_a_gpu_only_when_it_fits(monkeypatch, more, fits):
-    # The GPU is pretended. Its free memory is a byte more or less than the set needs.
-    free = IMAGES.nbytes / FREE_MEMORY_FRACTION + more
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+def test_the_whole_set_stays_on_a_gpu_only_when_it_fits(monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda images, device: "resident")
-
-    assert (ImageFeeder(IMAGES, "cuda").resident is not None) == fits
+    # The GPU is pretended. Its free memory is a byte more or less than the set needs.
+    for more, fits in ((1, True), (-1, False)):
+        free = IMAGES.nbytes / FREE_MEMORY_FRACTION + more
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+        assert (ImageFeeder(IMAGES, "cuda").resident is not None) == fits
     assert ImageFeeder(IMAGES, "cpu").resident is None

@@ -33,7 +33,7 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
 
     people = load_images("emoji_people", 64)
     assert people.name == "emoji_people"
-    assert people.images.shape == (901, 64, 64, 3)
+    assert len(people.images) == 901
     assert people.ids == [name for name in everyone.ids if name.startswith("people_")]
 
     # The included model names these hashes. The pixels have the pack's.
@@ -48,56 +48,28 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
             assert_array_equal(people.images[position], np.asarray(original))
 
 
-def link_to_a_copy(data):
-    copy = write_folder(data.parent / "thumbnails128x128", pattern=TREE)
-    (data / "FFHQ").symlink_to(copy)
-
-
-def write_official_tree(data):
-    """Write the images as FFHQ's own download does, with the picture that comes with it."""
-    write_folder(data / "FFHQ", IMAGES, f"thumbnails128x128/{TREE}", {"teaser.png": b""})
-
-
-def write_zip_beside_an_empty_folder(data):
-    (data / "FFHQ").mkdir()
-    write_zip(data / "FFHQ.zip")
-
-
-PLACES = {
-    "link": link_to_a_copy,
-    "official tree": write_official_tree,
-    "zip inside": lambda data: write_zip(
-        data / "FFHQ" / "archive.zip", pattern=f"thumbnails128x128/{TREE}"
-    ),
-    "zip beside an empty folder": write_zip_beside_an_empty_folder,
-}
-
-
-@pytest.mark.parametrize("put", PLACES.values(), ids=PLACES)
-def test_ffhq_is_found_in_every_place(data_folder, put):
-    put(data_folder)
-
-    # The second time, the packed file lies there too.
-    for _ in range(2):
-        image_set = load_images("FFHQ", 8)
-        assert image_set.name == "FFHQ"
-        assert image_set.ids == list(range(10))
-        assert_array_equal(image_set.images, IMAGES)
-
-
-def test_missing_ffhq_says_how_to_get_it(data_folder):
-    with pytest.raises(UserError) as error:
+def test_ffhq_is_found_in_every_place(data_folder, tmp_path):
+    place = data_folder / "FFHQ"
+    with pytest.raises(UserError, match=f"python download_ffhq.py .*\nand put it at {place}"):
         load_images("FFHQ", 8)
-    message = str(error.value)
-    assert len(message.splitlines()) == 2
-    assert "download_ffhq.py" in message
-    assert str(data_folder / "FFHQ") in message
 
+    def check():
+        # The second time, the packed file lies there too.
+        for _ in range(2):
+            image_set = load_images("FFHQ", 8)
+            assert image_set.name == "FFHQ"
+            assert image_set.ids == list(range(10))
+            assert_array_equal(image_set.images, IMAGES)
 
-def set_of(ids, test_count=0):
-    """Return an image set of these ids, with pixels that nobody reads."""
-    images = np.empty((len(ids), 1, 1, 3), np.uint8)
-    return ImageSet("set", images, ids, test_count=test_count)
+    # This is a link to the tree of FFHQ's own download, with the picture that comes with it.
+    tree = f"thumbnails128x128/{TREE}"
+    place.symlink_to(write_folder(tmp_path / "copy", IMAGES, tree, {"teaser.png": b""}))
+    check()
+    place.unlink()
+    # Here is a zip beside an empty folder.
+    place.mkdir()
+    write_zip(data_folder / "FFHQ.zip")
+    check()
 
 
 def hash_of(ids):
@@ -106,51 +78,43 @@ def hash_of(ids):
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
+FULL = range(70_000)
+
+
 @pytest.mark.parametrize(
-    ("name", "train_count"),
+    ("ids", "test_count", "name", "train_count", "reason"),
     [
-        ("reference", 63_000),
-        ("official", 60_000),
+        (FULL, 0, "reference", 63_000, "last 10%"),
+        (FULL, 0, "official", 60_000, "official split"),
+        # MNIST has as many images as FFHQ, and test images of its own.
+        (FULL, 10_000, "reference", 60_000, "its test images"),
+        (FULL, 10_000, "official", 60_000, "its test images"),
+        # The last image of the full set is missing, or the images have names instead of numbers.
+        (FULL[:-1], 0, "official", 63_000, "last 10%"),
+        (map(str, FULL), 0, "official", 63_000, "last 10%"),
+        (range(2), 0, "reference", 1, "last 10%"),
+        (range(19), 0, "reference", 18, "last 10%"),
+        (range(20), 0, "reference", 18, "last 10%"),
     ],
 )
-def test_the_full_set_has_two_splits(name, train_count):
-    ids = list(range(70_000))
-    split = split_images(set_of(ids), name)
+def test_splits_by_id(ids, test_count, name, train_count, reason):
+    ids = list(ids)
+    # Nobody reads these pixels.
+    images = np.empty((len(ids), 1, 1, 3), np.uint8)
+    split = split_images(ImageSet("set", images, ids, test_count=test_count), name)
 
-    assert split.train_indices.dtype == np.int64
-    assert split.train_indices.tolist() == ids[:train_count]
+    assert split.train_indices.dtype == split.val_indices.dtype == np.int64
+    assert_array_equal(split.train_indices, np.arange(train_count))
+    assert_array_equal(split.val_indices, np.arange(train_count, len(ids)))
     assert split.train_ids_hash == hash_of(ids[:train_count])
-
-    assert split.val_indices.dtype == np.int64
-    assert split.val_indices.tolist() == ids[train_count:]
     assert split.val_ids_hash == hash_of(ids[train_count:])
-
     assert f"{train_count:,} images train" in split.description
-
-
-@pytest.mark.parametrize("name", ["reference", "official"])
-@pytest.mark.parametrize(("train_count", "test_count"), [(60_000, 10_000), (50_000, 10_000)])
-def test_own_test_images_are_held_out_whatever_the_number_of_images(name, train_count, test_count):
-    """MNIST has as many images as FFHQ, and CIFAR-10 has 60,000."""
-    split = split_images(set_of(list(range(train_count + test_count)), test_count), name)
-    assert split.train_indices.tolist() == list(range(train_count))
-    assert len(split.val_indices) == test_count
-
-
-@pytest.mark.parametrize("name", ["reference", "official"])
-def test_any_other_set_validates_on_its_last_tenth(name):
-    # The last image of the full set is missing, or the images have names instead of numbers.
-    for ids in (range(69_999), [str(i) for i in range(70_000)], *map(range, range(2, 41))):
-        split = split_images(set_of(list(ids)), name)
-        train_count = len(ids) - max(1, len(ids) // 10)
-        assert_array_equal(split.train_indices, np.arange(train_count))
-        assert_array_equal(split.val_indices, np.arange(train_count, len(ids)))
-        assert "last 10%" in split.description
+    assert reason in split.description
 
 
 def test_one_image_is_too_few():
     with pytest.raises(UserError, match="too few"):
-        split_images(set_of([7]), "reference")
+        split_images(ImageSet("set", IMAGES[:1], [7]), "reference")
 
 
 def test_loading_images_imports_no_config_preset_or_checkpoint():

@@ -96,14 +96,12 @@ def test_what_changed_is_made_anew_in_the_same_place(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["", ".json"])
-@pytest.mark.parametrize("left", [b"", b"[]"])
-def test_a_damaged_pack_is_made_anew(tmp_path, ending, left):
+def test_a_damaged_pack_is_made_anew(tmp_path, ending):
     path = write_folder(tmp_path / "set")
     # Who has the old pack open keeps it, so this is another file.
     damaged = Path(f"{load(path).path}{ending}")
     damaged.unlink()
-    damaged.write_bytes(left)
-
+    damaged.touch()
     assert_array_equal(load(path).images, IMAGES)
 
 
@@ -120,7 +118,6 @@ def test_bad_images_are_left_out_listed_and_counted(tmp_path, capsys, monkeypatc
     printed = capsys.readouterr().out
     assert "98 images at 8x8, 2 left out, 1 enlarged" in printed
     assert "00002.png: cannot be decoded" in printed
-    assert "00005.png: not a PNG" in printed
 
     # No second decoding is needed to allow them. The limit holds for a pack, too.
     forbid_decoding(monkeypatch)
@@ -149,26 +146,20 @@ def test_an_image_that_could_not_be_read_is_read_when_that_is_mended(tmp_path, m
 
 
 def test_a_set_without_one_good_image_is_an_error(tmp_path, capsys):
-    path = write_folder(tmp_path / "set", [], more={"a.png": b""})
+    path = write_folder(tmp_path / "set", [], more={"\x1b.png": b""})
     with pytest.raises(UserError, match="none of its images can be used"):
         load(path, max_bad_images=5)
-    assert "a.png: empty file" in capsys.readouterr().out
+    # A name must not control the terminal.
+    assert "\\x1b.png: empty file" in capsys.readouterr().out
 
 
-def test_odd_names_are_read_and_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
-    # The first name is not UTF-8, and the second would clear the screen.
-    folder = tmp_path / os.fsdecode(b"set\xff")
-    more = {os.fsdecode(b"\xfe.png"): encoded(IMAGES[2]), "\x1b[2J\n.png": b"no image"}
-    write_folder(folder, IMAGES[:2], more=more)
+def test_names_that_are_not_utf_8_are_read(tmp_path):
+    more = {os.fsdecode(b"\xfe.png"): encoded(IMAGES[2])}
+    folder = write_folder(tmp_path / os.fsdecode(b"set\xff"), IMAGES[:2], more=more)
 
     # The second time, the names come from the record beside the pack.
     for _ in range(2):
-        pack = load(folder, max_bad_images=1)
-        assert pack.ids == ["00000.png", "00001.png", "\udcfe.png"]
-    assert "left out: \\x1b[2J\\n.png" in capsys.readouterr().out
-    with pytest.raises(UserError, match="1 unusable") as error:
-        load(folder)
-    assert "\x1b" not in str(error.value)
+        assert load(folder).ids == ["00000.png", "00001.png", "\udcfe.png"]
 
 
 def test_data_that_cannot_be_locked_go_to_the_cache(tmp_path, monkeypatch):

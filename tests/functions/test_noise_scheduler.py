@@ -114,6 +114,8 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
     scheduler = NoiseScheduler(timesteps, rescale_betas=rescale)
     assert scheduler.alphas_cumprod[-1].sqrt().item() == pytest.approx(signal, rel=0.02)
     assert scheduler.terminal_snr == pytest.approx(snr, rel=0.07)
+    a = np.prod(1 - numpy_betas(timesteps, rescale))
+    assert scheduler.terminal_snr == pytest.approx(a / (1 - a), rel=1e-9)
 
 
 @pytest.mark.parametrize(

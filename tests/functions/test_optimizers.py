@@ -20,7 +20,7 @@ def network():
         nn.Conv2d(16, 32, 3),
         nn.GroupNorm(4, 32),
         nn.Conv2d(16, 32, 3),
-        nn.Linear(64, 24),
+        nn.Linear(64, 16),
         nn.Conv2d(32, 3, 3),
     )
     return layers.to(memory_format=torch.channels_last)

@@ -95,25 +95,17 @@ def chain(steps, resample):
     return mean[2:], covariance[2:, 2:]
 
 
-@pytest.mark.parametrize(
-    ("options", "resample"),
-    [
-        (("ddpm", 10), 1),
-        (("ddpm", 10), 4),
-        (("ddim", 10, None, None, 1.0), 4),
-    ],
-)
-def test_samples_have_the_mean_and_covariance_of_the_chain(options, resample):
-    """They agree within 4 standard errors of 20,000 samples. DDIM has eta 1, so it is DDPM."""
+def test_samples_have_the_mean_and_covariance_of_the_chain():
+    """They agree within 4 standard errors of 20,000 samples."""
     N = 20_000
-    options = SamplerOptions(*options, clip_x_0=False)
+    options = SamplerOptions("ddpm", steps=10, clip_x_0=False)
     denoiser = Denoiser(Ideal(), SCHEDULER)
     sampler = ImageSampler(denoiser, options, tuple(IMAGE.shape), 0, CPU)
-    answers = inpaint(sampler, IMAGE, ANEW, resample, range(N // CHANNELS)).flatten(0, 1)
+    answers = inpaint(sampler, IMAGE, ANEW, 4, range(N // CHANNELS)).flatten(0, 1)
     assert torch.equal(answers[:, 0], IMAGE[0, 0].expand(N, 2))
 
     new = answers[:, 1].double()
-    mean, covariance = chain(10, resample)
+    mean, covariance = chain(steps=10, resample=4)
     variances = covariance.diagonal()
     errors = (new.mean(dim=0) - mean) / (variances / N).sqrt()
     assert errors.abs().max() < 4
@@ -142,7 +134,6 @@ def photo(tmp_path, monkeypatch):
         "turned": mask[:, ::-1],
         "small": mask[:10],
         "full": 0 * mask + 255,
-        "margin": np.where(np.arange(40) < 9, mask, 0),
     }
     for name, image in images.items():
         Image.fromarray(image).save(tmp_path / f"{name}.png")
@@ -151,14 +142,14 @@ def photo(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("files", [("photo.png", "mask.png"), ("erased.png", None)])
 def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
-    # At half the size, 2 of 10 columns are masked. The next is white in part, by the resizing.
-    image, anew = read_with_mask(*files, (3, 10, 10))
-    assert anew[:, :2].all()
-    assert not anew[:, 3:].any()
+    # 4 of 20 columns are masked, which are 3.2 of 16. A column that is masked in part is masked.
+    image, anew = read_with_mask(*files, (3, 16, 16))
+    assert anew[:, :4].all()
+    assert not anew[:, 4:].any()
 
     # Farther from the mask the image is the photo itself.
-    whole = read_image("photo.png", (3, 10, 10), fit=True)
-    assert np.array_equal(image[:, 6:], whole[:, 6:])
+    whole = read_image("photo.png", (3, 16, 16), fit=True)
+    assert np.array_equal(image[:, 8:], whole[:, 8:])
 
 
 @pytest.mark.parametrize(
@@ -166,9 +157,7 @@ def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
     [
         (("photo.png", "small.png"), "40x10 pixels, its image 40x20; a mask must be as large"),
         (("photo.png", "full.png"), "everything would be inpainted"),
-        (("photo.png", "margin.png"), "nothing .* in the middle square .* it is cropped"),
-        (("photo.png", None), "give a --mask that is partly white there, or erase a part there"),
-        (("grey16.png", None), "nothing would be inpainted"),
+        (("grey16.png", None), "nothing .* in the middle square .*; give a --mask .* or erase"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(files, message, photo):
@@ -183,19 +172,17 @@ def paint(run, out, flags):
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-@pytest.mark.parametrize("channels", [3, 1])
-def test_the_script_paints_what_is_erased_and_keeps_the_rest(
-    channels, photo, tiny_run, grey_run, tmp_path
-):
-    run = {3: tiny_run, 1: grey_run}[channels]
-    *names, _ = sorted(paint(run, tmp_path / "out", "--sampler ddim --eta 1 erased.png"))
+def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, grey_run, tmp_path, capsys):
+    *names, _ = sorted(paint(grey_run, tmp_path / "out", "--sampler ddim --eta 1 erased.png"))
+    # Three of the four steps are done ten times, and the last one once.
+    assert ", 31 steps in all each: " in capsys.readouterr().out
     first, second = (np.asarray(Image.open(tmp_path / "out" / name)) for name in names)
     assert not np.array_equal(first, second)
 
-    image, anew = read_with_mask("erased.png", None, (channels, 16, 16))
+    image, anew = read_with_mask("erased.png", None, (1, 16, 16))
     for answer in (first, second):
         # PNGs of grey are (H, W).
-        assert np.array_equal(answer[~anew], image.squeeze()[~anew])
+        assert np.array_equal(answer[~anew], image[~anew, 0])
 
 
 def test_other_paintings_are_not_overwritten(photo, tiny_run, tmp_path):
@@ -225,8 +212,9 @@ def test_slerp_keeps_the_distribution_of_noise():
     torch.testing.assert_close(between[0], first)
     torch.testing.assert_close(between[-1], second)
 
-    # Between a noise and itself there is nothing else.
-    torch.testing.assert_close(slerp(first, first, WEIGHTS), first.expand(3, 3, 64, 64))
+    # Between an image and itself, with an angle of exactly 0, there is nothing else.
+    ones = torch.ones(3, 2, 2)
+    torch.testing.assert_close(slerp(ones, ones, WEIGHTS), ones.expand(3, 3, 2, 2))
 
 
 def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
@@ -252,17 +240,14 @@ def test_variations_differ_more_the_deeper_they_come_from():
     data = Gaussian(double(0.0), double(0.5))
     image_sampler = image_sampler_of(ideal(data, NoiseScheduler(100)).network)
     x_0 = 0.5 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1.9, 1.9)
-    times = [image_sampler.time_at(depth) for depth in (0.05, 0.15, 0.3, 1)]
-    of_depths = [variations(image_sampler, x_0, t, range(6)) for t in times]
-    spreads = [(images - x_0).std().item() for images in of_depths]
-    assert spreads[:3] == sorted(spreads[:3])
+    near, middle, far = (variations(image_sampler, x_0, t, range(6)) for t in (4, 29, 99))
+    assert (near - x_0).std() < (middle - x_0).std() < (far - x_0).std()
 
     # From pure noise nothing of the image is left: the variances of independent draws add up.
-    independent = (x_0.var() + of_depths[-1].var()).sqrt().item()
-    assert spreads[-1] == pytest.approx(independent, rel=0.05)
+    torch.testing.assert_close((far - x_0).var(), x_0.var() + far.var(), rtol=0.1, atol=0)
 
     # A variation depends on its number alone.
-    torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), of_depths[-1][[4, 1]])
+    torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), far[[4, 1]])
 
 
 @pytest.fixture
@@ -291,20 +276,16 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
         assert abs(columns[column][row] - own[i]).max() <= 1
 
 
-def test_the_script_varies_files_and_overwrites_no_picture_of_others(
+def test_the_script_varies_a_file_and_overwrites_no_picture_of_another_image(
     tiny_run, tmp_path, saved_figures
 ):
-    """Here are two files of one name, and the image of the seed with that for its index."""
-    sources = [3]
-    for level in (200, 100):
-        folder = tmp_path / str(level)
-        folder.mkdir()
-        sources.append(folder / "3.png")
-        Image.new("RGB", (20, 20), (level, 0, 0)).save(sources[-1])
+    """The file's name is the index of the image of the seed."""
+    file = tmp_path / "3.png"
+    Image.new("RGB", (20, 20), (200, 0, 0)).save(file)
     flags = ["--fit", "--depths", 0, "--steps", 2, "--out", tmp_path]
-    for source in [3, *sources]:
+    for source in (3, file):
         call(edit.main, "vary", source, tiny_run, *flags)
-    assert len({call.args[2] for call in saved_figures.call_args_list}) == 3
+    assert len({call.args[2] for call in saved_figures.call_args_list}) == 2
     # At depth 0 the variations are the image itself.
     columns, *_ = saved_figures.call_args.args
     assert np.array_equal(columns[3], columns[0])

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,16 +18,14 @@ import sample
 from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling import calibration
 from functions.sampling.export import export
-from functions.sampling.generation import ImageSampler
 from functions.support.checkpoint import load_weights
 from functions.support.errors import CheckpointError, UserError
 from functions.support.loading import load_denoiser, load_model, rebuild
 from functions.support.run_folder import find_checkpoints
-from tests.conftest import CPU, OPTIONS, call
+from tests.conftest import CPU, call
 from tests.spoilt_files import same
 
 UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 # These details are those of the paper's networks (Ho et al. 2020).
 HO = dict(
     norm_eps=1e-6,
@@ -51,9 +50,9 @@ def blocks(size, widths, attention, groups=4):
 
 
 SMALL = blocks(16, (16, 32), 1)
-# The paper's networks for 32 and for 256 pixels have these levels; their width is 128.
-CIFAR10 = blocks(32, (16, 32, 32, 32), 1) | HO
+# The paper's networks for 256 pixels have these levels; their width is 128.
 LARGE = blocks(64, (16, 16, 32, 32, 64, 64), 4) | HO
+GREY = SMALL | dict(in_channels=1, out_channels=1)
 V = dict(num_train_timesteps=50, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
 
 
@@ -73,22 +72,15 @@ def write_pipeline(folder, unet, scheduler):
 
 
 def write_old(folder, unet, scheduler):
-    """Write a pipeline as diffusers 0.1 did: in one folder, with other names of weights."""
-    write_without_folders(folder, unet, scheduler)
+    """Write a pipeline as diffusers 0.1 did: in one folder, with other names in a pickle."""
+    unet.save_config(folder)
+    scheduler.save_pretrained(folder)
     change(folder / "scheduler_config.json", predict_epsilon=True, tensor_format="pt")
-    (folder / "diffusion_pytorch_model.bin").unlink()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
     weights = unet.state_dict()
     for new, old in {"q": "query", "k": "key", "v": "value", "out.0": "proj_attn"}.items():
         weights = {name.replace(f"to_{new}.", f"{old}."): weights[name] for name in weights}
-    save_file(weights, folder / WEIGHTS)
-    return folder
-
-
-def write_without_folders(folder, unet, scheduler):
-    """Write a pipeline in one folder, with a pickle of tensors."""
-    unet.save_pretrained(folder, safe_serialization=False)
-    scheduler.save_pretrained(folder)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
+    torch.save(weights, folder / "diffusion_pytorch_model.bin")
     return folder
 
 
@@ -97,7 +89,7 @@ def write_training(folder, unet, scheduler):
     scheduler.save_pretrained(folder / "scheduler")
     checkpoint = folder / "checkpoint-500"
     unet.save_pretrained(checkpoint / "unet_ema")
-    change(checkpoint / "unet_ema" / "config.json", decay=0.9999, optimization_step=500)
+    change(checkpoint / "unet_ema" / "config.json", decay=0.9999)
     # The raw weights are not read.
     (checkpoint / "unet").mkdir()
     return checkpoint
@@ -114,10 +106,8 @@ def same_images(path, unet, scheduler):
     saved = load_model(path)
     denoiser = rebuild(saved, CPU)
     diffusion = saved.config["diffusion"]
-    words = {"small": "fixed_small", "large": "fixed_large"}
-    variance = diffusion.get("variance", "small")
-    assert words[variance] == scheduler.config.get("variance_type", "fixed_small")
-    channels, size, _ = saved.model.image_shape
+    variance = "fixed_" + diffusion.get("variance", "small")
+    assert variance == scheduler.config.get("variance_type", "fixed_small")
     # With few steps, diffusers' large variance would add noise after the last of them.
     changes = {"timestep_spacing": "trailing", "variance_type": "fixed_small"}
     for sampler, pipeline, scheduler_class, options in (
@@ -126,14 +116,13 @@ def same_images(path, unet, scheduler):
     ):
         generator = torch.Generator().manual_seed(3)
         loaded = pipeline(unet, scheduler_class.from_config(scheduler.config, **changes))
-        loaded.set_progress_bar_config(disable=True)
         expected = loaded(2, generator, num_inference_steps=5, output_type="np", **options).images
 
         # Ours draws the same noise in the same order.
         generator.manual_seed(3)
 
         def draw(*_, generator=generator):
-            return torch.randn(2, channels, size, size, generator=generator)
+            return torch.randn(2, *saved.model.image_shape, generator=generator)
 
         clip = diffusion.get("clip_x_0", True)
         images = sampler(denoiser, draw(), 5, clip_x_0=clip, step_noise=draw)
@@ -144,15 +133,12 @@ def same_images(path, unet, scheduler):
 @pytest.mark.parametrize(
     ("write", "fields", "scheduler"),
     [
-        (write_old, CIFAR10, DDPMScheduler(variance_type="fixed_large")),
-        (write_without_folders, LARGE, DDPMScheduler()),
-        (write_pipeline, LARGE, DDPMScheduler(variance_type="fixed_large")),
+        (write_old, LARGE, DDPMScheduler(variance_type="fixed_large")),
         (write_pipeline, LARGE | {"sample_size": [64, 64]}, DDPMScheduler(clip_sample=False)),
-        (write_training, SMALL, DDIMScheduler(clip_sample_range=1.0)),
-        (write_training, SMALL, DDPMScheduler(clip_sample_range=2, clip_sample=False, **V)),
-        (write_pipeline, SMALL | {"in_channels": 1, "out_channels": 1}, DDPMScheduler(**V)),
+        (write_training, SMALL, DDIMScheduler()),
+        (write_training, GREY, DDPMScheduler(clip_sample_range=2, clip_sample=False, **V)),
     ],
-    ids=["cifar10", "celebahq", "church", "bedroom", "ddim", "v", "grey"],
+    ids=["church", "bedroom", "ddim", "grey v"],
 )
 def test_published_shapes_give_the_images_of_diffusers(write, fields, scheduler, tmp_path):
     unet = network_of(fields)
@@ -168,8 +154,9 @@ def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
     call(sample.main, tiny_run, "--export", exported)
     # The run's betas were rescaled for T = 100.
     pipeline = DDPMPipeline.from_pretrained(exported)
-    same_images(find_checkpoints(tiny_run)[0], pipeline.unet, pipeline.scheduler)
-    original = load_weights(find_checkpoints(tiny_run)[0])
+    newest = find_checkpoints(tiny_run)[0]
+    same_images(newest, pipeline.unet, pipeline.scheduler)
+    original = load_weights(newest)
     assert same(original.weights, load_model(exported).weights)
     call(sample.main, tiny_run, "--export", "faces.safetensors")
     assert load_weights(Path("faces.safetensors")).digest == original.digest
@@ -192,15 +179,15 @@ def folder(tmp_path):
 
 def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path):
     saved = load_model(folder)
-    image_sampler = ImageSampler(rebuild(saved, CPU), OPTIONS, saved.model.image_shape, 0, CPU)
-    with pytest.raises(UserError, match=r"--export needs NAME\.safetensors"):
-        export(saved, image_sampler, tmp_path / "out.pt")
-    with pytest.raises(UserError, match="theirs exists"):
-        export(saved, image_sampler, folder)
     # Diffusers has no such network.
     saved.config["model"]["dim_multiply"] = [2, 2]
-    with pytest.raises(CheckpointError, match=r"dim_multiply \(2, 2\)"):
-        export(saved, image_sampler, tmp_path / "out")
+    for name, error, message in (
+        ("out.pt", UserError, r"--export needs NAME\.safetensors"),
+        ("theirs", UserError, "theirs exists"),
+        ("out", CheckpointError, r"dim_multiply \(2, 2\)"),
+    ):
+        with pytest.raises(error, match=message):
+            export(saved, Mock(), tmp_path / name)
     assert [*tmp_path.iterdir()] == [folder]
 
 
@@ -239,13 +226,8 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
 
 REFUSED = [
     # In these fields the networks differ, or their weights do.
-    (UNET, {"norm_eps": 1e-5}, "our network computes something else"),
     (UNET, {"act_fn": "gelu"}, "our network computes something else"),
-    (UNET, {"freq_shift": 0}, "our network computes something else"),
-    (UNET, {"block_out_channels": [16, 48]}, "cannot be read: Cannot load"),
     (UNET, {"up_block_types": ["UpBlock2D"] * 2}, "mismatched weights = "),
-    (UNET, {"norm_num_groups": 0}, "cannot be read"),
-    (UNET, {"sample_size": None}, "cannot be read"),
     # diffusers accepts these, and some of them have no effect on its network or its schedule.
     (UNET, {"sample_size": [16, 32]}, "sample_size = [16, 32]"),
     (UNET, {"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "KDownBlock2D"),
@@ -258,7 +240,6 @@ REFUSED = [
     (SCHEDULE, {"_class_name": "EDMEulerScheduler"}, "_class_name = 'EDMEulerScheduler'"),
     (SCHEDULE, {"beta_schedule": "scaled_linear"}, "beta_schedule = 'scaled_linear'"),
     (SCHEDULE, {"rescale_betas_zero_snr": True}, "our alpha_bar is another"),
-    (SCHEDULE, {"trained_betas": [0.01] * 1000}, "our alpha_bar is another"),
 ]
 
 
@@ -269,27 +250,21 @@ def test_what_another_network_or_schedule_would_need_is_refused(part, fields, sa
 
 
 def refusal(folder):
-    """Return what is said of a folder, which is one short line."""
+    """Return what is said of a folder, which is one line."""
     with pytest.raises(CheckpointError) as caught:
         load_denoiser(folder)
     message = str(caught.value)
     assert message.startswith(str(folder))
     assert message.isprintable()
-    assert len(message) < len(str(folder)) + 300
     return message
 
 
 def test_damaged_folders_are_refused_in_a_sentence(folder):
-    file = folder / "unet" / WEIGHTS
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
-    bias = weights.pop("conv_in.bias")
-    for damaged in (
-        weights,
-        weights | {"conv_in.bias": torch.zeros(9)},
-        weights | {"conv_in.bias": bias * torch.nan},
-    ):
-        save_file(damaged, file)
-        refusal(folder)
+    weights["conv_in.bias"] *= torch.nan
+    save_file(weights, file)
+    refusal(folder)
     file.write_bytes(file.read_bytes()[:2000])
     refusal(folder)
     (folder / UNET).unlink()
@@ -317,9 +292,7 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
         call(sample.main, "theirs/unet2")
 
 
-def test_without_the_package_a_sentence_says_what_to_install(folder, tiny_run, monkeypatch):
+def test_without_the_package_a_sentence_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    sentence = "install its package: pip install 'diffusers>=0.30,<1'"
-    for arguments in ([folder], [tiny_run, "--export", folder.with_name("out")]):
-        with pytest.raises(UserError, match=sentence):
-            call(sample.main, *arguments)
+    with pytest.raises(UserError, match="install its package: pip install 'diffusers"):
+        load_denoiser(folder)
