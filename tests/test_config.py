@@ -1,7 +1,7 @@
 """The named experiments are the reference's, and a config that cannot work says what would."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import signature
 
 import pytest
@@ -16,8 +16,6 @@ from config import (
     ModelConfig,
 )
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.command_line import Parser, add_config_flags
-from functions.support.errors import UserError
 from functions.support.settings import marked
 from models.unet import UNet
 from tests.conftest import ROOT
@@ -218,20 +216,6 @@ def test_a_saved_config_with_unknown_or_missing_fields():
     saved["diffusion"]["recompute"] = "norms"
     with pytest.raises(ConfigError, match=r"'recompute'.*CHANGELOG\.md says"):
         Experiment.from_dict(saved)
-
-
-@dataclass
-class Bare:
-    """Stand in for a config with a field that nobody explains."""
-
-    # This one has a comment.
-    epochs: int = 1
-    batch_size: int = 2
-
-
-def test_a_field_without_a_comment_is_named():
-    with pytest.raises(UserError, match="Bare: batch_size has no comment"):
-        add_config_flags(Parser(), "bare", Bare)
 
 
 def test_the_preset_of_cifar10_is_the_papers():

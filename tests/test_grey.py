@@ -11,7 +11,6 @@ import sample
 from config import ConfigError
 from data.datasets import load_images
 from functions.support.errors import UserError
-from functions.support.pictures import save_strip
 from tests.conftest import call, train_tiny
 from tests.data.packing import IMAGES, write_folder
 
@@ -53,12 +52,6 @@ def test_single_images_grids_and_figures_are_grey(grey_run, pictures, tmp_path):
     for file in figures:
         red, green, blue = Image.open(file).convert("RGB").split()
         assert red == green == blue
-
-
-def test_a_strip_shows_the_grey_levels_themselves(tmp_path):
-    save_strip([np.full((1, 8, 8, 1), 60, np.uint8)], [""], tmp_path / "strip.png")
-    # Most of the figure is the image.
-    assert np.median(Image.open(tmp_path / "strip.png").convert("L")) == 60
 
 
 @pytest.mark.slow

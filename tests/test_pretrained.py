@@ -16,7 +16,7 @@ from figures import pretrained
 from figures.feature_distance import spoilt, training_features
 from functions.support import run_folder
 from functions.support.checkpoint import load_weights
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import UserError
 from functions.support.run_folder import PRETRAINED, checkpoints_of, newest_checkpoints
 from tests.conftest import call
 
@@ -63,15 +63,6 @@ def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     call(evaluate.main, "--images", 2, "--t-stride", 50)
     assert TAKEN in capsys.readouterr().out
     assert list((box / "evaluation").glob("faces-bpd-*.json"))
-
-
-def test_a_run_comes_before_the_box(box, tiny_run, tmp_path, capsys):
-    run = shutil.copytree(tiny_run, tmp_path / "runs" / tiny_run.name)
-    call(sample.main, *FLAGS)
-    assert "pretrained" not in capsys.readouterr().out
-    assert (run / "samples" / "step-00000010-ddpm3-float32-seed0" / "grid.png").exists()
-    with pytest.raises(CheckpointError, match="elsewhere: no run"):
-        call(sample.main, "--runs", "elsewhere")
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import sample
 import train
 from config import DiffusionConfig, ModelConfig
 from functions.support.command_line import field_comments
-from functions.training import run
 from functions.training.metrics import read_metrics
 from tests.conftest import ROOT, TINY, call, script
 
@@ -42,23 +41,6 @@ def test_the_loss_falls(learned_run):
     losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
     assert losses[0] > 0.6
     assert losses[-1] < 0.35
-
-
-@pytest.mark.slow
-def test_rotation_is_off_in_the_last_part_of_a_run(trained, monkeypatch):
-    angles = []
-    augment = run.augment
-
-    def noting_angles(x, flip, angle):
-        angles.append(angle)
-        return augment(x, flip, angle)
-
-    monkeypatch.setattr(run, "augment", noting_angles)
-
-    trained("--diffusion.rotation-free-end", 0.3, name="ffhq-full")
-
-    assert [angle is not None for angle in angles] == [True] * 7 + [False] * 3
-    assert all(0 < angle.abs().max() <= 3 for angle in angles[:7])
 
 
 @pytest.mark.slow

@@ -168,7 +168,7 @@ class Half(Processes):
         return tensor
 
 
-def test_a_term_depends_on_seed_image_and_t_alone():
+def test_a_term_depends_on_seed_image_and_t_alone(tmp_path):
     """The truth is one measurement of all images at once, by one process."""
     all_images = small_measurement()
     assert (small_measurement(seed=1).terms != all_images.terms).all()
@@ -184,6 +184,8 @@ def test_a_term_depends_on_seed_image_and_t_alone():
     parts = [small_measurement(processes=Half(rank, 2)).terms for rank in range(2)]
     assert_array_equal(sum(parts), all_images.terms)
     assert [(part != 0).any(axis=1).sum() for part in parts] == [4, 4]
+    # In the figure's title two dollars are no mathematics.
+    plot_bits_per_dim(all_images, tmp_path / "bound.png", "$\\frac$")
 
 
 def test_the_bound_is_computed_without_tf32(monkeypatch):
@@ -198,8 +200,3 @@ def test_the_bound_is_computed_without_tf32(monkeypatch):
     measure_bits_per_dim(denoiser, lambda i: torch.zeros(1, 3, 4, 4), HELD_OUT, BoundOptions())
     assert seen == {False}
     assert torch.backends.cudnn.allow_tf32
-
-
-def test_two_dollars_in_a_name_are_no_mathematics(tmp_path):
-    # As mathematics this would be an error.
-    plot_bits_per_dim(small_measurement(), tmp_path / "bound.png", "$\\frac$")

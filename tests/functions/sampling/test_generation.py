@@ -20,7 +20,7 @@ from functions.sampling.options import SamplerOptions
 from functions.support.command_line import exit_on_user_error
 from functions.support.errors import CheckpointError, UserError
 from functions.support.loading import load_denoiser
-from functions.support.pictures import MIN_SIDE, save_grid
+from functions.support.pictures import MIN_SIDE
 from models.unet import UNet
 from tests.conftest import CPU, LittleMemory, call, image_sampler_of
 
@@ -94,16 +94,6 @@ def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_an
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
     assert (tmp_path / "denoising.gif").exists()
-
-
-def test_large_images_keep_their_pixels_in_a_grid(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (5, 128, 128, 3), dtype=np.uint8)
-    save_grid(images, tmp_path / "grid.png", columns=5)
-
-    # Each image has a frame of 2 pixels, which it shares with its neighbours.
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (132, 5 * 130 + 2, 3)
-    assert np.array_equal(grid[2:130, 132:260], images[1])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from functions.support.device import (
     choose_precision,
     cpu_has_bfloat16,
     is_out_of_memory,
-    precision_facts,
     sampling_precision,
 )
 from functions.support.errors import UserError
@@ -113,13 +112,6 @@ def test_the_instructions_of_a_cpu_are_read(cpuinfo, has, monkeypatch, tmp_path)
         path.write_text(cpuinfo)
     monkeypatch.setattr("functions.support.device.CPUINFO", path)
     assert cpu_has_bfloat16() == has
-
-
-def test_tf32_is_said_where_it_is_on(monkeypatch):
-    for allowed, tf32 in ((True, {"tf32": True}), (False, {})):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        assert precision_facts(CUDA, torch.float32) == {"precision": "float32", **tf32}
-        assert precision_facts(CUDA, torch.bfloat16) == {"precision": "bfloat16"}
 
 
 @pytest.mark.parametrize(
