@@ -85,6 +85,14 @@ def test_a_run_folder_is_never_used_twice_and_has_its_time_in_utc(tmp_path, monk
     assert run_folder.runs_of(tmp_path) == folders
 
 
+def test_the_checkpoint_of_the_last_step_that_is_allowed_is_found(tmp_path):
+    for step in (run_folder.MOST_STEPS, run_folder.MOST_STEPS + 1):
+        path = path_of(tmp_path, "checkpoints", step)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert [path.stem for path in checkpoints_of(tmp_path)] == ["step-99999999"]
+
+
 def test_a_lock_deletes_what_a_killed_training_left_and_no_more(tmp_path):
     run = make_run(tmp_path, "faces-20260101-000000", [])
     # What `save_safetensors` leaves is a folder with a file.
