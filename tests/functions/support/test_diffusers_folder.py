@@ -50,7 +50,8 @@ def blocks(size, widths, attention, groups=4):
 
 
 SMALL = blocks(16, (16, 32), 1)
-# The paper's networks for 256 pixels have these levels; their width is 128.
+# The paper's networks for 32 and for 256 pixels have these levels; their width is 128.
+CIFAR10 = blocks(32, (16, 32, 32, 32), 1) | HO
 LARGE = blocks(64, (16, 16, 32, 32, 64, 64), 4) | HO
 GREY = SMALL | dict(in_channels=1, out_channels=1)
 V = dict(num_train_timesteps=50, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
@@ -133,12 +134,15 @@ def same_images(path, unet, scheduler):
 @pytest.mark.parametrize(
     ("write", "fields", "scheduler"),
     [
+        (write_old, CIFAR10, DDPMScheduler(variance_type="fixed_large")),
+        (write_pipeline, LARGE, DDPMScheduler()),
         (write_old, LARGE, DDPMScheduler(variance_type="fixed_large")),
         (write_pipeline, LARGE | {"sample_size": [64, 64]}, DDPMScheduler(clip_sample=False)),
         (write_training, SMALL, DDIMScheduler()),
+        (write_training, SMALL, DDPMScheduler(**V)),
         (write_training, GREY, DDPMScheduler(clip_sample_range=2, clip_sample=False, **V)),
     ],
-    ids=["church", "bedroom", "ddim", "grey v"],
+    ids=["cifar10", "celebahq", "church", "bedroom", "ddim", "v", "grey v"],
 )
 def test_published_shapes_give_the_images_of_diffusers(write, fields, scheduler, tmp_path):
     unet = network_of(fields)
@@ -226,7 +230,9 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
 
 REFUSED = [
     # In these fields the networks differ, or their weights do.
+    (UNET, {"norm_eps": 1e-5}, "our network computes something else"),
     (UNET, {"act_fn": "gelu"}, "our network computes something else"),
+    (SCHEDULE, {"trained_betas": [0.01] * 1000}, "our alpha_bar is another"),
     (UNET, {"up_block_types": ["UpBlock2D"] * 2}, "mismatched weights = "),
     # diffusers accepts these, and some of them have no effect on its network or its schedule.
     (UNET, {"sample_size": [16, 32]}, "sample_size = [16, 32]"),
