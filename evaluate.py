@@ -100,7 +100,9 @@ def parse_flags() -> argparse.Namespace:
         "--seed", type=int, default=0, help="The seed of t and noise. Default: %(default)s."
     )
     parser.add_argument(
-        "--batch-size", type=positive, help="The most timesteps in a network call. Default: 64."
+        "--batch-size",
+        type=positive,
+        help="The most timesteps in a network call. Default: 64, or 16 on a CPU.",
     )
     parser.add_argument(
         "--out",

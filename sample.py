@@ -8,7 +8,7 @@ sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or i
 begins with images.
 
 Several GPUs can divide many images among them. If this command is interrupted, starting it again
-samples only the missing images:
+samples only the batches with missing images:
 
     torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
 """

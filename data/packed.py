@@ -68,6 +68,7 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
     for target in targets:
         try:
             pack = pack or make_or_wait(source, image_size, key, target)
+            break
         except (OSError, NotImplementedError) as error:
             # The data may be on a read-only disk, or on one without locks, or another user may own
             # the lock. Then the cache is tried.

@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--verify", metavar="JSON")
     args = parser.parse_args(arguments)
+    if args.image_size < 1:
+        parser.error("--image-size must be 1 or more")
     try:
         if args.download:
             read_torchvision_set(args.source, DATA_FOLDER, download=True)

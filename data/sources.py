@@ -94,14 +94,16 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
     """
     # An unknown home folder, as in ~nobody/faces, stays as it is, and does not exist.
     path = Path(os.path.expanduser(path))
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Give a folder, or one of {', '.join(ARCHIVES)}.")
     if path.is_dir():
         members = list_folder(path)
     elif path.suffix.lower() in ARCHIVES:
         members = list_archives([path], path)
     else:
         raise UserError(
-            f"{path}: there is no such folder, and only files with names that end with "
-            f"{', '.join(ARCHIVES)} can be read; unpack it, or give another path."
+            f"{path}: only files with names that end with {', '.join(ARCHIVES)} can be read; "
+            "unpack it, or give another path."
         )
     if not members:
         raise UserError(f"{path} contains no image ({', '.join(IMAGE_EXTENSIONS)}).")
@@ -132,9 +134,10 @@ def list_folder(path: Path) -> list[Member]:
         visited.add(real)
         inner.sort()
         for file in map(Path(folder).joinpath, files):
-            if is_image_name(file.relative_to(path).as_posix()):
+            name = file.relative_to(path).as_posix()
+            if is_image_name(name):
                 images.append(file)
-            elif file.suffix.lower() in ARCHIVES:
+            elif file.suffix.lower() in ARCHIVES and not is_hidden(name):
                 archives.append(file)
 
     if len(archives) >= len(images):
@@ -284,6 +287,9 @@ def choose_ids(members: list[Member], path: Path, numbered: bool) -> dict:
 
 def is_image_name(name: str) -> bool:
     """Return whether a path inside a source has an image's extension and is not hidden."""
-    # macOS puts files of metadata, with the names of the images, into __MACOSX.
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not hidden
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a path inside a source is hidden, or macOS's metadata of another file."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.sources import Member, Source
 from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, short
+from functions.support.files import READ_ERRORS, short, write_atomically
 
 # What must be in the data folder for each set.
 FILES = {
@@ -70,6 +70,8 @@ def unpack_mnist(folder: Path) -> None:
         for packed in folder.rglob(f"{name}.gz"):
             if not file.exists():
                 file.parent.mkdir(exist_ok=True)
-                file.write_bytes(gzip.decompress(packed.read_bytes()))
+                pixels = gzip.decompress(packed.read_bytes())
+                # Another process may read or unpack the same file.
+                write_atomically(file, lambda out, pixels=pixels: out.write(pixels))
         if file.exists() and hashlib.md5(file.read_bytes()).hexdigest() != md5:
             raise ValueError(f"{file} is damaged; delete it")

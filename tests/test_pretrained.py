@@ -14,6 +14,7 @@ import sample
 from config import Experiment
 from figures import pretrained
 from figures.feature_distance import spoilt, training_features
+from functions.sampling import calibration
 from functions.support import run_folder
 from functions.support.checkpoint import load_weights
 from functions.support.errors import UserError
@@ -84,6 +85,16 @@ def test_a_run_is_boxed_with_a_card(trained, tmp_path, monkeypatch):
         assert torch.equal(weight, average[name].half().float())
     assert card_row(boxed, "command") == "python train.py faces"
     assert load_weights(source).digest[:16] in card_row(boxed, "source")
+
+
+def test_the_real_model_is_calibrated_on_its_training_images(tmp_path, monkeypatch):
+    """The file does not say the hash of its pixels."""
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
+    monkeypatch.setattr(calibration, "TIMESTEP_COUNT", 2)
+    [path] = BOXED
+    copy = shutil.copy(path, tmp_path)
+    call(sample.main, copy, *FLAGS, "--calibrate")
+    assert (tmp_path / f"{path.stem}-calibration-data.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ All use the same features of InceptionV3, as ADM's evaluator does.
 """
 
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +73,13 @@ def folder_images(folder: Path) -> Images:
 def data_images(name: str, like: Path, part: str | None) -> Images:
     """Return a data set's images for training or, for "val", the held-out ones.
 
-    Their size and colours are those of the file `like`.
-
-    They are those of training: cropped, resized and packed. Raises UserError as `load_images` does.
+    They are cropped, resized and packed as in training. Their size and colours are those of the
+    file `like`. Raises UserError as `load_images` does.
     """
     image = Image.open(like)
     channels = 1 if image.mode == "L" else 3
-    image_set = load_images(name, image.height, channels=channels)
+    # Packing prints which images are left out.
+    image_set = load_images(name, image.height, sys.maxsize, channels)
     split = split_images(image_set, "reference")
     indices = split.val_indices if part == "val" else split.train_indices
     return Images(len(indices), lambda i: image_set.images[indices[i]])

@@ -44,7 +44,7 @@ def save_mixtures(args: argparse.Namespace, image_sampler: ImageSampler, folder:
         mix = partial(interpolate_images, image_sampler, ends)
         rows = rows_of(args.depths, image_sampler, mix)
     weights = torch.linspace(0, 1, MIXTURE_COUNT, device=image_sampler.device)
-    path = edited_path(folder, kind, args.images, ends)
+    path = edited_path(args, folder, kind, ends)
     save_rows(image_sampler, rows, weights, ends, path)
 
 
@@ -52,7 +52,7 @@ def save_variations(args: argparse.Namespace, image_sampler: ImageSampler, folde
     """Save a figure of variations of an image, with a row for each depth."""
     x_0 = read_x_0(image_sampler, args.images[0], args.fit)
     rows = rows_of(args.depths, image_sampler, partial(variations, image_sampler, x_0))
-    path = edited_path(folder, "variations", args.images, x_0)
+    path = edited_path(args, folder, "variations", x_0)
     save_rows(image_sampler, rows, range(VARIATION_COUNT), x_0[None], path)
 
 
@@ -70,7 +70,7 @@ def save_inpaintings(args: argparse.Namespace, image_sampler: ImageSampler, fold
     image, mask = read_with_mask(args.images[0], args.mask, image_sampler.shape)
     # The same image with another mask is another source.
     source = torch.cat([torch.from_numpy(image), torch.from_numpy(mask)[..., None]], dim=-1)
-    path = edited_path(folder, f"inpainting-resample{args.resample}", args.images, source)
+    path = edited_path(args, folder, "inpainting", source)
     pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)
     save_grid(pictures, path, columns=min(len(pictures), 8))
     print(f"wrote {path}")
@@ -96,17 +96,18 @@ def read_x_0(image_sampler: ImageSampler, text: str, fit: bool) -> Tensor:
     return images[0].to(image_sampler.device)
 
 
-def edited_path(folder: Path, kind: str, texts: Sequence[str], images: Tensor) -> Path:
+def edited_path(args: argparse.Namespace, folder: Path, kind: str, images: Tensor) -> Path:
     """Create the folder, and return the path of a picture in it that is made of some images.
 
-    `texts` name the images on the command line. The file's name has the start of each text and a
-    hash of the images' values, so that no picture of other images is overwritten.
+    The file's name has the start of each image's name on the command line, and a hash of all flags
+    and of the images' values. So no picture of other images or settings is overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Each text is cut to 30 characters, so that a file name has room for two.
-    stems = [file_name(Path(text).stem)[:30] for text in texts]
-    digest = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
-    return folder / f"{'-'.join([kind, *stems, digest[:8]])}.png"
+    # Each name is cut to 30 characters, so that a file name has room for two.
+    stems = [file_name(Path(text).stem)[:30] for text in args.images]
+    digest = hashlib.sha256(repr(sorted(vars(args).items())).encode(errors="surrogateescape"))
+    digest.update(images.cpu().numpy().tobytes())
+    return folder / f"{'-'.join([kind, *stems, digest.hexdigest()[:8]])}.png"
 
 
 def save_rows(

@@ -142,7 +142,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that sample.py and evaluate.py share, which include the model flags."""
+    """Add the flags of sampling, which include the model flags."""
     add_model_flags(parser)
     parser.add_argument(
         "--precision",

@@ -134,7 +134,7 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
         if type(diffusion.get(field)) is not kind:
             raise UserError(
                 "the model's config does not say which images it was trained on; name a data set "
-                "with evaluate.py --data NAME or sample.py --calibrate NAME"
+                "with evaluate.py --data NAME, or use --calibrate own"
             )
     image_set = load_images(
         diffusion["dataset_name"],

@@ -85,6 +85,8 @@ def test_one_archive_and_several_shards_are_the_same_set(tmp_path, suffix):
     # Previews beside shards are not the set.
     write_folder(tmp_path / "shards", IMAGES[:2])
 
+    # macOS writes such files beside others.
+    (tmp_path / "shards" / "data" / f"._a{suffix}").write_bytes(b"metadata")
     for path in (one, tmp_path / "shards"):
         image_set = load(path)
         assert_array_equal(image_set.images, IMAGES)
@@ -223,10 +225,10 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
     write_zip(tmp_path / "text.zip", [], more={"readme.txt": b"no image"})
 
     for name, message in (
-        ("missing.zip", "cannot be read .*No such file"),
+        ("missing.zip", "does not exist"),
         ("empty", "no image"),
         ("a.zip", r"cannot be read \(File is not a zip file\)"),
-        ("a.tar.gz", "no such folder, and only files with names that end with .zip, .tar"),
+        ("a.tar.gz", "only files with names that end with .zip, .tar"),
         ("text.zip", "no image"),
     ):
         with pytest.raises(UserError, match=f"{name}.*{message}"):

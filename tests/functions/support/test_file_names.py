@@ -1,6 +1,7 @@
 """The names that the project makes of others are also names on Windows."""
 
 import re
+from argparse import Namespace
 from pathlib import PureWindowsPath
 
 import pytest
@@ -24,5 +25,6 @@ def is_legal(name):
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_results_of_a_picture_with_an_odd_name(name, tmp_path):
-    path = edited_path(tmp_path, "variations", [f"folder/{name}.png"], torch.zeros(3, 2, 2))
+    args = Namespace(images=[f"folder/{name}.png"])
+    path = edited_path(args, tmp_path, "variations", torch.zeros(3, 2, 2))
     assert is_legal(path.name)
