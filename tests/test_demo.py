@@ -195,7 +195,7 @@ def test_paint(page, run, tmp_path):
     files = [tmp_path / "image.png", run, "--mask", tmp_path / "mask.png", "--out", tmp_path]
     flags = "--resample 2 --steps 4 --seed 3 --n 4 --individual --device cpu"
     call(edit.main, "inpaint", *files, *flags.split())
-    paths = sorted(tmp_path.glob("inpainting-*-image-*-0*.png"))
+    paths = sorted(tmp_path.glob("inpainting-image-*-0*.png"))
     for answer, path in zip(answers, paths, strict=True):
         assert_array_equal(answer, pixels_of(path))
         assert_array_equal(answer[~painted], image[~painted])
