@@ -103,6 +103,8 @@ def parse_flags() -> argparse.Namespace:
     )
 
     args = parser.parse_args()
+    if args.exact and args.variance:
+        parser.error("--variance: not allowed with --exact")
     if args.verb == "inpaint" and args.n > GRID_LIMIT:
         raise UserError(f"a grid shows {GRID_LIMIT} images at most; use a smaller --n")
     return args

@@ -136,7 +136,7 @@ def parse_image_flags() -> argparse.Namespace:
 def evaluate_bits(args: argparse.Namespace, processes: Processes) -> None:
     """Measure bits/dim of the held-out images; print and write it."""
     saved, image_sampler = open_sampler(args, processes)
-    image_sampler = with_calibration(image_sampler, saved)
+    image_sampler = with_calibration(image_sampler, saved, args.data)
     image_set, split = load_and_split(saved, args.data)
     processes.print_main(split.description)
     # If the model was trained on some of the held-out images, its result is too good.

@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--verify", metavar="JSON")
     args = parser.parse_args(arguments)
-    if args.image_size < 1:
-        parser.error("--image-size must be 1 or more")
+    if args.image_size < 1 or (args.download and args.verify):
+        parser.error("--image-size is 1 or more, and --download goes without --verify")
     try:
         if args.download:
             read_torchvision_set(args.source, DATA_FOLDER, download=True)

@@ -48,8 +48,8 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
         train, test = (dataset(folder, train, download=download).data for train in (True, False))
     except READ_ERRORS as error:
         raise UserError(
-            f"{name} cannot be read from {folder} ({short(error)}). Put there {FILES[name]}, or "
-            f"run python data/prepare.py {name} --download."
+            f"{name} cannot be read from {folder} ({short(error)}). Put there {FILES[name]}; "
+            f"python data/prepare.py {name} --download does so, where there is a network."
         ) from None
 
     images = np.concatenate([train, test])

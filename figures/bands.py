@@ -13,7 +13,7 @@ docs/whole-before-detail.md explains the measure.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from functions.denoiser import Predictor
 from functions.evaluation.bits_per_dim import error_of_mean, evenly_spaced
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import batches_of, open_sampler
-from functions.sampling.options import add_sampling_flags
+from functions.sampling.options import SamplerOptions, add_sampling_flags
 from functions.spectra import band_sums, octaves, spectrum
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
@@ -89,7 +89,10 @@ def main() -> None:
     parser.add_argument("--images", type=positive, metavar="N", help="How many held-out images.")
     args = parser.parse_args()
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    image_sampler = with_calibration(image_sampler, saved)
+    others = replace(image_sampler.options, calibrate=None, variance=None, clip_x_0=True)
+    if others != SamplerOptions():
+        raise UserError("bands measure single network calls, without a sampler and a guide")
+    image_sampler = with_calibration(image_sampler, saved, args.data)
     image_set, split = load_and_split(saved, args.data)
     print(split.description)
 
@@ -109,7 +112,8 @@ def main() -> None:
 
     print("squared error of x_0 / squared error of the average image, by t and cycles per image")
     print(result.table())
-    path = folder / f"{saved.name}-bands.json"
+    calibrated = f"-calibrated-{args.calibrate}" if args.calibrate else ""
+    path = folder / f"{saved.name}{calibrated}-bands.json"
     picture = path.with_suffix(".png")
     write_text(path, json.dumps(result.facts(), indent=2))
     plot_bands(result, picture, saved.name)
@@ -128,8 +132,7 @@ def measure_bands(
 ) -> BandErrors:
     """Measure the network's squared error of x_0, divided by the average training image's.
 
-    Raises `UserError` for
-    a single held-out image, because one image has no standard error.
+    Raises UserError for a single held-out image, because one image has no standard error.
 
     Args:
         load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.

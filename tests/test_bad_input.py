@@ -57,7 +57,8 @@ COMMANDS = {
     f"{EXACT} --sampler ddim --eta 1": INEXACT,
     f"{EXACT} --guide 4": INEXACT,
     f"{EXACT} --calibrate own": INEXACT,
-    # Without --metrics this measures bits/dim.
+    "figures/bands.py {run} --steps 3": "single network calls, without a sampler and a guide",
+    "edit.py interpolate 1 2 {run} --exact --variance large": "not allowed with --exact",
     "evaluate.py {run} --guide 4": "unrecognized arguments: --guide 4",
 }
 if not torch.cuda.is_available():
