@@ -89,8 +89,10 @@ def main() -> None:
     parser.add_argument("--images", type=positive, metavar="N", help="How many held-out images.")
     args = parser.parse_args()
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    others = replace(image_sampler.options, calibrate=None, variance=None, clip_x_0=True)
-    if others != SamplerOptions():
+    # Each measurement is a single network call, so flags of a sampler would have no effect. A
+    # diffusers folder may set its own variance, and turn clipping off.
+    given = replace(image_sampler.options, calibrate=None, variance=None, clip_x_0=True)
+    if given != SamplerOptions():
         raise UserError("bands measure single network calls, without a sampler and a guide")
     image_sampler = with_calibration(image_sampler, saved, args.data)
     image_set, split = load_and_split(saved, args.data)
@@ -112,7 +114,8 @@ def main() -> None:
 
     print("squared error of x_0 / squared error of the average image, by t and cycles per image")
     print(result.table())
-    calibrated = f"-calibrated-{args.calibrate}" if args.calibrate else ""
+    # The results of a calibrated network do not replace those of the network itself.
+    calibrated = f"-{args.calibrate}" if args.calibrate else ""
     path = folder / f"{saved.name}{calibrated}-bands.json"
     picture = path.with_suffix(".png")
     write_text(path, json.dumps(result.facts(), indent=2))
