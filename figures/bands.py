@@ -106,7 +106,8 @@ def main() -> None:
     pixels = image_set.images[evenly_spaced(split.train_indices, AVERAGE_COUNT)].mean(axis=0)
     average = to_model_range(torch.from_numpy(pixels[None]))[0]
     indices = evenly_spaced(split.val_indices, args.images)
-    denoiser, batch_size = image_sampler.denoiser, image_sampler.batch_size
+    denoiser = image_sampler.denoiser
+    batch_size = image_sampler.batch_size
     # The measurement may take hours. So an error of the folder comes first.
     folder = args.out or results_folder(saved, "evaluation")
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +121,8 @@ def main() -> None:
     picture = path.with_suffix(".png")
     write_text(path, json.dumps(result.facts(), indent=2))
     plot_bands(result, picture, saved.name)
-    print(f"wrote {path}")
-    print(f"wrote {picture}")
+    # Both are in the same folder.
+    print(f"wrote {path} and {picture.name}")
 
 
 @torch.no_grad()
