@@ -107,16 +107,14 @@ def steps(name: str, **changes: str | int) -> Iterator[Fact]:
             raise KeyboardInterrupt
         # The steps before those of the last row warm up.
         speed = read_metrics(run.folder / "metrics.csv")[-1]["images_per_second"]
-    config = run.experiment.diffusion
-    yield f"{name}, {config.optimizer}: steps/s", speed / config.effective_batch
+    yield f"{name}: steps/s", speed / run.config.effective_batch
 
 
 PARTS = {
     "training at base 64": partial(training, "ffhq-run2"),
     "training at base 128": partial(training, "ffhq-v"),
     "sampling": partial(sampling, "ffhq-v"),
-    "Muon": partial(steps, "faces-quick", epochs=1),
-    "Adam": partial(steps, "faces-quick", epochs=1, optimizer="adam"),
+    "steps": partial(steps, "faces", epochs=1),
 }
 
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "train.py --resume no/such/run": "not a run folder",
     "train.py --resume": "no unfinished run",
     "train.py --device gpu": "'gpu'",
-    "train.py fases": "no experiment 'fases'; choose from faces-quick, faces, faces-v, mnist",
+    "train.py fases": "no experiment 'fases'; choose from faces, faces-v, mnist",
     "train.py --diffusion.batch-size many": "--diffusion.batch-size: invalid int value: 'many'",
     "sample.py --n 0": "--n/-n: '0' is not an integer of at least 1",
     "sample.py --eta 2": "--eta: '2' is not a number from 0 to 1",

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from config import (
-    DEFAULT_EXPERIMENT,
     EXPERIMENTS,
     ConfigError,
     DiffusionConfig,
@@ -18,7 +17,6 @@ from config import (
 from functions.noise_scheduler import NoiseScheduler
 from functions.support.settings import marked
 from models.unet import UNet
-from tests.conftest import ROOT
 
 # These are the fields that the reference's own script gives.
 DIFFUSION = dict(
@@ -187,16 +185,6 @@ def test_a_field_that_does_not_fit_says_what_would(row):
     assert message.startswith(f"{type(config).__name__}: ")
     assert others or f"{field} is " in message
     assert "\n" not in message
-
-
-def test_the_default_has_the_guide_of_readme_as_a_snapshot():
-    readme = (ROOT / "README.md").read_text()
-    step = int(re.search(r"train\.py && .*sample\.py .* --guide (\d+)", readme)[1])
-    config = EXPERIMENTS[DEFAULT_EXPERIMENT].diffusion
-
-    # 811 of the embedded people are for training.
-    assert step < config.epochs * (811 // config.effective_batch)
-    assert step % config.snapshot_every == 0
 
 
 def test_what_is_probably_not_meant_is_warned_of():
