@@ -43,7 +43,7 @@ def test_single_images_grids_and_figures_are_grey(grey_run, pictures, tmp_path):
 
     # These files have colours.
     photos = [pictures / "00001.png", pictures / "00002.png"]
-    call(edit.main, "interpolate", *photos, grey_run, *FEW, "--fit", "--out", tmp_path)
+    call(edit.main, "interpolate", *photos, grey_run, *FEW, "--out", tmp_path)
 
     for name in ("grid.png", "00000.png"):
         assert Image.open(tmp_path / name).mode == "L"
