@@ -153,15 +153,12 @@ def interpolate_weights(scheduler: NoiseScheduler, times: list[int], fitted: Ten
     return weights
 
 
-def with_calibration(
-    image_sampler: ImageSampler, saved: SavedModel, data: str | None = None
-) -> ImageSampler:
+def with_calibration(image_sampler: ImageSampler, saved: SavedModel) -> ImageSampler:
     """Return the sampler with the calibration that its options ask for, if they ask for one.
 
     "data" fits it to images that the model was trained on, and "own" to samples of the model, so
-    that no data are needed. `data` is where the training images are, if they have moved. Several
-    processes each fit it, so that none waits for another. Raises UserError when the training images
-    have changed, and for the reasons of `load_and_split`.
+    that no data are needed. Several processes each fit it, so that none waits for another. Raises
+    UserError when the training images have changed, and for the reasons of `load_and_split`.
     """
     name = image_sampler.options.calibrate
     if not name:
@@ -176,7 +173,7 @@ def with_calibration(
     else:
         # Samplers of every precision use this file, so the network computes in float32 here.
         float32 = replace(image_sampler.denoiser, precision=torch.float32)
-        images = images_of_fit(replace(image_sampler, denoiser=float32), saved, data)
+        images = images_of_fit(replace(image_sampler, denoiser=float32), saved)
         fit = calibrate(float32, images.to(image_sampler.device), image_sampler.batch_size)
         # The file only saves time later, so sampling continues if it cannot be written.
         with suppress(OSError):
@@ -188,15 +185,13 @@ def with_calibration(
     return replace(image_sampler, denoiser=Calibrated(image_sampler.denoiser, mean, weights))
 
 
-def images_of_fit(
-    image_sampler: ImageSampler, saved: SavedModel, data: str | None = None
-) -> Tensor:
+def images_of_fit(image_sampler: ImageSampler, saved: SavedModel) -> Tensor:
     """Return the images that the calibration is fitted to: (N, C, H, W) in [-1, 1]."""
     if image_sampler.options.calibrate == "own":
         # This sampler adds fresh noise, so its images are realistic without a calibration.
         quick = image_sampler.quick(seed_of(0, "calibration"))
         return generate(quick, range(IMAGE_COUNT), progress=True).images
-    image_set, split = load_and_split(saved, data)
+    image_set, split = load_and_split(saved)
     # The model in the box does not say the hash of its pixels.
     if saved.provenance.get("pixels_hash") not in (None, split.pixels_hash):
         raise UserError(
