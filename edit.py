@@ -16,7 +16,6 @@ from functions.sampling.editing import save_inpaintings, save_mixtures, save_var
 from functions.sampling.files import samples_folder
 from functions.sampling.generation import open_sampler
 from functions.sampling.guidance import with_guide
-from functions.sampling.inpainting import check_sampler
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
 from functions.support.processes import SINGLE_PROCESS
@@ -29,8 +28,6 @@ def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    if args.verb == "inpaint":
-        check_sampler(image_sampler.options)
     image_sampler = with_calibration(image_sampler, saved)
     image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
     folder = samples_folder(args, saved, image_sampler, SINGLE_PROCESS)

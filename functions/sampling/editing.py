@@ -11,9 +11,9 @@ from tqdm import tqdm
 from data.decode import read_image
 from data.pixels import to_model_range, to_uint8
 from functions.sampling.generation import ImageSampler, batches_of, generate
-from functions.sampling.inpainting import inpaint_image, read_with_mask
+from functions.sampling.inpainting import check_sampler, inpaint_image, read_with_mask
 from functions.sampling.interpolation import interpolate_images, variations
-from functions.support.files import file_name, sha256
+from functions.support.files import sha256
 from functions.support.pictures import save_grid, save_strip
 
 # A row of a figure has this many mixtures, from the first image to the second.
@@ -51,6 +51,7 @@ def save_variations(args: argparse.Namespace, image_sampler: ImageSampler, folde
 
 def save_inpaintings(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
+    check_sampler(image_sampler.options)
     image, mask = read_with_mask(args.images[0], args.mask, image_sampler.shape)
     path = edited_path(args, folder, "inpainting")
     pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)
@@ -80,7 +81,7 @@ def edited_path(args: argparse.Namespace, folder: Path, kind: str) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Each name is cut to 30 characters, so that a file name has room for two.
-    stems = [file_name(Path(text).stem)[:30] for text in args.images]
+    stems = [Path(text).stem[:30] for text in args.images]
     digest = sha256(ascii(sorted(vars(args).items())))
     return folder / f"{'-'.join([kind, *stems, digest[:8]])}.png"
 

@@ -35,10 +35,9 @@ def inpaint(
 
     x_0 is (C, H, W) in [-1, 1], on the sampler's device. `mask`, (H, W) bool, is true where pixels
     are sampled; the other pixels do not change. Returns one result for each index: (B, C, H, W).
-    For the same image and mask, a result depends only on the seed and its index. Raises UserError
-    as `check_sampler` does.
+    For the same image and mask, a result depends only on the seed and its index. The sampler is one
+    that `check_sampler` accepts.
     """
-    check_sampler(image_sampler.options)
     scheduler = image_sampler.scheduler
     # A step leads from timestep t to s.
     steps = list(pairwise(image_sampler.times))
@@ -94,10 +93,10 @@ def read_with_mask(
     white = to_pixels(mask_image, 1)[..., 0] >= 128
     mask = fit_mask(white, shape[-1])
     if mask.all() or not mask.any():
-        part = "everything" if mask.all() else "nothing"
         raise UserError(
-            f"{mask_path or path}: {part} would be inpainted in the middle square of the image, to "
-            "which it is cropped; give a --mask that is partly white there, or erase a part there"
+            f"{mask_path or path}: everything or nothing would be inpainted in the middle square "
+            "of the image, to which it is cropped; give a --mask that is partly white there, or "
+            "erase a part there"
         )
     return fit_image(image, shape), mask
 
