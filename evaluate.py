@@ -52,7 +52,7 @@ def main() -> None:
 
 def parse_flags() -> argparse.Namespace:
     """Read the command line for bits/dim."""
-    parser = Parser(description=__doc__, usage="%(prog)s [RUN] [flags]")
+    parser = Parser(description=__doc__)
     add_model_flags(parser)
     parser.add_argument(
         "--data",

@@ -129,7 +129,6 @@ def photo(tmp_path, monkeypatch):
     images = {
         "photo": pixels,
         "erased": np.dstack([pixels, 255 - mask]),
-        "grey16": mask.astype(np.uint16),
         "mask": mask,
         "turned": mask[:, ::-1],
         "small": mask[:10],
@@ -157,7 +156,7 @@ def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
     [
         (("photo.png", "small.png"), "40x10 pixels, its image 40x20; a mask must be as large"),
         (("photo.png", "full.png"), "everything or nothing would be inpainted"),
-        (("grey16.png", None), "in the middle square .*; give a --mask .* or erase"),
+        (("photo.png", None), "in the middle square .*; give a --mask .* or erase"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(files, message, photo):
@@ -166,9 +165,10 @@ def test_masks_that_do_not_fit_are_refused(files, message, photo):
 
 
 @pytest.fixture
-def saved_pictures(monkeypatch):
-    """Return the stand-in for what writes grids."""
+def saved(monkeypatch):
+    """Return the stand-in for what writes figures and grids, which keeps what it is called with."""
     save = Mock()
+    monkeypatch.setattr(editing, "save_strip", save)
     monkeypatch.setattr(editing, "save_grid", save)
     return save
 
@@ -179,9 +179,9 @@ def paint(run, out, flags):
     return {path.name for path in out.iterdir()}
 
 
-def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, grey_run, saved_pictures):
+def test_the_script_paints_what_is_erased_and_keeps_the_rest(photo, grey_run, saved):
     paint(grey_run, Path("out"), "--sampler ddim --eta 1 erased.png")
-    shown, known, first, second = saved_pictures.call_args.args[0]
+    shown, known, first, second = saved.call_args.args[0]
     image, anew = read_with_mask("erased.png", None, (1, 16, 16))
     assert np.array_equal(shown, image)
     assert (known[anew] == 128).all()
@@ -241,15 +241,7 @@ def test_variations_differ_more_the_deeper_they_come_from():
     torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), far[[4, 1]])
 
 
-@pytest.fixture
-def saved_figures(monkeypatch):
-    """Return the stand-in for what draws figures, which keeps what it is called with."""
-    save = Mock()
-    monkeypatch.setattr(editing, "save_strip", save)
-    return save
-
-
-def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved_figures):
+def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved):
     """At the ends of each row stand the images of the seed.
 
     So do they as mixtures at depth 0, where nothing is noised.
@@ -258,7 +250,7 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
     own = [np.asarray(Image.open(tmp_path / f"0000{i}.png")).astype(int) for i in range(4)]
     flags = "--steps 5 --batch-size 4 --depths 0,0.295,1 --out"
     call(edit.main, "interpolate", 1, 3, tiny_run, *flags.split(), tmp_path)
-    columns, titles, path, rows = saved_figures.call_args.args
+    columns, titles, path, rows = saved.call_args.args
     assert path.name.startswith("interpolation-1-3-")
     assert titles == ["A", *(f"{i / 8:.3g}" for i in range(9)), "B"]
     # The sampler's 5 steps visit 0, 20, 40, 60, 80 and 100.
@@ -268,7 +260,7 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
 
 
 def test_the_script_varies_a_file_and_overwrites_no_picture_of_another_image(
-    tiny_run, tmp_path, saved_figures
+    tiny_run, tmp_path, saved
 ):
     """The file's name is the index of the image of the seed."""
     file = tmp_path / "3.png"
@@ -276,7 +268,7 @@ def test_the_script_varies_a_file_and_overwrites_no_picture_of_another_image(
     flags = ["--depths", 0, "--steps", 2, "--out", tmp_path]
     for source in (3, file):
         call(edit.main, "vary", source, tiny_run, *flags)
-    assert len({call.args[2] for call in saved_figures.call_args_list}) == 2
+    assert len({call.args[2] for call in saved.call_args_list}) == 2
     # At depth 0 the variations are the image itself.
-    columns, *_ = saved_figures.call_args.args
+    columns, *_ = saved.call_args.args
     assert np.array_equal(columns[3], columns[0])
