@@ -216,7 +216,7 @@ class Demo:
         image_sampler = self.sampler_of(check, *controls)
         # A source is an uploaded file, or the index of an image of the seed.
         sources = [first or str(first_index or 0), second or str(second_index or 0)]
-        ends = torch.stack([read_x_0(image_sampler, source, fit=True) for source in sources])
+        ends = torch.stack([read_x_0(image_sampler, source) for source in sources])
         # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
         weights = torch.tensor([share], device=ends.device)
         t = image_sampler.time_at(depth)
@@ -253,7 +253,7 @@ class Demo:
         # Reading a file needs none of the controls.
         upload = isinstance(source, str)
         image_sampler = self.plain if upload else self.sampler_of(check, *controls)
-        x_0 = read_x_0(image_sampler, str(source or 0), fit=True)
+        x_0 = read_x_0(image_sampler, str(source or 0))
         image = to_uint8(x_0[None]).cpu().numpy()[0]
         # The picture is as large as others in the page.
         return image, picture_of(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)

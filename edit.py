@@ -4,52 +4,39 @@
     python edit.py vary A [RUN]                      samples images similar to one
     python edit.py inpaint A [RUN] --mask FILE       regenerates a part of one
 
-A and B are image files or, except for inpaint, indices of images that the seed generates. The model
-and the flags of sampling are those of sample.py. RUN comes right after the images.
-
-interpolate and vary noise the images, mix them, and denoise. `interpolate --exact` finds the noise
-that the images are sampled from, and mixes only this noise.
+A and B are image files or, except for inpaint, indices of images that the seed generates. Files are
+cropped and resized as training images are. The model and the flags of sampling are those of
+sample.py. RUN comes right after the images.
 """
 
 import argparse
 
 from functions.sampling.calibration import with_calibration
 from functions.sampling.editing import save_inpaintings, save_mixtures, save_variations
-from functions.sampling.files import GRID_LIMIT, samples_folder
+from functions.sampling.files import samples_folder
 from functions.sampling.generation import open_sampler
 from functions.sampling.guidance import with_guide
-from functions.sampling.inpainting import check_sampler
-from functions.sampling.interpolation import exact_sampler
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
-from functions.support.errors import UserError
-from functions.support.processes import distributed
+from functions.support.processes import SINGLE_PROCESS
 
 # The verbs of the command line.
 VERBS = {"interpolate": save_mixtures, "vary": save_variations, "inpaint": save_inpaintings}
 
 
 def main() -> None:
-    """Read the command line, edit the images, and print which files were written."""
+    """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
-    with distributed() as processes:
-        saved, image_sampler = open_sampler(args, processes)
-        if args.verb == "inpaint":
-            check_sampler(image_sampler.options)
-        if args.exact:
-            image_sampler = exact_sampler(image_sampler)
-        image_sampler = with_calibration(image_sampler, saved)
-        image_sampler = with_guide(image_sampler, saved, processes)
-        folder = samples_folder(args, saved, image_sampler, processes)
-        # With torchrun the other processes have nothing to do.
-        if processes.is_main:
-            VERBS[args.verb](args, image_sampler, folder)
+    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+    image_sampler = with_calibration(image_sampler, saved)
+    image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
+    folder = samples_folder(args, saved, image_sampler, SINGLE_PROCESS)
+    VERBS[args.verb](args, image_sampler, folder)
 
 
 def parse_flags() -> argparse.Namespace:
-    """Read the command line. Raises UserError for flags that contradict each other."""
+    """Read the command line."""
     parser = Parser(description=__doc__)
-    parser.set_defaults(exact=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     interpolating = add_verb(verbs, "interpolate", 2, "A B: mix two images.")
     varying = add_verb(verbs, "vary", 1, "A: sample images similar to one.")
@@ -57,12 +44,6 @@ def parse_flags() -> argparse.Namespace:
 
     for verb in (interpolating, varying):
         verb.add_argument(
-            "--fit",
-            action="store_true",
-            help="Crop and resize image files of another size. Default: no.",
-        )
-        group = verb.add_mutually_exclusive_group()
-        group.add_argument(
             "--depths",
             type=fractions,
             default="0.25,0.5,0.75,1",
@@ -70,13 +51,6 @@ def parse_flags() -> argparse.Namespace:
             help="How far the images are noised, as fractions of all timesteps. "
             "Default: %(default)s.",
         )
-        if verb is interpolating:
-            group.add_argument(
-                "--exact",
-                action="store_true",
-                help="Find the noise of both images by DDIM backwards, mix it and sample. This "
-                "takes only --steps and --spacing of the sampler's flags. Default: no.",
-            )
 
     inpainting.add_argument(
         "--mask",
@@ -96,18 +70,7 @@ def parse_flags() -> argparse.Namespace:
         default=36,
         help="How many inpaintings to sample. Default: %(default)s.",
     )
-    inpainting.add_argument(
-        "--individual",
-        action="store_true",
-        help="Also write a PNG file for each inpainting. Default: no.",
-    )
-
-    args = parser.parse_args()
-    if args.exact and args.variance:
-        parser.error("--variance: not allowed with --exact")
-    if args.verb == "inpaint" and args.n > GRID_LIMIT:
-        raise UserError(f"a grid shows {GRID_LIMIT} images at most; use a smaller --n")
-    return args
+    return parser.parse_args()
 
 
 def add_verb(verbs, name: str, image_count: int, help: str) -> argparse.ArgumentParser:

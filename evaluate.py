@@ -6,8 +6,7 @@
                                             `sample.py --individual --out FOLDER` has written,
                                             compared with the training images of a data set
 
-`python evaluate.py images --help` lists the flags of the second. On several GPUs, the first is
-`torchrun --nproc-per-node 8 evaluate.py RUN`.
+`python evaluate.py images --help` lists the flags of the second.
 """
 
 import argparse
@@ -28,7 +27,6 @@ from functions.evaluation.bits_per_dim import (
 )
 from functions.evaluation.fidelity import data_images, folder_images, measure_fidelity
 from functions.samplers import VARIANCES
-from functions.sampling.calibration import with_calibration
 from functions.sampling.files import MANIFEST, image_path
 from functions.sampling.generation import open_sampler
 from functions.sampling.options import add_model_flags
@@ -37,7 +35,7 @@ from functions.support.device import choose_device
 from functions.support.errors import UserError
 from functions.support.files import read_json, sha256, write_text
 from functions.support.loading import load_and_split
-from functions.support.processes import Processes, distributed
+from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import results_folder
 
 # With fewer images, FID is far above that of many images.
@@ -48,19 +46,16 @@ def main() -> None:
     """Read the command line, measure, and print the results."""
     if sys.argv[1:2] == ["images"]:
         evaluate_images(parse_image_flags())
-        return
-    args = parse_flags()
-    with distributed() as processes:
-        evaluate_bits(args, processes)
+    else:
+        evaluate_bits(parse_flags())
 
 
 def parse_flags() -> argparse.Namespace:
     """Read the command line for bits/dim."""
-    parser = Parser(description=__doc__, usage="%(prog)s [RUN] [flags]")
+    parser = Parser(description=__doc__)
     add_model_flags(parser)
     parser.add_argument(
         "--data",
-        "--dataset-name",
         metavar="NAME|PATH",
         help="The name or path of the data set, for example if the training data have moved. "
         "Default: the data set that the model was trained on.",
@@ -85,21 +80,6 @@ def parse_flags() -> argparse.Namespace:
         help="The variance of p(x_{t-1} | x_t). Default: %(default)s.",
     )
     parser.add_argument(
-        "--no-clip",
-        action="store_true",
-        help="Do not clip the x_0 to [-1, 1]. Default: clip it, as in sampling.",
-    )
-    parser.add_argument(
-        "--calibrate",
-        nargs="?",
-        const="data",
-        choices=("data", "own"),
-        help="Correct the network's x_0 at high t, as sample.py does. Default: no.",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="The seed of t and noise. Default: %(default)s."
-    )
-    parser.add_argument(
         "--batch-size",
         type=positive,
         help="The most timesteps in a network call. Default: 64, or 16 on a CPU.",
@@ -111,7 +91,7 @@ def parse_flags() -> argparse.Namespace:
     )
     # `open_sampler` needs these. The bound is computed in float32, whatever the precision of
     # sampling, and is that of a single model, which the mix of a guided one is not.
-    parser.set_defaults(precision="float32", sampler="ddpm", steps=None, variance=None)
+    parser.set_defaults(precision="float32", sampler="ddpm", steps=None, variance=None, seed=0)
     return parser.parse_args()
 
 
@@ -123,28 +103,25 @@ def parse_image_flags() -> argparse.Namespace:
         "data", help="A data set, by name or path; or another folder that sample.py has written."
     )
     parser.add_argument(
-        "--part",
-        choices=("train", "val"),
-        help="The images of a data set to compare with. Default: train.",
-    )
-    parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N. Default: %(default)s."
     )
     return parser.parse_args(sys.argv[2:])
 
 
-def evaluate_bits(args: argparse.Namespace, processes: Processes) -> None:
+def evaluate_bits(args: argparse.Namespace) -> None:
     """Measure bits/dim of the held-out images; print and write it."""
-    saved, image_sampler = open_sampler(args, processes)
-    image_sampler = with_calibration(image_sampler, saved, args.data)
+    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+    device = image_sampler.device
+    if device.type == "mps":
+        raise UserError("bits/dim needs float64, which mps does not have; use --device cpu")
+    # On a GPU, float32 would otherwise mean TF32.
+    torch.backends.cudnn.allow_tf32 = False
     image_set, split = load_and_split(saved, args.data)
-    processes.print_main(split.description)
+    print(split.description)
     # If the model was trained on some of the held-out images, its result is too good.
-    ids_hash = saved.provenance.get("train_ids_hash")
-    if ids_hash != split.train_ids_hash and processes.is_main:
-        problem = "THESE ARE NOT THE IMAGES" if ids_hash else "IT IS UNKNOWN WHICH IMAGES"
+    if saved.provenance.get("train_ids_hash") != split.train_ids_hash:
         print(
-            f"WARNING: {problem} IT WAS TRAINED ON: "
+            "WARNING: THESE MAY NOT BE THE IMAGES IT WAS TRAINED ON: "
             "some of the validation images may be among its training images",
             file=sys.stderr,
         )
@@ -153,29 +130,24 @@ def evaluate_bits(args: argparse.Namespace, processes: Processes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     def load_x_0(indices: np.ndarray) -> torch.Tensor:
-        pixels = torch.from_numpy(image_set.images[indices])
-        return to_model_range(pixels.to(image_sampler.device))
+        return to_model_range(torch.from_numpy(image_set.images[indices]).to(device))
 
     # For some diffusers models, samplers do not clip x_0. The bound then does not clip it either.
-    clip = image_sampler.options.clip_x_0 and not args.no_clip
-    options = BoundOptions(
-        args.t_stride, image_sampler.batch_size, args.seed, args.bpd_variance, clip
-    )
+    clip_x_0 = image_sampler.options.clip_x_0
+    options = BoundOptions(args.t_stride, image_sampler.batch_size, args.bpd_variance, clip_x_0)
     indices = evenly_spaced(split.val_indices, args.images)
-    result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options, processes)
-    if processes.is_main:
-        # Two results can be compared only if these agree.
-        settings = {
-            "experiment": saved.provenance["experiment"],
-            "step": saved.provenance["step"],
-            "weights": saved.kind,
-            "weights_hash": saved.digest[:16],
-            "ids_hash": split.val_ids_hash,
-            "images": len(indices),
-            **vars(options),
-            **image_sampler.options.corrections,
-        }
-        write_bits(folder / saved.name, settings, result)
+    result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options)
+    # Two results can be compared only if these agree.
+    settings = {
+        "experiment": saved.provenance["experiment"],
+        "step": saved.provenance["step"],
+        "weights": saved.kind,
+        "weights_hash": saved.digest[:16],
+        "ids_hash": split.val_ids_hash,
+        "images": len(indices),
+        **vars(options),
+    }
+    write_bits(folder / saved.name, settings, result)
 
 
 def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
@@ -186,8 +158,8 @@ def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
     print(f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}")
     print(f"    rate {result.rate:.4f} + distortion {result.distortion:.4f}")
     print(f"    {len(result.lengths)} t for each image; {json.dumps(settings)}")
-    digest = sha256(json.dumps(settings, sort_keys=True))[:8]
-    path = prefix.with_name(f"{prefix.name}-bpd-{digest}.json")
+    digest = sha256(json.dumps(settings))[:8]
+    path = Path(f"{prefix}-bpd-{digest}.json")
     write_text(path, json.dumps({"settings": settings, **result.facts()}, indent=2))
     picture = path.with_suffix(".png")
     plot_bits_per_dim(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
@@ -197,12 +169,10 @@ def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
 def evaluate_images(args: argparse.Namespace) -> None:
     """Measure FID, KID, precision and recall of a folder of images, and print them."""
     samples = folder_images(args.folder)
-    if not Path(args.data, MANIFEST).exists():
-        real = data_images(args.data, image_path(args.folder, 0), args.part)
-    elif args.part:
-        raise UserError("--part is for a data set, and a folder of samples has no parts")
-    else:
+    if Path(args.data, MANIFEST).exists():
         real = folder_images(Path(args.data))
+    else:
+        real = data_images(args.data, image_path(args.folder, 0))
     results = measure_fidelity(samples, real, choose_device(args.device))
     print(f"{len(samples):,} images of {args.folder}, and {len(real):,} of {args.data}")
     manifest = args.folder / MANIFEST

@@ -124,18 +124,11 @@ def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     return levels > 25
 
 
-def read_image(path: str, shape: tuple[int, int, int], fit: bool) -> np.ndarray:
-    """Read one image file for a model -> uint8 (S, S, C).
+def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Read one image file for a model, cropped and resized -> uint8 (S, S, C).
 
     `shape` is the shape (C, S, S) of the model's images. Raises UserError as `open_image_file`
-    does, or when the image has another size and `fit` is False.
+    does.
     """
     hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
-    image = open_image_file(path, hint)
-    size = shape[-1]
-    if not fit and image.size != (size, size):
-        raise UserError(
-            f"{path} is {image.width}x{image.height} pixels, the model's images are "
-            f"{size}x{size}; --fit crops and resizes it"
-        )
-    return fit_image(image, shape)
+    return fit_image(open_image_file(path, hint), shape)

@@ -94,7 +94,7 @@ def main() -> None:
     given = replace(image_sampler.options, calibrate=None, variance=None, clip_x_0=True)
     if given != SamplerOptions():
         raise UserError("bands measure single network calls, without a sampler and a guide")
-    image_sampler = with_calibration(image_sampler, saved, args.data)
+    image_sampler = with_calibration(image_sampler, saved)
     image_set, split = load_and_split(saved, args.data)
     print(split.description)
 

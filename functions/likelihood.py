@@ -43,32 +43,23 @@ def bound_terms(
 
     Args:
         x_0: (B, C, H, W) in [-1, 1], on the model's device.
-        t: (B,) int64.
+        t: (B,) int64, on the same device.
         noise: (B, C, H, W) standard normal.
         variance: the variance of p, "small" or "large".
         clip_x_0: clip the predicted x_0 to [-1, 1].
     """
-    device = x_0.device
-    # MPS has no float64, so for MPS the CPU computes everything except the prediction.
-    float64_device = "cpu" if device.type == "mps" else device
-    x_0 = x_0.to(float64_device, torch.float64)
-    t = t.to(float64_device)
-    noise = noise.to(float64_device, torch.float64)
-
     scheduler = denoiser.scheduler
-    x_t = scheduler.q_sample(x_0, t, noise)
-    if device.type == "mps":
-        x_t = x_t.float().to(device)
-    predicted_x_0, _ = denoiser.predict(x_t, t.to(device), clip_x_0)
-    predicted_x_0 = predicted_x_0.to(x_0)
+    x_0 = x_0.double()
+    x_t = scheduler.q_sample(x_0, t, noise.double())
+    predicted_x_0, _ = denoiser.predict(x_t, t, clip_x_0)
+    predicted_x_0 = predicted_x_0.double()
 
     sigma_squared = model_variance(scheduler, t, variance)
     terms = posterior_kl(scheduler, x_0, predicted_x_0, t, sigma_squared)
+    # The mean of p(x_0 | x_1) is the predicted x_0 itself (Eq. 7).
     is_L_0 = t == 0
-    if is_L_0.any():
-        # The mean of p(x_0 | x_1) is the predicted x_0 itself (Eq. 7).
-        sigma = sigma_squared[is_L_0].sqrt()
-        terms[is_L_0] = -decoder_log_likelihood(x_0[is_L_0], predicted_x_0[is_L_0], sigma)
+    sigma = sigma_squared[is_L_0].sqrt()
+    terms[is_L_0] = -decoder_log_likelihood(x_0[is_L_0], predicted_x_0[is_L_0], sigma)
 
     values = [
         prior_kl(scheduler, x_0) / math.log(2),

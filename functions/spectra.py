@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 # With this norm the spectrum of standard normal noise also has variance 1.
 spectrum = partial(torch.fft.fft2, norm="ortho")
@@ -27,6 +28,5 @@ def band_sums(values: Tensor) -> Tensor:
 
     The sums are on the CPU.
     """
-    bands = octaves(values.shape[-1]).flatten()
-    values = values.flatten(-2).cpu().double()
-    return values.new_zeros(*values.shape[:-1], bands.max() + 1).index_add_(-1, bands, values)
+    in_band = one_hot(octaves(values.shape[-1]).flatten()).double()
+    return values.flatten(-2).cpu().double() @ in_band

@@ -15,8 +15,6 @@ from functions.support.command_line import exit_on_user_error
 from functions.support.errors import UserError
 from tests.conftest import ROOT
 
-EXACT = "edit.py interpolate 1 2 {run} --exact"
-INEXACT = "always samples by ddim with eta 0"
 # Each command has its sentence. The texts {empty} and {pictures} stand for a folder without and
 # with images, and {run} for a trained model.
 COMMANDS = {
@@ -47,18 +45,11 @@ COMMANDS = {
     "sample.py RUN --interpolate 1 2": "a command of its own: python edit.py interpolate A B",
     "sample.py --mask b.png --inpaint a.png": "python edit.py inpaint A",
     "edit.py interpolate 1 2 --depths 0.5,2": "'2' is not a number from 0 to 1",
-    "edit.py inpaint a.png --n 101": "a grid shows 100 images at most; use a smaller --n",
     "edit.py inpaint a.png {run} --sampler dpm++": "depend on earlier steps",
     "edit.py inpaint a.png {run} --sampler ddim --eta 0.5": "depend on earlier steps",
-    "edit.py vary {pictures}/00000.png {run}": "20x20 pixels, the model's images are 16x16; --fit",
     "edit.py vary {root}/README.md {run}": "README.md: not a PNG",
     "edit.py interpolate no.png 1 {run}": "no.png: No such file",
-    f"{EXACT} --sampler dpm++": INEXACT,
-    f"{EXACT} --sampler ddim --eta 1": INEXACT,
-    f"{EXACT} --guide 4": INEXACT,
-    f"{EXACT} --calibrate own": INEXACT,
     "figures/bands.py {run} --steps 3": "single network calls, without a sampler and a guide",
-    "edit.py interpolate 1 2 {run} --exact --variance large": "not allowed with --exact",
     "evaluate.py {run} --guide 4": "unrecognized arguments: --guide 4",
 }
 if not torch.cuda.is_available():

@@ -168,7 +168,7 @@ def test_mix(page, run, pictures):
     page.locator("input[type=file]").locator("nth=0").set_input_files(pictures / "00003.png")
     page.get_by_text("00003").first.wait_for()
     click(page, MIX)
-    photo = read_image(pictures / "00003.png", (3, SIZE, SIZE), fit=True)
+    photo = read_image(pictures / "00003.png", (3, SIZE, SIZE))
     for label in labels[::2]:
         assert_array_equal(picture(page, label), photo)
 
@@ -193,11 +193,12 @@ def test_paint(page, run, tmp_path):
     Image.fromarray(image).save(tmp_path / "image.png")
     Image.fromarray(np.uint8(255) * painted).save(tmp_path / "mask.png")
     files = [tmp_path / "image.png", run, "--mask", tmp_path / "mask.png", "--out", tmp_path]
-    flags = "--resample 2 --steps 4 --seed 3 --n 4 --individual --device cpu"
+    flags = "--resample 2 --steps 4 --seed 3 --n 4 --device cpu"
     call(edit.main, "inpaint", *files, *flags.split())
-    paths = sorted(tmp_path.glob("inpainting-image-*-0*.png"))
-    for answer, path in zip(answers, paths, strict=True):
-        assert_array_equal(answer, pixels_of(path))
+    [path] = tmp_path.glob("inpainting-image-*.png")
+    by_script = cut(pixels_of(path))[2:]
+    for answer, expected in zip(answers, by_script, strict=True):
+        assert_array_equal(answer, expected)
         assert_array_equal(answer[~painted], image[~painted])
 
 

@@ -43,7 +43,7 @@ def test_single_images_grids_and_figures_are_grey(grey_run, pictures, tmp_path):
 
     # These files have colours.
     photos = [pictures / "00001.png", pictures / "00002.png"]
-    call(edit.main, "interpolate", *photos, grey_run, *FEW, "--fit", "--out", tmp_path)
+    call(edit.main, "interpolate", *photos, grey_run, *FEW, "--out", tmp_path)
 
     for name in ("grid.png", "00000.png"):
         assert Image.open(tmp_path / name).mode == "L"
@@ -55,9 +55,8 @@ def test_single_images_grids_and_figures_are_grey(grey_run, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_grey_network_is_evaluated_with_a_calibration(grey_run, tmp_path):
-    flags = ["--calibrate", "data", "--images", 4, "--device", "cpu"]
-    call(evaluate.main, grey_run, *flags, "--out", tmp_path)
+def test_a_grey_network_is_evaluated(grey_run, tmp_path):
+    call(evaluate.main, grey_run, "--images", 4, "--device", "cpu", "--out", tmp_path)
     assert len([*tmp_path.glob("*-bpd-*.json")]) == 1
 
 

@@ -27,7 +27,6 @@ from functions.denoiser import Predictor
 from functions.likelihood import bound_terms
 from functions.support.errors import UserError
 from functions.support.pictures import save_figure
-from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise, generator_of
 
 
@@ -39,7 +38,6 @@ class BoundOptions:
     t_stride: int = 1
     # The most timesteps of an image in a forward pass.
     batch_size: int = 64
-    seed: int = 0
     # The variance of p(x_{t-1} | x_t), "small" or "large".
     variance: str = "small"
     # Whether the predicted x_0 is clipped to [-1, 1], as in sampling.
@@ -65,17 +63,17 @@ class BitsPerDim:
     @property
     def total(self) -> float:
         """Return the mean bound over images."""
-        return float(self.image_bounds.mean())
+        return self.image_bounds.mean()
 
     @property
     def standard_error(self) -> float:
         """Return the standard error of `total`."""
-        return float(error_of_mean(self.image_bounds))
+        return error_of_mean(self.image_bounds)
 
     @property
     def distortion(self) -> float:
         """Return the mean of L_0 over images: the bits that make the decoded image exact."""
-        return float(self.terms[:, 0].mean())
+        return self.terms[:, 0].mean()
 
     @property
     def rate(self) -> float:
@@ -83,30 +81,24 @@ class BitsPerDim:
         return self.total - self.distortion
 
     def curves(self) -> dict[str, list[float]]:
-        """Return means over images for each stratum, in ascending t, for the figure.
+        """Return means over images for each stratum, in ascending t.
 
         `rate` and `rmse` are the rate-distortion curve of the paper's Figure 5. The rate counts the
         bits that a receiver needs to know x_t: L_T and all terms above t. The RMSE is that of the
         x_0 predicted from this x_t, in grey levels (0 to 255).
         """
-        lengths = self.lengths
         terms = self.terms.mean(axis=0)
-        mse = self.mse_x_0.mean(axis=0)
-
+        sums = terms * self.lengths
+        above = sums.sum() - sums.cumsum()
         # t is the middle of its stratum, so half of the stratum's other timesteps are above t.
-        sums = terms * lengths
-        above = np.cumsum(sums[::-1])[::-1] - sums
-        rate = self.prior.mean() + above + terms * (lengths - 1) / 2
+        above += terms * (self.lengths - 1) / 2
         columns = {
-            "t": np.cumsum(lengths) - (lengths + 1) / 2,
-            "timesteps": lengths,
+            "t": self.lengths.cumsum() - (self.lengths + 1) / 2,
             "bits_per_dim_a_step": terms,
-            "standard_error": error_of_mean(self.terms),
-            "mse_x_0": mse,
-            "rate": rate,
-            "rmse": 127.5 * np.sqrt(mse),
+            "rate": self.prior.mean() + above,
+            "rmse": 127.5 * np.sqrt(self.mse_x_0.mean(axis=0)),
         }
-        return {name: column.astype(float).tolist() for name, column in columns.items()}
+        return {name: column.tolist() for name, column in columns.items()}
 
     def facts(self) -> dict:
         """Return plain values in bits per dimension, for a JSON file."""
@@ -115,7 +107,7 @@ class BitsPerDim:
             "standard_error": self.standard_error,
             "rate": self.rate,
             "distortion": self.distortion,
-            "prior": float(self.prior.mean()),
+            "prior": self.prior.mean(),
             "curves": self.curves(),
         }
 
@@ -138,13 +130,10 @@ def measure_bits_per_dim(
     load_x_0: Callable[[np.ndarray], Tensor],
     indices: np.ndarray,
     options: BoundOptions,
-    processes: Processes = SINGLE_PROCESS,
 ) -> BitsPerDim:
     """Measure the variational bound (Eq. 5) of held-out images.
 
-    The processes divide the images among them, and all return the result. It depends only on the
-    other arguments, not on the number of processes. A float32 network computes without TF32. Raises
-    UserError for fewer than two images, which have no standard error.
+    Raises UserError for fewer than two images, which have no standard error.
 
     Args:
         load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
@@ -153,19 +142,11 @@ def measure_bits_per_dim(
     if len(indices) < 2:
         raise UserError(f"bits/dim needs two held-out images or more; there are {len(indices)}")
     lengths = strata_lengths(denoiser.scheduler.timesteps, options.t_stride)
-    # Each process computes every `processes.count`-th image.
-    table = torch.zeros(3, len(indices), len(lengths), dtype=torch.float64)
-    positions = range(processes.rank, len(indices), processes.count)
-
-    without_tf32 = torch.backends.cudnn.flags(
-        enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
-    )
-    with without_tf32:
-        for i in tqdm(positions, "bits/dim", unit="image", disable=not processes.is_main):
-            table[:, i] = image_terms(denoiser, load_x_0, int(indices[i]), options, lengths)
-
-    # Each entry is computed by one process and is 0 in the others, so the sum is exact.
-    prior, terms, mse_x_0 = processes.sum_(table).numpy()
+    results = [
+        image_terms(denoiser, load_x_0, index, options, lengths)
+        for index in tqdm(indices.tolist(), "bits/dim", unit="image")
+    ]
+    prior, terms, mse_x_0 = torch.stack(results, dim=1).numpy()
     # L_T of an image is the same in all columns, because it does not depend on t.
     return BitsPerDim(lengths.numpy(), prior[:, 0], terms, mse_x_0)
 
@@ -179,15 +160,15 @@ def image_terms(
 ) -> Tensor:
     """Return the results (3, K) of `bound_terms` for one image, at one t of each stratum.
 
-    The noise depends only on (seed, index, t).
+    The noise depends only on (index, t).
     """
     x_0 = load_x_0(np.array([index]))
     parts = []
-    for t in draw_t(lengths, options.seed, index).split(options.batch_size):
+    for t in draw_t(lengths, index).split(options.batch_size):
         # Results of earlier versions had this text as their seed, too.
-        noise = ImageNoise(
-            options.seed, t.tolist(), x_0.shape[1:], x_0.device, f"bits per dim/{index}"
-        ).draw()
+        purpose = f"bits per dim/{index}"
+        noise = ImageNoise(0, t.tolist(), x_0.shape[1:], x_0.device, purpose).draw()
+        t = t.to(x_0.device)
         terms = bound_terms(
             denoiser, x_0.expand_as(noise), t, noise, options.variance, options.clip_x_0
         )
@@ -209,37 +190,27 @@ def strata_lengths(timesteps: int, t_stride: int) -> Tensor:
     return torch.tensor(lengths)
 
 
-def draw_t(lengths: Tensor, seed: int, index: int) -> Tensor:
-    """Draw one t of each stratum, uniformly: (K,) int64, a function of (seed, image index)."""
-    generator = generator_of("cpu", seed, "bits per dim t", index)
+def draw_t(lengths: Tensor, index: int) -> Tensor:
+    """Draw one t of each stratum, uniformly: (K,) int64, a function of the image index."""
+    generator = generator_of("cpu", 0, "bits per dim t", index)
     uniform = torch.rand(len(lengths), dtype=torch.float64, generator=generator)
     first = lengths.cumsum(0) - lengths
     return first + (uniform * lengths).long()
 
 
 def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
-    """Plot the terms over t, and the rate-distortion curve (the paper's Figure 5)."""
+    """Plot the rate-distortion curve (the paper's Figure 5)."""
     curves = result.curves()
-    # A logarithmic axis cannot show 0, so the figure shows the paper's t, which starts at 1.
-    t = [value + 1 for value in curves["t"]]
-    figure = Figure(figsize=(9, 4))
-    terms, rate = figure.subplots(1, 2)
-    terms.loglog(t, curves["bits_per_dim_a_step"], marker=".")
-    terms.set(xlabel="t (the paper's)", ylabel="bits/dim in one step", title="terms of the bound")
-    terms.grid(color="0.92")
-
-    rate.plot(curves["rate"], curves["rmse"], marker=".")
-    rate.set(
+    figure = Figure(figsize=(6, 4))
+    axis = figure.subplots()
+    axis.plot(curves["rate"], curves["rmse"], marker=".")
+    axis.set(
         xlabel="rate up to $x_t$, bits/dim",
         ylabel="RMSE of $x_0$, in levels of 0 to 255",
-        title="rate and distortion",
         ylim=(0, None),
     )
-    rate.grid(color="0.92")
-
-    total = f"{result.total:.3f} bits/dim"
-    parts = f"rate {result.rate:.3f} + distortion {result.distortion:.3f}"
+    axis.grid(color="0.92")
     # A name may have two dollars, which would enclose mathematics.
-    figure.suptitle(f"{title}: {total} = {parts}", parse_math=False)
+    axis.set_title(f"{title}: {result.total:.3f} bits/dim", parse_math=False)
     figure.tight_layout()
     save_figure(figure, path)

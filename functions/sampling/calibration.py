@@ -27,7 +27,7 @@ from functions.denoiser import Denoiser, clipped
 from functions.noise_scheduler import NoiseScheduler, Timestep
 from functions.sampling.generation import ImageSampler, batches_of, generate
 from functions.spectra import band_sums, octaves, spectrum
-from functions.support.checkpoint import SavedModel, TensorFile, write_tensors
+from functions.support.checkpoint import SavedModel, TensorFile, Tensors, write_tensors
 from functions.support.errors import UserError
 from functions.support.loading import load_and_split
 from functions.support.random_numbers import ImageNoise, seed_of
@@ -48,21 +48,17 @@ PART = "calibration"
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The mean image and the weights of a fit, float32, on the device of x_0."""
+class Calibrated:
+    """A denoiser whose x_0 is corrected by a calibration that was fitted to it.
 
+    The tensors are float32, on the device of x_0.
+    """
+
+    denoiser: Denoiser
     # mu (C, H, W)
     mean: Tensor
     # w_1 and w_2 (T, bands, 2). They are 1 and 0 at timesteps that are not calibrated.
     weights: Tensor
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A denoiser whose x_0 is corrected by a calibration that was fitted to it."""
-
-    denoiser: Denoiser
-    fit: Calibration
 
     @property
     def scheduler(self) -> NoiseScheduler:
@@ -75,11 +71,11 @@ class Calibrated:
         # Each coefficient gets the weights of its band. So w_1 and w_2 are (1, H, W) or
         # (B, 1, H, W), and all channels share them.
         bands = octaves(x_0.shape[-1], x_0.device)
-        w_1, w_2 = self.fit.weights[t][..., bands, :].unsqueeze(-4).unbind(-1)
+        w_1, w_2 = self.weights[t][..., bands, :].unsqueeze(-4).unbind(-1)
         sqrt_a, sqrt_1_minus_a = self.scheduler.square_roots(t, x_t)
-        mean = self.fit.mean
         # Where the weights are 1 and 0, this change of x_0 is exactly 0.
-        change = (w_1 - 1) * spectrum(x_0 - mean) + w_2 * spectrum(x_t - sqrt_a * mean)
+        change = (w_1 - 1) * spectrum(x_0 - self.mean)
+        change = change + w_2 * spectrum(x_t - sqrt_a * self.mean)
         change = torch.fft.ifft2(change, norm="ortho").real
         x_0 = x_0 + change
         # x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps stays true.
@@ -88,11 +84,11 @@ class Calibrated:
 
 
 @torch.no_grad()
-def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibration:
-    """Fit a calibration to images (N, C, H, W) in [-1, 1], for a network that has none.
+def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Tensors:
+    """Fit the mean and the weights of `Calibrated` to images (N, C, H, W) in [-1, 1].
 
     The images are on the network's device, and at most `batch_size` are computed at a time. The
-    calibration's tensors are on the CPU.
+    tensors are returned by name, on the CPU.
     """
     scheduler = denoiser.scheduler
     mean = images.mean(dim=0)
@@ -111,7 +107,8 @@ def calibrate(denoiser: Denoiser, images: Tensor, batch_size: int) -> Calibratio
             products += band_products(denoiser, x_0, mean, t, noise)
         weights.append(least_squares(products))
 
-    return Calibration(mean.cpu(), interpolate_weights(scheduler, times, torch.stack(weights)))
+    fitted = torch.stack(weights)
+    return {"mean": mean.cpu(), "weights": interpolate_weights(scheduler, times, fitted)}
 
 
 def band_products(denoiser: Denoiser, x_0: Tensor, mean: Tensor, t: int, noise: Tensor) -> Tensor:
@@ -135,7 +132,7 @@ def least_squares(products: Tensor) -> Tensor:
     Returns w_1 and w_2 of each band: (bands, 2).
     """
     # These are the normal equations.
-    A = products[:, :2, :2] + RIDGE * torch.diag_embed(products.diagonal(dim1=1, dim2=2)[:, :2])
+    A = products[:, :2, :2] * (1 + RIDGE * torch.eye(2).double())
     return torch.linalg.solve(A, products[:, :2, 2])
 
 
@@ -147,22 +144,21 @@ def interpolate_weights(scheduler: NoiseScheduler, times: list[int], fitted: Ten
     """
     first = times[0]
     noisiness = -torch.logit(scheduler.alphas_cumprod).numpy()
+
+    def interpolated(column):
+        return np.interp(noisiness[first:], noisiness[times], column)
+
     weights = torch.tensor([1.0, 0.0]).repeat(scheduler.timesteps, fitted.shape[1], 1)
-    for band, i in np.ndindex(*fitted.shape[1:]):
-        column = np.interp(noisiness[first:], noisiness[times], fitted[:, band, i])
-        weights[first:, band, i] = torch.from_numpy(column)
+    weights[first:] = torch.from_numpy(np.apply_along_axis(interpolated, 0, fitted.numpy()))
     return weights
 
 
-def with_calibration(
-    image_sampler: ImageSampler, saved: SavedModel, data: str | None = None
-) -> ImageSampler:
+def with_calibration(image_sampler: ImageSampler, saved: SavedModel) -> ImageSampler:
     """Return the sampler with the calibration that its options ask for, if they ask for one.
 
     "data" fits it to images that the model was trained on, and "own" to samples of the model, so
-    that no data are needed. `data` is where the training images are, if they have moved. Several
-    processes each fit it, so that none waits for another. Raises UserError when the training images
-    have changed, and for the reasons of `load_and_split`.
+    that no data are needed. Several processes each fit it, so that none waits for another. Raises
+    UserError when the training images have changed, and for the reasons of `load_and_split`.
     """
     name = image_sampler.options.calibrate
     if not name:
@@ -170,40 +166,34 @@ def with_calibration(
     # The fit is kept beside its model. Nothing is written into a diffusers folder, as it may come
     # from other software.
     folder = Path("samples") if saved.path.is_dir() else saved.path.parent
-    path = folder / f"{saved.name}-calibration-{name}.safetensors"
-    origin = {"weights": saved.digest, "data": hashes_of_data(saved)}
-    fit = read_fit(path, origin)
-    if not fit:
+    # Another model may later have the same path.
+    path = folder / f"{saved.name}-calibration-{name}-{saved.digest[:8]}.safetensors"
+    if path.exists():
+        fit = TensorFile(path).tensors(PART)
+    else:
         # Samplers of every precision use this file, so the network computes in float32 here.
         float32 = replace(image_sampler.denoiser, precision=torch.float32)
-        images = images_of_fit(replace(image_sampler, denoiser=float32), saved, data)
+        images = images_of_fit(replace(image_sampler, denoiser=float32), saved)
         fit = calibrate(float32, images.to(image_sampler.device), image_sampler.batch_size)
         # The file only saves time later, so sampling continues if it cannot be written.
         with suppress(OSError):
             folder.mkdir(exist_ok=True)
-            write_tensors(path, {PART: vars(fit)}, origin)
+            write_tensors(path, {PART: fit}, {})
             print(f"wrote {path}")
-    fit = Calibration(fit.mean.to(image_sampler.device), fit.weights.to(image_sampler.device))
-    return replace(image_sampler, denoiser=Calibrated(image_sampler.denoiser, fit))
+    mean = fit["mean"].to(image_sampler.device)
+    weights = fit["weights"].to(image_sampler.device)
+    return replace(image_sampler, denoiser=Calibrated(image_sampler.denoiser, mean, weights))
 
 
-def hashes_of_data(saved: SavedModel) -> list[str | None]:
-    """Return the hashes of a model's training images, of their ids and of their pixels."""
-    return [saved.provenance.get(fact) for fact in ("train_ids_hash", "pixels_hash")]
-
-
-def images_of_fit(
-    image_sampler: ImageSampler, saved: SavedModel, data: str | None = None
-) -> Tensor:
+def images_of_fit(image_sampler: ImageSampler, saved: SavedModel) -> Tensor:
     """Return the images that the calibration is fitted to: (N, C, H, W) in [-1, 1]."""
     if image_sampler.options.calibrate == "own":
         # This sampler adds fresh noise, so its images are realistic without a calibration.
         quick = image_sampler.quick(seed_of(0, "calibration"))
         return generate(quick, range(IMAGE_COUNT), progress=True).images
-    image_set, split = load_and_split(saved, data)
-    hashes = zip(hashes_of_data(saved), [split.train_ids_hash, split.pixels_hash], strict=True)
+    image_set, split = load_and_split(saved)
     # The model in the box does not say the hash of its pixels.
-    if any(saved_hash not in (None, now) for saved_hash, now in hashes):
+    if saved.provenance.get("pixels_hash") not in (None, split.pixels_hash):
         raise UserError(
             f"{saved.path} was trained on other images than {image_set.name} has now; "
             "use --calibrate own, which needs no data"
@@ -211,12 +201,3 @@ def images_of_fit(
     # The images are evenly spaced in the training split.
     positions = np.linspace(0, len(split.train_indices) - 1, IMAGE_COUNT).astype(int)
     return to_model_range(torch.from_numpy(image_set.images[split.train_indices[positions]]))
-
-
-def read_fit(path: Path, origin: dict) -> Calibration | None:
-    """Return the calibration in a file, or None if the file is missing, damaged or of another."""
-    with suppress(UserError, OSError):
-        file = TensorFile(path)
-        if file.contents == origin:
-            return Calibration(**file.tensors(PART))
-    return None

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,10 +35,9 @@ def inpaint(
 
     x_0 is (C, H, W) in [-1, 1], on the sampler's device. `mask`, (H, W) bool, is true where pixels
     are sampled; the other pixels do not change. Returns one result for each index: (B, C, H, W).
-    For the same image and mask, a result depends only on the seed and its index. Raises UserError
-    as `check_sampler` does.
+    For the same image and mask, a result depends only on the seed and its index. The sampler is one
+    that `check_sampler` accepts.
     """
-    check_sampler(image_sampler.options)
     scheduler = image_sampler.scheduler
     # A step leads from timestep t to s.
     steps = list(pairwise(image_sampler.times))
@@ -47,16 +46,15 @@ def inpaint(
     for t, s in tqdm(steps, "inpainting", unit="step"):
         # The last step leads to x_0, and is not repeated.
         repeats = resample if s >= 0 else 1
-        for repeat in range(1, repeats + 1):
-            unknown = image_sampler.take_steps(x, [t, s], noise.draw)
-            known = x_0
-            if s >= 0:
-                known = scheduler.q_sample(x_0.expand_as(x), s, noise.draw())
-            x = torch.where(mask, unknown, known)
-            # After all repeats but the last, q(x_t | x_s) takes the state back from s to t.
-            if repeat < repeats:
+        for repeat in range(repeats):
+            # In all repeats but the first, q(x_t | x_s) takes the state back from s to t.
+            if repeat > 0:
                 beta = scheduler.step_beta(t, s)
                 x = (1 - beta) ** 0.5 * x + beta**0.5 * noise.draw()
+            unknown = image_sampler.take_steps(x, [t, s], noise.draw)
+            # At s = -1, the clean image, this is x_0 itself.
+            known = scheduler.q_sample(x_0, s, noise.draw())
+            x = torch.where(mask, unknown, known)
     return x
 
 
@@ -82,9 +80,6 @@ def read_with_mask(
     image = open_image_file(path)
     if mask_path:
         mask_image = open_image_file(mask_path)
-    elif image.mode.startswith("I"):
-        # Pillow does not convert 16-bit grey to RGBA. Such an image has no transparent part.
-        mask_image = Image.new("L", image.size)
     else:
         alpha = image.convert("RGBA").getchannel("A")
         mask_image = ImageOps.invert(alpha)
@@ -95,13 +90,13 @@ def read_with_mask(
             f"{image.width}x{image.height}; a mask must be as large as its image"
         )
 
-    white = to_pixels(mask_image, 3).mean(axis=2) >= 128
+    white = to_pixels(mask_image, 1)[..., 0] >= 128
     mask = fit_mask(white, shape[-1])
     if mask.all() or not mask.any():
-        part = "everything" if mask.all() else "nothing"
         raise UserError(
-            f"{mask_path or path}: {part} would be inpainted in the middle square of the image, to "
-            "which it is cropped; give a --mask that is partly white there, or erase a part there"
+            f"{mask_path or path}: everything or nothing would be inpainted in the middle square "
+            "of the image, to which it is cropped; give a --mask that is partly white there, or "
+            "erase a part there"
         )
     return fit_image(image, shape), mask
 
@@ -121,13 +116,6 @@ def inpaint_image(
     device = image_sampler.device
     x_0 = to_model_range(torch.from_numpy(image)[None])[0].to(device)
     device_mask = torch.from_numpy(mask).to(device)
-    # Every step except the last is repeated.
-    steps = resample * (image_sampler.step_count - 1) + 1
-    print(
-        f"inpainting {count} times, {steps:,} steps in all each: {image_sampler.options}, "
-        f"each step {resample} times (the last once)"
-    )
-
     results = [
         to_uint8(inpaint(image_sampler, x_0, device_mask, resample, indices)).cpu()
         for indices in batches_of(range(count), image_sampler.batch_size)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import struct
 import tarfile
 import tokenize
@@ -130,13 +129,3 @@ def short(value) -> str:
 def escaped(text: str) -> str:
     """Escape the characters that control a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def file_name(text: str) -> str:
-    """Prepare a text for a file name: cut it at 200 characters, as `short` does.
-
-    Characters that Windows forbids in names become underscores, so that results made on one system
-    can be copied to another one. The caller adds letters before and after the text, because Windows
-    also forbids names such as "con", and a dot or a space at the end.
-    """
-    return re.sub(r'[<>:"/\\|?*]', "_", short(text))

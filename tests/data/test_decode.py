@@ -6,7 +6,6 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from data.decode import BadImage, decode, fit_square, read_image
-from functions.support.errors import UserError
 from tests.data.packing import encoded, random_pixels
 
 RGB = random_pixels(12, 16, 3)
@@ -113,15 +112,10 @@ def test_bad_images_are_refused_with_the_reason(data, reason):
         decode(data)
 
 
-def test_an_image_of_another_shape_is_read_only_to_be_fitted(tmp_path):
+def test_an_image_of_another_shape_is_cropped(tmp_path):
     path = tmp_path / "wide.png"
     path.write_bytes(encoded(RGB))
-
-    assert_array_equal(read_image(str(path), (3, 12, 12), fit=True), RGB[:, 2:14])
-
-    message = "is 16x12 pixels, the model's images are 12x12; --fit crops and resizes it"
-    with pytest.raises(UserError, match=message):
-        read_image(str(path), (3, 12, 12), fit=False)
+    assert_array_equal(read_image(str(path), (3, 12, 12)), RGB[:, 2:14])
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(5, Image.LANCZOS), (25, Image.BICUBIC)])

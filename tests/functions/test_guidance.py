@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from functions.guidance import Guided
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS
-from functions.sampling.calibration import Calibrated, Calibration
+from functions.sampling.calibration import Calibrated
 from tests.conftest import image_sampler_of, small_unet
 from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
 from tests.functions.known_denoisers import IMAGES, Exact, ideal
@@ -55,10 +55,10 @@ def test_the_guided_x_0_is_on_the_line_through_both(w, schedule):
     assert 700 < len(inside) / 2 < 970
 
 
-def calibration_of(w_1, w_2):
-    """Return the calibration with these weights in the four bands, at every t."""
+def calibrated(denoiser, w_1, w_2):
+    """Return the denoiser with a calibration of these weights in the four bands, at every t."""
     weights = torch.stack([torch.tensor(w_1), torch.tensor(w_2)], dim=1)
-    return Calibration(MU, weights.expand(1000, 4, 2))
+    return Calibrated(denoiser, MU, weights.expand(1000, 4, 2))
 
 
 def test_both_together():
@@ -76,9 +76,9 @@ def test_both_together():
 
     undo = torch.tensor([5.0, 0.25, 2.0, 10.0])
     zeros = [0.0] * 4
-    model = Calibrated(Exact(damped, SCHEDULER), calibration_of(undo.tolist(), zeros))
+    model = calibrated(Exact(damped, SCHEDULER), undo.tolist(), zeros)
     guide = Exact(lambda x_t, t: torch.zeros_like(x_t), SCHEDULER)
-    guide = Calibrated(guide, calibration_of(zeros, [0.5] * 4))
+    guide = calibrated(guide, zeros, [0.5] * 4)
 
     t = 600
     x_t = SCHEDULER.q_sample(draw_images(4), t, draw_images(4, seed=1))
@@ -99,8 +99,7 @@ def test_what_changes_nothing_changes_no_bit(network, row, clip):
         options = {"clip_x_0": clip, "step_noise": draws.__getitem__, **row.options}
         return row.function(denoiser, draws[-1], 5, **options)
 
-    def calibrated(denoiser):
-        return Calibrated(denoiser, calibration_of([1.0] * 4, [0.0] * 4))
+    unchanged = calibrated(plain, [1.0] * 4, [0.0] * 4)
 
     other = replace(plain, network=small_unet(dim_multiply=(1, 1)))
     expected = sampled(plain)
@@ -108,7 +107,7 @@ def test_what_changes_nothing_changes_no_bit(network, row, clip):
     for denoiser in (
         Guided(plain, other, 1.0),
         Guided(plain, plain, 2.0),
-        calibrated(plain),
-        Guided(calibrated(plain), calibrated(plain), 2.0),
+        unchanged,
+        Guided(unchanged, unchanged, 2.0),
     ):
         assert torch.equal(sampled(denoiser), expected)

@@ -1,7 +1,7 @@
 """bits/dim of held-out images.
 
 The truth is the entropy of data whose distribution is known; tests/functions/test_likelihood.py has
-the single terms. Batches, processes and memory must not change the result.
+the single terms. Batches and memory must not change the result.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 
 from functions.denoiser import Denoiser
 from functions.evaluation.bits_per_dim import (
@@ -19,7 +19,6 @@ from functions.evaluation.bits_per_dim import (
     plot_bits_per_dim,
 )
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.processes import SINGLE_PROCESS, Processes
 from tests.conftest import LittleMemory
 from tests.functions.known_denoisers import Gaussian, double, ideal
 
@@ -150,28 +149,18 @@ def test_strides_are_unbiased():
 HELD_OUT = np.arange(2, 10)
 
 
-def small_measurement(indices=HELD_OUT, processes=SINGLE_PROCESS, most=64, **options):
+def small_measurement(indices=HELD_OUT, most=64, **options):
     """Measure some of ten images, by a network that has memory for `most` of them."""
     scheduler = NoiseScheduler(40)
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.randn(10, 3, 4, 4, generator=generator).clamp(-1, 1)
     options = BoundOptions(**{"t_stride": 3, "batch_size": 8, **options})
-    return measure_bits_per_dim(
-        best_denoiser(scheduler, most), lambda i: x_0[i], indices, options, processes
-    )
+    return measure_bits_per_dim(best_denoiser(scheduler, most), lambda i: x_0[i], indices, options)
 
 
-class Half(Processes):
-    """One of two processes, which adds nothing to what it has computed itself."""
-
-    def sum_(self, tensor):
-        return tensor
-
-
-def test_a_term_depends_on_seed_image_and_t_alone(tmp_path):
-    """The truth is one measurement of all images at once, by one process."""
+def test_a_term_depends_on_image_and_t_alone(tmp_path):
+    """The truth is one measurement of all images."""
     all_images = small_measurement()
-    assert (small_measurement(seed=1).terms != all_images.terms).all()
     # Every second image has the same terms without the others between.
     half = small_measurement(evenly_spaced(HELD_OUT, 4))
     assert_allclose(half.terms, all_images.terms[::2], rtol=1e-12)
@@ -179,24 +168,16 @@ def test_a_term_depends_on_seed_image_and_t_alone(tmp_path):
     by_three = small_measurement(batch_size=3, most=3)
     assert_allclose(by_three.terms, all_images.terms, rtol=1e-12)
     assert_allclose(by_three.mse_x_0, all_images.mse_x_0, rtol=1e-12)
-
-    # The sum over two processes is the whole table, of which neither has all.
-    parts = [small_measurement(processes=Half(rank, 2)).terms for rank in range(2)]
-    assert_array_equal(sum(parts), all_images.terms)
-    assert [(part != 0).any(axis=1).sum() for part in parts] == [4, 4]
     # In the figure's title two dollars are no mathematics.
     plot_bits_per_dim(all_images, tmp_path / "bound.png", "$\\frac$")
 
 
-def test_the_bound_is_computed_without_tf32(monkeypatch):
-    seen = set()
-
-    def network(x_t, t):
-        seen.add(torch.backends.cudnn.allow_tf32)
-        return torch.zeros_like(x_t)
-
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    denoiser = Denoiser(network, NoiseScheduler(40))
-    measure_bits_per_dim(denoiser, lambda i: torch.zeros(1, 3, 4, 4), HELD_OUT, BoundOptions())
-    assert seen == {False}
-    assert torch.backends.cudnn.allow_tf32
+def test_the_curve_is_the_paper_s_sum():
+    """With all T terms, the rate at t is L_T and the terms above t, added up one by one."""
+    result = small_measurement(t_stride=1)
+    curves = result.curves()
+    terms = result.terms.mean(axis=0)
+    for t in range(40):
+        assert curves["t"][t] == t
+        assert curves["rate"][t] == pytest.approx(result.prior.mean() + sum(terms[t + 1 :]))
+    assert_allclose(curves["rmse"], 127.5 * result.mse_x_0.mean(axis=0) ** 0.5)

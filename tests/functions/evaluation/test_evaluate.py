@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import evaluate
 from tests.conftest import call
@@ -17,9 +18,11 @@ def files_of(folder):
 
 
 @pytest.mark.slow
-def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, capsys):
+def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     out = tmp_path / "out"
     call(evaluate.main, "--runs", tiny_run.parent, *BPD, "--out", out)
+    assert not torch.backends.cudnn.allow_tf32
     printed = capsys.readouterr().out
     first = files_of(out)
     name, picture = sorted(first)
@@ -33,11 +36,8 @@ def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, capsys):
     assert json.dumps(result["settings"]) in printed
     assert result["settings"]["images"] == 5
     assert result["settings"]["weights"] == "EMA"
-    curves = result["curves"]
-    assert sum(curves["timesteps"]) == 100
     # At the end of the way, a receiver has read all terms but L_0.
-    assert curves["rate"][0] == pytest.approx(result["rate"])
-    assert curves["rmse"][0] == pytest.approx(127.5 * curves["mse_x_0"][0] ** 0.5)
+    assert result["curves"]["rate"][0] == pytest.approx(result["rate"])
 
     # The same command again writes the same, bit for bit, and other settings add two files.
     call(evaluate.main, tiny_run, *BPD, "--out", out)
@@ -45,14 +45,14 @@ def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, capsys):
     assert "WARNING" not in capsys.readouterr().err
     ignored = shutil.ignore_patterns("0004*", "*.packed*")
     fewer = shutil.copytree(pictures, tmp_path / "fewer", ignore=ignored)
-    other = ["--images", "2", "--bpd-variance", "large", "--no-clip", "--dataset-name", fewer]
+    other = ["--images", "2", "--bpd-variance", "large", "--data", fewer]
     call(evaluate.main, tiny_run, *BPD, *other, "--out", out)
     both = files_of(out)
     assert len(both) == 4
     assert first.items() < both.items()
     printed = capsys.readouterr()
-    assert "NOT THE IMAGES IT WAS TRAINED ON" in printed.err
-    assert '"variance": "large", "clip_x_0": false' in printed.out
+    assert "MAY NOT BE THE IMAGES IT WAS TRAINED ON" in printed.err
+    assert '"variance": "large"' in printed.out
 
 
 @pytest.mark.slow

@@ -213,7 +213,7 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
         call(sample.main, "theirs", "--n", 2, "--calibrate")
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--images", 2, "--t-stride", 20)
     # The folder does not say on which images its network was trained, so evaluate.py warns.
-    assert "IT IS UNKNOWN" in capsys.readouterr().err
+    assert "MAY NOT BE THE IMAGES" in capsys.readouterr().err
     call(sample.main, "theirs", "--n", 2, "--sampler", "ddim", "--calibrate", "own")
 
     # Results are not written into the folder, which is not ours.
