@@ -103,6 +103,12 @@ def parse_image_flags() -> argparse.Namespace:
         "data", help="A data set, by name or path; or another folder that sample.py has written."
     )
     parser.add_argument(
+        "--part",
+        choices=("train", "val"),
+        help="The images of the data set: those for training, or the held-out ones. "
+        "Default: train.",
+    )
+    parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N. Default: %(default)s."
     )
     return parser.parse_args(sys.argv[2:])
@@ -169,10 +175,12 @@ def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
 def evaluate_images(args: argparse.Namespace) -> None:
     """Measure FID, KID, precision and recall of a folder of images, and print them."""
     samples = folder_images(args.folder)
-    if Path(args.data, MANIFEST).exists():
-        real = folder_images(Path(args.data))
+    if not Path(args.data, MANIFEST).exists():
+        real = data_images(args.data, image_path(args.folder, 0), args.part)
+    elif args.part:
+        raise UserError("--part is for a data set; a folder of samples has no parts")
     else:
-        real = data_images(args.data, image_path(args.folder, 0))
+        real = folder_images(Path(args.data))
     results = measure_fidelity(samples, real, choose_device(args.device))
     print(f"{len(samples):,} images of {args.folder}, and {len(real):,} of {args.data}")
     manifest = args.folder / MANIFEST

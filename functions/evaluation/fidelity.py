@@ -70,8 +70,8 @@ def folder_images(folder: Path) -> Images:
     return Images(count, read)
 
 
-def data_images(name: str, like: Path) -> Images:
-    """Return a data set's training images, and print how it is split.
+def data_images(name: str, like: Path, part: str | None) -> Images:
+    """Return a data set's training images or, for "val", the held-out ones; print the split.
 
     They are cropped, resized and packed as in training. Their size and colours are those of the
     file `like`. Raises UserError as `load_images` does.
@@ -81,8 +81,9 @@ def data_images(name: str, like: Path) -> Images:
     # Packing prints which images are left out.
     image_set = load_images(name, image.height, sys.maxsize, channels)
     split = split_images(image_set, "reference")
-    print(f"{split.description}; the samples are compared with the training images")
-    return Images(len(split.train_indices), lambda i: image_set.images[split.train_indices[i]])
+    print(split.description)
+    indices = split.val_indices if part == "val" else split.train_indices
+    return Images(len(indices), lambda i: image_set.images[indices[i]])
 
 
 def inception_weights() -> Path:

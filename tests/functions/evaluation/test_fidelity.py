@@ -103,10 +103,12 @@ def test_samples_of_the_box_are_compared_as_torch_fidelity_does(weights, tmp_pat
     assert numbers == by_hand(samples, real[:811], 250)
     assert numbers["kernel_inception_distance_std"] > 1e-6
     assert f"500 images of {folder}, and 811 of emoji_people" in printed
-    assert "90 validate (the last 10% by id); the samples are compared with the training" in printed
+    assert "90 validate (the last 10% by id)" in printed
     assert '"sampler": "ddim", "steps": 1' in printed
     assert "WARNING: ONLY 500 SAMPLES" in printed
 
+    held_out, _ = evaluated(capsys, folder, "emoji_people", "--part", "val")
+    assert held_out == by_hand(samples, real[811:], 45)
     # Other pixels under the same names are measured anew.
     Image.fromarray(real[0]).save(folder / "00007.png")
     changed, _ = evaluated(capsys, folder, "emoji_people")
@@ -125,6 +127,8 @@ def test_two_folders_of_grey_samples(weights, grey_run, pictures, tmp_path, caps
     grey = load_images(str(pictures), 16, channels=1).images[:45].repeat(3, axis=3)
     assert numbers == by_hand(first, grey, 4)
 
+    with pytest.raises(UserError, match="--part is for a data set"):
+        evaluated(capsys, *folders, "--part", "val")
     (folders[1] / "00003.png").unlink()
     with pytest.raises(UserError, match=r"b has 7 images; .* without a gap"):
         evaluated(capsys, *folders)
