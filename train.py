@@ -22,12 +22,7 @@ from data.batches import forward_passes
 from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss
-from functions.support.command_line import (
-    Parser,
-    add_config_flags,
-    exit_on_user_error,
-    lasting_output,
-)
+from functions.support.command_line import Parser, add_config_flags, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
 from functions.support.processes import distributed
@@ -189,5 +184,5 @@ def parse_flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error(), lasting_output():
+    with exit_on_user_error():
         main()
