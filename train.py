@@ -162,7 +162,7 @@ def parse_flags() -> argparse.Namespace:
         "--device",
         default="auto",
         metavar="NAME",
-        help="auto, cpu, cuda, cuda:N (not with torchrun) or mps. Default: %(default)s.",
+        help="auto, cpu, cuda, cuda:N or mps. Default: %(default)s.",
     )
     parser.add_argument(
         "--runs",

@@ -59,7 +59,7 @@ COMMANDS = {
     "evaluate.py {run} --guide 4": "unrecognized arguments: --guide 4",
 }
 if not torch.cuda.is_available():
-    COMMANDS["train.py --device cuda"] = "finds only"
+    COMMANDS["train.py --device cuda"] = "PyTorch must have it"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

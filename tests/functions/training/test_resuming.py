@@ -12,7 +12,7 @@ from config import ConfigError
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
 from functions.training.metrics import read_metrics
-from tests.conftest import ONE_LEVEL, TINY, call, during, interrupt, newest, posix, terminate
+from tests.conftest import call, during, interrupt, newest, posix, terminate
 from tests.kill import assert_same_run, sample_grids
 from tests.spoilt_files import same
 
