@@ -61,7 +61,7 @@ def train(run: TrainingRun) -> bool:
     # The effective batch is batch_size x gradient_accumulation, whatever the number of processes.
     # Each process has its share of it, in passes of at most batch_size images.
     passes = forward_passes(len(run.share), config.batch_size)
-    network = processes.wrap(run.model, run.device)
+    network = processes.wrap(run.model)
     train_network = network
     if run.is_to_compile:
         batch_sizes = {part.stop - part.start for part in passes}
@@ -105,7 +105,7 @@ def train(run: TrainingRun) -> bool:
             optimizer.found_inf = (~grad_norm.isfinite()).float()
             optimizer.step()
             scaler.update()
-            processes.clear_gradients(optimizer)
+            optimizer.zero_grad()
             if run.ema_model:
                 # An average that starts from trained weights (--init) must not forget them, so its
                 # decay does not rise slowly.
