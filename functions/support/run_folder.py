@@ -44,7 +44,6 @@ MOST_STEPS = 10**8 - 1
 TRAINING_LEFTOVERS = (
     ".config.json.*.tmp",
     ".metrics.csv.*.tmp",
-    ".losses.png.*.tmp",
     "samples/.step-*.png.*.tmp",
     "*/.step-????????.safetensors.*.tmp",
 )
