@@ -21,7 +21,6 @@ from functions.sampling.interpolation import (
     invert,
     variations,
 )
-from functions.support.files import file_name
 from functions.support.pictures import save_grid, save_image, save_strip
 
 # A row of a figure has this many mixtures, from the first image to the second.
@@ -104,7 +103,7 @@ def edited_path(args: argparse.Namespace, folder: Path, kind: str, images: Tenso
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Each name is cut to 30 characters, so that a file name has room for two.
-    stems = [file_name(Path(text).stem)[:30] for text in args.images]
+    stems = [Path(text).stem[:30] for text in args.images]
     digest = hashlib.sha256(repr(sorted(vars(args).items())).encode(errors="surrogateescape"))
     digest.update(images.cpu().numpy().tobytes())
     return folder / f"{'-'.join([kind, *stems, digest.hexdigest()[:8]])}.png"

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import os
-import re
 import struct
 import tarfile
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,7 +14,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 
 # Damaged or hostile files have raised these errors in the readers of safetensors, JSON, archives,
 # arrays and images.
@@ -30,12 +28,10 @@ READ_ERRORS = (
     TypeError,
     AttributeError,
     SyntaxError,
-    OverflowError,
     struct.error,
     zlib.error,
     zipfile.BadZipFile,
     tarfile.TarError,
-    tokenize.TokenError,
 )
 
 
@@ -96,19 +92,8 @@ def read_json(path: Path) -> dict:
         raise CheckpointError(f"{path}: cannot be read: {short(error)}") from error
 
 
-def check_name(path: Path) -> None:
-    """Raise UserError unless the path is UTF-8, as safetensors and TensorBoard need it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{path}: safetensors and TensorBoard need a path in UTF-8; choose another name"
-        ) from None
-
-
 def check_file(path: Path) -> None:
     """Raise CheckpointError unless this is a regular file."""
-    check_name(path)
     # Opening a pipe would block until a writer opens it.
     if not path.is_file():
         fault = "not a regular file" if path.exists() else "there is no such file"
@@ -121,22 +106,10 @@ def sha256(text: str) -> str:
 
 
 def short(value) -> str:
-    """Prepare a text from a file for a message: make it one line, and cut it at 200 characters."""
-    text = str(value)
-    start = escaped(text[:200])
-    return start if len(text) <= 200 else f"{start}..."
+    """Prepare a text from a file for a message: make it one line, and cut it at 200 characters.
 
-
-def escaped(text: str) -> str:
-    """Escape the characters that control a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def file_name(text: str) -> str:
-    """Prepare a text for a file name: cut it at 200 characters, as `short` does.
-
-    Characters that Windows forbids in names become underscores, so that results made on one system
-    can be copied to another one. The caller adds letters before and after the text, because Windows
-    also forbids names such as "con", and a dot or a space at the end.
+    Characters that control a terminal are escaped.
     """
-    return re.sub(r'[<>:"/\\|?*]', "_", short(text))
+    text = str(value)
+    start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
+    return start if len(text) <= 200 else f"{start}..."
