@@ -41,7 +41,7 @@ def load_images(
     that `find_ffhq` finds. "CIFAR10" and "MNIST" are read by `read_torchvision_set`. Any other name
     is a path for `find_source`. Raises UserError as these functions and `open_packed` do.
     """
-    source = locate(dataset_name, image_size)
+    source = locate(dataset_name)
     source.channels = channels
     pack = open_packed(source, image_size, max_bad_images)
     if dataset_name == "emoji_people":
@@ -53,15 +53,21 @@ def load_images(
     return replace(pack, name=dataset_name)
 
 
-def locate(dataset_name: str, image_size: int) -> Source:
+def locate(dataset_name: str) -> Source:
     """Find the source for a data set's name or path. Raises UserError when there is none."""
     if dataset_name in ("emoji_faces", "emoji_people"):
-        return find_source(EMBEDDED_SET, image_size)
+        return find_source(EMBEDDED_SET)
     if dataset_name == "FFHQ":
-        return find_source(find_ffhq(), image_size, numbered=True)
+        source = find_source(find_ffhq())
+        if isinstance(source.ids[0], str):
+            raise UserError(
+                f"{source.path}: each image of FFHQ must have a number of its own as its name. "
+                "Remove other images and second copies."
+            )
+        return source
     if dataset_name in FILES:
         return read_torchvision_set(dataset_name, DATA_FOLDER)
-    return find_source(dataset_name, image_size)
+    return find_source(dataset_name)
 
 
 def find_ffhq() -> Path:
