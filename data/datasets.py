@@ -1,6 +1,5 @@
 """Load data sets by name, and split them into training and validation images."""
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from data.packed import ImageSet, open_packed
 from data.sources import ARCHIVES, Source, find_source
 from data.torchvision_sets import FILES, read_torchvision_set
 from functions.support.errors import UserError
-from functions.support.files import short
+from functions.support.files import sha256, short
 
 DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
@@ -127,6 +126,4 @@ def split_images(image_set: ImageSet, split: str) -> Split:
 
 def hash_ids(ids: list) -> str:
     """Return a short hash of a list of ids, to show that two runs used the same images."""
-    # A file name that is not UTF-8 contains surrogates, which encode() refuses by default.
-    lines = "\n".join(map(str, ids)).encode(errors="surrogateescape")
-    return hashlib.sha256(lines).hexdigest()[:16]
+    return sha256("\n".join(map(str, ids)))[:16]

@@ -8,7 +8,6 @@ it are a .lock and a .json with the ids, the images left out, a hash of the pixe
 import hashlib
 import json
 import os
-import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +134,9 @@ def write_pack(path: Path, key: str, source: Source, image_size: int) -> None:
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         images = map_images(source, image_size)
+        # A small set finishes within the delay and shows no progress bar.
+        title = f"Preparing {source.path.name}"
+        images = tqdm(images, title, len(source.ids), unit="img", delay=1.0)
         for member, image_id, image in zip(source.members, source.ids, images, strict=True):
             if isinstance(image, Exception):
                 bad_images.append([member.name, short(image)])
@@ -165,7 +167,7 @@ def write_pack(path: Path, key: str, source: Source, image_size: int) -> None:
 
 
 def map_images(source: Source, image_size: int) -> Iterator[np.ndarray | Exception]:
-    """Yield every image, uint8 (S, S, C), in the order of source.ids, and show a progress bar.
+    """Yield every image, uint8 (S, S, C), in the order of source.ids.
 
     An unusable image yields its error instead. Raises OSError when an image cannot be read.
     """
@@ -180,15 +182,7 @@ def map_images(source: Source, image_size: int) -> Iterator[np.ndarray | Excepti
         except (BadImage, BadZipFile, zlib.error) as error:
             return error
 
-    def prepare_all():
-        # Threads are enough, because Pillow releases the GIL while it decodes.
-        with ThreadPoolExecutor() as executor:
-            for start in range(0, len(source.members), CHUNK):
-                yield from executor.map(prepare, source.members[start : start + CHUNK])
-
-    # Pillow's warnings about odd metadata are ignored, because an image with a real fault becomes a
-    # BadImage.
-    with warnings.catch_warnings(action="ignore"):
-        # A small set finishes within the delay and shows no progress bar.
-        title = f"Preparing {source.path.name}"
-        yield from tqdm(prepare_all(), title, len(source.ids), unit="img", delay=1.0)
+    # Threads are enough, because Pillow releases the GIL while it decodes.
+    with ThreadPoolExecutor() as executor:
+        for start in range(0, len(source.members), CHUNK):
+            yield from executor.map(prepare, source.members[start : start + CHUNK])

@@ -93,11 +93,9 @@ def read_json(path: Path) -> dict:
 
 
 def check_file(path: Path) -> None:
-    """Raise CheckpointError unless this is a regular file."""
-    # Opening a pipe would block until a writer opens it.
+    """Raise CheckpointError unless this is a file."""
     if not path.is_file():
-        fault = "not a regular file" if path.exists() else "there is no such file"
-        raise CheckpointError(f"{path}: {fault}")
+        raise CheckpointError(f"{path}: there is no such file")
 
 
 def sha256(text: str) -> str:
