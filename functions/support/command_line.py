@@ -49,10 +49,8 @@ def exit_on_user_error() -> Iterator[None]:
 
 def user_message(error: Exception) -> str | None:
     """Return the sentence to print for an error that users can fix, or None for a bug."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
     if isinstance(error, (UserError, ConfigError, OSError)):
-        return str(error) or type(error).__name__
+        return str(error)
     if is_out_of_memory(error):
         advice = "use a smaller --batch-size, a smaller model or another device"
         return f"out of memory ({short(error)}): {advice}"

@@ -80,14 +80,11 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON file that contains one object.
 
-    Raises CheckpointError when the file is missing or damaged, or contains another value.
+    Raises CheckpointError when the file is missing or damaged.
     """
     check_file(path)
     try:
-        fields = json.loads(path.read_bytes())
-        if not isinstance(fields, dict):
-            raise ValueError("it is not an object in braces")
-        return fields
+        return json.loads(path.read_bytes())
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read: {short(error)}") from error
 

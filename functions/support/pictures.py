@@ -60,15 +60,9 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
     # All frames share the palette of the last frame, so that colours do not flicker.
     palette = grids[-1].quantize(256)
     first, *others = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
-    animation = {
-        "save_all": True,
-        "append_images": others,
-        # The durations are in milliseconds.
-        "duration": [80] * len(others) + [2000],
-        # 0 repeats the animation forever.
-        "loop": 0,
-    }
-    first.save(path, **animation)
+    # The durations are in milliseconds, and loop=0 repeats the animation forever.
+    durations = [80] * len(others) + [2000]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def save_strip(
