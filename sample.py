@@ -42,6 +42,7 @@ from functions.sampling.generation import (
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser, exit_on_user_error, positive
+from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
 from functions.support.processes import Processes, distributed
@@ -84,7 +85,7 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             "checkpoint": saved.digest,
             "weights": saved.kind,
             "seed": args.seed,
-            **image_sampler.precision_facts,
+            "precision": precision_name(image_sampler.precision),
             **image_sampler.options.facts(image_sampler.scheduler.timesteps),
         }
         if args.individual:

@@ -22,12 +22,7 @@ from data.batches import forward_passes
 from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss
-from functions.support.command_line import (
-    Parser,
-    add_config_flags,
-    exit_on_user_error,
-    lasting_output,
-)
+from functions.support.command_line import Parser, add_config_flags, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
 from functions.support.processes import distributed
@@ -66,7 +61,7 @@ def train(run: TrainingRun) -> bool:
     # The effective batch is batch_size x gradient_accumulation, whatever the number of processes.
     # Each process has its share of it, in passes of at most batch_size images.
     passes = forward_passes(len(run.share), config.batch_size)
-    network = processes.wrap(run.model, run.device)
+    network = processes.wrap(run.model)
     train_network = network
     if run.is_to_compile:
         batch_sizes = {part.stop - part.start for part in passes}
@@ -110,7 +105,7 @@ def train(run: TrainingRun) -> bool:
             optimizer.found_inf = (~grad_norm.isfinite()).float()
             optimizer.step()
             scaler.update()
-            processes.clear_gradients(optimizer)
+            optimizer.zero_grad()
             if run.ema_model:
                 # An average that starts from trained weights (--init) must not forget them, so its
                 # decay does not rise slowly.
@@ -167,7 +162,7 @@ def parse_flags() -> argparse.Namespace:
         "--device",
         default="auto",
         metavar="NAME",
-        help="auto, cpu, cuda, cuda:N (not with torchrun) or mps. Default: %(default)s.",
+        help="auto, cpu, cuda, cuda:N or mps. Default: %(default)s.",
     )
     parser.add_argument(
         "--runs",
@@ -189,5 +184,5 @@ def parse_flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error(), lasting_output():
+    with exit_on_user_error():
         main()

@@ -27,10 +27,6 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     most 3.3 pixels wide. They are filled by mirroring the image at its edges: a model would learn
     black wedges. Bicubic interpolation blurs fine detail a little (docs/ffhq.md).
     """
-    # On Apple's GPUs grid_sample does not support bicubic interpolation, so the CPU does it.
-    if x.device.type == "mps":
-        return rotate(x.cpu(), angle.cpu()).to(x.device)
-
     # The matrices (B, 2, 3) lead from a point (x, y, 1) of the output to its place in the input.
     # The y axis points down, so these signs rotate counter-clockwise.
     cos = torch.deg2rad(angle).cos()

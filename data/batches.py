@@ -1,12 +1,11 @@
 """Choose the images of each batch by their indices, and copy batches to the device."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from data.packed import map_ahead
 
 # All images stay on a GPU if they need at most this fraction of its free memory. So a GPU with
 # 16 GB keeps FFHQ at 128 px.
@@ -82,7 +81,15 @@ class ImageFeeder:
     def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """Yield the images of each batch of indices on the device, in order."""
         # A thread gathers the next batch while the device works on this one.
-        return map_ahead(self.gather, batches_of_indices, threads=1, ahead=1)
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            gathered = None
+            for indices in batches_of_indices:
+                previous = gathered
+                gathered = executor.submit(self.gather, indices)
+                if previous:
+                    yield previous.result()
+            if gathered:
+                yield gathered.result()
 
     def send(self, batch: Tensor) -> Tensor:
         """Copy a batch to the device. The CPU does not wait for a copy to a GPU."""

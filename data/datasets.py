@@ -1,6 +1,5 @@
 """Load data sets by name, and split them into training and validation images."""
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from data.packed import ImageSet, open_packed
 from data.sources import ARCHIVES, Source, find_source
 from data.torchvision_sets import FILES, read_torchvision_set
 from functions.support.errors import UserError
-from functions.support.files import short
+from functions.support.files import sha256, short
 
 DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
@@ -41,7 +40,7 @@ def load_images(
     that `find_ffhq` finds. "CIFAR10" and "MNIST" are read by `read_torchvision_set`. Any other name
     is a path for `find_source`. Raises UserError as these functions and `open_packed` do.
     """
-    source = locate(dataset_name, image_size)
+    source = locate(dataset_name)
     source.channels = channels
     pack = open_packed(source, image_size, max_bad_images)
     if dataset_name == "emoji_people":
@@ -53,15 +52,21 @@ def load_images(
     return replace(pack, name=dataset_name)
 
 
-def locate(dataset_name: str, image_size: int) -> Source:
+def locate(dataset_name: str) -> Source:
     """Find the source for a data set's name or path. Raises UserError when there is none."""
     if dataset_name in ("emoji_faces", "emoji_people"):
-        return find_source(EMBEDDED_SET, image_size)
+        return find_source(EMBEDDED_SET)
     if dataset_name == "FFHQ":
-        return find_source(find_ffhq(), image_size, numbered=True)
+        source = find_source(find_ffhq())
+        if isinstance(source.ids[0], str):
+            raise UserError(
+                f"{source.path}: each image of FFHQ must have a number of its own as its name. "
+                "Remove other images and second copies."
+            )
+        return source
     if dataset_name in FILES:
         return read_torchvision_set(dataset_name, DATA_FOLDER)
-    return find_source(dataset_name, image_size)
+    return find_source(dataset_name)
 
 
 def find_ffhq() -> Path:
@@ -121,6 +126,4 @@ def split_images(image_set: ImageSet, split: str) -> Split:
 
 def hash_ids(ids: list) -> str:
     """Return a short hash of a list of ids, to show that two runs used the same images."""
-    # A file name that is not UTF-8 contains surrogates, which encode() refuses by default.
-    lines = "\n".join(map(str, ids)).encode(errors="surrogateescape")
-    return hashlib.sha256(lines).hexdigest()[:16]
+    return sha256("\n".join(map(str, ids)))[:16]

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.pixels import picture_of
 from functions.support.errors import UserError
@@ -29,7 +29,7 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
     animation, the first frame is decoded.
 
     Raises BadImage for bytes that are not an image, and for an image that is truncated, corrupt or
-    larger than Pillow's limit. A damaged JPEG may decode without an error; in a zip, the checksum
+    larger than Pillow's limit. A damaged image may decode without an error; in a zip, the checksum
     reveals the damage.
     """
     image = picture_of(data) if isinstance(data, np.ndarray) else open_image(data)
@@ -38,13 +38,7 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
 
 def open_image(data: bytes) -> Image.Image:
     """Load a Pillow image of any mode and turn it upright. Raises as `decode` does."""
-    # Pillow refuses PNGs with texts or colour profiles of more than 1 MB, as some editors write
-    # them. They are not used here, so 256 MB are allowed.
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
     try:
-        # load() ignores the checksums of a PNG's pixels, so verify() checks them first. An image
-        # cannot be loaded after verify(), so the bytes are opened again.
-        Image.open(io.BytesIO(data), formats=FORMATS).verify()
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
         return ImageOps.exif_transpose(image)

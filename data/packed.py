@@ -8,29 +8,28 @@ it are a .lock and a .json with the ids, the images left out, a hash of the pixe
 import hashlib
 import json
 import os
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from threading import Lock
+from zipfile import BadZipFile
 
 import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
 from data.decode import BadImage, decode, fit_square
-from data.sources import Source, Unreadable, read_member
+from data.sources import Source
 from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, sha256, short, write_atomically, write_text
+from functions.support.files import sha256, short, write_text
 
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 2
 
-# At most this many bad images are printed. The .json lists all of them.
-LISTED = 20
+# So many prepared images are in memory at a time.
+CHUNK = 1000
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ImageSet:
     ids: list
     # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
     pixels_hash: str = ""
-    # The summary counts the images, and those that were left out, enlarged or cropped.
+    # The summary counts the images, and those that were left out.
     summary: str = ""
     # This is the path of the packed file.
     path: Path | None = None
@@ -56,32 +55,27 @@ class ImageSet:
 def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> ImageSet:
     """Map the packed file of a source at image_size (pixels).
 
-    A missing or outdated file is made first, and the images left out are printed. Raises UserError
-    when no image is usable, when the file cannot be written, for example to a full disk, or when
-    more than max_bad_images were left out.
+    A missing or outdated file is made first. Raises UserError when no image is usable, or when more
+    than max_bad_images were left out, and OSError when an image cannot be read, or the file cannot
+    be written, for example to a full disk.
     """
     key = pack_key(source, image_size)
-    targets = pack_paths(source, image_size)
-    with_data, in_cache = (read_pack(target, key, source) for target in targets)
-    pack = with_data or in_cache
-    failure = "none of its images can be used"
-    for target in targets:
-        try:
-            pack = pack or make_or_wait(source, image_size, key, target)
-            break
-        except (OSError, NotImplementedError) as error:
-            # The data may be on a read-only disk, or on one without locks, or another user may own
-            # the lock. Then the cache is tried.
-            failure = f"{error}; make room, or set XDG_CACHE_HOME to a folder that can be written"
+    path = pack_path(source, image_size)
+    pack = read_pack(path, key, source)
     if pack is None:
-        raise UserError(f"{source.path} cannot be prepared: {failure}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            # Another process may have made it while this one waited for the lock.
+            if read_pack(path, key, source) is None:
+                write_pack(path, key, source, image_size)
+        pack = read_pack(path, key, source)
 
     bad_count = len(pack.bad_images)
     if bad_count > max_bad_images:
         name, reason = pack.bad_images[0]
         raise UserError(
             f"{source.path}: {bad_count} unusable image(s), {max_bad_images} allowed; the first is "
-            f"{short(name)} ({reason}). {pack.path}.json lists all; fix or remove them, or allow "
+            f"{short(name)} ({reason}). {path}.json lists all; fix or remove them, or allow "
             "that many."
         )
     return pack
@@ -98,133 +92,97 @@ def pack_key(source: Source, image_size: int) -> str:
     return sha256(json.dumps(facts))
 
 
-def pack_paths(source: Source, image_size: int) -> list[Path]:
-    """Return two paths for a source's pack: with the data, and in a cache for read-only data."""
+def pack_path(source: Source, image_size: int) -> Path:
+    """Return the path of a source's pack: with the data, or in a cache for read-only data."""
     path = source.path.resolve()
 
     # The name does not depend on the source's content, so a new pack replaces an outdated one.
     grey = "-grey" if source.channels == 1 else ""
     name = f"{path.name}-{image_size}px{grey}.packed"
     # The pack of a folder is inside it, so that a moved folder keeps its pack.
-    data_folder = path if path.is_dir() else path.parent
+    folder = path if path.is_dir() else path.parent
+    if os.access(folder, os.W_OK):
+        return folder / name
 
     # In the cache, a hash of the path distinguishes sources of the same name.
-    path_hash = sha256(ascii(path))[:8]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [data_folder / name, Path(cache, "ddpm-packed-images", path_hash, name)]
+    return Path(cache, "ddpm-packed-images", sha256(ascii(path))[:8], name)
 
 
-def read_pack(path: Path, key: str | None, source: Source) -> ImageSet | None:
+def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
     """Map a packed file. Returns None when it is missing, or has another key or the wrong size."""
     try:
         record = json.loads(Path(f"{path}.json").read_text())
         if record.pop("key") != key:
             return None
-        shape = record.pop("shape")
-        images = np.memmap(path, np.uint8, "r", shape=tuple(shape))
+        images = np.memmap(path, np.uint8, "r", shape=tuple(record.pop("shape")))
         return ImageSet(path.name, images, path=path, test_count=source.test_count, **record)
-    except READ_ERRORS:
+    except (OSError, ValueError):
         return None
 
 
-def make_or_wait(source: Source, image_size: int, key: str, target: Path) -> ImageSet | None:
-    """Make a pack and print what was left out, or wait until another process has made it.
+def write_pack(path: Path, key: str, source: Source, image_size: int) -> None:
+    """Write the pixels of all usable images to a packed file, and its record. Print a summary."""
+    # Without its record a file is not used, so nothing is wrong after a kill. The old file is
+    # deleted and not overwritten, because a training may still read it.
+    record_path = Path(f"{path}.json")
+    record_path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
-    Returns None when no image is usable. Raises OSError when nothing can be written there.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        pack = read_pack(target, key, source)
-        if pack:
-            return pack
-
-        # A process that was killed may have left its temporary file.
-        for temporary in target.parent.glob(f".{target.name}.*.tmp"):
-            temporary.unlink()
-        # The old record is deleted first, so that it never describes the new images.
-        record_path = Path(f"{target}.json")
-        record_path.unlink(missing_ok=True)
-        record = {"key": key}
-        write_atomically(target, partial(write_images, source, image_size, record))
-        write_text(record_path, json.dumps(record))
-
-        print(record["summary"])
-        for name, reason in record["bad_images"][:LISTED]:
-            print(f"  left out: {short(name)}: {reason}")
-        return read_pack(target, record["key"], source)
-
-
-def write_images(source: Source, image_size: int, record: dict, file: BinaryIO) -> None:
-    """Write the pixels of all usable images, and add what `read_pack` needs to the record."""
     ids = []
-    sizes = []
     bad_images = []
     digest = hashlib.sha256()
-
-    def fit(pixels):
-        sizes.append(pixels.shape[:2])
-        return fit_square(pixels, image_size)
-
-    results = map_images(source, fit, f"Preparing {source.path.name}")
-    for member, image_id, pixels in zip(source.members, source.ids, results, strict=True):
-        if isinstance(pixels, BadImage):
-            bad_images.append([member.name, str(pixels)])
-            # A pack without a key is not used again, because the image may be readable later.
-            if isinstance(pixels, Unreadable):
-                record["key"] = None
-        else:
-            file.write(pixels)
-            digest.update(pixels)
+    with open(path, "wb") as file:
+        images = map_images(source, image_size)
+        # A small set finishes within the delay and shows no progress bar.
+        title = f"Preparing {source.path.name}"
+        images = tqdm(images, title, len(source.ids), unit="img", delay=1.0)
+        for member, image_id, image in zip(source.members, source.ids, images, strict=True):
+            if isinstance(image, Exception):
+                bad_images.append([member.name, short(image)])
+                continue
+            file.write(image)
+            digest.update(image)
             ids.append(image_id)
-    enlarged = sum(min(size) < image_size for size in sizes)
-    record["summary"] = (
+        file.flush()
+        os.fsync(file.fileno())
+    if not ids:
+        name, reason = bad_images[0]
+        raise UserError(f"{source.path}: none of its images can be used: {short(name)}: {reason}.")
+
+    summary = (
         f"{short(source.path.name)}: {len(ids):,} images at {image_size}x{image_size}, "
-        f"{len(bad_images):,} left out, {enlarged:,} enlarged"
+        f"{len(bad_images):,} left out"
     )
-    record["shape"] = [len(ids), image_size, image_size, source.channels]
-    record["bad_images"] = bad_images
-    record["pixels_hash"] = digest.hexdigest()[:16]
-    record["ids"] = ids
+    print(summary)
+    record = {
+        "key": key,
+        "shape": [len(ids), image_size, image_size, source.channels],
+        "ids": ids,
+        "pixels_hash": digest.hexdigest()[:16],
+        "summary": summary,
+        "bad_images": bad_images,
+    }
+    write_text(record_path, json.dumps(record))
 
 
-def map_images(source: Source, job: Callable[[np.ndarray], Any], title: str) -> Iterator[Any]:
-    """Yield job(pixels) for every image in the order of source.ids, and show a progress bar.
+def map_images(source: Source, image_size: int) -> Iterator[np.ndarray | Exception]:
+    """Yield every image, uint8 (S, S, C), in the order of source.ids.
 
-    pixels is uint8 (H, W, source.channels), at the image's original size. An unusable image yields
-    its BadImage instead. `title` is the text before the bar.
+    An unusable image yields its error instead. Raises OSError when an image cannot be read.
     """
+    reading = Lock()
 
-    def process(data):
-        if isinstance(data, BadImage):
-            return data
+    def prepare(member):
         try:
-            return job(decode(data, source.channels))
-        except BadImage as error:
+            # Archives must be read by one thread at a time.
+            with reading:
+                data = member.read()
+            return fit_square(decode(data, source.channels), image_size)
+        except (BadImage, BadZipFile, zlib.error) as error:
             return error
 
     # Threads are enough, because Pillow releases the GIL while it decodes.
-    data = map(read_member, source.members)
-    results = map_ahead(process, data, threads=None, ahead=32)
-
-    # Pillow's warnings about odd metadata are ignored, because an image with a real fault becomes a
-    # BadImage.
-    with warnings.catch_warnings(action="ignore"):
-        # A small set finishes within the delay and shows no progress bar.
-        yield from tqdm(results, title, len(source.ids), unit="img", delay=1.0)
-
-
-def map_ahead(
-    function: Callable[..., Any], items: Iterable, threads: int | None, ahead: int
-) -> Iterator:
-    """Yield function(item) for each item, in order.
-
-    Threads compute up to `ahead` results before the caller asks for them.
-    """
-    futures = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="images") as executor:
-        for item in items:
-            futures.append(executor.submit(function, item))
-            if len(futures) > ahead:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
+    with ThreadPoolExecutor() as executor:
+        for start in range(0, len(source.members), CHUNK):
+            yield from executor.map(prepare, source.members[start : start + CHUNK])

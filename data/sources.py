@@ -16,31 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.decode import BadImage
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
-# Each of these folders contains a copy of FFHQ, with images of this side in pixels. All copies use
-# the same image numbers, so only one of them is read. The uncropped photos have no common size.
-# Their 0 makes them the last choice.
-FFHQ_LAYOUTS = {
-    "in-the-wild-images": 0,
-    "thumbnails128x128": 128,
-    "resized": 256,
-    "images1024x1024": 1024,
-}
+# Each of these folders contains a copy of FFHQ, in FFHQ's own download or on Kaggle.
+FFHQ_COPIES = {"thumbnails128x128", "resized", "images1024x1024", "in-the-wild-images"}
 
 # A name with a number: folders, a prefix and the number, as in x/img00000012.png.
 NUMBERED_NAME = re.compile(r"(?:.*/)?([A-Za-z_-]*)(\d{1,18})(?:\.\w+)?")
-
-# If at most this fraction of a set's images is not numbered, these are strays and are skipped.
-FEW = 0.01
-
-
-class Unreadable(BadImage):
-    """The bytes of an image cannot be read now, but perhaps later, with another permission."""
 
 
 class Member(NamedTuple):
@@ -67,33 +52,17 @@ class Source:
     test_count: int = 0
 
 
-def read_member(member: Member) -> bytes | np.ndarray | BadImage:
-    """Read an image: a file's bytes, or uint8 (H, W, C), or why it cannot be read.
-
-    The members of a source must be read by one thread at a time.
-    """
-    try:
-        return member.read()
-    except READ_ERRORS as error:
-        kind = Unreadable if isinstance(error, OSError) else BadImage
-        return kind(f"cannot be read ({short(error)})")
-
-
-def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False) -> Source:
+def find_source(path: str | os.PathLike) -> Source:
     """Find the images at a path, and sort them by their ids.
 
     The ids do not depend on the order in which a folder lists its files. If the ids are numbers,
-    they do not depend on the files' folders either. If there are several copies of FFHQ, the
-    smallest that need not be enlarged to `image_size` (pixels) is read. In a set that must be
-    `numbered`, unnumbered images are skipped, and two images with the same number are an error.
-    In any other set, unnumbered images are skipped if they are few, such as a stray preview.png
-    among 70,000 images. What is skipped is printed.
+    they do not depend on the files' folders either.
 
-    Raises UserError when the path is neither a folder nor one of `ARCHIVES`, cannot be read or
-    contains no image, and OSError, which names it, when a file or folder in it cannot be listed.
+    Raises UserError when the path is neither a folder nor one of `ARCHIVES`, cannot be read, or
+    contains no image or several copies of FFHQ, and OSError, which names it, when a file or folder
+    in it cannot be listed.
     """
-    # An unknown home folder, as in ~nobody/faces, stays as it is, and does not exist.
-    path = Path(os.path.expanduser(path))
+    path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a folder, or one of {', '.join(ARCHIVES)}.")
     if path.is_dir():
@@ -107,8 +76,15 @@ def find_source(path: str | os.PathLike, image_size: int, numbered: bool = False
         )
     if not members:
         raise UserError(f"{path} contains no image ({', '.join(IMAGE_EXTENSIONS)}).")
-    ids = choose_ids(choose_layout(members, image_size), path, numbered)
-    return Source(path, sorted(ids, key=ids.get), sorted(ids.values()))
+
+    folders = {folder for member in members for folder in member.name.split("/")}
+    copies = sorted(FFHQ_COPIES & folders)
+    if len(copies) > 1:
+        raise UserError(f"{path} contains {' and '.join(copies)}, copies of one set. Give one.")
+    ids = choose_ids([member.name for member in members])
+    members_by_id = dict(zip(ids, members, strict=True))
+    ids = sorted(members_by_id)
+    return Source(path, [members_by_id[image_id] for image_id in ids], ids)
 
 
 def list_folder(path: Path) -> list[Member]:
@@ -119,20 +95,12 @@ def list_folder(path: Path) -> list[Member]:
     """
     images = []
     archives = []
-    visited = set()
 
     def fail(error):
         raise error
 
-    # Links are followed, because a data folder is often a link to another disk. A link may lead to
-    # a folder that is read anyway, such as one above it, so each real folder is read once.
-    for folder, inner, files in os.walk(path, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            inner.clear()
-            continue
-        visited.add(real)
-        inner.sort()
+    # Links are followed, because a data folder is often a link to another disk.
+    for folder, _, files in os.walk(path, onerror=fail, followlinks=True):
         for file in map(Path(folder).joinpath, files):
             name = file.relative_to(path).as_posix()
             if is_image_name(name):
@@ -178,10 +146,8 @@ def list_archives(archives: list[Path], root: Path) -> list[Member]:
 def list_zip(path: Path) -> list[Member]:
     """List the files in a zip."""
     archive = zipfile.ZipFile(path)
-    # Some Windows tools write zips with backslashes.
     return [
-        Member(info.filename.replace("\\", "/"), info.CRC, partial(archive.read, info))
-        for info in archive.infolist()
+        Member(info.filename, info.CRC, partial(archive.read, info)) for info in archive.infolist()
     ]
 
 
@@ -195,23 +161,16 @@ def list_tar(path: Path) -> list[Member]:
 
     # A tar has no checksums of its members' contents.
     stamp = stamp_of(path)
-    members = [Member(info.name, stamp, partial(read, info)) for info in archive]
-    # At a damaged header tarfile stops without an error. An intact tar ends with zeros.
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("a header is damaged, or the end is missing")
-    return members
+    return [Member(info.name, stamp, partial(read, info)) for info in archive]
 
 
 def list_npz(path: Path) -> list[Member]:
     """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory."""
     arrays = [
-        array
-        for array in np.load(path).values()
-        if array.dtype == np.uint8 and array.shape[3:] in ((1,), (3,))
+        array for array in np.load(path).values() if array.dtype == np.uint8 and array.ndim == 4
     ]
     if len(arrays) != 1:
-        raise ValueError(f"it has {len(arrays)} uint8 arrays (N, H, W, 3 or 1), and must have one")
+        raise ValueError(f"it has {len(arrays)} uint8 arrays (N, H, W, C), and must have one")
     stamp = stamp_of(path)
     return [Member(None, stamp, row.copy) for row in arrays[0]]
 
@@ -238,8 +197,9 @@ def list_parquet(path: Path) -> list[Member]:
     return [Member(None, stamp, partial(read, i)) for i in range(file.metadata.num_rows)]
 
 
-# Only the newest column is kept in memory, because a set may have many shards.
-@lru_cache(maxsize=1)
+# Only the newest columns are kept in memory, because a set may have many shards. There are two of
+# them, because several threads may read the end of a shard and the start of the next one.
+@lru_cache(maxsize=2)
 def read_column(file: Any, column: str) -> Sequence:
     """Return a column of a `ParquetFile`."""
     return file.read([column]).column(0)
@@ -249,40 +209,15 @@ def read_column(file: Any, column: str) -> Sequence:
 ARCHIVES = {".zip": list_zip, ".tar": list_tar, ".npz": list_npz, ".parquet": list_parquet}
 
 
-def choose_layout(members: list[Member], image_size: int) -> list[Member]:
-    """Return the members of one of several copies of FFHQ, or all if there are not several."""
-    folders = {folder for member in members for folder in member.name.split("/")[:-1]}
-    layouts = [layout for layout in FFHQ_LAYOUTS if layout in folders]
-    if len(layouts) < 2:
-        return members
-    # FFHQ_LAYOUTS goes from small to large. If no copy is large enough, the largest is chosen.
-    large = [layout for layout in layouts if FFHQ_LAYOUTS[layout] >= image_size]
-    chosen = (large or layouts[-1:])[0]
-    print(f"Found {' and '.join(layouts)}; using {chosen} only.")
-    return [member for member in members if chosen in member.name.split("/")]
-
-
-def choose_ids(members: list[Member], path: Path, numbered: bool) -> dict:
-    """Return the id of each member, without strays among numbered members."""
-    names = {member: NUMBERED_NAME.fullmatch(member.name) for member in members}
-
-    # The names of FFHQ's files are a number, or "img" and a number.
-    ffhq = {member: name for member, name in names.items() if name and name[1] in ("", "img")}
-    strays = len(names) - len(ffhq)
-    if strays and ffhq and (numbered or strays <= FEW * len(names)):
-        print(f"Skipping {strays} image(s) of {path} without a number in the name.")
-        names = ffhq
-
-    # The ids are the numbers if every name has one and no number occurs twice. Unless the set must
-    # be `numbered`, all prefixes must also be the same. Otherwise the ids are the names.
-    if all(names.values()):
-        ids = {member: int(name[2]) for member, name in names.items()}
-        once = len(set(ids.values())) == len(ids)
-        if once and (numbered or len({name[1] for name in names.values()}) == 1):
-            return ids
-        if numbered:
-            raise UserError(f"{path}: two images have one number. Keep one copy of the set there.")
-    return {member: member.name for member in names}
+def choose_ids(names: list[str]) -> list[int] | list[str]:
+    """Return the ids of images: the numbers in their names, or the names if not all have one."""
+    matches = [NUMBERED_NAME.fullmatch(name) for name in names]
+    if all(matches):
+        prefixes = {match[1] for match in matches}
+        numbers = [int(match[2]) for match in matches]
+        if len(prefixes) == 1 and len(set(numbers)) == len(numbers):
+            return numbers
+    return names
 
 
 def is_image_name(name: str) -> bool:

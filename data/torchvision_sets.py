@@ -1,7 +1,5 @@
 """Read CIFAR-10 and MNIST by torchvision, which can also download them."""
 
-import gzip
-import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -9,22 +7,13 @@ import numpy as np
 
 from data.sources import Member, Source
 from functions.support.errors import UserError
-from functions.support.files import READ_ERRORS, short, write_atomically
+from functions.support.files import READ_ERRORS, short
 
 # What must be in the data folder for each set.
 FILES = {
     "CIFAR10": "cifar-10-batches-py, unpacked from cifar-10-python.tar.gz (the binary version is "
     "not read)",
-    "MNIST": "MNIST, a folder with its four files, such as train-images-idx3-ubyte.gz",
-}
-
-# torchvision checks the MD5 of what it downloads, and those of CIFAR-10's unpacked files, but not
-# those of MNIST's unpacked files.
-MNIST_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    "MNIST": "MNIST/raw, a folder with its four files, such as train-images-idx3-ubyte",
 }
 
 
@@ -42,8 +31,6 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
     from torchvision import datasets
 
     try:
-        if name == "MNIST":
-            unpack_mnist(folder / name)
         dataset = getattr(datasets, name)
         train, test = (dataset(folder, train, download=download).data for train in (True, False))
     except READ_ERRORS as error:
@@ -58,20 +45,3 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
     ids = list(range(len(images)))
     members = [Member(f"image {i}", 0, partial(images.__getitem__, i)) for i in ids]
     return Source(folder / name, members, ids, test_count=len(test))
-
-
-def unpack_mnist(folder: Path) -> None:
-    """Unpack the .gz files in MNIST's folder to where torchvision reads them, the folder raw.
-
-    Raises ValueError when an unpacked file is not the published one.
-    """
-    for name, md5 in MNIST_MD5.items():
-        file = folder / "raw" / name
-        for packed in folder.rglob(f"{name}.gz"):
-            if not file.exists():
-                file.parent.mkdir(exist_ok=True)
-                pixels = gzip.decompress(packed.read_bytes())
-                # Another process may read or unpack the same file.
-                write_atomically(file, lambda out, pixels=pixels: out.write(pixels))
-        if file.exists() and hashlib.md5(file.read_bytes()).hexdigest() != md5:
-            raise ValueError(f"{file} is damaged; delete it")

@@ -121,8 +121,8 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path, capsys):
 def train_with_ddp():
     """Let a single process exchange its gradients with itself, by NCCL."""
 
-    def wrap(self, model, device):
-        return DistributedDataParallel(model, [device], gradient_as_bucket_view=True)
+    def wrap(self, model):
+        return DistributedDataParallel(model)
 
     pytest.MonkeyPatch().setattr(Processes, "wrap", wrap)
     train.main()

@@ -10,7 +10,7 @@ from functions.sampling.generation import ImageSampler, generate_batches
 from functions.support.checkpoint import SavedModel, export_weights
 from functions.support.diffusers_folder import write_folder
 from functions.support.errors import UserError
-from functions.support.files import check_name, write_text
+from functions.support.files import write_text
 from functions.support.pictures import save_grid
 
 # The model card shows this many samples.
@@ -25,7 +25,6 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
     """
     if path.exists():
         raise UserError(f"{path} exists, and --export does not overwrite")
-    check_name(path)
     if path.suffix == ".safetensors":
         export_weights(saved, path)
         return

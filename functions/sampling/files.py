@@ -23,6 +23,7 @@ from PIL import Image
 from data.pixels import to_uint8
 from functions.sampling.generation import FrameKey, ImageSampler, Samples
 from functions.support.checkpoint import SavedModel
+from functions.support.device import precision_name
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import read_json, write_text
 from functions.support.pictures import save_gif, save_grid, save_strip
@@ -57,7 +58,7 @@ def samples_folder(
     # A run may have a checkpoint and a snapshot of the same step.
     if saved.path.absolute().parent.name == "snapshots":
         name = f"snapshot-{name}"
-    precision = image_sampler.precision_facts["precision"]
+    precision = precision_name(image_sampler.precision)
     name = f"{name}-{image_sampler.options.short_name}-{precision}-seed{args.seed}"
     return processes.on_main(lambda: results_folder(saved, "samples")) / name
 

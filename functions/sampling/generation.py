@@ -18,7 +18,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
 from functions.support.checkpoint import SavedModel
-from functions.support.device import choose_device, precision_facts, set_deterministic
+from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError
 from functions.support.loading import open_model
 from functions.support.processes import Processes
@@ -95,11 +95,6 @@ class ImageSampler:
     def step_count(self) -> int:
         """Return the number of steps. Each makes one network call, or two with a guide."""
         return len(self.times) - 1
-
-    @property
-    def precision_facts(self) -> dict[str, str | bool]:
-        """Return the precision of sampling, as manifests and results say it."""
-        return precision_facts(self.device, self.precision)
 
     def quick(self, seed: int) -> "ImageSampler":
         """Return this sampler with another seed and 20 steps of dpm++.

@@ -2,19 +2,17 @@
 
 import argparse
 import inspect
-import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn
 
 from config import ConfigError
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
-from functions.support.files import escaped, short
+from functions.support.files import short
 
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
@@ -32,70 +30,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
 
 
-class LastingOutput:
-    """A text stream that stays usable when its reader has gone, as in `train.py | head`."""
-
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Write a text, or nothing if nobody reads it any more."""
-        with self.without_reader():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Pass on what was written."""
-        with self.without_reader():
-            self.stream.flush()
-
-    @contextmanager
-    def without_reader(self) -> Iterator[None]:
-        """After an OSError, send this text, and all that follow, nowhere."""
-        try:
-            yield
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-@contextmanager
-def lasting_output() -> Iterator[None]:
-    """Let the context go on when what it prints cannot be written any more."""
-    with ExitStack() as stack:
-        # A stream that the shell has closed is None.
-        if sys.stdout:
-            stack.enter_context(redirect_stdout(LastingOutput(sys.stdout)))
-        if sys.stderr:
-            stack.enter_context(redirect_stderr(LastingOutput(sys.stderr)))
-        yield
-
-
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the script with one line for an error that users can fix. Bugs keep their traceback.
-
-    The standard output escapes what it cannot encode, such as a folder's name that is not UTF-8.
-    """
-    # Python itself makes stderr escape such names. What replaces stdout in a notebook or a test may
-    # not have this method.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """End the script with one line for an error that users can fix. Bugs keep their traceback."""
     try:
         yield
     except Exception as error:
         sentence = user_message(error)
         if sentence is None:
             raise
-        # A name from a file must not control the terminal.
-        lines = map(escaped, f"error: {sentence}".split("\n"))
-        print(*lines, sep="\n", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        # torchrun sends a second signal, which would otherwise interrupt the next lines.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         # Shells use this status for Ctrl-C.
         sys.exit(130)
@@ -103,10 +49,8 @@ def exit_on_user_error() -> Iterator[None]:
 
 def user_message(error: Exception) -> str | None:
     """Return the sentence to print for an error that users can fix, or None for a bug."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
     if isinstance(error, (UserError, ConfigError, OSError)):
-        return str(error) or type(error).__name__
+        return str(error)
     if is_out_of_memory(error):
         advice = "use a smaller --batch-size, a smaller model or another device"
         return f"out of memory ({short(error)}): {advice}"
@@ -117,7 +61,7 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
     A flag's help is the comment above the field, with the field's default. Lists are written as
-    `1,2,4`, and booleans as `true` or `false`. Raises UserError for a field without a comment.
+    `1,2,4`, and booleans as `true` or `false`.
     """
     group = parser.add_argument_group(
         f"override any field of {config_class.__name__} for this run; "
@@ -126,12 +70,7 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     comments = field_comments(config_class)
     for field in fields(config_class):
         parse, metavar = FLAG_TYPES[field.type]
-        sentences = comments.get(field.name)
-        if sentences is None:
-            raise UserError(
-                f"{config_class.__name__}: {field.name} has no comment; "
-                "write one above it; it becomes the flag's help"
-            )
+        sentences = comments.get(field.name, "")
         if field.default is not MISSING:
             sentences += f" Default: {field.default}."
         group.add_argument(

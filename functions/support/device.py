@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,34 +27,27 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     """Return the device to compute on, and set up this process for it.
 
     `name` is "auto" (CUDA, then Apple's MPS, then the CPU) or a device such as "cuda:1". With
-    several processes, `index` is the index of this process's GPU. Raises UserError when there is
-    no such device, or when `name` gives several processes the same GPU.
+    several processes, `index` is the index of this process's GPU, whatever index the name has.
+    Raises UserError when there is no such device.
     """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
-        device = torch.device(available[0] if name == "auto" else name)
-    except RuntimeError as error:
-        raise UserError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
-    if device.type not in available:
+        device = torch.device(name)
+        if device.type == "cuda" and index is not None:
+            device = torch.device("cuda", index)
+        # PyTorch raises an AssertionError if it was built without CUDA.
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device is {name!r}, but PyTorch {torch.__version__} finds only: "
-            f"{', '.join(available)}"
-        )
-
-    if device.type == "cuda" and index is not None:
-        if device.index is not None:
-            raise UserError(
-                f"device is {name!r}, but with several processes each uses its own GPU: give cuda"
-            )
-        device = torch.device("cuda", index)
+            f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps, and this machine and "
+            "PyTorch must have it"
+        ) from error
     if device.type == "cuda" and device.index is not None:
-        count = torch.cuda.device_count()
-        if device.index >= count:
-            raise UserError(f"device is {str(device)!r}, but there are {count} CUDA devices")
         # Calls that name no device, such as those for pinned memory, would otherwise use the first
         # GPU.
         torch.cuda.set_device(device)
@@ -84,20 +78,13 @@ def choose_precision(name: str, device: torch.device, previous: str | None = Non
 
     The fastest one is bfloat16 if the device computes it natively, float16 (with a gradient scaler)
     on older CUDA GPUs, and float32 otherwise. With "auto" a resumed run keeps its `previous`
-    precision, if the device supports it. Raises UserError when the device does not support the
-    named precision.
+    precision, if the device computes it natively. Raises UserError for float16 without a CUDA GPU.
     """
-    available = native_precisions(device)
-    # CPUs without the instructions and MPS compute in bfloat16, too, but not faster than in
-    # float32.
-    if device.type != "cuda" and "bfloat16" not in available:
-        available.append("bfloat16")
+    native = native_precisions(device)
     if name == "auto":
-        name = previous if previous in available else available[0]
-    if name not in available:
-        raise UserError(
-            f"precision is {name!r}; on {device.type} it must be auto, {', '.join(available)}"
-        )
+        name = previous if previous in native else native[0]
+    if name == "float16" and device.type != "cuda":
+        raise UserError("precision float16 needs a CUDA GPU; use bfloat16 or float32")
     return DTYPES[name]
 
 
@@ -115,44 +102,35 @@ def sampling_precision(name: str, device: torch.device, trained: str | None) -> 
 def native_precisions(device: torch.device) -> list[str]:
     """Return the precisions that the device has instructions for, the fastest first."""
     if device.type == "cuda":
+        native = ["float16", "float32"]
         # A T4 or a V100 emulates bfloat16, which is several times slower than float32.
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return ["bfloat16", "float16", "float32"]
-        return ["float16", "float32"]
-    if device.type == "cpu" and cpu_has_bfloat16():
-        return ["bfloat16", "float32"]
-    return ["float32"]
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = ["float32"]
+        has_bfloat16 = device.type == "cpu" and cpu_has_bfloat16()
+    return ["bfloat16", *native] if has_bfloat16 else native
 
 
-def precision_facts(device: torch.device, precision: torch.dtype) -> dict[str, str | bool]:
-    """Return the precision in which a network computes, and "tf32" if float32 means TF32."""
-    facts = {"precision": str(precision).removeprefix("torch.")}
-    # In TF32 the inputs of convolutions have 10 mantissa bits instead of float32's 23. It is
-    # PyTorch's default for cuDNN.
-    if device.type == "cuda" and precision == torch.float32 and torch.backends.cudnn.allow_tf32:
-        facts["tf32"] = True
-    return facts
+def precision_name(precision: torch.dtype) -> str:
+    """Return the name of a precision: a key of DTYPES."""
+    return str(precision).removeprefix("torch.")
 
 
 def cpu_has_bfloat16() -> bool:
     """Return whether this CPU has native bfloat16 instructions, as far as Linux lists them."""
     # Other systems list no flags, so there float32 is the safe choice.
-    flags = first_value(CPUINFO, "flags", "Features").split()
-    return not CPU_BF16_FLAGS.isdisjoint(flags)
+    return not CPU_BF16_FLAGS.isdisjoint(cpu_info().split())
 
 
 def cpu_name() -> str:
     """Return the CPU's model on Linux, or its architecture if the model is unknown."""
-    return first_value(CPUINFO, "model name") or platform.machine()
+    model = re.search(r"model name\s*: (.*)", cpu_info())
+    return model[1] if model else platform.machine()
 
 
-def first_value(file: Path, *names: str) -> str:
-    """Return the first value for one of these names in a file under /proc, or "" if none exists."""
-    if file.exists():
-        for line in file.read_text().splitlines():
-            if line.startswith(names):
-                return line.partition(":")[2].strip()
-    return ""
+def cpu_info() -> str:
+    """Return what Linux says about the CPU, or "" on other systems."""
+    return CPUINFO.read_text() if CPUINFO.exists() else ""
 
 
 def fast_layout(device: torch.device, training: bool) -> torch.memory_format:
@@ -195,7 +173,7 @@ def arithmetic(
         processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
         threads = torch.get_num_threads()
     return {
-        **precision_facts(device, precision),
+        "precision": precision_name(precision),
         "memory_format": str(fast_layout(device, training=True)).removeprefix("torch."),
         "processor": processor,
         "threads": threads,

@@ -5,7 +5,6 @@ import json
 import os
 import struct
 import tarfile
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 
 # Damaged or hostile files have raised these errors in the readers of safetensors, JSON, archives,
 # arrays and images.
@@ -29,12 +28,10 @@ READ_ERRORS = (
     TypeError,
     AttributeError,
     SyntaxError,
-    OverflowError,
     struct.error,
     zlib.error,
     zipfile.BadZipFile,
     tarfile.TarError,
-    tokenize.TokenError,
 )
 
 
@@ -83,35 +80,19 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON file that contains one object.
 
-    Raises CheckpointError when the file is missing or damaged, or contains another value.
+    Raises CheckpointError when the file is missing or damaged.
     """
     check_file(path)
     try:
-        fields = json.loads(path.read_bytes())
-        if not isinstance(fields, dict):
-            raise ValueError("it is not an object in braces")
-        return fields
+        return json.loads(path.read_bytes())
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read: {short(error)}") from error
 
 
-def check_name(path: Path) -> None:
-    """Raise UserError unless the path is UTF-8, as safetensors and TensorBoard need it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{path}: safetensors and TensorBoard need a path in UTF-8; choose another name"
-        ) from None
-
-
 def check_file(path: Path) -> None:
-    """Raise CheckpointError unless this is a regular file."""
-    check_name(path)
-    # Opening a pipe would block until a writer opens it.
+    """Raise CheckpointError unless this is a file."""
     if not path.is_file():
-        fault = "not a regular file" if path.exists() else "there is no such file"
-        raise CheckpointError(f"{path}: {fault}")
+        raise CheckpointError(f"{path}: there is no such file")
 
 
 def sha256(text: str) -> str:
@@ -120,12 +101,10 @@ def sha256(text: str) -> str:
 
 
 def short(value) -> str:
-    """Prepare a text from a file for a message: make it one line, and cut it at 200 characters."""
+    """Prepare a text from a file for a message: make it one line, and cut it at 200 characters.
+
+    Characters that control a terminal are escaped.
+    """
     text = str(value)
-    start = escaped(text[:200])
+    start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
     return start if len(text) <= 200 else f"{start}..."
-
-
-def escaped(text: str) -> str:
-    """Escape the characters that control a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

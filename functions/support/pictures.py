@@ -60,15 +60,9 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = Non
     # All frames share the palette of the last frame, so that colours do not flicker.
     palette = grids[-1].quantize(256)
     first, *others = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
-    animation = {
-        "save_all": True,
-        "append_images": others,
-        # The durations are in milliseconds.
-        "duration": [80] * len(others) + [2000],
-        # 0 repeats the animation forever.
-        "loop": 0,
-    }
-    write_atomically(path, lambda file: first.save(file, "GIF", **animation))
+    # The durations are in milliseconds, and loop=0 repeats the animation forever.
+    durations = [80] * len(others) + [2000]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def save_strip(
@@ -80,31 +74,23 @@ def save_strip(
     """
     rows = len(frames[0])
     columns = len(frames)
-    # All sizes are in inches. `left` and `top` are the widths of the margins for the titles.
-    left = 0.75 if row_titles else 0.0
-    top = 0.3
-    width = 1.1 * columns + left
-    height = 1.1 * rows + top
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(rows, columns, squeeze=False)
+    # The images fill the figure, 1.1 inches each. `save_figure` adds room for the titles.
+    figure = Figure(figsize=(1.1 * columns, 1.1 * rows))
+    figure.subplots_adjust(left=0, bottom=0, right=1, top=1, wspace=0.04, hspace=0.04)
+    no_frame = {"xticks": [], "yticks": [], "frame_on": False}
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=no_frame)
 
     for column, frame, title in zip(axes.T, frames, titles, strict=True):
         column[0].set_title(title, fontsize=9)
         for ax, image in zip(column, frame, strict=True):
             # The colour map and its range are only used for grey.
             ax.imshow(image, "gray", vmin=0, vmax=255, interpolation="bicubic")
-            ax.axis("off")
-    for row, title in enumerate(row_titles):
-        ax = axes[row, 0]
-        ax.text(-0.08, 0.5, title, fontsize=9, ha="right", va="center", transform=ax.transAxes)
-
-    # The arguments are left, bottom, right and top, as fractions of the figure, and then the two
-    # gaps between images, as fractions of an image.
-    figure.subplots_adjust(left / width + 0.005, 0.005, 0.995, 1 - top / height, 0.04, 0.04)
+    for ax, title in zip(axes[:, 0], row_titles, strict=False):
+        ax.set_ylabel(title, fontsize=9, rotation=0, ha="right", va="center")
     save_figure(figure, path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a matplotlib figure as a PNG."""
+    """Write a matplotlib figure as a PNG, without empty margins."""
     # A Figure that is not made by pyplot needs no screen, and no backend is chosen for the user.
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.05)

@@ -31,7 +31,6 @@ from functions.support.checkpoint import (
     verify_checkpoint,
 )
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import check_name
 
 Result = TypeVar("Result")
 # The two groups are the experiment's name and the start time.
@@ -44,7 +43,6 @@ MOST_STEPS = 10**8 - 1
 TRAINING_LEFTOVERS = (
     ".config.json.*.tmp",
     ".metrics.csv.*.tmp",
-    ".losses.png.*.tmp",
     "samples/.step-*.png.*.tmp",
     "*/.step-????????.safetensors.*.tmp",
 )
@@ -54,7 +52,6 @@ PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 
 def new_folder(runs: Path, name: str) -> Path:
     """Make the folder of a new run."""
-    check_name(runs)
     runs.mkdir(parents=True, exist_ok=True)
     while True:
         with suppress(FileExistsError):

@@ -33,5 +33,5 @@ def compile_network(network: nn.Module, run: TrainingRun, batch_sizes: set[int])
             f"compiling failed ({type(error).__name__}: {short(error)}); "
             "to train without it, add --diffusion.compile false"
         ) from error
-    run.processes.clear_gradients(run.optimizer)
+    run.optimizer.zero_grad()
     return compiled

@@ -78,7 +78,7 @@ def write_npz(path, images=IMAGES):
 
 def load(path, size=8, **options):
     """Return the images of a folder or an archive, by way of a packed file."""
-    source = find_source(path, size)
+    source = find_source(path)
     return open_packed(source, size, **options)
 
 

@@ -101,8 +101,7 @@ def test_one_batch_is_read_ahead_and_neither_leaving_early_nor_an_error_leaves_a
     before = threading.enumerate()
 
     def feeding_threads():
-        threads = [thread for thread in threading.enumerate() if thread not in before]
-        return [thread for thread in threads if thread.name.startswith("images")]
+        return [thread for thread in threading.enumerate() if thread not in before]
 
     def indices():
         for i in range(3):

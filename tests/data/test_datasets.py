@@ -61,10 +61,16 @@ def test_ffhq_is_found_in_every_place(data_folder, tmp_path):
             assert image_set.ids == list(range(10))
             assert_array_equal(image_set.images, IMAGES)
 
-    # This is a link to the tree of FFHQ's own download, with the picture that comes with it.
-    tree = f"thumbnails128x128/{TREE}"
-    place.symlink_to(write_folder(tmp_path / "copy", IMAGES, tree, {"teaser.png": b""}))
+    # This is a link to the tree of FFHQ's own download.
+    copy = write_folder(tmp_path / "copy", IMAGES, f"thumbnails128x128/{TREE}")
+    place.symlink_to(copy)
     check()
+    # A picture without a number, or a second one with the same number, would be trained on, too.
+    for stray in ("teaser.png", "00003.png"):
+        (copy / stray).touch()
+        with pytest.raises(UserError, match="a number of its own"):
+            load_images("FFHQ", 8)
+        (copy / stray).unlink()
     place.unlink()
     # Here is a zip beside an empty folder.
     place.mkdir()

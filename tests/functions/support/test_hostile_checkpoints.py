@@ -119,4 +119,4 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
         patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint 2")
         write_tensors(path, *checkpoint_parts())
     assert "not a checkpoint of this version" in refusal(path)
-    assert refusal(path.parent) == "not a regular file"
+    assert refusal(path.parent) == "there is no such file"

@@ -1,7 +1,5 @@
 """Several processes train as one does, and none outlives the others."""
 
-import atexit
-import gc
 import os
 import re
 import secrets
@@ -9,18 +7,12 @@ import shlex
 import signal
 import socket
 from contextlib import suppress
-from datetime import timedelta
-from unittest.mock import Mock
-from unittest.mock import call as mock_call
 
 import pytest
 import torch
 from torch.distributed.run import main as torchrun_program
 
 import train
-from functions.support import processes
-from functions.support.errors import UserError
-from functions.support.processes import distributed
 from functions.training.metrics import read_metrics
 from tests.conftest import ONE_LEVEL, ROOT, TINY, call, newest
 from tests.forked import Program, train_script, wait_until
@@ -87,35 +79,6 @@ def assert_alike(run, other):
     weights = newest(run)["model"]
     torch.testing.assert_close(weights, newest(other)["model"], rtol=1e-3, atol=1e-4)
     assert sample_grids(run).keys() == sample_grids(other).keys()
-
-
-@pytest.mark.parametrize(("nccl", "expected"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
-def test_processes_meet_by_what_is_there_and_leave_each_other(nccl, expected, monkeypatch):
-    meet = Mock()
-    left = Mock()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", left.leave)
-    # A model that lives longer than the group may hang for ever.
-    monkeypatch.setattr(gc, "collect", left.collect)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")
-    # This is set first so that it is restored after the test.
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
-    del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
-
-    with distributed():
-        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "8"
-    assert left.mock_calls == [mock_call.collect(), mock_call.leave()]
-    meet.assert_called_once_with(expected, timeout=timedelta(minutes=30))
-    # To leave the group could mean to wait for a process that does not answer.
-    at_exit = []
-    monkeypatch.setattr(atexit, "register", at_exit.append)
-    with pytest.raises(KeyError), distributed():
-        raise KeyError
-    assert len(left.mock_calls) == 2
-    assert at_exit == [processes.end_immediately]
 
 
 def test_two_processes_give_the_losses_of_one(pictures, tmp_path, capsys):
@@ -209,19 +172,3 @@ def test_a_refusal_in_rank_0_is_said_once(tmp_path):
 
     # PyTorch 2.10 itself says in each process that they are connected.
     assert not re.sub(r"\[Gloo\].*\n", "", programs[1].printed)
-
-
-@pytest.mark.parametrize(
-    ("local_rank", "message"),
-    [
-        ("", "LOCAL_RANK is ''"),
-        # They are told how many they are, but no address.
-        ("1", "process 1 cannot connect to the others: "),
-    ],
-)
-def test_processes_that_cannot_meet_say_so(local_rank, message, monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": local_rank}.items():
-        monkeypatch.setenv(name, value)
-
-    with pytest.raises(UserError, match=message), distributed():
-        pass

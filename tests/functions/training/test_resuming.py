@@ -1,9 +1,7 @@
 """What a resumed run keeps, what it may change, and what it says of the rest."""
 
 import json
-import os
 import shutil
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -14,8 +12,7 @@ from config import ConfigError
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
 from functions.training.metrics import read_metrics
-from tests.conftest import ONE_LEVEL, TINY, call, during, interrupt, newest, posix, terminate
-from tests.forked import Program, train_script
+from tests.conftest import call, during, interrupt, newest, posix, terminate
 from tests.kill import assert_same_run, sample_grids
 from tests.spoilt_files import same
 
@@ -133,21 +130,3 @@ def test_a_signal_before_the_last_grid_is_heeded(unfinished, tiny_run, monkeypat
     call(train.main, *resume)
     assert list(unfinished.parent.iterdir()) == [unfinished]
     assert_same_run(tiny_run, unfinished)
-
-
-def train_into_a_closed_pipe():
-    """Train when nobody reads any more what the training prints."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    with open(writing, "w", buffering=1) as nobody:
-        sys.stdout = sys.stderr = nobody
-        train_script()
-
-
-@posix
-def test_a_closed_pipe_does_not_end_a_training(pictures, tmp_path):
-    flags = ["faces", "--runs", tmp_path / "runs", "--diffusion.dataset-name", pictures]
-    flags += [*TINY, *ONE_LEVEL]
-    assert Program(tmp_path / "printed", *flags, act=train_into_a_closed_pipe).wait() == 0
-    (run,) = (tmp_path / "runs").iterdir()
-    assert newest(run)["run"]["step"] == 10
