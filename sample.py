@@ -85,7 +85,9 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             "weights": saved.kind,
             "seed": args.seed,
             **image_sampler.precision_facts,
-            **image_sampler.options.facts(image_sampler.scheduler.timesteps),
+            **image_sampler.options.facts,
+            # Without --steps, the options say "all".
+            "steps": image_sampler.step_count,
         }
         if args.individual:
             sample_files(args.n, image_sampler, folder, facts, processes)

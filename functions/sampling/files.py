@@ -49,17 +49,14 @@ def samples_folder(
 ) -> Path:
     """Return the folder for what is sampled: --out, or a folder in the model's run.
 
-    Its name contains the options that differ from the defaults, the precision and the seed.
+    Its name contains the options of the sampler, the precision and the seed.
     """
     if args.out:
         return args.out
-    name = saved.name
-    # A run may have a checkpoint and a snapshot of the same step.
-    if saved.path.absolute().parent.name == "snapshots":
-        name = f"snapshot-{name}"
+    options = image_sampler.options.facts.values()
     precision = image_sampler.precision_facts["precision"]
-    name = f"{name}-{image_sampler.options.short_name}-{precision}-seed{args.seed}"
-    return processes.on_main(lambda: results_folder(saved, "samples")) / name
+    words = [saved.name, *options, precision, f"seed{args.seed}"]
+    return processes.on_main(lambda: results_folder(saved, "samples")) / "-".join(map(str, words))
 
 
 def image_indices(folder: Path) -> set[int]:

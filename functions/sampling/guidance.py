@@ -49,9 +49,9 @@ def with_guide(
     return replace(
         image_sampler,
         denoiser=Guided(model, guide, options.guidance),
-        # Manifests and the names of folders contain the digest, so that images of one
+        # Manifests and the names of folders contain its first 16 digits, so that images of one
         # guide are never taken for images of another guide, or of none.
-        options=replace(options, guide_digest=saved_guide.digest),
+        options=replace(options, guide_digest=saved_guide.digest[:16]),
     )
 
 

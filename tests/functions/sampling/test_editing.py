@@ -297,5 +297,5 @@ def test_exact_interpolation_says_by_how_much_it_misses(tiny_run, pictures, tmp_
     call(edit.main, "interpolate", *files, tiny_run, *flags)
     printed = capsys.readouterr().out
     assert printed.count("sampling again misses the image by ") == 2
-    assert "(ddim, trailing, 4 steps, eta 0.0, x_0 not clipped)" in printed
+    assert "(sampler ddim, steps 4, spacing trailing, eta 0.0, clip_x_0 False)" in printed
     assert len([*tmp_path.glob("interpolation-exact-*.png")]) == 1
