@@ -14,7 +14,6 @@ samples only the batches with missing images:
 """
 
 import argparse
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -45,15 +44,6 @@ from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
 from functions.support.processes import Processes, distributed
-
-# These flags have an effect with --export.
-EXPORT_FLAGS = {"export", "checkpoint", "runs", "device", "precision", "seed"}
-# Earlier flags of this script, and what replaces them.
-MOVED = {
-    "--interpolate": "edit.py interpolate A B",
-    "--variations": "edit.py vary A",
-    "--inpaint": "edit.py inpaint A",
-}
 
 
 def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
@@ -162,13 +152,8 @@ def sample_files(
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     """Read the command line.
 
-    Raises UserError for a flag that has moved or would be ignored, and if the images do not fit in
-    a grid.
+    Raises UserError for figures of single images, and if the images do not fit in a grid.
     """
-    for flag, command in MOVED.items():
-        if any(text.startswith(flag) for text in sys.argv):
-            raise UserError(f"{flag} is now a command of its own: python {command}")
-
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     parser.add_argument(
@@ -209,14 +194,11 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
         type=Path,
         metavar="FILE.safetensors|FOLDER",
         help="Instead of sampling, write the EMA weights (of a run without EMA, the raw weights) "
-        "as one file, or as a diffusers folder. Default: no.",
+        "as one file, or as a diffusers folder; the flags of sampling then have no effect. "
+        "Default: no.",
     )
 
     args = parser.parse_args()
-    defaults = parser.parse_args([])
-    for name, value in vars(args).items():
-        if args.export and name not in EXPORT_FLAGS and value != getattr(defaults, name):
-            raise UserError(f"--{name.replace('_', '-')} would be ignored with --export")
     if args.individual and (args.strip or args.progressive or args.gif):
         raise UserError("--individual draws no figures and no animation; use a command without it")
     if args.gif is None:
