@@ -199,7 +199,7 @@ def images_of_fit(
     if image_sampler.options.calibrate == "own":
         # This sampler adds fresh noise, so its images are realistic without a calibration.
         quick = image_sampler.quick(seed_of(0, "calibration"))
-        return generate(quick, range(IMAGE_COUNT), progress=True).images
+        return generate(quick, range(IMAGE_COUNT), progress=True)
     image_set, split = load_and_split(saved, data)
     hashes = zip(hashes_of_data(saved), [split.train_ids_hash, split.pixels_hash], strict=True)
     # The model in the box does not say the hash of its pixels.
