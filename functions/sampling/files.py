@@ -3,8 +3,7 @@
 Several processes may divide the single images among them. After an interruption, the same command
 adds the missing images. The folder has these files:
 
-samples.json    the manifest: all facts that determine the pixels of the single images. It is
-                written before the images.
+samples.json    the manifest: all facts that determine the pixels. It is written before the images.
 00000.png       image 0, and so on. Each file is renamed into place, so that none is incomplete.
 """
 
