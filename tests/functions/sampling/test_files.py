@@ -85,7 +85,7 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
 
     # Rank 0 alone speaks, and has the one bar.
     assert two.stdout.count("all 22 images are in") == 1
-    assert two.stdout.count("guide ") == 1
+    assert two.stdout.count("\nguide ") == 1
     assert two.stderr.count(" 0.00/") == 1
 
     assert kept.items() <= written(tmp_path).items()
