@@ -203,7 +203,7 @@ class Demo:
         step_count = image_sampler.step_count
         samples = generate(image_sampler, range(n))
         title = f"{n} images of seed {image_sampler.seed}: {image_sampler.options}"
-        history.append((title, to_uint8(samples.images).numpy()))
+        history.append((title, to_uint8(samples).numpy()))
         return show_last(history)
 
     def mix(self, check: Check, depth: float, share: float, *inputs) -> list[Image.Image]:

@@ -14,9 +14,6 @@ samples only the batches with missing images:
 """
 
 import argparse
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
 from pathlib import Path
 
 from data.pixels import to_uint8
@@ -24,20 +21,18 @@ from functions.sampling.calibration import with_calibration
 from functions.sampling.export import export
 from functions.sampling.files import (
     GRID_LIMIT,
-    check_manifest,
-    figures_of,
+    generate_frames,
     image_path,
     open_folder,
-    read_images,
     samples_folder,
-    save_pictures,
+    save_figures,
 )
 from functions.sampling.generation import (
     ImageSampler,
     batches_of,
     generate,
-    generate_batches,
     open_sampler,
+    step_bar,
 )
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import add_sampling_flags
@@ -46,15 +41,6 @@ from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
 from functions.support.processes import Processes, distributed
-
-# These flags have an effect with --export.
-EXPORT_FLAGS = {"export", "checkpoint", "runs", "device", "precision", "seed"}
-# Earlier flags of this script, and what replaces them.
-MOVED = {
-    "--interpolate": "edit.py interpolate A B",
-    "--variations": "edit.py vary A",
-    "--inpaint": "edit.py inpaint A",
-}
 
 
 def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
@@ -82,11 +68,14 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
         folder = samples_folder(args, saved, image_sampler, processes)
         # These facts determine the pixels, and are the same for all single images of a folder.
         facts = {
+            "experiment": saved.provenance["experiment"],
             "checkpoint": saved.digest,
             "weights": saved.kind,
             "seed": args.seed,
             "precision": precision_name(image_sampler.precision),
-            **image_sampler.options.facts(image_sampler.scheduler.timesteps),
+            **image_sampler.options.facts,
+            # Without --steps, the options say "all".
+            "steps": image_sampler.step_count,
         }
         if args.individual:
             sample_files(args.n, image_sampler, folder, facts, processes)
@@ -98,14 +87,16 @@ def sample_pictures(
     args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, facts: dict
 ) -> None:
     """Sample images 0 .. n-1, and write a grid and the figures that the flags ask for."""
-    folder.mkdir(parents=True, exist_ok=True)
     # A grid of other settings would not fit to the single images in the folder.
-    check_manifest(folder, facts)
+    open_folder(folder, facts)
     print(f"sampling {args.n} images: {image_sampler.options}, seed {args.seed}")
-    figures = figures_of(args, image_sampler)
-    frames = {frame for figure in figures.values() for frame in figure.values()}
-    samples = generate(image_sampler, range(args.n), frames, progress=True)
-    save_pictures(samples, figures, folder)
+    if args.strip or args.progressive or args.gif:
+        images, states, estimates = generate_frames(image_sampler, args.n)
+        save_figures(args, states, estimates, folder)
+    else:
+        images = generate(image_sampler, range(args.n), progress=True)
+    save_grid(to_uint8(images).numpy(), folder / "grid.png")
+    print(f"wrote {folder / 'grid.png'}")
 
 
 def sample_files(
@@ -117,57 +108,31 @@ def sample_files(
     processes nor on where an earlier command was interrupted. So the images are the same up to
     rounding.
     """
-    with ExitStack() as stack:
-        # Only rank 0 locks the folder, until the last batch is written.
-        context = open_folder(folder, facts)
-        indices_on_disk = processes.on_main(lambda: stack.enter_context(context))
-        remaining = [
-            batch
-            for batch in batches_of(range(n), image_sampler.batch_size)
-            if not indices_on_disk.issuperset(batch)
-        ]
-        count = sum(map(len, remaining))
-        others = f" of {n}; the others exist" if count < n else ""
-        processes.print_main(
-            f"sampling {count} images{others}: {image_sampler.options}, seed {image_sampler.seed}"
-        )
+    on_disk = processes.on_main(lambda: open_folder(folder, facts))
+    batches = batches_of(range(n), image_sampler.batch_size)
+    remaining = [batch for batch in batches if not on_disk.issuperset(batch)]
+    count = sum(map(len, remaining))
+    processes.print_main(
+        f"sampling {count} of {n} images: {image_sampler.options}, seed {image_sampler.seed}"
+    )
 
-        batches = [remaining[i] for i in processes.shard(len(remaining))]
-        progress = processes.is_main and bool(batches)
-        # The generator samples a batch when the loop asks for it. After an error it is closed,
-        # which ends its progress bar.
-        generator = stack.enter_context(
-            closing(generate_batches(image_sampler, batches, progress=progress))
-        )
-        pool = stack.enter_context(ThreadPoolExecutor(4))
-        writes = []
-        for batch, samples in zip(batches, generator, strict=True):
-            # This waits until the previous batch is on the disk, and raises its errors.
-            list(writes)
-            # Threads write this batch while the next one is sampled.
-            images = to_uint8(samples.images).numpy()
-            missing = [k for k, i in enumerate(batch) if i not in indices_on_disk]
-            paths = [image_path(folder, batch[k]) for k in missing]
-            writes = pool.map(save_image, images[missing], paths)
-        list(writes)
+    shard = [remaining[i] for i in processes.shard(len(remaining))]
+    with step_bar(image_sampler, sum(map(len, shard)), processes.is_main) as bar:
+        for batch in shard:
+            images = to_uint8(image_sampler.sample(batch, bar)).numpy()
+            for i, image in zip(batch, images, strict=True):
+                if i not in on_disk:
+                    save_image(image, image_path(folder, i))
 
-        processes.wait()
-        if processes.is_main:
-            print(f"all {n} images exist, starting with {image_path(folder, 0)}")
-            save_grid(read_images(folder, min(n, GRID_LIMIT)), folder / "grid.png")
-            print(f"wrote {folder / 'grid.png'}")
+    processes.wait()
+    processes.print_main(f"all {n} images are in {folder}")
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     """Read the command line.
 
-    Raises UserError for a flag that has moved or would be ignored, and if the images do not fit in
-    a grid.
+    Raises UserError for figures of single images, and if the images do not fit in a grid.
     """
-    for flag, command in MOVED.items():
-        if any(text.startswith(flag) for text in sys.argv):
-            raise UserError(f"{flag} is now a command of its own: python {command}")
-
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     parser.add_argument(
@@ -179,26 +144,26 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
         "its own flag. Default: %(default)s.",
     )
 
-    group = parser.add_argument_group("what to write in addition to the grid")
-    group.add_argument(
+    parser.add_argument(
         "--individual",
         action="store_true",
-        help="Write a PNG file for each image, unless the file exists, and no figures or "
+        help="Write a PNG file for each image, unless the file exists, and no grid, figures or "
         "animation. Default: no.",
     )
-    group.add_argument(
+    parser.add_argument(
         "--strip",
         action="store_true",
         help="Draw a figure of the states x_t, from noise to images. Default: no.",
     )
-    group.add_argument(
+    parser.add_argument(
         "--progressive",
         action="store_true",
         help="Draw a figure of the model's estimates of x_0, from t = T down. Default: no.",
     )
-    group.add_argument(
+    parser.add_argument(
         "--gif",
         action=argparse.BooleanOptionalAction,
+        default=gif,
         help="Write an animation of the grid, from noise to images. "
         "Default: no; yes in sampleFFHQ.py.",
     )
@@ -208,18 +173,15 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
         type=Path,
         metavar="FILE.safetensors|FOLDER",
         help="Instead of sampling, write the EMA weights (of a run without EMA, the raw weights) "
-        "as one file, or as a diffusers folder. Default: no.",
+        "as one file, or as a diffusers folder; the flags of sampling then have no effect. "
+        "Default: no.",
     )
 
     args = parser.parse_args()
-    defaults = parser.parse_args([])
-    for name, value in vars(args).items():
-        if args.export and name not in EXPORT_FLAGS and value != getattr(defaults, name):
-            raise UserError(f"--{name.replace('_', '-')} would be ignored with --export")
     if args.individual and (args.strip or args.progressive or args.gif):
-        raise UserError("--individual draws no figures and no animation; use a command without it")
-    if args.gif is None:
-        args.gif = gif and not args.individual
+        raise UserError(
+            "--individual draws no figures and no animation; use a command without it, or --no-gif"
+        )
     if args.n > GRID_LIMIT and not args.individual:
         raise UserError(f"a grid shows {GRID_LIMIT} images at most; for {args.n} add --individual")
     return args

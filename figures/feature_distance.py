@@ -47,7 +47,7 @@ def main() -> None:
     image_sampler = with_calibration(image_sampler, saved)
     image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
     features = training_features(saved)
-    images = generate(image_sampler, range(args.n), progress=True).images
+    images = generate(image_sampler, range(args.n), progress=True)
 
     print(f"{args.n} samples: {image_sampler.options}, seed {args.seed}")
     print(f"dark or speckled: {spoilt(images).double().mean():.2%}")

@@ -27,7 +27,7 @@ from data.pixels import to_model_range, to_uint8
 from figures.saved_model import open_saved
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.calibration import with_calibration
-from functions.sampling.files import GIF_FRAMES, STRIP_COLUMNS, state_frames
+from functions.sampling.files import generate_frames, save_columns
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import SamplerOptions
@@ -276,13 +276,9 @@ def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
     run = saved.path.parent.parent
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
 
-    # The animation and the strip show intermediate states, which `generate` must be asked for.
-    animation = state_frames(image_sampler, GIF_FRAMES)
-    strip = state_frames(image_sampler, STRIP_COLUMNS)
-    frames = {*animation.values(), *strip.values()}
-    samples = generate(image_sampler, range(36), frames)
-
-    faces = to_uint8(samples.images).numpy()
+    # The animation and the strip show intermediate states.
+    samples, states, _ = generate_frames(image_sampler, 36)
+    faces = to_uint8(samples).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
 
     # Each nearest training image is right below its sample, to show which samples are copies.
@@ -291,12 +287,11 @@ def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
     # The animation has one row, of the first six samples.
-    gif_frames = [samples.frames[frame][:6] for frame in animation.values()]
+    gif_frames = [frame[:6] for frame in states.values()]
     save_gif(gif_frames, FIGURES / "denoising.gif", columns=6)
 
     # The strip has a row for each of the first four samples.
-    columns = {title: samples.frames[frame][:4] for title, frame in strip.items()}
-    draw_strip("strip.png", columns)
+    save_columns(states, FIGURES / "strip.png")
 
 
 def draw_cures(faces: Path, faces_v: Path) -> None:
@@ -328,7 +323,7 @@ def draw_cures(faces: Path, faces_v: Path) -> None:
 def draw_pixels(image_sampler: ImageSampler, count: int) -> np.ndarray:
     """Return the first samples as uint8 images, (count, H, W, C)."""
     samples = generate(image_sampler, range(count))
-    return to_uint8(samples.images).numpy()
+    return to_uint8(samples).numpy()
 
 
 def draw_guidance(faces_v: Path) -> None:

@@ -58,7 +58,7 @@ def main() -> None:
 def draw(path: Path) -> tuple[SavedModel, Tensor]:
     """Return the model and the samples that the card describes: (SAMPLE_COUNT, C, H, W)."""
     saved, sampler = open_saved(path, OPTIONS, "cpu")
-    return saved, generate(sampler, range(SAMPLE_COUNT)).images
+    return saved, generate(sampler, range(SAMPLE_COUNT))
 
 
 def card(run: Path, path: Path, source: SavedModel) -> str:

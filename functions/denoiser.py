@@ -83,9 +83,7 @@ class Denoiser:
     precision: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        # The objective comes from a checkpoint, so it may have any type. A list has no hash and
-        # cannot be looked up in a dict, but it can be compared with the entries of a tuple.
-        if self.objective not in tuple(OBJECTIVES):
+        if self.objective not in OBJECTIVES:
             raise ValueError(
                 f"objective is {self.objective!r}; it can be {' or '.join(OBJECTIVES)}"
             )

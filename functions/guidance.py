@@ -43,17 +43,12 @@ class Guided:
         t is one timestep for the whole batch. Neither network's own x_0 is clipped.
         """
         x_0, eps = self.model.predict(x_t, t)
-        if is_guided(self.scheduler, t):
+        alpha_bar = self.scheduler.alpha_bar(t)
+        lowest, highest = GUIDED_LOG_SNR
+        if lowest <= math.log(alpha_bar / (1 - alpha_bar)) <= highest:
             # This form of the line is exact for w = 1. eps is linear in x_0, so the same mix of
             # both eps is the eps of the guided x_0.
             guide_x_0, guide_eps = self.guide.predict(x_t, t)
             x_0 = x_0 + (self.weight - 1) * (x_0 - guide_x_0)
             eps = eps + (self.weight - 1) * (eps - guide_eps)
         return clipped(self.scheduler, x_t, t, x_0) if clip_x_0 else (x_0, eps)
-
-
-def is_guided(scheduler: NoiseScheduler, t: int) -> bool:
-    """Return whether a guide is asked at timestep t."""
-    alpha_bar = scheduler.alpha_bar(t)
-    lowest, highest = GUIDED_LOG_SNR
-    return lowest <= math.log(alpha_bar / (1 - alpha_bar)) <= highest

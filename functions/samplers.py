@@ -22,9 +22,9 @@ these arguments:
     on_step      `on_step(k, t, x, x_0)` is called after each step: x is the state after the step,
                  and x_0 is the model's prediction at timestep t.
 
-The samplers return images (B, C, H, W), in [-1, 1] if `clip_x_0`, and raise ValueError for invalid
-arguments. A step leads from timestep t to s; `a_t` and `a_s` are alpha_bar at t and s. These are
-Python numbers, so the loops never synchronise with a GPU.
+The samplers return images (B, C, H, W), in [-1, 1] if `clip_x_0`. They raise ValueError for too
+many or too few steps. A step leads from timestep t to s; `a_t` and `a_s` are alpha_bar at t and s.
+These are Python numbers, so the loops never synchronise with a GPU.
 """
 
 import math
@@ -64,8 +64,6 @@ def ddpm_sample(
             tilde, as in Ho's face runs. "large" is beta. With all T steps it is as good as "small";
             with few steps it leaves noise in the images.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"variance is {variance!r}; it can be small or large")
     scheduler = denoiser.scheduler
     times = sampling_times(scheduler, steps, spacing)
 
@@ -108,7 +106,6 @@ def ddim_sample(
         eta: 0 adds no noise. 1 adds noise with the posterior's variance, as `ddpm_sample` does with
             the same steps.
     """
-    check_eta(eta)
     scheduler = denoiser.scheduler
     times = sampling_times(scheduler, steps, spacing)
     x = x_T
@@ -177,7 +174,6 @@ def dpm_solver_sample(
         eta: 0 solves the ODE and adds no noise. 1 solves the SDE. Its fresh noise corrects the
             errors of earlier steps.
     """
-    check_eta(eta)
     scheduler = denoiser.scheduler
     times = sampling_times(scheduler, steps, spacing)
     # A last step to the clean image has order 1, because lambda is infinite there. With fewer than
@@ -219,12 +215,6 @@ def half_log_snr(alpha_bar: float) -> float:
     """Return DPM-Solver's lambda, log(alpha / sigma), which is half the log-SNR."""
     # At the clean image lambda is infinite. 100 is large enough, since exp(-100) is negligible.
     return math.log(alpha_bar / (1 - alpha_bar)) / 2 if alpha_bar < 1 else 100.0
-
-
-def check_eta(eta: float) -> None:
-    """Raise ValueError unless eta is in 0 .. 1."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it must be between 0 and 1")
 
 
 def draw_noise(step_noise: StepNoise | None, k: int, x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from functions.noise_scheduler import NoiseScheduler
 
@@ -30,24 +29,13 @@ def sampling_times(
             log(alpha_bar / (1 - alpha_bar)), up to rounding, from T - 1 to 0, followed by -1 (Lu et
             al. 2022, arXiv:2206.00927, Section 3.3).
 
-    Raises:
-        ValueError: for an unknown spacing, too many or too few steps, or timesteps that do not
-            descend or lie outside -1 .. T-1.
+    Raises ValueError for too many or too few steps.
     """
     T = scheduler.timesteps
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing is {spacing!r}; it can be {' or '.join(SPACINGS)}")
     if steps is None:
         steps = T
     if not isinstance(steps, int):
-        times = [int(t) for t in steps]
-        descending = times == sorted(set(times), reverse=True)
-        if len(times) < 2 or not descending or times[0] >= T or times[-1] < -1:
-            raise ValueError(
-                f"times must be 2 or more, descending, from at most {T - 1} to at least -1; "
-                f"not {times}"
-            )
-        return times
+        return list(steps)
 
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}; a model with {T} timesteps takes 1 to {T}")
@@ -58,9 +46,13 @@ def sampling_times(
 
 def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: int) -> list[int]:
     """Return `count` different timesteps from `first` down to `last`, evenly spaced in log-SNR."""
-    ends = torch.logit(scheduler.alphas_cumprod[[first, last]]).tolist()
-    log_snr = torch.linspace(*ends, count, dtype=torch.float64)
-    times = nearest_timesteps(scheduler, log_snr)
+    # `searchsorted` needs rising values. The negative log-SNR rises with t.
+    negative_log_snr = -torch.logit(scheduler.alphas_cumprod)  # (T,)
+    ends = negative_log_snr[[first, last]].tolist()
+    points = torch.linspace(*ends, count, dtype=torch.float64)
+    # The nearest timestep of each point is the one between whose midpoints it lies.
+    midpoints = (negative_log_snr[1:] + negative_log_snr[:-1]) / 2
+    times = torch.searchsorted(midpoints, points)
 
     # Near t = 0 the log-SNR changes fast, so several points have the same nearest timestep. Equal
     # timesteps are raised until each is at least 1 above the next. This holds if times + k never
@@ -72,13 +64,3 @@ def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: in
     # Raising can push timesteps above first - k, or even above `first`. The minimum lowers these
     # again, and all timesteps still differ.
     return torch.minimum(times, first - k).tolist()
-
-
-def nearest_timesteps(scheduler: NoiseScheduler, log_snr: Tensor) -> Tensor:
-    """Return the timesteps (B,) whose log-SNR is nearest to log_snr (B,)."""
-    t = torch.arange(scheduler.timesteps, device=log_snr.device)
-    # `searchsorted` needs rising values. The negative log-SNR rises with t.
-    negative_log_snr = -torch.logit(scheduler.alpha_bar(t))  # (T,)
-    midpoints = (negative_log_snr[1:] + negative_log_snr[:-1]) / 2
-    nearest = torch.searchsorted(midpoints, -log_snr.to(midpoints))
-    return nearest.to(log_snr.device)

@@ -121,7 +121,6 @@ class UNet(nn.Module):
             if level > 0:
                 stage["upsample"] = Upsample(dim)
             self.up.append(stage)
-        assert not skip_dims, "every skip connection is used exactly once"
 
         self.norm_out = norm(dim)
         self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)

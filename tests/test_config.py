@@ -139,8 +139,6 @@ NARROW = {
         ("rotation_free_end", 2, "from 0 to 1"),
         ("beta_start", 0, "0 < beta_start <= beta_end < 0.2: use more timesteps"),
         ("beta_end", 0.2, "with 200 timesteps they must satisfy 0 < beta_start"),
-        # The sum of all betas is about 1005, and exp(-1005) is 0 in float64.
-        ("rescale_betas", False, "use fewer timesteps", {"timesteps_diff": 100_000}),
         ("beta_schedule", "sigmoid", '"linear" or "cosine"'),
         # Cosine betas refuse what they have no use for.
         ("beta_start", 2e-4, '"linear" when beta_start, beta_end or', COSINE),

@@ -98,10 +98,10 @@ def test_the_host_never_waits_for_the_gpu(waiting_is_an_error):
 def test_samples_are_those_of_the_cpu(precision):
     model = small_unet()
     options = SamplerOptions("ddim", 10)
-    expected = generate(image_sampler_of(model, options=options), range(8)).images
+    expected = generate(image_sampler_of(model, options=options), range(8))
     on_gpu = image_sampler_of(model.cuda(), options=options, device="cuda")
     on_gpu = replace(on_gpu, denoiser=replace(on_gpu.denoiser, precision=precision))
-    assert (generate(on_gpu, range(8)).images - expected).square().mean().sqrt() < 0.05
+    assert (generate(on_gpu, range(8)) - expected).square().mean().sqrt() < 0.05
 
 
 def test_out_of_memory_is_a_sentence(pictures, tmp_path, capsys):

@@ -19,6 +19,7 @@ import edit
 import sample
 from data.decode import read_image
 from data.pixels import to_uint8
+from functions.sampling.files import generate_frames
 from functions.sampling.generation import generate, open_sampler
 from functions.sampling.guidance import with_guide
 from functions.sampling.interpolation import interpolate_images
@@ -119,7 +120,7 @@ def test_draw(page, served_run, run, tmp_path):
     fill(page, Seed=3, How_many=4, Steps=20, Guidance=2)
     page.get_by_label("ddim").check()
     click(page, DRAW)
-    grid = picture(page, "4 images of seed 3: ddim, trailing, 20 steps")
+    grid = picture(page, "4 images of seed 3: sampler ddim, steps 20")
     # The guide is the weights of about a quarter of the 5 steps.
     flags = "--seed 3 --sampler ddim --steps 20 --guide 1 --guidance 2 --device cpu"
     call(sample.main, run, *flags.split(), "--n", 4, "--out", tmp_path)
@@ -131,8 +132,8 @@ def test_draw(page, served_run, run, tmp_path):
     assert "Draw the images again" in answer.text()
     fill(page, Look_back=1)
     first = picture(page, "after 1 of 20 steps, at t = 100")
-    frames = generate(sampler_of(run, *flags.split()), range(4), {("x_0", 1)}).frames
-    assert_array_equal(cut(first), frames["x_0", 1])
+    _, _, estimates = generate_frames(sampler_of(run, *flags.split()), 4)
+    assert_array_equal(cut(first), estimates[100])
     fill(page, Look_back=21)
     assert_array_equal(picture(page, "4 images of seed 3"), grid)
 
@@ -153,7 +154,7 @@ def test_mix(page, run, pictures):
     fill(page, Depth=0.5, Share=0.3, Index_of_the_second_image=12)
     click(page, MIX)
     image_sampler = sampler_of(run, "--seed", "3", "--sampler", "dpm++", "--steps", "5")
-    ends = generate(replace(image_sampler, batch_size=1), [0, 12]).images
+    ends = generate(replace(image_sampler, batch_size=1), [0, 12])
     t = image_sampler.time_at(0.5)
     mixture = interpolate_images(image_sampler, ends, t, torch.tensor([0.3]))
     expected = to_uint8(torch.cat([ends, mixture])).numpy()
@@ -185,7 +186,7 @@ def test_paint(page, run, tmp_path):
     click(page, "Use the image with this index")
     image, kept, *answers = cut(inpaint(page))
     sampler = sampler_of(run, "--seed", "3", "--sampler", "dpm++", "--steps", "4")
-    assert_array_equal(image, to_uint8(generate(sampler, [1]).images)[0].numpy())
+    assert_array_equal(image, to_uint8(generate(sampler, [1]))[0].numpy())
     # The page shows in grey what is painted over.
     painted = (kept == 128).all(axis=2)
     assert 0.02 < painted.mean() < 0.4

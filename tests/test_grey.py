@@ -35,11 +35,8 @@ def test_grey_packs_lie_beside_those_of_colours(tmp_path):
 
 def test_single_images_grids_and_figures_are_grey(grey_run, pictures, tmp_path):
     call(sample.main, grey_run, *FEW, "--n", 2, "--individual", "--out", tmp_path)
-    # This grid was made from the files, and the next one is made from the samples.
-    from_files = (tmp_path / "grid.png").read_bytes()
     flags = ["--n", 2, "--strip", "--progressive", "--gif"]
     call(sample.main, grey_run, *FEW, *flags, "--out", tmp_path)
-    assert (tmp_path / "grid.png").read_bytes() == from_files
 
     # These files have colours.
     photos = [pictures / "00001.png", pictures / "00002.png"]
@@ -68,6 +65,5 @@ def test_weights_of_other_channels_are_refused_in_a_sentence(
     with pytest.raises(ConfigError, match=r"a resumed run cannot change model\.channels"):
         train_tiny(pictures, tmp_path, "--resume", tiny_run, "--model.channels", 1)
 
-    message = r"its images are \(3, 16, 16\), and the model's are \(1, 16, 16\)"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="another shape of images"):
         call(sample.main, grey_run, *FEW, "--guide", tiny_run, "--guidance", 2)

@@ -190,7 +190,7 @@ def images_of_fit(image_sampler: ImageSampler, saved: SavedModel) -> Tensor:
     if image_sampler.options.calibrate == "own":
         # This sampler adds fresh noise, so its images are realistic without a calibration.
         quick = image_sampler.quick(seed_of(0, "calibration"))
-        return generate(quick, range(IMAGE_COUNT), progress=True).images
+        return generate(quick, range(IMAGE_COUNT), progress=True)
     image_set, split = load_and_split(saved)
     # The model in the box does not say the hash of its pixels.
     if saved.provenance.get("pixels_hash") not in (None, split.pixels_hash):

@@ -66,7 +66,7 @@ def read_x_0(image_sampler: ImageSampler, text: str) -> Tensor:
     UserError as `read_image` does.
     """
     if text.isdecimal():
-        images = generate(image_sampler, [int(text)]).images
+        images = generate(image_sampler, [int(text)])
     else:
         pixels = read_image(text, image_sampler.shape)
         images = to_model_range(torch.from_numpy(pixels)[None])

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path, PureWindowsPath
 
 from data.pixels import to_uint8
-from functions.sampling.generation import ImageSampler, generate_batches
+from functions.sampling.generation import ImageSampler, generate
 from functions.support.checkpoint import SavedModel, export_weights
 from functions.support.diffusers_folder import write_folder
 from functions.support.errors import UserError
@@ -38,8 +38,8 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_folder(saved, temporary)
-        [samples] = generate_batches(sampler, [range(SAMPLE_COUNT)], progress=True)
-        save_grid(to_uint8(samples.images).numpy(), temporary / "samples.png")
+        images = generate(sampler, range(SAMPLE_COUNT), progress=True)
+        save_grid(to_uint8(images).numpy(), temporary / "samples.png")
         caption = f"The first {SAMPLE_COUNT} images of seed {sampler.seed}: {sampler.options}."
         write_text(temporary / "README.md", model_card(saved, path.name, caption))
         temporary.rename(path)

@@ -3,42 +3,41 @@
 Several processes may divide the single images among them. After an interruption, the same command
 adds the missing images. The folder has these files:
 
-samples.json    the manifest: all facts that determine the pixels of the single images. It is
-                written before the images.
+samples.json    the manifest: all facts that determine the pixels. It is written before the images.
 00000.png       image 0, and so on. Each file is renamed into place, so that none is incomplete.
-.lock           the lock of the process that writes the single images
 """
 
 import argparse
 import json
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from torch import Tensor
 
 from data.pixels import to_uint8
-from functions.sampling.generation import FrameKey, ImageSampler, Samples
+from functions.sampling.generation import ImageSampler, generate
 from functions.support.checkpoint import SavedModel
 from functions.support.device import precision_name
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import UserError
 from functions.support.files import read_json, write_text
-from functions.support.pictures import save_gif, save_grid, save_strip
+from functions.support.pictures import save_gif, save_strip
 from functions.support.processes import Processes
-from functions.support.run_folder import locked, results_folder
+from functions.support.run_folder import results_folder
 
 MANIFEST = "samples.json"
-IMAGE_NAME = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.png")
 # A grid has at most this many images.
 GRID_LIMIT = 100
-# An animation has about this many frames.
-GIF_FRAMES = 40
+# About this many steps are recorded for the figures. An animation shows all of them.
+RECORDED_STEPS = 40
 # A figure of the denoising has at most this many columns and rows.
 STRIP_COLUMNS = 9
-STRIP_ROWS = 6
+STRIP_ROWS = 4
+# The frames of a denoising, uint8 (N, H, W, C) each. The keys are the paper's t, from T down to 0,
+# which is the final image.
+Frames = dict[int, np.ndarray]
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -50,45 +49,31 @@ def samples_folder(
 ) -> Path:
     """Return the folder for what is sampled: --out, or a folder in the model's run.
 
-    Its name contains the options that differ from the defaults, the precision and the seed.
+    Its name contains the options of the sampler, the precision and the seed.
     """
     if args.out:
         return args.out
-    name = saved.name
-    # A run may have a checkpoint and a snapshot of the same step.
-    if saved.path.absolute().parent.name == "snapshots":
-        name = f"snapshot-{name}"
+    options = image_sampler.options.facts.values()
     precision = precision_name(image_sampler.precision)
-    name = f"{name}-{image_sampler.options.short_name}-{precision}-seed{args.seed}"
-    return processes.on_main(lambda: results_folder(saved, "samples")) / name
+    words = [saved.name, *options, precision, f"seed{args.seed}"]
+    return processes.on_main(lambda: results_folder(saved, "samples")) / "-".join(map(str, words))
 
 
 def image_indices(folder: Path) -> set[int]:
     """Return the indices of the single images in a folder."""
-    matches = map(IMAGE_NAME.fullmatch, os.listdir(folder))
-    return {int(match[1]) for match in matches if match}
+    return {int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()}
 
 
-def check_manifest(folder: Path, facts: dict) -> None:
-    """Raise UserError unless the folder's images were sampled with the same facts.
+def open_folder(folder: Path, facts: dict) -> set[int]:
+    """Prepare a folder for samples, and return the indices of the single images that are in it.
 
-    Images without a manifest, or with a damaged one, are also refused.
+    The folder is created if it does not exist, and `facts` become its manifest. Raises UserError
+    if it has single images that were sampled with other facts. Images without a manifest, or with
+    a damaged one, are also refused.
     """
-    path = folder / MANIFEST
-    if not path.exists():
-        indices = image_indices(folder)
-        if not indices:
-            return
-        first = image_path(folder, min(indices)).name
-        raise UserError(
-            f"{folder} has {first}, but no {MANIFEST} with its settings; use another --out"
-        )
-    try:
-        manifest = read_json(path)
-    except CheckpointError as error:
-        raise UserError(
-            f"{error}; the settings of the images there are unknown, so use another --out"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    indices = image_indices(folder)
+    manifest = read_json(folder / MANIFEST) if indices else facts
     changes = [
         f"{name} was {manifest.get(name)}, is now {facts.get(name)}"
         for name in {**facts, **manifest}
@@ -98,76 +83,52 @@ def check_manifest(folder: Path, facts: dict) -> None:
         raise UserError(
             f"{folder} has images with other settings ({'; '.join(changes)}); use another --out"
         )
+    write_text(folder / MANIFEST, json.dumps(facts, indent=2))
+    return indices
 
 
-@contextmanager
-def open_folder(folder: Path, facts: dict) -> Iterator[set[int]]:
-    """Lock a folder for single images, and yield the indices of those that are in it.
+def generate_frames(image_sampler: ImageSampler, n: int) -> tuple[Tensor, Frames, Frames]:
+    """Sample images 0 .. n-1, and record about RECORDED_STEPS evenly spaced steps on the way.
 
-    It is created if it does not exist, and `facts` become its manifest. Only rank 0 may enter the
-    context. Raises UserError when another process has locked the folder, and for the reasons of
-    `check_manifest`.
+    Returns the images (N, C, H, W) in [-1, 1]; the states after these steps; and the model's
+    estimates of x_0 in these steps.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "making images", leftovers=[".[0-9]*.png.*.tmp"]):
-        check_manifest(folder, facts)
-        write_text(folder / MANIFEST, json.dumps(facts, indent=2))
-        yield image_indices(folder)
+    count = image_sampler.step_count
+    stride = math.ceil(count / RECORDED_STEPS)
+    states = defaultdict(list)
+    estimates = defaultdict(list)
+
+    def on_step(k, t, x, x_0):
+        # The last step is always recorded. The state after it is the image.
+        if (count - 1 - k) % stride == 0:
+            t_after = image_sampler.times[k + 1]
+            states[t_after + 1].append(to_uint8(x).cpu().numpy())
+            estimates[t + 1].append(to_uint8(x_0).cpu().numpy())
+
+    # Each batch of images calls `on_step` for all steps.
+    images = generate(replace(image_sampler, on_step=on_step), range(n), progress=True)
+    states = {t: np.concatenate(parts) for t, parts in states.items()}
+    estimates = {t: np.concatenate(parts) for t, parts in estimates.items()}
+    return images, states, estimates
 
 
-def read_images(folder: Path, n: int) -> np.ndarray:
-    """Read the single images 0 .. n-1: uint8 (N, H, W, C)."""
-    # np.asarray reads the pixels immediately, so that no file stays open.
-    images = np.stack([np.asarray(Image.open(image_path(folder, i))) for i in range(n)])
-    # Grey images are read as (N, H, W).
-    return images.reshape(*images.shape[:3], -1)
-
-
-def figures_of(
-    args: argparse.Namespace, image_sampler: ImageSampler
-) -> dict[str, dict[str, FrameKey]]:
-    """Return {file name: figure} for the denoising figures that the flags ask for.
-
-    A figure is {title: key of a frame}. The titles give the paper's t, which is 0 for the final
-    image.
-    """
-    calls = image_sampler.step_count
-    figures = {}
+def save_figures(args: argparse.Namespace, states: Frames, estimates: Frames, folder: Path) -> None:
+    """Write the figures of the denoising that the flags ask for."""
     if args.gif:
-        figures["denoising.gif"] = state_frames(image_sampler, GIF_FRAMES)
+        save_gif(list(states.values()), folder / "denoising.gif")
+        print(f"wrote {folder / 'denoising.gif'}")
     if args.strip:
-        figures["strip.png"] = state_frames(image_sampler, STRIP_COLUMNS)
+        save_columns(states, folder / "strip.png")
     if args.progressive:
-        # The figure has the x_0 of evenly spaced network calls. It leaves out the last call,
-        # because its x_0 is the final image.
-        columns = min(STRIP_COLUMNS - 1, max(calls - 1, 1))
-        steps = [round(i * (calls - 1) / columns) for i in range(columns)]
-        figure = {f"t = {image_sampler.times[k] + 1}": ("x_0", k + 1) for k in steps}
-        figures["progressive.png"] = {**figure, "image": ("x", calls)}
-    return figures
+        save_columns(estimates, folder / "progressive.png")
 
 
-def state_frames(image_sampler: ImageSampler, count: int) -> dict[str, FrameKey]:
-    """Return {title: key of a frame} for `count` states from noise to image.
-
-    If two frames would be the same, only one is returned. The frames are denser near the end, where
-    the image takes shape.
-    """
-    times = image_sampler.times
-    shares = [1 - (1 - i / (count - 1)) ** 1.5 for i in range(count)]
-    steps = [round(share * image_sampler.step_count) for share in shares]
-    return {f"t = {times[k] + 1}": ("x", k) for k in steps}
-
-
-def save_pictures(samples: Samples, figures: dict[str, dict[str, FrameKey]], folder: Path) -> None:
-    """Write the grid of the images, and the figures of their denoising."""
-    save_grid(to_uint8(samples.images).numpy(), folder / "grid.png")
-    print(f"wrote {folder / 'grid.png'}")
-    for name, figure in figures.items():
-        frames = [samples.frames[key] for key in figure.values()]
-        if name.endswith(".gif"):
-            save_gif(frames, folder / name)
-        else:
-            rows = [frame[:STRIP_ROWS] for frame in frames]
-            save_strip(rows, list(figure), folder / name)
-        print(f"wrote {folder / name}")
+def save_columns(frames: Frames, path: Path) -> None:
+    """Write a figure with a column for each of STRIP_COLUMNS frames, from the first to the last."""
+    times = list(frames)
+    count = min(STRIP_COLUMNS, len(times))
+    positions = np.linspace(0, len(times) - 1, count).round().astype(int)
+    shown = [times[i] for i in positions]
+    columns = [frames[t][:STRIP_ROWS] for t in shown]
+    save_strip(columns, [f"t = {t}" for t in shown], path)
+    print(f"wrote {path}")

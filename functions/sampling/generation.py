@@ -4,15 +4,13 @@ The images stay in memory. The samplers are in functions/samplers.py.
 """
 
 import argparse
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.pixels import to_uint8
 from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
@@ -30,19 +28,6 @@ from functions.timesteps import sampling_times
 # are not faster, and when memory runs out, Linux kills the process without an error.
 GPU_BATCH = 64
 CPU_BATCH = 16
-# ("x", k) is the state after k network calls, and ("x", 0) is the noise. ("x_0", k) is the x_0 that
-# the k-th call predicts.
-FrameKey = tuple[str, int]
-
-
-@dataclass
-class Samples:
-    """Sampled images, and the denoising frames that the caller asked for."""
-
-    # (N, C, H, W) in [-1, 1], on the CPU
-    images: Tensor
-    # uint8 (N, H, W, C) each
-    frames: dict[FrameKey, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -117,9 +102,8 @@ class ImageSampler:
 
         At t = -1 the states already are images.
         """
-        if t < 0:
-            return x_t
-        return self.take_steps(x_t, self.times[self.times.index(t) :], noise)
+        times = [s for s in self.times if s <= t]
+        return self.take_steps(x_t, times, noise)
 
     def take_steps(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
         """Run the sampler on states (B, C, H, W) from times[0] to times[-1] (descending).
@@ -137,27 +121,20 @@ class ImageSampler:
             on_step=self.on_step,
         )
 
-    def sample(self, indices: Sequence[int], frames: Collection[FrameKey], bar: tqdm) -> Samples:
-        """Sample the images with these indices as one batch; the bar counts steps of all images."""
-        noise = self.noise(indices)
-        arrays = {}
+    def sample(self, indices: Sequence[int], bar: tqdm) -> Tensor:
+        """Sample the images with these indices as one batch: (B, C, H, W) in [-1, 1], on the CPU.
 
-        def keep(frame, x):
-            if frame in frames:
-                arrays[frame] = to_uint8(x).cpu().numpy()
+        The bar, a `step_bar`, counts the steps of all images.
+        """
 
         def on_step(k, t, x, x_0):
-            keep(("x", k + 1), x)
-            keep(("x_0", k + 1), x_0)
             bar.update(len(indices))
             if self.on_step:
                 self.on_step(k, t, x, x_0)
 
-        x_T = noise.draw()
-        keep(("x", 0), x_T)
+        noise = self.noise(indices)
         sampler = replace(self, on_step=on_step)
-        x_0 = sampler.denoise(x_T, self.scheduler.timesteps - 1, noise.draw)
-        return Samples(x_0.cpu(), arrays)
+        return sampler.take_steps(noise.draw(), self.times, noise.draw).cpu()
 
 
 def open_sampler(
@@ -174,45 +151,41 @@ def open_sampler(
     index = processes.local_rank if processes.count > 1 else None
     device = choose_device(args.device, index)
     set_deterministic(False)
-    # Options that fit no model are refused here, before a checkpoint is read.
-    flags = vars(args).items()
-    options = SamplerOptions(**{k: v for k, v in flags if k in SamplerOptions.__annotations__})
-
     path = args.checkpoint
     if not path:
         path = processes.on_main(lambda: newest_checkpoints(args.runs, name_prefix))
     saved, denoiser = open_model(path, device, args.precision, processes)
     processes.print_main(f"{saved.path}: {saved}")
+
+    chosen = {k: v for k, v in vars(args).items() if k in SamplerOptions.__annotations__}
     # The config of a diffusers folder names a variance, which is meant only for sampling over all
     # timesteps. It may also turn clipping off.
     diffusion = saved.config["diffusion"]
     if args.sampler == "ddpm" and args.steps in (None, diffusion["timesteps_diff"]):
-        options = replace(options, variance=args.variance or diffusion.get("variance"))
-    options = replace(options, clip_x_0=diffusion.get("clip_x_0", True))
+        chosen["variance"] = args.variance or diffusion.get("variance")
+    options = SamplerOptions(**chosen, clip_x_0=diffusion.get("clip_x_0", True))
 
-    shape = saved.model.image_shape
     batch_size = args.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
-    precision = denoiser.precision
-    return saved, ImageSampler(denoiser, options, shape, args.seed, device, batch_size, precision)
+    return saved, ImageSampler(
+        denoiser,
+        options,
+        saved.model.image_shape,
+        args.seed,
+        device,
+        batch_size,
+        denoiser.precision,
+    )
 
 
-def generate(
-    image_sampler: ImageSampler,
-    indices: Sequence[int],
-    frames: Collection[FrameKey] = (),
-    progress: bool = False,
-) -> Samples:
+def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool = False) -> Tensor:
     """Sample the images with these indices, in batches of the sampler's size.
 
-    The noise of image i depends only on (seed, i), so a different batch size changes its pixels
-    only by rounding.
+    Returns (N, C, H, W) in [-1, 1], on the CPU. The noise of image i depends only on (seed, i), so
+    a different batch size changes its pixels only by rounding.
     """
     batches = batches_of(indices, image_sampler.batch_size)
-    parts = list(generate_batches(image_sampler, batches, frames, progress))
-    images = torch.cat([part.images for part in parts])
-    return Samples(
-        images, {frame: np.concatenate([part.frames[frame] for part in parts]) for frame in frames}
-    )
+    with step_bar(image_sampler, len(indices), progress) as bar:
+        return torch.cat([image_sampler.sample(batch, bar) for batch in batches])
 
 
 def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
@@ -220,16 +193,7 @@ def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
-def generate_batches(
-    image_sampler: ImageSampler,
-    batches: list[Sequence[int]],
-    frames: Collection[FrameKey] = (),
-    progress: bool = False,
-) -> Iterator[Samples]:
-    """Yield the `Samples` of each batch of indices; a batch is sampled when it is asked for."""
-    total = image_sampler.step_count * sum(map(len, batches))
-    with tqdm(
-        desc="sampling", total=total, unit="step", unit_scale=True, disable=not progress
-    ) as bar:
-        for batch in batches:
-            yield image_sampler.sample(batch, frames, bar)
+def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:
+    """Return a progress bar for the steps of `count` images."""
+    total = count * image_sampler.step_count
+    return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)

@@ -1,20 +1,18 @@
 """Find the guide of a model, and guide the model by it (functions/guidance.py)."""
 
-import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from functions.guidance import Guided, is_guided
+from functions.guidance import Guided
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler
 from functions.support.checkpoint import SavedModel
 from functions.support.errors import UserError
 from functions.support.loading import open_model
 from functions.support.processes import Processes
-from functions.support.run_folder import checkpoints_of, find_checkpoints, step_of
+from functions.support.run_folder import checkpoints_of, step_of
 
 
 def with_guide(
@@ -31,30 +29,17 @@ def with_guide(
         return image_sampler
     # The guide keeps its own objective, and its network may have another size.
     model = image_sampler.denoiser
-    files = processes.on_main(lambda: find_guide(options.guide, saved))
-    saved_guide, guide = open_model(files, image_sampler.device, "float32", processes)
+    path = processes.on_main(lambda: find_guide(options.guide, saved))
+    saved_guide, guide = open_model(path, image_sampler.device, "float32", processes)
     guide = replace(guide, precision=image_sampler.precision)
-    step = saved_guide.provenance["step"]
-    if options.guide.isdecimal() and int(options.guide) != step:
-        processes.print_main(f"guide: step {step:,}, nearest to {int(options.guide):,}")
-    guided_steps = sum(is_guided(image_sampler.scheduler, t) for t in image_sampler.times[:-1])
-    calls = image_sampler.step_count + guided_steps
-    processes.print_main(
-        f"guide {saved_guide.path}: {saved_guide}; {calls:,} network calls in "
-        f"{image_sampler.step_count:,} steps"
-    )
-
-    shape = saved_guide.model.image_shape
-    if shape != image_sampler.shape:
-        raise UserError(
-            f"{saved_guide.path} cannot guide {saved.path}: its images are {shape}, and the "
-            f"model's are {image_sampler.shape}"
-        )
+    processes.print_main(f"guide {saved_guide.path}: {saved_guide}")
     # Both networks get the same x_t and t, so t must mean the same amount of noise to both.
-    if not torch.equal(guide.scheduler.alphas_cumprod, model.scheduler.alphas_cumprod):
+    same_shape = saved_guide.model.image_shape == image_sampler.shape
+    alphas_cumprod = model.scheduler.alphas_cumprod
+    if not same_shape or not torch.equal(guide.scheduler.alphas_cumprod, alphas_cumprod):
         raise UserError(
-            f"{saved_guide.path} cannot guide {saved.path}: it has another noise schedule "
-            "(the number of timesteps, or the betas)"
+            f"{saved_guide.path} cannot guide {saved.path}: it has another shape of images, or "
+            "another noise schedule (the number of timesteps, or the betas)"
         )
 
     # The calibration is fitted to the guide alone. Only x_0 of single networks is ever calibrated,
@@ -64,22 +49,21 @@ def with_guide(
     return replace(
         image_sampler,
         denoiser=Guided(model, guide, options.guidance),
-        # Manifests and the names of folders contain the digest, so that images of one guide are
-        # never taken for images of another guide, or of none.
-        options=replace(options, guide_digest=saved_guide.digest),
+        # Manifests and the names of folders contain its first 16 digits, so that images of one
+        # guide are never taken for images of another guide, or of none.
+        options=replace(options, guide_digest=saved_guide.digest[:16]),
     )
 
 
-def find_guide(guide: str, saved: SavedModel) -> Sequence[Path]:
-    """Return the files or folders to try as the guide of `saved`, in this order.
+def find_guide(guide: str, saved: SavedModel) -> Path:
+    """Return the path of the guide of `saved`.
 
-    `guide` is the path of a model, or a step of the run that `saved` is from. For a step, the only
-    candidate is the nearest snapshot or checkpoint among those from before `saved`. Raises
-    UserError when the run has none, and CheckpointError for a folder without a model.
+    `guide` is that path, or a step of the run that `saved` is from. For a step, it is the path of
+    the nearest snapshot or checkpoint among those from before `saved`. Raises UserError when the
+    run has none.
     """
-    # Steps have at most eight digits, as in the names of checkpoints.
-    if not re.fullmatch(r"\d{1,8}", guide):
-        return find_checkpoints(Path(guide))
+    if not guide.isdecimal():
+        return Path(guide)
     # Checkpoints are at RUN/checkpoints/FILE, and snapshots at RUN/snapshots/FILE.
     run = saved.path.absolute().parent.parent
     # Of several equally near files `min` returns the first. The snapshots are listed first, because
@@ -91,4 +75,4 @@ def find_guide(guide: str, saved: SavedModel) -> Sequence[Path]:
             f"{saved.path} has no earlier snapshots in its run for --guide {guide}; name a model, "
             "or train with --diffusion.snapshot-every"
         )
-    return [min(earlier, key=lambda file: abs(step_of(file) - int(guide)))]
+    return min(earlier, key=lambda file: abs(step_of(file) - int(guide)))

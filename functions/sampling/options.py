@@ -8,17 +8,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from functions.guidance import GUIDED_LOG_SNR
 from functions.samplers import SAMPLERS, VARIANCES
 from functions.support.command_line import fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
 from functions.timesteps import SPACINGS
 
-# The default weight w of a guide. The largest weight only catches typing errors: samples are garish
-# from 3 on.
+# The default weight w of a guide. Samples are garish from 3 on.
 GUIDANCE = 1.5
-LARGEST_GUIDANCE = 100
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,6 @@ class SamplerOptions:
                 raise UserError(f"--{option}: the options of --sampler {self.sampler} are {flags}")
         if self.guidance != GUIDANCE and not self.guide:
             raise UserError("--guidance needs a --guide")
-        if not 0 <= self.guidance <= LARGEST_GUIDANCE:
-            raise UserError(
-                f"--guidance is {self.guidance:g}; it must be from 0 to {LARGEST_GUIDANCE}"
-            )
 
     @property
     def arguments(self) -> dict[str, str | float]:
@@ -67,11 +60,12 @@ class SamplerOptions:
         given = {option: value for option, value in arguments.items() if value is not None}
         return SAMPLERS[self.sampler].options | given
 
-    def facts(self, timesteps: int) -> dict[str, str | int | float]:
-        """Return the options that determine the pixels, for a model with T = `timesteps`."""
+    @property
+    def facts(self) -> dict[str, str | int | float]:
+        """Return the options that determine the pixels, with the names of their flags."""
         facts = {
             "sampler": self.sampler,
-            "steps": self.steps or timesteps,
+            "steps": self.steps or "all",
             **self.arguments,
             **self.corrections,
         }
@@ -80,7 +74,7 @@ class SamplerOptions:
         return facts
 
     @property
-    def corrections(self) -> dict[str, str | float | list]:
+    def corrections(self) -> dict[str, str | float]:
         """Return the data of the calibration, and the guide with its weight; {} without either."""
         corrections = {}
         if self.calibrate:
@@ -88,34 +82,11 @@ class SamplerOptions:
         if self.guide:
             corrections["guide"] = self.guide_digest
             corrections["guidance"] = self.guidance
-            corrections["guided_log_snr"] = list(GUIDED_LOG_SNR)
         return corrections
 
     def __str__(self) -> str:
-        """Return a text such as "dpm++, logsnr, 20 steps, eta 1.0" or "ddpm, trailing, all ..."."""
-        options = self.arguments
-        words = [self.sampler, options.pop("spacing"), f"{self.steps or 'all'} steps"]
-        words += [f"{option} {value}" for option, value in options.items()]
-        if self.calibrate:
-            words += [f"calibrated on {self.calibrate}"]
-        if self.guide:
-            words += [f"guided by {self.guide_digest[:8]}, weight {self.guidance:g}"]
-        if not self.clip_x_0:
-            words += ["x_0 not clipped"]
-        return ", ".join(words)
-
-    @property
-    def short_name(self) -> str:
-        """Return the options that differ from the defaults, for file names: "dpmpp20-trailing"."""
-        words = [self.sampler.replace("+", "p") + str(self.steps or "")]
-        for option, value in self.arguments.items():
-            if value != SAMPLERS[self.sampler].options[option]:
-                words += [f"{option}-{value}"]
-        if self.calibrate:
-            words += [f"calibrated-{self.calibrate}"]
-        if self.guide:
-            words += [f"guided{self.guidance:g}-{self.guide_digest[:8]}"]
-        return "-".join(words)
+        """Return a text such as "sampler dpm++, steps 20, spacing logsnr, eta 1.0"."""
+        return ", ".join(f"{name} {value}" for name, value in self.facts.items())
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

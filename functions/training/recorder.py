@@ -258,7 +258,7 @@ class Recorder:
 
         with run.sample_denoiser.evaluating():
             samples = generate(sampler, range(config.grid_images))
-        images = to_uint8(samples.images).numpy()
+        images = to_uint8(samples).numpy()
         grid = save_grid(images, path_of(run.folder, "samples", run.step))
         pixels = np.asarray(grid.convert("RGB"))
         self.metrics.tensorboard.add_image("samples", pixels, run.step, dataformats="HWC")

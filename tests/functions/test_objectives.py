@@ -43,10 +43,9 @@ def third_objective(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "x_0", X_0)
 
 
-@pytest.mark.parametrize("name", ["noise", []], ids=repr)
-def test_an_unknown_objective_is_refused(name):
+def test_an_unknown_objective_is_refused():
     with pytest.raises(ValueError, match=r"it can be eps or v.* or x_0"):
-        Denoiser(None, SCHEDULERS["linear"], objective=name)
+        Denoiser(None, SCHEDULERS["linear"], objective="noise")
 
 
 def normal(seed, count=5):
@@ -126,13 +125,6 @@ def test_objectives_are_those_of_diffusers(schedule, theirs, objective):
 
 SCHEDULER = NoiseScheduler(1000)
 X_T = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("t", [-2, 1000, torch.tensor([1000, 3])], ids=str)
-def test_timesteps_that_there_are_not_are_no_others(t):
-    """A negative index must not count from the end, as it does in Python."""
-    with pytest.raises(IndexError):
-        Denoiser(lambda x_t, t: x_t, SCHEDULER).predict(X_T, t)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
@@ -14,7 +15,7 @@ import sampleFFHQ
 import train
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
-from functions.sampling.files import GIF_FRAMES, state_frames
+from functions.sampling.files import generate_frames
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.command_line import exit_on_user_error
@@ -27,21 +28,17 @@ from tests.conftest import CPU, LittleMemory, call, image_sampler_of
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(network, sampler):
-    """Its noise is the same bit for bit, and the image is so to less than one of 255 levels.
-
-    A batch may also consist of other images.
-    """
+    """It is the same to less than one of 255 levels. A batch may also consist of other images."""
     # It has memory for as many images as a call may have.
     limited = LittleMemory(network, 1)
     sampler = image_sampler_of(limited, 24, SamplerOptions(sampler, 5), seed=7)
-    one_by_one = generate(replace(sampler, batch_size=1), range(4), {("x", 0)})
+    one_by_one = generate(replace(sampler, batch_size=1), range(4))
     for images, batch_size in ((range(4), 3), (range(4), 4), ([3, 1], 2)):
         limited.most = batch_size
-        other = generate(replace(sampler, batch_size=batch_size), images, {("x", 0)})
-        assert np.array_equal(other.frames["x", 0], one_by_one.frames["x", 0][images])
-        assert (other.images - one_by_one.images[images]).abs().max() * 127.5 < 1
+        other = generate(replace(sampler, batch_size=batch_size), images)
+        assert (other - one_by_one[images]).abs().max() * 127.5 < 1
     # Another number is another image.
-    first, second, *_ = one_by_one.images
+    first, second, *_ = one_by_one
     assert (first - second).abs().max() > 0.1
 
 
@@ -54,31 +51,28 @@ def test_out_of_memory_names_the_flag(tiny_run, monkeypatch, capsys):
     assert "use a smaller --batch-size" in error
 
 
-def test_what_is_kept_begins_with_the_noise_and_ends_with_the_image(network):
-    image_sampler = replace(image_sampler_of(network, 24), batch_size=2)
-    frames = {("x", 0), ("x", 12), ("x", 24), ("x_0", 1), ("x_0", 24)}
-    samples = generate(image_sampler, range(3), frames)
-    images = to_uint8(samples.images).numpy()
-    noise = to_uint8(image_sampler.noise(range(3)).draw()).numpy()
-    assert samples.frames.keys() == frames
-    assert np.array_equal(samples.frames["x", 0], noise)
+def test_frames_are_evenly_spaced_and_end_with_the_image(network):
+    """Of 60 steps every second one is recorded."""
+    image_sampler = image_sampler_of(network, 60)
+    samples, states, estimates = generate_frames(replace(image_sampler, batch_size=2), 3)
+    assert torch.equal(samples, generate(replace(image_sampler, batch_size=2), range(3)))
+    assert list(states) == list(range(58, -1, -2))
+    assert list(estimates) == list(range(59, 0, -2))
     # The last x_0 is the image; the first is another.
-    for frame in (("x", 24), ("x_0", 24)):
-        assert np.array_equal(samples.frames[frame], images)
-    assert abs(samples.frames["x_0", 1].astype(float) - images).mean() > 10
+    images = to_uint8(samples).numpy()
+    assert np.array_equal(states[0], images)
+    assert np.array_equal(estimates[1], images)
+    assert abs(estimates[59].astype(float) - images).mean() > 10
 
 
 @pytest.mark.slow
-def test_the_script_writes_what_was_asked_for(tiny_run, network, tmp_path, capsys):
+def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
     flags = "--n 5 --steps 60 --strip --progressive --gif"
     call(sample.main, tiny_run, *flags.split(), "--out", tmp_path)
     assert Image.open(tmp_path / "grid.png").width > 3 * MIN_SIDE
     for name in ("strip", "progressive"):
         assert Image.open(tmp_path / f"{name}.png").width > 500
-    states = state_frames(image_sampler_of(network, 60), GIF_FRAMES)
-    steps = [k for _, k in states.values()]
-    assert steps == sorted({0, *steps, 60})
-    assert Image.open(tmp_path / "denoising.gif").n_frames == len(steps)
+    assert Image.open(tmp_path / "denoising.gif").n_frames == 30
     printed = capsys.readouterr().out
     assert "EMA weights after 10 of 10 steps" in printed
     assert str(tmp_path / "grid.png") in printed
@@ -97,33 +91,28 @@ def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_an
 
 
 @pytest.mark.parametrize(
-    ("flags", "options", "text", "short_name"),
+    ("flags", "options", "text"),
     [
         (
             "--variance large",
             SamplerOptions(variance="large"),
-            "ddpm, trailing, all steps, variance large",
-            "ddpm-variance-large",
+            "sampler ddpm, steps all, spacing trailing, variance large",
         ),
         (
             "--sampler dpm++ --steps 9 --spacing trailing --eta 0",
             SamplerOptions("dpm++", 9, "trailing", eta=0.0),
-            "dpm++, trailing, 9 steps, eta 0.0",
-            "dpmpp9-spacing-trailing-eta-0.0",
+            "sampler dpm++, steps 9, spacing trailing, eta 0.0",
         ),
     ],
 )
-def test_flags_give_the_images_of_their_options(
-    flags, options, text, short_name, tiny_run, tmp_path, capsys
-):
+def test_flags_give_the_images_of_their_options(flags, options, text, tiny_run, tmp_path, capsys):
     flags += " --seed 3 --n 2 --individual --out"
     call(sample.main, tiny_run, *flags.split(), tmp_path)
     assert f"{text}, seed 3" in capsys.readouterr().out
-    assert options.short_name == short_name
 
     # The files are compared with what these options give in memory.
     image_sampler = ImageSampler(load_denoiser(tiny_run), options, (3, 16, 16), 3, CPU)
-    expected = to_uint8(generate(image_sampler, range(2)).images)
+    expected = to_uint8(generate(image_sampler, range(2)))
     images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     assert np.array_equal(images, expected)
 

@@ -10,7 +10,7 @@ from functions.sampling import calibration
 from functions.sampling.guidance import find_guide
 from functions.support.checkpoint import load_weights
 from functions.support.errors import UserError
-from functions.support.run_folder import checkpoints_of, find_checkpoints
+from functions.support.run_folder import checkpoints_of
 from tests.conftest import call, newest, train_tiny
 from tests.spoilt_files import same
 
@@ -45,8 +45,8 @@ def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
         (late, "99", "snapshots/step-00000008"),
         (early, "9", "snapshots/step-00000004"),
     ):
-        assert find_guide(step, saved) == [run / f"{file}.safetensors"]
-    assert find_guide(str(run), late) == find_checkpoints(run)
+        assert find_guide(step, saved) == run / f"{file}.safetensors"
+    assert find_guide(str(run), late) == run
     with pytest.raises(UserError, match="snapshot-every"):
         find_guide("4", load_weights(checkpoints_of(run, "snapshots")[0]))
 
@@ -54,12 +54,12 @@ def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
 def test_files_and_the_manifest_hold_the_guide_and_its_weight(run, capsys):
     """Files of one guide are never taken for those of another, or of none."""
     call(sample.main, run, *FEW, "--guide", 3)
-    assert "guide: step 4, nearest to 3\n" in capsys.readouterr().out
-    digest = load_weights(checkpoints_of(run, "snapshots")[0]).digest
-    folder = next(run.glob(f"samples/*guided1.5-{digest[:8]}*"))
+    snapshot = checkpoints_of(run, "snapshots")[0]
+    assert f"guide {snapshot}: " in capsys.readouterr().out
+    digest = load_weights(snapshot).digest[:16]
+    folder = next(run.glob(f"samples/*-{digest}-1.5-*"))
     facts = json.loads((folder / "samples.json").read_text())
-    expected = {"guide": digest, "guidance": 1.5, "guided_log_snr": [-7.0, 6.0]}
-    assert facts.items() >= expected.items()
+    assert facts.items() >= {"guide": digest, "guidance": 1.5}.items()
 
 
 @pytest.mark.slow
@@ -72,13 +72,13 @@ def test_either_network_has_its_own_calibration(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, reason",
+    "flags",
     [
-        (["--diffusion.timesteps-diff", 50], "another noise schedule"),
-        (["--model.image-size", 8, "--model.dim-multiply", 1], r"its images are \(3, 8, 8\)"),
+        ["--diffusion.timesteps-diff", 50],
+        ["--model.image-size", 8, "--model.dim-multiply", 1],
     ],
 )
-def test_a_guide_of_another_shape_or_schedule_is_refused(run, trained, flags, reason):
+def test_a_guide_of_another_shape_or_schedule_is_refused(run, trained, flags):
     flags += ["--model.transformer-layers", 0, "--diffusion.epochs", 1]
-    with pytest.raises(UserError, match=f"cannot guide .*{reason}"):
+    with pytest.raises(UserError, match=r"another shape of images, or another noise schedule"):
         call(sample.main, run, *FEW, "--guide", trained(*flags))

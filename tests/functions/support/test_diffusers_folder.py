@@ -206,9 +206,9 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
 
     # The folder's variance is for all timesteps; with fewer steps it is the small one.
     call(sample.main, "theirs", "--n", 2)
-    assert "all steps, variance large, x_0 not clipped" in capsys.readouterr().out
+    assert "steps all, spacing trailing, variance large, clip_x_0 False" in capsys.readouterr().out
     call(sample.main, "theirs", "--n", 2, "--steps", 5)
-    assert "variance small, x_0 not" in capsys.readouterr().out
+    assert "variance small, clip_x_0 False" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not say which images it was trained on"):
         call(sample.main, "theirs", "--n", 2, "--calibrate")
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--images", 2, "--t-stride", 20)
@@ -219,10 +219,10 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     # Results are not written into the folder, which is not ours.
     assert sorted(folder.rglob("*")) == before
     for name in (
-        "*-*/theirs-ddpm-variance-large-float32-seed0/grid.png",
-        "*-*/theirs-ddpm5-float32-seed0/grid.png",
+        "*-*/theirs-ddpm-all-trailing-large-False-float32-seed0/grid.png",
+        "*-*/theirs-ddpm-5-trailing-small-False-float32-seed0/grid.png",
         "*-*/theirs-bpd-*.json",
-        "*-*/theirs-ddim-calibrated-own-float32-seed0/grid.png",
+        "*-*/theirs-ddim-all-trailing-0.0-own-False-float32-seed0/grid.png",
         "theirs-calibration-*.safetensors",
     ):
         assert len([*Path("samples").glob(name)]) == 1
@@ -290,7 +290,7 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
 
     call(sample.main, "me/faces", "--n", 1, "--steps", 2)
     assert "me/faces: no such path; diffusers takes it from its cache" in capsys.readouterr().out
-    assert len([*Path("samples").glob("me--faces-*/*me--faces-ddpm2-float32-seed0/grid.png")]) == 1
+    assert len([*Path("samples").glob("me--faces-*/*me--faces-ddpm-2-*-seed0/grid.png")]) == 1
     with pytest.raises(UserError, match="me/others is no path, and diffusers cannot download it"):
         call(sample.main, "me/others")
     # A name in a folder that is there is a path.
