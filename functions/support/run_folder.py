@@ -137,24 +137,17 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return find_checkpoints(run)
-    target = f"run of an experiment {prefix}*" if prefix else "run"
-    flag = "" if runs == Path("runs") else f" --runs {runs}"
-    folder = PRETRAINED
-    # Seen from the repository's folder, messages have the short path pretrained/NAME.safetensors.
-    with suppress(ValueError):
-        folder = folder.relative_to(Path.cwd())
     # A calibration is written next to its model.
-    boxed = [path for path in folder.glob("*.safetensors") if "-calibration-" not in path.name]
-    if boxed and not prefix and not flag:
+    models = [path for path in PRETRAINED.glob("*.safetensors") if "-calibration-" not in path.name]
+    if models and not prefix and runs == Path("runs"):
         print(
             f"{runs}: no run with a checkpoint here yet; using a model that comes with the "
             "repository (train your own: python train.py)"
         )
-        return sorted(boxed)
-    command = "" if prefix else f" (python train.py{flag})"
+        return sorted(models)
+    target = f"run of an experiment {prefix}*" if prefix else "run"
     raise CheckpointError(
-        f"{runs}: no {target} with a checkpoint here yet; "
-        f"train one first{command}, or name a checkpoint"
+        f"{runs}: no {target} with a checkpoint here yet; train one first, or name a checkpoint"
     )
 
 
@@ -164,9 +157,8 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
     if saved.path.is_dir():
         return Path("samples") / f"{saved.name}-{timestamp()}"
     folder = saved.path.parent
-    if folder.absolute().name in ("checkpoints", "snapshots"):
-        # The parent of Path("."), the working directory, would be the same.
-        folder = folder.parent if folder.name else folder / ".."
+    if folder.name in ("checkpoints", "snapshots"):
+        folder = folder.parent
     return folder / kind
 
 
