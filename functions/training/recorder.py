@@ -128,7 +128,10 @@ class Recorder:
                 self.sample()
             # The checkpoint comes last: if the run is killed before it, it resumes from the
             # checkpoint before, and writes all of this again.
-            self.stopped = self.signal_received() and run.step < run.total_steps
+            # All processes get the same answer, so that they stop after the same step. They
+            # exchange it on their CPUs, and do not wait for a GPU.
+            signal_received = self.processes.any(self.stop_signals.received is not None)
+            self.stopped = signal_received and run.step < run.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
             if self.is_due(config.checkpoint_every) or overdue or self.stopped:
@@ -141,12 +144,6 @@ class Recorder:
             self.processes.print_main(
                 f"stopped by {reason}, saved; continue with: python train.py --resume {run.folder}"
             )
-
-    def signal_received(self) -> bool:
-        """Return whether any process has received a signal to stop."""
-        # All processes get the same answer, so that they stop after the same step. They exchange it
-        # on their CPUs, and do not wait for a GPU.
-        return self.processes.any(self.stop_signals.received is not None)
 
     def save(self) -> None:
         """Write a checkpoint to resume and sample from."""

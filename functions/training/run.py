@@ -134,7 +134,6 @@ class TrainingRun:
         self.facts = {
             "total_steps": self.total_steps,
             "train_ids_hash": self.split.train_ids_hash,
-            "val_ids_hash": self.split.val_ids_hash,
             "pixels_hash": self.split.pixels_hash,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             # This describes the model whose weights the run started from. None: random weights.
@@ -180,7 +179,7 @@ class TrainingRun:
 
         The images may have another name or lie elsewhere, if their ids and pixels are the same.
         """
-        for fact in ("train_ids_hash", "val_ids_hash", "pixels_hash"):
+        for fact in ("train_ids_hash", "pixels_hash"):
             if self.earlier_facts[fact] != getattr(self.split, fact):
                 raise ConfigError(
                     f"{self.folder} was trained on other images than {self.config.dataset_name} "
@@ -320,8 +319,6 @@ class TrainingRun:
                 "x_T still carries the image, but sampling starts from pure noise; "
                 "set rescale_betas = True or use 1000 timesteps"
             )
-        if not self.ema_model:
-            warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
         # A resumed run equals an uninterrupted one bit for bit only in the same arithmetic.
         for name, earlier in self.earlier_facts.get("arithmetic", {}).items():
             now = self.facts["arithmetic"].get(name)
