@@ -156,7 +156,8 @@ def parse_flags() -> argparse.Namespace:
         type=Path,
         metavar="RUN|FILE|FOLDER",
         help="Start from the weights of a run, a checkpoint or a diffusers folder, and from its "
-        "EMA weights if it has any. Default: new weights.",
+        "EMA weights if it has any. A run that --resume auto resumes keeps its own. "
+        "Default: new weights.",
     )
     parser.add_argument(
         "--dry-run",
