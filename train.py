@@ -81,7 +81,7 @@ def train(run: TrainingRun) -> bool:
     recorder = Recorder(run)
     with recorder.opened():
         # Algorithm 1. The numbers are those of its lines.
-        for step in recorder.steps():  # 1: repeat
+        for step in range(run.step, run.total_steps):  # 1: repeat
             # All random numbers of a step follow from the seed and the step.
             draws = run.draw(step)
             # 2: images x_0 of this process, in [-1, 1]
@@ -117,11 +117,12 @@ def train(run: TrainingRun) -> bool:
                 ramp = not run.facts["initial"]
                 update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
 
-            # 6: until `steps` ends, after the last step or a signal. Here everything that is due is
-            # written: rows of metrics, validations, snapshots, checkpoints, samples.
+            # Here everything that is due is written: rows of metrics, validations, snapshots,
+            # samples, checkpoints.
             recorder.after_step(torch.cat(losses), t, grad_norm)
-    if recorder.stopped:
-        return False
+            if recorder.stopped:
+                return False
+            # 6: until the last step
     processes.print_main(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
     return True
 

@@ -88,13 +88,6 @@ class Recorder:
         self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", run.step)
         print(f"  goes to    {run.folder}", flush=True)
 
-    def steps(self) -> Iterator[int]:
-        """Yield the numbers of the steps that are left, until a signal stops the run."""
-        for step in range(self.run.step, self.run.total_steps):
-            yield step
-            if self.stopped:
-                return
-
     def is_due(self, every: int) -> bool:
         """Return whether work that is done every `every` steps is due; 0 means never."""
         done = self.run.step
@@ -104,7 +97,7 @@ class Recorder:
         """Do everything that is due after a step, and count the step as done.
 
         `losses` and `t` (B,) are those of this process's images. After a signal to any process,
-        this saves a checkpoint and ends the iteration of `steps`.
+        this saves a checkpoint, and `stopped` is true.
         """
         run = self.run
         config = self.config
