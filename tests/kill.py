@@ -63,7 +63,7 @@ def kill_and_resume(folder: Path, times: int, seed: int = 0) -> str:
             break
         assert status == -signal.SIGKILL, program.printed
         kills += 1
-        kills_in_a_write += any(run.rglob(".*.tmp"))
+        kills_in_a_write += any(run.rglob(".*tmp*"))
 
         # Each checkpoint is read as a whole here, so none may be damaged.
         saved = [load_checkpoint(path)["run"]["step"] for path in run_folder.checkpoints_of(run)]

@@ -6,9 +6,9 @@ it. The tensors belong to parts, and PART.NAME is the name of a tensor. A checkp
 sample from has only `model` or `ema`. The metadata are:
 
 format      the version of this format
-contents    a JSON text with plain values; for checkpoints and models `TrainingRun.save` lists them.
-            Its `digests` have the SHA-256 of each part, because a flipped bit could silently become
-            a wrong weight.
+contents    a JSON text with plain values; for checkpoints and models those of
+            `TrainingRun.contents`. Its `digests` have the SHA-256 of each part, because a flipped
+            bit could silently become a wrong weight.
 sha256      the SHA-256 of `contents`
 """
 

@@ -338,14 +338,14 @@ def open_run(args: argparse.Namespace, device: torch.device, processes: Processe
         return resume_run(folder, args, device, processes)
     diffusion = given_fields(args, "diffusion")
     model = given_fields(args, "model")
-    if not args.init:
+    if args.init:
+        initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
+        experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
+    else:
         experiment = EXPERIMENTS[name].override(diffusion, model)
-        return TrainingRun(name, experiment, args.runs, device, processes)
-
-    initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
-    experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
     run = TrainingRun(name, experiment, args.runs, device, processes)
-    run.begin_with(initial)
+    if args.init:
+        run.begin_with(initial)
     return run
 
 
