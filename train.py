@@ -76,7 +76,7 @@ def train(run: TrainingRun) -> bool:
     recorder = Recorder(run)
     with recorder.opened():
         # Algorithm 1. The numbers are those of its lines.
-        for step in recorder.steps():  # 1: repeat
+        for step in range(run.step, run.total_steps):  # 1: repeat
             # All random numbers of a step follow from the seed and the step.
             draws = run.draw(step)
             # 2: images x_0 of this process, in [-1, 1]
@@ -112,11 +112,12 @@ def train(run: TrainingRun) -> bool:
                 ramp = not run.facts["initial"]
                 update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
 
-            # 6: until `steps` ends, after the last step or a signal. Here everything that is due is
-            # written: rows of metrics, validations, snapshots, checkpoints, samples.
+            # Here everything that is due is written: rows of metrics, validations, snapshots,
+            # samples, checkpoints.
             recorder.after_step(torch.cat(losses), t, grad_norm)
-    if recorder.stopped:
-        return False
+            if recorder.stopped:
+                return False
+            # 6: until the last step
     processes.print_main(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
     return True
 
@@ -151,7 +152,8 @@ def parse_flags() -> argparse.Namespace:
         type=Path,
         metavar="RUN|FILE|FOLDER",
         help="Start from the weights of a run, a checkpoint or a diffusers folder, and from its "
-        "EMA weights if it has any. Default: new weights.",
+        "EMA weights if it has any. A run that --resume auto resumes keeps its own. "
+        "Default: new weights.",
     )
     parser.add_argument(
         "--dry-run",

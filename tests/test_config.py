@@ -126,7 +126,6 @@ NARROW = {
     [
         ("batch_size", 0, "1 or more"),
         ("batch_size", True, "an integer"),
-        ("epochs", 2**63, "from 1 to 9,223,372,036,854,775,807"),
         ("seed", -1, "0 or more"),
         ("dataset_name", "", "a name or a path"),
         ("learning_rate", float("nan"), "from 1e-09 to 1"),
@@ -144,7 +143,6 @@ NARROW = {
         ("beta_start", 2e-4, '"linear" when beta_start, beta_end or', COSINE),
         ("beta_end", 0.03, '"linear" when beta_start, beta_end or', COSINE),
         ("rescale_betas", False, '"linear" when beta_start, beta_end or', COSINE),
-        ("clip_grad_norm", float("inf"), "from 0 to 9,223,372,036,854,775,807"),
         ("ema_decay", 1, "from 0 to 0.999999"),
         ("precision", "half", '"auto" or "float32" or "bfloat16" or "float16"'),
         ("grid_sampler", "euler", '"ddpm" or "ddim" or'),

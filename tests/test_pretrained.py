@@ -54,8 +54,7 @@ def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     call(sample.main, *FLAGS)
     printed = capsys.readouterr().out
     assert TAKEN in printed
-    # The path in the message is from the working directory, so it is short.
-    assert f"\n{Path('pretrained', 'faces.safetensors')}: EMA weights" in printed
+    assert f"\n{box / 'faces.safetensors'}: EMA weights" in printed
     drawn = Image.open(box / "samples" / "faces-ddpm-3-trailing-small-float32-seed0" / "grid.png")
 
     call(sample.main, checkpoints_of(tiny_run, "snapshots")[-1], *FLAGS, "--out", tmp_path / "a")

@@ -2,21 +2,19 @@
 
 A file is a .safetensors file as the library's `save_file` writes it. Reading it runs no code from
 it. The tensors belong to parts, and PART.NAME is the name of a tensor. A checkpoint has the parts
-`model`, `ema` (if the run has an EMA) and `optimizer`; a model to sample from has only `model` or
-`ema`. The metadata are:
+`model`, `ema` (if the run has an EMA), `optimizer` and `window` (see `TrainingWindow`); a model to
+sample from has only `model` or `ema`. The metadata are:
 
 format      the version of this format
-contents    a JSON text with plain values; for checkpoints and models `TrainingRun.save` lists them.
-            Its `digests` have the SHA-256 of each part, because a flipped bit could silently become
-            a wrong weight.
+contents    a JSON text with plain values; for checkpoints and models those of
+            `TrainingRun.contents`. Its `digests` have the SHA-256 of each part, because a flipped
+            bit could silently become a wrong weight.
 sha256      the SHA-256 of `contents`
 """
 
 import errno
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +23,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import ModelConfig
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 from functions.support.files import READ_ERRORS, check_file, replacing, sha256, short
 
 FORMAT = "ddpm-faces checkpoint 3"
@@ -39,50 +37,27 @@ Tensors = dict[str, Tensor]
 def write_tensors(path: Path, parts: dict[str, Tensors], contents: dict) -> None:
     """Write parts of tensors, on any device and of any memory layout, with plain values.
 
-    Raises UserError for numbers that are not finite, and OSError, for example when the disk is
-    full. Then the old file is unchanged.
+    Raises OSError, for example when the disk is full. Then the old file is unchanged.
     """
     copies = {}
     digests = {}
     for part, tensors in parts.items():
-        copied = cpu_copies(tensors)
+        # `save_file` needs contiguous tensors. They are copied on the CPU, because a GPU may be
+        # full.
+        copied = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         digests[part] = digest_of(copied)
         for name, tensor in copied.items():
-            if not is_finite(tensor):
-                fault = f"{part}.{name} has numbers that are not finite"
-                raise UserError(f"{path} is not written: {fault}")
             copies[f"{part}.{name}"] = tensor
     text = json.dumps({**contents, "digests": digests})
-    save_safetensors(path, copies, {"format": FORMAT, "contents": text, "sha256": sha256(text)})
-
-
-def cpu_copies(tensors: Tensors) -> Tensors:
-    """Return the tensors on the CPU and contiguous, as `save_file` needs them."""
-    # They are made contiguous on the CPU, because a GPU may be full.
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def save_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Call `save_file` so that the old file stays until the new one is complete and on the disk.
-
-    The tensors are contiguous and on the CPU. Raises OSError, for example when the disk is full.
-    """
+    metadata = {"format": FORMAT, "contents": text, "sha256": sha256(text)}
     with replacing(path) as temporary:
-        # Other files have the mode that the user's umask says, but `save_file` gives its file 0600.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        # `save_file` writes to a random name in the same folder, which a kill would leave there. So
-        # it gets a folder that is recognised as a leftover.
-        prefix = f".{path.name}."
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, suffix=".tmp") as folder:
-            written = Path(folder, path.name)
-            try:
-                save_file(tensors, written, metadata)
-            except SafetensorError as error:
-                # The library turns the system's error, such as that of a full disk, into its own.
-                raise OSError(errno.EIO, str(error)) from error
-            written.chmod(mode)
-            os.replace(written, temporary)
+        try:
+            save_file(copies, temporary, metadata)
+        except SafetensorError as error:
+            # The library turns the system's error, such as that of a full disk, into its own.
+            raise OSError(errno.EIO, str(error)) from error
+        # `save_file` lets only the owner read its file.
+        temporary.chmod(0o644)
 
 
 def digest_of(tensors: Tensors) -> str:
@@ -117,20 +92,15 @@ class TensorFile:
     def tensors(self, part: str) -> Tensors:
         """Read the tensors of a part, to the CPU, by their names without the part's name.
 
-        Raises CheckpointError when they are damaged.
+        Raises CheckpointError when they are missing or damaged.
         """
         prefix = f"{part}."
         with open_safetensors(self.path) as file:
             names = [name for name in list(file.keys()) if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
         if digest_of(tensors) != self.digests.get(part):
-            raise CheckpointError(f"{self.path}: damaged: {part} does not match its checksum")
+            raise CheckpointError(f"{self.path}: {part} is missing or damaged")
         return tensors
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite; then the smallest and the largest are finite, too."""
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 @contextmanager
@@ -197,18 +167,13 @@ class SavedModel:
 
 
 def open_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint or a model, and check its contents. This reads no tensor.
+    """Open a checkpoint or a model. This reads no tensor.
 
-    Raises CheckpointError as `TensorFile` does, and when the contents are malformed.
+    Raises CheckpointError as `TensorFile` does, and for another file of tensors.
     """
     file = TensorFile(path)
-    config, run = (file.contents.get(name) for name in ("config", "run"))
-    fits = isinstance(config, dict) and isinstance(run, dict)
-    if fits:
-        numbers = [run.get("step"), run.get("total_steps")]
-        fits = isinstance(run.get("experiment"), str) and all(type(n) is int for n in numbers)
-    if not fits:
-        raise CheckpointError(f"{path}: its config or its facts of the run are malformed")
+    if "config" not in file.contents:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a model")
     return file
 
 
@@ -248,28 +213,21 @@ def export_weights(saved: SavedModel, path: Path) -> None:
     write_tensors(path, {part: saved.weights}, {"config": saved.config, "run": saved.provenance})
 
 
-def load_into(model: nn.Module, saved: SavedModel) -> None:
-    """Load saved weights into a model. Raises CheckpointError when they do not fit."""
-    # The network's own parameters are float32.
-    weights = {
-        name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-        for name, tensor in saved.weights.items()
-    }
-    check_fit(model.state_dict(), weights, saved.path)
-    # A model on the meta device has no memory, so it uses the saved tensors themselves.
-    model.load_state_dict(weights, assign=next(model.parameters()).is_meta)
+@torch.no_grad()
+def copy_tensors(saved: Tensors, tensors: Tensors, path: Path) -> None:
+    """Copy the saved tensors of the file `path` into tensors, whose dtype and layout stay.
 
-
-def check_fit(expected: Tensors, tensors: Tensors, path: Path) -> None:
-    """Raise CheckpointError for the first tensor whose name, shape or dtype differs."""
-    mismatches = sorted(expected.keys() ^ tensors.keys())
+    Raises CheckpointError when their names or their shapes differ.
+    """
+    mismatches = sorted(saved.keys() ^ tensors.keys())
     if mismatches:
         raise CheckpointError(
             f"{path}: {len(mismatches)} weights are missing or unknown, "
             f"such as {short(mismatches[0])!r}"
         )
-    for name, tensor in expected.items():
-        expected_kind = f"{tensor.dtype} {tuple(tensor.shape)}"
-        kind = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
-        if kind != expected_kind:
-            raise CheckpointError(f"{path}: {name} is {short(kind)}; the model has {expected_kind}")
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        saved_shape = tuple(saved[name].shape)
+        if saved_shape != shape:
+            raise CheckpointError(f"{path}: {name} is {saved_shape}; the model has {shape}")
+        tensor.copy_(saved[name])

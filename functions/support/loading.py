@@ -14,7 +14,7 @@ import torch
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.checkpoint import SavedModel, load_into, load_weights
+from functions.support.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.support.device import fast_layout, sampling_precision
 from functions.support.diffusers_folder import import_diffusers, load_folder
 from functions.support.errors import CheckpointError, UserError
@@ -103,10 +103,7 @@ def rebuild(
             diffusion["rescale_betas"],
             diffusion["beta_schedule"],
         )
-        # On the meta device tensors have shapes but no data. So no time is spent on initial
-        # weights, which `load_into` would overwrite.
-        with torch.device("meta"):
-            model = UNet(**vars(saved.model))
+        model = UNet(**vars(saved.model))
         denoiser = Denoiser(model, scheduler, diffusion["objective"], precision)
     except (*READ_ERRORS, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {short(error)}"
@@ -114,7 +111,7 @@ def rebuild(
             f"{saved.path}: this version cannot build a model from its config: {reason}"
         ) from error
 
-    load_into(model, saved)
+    copy_tensors(saved.weights, model.state_dict(), saved.path)
     layout = fast_layout(device, training=False)
     model.to(device, memory_format=layout).eval().requires_grad_(False)
     return denoiser

@@ -1,6 +1,6 @@
 """Make and find run folders: runs/<experiment>-<YYYYMMDD-HHMMSS>/ contains all about one run.
 
-config.json     the experiment's fields, and the facts of the run
+config.json     the experiment's fields, and the facts of the run, as in a checkpoint
 metrics.csv     one row every `log_every` steps
 tensorboard/    the same metrics as events
 losses.png      the curves of metrics.csv
@@ -13,7 +13,6 @@ The time is in UTC, so that the newest run is the newest in every time zone.
 """
 
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,6 @@ from filelock import FileLock, Timeout
 
 from functions.support.checkpoint import (
     SavedModel,
-    TensorFile,
     open_checkpoint,
     verify_checkpoint,
 )
@@ -37,15 +35,9 @@ Result = TypeVar("Result")
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
 # The names of checkpoints and snapshots have eight digits.
 CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
-MOST_STEPS = 10**8 - 1
-# A training that is killed while it writes leaves such files in its run folder. The files of other
-# scripts there have other names.
-TRAINING_LEFTOVERS = (
-    ".config.json.*.tmp",
-    ".metrics.csv.*.tmp",
-    "samples/.step-*.png.*.tmp",
-    "*/.step-????????.safetensors.*.tmp",
-)
+# A training that is killed while it writes leaves such files in its run folder. The last ones are
+# those of safetensors.
+TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
 # The trained models that come with the repository. They are read when there is no run.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 
@@ -79,20 +71,15 @@ def locked(
 ) -> Iterator[None]:
     """Lock a folder for one process, and delete what matches the patterns `leftovers`.
 
-    Raises UserError, which names the `activity`, when another process has locked the folder, or
-    when the lock belongs to another user.
+    Raises UserError, which names the `activity`, when another process or user has locked it.
     """
     # The system releases the lock when the process ends, even when it is killed.
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
-    except Timeout as error:
+    except (Timeout, PermissionError) as error:
         raise UserError(
-            f"{folder}: another process is already {activity} in this folder"
-        ) from error
-    except PermissionError as error:
-        raise UserError(
-            f"{folder}: no permission to lock it; another user may be {activity} in this folder"
+            f"{folder}: another process or user is already {activity} in this folder"
         ) from error
     except (NotImplementedError, OSError):
         print(
@@ -100,10 +87,8 @@ def locked(
             file=sys.stderr,
         )
     try:
-        for leftover in [path for pattern in leftovers for path in folder.glob(pattern)]:
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
+        for pattern in leftovers:
+            for leftover in folder.glob(pattern):
                 leftover.unlink()
         yield
     finally:
@@ -127,19 +112,7 @@ def delete_old(run: Path, last_step: int, count: int) -> None:
     # not count as the newest.
     checkpoints = [path for path in checkpoints_of(run) if step_of(path) <= last_step]
     for path in checkpoints[:-count]:
-        # The calibrations of a checkpoint are deleted with it.
-        for file in (path, *path.parent.glob(f"{path.stem}-calibration-*.safetensors")):
-            file.unlink()
-
-
-def abandon_snapshots(run: Path, step: int) -> None:
-    """Rename the snapshots after this step, so that they are never guides.
-
-    They belong to a part of the run that is abandoned, because the run continues from this step.
-    """
-    for path in checkpoints_of(run, "snapshots"):
-        if step_of(path) > step:
-            path.replace(path.with_name(f"abandoned-{path.name}"))
+        path.unlink()
 
 
 def runs_of(runs: Path, prefix: str = "") -> list[Path]:
@@ -162,24 +135,17 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return find_checkpoints(run)
-    target = f"run of an experiment {prefix}*" if prefix else "run"
-    flag = "" if runs == Path("runs") else f" --runs {runs}"
-    folder = PRETRAINED
-    # Seen from the repository's folder, messages have the short path pretrained/NAME.safetensors.
-    with suppress(ValueError):
-        folder = folder.relative_to(Path.cwd())
     # A calibration is written next to its model.
-    boxed = [path for path in folder.glob("*.safetensors") if "-calibration-" not in path.name]
-    if boxed and not prefix and not flag:
+    models = [path for path in PRETRAINED.glob("*.safetensors") if "-calibration-" not in path.name]
+    if models and not prefix and runs == Path("runs"):
         print(
             f"{runs}: no run with a checkpoint here yet; using a model that comes with the "
             "repository (train your own: python train.py)"
         )
-        return sorted(boxed)
-    command = "" if prefix else f" (python train.py{flag})"
+        return sorted(models)
+    target = f"run of an experiment {prefix}*" if prefix else "run"
     raise CheckpointError(
-        f"{runs}: no {target} with a checkpoint here yet; "
-        f"train one first{command}, or name a checkpoint"
+        f"{runs}: no {target} with a checkpoint here yet; train one first, or name a checkpoint"
     )
 
 
@@ -189,9 +155,8 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
     if saved.path.is_dir():
         return Path("samples") / f"{saved.name}-{timestamp()}"
     folder = saved.path.parent
-    if folder.absolute().name in ("checkpoints", "snapshots"):
-        # The parent of Path("."), the working directory, would be the same.
-        folder = folder.parent if folder.name else folder / ".."
+    if folder.name in ("checkpoints", "snapshots"):
+        folder = folder.parent
     return folder / kind
 
 
@@ -246,7 +211,7 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
 
         None           a new run
         "newest"       the newest run of the experiment that has a checkpoint and has not reached
-                       its last step, or whose last grid or snapshot is missing
+                       its last step
         "auto"         the same, or a new run if there is none
         a run's folder
 
@@ -267,21 +232,11 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
         # Another experiment's name may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] != experiment or not checkpoints_of(run):
             continue
-        if not is_finished(first_intact(find_checkpoints(run), open_checkpoint)):
+        facts = first_intact(find_checkpoints(run), open_checkpoint).contents["run"]
+        if facts["step"] < facts["total_steps"]:
             return run
     problem = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
     if resume == "newest":
         raise UserError(f"{problem}; start one without --resume")
     print(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.", file=sys.stderr)
     return None
-
-
-def is_finished(checkpoint: TensorFile) -> bool:
-    """Return whether a run's newest checkpoint is of its last step, and nothing else is missing."""
-    run = checkpoint.path.parents[1]
-    step = checkpoint.contents["run"]["step"]
-    last_files = [path_of(run, "samples", step)]
-    if checkpoint.contents["config"]["diffusion"]["snapshot_every"]:
-        last_files.append(path_of(run, "snapshots", step))
-    at_end = step == checkpoint.contents["run"]["total_steps"]
-    return at_end and all(path.exists() for path in last_files)

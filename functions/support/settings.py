@@ -1,6 +1,7 @@
 """Fields of a config that say what fits beside their default, and the check of these fields."""
 
 import json
+import math
 from dataclasses import MISSING, field, fields
 from functools import partial
 from typing import Any, get_args
@@ -23,7 +24,7 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
     """Return a field of a config with marks; without a default, its value must be given.
 
     at_least, at_most: limits of a number, or of each number in a list. Without them, an integer is
-        at least 1 and another number at least 0, and both are below 2^63.
+        at least 1 and another number at least 0.
     choices: the values that fit.
     changeable: a resumed run may change the value.
     of_weights: weights work only with the value with which they were trained.
@@ -66,9 +67,9 @@ def check_fields(config: Any) -> None:
 
         if item_type in (int, float):
             at_least = each.metadata.get("at_least", int(item_type is int))
-            at_most = each.metadata.get("at_most", 2**63 - 1)
+            at_most = each.metadata.get("at_most", math.inf)
             requirement = f"{at_least} or more"
-            if "at_most" in each.metadata or any(item > at_most for item in items):
+            if at_most < math.inf:
                 requirement = f"from {at_least} to {at_most:,}"
             # No comparison with nan is true, so nan does not fit.
             check(all(at_least <= item <= at_most for item in items), requirement)

@@ -18,14 +18,10 @@ def describe_cost(run: TrainingRun) -> str:
     denoiser = run.denoiser
     optimizer = run.optimizer
     image_shape = run.experiment.model.image_shape
-    # The first pass and the first step warm up. If a pass of one image takes a second or more, as
-    # on a CPU at 128 px, it is the one that is timed. The gradients are those of the last pass, as
-    # in training.
-    image_count = 1
-    seconds = run_pass(denoiser, (1, *image_shape))
-    if seconds < 1:
-        image_count = min(run.config.batch_size, len(run.share))
-        seconds = min(run_pass(denoiser, (image_count, *image_shape)) for _ in range(3))
+    # The first pass and the first step warm up.
+    image_count = min(run.config.batch_size, len(run.share))
+    seconds = min(run_pass(denoiser, (image_count, *image_shape)) for _ in range(2))
+    # The gradients are those of the last pass, as in training.
     optimizer.step()
     wait(denoiser)
     start = time.perf_counter()

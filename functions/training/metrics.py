@@ -1,8 +1,8 @@
 """The metrics of a run: metrics.csv for people and scripts, and the same in TensorBoard."""
 
+import csv
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,12 +52,13 @@ class MetricsLog:
 
     def __init__(self, run: Path, resume_step: int = 0):
         self.path = run / "metrics.csv"
-        lines = [",".join(COLUMNS)]
+        text = ",".join(COLUMNS) + "\n"
         if self.path.exists():
-            for row in read_metrics(self.path):
-                if row["step"] <= resume_step:
-                    lines.append(format_row(row))
-        write_text(self.path, "\n".join(lines) + "\n")
+            for line in complete_lines(self.path)[1:]:
+                # The step is in the first column.
+                if int(line.split(",")[0]) <= resume_step:
+                    text += line + "\n"
+        write_text(self.path, text)
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, **values: float) -> None:
@@ -65,11 +66,12 @@ class MetricsLog:
 
         Raises ValueError, and writes nothing, for a name that is not in COLUMNS.
         """
-        for name in values:
-            if name not in COLUMNS:
-                raise ValueError(f"{name!r} is not a column of metrics.csv; add it to COLUMNS")
-        with open(self.path, "a") as file:
-            file.write(format_row(values) + "\n")
+        cells = {
+            name: f"{value:.6g}" if isinstance(value, float) else value
+            for name, value in values.items()
+        }
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(cells)
             # The row reaches the disk before the next checkpoint, so a run that resumes from that
             # checkpoint finds the row.
             file.flush()
@@ -81,85 +83,53 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of a metrics.csv as numbers, None where a cell is empty.
-
-    Damaged rows are left out, with a warning.
-    """
-    # What follows the last newline is incomplete: the process was killed while it wrote this line.
-    header, *lines = path.read_text(errors="replace").split("\n")[:-1]
+    """Return the rows of a metrics.csv as numbers, None where a cell is empty."""
     rows = []
-    for number, line in enumerate(lines, 2):
-        try:
-            cells = zip(header.split(","), line.split(","), strict=True)
-            row = {column: float(cell) if cell else None for column, cell in cells}
-            row["step"] = int(row["step"])
-            rows.append(row)
-        except (ValueError, TypeError):
-            print(f"WARNING: {path}: line {number} is damaged and left out", file=sys.stderr)
+    for cells in csv.DictReader(complete_lines(path)):
+        row = {column: float(cell) if cell else None for column, cell in cells.items()}
+        row["step"] = int(row["step"])
+        rows.append(row)
     return rows
 
 
-def format_row(values: dict[str, float | None]) -> str:
-    """Return a line of metrics.csv, without the newline."""
-    return ",".join(format_number(values.get(column)) for column in COLUMNS)
-
-
-def format_number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def complete_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, without the newlines."""
+    # What follows the last newline is incomplete: the process was killed, or the disk was full,
+    # while it wrote this line.
+    return path.read_text().split("\n")[:-1]
 
 
 class TrainingWindow:
-    """The steps since the last row: sums of loss and error of eps on the device, and the speed.
+    """The steps since the last row: sums on the device, which checkpoints have, and the speed.
 
     A step whose gradients are not finite is skipped by the optimiser, and counted here. Its loss
     does not count. `images_per_step` is the effective batch.
     """
 
     def __init__(self, device: torch.device, images_per_step: int):
-        # The loss and the error of eps, summed over images.
-        self.sums_of_losses = torch.zeros(2, device=device)
-        # The number of steps that were skipped.
-        self.skipped = torch.zeros((), device=device)
-        self.steps = 0
-        # The number of steps that were skipped in all windows before.
-        self.skipped_before = 0
-        # The number of steps in the last windows in which all steps were skipped.
-        self.skipped_in_a_row = 0
+        # The loss, the error of eps and 1, summed over the images of all steps since the last row.
+        self.sums = torch.zeros(3, device=device)
+        # The steps that were skipped: their number since the run began, and since the last good
+        # step.
+        self.skipped = torch.zeros(2, device=device)
         self.images_per_step = images_per_step
-        self.steps_timed = 0
-        # The time at which the window began. Each pause moves it forward.
-        self.clock = 0.0
+        self.start_clock()
 
     def start_clock(self) -> None:
         """Begin to measure the speed."""
+        self.steps_timed = 0
+        # Each pause moves this time forward.
         self.clock = time.perf_counter()
 
-    def state(self) -> dict[str, list[float] | int]:
-        """Return the sums for a checkpoint, so that a resumed run has all steps in its next row."""
-        return {
-            "sums": self.sums_of_losses.tolist(),
-            "skipped": int(self.skipped),
-            "steps": self.steps,
-            "skipped_before": self.skipped_before,
-        }
-
-    def load(self, state: dict[str, list[float] | int]) -> None:
-        """Restore the sums that `state` returned. Their steps do not count for the speed."""
-        self.sums_of_losses.copy_(torch.tensor(state["sums"]))
-        self.skipped.fill_(state["skipped"])
-        self.steps = state["steps"]
-        self.skipped_before = state["skipped_before"]
-
     def add(self, sums: Tensor, skipped: Tensor) -> None:
-        """Add a step's loss and error of eps (2,), summed over images.
+        """Add a step's loss, error of eps and 1 (3,), summed over images.
 
         `skipped` () is 1 if the step was skipped, otherwise 0.
         """
-        self.sums_of_losses += torch.where(skipped > 0, 0.0, sums)
+        self.sums += torch.where(skipped > 0, 0.0, sums)
         self.skipped += skipped
-        self.steps += 1
+        # A good step ends the row of skipped ones.
+        self.skipped[1] *= skipped
         self.steps_timed += 1
 
     def read(self, grad_norm: Tensor) -> dict[str, float]:
@@ -168,25 +138,19 @@ class TrainingWindow:
         `grad_norm` () is that of the last step. The means are nan if all steps were skipped.
         """
         # All numbers are copied in one transfer, so that the host waits only once.
-        values = torch.stack([*self.sums_of_losses, self.skipped, grad_norm.float()])
-        loss, eps_error, skipped, last_grad_norm = values.tolist()
-        now = time.perf_counter()
-        good_steps = self.steps - int(skipped)
-        image_count = good_steps * self.images_per_step or math.nan
-        self.skipped_before += int(skipped)
-        self.skipped_in_a_row = 0 if good_steps else self.skipped_in_a_row + self.steps
+        values = torch.stack([*self.sums, self.skipped[0], grad_norm.float()])
+        loss, eps_error, image_count, skipped, last_grad_norm = values.tolist()
+        seconds = time.perf_counter() - self.clock
+        image_count = image_count or math.nan
         row = {
             "loss": loss / image_count,
             "eps_error": eps_error / image_count,
             "grad_norm": last_grad_norm,
-            "images_per_second": self.steps_timed * self.images_per_step / (now - self.clock),
-            "skipped_steps": self.skipped_before,
+            "images_per_second": self.steps_timed * self.images_per_step / seconds,
+            "skipped_steps": int(skipped),
         }
-        self.sums_of_losses.zero_()
-        self.skipped.zero_()
-        self.steps = 0
-        self.steps_timed = 0
-        self.clock = now
+        self.sums.zero_()
+        self.start_clock()
         return row
 
     @contextmanager
@@ -206,27 +170,14 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
     rows = read_metrics(metrics)
     figure = Figure(figsize=(8, 4.5))
     axis = figure.subplots()
-    curves = {
-        "eps_error": {
-            "label": "training (raw weights, random t and noise)",
-            "color": "0.7",
-            "linewidth": 1.2,
-        },
-        "val_eps_error": {
-            "label": "validation, raw weights",
-            "color": "tab:orange",
-            "marker": ".",
-        },
-        "val_eps_error_ema": {
-            "label": "validation, EMA weights",
-            "color": "tab:blue",
-            "marker": ".",
-        },
-    }
-    for column, style in curves.items():
-        points = [(row["step"], row[column]) for row in rows if row[column] is not None]
+    for column, color, label in (
+        ("eps_error", "0.7", "training (raw weights, random t and noise)"),
+        ("val_eps_error", "tab:orange", "validation, raw weights"),
+        ("val_eps_error_ema", "tab:blue", "validation, EMA weights"),
+    ):
+        points = {row["step"]: row[column] for row in rows if row[column] is not None}
         if points:
-            axis.plot(*zip(*points, strict=True), **style)
+            axis.plot(points.keys(), points.values(), ".-", color=color, label=label)
 
     # The error starts near 1 and soon falls far below. On a linear axis the rest would look flat.
     axis.set_yscale("log")

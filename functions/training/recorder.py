@@ -1,9 +1,9 @@
 """The work between two steps: metrics, validation, sample grids, checkpoints and stopping."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +18,6 @@ from functions.support.errors import UserError
 from functions.support.files import short, write_text
 from functions.support.pictures import save_grid
 from functions.support.run_folder import (
-    abandon_snapshots,
-    checkpoints_of,
     delete_old,
     last_checkpoint,
     locked,
@@ -31,7 +29,7 @@ from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
 from functions.training.validation import validation_losses
 
-# The run ends when so many steps in a row were skipped, counted in whole rows of metrics.csv.
+# The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
 
 
@@ -51,16 +49,20 @@ class Recorder:
         self.stop_signals = StopSignals()
         # Whether a signal has stopped the run.
         self.stopped = False
-        self.bar = tqdm(disable=True)
         # Only rank 0 has this log.
         self.metrics: MetricsLog | None = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Lock the run folder, and open its files and the progress bar."""
+        """Lock the run folder, and open its files and the progress bar.
+
+        Raises UserError for a failed write, and when another process has locked the folder.
+        """
         run = self.run
-        with ExitStack() as stack:
-            run.folder = self.processes.on_main(lambda: self.open_folder(stack))
+        if not run.folder:
+            run.folder = self.processes.on_main(lambda: new_folder(run.runs_folder, run.name))
+        with explain_failed_writes(run.folder), ExitStack() as stack:
+            self.processes.on_main(lambda: self.open_files(stack))
             stack.enter_context(self.stop_signals)
             bar = tqdm(
                 initial=run.step,
@@ -70,55 +72,21 @@ class Recorder:
                 disable=not self.processes.is_main,
             )
             self.bar = stack.enter_context(bar)
-            with explain_failed_writes(run.folder):
-                self.complete()
             run.window.start_clock()
             yield
 
-    def open_folder(self, stack: ExitStack) -> Path:
-        """Create the run folder in rank 0, lock it and open its files; the stack closes them."""
+    def open_files(self, stack: ExitStack) -> None:
+        """Lock the run folder and open its files in rank 0; the stack closes them."""
         run = self.run
-        folder = run.folder or new_folder(run.runs_folder, run.name)
         for inner in ("samples", "checkpoints", "snapshots"):
-            (folder / inner).mkdir(exist_ok=True)
-        stack.enter_context(locked(folder))
-        if run.folder and checkpoints_of(folder) != run.known_checkpoints:
-            raise UserError(f"{folder}: another process has just trained there; resume it again")
-        abandon_snapshots(folder, run.step)
-        config = run.config_text()
-        write_text(folder / "config.json", config)
-        self.metrics = MetricsLog(folder, run.step)
-        # Closing TensorBoard writes to the disk, which may fail.
-        close = explain_failed_writes(folder)(self.metrics.tensorboard.close)
-        stack.callback(close)
+            (run.folder / inner).mkdir(exist_ok=True)
+        stack.enter_context(locked(run.folder))
+        config = json.dumps(run.contents(), indent=2)
+        write_text(run.folder / "config.json", config)
+        self.metrics = MetricsLog(run.folder, run.step)
+        stack.callback(self.metrics.tensorboard.close)
         self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", run.step)
-        print(f"  goes to    {folder}", flush=True)
-        return folder
-
-    def complete(self) -> None:
-        """Write what a resumed run has to write before its first step."""
-        run = self.run
-        # The next resumed run takes its config from the checkpoint, so changes are saved now.
-        if run.config_changed:
-            self.save()
-        # A kill or a signal may have prevented the files that were due after the checkpoint's step.
-        if self.is_missing("snapshots", self.config.snapshot_every):
-            self.save_snapshot()
-        if self.is_missing("samples", self.config.sample_every):
-            self.sample()
-
-    def is_missing(self, kind: str, every: int) -> bool:
-        """Return whether a file of the present step is due and does not exist."""
-        run = self.run
-        path = path_of(run.folder, kind, run.step)
-        return run.step > 0 and self.is_due(every) and not path.exists()
-
-    def steps(self) -> Iterator[int]:
-        """Yield the numbers of the steps that are left, until a signal stops the run."""
-        for step in range(self.run.step, self.run.total_steps):
-            yield step
-            if self.stopped:
-                return
+        print(f"  goes to    {run.folder}", flush=True)
 
     def is_due(self, every: int) -> bool:
         """Return whether work that is done every `every` steps is due; 0 means never."""
@@ -129,14 +97,13 @@ class Recorder:
         """Do everything that is due after a step, and count the step as done.
 
         `losses` and `t` (B,) are those of this process's images. After a signal to any process,
-        this saves a checkpoint and ends the iteration of `steps`. There may be little time after a
-        signal, so nothing is measured and no grid is drawn.
+        this saves a checkpoint, and `stopped` is true.
         """
         run = self.run
         config = self.config
         errors = eps_errors(run.denoiser, losses, t)
-        sums = self.processes.sum_(torch.stack([losses, errors]).sum(dim=1))
-        run.window.add(sums, run.optimizer.found_inf)
+        sums = torch.stack([losses, errors, torch.ones_like(losses)]).sum(dim=1)
+        run.window.add(self.processes.sum_(sums), run.optimizer.found_inf)
         # From here on `run.step` counts this step, too.
         run.step += 1
         epoch = min(run.step // run.steps_per_epoch + 1, config.epochs)
@@ -144,24 +111,24 @@ class Recorder:
         self.bar.update()
 
         # The clock stops here, so that images_per_second is the speed of training only.
-        with run.window.paused(), explain_failed_writes(run.folder):
-            self.stopped = self.signal_received()
-            validation_due = self.is_due(config.validate_every)
-            if self.is_due(config.log_every) or validation_due:
-                self.log(grad_norm, validation_due and not self.stopped)
-            # The snapshot comes before the checkpoint: if the run is killed in between, it resumes
-            # from the checkpoint before, and writes the snapshot again.
-            if self.is_due(config.snapshot_every):
-                self.save_snapshot()
+        with run.window.paused():
+            validating = self.is_due(config.validate_every)
+            if validating or self.is_due(config.log_every):
+                self.log(grad_norm, validating)
+            if self.is_due(config.snapshot_every) and self.processes.is_main:
+                run.save_snapshot(path_of(run.folder, "snapshots", run.step))
+            if self.is_due(config.sample_every):
+                self.sample()
+            # The checkpoint comes last: if the run is killed before it, it resumes from the
+            # checkpoint before, and writes all of this again.
+            # All processes get the same answer, so that they stop after the same step. They
+            # exchange it on their CPUs, and do not wait for a GPU.
+            signal_received = self.processes.any(self.stop_signals.received is not None)
+            self.stopped = signal_received and run.step < run.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
             if self.is_due(config.checkpoint_every) or overdue or self.stopped:
                 self.save()
-            if self.is_due(config.sample_every):
-                # Saving takes time, in which another signal may have come.
-                self.stopped = self.stopped or self.signal_received()
-                if not self.stopped:
-                    self.sample()
 
         if self.stopped:
             # torchrun ends all processes when one has ended. So they wait until rank 0 has saved.
@@ -171,12 +138,6 @@ class Recorder:
                 f"stopped by {reason}, saved; continue with: python train.py --resume {run.folder}"
             )
 
-    def signal_received(self) -> bool:
-        """Return whether any process has received a signal to stop."""
-        # All processes get the same answer, so that they stop after the same step. They exchange it
-        # on their CPUs, and do not wait for a GPU.
-        return self.processes.any(self.stop_signals.received is not None)
-
     def save(self) -> None:
         """Write a checkpoint to resume and sample from."""
         run = self.run
@@ -184,11 +145,6 @@ class Recorder:
         if self.processes.is_main:
             run.save(path_of(run.folder, "checkpoints", run.step))
             delete_old(run.folder, run.step, self.config.keep_checkpoints)
-
-    def save_snapshot(self) -> None:
-        """Write the snapshot of a step."""
-        if self.processes.is_main:
-            self.run.save_snapshot(path_of(self.run.folder, "snapshots", self.run.step))
 
     def log(self, grad_norm: Tensor, validating: bool) -> None:
         """Write a row of metrics, with a validation if asked; show loss and speed in the bar.
@@ -204,12 +160,13 @@ class Recorder:
             "learning_rate": learning_rate,
             **run.window.read(grad_norm),
         }
-        if run.window.skipped_in_a_row >= MOST_SKIPPED:
+        skipped_in_a_row = int(run.window.skipped[1])
+        if skipped_in_a_row >= MOST_SKIPPED:
             raise UserError(
-                f"{run.window.skipped_in_a_row} steps in a row had gradients that are not finite "
-                f"numbers. The last one was {run.step} (gradient norm {row['grad_norm']:.4g}, "
-                f"learning rate {learning_rate:.3g}). Bad steps changed no weights. Lower the "
-                "learning rate, clip gradients, or train in bfloat16 or float32. "
+                f"the last {skipped_in_a_row} steps had gradients that are not finite numbers "
+                f"(gradient norm {row['grad_norm']:.4g}, learning rate {learning_rate:.3g}). They "
+                "changed no weights. Lower the learning rate, clip gradients, or train in bfloat16 "
+                "or float32. "
                 f"Last good checkpoint: {last_checkpoint(run.folder) or 'there is none yet'}"
             )
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} img/s")

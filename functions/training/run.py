@@ -2,9 +2,7 @@
 
 import argparse
 import copy
-import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +25,7 @@ from functions.support.checkpoint import (
     SavedModel,
     TensorFile,
     Tensors,
-    check_fit,
-    load_into,
+    copy_tensors,
     open_checkpoint,
     verify_checkpoint,
     write_tensors,
@@ -41,16 +38,12 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.errors import CheckpointError
 from functions.support.loading import open_model
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import StepDraws, training_draws
 from functions.support.run_folder import (
-    MOST_STEPS,
-    checkpoints_of,
     find_checkpoints,
     first_intact,
-    is_finished,
     run_to_resume,
 )
 from functions.support.settings import ConfigError, marked
@@ -64,10 +57,8 @@ VISIBLE_SNR = 1e-3
 class TrainingRun:
     """A training run, which saves and loads itself.
 
-    A run is new, and `start` is None; or it begins with the weights of another model, the
-    SavedModel `start`; or it continues from the checkpoint `start`. Raises ConfigError for images
-    that do not fit the config or the checkpoint, and CheckpointError for a checkpoint or a model
-    that does not fit.
+    A run is new, or it continues from `checkpoint`. Raises ConfigError for images that do not fit
+    the config or the checkpoint, and CheckpointError for a checkpoint that does not fit.
 
     Attributes:
         name, experiment, config: the experiment's name, the experiment, and its DiffusionConfig.
@@ -80,7 +71,7 @@ class TrainingRun:
         step: the number of steps that are done.
         total_steps, steps_per_epoch: the number of steps of the whole run, and of an epoch.
         share: this process's places in the effective batch.
-        facts: plain values for config.json and checkpoints: hashes of the images, the device, ...
+        facts: plain values for config.json and checkpoints: hashes of the images, ...
         earlier_facts: the facts in the checkpoint; {} for a run that is not resumed.
     """
 
@@ -91,7 +82,7 @@ class TrainingRun:
         runs_folder: Path,
         device: torch.device,
         processes: Processes = SINGLE_PROCESS,
-        start: SavedModel | TensorFile | None = None,
+        checkpoint: TensorFile | None = None,
     ):
         self.name = name
         self.experiment = experiment
@@ -99,17 +90,10 @@ class TrainingRun:
         self.runs_folder = runs_folder
         self.device = device
         self.processes = processes
-        checkpoint = start if isinstance(start, TensorFile) else None
-        initial = start if isinstance(start, SavedModel) else None
         self.earlier_facts = checkpoint.contents["run"] if checkpoint else {}
         self.step = self.earlier_facts.get("step", 0)
         # A checkpoint is at RUN/checkpoints/FILE.
         self.folder = checkpoint.path.parents[1] if checkpoint else None
-        # The Recorder compares these with those that exist when it has locked the folder.
-        self.known_checkpoints = checkpoints_of(self.folder) if checkpoint else []
-        self.config_changed = False
-        if checkpoint:
-            self.config_changed = checkpoint.contents["config"] != experiment.to_dict()
 
         # Data. Each process has its share of every effective batch.
         model = experiment.model
@@ -122,7 +106,7 @@ class TrainingRun:
         self.share = processes.shard(self.config.effective_batch)
         self.check_length()
         if checkpoint:
-            self.check_resumption(checkpoint)
+            self.check_resumption()
         self.feeder = ImageFeeder(self.image_set.images, device)
         self.window = TrainingWindow(device, self.config.effective_batch)
 
@@ -132,7 +116,7 @@ class TrainingRun:
         precision = choose_precision(
             self.config.precision, device, earlier_arithmetic.get("precision")
         )
-        self.denoiser = self.build_denoiser(precision, initial)
+        self.denoiser = self.build_denoiser(precision)
         self.model = self.denoiser.network
         self.ema_model = None
         if self.config.ema_decay > 0:
@@ -149,17 +133,11 @@ class TrainingRun:
 
         self.facts = {
             "total_steps": self.total_steps,
-            "steps_per_epoch": self.steps_per_epoch,
-            "split": self.split.description,
             "train_ids_hash": self.split.train_ids_hash,
-            "val_ids_hash": self.split.val_ids_hash,
             "pixels_hash": self.split.pixels_hash,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "terminal_snr": self.denoiser.scheduler.terminal_snr,
-            "device": str(device),
             # This describes the model whose weights the run started from. None: random weights.
             "initial": self.earlier_facts.get("initial"),
-            "initial_path": self.earlier_facts.get("initial_path"),
             # The bits of the results depend on these values.
             "arithmetic": arithmetic(
                 device,
@@ -169,9 +147,6 @@ class TrainingRun:
                 self.is_to_compile,
             ),
         }
-        if initial:
-            self.facts["initial"] = f"{initial.path}: {initial}"
-            self.facts["initial_path"] = os.path.abspath(initial.path)
 
     @property
     def is_to_compile(self) -> bool:
@@ -185,7 +160,7 @@ class TrainingRun:
         return replace(self.denoiser, network=self.ema_model or self.model)
 
     def check_length(self) -> None:
-        """Raise ConfigError for a run of no step or too many, or for too many processes."""
+        """Raise ConfigError for a run of no step, or for too many processes."""
         effective_batch = self.config.effective_batch
         if self.total_steps == 0:
             raise ConfigError(
@@ -193,44 +168,42 @@ class TrainingRun:
                 f"fewer than one step's {effective_batch} (batch_size x gradient_accumulation); "
                 "lower one of the two"
             )
-        if self.total_steps > MOST_STEPS:
-            raise ConfigError(
-                f"{self.config.epochs:,} epochs are {self.total_steps:,} steps, and a run has at "
-                f"most {MOST_STEPS:,}; lower epochs to {MOST_STEPS // self.steps_per_epoch:,}"
-            )
         if effective_batch < self.processes.count:
             raise ConfigError(
                 f"{self.processes.count} processes cannot share an effective batch of "
                 f"{effective_batch}"
             )
 
-    def check_resumption(self, checkpoint: TensorFile) -> None:
+    def check_resumption(self) -> None:
         """Raise ConfigError if no step is left to do, or if the images are not the run's.
 
         The images may have another name or lie elsewhere, if their ids and pixels are the same.
         """
-        for fact in ("train_ids_hash", "val_ids_hash", "pixels_hash"):
+        for fact in ("train_ids_hash", "pixels_hash"):
             if self.earlier_facts[fact] != getattr(self.split, fact):
                 raise ConfigError(
                     f"{self.folder} was trained on other images than {self.config.dataset_name} "
                     "has; it cannot continue with these"
                 )
-        # A run whose last grid or snapshot is missing is opened once more, to write it.
-        at_end = self.step == self.total_steps
-        if self.step > self.total_steps or (at_end and is_finished(checkpoint)):
+        if self.step >= self.total_steps:
             raise ConfigError(
                 f"{self.folder}: the run is finished; to continue it, increase --diffusion.epochs"
             )
 
-    def build_denoiser(self, precision: torch.dtype, initial: SavedModel | None) -> Denoiser:
-        """Build the network, with the weights of `initial` if there are any, and the schedule."""
+    def build_denoiser(self, precision: torch.dtype) -> Denoiser:
+        """Build the network, with random weights, and the schedule."""
         # This seed is for the initial weights. Every later draw has another seed.
         torch.manual_seed(self.config.seed)
         layout = fast_layout(self.device, training=True)
         model = UNet(**vars(self.experiment.model)).to(self.device, memory_format=layout)
-        if initial:
-            load_into(model, initial)
         return Denoiser(model, self.config.build_scheduler(), self.config.objective, precision)
+
+    def begin_with(self, initial: SavedModel) -> None:
+        """Take over the weights of another model. Raises CheckpointError when they do not fit."""
+        copy_tensors(initial.weights, self.model.state_dict(), initial.path)
+        if self.ema_model:
+            self.ema_model.load_state_dict(self.model.state_dict())
+        self.facts["initial"] = f"{initial.path}: {initial}"
 
     def batches(self) -> Iterator[Tensor]:
         """Yield this process's images of each step that is left: uint8 (B, S, S, C)."""
@@ -278,6 +251,7 @@ class TrainingRun:
         for name, p in self.model.named_parameters():
             for moment, tensor in self.optimizer.state[p].items():
                 parts["optimizer"][f"{moment}.{name}"] = tensor
+        parts["window"] = {"sums": self.window.sums, "skipped": self.window.skipped}
         return parts
 
     def contents(self) -> dict:
@@ -291,95 +265,60 @@ class TrainingRun:
         It needs no state of a random generator and no position in the data, because both follow
         from the seed and the step.
         """
-        counters = {"window": self.window.state(), "scaler": self.scaler.state_dict()}
-        write_tensors(path, self.parts(), self.contents() | counters)
+        scaler = {"scaler": self.scaler.state_dict()}
+        write_tensors(path, self.parts(), self.contents() | scaler)
 
     def save_snapshot(self, path: Path) -> None:
         """Write the weights to sample from, in float16. Raises OSError, such as for a full disk."""
         part = "ema" if self.ema_model else "model"
-        # The copies are on the CPU, because a GPU may be full.
-        weights = {
-            name: tensor.detach().cpu().half() for name, tensor in self.parts()[part].items()
-        }
+        weights = {name: tensor.half() for name, tensor in self.parts()[part].items()}
         write_tensors(path, {part: weights}, self.contents())
 
     def load(self, checkpoint: TensorFile) -> None:
         """Take over a checkpoint's numbers; memory layouts stay as they are.
 
-        Raises CheckpointError, with no tensor changed, when the checkpoint does not fit.
+        Raises CheckpointError when the checkpoint is damaged or does not fit.
         """
-        path = checkpoint.path
-        parts = self.parts()
-        if parts.keys() != checkpoint.digests.keys():
-            raise CheckpointError(
-                f"{path}: it has {', '.join(checkpoint.digests)}; the run has {', '.join(parts)}"
-            )
-        saved = {part: checkpoint.tensors(part) for part in parts}
-        for part, tensors in parts.items():
-            check_fit(tensors, saved[part], path)
-        for name, tensor in saved["optimizer"].items():
-            # These are a number of steps and a mean of squares.
-            if name.startswith(("step.", "exp_avg_sq.")) and tensor.min() < 0:
-                raise CheckpointError(f"{path}: {name} has negative numbers")
-        window, scaler = copy.deepcopy((self.window, self.scaler))
-        try:
-            window.load(checkpoint.contents["window"])
-            # Either state is empty where the precision is not float16. Then the scaler stays new.
-            scaler_state = checkpoint.contents["scaler"]
-            if scaler_state and scaler.is_enabled():
-                scaler.load_state_dict(scaler.state_dict() | scaler_state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: its counters are malformed") from error
-        self.window, self.scaler = window, scaler
-        for part, tensors in parts.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[part][name])
-
-    def config_text(self) -> str:
-        """Return the text of config.json: the experiment's fields, and the facts as `run`."""
-        config = {"experiment": self.name, **self.experiment.to_dict(), "run": self.facts}
-        return json.dumps(config, indent=2)
+        for part, tensors in self.parts().items():
+            copy_tensors(checkpoint.tensors(part), tensors, checkpoint.path)
+        # The state is empty unless the precision was float16.
+        scaler = checkpoint.contents["scaler"]
+        if scaler:
+            self.scaler.load_state_dict(scaler)
 
     def describe(self) -> str:
         """Describe the run in a few lines (data, split, network, ...), followed by warnings."""
         config = self.config
         facts = self.facts
-        snr = facts["terminal_snr"]
+        snr = self.denoiser.scheduler.terminal_snr
         done = f"; {self.step:,} steps are done" if self.step else ""
         lines = [
             self.name,
             f"  data       {self.image_set.summary}",
-            f"  split      {facts['split']}",
+            f"  split      {self.split.description}",
             f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, "
-            f"{facts['device']}",
+            f"{self.device}",
             f"  length     {self.total_steps:,} steps of {config.effective_batch} images: "
             f"{config.epochs} epochs of {self.steps_per_epoch:,} steps{done}",
+            f"  objective  {config.objective} over {config.timesteps_diff} timesteps with "
+            f"{config.beta_schedule} betas, terminal SNR {snr:.2g}",
         ]
         if facts["initial"]:
             lines.append(f"  begins as  {facts['initial']}")
-        lines.append(
-            f"  objective  {config.objective} over {config.timesteps_diff} timesteps with "
-            f"{config.beta_schedule} betas, terminal SNR {snr:.2g}"
-        )
-        if config.snapshot_every:
-            count = math.ceil(self.total_steps / config.snapshot_every)
-            # A parameter takes 2 bytes in float16.
-            megabytes = 2 * facts["parameters"] / 1e6
-            lines.append(f"  snapshots  {count:,} of {megabytes:,.1f} MB each")
-        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings())])
+        for warning in self.warnings():
+            lines.append(f"warning: {warning}")
+        return "\n".join(lines)
 
     def warnings(self) -> list[str]:
         """Return a warning for each setting that is allowed but probably not meant."""
         warnings = self.experiment.warnings()
-        snr = self.facts["terminal_snr"]
+        snr = self.denoiser.scheduler.terminal_snr
         if snr > VISIBLE_SNR:
             warnings.append(
                 f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): "
                 "x_T still carries the image, but sampling starts from pure noise; "
                 "set rescale_betas = True or use 1000 timesteps"
             )
-        if not self.ema_model:
-            warnings.append("ema_decay is 0: no EMA, samples use the raw weights")
         # A resumed run equals an uninterrupted one bit for bit only in the same arithmetic.
         for name, earlier in self.earlier_facts.get("arithmetic", {}).items():
             now = self.facts["arithmetic"].get(name)
@@ -399,13 +338,15 @@ def open_run(args: argparse.Namespace, device: torch.device, processes: Processe
         return resume_run(folder, args, device, processes)
     diffusion = given_fields(args, "diffusion")
     model = given_fields(args, "model")
-    if not args.init:
+    if args.init:
+        initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
+        experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
+    else:
         experiment = EXPERIMENTS[name].override(diffusion, model)
-        return TrainingRun(name, experiment, args.runs, device, processes)
-
-    initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
-    experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
-    return TrainingRun(name, experiment, args.runs, device, processes, initial)
+    run = TrainingRun(name, experiment, args.runs, device, processes)
+    if args.init:
+        run.begin_with(initial)
+    return run
 
 
 def fit_to_weights(
@@ -437,39 +378,13 @@ def resume_run(
     """Open a run to continue from its newest intact checkpoint.
 
     The experiment comes from the checkpoint, even if config.py has changed. Raises ConfigError for
-    changes that a resumed run cannot make, and for a run of another experiment or of other initial
-    weights than the flags name.
+    changes that a resumed run cannot make, and for a run of another experiment than the flags name.
     """
-
-    def choose():
-        candidates = find_checkpoints(folder)
-        intact = first_intact(candidates, verify_checkpoint).path
-        return candidates[candidates.index(intact) :]
-
-    def resume_from(path):
-        return continue_from(open_checkpoint(path), args, device, processes)
-
-    # The newest intact checkpoint may still not fit, which shows only when it is loaded.
-    return first_intact(processes.on_main(choose), resume_from)
-
-
-def continue_from(
-    checkpoint: TensorFile, args: argparse.Namespace, device: torch.device, processes: Processes
-) -> TrainingRun:
-    """Return the run that continues from this checkpoint; see `resume_run`."""
-    folder = checkpoint.path.parents[1]
-    facts = checkpoint.contents["run"]
-    name = facts["experiment"]
+    path = processes.on_main(lambda: first_intact(find_checkpoints(folder), verify_checkpoint).path)
+    checkpoint = open_checkpoint(path)
+    name = checkpoint.contents["run"]["experiment"]
     if args.experiment not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {args.experiment!r}")
-    if args.init:
-        # --init may name the file of the initial weights, or its run: RUN/checkpoints/FILE.
-        file = Path(facts["initial_path"] or "")
-        if Path(os.path.abspath(args.init)) not in (file, file.parent.parent):
-            raise ConfigError(
-                f"{folder} did not begin with the weights of {args.init}; resume it without --init"
-            )
-
     saved = Experiment.from_dict(checkpoint.contents["config"])
     resumed = saved.resumed(given_fields(args, "diffusion"), given_fields(args, "model"))
     for field, (earlier, now) in saved.differences(resumed).items():

@@ -41,29 +41,21 @@ def validation_losses(
     # differ by at most one.
     all_indices = indices[np.arange(count) * len(indices) // count]
 
-    # The sums stay on the device, so that no batch waits for the previous one.
-    sums = []
+    total = torch.zeros(len(denoisers), 2, dtype=torch.float64)
     for start in range(0, count, config.batch_size)[processes.rank :: processes.count]:
         batch_slice = slice(start, start + config.batch_size)
         x_0 = to_model_range(gather(all_indices[batch_slice]))
-        # All t are copied to the device once, with the first batch.
-        all_t = all_t.to(x_0.device)
-        t = all_t[batch_slice]
+        t = all_t[batch_slice].to(x_0.device)
         # The noise of a triple depends on its position among all triples, not on its batch.
         positions = range(count)[batch_slice]
         noise = ImageNoise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")
         eps = noise.draw()
 
-        for denoiser in denoisers:
+        for i, denoiser in enumerate(denoisers):
             with denoiser.evaluating():
                 losses = denoising_loss(denoiser, x_0, t, eps)
                 errors = eps_errors(denoiser, losses, t)
-                sums.append(torch.stack([losses, errors]).sum(dim=1))
+            total[i] += torch.stack([losses, errors]).sum(dim=1).cpu()
 
-    # A process without a batch adds zeros.
-    total = torch.zeros(len(denoisers), 2, dtype=torch.float64)
-    if sums:
-        batch_sums = torch.stack(sums).cpu().double().view(-1, len(denoisers), 2)
-        total += batch_sums.sum(dim=0)
     means = processes.sum_(total) / count
     return means.tolist()

@@ -122,14 +122,6 @@ def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
     assert [path.name for path in tmp_path.glob("*.png")] == ["00003.png"]
 
 
-def test_samples_of_a_checkpoint_that_is_named_from_inside_its_folder(tiny_run, monkeypatch):
-    """They are in the run's folder of samples."""
-    monkeypatch.chdir(tiny_run / "checkpoints")
-    call(sample.main, "step-00000010.safetensors", "--n", 1, "--steps", 1)
-    name = "step-00000010-ddpm-1-trailing-small-float32-seed0"
-    assert (tiny_run / "samples" / name / "grid.png").exists()
-
-
 def test_a_failed_write_ends_the_script(tiny_run, tmp_path, monkeypatch):
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(sample, "save_image", full)

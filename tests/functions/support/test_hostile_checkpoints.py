@@ -5,10 +5,10 @@ import torch
 
 from functions.support import checkpoint
 from functions.support.checkpoint import load_weights, verify_checkpoint, write_tensors
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 from functions.support.loading import rebuild
 from tests.conftest import CPU
-from tests.spoilt_files import checkpoint_parts, same, snapshot, stepped_run
+from tests.spoilt_files import checkpoint_parts, stepped_run
 
 
 def refusal(path, read=verify_checkpoint):
@@ -23,14 +23,8 @@ def refusal(path, read=verify_checkpoint):
 
 
 def resume(path):
-    """Let a training take a checkpoint over; one that is refused must have changed nothing."""
-    run = stepped_run(1)
-    before = snapshot(run)
-    try:
-        run.load(verify_checkpoint(path))
-    except UserError:
-        assert same(snapshot(run), before)
-        raise
+    """Let a training take a checkpoint over."""
+    stepped_run.__wrapped__(1).load(verify_checkpoint(path))
 
 
 def sample(path):
@@ -63,53 +57,32 @@ def test_a_damaged_part_is_named_and_sampling_needs_only_its_own(part, path):
     whole = path.read_bytes()
     path.write_bytes(whole.replace(before.numpy().tobytes(), (2 * before).numpy().tobytes()))
 
-    assert refusal(path) == f"damaged: {part} does not match its checksum"
+    assert refusal(path) == f"{part} is missing or damaged"
     if part == "ema":
         refusal(path, sample)
     else:
         sample(path)
 
 
-@pytest.mark.parametrize(
-    ("place", "value", "read", "message"),
-    [
-        ("config", None, resume, "malformed"),
-        ("run/step", "5", resume, "malformed"),
-        ("window/sums", [1, 2, 3], resume, "malformed"),
-        ("scaler", "text", resume, "malformed"),
-        ("config/diffusion/objective", "x_0", sample, "cannot build a model from its config"),
-    ],
-)
-def test_contents_that_cannot_be(path, place, value, read, message):
+def test_an_objective_of_another_version(path):
     parts, contents = checkpoint_parts()
-    *parents, last = place.split("/")
-    owner = contents
-    for parent in parents:
-        owner = owner[parent]
-    owner[last] = value
+    contents["config"]["diffusion"]["objective"] = "x_0"
     write_tensors(path, parts, contents)
-    assert message in refusal(path, read)
+    assert "cannot build a model from its config" in refusal(path, sample)
 
 
-@pytest.mark.parametrize(
-    ("part", "name", "change", "message"),
-    [
-        ("ema", "conv_in.bias", lambda t: t[:1], "torch.float32 (1,); the model has"),
-        ("ema", "conv_in.bias", None, "1 weights are missing or unknown, such as 'conv_in.bias'"),
-        ("optimizer", "step.conv_in.bias", lambda t: t - 2, "conv_in.bias has negative numbers"),
-        ("optimizer", "exp_avg.conv_in.bias", lambda t: t.bfloat16(), "is torch.bfloat16 (4,)"),
-        ("optimizer", "exp_avg_sq.conv_in.bias", lambda t: -t, "conv_in.bias has negative numbers"),
-    ],
-)
-def test_tensors_that_cannot_be(path, part, name, change, message):
+@pytest.mark.parametrize("read", [resume, sample])
+def test_a_network_that_was_changed(read, path):
     parts, contents = checkpoint_parts()
-    tensor = parts[part].pop(name)
-    if change:
-        parts[part][name] = change(tensor)
+    bias = parts["ema"]["conv_in.bias"]
+    parts["ema"]["conv_in.bias"] = bias[:1]
     write_tensors(path, parts, contents)
-    assert message in refusal(path, resume)
-    if part == "ema":
-        assert message in refusal(path, sample)
+    assert refusal(path, read) == "conv_in.bias is (1,); the model has (4,)"
+
+    del parts["ema"]["conv_in.bias"]
+    write_tensors(path, parts, contents)
+    expected = "1 weights are missing or unknown, such as 'conv_in.bias'"
+    assert refusal(path, read) == expected
 
 
 def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
@@ -119,4 +92,6 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
         patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint 2")
         write_tensors(path, *checkpoint_parts())
     assert "not a checkpoint of this version" in refusal(path)
+    write_tensors(path, {"calibration": {}}, {})
+    assert refusal(path) == "neither a checkpoint nor a model"
     assert refusal(path.parent) == "there is no such file"

@@ -3,14 +3,11 @@
 import resource
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
-import train
 from functions.support import run_folder
-from functions.support.errors import UserError
-from tests.conftest import TINY, call, newest
+from tests.conftest import TINY
 from tests.forked import Program, train_script
 
 pytestmark = pytest.mark.slow
@@ -36,7 +33,7 @@ def test_a_checkpoint_that_cannot_be_written(unfinished, tmp_path):
     assert f"Last good checkpoint: {last}. {advice}{unfinished}" in program.printed
     assert "Traceback" not in program.printed
     assert run_folder.checkpoints_of(unfinished)[-1].read_bytes() == whole
-    assert not list(unfinished.rglob(".*.tmp"))
+    assert not list(unfinished.rglob(".*tmp*"))
 
 
 def train_in_little_memory():
@@ -57,14 +54,3 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path):
     assert program.wait() == 2
     assert "error: out of memory" in program.printed
     assert "Traceback" not in program.printed
-
-
-def test_a_run_whose_last_grid_fails_is_not_lost(unfinished, monkeypatch):
-    """The checkpoint of the same step is written before its grid."""
-    fails = Mock(side_effect=OSError(5, "I/O error"))
-    monkeypatch.setattr("functions.training.recorder.save_grid", fails)
-
-    message = r"I/O error\. Last good checkpoint: .*step-00000010\.safetensors"
-    with pytest.raises(UserError, match=message):
-        call(train.main, "--resume", unfinished)
-    assert newest(unfinished)["run"]["step"] == 10

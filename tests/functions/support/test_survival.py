@@ -11,10 +11,8 @@ import torch
 import sample
 import train
 from functions.support import run_folder
-from functions.support.checkpoint import verify_checkpoint, write_tensors
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
-from functions.training.metrics import read_metrics
 from functions.training.stopping import StopSignals
 from tests.conftest import TINY, call, during, interrupt, load_checkpoint, newest, posix, train_tiny
 from tests.forked import Program
@@ -92,11 +90,7 @@ def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
 @pytest.mark.slow
 @posix
 def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_path, capsys):
-    """Each signal comes in the middle of a step.
-
-    In step 5 no time is left for the validation and the grid that are due. The resumed run draws
-    the grid, and all later numbers are those of a run that never stopped.
-    """
+    """Each signal comes in the middle of a step; one of them is due to be recorded."""
     arguments = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY]
     done = 0
     before = signal.getsignal(signal.SIGTERM)
@@ -109,8 +103,6 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
 
         (run,) = tmp_path.iterdir()
         assert newest(run)["run"]["step"] == step
-        rows = read_metrics(run / "metrics.csv")
-        assert all(row["val_loss"] is None for row in rows)
         printed = capsys.readouterr().out
         assert f"stopped by {name}, saved; continue with: python train.py --resume {run}" in printed
 
@@ -118,7 +110,7 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         done = step
 
     call(train.main, *arguments)
-    assert_same_run(tiny_run, run, stopped_after=5)
+    assert_same_run(tiny_run, run)
 
 
 def stopped_by_three_signals():
@@ -148,20 +140,10 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 @pytest.mark.slow
 @posix
 def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
-    """First the newest checkpoint cannot be loaded, then its checksum is wrong."""
     path = run_folder.checkpoints_of(unfinished)[-1]
     resume = ["faces", "--resume", "auto", "--runs", unfinished.parent]
-    file = verify_checkpoint(path)
-    parts = {part: file.tensors(part) for part in file.digests}
-    parts["optimizer"]["exp_avg_sq.conv_in.bias"] -= 1
-    write_tensors(path, parts, file.contents)
-    call(train.main, *resume, "--dry-run")
-    printed = capsys.readouterr()
-    assert f"WARNING: UNUSABLE CHECKPOINT: {path}: exp_avg_sq" in printed.err
-    assert "5 steps are done" in printed.out
-
     spoilt = bytearray(path.read_bytes())
-    # The EMA weights are the first of four equal parts.
+    # The EMA weights are in the first quarter.
     spoilt[len(spoilt) // 8] ^= 8
     path.write_bytes(spoilt)
     # Samples of the run come from the checkpoint before it.
@@ -173,15 +155,10 @@ def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
     with pytest.raises(CheckpointError, match=path.name):
         call(sample.main, path, "--n", 1, "--steps", 1)
 
-    # The run goes on from the checkpoint before it. A snapshot after that one is no guide.
-    snapshots = [run_folder.path_of(unfinished, "snapshots", step) for step in (5, 6)]
-    for snapshot in snapshots:
-        snapshot.touch()
+    # The run goes on from the checkpoint before it.
     call(train.main, *resume)
     assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in capsys.readouterr().err
     assert_same_run(tiny_run, unfinished)
-    names = {path.name for path in snapshot.parent.glob("*0000000[56]*")}
-    assert names == {snapshots[0].name, f"abandoned-{snapshot.name}"}
 
     # Without its last checkpoint, a finished run is an unfinished one.
     last = run_folder.checkpoints_of(unfinished)[-1]

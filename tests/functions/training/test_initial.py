@@ -94,9 +94,6 @@ def test_a_resumed_run_remembers_where_it_began(tiny_run, trained, tmp_path, cap
     source = shutil.copytree(tiny_run, tmp_path.with_name("source") / tiny_run.name)
     with pytest.raises(KeyboardInterrupt), during(7, interrupt):
         trained("--init", source)
-    (interrupted,) = tmp_path.iterdir()
-    with pytest.raises(ConfigError, match="did not begin with the weights of"):
-        trained("--resume", "auto", "--init", interrupted)
 
     # The same command continues the run, even if the other one has a newer checkpoint by now.
     last = checkpoints_of(source)[-1]

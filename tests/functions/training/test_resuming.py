@@ -2,28 +2,21 @@
 
 import json
 import shutil
-from contextlib import nullcontext
 
 import pytest
 import torch
 
 import train
 from config import ConfigError
-from functions.support.errors import UserError
-from functions.support.run_folder import checkpoints_of
 from functions.training.metrics import read_metrics
-from tests.conftest import call, during, interrupt, newest, posix, terminate
-from tests.kill import assert_same_run, sample_grids
+from tests.conftest import call, newest, posix, terminate
+from tests.kill import assert_same_run
 from tests.spoilt_files import same
 
 
 @pytest.mark.slow
 @posix
 def test_what_a_resumed_run_may_change(unfinished, capsys):
-    """A run that is made longer, and interrupted before its next checkpoint, remembers its length.
-
-    Its newest checkpoint has it already, so it goes on without being told again.
-    """
     for refused, message in {
         "--diffusion.optimizer muon --model.base-dim 16": "diffusion.optimizer, model.base_dim",
         "--diffusion.batch-size 4": "cannot change diffusion.batch_size",
@@ -36,20 +29,20 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     capsys.readouterr()
 
     # The effective batch stays the same, so this is allowed.
-    with pytest.raises(KeyboardInterrupt), during(1, interrupt):
-        changes = "--diffusion.batch-size 4 --diffusion.gradient-accumulation 2"
-        call(train.main, "--resume", unfinished, *changes.split(), "--diffusion.epochs", 3)
+    changes = "--diffusion.batch-size 4 --diffusion.gradient-accumulation 2 --diffusion.epochs 3"
+    call(train.main, "--resume", unfinished, *changes.split())
     printed = capsys.readouterr().out
     assert "changed: diffusion.epochs was 2, is now 3" in printed
     assert "changed: diffusion.batch_size was 8, is now 4" in printed
     assert "warning: batch_size was 8, is now 4: no longer bit for bit" in printed
 
-    # It goes on to the end of three epochs, each of five steps.
-    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
+    # An epoch has five steps.
     assert newest(unfinished)["run"]["step"] == 15
     rows = read_metrics(unfinished / "metrics.csv")
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
-    assert json.loads((unfinished / "config.json").read_text())["diffusion"]["epochs"] == 3
+    assert (
+        json.loads((unfinished / "config.json").read_text())["config"]["diffusion"]["epochs"] == 3
+    )
     with pytest.raises(ConfigError, match="finished"):
         call(train.main, "--resume", unfinished)
 
@@ -101,32 +94,19 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     assert same(newest(unfinished)["ema"], newest(tiny_run)["ema"])
 
 
-def test_a_run_that_went_on_meanwhile_is_not_rewound(unfinished, monkeypatch):
-    """Another process writes a checkpoint while this one waits for the lock."""
-    path = checkpoints_of(unfinished)[-1]
-    monkeypatch.setattr(
-        "functions.training.recorder.locked",
-        lambda folder: nullcontext(shutil.copy(path, path.with_stem("step-00000009"))),
-    )
-    with pytest.raises(UserError, match="has just trained there; resume it again"):
-        call(train.main, "--resume", unfinished)
-
-
 @posix
-def test_a_signal_before_the_last_grid_is_heeded(unfinished, tiny_run, monkeypatch):
-    """A run that has its last checkpoint, but not its last grid, is unfinished."""
-    resume = ["faces", "--resume", "auto", "--runs", unfinished.parent]
-    save = train.Recorder.save
+def test_a_signal_in_a_grid_is_heeded_after_it(trained, tiny_run, tmp_path, monkeypatch):
+    """In the last grid it changes nothing, because the run ends after it anyway."""
+    sample = train.Recorder.sample
 
-    def save_and_terminate(recorder):
-        save(recorder)
+    def terminate_and_sample(recorder):
         terminate()
+        sample(recorder)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="75"):
-        patch.setattr(train.Recorder, "save", save_and_terminate)
-        call(train.main, *resume)
-    assert newest(unfinished)["run"]["step"] == 10
-    assert "step-00000010.png" not in sample_grids(unfinished)
-    call(train.main, *resume)
-    assert list(unfinished.parent.iterdir()) == [unfinished]
-    assert_same_run(tiny_run, unfinished)
+    monkeypatch.setattr(train.Recorder, "sample", terminate_and_sample)
+    with pytest.raises(SystemExit, match="75"):
+        trained()
+    (run,) = tmp_path.iterdir()
+    assert newest(run)["run"]["step"] == 5
+    call(train.main, "--resume", run)
+    assert_same_run(tiny_run, run)
