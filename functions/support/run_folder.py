@@ -66,29 +66,27 @@ def path_of(run: Path, kind: str, step: int) -> Path:
 
 
 @contextmanager
-def locked(
-    folder: Path, activity: str = "training", leftovers: Sequence[str] = TRAINING_LEFTOVERS
-) -> Iterator[None]:
-    """Lock a folder for one process, and delete what matches the patterns `leftovers`.
+def locked(run: Path) -> Iterator[None]:
+    """Lock a run for one process, and delete the incomplete files that a kill has left in it.
 
-    Raises UserError, which names the `activity`, when another process or user has locked it.
+    Raises UserError when another process or user has locked it.
     """
     # The system releases the lock when the process ends, even when it is killed.
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(run / ".lock")
     try:
         lock.acquire(timeout=0)
     except (Timeout, PermissionError) as error:
         raise UserError(
-            f"{folder}: another process or user is already {activity} in this folder"
+            f"{run}: another process or user is already training in this folder"
         ) from error
     except (NotImplementedError, OSError):
         print(
-            f"warning: {folder} is on a disk without locks; do not start another process in it",
+            f"warning: {run} is on a disk without locks; do not start another process in it",
             file=sys.stderr,
         )
     try:
-        for pattern in leftovers:
-            for leftover in folder.glob(pattern):
+        for pattern in TRAINING_LEFTOVERS:
+            for leftover in run.glob(pattern):
                 leftover.unlink()
         yield
     finally:
