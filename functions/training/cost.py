@@ -1,4 +1,4 @@
-"""Estimate how many hours a run takes, before it starts."""
+"""Estimate how long a run takes, before it starts."""
 
 import time
 
@@ -34,11 +34,18 @@ def describe_cost(run: TrainingRun) -> str:
     return (
         f"  compute    forward and backward of {image_count} on {run.device}: {seconds:.3g} s\n"
         f"             so the {steps:,} steps to go take about "
-        f"{seconds_of_step * steps / 3600:,.2f} hours, not compiled\n"
+        f"{duration(seconds_of_step * steps)}, not compiled\n"
         f"  images in  {run.image_set.path}\n"
         f"  goes to    {folder}\n"
         "nothing was started"
     )
+
+
+def duration(seconds: float) -> str:
+    """Return a time such as "5.4 minutes" or "23.1 hours"."""
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:,.1f} hours"
 
 
 def run_pass(denoiser: Denoiser, shape: tuple[int, ...], scale: float = 1.0) -> float:

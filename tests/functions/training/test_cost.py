@@ -1,9 +1,12 @@
 """What a training says before its first step: what the run is, and what it costs."""
 
+from types import SimpleNamespace
+
 import pytest
 
 import train
-from functions.training import cost
+from functions.training import cost, recorder
+from functions.training.run import TrainingRun
 from tests.conftest import call, train_tiny
 
 
@@ -28,4 +31,21 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
     for printed, steps in ((new, 10), (resumed, 3)):
         description = " ".join(printed.split())
         assert "compute forward and backward of 8 on cpu" in description
-        assert f"so the {steps} steps to go take about {steps:.2f} hours" in description
+        assert f"so the {steps} steps to go take about {steps:.1f} hours" in description
+
+
+def test_after_some_steps_a_training_says_how_long_it_takes(trained, monkeypatch, capsys):
+    """Each of the 10 steps is made to take an hour."""
+    draw = TrainingRun.draw
+    clock = SimpleNamespace(monotonic=lambda: clock.now)
+
+    def draw_for_an_hour(run, step):
+        clock.now = 3600 * step
+        return draw(run, step)
+
+    monkeypatch.setattr(TrainingRun, "draw", draw_for_an_hour)
+    monkeypatch.setattr(recorder, "time", clock)
+    clock.now = 0
+    monkeypatch.setattr(recorder, "ESTIMATE_AFTER", 4)
+    trained()
+    assert "the 6 steps to go take about 6.0 hours" in capsys.readouterr().out
