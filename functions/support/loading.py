@@ -13,7 +13,6 @@ import torch
 
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
-from functions.noise_scheduler import NoiseScheduler
 from functions.support.checkpoint import SavedModel, load_into, load_weights
 from functions.support.device import fast_layout, sampling_precision
 from functions.support.diffusers_folder import import_diffusers, load_folder
@@ -95,19 +94,12 @@ def rebuild(
     fit the model.
     """
     try:
-        diffusion = saved.config["diffusion"]
-        scheduler = NoiseScheduler(
-            diffusion["timesteps_diff"],
-            diffusion["beta_start"],
-            diffusion["beta_end"],
-            diffusion["rescale_betas"],
-            diffusion["beta_schedule"],
-        )
         # On the meta device tensors have shapes but no data. So no time is spent on initial
         # weights, which `load_into` would overwrite.
         with torch.device("meta"):
             model = UNet(**vars(saved.model))
-        denoiser = Denoiser(model, scheduler, diffusion["objective"], precision)
+        objective = saved.config["diffusion"]["objective"]
+        denoiser = Denoiser(model, saved.scheduler, objective, precision)
     except (*READ_ERRORS, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {short(error)}"
         raise CheckpointError(
