@@ -224,18 +224,18 @@ def schedule_fields(diffusion: dict) -> dict:
 def write_folder(saved: SavedModel, folder: Path) -> None:
     """Write a model as a diffusers folder, a DDPMPipeline.
 
-    Raises CheckpointError for a network that diffusers does not have.
+    Raises CheckpointError for a network, betas or an objective that diffusers does not have.
     """
     diffusers = import_diffusers()
-    if saved.model.dim_multiply[0] != 1:
+    schedule = schedule_fields(saved.config["diffusion"])
+    if saved.model.dim_multiply[0] != 1 or None in schedule.values():
         raise CheckpointError(
-            f"{saved.path}: for diffusers, dim_multiply must begin with 1; "
+            f"{saved.path}: diffusers has no such betas, objective or dim_multiply; "
             "export to a file, NAME.safetensors"
         )
     ours = UNet(**vars(saved.model))
     load_into(ours, saved)
     network = diffusers.UNet2DModel(**network_fields(saved.model))
     copy_weights(ours, network)
-    schedule = schedule_fields(saved.config["diffusion"])
     scheduler = diffusers.DDPMScheduler(timestep_spacing="trailing", **schedule)
     diffusers.DDPMPipeline(network.float(), scheduler).save_pretrained(folder)
