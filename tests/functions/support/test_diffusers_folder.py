@@ -19,9 +19,11 @@ from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling import calibration
 from functions.sampling.export import export
 from functions.support.checkpoint import load_weights
+from functions.support.diffusers_folder import copy_weights
 from functions.support.errors import CheckpointError, UserError
 from functions.support.loading import load_denoiser, load_model, rebuild
 from functions.support.run_folder import find_checkpoints
+from models.unet import UNet
 from tests.conftest import CPU, call
 from tests.spoilt_files import same
 
@@ -254,6 +256,13 @@ REFUSED = [
 def test_what_another_network_or_schedule_would_need_is_refused(part, fields, said, folder):
     change(folder / part, **fields)
     assert said in refusal(folder)
+
+
+def test_the_comparison_of_the_networks_sees_another_epsilon():
+    theirs = network_of(SMALL | HO | {"norm_eps": 1e-5})
+    ours = UNet(16, 3, 8, (1, 2), (1,), 16, norm_groups=4)
+    with pytest.raises(ValueError, match="our network computes something else"):
+        copy_weights(theirs, ours)
 
 
 def refusal(folder):
