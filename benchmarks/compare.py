@@ -40,7 +40,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.diffusers_folder import diffusers_network
+from functions.support.diffusers_folder import network_fields
 from models.unet import UNet
 
 PACKAGES = ("ours", "diffusers", "lucidrains")
@@ -97,7 +97,7 @@ def build_diffusers(model: ModelConfig) -> nn.Module:
     """
     from diffusers import UNet2DModel
 
-    return UNet2DModel.from_config(diffusers_network(vars(model)))
+    return UNet2DModel(**network_fields(model))
 
 
 class Bench:

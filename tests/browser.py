@@ -26,9 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # The captions of the buttons that start each tab's work.
 DRAW = "Draw the images"
 MIX = "Mix the two images"
+USE = "Use this image"
 PAINT = "Inpaint the painted part"
 # The label of what the tab Paint makes, and the sentence when nothing is painted over.
 INPAINTED = "The image, its known part, and the inpaintings"
+# The label of what the tab Mix makes.
+MIXED = "The first image, the mixture and the second image"
 UNPAINTED = "choose an image and paint over a part of it"
 
 
@@ -40,7 +43,7 @@ def served(printed: Path, *flags: object) -> Iterator[str]:
     """
     command = [sys.executable, ROOT / "demo.py", "--device", "cpu", *flags]
     command = [str(argument) for argument in command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(printed, "w") as file:
         # Shells let background processes ignore Ctrl-C; demo.py shall hear it in such tests, too.
         hear_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -48,8 +51,8 @@ def served(printed: Path, *flags: object) -> Iterator[str]:
             command, env=environment, stdout=file, stderr=file, preexec_fn=hear_ctrl_c
         )
     try:
-        wait_until(lambda: "; Ctrl-C" in printed.read_text(), lambda: process.poll() is None)
-        yield re.search("the page is at (.*); ", printed.read_text())[1]
+        wait_until(lambda: "URL: " in printed.read_text(), lambda: process.poll() is None)
+        yield re.search("URL: *(.*)", printed.read_text())[1] + "/"
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, printed.read_text()
@@ -82,13 +85,6 @@ def fill(page: Page, **values: object) -> None:
 def click(page: Page, name: str) -> None:
     """Click the first visible button of this name."""
     page.get_by_role("button", name=name).locator("visible=true").first.click()
-
-
-def upload(page: Page, path: Path) -> None:
-    """Give an image file to the first visible button for uploads."""
-    with page.expect_file_chooser() as chooser:
-        click(page, "Upload an image")
-    chooser.value.set_files(path)
 
 
 def tab(page: Page, name: str) -> None:
@@ -168,11 +164,11 @@ def main() -> None:
         tab(page, "Mix")
         fill(page, Depth=0.6)
         click(page, MIX)
-        picture(page, "The mixture")
+        picture(page, MIXED)
         screenshot(page, "mix")
 
         tab(page, "Paint")
-        click(page, "Use the image with this index")
+        click(page, USE)
         inpaint(page)
         screenshot(page, "paint")
 

@@ -19,9 +19,7 @@ import edit
 import sample
 from data.decode import read_image
 from data.pixels import to_uint8
-from functions.sampling.files import generate_frames
 from functions.sampling.generation import generate, open_sampler
-from functions.sampling.guidance import with_guide
 from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import Parser
@@ -41,8 +39,10 @@ from tests import browser
 from tests.browser import (
     DRAW,
     MIX,
+    MIXED,
     PAINT,
     UNPAINTED,
+    USE,
     click,
     fill,
     inpaint,
@@ -50,7 +50,6 @@ from tests.browser import (
     sentence,
     served,
     tab,
-    upload,
 )
 
 # Images of so many pixels are not enlarged in grids.
@@ -115,27 +114,15 @@ def pixels_of(path):
     return np.asarray(Image.open(path))
 
 
-def test_draw(page, served_run, run, tmp_path):
-    """The downloaded grid is that of sample.py, to the bit, and the slider shows earlier x_0."""
-    fill(page, Seed=3, How_many=4, Steps=20, Guidance=2)
+def test_draw(page, run, tmp_path):
+    """The downloaded grid is that of sample.py, to the bit."""
+    fill(page, Seed=3, How_many=4, Steps=20)
     page.get_by_label("ddim").check()
     click(page, DRAW)
     grid = picture(page, "4 images of seed 3: sampler ddim, steps 20")
-    # The guide is the weights of about a quarter of the 5 steps.
-    flags = "--seed 3 --sampler ddim --steps 20 --guide 1 --guidance 2 --device cpu"
+    flags = "--seed 3 --sampler ddim --steps 20 --device cpu"
     call(sample.main, run, *flags.split(), "--n", 4, "--out", tmp_path)
     assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
-
-    # Another visitor has no images to look back at.
-    data = {"data": [1, None], "session_hash": "another"}
-    answer = page.request.post(f"{served_run}gradio_api/run/look_back", data=data)
-    assert "Draw the images again" in answer.text()
-    fill(page, Look_back=1)
-    first = picture(page, "after 1 of 20 steps, at t = 100")
-    _, _, estimates = generate_frames(sampler_of(run, *flags.split()), 4)
-    assert_array_equal(cut(first), estimates[100])
-    fill(page, Look_back=21)
-    assert_array_equal(picture(page, "4 images of seed 3"), grid)
 
 
 def sampler_of(run, *flags):
@@ -143,8 +130,7 @@ def sampler_of(run, *flags):
     parser = Parser()
     add_sampling_flags(parser)
     args = parser.parse_args([str(run), "--device", "cpu", *flags])
-    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    return with_guide(image_sampler, saved, SINGLE_PROCESS)
+    return open_sampler(args, SINGLE_PROCESS)[1]
 
 
 def test_mix(page, run, pictures):
@@ -157,21 +143,26 @@ def test_mix(page, run, pictures):
     ends = generate(replace(image_sampler, batch_size=1), [0, 12])
     t = image_sampler.time_at(0.5)
     mixture = interpolate_images(image_sampler, ends, t, torch.tensor([0.3]))
-    expected = to_uint8(torch.cat([ends, mixture])).numpy()
-    labels = ("The first image", "The second image", "The mixture")
-    for label, image in zip(labels, expected, strict=True):
-        assert_array_equal(picture(page, label), image)
+    expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]])).numpy()
+    assert_array_equal(cut(picture(page, MIXED)), expected)
 
-    # Without the pictures of the page, those of the upload are waited for.
+    # Without the picture of the page, that of the upload is waited for.
     page.reload()
     tab(page, "Mix")
-    fill(page, Depth=0, Share=0)
-    page.locator("input[type=file]").locator("nth=0").set_input_files(pictures / "00003.png")
-    page.get_by_text("00003").first.wait_for()
+    fill(page, Depth=0, Share=1)
+    upload(page, pictures / "00003.png")
     click(page, MIX)
     photo = read_image(pictures / "00003.png", (3, SIZE, SIZE))
-    for label in labels[::2]:
-        assert_array_equal(picture(page, label), photo)
+    _, mixture, second = cut(picture(page, MIXED))
+    assert_array_equal(second, photo)
+    assert_array_equal(mixture, photo)
+
+
+def upload(page, path):
+    """Upload an image file by the last button for files in the open tab."""
+    panel = page.get_by_role("tabpanel").locator("visible=true")
+    panel.locator("input[type=file]").last.set_input_files(path)
+    page.get_by_text(path.stem).first.wait_for()
 
 
 def test_paint(page, run, tmp_path):
@@ -182,8 +173,8 @@ def test_paint(page, run, tmp_path):
     click(page, PAINT)
     sentence(page, UNPAINTED)
 
-    fill(page, Index_of_the_image=1, Repeats=2)
-    click(page, "Use the image with this index")
+    fill(page, Index_of_the_image=1)
+    click(page, USE)
     image, kept, *answers = cut(inpaint(page))
     sampler = sampler_of(run, "--seed", "3", "--sampler", "dpm++", "--steps", "4")
     assert_array_equal(image, to_uint8(generate(sampler, [1]))[0].numpy())
@@ -194,7 +185,7 @@ def test_paint(page, run, tmp_path):
     Image.fromarray(image).save(tmp_path / "image.png")
     Image.fromarray(np.uint8(255) * painted).save(tmp_path / "mask.png")
     files = [tmp_path / "image.png", run, "--mask", tmp_path / "mask.png", "--out", tmp_path]
-    flags = "--resample 2 --steps 4 --seed 3 --n 4 --device cpu"
+    flags = "--steps 4 --seed 3 --n 4 --device cpu"
     call(edit.main, "inpaint", *files, *flags.split())
     [path] = tmp_path.glob("inpainting-image-*.png")
     by_script = cut(pixels_of(path))[2:]
@@ -207,7 +198,7 @@ def test_clicks_wait_for_each_other_until_stop(page, served_run):
     """Another page's click waits until Stop ends the first, and is then served."""
     fill(page, How_many=16, Steps=100)
     click(page, DRAW)
-    page.get_by_text("of 100 steps").wait_for()
+    page.get_by_text("estimate of x_0 at t").wait_for()
     second = page.context.new_page()
     second.goto(served_run)
     fill(second, How_many=1, Steps=2)
@@ -221,16 +212,18 @@ def test_clicks_wait_for_each_other_until_stop(page, served_run):
 
 
 def test_bad_input_is_a_sentence_and_the_page_goes_on(page, tmp_path):
-    (tmp_path / "text.png").write_text("<html>Quota exceeded</html>")
+    (tmp_path / "quota.png").write_text("<html>Quota exceeded</html>")
     fill(page, Steps=101)
     click(page, DRAW)
     sentence(page, "steps is 101; a model with 100 timesteps takes 1 to 100")
+    fill(page, Steps=2)
     tab(page, "Paint")
-    upload(page, tmp_path / "text.png")
+    upload(page, tmp_path / "quota.png")
+    click(page, USE)
     sentence(page, "not a PNG, JPEG, WEBP")
     # After all that it still draws.
     tab(page, "Draw")
-    fill(page, How_many=1, Steps=2)
+    fill(page, How_many=1)
     click(page, DRAW)
     picture(page, "1 images of seed 0")
 

@@ -1,9 +1,8 @@
 """Export a model as one file, or as a diffusers folder with a model card and samples."""
 
-import json
 import os
 import shutil
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate
@@ -49,19 +48,13 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
 
 def model_card(saved: SavedModel, folder: str, caption: str) -> str:
     """Return the folder's README.md, which model hubs display. `caption` goes under samples.png."""
-    diffusion = saved.config["diffusion"]
-    # A path may reveal who owns the data, so only its last part is published. PureWindowsPath,
-    # on any system, splits at both / and \.
-    data = PureWindowsPath(str(diffusion.get("dataset_name", ""))).name
-    datasets = [data] if data else []
-    fields = {**diffusion, **saved.config["model"], "dataset_name": data or "not known"}
-    rows = "".join(f"| {name} | {value} |\n" for name, value in fields.items())
+    timesteps = saved.config["diffusion"]["timesteps_diff"]
     return f"""---
 license:  # to be filled in: what others may do with the weights
+datasets:  # to be filled in: the images of the training
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
 tags: [ddpm, pytorch, unconditional-image-generation]
-datasets: {json.dumps(datasets)}
 ---
 
 # {saved.provenance["experiment"]}
@@ -74,9 +67,6 @@ A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)): {saved}.
 
     from diffusers import DDPMPipeline
     pipeline = DDPMPipeline.from_pretrained({folder!r})
-    images = pipeline(batch_size=4, num_inference_steps={diffusion["timesteps_diff"]}).images
+    images = pipeline(batch_size=4, num_inference_steps={timesteps}).images
     images[0].save("image.png")
-
-| field | value |
-|---|---|
-{rows}"""
+"""

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import ModelConfig
+from functions.noise_scheduler import NoiseScheduler
 from functions.support.errors import CheckpointError
 from functions.support.files import READ_ERRORS, check_file, replacing, sha256, short
 
@@ -144,6 +145,18 @@ class SavedModel:
     def model(self) -> ModelConfig:
         """Return the network's config. Raises ConfigError or TypeError for an invalid one."""
         return ModelConfig(**self.config["model"])
+
+    @property
+    def scheduler(self) -> NoiseScheduler:
+        """Return the noise schedule. Raises ValueError or TypeError for an invalid one."""
+        diffusion = self.config["diffusion"]
+        return NoiseScheduler(
+            diffusion["timesteps_diff"],
+            diffusion["beta_start"],
+            diffusion["beta_end"],
+            diffusion["rescale_betas"],
+            diffusion["beta_schedule"],
+        )
 
     @property
     def precision(self) -> str | None:

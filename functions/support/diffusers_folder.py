@@ -15,52 +15,25 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+from config import ModelConfig
 from functions.denoiser import OBJECTIVES
-from functions.noise_scheduler import NoiseScheduler
-from functions.support.checkpoint import SavedModel, digest_of, model_digest
+from functions.noise_scheduler import PAPER_TIMESTEPS
+from functions.support.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
 from models.blocks import DIALECTS
-from models.unet import UNet
+from models.unet import BLOCKS_DOWN, UNet
 
-# To convert our name of a weight to that of diffusers, its parts are replaced in this order.
-NAMES = {
-    "down.": "down_blocks.",
-    "up.": "up_blocks.",
-    ".blocks.": ".resnets.",
-    "middle_block_1.": "mid_block.resnets.0.",
-    "middle_attention.": "mid_block.attentions.0.",
-    "middle_block_2.": "mid_block.resnets.1.",
-    "downsample.": "downsamplers.0.",
-    "upsample.": "upsamplers.0.",
-    "norm_out.": "conv_norm_out.",
-    "norm_1.": "norm1.",
-    "conv_1.": "conv1.",
-    "norm_2.": "norm2.",
-    "conv_2.": "conv2.",
-    "time_projection.": "time_emb_proj.",
-    "shortcut.": "conv_shortcut.",
-    ".norm.": ".group_norm.",
-    "query.": "to_q.",
-    "key.": "to_k.",
-    "value.": "to_v.",
-    ".out.": ".to_out.0.",
+# The words of diffusers for our betas, variances and objectives.
+WORDS = {
+    "linear": "linear",
+    "cosine": "squaredcos_cap_v2",
+    "small": "fixed_small",
+    "large": "fixed_large",
+    **{name: row.diffusers for name, row in OBJECTIVES.items()},
 }
-# Our name of each field of a schedule, and that of diffusers.
-SCHEDULE = {
-    "timesteps_diff": "num_train_timesteps",
-    "beta_start": "beta_start",
-    "beta_end": "beta_end",
-    "beta_schedule": "beta_schedule",
-    "objective": "prediction_type",
-    "variance": "variance_type",
-    "clip_x_0": "clip_sample",
-}
-# The arguments of NoiseScheduler, which are fields of a config.
-BETAS = ("timesteps_diff", "beta_start", "beta_end", "rescale_betas", "beta_schedule")
-# The blocks of a level without attention, and with it.
-BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 
 
 def import_diffusers() -> ModuleType:
@@ -74,194 +47,195 @@ def import_diffusers() -> ModuleType:
     return diffusers
 
 
-def diffusers_name(name: str) -> str:
-    """Return diffusers' name for one of our weights."""
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def diffusers_words() -> dict:
-    """Return {our word: the word of diffusers, or None} for betas, variances and objectives."""
-    return {
-        "linear": "linear",
-        "cosine": "squaredcos_cap_v2",
-        "small": "fixed_small",
-        "large": "fixed_large",
-        **{name: row.diffusers for name, row in OBJECTIVES.items()},
-    }
-
-
 def load_folder(path: Path) -> SavedModel:
     """Load a diffusers folder.
 
-    The folder is a DDPM or DDIM pipeline, a checkpoint of diffusers' training script, or the unet
-    of either. Raises CheckpointError when diffusers cannot read it, and when our network or
-    schedule would compute something else.
+    The folder is a DDPM or DDIM pipeline, or a checkpoint of diffusers' training script. Raises
+    CheckpointError when diffusers cannot read it, and when our network or schedule would compute
+    something else.
     """
     diffusers = import_diffusers()
-    # Diffusers' training script writes checkpoint-N/unet_ema, and the schedule next to that folder.
-    unet = next(place for place in (path / "unet_ema", path / "unet", path) if place.exists())
-    places = [path / place for place in ("", "scheduler", "../scheduler", "../../scheduler")]
-    places = [place for place in places if (place / "scheduler_config.json").exists()]
+    # The last folder that exists is used. Diffusers' training script writes checkpoint-N/unet_ema,
+    # and the schedule beside checkpoint-N.
+    unets = [path, *sorted(path.glob("unet*"))]
+    schedules = [path, *path.absolute().parent.glob("scheduler"), *path.glob("scheduler")]
     try:
-        network, loading = diffusers.UNet2DModel.from_pretrained(unet, output_loading_info=True)
-        scheduler_class = diffusers.DDPMScheduler
-        # Without such a file, the error of diffusers names the folder.
-        schedule = scheduler_class.load_config([*places, path][0])
-        _, unexpected, _ = scheduler_class.extract_init_dict(schedule)
-        scheduler = scheduler_class.from_config(schedule)
-        fields = {**network.config, **scheduler.config, **schedule}
-        fields["mismatched weights"] = [name for names in loading.values() for name in names]
-        config = our_config(fields)
-        refuse_unsupported(fields, config, unexpected)
-        betas = [config["diffusion"][field] for field in BETAS]
+        network, loading = diffusers.UNet2DModel.from_pretrained(
+            unets[-1], output_loading_info=True
+        )
+        schedule = diffusers.DDPMScheduler.load_config(schedules[-1])
+        if schedule["_class_name"] not in ("DDPMScheduler", "DDIMScheduler"):
+            raise ValueError(f"unsupported: {schedule['_class_name']}")
+        scheduler = diffusers.DDPMScheduler.from_config(schedule)
+        _, unexpected, _ = scheduler.extract_init_dict(schedule)
+        config = our_config({**network.config, **scheduler.config}, unexpected)
+        # diffusers draws missing weights at random.
+        if any(loading.values()):
+            raise ValueError(f"the weights do not fit the network: {loading}")
+        ours = UNet(**config["model"])
+        copy_weights(network, ours)
+
+        # In a model hub's cache, the folder's name is a hash.
+        parts = path.absolute().parts
+        name = parts[-3] if parts[-2] == "snapshots" else parts[-1]
+        facts = {"experiment": name.removeprefix("models--"), "step": 0, "total_steps": 0}
+        weights = ours.float().state_dict()
+        digest = model_digest(config, digest_of(weights))
+        saved = SavedModel(path, weights, "diffusers", config, facts, digest)
         # diffusers computes in float32.
-        alphas_cumprod = NoiseScheduler(*betas).alphas_cumprod.float()
+        alphas_cumprod = saved.scheduler.alphas_cumprod.float()
         if not torch.allclose(alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3):
             raise ValueError("our alpha_bar is another than that of diffusers")
-        weights = our_weights(config["model"], network)
     except (*READ_ERRORS, ArithmeticError) as error:
         # Files that are damaged, or describe what is impossible, raise errors of these types.
         raise CheckpointError(f"{path}: this model cannot be read: {short(error)}") from error
-
-    # In a model hub's cache, the folder's name is a hash.
-    parts = path.absolute().parts
-    name = parts[-3] if "snapshots" in parts[-2:] else parts[-1]
-    name = name.removeprefix("models--")
-    facts = {"experiment": name, "step": 0, "total_steps": 0}
-    digest = model_digest(config, digest_of(weights))
-    return SavedModel(path, weights, "diffusers", config, facts, digest)
+    return saved
 
 
-def our_config(fields: dict) -> dict:
-    """Convert the configs of a UNet2DModel and a DDPMScheduler to ours."""
-    # An unknown word becomes None.
-    words = {theirs: ours for ours, theirs in diffusers_words().items()}
-    # Linear betas in the file are final. For others, the field must have its default.
-    diffusion = {"rescale_betas": fields["beta_schedule"] != "linear"}
-    for ours, theirs in SCHEDULE.items():
-        value = fields[theirs]
-        diffusion[ours] = words.get(value) if isinstance(value, str) else value
-    widths = fields["block_out_channels"]
-    kinds = fields["down_block_types"]
+def our_config(fields: dict, unexpected: dict) -> dict:
+    """Convert the fields of a UNet2DModel and a DDPMScheduler to our config.
+
+    `unexpected` are those that diffusers ignores. Raises ValueError for a field that our config
+    cannot represent.
+    """
     size = fields["sample_size"]
     # A list has the height and the width.
-    side = size if isinstance(size, int) else size[0]
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int):
+        raise ValueError(f"unsupported: sample_size = {size}")
+    widths = fields["block_out_channels"]
+    kinds = fields["down_block_types"]
     model = {
-        "lowest_resolution_size": side >> (len(widths) - 1),
+        "lowest_resolution_size": size >> (len(widths) - 1),
         "dim_multiply": [width // widths[0] for width in widths],
-        "transformer_layers": [level for level, kind in enumerate(kinds) if kind == BLOCKS[1]],
+        "transformer_layers": [i for i, kind in enumerate(kinds) if kind == "AttnDownBlock2D"],
         "base_dim": widths[0],
-        "image_size": side,
+        "image_size": size,
         "channels": fields["in_channels"],
         "dropout": fields["dropout"],
         "norm_groups": fields["norm_num_groups"],
         "dialect": "diffusers" if fields["flip_sin_to_cos"] else "ho",
     }
+    # An unknown word becomes None.
+    words = {theirs: ours for ours, theirs in WORDS.items()}
+    diffusion = {
+        # Linear betas in the file are final. For others, the field must have its default.
+        "rescale_betas": fields["beta_schedule"] != "linear",
+        "timesteps_diff": fields["num_train_timesteps"],
+        "beta_start": fields["beta_start"],
+        "beta_end": fields["beta_end"],
+        "beta_schedule": words.get(fields["beta_schedule"]),
+        "objective": words.get(fields["prediction_type"]),
+        "variance": words.get(fields["variance_type"]),
+        "clip_x_0": fields["clip_sample"],
+    }
+    supported = {
+        **dict.fromkeys(unexpected),
+        # The first schedulers had these two.
+        "tensor_format": "pt",
+        "predict_epsilon": True,
+        **network_fields(ModelConfig(**model)),
+        **schedule_fields(diffusion),
+        # This may be the list of the height and the width.
+        "sample_size": fields["sample_size"],
+    }
+    if fields["clip_sample"]:
+        supported["clip_sample_range"] = 1
+    for name, value in supported.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"unsupported: {name} = {fields[name]!r}")
     return {"diffusion": diffusion, "model": model}
 
 
-def refuse_unsupported(fields: dict, config: dict, unexpected: dict) -> None:
-    """Raise ValueError for a field of diffusers that we cannot represent, or that it ignores.
-
-    `config` is ours for these fields. `unexpected` are those that diffusers does not know.
-    """
-    diffusion = config["diffusion"]
-    side = config["model"]["image_size"]
-    faults = {
-        "sample_size": fields["sample_size"] not in (side, [side, side]),
-        "down_block_types": not set(fields["down_block_types"]) <= set(BLOCKS),
-        # diffusers draws missing weights at random.
-        "mismatched weights": fields["mismatched weights"],
-        "_class_name": fields["_class_name"] not in ("DDPMScheduler", "DDIMScheduler"),
-        "prediction_type": diffusion["objective"] is None,
-        "variance_type": diffusion["variance"] is None,
-        "beta_schedule": diffusion["beta_schedule"] is None,
-        "thresholding": fields["thresholding"],
-        "clip_sample_range": fields["clip_sample"] and fields["clip_sample_range"] != 1,
-        **dict.fromkeys(unexpected, True),
-        # The first schedulers had these fields.
-        "tensor_format": False,
-        "predict_epsilon": not fields.get("predict_epsilon", True),
-    }
-    for name, is_fault in faults.items():
-        if is_fault:
-            raise ValueError(f"unsupported: {name} = {fields[name]!r}")
-
-
 @torch.no_grad()
-def our_weights(model: dict, network: nn.Module) -> dict[str, Tensor]:
-    """Return the network's weights under our names and in our shapes.
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy the weights from a UNet2DModel to our `UNet`, or the other way round.
 
-    Raises ValueError unless our network computes the same with them in float64. `network` is
-    float64 afterwards.
+    Both networks compute one image, and their weights are paired in the order of the computation.
+    Raises ValueError unless both networks then compute the same. They are in float64 afterwards.
     """
-    # On the meta device no initial weights are drawn.
-    with torch.device("meta"):
-        ours = UNet(**model)
-    theirs = network.state_dict()
-    # Some of their matrices are our 1 x 1 convolutions.
-    weights = {
-        name: theirs[diffusers_name(name)].reshape(tensor.shape)
-        for name, tensor in ours.state_dict().items()
-    }
-    ours.load_state_dict(weights, assign=True)
-
-    side = min(ours.image_size, 64)
-    x_t = torch.linspace(-2, 2, ours.channels * side**2).double().view(1, -1, side, side)
-    # Both compute the time embedding in float32, whose rounding errors are small for a small t.
-    t = torch.tensor([1])
-    expected = network.double().eval()(x_t, t).sample
-    error = (ours.double().eval()(x_t, t) - expected).norm() / expected.norm()
+    x_t = torch.randn(1, source.conv_in.in_channels, 64, 64, dtype=torch.float64)
+    expected, weights = compute(source.double().eval(), x_t)
+    _, copies = compute(target.double().eval(), x_t)
+    for weight, copy in zip(weights, copies, strict=True):
+        # Some matrices of diffusers are our 1 x 1 convolutions.
+        copy.copy_(weight.reshape(copy.shape))
+    output, _ = compute(target, x_t)
+    error = (output - expected).norm() / expected.norm()
     if not error <= 1e-6:
         raise ValueError(f"our network computes something else, by a relative {error:.1g}")
-    return weights
 
 
-def diffusers_network(model: dict) -> dict:
-    """Convert the arguments of UNet to the config of a UNet2DModel."""
-    kinds = ["DownBlock2D" for _ in model["dim_multiply"]]
-    for level in model["transformer_layers"]:
+def compute(network: nn.Module, x_t: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Call a network of either kind. Return its output, and its weights in the order of their use.
+
+    x_t and the output are (B, C, H, W).
+    """
+    weights = []
+
+    def on_call(layer, inputs, output):
+        weights.extend(layer.parameters(recurse=False))
+
+    # Both compute the time embedding in float32, whose rounding errors are small for a small t.
+    with register_module_forward_hook(on_call):
+        output = network(x_t, torch.tensor([1]))
+    # The network of diffusers returns a dataclass.
+    return getattr(output, "sample", output), weights
+
+
+def network_fields(model: ModelConfig) -> dict:
+    """Return the fields of the UNet2DModel of our architecture."""
+    kinds = ["DownBlock2D" for _ in model.dim_multiply]
+    for level in model.transformer_layers:
         kinds[level] = "AttnDownBlock2D"
     return {
-        **vars(DIALECTS[model["dialect"]]),
-        "in_channels": model["channels"],
-        "out_channels": model["channels"],
-        "sample_size": model["image_size"],
-        "norm_num_groups": model["norm_groups"],
-        "dropout": model["dropout"],
-        "block_out_channels": [model["base_dim"] * factor for factor in model["dim_multiply"]],
+        **vars(DIALECTS[model.dialect]),
+        "in_channels": model.channels,
+        "out_channels": model.channels,
+        "sample_size": model.image_size,
+        "norm_num_groups": model.norm_groups,
+        "dropout": model.dropout,
+        "layers_per_block": BLOCKS_DOWN,
+        "block_out_channels": list(model.dims),
         "down_block_types": kinds,
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
+    }
+
+
+def schedule_fields(diffusion: dict) -> dict:
+    """Return the fields of the DDPMScheduler of our config. An unknown word becomes None."""
+    # Our own runs have no variance, and always clip.
+    ours = {"variance": "small", "clip_x_0": True, **diffusion}
+    rescaled = ours["rescale_betas"] and ours["beta_schedule"] == "linear"
+    scale = PAPER_TIMESTEPS / ours["timesteps_diff"] if rescaled else 1
+    return {
+        "num_train_timesteps": ours["timesteps_diff"],
+        "beta_start": scale * ours["beta_start"],
+        "beta_end": scale * ours["beta_end"],
+        "beta_schedule": WORDS.get(ours["beta_schedule"]),
+        "prediction_type": WORDS.get(ours["objective"]),
+        "variance_type": WORDS.get(ours["variance"]),
+        "clip_sample": ours["clip_x_0"],
+        "thresholding": False,
     }
 
 
 def write_folder(saved: SavedModel, folder: Path) -> None:
     """Write a model as a diffusers folder, a DDPMPipeline.
 
-    Raises CheckpointError for a network or an objective that diffusers does not have.
+    Raises CheckpointError for a network, betas or an objective that diffusers does not have.
     """
     diffusers = import_diffusers()
-    words = diffusers_words()
-    # Our own runs have no variance, and always clip.
-    fields = {"variance": "small", "clip_x_0": True, **saved.config["diffusion"]}
-    if fields["rescale_betas"]:
-        for name in ("beta_start", "beta_end"):
-            fields[name] *= 1000 / fields["timesteps_diff"]
-    # Numbers are no words, and stay as they are.
-    schedule = {theirs: words.get(fields[ours], fields[ours]) for ours, theirs in SCHEDULE.items()}
-    # ModelConfig fills in the defaults of missing fields.
-    model = vars(saved.model)
-    if model["dim_multiply"][0] != 1 or schedule["prediction_type"] is None:
+    schedule = schedule_fields(saved.config["diffusion"])
+    if saved.model.dim_multiply[0] != 1 or None in schedule.values():
         raise CheckpointError(
-            f"{saved.path}: diffusers has no model with objective {fields['objective']} and "
-            f"dim_multiply {model['dim_multiply']}; export to a file, NAME.safetensors"
+            f"{saved.path}: diffusers has no such betas, objective or dim_multiply; "
+            "export to a file, NAME.safetensors"
         )
-    network = diffusers.UNet2DModel(**diffusers_network(model))
-    theirs = network.state_dict()
-    for name, tensor in saved.weights.items():
-        target = theirs[diffusers_name(name)]
-        target.copy_(tensor.reshape(target.shape))
+    ours = UNet(**vars(saved.model))
+    copy_tensors(saved.weights, ours.state_dict(), saved.path)
+    network = diffusers.UNet2DModel(**network_fields(saved.model))
+    copy_weights(ours, network)
     scheduler = diffusers.DDPMScheduler(timestep_spacing="trailing", **schedule)
-    diffusers.DDPMPipeline(network, scheduler).save_pretrained(folder)
+    diffusers.DDPMPipeline(network.float(), scheduler).save_pretrained(folder)

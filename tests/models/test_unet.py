@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS, ModelConfig
-from functions.support.diffusers_folder import diffusers_name
+from functions.support.diffusers_folder import compute, copy_weights
 from models.blocks import DIALECTS, GroupNorm, sinusoidal_embedding
 from models.unet import UNet
 from tests.conftest import small_unet
@@ -49,19 +49,12 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(dialect,
     ours = UNet(**vars(shape))
     theirs = build_diffusers(shape)
 
-    # Each of our parameters has one of theirs, and no other is left.
-    their_parameters = dict(theirs.named_parameters())
-    pairs = {}
-    for name, parameter in ours.named_parameters():
-        pairs[name] = parameter, their_parameters.pop(diffusers_name(name))
-    assert not their_parameters
-
-    for parameter, other in pairs.values():
-        # Norms and biases start at 1 and 0, which would hide a mix-up.
-        other.data.add_(0.05 * torch.randn_like(other))
-        # Our 1x1 convolutions are Linear layers of theirs.
-        parameter.data.copy_(other.data.reshape(parameter.shape))
-    ours.to(memory_format=layout)
+    # Norms and biases start at 1 and 0, which would hide a mix-up.
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    copy_weights(theirs, ours)
+    ours.float().to(memory_format=layout)
+    theirs.float()
 
     x_t = torch.randn(3, 3, 16, 16)
     t = torch.tensor([0, 421, 999])
@@ -71,9 +64,13 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(dialect,
 
     output.square().mean().backward()
     expected.square().mean().backward()
-    for name, (parameter, other) in pairs.items():
+    parameters = compute(ours, x_t)[1]
+    others = compute(theirs, x_t)[1]
+    # Each of our parameters has one of theirs, and no other is left.
+    assert len(parameters) == len([*ours.parameters()]) == len([*theirs.parameters()])
+    for parameter, other in zip(parameters, others, strict=True):
         gradient = other.grad.reshape(parameter.shape)
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=2e-5), name
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=2e-5)
 
 
 def test_the_details_are_those_of_google_s_networks_and_diffusers_defaults():

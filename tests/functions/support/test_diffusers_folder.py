@@ -19,9 +19,11 @@ from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling import calibration
 from functions.sampling.export import export
 from functions.support.checkpoint import load_weights
+from functions.support.diffusers_folder import copy_weights
 from functions.support.errors import CheckpointError, UserError
 from functions.support.loading import load_denoiser, load_model, rebuild
 from functions.support.run_folder import find_checkpoints
+from models.unet import UNet
 from tests.conftest import CPU, call
 from tests.spoilt_files import same
 
@@ -166,7 +168,7 @@ def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
     assert load_weights(Path("faces.safetensors")).digest == original.digest
 
     card = (exported / "README.md").read_text()
-    assert ModelCard(card).data.to_dict()["datasets"] == ["pictures0"]
+    assert ModelCard(card).data.to_dict()["library_name"] == "diffusers"
     # Nobody else needs to know where the run lies on this disk.
     assert str(tmp_path.parent) not in card
     assert (exported / "samples.png").exists()
@@ -188,7 +190,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path):
     for name, error, message in (
         ("out.pt", UserError, r"--export needs NAME\.safetensors"),
         ("theirs", UserError, "theirs exists"),
-        ("out", CheckpointError, r"dim_multiply \(2, 2\)"),
+        ("out", CheckpointError, "no such betas, objective or dim_multiply"),
     ):
         with pytest.raises(error, match=message):
             export(saved, Mock(), tmp_path / name)
@@ -229,13 +231,15 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
 
 
 REFUSED = [
-    # In these fields the networks differ, or their weights do.
-    (UNET, {"norm_eps": 1e-5}, "our network computes something else"),
+    # In these fields the networks or the schedules differ.
     (UNET, {"act_fn": "gelu"}, "our network computes something else"),
     (SCHEDULE, {"trained_betas": [0.01] * 1000}, "our alpha_bar is another"),
-    (UNET, {"up_block_types": ["UpBlock2D"] * 2}, "mismatched weights = "),
+    (SCHEDULE, {"rescale_betas_zero_snr": True}, "our alpha_bar is another"),
     # diffusers accepts these, and some of them have no effect on its network or its schedule.
+    (UNET, {"norm_eps": 1e-5}, "norm_eps = 1e-05"),
+    (UNET, {"up_block_types": ["UpBlock2D"] * 2}, "up_block_types = ['UpBlock2D', 'UpBlock2D']"),
     (UNET, {"sample_size": [16, 32]}, "sample_size = [16, 32]"),
+    (UNET, {"sample_size": None}, "sample_size = None"),
     (UNET, {"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "KDownBlock2D"),
     (SCHEDULE, {"prediction_type": "sample"}, "prediction_type = 'sample'"),
     (SCHEDULE, {"predict_epsilon": False}, "predict_epsilon = False"),
@@ -243,9 +247,8 @@ REFUSED = [
     (SCHEDULE, {"clip_sample_range": 2.0}, "clip_sample_range = 2.0"),
     (SCHEDULE, {"thresholding": True}, "thresholding = True"),
     (SCHEDULE, {"my_trick": 1}, "my_trick = 1"),
-    (SCHEDULE, {"_class_name": "EDMEulerScheduler"}, "_class_name = 'EDMEulerScheduler'"),
+    (SCHEDULE, {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
     (SCHEDULE, {"beta_schedule": "scaled_linear"}, "beta_schedule = 'scaled_linear'"),
-    (SCHEDULE, {"rescale_betas_zero_snr": True}, "our alpha_bar is another"),
 ]
 
 
@@ -253,6 +256,13 @@ REFUSED = [
 def test_what_another_network_or_schedule_would_need_is_refused(part, fields, said, folder):
     change(folder / part, **fields)
     assert said in refusal(folder)
+
+
+def test_the_comparison_of_the_networks_sees_another_epsilon():
+    theirs = network_of(SMALL | HO | {"norm_eps": 1e-5})
+    ours = UNet(16, 3, 8, (1, 2), (1,), 16, norm_groups=4)
+    with pytest.raises(ValueError, match="our network computes something else"):
+        copy_weights(theirs, ours)
 
 
 def refusal(folder):
