@@ -2,8 +2,8 @@
 
 `python -m figures.make_figures RUN_FACES RUN_FACES_V`
 
-These are run folders of the experiments `faces` and `faces-v`. faces-quick.png is the grid that
-README's second command writes, and `python -m tests.browser` makes the pictures of demo.py.
+These are run folders of the experiments `faces` and `faces-v`. `python -m tests.browser` makes the
+pictures of demo.py.
 """
 
 import os
