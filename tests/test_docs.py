@@ -1,14 +1,19 @@
 """What README and docs/ name in backticks or link to is there: files, headings and tests."""
 
 import re
+from contextlib import redirect_stdout
+from functools import cache
+from importlib import import_module
+from io import StringIO
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, call
 
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-
+# The first arguments after which a script has other flags.
+VERBS = ("interpolate", "vary", "inpaint", "images")
 FOLDERS = ("benchmarks", "data", "figures", "functions", "models", "tests")
 FILES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
 PATHS = [f"/{path.relative_to(ROOT).as_posix()}" for path in FILES]
@@ -40,3 +45,24 @@ def test_what_a_page_links_to_is_there(page):
                 re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
             }
             assert anchor in names, f"{path}#{anchor}"
+
+
+@cache
+def help_of(*command):
+    """Return what `python COMMAND --help` prints."""
+    script, *verb = command
+    module = import_module(script.removesuffix(".py").replace("/", "."))
+    printed = StringIO()
+    with redirect_stdout(printed), pytest.raises(SystemExit, match="0"):
+        call(module.main, *verb, "--help")
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_flags_of_a_pages_commands_exist(page):
+    for line in re.findall(r"^    (.*\.py .*)$", page.read_text(), re.MULTILINE):
+        for script, arguments in re.findall(r"([\w/]+\.py)( [^&#]*)", line):
+            words = arguments.split()
+            verb = words[:1] if words and words[0] in VERBS else []
+            for flag in (word for word in words if word.startswith("--")):
+                assert flag in help_of(script, *verb), line
