@@ -125,36 +125,6 @@ def ddim_sample(
 
 
 @torch.no_grad()
-def ddim_invert(
-    denoiser: Predictor, x_0: Tensor, steps: Steps = None, spacing: str = "trailing"
-) -> Tensor:
-    """Return the x_T from which `ddim_sample` with eta = 0 samples images x_0; order 1.
-
-    With eta = 0, DDIM is Euler's method for an ODE that leads from noise to an image (Song et al.
-    2021, Section 4.3). This solves the ODE from the image to the noise, at the same timesteps in
-    ascending order (as in Dhariwal and Nichol 2021, arXiv:2105.05233). A step from s to t takes eps
-    at s, where the step of `ddim_sample` from t to s takes it at t. So `ddim_sample` returns x_0
-    only up to an error, which is halved by twice as many steps. The clean image is at s = -1, where
-    the network cannot be called. There it is called at the lowest timestep, as if the image were
-    the state at that timestep.
-
-    x_0 is not clipped in any step, as `ddim_sample` with `clip_x_0` = False, because the clipped
-    values could not be recovered.
-    """
-    scheduler = denoiser.scheduler
-    ascending = sampling_times(scheduler, steps, spacing)[::-1]
-    x = x_0
-    for s, t in pairwise(ascending):
-        _, eps = denoiser.predict(x, t if s < 0 else s)
-        a_s = scheduler.alpha_bar(s)
-        a_t = scheduler.alpha_bar(t)
-        # In terms of y = x / sqrt(alpha_bar) = x_0 + sigma eps, a step adds (sigma_t - sigma_s) eps
-        # (Eq. 14).
-        x = math.sqrt(a_t / a_s) * (x - math.sqrt(1 - a_s) * eps) + math.sqrt(1 - a_t) * eps
-    return x
-
-
-@torch.no_grad()
 def dpm_solver_sample(
     denoiser: Predictor,
     x_T: Tensor,
