@@ -28,8 +28,6 @@ from functions.support.processes import Processes
 from functions.support.run_folder import results_folder
 
 MANIFEST = "samples.json"
-# A grid has at most this many images.
-GRID_LIMIT = 100
 # About this many steps are recorded for the figures. An animation shows all of them.
 RECORDED_STEPS = 40
 # A figure of the denoising has at most this many columns and rows.

@@ -133,7 +133,7 @@ def test_an_encrypted_zip_has_no_usable_image(tmp_path):
         for match in re.finditer(header, bytes(archive)):
             archive[match.start() + flags] |= 1
     path.write_bytes(archive)
-    with pytest.raises(UserError, match="none of its images can be used.*is encrypted"):
+    with pytest.raises(UserError, match=r"none of its images can be used.*is encrypted"):
         load(path)
 
 
