@@ -32,4 +32,4 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_a_size_of_0_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         prepare.main([str(tmp_path), "--image-size", "0"])
-    assert "--image-size is 1 or more" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: --image-size is 1 or more\n"
