@@ -5,7 +5,7 @@ PYTHON ?= python3
 
 faces:
 	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -r requirements.txt
-	.venv/bin/python train.py && .venv/bin/python sample.py --sampler dpm++ --steps 20 --guide 500
+	.venv/bin/python train.py && .venv/bin/python sample.py
 
 test:
 	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -r requirements-dev.txt

@@ -20,7 +20,6 @@ from data.pixels import to_uint8
 from functions.sampling.calibration import with_calibration
 from functions.sampling.export import export
 from functions.sampling.files import (
-    GRID_LIMIT,
     generate_frames,
     image_path,
     open_folder,
@@ -41,6 +40,9 @@ from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
 from functions.support.processes import Processes, distributed
+
+# A grid has at most this many images.
+GRID_LIMIT = 100
 
 
 def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:

@@ -179,7 +179,9 @@ def map_images(source: Source, image_size: int) -> Iterator[np.ndarray | Excepti
             with reading:
                 data = member.read()
             return fit_square(decode(data, source.channels), image_size)
-        except (BadImage, BadZipFile, zlib.error) as error:
+        # The last is raised for a member of a zip that is encrypted, or compressed by a method that
+        # Python lacks, such as that of large files in Windows' zips.
+        except (BadImage, BadZipFile, zlib.error, RuntimeError) as error:
             return error
 
     # Threads are enough, because Pillow releases the GIL while it decodes.

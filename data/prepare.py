@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
     parser.add_argument("--download", action="store_true")
     args = parser.parse_args(arguments)
+    if args.image_size < 1:
+        parser.exit(2, "error: --image-size is 1 or more\n")
     try:
         if args.download:
             read_torchvision_set(args.source, DATA_FOLDER, download=True)

@@ -62,7 +62,7 @@ def find_source(path: str | os.PathLike) -> Source:
     contains no image or several copies of FFHQ, and OSError, which names it, when a file or folder
     in it cannot be listed.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a folder, or one of {', '.join(ARCHIVES)}.")
     if path.is_dir():

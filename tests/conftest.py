@@ -70,13 +70,15 @@ SMALL_MODEL = {
 
 def pytest_sessionstart():
     """Let PyTorch use one thread, for the runs too that a whole session shares."""
+    # Tests are small, and more threads than cores would only wait for each other.
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def few_threads():
-    """Let PyTorch use one thread only, whatever the test before has set."""
-    # Tests are small, and more threads than cores would only wait for each other.
+    """Let PyTorch use one thread again after a test that has set another number."""
+    # Runs that a whole session shares may be trained before the next test's fixtures.
+    yield
     torch.set_num_threads(1)
 
 

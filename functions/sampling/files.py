@@ -28,15 +28,13 @@ from functions.support.processes import Processes
 from functions.support.run_folder import results_folder
 
 MANIFEST = "samples.json"
-# A grid has at most this many images.
-GRID_LIMIT = 100
 # About this many steps are recorded for the figures. An animation shows all of them.
 RECORDED_STEPS = 40
 # A figure of the denoising has at most this many columns and rows.
 STRIP_COLUMNS = 9
 STRIP_ROWS = 4
-# The frames of a denoising, uint8 (N, H, W, C) each. The keys are the paper's t, from T down to 0,
-# which is the final image.
+# The frames of a denoising, uint8 (N, H, W, C) each. The keys are the paper's t, in descending
+# order. The state at 0 is the final image.
 Frames = dict[int, np.ndarray]
 
 

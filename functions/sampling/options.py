@@ -67,22 +67,15 @@ class SamplerOptions:
             "sampler": self.sampler,
             "steps": self.steps or "all",
             **self.arguments,
-            **self.corrections,
         }
+        if self.calibrate:
+            facts["calibrate"] = self.calibrate
+        if self.guide:
+            facts["guide"] = self.guide_digest
+            facts["guidance"] = self.guidance
         if not self.clip_x_0:
             facts["clip_x_0"] = False
         return facts
-
-    @property
-    def corrections(self) -> dict[str, str | float]:
-        """Return the data of the calibration, and the guide with its weight; {} without either."""
-        corrections = {}
-        if self.calibrate:
-            corrections["calibrate"] = self.calibrate
-        if self.guide:
-            corrections["guide"] = self.guide_digest
-            corrections["guidance"] = self.guidance
-        return corrections
 
     def __str__(self) -> str:
         """Return a text such as "sampler dpm++, steps 20, spacing logsnr, eta 1.0"."""

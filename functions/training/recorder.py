@@ -130,14 +130,14 @@ class Recorder:
                 run.save_snapshot(path_of(run.folder, "snapshots", run.step))
             if self.is_due(config.sample_every):
                 self.sample()
-            # The checkpoint comes last: if the run is killed before it, it resumes from the
-            # checkpoint before, and writes all of this again.
             # All processes get the same answer, so that they stop after the same step. They
             # exchange it on their CPUs, and do not wait for a GPU.
             signal_received = self.processes.any(self.stop_signals.received is not None)
             self.stopped = signal_received and run.step < run.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
+            # The checkpoint comes last: if the run is killed before it, it resumes from the
+            # checkpoint before, and writes all of this again.
             if self.is_due(config.checkpoint_every) or overdue or self.stopped:
                 self.save()
 

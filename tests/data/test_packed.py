@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,18 @@ def test_bad_images_are_left_out_and_counted(tmp_path, capsys, monkeypatch):
     assert pack.ids == [number for number in range(100) if number not in (2, 5)]
     assert_array_equal(pack.images, images[pack.ids])
     with pytest.raises(UserError, match="2 unusable"):
+        load(path)
+
+
+def test_an_encrypted_zip_has_no_usable_image(tmp_path):
+    path = write_zip(tmp_path / "set.zip")
+    archive = bytearray(path.read_bytes())
+    # Bit 0 of a member's flags says that it is encrypted, at its two headers.
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        for match in re.finditer(header, bytes(archive)):
+            archive[match.start() + flags] |= 1
+    path.write_bytes(archive)
+    with pytest.raises(UserError, match=r"none of its images can be used.*is encrypted"):
         load(path)
 
 

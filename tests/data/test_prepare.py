@@ -27,3 +27,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert "nowhere" in error
+
+
+def test_a_size_of_0_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main([str(tmp_path), "--image-size", "0"])
+    assert capsys.readouterr().err == "error: --image-size is 1 or more\n"
