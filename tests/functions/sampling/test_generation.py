@@ -42,10 +42,14 @@ def test_an_image_does_not_depend_on_its_batch(network, sampler):
     assert (first - second).abs().max() > 0.1
 
 
-def test_out_of_memory_names_the_flag(tiny_run, monkeypatch, capsys):
-    monkeypatch.setattr(UNet, "forward", LittleMemory(None, 2).forward)
+def test_a_cpu_samples_16_images_at_a_time_and_out_of_memory_names_the_flag(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(UNet, "forward", LittleMemory(lambda x_t, t: x_t, 16).forward)
+    flags = ["--steps", 2, "--n", 17, "--device", "cpu", "--out", tmp_path]
+    call(sample.main, tiny_run, *flags)
     with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-        call(sample.main, tiny_run, "--steps", 2, "--n", 3)
+        call(sample.main, tiny_run, *flags, "--batch-size", 17)
     error = capsys.readouterr().err
     assert "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB)" in error
     assert "use a smaller --batch-size" in error

@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import EXPERIMENTS
-from data.augmentation import rotation_limit
+from data.augmentation import augment
 from functions.denoiser import Denoiser
 from functions.ema import update_ema
 from functions.losses import denoising_loss
@@ -23,6 +24,7 @@ from functions.training.metrics import (
     TrainingWindow,
     read_metrics,
 )
+from functions.training.run import TrainingRun
 from functions.training.validation import validation_losses
 from tests.conftest import CPU, LittleMemory
 from train import learning_rate
@@ -221,5 +223,9 @@ def test_learning_rate_warms_up_and_decays_and_rotation_stops_for_the_last_tenth
         assert learning_rate(faces, step, 1000) == expected
     assert learning_rate(EXPERIMENTS["ffhq-run1"].diffusion, 0, 100) == 3e-5
 
-    for step, limit in ((0, 3), (500, 3), (899, 3), (900, 0), (999, 0)):
-        assert rotation_limit(full.max_rotation, full.rotation_free_end, step / 1000) == limit
+    # A run calls these with its config.
+    run = SimpleNamespace(config=full, total_steps=1000)
+    draws = training_draws(0, 0, 4, (3, 8, 8), 1000, "cpu")
+    for step, angle in ((0, 3), (500, 3), (899, 3), (900, 0), (999, 0)):
+        expected = augment(draws.noise, draws.flip, angle * draws.rotation)
+        assert torch.equal(TrainingRun.augment(run, draws.noise, draws, step), expected)
