@@ -27,15 +27,19 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     most 3.3 pixels wide. They are filled by mirroring the image at its edges: a model would learn
     black wedges. Bicubic interpolation blurs fine detail a little (docs/ffhq.md).
     """
+    # Apple's GPUs lack bicubic interpolation.
+    if x.device.type == "mps":
+        return rotate(x.cpu(), angle.cpu()).to(x.device)
     # The matrices (B, 2, 3) lead from a point (x, y, 1) of the output to its place in the input.
     # The y axis points down, so these signs rotate counter-clockwise.
     cos = torch.deg2rad(angle).cos()
     sin = torch.deg2rad(angle).sin()
     matrices = torch.stack([cos, -sin, 0 * cos, sin, cos, 0 * cos], 1).view(-1, 2, 3)
-    grid = affine_grid(matrices, x.shape, False)
+    grid = affine_grid(matrices, x.shape, align_corners=False)
 
-    # Interpolation overshoots at sharp edges, so the result is clamped.
-    return grid_sample(x, grid, "bicubic", "reflection", False).clamp(-1, 1)
+    rotated = grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    # Interpolation overshoots at sharp edges.
+    return rotated.clamp(-1, 1)
 
 
 def rotation_limit(max_rotation: float, free_end: float, progress: float) -> float:

@@ -86,7 +86,7 @@ def locked(run: Path) -> Iterator[None]:
         )
     try:
         for pattern in TRAINING_LEFTOVERS:
-            for leftover in run.glob(pattern):
+            for leftover in filter(Path.is_file, run.glob(pattern)):
                 leftover.unlink()
         yield
     finally:

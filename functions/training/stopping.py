@@ -54,6 +54,9 @@ def explain_failed_writes(run: Path) -> Iterator[None]:
     """Turn an OSError, such as from a full disk, into a UserError with the last good checkpoint."""
     try:
         yield
+    except BrokenPipeError:
+        # Nobody reads what the training prints, as in `train.py | head`. The disk is not at fault.
+        raise
     except OSError as error:
         checkpoint = last_checkpoint(run)
         advice = "There is no checkpoint yet"
