@@ -67,7 +67,7 @@ def train(
 ) -> tuple[nn.Module, list[float]]:
     """Run Algorithm 1 of the paper. Return the averaged network, and the loss of each step."""
     ema_model = copy.deepcopy(model).requires_grad_(False)
-    # The paper has Adam, which needs about twice as many steps for the same loss.
+    # Muon replaces the paper's Adam, which needs about twice as many steps for clear faces.
     optimizer = Muon(model.parameters(), LEARNING_RATE, torch.float32)
     # The learning rate rises over the first 5% of the steps, and then falls to 0.
     learning_rate = torch.optim.lr_scheduler.OneCycleLR(
@@ -116,14 +116,17 @@ def sample(model: nn.Module, scheduler: NoiseScheduler, x_T: Tensor) -> Tensor:
         # range of images, because later steps would build on what is outside of it.
         eps = model(x_t, torch.full((len(x_t),), t))
         x_0 = scheduler.predict_x_0(x_t, t, eps).clamp(-1, 1)
-        # For large t this x_0 is only a blurred average of all images that fit x_t, because the
-        # average has the smallest squared error. So the next state is one small step towards it,
-        # and x_0 is estimated again. If x_0 and x_t are known, x_{t-1} is Gaussian (Eq. 7). With
-        # a = alpha_bar_t and b = alpha_bar_{t-1},
+        # If x_0 and x_t were known, x_{t-1} would be Gaussian (Eq. 7). With a = alpha_bar_t and
+        # b = alpha_bar_{t-1},
         # mean = (sqrt(b) beta_t x_0 + sqrt(alpha_t) (1 - b) x_t) / (1 - a),
         # variance = (1 - b) / (1 - a) beta_t.
-        # The paper has the same with Eq. 15 inserted, where x_0 cannot be clipped. t - 1 = -1 means
-        # the clean image: in the last step the mean is x_0, and the variance is 0.
+        # For large t our x_0 is only a blurred average of all images that fit x_t, because the
+        # average has the smallest squared error. It may stand here: x_{t-1} is a mixture of such
+        # Gaussians, one for each image that fits, and as the mean is linear in x_0, that of the
+        # mixture is exactly the mean at the average image. If the step is small, the mixture is
+        # nearly Gaussian, with this variance. Then x_0 is estimated again. The paper's line 4 is
+        # the same with Eq. 15 inserted, where x_0 cannot be clipped. t - 1 = -1 means the clean
+        # image: in the last step the mean is x_0, and the variance is 0.
         mean, variance = scheduler.q_posterior(x_0, x_t, t, t - 1)
         x_t = mean + variance**0.5 * z
     # Lines 5 and 6: the loop ends with the image x_0.
