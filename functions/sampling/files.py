@@ -88,17 +88,20 @@ def open_folder(folder: Path, facts: dict) -> set[int]:
 def generate_frames(image_sampler: ImageSampler, n: int) -> tuple[Tensor, Frames, Frames]:
     """Sample images 0 .. n-1, and record about RECORDED_STEPS evenly spaced steps on the way.
 
-    Returns the images (N, C, H, W) in [-1, 1]; the states after these steps; and the model's
-    estimates of x_0 in these steps.
+    Returns the images (N, C, H, W) in [-1, 1]; the noise and the states after these steps; and the
+    model's estimates of x_0 in these steps.
     """
     count = image_sampler.step_count
     stride = math.ceil(count / RECORDED_STEPS)
     states = defaultdict(list)
     estimates = defaultdict(list)
+    # Each image begins as noise, which depends only on the seed and the image's index.
+    x_T = image_sampler.noise(range(n)).draw()
+    states[image_sampler.scheduler.timesteps].append(to_uint8(x_T).cpu().numpy())
 
     def on_step(k, t, x, x_0):
         # The last step is always recorded. The state after it is the image.
-        if (count - 1 - k) % stride == 0:
+        if k % stride == 0 or k == count - 1:
             t_after = image_sampler.times[k + 1]
             states[t_after + 1].append(to_uint8(x).cpu().numpy())
             estimates[t + 1].append(to_uint8(x_0).cpu().numpy())
@@ -124,9 +127,11 @@ def save_figures(args: argparse.Namespace, states: Frames, estimates: Frames, fo
 def save_columns(frames: Frames, path: Path) -> None:
     """Write a figure with a column for each of STRIP_COLUMNS frames, from the first to the last."""
     times = list(frames)
-    count = min(STRIP_COLUMNS, len(times))
-    positions = np.linspace(0, len(times) - 1, count).round().astype(int)
-    shown = [times[i] for i in positions]
+    # An image forms at low t, so the columns are closer there.
+    wanted = times[0] * np.linspace(1, 0, STRIP_COLUMNS) ** 1.5
+    nearest = [min(times, key=lambda t: abs(t - wanted_t)) for wanted_t in wanted]
+    # With few frames, several columns would show the same one.
+    shown = list(dict.fromkeys(nearest))
     columns = [frames[t][:STRIP_ROWS] for t in shown]
     save_strip(columns, [f"t = {t}" for t in shown], path)
     print(f"wrote {path}")

@@ -56,17 +56,19 @@ def test_a_cpu_samples_16_images_at_a_time_and_out_of_memory_names_the_flag(
 
 
 def test_frames_are_evenly_spaced_and_end_with_the_image(network):
-    """Of 60 steps every second one is recorded."""
+    """Of 60 steps every second one is recorded, and the last one."""
     image_sampler = image_sampler_of(network, 60)
     samples, states, estimates = generate_frames(replace(image_sampler, batch_size=2), 3)
     assert torch.equal(samples, generate(replace(image_sampler, batch_size=2), range(3)))
-    assert list(states) == list(range(58, -1, -2))
-    assert list(estimates) == list(range(59, 0, -2))
+    assert list(states) == [60, *range(59, 0, -2), 0]
+    assert list(estimates) == [*range(60, 1, -2), 1]
+    noise = image_sampler.noise(range(3)).draw()
+    assert np.array_equal(states[60], to_uint8(noise).numpy())
     # The last x_0 is the image; the first is another.
     images = to_uint8(samples).numpy()
     assert np.array_equal(states[0], images)
     assert np.array_equal(estimates[1], images)
-    assert abs(estimates[59].astype(float) - images).mean() > 10
+    assert abs(estimates[60].astype(float) - images).mean() > 10
 
 
 @pytest.mark.slow
@@ -76,7 +78,7 @@ def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
     assert Image.open(tmp_path / "grid.png").width > 3 * MIN_SIDE
     for name in ("strip", "progressive"):
         assert Image.open(tmp_path / f"{name}.png").width > 500
-    assert Image.open(tmp_path / "denoising.gif").n_frames == 30
+    assert Image.open(tmp_path / "denoising.gif").n_frames == 32
     printed = capsys.readouterr().out
     assert "EMA weights after 10 of 10 steps" in printed
     assert str(tmp_path / "grid.png") in printed
