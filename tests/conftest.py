@@ -75,8 +75,10 @@ def pytest_sessionstart():
 
 @pytest.fixture(autouse=True)
 def few_threads():
-    """Let PyTorch use one thread only, whatever the test before has set."""
-    # Tests are small, and more threads than cores would only wait for each other.
+    """Let PyTorch use one thread only after a test, whatever it has set."""
+    # Tests are small, and more threads than cores would only wait for each other. The next test may
+    # begin with a run that a whole session shares.
+    yield
     torch.set_num_threads(1)
 
 
