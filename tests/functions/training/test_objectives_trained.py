@@ -9,8 +9,13 @@ from PIL import Image
 
 import sample
 import train
+from data.augmentation import augment
+from data.batches import epoch_order
+from data.datasets import load_images
+from data.pixels import to_model_range
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import NoiseScheduler
+from functions.support.random_numbers import training_draws
 from functions.training.metrics import read_metrics
 from tests.conftest import call, train_tiny
 from tests.functions.test_objectives import X_0
@@ -62,7 +67,10 @@ def assert_samples_are_the_grid(run, out):
 @pytest.mark.slow
 def test_a_run_with_v_and_cosine_betas(pictures, tmp_path):
     """In the same x_t the squared error of eps is alpha_bar times that of v, which is the loss."""
-    run, t, losses, _ = seen_in(pictures, tmp_path / "runs")
+    run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs")
+    images = load_images(pictures, 16).images[epoch_order(45, 0, 0)[:8]]
+    flip = training_draws(0, 0, 8, (3, 16, 16), 100, "cpu").flip
+    assert np.array_equal(x_0[0], augment(to_model_range(torch.tensor(images)), flip).flatten())
 
     # This is alpha_bar's definition, f(t + 1) / f(0), computed beside the scheduler's. At the
     # last t, whose beta is capped, both are almost 0.

@@ -11,12 +11,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from config import EXPERIMENTS
+from config import EXPERIMENTS, Experiment
 from data.augmentation import augment
+from data.datasets import load_images
 from functions.denoiser import Denoiser
 from functions.ema import update_ema
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.support.loading import load_denoiser
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise, seed_of, training_draws
 from functions.training.metrics import (
@@ -26,7 +28,7 @@ from functions.training.metrics import (
 )
 from functions.training.run import TrainingRun
 from functions.training.validation import validation_losses
-from tests.conftest import CPU, LittleMemory
+from tests.conftest import CPU, LittleMemory, newest
 from train import learning_rate
 
 
@@ -135,6 +137,17 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     assert sorted(seen_indices) == [3] * 16 + [5] * 16 + [9] * 16
     np.testing.assert_allclose(measure(batch_size=7, seed=0), whole, rtol=1e-6)
     assert measure(batch_size=7, seed=1)[0][0] != loss
+
+
+def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
+    """They are the last 5 of the 50 pictures."""
+    config = Experiment.from_dict(newest(tiny_run)["config"]).diffusion
+    images = torch.tensor(load_images(pictures, 16).images)
+    [(loss, _)] = validation_losses(
+        [load_denoiser(tiny_run)], images.__getitem__, np.arange(45, 50), config, SINGLE_PROCESS
+    )
+    row = read_metrics(tiny_run / "metrics.csv")[-1]
+    assert row["val_loss_ema"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.slow
