@@ -18,7 +18,7 @@ from tests.spoilt_files import same
 @posix
 def test_what_a_resumed_run_may_change(unfinished, capsys):
     for refused, message in {
-        "--diffusion.optimizer muon --model.base-dim 16": "diffusion.optimizer, model.base_dim",
+        "--diffusion.optimizer adam --model.base-dim 16": "diffusion.optimizer, model.base_dim",
         "--diffusion.batch-size 4": "cannot change diffusion.batch_size",
         # It has done 7 steps, and an epoch has five.
         "--diffusion.epochs 1": "the run is finished",
