@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def in_worker(
-    image_sampler: ImageSampler, work: Callable, shows_steps: bool = True
+    image_sampler: ImageSampler, work: Callable[..., dict | tuple], shows_steps: bool = True
 ) -> Callable[..., Iterator]:
     """Return a callback for Gradio that calls `work(sampler, *inputs)` in the worker.
 
