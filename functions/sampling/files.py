@@ -101,10 +101,12 @@ def generate_frames(image_sampler: ImageSampler, n: int) -> tuple[Tensor, Frames
 
     def on_step(k, t, x, x_0):
         # The last step is always recorded. The state after it is the image.
-        if k % stride == 0 or k == count - 1:
+        is_last = k == count - 1
+        if k % stride == 0 or is_last:
+            estimates[t + 1].append(to_uint8(x_0).cpu().numpy())
+        if (k + 1) % stride == 0 or is_last:
             t_after = image_sampler.times[k + 1]
             states[t_after + 1].append(to_uint8(x).cpu().numpy())
-            estimates[t + 1].append(to_uint8(x_0).cpu().numpy())
 
     # Each batch of images calls `on_step` for all steps.
     images = generate(replace(image_sampler, on_step=on_step), range(n), progress=True)
