@@ -39,7 +39,10 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
 
 
 def test_after_some_steps_a_training_says_how_long_it_takes(trained, monkeypatch, capsys):
-    """Each of the 10 steps is made to take an hour."""
+    """Each of the 10 steps is made to take an hour.
+
+    The first of its two validations says what has learned nothing.
+    """
     draw = TrainingRun.draw
     clock = SimpleNamespace(monotonic=lambda: clock.now)
 
@@ -52,4 +55,6 @@ def test_after_some_steps_a_training_says_how_long_it_takes(trained, monkeypatch
     clock.now = 0
     monkeypatch.setattr(recorder, "ESTIMATE_AFTER", 4)
     trained()
-    assert "the 6 steps to go take about 6.0 hours" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the 6 steps to go take about 6.0 hours" in printed
+    assert printed.count("knows only the average image has a held-out loss of") == 1
