@@ -44,7 +44,7 @@ def describe_cost(run: TrainingRun) -> str:
         f"             24 hours are {epochs_of_a_day:,.1f} epochs: "
         f"--diffusion.epochs {max(1, int(epochs_of_a_day))}\n"
         f"  sees       {images_seen:,} images, each training image {times_seen:,.0f} times\n"
-        f"  keeps      {describe_snapshots(run)}\n"
+        f"  snapshots  {describe_snapshots(run)}\n"
         f"  images in  {run.image_set.path}\n"
         f"  goes to    {folder}\n"
         "nothing was started"
@@ -57,7 +57,7 @@ def describe_snapshots(run: TrainingRun) -> str:
     # The last step has one, too.
     count = math.ceil(run.total_steps / every) if every else 0
     gigabytes = 2 * run.facts["parameters"] / 1e9
-    return f"{count} snapshots of {gigabytes:.2g} GB, {count * gigabytes:.2g} GB in all"
+    return f"{count} of {gigabytes:.2g} GB, {count * gigabytes:.2g} GB in all"
 
 
 def duration(seconds: float) -> str:

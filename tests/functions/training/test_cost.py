@@ -29,7 +29,7 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
     # Nothing but the copy of the run is there.
     assert list(unfinished.parent.iterdir()) == [unfinished]
     new, resumed, _ = capsys.readouterr().out.split("nothing was started")
-    assert "keeps 3 snapshots of 0.00013 GB, 0.00039 GB in all" in " ".join(new.split())
+    assert "snapshots 3 of 0.00013 GB, 0.00039 GB in all" in " ".join(new.split())
     for printed, steps in ((new, 10), (resumed, 3)):
         description = " ".join(printed.split())
         assert "compute forward and backward of 8 on cpu" in description
