@@ -1,6 +1,7 @@
 """benchmarks/: networks that learn beside ours, and the first day on a GPU in small."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,9 @@ def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, c
     assert facts.pop("GPU") == "none"
     assert torch.__version__ in facts.pop("PyTorch")
     assert facts.pop("broken") == r"failed: RuntimeError('no compiler\nfound')"
+    last = [*facts][-1]
+    assert last == "ffhq-day on a CPU, with a tiny network"
+    assert re.fullmatch(r"\d[\d.e+]* hours, 0.0 GB", facts.pop(last))
     expected = {"before the error", "faces: steps/s"}
     for precision in ("bfloat16", "float32"):
         expected.add(f"ffhq-v, {precision}: images/s in 1,000 steps")

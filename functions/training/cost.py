@@ -1,5 +1,6 @@
-"""Estimate how long a run takes, before it starts."""
+"""Estimate what a run costs, before it starts."""
 
+import math
 import time
 
 import torch
@@ -8,9 +9,11 @@ from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.training.run import TrainingRun
 
+SECONDS_OF_A_DAY = 24 * 3600
+
 
 def describe_cost(run: TrainingRun) -> str:
-    """Describe the cost of the remaining steps.
+    """Describe the time of the remaining steps, and the images and snapshots of the whole run.
 
     The network is not compiled here. The steps of the optimiser are real ones, so nothing can be
     trained afterwards.
@@ -30,15 +33,31 @@ def describe_cost(run: TrainingRun) -> str:
     seconds_of_step = len(run.share) * seconds / image_count + time.perf_counter() - start
 
     steps = run.total_steps - run.step
+    epochs_of_a_day = SECONDS_OF_A_DAY / (seconds_of_step * run.steps_per_epoch)
+    images_seen = run.total_steps * run.config.effective_batch
+    times_seen = images_seen / len(run.split.train_indices)
     folder = run.folder or run.runs_folder / f"{run.name}-<time>"
     return (
         f"  compute    forward and backward of {image_count} on {run.device}: {seconds:.3g} s\n"
         f"             so the {steps:,} steps to go take about "
         f"{duration(seconds_of_step * steps)}, not compiled\n"
+        f"             24 hours are {epochs_of_a_day:,.1f} epochs: "
+        f"--diffusion.epochs {max(1, int(epochs_of_a_day))}\n"
+        f"  sees       {images_seen:,} images, each training image {times_seen:,.0f} times\n"
+        f"  snapshots  {describe_snapshots(run)}\n"
         f"  images in  {run.image_set.path}\n"
         f"  goes to    {folder}\n"
         "nothing was started"
     )
+
+
+def describe_snapshots(run: TrainingRun) -> str:
+    """Return the number and the size of a whole run's snapshots, which have weights in float16."""
+    every = run.config.snapshot_every
+    # The last step has one, too.
+    count = math.ceil(run.total_steps / every) if every else 0
+    gigabytes = 2 * run.facts["parameters"] / 1e9
+    return f"{count} of {gigabytes:.2g} GB, {count * gigabytes:.2g} GB in all"
 
 
 def duration(seconds: float) -> str:

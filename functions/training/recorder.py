@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from functions.training.cost import duration
 from functions.training.metrics import MetricsLog, plot_losses
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
-from functions.training.validation import validation_losses
+from functions.training.validation import AverageImage, average_image, validation_losses
 
 # After this number of steps the training says how long all steps take.
 ESTIMATE_AFTER = 20
@@ -52,6 +53,8 @@ class Recorder:
         # The number of steps that this process has done, and when the first of them was done.
         self.steps_done = 0
         self.first_step_at = 0.0
+        # Whether the loss of the average image was printed.
+        self.has_baseline = False
         self.stop_signals = StopSignals()
         # Whether a signal has stopped the run.
         self.stopped = False
@@ -207,6 +210,8 @@ class Recorder:
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""
         run = self.run
+        if not self.has_baseline:
+            self.print_baseline()
         denoisers = {"": run.denoiser}
         if run.ema_model:
             denoisers["_ema"] = run.sample_denoiser
@@ -222,6 +227,21 @@ class Recorder:
             columns[f"val_loss{suffix}"] = loss
             columns[f"val_eps_error{suffix}"] = eps_error
         return columns
+
+    def print_baseline(self) -> None:
+        """Print the held-out loss of the average image, so that a bad run can be given up."""
+        self.has_baseline = True
+        run = self.run
+        average = average_image(run.feeder.gather, run.split.train_indices, self.config.batch_size)
+        baseline = replace(run.denoiser, network=AverageImage(run.denoiser, average))
+        [(loss, _)] = validation_losses(
+            [baseline], run.feeder.gather, run.split.val_indices, self.config, self.processes
+        )
+        if self.processes.is_main:
+            tqdm.write(
+                f"a network that knows only the average image has a held-out loss of {loss:.3g}; "
+                "one with a higher val_loss has learned nothing yet"
+            )
 
     def sample(self) -> None:
         """Draw a grid of samples, always from the same noise, and write it to a file."""

@@ -355,13 +355,18 @@ def fit_to_weights(
     """Return the preset with the values that the weights need, and with the given fields changed.
 
     Weights work only with the values of some fields of DiffusionConfig, and of all fields of
-    ModelConfig except dropout, with which they were trained. Raises ConfigError for a given value
-    that is another one.
+    ModelConfig except dropout and the size of images, with which they were trained. The size is
+    that of their training, too, unless another one is given. Raises ConfigError for a given value
+    that does not fit.
     """
     # A diffusers folder has no values for some fields, which then have their defaults.
     saved_fields = vars(DiffusionConfig) | initial.config["diffusion"]
     needed_diffusion = {name: saved_fields[name] for name in marked(DiffusionConfig, "of_weights")}
     needed_model = vars(initial.model) | {"dropout": model.get("dropout", preset.model.dropout)}
+    # Convolutions and attention work at any size that the levels can halve.
+    size = model.get("image_size", initial.model.image_size)
+    halvings = len(initial.model.dim_multiply) - 1
+    needed_model |= {"image_size": size, "lowest_resolution_size": size // 2**halvings}
     experiment = preset.override(diffusion | needed_diffusion, needed_model)
     asked = experiment.override(diffusion, model)
     for field, (needed, given) in experiment.differences(asked).items():

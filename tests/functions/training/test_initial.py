@@ -12,8 +12,9 @@ from functions.support.checkpoint import load_weights
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import checkpoints_of
 from functions.training.run import open_run
-from tests.conftest import CPU, TINY, call, during, interrupt, newest
+from tests.conftest import CPU, TINY, call, during, interrupt, newest, posix, terminate
 from tests.functions.support.test_diffusers_folder import SMALL
+from tests.kill import assert_same_run
 from tests.spoilt_files import same
 
 # These flags of TINY do not belong to the weights, which bring the others with them.
@@ -87,6 +88,34 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
 def test_what_contradicts_the_weights_is_refused(flag, field, value, tiny_run, trained):
     with pytest.raises(ConfigError, match=f"{field} is .* cannot be changed to {value}"):
         trained("--init", tiny_run, flag, value)
+
+
+@pytest.mark.slow
+@posix
+def test_weights_begin_a_run_of_larger_images_which_resumes_bit_for_bit(
+    tiny_run, pictures, tmp_path
+):
+    """The weights made images of 16 x 16. The lowest resolution is 8 there, and 16 at 32 x 32."""
+
+    def train_at(size, folder):
+        flags = ["--init", tiny_run, "--model.image-size", size, "--runs", tmp_path / folder]
+        call(train.main, "faces", *flags, "--diffusion.dataset-name", pictures, *TRAINING)
+        (run,) = (tmp_path / folder).iterdir()
+        return run
+
+    with pytest.raises(ConfigError, match="image_size is 33; it must be lowest_resolution_size"):
+        train_at(33, "refused")
+    whole = train_at(32, "whole")
+    with pytest.raises(SystemExit, match="75"), during(7, terminate):
+        train_at(32, "stopped")
+    (stopped,) = (tmp_path / "stopped").iterdir()
+    call(train.main, "--resume", stopped)
+
+    assert_same_run(whole, stopped)
+    contents = newest(stopped)
+    assert contents["run"]["step"] == 10
+    assert contents["config"]["model"]["image_size"] == 32
+    assert contents["config"]["model"]["lowest_resolution_size"] == 16
 
 
 @pytest.mark.slow
