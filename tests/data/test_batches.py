@@ -44,6 +44,7 @@ def test_the_order_is_the_same_on_every_machine():
     seed=integers(0, 9),
     start=integers(0, 119),
 )
+@pytest.mark.slow
 def test_processes_share_each_step_of_an_epoch_and_can_start_anywhere(
     n, effective_batch, batch_size, count, seed, start
 ):

@@ -123,6 +123,7 @@ def test_one_image_is_too_few():
         split_images(ImageSet("set", IMAGES[:1], [7]), "reference")
 
 
+@pytest.mark.slow
 def test_loading_images_imports_no_config_preset_or_checkpoint():
     code = "import sys, example; example.load_images('emoji_people', 32); print(*sys.modules)"
     done = script("-c", code)

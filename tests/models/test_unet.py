@@ -122,6 +122,7 @@ def test_levels_that_miss_the_lowest_resolution_are_refused():
         UNet(32, 3, 8, [1, 2, 2, 2], [1], 32)
 
 
+@pytest.mark.slow
 def test_the_network_is_traced_as_one_graph():
     """The compiler's front end and autograd find nothing that they cannot follow."""
     model = small_unet()

@@ -47,6 +47,7 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
         call(train.main, "--resume", unfinished)
 
 
+@pytest.mark.slow
 def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monkeypatch, capsys):
     """The run is in float32, and "auto" would be bfloat16 here."""
     monkeypatch.setattr("functions.support.device.cpu_has_bfloat16", lambda: True)
