@@ -97,7 +97,7 @@ def train(
         losses.append(loss.item())
         # EMA: a moving average of the weights makes better samples than the last weights.
         for average, weight in zip(ema_model.parameters(), model.parameters(), strict=True):
-            average.lerp_(weight, 1 - EMA_DECAY)
+            average.lerp_(weight.detach(), 1 - EMA_DECAY)
     # Line 6: until converged. Here it is a fixed number of steps.
     return ema_model, losses
 
@@ -122,8 +122,8 @@ def sample(model: nn.Module, scheduler: NoiseScheduler, x_T: Tensor) -> Tensor:
         # variance = (1 - b) / (1 - a) beta_t.
         # For large t our x_0 is only a blurred average of all images that fit x_t, because the
         # average has the smallest squared error. It may stand here: x_{t-1} is a mixture of such
-        # Gaussians, one for each image that fits, and as the mean is linear in x_0, that of the
-        # mixture is exactly the mean at the average image. If the step is small, the mixture is
+        # Gaussians, one for each image that fits. The mean is linear in x_0, so the mean of the
+        # mixture is exactly that at the average image. If the step is small, the mixture is
         # nearly Gaussian, with this variance. Then x_0 is estimated again. The paper's line 4 is
         # the same with Eq. 15 inserted, where x_0 cannot be clipped. t - 1 = -1 means the clean
         # image: in the last step the mean is x_0, and the variance is 0.
