@@ -151,9 +151,14 @@ def test_mix(page, run, pictures):
     tab(page, "Mix")
     fill(page, Depth=0, Share=1)
     upload(page, pictures / "00003.png")
-    click(page, MIX)
     photo = read_image(pictures / "00003.png", (3, SIZE, SIZE))
-    _, mixture, second = cut(picture(page, MIXED))
+    # The page shows a file's name before its upload is complete, so this is tried again.
+    for _ in range(10):
+        click(page, MIX)
+        page.wait_for_timeout(1000)
+        _, mixture, second = cut(picture(page, MIXED))
+        if np.array_equal(second, photo):
+            break
     assert_array_equal(second, photo)
     assert_array_equal(mixture, photo)
 
