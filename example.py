@@ -1,9 +1,9 @@
 """All of DDPM on one page: `python example.py` trains on emoji faces and draws new ones.
 
 Denoising Diffusion Probabilistic Models, Ho et al. 2020 (arXiv:2006.11239). Noise is added to an
-image x_0 in T small steps, until nothing of it is left. A network learns to predict the noise eps
-in a noisy image x_t. Then it turns pure noise into an image, step by step. The comments name the
-lines of the paper's Algorithms 1 and 2.
+image x_0 in T small steps, until hardly anything of the image is left. A network learns to predict
+the noise eps in a noisy image x_t. Then it turns pure noise into an image, step by step. The
+comments name the lines of the paper's Algorithms 1 and 2.
 
 This takes 8 minutes on two CPU cores, and writes example.png and example_loss.png. train.py does
 the same with checkpoints, mixed precision, several GPUs and many options.
@@ -35,7 +35,7 @@ NETWORK = {
     "base_dim": 32,  # channels of the first level
     "dim_multiply": (1, 2, 4, 4),  # four levels, of 32, 16, 8 and 4 pixels, and their channels
     "lowest_resolution_size": 4,
-    "transformer_layers": (2,),  # self-attention at level 2, of 8 pixels
+    "transformer_layers": (2,),  # self-attention at level 2, counted from 0, of 8 pixels
     "norm_groups": 8,
 }
 
