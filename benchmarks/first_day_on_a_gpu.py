@@ -7,6 +7,7 @@ CPU with a tiny network, as a test of this script.
 """
 
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +30,6 @@ from functions.training.run import TrainingRun
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 BATCH = 20
-FFHQ_TRAINING_IMAGES = 63_000
 # Without a GPU every network is this one.
 TINY = {
     "image_size": 8,
@@ -102,33 +102,42 @@ def sampling(name: str) -> Iterator[Fact]:
 
 def steps(name: str) -> Iterator[Fact]:
     """Yield the speed of whole steps in a short run."""
-    speed = images_per_second(name, epochs=1)
+    with tempfile.TemporaryDirectory() as folder:
+        speed = images_per_second(name, folder, epochs=1)
     yield f"{name}: steps/s", speed / EXPERIMENTS[name].diffusion.effective_batch
 
 
 def day() -> Iterator[Fact]:
-    """Yield the hours and the memory of `ffhq-day`, by a short run of it.
+    """Yield the hours and the memory of `ffhq-day`, by a short run, which is resumed and sampled.
 
     The memory is the peak, without the 3.4 GB of FFHQ.
     """
     if GPU:
         torch.cuda.reset_peak_memory_stats()
-    # Four epochs of the embedded images are 20 steps.
-    speed = images_per_second("ffhq-day", epochs=4)
-    images = EXPERIMENTS["ffhq-day"].diffusion.epochs * FFHQ_TRAINING_IMAGES
-    gigabytes = torch.cuda.max_memory_allocated() / 1e9
-    name = torch.cuda.get_device_name() if GPU else "a CPU, with a tiny network"
-    yield f"ffhq-day on {name}", f"{images / speed / 3600:.3g} hours, {gigabytes:.1f} GB"
-
-
-def images_per_second(name: str, **changes: str | int) -> float:
-    """Return the speed of the last steps of a short run, as train.py measures it."""
     with tempfile.TemporaryDirectory() as folder:
-        run = run_of(name, folder, log_every=10, **changes)
-        if not train.train(run):
-            raise KeyboardInterrupt
-        # The steps before those of the last row warm up.
-        return read_metrics(run.folder / "metrics.csv")[-1]["images_per_second"]
+        # Five epochs of the embedded images are 30 steps.
+        speed = images_per_second("ffhq-day", folder, epochs=5)
+        gigabytes = torch.cuda.max_memory_allocated() / 1e9
+        (run,) = Path(folder).iterdir()
+        resume = ("train.py", "--resume", run, "--diffusion.epochs", "6")
+        for command in (resume, ("sample.py", run)):
+            # The first path is the repository's root.
+            status = subprocess.call([sys.executable, *command], cwd=sys.path[0])
+            yield f"ffhq-day, exit status of {command[0]}", status
+
+    # FFHQ has 63,000 training images.
+    hours = EXPERIMENTS["ffhq-day"].diffusion.epochs * 63_000 / speed / 3600
+    name = torch.cuda.get_device_name() if GPU else "a CPU, with a tiny network"
+    yield f"ffhq-day on {name}", f"{hours:.3g} hours, {gigabytes:.1f} GB"
+
+
+def images_per_second(name: str, folder: str, **changes: str | int) -> float:
+    """Return the speed of the last ten steps of a short run, as train.py measures it."""
+    run = run_of(name, folder, log_every=10, **changes)
+    if not train.train(run):
+        raise KeyboardInterrupt
+    # The steps before those of the last row warm up.
+    return read_metrics(run.folder / "metrics.csv")[-1]["images_per_second"]
 
 
 PARTS = {

@@ -81,6 +81,8 @@ def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, c
     last = [*facts][-1]
     assert last == "ffhq-day on a CPU, with a tiny network"
     assert re.fullmatch(r"\d[\d.e+]* hours, 0.0 GB", facts.pop(last))
+    for script in ("train.py", "sample.py"):
+        assert facts.pop(f"ffhq-day, exit status of {script}") == 0
     expected = {"before the error", "faces: steps/s"}
     for precision in ("bfloat16", "float32"):
         expected.add(f"ffhq-v, {precision}: images/s in 1,000 steps")
