@@ -241,8 +241,8 @@ class DiffusionConfig:
     dataset_name: str = changeable()
     # The learning rate after the warm-up.
     learning_rate: float = setting(at_least=1e-9, at_most=1)
-    # The most images in one forward pass. Half of it with twice the gradient_accumulation gives the
-    # same result in about half of the memory (docs/speed.md).
+    # The most images in one forward pass. Half of it with twice the gradient_accumulation needs
+    # about half of the memory, and gives the same result, but for dropout (docs/speed.md).
     batch_size: int
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
