@@ -47,6 +47,8 @@ class NoiseScheduler:
         rescale_betas: multiply both by 1000 / T, so that x_T has nearly the same noise for every T.
         beta_schedule: "linear", or "cosine" (`cosine_betas`). "cosine" ignores `beta_start`,
             `beta_end` and `rescale_betas`.
+        log_snr_shift: the betas are changed so that this is added to log(alpha_bar / (1 -
+            alpha_bar)) at every t. Below 0 it adds noise (`shifted_betas`).
     """
 
     # This class is not an `nn.Module`: the schedule is not learned, and EMA must never average it.
@@ -58,6 +60,7 @@ class NoiseScheduler:
         beta_end: float = 0.02,
         rescale_betas: bool = True,
         beta_schedule: str = "linear",
+        log_snr_shift: float = 0.0,
     ):
         self.timesteps = timesteps
         if beta_schedule == "linear":
@@ -67,6 +70,9 @@ class NoiseScheduler:
             self.betas = cosine_betas(timesteps)
         else:
             raise ValueError(f"beta_schedule is {beta_schedule!r}; it can be linear or cosine")
+        self.log_snr_shift = log_snr_shift
+        if log_snr_shift:
+            self.betas = shifted_betas(self.betas, log_snr_shift)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64, on the CPU
         # Copies of alpha_bar at t = -1 .. T-1, (T + 1,), on each device that has been used so far.
         self.tables: dict[torch.device, Tensor] = {}
@@ -189,6 +195,19 @@ def cosine_betas(timesteps: int) -> Tensor:
     t = torch.arange(timesteps + 1, dtype=torch.float64)
     alpha_bar = torch.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+def shifted_betas(betas: Tensor, shift: float) -> Tensor:
+    """Return betas whose log-SNR at each t is that of `betas` plus `shift`: (T,) float64.
+
+    A larger image hides less in the same noise, because its pixels repeat each other. With the
+    shift 2 log(64 / S), an image of S x S pixels, shrunk to 64 x 64, has as much noise as one of
+    64 x 64 without a shift (Hoogeboom et al. 2023, arXiv:2301.11093, Section 3).
+    """
+    log_snr = torch.cumprod(1 - betas, dim=0).logit()
+    alpha_bar = torch.sigmoid(log_snr + shift)
+    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    return 1 - alpha_bar / before
 
 
 def broadcast(coefficient: Coefficient, x: Tensor) -> Coefficient:

@@ -156,6 +156,8 @@ class SavedModel:
             diffusion["beta_end"],
             diffusion["rescale_betas"],
             diffusion["beta_schedule"],
+            # diffusers' folders and earlier runs have none.
+            diffusion.get("log_snr_shift", 0.0),
         )
 
     @property

@@ -233,6 +233,9 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
             f"{saved.path}: diffusers has no such betas, objective or dim_multiply; "
             "export to a file, NAME.safetensors"
         )
+    if saved.scheduler.log_snr_shift:
+        # These take precedence over the other fields. diffusers has no word for a shift.
+        schedule["trained_betas"] = saved.scheduler.betas.tolist()
     ours = UNet(**vars(saved.model))
     copy_tensors(saved.weights, ours.state_dict(), saved.path)
     network = diffusers.UNet2DModel(**network_fields(saved.model))

@@ -292,6 +292,8 @@ class TrainingRun:
         facts = self.facts
         snr = self.denoiser.scheduler.terminal_snr
         done = f"; {self.step:,} steps are done" if self.step else ""
+        shift = config.log_snr_shift
+        shifted = f", log-SNR shifted by {shift:g}" if shift else ""
         lines = [
             self.name,
             f"  data       {self.image_set.summary}",
@@ -301,7 +303,7 @@ class TrainingRun:
             f"  length     {self.total_steps:,} steps of {config.effective_batch} images: "
             f"{config.epochs} epochs of {self.steps_per_epoch:,} steps{done}",
             f"  objective  {config.objective} over {config.timesteps_diff} timesteps with "
-            f"{config.beta_schedule} betas, terminal SNR {snr:.2g}",
+            f"{config.beta_schedule} betas{shifted}, terminal SNR {snr:.2g}",
         ]
         if facts["initial"]:
             lines.append(f"  begins as  {facts['initial']}")

@@ -4,6 +4,8 @@ The truths are closed forms and step-by-step recursions in NumPy float64, diffus
 the numbers that are known of the paper's schedule.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,17 @@ def test_cosine_betas_are_those_of_the_paper_and_of_diffusers(timesteps):
     # Diffusers has float32. It rounds the ratio of neighbouring alpha_bar, near 1, by 6e-8.
     theirs = DDPMScheduler(timesteps, beta_schedule="squaredcos_cap_v2")
     assert_close(ours.betas.float(), theirs.betas, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_shift_gives_a_shrunk_image_the_noise_of_a_small_one(name):
+    """Averages of 2 x 2 pixels, 64 px of 128, have a quarter of the noise's variance."""
+    plain = NoiseScheduler(1000, beta_schedule=name).alphas_cumprod
+    shifted = NoiseScheduler(1000, beta_schedule=name, log_snr_shift=2 * math.log(64 / 128))
+    a = shifted.alphas_cumprod
+    assert_close(a / (a + (1 - a) / 4), plain, rtol=1e-9, atol=0)
+    assert shifted.betas.min() > 0
+    assert shifted.betas.max() < 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling import calibration
 from functions.sampling.export import export
 from functions.support.checkpoint import load_weights
-from functions.support.diffusers_folder import copy_weights
+from functions.support.diffusers_folder import copy_weights, write_folder
 from functions.support.errors import CheckpointError, UserError
 from functions.support.loading import load_denoiser, load_model, rebuild
 from functions.support.run_folder import find_checkpoints
@@ -104,9 +104,8 @@ def change(path, **fields):
     path.write_text(json.dumps(changed))
 
 
-def same_images(path, unet, scheduler):
-    """Check that our samplers and the pipelines draw the same images with the model in `path`."""
-    saved = load_model(path)
+def same_images(saved, unet, scheduler):
+    """Check that our samplers and the pipelines draw the same images with a saved model."""
     denoiser = rebuild(saved, CPU)
     diffusion = saved.config["diffusion"]
     variance = "fixed_" + diffusion.get("variance", "small")
@@ -149,7 +148,7 @@ def same_images(path, unet, scheduler):
 def test_published_shapes_give_the_images_of_diffusers(write, fields, scheduler, tmp_path):
     unet = network_of(fields)
     path = write(tmp_path / "theirs", unet, scheduler)
-    same_images(path, unet, scheduler)
+    same_images(load_model(path), unet, scheduler)
 
 
 @pytest.mark.slow
@@ -160,9 +159,8 @@ def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
     call(sample.main, tiny_run, "--export", exported)
     # The run's betas were rescaled for T = 100.
     pipeline = DDPMPipeline.from_pretrained(exported)
-    newest = find_checkpoints(tiny_run)[0]
-    same_images(newest, pipeline.unet, pipeline.scheduler)
-    original = load_weights(newest)
+    original = load_weights(find_checkpoints(tiny_run)[0])
+    same_images(original, pipeline.unet, pipeline.scheduler)
     assert same(original.weights, load_model(exported).weights)
     call(sample.main, tiny_run, "--export", "faces.safetensors")
     assert load_weights(Path("faces.safetensors")).digest == original.digest
@@ -175,6 +173,17 @@ def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
     # The code that the card shows runs as it is, and writes an image.
     exec("\n".join(line.strip() for line in card.splitlines() if line.startswith("    ")))
     assert Path("image.png").exists()
+
+
+def test_a_shift_of_the_log_snr_goes_to_diffusers_as_betas(tmp_path):
+    saved = load_model(write_pipeline(tmp_path / "theirs", network_of(SMALL), DDPMScheduler(**V)))
+    saved.config["diffusion"]["log_snr_shift"] = -1.386
+    write_folder(saved, tmp_path / "ours")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "ours")
+    same_images(saved, pipeline.unet, pipeline.scheduler)
+    # Betas of a folder are not read.
+    with pytest.raises(CheckpointError, match="our alpha_bar is another"):
+        load_model(tmp_path / "ours")
 
 
 @pytest.fixture
