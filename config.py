@@ -278,7 +278,7 @@ class DiffusionConfig:
     beta_schedule: str = choice("linear", "cosine", of_weights=True)
     # Added to the log-SNR, log(alpha_bar / (1 - alpha_bar)), of each timestep; below 0, it adds
     # noise. If betas suit 64 px, 2 log(64 / S) makes them suit S px (Hoogeboom et al. 2023).
-    log_snr_shift: float = setting(0.0, at_least=-10, at_most=10, of_weights=True)
+    log_snr_shift: float = setting(0.0, at_least=-10, at_most=0, of_weights=True)
 
     # Objective
 

@@ -92,7 +92,8 @@ def test_the_day_and_ffhq_v_change_what_they_say():
         assert {name: getattr(experiment.diffusion, name) for name in values} == values
         assert experiment.model == replace(EXPERIMENTS[base].model, dropout=0.1)
 
-    assert day.diffusion.log_snr_shift == pytest.approx(2 * math.log(64 / 128), abs=1e-3)
+    shift = day.diffusion.build_scheduler().log_snr_shift
+    assert shift == pytest.approx(2 * math.log(64 / 128), abs=1e-3)
     steps = day.diffusion.epochs * (63_000 // 128)
     assert steps == 590_400
     # The last step has a snapshot, too.

@@ -141,8 +141,10 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
         {"timesteps": 1000, "beta_start": 0.03},
         # No comparison with nan is true, so a check must not ask whether the betas are wrong.
         {"timesteps": 1000, "beta_end": float("nan")},
+        # alpha_bar is below the smallest number.
+        {"timesteps": 100_000, "rescale_betas": False, "log_snr_shift": -1.0},
     ],
 )
 def test_impossible_schedules_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"beta_schedule is 'sigmoid'|0 < beta_start"):
+    with pytest.raises(ValueError, match=r"is 'sigmoid'|0 < beta_start|smaller betas"):
         NoiseScheduler(**arguments)

@@ -64,14 +64,16 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
     )
     DDPMPipeline(UNet2DModel(**SMALL), scheduler).save_pretrained(tmp_path)
     flags = ["--diffusion.dataset-name", pictures, "--diffusion.seed", 1, "--model.dropout", 0.2]
-    args = call(train.parse_flags, "faces", "--init", tmp_path, *flags)
+    flags += ["--diffusion.batch-size", 8]
+    args = call(train.parse_flags, "ffhq-day", "--init", tmp_path, *flags)
     experiment = open_run(args, CPU, SINGLE_PROCESS).experiment
 
     config = experiment.diffusion
     assert config.timesteps_diff == 50
     assert config.beta_schedule == "cosine"
     assert config.objective == "v"
-    assert config.learning_rate == 2e-3
+    assert config.log_snr_shift == 0
+    assert config.learning_rate == 1e-4
     assert config.seed == 1
     assert experiment.model == ModelConfig(
         8, (1, 2), (1,), 16, 16, dropout=0.2, norm_groups=4, dialect="diffusers"

@@ -65,17 +65,20 @@ def assert_samples_are_the_grid(run, out):
 
 
 @pytest.mark.slow
-def test_a_run_with_v_and_cosine_betas(pictures, tmp_path):
+def test_a_run_with_v_and_shifted_cosine_betas(pictures, tmp_path, capsys):
     """In the same x_t the squared error of eps is alpha_bar times that of v, which is the loss."""
-    run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs")
+    flags = ["--diffusion.log-snr-shift", -1.5]
+    run, t, losses, x_0 = seen_in(pictures, tmp_path / "runs", *flags)
+    assert "cosine betas, log-SNR shifted by -1.5" in capsys.readouterr().out
     images = load_images(pictures, 16).images[epoch_order(45, 0, 0)[:8]]
     flip = training_draws(0, 0, 8, (3, 16, 16), 100, "cpu").flip
     assert np.array_equal(x_0[0], augment(to_model_range(torch.tensor(images)), flip).flatten())
 
-    # This is alpha_bar's definition, f(t + 1) / f(0), computed beside the scheduler's. At the
-    # last t, whose beta is capped, both are almost 0.
+    # This is alpha_bar's definition without a shift, f(t + 1) / f(0), computed beside the
+    # scheduler's. At the last t, whose beta is capped, both are almost 0.
     f = np.cos((np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
-    assert_logged(run, losses, f[t + 1] / f[0] * losses)
+    a = f[t + 1] / f[0]
+    assert_logged(run, losses, a / (a + (1 - a) * np.exp(1.5)) * losses)
     assert_samples_are_the_grid(run, tmp_path / "sampled")
 
 
