@@ -175,6 +175,7 @@ def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
     assert Path("image.png").exists()
 
 
+@pytest.mark.slow
 def test_a_shift_of_the_log_snr_goes_to_diffusers_as_betas(tmp_path):
     saved = load_model(write_pipeline(tmp_path / "theirs", network_of(SMALL), DDPMScheduler(**V)))
     saved.config["diffusion"]["log_snr_shift"] = -1.386
