@@ -27,7 +27,7 @@ from functions.support.settings import (
 def experiments() -> dict[str, "Experiment"]:
     """Return the experiments by name; some are copies of another one with changed fields."""
     # `faces` trains in minutes on a laptop's CPU, on the people of the embedded emoji at 32 x 32.
-    # It is the paper's DDPM, but for the optimiser: with Muon instead of Adam, samples are better
+    # It is the paper's DDPM, but for the optimiser: with Muon instead of Adam, samples are as good
     # in half the time (docs/speed.md).
     faces = Experiment(
         DiffusionConfig(
