@@ -33,6 +33,7 @@ def test_grey_packs_lie_beside_those_of_colours(tmp_path):
     assert_array_equal(seen, np.repeat(grey.images, 3, axis=3))
 
 
+@pytest.mark.slow
 def test_single_images_grids_and_figures_are_grey(grey_run, pictures, tmp_path):
     call(sample.main, grey_run, *FEW, "--n", 2, "--individual", "--out", tmp_path)
     flags = ["--n", 2, "--strip", "--progressive", "--gif"]

@@ -95,6 +95,7 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     assert same(newest(unfinished)["ema"], newest(tiny_run)["ema"])
 
 
+@pytest.mark.slow
 @posix
 def test_a_signal_in_a_grid_is_heeded_after_it(trained, tiny_run, tmp_path, monkeypatch):
     """In the last grid it changes nothing, because the run ends after it anyway."""
