@@ -202,15 +202,17 @@ def shifted_betas(betas: Tensor, shift: float) -> Tensor:
 
     A larger image hides less in the same noise, because its pixels repeat each other. With the
     shift 2 log(64 / S), an image of S x S pixels, shrunk to 64 x 64, has as much noise as one of
-    64 x 64 without a shift (Hoogeboom et al. 2023, arXiv:2301.11093, Section 3). Raises ValueError
-    if alpha_bar falls to 0, whose log-SNR is infinite.
+    64 x 64 without a shift (Hoogeboom et al. 2023, arXiv:2301.11093, Section 3).
     """
     alpha_bar = torch.cumprod(1 - betas, dim=0)
-    if alpha_bar[-1] < torch.finfo(alpha_bar.dtype).tiny:
-        raise ValueError("alpha_bar falls to 0; use smaller betas, or no log_snr_shift")
-    alpha_bar = torch.sigmoid(alpha_bar.logit() + shift)
     before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    return 1 - alpha_bar / before
+
+    # The shifted alpha_bar is alpha_bar / sum_t, and the one before it is before / sum_s. Their
+    # ratio is the shifted alpha. In this form nothing is divided by an alpha_bar, which may be 0.
+    factor = math.exp(-shift)
+    sum_t = alpha_bar + factor * (1 - alpha_bar)
+    sum_s = before + factor * (1 - before)
+    return 1 - (1 - betas) * sum_s / sum_t
 
 
 def broadcast(coefficient: Coefficient, x: Tensor) -> Coefficient:

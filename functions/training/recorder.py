@@ -53,8 +53,6 @@ class Recorder:
         # The number of steps that this process has done, and when the first of them was done.
         self.steps_done = 0
         self.first_step_at = 0.0
-        # Whether the loss of the average image was printed.
-        self.has_baseline = False
         self.stop_signals = StopSignals()
         # Whether a signal has stopped the run.
         self.stopped = False
@@ -210,7 +208,8 @@ class Recorder:
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""
         run = self.run
-        if not self.has_baseline:
+        # This is the first validation of the run.
+        if run.step <= self.config.validate_every:
             self.print_baseline()
         denoisers = {"": run.denoiser}
         if run.ema_model:
@@ -230,7 +229,6 @@ class Recorder:
 
     def print_baseline(self) -> None:
         """Print the held-out loss of the average image, so that a bad run can be given up."""
-        self.has_baseline = True
         run = self.run
         average = average_image(run.feeder.gather, run.split.train_indices, self.config.batch_size)
         baseline = replace(run.denoiser, network=AverageImage(run.denoiser, average))
