@@ -76,10 +76,20 @@ def control(page: Page, name: str) -> Locator:
 
 
 def fill(page: Page, **values: object) -> None:
-    """Give the visible controls of these names a value, such as Seed=3."""
-    for name, value in values.items():
-        control(page, name.replace("_", " ")).fill(str(value))
-        page.keyboard.press("Tab")
+    """Give the visible controls of these names a value, such as Seed=3.
+
+    A tab that has just opened may give its controls their defaults once more, some milliseconds
+    later, so this is repeated until the values stay.
+    """
+    for _ in range(10):
+        for name, value in values.items():
+            control(page, name.replace("_", " ")).fill(str(value))
+            page.keyboard.press("Tab")
+        page.wait_for_timeout(100)
+        kept = {name: control(page, name.replace("_", " ")).input_value() for name in values}
+        if kept == {name: str(value) for name, value in values.items()}:
+            return
+    raise AssertionError(f"the page has {kept} where {values} was filled in")
 
 
 def click(page: Page, name: str) -> None:

@@ -146,19 +146,14 @@ def test_mix(page, run, pictures):
     expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]])).numpy()
     assert_array_equal(cut(picture(page, MIXED)), expected)
 
-    # Without the picture of the page, that of the upload is waited for.
+    # Without an earlier picture in the page, that of the upload is waited for.
     page.reload()
     tab(page, "Mix")
     fill(page, Depth=0, Share=1)
     upload(page, pictures / "00003.png")
     photo = read_image(pictures / "00003.png", (3, SIZE, SIZE))
-    # The page shows a file's name before its upload is complete, so this is tried again.
-    for _ in range(10):
-        click(page, MIX)
-        page.wait_for_timeout(1000)
-        _, mixture, second = cut(picture(page, MIXED))
-        if np.array_equal(second, photo):
-            break
+    click(page, MIX)
+    _, mixture, second = cut(picture(page, MIXED))
     assert_array_equal(second, photo)
     assert_array_equal(mixture, photo)
 
@@ -167,7 +162,8 @@ def upload(page, path):
     """Upload an image file by the last button for files in the open tab."""
     panel = page.get_by_role("tabpanel").locator("visible=true")
     panel.locator("input[type=file]").last.set_input_files(path)
-    page.get_by_text(path.stem).first.wait_for()
+    # The name is there earlier, but the link only when the upload is complete.
+    panel.locator(f"a[download='{path.name}']").wait_for()
 
 
 def test_paint(page, run, tmp_path):
