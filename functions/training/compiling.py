@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
 from functions.support.files import short
 from functions.training.cost import run_pass
@@ -28,6 +29,9 @@ def compile_network(network: nn.Module, run: TrainingRun, batch_sizes: set[int])
             for batch_size in sorted(batch_sizes):
                 run_pass(trial, (batch_size, *image_shape), run.scaler.get_scale())
     except Exception as error:
+        # train.py says how to use less memory.
+        if is_out_of_memory(error):
+            raise
         # Compilers raise errors of any kind.
         raise UserError(
             f"compiling failed ({type(error).__name__}: {short(error)}); "

@@ -14,11 +14,16 @@ from torch._dynamo.backends.common import aot_autograd
 
 from functions.support.errors import UserError
 from functions.training import compiling
+from functions.training.memory import explain_lack_of_memory
 from tests.spoilt_files import training_run
 
 
 def fails(graph, inputs):
     raise ImportError("no C compiler")
+
+
+def needs_more_memory(*tensors):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def as_it_is(graph, inputs):
@@ -69,6 +74,15 @@ def test_a_failure_is_one_sentence(monkeypatch):
     run = training_run()
     use_stub(monkeypatch, FAILS)
     with pytest.raises(UserError, match=r"no C compiler.*add --diffusion\.compile false"):
+        compiling.compile_network(run.model, run, {2, 1})
+
+
+@pytest.mark.slow
+def test_a_lack_of_memory_is_no_failure_of_the_compiler(monkeypatch):
+    run = training_run()
+    use_stub(monkeypatch, lambda graph, inputs: needs_more_memory)
+    advice = r"out of memory with 16 images.*--diffusion\.batch-size 8"
+    with pytest.raises(UserError, match=advice), explain_lack_of_memory(run):
         compiling.compile_network(run.model, run, {2, 1})
 
 
