@@ -29,7 +29,6 @@ from functions.training.run import TrainingRun
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-BATCH = 20
 # Without a GPU every network is this one.
 TINY = {
     "image_size": 8,
@@ -57,7 +56,7 @@ def training(name: str) -> Iterator[Fact]:
     The memory is all that is allocated at the peak, with the optimiser and the averages.
     """
     run = run_of(name, precision="bfloat16")
-    shape = (BATCH, *run.experiment.model.image_shape)
+    shape = (run.config.batch_size, *run.experiment.model.image_shape)
     parameters = list(run.model.parameters())
     for parameter in parameters:
         # Before layers that start at zero, the gradients would be zero, too.
@@ -143,7 +142,7 @@ def images_per_second(name: str, folder: str, epochs: int) -> float:
 
 
 PARTS = {
-    "training at base 64": partial(training, "ffhq-run2"),
+    "training at base 64": partial(training, "ffhq-day"),
     "training at base 128": partial(training, "ffhq-v"),
     "sampling": partial(sampling, "ffhq-v"),
     "steps": partial(steps, "faces"),
