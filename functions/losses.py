@@ -20,8 +20,8 @@ def denoising_loss(denoiser: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor) ->
     Returns:
         (B,) float32: each image's squared error, averaged over its channels and pixels.
     """
-    # x_t is float32, like x_0, even if the network computes in half precision. Rounded to half
-    # precision, the small noise of the first timesteps would be lost.
+    # x_t is float32, like x_0, even if the network computes in half precision. It is rounded only
+    # once, by the network's first convolution.
     x_t = denoiser.scheduler.q_sample(x_0, t, noise)
     target = OBJECTIVES[denoiser.objective].target(denoiser.scheduler, x_0, t, noise)
     squared_errors = (denoiser(x_t, t) - target).square()  # (B, C, H, W)
