@@ -86,7 +86,7 @@ def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, c
     expected = {"before the error", "faces: steps/s"}
     for precision in ("bfloat16", "float32"):
         expected.add(f"ffhq-v, {precision}: images/s in 1,000 steps")
-    for name in ("ffhq-run2", "ffhq-v"):
+    for name in ("ffhq-day", "ffhq-v"):
         # Here the compiler only traces, so the gradients are the same.
         assert facts.pop(f"{name}: a parameter's gradients differ by") == 0
         for mode in ("eager", "compiled"):
