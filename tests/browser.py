@@ -81,15 +81,15 @@ def fill(page: Page, **values: object) -> None:
     A tab that has just opened may give its controls their defaults once more, some milliseconds
     later, so this is repeated until the values stay.
     """
+    fields = {control(page, name.replace("_", " ")): str(value) for name, value in values.items()}
     for _ in range(10):
-        for name, value in values.items():
-            control(page, name.replace("_", " ")).fill(str(value))
+        for field, value in fields.items():
+            field.fill(value)
             page.keyboard.press("Tab")
         page.wait_for_timeout(100)
-        kept = {name: control(page, name.replace("_", " ")).input_value() for name in values}
-        if kept == {name: str(value) for name, value in values.items()}:
+        if all(field.input_value() == value for field, value in fields.items()):
             return
-    raise AssertionError(f"the page has {kept} where {values} was filled in")
+    raise AssertionError(f"the page does not keep {values}")
 
 
 def click(page: Page, name: str) -> None:

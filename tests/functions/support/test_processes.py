@@ -172,5 +172,5 @@ def test_a_refusal_in_rank_0_is_said_once(tmp_path):
     assert [program.wait() for program in programs] == [2, 1]
     assert "is not a run folder" in programs[0].printed
 
-    # PyTorch 2.10 itself says in each process that they are connected.
+    # Some versions of PyTorch say in each process that they are connected.
     assert not re.sub(r"\[Gloo\].*\n", "", programs[1].printed)
