@@ -18,7 +18,7 @@ from figures.feature_distance import spoilt, training_features
 from figures.saved_model import open_saved
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import SavedModel
+from functions.saved.checkpoint import SavedModel
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.errors import UserError
 from functions.support.files import write_text

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import SavedModel
+from functions.saved.checkpoint import SavedModel
 from functions.support.device import choose_device
 from functions.support.loading import open_model
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from config import EXPERIMENTS
-from functions.support.checkpoint import Tensors
+from functions.saved.checkpoint import Tensors
 from functions.training.run import TrainingRun
 from tests.conftest import draw_pictures
 

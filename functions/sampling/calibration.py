@@ -26,8 +26,8 @@ from data.pixels import to_model_range
 from functions.denoiser import Denoiser, clipped
 from functions.noise_scheduler import NoiseScheduler, Timestep
 from functions.sampling.generation import ImageSampler, batches_of, generate
+from functions.saved.checkpoint import SavedModel, TensorFile, Tensors, write_tensors
 from functions.spectra import band_sums, octaves, spectrum
-from functions.support.checkpoint import SavedModel, TensorFile, Tensors, write_tensors
 from functions.support.errors import UserError
 from functions.support.loading import load_and_split
 from functions.support.random_numbers import ImageNoise, seed_of

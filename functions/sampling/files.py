@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate
-from functions.support.checkpoint import SavedModel
+from functions.saved.checkpoint import SavedModel
 from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.files import read_json, write_text

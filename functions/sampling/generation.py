@@ -15,7 +15,7 @@ from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
-from functions.support.checkpoint import SavedModel
+from functions.saved.checkpoint import SavedModel
 from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError
 from functions.support.loading import open_model

@@ -8,7 +8,7 @@ import torch
 from functions.guidance import Guided
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler
-from functions.support.checkpoint import SavedModel
+from functions.saved.checkpoint import SavedModel
 from functions.support.errors import UserError
 from functions.support.loading import open_model
 from functions.support.processes import Processes

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from config import ModelConfig
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import PAPER_TIMESTEPS
-from functions.support.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
+from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
 from models.blocks import DIALECTS

@@ -13,7 +13,7 @@ import torch
 
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
-from functions.support.checkpoint import SavedModel, copy_tensors, load_weights
+from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.support.device import fast_layout, sampling_precision
 from functions.support.diffusers_folder import import_diffusers, load_folder
 from functions.support.errors import CheckpointError, UserError

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from functions.support.checkpoint import (
+from functions.saved.checkpoint import (
     SavedModel,
     open_checkpoint,
     verify_checkpoint,

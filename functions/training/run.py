@@ -21,7 +21,7 @@ from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
 from functions.optimizers import Adam, Muon
-from functions.support.checkpoint import (
+from functions.saved.checkpoint import (
     SavedModel,
     TensorFile,
     Tensors,

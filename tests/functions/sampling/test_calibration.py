@@ -14,7 +14,7 @@ from data.datasets import load_images
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import calibration
-from functions.support.checkpoint import TensorFile
+from functions.saved.checkpoint import TensorFile
 from functions.support.errors import UserError
 from tests.conftest import call, train_tiny
 from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps

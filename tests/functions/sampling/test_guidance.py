@@ -8,7 +8,7 @@ import pytest
 import sample
 from functions.sampling import calibration
 from functions.sampling.guidance import find_guide
-from functions.support.checkpoint import load_weights
+from functions.saved.checkpoint import load_weights
 from functions.support.errors import UserError
 from functions.support.run_folder import checkpoints_of
 from tests.conftest import call, newest, train_tiny

@@ -18,7 +18,7 @@ import sample
 from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling import calibration
 from functions.sampling.export import export
-from functions.support.checkpoint import load_weights
+from functions.saved.checkpoint import load_weights
 from functions.support.diffusers_folder import copy_weights, write_folder
 from functions.support.errors import CheckpointError, UserError
 from functions.support.loading import load_denoiser, load_model, rebuild

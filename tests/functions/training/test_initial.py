@@ -8,7 +8,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import train
 from config import ConfigError, ModelConfig
-from functions.support.checkpoint import load_weights
+from functions.saved.checkpoint import load_weights
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.run_folder import checkpoints_of
 from functions.training.run import open_run

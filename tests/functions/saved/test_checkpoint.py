@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from functions.support.checkpoint import (
+from functions.saved.checkpoint import (
     TensorFile,
     export_weights,
     load_weights,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from functions.support import checkpoint
-from functions.support.checkpoint import load_weights, verify_checkpoint, write_tensors
+from functions.saved import checkpoint
+from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
 from functions.support.errors import CheckpointError
 from functions.support.loading import rebuild
 from tests.conftest import CPU
