@@ -2,7 +2,7 @@
 
 The loop of `train` is Algorithm 1 of Ho et al. 2020, with gradient accumulation, mixed precision
 and EMA. Experiments are in config.py. Each run writes a new folder in runs/, whose files
-functions/support/run_folder.py lists. What a run is, and what a checkpoint saves of it, is in
+functions/saved/run_folder.py lists. What a run is, and what a checkpoint saves of it, is in
 functions/training/run.py. What happens between two steps (metrics, validation, samples,
 checkpoints, signals) is in functions/training/recorder.py.
 On several GPUs: `torchrun --nproc-per-node 8 train.py ffhq-full`.

@@ -19,10 +19,10 @@ from figures.saved_model import open_saved
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
+from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.errors import UserError
 from functions.support.files import write_text
-from functions.support.run_folder import PRETRAINED
 from functions.training.metrics import read_metrics
 
 # The samples of the card: the first images of seed 0, with this sampler.

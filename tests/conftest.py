@@ -20,8 +20,8 @@ from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
+from functions.saved import run_folder
 from functions.saved.checkpoint import verify_checkpoint
-from functions.support import run_folder
 from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent

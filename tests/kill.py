@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from functions.support import run_folder
+from functions.saved import run_folder
 from functions.training.metrics import read_metrics
 from tests.conftest import ONE_LEVEL, TINY, draw_pictures, load_checkpoint, newest
 from tests.forked import Program, wait_until

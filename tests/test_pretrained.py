@@ -15,10 +15,10 @@ from config import Experiment
 from figures import pretrained
 from figures.feature_distance import spoilt, training_features
 from functions.sampling import calibration
+from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
-from functions.support import run_folder
+from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_checkpoints
 from functions.support.errors import UserError
-from functions.support.run_folder import PRETRAINED, checkpoints_of, newest_checkpoints
 from tests.conftest import call
 
 BOXED = sorted(

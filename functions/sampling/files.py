@@ -20,12 +20,12 @@ from torch import Tensor
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate
 from functions.saved.checkpoint import SavedModel
+from functions.saved.run_folder import results_folder
 from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.files import read_json, write_text
 from functions.support.pictures import save_gif, save_strip
 from functions.support.processes import Processes
-from functions.support.run_folder import results_folder
 
 MANIFEST = "samples.json"
 # About this many steps are recorded for the figures. An animation shows all of them.

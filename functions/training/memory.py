@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from functions.saved.run_folder import checkpoints_of
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
 from functions.support.files import short
-from functions.support.run_folder import checkpoints_of
 from functions.training.run import TrainingRun
 
 

@@ -15,16 +15,16 @@ from data.pixels import to_uint8
 from functions.losses import eps_errors
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support.errors import UserError
-from functions.support.files import short, write_text
-from functions.support.pictures import save_grid
-from functions.support.run_folder import (
+from functions.saved.run_folder import (
     delete_old,
     last_checkpoint,
     locked,
     new_folder,
     path_of,
 )
+from functions.support.errors import UserError
+from functions.support.files import short, write_text
+from functions.support.pictures import save_grid
 from functions.training.cost import duration
 from functions.training.metrics import MetricsLog, plot_losses
 from functions.training.run import TrainingRun

@@ -30,6 +30,11 @@ from functions.saved.checkpoint import (
     verify_checkpoint,
     write_tensors,
 )
+from functions.saved.run_folder import (
+    find_checkpoints,
+    first_intact,
+    run_to_resume,
+)
 from functions.support.command_line import given_fields
 from functions.support.device import (
     COMPILED_DEVICES,
@@ -41,11 +46,6 @@ from functions.support.device import (
 from functions.support.loading import open_model
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import StepDraws, training_draws
-from functions.support.run_folder import (
-    find_checkpoints,
-    first_intact,
-    run_to_resume,
-)
 from functions.support.settings import ConfigError, marked
 from functions.training.metrics import TrainingWindow
 from models.unet import UNet

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from functions.saved.run_folder import last_checkpoint
 from functions.support.errors import UserError
-from functions.support.run_folder import last_checkpoint
 
 # A second signal within this many seconds counts as the same request. Schedulers signal every
 # process, and torchrun forwards its own signal too, so one request can arrive twice.

@@ -9,8 +9,8 @@ import sample
 from functions.sampling import calibration
 from functions.sampling.guidance import find_guide
 from functions.saved.checkpoint import load_weights
+from functions.saved.run_folder import checkpoints_of
 from functions.support.errors import UserError
-from functions.support.run_folder import checkpoints_of
 from tests.conftest import call, newest, train_tiny
 from tests.spoilt_files import same
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from functions.support import run_folder
+from functions.saved import run_folder
 from tests.conftest import TINY
 from tests.forked import Program, train_script
 

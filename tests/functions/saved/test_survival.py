@@ -12,7 +12,7 @@ import torch
 
 import sample
 import train
-from functions.support import run_folder
+from functions.saved import run_folder
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
 from functions.training.stopping import StopSignals

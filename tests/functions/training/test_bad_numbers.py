@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train
+from functions.saved.run_folder import path_of
 from functions.support.errors import UserError
-from functions.support.run_folder import path_of
 from functions.training import recorder
 from functions.training.metrics import read_metrics
 from tests.conftest import ONE_LEVEL, call, load_checkpoint, newest

@@ -9,8 +9,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 import train
 from config import ConfigError, ModelConfig
 from functions.saved.checkpoint import load_weights
+from functions.saved.run_folder import checkpoints_of
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.run_folder import checkpoints_of
 from functions.training.run import open_run
 from tests.conftest import CPU, TINY, call, during, interrupt, newest
 from tests.functions.support.test_diffusers_folder import SMALL

@@ -7,10 +7,10 @@ import pytest
 import torch
 from filelock import FileLock
 
+from functions.saved import run_folder
 from functions.saved.checkpoint import write_tensors
-from functions.support import run_folder
+from functions.saved.run_folder import checkpoints_of, locked, path_of
 from functions.support.errors import CheckpointError, UserError
-from functions.support.run_folder import checkpoints_of, locked, path_of
 from tests.conftest import posix
 
 
