@@ -30,12 +30,12 @@ from functions.samplers import VARIANCES
 from functions.sampling.files import MANIFEST, image_path
 from functions.sampling.generation import open_sampler
 from functions.sampling.options import add_model_flags
+from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import choose_device
 from functions.support.errors import UserError
 from functions.support.files import read_json, sha256, write_text
-from functions.support.loading import load_and_split
 from functions.support.processes import SINGLE_PROCESS
 
 # With fewer images, FID is far above that of many images.

@@ -30,12 +30,12 @@ from functions.evaluation.bits_per_dim import error_of_mean, evenly_spaced
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import batches_of, open_sampler
 from functions.sampling.options import SamplerOptions, add_sampling_flags
+from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.spectra import band_sums, octaves, spectrum
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.errors import UserError
 from functions.support.files import write_text
-from functions.support.loading import load_and_split
 from functions.support.pictures import save_figure
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise

@@ -17,8 +17,8 @@ from functions.sampling.generation import generate, open_sampler
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import add_sampling_flags
 from functions.saved.checkpoint import SavedModel
+from functions.saved.loading import load_and_split
 from functions.support.command_line import Parser, exit_on_user_error, positive
-from functions.support.loading import load_and_split
 from functions.support.processes import SINGLE_PROCESS
 
 DIMENSIONS, FILTERS = 16, 16

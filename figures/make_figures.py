@@ -32,8 +32,8 @@ from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
+from functions.saved.loading import load_and_split
 from functions.support.command_line import Parser, exit_on_user_error
-from functions.support.loading import load_and_split
 from functions.support.pictures import (
     grid_of,
     save_figure,

@@ -5,8 +5,8 @@ from pathlib import Path
 from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
+from functions.saved.loading import open_model
 from functions.support.device import choose_device
-from functions.support.loading import open_model
 
 
 def open_saved(

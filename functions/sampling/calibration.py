@@ -27,9 +27,9 @@ from functions.denoiser import Denoiser, clipped
 from functions.noise_scheduler import NoiseScheduler, Timestep
 from functions.sampling.generation import ImageSampler, batches_of, generate
 from functions.saved.checkpoint import SavedModel, TensorFile, Tensors, write_tensors
+from functions.saved.loading import load_and_split
 from functions.spectra import band_sums, octaves, spectrum
 from functions.support.errors import UserError
-from functions.support.loading import load_and_split
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
 

@@ -16,10 +16,10 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
+from functions.saved.loading import open_model
 from functions.saved.run_folder import newest_checkpoints
 from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError
-from functions.support.loading import open_model
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise
 from functions.timesteps import sampling_times

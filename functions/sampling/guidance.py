@@ -9,9 +9,9 @@ from functions.guidance import Guided
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler
 from functions.saved.checkpoint import SavedModel
+from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, step_of
 from functions.support.errors import UserError
-from functions.support.loading import open_model
 from functions.support.processes import Processes
 
 

@@ -30,6 +30,7 @@ from functions.saved.checkpoint import (
     verify_checkpoint,
     write_tensors,
 )
+from functions.saved.loading import open_model
 from functions.saved.run_folder import (
     find_checkpoints,
     first_intact,
@@ -43,7 +44,6 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.loading import open_model
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import StepDraws, training_draws
 from functions.support.settings import ConfigError, marked

@@ -18,9 +18,9 @@ from functions.samplers import SAMPLERS, Sampler, ddim_sample
 from functions.sampling.files import generate_frames
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
+from functions.saved.loading import load_denoiser
 from functions.support.command_line import exit_on_user_error
 from functions.support.errors import CheckpointError, UserError
-from functions.support.loading import load_denoiser
 from functions.support.pictures import MIN_SIDE
 from models.unet import UNet
 from tests.conftest import CPU, LittleMemory, call, image_sampler_of

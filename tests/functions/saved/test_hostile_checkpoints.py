@@ -5,8 +5,8 @@ import torch
 
 from functions.saved import checkpoint
 from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
+from functions.saved.loading import rebuild
 from functions.support.errors import CheckpointError
-from functions.support.loading import rebuild
 from tests.conftest import CPU
 from tests.spoilt_files import checkpoint_parts, stepped_run
 

@@ -19,10 +19,10 @@ from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling import calibration
 from functions.sampling.export import export
 from functions.saved.checkpoint import load_weights
+from functions.saved.loading import load_denoiser, load_model, rebuild
 from functions.saved.run_folder import find_checkpoints
 from functions.support.diffusers_folder import copy_weights, write_folder
 from functions.support.errors import CheckpointError, UserError
-from functions.support.loading import load_denoiser, load_model, rebuild
 from models.unet import UNet
 from tests.conftest import CPU, call
 from tests.spoilt_files import same

@@ -18,7 +18,7 @@ from functions.denoiser import Denoiser
 from functions.ema import update_ema
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.loading import load_denoiser
+from functions.saved.loading import load_denoiser
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise, seed_of, training_draws
 from functions.training.metrics import (
