@@ -32,6 +32,7 @@ from config import EXPERIMENTS, ModelConfig
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.saved.diffusers_folder import network_fields
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import (
     choose_device,
@@ -40,7 +41,6 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from functions.support.diffusers_folder import network_fields
 from models.unet import UNet
 
 PACKAGES = ("ours", "diffusers", "lucidrains")

@@ -7,7 +7,7 @@ from pathlib import Path
 from data.pixels import to_uint8
 from functions.sampling.generation import ImageSampler, generate
 from functions.saved.checkpoint import SavedModel, export_weights
-from functions.support.diffusers_folder import write_folder
+from functions.saved.diffusers_folder import write_folder
 from functions.support.errors import UserError
 from functions.support.files import write_text
 from functions.support.pictures import save_grid

@@ -14,9 +14,9 @@ import torch
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
+from functions.saved.diffusers_folder import import_diffusers, load_folder
 from functions.saved.run_folder import find_checkpoints, first_intact
 from functions.support.device import fast_layout, sampling_precision
-from functions.support.diffusers_folder import import_diffusers, load_folder
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
 from functions.support.processes import SINGLE_PROCESS, Processes

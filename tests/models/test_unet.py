@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS, ModelConfig
-from functions.support.diffusers_folder import compute, copy_weights
+from functions.saved.diffusers_folder import compute, copy_weights
 from models.blocks import DIALECTS, GroupNorm, sinusoidal_embedding
 from models.unet import UNet
 from tests.conftest import small_unet

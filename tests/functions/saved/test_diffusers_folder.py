@@ -19,9 +19,9 @@ from functions.samplers import ddim_sample, ddpm_sample
 from functions.sampling import calibration
 from functions.sampling.export import export
 from functions.saved.checkpoint import load_weights
+from functions.saved.diffusers_folder import copy_weights, write_folder
 from functions.saved.loading import load_denoiser, load_model, rebuild
 from functions.saved.run_folder import find_checkpoints
-from functions.support.diffusers_folder import copy_weights, write_folder
 from functions.support.errors import CheckpointError, UserError
 from models.unet import UNet
 from tests.conftest import CPU, call
