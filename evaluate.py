@@ -27,9 +27,9 @@ from functions.evaluation.bits_per_dim import (
 )
 from functions.evaluation.fidelity import data_images, folder_images, measure_fidelity
 from functions.samplers import VARIANCES
-from functions.sampling.files import MANIFEST, image_path
 from functions.sampling.generation import open_sampler
 from functions.sampling.options import add_model_flags
+from functions.sampling.samples_folder import MANIFEST, image_path
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, exit_on_user_error, positive

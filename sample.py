@@ -19,13 +19,6 @@ from pathlib import Path
 from data.pixels import to_uint8
 from functions.sampling.calibration import with_calibration
 from functions.sampling.export import export
-from functions.sampling.files import (
-    generate_frames,
-    image_path,
-    open_folder,
-    samples_folder,
-    save_figures,
-)
 from functions.sampling.generation import (
     ImageSampler,
     batches_of,
@@ -35,6 +28,13 @@ from functions.sampling.generation import (
 )
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import add_sampling_flags
+from functions.sampling.samples_folder import (
+    generate_frames,
+    image_path,
+    open_folder,
+    samples_folder,
+    save_figures,
+)
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import precision_name
 from functions.support.errors import UserError

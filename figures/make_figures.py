@@ -27,10 +27,10 @@ from data.pixels import to_model_range, to_uint8
 from figures.saved_model import open_saved
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.calibration import with_calibration
-from functions.sampling.files import generate_frames, save_columns
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.guidance import with_guide
 from functions.sampling.options import SamplerOptions
+from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split
 from functions.support.command_line import Parser, exit_on_user_error

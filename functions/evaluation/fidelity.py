@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.datasets import load_images, split_images
-from functions.sampling.files import image_indices, image_path
+from functions.sampling.samples_folder import image_indices, image_path
 from functions.support.errors import UserError
 from functions.support.files import short
 

@@ -15,9 +15,9 @@ import sampleFFHQ
 import train
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
-from functions.sampling.files import generate_frames
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
+from functions.sampling.samples_folder import generate_frames
 from functions.saved.loading import load_denoiser
 from functions.support.command_line import exit_on_user_error
 from functions.support.errors import CheckpointError, UserError

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import sample
-from functions.sampling.files import image_path
+from functions.sampling.samples_folder import image_path
 from functions.support.errors import UserError
 from tests.conftest import call, posix, script
 from tests.forked import Program
