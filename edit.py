@@ -14,7 +14,7 @@ import argparse
 from functions.sampling.calibration import with_calibration
 from functions.sampling.editing import save_inpaintings, save_mixtures, save_variations
 from functions.sampling.generation import open_sampler
-from functions.sampling.guidance import with_guide
+from functions.sampling.guides import with_guide
 from functions.sampling.options import add_sampling_flags
 from functions.sampling.samples_folder import samples_folder
 from functions.support.command_line import Parser, exit_on_user_error, fraction, positive

@@ -26,7 +26,7 @@ from functions.sampling.generation import (
     open_sampler,
     step_bar,
 )
-from functions.sampling.guidance import with_guide
+from functions.sampling.guides import with_guide
 from functions.sampling.options import add_sampling_flags
 from functions.sampling.samples_folder import (
     generate_frames,

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.pixels import to_model_range
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import generate, open_sampler
-from functions.sampling.guidance import with_guide
+from functions.sampling.guides import with_guide
 from functions.sampling.options import add_sampling_flags
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split

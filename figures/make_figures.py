@@ -28,7 +28,7 @@ from figures.saved_model import open_saved
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.guidance import with_guide
+from functions.sampling.guides import with_guide
 from functions.sampling.options import SamplerOptions
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.checkpoint import SavedModel

@@ -7,7 +7,7 @@ import pytest
 
 import sample
 from functions.sampling import calibration
-from functions.sampling.guidance import find_guide
+from functions.sampling.guides import find_guide
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.errors import UserError
