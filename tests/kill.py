@@ -16,7 +16,7 @@ from functions.saved import run_folder
 from functions.training.metrics import read_metrics
 from tests.conftest import ONE_LEVEL, TINY, draw_pictures, load_checkpoint, newest
 from tests.forked import Program, wait_until
-from tests.spoilt_files import same
+from tests.small_training import same
 
 # So few steps lie between two checkpoints that many a kill meets the writing of one.
 EVERY = 2

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from functions.optimizers import Adam, Muon, is_matrix, orthogonal_factor
-from tests.spoilt_files import same
+from tests.small_training import same
 
 RATE = 1e-2
 EPS = 1e-8

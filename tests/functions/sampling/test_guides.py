@@ -12,7 +12,7 @@ from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.errors import UserError
 from tests.conftest import call, newest, train_tiny
-from tests.spoilt_files import same
+from tests.small_training import same
 
 FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 2, "--device", "cpu", "--individual"]
 

@@ -14,7 +14,7 @@ from functions.saved.checkpoint import (
     write_tensors,
 )
 from functions.support.files import write_atomically
-from tests.spoilt_files import checkpoint_parts, same, snapshot, stepped_run, training_run
+from tests.small_training import checkpoint_parts, same, snapshot, stepped_run, training_run
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])

@@ -25,7 +25,7 @@ from functions.saved.run_folder import find_checkpoints
 from functions.support.errors import CheckpointError, UserError
 from models.unet import UNet
 from tests.conftest import CPU, call
-from tests.spoilt_files import same
+from tests.small_training import same
 
 UNET, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
 # These details are those of the paper's networks (Ho et al. 2020).

@@ -8,7 +8,7 @@ from functions.saved.checkpoint import load_weights, verify_checkpoint, write_te
 from functions.saved.loading import rebuild
 from functions.support.errors import CheckpointError
 from tests.conftest import CPU
-from tests.spoilt_files import checkpoint_parts, stepped_run
+from tests.small_training import checkpoint_parts, stepped_run
 
 
 def refusal(path, read=verify_checkpoint):

@@ -19,7 +19,7 @@ from functions.training.stopping import StopSignals
 from tests.conftest import TINY, call, during, interrupt, load_checkpoint, newest, posix, train_tiny
 from tests.forked import Program
 from tests.kill import assert_same_run, kill_and_resume
-from tests.spoilt_files import same
+from tests.small_training import same
 
 
 @pytest.mark.slow

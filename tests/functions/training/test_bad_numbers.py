@@ -13,7 +13,7 @@ from functions.support.errors import UserError
 from functions.training import recorder
 from functions.training.metrics import read_metrics
 from tests.conftest import ONE_LEVEL, call, load_checkpoint, newest
-from tests.spoilt_files import same
+from tests.small_training import same
 
 FLAGS = shlex.split("""
     --diffusion.checkpoint-every 1

@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from functions.support.errors import UserError
 from functions.training import compiling
 from functions.training.memory import explain_lack_of_memory
-from tests.spoilt_files import training_run
+from tests.small_training import training_run
 
 
 def fails(graph, inputs):

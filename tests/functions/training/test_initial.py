@@ -15,7 +15,7 @@ from functions.training.run import open_run
 from tests.conftest import CPU, TINY, call, during, interrupt, newest
 from tests.functions.support.test_diffusers_folder import SMALL
 from tests.kill import assert_same_run
-from tests.spoilt_files import same
+from tests.small_training import same
 
 # These flags of TINY do not belong to the weights, which bring the others with them.
 TRAINING = []

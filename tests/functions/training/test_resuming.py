@@ -11,7 +11,7 @@ from config import ConfigError
 from functions.training.metrics import read_metrics
 from tests.conftest import call, newest, posix, terminate
 from tests.kill import assert_same_run
-from tests.spoilt_files import same
+from tests.small_training import same
 
 
 @pytest.mark.slow
