@@ -45,8 +45,8 @@ from functions.support.device import (
     set_deterministic,
 )
 from functions.support.processes import SINGLE_PROCESS, Processes
-from functions.support.random_numbers import StepDraws, training_draws
 from functions.support.settings import ConfigError, marked
+from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
 from models.unet import UNet
 

@@ -15,7 +15,7 @@ from data.datasets import load_images
 from data.pixels import to_model_range
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.random_numbers import training_draws
+from functions.training.draws import training_draws
 from functions.training.metrics import read_metrics
 from tests.conftest import call, train_tiny
 from tests.functions.test_objectives import X_0

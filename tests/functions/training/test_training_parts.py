@@ -20,7 +20,8 @@ from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.saved.loading import load_denoiser
 from functions.support.processes import SINGLE_PROCESS
-from functions.support.random_numbers import ImageNoise, seed_of, training_draws
+from functions.support.random_numbers import ImageNoise, seed_of
+from functions.training.draws import training_draws
 from functions.training.metrics import (
     MetricsLog,
     TrainingWindow,
