@@ -30,8 +30,9 @@ from functions.support.random_numbers import seed_of
 from functions.training.compiling import compile_network
 from functions.training.cost import describe_cost
 from functions.training.memory import explain_lack_of_memory
+from functions.training.opening import open_run
 from functions.training.recorder import Recorder
-from functions.training.run import TrainingRun, open_run
+from functions.training.run import TrainingRun
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Who may import whom.
 
-The mathematics (functions/*.py) import torch and each other alone, and each room (functions/*/)
-imports these, `config`, `models`, `data` (of which support has the pixels and the sets alone) and
-no room after its own of support, sampling, evaluation and training.
+The mathematics (functions/*.py) import torch and each other alone. Of the rooms (functions/*/),
+support imports itself and the pixels alone, so it knows no preset and no network. The others import
+the mathematics, `config`, `models`, `data` and no room after their own of support, saved, sampling,
+evaluation and training.
 """
 
 import ast
@@ -25,9 +26,9 @@ MATHEMATICS = {
     "spectra",
 }
 # Of the project, the files of a folder import these alone.
-SUPPORT = {"config", "models", "data.pixels", "data.datasets", "functions.support"}
-SUPPORT |= {f"functions.{name}" for name in MATHEMATICS}
-SAMPLING = SUPPORT | {"data", "functions.sampling"}
+SAVED = {"config", "models", "data", "functions.support", "functions.saved"}
+SAVED |= {f"functions.{name}" for name in MATHEMATICS}
+SAMPLING = SAVED | {"functions.sampling"}
 EVALUATION = SAMPLING | {"functions.evaluation"}
 MAY_IMPORT = {
     "config.py": {
@@ -38,7 +39,8 @@ MAY_IMPORT = {
     },
     "models": {"models"},
     "data": {"data", "functions.support.errors", "functions.support.files"},
-    "functions/support": SUPPORT,
+    "functions/support": {"functions.support", "data.pixels"},
+    "functions/saved": SAVED,
     "functions/sampling": SAMPLING,
     "functions/evaluation": EVALUATION,
     "functions/training": EVALUATION | {"functions.training"},

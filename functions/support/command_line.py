@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
-from config import ConfigError
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
 from functions.support.files import short
+from functions.support.settings import ConfigError
 
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2

@@ -11,9 +11,9 @@ from config import ConfigError, ModelConfig
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.processes import SINGLE_PROCESS
-from functions.training.run import open_run
+from functions.training.opening import open_run
 from tests.conftest import CPU, TINY, call, during, interrupt, newest
-from tests.functions.support.test_diffusers_folder import SMALL
+from tests.functions.saved.test_diffusers_folder import SMALL
 from tests.kill import assert_same_run
 from tests.small_training import same
 

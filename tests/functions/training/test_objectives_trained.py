@@ -18,7 +18,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.training.draws import training_draws
 from functions.training.metrics import read_metrics
 from tests.conftest import call, train_tiny
-from tests.functions.test_objectives import X_0
+from tests.functions.test_denoiser import X_0
 
 
 def seen_in(pictures, runs, *flags):
