@@ -16,6 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 COMPILED_DEVICES = ("cuda",)
 # Linux lists the CPU's name and flags in this file.
 CPUINFO = Path("/proc/cpuinfo")
+# Linux has a folder here for each thread of this process.
+TASKS = Path("/proc/self/task")
 # These are two options of mallopt, as numbered in glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
@@ -126,6 +128,19 @@ def cpu_name() -> str:
     """Return the CPU's model on Linux, or its architecture if the model is unknown."""
     model = re.search(r"model name\s*: (.*)", cpu_info())
     return model[1] if model else platform.machine()
+
+
+def seconds_without_core() -> float:
+    """Return how long the threads of this process have been ready but had no core, summed up.
+
+    Linux counts this time. On other systems it is 0.
+    """
+    nanoseconds = 0
+    for path in TASKS.glob("*/schedstat"):
+        # A thread may end at any moment.
+        with suppress(OSError):
+            nanoseconds += int(path.read_text().split()[1])
+    return nanoseconds / 1e9
 
 
 def cpu_info() -> str:

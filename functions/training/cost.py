@@ -1,15 +1,24 @@
-"""Estimate what a run costs, before it starts."""
+"""Estimate what a run costs: before it starts, and by its first steps."""
 
 import math
 import time
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
+from functions.support.device import seconds_without_core
 from functions.training.run import TrainingRun
 
 SECONDS_OF_A_DAY = 24 * 3600
+# A training estimates its time after so many steps, or after so many seconds.
+FIRST_STEPS = 20
+FIRST_SECONDS = 60
+# Other programs slow a training down if its threads wait for cores for a larger part of the time.
+# This was 0.01 on idle cores, and at least 0.2 beside another busy process.
+BUSY = 0.1
 
 
 def describe_cost(run: TrainingRun) -> str:
@@ -49,6 +58,53 @@ def describe_cost(run: TrainingRun) -> str:
         f"  goes to    {folder}\n"
         "nothing was started"
     )
+
+
+class FirstSteps:
+    """The first steps of a process, by which the training says how long the others take.
+
+    The very first step is left out, because it warms up.
+    """
+
+    def __init__(self):
+        self.steps = 0
+        self.counting = True
+
+    def count(self, run: TrainingRun, grad_norm: Tensor) -> None:
+        """Count a step with this gradient norm. After the last one that counts, print the time."""
+        if not self.counting:
+            return
+        self.steps += 1
+        if self.steps == 1:
+            self.began = time.monotonic()
+            self.without_core = seconds_without_core()
+        elif self.steps == FIRST_STEPS or time.monotonic() - self.began > FIRST_SECONDS:
+            self.counting = False
+            # Reading a number of the last step waits for the device.
+            grad_norm.item()
+            if run.processes.is_main:
+                self.print_estimate(run, time.monotonic() - self.began)
+
+    def print_estimate(self, run: TrainingRun, seconds: float) -> None:
+        """Print how long the steps to go take, and what to do if the cores are busy."""
+        steps = run.total_steps - run.step
+        seconds_to_go = seconds / (self.steps - 1) * steps
+        # tqdm prints it above the bar.
+        tqdm.write(
+            f"the {steps:,} steps to go take about {duration(seconds_to_go)}, and "
+            "validations and samples a little more"
+        )
+        threads = torch.get_num_threads()
+        waiting = (seconds_without_core() - self.without_core) / (seconds * threads)
+        # A single thread just takes longer. Several have to wait for one whose core is busy, again
+        # and again in each step. The number is the user's, because the bits depend on it.
+        if run.device.type == "cpu" and threads > 1 and waiting > BUSY:
+            tqdm.write(
+                f"warning: other programs keep the cores busy: PyTorch's {threads} threads waited "
+                f"for them {waiting:.0%} of the time. Fewer threads are often several times "
+                f"faster: press Ctrl-C, and continue with OMP_NUM_THREADS={threads // 2} "
+                f"python train.py --resume {run.folder}"
+            )
 
 
 def describe_snapshots(run: TrainingRun) -> str:

@@ -25,14 +25,12 @@ from functions.saved.run_folder import (
 from functions.support.errors import UserError
 from functions.support.files import short, write_text
 from functions.support.pictures import save_grid
-from functions.training.cost import duration
+from functions.training.cost import FirstSteps
 from functions.training.metrics import MetricsLog, plot_losses
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
 from functions.training.validation import AverageImage, average_image, validation_losses
 
-# After this number of steps the training says how long all steps take.
-ESTIMATE_AFTER = 20
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
 
@@ -50,9 +48,7 @@ class Recorder:
         self.config = run.config
         self.processes = run.processes
         self.saved_at = time.monotonic()
-        # The number of steps that this process has done, and when the first of them was done.
-        self.steps_done = 0
-        self.first_step_at = 0.0
+        self.first_steps = FirstSteps()
         self.stop_signals = StopSignals()
         # Whether a signal has stopped the run.
         self.stopped = False
@@ -116,11 +112,7 @@ class Recorder:
         epoch = min(run.step // run.steps_per_epoch + 1, config.epochs)
         self.bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
         self.bar.update()
-        self.steps_done += 1
-        if self.steps_done == 1:
-            self.first_step_at = time.monotonic()
-        if self.steps_done == ESTIMATE_AFTER:
-            self.print_estimate(grad_norm)
+        self.first_steps.count(run, grad_norm)
 
         # The clock stops here, so that images_per_second is the speed of training only.
         with run.window.paused():
@@ -148,20 +140,6 @@ class Recorder:
             reason = self.stop_signals.received or "a signal to another process"
             self.processes.print_main(
                 f"stopped by {reason}, saved; continue with: python train.py --resume {run.folder}"
-            )
-
-    def print_estimate(self, grad_norm: Tensor) -> None:
-        """Print how long the steps that are left take, by the time of the steps so far."""
-        # Reading a number of the last step waits for the device.
-        grad_norm.item()
-        # The first step is left out, because it warms up.
-        seconds_of_step = (time.monotonic() - self.first_step_at) / (self.steps_done - 1)
-        steps = self.run.total_steps - self.run.step
-        if self.processes.is_main:
-            # tqdm prints it above the bar.
-            tqdm.write(
-                f"the {steps:,} steps to go take about {duration(seconds_of_step * steps)}, and "
-                "validations and samples a little more"
             )
 
     def save(self) -> None:

@@ -1,11 +1,16 @@
 """What a training says before its first step: what the run is, and what it costs."""
 
+import os
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train
-from functions.training import cost, recorder
+from functions.training import cost
 from functions.training.run import TrainingRun
 from tests.conftest import call, train_tiny
 
@@ -38,10 +43,14 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
         assert "sees 80 images, each training image 2 times" in description
 
 
-def test_after_some_steps_a_training_says_how_long_it_takes(trained, monkeypatch, capsys):
+@pytest.mark.parametrize(("steps", "hours"), [(4, 100), (20, 2.5)])
+def test_after_some_steps_a_training_says_how_long_it_takes(
+    steps, hours, trained, monkeypatch, capsys
+):
     """Each of the 10 steps is made to take an hour.
 
-    The first of its two validations says what has learned nothing.
+    The first of its two validations says what has learned nothing. The single thread has nothing to
+    wait for.
     """
     draw = TrainingRun.draw
     clock = SimpleNamespace(monotonic=lambda: clock.now)
@@ -51,10 +60,49 @@ def test_after_some_steps_a_training_says_how_long_it_takes(trained, monkeypatch
         return draw(run, step)
 
     monkeypatch.setattr(TrainingRun, "draw", draw_for_an_hour)
-    monkeypatch.setattr(recorder, "time", clock)
+    monkeypatch.setattr(cost, "time", clock)
+    monkeypatch.setattr(cost, "seconds_without_core", lambda: clock.now)
     clock.now = 0
-    monkeypatch.setattr(recorder, "ESTIMATE_AFTER", 4)
+    monkeypatch.setattr(cost, "FIRST_STEPS", steps)
+    monkeypatch.setattr(cost, "FIRST_SECONDS", 3600 * hours)
     trained()
     printed = capsys.readouterr().out
-    assert "the 6 steps to go take about 6.0 hours" in printed
+    assert printed.count("the 6 steps to go take about 6.0 hours") == 1
     assert printed.count("knows only the average image has a held-out loss of") == 1
+    assert "keep the cores busy" not in printed
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.05, False), (0.35, True)])
+def test_busy_cores_are_named_with_what_to_do(share, warns, trained, monkeypatch, capsys):
+    """The two threads wait for cores for this share of the time."""
+    monkeypatch.setattr(cost, "FIRST_STEPS", 3)
+    start = time.monotonic()
+    monkeypatch.setattr(
+        cost, "seconds_without_core", lambda: 2 * share * (time.monotonic() - start)
+    )
+    torch.set_num_threads(2)
+    run = trained()
+    printed = capsys.readouterr().out
+    advice = f"continue with OMP_NUM_THREADS=1 python train.py --resume {run}"
+    assert (advice in printed) == warns
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(not cost.seconds_without_core(), reason="this system does not count it")
+def test_a_thread_waits_for_a_core_that_another_process_uses():
+    """A thread that sleeps does not wait."""
+    cores = os.sched_getaffinity(0)
+    before = cost.seconds_without_core()
+    time.sleep(0.5)
+    asleep = cost.seconds_without_core() - before
+    os.sched_setaffinity(0, {min(cores)})
+    # The child inherits the only core.
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        before = cost.seconds_without_core()
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            pass
+        waited = cost.seconds_without_core() - before
+        other.kill()
+    os.sched_setaffinity(0, cores)
+    assert asleep < 0.1 < 0.25 < waited < 1.1
