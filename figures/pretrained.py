@@ -48,11 +48,10 @@ def main() -> None:
     if Experiment.from_dict(source.config) != EXPERIMENTS.get(name):
         raise UserError(f"{run} differs from the presets; the card needs a run of a preset")
 
-    PRETRAINED.mkdir(exist_ok=True)
-    path = PRETRAINED / f"{name}.safetensors"
-    shutil.copyfile(snapshot, path)
-    write_text(PRETRAINED / "README.md", card(run, path, source))
-    print(f"wrote {path} and {PRETRAINED / 'README.md'}")
+    PRETRAINED.parent.mkdir(exist_ok=True)
+    shutil.copyfile(snapshot, PRETRAINED)
+    write_text(PRETRAINED.with_name("README.md"), card(run, PRETRAINED, source))
+    print(f"wrote {PRETRAINED} and its README.md")
 
 
 def draw(path: Path) -> tuple[SavedModel, Tensor]:

@@ -18,24 +18,22 @@ from functions.sampling import calibration
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_checkpoints
-from functions.support.errors import UserError
+from functions.support.errors import CheckpointError, UserError
 from tests.conftest import call
 
-BOXED = sorted(
-    path for path in PRETRAINED.glob("*.safetensors") if "-calibration-" not in path.name
-)
-TAKEN = "using a model that comes with the repository (train your own: python train.py)"
+TAKEN = "using the model that comes with the repository (train your own: python train.py)"
 FLAGS = ("--n", 2, "--steps", 3)
 
 
 @pytest.fixture
 def box(tiny_run, tmp_path, monkeypatch):
-    """Return a folder with a model, in a working directory that has no run."""
+    """Return a folder with a model and another one, in a working directory that has no run."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "pretrained"
     folder.mkdir()
-    monkeypatch.setattr(run_folder, "PRETRAINED", folder)
+    monkeypatch.setattr(run_folder, "PRETRAINED", folder / "faces.safetensors")
     shutil.copy(checkpoints_of(tiny_run, "snapshots")[-1], folder / "faces.safetensors")
+    shutil.copy(PRETRAINED, folder / "another.safetensors")
     return folder
 
 
@@ -49,8 +47,6 @@ def card_row(path, name):
 def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     box, tiny_run, tmp_path, capsys
 ):
-    # A calibration is written next to its model, and is no model itself.
-    shutil.copy(box / "faces.safetensors", box / "faces-calibration-own.safetensors")
     call(sample.main, *FLAGS)
     printed = capsys.readouterr().out
     assert TAKEN in printed
@@ -60,6 +56,9 @@ def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     call(sample.main, checkpoints_of(tiny_run, "snapshots")[-1], *FLAGS, "--out", tmp_path / "a")
     assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
 
+    assert newest_checkpoints(Path("runs"), "fa") == [box / "faces.safetensors"]
+    with pytest.raises(CheckpointError, match=r"no run of an experiment ffhq\*"):
+        newest_checkpoints(Path("runs"), "ffhq")
     call(evaluate.main, "--images", 2, "--t-stride", 50)
     assert TAKEN in capsys.readouterr().out
     assert list((box / "evaluation").glob("faces-bpd-*.json"))
@@ -69,7 +68,7 @@ def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
 def test_a_run_is_boxed_with_a_card(trained, tmp_path, monkeypatch):
     run = trained()
     box = tmp_path / "pretrained"
-    monkeypatch.setattr(pretrained, "PRETRAINED", box)
+    monkeypatch.setattr(pretrained, "PRETRAINED", box / "faces.safetensors")
     with pytest.raises(UserError, match="differs from the presets"):
         call(pretrained.main, run)
 
@@ -90,24 +89,21 @@ def test_the_real_model_is_calibrated_on_its_training_images(tmp_path, monkeypat
     """The file does not say the hash of its pixels."""
     monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
     monkeypatch.setattr(calibration, "TIMESTEP_COUNT", 2)
-    [path] = BOXED
-    copy = shutil.copy(path, tmp_path)
+    copy = shutil.copy(PRETRAINED, tmp_path)
     call(sample.main, copy, *FLAGS, "--calibrate")
-    assert len([*tmp_path.glob(f"{path.stem}-calibration-data-*.safetensors")]) == 1
+    assert len([*tmp_path.glob(f"{PRETRAINED.stem}-calibration-data-*.safetensors")]) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BOXED, reason="pretrained/ has no model yet")
 def test_the_real_model_draws_what_its_card_says(tmp_path, monkeypatch):
     """It is found from any folder.
 
     Of fewer samples, and on another processor, the distance may be a little larger.
     """
     monkeypatch.chdir(tmp_path)
-    assert newest_checkpoints(Path("runs")) == BOXED
+    assert newest_checkpoints(Path("runs")) == [PRETRAINED]
     monkeypatch.setattr(pretrained, "SAMPLE_COUNT", 64)
-    [path] = BOXED
-    saved, images = pretrained.draw(path)
+    saved, images = pretrained.draw(PRETRAINED)
     assert not spoilt(images).any()
-    measured = float(card_row(path, "distance"))
+    measured = float(card_row(PRETRAINED, "distance"))
     assert training_features(saved).distance(images) <= measured + 0.3

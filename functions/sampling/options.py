@@ -90,7 +90,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="RUN",
         help="A run folder, a checkpoint, an exported file, or a diffusers folder or its name. "
-        "Default: the newest run, or a model in pretrained/ if there is no run.",
+        "Default: the newest run, or the model in pretrained/ if there is no run.",
     )
     parser.add_argument(
         "--runs",

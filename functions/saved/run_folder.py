@@ -38,8 +38,9 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
 # A training that is killed while it writes leaves such files in its run folder. The last ones are
 # those of safetensors.
 TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
-# The trained models that come with the repository. They are read when there is no run.
-PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
+# The trained model that comes with the repository is read when there is no run. Other files may be
+# beside it, such as its calibrations.
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "faces-v.safetensors"
 
 
 def new_folder(runs: Path, name: str) -> Path:
@@ -126,21 +127,19 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
 def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
     """Return the checkpoints, newest first, of the newest run that has one.
 
-    If no run has one, return the models in PRETRAINED, and print that they are used. They replace
-    neither the runs of a certain experiment nor those of a folder that the user names. Raises
-    CheckpointError when there is neither a checkpoint nor such a model.
+    If no run has one, return the model PRETRAINED, and print that it is used. It replaces neither
+    runs with another prefix nor those of a folder that the user names. Raises CheckpointError when
+    there is neither a checkpoint nor such a model.
     """
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return find_checkpoints(run)
-    # A calibration is written next to its model.
-    models = [path for path in PRETRAINED.glob("*.safetensors") if "-calibration-" not in path.name]
-    if models and not prefix and runs == Path("runs"):
+    if PRETRAINED.exists() and PRETRAINED.name.startswith(prefix) and runs == Path("runs"):
         print(
-            f"{runs}: no run with a checkpoint here yet; using a model that comes with the "
+            f"{runs}: no run with a checkpoint here yet; using the model that comes with the "
             "repository (train your own: python train.py)"
         )
-        return sorted(models)
+        return [PRETRAINED]
     target = f"run of an experiment {prefix}*" if prefix else "run"
     raise CheckpointError(
         f"{runs}: no {target} with a checkpoint here yet; train one first, or name a checkpoint"
