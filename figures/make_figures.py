@@ -66,7 +66,7 @@ WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
 # stand for the runs.
 COMMANDS = {
     "few_steps.png": ("sample FACES --sampler dpm++ --steps 20", "grid.png"),
-    "progressive.png": ("sample FACES --steps 50 --progressive", "progressive.png"),
+    "progressive.png": ("sample FACES_V --steps 50 --progressive", "progressive.png"),
     "interpolation.png": (
         f"edit interpolate {QUEEN} {COOK} FACES --steps 50",
         "interpolation-*.png",
