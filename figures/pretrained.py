@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
-from figures.feature_distance import spoilt, training_features
 from figures.saved_model import open_saved
+from functions.evaluation.feature_distance import spoilt, training_features
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel

@@ -17,9 +17,10 @@ from PIL import Image
 import sample
 from data.datasets import load_images
 from data.pixels import to_model_range
-from figures import bands, feature_distance
-from figures.feature_distance import Features, frechet_distance, spoilt
+from figures import bands
 from functions.denoiser import Denoiser
+from functions.evaluation import feature_distance
+from functions.evaluation.feature_distance import Features, frechet_distance, spoilt
 from functions.spectra import band_sums, octaves, spectrum
 from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import (

@@ -13,7 +13,7 @@ import evaluate
 import sample
 from config import Experiment
 from figures import pretrained
-from figures.feature_distance import spoilt, training_features
+from functions.evaluation.feature_distance import spoilt, training_features
 from functions.sampling import calibration
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights

@@ -1,6 +1,6 @@
 """Measure the samples of a model without a downloaded network.
 
-    python -m figures.feature_distance RUN --sampler dpm++ --steps 20 --n 1000
+    python -m functions.evaluation.feature_distance RUN --sampler dpm++ --steps 20 --n 1000
 
 It prints the share of dark or speckled samples, which is meant for the embedded people, and the
 distance between the samples and the training images. It takes the flags of sample.py that say how
