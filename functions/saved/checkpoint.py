@@ -27,7 +27,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import CheckpointError
+from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, check_file, replacing, sha256, short
 
 FORMAT = "ddpm-faces checkpoint 3"
@@ -93,14 +93,19 @@ class TensorFile:
     def tensors(self, part: str) -> Tensors:
         """Read the tensors of a part, to the CPU, by their names without the part's name.
 
-        Raises CheckpointError when they are missing or damaged.
+        Raises UserError when the file has no such part, and CheckpointError when it is damaged.
         """
+        # The file is intact, and others of its run have the same parts. So nobody should try these
+        # instead, as after a CheckpointError.
+        if part not in self.digests:
+            parts = ", ".join(self.digests)
+            raise UserError(f"{self.path} has no part {part!r}; its parts are {parts}")
         prefix = f"{part}."
         with open_safetensors(self.path) as file:
             names = [name for name in list(file.keys()) if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        if digest_of(tensors) != self.digests.get(part):
-            raise CheckpointError(f"{self.path}: {part} is missing or damaged")
+        if digest_of(tensors) != self.digests[part]:
+            raise CheckpointError(f"{self.path}: {part} is damaged")
         return tensors
 
 
