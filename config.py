@@ -311,8 +311,8 @@ class DiffusionConfig:
     beta_end: float = setting(0.02, of_weights=True)
     # Multiply linear betas by 1000 / T, so that x_T is almost pure noise for any T.
     rescale_betas: bool = setting(True, of_weights=True)
-    # The schedule of betas: "linear"; or "cosine" (Nichol and Dhariwal 2021), which does not use
-    # beta_start, beta_end and rescale_betas.
+    # The schedule of betas. "cosine" (Nichol and Dhariwal 2021) does not use beta_start, beta_end
+    # and rescale_betas.
     beta_schedule: str = choice("linear", "cosine", of_weights=True)
     # Added to the log-SNR, log(alpha_bar / (1 - alpha_bar)), of each timestep; below 0, it adds
     # noise. If betas suit 64 px, 2 log(64 / S) makes them suit S px (Hoogeboom et al. 2023).
@@ -325,8 +325,8 @@ class DiffusionConfig:
 
     # Optimisation
 
-    # "adam"; or "muon", which moves each weight matrix by the orthogonal factor of its momentum,
-    # and all other parameters as Adam does.
+    # "muon" moves each weight matrix by the orthogonal factor of its momentum, and all other
+    # parameters as Adam does.
     optimizer: str = choice("adam", "muon")
     # Length of the run, in passes over the training images.
     epochs: int = changeable(45)
@@ -336,13 +336,13 @@ class DiffusionConfig:
     clip_grad_norm: float = 0.0
     # Steps over which the learning rate rises linearly from 0.
     warmup_steps: int = setting(0, at_least=0)
-    # The learning rate after the warm-up: "constant"; or "cosine", which falls to 0 along a half
-    # cosine over the whole run.
+    # The learning rate after the warm-up. "cosine" falls to 0 along a half cosine over the whole
+    # run.
     lr_schedule: str = choice("constant", "cosine")
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
     ema_decay: float = setting(0.9999, at_most=0.999999)
-    # Precision of the network: "float32" (on CUDA as PyTorch sets it, which is TF32 in
-    # convolutions), "bfloat16", "float16"; or "auto", the fastest that the hardware supports.
+    # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
+    # is as PyTorch sets it, which is TF32 in convolutions.
     precision: str = choice("auto", "float32", "bfloat16", "float16", changeable=True)
     # On CUDA, compile the network before the first step, which takes minutes and makes the steps of
     # large networks shorter (docs/speed.md). Not with deterministic = True.
@@ -374,7 +374,7 @@ class DiffusionConfig:
     validation_samples: int = changeable(1000)
     # Images in a grid of samples.
     grid_images: int = changeable(16)
-    # The sampler of the grids, with its default settings: a name that sample.py --sampler accepts.
+    # The sampler of the grids, with its default settings.
     grid_sampler: str = changeable("dpm++", choices=SAMPLERS)
     # Network calls per sample of a grid, or T if that is less.
     grid_steps: int = changeable(20)

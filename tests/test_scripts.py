@@ -80,6 +80,7 @@ def test_the_scripts_work_from_another_folder(pictures, tmp_path):
 
 @pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])
 def test_every_field_is_explained_by_help(config_class, capsys):
+    """With its comment, its default and, of a field with choices, all of these."""
     with pytest.raises(SystemExit):
         call(train.main, "--help")
 
@@ -89,3 +90,5 @@ def test_every_field_is_explained_by_help(config_class, capsys):
         default = "" if field.default is MISSING else f"Default: {field.default}."
         explanation = f"{comment} {default}".split()
         assert " ".join(explanation) in printed, field.name
+        choices = "|".join(map(str, field.metadata.get("choices", [])))
+        assert f".{field.name.replace('_', '-')} {choices}" in printed, field.name

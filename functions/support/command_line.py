@@ -60,8 +60,8 @@ def user_message(error: Exception) -> str | None:
 def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
-    A flag's help is the comment above the field, with the field's default. Lists are written as
-    `1,2,4`, and booleans as `true` or `false`.
+    A flag's help is the comment above the field, with the field's choices and its default. Lists
+    are written as `1,2,4`, and booleans as `true` or `false`.
     """
     group = parser.add_argument_group(
         f"override any field of {config_class.__name__} for this run; "
@@ -70,6 +70,7 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
     comments = field_comments(config_class)
     for field in fields(config_class):
         parse, metavar = FLAG_TYPES[field.type]
+        choices = field.metadata.get("choices", [metavar])
         sentences = comments.get(field.name, "")
         if field.default is not MISSING:
             sentences += f" Default: {field.default}."
@@ -77,7 +78,7 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
             f"--{prefix}.{field.name.replace('_', '-')}",
             dest=f"{prefix}.{field.name}",
             type=parse,
-            metavar=metavar,
+            metavar="|".join(map(str, choices)),
             # A flag that is not given has no entry in the parsed arguments.
             default=argparse.SUPPRESS,
             # argparse treats a single % as the start of a placeholder.
