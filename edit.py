@@ -15,7 +15,7 @@ from functions.sampling.calibration import with_calibration
 from functions.sampling.editing import save_inpaintings, save_mixtures, save_variations
 from functions.sampling.generation import open_sampler
 from functions.sampling.guides import with_guide
-from functions.sampling.options import add_sampling_flags
+from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import samples_folder
 from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
 from functions.support.processes import SINGLE_PROCESS
@@ -78,6 +78,7 @@ def add_verb(verbs, name: str, image_count: int, help: str) -> argparse.Argument
     parser = verbs.add_parser(name, help=help, description=help)
     parser.add_argument("images", nargs=image_count, metavar="IMAGE")
     add_sampling_flags(parser)
+    add_out_flag(parser)
     return parser
 
 

@@ -1,12 +1,15 @@
 """Measure a trained model, or a folder of samples.
 
-    python evaluate.py [RUN]                bits/dim, the variational bound on held-out images (Ho
-                                            et al. 2020, Eq. 5), of the newest run or of RUN
-    python evaluate.py images FOLDER DATA   FID, KID, precision and recall of the images that
-                                            `sample.py --individual --out FOLDER` has written,
-                                            compared with the training images of a data set
+    python evaluate.py [RUN]                  bits/dim, the variational bound on held-out images (Ho
+                                              et al. 2020, Eq. 5), of the newest run or of RUN
+    python evaluate.py distance [RUN]         the distance of samples, and of as many held-out
+                                              images, from the training images, in fixed features
+    python evaluate.py distance FOLDER DATA   the same for the images that `sample.py --individual
+                                              --out FOLDER` has written, and a data set
+    python evaluate.py images FOLDER DATA     FID, KID, precision and recall of such a folder,
+                                              compared with the training images of a data set
 
-`python evaluate.py images --help` lists the flags of the second.
+`python evaluate.py distance --help` and `images --help` list the flags of these.
 """
 
 import argparse
@@ -17,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.datasets import EMBEDDED_NAMES, ImageSet, Split
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import (
     BitsPerDim,
@@ -25,11 +29,25 @@ from functions.evaluation.bits_per_dim import (
     measure_bits_per_dim,
     plot_bits_per_dim,
 )
-from functions.evaluation.fidelity import data_images, folder_images, measure_fidelity
+from functions.evaluation.feature_distance import (
+    BATCH,
+    model_batches,
+    spoilt,
+    training_features,
+)
+from functions.evaluation.fidelity import (
+    folder_images,
+    load_like,
+    measure_fidelity,
+    set_images,
+)
 from functions.samplers import VARIANCES
-from functions.sampling.generation import open_sampler
-from functions.sampling.options import add_model_flags
-from functions.sampling.samples_folder import MANIFEST, image_path
+from functions.sampling.calibration import with_calibration
+from functions.sampling.generation import generate, open_sampler
+from functions.sampling.guides import with_guide
+from functions.sampling.options import add_model_flags, add_out_flag, add_sampling_flags
+from functions.sampling.samples_folder import MANIFEST
+from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, exit_on_user_error, positive
@@ -44,7 +62,10 @@ FEW_IMAGES = 10_000
 
 def main() -> None:
     """Read the command line, measure, and print the results."""
-    if sys.argv[1:2] == ["images"]:
+    verb = sys.argv[1:2]
+    if verb == ["distance"]:
+        evaluate_distance(parse_distance_flags())
+    elif verb == ["images"]:
         evaluate_images(parse_image_flags())
     else:
         evaluate_bits(parse_flags())
@@ -54,12 +75,7 @@ def parse_flags() -> argparse.Namespace:
     """Read the command line for bits/dim."""
     parser = Parser(description=__doc__)
     add_model_flags(parser)
-    parser.add_argument(
-        "--data",
-        metavar="NAME|PATH",
-        help="The name or path of the data set, for example if the training data have moved. "
-        "Default: the data set that the model was trained on.",
-    )
+    add_data_flag(parser)
     parser.add_argument(
         "--images",
         type=positive,
@@ -84,15 +100,47 @@ def parse_flags() -> argparse.Namespace:
         type=positive,
         help="The most timesteps in a network call. Default: 64, or 16 on a CPU.",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="The folder for the written files. Default: a folder in the run folder.",
-    )
+    add_out_flag(parser)
     # `open_sampler` needs these. The bound is computed in float32, whatever the precision of
     # sampling, and is that of a single model, which the mix of a guided one is not.
     parser.set_defaults(precision="float32", sampler="ddpm", steps=None, variance=None, seed=0)
     return parser.parse_args()
+
+
+def add_data_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names a model's data set."""
+    parser.add_argument(
+        "--data",
+        metavar="NAME|PATH",
+        help="The name or path of the data set, for example if the training data have moved. "
+        "Default: the data set that the model was trained on.",
+    )
+
+
+def parse_distance_flags() -> argparse.Namespace:
+    """Read the command line for the distance."""
+    parser = Parser(prog="evaluate.py distance", description=__doc__)
+    add_sampling_flags(parser)
+    parser.add_argument(
+        "real",
+        nargs="?",
+        metavar="DATA",
+        help="With a folder of samples in place of RUN: the name or path of the data set that they "
+        "are compared with. There are no flags then.",
+    )
+    add_data_flag(parser)
+    parser.add_argument(
+        "--n",
+        "-n",
+        type=positive,
+        default=100,
+        help="The number of samples. Only distances of equal numbers can be compared. "
+        "Default: %(default)s.",
+    )
+    args = parser.parse_args(sys.argv[2:])
+    if args.real and args != parser.parse_args([str(args.checkpoint), args.real]):
+        parser.error("with FOLDER DATA there are no flags, which say how a model is sampled")
+    return args
 
 
 def parse_image_flags() -> argparse.Namespace:
@@ -104,8 +152,8 @@ def parse_image_flags() -> argparse.Namespace:
     )
     parser.add_argument(
         "--part",
-        choices=("train", "val"),
-        help="The images of the data set: those for training, or the held-out ones. "
+        choices=("train", "val", "all"),
+        help="The images of the data set: those for training, the held-out ones, or all. "
         "Default: train.",
     )
     parser.add_argument(
@@ -122,15 +170,7 @@ def evaluate_bits(args: argparse.Namespace) -> None:
         raise UserError("bits/dim needs float64, which mps does not have; use --device cpu")
     # On a GPU, float32 would otherwise mean TF32.
     torch.backends.cudnn.allow_tf32 = False
-    image_set, split = load_and_split(saved, args.data)
-    print(split.description)
-    # If the model was trained on some of the held-out images, its result is too good.
-    if saved.provenance.get("train_ids_hash") != split.train_ids_hash:
-        print(
-            "WARNING: THESE MAY NOT BE THE IMAGES IT WAS TRAINED ON: "
-            "some of the validation images may be among its training images",
-            file=sys.stderr,
-        )
+    image_set, split = load_data(saved, args.data)
     folder = args.out or results_folder(saved, "evaluation")
     # The measurement may take hours. So an error of the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +196,20 @@ def evaluate_bits(args: argparse.Namespace) -> None:
     write_bits(folder / saved.name, settings, result)
 
 
+def load_data(saved: SavedModel, name: str | None) -> tuple[ImageSet, Split]:
+    """Load and split a model's data as `load_and_split` does, and print the split."""
+    image_set, split = load_and_split(saved, name)
+    print(split.description)
+    # If the model was trained on some of the held-out images, its result is too good.
+    if saved.provenance.get("train_ids_hash") != split.train_ids_hash:
+        print(
+            "WARNING: THESE MAY NOT BE THE IMAGES IT WAS TRAINED ON: "
+            "some of the validation images may be among its training images",
+            file=sys.stderr,
+        )
+    return image_set, split
+
+
 def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
     """Print bits/dim, and write PREFIX-bpd-<hash of the settings>.json and .png.
 
@@ -172,11 +226,48 @@ def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
     print(f"wrote {path}\nwrote {picture}")
 
 
+def evaluate_distance(args: argparse.Namespace) -> None:
+    """Print how far samples are from the training images, and how far as many held-out ones are."""
+    if args.real:
+        images = folder_images(args.checkpoint)
+        image_set, split = load_like(args.checkpoint, args.real)
+        samples = model_batches(images)
+        print(f"{len(images)} images of {args.checkpoint}")
+    else:
+        saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+        image_sampler = with_calibration(image_sampler, saved)
+        image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
+        image_set, split = load_data(saved, args.data)
+        samples = generate(image_sampler, range(args.n), progress=True).split(BATCH)
+        print(f"{args.n} samples: {image_sampler.options}, seed {args.seed}")
+
+    # Only images of the embedded sets must have a white corner.
+    if image_set.name in EMBEDDED_NAMES:
+        samples = list(samples)
+        share = torch.cat([*map(spoilt, samples)]).double().mean()
+        print(f"dark or speckled: {share:.2%}")
+    features = training_features(image_set, split)
+    drawn = features(samples)
+    print(f"distance: {features.distance(drawn):.4g}")
+
+    # The distance falls with the number of images, so the numbers are equal.
+    indices = evenly_spaced(split.val_indices, len(drawn))
+    held_out = features(model_batches(set_images(image_set, indices)))
+    count = len(held_out)
+    if count < len(drawn):
+        first = features.distance(drawn[:count])
+        print(f"distance of the first {count} samples, as only {count} are held out: {first:.4g}")
+    print(f"distance of {count} held-out images: {features.distance(held_out):.4g}")
+
+
 def evaluate_images(args: argparse.Namespace) -> None:
     """Measure FID, KID, precision and recall of a folder of images, and print them."""
     samples = folder_images(args.folder)
     if not Path(args.data, MANIFEST).exists():
-        real = data_images(args.data, image_path(args.folder, 0), args.part)
+        image_set, split = load_like(args.folder, args.data)
+        parts = {"train": split.train_indices, "val": split.val_indices}
+        parts["all"] = np.concatenate([*parts.values()])
+        real = set_images(image_set, parts[args.part or "train"])
     elif args.part:
         raise UserError("--part is for a data set; a folder of samples has no parts")
     else:

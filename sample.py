@@ -27,7 +27,7 @@ from functions.sampling.generation import (
     step_bar,
 )
 from functions.sampling.guides import with_guide
-from functions.sampling.options import add_sampling_flags
+from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import (
     generate_frames,
     image_path,
@@ -73,6 +73,8 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             "experiment": saved.provenance["experiment"],
             "checkpoint": saved.digest,
             "weights": saved.kind,
+            # evaluate.py compares the images with the training images of this split.
+            "split": saved.config["diffusion"].get("split", "reference"),
             "seed": args.seed,
             "precision": precision_name(image_sampler.precision),
             **image_sampler.options.facts,
@@ -137,6 +139,7 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     """
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
+    add_out_flag(parser)
     parser.add_argument(
         "--n",
         "-n",

@@ -13,6 +13,7 @@ from functions.support.files import sha256, short
 
 DATA_FOLDER = Path(__file__).resolve().parent
 EMBEDDED_SET = DATA_FOLDER / "emoji_faces.zip"
+EMBEDDED_NAMES = ("emoji_faces", "emoji_people")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def load_images(
 
 def locate(dataset_name: str) -> Source:
     """Find the source for a data set's name or path. Raises UserError when there is none."""
-    if dataset_name in ("emoji_faces", "emoji_people"):
+    if dataset_name in EMBEDDED_NAMES:
         return find_source(EMBEDDED_SET)
     if dataset_name == "FFHQ":
         source = find_source(find_ffhq())

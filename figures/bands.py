@@ -29,7 +29,7 @@ from functions.denoiser import Predictor
 from functions.evaluation.bits_per_dim import error_of_mean, evenly_spaced
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import batches_of, open_sampler
-from functions.sampling.options import SamplerOptions, add_sampling_flags
+from functions.sampling.options import SamplerOptions, add_out_flag, add_sampling_flags
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.spectra import band_sums, octaves, spectrum
@@ -85,6 +85,7 @@ def main() -> None:
     """Measure a model's errors, print the table, and write the numbers and a heat map."""
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
+    add_out_flag(parser)
     parser.add_argument("--data", metavar="NAME|PATH", help="Another copy of the model's images.")
     parser.add_argument("--images", type=positive, metavar="N", help="How many held-out images.")
     args = parser.parse_args()

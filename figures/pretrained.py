@@ -19,6 +19,7 @@ from functions.evaluation.feature_distance import spoilt, training_features
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
+from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.errors import UserError
@@ -66,6 +67,7 @@ def card(run: Path, path: Path, source: SavedModel) -> str:
     lowest = min((row for row in rows if row["val_loss_ema"]), key=lambda row: row["val_loss_ema"])
 
     saved, images = draw(path)
+    features = training_features(*load_and_split(saved))
     facts = source.provenance
     arithmetic = facts["arithmetic"]
     return f"""# The model in the box
@@ -86,7 +88,7 @@ def card(run: Path, path: Path, source: SavedModel) -> str:
 | held-out loss of the EMA at the end | {rows[-1]["val_loss_ema"]:.4f} |
 | lowest held-out loss of the EMA | {lowest["val_loss_ema"]:.4f}, at step {lowest["step"]:,} |
 | samples that are dark or speckled | {int(spoilt(images).sum())} of {SAMPLE_COUNT} |
-| distance | {training_features(saved).distance(images):.2f} |
+| distance | {features.distance(features([images])):.2f} |
 
 The last two rows are measured on {SAMPLE_COUNT} samples: {OPTIONS}, seed 0.
 [whole-before-detail](../docs/whole-before-detail.md#measured) explains both. 100 random real images

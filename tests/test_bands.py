@@ -1,11 +1,10 @@
-"""Figures: what a network knows of x_0 by band, and the distance of its samples.
+"""Figures: what a network knows of x_0 by band.
 
 The truths are algebra for networks whose answer is known (gaussian_bands.py), and cosine waves,
 whose band is their number of cycles.
 """
 
 import json
-import re
 import shutil
 
 import numpy as np
@@ -14,13 +13,8 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
-import sample
-from data.datasets import load_images
-from data.pixels import to_model_range
 from figures import bands
 from functions.denoiser import Denoiser
-from functions.evaluation import feature_distance
-from functions.evaluation.feature_distance import Features, frechet_distance, spoilt
 from functions.spectra import band_sums, octaves, spectrum
 from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import (
@@ -110,73 +104,3 @@ def test_the_script_writes_table_and_map(tiny_run, tmp_path, monkeypatch, capsys
     assert np.array(result["ratio"]).shape == (len(result["t"]), 4)
     assert result["t"][-1] == 99
     assert Image.open(path.with_suffix(".png")).width > 1000
-
-
-@pytest.fixture(scope="module")
-def people():
-    """Return the images of the data set emoji_people."""
-    images = load_images("emoji_people", 32).images
-    return to_model_range(torch.from_numpy(images))
-
-
-def seeded():
-    """Return a random generator that starts anew, with seed 0."""
-    return torch.Generator().manual_seed(0)
-
-
-def test_the_feature_distance_orders_the_obvious(people):
-    """Held-out images are nearest, then tinted ones; noise is very far."""
-    held_out = people[::9]
-    distance = Features(people[np.arange(len(people)) % 9 > 0]).distance
-    tint = torch.tensor([20, 0, -20]).view(3, 1, 1) / 255
-    tinted = (held_out + tint).clamp(-1, 1)
-    noise = torch.randn(held_out.shape, generator=seeded()).clamp(-1, 1)
-
-    assert distance(held_out) < distance(tinted)
-    assert distance(tinted) < distance(noise) / 5
-
-
-def test_the_frechet_distance_of_gaussians_is_the_closed_form():
-    """For covariances that commute it is a sum of squared differences.
-
-    These are the differences of means, here 1 and 1, and of standard deviations, here 1 and 2.
-    """
-    a, b = torch.randn(2, 200_000, 2, generator=seeded(), dtype=torch.float64)
-    rotation = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
-    a = a * torch.tensor([1, 3]) @ rotation + 1
-    b = b * torch.tensor([2, 1]) @ rotation
-
-    assert frechet_distance(a, b) == pytest.approx(2 + 1 + 4, rel=0.02)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
-def test_spoilt_are_dark_and_speckled_images_and_no_real_ones(people):
-    dark = people[:20] - 0.2
-    noise = torch.randn(20, 3, 32, 32, generator=seeded())
-    speckled = (people[:20] + 0.3 * noise).clamp(-1, 1)
-
-    assert not spoilt(people).any()
-    assert spoilt(dark).all()
-    assert spoilt(speckled).float().mean() > 0.9
-
-
-@pytest.mark.slow
-def test_the_command_measures_what_sample_py_writes(tiny_run, pictures, tmp_path, capsys):
-    """It draws the same samples with the same flags; in PNG files they are only rounded."""
-    run = shutil.copytree(tiny_run, tmp_path / tiny_run.name)
-    flags = ["--sampler", "dpm++", "--steps", "4", "--guide", "5", "--seed", "3", "--n", "30"]
-    call(feature_distance.main, run, *flags)
-    printed = capsys.readouterr().out
-    share = float(re.search(r"dark or speckled: (.+)%", printed)[1])
-    distance = float(re.search(r"distance: (.+)", printed)[1])
-
-    out = tmp_path / "samples"
-    call(sample.main, run, *flags, "--individual", "--out", out)
-    files = sorted(out.glob("0*.png"))
-    assert len(files) == 30
-    samples = to_model_range(torch.from_numpy(np.stack([Image.open(file) for file in files])))
-    images = load_images(str(pictures), 16).images[:45].copy()
-    real = to_model_range(torch.from_numpy(images))
-    truth = Features(torch.cat([real, real.flip(3)])).distance(samples)
-    assert distance == pytest.approx(truth, rel=0.01)
-    assert share == pytest.approx(100 * spoilt(samples).double().mean().item(), abs=0.01)

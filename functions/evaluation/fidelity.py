@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.datasets import load_images, split_images
-from functions.sampling.samples_folder import image_indices, image_path
+from data.datasets import ImageSet, Split, load_images, split_images
+from functions.sampling.samples_folder import MANIFEST, image_indices, image_path
 from functions.support.errors import UserError
-from functions.support.files import short
+from functions.support.files import read_json, short
 
 # torch-fidelity would otherwise take another network for precision and recall.
 EXTRACTOR = "inception-v3-compat"
@@ -37,7 +37,7 @@ FEWEST = 4
 
 @dataclass(frozen=True)
 class Images(Dataset):
-    """Images for torch-fidelity, as uint8 RGB (3, H, W)."""
+    """Images to measure; for torch-fidelity they are uint8 RGB (3, H, W)."""
 
     count: int
     # It returns the pixels of the image with this position, uint8 (H, W, C).
@@ -70,20 +70,27 @@ def folder_images(folder: Path) -> Images:
     return Images(count, read)
 
 
-def data_images(name: str, like: Path, part: str | None) -> Images:
-    """Return a data set's training images or, for "val", the held-out ones; print the split.
+def set_images(image_set: ImageSet, indices: np.ndarray) -> Images:
+    """Return the images of a data set with these indices."""
+    return Images(len(indices), lambda i: image_set.images[indices[i]])
 
-    They are cropped, resized and packed as in training. Their size and colours are those of the
-    file `like`. Raises UserError as `load_images` does.
+
+def load_like(folder: Path, name: str) -> tuple[ImageSet, Split]:
+    """Load and split the data set that samples in a folder are compared with; print the split.
+
+    The images are cropped, resized and packed as in training, with the size and colours of the
+    samples. The split is that of the model which drew these, if their manifest says it. Raises
+    UserError as `load_images` does.
     """
-    image = Image.open(like)
+    image = Image.open(image_path(folder, 0))
     channels = 1 if image.mode == "L" else 3
     # Packing prints which images are left out.
     image_set = load_images(name, image.height, sys.maxsize, channels)
-    split = split_images(image_set, "reference")
+    manifest = folder / MANIFEST
+    facts = read_json(manifest) if manifest.exists() else {}
+    split = split_images(image_set, facts.get("split", "reference"))
     print(split.description)
-    indices = split.val_indices if part == "val" else split.train_indices
-    return Images(len(indices), lambda i: image_set.images[indices[i]])
+    return image_set, split
 
 
 def inception_weights() -> Path:

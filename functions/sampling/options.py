@@ -105,6 +105,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_out_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names the folder of what a script writes."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="The folder for the written files. Default: a folder in the run folder.",
+    )
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of sampling, which include the model flags."""
     add_model_flags(parser)
@@ -126,11 +135,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive,
         help="How many images are sampled at a time. Default: 64, or 16 on a CPU.",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="The folder for the written files. Default: a folder in the run folder.",
     )
 
     group = parser.add_argument_group("how images are sampled from noise")

@@ -124,7 +124,9 @@ def test_two_folders_of_grey_samples(weights, grey_run, pictures, tmp_path, caps
     assert numbers == by_hand(first, second, 4)
     # The data of a grey network are grey.
     numbers, _ = evaluated(capsys, folders[0], pictures)
-    grey = load_images(str(pictures), 16, channels=1).images[:45].repeat(3, axis=3)
+    grey = load_images(str(pictures), 16, channels=1).images.repeat(3, axis=3)
+    assert numbers == by_hand(first, grey[:45], 4)
+    numbers, _ = evaluated(capsys, folders[0], pictures, "--part", "all")
     assert numbers == by_hand(first, grey, 4)
 
     with pytest.raises(UserError, match="--part is for a data set"):
