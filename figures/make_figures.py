@@ -48,7 +48,8 @@ from functions.training.metrics import plot_losses
 from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
 from models.unet import UNet
 
-FIGURES = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "figures"
 # 200 steps with the betas of 1000 leave part of the image in x_T. The figures show this fault.
 SCHEDULES = {
     "T = 1000": NoiseScheduler(1000),
@@ -355,7 +356,7 @@ def draw_commands(runs: dict[str, Path], size: int, temporary: Path) -> None:
     save_image(mask, temporary / "mask.png")
 
     # Modules are found from any folder.
-    environment = {**os.environ, "PYTHONPATH": str(FIGURES.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
         words = [runs.get(word, word) for word in command.split()]

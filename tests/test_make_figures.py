@@ -1,0 +1,30 @@
+"""figures/make_figures.py: it draws, from any run, every picture that figures/ has."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from figures import make_figures
+from functions.sampling import calibration
+from tests.conftest import ROOT, call
+
+
+@pytest.mark.slow
+def test_every_picture_is_drawn_from_a_run_of_three_steps(trained, tmp_path, monkeypatch):
+    # The people have 811 training images. An earlier snapshot is the guide.
+    flags = "--diffusion.dataset-name emoji_people --diffusion.batch-size 270 --diffusion.epochs 1"
+    run = trained(*flags.split(), "--diffusion.snapshot-every", 1)
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    monkeypatch.setattr(make_figures, "FIGURES", folder)
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
+    monkeypatch.setattr(calibration, "TIMESTEP_COUNT", 2)
+    call(make_figures.main, run, run)
+
+    for path in folder.iterdir():
+        # It has more than one colour.
+        assert np.ptp(np.asarray(Image.open(path).convert("L"))) > 0, path.name
+    # `python -m tests.browser` draws the page of demo.py.
+    pictures = (path for path in (ROOT / "figures").iterdir() if path.suffix in (".png", ".gif"))
+    of_runs = {path.name for path in pictures if not path.name.startswith("demo-")}
+    assert {path.name for path in folder.iterdir()} == of_runs
