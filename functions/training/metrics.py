@@ -17,6 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from functions.support.files import write_text
 from functions.support.pictures import save_figure
 
+# The held-out loss by quarter of t, from the least noise to the most, with the weights that draw
+# samples. It shows where a run learns.
+QUARTERS = ("val_loss_q0", "val_loss_q1", "val_loss_q2", "val_loss_q3")
 COLUMNS = (
     # The number of optimiser steps done.
     "step",
@@ -40,6 +43,8 @@ COLUMNS = (
     "images_per_second",
     # The number of steps skipped so far, because their gradients were not finite.
     "skipped_steps",
+    # A run that began without them can go on, because they are the last.
+    *QUARTERS,
 )
 
 
@@ -165,17 +170,19 @@ class TrainingWindow:
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
     """Plot the training and validation curves of a metrics.csv.
 
-    The curves show the error of eps, so that runs with different objectives can be compared.
+    They show the error of eps, so that runs with different objectives can be compared, and the
+    held-out loss by quarter of t, which runs of earlier versions do not have.
     """
     rows = read_metrics(metrics)
-    figure = Figure(figsize=(8, 4.5))
+    figure = Figure(figsize=(9.5, 4.5))
     axis = figure.subplots()
     for column, color, label in (
-        ("eps_error", "0.7", "training (raw weights, random t and noise)"),
-        ("val_eps_error", "tab:orange", "validation, raw weights"),
-        ("val_eps_error_ema", "tab:blue", "validation, EMA weights"),
+        ("eps_error", "0.7", "noise: training"),
+        ("val_eps_error", "0.4", "noise: validation, raw"),
+        ("val_eps_error_ema", "black", "noise: validation, EMA"),
+        *((name, None, name) for name in QUARTERS),
     ):
-        points = {row["step"]: row[column] for row in rows if row[column] is not None}
+        points = {row["step"]: row[column] for row in rows if row.get(column) is not None}
         if points:
             axis.plot(points.keys(), points.values(), ".-", color=color, label=label)
 
@@ -185,7 +192,7 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.grid(color="0.92")
-    axis.set(xlabel="optimiser step", ylabel="mean squared error of the noise", title=title)
-    axis.legend(frameon=False)
+    axis.set(xlabel="optimiser step", ylabel="mean squared error", title=title)
+    axis.legend(loc=(1.02, 0.3))
     figure.tight_layout()
     save_figure(figure, path)

@@ -26,7 +26,7 @@ from functions.support.errors import UserError
 from functions.support.files import short, write_text
 from functions.support.pictures import save_grid
 from functions.training.cost import FirstSteps
-from functions.training.metrics import MetricsLog, plot_losses
+from functions.training.metrics import QUARTERS, MetricsLog, plot_losses
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
 from functions.training.validation import AverageImage, average_image, validation_losses
@@ -200,9 +200,11 @@ class Recorder:
             self.processes,
         )
         columns = {}
-        for suffix, (loss, eps_error) in zip(denoisers, losses, strict=True):
+        for suffix, (loss, eps_error, *quarters) in zip(denoisers, losses, strict=True):
             columns[f"val_loss{suffix}"] = loss
             columns[f"val_eps_error{suffix}"] = eps_error
+            # Those of the last denoiser stay. It draws samples.
+            columns |= zip(QUARTERS, quarters, strict=True)
         return columns
 
     def print_baseline(self) -> None:
@@ -210,7 +212,7 @@ class Recorder:
         run = self.run
         average = average_image(run.feeder.gather, run.split.train_indices, self.config.batch_size)
         baseline = replace(run.denoiser, network=AverageImage(run.denoiser, average))
-        [(loss, _)] = validation_losses(
+        [(loss, *_)] = validation_losses(
             [baseline], run.feeder.gather, run.split.val_indices, self.config, self.processes
         )
         if self.processes.is_main:

@@ -22,7 +22,10 @@ def validation_losses(
     config: DiffusionConfig,
     processes: Processes,
 ) -> list[list[float]]:
-    """Return each denoiser's mean loss (Eq. 14) and the corresponding mean error of eps.
+    """Return each denoiser's mean loss (Eq. 14), the mean error of eps, and four losses by t.
+
+    The last four are the mean losses at the t of each quarter of 0 .. T-1, and their mean is the
+    whole loss. They need no sums in checkpoints, as those of the training loss would.
 
     The means are over `config.validation_samples` fixed triples (image, t, noise), so they do not
     depend on the batch size. Losses can be compared between runs with the same objective, and
@@ -41,7 +44,7 @@ def validation_losses(
     # differ by at most one.
     all_indices = indices[np.arange(count) * len(indices) // count]
 
-    total = torch.zeros(len(denoisers), 2, dtype=torch.float64)
+    total = torch.zeros(len(denoisers), 6, dtype=torch.float64)
     for start in range(0, count, config.batch_size)[processes.rank :: processes.count]:
         batch_slice = slice(start, start + config.batch_size)
         x_0 = to_model_range(gather(all_indices[batch_slice]))
@@ -55,7 +58,9 @@ def validation_losses(
             with denoiser.evaluating():
                 losses = denoising_loss(denoiser, x_0, t, eps)
                 errors = eps_errors(denoiser, losses, t)
-            total[i] += torch.stack([losses, errors]).sum(dim=1).cpu()
+            # A quarter of the strata are in each quarter.
+            quarters = [4 * losses * (4 * t // timesteps == q) for q in range(4)]
+            total[i] += torch.stack([losses, errors, *quarters]).sum(dim=1).cpu()
 
     means = processes.sum_(total) / count
     return means.tolist()

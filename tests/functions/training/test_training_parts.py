@@ -25,6 +25,7 @@ from functions.training.draws import training_draws
 from functions.training.metrics import (
     MetricsLog,
     TrainingWindow,
+    plot_losses,
     read_metrics,
 )
 from functions.training.run import TrainingRun
@@ -129,7 +130,7 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
 
     # The square of 48 * 48 standard normal numbers is 1 on average, with this standard error.
     whole = measure(batch_size=48, seed=0)
-    (loss, eps_error), (loss_of_v, eps_error_of_v) = whole
+    (loss, eps_error, *_), (loss_of_v, eps_error_of_v, *_) = whole
     assert eps_error == loss == pytest.approx(1, abs=4 * math.sqrt(2 / (48 * 48)))
     assert 0 < eps_error_of_v < loss_of_v != loss
 
@@ -155,27 +156,31 @@ def test_the_loss_of_the_average_image_has_a_closed_form():
     alpha_bar = NoiseScheduler(960).alphas_cumprod
     d_squared = (pixels[9:] - pixels[:9].mean(dim=0)).square().mean()
     for objective, expected in {
-        "eps": 1,
-        "v": (alpha_bar + (1 - alpha_bar) * d_squared).mean().item(),
+        "eps": torch.ones(960),
+        "v": alpha_bar + (1 - alpha_bar) * d_squared,
     }.items():
         denoiser = Denoiser(LittleMemory(None, 0), NoiseScheduler(960), objective)
         baseline = replace(denoiser, network=AverageImage(denoiser, average))
-        [(loss, _)] = validation_losses(
+        [(loss, _, *quarters)] = validation_losses(
             [baseline], images.__getitem__, np.arange(9, 12), config, SINGLE_PROCESS
         )
-        # There are 960 * 48 standard normal numbers.
-        assert loss == pytest.approx(expected, abs=4 * math.sqrt(2 / (960 * 48)))
+        # There are 960 * 48 standard normal numbers, and a quarter of them at each quarter of t.
+        assert loss == pytest.approx(expected.mean().item(), abs=4 * math.sqrt(2 / (960 * 48)))
+        by_quarter = expected.view(4, 240).mean(dim=1).tolist()
+        assert quarters == pytest.approx(by_quarter, abs=4 * math.sqrt(2 / (240 * 48)))
+        assert np.mean(quarters) == pytest.approx(loss)
 
 
 def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
     """They are the last 5 of the 50 pictures."""
     config = Experiment.from_dict(newest(tiny_run)["config"]).diffusion
     images = torch.tensor(load_images(pictures, 16).images)
-    [(loss, _)] = validation_losses(
+    [(loss, _, *quarters)] = validation_losses(
         [load_denoiser(tiny_run)], images.__getitem__, np.arange(45, 50), config, SINGLE_PROCESS
     )
     row = read_metrics(tiny_run / "metrics.csv")[-1]
     assert row["val_loss_ema"] == pytest.approx(loss, rel=1e-5)
+    assert [row[f"val_loss_q{q}"] for q in range(4)] == pytest.approx(quarters, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -210,6 +215,19 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     losses = [(event.step, round(event.value, 6)) for event in events.Scalars("loss")]
     assert losses == [(10, 0.1), (20, 0.05), (30, 0.25)]
     assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(20, 0.5)]
+
+
+def test_a_run_that_began_without_a_column_goes_on(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,epoch,loss,eps_error\n5,0.5,0.3,0.2\n")
+    # Its curves can be drawn without a new row, too.
+    plot_losses(path, tmp_path / "losses.png")
+    log = MetricsLog(tmp_path, resume_step=5)
+    log.write(step=10, eps_error=0.1, val_loss_q3=0.25)
+    log.tensorboard.close()
+    rows = read_metrics(path)
+    assert [(row["eps_error"], row["val_loss_q3"]) for row in rows] == [(0.2, None), (0.1, 0.25)]
+    plot_losses(path, tmp_path / "losses.png")
 
 
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
