@@ -12,6 +12,7 @@ from functools import partial
 
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import LARGEST_TIMESTEPS, NoiseScheduler
+from functions.optimizers import LR_SCHEDULES
 from functions.samplers import SAMPLERS
 from functions.support.settings import (
     ConfigError,
@@ -338,7 +339,7 @@ class DiffusionConfig:
     warmup_steps: int = setting(0, at_least=0)
     # The learning rate after the warm-up. "cosine" falls to 0 along a half cosine over the whole
     # run.
-    lr_schedule: str = choice("constant", "cosine")
+    lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
     # Decay of the weights' moving average (EMA), per step. 0: no EMA; samples use the raw weights.
     ema_decay: float = setting(0.9999, at_most=0.999999)
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"

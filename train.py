@@ -22,6 +22,7 @@ from data.batches import forward_passes
 from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss
+from functions.optimizers import LR_SCHEDULES
 from functions.support.command_line import Parser, add_config_flags, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
@@ -124,11 +125,9 @@ def train(run: TrainingRun) -> bool:
 
 
 def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float:
-    """Return a step's learning rate: a linear warm-up, and a half cosine if configured."""
+    """Return a step's learning rate: a linear warm-up, times the configured schedule."""
     rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if config.lr_schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / total_steps))
-    return rate
+    return rate * LR_SCHEDULES[config.lr_schedule](step, total_steps)
 
 
 def parse_flags() -> argparse.Namespace:

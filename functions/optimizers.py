@@ -20,6 +20,14 @@ CPU_STACK = 2**19
 A, B, C = 3.4445, -4.7750, 2.0315
 NEWTON_SCHULZ_STEPS = 5
 
+# The values of a config's `lr_schedule`, and the factor by which each multiplies the learning rate
+# at a step, 0 .. steps - 1, of a run.
+LR_SCHEDULES = {
+    "constant": lambda step, steps: 1.0,
+    # It falls to 0 along a half cosine (Loshchilov and Hutter 2017, arXiv:1608.03983).
+    "cosine": lambda step, steps: 0.5 * (1 + math.cos(math.pi * step / steps)),
+}
+
 
 class Adam(torch.optim.Adam):
     """Run PyTorch's Adam (Kingma and Ba 2015, arXiv:1412.6980), with `found_inf` on MPS too.

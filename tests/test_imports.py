@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "config.py": {
         "functions.noise_scheduler",
         "functions.denoiser",
+        "functions.optimizers",
         "functions.samplers",
         "functions.support.settings",
     },

@@ -18,9 +18,11 @@ from functions.denoiser import Denoiser
 from functions.ema import update_ema
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
+from functions.optimizers import LR_SCHEDULES
 from functions.saved.loading import load_denoiser
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise, seed_of
+from functions.support.settings import ConfigError
 from functions.training.draws import training_draws
 from functions.training.metrics import (
     MetricsLog,
@@ -181,6 +183,19 @@ def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
     row = read_metrics(tiny_run / "metrics.csv")[-1]
     assert row["val_loss_ema"] == pytest.approx(loss, rel=1e-5)
     assert [row[f"val_loss_q{q}"] for q in range(4)] == pytest.approx(quarters, rel=1e-5)
+
+
+def test_a_learning_rate_schedule_is_a_row_and_a_name_without_one_an_error(monkeypatch):
+    faces = EXPERIMENTS["faces"].diffusion
+    with pytest.raises(ConfigError, match="lr_schedule is 'linear'; it must be"):
+        replace(faces, lr_schedule="linear")
+    monkeypatch.setitem(LR_SCHEDULES, "linear", lambda step, steps: 1 - step / steps)
+    linear = replace(faces, lr_schedule="linear")
+    assert learning_rate(linear, 750, 1000) == pytest.approx(faces.learning_rate / 4)
+    # The config of a run was checked when the row was there.
+    monkeypatch.delitem(LR_SCHEDULES, "linear")
+    with pytest.raises(KeyError, match="linear"):
+        learning_rate(linear, 750, 1000)
 
 
 @pytest.mark.slow
