@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -49,13 +51,13 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """The file metrics.csv and TensorBoard's log, to which `write` appends rows.
+    """The file metrics.csv, and TensorBoard's log, which also has the config and the samples.
 
     A row is on the disk when `write` returns. Rows after `resume_step` come from an interrupted
     run. They are dropped, because the resumed run repeats these steps.
     """
 
-    def __init__(self, run: Path, resume_step: int = 0):
+    def __init__(self, run: Path, resume_step: int = 0, config: str = ""):
         self.path = run / "metrics.csv"
         text = ",".join(COLUMNS) + "\n"
         if self.path.exists():
@@ -65,6 +67,7 @@ class MetricsLog:
                     text += line + "\n"
         write_text(self.path, text)
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=resume_step + 1)
+        self.tensorboard.add_text("config", f"```\n{config}\n```", resume_step)
 
     def write(self, **values: float) -> None:
         """Write one row; columns that are not given stay empty.
@@ -85,6 +88,15 @@ class MetricsLog:
             if column != "step":
                 self.tensorboard.add_scalar(column, value, values["step"])
         self.tensorboard.flush()
+
+    def show(self, samples: Image.Image, step: int) -> None:
+        """Add the picture of a step's samples to TensorBoard's log."""
+        pixels = np.asarray(samples.convert("RGB"))
+        self.tensorboard.add_image("samples", pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is left to TensorBoard's log."""
+        self.tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -86,9 +85,8 @@ class Recorder:
         stack.enter_context(locked(run.folder))
         config = json.dumps(run.contents(), indent=2)
         write_text(run.folder / "config.json", config)
-        self.metrics = MetricsLog(run.folder, run.step)
-        stack.callback(self.metrics.tensorboard.close)
-        self.metrics.tensorboard.add_text("config", f"```\n{config}\n```", run.step)
+        self.metrics = MetricsLog(run.folder, run.step, config)
+        stack.callback(self.metrics.close)
         print(f"  goes to    {run.folder}", flush=True)
 
     def is_due(self, every: int) -> bool:
@@ -240,5 +238,4 @@ class Recorder:
             samples = generate(sampler, range(config.grid_images))
         images = to_uint8(samples).numpy()
         grid = save_grid(images, path_of(run.folder, "samples", run.step))
-        pixels = np.asarray(grid.convert("RGB"))
-        self.metrics.tensorboard.add_image("samples", pixels, run.step, dataformats="HWC")
+        self.metrics.show(grid, run.step)

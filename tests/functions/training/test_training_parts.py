@@ -4,11 +4,13 @@ import hashlib
 import math
 import time
 from dataclasses import replace
+from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import EXPERIMENTS, Experiment
@@ -20,6 +22,7 @@ from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
 from functions.optimizers import LR_SCHEDULES
 from functions.saved.loading import load_denoiser
+from functions.saved.run_folder import path_of
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.support.settings import ConfigError
@@ -206,7 +209,7 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     log.write(step=10, loss=1 / 10, skipped_steps=0)
     log.write(step=20, loss=1 / 20, skipped_steps=0, val_loss=0.5)
     log.write(step=30, loss=1 / 30, skipped_steps=0)
-    log.tensorboard.close()
+    log.close()
 
     whole = path.read_text()
     with pytest.raises(ValueError, match="not in fieldnames: 'fid'"):
@@ -222,7 +225,7 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     time.sleep(1.1)
     log = MetricsLog(tmp_path, resume_step=20)
     log.write(step=30, loss=0.25)
-    log.tensorboard.close()
+    log.close()
 
     rows = [(row["step"], row["loss"], row["val_loss"]) for row in read_metrics(path)]
     assert rows == [(10, 0.1, None), (20, 0.05, 0.5), (30, 0.25, None)]
@@ -243,6 +246,19 @@ def test_a_run_that_began_without_a_column_goes_on(tmp_path):
     rows = read_metrics(path)
     assert [(row["eps_error"], row["val_loss_q3"]) for row in rows] == [(0.2, None), (0.1, 0.25)]
     plot_losses(path, tmp_path / "losses.png")
+
+
+def test_tensorboard_shows_a_runs_config_and_its_grids(tiny_run):
+    """They are those of the files."""
+    events = EventAccumulator(str(tiny_run / "tensorboard")).Reload()
+    [text] = events.Tensors("config/text_summary")
+    config = (tiny_run / "config.json").read_text()
+    assert text.tensor_proto.string_val[0].decode() == f"```\n{config}\n```"
+    for image in events.Images("samples"):
+        shown = Image.open(BytesIO(image.encoded_image_string))
+        grid = Image.open(path_of(tiny_run, "samples", image.step))
+        assert np.array_equal(shown, grid.convert("RGB"))
+    assert image.step == 10
 
 
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
