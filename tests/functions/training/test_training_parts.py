@@ -240,7 +240,7 @@ def test_a_run_that_began_without_a_column_goes_on(tmp_path):
     plot_losses(path, tmp_path / "losses.png")
     log = MetricsLog(tmp_path, resume_step=5)
     log.write(step=10, eps_error=0.1, val_loss_q3=0.25)
-    log.tensorboard.close()
+    log.close()
     rows = read_metrics(path)
     assert [(row["eps_error"], row["val_loss_q3"]) for row in rows] == [(0.2, None), (0.1, 0.25)]
     plot_losses(path, tmp_path / "losses.png")
