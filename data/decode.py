@@ -14,6 +14,10 @@ from functions.support.files import READ_ERRORS, short
 # programs to read some of them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
+# A small file may have many pixels, and each needs up to 20 bytes. Several images are decoded at a
+# time. Pillow's own limit is 2.7 times this one.
+MAX_PIXELS = 8192 * 8192
+
 
 class BadImage(UserError):
     """An image cannot be used. The message gives the reason and does not name the file."""
@@ -29,7 +33,7 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
     animation, the first frame is decoded.
 
     Raises BadImage for bytes that are not an image, and for an image that is truncated, corrupt or
-    larger than Pillow's limit. A damaged image may decode without an error; in a zip, the checksum
+    larger than MAX_PIXELS. A damaged image may decode without an error; in a zip, the checksum
     reveals the damage.
     """
     image = picture_of(data) if isinstance(data, np.ndarray) else open_image(data)
@@ -40,6 +44,9 @@ def open_image(data: bytes) -> Image.Image:
     """Load a Pillow image of any mode and turn it upright. Raises as `decode` does."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            size = f"{image.width:,} x {image.height:,}"
+            raise BadImage(f"it has {size} pixels; images of at most {MAX_PIXELS:,} can be read")
         image.load()
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:

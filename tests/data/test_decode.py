@@ -87,8 +87,9 @@ def test_exif_orientation_is_applied():
     assert_array_equal(decode(encoded(RGB, exif=exif)), np.rot90(RGB, -1))
 
 
-# A GIF has its width and height here, without a checksum.
-HUGE = TWO_FRAMES[:6] + np.uint16([20_000, 20_000]).tobytes() + TWO_FRAMES[10:]
+def gif_of(width, height):
+    """Return a small GIF that says it is this large. It has no checksum."""
+    return TWO_FRAMES[:6] + np.uint16([width, height]).tobytes() + TWO_FRAMES[10:]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,9 @@ HUGE = TWO_FRAMES[:6] + np.uint16([20_000, 20_000]).tobytes() + TWO_FRAMES[10:]
     [
         (encoded(RGB, "JPEG")[:500], "cannot be decoded"),
         (encoded(RGB, "TIFF"), "not a"),
+        (gif_of(8192, 8193), "it has 8,192 x 8,193 pixels; images of at most 67,108,864"),
         # Pillow raises an error for over twice its limit of pixels.
-        (HUGE, "DecompressionBomb"),
+        (gif_of(20_000, 20_000), "DecompressionBomb"),
     ],
 )
 def test_bad_images_are_refused_with_the_reason(data, reason):
