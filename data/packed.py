@@ -8,13 +8,11 @@ it are a .lock and a .json with the ids, the images left out, a hash of the pixe
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from zipfile import BadZipFile
 
 import numpy as np
 from filelock import FileLock
@@ -23,7 +21,7 @@ from tqdm import tqdm
 from data.decode import BadImage, decode, fit_square
 from data.sources import Source
 from functions.support.errors import UserError
-from functions.support.files import sha256, short, write_text
+from functions.support.files import READ_ERRORS, sha256, short, write_text
 
 # Increase this whenever the same files would give different pixels. Then all packs are made again.
 FORMAT_VERSION = 2
@@ -178,11 +176,16 @@ def map_images(source: Source, image_size: int) -> Iterator[np.ndarray | Excepti
             # Archives must be read by one thread at a time.
             with reading:
                 data = member.read()
-            return fit_square(decode(data, source.channels), image_size)
-        # The last is raised for a member of a zip that is encrypted, or compressed by a method that
-        # Python lacks, such as that of large files in Windows' zips.
-        except (BadImage, BadZipFile, zlib.error, RuntimeError) as error:
+            pixels = decode(data, source.channels)
+        except BadImage as error:
             return error
+        except READ_ERRORS as error:
+            # An error of the disk has a number, and that of a damaged archive has none.
+            if isinstance(error, OSError) and error.errno is not None:
+                error.filename = error.filename or f"{source.path}: {member.name}"
+                raise
+            return BadImage(f"cannot be read ({type(error).__name__}: {short(error)})")
+        return fit_square(pixels, image_size)
 
     # Threads are enough, because Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor() as executor:

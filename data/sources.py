@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.decode import BadImage
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, short
 
@@ -152,25 +153,44 @@ def list_zip(path: Path) -> list[Member]:
 
 
 def list_tar(path: Path) -> list[Member]:
-    """List the files in a plain tar, such as a shard of a WebDataset."""
+    """List the files in a plain tar, such as a shard of a WebDataset.
+
+    Raises ReadError when the tar has no end, or a damaged header.
+    """
     archive = tarfile.TarFile(path)
 
     def read(info):
         # A link has the content of the file that it leads to.
-        return archive.extractfile(info).read()
+        file = archive.extractfile(info)
+        if file is None:
+            raise BadImage("not a file")
+        return file.read()
 
     # A tar has no checksums of its members' contents.
     stamp = stamp_of(path)
-    return [Member(info.name, stamp, partial(read, info)) for info in archive]
+    members = [
+        Member(info.name, stamp, partial(read, info)) for info in archive if not info.isdir()
+    ]
+    # Python takes a damaged header for the end, which is two blocks of zeros.
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"it is cut short or damaged at byte {archive.offset:,}")
+    return members
 
 
 def list_npz(path: Path) -> list[Member]:
-    """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory."""
+    """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory.
+
+    Raises UserError when there is not one.
+    """
     arrays = [
-        array for array in np.load(path).values() if array.dtype == np.uint8 and array.ndim == 4
+        array
+        for array in np.load(path).values()
+        # Arrays (N, 3, H, W) are none. Pillow knows pixels of up to four channels.
+        if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] <= 4
     ]
     if len(arrays) != 1:
-        raise ValueError(f"it has {len(arrays)} uint8 arrays (N, H, W, C), and must have one")
+        raise UserError(f"{path} has {len(arrays)} uint8 arrays (N, H, W, 3), and must have one.")
     stamp = stamp_of(path)
     return [Member(None, stamp, row.copy) for row in arrays[0]]
 
@@ -178,20 +198,21 @@ def list_npz(path: Path) -> list[Member]:
 def list_parquet(path: Path) -> list[Member]:
     """List the rows of the one column of encoded images, as Hugging Face's `Image` stores them.
 
-    Raises UserError if pyarrow is not installed.
+    Raises UserError if pyarrow is not installed, or there is not one such column.
     """
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{path} needs pyarrow: python -m pip install pyarrow") from None
     file = ParquetFile(path)
-    # Such a column is a struct of `bytes` and `path`.
-    columns = [column.path for column in file.schema if column.path.endswith(".bytes")]
+    # Such a column is a struct of `bytes` and `path`. That of a list of images has a longer path.
+    columns = [c.path for c in file.schema if re.fullmatch(r"[^.]+\.bytes", c.path)]
     if len(columns) != 1:
-        raise ValueError(f"it has {len(columns)} columns of encoded images, and must have one")
+        raise UserError(f"{path} has {len(columns)} columns of encoded images, and must have one.")
 
     def read(i):
-        return read_column(file, columns[0])[i].as_py()["bytes"]
+        row = read_column(file, columns[0])[i].as_py()
+        return row["bytes"] if row else b""
 
     stamp = stamp_of(path)
     return [Member(None, stamp, partial(read, i)) for i in range(file.metadata.num_rows)]
@@ -227,4 +248,6 @@ def is_image_name(name: str) -> bool:
 
 def is_hidden(name: str) -> bool:
     """Return whether a path inside a source is hidden, or macOS's metadata of another file."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    # The names in the tar of a folder "." begin with it.
+    parts = [part for part in name.split("/") if part != "."]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)

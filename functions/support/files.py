@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import lzma
 import os
 import struct
 import tarfile
@@ -22,6 +23,7 @@ READ_ERRORS = (
     SafetensorError,
     OSError,
     EOFError,
+    AssertionError,
     RuntimeError,
     ValueError,
     LookupError,
@@ -29,6 +31,7 @@ READ_ERRORS = (
     AttributeError,
     SyntaxError,
     struct.error,
+    lzma.LZMAError,
     zlib.error,
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -97,7 +100,8 @@ def check_file(path: Path) -> None:
 
 def sha256(text: str) -> str:
     """Return the SHA-256 of a text, in hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    # Names of files may contain bytes that are not UTF-8, which Python reads as surrogates.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def short(value) -> str:

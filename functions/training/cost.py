@@ -10,6 +10,7 @@ from tqdm import tqdm
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.support.device import seconds_without_core
+from functions.support.files import short
 from functions.training.run import TrainingRun
 
 SECONDS_OF_A_DAY = 24 * 3600
@@ -54,7 +55,7 @@ def describe_cost(run: TrainingRun) -> str:
         f"--diffusion.epochs {max(1, int(epochs_of_a_day))}\n"
         f"  sees       {images_seen:,} images, each training image {times_seen:,.0f} times\n"
         f"  snapshots  {describe_snapshots(run)}\n"
-        f"  images in  {run.image_set.path}\n"
+        f"  images in  {short(run.image_set.path)}\n"
         f"  goes to    {folder}\n"
         "nothing was started"
     )

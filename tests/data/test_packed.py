@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import signal
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from functions.support.errors import UserError
 from tests.conftest import posix
 from tests.data.packing import (
     IMAGES,
+    encoded,
     forbid_decoding,
     load,
     packed_files,
@@ -125,6 +127,29 @@ def test_bad_images_are_left_out_and_counted(tmp_path, capsys, monkeypatch):
         load(path)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("damage", ["changed", "short"])
+def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method, damage):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for number, image in enumerate(IMAGES):
+            archive.writestr(f"{number}.png", encoded(image))
+        offset = archive.getinfo("5.png").header_offset
+    content = bytearray(path.read_bytes())
+    if damage == "changed":
+        # The headers of the member and of LZMA have at most 44 bytes.
+        content[offset + 60 : offset + 70] = bytes(10)
+    else:
+        # The directory says how many bytes the member has.
+        header = content.rindex(b"5.png") - 46
+        content[header + 20 : header + 24] = (100).to_bytes(4, "little")
+    path.write_bytes(content)
+
+    with pytest.raises(UserError, match=r"set.zip: 1 unusable.* 5.png \(cannot be read \(\w+: "):
+        load(path)
+    assert load(path, max_bad_images=1).ids == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
 def test_an_encrypted_zip_has_no_usable_image(tmp_path):
     path = write_zip(tmp_path / "set.zip")
     archive = bytearray(path.read_bytes())
@@ -151,6 +176,17 @@ def test_an_image_that_cannot_be_read_ends_the_preparation(tmp_path, monkeypatch
         with pytest.raises(PermissionError):
             load(path, max_bad_images=1)
     assert_array_equal(load(path).images, IMAGES)
+
+
+def test_an_error_of_the_disk_names_the_archive_and_its_member(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "set.zip")
+
+    def fail(archive, member):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", fail)
+    with pytest.raises(OSError, match=r"Input/output error: '.*set.zip: 0000\d.png'"):
+        load(path, max_bad_images=10)
 
 
 def test_a_set_without_one_good_image_is_an_error(tmp_path):

@@ -1,7 +1,9 @@
 """data/sources.py: every form of a set is found and ordered alike, and strays are not."""
 
+import io
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -13,6 +15,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from pyarrow import parquet
 
+from data.datasets import split_images
 from data.sources import find_source
 from functions.support.errors import UserError
 from tests.data.packing import (
@@ -155,11 +158,67 @@ def test_seventy_shards_of_a_thousand_images_are_listed_in_seconds(tmp_path):
     assert time.process_time() - start < 5
 
 
-def test_a_tar_that_is_cut_short_is_refused(tmp_path):
-    path = write_tar(tmp_path / "set.tar")
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match="cannot be read"):
-        find_source(path)
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, "tar"])
+def test_a_tar_with_a_bad_header_or_without_its_end_is_refused(tmp_path, tar_format):
+    path = tmp_path / "set.tar"
+    folder = write_folder(tmp_path / "set")
+    if tar_format == "tar" and shutil.which("tar"):
+        subprocess.run(["tar", "-cf", path, "-C", folder, "."], check=True)
+    else:
+        with tarfile.open(path, "w", format=tar_format) as archive:
+            archive.add(folder, "")
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        headers = [member.offset for member in archive.getmembers() if member.isfile()]
+        end = archive.offset + 1024
+    assert len(headers) == 10
+    cut_short = [whole[:size] for size in range(0, end, 128)]
+    # A bit of each member's name is another one.
+    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in headers]
+    for content in cut_short + flipped:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"set.tar cannot be read"):
+            find_source(path)
+    # What follows the end is nothing but padding.
+    path.write_bytes(whole[:end])
+    assert find_source(path).ids == NUMBERS
+
+
+def test_what_is_no_image_in_a_tar_is_one_bad_image(tmp_path):
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(write_folder(tmp_path / "set"), "")
+        for number, kind in ((10, tarfile.FIFOTYPE), (11, tarfile.SYMTYPE), (12, tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.type = kind
+            member.linkname = "nowhere.png"
+            archive.addfile(member)
+        # A folder is no image in a folder or a zip, either.
+        member = tarfile.TarInfo("13.png")
+        member.type = tarfile.DIRTYPE
+        archive.addfile(member)
+
+    with pytest.raises(UserError, match=r"set.tar: 3 unusable.*first is 10.png \(not a file\)"):
+        load(path)
+    pack = load(path, max_bad_images=3)
+    assert pack.ids == NUMBERS
+    for name, reason in pack.bad_images[1:]:
+        assert name in ("11.png", "12.png")
+        assert "cannot be read (KeyError" in reason
+
+
+def test_names_that_are_not_utf_8_are_names(tmp_path):
+    names = [os.fsdecode(b"\xff%d.png" % number) for number in NUMBERS]
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(PICTURE)
+            archive.addfile(member, io.BytesIO(PICTURE))
+    image_set = load(path)
+    assert image_set.ids == names
+    split = split_images(image_set, "reference")
+    assert len(split.train_indices) + len(split.val_indices) == 10
 
 
 def test_names_in_a_zip_are_no_paths(tmp_path):
@@ -180,10 +239,25 @@ def test_arrays_and_tables_without_one_set_of_images_are_refused(tmp_path):
     np.savez(tmp_path / "two.npz", IMAGES, IMAGES)
     # Labels beside the images do no harm, but here are no images.
     np.savez(tmp_path / "float.npz", IMAGES / 255, np.arange(10))
+    # PyTorch's order of the axes is another one.
+    np.savez(tmp_path / "torch.npz", IMAGES.transpose(0, 3, 1, 2))
     parquet.write_table(pa.table({"image": [b"1"]}), tmp_path / "bytes.parquet")
-    for name in ("two.npz", "float.npz", "bytes.parquet"):
-        with pytest.raises(UserError, match="and must have one"):
+    lists = [[{"bytes": PICTURE, "path": "a name"}]]
+    parquet.write_table(pa.table({"image": lists}), tmp_path / "lists.parquet")
+    for name in ("two.npz", "float.npz", "torch.npz", "bytes.parquet", "lists.parquet"):
+        with pytest.raises(
+            UserError, match=rf"{name} has . (uint8 arrays|columns).* must have one"
+        ):
             find_source(tmp_path / name)
+
+
+def test_a_row_without_an_image_is_one_bad_image(tmp_path):
+    path = tmp_path / "set.parquet"
+    rows = [{"bytes": PICTURE, "path": "a name"}, None, {"bytes": None, "path": "a name"}]
+    parquet.write_table(pa.table({"image": rows}), path)
+    with pytest.raises(UserError, match=r"set.parquet: 2 unusable.* first is 1 \(empty file\)"):
+        load(path)
+    assert load(path, max_bad_images=2).ids == [0]
 
 
 def test_parquet_without_pyarrow_says_what_is_missing(tmp_path, monkeypatch):
