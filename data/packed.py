@@ -1,8 +1,8 @@
 """Decode and resize every image of a source once, into one packed file, and memory-map the file.
 
 <name>-<S>px.packed contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed (N, S, S, 1). Next to
-it are a .lock and a .json with the ids, the images left out, a hash of the pixels, and the key
-(`pack_key`).
+it are a .lock and a .json, which has the key (`pack_key`) and, with a checksum, a record of the
+ids, the images left out and a hash of the pixels.
 """
 
 import hashlib
@@ -108,14 +108,15 @@ def pack_path(source: Source, image_size: int) -> Path:
 
 
 def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
-    """Map a packed file. Returns None when it is missing, or has another key or the wrong size."""
+    """Map a packed file. Returns None when it is missing or damaged, or has another key."""
     try:
-        record = json.loads(Path(f"{path}.json").read_text())
-        if record.pop("key") != key:
+        file = json.loads(Path(f"{path}.json").read_text())
+        record = file["record"]
+        if file["key"] != key or file["sha256"] != sha256(json.dumps(record)):
             return None
         images = np.memmap(path, np.uint8, "r", shape=tuple(record.pop("shape")))
         return ImageSet(path.name, images, path=path, test_count=source.test_count, **record)
-    except (OSError, ValueError):
+    except READ_ERRORS:
         return None
 
 
@@ -126,7 +127,20 @@ def write_pack(path: Path, key: str, source: Source, image_size: int) -> None:
     record_path = Path(f"{path}.json")
     record_path.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+    try:
+        record = write_images(path, source, image_size)
+        print(record["summary"])
+        file = {"key": key, "sha256": sha256(json.dumps(record)), "record": record}
+        write_text(record_path, json.dumps(file))
+    except OSError as error:
+        # Half a pack would only fill the disk.
+        path.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
 
+
+def write_images(path: Path, source: Source, image_size: int) -> dict:
+    """Write the pixels of all usable images to a file, and return their record."""
     ids = []
     bad_images = []
     digest = hashlib.sha256()
@@ -148,20 +162,14 @@ def write_pack(path: Path, key: str, source: Source, image_size: int) -> None:
         name, reason = bad_images[0]
         raise UserError(f"{source.path}: none of its images can be used: {short(name)}: {reason}.")
 
-    summary = (
-        f"{short(source.path.name)}: {len(ids):,} images at {image_size}x{image_size}, "
-        f"{len(bad_images):,} left out"
-    )
-    print(summary)
-    record = {
-        "key": key,
+    return {
         "shape": [len(ids), image_size, image_size, source.channels],
         "ids": ids,
         "pixels_hash": digest.hexdigest()[:16],
-        "summary": summary,
+        "summary": f"{short(source.path.name)}: {len(ids):,} images at {image_size}x{image_size}, "
+        f"{len(bad_images):,} left out",
         "bad_images": bad_images,
     }
-    write_text(record_path, json.dumps(record))
 
 
 def map_images(source: Source, image_size: int) -> Iterator[np.ndarray | Exception]:

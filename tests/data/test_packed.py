@@ -100,11 +100,20 @@ def test_what_changed_is_made_anew_in_the_same_place(tmp_path):
 @pytest.mark.parametrize("ending", ["", ".json"])
 def test_a_damaged_pack_is_made_anew(tmp_path, ending):
     path = write_folder(tmp_path / "set")
-    # Who has the old pack open keeps it, so this is another file.
     damaged = Path(f"{load(path).path}{ending}")
-    damaged.unlink()
-    damaged.touch()
-    assert_array_equal(load(path).images, IMAGES)
+    whole = damaged.read_bytes()
+    contents = [b""]
+    if ending == ".json":
+        contents += [b"[]", b"{}", b"null"]
+        # A bit is another one.
+        for i in range(0, len(whole), 40):
+            contents.append(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+    for content in contents:
+        # Who has the old pack open keeps it, so this is another file.
+        damaged.unlink()
+        damaged.write_bytes(content)
+        assert_array_equal(load(path).images, IMAGES)
+        assert damaged.read_bytes() == whole
 
 
 def test_bad_images_are_left_out_and_counted(tmp_path, capsys, monkeypatch):
@@ -222,10 +231,12 @@ def test_a_disk_that_runs_full_leaves_nothing_wrong_behind(tmp_path, monkeypatch
         if len(synced) > synced_before:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+    named = r"No space left on device: '.*set.zip-8px.packed"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=named):
         patch.setattr(os, "fsync", full)
         load(path)
-    assert packed_files(tmp_path) == ["set.zip-8px.packed", "set.zip-8px.packed.lock"]
+    # Half a pack would keep the disk full.
+    assert packed_files(tmp_path) == ["set.zip-8px.packed.lock"]
 
     # The zip is what it was at first. Its old record must not be taken for that of the new images.
     write_zip(path)
