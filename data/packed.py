@@ -40,7 +40,7 @@ class ImageSet:
     ids: list
     # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
     pixels_hash: str = ""
-    # The summary counts the images, and those that were left out.
+    # The summary counts the images, those that were left out, and files that were ignored.
     summary: str = ""
     # This is the path of the packed file.
     path: Path | None = None
@@ -115,6 +115,8 @@ def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
         if file["key"] != key or file["sha256"] != sha256(json.dumps(record)):
             return None
         images = np.memmap(path, np.uint8, "r", shape=tuple(record.pop("shape")))
+        # Ignored files may come and go, and the pack stays.
+        record["summary"] += source.describe_ignored()
         return ImageSet(path.name, images, path=path, test_count=source.test_count, **record)
     except READ_ERRORS:
         return None
@@ -129,7 +131,7 @@ def write_pack(path: Path, key: str, source: Source, image_size: int) -> None:
     path.unlink(missing_ok=True)
     try:
         record = write_images(path, source, image_size)
-        print(record["summary"])
+        print(record["summary"] + source.describe_ignored())
         file = {"key": key, "sha256": sha256(json.dumps(record)), "record": record}
         write_text(record_path, json.dumps(file))
     except OSError as error:
@@ -143,37 +145,41 @@ def write_images(path: Path, source: Source, image_size: int) -> dict:
     """Write the pixels of all usable images to a file, and return their record."""
     ids = []
     bad_images = []
+    smaller_count = 0
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         images = map_images(source, image_size)
         # A small set finishes within the delay and shows no progress bar.
         title = f"Preparing {source.path.name}"
         images = tqdm(images, title, len(source.ids), unit="img", delay=1.0)
-        for member, image_id, image in zip(source.members, source.ids, images, strict=True):
-            if isinstance(image, Exception):
-                bad_images.append([member.name, short(image)])
+        for member, image_id, result in zip(source.members, source.ids, images, strict=True):
+            if isinstance(result, BadImage):
+                bad_images.append([member.name, short(result)])
                 continue
+            image, side = result
             file.write(image)
             digest.update(image)
             ids.append(image_id)
+            smaller_count += side < image_size
         file.flush()
         os.fsync(file.fileno())
     if not ids:
         name, reason = bad_images[0]
         raise UserError(f"{source.path}: none of its images can be used: {short(name)}: {reason}.")
 
+    smaller = f", {smaller_count:,} smaller than that" if smaller_count else ""
     return {
         "shape": [len(ids), image_size, image_size, source.channels],
         "ids": ids,
         "pixels_hash": digest.hexdigest()[:16],
         "summary": f"{short(source.path.name)}: {len(ids):,} images at {image_size}x{image_size}, "
-        f"{len(bad_images):,} left out",
+        f"{len(bad_images):,} left out{smaller}",
         "bad_images": bad_images,
     }
 
 
-def map_images(source: Source, image_size: int) -> Iterator[np.ndarray | Exception]:
-    """Yield every image, uint8 (S, S, C), in the order of source.ids.
+def map_images(source: Source, image_size: int) -> Iterator[tuple[np.ndarray, int] | BadImage]:
+    """Yield every image, uint8 (S, S, C), and its shorter side, in the order of source.ids.
 
     An unusable image yields its error instead. Raises OSError when an image cannot be read.
     """
@@ -193,7 +199,7 @@ def map_images(source: Source, image_size: int) -> Iterator[np.ndarray | Excepti
                 error.filename = error.filename or f"{source.path}: {member.name}"
                 raise
             return BadImage(f"cannot be read ({type(error).__name__}: {short(error)})")
-        return fit_square(pixels, image_size)
+        return fit_square(pixels, image_size), min(pixels.shape[:2])
 
     # Threads are enough, because Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor() as executor:

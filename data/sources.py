@@ -8,10 +8,11 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,10 +48,17 @@ class Source:
     path: Path
     members: list[Member]
     ids: list
+    # Files that are no images of the set, counted by their endings or their folders.
+    ignored: Counter = field(default_factory=Counter)
     # Images are converted to this number of channels, RGB or grey, after they are read.
     channels: int = 3
     # The last images are this number of test images.
     test_count: int = 0
+
+    def describe_ignored(self) -> str:
+        """Return the end of a sentence that counts the ignored files, or "" if there are none."""
+        text = ", ".join(f"{count:,} {kind}" for kind, count in self.ignored.most_common())
+        return f"; ignored: {short(text)}" if text else ""
 
 
 def find_source(path: str | os.PathLike) -> Source:
@@ -67,54 +75,70 @@ def find_source(path: str | os.PathLike) -> Source:
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a folder, or one of {', '.join(ARCHIVES)}.")
     if path.is_dir():
-        members = list_folder(path)
+        members, strays = list_folder(path)
     elif path.suffix.lower() in ARCHIVES:
-        members = list_archives([path], path)
+        members, strays = list_archives([path], path)
     else:
         raise UserError(
             f"{path}: only files with names that end with {', '.join(ARCHIVES)} can be read; "
             "unpack it, or give another path."
         )
+    source = Source(path, members, choose_ids([member.name for member in members]))
+    source.ignored.update(sorted(map(kind_of, strays)))
     if not members:
-        raise UserError(f"{path} contains no image ({', '.join(IMAGE_EXTENSIONS)}).")
+        endings = ", ".join(IMAGE_EXTENSIONS)
+        raise UserError(f"{path} contains no image ({endings}){source.describe_ignored()}.")
 
     folders = {folder for member in members for folder in member.name.split("/")}
     copies = sorted(FFHQ_COPIES & folders)
     if len(copies) > 1:
         raise UserError(f"{path} contains {' and '.join(copies)}, copies of one set. Give one.")
-    ids = choose_ids([member.name for member in members])
-    members_by_id = dict(zip(ids, members, strict=True))
-    ids = sorted(members_by_id)
-    return Source(path, [members_by_id[image_id] for image_id in ids], ids)
+    members_by_id = dict(zip(source.ids, members, strict=True))
+    source.ids = sorted(members_by_id)
+    source.members = [members_by_id[image_id] for image_id in source.ids]
+    return source
 
 
-def list_folder(path: Path) -> list[Member]:
+def list_folder(path: Path) -> tuple[list[Member], list[str]]:
     """List the image files in a folder and its subfolders, or the images in its archives.
 
     The archives are the shards of one set. They are read if there are not more image files, such as
-    a single preview.
+    a single preview. The second list has the names of all other files.
     """
-    images = []
-    archives = []
-
-    def fail(error):
-        raise error
-
-    # Links are followed, because a data folder is often a link to another disk.
-    for folder, _, files in os.walk(path, onerror=fail, followlinks=True):
-        for file in map(Path(folder).joinpath, files):
-            name = file.relative_to(path).as_posix()
-            if is_image_name(name):
-                images.append(file)
-            elif file.suffix.lower() in ARCHIVES and not is_hidden(name):
-                archives.append(file)
+    images = {}
+    archives = {}
+    strays = []
+    for file in files_below(path):
+        name = file.relative_to(path).as_posix()
+        if is_image_name(name):
+            images[name] = file
+        elif file.suffix.lower() in ARCHIVES and not is_hidden(name):
+            archives[name] = file
+        # Packs of the folder lie in it.
+        elif ".packed" not in file.name:
+            strays.append(name)
 
     if len(archives) >= len(images):
-        return list_archives(sorted(archives), path)
-    return [
-        Member(file.relative_to(path).as_posix(), stamp_of(file), file.read_bytes)
-        for file in images
-    ]
+        members, strays_inside = list_archives(sorted(archives.values()), path)
+        return members, [*images, *strays, *strays_inside]
+    members = [Member(name, stamp_of(file), file.read_bytes) for name, file in images.items()]
+    return members, [*archives, *strays]
+
+
+def files_below(folder: Path, above: tuple = ()) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders. `above` are the places of those around it."""
+    # Links are followed, because a data folder is often a link to another disk. One that leads back
+    # to a folder around it would lead to the same files again, without an end.
+    status = folder.stat()
+    place = (status.st_dev, status.st_ino)
+    if place in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from files_below(folder / entry.name, (*above, place))
+            else:
+                yield folder / entry.name
 
 
 def stamp_of(file: Path) -> tuple[int, int]:
@@ -123,12 +147,14 @@ def stamp_of(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def list_archives(archives: list[Path], root: Path) -> list[Member]:
+def list_archives(archives: list[Path], root: Path) -> tuple[list[Member], list[str]]:
     """List the images in archives, the shards of one set, at or below the path `root`.
 
-    Raises UserError, which names the archive, when one of them cannot be read.
+    The second list has the names of all other files in them. Raises UserError, which names the
+    archive, when one of them cannot be read.
     """
     members = []
+    strays = []
     for archive in archives:
         try:
             found = ARCHIVES[archive.suffix.lower()](archive)
@@ -141,14 +167,18 @@ def list_archives(archives: list[Path], root: Path) -> list[Member]:
             # Rows are numbered through all shards.
             if name is None or is_image_name(name):
                 members.append(Member(shard + (name or str(len(members))), *others))
-    return members
+            else:
+                strays.append(name)
+    return members, strays
 
 
 def list_zip(path: Path) -> list[Member]:
     """List the files in a zip."""
     archive = zipfile.ZipFile(path)
     return [
-        Member(info.filename, info.CRC, partial(archive.read, info)) for info in archive.infolist()
+        Member(info.filename, info.CRC, partial(archive.read, info))
+        for info in archive.infolist()
+        if not info.is_dir()
     ]
 
 
@@ -251,3 +281,10 @@ def is_hidden(name: str) -> bool:
     # The names in the tar of a folder "." begin with it.
     parts = [part for part in name.split("/") if part != "."]
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def kind_of(name: str) -> str:
+    """Return what an ignored file is counted as: its ending, or "hidden"."""
+    if is_hidden(name):
+        return "hidden"
+    return PurePosixPath(name).suffix.lower() or "without an ending"

@@ -24,6 +24,7 @@ from tests.data.packing import (
     forbid_decoding,
     load,
     packed_files,
+    random_pixels,
     write_folder,
     write_npz,
     write_zip,
@@ -134,6 +135,25 @@ def test_bad_images_are_left_out_and_counted(tmp_path, capsys, monkeypatch):
     assert_array_equal(pack.images, images[pack.ids])
     with pytest.raises(UserError, match="2 unusable"):
         load(path)
+
+
+def test_what_is_ignored_or_smaller_than_the_size_is_counted(tmp_path, capsys, monkeypatch):
+    images = [IMAGES[0], random_pixels(1, 1, 3), random_pixels(300, 7, 3), random_pixels(9, 300, 3)]
+    path = write_folder(tmp_path / "set", images, more={"a.TIF": b"", ".hidden.png": b"", "b": b""})
+    start = "set: 4 images at 8x8, 0 left out, 2 smaller than that; ignored: "
+    summary = f"{start}1 .tif, 1 hidden, 1 without an ending"
+    assert load(path).summary == summary
+    assert capsys.readouterr().out == f"{summary}\n"
+
+    # A pack that was made before says the same, but of the files of now.
+    forbid_decoding(monkeypatch)
+    assert load(path).summary == summary
+    (path / "b.tif").touch()
+    (path / "b").unlink()
+    assert load(path).summary == f"{start}2 .tif, 1 hidden"
+    # All sides are 4 pixels or longer, but those of one image.
+    monkeypatch.undo()
+    assert "at 4x4, 0 left out, 1 smaller than that;" in load(path, 4).summary
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -130,7 +130,14 @@ def test_several_copies_of_ffhq_are_refused(tmp_path):
 def test_linked_folders_are_read(tmp_path):
     root = tmp_path / "set"
     root.mkdir()
-    (root / "thumbnails").symlink_to(write_folder(tmp_path / "elsewhere"))
+    elsewhere = write_folder(tmp_path / "elsewhere", pattern=TREE)
+    (root / "thumbnails").symlink_to(elsewhere)
+    assert find_source(root).ids == NUMBERS
+
+    # With images read twice, the ids would be names.
+    (root / "again").symlink_to(root)
+    (elsewhere / "00004" / "up").symlink_to(elsewhere)
+    (elsewhere / "00004" / "out").symlink_to(root)
     assert find_source(root).ids == NUMBERS
 
 
@@ -278,7 +285,7 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
         ("empty", "no image"),
         ("a.zip", r"cannot be read \(File is not a zip file\)"),
         ("a.tar.gz", "only files with names that end with .zip, .tar"),
-        ("text.zip", "no image"),
+        ("text.zip", r"no image \(.png.*\); ignored: 1 .txt"),
     ):
         with pytest.raises(UserError, match=f"{name}.*{message}"):
             find_source(tmp_path / name)
