@@ -293,7 +293,7 @@ class DiffusionConfig:
 
     # Data
 
-    # The split of the full FFHQ: "reference" (63,000 images for training, 7,000 for validation) or
+    # The split of FFHQ by id: "reference" (63,000 images for training, 7,000 for validation) or
     # "official" (60,000 and 10,000).
     split: str = choice("reference", "official")
     # Augmentation rotates training images by up to this many degrees, in either direction.

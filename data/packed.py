@@ -38,6 +38,10 @@ class ImageSet:
     # The array is a memory map, unless the set is only a part of a pack.
     images: np.ndarray
     ids: list
+    # Each image's name is that of its `Member`.
+    names: list = ()
+    # The rule of the split is that of its `Source`.
+    rule: str = "name"
     # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
     pixels_hash: str = ""
     # The summary counts the images, those that were left out, and files that were ignored.
@@ -46,8 +50,6 @@ class ImageSet:
     path: Path | None = None
     # There is one [name, reason] for each image that was left out.
     bad_images: list | tuple = ()
-    # The last images are this number of the set's own test images.
-    test_count: int = 0
 
 
 def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> ImageSet:
@@ -109,15 +111,17 @@ def pack_path(source: Source, image_size: int) -> Path:
 
 def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
     """Map a packed file. Returns None when it is missing or damaged, or has another key."""
+    names = {i: member.name for i, member in zip(source.ids, source.members, strict=True)}
     try:
         file = json.loads(Path(f"{path}.json").read_text())
         record = file["record"]
         if file["key"] != key or file["sha256"] != sha256(json.dumps(record)):
             return None
         images = np.memmap(path, np.uint8, "r", shape=tuple(record.pop("shape")))
+        record["names"] = [names[i] for i in record["ids"]]
         # Ignored files may come and go, and the pack stays.
         record["summary"] += source.describe_ignored()
-        return ImageSet(path.name, images, path=path, test_count=source.test_count, **record)
+        return ImageSet(path.name, images, path=path, rule=source.rule, **record)
     except READ_ERRORS:
         return None
 

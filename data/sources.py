@@ -52,8 +52,9 @@ class Source:
     ignored: Counter = field(default_factory=Counter)
     # Images are converted to this number of channels, RGB or grey, after they are read.
     channels: int = 3
-    # The last images are this number of test images.
-    test_count: int = 0
+    # What decides which images are held out (`split_images`): "name", "id", "FFHQ", or the start of
+    # their names, a folder such as "val/".
+    rule: str = "name"
 
     def describe_ignored(self) -> str:
         """Return the end of a sentence that counts the ignored files, or "" if there are none."""

@@ -1,5 +1,6 @@
 """Read CIFAR-10 and MNIST by torchvision, which can also download them."""
 
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -29,11 +30,22 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
 
     # This import takes a second.
     from torchvision import datasets
+    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
     try:
         dataset = getattr(datasets, name)
         train, test = (dataset(folder, train, download=download).data for train in (True, False))
     except READ_ERRORS as error:
+        # torchvision does not say which file of MNIST is damaged, nor does it replace the file.
+        for file in sorted(folder.glob(f"{name}/raw/*-ubyte")):
+            try:
+                read_sn3_pascalvincent_tensor(str(file))
+            except READ_ERRORS:
+                raise UserError(
+                    f"{file} is damaged, packed, or not a file of {name}. Delete it, and put the "
+                    f"right one there; python data/prepare.py {name} --download does so, where "
+                    "there is a network."
+                ) from None
         raise UserError(
             f"{name} cannot be read from {folder} ({short(error)}). Put there {FILES[name]}; "
             f"python data/prepare.py {name} --download does so, where there is a network."
@@ -42,6 +54,12 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
     images = np.concatenate([train, test])
     # MNIST has no dimension for its one channel.
     images = images.reshape(*images.shape[:3], -1)
-    ids = list(range(len(images)))
-    members = [Member(f"image {i}", 0, partial(images.__getitem__, i)) for i in ids]
-    return Source(folder / name, members, ids, test_count=len(test))
+    members = [
+        Member(
+            f"{'train' if i < len(train) else 'test'}/{i}",
+            zlib.crc32(image.tobytes()),
+            partial(images.__getitem__, i),
+        )
+        for i, image in enumerate(images)
+    ]
+    return Source(folder / name, members, list(range(len(images))), rule="test/")

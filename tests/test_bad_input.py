@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 COMMANDS = {
     "train.py --diffusion.dataset-name no/such/folder": "no/such/folder",
     "train.py --diffusion.dataset-name {empty}": "no image",
-    "train.py --diffusion.dataset-name {pictures} --diffusion.batch-size 46": "fewer than one step",
+    "train.py --diffusion.dataset-name {pictures} --diffusion.batch-size 47": "fewer than one step",
     "train.py --diffusion.learning-rate -1": "learning_rate is -1.0",
     "train.py --model.dim-multiply 1,2,4": "dim_multiply",
     "train.py --resume {empty}": "no checkpoint in this folder",

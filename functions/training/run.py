@@ -112,6 +112,7 @@ class TrainingRun:
 
         self.facts = {
             "total_steps": self.total_steps,
+            "split_rule": self.split.rule,
             "train_ids_hash": self.split.train_ids_hash,
             "pixels_hash": self.split.pixels_hash,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -160,9 +161,14 @@ class TrainingRun:
         """
         for fact in ("train_ids_hash", "pixels_hash"):
             if self.earlier_facts[fact] != getattr(self.split, fact):
+                # Runs of earlier versions do not say their rule.
+                unknown = "what an earlier version chose, mostly the last 10% by name"
+                rule = self.earlier_facts.get("split_rule", unknown)
+                now = self.split.rule
+                reason = f" (held out then: {rule}; now: {now})" if rule != now else ""
                 raise ConfigError(
                     f"{self.folder} was trained on other images than {self.config.dataset_name} "
-                    "has; it cannot continue with these"
+                    f"has for training{reason}; it cannot continue with these"
                 )
         if self.step >= self.total_steps:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""data/datasets.py: the sets by name, wherever a copy lies, and the splits by id."""
+"""data/datasets.py: the sets by name, wherever a copy lies, and the rules of their splits."""
 
 import hashlib
 import shutil
@@ -11,9 +11,10 @@ from PIL import Image
 
 from data import datasets
 from data.datasets import ImageSet, load_images, split_images
+from data.sources import Member, Source
 from functions.support.errors import UserError
 from tests.conftest import script
-from tests.data.packing import IMAGES, TREE, write_folder, write_zip
+from tests.data.packing import IMAGES, TREE, encoded, write_folder, write_zip
 
 
 @pytest.fixture
@@ -84,43 +85,134 @@ def hash_of(ids):
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
+def named_set(names, rule, ids=None):
+    """Return a set of images with these names, or also these ids, whose pixels nobody reads."""
+    names = list(names)
+    images = np.empty((len(names), 1, 1, 3), np.uint8)
+    return ImageSet("set", images, names if ids is None else list(ids), names, rule)
+
+
+def held_out_names(image_set):
+    """Return the names of the images that are held out."""
+    return {image_set.names[i] for i in split_images(image_set, "reference").val_indices}
+
+
 FULL = range(70_000)
 
 
 @pytest.mark.parametrize(
-    ("ids", "test_count", "name", "train_count", "reason"),
+    ("ids", "rule", "name", "first_held_out", "reason"),
     [
-        (FULL, 0, "reference", 63_000, "last 10%"),
-        (FULL, 0, "official", 60_000, "official split"),
-        # MNIST has as many images as FFHQ, and test images of its own.
-        (FULL, 10_000, "reference", 60_000, "its test images"),
-        (FULL, 10_000, "official", 60_000, "its test images"),
-        # The last image of the full set is missing, or the images have names instead of numbers.
-        (FULL[:-1], 0, "official", 63_000, "last 10%"),
-        (map(str, FULL), 0, "official", 63_000, "last 10%"),
-        (range(2), 0, "reference", 1, "last 10%"),
-        (range(19), 0, "reference", 18, "last 10%"),
-        (range(20), 0, "reference", 18, "last 10%"),
+        (FULL, "FFHQ", "reference", 63_000, "FFHQ's ids from 63,000 on"),
+        (FULL, "FFHQ", "official", 60_000, "FFHQ's ids from 60,000 on"),
+        # An image is missing. The others stay on their sides.
+        (FULL[1:], "FFHQ", "official", 60_000, "FFHQ's ids from 60,000 on"),
+        ([i for i in FULL if i != 63_000], "FFHQ", "reference", 63_000, "FFHQ's ids from 63,000"),
+        # Parts of FFHQ.
+        (range(62_000), "FFHQ", "official", 60_000, "FFHQ's ids from 60,000 on"),
+        (range(62_000), "FFHQ", "reference", 55_800, "last 10% by id"),
+        (range(4_000), "FFHQ", "reference", 3_600, "last 10% by id"),
+        (range(63_000, 63_020), "FFHQ", "reference", 63_018, "last 10% by id"),
+        (range(2), "id", "reference", 1, "last 10% by id"),
+        (range(19), "id", "official", 18, "last 10% by id"),
+        (range(20), "id", "reference", 18, "last 10% by id"),
     ],
 )
-def test_splits_by_id(ids, test_count, name, train_count, reason):
-    ids = list(ids)
-    # Nobody reads these pixels.
-    images = np.empty((len(ids), 1, 1, 3), np.uint8)
-    split = split_images(ImageSet("set", images, ids, test_count=test_count), name)
+def test_splits_by_id(ids, rule, name, first_held_out, reason):
+    split = split_images(named_set(map(str, ids), rule, ids), name)
 
+    ids = np.array(ids)
     assert split.train_indices.dtype == split.val_indices.dtype == np.int64
-    assert_array_equal(split.train_indices, np.arange(train_count))
-    assert_array_equal(split.val_indices, np.arange(train_count, len(ids)))
-    assert split.train_ids_hash == hash_of(ids[:train_count])
-    assert split.val_ids_hash == hash_of(ids[train_count:])
-    assert f"{train_count:,} images train" in split.description
-    assert reason in split.description
+    assert_array_equal(ids[split.train_indices], ids[ids < first_held_out])
+    assert_array_equal(ids[split.val_indices], ids[ids >= first_held_out])
+    assert split.train_ids_hash == hash_of(ids[ids < first_held_out])
+    assert split.val_ids_hash == hash_of(ids[ids >= first_held_out])
+    assert f"{len(split.train_indices):,} images train" in split.description
+    assert f"({split.rule}), such as {ids[ids >= first_held_out][0]}" in split.description
+    assert reason in split.rule
 
 
-def test_one_image_is_too_few():
+def test_a_copy_of_ffhq_is_known_by_its_ids(monkeypatch, tmp_path):
+    def rule_of(ids):
+        members = [Member("one.png", 0, bytes)] * len(ids)
+        monkeypatch.setattr(datasets, "find_source", lambda path: Source(tmp_path, members, ids))
+        return datasets.locate("a path").rule
+
+    assert rule_of([*FULL[1:]]) == rule_of([*FULL[:60_000]]) == "FFHQ"
+    # Here are too few images, another id, or names.
+    for ids in (FULL[:59_999], range(1, 70_001), map(str, FULL)):
+        assert rule_of([*ids]) == "name"
+
+
+def test_an_image_stays_on_its_side_whatever_is_added_or_missing():
+    # Three classes have a hundred images each, and later more.
+    names = [f"{folder}/{folder}{i}.png" for folder in "abc" for i in range(100)]
+    held_out = held_out_names(named_set(names, "name"))
+    # This is a tenth in hexadecimal.
+    digests = {name: hashlib.sha256(name.split("/")[1].encode()).hexdigest() for name in names}
+    assert held_out == {name for name in names if digests[name] < "1999999a"}
+    assert {name[0] for name in held_out} == {*"abc"}
+    assert 15 < len(held_out) < 45
+
+    more = [f"aa/{i}.png" for i in range(100)]
+    assert held_out_names(named_set(more + names, "name")) & {*names} == held_out
+    assert held_out_names(named_set(names[::2], "name")) == held_out & {*names[::2]}
+    moved = held_out_names(named_set([f"elsewhere/{name}" for name in names], "name"))
+    assert moved == {f"elsewhere/{name}" for name in held_out}
+
+    # One image at least is held out, and all the same names are on one side.
+    trained = [name for name in names if name not in held_out][:20]
+    assert held_out_names(named_set(trained, "name")) == {min(trained, key=digests.get)}
+    with pytest.raises(UserError, match=r"0 images train, 9 validate .*: too few; folders"):
+        split_images(named_set([f"{i}/face.png" for i in range(9)], "name"), "reference")
+
+
+def write_parts(write, path, folders):
+    """Write two images to each folder, the numbers rising, and a preview beside them."""
+    files = {
+        f"{folders[i // 2]}/class/{i:02d}.png": encoded(IMAGES[i]) for i in range(2 * len(folders))
+    }
+    return write(path, [], more={"top/99.png": b"", **files})
+
+
+@pytest.mark.parametrize(
+    ("folders", "train", "val", "ignored"),
+    [
+        ("train val", [0, 1], [2, 3], "1 in ./"),
+        ("Valid Train", [2, 3], [0, 1], "1 in ./"),
+        ("train val test", [0, 1], [2, 3], "2 in test/, 1 in ./"),
+        ("test train more", [2, 3], [0, 1], "2 in more/, 1 in ./"),
+    ],
+)
+@pytest.mark.parametrize(("write", "name"), [(write_folder, "set"), (write_zip, "set.zip")])
+def test_folders_at_the_top_say_what_is_held_out(
+    tmp_path, write, name, folders, train, val, ignored
+):
+    # A zip of a folder has that folder at its top, or none.
+    path = write_parts(write, tmp_path / name, [f"top/{folder}" for folder in folders.split()])
+    image_set = load_images(str(path), 8)
+    split = split_images(image_set, "official")
+    ids = np.array(image_set.ids)
+    assert ids[split.train_indices].tolist() == train
+    assert ids[split.val_indices].tolist() == val
+    assert_array_equal(image_set.images, IMAGES[ids])
+    assert f"; ignored: {ignored}" in image_set.summary
+    assert split.description.endswith(f"{val[0]:02d}.png, {image_set.names[split.val_indices[1]]}")
+
+
+@pytest.mark.parametrize("folders", ["train", "val test", "trains val", "a/train a/val b"])
+def test_other_folders_are_classes(tmp_path, folders):
+    path = write_parts(write_folder, tmp_path / "set", folders.split())
+    (path / "top" / "99.png").unlink()
+    image_set = load_images(str(path), 8)
+    assert len(image_set.images) == 2 * len(folders.split())
+    assert split_images(image_set, "reference").rule == "a tenth, by a hash of each name"
+
+
+@pytest.mark.parametrize("rule", ["id", "FFHQ", "val/"])
+def test_one_image_is_too_few(rule):
     with pytest.raises(UserError, match="too few"):
-        split_images(ImageSet("set", IMAGES[:1], [7]), "reference")
+        split_images(named_set(["val/7.png"], rule, [7]), "reference")
 
 
 @pytest.mark.slow

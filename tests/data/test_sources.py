@@ -226,6 +226,8 @@ def test_names_that_are_not_utf_8_are_names(tmp_path):
     assert image_set.ids == names
     split = split_images(image_set, "reference")
     assert len(split.train_indices) + len(split.val_indices) == 10
+    # A terminal shows the byte as Python writes it.
+    assert r"such as \udcff" in split.description
 
 
 def test_names_in_a_zip_are_no_paths(tmp_path):

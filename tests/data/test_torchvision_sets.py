@@ -1,5 +1,6 @@
 """CIFAR-10 and MNIST by torchvision, from files made here with few images."""
 
+import gzip
 import hashlib
 import pickle
 import struct
@@ -92,8 +93,25 @@ def test_images_come_as_they_were_and_those_of_the_test_files_validate(
         assert "its test images" in split.description
 
 
+def test_other_images_under_the_same_names_are_noticed(mnist):
+    assert_array_equal(datasets.load_images("MNIST", 28, channels=1).images, DIGITS)
+    # Those of FashionMNIST have the names and the number of MNIST's.
+    others = 255 - DIGITS[:40]
+    file = mnist / "train-images-idx3-ubyte"
+    file.write_bytes(idx(2051, 40, 28, 28, content=others))
+    assert_array_equal(datasets.load_images("MNIST", 28, channels=1).images[:40], others)
+
+
 def test_a_damaged_or_missing_set_is_one_sentence(mnist, cifar10, data_folder):
+    # The file is the packed one, a page of the web, or cut short.
+    file = mnist / "train-images-idx3-ubyte"
+    for content in (gzip.compress(file.read_bytes()), b"<!DOCTYPE html>", file.read_bytes()[:-1]):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"train-images-idx3-ubyte is damaged.*Delete it"):
+            datasets.load_images("MNIST", 28)
+
     (mnist / "t10k-labels-idx1-ubyte").unlink()
+    file.write_bytes(idx(2051, 40, 28, 28, content=DIGITS[:40]))
     with pytest.raises(UserError, match=r"MNIST cannot be read .* --download"):
         datasets.load_images("MNIST", 28)
 

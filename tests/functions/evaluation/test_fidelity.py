@@ -15,7 +15,7 @@ import sample
 from data.datasets import load_images
 from functions.evaluation import fidelity
 from functions.support.errors import UserError
-from tests.conftest import ROOT, call
+from tests.conftest import ROOT, TRAINED, call
 
 FAST = ["--sampler", "ddim", "--steps", 1, "--individual", "--device", "cpu"]
 
@@ -125,7 +125,7 @@ def test_two_folders_of_grey_samples(weights, grey_run, pictures, tmp_path, caps
     # The data of a grey network are grey.
     numbers, _ = evaluated(capsys, folders[0], pictures)
     grey = load_images(str(pictures), 16, channels=1).images.repeat(3, axis=3)
-    assert numbers == by_hand(first, grey[:45], 4)
+    assert numbers == by_hand(first, grey[TRAINED], 4)
     numbers, _ = evaluated(capsys, folders[0], pictures, "--part", "all")
     assert numbers == by_hand(first, grey, 4)
 

@@ -16,7 +16,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.sampling import calibration
 from functions.saved.checkpoint import TensorFile
 from functions.support.errors import UserError
-from tests.conftest import call, train_tiny
+from tests.conftest import TRAINED, call, train_tiny
 from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
 
 
@@ -132,15 +132,15 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
 
 
 def test_it_is_fitted_to_the_images_of_the_training_alone(pictures, tmp_path, monkeypatch):
-    """The mean that is kept is that of the 45 training images. Changed images are refused."""
-    monkeypatch.setattr(calibration, "IMAGE_COUNT", 45)
+    """The mean that is kept is that of the 46 training images. Changed images are refused."""
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 46)
     data = shutil.copytree(pictures, tmp_path / "pictures")
     run = train_tiny(data, tmp_path / "runs")
     call(sample.main, run, *FLAGS)
     [path] = run.glob("checkpoints/step-00000010-calibration-data-*.safetensors")
     mean = TensorFile(path).tensors(calibration.PART)["mean"]
     images = load_images(str(data), 16).images
-    expected = images[:45].mean(axis=0).transpose(2, 0, 1) / 127.5 - 1
+    expected = images[TRAINED].mean(axis=0).transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(mean, expected, atol=1e-5)
 
     # The names stay the same, but one image is another.

@@ -19,7 +19,7 @@ from tests.conftest import call, train_tiny
 def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monkeypatch, capsys):
     """A pass of 8 images is made to take an hour, so hours are the steps to go.
 
-    There are 10 steps of 8 images, and for the same run after 7 of them there are 3. The 45
+    There are 10 steps of 8 images, and for the same run after 7 of them there are 3. The 46
     training images make epochs of 5 steps, so 24 hours are 4.8 epochs.
     """
 
@@ -35,6 +35,7 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
     assert list(unfinished.parent.iterdir()) == [unfinished]
     new, resumed, _ = capsys.readouterr().out.split("nothing was started")
     assert "snapshots 3 of 0.00013 GB, 0.00039 GB in all" in " ".join(new.split())
+    assert "a hash of each name), such as 00033.png, 00043.png, 00048.png\n" in new
     for printed, steps in ((new, 10), (resumed, 3)):
         description = " ".join(printed.split())
         assert "compute forward and backward of 8 on cpu" in description

@@ -8,6 +8,9 @@ import torch
 
 import train
 from config import ConfigError
+from data.datasets import hash_ids
+from functions.saved.checkpoint import verify_checkpoint, write_tensors
+from functions.saved.run_folder import checkpoints_of
 from functions.training.metrics import read_metrics
 from tests.conftest import call, newest, posix, terminate
 from tests.kill import assert_same_run
@@ -93,6 +96,26 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
     picture.write_bytes(pixels)
     call(train.main, *resume)
     assert same(newest(unfinished)["ema"], newest(tiny_run)["ema"])
+
+
+def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pictures):
+    by_hash = "a tenth, by a hash of each name"
+    folder = unfinished.parent.parent / "folders"
+    for side, pattern in (("train", "000[0-3]*.png"), ("val", "0004*.png")):
+        (folder / side).mkdir(parents=True)
+        for picture in pictures.glob(pattern):
+            shutil.copy(picture, folder / side)
+    with pytest.raises(ConfigError, match=rf"then: {by_hash}; now: its val images\)"):
+        call(train.main, "--resume", unfinished, "--diffusion.dataset-name", folder)
+
+    # Earlier versions held out the last pictures, and did not say so.
+    path = checkpoints_of(unfinished)[-1]
+    file = verify_checkpoint(path)
+    file.contents["run"]["train_ids_hash"] = hash_ids(range(45))
+    assert file.contents["run"].pop("split_rule") == by_hash
+    write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
+    with pytest.raises(ConfigError, match=rf"earlier version .* last 10% by name; now: {by_hash}"):
+        call(train.main, "--resume", unfinished)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from functions.training.metrics import (
 )
 from functions.training.run import TrainingRun
 from functions.training.validation import AverageImage, average_image, validation_losses
-from tests.conftest import CPU, LittleMemory, newest
+from tests.conftest import CPU, HELD_OUT, LittleMemory, newest
 from train import learning_rate
 
 
@@ -177,11 +177,11 @@ def test_the_loss_of_the_average_image_has_a_closed_form():
 
 
 def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
-    """They are the last 5 of the 50 pictures."""
+    """They are 4 of the 50 pictures."""
     config = Experiment.from_dict(newest(tiny_run)["config"]).diffusion
     images = torch.tensor(load_images(pictures, 16).images)
     [(loss, _, *quarters)] = validation_losses(
-        [load_denoiser(tiny_run)], images.__getitem__, np.arange(45, 50), config, SINGLE_PROCESS
+        [load_denoiser(tiny_run)], images.__getitem__, np.array(HELD_OUT), config, SINGLE_PROCESS
     )
     row = read_metrics(tiny_run / "metrics.csv")[-1]
     assert row["val_loss_ema"] == pytest.approx(loss, rel=1e-5)
