@@ -39,9 +39,9 @@ class ImageSet:
     images: np.ndarray
     ids: list
     # Each image's name is that of its `Member`.
-    names: list = ()
+    names: list[str]
     # The rule of the split is that of its `Source`.
-    rule: str = "name"
+    rule: str
     # This hash shows whether two sets have the same pixels. A part of a pack has the pack's hash.
     pixels_hash: str = ""
     # The summary counts the images, those that were left out, and files that were ignored.
