@@ -266,7 +266,7 @@ def evaluate_images(args: argparse.Namespace) -> None:
     if not Path(args.data, MANIFEST).exists():
         image_set, split = load_like(args.folder, args.data)
         parts = {"train": split.train_indices, "val": split.val_indices}
-        parts["all"] = np.concatenate([*parts.values()])
+        parts["all"] = np.arange(len(image_set.images))
         real = set_images(image_set, parts[args.part or "train"])
     elif args.part:
         raise UserError("--part is for a data set; a folder of samples has no parts")

@@ -138,7 +138,9 @@ def test_samples_are_compared_with_the_split_of_their_run(tiny_run, tmp_path, mo
     call(sample.main, model, "--n", 1, "--steps", 1, "--individual", "--out", out)
 
     # The full FFHQ, but for its pixels
-    ffhq = ImageSet("FFHQ", np.zeros((70_000, 1, 1, 3), np.uint8), list(range(70_000)))
+    ids = list(range(70_000))
+    pixels = np.zeros((70_000, 1, 1, 3), np.uint8)
+    ffhq = ImageSet("FFHQ", pixels, ids, [*map(str, ids)], "FFHQ")
     monkeypatch.setattr(fidelity, "load_images", lambda name, *_: ffhq)
     _, split = fidelity.load_like(out, "FFHQ")
     assert len(split.train_indices) == 60_000
