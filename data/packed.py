@@ -111,14 +111,14 @@ def pack_path(source: Source, image_size: int) -> Path:
 
 def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
     """Map a packed file. Returns None when it is missing or damaged, or has another key."""
-    names = {i: member.name for i, member in zip(source.ids, source.members, strict=True)}
+    members = dict(zip(source.ids, source.members, strict=True))
     try:
         file = json.loads(Path(f"{path}.json").read_text())
         record = file["record"]
         if file["key"] != key or file["sha256"] != sha256(json.dumps(record)):
             return None
         images = np.memmap(path, np.uint8, "r", shape=tuple(record.pop("shape")))
-        record["names"] = [names[i] for i in record["ids"]]
+        record["names"] = [members[i].name for i in record["ids"]]
         # Ignored files may come and go, and the pack stays.
         record["summary"] += source.describe_ignored()
         return ImageSet(path.name, images, path=path, rule=source.rule, **record)
