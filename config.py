@@ -163,8 +163,8 @@ def experiments() -> dict[str, "Experiment"]:
         {},
     )
 
-    # The reference's full run: twice the width, augmentation, 500 epochs. --resume with a larger
-    # --diffusion.epochs trains longer.
+    # The reference's full run: twice the width, augmentation, 500 epochs. --resume RUN with a
+    # larger --diffusion.epochs trains longer.
     ffhq_full = ffhq_run2.override(
         {
             "use_augmentation": True,
@@ -329,8 +329,9 @@ class DiffusionConfig:
     # "muon" moves each weight matrix by the orthogonal factor of its momentum, and all other
     # parameters as Adam does.
     optimizer: str = choice("adam", "muon")
-    # Length of the run, in passes over the training images.
-    epochs: int = changeable(45)
+    # Length of the run, in passes over the training images. With --resume RUN and more of them, a
+    # finished run trains longer.
+    epochs: int = changeable(45, at_most=10**6)
     # Batches per step. The effective batch is batch_size times gradient_accumulation.
     gradient_accumulation: int = 4
     # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.
@@ -348,8 +349,8 @@ class DiffusionConfig:
     # On CUDA, compile the network before the first step, which takes minutes and makes the steps of
     # large networks shorter (docs/speed.md). Not with deterministic = True.
     compile: bool = changeable(False)
-    # Seed of all random numbers.
-    seed: int = setting(0, at_least=0)
+    # Seed of all random numbers. PyTorch takes 64 bits.
+    seed: int = setting(0, at_least=0, at_most=2**64 - 1)
     # On CUDA, use only deterministic kernels, which are slower. On CPUs all kernels are
     # deterministic.
     deterministic: bool = False
@@ -372,9 +373,9 @@ class DiffusionConfig:
     # sample.py --guide uses them. 0: none.
     snapshot_every: int = changeable(0, at_least=0)
     # Held-out triples (image, t, noise) in a validation. All validations use the same triples.
-    validation_samples: int = changeable(1000)
+    validation_samples: int = changeable(1000, at_most=10**6)
     # Images in a grid of samples.
-    grid_images: int = changeable(16)
+    grid_images: int = changeable(16, at_most=1000)
     # The sampler of the grids, with its default settings.
     grid_sampler: str = changeable("dpm++", choices=SAMPLERS)
     # Network calls per sample of a grid, or T if that is less.

@@ -24,6 +24,7 @@ COMMANDS = {
     "train.py --resume no/such/run": "not a run folder",
     "train.py --resume": "no unfinished run",
     "train.py --device gpu": "'gpu'",
+    "train.py --device meta": "'meta'; it must be auto, cpu, cuda, cuda:N or mps",
     "train.py fases": "no experiment 'fases'; choose from faces, faces-v, mnist",
     "train.py --diffusion.batch-size many": "--diffusion.batch-size: invalid int value: 'many'",
     "sample.py --n 0": "--n/-n: '0' is not an integer of at least 1",

@@ -160,7 +160,11 @@ NARROW = {
     [
         ("batch_size", 0, "1 or more"),
         ("batch_size", True, "an integer"),
-        ("seed", -1, "0 or more"),
+        ("max_bad_images", -1, "0 or more"),
+        ("seed", 2**64, "from 0 to 18,446,744,073,709,551,615"),
+        ("epochs", 10**400, "from 1 to 1,000,000"),
+        ("validation_samples", 10**9, "from 1 to 1,000,000"),
+        ("grid_images", 10**23, "from 1 to 1,000"),
         ("dataset_name", "", "a name or a path"),
         ("learning_rate", float("nan"), "from 1e-09 to 1"),
         ("learning_rate", "fast", "a number"),
