@@ -43,7 +43,7 @@ def main() -> None:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         # The run is new, or it begins with the weights of --init, or it is resumed.
         run = open_run(args, device, processes)
-        processes.print_main(run.describe())
+        processes.print_main(run.describe(learning_rate))
         with explain_lack_of_memory(run):
             if args.dry_run:
                 processes.print_main(describe_cost(run))

@@ -1,11 +1,13 @@
 """What all tests share: a tiny experiment's flags, pictures to train on, a run to sample from."""
 
+import ctypes
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -210,6 +212,24 @@ class LittleMemory(torch.nn.Module):
         return self.network(batch, *t)
 
 
+@contextmanager
+def rights_of_others():
+    """Let permissions of files bind this process, which may be root's and so not care for them."""
+    libc = ctypes.CDLL(None)
+    # The version of capabilities(7), and this thread; then its effective ones, and others.
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    capabilities = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, capabilities) == 0
+    effective = capabilities[0]
+    # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    capabilities[0] &= ~0b110
+    assert libc.capset(header, capabilities) == 0
+    yield
+    capabilities[0] = effective
+    assert libc.capset(header, capabilities) == 0
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="capabilities and limits of a process")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 

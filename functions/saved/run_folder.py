@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 
 from functions.saved.checkpoint import (
     SavedModel,
-    open_checkpoint,
     verify_checkpoint,
 )
 from functions.support.errors import CheckpointError, UserError
@@ -94,9 +93,22 @@ def locked(run: Path) -> Iterator[None]:
         lock.release()
 
 
+def paths_in(folder: Path) -> list[Path]:
+    """Return the paths in a folder; none if there is no such folder.
+
+    Raises OSError for a folder that cannot be read, in which `Path.glob` would find nothing.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return list(folder.iterdir())
+    return []
+
+
 def checkpoints_of(run: Path, folder: str = "checkpoints") -> list[Path]:
-    """Return the run's checkpoints, or its "snapshots", oldest first."""
-    paths = (run / folder).glob("*")
+    """Return the run's checkpoints, or its "snapshots", oldest first.
+
+    Raises OSError for a folder that cannot be read.
+    """
+    paths = paths_in(run / folder)
     return sorted(path for path in paths if CHECKPOINT_NAME.fullmatch(path.name))
 
 
@@ -118,8 +130,8 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
     """Return the run folders of experiments whose names start with `prefix`, oldest first."""
     folders = [
         path
-        for path in runs.glob("*/")
-        if RUN_NAME.fullmatch(path.name) and path.name.startswith(prefix)
+        for path in paths_in(runs)
+        if RUN_NAME.fullmatch(path.name) and path.name.startswith(prefix) and path.is_dir()
     ]
     return sorted(folders, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
 
@@ -201,8 +213,8 @@ def last_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
-    """Return the folder of the run to resume, or None to start a new run.
+def checkpoint_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
+    """Return the newest intact checkpoint of the run to resume, or None to start a new run.
 
     `resume` is one of these:
 
@@ -213,7 +225,7 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
         a run's folder
 
     Raises UserError when there is no such run, and CheckpointError when all checkpoints of a run
-    are damaged.
+    are damaged. A finished run whose last checkpoint is damaged is an unfinished one.
     """
     if resume is None:
         return None
@@ -224,16 +236,21 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
                 f"{resume} is not a run folder; "
                 "`NAME --resume` resumes the newest unfinished run of NAME"
             )
-        return Path(resume)
+        return first_intact(find_checkpoints(Path(resume)), verify_checkpoint).path
+    finished = None
     for run in reversed(runs_of(runs, experiment)):
         # Another experiment's name may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] != experiment or not checkpoints_of(run):
             continue
-        facts = first_intact(find_checkpoints(run), open_checkpoint).contents["run"]
+        checkpoint = first_intact(find_checkpoints(run), verify_checkpoint)
+        facts = checkpoint.contents["run"]
         if facts["step"] < facts["total_steps"]:
-            return run
+            return checkpoint.path
+        finished = finished or run
     problem = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
+    if finished:
+        problem += f"; to train a finished one longer: --resume {finished} --diffusion.epochs N"
     if resume == "newest":
-        raise UserError(f"{problem}; start one without --resume")
+        raise UserError(f"{problem}; start a new one without --resume")
     print(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.", file=sys.stderr)
     return None

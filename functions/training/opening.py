@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, Experiment
-from functions.saved.checkpoint import SavedModel, open_checkpoint, verify_checkpoint
+from functions.saved.checkpoint import SavedModel, open_checkpoint
 from functions.saved.loading import open_model
-from functions.saved.run_folder import find_checkpoints, first_intact, run_to_resume
+from functions.saved.run_folder import checkpoint_to_resume
 from functions.support.command_line import given_fields
 from functions.support.processes import Processes
 from functions.support.settings import ConfigError, marked
@@ -18,9 +18,9 @@ from functions.training.run import TrainingRun
 def open_run(args: argparse.Namespace, device: torch.device, processes: Processes) -> TrainingRun:
     """Return the run that the flags of train.py ask for: a new one, or one to resume."""
     name = args.experiment or DEFAULT_EXPERIMENT
-    folder = processes.on_main(lambda: run_to_resume(args.resume, args.runs, name))
-    if folder:
-        return resume_run(folder, args, device, processes)
+    path = processes.on_main(lambda: checkpoint_to_resume(args.resume, args.runs, name))
+    if path:
+        return resume_run(path, args, device, processes)
     diffusion = given_fields(args, "diffusion")
     model = given_fields(args, "model")
     if args.init:
@@ -63,14 +63,14 @@ def fit_to_weights(
 
 
 def resume_run(
-    folder: Path, args: argparse.Namespace, device: torch.device, processes: Processes
+    path: Path, args: argparse.Namespace, device: torch.device, processes: Processes
 ) -> TrainingRun:
-    """Open a run to continue from its newest intact checkpoint.
+    """Open a run to continue from a checkpoint.
 
     The experiment comes from the checkpoint, even if config.py has changed. Raises ConfigError for
     changes that a resumed run cannot make, and for a run of another experiment than the flags name.
     """
-    path = processes.on_main(lambda: first_intact(find_checkpoints(folder), verify_checkpoint).path)
+    folder = path.parents[1]
     checkpoint = open_checkpoint(path)
     name = checkpoint.contents["run"]["experiment"]
     if args.experiment not in (None, name):
@@ -79,4 +79,14 @@ def resume_run(
     resumed = saved.resumed(given_fields(args, "diffusion"), given_fields(args, "model"))
     for field, (earlier, now) in saved.differences(resumed).items():
         processes.print_main(f"changed: {field} was {earlier}, is now {now}")
+    # There may be no preset of that name any more.
+    preset = EXPERIMENTS.get(name, resumed)
+    others = [
+        f"{field.partition('.')[2]} ({other}, the run {own})"
+        for field, (own, other) in resumed.differences(preset).items()
+    ]
+    if others:
+        processes.print_main(
+            f"the run keeps its own settings; {name} in config.py has another {', '.join(others)}"
+        )
     return TrainingRun(name, resumed, folder.parent, device, processes, checkpoint)

@@ -2,14 +2,14 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from config import Experiment
+from config import DiffusionConfig, Experiment
 from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
@@ -31,6 +31,8 @@ from models.unet import UNet
 
 # With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
 VISIBLE_SNR = 1e-3
+# (config, step, total_steps) -> the learning rate of a step
+RateOfStep = Callable[[DiffusionConfig, int, int], float]
 
 
 class TrainingRun:
@@ -172,7 +174,9 @@ class TrainingRun:
                 )
         if self.step >= self.total_steps:
             raise ConfigError(
-                f"{self.folder}: the run is finished; to continue it, increase --diffusion.epochs"
+                f"the run is finished with {self.config.epochs} epochs of {self.steps_per_epoch:,} "
+                f"steps, as {self.step:,} steps are done; to train it longer: "
+                f"--resume {self.folder} --diffusion.epochs {self.step // self.steps_per_epoch + 1}"
             )
 
     def build_denoiser(self, precision: torch.dtype) -> Denoiser:
@@ -271,8 +275,11 @@ class TrainingRun:
         if scaler:
             self.scaler.load_state_dict(scaler)
 
-    def describe(self) -> str:
-        """Describe the run in a few lines (data, split, network, ...), followed by warnings."""
+    def describe(self, learning_rate: RateOfStep) -> str:
+        """Describe the run in a few lines (data, split, network, ...), followed by warnings.
+
+        `learning_rate` is the function of train.py.
+        """
         config = self.config
         facts = self.facts
         snr = self.denoiser.scheduler.terminal_snr
@@ -292,12 +299,14 @@ class TrainingRun:
         ]
         if facts["initial"]:
             lines.append(f"  begins as  {facts['initial']}")
-        for warning in self.warnings():
+        for warning in self.warnings(learning_rate):
             lines.append(f"warning: {warning}")
         return "\n".join(lines)
 
-    def warnings(self) -> list[str]:
+    def warnings(self, learning_rate: RateOfStep) -> list[str]:
         """Return a warning for each setting that is allowed but probably not meant."""
+        config = self.config
+        steps = self.total_steps
         warnings = self.experiment.warnings()
         snr = self.denoiser.scheduler.terminal_snr
         if snr > VISIBLE_SNR:
@@ -306,6 +315,28 @@ class TrainingRun:
                 "x_T still carries the image, but sampling starts from pure noise; "
                 "set rescale_betas = True or use 1000 timesteps"
             )
+        if config.warmup_steps >= steps:
+            share = steps / (config.warmup_steps + 1)
+            warnings.append(
+                f"warmup_steps is {config.warmup_steps:,}, and the run has {steps:,} steps: the "
+                f"learning rate rises to {share:.0%} of learning_rate at most; use fewer"
+            )
+        ema_length = round(1 / (1 - config.ema_decay))
+        if config.ema_decay and ema_length > steps:
+            warnings.append(
+                f"ema_decay = {config.ema_decay:g} is for an average over {ema_length:,} steps, "
+                f"and the run has {steps:,} steps: use a smaller one"
+            )
+        if self.step:
+            # More epochs move a step back on its schedule.
+            earlier_steps = self.earlier_facts["total_steps"]
+            last_rate = learning_rate(config, self.step - 1, earlier_steps)
+            rate = learning_rate(config, self.step, steps)
+            if rate > 2 * last_rate:
+                warnings.append(
+                    f"the learning rate was {last_rate:.3g} in the last step, of a run of "
+                    f"{earlier_steps:,}, and is {rate:.3g} in the next, of a run of {steps:,}"
+                )
         # A resumed run equals an uninterrupted one bit for bit only in the same arithmetic.
         for name, earlier in self.earlier_facts.get("arithmetic", {}).items():
             now = self.facts["arithmetic"].get(name)

@@ -1,17 +1,15 @@
 """A disk or a memory that is too small ends in a sentence that says what is safe, and what fits."""
 
 import resource
-import sys
 from pathlib import Path
 
 import pytest
 
 from functions.saved import run_folder
-from tests.conftest import TINY
+from tests.conftest import TINY, linux
 from tests.forked import Program, train_script
 
 pytestmark = pytest.mark.slow
-linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of a process")
 
 
 def train_with_small_files():

@@ -11,7 +11,7 @@ from functions.saved import run_folder
 from functions.saved.checkpoint import verify_checkpoint, write_tensors
 from functions.saved.run_folder import checkpoints_of, locked, path_of
 from functions.support.errors import CheckpointError, UserError
-from tests.conftest import posix
+from tests.conftest import linux, posix, rights_of_others
 
 
 def make_run(runs, name, steps, total=100):
@@ -28,7 +28,7 @@ def make_run(runs, name, steps, total=100):
 
 
 def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
-    make_run(tmp_path, "faces-20260101-000000", [100])
+    done = make_run(tmp_path, "faces-20260101-000000", [100])
     unfinished = make_run(tmp_path, "ffhq-full-20260102-000000", [50, 9, 60])
     make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
     # This one has just started.
@@ -43,13 +43,15 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
     of_faces = run_folder.newest_checkpoints(tmp_path, "faces")[0]
     assert of_faces.parent.parent.name == "faces-20260101-000000"
 
-    assert run_folder.run_to_resume("newest", tmp_path, "ffhq-full") == unfinished
+    assert run_folder.checkpoint_to_resume("newest", tmp_path, "ffhq-full") == newest
     # "ffhq" is no experiment, but a prefix of two.
     for finished in ("faces", "ffhq", "ffhq-run1"):
-        assert run_folder.run_to_resume("auto", tmp_path, finished) is None
+        assert run_folder.checkpoint_to_resume("auto", tmp_path, finished) is None
         assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
         with pytest.raises(UserError, match="no unfinished run"):
-            run_folder.run_to_resume("newest", tmp_path, finished)
+            run_folder.checkpoint_to_resume("newest", tmp_path, finished)
+    with pytest.raises(UserError, match=f"longer: --resume {done} --diffusion.epochs N;"):
+        run_folder.checkpoint_to_resume("newest", tmp_path, "faces")
 
     with pytest.raises(CheckpointError, match="cifar"):
         run_folder.newest_checkpoints(tmp_path, "cifar")
@@ -65,6 +67,28 @@ def test_a_part_that_no_checkpoint_has_does_not_make_them_unusable(tmp_path, cap
     # After a CheckpointError the one before it would be tried.
     assert error.type is UserError
     assert capsys.readouterr().err == ""
+
+
+def test_a_finished_run_goes_on_before_a_flipped_bit_of_its_last_checkpoint(tmp_path, capsys):
+    run = make_run(tmp_path, "faces-20260101-000000", [50, 100])
+    before, last = checkpoints_of(run)
+    spoilt = bytearray(last.read_bytes())
+    # The tensor is at the end of the file.
+    spoilt[-1] ^= 1
+    last.write_bytes(spoilt)
+
+    assert run_folder.checkpoint_to_resume("auto", tmp_path, "faces") == before
+    assert capsys.readouterr().err.count(f"WARNING: UNUSABLE CHECKPOINT: {last}") == 1
+
+
+@linux
+@pytest.mark.parametrize("closed", ["", "faces-20260101-000000/checkpoints"])
+def test_a_folder_that_cannot_be_read_never_leads_to_a_new_run(tmp_path, closed):
+    make_run(tmp_path / "runs", "faces-20260101-000000", [50])
+    folder = tmp_path / "runs" / closed
+    folder.chmod(0o300)
+    with rights_of_others(), pytest.raises(PermissionError, match=folder.name):
+        run_folder.checkpoint_to_resume("auto", tmp_path / "runs", "faces")
 
 
 @posix

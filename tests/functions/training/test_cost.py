@@ -44,6 +44,18 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
         assert "sees 80 images, each training image 2 times" in description
 
 
+def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(trained, capsys):
+    """The run has 10 steps, so a warm-up of 200 reaches 10 / 201 of the rate."""
+    trained("--dry-run", "--diffusion.warmup-steps", 200, "--diffusion.ema-decay", 0.99)
+    printed = capsys.readouterr().out
+    assert "warmup_steps is 200, and the run has 10 steps: the learning rate rises to 5%" in printed
+    assert "ema_decay = 0.99 is for an average over 100 steps, and the run has 10 " in printed
+
+    # A length of 10 steps is that of the run.
+    trained("--dry-run", "--diffusion.warmup-steps", 9, "--diffusion.ema-decay", 0.9)
+    assert "warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("steps", "hours"), [(4, 100), (20, 2.5)])
 def test_after_some_steps_a_training_says_how_long_it_takes(
     steps, hours, trained, monkeypatch, capsys

@@ -1,13 +1,14 @@
 """What a resumed run keeps, what it may change, and what it says of the rest."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
 import train
-from config import ConfigError
+from config import EXPERIMENTS, ConfigError, Experiment
 from data.datasets import hash_ids
 from functions.saved.checkpoint import verify_checkpoint, write_tensors
 from functions.saved.run_folder import checkpoints_of
@@ -24,7 +25,7 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
         "--diffusion.optimizer adam --model.base-dim 16": "diffusion.optimizer, model.base_dim",
         "--diffusion.batch-size 4": "cannot change diffusion.batch_size",
         # It has done 7 steps, and an epoch has five.
-        "--diffusion.epochs 1": "the run is finished",
+        "--diffusion.epochs 1": "finished with 1 epochs of 5 steps, as 7 steps are done",
         "ffhq-full": "a run of 'faces', not of 'ffhq-full'",
     }.items():
         with pytest.raises(ConfigError, match=message):
@@ -46,8 +47,34 @@ def test_what_a_resumed_run_may_change(unfinished, capsys):
     assert (
         json.loads((unfinished / "config.json").read_text())["config"]["diffusion"]["epochs"] == 3
     )
-    with pytest.raises(ConfigError, match="finished"):
+    with pytest.raises(ConfigError, match=f"longer: --resume {unfinished} --diffusion.epochs 4$"):
         call(train.main, "--resume", unfinished)
+
+
+def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
+    tiny_run, monkeypatch, capsys
+):
+    """The rates are those of half a cosine, over 10 and then over 200 steps."""
+    own = Experiment.from_dict(newest(tiny_run)["config"])
+    resume = ["--resume", tiny_run, "--dry-run", "--diffusion.epochs", 40]
+    now = own.override({"learning_rate": 3e-5, "epochs": 40}, {"dropout": 0.1})
+    monkeypatch.setitem(EXPERIMENTS, "faces", now)
+    call(train.main, *resume)
+    printed = capsys.readouterr().out
+    line = "the run keeps its own settings; faces in config.py has another "
+    assert f"{line}learning_rate (3e-05, the run 0.002), dropout (0.1, the run 0.0)\n" in printed
+    last, following = (1e-3 * (1 + math.cos(math.pi * x)) for x in (9 / 10, 10 / 200))
+    assert (
+        f"rate was {last:.3g} in the last step, of a run of 10, and is {following:.3g}" in printed
+    )
+
+    # Nothing is said of a preset that has gone, or of a rate that hardly rises.
+    monkeypatch.delitem(EXPERIMENTS, "faces")
+    monkeypatch.setattr(train, "learning_rate", lambda config, step, steps: 1e-3 * (step + 1))
+    call(train.main, *resume)
+    printed = capsys.readouterr().out
+    assert line not in printed
+    assert "the learning rate was" not in printed
 
 
 @pytest.mark.slow
