@@ -186,5 +186,6 @@ def parse_flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    # Smaller batches help only once the network is built, and `main` names their flags then.
+    with exit_on_user_error("use a smaller --model.base-dim or another device"):
         main()

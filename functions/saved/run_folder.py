@@ -28,6 +28,7 @@ from functions.saved.checkpoint import (
     verify_checkpoint,
 )
 from functions.support.errors import CheckpointError, UserError
+from functions.support.files import WRITE_ERRORS
 
 Result = TypeVar("Result")
 # The two groups are the experiment's name and the start time.
@@ -69,17 +70,17 @@ def path_of(run: Path, kind: str, step: int) -> Path:
 def locked(run: Path) -> Iterator[None]:
     """Lock a run for one process, and delete the incomplete files that a kill has left in it.
 
-    Raises UserError when another process or user has locked it.
+    Raises UserError when another process has locked it, and OSError when it may not be written to.
     """
     # The system releases the lock when the process ends, even when it is killed.
     lock = FileLock(run / ".lock")
     try:
         lock.acquire(timeout=0)
-    except (Timeout, PermissionError) as error:
-        raise UserError(
-            f"{run}: another process or user is already training in this folder"
-        ) from error
-    except (NotImplementedError, OSError):
+    except Timeout as error:
+        raise UserError(f"{run}: another process is already training in this folder") from error
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) in WRITE_ERRORS:
+            raise
         print(
             f"warning: {run} is on a disk without locks; do not start another process in it",
             file=sys.stderr,

@@ -16,6 +16,7 @@ from functions.support.settings import ConfigError
 
 # argparse ends with this exit status, too.
 EXIT_BAD_INPUT = 2
+MEMORY_ADVICE = "use a smaller --batch-size, a smaller model or another device"
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,12 +32,15 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """End the script with one line for an error that users can fix. Bugs keep their traceback."""
+def exit_on_user_error(memory_advice: str = MEMORY_ADVICE) -> Iterator[None]:
+    """End the script with one line for an error that users can fix. Bugs keep their traceback.
+
+    `memory_advice` says what helps where memory runs out.
+    """
     try:
         yield
     except Exception as error:
-        sentence = user_message(error)
+        sentence = user_message(error, memory_advice)
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
@@ -47,13 +51,12 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(130)
 
 
-def user_message(error: Exception) -> str | None:
+def user_message(error: Exception, memory_advice: str = MEMORY_ADVICE) -> str | None:
     """Return the sentence to print for an error that users can fix, or None for a bug."""
     if isinstance(error, (UserError, ConfigError, OSError)):
         return str(error)
     if is_out_of_memory(error):
-        advice = "use a smaller --batch-size, a smaller model or another device"
-        return f"out of memory ({short(error)}): {advice}"
+        return f"out of memory ({short(error)}): {memory_advice}"
     return None
 
 

@@ -1,5 +1,6 @@
 """Write files atomically, and read the files of others with errors that name the file."""
 
+import errno
 import hashlib
 import json
 import lzma
@@ -17,6 +18,16 @@ from safetensors import SafetensorError
 
 from functions.support.errors import CheckpointError
 
+# The errors of a disk that is full or broken, and of a place that may not be written to.
+WRITE_ERRORS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+}
 # Damaged or hostile files have raised these errors in the readers of safetensors, JSON, archives,
 # arrays and images.
 READ_ERRORS = (

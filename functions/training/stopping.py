@@ -2,27 +2,32 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
+from typing import Any, TextIO
 
 from functions.saved.run_folder import last_checkpoint
 from functions.support.errors import UserError
+from functions.support.files import WRITE_ERRORS
 
 # A second signal within this many seconds counts as the same request. Schedulers signal every
 # process, and torchrun forwards its own signal too, so one request can arrive twice.
 SAME_REQUEST_SECONDS = 1.0
-# Windows has no SIGUSR1.
-SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
+# A terminal that is closed sends SIGHUP. Windows has neither it nor SIGUSR1.
+SIGNAL_NAMES = ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1")
+SIGNALS = [number for number in signal.Signals if number.name in SIGNAL_NAMES]
 
 
 class StopSignals:
-    """A context in which SIGINT, SIGTERM and SIGUSR1 set `received` instead of ending the process.
+    """A context in which a signal of SIGNALS sets `received` instead of ending the process.
 
     `Recorder` reads `received` between steps and saves a checkpoint; train.py then ends.
-    A second signal, more than SAME_REQUEST_SECONDS later, ends the process immediately.
+    A second signal, more than SAME_REQUEST_SECONDS later, ends the process immediately. An output
+    that has lost its reader, as in `train.py | head`, sets `received`, too.
     """
 
     # The name of the first signal, and the time at which it came.
@@ -30,10 +35,20 @@ class StopSignals:
     received_at = 0.0
 
     def __enter__(self) -> "StopSignals":
-        self.previous = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        # A signal that whoever started the process has let it ignore, as nohup does with SIGHUP,
+        # stays ignored.
+        self.previous = {
+            number: signal.signal(number, self.handle)
+            for number in SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+        self.outputs = ExitStack()
+        self.outputs.enter_context(redirect_stdout(Output(sys.stdout, self)))
+        self.outputs.enter_context(redirect_stderr(Output(sys.stderr, self)))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.outputs.close()
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -49,15 +64,42 @@ class StopSignals:
             os._exit(128 + number)
 
 
+class Output:
+    """A stream that asks the run to stop when it cannot be written to, and then goes nowhere.
+
+    Its terminal was closed, or the process that read it has ended.
+    """
+
+    def __init__(self, stream: TextIO, signals: StopSignals):
+        self.stream = stream
+        self.signals = signals
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Write a text, or let everything from now on go nowhere."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            # Python flushes the stream again when it ends, so its file must be one that works.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            self.signals.received = self.signals.received or "the loss of its output"
+
+
 @contextmanager
 def explain_failed_writes(run: Path) -> Iterator[None]:
-    """Turn an OSError, such as from a full disk, into a UserError with the last good checkpoint."""
+    """Turn an OSError, such as from a full disk, into a UserError with the last good checkpoint.
+
+    Other errors stay as they are, such as that of a logger that has lost its connection.
+    """
     try:
         yield
-    except BrokenPipeError:
-        # Nobody reads what the training prints, as in `train.py | head`. The disk is not at fault.
-        raise
     except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
         checkpoint = last_checkpoint(run)
         advice = "There is no checkpoint yet"
         if checkpoint:

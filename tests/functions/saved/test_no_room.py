@@ -52,4 +52,7 @@ def test_out_of_memory_is_a_sentence(pictures, tmp_path):
 
     assert program.wait() == 2
     assert "error: out of memory" in program.printed
+    assert "use a smaller --model.base-dim" in program.printed
+    # This flag is one of other scripts.
+    assert "--batch-size" not in program.printed
     assert "Traceback" not in program.printed

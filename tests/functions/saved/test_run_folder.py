@@ -1,7 +1,9 @@
 """Run folders: what is found, what is kept, and that no two runs share one."""
 
+import errno
 import time
 from unittest.mock import Mock
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from functions.saved import run_folder
 from functions.saved.checkpoint import verify_checkpoint, write_tensors
 from functions.saved.run_folder import checkpoints_of, locked, path_of
 from functions.support.errors import CheckpointError, UserError
+from functions.training.stopping import explain_failed_writes
 from tests.conftest import linux, posix, rights_of_others
 
 
@@ -114,13 +117,34 @@ def test_a_lock_deletes_what_a_killed_training_left_and_no_more(tmp_path):
         assert {path.name for path in run.rglob("*") if path.is_file()} == {".lock", "metrics.csv"}
 
 
-def test_a_lock_of_another_process_or_user_is_an_error(tmp_path, monkeypatch):
-    message = "another process or user is already training in this folder"
+def test_a_lock_of_another_process_is_an_error(tmp_path):
+    message = "another process is already training in this folder"
     with locked(tmp_path), pytest.raises(UserError, match=message), locked(tmp_path):
         pass
-    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=PermissionError))
-    with pytest.raises(UserError, match=message), locked(tmp_path):
+
+
+@linux
+def test_a_folder_that_may_not_be_written_to_is_named_so(tmp_path):
+    run = make_run(tmp_path, "faces-20260101-000000", [50])
+    (run / ".lock").touch(0o400)
+    run.chmod(0o500)
+    message = f"{run} cannot be written to: Permission denied. Last good checkpoint: {run}"
+    refused = pytest.raises(UserError, match=message)
+    with rights_of_others(), refused, explain_failed_writes(run), locked(run):
         pass
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(errno.ECONNREFUSED, ""), URLError("")])
+def test_an_error_of_the_network_is_not_the_disks(tmp_path, error):
+    """A user's logger has raised it, within the loop."""
+    with pytest.raises(type(error)), explain_failed_writes(tmp_path):
+        raise error
+
+
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=NotImplementedError))
+    with locked(tmp_path):
+        assert "is on a disk without locks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

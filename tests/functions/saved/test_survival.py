@@ -5,6 +5,7 @@ import signal
 import time
 from functools import partial
 from itertools import count
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -17,7 +18,7 @@ from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
 from functions.training.stopping import StopSignals
 from tests.conftest import TINY, call, during, interrupt, load_checkpoint, newest, posix, train_tiny
-from tests.forked import Program
+from tests.forked import Program, train_script
 from tests.kill import assert_same_run, kill_and_resume
 from tests.small_training import same
 
@@ -113,6 +114,59 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
 
     call(train.main, *arguments)
     assert_same_run(tiny_run, run)
+
+
+@posix
+@pytest.mark.parametrize(
+    ("inherited", "received"), [(signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)]
+)
+def test_a_hangup_stops_a_run_unless_it_was_started_by_nohup(inherited, received):
+    before = signal.signal(signal.SIGHUP, inherited)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.signal(signal.SIGHUP, before) == inherited
+    assert signals.received == received
+
+
+def train_with_output():
+    """Train with the terminal or the pipe at the path OUTPUT, as a shell would start it."""
+    path = Path(os.environ["OUTPUT"])
+    # The first process of a session that opens a terminal to read hears when it is closed.
+    os.setsid()
+    output = os.open(path, os.O_WRONLY if path.is_fifo() else os.O_RDWR)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    train_script()
+
+
+@pytest.mark.slow
+@posix
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path, kind):
+    """It has 1000 steps, and the reader ends after 20 of them."""
+    runs = tmp_path / "runs"
+    flags = ["faces", "--runs", runs, "--diffusion.dataset-name", pictures, *TINY]
+    flags += ["--diffusion.epochs", 200]
+    path = tmp_path / "pipe"
+    if kind == "terminal":
+        reader, terminal = os.openpty()
+        path = os.ttyname(terminal)
+    else:
+        os.mkfifo(path)
+    program = Program(tmp_path / "printed", *flags, act=train_with_output, OUTPUT=path)
+    if kind == "pipe":
+        reader = os.open(path, os.O_RDONLY)
+    printed = b""
+    while b"steps to go" not in printed:
+        printed += os.read(reader, 1000)
+    if kind == "terminal":
+        os.close(terminal)
+    os.close(reader)
+
+    assert program.wait() == 75
+    (run,) = runs.iterdir()
+    assert 0 < newest(run)["run"]["step"] < 1000
 
 
 def stopped_by_three_signals():
