@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from functions.saved.run_folder import timestamp
 from functions.support.files import write_text
 from functions.support.pictures import save_figure
 
@@ -59,13 +61,17 @@ class MetricsLog:
 
     def __init__(self, run: Path, resume_step: int = 0, config: str = ""):
         self.path = run / "metrics.csv"
-        text = ",".join(COLUMNS) + "\n"
+        lines = [COLUMNS]
         if self.path.exists():
-            for line in complete_lines(self.path)[1:]:
-                # The step is in the first column.
-                if int(line.split(",")[0]) <= resume_step:
-                    text += line + "\n"
-        write_text(self.path, text)
+            rows = read_cells(self.path)
+            # The header is no row.
+            if len(rows) < len(complete_lines(self.path)) - 1:
+                kept = shutil.copy(self.path, run / f"metrics-{timestamp()}.csv")
+                print(f"warning: {self.path} has lines that are no rows; a copy is kept: {kept}")
+            for row in rows:
+                if int(row["step"]) <= resume_step:
+                    lines.append([row.get(column, "") for column in COLUMNS])
+        write_text(self.path, "".join(",".join(cells) + "\n" for cells in lines))
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=resume_step + 1)
         self.tensorboard.add_text("config", f"```\n{config}\n```", resume_step)
 
@@ -102,18 +108,44 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Return the rows of a metrics.csv as numbers, None where a cell is empty."""
     rows = []
-    for cells in csv.DictReader(complete_lines(path)):
+    for cells in read_cells(path):
         row = {column: float(cell) if cell else None for column, cell in cells.items()}
-        row["step"] = int(row["step"])
+        row["step"] = int(cells["step"])
         rows.append(row)
     return rows
+
+
+def read_cells(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a metrics.csv as texts, without lines that are no rows.
+
+    A power cut or a spreadsheet may have left such lines: blank ones, parts of rows, and others.
+    """
+    columns = list(COLUMNS)
+    rows = []
+    for line in complete_lines(path):
+        cells = line.split(",")
+        if cells[0] == "step":
+            # A run of another version has other columns.
+            columns = cells
+        elif cells[0].isdecimal() and len(cells) == len(columns) and all(map(is_number, cells)):
+            rows.append(dict(zip(columns, cells, strict=True)))
+    return rows
+
+
+def is_number(cell: str) -> bool:
+    """Return whether a cell is a number or empty."""
+    try:
+        float(cell or 0)
+    except ValueError:
+        return False
+    return True
 
 
 def complete_lines(path: Path) -> list[str]:
     """Return the lines of a text file, without the newlines."""
     # What follows the last newline is incomplete: the process was killed, or the disk was full,
     # while it wrote this line.
-    return path.read_text().split("\n")[:-1]
+    return path.read_text("utf-8-sig", errors="replace").split("\n")[:-1]
 
 
 class TrainingWindow:

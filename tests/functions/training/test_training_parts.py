@@ -28,6 +28,7 @@ from functions.support.random_numbers import ImageNoise, seed_of
 from functions.support.settings import ConfigError
 from functions.training.draws import training_draws
 from functions.training.metrics import (
+    COLUMNS,
     MetricsLog,
     TrainingWindow,
     plot_losses,
@@ -257,6 +258,39 @@ def test_tensorboard_shows_a_runs_config_and_its_grids(tiny_run):
         grid = Image.open(path_of(tiny_run, "samples", image.step))
         assert np.array_equal(shown, grid.convert("RGB"))
     assert image.step == 10
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b"\n",
+        b"a note\n",
+        b"15,1.5\n",
+        b"15" + b"," * (len(COLUMNS) - 1) + b"\0\n",
+        b"\xff;\n",
+        b'"15\n',
+    ],
+    ids=str,
+)
+def test_lines_that_are_no_rows_are_kept_in_a_copy_and_the_rows_go_on(foreign, tmp_path, capsys):
+    """A spreadsheet has saved the file, with a mark at its start and its own ends of lines."""
+    path = tmp_path / "metrics.csv"
+    log = MetricsLog(tmp_path)
+    for step in (10, 20):
+        log.write(step=step, loss=1 / step, skipped_steps=0)
+    log.close()
+    header, first, second = path.read_bytes().replace(b"\n", b"\r\n").splitlines(keepends=True)
+    damaged = b"\xef\xbb\xbf" + header + first + foreign + second
+    path.write_bytes(damaged)
+
+    MetricsLog(tmp_path, resume_step=20).close()
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(10, 0.1), (20, 0.05)]
+    (kept,) = tmp_path.glob("metrics-*.csv")
+    assert kept.read_bytes() == damaged
+    assert str(kept) in capsys.readouterr().out
+    # The new file has no such lines.
+    MetricsLog(tmp_path, resume_step=20).close()
+    assert [*tmp_path.glob("metrics-*.csv")] == [kept]
 
 
 def test_the_window_averages_over_images_and_its_clock_can_stand_still(monkeypatch):
