@@ -44,6 +44,8 @@ def describe_cost(run: TrainingRun) -> str:
 
     steps = run.total_steps - run.step
     epochs_of_a_day = SECONDS_OF_A_DAY / (seconds_of_step * run.steps_per_epoch)
+    # Rounded down, so that it does not contradict the whole number after it.
+    epochs_of_a_day = math.floor(10 * epochs_of_a_day) / 10
     images_seen = run.total_steps * run.config.effective_batch
     times_seen = images_seen / len(run.split.train_indices)
     folder = run.folder or run.runs_folder / f"{run.name}-<time>"
@@ -73,7 +75,7 @@ class FirstSteps:
 
     def count(self, run: TrainingRun, grad_norm: Tensor) -> None:
         """Count a step with this gradient norm. After the last one that counts, print the time."""
-        if not self.counting:
+        if not self.counting or run.step == run.total_steps:
             return
         self.steps += 1
         if self.steps == 1:
@@ -118,7 +120,9 @@ def describe_snapshots(run: TrainingRun) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time such as "5.4 minutes" or "23.1 hours"."""
+    """Return a time such as "12 seconds", "5.4 minutes" or "23.1 hours"."""
+    if seconds < 60:
+        return f"{seconds:.2g} seconds"
     if seconds < 2 * 3600:
         return f"{seconds / 60:.1f} minutes"
     return f"{seconds / 3600:,.1f} hours"

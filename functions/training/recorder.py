@@ -135,6 +135,8 @@ class Recorder:
         if self.stopped:
             # torchrun ends all processes when one has ended. So they wait until rank 0 has saved.
             self.processes.wait()
+            # Its last line is complete then.
+            self.bar.close()
             reason = self.stop_signals.received or "a signal to another process"
             self.processes.print_main(
                 f"stopped by {reason}, saved; continue with: python train.py --resume {run.folder}"
@@ -184,8 +186,9 @@ class Recorder:
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""
         run = self.run
-        # This is the first validation of the run.
-        if run.step <= self.config.validate_every:
+        # This is the first validation of the run. Of eps, the average is 0 whatever the images are,
+        # so the loss would be 1.
+        if run.step <= self.config.validate_every and self.config.objective != "eps":
             self.print_baseline()
         denoisers = {"": run.denoiser}
         if run.ema_model:

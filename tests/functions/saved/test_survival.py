@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from contextlib import redirect_stderr
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -99,7 +101,9 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
     before = signal.getsignal(signal.SIGTERM)
     for name, step in {"SIGUSR1": 3, "SIGINT": 5, "SIGTERM": 7}.items():
         raise_signal = partial(signal.raise_signal, getattr(signal, name))
-        with pytest.raises(SystemExit) as stop, during(step - done, raise_signal):
+        # The bar is on the same terminal.
+        bar = redirect_stderr(sys.stdout)
+        with bar, pytest.raises(SystemExit) as stop, during(step - done, raise_signal):
             call(train.main, *arguments)
         assert stop.value.code == 75
         assert signal.getsignal(signal.SIGTERM) == before
@@ -107,7 +111,8 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         (run,) = tmp_path.iterdir()
         assert newest(run)["run"]["step"] == step
         printed = capsys.readouterr().out
-        assert f"stopped by {name}, saved; continue with: python train.py --resume {run}" in printed
+        advice = f"saved; continue with: python train.py --resume {run}"
+        assert f"\nstopped by {name}, {advice}" in printed
 
         arguments = ["--resume", run]
         done = step

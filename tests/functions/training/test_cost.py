@@ -1,5 +1,6 @@
 """What a training says before its first step: what the run is, and what it costs."""
 
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
         return 3600
 
     monkeypatch.setattr(cost, "run_pass", run_pass)
+    # The optimiser takes no time.
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: 0))
     train_tiny(pictures, unfinished.parent, "--dry-run", "--diffusion.snapshot-every", 4)
     call(train.main, "--resume", unfinished, "--dry-run", "--device", "cpu")
 
@@ -42,6 +45,13 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
         assert f"so the {steps} steps to go take about {steps:.1f} hours" in description
         assert "24 hours are 4.8 epochs: --diffusion.epochs 4" in description
         assert "sees 80 images, each training image 2 times" in description
+
+    # The second number is not above the first.
+    monkeypatch.setattr(cost, "run_pass", lambda *a: 24 * 3600 / (5 * 2223.96))
+    train_tiny(pictures, unfinished.parent, "--dry-run")
+    assert "24 hours are 2,223.9 epochs: --diffusion.epochs 2223\n" in capsys.readouterr().out
+    for seconds, text in ((0.042, "0.042 seconds"), (90, "1.5 minutes"), (9000, "2.5 hours")):
+        assert cost.duration(seconds) == text
 
 
 def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(trained, capsys):
@@ -62,8 +72,8 @@ def test_after_some_steps_a_training_says_how_long_it_takes(
 ):
     """Each of the 10 steps is made to take an hour.
 
-    The first of its two validations says what has learned nothing. The single thread has nothing to
-    wait for.
+    The first of its two validations says what has learned nothing, but not of eps, where that is
+    1. After the last step there is nothing to estimate. The single thread has nothing to wait for.
     """
     draw = TrainingRun.draw
     clock = SimpleNamespace(monotonic=lambda: clock.now)
@@ -76,9 +86,16 @@ def test_after_some_steps_a_training_says_how_long_it_takes(
     monkeypatch.setattr(cost, "time", clock)
     monkeypatch.setattr(cost, "seconds_without_core", lambda: clock.now)
     clock.now = 0
+    monkeypatch.setattr(cost, "FIRST_STEPS", 10)
+    monkeypatch.setattr(cost, "FIRST_SECONDS", math.inf)
+    trained()
+    printed = capsys.readouterr().out
+    assert "steps to go" not in printed
+    assert "the average image" not in printed
+
     monkeypatch.setattr(cost, "FIRST_STEPS", steps)
     monkeypatch.setattr(cost, "FIRST_SECONDS", 3600 * hours)
-    trained()
+    trained("--diffusion.objective", "v")
     printed = capsys.readouterr().out
     assert printed.count("the 6 steps to go take about 6.0 hours") == 1
     assert printed.count("knows only the average image has a held-out loss of") == 1
