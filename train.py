@@ -22,7 +22,6 @@ from data.batches import forward_passes
 from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss
-from functions.optimizers import LR_SCHEDULES
 from functions.support.command_line import Parser, add_config_flags, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
@@ -33,7 +32,7 @@ from functions.training.cost import describe_cost
 from functions.training.memory import explain_lack_of_memory
 from functions.training.opening import open_run
 from functions.training.recorder import Recorder
-from functions.training.run import TrainingRun
+from functions.training.run import TrainingRun, learning_rate
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         # The run is new, or it begins with the weights of --init, or it is resumed.
         run = open_run(args, device, processes)
-        processes.print_main(run.describe(learning_rate))
+        processes.print_main(run.describe())
         with explain_lack_of_memory(run):
             if args.dry_run:
                 processes.print_main(describe_cost(run))
@@ -122,12 +121,6 @@ def train(run: TrainingRun) -> bool:
             # 6: until the last step
     processes.print_main(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
     return True
-
-
-def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float:
-    """Return a step's learning rate: a linear warm-up, times the configured schedule."""
-    rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
-    return rate * LR_SCHEDULES[config.lr_schedule](step, total_steps)
 
 
 def parse_flags() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
-from functions.optimizers import Adam, Muon
+from functions.optimizers import LR_SCHEDULES, Adam, Muon
 from functions.saved.checkpoint import SavedModel, TensorFile, Tensors, copy_tensors, write_tensors
 from functions.support.device import (
     COMPILED_DEVICES,
@@ -31,8 +31,6 @@ from models.unet import UNet
 
 # With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
 VISIBLE_SNR = 1e-3
-# (config, step, total_steps) -> the learning rate of a step
-RateOfStep = Callable[[DiffusionConfig, int, int], float]
 
 
 class TrainingRun:
@@ -275,11 +273,8 @@ class TrainingRun:
         if scaler:
             self.scaler.load_state_dict(scaler)
 
-    def describe(self, learning_rate: RateOfStep) -> str:
-        """Describe the run in a few lines (data, split, network, ...), followed by warnings.
-
-        `learning_rate` is the function of train.py.
-        """
+    def describe(self) -> str:
+        """Describe the run in a few lines (data, split, network, ...), followed by warnings."""
         config = self.config
         facts = self.facts
         snr = self.denoiser.scheduler.terminal_snr
@@ -299,11 +294,11 @@ class TrainingRun:
         ]
         if facts["initial"]:
             lines.append(f"  begins as  {facts['initial']}")
-        for warning in self.warnings(learning_rate):
+        for warning in self.warnings():
             lines.append(f"warning: {warning}")
         return "\n".join(lines)
 
-    def warnings(self, learning_rate: RateOfStep) -> list[str]:
+    def warnings(self) -> list[str]:
         """Return a warning for each setting that is allowed but probably not meant."""
         config = self.config
         steps = self.total_steps
@@ -346,3 +341,9 @@ class TrainingRun:
                     "uninterrupted run"
                 )
         return warnings
+
+
+def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float:
+    """Return a step's learning rate: a linear warm-up, times the configured schedule."""
+    rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
+    return rate * LR_SCHEDULES[config.lr_schedule](step, total_steps)

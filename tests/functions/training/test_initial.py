@@ -37,7 +37,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     assert same(run.parts()["model"], run.parts()["ema"])
     for name, weight in run.parts()["ema"].items():
         assert torch.equal(weight, before.weights[name])
-    assert f"begins as  {tiny_run}" in run.describe(train.learning_rate)
+    assert f"begins as  {tiny_run}" in run.describe()
 
     # The run says where it began.
     assert train.train(run)

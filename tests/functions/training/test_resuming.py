@@ -70,7 +70,9 @@ def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
 
     # Nothing is said of a preset that has gone, or of a rate that hardly rises.
     monkeypatch.delitem(EXPERIMENTS, "faces")
-    monkeypatch.setattr(train, "learning_rate", lambda config, step, steps: 1e-3 * (step + 1))
+    monkeypatch.setattr(
+        "functions.training.run.learning_rate", lambda config, step, steps: 1e-3 * (step + 1)
+    )
     call(train.main, *resume)
     printed = capsys.readouterr().out
     assert line not in printed

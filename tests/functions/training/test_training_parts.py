@@ -34,10 +34,9 @@ from functions.training.metrics import (
     plot_losses,
     read_metrics,
 )
-from functions.training.run import TrainingRun
+from functions.training.run import TrainingRun, learning_rate
 from functions.training.validation import AverageImage, average_image, validation_losses
 from tests.conftest import CPU, HELD_OUT, LittleMemory, newest
-from train import learning_rate
 
 
 def test_the_noised_image_is_in_float32_whatever_the_network_computes_in():
