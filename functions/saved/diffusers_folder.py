@@ -22,7 +22,7 @@ from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import PAPER_TIMESTEPS
 from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import READ_ERRORS, short
+from functions.support.files import READ_ERRORS, read_json, short
 from models.blocks import DIALECTS
 from models.unet import BLOCKS_DOWN, UNet
 
@@ -33,6 +33,29 @@ WORDS = {
     "small": "fixed_small",
     "large": "fixed_large",
     **{name: row.diffusers for name, row in OBJECTIVES.items()},
+}
+
+# Other pipelines, such as those of latents, sample something else with the same network.
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+# These fields of a UNet2DModel or a DDPMScheduler have the only values that we support. Older
+# versions of diffusers lack some of them.
+REQUIRED = {
+    "act_fn": "silu",
+    "add_attention": True,
+    "attn_norm_num_groups": None,
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "downsample_type": "conv",
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2D",
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "upsample_type": "conv",
+    "rescale_betas_zero_snr": False,
+    # The first schedulers had these two.
+    "tensor_format": "pt",
+    "predict_epsilon": True,
 }
 
 
@@ -55,15 +78,10 @@ def load_folder(path: Path) -> SavedModel:
     something else.
     """
     diffusers = import_diffusers()
-    # The last folder that exists is used. Diffusers' training script writes checkpoint-N/unet_ema,
-    # and the schedule beside checkpoint-N.
-    unets = [path, *sorted(path.glob("unet*"))]
-    schedules = [path, *path.absolute().parent.glob("scheduler"), *path.glob("scheduler")]
     try:
-        network, loading = diffusers.UNet2DModel.from_pretrained(
-            unets[-1], output_loading_info=True
-        )
-        schedule = diffusers.DDPMScheduler.load_config(schedules[-1])
+        unet, scheduler_folder = parts_of(path)
+        network, loading = diffusers.UNet2DModel.from_pretrained(unet, output_loading_info=True)
+        schedule = diffusers.DDPMScheduler.load_config(scheduler_folder)
         if schedule["_class_name"] not in ("DDPMScheduler", "DDIMScheduler"):
             raise ValueError(f"unsupported: {schedule['_class_name']}")
         scheduler = diffusers.DDPMScheduler.from_config(schedule)
@@ -73,7 +91,7 @@ def load_folder(path: Path) -> SavedModel:
         if any(loading.values()):
             raise ValueError(f"the weights do not fit the network: {loading}")
         ours = UNet(**config["model"])
-        copy_weights(network, ours)
+        copy_weights(network, ours, len(ours.down))
 
         # In a model hub's cache, the folder's name is a hash.
         parts = path.absolute().parts
@@ -90,6 +108,26 @@ def load_folder(path: Path) -> SavedModel:
         # Files that are damaged, or describe what is impossible, raise errors of these types.
         raise CheckpointError(f"{path}: this model cannot be read: {short(error)}") from error
     return saved
+
+
+def parts_of(path: Path) -> tuple[Path, Path]:
+    """Return the folders of the network and of the schedule.
+
+    Raises ValueError for a pipeline that is not one of PIPELINES.
+    """
+    unets = [path / "unet"]
+    index = path / "model_index.json"
+    if index.exists():
+        pipeline = read_json(index).get("_class_name")
+        if pipeline not in PIPELINES:
+            raise ValueError(f"it is a {pipeline}, and only {' and '.join(PIPELINES)} are read")
+    else:
+        # Diffusers' training script writes checkpoint-N/unet_ema, and no index.
+        unets.insert(0, path / "unet_ema")
+    # The script writes the schedule beside checkpoint-N.
+    schedules = [path / "scheduler", path, path.absolute().parent / "scheduler"]
+    written = [folder for folder in schedules if (folder / "scheduler_config.json").exists()]
+    return next(filter(Path.is_dir, unets), path), next(iter(written), path)
 
 
 def our_config(fields: dict, unexpected: dict) -> dict:
@@ -132,9 +170,7 @@ def our_config(fields: dict, unexpected: dict) -> dict:
     }
     supported = {
         **dict.fromkeys(unexpected),
-        # The first schedulers had these two.
-        "tensor_format": "pt",
-        "predict_epsilon": True,
+        **REQUIRED,
         **network_fields(ModelConfig(**model)),
         **schedule_fields(diffusion),
         # This may be the list of the height and the width.
@@ -142,20 +178,33 @@ def our_config(fields: dict, unexpected: dict) -> dict:
     }
     if fields["clip_sample"]:
         supported["clip_sample_range"] = 1
+    if fields.get("time_embedding_dim"):
+        supported["time_embedding_dim"] = 4 * widths[0]
     for name, value in supported.items():
         if fields.get(name, value) != value:
             raise ValueError(f"unsupported: {name} = {fields[name]!r}")
+    if fields["trained_betas"] is not None:
+        raise ValueError(
+            "unsupported: trained_betas, a list of betas; if --export wrote this folder, the run "
+            "has a log_snr_shift, so sample from the run, or export it to NAME.safetensors"
+        )
     return {"diffusion": diffusion, "model": model}
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
+def copy_weights(source: nn.Module, target: nn.Module, levels: int) -> None:
     """Copy the weights from a UNet2DModel to our `UNet`, or the other way round.
 
     Both networks compute one image, and their weights are paired in the order of the computation.
-    Raises ValueError unless both networks then compute the same. They are in float64 afterwards.
+    Raises ValueError unless both networks then compute the same, and for weights that are not
+    finite. Both are in float64 afterwards.
     """
-    x_t = torch.randn(1, source.conv_in.in_channels, 64, 64, dtype=torch.float64)
+    for name, weight in source.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} has weights that are infinite or not numbers")
+    # The last of the levels has at least one pixel.
+    size = max(64, 2 ** (levels - 1))
+    x_t = torch.randn(1, source.conv_in.in_channels, size, size, dtype=torch.float64)
     expected, weights = compute(source.double().eval(), x_t)
     _, copies = compute(target.double().eval(), x_t)
     for weight, copy in zip(weights, copies, strict=True):
@@ -239,6 +288,6 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
     ours = UNet(**vars(saved.model))
     copy_tensors(saved.weights, ours.state_dict(), saved.path)
     network = diffusers.UNet2DModel(**network_fields(saved.model))
-    copy_weights(ours, network)
+    copy_weights(ours, network, len(ours.down))
     scheduler = diffusers.DDPMScheduler(timestep_spacing="trailing", **schedule)
     diffusers.DDPMPipeline(network.float(), scheduler).save_pretrained(folder)

@@ -98,7 +98,8 @@ def read_json(path: Path) -> dict:
     """
     check_file(path)
     try:
-        return json.loads(path.read_bytes())
+        # Whatever else JSON contains raises an error here.
+        return {**json.loads(path.read_bytes())}
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read: {short(error)}") from error
 

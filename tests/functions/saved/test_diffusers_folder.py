@@ -183,8 +183,16 @@ def test_a_shift_of_the_log_snr_goes_to_diffusers_as_betas(tmp_path):
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "ours")
     same_images(saved, pipeline.unet, pipeline.scheduler)
     # Betas of a folder are not read.
-    with pytest.raises(CheckpointError, match="our alpha_bar is another"):
-        load_model(tmp_path / "ours")
+    assert "the run has a log_snr_shift, so sample from the run" in refusal(tmp_path / "ours")
+
+
+@pytest.mark.slow
+def test_the_last_of_many_levels_has_a_pixel(tmp_path):
+    """With 8 levels, an image of 64 pixels would have half a pixel there."""
+    fields = blocks(128, (8,) * 8, 1)
+    read = load_model(write_pipeline(tmp_path / "theirs", network_of(fields), DDPMScheduler()))
+    write_folder(read, tmp_path / "ours")
+    assert same(read.weights, load_model(tmp_path / "ours").weights)
 
 
 @pytest.fixture
@@ -240,11 +248,49 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
         assert len([*Path("samples").glob(name)]) == 1
 
 
+def biases(saved):
+    return saved.weights["conv_in.bias"]
+
+
+def test_another_network_in_the_folder_is_not_read(folder):
+    """A pipeline has one network, in unet/, and the script's checkpoint an EMA and raw weights."""
+    truth = biases(load_model(folder))
+    other = network_of(SMALL | HO)
+    other.conv_in.bias.data.add_(1)
+    for name in ("unet_old", "unet_ema"):
+        other.save_pretrained(folder / name)
+    assert torch.equal(biases(load_model(folder)), truth)
+    (folder / "model_index.json").unlink()
+    assert torch.equal(biases(load_model(folder)), truth + 1)
+
+
+def test_a_schedule_in_the_folder_comes_before_that_of_a_neighbour(folder, tmp_path):
+    flat = tmp_path / "flat"
+    network_of(SMALL | HO).save_pretrained(flat)
+    DDPMScheduler(beta_end=0.03).save_pretrained(tmp_path / "scheduler")
+    assert load_model(flat).config["diffusion"]["beta_end"] == 0.03
+    DDPMScheduler(beta_end=0.01).save_pretrained(flat)
+    for path, beta_end in ((flat, 0.01), (folder, 0.02)):
+        assert load_model(path).config["diffusion"]["beta_end"] == beta_end
+
+
+def test_a_pipeline_of_another_class_is_refused(folder):
+    """This one's network makes latents, which are no images."""
+    change(folder / "model_index.json", _class_name="LDMPipeline")
+    assert "it is a LDMPipeline, and only DDPMPipeline and DDIMPipeline are read" in refusal(folder)
+    (folder / "model_index.json").write_text("[]")
+    assert "model_index.json: cannot be read" in refusal(folder)
+
+
 REFUSED = [
     # In these fields the networks or the schedules differ.
-    (UNET, {"act_fn": "gelu"}, "our network computes something else"),
-    (SCHEDULE, {"trained_betas": [0.01] * 1000}, "our alpha_bar is another"),
-    (SCHEDULE, {"rescale_betas_zero_snr": True}, "our alpha_bar is another"),
+    (UNET, {"act_fn": "gelu"}, "act_fn = 'gelu'"),
+    (UNET, {"center_input_sample": True}, "center_input_sample = True"),
+    (UNET, {"mid_block_scale_factor": 2.0}, "mid_block_scale_factor = 2.0"),
+    (UNET, {"attn_norm_num_groups": 8}, "attn_norm_num_groups = 8"),
+    (UNET, {"downsample_type": "resnet"}, "downsample_type = 'resnet'"),
+    (SCHEDULE, {"trained_betas": [0.01] * 1000}, "trained_betas, a list of betas"),
+    (SCHEDULE, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True"),
     # diffusers accepts these, and some of them have no effect on its network or its schedule.
     (UNET, {"norm_eps": 1e-5}, "norm_eps = 1e-05"),
     (UNET, {"up_block_types": ["UpBlock2D"] * 2}, "up_block_types = ['UpBlock2D', 'UpBlock2D']"),
@@ -268,11 +314,29 @@ def test_what_another_network_or_schedule_would_need_is_refused(part, fields, sa
     assert said in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("add_attention", False),
+        ("mid_block_type", None),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("time_embedding_type", "fourier"),
+        ("time_embedding_dim", 32),
+        ("upsample_type", "resnet"),
+        ("num_class_embeds", 10),
+    ],
+)
+def test_a_network_with_other_weights_is_refused_by_its_field(name, value, tmp_path):
+    unet = network_of(SMALL | {name: value})
+    path = write_pipeline(tmp_path / "theirs", unet, DDPMScheduler())
+    assert f"unsupported: {name} = {value!r}" in refusal(path)
+
+
 def test_the_comparison_of_the_networks_sees_another_epsilon():
     theirs = network_of(SMALL | HO | {"norm_eps": 1e-5})
     ours = UNet(16, 3, 8, (1, 2), (1,), 16, norm_groups=4)
     with pytest.raises(ValueError, match="our network computes something else"):
-        copy_weights(theirs, ours)
+        copy_weights(theirs, ours, 2)
 
 
 def refusal(folder):
@@ -288,9 +352,9 @@ def refusal(folder):
 def test_damaged_folders_are_refused_in_a_sentence(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
-    weights["conv_in.bias"] *= torch.nan
+    weights["conv_in.bias"][3] = torch.nan
     save_file(weights, file)
-    refusal(folder)
+    assert "conv_in.bias has weights that are infinite or not numbers" in refusal(folder)
     file.write_bytes(file.read_bytes()[:2000])
     refusal(folder)
     (folder / UNET).unlink()
