@@ -29,6 +29,7 @@ from functions.sampling.generation import (
 from functions.sampling.guides import with_guide
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import (
+    check_manifest,
     generate_frames,
     image_path,
     open_folder,
@@ -92,7 +93,7 @@ def sample_pictures(
 ) -> None:
     """Sample images 0 .. n-1, and write a grid and the figures that the flags ask for."""
     # A grid of other settings would not fit to the single images in the folder.
-    open_folder(folder, facts)
+    open_folder(folder, facts, args.n)
     print(f"sampling {args.n} images: {image_sampler.options}, seed {args.seed}")
     if args.strip or args.progressive or args.gif:
         images, states, estimates = generate_frames(image_sampler, args.n)
@@ -124,6 +125,8 @@ def sample_files(
     with step_bar(image_sampler, sum(map(len, shard)), processes.is_main) as bar:
         for batch in shard:
             images = to_uint8(image_sampler.sample(batch, bar)).numpy()
+            # Meanwhile another command may have opened the folder with other settings.
+            check_manifest(folder, facts)
             for i, image in zip(batch, images, strict=True):
                 if i not in on_disk:
                     save_image(image, image_path(folder, i))

@@ -3,8 +3,10 @@
 Several processes may divide the single images among them. After an interruption, the same command
 adds the missing images. The folder has these files:
 
-samples.json    the manifest: all facts that determine the pixels. It is written before the images.
+samples.json    the manifest: all facts that determine the pixels, and how many images the pictures
+                show. It is written before the images.
 00000.png       image 0, and so on. Each file is renamed into place, so that none is incomplete.
+grid.png        and the other PICTURES, all of the same images
 """
 
 import argparse
@@ -28,6 +30,9 @@ from functions.support.pictures import save_gif, save_strip
 from functions.support.processes import Processes
 
 MANIFEST = "samples.json"
+# These show several images. The manifest's SHOWN is their number, or None without pictures.
+PICTURES = ("grid.png", "strip.png", "progressive.png", "denoising.gif")
+SHOWN = "grid"
 # About this many steps are recorded for the figures. An animation shows all of them.
 RECORDED_STEPS = 40
 # A figure of the denoising has at most this many columns and rows.
@@ -58,31 +63,50 @@ def samples_folder(
 
 
 def image_indices(folder: Path) -> set[int]:
-    """Return the indices of the single images in a folder."""
-    return {int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()}
+    """Return the indices of the single images in a folder. An empty file is no image."""
+    files = [path for path in folder.glob("*.png") if path.stem.isdecimal()]
+    return {int(path.stem) for path in files if path.stat().st_size}
 
 
-def open_folder(folder: Path, facts: dict) -> set[int]:
+def open_folder(folder: Path, facts: dict, shown: int | None = None) -> set[int]:
     """Prepare a folder for samples, and return the indices of the single images that are in it.
 
-    The folder is created if it does not exist, and `facts` become its manifest. Raises UserError
-    if it has single images that were sampled with other facts. Images without a manifest, or with
-    a damaged one, are also refused.
+    The folder is created if it does not exist, and `facts` become its manifest. Pictures in it that
+    show images of other facts, or another number than `shown`, are deleted. Raises UserError if it
+    has single images that were sampled with other facts. Images and pictures without a manifest, or
+    with a damaged one, are also refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     indices = image_indices(folder)
-    manifest = read_json(folder / MANIFEST) if indices else facts
+    if indices:
+        check_manifest(folder, facts)
+    manifest = {**facts, SHOWN: shown}
+    pictures = [path for path in map(folder.joinpath, PICTURES) if path.exists()]
+    if pictures:
+        old = {SHOWN: None, **read_json(folder / MANIFEST)}
+        manifest[SHOWN] = shown or old[SHOWN]
+        if manifest != old:
+            for path in pictures:
+                path.unlink()
+            names = " and ".join(path.name for path in pictures)
+            print(f"removed {names} from {folder}, of other settings or another --n")
+            manifest[SHOWN] = shown
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
+    return indices
+
+
+def check_manifest(folder: Path, facts: dict) -> None:
+    """Raise UserError unless the folder's single images are sampled with these facts."""
+    manifest = read_json(folder / MANIFEST)
     changes = [
         f"{name} was {manifest.get(name)}, is now {facts.get(name)}"
         for name in {**facts, **manifest}
-        if manifest.get(name) != facts.get(name)
+        if name != SHOWN and manifest.get(name) != facts.get(name)
     ]
     if changes:
         raise UserError(
             f"{folder} has images with other settings ({'; '.join(changes)}); use another --out"
         )
-    write_text(folder / MANIFEST, json.dumps(facts, indent=2))
-    return indices
 
 
 def generate_frames(image_sampler: ImageSampler, n: int) -> tuple[Tensor, Frames, Frames]:

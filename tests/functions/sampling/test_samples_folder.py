@@ -111,14 +111,76 @@ def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_two_commands_that_start_in_one_folder_do_not_mix_their_images(
+    tiny_run, tmp_path, monkeypatch
+):
+    """The second opens the folder before the first has written an image, and the first ends."""
+    command = [tiny_run, "--individual", "--steps", 2, "--n", 4, "--batch-size", 2]
+    call(sample.main, *command, "--seed", 1, "--out", tmp_path / "alone")
+    step_bar = sample.step_bar
+
+    def start_the_second(*args):
+        monkeypatch.setattr(sample, "step_bar", step_bar)
+        call(sample.main, *command, "--seed", 1, "--out", tmp_path / "both")
+        return step_bar(*args)
+
+    monkeypatch.setattr(sample, "step_bar", start_the_second)
+    with pytest.raises(UserError, match=r"other settings \(seed was 1, is now 0\)"):
+        call(sample.main, *command, "--out", tmp_path / "both")
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+
+
+def test_an_empty_file_is_sampled_again(tiny_run, tmp_path):
+    command = [tiny_run, "--individual", "--steps", 2, "--n", 3, "--out", tmp_path]
+    call(sample.main, *command)
+    before = contents(tmp_path)
+    image_path(tmp_path, 1).write_bytes(b"")
+    call(sample.main, *command)
+    assert contents(tmp_path) == before
+
+
+def test_the_pictures_of_a_folder_belong_together(tiny_run, tmp_path, capsys):
+    """They show as many images of the same settings; the others are removed, and that is said."""
+
+    def pictures_after(*flags):
+        call(sample.main, tiny_run, "--steps", 2, "--out", tmp_path, *flags)
+        return {path.stem for path in tmp_path.iterdir() if not path.stem.isdecimal()} - {"samples"}
+
+    assert pictures_after("--n", 4, "--gif", "--strip") == {"grid", "denoising", "strip"}
+    # The same images, as single ones too, are no reason to remove any.
+    pictures_after("--n", 2, "--individual")
+    everything = pictures_after("--n", 4, "--progressive")
+    assert everything == {"grid", "denoising", "strip", "progressive"}
+    assert "removed" not in capsys.readouterr().out
+    assert pictures_after("--n", 5) == {"grid"}
+    removed = "removed grid.png and strip.png and progressive.png and denoising.gif from"
+    assert removed in capsys.readouterr().out
+
+    # Single images may have taken hours, so with other settings nothing is done.
+    with pytest.raises(UserError, match="has images with other settings"):
+        pictures_after("--n", 5, "--seed", 1)
+    for i in range(2):
+        image_path(tmp_path, i).unlink()
+    assert pictures_after("--n", 2, "--individual", "--seed", 1) == set()
+    # Without a manifest they may be anybody's.
+    (tmp_path / "samples.json").unlink()
+    for i in range(2):
+        image_path(tmp_path, i).unlink()
+    (tmp_path / "strip.png").touch()
+    with pytest.raises(UserError, match=r"samples\.json: there is no such file"):
+        pictures_after("--n", 2)
+    assert (tmp_path / "strip.png").exists()
+
+
 def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
     """Without a manifest, or with one that is cut short, nobody knows what they are."""
-    Image.new("RGB", (16, 16)).save(tmp_path / "00003.png")
+    Image.new("RGB", (16, 16)).save(image_path(tmp_path, 3))
     with pytest.raises(UserError, match=r"samples\.json: there is no such file"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
-    (tmp_path / "samples.json").write_text('{"sampler": ')
-    with pytest.raises(UserError, match=r"samples\.json: cannot be read"):
-        call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
+    for text in ('{"sampler": ', "[]"):
+        (tmp_path / "samples.json").write_text(text)
+        with pytest.raises(UserError, match=r"samples\.json: cannot be read"):
+            call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
     assert [path.name for path in tmp_path.glob("*.png")] == ["00003.png"]
 
 
