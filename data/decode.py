@@ -102,7 +102,7 @@ def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     return fit_square(to_pixels(image, channels), image_size)
 
 
-def open_image_file(path: str, hint: str = "") -> Image.Image:
+def open_image_file(path: Path | str, hint: str = "") -> Image.Image:
     """Read one image file, as `open_image` does.
 
     Raises UserError when the file is not an image, or when it cannot be read. In the second case

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.datasets import ImageSet, Split, load_images, split_images
+from data.decode import open_image_file, to_pixels
 from functions.sampling.samples_folder import MANIFEST, image_indices, image_path
 from functions.support.errors import UserError
 from functions.support.files import read_json, short
@@ -54,7 +55,8 @@ class Images(Dataset):
 def folder_images(folder: Path) -> Images:
     """Return the images of a folder, which sample.py --individual has written.
 
-    Raises UserError when one is missing, or there are too few.
+    Raises UserError when one is missing, or there are too few. Reading an image raises it for a
+    damaged file, and for another size than that of image 0.
     """
     indices = image_indices(folder)
     count = len(indices)
@@ -64,8 +66,14 @@ def folder_images(folder: Path) -> Images:
             "without a gap: sample again, or name another folder"
         )
 
+    size = open_image_file(image_path(folder, 0)).size
+
     def read(i):
-        return np.array(Image.open(image_path(folder, i)).convert("RGB"))
+        path = image_path(folder, i)
+        image = open_image_file(path)
+        if image.size != size:
+            raise UserError(f"{path} has another size than 00000.png; a folder needs one size")
+        return to_pixels(image, 3)
 
     return Images(count, read)
 

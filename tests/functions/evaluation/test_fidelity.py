@@ -131,7 +131,15 @@ def test_two_folders_of_grey_samples(weights, grey_run, pictures, tmp_path, caps
 
     with pytest.raises(UserError, match="--part is for a data set"):
         evaluated(capsys, *folders, "--part", "val")
-    (folders[1] / "00003.png").unlink()
+    file = folders[1] / "00003.png"
+    data = file.read_bytes()
+    file.write_bytes(data[:-40])
+    with pytest.raises(UserError, match=r"b/00003\.png: cannot be decoded"):
+        evaluated(capsys, *folders)
+    Image.new("L", (20, 16)).save(file)
+    with pytest.raises(UserError, match=r"b/00003\.png has another size than 00000\.png"):
+        evaluated(capsys, *folders)
+    file.unlink()
     with pytest.raises(UserError, match=r"b has 7 images; .* without a gap"):
         evaluated(capsys, *folders)
 
