@@ -29,7 +29,7 @@ from functions.sampling.generation import ImageSampler, batches_of, generate
 from functions.saved.checkpoint import SavedModel, TensorFile, Tensors, write_tensors
 from functions.saved.loading import load_and_split
 from functions.spectra import band_sums, octaves, spectrum
-from functions.support.errors import UserError
+from functions.support.errors import CheckpointError, UserError
 from functions.support.random_numbers import ImageNoise, seed_of
 from functions.timesteps import logsnr_timesteps
 
@@ -158,7 +158,8 @@ def with_calibration(image_sampler: ImageSampler, saved: SavedModel) -> ImageSam
 
     "data" fits it to images that the model was trained on, and "own" to samples of the model, so
     that no data are needed. Several processes each fit it, so that none waits for another. Raises
-    UserError when the training images have changed, and for the reasons of `load_and_split`.
+    UserError when the training images have changed or the file is damaged, and for the reasons of
+    `load_and_split`.
     """
     name = image_sampler.options.calibrate
     if not name:
@@ -169,7 +170,10 @@ def with_calibration(image_sampler: ImageSampler, saved: SavedModel) -> ImageSam
     # Another model may later have the same path.
     path = folder / f"{saved.name}-calibration-{name}-{saved.digest[:8]}.safetensors"
     if path.exists():
-        fit = TensorFile(path).tensors(PART)
+        try:
+            fit = TensorFile(path).tensors(PART)
+        except CheckpointError as error:
+            raise UserError(f"{error}; delete this file, and it is fitted again") from error
     else:
         # Samplers of every precision use this file, so the network computes in float32 here.
         float32 = replace(image_sampler.denoiser, precision=torch.float32)

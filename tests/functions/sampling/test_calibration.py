@@ -124,7 +124,16 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     with patch.object(calibration, "calibrate", side_effect=AssertionError("fitted again")):
         assert sampled("again") == first
 
+    # Of a damaged one, the user learns what to do.
+    data = path.read_bytes()
+    for damaged in (data[:100], data[:-1] + b"\0"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="delete this file, and it is fitted again") as error:
+            sampled("damaged")
+        assert str(path) in str(error.value)
+
     # It is fitted in float32, whatever the precision of sampling.
+    path.write_bytes(data)
     file = TensorFile(path)
     path.unlink()
     sampled("anew", "--precision", "bfloat16")
