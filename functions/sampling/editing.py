@@ -80,8 +80,9 @@ def edited_path(args: argparse.Namespace, folder: Path, kind: str) -> Path:
     So only the same command overwrites its picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Each name is cut to 30 characters, so that a file name has room for two.
-    stems = [Path(text).stem[:30] for text in args.images]
+    # Each name is cut to 60 bytes, so that a file name, of at most 255, has room for two.
+    stems = [Path(text).stem.encode(errors="ignore")[:60] for text in args.images]
+    stems = [stem.decode(errors="ignore") for stem in stems]
     digest = sha256(ascii(sorted(vars(args).items())))
     return folder / f"{'-'.join([kind, *stems, digest[:8]])}.png"
 

@@ -259,6 +259,18 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
         assert abs(columns[column][row] - own[i]).max() <= 1
 
 
+def test_long_names_of_many_bytes_are_cut(tiny_run, tmp_path, saved):
+    """A letter may have four bytes, and a file name has at most 255."""
+    files = [tmp_path / f"{letter * 60}.png" for letter in "😀😁"]
+    for file in files:
+        Image.new("RGB", (16, 16)).save(file)
+    out = tmp_path / "out"
+    flags = ["--depths", 0, "--steps", 2, "--out", out]
+    call(edit.main, "interpolate", *files, tiny_run, *flags)
+    saved.call_args.args[2].touch()
+    assert [path.name[:16] for path in out.iterdir()] == ["interpolation-😀😀"]
+
+
 def test_the_script_varies_a_file_and_overwrites_no_picture_of_another_image(
     tiny_run, tmp_path, saved
 ):
