@@ -25,6 +25,7 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
     if path.exists():
         raise UserError(f"{path} exists, and --export does not overwrite")
     if path.suffix == ".safetensors":
+        path.parent.mkdir(parents=True, exist_ok=True)
         export_weights(saved, path)
         return
     if path.suffix:
