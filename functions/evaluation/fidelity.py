@@ -90,7 +90,7 @@ def load_like(folder: Path, name: str) -> tuple[ImageSet, Split]:
     samples. The split is that of the model which drew these, if their manifest says it. Raises
     UserError as `load_images` does.
     """
-    image = Image.open(image_path(folder, 0))
+    image = open_image_file(image_path(folder, 0))
     channels = 1 if image.mode == "L" else 3
     # Packing prints which images are left out.
     image_set = load_images(name, image.height, sys.maxsize, channels)

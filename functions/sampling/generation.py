@@ -154,7 +154,7 @@ def open_sampler(
     path = args.checkpoint
     if not path:
         path = processes.on_main(lambda: newest_checkpoints(args.runs, name_prefix))
-    saved, denoiser = open_model(path, device, args.precision, processes)
+    saved, denoiser = open_model(path, device, args.precision, processes, args.runs)
     processes.print_main(f"{saved.path}: {saved}")
 
     chosen = {k: v for k, v in vars(args).items() if k in SamplerOptions.__annotations__}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from functions.samplers import SAMPLERS, VARIANCES
+from functions.saved.run_folder import RUNS
 from functions.support.command_line import fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
@@ -95,7 +96,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         type=Path,
-        default="runs",
+        default=RUNS,
         help="The folder with all run folders. Default: %(default)s.",
     )
     parser.add_argument(

@@ -15,7 +15,7 @@ from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.saved.diffusers_folder import import_diffusers, load_folder
-from functions.saved.run_folder import find_checkpoints, first_intact
+from functions.saved.run_folder import RUN_NAME, RUNS, find_checkpoints, first_intact
 from functions.support.device import fast_layout, sampling_precision
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
@@ -39,6 +39,7 @@ def open_model(
     device: torch.device,
     precision: str = "float32",
     processes: Processes = SINGLE_PROCESS,
+    runs: Path = RUNS,
 ) -> tuple[SavedModel, Denoiser]:
     """Load a model in all processes. Return what was saved, with its provenance, and a denoiser.
 
@@ -47,6 +48,7 @@ def open_model(
             first intact one is loaded. Of a run this is the newest intact checkpoint.
         precision: "float32", "bfloat16", "float16"; or "auto", that of the training, or float32 if
             the device has no instructions for it.
+        runs: the folder of runs, in which no name of a model hub lies.
 
     Raises CheckpointError when there is no model or when it is damaged.
     """
@@ -56,19 +58,22 @@ def open_model(
 
     def choose():
         candidates = find_checkpoints(path) if isinstance(path, Path) else path
-        return first_intact([*map(downloaded, candidates)], read).path
+        return first_intact([downloaded(candidate, runs) for candidate in candidates], read).path
 
     saved = read(processes.on_main(choose))
     return saved, rebuild(saved, device, sampling_precision(precision, device, saved.precision))
 
 
-def downloaded(path: Path) -> Path:
+def downloaded(path: Path, runs: Path) -> Path:
     """Return the path, or for a name such as google/ddpm-cifar10-32 its folder in diffusers' cache.
 
-    A path that exists is no such name, nor is one in a folder that exists. Raises UserError when
+    A path that exists is no such name, nor is one in a folder that exists or in `runs`, nor one
+    with the name of a run. Raises UserError when
     diffusers has not got the model in its cache and cannot download it.
     """
-    if len(path.parts) != 2 or path.parent.exists() or path.suffix == ".safetensors":
+    is_run = path.parent == runs or RUN_NAME.fullmatch(path.name)
+    is_path = path.parent.exists() or path.suffix == ".safetensors"
+    if len(path.parts) != 2 or is_run or is_path:
         return path
     diffusers = import_diffusers()
     print(f"{path}: no such path; diffusers takes it from its cache, or downloads it", flush=True)

@@ -33,6 +33,8 @@ from functions.support.files import WRITE_ERRORS
 Result = TypeVar("Result")
 # The two groups are the experiment's name and the start time.
 RUN_NAME = re.compile(r"(.+)-(\d{8}-\d{6})")
+# All runs are in this folder unless a flag names another one.
+RUNS = Path("runs")
 # The names of checkpoints and snapshots have eight digits.
 CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
 # A training that is killed while it writes leaves such files in its run folder. The last ones are
@@ -147,7 +149,7 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return find_checkpoints(run)
-    if PRETRAINED.exists() and PRETRAINED.name.startswith(prefix) and runs == Path("runs"):
+    if PRETRAINED.exists() and PRETRAINED.name.startswith(prefix) and runs == RUNS:
         print(
             f"{runs}: no run with a checkpoint here yet; using the model that comes with the "
             "repository (train your own: python train.py)"

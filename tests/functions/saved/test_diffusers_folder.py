@@ -162,8 +162,9 @@ def test_ours_to_diffusers_and_back(tiny_run, tmp_path, monkeypatch):
     original = load_weights(find_checkpoints(tiny_run)[0])
     same_images(original, pipeline.unet, pipeline.scheduler)
     assert same(original.weights, load_model(exported).weights)
-    call(sample.main, tiny_run, "--export", "faces.safetensors")
-    assert load_weights(Path("faces.safetensors")).digest == original.digest
+    file = Path("a/new/folder/faces.safetensors")
+    call(sample.main, tiny_run, "--export", file)
+    assert load_weights(file).digest == original.digest
 
     card = (exported / "README.md").read_text()
     assert ModelCard(card).data.to_dict()["library_name"] == "diffusers"
@@ -377,6 +378,10 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
     assert len([*Path("samples").glob("me--faces-*/*me--faces-ddpm-2-*-seed0/grid.png")]) == 1
     with pytest.raises(UserError, match="me/others is no path, and diffusers cannot download it"):
         call(sample.main, "me/others")
+    # Neither a run nor what lies in the folder of runs has the name of a model on a hub.
+    for flags in ("runs/faces", "run/faces-20260101-120000", "mine/faces --runs mine"):
+        with pytest.raises(CheckpointError, match=r"faces.*: there is no such file"):
+            call(sample.main, *flags.split())
     # A name in a folder that is there is a path.
     with pytest.raises(CheckpointError, match="theirs/unet2: there is no such file"):
         call(sample.main, "theirs/unet2")
