@@ -41,6 +41,7 @@ from functions.evaluation.fidelity import (
     measure_fidelity,
     set_images,
 )
+from functions.evaluation.results import common_settings, write_results
 from functions.samplers import VARIANCES
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import generate, open_sampler
@@ -53,7 +54,7 @@ from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import choose_device
 from functions.support.errors import UserError
-from functions.support.files import read_json, sha256, write_text
+from functions.support.files import read_json
 from functions.support.processes import SINGLE_PROCESS
 
 # With fewer images, FID is far above that of many images.
@@ -183,16 +184,7 @@ def evaluate_bits(args: argparse.Namespace) -> None:
     options = BoundOptions(args.t_stride, image_sampler.batch_size, args.bpd_variance, clip_x_0)
     indices = evenly_spaced(split.val_indices, args.images)
     result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options)
-    # Two results can be compared only if these agree.
-    settings = {
-        "experiment": saved.provenance["experiment"],
-        "step": saved.provenance["step"],
-        "weights": saved.kind,
-        "weights_hash": saved.digest[:16],
-        "ids_hash": split.val_ids_hash,
-        "images": len(indices),
-        **vars(options),
-    }
+    settings = {**common_settings(saved, split, len(indices)), **vars(options)}
     write_bits(folder / saved.name, settings, result)
 
 
@@ -211,16 +203,11 @@ def load_data(saved: SavedModel, name: str | None) -> tuple[ImageSet, Split]:
 
 
 def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
-    """Print bits/dim, and write PREFIX-bpd-<hash of the settings>.json and .png.
-
-    Results with different settings have different names, so none overwrites another.
-    """
+    """Print bits/dim, and write it and a figure as `write_results` names them."""
     print(f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}")
     print(f"    rate {result.rate:.4f} + distortion {result.distortion:.4f}")
     print(f"    {len(result.lengths)} t for each image; {json.dumps(settings)}")
-    digest = sha256(json.dumps(settings))[:8]
-    path = Path(f"{prefix}-bpd-{digest}.json")
-    write_text(path, json.dumps({"settings": settings, **result.facts()}, indent=2))
+    path = write_results(prefix, "bpd", settings, result.facts())
     picture = path.with_suffix(".png")
     plot_bits_per_dim(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
     print(f"wrote {path}\nwrote {picture}")

@@ -10,7 +10,6 @@ ratio above 1 is a fault.
 docs/whole-before-detail.md explains the measure.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,15 +26,21 @@ from tqdm import tqdm
 from data.pixels import to_model_range
 from functions.denoiser import Predictor
 from functions.evaluation.bits_per_dim import error_of_mean, evenly_spaced
+from functions.evaluation.results import common_settings, write_results
 from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import batches_of, open_sampler
-from functions.sampling.options import SamplerOptions, add_out_flag, add_sampling_flags
+from functions.sampling.options import (
+    SamplerOptions,
+    add_out_flag,
+    add_sampling_flags,
+    given_options,
+)
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.spectra import band_sums, octaves, spectrum
 from functions.support.command_line import Parser, exit_on_user_error, positive
+from functions.support.device import precision_name
 from functions.support.errors import UserError
-from functions.support.files import write_text
 from functions.support.pictures import save_figure
 from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import ImageNoise
@@ -89,12 +94,11 @@ def main() -> None:
     parser.add_argument("--data", metavar="NAME|PATH", help="Another copy of the model's images.")
     parser.add_argument("--images", type=positive, metavar="N", help="How many held-out images.")
     args = parser.parse_args()
-    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    # Each measurement is a single network call, so flags of a sampler would have no effect. A
-    # diffusers folder may set its own variance, and turn clipping off.
-    given = replace(image_sampler.options, calibrate=None, variance=None, clip_x_0=True)
-    if given != SamplerOptions():
+    # Each measurement is a single network call, so flags of a sampler would have no effect.
+    options = SamplerOptions(**given_options(args))
+    if replace(options, calibrate=None) != SamplerOptions():
         raise UserError("bands measure single network calls, without a sampler and a guide")
+    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
     image_sampler = with_calibration(image_sampler, saved)
     image_set, split = load_and_split(saved, args.data)
     print(split.description)
@@ -116,11 +120,14 @@ def main() -> None:
 
     print("squared error of x_0 / squared error of the average image, by t and cycles per image")
     print(result.table())
-    # The results of a calibrated network do not replace those of the network itself.
-    calibrated = f"-{args.calibrate}" if args.calibrate else ""
-    path = folder / f"{saved.name}{calibrated}-bands.json"
+    settings = {
+        **common_settings(saved, split, len(indices)),
+        "seed": args.seed,
+        "precision": precision_name(image_sampler.precision),
+        "calibrate": args.calibrate,
+    }
+    path = write_results(folder / saved.name, "bands", settings, result.facts())
     picture = path.with_suffix(".png")
-    write_text(path, json.dumps(result.facts(), indent=2))
     plot_bands(result, picture, saved.name)
     # Both are in the same folder.
     print(f"wrote {path} and {picture.name}")

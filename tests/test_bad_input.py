@@ -36,7 +36,10 @@ COMMANDS = {
     "sample.py --individual --gif": "--individual draws no figures",
     "sample.py nothing.pt": "nothing.pt: there is no such file",
     "sample.py {root}/README.md": "README.md: the file is truncated, damaged or not a checkpoint",
-    "sample.py {run} --guidance 2": "needs a --guide",
+    "sample.py {run} --guidance 1.5": "needs a --guide",
+    "sample.py {run} --guide 5 --guidance nan": "'nan' is not a finite number",
+    "sample.py {run} --guide 5 --guidance inf": "'inf' is not a finite number",
+    "sample.py runs/faces-20260101-120000": "faces-20260101-120000: there is no such file",
     "sample.py {run} --steps 101": "steps is 101; a model with 100 timesteps takes 1 to 100",
     "edit.py interpolate 1 2 --depths 0.5,2": "'2' is not a number from 0 to 1",
     "edit.py inpaint a.png {run} --sampler dpm++": "depend on earlier steps",
@@ -44,6 +47,7 @@ COMMANDS = {
     "edit.py vary {root}/README.md {run}": "README.md: not a PNG",
     "edit.py interpolate no.png 1 {run}": "no.png: No such file",
     "figures/bands.py {run} --steps 3": "single network calls, without a sampler and a guide",
+    "figures/bands.py {run} --variance large": "single network calls, without a sampler",
     "evaluate.py {run} --guide 4": "unrecognized arguments: --guide 4",
 }
 if not torch.cuda.is_available():

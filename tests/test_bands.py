@@ -15,6 +15,7 @@ from PIL import Image
 
 from figures import bands
 from functions.denoiser import Denoiser
+from functions.sampling import calibration
 from functions.spectra import band_sums, octaves, spectrum
 from tests.conftest import LittleMemory, call
 from tests.functions.gaussian_bands import (
@@ -88,13 +89,14 @@ def test_bands_are_octaves(size, finest):
 
 
 @pytest.mark.slow
-def test_the_script_writes_table_and_map(tiny_run, tmp_path, monkeypatch, capsys):
+def test_the_script_writes_table_and_map(tiny_run, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bands, "DRAWS", 90)
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 8)
     # Two dollars in a name are no mathematics.
     [checkpoint] = (tiny_run / "checkpoints").glob("step-00000010.safetensors")
     model = shutil.copy(checkpoint, tmp_path / "$\\frac$.safetensors")
     call(bands.main, model, "--device", "cpu", "--out", tmp_path)
-    path = tmp_path / "$\\frac$-bands.json"
+    [path] = tmp_path.glob("$\\frac$-bands-*.json")
     result = json.loads(path.read_text())
     first_line, *lines = capsys.readouterr().out.split("cycles per image\n")[1].splitlines()
     assert first_line.split() == ["t", *result["bands"]]
@@ -104,3 +106,15 @@ def test_the_script_writes_table_and_map(tiny_run, tmp_path, monkeypatch, capsys
     assert np.array(result["ratio"]).shape == (len(result["t"]), 4)
     assert result["t"][-1] == 99
     assert Image.open(path.with_suffix(".png")).width > 1000
+
+    # Other settings do not overwrite it, and the same ones do.
+    first = path.read_bytes()
+    fewer = tmp_path / "fewer"
+    shutil.copytree(pictures, fewer, ignore=shutil.ignore_patterns("0004*", "*.packed*"))
+    changes = ["--seed 1", "--images 3", "--precision bfloat16", "--calibrate own", ""]
+    for flags in (*changes, f"--data {fewer}"):
+        call(bands.main, model, "--device", "cpu", "--out", tmp_path, *flags.split())
+    assert path.read_bytes() == first
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("*-bands-*.json")]
+    assert len(results) == 6
+    assert sorted(result["settings"]["seed"] for result in results) == [0, 0, 0, 0, 0, 1]

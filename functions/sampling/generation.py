@@ -14,7 +14,7 @@ from tqdm import tqdm
 from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
-from functions.sampling.options import SamplerOptions
+from functions.sampling.options import SamplerOptions, given_options
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import newest_checkpoints
@@ -157,7 +157,7 @@ def open_sampler(
     saved, denoiser = open_model(path, device, args.precision, processes, args.runs)
     processes.print_main(f"{saved.path}: {saved}")
 
-    chosen = {k: v for k, v in vars(args).items() if k in SamplerOptions.__annotations__}
+    chosen = given_options(args)
     # The config of a diffusers folder names a variance, which is meant only for sampling over all
     # timesteps. It may also turn clipping off.
     diffusion = saved.config["diffusion"]

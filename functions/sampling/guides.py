@@ -48,7 +48,7 @@ def with_guide(
     guide = with_calibration(guide_sampler, saved_guide).denoiser
     return replace(
         image_sampler,
-        denoiser=Guided(model, guide, options.guidance),
+        denoiser=Guided(model, guide, options.guide_weight),
         # Manifests and the names of folders contain its first 16 digits, so that images of one
         # guide are never taken for images of another guide, or of none.
         options=replace(options, guide_digest=saved_guide.digest[:16]),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from functions.samplers import SAMPLERS, VARIANCES
 from functions.saved.run_folder import RUNS
-from functions.support.command_line import fraction, positive
+from functions.support.command_line import finite, fraction, positive
 from functions.support.device import DTYPES
 from functions.support.errors import UserError
 from functions.timesteps import SPACINGS
@@ -35,11 +35,12 @@ class SamplerOptions:
     eta: float | None = None
     # This is "data" or "own"; `with_calibration` explains them.
     calibrate: str | None = None
-    # The guide is a worse model, given as a step or a path, and the guidance is its weight w.
+    # The guide is a worse model, given as a step or a path, and the guidance is its weight w, by
+    # default GUIDANCE.
     # functions/sampling/guides.py explains both. `with_guide` sets the digest of the guide's
     # weights, which has no flag.
     guide: str | None = None
-    guidance: float = GUIDANCE
+    guidance: float | None = None
     guide_digest: str | None = None
     # This has no flag. It is False for a few models from diffusers folders.
     clip_x_0: bool = True
@@ -51,7 +52,7 @@ class SamplerOptions:
             if option not in own:
                 flags = " and ".join(f"--{name}" for name in own)
                 raise UserError(f"--{option}: the options of --sampler {self.sampler} are {flags}")
-        if self.guidance != GUIDANCE and not self.guide:
+        if self.guidance is not None and not self.guide:
             raise UserError("--guidance needs a --guide")
 
     @property
@@ -60,6 +61,10 @@ class SamplerOptions:
         arguments = {"spacing": self.spacing, "variance": self.variance, "eta": self.eta}
         given = {option: value for option, value in arguments.items() if value is not None}
         return SAMPLERS[self.sampler].options | given
+
+    @property
+    def guide_weight(self) -> float:
+        return GUIDANCE if self.guidance is None else self.guidance
 
     @property
     def facts(self) -> dict[str, str | int | float]:
@@ -73,7 +78,7 @@ class SamplerOptions:
             facts["calibrate"] = self.calibrate
         if self.guide:
             facts["guide"] = self.guide_digest
-            facts["guidance"] = self.guidance
+            facts["guidance"] = self.guide_weight
         if not self.clip_x_0:
             facts["clip_x_0"] = False
         return facts
@@ -81,6 +86,12 @@ class SamplerOptions:
     def __str__(self) -> str:
         """Return a text such as "sampler dpm++, steps 20, spacing logsnr, eta 1.0"."""
         return ", ".join(f"{name} {value}" for name, value in self.facts.items())
+
+
+def given_options(args: argparse.Namespace) -> dict:
+    """Return the fields of `SamplerOptions` that have flags, by name."""
+    names = SamplerOptions.__annotations__
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -188,8 +199,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--guidance",
-        type=float,
-        default=GUIDANCE,
+        type=finite,
         help="The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away "
-        "from that of the guide. Default: %(default)s.",
+        f"from that of the guide. Default: {GUIDANCE}.",
     )

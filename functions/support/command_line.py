@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -133,6 +134,13 @@ def fraction(text: str) -> float:
     """
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return float(text)
+
+
+def finite(text: str) -> float:
+    """Parse a number that is neither infinite nor nan. Raises ValueError as `fraction` does."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return float(text)
 
 
