@@ -137,6 +137,11 @@ class UNet(nn.Module):
                 initialise(layer.weight)
                 nn.init.zeros_(layer.bias)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image."""
+        return self.channels, self.image_size, self.image_size
+
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise, or v, in images x_t at timesteps t (B,) int64, 0 .. T-1.
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from io import StringIO
 
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT, call
 
@@ -45,6 +46,18 @@ def test_what_a_page_links_to_is_there(page):
                 re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
             }
             assert anchor in names, f"{path}#{anchor}"
+
+
+@pytest.mark.slow
+def test_the_script_of_your_own_draws_a_grid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    page = (ROOT / "docs" / "sampling.md").read_text()
+    section = page.split("## From Python")[1].split("\n## ")[0]
+    code = re.findall(r"^    (.*)$", section, re.MULTILINE)
+    exec("\n".join(code), {})
+    # There are 4 x 4 images, three times as large, with gaps of 2 pixels.
+    assert Image.open("faces.png").size == (3 * (4 * 34 + 2),) * 2
 
 
 @cache
