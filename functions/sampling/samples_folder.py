@@ -71,10 +71,11 @@ def image_indices(folder: Path) -> set[int]:
 def open_folder(folder: Path, facts: dict, shown: int | None = None) -> set[int]:
     """Prepare a folder for samples, and return the indices of the single images that are in it.
 
-    The folder is created if it does not exist, and `facts` become its manifest. Pictures in it that
-    show images of other facts, or another number than `shown`, are deleted. Raises UserError if it
-    has single images that were sampled with other facts. Images and pictures without a manifest, or
-    with a damaged one, are also refused.
+    The folder is created if it does not exist, and `facts` become its manifest. `shown` is the
+    number of images in new pictures, or None if there will be none. Pictures in the folder of other
+    facts, or of another number, are deleted. Raises UserError if it has single images that were
+    sampled with other facts. Images and pictures without a manifest, or with a damaged one, are
+    also refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     indices = image_indices(folder)

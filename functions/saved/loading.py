@@ -68,8 +68,8 @@ def downloaded(path: Path, runs: Path) -> Path:
     """Return the path, or for a name such as google/ddpm-cifar10-32 its folder in diffusers' cache.
 
     A path that exists is no such name, nor is one in a folder that exists or in `runs`, nor one
-    with the name of a run. Raises UserError when
-    diffusers has not got the model in its cache and cannot download it.
+    with the name of a run. Raises UserError when diffusers has not got the model in its cache and
+    cannot download it.
     """
     is_run = path.parent == runs or RUN_NAME.fullmatch(path.name)
     is_path = path.parent.exists() or path.suffix == ".safetensors"
