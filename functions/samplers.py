@@ -125,6 +125,32 @@ def ddim_sample(
 
 
 @torch.no_grad()
+def ddim_invert(
+    denoiser: Predictor, x_0: Tensor, steps: Steps = None, spacing: str = "trailing"
+) -> Tensor:
+    """Return the x_T from which `ddim_sample`, with eta = 0, samples x_0; order 1.
+
+    With eta = 0, DDIM is Euler's method for an ODE (Song et al. 2021, Eq. 14). In terms of
+    y = x_t / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar) it is dy = eps dsigma.
+    This function runs Euler's method from the image to the noise (Section 4.3), at the same
+    timesteps in ascending order. A step from s to t uses the eps at s, where `ddim_sample`, from t
+    to s, uses the eps at t. So `ddim_sample` does not return x_0 exactly. The errors of both ways
+    have the same sign and add up; twice as many steps halve them.
+
+    No x_0 is clipped on the way, because clipping cannot be undone.
+    """
+    scheduler = denoiser.scheduler
+    ascending = sampling_times(scheduler, steps, spacing)[::-1]
+    x = x_0
+    for s, t in pairwise(ascending):
+        # The network cannot be called at the clean image, s = -1. There it gets the timestep t.
+        _, eps = denoiser.predict(x, t if s < 0 else s)
+        # Eq. 12 without fresh noise: the x_0 that x_s and eps imply, with the same eps at t.
+        x = scheduler.q_sample(scheduler.predict_x_0(x, s, eps), t, eps)
+    return x
+
+
+@torch.no_grad()
 def dpm_solver_sample(
     denoiser: Predictor,
     x_T: Tensor,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import SAMPLERS, ddim_sample, ddpm_sample, dpm_solver_sample
+from functions.samplers import SAMPLERS, ddim_invert, ddim_sample, ddpm_sample, dpm_solver_sample
 from functions.timesteps import sampling_times
 from tests.functions.known_denoisers import (
     IMAGES,
@@ -160,3 +160,35 @@ def test_with_fresh_noise_the_error_of_the_distribution_falls_with_the_order(
 
     assert slopes(errors) == pytest.approx([order] * 2, abs=0.15)
     assert errors[-1] < 10 * 0.02**order
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_inversion_and_the_way_back_have_order_1(schedule):
+    """The truths are the noise to which the exact path of IMAGES leads, and the image.
+
+    In one direction of the data, of standard deviation d, a step from sigma to sigma + h multiplies
+    the distance to the mean by 1 + h f(sigma), where f(sigma) = sigma / (d^2 + sigma^2), and the
+    step back by 1 - h f(sigma + h). The product is 1 - h^2 d^2 / (d^2 + sigma^2)^2, up to h^3. If
+    all steps have the same h / sigma = L / N, where L is the log of the ratio of all sigmas, these
+    errors add up to L / N times the integral of sigma d^2 / (d^2 + sigma^2)^2. From 0 to infinity
+    it is 1/2, for any d. So N steps bring an image nearer to the mean by the factor 1 - L / 2N.
+    """
+    scheduler = NoiseScheduler(T, beta_schedule=schedule)
+    denoiser = ideal(IMAGES, scheduler)
+    x_0 = IMAGES.sample(8, torch.Generator().manual_seed(0))
+    first, last = sigmas(scheduler.alphas_cumprod[[0, -1]])
+    noise = IMAGES.path(x_0, double(0.0), last) * scheduler.alphas_cumprod[-1].sqrt()
+
+    errors = []
+    for steps in (200, 400, 800):
+        x_T = ddim_invert(denoiser, x_0, steps, "logsnr")
+        again = ddim_sample(denoiser, x_T, steps, spacing="logsnr", clip_x_0=False)
+        differences = torch.stack([x_T - noise, again - x_0])
+        errors.append(differences.square().mean((1, 2)).sqrt())
+
+        lost = 1 - (again - IMAGES.mean) / (x_0 - IMAGES.mean)
+        predicted = (last / first).log().expand(x_0.shape) / (2 * steps)
+        torch.testing.assert_close(lost, predicted, rtol=10 / steps, atol=0)
+
+    for of_noise_or_image in torch.stack(errors, dim=1):
+        assert slopes([*of_noise_or_image]) == pytest.approx([1, 1], abs=0.04)
