@@ -14,6 +14,7 @@ samples only the batches with missing images:
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.pixels import to_uint8
@@ -83,7 +84,7 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             "steps": image_sampler.step_count,
         }
         if args.individual:
-            sample_files(args.n, image_sampler, folder, facts, processes)
+            sample_files(args.indices, image_sampler, folder, facts, processes)
         elif processes.is_main:
             sample_pictures(args, image_sampler, folder, facts)
 
@@ -91,35 +92,38 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
 def sample_pictures(
     args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, facts: dict
 ) -> None:
-    """Sample images 0 .. n-1, and write a grid and the figures that the flags ask for."""
+    """Sample the images, and write a grid and the figures that the flags ask for."""
     # A grid of other settings would not fit to the single images in the folder.
-    open_folder(folder, facts, args.n)
-    print(f"sampling {args.n} images: {image_sampler.options}, seed {args.seed}")
+    open_folder(folder, facts, list(args.indices))
+    print(f"sampling {len(args.indices)} images: {image_sampler.options}, seed {args.seed}")
     if args.strip or args.progressive or args.gif:
-        images, states, estimates = generate_frames(image_sampler, args.n)
+        images, states, estimates = generate_frames(image_sampler, args.indices)
         save_figures(args, states, estimates, folder)
     else:
-        images = generate(image_sampler, range(args.n), progress=True)
+        images = generate(image_sampler, args.indices, progress=True)
     save_grid(to_uint8(images).numpy(), folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
 
 
 def sample_files(
-    n: int, image_sampler: ImageSampler, folder: Path, facts: dict, processes: Processes
+    indices: Sequence[int],
+    image_sampler: ImageSampler,
+    folder: Path,
+    facts: dict,
+    processes: Processes,
 ) -> None:
-    """Sample those of the images 0 .. n-1 that are not in the folder, and write a PNG file of each.
+    """Sample those images that are not in the folder, and write a PNG file of each.
 
     The processes divide the batches among them. The batches depend neither on the number of
     processes nor on where an earlier command was interrupted. So the images are the same up to
     rounding.
     """
     on_disk = processes.on_main(lambda: open_folder(folder, facts))
-    batches = batches_of(range(n), image_sampler.batch_size)
+    batches = batches_of(indices, image_sampler.batch_size)
     remaining = [batch for batch in batches if not on_disk.issuperset(batch)]
     count = sum(map(len, remaining))
-    processes.print_main(
-        f"sampling {count} of {n} images: {image_sampler.options}, seed {image_sampler.seed}"
-    )
+    options = f"{image_sampler.options}, seed {image_sampler.seed}"
+    processes.print_main(f"sampling {count} of {len(indices)} images: {options}")
 
     shard = [remaining[i] for i in processes.shard(len(remaining))]
     with step_bar(image_sampler, sum(map(len, shard)), processes.is_main) as bar:
@@ -132,7 +136,7 @@ def sample_files(
                     save_image(image, image_path(folder, i))
 
     processes.wait()
-    processes.print_main(f"all {n} images are in {folder}")
+    processes.print_main(f"all {len(indices)} images are in {folder}")
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
@@ -143,13 +147,20 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     add_out_flag(parser)
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--n",
         "-n",
         type=positive,
-        default=n,
         help="How many images to sample. With torchrun write -n, because torchrun reads --n as "
-        "its own flag. Default: %(default)s.",
+        f"its own flag. Default: {n}.",
+    )
+    which.add_argument(
+        "--indices",
+        type=image_indices,
+        metavar="I,I,...",
+        help="Sample the images of the seed with these indices, which count from 0. Default: the "
+        "first ones.",
     )
 
     parser.add_argument(
@@ -186,13 +197,23 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
 
     args = parser.parse_args()
+    args.indices = args.indices or range(args.n or n)
     if args.individual and (args.strip or args.progressive or args.gif):
         raise UserError(
             "--individual draws no figures and no animation; use a command without it, or --no-gif"
         )
-    if args.n > GRID_LIMIT and not args.individual:
-        raise UserError(f"a grid shows {GRID_LIMIT} images at most; for {args.n} add --individual")
+    count = len(args.indices)
+    if count > GRID_LIMIT and not args.individual:
+        raise UserError(f"a grid shows {GRID_LIMIT} images at most; for {count} add --individual")
     return args
+
+
+def image_indices(text: str) -> list[int]:
+    """Parse a flag's value: comma-separated integers of at least 0."""
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of indices such as 3,7,21")
+    return [int(number) for number in numbers]
 
 
 if __name__ == "__main__":

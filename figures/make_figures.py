@@ -278,7 +278,7 @@ def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
 
     # The animation and the strip show intermediate states.
-    samples, states, _ = generate_frames(image_sampler, 36)
+    samples, states, _ = generate_frames(image_sampler, range(36))
     faces = to_uint8(samples).numpy()
     save_grid(faces, FIGURES / "faces.png", columns=9)
 

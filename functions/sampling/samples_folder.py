@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,12 +69,12 @@ def image_indices(folder: Path) -> set[int]:
     return {int(path.stem) for path in files if path.stat().st_size}
 
 
-def open_folder(folder: Path, facts: dict, shown: int | None = None) -> set[int]:
+def open_folder(folder: Path, facts: dict, shown: list[int] | None = None) -> set[int]:
     """Prepare a folder for samples, and return the indices of the single images that are in it.
 
-    The folder is created if it does not exist, and `facts` become its manifest. `shown` is the
-    number of images in new pictures, or None if there will be none. Pictures in the folder of other
-    facts, or of another number, are deleted. Raises UserError if it has single images that were
+    The folder is created if it does not exist, and `facts` become its manifest. `shown` are
+    the indices of the images in new pictures, or None if there will be none. Pictures in the folder
+    of other facts, or of other images, are deleted. Raises UserError if it has single images that were
     sampled with other facts. Images and pictures without a manifest, or with a damaged one, are
     also refused.
     """
@@ -90,7 +91,7 @@ def open_folder(folder: Path, facts: dict, shown: int | None = None) -> set[int]
             for path in pictures:
                 path.unlink()
             names = " and ".join(path.name for path in pictures)
-            print(f"removed {names} from {folder}, of other settings or another --n")
+            print(f"removed {names} from {folder}, of other settings or images")
             manifest[SHOWN] = shown
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
     return indices
@@ -110,8 +111,10 @@ def check_manifest(folder: Path, facts: dict) -> None:
         )
 
 
-def generate_frames(image_sampler: ImageSampler, n: int) -> tuple[Tensor, Frames, Frames]:
-    """Sample images 0 .. n-1, and record about RECORDED_STEPS evenly spaced steps on the way.
+def generate_frames(
+    image_sampler: ImageSampler, indices: Sequence[int]
+) -> tuple[Tensor, Frames, Frames]:
+    """Sample the images with these indices, and record about RECORDED_STEPS evenly spaced steps.
 
     Returns the images (N, C, H, W) in [-1, 1]; the noise and the states after these steps; and the
     model's estimates of x_0 in these steps.
@@ -121,7 +124,7 @@ def generate_frames(image_sampler: ImageSampler, n: int) -> tuple[Tensor, Frames
     states = defaultdict(list)
     estimates = defaultdict(list)
     # Each image begins as noise, which depends only on the seed and the image's index.
-    x_T = image_sampler.noise(range(n)).draw()
+    x_T = image_sampler.noise(indices).draw()
     states[image_sampler.scheduler.timesteps].append(to_uint8(x_T).cpu().numpy())
 
     def on_step(k, t, x, x_0):
@@ -134,7 +137,7 @@ def generate_frames(image_sampler: ImageSampler, n: int) -> tuple[Tensor, Frames
             states[t_after + 1].append(to_uint8(x).cpu().numpy())
 
     # Each batch of images calls `on_step` for all steps.
-    images = generate(replace(image_sampler, on_step=on_step), range(n), progress=True)
+    images = generate(replace(image_sampler, on_step=on_step), indices, progress=True)
     states = {t: np.concatenate(parts) for t, parts in states.items()}
     estimates = {t: np.concatenate(parts) for t, parts in estimates.items()}
     return images, states, estimates

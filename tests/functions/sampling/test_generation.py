@@ -17,11 +17,11 @@ from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.sampling.samples_folder import generate_frames
+from functions.sampling.samples_folder import generate_frames, image_indices
 from functions.saved.loading import load_denoiser
 from functions.support.command_line import exit_on_user_error
 from functions.support.errors import CheckpointError, UserError
-from functions.support.pictures import MIN_SIDE
+from functions.support.pictures import MIN_SIDE, grid_of
 from models.unet import UNet
 from tests.conftest import CPU, LittleMemory, call, image_sampler_of
 
@@ -58,7 +58,7 @@ def test_a_cpu_samples_16_images_at_a_time_and_out_of_memory_names_the_flag(
 def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     """Of 60 steps every second one is recorded, and the last one."""
     image_sampler = image_sampler_of(network, 60)
-    samples, states, estimates = generate_frames(replace(image_sampler, batch_size=2), 3)
+    samples, states, estimates = generate_frames(replace(image_sampler, batch_size=2), range(3))
     assert torch.equal(samples, generate(replace(image_sampler, batch_size=2), range(3)))
     assert list(states) == list(range(60, -1, -2))
     assert list(estimates) == [*range(60, 1, -2), 1]
@@ -94,6 +94,29 @@ def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_an
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
     assert (tmp_path / "denoising.gif").exists()
+
+
+def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
+    """In a batch of the same size an image has the same bits, whatever the others are."""
+    folder = tmp_path / "all"
+    common = [tiny_run, "--steps", 5, "--batch-size", 4, "--device", "cpu", "--out"]
+    call(sample.main, *common, folder, "--individual", "--n", 8)
+    chosen = [*common, tmp_path / "some", "--indices", "6,1,7,3"]
+    call(sample.main, *chosen, "--individual")
+    call(sample.main, *chosen, "--strip")
+
+    pixels = {}
+    for path in (tmp_path / "some").glob("0*.png"):
+        pixels[path.stem] = np.asarray(Image.open(path))
+        assert np.array_equal(pixels[path.stem], np.asarray(Image.open(folder / path.name)))
+    assert sorted(pixels) == ["00001", "00003", "00006", "00007"]
+    in_order = np.stack([pixels[f"0000{i}"] for i in (6, 1, 7, 3)])
+    with Image.open(tmp_path / "some" / "grid.png") as grid:
+        assert np.array_equal(np.asarray(grid), np.asarray(grid_of(in_order)))
+
+    # Only the image that is missing is added to the others.
+    call(sample.main, *common, folder, "--individual", "--indices", "9,1")
+    assert image_indices(folder) == {*range(8), 9}
 
 
 @pytest.mark.parametrize(
