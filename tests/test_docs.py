@@ -14,7 +14,7 @@ from tests.conftest import ROOT, call
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # The first arguments after which a script has other flags.
-VERBS = ("interpolate", "vary", "inpaint", "distance", "images")
+VERBS = ("interpolate", "invert", "vary", "inpaint", "distance", "images")
 FOLDERS = ("benchmarks", "data", "figures", "functions", "models", "tests")
 FILES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
 PATHS = [f"/{path.relative_to(ROOT).as_posix()}" for path in FILES]

@@ -12,7 +12,7 @@ from data.decode import read_image
 from data.pixels import to_model_range, to_uint8
 from functions.sampling.generation import ImageSampler, batches_of, generate
 from functions.sampling.inpainting import check_sampler, inpaint_image, read_with_mask
-from functions.sampling.interpolation import interpolate_images, variations
+from functions.sampling.interpolation import interpolate_exactly, interpolate_images, variations
 from functions.support.files import sha256
 from functions.support.pictures import save_grid, save_strip
 
@@ -23,17 +23,42 @@ VARIATION_COUNT = 8
 
 
 def save_mixtures(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
-    """Save a figure of mixtures of two images, between the two, with a row for each depth."""
+    """Save a figure of mixtures of two images, between the two.
+
+    It has a row for each depth, or with --exact a row of images from mixtures of the two noises.
+    """
     ends = torch.stack([read_x_0(image_sampler, text) for text in args.images])
     path = edited_path(args, folder, "interpolation")
     weights = torch.linspace(0, 1, MIXTURE_COUNT, device=image_sampler.device)
     rows = {}
-    for depth in tqdm(args.depths, "interpolation", unit="row"):
-        t = image_sampler.time_at(depth)
-        batches = batches_of(weights, image_sampler.batch_size)
-        mixtures = [interpolate_images(image_sampler, ends, t, batch) for batch in batches]
-        rows[t] = torch.cat([ends[:1], *mixtures, ends[1:]])
+    if args.exact:
+        _, mixtures = interpolate_exactly(image_sampler, ends, weights)
+        print_errors(mixtures[[0, -1]] - ends)
+        rows[image_sampler.times[0]] = torch.cat([ends[:1], mixtures, ends[1:]])
+    else:
+        for depth in tqdm(args.depths, "interpolation", unit="row"):
+            t = image_sampler.time_at(depth)
+            batches = batches_of(weights, image_sampler.batch_size)
+            mixtures = [interpolate_images(image_sampler, ends, t, batch) for batch in batches]
+            rows[t] = torch.cat([ends[:1], *mixtures, ends[1:]])
     save_rows(rows, ["A", *(f"{weight:.3g}" for weight in weights), "B"], path)
+
+
+def save_inversion(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+    """Save a figure of an image, its noise, and what is sampled from this noise."""
+    x_0 = read_x_0(image_sampler, args.images[0])[None]
+    path = edited_path(args, folder, "inversion")
+    noise, again = interpolate_exactly(image_sampler, x_0, x_0.new_zeros(1))
+    print_errors(again - x_0)
+    row = torch.cat([x_0, noise, again])
+    save_rows({image_sampler.times[0]: row}, ["A", "its noise", "its way back"], path)
+
+
+def print_errors(differences: Tensor) -> None:
+    """Print by how much images change on the way to their noise and back: (B, C, H, W)."""
+    for error in differences.square().mean((1, 2, 3)).sqrt():
+        # From -1 to 1 there are 255 levels.
+        print(f"the way to the noise and back: {127.5 * error:.2f} of 255 levels off (RMS)")
 
 
 def save_variations(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:

@@ -2,15 +2,17 @@
 
 An image is noised to a timestep t, and the reverse process then denoises it. The larger t is, the
 less of the image remains; t = -1 is the image itself. Section 4.4 of Ho et al. 2020 interpolates in
-this way (Figure 8).
+this way (Figure 8). `interpolate_exactly` instead finds the noise from which DDIM samples images.
 
 Here t is one of the sampler's timesteps, and images are in [-1, 1], on the sampler's device.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from functions.samplers import ddim_invert, ddim_sample
 from functions.sampling.generation import ImageSampler
 
 
@@ -46,3 +48,35 @@ def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequen
     noise = image_sampler.noise(indices, "variation")
     x_t = image_sampler.scheduler.q_sample(x_0, t, noise.draw())
     return image_sampler.denoise(x_t, t, noise.draw)
+
+
+def interpolate_exactly(
+    image_sampler: ImageSampler, ends: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mix the noise of two images, and sample by DDIM: the noise and the images, (L, C, H, W) each.
+
+    `ends` are (2, C, H, W), or (1, C, H, W) for an image that is mixed with itself. `weights`,
+    (L,), are the weights of the second end. For 0 and 1 the results are the noise of the ends, and
+    what is sampled from it.
+    """
+    denoiser = image_sampler.denoiser
+    times = image_sampler.times
+    x_T = ddim_invert(denoiser, ends, times)
+    noise = slerp(x_T[0], x_T[-1], weights)
+    batches = noise.split(image_sampler.batch_size)
+    images = [ddim_sample(denoiser, batch, times, clip_x_0=False) for batch in batches]
+    return noise, torch.cat(images)
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Interpolate from a to b, both (C, H, W), along a great circle: (L, C, H, W) for (L,) weights.
+
+    A mixture of two draws of standard normal noise is then nearly standard normal. The middle of
+    the straight line would have a standard deviation of 0.71, and no network is trained on that.
+    """
+    cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    # The mixture is divided by the sine of the angle, which is 0 for a = b.
+    angle = torch.acos(cosine.clamp(-1, 1)).clamp(min=1e-4)
+    w = weights.view(-1, 1, 1, 1)
+    mixture = torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b
+    return mixture / torch.sin(angle)

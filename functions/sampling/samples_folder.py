@@ -72,9 +72,9 @@ def image_indices(folder: Path) -> set[int]:
 def open_folder(folder: Path, facts: dict, shown: list[int] | None = None) -> set[int]:
     """Prepare a folder for samples, and return the indices of the single images that are in it.
 
-    The folder is created if it does not exist, and `facts` become its manifest. `shown` are
-    the indices of the images in new pictures, or None if there will be none. Pictures in the folder
-    of other facts, or of other images, are deleted. Raises UserError if it has single images that were
+    The folder is created if it does not exist, and `facts` become its manifest. `shown` are the
+    indices of the images in new pictures, or None if there will be none. Pictures in the folder of
+    other facts, or of other images, are deleted. Raises UserError if it has single images that were
     sampled with other facts. Images and pictures without a manifest, or with a damaged one, are
     also refused.
     """

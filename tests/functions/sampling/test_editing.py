@@ -4,6 +4,8 @@ Inpainting is compared with the exact mean and covariance of its chain. The data
 Gaussian pixels, for which the ideal network is known, too.
 """
 
+import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import Mock
@@ -22,9 +24,15 @@ from functions.samplers import ddpm_sample
 from functions.sampling import editing
 from functions.sampling.generation import ImageSampler
 from functions.sampling.inpainting import inpaint, read_with_mask
-from functions.sampling.interpolation import interpolate_images, variations
+from functions.sampling.interpolation import (
+    interpolate_exactly,
+    interpolate_images,
+    slerp,
+    variations,
+)
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
+from functions.support.random_numbers import ImageNoise
 from functions.timesteps import sampling_times
 from tests.conftest import CPU, call, image_sampler_of
 from tests.functions.known_denoisers import Gaussian, double, ideal
@@ -226,6 +234,43 @@ def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
         torch.testing.assert_close(interpolated, by_hand[0], rtol=1e-3, atol=1e-3)
 
 
+def test_slerp_keeps_the_distribution_of_noise():
+    noise = ImageNoise(0, range(2), (3, 64, 64)).draw()
+    between = slerp(*noise, torch.linspace(0, 1, 11))
+    torch.testing.assert_close(between.std((1, 2, 3)), torch.ones(11), rtol=0.02, atol=0)
+    torch.testing.assert_close(between[[0, -1]], noise)
+
+    # Between an image and itself, with an angle of 0, there is nothing else.
+    ones = torch.ones(3, 2, 2)
+    torch.testing.assert_close(slerp(ones, ones, WEIGHTS), ones.expand(3, 3, 2, 2))
+
+
+def test_mixtures_of_the_noise_of_two_images_are_mixtures_of_the_images():
+    """They are for this network, the ideal one for pixels from N(0, 0.5^2).
+
+    The path of a pixel leads from x_0 to 2 x_0 sqrt(1 - 0.75 alpha_bar) (`Gaussian.path`). So the
+    noise of an image is a multiple of the image, and the two ends, which are orthogonal and of
+    equal length, are mixed by cosine and sine.
+    """
+    network = ideal(Gaussian(double(0.0), double(0.5)), NoiseScheduler(1000)).network
+    image_sampler = image_sampler_of(network, 1000)
+    x = image_sampler.noise([0]).draw() / 2
+    ends = torch.cat([x, x.flip(3) * torch.tensor([1.0, -1.0]).repeat(8)])
+    angles = WEIGHTS * torch.pi / 2
+    expected = torch.einsum("ke,echw->kchw", torch.stack([angles.cos(), angles.sin()], 1), ends)
+
+    image_sampler = replace(image_sampler, batch_size=2)
+    noise, mixtures = interpolate_exactly(image_sampler, ends, WEIGHTS)
+    alpha_bar = image_sampler.scheduler.alpha_bar(999)
+    growth = 2 * (1 - 0.75 * alpha_bar) ** 0.5
+    torch.testing.assert_close(noise, growth * expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(mixtures, expected, rtol=0.01, atol=0.01)
+
+    # An image that is mixed with itself is inverted alone.
+    alone = interpolate_exactly(image_sampler, ends[:1], WEIGHTS[:1])
+    torch.testing.assert_close(torch.cat(alone), torch.stack([noise[0], mixtures[0]]))
+
+
 def test_variations_differ_more_the_deeper_they_come_from():
     """The network is the ideal one for pixels from N(0, 0.5^2), so it returns draws of these."""
     data = Gaussian(double(0.0), double(0.5))
@@ -269,6 +314,30 @@ def test_long_names_of_many_bytes_are_cut(tiny_run, tmp_path, saved):
     call(edit.main, "interpolate", *files, tiny_run, *flags)
     saved.call_args.args[2].touch()
     assert [path.name[:16] for path in out.iterdir()] == ["interpolation-😀😀"]
+
+
+@pytest.mark.parametrize(
+    ("command", "ways_back"),
+    [("invert {} {run}", {0: 2}), ("interpolate {} {} {run} --exact", {0: 1, 10: 9})],
+)
+def test_the_script_says_by_how_much_images_come_back_changed(
+    command, ways_back, tiny_run, pictures, saved, capsys
+):
+    """The way back of the image in each of these columns is in another column."""
+    files = [pictures / "00000.png", pictures / "00001.png"]
+    call(edit.main, *command.format(*files, run=tiny_run).split())
+    columns, _, path, rows = saved.call_args.args
+    assert rows == ["t = 100"]
+    # The folder's name has the settings.
+    assert path.parent.name.endswith("-ddim-100-trailing-0.0-float32-seed0")
+
+    printed = re.findall(r"([\d.]+) of 255 levels off", capsys.readouterr().out)
+    assert len(printed) == len(ways_back)
+    for levels, (column, way_back), file in zip(printed, ways_back.items(), files, strict=False):
+        image = columns[column][0].astype(float)
+        assert np.array_equal(image, read_image(file, (3, 16, 16)))
+        error = np.square(columns[way_back][0] - image).mean() ** 0.5
+        assert float(levels) == pytest.approx(error, rel=0.1)
 
 
 def test_the_script_varies_a_file_and_overwrites_no_picture_of_another_image(
