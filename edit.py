@@ -41,7 +41,6 @@ EXACT_STEPS = 100
 EXACT_FLAGS = {
     "sampler": ("ddpm", "ddim"),
     "eta": (None, 0.0),
-    "variance": (None,),
     "calibrate": (None,),
     "guide": (None,),
     "precision": ("auto", "float32"),

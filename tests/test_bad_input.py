@@ -48,7 +48,7 @@ COMMANDS = {
     "edit.py interpolate 1 2 --exact --calibrate": "--calibrate has no effect on an inversion",
     "edit.py invert 1 {run} --sampler dpm++": "--sampler has no effect on an inversion",
     "edit.py invert 1 {run} --sampler ddim --eta 1": "--eta has no effect on an inversion",
-    "edit.py invert 1 {run} --variance large": "--variance has no effect on an inversion",
+    "edit.py invert 1 {run} --variance large": "--sampler ddim are --spacing and --eta",
     "edit.py invert 1 {run} --guide 4": "--guide has no effect on an inversion",
     "edit.py invert 1 {run} --precision bfloat16": "--precision has no effect on an inversion",
     "edit.py inpaint a.png {run} --sampler dpm++": "depend on earlier steps",

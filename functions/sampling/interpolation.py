@@ -75,8 +75,8 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     the straight line would have a standard deviation of 0.71, and no network is trained on that.
     """
     cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    # The mixture is divided by the sine of the angle, which is 0 for a = b.
-    angle = torch.acos(cosine.clamp(-1, 1)).clamp(min=1e-4)
+    # For a = b the angle would be 0, and the mixture is divided by its sine.
+    angle = torch.acos(cosine.clamp(max=1 - 1e-6))
     w = weights.view(-1, 1, 1, 1)
     mixture = torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b
     return mixture / torch.sin(angle)

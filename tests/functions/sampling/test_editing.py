@@ -27,12 +27,10 @@ from functions.sampling.inpainting import inpaint, read_with_mask
 from functions.sampling.interpolation import (
     interpolate_exactly,
     interpolate_images,
-    slerp,
     variations,
 )
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
-from functions.support.random_numbers import ImageNoise
 from functions.timesteps import sampling_times
 from tests.conftest import CPU, call, image_sampler_of
 from tests.functions.known_denoisers import Gaussian, double, ideal
@@ -232,17 +230,6 @@ def test_between_two_images_the_ends_are_what_comes_back_of_each(network):
         draws = [noise.draw() for _ in times]
         by_hand = ddpm_sample(image_sampler.denoiser, x_t, times, step_noise=draws.__getitem__)
         torch.testing.assert_close(interpolated, by_hand[0], rtol=1e-3, atol=1e-3)
-
-
-def test_slerp_keeps_the_distribution_of_noise():
-    noise = ImageNoise(0, range(2), (3, 64, 64)).draw()
-    between = slerp(*noise, torch.linspace(0, 1, 11))
-    torch.testing.assert_close(between.std((1, 2, 3)), torch.ones(11), rtol=0.02, atol=0)
-    torch.testing.assert_close(between[[0, -1]], noise)
-
-    # Between an image and itself, with an angle of 0, there is nothing else.
-    ones = torch.ones(3, 2, 2)
-    torch.testing.assert_close(slerp(ones, ones, WEIGHTS), ones.expand(3, 3, 2, 2))
 
 
 def test_mixtures_of_the_noise_of_two_images_are_mixtures_of_the_images():
