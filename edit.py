@@ -36,8 +36,8 @@ VERBS = {
     "inpaint": save_inpaintings,
 }
 # An inversion has this many steps unless --steps says otherwise.
-EXACT_STEPS = 100
-# The values that these flags of sampling may have in an inversion, which is that of the last ones.
+EXACT_STEPS = 200
+# An inversion accepts these values of the flags of sampling, and uses the last one of each.
 EXACT_FLAGS = {
     "sampler": ("ddpm", "ddim"),
     "eta": (None, 0.0),

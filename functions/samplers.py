@@ -1,4 +1,4 @@
-"""The samplers: from noise x_T to images x_0.
+"""The samplers: from noise x_T to images x_0. `ddim_invert` leads from images to noise.
 
 Each sampler is a plain function `f(denoiser, x_T, steps=N) -> x_0` with its paper's defaults. A new
 sampler is a function and a row of the table `SAMPLERS` at the end of this file. All samplers share
@@ -126,7 +126,11 @@ def ddim_sample(
 
 @torch.no_grad()
 def ddim_invert(
-    denoiser: Predictor, x_0: Tensor, steps: Steps = None, spacing: str = "trailing"
+    denoiser: Predictor,
+    x_0: Tensor,
+    steps: Steps = None,
+    spacing: str = "trailing",
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Return the x_T from which `ddim_sample`, with eta = 0, samples x_0; order 1.
 
@@ -142,11 +146,14 @@ def ddim_invert(
     scheduler = denoiser.scheduler
     ascending = sampling_times(scheduler, steps, spacing)[::-1]
     x = x_0
-    for s, t in pairwise(ascending):
+    for k, (s, t) in enumerate(pairwise(ascending)):
         # The network cannot be called at the clean image, s = -1. There it gets the timestep t.
         _, eps = denoiser.predict(x, t if s < 0 else s)
         # Eq. 12 without fresh noise: the x_0 that x_s and eps imply, with the same eps at t.
-        x = scheduler.q_sample(scheduler.predict_x_0(x, s, eps), t, eps)
+        predicted = scheduler.predict_x_0(x, s, eps)
+        x = scheduler.q_sample(predicted, t, eps)
+        if on_step:
+            on_step(k, s, x, predicted)
     return x
 
 

@@ -55,10 +55,11 @@ def save_inversion(args: argparse.Namespace, image_sampler: ImageSampler, folder
 
 
 def print_errors(differences: Tensor) -> None:
-    """Print by how much images change on the way to their noise and back: (B, C, H, W)."""
-    for error in differences.square().mean((1, 2, 3)).sqrt():
+    """Print by how much A and B, (B, C, H, W), change on the way to their noise and back."""
+    errors = differences.square().mean((1, 2, 3)).sqrt()
+    for name, error in zip("AB", errors, strict=False):
         # From -1 to 1 there are 255 levels.
-        print(f"the way to the noise and back: {127.5 * error:.2f} of 255 levels off (RMS)")
+        print(f"{name} comes back {127.5 * error:.2f} of 255 levels off (RMS)")
 
 
 def save_variations(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:

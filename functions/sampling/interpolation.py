@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functions.samplers import ddim_invert, ddim_sample
-from functions.sampling.generation import ImageSampler
+from functions.sampling.generation import ImageSampler, step_bar
 
 
 def interpolate_images(
@@ -61,10 +61,17 @@ def interpolate_exactly(
     """
     denoiser = image_sampler.denoiser
     times = image_sampler.times
-    x_T = ddim_invert(denoiser, ends, times)
-    noise = slerp(x_T[0], x_T[-1], weights)
-    batches = noise.split(image_sampler.batch_size)
-    images = [ddim_sample(denoiser, batch, times, clip_x_0=False) for batch in batches]
+    with step_bar(image_sampler, len(ends) + len(weights), True) as bar:
+
+        def on_step(k, t, x, x_0):
+            bar.update(len(x))
+
+        x_T = ddim_invert(denoiser, ends, times, on_step=on_step)
+        noise = slerp(x_T[0], x_T[-1], weights)
+        images = [
+            ddim_sample(denoiser, batch, times, clip_x_0=False, on_step=on_step)
+            for batch in noise.split(image_sampler.batch_size)
+        ]
     return noise, torch.cat(images)
 
 

@@ -312,13 +312,16 @@ def test_the_script_says_by_how_much_images_come_back_changed(
 ):
     """The way back of the image in each of these columns is in another column."""
     files = [pictures / "00000.png", pictures / "00001.png"]
-    call(edit.main, *command.format(*files, run=tiny_run).split())
+    call(edit.main, *command.format(*files, run=tiny_run).split(), "--steps", 50)
     columns, _, path, rows = saved.call_args.args
     assert rows == ["t = 100"]
     # The folder's name has the settings.
-    assert path.parent.name.endswith("-ddim-100-trailing-0.0-float32-seed0")
+    assert path.parent.name.endswith("-ddim-50-trailing-0.0-float32-seed0")
 
-    printed = re.findall(r"([\d.]+) of 255 levels off", capsys.readouterr().out)
+    output = capsys.readouterr()
+    # The bar counts the steps of both ways.
+    assert "100%" in output.err
+    printed = re.findall(r"([\d.]+) of 255 levels off", output.out)
     assert len(printed) == len(ways_back)
     for levels, (column, way_back), file in zip(printed, ways_back.items(), files, strict=False):
         image = columns[column][0].astype(float)
