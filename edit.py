@@ -67,9 +67,9 @@ def parse_flags() -> argparse.Namespace:
         verbs,
         "invert",
         1,
-        "A: find the noise from which DDIM samples an image, and sample the image from it again. "
-        f"By default this takes {EXACT_STEPS} --steps each way, and misses the image by about 3 of "
-        "255 levels. 250 steps miss it by about 1; of 40 steps another face may come back.",
+        "A: find the noise from which DDIM samples an image, and sample the image from it again, "
+        f"in {EXACT_STEPS} steps each way unless --steps says otherwise. Of 40 steps another face "
+        "can come back; 100 steps missed it by up to 15 of 255 levels (RMS), 250 by up to 3.",
     )
     inverting.set_defaults(exact=True)
     varying = add_verb(verbs, "vary", 1, "A: sample images similar to one.")
