@@ -6,7 +6,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -61,17 +62,17 @@ class MetricsLog:
 
     def __init__(self, run: Path, resume_step: int = 0, config: str = ""):
         self.path = run / "metrics.csv"
-        lines = [COLUMNS]
+        text = StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
         if self.path.exists():
-            rows = read_cells(self.path)
+            rows = read_metrics(self.path)
             # The header is no row.
             if len(rows) < len(complete_lines(self.path)) - 1:
                 kept = shutil.copy(self.path, run / f"metrics-{timestamp()}.csv")
                 print(f"warning: {self.path} has lines that are no rows; a copy is kept: {kept}")
-            for row in rows:
-                if int(row["step"]) <= resume_step:
-                    lines.append([row.get(column, "") for column in COLUMNS])
-        write_text(self.path, "".join(",".join(cells) + "\n" for cells in lines))
+            writer.writerows(as_cells(row) for row in rows if row["step"] <= resume_step)
+        write_text(self.path, text.getvalue())
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=resume_step + 1)
         self.tensorboard.add_text("config", f"```\n{config}\n```", resume_step)
 
@@ -80,12 +81,8 @@ class MetricsLog:
 
         Raises ValueError, and writes nothing, for a name that is not in COLUMNS.
         """
-        cells = {
-            name: f"{value:.6g}" if isinstance(value, float) else value
-            for name, value in values.items()
-        }
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(cells)
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(as_cells(values))
             # The row reaches the disk before the next checkpoint, so a run that resumes from that
             # checkpoint finds the row.
             file.flush()
@@ -105,40 +102,34 @@ class MetricsLog:
         self.tensorboard.close()
 
 
+def as_cells(values: dict[str, float | None]) -> dict[str, str | int | None]:
+    """Return the values of a row with six digits."""
+    return {
+        name: f"{value:.6g}" if isinstance(value, float) else value
+        for name, value in values.items()
+    }
+
+
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of a metrics.csv as numbers, None where a cell is empty."""
-    rows = []
-    for cells in read_cells(path):
-        row = {column: float(cell) if cell else None for column, cell in cells.items()}
-        row["step"] = int(cells["step"])
-        rows.append(row)
-    return rows
+    """Return the rows of a metrics.csv as numbers, None where a cell is empty.
 
-
-def read_cells(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a metrics.csv as texts, without lines that are no rows.
-
-    A power cut or a spreadsheet may have left such lines: blank ones, parts of rows, and others.
+    Lines that are no rows are left out. A power cut or a spreadsheet may have left them.
     """
-    columns = list(COLUMNS)
+    columns = COLUMNS
     rows = []
     for line in complete_lines(path):
         cells = line.split(",")
+        # A run of another version has other columns.
         if cells[0] == "step":
-            # A run of another version has other columns.
             columns = cells
-        elif cells[0].isdecimal() and len(cells) == len(columns) and all(map(is_number, cells)):
-            rows.append(dict(zip(columns, cells, strict=True)))
+        # There are too few or too many cells, or one of them is no number.
+        with suppress(ValueError):
+            row = {
+                column: float(cell) if cell else None
+                for column, cell in zip(columns, cells, strict=True)
+            }
+            rows.append({**row, "step": int(cells[0])})
     return rows
-
-
-def is_number(cell: str) -> bool:
-    """Return whether a cell is a number or empty."""
-    try:
-        float(cell or 0)
-    except ValueError:
-        return False
-    return True
 
 
 def complete_lines(path: Path) -> list[str]:

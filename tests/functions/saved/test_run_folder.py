@@ -2,12 +2,10 @@
 
 import errno
 import time
-from unittest.mock import Mock
 from urllib.error import URLError
 
 import pytest
 import torch
-from filelock import FileLock
 
 from functions.saved import run_folder
 from functions.saved.checkpoint import verify_checkpoint, write_tensors
@@ -139,12 +137,6 @@ def test_an_error_of_the_network_is_not_the_disks(tmp_path, error):
     """A user's logger has raised it, within the loop."""
     with pytest.raises(type(error)), explain_failed_writes(tmp_path):
         raise error
-
-
-def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=NotImplementedError))
-    with locked(tmp_path):
-        assert "is on a disk without locks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
