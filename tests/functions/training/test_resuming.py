@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import train
-from config import EXPERIMENTS, ConfigError, Experiment
+from config import ConfigError, Experiment
 from data.datasets import hash_ids
 from functions.saved.checkpoint import verify_checkpoint, write_tensors
 from functions.saved.run_folder import checkpoints_of
+from functions.training import opening
 from functions.training.metrics import read_metrics
 from tests.conftest import call, newest, posix, terminate
 from tests.kill import assert_same_run
@@ -58,7 +59,7 @@ def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
     own = Experiment.from_dict(newest(tiny_run)["config"])
     resume = ["--resume", tiny_run, "--dry-run", "--diffusion.epochs", 40]
     now = own.override({"learning_rate": 3e-5, "epochs": 40}, {"dropout": 0.1})
-    monkeypatch.setitem(EXPERIMENTS, "faces", now)
+    monkeypatch.setattr(opening, "EXPERIMENTS", {"faces": now})
     call(train.main, *resume)
     printed = capsys.readouterr().out
     line = "the run keeps its own settings; faces in config.py has another "
@@ -69,7 +70,7 @@ def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
     )
 
     # Nothing is said of a preset that has gone, or of a rate that hardly rises.
-    monkeypatch.delitem(EXPERIMENTS, "faces")
+    monkeypatch.setattr(opening, "EXPERIMENTS", {})
     monkeypatch.setattr(
         "functions.training.run.learning_rate", lambda config, step, steps: 1e-3 * (step + 1)
     )
