@@ -34,7 +34,9 @@ def test_what_a_page_names_is_there(page):
             assert name in names, name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_what_a_page_links_to_is_there(page):
     """A link leads to a file or a folder and, after a #, to a heading as GitHub names it."""
     for path, anchor in re.findall(r"\]\(([^):#]*)#?([^):]*)\)", page.read_text()):
