@@ -212,10 +212,10 @@ def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
     figure = Figure(figsize=(9.5, 4.5))
     axis = figure.subplots()
     for column, color, label in (
-        ("eps_error", "0.7", "noise: training"),
-        ("val_eps_error", "0.4", "noise: validation, raw"),
-        ("val_eps_error_ema", "black", "noise: validation, EMA"),
-        *((name, None, name) for name in QUARTERS),
+        ("eps_error", "0.7", "error of noise, training"),
+        ("val_eps_error", "0.4", "error of noise, held out"),
+        ("val_eps_error_ema", "black", "error of noise, held out, EMA"),
+        *((name, None, f"loss, held out, quarter {q} of t") for q, name in enumerate(QUARTERS, 1)),
     ):
         points = {row["step"]: row[column] for row in rows if row.get(column) is not None}
         if points:
