@@ -10,6 +10,7 @@ from config import DiffusionConfig
 from data.pixels import to_model_range
 from functions.denoiser import OBJECTIVES, Denoiser
 from functions.losses import denoising_loss, eps_errors
+from functions.sampling.generation import batches_of
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise, generator_of
 
@@ -45,12 +46,11 @@ def validation_losses(
     all_indices = indices[np.arange(count) * len(indices) // count]
 
     total = torch.zeros(len(denoisers), 6, dtype=torch.float64)
-    for start in range(0, count, config.batch_size)[processes.rank :: processes.count]:
-        batch_slice = slice(start, start + config.batch_size)
-        x_0 = to_model_range(gather(all_indices[batch_slice]))
-        t = all_t[batch_slice].to(x_0.device)
+    batches = batches_of(range(count), config.batch_size)
+    for positions in batches[processes.rank :: processes.count]:
+        x_0 = to_model_range(gather(all_indices[positions]))
+        t = all_t[positions].to(x_0.device)
         # The noise of a triple depends on its position among all triples, not on its batch.
-        positions = range(count)[batch_slice]
         noise = ImageNoise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")
         eps = noise.draw()
 
@@ -96,9 +96,6 @@ def average_image(
 
     `gather` is that of `validation_losses`.
     """
-    total = 0
-    for start in range(0, len(indices), batch_size):
-        images = gather(indices[start : start + batch_size])
-        # The sum of uint8 is int64, and exact.
-        total += images.sum(dim=0, keepdim=True)
+    # The sum of uint8 is int64, and exact.
+    total = sum(gather(batch).sum(dim=0, keepdim=True) for batch in batches_of(indices, batch_size))
     return to_model_range(total / len(indices))
