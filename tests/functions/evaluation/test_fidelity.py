@@ -1,5 +1,6 @@
 """evaluate.py images: torch-fidelity gets the right images, and measures them anew."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import sample
 from data.datasets import load_images
 from functions.evaluation import fidelity
 from functions.support.errors import UserError
-from tests.conftest import ROOT, TRAINED, call
+from tests.conftest import HELD_OUT, TRAINED, call
 
 FAST = ["--sampler", "ddim", "--steps", 1, "--individual", "--device", "cpu"]
 
@@ -88,46 +89,36 @@ def pixels_of(folder, count):
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
 
 
-@pytest.mark.slow
-def test_samples_of_the_box_are_compared_as_torch_fidelity_does(weights, tmp_path, capsys):
+def test_samples_are_compared_as_torch_fidelity_does(
+    weights, grey_run, pictures, tmp_path, capsys
+):
     """The truth is torch-fidelity, called by hand on the same arrays."""
-    folder = tmp_path / "samples"
-    box = ROOT / "pretrained" / "faces-v.safetensors"
-    call(sample.main, box, "--n", 500, "--out", folder, *FAST)
-    # A grid in the folder is not an image of the model.
-    (folder / "grid.png").touch()
-
-    real = load_images("emoji_people", 32).images
-    samples = pixels_of(folder, 500)
-    numbers, printed = evaluated(capsys, folder, "emoji_people")
-    assert numbers == by_hand(samples, real[:811], 250)
-    assert numbers["kernel_inception_distance_std"] > 1e-6
-    assert f"500 images of {folder}, and 811 of emoji_people" in printed
-    assert "90 validate (the last 10% by id)" in printed
-    assert '"sampler": "ddim", "steps": 1' in printed
-    assert "WARNING: ONLY 500 SAMPLES" in printed
-
-    held_out, _ = evaluated(capsys, folder, "emoji_people", "--part", "val")
-    assert held_out == by_hand(samples, real[811:], 45)
-    # Other pixels under the same names are measured anew.
-    Image.fromarray(real[0]).save(folder / "00007.png")
-    changed, _ = evaluated(capsys, folder, "emoji_people")
-    assert changed == by_hand(pixels_of(folder, 500), real[:811], 250) != numbers
-
-
-def test_two_folders_of_grey_samples(weights, grey_run, pictures, tmp_path, capsys):
     folders = [tmp_path / "a", tmp_path / "b"]
     for seed, folder in enumerate(folders):
         call(sample.main, grey_run, "--n", 8, "--seed", seed, "--out", folder, *FAST)
+    # A grid in the folder is not an image of the model.
+    (folders[0] / "grid.png").touch()
     first, second = (pixels_of(folder, 8) for folder in folders)
     numbers, _ = evaluated(capsys, *folders)
     assert numbers == by_hand(first, second, 4)
-    # The data of a grey network are grey.
-    numbers, _ = evaluated(capsys, folders[0], pictures)
+    assert numbers["kernel_inception_distance_std"] > 1e-6
+
+    # The data of a grey network are grey. Of 50 pictures 4 are held out.
     grey = load_images(str(pictures), 16, channels=1).images.repeat(3, axis=3)
+    numbers, printed = evaluated(capsys, folders[0], pictures)
     assert numbers == by_hand(first, grey[TRAINED], 4)
-    numbers, _ = evaluated(capsys, folders[0], pictures, "--part", "all")
-    assert numbers == by_hand(first, grey, 4)
+    assert f"8 images of {folders[0]}, and 46 of {pictures}" in printed
+    assert "46 images train, 4 validate" in printed
+    assert '"sampler": "ddim", "steps": 1' in printed
+    assert "WARNING: ONLY 8 SAMPLES" in printed
+    for part, real, subset in (("val", grey[HELD_OUT], 2), ("all", grey, 4)):
+        numbers, _ = evaluated(capsys, folders[0], pictures, "--part", part)
+        assert numbers == by_hand(first, real, subset)
+
+    # Other pixels under the same name are measured anew.
+    shutil.copy(folders[1] / "00000.png", folders[0] / "00007.png")
+    changed, _ = evaluated(capsys, folders[0], pictures, "--part", "all")
+    assert changed == by_hand(pixels_of(folders[0], 8), grey, 4) != numbers
 
     with pytest.raises(UserError, match="--part is for a data set"):
         evaluated(capsys, *folders, "--part", "val")
