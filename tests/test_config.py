@@ -67,37 +67,14 @@ def test_ffhq_runs_are_those_of_the_reference(name, diffusion, base_dim):
     assert experiment.model.dropout == 0
 
 
-# The values of both, which are not the reference's
-OURS = dict(
-    objective="v",
-    beta_schedule="cosine",
-    optimizer="adam",
-    learning_rate=1e-4,
-    warmup_steps=5000,
-    lr_schedule="cosine",
-    clip_grad_norm=1,
-    timesteps_diff=1000,
-    ema_decay=0.9999,
-    use_augmentation=True,
-)
-
-
-def test_the_day_and_ffhq_v_change_what_they_say():
-    day = EXPERIMENTS["ffhq-day"]
-    of_the_day = dict(batch_size=64, effective_batch=128, max_rotation=0, compile=True, epochs=1200)
-    for experiment, base, values in (
-        (day, "ffhq-run2", OURS | of_the_day),
-        (EXPERIMENTS["ffhq-v"], "ffhq-full", OURS | dict(effective_batch=80, epochs=500)),
-    ):
-        assert {name: getattr(experiment.diffusion, name) for name in values} == values
-        assert experiment.model == replace(EXPERIMENTS[base].model, dropout=0.1)
-
-    shift = day.diffusion.build_scheduler().log_snr_shift
+def test_the_day_has_the_noise_of_64_px_and_the_snapshots_that_its_page_counts():
+    day = EXPERIMENTS["ffhq-day"].diffusion
+    shift = day.build_scheduler().log_snr_shift
     assert shift == pytest.approx(2 * math.log(64 / 128), abs=1e-3)
-    steps = day.diffusion.epochs * (63_000 // 128)
+    steps = day.epochs * (63_000 // day.effective_batch)
     assert steps == 590_400
     # The last step has a snapshot, too.
-    assert math.ceil(steps / day.diffusion.snapshot_every) == 40
+    assert math.ceil(steps / day.snapshot_every) == 40
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
