@@ -13,9 +13,7 @@ from torch import Tensor
 from config import EXPERIMENTS
 from functions.saved.checkpoint import Tensors
 from functions.training.run import TrainingRun
-from tests.conftest import draw_pictures
-
-CPU = torch.device("cpu")
+from tests.conftest import CPU, draw_pictures
 
 
 def same(a: object, b: object) -> bool:
