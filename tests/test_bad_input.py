@@ -58,6 +58,10 @@ COMMANDS = {
     "figures/bands.py {run} --steps 3": "single network calls, without a sampler and a guide",
     "figures/bands.py {run} --variance large": "single network calls, without a sampler",
     "evaluate.py {run} --guide 4": "unrecognized arguments: --guide 4",
+    "evaluate.py {run} --images 1 --out {empty}": "needs two held-out images or more; there are 1",
+    # The folder is an error before the measurement, which may take hours, shows its bar.
+    "evaluate.py {run} --t-stride 100 --out {empty}/notes.txt/out": "notes.txt",
+    "evaluate.py distance {run} {pictures} --n 5": "with FOLDER DATA there are no flags",
 }
 if not torch.cuda.is_available():
     COMMANDS["train.py --device cuda"] = "PyTorch must have it"

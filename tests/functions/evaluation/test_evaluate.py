@@ -53,19 +53,3 @@ def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, monkeypatch, capsys
     printed = capsys.readouterr()
     assert "MAY NOT BE THE IMAGES IT WAS TRAINED ON" in printed.err
     assert '"variance": "large"' in printed.out
-
-
-@pytest.mark.slow
-def test_what_cannot_be_written_is_an_error_before_the_measurement(tiny_run, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        call(evaluate.main, tiny_run, *BPD, "--out", tmp_path / "file" / "out")
-    assert "bits/dim" not in capsys.readouterr().err
-
-
-def test_too_few_images_are_one_line_and_exit_code_2(tiny_run, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"), evaluate.exit_on_user_error():
-        call(evaluate.main, tiny_run, "--images", 1, "--out", tmp_path)
-    error = capsys.readouterr().err
-    assert error == "error: bits/dim needs two held-out images or more; there are 1\n"
-    assert list(tmp_path.iterdir()) == []
