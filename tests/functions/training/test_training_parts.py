@@ -147,10 +147,10 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
 
 
 def test_the_loss_of_the_average_image_has_a_closed_form():
-    """Its error of eps is the noise, and that of v the noise and what an image has of its own.
+    """Its error of v is the noise and what an image has of its own.
 
-    So the first has the mean square 1, and the second a + (1 - a) d^2, where a is alpha_bar and d
-    is the distance of the held-out images from the average of the others.
+    So the mean square is a + (1 - a) d^2, where a is alpha_bar and d is the distance of the
+    held-out images from the average of the others.
     """
     images = torch.randint(150, 256, (12, 4, 4, 3), dtype=torch.uint8)
     pixels = images.double().movedim(3, 1) / 127.5 - 1
@@ -160,20 +160,15 @@ def test_the_loss_of_the_average_image_has_a_closed_form():
 
     alpha_bar = NoiseScheduler(960).alphas_cumprod
     d_squared = (pixels[9:] - pixels[:9].mean(dim=0)).square().mean()
-    for objective, expected in {
-        "eps": torch.ones(960),
-        "v": alpha_bar + (1 - alpha_bar) * d_squared,
-    }.items():
-        denoiser = Denoiser(LittleMemory(None, 0), NoiseScheduler(960), objective)
-        baseline = replace(denoiser, network=AverageImage(denoiser, average))
-        [(loss, _, *quarters)] = validation_losses(
-            [baseline], images.__getitem__, np.arange(9, 12), config, SINGLE_PROCESS
-        )
-        # There are 960 * 48 standard normal numbers, and a quarter of them at each quarter of t.
-        assert loss == pytest.approx(expected.mean().item(), abs=4 * math.sqrt(2 / (960 * 48)))
-        by_quarter = expected.view(4, 240).mean(dim=1).tolist()
-        assert quarters == pytest.approx(by_quarter, abs=4 * math.sqrt(2 / (240 * 48)))
-        assert np.mean(quarters) == pytest.approx(loss)
+    expected = (alpha_bar + (1 - alpha_bar) * d_squared).view(4, 240).mean(dim=1).tolist()
+    denoiser = Denoiser(LittleMemory(None, 0), NoiseScheduler(960), "v")
+    baseline = replace(denoiser, network=AverageImage(denoiser, average))
+    [(loss, _, *quarters)] = validation_losses(
+        [baseline], images.__getitem__, np.arange(9, 12), config, SINGLE_PROCESS
+    )
+    # At each quarter of t there are 240 * 48 standard normal numbers.
+    assert quarters == pytest.approx(expected, abs=4 * math.sqrt(2 / (240 * 48)))
+    assert np.mean(quarters) == pytest.approx(loss)
 
 
 def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
