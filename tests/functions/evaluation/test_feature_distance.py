@@ -16,6 +16,7 @@ from functions.evaluation import fidelity
 from functions.evaluation.feature_distance import Features, frechet_distance, spoilt
 from functions.support.errors import UserError
 from tests.conftest import HELD_OUT, TRAINED, call
+from tests.functions.evaluation.test_fidelity import pixels_of
 
 
 def distances(capsys, *arguments):
@@ -28,8 +29,7 @@ def distances(capsys, *arguments):
 
 def read(folder, count):
     """Return the first images of a folder, (count, 3, H, W) in [-1, 1]."""
-    paths = [folder / f"{i:05d}.png" for i in range(count)]
-    return to_model_range(torch.from_numpy(np.stack([Image.open(path) for path in paths])))
+    return to_model_range(torch.from_numpy(pixels_of(folder, count)))
 
 
 @pytest.fixture(scope="module")
