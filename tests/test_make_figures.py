@@ -19,6 +19,11 @@ def test_every_picture_is_drawn_from_a_run_of_three_steps(trained, tmp_path, mon
     monkeypatch.setattr(make_figures, "FIGURES", folder)
     monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
     monkeypatch.setattr(calibration, "TIMESTEP_COUNT", 2)
+    # The command of these two also draws bands-eps.png, and takes ten seconds each time.
+    left_out = {"bands-calibrated.png", "bands-v.png"}
+    commands = make_figures.COMMANDS
+    few = {name: commands[name] for name in commands.keys() - left_out}
+    monkeypatch.setattr(make_figures, "COMMANDS", few)
     call(make_figures.main, run, run)
 
     for path in folder.iterdir():
@@ -27,4 +32,4 @@ def test_every_picture_is_drawn_from_a_run_of_three_steps(trained, tmp_path, mon
     # `python -m tests.browser` draws the page of demo.py.
     pictures = (path for path in (ROOT / "figures").iterdir() if path.suffix in (".png", ".gif"))
     of_runs = {path.name for path in pictures if not path.name.startswith("demo-")}
-    assert {path.name for path in folder.iterdir()} == of_runs
+    assert {path.name for path in folder.iterdir()} | left_out == of_runs
