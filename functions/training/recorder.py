@@ -64,8 +64,9 @@ class Recorder:
         if not run.folder:
             run.folder = self.processes.on_main(lambda: new_folder(run.runs_folder, run.name))
         with explain_failed_writes(run.folder), ExitStack() as stack:
-            self.processes.on_main(lambda: self.open_files(stack))
+            # From the first line on, a run that has a folder saves before it ends.
             stack.enter_context(self.stop_signals)
+            self.processes.on_main(lambda: self.open_files(stack))
             bar = tqdm(
                 initial=run.step,
                 total=run.total_steps,

@@ -43,8 +43,10 @@ class StopSignals:
             if signal.getsignal(number) != signal.SIG_IGN
         }
         self.outputs = ExitStack()
-        self.outputs.enter_context(redirect_stdout(Output(sys.stdout, self)))
-        self.outputs.enter_context(redirect_stderr(Output(sys.stderr, self)))
+        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            # A process that was started with a closed stream has None.
+            if stream:
+                self.outputs.enter_context(redirect(Output(stream, self)))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -22,7 +22,7 @@ from functions.training.stopping import StopSignals
 from tests.conftest import TINY, call, during, interrupt, load_checkpoint, newest, posix, train_tiny
 from tests.forked import Program, train_script
 from tests.kill import assert_same_run, kill_and_resume
-from tests.small_training import same
+from tests.small_training import same, training_run
 
 
 @pytest.mark.slow
@@ -172,6 +172,23 @@ def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path
     assert program.wait() == 75
     (run,) = runs.iterdir()
     assert 0 < newest(run)["run"]["step"] < 1000
+
+
+@posix
+def test_a_run_is_stopped_by_a_lost_output_from_its_first_line_on(tmp_path, monkeypatch):
+    """One that has had no output from the start, as by `>&-`, goes on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as lost:
+        for stream, reason in ((lost, "the loss of its output"), (None, None)):
+            run = training_run()
+            run.runs_folder = tmp_path
+            recorder = train.Recorder(run)
+            monkeypatch.setattr(sys, "stdout", stream)
+            with recorder.opened():
+                pass
+            monkeypatch.undo()
+            assert recorder.stop_signals.received == reason
 
 
 def stopped_by_three_signals():
