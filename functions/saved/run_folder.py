@@ -23,10 +23,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from functions.saved.checkpoint import (
-    SavedModel,
-    verify_checkpoint,
-)
+from functions.saved.checkpoint import SavedModel, TensorFile, verify_checkpoint
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import WRITE_ERRORS
 
@@ -209,10 +206,15 @@ def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> 
     return read(candidates[-1])
 
 
+def intact_checkpoint(run: Path) -> TensorFile:
+    """Open the newest checkpoint whose checksums are right, as `first_intact` does."""
+    return first_intact(find_checkpoints(run), verify_checkpoint)
+
+
 def last_checkpoint(run: Path) -> Path | None:
     """Return the path of the newest checkpoint whose checksums are right, if there is one."""
     with suppress(CheckpointError):
-        return first_intact(find_checkpoints(run), verify_checkpoint).path
+        return intact_checkpoint(run).path
     return None
 
 
@@ -239,13 +241,13 @@ def checkpoint_to_resume(resume: str | None, runs: Path, experiment: str) -> Pat
                 f"{resume} is not a run folder; "
                 "`NAME --resume` resumes the newest unfinished run of NAME"
             )
-        return first_intact(find_checkpoints(Path(resume)), verify_checkpoint).path
+        return intact_checkpoint(Path(resume)).path
     finished = None
     for run in reversed(runs_of(runs, experiment)):
         # Another experiment's name may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] != experiment or not checkpoints_of(run):
             continue
-        checkpoint = first_intact(find_checkpoints(run), verify_checkpoint)
+        checkpoint = intact_checkpoint(run)
         facts = checkpoint.contents["run"]
         if facts["step"] < facts["total_steps"]:
             return checkpoint.path

@@ -219,7 +219,6 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 @posix
 def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
     path = run_folder.checkpoints_of(unfinished)[-1]
-    resume = ["faces", "--resume", "auto", "--runs", unfinished.parent]
     spoilt = bytearray(path.read_bytes())
     # The EMA weights are in the first quarter.
     spoilt[len(spoilt) // 8] ^= 8
@@ -234,15 +233,8 @@ def test_damaged_files_are_passed_over_loudly(unfinished, tiny_run, capsys):
         call(sample.main, path, "--n", 1, "--steps", 1)
 
     # The run goes on from the checkpoint before it.
-    call(train.main, *resume)
+    call(train.main, "faces", "--resume", "auto", "--runs", unfinished.parent)
     assert f"WARNING: UNUSABLE CHECKPOINT: {path}" in capsys.readouterr().err
-    assert_same_run(tiny_run, unfinished)
-
-    # Without its last checkpoint, a finished run is an unfinished one.
-    last = run_folder.checkpoints_of(unfinished)[-1]
-    last.write_bytes(last.read_bytes()[:-100])
-    call(train.main, *resume)
-    assert f"WARNING: UNUSABLE CHECKPOINT: {last}" in capsys.readouterr().err
     assert list(unfinished.parent.iterdir()) == [unfinished]
     assert_same_run(tiny_run, unfinished)
 
