@@ -93,14 +93,18 @@ def sample_pictures(
     args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, facts: dict
 ) -> None:
     """Sample the images, and write a grid and the figures that the flags ask for."""
+    indices = list(args.indices)
     # A grid of other settings would not fit to the single images in the folder.
-    open_folder(folder, facts, list(args.indices))
-    print(f"sampling {len(args.indices)} images: {image_sampler.options}, seed {args.seed}")
+    open_folder(folder, facts, indices)
+    print(f"sampling {len(indices)} images: {image_sampler.options}, seed {args.seed}")
+    states = estimates = {}
     if args.strip or args.progressive or args.gif:
-        images, states, estimates = generate_frames(image_sampler, args.indices)
-        save_figures(args, states, estimates, folder)
+        images, states, estimates = generate_frames(image_sampler, indices)
     else:
-        images = generate(image_sampler, args.indices, progress=True)
+        images = generate(image_sampler, indices, progress=True)
+    # Meanwhile another command may have written other pictures.
+    open_folder(folder, facts, indices)
+    save_figures(args, states, estimates, folder)
     save_grid(to_uint8(images).numpy(), folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
 

@@ -3,6 +3,7 @@
 The processes are real ones of sample.py.
 """
 
+import json
 import os
 import re
 import shlex
@@ -128,6 +129,21 @@ def test_two_commands_that_start_in_one_folder_do_not_mix_their_images(
     with pytest.raises(UserError, match=r"other settings \(seed was 1, is now 0\)"):
         call(sample.main, *command, "--out", tmp_path / "both")
     assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+
+
+def test_the_pictures_of_two_commands_are_those_of_the_last(tiny_run, tmp_path, monkeypatch):
+    """The second starts while the first samples, and ends before it."""
+    command = [tiny_run, "--steps", 2, "--n", 3, "--out", tmp_path]
+    generate = sample.generate
+
+    def start_the_second(*args, **options):
+        call(sample.main, *command, "--seed", 1, "--gif")
+        return generate(*args, **options)
+
+    monkeypatch.setattr(sample, "generate", start_the_second)
+    call(sample.main, *command)
+    assert json.loads((tmp_path / "samples.json").read_text())["seed"] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.json", "grid.png"}
 
 
 def test_an_empty_file_is_sampled_again(tiny_run, tmp_path):
