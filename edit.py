@@ -13,7 +13,6 @@ sample.py. RUN comes right after the images.
 
 import argparse
 
-from functions.sampling.calibration import with_calibration
 from functions.sampling.editing import (
     save_inpaintings,
     save_inversion,
@@ -21,7 +20,7 @@ from functions.sampling.editing import (
     save_variations,
 )
 from functions.sampling.generation import open_sampler
-from functions.sampling.guides import with_guide
+from functions.sampling.guides import corrected
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import samples_folder
 from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
@@ -51,8 +50,7 @@ def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    image_sampler = with_calibration(image_sampler, saved)
-    image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
+    image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
     folder = samples_folder(args, saved, image_sampler, SINGLE_PROCESS)
     VERBS[args.verb](args, image_sampler, folder)
 

@@ -43,9 +43,8 @@ from functions.evaluation.fidelity import (
 )
 from functions.evaluation.results import common_settings, write_results
 from functions.samplers import VARIANCES
-from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import generate, open_sampler
-from functions.sampling.guides import with_guide
+from functions.sampling.guides import corrected
 from functions.sampling.options import add_model_flags, add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import MANIFEST
 from functions.saved.checkpoint import SavedModel
@@ -222,8 +221,7 @@ def evaluate_distance(args: argparse.Namespace) -> None:
         print(f"{len(images)} images of {args.checkpoint}")
     else:
         saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-        image_sampler = with_calibration(image_sampler, saved)
-        image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
+        image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
         image_set, split = load_data(saved, args.data)
         samples = generate(image_sampler, range(args.n), progress=True).split(BATCH)
         print(f"{args.n} samples: {image_sampler.options}, seed {args.seed}")

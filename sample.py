@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.pixels import to_uint8
-from functions.sampling.calibration import with_calibration
 from functions.sampling.export import export
 from functions.sampling.generation import (
     ImageSampler,
@@ -27,7 +26,7 @@ from functions.sampling.generation import (
     open_sampler,
     step_bar,
 )
-from functions.sampling.guides import with_guide
+from functions.sampling.guides import corrected
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import (
     check_manifest,
@@ -65,10 +64,7 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
                 print(f"wrote {args.export}")
             return
 
-        # Both have no effect unless a flag asks for them. The calibration is first, because it is
-        # fitted to the model alone; `with_guide` calibrates the guide.
-        image_sampler = with_calibration(image_sampler, saved)
-        image_sampler = with_guide(image_sampler, saved, processes)
+        image_sampler = corrected(image_sampler, saved, processes)
         folder = samples_folder(args, saved, image_sampler, processes)
         # These facts determine the pixels, and are the same for all single images of a folder.
         facts = {

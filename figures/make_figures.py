@@ -26,9 +26,8 @@ from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
 from figures.saved_model import open_saved
 from functions.noise_scheduler import NoiseScheduler
-from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.guides import with_guide
+from functions.sampling.guides import corrected
 from functions.sampling.options import SamplerOptions
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.checkpoint import SavedModel
@@ -305,7 +304,7 @@ def draw_cures(faces: Path, faces_v: Path) -> None:
     for run, calibrate in ((faces, None), (faces, "data"), (faces, "own"), (faces_v, None)):
         options = SamplerOptions("ddim", 20, calibrate=calibrate)
         saved, image_sampler = open_saved(run, options)
-        image_sampler = with_calibration(image_sampler, saved)
+        image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
         rows.append(draw_pixels(image_sampler, 36))
 
     # (12, rows, H, W, C): a column for each of the first samples.
@@ -331,7 +330,7 @@ def draw_guidance(faces_v: Path) -> None:
     """Draw the same noise with rising weights of a guide, a column for each weight."""
     options = SamplerOptions("dpm++", 20, eta=0.0, guide="1000")
     saved, image_sampler = open_saved(faces_v, options)
-    image_sampler = with_guide(image_sampler, saved, SINGLE_PROCESS)
+    image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
     columns = {}
     for weight in WEIGHTS:
         denoiser = replace(image_sampler.denoiser, weight=weight)

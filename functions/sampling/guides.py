@@ -1,4 +1,4 @@
-"""Find the guide of a model, and guide the model by it (functions/guidance.py)."""
+"""Find the guide of a model, and guide the calibrated model by it (functions/guidance.py)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +15,16 @@ from functions.support.errors import UserError
 from functions.support.processes import Processes
 
 
-def with_guide(
-    image_sampler: ImageSampler, saved: SavedModel, processes: Processes
-) -> ImageSampler:
-    """Return the sampler with the guide that its options name, if they name one.
+def corrected(image_sampler: ImageSampler, saved: SavedModel, processes: Processes) -> ImageSampler:
+    """Return the sampler with the calibration and the guide that its options name, if any.
 
     `saved` is the sampler's model. The guide computes in the model's precision. If the options ask
     for a calibration, the guide gets one that is fitted to the guide. Raises UserError for a guide
-    with another noise schedule or another shape of images, and when `find_guide` finds none.
+    with another noise schedule or another shape of images, when `find_guide` finds none, and as
+    `with_calibration` does.
     """
+    # A calibration is fitted to a single network, and is never one of the guided x_0.
+    image_sampler = with_calibration(image_sampler, saved)
     options = image_sampler.options
     if not options.guide:
         return image_sampler
@@ -42,8 +43,6 @@ def with_guide(
             "another noise schedule (the number of timesteps, or the betas)"
         )
 
-    # The calibration is fitted to the guide alone. Only x_0 of single networks is ever calibrated,
-    # and not the guided x_0.
     guide_sampler = replace(image_sampler, denoiser=guide)
     guide = with_calibration(guide_sampler, saved_guide).denoiser
     return replace(

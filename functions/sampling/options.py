@@ -36,7 +36,7 @@ class SamplerOptions:
     # This is "data" or "own"; `with_calibration` explains them.
     calibrate: str | None = None
     # The guide is a worse model, given as a step or a path, and the guidance is its weight w, by
-    # default GUIDANCE. functions/sampling/guides.py explains both. `with_guide` sets the digest of
+    # default GUIDANCE. functions/sampling/guides.py explains both. `corrected` sets the digest of
     # the guide's weights, which has no flag.
     guide: str | None = None
     guidance: float | None = None
