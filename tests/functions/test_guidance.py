@@ -1,6 +1,6 @@
-"""A guide and a calibration, which wrap denoisers: alone, together, and where they change nothing.
+"""A guide, and where it and a calibration change nothing, alone and together.
 
-The truths are Gaussian images, whose ideal x_0 is known in closed form. The calibration's fit has
+The truth is the ideal x_0 of Gaussian images, which is known in closed form. The calibration has
 tests of its own, in sampling/test_calibration.py.
 """
 
@@ -16,7 +16,7 @@ from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS
 from functions.sampling.calibration import Calibrated
 from tests.conftest import image_sampler_of, small_unet
-from tests.functions.gaussian_bands import MU, SCHEDULER, by_bands, draw_images, ideal_eps
+from tests.functions.gaussian_bands import MU
 from tests.functions.known_denoisers import IMAGES, Exact, ideal
 
 
@@ -55,39 +55,6 @@ def test_the_guided_x_0_is_on_the_line_through_both(w, schedule):
     assert 700 < len(inside) / 2 < 970
 
 
-def calibrated(denoiser, w_1, w_2):
-    """Return the denoiser with a calibration of these weights in the four bands, at every t."""
-    weights = torch.stack([torch.tensor(w_1), torch.tensor(w_2)], dim=1)
-    return Calibrated(denoiser, MU, weights.expand(1000, 4, 2))
-
-
-def test_both_together():
-    """Each x_0 is calibrated before both are mixed.
-
-    The model's x_0 is damped in each band, which its calibration undoes. The guide says that there
-    is no noise, and its calibration has only x_t.
-    """
-
-    def best(x_t, t):
-        return SCHEDULER.predict_x_0(x_t, t, ideal_eps(x_t, t))
-
-    def damped(x_t, t):
-        return SCHEDULER.predict_eps(x_t, t, MU + by_bands(best(x_t, t) - MU, 1 / undo))
-
-    undo = torch.tensor([5.0, 0.25, 2.0, 10.0])
-    zeros = [0.0] * 4
-    model = calibrated(Exact(damped, SCHEDULER), undo.tolist(), zeros)
-    guide = Exact(lambda x_t, t: torch.zeros_like(x_t), SCHEDULER)
-    guide = calibrated(guide, zeros, [0.5] * 4)
-
-    t = 600
-    x_t = SCHEDULER.q_sample(draw_images(4), t, draw_images(4, seed=1))
-    x_0, _ = Guided(model, guide, 1.5).predict(x_t, t)
-    of_guide = MU + 0.5 * (x_t - SCHEDULER.alpha_bar(t) ** 0.5 * MU)
-    expected = 1.5 * best(x_t, torch.full((4,), t)) - 0.5 * of_guide
-    assert_close(x_0, expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("row", SAMPLERS.values(), ids=SAMPLERS)
 def test_what_changes_nothing_changes_no_bit(network, row, clip):
@@ -99,8 +66,8 @@ def test_what_changes_nothing_changes_no_bit(network, row, clip):
         options = {"clip_x_0": clip, "step_noise": draws.__getitem__, **row.options}
         return row.function(denoiser, draws[-1], 5, **options)
 
-    unchanged = calibrated(plain, [1.0] * 4, [0.0] * 4)
-
+    # w_1 and w_2 are 1 and 0 in the four bands, at every t.
+    unchanged = Calibrated(plain, MU, torch.tensor([1.0, 0.0]).expand(1000, 4, 2))
     other = replace(plain, network=small_unet(dim_multiply=(1, 1)))
     expected = sampled(plain)
     assert (sampled(Guided(plain, other, 2.0)) - expected).abs().max() > 0.01

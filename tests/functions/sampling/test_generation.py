@@ -21,7 +21,7 @@ from functions.sampling.samples_folder import generate_frames, image_indices
 from functions.saved.loading import load_denoiser
 from functions.support.command_line import exit_on_user_error
 from functions.support.errors import CheckpointError, UserError
-from functions.support.pictures import MIN_SIDE, grid_of
+from functions.support.pictures import grid_of
 from models.unet import UNet
 from tests.conftest import CPU, LittleMemory, call, image_sampler_of
 
@@ -69,19 +69,6 @@ def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     assert np.array_equal(states[0], images)
     assert np.array_equal(estimates[1], images)
     assert abs(estimates[60].astype(float) - images).mean() > 10
-
-
-@pytest.mark.slow
-def test_the_script_writes_what_was_asked_for(tiny_run, tmp_path, capsys):
-    flags = "--n 5 --steps 60 --strip --progressive --gif"
-    call(sample.main, tiny_run, *flags.split(), "--out", tmp_path)
-    assert Image.open(tmp_path / "grid.png").width > 3 * MIN_SIDE
-    for name in ("strip", "progressive"):
-        assert Image.open(tmp_path / f"{name}.png").width > 500
-    assert Image.open(tmp_path / "denoising.gif").n_frames == 31
-    printed = capsys.readouterr().out
-    assert "EMA weights after 10 of 10 steps" in printed
-    assert str(tmp_path / "grid.png") in printed
 
 
 def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_animation(

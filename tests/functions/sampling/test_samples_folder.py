@@ -159,7 +159,7 @@ def test_the_pictures_of_a_folder_belong_together(tiny_run, tmp_path, capsys):
     """They show as many images of the same settings; the others are removed, and that is said."""
 
     def pictures_after(*flags):
-        call(sample.main, tiny_run, "--steps", 2, "--out", tmp_path, *flags)
+        call(sample.main, tiny_run, "--steps", 12, "--out", tmp_path, *flags)
         return {path.stem for path in tmp_path.iterdir() if not path.stem.isdecimal()} - {"samples"}
 
     assert pictures_after("--n", 4, "--gif", "--strip") == {"grid", "denoising", "strip"}
@@ -167,7 +167,14 @@ def test_the_pictures_of_a_folder_belong_together(tiny_run, tmp_path, capsys):
     pictures_after("--n", 2, "--individual")
     everything = pictures_after("--n", 4, "--progressive")
     assert everything == {"grid", "denoising", "strip", "progressive"}
-    assert "removed" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "EMA weights after 10 of 10 steps" in printed
+    assert f"wrote {tmp_path / 'grid.png'}" in printed
+    assert "removed" not in printed
+    # They show the noise and all steps, or nine of them.
+    assert Image.open(tmp_path / "denoising.gif").n_frames == 13
+    for name in ("strip.png", "progressive.png"):
+        assert Image.open(tmp_path / name).width > 9 * 100
     assert pictures_after("--n", 5) == {"grid"}
     removed = "removed grid.png and strip.png and progressive.png and denoising.gif from"
     assert removed in capsys.readouterr().out
