@@ -157,7 +157,7 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
     which.add_argument(
         "--indices",
-        type=image_indices,
+        type=parse_indices,
         metavar="I,I,...",
         help="Sample the images of the seed with these indices, which count from 0. Default: the "
         "first ones.",
@@ -208,7 +208,7 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     return args
 
 
-def image_indices(text: str) -> list[int]:
+def parse_indices(text: str) -> list[int]:
     """Parse a flag's value: comma-separated integers of at least 0."""
     numbers = text.split(",")
     if not all(number.isdecimal() for number in numbers):
