@@ -2,16 +2,24 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import compare
+from benchmarks import compare, same_hour
 from benchmarks import first_day_on_a_gpu as first_day
 from benchmarks.compare import COLUMNS, PACKAGES, SETTINGS, Bench
 from config import EXPERIMENTS
-from tests.conftest import CPU, SMALL_MODEL, call
+from data.datasets import load_images
+from functions.support.pictures import save_image
+from tests.conftest import CPU, SMALL_MODEL, TRAINED, call
 
 SMALL = replace(EXPERIMENTS["ffhq-run2"].model, **SMALL_MODEL)
 
@@ -56,6 +64,61 @@ def test_a_row_is_measured_in_a_process_of_its_own_and_may_fail():
     failed = compare.row("ours", compare.PLAIN, SMALL, 2, 1, "nowhere")
     assert len(failed) == len(COLUMNS)
     assert "device is 'nowhere'" in failed[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ours, faces-v", "diffusers", "lucidrains"])
+def test_a_program_is_timed_and_draws_on_the_way(name, pictures, tmp_path, monkeypatch):
+    """An epoch of the 46 training images has two steps of 16. Drawing takes no time."""
+    small = replace(SMALL, base_dim=16)
+    monkeypatch.setattr(same_hour, "MODEL", small)
+    monkeypatch.setattr(same_hour, "SIZE", small.image_size)
+    monkeypatch.setattr(same_hour, "SAMPLES", 3)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, image in enumerate(load_images(str(pictures), 16).images[TRAINED]):
+        # lucidrains' Trainer wants 100 images.
+        for copy in range(1 if "ours" in name else 3):
+            save_image(image, photos / f"{i}-{copy}.png")
+
+    clock = [0.0]
+    monkeypatch.setattr(same_hour, "cpu_seconds", lambda: clock[0])
+    program = same_hour.PROGRAMS[name]
+
+    def a_minute_a_step(data, photos, steps, after_step):
+        def minute_later(step, draw):
+            clock[0] += 60
+            after_step(step, partial(draw_for_an_hour, draw))
+
+        def draw_for_an_hour(draw, n):
+            clock[0] += 3600
+            return draw(n)
+
+        program(data, photos, steps, minute_later)
+
+    monkeypatch.setitem(same_hour.PROGRAMS, name, a_minute_a_step)
+    rows = same_hour.draw_on_the_way(name, str(pictures), photos, 8)
+    assert [minutes for minutes, _ in rows] == [1, 2, 4, 8]
+    for _, samples in rows:
+        assert samples.shape == (3, 16, 16, 3)
+        assert np.ptp(samples) > 0
+
+    np.save(tmp_path / f"{name}.npy", rows[-1][1])
+    distances = [(minutes, 10 / minutes) for minutes, _ in rows]
+    same_hour.plot({"programs": {name: distances}, "held out": 1.0}, tmp_path)
+    assert Image.open(tmp_path / "same_hour.png").width >= 1000
+
+
+def test_cpu_time_counts_child_processes_dead_or_alive():
+    busy = "import time\nwhile time.process_time() < 0.5: pass\n"
+    before = same_hour.cpu_seconds()
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    dead = same_hour.cpu_seconds() - before
+    with subprocess.Popen([sys.executable, "-c", f"{busy}time.sleep(60)"]) as child:
+        while same_hour.cpu_seconds() - before < dead + 0.4:
+            time.sleep(0.05)
+        child.kill()
+    assert 0.4 < dead < 3
 
 
 @pytest.mark.slow

@@ -1,0 +1,367 @@
+"""Train our presets, diffusers and lucidrains on the same photos for the same CPU time.
+
+    python benchmarks/same_hour.py DATA [--minutes 40] [--out same_hour]
+
+DATA is FFHQ, or a path. Each program trains on its training images, at 32 px, in a process of its
+own and with one thread. After an eighth, a quarter, a half and all of the time it draws 400 samples
+by a sampler of 20 calls that it ships. Their distance from the training images (as `evaluate.py
+distance`), and that of as many held-out images, go to OUT/distances.json and OUT/same_hour.png. The
+time is CPU time of training: that of child processes counts, and the clock stands while samples are
+drawn. A program that is in distances.json is not trained again. The packages are those of
+requirements-dev.txt. It has been tried for a few steps, and not been run yet.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+# PyTorch reads this when it is imported, in the processes of the programs, too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import psutil
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.nn.functional import mse_loss
+
+# Python looks for modules in this script's folder, not in the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from benchmarks.compare import build_diffusers
+from config import EXPERIMENTS
+from data.datasets import load_images, split_images
+from data.pixels import to_model_range, to_uint8
+from functions.evaluation.feature_distance import Features, training_features
+from functions.sampling.generation import ImageSampler, generate
+from functions.sampling.options import SamplerOptions
+from functions.support.command_line import Parser, exit_on_user_error
+from functions.support.files import write_text
+from functions.support.pictures import save_figure, save_image
+from functions.training.recorder import Recorder
+
+# The network of `faces`; those of the others have its width.
+MODEL = EXPERIMENTS["faces"].model
+SIZE = MODEL.image_size
+BATCH = 16
+CALLS = 20
+SAMPLES = 400
+# Samples are drawn after these parts of the time.
+PARTS = (1 / 8, 1 / 4, 1 / 2, 1)
+# The steps that are timed beforehand, after some that warm up.
+WARM_UP_STEPS = 5
+TIMED_STEPS = 25
+# The figure shows so many samples of each program.
+SHOWN = 12
+# The rate of `faces-v`, for Adam.
+OUR_RATE = 1e-3
+
+# It returns the first n samples of seed 0, uint8 (n, H, W, C).
+Draw = Callable[[int], np.ndarray]
+# A program calls it after each step, with the number of steps done.
+AfterStep = Callable[[int, Draw], None]
+# (data set, folder of its training images as PNG files, steps, after_step)
+Program = Callable[[str, Path, int, AfterStep], None]
+
+
+def train_ours(name: str, data: str, photos: Path, steps: int, after_step: AfterStep) -> None:
+    """Train a preset with the network of `faces`, by train.py."""
+
+    class Reporter(Recorder):
+        """A Recorder that reports the steps."""
+
+        def after_step(self, *step):
+            # The validation, the grid and the checkpoint of the last step come after it.
+            after_step(self.run.step + 1, self.draw)
+            super().after_step(*step)
+
+        def draw(self, n):
+            sampler = ImageSampler(
+                self.run.sample_denoiser,
+                SamplerOptions("dpm++", CALLS),
+                MODEL.image_shape,
+                seed=0,
+                device=self.run.device,
+                batch_size=BATCH,
+            )
+            with self.run.sample_denoiser.evaluating():
+                return to_uint8(generate(sampler, range(n))).numpy()
+
+    flags = {
+        "diffusion.dataset-name": data,
+        "diffusion.epochs": steps // steps_of_epoch(photos),
+        # They are due after the last step alone.
+        "diffusion.validate-every": steps,
+        "diffusion.sample-every": steps,
+        "diffusion.checkpoint-every": steps,
+        "diffusion.snapshot-every": 0,
+        "model.image-size": SIZE,
+        "model.lowest-resolution-size": MODEL.lowest_resolution_size,
+        "model.dim-multiply": MODEL.dim_multiply,
+        "model.transformer-layers": MODEL.transformer_layers,
+        "model.base-dim": MODEL.base_dim,
+        "model.norm-groups": MODEL.norm_groups,
+        "runs": photos.parent / "runs",
+        "device": "cpu",
+    }
+    words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+    command_line = mock.patch.object(sys, "argv", ["train.py", name, *words])
+    with command_line, mock.patch.object(train, "Recorder", Reporter):
+        train.main()
+
+
+def train_diffusers(
+    rate: float, precision: str, data: str, photos: Path, steps: int, after_step: AfterStep
+) -> None:
+    """Train as examples/unconditional_image_generation of diffusers does, with its defaults."""
+    import diffusers
+    from accelerate import Accelerator
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    accelerator = Accelerator(mixed_precision=precision, cpu=True)
+    # The widths and the details are ours; the script's own network has 114 M parameters.
+    model = build_diffusers(MODEL)
+    schedule = diffusers.DDPMScheduler(1000)
+    # The rest are the defaults of the script's flags, with --use_ema and --random_flip, as in the
+    # commands of its README.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), rate, betas=(0.95, 0.999), eps=1e-8, weight_decay=1e-6
+    )
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=steps)
+    average = EMAModel(
+        model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4
+    )
+    model, optimizer, rates = accelerator.prepare(model, optimizer, rates)
+    # Of its DPM-Solver++, the form with fresh noise is the better one in few steps.
+    sampler = diffusers.DPMSolverMultistepScheduler.from_config(
+        schedule.config, algorithm_type="sde-dpmsolver++"
+    )
+
+    @torch.no_grad()
+    def draw(n):
+        # The averaged weights take the place of the others while samples are drawn.
+        average.store(model.parameters())
+        average.copy_to(model.parameters())
+        model.eval()
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(n, *MODEL.image_shape, generator=generator)
+        sampler.set_timesteps(CALLS)
+        for t in sampler.timesteps:
+            eps = torch.cat([model(part, t).sample.float() for part in x.split(BATCH)])
+            x = sampler.step(eps, t, x, generator=generator).prev_sample
+        average.restore(model.parameters())
+        model.train()
+        return to_uint8(x.clamp(-1, 1)).numpy()
+
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(photos.iterdir())])
+    images = to_model_range(torch.from_numpy(pixels))
+    torch.manual_seed(0)
+    for step in range(steps):
+        # Each epoch has its own order, and its last, smaller batch is dropped.
+        if step % (len(images) // BATCH) == 0:
+            batches = iter(torch.randperm(len(images)).split(BATCH))
+        x_0 = images[next(batches)]
+        x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1) < 0.5, x_0.flip(3), x_0)
+        noise = torch.randn_like(x_0)
+        t = torch.randint(1000, (len(x_0),))
+        eps = model(schedule.add_noise(x_0, noise, t), t).sample
+        accelerator.backward(mse_loss(eps, noise))
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+        after_step(step + 1, draw)
+
+
+def train_lucidrains(
+    changes: dict, data: str, photos: Path, steps: int, after_step: AfterStep
+) -> None:
+    """Train by the Trainer of denoising-diffusion-pytorch, with its defaults but for `changes`."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+
+    torch.manual_seed(0)
+    # Width and multipliers are ours. Blocks, attention, objective and betas are the package's.
+    network = Unet(dim=MODEL.base_dim, dim_mults=MODEL.dim_multiply)
+    trainer = Trainer(
+        GaussianDiffusion(network, image_size=SIZE, sampling_timesteps=CALLS),
+        photos,
+        train_num_steps=steps,
+        # It never samples by itself.
+        save_and_sample_every=2 * steps,
+        calculate_fid=False,
+        results_folder=photos.parent / "lucidrains",
+        **changes,
+    )
+    model = trainer.ema.ema_model
+    update = trainer.ema.update
+
+    @torch.random.fork_rng()
+    def draw(n):
+        model.eval()
+        torch.manual_seed(0)
+        samples = torch.cat([model.sample(batch_size=BATCH) for _ in range(0, n, BATCH)])[:n]
+        return to_uint8(2 * samples - 1).numpy()
+
+    def update_and_report():
+        update()
+        after_step(trainer.step, draw)
+
+    # The trainer updates its average after each step.
+    trainer.ema.update = update_and_report
+    trainer.train()
+
+
+# The programs, by the names in the figure. Those with "our settings" have our rate, batch and
+# precision, and all else as shipped.
+PROGRAMS: dict[str, Program] = {
+    "ours, faces": partial(train_ours, "faces"),
+    "ours, faces-v": partial(train_ours, "faces-v"),
+    "ours, ffhq-64 at 32 px": partial(train_ours, "ffhq-64"),
+    "diffusers": partial(train_diffusers, 1e-4, "no"),
+    "diffusers, our settings": partial(train_diffusers, OUR_RATE, "bf16"),
+    "lucidrains": partial(train_lucidrains, {}),
+    "lucidrains, our settings": partial(
+        train_lucidrains,
+        {"train_lr": OUR_RATE, "amp": True, "mixed_precision_type": "bf16"},
+    ),
+}
+
+
+def steps_of_epoch(photos: Path) -> int:
+    """Return the number of batches in the folder of training images, the rest dropped."""
+    return len(list(photos.iterdir())) // BATCH
+
+
+class Timed(Exception):
+    """The steps that are timed beforehand are done."""
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its child processes, dead or alive."""
+    process = psutil.Process()
+    times = [
+        process.cpu_times(),
+        *(child.cpu_times() for child in process.children(recursive=True)),
+    ]
+    return sum(
+        time.user + time.system + time.children_user + time.children_system for time in times
+    )
+
+
+def seconds_of_step(name: str, data: str, photos: Path) -> float:
+    """Return the CPU seconds of a step of a program, in a process of its own."""
+    times = {}
+
+    def after_step(step, draw):
+        times[step] = cpu_seconds()
+        if step == WARM_UP_STEPS + TIMED_STEPS:
+            raise Timed
+
+    try:
+        PROGRAMS[name](data, photos, TIMED_STEPS * steps_of_epoch(photos), after_step)
+    except Timed:
+        return (max(times.values()) - times[WARM_UP_STEPS]) / TIMED_STEPS
+
+
+def draw_on_the_way(
+    name: str, data: str, photos: Path, steps: int
+) -> list[tuple[float, np.ndarray]]:
+    """Train a program in this process. Return the CPU minutes and the samples at each of PARTS."""
+    rows = []
+    marks = {round(part * steps) for part in PARTS}
+    start = cpu_seconds()
+
+    def after_step(step, draw):
+        # Drawing moves the start, so that it takes no time.
+        nonlocal start
+        if step in marks:
+            stopped = cpu_seconds()
+            rows.append(((stopped - start) / 60, draw(SAMPLES)))
+            start += cpu_seconds() - stopped
+
+    PROGRAMS[name](data, photos, steps, after_step)
+    return rows
+
+
+def in_process(work: Callable, *arguments):
+    """Return `work(*arguments)`, called in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def distance(features: Features, pixels: np.ndarray) -> float:
+    """Return the distance of images, uint8 (N, H, W, C), from the training images."""
+    return features.distance(features([to_model_range(torch.from_numpy(pixels))]))
+
+
+def plot(results: dict, out: Path) -> None:
+    """Draw the distances over CPU minutes, above the first samples of each program at the end."""
+    figure = Figure(figsize=(10, 5 + 0.9 * len(results["programs"])))
+    # The upper part has the curves, and the lower one the samples.
+    curves, samples = figure.subplots(2, 1, height_ratios=(5, 0.9 * len(results["programs"])))
+    for name, rows in results["programs"].items():
+        minutes, distances = zip(*rows, strict=True)
+        curves.plot(minutes, distances, "o-", label=name)
+    curves.axhline(results["held out"], color="0.6", label="held-out photos")
+    curves.set(xscale="log", yscale="log", xlabel="CPU minutes of training", ylabel="distance")
+    curves.legend(frameon=False)
+    rows = [np.load(out / f"{name}.npy") for name in results["programs"]]
+    # (rows, SHOWN, H, W, C) -> (rows H, SHOWN W, C)
+    grid = np.concatenate([np.concatenate(list(row[:SHOWN]), axis=1) for row in rows])
+    samples.imshow(grid)
+    samples.set_xticks([])
+    samples.set_yticks(SIZE * (np.arange(len(rows)) + 0.5), list(results["programs"]))
+    figure.tight_layout()
+    save_figure(figure, out / "same_hour.png")
+
+
+def main() -> None:
+    """Train the programs that are not in distances.json yet, and draw the figure."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("data", metavar="DATA", help="FFHQ, or the path of a data set.")
+    parser.add_argument(
+        "--minutes", type=float, default=40, help="CPU minutes of training. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("same_hour"), help="A folder. Default: %(default)s."
+    )
+    args = parser.parse_args()
+
+    image_set = load_images(args.data, SIZE)
+    split = split_images(image_set, "reference")
+    features = training_features(image_set, split)
+    photos = args.out / "photos"
+    photos.mkdir(parents=True, exist_ok=True)
+    # The others read the same pixels from files.
+    for i in split.train_indices:
+        save_image(image_set.images[i], photos / f"{i:05d}.png")
+
+    path = args.out / "distances.json"
+    results = json.loads(path.read_text()) if path.exists() else {"programs": {}}
+    held_out = image_set.images[split.val_indices[:SAMPLES]]
+    results["held out"] = distance(features, np.asarray(held_out))
+    epoch = steps_of_epoch(photos)
+    for name in [name for name in PROGRAMS if name not in results["programs"]]:
+        seconds = in_process(seconds_of_step, name, args.data, photos)
+        # The rate of a program falls over its steps, so their number is set beforehand.
+        steps = max(1, round(60 * args.minutes / seconds / epoch)) * epoch
+        rows = in_process(draw_on_the_way, name, args.data, photos, steps)
+        np.save(args.out / f"{name}.npy", rows[-1][1])
+        results["programs"][name] = [(m, distance(features, images)) for m, images in rows]
+        write_text(path, json.dumps(results, indent=2))
+        print(f"{name}: {steps:,} steps, {results['programs'][name]}")
+    plot(results, args.out)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
