@@ -35,12 +35,12 @@ class StopSignals:
     received_at = 0.0
 
     def __enter__(self) -> "StopSignals":
-        # A signal that whoever started the process has let it ignore, as nohup does with SIGHUP,
-        # stays ignored.
+        # nohup lets a process ignore SIGHUP, which then stays ignored. A script's background jobs
+        # ignore SIGINT, but whoever sends that to one of them means it.
         self.previous = {
             number: signal.signal(number, self.handle)
             for number in SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN
+            if (number.name, signal.getsignal(number)) != ("SIGHUP", signal.SIG_IGN)
         }
         self.outputs = ExitStack()
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
