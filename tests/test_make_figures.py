@@ -1,5 +1,10 @@
 """figures/make_figures.py: it draws, from any run, every picture that figures/ has."""
 
+import contextlib
+import runpy
+import sys
+from unittest import mock
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +12,13 @@ from PIL import Image
 from figures import make_figures
 from functions.sampling import calibration
 from tests.conftest import ROOT, call
+
+
+def run_here(call, check, cwd, env):
+    """Run `python -m MODULE ...` in this process, which has imported most of it already."""
+    _, _, module, *arguments = map(str, call)
+    with contextlib.chdir(cwd), mock.patch.object(sys, "argv", [module, *arguments]):
+        runpy.run_module(module, run_name="__main__")
 
 
 @pytest.mark.slow
@@ -24,6 +36,7 @@ def test_every_picture_is_drawn_from_a_run_of_three_steps(trained, tmp_path, mon
     commands = make_figures.COMMANDS
     few = {name: commands[name] for name in commands.keys() - left_out}
     monkeypatch.setattr(make_figures, "COMMANDS", few)
+    monkeypatch.setattr(make_figures.subprocess, "run", run_here)
     call(make_figures.main, run, run)
 
     for path in folder.iterdir():
