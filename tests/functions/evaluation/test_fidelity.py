@@ -89,6 +89,7 @@ def pixels_of(folder, count):
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
 
 
+@pytest.mark.slow
 def test_samples_are_compared_as_torch_fidelity_does(weights, grey_run, pictures, tmp_path, capsys):
     """The truth is torch-fidelity, called by hand on the same arrays."""
     folders = [tmp_path / "a", tmp_path / "b"]

@@ -140,6 +140,7 @@ def test_sample_makes_it_once_and_says_what_it_is_from(
     assert vars(TensorFile(path)) == vars(file)
 
 
+@pytest.mark.slow
 def test_it_is_fitted_to_the_images_of_the_training_alone(pictures, tmp_path, monkeypatch):
     """The mean that is kept is that of the 46 training images. Changed images are refused."""
     monkeypatch.setattr(calibration, "IMAGE_COUNT", 46)

@@ -55,6 +55,7 @@ def test_a_cpu_samples_16_images_at_a_time_and_out_of_memory_names_the_flag(
     assert "use a smaller --batch-size" in error
 
 
+@pytest.mark.slow
 def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     """Of 60 steps every second one is recorded, and the last one."""
     image_sampler = image_sampler_of(network, 60)
@@ -83,6 +84,7 @@ def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_an
     assert (tmp_path / "denoising.gif").exists()
 
 
+@pytest.mark.slow
 def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
     """In a batch of the same size an image has the same bits, whatever the others are."""
     folder = tmp_path / "all"

@@ -155,6 +155,7 @@ def test_an_empty_file_is_sampled_again(tiny_run, tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_pictures_of_a_folder_belong_together(tiny_run, tmp_path, capsys):
     """They show as many images of the same settings; the others are removed, and that is said."""
 

@@ -253,6 +253,7 @@ def biases(saved):
     return saved.weights["conv_in.bias"]
 
 
+@pytest.mark.slow
 def test_another_network_in_the_folder_is_not_read(folder):
     """A pipeline has one network, in unet/, and the script's checkpoint an EMA and raw weights."""
     truth = biases(load_model(folder))

@@ -66,6 +66,7 @@ def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(trained, capsy
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "hours"), [(4, 100), (20, 2.5)])
 def test_after_some_steps_a_training_says_how_long_it_takes(
     steps, hours, trained, monkeypatch, capsys
@@ -102,6 +103,7 @@ def test_after_some_steps_a_training_says_how_long_it_takes(
     assert "keep the cores busy" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "warns"), [(0.05, False), (0.35, True)])
 def test_busy_cores_are_named_with_what_to_do(share, warns, trained, monkeypatch, capsys):
     """The two threads wait for cores for this share of the time."""
@@ -118,6 +120,7 @@ def test_busy_cores_are_named_with_what_to_do(share, warns, trained, monkeypatch
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cost.seconds_without_core(), reason="this system does not count it")
 def test_a_thread_waits_for_a_core_that_another_process_uses():
     """A thread that sleeps does not wait."""
