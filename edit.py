@@ -67,7 +67,7 @@ def parse_flags() -> argparse.Namespace:
         1,
         "A: find the noise from which DDIM samples an image, and sample the image from it again, "
         f"in {EXACT_STEPS} steps each way unless --steps says otherwise. Of 40 steps another face "
-        "can come back; 100 steps missed it by up to 15 of 255 levels (RMS), 250 by up to 3.",
+        "can come back; 100 steps missed it by up to 26 of 255 levels (RMS), 250 by up to 4.",
     )
     inverting.set_defaults(exact=True)
     varying = add_verb(verbs, "vary", 1, "A: sample images similar to one.")
