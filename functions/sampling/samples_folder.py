@@ -3,8 +3,8 @@
 Several processes may divide the single images among them. After an interruption, the same command
 adds the missing images. The folder has these files:
 
-samples.json    the manifest: all facts that determine the pixels, and how many images the pictures
-                show. It is written before the images.
+samples.json    the manifest: all facts that determine the pixels, and the indices of the images in
+                the pictures. It is written before the images.
 00000.png       image 0, and so on. Each file is renamed into place, so that none is incomplete.
 grid.png        and the other PICTURES, all of the same images
 """
@@ -31,7 +31,7 @@ from functions.support.pictures import save_gif, save_strip
 from functions.support.processes import Processes
 
 MANIFEST = "samples.json"
-# These show several images. The manifest's SHOWN is their number, or None without pictures.
+# These show several images. The manifest's SHOWN has their indices, or None without pictures.
 PICTURES = ("grid.png", "strip.png", "progressive.png", "denoising.gif")
 SHOWN = "grid"
 # About this many steps are recorded for the figures. An animation shows all of them.
@@ -100,10 +100,11 @@ def open_folder(folder: Path, facts: dict, shown: list[int] | None = None) -> se
 def check_manifest(folder: Path, facts: dict) -> None:
     """Raise UserError unless the folder's single images are sampled with these facts."""
     manifest = read_json(folder / MANIFEST)
+    # The checkpoint's hash covers the split, which folders of earlier versions do not name.
     changes = [
         f"{name} was {manifest.get(name)}, is now {facts.get(name)}"
         for name in {**facts, **manifest}
-        if name != SHOWN and manifest.get(name) != facts.get(name)
+        if name not in (SHOWN, "split") and manifest.get(name) != facts.get(name)
     ]
     if changes:
         raise UserError(
