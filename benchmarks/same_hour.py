@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 from unittest import mock
 
 # PyTorch reads this when it is imported, in the processes of the programs, too.
@@ -63,6 +64,7 @@ SHOWN = 12
 # The rate of `faces-v`, for Adam.
 OUR_RATE = 1e-3
 
+Value = TypeVar("Value")
 # It returns the first n samples of seed 0, uint8 (n, H, W, C).
 Draw = Callable[[int], np.ndarray]
 # A program calls it after each step, with the number of steps done.
@@ -292,7 +294,7 @@ def draw_on_the_way(
     return rows
 
 
-def in_process(work: Callable, *arguments):
+def in_process(work: Callable[..., Value], *arguments: Any) -> Value:
     """Return `work(*arguments)`, called in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
