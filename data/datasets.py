@@ -123,10 +123,8 @@ def find_ffhq() -> Path:
         if path.exists():
             return path
     raise UserError(
-        "FFHQ was not found. Get the 128x128 thumbnails (2 GB; python download_ffhq.py --thumbs of "
-        "github.com/NVlabs/ffhq-dataset, or a copy from Kaggle or Hugging Face)\n"
-        f"and put it at {DATA_FOLDER / 'FFHQ'} (a folder, or {' or '.join(archives)}), or name its "
-        "path as the data set."
+        f"FFHQ was not found at {DATA_FOLDER / 'FFHQ'} (a folder, or {' or '.join(archives)}); "
+        "docs/ffhq.md says where to get its 128x128 thumbnails, and how to name another place"
     )
 
 

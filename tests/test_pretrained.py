@@ -11,7 +11,9 @@ from PIL import Image
 
 import evaluate
 import sample
+import sampleFFHQ
 from config import Experiment
+from data import datasets
 from figures import pretrained
 from functions.evaluation.feature_distance import spoilt, training_features
 from functions.sampling import calibration
@@ -20,7 +22,7 @@ from functions.saved.checkpoint import load_weights
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_checkpoints
 from functions.support.errors import CheckpointError, UserError
-from tests.conftest import call
+from tests.conftest import call, train_tiny
 
 TAKEN = "using the model that comes with the repository (train your own: python train.py)"
 FLAGS = ("--n", 2, "--steps", 3)
@@ -63,6 +65,32 @@ def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     call(evaluate.main, "--images", 2, "--t-stride", 50)
     assert TAKEN in capsys.readouterr().out
     assert list((box / "evaluation").glob("faces-bpd-*.json"))
+
+
+def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch):
+    """A model of FFHQ comes without its photos, and what needs them says so in one sentence."""
+    monkeypatch.setattr(datasets, "DATA_FOLDER", tmp_path)
+    photos = shutil.copytree(pictures, tmp_path / "FFHQ")
+    run = train_tiny("FFHQ", tmp_path / "runs", name="ffhq-64")
+    shutil.rmtree(photos)
+    boxed = shutil.copy(checkpoints_of(run)[-1], tmp_path / "ffhq-64.safetensors")
+    monkeypatch.setattr(run_folder, "PRETRAINED", boxed)
+
+    monkeypatch.chdir(tmp_path / "runs")
+    call(sampleFFHQ.main, "--steps", 3)
+    [folder] = (tmp_path / "samples").iterdir()
+    assert {"grid.png", "denoising.gif"} <= {path.name for path in folder.iterdir()}
+    call(sample.main, "--calibrate", "own", *FLAGS, "--sampler", "ddim")
+
+    needed = f"needs the images that {boxed} was trained on: FFHQ was not found at .*--data NAME"
+    for main, *flags in (
+        (evaluate.main,),
+        (evaluate.main, "distance", *FLAGS),
+        (sample.main, "--calibrate", *FLAGS),
+    ):
+        with pytest.raises(UserError, match=needed) as caught:
+            call(main, *flags)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

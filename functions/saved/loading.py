@@ -129,10 +129,15 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             "the model's config does not say which images it was trained on; name a data set "
             "with evaluate.py --data NAME, or use --calibrate own"
         )
-    image_set = load_images(
-        diffusion["dataset_name"],
-        saved.model.image_size,
-        diffusion["max_bad_images"],
-        saved.model.channels,
-    )
+    shape = saved.model.image_size, diffusion["max_bad_images"], saved.model.channels
+    try:
+        image_set = load_images(diffusion["dataset_name"], *shape)
+    except UserError as error:
+        if name:
+            raise
+        # The model may come from elsewhere, so its images need not be here.
+        raise UserError(
+            f"this needs the images that {saved.path} was trained on: {error}; or name others with "
+            "evaluate.py --data NAME, or use --calibrate own"
+        ) from error
     return image_set, split_images(image_set, diffusion["split"])

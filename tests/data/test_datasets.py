@@ -51,7 +51,7 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
 
 def test_ffhq_is_found_in_every_place(data_folder, tmp_path):
     place = data_folder / "FFHQ"
-    with pytest.raises(UserError, match=f"python download_ffhq.py .*\nand put it at {place}"):
+    with pytest.raises(UserError, match=f"FFHQ was not found at {place} .*docs/ffhq.md"):
         load_images("FFHQ", 8)
 
     def check():
