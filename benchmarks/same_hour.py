@@ -1,14 +1,15 @@
 """Train our presets, diffusers and lucidrains on the same photos for the same CPU time.
 
-    python benchmarks/same_hour.py DATA [--minutes 40] [--out same_hour]
+    python benchmarks/same_hour.py DATA [--minutes 40] [--at-once 2] [--out same_hour]
 
 DATA is FFHQ, or a path. Each program trains on its training images, at 32 px, in a process of its
 own and with one thread. After an eighth, a quarter, a half and all of the time it draws 400 samples
 by a sampler of 20 calls that it ships. Their distance from the training images (as `evaluate.py
 distance`), and that of as many held-out images, go to OUT/distances.json and OUT/same_hour.png. The
 time is CPU time of training: that of child processes counts, and the clock stands while samples are
-drawn. A program that is in distances.json is not trained again. The packages are those of
-requirements-dev.txt. It has been tried for a few steps, and not been run yet.
+drawn. Two programs train at once, on a core each. A program that is in distances.json is not
+trained again. The packages are those of requirements-dev.txt. It has been tried for a few steps,
+and not been run yet.
 """
 
 import json
@@ -16,7 +17,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +44,7 @@ from data.pixels import to_model_range, to_uint8
 from functions.evaluation.feature_distance import Features, training_features
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.support.command_line import Parser, exit_on_user_error
+from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.files import write_text
 from functions.support.pictures import save_figure, save_image
 from functions.training.recorder import Recorder
@@ -300,6 +301,18 @@ def in_process(work: Callable[..., Value], *arguments: Any) -> Value:
         return pool.submit(work, *arguments).result()
 
 
+def train_and_draw(
+    name: str, data: str, photos: Path, minutes: float
+) -> list[tuple[float, np.ndarray]]:
+    """Train a program for about so many CPU minutes. Return what `draw_on_the_way` does."""
+    seconds = in_process(seconds_of_step, name, data, photos)
+    # The rate of a program falls over its steps, so their number is set beforehand.
+    epoch = steps_of_epoch(photos)
+    steps = max(1, round(60 * minutes / seconds / epoch)) * epoch
+    print(f"{name}: {steps:,} steps of {seconds:.2f} CPU-seconds", flush=True)
+    return in_process(draw_on_the_way, name, data, photos, steps)
+
+
 def distance(features: Features, pixels: np.ndarray) -> float:
     """Return the distance of images, uint8 (N, H, W, C), from the training images."""
     return features.distance(features([to_model_range(torch.from_numpy(pixels))]))
@@ -310,18 +323,20 @@ def plot(results: dict, out: Path) -> None:
     figure = Figure(figsize=(10, 5 + 0.9 * len(results["programs"])))
     # The upper part has the curves, and the lower one the samples.
     curves, samples = figure.subplots(2, 1, height_ratios=(5, 0.9 * len(results["programs"])))
-    for name, rows in results["programs"].items():
+    names = [name for name in PROGRAMS if name in results["programs"]]
+    for name in names:
+        rows = results["programs"][name]
         minutes, distances = zip(*rows, strict=True)
         curves.plot(minutes, distances, "o-", label=name)
     curves.axhline(results["held out"], color="0.6", label="held-out photos")
     curves.set(xscale="log", yscale="log", xlabel="CPU minutes of training", ylabel="distance")
     curves.legend(frameon=False)
-    rows = [np.load(out / f"{name}.npy") for name in results["programs"]]
+    rows = [np.load(out / f"{name}.npy") for name in names]
     # (rows, SHOWN, H, W, C) -> (rows H, SHOWN W, C)
     grid = np.concatenate([np.concatenate(list(row[:SHOWN]), axis=1) for row in rows])
     samples.imshow(grid)
     samples.set_xticks([])
-    samples.set_yticks(SIZE * (np.arange(len(rows)) + 0.5), list(results["programs"]))
+    samples.set_yticks(SIZE * (np.arange(len(rows)) + 0.5), names)
     figure.tight_layout()
     save_figure(figure, out / "same_hour.png")
 
@@ -332,6 +347,12 @@ def main() -> None:
     parser.add_argument("data", metavar="DATA", help="FFHQ, or the path of a data set.")
     parser.add_argument(
         "--minutes", type=float, default=40, help="CPU minutes of training. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--at-once",
+        type=positive,
+        default=2,
+        help="How many programs train at the same time, a core each. Default: %(default)s.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("same_hour"), help="A folder. Default: %(default)s."
@@ -351,16 +372,23 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {"programs": {}}
     held_out = image_set.images[split.val_indices[:SAMPLES]]
     results["held out"] = distance(features, np.asarray(held_out))
-    epoch = steps_of_epoch(photos)
-    for name in [name for name in PROGRAMS if name not in results["programs"]]:
-        seconds = in_process(seconds_of_step, name, args.data, photos)
-        # The rate of a program falls over its steps, so their number is set beforehand.
-        steps = max(1, round(60 * args.minutes / seconds / epoch)) * epoch
-        rows = in_process(draw_on_the_way, name, args.data, photos, steps)
-        np.save(args.out / f"{name}.npy", rows[-1][1])
-        results["programs"][name] = [(m, distance(features, images)) for m, images in rows]
-        write_text(path, json.dumps(results, indent=2))
-        print(f"{name}: {steps:,} steps, {results['programs'][name]}")
+    with ThreadPoolExecutor(args.at_once) as threads:
+        futures = {
+            threads.submit(train_and_draw, name, args.data, photos, args.minutes): name
+            for name in PROGRAMS
+            if name not in results["programs"]
+        }
+        for future in as_completed(futures):
+            name = futures[future]
+            # The others' hours are not lost with a program that fails.
+            if future.exception():
+                print(f"{name} failed: {future.exception()!r}", file=sys.stderr)
+                continue
+            rows = future.result()
+            np.save(args.out / f"{name}.npy", rows[-1][1])
+            results["programs"][name] = [(m, distance(features, images)) for m, images in rows]
+            write_text(path, json.dumps(results, indent=2))
+            print(f"{name}: {results['programs'][name]}", flush=True)
     plot(results, args.out)
 
 

@@ -109,6 +109,39 @@ def test_a_program_is_timed_and_draws_on_the_way(name, pictures, tmp_path, monke
     assert Image.open(tmp_path / "same_hour.png").width >= 1000
 
 
+def test_a_program_that_fails_costs_only_itself_and_is_trained_again(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    trained = []
+
+    def noise(name, data, photos, steps, after_step):
+        trained.append(name)
+        rng = np.random.default_rng(0)
+        for step in range(1, steps + 1):
+            after_step(step, lambda n: rng.integers(0, 256, (n, 32, 32, 3), np.uint8))
+
+    def broken(data, photos, steps, after_step):
+        trained.append("broken")
+        raise RuntimeError("no memory")
+
+    programs = {"broken": broken, "b": partial(noise, "b"), "a": partial(noise, "a")}
+    monkeypatch.setattr(same_hour, "PROGRAMS", programs)
+    monkeypatch.setattr(same_hour, "SAMPLES", 4)
+    # Each step takes a second. Everything happens in this process.
+    monkeypatch.setattr(same_hour, "seconds_of_step", lambda *_: 1.0)
+    monkeypatch.setattr(same_hour, "in_process", lambda work, *arguments: work(*arguments))
+    for _ in range(2):
+        call(same_hour.main, pictures, "--minutes", 1, "--at-once", 2, "--out", tmp_path)
+        assert "broken failed: RuntimeError('no memory')" in capsys.readouterr().err
+
+    assert sorted(trained) == ["a", "b", "broken", "broken"]
+    results = json.loads((tmp_path / "distances.json").read_text())
+    assert [len(rows) for rows in results["programs"].values()] == [4, 4]
+    # Noise is farther from the training images than held-out ones are.
+    distances = [distance for rows in results["programs"].values() for _, distance in rows]
+    assert min(distances) > results["held out"]
+
+
 def test_cpu_time_counts_child_processes_dead_or_alive():
     busy = "import time\nwhile time.process_time() < 0.5: pass\n"
     before = same_hour.cpu_seconds()
