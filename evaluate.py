@@ -219,6 +219,8 @@ def evaluate_distance(args: argparse.Namespace) -> None:
         image_set, split = load_like(args.checkpoint, args.real)
         samples = model_batches(images)
         print(f"{len(images)} images of {args.checkpoint}")
+    elif args.checkpoint and Path(args.checkpoint, MANIFEST).exists():
+        raise UserError(f"{args.checkpoint} has samples; after it, name the DATA to compare with")
     else:
         saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
         image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)

@@ -93,6 +93,8 @@ def test_a_run_and_the_folder_of_its_samples(tiny_run, pictures, tmp_path, capsy
     measured = distances(capsys, run, *flags)
     out = tmp_path / "samples"
     call(sample.main, run, *flags, "--individual", "--out", out)
+    with pytest.raises(UserError, match=f"{out} has samples; after it, name the DATA"):
+        distances(capsys, out)
     of_folder = distances(capsys, out, pictures)
 
     # The pictures have no white corners. 4 of the 50 are held out.
