@@ -77,6 +77,8 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch)
     monkeypatch.setattr(run_folder, "PRETRAINED", boxed)
 
     monkeypatch.chdir(tmp_path / "runs")
+    monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
+    monkeypatch.setattr(calibration, "TIMESTEP_COUNT", 2)
     call(sampleFFHQ.main, "--steps", 3)
     [folder] = (tmp_path / "samples").iterdir()
     assert {"grid.png", "denoising.gif"} <= {path.name for path in folder.iterdir()}
