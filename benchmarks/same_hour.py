@@ -1,23 +1,27 @@
 """Train our presets, diffusers and lucidrains on the same photos for the same CPU time.
 
-    python benchmarks/same_hour.py DATA [--minutes 40] [--at-once 2] [--out same_hour]
+    python benchmarks/same_hour.py DATA [--minutes 40] [--seed 0] [--at-once 2] [--out same_hour]
 
 DATA is FFHQ, or a path. Each program trains on its training images, at 32 px, in a process of its
 own and with one thread. After an eighth, a quarter, a half and all of the time it draws 400 samples
 by a sampler of 20 calls that it ships. Their distance from the training images (as `evaluate.py
-distance`), and that of as many held-out images, go to OUT/distances.json and OUT/same_hour.png. The
-time is CPU time of training: that of child processes counts, and the clock stands while samples are
-drawn. Two programs train at once, on a core each. A program that is in distances.json is not
-trained again. The packages are those of requirements-dev.txt. It has been tried for a few steps,
-and not been run yet.
+distance`), and that of as many held-out images, go to OUT/distances.json and OUT/same_hour.png, and
+the samples to OUT, too. The time is CPU time of training from the first step on: that of child
+processes counts, and the clock stands while samples are drawn. Two programs train at once, on a
+core each. A program that is in distances.json is not trained again. The packages are those of
+requirements-dev.txt; Linux alone counts child processes. It has been tried for a few steps, and not
+been run yet.
 """
 
 import json
 import multiprocessing
 import os
+import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,10 +45,13 @@ from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS
 from data.datasets import load_images, split_images
 from data.pixels import to_model_range, to_uint8
+from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.feature_distance import Features, training_features
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
 from functions.support.command_line import Parser, exit_on_user_error, positive
+from functions.support.device import choose_precision
+from functions.support.errors import UserError
 from functions.support.files import write_text
 from functions.support.pictures import save_figure, save_image
 from functions.training.recorder import Recorder
@@ -57,24 +64,28 @@ CALLS = 20
 SAMPLES = 400
 # Samples are drawn after these parts of the time.
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1)
-# The steps that are timed beforehand, after some that warm up.
+# An epoch is timed beforehand, after these steps.
 WARM_UP_STEPS = 5
-TIMED_STEPS = 25
 # The figure shows so many samples of each program.
 SHOWN = 12
-# The rate of `faces-v`, for Adam.
+# The rate of `faces-v`, for Adam, and whether its precision is bfloat16 on this CPU.
 OUR_RATE = 1e-3
+OUR_BFLOAT16 = choose_precision("auto", torch.device("cpu")) == torch.bfloat16
+# A hue for each project.
+HUES = {"ours": "tab:blue", "diffusers": "tab:orange", "lucidrains": "tab:green"}
 
 Value = TypeVar("Value")
 # It returns the first n samples of seed 0, uint8 (n, H, W, C).
 Draw = Callable[[int], np.ndarray]
 # A program calls it after each step, with the number of steps done.
 AfterStep = Callable[[int, Draw], None]
-# (data set, folder of its training images as PNG files, steps, after_step)
-Program = Callable[[str, Path, int, AfterStep], None]
+# (data set, folder of its training images as PNG files, steps, seed, after_step)
+Program = Callable[[str, Path, int, int, AfterStep], None]
 
 
-def train_ours(name: str, data: str, photos: Path, steps: int, after_step: AfterStep) -> None:
+def train_ours(
+    name: str, data: str, photos: Path, steps: int, seed: int, after_step: AfterStep
+) -> None:
     """Train a preset with the network of `faces`, by train.py."""
 
     class Reporter(Recorder):
@@ -99,6 +110,7 @@ def train_ours(name: str, data: str, photos: Path, steps: int, after_step: After
 
     flags = {
         "diffusion.dataset-name": data,
+        "diffusion.seed": seed,
         "diffusion.epochs": steps // steps_of_epoch(photos),
         # They are due after the last step alone.
         "diffusion.validate-every": steps,
@@ -121,7 +133,13 @@ def train_ours(name: str, data: str, photos: Path, steps: int, after_step: After
 
 
 def train_diffusers(
-    rate: float, precision: str, data: str, photos: Path, steps: int, after_step: AfterStep
+    rate: float,
+    precision: str,
+    data: str,
+    photos: Path,
+    steps: int,
+    seed: int,
+    after_step: AfterStep,
 ) -> None:
     """Train as examples/unconditional_image_generation of diffusers does, with its defaults."""
     import diffusers
@@ -129,6 +147,7 @@ def train_diffusers(
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
+    torch.manual_seed(seed)
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
     # The widths and the details are ours; the script's own network has 114 M parameters.
     model = build_diffusers(MODEL)
@@ -143,9 +162,10 @@ def train_diffusers(
         model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4
     )
     model, optimizer, rates = accelerator.prepare(model, optimizer, rates)
-    # Of its DPM-Solver++, the form with fresh noise is the better one in few steps.
+    # Of its DPM-Solver++, the form with fresh noise is the better one in few steps. Its steps are
+    # even in log-SNR, and x_0 is clipped to [-1, 1], as DDPMScheduler does.
     sampler = diffusers.DPMSolverMultistepScheduler.from_config(
-        schedule.config, algorithm_type="sde-dpmsolver++"
+        schedule.config, algorithm_type="sde-dpmsolver++", use_lu_lambdas=True, thresholding=True
     )
 
     @torch.no_grad()
@@ -166,7 +186,6 @@ def train_diffusers(
 
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(photos.iterdir())])
     images = to_model_range(torch.from_numpy(pixels))
-    torch.manual_seed(0)
     for step in range(steps):
         # Each epoch has its own order, and its last, smaller batch is dropped.
         if step % (len(images) // BATCH) == 0:
@@ -186,12 +205,12 @@ def train_diffusers(
 
 
 def train_lucidrains(
-    changes: dict, data: str, photos: Path, steps: int, after_step: AfterStep
+    changes: dict, data: str, photos: Path, steps: int, seed: int, after_step: AfterStep
 ) -> None:
     """Train by the Trainer of denoising-diffusion-pytorch, with its defaults but for `changes`."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     # Width and multipliers are ours. Blocks, attention, objective and betas are the package's.
     network = Unet(dim=MODEL.base_dim, dim_mults=MODEL.dim_multiply)
     trainer = Trainer(
@@ -230,11 +249,11 @@ PROGRAMS: dict[str, Program] = {
     "ours, faces-v": partial(train_ours, "faces-v"),
     "ours, ffhq-64 at 32 px": partial(train_ours, "ffhq-64"),
     "diffusers": partial(train_diffusers, 1e-4, "no"),
-    "diffusers, our settings": partial(train_diffusers, OUR_RATE, "bf16"),
+    "diffusers, our settings": partial(train_diffusers, OUR_RATE, "bf16" if OUR_BFLOAT16 else "no"),
     "lucidrains": partial(train_lucidrains, {}),
     "lucidrains, our settings": partial(
         train_lucidrains,
-        {"train_lr": OUR_RATE, "amp": True, "mixed_precision_type": "bf16"},
+        {"train_lr": OUR_RATE, "amp": OUR_BFLOAT16, "mixed_precision_type": "bf16"},
     ),
 }
 
@@ -260,39 +279,53 @@ def cpu_seconds() -> float:
     )
 
 
-def seconds_of_step(name: str, data: str, photos: Path) -> float:
-    """Return the CPU seconds of a step of a program, in a process of its own."""
-    times = {}
+def seconds_of_step(name: str, data: str, photos: Path, seed: int) -> float:
+    """Return the CPU seconds of a step of a program: the mean of an epoch's."""
+    epoch = steps_of_epoch(photos)
+    times = []
 
     def after_step(step, draw):
-        times[step] = cpu_seconds()
-        if step == WARM_UP_STEPS + TIMED_STEPS:
+        if step in (WARM_UP_STEPS, WARM_UP_STEPS + epoch):
+            times.append(cpu_seconds())
+        if len(times) == 2:
             raise Timed
 
-    try:
-        PROGRAMS[name](data, photos, TIMED_STEPS * steps_of_epoch(photos), after_step)
-    except Timed:
-        return (max(times.values()) - times[WARM_UP_STEPS]) / TIMED_STEPS
+    with suppress(Timed):
+        PROGRAMS[name](data, photos, epoch * (WARM_UP_STEPS + 1), seed, after_step)
+    return (times[1] - times[0]) / epoch
 
 
 def draw_on_the_way(
-    name: str, data: str, photos: Path, steps: int
-) -> list[tuple[float, np.ndarray]]:
-    """Train a program in this process. Return the CPU minutes and the samples at each of PARTS."""
-    rows = []
+    name: str, data: str, photos: Path, steps: int, seed: int, count: int
+) -> list[float]:
+    """Train a program in this process, and write `count` samples at each of PARTS.
+
+    Return the CPU minutes of these steps, from the end of the first step on.
+    """
+    minutes = []
     marks = {round(part * steps) for part in PARTS}
-    start = cpu_seconds()
+    start = 0.0
 
     def after_step(step, draw):
-        # Drawing moves the start, so that it takes no time.
+        # The first step imports and allocates. Drawing moves the start, so that it takes no time.
         nonlocal start
+        if step == 1:
+            start = cpu_seconds()
         if step in marks:
             stopped = cpu_seconds()
-            rows.append(((stopped - start) / 60, draw(SAMPLES)))
+            np.save(samples_path(photos.parent, name, len(minutes)), draw(count))
+            minutes.append((stopped - start) / 60)
             start += cpu_seconds() - stopped
 
-    PROGRAMS[name](data, photos, steps, after_step)
-    return rows
+    PROGRAMS[name](data, photos, steps, seed, after_step)
+    if len(minutes) < len(PARTS):
+        raise RuntimeError(f"{name} has made fewer than {steps} steps")
+    return minutes
+
+
+def samples_path(out: Path, name: str, part: int) -> Path:
+    """Return the path of the samples of a program, uint8 (N, H, W, C), at a place of PARTS."""
+    return out / f"{name}-{part}.npy"
 
 
 def in_process(work: Callable[..., Value], *arguments: Any) -> Value:
@@ -302,15 +335,15 @@ def in_process(work: Callable[..., Value], *arguments: Any) -> Value:
 
 
 def train_and_draw(
-    name: str, data: str, photos: Path, minutes: float
-) -> list[tuple[float, np.ndarray]]:
-    """Train a program for about so many CPU minutes. Return what `draw_on_the_way` does."""
-    seconds = in_process(seconds_of_step, name, data, photos)
+    name: str, data: str, photos: Path, minutes: float, seed: int, count: int
+) -> tuple[int, list[float]]:
+    """Train a program for about so many CPU minutes. Return its steps and the minutes at PARTS."""
+    seconds = in_process(seconds_of_step, name, data, photos, seed)
     # The rate of a program falls over its steps, so their number is set beforehand.
     epoch = steps_of_epoch(photos)
     steps = max(1, round(60 * minutes / seconds / epoch)) * epoch
     print(f"{name}: {steps:,} steps of {seconds:.2f} CPU-seconds", flush=True)
-    return in_process(draw_on_the_way, name, data, photos, steps)
+    return steps, in_process(draw_on_the_way, name, data, photos, steps, seed, count)
 
 
 def distance(features: Features, pixels: np.ndarray) -> float:
@@ -320,23 +353,37 @@ def distance(features: Features, pixels: np.ndarray) -> float:
 
 def plot(results: dict, out: Path) -> None:
     """Draw the distances over CPU minutes, above the first samples of each program at the end."""
-    figure = Figure(figsize=(10, 5 + 0.9 * len(results["programs"])))
-    # The upper part has the curves, and the lower one the samples.
-    curves, samples = figure.subplots(2, 1, height_ratios=(5, 0.9 * len(results["programs"])))
     names = [name for name in PROGRAMS if name in results["programs"]]
-    for name in names:
-        rows = results["programs"][name]
-        minutes, distances = zip(*rows, strict=True)
-        curves.plot(minutes, distances, "o-", label=name)
-    curves.axhline(results["held out"], color="0.6", label="held-out photos")
-    curves.set(xscale="log", yscale="log", xlabel="CPU minutes of training", ylabel="distance")
-    curves.legend(frameon=False)
-    rows = [np.load(out / f"{name}.npy") for name in names]
+    figure = Figure(figsize=(10, 5 + 0.7 * len(names)))
+    # The upper part has the curves, and the lower one the samples.
+    curves, samples = figure.subplots(2, 1, height_ratios=(5, 0.7 * len(names)))
+    rows = []
+    labels = []
+    for place, name in enumerate(names):
+        facts = results["programs"][name]
+        project = name.partition(",")[0]
+        style = {"color": HUES[project], "linestyle": "--" if "settings" in name else "-"}
+        # The lines of a project differ by their markers.
+        curves.plot(facts["minutes"], facts["distances"], "osD^vPX"[place], label=name, **style)
+        images = np.load(samples_path(out, name, len(PARTS) - 1))[:SHOWN]
+        rows.append(np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255))
+        labels.append(f"{name}\n{facts['distances'][-1]:.2f}")
+    curves.axhline(results["held out"], color="black", linestyle=":", label="held-out photos")
+    ticks = [part * results["settings"]["minutes"] for part in PARTS]
+    curves.set(xscale="log", yscale="log", xlabel="CPU minutes of training")
+    curves.set_ylabel("distance from the training photos\n(lower is better)")
+    curves.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    curves.set_xticks([], minor=True)
+    curves.yaxis.set_major_formatter("{x:g}")
+    curves.yaxis.set_minor_formatter("{x:g}")
+    curves.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
     # (rows, SHOWN, H, W, C) -> (rows H, SHOWN W, C)
-    grid = np.concatenate([np.concatenate(list(row[:SHOWN]), axis=1) for row in rows])
-    samples.imshow(grid)
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    samples.imshow(grid, interpolation="bicubic")
     samples.set_xticks([])
-    samples.set_yticks(SIZE * (np.arange(len(rows)) + 0.5), names)
+    samples.set_yticks(len(rows[0][0]) * (np.arange(len(rows)) + 0.5), labels, fontsize=8)
+    samples.spines[:].set_visible(False)
     figure.tight_layout()
     save_figure(figure, out / "same_hour.png")
 
@@ -347,6 +394,12 @@ def main() -> None:
     parser.add_argument("data", metavar="DATA", help="FFHQ, or the path of a data set.")
     parser.add_argument(
         "--minutes", type=float, default=40, help="CPU minutes of training. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="The seed of weights and training; samples always have seed 0. Default: %(default)s.",
     )
     parser.add_argument(
         "--at-once",
@@ -361,34 +414,51 @@ def main() -> None:
 
     image_set = load_images(args.data, SIZE)
     split = split_images(image_set, "reference")
+    held_out = evenly_spaced(split.val_indices, SAMPLES)
+    # Only distances of equal numbers can be compared.
+    count = len(held_out)
+    settings = {"minutes": args.minutes, "seed": args.seed, "images": split.train_ids_hash}
+    path = args.out / "distances.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.setdefault("settings", settings) != settings:
+        raise UserError(f"{path} has results of {results['settings']}; choose another --out")
     features = training_features(image_set, split)
+    results["held out"] = distance(features, image_set.images[held_out])
+    programs = results.setdefault("programs", {})
+
     photos = args.out / "photos"
-    photos.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(photos, ignore_errors=True)
+    photos.mkdir(parents=True)
     # The others read the same pixels from files.
     for i in split.train_indices:
         save_image(image_set.images[i], photos / f"{i:05d}.png")
 
-    path = args.out / "distances.json"
-    results = json.loads(path.read_text()) if path.exists() else {"programs": {}}
-    held_out = image_set.images[split.val_indices[:SAMPLES]]
-    results["held out"] = distance(features, np.asarray(held_out))
     with ThreadPoolExecutor(args.at_once) as threads:
+        arguments = (args.data, photos, args.minutes, args.seed, count)
         futures = {
-            threads.submit(train_and_draw, name, args.data, photos, args.minutes): name
+            threads.submit(train_and_draw, name, *arguments): name
             for name in PROGRAMS
-            if name not in results["programs"]
+            if name not in programs
         }
-        for future in as_completed(futures):
-            name = futures[future]
-            # The others' hours are not lost with a program that fails.
-            if future.exception():
-                print(f"{name} failed: {future.exception()!r}", file=sys.stderr)
-                continue
-            rows = future.result()
-            np.save(args.out / f"{name}.npy", rows[-1][1])
-            results["programs"][name] = [(m, distance(features, images)) for m, images in rows]
-            write_text(path, json.dumps(results, indent=2))
-            print(f"{name}: {results['programs'][name]}", flush=True)
+        try:
+            for future in as_completed(futures):
+                name = futures[future]
+                # The others' hours are not lost with a program that fails.
+                if future.exception():
+                    traceback.print_exception(future.exception())
+                    continue
+                steps, minutes = future.result()
+                paths = [samples_path(args.out, name, part) for part in range(len(PARTS))]
+                distances = [distance(features, np.load(samples)) for samples in paths]
+                programs[name] = {"steps": steps, "minutes": minutes, "distances": distances}
+                write_text(path, json.dumps(results, indent=2))
+                print(f"{name}: {programs[name]}", flush=True)
+        except KeyboardInterrupt:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    missing = [name for name in PROGRAMS if name not in programs]
+    if missing:
+        raise UserError(f"no results of {', '.join(missing)}; the same command trains them again")
     plot(results, args.out)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from benchmarks import compare, same_hour
@@ -18,8 +19,9 @@ from benchmarks import first_day_on_a_gpu as first_day
 from benchmarks.compare import COLUMNS, PACKAGES, SETTINGS, Bench
 from config import EXPERIMENTS
 from data.datasets import load_images
+from functions.support.errors import UserError
 from functions.support.pictures import save_image
-from tests.conftest import CPU, SMALL_MODEL, TRAINED, call
+from tests.conftest import CPU, HELD_OUT, SMALL_MODEL, TRAINED, call
 
 SMALL = replace(EXPERIMENTS["ffhq-run2"].model, **SMALL_MODEL)
 
@@ -67,13 +69,14 @@ def test_a_row_is_measured_in_a_process_of_its_own_and_may_fail():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ours, faces-v", "diffusers", "lucidrains"])
-def test_a_program_is_timed_and_draws_on_the_way(name, pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", same_hour.PROGRAMS)
+def test_a_program_draws_on_the_way(name, pictures, tmp_path, monkeypatch):
     """An epoch of the 46 training images has two steps of 16. Drawing takes no time."""
+    # A process has one precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
     small = replace(SMALL, base_dim=16)
     monkeypatch.setattr(same_hour, "MODEL", small)
     monkeypatch.setattr(same_hour, "SIZE", small.image_size)
-    monkeypatch.setattr(same_hour, "SAMPLES", 3)
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, image in enumerate(load_images(str(pictures), 16).images[TRAINED]):
@@ -85,7 +88,7 @@ def test_a_program_is_timed_and_draws_on_the_way(name, pictures, tmp_path, monke
     monkeypatch.setattr(same_hour, "cpu_seconds", lambda: clock[0])
     program = same_hour.PROGRAMS[name]
 
-    def a_minute_a_step(data, photos, steps, after_step):
+    def a_minute_a_step(data, photos, steps, seed, after_step):
         def minute_later(step, draw):
             clock[0] += 60
             after_step(step, partial(draw_for_an_hour, draw))
@@ -94,19 +97,35 @@ def test_a_program_is_timed_and_draws_on_the_way(name, pictures, tmp_path, monke
             clock[0] += 3600
             return draw(n)
 
-        program(data, photos, steps, minute_later)
+        program(data, photos, steps, seed, minute_later)
 
     monkeypatch.setitem(same_hour.PROGRAMS, name, a_minute_a_step)
-    rows = same_hour.draw_on_the_way(name, str(pictures), photos, 8)
-    assert [minutes for minutes, _ in rows] == [1, 2, 4, 8]
-    for _, samples in rows:
+    minutes = same_hour.draw_on_the_way(name, str(pictures), photos, 16, 0, 3)
+    # The clock starts after the first step.
+    assert minutes == [1, 3, 7, 15]
+    drawn = [np.load(tmp_path / f"{name}-{part}.npy") for part in range(4)]
+    for samples in drawn:
         assert samples.shape == (3, 16, 16, 3)
         assert np.ptp(samples) > 0
+    # Training has gone on between them, from the same noise.
+    assert not np.array_equal(drawn[0], drawn[3])
 
-    np.save(tmp_path / f"{name}.npy", rows[-1][1])
-    distances = [(minutes, 10 / minutes) for minutes, _ in rows]
-    same_hour.plot({"programs": {name: distances}, "held out": 1.0}, tmp_path)
+    facts = {"minutes": minutes, "distances": [8, 4, 2, 1]}
+    results = {"settings": {"minutes": 15}, "programs": {name: facts}, "held out": 0.5}
+    same_hour.plot(results, tmp_path)
     assert Image.open(tmp_path / "same_hour.png").width >= 1000
+
+
+@pytest.mark.slow
+def test_a_program_is_timed_in_a_process_of_its_own(pictures, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, image in enumerate(load_images(str(pictures), 32).images[TRAINED]):
+        save_image(image, photos / f"{i}.png")
+    arguments = ("ours, faces-v", str(pictures), photos, 0)
+    seconds = same_hour.in_process(same_hour.seconds_of_step, *arguments)
+    # A step of 16 images takes some tenths of a second.
+    assert 0.01 < seconds < 10
 
 
 def test_a_program_that_fails_costs_only_itself_and_is_trained_again(
@@ -114,32 +133,42 @@ def test_a_program_that_fails_costs_only_itself_and_is_trained_again(
 ):
     trained = []
 
-    def noise(name, data, photos, steps, after_step):
+    def noise(name, data, photos, steps, seed, after_step):
         trained.append(name)
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(seed)
         for step in range(1, steps + 1):
             after_step(step, lambda n: rng.integers(0, 256, (n, 32, 32, 3), np.uint8))
 
-    def broken(data, photos, steps, after_step):
+    def broken(data, photos, steps, seed, after_step):
         trained.append("broken")
         raise RuntimeError("no memory")
 
-    programs = {"broken": broken, "b": partial(noise, "b"), "a": partial(noise, "a")}
+    programs = {"ours, a": partial(noise, "a"), "broken": broken, "ours, b": partial(noise, "b")}
     monkeypatch.setattr(same_hour, "PROGRAMS", programs)
-    monkeypatch.setattr(same_hour, "SAMPLES", 4)
     # Each step takes a second. Everything happens in this process.
     monkeypatch.setattr(same_hour, "seconds_of_step", lambda *_: 1.0)
     monkeypatch.setattr(same_hour, "in_process", lambda work, *arguments: work(*arguments))
+    arguments = (pictures, "--minutes", 1, "--at-once", 2, "--seed", 3, "--out", tmp_path)
     for _ in range(2):
-        call(same_hour.main, pictures, "--minutes", 1, "--at-once", 2, "--out", tmp_path)
-        assert "broken failed: RuntimeError('no memory')" in capsys.readouterr().err
-
+        with pytest.raises(UserError, match="no results of broken; the same command trains"):
+            call(same_hour.main, *arguments)
+        assert "RuntimeError: no memory" in capsys.readouterr().err
     assert sorted(trained) == ["a", "b", "broken", "broken"]
+
     results = json.loads((tmp_path / "distances.json").read_text())
-    assert [len(rows) for rows in results["programs"].values()] == [4, 4]
-    # Noise is farther from the training images than held-out ones are.
-    distances = [distance for rows in results["programs"].values() for _, distance in rows]
-    assert min(distances) > results["held out"]
+    for facts in results["programs"].values():
+        assert facts["steps"] == 60
+        assert len(facts["distances"]) == 4
+        # As many pictures are held out as samples of noise are drawn.
+        assert min(facts["distances"]) > results["held out"]
+        assert len(np.load(tmp_path / "ours, a-3.npy")) == len(HELD_OUT)
+
+    with pytest.raises(UserError, match=r"results of .*'minutes': 1\.0.* another --out"):
+        call(same_hour.main, pictures, "--minutes", 2, "--seed", 3, "--out", tmp_path)
+    monkeypatch.setitem(programs, "broken", partial(noise, "c"))
+    monkeypatch.setitem(same_hour.HUES, "broken", "black")
+    call(same_hour.main, *arguments)
+    assert (tmp_path / "same_hour.png").exists()
 
 
 def test_cpu_time_counts_child_processes_dead_or_alive():
