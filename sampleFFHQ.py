@@ -1,7 +1,7 @@
 """Sample faces from the newest FFHQ run: write a grid of 20 and its animation.
 
 The script has the flags of sample.py. To train such a run, put FFHQ at data/FFHQ and start
-`python train.py ffhq-run2`.
+`python train.py ffhq-64`, or on a GPU `python train.py ffhq-day`.
 """
 
 import sample

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import edit
 import evaluate
 import sample
 import sampleFFHQ
@@ -62,12 +63,17 @@ def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     assert newest_checkpoints(Path("runs"), "fa") == [box / "faces.safetensors"]
     with pytest.raises(CheckpointError, match=r"no run of an experiment ffhq\*"):
         newest_checkpoints(Path("runs"), "ffhq")
-    call(evaluate.main, "--images", 2, "--t-stride", 50)
-    assert TAKEN in capsys.readouterr().out
-    assert list((box / "evaluation").glob("faces-bpd-*.json"))
+    for main, *flags in (
+        (evaluate.main, "--images", 2, "--t-stride", 50),
+        (edit.main, "vary", 0, "--steps", 3),
+    ):
+        call(main, *flags)
+        assert TAKEN in capsys.readouterr().out
+    assert list(box.glob("evaluation/faces-bpd-*.json"))
+    assert list(box.glob("samples/*/variations-0-*.png"))
 
 
-def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch):
+def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch, capsys):
     """A model of FFHQ comes without its photos, and what needs them says so in one sentence."""
     monkeypatch.setattr(datasets, "DATA_FOLDER", tmp_path)
     photos = shutil.copytree(pictures, tmp_path / "FFHQ")
@@ -79,7 +85,11 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "runs")
     monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
     monkeypatch.setattr(calibration, "TIMESTEP_COUNT", 2)
+    # A run of another experiment does not count.
+    other = shutil.copytree(run, "runs/faces-20260101-120000")
     call(sampleFFHQ.main, "--steps", 3)
+    assert "runs: no run of an experiment ffhq* with a checkpoint" in capsys.readouterr().out
+    shutil.rmtree(other)
     [folder] = (tmp_path / "samples").iterdir()
     assert {"grid.png", "denoising.gif"} <= {path.name for path in folder.iterdir()}
     call(sample.main, "--calibrate", "own", *FLAGS, "--sampler", "ddim")

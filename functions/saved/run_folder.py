@@ -146,13 +146,13 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
             return find_checkpoints(run)
+    target = f"run of an experiment {prefix}*" if prefix else "run"
     if PRETRAINED.exists() and PRETRAINED.name.startswith(prefix) and runs == RUNS:
         print(
-            f"{runs}: no run with a checkpoint here yet; using the model that comes with the "
+            f"{runs}: no {target} with a checkpoint here yet; using the model that comes with the "
             "repository (train your own: python train.py)"
         )
         return [PRETRAINED]
-    target = f"run of an experiment {prefix}*" if prefix else "run"
     raise CheckpointError(
         f"{runs}: no {target} with a checkpoint here yet; train one first, or name a checkpoint"
     )
