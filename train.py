@@ -119,7 +119,6 @@ def train(run: TrainingRun) -> bool:
             if recorder.stopped:
                 return False
             # 6: until the last step
-    processes.print_main(f"finished: {run.folder}\nsample from it: python sample.py {run.folder}")
     return True
 
 

@@ -77,6 +77,12 @@ class Recorder:
             self.bar = stack.enter_context(bar)
             run.window.start_clock()
             yield
+            if run.step == run.total_steps:
+                # Its last line is complete then. A lost output does not spoil a finished run.
+                self.bar.close()
+                self.processes.print_main(
+                    f"finished: {run.folder}\nsample from it: python sample.py {run.folder}"
+                )
 
     def open_files(self, stack: ExitStack) -> None:
         """Lock the run folder and open its files in rank 0; the stack closes them."""

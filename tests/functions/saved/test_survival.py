@@ -136,7 +136,9 @@ def test_a_hangup_stops_a_run_unless_it_was_started_by_nohup(inherited, received
 def train_with_output():
     """Train with the terminal or the pipe at the path OUTPUT, as a shell would start it."""
     path = Path(os.environ["OUTPUT"])
-    # The first process of a session that opens a terminal to read hears when it is closed.
+    # The first process of a session that opens a terminal to read hears when it is closed. Whoever
+    # started the tests by nohup has let them ignore it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.setsid()
     output = os.open(path, os.O_WRONLY if path.is_fifo() else os.O_RDWR)
     os.dup2(output, 1)
@@ -172,6 +174,15 @@ def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path
     assert program.wait() == 75
     (run,) = runs.iterdir()
     assert 0 < newest(run)["run"]["step"] < 1000
+
+
+@posix
+def test_a_run_that_loses_its_output_in_the_last_step_is_finished(pictures, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as output, during(10, partial(os.close, reader)):
+        monkeypatch.setattr(sys, "stdout", output)
+        run = train_tiny(pictures, tmp_path)
+    assert newest(run)["run"]["step"] == 10
 
 
 @posix
