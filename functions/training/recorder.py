@@ -56,7 +56,7 @@ class Recorder:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Lock the run folder, and open its files and the progress bar.
+        """Lock the run folder, and open its files and the progress bar; say when a run is finished.
 
         Raises UserError for a failed write, and when another process has locked the folder.
         """
@@ -78,7 +78,7 @@ class Recorder:
             run.window.start_clock()
             yield
             if run.step == run.total_steps:
-                # Its last line is complete then. A lost output does not spoil a finished run.
+                # It is said here, where a lost output does not spoil a finished run.
                 self.bar.close()
                 self.processes.print_main(
                     f"finished: {run.folder}\nsample from it: python sample.py {run.folder}"
