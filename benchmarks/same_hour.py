@@ -34,6 +34,7 @@ import numpy as np
 import psutil
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch.nn.functional import mse_loss
 
@@ -373,9 +374,9 @@ def plot(results: dict, out: Path) -> None:
     curves.set(xscale="log", yscale="log", xlabel="CPU minutes of training")
     curves.set_ylabel("distance from the training photos\n(lower is better)")
     curves.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    curves.set_xticks([], minor=True)
+    curves.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     curves.yaxis.set_major_formatter("{x:g}")
-    curves.yaxis.set_minor_formatter("{x:g}")
+    curves.minorticks_off()
     curves.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
     # (rows, SHOWN, H, W, C) -> (rows H, SHOWN W, C)
