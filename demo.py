@@ -25,9 +25,10 @@ from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import read_x_0
 from functions.sampling.generation import ImageSampler, generate, open_sampler
+from functions.sampling.guides import corrected
 from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import interpolate_images
-from functions.sampling.options import add_model_flags
+from functions.sampling.options import add_model_flags, add_quality_flags
 from functions.support.command_line import (
     EXIT_BAD_INPUT,
     Parser,
@@ -75,7 +76,9 @@ def main() -> None:
     # The page has fields for some of these, and the others have the defaults of sample.py.
     parser.set_defaults(seed=0, sampler="dpm++", steps=None, variance=None)
     parser.set_defaults(precision="auto", batch_size=IMAGE_LIMIT)
-    _, image_sampler = open_sampler(parser.parse_args(), SINGLE_PROCESS)
+    add_quality_flags(parser.add_argument_group("what the page has no fields for"))
+    saved, image_sampler = open_sampler(parser.parse_args(), SINGLE_PROCESS)
+    image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
     # Old pictures are deleted from the disk.
     with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         with gr.Row():

@@ -58,11 +58,14 @@ def find_guide(guide: str, saved: SavedModel) -> Path:
     """Return the path of the guide of `saved`.
 
     `guide` is that path, or a step of the run that `saved` is from. For a step, it is the path of
-    the nearest snapshot or checkpoint among those from before `saved`. Raises UserError when the
-    run has none.
+    the nearest snapshot or checkpoint among those from before `saved`; or that of the only guide of
+    an exported file, which is beside it. Raises UserError when there is none.
     """
     if not guide.isdecimal():
         return Path(guide)
+    beside = saved.path.with_name(f"{saved.path.stem}-guide{saved.path.suffix}")
+    if beside.is_file():
+        return beside
     # Checkpoints are at RUN/checkpoints/FILE, and snapshots at RUN/snapshots/FILE.
     run = saved.path.absolute().parent.parent
     # Of several equally near files `min` returns the first. The snapshots are listed first, because

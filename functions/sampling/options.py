@@ -162,12 +162,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="The number of steps. Each makes one network call, or up to two with --guide. "
         "Default: one step for each timestep.",
     )
-    group.add_argument(
-        "--spacing",
-        choices=SPACINGS,
-        help="How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR. "
-        "Default: the sampler's.",
-    )
+    add_quality_flags(group)
     group.add_argument(
         "--eta",
         type=fraction,
@@ -188,12 +183,23 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "fitted once, in a minute or two: to the training images (data), or to samples of the "
         "model (own). Default: no.",
     )
+
+
+def add_quality_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of spacing and guide, which demo.py has, too."""
+    group.add_argument(
+        "--spacing",
+        choices=SPACINGS,
+        help="How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR. "
+        "Default: the sampler's.",
+    )
     group.add_argument(
         "--guide",
         metavar="STEP|MODEL",
         help="Move each x_0 away from that of a worse model (docs/better-than-the-model.md). The "
-        "worse model is the run's own snapshot or checkpoint nearest to STEP, or any other run, "
-        "checkpoint or folder. Steps at middle noise levels then make two network calls. "
+        "worse model is the run's own snapshot or checkpoint nearest to STEP (of an exported "
+        "NAME.safetensors: NAME-guide.safetensors beside it), or any other run, checkpoint or "
+        "folder. Steps at middle noise levels then make two network calls. "
         "Default: no.",
     )
     group.add_argument(

@@ -51,6 +51,20 @@ def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
         find_guide("4", load_weights(checkpoints_of(run, "snapshots")[0]))
 
 
+def test_an_exported_file_has_its_guide_beside_it(run, tmp_path):
+    early, *_, last = checkpoints_of(run, "snapshots")
+    model = shutil.copy(last, tmp_path / "faces.safetensors")
+    with pytest.raises(UserError, match="no earlier snapshots"):
+        find_guide("4", load_weights(model))
+    shutil.copy(early, tmp_path / "faces-guide.safetensors")
+    # The images are those of the run.
+    for path in (last, model):
+        call(sample.main, path, *FEW, "--guide", 4, "--out", tmp_path / path.stem)
+    for name in ("00000.png", "00001.png"):
+        images = [(tmp_path / path.stem / name).read_bytes() for path in (last, model)]
+        assert images[0] == images[1]
+
+
 def test_files_and_the_manifest_hold_the_guide_and_its_weight(run, capsys):
     """Files of one guide are never taken for those of another, or of none."""
     call(sample.main, run, *FEW, "--guide", 3)
