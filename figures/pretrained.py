@@ -1,22 +1,29 @@
-"""Put a trained model into pretrained/, with a card that says where it comes from.
+"""Put a trained model of FFHQ into pretrained/, with a card that says where it comes from.
 
 `python -m figures.pretrained RUN`
 
-RUN is the folder of a finished run of a preset with the embedded faces. Its last snapshot is
-copied, so the weights are float16. The card, pretrained/README.md, has the hash of the file and the
-distance of 100 samples; tests/test_pretrained.py checks both.
+RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied, so the
+weights are float16, and an early one as a guide. The table of the card, pretrained/README.md, has
+the hashes of both files, what RUN says of itself, and what is measured on samples. The text under
+the table, from the first heading on, is written by hand, and stays.
 """
 
 import hashlib
 import shutil
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
+from data.datasets import ImageSet, Split
 from figures.saved_model import open_saved
-from functions.evaluation.feature_distance import spoilt, training_features
+from functions.evaluation.bits_per_dim import evenly_spaced
+from functions.evaluation.feature_distance import model_batches, training_features
+from functions.evaluation.fidelity import set_images
 from functions.sampling.generation import generate
+from functions.sampling.guides import corrected, find_guide
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split
@@ -24,87 +31,123 @@ from functions.saved.run_folder import PRETRAINED
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.errors import UserError
 from functions.support.files import write_text
+from functions.support.processes import SINGLE_PROCESS
 from functions.training.metrics import read_metrics
 
-# The samples of the card: the first images of seed 0, with this sampler.
-SAMPLE_COUNT = 100
-OPTIONS = SamplerOptions("dpm++", 20)
+# The guide stands beside the model, which is chosen by its name. It is that of this step.
+GUIDE = PRETRAINED.with_name(f"{PRETRAINED.stem}-guide{PRETRAINED.suffix}")
+GUIDE_STEP = 3000
+# The samples of the card: the first images of seed 0, with the sampler of README's first command.
+SAMPLE_COUNT = 400
+OPTIONS = SamplerOptions("dpm++", 11, spacing="trailing", guide=str(GUIDE), guidance=2.0)
 
 
 def main() -> None:
-    """Copy the last snapshot of the run, and write the card and its picture."""
+    """Copy two snapshots of the run, and write the table of the card."""
     parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="The folder of a finished run.")
     run = parser.parse_args().run
 
-    source, _ = open_saved(run, OPTIONS, "cpu")
+    source, _ = open_saved(run, SamplerOptions(), "cpu")
     facts = source.provenance
-    name = facts["experiment"]
     if facts["step"] != facts["total_steps"]:
         raise UserError(f"{run} is not finished; train.py --resume continues it")
     snapshot = run / "snapshots" / source.path.name
     if not snapshot.exists():
         raise UserError(f"{run} has no snapshot of its last step")
-    # The card names the command, so the command has to give the same run.
-    if Experiment.from_dict(source.config) != EXPERIMENTS.get(name):
-        raise UserError(f"{run} differs from the presets; the card needs a run of a preset")
+    image_set, split = load_and_split(source)
+    if facts["pixels_hash"] != split.pixels_hash:
+        raise UserError(f"{run} was trained on other images than {image_set.name} has now")
 
     PRETRAINED.parent.mkdir(exist_ok=True)
-    shutil.copyfile(snapshot, PRETRAINED)
-    write_text(PRETRAINED.with_name("README.md"), card(run, PRETRAINED, source))
-    print(f"wrote {PRETRAINED} and its README.md")
+    rows = {}
+    guide = find_guide(str(GUIDE_STEP), source)
+    for kind, file, path in (("file", snapshot, PRETRAINED), ("guide", guide, GUIDE)):
+        shutil.copyfile(file, path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        rows |= {kind: f"`{path.name}`", f"SHA-256 of the {kind}": f"`{digest}`"}
+    rows |= facts_of_run(run, source)
+    rows |= measured(image_set, split)
+    write_table(PRETRAINED.with_name("README.md"), rows)
+    print(f"wrote {PRETRAINED}, {GUIDE} and their README.md")
 
 
-def draw(path: Path) -> tuple[SavedModel, Tensor]:
-    """Return the model and the samples that the card describes: (SAMPLE_COUNT, C, H, W)."""
-    saved, sampler = open_saved(path, OPTIONS, "cpu")
-    return saved, generate(sampler, range(SAMPLE_COUNT))
-
-
-def card(run: Path, path: Path, source: SavedModel) -> str:
-    """Return the text of the card for the file at `path`, whose weights are those of `source`."""
-    rows = read_metrics(run / "metrics.csv")
-    lowest = min((row for row in rows if row["val_loss_ema"]), key=lambda row: row["val_loss_ema"])
-
-    saved, images = draw(path)
-    features = training_features(*load_and_split(saved))
+def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
+    """Return what a run says of itself: {name: value}."""
     facts = source.provenance
     arithmetic = facts["arithmetic"]
-    return f"""# The model in the box
+    experiment = Experiment.from_dict(source.config)
+    changes = experiment.differences(EXPERIMENTS[facts["experiment"]])
+    flags = [f" --{name.replace('_', '-')} {value}" for name, (value, _) in changes.items()]
 
-`python sample.py`, `python evaluate.py` and `python demo.py` use this model until there is a run in
-`runs/`.
+    rows = read_metrics(run / "metrics.csv")
+    # A machine that does other things, too, slows some steps down.
+    speed = np.median([row["images_per_second"] for row in rows])
+    image_count = facts["step"] * experiment.diffusion.effective_batch
+    hours = image_count / speed / 3600
+    cores = arithmetic["processes"] * arithmetic["threads"]
+    last = [row["loss"] for row in rows if row["step"] > facts["step"] - 100]
+    return {
+        "weights": f"{source.kind} in float16, {facts['parameters']:,} parameters",
+        "command": f"`python train.py {facts['experiment']}{''.join(flags)}`",
+        "length": f"{facts['step']:,} steps, {image_count:,} images",
+        "time": f"{hours:.1f} hours at the median speed, {hours * cores:.0f} CPU-hours",
+        "processor": f"{arithmetic['processor']}, {cores} threads",
+        "arithmetic": f"{arithmetic['precision']}, PyTorch {arithmetic['torch']}",
+        "source": f"`{source.path.name}`, whose weights have the hash `{source.digest[:16]}`",
+        "training loss at the end": f"{np.mean(last):.4f}",
+        "held-out loss of the EMA at the end": f"{rows[-1]['val_loss_ema']:.4f}",
+    }
 
-| | |
-|---|---|
-| file | `{path.name}`: {source.kind} weights in float16, {facts["parameters"]:,} parameters |
-| SHA-256 of the file | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |
-| command | `python train.py {facts["experiment"]}` |
-| steps | {facts["step"]:,} |
-| processor | {arithmetic["processor"]}, {arithmetic["threads"]} threads |
-| arithmetic | {arithmetic["precision"]}, PyTorch {arithmetic["torch"]} |
-| source | `{source.path.name}`, whose weights have the hash `{source.digest[:16]}` |
-| training loss at the end | {rows[-1]["loss"]:.4f} |
-| held-out loss of the EMA at the end | {rows[-1]["val_loss_ema"]:.4f} |
-| lowest held-out loss of the EMA | {lowest["val_loss_ema"]:.4f}, at step {lowest["step"]:,} |
-| samples that are dark or speckled | {int(spoilt(images).sum())} of {SAMPLE_COUNT} |
-| distance | {features.distance(features([images])):.2f} |
 
-The last two rows are measured on {SAMPLE_COUNT} samples: {OPTIONS}, seed 0.
-[whole-before-detail](../docs/whole-before-detail.md#measured) explains both. 100 random real images
-have distances of 1.2 to 2.0 to the training images.
+def measured(image_set: ImageSet, split: Split) -> dict[str, str]:
+    """Return what is measured on samples of the model, and on as many held-out images."""
+    ids = image_set.ids
+    trained, held_out = split.train_indices, split.val_indices
+    chosen = evenly_spaced(held_out, SAMPLE_COUNT)
+    real = torch.cat([*model_batches(set_images(image_set, chosen))])
+    training = torch.cat([*model_batches(set_images(image_set, trained))])
+    samples, described = draw(len(chosen))
 
-**Good at:** heads and shoulders of emoji people on white, at 32 x 32 pixels, in 20 steps.
+    features = training_features(image_set, split)
+    distances = [features.distance(features([images])) for images in (samples, real)]
+    nearest = [rms_to_nearest(images, training).mean() for images in (samples, real)]
+    return {
+        "training images": f"{len(trained):,} of {image_set.name}: {ids[trained[0]]} to "
+        f"{ids[trained[-1]]}",
+        "held-out images": f"{len(held_out):,}: {ids[held_out[0]]} to {ids[held_out[-1]]}",
+        "measured on": f"{len(samples)} samples: {described}, seed 0",
+        "distance": f"{distances[0]:.2f}; held-out images {distances[1]:.2f}",
+        "RMS to the nearest training image": f"{nearest[0]:.3f}; held-out images {nearest[1]:.3f}",
+    }
 
-**Bad at:** everything else, because it has seen nothing else. With only 811 training images, it
-memorises: some samples are almost copies ([evaluation](../docs/evaluation.md)). It has no earlier
-snapshots, which `--guide STEP` needs.
 
-**Licence.** The training images are Noto Emoji, under the Apache License 2.0
-([licence](../data/LICENSE-emoji_faces.txt), [notice](../data/README.md#the-embedded-set)).
+def draw(count: int) -> tuple[Tensor, str]:
+    """Return the first samples of the model, (count, C, H, W), and how they were drawn."""
+    saved, image_sampler = open_saved(PRETRAINED, OPTIONS, "cpu")
+    image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
+    samples = generate(image_sampler, range(count), progress=True)
+    return samples, str(image_sampler.options)
 
-Written by `python -m figures.pretrained RUN`.
-"""
+
+def rms_to_nearest(images: Tensor, training: Tensor) -> Tensor:
+    """Return the RMS difference of images (N, C, H, W) from the nearest training image: (N,).
+
+    Training flips images, so each training image is compared as it is and mirrored.
+    """
+    both = torch.cat([training, training.flip(3)]).flatten(1)
+    distances = torch.cdist(images.to(both).flatten(1), both)
+    return distances.amin(1) / both.shape[1] ** 0.5
+
+
+def write_table(path: Path, rows: dict[str, str]) -> None:
+    """Write a card with this table, {name: value}, and with the text that it has under its own."""
+    text = path.read_text() if path.exists() else ""
+    _, heading, by_hand = text.partition("\n## ")
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    title = "# The model in the box\n\n| | |\n|---|---|\n"
+    written = "\nThis table was written by `python -m figures.pretrained RUN`.\n"
+    write_text(path, title + table + written + heading + by_hand)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def images_of_fit(image_sampler: ImageSampler, saved: SavedModel) -> Tensor:
         quick = image_sampler.quick(seed_of(0, "calibration"))
         return generate(quick, range(IMAGE_COUNT), progress=True)
     image_set, split = load_and_split(saved)
-    # The model in the box does not say the hash of its pixels.
+    # Models of earlier versions do not say the hash of their pixels.
     if saved.provenance.get("pixels_hash") not in (None, split.pixels_hash):
         raise UserError(
             f"{saved.path} was trained on other images than {image_set.name} has now; "

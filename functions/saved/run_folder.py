@@ -39,7 +39,7 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
 TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
 # The trained model that comes with the repository is read when there is no run. Other files may be
 # beside it, such as its calibrations.
-PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "faces-v.safetensors"
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "ffhq-64.safetensors"
 
 
 def new_folder(runs: Path, name: str) -> Path:

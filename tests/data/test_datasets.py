@@ -37,7 +37,7 @@ def test_the_embedded_set_and_the_people_in_it(data_folder):
     assert len(people.images) == 901
     assert people.ids == [name for name in everyone.ids if name.startswith("people_")]
 
-    # The included model names these hashes. The pixels have the pack's.
+    # Runs of earlier versions name these hashes. The pixels have the pack's.
     split = split_images(people, "reference")
     assert split.pixels_hash == everyone.pixels_hash == "a1efb81a9fa30ee9"
     assert (split.train_ids_hash, split.val_ids_hash) == ("85bfcb9302dc4ef3", "dfaa4145932b2a17")
