@@ -14,6 +14,6 @@ test:
 lint:
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-# make figures FACES=runs/faces-<time> FACES_V=runs/faces-v-<time>
+# make figures FACES=runs/faces-<time> FACES_V=runs/faces-v-<time> PEOPLE=runs/ffhq-64-<time>
 figures:
-	.venv/bin/python -m figures.make_figures $(FACES) $(FACES_V)
+	.venv/bin/python -m figures.make_figures $(FACES) $(FACES_V) $(PEOPLE)

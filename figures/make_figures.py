@@ -1,9 +1,9 @@
-"""Draw the pictures of README and docs/ from two real runs.
+"""Draw the pictures of README and docs/ from three real runs.
 
-`python -m figures.make_figures RUN_FACES RUN_FACES_V`
+`python -m figures.make_figures RUN_FACES RUN_FACES_V RUN_PEOPLE`
 
-These are run folders of the experiments `faces` and `faces-v`. `python -m tests.browser` makes the
-pictures of demo.py.
+These are run folders of the experiments `faces`, `faces-v` and `ffhq-64`. No photo is needed, and
+none is drawn. `python -m tests.browser` makes the pictures of demo.py.
 """
 
 import os
@@ -24,14 +24,15 @@ from config import EXPERIMENTS
 from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
+from figures.pretrained import GUIDE_STEP, OPTIONS
 from figures.saved_model import open_saved
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.guides import corrected
 from functions.sampling.options import SamplerOptions
 from functions.sampling.samples_folder import generate_frames, save_columns
-from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split
+from functions.saved.run_folder import checkpoints_of, step_of
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.pictures import (
     grid_of,
@@ -56,24 +57,17 @@ SCHEDULES = {
     "T = 200, betas as for 1000": NoiseScheduler(200, rescale_betas=False),
 }
 
-# The queen and the cook are training images. The wizard is held out, so the network cannot
-# have memorised him.
-QUEEN = "people_1f478-1f3fd.png"
-COOK = "people_1f9d1-1f3fb-200d-1f373.png"
-WIZARD = "people_1f9d9-1f3fd-200d-2642-fe0f.png"
+# README's first command, for the run that the model in the box is of.
+GUIDED = f"--sampler dpm++ --steps 11 --spacing trailing --guide {GUIDE_STEP} --guidance 2"
 
-# The name of a picture -> a command, and a pattern of the file that it writes. FACES and FACES_V
-# stand for the runs.
+# The name of a picture -> a command, and a pattern of the file that it writes. FACES, FACES_V and
+# PEOPLE stand for the runs. Images are samples of seed 0, by their indices.
 COMMANDS = {
-    "few_steps.png": ("sample FACES --sampler dpm++ --steps 20", "grid.png"),
-    "progressive.png": ("sample FACES_V --steps 50 --progressive", "progressive.png"),
-    "interpolation.png": (
-        f"edit interpolate {QUEEN} {COOK} FACES --steps 50",
-        "interpolation-*.png",
-    ),
-    "variations.png": (f"edit vary {QUEEN} FACES --steps 50", "variations-*.png"),
+    "people.png": (f"sample PEOPLE {GUIDED}", "grid.png"),
+    "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
+    "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
     "inpainting.png": (
-        f"edit inpaint {WIZARD} FACES --steps 50 --mask mask.png --n 5",
+        f"edit inpaint 26.png PEOPLE --steps 50 --guide {GUIDE_STEP} --mask mask.png --n 5",
         "inpainting-*.png",
     ),
     "bands-eps.png": ("figures.bands FACES --precision float32", "*.png"),
@@ -88,24 +82,22 @@ WEIGHTS = (1, 1.25, 1.5, 2, 3)
 def main() -> None:
     """Draw all figures into this folder."""
     parser = Parser(description=__doc__)
-    parser.add_argument("faces", type=Path, metavar="RUN_FACES", help="A run folder.")
-    parser.add_argument("faces_v", type=Path, metavar="RUN_FACES_V", help="A run folder.")
-    args = parser.parse_args()
+    for name in ("FACES", "FACES_V", "PEOPLE"):
+        parser.add_argument(name, type=Path, metavar=f"RUN_{name}", help="A run folder.")
+    runs = {name: run.resolve() for name, run in vars(parser.parse_args()).items()}
 
-    # The checkpoint is loaded first, so that a missing run ends the script immediately.
-    saved, image_sampler = open_saved(args.faces, SamplerOptions())
-    draw_guidance(args.faces_v)
+    # The runs are read first, so that a missing one ends the script immediately.
+    draw_people(runs["PEOPLE"])
+    draw_faces(runs["FACES"])
+    draw_cures(runs["FACES"], runs["FACES_V"])
 
     draw_cumulative_noise()
     draw_schedules()
     draw_time_embedding()
     draw_unet()
     draw_rotation()
-    draw_run(saved, image_sampler)
-    draw_cures(args.faces, args.faces_v)
     with tempfile.TemporaryDirectory() as temporary:
-        runs = {"FACES": args.faces.resolve(), "FACES_V": args.faces_v.resolve()}
-        draw_commands(runs, saved.model.image_size, Path(temporary))
+        draw_commands(runs, Path(temporary))
 
 
 def draw_cumulative_noise() -> None:
@@ -268,17 +260,10 @@ def draw_strip(name: str, columns: dict[str, np.ndarray], rows: Sequence[str] = 
     save_strip(frames, titles, FIGURES / name, rows)
 
 
-def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
-    """Draw a run's loss curves, samples, their nearest training images, a strip and an animation.
-
-    The samples are those that `python sample.py` draws with seed 0.
-    """
-    run = saved.path.parent.parent
-    plot_losses(run / "metrics.csv", FIGURES / "losses.png")
-
-    # The animation and the strip show intermediate states.
-    samples, states, _ = generate_frames(image_sampler, range(36))
-    faces = to_uint8(samples).numpy()
+def draw_faces(run: Path) -> None:
+    """Draw the samples of `python sample.py` with seed 0, and their nearest training images."""
+    saved, image_sampler = open_saved(run, SamplerOptions())
+    faces = draw_pixels(image_sampler, 36)
     save_grid(faces, FIGURES / "faces.png", columns=9)
 
     # Each nearest training image is right below its sample, to show which samples are copies.
@@ -286,12 +271,44 @@ def draw_run(saved: SavedModel, image_sampler: ImageSampler) -> None:
     neighbours = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
-    # The animation has one row, of the first six samples.
-    gif_frames = [frame[:6] for frame in states.values()]
-    save_gif(gif_frames, FIGURES / "denoising.gif", columns=6)
 
-    # The strip has a row for each of the first four samples.
+def draw_people(run: Path) -> None:
+    """Draw a run's losses and samples: how they improve, form from noise, and follow a guide."""
+    plot_losses(run / "metrics.csv", FIGURES / "losses.png")
+
+    snapshots = checkpoints_of(run, "snapshots")
+    guide = str(nearest_snapshot(snapshots, GUIDE_STEP))
+    options = replace(OPTIONS, guide=guide)
+    total = step_of(snapshots[-1])
+    # These are a quarter of the run, its half and its end.
+    chosen = [nearest_snapshot(snapshots, total * part) for part in (0.25, 0.5, 1)]
+    rows = [draw_pixels(open_guided(path, options), 9) for path in chosen]
+    save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
+
+    image_sampler = open_guided(run, options)
+    columns = {}
+    for weight in WEIGHTS:
+        denoiser = replace(image_sampler.denoiser, weight=weight)
+        columns[f"w = {weight:g}"] = draw_pixels(replace(image_sampler, denoiser=denoiser), 8)
+    draw_strip("guidance.png", columns)
+
+    # The animation has a row of six samples, and the strips have a row for each of the first four.
+    image_sampler = open_guided(run, SamplerOptions(steps=250, guide=guide))
+    _, states, estimates = generate_frames(image_sampler, range(6))
+    save_gif(list(states.values()), FIGURES / "denoising.gif", columns=6)
     save_columns(states, FIGURES / "strip.png")
+    save_columns(estimates, FIGURES / "progressive.png")
+
+
+def nearest_snapshot(snapshots: Sequence[Path], step: float) -> Path:
+    """Return the snapshot whose step is nearest."""
+    return min(snapshots, key=lambda path: abs(step_of(path) - step))
+
+
+def open_guided(path: Path, options: SamplerOptions) -> ImageSampler:
+    """Return the sampler of a model with the calibration and the guide that its options name."""
+    saved, image_sampler = open_saved(path, options)
+    return corrected(image_sampler, saved, SINGLE_PROCESS)
 
 
 def draw_cures(faces: Path, faces_v: Path) -> None:
@@ -303,9 +320,7 @@ def draw_cures(faces: Path, faces_v: Path) -> None:
     rows = []
     for run, calibrate in ((faces, None), (faces, "data"), (faces, "own"), (faces_v, None)):
         options = SamplerOptions("ddim", 20, calibrate=calibrate)
-        saved, image_sampler = open_saved(run, options)
-        image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
-        rows.append(draw_pixels(image_sampler, 36))
+        rows.append(draw_pixels(open_guided(run, options), 36))
 
     # (12, rows, H, W, C): a column for each of the first samples.
     columns = np.stack(rows, axis=1)[:12]
@@ -326,32 +341,18 @@ def draw_pixels(image_sampler: ImageSampler, count: int) -> np.ndarray:
     return to_uint8(samples).numpy()
 
 
-def draw_guidance(faces_v: Path) -> None:
-    """Draw the same noise with rising weights of a guide, a column for each weight."""
-    options = SamplerOptions("dpm++", 20, eta=0.0, guide="1000")
-    saved, image_sampler = open_saved(faces_v, options)
-    image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
-    columns = {}
-    for weight in WEIGHTS:
-        denoiser = replace(image_sampler.denoiser, weight=weight)
-        guided_sampler = replace(image_sampler, denoiser=denoiser)
-        columns[f"w = {weight:g}"] = draw_pixels(guided_sampler, 8)
-    draw_strip("guidance.png", columns)
-
-
-def draw_commands(runs: dict[str, Path], size: int, temporary: Path) -> None:
+def draw_commands(runs: dict[str, Path], temporary: Path) -> None:
     """Run each of COMMANDS in a temporary folder, and copy its picture into this folder.
 
-    `runs` has the folders that FACES and FACES_V stand for, and `size` is that of their images.
+    `runs` has the folders that FACES, FACES_V and PEOPLE stand for.
     """
-    # edit.py reads the images and the mask from files.
-    people = load_images("emoji_people", size)
-    for name in (QUEEN, COOK, WIZARD):
-        save_image(people.images[people.ids.index(name)], temporary / name)
-
-    # White marks the pixels that inpainting replaces: the lower half.
-    mask = np.zeros((size, size), np.uint8)
-    mask[size // 2 :] = 255
+    # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
+    # half.
+    image_sampler = open_guided(runs["PEOPLE"], replace(OPTIONS, guide=str(GUIDE_STEP)))
+    [image] = to_uint8(generate(image_sampler, [26])).numpy()
+    save_image(image, temporary / "26.png")
+    mask = np.zeros(image.shape[:2], np.uint8)
+    mask[len(mask) // 2 :] = 255
     save_image(mask, temporary / "mask.png")
 
     # Modules are found from any folder.

@@ -37,7 +37,7 @@ def test_every_picture_is_drawn_from_a_run_of_three_steps(trained, tmp_path, mon
     few = {name: commands[name] for name in commands.keys() - left_out}
     monkeypatch.setattr(make_figures, "COMMANDS", few)
     monkeypatch.setattr(make_figures.subprocess, "run", run_here)
-    call(make_figures.main, run, run)
+    call(make_figures.main, run, run, run)
 
     for path in folder.iterdir():
         # It has more than one colour.
