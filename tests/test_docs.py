@@ -1,4 +1,4 @@
-"""What README and docs/ name in backticks or link to is there: files, headings and tests."""
+"""What README, docs/ and the card of the model name or link to: files, headings and tests."""
 
 import re
 from contextlib import redirect_stdout
@@ -11,7 +11,12 @@ from PIL import Image
 
 from tests.conftest import ROOT, call
 
-PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "data" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "pretrained" / "README.md",
+]
 
 # The first arguments after which a script has other flags.
 VERBS = ("interpolate", "invert", "vary", "inpaint", "distance", "images")
@@ -58,8 +63,8 @@ def test_the_script_of_your_own_draws_a_grid(tmp_path, monkeypatch):
     section = page.split("## From Python")[1].split("\n## ")[0]
     code = re.findall(r"^    (.*)$", section, re.MULTILINE)
     exec("\n".join(code), {})
-    # There are 4 x 4 images, three times as large, with gaps of 2 pixels.
-    assert Image.open("faces.png").size == (3 * (4 * 34 + 2),) * 2
+    # There are 2 x 2 images, twice as large, with gaps of 2 pixels.
+    assert Image.open("faces.png").size == (2 * (2 * 66 + 2),) * 2
 
 
 @cache
