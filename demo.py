@@ -28,7 +28,7 @@ from functions.sampling.generation import ImageSampler, generate, open_sampler
 from functions.sampling.guides import corrected
 from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import interpolate_images
-from functions.sampling.options import add_model_flags, add_quality_flags
+from functions.sampling.options import add_model_flags, add_steps_and_guide_flags
 from functions.support.command_line import (
     EXIT_BAD_INPUT,
     Parser,
@@ -60,6 +60,8 @@ WORKER = ThreadPoolExecutor(1)
 # Fields for integers, and sliders for integers from 1 upwards.
 number = partial(gr.Number, precision=0)
 slider = partial(gr.Slider, 1, step=1, precision=0)
+# The page begins with so many steps unless a flag says otherwise.
+STEPS = 20
 # The titles of the pictures that the tabs Mix and Paint make.
 MIXED = "The first image, the mixture and the second image"
 INPAINTED = "The image, its known part, and the inpaintings"
@@ -74,15 +76,16 @@ def main() -> None:
     parser = Parser(description=__doc__)
     add_model_flags(parser)
     # The page has fields for some of these, and the others have the defaults of sample.py.
-    parser.set_defaults(seed=0, sampler="dpm++", steps=None, variance=None)
+    parser.set_defaults(seed=0, sampler="dpm++", variance=None)
     parser.set_defaults(precision="auto", batch_size=IMAGE_LIMIT)
-    add_quality_flags(parser.add_argument_group("what the page has no fields for"))
-    saved, image_sampler = open_sampler(parser.parse_args(), SINGLE_PROCESS)
+    add_steps_and_guide_flags(parser)
+    args = parser.parse_args()
+    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
     image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
     # Old pictures are deleted from the disk.
     with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         with gr.Row():
-            controls = sampler_controls()
+            controls = sampler_controls(args.steps or STEPS)
         stoppable = [tab(image_sampler, controls) for tab in (draw_tab, mix_tab, paint_tab)]
         # A click on Stop calls no function. It cancels the work that the tabs' buttons started.
         gr.Button("Stop").click(None, cancels=stoppable)
@@ -275,7 +278,7 @@ def paint_tab(image_sampler: ImageSampler, controls: list) -> gr.events.Dependen
     return start.click(in_worker(image_sampler, paint), inputs, picture)
 
 
-def sampler_controls() -> list:
+def sampler_controls(steps: int) -> list:
     """Build the controls that all tabs share: the seed, the sampler and the steps."""
     return [
         number(0, label="Seed", info="Another seed gives other images."),
@@ -285,7 +288,7 @@ def sampler_controls() -> list:
             label="Sampler",
             info="ddpm, the paper's, needs many steps; the others need 20. Paint always has ddpm.",
         ),
-        number(20, label="Steps", info="From noise to the image; empty: all timesteps."),
+        number(steps, label="Steps", info="From noise to the image; empty: all timesteps."),
     ]
 
 

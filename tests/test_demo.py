@@ -125,14 +125,14 @@ def test_draw(page, run, tmp_path):
     assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
 
 
-def test_a_guide_and_a_spacing_are_flags(chromium, run, tmp_path):
-    flags = ("--spacing", "trailing", "--guide", "2", "--guidance", "3")
+def test_steps_spacing_and_guide_are_flags(chromium, run, tmp_path):
+    flags = ("--steps", "5", "--spacing", "trailing", "--guide", "2", "--guidance", "3")
     with served(tmp_path / "log", run, *flags) as address, chromium.new_page() as page:
         page.goto(address)
-        fill(page, How_many=2, Steps=5)
+        fill(page, How_many=2)
         click(page, DRAW)
         grid = picture(page, "2 images of seed 0: sampler dpm++, steps 5, spacing trailing")
-    rest = ("--sampler", "dpm++", "--steps", 5, "--n", 2, "--device", "cpu", "--out", tmp_path)
+    rest = ("--sampler", "dpm++", "--n", 2, "--device", "cpu", "--out", tmp_path)
     call(sample.main, run, *flags, *rest)
     assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
 

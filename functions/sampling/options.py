@@ -156,13 +156,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default="ddpm",
         help="; ".join(samplers) + ". Default: %(default)s.",
     )
-    group.add_argument(
-        "--steps",
-        type=positive,
-        help="The number of steps. Each makes one network call, or up to two with --guide. "
-        "Default: one step for each timestep.",
-    )
-    add_quality_flags(group)
+    add_steps_and_guide_flags(group)
     group.add_argument(
         "--eta",
         type=fraction,
@@ -185,15 +179,21 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_quality_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of spacing and guide, which demo.py has, too."""
-    group.add_argument(
+def add_steps_and_guide_flags(parser: argparse._ActionsContainer) -> None:
+    """Add --steps, --spacing, --guide and --guidance, which demo.py has, too."""
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        help="The number of steps. Each makes one network call, or up to two with --guide. "
+        "Default: one step for each timestep.",
+    )
+    parser.add_argument(
         "--spacing",
         choices=SPACINGS,
         help="How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR. "
         "Default: the sampler's.",
     )
-    group.add_argument(
+    parser.add_argument(
         "--guide",
         metavar="STEP|MODEL",
         help="Move each x_0 away from that of a worse model (docs/better-than-the-model.md). The "
@@ -202,7 +202,7 @@ def add_quality_flags(group: argparse._ArgumentGroup) -> None:
         "folder. Steps at middle noise levels then make two network calls. "
         "Default: no.",
     )
-    group.add_argument(
+    parser.add_argument(
         "--guidance",
         type=finite,
         help="The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away "
