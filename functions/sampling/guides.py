@@ -63,9 +63,8 @@ def find_guide(guide: str, saved: SavedModel) -> Path:
     """
     if not guide.isdecimal():
         return Path(guide)
-    beside = saved.path.with_name(f"{saved.path.stem}-guide{saved.path.suffix}")
-    if beside.is_file():
-        return beside
+    if guide_beside(saved.path).is_file():
+        return guide_beside(saved.path)
     # Checkpoints are at RUN/checkpoints/FILE, and snapshots at RUN/snapshots/FILE.
     run = saved.path.absolute().parent.parent
     # Of several equally near files `min` returns the first. The snapshots are listed first, because
@@ -74,7 +73,16 @@ def find_guide(guide: str, saved: SavedModel) -> Path:
     earlier = [file for file in files if step_of(file) < saved.provenance["step"]]
     if not earlier:
         raise UserError(
-            f"{saved.path} has no earlier snapshots in its run for --guide {guide}; name a model, "
-            "or train with --diffusion.snapshot-every"
+            f"{saved.path} has no earlier snapshots in its run for --guide {guide}, and there is "
+            f"no {guide_beside(saved.path).name} beside it; name a model, or train with "
+            "--diffusion.snapshot-every"
         )
     return min(earlier, key=lambda file: abs(step_of(file) - int(guide)))
+
+
+def guide_beside(model: Path) -> Path:
+    """Return where the guide of an exported NAME.safetensors is: NAME-guide.safetensors beside it.
+
+    Nothing may be there.
+    """
+    return model.parent / f"{model.stem}-guide{model.suffix}"

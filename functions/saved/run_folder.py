@@ -38,7 +38,7 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
 # those of safetensors.
 TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
 # The trained model that comes with the repository is read when there is no run. Other files may be
-# beside it, such as its calibrations.
+# beside it, such as its guide and calibrations.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "ffhq-64.safetensors"
 
 
@@ -148,9 +148,11 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
             return find_checkpoints(run)
     target = f"run of an experiment {prefix}*" if prefix else "run"
     if PRETRAINED.exists() and PRETRAINED.name.startswith(prefix) and runs == RUNS:
+        # Without a prefix, the preset that trains in minutes is meant.
+        command = f"train.py {PRETRAINED.stem}" if prefix else "train.py"
         print(
             f"{runs}: no {target} with a checkpoint here yet; using the model that comes with the "
-            "repository (train your own: python train.py)"
+            f"repository (train your own: python {command})"
         )
         return [PRETRAINED]
     raise CheckpointError(

@@ -54,9 +54,10 @@ def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
 def test_an_exported_file_has_its_guide_beside_it(run, tmp_path):
     early, *_, last = checkpoints_of(run, "snapshots")
     model = shutil.copy(last, tmp_path / "faces.safetensors")
-    with pytest.raises(UserError, match="no earlier snapshots"):
+    with pytest.raises(UserError, match=r"there is no faces-guide\.safetensors beside it"):
         find_guide("4", load_weights(model))
-    shutil.copy(early, tmp_path / "faces-guide.safetensors")
+    guide = shutil.copy(early, tmp_path / "faces-guide.safetensors")
+    assert find_guide("99", load_weights(model)) == guide
     # The images are those of the run.
     for path in (last, model):
         call(sample.main, path, *FEW, "--guide", 4, "--out", tmp_path / path.stem)
