@@ -3,7 +3,10 @@
 `python -m figures.make_figures RUN_FACES RUN_FACES_V RUN_PEOPLE`
 
 These are run folders of the experiments `faces`, `faces-v` and `ffhq-64`. No photo is needed, and
-none is drawn. `python -m tests.browser` makes the pictures of demo.py.
+none is drawn. The pictures of demo.py are made by
+
+`python -m tests.browser pretrained/ffhq-64.safetensors --steps 11 --spacing trailing --guide 3000
+--guidance 2`
 """
 
 import os
@@ -24,11 +27,15 @@ from config import EXPERIMENTS
 from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
-from figures.pretrained import GUIDE_STEP, OPTIONS
-from figures.saved_model import open_saved
+from figures.saved_model import (
+    GUIDED,
+    nearest_snapshot,
+    open_corrected,
+    open_saved,
+    parse_options,
+)
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.guides import corrected
 from functions.sampling.options import SamplerOptions
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.loading import load_and_split
@@ -42,7 +49,6 @@ from functions.support.pictures import (
     save_image,
     save_strip,
 )
-from functions.support.processes import SINGLE_PROCESS
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
 from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
@@ -57,9 +63,6 @@ SCHEDULES = {
     "T = 200, betas as for 1000": NoiseScheduler(200, rescale_betas=False),
 }
 
-# README's first command, for the run that the model in the box is of.
-GUIDED = f"--sampler dpm++ --steps 11 --spacing trailing --guide {GUIDE_STEP} --guidance 2"
-
 # The name of a picture -> a command, and a pattern of the file that it writes. FACES, FACES_V and
 # PEOPLE stand for the runs. Images are samples of seed 0, by their indices.
 COMMANDS = {
@@ -67,7 +70,7 @@ COMMANDS = {
     "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
     "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
     "inpainting.png": (
-        f"edit inpaint 26.png PEOPLE --steps 50 --guide {GUIDE_STEP} --mask mask.png --n 5",
+        "edit inpaint 26.png PEOPLE --steps 50 --guide 3000 --mask mask.png --n 5",
         "inpainting-*.png",
     ),
     "bands-eps.png": ("figures.bands FACES --precision float32", "*.png"),
@@ -277,15 +280,16 @@ def draw_people(run: Path) -> None:
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
 
     snapshots = checkpoints_of(run, "snapshots")
-    guide = str(nearest_snapshot(snapshots, GUIDE_STEP))
-    options = replace(OPTIONS, guide=guide)
+    # In a short run, as in the tests, a quarter of the run may have no earlier guide.
+    guide = str(nearest_snapshot(snapshots, 3000))
+    options = replace(parse_options(GUIDED), guide=guide)
     total = step_of(snapshots[-1])
     # These are a quarter of the run, its half and its end.
     chosen = [nearest_snapshot(snapshots, total * part) for part in (0.25, 0.5, 1)]
-    rows = [draw_pixels(open_guided(path, options), 9) for path in chosen]
+    rows = [draw_pixels(open_corrected(path, options)[1], 9) for path in chosen]
     save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
 
-    image_sampler = open_guided(run, options)
+    _, image_sampler = open_corrected(run, options)
     columns = {}
     for weight in WEIGHTS:
         denoiser = replace(image_sampler.denoiser, weight=weight)
@@ -293,22 +297,11 @@ def draw_people(run: Path) -> None:
     draw_strip("guidance.png", columns)
 
     # The animation has a row of six samples, and the strips have a row for each of the first four.
-    image_sampler = open_guided(run, SamplerOptions(steps=250, guide=guide))
+    _, image_sampler = open_corrected(run, SamplerOptions(steps=250, guide=guide))
     _, states, estimates = generate_frames(image_sampler, range(6))
     save_gif(list(states.values()), FIGURES / "denoising.gif", columns=6)
     save_columns(states, FIGURES / "strip.png")
     save_columns(estimates, FIGURES / "progressive.png")
-
-
-def nearest_snapshot(snapshots: Sequence[Path], step: float) -> Path:
-    """Return the snapshot whose step is nearest."""
-    return min(snapshots, key=lambda path: abs(step_of(path) - step))
-
-
-def open_guided(path: Path, options: SamplerOptions) -> ImageSampler:
-    """Return the sampler of a model with the calibration and the guide that its options name."""
-    saved, image_sampler = open_saved(path, options)
-    return corrected(image_sampler, saved, SINGLE_PROCESS)
 
 
 def draw_cures(faces: Path, faces_v: Path) -> None:
@@ -320,7 +313,7 @@ def draw_cures(faces: Path, faces_v: Path) -> None:
     rows = []
     for run, calibrate in ((faces, None), (faces, "data"), (faces, "own"), (faces_v, None)):
         options = SamplerOptions("ddim", 20, calibrate=calibrate)
-        rows.append(draw_pixels(open_guided(run, options), 36))
+        rows.append(draw_pixels(open_corrected(run, options)[1], 36))
 
     # (12, rows, H, W, C): a column for each of the first samples.
     columns = np.stack(rows, axis=1)[:12]
@@ -348,7 +341,7 @@ def draw_commands(runs: dict[str, Path], temporary: Path) -> None:
     """
     # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
     # half.
-    image_sampler = open_guided(runs["PEOPLE"], replace(OPTIONS, guide=str(GUIDE_STEP)))
+    _, image_sampler = open_corrected(runs["PEOPLE"], parse_options(GUIDED))
     [image] = to_uint8(generate(image_sampler, [26])).numpy()
     save_image(image, temporary / "26.png")
     mask = np.zeros(image.shape[:2], np.uint8)

@@ -18,28 +18,23 @@ from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
 from data.datasets import ImageSet, Split
-from figures.saved_model import open_saved
+from figures.saved_model import GUIDED, nearest_snapshot, open_corrected, open_saved, parse_options
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.feature_distance import model_batches, training_features
 from functions.evaluation.fidelity import set_images
 from functions.sampling.generation import generate
-from functions.sampling.guides import corrected, find_guide
+from functions.sampling.guides import guide_beside
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split
-from functions.saved.run_folder import PRETRAINED
+from functions.saved.run_folder import PRETRAINED, checkpoints_of
 from functions.support.command_line import Parser, exit_on_user_error
 from functions.support.errors import UserError
 from functions.support.files import write_text
-from functions.support.processes import SINGLE_PROCESS
 from functions.training.metrics import read_metrics
 
-# The guide stands beside the model, which is chosen by its name. It is that of this step.
-GUIDE = PRETRAINED.with_name(f"{PRETRAINED.stem}-guide{PRETRAINED.suffix}")
-GUIDE_STEP = 3000
-# The samples of the card: the first images of seed 0, with the sampler of README's first command.
+# The samples of the card are the first images of seed 0, by README's first command in float32.
 SAMPLE_COUNT = 400
-OPTIONS = SamplerOptions("dpm++", 11, spacing="trailing", guide=str(GUIDE), guidance=2.0)
 
 
 def main() -> None:
@@ -61,15 +56,18 @@ def main() -> None:
 
     PRETRAINED.parent.mkdir(exist_ok=True)
     rows = {}
-    guide = find_guide(str(GUIDE_STEP), source)
-    for kind, file, path in (("file", snapshot, PRETRAINED), ("guide", guide, GUIDE)):
+    guide = nearest_snapshot(checkpoints_of(run, "snapshots"), int(parse_options(GUIDED).guide))
+    for kind, file, path in (
+        ("file", snapshot, PRETRAINED),
+        ("guide", guide, guide_beside(PRETRAINED)),
+    ):
         shutil.copyfile(file, path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         rows |= {kind: f"`{path.name}`", f"SHA-256 of the {kind}": f"`{digest}`"}
     rows |= facts_of_run(run, source)
     rows |= measured(image_set, split)
     write_table(PRETRAINED.with_name("README.md"), rows)
-    print(f"wrote {PRETRAINED}, {GUIDE} and their README.md")
+    print(f"wrote {PRETRAINED}, {guide_beside(PRETRAINED)} and their README.md")
 
 
 def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
@@ -107,7 +105,7 @@ def measured(image_set: ImageSet, split: Split) -> dict[str, str]:
     chosen = evenly_spaced(held_out, SAMPLE_COUNT)
     real = torch.cat([*model_batches(set_images(image_set, chosen))])
     training = torch.cat([*model_batches(set_images(image_set, trained))])
-    samples, described = draw(len(chosen))
+    samples = draw(len(chosen))
 
     features = training_features(image_set, split)
     distances = [features.distance(features([images])) for images in (samples, real)]
@@ -116,18 +114,18 @@ def measured(image_set: ImageSet, split: Split) -> dict[str, str]:
         "training images": f"{len(trained):,} of {image_set.name}: {ids[trained[0]]} to "
         f"{ids[trained[-1]]}",
         "held-out images": f"{len(held_out):,}: {ids[held_out[0]]} to {ids[held_out[-1]]}",
-        "measured on": f"{len(samples)} samples: {described}, seed 0",
+        "measured on": f"{len(samples)} samples of seed 0, in float32: `{GUIDED}`",
         "distance": f"{distances[0]:.2f}; held-out images {distances[1]:.2f}",
-        "RMS to the nearest training image": f"{nearest[0]:.3f}; held-out images {nearest[1]:.3f}",
+        "RMS difference from the nearest training image, pixels from -1 to 1": (
+            f"{nearest[0]:.3f}; held-out images {nearest[1]:.3f}"
+        ),
     }
 
 
-def draw(count: int) -> tuple[Tensor, str]:
-    """Return the first samples of the model, (count, C, H, W), and how they were drawn."""
-    saved, image_sampler = open_saved(PRETRAINED, OPTIONS, "cpu")
-    image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
-    samples = generate(image_sampler, range(count), progress=True)
-    return samples, str(image_sampler.options)
+def draw(count: int) -> Tensor:
+    """Return the first samples of the model, (count, C, H, W)."""
+    _, image_sampler = open_corrected(PRETRAINED, parse_options(GUIDED), "cpu")
+    return generate(image_sampler, range(count), progress=True)
 
 
 def rms_to_nearest(images: Tensor, training: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ def run_here(call, check, cwd, env):
 def test_every_picture_is_drawn_from_a_run_of_three_steps(trained, tmp_path, monkeypatch):
     # The people have 811 training images. An earlier snapshot is the guide.
     flags = "--diffusion.dataset-name emoji_people --diffusion.batch-size 270 --diffusion.epochs 1"
-    run = trained(*flags.split(), "--diffusion.snapshot-every", 1)
+    run = trained(
+        *flags.split(), "--diffusion.snapshot-every", 1, "--diffusion.timesteps-diff", 250
+    )
     folder = tmp_path / "figures"
     folder.mkdir()
     monkeypatch.setattr(make_figures, "FIGURES", folder)

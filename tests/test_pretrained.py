@@ -3,7 +3,6 @@
 import hashlib
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,10 @@ from data import datasets
 from data.datasets import load_images
 from data.pixels import to_uint8
 from figures import pretrained
+from figures.saved_model import GUIDED, parse_options
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.sampling import calibration
+from functions.sampling.guides import guide_beside
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_checkpoints
@@ -40,8 +41,10 @@ def box(tiny_run, tmp_path, monkeypatch):
     folder = tmp_path / "pretrained"
     folder.mkdir()
     monkeypatch.setattr(run_folder, "PRETRAINED", folder / "faces.safetensors")
-    for name in ("faces", "faces-guide", "another"):
-        shutil.copy(checkpoints_of(tiny_run, "snapshots")[-1], folder / f"{name}.safetensors")
+    shutil.copy(checkpoints_of(tiny_run, "snapshots")[-1], folder / "faces.safetensors")
+    # Other weights, which draw other images.
+    for name in ("faces-guide", "another"):
+        shutil.copy(checkpoints_of(tiny_run)[0], folder / f"{name}.safetensors")
     return folder
 
 
@@ -114,14 +117,9 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
 def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
     boxed = tmp_path / "pretrained" / "faces.safetensors"
     guide = boxed.with_name("faces-guide.safetensors")
-    for name, value in (
-        ("PRETRAINED", boxed),
-        ("GUIDE", guide),
-        ("GUIDE_STEP", 2),
-        ("OPTIONS", replace(pretrained.OPTIONS, guide=str(guide))),
-        ("SAMPLE_COUNT", 3),
-    ):
-        monkeypatch.setattr(pretrained, name, value)
+    monkeypatch.setattr(pretrained, "PRETRAINED", boxed)
+    monkeypatch.setattr(pretrained, "GUIDED", "--sampler ddim --steps 4 --guide 2")
+    monkeypatch.setattr(pretrained, "SAMPLE_COUNT", 3)
     run = trained("--diffusion.snapshot-every", 3)
     source = load_weights(checkpoints_of(run)[-1])
     longer = Experiment.from_dict(source.config).override({"epochs": 7}, {})
@@ -140,7 +138,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
     assert card_row(boxed, "held-out images") == "4: 33 to 49"
 
     # The RMS from the nearest training image or its mirror image, on the scale from -1 to 1
-    samples, _ = pretrained.draw(3)
+    samples = pretrained.draw(3)
     pictures = load_images(source.config["diffusion"]["dataset_name"], 16).images
     training = [image for i in TRAINED for image in (pictures[i], pictures[i][:, ::-1])]
     means = [
@@ -150,7 +148,8 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
             pictures[evenly_spaced(np.array(HELD_OUT), 3)].astype(float),
         )
     ]
-    shown = card_row(boxed, "RMS to the nearest training image").split("; held-out images ")
+    row = "RMS difference from the nearest training image, pixels from -1 to 1"
+    shown = card_row(boxed, row).split("; held-out images ")
     assert [*map(float, shown)] == pytest.approx(means, abs=3e-3)
 
     # What is written by hand stays.
@@ -181,8 +180,8 @@ def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
     assert newest_checkpoints(Path("runs")) == newest_checkpoints(Path("runs"), "ffhq")
     assert newest_checkpoints(Path("runs")) == [PRETRAINED]
     assert load_weights(PRETRAINED).provenance["experiment"] == PRETRAINED.stem
-    guide = pretrained.GUIDE
-    assert load_weights(guide).provenance["step"] == pretrained.GUIDE_STEP
+    guide = guide_beside(PRETRAINED)
+    assert str(load_weights(guide).provenance["step"]) == parse_options(GUIDED).guide
     assert card_row(PRETRAINED, "file") == PRETRAINED.name
     assert card_row(PRETRAINED, "guide") == guide.name
     digest = hashlib.sha256(guide.read_bytes()).hexdigest()
@@ -191,8 +190,10 @@ def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_real_model_draws_readmes_first_picture():
-    samples, _ = pretrained.draw(6)
-    drawn = np.array(grid_of(to_uint8(samples).numpy(), 6)).astype(float)
-    shown = np.array(Image.open(ROOT / "figures" / "people.png"))[: len(drawn)]
-    # The picture was drawn in bfloat16. Other people differ more.
-    assert np.abs(drawn - shown).mean() < 5 < np.abs(drawn[:, ::-1] - shown).mean()
+    readme = (ROOT / "README.md").read_text()
+    assert f".venv/bin/python sample.py {GUIDED}\n" in readme.split("## Start")[1].split("\n## ")[0]
+    drawn = np.array(grid_of(to_uint8(pretrained.draw(6)).numpy(), 6)).astype(float)
+    shown = np.array(Image.open(ROOT / "figures" / "people.png")).astype(float)
+    # The picture was drawn in bfloat16. The people of the second row differ more.
+    first, second = (shown[y : y + len(drawn)] for y in (0, len(drawn) * 6 // 7))
+    assert np.abs(drawn - first).mean() < 5 < np.abs(drawn - second).mean()
