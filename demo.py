@@ -60,8 +60,6 @@ WORKER = ThreadPoolExecutor(1)
 # Fields for integers, and sliders for integers from 1 upwards.
 number = partial(gr.Number, precision=0)
 slider = partial(gr.Slider, 1, step=1, precision=0)
-# The page begins with so many steps unless a flag says otherwise.
-STEPS = 20
 # The titles of the pictures that the tabs Mix and Paint make.
 MIXED = "The first image, the mixture and the second image"
 INPAINTED = "The image, its known part, and the inpaintings"
@@ -76,7 +74,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     add_model_flags(parser)
     # The page has fields for some of these, and the others have the defaults of sample.py.
-    parser.set_defaults(seed=0, sampler="dpm++", variance=None)
+    parser.set_defaults(seed=0, sampler="dpm++", steps=20, variance=None)
     parser.set_defaults(precision="auto", batch_size=IMAGE_LIMIT)
     add_steps_and_guide_flags(parser)
     args = parser.parse_args()
@@ -85,7 +83,7 @@ def main() -> None:
     # Old pictures are deleted from the disk.
     with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         with gr.Row():
-            controls = sampler_controls(args.steps or STEPS)
+            controls = sampler_controls(args.steps)
         stoppable = [tab(image_sampler, controls) for tab in (draw_tab, mix_tab, paint_tab)]
         # A click on Stop calls no function. It cancels the work that the tabs' buttons started.
         gr.Button("Stop").click(None, cancels=stoppable)

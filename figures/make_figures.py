@@ -30,7 +30,6 @@ from data.pixels import to_model_range, to_uint8
 from figures.saved_model import (
     GUIDED,
     nearest_snapshot,
-    open_corrected,
     open_saved,
     parse_options,
 )
@@ -280,16 +279,17 @@ def draw_people(run: Path) -> None:
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
 
     snapshots = checkpoints_of(run, "snapshots")
-    # In a short run, as in the tests, a quarter of the run may have no earlier guide.
-    guide = str(nearest_snapshot(snapshots, 3000))
-    options = replace(parse_options(GUIDED), guide=guide)
+    options = parse_options(GUIDED)
+    # A path, because a run that is shorter than the guide's step has no guide for its quarter.
+    guide = str(nearest_snapshot(snapshots, int(options.guide)))
+    options = replace(options, guide=guide)
     total = step_of(snapshots[-1])
     # These are a quarter of the run, its half and its end.
     chosen = [nearest_snapshot(snapshots, total * part) for part in (0.25, 0.5, 1)]
-    rows = [draw_pixels(open_corrected(path, options)[1], 9) for path in chosen]
+    rows = [draw_pixels(open_saved(path, options)[1], 9) for path in chosen]
     save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
 
-    _, image_sampler = open_corrected(run, options)
+    _, image_sampler = open_saved(run, options)
     columns = {}
     for weight in WEIGHTS:
         denoiser = replace(image_sampler.denoiser, weight=weight)
@@ -297,7 +297,7 @@ def draw_people(run: Path) -> None:
     draw_strip("guidance.png", columns)
 
     # The animation has a row of six samples, and the strips have a row for each of the first four.
-    _, image_sampler = open_corrected(run, SamplerOptions(steps=250, guide=guide))
+    _, image_sampler = open_saved(run, SamplerOptions(steps=250, guide=guide))
     _, states, estimates = generate_frames(image_sampler, range(6))
     save_gif(list(states.values()), FIGURES / "denoising.gif", columns=6)
     save_columns(states, FIGURES / "strip.png")
@@ -313,7 +313,7 @@ def draw_cures(faces: Path, faces_v: Path) -> None:
     rows = []
     for run, calibrate in ((faces, None), (faces, "data"), (faces, "own"), (faces_v, None)):
         options = SamplerOptions("ddim", 20, calibrate=calibrate)
-        rows.append(draw_pixels(open_corrected(run, options)[1], 36))
+        rows.append(draw_pixels(open_saved(run, options)[1], 36))
 
     # (12, rows, H, W, C): a column for each of the first samples.
     columns = np.stack(rows, axis=1)[:12]
@@ -341,7 +341,7 @@ def draw_commands(runs: dict[str, Path], temporary: Path) -> None:
     """
     # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
     # half.
-    _, image_sampler = open_corrected(runs["PEOPLE"], parse_options(GUIDED))
+    _, image_sampler = open_saved(runs["PEOPLE"], parse_options(GUIDED))
     [image] = to_uint8(generate(image_sampler, [26])).numpy()
     save_image(image, temporary / "26.png")
     mask = np.zeros(image.shape[:2], np.uint8)

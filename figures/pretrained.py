@@ -18,7 +18,7 @@ from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
 from data.datasets import ImageSet, Split
-from figures.saved_model import GUIDED, nearest_snapshot, open_corrected, open_saved, parse_options
+from figures.saved_model import GUIDED, nearest_snapshot, open_saved, parse_options
 from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.evaluation.feature_distance import model_batches, training_features
 from functions.evaluation.fidelity import set_images
@@ -124,7 +124,7 @@ def measured(image_set: ImageSet, split: Split) -> dict[str, str]:
 
 def draw(count: int) -> Tensor:
     """Return the first samples of the model, (count, C, H, W)."""
-    _, image_sampler = open_corrected(PRETRAINED, parse_options(GUIDED), "cpu")
+    _, image_sampler = open_saved(PRETRAINED, parse_options(GUIDED), "cpu")
     return generate(image_sampler, range(count), progress=True)
 
 

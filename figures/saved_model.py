@@ -20,17 +20,13 @@ GUIDED = "--sampler dpm++ --steps 11 --spacing trailing --guide 3000 --guidance 
 def open_saved(
     path: Path, options: SamplerOptions, device: str = "auto"
 ) -> tuple[SavedModel, ImageSampler]:
-    """Return the model of a run or a file, and its sampler, without calibration and guide."""
+    """Return the model of a run or a file, and its sampler.
+
+    The sampler has the calibration and the guide that its options name.
+    """
     place = choose_device(device)
     saved, denoiser = open_model(path, place)
-    return saved, ImageSampler(denoiser, options, saved.model.image_shape, 0, place)
-
-
-def open_corrected(
-    path: Path, options: SamplerOptions, device: str = "auto"
-) -> tuple[SavedModel, ImageSampler]:
-    """Return the model and its sampler, with the calibration and guide that its options name."""
-    saved, image_sampler = open_saved(path, options, device)
+    image_sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, place)
     return saved, corrected(image_sampler, saved, SINGLE_PROCESS)
 
 

@@ -185,7 +185,7 @@ def add_steps_and_guide_flags(parser: argparse._ActionsContainer) -> None:
         "--steps",
         type=positive,
         help="The number of steps. Each makes one network call, or up to two with --guide. "
-        "Default: one step for each timestep.",
+        "Default: one step for each timestep; on the page of demo.py 20.",
     )
     parser.add_argument(
         "--spacing",
