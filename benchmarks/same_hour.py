@@ -329,9 +329,18 @@ def samples_path(out: Path, name: str, part: int) -> Path:
     return out / f"{name}-{part}.npy"
 
 
+def start_processes_as_scripts_do() -> None:
+    """Start processes in the platform's way again: a spawned process would spawn its own, too.
+
+    A spawned worker imports PyTorch anew, and lucidrains' Trainer starts new ones in every epoch.
+    """
+    multiprocessing.set_start_method(None, force=True)
+
+
 def in_process(work: Callable[..., Value], *arguments: Any) -> Value:
     """Return `work(*arguments)`, called in a new process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, start_processes_as_scripts_do) as pool:
         return pool.submit(work, *arguments).result()
 
 

@@ -1,6 +1,7 @@
 """benchmarks/: networks that learn beside ours, and the first day on a GPU in small."""
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -126,6 +127,12 @@ def test_a_program_is_timed_in_a_process_of_its_own(pictures, tmp_path):
     seconds = same_hour.in_process(same_hour.seconds_of_step, *arguments)
     # A step of 16 images takes some tenths of a second.
     assert 0.01 < seconds < 10
+
+
+def test_a_process_starts_its_own_as_a_script_does():
+    ask = "import multiprocessing; print(multiprocessing.get_start_method())"
+    answer = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True)
+    assert same_hour.in_process(multiprocessing.get_start_method) == answer.stdout.strip()
 
 
 def test_a_program_that_fails_costs_only_itself_and_is_trained_again(
