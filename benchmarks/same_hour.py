@@ -2,15 +2,15 @@
 
     python benchmarks/same_hour.py DATA [--minutes 40] [--seed 0] [--at-once 2] [--out same_hour]
 
-DATA is FFHQ, or a path. Each program trains on its training images, at 32 px, in a process of its
-own and with one thread. After an eighth, a quarter, a half and all of the time it draws 400 samples
-by a sampler of 20 calls that it ships. Their distance from the training images (as `evaluate.py
-distance`), and that of as many held-out images, go to OUT/distances.json and OUT/same_hour.png, and
-the samples to OUT, too. The time is CPU time of training from the first step on: that of child
-processes counts, and the clock stands while samples are drawn. Two programs train at once, on a
-core each. A program that is in distances.json is not trained again. The packages are those of
-requirements-dev.txt; Linux alone counts child processes. It has been tried for a few steps, and not
-been run yet.
+DATA is FFHQ, or a path, of some thousand images: the steps are whole epochs. Each program trains on
+its training images, at 32 px, on the CPU, in a process of its own and with one thread. After an
+eighth, a quarter, a half and all of the time it draws 400 samples by a sampler of 20 calls that it
+ships. Their distance from the training images (as `evaluate.py distance`), and that of as many
+held-out images, go to OUT/distances.json and OUT/same_hour.png, and the samples to OUT, too. The
+time is CPU time of training from the first step on: that of child processes counts, and the clock
+stands while samples are drawn. Two programs train at once, on a core each. A program that is in
+distances.json is not trained again. The packages are those of requirements-dev.txt; Linux alone
+counts child processes. docs/speed.md shows and explains a run.
 """
 
 import json
@@ -29,6 +29,8 @@ from unittest import mock
 
 # PyTorch reads this when it is imported, in the processes of the programs, too.
 os.environ["OMP_NUM_THREADS"] = "1"
+# lucidrains' Trainer would take a GPU.
+os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import numpy as np
 import psutil
