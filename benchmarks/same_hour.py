@@ -29,7 +29,7 @@ from unittest import mock
 
 # PyTorch reads this when it is imported, in the processes of the programs, too.
 os.environ["OMP_NUM_THREADS"] = "1"
-# lucidrains' Trainer would take a GPU.
+# So does accelerate, by which diffusers and lucidrains train. It would take a GPU.
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import numpy as np
@@ -151,7 +151,7 @@ def train_diffusers(
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(seed)
-    accelerator = Accelerator(mixed_precision=precision, cpu=True)
+    accelerator = Accelerator(mixed_precision=precision)
     # The widths and the details are ours; the script's own network has 114 M parameters.
     model = build_diffusers(MODEL)
     schedule = diffusers.DDPMScheduler(1000)
@@ -395,6 +395,7 @@ def plot(results: dict, out: Path) -> None:
     samples.imshow(grid, interpolation="bicubic")
     samples.set_xticks([])
     samples.set_yticks(len(rows[0][0]) * (np.arange(len(rows)) + 0.5), labels, fontsize=8)
+    samples.tick_params(length=0)
     samples.spines[:].set_visible(False)
     figure.tight_layout()
     save_figure(figure, out / "same_hour.png")
