@@ -109,8 +109,8 @@ def train(run: TrainingRun) -> bool:
             optimizer.zero_grad()
             if run.ema_model:
                 # An average that starts from trained weights (--init) must not forget them, so its
-                # decay does not rise slowly.
-                ramp = not run.facts["initial"]
+                # decay does not rise slowly. A level that has grown is new, and to be forgotten.
+                ramp = run.facts["grown"] or not run.facts["initial"]
                 update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
 
             # Here everything that is due is written: rows of metrics, validations, snapshots,
@@ -144,7 +144,8 @@ def parse_flags() -> argparse.Namespace:
         type=Path,
         metavar="RUN|FILE|FOLDER",
         help="Start from the weights of a run, a checkpoint or a diffusers folder, and from its "
-        "EMA weights if it has any. A run that --resume auto resumes keeps its own. "
+        "EMA weights if it has any. For images of twice their size they grow a level. "
+        "A run that --resume auto resumes keeps its own. "
         "Default: new weights.",
     )
     parser.add_argument(

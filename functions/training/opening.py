@@ -13,6 +13,7 @@ from functions.support.command_line import given_fields
 from functions.support.processes import Processes
 from functions.support.settings import ConfigError, marked
 from functions.training.run import TrainingRun
+from models.growing import LOG_SNR_SHIFT, grown_arguments
 
 
 def open_run(args: argparse.Namespace, device: torch.device, processes: Processes) -> TrainingRun:
@@ -40,25 +41,35 @@ def fit_to_weights(
     """Return the preset with the values that the weights need, and with the given fields changed.
 
     Weights work only with the values of some fields of DiffusionConfig, and of all fields of
-    ModelConfig except dropout and the size of images, with which they were trained. The size is
-    that of their training, too, unless another one is given. Raises ConfigError for a given value
-    that does not fit.
+    ModelConfig except dropout, with which they were trained. For images of twice their size they
+    grow (models/growing.py). The size is that of the preset, or a given one. Raises ConfigError
+    for a size that is neither theirs nor twice theirs, and for a given value that does not fit.
     """
     # A diffusers folder has no values for some fields, which then have their defaults.
     saved_fields = vars(DiffusionConfig) | initial.config["diffusion"]
     needed_diffusion = {name: saved_fields[name] for name in marked(DiffusionConfig, "of_weights")}
-    needed_model = vars(initial.model) | {"dropout": model.get("dropout", preset.model.dropout)}
-    # Convolutions and attention work at any size that the levels can halve.
-    size = model.get("image_size", initial.model.image_size)
-    halvings = len(initial.model.dim_multiply) - 1
-    needed_model |= {"image_size": size, "lowest_resolution_size": size // 2**halvings}
+    needed_model = vars(initial.model)
+    small = initial.model.image_size
+    size = model.get("image_size", preset.model.image_size)
+    reason = f"for the weights of {initial.path}"
+    if size == 2 * small:
+        reason += f", which are of {small} px and grow to {size}"
+        shift = needed_diffusion["log_snr_shift"] + LOG_SNR_SHIFT
+        needed_diffusion["log_snr_shift"] = round(shift, 3)
+        try:
+            needed_model = grown_arguments(needed_model)
+        except ValueError as error:
+            raise ConfigError(f"{initial.path}: {error}") from error
+    elif size != small:
+        raise ConfigError(
+            f"image_size is {size}; it must be {small} or {2 * small} {reason}: their own size, or "
+            f"twice that, to which they grow. Give the size as --model.image-size"
+        )
+    needed_model |= {"dropout": model.get("dropout", preset.model.dropout)}
     experiment = preset.override(diffusion | needed_diffusion, needed_model)
     asked = experiment.override(diffusion, model)
     for field, (needed, given) in experiment.differences(asked).items():
-        raise ConfigError(
-            f"{field} is {needed} for the weights of {initial.path}; "
-            f"it cannot be changed to {given}"
-        )
+        raise ConfigError(f"{field} is {needed} {reason}; it cannot be changed to {given}")
     return experiment
 
 

@@ -27,6 +27,7 @@ from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.settings import ConfigError
 from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
+from models.growing import grown_weights
 from models.unet import UNet
 
 # With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
@@ -118,6 +119,8 @@ class TrainingRun:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             # This describes the model whose weights the run started from. None: random weights.
             "initial": self.earlier_facts.get("initial"),
+            # Whether these weights were those of a smaller network (models/growing.py).
+            "grown": self.earlier_facts.get("grown", False),
             # The bits of the results depend on these values.
             "arithmetic": arithmetic(
                 device,
@@ -186,11 +189,21 @@ class TrainingRun:
         return Denoiser(model, self.config.build_scheduler(), self.config.objective, precision)
 
     def begin_with(self, initial: SavedModel) -> None:
-        """Take over the weights of another model. Raises CheckpointError when they do not fit."""
-        copy_tensors(initial.weights, self.model.state_dict(), initial.path)
+        """Take over the weights of another model, which grow if it is one of smaller images.
+
+        Raises CheckpointError when they do not fit.
+        """
+        weights = initial.weights
+        description = f"{initial.path}: {initial}"
+        small = initial.model.image_size
+        if small < self.model.image_size:
+            weights = grown_weights(weights, self.model)
+            description += f", grown from {small} px"
+            self.facts["grown"] = True
+        copy_tensors(weights, self.model.state_dict(), initial.path)
         if self.ema_model:
             self.ema_model.load_state_dict(self.model.state_dict())
-        self.facts["initial"] = f"{initial.path}: {initial}"
+        self.facts["initial"] = description
 
     def batches(self) -> Iterator[Tensor]:
         """Yield this process's images of each step that is left: uint8 (B, S, S, C)."""
