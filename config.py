@@ -23,6 +23,7 @@ from functions.support.settings import (
     require,
     setting,
 )
+from models.unet import UNet
 
 
 def experiments() -> dict[str, "Experiment"]:
@@ -475,6 +476,14 @@ class ModelConfig:
     def dims(self) -> tuple[int, ...]:
         """The number of channels of each level."""
         return tuple(self.base_dim * multiplier for multiplier in self.dim_multiply)
+
+
+def build_network(config: ModelConfig) -> UNet:
+    """Build a network with random weights: a module f(x_t, t), and its `image_shape`.
+
+    Nothing else knows which class it is of (docs/change.md adds another one here).
+    """
+    return UNet(**vars(config))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import nn
 # Python looks for modules in this script's folder, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import EXPERIMENTS, ModelConfig
+from config import EXPERIMENTS, ModelConfig, build_network
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.noise_scheduler import NoiseScheduler
@@ -41,7 +41,6 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
-from models.unet import UNet
 
 PACKAGES = ("ours", "diffusers", "lucidrains")
 OUR_SETTINGS = "our settings"
@@ -74,7 +73,7 @@ def build(package: str, model: ModelConfig) -> nn.Module:
     """Return a network with random weights, none of which is zero."""
     torch.manual_seed(0)
     if package == "ours":
-        module = UNet(**vars(model))
+        module = build_network(model)
     elif package == "diffusers":
         module = build_diffusers(model)
     else:

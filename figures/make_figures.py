@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from config import EXPERIMENTS
+from config import EXPERIMENTS, build_network
 from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
@@ -51,7 +51,6 @@ from functions.support.pictures import (
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
 from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
-from models.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
@@ -211,7 +210,7 @@ def blocks_of_unet() -> list[list]:
     size = model_config.image_size
     # On the meta device tensors have shapes but no data, so the pass needs no memory or time.
     with torch.device("meta"):
-        model = UNet(**vars(model_config))
+        model = build_network(model_config)
         x_t = torch.empty(1, 3, size, size)
         t = torch.empty(1, dtype=torch.int64)
 

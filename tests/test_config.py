@@ -14,10 +14,10 @@ from config import (
     DiffusionConfig,
     Experiment,
     ModelConfig,
+    build_network,
 )
 from functions.noise_scheduler import NoiseScheduler
 from functions.support.settings import marked
-from models.unet import UNet
 
 # These are the fields that the reference's own script gives.
 DIFFUSION = dict(
@@ -83,7 +83,7 @@ def test_an_experiment_survives_json_and_builds_a_network_without_a_warning(expe
     assert experiment.warnings() == []
     # The network is built without memory for its weights; an error would end the test.
     with torch.device("meta"):
-        UNet(**vars(experiment.model))
+        build_network(experiment.model)
 
 
 def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():

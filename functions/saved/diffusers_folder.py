@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from config import ModelConfig
+from config import ModelConfig, build_network
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import PAPER_TIMESTEPS
 from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, read_json, short
 from models.blocks import DIALECTS
-from models.unet import BLOCKS_DOWN, UNet
+from models.unet import BLOCKS_DOWN
 
 # The words of diffusers for our betas, variances and objectives.
 WORDS = {
@@ -90,7 +90,7 @@ def load_folder(path: Path) -> SavedModel:
         # diffusers draws missing weights at random.
         if any(loading.values()):
             raise ValueError(f"the weights do not fit the network: {loading}")
-        ours = UNet(**config["model"])
+        ours = build_network(ModelConfig(**config["model"]))
         copy_weights(network, ours, len(ours.down))
 
         # In a model hub's cache, the folder's name is a hash.
@@ -285,7 +285,7 @@ def write_folder(saved: SavedModel, folder: Path) -> None:
     if saved.scheduler.log_snr_shift:
         # These take precedence over the other fields. diffusers has no word for a shift.
         schedule["trained_betas"] = saved.scheduler.betas.tolist()
-    ours = UNet(**vars(saved.model))
+    ours = build_network(saved.model)
     copy_tensors(saved.weights, ours.state_dict(), saved.path)
     network = diffusers.UNet2DModel(**network_fields(saved.model))
     copy_weights(ours, network, len(ours.down))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from config import build_network
 from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
@@ -20,7 +21,6 @@ from functions.support.device import fast_layout, sampling_precision
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
 from functions.support.processes import SINGLE_PROCESS, Processes
-from models.unet import UNet
 
 
 def load_denoiser(
@@ -99,7 +99,7 @@ def rebuild(
     fit the model.
     """
     try:
-        model = UNet(**vars(saved.model))
+        model = build_network(saved.model)
         objective = saved.config["diffusion"]["objective"]
         denoiser = Denoiser(model, saved.scheduler, objective, precision)
     except (*READ_ERRORS, ArithmeticError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import DiffusionConfig, Experiment
+from config import DiffusionConfig, Experiment, build_network
 from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
@@ -28,7 +28,6 @@ from functions.support.settings import ConfigError
 from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
 from models.growing import grown_weights
-from models.unet import UNet
 
 # With a terminal SNR above this, x_T still shows the image. In the paper's 1000 steps it is 4e-5.
 VISIBLE_SNR = 1e-3
@@ -185,7 +184,7 @@ class TrainingRun:
         # This seed is for the initial weights. Every later draw has another seed.
         torch.manual_seed(self.config.seed)
         layout = fast_layout(self.device, training=True)
-        model = UNet(**vars(self.experiment.model)).to(self.device, memory_format=layout)
+        model = build_network(self.experiment.model).to(self.device, memory_format=layout)
         return Denoiser(model, self.config.build_scheduler(), self.config.objective, precision)
 
     def begin_with(self, initial: SavedModel) -> None:

@@ -1,5 +1,6 @@
 """train.py --init: a new run from the weights of another, or of a folder of diffusers."""
 
+import math
 import shutil
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import train
-from config import ConfigError, ModelConfig
+from config import EXPERIMENTS, ConfigError, ModelConfig
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
 from functions.support.processes import SINGLE_PROCESS
 from functions.training.opening import open_run
+from models.growing import LOG_SNR_SHIFT, grown_arguments, grown_weights
+from models.unet import UNet
 from tests.conftest import CPU, TINY, call, during, interrupt, newest
 from tests.functions.saved.test_diffusers_folder import SMALL
 from tests.kill import assert_same_run
@@ -32,7 +35,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     """
     before = load_weights(checkpoints_of(tiny_run)[-1])
     flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path, *TRAINING]
-    args = call(train.parse_flags, "cifar10", "--init", tiny_run, *flags)
+    args = call(train.parse_flags, "cifar10", "--init", tiny_run, "--model.image-size", 16, *flags)
     run = open_run(args, CPU, SINGLE_PROCESS)
     assert same(run.parts()["model"], run.parts()["ema"])
     for name, weight in run.parts()["ema"].items():
@@ -64,6 +67,7 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
     )
     DDPMPipeline(UNet2DModel(**SMALL), scheduler).save_pretrained(tmp_path)
     flags = ["--diffusion.dataset-name", pictures, "--diffusion.seed", 1, "--model.dropout", 0.2]
+    flags += ["--model.image-size", 16]
     flags += ["--diffusion.batch-size", 8]
     args = call(train.parse_flags, "ffhq-day", "--init", tmp_path, *flags)
     experiment = open_run(args, CPU, SINGLE_PROCESS).experiment
@@ -93,24 +97,20 @@ def test_what_contradicts_the_weights_is_refused(flag, field, value, tiny_run, t
 
 
 @pytest.mark.slow
-def test_weights_begin_a_run_of_larger_images_which_resumes_bit_for_bit(
-    tiny_run, pictures, tmp_path
-):
-    """The weights made images of 16 x 16. The lowest resolution is 8 there, and 16 at 32 x 32."""
+def test_a_grown_run_forgets_its_empty_level_and_resumes_bit_for_bit(tiny_run, pictures, tmp_path):
+    """The weights made images of 16 x 16, and grow a level for 32 x 32."""
 
-    def train_at(size, folder):
-        flags = ["--init", tiny_run, "--model.image-size", size, "--runs", tmp_path / folder]
+    def train_grown(folder):
+        flags = ["--init", tiny_run, "--model.image-size", 32, "--runs", tmp_path / folder]
         flags += ["--diffusion.dataset-name", pictures, *TRAINING, "--diffusion.epochs", 4]
         call(train.main, "faces", *flags)
         (run,) = (tmp_path / folder).iterdir()
         return run
 
-    with pytest.raises(ConfigError, match="image_size is 33; it must be lowest_resolution_size"):
-        train_at(33, "refused")
-    whole = train_at(32, "whole")
+    whole = train_grown("whole")
     # The run dies in step 14 without saving, so steps 11 to 13 are repeated.
     with pytest.raises(KeyboardInterrupt), during(14, interrupt):
-        train_at(32, "killed")
+        train_grown("killed")
     (killed,) = (tmp_path / "killed").iterdir()
     assert newest(killed)["run"]["step"] == 10
     call(train.main, "--resume", killed)
@@ -118,8 +118,57 @@ def test_weights_begin_a_run_of_larger_images_which_resumes_bit_for_bit(
     assert_same_run(whole, killed)
     contents = newest(killed)
     assert contents["run"]["step"] == 20
-    assert contents["config"]["model"]["image_size"] == 32
-    assert contents["config"]["model"]["lowest_resolution_size"] == 16
+    assert contents["run"]["initial"].endswith("grown from 16 px")
+    model = contents["config"]["model"]
+    assert model["image_size"] == 32
+    assert model["lowest_resolution_size"] == 8
+    assert model["dim_multiply"] == [1, 1, 2]
+    assert model["transformer_layers"] == [2]
+    assert contents["config"]["diffusion"]["log_snr_shift"] == pytest.approx(-2 * math.log(2), 1e-3)
+    # After 20 steps, an average of decay 0.998 without a ramp has 96% of its first weights, and
+    # with it the product of (1 + n) / (10 + n), about nothing.
+    name = "down.0.downsample.conv.weight"
+    begin = grown_from(tiny_run).state_dict()[name]
+    assert (contents["ema"][name] - begin).norm() > 0.5 * (contents["model"][name] - begin).norm()
+
+
+def grown_from(run):
+    """Return the network of 32 x 32 as a grown run begins with it."""
+    small = load_weights(checkpoints_of(run)[-1])
+    network = UNet(**grown_arguments(vars(small.model)))
+    network.load_state_dict(grown_weights(small.weights, network))
+    return network
+
+
+def test_a_preset_of_twice_the_size_and_a_level_more_is_what_grows(tiny_run, pictures, tmp_path):
+    """`ffhq-128` is the network that a model of `ffhq-64` grows into, with its schedule."""
+    small = EXPERIMENTS["ffhq-64"]
+    grown = ModelConfig(**grown_arguments(vars(small.model)))
+    assert grown == EXPERIMENTS["ffhq-128"].model
+    assert EXPERIMENTS["ffhq-128"].diffusion.log_snr_shift == LOG_SNR_SHIFT
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.image-size", 64], r"image_size is 64; it must be 16 or 32 for the weights of"),
+        (["--model.image-size", 8], r"image_size is 8; it must be 16 or 32 for the weights of"),
+        (
+            ["--model.image-size", 32, "--diffusion.log-snr-shift", 0],
+            r"log_snr_shift is -1.386 for the weights of .*, which are of 16 px and grow to 32; "
+            r"it cannot be changed to 0",
+        ),
+        (
+            ["--model.image-size", 32, "--model.dim-multiply", "1,2,2"],
+            r"dim_multiply is \[1, 1, 2\] for .* grow to 32; it cannot be changed to \[1, 2, 2\]",
+        ),
+    ],
+)
+def test_what_does_not_grow_is_refused(flags, message, tiny_run, pictures, tmp_path):
+    flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path, *TRAINING, *flags]
+    with pytest.raises(ConfigError, match=message):
+        call(train.main, "faces", "--init", tiny_run, *flags)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
