@@ -283,7 +283,7 @@ class DiffusionConfig:
     """The settings of data, diffusion and training. One *step* is one optimiser step."""
 
     # The data set: "emoji_faces" or "emoji_people" (embedded), "FFHQ", "CIFAR10", "MNIST", or the
-    # path of a folder, zip, tar, parquet or npz.
+    # path of a folder, zip, parquet or npz.
     dataset_name: str = changeable()
     # The learning rate after the warm-up.
     learning_rate: float = setting(at_least=1e-9, at_most=1)
