@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
 
 
 def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pictures):
-    by_hash = "a tenth, by a hash of each name"
+    by_hash = "by a hash of each name"
     folder = unfinished.parent.parent / "folders"
     for side, pattern in (("train", "000[0-3]*.png"), ("val", "0004*.png")):
         (folder / side).mkdir(parents=True)
