@@ -99,12 +99,12 @@ def list_folder(path: Path, ignored: Counter) -> list[Member]:
     archives = {}
     for file in files_below(path):
         name = file.relative_to(path).as_posix()
-        if file.is_dir():
-            ignored["run folder"] += 1
-        elif is_image_name(name):
+        if is_image_name(name):
             images[name] = file
         elif file.suffix.lower() in ARCHIVES and not is_hidden(name):
             archives[name] = file
+        elif file.is_dir():
+            ignored["run folder"] += 1
         # Packs of the folder lie in it.
         elif ".packed" not in file.name:
             ignored[kind_of(name)] += 1

@@ -169,7 +169,7 @@ class TrainingRun:
                 now = self.split.rule
                 reason = f" (held out then: {rule}; now: {now})" if rule != now else ""
                 if "FFHQ" in rule and self.config.dataset_name != "FFHQ":
-                    reason += "; only data/FFHQ is split as FFHQ, --diffusion.dataset-name FFHQ"
+                    reason += "; FFHQ is split so only as --diffusion.dataset-name FFHQ"
                 raise ConfigError(
                     f"{self.folder} was trained on other images than {self.config.dataset_name} "
                     f"has for training{reason}; it cannot continue with these"

@@ -129,9 +129,7 @@ def test_splits_by_id(ids, rule, name, first_held_out, reason):
     assert split.train_ids_hash == hash_of(ids[ids < first_held_out])
     assert split.val_ids_hash == hash_of(ids[ids >= first_held_out])
     assert f"{len(split.train_indices):,} images train" in split.description
-    share = len(split.val_indices) / len(ids)
-    start = f"{share:.1%}, {split.rule}), such as {ids[ids >= first_held_out][0]}"
-    assert start in split.description
+    assert f"{split.rule}), such as {ids[ids >= first_held_out][0]}" in split.description
     assert reason in split.rule
 
 
@@ -204,16 +202,14 @@ def test_folders_say_what_is_held_out(tmp_path, write, name, folders, train, val
 
 
 @pytest.mark.parametrize(
-    "shards", ["train.zip val.zip", "train-00000-of-00002.zip test-00000-of-00001.zip"]
+    ("train", "held_out"),
+    [("train.zip", "val.zip"), ("train-00000-of-00001.zip", "test-00000-of-00001-abc.zip")],
 )
-def test_shards_say_what_is_held_out(tmp_path, shards):
-    for i, shard in enumerate(shards.split()):
-        write_zip(tmp_path / "data" / shard, IMAGES[5 * i : 5 * i + 5])
-    split = split_images(load_images(str(tmp_path), 8), "reference")
-    first = sorted(shards.split())[0]
-    train = range(5) if first.startswith("train") else range(5, 10)
-    assert split.train_indices.tolist() == [*train]
-    assert split.rule in ("its val images", "its test images")
+def test_shards_say_what_is_held_out(tmp_path, train, held_out):
+    for shard in (train, held_out):
+        write_zip(tmp_path / "data" / shard)
+    image_set = load_images(str(tmp_path), 8)
+    assert held_out_names(image_set) == {n for n in image_set.names if f"/{held_out}/" in n}
 
 
 @pytest.mark.parametrize("folders", ["train", "val test", "trains val", "train.old train_b val"])

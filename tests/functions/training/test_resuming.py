@@ -143,9 +143,15 @@ def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pi
     file = verify_checkpoint(path)
     file.contents["run"]["train_ids_hash"] = hash_ids(range(45))
     assert file.contents["run"].pop("split_rule") == by_hash
-    write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
-    with pytest.raises(ConfigError, match=rf"earlier version .* last 10% by name; now: {by_hash}"):
-        call(train.main, "--resume", unfinished)
+    # They also took any 60,000 numbered images for FFHQ.
+    for rule, message in (
+        ({}, f"earlier version .* last 10% by name; now: {by_hash}"),
+        ({"split_rule": "FFHQ's ids from 63,000 on"}, "--diffusion.dataset-name FFHQ"),
+    ):
+        file.contents["run"] |= rule
+        write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
+        with pytest.raises(ConfigError, match=message):
+            call(train.main, "--resume", unfinished)
 
 
 @pytest.mark.slow
