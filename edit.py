@@ -40,7 +40,6 @@ EXACT_STEPS = 200
 EXACT_FLAGS = {
     "sampler": ("ddpm", "ddim"),
     "eta": (None, 0.0),
-    "calibrate": (None,),
     "guide": (None,),
     "precision": ("auto", "float32"),
 }
@@ -117,7 +116,7 @@ def parse_flags() -> argparse.Namespace:
             if getattr(args, flag) not in values:
                 raise UserError(
                     f"--{flag} has no effect on an inversion, which is that of ddim with eta 0 in "
-                    "float32, without a calibration or a guide; use --steps and --spacing alone"
+                    "float32, without a guide; use --steps and --spacing alone"
                 )
             setattr(args, flag, values[-1])
     return args

@@ -61,8 +61,8 @@ SCHEDULES = {
     "T = 200, betas as for 1000": NoiseScheduler(200, rescale_betas=False),
 }
 
-# The name of a picture -> a command, and a pattern of the file that it writes. FACES, FACES_V and
-# PEOPLE stand for the runs. Images are samples of seed 0, by their indices.
+# The name of a picture -> a command for the run PEOPLE, and a pattern of the file that it writes.
+# Images are samples of seed 0, by their indices.
 COMMANDS = {
     "people.png": (f"sample PEOPLE {GUIDED}", "grid.png"),
     "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
@@ -71,9 +71,6 @@ COMMANDS = {
         "edit inpaint 26.png PEOPLE --steps 50 --guide 3000 --mask mask.png --n 5",
         "inpainting-*.png",
     ),
-    "bands-eps.png": ("figures.bands FACES --precision float32", "*.png"),
-    "bands-calibrated.png": ("figures.bands FACES --precision float32 --calibrate", "*.png"),
-    "bands-v.png": ("figures.bands FACES_V --precision float32", "*.png"),
 }
 
 # The weights of a guide that are compared.
@@ -90,7 +87,7 @@ def main() -> None:
     # The runs are read first, so that a missing one ends the script immediately.
     draw_people(runs["PEOPLE"])
     draw_faces(runs["FACES"])
-    draw_cures(runs["FACES"], runs["FACES_V"])
+    draw_cure(runs["FACES"], runs["FACES_V"])
 
     draw_cumulative_noise()
     draw_schedules()
@@ -98,7 +95,7 @@ def main() -> None:
     draw_unet()
     draw_rotation()
     with tempfile.TemporaryDirectory() as temporary:
-        draw_commands(runs, Path(temporary))
+        draw_commands(runs["PEOPLE"], Path(temporary))
 
 
 def draw_cumulative_noise() -> None:
@@ -303,24 +300,12 @@ def draw_people(run: Path) -> None:
     save_columns(estimates, FIGURES / "progressive.png")
 
 
-def draw_cures(faces: Path, faces_v: Path) -> None:
-    """Draw what `faces` does wrong, and both cures: its calibrations, and `faces-v`.
-
-    The samples start from the same noise, and have 20 steps of DDIM. The picture of docs/ has a row
-    for each cure, and README's has both runs side by side.
-    """
-    rows = []
-    for run, calibrate in ((faces, None), (faces, "data"), (faces, "own"), (faces_v, None)):
-        options = SamplerOptions("ddim", 20, calibrate=calibrate)
-        rows.append(draw_pixels(open_saved(run, options)[1], 36))
-
-    # (12, rows, H, W, C): a column for each of the first samples.
-    columns = np.stack(rows, axis=1)[:12]
-    titles = ["faces", "calibrated\n(data)", "calibrated\n(own)", "faces-v"]
-    save_strip(columns, [""] * 12, FIGURES / "whole_before_detail.png", titles)
-
-    left = np.array(grid_of(rows[0], 6))
-    right = np.array(grid_of(rows[-1], 6))
+def draw_cure(faces: Path, faces_v: Path) -> None:
+    """Draw samples of both runs side by side, from the same noise by 20 steps of DDIM."""
+    left, right = (
+        np.array(grid_of(draw_pixels(open_saved(run, SamplerOptions("ddim", 20))[1], 36), 6))
+        for run in (faces, faces_v)
+    )
     # A white margin separates the two.
     margin = np.full_like(left[:, :36], 255)
     both = np.concatenate([left, margin, right], axis=1)
@@ -333,14 +318,11 @@ def draw_pixels(image_sampler: ImageSampler, count: int) -> np.ndarray:
     return to_uint8(samples).numpy()
 
 
-def draw_commands(runs: dict[str, Path], temporary: Path) -> None:
-    """Run each of COMMANDS in a temporary folder, and copy its picture into this folder.
-
-    `runs` has the folders that FACES, FACES_V and PEOPLE stand for.
-    """
+def draw_commands(run: Path, temporary: Path) -> None:
+    """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
     # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
     # half.
-    _, image_sampler = open_saved(runs["PEOPLE"], parse_options(GUIDED))
+    _, image_sampler = open_saved(run, parse_options(GUIDED))
     [image] = to_uint8(generate(image_sampler, [26])).numpy()
     save_image(image, temporary / "26.png")
     mask = np.zeros(image.shape[:2], np.uint8)
@@ -351,7 +333,7 @@ def draw_commands(runs: dict[str, Path], temporary: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
-        words = [runs.get(word, word) for word in command.split()]
+        words = [run if word == "PEOPLE" else word for word in command.split()]
         call = [sys.executable, "-m", *words, "--out", out]
         subprocess.run(call, check=True, cwd=temporary, env=environment)
         [file] = out.glob(pattern)

@@ -20,10 +20,7 @@ GUIDED = "--sampler dpm++ --steps 11 --spacing trailing --guide 3000 --guidance 
 def open_saved(
     path: Path, options: SamplerOptions, device: str = "auto"
 ) -> tuple[SavedModel, ImageSampler]:
-    """Return the model of a run or a file, and its sampler.
-
-    The sampler has the calibration and the guide that its options name.
-    """
+    """Return the model of a run or a file, and its sampler with the guide that its options name."""
     place = choose_device(device)
     saved, denoiser = open_model(path, place)
     image_sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, place)

@@ -21,7 +21,6 @@ from data.pixels import to_uint8
 from figures import pretrained
 from figures.saved_model import GUIDED, parse_options
 from functions.evaluation.bits_per_dim import evenly_spaced
-from functions.sampling import calibration
 from functions.sampling.guides import guide_beside
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
@@ -91,8 +90,6 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     monkeypatch.setattr(run_folder, "PRETRAINED", boxed)
 
     monkeypatch.chdir(tmp_path / "runs")
-    monkeypatch.setattr(calibration, "IMAGE_COUNT", 4)
-    monkeypatch.setattr(calibration, "TIMESTEP_COUNT", 2)
     # A run of another experiment does not count.
     other = shutil.copytree(run, "runs/faces-20260101-120000")
     call(sampleFFHQ.main, "--steps", 3)
@@ -100,16 +97,11 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     shutil.rmtree(other)
     [folder] = (tmp_path / "samples").iterdir()
     assert {"grid.png", "denoising.gif"} <= {path.name for path in folder.iterdir()}
-    call(sample.main, "--calibrate", "own", *FLAGS, "--sampler", "ddim")
 
     needed = f"needs the images that {boxed} was trained on: FFHQ was not found at .*--data NAME"
-    for main, *flags in (
-        (evaluate.main,),
-        (evaluate.main, "distance", *FLAGS),
-        (sample.main, "--calibrate", *FLAGS),
-    ):
+    for flags in ((), ("distance", *FLAGS)):
         with pytest.raises(UserError, match=needed) as caught:
-            call(main, *flags)
+            call(evaluate.main, *flags)
         assert "\n" not in str(caught.value)
 
 
