@@ -27,15 +27,9 @@ from config import EXPERIMENTS, build_network
 from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
-from figures.saved_model import (
-    GUIDED,
-    nearest_snapshot,
-    open_saved,
-    parse_options,
-)
+from figures.saved_model import GUIDE_STEP, GUIDED, nearest_snapshot, open_saved
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.options import SamplerOptions
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import checkpoints_of, step_of
@@ -68,7 +62,7 @@ COMMANDS = {
     "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
     "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
     "inpainting.png": (
-        "edit inpaint 26.png PEOPLE --steps 50 --guide 3000 --mask mask.png --n 5",
+        f"edit inpaint 26.png PEOPLE --steps 50 --guide {GUIDE_STEP} --mask mask.png --n 5",
         "inpainting-*.png",
     ),
 }
@@ -260,13 +254,13 @@ def draw_strip(name: str, columns: dict[str, np.ndarray], rows: Sequence[str] = 
 
 def draw_faces(run: Path) -> None:
     """Draw the samples of `python sample.py` with seed 0, and their nearest training images."""
-    saved, image_sampler = open_saved(run, SamplerOptions())
+    saved, image_sampler = open_saved(run)
     faces = draw_pixels(image_sampler, 36)
     save_grid(faces, FIGURES / "faces.png", columns=9)
 
     # Each nearest training image is right below its sample, to show which samples are copies.
     image_set, split = load_and_split(saved)
-    neighbours = nearest(faces[:12], image_set.images[split.train_indices])
+    neighbours, _ = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
 
@@ -275,17 +269,13 @@ def draw_people(run: Path) -> None:
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
 
     snapshots = checkpoints_of(run, "snapshots")
-    options = parse_options(GUIDED)
-    # A path, because a run that is shorter than the guide's step has no guide for its quarter.
-    guide = str(nearest_snapshot(snapshots, int(options.guide)))
-    options = replace(options, guide=guide)
     total = step_of(snapshots[-1])
     # These are a quarter of the run, its half and its end.
     chosen = [nearest_snapshot(snapshots, total * part) for part in (0.25, 0.5, 1)]
-    rows = [draw_pixels(open_saved(path, options)[1], 9) for path in chosen]
+    rows = [draw_pixels(open_saved(path, GUIDED)[1], 9) for path in chosen]
     save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
 
-    _, image_sampler = open_saved(run, options)
+    _, image_sampler = open_saved(run, GUIDED)
     columns = {}
     for weight in WEIGHTS:
         denoiser = replace(image_sampler.denoiser, weight=weight)
@@ -293,7 +283,7 @@ def draw_people(run: Path) -> None:
     draw_strip("guidance.png", columns)
 
     # The animation has a row of six samples, and the strips have a row for each of the first four.
-    _, image_sampler = open_saved(run, SamplerOptions(steps=250, guide=guide))
+    _, image_sampler = open_saved(run, f"--steps 250 --guide {GUIDE_STEP}")
     _, states, estimates = generate_frames(image_sampler, range(6))
     save_gif(list(states.values()), FIGURES / "denoising.gif", columns=6)
     save_columns(states, FIGURES / "strip.png")
@@ -303,7 +293,7 @@ def draw_people(run: Path) -> None:
 def draw_cure(faces: Path, faces_v: Path) -> None:
     """Draw samples of both runs side by side, from the same noise by 20 steps of DDIM."""
     left, right = (
-        np.array(grid_of(draw_pixels(open_saved(run, SamplerOptions("ddim", 20))[1], 36), 6))
+        np.array(grid_of(draw_pixels(open_saved(run, "--sampler ddim --steps 20")[1], 36), 6))
         for run in (faces, faces_v)
     )
     # A white margin separates the two.
@@ -322,7 +312,7 @@ def draw_commands(run: Path, temporary: Path) -> None:
     """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
     # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
     # half.
-    _, image_sampler = open_saved(run, parse_options(GUIDED))
+    _, image_sampler = open_saved(run, GUIDED)
     [image] = to_uint8(generate(image_sampler, [26])).numpy()
     save_image(image, temporary / "26.png")
     mask = np.zeros(image.shape[:2], np.uint8)
@@ -340,22 +330,24 @@ def draw_commands(run: Path, temporary: Path) -> None:
         shutil.copyfile(file, FIGURES / figure)
 
 
-def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Return for each image (N, H, W, C) the training image that correlates with it most.
+def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each image (N, H, W, C) the training image most like it, and their correlation.
 
-    Each training image (M, H, W, C) is compared unchanged and mirrored. The coefficients are those
-    of grey levels, so neither colour nor brightness counts.
+    Each training image (M, H, W, C) is compared unchanged and mirrored. The coefficients (N,) are
+    those of grey levels, so neither colour nor brightness nor contrast counts.
     """
     # Training flips images, so a sample may be the mirror image of a training image.
     both = np.concatenate([training, training[:, :, ::-1]])
-    count = len(images)
-    grey = images.mean(axis=3).reshape(count, -1)
-    grey_of_both = both.mean(axis=3).reshape(len(both), -1)
+    correlation = standardised(images) @ standardised(both).T
+    return both[correlation.argmax(axis=1)], correlation.max(axis=1)
 
-    # The matrix has the coefficients of all pairs of images, also within each of the two sets.
-    correlation = np.corrcoef(grey, grey_of_both)[:count, count:]
-    most_similar = correlation.argmax(axis=1)
-    return both[most_similar]
+
+def standardised(images: np.ndarray) -> np.ndarray:
+    """Return the grey levels of images (N, H, W, C) with mean 0 and norm 1: (N, H * W) float32."""
+    grey = images.mean(axis=3, dtype=np.float32).reshape(len(images), -1)
+    grey -= grey.mean(axis=1, keepdims=True)
+    grey /= np.linalg.norm(grey, axis=1, keepdims=True)
+    return grey
 
 
 if __name__ == "__main__":
