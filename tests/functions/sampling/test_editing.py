@@ -252,20 +252,21 @@ def test_variations_differ_more_the_deeper_they_come_from():
     torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), far[[4, 1]])
 
 
-def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved):
+def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved, capsys):
     """At the ends of each row stand the images of the seed.
 
     So do they as mixtures at depth 0, where nothing is noised.
     """
     call(sample.main, tiny_run, "--n", 4, "--steps", 5, "--individual", "--out", tmp_path)
     own = [np.asarray(Image.open(tmp_path / f"0000{i}.png")).astype(int) for i in range(4)]
-    flags = "--steps 5 --batch-size 4 --depths 0,0.295,1 --out"
+    flags = "--steps 5 --batch-size 4 --depths 0,0.2,0.295,1 --out"
     call(edit.main, "interpolate", 1, 3, tiny_run, *flags.split(), tmp_path)
     columns, titles, path, rows = saved.call_args.args
     assert path.name.startswith("interpolation-1-3-")
     assert titles == ["A", *(f"{i / 8:.3g}" for i in range(9)), "B"]
     # The sampler's 5 steps visit 0, 20, 40, 60, 80 and 100.
     assert rows == ["t = 0", "t = 20", "t = 100"]
+    assert "depths 0.2 and 0.295 share the timestep t = 20" in capsys.readouterr().out
     for column, row, i in ((0, 0, 1), (1, 0, 1), (9, 0, 3), (10, 0, 3), (0, 1, 1), (0, 2, 1)):
         assert abs(columns[column][row] - own[i]).max() <= 1
 
