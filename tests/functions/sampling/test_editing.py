@@ -284,19 +284,23 @@ def test_long_names_of_many_bytes_are_cut(tiny_run, tmp_path, saved):
 
 
 @pytest.mark.parametrize(
-    ("command", "ways_back"),
-    [("invert {} {run}", {0: 2}), ("interpolate {} {} {run} --exact", {0: 1, 10: 9})],
+    ("command", "steps", "ways_back"),
+    [
+        # The model has 100 timesteps, fewer than the default of 200 steps.
+        ("invert {} {run}", 100, {0: 2}),
+        ("interpolate {} {} {run} --exact --steps 50", 50, {0: 1, 10: 9}),
+    ],
 )
 def test_the_script_says_by_how_much_images_come_back_changed(
-    command, ways_back, tiny_run, pictures, saved, capsys
+    command, steps, ways_back, tiny_run, pictures, saved, capsys
 ):
     """The way back of the image in each of these columns is in another column."""
     files = [pictures / "00000.png", pictures / "00001.png"]
-    call(edit.main, *command.format(*files, run=tiny_run).split(), "--steps", 50)
+    call(edit.main, *command.format(*files, run=tiny_run).split())
     columns, _, path, rows = saved.call_args.args
     assert rows == ["t = 100"]
     # The folder's name has the settings.
-    assert path.parent.name.endswith("-ddim-50-trailing-0.0-float32-seed0")
+    assert path.parent.name.endswith(f"-ddim-{steps}-trailing-0.0-float32-seed0")
 
     output = capsys.readouterr()
     # The bar counts the steps of both ways.
