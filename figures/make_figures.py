@@ -134,11 +134,8 @@ def draw_schedules() -> None:
 
 
 def draw_time_embedding() -> None:
-    """Draw the sinusoidal embedding of all 1000 timesteps, for base_dim 64.
-
-    The upper half of the picture has the sines, the lower the cosines, a row for each frequency.
-    """
-    # (64, 1000): a row for each frequency
+    """Draw the sinusoidal embedding of all 1000 timesteps, for base_dim 64."""
+    # (64, 1000): a row for each frequency, first those of the sines, then those of the cosines
     embedding = sinusoidal_embedding(torch.arange(1000), 64).T
 
     figure = Figure(figsize=(7, 3.4))
@@ -193,10 +190,7 @@ def draw_unet() -> None:
 
 
 def blocks_of_unet() -> list[list]:
-    """Return [channels, resolution, attention?] of each residual block of `ffhq-run2`.
-
-    They are recorded in a real forward pass, so the figure agrees with the network.
-    """
+    """Return [channels, resolution, attention?] of each residual block of `ffhq-run2`."""
     model_config = EXPERIMENTS["ffhq-run2"].model
     size = model_config.image_size
     # On the meta device tensors have shapes but no data, so the pass needs no memory or time.
@@ -205,7 +199,7 @@ def blocks_of_unet() -> list[list]:
         x_t = torch.empty(1, 3, size, size)
         t = torch.empty(1, dtype=torch.int64)
 
-    # Forward hooks run in the order of the forward pass.
+    # The blocks are recorded in a real forward pass, so the figure agrees with the network.
     blocks = []
 
     def record(module, inputs, output):
@@ -222,10 +216,7 @@ def blocks_of_unet() -> list[list]:
 
 
 def draw_rotation() -> None:
-    """Draw embedded faces rotated in the usual way, which has black corners, and in ours.
-
-    Each row is an image. The columns are the original, then both ways at 3 and at 10 degrees.
-    """
+    """Draw embedded faces rotated in the usual way, which has black corners, and in ours."""
     images = load_images("emoji_faces", 64).images[[500, 800, 300]]
     x_0 = to_model_range(torch.from_numpy(images))
 
@@ -333,8 +324,8 @@ def draw_commands(run: Path, temporary: Path) -> None:
 def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return for each image (N, H, W, C) the training image most like it, and their correlation.
 
-    Each training image (M, H, W, C) is compared unchanged and mirrored. The coefficients (N,) are
-    those of grey levels, so neither colour nor brightness nor contrast counts.
+    There are M training images (M, H, W, C). The coefficients (N,) are those of grey levels, so
+    neither colour nor brightness nor contrast counts.
     """
     # Training flips images, so a sample may be the mirror image of a training image.
     both = np.concatenate([training, training[:, :, ::-1]])

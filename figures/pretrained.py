@@ -2,10 +2,9 @@
 
 `python -m figures.pretrained RUN`
 
-RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied, so the
-weights are float16, and an early one as a guide. The table of the card, pretrained/README.md, has
-the hashes of both files, what RUN says of itself, and what is measured on samples. The text under
-the table, from the first heading on, is written by hand, and stays.
+RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied, and an early
+one as a guide. The table of the card, pretrained/README.md, is written. The text under the table,
+from the first heading on, is written by hand, and stays.
 """
 
 import hashlib

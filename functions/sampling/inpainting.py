@@ -4,8 +4,7 @@ After each step the known pixels, noised to the new level, replace those outside
 pass leaves seams, because the masked pixels are computed before the noise of the known ones is
 drawn. So each step is repeated: the state is noised back to the level before it.
 
-RePaint is Lugmayr et al. 2022, arXiv:2201.09865. Its jumps back have length 10 in 250 steps. Here
-they have length 1, which suits fewer steps.
+RePaint is Lugmayr et al. 2022, arXiv:2201.09865. Its jumps back have length 10, for 250 steps.
 """
 
 from collections.abc import Sequence
@@ -105,10 +104,9 @@ def inpaint_image(
     resample: int,
     count: int,
 ) -> np.ndarray:
-    """Inpaint an image `count` times where the mask is true.
+    """Inpaint a uint8 image (H, W, C) `count` times where the mask, bool (H, W), is true.
 
-    `image` is uint8 (H, W, C), and `mask` is bool (H, W). Returns the image, its known pixels on
-    grey, and the results: (2 + count, H, W, C).
+    Returns the image, its known pixels on grey, and the results: (2 + count, H, W, C).
     """
     device = image_sampler.device
     x_0 = to_model_range(torch.from_numpy(image)[None])[0].to(device)

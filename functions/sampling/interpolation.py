@@ -38,8 +38,7 @@ def interpolate_images(
 def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
     """Noise x_0 (C, H, W) to timestep t with different noise, and denoise: (N, C, H, W) images.
 
-    The noise of the steps also differs. For the same x_0 and t, each variation depends only on the
-    seed and its index.
+    For the same x_0 and t, each variation depends only on the seed and its index.
     """
     noise = image_sampler.noise(indices, "variation")
     x_t = image_sampler.scheduler.q_sample(x_0, t, noise.draw())
