@@ -23,7 +23,6 @@ MATHEMATICS = {
     "guidance",
     "samplers",
     "likelihood",
-    "spectra",
 }
 # Of the project, the files of a folder import these alone.
 SAVED = {"config", "models", "data", "functions.support", "functions.saved"}

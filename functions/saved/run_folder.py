@@ -37,8 +37,8 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
 # A training that is killed while it writes leaves such files in its run folder. The last ones are
 # those of safetensors.
 TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
-# The trained model that comes with the repository is read when there is no run. Other files may be
-# beside it, such as its guide and calibrations.
+# The trained model that comes with the repository is read when there is no run. Its guide is
+# beside it.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "ffhq-64.safetensors"
 
 
