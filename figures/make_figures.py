@@ -3,10 +3,9 @@
 `python -m figures.make_figures RUN_FACES RUN_FACES_V RUN_PEOPLE`
 
 These are run folders of the experiments `faces`, `faces-v` and `ffhq-64`. No photo is needed, and
-none is drawn. The pictures of demo.py are made by
+none is drawn. The picture of demo.py is made by
 
-`python -m tests.browser pretrained/ffhq-64.safetensors --steps 11 --spacing trailing --guide 3000
---guidance 2`
+`python -m tests.browser pretrained/ffhq-64.safetensors`
 """
 
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from config import EXPERIMENTS, build_network
 from data.augmentation import rotate
@@ -44,7 +43,7 @@ from functions.support.pictures import (
 )
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
-from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
+from models.blocks import Downsample, ResidualBlock, SelfAttention, Upsample
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
@@ -67,6 +66,11 @@ COMMANDS = {
     ),
 }
 
+# Plots stay PNG. All other pictures become WebP, a tenth as large and as good to the eye, because
+# each one that is drawn again stays in the history of the repository.
+PLOTS = ("schedule.png", "unet.png", "losses.png")
+WEBP = {"quality": 88, "method": 6}
+
 # The weights of a guide that are compared.
 WEIGHTS = (1, 1.25, 1.5, 2, 3)
 
@@ -85,11 +89,32 @@ def main() -> None:
 
     draw_cumulative_noise()
     draw_schedules()
-    draw_time_embedding()
     draw_unet()
     draw_rotation()
     with tempfile.TemporaryDirectory() as temporary:
         draw_commands(runs["PEOPLE"], Path(temporary))
+    for path in [*FIGURES.glob("*.png"), *FIGURES.glob("*.gif")]:
+        if path.name not in PLOTS:
+            lighten(path)
+
+
+def lighten(path: Path) -> None:
+    """Replace a picture or an animation by a WebP."""
+    with Image.open(path) as picture:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+        durations = [frame.info.get("duration", 0) for frame in frames]
+    first, *others = frames
+    # Noise needs most of the bytes of an animation.
+    quality = WEBP | ({"quality": 75} if others else {})
+    first.save(
+        path.with_suffix(".webp"),
+        save_all=bool(others),
+        append_images=others,
+        duration=durations,
+        loop=0,
+        **quality,
+    )
+    path.unlink()
 
 
 def draw_cumulative_noise() -> None:
@@ -133,38 +158,23 @@ def draw_schedules() -> None:
     save_figure(figure, FIGURES / "schedule.png")
 
 
-def draw_time_embedding() -> None:
-    """Draw the sinusoidal embedding of all 1000 timesteps, for base_dim 64."""
-    # (64, 1000): a row for each frequency, first those of the sines, then those of the cosines
-    embedding = sinusoidal_embedding(torch.arange(1000), 64).T
-
-    figure = Figure(figsize=(7, 3.4))
-    axis = figure.subplots()
-    picture = axis.imshow(embedding, "RdBu", aspect="auto", interpolation="nearest")
-    axis.axhline(31.5, color="black", linewidth=0.8)
-    axis.set(xlabel="timestep t")
-    axis.set_yticks([0, 32, 63], ["sin(t)", "cos(t)", "cos(t / 10,000)"])
-    figure.colorbar(picture)
-    figure.tight_layout()
-    save_figure(figure, FIGURES / "time_embedding.png")
-
-
 def draw_unet() -> None:
-    """Draw the network of `ffhq-run2`: a bar for each block, whose height shows its resolution."""
-    blocks = np.array(blocks_of_unet())
-    figure = Figure(figsize=(10, 4))
+    """Draw the network of `ffhq-64`: a bar for each block, whose height shows its resolution."""
+    blocks = parts_of_unet()
+    places = np.array(sorted(blocks))
+    channels, resolutions, attentions = np.array([blocks[place] for place in places]).T
+    # Each level halves the resolution, so the logarithm falls in equal steps.
+    heights = np.log2(resolutions) - 1
+    figure = Figure(figsize=(10, 4.4))
     axis = figure.subplots()
 
-    # The blocks stand side by side in the order of the forward pass.
     kinds = ("residual block (number: its channels)", "residual block, then self-attention")
     for attention, kind in enumerate(kinds):
-        [places] = np.nonzero(blocks[:, 2] == attention)
-        # Each level halves the resolution, so the logarithm falls in equal steps.
-        heights = np.log2(blocks[places, 1]) - 2
-        bars = axis.bar(places, heights, bottom=-heights / 2, label=kind)
+        chosen = attentions == attention
+        bars = axis.bar(places[chosen], heights[chosen], bottom=-heights[chosen] / 2, label=kind)
         axis.bar_label(
             bars,
-            blocks[places, 0],
+            channels[chosen],
             label_type="center",
             fontsize=8,
             color="white",
@@ -172,47 +182,60 @@ def draw_unet() -> None:
             rotation=90,
         )
 
-    # A level has blocks on both sides of the U. Its title is above the first block, and a line
-    # below goes from the first block to the last.
-    for resolution in np.unique(blocks[:, 1]):
-        [places] = np.nonzero(blocks[:, 1] == resolution)
-        edge = (np.log2(resolution) - 2) / 2 + 0.12
-        left = places[0] - 0.4
-        right = places[-1] + 0.4
-        axis.text(left, edge, f"{resolution} x {resolution}", fontsize=8)
-        [line] = axis.plot((left, right), (-edge, -edge), "--", color="0.6")
+    # A level has blocks on both sides of the U, so a line leads from the first to the last.
+    for resolution in np.unique(resolutions):
+        level = places[resolutions == resolution]
+        edge = (np.log2(resolution) - 1) / 2 + 0.12
+        axis.text(level[0] - 0.4, edge + 0.08, f"{resolution} x {resolution}", fontsize=8)
+        [line] = axis.plot((level[0] - 0.4, level[-1] + 0.4), (edge, edge), "--", color="0.6")
     line.set_label("skip connections of a level")
 
-    axis.legend(loc="upper center", frameon=False)
+    # A place without a block is one where the resolution changes.
+    for place in set(range(places[-1])) - blocks.keys():
+        sign = "\N{DOWNWARDS ARROW}" if place < places.mean() else "\N{UPWARDS ARROW}"
+        axis.text(place, 0, sign, ha="center", va="center", fontsize=12)
+    base = -heights.max() / 2 - 0.5
+    [line] = axis.plot((-0.4, places[-1] + 0.4), (base, base), color="tab:green")
+    line.set_label("time embedding of t, added in every residual block")
+    axis.vlines(places, base, -heights / 2, color="tab:green", linewidth=0.8)
+    for place, name in ((-1, "$x_t$"), (places[-1] + 1, "v")):
+        axis.text(place, 0, name, ha="center", va="center")
+
+    figure.legend(loc="lower center", ncols=2, frameon=False, fontsize=9)
     axis.axis("off")
-    figure.tight_layout()
+    figure.subplots_adjust(0, 0.11, 1, 1)
     save_figure(figure, FIGURES / "unet.png")
 
 
-def blocks_of_unet() -> list[list]:
-    """Return [channels, resolution, attention?] of each residual block of `ffhq-run2`."""
-    model_config = EXPERIMENTS["ffhq-run2"].model
-    size = model_config.image_size
+def parts_of_unet() -> dict[int, list]:
+    """Return [channels, resolution, attention?] of each residual block of `ffhq-64`, by its place.
+
+    Blocks and resamplings are recorded in a real forward pass, so the figure agrees with the
+    network. A resampling has a place, too.
+    """
+    model_config = EXPERIMENTS["ffhq-64"].model
     # On the meta device tensors have shapes but no data, so the pass needs no memory or time.
     with torch.device("meta"):
         model = build_network(model_config)
-        x_t = torch.empty(1, 3, size, size)
+        x_t = torch.empty(1, *model_config.image_shape)
         t = torch.empty(1, dtype=torch.int64)
 
-    # The blocks are recorded in a real forward pass, so the figure agrees with the network.
-    blocks = []
+    # Forward hooks run in the order of the forward pass.
+    parts = []
 
     def record(module, inputs, output):
         if isinstance(module, ResidualBlock):
-            blocks.append([*output.shape[1:3], False])
+            parts.append([*output.shape[1:3], False])
         elif isinstance(module, SelfAttention):
             # Attention comes right after the residual block that it belongs to.
-            blocks[-1][2] = True
+            parts[-1][2] = True
+        elif isinstance(module, (Downsample, Upsample)):
+            parts.append(None)
 
     for module in model.modules():
         module.register_forward_hook(record)
     model(x_t, t)
-    return blocks
+    return {place: part for place, part in enumerate(parts) if part}
 
 
 def draw_rotation() -> None:

@@ -38,8 +38,8 @@ def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, tmp_path, mon
         # It has more than one colour.
         assert np.ptp(np.asarray(Image.open(path).convert("L"))) > 0, path.name
     # `python -m tests.browser` draws the page of demo.py, and benchmarks/same_hour.py its figure.
-    others = {"demo-draw.png", "demo-mix.png", "demo-paint.png", "same_hour.png"}
-    pictures = {
-        path.name for path in (ROOT / "figures").iterdir() if path.suffix in (".png", ".gif")
-    }
+    others = {"demo-draw.png", "same_hour.png"}
+    suffixes = (".png", ".jpg", ".webp")
+    pictures = {path.name for path in (ROOT / "figures").iterdir() if path.suffix in suffixes}
     assert {path.name for path in folder.iterdir()} == pictures - others
+    assert Image.open(folder / "denoising.webp").n_frames > 30
