@@ -2,10 +2,9 @@
 
     python evaluate.py [RUN]                  bits/dim, the variational bound on held-out images (Ho
                                               et al. 2020, Eq. 5), of the newest run or of RUN
-    python evaluate.py distance [RUN]         the distance of samples, and of as many held-out
-                                              images, from the training images, in fixed features
-    python evaluate.py distance FOLDER DATA   the same for the images that `sample.py --individual
-                                              --out FOLDER` has written, and a data set
+    python evaluate.py distance FOLDER DATA   the distance of samples, which `sample.py --individual
+                                              --out FOLDER` has written, and of as many held-out
+                                              images from the training images of a data set
     python evaluate.py images FOLDER DATA     FID, KID, precision and recall of such a folder,
                                               compared with the training images of a data set
 
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.datasets import EMBEDDED_NAMES, ImageSet, Split
+from data.datasets import ImageSet, Split
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import (
     BitsPerDim,
@@ -29,12 +28,7 @@ from functions.evaluation.bits_per_dim import (
     measure_bits_per_dim,
     plot_bits_per_dim,
 )
-from functions.evaluation.feature_distance import (
-    BATCH,
-    model_batches,
-    spoilt,
-    training_features,
-)
+from functions.evaluation.feature_distance import model_batches, training_features
 from functions.evaluation.fidelity import (
     folder_images,
     load_like,
@@ -43,9 +37,8 @@ from functions.evaluation.fidelity import (
 )
 from functions.evaluation.results import common_settings, write_results
 from functions.samplers import VARIANCES
-from functions.sampling.generation import generate, open_sampler
-from functions.sampling.guides import corrected
-from functions.sampling.options import add_model_flags, add_out_flag, add_sampling_flags
+from functions.sampling.generation import open_sampler
+from functions.sampling.options import add_model_flags, add_out_flag
 from functions.sampling.samples_folder import MANIFEST
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split
@@ -120,27 +113,9 @@ def add_data_flag(parser: argparse.ArgumentParser) -> None:
 def parse_distance_flags() -> argparse.Namespace:
     """Read the command line for the distance."""
     parser = Parser(prog="evaluate.py distance", description=__doc__)
-    add_sampling_flags(parser)
-    parser.add_argument(
-        "real",
-        nargs="?",
-        metavar="DATA",
-        help="With a folder of samples in place of RUN: the name or path of the data set that they "
-        "are compared with. There are no flags then.",
-    )
-    add_data_flag(parser)
-    parser.add_argument(
-        "--n",
-        "-n",
-        type=positive,
-        default=100,
-        help="The number of samples. Only distances of equal numbers can be compared. "
-        "Default: %(default)s.",
-    )
-    args = parser.parse_args(sys.argv[2:])
-    if args.real and args != parser.parse_args([str(args.checkpoint), args.real]):
-        parser.error("with FOLDER DATA there are no flags, which say how a model is sampled")
-    return args
+    parser.add_argument("folder", type=Path, help="The folder of the samples, 00000.png and so on.")
+    parser.add_argument("data", help="A data set, by name or path.")
+    return parser.parse_args(sys.argv[2:])
 
 
 def parse_image_flags() -> argparse.Namespace:
@@ -214,28 +189,11 @@ def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
 
 def evaluate_distance(args: argparse.Namespace) -> None:
     """Print how far samples are from the training images, and how far as many held-out ones are."""
-    if args.real:
-        images = folder_images(args.checkpoint)
-        image_set, split = load_like(args.checkpoint, args.real)
-        samples = model_batches(images)
-        print(f"{len(images)} images of {args.checkpoint}")
-    elif args.checkpoint and Path(args.checkpoint, MANIFEST).exists():
-        raise UserError(f"{args.checkpoint} has samples; after it, name the DATA to compare with")
-    else:
-        saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-        image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
-        image_set, split = load_data(saved, args.data)
-        samples = generate(image_sampler, range(args.n), progress=True).split(BATCH)
-        print(f"{args.n} samples: {image_sampler.options}, seed {args.seed}")
-
-    # Only images of the embedded sets must have a white corner.
-    if image_set.name in EMBEDDED_NAMES:
-        samples = list(samples)
-        share = torch.cat([*map(spoilt, samples)]).double().mean()
-        print(f"dark or speckled: {share:.2%}")
+    samples = folder_images(args.folder)
+    image_set, split = load_like(args.folder, args.data)
     features = training_features(image_set, split)
-    drawn = features(samples)
-    print(f"distance: {features.distance(drawn):.4g}")
+    drawn = features(model_batches(samples))
+    print(f"{len(samples)} images of {args.folder}\ndistance: {features.distance(drawn):.4g}")
 
     # The distance falls with the number of images, so the numbers are equal.
     indices = evenly_spaced(split.val_indices, len(drawn))

@@ -105,7 +105,6 @@ def test_only_sampling_works_without_the_photos(pictures, tmp_path, monkeypatch,
     needed = f"needs the images that {boxed} was trained on: FFHQ was not found at .*--data NAME"
     for main, *flags in (
         (evaluate.main,),
-        (evaluate.main, "distance", *FLAGS),
         (sample.main, "--calibrate", *FLAGS),
     ):
         with pytest.raises(UserError, match=needed) as caught:
