@@ -26,7 +26,6 @@ from functions.evaluation.bits_per_dim import (
     BoundOptions,
     evenly_spaced,
     measure_bits_per_dim,
-    plot_bits_per_dim,
 )
 from functions.evaluation.feature_distance import model_batches, training_features
 from functions.evaluation.fidelity import (
@@ -177,14 +176,12 @@ def load_data(saved: SavedModel, name: str | None) -> tuple[ImageSet, Split]:
 
 
 def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
-    """Print bits/dim, and write it and a figure as `write_results` names them."""
+    """Print bits/dim, and write it as `write_results` names the file."""
     print(f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}")
     print(f"    rate {result.rate:.4f} + distortion {result.distortion:.4f}")
     print(f"    {len(result.lengths)} t for each image; {json.dumps(settings)}")
     path = write_results(prefix, "bpd", settings, result.facts())
-    picture = path.with_suffix(".png")
-    plot_bits_per_dim(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
-    print(f"wrote {path}\nwrote {picture}")
+    print(f"wrote {path}")
 
 
 def evaluate_distance(args: argparse.Namespace) -> None:

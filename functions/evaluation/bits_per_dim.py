@@ -15,18 +15,15 @@ the noise of the draws.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from functions.denoiser import Predictor
 from functions.likelihood import bound_terms
 from functions.support.errors import UserError
-from functions.support.pictures import save_figure
 from functions.support.random_numbers import ImageNoise, generator_of
 
 
@@ -52,8 +49,6 @@ class BitsPerDim:
     lengths: np.ndarray
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
-    # (N, K): the mean squared error of the predicted x_0, for images in [-1, 1].
-    mse_x_0: np.ndarray
 
     @property
     def image_bounds(self) -> np.ndarray:
@@ -80,26 +75,6 @@ class BitsPerDim:
         """Return the sum of all terms except L_0, as a mean over images."""
         return self.total - self.distortion
 
-    def curves(self) -> dict[str, list[float]]:
-        """Return means over images for each stratum, in ascending t.
-
-        `rate` and `rmse` are the rate-distortion curve of the paper's Figure 5. The rate counts the
-        bits that a receiver needs to know x_t: L_T and all terms above t. The RMSE is that of the
-        x_0 predicted from this x_t, in grey levels (0 to 255).
-        """
-        terms = self.terms.mean(axis=0)
-        sums = terms * self.lengths
-        above = sums.sum() - sums.cumsum()
-        # t is the middle of its stratum, so half of the stratum's other timesteps are above t.
-        above += terms * (self.lengths - 1) / 2
-        columns = {
-            "t": self.lengths.cumsum() - (self.lengths + 1) / 2,
-            "bits_per_dim_a_step": terms,
-            "rate": self.prior.mean() + above,
-            "rmse": 127.5 * np.sqrt(self.mse_x_0.mean(axis=0)),
-        }
-        return {name: column.tolist() for name, column in columns.items()}
-
     def facts(self) -> dict:
         """Return plain values in bits per dimension, for a JSON file."""
         return {
@@ -108,7 +83,6 @@ class BitsPerDim:
             "rate": self.rate,
             "distortion": self.distortion,
             "prior": self.prior.mean(),
-            "curves": self.curves(),
         }
 
 
@@ -146,9 +120,9 @@ def measure_bits_per_dim(
         image_terms(denoiser, load_x_0, index, options, lengths)
         for index in tqdm(indices.tolist(), "bits/dim", unit="image")
     ]
-    prior, terms, mse_x_0 = torch.stack(results, dim=1).numpy()
+    prior, terms, *_ = torch.stack(results, dim=1).numpy()
     # L_T of an image is the same in all columns, because it does not depend on t.
-    return BitsPerDim(lengths.numpy(), prior[:, 0], terms, mse_x_0)
+    return BitsPerDim(lengths.numpy(), prior[:, 0], terms)
 
 
 def image_terms(
@@ -158,7 +132,7 @@ def image_terms(
     options: BoundOptions,
     lengths: Tensor,
 ) -> Tensor:
-    """Return the results (3, K) of `bound_terms` for one image, at one t of each stratum.
+    """Return the results of `bound_terms` for one image, at one t of each stratum: (..., K).
 
     The noise depends only on (index, t).
     """
@@ -196,21 +170,3 @@ def draw_t(lengths: Tensor, index: int) -> Tensor:
     uniform = torch.rand(len(lengths), dtype=torch.float64, generator=generator)
     first = lengths.cumsum(0) - lengths
     return first + (uniform * lengths).long()
-
-
-def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
-    """Plot the rate-distortion curve (the paper's Figure 5)."""
-    curves = result.curves()
-    figure = Figure(figsize=(6, 4))
-    axis = figure.subplots()
-    axis.plot(curves["rate"], curves["rmse"], marker=".")
-    axis.set(
-        xlabel="rate up to $x_t$, bits/dim",
-        ylabel="RMSE of $x_0$, in levels of 0 to 255",
-        ylim=(0, None),
-    )
-    axis.grid(color="0.92")
-    # A name may have two dollars, which would enclose mathematics.
-    axis.set_title(f"{title}: {result.total:.3f} bits/dim", parse_math=False)
-    figure.tight_layout()
-    save_figure(figure, path)
