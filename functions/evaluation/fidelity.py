@@ -12,7 +12,6 @@
 All use the same features of InceptionV3, as ADM's evaluator does.
 """
 
-import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,11 +133,8 @@ def measure_fidelity(samples: Images, real: Images, device: torch.device) -> dic
     return calculate_metrics(
         input1=samples,
         input2=real,
-        # torch-fidelity would return old features for other images of the same name.
-        input1_cache_name=digest_of(samples, weights),
-        input2_cache_name=digest_of(real, weights),
-        # It runs the code in this folder's files, which therefore are ours alone.
-        cache_root=str(Path(torch.hub.get_dir(), "ddpm-faces")),
+        # torch-fidelity would find features by a name, which other images may have, too.
+        cache=False,
         feature_extractor=EXTRACTOR,
         feature_extractor_weights_path=str(weights),
         cuda=device.type == "cuda",
@@ -150,11 +146,3 @@ def measure_fidelity(samples: Images, real: Images, device: torch.device) -> dic
         # Without processes that load images, and with less memory for distances.
         save_cpu_ram=True,
     )
-
-
-def digest_of(images: Images, weights: Path) -> str:
-    """Return a hash of all pixels and of the file of weights."""
-    digest = hashlib.sha256(weights.read_bytes())
-    for position in range(len(images)):
-        digest.update(images[position].numpy().tobytes())
-    return digest.hexdigest()
