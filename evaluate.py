@@ -1,6 +1,6 @@
 """Measure a trained model, or a folder of samples.
 
-    python evaluate.py [RUN]                  bits/dim, the variational bound on held-out images (Ho
+    python evaluate.py [bits] [RUN]           bits/dim, the variational bound on held-out images (Ho
                                               et al. 2020, Eq. 5), of the newest run or of RUN
     python evaluate.py distance FOLDER DATA   the distance of samples, which `sample.py --individual
                                               --out FOLDER` has written, and of as many held-out
@@ -8,7 +8,7 @@
     python evaluate.py images FOLDER DATA     FID, KID, precision and recall of such a folder,
                                               compared with the training images of a data set
 
-`python evaluate.py distance --help` and `images --help` list the flags of these.
+`python evaluate.py bits --help`, `distance --help` and `images --help` list the flags of these.
 """
 
 import argparse
@@ -54,90 +54,86 @@ FEW_IMAGES = 10_000
 
 def main() -> None:
     """Read the command line, measure, and print the results."""
-    verb = sys.argv[1:2]
-    if verb == ["distance"]:
-        evaluate_distance(parse_distance_flags())
-    elif verb == ["images"]:
-        evaluate_images(parse_image_flags())
-    else:
-        evaluate_bits(parse_flags())
+    args = parse_flags()
+    verbs = {"bits": evaluate_bits, "distance": evaluate_distance, "images": evaluate_images}
+    verbs[args.verb](args)
 
 
 def parse_flags() -> argparse.Namespace:
-    """Read the command line for bits/dim."""
+    """Read the command line; without a verb, that of bits."""
     parser = Parser(description=__doc__)
-    add_model_flags(parser)
-    add_data_flag(parser)
-    parser.add_argument(
+    verbs = parser.add_subparsers(dest="verb")
+    bits = verbs.add_parser("bits", description=evaluate_bits.__doc__)
+    distance = verbs.add_parser("distance", description=evaluate_distance.__doc__)
+    images = verbs.add_parser("images", description=evaluate_images.__doc__)
+
+    add_model_flags(bits)
+    bits.add_argument(
+        "--data",
+        metavar="NAME|PATH",
+        help="The name or path of the data set, for example if the training data have moved. "
+        "Default: the data set that the model was trained on.",
+    )
+    bits.add_argument(
         "--images",
         type=positive,
         metavar="N",
         help="How many held-out images to use, evenly spaced. Default: all.",
     )
-    parser.add_argument(
+    bits.add_argument(
         "--t-stride",
         type=positive,
         default=20,
         metavar="N",
         help="The most timesteps that one network call represents. Default: %(default)s.",
     )
-    parser.add_argument(
+    bits.add_argument(
         "--bpd-variance",
         choices=VARIANCES,
         default="small",
         help="The variance of p(x_{t-1} | x_t). Default: %(default)s.",
     )
-    parser.add_argument(
+    bits.add_argument(
         "--batch-size",
         type=positive,
         help="The most timesteps in a network call. Default: 64, or 16 on a CPU.",
     )
-    add_out_flag(parser)
+    add_out_flag(bits)
     # `open_sampler` needs these. The bound is computed in float32, whatever the precision of
     # sampling, and is that of a single model, which the mix of a guided one is not.
-    parser.set_defaults(precision="float32", sampler="ddpm", steps=None, variance=None, seed=0)
-    return parser.parse_args()
+    bits.set_defaults(precision="float32", sampler="ddpm", steps=None, variance=None, seed=0)
 
-
-def add_data_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that names a model's data set."""
-    parser.add_argument(
-        "--data",
-        metavar="NAME|PATH",
-        help="The name or path of the data set, for example if the training data have moved. "
-        "Default: the data set that the model was trained on.",
-    )
-
-
-def parse_distance_flags() -> argparse.Namespace:
-    """Read the command line for the distance."""
-    parser = Parser(prog="evaluate.py distance", description=__doc__)
-    parser.add_argument("folder", type=Path, help="The folder of the samples, 00000.png and so on.")
-    parser.add_argument("data", help="A data set, by name or path.")
-    return parser.parse_args(sys.argv[2:])
-
-
-def parse_image_flags() -> argparse.Namespace:
-    """Read the command line for images."""
-    parser = Parser(prog="evaluate.py images", description=__doc__)
-    parser.add_argument("folder", type=Path, help="The folder of the samples, 00000.png and so on.")
-    parser.add_argument(
-        "data", help="A data set, by name or path; or another folder that sample.py has written."
-    )
-    parser.add_argument(
+    for verb in (distance, images):
+        verb.add_argument(
+            "folder",
+            type=Path,
+            metavar="FOLDER",
+            help="A folder that `sample.py --individual --out FOLDER` has written.",
+        )
+        verb.add_argument(
+            "data",
+            metavar="DATA",
+            help="A data set, by name or path. For images it may be another such folder.",
+        )
+    images.add_argument(
         "--part",
         choices=("train", "val", "all"),
         help="The images of the data set: those for training, the held-out ones, or all. "
         "Default: train.",
     )
-    parser.add_argument(
+    images.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N. Default: %(default)s."
     )
-    return parser.parse_args(sys.argv[2:])
+
+    arguments = sys.argv[1:]
+    # The first argument may be a run, or a flag of bits.
+    if not arguments or arguments[0] not in (*verbs.choices, "-h", "--help"):
+        arguments = ["bits", *arguments]
+    return parser.parse_args(arguments)
 
 
 def evaluate_bits(args: argparse.Namespace) -> None:
-    """Measure bits/dim of the held-out images; print and write it."""
+    """Measure bits/dim of held-out images; print and write it."""
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
     device = image_sampler.device
     if device.type == "mps":

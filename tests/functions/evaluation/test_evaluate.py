@@ -1,4 +1,4 @@
-"""evaluate.py from its command line to its files, for bits/dim."""
+"""evaluate.py: its verbs, and bits/dim from the command line to the file."""
 
 import json
 import shutil
@@ -15,6 +15,31 @@ BPD = ["--t-stride", "100", "--device", "cpu"]
 def files_of(folder):
     """Return the bytes of all files of a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        ("--help", 0, "{bits,distance,images}"),
+        ("bits --help", 0, "usage: script.py bits"),
+        # A run, or a flag
+        ("runs/faces --help", 0, "usage: script.py bits"),
+        ("--t-stride 5 --help", 0, "usage: script.py bits"),
+        ("distance --help", 0, "usage: script.py distance [-h] FOLDER DATA"),
+        ("images --help", 0, "--part {train,val,all}"),
+        ("distance", 2, "required: FOLDER, DATA (see script.py distance --help)"),
+        ("images a", 2, "required: DATA (see script.py images --help)"),
+        ("images a b --part some", 2, "invalid choice: 'some'"),
+        ("bits --t-stride 0", 2, "'0' is not an integer of at least 1"),
+        ("a b c", 2, "unrecognized arguments: b c"),
+    ],
+)
+def test_each_verb_has_its_help_and_errors(arguments, status, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call(evaluate.main, *arguments.split())
+    printed = capsys.readouterr()
+    assert ended.value.code == status
+    assert text in (printed.err if status else printed.out)
 
 
 @pytest.mark.slow
@@ -43,7 +68,7 @@ def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, monkeypatch, capsys
     ignored = shutil.ignore_patterns("0000*", "*.packed*")
     fewer = shutil.copytree(pictures, tmp_path / "fewer", ignore=ignored)
     other = ["--images", "2", "--bpd-variance", "large", "--data", fewer]
-    call(evaluate.main, tiny_run, *BPD, *other, "--out", out)
+    call(evaluate.main, "bits", tiny_run, *BPD, *other, "--out", out)
     both = files_of(out)
     assert len(both) == 2
     assert first.items() < both.items()
