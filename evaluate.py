@@ -190,6 +190,9 @@ def evaluate_distance(args: argparse.Namespace) -> None:
 
     # The distance falls with the number of images, so the numbers are equal.
     indices = evenly_spaced(split.val_indices, len(drawn))
+    if len(indices) < 2:
+        print("no distance of held-out images: there is one, and a distance needs two")
+        return
     held_out = features(model_batches(set_images(image_set, indices)))
     count = len(held_out)
     if count < len(drawn):

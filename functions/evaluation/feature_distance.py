@@ -15,6 +15,11 @@ from functions.sampling.generation import batches_of
 from functions.support.errors import UserError
 
 DIMENSIONS, FILTERS = 16, 16
+# The variance of real images along the last of these axes is 0.7 or more, and about 0 for fewer
+# images than axes.
+SMALLEST_VARIANCE = 0.1
+# Filters of 3 x 3 pixels at a quarter of the size need so many pixels a side.
+SMALLEST_SIDE = 12
 # The seed of these filters. With another one, distances differ from those in docs/.
 FILTER_SEED = 1057978271
 # The responses of so many images fit in a processor's cache; with 256, the time is 2.5 times that.
@@ -25,6 +30,8 @@ class Features:
     """Fixed, untrained features of images, and the Fréchet distance between them; it is not FID.
 
     The unit of the distance is the variance of the real images.
+
+    Raises UserError for real images that are too few or too alike.
 
     Args:
         real: batches of the real images, (B, C, H, W) in [-1, 1].
@@ -40,8 +47,13 @@ class Features:
         # These are the principal axes of largest variance. Dividing by the standard deviation along
         # each axis gives all axes equal weight.
         values, vectors = torch.linalg.eigh(standardised.T.cov())
-        deviations = values[-DIMENSIONS:].clamp(min=1e-9).sqrt()
-        self.axes = vectors[:, -DIMENSIONS:] / deviations
+        # Where the real images are alike, a distance has no unit.
+        if values[-DIMENSIONS] < SMALLEST_VARIANCE:
+            raise UserError(
+                "the training images are too few, or too alike, for a distance along "
+                f"{DIMENSIONS} axes; name a data set with more images"
+            )
+        self.axes = vectors[:, -DIMENSIONS:] / values[-DIMENSIONS:].sqrt()
         self.real = standardised @ self.axes
 
     def __call__(self, batches: Iterable[Tensor]) -> Tensor:
@@ -78,7 +90,13 @@ def raw_features(images: Tensor) -> Tensor:
     """Return F features of images (N, C, H, W): (N, F) float64.
 
     They are the image shrunk to 4 x 4 pixels, and the responses of random filters at three scales.
+    Raises UserError for images that are too small.
     """
+    if min(images.shape[2:]) < SMALLEST_SIDE:
+        raise UserError(
+            f"a distance needs images of {SMALLEST_SIDE} pixels a side or more; "
+            f"these have {min(images.shape[2:])}"
+        )
     generator = torch.Generator().manual_seed(FILTER_SEED)
     filters = torch.randn(FILTERS, 3, 3, 3, generator=generator, dtype=torch.float64)
     # Filters of mean 0 ignore the brightness of a region, which the 4 x 4 pixels already have.

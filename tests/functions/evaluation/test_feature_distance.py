@@ -1,6 +1,7 @@
 """evaluate.py distance: what is measured of samples, beside as many held-out images."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from tests.conftest import HELD_OUT, TRAINED, call
 
 
 def distances(capsys, *arguments):
-    """Return the numbers at the ends of the lines that `evaluate.py distance` prints, by name."""
+    """Return the ends of the lines that `evaluate.py distance` prints, by what precedes them."""
     capsys.readouterr()
     call(evaluate.main, "distance", *arguments)
     printed = capsys.readouterr().out
-    return dict(re.findall(r"^(d[^:]+): ([\d.e+-]+)$", printed, re.MULTILINE))
+    return dict(re.findall(r"^((?:no )?distance.*): (.+)$", printed, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,15 @@ def write_samples(folder, images):
         Image.fromarray(image).save(folder / f"{i:05d}.png")
 
 
+def split_folder(pictures, folder, count):
+    """Return a folder with the first `count` pictures in train/ and the next one in val/."""
+    for i in range(count + 1):
+        part = folder / ("train" if i < count else "val")
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / f"{i:05d}.png", part)
+    return folder
+
+
 def truths(training, **images):
     """Return the distances of images from training images as evaluate.py prints them, by name."""
     training, *others = (
@@ -106,6 +116,30 @@ def test_of_many_held_out_images_evenly_spaced_ones_are_measured(tmp_path, capsy
     held_out = {"distance of 10 held-out images": real[811:][::9]}
     expected = truths(real[:811], distance=samples, **held_out)
     assert distances(capsys, tmp_path, "emoji_people") == expected
+
+
+@pytest.mark.parametrize(
+    ("side", "trained", "message"),
+    [
+        (16, 6, "the training images are too few, or too alike"),
+        (11, 20, "a distance needs images of 12 pixels a side or more; these have 11"),
+    ],
+)
+def test_a_distance_without_a_meaning_is_refused(side, trained, message, pictures, tmp_path):
+    data, samples = split_folder(pictures, tmp_path / "data", trained), tmp_path / "samples"
+    samples.mkdir()
+    write_samples(samples, load_images(str(pictures), side).images[:10])
+    with pytest.raises(UserError, match=message):
+        call(evaluate.main, "distance", samples, data)
+
+
+def test_one_held_out_image_has_no_distance(pictures, tmp_path, capsys):
+    data = split_folder(pictures, tmp_path / "data", 20)
+    real = load_images(str(pictures), 16).images
+    write_samples(tmp_path, real[:10])
+    reason = {"no distance of held-out images": "there is one, and a distance needs two"}
+    measured = truths(real[:20], distance=real[:10])
+    assert distances(capsys, tmp_path, data) == measured | reason
 
 
 def test_samples_are_compared_with_the_split_of_their_run(tiny_run, tmp_path, monkeypatch):
