@@ -120,7 +120,7 @@ def measure_bits_per_dim(
         image_terms(denoiser, load_x_0, index, options, lengths)
         for index in tqdm(indices.tolist(), "bits/dim", unit="image")
     ]
-    prior, terms, *_ = torch.stack(results, dim=1).numpy()
+    prior, terms = torch.stack(results, dim=1).numpy()
     # L_T of an image is the same in all columns, because it does not depend on t.
     return BitsPerDim(lengths.numpy(), prior[:, 0], terms)
 
@@ -132,7 +132,7 @@ def image_terms(
     options: BoundOptions,
     lengths: Tensor,
 ) -> Tensor:
-    """Return the results of `bound_terms` for one image, at one t of each stratum: (..., K).
+    """Return the results (2, K) of `bound_terms` for one image, at one t of each stratum.
 
     The noise depends only on (index, t).
     """
