@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.datasets import ImageSet, Split
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import (
     BitsPerDim,
@@ -34,18 +33,16 @@ from functions.evaluation.fidelity import (
     measure_fidelity,
     set_images,
 )
-from functions.evaluation.results import common_settings, write_results
 from functions.samplers import VARIANCES
 from functions.sampling.generation import open_sampler
 from functions.sampling.options import add_model_flags, add_out_flag
 from functions.sampling.samples_folder import MANIFEST
-from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import choose_device
 from functions.support.errors import UserError
-from functions.support.files import read_json
+from functions.support.files import read_json, sha256, write_text
 from functions.support.processes import SINGLE_PROCESS
 
 # With fewer images, FID is far above that of many images.
@@ -140,26 +137,7 @@ def evaluate_bits(args: argparse.Namespace) -> None:
         raise UserError("bits/dim needs float64, which mps does not have; use --device cpu")
     # On a GPU, float32 would otherwise mean TF32.
     torch.backends.cudnn.allow_tf32 = False
-    image_set, split = load_data(saved, args.data)
-    folder = args.out or results_folder(saved, "evaluation")
-    # The measurement may take hours. So an error of the folder comes first.
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def load_x_0(indices: np.ndarray) -> torch.Tensor:
-        return to_model_range(torch.from_numpy(image_set.images[indices]).to(device))
-
-    # For some diffusers models, samplers do not clip x_0. The bound then does not clip it either.
-    clip_x_0 = image_sampler.options.clip_x_0
-    options = BoundOptions(args.t_stride, image_sampler.batch_size, args.bpd_variance, clip_x_0)
-    indices = evenly_spaced(split.val_indices, args.images)
-    result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options)
-    settings = {**common_settings(saved, split, len(indices)), **vars(options)}
-    write_bits(folder / saved.name, settings, result)
-
-
-def load_data(saved: SavedModel, name: str | None) -> tuple[ImageSet, Split]:
-    """Load and split a model's data as `load_and_split` does, and print the split."""
-    image_set, split = load_and_split(saved, name)
+    image_set, split = load_and_split(saved, args.data)
     print(split.description)
     # If the model was trained on some of the held-out images, its result is too good.
     if saved.provenance.get("train_ids_hash") != split.train_ids_hash:
@@ -168,15 +146,44 @@ def load_data(saved: SavedModel, name: str | None) -> tuple[ImageSet, Split]:
             "some of the validation images may be among its training images",
             file=sys.stderr,
         )
-    return image_set, split
+    folder = args.out or results_folder(saved, "evaluation")
+    # The measurement may take hours. So an error of the folder comes first.
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def load_x_0(index: int) -> torch.Tensor:
+        return to_model_range(torch.from_numpy(image_set.images[[index]]).to(device))
+
+    # For some diffusers models, samplers do not clip x_0. The bound then does not clip it either.
+    clip_x_0 = image_sampler.options.clip_x_0
+    options = BoundOptions(args.t_stride, image_sampler.batch_size, args.bpd_variance, clip_x_0)
+    indices = evenly_spaced(split.val_indices, args.images)
+    result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options)
+    # Two results that differ in one of these cannot be compared.
+    settings = {
+        "experiment": saved.provenance["experiment"],
+        "step": saved.provenance["step"],
+        "weights": saved.kind,
+        "weights_hash": saved.digest[:16],
+        "ids_hash": split.val_ids_hash,
+        "pixels_hash": split.pixels_hash,
+        "images": len(indices),
+        **vars(options),
+    }
+    write_bits(folder / f"{saved.name}-bpd", settings, result)
 
 
 def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
-    """Print bits/dim, and write it as `write_results` names the file."""
-    print(f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}")
-    print(f"    rate {result.rate:.4f} + distortion {result.distortion:.4f}")
-    print(f"    {len(result.lengths)} t for each image; {json.dumps(settings)}")
-    path = write_results(prefix, "bpd", settings, result.facts())
+    """Print bits/dim, and write it to PREFIX-<hash of the settings>.json.
+
+    So results of other settings are never overwritten.
+    """
+    numbers = result.numbers()
+    settings_text = json.dumps(settings)
+    print("bits/dim {bits_per_dim:.4f}, standard error {standard_error:.4f}".format(**numbers))
+    print("    rate {rate:.4f} + distortion {distortion:.4f}".format(**numbers))
+    print(f"    {len(result.lengths)} t for each image; {settings_text}")
+    path = Path(f"{prefix}-{sha256(settings_text)[:8]}.json")
+    write_text(path, json.dumps({"settings": settings, **numbers}, indent=2))
     print(f"wrote {path}")
 
 
@@ -206,8 +213,8 @@ def evaluate_images(args: argparse.Namespace) -> None:
     samples = folder_images(args.folder)
     if not Path(args.data, MANIFEST).exists():
         image_set, split = load_like(args.folder, args.data)
-        parts = {"train": split.train_indices, "val": split.val_indices}
-        parts["all"] = np.arange(len(image_set.images))
+        all_indices = np.arange(len(image_set.images))
+        parts = {"train": split.train_indices, "val": split.val_indices, "all": all_indices}
         real = set_images(image_set, parts[args.part or "train"])
     elif args.part:
         raise UserError("--part is for a data set; a folder of samples has no parts")

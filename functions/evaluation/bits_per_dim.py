@@ -6,10 +6,9 @@ functions/likelihood.py computes the terms. L_0 is the "distortion", and the sum
 is the "rate". An ideal code made from the model needs at most this many bits per dimension, so
 lower is better.
 
-Each L_t of each image costs a network call. To save calls, the timesteps are divided into strata of
-at most `t_stride` neighbours, and one t of each stratum is drawn for each image. The estimate is
-unbiased. The draws of different images are independent, so the standard error over images includes
-the noise of the draws.
+Each L_t of each image costs a network call. So the timesteps are divided into strata of at most
+`t_stride` neighbours, and one t of each stratum is drawn for each image. The estimate is unbiased,
+and its standard error over images includes the noise of the draws, which are independent.
 """
 
 import math
@@ -65,23 +64,14 @@ class BitsPerDim:
         """Return the standard error of `total`."""
         return error_of_mean(self.image_bounds)
 
-    @property
-    def distortion(self) -> float:
-        """Return the mean of L_0 over images: the bits that make the decoded image exact."""
-        return self.terms[:, 0].mean()
-
-    @property
-    def rate(self) -> float:
-        """Return the sum of all terms except L_0, as a mean over images."""
-        return self.total - self.distortion
-
-    def facts(self) -> dict:
-        """Return plain values in bits per dimension, for a JSON file."""
+    def numbers(self) -> dict[str, float]:
+        """Return the means over images: the bound and its standard error, and its parts."""
+        distortion = self.terms[:, 0].mean()
         return {
             "bits_per_dim": self.total,
             "standard_error": self.standard_error,
-            "rate": self.rate,
-            "distortion": self.distortion,
+            "rate": self.total - distortion,
+            "distortion": distortion,
             "prior": self.prior.mean(),
         }
 
@@ -94,30 +84,26 @@ def error_of_mean(values: np.ndarray) -> np.ndarray:
 def evenly_spaced(indices: np.ndarray, count: int | None) -> np.ndarray:
     """Return `count` evenly spaced indices, or all for None or a larger count."""
     count = min(count or len(indices), len(indices))
-    # Without indices `count` is 0, but NumPy then divides an empty array, which is no error.
     return indices[np.arange(count) * len(indices) // count]
 
 
 @torch.no_grad()
 def measure_bits_per_dim(
     denoiser: Predictor,
-    load_x_0: Callable[[np.ndarray], Tensor],
+    load_x_0: Callable[[int], Tensor],
     indices: np.ndarray,
     options: BoundOptions,
 ) -> BitsPerDim:
-    """Measure the variational bound (Eq. 5) of held-out images.
+    """Measure the variational bound (Eq. 5) of the N held-out images with these indices.
 
-    Raises UserError for fewer than two images, which have no standard error.
-
-    Args:
-        load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
-        indices: the held-out images, (N,).
+    `load_x_0` maps an index to x_0 (1, C, H, W) in [-1, 1], on the model's device. Raises UserError
+    for fewer than two images, which have no standard error.
     """
     if len(indices) < 2:
         raise UserError(f"bits/dim needs two held-out images or more; there are {len(indices)}")
     lengths = strata_lengths(denoiser.scheduler.timesteps, options.t_stride)
     results = [
-        image_terms(denoiser, load_x_0, index, options, lengths)
+        image_terms(denoiser, load_x_0(index), index, lengths, options)
         for index in tqdm(indices.tolist(), "bits/dim", unit="image")
     ]
     prior, terms = torch.stack(results, dim=1).numpy()
@@ -126,17 +112,12 @@ def measure_bits_per_dim(
 
 
 def image_terms(
-    denoiser: Predictor,
-    load_x_0: Callable[[np.ndarray], Tensor],
-    index: int,
-    options: BoundOptions,
-    lengths: Tensor,
+    denoiser: Predictor, x_0: Tensor, index: int, lengths: Tensor, options: BoundOptions
 ) -> Tensor:
     """Return the results (2, K) of `bound_terms` for one image, at one t of each stratum.
 
     The noise depends only on (index, t).
     """
-    x_0 = load_x_0(np.array([index]))
     parts = []
     for t in draw_t(lengths, index).split(options.batch_size):
         # Results of earlier versions had this text as their seed, too.
@@ -151,10 +132,7 @@ def image_terms(
 
 
 def strata_lengths(timesteps: int, t_stride: int) -> Tensor:
-    """Divide 0 .. T-1 into K strata of at most t_stride timesteps: their lengths, (K,) int64.
-
-    The first stratum is only t = 0.
-    """
+    """Divide 0 and 1 .. T-1 into strata of at most t_stride timesteps: K lengths, (K,) int64."""
     lengths = [1]
     start = 1
     while start < timesteps:

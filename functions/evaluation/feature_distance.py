@@ -1,17 +1,16 @@
-"""Measure the distance of images from a model's training images without a downloaded network."""
+"""Measure the distance of images from training images without a downloaded network."""
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.datasets import ImageSet, Split
 from data.pixels import to_model_range
 from functions.evaluation.fidelity import Images, set_images
-from functions.sampling.generation import batches_of
 from functions.support.errors import UserError
 
 DIMENSIONS, FILTERS = 16, 16
@@ -29,12 +28,8 @@ BATCH = 16
 class Features:
     """Fixed, untrained features of images, and the Fréchet distance between them; it is not FID.
 
-    The unit of the distance is the variance of the real images.
-
-    Raises UserError for real images that are too few or too alike.
-
-    Args:
-        real: batches of the real images, (B, C, H, W) in [-1, 1].
+    `real` are batches of real images, (B, C, H, W) in [-1, 1], whose variance is the unit of the
+    distance. Raises UserError if they are too few or too alike.
     """
 
     def __init__(self, real: Iterable[Tensor]):
@@ -79,11 +74,9 @@ def training_features(image_set: ImageSet, split: Split) -> Features:
 
 
 def model_batches(images: Images) -> Iterator[Tensor]:
-    """Yield images in batches, (B, C, H, W) in [-1, 1]."""
-    batches = batches_of(range(len(images)), BATCH)
-    for batch in tqdm(batches, "features", unit="batch", leave=False):
-        pixels = np.stack([images.read(i) for i in batch])
-        yield to_model_range(torch.from_numpy(pixels))
+    """Yield images in batches, (B, 3, H, W) in [-1, 1]."""
+    for batch in tqdm(DataLoader(images, BATCH), "features", unit="batch", leave=False):
+        yield to_model_range(batch.permute(0, 2, 3, 1))
 
 
 def raw_features(images: Tensor) -> Tensor:

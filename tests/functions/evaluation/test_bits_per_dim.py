@@ -65,7 +65,7 @@ def test_terms_equal_the_closed_form_on_gaussian_data(variance):
     x_0 = gaussian_images(64, 8)
     options = BoundOptions(variance=variance, clip_x_0=False)
     result = measure_bits_per_dim(
-        best_denoiser(scheduler), lambda i: x_0[i], np.arange(64), options
+        best_denoiser(scheduler), lambda i: x_0[[i]], np.arange(64), options
     )
 
     # The terms are means of squared normals. Five standard errors of such a mean are allowed.
@@ -100,7 +100,7 @@ def test_no_code_is_shorter_than_the_entropy():
     x_0 = levels[drawn].view(16, 3, 4, 4).float()
     denoiser = Denoiser(LittleMemory(eps, 64), scheduler)
     options = BoundOptions(t_stride=20)
-    result = measure_bits_per_dim(denoiser, lambda i: x_0[i], np.arange(16), options)
+    result = measure_bits_per_dim(denoiser, lambda i: x_0[[i]], np.arange(16), options)
 
     # The entropy of a pixel is in bits, and so is the bound.
     entropy = -(p * p.log2()).sum().item()
@@ -119,7 +119,7 @@ def test_strides_are_unbiased():
     def measure(**options):
         bound_options = BoundOptions(clip_x_0=False, **options)
         return measure_bits_per_dim(
-            best_denoiser(scheduler), lambda i: x_0[i], np.arange(100), bound_options
+            best_denoiser(scheduler), lambda i: x_0[[i]], np.arange(100), bound_options
         )
 
     full = measure(batch_size=2048)
@@ -144,7 +144,9 @@ def small_measurement(indices=HELD_OUT, most=64, **options):
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.randn(10, 3, 4, 4, generator=generator).clamp(-1, 1)
     options = BoundOptions(**{"t_stride": 3, "batch_size": 8, **options})
-    return measure_bits_per_dim(best_denoiser(scheduler, most), lambda i: x_0[i], indices, options)
+    return measure_bits_per_dim(
+        best_denoiser(scheduler, most), lambda i: x_0[[i]], indices, options
+    )
 
 
 def test_a_term_depends_on_image_and_t_alone():
