@@ -39,6 +39,12 @@ def best_denoiser(scheduler, most=64**2):
     return Denoiser(LittleMemory(network, most), scheduler)
 
 
+def measure(denoiser, x_0, indices=None, **options):
+    """Measure all images x_0, or those with these indices."""
+    indices = np.arange(len(x_0)) if indices is None else indices
+    return measure_bits_per_dim(denoiser, lambda i: x_0[[i]], indices, BoundOptions(**options))
+
+
 def expected_terms(scheduler, variance):
     """Return L_t (T,) in bits/dim for the ideal denoiser of Gaussian data; t = 0 is no number.
 
@@ -63,10 +69,7 @@ def expected_terms(scheduler, variance):
 def test_terms_equal_the_closed_form_on_gaussian_data(variance):
     scheduler = NoiseScheduler(40)
     x_0 = gaussian_images(64, 8)
-    options = BoundOptions(variance=variance, clip_x_0=False)
-    result = measure_bits_per_dim(
-        best_denoiser(scheduler), lambda i: x_0[[i]], np.arange(64), options
-    )
+    result = measure(best_denoiser(scheduler), x_0, variance=variance, clip_x_0=False)
 
     # The terms are means of squared normals. Five standard errors of such a mean are allowed.
     rtol = x_0.numel() ** -0.5 * 5 * math.sqrt(2)
@@ -98,9 +101,7 @@ def test_no_code_is_shorter_than_the_entropy():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(p, 16 * 48, replacement=True, generator=generator)
     x_0 = levels[drawn].view(16, 3, 4, 4).float()
-    denoiser = Denoiser(LittleMemory(eps, 64), scheduler)
-    options = BoundOptions(t_stride=20)
-    result = measure_bits_per_dim(denoiser, lambda i: x_0[[i]], np.arange(16), options)
+    result = measure(Denoiser(LittleMemory(eps, 64), scheduler), x_0, t_stride=20)
 
     # The entropy of a pixel is in bits, and so is the bound.
     entropy = -(p * p.log2()).sum().item()
@@ -115,17 +116,11 @@ def test_strides_are_unbiased():
     """
     scheduler = NoiseScheduler(100)
     x_0 = gaussian_images(100, 4)
-
-    def measure(**options):
-        bound_options = BoundOptions(clip_x_0=False, **options)
-        return measure_bits_per_dim(
-            best_denoiser(scheduler), lambda i: x_0[[i]], np.arange(100), bound_options
-        )
-
-    full = measure(batch_size=2048)
+    denoiser = best_denoiser(scheduler)
+    full = measure(denoiser, x_0, clip_x_0=False, batch_size=2048)
     assert full.lengths.tolist() == [1] * 100
 
-    strided = measure(t_stride=10)
+    strided = measure(denoiser, x_0, clip_x_0=False, t_stride=10)
     assert strided.lengths.sum() == 100
     assert strided.lengths[0] == 1
     assert strided.lengths.max() == 10

@@ -26,11 +26,14 @@ def distances(capsys, *arguments):
     return dict(re.findall(r"^((?:no )?distance.*): (.+)$", printed, re.MULTILINE))
 
 
-@pytest.fixture(scope="module")
-def people():
-    """Return the images of the data set emoji_people."""
-    images = load_images("emoji_people", 32).images
-    return to_model_range(torch.from_numpy(images))
+def loaded(name, size):
+    """Return the images of a data set: (N, H, W, 3) uint8."""
+    return load_images(str(name), size).images.copy()
+
+
+def scaled(pixels):
+    """Return images (N, H, W, 3) uint8 as networks read them."""
+    return to_model_range(torch.from_numpy(pixels))
 
 
 def seeded():
@@ -38,8 +41,9 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-def test_the_feature_distance_orders_the_obvious(people):
+def test_the_feature_distance_orders_the_obvious():
     """Held-out images are nearest, then tinted ones; noise is very far."""
+    people = scaled(loaded("emoji_people", 32))
     held_out = people[::9]
     features = Features([people[np.arange(len(people)) % 9 > 0]])
     tint = torch.tensor([20, 0, -20]).view(3, 1, 1) / 255
@@ -84,62 +88,49 @@ def split_folder(pictures, folder, count):
     return folder
 
 
-def truths(training, **images):
+def truths(training, images):
     """Return the distances of images from training images as evaluate.py prints them, by name."""
-    training, *others = (
-        to_model_range(torch.from_numpy(np.array(x))) for x in (training, *images.values())
-    )
-    features = Features([training, training.flip(3)])
-    distances = [f"{features.distance(features([x])):.4g}" for x in others]
-    return dict(zip(images, distances, strict=True))
+    features = Features([scaled(training), scaled(training).flip(3)])
+    distances = {name: features.distance(features([scaled(x)])) for name, x in images.items()}
+    return {name: f"{distance:.4g}" for name, distance in distances.items()}
 
 
 def test_samples_are_measured_beside_as_many_held_out_images(pictures, tmp_path, capsys):
     """Of the 50 pictures 4 are held out, so the first 4 samples are measured, too."""
     samples = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), np.uint8)
     write_samples(tmp_path, samples)
-    real = load_images(str(pictures), 16).images
-    assert distances(capsys, tmp_path, pictures) == truths(
-        real[TRAINED],
-        **{
-            "distance": samples,
-            "distance of the first 4 samples, as only 4 are held out": samples[:4],
-            "distance of 4 held-out images": real[HELD_OUT],
-        },
-    )
+    real = loaded(pictures, 16)
+    few = {
+        "distance": samples,
+        "distance of the first 4 samples, as only 4 are held out": samples[:4],
+        "distance of 4 held-out images": real[HELD_OUT],
+    }
+    assert distances(capsys, tmp_path, pictures) == truths(real[TRAINED], few)
+
+    one = split_folder(pictures, tmp_path / "data", 20)
+    reason = {"no distance of held-out images": "there is one, and a distance needs two"}
+    assert distances(capsys, tmp_path, one) == truths(real[:20], {"distance": samples}) | reason
 
 
 def test_of_many_held_out_images_evenly_spaced_ones_are_measured(tmp_path, capsys):
-    real = load_images("emoji_people", 32).images
-    samples = real[:10]
-    write_samples(tmp_path, samples)
-    held_out = {"distance of 10 held-out images": real[811:][::9]}
-    expected = truths(real[:811], distance=samples, **held_out)
-    assert distances(capsys, tmp_path, "emoji_people") == expected
+    people = loaded("emoji_people", 32)
+    write_samples(tmp_path, people[:10])
+    images = {"distance": people[:10], "distance of 10 held-out images": people[811:][::9]}
+    assert distances(capsys, tmp_path, "emoji_people") == truths(people[:811], images)
 
 
 @pytest.mark.parametrize(
-    ("side", "trained", "message"),
+    ("size", "trained", "message"),
     [
         (16, 6, "the training images are too few, or too alike"),
         (11, 20, "a distance needs images of 12 pixels a side or more; these have 11"),
     ],
 )
-def test_a_distance_without_a_meaning_is_refused(side, trained, message, pictures, tmp_path):
-    data, samples = split_folder(pictures, tmp_path / "data", trained), tmp_path / "samples"
-    samples.mkdir()
-    write_samples(samples, load_images(str(pictures), side).images[:10])
+def test_a_distance_without_a_meaning_is_refused(size, trained, message, pictures, tmp_path):
+    write_samples(tmp_path, loaded(pictures, size)[:10])
+    data = split_folder(pictures, tmp_path / "data", trained)
     with pytest.raises(UserError, match=message):
-        call(evaluate.main, "distance", samples, data)
-
-
-def test_one_held_out_image_has_no_distance(pictures, tmp_path, capsys):
-    data = split_folder(pictures, tmp_path / "data", 20)
-    real = load_images(str(pictures), 16).images
-    write_samples(tmp_path, real[:10])
-    reason = {"no distance of held-out images": "there is one, and a distance needs two"}
-    measured = truths(real[:20], distance=real[:10])
-    assert distances(capsys, tmp_path, data) == measured | reason
+        call(evaluate.main, "distance", tmp_path, data)
 
 
 def test_samples_are_compared_with_the_split_of_their_run(tiny_run, tmp_path, monkeypatch):
