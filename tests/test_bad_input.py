@@ -58,7 +58,7 @@ COMMANDS = {
     "evaluate.py {run} --images 1 --out {empty}": "needs two held-out images or more; there are 1",
     # The folder is an error before the measurement, which may take hours, shows its bar.
     "evaluate.py {run} --t-stride 100 --out {empty}/notes.txt/out": "notes.txt",
-    "evaluate.py distance {run} {pictures} --n 5": "with FOLDER DATA there are no flags",
+    "evaluate.py distance {run} {pictures} --n 5": "unrecognized arguments: --n 5",
 }
 if not torch.cuda.is_available():
     COMMANDS["train.py --device cuda"] = "PyTorch must have it"
