@@ -62,7 +62,7 @@ class BitsPerDim:
     @property
     def standard_error(self) -> float:
         """Return the standard error of `total`."""
-        return error_of_mean(self.image_bounds)
+        return self.image_bounds.std(ddof=1) / math.sqrt(len(self.image_bounds))
 
     def numbers(self) -> dict[str, float]:
         """Return the means over images: the bound and its standard error, and its parts."""
@@ -74,11 +74,6 @@ class BitsPerDim:
             "distortion": distortion,
             "prior": self.prior.mean(),
         }
-
-
-def error_of_mean(values: np.ndarray) -> np.ndarray:
-    """Return the standard error of the mean over N >= 2 values: (N, ...) -> (...)."""
-    return values.std(axis=0, ddof=1) / math.sqrt(len(values))
 
 
 def evenly_spaced(indices: np.ndarray, count: int | None) -> np.ndarray:

@@ -120,7 +120,12 @@ def inception_weights() -> Path:
 
 
 def measure_fidelity(samples: Images, real: Images, device: torch.device) -> dict[str, float]:
-    """Return FID, KID and its deviation, precision and recall, by torch-fidelity's names."""
+    """Return FID, KID and its deviation, precision and recall, by torch-fidelity's names.
+
+    Raises UserError for too few real images.
+    """
+    if len(real) < FEWEST:
+        raise UserError(f"there are {len(real)} real images; there must be {FEWEST} or more")
     weights = inception_weights()
     from torch_fidelity import calculate_metrics
 

@@ -15,7 +15,7 @@ import sample
 from data.datasets import load_images
 from functions.evaluation import fidelity
 from functions.support.errors import UserError
-from tests.conftest import HELD_OUT, TRAINED, call
+from tests.conftest import CPU, HELD_OUT, TRAINED, call
 
 FAST = ["--sampler", "ddim", "--steps", 1, "--individual", "--device", "cpu"]
 
@@ -129,6 +129,12 @@ def test_samples_are_compared_as_torch_fidelity_does(weights, grey_run, pictures
     file.unlink()
     with pytest.raises(UserError, match=r"b has 7 images; .* without a gap"):
         evaluated(capsys, *folders)
+
+
+def test_too_few_real_images_are_one_sentence():
+    few = fidelity.Images(3, read=None)
+    with pytest.raises(UserError, match="there are 3 real images; there must be 4 or more"):
+        fidelity.measure_fidelity(few, few, CPU)
 
 
 def test_weights_that_are_missing_damaged_or_more_than_tensors(weights):
