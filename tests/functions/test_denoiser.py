@@ -11,12 +11,12 @@ from torch.testing import assert_close
 
 from functions.denoiser import OBJECTIVES, Denoiser, Objective
 from functions.losses import denoising_loss, eps_errors
-from functions.noise_scheduler import NoiseScheduler
+from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
 from functions.samplers import ddim_sample
 from tests.conftest import small_unet
 from tests.functions.known_denoisers import Exact
 
-SCHEDULERS = {name: NoiseScheduler(1000, beta_schedule=name) for name in ("linear", "cosine")}
+SCHEDULERS = {name: NoiseScheduler(1000, beta_schedule=name) for name in BETA_SCHEDULES}
 # The timesteps of a batch of five images include both ends.
 T = torch.tensor([0, 1, 200, 700, 999])
 
