@@ -137,7 +137,6 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"timesteps": 1000, "beta_schedule": "sigmoid"},
         # Rescaled to 20 steps, the last beta is 1.
         {"timesteps": 20},
         # The betas would fall.
@@ -147,5 +146,5 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
     ],
 )
 def test_impossible_schedules_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"beta_schedule is 'sigmoid'|0 < beta_start"):
+    with pytest.raises(ValueError, match="0 < beta_start"):
         NoiseScheduler(**arguments)

@@ -152,7 +152,7 @@ def test_the_error_of_the_distribution_falls_with_the_order(row, options):
     assert errors[-1] < 10 * 0.02**row.order
 
 
-@pytest.mark.parametrize("schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_inversion_and_the_way_back_have_order_1(schedule):
     """The truths are the noise to which the exact path of IMAGES leads, and the image.
 
