@@ -40,13 +40,8 @@ def bound_terms(
     """Return L_T, L_t and the squared error of the predicted x_0, for each image: (3, B) float64.
 
     L_T and L_t are in bits per dimension. The squared error is a mean over channels and pixels.
-
-    Args:
-        x_0: (B, C, H, W) in [-1, 1], on the model's device.
-        t: (B,) int64, on the same device.
-        noise: (B, C, H, W) standard normal.
-        variance: the variance of p, a key of VARIANCES.
-        clip_x_0: clip the predicted x_0 to [-1, 1].
+    x_0 (B, C, H, W) is in [-1, 1], t is (B,) int64, noise is standard normal, and `variance` is
+    that of p, a key of VARIANCES.
     """
     scheduler = denoiser.scheduler
     x_0 = x_0.double()

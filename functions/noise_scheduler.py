@@ -41,8 +41,7 @@ class NoiseScheduler:
 
     Args:
         timesteps: T, at least 2.
-        beta_start, beta_end: the first and the last beta for T = 1000. They must satisfy
-            0 < beta_start <= beta_end < 1, also after rescaling.
+        beta_start, beta_end: the first and the last beta for T = 1000, between 0 and 1.
         rescale_betas: multiply both by 1000 / T, so that x_T has nearly the same noise for every T.
         beta_schedule: a key of BETA_SCHEDULES. "cosine" ignores `beta_start`, `beta_end` and
             `rescale_betas`.
@@ -188,9 +187,8 @@ BETA_SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 def shifted_betas(betas: Tensor, shift: float) -> Tensor:
     """Return betas whose log-SNR at each t is that of `betas` plus `shift`: (T,) float64.
 
-    A larger image hides less in the same noise, because its pixels repeat each other. With the
-    shift 2 log(64 / S), an image of S x S pixels, shrunk to 64 x 64, has as much noise as one of
-    64 x 64 without a shift (Hoogeboom et al. 2023, arXiv:2301.11093, Section 3).
+    With the shift 2 log(64 / S), an image of S x S pixels, shrunk to 64 x 64, has as much noise as
+    one of 64 x 64 without a shift (Hoogeboom et al. 2023, arXiv:2301.11093, Section 3).
     """
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])

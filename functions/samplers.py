@@ -129,8 +129,8 @@ def ddim_invert(
     With eta = 0, DDIM is Euler's method for an ODE (Song et al. 2021, Eq. 14). In terms of
     y = x_t / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar) it is dy = eps dsigma.
     This function runs it from the image to the noise (Section 4.3). A step from s to t uses the eps
-    at s, where `ddim_sample` uses the eps at t, so `ddim_sample` does not return x_0 exactly. The
-    errors of both ways add up. No x_0 is clipped, because clipping cannot be undone.
+    at s, and `ddim_sample` that at t, so the errors of both ways add up. No x_0 is clipped, because
+    clipping cannot be undone.
     """
     scheduler = denoiser.scheduler
     ascending = sampling_times(scheduler, steps, spacing)[::-1]

@@ -31,16 +31,15 @@ class UNet(nn.Module):
     """A network that predicts the noise in an image, eps_theta(x_t, t); or v, if trained for v.
 
     Level 0 is the full resolution. Each further level halves it. A level has two residual blocks on
-    the way down and three on the way up, each followed by self-attention at the levels in
-    `transformer_layers`. Between the two ways is a bottleneck of block, attention, block. The
-    output of the first layer, of each block and of each downsampling is a skip connection: it is
-    concatenated to the input of a block on the way up.
+    the way down and three on the way up. Between the two ways is a bottleneck of block, attention,
+    block. The output of the first layer, of each block and of each downsampling is a skip
+    connection: it is concatenated to the input of a block on the way up.
 
     Args:
-        image_size: height and width of the images, lowest_resolution_size * 2^(levels - 1), or
-            ValueError is raised.
-        channels: colour channels of the images.
-        lowest_resolution_size: height and width at the last level.
+        image_size: height and width of the images.
+        channels: their colour channels.
+        lowest_resolution_size: height and width at the last level. Raises ValueError for another
+            number than image_size / 2^(levels - 1).
         dim_multiply: multipliers of `base_dim`, one per level.
         transformer_layers: levels with self-attention, counted from 0.
         base_dim: channels at multiplier 1. The time embedding has 4 times as many.
