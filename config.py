@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from functions.denoiser import OBJECTIVES
-from functions.noise_scheduler import LARGEST_TIMESTEPS, NoiseScheduler
+from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES
 from functions.samplers import SAMPLERS
 from functions.support.settings import (
@@ -318,7 +318,7 @@ class DiffusionConfig:
     rescale_betas: bool = setting(True, of_weights=True)
     # The schedule of betas. "cosine" (Nichol and Dhariwal 2021) does not use beta_start, beta_end
     # and rescale_betas.
-    beta_schedule: str = choice("linear", "cosine", of_weights=True)
+    beta_schedule: str = setting("linear", choices=BETA_SCHEDULES, of_weights=True)
     # Added to the log-SNR, log(alpha_bar / (1 - alpha_bar)), of each timestep; below 0, it adds
     # noise. If betas suit 64 px, 2 log(64 / S) makes them suit S px (Hoogeboom et al. 2023).
     log_snr_shift: float = setting(0.0, at_least=-10, at_most=0, of_weights=True)
@@ -422,6 +422,7 @@ class ModelConfig:
     # Channels of each level, from the full resolution down, as multiples of base_dim.
     dim_multiply: tuple[int, ...] = setting(at_most=1024)
     # Levels with self-attention. Level 0 is the full resolution. The bottleneck always has it.
+    # There is no transformer; the name is the reference's.
     transformer_layers: tuple[int, ...] = setting(at_least=0)
     # Channels of a level whose multiplier in dim_multiply is 1.
     base_dim: int = setting(at_least=4, at_most=2**14)
@@ -479,10 +480,7 @@ class ModelConfig:
 
 
 def build_network(config: ModelConfig) -> UNet:
-    """Build a network with random weights: a module f(x_t, t), and its `image_shape`.
-
-    Nothing else knows which class it is of (docs/change.md adds another one here).
-    """
+    """Build a network with random weights, f(x_t, t); docs/change.md adds another class here."""
     return UNet(**vars(config))
 
 

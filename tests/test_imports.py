@@ -36,7 +36,7 @@ MAY_IMPORT = {
         "functions.optimizers",
         "functions.samplers",
         "functions.support.settings",
-        "models.unet",
+        "models",
     },
     "models": {"models"},
     "data": {"data", "functions.support.errors", "functions.support.files"},
