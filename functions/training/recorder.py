@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from functions.training.cost import FirstSteps
 from functions.training.metrics import QUARTERS, MetricsLog, plot_losses
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
-from functions.training.validation import AverageImage, average_image, validation_losses
+from functions.training.validation import validation_losses
 
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
@@ -193,10 +192,6 @@ class Recorder:
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""
         run = self.run
-        # This is the first validation of the run. Of eps, the average is 0 whatever the images are,
-        # so the loss would be 1.
-        if run.step <= self.config.validate_every and self.config.objective != "eps":
-            self.print_baseline()
         denoisers = {"": run.denoiser}
         if run.ema_model:
             denoisers["_ema"] = run.sample_denoiser
@@ -214,20 +209,6 @@ class Recorder:
             # Those of the last denoiser stay. It draws samples.
             columns |= zip(QUARTERS, quarters, strict=True)
         return columns
-
-    def print_baseline(self) -> None:
-        """Print the held-out loss of the average image, so that a bad run can be given up."""
-        run = self.run
-        average = average_image(run.feeder.gather, run.split.train_indices, self.config.batch_size)
-        baseline = replace(run.denoiser, network=AverageImage(run.denoiser, average))
-        [(loss, *_)] = validation_losses(
-            [baseline], run.feeder.gather, run.split.val_indices, self.config, self.processes
-        )
-        if self.processes.is_main:
-            tqdm.write(
-                f"a network that knows only the average image has a held-out loss of {loss:.3g}; "
-                "one with a higher val_loss has learned nothing yet"
-            )
 
     def sample(self) -> None:
         """Draw a grid of samples, always from the same noise, and write it to a file."""

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import DiffusionConfig
 from data.pixels import to_model_range
-from functions.denoiser import OBJECTIVES, Denoiser
+from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
 from functions.sampling.generation import batches_of
 from functions.support.processes import Processes
@@ -64,38 +64,3 @@ def validation_losses(
 
     means = processes.sum_(total) / count
     return means.tolist()
-
-
-class AverageImage(nn.Module):
-    """A network that knows the average image, (1, C, H, W), and t, but does not look at x_t.
-
-    It predicts the average of its target at t. The average noise is 0, so this is 0 for eps, and
-    -sqrt(1 - alpha_bar) times the average image for v. A network that looks at x_t, too, but only
-    to compute eps from it and the average image, has a loss of 20 with cosine betas: at small t,
-    it takes each detail of an image for noise.
-
-    The schedule and the objective are those of `denoiser`.
-    """
-
-    def __init__(self, denoiser: Denoiser, average: Tensor):
-        super().__init__()
-        self.scheduler = denoiser.scheduler
-        self.target = OBJECTIVES[denoiser.objective].target
-        self.average = average
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the prediction, (B, C, H, W)."""
-        average = self.average.expand_as(x_t)
-        return self.target(self.scheduler, average, t, torch.zeros_like(x_t))
-
-
-def average_image(
-    gather: Callable[[np.ndarray], Tensor], indices: np.ndarray, batch_size: int
-) -> Tensor:
-    """Return the average of the images with these indices: float32 (1, C, H, W) in [-1, 1].
-
-    `gather` is that of `validation_losses`.
-    """
-    # The sum of uint8 is int64, and exact.
-    total = sum(gather(batch).sum(dim=0, keepdim=True) for batch in batches_of(indices, batch_size))
-    return to_model_range(total / len(indices))

@@ -35,7 +35,7 @@ from functions.training.metrics import (
     read_metrics,
 )
 from functions.training.run import TrainingRun, learning_rate
-from functions.training.validation import AverageImage, average_image, validation_losses
+from functions.training.validation import validation_losses
 from tests.conftest import CPU, HELD_OUT, LittleMemory, newest
 
 
@@ -144,31 +144,6 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     assert sorted(seen_indices) == [3] * 16 + [5] * 16 + [9] * 16
     np.testing.assert_allclose(measure(batch_size=7, seed=0), whole, rtol=1e-6)
     assert measure(batch_size=7, seed=1)[0][0] != loss
-
-
-def test_the_loss_of_the_average_image_has_a_closed_form():
-    """Its error of v is the noise and what an image has of its own.
-
-    So the mean square is a + (1 - a) d^2, where a is alpha_bar and d is the distance of the
-    held-out images from the average of the others.
-    """
-    images = torch.randint(150, 256, (12, 4, 4, 3), dtype=torch.uint8)
-    pixels = images.double().movedim(3, 1) / 127.5 - 1
-    config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=960)
-    average = average_image(images.__getitem__, np.arange(9), 4)
-    torch.testing.assert_close(average, pixels[:9].mean(dim=0, keepdim=True).float())
-
-    alpha_bar = NoiseScheduler(960).alphas_cumprod
-    d_squared = (pixels[9:] - pixels[:9].mean(dim=0)).square().mean()
-    expected = (alpha_bar + (1 - alpha_bar) * d_squared).view(4, 240).mean(dim=1).tolist()
-    denoiser = Denoiser(LittleMemory(None, 0), NoiseScheduler(960), "v")
-    baseline = replace(denoiser, network=AverageImage(denoiser, average))
-    [(loss, _, *quarters)] = validation_losses(
-        [baseline], images.__getitem__, np.arange(9, 12), config, SINGLE_PROCESS
-    )
-    # At each quarter of t there are 240 * 48 standard normal numbers.
-    assert quarters == pytest.approx(expected, abs=4 * math.sqrt(2 / (240 * 48)))
-    assert np.mean(quarters) == pytest.approx(loss)
 
 
 def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
