@@ -25,8 +25,7 @@ def validation_losses(
 ) -> list[list[float]]:
     """Return each denoiser's mean loss (Eq. 14), the mean error of eps, and four losses by t.
 
-    The last four are the mean losses at the t of each quarter of 0 .. T-1, and their mean is the
-    whole loss. They need no sums in checkpoints, as those of the training loss would.
+    The last four are the mean losses at the t of each quarter of 0 .. T-1, nan where there is none.
 
     The means are over `config.validation_samples` fixed triples (image, t, noise), so they do not
     depend on the batch size. Losses can be compared between runs with the same objective, and
@@ -41,6 +40,7 @@ def validation_losses(
     # 0 .. T-1 is divided into one stratum per triple. The t are the strata's midpoints, shuffled.
     order = torch.randperm(count, generator=generator_of("cpu", config.seed, "validation t"))
     all_t = (2 * order + 1) * timesteps // (2 * count)
+    all_quarters = 4 * all_t // timesteps
     # The triples are spread evenly over the images: the numbers of triples with any two images
     # differ by at most one.
     all_indices = indices[np.arange(count) * len(indices) // count]
@@ -50,6 +50,7 @@ def validation_losses(
     for positions in batches[processes.rank :: processes.count]:
         x_0 = to_model_range(gather(all_indices[positions]))
         t = all_t[positions].to(x_0.device)
+        quarters = all_quarters[positions].to(x_0.device)
         # The noise of a triple depends on its position among all triples, not on its batch.
         noise = ImageNoise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")
         eps = noise.draw()
@@ -58,9 +59,9 @@ def validation_losses(
             with denoiser.evaluating():
                 losses = denoising_loss(denoiser, x_0, t, eps)
                 errors = eps_errors(denoiser, losses, t)
-            # A quarter of the strata are in each quarter.
-            quarters = [4 * losses * (4 * t // timesteps == q) for q in range(4)]
-            total[i] += torch.stack([losses, errors, *quarters]).sum(dim=1).cpu()
+            by_quarter = [losses * (quarters == q) for q in range(4)]
+            total[i] += torch.stack([losses, errors, *by_quarter]).sum(dim=1).cpu()
 
-    means = processes.sum_(total) / count
+    counts = [count, count, *torch.bincount(all_quarters, minlength=4)]
+    means = processes.sum_(total) / torch.tensor(counts)
     return means.tolist()

@@ -146,6 +146,33 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     assert measure(batch_size=7, seed=1)[0][0] != loss
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        # The middles of the strata are 83, 250, 416, 583, 750 and 916.
+        (6, [83, (250 + 416) / 2, 583, (750 + 916) / 2]),
+        (1, [math.nan, math.nan, 500, math.nan]),
+    ],
+)
+def test_the_loss_of_a_quarter_is_the_mean_of_its_triples(count, expected, monkeypatch, tmp_path):
+    """The losses are made to be the t. Means of no number are drawn as gaps."""
+    monkeypatch.setattr(
+        "functions.training.validation.denoising_loss", lambda denoiser, x_0, t, eps: t.float()
+    )
+    config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=count, batch_size=4)
+    denoiser = Denoiser(LittleMemory(None, 0), NoiseScheduler(1000))
+    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    [(*_, q0, q1, q2, q3)] = validation_losses(
+        [denoiser], images.__getitem__, np.arange(2), config, SINGLE_PROCESS
+    )
+    assert [q0, q1, q2, q3] == pytest.approx(expected, nan_ok=True)
+
+    log = MetricsLog(tmp_path)
+    log.write(step=1, val_loss_q0=q0, val_loss_q2=q2)
+    log.close()
+    plot_losses(tmp_path / "metrics.csv", tmp_path / "losses.png")
+
+
 def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
     """They are 4 of the 50 pictures."""
     config = Experiment.from_dict(newest(tiny_run)["config"]).diffusion
