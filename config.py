@@ -350,7 +350,7 @@ class DiffusionConfig:
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
     # is as PyTorch sets it, which is TF32 in convolutions.
     precision: str = choice("auto", "float32", "bfloat16", "float16", changeable=True)
-    # On CUDA, compile the network before the first step, which takes minutes and makes the steps of
+    # On CUDA, compile the network in the first step, which takes minutes and makes the others of
     # large networks shorter (docs/speed.md). Not with deterministic = True.
     compile: bool = changeable(False)
     # Seed of all random numbers. PyTorch takes 64 bits.

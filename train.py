@@ -27,7 +27,6 @@ from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
 from functions.support.processes import distributed
 from functions.support.random_numbers import seed_of
-from functions.training.compiling import compile_network
 from functions.training.cost import describe_cost
 from functions.training.memory import explain_lack_of_memory
 from functions.training.opening import open_run
@@ -65,8 +64,8 @@ def train(run: TrainingRun) -> bool:
     network = processes.wrap(run.model)
     train_network = network
     if run.is_to_compile:
-        batch_sizes = {part.stop - part.start for part in passes}
-        train_network = compile_network(network, run, batch_sizes)
+        # The passes have one or two sizes. Each gets kernels of its own in the first step.
+        train_network = torch.compile(network, dynamic=False)
     denoiser = replace(run.denoiser, network=train_network)
     # Listing the parameters takes as long as launching some kernels, so it is done once.
     parameters = list(run.model.parameters())

@@ -128,18 +128,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} hours"
 
 
-def run_pass(denoiser: Denoiser, shape: tuple[int, ...], scale: float = 1.0) -> float:
+def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:
     """Run forward and backward of a training step on noise, and return the seconds they take.
 
-    `shape` is (B, C, H, W). The loss, which is multiplied by `scale`, and its gradients are those
-    of no image.
+    `shape` is (B, C, H, W). The gradients are those of no image.
     """
     device = next(denoiser.network.parameters()).device
     start = time.perf_counter()
     x_0 = torch.randn(shape, device=device)
     t = torch.zeros(len(x_0), dtype=torch.int64, device=device)
     losses = denoising_loss(denoiser, x_0, t, torch.randn_like(x_0))
-    (scale * losses.sum()).backward()
+    losses.sum().backward()
     wait(denoiser)
     return time.perf_counter() - start
 

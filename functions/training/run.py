@@ -293,12 +293,13 @@ class TrainingRun:
         done = f"; {self.step:,} steps are done" if self.step else ""
         shift = config.log_snr_shift
         shifted = f", log-SNR shifted by {shift:g}" if shift else ""
+        compiled = ", compiled in the first step, for minutes" if self.is_to_compile else ""
         lines = [
             self.name,
             f"  data       {self.image_set.summary}",
             f"  split      {self.split.description}",
             f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, "
-            f"{self.device}",
+            f"{self.device}{compiled}",
             f"  length     {self.total_steps:,} steps of {config.effective_batch} images: "
             f"{config.epochs} epochs of {self.steps_per_epoch:,} steps{done}",
             f"  objective  {config.objective} over {config.timesteps_diff} timesteps with "
