@@ -40,9 +40,8 @@ def main() -> None:
     with distributed() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         # The run is new, or it begins with the weights of --init, or it is resumed.
-        run = open_run(args, device, processes)
-        processes.print_main(run.describe())
-        with explain_lack_of_memory(run):
+        with open_run(args, device, processes) as run, explain_lack_of_memory(run):
+            processes.print_main(run.describe())
             if args.dry_run:
                 processes.print_main(describe_cost(run))
                 return

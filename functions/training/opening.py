@@ -1,6 +1,8 @@
 """Open the run that the flags of train.py ask for: a new one, or one to resume."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -8,30 +10,49 @@ import torch
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, Experiment
 from functions.saved.checkpoint import SavedModel, open_checkpoint
 from functions.saved.loading import open_model
-from functions.saved.run_folder import checkpoint_to_resume
+from functions.saved.run_folder import intact_checkpoint, locked, run_to_resume
 from functions.support.command_line import given_fields
 from functions.support.processes import Processes
 from functions.support.settings import ConfigError, marked
 from functions.training.run import TrainingRun
+from functions.training.stopping import explain_failed_writes
 from models.growing import LOG_SNR_SHIFT, grown_arguments
 
 
-def open_run(args: argparse.Namespace, device: torch.device, processes: Processes) -> TrainingRun:
-    """Return the run that the flags of train.py ask for: a new one, or one to resume."""
+@contextmanager
+def open_run(
+    args: argparse.Namespace, device: torch.device, processes: Processes
+) -> Iterator[TrainingRun]:
+    """Open the run that the flags of train.py ask for: a new one, or one to resume.
+
+    A run to resume is locked within the context, before its checkpoint is read, unless this is a
+    dry run. So no other process can have trained it further in between.
+    """
     name = args.experiment or DEFAULT_EXPERIMENT
-    path = processes.on_main(lambda: checkpoint_to_resume(args.resume, args.runs, name))
-    if path:
-        return resume_run(path, args, device, processes)
+    folder = processes.on_main(lambda: run_to_resume(args.resume, args.runs, name))
+    with ExitStack() as stack:
+        if folder and not args.dry_run:
+            with explain_failed_writes(folder):
+                processes.on_main(lambda: stack.enter_context(locked(folder)))
+        if folder:
+            yield resume_run(folder, args, device, processes)
+        else:
+            yield new_run(name, args, device, processes)
+
+
+def new_run(
+    name: str, args: argparse.Namespace, device: torch.device, processes: Processes
+) -> TrainingRun:
+    """Return a new run, which begins with random weights or with those of --init."""
     diffusion = given_fields(args, "diffusion")
     model = given_fields(args, "model")
-    if args.init:
-        initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
-        experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
-    else:
+    if not args.init:
         experiment = EXPERIMENTS[name].override(diffusion, model)
+        return TrainingRun(name, experiment, args.runs, device, processes)
+    initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
+    experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
     run = TrainingRun(name, experiment, args.runs, device, processes)
-    if args.init:
-        run.begin_with(initial)
+    run.begin_with(initial)
     return run
 
 
@@ -74,15 +95,14 @@ def fit_to_weights(
 
 
 def resume_run(
-    path: Path, args: argparse.Namespace, device: torch.device, processes: Processes
+    folder: Path, args: argparse.Namespace, device: torch.device, processes: Processes
 ) -> TrainingRun:
-    """Open a run to continue from a checkpoint.
+    """Return a run that continues from the newest intact checkpoint in its folder.
 
     The experiment comes from the checkpoint, even if config.py has changed. Raises ConfigError for
     changes that a resumed run cannot make, and for a run of another experiment than the flags name.
     """
-    folder = path.parents[1]
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(processes.on_main(lambda: intact_checkpoint(folder).path))
     name = checkpoint.contents["run"]["experiment"]
     if args.experiment not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {args.experiment!r}")

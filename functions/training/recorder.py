@@ -36,9 +36,8 @@ MOST_SKIPPED = 20
 class Recorder:
     """The records of a run: `after_step` does everything that is due after a step.
 
-    Within the context `opened` the run folder is locked, and its files and the progress bar are
-    open. All processes validate together. Rank 0 samples and writes, and the others wait for it in
-    the next step.
+    Within the context `opened` its files and the progress bar are open. All processes validate
+    together. Rank 0 samples and writes, and the others wait for it in the next step.
     """
 
     def __init__(self, run: TrainingRun):
@@ -55,17 +54,18 @@ class Recorder:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Lock the run folder, and open its files and the progress bar; say when a run is finished.
+        """Open the run's files and the progress bar; say when the run is finished.
 
-        Raises UserError for a failed write, and when another process has locked the folder.
+        The folder of a new run is made and locked here. Raises UserError for a failed write.
         """
         run = self.run
-        if not run.folder:
+        is_new = not run.folder
+        if is_new:
             run.folder = self.processes.on_main(lambda: new_folder(run.runs_folder, run.name))
         with explain_failed_writes(run.folder), ExitStack() as stack:
             # From the first line on, a run that has a folder saves before it ends.
             stack.enter_context(self.stop_signals)
-            self.processes.on_main(lambda: self.open_files(stack))
+            self.processes.on_main(lambda: self.open_files(stack, is_new))
             bar = tqdm(
                 initial=run.step,
                 total=run.total_steps,
@@ -83,12 +83,14 @@ class Recorder:
                     f"finished: {run.folder}\nsample from it: python sample.py {run.folder}"
                 )
 
-    def open_files(self, stack: ExitStack) -> None:
-        """Lock the run folder and open its files in rank 0; the stack closes them."""
+    def open_files(self, stack: ExitStack, is_new: bool) -> None:
+        """Open the files of the run in rank 0; the stack closes them."""
         run = self.run
         for inner in ("samples", "checkpoints", "snapshots"):
             (run.folder / inner).mkdir(exist_ok=True)
-        stack.enter_context(locked(run.folder))
+        # `open_run` has locked a run that is resumed.
+        if is_new:
+            stack.enter_context(locked(run.folder))
         config = json.dumps(run.contents(), indent=2)
         write_text(run.folder / "config.json", config)
         self.metrics = MetricsLog(run.folder, run.step, config)

@@ -36,7 +36,8 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     before = load_weights(checkpoints_of(tiny_run)[-1])
     flags = ["--diffusion.dataset-name", pictures, "--runs", tmp_path, *TRAINING]
     args = call(train.parse_flags, "cifar10", "--init", tiny_run, "--model.image-size", 16, *flags)
-    run = open_run(args, CPU, SINGLE_PROCESS)
+    with open_run(args, CPU, SINGLE_PROCESS) as run:
+        pass
     assert same(run.parts()["model"], run.parts()["ema"])
     for name, weight in run.parts()["ema"].items():
         assert torch.equal(weight, before.weights[name])
@@ -70,7 +71,8 @@ def test_a_folder_of_another_dialect_schedule_and_objective(pictures, tmp_path):
     flags += ["--model.image-size", 16]
     flags += ["--diffusion.batch-size", 8]
     args = call(train.parse_flags, "ffhq-day", "--init", tmp_path, *flags)
-    experiment = open_run(args, CPU, SINGLE_PROCESS).experiment
+    with open_run(args, CPU, SINGLE_PROCESS) as run:
+        experiment = run.experiment
 
     config = experiment.diffusion
     assert config.timesteps_diff == 50
