@@ -68,7 +68,7 @@ class MetricsLog:
         if self.path.exists():
             rows = read_metrics(self.path)
             # The header is no row.
-            if len(rows) < len(complete_lines(self.path)) - 1:
+            if len(rows) < len(lines_of(self.path)) - 1:
                 kept = shutil.copy(self.path, run / f"metrics-{timestamp()}.csv")
                 print(f"warning: {self.path} has lines that are no rows; a copy is kept: {kept}")
             writer.writerows(as_cells(row) for row in rows if row["step"] <= resume_step)
@@ -113,11 +113,11 @@ def as_cells(values: dict[str, float | None]) -> dict[str, str | int | None]:
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Return the rows of a metrics.csv as numbers, None where a cell is empty.
 
-    Lines that are no rows are left out. A power cut or a spreadsheet may have left them.
+    Lines that are no rows are left out. A kill, a power cut or a spreadsheet may have left them.
     """
     columns = COLUMNS
     rows = []
-    for line in complete_lines(path):
+    for line in lines_of(path):
         cells = line.split(",")
         # A run of another version has other columns.
         if cells[0] == "step":
@@ -132,11 +132,13 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     return rows
 
 
-def complete_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, without the newlines."""
-    # What follows the last newline is incomplete: the process was killed, or the disk was full,
-    # while it wrote this line.
-    return path.read_text("utf-8-sig", errors="replace").split("\n")[:-1]
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file, without the newlines.
+
+    Its last line may lack the newline. If a kill has cut a row, then it has too few cells, or its
+    last cell is shorter; but no checkpoint has its step, so a resumed run writes it again.
+    """
+    return path.read_text("utf-8-sig", errors="replace").removesuffix("\n").split("\n")
 
 
 class TrainingWindow:

@@ -198,7 +198,7 @@ def test_a_learning_rate_schedule_is_a_row_and_a_name_without_one_an_error(monke
 
 @pytest.mark.slow
 def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tmp_path):
-    """A row that a kill has cut short, wherever, is left out, too."""
+    """A row that a kill has cut short is left out, too."""
     path = tmp_path / "metrics.csv"
     log = MetricsLog(tmp_path)
     log.write(step=10, loss=1 / 10, skipped_steps=0)
@@ -210,10 +210,14 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     with pytest.raises(ValueError, match="not in fieldnames: 'fid'"):
         log.write(step=40, loss=0.5, fid=3.17)
     assert path.read_text() == whole
-    for cut in range(1, len(whole.splitlines()[-1]) + 1):
+    for cut in range(2, len(whole.splitlines()[-1]) + 1):
         path.write_text(whole[:-cut])
         assert [row["step"] for row in read_metrics(path)] == [10, 20]
-    path.write_text(whole)
+    # An editor has dropped the last newline, and the row is whole.
+    path.write_text(whole[:-1])
+    MetricsLog(tmp_path, resume_step=30).close()
+    assert path.read_text() == whole
+    assert not [*tmp_path.glob("metrics-*.csv")]
 
     # TensorBoard reads files in the order of their names, which begin with the second of their
     # making.
