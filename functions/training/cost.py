@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from config import MOST_EPOCHS
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.support.device import seconds_without_core
@@ -54,7 +55,7 @@ def describe_cost(run: TrainingRun) -> str:
         f"             so the {steps:,} steps to go take about "
         f"{duration(seconds_of_step * steps)}, not compiled\n"
         f"             24 hours are {epochs_of_a_day:,.1f} epochs: "
-        f"--diffusion.epochs {max(1, int(epochs_of_a_day))}\n"
+        f"--diffusion.epochs {min(max(1, int(epochs_of_a_day)), MOST_EPOCHS)}\n"
         f"  sees       {images_seen:,} images, each training image {times_seen:,.0f} times\n"
         f"  snapshots  {describe_snapshots(run)}\n"
         f"  images in  {short(run.image_set.path)}\n"

@@ -14,6 +14,7 @@ from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
+from functions.noise_scheduler import PAPER_TIMESTEPS
 from functions.optimizers import LR_SCHEDULES, Adam, Muon
 from functions.saved.checkpoint import SavedModel, TensorFile, Tensors, copy_tensors, write_tensors
 from functions.support.device import (
@@ -318,11 +319,15 @@ class TrainingRun:
         warnings = self.experiment.warnings()
         snr = self.denoiser.scheduler.terminal_snr
         if snr > VISIBLE_SNR:
-            warnings.append(
+            warning = (
                 f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): "
-                "x_T still carries the image, but sampling starts from pure noise; "
-                "set rescale_betas = True or use 1000 timesteps"
+                "x_T still carries the image, but sampling starts from pure noise"
             )
+            if not config.rescale_betas and config.timesteps_diff < PAPER_TIMESTEPS:
+                warning += f"; set rescale_betas = True or use {PAPER_TIMESTEPS} timesteps"
+            if config.beta_end < DiffusionConfig.beta_end:
+                warning += f"; use a beta_end of {DiffusionConfig.beta_end}"
+            warnings.append(warning)
         if config.warmup_steps >= steps:
             share = steps / (config.warmup_steps + 1)
             warnings.append(
