@@ -69,6 +69,9 @@ def train(run: TrainingRun) -> bool:
     # Listing the parameters takes as long as launching some kernels, so it is done once.
     parameters = list(run.model.parameters())
     ema_parameters = list(run.ema_model.parameters()) if run.ema_model else []
+    # An average that starts from trained weights (--init) must not forget them, so its decay does
+    # not rise slowly. A level that has grown is new, and to be forgotten.
+    ramp = run.provenance["grown"] or not run.provenance["initial"]
     max_norm = config.clip_grad_norm or math.inf
 
     batches = run.batches()
@@ -106,9 +109,6 @@ def train(run: TrainingRun) -> bool:
             scaler.update()
             optimizer.zero_grad()
             if run.ema_model:
-                # An average that starts from trained weights (--init) must not forget them, so its
-                # decay does not rise slowly. A level that has grown is new, and to be forgotten.
-                ramp = run.facts["grown"] or not run.facts["initial"]
                 update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
 
             # Here everything that is due is written: rows of metrics, validations, snapshots,

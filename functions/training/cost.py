@@ -116,7 +116,7 @@ def describe_snapshots(run: TrainingRun) -> str:
     every = run.config.snapshot_every
     # The last step has one, too.
     count = math.ceil(run.total_steps / every) if every else 0
-    gigabytes = 2 * run.facts["parameters"] / 1e9
+    gigabytes = 2 * run.provenance["parameters"] / 1e9
     return f"{count} of {gigabytes:.2g} GB, {count * gigabytes:.2g} GB in all"
 
 

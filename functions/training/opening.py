@@ -13,7 +13,7 @@ from functions.saved.loading import open_model
 from functions.saved.run_folder import intact_checkpoint, locked, run_to_resume
 from functions.support.command_line import given_fields
 from functions.support.processes import Processes
-from functions.support.settings import ConfigError, marked
+from functions.support.settings import ConfigError, fields_with
 from functions.training.run import TrainingRun
 from functions.training.stopping import explain_failed_writes
 from models.growing import LOG_SNR_SHIFT, grown_arguments
@@ -63,34 +63,33 @@ def fit_to_weights(
 
     Weights work only with the values of some fields of DiffusionConfig, and of all fields of
     ModelConfig except dropout, with which they were trained. For images of twice their size they
-    grow (models/growing.py). The size is that of the preset, or a given one. Raises ConfigError
+    grow a level (models/growing.py). The size is a given one, or the preset's. Raises ConfigError
     for a size that is neither theirs nor twice theirs, and for a given value that does not fit.
     """
     # A diffusers folder has no values for some fields, which then have their defaults.
-    saved_fields = vars(DiffusionConfig) | initial.config["diffusion"]
-    needed_diffusion = {name: saved_fields[name] for name in marked(DiffusionConfig, "of_weights")}
-    needed_model = vars(initial.model)
-    small = initial.model.image_size
+    saved = vars(DiffusionConfig) | initial.config["diffusion"]
+    needed = {name: saved[name] for name in fields_with(DiffusionConfig, "fixed_by_weights")}
+    network = vars(initial.model)
+    own_size = initial.model.image_size
     size = model.get("image_size", preset.model.image_size)
     reason = f"for the weights of {initial.path}"
-    if size == 2 * small:
-        reason += f", which are of {small} px and grow to {size}"
-        shift = needed_diffusion["log_snr_shift"] + LOG_SNR_SHIFT
-        needed_diffusion["log_snr_shift"] = round(shift, 3)
+    if size == 2 * own_size:
+        reason += f", which are of {own_size} px and grow to {size}"
+        needed["log_snr_shift"] = round(needed["log_snr_shift"] + LOG_SNR_SHIFT, 3)
         try:
-            needed_model = grown_arguments(needed_model)
+            network = grown_arguments(network)
         except ValueError as error:
             raise ConfigError(f"{initial.path}: {error}") from error
-    elif size != small:
+    elif size != own_size:
         raise ConfigError(
-            f"image_size is {size}; it must be {small} or {2 * small} {reason}: their own size, or "
-            f"twice that, to which they grow. Give the size as --model.image-size"
+            f"image_size is {size}; it must be {own_size} or {2 * own_size} {reason}: their own "
+            "size, or twice that, to which they grow. Give the size as --model.image-size"
         )
-    needed_model |= {"dropout": model.get("dropout", preset.model.dropout)}
-    experiment = preset.override(diffusion | needed_diffusion, needed_model)
+    dropout = model.get("dropout", preset.model.dropout)
+    experiment = preset.override(diffusion | needed, network | {"dropout": dropout})
     asked = experiment.override(diffusion, model)
-    for field, (needed, given) in experiment.differences(asked).items():
-        raise ConfigError(f"{field} is {needed} {reason}; it cannot be changed to {given}")
+    for field, (value, given) in experiment.differences(asked).items():
+        raise ConfigError(f"{field} is {value} {reason}; it cannot be changed to {given}")
     return experiment
 
 

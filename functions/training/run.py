@@ -51,8 +51,8 @@ class TrainingRun:
         step: the number of steps that are done.
         total_steps, steps_per_epoch: the number of steps of the whole run, and of an epoch.
         share: this process's places in the effective batch.
-        facts: plain values for config.json and checkpoints: hashes of the images, ...
-        earlier_facts: the facts in the checkpoint; {} for a run that is not resumed.
+        provenance: plain values for config.json and checkpoints: hashes of the images, ...
+        earlier_provenance: that in the checkpoint; {} for a run that is not resumed.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class TrainingRun:
         self.runs_folder = runs_folder
         self.device = device
         self.processes = processes
-        self.earlier_facts = checkpoint.contents["run"] if checkpoint else {}
-        self.step = self.earlier_facts.get("step", 0)
+        self.earlier_provenance = checkpoint.contents["run"] if checkpoint else {}
+        self.step = self.earlier_provenance.get("step", 0)
         # A checkpoint is at RUN/checkpoints/FILE.
         self.folder = checkpoint.path.parents[1] if checkpoint else None
 
@@ -92,7 +92,7 @@ class TrainingRun:
 
         # The network, and all that the steps change
         set_deterministic(self.config.deterministic)
-        earlier_arithmetic = self.earlier_facts.get("arithmetic", {})
+        earlier_arithmetic = self.earlier_provenance.get("arithmetic", {})
         precision = choose_precision(
             self.config.precision, device, earlier_arithmetic.get("precision")
         )
@@ -111,16 +111,16 @@ class TrainingRun:
         if checkpoint:
             self.load(checkpoint)
 
-        self.facts = {
+        self.provenance = {
             "total_steps": self.total_steps,
             "split_rule": self.split.rule,
             "train_ids_hash": self.split.train_ids_hash,
             "pixels_hash": self.split.pixels_hash,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             # This describes the model whose weights the run started from. None: random weights.
-            "initial": self.earlier_facts.get("initial"),
+            "initial": self.earlier_provenance.get("initial"),
             # Whether these weights were those of a smaller network (models/growing.py).
-            "grown": self.earlier_facts.get("grown", False),
+            "grown": self.earlier_provenance.get("grown", False),
             # The bits of the results depend on these values.
             "arithmetic": arithmetic(
                 device,
@@ -162,11 +162,11 @@ class TrainingRun:
 
         The images may have another name or lie elsewhere, if their ids and pixels are the same.
         """
-        for fact in ("train_ids_hash", "pixels_hash"):
-            if self.earlier_facts[fact] != getattr(self.split, fact):
+        for name in ("train_ids_hash", "pixels_hash"):
+            if self.earlier_provenance[name] != getattr(self.split, name):
                 # Runs of earlier versions do not say their rule.
                 unknown = "what an earlier version chose, mostly the last 10% by name"
-                rule = self.earlier_facts.get("split_rule", unknown)
+                rule = self.earlier_provenance.get("split_rule", unknown)
                 now = self.split.rule
                 reason = f" (held out then: {rule}; now: {now})" if rule != now else ""
                 raise ConfigError(
@@ -195,15 +195,15 @@ class TrainingRun:
         """
         weights = initial.weights
         description = f"{initial.path}: {initial}"
-        small = initial.model.image_size
-        if small < self.model.image_size:
+        own_size = initial.model.image_size
+        if own_size < self.experiment.model.image_size:
             weights = grown_weights(weights, self.model)
-            description += f", grown from {small} px"
-            self.facts["grown"] = True
+            description += f", grown from {own_size} px"
+            self.provenance["grown"] = True
         copy_tensors(weights, self.model.state_dict(), initial.path)
         if self.ema_model:
             self.ema_model.load_state_dict(self.model.state_dict())
-        self.facts["initial"] = description
+        self.provenance["initial"] = description
 
     def batches(self) -> Iterator[Tensor]:
         """Yield this process's images of each step that is left: uint8 (B, S, S, C)."""
@@ -256,7 +256,7 @@ class TrainingRun:
 
     def contents(self) -> dict:
         """Return the plain values of a checkpoint or a snapshot."""
-        run = {"experiment": self.name, "step": self.step, **self.facts}
+        run = {"experiment": self.name, "step": self.step, **self.provenance}
         return {"config": self.experiment.to_dict(), "run": run}
 
     def save(self, path: Path) -> None:
@@ -289,7 +289,9 @@ class TrainingRun:
     def describe(self) -> str:
         """Describe the run in a few lines (data, split, network, ...), followed by warnings."""
         config = self.config
-        facts = self.facts
+        parameters = self.provenance["parameters"]
+        precision = self.provenance["arithmetic"]["precision"]
+        initial = self.provenance["initial"]
         snr = self.denoiser.scheduler.terminal_snr
         done = f"; {self.step:,} steps are done" if self.step else ""
         shift = config.log_snr_shift
@@ -299,15 +301,14 @@ class TrainingRun:
             self.name,
             f"  data       {self.image_set.summary}",
             f"  split      {self.split.description}",
-            f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, "
-            f"{self.device}{compiled}",
+            f"  network    {parameters:,} parameters, {precision}, {self.device}{compiled}",
             f"  length     {self.total_steps:,} steps of {config.effective_batch} images: "
             f"{config.epochs} epochs of {self.steps_per_epoch:,} steps{done}",
             f"  objective  {config.objective} over {config.timesteps_diff} timesteps with "
             f"{config.beta_schedule} betas{shifted}, terminal SNR {snr:.2g}",
         ]
-        if facts["initial"]:
-            lines.append(f"  begins as  {facts['initial']}")
+        if initial:
+            lines.append(f"  begins as  {initial}")
         for warning in self.warnings():
             lines.append(f"warning: {warning}")
         return "\n".join(lines)
@@ -342,7 +343,7 @@ class TrainingRun:
             )
         if self.step:
             # More epochs move a step back on its schedule.
-            earlier_steps = self.earlier_facts["total_steps"]
+            earlier_steps = self.earlier_provenance["total_steps"]
             last_rate = learning_rate(config, self.step - 1, earlier_steps)
             rate = learning_rate(config, self.step, steps)
             if rate > 2 * last_rate:
@@ -351,8 +352,8 @@ class TrainingRun:
                     f"{earlier_steps:,}, and is {rate:.3g} in the next, of a run of {steps:,}"
                 )
         # A resumed run equals an uninterrupted one bit for bit only in the same arithmetic.
-        for name, earlier in self.earlier_facts.get("arithmetic", {}).items():
-            now = self.facts["arithmetic"].get(name)
+        for name, earlier in self.earlier_provenance.get("arithmetic", {}).items():
+            now = self.provenance["arithmetic"].get(name)
             if earlier != now:
                 warnings.append(
                     f"{name} was {earlier}, is now {now}: no longer bit for bit like an "
