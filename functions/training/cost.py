@@ -26,8 +26,7 @@ BUSY = 0.1
 def describe_cost(run: TrainingRun) -> str:
     """Describe the time of the remaining steps, and the images and snapshots of the whole run.
 
-    The network is not compiled here. The steps of the optimiser are real ones, so nothing can be
-    trained afterwards.
+    The optimiser's steps here are real ones, so nothing can be trained afterwards.
     """
     denoiser = run.denoiser
     optimizer = run.optimizer
@@ -65,10 +64,7 @@ def describe_cost(run: TrainingRun) -> str:
 
 
 class FirstSteps:
-    """The first steps of a process, by which the training says how long the others take.
-
-    The very first step is left out, because it warms up.
-    """
+    """The first steps of a process, without the very first, and how long the others will take."""
 
     def __init__(self):
         self.steps = 0
@@ -130,10 +126,7 @@ def duration(seconds: float) -> str:
 
 
 def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:
-    """Run forward and backward of a training step on noise, and return the seconds they take.
-
-    `shape` is (B, C, H, W). The gradients are those of no image.
-    """
+    """Return the seconds of forward and backward of a step on noise of a shape (B, C, H, W)."""
     device = next(denoiser.network.parameters()).device
     start = time.perf_counter()
     x_0 = torch.randn(shape, device=device)

@@ -25,8 +25,8 @@ def open_run(
 ) -> Iterator[TrainingRun]:
     """Open the run that the flags of train.py ask for: a new one, or one to resume.
 
-    A run to resume is locked within the context, before its checkpoint is read, unless this is a
-    dry run. So no other process can have trained it further in between.
+    A run to resume is locked within the context, except for a dry run, and its checkpoint is read
+    under the lock: no other process can have trained it further in between.
     """
     name = args.experiment or DEFAULT_EXPERIMENT
     folder = processes.on_main(lambda: run_to_resume(args.resume, args.runs, name))
@@ -61,10 +61,10 @@ def fit_to_weights(
 ) -> Experiment:
     """Return the preset with the values that the weights need, and with the given fields changed.
 
-    Weights work only with the values of some fields of DiffusionConfig, and of all fields of
-    ModelConfig except dropout, with which they were trained. For images of twice their size they
-    grow a level (models/growing.py). The size is a given one, or the preset's. Raises ConfigError
-    for a size that is neither theirs nor twice theirs, and for a given value that does not fit.
+    Weights need the network with which they were trained, but for its dropout, and the fields of
+    DiffusionConfig that are `fixed_by_weights`. For images of twice their size they grow a level
+    (models/growing.py). The size is a given one, or the preset's. Raises ConfigError for another
+    size, and for a given value that does not fit.
     """
     # A diffusers folder has no values for some fields, which then have their defaults.
     saved = vars(DiffusionConfig) | initial.config["diffusion"]
@@ -96,10 +96,9 @@ def fit_to_weights(
 def resume_run(
     folder: Path, args: argparse.Namespace, device: torch.device, processes: Processes
 ) -> TrainingRun:
-    """Return a run that continues from the newest intact checkpoint in its folder.
+    """Return a run that continues from the newest intact checkpoint, with the config in that.
 
-    The experiment comes from the checkpoint, even if config.py has changed. Raises ConfigError for
-    changes that a resumed run cannot make, and for a run of another experiment than the flags name.
+    Raises ConfigError for changes that a resumed run cannot make, and for another experiment.
     """
     checkpoint = open_checkpoint(processes.on_main(lambda: intact_checkpoint(folder).path))
     name = checkpoint.contents["run"]["experiment"]

@@ -34,10 +34,10 @@ MOST_SKIPPED = 20
 
 
 class Recorder:
-    """The records of a run: `after_step` does everything that is due after a step.
+    """The records of a run: within the context `opened`, `after_step` does all that is due.
 
-    Within the context `opened` its files and the progress bar are open. All processes validate
-    together. Rank 0 samples and writes, and the others wait for it in the next step.
+    All processes validate together. Rank 0 samples and writes, and the others wait for it in the
+    next step.
     """
 
     def __init__(self, run: TrainingRun):
@@ -54,9 +54,9 @@ class Recorder:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Open the run's files and the progress bar; say when the run is finished.
+        """Open the files, of a new run in a new folder, and the bar; say when the run is finished.
 
-        The folder of a new run is made and locked here. Raises UserError for a failed write.
+        Raises UserError for a failed write.
         """
         run = self.run
         is_new = not run.folder
@@ -103,10 +103,9 @@ class Recorder:
         return every > 0 and (done % every == 0 or done == self.run.total_steps)
 
     def after_step(self, losses: Tensor, t: Tensor, grad_norm: Tensor) -> None:
-        """Do everything that is due after a step, and count the step as done.
+        """Do all that is due after a step, with the losses and t (B,) of this process's images.
 
-        `losses` and `t` (B,) are those of this process's images. After a signal to any process,
-        this saves a checkpoint, and `stopped` is true.
+        After a signal to any process, this saves a checkpoint, and `stopped` is true.
         """
         run = self.run
         config = self.config
@@ -159,10 +158,7 @@ class Recorder:
             delete_old(run.folder, run.step, self.config.keep_checkpoints)
 
     def log(self, grad_norm: Tensor, validating: bool) -> None:
-        """Write a row of metrics, with a validation if asked; show loss and speed in the bar.
-
-        Raises UserError if so many steps were skipped that training is in vain.
-        """
+        """Write a row of metrics; raise UserError if too many steps were skipped."""
         run = self.run
         learning_rate = run.optimizer.param_groups[0]["lr"]
         # For a row without validation, this is the only wait for the device.

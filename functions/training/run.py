@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,21 +36,18 @@ VISIBLE_SNR = 1e-3
 
 
 class TrainingRun:
-    """A training run, which saves and loads itself.
+    """A training run, which saves and loads itself: a new one, or one that continues.
 
-    A run is new, or it continues from `checkpoint`. Raises ConfigError for images that do not fit
-    the config or the checkpoint, and CheckpointError for a checkpoint that does not fit.
+    Raises ConfigError for images that do not fit the config or the checkpoint, and CheckpointError
+    for a checkpoint that does not fit.
 
     Attributes:
         name, experiment, config: the experiment's name, the experiment, and its DiffusionConfig.
-        folder: the run's folder; None for a new run until the Recorder makes it in `runs_folder`.
-        image_set, split, feeder: the images, their split, and what copies them to the device.
+        folder: None for a new run until the Recorder makes it in `runs_folder`.
         denoiser, model: the model that is trained, and its network.
         ema_model: the network with the averaged weights; None without EMA.
-        optimizer, scaler: the optimiser, and the scaler of the loss for float16.
         window: the steps since the last row of metrics.csv.
-        step: the number of steps that are done.
-        total_steps, steps_per_epoch: the number of steps of the whole run, and of an epoch.
+        step, total_steps: the number of steps done, and of the whole run.
         share: this process's places in the effective batch.
         provenance: plain values for config.json and checkpoints: hashes of the images, ...
         earlier_provenance: that in the checkpoint; {} for a run that is not resumed.
@@ -92,19 +90,16 @@ class TrainingRun:
 
         # The network, and all that the steps change
         set_deterministic(self.config.deterministic)
-        earlier_arithmetic = self.earlier_provenance.get("arithmetic", {})
-        precision = choose_precision(
-            self.config.precision, device, earlier_arithmetic.get("precision")
-        )
+        earlier = self.earlier_provenance.get("arithmetic", {}).get("precision")
+        precision = choose_precision(self.config.precision, device, earlier)
         self.denoiser = self.build_denoiser(precision)
         self.model = self.denoiser.network
         self.ema_model = None
         if self.config.ema_decay > 0:
             self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        if self.config.optimizer == "muon":
-            self.optimizer = Muon(self.model.parameters(), self.config.learning_rate, precision)
-        else:
-            self.optimizer = Adam(self.model.parameters(), self.config.learning_rate)
+        optimizers = {"adam": Adam, "muon": partial(Muon, precision=precision)}
+        optimizer = optimizers[self.config.optimizer]
+        self.optimizer = optimizer(self.model.parameters(), self.config.learning_rate)
         # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -158,10 +153,7 @@ class TrainingRun:
             )
 
     def check_resumption(self) -> None:
-        """Raise ConfigError if no step is left to do, or if the images are not the run's.
-
-        The images may have another name or lie elsewhere, if their ids and pixels are the same.
-        """
+        """Raise ConfigError if no step is left to do, or if ids or pixels are not the run's."""
         for name in ("train_ids_hash", "pixels_hash"):
             if self.earlier_provenance[name] != getattr(self.split, name):
                 # Runs of earlier versions do not say their rule.
@@ -189,7 +181,7 @@ class TrainingRun:
         return Denoiser(model, self.config.build_scheduler(), self.config.objective, precision)
 
     def begin_with(self, initial: SavedModel) -> None:
-        """Take over the weights of another model, which grow if it is one of smaller images.
+        """Take over a model's weights, which grow if it is one of smaller images.
 
         Raises CheckpointError when they do not fit.
         """
@@ -240,10 +232,7 @@ class TrainingRun:
         return augment(x_0, draws.flip, degrees * draws.rotation if degrees else None)
 
     def parts(self) -> dict[str, Tensors]:
-        """Return the tensors that the steps change, by the parts and names of a checkpoint.
-
-        They are those of the run itself. Our optimisers have theirs from the start.
-        """
+        """Return the run's own tensors that the steps change, by a checkpoint's parts and names."""
         parts = {"model": self.model.state_dict()}
         if self.ema_model:
             parts["ema"] = self.ema_model.state_dict()
@@ -260,11 +249,8 @@ class TrainingRun:
         return {"config": self.experiment.to_dict(), "run": run}
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint. Raises OSError, such as for a full disk.
-
-        It needs no state of a random generator and no position in the data, because both follow
-        from the seed and the step.
-        """
+        """Write a checkpoint. Raises OSError, such as for a full disk."""
+        # Random numbers and the position in the data follow from the seed and the step.
         scaler = {"scaler": self.scaler.state_dict()}
         write_tensors(path, self.parts(), self.contents() | scaler)
 
@@ -275,10 +261,7 @@ class TrainingRun:
         write_tensors(path, {part: weights}, self.contents())
 
     def load(self, checkpoint: TensorFile) -> None:
-        """Take over a checkpoint's numbers; memory layouts stay as they are.
-
-        Raises CheckpointError when the checkpoint is damaged or does not fit.
-        """
+        """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
         for part, tensors in self.parts().items():
             copy_tensors(checkpoint.tensors(part), tensors, checkpoint.path)
         # The state is empty unless the precision was float16.

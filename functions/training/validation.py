@@ -23,13 +23,11 @@ def validation_losses(
     config: DiffusionConfig,
     processes: Processes,
 ) -> list[list[float]]:
-    """Return each denoiser's mean loss (Eq. 14), the mean error of eps, and four losses by t.
+    """Return each denoiser's mean loss (Eq. 14), mean error of eps, and mean loss by quarter of t.
 
-    The last four are the mean losses at the t of each quarter of 0 .. T-1, nan where there is none.
-
-    The means are over `config.validation_samples` fixed triples (image, t, noise), so they do not
-    depend on the batch size. Losses can be compared between runs with the same objective, and
-    errors of eps between all runs.
+    The means are over `config.validation_samples` fixed triples (image, t, noise), whatever the
+    batch size, and nan for a quarter without a triple. Losses can be compared between runs with the
+    same objective, and errors of eps between all runs.
 
     The denoisers have the same schedule. `gather` takes image indices (B,) and returns uint8
     (B, H, W, C) on the denoisers' device. The processes share the batches, and all get the means.
