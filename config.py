@@ -19,11 +19,14 @@ from functions.support.settings import (
     changeable,
     check_fields,
     choice,
-    marked,
+    fields_with,
     require,
     setting,
 )
 from models.unet import UNet
+
+# train.py --dry-run proposes no more either.
+MOST_EPOCHS = 10**6
 
 
 def experiments() -> dict[str, "Experiment"]:
@@ -293,7 +296,7 @@ class DiffusionConfig:
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
     # T, the number of diffusion timesteps.
-    timesteps_diff: int = setting(at_least=2, at_most=LARGEST_TIMESTEPS, of_weights=True)
+    timesteps_diff: int = setting(at_least=2, at_most=LARGEST_TIMESTEPS, fixed_by_weights=True)
 
     # Data
 
@@ -311,22 +314,22 @@ class DiffusionConfig:
     # Noise schedule
 
     # Beta of the first timestep, for T = 1000.
-    beta_start: float = setting(1e-4, of_weights=True)
+    beta_start: float = setting(1e-4, fixed_by_weights=True)
     # Beta of the last timestep, for T = 1000.
-    beta_end: float = setting(0.02, of_weights=True)
+    beta_end: float = setting(0.02, fixed_by_weights=True)
     # Multiply linear betas by 1000 / T, so that x_T is almost pure noise for any T.
-    rescale_betas: bool = setting(True, of_weights=True)
+    rescale_betas: bool = setting(True, fixed_by_weights=True)
     # The schedule of betas. "cosine" (Nichol and Dhariwal 2021) does not use beta_start, beta_end
     # and rescale_betas.
-    beta_schedule: str = setting("linear", choices=BETA_SCHEDULES, of_weights=True)
+    beta_schedule: str = setting("linear", choices=BETA_SCHEDULES, fixed_by_weights=True)
     # Added to the log-SNR, log(alpha_bar / (1 - alpha_bar)), of each timestep; below 0, it adds
     # noise. If betas suit 64 px, 2 log(64 / S) makes them suit S px (Hoogeboom et al. 2023).
-    log_snr_shift: float = setting(0.0, at_least=-10, at_most=0, of_weights=True)
+    log_snr_shift: float = setting(0.0, at_least=-10, at_most=0, fixed_by_weights=True)
 
     # Objective
 
     # What the network predicts: "eps", the noise; or "v", a linear combination of noise and x_0.
-    objective: str = setting("eps", choices=OBJECTIVES, of_weights=True)
+    objective: str = setting("eps", choices=OBJECTIVES, fixed_by_weights=True)
 
     # Optimisation
 
@@ -335,7 +338,7 @@ class DiffusionConfig:
     optimizer: str = choice("adam", "muon")
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
-    epochs: int = changeable(45, at_most=10**6)
+    epochs: int = changeable(45, at_most=MOST_EPOCHS)
     # Batches per step. The effective batch is batch_size times gradient_accumulation.
     gradient_accumulation: int = 4
     # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.
@@ -350,7 +353,7 @@ class DiffusionConfig:
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
     # is as PyTorch sets it, which is TF32 in convolutions.
     precision: str = choice("auto", "float32", "bfloat16", "float16", changeable=True)
-    # On CUDA, compile the network before the first step, which takes minutes and makes the steps of
+    # On CUDA, compile the network in the first step, which takes minutes and makes the others of
     # large networks shorter (docs/speed.md). Not with deterministic = True.
     compile: bool = changeable(False)
     # Seed of all random numbers. PyTorch takes 64 bits.
@@ -502,7 +505,7 @@ class Experiment:
         """
         changed = self.override(diffusion, model)
         # The data may have moved, and another GPU may lack bfloat16.
-        may_change = marked(DiffusionConfig, "changeable")
+        may_change = fields_with(DiffusionConfig, "changeable")
         # Another GPU may have less memory. With the same effective batch, a step differs only in
         # its dropout.
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:

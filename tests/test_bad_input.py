@@ -20,7 +20,7 @@ COMMANDS = {
     "train.py --diffusion.dataset-name {pictures} --diffusion.batch-size 47": "fewer than one step",
     "train.py --diffusion.learning-rate -1": "learning_rate is -1.0",
     "train.py --model.dim-multiply 1,2,4": "dim_multiply",
-    "train.py --resume {empty}": "no checkpoint in this folder",
+    "train.py --resume {empty}": "not a run folder with a checkpoint",
     "train.py --resume no/such/run": "not a run folder",
     "train.py --resume": "no unfinished run",
     "train.py --device gpu": "'gpu'",

@@ -220,8 +220,8 @@ def last_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def checkpoint_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
-    """Return the newest intact checkpoint of the run to resume, or None to start a new run.
+def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
+    """Return the folder of the run to resume, which has a checkpoint; or None to start a new run.
 
     `resume` is one of these:
 
@@ -238,21 +238,20 @@ def checkpoint_to_resume(resume: str | None, runs: Path, experiment: str) -> Pat
         return None
     if resume not in ("newest", "auto"):
         # A user may give a checkpoint file, which is not a run folder.
-        if not Path(resume).is_dir():
+        if not checkpoints_of(Path(resume)):
             raise UserError(
-                f"{resume} is not a run folder; "
+                f"{resume} is not a run folder with a checkpoint; "
                 "`NAME --resume` resumes the newest unfinished run of NAME"
             )
-        return intact_checkpoint(Path(resume)).path
+        return Path(resume)
     finished = None
     for run in reversed(runs_of(runs, experiment)):
         # Another experiment's name may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] != experiment or not checkpoints_of(run):
             continue
-        checkpoint = intact_checkpoint(run)
-        facts = checkpoint.contents["run"]
-        if facts["step"] < facts["total_steps"]:
-            return checkpoint.path
+        done = intact_checkpoint(run).contents["run"]
+        if done["step"] < done["total_steps"]:
+            return run
         finished = finished or run
     problem = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
     if finished:
