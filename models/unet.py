@@ -68,7 +68,7 @@ class UNet(nn.Module):
                 f"{levels} levels lead from {image_size} to {lowest:g} pixels, "
                 f"not to lowest_resolution_size = {lowest_resolution_size}"
             )
-        self.image_size = image_size
+        self.image_shape = (channels, image_size, image_size)  # (C, H, W)
 
         details = DIALECTS[dialect]
         dims = [base_dim * multiplier for multiplier in dim_multiply]
