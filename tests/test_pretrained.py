@@ -189,7 +189,7 @@ def test_the_real_model_draws_readmes_first_picture():
     readme = (ROOT / "README.md").read_text()
     assert f".venv/bin/python sample.py {GUIDED}\n" in readme.split("## Start")[1].split("\n## ")[0]
     drawn = np.array(grid_of(to_uint8(pretrained.draw(2)).numpy(), 2)).astype(float)
-    shown = np.array(Image.open(ROOT / "figures" / "people.png")).astype(float)
+    shown = np.array(Image.open(ROOT / "figures" / "people.webp")).astype(float)
     # The picture was drawn in bfloat16. The people of the second row differ more.
     height, width = drawn.shape[:2]
     first, second = (shown[y : y + height, :width] for y in (0, 132))
