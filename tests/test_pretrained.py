@@ -132,20 +132,13 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
     assert card_row(boxed, "held-out images") == "4: 33 to 49"
 
     # Each training image is compared as it is, and mirrored.
-    samples = to_uint8(pretrained.draw(3)).numpy()
-    pictures = load_images(source.config["diffusion"]["dataset_name"], 16).images
-    training = [image for i in TRAINED for image in (pictures[i], pictures[i][:, ::-1])]
-
-    def correlation(a, b):
-        return np.corrcoef(a.mean(2).ravel(), b.mean(2).ravel())[0, 1]
-
-    means = [
-        np.mean([max(correlation(image, other) for other in training) for image in images])
-        for images in (samples, pictures[evenly_spaced(np.array(HELD_OUT), 3)])
-    ]
+    grey = load_images(source.config["diffusion"]["dataset_name"], 16).images.mean(3)
+    training = [image.ravel() for i in TRAINED for image in (grey[i], grey[i][:, ::-1])]
+    held_out = [grey[i].ravel() for i in evenly_spaced(np.array(HELD_OUT), 3)]
+    correlations = np.corrcoef(held_out, training)[:3, 3:]
     row = "correlation with the most similar training image, of grey levels"
-    shown = card_row(boxed, row).split("; held-out images ")
-    assert [*map(float, shown)] == pytest.approx(means, abs=1e-3)
+    shown = float(card_row(boxed, row).split("; held-out images ")[1])
+    assert shown == pytest.approx(correlations.max(axis=1).mean(), abs=1e-3)
 
     # What is written by hand stays.
     card = boxed.with_name("README.md")
