@@ -29,8 +29,8 @@ from functions.sampling.generation import (
 from functions.sampling.guides import corrected
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import (
-    check_manifest,
     generate_frames,
+    image_indices,
     image_path,
     open_folder,
     samples_folder,
@@ -65,9 +65,10 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             return
 
         image_sampler = corrected(image_sampler, saved, processes)
-        folder = samples_folder(args, saved, image_sampler, processes)
-        # These facts determine the pixels, and are the same for all single images of a folder.
-        facts = {
+        shown = None if args.individual else list(args.indices)
+        folder = samples_folder(args, saved, image_sampler, processes, shown)
+        # These determine the pixels, and are the same for all samples in a folder.
+        settings = {
             "experiment": saved.provenance["experiment"],
             "checkpoint": saved.digest,
             "weights": saved.kind,
@@ -75,31 +76,30 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             "split": saved.config["diffusion"].get("split", "reference"),
             "seed": args.seed,
             "precision": precision_name(image_sampler.precision),
-            **image_sampler.options.facts,
+            **image_sampler.options.settings,
             # Without --steps, the options say "all".
             "steps": image_sampler.step_count,
         }
         if args.individual:
-            sample_files(args.indices, image_sampler, folder, facts, processes)
+            sample_files(args.indices, image_sampler, folder, settings, processes)
         elif processes.is_main:
-            sample_pictures(args, image_sampler, folder, facts)
+            sample_pictures(args, image_sampler, folder, settings)
 
 
 def sample_pictures(
-    args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, facts: dict
+    args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, settings: dict
 ) -> None:
     """Sample the images, and write a grid and the figures that the flags ask for."""
     indices = list(args.indices)
-    # A grid of other settings would not fit to the single images in the folder.
-    open_folder(folder, facts, indices)
+    open_folder(folder, settings, indices)
     print(f"sampling {len(indices)} images: {image_sampler.options}, seed {args.seed}")
     states = estimates = {}
     if args.strip or args.progressive or args.gif:
         images, states, estimates = generate_frames(image_sampler, indices)
     else:
         images = generate(image_sampler, indices, progress=True)
-    # Meanwhile another command may have written other pictures.
-    open_folder(folder, facts, indices)
+    # Another command may have opened the folder at the same moment.
+    open_folder(folder, settings, indices)
     save_figures(args, states, estimates, folder)
     save_grid(to_uint8(images).numpy(), folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
@@ -109,7 +109,7 @@ def sample_files(
     indices: Sequence[int],
     image_sampler: ImageSampler,
     folder: Path,
-    facts: dict,
+    settings: dict,
     processes: Processes,
 ) -> None:
     """Sample those images that are not in the folder, and write a PNG file of each.
@@ -118,7 +118,8 @@ def sample_files(
     processes nor on where an earlier command was interrupted. So the images are the same up to
     rounding.
     """
-    on_disk = processes.on_main(lambda: open_folder(folder, facts))
+    processes.on_main(lambda: open_folder(folder, settings))
+    on_disk = processes.on_main(lambda: image_indices(folder))
     batches = batches_of(indices, image_sampler.batch_size)
     remaining = [batch for batch in batches if not on_disk.issuperset(batch)]
     count = sum(map(len, remaining))
@@ -129,8 +130,8 @@ def sample_files(
     with step_bar(image_sampler, sum(map(len, shard)), processes.is_main) as bar:
         for batch in shard:
             images = to_uint8(image_sampler.sample(batch, bar)).numpy()
-            # Meanwhile another command may have opened the folder with other settings.
-            check_manifest(folder, facts)
+            # Another command may have opened the folder at the same moment.
+            open_folder(folder, settings)
             for i, image in zip(batch, images, strict=True):
                 if i not in on_disk:
                     save_image(image, image_path(folder, i))

@@ -66,25 +66,25 @@ class SamplerOptions:
         return GUIDANCE if self.guidance is None else self.guidance
 
     @property
-    def facts(self) -> dict[str, str | int | float]:
+    def settings(self) -> dict[str, str | int | float]:
         """Return the options that determine the pixels, with the names of their flags."""
-        facts = {
+        settings = {
             "sampler": self.sampler,
             "steps": self.steps or "all",
             **self.arguments,
         }
         if self.calibrate:
-            facts["calibrate"] = self.calibrate
+            settings["calibrate"] = self.calibrate
         if self.guide:
-            facts["guide"] = self.guide_digest
-            facts["guidance"] = self.guide_weight
+            settings["guide"] = self.guide_digest
+            settings["guidance"] = self.guide_weight
         if not self.clip_x_0:
-            facts["clip_x_0"] = False
-        return facts
+            settings["clip_x_0"] = False
+        return settings
 
     def __str__(self) -> str:
         """Return a text such as "sampler dpm++, steps 20, spacing logsnr, eta 1.0"."""
-        return ", ".join(f"{name} {value}" for name, value in self.facts.items())
+        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
 
 
 def given_options(args: argparse.Namespace) -> dict:
