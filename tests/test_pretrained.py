@@ -119,7 +119,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
     boxed = tmp_path / "pretrained" / "faces.safetensors"
     guide = boxed.with_name("faces-guide.safetensors")
     monkeypatch.setattr(pretrained, "PRETRAINED", boxed)
-    monkeypatch.setattr(pretrained, "GUIDED", "--sampler ddim --steps 4 --guide 2")
+    monkeypatch.setattr(pretrained, "GUIDED", "--sampler ddim --steps 4 --guide 3")
     monkeypatch.setattr(pretrained, "SAMPLE_COUNT", 3)
     run = trained("--diffusion.snapshot-every", 3)
     source = load_weights(checkpoints_of(run)[-1])
@@ -129,7 +129,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
 
     for name, weight in load_weights(boxed).weights.items():
         assert torch.equal(weight, source.weights[name].half().float())
-    # Of the snapshots of steps 3, 6, 9 and 10, the first is nearest to step 2.
+    # The snapshots are of steps 3, 6, 9 and 10.
     assert guide.read_bytes() == checkpoints_of(run, "snapshots")[0].read_bytes()
     assert hashlib.sha256(guide.read_bytes()).hexdigest() in card_row(boxed, "SHA-256 of the guide")
     assert card_row(boxed, "command") == "python train.py faces --diffusion.epochs 2"

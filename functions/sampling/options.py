@@ -198,8 +198,8 @@ def add_steps_and_guide_flags(parser: argparse._ActionsContainer) -> None:
         metavar="STEP|MODEL",
         help="Move each x_0 away from that of a worse model (docs/better-than-the-model.md). The "
         "worse model is the run's own snapshot or checkpoint nearest to STEP (of an exported "
-        "NAME.safetensors: NAME-guide.safetensors beside it), or any other run, checkpoint or "
-        "folder. Steps at middle noise levels then make two network calls. "
+        "NAME.safetensors: NAME-guide.safetensors beside it, if it is of this step), or any other "
+        "run, checkpoint or folder. Steps at middle noise levels then make two network calls. "
         "Default: no.",
     )
     parser.add_argument(

@@ -65,8 +65,8 @@ def samples_folder(
     precision = precision_name(image_sampler.precision)
     words = [saved.name, saved.digest[:8], *options, precision, f"seed{args.seed}"]
     if shown:
-        first_ones = shown == list(range(len(shown)))
-        words.append(f"n{len(shown)}" if first_ones else f"images{sha256(str(shown))[:8]}")
+        first = shown == [*range(len(shown))]
+        words.append(f"n{len(shown)}" if first else f"images{sha256(str(shown))[:8]}")
     return processes.on_main(lambda: results_folder(saved, "samples")) / "-".join(map(str, words))
 
 
