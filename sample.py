@@ -17,11 +17,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.batches import batches_of
 from data.pixels import to_uint8
 from functions.sampling.export import export
 from functions.sampling.generation import (
     ImageSampler,
-    batches_of,
     generate,
     open_sampler,
     step_bar,

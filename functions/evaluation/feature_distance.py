@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batches import batches_of
 from data.datasets import ImageSet, Split
 from data.pixels import to_model_range
 from functions.evaluation.fidelity import Images, set_images
-from functions.sampling.generation import batches_of
 from functions.support.errors import UserError
 
 DIMENSIONS, FILTERS = 16, 16

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batches import batches_of
 from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
@@ -186,11 +187,6 @@ def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool
     batches = batches_of(indices, image_sampler.batch_size)
     with step_bar(image_sampler, len(indices), progress) as bar:
         return torch.cat([image_sampler.sample(batch, bar) for batch in batches])
-
-
-def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
-    """Split the indices into batches; the last may be smaller."""
-    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
 def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:
