@@ -36,7 +36,7 @@ from functions.sampling.samples_folder import (
     samples_folder,
     save_figures,
 )
-from functions.support.command_line import Parser, exit_on_user_error, positive
+from functions.support.command_line import Parser, exit_on_user_error, integers, positive
 from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
@@ -158,7 +158,7 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
     which.add_argument(
         "--indices",
-        type=parse_indices,
+        type=integers,
         metavar="I,I,...",
         help="Sample the images of the seed with these indices, which count from 0. Default: the "
         "first ones.",
@@ -198,23 +198,16 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
 
     args = parser.parse_args()
-    args.indices = args.indices or range(args.n or n)
+    if args.indices is None:
+        args.indices = range(args.n or n)
     if args.individual and (args.strip or args.progressive or args.gif):
         raise UserError(
             "--individual draws no figures and no animation; use a command without it, or --no-gif"
         )
     count = len(args.indices)
-    if count > GRID_LIMIT and not args.individual:
-        raise UserError(f"a grid shows {GRID_LIMIT} images at most; for {count} add --individual")
+    if not (1 <= count <= GRID_LIMIT or args.individual):
+        raise UserError(f"a grid shows 1 to {GRID_LIMIT} images; for {count} add --individual")
     return args
-
-
-def parse_indices(text: str) -> list[int]:
-    """Parse a flag's value: comma-separated integers of at least 0."""
-    numbers = text.split(",")
-    if not all(number.isdecimal() for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of indices such as 3,7,21")
-    return [int(number) for number in numbers]
 
 
 if __name__ == "__main__":
