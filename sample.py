@@ -4,8 +4,7 @@ Without any run, it uses the model in pretrained/, which comes with the reposito
 
 The network and its EMA weights come from the checkpoint, and no other file is needed. Images are
 sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or in fewer steps with
---sampler and --steps. functions/samplers.py has the reverse loops. edit.py is the script for what
-begins with images.
+--sampler and --steps (functions/samplers.py).
 
 Several GPUs can divide many images among them. If this command is interrupted, starting it again
 samples only the batches with missing images:
@@ -114,9 +113,8 @@ def sample_files(
 ) -> None:
     """Sample those images that are not in the folder, and write a PNG file of each.
 
-    The processes divide the batches among them. The batches depend neither on the number of
-    processes nor on where an earlier command was interrupted. So the images are the same up to
-    rounding.
+    The processes share the batches, which depend neither on the number of processes nor on where
+    an earlier command was interrupted. So the images are the same up to rounding.
     """
     processes.on_main(lambda: open_folder(folder, settings))
     on_disk = processes.on_main(lambda: image_indices(folder))
@@ -141,10 +139,7 @@ def sample_files(
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises UserError for figures of single images, and if the images do not fit in a grid.
-    """
+    """Read the command line. Raises UserError for flags that exclude each other."""
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     add_out_flag(parser)

@@ -59,10 +59,9 @@ def corrected(image_sampler: ImageSampler, saved: SavedModel, processes: Process
 def find_guide(guide: str, saved: SavedModel) -> Path:
     """Return the path of the guide of `saved`.
 
-    `guide` is that path, or a step of the run that `saved` is from. For a step, it is the path of
-    the nearest snapshot or checkpoint among those from before `saved`; or that of the only guide of
-    an exported file, which is beside it and must be of this step. Raises UserError when there is
-    none.
+    `guide` is that path, or a step: then it is the nearest of the earlier snapshots and checkpoints
+    of the model's run, or the guide beside an exported file, which must be of this step. Raises
+    UserError when there is none.
     """
     if not guide:
         raise UserError('--guide "" names neither a step nor a model')
@@ -101,8 +100,5 @@ def of_one_run(config: dict, other: dict) -> bool:
 
 
 def guide_beside(model: Path) -> Path:
-    """Return where the guide of an exported NAME.safetensors is: NAME-guide.safetensors beside it.
-
-    Nothing may be there.
-    """
+    """Return where the guide of an exported NAME.safetensors is, if it has one."""
     return model.parent / f"{model.stem}-guide{model.suffix}"

@@ -1,7 +1,6 @@
 """The sampler options, which all scripts set by the same flags.
 
-`SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps. The samplers and their
-defaults are in functions/samplers.py.
+`SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps.
 """
 
 import argparse
@@ -180,7 +179,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_steps_and_guide_flags(parser: argparse._ActionsContainer) -> None:
-    """Add --steps, --spacing, --guide and --guidance, which demo.py has, too."""
+    """Add --steps, --spacing, --guide and --guidance."""
     parser.add_argument(
         "--steps",
         type=positive,

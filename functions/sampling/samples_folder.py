@@ -1,7 +1,6 @@
 """Write samples into a folder: single images, and pictures that show several images.
 
-Several processes may divide the single images among them. After an interruption, the same command
-adds the missing images. The folder has these files:
+The folder has these files:
 
 samples.json    the manifest: all settings that determine the pixels, and the indices of the images
                 in the pictures. It is written before the images.
@@ -55,10 +54,7 @@ def samples_folder(
     processes: Processes,
     shown: list[int] | None = None,
 ) -> Path:
-    """Return the folder for what is sampled: --out, or a folder in the model's run.
-
-    The name of the latter has all settings, and says which images are `shown` in pictures.
-    """
+    """Return --out, or a folder in the model's run whose name has all settings and `shown`."""
     if args.out:
         return args.out
     options = image_sampler.options.settings.values()
@@ -79,9 +75,9 @@ def image_indices(folder: Path) -> set[int]:
 def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) -> None:
     """Make a folder for samples with these settings, or check that an existing one has them.
 
-    `shown` are the indices of the images in pictures, or None for single images. These and pictures
-    may be in the same folder. Raises UserError when the folder has other settings or shows other
-    images, and CheckpointError when samples in it have no manifest, or a damaged one.
+    `shown` are the indices of the images in pictures, or None for single images. Raises UserError
+    for other settings or pictures of other images, and CheckpointError for samples without an
+    intact manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {**settings, SHOWN: shown}
@@ -111,8 +107,7 @@ def generate_frames(
 ) -> tuple[Tensor, Frames, Frames]:
     """Sample the images with these indices, and record about RECORDED_STEPS evenly spaced steps.
 
-    Returns the images (N, C, H, W) in [-1, 1]; the noise and the states after these steps; and the
-    model's estimates of x_0 in these steps.
+    Returns the images (N, C, H, W) in [-1, 1]; the noise and the states; the estimates of x_0.
     """
     count = image_sampler.step_count
     stride = math.ceil(count / RECORDED_STEPS)
