@@ -1,26 +1,20 @@
 """Play with a trained model in the browser: `python demo.py` serves a page and prints its address.
 
 Only this machine can open the page. Its three tabs draw images, mix two, and inpaint one. They call
-the same functions as sample.py and edit.py, so the images are the same; ddpm has the small
-variance. The model is read once. A click waits until earlier clicks are finished.
+the same functions as sample.py and edit.py, so the images are the same. The flags are those of
+sample.py; the page's fields begin with their values.
 """
 
-import html
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from threading import Event
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from data.decode import fit_mask
+from data.decode import fit_image, fit_mask
 from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import read_x_0
@@ -28,13 +22,8 @@ from functions.sampling.generation import ImageSampler, generate, open_sampler
 from functions.sampling.guides import corrected
 from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import interpolate_images
-from functions.sampling.options import add_model_flags, add_steps_and_guide_flags
-from functions.support.command_line import (
-    EXIT_BAD_INPUT,
-    Parser,
-    exit_on_user_error,
-    user_message,
-)
+from functions.sampling.options import add_sampling_flags
+from functions.support.command_line import EXIT_BAD_INPUT, Parser, exit_on_user_error
 from functions.support.errors import UserError
 from functions.support.pictures import grid_of
 from functions.support.processes import SINGLE_PROCESS
@@ -45,249 +34,140 @@ except ImportError:
     print("error: the page needs Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
-# At most this many images are drawn per click.
-IMAGE_LIMIT = 64
+# The page begins with so many steps, or T if that is less, unless --steps says otherwise.
+STEPS = 20
 # Each step of an inpainting is done this many times, as in edit.py.
 RESAMPLE = 10
-# The width and height of pictures in the page, in pixels.
+# The width and height of the image to paint over, in pixels.
 SIDE = 512
-# The label would cover a picture's upper edge, so the picture starts below it.
-STYLE = ".image-frame img { width: 100%; height: 100%; object-fit: contain; padding-top: 30px }"
 # The page uses fonts of the machine, so that it downloads none.
 FONTS = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-# The model runs in this one thread.
-WORKER = ThreadPoolExecutor(1)
-# Fields for integers, and sliders for integers from 1 upwards.
-number = partial(gr.Number, precision=0)
-slider = partial(gr.Slider, 1, step=1, precision=0)
-# The titles of the pictures that the tabs Mix and Paint make.
-MIXED = "The first image, the mixture and the second image"
-INPAINTED = "The image, its known part, and the inpaintings"
-# Each picture has a button to download it.
-picture_output = partial(
-    gr.Image, interactive=False, format="png", height=SIDE, buttons=["download"]
-)
+# The page shows the progress bar of the sampler.
+PROGRESS = gr.Progress(track_tqdm=True)
 
 
 def main() -> None:
     """Read the command line and the model, and serve the page until Ctrl-C."""
     parser = Parser(description=__doc__)
-    add_model_flags(parser)
-    # The page has fields for some of these, and the others have the defaults of sample.py.
-    parser.set_defaults(seed=0, sampler="dpm++", steps=20, variance=None)
-    parser.set_defaults(precision="auto", batch_size=IMAGE_LIMIT)
-    add_steps_and_guide_flags(parser)
+    add_sampling_flags(parser)
+    parser.set_defaults(sampler="dpm++")
     args = parser.parse_args()
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
     image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
-    # Old pictures are deleted from the disk.
-    with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        with gr.Row():
-            controls = sampler_controls(args.steps)
-        stoppable = [tab(image_sampler, controls) for tab in (draw_tab, mix_tab, paint_tab)]
-        # A click on Stop calls no function. It cancels the work that the tabs' buttons started.
-        gr.Button("Stop").click(None, cancels=stoppable)
+    steps = args.steps or min(STEPS, image_sampler.scheduler.timesteps)
+    options = replace(image_sampler.options, steps=steps, variance=args.variance)
+    image_sampler = replace(image_sampler, options=options)
 
-    page.launch(server_name="127.0.0.1", share=False, theme=FONTS, css=STYLE, max_file_size=10**8)
-    # A plain exit would wait for the worker.
+    tabs = [draw_tab(image_sampler), mix_tab(image_sampler), paint_tab(image_sampler)]
+    page = gr.TabbedInterface(tabs, ["Draw", "Mix", "Paint"], "DDPM", analytics_enabled=False)
+    # Old pictures are deleted from the disk.
+    page.delete_cache = (600, 3600)
+    page.launch(server_name="127.0.0.1", share=False, show_error=True, theme=FONTS)
+    # A plain exit would wait for images that are still being sampled.
     os._exit(130)
 
 
-def in_worker(
-    image_sampler: ImageSampler, work: Callable[..., dict | tuple], shows_steps: bool = True
-) -> Callable[..., Iterator]:
-    """Return a callback for Gradio that calls `work(sampler, *inputs)` in the worker.
+def tab(
+    image_sampler: ImageSampler,
+    work: Callable[..., Image.Image],
+    samplers: Sequence[str],
+    *inputs: gr.components.Component,
+) -> gr.Interface:
+    """Build a tab with fields for the seed, the sampler, the steps and the inputs of `work`.
 
-    The callback gets the values of `sampler_controls`, and then the inputs. The sampler is
-    `image_sampler` with these values. While it runs, the page shows the model's x_0, unless
-    `shows_steps` is false. When Gradio ends the callback, on Stop or when the page is closed, the
-    sampler raises an error at its next step, which ends `work`. Errors that the user can fix are
+    A click shows the picture that `work` returns for a sampler with these settings. Errors are
     shown in the page as one sentence.
     """
 
-    def callback(seed, name, steps, *inputs):
-        latest = deque(maxlen=1)
-        cancelled = Event()
+    def call(progress=PROGRESS, *values):
+        seed, name, steps, *rest = values
+        options = replace(image_sampler.options, sampler=name, steps=steps)
+        # An empty field gives None.
+        return work(replace(image_sampler, options=options, seed=seed or 0), *rest)
 
-        def on_step(k, t, x, x_0):
-            if cancelled.is_set():
-                raise InterruptedError
-            latest.append((f"The model's estimate of x_0 at t = {t + 1}", to_uint8(x_0)))
-
-        def run():
-            options = replace(image_sampler.options, sampler=name, steps=steps)
-            # An empty field gives None, which means 0 for the seed.
-            sampler = replace(image_sampler, options=options, seed=seed or 0, on_step=on_step)
-            return work(sampler, *inputs)
-
-        # While the worker is busy, Gradio gets the latest x_0 five times a second.
-        future = WORKER.submit(run)
-        try:
-            while not wait([future], timeout=0.2).done:
-                yield show(*latest.pop()) if latest and shows_steps else gr.skip()
-        finally:
-            # On Stop, Gradio closes this generator.
-            cancelled.set()
-        error = future.exception()
-        text = user_message(error) if error else None
-        if text:
-            raise gr.Error(html.escape(text), print_exception=False)
-        yield future.result()
-
-    return callback
+    options = image_sampler.options
+    name = options.sampler if options.sampler in samplers else samplers[0]
+    settings = [
+        gr.Number(image_sampler.seed, label="Seed", precision=0),
+        gr.Radio(samplers, value=name, label="Sampler"),
+        gr.Number(options.steps, label="Steps", info="Empty: all timesteps.", precision=0),
+    ]
+    picture = gr.Image(show_label=False, format="png", height=560, buttons=["download"])
+    quiet = {"flagging_mode": "never", "clear_btn": None, "analytics_enabled": False}
+    return gr.Interface(call, [*settings, *inputs], picture, **quiet)
 
 
-def show(title: str, pixels: Tensor, columns: int | None = None) -> dict:
-    """Return the output for a picture: a grid of images, uint8 (N, H, W, C), with a title."""
-    return gr.update(value=grid_of(pixels.cpu().numpy(), columns), label=title)
+def draw_tab(image_sampler: ImageSampler) -> gr.Interface:
+    count = gr.Slider(1, 64, 16, step=1, precision=0, label="How many")
+    return tab(image_sampler, draw, [*SAMPLERS], count)
 
 
-def draw(image_sampler: ImageSampler, n: int) -> dict:
-    """Sample images 0 .. n-1. A click on "Draw the images" calls this."""
-    images = generate(image_sampler, range(n))
-    title = f"{n} images of seed {image_sampler.seed}: {image_sampler.options}"
-    return show(title, to_uint8(images))
+def mix_tab(image_sampler: ImageSampler) -> gr.Interface:
+    depth = gr.Slider(0, 1, 0.75, label="Depth", info="How far both are noised; 0 mixes pixels.")
+    share = gr.Slider(0, 1, 0.5, label="Share", info="How much of it is the second image.")
+    images = []
+    for index, name in enumerate(("first", "second")):
+        images += [
+            gr.Number(index, label=f"Index of the {name} image", precision=0),
+            gr.Image(label="Or a file", type="filepath", sources=["upload"], height=150),
+        ]
+    return tab(image_sampler, mix, [*SAMPLERS], depth, share, *images)
+
+
+def paint_tab(image_sampler: ImageSampler) -> gr.Interface:
+    first = picture_of(to_uint8(generate(image_sampler, [0]))[0].numpy())
+    editor = gr.ImageEditor(
+        first.resize((SIDE, SIDE)),
+        label="Paint over the part to inpaint",
+        type="pil",
+        format="png",
+        sources=["upload"],
+        brush=gr.Brush(SIDE // 10, colors=["#ff00ff"], color_mode="fixed"),
+        transforms=(),
+        layers=False,
+        canvas_size=(SIDE, SIDE),
+        height=600,
+    )
+    count = gr.Slider(1, 8, 4, step=1, precision=0, label="How many")
+    # RePaint needs ddpm.
+    return tab(image_sampler, paint, ["ddpm"], count, editor)
+
+
+def draw(image_sampler: ImageSampler, n: int) -> Image.Image:
+    """Return a grid of images 0 .. n-1."""
+    return grid_of(to_uint8(generate(image_sampler, range(n), progress=True)).numpy())
 
 
 def mix(
     image_sampler: ImageSampler,
     depth: float,
     share: float,
-    first_file: str | None,
     first_index: int | None,
-    second_file: str | None,
+    first_file: str | None,
     second_index: int | None,
-) -> dict:
-    """Show the first image, the mixture and the second image.
-
-    A click on "Mix the two images" calls this. The arguments are explained in `read_source`.
-    """
-    first = read_source(image_sampler, first_file, first_index)
-    second = read_source(image_sampler, second_file, second_index)
+    second_file: str | None,
+) -> Image.Image:
+    """Return the first image, the mixture and the second image. A file replaces an index."""
+    first = read_x_0(image_sampler, first_file or str(first_index or 0))
+    second = read_x_0(image_sampler, second_file or str(second_index or 0))
     # Both images are noised to timestep t. Depth 0 is t = -1, at which images get no noise.
     t = image_sampler.time_at(depth)
     weights = torch.tensor([share], device=first.device)
     mixture = interpolate_images(image_sampler, torch.stack([first, second]), t, weights)
     images = torch.stack([first, mixture[0], second])
-    return show(MIXED, to_uint8(images), columns=3)
+    return grid_of(to_uint8(images).cpu().numpy(), columns=3)
 
 
-def read_source(image_sampler: ImageSampler, file: str | None, index: int | None) -> Tensor:
-    """Return the image of an uploaded file or, without one, that of an index of the seed.
-
-    It is (C, S, S) in [-1, 1].
-    """
-    return read_x_0(image_sampler, file or str(index or 0))
-
-
-def choose(
-    image_sampler: ImageSampler, file: str | None, index: int | None
-) -> tuple[np.ndarray, Image.Image]:
-    """Return the pixels, uint8 (S, S, C), of the image of `read_source`, and their picture.
-
-    A click on "Use this image" calls this.
-    """
-    x_0 = read_source(image_sampler, file, index)
-    image = to_uint8(x_0[None]).cpu().numpy()[0]
-    # The picture is as large as others in the page.
-    return image, picture_of(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-
-
-def paint(image_sampler: ImageSampler, image: np.ndarray, edit: dict, n: int) -> dict:
-    """Show the image, its known pixels, and inpaintings 0 .. n-1.
-
-    A click on "Inpaint the painted part" calls this.
-    """
+def paint(image_sampler: ImageSampler, n: int, edit: dict) -> Image.Image:
+    """Return a grid of the image, its known pixels, and n inpaintings."""
     # The editor's layer is RGBA, and opaque where the user has painted.
     mask = np.zeros(1)
     for layer in edit["layers"]:
-        mask = fit_mask(layer[..., 3] > 127, image_sampler.shape[-1])
-    if image is None or mask.all() or not mask.any():
+        mask = fit_mask(np.asarray(layer)[..., 3] > 127, image_sampler.shape[-1])
+    if edit["background"] is None or mask.all() or not mask.any():
         raise UserError("choose an image and paint over a part of it, but not over the whole image")
-    # RePaint needs this sampler.
-    options = replace(image_sampler.options, sampler="ddpm")
-    image_sampler = replace(image_sampler, options=options)
-    pictures = inpaint_image(image_sampler, image, mask, RESAMPLE, n)
-    return show(INPAINTED, torch.from_numpy(pictures))
-
-
-def draw_tab(image_sampler: ImageSampler, controls: list) -> gr.events.Dependency:
-    """Build the tab Draw. Return the event that Stop cancels."""
-    with gr.Tab("Draw"):
-        count = slider(IMAGE_LIMIT, 16, label="How many", info="The first images of the seed.")
-        start = gr.Button("Draw the images", variant="primary")
-        picture = picture_output(label="The images")
-    return start.click(in_worker(image_sampler, draw), [*controls, count], picture)
-
-
-def mix_tab(image_sampler: ImageSampler, controls: list) -> gr.events.Dependency:
-    """Build the tab Mix. Return the event that Stop cancels."""
-    with gr.Tab("Mix"):
-        with gr.Row():
-            depth = gr.Slider(
-                0, 1, 0.75, label="Depth", info="How far both are noised; 0 blends pixels."
-            )
-            share = gr.Slider(
-                0, 1, 0.5, label="Share", info="How much of the mixture is the second image."
-            )
-        with gr.Row():
-            first = source_controls("first image", 0)
-            second = source_controls("second image", 1)
-        start = gr.Button("Mix the two images", variant="primary")
-        picture = picture_output(label=MIXED)
-    inputs = [*controls, depth, share, *first, *second]
-    return start.click(in_worker(image_sampler, mix), inputs, picture)
-
-
-def source_controls(name: str, i: int) -> list:
-    """Build the controls for an image, which give the arguments of `read_source`."""
-    with gr.Column():
-        index = number(
-            i, label=f"Index of the {name}", info="An image of the seed; 0 is the first.", minimum=0
-        )
-        file = gr.File(label="Or a file", file_types=["image"], height=120)
-    return [file, index]
-
-
-def paint_tab(image_sampler: ImageSampler, controls: list) -> gr.events.Dependency:
-    """Build the tab Paint. Return the event that Stop cancels."""
-    with gr.Tab("Paint"):
-        count = slider(8, 4, label="How many", info="Each inpainting is different.")
-        start = gr.Button("Inpaint the painted part", variant="primary")
-        with gr.Row():
-            with gr.Column():
-                image = gr.State()
-                editor = gr.ImageEditor(
-                    label="Paint over the part to inpaint",
-                    brush=gr.Brush(SIDE // 10, colors=["#ff00ff"], color_mode="fixed"),
-                    sources=(),
-                    height=600,
-                    transforms=(),
-                    layers=False,
-                    canvas_size=(SIDE, SIDE),
-                )
-                use = gr.Button("Use this image")
-                source = source_controls("image", 0)
-            picture = picture_output(label=INPAINTED)
-
-    chosen = in_worker(image_sampler, choose, shows_steps=False)
-    use.click(chosen, [*controls, *source], [image, editor])
-    inputs = [*controls, image, editor, count]
-    return start.click(in_worker(image_sampler, paint), inputs, picture)
-
-
-def sampler_controls(steps: int) -> list:
-    """Build the controls that all tabs share: the seed, the sampler and the steps."""
-    return [
-        number(0, label="Seed", info="Another seed gives other images."),
-        gr.Radio(
-            [*SAMPLERS],
-            value="dpm++",
-            label="Sampler",
-            info="ddpm, the paper's, needs many steps; the others need 20. Paint always has ddpm.",
-        ),
-        number(steps, label="Steps", info="From noise to the image; empty: all timesteps."),
-    ]
+    image = fit_image(edit["background"], image_sampler.shape)
+    return grid_of(inpaint_image(image_sampler, image, mask, RESAMPLE, n))
 
 
 if __name__ == "__main__":

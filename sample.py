@@ -4,8 +4,7 @@ Without any run, it uses the model in pretrained/, which comes with the reposito
 
 The network and its EMA weights come from the checkpoint, and no other file is needed. Images are
 sampled from pure noise over all timesteps (Algorithm 2 of Ho et al. 2020), or in fewer steps with
---sampler and --steps. functions/samplers.py has the reverse loops. edit.py is the script for what
-begins with images.
+--sampler and --steps (functions/samplers.py).
 
 Several GPUs can divide many images among them. If this command is interrupted, starting it again
 samples only the batches with missing images:
@@ -17,11 +16,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.batches import batches_of
 from data.pixels import to_uint8
 from functions.sampling.export import export
 from functions.sampling.generation import (
     ImageSampler,
-    batches_of,
     generate,
     open_sampler,
     step_bar,
@@ -29,14 +28,14 @@ from functions.sampling.generation import (
 from functions.sampling.guides import corrected
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import (
-    check_manifest,
     generate_frames,
+    image_indices,
     image_path,
     open_folder,
     samples_folder,
     save_figures,
 )
-from functions.support.command_line import Parser, exit_on_user_error, positive
+from functions.support.command_line import Parser, exit_on_user_error, integers, positive
 from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.pictures import save_grid, save_image
@@ -65,9 +64,10 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             return
 
         image_sampler = corrected(image_sampler, saved, processes)
-        folder = samples_folder(args, saved, image_sampler, processes)
-        # These facts determine the pixels, and are the same for all single images of a folder.
-        facts = {
+        shown = None if args.individual else list(args.indices)
+        folder = samples_folder(args, saved, image_sampler, processes, shown)
+        # These determine the pixels, and are the same for all samples in a folder.
+        settings = {
             "experiment": saved.provenance["experiment"],
             "checkpoint": saved.digest,
             "weights": saved.kind,
@@ -75,31 +75,30 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             "split": saved.config["diffusion"].get("split", "reference"),
             "seed": args.seed,
             "precision": precision_name(image_sampler.precision),
-            **image_sampler.options.facts,
+            **image_sampler.options.settings,
             # Without --steps, the options say "all".
             "steps": image_sampler.step_count,
         }
         if args.individual:
-            sample_files(args.indices, image_sampler, folder, facts, processes)
+            sample_files(args.indices, image_sampler, folder, settings, processes)
         elif processes.is_main:
-            sample_pictures(args, image_sampler, folder, facts)
+            sample_pictures(args, image_sampler, folder, settings)
 
 
 def sample_pictures(
-    args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, facts: dict
+    args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, settings: dict
 ) -> None:
     """Sample the images, and write a grid and the figures that the flags ask for."""
     indices = list(args.indices)
-    # A grid of other settings would not fit to the single images in the folder.
-    open_folder(folder, facts, indices)
+    open_folder(folder, settings, indices)
     print(f"sampling {len(indices)} images: {image_sampler.options}, seed {args.seed}")
     states = estimates = {}
     if args.strip or args.progressive or args.gif:
         images, states, estimates = generate_frames(image_sampler, indices)
     else:
         images = generate(image_sampler, indices, progress=True)
-    # Meanwhile another command may have written other pictures.
-    open_folder(folder, facts, indices)
+    # Another command may have opened the folder at the same moment.
+    open_folder(folder, settings, indices)
     save_figures(args, states, estimates, folder)
     save_grid(to_uint8(images).numpy(), folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
@@ -109,16 +108,16 @@ def sample_files(
     indices: Sequence[int],
     image_sampler: ImageSampler,
     folder: Path,
-    facts: dict,
+    settings: dict,
     processes: Processes,
 ) -> None:
     """Sample those images that are not in the folder, and write a PNG file of each.
 
-    The processes divide the batches among them. The batches depend neither on the number of
-    processes nor on where an earlier command was interrupted. So the images are the same up to
-    rounding.
+    The processes share the batches, which depend neither on the number of processes nor on where
+    an earlier command was interrupted. So the images are the same up to rounding.
     """
-    on_disk = processes.on_main(lambda: open_folder(folder, facts))
+    processes.on_main(lambda: open_folder(folder, settings))
+    on_disk = processes.on_main(lambda: image_indices(folder))
     batches = batches_of(indices, image_sampler.batch_size)
     remaining = [batch for batch in batches if not on_disk.issuperset(batch)]
     count = sum(map(len, remaining))
@@ -129,8 +128,8 @@ def sample_files(
     with step_bar(image_sampler, sum(map(len, shard)), processes.is_main) as bar:
         for batch in shard:
             images = to_uint8(image_sampler.sample(batch, bar)).numpy()
-            # Meanwhile another command may have opened the folder with other settings.
-            check_manifest(folder, facts)
+            # Another command may have opened the folder at the same moment.
+            open_folder(folder, settings)
             for i, image in zip(batch, images, strict=True):
                 if i not in on_disk:
                     save_image(image, image_path(folder, i))
@@ -140,10 +139,7 @@ def sample_files(
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises UserError for figures of single images, and if the images do not fit in a grid.
-    """
+    """Read the command line. Raises UserError for flags that exclude each other."""
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     add_out_flag(parser)
@@ -157,7 +153,7 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
     which.add_argument(
         "--indices",
-        type=parse_indices,
+        type=integers,
         metavar="I,I,...",
         help="Sample the images of the seed with these indices, which count from 0. Default: the "
         "first ones.",
@@ -197,23 +193,16 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
 
     args = parser.parse_args()
-    args.indices = args.indices or range(args.n or n)
+    if args.indices is None:
+        args.indices = range(args.n or n)
     if args.individual and (args.strip or args.progressive or args.gif):
         raise UserError(
             "--individual draws no figures and no animation; use a command without it, or --no-gif"
         )
     count = len(args.indices)
-    if count > GRID_LIMIT and not args.individual:
-        raise UserError(f"a grid shows {GRID_LIMIT} images at most; for {count} add --individual")
+    if not (1 <= count <= GRID_LIMIT or args.individual):
+        raise UserError(f"a grid shows 1 to {GRID_LIMIT} images; for {count} add --individual")
     return args
-
-
-def parse_indices(text: str) -> list[int]:
-    """Parse a flag's value: comma-separated integers of at least 0."""
-    numbers = text.split(",")
-    if not all(number.isdecimal() for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of indices such as 3,7,21")
-    return [int(number) for number in numbers]
 
 
 if __name__ == "__main__":

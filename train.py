@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, ModelConfig
-from data.batches import forward_passes
+from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss
@@ -59,7 +59,7 @@ def train(run: TrainingRun) -> bool:
 
     # The effective batch is batch_size x gradient_accumulation, whatever the number of processes.
     # Each process has its share of it, in passes of at most batch_size images.
-    passes = forward_passes(len(run.share), config.batch_size)
+    passes = batches_of(run.share, config.batch_size)
     network = processes.wrap(run.model)
     train_network = network
     if run.is_to_compile:
@@ -89,12 +89,13 @@ def train(run: TrainingRun) -> bool:
             # 5: the gradient of || eps - eps_theta(x_t, t) ||^2, accumulated over passes.
             # `denoising_loss` noises x_0 to x_t (Eq. 4), and returns one number for each image.
             losses = []
-            for part in passes:
+            parts = [batches_of(whole, config.batch_size) for whole in (x_0, t, eps)]
+            for places, x_0_part, t_part, eps_part in zip(passes, *parts, strict=True):
                 # Each pass seeds its dropout, so that a resumed run repeats it.
-                place = step * config.effective_batch + run.share[part.start]
+                place = step * config.effective_batch + places[0]
                 torch.manual_seed(seed_of(config.seed, "dropout", place))
-                with processes.gradient_sync(network, last=part is passes[-1]):
-                    loss = denoising_loss(denoiser, x_0[part], t[part], eps[part])
+                with processes.gradient_sync(network, last=places is passes[-1]):
+                    loss = denoising_loss(denoiser, x_0_part, t_part, eps_part)
                     # DDP averages over the processes, so the factor makes their mean a sum.
                     mean = loss.sum() * processes.count / config.effective_batch
                     scaler.scale(mean).backward()

@@ -1,6 +1,6 @@
 """Choose the images of each batch by their indices, and copy batches to the device."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,9 +21,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(generator.random_raw(n), kind="stable")
 
 
-def forward_passes(count: int, batch_size: int) -> list[slice]:
-    """Cut `count` images into slices of at most batch_size, one for each forward pass."""
-    return [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+def batches_of(items: Sequence | Tensor, batch_size: int) -> list:
+    """Split a sequence, or the first axis of a tensor, into batches of at most batch_size."""
+    return [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
 
 
 def indices_of_steps(

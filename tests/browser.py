@@ -23,15 +23,6 @@ from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 from tests.forked import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
-# The captions of the buttons that start each tab's work.
-DRAW = "Draw the images"
-MIX = "Mix the two images"
-USE = "Use this image"
-PAINT = "Inpaint the painted part"
-# The label of what the tab Paint makes, and the sentence when nothing is painted over.
-INPAINTED = "The image, its known part, and the inpaintings"
-# The label of what the tab Mix makes.
-MIXED = "The first image, the mixture and the second image"
 UNPAINTED = "choose an image and paint over a part of it"
 
 
@@ -92,9 +83,9 @@ def fill(page: Page, **values: object) -> None:
     raise AssertionError(f"the page does not keep {values}")
 
 
-def click(page: Page, name: str) -> None:
-    """Click the first visible button of this name."""
-    page.get_by_role("button", name=name).locator("visible=true").first.click()
+def submit(page: Page) -> None:
+    """Click the button of the open tab."""
+    page.get_by_role("button", name="Submit").locator("visible=true").click()
 
 
 def tab(page: Page, name: str) -> None:
@@ -102,17 +93,15 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def download_link(page: Page, label: str) -> Locator:
-    """Return the button that downloads the picture under this label."""
-    labels = page.get_by_test_id("block-label").filter(has_text=label)
-    block = page.locator(".block", has=labels).locator("visible=true")
-    return block.get_by_test_id("download-link")
+def download_link(page: Page) -> Locator:
+    """Return the button that downloads the picture of the open tab."""
+    return page.get_by_test_id("download-link").locator("visible=true")
 
 
-def picture(page: Page, label: str) -> np.ndarray:
-    """Wait for a picture under this label, download it by its button, and return its pixels."""
+def picture(page: Page) -> np.ndarray:
+    """Wait for the first picture in the open tab, download it by its button, return its pixels."""
     with page.expect_download() as download:
-        download_link(page, label).click()
+        download_link(page).click()
     return np.asarray(Image.open(download.value.path()))
 
 
@@ -132,12 +121,12 @@ def inpaint(page: Page) -> np.ndarray:
         page.mouse.up()
         page.wait_for_timeout(1000)
 
-        click(page, PAINT)
-        download_link(page, INPAINTED).or_(toast(page, UNPAINTED)).first.wait_for()
-        if download_link(page, INPAINTED).is_visible():
+        submit(page)
+        download_link(page).or_(toast(page, UNPAINTED)).first.wait_for()
+        if download_link(page).is_visible():
             break
         sentence(page, UNPAINTED)
-    return picture(page, INPAINTED)
+    return picture(page)
 
 
 def toast(page: Page, text: str) -> Locator:
@@ -167,18 +156,17 @@ def main() -> None:
         chromium.new_page() as page,
     ):
         page.goto(address)
-        click(page, DRAW)
-        picture(page, "images of seed")
+        submit(page)
+        picture(page)
         screenshot(page, "draw")
 
         tab(page, "Mix")
         fill(page, Depth=0.6)
-        click(page, MIX)
-        picture(page, MIXED)
+        submit(page)
+        picture(page)
         screenshot(page, "mix")
 
         tab(page, "Paint")
-        click(page, USE)
         inpaint(page)
         screenshot(page, "paint")
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 import edit
 import sample
-from data.decode import read_image
-from data.pixels import to_uint8
+from data.decode import fit_image, read_image
+from data.pixels import picture_of, to_uint8
 from functions.sampling.generation import generate, open_sampler
 from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import add_sampling_flags
@@ -36,21 +36,7 @@ pytestmark = [
 ]
 
 from tests import browser
-from tests.browser import (
-    DRAW,
-    MIX,
-    MIXED,
-    PAINT,
-    UNPAINTED,
-    USE,
-    click,
-    fill,
-    inpaint,
-    picture,
-    sentence,
-    served,
-    tab,
-)
+from tests.browser import UNPAINTED, control, fill, inpaint, picture, sentence, served, submit, tab
 
 # Images of so many pixels are not enlarged in grids.
 SIZE = 96
@@ -72,7 +58,7 @@ def run(pictures, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served_run(run, tmp_path_factory):
-    """Yield the address of a page for the run; at the end, Ctrl-C interrupts a sampling."""
+    """Yield the address of a page for the run; at the end, Ctrl-C ends it."""
     log = tmp_path_factory.mktemp("printed") / "log"
     with served(log, "--runs", run.parent) as address:
         yield address
@@ -117,24 +103,31 @@ def pixels_of(path):
 def test_draw(page, run, tmp_path):
     """The downloaded grid is that of sample.py, to the bit."""
     fill(page, Seed=3, How_many=4, Steps=20)
-    page.get_by_label("ddim").check()
-    click(page, DRAW)
-    grid = picture(page, "4 images of seed 3: sampler ddim, steps 20")
+    page.get_by_label("ddim").locator("visible=true").check()
+    submit(page)
+    grid = picture(page)
     flags = "--seed 3 --sampler ddim --steps 20 --device cpu"
     call(sample.main, run, *flags.split(), "--n", 4, "--out", tmp_path)
     assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
 
 
-def test_steps_spacing_and_guide_are_flags(chromium, run, tmp_path):
-    flags = ("--steps", "5", "--spacing", "trailing", "--guide", "2", "--guidance", "3")
-    with served(tmp_path / "log", run, *flags) as address, chromium.new_page() as page:
+def test_fields_begin_with_the_values_of_flags(chromium, run, tmp_path):
+    flags = "--seed 2 --sampler ddim --steps 5 --spacing trailing --guide 2 --guidance 3"
+    with served(tmp_path / "log", run, *flags.split()) as address, chromium.new_page() as page:
         page.goto(address)
         fill(page, How_many=2)
-        click(page, DRAW)
-        grid = picture(page, "2 images of seed 0: sampler dpm++, steps 5, spacing trailing")
-    rest = ("--sampler", "dpm++", "--n", 2, "--device", "cpu", "--out", tmp_path)
-    call(sample.main, run, *flags, *rest)
-    assert_array_equal(grid, pixels_of(tmp_path / "grid.png"))
+        submit(page)
+        grid = picture(page)
+    call(sample.main, run, *flags.split(), "--n", 2, "--device", "cpu", "--out", tmp_path / "out")
+    assert_array_equal(grid, pixels_of(tmp_path / "out" / "grid.png"))
+
+
+def test_a_model_of_few_timesteps_begins_with_all_of_them(chromium, pictures, tmp_path):
+    flags = [*FLAGS, "--diffusion.timesteps-diff", "11", "--diffusion.beta-end", "0.01"]
+    run = train_tiny(pictures, tmp_path, *flags)
+    with served(tmp_path / "log", run) as address, chromium.new_page() as page:
+        page.goto(address)
+        assert control(page, "Steps").input_value() == "11"
 
 
 def sampler_of(run, *flags):
@@ -147,16 +140,15 @@ def sampler_of(run, *flags):
 
 def test_mix(page, run, pictures):
     """Two images of a seed are mixed as edit.py mixes, and an upload comes back at depth 0."""
-    fill(page, Seed=3, Steps=5)
     tab(page, "Mix")
-    fill(page, Depth=0.5, Share=0.3, Index_of_the_second_image=12)
-    click(page, MIX)
+    fill(page, Seed=3, Steps=5, Depth=0.5, Share=0.3, Index_of_the_second_image=12)
+    submit(page)
     image_sampler = sampler_of(run, "--seed", "3", "--sampler", "dpm++", "--steps", "5")
     ends = generate(replace(image_sampler, batch_size=1), [0, 12])
     t = image_sampler.time_at(0.5)
     mixture = interpolate_images(image_sampler, ends, t, torch.tensor([0.3]))
     expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]])).numpy()
-    assert_array_equal(cut(picture(page, MIXED)), expected)
+    assert_array_equal(cut(picture(page)), expected)
 
     # Without an earlier picture in the page, that of the upload is waited for.
     page.reload()
@@ -164,8 +156,8 @@ def test_mix(page, run, pictures):
     fill(page, Depth=0, Share=1)
     upload(page, pictures / "00003.png")
     photo = read_image(pictures / "00003.png", (3, SIZE, SIZE))
-    click(page, MIX)
-    _, mixture, second = cut(picture(page, MIXED))
+    submit(page)
+    _, mixture, second = cut(picture(page))
     assert_array_equal(second, photo)
     assert_array_equal(mixture, photo)
 
@@ -174,23 +166,23 @@ def upload(page, path):
     """Upload an image file by the last button for files in the open tab."""
     panel = page.get_by_role("tabpanel").locator("visible=true")
     panel.locator("input[type=file]").last.set_input_files(path)
-    # The name is there earlier, but the link only when the upload is complete.
-    panel.locator(f"a[download='{path.name}']").wait_for()
+    # The picture is shown when the upload is complete.
+    panel.locator("img").last.wait_for()
 
 
 def test_paint(page, run, tmp_path):
     """What is painted over is made anew, as edit.py makes it, and all else stays."""
-    fill(page, Seed=3, Steps=4)
     tab(page, "Paint")
-    # Without an image there is nothing to paint over.
-    click(page, PAINT)
+    fill(page, Seed=3, Steps=4)
+    # Nothing is painted over yet.
+    submit(page)
     sentence(page, UNPAINTED)
 
-    fill(page, Index_of_the_image=1)
-    click(page, USE)
     image, kept, *answers = cut(inpaint(page))
-    sampler = sampler_of(run, "--seed", "3", "--sampler", "dpm++", "--steps", "4")
-    assert_array_equal(image, to_uint8(generate(sampler, [1]))[0].numpy())
+    # The page begins with image 0 of the flags' seed, enlarged and then reduced again.
+    sampler = sampler_of(run, "--sampler", "dpm++", "--steps", "20")
+    first = picture_of(to_uint8(generate(sampler, [0]))[0].numpy()).resize((512, 512))
+    assert_array_equal(image, fit_image(first, sampler.shape))
     # The page shows in grey what is painted over.
     painted = (kept == 128).all(axis=2)
     assert 0.02 < painted.mean() < 0.4
@@ -207,38 +199,19 @@ def test_paint(page, run, tmp_path):
         assert_array_equal(answer[~painted], image[~painted])
 
 
-def test_clicks_wait_for_each_other_until_stop(page, served_run):
-    """Another page's click waits until Stop ends the first, and is then served."""
-    fill(page, How_many=16, Steps=100)
-    click(page, DRAW)
-    page.get_by_text("estimate of x_0 at t").wait_for()
-    second = page.context.new_page()
-    second.goto(served_run)
-    fill(second, How_many=1, Steps=2)
-    click(second, DRAW)
-    second.get_by_text("queue: ").first.wait_for()
-    assert not second.get_by_text("images of seed").count()
-    click(page, "Stop")
-    picture(second, "1 images of seed 0")
-    assert not page.get_by_text("16 images of seed").count()
-    second.close()
-
-
-def test_bad_input_is_a_sentence_and_the_page_goes_on(page, tmp_path):
-    (tmp_path / "quota.png").write_text("<html>Quota exceeded</html>")
+def test_bad_input_is_a_sentence_and_the_page_goes_on(page):
     fill(page, Steps=101)
-    click(page, DRAW)
+    submit(page)
     sentence(page, "steps is 101; a model with 100 timesteps takes 1 to 100")
-    fill(page, Steps=2)
-    tab(page, "Paint")
-    upload(page, tmp_path / "quota.png")
-    click(page, USE)
-    sentence(page, "not a PNG, JPEG, WEBP")
+    tab(page, "Mix")
+    fill(page, Index_of_the_first_image=-1)
+    submit(page)
+    sentence(page, "-1: No such file or directory; give an image file, or the index")
     # After all that it still draws.
     tab(page, "Draw")
-    fill(page, How_many=1)
-    click(page, DRAW)
-    picture(page, "1 images of seed 0")
+    fill(page, How_many=1, Steps=2)
+    submit(page)
+    picture(page)
 
 
 def test_it_listens_to_this_machine_alone(served_run):

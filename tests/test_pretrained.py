@@ -61,7 +61,8 @@ def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     printed = capsys.readouterr().out
     assert TAKEN in printed
     assert f"\n{box / 'faces.safetensors'}: EMA weights" in printed
-    drawn = Image.open(box / "samples" / "faces-ddpm-3-trailing-small-float32-seed0" / "grid.png")
+    (path,) = box.glob("samples/faces-*-ddpm-3-trailing-small-float32-seed0-n2/grid.png")
+    drawn = Image.open(path)
 
     call(sample.main, checkpoints_of(tiny_run, "snapshots")[-1], *FLAGS, "--out", tmp_path / "a")
     assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
@@ -109,8 +110,8 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
     boxed = tmp_path / "pretrained" / "faces.safetensors"
     guide = boxed.with_name("faces-guide.safetensors")
     monkeypatch.setattr(pretrained, "PRETRAINED", boxed)
-    monkeypatch.setattr(pretrained, "GUIDE_STEP", 2)
-    monkeypatch.setattr(pretrained, "GUIDED", "--sampler ddim --steps 4 --guide 2")
+    monkeypatch.setattr(pretrained, "GUIDE_STEP", 3)
+    monkeypatch.setattr(pretrained, "GUIDED", "--sampler ddim --steps 4 --guide 3")
     monkeypatch.setattr(pretrained, "SAMPLE_COUNT", 3)
     run = trained("--diffusion.snapshot-every", 3)
     source = load_weights(checkpoints_of(run)[-1])
@@ -121,7 +122,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
 
     for name, weight in load_weights(boxed).weights.items():
         assert torch.equal(weight, source.weights[name].half().float())
-    # Of the snapshots of steps 3, 6, 9 and 10, the first is nearest to step 2.
+    # The snapshots are of steps 3, 6, 9 and 10.
     assert guide.read_bytes() == checkpoints_of(run, "snapshots")[0].read_bytes()
     assert hashlib.sha256(guide.read_bytes()).hexdigest() in card_row(boxed, "SHA-256 of the guide")
     flags = "--diffusion.epochs 2 --model.dim-multiply 1,2"

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batches import batches_of
 from data.decode import read_image
 from data.pixels import to_model_range, to_uint8
-from functions.sampling.generation import ImageSampler, batches_of, generate
+from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.inpainting import check_sampler, inpaint_image, read_with_mask
 from functions.sampling.interpolation import interpolate_exactly, interpolate_images, variations
 from functions.support.files import sha256

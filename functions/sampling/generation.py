@@ -1,7 +1,4 @@
-"""Sample images with a trained model, for the scripts and for training's grids.
-
-The images stay in memory. The samplers are in functions/samplers.py.
-"""
+"""Sample images with a trained model, for the scripts and for training's grids."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -11,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batches import batches_of
 from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
@@ -59,10 +57,7 @@ class ImageSampler:
 
     @property
     def times(self) -> list[int]:
-        """Return the timesteps from T - 1 down to -1 (the clean image).
-
-        Each step leads from one timestep to the next.
-        """
+        """Return the timesteps from T - 1 down to -1 (the clean image)."""
         try:
             spacing = self.options.arguments["spacing"]
             return sampling_times(self.scheduler, self.options.steps, spacing)
@@ -70,10 +65,7 @@ class ImageSampler:
             raise UserError(str(error)) from error
 
     def time_at(self, depth: float) -> int:
-        """Return the sampler's timestep that is nearest to `depth`, a fraction of all timesteps.
-
-        At depth 1 it is T - 1, and at depth 0 it is -1, the clean image.
-        """
+        """Return the sampler's timestep nearest to `depth`, from 0 (the image) to 1 (noise)."""
         return min(self.times, key=lambda t: abs(t + 1 - depth * self.scheduler.timesteps))
 
     @property
@@ -82,34 +74,24 @@ class ImageSampler:
         return len(self.times) - 1
 
     def quick(self, seed: int) -> "ImageSampler":
-        """Return this sampler with another seed and 20 steps of dpm++.
-
-        dpm++ adds fresh noise, which keeps samples realistic in 20 steps.
-        """
+        """Return this sampler with another seed and 20 steps of dpm++."""
         steps = min(20, self.scheduler.timesteps)
         options = SamplerOptions("dpm++", steps, clip_x_0=self.options.clip_x_0)
         return replace(self, options=options, seed=seed)
 
     def noise(self, indices: Sequence[int], purpose: str = "image") -> ImageNoise:
-        """Return the noise of the images with these indices: first x_T, then that of the steps.
-
-        Different purposes have different noise.
-        """
+        """Return the noise of these images and this purpose: first x_T, then that of the steps."""
         return ImageNoise(self.seed, indices, self.shape, self.device, purpose)
 
     def denoise(self, x_t: Tensor, t: int, noise: Callable[[], Tensor]) -> Tensor:
-        """Denoise states (B, C, H, W) at t, one of the sampler's timesteps, to images.
-
-        At t = -1 the states already are images.
-        """
+        """Denoise states (B, C, H, W) at t, one of the sampler's timesteps, to images."""
         times = [s for s in self.times if s <= t]
         return self.take_steps(x_t, times, noise)
 
     def take_steps(self, x: Tensor, times: list[int], noise: Callable[[], Tensor]) -> Tensor:
         """Run the sampler on states (B, C, H, W) from times[0] to times[-1] (descending).
 
-        `noise()` draws standard normal noise (B, C, H, W), and is called for each step that adds
-        noise.
+        `noise()` draws a step's standard normal noise (B, C, H, W).
         """
         return SAMPLERS[self.options.sampler].function(
             self.denoiser,
@@ -122,9 +104,9 @@ class ImageSampler:
         )
 
     def sample(self, indices: Sequence[int], bar: tqdm) -> Tensor:
-        """Sample the images with these indices as one batch: (B, C, H, W) in [-1, 1], on the CPU.
+        """Sample these images as one batch: (B, C, H, W) in [-1, 1], on the CPU.
 
-        The bar, a `step_bar`, counts the steps of all images.
+        The bar is a `step_bar`.
         """
 
         def on_step(k, t, x, x_0):
@@ -180,17 +162,11 @@ def open_sampler(
 def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool = False) -> Tensor:
     """Sample the images with these indices, in batches of the sampler's size.
 
-    Returns (N, C, H, W) in [-1, 1], on the CPU. The noise of image i depends only on (seed, i), so
-    a different batch size changes its pixels only by rounding.
+    Returns (N, C, H, W) in [-1, 1], on the CPU.
     """
     batches = batches_of(indices, image_sampler.batch_size)
     with step_bar(image_sampler, len(indices), progress) as bar:
         return torch.cat([image_sampler.sample(batch, bar) for batch in batches])
-
-
-def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
-    """Split the indices into batches; the last may be smaller."""
-    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
 def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:

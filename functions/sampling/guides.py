@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 
+from config import DiffusionConfig
 from functions.guidance import Guided
 from functions.sampling.generation import ImageSampler
-from functions.saved.checkpoint import SavedModel
+from functions.saved.checkpoint import SavedModel, open_checkpoint
 from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, step_of
 from functions.support.errors import UserError
 from functions.support.processes import Processes
+from functions.support.settings import fields_with
 
 
 def corrected(image_sampler: ImageSampler, saved: SavedModel, processes: Processes) -> ImageSampler:
@@ -22,7 +24,7 @@ def corrected(image_sampler: ImageSampler, saved: SavedModel, processes: Process
     none.
     """
     options = image_sampler.options
-    if not options.guide:
+    if options.guide is None:
         return image_sampler
     # The guide keeps its own objective, and its network may have another size.
     model = image_sampler.denoiser
@@ -51,32 +53,47 @@ def corrected(image_sampler: ImageSampler, saved: SavedModel, processes: Process
 def find_guide(guide: str, saved: SavedModel) -> Path:
     """Return the path of the guide of `saved`.
 
-    `guide` is that path, or a step of the run that `saved` is from. For a step, it is the path of
-    the nearest snapshot or checkpoint among those from before `saved`; or that of the only guide of
-    an exported file, which is beside it. Raises UserError when there is none.
+    `guide` is that path, or a step: then it is the nearest of the earlier snapshots and checkpoints
+    of the model's run, or the guide beside an exported file, which must be of this step. Raises
+    UserError when there is none.
     """
+    if not guide:
+        raise UserError('--guide "" names neither a step nor a model')
     if not guide.isdecimal():
         return Path(guide)
-    if guide_beside(saved.path).is_file():
-        return guide_beside(saved.path)
-    # Checkpoints are at RUN/checkpoints/FILE, and snapshots at RUN/snapshots/FILE.
-    run = saved.path.absolute().parent.parent
-    # Of several equally near files `min` returns the first. The snapshots are listed first, because
-    # the run may later delete a checkpoint.
-    files = [*checkpoints_of(run, "snapshots"), *checkpoints_of(run)]
+    beside = guide_beside(saved.path)
+    if beside.is_file():
+        step = open_checkpoint(beside).contents["run"]["step"]
+        if step != int(guide):
+            raise UserError(f"{beside} is of step {step}: use --guide {step}")
+        return beside
+    folder = saved.path.absolute().parent
+    files = []
+    # A file that is elsewhere in a run's folder may come from another run.
+    if folder.name in ("checkpoints", "snapshots"):
+        # Of several equally near files `min` returns the first. The snapshots are listed first,
+        # because the run may later delete a checkpoint.
+        files = [*checkpoints_of(folder.parent, "snapshots"), *checkpoints_of(folder.parent)]
     earlier = [file for file in files if step_of(file) < saved.provenance["step"]]
-    if not earlier:
+    nearest = min(earlier, key=lambda file: abs(step_of(file) - int(guide)), default=None)
+    if not nearest or not of_one_run(saved.config, open_checkpoint(nearest).contents["config"]):
         raise UserError(
             f"{saved.path} has no earlier snapshots in its run for --guide {guide}, and there is "
-            f"no {guide_beside(saved.path).name} beside it; name a model, or train with "
-            "--diffusion.snapshot-every"
+            f"no {beside.name} beside it; name a model, or train with --diffusion.snapshot-every"
         )
-    return min(earlier, key=lambda file: abs(step_of(file) - int(guide)))
+    return nearest
+
+
+def of_one_run(config: dict, other: dict) -> bool:
+    """Return whether two configs are equal but for what a resumed run can change."""
+    may_change = {"batch_size", "gradient_accumulation"}
+    may_change |= fields_with(DiffusionConfig, "changeable")
+    # Another version may have written one of them, with fewer or more fields.
+    values = {**other["diffusion"], **other["model"]}
+    fields = {**config["diffusion"], **config["model"]}.items()
+    return all(values.get(name, value) == value for name, value in fields if name not in may_change)
 
 
 def guide_beside(model: Path) -> Path:
-    """Return where the guide of an exported NAME.safetensors is: NAME-guide.safetensors beside it.
-
-    Nothing may be there.
-    """
+    """Return where the guide of an exported NAME.safetensors is, if it has one."""
     return model.parent / f"{model.stem}-guide{model.suffix}"

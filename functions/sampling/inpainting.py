@@ -16,9 +16,10 @@ from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batches import batches_of
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
-from functions.sampling.generation import ImageSampler, batches_of
+from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 

@@ -1,7 +1,6 @@
 """The sampler options, which all scripts set by the same flags.
 
-`SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps. The samplers and their
-defaults are in functions/samplers.py.
+`SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps.
 """
 
 import argparse
@@ -64,23 +63,23 @@ class SamplerOptions:
         return GUIDANCE if self.guidance is None else self.guidance
 
     @property
-    def facts(self) -> dict[str, str | int | float]:
+    def settings(self) -> dict[str, str | int | float]:
         """Return the options that determine the pixels, with the names of their flags."""
-        facts = {
+        settings = {
             "sampler": self.sampler,
             "steps": self.steps or "all",
             **self.arguments,
         }
         if self.guide:
-            facts["guide"] = self.guide_digest
-            facts["guidance"] = self.guide_weight
+            settings["guide"] = self.guide_digest
+            settings["guidance"] = self.guide_weight
         if not self.clip_x_0:
-            facts["clip_x_0"] = False
-        return facts
+            settings["clip_x_0"] = False
+        return settings
 
     def __str__(self) -> str:
         """Return a text such as "sampler dpm++, steps 20, spacing logsnr, eta 1.0"."""
-        return ", ".join(f"{name} {value}" for name, value in self.facts.items())
+        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
 
 
 def given_options(args: argparse.Namespace) -> dict:
@@ -167,7 +166,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_steps_and_guide_flags(parser: argparse._ActionsContainer) -> None:
-    """Add --steps, --spacing, --guide and --guidance, which demo.py has, too."""
+    """Add --steps, --spacing, --guide and --guidance."""
     parser.add_argument(
         "--steps",
         type=positive,
@@ -185,8 +184,8 @@ def add_steps_and_guide_flags(parser: argparse._ActionsContainer) -> None:
         metavar="STEP|MODEL",
         help="Move each x_0 away from that of a worse model (docs/better-than-the-model.md). The "
         "worse model is the run's own snapshot or checkpoint nearest to STEP (of an exported "
-        "NAME.safetensors: NAME-guide.safetensors beside it), or any other run, checkpoint or "
-        "folder. Steps at middle noise levels then make two network calls. "
+        "NAME.safetensors: NAME-guide.safetensors beside it, if it is of this step), or any other "
+        "run, checkpoint or folder. Steps at middle noise levels then make two network calls. "
         "Default: no.",
     )
     parser.add_argument(

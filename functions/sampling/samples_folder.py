@@ -1,10 +1,9 @@
 """Write samples into a folder: single images, and pictures that show several images.
 
-Several processes may divide the single images among them. After an interruption, the same command
-adds the missing images. The folder has these files:
+The folder has these files:
 
-samples.json    the manifest: all facts that determine the pixels, and the indices of the images in
-                the pictures. It is written before the images.
+samples.json    the manifest: all settings that determine the pixels, and the indices of the images
+                in the pictures. It is written before the images.
 00000.png       image 0, and so on. Each file is renamed into place, so that none is incomplete.
 grid.png        and the other PICTURES, all of the same images
 """
@@ -26,7 +25,7 @@ from functions.saved.checkpoint import SavedModel
 from functions.saved.run_folder import results_folder
 from functions.support.device import precision_name
 from functions.support.errors import UserError
-from functions.support.files import read_json, write_text
+from functions.support.files import read_json, sha256, short, write_text
 from functions.support.pictures import save_gif, save_strip
 from functions.support.processes import Processes
 
@@ -49,17 +48,21 @@ def image_path(folder: Path, i: int) -> Path:
 
 
 def samples_folder(
-    args: argparse.Namespace, saved: SavedModel, image_sampler: ImageSampler, processes: Processes
+    args: argparse.Namespace,
+    saved: SavedModel,
+    image_sampler: ImageSampler,
+    processes: Processes,
+    shown: list[int] | None = None,
 ) -> Path:
-    """Return the folder for what is sampled: --out, or a folder in the model's run.
-
-    Its name contains the options of the sampler, the precision and the seed.
-    """
+    """Return --out, or a folder in the model's run whose name has all settings and `shown`."""
     if args.out:
         return args.out
-    options = image_sampler.options.facts.values()
+    options = image_sampler.options.settings.values()
     precision = precision_name(image_sampler.precision)
-    words = [saved.name, *options, precision, f"seed{args.seed}"]
+    words = [saved.name, saved.digest[:8], *options, precision, f"seed{args.seed}"]
+    if shown:
+        first = shown == [*range(len(shown))]
+        words.append(f"n{len(shown)}" if first else f"images{sha256(str(shown))[:8]}")
     return processes.on_main(lambda: results_folder(saved, "samples")) / "-".join(map(str, words))
 
 
@@ -69,47 +72,34 @@ def image_indices(folder: Path) -> set[int]:
     return {int(path.stem) for path in files if path.stat().st_size}
 
 
-def open_folder(folder: Path, facts: dict, shown: list[int] | None = None) -> set[int]:
-    """Prepare a folder for samples, and return the indices of the single images that are in it.
+def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) -> None:
+    """Make a folder for samples with these settings, or check that an existing one has them.
 
-    The folder is created if it does not exist, and `facts` become its manifest. `shown` are the
-    indices of the images in new pictures, or None if there will be none. Pictures in the folder of
-    other facts, or of other images, are deleted. Raises UserError if it has single images that were
-    sampled with other facts. Images and pictures without a manifest, or with a damaged one, are
-    also refused.
+    `shown` are the indices of the images in pictures, or None for single images. Raises UserError
+    for other settings or pictures of other images, and CheckpointError for samples without an
+    intact manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    indices = image_indices(folder)
-    if indices:
-        check_manifest(folder, facts)
-    manifest = {**facts, SHOWN: shown}
-    pictures = [path for path in map(folder.joinpath, PICTURES) if path.exists()]
-    if pictures:
-        old = {SHOWN: None, **read_json(folder / MANIFEST)}
-        manifest[SHOWN] = shown or old[SHOWN]
-        if manifest != old:
-            for path in pictures:
-                path.unlink()
-            names = " and ".join(path.name for path in pictures)
-            print(f"removed {names} from {folder}, of other settings or images")
-            manifest[SHOWN] = shown
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
-    return indices
-
-
-def check_manifest(folder: Path, facts: dict) -> None:
-    """Raise UserError unless the folder's single images are sampled with these facts."""
-    manifest = read_json(folder / MANIFEST)
-    # The checkpoint's hash covers the split, which folders of earlier versions do not name.
-    changes = [
-        f"{name} was {manifest.get(name)}, is now {facts.get(name)}"
-        for name in {**facts, **manifest}
-        if name not in (SHOWN, "split") and manifest.get(name) != facts.get(name)
-    ]
-    if changes:
-        raise UserError(
-            f"{folder} has images with other settings ({'; '.join(changes)}); use another --out"
-        )
+    manifest = {**settings, SHOWN: shown}
+    earlier = {}
+    if any((folder / name).exists() for name in (MANIFEST, *PICTURES)) or image_indices(folder):
+        earlier = read_json(folder / MANIFEST)
+        manifest[SHOWN] = shown or earlier.get(SHOWN)
+        changes = [
+            f"{name} was {short(earlier.get(name))}, is now {short(manifest.get(name))}"
+            for name in {**manifest, **earlier}
+            if earlier.get(name) != manifest.get(name)
+            # Only pictures have the first. Folders of earlier versions do not name the split, which
+            # the checkpoint's hash covers.
+            and not (name in (SHOWN, "split") and earlier.get(name) is None)
+        ]
+        if changes:
+            raise UserError(
+                f"{folder} is for samples of other settings ({'; '.join(changes)}); use another "
+                "--out"
+            )
+    if manifest != earlier:
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
 def generate_frames(
@@ -117,8 +107,7 @@ def generate_frames(
 ) -> tuple[Tensor, Frames, Frames]:
     """Sample the images with these indices, and record about RECORDED_STEPS evenly spaced steps.
 
-    Returns the images (N, C, H, W) in [-1, 1]; the noise and the states after these steps; and the
-    model's estimates of x_0 in these steps.
+    Returns the images (N, C, H, W) in [-1, 1]; the noise and the states; the estimates of x_0.
     """
     count = image_sampler.step_count
     stride = math.ceil(count / RECORDED_STEPS)

@@ -112,12 +112,11 @@ def boolean(text: str) -> bool:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """Parse comma-separated integers, with or without brackets.
-
-    Raises ValueError, which argparse reports, for any other text.
-    """
-    items = text.strip("[]() ").split(",")
-    return tuple(int(item) for item in items if item.strip())
+    """Parse comma-separated integers of at least 0, with or without brackets."""
+    items = [item.strip() for item in text.strip("[]() ").split(",") if item.strip()]
+    if not all(item.isdecimal() for item in items):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 3,7,21")
+    return tuple(int(item) for item in items)
 
 
 def positive(text: str) -> int:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from config import DiffusionConfig
+from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss, eps_errors
-from functions.sampling.generation import batches_of
 from functions.support.processes import Processes
 from functions.support.random_numbers import ImageNoise, generator_of
 

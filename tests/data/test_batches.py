@@ -15,8 +15,8 @@ from numpy.testing import assert_array_equal
 from data.batches import (
     FREE_MEMORY_FRACTION,
     ImageFeeder,
+    batches_of,
     epoch_order,
-    forward_passes,
     indices_of_steps,
 )
 from functions.support.processes import Processes
@@ -65,11 +65,9 @@ def test_processes_share_each_step_of_an_epoch_and_can_start_anywhere(
         for batch, expected in zip(resumed, indices[start:], strict=True):
             assert_array_equal(batch, expected)
 
-        places = []
-        for part in forward_passes(len(share), batch_size):
-            assert 0 < part.stop - part.start <= batch_size
-            places.extend(range(part.start, part.stop))
-        assert places == list(range(len(share)))
+        batches = batches_of(share, batch_size)
+        assert all(0 < len(batch) <= batch_size for batch in batches)
+        assert [place for batch in batches for place in batch] == [*share]
 
     all_indices = np.concatenate([np.concatenate(shares) for shares in zip(*walked, strict=True)])
     orders = [epoch_order(n, seed, epoch)[: steps * effective_batch] for epoch in range(2)]

@@ -8,7 +8,7 @@ import pytest
 import sample
 from functions.sampling.guides import find_guide
 from functions.saved.checkpoint import load_weights
-from functions.saved.run_folder import checkpoints_of
+from functions.saved.run_folder import checkpoints_of, step_of
 from functions.support.errors import UserError
 from tests.conftest import call, newest, train_tiny
 from tests.small_training import same
@@ -46,8 +46,27 @@ def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):
     ):
         assert find_guide(step, saved) == run / f"{file}.safetensors"
     assert find_guide(str(run), late) == run
+    with pytest.raises(UserError, match='--guide "" names neither'):
+        call(sample.main, run, *FEW, "--guide", "")
     with pytest.raises(UserError, match="snapshot-every"):
         find_guide("4", load_weights(checkpoints_of(run, "snapshots")[0]))
+
+
+def test_only_files_of_the_run_have_its_past(run, trained, tmp_path):
+    """A model file of another run is none of them, whatever its folder."""
+    other = trained("--diffusion.snapshot-every", 4, "--diffusion.seed", 1)
+    for place in ("models", "checkpoints"):
+        copy = shutil.copytree(run, tmp_path / place / run.name)
+        (copy / place).mkdir(exist_ok=True)
+        model = copy / place / "step-00000011.safetensors"
+        shutil.copy(checkpoints_of(other)[-1], model)
+        with pytest.raises(UserError, match="no earlier snapshots in its run"):
+            call(sample.main, model, *FEW, "--guide", 4)
+    # A resumed run may have more epochs and smaller batches; another version may have other fields.
+    saved = load_weights(checkpoints_of(run)[-1])
+    del saved.config["diffusion"]["log_snr_shift"]
+    saved.config["diffusion"] |= {"epochs": 9, "batch_size": 4, "gone": 1}
+    assert step_of(find_guide("4", saved)) == 4
 
 
 def test_an_exported_file_has_its_guide_beside_it(run, tmp_path):
@@ -55,8 +74,9 @@ def test_an_exported_file_has_its_guide_beside_it(run, tmp_path):
     model = shutil.copy(last, tmp_path / "faces.safetensors")
     with pytest.raises(UserError, match=r"there is no faces-guide\.safetensors beside it"):
         find_guide("4", load_weights(model))
-    guide = shutil.copy(early, tmp_path / "faces-guide.safetensors")
-    assert find_guide("99", load_weights(model)) == guide
+    shutil.copy(early, tmp_path / "faces-guide.safetensors")
+    with pytest.raises(UserError, match=r"faces-guide.safetensors is of step 4: use --guide 4"):
+        find_guide("99", load_weights(model))
     # The images are those of the run.
     for path in (last, model):
         call(sample.main, path, *FEW, "--guide", 4, "--out", tmp_path / path.stem)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import sample
+from functions.sampling import generation
 from functions.sampling.samples_folder import image_path
 from functions.support.errors import UserError
 from tests.conftest import call, posix, script
@@ -95,55 +96,67 @@ def test_two_processes_make_the_images_of_one(whole, tiny_run, tmp_path):
     assert manifests[0] == manifests[1]
 
 
-def test_other_options_in_the_same_folder_are_an_error(tiny_run, tmp_path):
-    common = ["-n", 2, "--steps", 5, "--device", "cpu", "--out", tmp_path]
-    call(sample.main, tiny_run, "--individual", *common)
-    before = contents(tmp_path)
+def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
+    """Whether it has single images or pictures, and even if nothing is in it yet."""
+    common = ["-n", 2, "--steps", 5, "--device", "cpu", "--out"]
+    single, pictures = (tmp_path / name for name in ("single", "pictures"))
+    call(sample.main, tiny_run, "--individual", *common, single)
+    call(sample.main, tiny_run, *common, pictures, "--strip")
+    before = [contents(single), contents(pictures)]
     for run, flags, changed in (
         ("checkpoints/step-00000005.safetensors", "--seed 1", ["checkpoint", "seed"]),
         ("", "--sampler ddim", ["sampler", "eta", "variance"]),
         ("", "--precision bfloat16 --steps 4 --spacing logsnr", ["precision", "steps", "spacing"]),
-        ("", "--individual --guide 5", ["guide", "guidance"]),
+        ("", "--guide 5", ["guide", "guidance"]),
     ):
-        # Without --individual there would only be a grid, which may not lie there either.
-        with pytest.raises(UserError, match="has images with other settings") as error:
-            call(sample.main, tiny_run / run, *common, *flags.split())
-        assert re.findall(r"(\w+) was ", str(error.value)) == changed
-    assert contents(tmp_path) == before
+        for folder in (single, pictures):
+            for kind in ([], ["--individual"]):
+                with pytest.raises(UserError, match="of other settings") as error:
+                    call(sample.main, tiny_run / run, *common, folder, *kind, *flags.split())
+                assert re.findall(r"(\w+) was ", str(error.value)) == changed
+    # Pictures of other images are refused, too, but not single images of the same settings.
+    with pytest.raises(UserError, match=r"grid was \[0, 1\], is now \[0, 1, 2\]"):
+        call(sample.main, tiny_run, *common, pictures, "-n", 3)
+    assert [contents(single), contents(pictures)] == before
+    call(sample.main, tiny_run, "--individual", *common, pictures, "-n", 3)
+    call(sample.main, tiny_run, *common, pictures, "--progressive")
+    call(sample.main, tiny_run, *common, single)
+    names = {path.stem for path in pictures.glob("*.png")}
+    assert names == {"grid", "strip", "progressive", "00000", "00001", "00002"}
 
 
-def test_two_commands_that_start_in_one_folder_do_not_mix_their_images(
-    tiny_run, tmp_path, monkeypatch
+def test_settings_and_images_are_in_the_name_of_the_folder(unfinished):
+    """So commands of other settings write into other folders, but single images into one."""
+    flags = ["--device", "cpu", "--steps"]
+    for command in ("2", "2 -n 3", "2 --indices 2,1", "3", "2 --individual", "2 --individual -n 3"):
+        call(sample.main, unfinished, *flags, *command.split())
+    folders = {path.name: sorted(path.iterdir()) for path in unfinished.glob("samples/*-2-*")}
+    (start,) = {name.split("-seed0")[0] for name in folders}
+    assert re.fullmatch(r"step-00000007-[0-9a-f]{8}-ddpm-2-trailing-small-float32", start)
+    ends = sorted(name.removeprefix(start) for name in folders)
+    assert ends == ["-seed0", "-seed0-images22e7e927", "-seed0-n3", "-seed0-n36"]
+    assert len(folders[f"{start}-seed0"]) == 37
+    assert len([*unfinished.glob("samples/*/grid.png")]) == 4
+
+
+@pytest.mark.parametrize("kind", ["--individual", "--gif"])
+def test_two_commands_that_start_at_once_do_not_mix_their_samples(
+    kind, tiny_run, tmp_path, monkeypatch
 ):
-    """The second opens the folder before the first has written an image, and the first ends."""
-    command = [tiny_run, "--individual", "--steps", 2, "--n", 4, "--batch-size", 2]
-    call(sample.main, *command, "--seed", 1, "--out", tmp_path / "alone")
-    step_bar = sample.step_bar
+    """The second replaces the manifest before the first has written an image."""
+    command = [tiny_run, kind, "--steps", 2, "--n", 4, "--batch-size", 2, "--out", tmp_path]
+    step_bar = generation.step_bar
 
-    def start_the_second(*args):
-        monkeypatch.setattr(sample, "step_bar", step_bar)
-        call(sample.main, *command, "--seed", 1, "--out", tmp_path / "both")
+    def replace_the_manifest(*args):
+        path = tmp_path / "samples.json"
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
         return step_bar(*args)
 
-    monkeypatch.setattr(sample, "step_bar", start_the_second)
+    monkeypatch.setattr(sample, "step_bar", replace_the_manifest)
+    monkeypatch.setattr(generation, "step_bar", replace_the_manifest)
     with pytest.raises(UserError, match=r"other settings \(seed was 1, is now 0\)"):
-        call(sample.main, *command, "--out", tmp_path / "both")
-    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
-
-
-def test_the_pictures_of_two_commands_are_those_of_the_last(tiny_run, tmp_path, monkeypatch):
-    """The second starts while the first samples, and ends before it."""
-    command = [tiny_run, "--steps", 2, "--n", 3, "--out", tmp_path]
-    generate = sample.generate
-
-    def start_the_second(*args, **options):
-        call(sample.main, *command, "--seed", 1, "--gif")
-        return generate(*args, **options)
-
-    monkeypatch.setattr(sample, "generate", start_the_second)
-    call(sample.main, *command)
-    assert json.loads((tmp_path / "samples.json").read_text())["seed"] == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"samples.json", "grid.png"}
+        call(sample.main, *command)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
 
 
 def test_an_empty_file_is_sampled_again(tiny_run, tmp_path):
@@ -161,56 +174,29 @@ def test_an_empty_file_is_sampled_again(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_pictures_of_a_folder_belong_together(tiny_run, tmp_path, capsys):
-    """They show as many images of the same settings; the others are removed, and that is said."""
-
-    def pictures_after(*flags):
-        call(sample.main, tiny_run, "--steps", 12, "--out", tmp_path, *flags)
-        return {path.stem for path in tmp_path.iterdir() if not path.stem.isdecimal()} - {"samples"}
-
-    assert pictures_after("--n", 4, "--gif", "--strip") == {"grid", "denoising", "strip"}
-    # The same images, as single ones too, are no reason to remove any.
-    pictures_after("--n", 2, "--individual")
-    everything = pictures_after("--n", 4, "--progressive")
-    assert everything == {"grid", "denoising", "strip", "progressive"}
+def test_figures_and_the_animation_have_their_frames(tiny_run, tmp_path, capsys):
+    """They show the noise and all steps, or nine of them."""
+    flags = "--steps 12 --n 4 --gif --strip --progressive"
+    call(sample.main, tiny_run, *flags.split(), "--out", tmp_path)
     printed = capsys.readouterr().out
     assert "EMA weights after 10 of 10 steps" in printed
     assert f"wrote {tmp_path / 'grid.png'}" in printed
-    assert "removed" not in printed
-    # They show the noise and all steps, or nine of them.
     assert Image.open(tmp_path / "denoising.gif").n_frames == 13
     for name in ("strip.png", "progressive.png"):
         assert Image.open(tmp_path / name).width > 9 * 100
-    assert pictures_after("--n", 5) == {"grid"}
-    removed = "removed grid.png and strip.png and progressive.png and denoising.gif from"
-    assert removed in capsys.readouterr().out
-
-    # Single images may have taken hours, so with other settings nothing is done.
-    with pytest.raises(UserError, match="has images with other settings"):
-        pictures_after("--n", 5, "--seed", 1)
-    for i in range(2):
-        image_path(tmp_path, i).unlink()
-    assert pictures_after("--n", 2, "--individual", "--seed", 1) == set()
-    # Without a manifest they may be anybody's.
-    (tmp_path / "samples.json").unlink()
-    for i in range(2):
-        image_path(tmp_path, i).unlink()
-    (tmp_path / "strip.png").touch()
-    with pytest.raises(UserError, match=r"samples\.json: there is no such file"):
-        pictures_after("--n", 2)
-    assert (tmp_path / "strip.png").exists()
 
 
-def test_images_of_unknown_origin_are_not_gone_on_with(tiny_run, tmp_path):
+@pytest.mark.parametrize("name", ["00003.png", "strip.png"])
+def test_images_of_unknown_origin_are_not_gone_on_with(name, tiny_run, tmp_path):
     """Without a manifest, or with one that is cut short, nobody knows what they are."""
-    Image.new("RGB", (16, 16)).save(image_path(tmp_path, 3))
+    Image.new("RGB", (16, 16)).save(tmp_path / name)
     with pytest.raises(UserError, match=r"samples\.json: there is no such file"):
         call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
     for text in ('{"sampler": ', "[]"):
         (tmp_path / "samples.json").write_text(text)
         with pytest.raises(UserError, match=r"samples\.json: cannot be read"):
             call(sample.main, tiny_run, *FLAGS, "--out", tmp_path)
-    assert [path.name for path in tmp_path.glob("*.png")] == ["00003.png"]
+    assert [path.name for path in tmp_path.glob("*.png")] == [name]
 
 
 def test_a_failed_write_ends_the_script(tiny_run, tmp_path, monkeypatch):

@@ -237,8 +237,8 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     # Results are not written into the folder, which is not ours.
     assert sorted(folder.rglob("*")) == before
     for name in (
-        "*-*/theirs-ddpm-all-trailing-large-False-float32-seed0/grid.png",
-        "*-*/theirs-ddpm-5-trailing-small-False-float32-seed0/grid.png",
+        "*-*/theirs-*-ddpm-all-trailing-large-False-float32-seed0-n2/grid.png",
+        "*-*/theirs-*-ddpm-5-trailing-small-False-float32-seed0-n2/grid.png",
         "*-*/theirs-bpd-*.json",
     ):
         assert len([*Path("samples").glob(name)]) == 1
@@ -371,7 +371,7 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
 
     call(sample.main, "me/faces", "--n", 1, "--steps", 2)
     assert "me/faces: no such path; diffusers takes it from its cache" in capsys.readouterr().out
-    assert len([*Path("samples").glob("me--faces-*/*me--faces-ddpm-2-*-seed0/grid.png")]) == 1
+    assert len([*Path("samples").glob("me--faces-*/*me--faces-*-ddpm-2-*-seed0-n1/grid.png")]) == 1
     with pytest.raises(UserError, match="me/others is no path, and diffusers cannot download it"):
         call(sample.main, "me/others")
     # Neither a run nor what lies in the folder of runs has the name of a model on a hub.
