@@ -19,7 +19,7 @@ from data.pixels import picture_of, to_uint8
 from functions.samplers import SAMPLERS
 from functions.sampling.editing import read_x_0
 from functions.sampling.generation import ImageSampler, generate, open_sampler
-from functions.sampling.guides import corrected
+from functions.sampling.guides import guided
 from functions.sampling.inpainting import inpaint_image
 from functions.sampling.interpolation import interpolate_images
 from functions.sampling.options import add_sampling_flags
@@ -53,7 +53,7 @@ def main() -> None:
     parser.set_defaults(sampler="dpm++")
     args = parser.parse_args()
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
+    image_sampler = guided(image_sampler, saved, SINGLE_PROCESS)
     steps = args.steps or min(STEPS, image_sampler.scheduler.timesteps)
     options = replace(image_sampler.options, steps=steps, variance=args.variance)
     image_sampler = replace(image_sampler, options=options)

@@ -21,7 +21,7 @@ from functions.sampling.editing import (
     save_variations,
 )
 from functions.sampling.generation import open_sampler
-from functions.sampling.guides import corrected
+from functions.sampling.guides import guided
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import samples_folder
 from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
@@ -54,7 +54,7 @@ def main() -> None:
         steps = min(EXACT_STEPS, image_sampler.scheduler.timesteps)
         options = replace(image_sampler.options, steps=steps)
         image_sampler = replace(image_sampler, options=options)
-    image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
+    image_sampler = guided(image_sampler, saved, SINGLE_PROCESS)
     folder = samples_folder(args, saved, image_sampler, SINGLE_PROCESS)
     VERBS[args.verb](args, image_sampler, folder)
 

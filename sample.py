@@ -25,7 +25,7 @@ from functions.sampling.generation import (
     open_sampler,
     step_bar,
 )
-from functions.sampling.guides import corrected
+from functions.sampling.guides import guided
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import (
     generate_frames,
@@ -63,7 +63,7 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
                 print(f"wrote {args.export}")
             return
 
-        image_sampler = corrected(image_sampler, saved, processes)
+        image_sampler = guided(image_sampler, saved, processes)
         shown = None if args.individual else list(args.indices)
         folder = samples_folder(args, saved, image_sampler, processes, shown)
         # These determine the pixels, and are the same for all samples in a folder.

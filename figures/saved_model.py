@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from functions.sampling.generation import ImageSampler, open_sampler
-from functions.sampling.guides import corrected
+from functions.sampling.guides import guided
 from functions.sampling.options import add_sampling_flags
 from functions.saved.checkpoint import SavedModel
 from functions.saved.run_folder import step_of
@@ -22,7 +22,7 @@ def open_saved(path: Path, flags: str = "") -> tuple[SavedModel, ImageSampler]:
     add_sampling_flags(parser)
     args = parser.parse_args([str(path), "--precision", "float32", *flags.split()])
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    return saved, corrected(image_sampler, saved, SINGLE_PROCESS)
+    return saved, guided(image_sampler, saved, SINGLE_PROCESS)
 
 
 def nearest_snapshot(snapshots: Sequence[Path], step: float) -> Path:

@@ -16,7 +16,7 @@ from functions.support.processes import Processes
 from functions.support.settings import fields_with
 
 
-def corrected(image_sampler: ImageSampler, saved: SavedModel, processes: Processes) -> ImageSampler:
+def guided(image_sampler: ImageSampler, saved: SavedModel, processes: Processes) -> ImageSampler:
     """Return the sampler with the guide that its options name, if any.
 
     `saved` is the sampler's model. The guide computes in the model's precision. Raises UserError

@@ -33,7 +33,7 @@ class SamplerOptions:
     variance: str | None = None
     eta: float | None = None
     # The guide is a worse model, given as a step or a path, and the guidance is its weight w, by
-    # default GUIDANCE. functions/sampling/guides.py explains both. `corrected` sets the digest of
+    # default GUIDANCE. functions/sampling/guides.py explains both. `guided` sets the digest of
     # the guide's weights, which has no flag.
     guide: str | None = None
     guidance: float | None = None
