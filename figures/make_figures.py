@@ -5,7 +5,8 @@
 These are run folders of the experiments `faces`, `faces-v` and `ffhq-64`. No photo is needed, and
 none is drawn. The picture of demo.py is made by
 
-`python -m tests.browser pretrained/ffhq-64.safetensors`
+`python -m tests.browser pretrained/ffhq-64.safetensors --steps 11 --spacing trailing --guide 3000
+--guidance 2`
 """
 
 import os

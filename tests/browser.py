@@ -1,7 +1,6 @@
-"""demo.py in Chromium, clicked through: for its tests, and for README's screenshots.
+"""demo.py in Chromium, clicked through: for its tests, and for README's screenshot.
 
-`python -m tests.browser RUN` draws, mixes and paints with a run, and writes its screenshots:
-figures/demo-draw.png, figures/demo-mix.png and figures/demo-paint.png.
+`python -m tests.browser RUN` draws with a run, and writes figures/demo-draw.jpg.
 """
 
 import os
@@ -142,13 +141,8 @@ def sentence(page: Page, text: str) -> None:
     toast(page, text).wait_for(state="hidden")
 
 
-def screenshot(page: Page, name: str) -> None:
-    """Write the whole page to figures/demo-NAME.png."""
-    page.screenshot(path=ROOT / "figures" / f"demo-{name}.png", full_page=True)
-
-
 def main() -> None:
-    """Draw, mix and paint with the run of the command line, and write a screenshot of each tab."""
+    """Draw with the run of the command line, and write a screenshot of the page."""
     with (
         TemporaryDirectory() as folder,
         served(Path(folder, "printed"), *sys.argv[1:]) as address,
@@ -158,17 +152,8 @@ def main() -> None:
         page.goto(address)
         submit(page)
         picture(page)
-        screenshot(page, "draw")
-
-        tab(page, "Mix")
-        fill(page, Depth=0.6)
-        submit(page)
-        picture(page)
-        screenshot(page, "mix")
-
-        tab(page, "Paint")
-        inpaint(page)
-        screenshot(page, "paint")
+        path = ROOT / "figures" / "demo-draw.jpg"
+        page.screenshot(path=path, type="jpeg", quality=85, full_page=True)
 
 
 if __name__ == "__main__":

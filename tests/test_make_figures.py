@@ -38,7 +38,7 @@ def test_every_picture_is_drawn_from_a_run_of_eight_steps(trained, tmp_path, mon
         # It has more than one colour.
         assert np.ptp(np.asarray(Image.open(path).convert("L"))) > 0, path.name
     # `python -m tests.browser` draws the page of demo.py, and benchmarks/same_hour.py its figure.
-    others = {"demo-draw.png", "same_hour.png"}
+    others = {"demo-draw.jpg", "same_hour.png"}
     suffixes = (".png", ".jpg", ".webp")
     pictures = {path.name for path in (ROOT / "figures").iterdir() if path.suffix in suffixes}
     assert {path.name for path in folder.iterdir()} == pictures - others
