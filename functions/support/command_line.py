@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def exit_on_user_error(memory_advice: str = MEMORY_ADVICE) -> Iterator[None]:
 
     `memory_advice` says what helps where memory runs out.
     """
+    let_all_be_printed()
     try:
         yield
     except Exception as error:
@@ -50,6 +52,16 @@ def exit_on_user_error(memory_advice: str = MEMORY_ADVICE) -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         # Shells use this status for Ctrl-C.
         sys.exit(130)
+
+
+def let_all_be_printed() -> None:
+    """Let no output end the script: neither a closed one nor one without the characters."""
+    for name in ("stdout", "stderr"):
+        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
+        # of ours would otherwise get, and with it what libraries print.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
 
 
 def user_message(error: Exception, memory_advice: str = MEMORY_ADVICE) -> str | None:

@@ -44,9 +44,7 @@ class StopSignals:
         }
         self.outputs = ExitStack()
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
-            # A process that was started with a closed stream has None.
-            if stream:
-                self.outputs.enter_context(redirect(Output(stream, self)))
+            self.outputs.enter_context(redirect(Output(stream, self)))
         return self
 
     def __exit__(self, *_: object) -> None:

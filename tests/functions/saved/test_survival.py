@@ -1,11 +1,14 @@
 """A run that is stopped, killed or damaged goes on as if nothing had happened, or says why not."""
 
 import os
+import runpy
+import shutil
 import signal
 import sys
 import time
 from contextlib import redirect_stderr
 from functools import partial
+from io import BytesIO, TextIOWrapper
 from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,7 +22,18 @@ from functions.saved import run_folder
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
 from functions.training.stopping import StopSignals
-from tests.conftest import TINY, call, during, interrupt, load_checkpoint, newest, posix, train_tiny
+from tests.conftest import (
+    ONE_LEVEL,
+    ROOT,
+    TINY,
+    call,
+    during,
+    interrupt,
+    load_checkpoint,
+    newest,
+    posix,
+    train_tiny,
+)
 from tests.forked import Program, train_script
 from tests.kill import assert_same_run, kill_and_resume
 from tests.small_training import same, training_run
@@ -187,19 +201,39 @@ def test_a_run_that_loses_its_output_in_the_last_step_is_finished(pictures, tmp_
 
 @posix
 def test_a_run_is_stopped_by_a_lost_output_from_its_first_line_on(tmp_path, monkeypatch):
-    """One that has had no output from the start, as by `>&-`, goes on."""
     reader, writer = os.pipe()
     os.close(reader)
+    run = training_run()
+    run.runs_folder = tmp_path
+    recorder = train.Recorder(run)
     with os.fdopen(writer, "w") as lost:
-        for stream, reason in ((lost, "the loss of its output"), (None, None)):
-            run = training_run()
-            run.runs_folder = tmp_path
-            recorder = train.Recorder(run)
-            monkeypatch.setattr(sys, "stdout", stream)
-            with recorder.opened():
-                pass
-            monkeypatch.undo()
-            assert recorder.stop_signals.received == reason
+        monkeypatch.setattr(sys, "stdout", lost)
+        with recorder.opened():
+            pass
+        monkeypatch.undo()
+    assert recorder.stop_signals.received == "the loss of its output"
+
+
+@pytest.mark.slow
+def test_scripts_run_without_stderr_and_where_names_cannot_be_printed(
+    pictures, tmp_path, monkeypatch
+):
+    """That is, after `2>&-`, and with PYTHONIOENCODING=cp1252 and a folder called in Japanese."""
+    shutil.copytree(pictures, tmp_path / "顔")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--diffusion.dataset-name", "顔", *TINY, *ONE_LEVEL, "--diffusion.epochs", "1"]
+    for name, *arguments, said in (
+        ("train.py", *flags, r"\u9854: 50 images"),
+        ("sample.py", "--n", "1", "--steps", "1", "grid.png"),
+        ("evaluate.py", "--images", "2", "--t-stride", "100", r"\u9854: 46 images train"),
+    ):
+        with TextIOWrapper(BytesIO(), "cp1252") as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [name, *arguments])
+            patch.setattr(sys, "stdout", stdout)
+            patch.setattr(sys, "stderr", None)
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+            stdout.flush()
+            assert said in stdout.buffer.getvalue().decode("cp1252")
 
 
 def stopped_by_three_signals():
