@@ -211,15 +211,22 @@ def verify_checkpoint(path: Path) -> TensorFile:
 def load_weights(path: Path) -> SavedModel:
     """Read the EMA weights of a checkpoint or an exported file, or the raw ones if it has no EMA.
 
-    No other tensors are read. Raises CheckpointError as `open_checkpoint` does, and for damaged
-    weights.
+    No other tensors are read. Raises CheckpointError for a file or weights that are damaged.
     """
     file = open_checkpoint(path)
     part, kind = ("ema", "EMA") if "ema" in file.digests else ("model", "raw")
     weights = file.tensors(part)
+    check_finite(weights, path)
     config = file.contents["config"]
     digest = model_digest(config, file.digests[part])
     return SavedModel(path, weights, kind, config, file.contents["run"], digest)
+
+
+def check_finite(weights: Tensors, path: Path) -> None:
+    """Raise CheckpointError for weights of the file `path` with which all samples are black."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: {name} has weights that are infinite or not numbers")
 
 
 def model_digest(config: dict, weights_digest: str) -> str:

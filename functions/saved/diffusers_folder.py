@@ -20,7 +20,13 @@ from torch.nn.modules.module import register_module_forward_hook
 from config import ModelConfig, build_network
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import PAPER_TIMESTEPS
-from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
+from functions.saved.checkpoint import (
+    SavedModel,
+    check_finite,
+    copy_tensors,
+    digest_of,
+    model_digest,
+)
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, read_json, short
 from models.blocks import DIALECTS
@@ -90,6 +96,7 @@ def load_folder(path: Path) -> SavedModel:
         # diffusers draws missing weights at random.
         if any(loading.values()):
             raise ValueError(f"the weights do not fit the network: {loading}")
+        check_finite(network.state_dict(), path)
         ours = build_network(ModelConfig(**config["model"]))
         copy_weights(network, ours, len(ours.down))
 
@@ -196,12 +203,8 @@ def copy_weights(source: nn.Module, target: nn.Module, levels: int) -> None:
     """Copy the weights from a UNet2DModel to our `UNet`, or the other way round.
 
     Both networks compute one image, and their weights are paired in the order of the computation.
-    Raises ValueError unless both networks then compute the same, and for weights that are not
-    finite. Both are in float64 afterwards.
+    Raises ValueError unless both networks then compute the same. Both are in float64 afterwards.
     """
-    for name, weight in source.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} has weights that are infinite or not numbers")
     # The last of the levels has at least one pixel.
     size = max(64, 2 ** (levels - 1))
     x_t = torch.randn(1, source.conv_in.in_channels, size, size, dtype=torch.float64)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+import train
 from functions.saved import checkpoint
 from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
 from functions.saved.loading import rebuild
 from functions.support.errors import CheckpointError
-from tests.conftest import CPU
+from tests.conftest import CPU, call
 from tests.small_training import checkpoint_parts, stepped_run
 
 
@@ -29,6 +30,11 @@ def resume(path):
 
 def sample(path):
     return rebuild(load_weights(path), CPU)
+
+
+def begin(path):
+    """Begin a training with the weights of a file."""
+    call(train.main, "--init", path)
 
 
 def test_a_cut_or_a_flipped_bit_anywhere(path):
@@ -62,6 +68,15 @@ def test_a_damaged_part_is_named_and_sampling_needs_only_its_own(part, path):
         refusal(path, sample)
     else:
         sample(path)
+
+
+@pytest.mark.parametrize("read", [sample, begin])
+def test_weights_that_are_not_finite(read, path):
+    """In float16, a weight of 70,000 is infinite."""
+    parts, contents = checkpoint_parts()
+    parts["ema"]["conv_in.bias"][3] = 70_000
+    write_tensors(path, {"ema": {n: t.half() for n, t in parts["ema"].items()}}, contents)
+    assert refusal(path, read) == "conv_in.bias has weights that are infinite or not numbers"
 
 
 def test_an_objective_of_another_version(path):
