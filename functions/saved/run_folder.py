@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from functions.saved.checkpoint import SavedModel, TensorFile, verify_checkpoint
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import WRITE_ERRORS
+from functions.support.files import WRITE_ERRORS, quoted
 
 Result = TypeVar("Result")
 # The two groups are the experiment's name and the start time.
@@ -256,7 +256,9 @@ def checkpoint_to_resume(resume: str | None, runs: Path, experiment: str) -> Pat
         finished = finished or run
     problem = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
     if finished:
-        problem += f"; to train a finished one longer: --resume {finished} --diffusion.epochs N"
+        problem += (
+            f"; to train a finished one longer: --resume {quoted(finished)} --diffusion.epochs N"
+        )
     if resume == "newest":
         raise UserError(f"{problem}; start a new one without --resume")
     print(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.", file=sys.stderr)

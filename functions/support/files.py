@@ -5,6 +5,7 @@ import hashlib
 import json
 import lzma
 import os
+import shlex
 import struct
 import tarfile
 import zipfile
@@ -114,6 +115,12 @@ def sha256(text: str) -> str:
     """Return the SHA-256 of a text, in hexadecimal."""
     # Names of files may contain bytes that are not UTF-8, which Python reads as surrogates.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a command in a message needs it: with quotes if it has spaces."""
+    # Slashes need no quotes, on Windows either.
+    return shlex.quote(path.as_posix())
 
 
 def short(value) -> str:

@@ -23,6 +23,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
+from functions.support.files import quoted
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.settings import ConfigError
 from functions.training.draws import StepDraws, training_draws
@@ -176,7 +177,8 @@ class TrainingRun:
             raise ConfigError(
                 f"the run is finished with {self.config.epochs} epochs of {self.steps_per_epoch:,} "
                 f"steps, as {self.step:,} steps are done; to train it longer: "
-                f"--resume {self.folder} --diffusion.epochs {self.step // self.steps_per_epoch + 1}"
+                f"--resume {quoted(self.folder)} "
+                f"--diffusion.epochs {self.step // self.steps_per_epoch + 1}"
             )
 
     def build_denoiser(self, precision: torch.dtype) -> Denoiser:

@@ -110,7 +110,8 @@ def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
 @posix
 def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_path, capsys):
     """Each signal comes in the middle of a step; one of them is due to be recorded."""
-    arguments = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY]
+    runs = tmp_path / "my runs"
+    arguments = ["faces", "--runs", runs, "--diffusion.dataset-name", pictures, *TINY]
     done = 0
     before = signal.getsignal(signal.SIGTERM)
     for name, step in {"SIGUSR1": 3, "SIGINT": 5, "SIGTERM": 7}.items():
@@ -122,10 +123,10 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         assert stop.value.code == 75
         assert signal.getsignal(signal.SIGTERM) == before
 
-        (run,) = tmp_path.iterdir()
+        (run,) = runs.iterdir()
         assert newest(run)["run"]["step"] == step
         printed = capsys.readouterr().out
-        advice = f"saved; continue with: python train.py --resume {run}"
+        advice = f"saved; continue with: python train.py --resume '{run}'"
         assert f"\nstopped by {name}, {advice}" in printed
 
         arguments = ["--resume", run]
