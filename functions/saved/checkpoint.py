@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import ModelConfig
+from config import ModelConfig, build_scheduler
 from functions.noise_scheduler import NoiseScheduler
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, check_file, replacing, sha256, short
@@ -154,16 +154,7 @@ class SavedModel:
     @property
     def scheduler(self) -> NoiseScheduler:
         """Return the noise schedule. Raises ValueError or TypeError for an invalid one."""
-        diffusion = self.config["diffusion"]
-        return NoiseScheduler(
-            diffusion["timesteps_diff"],
-            diffusion["beta_start"],
-            diffusion["beta_end"],
-            diffusion["rescale_betas"],
-            diffusion["beta_schedule"],
-            # diffusers' folders and earlier runs have none.
-            diffusion.get("log_snr_shift", 0.0),
-        )
+        return build_scheduler(self.config["diffusion"])
 
     @property
     def precision(self) -> str | None:

@@ -81,8 +81,7 @@ class Recorder:
                 # It is said here, where a lost output does not spoil a finished run.
                 self.bar.close()
                 self.processes.print_main(
-                    f"finished: {run.folder}\n"
-                    f"sample from it: python sample.py {quoted(run.folder)}"
+                    f"finished: {run.folder}\nsample from it: python sample.py {quoted(run.folder)}"
                 )
 
     def open_files(self, stack: ExitStack) -> None:

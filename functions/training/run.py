@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import DiffusionConfig, Experiment, build_network
+from config import DiffusionConfig, Experiment, build_network, build_scheduler
 from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
@@ -187,7 +187,7 @@ class TrainingRun:
         torch.manual_seed(self.config.seed)
         layout = fast_layout(self.device, training=True)
         model = build_network(self.experiment.model).to(self.device, memory_format=layout)
-        return Denoiser(model, self.config.build_scheduler(), self.config.objective, precision)
+        return Denoiser(model, build_scheduler(vars(self.config)), self.config.objective, precision)
 
     def begin_with(self, initial: SavedModel) -> None:
         """Take over the weights of another model, which grow if it is one of smaller images.
