@@ -19,6 +19,7 @@ COMMANDS = {
     "train.py --diffusion.dataset-name {empty}": "no image",
     "train.py --diffusion.dataset-name {pictures} --diffusion.batch-size 47": "fewer than one step",
     "train.py --diffusion.learning-rate -1": "learning_rate is -1.0",
+    "train.py --diffusion.clip-grad-norm inf": "clip_grad_norm is inf; it must be finite",
     "train.py --model.dim-multiply 1,2,4": "dim_multiply",
     "train.py --resume {empty}": "no checkpoint in this folder",
     "train.py --resume no/such/run": "not a run folder",

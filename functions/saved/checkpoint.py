@@ -87,7 +87,8 @@ class TensorFile:
             text = metadata["contents"]
             if metadata["sha256"] != sha256(text):
                 raise ValueError("it has a wrong checksum")
-            self.contents = json.loads(text)
+            # Runs of earlier versions may have infinite limits. No limit is 0, too.
+            self.contents = json.loads(text, parse_constant=lambda _: 0)
             self.digests = dict(self.contents.pop("digests"))
 
     def tensors(self, part: str) -> Tensors:

@@ -71,6 +71,8 @@ def check_fields(config: Any) -> None:
             requirement = f"{at_least} or more"
             if at_most < math.inf:
                 requirement = f"from {at_least} to {at_most:,}"
+            # JSON has no infinity. A field that is a limit has 0 for none.
+            check(math.inf not in items, "finite")
             # No comparison with nan is true, so nan does not fit.
             check(all(at_least <= item <= at_most for item in items), requirement)
 
