@@ -29,36 +29,35 @@ def make_run(runs, name, steps, total=100):
 
 
 def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
-    runs = tmp_path / "my runs"
-    done = make_run(runs, "faces-20260101-000000", [100])
-    unfinished = make_run(runs, "ffhq-full-20260102-000000", [50, 9, 60])
-    make_run(runs, "ffhq-run1-20250101-000000", [100])
+    done = make_run(tmp_path, "faces-20260101-000000", [100])
+    unfinished = make_run(tmp_path, "ffhq-full-20260102-000000", [50, 9, 60])
+    make_run(tmp_path, "ffhq-run1-20250101-000000", [100])
     # This one has just started.
-    new = make_run(runs, "faces-20260103-000000", [])
-    (runs / "notes").mkdir()
+    new = make_run(tmp_path, "faces-20260103-000000", [])
+    (tmp_path / "notes").mkdir()
 
-    newest, *others = run_folder.newest_checkpoints(runs)
+    newest, *others = run_folder.newest_checkpoints(tmp_path)
     assert newest == path_of(unfinished, "checkpoints", 60)
     assert run_folder.last_checkpoint(unfinished) == newest
     assert run_folder.last_checkpoint(new) is None
     assert [run_folder.step_of(path) for path in others] == [50, 9]
-    of_faces = run_folder.newest_checkpoints(runs, "faces")[0]
+    of_faces = run_folder.newest_checkpoints(tmp_path, "faces")[0]
     assert of_faces.parent.parent.name == "faces-20260101-000000"
 
-    assert run_folder.checkpoint_to_resume("newest", runs, "ffhq-full") == newest
+    assert run_folder.checkpoint_to_resume("newest", tmp_path, "ffhq-full") == newest
     # "ffhq" is no experiment, but a prefix of two.
     for finished in ("faces", "ffhq", "ffhq-run1"):
-        assert run_folder.checkpoint_to_resume("auto", runs, finished) is None
+        assert run_folder.checkpoint_to_resume("auto", tmp_path, finished) is None
         assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
         with pytest.raises(UserError, match="no unfinished run"):
-            run_folder.checkpoint_to_resume("newest", runs, finished)
-    with pytest.raises(UserError, match=f"longer: --resume '{done}' --diffusion.epochs N;"):
-        run_folder.checkpoint_to_resume("newest", runs, "faces")
+            run_folder.checkpoint_to_resume("newest", tmp_path, finished)
+    with pytest.raises(UserError, match=f"longer: --resume {done} --diffusion.epochs N;"):
+        run_folder.checkpoint_to_resume("newest", tmp_path, "faces")
 
     with pytest.raises(CheckpointError, match="cifar"):
-        run_folder.newest_checkpoints(runs, "cifar")
+        run_folder.newest_checkpoints(tmp_path, "cifar")
     with pytest.raises(CheckpointError, match="no run"):
-        run_folder.newest_checkpoints(runs / "missing")
+        run_folder.newest_checkpoints(tmp_path / "missing")
 
 
 def test_a_part_that_no_checkpoint_has_does_not_make_them_unusable(tmp_path, capsys):
@@ -124,10 +123,11 @@ def test_a_lock_of_another_process_is_an_error(tmp_path):
 
 @linux
 def test_a_folder_that_may_not_be_written_to_is_named_so(tmp_path):
-    run = make_run(tmp_path, "faces-20260101-000000", [50])
+    run = make_run(tmp_path / "my runs", "faces-20260101-000000", [50])
     (run / ".lock").touch(0o400)
     run.chmod(0o500)
     message = f"{run} cannot be written to: Permission denied. Last good checkpoint: {run}"
+    message += f".*, continue with: python train.py --resume '{run}'$"
     refused = pytest.raises(UserError, match=message)
     with rights_of_others(), refused, explain_failed_writes(run), locked(run):
         pass
