@@ -38,7 +38,7 @@ Tensors = dict[str, Tensor]
 def write_tensors(path: Path, parts: dict[str, Tensors], contents: dict) -> None:
     """Write parts of tensors, on any device and of any memory layout, with plain values.
 
-    Raises OSError, for example when the disk is full. Then the old file is unchanged.
+    After an error, such as OSError for a full disk, the old file is unchanged.
     """
     copies = {}
     digests = {}
@@ -73,7 +73,7 @@ def digest_of(tensors: Tensors) -> str:
 class TensorFile:
     """A file that `write_tensors` wrote. Opening it reads and checks `contents`, but no tensor.
 
-    Raises CheckpointError when the file is missing, truncated, damaged or of another format.
+    Raises CheckpointError for a file that is missing, damaged or of another format.
     """
 
     def __init__(self, path: Path):
@@ -94,10 +94,9 @@ class TensorFile:
     def tensors(self, part: str) -> Tensors:
         """Read the tensors of a part, to the CPU, by their names without the part's name.
 
-        Raises UserError when the file has no such part, and CheckpointError when it is damaged.
+        Raises CheckpointError for a damaged part. A part that is missing is a UserError, because
+        the other checkpoints of the run do not have it either.
         """
-        # The file is intact, and others of its run have the same parts. So nobody should try these
-        # instead, as after a CheckpointError.
         if part not in self.digests:
             parts = ", ".join(self.digests)
             raise UserError(f"{self.path} has no part {part!r}; its parts are {parts}")
@@ -112,11 +111,7 @@ class TensorFile:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[safe_open]:
-    """Open a safetensors file.
-
-    Raises CheckpointError when the file is missing, truncated or damaged, and when the `with` block
-    raises one of `READ_ERRORS`.
-    """
+    """Open a safetensors file. One of `READ_ERRORS` in the context becomes a CheckpointError."""
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -135,16 +130,14 @@ class SavedModel:
     path: Path
     # Snapshots have float16, and so has a file exported from one.
     weights: Tensors
-    # The kind of weights is "EMA", "raw" if the run has no EMA, or "diffusers" if they come from a
-    # diffusers folder.
+    # "EMA", "raw" if the run has no EMA, or "diffusers" if they come from a diffusers folder.
     kind: str
-    # The config is {"diffusion": {...}, "model": {...}}.
+    # {"diffusion": {...}, "model": {...}}
     config: dict
-    # This is the `run` part of the file. It has at least the keys experiment, step and total_steps,
-    # which is 0 if the total is unknown.
+    # The `run` part of the file. It has at least the keys experiment, step and total_steps, which
+    # is 0 if the total is unknown.
     provenance: dict
-    # This hash of config and weights identifies the model. It is the same for a checkpoint or a
-    # snapshot and for a file exported from it.
+    # A hash of config and weights. A file that is exported has that of its checkpoint or snapshot.
     digest: str
 
     @property
@@ -168,21 +161,18 @@ class SavedModel:
         return self.provenance["experiment"] if self.path.is_dir() else self.path.stem
 
     def __str__(self) -> str:
-        facts = self.provenance
+        run = self.provenance
         text = f"{self.kind} weights"
-        if facts["total_steps"]:
-            text += f" after {facts['step']:,} of {facts['total_steps']:,} steps"
+        if run["total_steps"]:
+            text += f" after {run['step']:,} of {run['total_steps']:,} steps"
         text += f", hash {self.digest[:16]}"
-        if facts.get("note"):
-            text += f"; {short(facts['note'])}"
+        if run.get("note"):
+            text += f"; {short(run['note'])}"
         return text
 
 
 def open_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint or a model. This reads no tensor.
-
-    Raises CheckpointError as `TensorFile` does, and for another file of tensors.
-    """
+    """Open a checkpoint or a model. Raises CheckpointError for another file of tensors."""
     file = TensorFile(path)
     if "config" not in file.contents:
         raise CheckpointError(f"{path}: neither a checkpoint nor a model")
@@ -190,10 +180,7 @@ def open_checkpoint(path: Path) -> TensorFile:
 
 
 def verify_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint, and compare every part with its checksum.
-
-    Raises CheckpointError as `open_checkpoint` does, and for a damaged part.
-    """
+    """Open a checkpoint, and compare every part with its checksum."""
     file = open_checkpoint(path)
     for part in file.digests:
         file.tensors(part)
@@ -203,7 +190,7 @@ def verify_checkpoint(path: Path) -> TensorFile:
 def load_weights(path: Path) -> SavedModel:
     """Read the EMA weights of a checkpoint or an exported file, or the raw ones if it has no EMA.
 
-    No other tensors are read. Raises CheckpointError for a file or weights that are damaged.
+    Raises CheckpointError for weights that are damaged. No other tensors are read.
     """
     file = open_checkpoint(path)
     part, kind = ("ema", "EMA") if "ema" in file.digests else ("model", "raw")
@@ -236,7 +223,7 @@ def export_weights(saved: SavedModel, path: Path) -> None:
 def copy_tensors(saved: Tensors, tensors: Tensors, path: Path) -> None:
     """Copy the saved tensors of the file `path` into tensors, whose dtype and layout stay.
 
-    Raises CheckpointError when their names or their shapes differ.
+    Raises CheckpointError if names or shapes differ.
     """
     mismatches = sorted(saved.keys() ^ tensors.keys())
     if mismatches:

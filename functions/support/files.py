@@ -54,8 +54,8 @@ READ_ERRORS = (
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file, which replaces `path` at the end of the context.
 
-    So `path` always has either all of the old or all of the new content. After an error the
-    temporary file is deleted. Raises OSError, which names `path`, such as for a full disk.
+    So `path` always has either all of the old or all of the new content. An OSError, such as for a
+    full disk, names `path`.
     """
     # The temporary file is in the same folder, and flushed to the disk before it is renamed.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -82,7 +82,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` write a file, which replaces `path` as a whole. Raises OSError as `replacing`."""
+    """Let `write` write a file, which replaces `path` as a whole."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         write(file)
 
@@ -93,10 +93,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file that contains one object.
-
-    Raises CheckpointError when the file is missing or damaged.
-    """
+    """Read a JSON file that contains one object. Raises CheckpointError for any other."""
     check_file(path)
     try:
         # Whatever else JSON contains raises an error here.
@@ -124,10 +121,7 @@ def quoted(path: Path) -> str:
 
 
 def short(value) -> str:
-    """Prepare a text from a file for a message: make it one line, and cut it at 200 characters.
-
-    Characters that control a terminal are escaped.
-    """
+    """Return 200 characters of a text from a file, for a message, without a terminal's controls."""
     text = str(value)
     start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
     return start if len(text) <= 200 else f"{start}..."

@@ -48,10 +48,7 @@ def marked(config_class: type, mark: str) -> set[str]:
 
 
 def check_fields(config: Any) -> None:
-    """Convert each field to its annotated type, or raise ConfigError if it does not fit.
-
-    An integer is converted to a float, and a list to a tuple.
-    """
+    """Convert each field to its annotated type, or raise ConfigError if it does not fit."""
     for each in fields(config):
         check = partial(require, config, each.name)
         value = getattr(config, each.name)
