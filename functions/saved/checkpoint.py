@@ -27,7 +27,7 @@ from torch import Tensor
 
 from config import ModelConfig, build_scheduler
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 from functions.support.files import READ_ERRORS, check_file, replacing, sha256, short
 
 FORMAT = "ddpm-faces checkpoint 3"
@@ -94,18 +94,14 @@ class TensorFile:
     def tensors(self, part: str) -> Tensors:
         """Read the tensors of a part, to the CPU, by their names without the part's name.
 
-        Raises CheckpointError for a damaged part. A part that is missing is a UserError, because
-        the other checkpoints of the run do not have it either.
+        Raises CheckpointError for a part that is missing or damaged.
         """
-        if part not in self.digests:
-            parts = ", ".join(self.digests)
-            raise UserError(f"{self.path} has no part {part!r}; its parts are {parts}")
         prefix = f"{part}."
         with open_safetensors(self.path) as file:
             names = [name for name in list(file.keys()) if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        if digest_of(tensors) != self.digests[part]:
-            raise CheckpointError(f"{self.path}: {part} is damaged")
+        if digest_of(tensors) != self.digests.get(part):
+            raise CheckpointError(f"{self.path}: {part} is missing or damaged")
         return tensors
 
 

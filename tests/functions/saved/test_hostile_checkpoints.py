@@ -63,11 +63,17 @@ def test_a_damaged_part_is_named_and_sampling_needs_only_its_own(part, path):
     whole = path.read_bytes()
     path.write_bytes(whole.replace(before.numpy().tobytes(), (2 * before).numpy().tobytes()))
 
-    assert refusal(path) == f"{part} is damaged"
+    assert refusal(path) == f"{part} is missing or damaged"
     if part == "ema":
         refusal(path, sample)
     else:
         sample(path)
+
+
+def test_an_exported_file_among_checkpoints_is_no_training(path):
+    parts, contents = checkpoint_parts()
+    write_tensors(path, {"ema": parts["ema"]}, contents)
+    assert refusal(path, resume) == "model is missing or damaged"
 
 
 @pytest.mark.parametrize("read", [sample, begin])
@@ -77,13 +83,6 @@ def test_weights_that_are_not_finite(read, path):
     parts["ema"]["conv_in.bias"][3] = 70_000
     write_tensors(path, {"ema": {n: t.half() for n, t in parts["ema"].items()}}, contents)
     assert refusal(path, read) == "conv_in.bias has weights that are infinite or not numbers"
-
-
-def test_an_objective_of_another_version(path):
-    parts, contents = checkpoint_parts()
-    contents["config"]["diffusion"]["objective"] = "x_0"
-    write_tensors(path, parts, contents)
-    assert "cannot build a model from its config" in refusal(path, sample)
 
 
 @pytest.mark.parametrize("read", [resume, sample])
@@ -107,6 +106,10 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
         patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint 2")
         write_tensors(path, *checkpoint_parts())
     assert "not a checkpoint of this version" in refusal(path)
+    parts, contents = checkpoint_parts()
+    contents["config"]["diffusion"]["objective"] = "x_0"
+    write_tensors(path, parts, contents)
+    assert "cannot build a model from its config" in refusal(path, sample)
     write_tensors(path, {"calibration": {}}, {})
     assert refusal(path) == "neither a checkpoint nor a model"
     assert refusal(path.parent) == "there is no such file"
