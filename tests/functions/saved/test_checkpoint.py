@@ -15,7 +15,7 @@ from functions.saved.checkpoint import (
     write_tensors,
 )
 from functions.support.files import write_atomically
-from tests.small_training import checkpoint_parts, same, snapshot, stepped_run, training_run
+from tests.small_training import same, snapshot, stepped_run, training_run
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
@@ -67,18 +67,6 @@ def test_a_file_is_one_of_safetensors_of_any_shape_and_layout(path):
     assert same(theirs, {**{f"a.{n}": t for n, t in tensors.items()}, "b.mT": image.mT.half()})
 
 
-def test_sampling_takes_the_average_if_there_is_one(path):
-    parts, contents = checkpoint_parts()
-    for part, kind in (("ema", "EMA"), ("model", "raw")):
-        write_tensors(path, parts, contents)
-        saved = load_weights(path)
-        assert same(saved.weights, parts[part])
-        assert saved.kind == kind
-        total = contents["run"]["total_steps"]
-        assert str(saved) == f"{kind} weights after 1 of {total} steps, hash {saved.digest[:16]}"
-        parts.pop("ema", None)
-
-
 @pytest.mark.parametrize("write", ["save", "save_snapshot"])
 def test_an_exported_file_is_the_same_model(write, path, tmp_path):
     run = stepped_run(0)
@@ -86,6 +74,9 @@ def test_an_exported_file_is_the_same_model(write, path, tmp_path):
     original = load_weights(path)
     dtype = {"save": torch.float32, "save_snapshot": torch.float16}[write]
     assert same(original.weights, {n: t.to(dtype) for n, t in run.parts()["ema"].items()})
+
+    description = f"after 1 of {run.total_steps} steps, hash {original.digest[:16]}"
+    assert str(original) == f"EMA weights {description}"
 
     exported = tmp_path / "faces.safetensors"
     export_weights(original, exported)
