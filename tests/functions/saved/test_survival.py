@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 from functools import partial
 from io import BytesIO, TextIOWrapper
 from itertools import count
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -144,24 +145,38 @@ def test_a_hangup_stops_a_run_unless_it_was_started_by_nohup(inherited, received
     assert signals.received == received
 
 
-def train_into_a_pipe():
-    """Train with the pipe at the path OUTPUT."""
-    with open(os.environ["OUTPUT"], "w") as sys.stdout, redirect_stderr(sys.stdout):
+def train_with_output():
+    """Train with the terminal or the pipe at the path OUTPUT, as a shell would start it."""
+    path = Path(os.environ["OUTPUT"])
+    # The first process of a session that opens a terminal to read hears when it is closed. Whoever
+    # started the tests by nohup has let them ignore it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.setsid()
+    if not path.is_fifo():
+        os.open(path, os.O_RDWR)
+    with open(path, "w") as sys.stdout, redirect_stderr(sys.stdout):
         train_script()
 
 
 @pytest.mark.slow
 @posix
-def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path):
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path, kind):
     """It has 1000 steps, and the reader ends after 20 of them."""
     runs = tmp_path / "runs"
     flags = ["faces", "--runs", runs, "--diffusion.dataset-name", pictures, *TINY]
     flags += ["--diffusion.epochs", 200]
     path = tmp_path / "pipe"
-    os.mkfifo(path)
-    program = Program(tmp_path / "printed", *flags, act=train_into_a_pipe, OUTPUT=path)
-    with open(path) as reader:
-        assert any("steps to go" in line for line in reader)
+    if kind == "terminal":
+        reader, terminal = os.openpty()
+        path = os.ttyname(terminal)
+    else:
+        os.mkfifo(path)
+    program = Program(tmp_path / "printed", *flags, act=train_with_output, OUTPUT=path)
+    with open(path if kind == "pipe" else reader) as lines:
+        assert any("steps to go" in line for line in lines)
+    if kind == "terminal":
+        os.close(terminal)
 
     assert program.wait() == 75
     (run,) = runs.iterdir()
