@@ -81,9 +81,7 @@ class TensorFile:
         with open_safetensors(path) as file:
             metadata = file.metadata()
             if metadata["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path}: not a checkpoint of this version (see CHANGELOG.md)"
-                )
+                raise ValueError(f"its format is {metadata['format']}")
             text = metadata["contents"]
             if metadata["sha256"] != sha256(text):
                 raise ValueError("it has a wrong checksum")

@@ -106,10 +106,11 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
         patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint 2")
         write_tensors(path, *checkpoint_parts())
     assert "not a checkpoint of this version" in refusal(path)
+    write_tensors(path, {"calibration": {}}, {})
+    assert refusal(path) == "neither a checkpoint nor a model"
+    assert refusal(path.parent) == "there is no such file"
+    # An objective of another version
     parts, contents = checkpoint_parts()
     contents["config"]["diffusion"]["objective"] = "x_0"
     write_tensors(path, parts, contents)
     assert "cannot build a model from its config" in refusal(path, sample)
-    write_tensors(path, {"calibration": {}}, {})
-    assert refusal(path) == "neither a checkpoint nor a model"
-    assert refusal(path.parent) == "there is no such file"
