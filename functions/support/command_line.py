@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import NoReturn
 
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
-from functions.support.files import short
+from functions.support.files import let_all_be_printed, short
 from functions.support.settings import ConfigError
 
 # argparse ends with this exit status, too.
@@ -49,16 +48,6 @@ def exit_on_user_error(memory_advice: str = MEMORY_ADVICE) -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         # Shells use this status for Ctrl-C.
         sys.exit(130)
-
-
-def let_all_be_printed() -> None:
-    """Let no output end the script: neither a closed one nor one without the characters."""
-    for name in ("stdout", "stderr"):
-        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
-        # of ours would otherwise get, and with it what libraries print.
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, stream)
 
 
 def user_message(error: Exception, memory_advice: str = MEMORY_ADVICE) -> str | None:

@@ -1,4 +1,4 @@
-"""Write files atomically, and read the files of others with errors that name the file."""
+"""Write files atomically, read those of others with errors that name them, and print all."""
 
 import errno
 import hashlib
@@ -7,6 +7,7 @@ import lzma
 import os
 import shlex
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -112,6 +113,16 @@ def sha256(text: str) -> str:
     """Return the SHA-256 of a text, in hexadecimal."""
     # Names of files may contain bytes that are not UTF-8, which Python reads as surrogates.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def let_all_be_printed() -> None:
+    """Let no output end the script: neither a closed one nor one without the characters."""
+    for name in ("stdout", "stderr"):
+        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
+        # of ours would otherwise get, and with it what libraries print.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
 
 
 def quoted(path: Path) -> str:
