@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from functions.denoiser import OBJECTIVES
-from functions.noise_scheduler import LARGEST_TIMESTEPS, NoiseScheduler
+from functions.noise_scheduler import BETA_SCHEDULES, LARGEST_TIMESTEPS, NoiseScheduler
 from functions.optimizers import LR_SCHEDULES
 from functions.samplers import SAMPLERS
 from functions.support.settings import (
@@ -19,11 +19,14 @@ from functions.support.settings import (
     changeable,
     check_fields,
     choice,
-    marked,
+    fields_with,
     require,
     setting,
 )
 from models.unet import UNet
+
+# train.py --dry-run proposes no more either.
+MOST_EPOCHS = 10**6
 
 
 def experiments() -> dict[str, "Experiment"]:
@@ -283,7 +286,7 @@ class DiffusionConfig:
     """The settings of data, diffusion and training. One *step* is one optimiser step."""
 
     # The data set: "emoji_faces" or "emoji_people" (embedded), "FFHQ", "CIFAR10", "MNIST", or the
-    # path of a folder, zip, tar, parquet or npz.
+    # path of a folder, zip, parquet or npz.
     dataset_name: str = changeable()
     # The learning rate after the warm-up.
     learning_rate: float = setting(at_least=1e-9, at_most=1)
@@ -293,7 +296,7 @@ class DiffusionConfig:
     # Flip training images at random, and rotate them if max_rotation > 0.
     use_augmentation: bool
     # T, the number of diffusion timesteps.
-    timesteps_diff: int = setting(at_least=2, at_most=LARGEST_TIMESTEPS, of_weights=True)
+    timesteps_diff: int = setting(at_least=2, at_most=LARGEST_TIMESTEPS, fixed_by_weights=True)
 
     # Data
 
@@ -311,22 +314,22 @@ class DiffusionConfig:
     # Noise schedule
 
     # Beta of the first timestep, for T = 1000.
-    beta_start: float = setting(1e-4, of_weights=True)
+    beta_start: float = setting(1e-4, fixed_by_weights=True)
     # Beta of the last timestep, for T = 1000.
-    beta_end: float = setting(0.02, of_weights=True)
+    beta_end: float = setting(0.02, fixed_by_weights=True)
     # Multiply linear betas by 1000 / T, so that x_T is almost pure noise for any T.
-    rescale_betas: bool = setting(True, of_weights=True)
+    rescale_betas: bool = setting(True, fixed_by_weights=True)
     # The schedule of betas. "cosine" (Nichol and Dhariwal 2021) does not use beta_start, beta_end
     # and rescale_betas.
-    beta_schedule: str = choice("linear", "cosine", of_weights=True)
+    beta_schedule: str = setting("linear", choices=BETA_SCHEDULES, fixed_by_weights=True)
     # Added to the log-SNR, log(alpha_bar / (1 - alpha_bar)), of each timestep; below 0, it adds
     # noise. If betas suit 64 px, 2 log(64 / S) makes them suit S px (Hoogeboom et al. 2023).
-    log_snr_shift: float = setting(0.0, at_least=-10, at_most=0, of_weights=True)
+    log_snr_shift: float = setting(0.0, at_least=-10, at_most=0, fixed_by_weights=True)
 
     # Objective
 
     # What the network predicts: "eps", the noise; or "v", a linear combination of noise and x_0.
-    objective: str = setting("eps", choices=OBJECTIVES, of_weights=True)
+    objective: str = setting("eps", choices=OBJECTIVES, fixed_by_weights=True)
 
     # Optimisation
 
@@ -335,7 +338,7 @@ class DiffusionConfig:
     optimizer: str = choice("adam", "muon")
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
-    epochs: int = changeable(45, at_most=10**6)
+    epochs: int = changeable(45, at_most=MOST_EPOCHS)
     # Batches per step. The effective batch is batch_size times gradient_accumulation.
     gradient_accumulation: int = 4
     # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.
@@ -350,7 +353,7 @@ class DiffusionConfig:
     # Precision of the network. "auto" is the fastest that the hardware supports. On CUDA, "float32"
     # is as PyTorch sets it, which is TF32 in convolutions.
     precision: str = choice("auto", "float32", "bfloat16", "float16", changeable=True)
-    # On CUDA, compile the network before the first step, which takes minutes and makes the steps of
+    # On CUDA, compile the network in the first step, which takes minutes and makes the others of
     # large networks shorter (docs/speed.md). Not with deterministic = True.
     compile: bool = changeable(False)
     # Seed of all random numbers. PyTorch takes 64 bits.
@@ -427,6 +430,7 @@ class ModelConfig:
     # Channels of each level, from the full resolution down, as multiples of base_dim.
     dim_multiply: tuple[int, ...] = setting(at_most=1024)
     # Levels with self-attention. Level 0 is the full resolution. The bottleneck always has it.
+    # There is no transformer; the name is the reference's.
     transformer_layers: tuple[int, ...] = setting(at_least=0)
     # Channels of a level whose multiplier in dim_multiply is 1.
     base_dim: int = setting(at_least=4, at_most=2**14)
@@ -484,10 +488,7 @@ class ModelConfig:
 
 
 def build_network(config: ModelConfig) -> UNet:
-    """Build a network with random weights: a module f(x_t, t), and its `image_shape`.
-
-    Nothing else knows which class it is of (docs/change.md adds another one here).
-    """
+    """Build a network with random weights, f(x_t, t); docs/change.md adds another class here."""
     return UNet(**vars(config))
 
 
@@ -509,7 +510,7 @@ class Experiment:
         """
         changed = self.override(diffusion, model)
         # The data may have moved, and another GPU may lack bfloat16.
-        may_change = marked(DiffusionConfig, "changeable")
+        may_change = fields_with(DiffusionConfig, "changeable")
         # Another GPU may have less memory. With the same effective batch, a step differs only in
         # its dropout.
         if changed.diffusion.effective_batch == self.diffusion.effective_batch:

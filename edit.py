@@ -7,11 +7,12 @@
     python edit.py inpaint A [RUN] --mask FILE       regenerates a part of one
 
 A and B are image files or, except for inpaint, indices of images that the seed generates. Files are
-cropped and resized as training images are. The model and the flags of sampling are those of
-sample.py. RUN comes right after the images.
+cropped and resized as training images are. RUN comes right after the images; the flags of sampling
+are those of sample.py.
 """
 
 import argparse
+from dataclasses import replace
 
 from functions.sampling.editing import (
     save_inpaintings,
@@ -34,13 +35,12 @@ VERBS = {
     "vary": save_variations,
     "inpaint": save_inpaintings,
 }
-# An inversion has this many steps unless --steps says otherwise.
+# An inversion has this many steps, or all if there are fewer, unless --steps says otherwise.
 EXACT_STEPS = 200
 # An inversion accepts these values of the flags of sampling, and uses the last one of each.
 EXACT_FLAGS = {
     "sampler": ("ddpm", "ddim"),
     "eta": (None, 0.0),
-    "calibrate": (None,),
     "guide": (None,),
     "precision": ("auto", "float32"),
 }
@@ -50,6 +50,10 @@ def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+    if args.exact and not args.steps:
+        steps = min(EXACT_STEPS, image_sampler.scheduler.timesteps)
+        options = replace(image_sampler.options, steps=steps)
+        image_sampler = replace(image_sampler, options=options)
     image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
     folder = samples_folder(args, saved, image_sampler, SINGLE_PROCESS)
     VERBS[args.verb](args, image_sampler, folder)
@@ -112,12 +116,11 @@ def parse_flags() -> argparse.Namespace:
 
     args = parser.parse_args()
     if args.exact:
-        args.steps = args.steps or EXACT_STEPS
         for flag, values in EXACT_FLAGS.items():
             if getattr(args, flag) not in values:
                 raise UserError(
                     f"--{flag} has no effect on an inversion, which is that of ddim with eta 0 in "
-                    "float32, without a calibration or a guide; use --steps and --spacing alone"
+                    "float32, without a guide; use --steps and --spacing alone"
                 )
             setattr(args, flag, values[-1])
     return args

@@ -1,15 +1,14 @@
 """Measure a trained model, or a folder of samples.
 
-    python evaluate.py [RUN]                  bits/dim, the variational bound on held-out images (Ho
+    python evaluate.py [bits] [RUN]           bits/dim, the variational bound on held-out images (Ho
                                               et al. 2020, Eq. 5), of the newest run or of RUN
-    python evaluate.py distance [RUN]         the distance of samples, and of as many held-out
-                                              images, from the training images, in fixed features
-    python evaluate.py distance FOLDER DATA   the same for the images that `sample.py --individual
-                                              --out FOLDER` has written, and a data set
+    python evaluate.py distance FOLDER DATA   the distance of samples, which `sample.py --individual
+                                              --out FOLDER` has written, and of as many held-out
+                                              images from the training images of a data set
     python evaluate.py images FOLDER DATA     FID, KID, precision and recall of such a folder,
                                               compared with the training images of a data set
 
-`python evaluate.py distance --help` and `images --help` list the flags of these.
+`python evaluate.py bits --help`, `distance --help` and `images --help` list the flags of these.
 """
 
 import argparse
@@ -20,40 +19,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.datasets import EMBEDDED_NAMES, ImageSet, Split
 from data.pixels import to_model_range
 from functions.evaluation.bits_per_dim import (
     BitsPerDim,
     BoundOptions,
     evenly_spaced,
     measure_bits_per_dim,
-    plot_bits_per_dim,
 )
-from functions.evaluation.feature_distance import (
-    BATCH,
-    model_batches,
-    spoilt,
-    training_features,
-)
+from functions.evaluation.feature_distance import model_batches, training_features
 from functions.evaluation.fidelity import (
     folder_images,
     load_like,
     measure_fidelity,
     set_images,
 )
-from functions.evaluation.results import common_settings, write_results
 from functions.samplers import VARIANCES
-from functions.sampling.generation import generate, open_sampler
-from functions.sampling.guides import corrected
-from functions.sampling.options import add_model_flags, add_out_flag, add_sampling_flags
+from functions.sampling.generation import open_sampler
+from functions.sampling.options import add_model_flags, add_out_flag
 from functions.sampling.samples_folder import MANIFEST
-from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import choose_device
 from functions.support.errors import UserError
-from functions.support.files import read_json
+from functions.support.files import read_json, sha256, write_text
 from functions.support.processes import SINGLE_PROCESS
 
 # With fewer images, FID is far above that of many images.
@@ -62,134 +51,93 @@ FEW_IMAGES = 10_000
 
 def main() -> None:
     """Read the command line, measure, and print the results."""
-    verb = sys.argv[1:2]
-    if verb == ["distance"]:
-        evaluate_distance(parse_distance_flags())
-    elif verb == ["images"]:
-        evaluate_images(parse_image_flags())
-    else:
-        evaluate_bits(parse_flags())
+    args = parse_flags()
+    verbs = {"bits": evaluate_bits, "distance": evaluate_distance, "images": evaluate_images}
+    verbs[args.verb](args)
 
 
 def parse_flags() -> argparse.Namespace:
-    """Read the command line for bits/dim."""
+    """Read the command line; without a verb, that of bits."""
     parser = Parser(description=__doc__)
-    add_model_flags(parser)
-    add_data_flag(parser)
-    parser.add_argument(
+    verbs = parser.add_subparsers(dest="verb")
+    bits = verbs.add_parser("bits", description=evaluate_bits.__doc__)
+    distance = verbs.add_parser("distance", description=evaluate_distance.__doc__)
+    images = verbs.add_parser("images", description=evaluate_images.__doc__)
+
+    add_model_flags(bits)
+    bits.add_argument(
+        "--data",
+        metavar="NAME|PATH",
+        help="The name or path of the data set, for example if the training data have moved. "
+        "Default: the data set that the model was trained on.",
+    )
+    bits.add_argument(
         "--images",
         type=positive,
         metavar="N",
         help="How many held-out images to use, evenly spaced. Default: all.",
     )
-    parser.add_argument(
+    bits.add_argument(
         "--t-stride",
         type=positive,
         default=20,
         metavar="N",
         help="The most timesteps that one network call represents. Default: %(default)s.",
     )
-    parser.add_argument(
+    bits.add_argument(
         "--bpd-variance",
         choices=VARIANCES,
         default="small",
         help="The variance of p(x_{t-1} | x_t). Default: %(default)s.",
     )
-    parser.add_argument(
+    bits.add_argument(
         "--batch-size",
         type=positive,
         help="The most timesteps in a network call. Default: 64, or 16 on a CPU.",
     )
-    add_out_flag(parser)
+    add_out_flag(bits)
     # `open_sampler` needs these. The bound is computed in float32, whatever the precision of
     # sampling, and is that of a single model, which the mix of a guided one is not.
-    parser.set_defaults(precision="float32", sampler="ddpm", steps=None, variance=None, seed=0)
-    return parser.parse_args()
+    bits.set_defaults(precision="float32", sampler="ddpm", steps=None, variance=None, seed=0)
 
-
-def add_data_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that names a model's data set."""
-    parser.add_argument(
-        "--data",
-        metavar="NAME|PATH",
-        help="The name or path of the data set, for example if the training data have moved. "
-        "Default: the data set that the model was trained on.",
-    )
-
-
-def parse_distance_flags() -> argparse.Namespace:
-    """Read the command line for the distance."""
-    parser = Parser(prog="evaluate.py distance", description=__doc__)
-    add_sampling_flags(parser)
-    parser.add_argument(
-        "real",
-        nargs="?",
-        metavar="DATA",
-        help="With a folder of samples in place of RUN: the name or path of the data set that they "
-        "are compared with. There are no flags then.",
-    )
-    add_data_flag(parser)
-    parser.add_argument(
-        "--n",
-        "-n",
-        type=positive,
-        default=100,
-        help="The number of samples. Only distances of equal numbers can be compared. "
-        "Default: %(default)s.",
-    )
-    args = parser.parse_args(sys.argv[2:])
-    if args.real and args != parser.parse_args([str(args.checkpoint), args.real]):
-        parser.error("with FOLDER DATA there are no flags, which say how a model is sampled")
-    return args
-
-
-def parse_image_flags() -> argparse.Namespace:
-    """Read the command line for images."""
-    parser = Parser(prog="evaluate.py images", description=__doc__)
-    parser.add_argument("folder", type=Path, help="The folder of the samples, 00000.png and so on.")
-    parser.add_argument(
-        "data", help="A data set, by name or path; or another folder that sample.py has written."
-    )
-    parser.add_argument(
+    for verb in (distance, images):
+        verb.add_argument(
+            "folder",
+            type=Path,
+            metavar="FOLDER",
+            help="A folder that `sample.py --individual --out FOLDER` has written.",
+        )
+        verb.add_argument(
+            "data",
+            metavar="DATA",
+            help="A data set, by name or path. For images it may be another such folder.",
+        )
+    images.add_argument(
         "--part",
         choices=("train", "val", "all"),
         help="The images of the data set: those for training, the held-out ones, or all. "
         "Default: train.",
     )
-    parser.add_argument(
+    images.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N. Default: %(default)s."
     )
-    return parser.parse_args(sys.argv[2:])
+
+    arguments = sys.argv[1:]
+    # The first argument may be a run, or a flag of bits.
+    if not arguments or arguments[0] not in (*verbs.choices, "-h", "--help"):
+        arguments = ["bits", *arguments]
+    return parser.parse_args(arguments)
 
 
 def evaluate_bits(args: argparse.Namespace) -> None:
-    """Measure bits/dim of the held-out images; print and write it."""
+    """Measure bits/dim of held-out images; print and write it."""
     saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
     device = image_sampler.device
     if device.type == "mps":
         raise UserError("bits/dim needs float64, which mps does not have; use --device cpu")
     # On a GPU, float32 would otherwise mean TF32.
     torch.backends.cudnn.allow_tf32 = False
-    image_set, split = load_data(saved, args.data)
-    folder = args.out or results_folder(saved, "evaluation")
-    # The measurement may take hours. So an error of the folder comes first.
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def load_x_0(indices: np.ndarray) -> torch.Tensor:
-        return to_model_range(torch.from_numpy(image_set.images[indices]).to(device))
-
-    # For some diffusers models, samplers do not clip x_0. The bound then does not clip it either.
-    clip_x_0 = image_sampler.options.clip_x_0
-    options = BoundOptions(args.t_stride, image_sampler.batch_size, args.bpd_variance, clip_x_0)
-    indices = evenly_spaced(split.val_indices, args.images)
-    result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options)
-    settings = {**common_settings(saved, split, len(indices)), **vars(options)}
-    write_bits(folder / saved.name, settings, result)
-
-
-def load_data(saved: SavedModel, name: str | None) -> tuple[ImageSet, Split]:
-    """Load and split a model's data as `load_and_split` does, and print the split."""
-    image_set, split = load_and_split(saved, name)
+    image_set, split = load_and_split(saved, args.data)
     print(split.description)
     # If the model was trained on some of the held-out images, its result is too good.
     if saved.provenance.get("train_ids_hash") != split.train_ids_hash:
@@ -198,47 +146,60 @@ def load_data(saved: SavedModel, name: str | None) -> tuple[ImageSet, Split]:
             "some of the validation images may be among its training images",
             file=sys.stderr,
         )
-    return image_set, split
+    folder = args.out or results_folder(saved, "evaluation")
+    # The measurement may take hours. So an error of the folder comes first.
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def load_x_0(index: int) -> torch.Tensor:
+        return to_model_range(torch.from_numpy(image_set.images[[index]]).to(device))
+
+    # For some diffusers models, samplers do not clip x_0. The bound then does not clip it either.
+    clip_x_0 = image_sampler.options.clip_x_0
+    options = BoundOptions(args.t_stride, image_sampler.batch_size, args.bpd_variance, clip_x_0)
+    indices = evenly_spaced(split.val_indices, args.images)
+    result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options)
+    # Two results that differ in one of these cannot be compared.
+    settings = {
+        "experiment": saved.provenance["experiment"],
+        "step": saved.provenance["step"],
+        "weights": saved.kind,
+        "weights_hash": saved.digest[:16],
+        "ids_hash": split.val_ids_hash,
+        "pixels_hash": split.pixels_hash,
+        "images": len(indices),
+        **vars(options),
+    }
+    write_bits(folder / f"{saved.name}-bpd", settings, result)
 
 
 def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
-    """Print bits/dim, and write it and a figure as `write_results` names them."""
-    print(f"bits/dim {result.total:.4f}, standard error {result.standard_error:.4f}")
-    print(f"    rate {result.rate:.4f} + distortion {result.distortion:.4f}")
-    print(f"    {len(result.lengths)} t for each image; {json.dumps(settings)}")
-    path = write_results(prefix, "bpd", settings, result.facts())
-    picture = path.with_suffix(".png")
-    plot_bits_per_dim(result, picture, f"{settings['experiment']}, step {settings['step']:,}")
-    print(f"wrote {path}\nwrote {picture}")
+    """Print bits/dim, and write it to PREFIX-<hash of the settings>.json.
+
+    So results of other settings are never overwritten.
+    """
+    numbers = result.numbers()
+    settings_text = json.dumps(settings)
+    print("bits/dim {bits_per_dim:.4f}, standard error {standard_error:.4f}".format(**numbers))
+    print("    rate {rate:.4f} + distortion {distortion:.4f}".format(**numbers))
+    print(f"    {len(result.lengths)} t for each image; {settings_text}")
+    path = Path(f"{prefix}-{sha256(settings_text)[:8]}.json")
+    write_text(path, json.dumps({"settings": settings, **numbers}, indent=2))
+    print(f"wrote {path}")
 
 
 def evaluate_distance(args: argparse.Namespace) -> None:
     """Print how far samples are from the training images, and how far as many held-out ones are."""
-    if args.real:
-        images = folder_images(args.checkpoint)
-        image_set, split = load_like(args.checkpoint, args.real)
-        samples = model_batches(images)
-        print(f"{len(images)} images of {args.checkpoint}")
-    elif args.checkpoint and Path(args.checkpoint, MANIFEST).exists():
-        raise UserError(f"{args.checkpoint} has samples; after it, name the DATA to compare with")
-    else:
-        saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-        image_sampler = corrected(image_sampler, saved, SINGLE_PROCESS)
-        image_set, split = load_data(saved, args.data)
-        samples = generate(image_sampler, range(args.n), progress=True).split(BATCH)
-        print(f"{args.n} samples: {image_sampler.options}, seed {args.seed}")
-
-    # Only images of the embedded sets must have a white corner.
-    if image_set.name in EMBEDDED_NAMES:
-        samples = list(samples)
-        share = torch.cat([*map(spoilt, samples)]).double().mean()
-        print(f"dark or speckled: {share:.2%}")
+    samples = folder_images(args.folder)
+    image_set, split = load_like(args.folder, args.data)
     features = training_features(image_set, split)
-    drawn = features(samples)
-    print(f"distance: {features.distance(drawn):.4g}")
+    drawn = features(model_batches(samples))
+    print(f"{len(samples)} images of {args.folder}\ndistance: {features.distance(drawn):.4g}")
 
     # The distance falls with the number of images, so the numbers are equal.
     indices = evenly_spaced(split.val_indices, len(drawn))
+    if len(indices) < 2:
+        print("no distance of held-out images: there is one, and a distance needs two")
+        return
     held_out = features(model_batches(set_images(image_set, indices)))
     count = len(held_out)
     if count < len(drawn):
@@ -252,8 +213,8 @@ def evaluate_images(args: argparse.Namespace) -> None:
     samples = folder_images(args.folder)
     if not Path(args.data, MANIFEST).exists():
         image_set, split = load_like(args.folder, args.data)
-        parts = {"train": split.train_indices, "val": split.val_indices}
-        parts["all"] = np.arange(len(image_set.images))
+        all_indices = np.arange(len(image_set.images))
+        parts = {"train": split.train_indices, "val": split.val_indices, "all": all_indices}
         real = set_images(image_set, parts[args.part or "train"])
     elif args.part:
         raise UserError("--part is for a data set; a folder of samples has no parts")

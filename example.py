@@ -1,12 +1,13 @@
-"""All of DDPM on one page: `python example.py` trains on emoji faces and draws new ones.
+"""All of DDPM on one page; the betas, Eqs. 4, 7 and 15 and the network are imported.
 
 Denoising Diffusion Probabilistic Models, Ho et al. 2020 (arXiv:2006.11239). Noise is added to an
 image x_0 in T small steps, until hardly anything of the image is left. A network learns to predict
 the noise eps in a noisy image x_t. Then it turns pure noise into an image, step by step. The
 comments name the lines of the paper's Algorithms 1 and 2.
 
-This takes 8 minutes on two CPU cores, and writes example.png and example_loss.png. train.py does
-the same with checkpoints, mixed precision, several GPUs and many options.
+`python example.py` trains on emoji faces in 8 minutes on two CPU cores, and writes new ones to
+example.png and its curve to example_loss.png. train.py does the same with checkpoints, mixed
+precision, several GPUs and many options.
 """
 
 import copy
@@ -67,7 +68,8 @@ def train(
 ) -> tuple[nn.Module, list[float]]:
     """Run Algorithm 1 of the paper. Return the averaged network, and the loss of each step."""
     ema_model = copy.deepcopy(model).requires_grad_(False)
-    # Muon replaces the paper's Adam, which needs about twice as many steps for clear faces.
+    # Muon replaces the paper's Adam, which needs about twice as many steps for clear faces. Its
+    # third argument is the precision in which it orthogonalises the momentum of a weight matrix.
     optimizer = Muon(model.parameters(), LEARNING_RATE, torch.float32)
     # The learning rate rises over the first 5% of the steps, and then falls to 0.
     learning_rate = torch.optim.lr_scheduler.OneCycleLR(
@@ -95,7 +97,8 @@ def train(
         optimizer.step()
         learning_rate.step()
         losses.append(loss.item())
-        # EMA: a moving average of the weights makes better samples than the last weights.
+        # EMA: each batch moves the weights by some chance of its own. In a moving average of the
+        # weights this cancels out, so it makes better samples than the last weights.
         for average, weight in zip(ema_model.parameters(), model.parameters(), strict=True):
             average.lerp_(weight.detach(), 1 - EMA_DECAY)
     # Line 6: until converged. Here it is a fixed number of steps.

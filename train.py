@@ -27,7 +27,6 @@ from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
 from functions.support.processes import distributed
 from functions.support.random_numbers import seed_of
-from functions.training.compiling import compile_network
 from functions.training.cost import describe_cost
 from functions.training.memory import explain_lack_of_memory
 from functions.training.opening import open_run
@@ -41,9 +40,8 @@ def main() -> None:
     with distributed() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         # The run is new, or it begins with the weights of --init, or it is resumed.
-        run = open_run(args, device, processes)
-        processes.print_main(run.describe())
-        with explain_lack_of_memory(run):
+        with open_run(args, device, processes) as run, explain_lack_of_memory(run):
+            processes.print_main(run.describe())
             if args.dry_run:
                 processes.print_main(describe_cost(run))
                 return
@@ -65,12 +63,15 @@ def train(run: TrainingRun) -> bool:
     network = processes.wrap(run.model)
     train_network = network
     if run.is_to_compile:
-        batch_sizes = {part.stop - part.start for part in passes}
-        train_network = compile_network(network, run, batch_sizes)
+        # The passes have one or two sizes. Each gets kernels of its own in the first step.
+        train_network = torch.compile(network, dynamic=False)
     denoiser = replace(run.denoiser, network=train_network)
     # Listing the parameters takes as long as launching some kernels, so it is done once.
     parameters = list(run.model.parameters())
     ema_parameters = list(run.ema_model.parameters()) if run.ema_model else []
+    # An average that starts from trained weights (--init) must not forget them, so its decay does
+    # not rise slowly. A level that has grown is new, and to be forgotten.
+    ramp = run.provenance["grown"] or not run.provenance["initial"]
     max_norm = config.clip_grad_norm or math.inf
 
     batches = run.batches()
@@ -108,9 +109,6 @@ def train(run: TrainingRun) -> bool:
             scaler.update()
             optimizer.zero_grad()
             if run.ema_model:
-                # An average that starts from trained weights (--init) must not forget them, so its
-                # decay does not rise slowly. A level that has grown is new, and to be forgotten.
-                ramp = run.facts["grown"] or not run.facts["initial"]
                 update_ema(ema_parameters, parameters, step, config.ema_decay, ramp)
 
             # Here everything that is due is written: rows of metrics, validations, snapshots,

@@ -6,8 +6,8 @@ Each network runs with our settings, with these and compiled, and as its package
 settings. Ours are the precision of training, and the memory layout, which on a CPU is one in
 training and another one in sampling. Each row is measured in a process of its own, because peak
 memory belongs to a process. In this process the row's network takes turns with ours, A B A B,
-because the speed of a machine changes. The comparison needs requirements-dev.txt and an idle
-machine. It has not been run on a GPU yet.
+because the speed of a machine changes. The comparison needs an idle machine, and the packages that
+NOTES.md names. It has not been run on a GPU yet.
 """
 
 import datetime

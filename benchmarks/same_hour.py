@@ -9,8 +9,8 @@ ships. Their distance from the training images (as `evaluate.py distance`), and 
 held-out images, go to OUT/distances.json and OUT/same_hour.png, and the samples to OUT, too. The
 time is CPU time of training from the first step on: that of child processes counts, and the clock
 stands while samples are drawn. Two programs train at once, on a core each. A program that is in
-distances.json is not trained again. The packages are those of requirements-dev.txt; Linux alone
-counts child processes. docs/speed.md shows and explains a run.
+distances.json is not trained again. NOTES.md names the packages; Linux alone counts child
+processes. docs/speed.md shows and explains a run.
 """
 
 import json

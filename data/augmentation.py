@@ -6,10 +6,9 @@ from torch.nn.functional import affine_grid, grid_sample
 
 
 def augment(x_0: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
-    """Flip and rotate each image of a batch.
+    """Flip and rotate each image of a batch x_0 (B, C, S, S), float32 in [-1, 1].
 
-    x_0 (B, C, S, S) is float32 in [-1, 1]. The result has the same shape and range. Where flip
-    (B,) bool is true, left and right are exchanged exactly. angle (B,) is in degrees, positive
+    Left and right are exchanged where flip (B,) bool is true. angle (B,) is in degrees, positive
     counter-clockwise, or None for no rotation. At an angle of 0 an image stays exactly the same.
     """
     x_0 = torch.where(flip[:, None, None, None], x_0.flip(-1), x_0)
@@ -23,9 +22,8 @@ def augment(x_0: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Rotate each image of x (B, C, S, S) about its centre by its angle (B,) in degrees.
 
-    Rotation brings wedges from outside the image into view. At 3 degrees and 128 px they are at
-    most 3.3 pixels wide. They are filled by mirroring the image at its edges: a model would learn
-    black wedges. Bicubic interpolation blurs fine detail a little (docs/ffhq.md).
+    Wedges from outside the image come into view, and are filled by mirroring it at its edges: a
+    model would learn black ones. Bicubic interpolation blurs a little (docs/ffhq.md).
     """
     # Apple's GPUs lack bicubic interpolation.
     if x.device.type == "mps":

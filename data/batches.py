@@ -13,10 +13,7 @@ FREE_MEMORY_FRACTION = 0.25
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of an epoch's n images: an int64 permutation (n,).
-
-    It is a pure function of its arguments. Raises ValueError when seed or epoch is negative.
-    """
+    """Return the order of an epoch's n images: an int64 permutation (n,), by seed and epoch."""
     # The images are sorted by random 64-bit keys. NumPy guarantees that Philox and SeedSequence
     # give the same numbers in every version and on every platform, but does not guarantee this for
     # permutation().
@@ -34,8 +31,8 @@ def indices_of_steps(
 ) -> Iterator[np.ndarray]:
     """Yield the indices of a process's images in each of the optimiser steps `steps`.
 
-    A step uses the next effective_batch images of its epoch's order; `share` are the process's
-    places among them. Images left over at the end of an epoch are dropped.
+    `share` are the process's places among the effective_batch images of a step. Images left over at
+    the end of an epoch are dropped.
     """
     # Which images a step uses depends only on its number, so a run can resume at any step.
     steps_per_epoch = len(train_indices) // effective_batch
@@ -51,8 +48,7 @@ def indices_of_steps(
 class ImageFeeder:
     """Images (N, S, S, C) uint8, memory-mapped or not, that are fed to a device in batches.
 
-    All images are copied to a CUDA device at the start if they need at most FREE_MEMORY_FRACTION of
-    its free memory. Otherwise the CPU gathers each batch.
+    A CUDA device keeps all if there is room. Otherwise the CPU gathers each batch.
     """
 
     def __init__(self, images: np.ndarray, device: torch.device | str):
@@ -69,10 +65,7 @@ class ImageFeeder:
                 self.resident = torch.tensor(self.images, device=self.device)
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """Return the images with indices (B,) int64 as uint8 (B, S, S, C) on the device.
-
-        Raises IndexError when an index is beyond the last image.
-        """
+        """Return the images with indices (B,) int64 as uint8 (B, S, S, C) on the device."""
         if self.resident is not None:
             return self.resident.index_select(0, self.send(torch.from_numpy(indices)))
         batch = torch.from_numpy(self.images[indices])

@@ -1,8 +1,7 @@
 """Load data sets by name, and split them into training and validation images."""
 
-from collections import Counter
+import re
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,19 @@ EMBEDDED_NAMES = ("emoji_faces", "emoji_people")
 
 # Of a set without a rule of its own, this fraction is held out.
 HELD_OUT = 0.1
-# Beside a folder train/, the first of these folders has the images that are held out.
+# Beside train/, the first of these folders that a set has is held out.
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
+# The folder or shard of a side, as train/, val2017/, test.zip or train-00000-of-00002.parquet.
+SIDE = re.compile(
+    rf"(train|{'|'.join(HELD_OUT_FOLDERS)})([-_]?\d[-\w]*)?({'|'.join(map(re.escape, ARCHIVES))})?"
+)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split of an ImageSet into training and validation images.
+    """A split of an ImageSet: int64 indices, and in words the rule that decides it.
 
-    The indices are int64. The rule says in words which images are held out. Each hash of ids is
-    `hash_ids` of the ids of one part. The hash of pixels is that of the whole ImageSet.
+    The hash of pixels is that of the whole ImageSet.
     """
 
     train_indices: np.ndarray
@@ -45,9 +47,8 @@ def load_images(
 ) -> ImageSet:
     """Load all images of a data set at image_size x image_size pixels, prepared on first use.
 
-    "emoji_faces" is the embedded set, and "emoji_people" are the people in it. "FFHQ" is the copy
-    that `find_ffhq` finds. "CIFAR10" and "MNIST" are read by `read_torchvision_set`. Any other name
-    is a path for `find_source`. Raises UserError as these functions and `open_packed` do.
+    The embedded set is "emoji_faces"; "emoji_people" are the people in it. "FFHQ", "CIFAR10" and
+    "MNIST" are in data/. Any other name is a path. Raises UserError or OSError.
     """
     source = locate(dataset_name)
     source.channels = channels
@@ -62,14 +63,19 @@ def load_images(
 
 
 def locate(dataset_name: str) -> Source:
-    """Find the source for a data set's name or path, and its rule of the split.
-
-    Raises UserError when there is none.
-    """
+    """Find the source for a data set's name or path, and its rule of the split."""
     if dataset_name in EMBEDDED_NAMES:
         return replace(find_source(EMBEDDED_SET), rule="id")
     if dataset_name == "FFHQ":
-        source = find_source(find_ffhq())
+        # There may be an empty folder next to an archive, so archives come first.
+        archives = [f"FFHQ{suffix}" for suffix in ARCHIVES]
+        path = next(filter(Path.exists, map(DATA_FOLDER.joinpath, [*archives, "FFHQ"])), None)
+        if path is None:
+            raise UserError(
+                f"FFHQ was not found at {DATA_FOLDER / 'FFHQ'} (a folder, or "
+                f"{' or '.join(archives)}, or a link to one); docs/ffhq.md says where to get it"
+            )
+        source = find_source(path)
         if isinstance(source.ids[0], str):
             raise UserError(
                 f"{source.path}: each image of FFHQ must have a number of its own as its name. "
@@ -77,68 +83,44 @@ def locate(dataset_name: str) -> Source:
             )
         return replace(source, rule="FFHQ")
     if dataset_name in FILES:
-        return read_torchvision_set(dataset_name, DATA_FOLDER)
-    source = find_source(dataset_name)
-    # A copy of FFHQ somewhere else.
-    if len(source.ids) >= 60_000 and set(source.ids) <= set(range(70_000)):
-        return replace(source, rule="FFHQ")
-    return split_by_folders(source)
+        return split_by_folders(read_torchvision_set(dataset_name, DATA_FOLDER))
+    return split_by_folders(find_source(dataset_name))
 
 
 def split_by_folders(source: Source) -> Source:
-    """Let the folders at a source's top, such as train/ and val/, say which images are held out.
+    """Let the folders of a source, such as train/ and val/, say which images are held out.
 
-    The top is the first level at which the images' folders differ. There must be train/ and one of
-    HELD_OUT_FOLDERS; images elsewhere, such as in test/ beside val/, are counted as ignored. A
-    source without such folders is returned unchanged.
+    There must be train/ and one of HELD_OUT_FOLDERS; images elsewhere are counted as ignored.
     """
-    folders = [member.name.split("/")[:-1] for member in source.members]
-    levels = enumerate(zip_longest(*folders, fillvalue=""))
-    depth, tops = next((level for level in levels if len({*level[1]}) > 1), (0, ()))
-    found = {top.lower(): top for top in tops}
-    held_out = next((found[name] for name in HELD_OUT_FOLDERS if name in found), None)
-    if held_out is None or "train" not in found:
+    sides = [side_of(member.name) for member in source.members]
+    held_out = next((name for name in HELD_OUT_FOLDERS if name in sides), None)
+    if held_out is None or "train" not in sides:
         return source
-
-    sides = (found["train"], held_out)
-    used = [i for i, top in enumerate(tops) if top in sides]
-    unused = Counter(f"in {top or '.'}/" for top in tops if top not in sides)
-    return replace(
-        source,
-        members=[source.members[i] for i in used],
-        ids=[source.ids[i] for i in used],
-        ignored=source.ignored + unused,
-        rule="/".join([*folders[tops.index(held_out)][:depth], held_out, ""]),
-    )
+    split = Source(source.path, [], [], source.ignored, rule=held_out)
+    for side, member, image_id in zip(sides, source.members, source.ids, strict=True):
+        if side in ("train", held_out):
+            split.members.append(member)
+            split.ids.append(image_id)
+        else:
+            split.ignored[f"in {side or member.name.rpartition('/')[0] or '.'}/"] += 1
+    return split
 
 
-def find_ffhq() -> Path:
-    """Find the copy of FFHQ in data/: an archive, or the folder FFHQ.
-
-    Raises UserError when there is no copy.
-    """
-    archives = [f"FFHQ{suffix}" for suffix in ARCHIVES]
-    # There may be an empty folder next to an archive, so archives come first.
-    for path in map(DATA_FOLDER.joinpath, [*archives, "FFHQ"]):
-        if path.exists():
-            return path
-    raise UserError(
-        f"FFHQ was not found at {DATA_FOLDER / 'FFHQ'} (a folder, or {' or '.join(archives)}); "
-        "docs/ffhq.md says where to get its 128x128 thumbnails, and how to name another place"
-    )
+def side_of(name: str) -> str:
+    """Return which side of a split the folders of an image name, or ""; the first one counts."""
+    matches = (SIDE.fullmatch(folder.lower()) for folder in name.split("/")[:-1])
+    return next((match[1] for match in matches if match), "")
 
 
 def split_images(image_set: ImageSet, split: str) -> Split:
     """Split a set by its rule. `split`, for FFHQ, is "reference" or "official".
 
-    - "FFHQ": an image's id alone says its side. Ids from 63,000 on are held out, as in the
-      reference run, or from 60,000 on with "official". A part of FFHQ with images on only one side
-      is split as by "id".
-    - "id": the last tenth by id, but at least one image.
+    - "FFHQ": ids from 63,000 on are held out, or from 60,000 on with "official". A part of FFHQ
+      with images on only one side is split as by "id".
+    - "id": the last tenth by id is held out, but at least one image.
     - "name": an image is held out if the hash of its file's name, without folders, is below
-      HELD_OUT. So it stays on its side, whatever is added to the set, or cannot be read. If no
-      image is, the one with the lowest hash is held out. A row's name is its number.
-    - Otherwise, images whose names begin with the rule are held out.
+      HELD_OUT, or the lowest. So it stays on its side, whatever is added to the set.
+    - Otherwise, images in the folder of this name are held out (`side_of`).
 
     Raises UserError when no image is left for training or for validation.
     """
@@ -147,6 +129,7 @@ def split_images(image_set: ImageSet, split: str) -> Split:
     rule = image_set.rule
     count = len(ids)
     first = 60_000 if split == "official" else 63_000
+    note = ""
     if rule == "FFHQ" and ids[0] < first <= ids[-1]:
         held_out = np.array(ids) >= first
         reason = f"FFHQ's ids from {first:,} on"
@@ -154,37 +137,35 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         held_out = np.arange(count) >= count - max(1, count // 10)
         reason = "the last 10% by id"
     elif rule == "name":
-        hashes = np.array([hash_of_name(name) for name in names])
+        files = [name.rpartition("/")[2] for name in names]
+        hashes = np.array([int(sha256(file)[:8], 16) / 16**8 for file in files])
         held_out = hashes <= max(HELD_OUT, hashes.min())
-        reason = "a tenth, by a hash of each name"
+        reason = "by a hash of each name"
+        if len({*files}) < count:
+            note = "; all images of one name are on one side: folders train/ and val/ decide better"
     else:
-        held_out = np.array([name.startswith(rule) for name in names])
-        reason = f"its {rule.rstrip('/')} images"
+        held_out = np.array([side_of(name) == rule for name in names])
+        reason = f"its {rule} images"
 
     train_indices = np.flatnonzero(~held_out)
     val_indices = np.flatnonzero(held_out)
     name = short(image_set.name)
     counts = f"{name}: {len(train_indices):,} images train, {len(val_indices):,} validate"
+    why = f"({held_out.mean():.1%}, {reason})"
     if held_out.all() or not held_out.any():
         raise UserError(
-            f"{counts} ({reason}): too few; folders train/ and val/ can say which image is which"
+            f"{counts} {why}: too few; folders train/ and val/ can say which image is which"
         )
     some = ", ".join(short(names[i]) for i in val_indices[:3])
     return Split(
         train_indices,
         val_indices,
         reason,
-        f"{counts} ({reason}), such as {some}",
+        f"{counts} {why}, such as {some}{note}",
         hash_ids([ids[i] for i in train_indices]),
         hash_ids([ids[i] for i in val_indices]),
         image_set.pixels_hash,
     )
-
-
-def hash_of_name(path: str) -> float:
-    """Return a number from 0 to 1 that depends only on a file's name, without its folders."""
-    name = path.rpartition("/")[2]
-    return int(sha256(name)[:8], 16) / 16**8
 
 
 def hash_ids(ids: list) -> str:

@@ -27,21 +27,18 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
     """Decode the bytes of an image of FORMATS -> uint8 (H, W, channels) at its original size.
 
     Pixels, uint8 (H, W, C), are only converted. The image is turned upright by its EXIF
-    orientation. Alpha and transparent colours are composited over white. All colour modes become
-    RGB, or grey if `channels` is 1. 16-bit grey is scaled to 8 bits. Pillow keeps the high byte of
-    16-bit colour, which is at most one level off. Embedded colour profiles are ignored. Of an
-    animation, the first frame is decoded.
+    orientation. Alpha is composited over white. All colour modes become RGB, or grey if `channels`
+    is 1, with 8 bits; of 16-bit colour, Pillow keeps the high byte. Colour profiles are ignored. Of
+    an animation, the first frame is decoded.
 
-    Raises BadImage for bytes that are not an image, and for an image that is truncated, corrupt or
-    larger than MAX_PIXELS. A damaged image may decode without an error; in a zip, the checksum
-    reveals the damage.
+    Raises BadImage for an image that is truncated, corrupt, larger than MAX_PIXELS, or none.
     """
     image = picture_of(data) if isinstance(data, np.ndarray) else open_image(data)
     return to_pixels(image, channels)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Load a Pillow image of any mode and turn it upright. Raises as `decode` does."""
+    """Load a Pillow image of any mode and turn it upright. Raises BadImage."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
@@ -74,10 +71,9 @@ def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def fit_square(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """Crop and resize uint8 (H, W, C) -> uint8 (S, S, C), S = image_size in pixels.
+    """Crop the longer side at both ends, and resize uint8 (H, W, C) or (H, W) -> (S, S, C), (S, S).
 
-    Grey levels (H, W) become (S, S). The longer side is cropped at both ends. An S x S square is
-    returned unchanged.
+    S is image_size in pixels. An S x S square is returned unchanged.
     """
     height, width = pixels.shape[:2]
     side = min(height, width)
@@ -94,20 +90,13 @@ def fit_square(pixels: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """Convert, crop and resize a Pillow image for a model -> uint8 (S, S, C).
-
-    `shape` is the shape (C, S, S) of the model's images.
-    """
+    """Convert, crop and resize a Pillow image to a model's `shape` (C, S, S) -> uint8 (S, S, C)."""
     channels, image_size, _ = shape
     return fit_square(to_pixels(image, channels), image_size)
 
 
 def open_image_file(path: Path | str, hint: str = "") -> Image.Image:
-    """Read one image file, as `open_image` does.
-
-    Raises UserError when the file is not an image, or when it cannot be read. In the second case
-    the message ends with `hint`.
-    """
+    """Read one image file. Raises UserError, which ends with `hint` if the file cannot be read."""
     try:
         return open_image(Path(path).read_bytes())
     except BadImage as error:
@@ -126,10 +115,9 @@ def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Read one image file for a model, cropped and resized -> uint8 (S, S, C).
+    """Read one image file, cropped and resized to a model's `shape` (C, S, S) -> uint8 (S, S, C).
 
-    `shape` is the shape (C, S, S) of the model's images. Raises UserError as `open_image_file`
-    does.
+    Raises UserError.
     """
     hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
     return fit_image(open_image_file(path, hint), shape)

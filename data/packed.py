@@ -1,8 +1,7 @@
 """Decode and resize every image of a source once, into one packed file, and memory-map the file.
 
-<name>-<S>px.packed contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed (N, S, S, 1). Next to
-it are a .lock and a .json, which has the key (`pack_key`) and, with a checksum, a record of the
-ids, the images left out and a hash of the pixels.
+<name>-<S>px.packed contains uint8 (N, S, S, 3), and <name>-<S>px-grey.packed (N, S, S, 1). The
+.json next to it has a key (`pack_key`) and, with a checksum, a record.
 """
 
 import hashlib
@@ -10,7 +9,9 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -53,22 +54,24 @@ class ImageSet:
 
 
 def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> ImageSet:
-    """Map the packed file of a source at image_size (pixels).
+    """Map the packed file of a source at image_size (pixels), which is made first if needed.
 
-    A missing or outdated file is made first. Raises UserError when no image is usable, or when more
-    than max_bad_images were left out, and OSError when an image cannot be read, or the file cannot
-    be written, for example to a full disk.
+    Raises UserError when no image is usable, or more than max_bad_images are not, and OSError when
+    an image cannot be read, or the file cannot be written.
     """
     key = pack_key(source, image_size)
     path = pack_path(source, image_size)
-    pack = read_pack(path, key, source)
+    read = partial(read_pack, path, key, source)
+    pack = read()
     if pack is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with lock_pack(path):
             # Another process may have made it while this one waited for the lock.
-            if read_pack(path, key, source) is None:
+            if read() is None:
                 write_pack(path, key, source, image_size)
-        pack = read_pack(path, key, source)
+        pack = read()
+        if pack is None:
+            raise UserError(f"{path} was deleted or changed while it was made; start again.")
 
     bad_count = len(pack.bad_images)
     if bad_count > max_bad_images:
@@ -81,12 +84,19 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
     return pack
 
 
-def pack_key(source: Source, image_size: int) -> str:
-    """Return a hash of everything that a pack's content depends on.
+def lock_pack(path: Path) -> AbstractContextManager:
+    """Lock a packed file for a context. Raises UserError when the lock is another user's."""
+    try:
+        return FileLock(f"{path}.lock").acquire()
+    except PermissionError as error:
+        raise UserError(
+            f"{path} does not fit the images, and is another user's ({error.strerror}): let that "
+            "user start first, delete it and its .lock, or use a copy of the images."
+        ) from error
 
-    This is the format version, the image size, the number of channels, and each member's name and
-    stamp.
-    """
+
+def pack_key(source: Source, image_size: int) -> str:
+    """Return a hash of everything that a pack's content depends on."""
     facts = [FORMAT_VERSION, image_size, source.channels]
     facts += [member[:2] for member in source.members]
     return sha256(json.dumps(facts))
@@ -110,7 +120,7 @@ def pack_path(source: Source, image_size: int) -> Path:
 
 
 def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
-    """Map a packed file. Returns None when it is missing or damaged, or has another key."""
+    """Map a packed file, or return None if it is missing, outdated, or not whole by its hashes."""
     members = dict(zip(source.ids, source.members, strict=True))
     try:
         file = json.loads(Path(f"{path}.json").read_text())
@@ -118,6 +128,8 @@ def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
         if file["key"] != key or file["sha256"] != sha256(json.dumps(record)):
             return None
         images = np.memmap(path, np.uint8, "r", shape=tuple(record.pop("shape")))
+        if hashlib.sha256(images).hexdigest()[:16] != record["pixels_hash"]:
+            return None
         record["names"] = [members[i].name for i in record["ids"]]
         # Ignored files may come and go, and the pack stays.
         record["summary"] += source.describe_ignored()
@@ -128,6 +140,8 @@ def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
 
 def write_pack(path: Path, key: str, source: Source, image_size: int) -> None:
     """Write the pixels of all usable images to a packed file, and its record. Print a summary."""
+    if path.exists():
+        print(f"{path} is outdated or damaged, and is made anew")
     # Without its record a file is not used, so nothing is wrong after a kill. The old file is
     # deleted and not overwritten, because a training may still read it.
     record_path = Path(f"{path}.json")
@@ -150,11 +164,13 @@ def write_images(path: Path, source: Source, image_size: int) -> dict:
     ids = []
     bad_images = []
     smaller_count = 0
+    # The path may be ".".
+    name = source.path.absolute().name
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         images = map_images(source, image_size)
         # A small set finishes within the delay and shows no progress bar.
-        title = f"Preparing {source.path.name}"
+        title = f"Preparing {name}"
         images = tqdm(images, title, len(source.ids), unit="img", delay=1.0)
         for member, image_id, result in zip(source.members, source.ids, images, strict=True):
             if isinstance(result, BadImage):
@@ -168,24 +184,24 @@ def write_images(path: Path, source: Source, image_size: int) -> dict:
         file.flush()
         os.fsync(file.fileno())
     if not ids:
-        name, reason = bad_images[0]
-        raise UserError(f"{source.path}: none of its images can be used: {short(name)}: {reason}.")
+        first, reason = bad_images[0]
+        raise UserError(f"{source.path}: none of its images can be used: {short(first)}: {reason}.")
 
     smaller = f", {smaller_count:,} smaller than that" if smaller_count else ""
     return {
         "shape": [len(ids), image_size, image_size, source.channels],
         "ids": ids,
         "pixels_hash": digest.hexdigest()[:16],
-        "summary": f"{short(source.path.name)}: {len(ids):,} images at {image_size}x{image_size}, "
+        "summary": f"{short(name)}: {len(ids):,} images at {image_size}x{image_size}, "
         f"{len(bad_images):,} left out{smaller}",
         "bad_images": bad_images,
     }
 
 
 def map_images(source: Source, image_size: int) -> Iterator[tuple[np.ndarray, int] | BadImage]:
-    """Yield every image, uint8 (S, S, C), and its shorter side, in the order of source.ids.
+    """Yield every image, uint8 (S, S, C), and its shorter side, or the error of an unusable one.
 
-    An unusable image yields its error instead. Raises OSError when an image cannot be read.
+    The order is that of source.ids. Raises OSError when an image cannot be read.
     """
     reading = Lock()
 

@@ -1,8 +1,7 @@
 """Convert pixel values between uint8 0..255, as in files, and float32 -1..1, as in the model.
 
-Images have C = 3 channels, RGB, or one, grey.
-
-On all 256 values, `to_uint8` is the inverse of `to_model_range`.
+Images have C = 3 channels, RGB, or one, grey. On all 256 values, `to_uint8` is the inverse of
+`to_model_range`.
 """
 
 import numpy as np
@@ -12,10 +11,7 @@ from torch import Tensor
 
 
 def to_model_range(images_uint8: Tensor) -> Tensor:
-    """Map uint8 images (B, H, W, C) to float32 (B, C, H, W) in [-1, 1], on the same device.
-
-    The result is contiguous.
-    """
+    """Map uint8 images (B, H, W, C) to contiguous float32 (B, C, H, W) in [-1, 1]."""
     # The copy to contiguous memory comes before the cast, because bytes need only a quarter of the
     # memory of floats.
     x = images_uint8.permute(0, 3, 1, 2).contiguous()
@@ -23,10 +19,9 @@ def to_model_range(images_uint8: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Map images (B, C, H, W) in [-1, 1], of any float type, to uint8 (B, H, W, C).
+    """Map images (B, C, H, W) of any float type to uint8 (B, H, W, C).
 
-    Values are rounded to the nearest level, and values outside [-1, 1] are clamped. The result is
-    on the same device.
+    Values are rounded to the nearest level, and values outside [-1, 1] are clamped.
     """
     levels = (x.to(torch.float32) + 1.0).mul_(127.5).round_().clamp_(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -4,9 +4,9 @@
     python data/prepare.py path/to/folder-or-archive --image-size 64
     python data/prepare.py MNIST --download
 
-Preparing is optional, because train.py prepares its data set itself. The side of the images is 128
-pixels, or --image-size; --channels 1 makes them grey. --download downloads CIFAR10 or MNIST to
-data/, and stops. The exit code is 0 on success, and 2 if the data cannot be used.
+Preparing is optional, because train.py does it, too. The side of the images is 128 pixels, or
+--image-size; --channels 1 makes them grey. --download downloads CIFAR10 or MNIST to data/, and
+stops. The exit code is 0 on success, and 2 if the data cannot be used.
 """
 
 import argparse

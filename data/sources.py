@@ -1,12 +1,10 @@
-"""Find images in a folder, in a zip, a tar, an npz or a parquet file, or in shards of these.
+"""Find images in a folder, in a zip, an npz or a parquet file, or in shards of these.
 
-Archives are read in place and never extracted, so the name of a member never becomes a path on
-this machine.
+Archives are read in place, so the name of a member never becomes a path on this machine.
 """
 
 import os
 import re
-import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +21,11 @@ from functions.support.files import READ_ERRORS, short
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
-# Each of these folders contains a copy of FFHQ, in FFHQ's own download or on Kaggle.
-FFHQ_COPIES = {"thumbnails128x128", "resized", "images1024x1024", "in-the-wild-images"}
-
 # A name with a number: folders, a prefix and the number, as in x/img00000012.png.
 NUMBERED_NAME = re.compile(r"(?:.*/)?([A-Za-z_-]*)(\d{1,18})(?:\.\w+)?")
+
+# The config.json of a run has this text. The run's pictures are no data.
+RUN_CONFIG = '"diffusion": {'
 
 
 class Member(NamedTuple):
@@ -52,87 +50,87 @@ class Source:
     ignored: Counter = field(default_factory=Counter)
     # Images are converted to this number of channels, RGB or grey, after they are read.
     channels: int = 3
-    # What decides which images are held out (`split_images`): "name", "id", "FFHQ", or the start of
-    # their names, a folder such as "val/".
+    # What decides which images are held out (`split_images`): "name", "id", "FFHQ", or the folder
+    # that has them, such as "val".
     rule: str = "name"
 
     def describe_ignored(self) -> str:
         """Return the end of a sentence that counts the ignored files, or "" if there are none."""
-        text = ", ".join(f"{count:,} {kind}" for kind, count in self.ignored.most_common())
+        counts = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
+        text = ", ".join(f"{count:,} {kind}" for kind, count in counts)
         return f"; ignored: {short(text)}" if text else ""
 
 
 def find_source(path: str | os.PathLike) -> Source:
     """Find the images at a path, and sort them by their ids.
 
-    The ids do not depend on the order in which a folder lists its files. If the ids are numbers,
-    they do not depend on the files' folders either.
-
-    Raises UserError when the path is neither a folder nor one of `ARCHIVES`, cannot be read, or
-    contains no image or several copies of FFHQ, and OSError, which names it, when a file or folder
-    in it cannot be listed.
+    Raises UserError when there is no image, or an archive cannot be read, and OSError when a folder
+    cannot be listed.
     """
     path = Path(os.path.expanduser(path))
-    if not path.exists():
-        raise UserError(f"{path} does not exist. Give a folder, or one of {', '.join(ARCHIVES)}.")
+    members = []
+    ignored = Counter()
     if path.is_dir():
-        members, strays = list_folder(path)
-    elif path.suffix.lower() in ARCHIVES:
-        members, strays = list_archives([path], path)
-    else:
-        raise UserError(
-            f"{path}: only files with names that end with {', '.join(ARCHIVES)} can be read; "
-            "unpack it, or give another path."
-        )
-    source = Source(path, members, choose_ids([member.name for member in members]))
-    source.ignored.update(sorted(map(kind_of, strays)))
+        members = list_folder(path, ignored)
+    elif path.is_file() and path.suffix.lower() in ARCHIVES:
+        members = list_archives([path], path, ignored)
+    ids = choose_ids([member.name for member in members])
+    members_by_id = dict(zip(ids, members, strict=True))
+    ids = sorted(members_by_id)
+    source = Source(path, [members_by_id[i] for i in ids], ids, ignored)
     if not members:
-        endings = ", ".join(IMAGE_EXTENSIONS)
-        raise UserError(f"{path} contains no image ({endings}){source.describe_ignored()}.")
-
-    folders = {folder for member in members for folder in member.name.split("/")}
-    copies = sorted(FFHQ_COPIES & folders)
-    if len(copies) > 1:
-        raise UserError(f"{path} contains {' and '.join(copies)}, copies of one set. Give one.")
-    members_by_id = dict(zip(source.ids, members, strict=True))
-    source.ids = sorted(members_by_id)
-    source.members = [members_by_id[image_id] for image_id in source.ids]
+        problem = "contains no image that can be read" if path.exists() else "does not exist"
+        raise UserError(
+            f"{path} {problem}{source.describe_ignored()}. Give a folder of images "
+            f"({', '.join(IMAGE_EXTENSIONS)}), or one of {', '.join(ARCHIVES)}; a tar must be "
+            "unpacked (tar xf)."
+        )
     return source
 
 
-def list_folder(path: Path) -> tuple[list[Member], list[str]]:
+def list_folder(path: Path, ignored: Counter) -> list[Member]:
     """List the image files in a folder and its subfolders, or the images in its archives.
 
-    The archives are the shards of one set. They are read if there are not more image files, such as
-    a single preview. The second list has the names of all other files.
+    Archives are the shards of one set, and are read if there are no more image files than archives,
+    such as a preview, unless several have an image's name, as masks have. Other files are counted
+    in `ignored`.
     """
     images = {}
     archives = {}
-    strays = []
     for file in files_below(path):
         name = file.relative_to(path).as_posix()
         if is_image_name(name):
             images[name] = file
         elif file.suffix.lower() in ARCHIVES and not is_hidden(name):
             archives[name] = file
+        elif file.is_dir():
+            ignored["run folder"] += 1
         # Packs of the folder lie in it.
         elif ".packed" not in file.name:
-            strays.append(name)
+            ignored[kind_of(name)] += 1
 
-    if len(archives) >= len(images):
-        members, strays_inside = list_archives(sorted(archives.values()), path)
-        return members, [*images, *strays, *strays_inside]
-    members = [Member(name, stamp_of(file), file.read_bytes) for name, file in images.items()]
-    return members, [*archives, *strays]
+    stems = [{os.path.splitext(name)[0] for name in names} for names in (images, archives)]
+    if len(archives) >= len(images) and len(stems[0] & stems[1]) < 2:
+        ignored.update(map(kind_of, images))
+        return list_archives(sorted(archives.values()), path, ignored)
+    ignored.update(map(kind_of, archives))
+    return [Member(name, stamp_of(file), partial(read_file, file)) for name, file in images.items()]
 
 
 def files_below(folder: Path, above: tuple = ()) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders. `above` are the places of those around it."""
+    """Yield the files in a folder and its subfolders; a run folder is yielded itself.
+
+    `above` are the places of the folders around it.
+    """
     # Links are followed, because a data folder is often a link to another disk. One that leads back
     # to a folder around it would lead to the same files again, without an end.
     status = folder.stat()
     place = (status.st_dev, status.st_ino)
     if place in above:
+        return
+    config = folder / "config.json"
+    if config.is_file() and RUN_CONFIG in config.read_text(errors="replace"):
+        yield folder
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -144,24 +142,30 @@ def files_below(folder: Path, above: tuple = ()) -> Iterator[Path]:
 
 def stamp_of(file: Path) -> tuple[int, int]:
     """Return the size of a file in bytes, and its modification time in ns."""
-    status = file.stat()
+    status = file.stat() if file.exists() else file.lstat()
     return status.st_size, status.st_mtime_ns
 
 
-def list_archives(archives: list[Path], root: Path) -> tuple[list[Member], list[str]]:
+def read_file(file: Path) -> bytes:
+    """Return the bytes of a file. Raises BadImage for a dead link, a pipe, and the like."""
+    if not file.is_file():
+        raise BadImage("not a file")
+    return file.read_bytes()
+
+
+def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Member]:
     """List the images in archives, the shards of one set, at or below the path `root`.
 
-    The second list has the names of all other files in them. Raises UserError, which names the
-    archive, when one of them cannot be read.
+    Other files in them are counted in `ignored`. Raises UserError if one cannot be read.
     """
     members = []
-    strays = []
     for archive in archives:
         try:
             found = ARCHIVES[archive.suffix.lower()](archive)
         except READ_ERRORS as error:
             raise UserError(
-                f"{archive} cannot be read ({short(error)}). Was its download cut short?"
+                f"{archive} cannot be read ({short(error)}). Either its download was cut short, or "
+                f"it is no {archive.suffix} file."
             ) from None
         shard = f"{archive.relative_to(root).as_posix()}/" if archive != root else ""
         for name, *others in found:
@@ -169,51 +173,24 @@ def list_archives(archives: list[Path], root: Path) -> tuple[list[Member], list[
             if name is None or is_image_name(name):
                 members.append(Member(shard + (name or str(len(members))), *others))
             else:
-                strays.append(name)
-    return members, strays
+                ignored[kind_of(name)] += 1
+    return members
 
 
 def list_zip(path: Path) -> list[Member]:
     """List the files in a zip."""
     archive = zipfile.ZipFile(path)
+    # Some programs for Windows write backslashes.
+    names = [(info.filename.replace("\\", "/"), info) for info in archive.infolist()]
     return [
-        Member(info.filename, info.CRC, partial(archive.read, info))
-        for info in archive.infolist()
-        if not info.is_dir()
+        Member(name, info.CRC, partial(archive.read, info))
+        for name, info in names
+        if not name.endswith("/")
     ]
-
-
-def list_tar(path: Path) -> list[Member]:
-    """List the files in a plain tar, such as a shard of a WebDataset.
-
-    Raises ReadError when the tar has no end, or a damaged header.
-    """
-    archive = tarfile.TarFile(path)
-
-    def read(info):
-        # A link has the content of the file that it leads to.
-        file = archive.extractfile(info)
-        if file is None:
-            raise BadImage("not a file")
-        return file.read()
-
-    # A tar has no checksums of its members' contents.
-    stamp = stamp_of(path)
-    members = [
-        Member(info.name, stamp, partial(read, info)) for info in archive if not info.isdir()
-    ]
-    # Python takes a damaged header for the end, which is two blocks of zeros.
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"it is cut short or damaged at byte {archive.offset:,}")
-    return members
 
 
 def list_npz(path: Path) -> list[Member]:
-    """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory.
-
-    Raises UserError when there is not one.
-    """
+    """List the rows of the one uint8 array (N, H, W, 3) or (N, H, W, 1). All is kept in memory."""
     arrays = [
         array
         for array in np.load(path).values()
@@ -227,10 +204,7 @@ def list_npz(path: Path) -> list[Member]:
 
 
 def list_parquet(path: Path) -> list[Member]:
-    """List the rows of the one column of encoded images, as Hugging Face's `Image` stores them.
-
-    Raises UserError if pyarrow is not installed, or there is not one such column.
-    """
+    """List the rows of the one column of encoded images, as Hugging Face's `Image` stores them."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -258,7 +232,7 @@ def read_column(file: Any, column: str) -> Sequence:
 
 
 # These functions list the images in files with these suffixes, in upper or lower case.
-ARCHIVES = {".zip": list_zip, ".tar": list_tar, ".npz": list_npz, ".parquet": list_parquet}
+ARCHIVES = {".zip": list_zip, ".npz": list_npz, ".parquet": list_parquet}
 
 
 def choose_ids(names: list[str]) -> list[int] | list[str]:
@@ -279,8 +253,7 @@ def is_image_name(name: str) -> bool:
 
 def is_hidden(name: str) -> bool:
     """Return whether a path inside a source is hidden, or macOS's metadata of another file."""
-    # The names in the tar of a folder "." begin with it.
-    parts = [part for part in name.split("/") if part != "."]
+    parts = PurePosixPath(name).parts
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 

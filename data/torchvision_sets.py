@@ -22,8 +22,7 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
     """Read all images of a set in FILES from a data folder; the test images are the last ones.
 
     CIFAR-10's are uint8 (32, 32, 3), and MNIST's (28, 28, 1). A missing set is downloaded if
-    `download` is true. Raises UserError when there is no such set, or when it is not in the folder,
-    is damaged or cannot be downloaded.
+    `download` is true. Raises UserError when a set is damaged, missing, or not in FILES.
     """
     if name not in FILES:
         raise UserError(f"{name} cannot be downloaded, only {' and '.join(FILES)} can.")
@@ -62,4 +61,4 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
         )
         for i, image in enumerate(images)
     ]
-    return Source(folder / name, members, list(range(len(images))), rule="test/")
+    return Source(folder / name, members, list(range(len(images))))

@@ -3,10 +3,9 @@
 `python -m figures.make_figures RUN_FACES RUN_FACES_V RUN_PEOPLE`
 
 These are run folders of the experiments `faces`, `faces-v` and `ffhq-64`. No photo is needed, and
-none is drawn. The pictures of demo.py are made by
+none is drawn. The picture of demo.py is made by
 
-`python -m tests.browser pretrained/ffhq-64.safetensors --steps 11 --spacing trailing --guide 3000
---guidance 2`
+`python -m tests.browser pretrained/ffhq-64.safetensors`
 """
 
 import os
@@ -21,21 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from config import EXPERIMENTS, build_network
 from data.augmentation import rotate
 from data.datasets import load_images
 from data.pixels import to_model_range, to_uint8
-from figures.saved_model import (
-    GUIDED,
-    nearest_snapshot,
-    open_saved,
-    parse_options,
-)
+from figures.saved_model import GUIDE_STEP, GUIDED, nearest_snapshot, open_saved
 from functions.noise_scheduler import NoiseScheduler
 from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.options import SamplerOptions
 from functions.sampling.samples_folder import generate_frames, save_columns
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import checkpoints_of, step_of
@@ -50,7 +43,7 @@ from functions.support.pictures import (
 )
 from functions.support.random_numbers import generator_of
 from functions.training.metrics import plot_losses
-from models.blocks import ResidualBlock, SelfAttention, sinusoidal_embedding
+from models.blocks import Downsample, ResidualBlock, SelfAttention, Upsample
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
@@ -61,20 +54,22 @@ SCHEDULES = {
     "T = 200, betas as for 1000": NoiseScheduler(200, rescale_betas=False),
 }
 
-# The name of a picture -> a command, and a pattern of the file that it writes. FACES, FACES_V and
-# PEOPLE stand for the runs. Images are samples of seed 0, by their indices.
+# The name of a picture -> a command for the run PEOPLE, and a pattern of the file that it writes.
+# Images are samples of seed 0, by their indices.
 COMMANDS = {
     "people.png": (f"sample PEOPLE {GUIDED}", "grid.png"),
     "interpolation.png": (f"edit interpolate 6 19 PEOPLE {GUIDED}", "interpolation-*.png"),
     "variations.png": (f"edit vary 22 PEOPLE {GUIDED}", "variations-*.png"),
     "inpainting.png": (
-        "edit inpaint 26.png PEOPLE --steps 50 --guide 3000 --mask mask.png --n 5",
+        f"edit inpaint 26.png PEOPLE --steps 50 --guide {GUIDE_STEP} --mask mask.png --n 5",
         "inpainting-*.png",
     ),
-    "bands-eps.png": ("figures.bands FACES --precision float32", "*.png"),
-    "bands-calibrated.png": ("figures.bands FACES --precision float32 --calibrate", "*.png"),
-    "bands-v.png": ("figures.bands FACES_V --precision float32", "*.png"),
 }
+
+# Plots stay PNG. All other pictures become WebP, a tenth as large and as good to the eye, because
+# each one that is drawn again stays in the history of the repository.
+PLOTS = ("schedule.png", "unet.png", "losses.png")
+WEBP = {"quality": 88, "method": 6}
 
 # The weights of a guide that are compared.
 WEIGHTS = (1, 1.25, 1.5, 2, 3)
@@ -90,15 +85,36 @@ def main() -> None:
     # The runs are read first, so that a missing one ends the script immediately.
     draw_people(runs["PEOPLE"])
     draw_faces(runs["FACES"])
-    draw_cures(runs["FACES"], runs["FACES_V"])
+    draw_cure(runs["FACES"], runs["FACES_V"])
 
     draw_cumulative_noise()
     draw_schedules()
-    draw_time_embedding()
     draw_unet()
     draw_rotation()
     with tempfile.TemporaryDirectory() as temporary:
-        draw_commands(runs, Path(temporary))
+        draw_commands(runs["PEOPLE"], Path(temporary))
+    for path in [*FIGURES.glob("*.png"), *FIGURES.glob("*.gif")]:
+        if path.name not in PLOTS:
+            lighten(path)
+
+
+def lighten(path: Path) -> None:
+    """Replace a picture or an animation by a WebP."""
+    with Image.open(path) as picture:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+        durations = [frame.info.get("duration", 0) for frame in frames]
+    first, *others = frames
+    # Noise needs most of the bytes of an animation.
+    quality = WEBP | ({"quality": 75} if others else {})
+    first.save(
+        path.with_suffix(".webp"),
+        save_all=bool(others),
+        append_images=others,
+        duration=durations,
+        loop=0,
+        **quality,
+    )
+    path.unlink()
 
 
 def draw_cumulative_noise() -> None:
@@ -142,41 +158,23 @@ def draw_schedules() -> None:
     save_figure(figure, FIGURES / "schedule.png")
 
 
-def draw_time_embedding() -> None:
-    """Draw the sinusoidal embedding of all 1000 timesteps, for base_dim 64.
-
-    The upper half of the picture has the sines, the lower the cosines, a row for each frequency.
-    """
-    # (64, 1000): a row for each frequency
-    embedding = sinusoidal_embedding(torch.arange(1000), 64).T
-
-    figure = Figure(figsize=(7, 3.4))
-    axis = figure.subplots()
-    picture = axis.imshow(embedding, "RdBu", aspect="auto", interpolation="nearest")
-    axis.axhline(31.5, color="black", linewidth=0.8)
-    axis.set(xlabel="timestep t")
-    axis.set_yticks([0, 32, 63], ["sin(t)", "cos(t)", "cos(t / 10,000)"])
-    figure.colorbar(picture)
-    figure.tight_layout()
-    save_figure(figure, FIGURES / "time_embedding.png")
-
-
 def draw_unet() -> None:
-    """Draw the network of `ffhq-run2`: a bar for each block, whose height shows its resolution."""
-    blocks = np.array(blocks_of_unet())
-    figure = Figure(figsize=(10, 4))
+    """Draw the network of `ffhq-64`: a bar for each block, whose height shows its resolution."""
+    blocks = parts_of_unet()
+    places = np.array(sorted(blocks))
+    channels, resolutions, attentions = np.array([blocks[place] for place in places]).T
+    # Each level halves the resolution, so the logarithm falls in equal steps.
+    heights = np.log2(resolutions) - 1
+    figure = Figure(figsize=(10, 4.4))
     axis = figure.subplots()
 
-    # The blocks stand side by side in the order of the forward pass.
     kinds = ("residual block (number: its channels)", "residual block, then self-attention")
     for attention, kind in enumerate(kinds):
-        [places] = np.nonzero(blocks[:, 2] == attention)
-        # Each level halves the resolution, so the logarithm falls in equal steps.
-        heights = np.log2(blocks[places, 1]) - 2
-        bars = axis.bar(places, heights, bottom=-heights / 2, label=kind)
+        chosen = attentions == attention
+        bars = axis.bar(places[chosen], heights[chosen], bottom=-heights[chosen] / 2, label=kind)
         axis.bar_label(
             bars,
-            blocks[places, 0],
+            channels[chosen],
             label_type="center",
             fontsize=8,
             color="white",
@@ -184,57 +182,64 @@ def draw_unet() -> None:
             rotation=90,
         )
 
-    # A level has blocks on both sides of the U. Its title is above the first block, and a line
-    # below goes from the first block to the last.
-    for resolution in np.unique(blocks[:, 1]):
-        [places] = np.nonzero(blocks[:, 1] == resolution)
-        edge = (np.log2(resolution) - 2) / 2 + 0.12
-        left = places[0] - 0.4
-        right = places[-1] + 0.4
-        axis.text(left, edge, f"{resolution} x {resolution}", fontsize=8)
-        [line] = axis.plot((left, right), (-edge, -edge), "--", color="0.6")
+    # A level has blocks on both sides of the U, so a line leads from the first to the last.
+    for resolution in np.unique(resolutions):
+        level = places[resolutions == resolution]
+        edge = (np.log2(resolution) - 1) / 2 + 0.12
+        axis.text(level[0] - 0.4, edge + 0.08, f"{resolution} x {resolution}", fontsize=8)
+        [line] = axis.plot((level[0] - 0.4, level[-1] + 0.4), (edge, edge), "--", color="0.6")
     line.set_label("skip connections of a level")
 
-    axis.legend(loc="upper center", frameon=False)
+    # A place without a block is one where the resolution changes.
+    for place in set(range(places[-1])) - blocks.keys():
+        sign = "\N{DOWNWARDS ARROW}" if place < places.mean() else "\N{UPWARDS ARROW}"
+        axis.text(place, 0, sign, ha="center", va="center", fontsize=12)
+    base = -heights.max() / 2 - 0.5
+    [line] = axis.plot((-0.4, places[-1] + 0.4), (base, base), color="tab:green")
+    line.set_label("time embedding of t, added in every residual block")
+    axis.vlines(places, base, -heights / 2, color="tab:green", linewidth=0.8)
+    for place, name in ((-1, "$x_t$"), (places[-1] + 1, "v")):
+        axis.text(place, 0, name, ha="center", va="center")
+
+    figure.legend(loc="lower center", ncols=2, frameon=False, fontsize=9)
     axis.axis("off")
-    figure.tight_layout()
+    figure.subplots_adjust(0, 0.11, 1, 1)
     save_figure(figure, FIGURES / "unet.png")
 
 
-def blocks_of_unet() -> list[list]:
-    """Return [channels, resolution, attention?] of each residual block of `ffhq-run2`.
+def parts_of_unet() -> dict[int, list]:
+    """Return [channels, resolution, attention?] of each residual block of `ffhq-64`, by its place.
 
-    They are recorded in a real forward pass, so the figure agrees with the network.
+    Blocks and resamplings are recorded in a real forward pass, so the figure agrees with the
+    network. A resampling has a place, too.
     """
-    model_config = EXPERIMENTS["ffhq-run2"].model
-    size = model_config.image_size
+    model_config = EXPERIMENTS["ffhq-64"].model
     # On the meta device tensors have shapes but no data, so the pass needs no memory or time.
     with torch.device("meta"):
         model = build_network(model_config)
-        x_t = torch.empty(1, 3, size, size)
+        x_t = torch.empty(1, *model_config.image_shape)
         t = torch.empty(1, dtype=torch.int64)
 
     # Forward hooks run in the order of the forward pass.
-    blocks = []
+    parts = []
 
     def record(module, inputs, output):
         if isinstance(module, ResidualBlock):
-            blocks.append([*output.shape[1:3], False])
+            parts.append([*output.shape[1:3], False])
         elif isinstance(module, SelfAttention):
             # Attention comes right after the residual block that it belongs to.
-            blocks[-1][2] = True
+            parts[-1][2] = True
+        elif isinstance(module, (Downsample, Upsample)):
+            parts.append(None)
 
     for module in model.modules():
         module.register_forward_hook(record)
     model(x_t, t)
-    return blocks
+    return {place: part for place, part in enumerate(parts) if part}
 
 
 def draw_rotation() -> None:
-    """Draw embedded faces rotated in the usual way, which has black corners, and in ours.
-
-    Each row is an image. The columns are the original, then both ways at 3 and at 10 degrees.
-    """
+    """Draw embedded faces rotated in the usual way, which has black corners, and in ours."""
     images = load_images("emoji_faces", 64).images[[500, 800, 300]]
     x_0 = to_model_range(torch.from_numpy(images))
 
@@ -263,13 +268,13 @@ def draw_strip(name: str, columns: dict[str, np.ndarray], rows: Sequence[str] = 
 
 def draw_faces(run: Path) -> None:
     """Draw the samples of `python sample.py` with seed 0, and their nearest training images."""
-    saved, image_sampler = open_saved(run, SamplerOptions())
+    saved, image_sampler = open_saved(run)
     faces = draw_pixels(image_sampler, 36)
     save_grid(faces, FIGURES / "faces.png", columns=9)
 
     # Each nearest training image is right below its sample, to show which samples are copies.
     image_set, split = load_and_split(saved)
-    neighbours = nearest(faces[:12], image_set.images[split.train_indices])
+    neighbours, _ = nearest(faces[:12], image_set.images[split.train_indices])
     save_grid(np.concatenate([faces[:12], neighbours]), FIGURES / "neighbours.png", columns=12)
 
 
@@ -278,17 +283,13 @@ def draw_people(run: Path) -> None:
     plot_losses(run / "metrics.csv", FIGURES / "losses.png")
 
     snapshots = checkpoints_of(run, "snapshots")
-    options = parse_options(GUIDED)
-    # A path, because a run that is shorter than the guide's step has no guide for its quarter.
-    guide = str(nearest_snapshot(snapshots, int(options.guide)))
-    options = replace(options, guide=guide)
     total = step_of(snapshots[-1])
     # These are a quarter of the run, its half and its end.
     chosen = [nearest_snapshot(snapshots, total * part) for part in (0.25, 0.5, 1)]
-    rows = [draw_pixels(open_saved(path, options)[1], 9) for path in chosen]
+    rows = [draw_pixels(open_saved(path, GUIDED)[1], 9) for path in chosen]
     save_grid(np.concatenate(rows), FIGURES / "people_by_step.png", columns=9)
 
-    _, image_sampler = open_saved(run, options)
+    _, image_sampler = open_saved(run, GUIDED)
     columns = {}
     for weight in WEIGHTS:
         denoiser = replace(image_sampler.denoiser, weight=weight)
@@ -296,31 +297,19 @@ def draw_people(run: Path) -> None:
     draw_strip("guidance.png", columns)
 
     # The animation has a row of six samples, and the strips have a row for each of the first four.
-    _, image_sampler = open_saved(run, SamplerOptions(steps=250, guide=guide))
+    _, image_sampler = open_saved(run, f"--steps 250 --guide {GUIDE_STEP}")
     _, states, estimates = generate_frames(image_sampler, range(6))
     save_gif(list(states.values()), FIGURES / "denoising.gif", columns=6)
     save_columns(states, FIGURES / "strip.png")
     save_columns(estimates, FIGURES / "progressive.png")
 
 
-def draw_cures(faces: Path, faces_v: Path) -> None:
-    """Draw what `faces` does wrong, and both cures: its calibrations, and `faces-v`.
-
-    The samples start from the same noise, and have 20 steps of DDIM. The picture of docs/ has a row
-    for each cure, and README's has both runs side by side.
-    """
-    rows = []
-    for run, calibrate in ((faces, None), (faces, "data"), (faces, "own"), (faces_v, None)):
-        options = SamplerOptions("ddim", 20, calibrate=calibrate)
-        rows.append(draw_pixels(open_saved(run, options)[1], 36))
-
-    # (12, rows, H, W, C): a column for each of the first samples.
-    columns = np.stack(rows, axis=1)[:12]
-    titles = ["faces", "calibrated\n(data)", "calibrated\n(own)", "faces-v"]
-    save_strip(columns, [""] * 12, FIGURES / "whole_before_detail.png", titles)
-
-    left = np.array(grid_of(rows[0], 6))
-    right = np.array(grid_of(rows[-1], 6))
+def draw_cure(faces: Path, faces_v: Path) -> None:
+    """Draw samples of both runs side by side, from the same noise by 20 steps of DDIM."""
+    left, right = (
+        np.array(grid_of(draw_pixels(open_saved(run, "--sampler ddim --steps 20")[1], 36), 6))
+        for run in (faces, faces_v)
+    )
     # A white margin separates the two.
     margin = np.full_like(left[:, :36], 255)
     both = np.concatenate([left, margin, right], axis=1)
@@ -333,14 +322,11 @@ def draw_pixels(image_sampler: ImageSampler, count: int) -> np.ndarray:
     return to_uint8(samples).numpy()
 
 
-def draw_commands(runs: dict[str, Path], temporary: Path) -> None:
-    """Run each of COMMANDS in a temporary folder, and copy its picture into this folder.
-
-    `runs` has the folders that FACES, FACES_V and PEOPLE stand for.
-    """
+def draw_commands(run: Path, temporary: Path) -> None:
+    """Run each of COMMANDS in a temporary folder, and copy its picture into this folder."""
     # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
     # half.
-    _, image_sampler = open_saved(runs["PEOPLE"], parse_options(GUIDED))
+    _, image_sampler = open_saved(run, GUIDED)
     [image] = to_uint8(generate(image_sampler, [26])).numpy()
     save_image(image, temporary / "26.png")
     mask = np.zeros(image.shape[:2], np.uint8)
@@ -351,29 +337,31 @@ def draw_commands(runs: dict[str, Path], temporary: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for figure, (command, pattern) in COMMANDS.items():
         out = temporary / Path(figure).stem
-        words = [runs.get(word, word) for word in command.split()]
+        words = [run if word == "PEOPLE" else word for word in command.split()]
         call = [sys.executable, "-m", *words, "--out", out]
         subprocess.run(call, check=True, cwd=temporary, env=environment)
         [file] = out.glob(pattern)
         shutil.copyfile(file, FIGURES / figure)
 
 
-def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Return for each image (N, H, W, C) the training image that correlates with it most.
+def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each image (N, H, W, C) the training image most like it, and their correlation.
 
-    Each training image (M, H, W, C) is compared unchanged and mirrored. The coefficients are those
-    of grey levels, so neither colour nor brightness counts.
+    There are M training images (M, H, W, C). The coefficients (N,) are those of grey levels, so
+    neither colour nor brightness nor contrast counts.
     """
     # Training flips images, so a sample may be the mirror image of a training image.
     both = np.concatenate([training, training[:, :, ::-1]])
-    count = len(images)
-    grey = images.mean(axis=3).reshape(count, -1)
-    grey_of_both = both.mean(axis=3).reshape(len(both), -1)
+    correlation = standardised(images) @ standardised(both).T
+    return both[correlation.argmax(axis=1)], correlation.max(axis=1)
 
-    # The matrix has the coefficients of all pairs of images, also within each of the two sets.
-    correlation = np.corrcoef(grey, grey_of_both)[:count, count:]
-    most_similar = correlation.argmax(axis=1)
-    return both[most_similar]
+
+def standardised(images: np.ndarray) -> np.ndarray:
+    """Return the grey levels of images (N, H, W, C) with mean 0 and norm 1: (N, H * W) float32."""
+    grey = images.mean(axis=3, dtype=np.float32).reshape(len(images), -1)
+    grey -= grey.mean(axis=1, keepdims=True)
+    grey /= np.linalg.norm(grey, axis=1, keepdims=True)
+    return grey
 
 
 if __name__ == "__main__":

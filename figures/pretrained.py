@@ -2,10 +2,9 @@
 
 `python -m figures.pretrained RUN`
 
-RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied, so the
-weights are float16, and an early one as a guide. The table of the card, pretrained/README.md, has
-the hashes of both files, what RUN says of itself, and what is measured on samples. The text under
-the table, from the first heading on, is written by hand, and stays.
+RUN is the folder of a finished run, and needs its photos. Its last snapshot is copied, and an early
+one as a guide. The table of the card, pretrained/README.md, is written. The text under the table,
+from the first heading on, is written by hand, and stays.
 """
 
 import hashlib
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
 from data.datasets import ImageSet, Split
-from figures.saved_model import GUIDED, nearest_snapshot, open_saved, parse_options
+from data.pixels import to_model_range, to_uint8
+from figures.make_figures import nearest
+from figures.saved_model import GUIDE_STEP, GUIDED, nearest_snapshot, open_saved
 from functions.evaluation.bits_per_dim import evenly_spaced
-from functions.evaluation.feature_distance import model_batches, training_features
-from functions.evaluation.fidelity import set_images
+from functions.evaluation.feature_distance import training_features
 from functions.sampling.generation import generate
 from functions.sampling.guides import guide_beside
-from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import load_and_split
 from functions.saved.run_folder import PRETRAINED, checkpoints_of
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="The folder of a finished run.")
     run = parser.parse_args().run
 
-    source, _ = open_saved(run, SamplerOptions(), "cpu")
+    source, _ = open_saved(run, "--device cpu")
     facts = source.provenance
     if facts["step"] != facts["total_steps"]:
         raise UserError(f"{run} is not finished; train.py --resume continues it")
@@ -56,7 +55,7 @@ def main() -> None:
 
     PRETRAINED.parent.mkdir(exist_ok=True)
     rows = {}
-    guide = nearest_snapshot(checkpoints_of(run, "snapshots"), int(parse_options(GUIDED).guide))
+    guide = nearest_snapshot(checkpoints_of(run, "snapshots"), GUIDE_STEP)
     for kind, file, path in (
         ("file", snapshot, PRETRAINED),
         ("guide", guide, guide_beside(PRETRAINED)),
@@ -76,7 +75,10 @@ def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     arithmetic = facts["arithmetic"]
     experiment = Experiment.from_dict(source.config)
     changes = experiment.differences(EXPERIMENTS[facts["experiment"]])
-    flags = [f" --{name.replace('_', '-')} {value}" for name, (value, _) in changes.items()]
+    flags = ""
+    for name, (value, _) in changes.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        flags += f" --{name.replace('_', '-')} {text}"
 
     rows = read_metrics(run / "metrics.csv")
     # A machine that does other things, too, slows some steps down.
@@ -87,7 +89,7 @@ def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     last = [row["loss"] for row in rows if row["step"] > facts["step"] - 100]
     return {
         "weights": f"{source.kind} in float16, {facts['parameters']:,} parameters",
-        "command": f"`python train.py {facts['experiment']}{''.join(flags)}`",
+        "command": f"`python train.py {facts['experiment']}{flags}`",
         "length": f"{facts['step']:,} steps, {image_count:,} images",
         "time": f"{hours:.1f} hours at the median speed, {hours * cores:.0f} CPU-hours",
         "processor": f"{arithmetic['processor']}, {cores} threads",
@@ -102,40 +104,34 @@ def measured(image_set: ImageSet, split: Split) -> dict[str, str]:
     """Return what is measured on samples of the model, and on as many held-out images."""
     ids = image_set.ids
     trained, held_out = split.train_indices, split.val_indices
-    chosen = evenly_spaced(held_out, SAMPLE_COUNT)
-    real = torch.cat([*model_batches(set_images(image_set, chosen))])
-    training = torch.cat([*model_batches(set_images(image_set, trained))])
-    samples = draw(len(chosen))
+    real = image_set.images[evenly_spaced(held_out, SAMPLE_COUNT)]
+    samples = draw(len(real))
 
     features = training_features(image_set, split)
-    distances = [features.distance(features([images])) for images in (samples, real)]
-    nearest = [rms_to_nearest(images, training).mean() for images in (samples, real)]
+    distances = [
+        features.distance(features([images]))
+        for images in (samples, to_model_range(torch.from_numpy(real)))
+    ]
+    similarities = [
+        nearest(images, image_set.images[trained])[1].mean()
+        for images in (to_uint8(samples).numpy(), real)
+    ]
     return {
         "training images": f"{len(trained):,} of {image_set.name}: {ids[trained[0]]} to "
         f"{ids[trained[-1]]}",
         "held-out images": f"{len(held_out):,}: {ids[held_out[0]]} to {ids[held_out[-1]]}",
         "measured on": f"{len(samples)} samples of seed 0, in float32: `{GUIDED}`",
         "distance": f"{distances[0]:.2f}; held-out images {distances[1]:.2f}",
-        "RMS difference from the nearest training image, pixels from -1 to 1": (
-            f"{nearest[0]:.3f}; held-out images {nearest[1]:.3f}"
+        "correlation with the most similar training image, of grey levels": (
+            f"{similarities[0]:.3f}; held-out images {similarities[1]:.3f}"
         ),
     }
 
 
 def draw(count: int) -> Tensor:
     """Return the first samples of the model, (count, C, H, W)."""
-    _, image_sampler = open_saved(PRETRAINED, parse_options(GUIDED), "cpu")
+    _, image_sampler = open_saved(PRETRAINED, f"{GUIDED} --device cpu")
     return generate(image_sampler, range(count), progress=True)
-
-
-def rms_to_nearest(images: Tensor, training: Tensor) -> Tensor:
-    """Return the RMS difference of images (N, C, H, W) from the nearest training image: (N,).
-
-    Training flips images, so each training image is compared as it is and mirrored.
-    """
-    both = torch.cat([training, training.flip(3)]).flatten(1)
-    distances = torch.cdist(images.to(both).flatten(1), both)
-    return distances.amin(1) / both.shape[1] ** 0.5
 
 
 def write_table(path: Path, rows: dict[str, str]) -> None:

@@ -1,40 +1,28 @@
-"""Open a saved model as all scripts of this folder do, for the images of seed 0."""
+"""Open a saved model with flags of sample.py, as all scripts of this folder do."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from functions.sampling.generation import ImageSampler
+from functions.sampling.generation import ImageSampler, open_sampler
 from functions.sampling.guides import corrected
-from functions.sampling.options import SamplerOptions, add_sampling_flags, given_options
+from functions.sampling.options import add_sampling_flags
 from functions.saved.checkpoint import SavedModel
-from functions.saved.loading import open_model
 from functions.saved.run_folder import step_of
-from functions.support.device import choose_device
 from functions.support.processes import SINGLE_PROCESS
 
 # The flags of README's first command, which samples the model in the box.
-GUIDED = "--sampler dpm++ --steps 11 --spacing trailing --guide 3000 --guidance 2"
+GUIDE_STEP = 3000
+GUIDED = f"--sampler dpm++ --steps 11 --spacing trailing --guide {GUIDE_STEP} --guidance 2"
 
 
-def open_saved(
-    path: Path, options: SamplerOptions, device: str = "auto"
-) -> tuple[SavedModel, ImageSampler]:
-    """Return the model of a run or a file, and its sampler.
-
-    The sampler has the calibration and the guide that its options name.
-    """
-    place = choose_device(device)
-    saved, denoiser = open_model(path, place)
-    image_sampler = ImageSampler(denoiser, options, saved.model.image_shape, 0, place)
-    return saved, corrected(image_sampler, saved, SINGLE_PROCESS)
-
-
-def parse_options(flags: str) -> SamplerOptions:
-    """Return the options that these flags of sample.py give."""
+def open_saved(path: Path, flags: str = "") -> tuple[SavedModel, ImageSampler]:
+    """Return the model of a run or a file, and the sampler of these flags, in float32."""
     parser = argparse.ArgumentParser()
     add_sampling_flags(parser)
-    return SamplerOptions(**given_options(parser.parse_args(flags.split())))
+    args = parser.parse_args([str(path), "--precision", "float32", *flags.split()])
+    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+    return saved, corrected(image_sampler, saved, SINGLE_PROCESS)
 
 
 def nearest_snapshot(snapshots: Sequence[Path], step: float) -> Path:

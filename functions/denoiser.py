@@ -1,15 +1,14 @@
 """What a network predicts, and how x_0 and eps follow from it.
 
 A `Denoiser` is a network with its noise schedule and its objective. `predict` calls it, and returns
-x_0 and eps, whatever the network predicts. Samplers, the variational bound and figures take
-anything that has `scheduler` and `predict`: a `Denoiser`, or what wraps one, such as
-functions/guidance.py.
+x_0 and eps, whatever the network predicts. Samplers and the variational bound take anything that
+has `scheduler` and `predict`: a `Denoiser`, or what wraps one, such as functions/guidance.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,7 @@ from functions.noise_scheduler import Coefficient, NoiseScheduler, Timestep
 
 @dataclass(frozen=True)
 class Objective:
-    """A quantity that a network predicts at (x_t, t).
-
-    It has the shape of x_t, and is linear in x_0 and eps.
-    """
+    """What a network predicts at (x_t, t): linear in x_0 and eps, in the shape of x_t."""
 
     # (scheduler, x_0, t, noise) -> the tensor that the loss compares the network's output with.
     target: Callable[..., Tensor]
@@ -56,19 +52,32 @@ OBJECTIVES = {
 }
 
 
-class Predictor(Protocol):
+class Predictor(ABC):
     """What samplers need: a schedule, and the x_0 and eps at (x_t, t)."""
 
-    @property
-    def scheduler(self) -> NoiseScheduler: ...
+    scheduler: NoiseScheduler
 
-    def predict(
-        self, x_t: Tensor, t: Timestep, clip_x_0: bool = False
-    ) -> tuple[Tensor, Tensor]: ...
+    @abstractmethod
+    def x_0_and_eps(self, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor]:
+        """Return x_0 and eps at (x_t, t), without clipping: (B, C, H, W) each."""
+
+    def predict(self, x_t: Tensor, t: Timestep, clip_x_0: bool = False) -> tuple[Tensor, Tensor]:
+        """Return x_0 and eps at (x_t, t): (B, C, H, W) each.
+
+        Args:
+            x_t: (B, C, H, W).
+            t: one timestep for the whole batch, or (B,) int64.
+            clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it.
+        """
+        x_0, eps = self.x_0_and_eps(x_t, t)
+        if clip_x_0:
+            x_0 = x_0.clamp(-1, 1)
+            eps = self.scheduler.predict_eps(x_t, t, x_0)
+        return x_0, eps
 
 
 @dataclass(frozen=True)
-class Denoiser:
+class Denoiser(Predictor):
     """A network with the schedule and the objective that it was trained with.
 
     `network` may also be a plain function (x_t (B, C, H, W), t (B,) int64) -> prediction. Raises
@@ -95,20 +104,12 @@ class Denoiser:
         with torch.autocast(x_t.device.type, self.precision, enabled=half, cache_enabled=False):
             return self.network(x_t.float(), t).float()
 
-    def predict(self, x_t: Tensor, t: Timestep, clip_x_0: bool = False) -> tuple[Tensor, Tensor]:
-        """Call the network, and return its x_0 and eps at (x_t, t): (B, C, H, W) each.
-
-        Args:
-            x_t: (B, C, H, W).
-            t: one timestep for the whole batch, or (B,) int64.
-            clip_x_0: clip x_0 to the range of images, [-1, 1], and recompute eps from it.
-        """
+    def x_0_and_eps(self, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor]:
         t_batch = t
         if isinstance(t, int):
             t_batch = torch.full((len(x_t),), t, device=x_t.device)
         output = self(x_t, t_batch)
-        x_0, eps = OBJECTIVES[self.objective].x_0_and_eps(self.scheduler, x_t, t, output)
-        return clipped(self.scheduler, x_t, t, x_0) if clip_x_0 else (x_0, eps)
+        return OBJECTIVES[self.objective].x_0_and_eps(self.scheduler, x_t, t, output)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -119,11 +120,3 @@ class Denoiser:
             yield
         finally:
             self.network.train(training)
-
-
-def clipped(
-    scheduler: NoiseScheduler, x_t: Tensor, t: Timestep, x_0: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return x_0 clipped to the range of images, [-1, 1], and the eps that it implies at x_t."""
-    x_0 = x_0.clamp(-1, 1)
-    return x_0, scheduler.predict_eps(x_t, t, x_0)

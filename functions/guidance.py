@@ -4,10 +4,9 @@ The guided x_0 lies on the line from the guide's x_0 through the model's x_0:
 
     x_0 = x_0(guide) + w (x_0(model) - x_0(guide))
 
-With w = 1 it is the model's x_0. With w > 1 it lies beyond the model's, further from the guide's.
-This helps if the guide makes the same errors as the model, but larger ones. The method is
-autoguidance (Karras et al. 2024, arXiv:2406.02507); here it needs neither labels nor a second
-training. docs/better-than-the-model.md explains and measures it.
+With w > 1 it lies beyond the model's, further from the guide's. This helps if the guide makes the
+same errors as the model, but larger ones: autoguidance (Karras et al. 2024, arXiv:2406.02507).
+docs/better-than-the-model.md measures it.
 """
 
 import math
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from functions.denoiser import Predictor, clipped
+from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
 
 # The log-SNR, log(alpha_bar / (1 - alpha_bar)), from which and up to which a guide is asked. At
@@ -25,7 +24,7 @@ GUIDED_LOG_SNR = (-7.0, 6.0)
 
 
 @dataclass(frozen=True)
-class Guided:
+class Guided(Predictor):
     """A model that moves away from a worse one, the guide, which has the same schedule."""
 
     model: Predictor
@@ -37,11 +36,8 @@ class Guided:
     def scheduler(self) -> NoiseScheduler:
         return self.model.scheduler
 
-    def predict(self, x_t: Tensor, t: int, clip_x_0: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the guided x_0 and its eps at (x_t, t), as `Denoiser.predict` does.
-
-        t is one timestep for the whole batch. Neither network's own x_0 is clipped.
-        """
+    def x_0_and_eps(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Return the guided x_0 and its eps; t is one timestep for the whole batch."""
         x_0, eps = self.model.predict(x_t, t)
         alpha_bar = self.scheduler.alpha_bar(t)
         lowest, highest = GUIDED_LOG_SNR
@@ -51,4 +47,4 @@ class Guided:
             guide_x_0, guide_eps = self.guide.predict(x_t, t)
             x_0 = x_0 + (self.weight - 1) * (x_0 - guide_x_0)
             eps = eps + (self.weight - 1) * (eps - guide_eps)
-        return clipped(self.scheduler, x_t, t, x_0) if clip_x_0 else (x_0, eps)
+        return x_0, eps

@@ -2,14 +2,13 @@
 
 Images are in [-1, 1] and have 256 levels. t counts from 0, so it is the paper's t minus 1.
 
-    L_T   KL(q(x_T | x_0) || N(0, I)), the "prior" term. It depends only on the schedule and the
-          image.
+    L_T   KL(q(x_T | x_0) || N(0, I)), which depends only on the schedule and the image.
     L_t   KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), for t = 1 .. T-1.
     L_0   -log p(x_0 | x_1) of the discretised Gaussian decoder (Eq. 13), at t = 0.
 
 The mean of p follows from the model's x_0 (Eq. 7), clipped to [-1, 1] as in Ho's evaluation. The
-variance of p is fixed, "small" or "large" as in sampling. The network computes in its
-denoiser's precision (evaluate.py opens it in float32), and everything else is float64.
+variance of p is fixed, one of VARIANCES as in sampling. The network computes in its denoiser's
+precision, and everything else in float64.
 """
 
 import math
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
+from functions.samplers import VARIANCES
 
 # Half the distance between neighbouring levels: 256 levels span [-1, 1].
 HALF_BIN = 1 / 255
@@ -37,16 +37,10 @@ def bound_terms(
     variance: str,
     clip_x_0: bool,
 ) -> Tensor:
-    """Return L_T, L_t and the squared error of the predicted x_0, for each image: (3, B) float64.
+    """Return L_T and L_t of each image, in bits per dimension: (2, B) float64.
 
-    L_T and L_t are in bits per dimension. The squared error is a mean over channels and pixels.
-
-    Args:
-        x_0: (B, C, H, W) in [-1, 1], on the model's device.
-        t: (B,) int64, on the same device.
-        noise: (B, C, H, W) standard normal.
-        variance: the variance of p, "small" or "large".
-        clip_x_0: clip the predicted x_0 to [-1, 1].
+    x_0 (B, C, H, W) is in [-1, 1], t is (B,) int64, noise is standard normal, and `variance` is
+    that of p, a key of VARIANCES.
     """
     scheduler = denoiser.scheduler
     x_0 = x_0.double()
@@ -61,29 +55,20 @@ def bound_terms(
     sigma = sigma_squared[is_L_0].sqrt()
     terms[is_L_0] = -decoder_log_likelihood(x_0[is_L_0], predicted_x_0[is_L_0], sigma)
 
-    values = [
-        prior_kl(scheduler, x_0) / math.log(2),
-        terms / math.log(2),
-        (predicted_x_0 - x_0).square(),
-    ]
-    return torch.stack([value.flatten(1).mean(dim=1) for value in values])
+    bits = torch.stack([prior_kl(scheduler, x_0), terms]) / math.log(2)
+    return bits.flatten(2).mean(dim=2)
 
 
 def model_variance(scheduler: NoiseScheduler, t: Tensor, variance: str) -> Tensor:
     """Return the variance of p(x_{t-1} | x_t), as `p_mean_variance` of Ho's code: (B, 1, 1, 1)."""
-    # At t = 0 the posterior's variance is 0, so both choices use its variance at t = 1 instead.
-    at_least_1 = t.clamp(min=1)
-    sigma_squared = scheduler.posterior_variance(at_least_1, at_least_1 - 1)
-    if variance == "large":
-        sigma_squared = torch.where(t == 0, sigma_squared, scheduler.step_beta(t, t - 1))
-    return sigma_squared.view(-1, 1, 1, 1)
+    # At t = 0 the posterior's variance is 0, so all choices use its variance at t = 1 instead.
+    sigma_squared = VARIANCES[variance](scheduler, t, t - 1)
+    at_t_1 = scheduler.posterior_variance(1, 0)
+    return torch.where(t == 0, at_t_1, sigma_squared).view(-1, 1, 1, 1)
 
 
 def prior_kl(scheduler: NoiseScheduler, x_0: Tensor) -> Tensor:
-    """Return L_T of each dimension, in nats: (B, C, H, W).
-
-    It is KL(N(sqrt(a) x_0, 1 - a) || N(0, 1)), where a is alpha_bar at T - 1.
-    """
+    """Return L_T, KL(N(sqrt(a) x_0, 1 - a) || N(0, 1)), of each dimension in nats: (B, C, H, W)."""
     a = scheduler.alpha_bar(scheduler.timesteps - 1)
     return (a * x_0.square() - a - math.log1p(-a)) / 2
 
@@ -91,10 +76,9 @@ def prior_kl(scheduler: NoiseScheduler, x_0: Tensor) -> Tensor:
 def posterior_kl(
     scheduler: NoiseScheduler, x_0: Tensor, predicted_x_0: Tensor, t: Tensor, sigma_squared: Tensor
 ) -> Tensor:
-    """Return L_t of each dimension, in nats, for t >= 1: (B, C, H, W). It is meaningless at t = 0.
+    """Return L_t of each dimension, in nats, for t >= 1: (B, C, H, W).
 
-    It is the KL divergence of two normals, whose means are mu tilde (Eq. 7) of x_0 and of the
-    predicted x_0.
+    It is the KL divergence of two normals, with mu tilde (Eq. 7) of x_0 and of the predicted x_0.
     """
     # mu tilde is linear in (x_0, x_t), so the difference of the means is mu tilde of
     # (x_0 - predicted_x_0, 0). Subtracting the means instead would lose digits, since they are
@@ -106,10 +90,7 @@ def posterior_kl(
 
 
 def decoder_log_likelihood(x_0: Tensor, mean: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return the log-probability of each value's bin under N(mean, sigma^2), in nats (Eq. 13).
-
-    The result has the shape of x_0. The 256 probabilities of a value sum to 1.
-    """
+    """Return the log-probability, in nats, of each value's bin under N(mean, sigma^2) (Eq. 13)."""
     lower = (x_0 - HALF_BIN - mean) / sigma
     upper = (x_0 + HALF_BIN - mean) / sigma
     lower = torch.where(x_0 < -OUTER_BIN, -math.inf, lower)

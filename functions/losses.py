@@ -7,18 +7,11 @@ from functions.noise_scheduler import broadcast
 
 
 def denoising_loss(denoiser: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Return L_simple of each image, ||eps - eps_theta(x_t, t)||^2 / (C H W).
+    """Return L_simple of each image, ||eps - eps_theta(x_t, t)||^2 / (C H W): (B,) float32.
 
     This is Eq. 14 of Ho et al. 2020, and line 5 of their Algorithm 1. For a `Denoiser` that
-    predicts v, it is the squared error of v.
-
-    Args:
-        x_0: (B, C, H, W) clean images in [-1, 1].
-        t: (B,) int64 timesteps.
-        noise: (B, C, H, W) standard normal.
-
-    Returns:
-        (B,) float32: each image's squared error, averaged over its channels and pixels.
+    predicts v, it is the squared error of v. x_0 (B, C, H, W) is in [-1, 1], t is (B,) int64, and
+    noise (B, C, H, W) is standard normal.
     """
     # x_t is float32, like x_0, even if the network computes in half precision. It is rounded only
     # once, by the network's first convolution.
@@ -29,9 +22,6 @@ def denoising_loss(denoiser: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor) ->
 
 
 def eps_errors(denoiser: Denoiser, losses: Tensor, t: Tensor) -> Tensor:
-    """Convert a denoiser's losses, (B,), to squared errors of eps, (B,).
-
-    Errors of eps can be compared between models of different objectives. t is (B,) int64.
-    """
+    """Convert losses (B,) at t (B,) to squared errors of eps (B,), which compare all objectives."""
     factor = OBJECTIVES[denoiser.objective].eps_factor(denoiser.scheduler, t)
     return broadcast(factor, losses) * losses

@@ -37,16 +37,14 @@ class NoiseScheduler:
 
     The schedule is computed in float64, and cast to the dtype of the tensor that it multiplies.
     Coefficients are looked up on the device of t, and on the CPU for an int t, so no lookup
-    synchronises with a GPU, except on MPS, which lacks float64. Raises ValueError for arguments
-    that give no valid schedule.
+    synchronises with a GPU. Raises ValueError for arguments that give no valid schedule.
 
     Args:
         timesteps: T, at least 2.
-        beta_start, beta_end: the first and the last beta for T = 1000. They must satisfy
-            0 < beta_start <= beta_end < 1, also after rescaling.
+        beta_start, beta_end: the first and the last beta for T = 1000, between 0 and 1.
         rescale_betas: multiply both by 1000 / T, so that x_T has nearly the same noise for every T.
-        beta_schedule: "linear", or "cosine" (`cosine_betas`). "cosine" ignores `beta_start`,
-            `beta_end` and `rescale_betas`.
+        beta_schedule: a key of BETA_SCHEDULES. "cosine" ignores `beta_start`, `beta_end` and
+            `rescale_betas`.
         log_snr_shift: the betas are changed so that this is added to log(alpha_bar / (1 -
             alpha_bar)) at every t. Below 0 it adds noise (`shifted_betas`).
     """
@@ -63,13 +61,11 @@ class NoiseScheduler:
         log_snr_shift: float = 0.0,
     ):
         self.timesteps = timesteps
-        if beta_schedule == "linear":
-            scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
-            self.betas = linear_betas(timesteps, beta_start, beta_end, scale)
-        elif beta_schedule == "cosine":
-            self.betas = cosine_betas(timesteps)
-        else:
-            raise ValueError(f"beta_schedule is {beta_schedule!r}; it can be linear or cosine")
+        if beta_schedule not in BETA_SCHEDULES:
+            known = " or ".join(BETA_SCHEDULES)
+            raise ValueError(f"beta_schedule is {beta_schedule!r}; it can be {known}")
+        scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
+        self.betas = BETA_SCHEDULES[beta_schedule](timesteps, beta_start, beta_end, scale)
         self.log_snr_shift = log_snr_shift
         if log_snr_shift:
             self.betas = shifted_betas(self.betas, log_snr_shift)
@@ -78,10 +74,7 @@ class NoiseScheduler:
         self.tables: dict[torch.device, Tensor] = {}
 
     def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
-        """Sample x_t from q(x_t | x_0) in one step (Eq. 4): (B, C, H, W).
-
-        x_0 is (B, C, H, W), t is (B,) int64 or an int, and noise is (B, C, H, W) standard normal.
-        """
+        """Sample x_t from q(x_t | x_0) in one step (Eq. 4); noise is standard normal."""
         sqrt_a, sqrt_1_minus_a = self.square_roots(t, x_0)
         return sqrt_a * x_0 + sqrt_1_minus_a * noise
 
@@ -110,28 +103,21 @@ class NoiseScheduler:
         return x_0, eps
 
     def step_beta(self, t: Timestep, s: Timestep) -> Coefficient:
-        """Return the beta of a single step from an earlier s to t, in float64.
-
-        It is `betas[t]` if s = t - 1 (Nichol and Dhariwal 2021, arXiv:2102.09672, Eq. 19).
-        """
+        """Return the beta of a single step from s to t (Nichol and Dhariwal 2021, Eq. 19)."""
         # The alpha of this step is the product of all alphas after s up to t, a_t / a_s.
         return 1 - self.alpha_bar(t) / self.alpha_bar(s)
 
     def posterior_variance(self, t: Timestep, s: Timestep) -> Coefficient:
-        """Return the variance of q(x_s | x_t, x_0), in float64: beta tilde of Eq. 7.
-
-        It is 0 at s = -1, the clean image.
-        """
+        """Return the variance of q(x_s | x_t, x_0), beta tilde of Eq. 7; it is 0 at s = -1."""
         return (1 - self.alpha_bar(s)) / (1 - self.alpha_bar(t)) * self.step_beta(t, s)
 
     def q_posterior(
         self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep
     ) -> tuple[Tensor, Coefficient]:
-        """Return mean and variance of q(x_s | x_t, x_0) for a step from t to an earlier s.
+        """Return mean (B, C, H, W) and variance of q(x_s | x_t, x_0) for a step from t to s.
 
-        With s = t - 1 they are mu tilde and beta tilde of Eqs. 6 and 7. With s = -1, the clean
-        image, the mean is x_0 and the variance is 0. The mean is (B, C, H, W). The variance is a
-        Python number for ints, and (B, 1, 1, 1) for (B,) timesteps.
+        With s = t - 1 they are mu tilde and beta tilde of Eqs. 6 and 7; with s = -1, x_0 and 0. The
+        variance is a Python number for ints, and (B, 1, 1, 1) for (B,) timesteps.
         """
         a_t = self.alpha_bar(t)
         a_s = self.alpha_bar(s)
@@ -150,10 +136,7 @@ class NoiseScheduler:
         return alpha_bar_T / (1 - alpha_bar_T)
 
     def alpha_bar(self, t: Timestep) -> Coefficient:
-        """Return alpha_bar at t: a Python number for an int, (B,) float64 for (B,) timesteps.
-
-        At t = -1 it is 1.
-        """
+        """Return alpha_bar at t, which is 1 at -1: a Python number for an int, or (B,) float64."""
         if isinstance(t, int):
             return self.alphas_cumprod[t].item() if t >= 0 else 1.0
 
@@ -185,11 +168,11 @@ def linear_betas(timesteps: int, beta_start: float, beta_end: float, scale: floa
     return torch.linspace(first, last, timesteps, dtype=torch.float64)
 
 
-def cosine_betas(timesteps: int) -> Tensor:
+def cosine_betas(timesteps: int, *_: float) -> Tensor:
     """Return the cosine schedule of Nichol and Dhariwal 2021, arXiv:2102.09672: (T,) float64.
 
     Its alpha_bar is proportional to cos^2(pi / 2 * (t / T + 0.008) / 1.008) (Eq. 17). Betas are
-    at most 0.999.
+    at most 0.999. It ignores the arguments of linear betas.
     """
     # Here t is the paper's, 0 .. T, and t = 0 is the clean image.
     t = torch.arange(timesteps + 1, dtype=torch.float64)
@@ -197,12 +180,15 @@ def cosine_betas(timesteps: int) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
+# The values of a config's `beta_schedule`: (T, beta_start, beta_end, scale) -> betas (T,) float64.
+BETA_SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+
+
 def shifted_betas(betas: Tensor, shift: float) -> Tensor:
     """Return betas whose log-SNR at each t is that of `betas` plus `shift`: (T,) float64.
 
-    A larger image hides less in the same noise, because its pixels repeat each other. With the
-    shift 2 log(64 / S), an image of S x S pixels, shrunk to 64 x 64, has as much noise as one of
-    64 x 64 without a shift (Hoogeboom et al. 2023, arXiv:2301.11093, Section 3).
+    With the shift 2 log(64 / S), an image of S x S pixels, shrunk to 64 x 64, has as much noise as
+    one of 64 x 64 without a shift (Hoogeboom et al. 2023, arXiv:2301.11093, Section 3).
     """
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
@@ -216,10 +202,7 @@ def shifted_betas(betas: Tensor, shift: float) -> Tensor:
 
 
 def broadcast(coefficient: Coefficient, x: Tensor) -> Coefficient:
-    """Return a coefficient that broadcasts over x (B, ...): (B,) becomes (B, 1, ...) of x's dtype.
-
-    A Python number is returned unchanged.
-    """
+    """Return a coefficient for x (B, ...): a number, or (B,) as (B, 1, ...) in the dtype of x."""
     if isinstance(coefficient, float):
         return coefficient
     return coefficient.to(x).view(-1, *[1] * (x.dim() - 1))

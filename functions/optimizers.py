@@ -32,9 +32,8 @@ LR_SCHEDULES = {
 class Adam(torch.optim.Adam):
     """Run PyTorch's Adam (Kingma and Ba 2015, arXiv:1412.6980), with `found_inf` on MPS too.
 
-    If the tensor `found_inf` is 1, a step of fused Adam changes nothing, and the host does not wait
-    for the device to know it, as `GradScaler.step` would. `state` exists from the start, so that a
-    checkpoint can be written or loaded before the first step.
+    If the tensor `found_inf` is 1, a step of fused Adam changes nothing, and no host waits to know.
+    `state` exists from the start, so that a checkpoint can be loaded before the first step.
     """
 
     found_inf: Tensor | None = None
@@ -53,7 +52,7 @@ class Adam(torch.optim.Adam):
         }
 
     def step(self, closure: None = None) -> None:
-        """Make one step; this waits for the device on MPS."""
+        """Make one step."""
         # Apple's kernel does not look at found_inf, so on MPS the host does.
         found_inf = self.found_inf
         if found_inf is None or found_inf.device.type != "mps" or not found_inf:
@@ -68,7 +67,8 @@ class Muon(Adam):
     arXiv:2502.16982), so that both have the same learning rate. The state of a matrix is only its
     momentum, under Adam's name `exp_avg`. Adam moves all other parameters.
 
-    Newton-Schulz runs in `precision`, that of the network.
+    Newton-Schulz runs in `precision`, that of the network. PyTorch's Muon (2.13) takes matrices
+    only, and runs it in bfloat16, which is slow on CPUs without instructions for it.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, precision: torch.dtype):
@@ -135,9 +135,8 @@ def is_matrix(p: Tensor) -> bool:
 def orthogonal_factor(matrices: Tensor, eps: float, precision: torch.dtype) -> Tensor:
     """Return U V^T for each U S V^T = matrices (N, rows, columns), by Newton-Schulz: float32.
 
-    Its singular values are between 0.68 and 1.2 and not all 1, which does no harm. A matrix whose
-    RMS is not far above eps gives less, as with Adam, which divides by RMS + eps: so zeros give
-    zeros, and the rounding of what should be zero gives hardly more.
+    Its singular values are between 0.68 and 1.2. A matrix whose RMS is not far above eps gives
+    less, as with Adam, which divides by RMS + eps: so the rounding of zeros gives hardly more.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal_factor(matrices.mT, eps, precision).mT

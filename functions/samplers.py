@@ -1,30 +1,25 @@
 """The samplers: from noise x_T to images x_0. `ddim_invert` leads from images to noise.
 
 Each sampler is a plain function `f(denoiser, x_T, steps=N) -> x_0` with its paper's defaults. A new
-sampler is a function and a row of the table `SAMPLERS` at the end of this file. All samplers share
-these arguments:
+sampler is a function and a row of `SAMPLERS` at the end of this file. All share these arguments:
 
-    denoiser     a `Denoiser`, or anything else with `scheduler` and `predict`. `predict` is called
-                 once per step.
-    x_T          (B, C, H, W) standard normal. Sample i depends only on x_T[i] and on the step
-                 noise of sample i.
+    denoiser     a `Denoiser`, or anything else with `scheduler` and `predict`, called once a step
+    x_T          (B, C, H, W) standard normal. Sample i depends only on x_T[i] and its step noise.
     steps        the number of network calls, 1 .. T (None means T); or the timesteps themselves,
                  in descending order. Then x_T is the state at the first timestep, and the result
                  is the state at the last one, where -1 means the clean image.
-    spacing      "trailing" or "logsnr": how `sampling_times` chooses the timesteps.
+    spacing      a key of `SPACINGS`: how `sampling_times` chooses the timesteps.
     clip_x_0     clip the model's x_0 to [-1, 1] *before* the step uses it, and recompute eps from
-                 it. If only the final image were clipped, errors in colour would accumulate over
-                 the steps.
-    step_noise   `step_noise(k) -> (B, C, H, W)`, standard normal. It is called in each step that
-                 adds noise, with the number k of network calls before this step, 0, 1, ... None
-                 means PyTorch's global generator. Samplers that add no noise accept it, too, so
-                 that all samplers are called alike.
+                 it. Otherwise errors in colour would accumulate over the steps.
+    step_noise   `step_noise(k) -> (B, C, H, W)`, standard normal, is called in each step that adds
+                 noise, with the number k of earlier network calls. None means PyTorch's global
+                 generator. Samplers that add no noise accept it, too.
     on_step      `on_step(k, t, x, x_0)` is called after each step: x is the state after the step,
                  and x_0 is the model's prediction at timestep t.
 
-The samplers return images (B, C, H, W), in [-1, 1] if `clip_x_0`. They raise ValueError for too
-many or too few steps. A step leads from timestep t to s; `a_t` and `a_s` are alpha_bar at t and s.
-These are Python numbers, so the loops never synchronise with a GPU.
+They return images (B, C, H, W), in [-1, 1] if `clip_x_0`, and raise ValueError for too many or too
+few steps. A step leads from timestep t to s; `a_t` and `a_s` are alpha_bar there. These are Python
+numbers, so the loops never synchronise with a GPU.
 """
 
 import math
@@ -36,10 +31,13 @@ import torch
 from torch import Tensor
 
 from functions.denoiser import Predictor
+from functions.noise_scheduler import NoiseScheduler
 from functions.timesteps import Steps, sampling_times
 
-# The variances of the noise that `ddpm_sample` adds.
-VARIANCES = ("small", "large")
+# The variance of the noise of `ddpm_sample` in a step from t to s (Section 3.2): the posterior's,
+# beta tilde, as in Ho's face runs; or beta, which is as good with all T steps, but leaves noise in
+# the images with few.
+VARIANCES = {"small": NoiseScheduler.posterior_variance, "large": NoiseScheduler.step_beta}
 StepNoise = Callable[[int], Tensor]
 OnStep = Callable[[int, int, Tensor, Tensor], None]
 
@@ -57,12 +55,8 @@ def ddpm_sample(
 ) -> Tensor:
     """Sample by ancestral sampling (Ho et al. 2020, arXiv:2006.11239, Algorithm 2); weak order 1.
 
-    The fresh noise of each step corrects the errors of earlier steps.
-
     Args:
-        variance: the variance of the step's noise (Section 3.2). "small" is the posterior's beta
-            tilde, as in Ho's face runs. "large" is beta. With all T steps it is as good as "small";
-            with few steps it leaves noise in the images.
+        variance: that of the step's noise, a key of VARIANCES.
     """
     scheduler = denoiser.scheduler
     times = sampling_times(scheduler, steps, spacing)
@@ -75,9 +69,8 @@ def ddpm_sample(
         # then the mean (Eq. 7), so that x_0 can be clipped. Without clipping the mean is the same.
         # For a network that predicts eps, `predict` calls scheduler.predict_x_0.
         x_0, _ = denoiser.predict(x, t, clip_x_0)
-        mean, sigma_squared = scheduler.q_posterior(x_0, x, t, s)
-        if variance == "large":
-            sigma_squared = scheduler.step_beta(t, s)
+        mean, _ = scheduler.q_posterior(x_0, x, t, s)
+        sigma_squared = VARIANCES[variance](scheduler, t, s)
 
         # Line 3: z ~ N(0, I), and z = 0 in the last step, which leads to the clean image.
         z = draw_noise(step_noise, k, x) if s >= 0 else 0.0
@@ -103,8 +96,7 @@ def ddim_sample(
     """Sample by DDIM (Song et al. 2021, arXiv:2010.02502); order 1.
 
     Args:
-        eta: 0 adds no noise. 1 adds noise with the posterior's variance, as `ddpm_sample` does with
-            the same steps.
+        eta: 0 adds no noise. 1 adds noise with the posterior's variance, as `ddpm_sample` does.
     """
     scheduler = denoiser.scheduler
     times = sampling_times(scheduler, steps, spacing)
@@ -136,12 +128,9 @@ def ddim_invert(
 
     With eta = 0, DDIM is Euler's method for an ODE (Song et al. 2021, Eq. 14). In terms of
     y = x_t / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar) it is dy = eps dsigma.
-    This function runs Euler's method from the image to the noise (Section 4.3), at the same
-    timesteps in ascending order. A step from s to t uses the eps at s, where `ddim_sample`, from t
-    to s, uses the eps at t. So `ddim_sample` does not return x_0 exactly. The errors of both ways
-    have the same sign and add up; twice as many steps halve them.
-
-    No x_0 is clipped on the way, because clipping cannot be undone.
+    This function runs it from the image to the noise (Section 4.3). A step from s to t uses the eps
+    at s, and `ddim_sample` that at t, so the errors of both ways add up. No x_0 is clipped, because
+    clipping cannot be undone.
     """
     scheduler = denoiser.scheduler
     ascending = sampling_times(scheduler, steps, spacing)[::-1]
@@ -170,11 +159,11 @@ def dpm_solver_sample(
 ) -> Tensor:
     """Sample by DPM-Solver++ 2M or its SDE form (Lu et al. 2022, arXiv:2211.01095); order 2.
 
-    They are the paper's Algorithm 2 and Eq. 18. In its symbols x_t = alpha x_0 + sigma eps and
-    lambda = log(alpha / sigma). So alpha is sqrt(alpha_bar) here.
+    They are the paper's Algorithm 2 and Eq. 18, in whose symbols x_t = alpha x_0 + sigma eps and
+    lambda = log(alpha / sigma): alpha is sqrt(alpha_bar).
 
     Args:
-        eta: 0 solves the ODE and adds no noise. 1 solves the SDE. Its fresh noise corrects the
+        eta: 0 solves the ODE and adds no noise. 1 solves the SDE, whose fresh noise corrects the
             errors of earlier steps.
     """
     scheduler = denoiser.scheduler
@@ -234,6 +223,8 @@ class Sampler:
     options: dict[str, str | float]
     # The sampler's description in the help of --sampler.
     help: str
+    # With N steps its error is in proportion to N^-order, which test_sampler_orders.py measures.
+    order: int = 1
 
 
 SAMPLERS = {
@@ -250,5 +241,6 @@ SAMPLERS = {
         dpm_solver_sample,
         {"spacing": "logsnr", "eta": 1.0},
         "DPM-Solver++ 2M, good with 20 steps",
+        order=2,
     ),
 }

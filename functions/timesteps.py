@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from functions.noise_scheduler import NoiseScheduler
-
-SPACINGS = ("trailing", "logsnr")
 
 # The number of steps, or the timesteps themselves. None means T steps.
 Steps = int | Sequence[int] | None
@@ -15,21 +14,15 @@ Steps = int | Sequence[int] | None
 def sampling_times(
     scheduler: NoiseScheduler, steps: Steps = None, spacing: str = "trailing"
 ) -> list[int]:
-    """Return the timesteps that a sampler visits, in descending order.
+    """Return the timesteps that a sampler visits: for N network calls N + 1, from T - 1 down to -1.
 
-    N network calls visit N + 1 timesteps, from T - 1 down to -1. The last one, -1, is the clean
-    image, where the network is not called.
+    The last one, -1, is the clean image, where the network is not called.
 
     Args:
-        steps: the number of network calls, 1 .. T (None means T); or the timesteps themselves,
-            which may start below T - 1, for an image that was noised only up to that timestep, and
-            end above -1, to leave noise in the image.
-        spacing: "trailing" timesteps are evenly spaced in t (Lin et al. 2024, arXiv:2305.08891,
-            Section 3.3). "logsnr" timesteps are evenly spaced in log-SNR, which is
-            log(alpha_bar / (1 - alpha_bar)), up to rounding, from T - 1 to 0, followed by -1 (Lu et
-            al. 2022, arXiv:2206.00927, Section 3.3).
-
-    Raises ValueError for too many or too few steps.
+        steps: the number of network calls, 1 .. T (None means T), or ValueError is raised; or the
+            timesteps themselves, which may start below T - 1, for an image that was noised only up
+            to there, and end above -1, to leave noise in the image.
+        spacing: a key of SPACINGS.
     """
     T = scheduler.timesteps
     if steps is None:
@@ -39,25 +32,46 @@ def sampling_times(
 
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}; a model with {T} timesteps takes 1 to {T}")
-    if spacing == "trailing":
-        return [round(T - k * T / steps) - 1 for k in range(steps + 1)]
-    return [*logsnr_timesteps(scheduler, steps, T - 1, 0), -1]
+    return SPACINGS[spacing](scheduler, steps)
+
+
+def trailing(scheduler: NoiseScheduler, steps: int) -> list[int]:
+    """Space them evenly in t (Lin et al. 2024, arXiv:2305.08891, Section 3.3)."""
+    T = scheduler.timesteps
+    return [round(T - k * T / steps) - 1 for k in range(steps + 1)]
+
+
+def logsnr(scheduler: NoiseScheduler, steps: int) -> list[int]:
+    """Space them evenly in log-SNR down to 0, then -1 (Lu et al. 2022, arXiv:2206.00927, 3.3)."""
+    return [*logsnr_timesteps(scheduler, steps, scheduler.timesteps - 1, 0), -1]
+
+
+# The values of --spacing: each (scheduler, steps) -> steps + 1 timesteps, from T - 1 down to -1.
+SPACINGS = {"trailing": trailing, "logsnr": logsnr}
 
 
 def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: int) -> list[int]:
     """Return `count` different timesteps from `first` down to `last`, evenly spaced in log-SNR."""
+    ends = torch.logit(scheduler.alphas_cumprod[[first, last]]).tolist()
+    return nearest_timesteps(scheduler, torch.linspace(*ends, count, dtype=torch.float64))
+
+
+def nearest_timesteps(scheduler: NoiseScheduler, log_snr: Tensor) -> list[int]:
+    """Return different timesteps, in descending order, near rising values of the log-SNR.
+
+    `log_snr` has at most T values of log(alpha_bar / (1 - alpha_bar)): (count,) float64.
+    """
     # `searchsorted` needs rising values. The negative log-SNR rises with t.
     negative_log_snr = -torch.logit(scheduler.alphas_cumprod)  # (T,)
-    ends = negative_log_snr[[first, last]].tolist()
-    points = torch.linspace(*ends, count, dtype=torch.float64)
     # The nearest timestep of each point is the one between whose midpoints it lies.
     midpoints = (negative_log_snr[1:] + negative_log_snr[:-1]) / 2
-    times = torch.searchsorted(midpoints, points)
+    times = torch.searchsorted(midpoints, -log_snr)
+    first = times[0]
 
     # Near t = 0 the log-SNR changes fast, so several points have the same nearest timestep. Equal
     # timesteps are raised until each is at least 1 above the next. This holds if times + k never
     # rises with k, which a running maximum from the last element to the first ensures.
-    k = torch.arange(count)
+    k = torch.arange(len(log_snr))
     from_last = (times + k).flip(0)
     times = from_last.cummax(0).values.flip(0) - k
 

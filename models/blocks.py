@@ -1,7 +1,6 @@
 """The parts of the U-Net: time embedding, residual block, self-attention and resampling.
 
-They follow Ho et al. 2020 (Appendix B, and the released code). In shapes, B is the batch, C the
-channels, H and W height and width. All blocks except `Downsample` and `Upsample` keep H and W.
+They follow Ho et al. 2020 (Appendix B, and the released code).
 """
 
 import math
@@ -15,10 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Dialect:
-    """The details in which two versions of the network differ; their weights have equal shapes.
-
-    These are fields of the config of diffusers' `UNet2DModel`, which implements both.
-    """
+    """The details in which two versions of the network differ, by diffusers' names for them."""
 
     # Every GroupNorm uses this epsilon.
     norm_eps: float
@@ -60,9 +56,8 @@ def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"])
     """Embed timesteps (B,) as sines and cosines of many frequencies: (B, dim) float32.
 
     This is Section 3.5 of "Attention Is All You Need" in the form of Ho's code: all sines first,
-    then all cosines, with the frequencies 10000^(-i / (dim/2 - 1)) for i = 0 .. dim/2 - 1, which
-    fall from 1 to exactly 1/10000. In the dialect of diffusers the cosines come first, and dim/2
-    replaces dim/2 - 1. dim is even and at least 4.
+    then all cosines, with the frequencies 10000^(-i / (dim/2 - 1)) for i = 0 .. dim/2 - 1. dim is
+    even and at least 4.
     """
     half_dim = dim // 2
     i = torch.arange(half_dim, dtype=torch.float32, device=t.device)
@@ -76,10 +71,7 @@ def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"])
 
 
 class TimeEmbedding(nn.Module):
-    """An embedding of timesteps (B,) as (B, 4 base_dim): sinusoid, Linear, SiLU, Linear.
-
-    Every residual block adds a projection of the result.
-    """
+    """An embedding of timesteps (B,) as (B, 4 base_dim): sinusoid, Linear, SiLU, Linear."""
 
     def __init__(self, base_dim: int, dialect: Dialect):
         super().__init__()
@@ -96,11 +88,9 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, plus a shortcut.
+    """Norm, SiLU and convolution, twice, plus a shortcut, as `forward` reads.
 
-    A projection of the time embedding is added after the first convolution. Dropout precedes the
-    second one. The shortcut is a 1x1 convolution where the number of channels changes.
-    `norm(channels)` returns a GroupNorm.
+    The shortcut is a 1x1 convolution where the number of channels changes.
     """
 
     def __init__(
@@ -133,10 +123,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over all H x W positions, added to its input.
-
-    `head_dim` is the number of channels per head, a divisor of `channels`; None means one head.
-    """
+    """Self-attention over all H x W positions, added to its input; without head_dim of one head."""
 
     def __init__(
         self, channels: int, norm: Callable[[int], GroupNorm], head_dim: int | None = None
@@ -182,10 +169,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling of height and width, followed by a 3x3 convolution.
-
-    (B, C, H, W) -> (B, C, 2H, 2W).
-    """
+    """Nearest-neighbour doubling and a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels: int):
         super().__init__()

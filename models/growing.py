@@ -1,10 +1,9 @@
 """Grow a U-Net: the network of small images becomes the inner levels of one for twice the size.
 
-A new level is put in front, and begins as a passage. On the way down it takes the mean of 2 x 2
-pixels, and on the way up it copies each pixel four times. So before its first step the grown
-network does about what the small one does with the image at half the size, and training adds the
-details. Networks have been grown since "Progressive growing of GANs" (Karras et al. 2018,
-arXiv:1710.10196).
+A new level is put in front, and begins as a passage: on the way down the mean of 2 x 2 pixels, on
+the way up a copy of each pixel to 2 x 2. So before its first step the grown network does about what
+the small one does with the image at half the size, and training adds the details. The idea is that
+of "Progressive growing of GANs" (Karras et al. 2018, arXiv:1710.10196).
 """
 
 import torch
@@ -12,18 +11,18 @@ from torch import Tensor
 
 from models.unet import UNet
 
-# The mean of 2 x 2 pixels keeps the image, and has a quarter of the variance of its noise (half its
-# standard deviation). So the small network must see at each t an SNR that is lower by a factor of
-# 4. Then it gets, after the mean, that for which it was trained. This is 2 log(1 / 2), the shift of
-# "Simple diffusion" for twice the size (Hoogeboom et al. 2023, arXiv:2301.11093, Section 3).
+# The mean of 2 x 2 pixels keeps the image, and a quarter of the variance of its noise. So at each t
+# the grown network must get an SNR that is lower by a factor of 4: after the mean it is that for
+# which the small network was trained. This is 2 log(1 / 2), the shift of "Simple diffusion" for
+# twice the size (Hoogeboom et al. 2023, arXiv:2301.11093, Section 3).
 LOG_SNR_SHIFT = -1.386
 
 
 def grown_arguments(small: dict) -> dict:
-    """Return the arguments of `UNet` for a network that is grown out of one with `small` ones.
+    """Return the arguments of `UNet` for a network that grows out of one with `small` ones.
 
-    Raises ValueError when its first level is wider than its first layer: then there is no level in
-    front whose channels fit.
+    Raises ValueError when the small one's first level is wider than its first layer: the new level
+    lies between the two, so all three have the same width.
     """
     first, *_ = small["dim_multiply"]
     if first != 1:
@@ -46,14 +45,13 @@ def grown_weights(small: dict[str, Tensor], network: UNet) -> dict[str, Tensor]:
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     for name, tensor in small.items():
         # `down` counts levels from the full resolution, and `up` from the lowest.
-        part, _, rest = name.partition(".")
-        level, _, rest = rest.partition(".")
-        name = f"down.{int(level) + 1}.{rest}" if part == "down" else name
+        if name.startswith("down."):
+            _, level, rest = name.split(".", 2)
+            name = f"down.{int(level) + 1}.{rest}"
         weights[name] = tensor
 
     # A convolution of stride 2 begins one pixel earlier if it pads the left and the top, too.
-    downsample = network.down[0]["downsample"].conv
-    first = downsample.padding[0]
+    first = network.down[0]["downsample"].conv.padding[0]
     kernel = weights["down.0.downsample.conv.weight"].zero_()
     identity = torch.eye(len(kernel), device=kernel.device)
     kernel[:, :, first : first + 2, first : first + 2] = identity[:, :, None, None] / 4

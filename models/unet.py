@@ -30,25 +30,22 @@ BLOCKS_UP = 3
 class UNet(nn.Module):
     """A network that predicts the noise in an image, eps_theta(x_t, t); or v, if trained for v.
 
-    Level 0 is the full resolution. Each further level halves it and has
-    base_dim * dim_multiply[level] channels. A level has two residual blocks on the way down and
-    three on the way up, each followed by self-attention at the levels in `transformer_layers`.
-    Between the two ways is a bottleneck of block, attention, block. The output of the first layer,
-    of each block and of each downsampling is a skip connection: it is concatenated to the input of
-    a block on the way up.
+    Level 0 is the full resolution. Each further level halves it. A level has two residual blocks on
+    the way down and three on the way up. Between the two ways is a bottleneck of block, attention,
+    block. The output of the first layer, of each block and of each downsampling is a skip
+    connection: it is concatenated to the input of a block on the way up.
 
     Args:
-        image_size: height and width of the images. It must be
-            lowest_resolution_size * 2^(levels - 1), or ValueError is raised.
-        channels: colour channels of the images.
-        lowest_resolution_size: height and width at the last level.
+        image_size: height and width of the images.
+        channels: their colour channels.
+        lowest_resolution_size: height and width at the last level. Raises ValueError for another
+            number than image_size / 2^(levels - 1).
         dim_multiply: multipliers of `base_dim`, one per level.
         transformer_layers: levels with self-attention, counted from 0.
         base_dim: channels at multiplier 1. The time embedding has 4 times as many.
         dropout: probability inside each residual block.
         norm_groups: groups of each GroupNorm. They must divide every level's channels.
-        dialect: "ho", the paper's network; or "diffusers", which differs in the details that
-            `Dialect` in models/blocks.py lists.
+        dialect: "ho", the paper's network; or "diffusers" (`Dialect` in models/blocks.py).
     """
 
     def __init__(
@@ -71,8 +68,7 @@ class UNet(nn.Module):
                 f"{levels} levels lead from {image_size} to {lowest:g} pixels, "
                 f"not to lowest_resolution_size = {lowest_resolution_size}"
             )
-        self.image_size = image_size
-        self.channels = channels
+        self.image_shape = (channels, image_size, image_size)  # (C, H, W)
 
         details = DIALECTS[dialect]
         dims = [base_dim * multiplier for multiplier in dim_multiply]
@@ -137,16 +133,10 @@ class UNet(nn.Module):
                 initialise(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image."""
-        return self.channels, self.image_size, self.image_size
-
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise, or v, in images x_t at timesteps t (B,) int64, 0 .. T-1.
+        """Predict the noise, or v, in x_t (B, channels, H, W) at timesteps t (B,) int64, 0 .. T-1.
 
-        x_t and the result are (B, channels, image_size, image_size). The result has the dtype of
-        the last layer, which autocast may lower.
+        The result has the shape of x_t, and the dtype of the last layer, which autocast may lower.
         """
         time_embedding = self.time_embedding(t)  # (B, 4 base_dim)
         h = self.conv_in(x_t)  # (B, base_dim, H, W)

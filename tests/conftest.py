@@ -24,6 +24,7 @@ from functions.sampling.generation import ImageSampler
 from functions.sampling.options import SamplerOptions
 from functions.saved import run_folder
 from functions.saved.checkpoint import verify_checkpoint
+from functions.training import recorder
 from models.unet import UNet
 
 ROOT = Path(train.__file__).resolve().parent
@@ -75,10 +76,15 @@ SMALL_MODEL = {
 }
 
 
+# Drawing the curves takes a third of the time of a tiny training, so only `tiny_run` does it.
+no_curves = mock.patch.object(recorder, "plot_losses", lambda metrics, path, title: path.touch())
+
+
 def pytest_sessionstart():
     """Let PyTorch use one thread, for the runs too that a whole session shares."""
     # Tests are small, and more threads than cores would only wait for each other.
     torch.set_num_threads(1)
+    no_curves.start()
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +150,10 @@ def train_tiny(pictures, runs, *flags, name="faces"):
 @pytest.fixture(scope="session")
 def tiny_run(pictures, tmp_path_factory):
     """Return a finished run of the tiny experiment: 46 training pictures, 10 steps of 8."""
-    return train_tiny(pictures, tmp_path_factory.mktemp("runs"))
+    no_curves.stop()
+    run = train_tiny(pictures, tmp_path_factory.mktemp("runs"))
+    no_curves.start()
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +166,7 @@ def grey_run(pictures, tmp_path_factory):
 def learned_run(pictures, tmp_path_factory):
     """Return a run of 60 steps, which has learned what the simple pictures are."""
     flags = "--diffusion.epochs 12 --diffusion.learning-rate 5e-3"
-    flags += " --diffusion.validation-samples 64 --diffusion.sample-every 60"
+    flags += " --diffusion.validation-samples 32 --diffusion.sample-every 60"
     return train_tiny(pictures, tmp_path_factory.mktemp("learned"), *flags.split())
 
 

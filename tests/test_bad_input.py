@@ -21,7 +21,7 @@ COMMANDS = {
     "train.py --diffusion.learning-rate -1": "learning_rate is -1.0",
     "train.py --diffusion.clip-grad-norm inf": "clip_grad_norm is inf; it must be finite",
     "train.py --model.dim-multiply 1,2,4": "dim_multiply",
-    "train.py --resume {empty}": "no checkpoint in this folder",
+    "train.py --resume {empty}": "not a run folder with a checkpoint",
     "train.py --resume no/such/run": "not a run folder",
     "train.py --resume": "no unfinished run",
     "train.py --device gpu": "'gpu'",
@@ -46,7 +46,6 @@ COMMANDS = {
     "sample.py {run} --steps 101": "steps is 101; a model with 100 timesteps takes 1 to 100",
     "edit.py interpolate 1 2 --depths 0.5,2": "'2' is not a number from 0 to 1",
     "edit.py interpolate 1 2 --exact --depths 1": "--depths: not allowed with argument --exact",
-    "edit.py interpolate 1 2 --exact --calibrate": "--calibrate has no effect on an inversion",
     "edit.py invert 1 {run} --sampler dpm++": "--sampler has no effect on an inversion",
     "edit.py invert 1 {run} --sampler ddim --eta 1": "--eta has no effect on an inversion",
     "edit.py invert 1 {run} --variance large": "--sampler ddim are --spacing and --eta",
@@ -56,13 +55,11 @@ COMMANDS = {
     "edit.py inpaint a.png {run} --sampler ddim --eta 0.5": "depend on earlier steps",
     "edit.py vary {root}/README.md {run}": "README.md: not a PNG",
     "edit.py interpolate no.png 1 {run}": "no.png: No such file",
-    "figures/bands.py {run} --steps 3": "single network calls, without a sampler and a guide",
-    "figures/bands.py {run} --variance large": "single network calls, without a sampler",
     "evaluate.py {run} --guide 4": "unrecognized arguments: --guide 4",
     "evaluate.py {run} --images 1 --out {empty}": "needs two held-out images or more; there are 1",
     # The folder is an error before the measurement, which may take hours, shows its bar.
     "evaluate.py {run} --t-stride 100 --out {empty}/notes.txt/out": "notes.txt",
-    "evaluate.py distance {run} {pictures} --n 5": "with FOLDER DATA there are no flags",
+    "evaluate.py distance {run} {pictures} --n 5": "unrecognized arguments: --n 5",
 }
 if not torch.cuda.is_available():
     COMMANDS["train.py --device cuda"] = "PyTorch must have it"

@@ -6,31 +6,30 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from benchmarks import compare, same_hour
 from benchmarks import first_day_on_a_gpu as first_day
-from benchmarks.compare import COLUMNS, PACKAGES, SETTINGS, Bench
+from benchmarks.compare import COLUMNS, SETTINGS, Bench
 from config import EXPERIMENTS
-from data.datasets import load_images
 from functions.support.errors import UserError
-from functions.support.pictures import save_image
-from tests.conftest import CPU, HELD_OUT, SMALL_MODEL, TRAINED, call
+from tests.conftest import CPU, HELD_OUT, SMALL_MODEL, call
 
 SMALL = replace(EXPERIMENTS["ffhq-run2"].model, **SMALL_MODEL)
 
 
-# This is slow, as it imports the peers.
+# This is slow, as it imports diffusers.
 @pytest.mark.slow
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_network_learns_and_ours_and_diffusers_are_of_one_size(package, monkeypatch):
+@pytest.mark.parametrize("package", ["ours", "diffusers"])
+def test_a_network_learns_and_is_of_our_size(package, monkeypatch):
     compiled = []
 
     def pretended_compile(module, dynamic):
@@ -51,43 +50,50 @@ def test_every_network_learns_and_ours_and_diffusers_are_of_one_size(package, mo
 
     size = sum(parameter.numel() for parameter in bench.module.parameters())
     ours = sum(parameter.numel() for parameter in compare.build("ours", SMALL).parameters())
-    assert (size == ours) == (package != "lucidrains")
+    assert size == ours
 
 
 @pytest.mark.slow
-def test_a_row_is_measured_in_a_process_of_its_own_and_may_fail():
-    cells = compare.row("ours", compare.PLAIN, SMALL, 2, 1, "cpu")
-    assert len(cells) == len(COLUMNS)
-    assert cells[:3] == ["ours", compare.PLAIN, "0.1 M"]
-    step, call_seconds, peak = (float(cells[k]) for k in (3, 5, 7))
+def test_a_row_has_all_columns_or_the_error_of_its_process(monkeypatch):
+    monkeypatch.setattr(compare, "TURN_SECONDS", 0)
+    arguments = ("ours", compare.PLAIN, SMALL, 2, 1)
+    cells = compare.measure(*arguments, "cpu")
+    assert cells[0] == "0.1 M"
+    step, call_seconds, peak = (float(cells[k]) for k in (1, 3, 5))
     assert min(step, call_seconds) > 0
     # PyTorch alone takes some 0.2 GB.
-    assert 0.1 < peak < 5
+    assert peak > 0.1
 
-    failed = compare.row("ours", compare.PLAIN, SMALL, 2, 1, "nowhere")
-    assert len(failed) == len(COLUMNS)
+    failed = compare.row(*arguments, "nowhere")
+    assert len(failed) == len(COLUMNS) == len(cells) + 2
     assert "device is 'nowhere'" in failed[2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", same_hour.PROGRAMS)
-def test_a_program_draws_on_the_way(name, pictures, tmp_path, monkeypatch):
-    """An epoch of the 46 training images has two steps of 16. Drawing takes no time."""
-    # A process has one precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    small = replace(SMALL, base_dim=16)
-    monkeypatch.setattr(same_hour, "MODEL", small)
-    monkeypatch.setattr(same_hour, "SIZE", small.image_size)
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i, image in enumerate(load_images(str(pictures), 16).images[TRAINED]):
-        # lucidrains' Trainer wants 100 images.
-        for copy in range(1 if "ours" in name else 3):
-            save_image(image, photos / f"{i}-{copy}.png")
+class AtOnce(ThreadPoolExecutor):
+    """A pool that works in the main thread, where train.py handles signals."""
 
+    def submit(self, work, *arguments):
+        future = Future()
+        try:
+            future.set_result(work(*arguments))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.mark.slow
+def test_our_program_is_timed_trained_and_drawn_beside_one_that_fails(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    """An epoch of the 46 training images has two steps of 16. Drawing takes no time."""
+    monkeypatch.setattr(same_hour, "MODEL", SMALL)
+    monkeypatch.setattr(same_hour, "SIZE", SMALL.image_size)
+    monkeypatch.setattr(same_hour, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(same_hour, "in_process", lambda work, *arguments: work(*arguments))
     clock = [0.0]
     monkeypatch.setattr(same_hour, "cpu_seconds", lambda: clock[0])
-    program = same_hour.PROGRAMS[name]
+    program = same_hour.PROGRAMS["ours, faces-v"]
+    trained = []
 
     def a_minute_a_step(data, photos, steps, seed, after_step):
         def minute_later(step, draw):
@@ -98,84 +104,48 @@ def test_a_program_draws_on_the_way(name, pictures, tmp_path, monkeypatch):
             clock[0] += 3600
             return draw(n)
 
+        trained.append(steps)
         program(data, photos, steps, seed, minute_later)
 
-    monkeypatch.setitem(same_hour.PROGRAMS, name, a_minute_a_step)
-    minutes = same_hour.draw_on_the_way(name, str(pictures), photos, 16, 0, 3)
+    def broken(*arguments):
+        raise RuntimeError("no memory")
+
+    programs = {"ours, faces-v": a_minute_a_step, "diffusers": broken}
+    monkeypatch.setattr(same_hour, "PROGRAMS", programs)
+    arguments = (pictures, "--minutes", 16, "--seed", 3, "--out", tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no results of diffusers; the same command trains"):
+            call(same_hour.main, *arguments)
+        assert "RuntimeError: no memory" in capsys.readouterr().err
+    # It is timed once, and trained once.
+    assert trained == [2 * (same_hour.WARM_UP_STEPS + 1), 16]
+
+    results = json.loads((tmp_path / "distances.json").read_text())
+    facts = results["programs"]["ours, faces-v"]
+    assert facts["steps"] == 16
     # The clock starts after the first step.
-    assert minutes == [1, 3, 7, 15]
-    drawn = [np.load(tmp_path / f"{name}-{part}.npy") for part in range(4)]
+    assert facts["minutes"] == [1, 3, 7, 15]
+    assert min(facts["distances"]) > results["held out"]
+    drawn = [np.load(tmp_path / f"ours, faces-v-{part}.npy") for part in range(4)]
     for samples in drawn:
-        assert samples.shape == (3, 16, 16, 3)
+        # As many are drawn as pictures are held out.
+        assert samples.shape == (len(HELD_OUT), 16, 16, 3)
         assert np.ptp(samples) > 0
     # Training has gone on between them, from the same noise.
     assert not np.array_equal(drawn[0], drawn[3])
 
-    facts = {"minutes": minutes, "distances": [8, 4, 2, 1]}
-    results = {"settings": {"minutes": 15}, "programs": {name: facts}, "held out": 0.5}
-    same_hour.plot(results, tmp_path)
+    with pytest.raises(UserError, match=r"results of .*'minutes': 16\.0.* another --out"):
+        call(same_hour.main, pictures, "--minutes", 2, "--seed", 3, "--out", tmp_path)
+    monkeypatch.delitem(programs, "diffusers")
+    call(same_hour.main, *arguments)
     assert Image.open(tmp_path / "same_hour.png").width >= 1000
 
 
 @pytest.mark.slow
-def test_a_program_is_timed_in_a_process_of_its_own(pictures, tmp_path):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i, image in enumerate(load_images(str(pictures), 32).images[TRAINED]):
-        save_image(image, photos / f"{i}.png")
-    arguments = ("ours, faces-v", str(pictures), photos, 0)
-    seconds = same_hour.in_process(same_hour.seconds_of_step, *arguments)
-    # A step of 16 images takes some tenths of a second.
-    assert 0.01 < seconds < 10
-
-
 def test_a_process_starts_its_own_as_a_script_does():
     ask = "import multiprocessing; print(multiprocessing.get_start_method())"
     answer = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True)
     assert same_hour.in_process(multiprocessing.get_start_method) == answer.stdout.strip()
-
-
-def test_a_program_that_fails_costs_only_itself_and_is_trained_again(
-    pictures, tmp_path, monkeypatch, capsys
-):
-    trained = []
-
-    def noise(name, data, photos, steps, seed, after_step):
-        trained.append(name)
-        rng = np.random.default_rng(seed)
-        for step in range(1, steps + 1):
-            after_step(step, lambda n: rng.integers(0, 256, (n, 32, 32, 3), np.uint8))
-
-    def broken(data, photos, steps, seed, after_step):
-        trained.append("broken")
-        raise RuntimeError("no memory")
-
-    programs = {"ours, a": partial(noise, "a"), "broken": broken, "ours, b": partial(noise, "b")}
-    monkeypatch.setattr(same_hour, "PROGRAMS", programs)
-    # Each step takes a second. Everything happens in this process.
-    monkeypatch.setattr(same_hour, "seconds_of_step", lambda *_: 1.0)
-    monkeypatch.setattr(same_hour, "in_process", lambda work, *arguments: work(*arguments))
-    arguments = (pictures, "--minutes", 1, "--at-once", 2, "--seed", 3, "--out", tmp_path)
-    for _ in range(2):
-        with pytest.raises(UserError, match="no results of broken; the same command trains"):
-            call(same_hour.main, *arguments)
-        assert "RuntimeError: no memory" in capsys.readouterr().err
-    assert sorted(trained) == ["a", "b", "broken", "broken"]
-
-    results = json.loads((tmp_path / "distances.json").read_text())
-    for facts in results["programs"].values():
-        assert facts["steps"] == 60
-        assert len(facts["distances"]) == 4
-        # As many pictures are held out as samples of noise are drawn.
-        assert min(facts["distances"]) > results["held out"]
-        assert len(np.load(tmp_path / "ours, a-3.npy")) == len(HELD_OUT)
-
-    with pytest.raises(UserError, match=r"results of .*'minutes': 1\.0.* another --out"):
-        call(same_hour.main, pictures, "--minutes", 2, "--seed", 3, "--out", tmp_path)
-    monkeypatch.setitem(programs, "broken", partial(noise, "c"))
-    monkeypatch.setitem(same_hour.HUES, "broken", "black")
-    call(same_hour.main, *arguments)
-    assert (tmp_path / "same_hour.png").exists()
 
 
 def test_cpu_time_counts_child_processes_dead_or_alive():
@@ -197,7 +167,13 @@ def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, c
         yield "before the error", 1.0
         raise RuntimeError("no compiler\nfound")
 
+    def in_this_process(command, cwd):
+        script, *arguments = command[1:]
+        call(import_module(script.removesuffix(".py")).main, *arguments)
+        return 0
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "call", in_this_process)
     # Each time is that of one call.
     monkeypatch.setattr(compare, "TURN_SECONDS", 0)
     monkeypatch.setattr(first_day, "PARTS", {"broken": broken, **first_day.PARTS})

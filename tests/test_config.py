@@ -18,7 +18,7 @@ from config import (
     build_scheduler,
 )
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.settings import marked
+from functions.support.settings import fields_with
 
 # These are the fields that the reference's own script gives.
 DIFFUSION = dict(
@@ -111,7 +111,8 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
 def test_weights_fix_the_objective_and_all_that_the_schedule_is_built_from():
     """A new argument of the schedule fails here until its field has the mark."""
     _, *betas = signature(NoiseScheduler).parameters
-    assert marked(DiffusionConfig, "of_weights") == {"objective", "timesteps_diff", *betas}
+    fixed = fields_with(DiffusionConfig, "fixed_by_weights")
+    assert fixed == {"objective", "timesteps_diff", *betas}
 
     # 200 of the betas for 1000 timesteps
     config = DiffusionConfig(**DIFFUSION, rescale_betas=False)

@@ -23,7 +23,6 @@ MATHEMATICS = {
     "guidance",
     "samplers",
     "likelihood",
-    "spectra",
 }
 # Of the project, the files of a folder import these alone.
 SAVED = {"config", "models", "data", "functions.support", "functions.saved"}
@@ -37,7 +36,7 @@ MAY_IMPORT = {
         "functions.optimizers",
         "functions.samplers",
         "functions.support.settings",
-        "models.unet",
+        "models",
     },
     "models": {"models"},
     "data": {"data", "functions.support.errors", "functions.support.files"},

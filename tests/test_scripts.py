@@ -57,12 +57,8 @@ def test_micro_batches_change_the_sum_of_gradients_by_rounding_alone(tiny_run, t
 
 @pytest.mark.slow
 def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
-    flags = "--diffusion.ema-decay 0 --diffusion.epochs 1 --diffusion.rescale-betas false"
-    run = trained(*flags.split())
-    printed = capsys.readouterr().out
-    for said in ("x_T still carries the image", "rescale_betas"):
-        assert said in printed
-
+    run = trained("--diffusion.ema-decay", 0, "--diffusion.epochs", 1)
+    capsys.readouterr()
     call(sample.main, "--runs", run.parent, "--n", 1, "--steps", 1)
     assert "raw weights" in capsys.readouterr().out
 

@@ -6,27 +6,23 @@ functions/likelihood.py computes the terms. L_0 is the "distortion", and the sum
 is the "rate". An ideal code made from the model needs at most this many bits per dimension, so
 lower is better.
 
-Each L_t of each image costs a network call. To save calls, the timesteps are divided into strata of
-at most `t_stride` neighbours, and one t of each stratum is drawn for each image. The estimate is
-unbiased. The draws of different images are independent, so the standard error over images includes
-the noise of the draws.
+Each L_t of each image costs a network call. So the timesteps are divided into strata of at most
+`t_stride` neighbours, and one t of each stratum is drawn for each image. The estimate is unbiased,
+and its standard error over images includes the noise of the draws, which are independent.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from functions.denoiser import Predictor
 from functions.likelihood import bound_terms
 from functions.support.errors import UserError
-from functions.support.pictures import save_figure
 from functions.support.random_numbers import ImageNoise, generator_of
 
 
@@ -52,8 +48,6 @@ class BitsPerDim:
     lengths: np.ndarray
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
-    # (N, K): the mean squared error of the predicted x_0, for images in [-1, 1].
-    mse_x_0: np.ndarray
 
     @property
     def image_bounds(self) -> np.ndarray:
@@ -68,101 +62,57 @@ class BitsPerDim:
     @property
     def standard_error(self) -> float:
         """Return the standard error of `total`."""
-        return error_of_mean(self.image_bounds)
+        return self.image_bounds.std(ddof=1) / math.sqrt(len(self.image_bounds))
 
-    @property
-    def distortion(self) -> float:
-        """Return the mean of L_0 over images: the bits that make the decoded image exact."""
-        return self.terms[:, 0].mean()
-
-    @property
-    def rate(self) -> float:
-        """Return the sum of all terms except L_0, as a mean over images."""
-        return self.total - self.distortion
-
-    def curves(self) -> dict[str, list[float]]:
-        """Return means over images for each stratum, in ascending t.
-
-        `rate` and `rmse` are the rate-distortion curve of the paper's Figure 5. The rate counts the
-        bits that a receiver needs to know x_t: L_T and all terms above t. The RMSE is that of the
-        x_0 predicted from this x_t, in grey levels (0 to 255).
-        """
-        terms = self.terms.mean(axis=0)
-        sums = terms * self.lengths
-        above = sums.sum() - sums.cumsum()
-        # t is the middle of its stratum, so half of the stratum's other timesteps are above t.
-        above += terms * (self.lengths - 1) / 2
-        columns = {
-            "t": self.lengths.cumsum() - (self.lengths + 1) / 2,
-            "bits_per_dim_a_step": terms,
-            "rate": self.prior.mean() + above,
-            "rmse": 127.5 * np.sqrt(self.mse_x_0.mean(axis=0)),
-        }
-        return {name: column.tolist() for name, column in columns.items()}
-
-    def facts(self) -> dict:
-        """Return plain values in bits per dimension, for a JSON file."""
+    def numbers(self) -> dict[str, float]:
+        """Return the means over images: the bound and its standard error, and its parts."""
+        distortion = self.terms[:, 0].mean()
         return {
             "bits_per_dim": self.total,
             "standard_error": self.standard_error,
-            "rate": self.rate,
-            "distortion": self.distortion,
+            "rate": self.total - distortion,
+            "distortion": distortion,
             "prior": self.prior.mean(),
-            "curves": self.curves(),
         }
-
-
-def error_of_mean(values: np.ndarray) -> np.ndarray:
-    """Return the standard error of the mean over N >= 2 values: (N, ...) -> (...)."""
-    return values.std(axis=0, ddof=1) / math.sqrt(len(values))
 
 
 def evenly_spaced(indices: np.ndarray, count: int | None) -> np.ndarray:
     """Return `count` evenly spaced indices, or all for None or a larger count."""
     count = min(count or len(indices), len(indices))
-    # Without indices `count` is 0, but NumPy then divides an empty array, which is no error.
     return indices[np.arange(count) * len(indices) // count]
 
 
 @torch.no_grad()
 def measure_bits_per_dim(
     denoiser: Predictor,
-    load_x_0: Callable[[np.ndarray], Tensor],
+    load_x_0: Callable[[int], Tensor],
     indices: np.ndarray,
     options: BoundOptions,
 ) -> BitsPerDim:
-    """Measure the variational bound (Eq. 5) of held-out images.
+    """Measure the variational bound (Eq. 5) of the N held-out images with these indices.
 
-    Raises UserError for fewer than two images, which have no standard error.
-
-    Args:
-        load_x_0: image indices (B,) -> x_0 (B, C, H, W) in [-1, 1], on the model's device.
-        indices: the held-out images, (N,).
+    `load_x_0` maps an index to x_0 (1, C, H, W) in [-1, 1], on the model's device. Raises UserError
+    for fewer than two images, which have no standard error.
     """
     if len(indices) < 2:
         raise UserError(f"bits/dim needs two held-out images or more; there are {len(indices)}")
     lengths = strata_lengths(denoiser.scheduler.timesteps, options.t_stride)
     results = [
-        image_terms(denoiser, load_x_0, index, options, lengths)
+        image_terms(denoiser, load_x_0(index), index, lengths, options)
         for index in tqdm(indices.tolist(), "bits/dim", unit="image")
     ]
-    prior, terms, mse_x_0 = torch.stack(results, dim=1).numpy()
+    prior, terms = torch.stack(results, dim=1).numpy()
     # L_T of an image is the same in all columns, because it does not depend on t.
-    return BitsPerDim(lengths.numpy(), prior[:, 0], terms, mse_x_0)
+    return BitsPerDim(lengths.numpy(), prior[:, 0], terms)
 
 
 def image_terms(
-    denoiser: Predictor,
-    load_x_0: Callable[[np.ndarray], Tensor],
-    index: int,
-    options: BoundOptions,
-    lengths: Tensor,
+    denoiser: Predictor, x_0: Tensor, index: int, lengths: Tensor, options: BoundOptions
 ) -> Tensor:
-    """Return the results (3, K) of `bound_terms` for one image, at one t of each stratum.
+    """Return the results (2, K) of `bound_terms` for one image, at one t of each stratum.
 
     The noise depends only on (index, t).
     """
-    x_0 = load_x_0(np.array([index]))
     parts = []
     for t in draw_t(lengths, index).split(options.batch_size):
         # Results of earlier versions had this text as their seed, too.
@@ -177,10 +127,7 @@ def image_terms(
 
 
 def strata_lengths(timesteps: int, t_stride: int) -> Tensor:
-    """Divide 0 .. T-1 into K strata of at most t_stride timesteps: their lengths, (K,) int64.
-
-    The first stratum is only t = 0.
-    """
+    """Divide 0 and 1 .. T-1 into strata of at most t_stride timesteps: K lengths, (K,) int64."""
     lengths = [1]
     start = 1
     while start < timesteps:
@@ -196,21 +143,3 @@ def draw_t(lengths: Tensor, index: int) -> Tensor:
     uniform = torch.rand(len(lengths), dtype=torch.float64, generator=generator)
     first = lengths.cumsum(0) - lengths
     return first + (uniform * lengths).long()
-
-
-def plot_bits_per_dim(result: BitsPerDim, path: Path, title: str) -> None:
-    """Plot the rate-distortion curve (the paper's Figure 5)."""
-    curves = result.curves()
-    figure = Figure(figsize=(6, 4))
-    axis = figure.subplots()
-    axis.plot(curves["rate"], curves["rmse"], marker=".")
-    axis.set(
-        xlabel="rate up to $x_t$, bits/dim",
-        ylabel="RMSE of $x_0$, in levels of 0 to 255",
-        ylim=(0, None),
-    )
-    axis.grid(color="0.92")
-    # A name may have two dollars, which would enclose mathematics.
-    axis.set_title(f"{title}: {result.total:.3f} bits/dim", parse_math=False)
-    figure.tight_layout()
-    save_figure(figure, path)

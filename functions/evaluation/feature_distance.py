@@ -1,37 +1,35 @@
-"""Measure the distance of images from a model's training images without a downloaded network."""
+"""Measure the distance of images from training images without a downloaded network."""
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.datasets import ImageSet, Split
 from data.pixels import to_model_range
 from functions.evaluation.fidelity import Images, set_images
-from functions.sampling.generation import batches_of
 from functions.support.errors import UserError
 
 DIMENSIONS, FILTERS = 16, 16
+# The variance of real images along the last of these axes is 0.7 or more, and about 0 for fewer
+# images than axes.
+SMALLEST_VARIANCE = 0.1
+# Filters of 3 x 3 pixels at a quarter of the size need so many pixels a side.
+SMALLEST_SIDE = 12
 # The seed of these filters. With another one, distances differ from those in docs/.
 FILTER_SEED = 1057978271
 # The responses of so many images fit in a processor's cache; with 256, the time is 2.5 times that.
 BATCH = 16
-# A corner is white if its RMS distance from white is at most this, on the scale 0 to 255.
-WHITE = 10
 
 
 class Features:
     """Fixed, untrained features of images, and the Fréchet distance between them; it is not FID.
 
-    The unit of the distance is the variance of the real images. 100 of the embedded people have a
-    distance of 1.1 to the others. If these 100 are tinted by 10/255 the distance is 1.5, and if
-    they are blurred it is 4. For noise it is 106.
-
-    Args:
-        real: batches of the real images, (B, C, H, W) in [-1, 1].
+    `real` are batches of real images, (B, C, H, W) in [-1, 1], whose variance is the unit of the
+    distance. Raises UserError if they are too few or too alike.
     """
 
     def __init__(self, real: Iterable[Tensor]):
@@ -44,8 +42,13 @@ class Features:
         # These are the principal axes of largest variance. Dividing by the standard deviation along
         # each axis gives all axes equal weight.
         values, vectors = torch.linalg.eigh(standardised.T.cov())
-        deviations = values[-DIMENSIONS:].clamp(min=1e-9).sqrt()
-        self.axes = vectors[:, -DIMENSIONS:] / deviations
+        # Where the real images are alike, a distance has no unit.
+        if values[-DIMENSIONS] < SMALLEST_VARIANCE:
+            raise UserError(
+                "the training images are too few, or too alike, for a distance along "
+                f"{DIMENSIONS} axes; name a data set with more images"
+            )
+        self.axes = vectors[:, -DIMENSIONS:] / values[-DIMENSIONS:].sqrt()
         self.real = standardised @ self.axes
 
     def __call__(self, batches: Iterable[Tensor]) -> Tensor:
@@ -71,18 +74,22 @@ def training_features(image_set: ImageSet, split: Split) -> Features:
 
 
 def model_batches(images: Images) -> Iterator[Tensor]:
-    """Yield images in batches, (B, C, H, W) in [-1, 1]."""
-    batches = batches_of(range(len(images)), BATCH)
-    for batch in tqdm(batches, "features", unit="batch", leave=False):
-        pixels = np.stack([images.read(i) for i in batch])
-        yield to_model_range(torch.from_numpy(pixels))
+    """Yield images in batches, (B, 3, H, W) in [-1, 1]."""
+    for batch in tqdm(DataLoader(images, BATCH), "features", unit="batch", leave=False):
+        yield to_model_range(batch.permute(0, 2, 3, 1))
 
 
 def raw_features(images: Tensor) -> Tensor:
     """Return F features of images (N, C, H, W): (N, F) float64.
 
     They are the image shrunk to 4 x 4 pixels, and the responses of random filters at three scales.
+    Raises UserError for images that are too small.
     """
+    if min(images.shape[2:]) < SMALLEST_SIDE:
+        raise UserError(
+            f"a distance needs images of {SMALLEST_SIDE} pixels a side or more; "
+            f"these have {min(images.shape[2:])}"
+        )
     generator = torch.Generator().manual_seed(FILTER_SEED)
     filters = torch.randn(FILTERS, 3, 3, 3, generator=generator, dtype=torch.float64)
     # Filters of mean 0 ignore the brightness of a region, which the 4 x 4 pixels already have.
@@ -119,17 +126,3 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     # Rounding can bring the distance of equal Gaussians below zero, too.
     distance = means + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(distance.item(), 0.0)
-
-
-def spoilt(images: Tensor) -> Tensor:
-    """Return whether each of the images (N, 3, H, W) is dark or speckled: (N,) bool.
-
-    In such an image every corner (2 x 2 pixels at 32 px) differs from white by more than 10/255
-    RMS. Each of the 901 embedded people has a corner that differs by at most 2.5/255.
-    """
-    k = max(1, images.shape[-1] // 16)
-    ends = (slice(k), slice(-k, None))
-    corners = [images[..., rows, columns] for rows in ends for columns in ends]
-    # (4, N): the mean squared distance of each corner from white
-    squares = torch.stack([(1 - corner).square().mean((1, 2, 3)) for corner in corners])
-    return 127.5 * squares.amin(dim=0).sqrt() > WHITE

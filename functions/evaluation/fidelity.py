@@ -1,18 +1,15 @@
 """Compare samples with real images by torch-fidelity: FID, KID, precision and recall.
 
     FID                 The Frechet distance between two Gaussians with the means and covariances of
-                        the features (Heusel et al. 2017). Its bias depends on the number of images,
-                        so two FIDs can be compared only if they use the same number.
+                        the features (Heusel et al. 2017). Its bias depends on the number of images.
     KID                 The squared maximum mean discrepancy with a cubic kernel, averaged over
-                        random subsets (Binkowski et al. 2018). It is unbiased: for two samples of
-                        the same distribution it is about 0, and can be negative.
-    precision, recall   Precision is the fraction of samples within the manifold of the real images,
-                        and recall the opposite (Kynkaanniemi et al. 2019).
+                        random subsets (Binkowski et al. 2018): unbiased, so it can be negative.
+    precision, recall   The fraction of samples within the manifold of the real images, and the
+                        opposite (Kynkaanniemi et al. 2019).
 
 All use the same features of InceptionV3, as ADM's evaluator does.
 """
 
-import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,8 +51,8 @@ class Images(Dataset):
 def folder_images(folder: Path) -> Images:
     """Return the images of a folder, which sample.py --individual has written.
 
-    Raises UserError when one is missing, or there are too few. Reading an image raises it for a
-    damaged file, and for another size than that of image 0.
+    Raises UserError when one is missing, or there are too few; and in reading a damaged file, or
+    one of another size than image 0.
     """
     indices = image_indices(folder)
     count = len(indices)
@@ -85,17 +82,16 @@ def set_images(image_set: ImageSet, indices: np.ndarray) -> Images:
 def load_like(folder: Path, name: str) -> tuple[ImageSet, Split]:
     """Load and split the data set that samples in a folder are compared with; print the split.
 
-    The images are cropped, resized and packed as in training, with the size and colours of the
-    samples. The split is that of the model which drew these, if their manifest says it. Raises
-    UserError as `load_images` does.
+    The images have the size and colours of the samples. The split is that of the model which drew
+    these, if their manifest says it.
     """
     image = open_image_file(image_path(folder, 0))
     channels = 1 if image.mode == "L" else 3
     # Packing prints which images are left out.
     image_set = load_images(name, image.height, sys.maxsize, channels)
-    manifest = folder / MANIFEST
-    facts = read_json(manifest) if manifest.exists() else {}
-    split = split_images(image_set, facts.get("split", "reference"))
+    path = folder / MANIFEST
+    manifest = read_json(path) if path.exists() else {}
+    split = split_images(image_set, manifest.get("split", "reference"))
     print(split.description)
     return image_set, split
 
@@ -124,21 +120,20 @@ def inception_weights() -> Path:
 
 
 def measure_fidelity(samples: Images, real: Images, device: torch.device) -> dict[str, float]:
-    """Return FID, KID with its standard deviation, precision and recall, by torch-fidelity's names.
+    """Return FID, KID and its deviation, precision and recall, by torch-fidelity's names.
 
-    Raises UserError as `inception_weights` does.
+    Raises UserError for too few real images.
     """
+    if len(real) < FEWEST:
+        raise UserError(f"there are {len(real)} real images; there must be {FEWEST} or more")
     weights = inception_weights()
     from torch_fidelity import calculate_metrics
 
     return calculate_metrics(
         input1=samples,
         input2=real,
-        # torch-fidelity would return old features for other images of the same name.
-        input1_cache_name=digest_of(samples, weights),
-        input2_cache_name=digest_of(real, weights),
-        # It runs the code in this folder's files, which therefore are ours alone.
-        cache_root=str(Path(torch.hub.get_dir(), "ddpm-faces")),
+        # torch-fidelity would find features by a name, which other images may have, too.
+        cache=False,
         feature_extractor=EXTRACTOR,
         feature_extractor_weights_path=str(weights),
         cuda=device.type == "cuda",
@@ -150,11 +145,3 @@ def measure_fidelity(samples: Images, real: Images, device: torch.device) -> dic
         # Without processes that load images, and with less memory for distances.
         save_cpu_ram=True,
     )
-
-
-def digest_of(images: Images, weights: Path) -> str:
-    """Return a hash of all pixels and of the file of weights."""
-    digest = hashlib.sha256(weights.read_bytes())
-    for position in range(len(images)):
-        digest.update(images[position].numpy().tobytes())
-    return digest.hexdigest()

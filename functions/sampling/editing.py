@@ -1,6 +1,7 @@
 """The verbs of edit.py: read the images that the command line names, edit them, save a picture."""
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,7 @@ VARIATION_COUNT = 8
 
 
 def save_mixtures(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
-    """Save a figure of mixtures of two images, between the two.
-
-    It has a row for each depth, or with --exact a row of images from mixtures of the two noises.
-    """
+    """Save a figure of mixtures of two images: a row for each depth, or with --exact of noises."""
     ends = torch.stack([read_x_0(image_sampler, text) for text in args.images])
     path = edited_path(args, folder, "interpolation")
     weights = torch.linspace(0, 1, MIXTURE_COUNT, device=image_sampler.device)
@@ -36,8 +34,7 @@ def save_mixtures(args: argparse.Namespace, image_sampler: ImageSampler, folder:
         print_errors(mixtures[[0, -1]] - ends)
         rows[image_sampler.times[0]] = torch.cat([ends[:1], mixtures, ends[1:]])
     else:
-        for depth in tqdm(args.depths, "interpolation", unit="row"):
-            t = image_sampler.time_at(depth)
+        for t in tqdm(times_of(image_sampler, args.depths), "interpolation", unit="row"):
             batches = batches_of(weights, image_sampler.batch_size)
             mixtures = [interpolate_images(image_sampler, ends, t, batch) for batch in batches]
             rows[t] = torch.cat([ends[:1], *mixtures, ends[1:]])
@@ -67,12 +64,22 @@ def save_variations(args: argparse.Namespace, image_sampler: ImageSampler, folde
     x_0 = read_x_0(image_sampler, args.images[0])
     path = edited_path(args, folder, "variations")
     rows = {}
-    for depth in tqdm(args.depths, "variations", unit="row"):
-        t = image_sampler.time_at(depth)
+    for t in tqdm(times_of(image_sampler, args.depths), "variations", unit="row"):
         batches = batches_of(range(VARIATION_COUNT), image_sampler.batch_size)
         results = [variations(image_sampler, x_0, t, indices) for indices in batches]
         rows[t] = torch.cat([x_0[None], *results])
     save_rows(rows, ["A", *map(str, range(VARIATION_COUNT))], path)
+
+
+def times_of(image_sampler: ImageSampler, depths: list[float]) -> list[int]:
+    """Return the sampler's timesteps nearest to these depths, and print which depths share one."""
+    rows = defaultdict(list)
+    for depth in depths:
+        rows[image_sampler.time_at(depth)].append(f"{depth:g}")
+    for t, shared in rows.items():
+        if len(shared) > 1:
+            print(f"depths {' and '.join(shared)} share the timestep t = {t + 1}, and a row")
+    return list(rows)
 
 
 def save_inpaintings(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
@@ -89,7 +96,7 @@ def read_x_0(image_sampler: ImageSampler, text: str) -> Tensor:
     """Return the image that the command line names: (C, H, W) in [-1, 1], on the sampler's device.
 
     `text` is the index of an image of the seed, which is sampled, or an image file. Raises
-    UserError as `read_image` does.
+    UserError for an unreadable file.
     """
     if text.isdecimal():
         images = generate(image_sampler, [int(text)])
@@ -100,11 +107,7 @@ def read_x_0(image_sampler: ImageSampler, text: str) -> Tensor:
 
 
 def edited_path(args: argparse.Namespace, folder: Path, kind: str) -> Path:
-    """Create the folder, and return the path of the picture in it.
-
-    The file's name has the start of each image's name on the command line, and a hash of all flags.
-    So only the same command overwrites its picture.
-    """
+    """Create the folder, and return the picture's path, which only the same command overwrites."""
     folder.mkdir(parents=True, exist_ok=True)
     # Each name is cut to 60 bytes, so that a file name, of at most 255, has room for two.
     stems = [Path(text).stem.encode(errors="ignore")[:60] for text in args.images]

@@ -144,7 +144,7 @@ def open_sampler(
 
     The flags are those of `add_sampling_flags`. The newest intact checkpoint of the run is loaded.
     Without a run in the flags, the newest run whose name begins with `name_prefix` is used. The
-    sampler has no calibration yet. Raises UserError for flags that the machine or the model cannot
+    sampler has no guide yet. Raises UserError for flags that the machine or the model cannot
     satisfy.
     """
     # If there are several processes, each has its own GPU.

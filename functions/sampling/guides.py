@@ -1,4 +1,4 @@
-"""Find the guide of a model, and guide the calibrated model by it (functions/guidance.py)."""
+"""Find the guide of a model, and guide the model by it (functions/guidance.py)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from functions.guidance import Guided
-from functions.sampling.calibration import with_calibration
 from functions.sampling.generation import ImageSampler
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
@@ -16,15 +15,12 @@ from functions.support.processes import Processes
 
 
 def corrected(image_sampler: ImageSampler, saved: SavedModel, processes: Processes) -> ImageSampler:
-    """Return the sampler with the calibration and the guide that its options name, if any.
+    """Return the sampler with the guide that its options name, if any.
 
-    `saved` is the sampler's model. The guide computes in the model's precision. If the options ask
-    for a calibration, the guide gets one that is fitted to the guide. Raises UserError for a guide
-    with another noise schedule or another shape of images, when `find_guide` finds none, and as
-    `with_calibration` does.
+    `saved` is the sampler's model. The guide computes in the model's precision. Raises UserError
+    for a guide with another noise schedule or another shape of images, and when `find_guide` finds
+    none.
     """
-    # A calibration is fitted to a single network, and is never one of the guided x_0.
-    image_sampler = with_calibration(image_sampler, saved)
     options = image_sampler.options
     if not options.guide:
         return image_sampler
@@ -43,8 +39,6 @@ def corrected(image_sampler: ImageSampler, saved: SavedModel, processes: Process
             "another noise schedule (the number of timesteps, or the betas)"
         )
 
-    guide_sampler = replace(image_sampler, denoiser=guide)
-    guide = with_calibration(guide_sampler, saved_guide).denoiser
     return replace(
         image_sampler,
         denoiser=Guided(model, guide, options.guide_weight),

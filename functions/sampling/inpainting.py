@@ -1,12 +1,10 @@
 """Inpaint an image: resample the masked pixels so that they match the rest (RePaint).
 
-After each step the known pixels, which are outside the mask, are noised to the new noise level and
-inserted into the state. A single pass leaves seams, because the masked pixels of the new level are
-computed before the known pixels' noise at that level is drawn. So each step is repeated: the state
-is noised back to the level before the step, and the network then sees both parts together.
+After each step the known pixels, noised to the new level, replace those outside the mask. A single
+pass leaves seams, because the masked pixels are computed before the noise of the known ones is
+drawn. So each step is repeated: the state is noised back to the level before it.
 
-RePaint is Lugmayr et al. 2022, arXiv:2201.09865. The paper uses 250 steps and jumps back 10 at a
-time. Here all jumps have length 1, which suits fewer steps.
+RePaint is Lugmayr et al. 2022, arXiv:2201.09865. Its jumps back have length 10, for 250 steps.
 """
 
 from collections.abc import Sequence
@@ -34,9 +32,8 @@ def inpaint(
     """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
     x_0 is (C, H, W) in [-1, 1], on the sampler's device. `mask`, (H, W) bool, is true where pixels
-    are sampled; the other pixels do not change. Returns one result for each index: (B, C, H, W).
-    For the same image and mask, a result depends only on the seed and its index. The sampler is one
-    that `check_sampler` accepts.
+    are sampled. Returns one result for each index: (B, C, H, W). The sampler is one that
+    `check_sampler` accepts.
     """
     scheduler = image_sampler.scheduler
     # A step leads from timestep t to s.
@@ -72,10 +69,9 @@ def read_with_mask(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read an image to be inpainted and its mask -> uint8 (S, S, C), and bool (S, S).
 
-    The mask is true where the image is to be inpainted: where the mask's file is white or, if there
-    is no such file, where the image is transparent. Both are cropped and resized as training images
-    are, to the `shape` (C, S, S) of the model's images. Raises UserError as `open_image_file` does,
-    and for a mask of another size than its image, or a mask that is true or false everywhere.
+    The mask is true where its file is white or, without a file, where the image is transparent.
+    Both are cropped and resized to `shape`, (C, S, S). Raises UserError for an unreadable image, a
+    mask of another size than its image, or a mask that is true or false everywhere.
     """
     image = open_image_file(path)
     if mask_path:
@@ -108,10 +104,9 @@ def inpaint_image(
     resample: int,
     count: int,
 ) -> np.ndarray:
-    """Inpaint an image `count` times where the mask is true.
+    """Inpaint a uint8 image (H, W, C) `count` times where the mask, bool (H, W), is true.
 
-    `image` is uint8 (H, W, C), and `mask` is bool (H, W). Returns the image, its known pixels on
-    grey, and the results: (2 + count, H, W, C).
+    Returns the image, its known pixels on grey, and the results: (2 + count, H, W, C).
     """
     device = image_sampler.device
     x_0 = to_model_range(torch.from_numpy(image)[None])[0].to(device)

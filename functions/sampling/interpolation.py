@@ -1,10 +1,7 @@
 """Interpolate between two images, or sample variations of one, by noising and denoising them.
 
-An image is noised to a timestep t, and the reverse process then denoises it. The larger t is, the
-less of the image remains; t = -1 is the image itself. Section 4.4 of Ho et al. 2020 interpolates in
-this way (Figure 8). `interpolate_exactly` instead finds the noise from which DDIM samples images.
-
-Here t is one of the sampler's timesteps, and images are in [-1, 1], on the sampler's device.
+An image is noised to t, one of the sampler's timesteps, and denoised (Ho et al. 2020, Section 4.4).
+t = -1 is the image itself. Images are in [-1, 1], on the sampler's device.
 """
 
 from collections.abc import Sequence
@@ -21,8 +18,7 @@ def interpolate_images(
 ) -> Tensor:
     """Noise two images to timestep t, interpolate linearly, and denoise: (L, C, H, W) images.
 
-    `ends` are (2, C, H, W). `weights`, (L,), are the weights of the second end. For 0 and 1 the
-    results are the two ends, noised to timestep t and denoised.
+    `ends` are (2, C, H, W). `weights`, (L,), are the weights of the second end.
     """
     # An end may have been sampled from the noise of image 0. The purpose makes this noise differ
     # from that of image 0.
@@ -42,8 +38,7 @@ def interpolate_images(
 def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:
     """Noise x_0 (C, H, W) to timestep t with different noise, and denoise: (N, C, H, W) images.
 
-    The noise of the steps also differs. For the same x_0 and t, each variation depends only on the
-    seed and its index.
+    For the same x_0 and t, each variation depends only on the seed and its index.
     """
     noise = image_sampler.noise(indices, "variation")
     x_t = image_sampler.scheduler.q_sample(x_0, t, noise.draw())
@@ -56,8 +51,7 @@ def interpolate_exactly(
     """Mix the noise of two images, and sample by DDIM: the noise and the images, (L, C, H, W) each.
 
     `ends` are (2, C, H, W), or (1, C, H, W) for an image that is mixed with itself. `weights`,
-    (L,), are the weights of the second end. For 0 and 1 the results are the noise of the ends, and
-    what is sampled from it.
+    (L,), are the weights of the second end.
     """
     denoiser = image_sampler.denoiser
     times = image_sampler.times
@@ -78,8 +72,8 @@ def interpolate_exactly(
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """Interpolate from a to b, both (C, H, W), along a great circle: (L, C, H, W) for (L,) weights.
 
-    A mixture of two draws of standard normal noise is then nearly standard normal. The middle of
-    the straight line would have a standard deviation of 0.71, and no network is trained on that.
+    A mixture of two draws of standard normal noise is then nearly standard normal; the middle of
+    the straight line would have a standard deviation of 0.71.
     """
     cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
     # For a = b the angle would be 0, and the mixture is divided by its sine.

@@ -33,8 +33,6 @@ class SamplerOptions:
     spacing: str | None = None
     variance: str | None = None
     eta: float | None = None
-    # This is "data" or "own"; `with_calibration` explains them.
-    calibrate: str | None = None
     # The guide is a worse model, given as a step or a path, and the guidance is its weight w, by
     # default GUIDANCE. functions/sampling/guides.py explains both. `corrected` sets the digest of
     # the guide's weights, which has no flag.
@@ -73,8 +71,6 @@ class SamplerOptions:
             "steps": self.steps or "all",
             **self.arguments,
         }
-        if self.calibrate:
-            facts["calibrate"] = self.calibrate
         if self.guide:
             facts["guide"] = self.guide_digest
             facts["guidance"] = self.guide_weight
@@ -167,15 +163,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         choices=VARIANCES,
         help="The variance of ddpm's noise: small is the posterior variance; large is beta, which "
         "suits sampling over all timesteps. Default: the model's.",
-    )
-    group.add_argument(
-        "--calibrate",
-        nargs="?",
-        const="data",
-        choices=("data", "own"),
-        help="Correct the network's x_0 at high t (docs/whole-before-detail.md). The correction is "
-        "fitted once, in a minute or two: to the training images (data), or to samples of the "
-        "model (own). Default: no.",
     )
 
 

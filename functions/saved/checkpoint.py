@@ -1,4 +1,4 @@
-"""Read and write files of tensors: checkpoints, snapshots, exported models and calibrations.
+"""Read and write files of tensors: checkpoints, snapshots and exported models.
 
 A file is a .safetensors file as the library's `save_file` writes it. Reading it runs no code from
 it. The tensors belong to parts, and PART.NAME is the name of a tensor. A checkpoint has the parts

@@ -119,7 +119,7 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
     if "dataset_name" not in diffusion:
         raise UserError(
             "the model's config does not say which images it was trained on; name a data set "
-            "with evaluate.py --data NAME, or use --calibrate own"
+            "with evaluate.py --data NAME"
         )
     shape = saved.model.image_size, diffusion["max_bad_images"], saved.model.channels
     try:
@@ -130,6 +130,6 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
         # The model may come from elsewhere, so its images need not be here.
         raise UserError(
             f"this needs the images that {saved.path} was trained on: {error}; or name others with "
-            "evaluate.py --data NAME, or use --calibrate own"
+            "evaluate.py --data NAME"
         ) from error
     return image_set, split_images(image_set, diffusion["split"])

@@ -37,8 +37,8 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8}\.safetensors")
 # A training that is killed while it writes leaves such files in its run folder. The last ones are
 # those of safetensors.
 TRAINING_LEFTOVERS = (".*.tmp", "*/.*.tmp", "*/.tmp*")
-# The trained model that comes with the repository is read when there is no run. Other files may be
-# beside it, such as its guide and calibrations.
+# The trained model that comes with the repository is read when there is no run. Its guide is
+# beside it.
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "ffhq-64.safetensors"
 
 
@@ -215,8 +215,8 @@ def last_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def checkpoint_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
-    """Return the newest intact checkpoint of the run to resume, or None to start a new run.
+def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | None:
+    """Return the folder of the run to resume, which has a checkpoint; or None to start a new run.
 
     `resume` is one of these:
 
@@ -233,21 +233,20 @@ def checkpoint_to_resume(resume: str | None, runs: Path, experiment: str) -> Pat
         return None
     if resume not in ("newest", "auto"):
         # A user may give a checkpoint file, which is not a run folder.
-        if not Path(resume).is_dir():
+        if not checkpoints_of(Path(resume)):
             raise UserError(
-                f"{resume} is not a run folder; "
+                f"{resume} is not a run folder with a checkpoint; "
                 "`NAME --resume` resumes the newest unfinished run of NAME"
             )
-        return intact_checkpoint(Path(resume)).path
+        return Path(resume)
     finished = None
     for run in reversed(runs_of(runs, experiment)):
         # Another experiment's name may begin with this one's.
         if RUN_NAME.fullmatch(run.name)[1] != experiment or not checkpoints_of(run):
             continue
-        checkpoint = intact_checkpoint(run)
-        facts = checkpoint.contents["run"]
-        if facts["step"] < facts["total_steps"]:
-            return checkpoint.path
+        done = intact_checkpoint(run).contents["run"]
+        if done["step"] < done["total_steps"]:
+            return run
         finished = finished or run
     problem = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
     if finished:

@@ -27,7 +27,7 @@ def setting(default: Any = MISSING, **marks: Any) -> Any:
         at least 1 and another number at least 0.
     choices: the values that fit.
     changeable: a resumed run may change the value.
-    of_weights: weights work only with the value with which they were trained.
+    fixed_by_weights: weights work only with the value with which they were trained.
     """
     return field(default=default, metadata=marks)
 
@@ -42,7 +42,7 @@ def changeable(default: Any = MISSING, **marks: Any) -> Any:
     return setting(default, changeable=True, **marks)
 
 
-def marked(config_class: type, mark: str) -> set[str]:
+def fields_with(config_class: type, mark: str) -> set[str]:
     """Return the names of the fields that have a mark."""
     return {each.name for each in fields(config_class) if mark in each.metadata}
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from config import MOST_EPOCHS
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.support.device import seconds_without_core
@@ -25,8 +26,7 @@ BUSY = 0.1
 def describe_cost(run: TrainingRun) -> str:
     """Describe the time of the remaining steps, and the images and snapshots of the whole run.
 
-    The network is not compiled here. The steps of the optimiser are real ones, so nothing can be
-    trained afterwards.
+    The optimiser's steps here are real ones, so nothing can be trained afterwards.
     """
     denoiser = run.denoiser
     optimizer = run.optimizer
@@ -54,7 +54,7 @@ def describe_cost(run: TrainingRun) -> str:
         f"             so the {steps:,} steps to go take about "
         f"{duration(seconds_of_step * steps)}, not compiled\n"
         f"             24 hours are {epochs_of_a_day:,.1f} epochs: "
-        f"--diffusion.epochs {max(1, int(epochs_of_a_day))}\n"
+        f"--diffusion.epochs {min(max(1, int(epochs_of_a_day)), MOST_EPOCHS)}\n"
         f"  sees       {images_seen:,} images, each training image {times_seen:,.0f} times\n"
         f"  snapshots  {describe_snapshots(run)}\n"
         f"  images in  {short(run.image_set.path)}\n"
@@ -64,10 +64,7 @@ def describe_cost(run: TrainingRun) -> str:
 
 
 class FirstSteps:
-    """The first steps of a process, by which the training says how long the others take.
-
-    The very first step is left out, because it warms up.
-    """
+    """The first steps of a process, without the very first, and how long the others will take."""
 
     def __init__(self):
         self.steps = 0
@@ -115,7 +112,7 @@ def describe_snapshots(run: TrainingRun) -> str:
     every = run.config.snapshot_every
     # The last step has one, too.
     count = math.ceil(run.total_steps / every) if every else 0
-    gigabytes = 2 * run.facts["parameters"] / 1e9
+    gigabytes = 2 * run.provenance["parameters"] / 1e9
     return f"{count} of {gigabytes:.2g} GB, {count * gigabytes:.2g} GB in all"
 
 
@@ -128,18 +125,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} hours"
 
 
-def run_pass(denoiser: Denoiser, shape: tuple[int, ...], scale: float = 1.0) -> float:
-    """Run forward and backward of a training step on noise, and return the seconds they take.
-
-    `shape` is (B, C, H, W). The loss, which is multiplied by `scale`, and its gradients are those
-    of no image.
-    """
+def run_pass(denoiser: Denoiser, shape: tuple[int, ...]) -> float:
+    """Return the seconds of forward and backward of a step on noise of a shape (B, C, H, W)."""
     device = next(denoiser.network.parameters()).device
     start = time.perf_counter()
     x_0 = torch.randn(shape, device=device)
     t = torch.zeros(len(x_0), dtype=torch.int64, device=device)
     losses = denoising_loss(denoiser, x_0, t, torch.randn_like(x_0))
-    (scale * losses.sum()).backward()
+    losses.sum().backward()
     wait(denoiser)
     return time.perf_counter() - start
 

@@ -56,8 +56,8 @@ COLUMNS = (
 class MetricsLog:
     """The file metrics.csv, and TensorBoard's log, which also has the config and the samples.
 
-    A row is on the disk when `write` returns. Rows after `resume_step` come from an interrupted
-    run. They are dropped, because the resumed run repeats these steps.
+    A row is on the disk when `write` returns. Rows after `resume_step` are dropped: the resumed run
+    repeats these steps.
     """
 
     def __init__(self, run: Path, resume_step: int = 0, config: str = ""):
@@ -68,7 +68,7 @@ class MetricsLog:
         if self.path.exists():
             rows = read_metrics(self.path)
             # The header is no row.
-            if len(rows) < len(complete_lines(self.path)) - 1:
+            if len(rows) < len(lines_of(self.path)) - 1:
                 kept = shutil.copy(self.path, run / f"metrics-{timestamp()}.csv")
                 print(f"warning: {self.path} has lines that are no rows; a copy is kept: {kept}")
             writer.writerows(as_cells(row) for row in rows if row["step"] <= resume_step)
@@ -77,10 +77,7 @@ class MetricsLog:
         self.tensorboard.add_text("config", f"```\n{config}\n```", resume_step)
 
     def write(self, **values: float) -> None:
-        """Write one row; columns that are not given stay empty.
-
-        Raises ValueError, and writes nothing, for a name that is not in COLUMNS.
-        """
+        """Write one row. Raises ValueError, and writes nothing, for a name not in COLUMNS."""
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(as_cells(values))
             # The row reaches the disk before the next checkpoint, so a run that resumes from that
@@ -111,13 +108,10 @@ def as_cells(values: dict[str, float | None]) -> dict[str, str | int | None]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of a metrics.csv as numbers, None where a cell is empty.
-
-    Lines that are no rows are left out. A power cut or a spreadsheet may have left them.
-    """
+    """Return the rows of a metrics.csv as numbers, None where a cell is empty; no other lines."""
     columns = COLUMNS
     rows = []
-    for line in complete_lines(path):
+    for line in lines_of(path):
         cells = line.split(",")
         # A run of another version has other columns.
         if cells[0] == "step":
@@ -132,18 +126,17 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     return rows
 
 
-def complete_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, without the newlines."""
-    # What follows the last newline is incomplete: the process was killed, or the disk was full,
-    # while it wrote this line.
-    return path.read_text("utf-8-sig", errors="replace").split("\n")[:-1]
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file, whose last one may lack the newline."""
+    # A row that a kill has cut has too few cells, or a short last one. No checkpoint has its step,
+    # so a resumed run writes it again.
+    return path.read_text("utf-8-sig", errors="replace").removesuffix("\n").split("\n")
 
 
 class TrainingWindow:
     """The steps since the last row: sums on the device, which checkpoints have, and the speed.
 
-    A step whose gradients are not finite is skipped by the optimiser, and counted here. Its loss
-    does not count. `images_per_step` is the effective batch.
+    The optimiser skips steps whose gradients are not finite. They are counted, but not their loss.
     """
 
     def __init__(self, device: torch.device, images_per_step: int):
@@ -162,10 +155,7 @@ class TrainingWindow:
         self.clock = time.perf_counter()
 
     def add(self, sums: Tensor, skipped: Tensor) -> None:
-        """Add a step's loss, error of eps and 1 (3,), summed over images.
-
-        `skipped` () is 1 if the step was skipped, otherwise 0.
-        """
+        """Add a step's sums over images of loss, error of eps and 1 (3,); skipped () is 1 or 0."""
         self.sums += torch.where(skipped > 0, 0.0, sums)
         self.skipped += skipped
         # A good step ends the row of skipped ones.
@@ -173,9 +163,9 @@ class TrainingWindow:
         self.steps_timed += 1
 
     def read(self, grad_norm: Tensor) -> dict[str, float]:
-        """Return the columns of a row, and start the next window. This waits for the device.
+        """Return the columns of a row, and start the next window; this waits for the device.
 
-        `grad_norm` () is that of the last step. The means are nan if all steps were skipped.
+        `grad_norm` () is the last step's. The means are nan if all steps were skipped.
         """
         # All numbers are copied in one transfer, so that the host waits only once.
         values = torch.stack([*self.sums, self.skipped[0], grad_norm.float()])
@@ -203,10 +193,9 @@ class TrainingWindow:
 
 
 def plot_losses(metrics: Path, path: Path, title: str = "") -> None:
-    """Plot the training and validation curves of a metrics.csv.
+    """Plot the curves of a metrics.csv: the error of eps, and the held-out loss by quarter of t.
 
-    They show the error of eps, so that runs with different objectives can be compared, and the
-    held-out loss by quarter of t, which runs of earlier versions do not have.
+    Errors of eps can be compared between objectives. Runs of earlier versions have no quarters.
     """
     rows = read_metrics(metrics)
     figure = Figure(figsize=(9.5, 4.5))

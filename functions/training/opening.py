@@ -1,6 +1,8 @@
 """Open the run that the flags of train.py ask for: a new one, or one to resume."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -8,30 +10,49 @@ import torch
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, Experiment
 from functions.saved.checkpoint import SavedModel, open_checkpoint
 from functions.saved.loading import open_model
-from functions.saved.run_folder import checkpoint_to_resume
+from functions.saved.run_folder import intact_checkpoint, locked, run_to_resume
 from functions.support.command_line import given_fields
 from functions.support.processes import Processes
-from functions.support.settings import ConfigError, marked
+from functions.support.settings import ConfigError, fields_with
 from functions.training.run import TrainingRun
+from functions.training.stopping import explain_failed_writes
 from models.growing import LOG_SNR_SHIFT, grown_arguments
 
 
-def open_run(args: argparse.Namespace, device: torch.device, processes: Processes) -> TrainingRun:
-    """Return the run that the flags of train.py ask for: a new one, or one to resume."""
+@contextmanager
+def open_run(
+    args: argparse.Namespace, device: torch.device, processes: Processes
+) -> Iterator[TrainingRun]:
+    """Open the run that the flags of train.py ask for: a new one, or one to resume.
+
+    A run to resume is locked within the context, except for a dry run, and its checkpoint is read
+    under the lock: no other process can have trained it further in between.
+    """
     name = args.experiment or DEFAULT_EXPERIMENT
-    path = processes.on_main(lambda: checkpoint_to_resume(args.resume, args.runs, name))
-    if path:
-        return resume_run(path, args, device, processes)
+    folder = processes.on_main(lambda: run_to_resume(args.resume, args.runs, name))
+    with ExitStack() as stack:
+        if folder and not args.dry_run:
+            with explain_failed_writes(folder):
+                processes.on_main(lambda: stack.enter_context(locked(folder)))
+        if folder:
+            yield resume_run(folder, args, device, processes)
+        else:
+            yield new_run(name, args, device, processes)
+
+
+def new_run(
+    name: str, args: argparse.Namespace, device: torch.device, processes: Processes
+) -> TrainingRun:
+    """Return a new run, which begins with random weights or with those of --init."""
     diffusion = given_fields(args, "diffusion")
     model = given_fields(args, "model")
-    if args.init:
-        initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
-        experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
-    else:
+    if not args.init:
         experiment = EXPERIMENTS[name].override(diffusion, model)
+        return TrainingRun(name, experiment, args.runs, device, processes)
+    initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
+    experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
     run = TrainingRun(name, experiment, args.runs, device, processes)
-    if args.init:
-        run.begin_with(initial)
+    run.begin_with(initial)
     return run
 
 
@@ -40,49 +61,46 @@ def fit_to_weights(
 ) -> Experiment:
     """Return the preset with the values that the weights need, and with the given fields changed.
 
-    Weights work only with the values of some fields of DiffusionConfig, and of all fields of
-    ModelConfig except dropout, with which they were trained. For images of twice their size they
-    grow (models/growing.py). The size is that of the preset, or a given one. Raises ConfigError
-    for a size that is neither theirs nor twice theirs, and for a given value that does not fit.
+    Weights need the network with which they were trained, but for its dropout, and the fields of
+    DiffusionConfig that are `fixed_by_weights`. For images of twice their size they grow a level
+    (models/growing.py). The size is a given one, or the preset's. Raises ConfigError for another
+    size, and for a given value that does not fit.
     """
     # A diffusers folder has no values for some fields, which then have their defaults.
-    saved_fields = vars(DiffusionConfig) | initial.config["diffusion"]
-    needed_diffusion = {name: saved_fields[name] for name in marked(DiffusionConfig, "of_weights")}
-    needed_model = vars(initial.model)
-    small = initial.model.image_size
+    saved = vars(DiffusionConfig) | initial.config["diffusion"]
+    needed = {name: saved[name] for name in fields_with(DiffusionConfig, "fixed_by_weights")}
+    network = vars(initial.model)
+    own_size = initial.model.image_size
     size = model.get("image_size", preset.model.image_size)
     reason = f"for the weights of {initial.path}"
-    if size == 2 * small:
-        reason += f", which are of {small} px and grow to {size}"
-        shift = needed_diffusion["log_snr_shift"] + LOG_SNR_SHIFT
-        needed_diffusion["log_snr_shift"] = round(shift, 3)
+    if size == 2 * own_size:
+        reason += f", which are of {own_size} px and grow to {size}"
+        needed["log_snr_shift"] = round(needed["log_snr_shift"] + LOG_SNR_SHIFT, 3)
         try:
-            needed_model = grown_arguments(needed_model)
+            network = grown_arguments(network)
         except ValueError as error:
             raise ConfigError(f"{initial.path}: {error}") from error
-    elif size != small:
+    elif size != own_size:
         raise ConfigError(
-            f"image_size is {size}; it must be {small} or {2 * small} {reason}: their own size, or "
-            f"twice that, to which they grow. Give the size as --model.image-size"
+            f"image_size is {size}; it must be {own_size} or {2 * own_size} {reason}: their own "
+            "size, or twice that, to which they grow. Give the size as --model.image-size"
         )
-    needed_model |= {"dropout": model.get("dropout", preset.model.dropout)}
-    experiment = preset.override(diffusion | needed_diffusion, needed_model)
+    dropout = model.get("dropout", preset.model.dropout)
+    experiment = preset.override(diffusion | needed, network | {"dropout": dropout})
     asked = experiment.override(diffusion, model)
-    for field, (needed, given) in experiment.differences(asked).items():
-        raise ConfigError(f"{field} is {needed} {reason}; it cannot be changed to {given}")
+    for field, (value, given) in experiment.differences(asked).items():
+        raise ConfigError(f"{field} is {value} {reason}; it cannot be changed to {given}")
     return experiment
 
 
 def resume_run(
-    path: Path, args: argparse.Namespace, device: torch.device, processes: Processes
+    folder: Path, args: argparse.Namespace, device: torch.device, processes: Processes
 ) -> TrainingRun:
-    """Open a run to continue from a checkpoint.
+    """Return a run that continues from the newest intact checkpoint, with the config in that.
 
-    The experiment comes from the checkpoint, even if config.py has changed. Raises ConfigError for
-    changes that a resumed run cannot make, and for a run of another experiment than the flags name.
+    Raises ConfigError for changes that a resumed run cannot make, and for another experiment.
     """
-    folder = path.parents[1]
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(processes.on_main(lambda: intact_checkpoint(folder).path))
     name = checkpoint.contents["run"]["experiment"]
     if args.experiment not in (None, name):
         raise ConfigError(f"{folder} is a run of {name!r}, not of {args.experiment!r}")

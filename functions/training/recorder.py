@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,18 +27,17 @@ from functions.training.cost import FirstSteps
 from functions.training.metrics import QUARTERS, MetricsLog, plot_losses
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
-from functions.training.validation import AverageImage, average_image, validation_losses
+from functions.training.validation import validation_losses
 
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
 
 
 class Recorder:
-    """The records of a run: `after_step` does everything that is due after a step.
+    """The records of a run: within the context `opened`, `after_step` does all that is due.
 
-    Within the context `opened` the run folder is locked, and its files and the progress bar are
-    open. All processes validate together. Rank 0 samples and writes, and the others wait for it in
-    the next step.
+    All processes validate together. Rank 0 samples and writes, and the others wait for it in the
+    next step.
     """
 
     def __init__(self, run: TrainingRun):
@@ -56,17 +54,18 @@ class Recorder:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Lock the run folder, and open its files and the progress bar; say when a run is finished.
+        """Open the files, of a new run in a new folder, and the bar; say when the run is finished.
 
-        Raises UserError for a failed write, and when another process has locked the folder.
+        Raises UserError for a failed write.
         """
         run = self.run
-        if not run.folder:
+        is_new = not run.folder
+        if is_new:
             run.folder = self.processes.on_main(lambda: new_folder(run.runs_folder, run.name))
         with explain_failed_writes(run.folder), ExitStack() as stack:
             # From the first line on, a run that has a folder saves before it ends.
             stack.enter_context(self.stop_signals)
-            self.processes.on_main(lambda: self.open_files(stack))
+            self.processes.on_main(lambda: self.open_files(stack, is_new))
             bar = tqdm(
                 initial=run.step,
                 total=run.total_steps,
@@ -84,12 +83,14 @@ class Recorder:
                     f"finished: {run.folder}\nsample from it: python sample.py {quoted(run.folder)}"
                 )
 
-    def open_files(self, stack: ExitStack) -> None:
-        """Lock the run folder and open its files in rank 0; the stack closes them."""
+    def open_files(self, stack: ExitStack, is_new: bool) -> None:
+        """Open the files of the run in rank 0; the stack closes them."""
         run = self.run
         for inner in ("samples", "checkpoints", "snapshots"):
             (run.folder / inner).mkdir(exist_ok=True)
-        stack.enter_context(locked(run.folder))
+        # `open_run` has locked a run that is resumed.
+        if is_new:
+            stack.enter_context(locked(run.folder))
         config = json.dumps(run.contents(), indent=2)
         write_text(run.folder / "config.json", config)
         self.metrics = MetricsLog(run.folder, run.step, config)
@@ -102,10 +103,9 @@ class Recorder:
         return every > 0 and (done % every == 0 or done == self.run.total_steps)
 
     def after_step(self, losses: Tensor, t: Tensor, grad_norm: Tensor) -> None:
-        """Do everything that is due after a step, and count the step as done.
+        """Do all that is due after a step, with the losses and t (B,) of this process's images.
 
-        `losses` and `t` (B,) are those of this process's images. After a signal to any process,
-        this saves a checkpoint, and `stopped` is true.
+        After a signal to any process, this saves a checkpoint, and `stopped` is true.
         """
         run = self.run
         config = self.config
@@ -159,10 +159,7 @@ class Recorder:
             delete_old(run.folder, run.step, self.config.keep_checkpoints)
 
     def log(self, grad_norm: Tensor, validating: bool) -> None:
-        """Write a row of metrics, with a validation if asked; show loss and speed in the bar.
-
-        Raises UserError if so many steps were skipped that training is in vain.
-        """
+        """Write a row of metrics; raise UserError if too many steps were skipped."""
         run = self.run
         learning_rate = run.optimizer.param_groups[0]["lr"]
         # For a row without validation, this is the only wait for the device.
@@ -194,10 +191,6 @@ class Recorder:
     def validate(self) -> dict[str, float]:
         """Validate the raw weights, and the EMA weights if there are any; return the columns."""
         run = self.run
-        # This is the first validation of the run. Of eps, the average is 0 whatever the images are,
-        # so the loss would be 1.
-        if run.step <= self.config.validate_every and self.config.objective != "eps":
-            self.print_baseline()
         denoisers = {"": run.denoiser}
         if run.ema_model:
             denoisers["_ema"] = run.sample_denoiser
@@ -215,20 +208,6 @@ class Recorder:
             # Those of the last denoiser stay. It draws samples.
             columns |= zip(QUARTERS, quarters, strict=True)
         return columns
-
-    def print_baseline(self) -> None:
-        """Print the held-out loss of the average image, so that a bad run can be given up."""
-        run = self.run
-        average = average_image(run.feeder.gather, run.split.train_indices, self.config.batch_size)
-        baseline = replace(run.denoiser, network=AverageImage(run.denoiser, average))
-        [(loss, *_)] = validation_losses(
-            [baseline], run.feeder.gather, run.split.val_indices, self.config, self.processes
-        )
-        if self.processes.is_main:
-            tqdm.write(
-                f"a network that knows only the average image has a held-out loss of {loss:.3g}; "
-                "one with a higher val_loss has learned nothing yet"
-            )
 
     def sample(self) -> None:
         """Draw a grid of samples, always from the same noise, and write it to a file."""

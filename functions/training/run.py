@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
+from functions.noise_scheduler import PAPER_TIMESTEPS
 from functions.optimizers import LR_SCHEDULES, Adam, Muon
 from functions.saved.checkpoint import SavedModel, TensorFile, Tensors, copy_tensors, write_tensors
 from functions.support.device import (
@@ -35,24 +37,21 @@ VISIBLE_SNR = 1e-3
 
 
 class TrainingRun:
-    """A training run, which saves and loads itself.
+    """A training run, which saves and loads itself: a new one, or one that continues.
 
-    A run is new, or it continues from `checkpoint`. Raises ConfigError for images that do not fit
-    the config or the checkpoint, and CheckpointError for a checkpoint that does not fit.
+    Raises ConfigError for images that do not fit the config or the checkpoint, and CheckpointError
+    for a checkpoint that does not fit.
 
     Attributes:
         name, experiment, config: the experiment's name, the experiment, and its DiffusionConfig.
-        folder: the run's folder; None for a new run until the Recorder makes it in `runs_folder`.
-        image_set, split, feeder: the images, their split, and what copies them to the device.
+        folder: None for a new run until the Recorder makes it in `runs_folder`.
         denoiser, model: the model that is trained, and its network.
         ema_model: the network with the averaged weights; None without EMA.
-        optimizer, scaler: the optimiser, and the scaler of the loss for float16.
         window: the steps since the last row of metrics.csv.
-        step: the number of steps that are done.
-        total_steps, steps_per_epoch: the number of steps of the whole run, and of an epoch.
+        step, total_steps: the number of steps done, and of the whole run.
         share: this process's places in the effective batch.
-        facts: plain values for config.json and checkpoints: hashes of the images, ...
-        earlier_facts: the facts in the checkpoint; {} for a run that is not resumed.
+        provenance: plain values for config.json and checkpoints: hashes of the images, ...
+        earlier_provenance: that in the checkpoint; {} for a run that is not resumed.
     """
 
     def __init__(
@@ -70,8 +69,8 @@ class TrainingRun:
         self.runs_folder = runs_folder
         self.device = device
         self.processes = processes
-        self.earlier_facts = checkpoint.contents["run"] if checkpoint else {}
-        self.step = self.earlier_facts.get("step", 0)
+        self.earlier_provenance = checkpoint.contents["run"] if checkpoint else {}
+        self.step = self.earlier_provenance.get("step", 0)
         # A checkpoint is at RUN/checkpoints/FILE.
         self.folder = checkpoint.path.parents[1] if checkpoint else None
 
@@ -92,35 +91,32 @@ class TrainingRun:
 
         # The network, and all that the steps change
         set_deterministic(self.config.deterministic)
-        earlier_arithmetic = self.earlier_facts.get("arithmetic", {})
-        precision = choose_precision(
-            self.config.precision, device, earlier_arithmetic.get("precision")
-        )
+        earlier = self.earlier_provenance.get("arithmetic", {}).get("precision")
+        precision = choose_precision(self.config.precision, device, earlier)
         self.denoiser = self.build_denoiser(precision)
         self.model = self.denoiser.network
         self.ema_model = None
         if self.config.ema_decay > 0:
             self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        if self.config.optimizer == "muon":
-            self.optimizer = Muon(self.model.parameters(), self.config.learning_rate, precision)
-        else:
-            self.optimizer = Adam(self.model.parameters(), self.config.learning_rate)
+        optimizers = {"adam": Adam, "muon": partial(Muon, precision=precision)}
+        optimizer = optimizers[self.config.optimizer]
+        self.optimizer = optimizer(self.model.parameters(), self.config.learning_rate)
         # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         if checkpoint:
             self.load(checkpoint)
 
-        self.facts = {
+        self.provenance = {
             "total_steps": self.total_steps,
             "split_rule": self.split.rule,
             "train_ids_hash": self.split.train_ids_hash,
             "pixels_hash": self.split.pixels_hash,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             # This describes the model whose weights the run started from. None: random weights.
-            "initial": self.earlier_facts.get("initial"),
+            "initial": self.earlier_provenance.get("initial"),
             # Whether these weights were those of a smaller network (models/growing.py).
-            "grown": self.earlier_facts.get("grown", False),
+            "grown": self.earlier_provenance.get("grown", False),
             # The bits of the results depend on these values.
             "arithmetic": arithmetic(
                 device,
@@ -158,17 +154,16 @@ class TrainingRun:
             )
 
     def check_resumption(self) -> None:
-        """Raise ConfigError if no step is left to do, or if the images are not the run's.
-
-        The images may have another name or lie elsewhere, if their ids and pixels are the same.
-        """
-        for fact in ("train_ids_hash", "pixels_hash"):
-            if self.earlier_facts[fact] != getattr(self.split, fact):
+        """Raise ConfigError if no step is left to do, or if ids or pixels are not the run's."""
+        for name in ("train_ids_hash", "pixels_hash"):
+            if self.earlier_provenance[name] != getattr(self.split, name):
                 # Runs of earlier versions do not say their rule.
                 unknown = "what an earlier version chose, mostly the last 10% by name"
-                rule = self.earlier_facts.get("split_rule", unknown)
+                rule = self.earlier_provenance.get("split_rule", unknown)
                 now = self.split.rule
                 reason = f" (held out then: {rule}; now: {now})" if rule != now else ""
+                if "FFHQ" in rule and self.config.dataset_name != "FFHQ":
+                    reason += "; FFHQ is split so only as --diffusion.dataset-name FFHQ"
                 raise ConfigError(
                     f"{self.folder} was trained on other images than {self.config.dataset_name} "
                     f"has for training{reason}; it cannot continue with these"
@@ -190,21 +185,21 @@ class TrainingRun:
         return Denoiser(model, build_scheduler(vars(self.config)), self.config.objective, precision)
 
     def begin_with(self, initial: SavedModel) -> None:
-        """Take over the weights of another model, which grow if it is one of smaller images.
+        """Take over a model's weights, which grow if it is one of smaller images.
 
         Raises CheckpointError when they do not fit.
         """
         weights = initial.weights
         description = f"{initial.path}: {initial}"
-        small = initial.model.image_size
-        if small < self.model.image_size:
+        own_size = initial.model.image_size
+        if own_size < self.experiment.model.image_size:
             weights = grown_weights(weights, self.model)
-            description += f", grown from {small} px"
-            self.facts["grown"] = True
+            description += f", grown from {own_size} px"
+            self.provenance["grown"] = True
         copy_tensors(weights, self.model.state_dict(), initial.path)
         if self.ema_model:
             self.ema_model.load_state_dict(self.model.state_dict())
-        self.facts["initial"] = description
+        self.provenance["initial"] = description
 
     def batches(self) -> Iterator[Tensor]:
         """Yield this process's images of each step that is left: uint8 (B, S, S, C)."""
@@ -241,10 +236,7 @@ class TrainingRun:
         return augment(x_0, draws.flip, degrees * draws.rotation if degrees else None)
 
     def parts(self) -> dict[str, Tensors]:
-        """Return the tensors that the steps change, by the parts and names of a checkpoint.
-
-        They are those of the run itself. Our optimisers have theirs from the start.
-        """
+        """Return the run's own tensors that the steps change, by a checkpoint's parts and names."""
         parts = {"model": self.model.state_dict()}
         if self.ema_model:
             parts["ema"] = self.ema_model.state_dict()
@@ -257,15 +249,12 @@ class TrainingRun:
 
     def contents(self) -> dict:
         """Return the plain values of a checkpoint or a snapshot."""
-        run = {"experiment": self.name, "step": self.step, **self.facts}
+        run = {"experiment": self.name, "step": self.step, **self.provenance}
         return {"config": self.experiment.to_dict(), "run": run}
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint. Raises OSError, such as for a full disk.
-
-        It needs no state of a random generator and no position in the data, because both follow
-        from the seed and the step.
-        """
+        """Write a checkpoint. Raises OSError, such as for a full disk."""
+        # Random numbers and the position in the data follow from the seed and the step.
         scaler = {"scaler": self.scaler.state_dict()}
         write_tensors(path, self.parts(), self.contents() | scaler)
 
@@ -276,10 +265,7 @@ class TrainingRun:
         write_tensors(path, {part: weights}, self.contents())
 
     def load(self, checkpoint: TensorFile) -> None:
-        """Take over a checkpoint's numbers; memory layouts stay as they are.
-
-        Raises CheckpointError when the checkpoint is damaged or does not fit.
-        """
+        """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
         for part, tensors in self.parts().items():
             copy_tensors(checkpoint.tensors(part), tensors, checkpoint.path)
         # The state is empty unless the precision was float16.
@@ -290,24 +276,26 @@ class TrainingRun:
     def describe(self) -> str:
         """Describe the run in a few lines (data, split, network, ...), followed by warnings."""
         config = self.config
-        facts = self.facts
+        parameters = self.provenance["parameters"]
+        precision = self.provenance["arithmetic"]["precision"]
+        initial = self.provenance["initial"]
         snr = self.denoiser.scheduler.terminal_snr
         done = f"; {self.step:,} steps are done" if self.step else ""
         shift = config.log_snr_shift
         shifted = f", log-SNR shifted by {shift:g}" if shift else ""
+        compiled = ", compiled in the first step, for minutes" if self.is_to_compile else ""
         lines = [
             self.name,
             f"  data       {self.image_set.summary}",
             f"  split      {self.split.description}",
-            f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, "
-            f"{self.device}",
+            f"  network    {parameters:,} parameters, {precision}, {self.device}{compiled}",
             f"  length     {self.total_steps:,} steps of {config.effective_batch} images: "
             f"{config.epochs} epochs of {self.steps_per_epoch:,} steps{done}",
             f"  objective  {config.objective} over {config.timesteps_diff} timesteps with "
             f"{config.beta_schedule} betas{shifted}, terminal SNR {snr:.2g}",
         ]
-        if facts["initial"]:
-            lines.append(f"  begins as  {facts['initial']}")
+        if initial:
+            lines.append(f"  begins as  {initial}")
         for warning in self.warnings():
             lines.append(f"warning: {warning}")
         return "\n".join(lines)
@@ -319,11 +307,15 @@ class TrainingRun:
         warnings = self.experiment.warnings()
         snr = self.denoiser.scheduler.terminal_snr
         if snr > VISIBLE_SNR:
-            warnings.append(
+            warning = (
                 f"terminal SNR {snr:.2g} (sqrt(alpha_bar_T) = {math.sqrt(snr / (1 + snr)):.3f}): "
-                "x_T still carries the image, but sampling starts from pure noise; "
-                "set rescale_betas = True or use 1000 timesteps"
+                "x_T still carries the image, but sampling starts from pure noise"
             )
+            if not config.rescale_betas and config.timesteps_diff < PAPER_TIMESTEPS:
+                warning += f"; set rescale_betas = True or use {PAPER_TIMESTEPS} timesteps"
+            if config.beta_end < DiffusionConfig.beta_end:
+                warning += f"; use a beta_end of {DiffusionConfig.beta_end}"
+            warnings.append(warning)
         if config.warmup_steps >= steps:
             share = steps / (config.warmup_steps + 1)
             warnings.append(
@@ -338,7 +330,7 @@ class TrainingRun:
             )
         if self.step:
             # More epochs move a step back on its schedule.
-            earlier_steps = self.earlier_facts["total_steps"]
+            earlier_steps = self.earlier_provenance["total_steps"]
             last_rate = learning_rate(config, self.step - 1, earlier_steps)
             rate = learning_rate(config, self.step, steps)
             if rate > 2 * last_rate:
@@ -347,8 +339,8 @@ class TrainingRun:
                     f"{earlier_steps:,}, and is {rate:.3g} in the next, of a run of {steps:,}"
                 )
         # A resumed run equals an uninterrupted one bit for bit only in the same arithmetic.
-        for name, earlier in self.earlier_facts.get("arithmetic", {}).items():
-            now = self.facts["arithmetic"].get(name)
+        for name, earlier in self.earlier_provenance.get("arithmetic", {}).items():
+            now = self.provenance["arithmetic"].get(name)
             if earlier != now:
                 warnings.append(
                     f"{name} was {earlier}, is now {now}: no longer bit for bit like an "

@@ -23,9 +23,8 @@ SIGNALS = [number for number in signal.Signals if number.name in SIGNAL_NAMES]
 
 
 class StopSignals:
-    """A context in which a signal of SIGNALS sets `received` instead of ending the process.
+    """A context in which a signal sets `received`, which `Recorder` reads between two steps.
 
-    `Recorder` reads `received` between steps and saves a checkpoint; train.py then ends.
     A second signal, more than SAME_REQUEST_SECONDS later, ends the process immediately. An output
     that has lost its reader, as in `train.py | head`, sets `received`, too.
     """
@@ -65,10 +64,7 @@ class StopSignals:
 
 
 class Output:
-    """A stream that asks the run to stop when it cannot be written to, and then goes nowhere.
-
-    Its terminal was closed, or the process that read it has ended.
-    """
+    """A stream that asks the run to stop when its reader is gone, and from then on goes nowhere."""
 
     def __init__(self, stream: TextIO, signals: StopSignals):
         self.stream = stream
@@ -91,10 +87,7 @@ class Output:
 
 @contextmanager
 def explain_failed_writes(run: Path) -> Iterator[None]:
-    """Turn an OSError, such as from a full disk, into a UserError with the last good checkpoint.
-
-    Other errors stay as they are, such as that of a logger that has lost its connection.
-    """
+    """Turn an OSError of the disk, but no other, into a UserError with the last checkpoint."""
     try:
         yield
     except OSError as error:

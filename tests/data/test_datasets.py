@@ -11,10 +11,11 @@ from PIL import Image
 
 from data import datasets
 from data.datasets import ImageSet, load_images, split_images
-from data.sources import Member, Source
 from functions.support.errors import UserError
 from tests.conftest import script
-from tests.data.packing import IMAGES, TREE, encoded, write_folder, write_zip
+from tests.data.packing import IMAGES, TREE, encoded, write_folder, write_npz, write_zip
+
+PREVIEW = encoded(IMAGES[0])
 
 
 @pytest.fixture
@@ -128,20 +129,15 @@ def test_splits_by_id(ids, rule, name, first_held_out, reason):
     assert split.train_ids_hash == hash_of(ids[ids < first_held_out])
     assert split.val_ids_hash == hash_of(ids[ids >= first_held_out])
     assert f"{len(split.train_indices):,} images train" in split.description
-    assert f"({split.rule}), such as {ids[ids >= first_held_out][0]}" in split.description
+    assert f"{split.rule}), such as {ids[ids >= first_held_out][0]}" in split.description
     assert reason in split.rule
 
 
-def test_a_copy_of_ffhq_is_known_by_its_ids(monkeypatch, tmp_path):
-    def rule_of(ids):
-        members = [Member("one.png", 0, bytes)] * len(ids)
-        monkeypatch.setattr(datasets, "find_source", lambda path: Source(tmp_path, members, ids))
-        return datasets.locate("a path").rule
-
-    assert rule_of([*FULL[1:]]) == rule_of([*FULL[:60_000]]) == "FFHQ"
-    # Here are too few images, another id, or names.
-    for ids in (FULL[:59_999], range(1, 70_001), map(str, FULL)):
-        assert rule_of([*ids]) == "name"
+def test_only_the_set_called_ffhq_is_split_by_ids(data_folder, tmp_path):
+    copy = write_npz(tmp_path / "copy.npz", np.zeros((60_000, 1, 1, 3), np.uint8))
+    assert datasets.locate(str(copy)).rule == "name"
+    (data_folder / "FFHQ.npz").symlink_to(copy)
+    assert datasets.locate("FFHQ").rule == "FFHQ"
 
 
 def test_an_image_stays_on_its_side_whatever_is_added_or_missing():
@@ -167,29 +163,34 @@ def test_an_image_stays_on_its_side_whatever_is_added_or_missing():
         split_images(named_set([f"{i}/face.png" for i in range(9)], "name"), "reference")
 
 
+def test_where_names_repeat_the_true_share_is_said():
+    names = [f"{i}/{name}.png" for i in range(100) for name in ("front", "left", "right")]
+    description = split_images(named_set(names, "name"), "reference").description
+    assert "200 images train, 100 validate (33.3%, by a hash of each name)" in description
+    assert description.endswith("folders train/ and val/ decide better")
+    description = split_images(named_set(set(names[:3]), "name"), "reference").description
+    assert "decide better" not in description
+
+
 def write_parts(write, path, folders):
     """Write two images to each folder, the numbers rising, and a preview beside them."""
-    files = {
-        f"{folders[i // 2]}/class/{i:02d}.png": encoded(IMAGES[i]) for i in range(2 * len(folders))
-    }
-    return write(path, [], more={"top/99.png": b"", **files})
+    files = {f"{folders[i // 2]}/{i:02d}.png": encoded(IMAGES[i]) for i in range(2 * len(folders))}
+    return write(path, [], more={"99.png": PREVIEW, **files})
 
 
 @pytest.mark.parametrize(
     ("folders", "train", "val", "ignored"),
     [
         ("train val", [0, 1], [2, 3], "1 in ./"),
-        ("Valid Train", [2, 3], [0, 1], "1 in ./"),
-        ("train val test", [0, 1], [2, 3], "2 in test/, 1 in ./"),
-        ("test train more", [2, 3], [0, 1], "2 in more/, 1 in ./"),
+        ("top/Valid/class top/Train/class", [2, 3], [0, 1], "1 in ./"),
+        ("train/val val/train test", [0, 1], [2, 3], "2 in test/, 1 in ./"),
+        ("test train more/a", [2, 3], [0, 1], "2 in more/a/, 1 in ./"),
+        ("a/val2017 a/train2017 b/train b/val", [2, 3, 4, 5], [0, 1, 6, 7], "1 in ./"),
     ],
 )
 @pytest.mark.parametrize(("write", "name"), [(write_folder, "set"), (write_zip, "set.zip")])
-def test_folders_at_the_top_say_what_is_held_out(
-    tmp_path, write, name, folders, train, val, ignored
-):
-    # A zip of a folder has that folder at its top, or none.
-    path = write_parts(write, tmp_path / name, [f"top/{folder}" for folder in folders.split()])
+def test_folders_say_what_is_held_out(tmp_path, write, name, folders, train, val, ignored):
+    path = write_parts(write, tmp_path / name, folders.split())
     image_set = load_images(str(path), 8)
     split = split_images(image_set, "official")
     ids = np.array(image_set.ids)
@@ -197,19 +198,29 @@ def test_folders_at_the_top_say_what_is_held_out(
     assert ids[split.val_indices].tolist() == val
     assert_array_equal(image_set.images, IMAGES[ids])
     assert f"; ignored: {ignored}" in image_set.summary
-    assert split.description.endswith(f"{val[0]:02d}.png, {image_set.names[split.val_indices[1]]}")
+    assert f"{val[0]:02d}.png, {image_set.names[split.val_indices[1]]}" in split.description
 
 
-@pytest.mark.parametrize("folders", ["train", "val test", "trains val", "a/train a/val b"])
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [("train.zip", "val.zip"), ("train-00000-of-00001.zip", "test-00000-of-00001-abc.zip")],
+)
+def test_shards_say_what_is_held_out(tmp_path, train, held_out):
+    for shard in (train, held_out):
+        write_zip(tmp_path / "data" / shard)
+    image_set = load_images(str(tmp_path), 8)
+    assert held_out_names(image_set) == {n for n in image_set.names if f"/{held_out}/" in n}
+
+
+@pytest.mark.parametrize("folders", ["train", "val test", "trains val", "train.old train_b val"])
 def test_other_folders_are_classes(tmp_path, folders):
     path = write_parts(write_folder, tmp_path / "set", folders.split())
-    (path / "top" / "99.png").unlink()
     image_set = load_images(str(path), 8)
-    assert len(image_set.images) == 2 * len(folders.split())
-    assert split_images(image_set, "reference").rule == "a tenth, by a hash of each name"
+    assert len(image_set.images) == 2 * len(folders.split()) + 1
+    assert split_images(image_set, "reference").rule == "by a hash of each name"
 
 
-@pytest.mark.parametrize("rule", ["id", "FFHQ", "val/"])
+@pytest.mark.parametrize("rule", ["id", "FFHQ", "val"])
 def test_one_image_is_too_few(rule):
     with pytest.raises(UserError, match="too few"):
         split_images(named_set(["val/7.png"], rule, [7]), "reference")

@@ -17,7 +17,7 @@ from PIL import Image
 from data import packed
 from data.decode import fit_square
 from functions.support.errors import UserError
-from tests.conftest import posix
+from tests.conftest import linux, posix, rights_of_others
 from tests.data.packing import (
     IMAGES,
     encoded,
@@ -99,22 +99,54 @@ def test_what_changed_is_made_anew_in_the_same_place(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["", ".json"])
-def test_a_damaged_pack_is_made_anew(tmp_path, ending):
+def test_a_damaged_pack_is_made_anew(tmp_path, ending, capsys):
     path = write_folder(tmp_path / "set")
     damaged = Path(f"{load(path).path}{ending}")
     whole = damaged.read_bytes()
     contents = [b""]
     if ending == ".json":
         contents += [b"[]", b"{}", b"null"]
-        # A bit is another one.
-        for i in range(0, len(whole), 40):
-            contents.append(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+    # A bit is another one.
+    for i in range(0, len(whole), 40):
+        contents.append(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
     for content in contents:
         # Who has the old pack open keeps it, so this is another file.
         damaged.unlink()
         damaged.write_bytes(content)
+        capsys.readouterr()
         assert_array_equal(load(path).images, IMAGES)
         assert damaged.read_bytes() == whole
+        said = capsys.readouterr().out
+        assert said.startswith(
+            f"{path / 'set-8px.packed'} is outdated or damaged, and is made anew"
+        )
+
+
+def test_a_pack_that_is_deleted_while_it_is_made_is_one_sentence(tmp_path, monkeypatch):
+    path = write_folder(tmp_path / "set")
+
+    def fit_and_delete(pixels, image_size):
+        (path / "set-8px.packed").unlink(missing_ok=True)
+        return fit_square(pixels, image_size)
+
+    monkeypatch.setattr(packed, "fit_square", fit_and_delete)
+    with pytest.raises(UserError, match=r"set-8px.packed was deleted .* start again"):
+        load(path)
+
+
+@linux
+def test_another_users_outdated_pack_is_one_sentence(tmp_path):
+    path = write_folder(tmp_path / "set")
+    lock = Path(f"{load(path).path}.lock")
+    lock.chmod(0o444)
+    with rights_of_others():
+        # While it fits, it is used.
+        assert_array_equal(load(path).images, IMAGES)
+        os.utime(path / "00003.png", ns=(1, 1))
+        with pytest.raises(
+            UserError, match=r"set-8px.packed .* is another user's .* delete it and"
+        ):
+            load(path)
 
 
 def test_bad_images_are_left_out_and_counted(tmp_path, capsys, monkeypatch):

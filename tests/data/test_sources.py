@@ -1,12 +1,9 @@
 """data/sources.py: every form of a set is found and ordered alike, and strays are not."""
 
-import io
+import json
 import os
-import shutil
-import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 
 import numpy as np
@@ -15,9 +12,12 @@ import pytest
 from numpy.testing import assert_array_equal
 from pyarrow import parquet
 
+from config import EXPERIMENTS
 from data.datasets import split_images
-from data.sources import find_source
+from data.packed import open_packed
+from data.sources import Member, Source, find_source
 from functions.support.errors import UserError
+from tests.conftest import posix
 from tests.data.packing import (
     IMAGES,
     TREE,
@@ -55,15 +55,6 @@ def test_every_layout_is_numbered_alike(tmp_path, pattern, write, name):
     assert [member.name for member in source.members] == names
 
 
-def write_tar(path, images=IMAGES, pattern="{number:05d}.png"):
-    """Write the images, and what a WebDataset has beside them, to a tar; return its path."""
-    folder = write_folder(path.with_suffix(".files"), images, pattern, {"00003.json": b"{}"})
-    with tarfile.open(path, "w") as archive:
-        archive.add(folder, "")
-    shutil.rmtree(folder)
-    return path
-
-
 def write_parquet(path, images=IMAGES, pattern="{number:05d}.png"):
     """Write the images as the package `datasets` does, with a label each; return the path."""
     rows = [{"bytes": encoded(image), "path": "the same name"} for image in images]
@@ -71,7 +62,7 @@ def write_parquet(path, images=IMAGES, pattern="{number:05d}.png"):
     return path
 
 
-WRITERS = {".zip": write_zip, ".tar": write_tar, ".parquet": write_parquet, ".npz": write_npz}
+WRITERS = {".zip": write_zip, ".parquet": write_parquet, ".npz": write_npz}
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -79,7 +70,7 @@ def test_one_archive_and_several_shards_are_the_same_set(tmp_path, suffix):
     write = WRITERS[suffix]
     one = write(tmp_path / f"one{suffix}")
     (tmp_path / "shards" / "data").mkdir(parents=True)
-    # The shards have 6 and 4 images. Those of zips and tars have numbers of their own.
+    # The shards have 6 and 4 images. Those of zips have numbers of their own.
     for name, part, first in (("b", IMAGES[6:], 6), ("a", IMAGES[:6], 0)):
         shard = tmp_path / "shards" / "data" / f"{name}{suffix}"
         options = [] if suffix == ".npz" else [f"{first // 6}{{number:04d}}.png"]
@@ -98,9 +89,36 @@ def test_one_archive_and_several_shards_are_the_same_set(tmp_path, suffix):
 
 
 def test_shards_with_the_same_numbers_keep_their_names(tmp_path):
-    for name in ("a.tar", "b.tar"):
-        write_tar(tmp_path / name, IMAGES[:1])
-    assert find_source(tmp_path).ids == ["a.tar/00000.png", "b.tar/00000.png"]
+    for name in ("a.zip", "b.zip"):
+        write_zip(tmp_path / name, IMAGES[:1])
+    assert find_source(tmp_path).ids == ["a.zip/00000.png", "b.zip/00000.png"]
+
+
+def test_archives_with_the_names_of_images_are_no_shards(tmp_path):
+    # A mask, an image as well, is beside each image.
+    path = write_folder(tmp_path / "set")
+    for number in NUMBERS:
+        write_npz(path / f"{number:05d}.npz", 255 - IMAGES[:1])
+    assert_array_equal(load(path).images, IMAGES)
+    assert find_source(path).ignored == {".npz": 10}
+
+    # A preview of a shard is none.
+    path = write_folder(tmp_path / "shard", IMAGES[:1])
+    write_zip(path / "00000.zip")
+    assert find_source(path).ignored == {".png": 1}
+
+
+def test_runs_inside_the_data_are_no_data(tmp_path):
+    path = write_folder(tmp_path / "set")
+    run = write_folder(path / "runs" / "faces-20260101-120000", IMAGES, "samples/{number}.png")
+    (run / "config.json").write_text(
+        json.dumps({"config": EXPERIMENTS["faces"].to_dict()}, indent=2)
+    )
+    # Other projects have such files, too.
+    (path / "config.json").write_text('{"_class_name": "diffusion"}')
+    source = find_source(path)
+    assert source.ids == NUMBERS
+    assert source.ignored == {"run folder": 1, ".json": 1}
 
 
 @pytest.mark.parametrize(
@@ -119,14 +137,6 @@ def test_names_without_one_series_of_numbers_are_sorted_and_kept_whole(tmp_path,
     assert find_source(tmp_path).ids == sorted(names)
 
 
-def test_several_copies_of_ffhq_are_refused(tmp_path):
-    for layout in ("thumbnails128x128", "images1024x1024"):
-        write_folder(tmp_path / layout)
-    with pytest.raises(UserError, match="images1024x1024 and thumbnails128x128, copies of one set"):
-        find_source(tmp_path)
-    assert find_source(tmp_path / layout).ids == NUMBERS
-
-
 def test_linked_folders_are_read(tmp_path):
     root = tmp_path / "set"
     root.mkdir()
@@ -141,88 +151,28 @@ def test_linked_folders_are_read(tmp_path):
     assert find_source(root).ids == NUMBERS
 
 
-def test_a_link_in_a_tar_is_the_file_it_leads_to(tmp_path):
-    folder = write_folder(tmp_path / "set")
-    # tar stores the second name of a file as a hard link, without content.
-    os.link(folder / "00009.png", folder / "00010.png")
-    with tarfile.open(tmp_path / "set.tar", "w") as archive:
-        archive.add(folder, "set")
-        assert any(member.islnk() for member in archive.getmembers())
+@posix
+def test_what_is_no_file_is_one_bad_image(tmp_path):
+    path = write_folder(tmp_path / "set")
+    os.mkfifo(path / "00010.png")
+    (path / "00011.png").symlink_to("nowhere.png")
+    # A folder is no image.
+    (path / "00012.png").mkdir()
 
-    images = load(tmp_path / "set.tar").images
-    assert len(images) == 11
-    assert_array_equal(images[10], IMAGES[9])
-
-
-def test_seventy_shards_of_a_thousand_images_are_listed_in_seconds(tmp_path):
-    # Here are 5,000 members, a fourteenth of FFHQ.
-    for shard in range(5):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
-            for number in range(1000):
-                archive.addfile(tarfile.TarInfo(f"{1000 * shard + number:05d}.png"))
-    start = time.process_time()
-    assert find_source(tmp_path).ids == list(range(5000))
-    assert time.process_time() - start < 5
-
-
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, "tar"])
-def test_a_tar_with_a_bad_header_or_without_its_end_is_refused(tmp_path, tar_format):
-    path = tmp_path / "set.tar"
-    folder = write_folder(tmp_path / "set")
-    if tar_format == "tar" and shutil.which("tar"):
-        subprocess.run(["tar", "-cf", path, "-C", folder, "."], check=True)
-    else:
-        with tarfile.open(path, "w", format=tar_format) as archive:
-            archive.add(folder, "")
-    whole = path.read_bytes()
-    with tarfile.open(path) as archive:
-        headers = [member.offset for member in archive.getmembers() if member.isfile()]
-        end = archive.offset + 1024
-    assert len(headers) == 10
-    cut_short = [whole[:size] for size in range(0, end, 128)]
-    # A bit of each member's name is another one.
-    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in headers]
-    for content in cut_short + flipped:
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"set.tar cannot be read"):
-            find_source(path)
-    # What follows the end is nothing but padding.
-    path.write_bytes(whole[:end])
-    assert find_source(path).ids == NUMBERS
-
-
-def test_what_is_no_image_in_a_tar_is_one_bad_image(tmp_path):
-    path = tmp_path / "set.tar"
-    with tarfile.open(path, "w") as archive:
-        archive.add(write_folder(tmp_path / "set"), "")
-        for number, kind in ((10, tarfile.FIFOTYPE), (11, tarfile.SYMTYPE), (12, tarfile.LNKTYPE)):
-            member = tarfile.TarInfo(f"{number}.png")
-            member.type = kind
-            member.linkname = "nowhere.png"
-            archive.addfile(member)
-        # A folder is no image in a folder or a zip, either.
-        member = tarfile.TarInfo("13.png")
-        member.type = tarfile.DIRTYPE
-        archive.addfile(member)
-
-    with pytest.raises(UserError, match=r"set.tar: 3 unusable.*first is 10.png \(not a file\)"):
+    with pytest.raises(UserError, match=r"set: 2 unusable image.* \(not a file\)"):
         load(path)
-    pack = load(path, max_bad_images=3)
-    assert pack.ids == NUMBERS
-    for name, reason in pack.bad_images[1:]:
-        assert name in ("11.png", "12.png")
-        assert "cannot be read (KeyError" in reason
+    assert load(path, max_bad_images=2).ids == NUMBERS
+
+    # Once the link leads to a file, the pack is outdated.
+    (path / "nowhere.png").write_bytes(PICTURE)
+    assert len(load(path, max_bad_images=1).ids) == 12
 
 
 def test_names_that_are_not_utf_8_are_names(tmp_path):
+    # Not every disk takes such names.
     names = [os.fsdecode(b"\xff%d.png" % number) for number in NUMBERS]
-    path = tmp_path / "set.tar"
-    with tarfile.open(path, "w") as archive:
-        for name in names:
-            member = tarfile.TarInfo(name)
-            member.size = len(PICTURE)
-            archive.addfile(member, io.BytesIO(PICTURE))
-    image_set = load(path)
+    members = [Member(name, 0, lambda: PICTURE) for name in names]
+    image_set = open_packed(Source(tmp_path / "set", members, names), 8)
     assert image_set.ids == names
     split = split_images(image_set, "reference")
     assert len(split.train_indices) + len(split.val_indices) == 10
@@ -233,7 +183,9 @@ def test_names_that_are_not_utf_8_are_names(tmp_path):
 def test_names_in_a_zip_are_no_paths(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("t/00001.png", b"one")
+        # Some programs for Windows write backslashes.
+        archive.writestr("t\\00001.png", b"one")
+        archive.writestr("t\\", b"")
         archive.writestr("/etc/00000.png", b"zero")
         archive.writestr("../00002.png", b"two")
 
@@ -241,6 +193,8 @@ def test_names_in_a_zip_are_no_paths(tmp_path):
 
     # A name that leads out of the archive is hidden; the others are read within it.
     assert source.ids == [0, 1]
+    assert source.ignored == {"hidden": 1}
+    assert [member.name for member in source.members] == ["/etc/00000.png", "t/00001.png"]
     assert [member.read() for member in source.members] == [b"zero", b"one"]
 
 
@@ -278,16 +232,30 @@ def test_parquet_without_pyarrow_says_what_is_missing(tmp_path, monkeypatch):
 
 def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 cut short")
-    (tmp_path / "a.tar.gz").write_bytes(b"")
     write_zip(tmp_path / "text.zip", [], more={"readme.txt": b"no image"})
+    folder = write_folder(tmp_path / "tars", [], more={"a.tar": b""})
+    with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as archive:
+        archive.add(folder)
+    packed = (tmp_path / "set.tar.gz").read_bytes()
+    (tmp_path / "tar.npz").write_bytes(packed)
+    (tmp_path / "tar.zip").write_bytes(packed)
+    (tmp_path / "short.zip").write_bytes(b"PK\x03\x04 cut short")
+    np.save(tmp_path / "array.npy", IMAGES)
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
 
+    unpack = r"Give a folder of images \(.png, .*\), or one of .zip, .npz, .parquet; a tar must be"
+    unusable = r"cannot be read \(.*\). Either its download was cut short, or it is no "
     for name, message in (
-        ("missing.zip", "does not exist"),
-        ("empty", "no image"),
-        ("a.zip", r"cannot be read \(File is not a zip file\)"),
-        ("a.tar.gz", "only files with names that end with .zip, .tar"),
-        ("text.zip", r"no image \(.png.*\); ignored: 1 .txt"),
+        ("missing.zip", f"does not exist. {unpack}"),
+        ("empty", f"contains no image that can be read. {unpack}"),
+        ("text.zip", f"contains no image that can be read; ignored: 1 .txt. {unpack}"),
+        ("tars", f"contains no image that can be read; ignored: 1 .tar. {unpack}"),
+        ("tars/a.tar", f"contains no image that can be read. {unpack}"),
+        ("set.tar.gz", f"contains no image that can be read. {unpack}"),
+        ("tar.npz", f"{unusable}.npz file"),
+        ("tar.zip", f"{unusable}.zip file"),
+        ("short.zip", f"{unusable}.zip file"),
+        ("array.npz", f"{unusable}.npz file"),
     ):
-        with pytest.raises(UserError, match=f"{name}.*{message}"):
+        with pytest.raises(UserError, match=f"{name} {message}"):
             find_source(tmp_path / name)

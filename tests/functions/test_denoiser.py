@@ -11,31 +11,23 @@ from torch.testing import assert_close
 
 from functions.denoiser import OBJECTIVES, Denoiser, Objective
 from functions.losses import denoising_loss, eps_errors
-from functions.noise_scheduler import NoiseScheduler
+from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
 from functions.samplers import ddim_sample
 from tests.conftest import small_unet
 from tests.functions.known_denoisers import Exact
 
-SCHEDULERS = {name: NoiseScheduler(1000, beta_schedule=name) for name in ("linear", "cosine")}
+SCHEDULERS = {name: NoiseScheduler(1000, beta_schedule=name) for name in BETA_SCHEDULES}
 # The timesteps of a batch of five images include both ends.
 T = torch.tensor([0, 1, 200, 700, 999])
 
 
-def x_0_itself(scheduler, x_0, t, noise):
-    return x_0
-
-
-def predict_from_x_0(scheduler, x_t, t, x_0):
-    return x_0, scheduler.predict_eps(x_t, t, x_0)
-
-
-def snr(scheduler, t):
-    """Return the squared error of eps over that of x_0, in the same x_t (Eq. 15)."""
-    alpha_bar = scheduler.alpha_bar(t)
-    return alpha_bar / (1 - alpha_bar)
-
-
-X_0 = Objective(x_0_itself, predict_from_x_0, snr, "sample")
+# In the same x_t, the squared error of eps is that of x_0 times the SNR (Eq. 15).
+X_0 = Objective(
+    target=lambda scheduler, x_0, t, noise: x_0,
+    x_0_and_eps=lambda scheduler, x_t, t, x_0: (x_0, scheduler.predict_eps(x_t, t, x_0)),
+    eps_factor=lambda scheduler, t: scheduler.alpha_bar(t) / (1 - scheduler.alpha_bar(t)),
+    diffusers="sample",
+)
 
 
 @pytest.fixture(autouse=True)

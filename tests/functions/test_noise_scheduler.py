@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.testing import assert_close
 
-from functions.noise_scheduler import NoiseScheduler
+from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
 
 schedules = pytest.mark.parametrize(("timesteps", "rescale"), [(1000, True), (200, False)])
 
@@ -101,7 +101,7 @@ def test_cosine_betas_are_those_of_the_paper_and_of_diffusers(timesteps):
     assert_close(ours.betas.float(), theirs.betas, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
 def test_a_shift_gives_a_shrunk_image_the_noise_of_a_small_one(name):
     """Averages of 2 x 2 pixels, 64 px of 128, have a quarter of the noise's variance."""
     plain = NoiseScheduler(1000, beta_schedule=name).alphas_cumprod
@@ -137,7 +137,6 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"timesteps": 1000, "beta_schedule": "sigmoid"},
         # Rescaled to 20 steps, the last beta is 1.
         {"timesteps": 20},
         # The betas would fall.
@@ -147,5 +146,5 @@ def test_terminal_signal_is_what_is_known_of_these_schedules(timesteps, rescale,
     ],
 )
 def test_impossible_schedules_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"beta_schedule is 'sigmoid'|0 < beta_start"):
+    with pytest.raises(ValueError, match="0 < beta_start"):
         NoiseScheduler(**arguments)

@@ -7,8 +7,8 @@ distribution, and the paths along which noise becomes data.
 import pytest
 import torch
 
-from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import SAMPLERS, ddim_invert, ddim_sample, ddpm_sample, dpm_solver_sample
+from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
+from functions.samplers import SAMPLERS, ddim_invert, ddim_sample
 from functions.timesteps import sampling_times
 from tests.functions.known_denoisers import (
     IMAGES,
@@ -20,6 +20,7 @@ from tests.functions.known_denoisers import (
     part_of_the_way,
     sigmas,
 )
+from tests.functions.test_samplers import CASES, noise_steps
 
 
 def distance(x_0):
@@ -52,12 +53,16 @@ def marginal(scheduler, t):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", BETA_SCHEDULES)
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
         *((row.function, row.options) for row in SAMPLERS.values()),
-        (dpm_solver_sample, {"spacing": "logsnr"}),
+        *(
+            (row.function, {**row.options, "eta": 0.0})
+            for row in SAMPLERS.values()
+            if row.options.get("eta")
+        ),
     ],
 )
 def test_from_1_to_all_steps_samples_come_nearer_to_the_data(sampler, options, schedule):
@@ -104,16 +109,12 @@ def slopes(errors):
     return (-torch.stack(errors).log2().diff()).tolist()
 
 
+@pytest.mark.parametrize("spacing", ["logsnr", "trailing"])
 @pytest.mark.parametrize(
-    ("sampler", "spacing", "order"),
-    [
-        (ddim_sample, "logsnr", 1),
-        (ddim_sample, "trailing", 1),
-        (dpm_solver_sample, "logsnr", 2),
-        (dpm_solver_sample, "trailing", 2),
-    ],
+    ("row", "options"),
+    [case for case in CASES if not noise_steps(*case, [60, 40, 20])],
 )
-def test_the_error_falls_with_the_order(sampler, spacing, order):
+def test_the_error_falls_with_the_order(row, options, spacing):
     """With a method of order p, twice as many steps make the error 2^p times smaller.
 
     The truth is where the exact path of IMAGES ends.
@@ -125,26 +126,15 @@ def test_the_error_falls_with_the_order(sampler, spacing, order):
     errors = []
     for steps in (128, 256, 512):
         times = part_of_the_way(scheduler, steps, spacing, START, STOP)
-        x = sampler(ideal(IMAGES, scheduler), x_T, times, clip_x_0=False)
+        x = row.function(ideal(IMAGES, scheduler), x_T, times, clip_x_0=False, **options)
         errors.append((x - exact).abs().max())
 
-    assert slopes(errors) == pytest.approx([order] * 2, abs=0.25)
-    assert errors[-1] < 10 * 0.02**order
+    assert slopes(errors) == pytest.approx([row.order] * 2, abs=0.25)
+    assert errors[-1] < 10 * 0.02**row.order
 
 
-@pytest.mark.parametrize(
-    ("sampler", "options", "order"),
-    [
-        (ddpm_sample, {"variance": "small"}, 1),
-        (ddpm_sample, {"variance": "large"}, 1),
-        (ddim_sample, {"eta": 0.5}, 1),
-        (dpm_solver_sample, {"eta": 0.5}, 2),
-        (dpm_solver_sample, {"eta": 1.0}, 2),
-    ],
-)
-def test_with_fresh_noise_the_error_of_the_distribution_falls_with_the_order(
-    sampler, options, order
-):
+@pytest.mark.parametrize(("row", "options"), CASES)
+def test_the_error_of_the_distribution_falls_with_the_order(row, options):
     """Measure the weak order by the exact mean and variance of LINE."""
     scheduler = NoiseScheduler(T)
     start = marginal(scheduler, START)
@@ -154,12 +144,12 @@ def test_with_fresh_noise_the_error_of_the_distribution_falls_with_the_order(
     for steps in (128, 256, 512):
         times = part_of_the_way(scheduler, steps, "trailing", START, STOP)
         denoiser = ideal(LINE, scheduler)
-        mean, variance = mean_and_variance(denoiser, sampler, times, start, **options)
+        mean, variance = mean_and_variance(denoiser, row.function, times, start, **options)
         assert mean == pytest.approx(true_mean, rel=1e-12)
         errors.append(double(abs(variance - true_variance)))
 
-    assert slopes(errors) == pytest.approx([order] * 2, abs=0.15)
-    assert errors[-1] < 10 * 0.02**order
+    assert slopes(errors) == pytest.approx([row.order] * 2, abs=0.15)
+    assert errors[-1] < 10 * 0.02**row.order
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -7,15 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from functions.noise_scheduler import NoiseScheduler
-from functions.samplers import SAMPLERS, ddim_sample, ddpm_sample, dpm_solver_sample
+from functions.likelihood import model_variance
+from functions.noise_scheduler import BETA_SCHEDULES, NoiseScheduler
+from functions.samplers import SAMPLERS, VARIANCES, ddim_sample, ddpm_sample
 from functions.timesteps import SPACINGS, logsnr_timesteps, sampling_times
 from tests.functions.known_denoisers import Exact
 
 SHAPE = (2, 3, 4, 4)
 SCHEDULER = NoiseScheduler(100)
-FUNCTIONS = [row.function for row in SAMPLERS.values()]
-all_samplers = pytest.mark.parametrize("sampler", FUNCTIONS, ids=SAMPLERS)
+all_samplers = pytest.mark.parametrize("row", SAMPLERS.values(), ids=SAMPLERS)
+# Options that only some samplers have, with the values that tests give them.
+VALUES = {"eta": (0.0, 0.5, 1.0), "variance": VARIANCES}
+# A pair (row, options) for each sampler with each value of one of its options.
+CASES = [
+    (row, options)
+    for row in SAMPLERS.values()
+    for options in [{name: v} for name in row.options for v in VALUES.get(name, ())] or [{}]
+]
 
 
 def smooth(x_t, t):
@@ -40,7 +48,7 @@ def pure_noise(seed=1):
 
 
 @all_samplers
-def test_clipping_is_that_of_a_model_whose_eps_agrees_with_the_clipped_x_0(sampler):
+def test_clipping_is_that_of_a_model_whose_eps_agrees_with_the_clipped_x_0(row):
     """A sampler that clips is compared with one that does not, whose model clips by itself."""
     predictions = []
 
@@ -53,7 +61,7 @@ def test_clipping_is_that_of_a_model_whose_eps_agrees_with_the_clipped_x_0(sampl
 
     def sampled(network, **options):
         denoiser = Exact(network, SCHEDULER)
-        return sampler(denoiser, pure_noise(), 20, step_noise=noise_source(), **options)
+        return row.function(denoiser, pure_noise(), 20, step_noise=noise_source(), **options)
 
     ours = sampled(wild, on_step=lambda k, t, x, x_0: predictions.append(x_0))
     assert_close(ours, sampled(clipped, clip_x_0=False), rtol=1e-9, atol=1e-9)
@@ -62,29 +70,58 @@ def test_clipping_is_that_of_a_model_whose_eps_agrees_with_the_clipped_x_0(sampl
     assert ours.abs().max() < 1 + 1e-9
 
 
-def test_noise_is_asked_for_once_a_step_and_not_at_the_end():
-    def asked(sampler, *arguments):
-        """Return the steps k for which the sampler wanted noise."""
-        calls = []
+def noise_steps(row, options, *steps):
+    """Return the steps k for which a sampler wants noise."""
+    calls = []
 
-        def step_noise(k):
-            calls.append(k)
-            return torch.randn(SHAPE)
+    def step_noise(k):
+        calls.append(k)
+        return torch.randn(SHAPE)
 
-        sampler(DENOISER, torch.randn(SHAPE), *arguments, step_noise=step_noise)
-        return calls
+    row.function(DENOISER, torch.randn(SHAPE), *steps, **options, step_noise=step_noise)
+    return calls
 
-    assert asked(ddpm_sample) == list(range(99))
+
+@pytest.mark.parametrize(("row", "options"), CASES)
+def test_noise_is_asked_for_once_a_step_and_not_at_the_end(row, options):
+    every = noise_steps(row, options)
+    assert every in ([], list(range(99)))
+    if "eta" in options:
+        assert bool(every) == (options["eta"] > 0)
     # A way that ends at t = 20 ends before the clean image, so noise is left there.
-    assert asked(ddpm_sample, [60, 40, 20]) == [0, 1]
-    assert asked(dpm_solver_sample, 10, 1.0) == list(range(9))
+    assert noise_steps(row, options, [60, 40, 20]) == every[:2]
 
-    for deterministic in (ddim_sample, dpm_solver_sample):
-        assert asked(deterministic, 10) == []
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("steps", [100, 7])
+def test_ddpm_is_ddim_with_eta_1(steps, clip):
+    """So says Section 4.1 of DDIM's paper."""
+    options = {"spacing": "logsnr", "clip_x_0": clip}
+    ddpm = ddpm_sample(DENOISER, pure_noise(), steps, step_noise=noise_source(), **options)
+    ddim = ddim_sample(DENOISER, pure_noise(), steps, 1.0, step_noise=noise_source(), **options)
+    assert_close(ddpm, ddim, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("table", "use"),
+    [
+        (SPACINGS, lambda: sampling_times(SCHEDULER, 2, "new")),
+        (VARIANCES, lambda: ddpm_sample(DENOISER, pure_noise(), [5, 3], "new")),
+        (VARIANCES, lambda: model_variance(SCHEDULER, torch.tensor([50]), "new")),
+        (BETA_SCHEDULES, lambda: NoiseScheduler(2, beta_schedule="new")),
+    ],
+)
+def test_a_new_name_is_refused_until_its_table_has_it(table, use, monkeypatch):
+    """Its row raises an error of its own."""
+    with pytest.raises((KeyError, ValueError), match="new"):
+        use()
+    monkeypatch.setitem(table, "new", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        use()
 
 
 @all_samplers
-def test_the_way_can_be_given_as_times_and_taken_in_parts(sampler):
+def test_the_way_can_be_given_as_times_and_taken_in_parts(row):
     """The truth is the way that is given as a number of steps."""
     times = sampling_times(SCHEDULER, 12, "logsnr")
     draw = noise_source()
@@ -92,7 +129,7 @@ def test_the_way_can_be_given_as_times_and_taken_in_parts(sampler):
     visited = []
 
     def part(x, first, last, steps=None):
-        return sampler(
+        return row.function(
             DENOISER,
             x,
             steps or times[first : last + 1],
@@ -104,16 +141,16 @@ def test_the_way_can_be_given_as_times_and_taken_in_parts(sampler):
     at_once = part(pure_noise(), 0, 12, steps=12)
     assert visited == list(enumerate(times[:-1]))
     assert torch.equal(part(pure_noise(), 0, 12), at_once)
-    # DPM-Solver++ looks back, and would begin the second part with order 1 again.
-    if sampler is not dpm_solver_sample:
+    # With one call a step, a higher order looks back, and would begin the second part anew.
+    if row.order == 1:
         half_way = part(pure_noise(), 0, 5)
         assert_close(part(half_way, 5, 12), at_once, rtol=1e-12, atol=1e-12)
 
 
 @all_samplers
-def test_the_loop_reads_no_number_from_the_device(sampler):
+def test_the_loop_reads_no_number_from_the_device(row):
     """On the meta device nothing has a value, so that asking for one raises an error."""
-    sampler(Exact(lambda x_t, t: x_t, SCHEDULER), torch.ones(SHAPE, device="meta"), 10)
+    row.function(Exact(lambda x_t, t: x_t, SCHEDULER), torch.ones(SHAPE, device="meta"), 10)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -121,7 +158,7 @@ def test_the_loop_reads_no_number_from_the_device(sampler):
 def test_times_are_as_many_as_asked_for_and_fall_to_the_image(data):
     timesteps = data.draw(st.integers(21, 300))
     steps = data.draw(st.none() | st.just(timesteps) | st.integers(1, timesteps))
-    spacing = data.draw(st.sampled_from(SPACINGS))
+    spacing = data.draw(st.sampled_from([*SPACINGS]))
     times = sampling_times(NoiseScheduler(timesteps), steps, spacing)
 
     # So all T steps visit all timesteps.

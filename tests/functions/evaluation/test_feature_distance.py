@@ -13,30 +13,27 @@ import sample
 from data.datasets import ImageSet, load_images
 from data.pixels import to_model_range
 from functions.evaluation import fidelity
-from functions.evaluation.feature_distance import Features, frechet_distance, spoilt
+from functions.evaluation.feature_distance import Features, frechet_distance
 from functions.support.errors import UserError
 from tests.conftest import HELD_OUT, TRAINED, call
-from tests.functions.evaluation.test_fidelity import pixels_of
 
 
 def distances(capsys, *arguments):
-    """Return the numbers at the ends of the lines that `evaluate.py distance` prints, by name."""
+    """Return the ends of the lines that `evaluate.py distance` prints, by what precedes them."""
     capsys.readouterr()
     call(evaluate.main, "distance", *arguments)
     printed = capsys.readouterr().out
-    return dict(re.findall(r"^(d[^:]+): ([\d.e-]+%?)$", printed, re.MULTILINE))
+    return dict(re.findall(r"^((?:no )?distance.*): (.+)$", printed, re.MULTILINE))
 
 
-def read(folder, count):
-    """Return the first images of a folder, (count, 3, H, W) in [-1, 1]."""
-    return to_model_range(torch.from_numpy(pixels_of(folder, count)))
+def loaded(name, size):
+    """Return the images of a data set: (N, H, W, 3) uint8."""
+    return load_images(str(name), size).images.copy()
 
 
-@pytest.fixture(scope="module")
-def people():
-    """Return the images of the data set emoji_people."""
-    images = load_images("emoji_people", 32).images
-    return to_model_range(torch.from_numpy(images))
+def scaled(pixels):
+    """Return images (N, H, W, 3) uint8 as networks read them."""
+    return to_model_range(torch.from_numpy(pixels))
 
 
 def seeded():
@@ -44,8 +41,9 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-def test_the_feature_distance_orders_the_obvious(people):
+def test_the_feature_distance_orders_the_obvious():
     """Held-out images are nearest, then tinted ones; noise is very far."""
+    people = scaled(loaded("emoji_people", 32))
     held_out = people[::9]
     features = Features([people[np.arange(len(people)) % 9 > 0]])
     tint = torch.tensor([20, 0, -20]).view(3, 1, 1) / 255
@@ -75,53 +73,64 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_spoilt_are_dark_and_speckled_images_and_no_real_ones(people):
-    dark = people[:20] - 0.2
-    noise = torch.randn(20, 3, 32, 32, generator=seeded())
-    speckled = (people[:20] + 0.3 * noise).clamp(-1, 1)
-
-    assert not spoilt(people).any()
-    assert spoilt(dark).all()
-    assert spoilt(speckled).float().mean() > 0.9
+def write_samples(folder, images):
+    """Write images (N, H, W, 3) as sample.py --individual names them."""
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:05d}.png")
 
 
-@pytest.mark.slow
-def test_a_run_and_the_folder_of_its_samples(tiny_run, pictures, tmp_path, capsys):
-    """The same flags draw the same samples; in PNG files they are only rounded."""
-    run = shutil.copytree(tiny_run, tmp_path / tiny_run.name)
-    flags = ["--sampler", "dpm++", "--steps", "4", "--guide", "5", "--seed", "3", "--n", "30"]
-    measured = distances(capsys, run, *flags)
-    out = tmp_path / "samples"
-    call(sample.main, run, *flags, "--individual", "--out", out)
-    with pytest.raises(UserError, match=f"{out} has samples; after it, name the DATA"):
-        distances(capsys, out)
-    of_folder = distances(capsys, out, pictures)
+def split_folder(pictures, folder, count):
+    """Return a folder with the first `count` pictures in train/ and the next one in val/."""
+    for i in range(count + 1):
+        part = folder / ("train" if i < count else "val")
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / f"{i:05d}.png", part)
+    return folder
 
-    # The pictures have no white corners. 4 of the 50 are held out.
-    real = to_model_range(torch.from_numpy(load_images(str(pictures), 16).images.copy()))
-    training, held_out = real[TRAINED], real[HELD_OUT]
-    features = Features([training, training.flip(3)])
-    truth = {
-        "distance": read(out, 30),
-        "distance of the first 4 samples, as only 4 are held out": read(out, 4),
-        "distance of 4 held-out images": held_out,
+
+def truths(training, images):
+    """Return the distances of images from training images as evaluate.py prints them, by name."""
+    features = Features([scaled(training), scaled(training).flip(3)])
+    distances = {name: features.distance(features([scaled(x)])) for name, x in images.items()}
+    return {name: f"{distance:.4g}" for name, distance in distances.items()}
+
+
+def test_samples_are_measured_beside_as_many_held_out_images(pictures, tmp_path, capsys):
+    """Of the 50 pictures 4 are held out, so the first 4 samples are measured, too."""
+    samples = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), np.uint8)
+    write_samples(tmp_path, samples)
+    real = loaded(pictures, 16)
+    few = {
+        "distance": samples,
+        "distance of the first 4 samples, as only 4 are held out": samples[:4],
+        "distance of 4 held-out images": real[HELD_OUT],
     }
-    truth = {name: features.distance(features([images])) for name, images in truth.items()}
-    assert of_folder == {name: f"{value:.4g}" for name, value in truth.items()}
-    measured = {name: float(value) for name, value in measured.items()}
-    assert measured == pytest.approx(truth, rel=0.01)
+    assert distances(capsys, tmp_path, pictures) == truths(real[TRAINED], few)
+
+    one = split_folder(pictures, tmp_path / "data", 20)
+    reason = {"no distance of held-out images": "there is one, and a distance needs two"}
+    assert distances(capsys, tmp_path, one) == truths(real[:20], {"distance": samples}) | reason
 
 
-def test_held_out_images_beside_as_many_samples_some_of_them_dark(people, tmp_path, capsys):
-    """The samples are the 10 held-out images that are evenly spaced, but 3 of them are dark."""
-    pixels = load_images("emoji_people", 32).images[811:][::9]
-    for i, image in enumerate(pixels):
-        Image.fromarray(image // 2 if i < 3 else image).save(tmp_path / f"{i:05d}.png")
-    features = Features([people[:811], people[:811].flip(3)])
-    images = {"distance": read(tmp_path, 10), "distance of 10 held-out images": people[811:][::9]}
-    truth = {name: f"{features.distance(features([x])):.4g}" for name, x in images.items()}
-    measured = distances(capsys, tmp_path, "emoji_people")
-    assert measured == {"dark or speckled": "30.00%", **truth}
+def test_of_many_held_out_images_evenly_spaced_ones_are_measured(tmp_path, capsys):
+    people = loaded("emoji_people", 32)
+    write_samples(tmp_path, people[:10])
+    images = {"distance": people[:10], "distance of 10 held-out images": people[811:][::9]}
+    assert distances(capsys, tmp_path, "emoji_people") == truths(people[:811], images)
+
+
+@pytest.mark.parametrize(
+    ("size", "trained", "message"),
+    [
+        (16, 6, "the training images are too few, or too alike"),
+        (11, 20, "a distance needs images of 12 pixels a side or more; these have 11"),
+    ],
+)
+def test_a_distance_without_a_meaning_is_refused(size, trained, message, pictures, tmp_path):
+    write_samples(tmp_path, loaded(pictures, size)[:10])
+    data = split_folder(pictures, tmp_path / "data", trained)
+    with pytest.raises(UserError, match=message):
+        call(evaluate.main, "distance", tmp_path, data)
 
 
 def test_samples_are_compared_with_the_split_of_their_run(tiny_run, tmp_path, monkeypatch):

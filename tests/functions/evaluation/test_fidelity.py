@@ -1,6 +1,5 @@
 """evaluate.py images: torch-fidelity gets the right images, and measures them anew."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import sample
 from data.datasets import load_images
 from functions.evaluation import fidelity
 from functions.support.errors import UserError
-from tests.conftest import HELD_OUT, TRAINED, call
+from tests.conftest import CPU, HELD_OUT, TRAINED, call
 
 FAST = ["--sampler", "ddim", "--steps", 1, "--individual", "--device", "cpu"]
 
@@ -114,10 +113,8 @@ def test_samples_are_compared_as_torch_fidelity_does(weights, grey_run, pictures
         numbers, _ = evaluated(capsys, folders[0], pictures, "--part", part)
         assert numbers == by_hand(first, real, subset)
 
-    # Other pixels under the same name are measured anew.
-    shutil.copy(folders[1] / "00000.png", folders[0] / "00007.png")
-    changed, _ = evaluated(capsys, folders[0], pictures, "--part", "all")
-    assert changed == by_hand(pixels_of(folders[0], 8), grey, 4) != numbers
+    # Nothing is kept, so that other pixels under the same name are measured anew.
+    assert [*weights.parents[1].iterdir()] == [weights.parent]
 
     with pytest.raises(UserError, match="--part is for a data set"):
         evaluated(capsys, *folders, "--part", "val")
@@ -132,6 +129,12 @@ def test_samples_are_compared_as_torch_fidelity_does(weights, grey_run, pictures
     file.unlink()
     with pytest.raises(UserError, match=r"b has 7 images; .* without a gap"):
         evaluated(capsys, *folders)
+
+
+def test_too_few_real_images_are_one_sentence():
+    few = fidelity.Images(3, read=None)
+    with pytest.raises(UserError, match="there are 3 real images; there must be 4 or more"):
+        fidelity.measure_fidelity(few, few, CPU)
 
 
 def test_weights_that_are_missing_damaged_or_more_than_tensors(weights):

@@ -252,20 +252,21 @@ def test_variations_differ_more_the_deeper_they_come_from():
     torch.testing.assert_close(variations(image_sampler, x_0, 99, [4, 1]), far[[4, 1]])
 
 
-def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved):
+def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, saved, capsys):
     """At the ends of each row stand the images of the seed.
 
     So do they as mixtures at depth 0, where nothing is noised.
     """
     call(sample.main, tiny_run, "--n", 4, "--steps", 5, "--individual", "--out", tmp_path)
     own = [np.asarray(Image.open(tmp_path / f"0000{i}.png")).astype(int) for i in range(4)]
-    flags = "--steps 5 --batch-size 4 --depths 0,0.295,1 --out"
+    flags = "--steps 5 --batch-size 4 --depths 0,0.2,0.295,1 --out"
     call(edit.main, "interpolate", 1, 3, tiny_run, *flags.split(), tmp_path)
     columns, titles, path, rows = saved.call_args.args
     assert path.name.startswith("interpolation-1-3-")
     assert titles == ["A", *(f"{i / 8:.3g}" for i in range(9)), "B"]
     # The sampler's 5 steps visit 0, 20, 40, 60, 80 and 100.
     assert rows == ["t = 0", "t = 20", "t = 100"]
+    assert "depths 0.2 and 0.295 share the timestep t = 20" in capsys.readouterr().out
     for column, row, i in ((0, 0, 1), (1, 0, 1), (9, 0, 3), (10, 0, 3), (0, 1, 1), (0, 2, 1)):
         assert abs(columns[column][row] - own[i]).max() <= 1
 
@@ -283,19 +284,23 @@ def test_long_names_of_many_bytes_are_cut(tiny_run, tmp_path, saved):
 
 
 @pytest.mark.parametrize(
-    ("command", "ways_back"),
-    [("invert {} {run}", {0: 2}), ("interpolate {} {} {run} --exact", {0: 1, 10: 9})],
+    ("command", "steps", "ways_back"),
+    [
+        # The model has 100 timesteps, fewer than the default of 200 steps.
+        ("invert {} {run}", 100, {0: 2}),
+        ("interpolate {} {} {run} --exact --steps 50", 50, {0: 1, 10: 9}),
+    ],
 )
 def test_the_script_says_by_how_much_images_come_back_changed(
-    command, ways_back, tiny_run, pictures, saved, capsys
+    command, steps, ways_back, tiny_run, pictures, saved, capsys
 ):
     """The way back of the image in each of these columns is in another column."""
     files = [pictures / "00000.png", pictures / "00001.png"]
-    call(edit.main, *command.format(*files, run=tiny_run).split(), "--steps", 50)
+    call(edit.main, *command.format(*files, run=tiny_run).split())
     columns, _, path, rows = saved.call_args.args
     assert rows == ["t = 100"]
     # The folder's name has the settings.
-    assert path.parent.name.endswith("-ddim-50-trailing-0.0-float32-seed0")
+    assert path.parent.name.endswith(f"-ddim-{steps}-trailing-0.0-float32-seed0")
 
     output = capsys.readouterr()
     # The bar counts the steps of both ways.

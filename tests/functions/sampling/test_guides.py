@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 import sample
-from functions.sampling import calibration
 from functions.sampling.guides import find_guide
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of
@@ -75,15 +74,6 @@ def test_files_and_the_manifest_hold_the_guide_and_its_weight(run, capsys):
     folder = next(run.glob(f"samples/*-{digest}-1.5-*"))
     facts = json.loads((folder / "samples.json").read_text())
     assert facts.items() >= {"guide": digest, "guidance": 1.5}.items()
-
-
-@pytest.mark.slow
-def test_either_network_has_its_own_calibration(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "IMAGE_COUNT", 12)
-    copy = shutil.copytree(run, tmp_path / run.name)
-    call(sample.main, copy, *FEW, "--guide", 4, "--calibrate", "own")
-    names = {path.name.split("-calibration-")[0] for path in copy.rglob("*calibration*")}
-    assert names == {"step-00000004", "step-00000010"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch.testing import assert_close
 import evaluate
 import sample
 from functions.samplers import ddim_sample, ddpm_sample
-from functions.sampling import calibration
 from functions.sampling.export import export
 from functions.saved.checkpoint import load_weights
 from functions.saved.diffusers_folder import REQUIRED, copy_weights, our_config, write_folder
@@ -220,7 +219,6 @@ def test_what_cannot_be_exported_leaves_nothing_behind(folder, tmp_path):
 def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     """A folder decides on the variance, on clipping of x_0, and on where samples go."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calibration, "IMAGE_COUNT", 8)
     changes = {"variance_type": "fixed_large", "clip_sample": False, "num_train_timesteps": 10}
     change(folder / SCHEDULE, beta_start=0.01, beta_end=0.4, **changes)
     before = sorted(folder.rglob("*"))
@@ -231,11 +229,10 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
     call(sample.main, "theirs", "--n", 2, "--steps", 5)
     assert "variance small, clip_x_0 False" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not say which images it was trained on"):
-        call(sample.main, "theirs", "--n", 2, "--calibrate")
+        call(evaluate.main, "theirs")
     call(evaluate.main, "theirs", "--data", "emoji_faces", "--images", 2, "--t-stride", 20)
     # The folder does not say on which images its network was trained, so evaluate.py warns.
     assert "MAY NOT BE THE IMAGES" in capsys.readouterr().err
-    call(sample.main, "theirs", "--n", 2, "--sampler", "ddim", "--calibrate", "own")
 
     # Results are not written into the folder, which is not ours.
     assert sorted(folder.rglob("*")) == before
@@ -243,8 +240,6 @@ def test_what_only_a_folder_decides(folder, tmp_path, monkeypatch, capsys):
         "*-*/theirs-ddpm-all-trailing-large-False-float32-seed0/grid.png",
         "*-*/theirs-ddpm-5-trailing-small-False-float32-seed0/grid.png",
         "*-*/theirs-bpd-*.json",
-        "*-*/theirs-ddim-all-trailing-0.0-own-False-float32-seed0/grid.png",
-        "theirs-calibration-*.safetensors",
     ):
         assert len([*Path("samples").glob(name)]) == 1
 

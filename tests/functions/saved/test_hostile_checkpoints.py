@@ -106,7 +106,7 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
         patch.setattr(checkpoint, "FORMAT", "ddpm-faces checkpoint 2")
         write_tensors(path, *checkpoint_parts())
     assert "not a checkpoint of this version" in refusal(path)
-    write_tensors(path, {"calibration": {}}, {})
+    write_tensors(path, {"others": {}}, {})
     assert refusal(path) == "neither a checkpoint nor a model"
     assert refusal(path.parent) == "there is no such file"
     # An objective of another version

@@ -44,15 +44,15 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
     of_faces = run_folder.newest_checkpoints(tmp_path, "faces")[0]
     assert of_faces.parent.parent.name == "faces-20260101-000000"
 
-    assert run_folder.checkpoint_to_resume("newest", tmp_path, "ffhq-full") == newest
+    assert run_folder.run_to_resume("newest", tmp_path, "ffhq-full") == unfinished
     # "ffhq" is no experiment, but a prefix of two.
     for finished in ("faces", "ffhq", "ffhq-run1"):
-        assert run_folder.checkpoint_to_resume("auto", tmp_path, finished) is None
+        assert run_folder.run_to_resume("auto", tmp_path, finished) is None
         assert "WARNING: NOTHING TO RESUME" in capsys.readouterr().err
         with pytest.raises(UserError, match="no unfinished run"):
-            run_folder.checkpoint_to_resume("newest", tmp_path, finished)
+            run_folder.run_to_resume("newest", tmp_path, finished)
     with pytest.raises(UserError, match=f"longer: --resume {done} --diffusion.epochs N;"):
-        run_folder.checkpoint_to_resume("newest", tmp_path, "faces")
+        run_folder.run_to_resume("newest", tmp_path, "faces")
 
     with pytest.raises(CheckpointError, match="cifar"):
         run_folder.newest_checkpoints(tmp_path, "cifar")
@@ -68,8 +68,9 @@ def test_a_finished_run_goes_on_before_a_flipped_bit_of_its_last_checkpoint(tmp_
     spoilt[-1] ^= 1
     last.write_bytes(spoilt)
 
-    assert run_folder.checkpoint_to_resume("auto", tmp_path, "faces") == before
+    assert run_folder.run_to_resume("auto", tmp_path, "faces") == run
     assert capsys.readouterr().err.count(f"WARNING: UNUSABLE CHECKPOINT: {last}") == 1
+    assert run_folder.last_checkpoint(run) == before
 
 
 @linux
@@ -79,7 +80,7 @@ def test_a_folder_that_cannot_be_read_never_leads_to_a_new_run(tmp_path, closed)
     folder = tmp_path / "runs" / closed
     folder.chmod(0o300)
     with rights_of_others(), pytest.raises(PermissionError, match=folder.name):
-        run_folder.checkpoint_to_resume("auto", tmp_path / "runs", "faces")
+        run_folder.run_to_resume("auto", tmp_path / "runs", "faces")
 
 
 @posix

@@ -1,47 +1,33 @@
-"""Compiling before the first step; test_processes.py trains compiled networks.
+"""A compiled training; test_processes.py has one with two processes.
 
-The CPU stands in for the GPU, and stubs for the compiler that writes kernels.
+The CPU stands in for the GPU, and a stub for the compiler that writes kernels.
 """
 
 from dataclasses import replace
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from functions.support.errors import UserError
-from functions.training import compiling
-from functions.training.memory import explain_lack_of_memory
+from functions.training.metrics import read_metrics
+from tests.conftest import ONE_LEVEL
 from tests.small_training import training_run
-
-
-def fails(graph, inputs):
-    raise ImportError("no C compiler")
-
-
-def needs_more_memory(*tensors):
-    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def as_it_is(graph, inputs):
     return make_boxed_func(graph.forward)
 
 
-# As with PyTorch's compiler, the graph of backward is compiled when backward is called first.
-WORKS = aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is)
-FAILS = aot_autograd(fw_compiler=as_it_is, bw_compiler=fails)
-
-
-def use_stub(patch, stub=WORKS):
+def use_stub(patch):
     """Let torch.compile use a stub on the CPU; return a list that gets each graph it is given."""
     graphs = []
+    compiler = aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is)
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return stub(graph, inputs)
+        return compiler(graph, inputs)
 
     torch.compiler.reset()
     patch.setattr("functions.training.run.COMPILED_DEVICES", ("cpu",))
@@ -50,40 +36,13 @@ def use_stub(patch, stub=WORKS):
 
 
 @pytest.mark.slow
-def test_each_batch_size_is_compiled_before_the_first_step(monkeypatch):
-    run = training_run()
+def test_a_run_is_compiled_once_and_validates_and_samples_without(trained, monkeypatch):
+    """Validations and grids have other sizes, for which the compiler would work again."""
     graphs = use_stub(monkeypatch)
-    with mock.patch.object(compiling, "run_pass", wraps=compiling.run_pass) as passes:
-        compiled = compiling.compile_network(run.model, run, {2, 1})
-    assert compiled is not run.model
-    assert len(graphs) == 2
-    # The loss is scaled as in training.
-    scale = run.scaler.get_scale()
-    expected = [((size, 3, 4, 4), scale) for size in (1, 2)]
-    assert [call.args[1:] for call in passes.mock_calls] == expected
-    assert all(parameter.grad is None for parameter in run.model.parameters())
-
-    # The steps compile nothing more.
-    for batch_size in (2, 1, 2):
-        compiling.run_pass(replace(run.denoiser, network=compiled), (batch_size, 3, 4, 4))
-    assert len(graphs) == 2
-
-
-@pytest.mark.slow
-def test_a_failure_is_one_sentence(monkeypatch):
-    run = training_run()
-    use_stub(monkeypatch, FAILS)
-    with pytest.raises(UserError, match=r"no C compiler.*add --diffusion\.compile false"):
-        compiling.compile_network(run.model, run, {2, 1})
-
-
-@pytest.mark.slow
-def test_a_lack_of_memory_is_no_failure_of_the_compiler(monkeypatch):
-    run = training_run()
-    use_stub(monkeypatch, lambda graph, inputs: needs_more_memory)
-    advice = r"out of memory with 16 images.*--diffusion\.batch-size 8"
-    with pytest.raises(UserError, match=advice), explain_lack_of_memory(run):
-        compiling.compile_network(run.model, run, {2, 1})
+    run = trained(*ONE_LEVEL, "--diffusion.compile", "true")
+    assert len(graphs) == 1
+    rows = read_metrics(run / "metrics.csv")
+    assert rows[-1]["loss"] < rows[0]["loss"]
 
 
 def test_nothing_is_compiled_on_a_cpu_or_if_the_run_is_deterministic(monkeypatch):
@@ -92,5 +51,6 @@ def test_nothing_is_compiled_on_a_cpu_or_if_the_run_is_deterministic(monkeypatch
     assert not run.is_to_compile
     use_stub(monkeypatch)
     assert run.is_to_compile
+    assert "cpu, compiled in the first step" in run.describe()
     run.config = replace(run.config, deterministic=True)
     assert not run.is_to_compile

@@ -46,12 +46,36 @@ def test_a_dry_run_says_the_hours_of_the_steps_to_go(unfinished, pictures, monke
         assert "24 hours are 4.8 epochs: --diffusion.epochs 4" in description
         assert "sees 80 images, each training image 2 times" in description
 
-    # The second number is not above the first.
-    monkeypatch.setattr(cost, "run_pass", lambda *a: 24 * 3600 / (5 * 2223.96))
-    train_tiny(pictures, unfinished.parent, "--dry-run")
-    assert "24 hours are 2,223.9 epochs: --diffusion.epochs 2223\n" in capsys.readouterr().out
+    # The second number is neither above the first nor above the limit.
+    for epochs, advice in (
+        (2223.96, "2,223.9 epochs: --diffusion.epochs 2223"),
+        (5655931.96, "5,655,931.9 epochs: --diffusion.epochs 1000000"),
+    ):
+        seconds = 24 * 3600 / (5 * epochs)
+        monkeypatch.setattr(cost, "run_pass", lambda *a, seconds=seconds: seconds)
+        train_tiny(pictures, unfinished.parent, "--dry-run")
+        assert f"24 hours are {advice}\n" in capsys.readouterr().out
     for seconds, text in ((0.042, "0.042 seconds"), (90, "1.5 minutes"), (9000, "2.5 hours")):
         assert cost.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ("--diffusion.rescale-betas false", "set rescale_betas = True or use 1000 timesteps"),
+        ("--diffusion.timesteps-diff 1000 --diffusion.beta-end 0.002", "use a beta_end of 0.02"),
+        (
+            "--diffusion.rescale-betas false --diffusion.beta-end 0.002",
+            "set rescale_betas = True or use 1000 timesteps; use a beta_end of 0.02",
+        ),
+    ],
+)
+def test_a_schedule_that_ends_too_early_is_warned_of_with_what_helps(
+    changes, advice, trained, capsys
+):
+    trained("--dry-run", *changes.split())
+    said = "x_T still carries the image, but sampling starts from pure noise; "
+    assert f"{said}{advice}\n" in capsys.readouterr().out
 
 
 def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(trained, capsys):
@@ -67,14 +91,15 @@ def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(trained, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "hours"), [(4, 100), (20, 2.5)])
+@pytest.mark.parametrize(
+    ("steps", "hours", "times"), [(4, math.inf, 1), (20, 2.5, 1), (10, math.inf, 0)]
+)
 def test_after_some_steps_a_training_says_how_long_it_takes(
-    steps, hours, trained, monkeypatch, capsys
+    steps, hours, times, trained, monkeypatch, capsys
 ):
     """Each of the 10 steps is made to take an hour.
 
-    The first of its two validations says what has learned nothing, but not of eps, where that is
-    1. After the last step there is nothing to estimate. The single thread has nothing to wait for.
+    After the last step there is nothing to estimate. The single thread has nothing to wait for.
     """
     draw = TrainingRun.draw
     clock = SimpleNamespace(monotonic=lambda: clock.now)
@@ -87,19 +112,12 @@ def test_after_some_steps_a_training_says_how_long_it_takes(
     monkeypatch.setattr(cost, "time", clock)
     monkeypatch.setattr(cost, "seconds_without_core", lambda: clock.now)
     clock.now = 0
-    monkeypatch.setattr(cost, "FIRST_STEPS", 10)
-    monkeypatch.setattr(cost, "FIRST_SECONDS", math.inf)
-    trained()
-    printed = capsys.readouterr().out
-    assert "steps to go" not in printed
-    assert "the average image" not in printed
-
     monkeypatch.setattr(cost, "FIRST_STEPS", steps)
     monkeypatch.setattr(cost, "FIRST_SECONDS", 3600 * hours)
-    trained("--diffusion.objective", "v")
+    trained()
     printed = capsys.readouterr().out
-    assert printed.count("the 6 steps to go take about 6.0 hours") == 1
-    assert printed.count("knows only the average image has a held-out loss of") == 1
+    assert printed.count("the 6 steps to go take about 6.0 hours") == times
+    assert printed.count("steps to go") == times
     assert "keep the cores busy" not in printed
 
 

@@ -11,7 +11,8 @@ import train
 from config import ConfigError, Experiment
 from data.datasets import hash_ids
 from functions.saved.checkpoint import verify_checkpoint, write_tensors
-from functions.saved.run_folder import checkpoints_of
+from functions.saved.run_folder import checkpoints_of, locked
+from functions.support.errors import UserError
 from functions.training import opening
 from functions.training.metrics import read_metrics
 from tests.conftest import call, newest, posix, terminate
@@ -129,7 +130,7 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_are(unfinished, tiny_r
 
 
 def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pictures):
-    by_hash = "a tenth, by a hash of each name"
+    by_hash = "by a hash of each name"
     folder = unfinished.parent.parent / "folders"
     for side, pattern in (("train", "000[0-3]*.png"), ("val", "0004*.png")):
         (folder / side).mkdir(parents=True)
@@ -143,9 +144,37 @@ def test_a_run_whose_images_were_split_by_another_rule_is_refused(unfinished, pi
     file = verify_checkpoint(path)
     file.contents["run"]["train_ids_hash"] = hash_ids(range(45))
     assert file.contents["run"].pop("split_rule") == by_hash
-    write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
-    with pytest.raises(ConfigError, match=rf"earlier version .* last 10% by name; now: {by_hash}"):
-        call(train.main, "--resume", unfinished)
+    # They also took any 60,000 numbered images for FFHQ.
+    for rule, message in (
+        ({}, f"earlier version .* last 10% by name; now: {by_hash}"),
+        ({"split_rule": "FFHQ's ids from 63,000 on"}, "--diffusion.dataset-name FFHQ"),
+    ):
+        file.contents["run"] |= rule
+        write_tensors(path, {part: file.tensors(part) for part in file.digests}, file.contents)
+        with pytest.raises(ConfigError, match=message):
+            call(train.main, "--resume", unfinished)
+
+
+def test_a_run_is_locked_before_its_checkpoint_is_read(unfinished, tiny_run, monkeypatch):
+    """So a second process cannot read a checkpoint that the first one then leaves behind."""
+    read = opening.intact_checkpoint
+
+    def read_while_locked(folder):
+        with pytest.raises(UserError, match="already training in this folder"), locked(folder):
+            pass
+        return read(folder)
+
+    with locked(unfinished):
+        # A dry run writes nothing.
+        call(train.main, "--resume", unfinished, "--dry-run")
+        monkeypatch.setattr(opening, "intact_checkpoint", None)
+        with pytest.raises(UserError, match="already training in this folder"):
+            call(train.main, "--resume", unfinished)
+    monkeypatch.setattr(opening, "intact_checkpoint", read_while_locked)
+    call(train.main, "--resume", unfinished)
+    assert_same_run(tiny_run, unfinished)
+    with locked(unfinished):
+        pass
 
 
 @pytest.mark.slow

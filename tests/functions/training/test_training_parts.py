@@ -35,7 +35,7 @@ from functions.training.metrics import (
     read_metrics,
 )
 from functions.training.run import TrainingRun, learning_rate
-from functions.training.validation import AverageImage, average_image, validation_losses
+from functions.training.validation import validation_losses
 from tests.conftest import CPU, HELD_OUT, LittleMemory, newest
 
 
@@ -146,29 +146,31 @@ def test_validation_is_the_mean_over_fixed_triples_whatever_the_batch_size():
     assert measure(batch_size=7, seed=1)[0][0] != loss
 
 
-def test_the_loss_of_the_average_image_has_a_closed_form():
-    """Its error of v is the noise and what an image has of its own.
-
-    So the mean square is a + (1 - a) d^2, where a is alpha_bar and d is the distance of the
-    held-out images from the average of the others.
-    """
-    images = torch.randint(150, 256, (12, 4, 4, 3), dtype=torch.uint8)
-    pixels = images.double().movedim(3, 1) / 127.5 - 1
-    config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=960)
-    average = average_image(images.__getitem__, np.arange(9), 4)
-    torch.testing.assert_close(average, pixels[:9].mean(dim=0, keepdim=True).float())
-
-    alpha_bar = NoiseScheduler(960).alphas_cumprod
-    d_squared = (pixels[9:] - pixels[:9].mean(dim=0)).square().mean()
-    expected = (alpha_bar + (1 - alpha_bar) * d_squared).view(4, 240).mean(dim=1).tolist()
-    denoiser = Denoiser(LittleMemory(None, 0), NoiseScheduler(960), "v")
-    baseline = replace(denoiser, network=AverageImage(denoiser, average))
-    [(loss, _, *quarters)] = validation_losses(
-        [baseline], images.__getitem__, np.arange(9, 12), config, SINGLE_PROCESS
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        # The middles of the strata are 83, 250, 416, 583, 750 and 916.
+        (6, [83, (250 + 416) / 2, 583, (750 + 916) / 2]),
+        (1, [math.nan, math.nan, 500, math.nan]),
+    ],
+)
+def test_the_loss_of_a_quarter_is_the_mean_of_its_triples(count, expected, monkeypatch, tmp_path):
+    """The losses are made to be the t. Means of no number are drawn as gaps."""
+    monkeypatch.setattr(
+        "functions.training.validation.denoising_loss", lambda denoiser, x_0, t, eps: t.float()
     )
-    # At each quarter of t there are 240 * 48 standard normal numbers.
-    assert quarters == pytest.approx(expected, abs=4 * math.sqrt(2 / (240 * 48)))
-    assert np.mean(quarters) == pytest.approx(loss)
+    config = replace(EXPERIMENTS["faces"].diffusion, validation_samples=count, batch_size=4)
+    denoiser = Denoiser(LittleMemory(None, 0), NoiseScheduler(1000))
+    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    [(*_, q0, q1, q2, q3)] = validation_losses(
+        [denoiser], images.__getitem__, np.arange(2), config, SINGLE_PROCESS
+    )
+    assert [q0, q1, q2, q3] == pytest.approx(expected, nan_ok=True)
+
+    log = MetricsLog(tmp_path)
+    log.write(step=1, val_loss_q0=q0, val_loss_q2=q2)
+    log.close()
+    plot_losses(tmp_path / "metrics.csv", tmp_path / "losses.png")
 
 
 def test_a_run_validates_on_the_images_that_are_held_out(tiny_run, pictures):
@@ -196,7 +198,7 @@ def test_a_learning_rate_schedule_is_a_row_and_a_name_without_one_an_error(monke
 
 @pytest.mark.slow
 def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tmp_path):
-    """A row that a kill has cut short, wherever, is left out, too."""
+    """A row that a kill has cut short is left out, too."""
     path = tmp_path / "metrics.csv"
     log = MetricsLog(tmp_path)
     log.write(step=10, loss=1 / 10, skipped_steps=0)
@@ -208,10 +210,14 @@ def test_metrics_go_to_csv_and_tensorboard_and_resume_cuts_what_is_done_again(tm
     with pytest.raises(ValueError, match="not in fieldnames: 'fid'"):
         log.write(step=40, loss=0.5, fid=3.17)
     assert path.read_text() == whole
-    for cut in range(1, len(whole.splitlines()[-1]) + 1):
+    for cut in range(2, len(whole.splitlines()[-1]) + 1):
         path.write_text(whole[:-cut])
         assert [row["step"] for row in read_metrics(path)] == [10, 20]
-    path.write_text(whole)
+    # An editor has dropped the last newline, and the row is whole.
+    path.write_text(whole[:-1])
+    MetricsLog(tmp_path, resume_step=30).close()
+    assert path.read_text() == whole
+    assert not [*tmp_path.glob("metrics-*.csv")]
 
     # TensorBoard reads files in the order of their names, which begin with the second of their
     # making.
