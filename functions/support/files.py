@@ -8,7 +8,6 @@ import os
 import shlex
 import struct
 import sys
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -47,7 +46,6 @@ READ_ERRORS = (
     lzma.LZMAError,
     zlib.error,
     zipfile.BadZipFile,
-    tarfile.TarError,
 )
 
 
