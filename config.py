@@ -395,25 +395,30 @@ class DiffusionConfig:
         requirement = '"linear" when beta_start, beta_end or rescale_betas are changed'
         require(self, "beta_schedule", unchanged or self.beta_schedule == "linear", requirement)
         try:
-            self.build_scheduler()
+            build_scheduler(vars(self))
         except ValueError as error:
             raise ConfigError(f"{type(self).__name__}: {error}") from error
-
-    def build_scheduler(self) -> NoiseScheduler:
-        """Build the schedule. Raises ValueError if there is none with these betas."""
-        return NoiseScheduler(
-            self.timesteps_diff,
-            self.beta_start,
-            self.beta_end,
-            self.rescale_betas,
-            self.beta_schedule,
-            self.log_snr_shift,
-        )
 
     @property
     def effective_batch(self) -> int:
         """The number of images in one step, over all processes."""
         return self.batch_size * self.gradient_accumulation
+
+
+def build_scheduler(diffusion: dict) -> NoiseScheduler:
+    """Build the schedule of the fields of a `DiffusionConfig`. Those without a value have defaults.
+
+    Raises ValueError or TypeError if there is none with these betas.
+    """
+    fields = vars(DiffusionConfig) | diffusion
+    return NoiseScheduler(
+        fields["timesteps_diff"],
+        fields["beta_start"],
+        fields["beta_end"],
+        fields["rescale_betas"],
+        fields["beta_schedule"],
+        fields["log_snr_shift"],
+    )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ if __name__ == "__main__":
 from data.datasets import DATA_FOLDER, load_images
 from data.torchvision_sets import read_torchvision_set
 from functions.support.errors import UserError
+from functions.support.files import let_all_be_printed
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,4 +48,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    let_all_be_printed()
     main()

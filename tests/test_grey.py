@@ -8,10 +8,8 @@ from PIL import Image
 import edit
 import evaluate
 import sample
-from config import ConfigError
 from data.datasets import load_images
-from functions.support.errors import UserError
-from tests.conftest import call, train_tiny
+from tests.conftest import call
 from tests.data.packing import IMAGES, write_folder
 
 FEW = ["--steps", 4, "--seed", 3, "--device", "cpu"]
@@ -34,7 +32,7 @@ def test_grey_packs_lie_beside_those_of_colours(tmp_path):
 
 
 @pytest.mark.slow
-def test_single_images_grids_and_figures_are_grey(grey_run, pictures, tmp_path):
+def test_samples_of_a_grey_network_are_grey_and_it_is_evaluated(grey_run, pictures, tmp_path):
     call(sample.main, grey_run, *FEW, "--n", 2, "--individual", "--out", tmp_path)
     flags = ["--n", 2, "--strip", "--progressive", "--gif"]
     call(sample.main, grey_run, *FEW, *flags, "--out", tmp_path)
@@ -51,20 +49,5 @@ def test_single_images_grids_and_figures_are_grey(grey_run, pictures, tmp_path):
         red, green, blue = Image.open(file).convert("RGB").split()
         assert red == green == blue
 
-
-@pytest.mark.slow
-def test_a_grey_network_is_evaluated(grey_run, tmp_path):
     call(evaluate.main, grey_run, "--images", 4, "--device", "cpu", "--out", tmp_path)
     assert len([*tmp_path.glob("*-bpd-*.json")]) == 1
-
-
-def test_weights_of_other_channels_are_refused_in_a_sentence(
-    grey_run, tiny_run, pictures, tmp_path
-):
-    with pytest.raises(ConfigError, match=r"model\.channels is 1 .* cannot be changed to 3"):
-        train_tiny(pictures, tmp_path, "--init", grey_run, "--model.channels", 3)
-    with pytest.raises(ConfigError, match=r"a resumed run cannot change model\.channels"):
-        train_tiny(pictures, tmp_path, "--resume", tiny_run, "--model.channels", 1)
-
-    with pytest.raises(UserError, match="another shape of images"):
-        call(sample.main, grey_run, *FEW, "--guide", tiny_run, "--guidance", 2)

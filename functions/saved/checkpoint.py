@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import ModelConfig
+from config import ModelConfig, build_scheduler
 from functions.noise_scheduler import NoiseScheduler
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import CheckpointError
 from functions.support.files import READ_ERRORS, check_file, replacing, sha256, short
 
 FORMAT = "ddpm-faces checkpoint 3"
@@ -38,7 +38,7 @@ Tensors = dict[str, Tensor]
 def write_tensors(path: Path, parts: dict[str, Tensors], contents: dict) -> None:
     """Write parts of tensors, on any device and of any memory layout, with plain values.
 
-    Raises OSError, for example when the disk is full. Then the old file is unchanged.
+    After an error, such as OSError for a full disk, the old file is unchanged.
     """
     copies = {}
     digests = {}
@@ -73,7 +73,7 @@ def digest_of(tensors: Tensors) -> str:
 class TensorFile:
     """A file that `write_tensors` wrote. Opening it reads and checks `contents`, but no tensor.
 
-    Raises CheckpointError when the file is missing, truncated, damaged or of another format.
+    Raises CheckpointError for a file that is missing, damaged or of another format.
     """
 
     def __init__(self, path: Path):
@@ -81,41 +81,31 @@ class TensorFile:
         with open_safetensors(path) as file:
             metadata = file.metadata()
             if metadata["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path}: not a checkpoint of this version (see CHANGELOG.md)"
-                )
+                raise ValueError(f"its format is {metadata['format']}")
             text = metadata["contents"]
             if metadata["sha256"] != sha256(text):
                 raise ValueError("it has a wrong checksum")
-            self.contents = json.loads(text)
+            # Runs of earlier versions may have infinite limits. No limit is 0, too.
+            self.contents = json.loads(text, parse_constant=lambda _: 0)
             self.digests = dict(self.contents.pop("digests"))
 
     def tensors(self, part: str) -> Tensors:
         """Read the tensors of a part, to the CPU, by their names without the part's name.
 
-        Raises UserError when the file has no such part, and CheckpointError when it is damaged.
+        Raises CheckpointError for a part that is missing or damaged.
         """
-        # The file is intact, and others of its run have the same parts. So nobody should try these
-        # instead, as after a CheckpointError.
-        if part not in self.digests:
-            parts = ", ".join(self.digests)
-            raise UserError(f"{self.path} has no part {part!r}; its parts are {parts}")
         prefix = f"{part}."
         with open_safetensors(self.path) as file:
             names = [name for name in list(file.keys()) if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        if digest_of(tensors) != self.digests[part]:
-            raise CheckpointError(f"{self.path}: {part} is damaged")
+        if digest_of(tensors) != self.digests.get(part):
+            raise CheckpointError(f"{self.path}: {part} is missing or damaged")
         return tensors
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[safe_open]:
-    """Open a safetensors file.
-
-    Raises CheckpointError when the file is missing, truncated or damaged, and when the `with` block
-    raises one of `READ_ERRORS`.
-    """
+    """Open a safetensors file. One of `READ_ERRORS` in the context becomes a CheckpointError."""
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -134,16 +124,14 @@ class SavedModel:
     path: Path
     # Snapshots have float16, and so has a file exported from one.
     weights: Tensors
-    # The kind of weights is "EMA", "raw" if the run has no EMA, or "diffusers" if they come from a
-    # diffusers folder.
+    # "EMA", "raw" if the run has no EMA, or "diffusers" if they come from a diffusers folder.
     kind: str
-    # The config is {"diffusion": {...}, "model": {...}}.
+    # {"diffusion": {...}, "model": {...}}
     config: dict
-    # This is the `run` part of the file. It has at least the keys experiment, step and total_steps,
-    # which is 0 if the total is unknown.
+    # The `run` part of the file. It has at least the keys experiment, step and total_steps, which
+    # is 0 if the total is unknown.
     provenance: dict
-    # This hash of config and weights identifies the model. It is the same for a checkpoint or a
-    # snapshot and for a file exported from it.
+    # A hash of config and weights. A file that is exported has that of its checkpoint or snapshot.
     digest: str
 
     @property
@@ -154,16 +142,7 @@ class SavedModel:
     @property
     def scheduler(self) -> NoiseScheduler:
         """Return the noise schedule. Raises ValueError or TypeError for an invalid one."""
-        diffusion = self.config["diffusion"]
-        return NoiseScheduler(
-            diffusion["timesteps_diff"],
-            diffusion["beta_start"],
-            diffusion["beta_end"],
-            diffusion["rescale_betas"],
-            diffusion["beta_schedule"],
-            # diffusers' folders and earlier runs have none.
-            diffusion.get("log_snr_shift", 0.0),
-        )
+        return build_scheduler(self.config["diffusion"])
 
     @property
     def precision(self) -> str | None:
@@ -176,21 +155,18 @@ class SavedModel:
         return self.provenance["experiment"] if self.path.is_dir() else self.path.stem
 
     def __str__(self) -> str:
-        facts = self.provenance
+        run = self.provenance
         text = f"{self.kind} weights"
-        if facts["total_steps"]:
-            text += f" after {facts['step']:,} of {facts['total_steps']:,} steps"
+        if run["total_steps"]:
+            text += f" after {run['step']:,} of {run['total_steps']:,} steps"
         text += f", hash {self.digest[:16]}"
-        if facts.get("note"):
-            text += f"; {short(facts['note'])}"
+        if run.get("note"):
+            text += f"; {short(run['note'])}"
         return text
 
 
 def open_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint or a model. This reads no tensor.
-
-    Raises CheckpointError as `TensorFile` does, and for another file of tensors.
-    """
+    """Open a checkpoint or a model. Raises CheckpointError for another file of tensors."""
     file = TensorFile(path)
     if "config" not in file.contents:
         raise CheckpointError(f"{path}: neither a checkpoint nor a model")
@@ -198,10 +174,7 @@ def open_checkpoint(path: Path) -> TensorFile:
 
 
 def verify_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint, and compare every part with its checksum.
-
-    Raises CheckpointError as `open_checkpoint` does, and for a damaged part.
-    """
+    """Open a checkpoint, and compare every part with its checksum."""
     file = open_checkpoint(path)
     for part in file.digests:
         file.tensors(part)
@@ -211,15 +184,22 @@ def verify_checkpoint(path: Path) -> TensorFile:
 def load_weights(path: Path) -> SavedModel:
     """Read the EMA weights of a checkpoint or an exported file, or the raw ones if it has no EMA.
 
-    No other tensors are read. Raises CheckpointError as `open_checkpoint` does, and for damaged
-    weights.
+    Raises CheckpointError for weights that are damaged. No other tensors are read.
     """
     file = open_checkpoint(path)
     part, kind = ("ema", "EMA") if "ema" in file.digests else ("model", "raw")
     weights = file.tensors(part)
+    check_finite(weights, path)
     config = file.contents["config"]
     digest = model_digest(config, file.digests[part])
     return SavedModel(path, weights, kind, config, file.contents["run"], digest)
+
+
+def check_finite(weights: Tensors, path: Path) -> None:
+    """Raise CheckpointError for weights of the file `path` with which all samples are black."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: {name} has weights that are infinite or not numbers")
 
 
 def model_digest(config: dict, weights_digest: str) -> str:
@@ -237,7 +217,7 @@ def export_weights(saved: SavedModel, path: Path) -> None:
 def copy_tensors(saved: Tensors, tensors: Tensors, path: Path) -> None:
     """Copy the saved tensors of the file `path` into tensors, whose dtype and layout stay.
 
-    Raises CheckpointError when their names or their shapes differ.
+    Raises CheckpointError if names or shapes differ.
     """
     mismatches = sorted(saved.keys() ^ tensors.keys())
     if mismatches:

@@ -6,8 +6,7 @@
 
 The oldest published pipelines have all files in one folder. diffusers loads the network and the
 scheduler, and our `UNet` gets the weights. Both networks and both schedules must compute the same.
-A field that does not show in this comparison is refused by its name, because the samples of a model
-that we do not support would silently be wrong.
+A field that does not show in this comparison is refused by its name.
 """
 
 from pathlib import Path
@@ -20,7 +19,13 @@ from torch.nn.modules.module import register_module_forward_hook
 from config import ModelConfig, build_network
 from functions.denoiser import OBJECTIVES
 from functions.noise_scheduler import PAPER_TIMESTEPS
-from functions.saved.checkpoint import SavedModel, copy_tensors, digest_of, model_digest
+from functions.saved.checkpoint import (
+    SavedModel,
+    check_finite,
+    copy_tensors,
+    digest_of,
+    model_digest,
+)
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, read_json, short
 from models.blocks import DIALECTS
@@ -71,11 +76,10 @@ def import_diffusers() -> ModuleType:
 
 
 def load_folder(path: Path) -> SavedModel:
-    """Load a diffusers folder.
+    """Load a folder: a DDPM or DDIM pipeline, or a checkpoint of diffusers' training script.
 
-    The folder is a DDPM or DDIM pipeline, or a checkpoint of diffusers' training script. Raises
-    CheckpointError when diffusers cannot read it, and when our network or schedule would compute
-    something else.
+    Raises CheckpointError for a folder that diffusers cannot read, or whose network or schedule
+    would compute something else than ours.
     """
     diffusers = import_diffusers()
     try:
@@ -90,16 +94,17 @@ def load_folder(path: Path) -> SavedModel:
         # diffusers draws missing weights at random.
         if any(loading.values()):
             raise ValueError(f"the weights do not fit the network: {loading}")
+        check_finite(network.state_dict(), path)
         ours = build_network(ModelConfig(**config["model"]))
         copy_weights(network, ours, len(ours.down))
 
         # In a model hub's cache, the folder's name is a hash.
         parts = path.absolute().parts
         name = parts[-3] if parts[-2] == "snapshots" else parts[-1]
-        facts = {"experiment": name.removeprefix("models--"), "step": 0, "total_steps": 0}
+        provenance = {"experiment": name.removeprefix("models--"), "step": 0, "total_steps": 0}
         weights = ours.float().state_dict()
         digest = model_digest(config, digest_of(weights))
-        saved = SavedModel(path, weights, "diffusers", config, facts, digest)
+        saved = SavedModel(path, weights, "diffusers", config, provenance, digest)
         # diffusers computes in float32.
         alphas_cumprod = saved.scheduler.alphas_cumprod.float()
         if not torch.allclose(alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3):
@@ -111,10 +116,7 @@ def load_folder(path: Path) -> SavedModel:
 
 
 def parts_of(path: Path) -> tuple[Path, Path]:
-    """Return the folders of the network and of the schedule.
-
-    Raises ValueError for a pipeline that is not one of PIPELINES.
-    """
+    """Return the folders of network and schedule. Raises ValueError for another pipeline."""
     unets = [path / "unet"]
     index = path / "model_index.json"
     if index.exists():
@@ -133,8 +135,7 @@ def parts_of(path: Path) -> tuple[Path, Path]:
 def our_config(fields: dict, unexpected: dict) -> dict:
     """Convert the fields of a UNet2DModel and a DDPMScheduler to our config.
 
-    `unexpected` are those that diffusers ignores. Raises ValueError for a field that our config
-    cannot represent.
+    `unexpected` are those that diffusers ignores. Raises ValueError for what we do not have.
     """
     size = fields["sample_size"]
     # A list has the height and the width.
@@ -195,13 +196,9 @@ def our_config(fields: dict, unexpected: dict) -> dict:
 def copy_weights(source: nn.Module, target: nn.Module, levels: int) -> None:
     """Copy the weights from a UNet2DModel to our `UNet`, or the other way round.
 
-    Both networks compute one image, and their weights are paired in the order of the computation.
-    Raises ValueError unless both networks then compute the same, and for weights that are not
-    finite. Both are in float64 afterwards.
+    They are paired in the order in which both networks use them. Raises ValueError unless both
+    then compute the same. Both are in float64 afterwards.
     """
-    for name, weight in source.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} has weights that are infinite or not numbers")
     # The last of the levels has at least one pixel.
     size = max(64, 2 ** (levels - 1))
     x_t = torch.randn(1, source.conv_in.in_channels, size, size, dtype=torch.float64)
@@ -217,10 +214,7 @@ def copy_weights(source: nn.Module, target: nn.Module, levels: int) -> None:
 
 
 def compute(network: nn.Module, x_t: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Call a network of either kind. Return its output, and its weights in the order of their use.
-
-    x_t and the output are (B, C, H, W).
-    """
+    """Return a network's output (B, C, H, W), and its weights in the order of their use."""
     weights = []
 
     def on_call(layer, inputs, output):
@@ -271,10 +265,7 @@ def schedule_fields(diffusion: dict) -> dict:
 
 
 def write_folder(saved: SavedModel, folder: Path) -> None:
-    """Write a model as a diffusers folder, a DDPMPipeline.
-
-    Raises CheckpointError for a network, betas or an objective that diffusers does not have.
-    """
+    """Write a model as a DDPMPipeline. Raises CheckpointError for what diffusers does not have."""
     diffusers = import_diffusers()
     schedule = schedule_fields(saved.config["diffusion"])
     if saved.model.dim_multiply[0] != 1 or None in schedule.values():

@@ -1,8 +1,6 @@
 """Load trained models: the one way in for all scripts and figures, and for your own code.
 
-    denoiser = load_denoiser("runs/faces-20260101-120000")
-
-This is the model of the run's newest checkpoint.
+denoiser = load_denoiser("runs/faces-20260101-120000")
 """
 
 from collections.abc import Sequence
@@ -26,10 +24,10 @@ from functions.support.processes import SINGLE_PROCESS, Processes
 def load_denoiser(
     path: Path | str, device: torch.device | str = "cpu", precision: str = "float32"
 ) -> Denoiser:
-    """Load the model of a run, a checkpoint, an exported file or a diffusers folder.
+    """Load the model of a run's newest checkpoint, a checkpoint, an exported file or a folder.
 
-    The EMA weights are loaded, or the raw ones if there is no EMA. `precision` is that of
-    `open_model`. Raises CheckpointError when there is no model or when it is damaged.
+    It has the EMA weights, or the raw ones if there is no EMA. Raises CheckpointError when there is
+    no model or when it is damaged.
     """
     return open_model(Path(path), torch.device(device), precision)[1]
 
@@ -46,11 +44,8 @@ def open_model(
     Args:
         path: a run, a file, a folder or a name on a model hub; or the files to try, of which the
             first intact one is loaded. Of a run this is the newest intact checkpoint.
-        precision: "float32", "bfloat16", "float16"; or "auto", that of the training, or float32 if
-            the device has no instructions for it.
+        precision: as `sampling_precision` takes it.
         runs: the folder of runs, in which no name of a model hub lies.
-
-    Raises CheckpointError when there is no model or when it is damaged.
     """
     # Rank 0 reads checkpoints until it finds an intact one. Thanks to the cache it does not read
     # this one a second time.
@@ -67,9 +62,8 @@ def open_model(
 def downloaded(path: Path, runs: Path) -> Path:
     """Return the path, or for a name such as google/ddpm-cifar10-32 its folder in diffusers' cache.
 
-    A path that exists is no such name, nor is one in a folder that exists or in `runs`, nor one
-    with the name of a run. Raises UserError when diffusers has not got the model in its cache and
-    cannot download it.
+    A path in a folder that exists or in `runs` is no such name, nor is one with the name of a run.
+    Raises UserError for a model that is not in the cache and cannot be downloaded.
     """
     is_run = path.parent == runs or RUN_NAME.fullmatch(path.name)
     is_path = path.parent.exists() or path.suffix == ".safetensors"
@@ -86,7 +80,7 @@ def downloaded(path: Path, runs: Path) -> Path:
 
 
 def load_model(path: Path) -> SavedModel:
-    """Load a checkpoint or an exported file, or a diffusers folder, as the two readers do."""
+    """Load a checkpoint, an exported file or a diffusers folder."""
     return load_folder(path) if path.is_dir() else load_weights(path)
 
 
@@ -95,8 +89,7 @@ def rebuild(
 ) -> Denoiser:
     """Rebuild the network and its schedule from a saved model, for use without gradients.
 
-    Raises CheckpointError when no model can be built from the config, or when the weights do not
-    fit the model.
+    Raises CheckpointError for a config that builds no model, or one that the weights do not fit.
     """
     try:
         model = build_network(saved.model)
@@ -117,8 +110,7 @@ def rebuild(
 def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet, Split]:
     """Load and split the data set that a model was trained on, as its saved config says.
 
-    A `name`, or path, replaces the one in the config, for other images or another copy. Raises
-    UserError when the config does not name the data set, and as `load_images` does.
+    A `name`, or path, replaces the one in the config, for other images or another copy.
     """
     diffusion = saved.config["diffusion"]
     if name:

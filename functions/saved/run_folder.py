@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from functions.saved.checkpoint import SavedModel, TensorFile, verify_checkpoint
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import WRITE_ERRORS
+from functions.support.files import WRITE_ERRORS, quoted
 
 Result = TypeVar("Result")
 # The two groups are the experiment's name and the start time.
@@ -69,7 +69,7 @@ def path_of(run: Path, kind: str, step: int) -> Path:
 def locked(run: Path) -> Iterator[None]:
     """Lock a run for one process, and delete the incomplete files that a kill has left in it.
 
-    Raises UserError when another process has locked it, and OSError when it may not be written to.
+    Raises UserError when another process has locked it, and OSError when it is read-only.
     """
     # The system releases the lock when the process ends, even when it is killed.
     lock = FileLock(run / ".lock")
@@ -104,10 +104,7 @@ def paths_in(folder: Path) -> list[Path]:
 
 
 def checkpoints_of(run: Path, folder: str = "checkpoints") -> list[Path]:
-    """Return the run's checkpoints, or its "snapshots", oldest first.
-
-    Raises OSError for a folder that cannot be read.
-    """
+    """Return the run's checkpoints, or its "snapshots", oldest first."""
     paths = paths_in(run / folder)
     return sorted(path for path in paths if CHECKPOINT_NAME.fullmatch(path.name))
 
@@ -139,9 +136,8 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
 def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
     """Return the checkpoints, newest first, of the newest run that has one.
 
-    If no run has one, return the model PRETRAINED, and print that it is used. It replaces neither
-    runs with another prefix nor those of a folder that the user names. Raises CheckpointError when
-    there is neither a checkpoint nor such a model.
+    If no run has one, return the model PRETRAINED, and print so. It replaces neither runs with
+    another prefix nor those of a folder that the user names. Else raise CheckpointError.
     """
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
@@ -177,9 +173,9 @@ def is_diffusers_folder(folder: Path) -> bool:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints of a run folder, newest first.
+    """Return the checkpoints of a run, newest first, or the path of a file or a diffusers folder.
 
-    For a file or a diffusers folder, return its path. Raises CheckpointError for any other folder.
+    Raises CheckpointError for any other folder.
     """
     checkpoints = checkpoints_of(path)
     if checkpoints:
@@ -192,10 +188,9 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> Result:
-    """Return the value of `read` for the first checkpoint that it can read.
+    """Return the value of `read` for the first checkpoint that it can read, with loud warnings.
 
-    Print a loud warning for each damaged checkpoint. If all are damaged, raise the last one's
-    error.
+    If all are damaged, raise the last one's error.
     """
     for path, next_path in pairwise(candidates):
         try:
@@ -209,7 +204,7 @@ def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> 
 
 
 def intact_checkpoint(run: Path) -> TensorFile:
-    """Open the newest checkpoint whose checksums are right, as `first_intact` does."""
+    """Open the newest checkpoint whose checksums are right."""
     return first_intact(find_checkpoints(run), verify_checkpoint)
 
 
@@ -255,7 +250,9 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
         finished = finished or run
     problem = f"{runs}: no unfinished run of {experiment!r} with a checkpoint"
     if finished:
-        problem += f"; to train a finished one longer: --resume {finished} --diffusion.epochs N"
+        problem += (
+            f"; to train a finished one longer: --resume {quoted(finished)} --diffusion.epochs N"
+        )
     if resume == "newest":
         raise UserError(f"{problem}; start a new one without --resume")
     print(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.", file=sys.stderr)

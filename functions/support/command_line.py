@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
-from functions.support.files import short
+from functions.support.files import let_all_be_printed, short
 from functions.support.settings import ConfigError
 
 # argparse ends with this exit status, too.
@@ -34,10 +34,8 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_on_user_error(memory_advice: str = MEMORY_ADVICE) -> Iterator[None]:
-    """End the script with one line for an error that users can fix. Bugs keep their traceback.
-
-    `memory_advice` says what helps where memory runs out.
-    """
+    """End the script with one line for an error that users can fix. Bugs keep their traceback."""
+    let_all_be_printed()
     try:
         yield
     except Exception as error:
@@ -64,8 +62,7 @@ def user_message(error: Exception, memory_advice: str = MEMORY_ADVICE) -> str | 
 def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
-    A flag's help is the comment above the field, with the field's choices and its default. Lists
-    are written as `1,2,4`, and booleans as `true` or `false`.
+    A flag's help is the comment above the field, with the field's choices and its default.
     """
     group = parser.add_argument_group(
         f"override any field of {config_class.__name__} for this run; "
@@ -127,17 +124,14 @@ def positive(text: str) -> int:
 
 
 def fraction(text: str) -> float:
-    """Parse a number from 0 to 1.
-
-    Raises ValueError, which argparse reports, for a text that is not a number.
-    """
+    """Parse a number from 0 to 1."""
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return float(text)
 
 
 def finite(text: str) -> float:
-    """Parse a number that is neither infinite nor nan. Raises ValueError as `fraction` does."""
+    """Parse a number that is neither infinite nor nan."""
     if not math.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return float(text)

@@ -25,13 +25,19 @@ M_MMAP_MAX = -4
 # The first two flags are x86's, and the last one is 64-bit Arm's.
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
+# Messages of PyTorch, then of cuBLAS, cuDNN, and oneDNN, which computes convolutions on the CPU.
+OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|ALLOCATION_FAILED|"
+    "could not create a primitive"
+)
+
 
 def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
     """Return the device to compute on, and set up this process for it.
 
     `name` is "auto" (CUDA, then Apple's MPS, then the CPU) or a device such as "cuda:1". With
-    several processes, `index` is the index of this process's GPU, whatever index the name has.
-    Raises UserError when there is no such device.
+    several processes, `index` is that of this process's GPU, whatever index the name has. Raises
+    UserError when there is no such device.
     """
     if name == "auto":
         name = "cpu"
@@ -64,15 +70,11 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
 
 def keep_heap() -> None:
     """Let this process keep the memory that it frees, if it uses the GNU C library."""
-    # By default the GNU C library returns a large block, such as an activation, to the system as
-    # soon as it is freed. So in every forward pass the system zeroes and maps this memory again,
-    # page by page. With 20 images of 128 x 128 that took a fifth of a training step's time, and a
-    # third of a sampling step's. The small images of `faces` gain less (measured 2026-11-27):
-    # without the options below a sampling step takes 1.12 times as long with 16 images and 1.24
-    # times as long with 64, and training steps are not affected. The first option makes malloc take
-    # all blocks from the heap, and the second keeps the heap from shrinking. Together they raise
-    # peak memory by up to 15%. Other C libraries lack mallopt, and on Windows `CDLL(None)` raises
-    # an error.
+    # By default, it returns a large block, such as an activation, to the system as soon as it is
+    # freed, and in every forward pass the system zeroes and maps this memory again, page by page
+    # (benchmarks/NOTES.md has the times). The first option makes malloc take all blocks from the
+    # heap, and the second keeps the heap from shrinking. Other C libraries lack mallopt, and on
+    # Windows `CDLL(None)` raises an error.
     with suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
@@ -80,11 +82,10 @@ def keep_heap() -> None:
 
 
 def choose_precision(name: str, device: torch.device, previous: str | None = None) -> torch.dtype:
-    """Return the network's dtype in training: the named one, or for "auto" the fastest one.
+    """Return the network's dtype in training: the named one, or for "auto" the fastest native one.
 
-    The fastest one is bfloat16 if the device computes it natively, float16 (with a gradient scaler)
-    on older CUDA GPUs, and float32 otherwise. With "auto" a resumed run keeps its `previous`
-    precision, if the device computes it natively. Raises UserError for float16 without a CUDA GPU.
+    With "auto" a resumed run keeps its `previous` precision, if the device computes it natively.
+    Raises UserError for float16 without a CUDA GPU.
     """
     native = native_precisions(device)
     if name == "auto":
@@ -97,8 +98,7 @@ def choose_precision(name: str, device: torch.device, previous: str | None = Non
 def sampling_precision(name: str, device: torch.device, trained: str | None) -> torch.dtype:
     """Return the network's dtype in sampling: the named one, or for "auto" that of the training.
 
-    With "auto" it is float32 if the device does not compute the `trained` precision natively, or if
-    that is unknown (None). Raises UserError as `choose_precision` does.
+    If that is unknown (None) or not native to the device, "auto" is float32.
     """
     if name == "auto":
         name = trained if trained in native_precisions(device) else "float32"
@@ -135,10 +135,7 @@ def cpu_name() -> str:
 
 
 def seconds_without_core() -> float:
-    """Return how long the threads of this process have been ready but had no core, summed up.
-
-    Linux counts this time. On other systems it is 0.
-    """
+    """Return how long this process's threads were ready without a core, summed up; Linux only."""
     nanoseconds = 0
     for path in TASKS.glob("*/schedstat"):
         # A thread may end at any moment.
@@ -161,10 +158,7 @@ def fast_layout(device: torch.device, training: bool) -> torch.memory_format:
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """Make PyTorch use only deterministic kernels, or let it use the fastest kernels.
-
-    With True, PyTorch raises an error for an operation that has no deterministic kernel.
-    """
+    """Make PyTorch use only deterministic kernels, or else raise an error; or let it be fast."""
     # With `benchmark`, cuDNN times its kernels for every shape and uses the fastest.
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -207,16 +201,6 @@ def arithmetic(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether PyTorch or Python failed to allocate memory."""
-    # cuBLAS reports ALLOC_FAILED, and cuDNN reports ALLOCATION_FAILED. The last string is the whole
-    # message of oneDNN, which computes convolutions on the CPU.
-    strings = (
-        "can't allocate memory",
-        "not enough memory",
-        "out of memory",
-        "ALLOC_FAILED",
-        "ALLOCATION_FAILED",
-        "could not create a primitive",
-    )
     if isinstance(error, RuntimeError):
-        return any(string in str(error) for string in strings)
+        return OUT_OF_MEMORY.search(str(error)) is not None
     return isinstance(error, MemoryError)

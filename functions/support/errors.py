@@ -6,14 +6,8 @@ EXIT_STOPPED = 75
 
 
 class UserError(Exception):
-    """An error that users can fix. Scripts print its one sentence without a traceback.
-
-    A subclass exists only if some code catches just that subclass.
-    """
+    """An error that users can fix. Scripts print its one sentence without a traceback."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or a run cannot be used. The message names the file.
-
-    Callers may catch this error and use the previous checkpoint.
-    """
+    """The file that the message names cannot be used. Callers may use the checkpoint before it."""

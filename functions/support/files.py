@@ -1,12 +1,13 @@
-"""Write files atomically, and read the files of others with errors that name the file."""
+"""Write files atomically, read those of others with errors that name them, and print all."""
 
 import errno
 import hashlib
 import json
 import lzma
 import os
+import shlex
 import struct
-import tarfile
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -45,7 +46,6 @@ READ_ERRORS = (
     lzma.LZMAError,
     zlib.error,
     zipfile.BadZipFile,
-    tarfile.TarError,
 )
 
 
@@ -53,8 +53,8 @@ READ_ERRORS = (
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file, which replaces `path` at the end of the context.
 
-    So `path` always has either all of the old or all of the new content. After an error the
-    temporary file is deleted. Raises OSError, which names `path`, such as for a full disk.
+    So `path` always has either all of the old or all of the new content. An OSError, such as for a
+    full disk, names `path`.
     """
     # The temporary file is in the same folder, and flushed to the disk before it is renamed.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -81,7 +81,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` write a file, which replaces `path` as a whole. Raises OSError as `replacing`."""
+    """Let `write` write a file, which replaces `path` as a whole."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         write(file)
 
@@ -92,10 +92,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file that contains one object.
-
-    Raises CheckpointError when the file is missing or damaged.
-    """
+    """Read a JSON file that contains one object. Raises CheckpointError for any other."""
     check_file(path)
     try:
         # Whatever else JSON contains raises an error here.
@@ -116,11 +113,24 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def short(value) -> str:
-    """Prepare a text from a file for a message: make it one line, and cut it at 200 characters.
+def let_all_be_printed() -> None:
+    """Let no output end the script: neither a closed one nor one without the characters."""
+    for name in ("stdout", "stderr"):
+        # After `2>&-` the stream is None. The null device takes the free descriptor, which a file
+        # of ours would otherwise get, and with it what libraries print.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
 
-    Characters that control a terminal are escaped.
-    """
+
+def quoted(path: Path) -> str:
+    """Return a path as a command in a message needs it: with quotes if it has spaces."""
+    # Slashes need no quotes, on Windows either.
+    return shlex.quote(path.as_posix())
+
+
+def short(value) -> str:
+    """Return 200 characters of a text from a file, for a message, without a terminal's controls."""
     text = str(value)
     start = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
     return start if len(text) <= 200 else f"{start}..."

@@ -21,8 +21,7 @@ GAP = 2
 def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
     """Return a picture of all images in rows, with white gaps. By default it is about square.
 
-    Small images are enlarged by the smallest integer factor that makes their sides at least
-    MIN_SIDE.
+    Images with a side below MIN_SIDE are enlarged by an integer factor.
     """
     # This import takes two seconds, and it also imports PyTorch's compiler.
     from torchvision.utils import make_grid
@@ -52,15 +51,12 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Ima
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, columns: int | None = None) -> None:
-    """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, C).
-
-    The GIF shows about 12 frames per second, and the last frame for two seconds.
-    """
+    """Write an animated GIF. Each frame is the grid of one batch, (N, H, W, C)."""
     grids = [grid_of(frame, columns) for frame in frames]
     # All frames share the palette of the last frame, so that colours do not flicker.
     palette = grids[-1].quantize(256)
     first, *others = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
-    # The durations are in milliseconds, and loop=0 repeats the animation forever.
+    # The durations are in milliseconds: about 12 frames per second. loop=0 repeats it forever.
     durations = [80] * len(others) + [2000]
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 

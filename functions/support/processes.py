@@ -21,10 +21,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank, and the collective operations.
-
-    With a single process, all operations are local.
-    """
+    """This process's rank, and the collective operations, which are local in a single process."""
 
     rank: int = 0  # 0 .. count-1
     count: int = 1
@@ -41,10 +38,7 @@ class Processes:
             print(text, flush=True)
 
     def shard(self, total: int) -> range:
-        """Return this process's shard of 0 .. total-1.
-
-        The shards are contiguous, and their lengths differ by at most one.
-        """
+        """Return this process's part of 0 .. total-1. Lengths differ by at most one."""
         start = self.rank * total // self.count
         end = (self.rank + 1) * total // self.count
         return range(start, end)
@@ -54,10 +48,7 @@ class Processes:
         return model if self.count == 1 else DistributedDataParallel(model)
 
     def gradient_sync(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
-        """Return a context for one forward and backward pass.
-
-        The processes exchange gradients in it only if it is the step's `last` pass.
-        """
+        """Return a context for a pass; the processes exchange gradients in a step's `last` one."""
         return nullcontext() if last or self.count == 1 else wrapped.no_sync()
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -77,10 +68,7 @@ class Processes:
         self.any(False)
 
     def on_main(self, make: Callable[[], Value]) -> Value:
-        """Call `make` only in rank 0, and return its value in all processes.
-
-        When `make` raises an error, the other processes exit and print nothing.
-        """
+        """Call `make` in rank 0 alone, and return its value in all processes, or end them all."""
         if self.count == 1:
             return make()
         failed_and_value = [True, None]
@@ -101,10 +89,7 @@ SINGLE_PROCESS = Processes()
 
 @contextmanager
 def distributed() -> Iterator[Processes]:
-    """Connect the processes that torchrun has started. Without torchrun there is only one.
-
-    After an error in one of them, torchrun ends the others.
-    """
+    """Connect the processes that torchrun has started. Without torchrun there is only one."""
     if "LOCAL_RANK" not in os.environ:
         yield SINGLE_PROCESS
         return
@@ -112,5 +97,5 @@ def distributed() -> Iterator[Processes]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend)
     yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
-    # After an error the group is not destroyed, because that could wait for the others.
+    # After an error torchrun ends the others. To destroy the group then could wait for them.
     dist.destroy_process_group()

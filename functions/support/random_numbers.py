@@ -1,8 +1,8 @@
 """Draw random numbers that depend on their purpose and not on earlier draws.
 
-If a run drew all its random numbers from one stream, its result would change when it is resumed,
-split over processes, or cut into other micro-batches. So every generator is seeded by
-(seed, purpose, step) or (seed, purpose, image), and no generator's state has to be saved.
+So the result of a run stays the same when it is resumed, split over processes, or cut into other
+micro-batches. Every generator is seeded by (seed, purpose, step) or (seed, purpose, image), and no
+generator's state has to be saved.
 """
 
 import hashlib

@@ -48,10 +48,7 @@ def fields_with(config_class: type, mark: str) -> set[str]:
 
 
 def check_fields(config: Any) -> None:
-    """Convert each field to its annotated type, or raise ConfigError if it does not fit.
-
-    An integer is converted to a float, and a list to a tuple.
-    """
+    """Convert each field to its annotated type, or raise ConfigError if it does not fit."""
     for each in fields(config):
         check = partial(require, config, each.name)
         value = getattr(config, each.name)
@@ -71,6 +68,8 @@ def check_fields(config: Any) -> None:
             requirement = f"{at_least} or more"
             if at_most < math.inf:
                 requirement = f"from {at_least} to {at_most:,}"
+            # JSON has no infinity. A field that is a limit has 0 for none.
+            check(math.inf not in items, "finite")
             # No comparison with nan is true, so nan does not fit.
             check(all(at_least <= item <= at_most for item in items), requirement)
 

@@ -11,7 +11,7 @@ from config import MOST_EPOCHS
 from functions.denoiser import Denoiser
 from functions.losses import denoising_loss
 from functions.support.device import seconds_without_core
-from functions.support.files import short
+from functions.support.files import quoted, short
 from functions.training.run import TrainingRun
 
 SECONDS_OF_A_DAY = 24 * 3600
@@ -103,7 +103,7 @@ class FirstSteps:
                 f"warning: other programs keep the cores busy: PyTorch's {threads} threads waited "
                 f"for them {waiting:.0%} of the time. Fewer threads are often several times "
                 f"faster: press Ctrl-C, and continue with OMP_NUM_THREADS={threads // 2} "
-                f"python train.py --resume {run.folder}"
+                f"python train.py --resume {quoted(run.folder)}"
             )
 
 

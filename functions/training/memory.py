@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functions.saved.run_folder import checkpoints_of
 from functions.support.device import is_out_of_memory
 from functions.support.errors import UserError
-from functions.support.files import short
+from functions.support.files import quoted, short
 from functions.training.run import TrainingRun
 
 
@@ -32,5 +32,5 @@ def explain_lack_of_memory(run: TrainingRun) -> Iterator[None]:
     )
     advice = f"{smaller} at a time give the same result: {flags}"
     if run.folder and checkpoints_of(run.folder):
-        advice += f"; continue with: python train.py --resume {run.folder} {flags}"
+        advice += f"; continue with: python train.py --resume {quoted(run.folder)} {flags}"
     raise UserError(f"out of memory with {image_count} images at a time ({reason}). {advice}")

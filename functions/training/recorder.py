@@ -21,7 +21,7 @@ from functions.saved.run_folder import (
     path_of,
 )
 from functions.support.errors import UserError
-from functions.support.files import short, write_text
+from functions.support.files import quoted, short, write_text
 from functions.support.pictures import save_grid
 from functions.training.cost import FirstSteps
 from functions.training.metrics import QUARTERS, MetricsLog, plot_losses
@@ -80,7 +80,7 @@ class Recorder:
                 # It is said here, where a lost output does not spoil a finished run.
                 self.bar.close()
                 self.processes.print_main(
-                    f"finished: {run.folder}\nsample from it: python sample.py {run.folder}"
+                    f"finished: {run.folder}\nsample from it: python sample.py {quoted(run.folder)}"
                 )
 
     def open_files(self, stack: ExitStack, is_new: bool) -> None:
@@ -146,7 +146,8 @@ class Recorder:
             self.bar.close()
             reason = self.stop_signals.received or "a signal to another process"
             self.processes.print_main(
-                f"stopped by {reason}, saved; continue with: python train.py --resume {run.folder}"
+                f"stopped by {reason}, saved; "
+                f"continue with: python train.py --resume {quoted(run.folder)}"
             )
 
     def save(self) -> None:

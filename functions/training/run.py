@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import DiffusionConfig, Experiment, build_network
+from config import DiffusionConfig, Experiment, build_network, build_scheduler
 from data.augmentation import augment, rotation_limit
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
@@ -25,6 +25,7 @@ from functions.support.device import (
     fast_layout,
     set_deterministic,
 )
+from functions.support.files import quoted
 from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.settings import ConfigError
 from functions.training.draws import StepDraws, training_draws
@@ -171,7 +172,8 @@ class TrainingRun:
             raise ConfigError(
                 f"the run is finished with {self.config.epochs} epochs of {self.steps_per_epoch:,} "
                 f"steps, as {self.step:,} steps are done; to train it longer: "
-                f"--resume {self.folder} --diffusion.epochs {self.step // self.steps_per_epoch + 1}"
+                f"--resume {quoted(self.folder)} "
+                f"--diffusion.epochs {self.step // self.steps_per_epoch + 1}"
             )
 
     def build_denoiser(self, precision: torch.dtype) -> Denoiser:
@@ -180,7 +182,7 @@ class TrainingRun:
         torch.manual_seed(self.config.seed)
         layout = fast_layout(self.device, training=True)
         model = build_network(self.experiment.model).to(self.device, memory_format=layout)
-        return Denoiser(model, self.config.build_scheduler(), self.config.objective, precision)
+        return Denoiser(model, build_scheduler(vars(self.config)), self.config.objective, precision)
 
     def begin_with(self, initial: SavedModel) -> None:
         """Take over a model's weights, which grow if it is one of smaller images.

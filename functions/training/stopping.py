@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from functions.saved.run_folder import last_checkpoint
 from functions.support.errors import UserError
-from functions.support.files import WRITE_ERRORS
+from functions.support.files import WRITE_ERRORS, quoted
 
 # A second signal within this many seconds counts as the same request. Schedulers signal every
 # process, and torchrun forwards its own signal too, so one request can arrive twice.
@@ -43,9 +43,7 @@ class StopSignals:
         }
         self.outputs = ExitStack()
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
-            # A process that was started with a closed stream has None.
-            if stream:
-                self.outputs.enter_context(redirect(Output(stream, self)))
+            self.outputs.enter_context(redirect(Output(stream, self)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +98,7 @@ def explain_failed_writes(run: Path) -> Iterator[None]:
         if checkpoint:
             advice = (
                 f"Last good checkpoint: {checkpoint}. "
-                f"Once you have fixed this, continue with: python train.py --resume {run}"
+                f"Once you have fixed this, continue with: python train.py --resume {quoted(run)}"
             )
         raise UserError(
             f"{run} cannot be written to: {error.strerror or error}. {advice}"

@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back bit for bit, or the old file stays."""
 
+import math
 import os
 
 import pytest
@@ -14,7 +15,7 @@ from functions.saved.checkpoint import (
     write_tensors,
 )
 from functions.support.files import write_atomically
-from tests.small_training import checkpoint_parts, same, snapshot, stepped_run, training_run
+from tests.small_training import same, snapshot, stepped_run, training_run
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
@@ -54,25 +55,16 @@ def test_a_training_comes_back_bit_for_bit(optimizer, path):
 def test_a_file_is_one_of_safetensors_of_any_shape_and_layout(path):
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     tensors = {"ü": torch.tensor(1, dtype=torch.int64), "none": torch.ones(0, 3), "image": image}
-    write_tensors(path, {"a": tensors, "b": {"mT": image.mT.half()}}, {"plain": [None, 2**60, "ü"]})
+    plain = [None, 2**60, "ü"]
+    parts = {"a": tensors, "b": {"mT": image.mT.half()}}
+    # Runs of earlier versions could have this limit, which today is 0: none.
+    write_tensors(path, parts, {"plain": plain, "clip_grad_norm": math.inf})
 
     file = TensorFile(path)
-    assert file.contents == {"plain": [None, 2**60, "ü"]}
+    assert file.contents == {"plain": plain, "clip_grad_norm": 0}
     assert same(file.tensors("a"), tensors)
     theirs = safetensors.torch.load_file(path)
     assert same(theirs, {**{f"a.{n}": t for n, t in tensors.items()}, "b.mT": image.mT.half()})
-
-
-def test_sampling_takes_the_average_if_there_is_one(path):
-    parts, contents = checkpoint_parts()
-    for part, kind in (("ema", "EMA"), ("model", "raw")):
-        write_tensors(path, parts, contents)
-        saved = load_weights(path)
-        assert same(saved.weights, parts[part])
-        assert saved.kind == kind
-        total = contents["run"]["total_steps"]
-        assert str(saved) == f"{kind} weights after 1 of {total} steps, hash {saved.digest[:16]}"
-        parts.pop("ema", None)
 
 
 @pytest.mark.parametrize("write", ["save", "save_snapshot"])
@@ -82,6 +74,9 @@ def test_an_exported_file_is_the_same_model(write, path, tmp_path):
     original = load_weights(path)
     dtype = {"save": torch.float32, "save_snapshot": torch.float16}[write]
     assert same(original.weights, {n: t.to(dtype) for n, t in run.parts()["ema"].items()})
+
+    description = f"after 1 of {run.total_steps} steps, hash {original.digest[:16]}"
+    assert str(original) == f"EMA weights {description}"
 
     exported = tmp_path / "faces.safetensors"
     export_weights(original, exported)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+import train
 from functions.saved import checkpoint
 from functions.saved.checkpoint import load_weights, verify_checkpoint, write_tensors
 from functions.saved.loading import rebuild
 from functions.support.errors import CheckpointError
-from tests.conftest import CPU
+from tests.conftest import CPU, call
 from tests.small_training import checkpoint_parts, stepped_run
 
 
@@ -29,6 +30,11 @@ def resume(path):
 
 def sample(path):
     return rebuild(load_weights(path), CPU)
+
+
+def begin(path):
+    """Begin a training with the weights of a file."""
+    call(train.main, "--init", path)
 
 
 def test_a_cut_or_a_flipped_bit_anywhere(path):
@@ -57,18 +63,26 @@ def test_a_damaged_part_is_named_and_sampling_needs_only_its_own(part, path):
     whole = path.read_bytes()
     path.write_bytes(whole.replace(before.numpy().tobytes(), (2 * before).numpy().tobytes()))
 
-    assert refusal(path) == f"{part} is damaged"
+    assert refusal(path) == f"{part} is missing or damaged"
     if part == "ema":
         refusal(path, sample)
     else:
         sample(path)
 
 
-def test_an_objective_of_another_version(path):
+def test_an_exported_file_among_checkpoints_is_no_training(path):
     parts, contents = checkpoint_parts()
-    contents["config"]["diffusion"]["objective"] = "x_0"
-    write_tensors(path, parts, contents)
-    assert "cannot build a model from its config" in refusal(path, sample)
+    write_tensors(path, {"ema": parts["ema"]}, contents)
+    assert refusal(path, resume) == "model is missing or damaged"
+
+
+@pytest.mark.parametrize("read", [sample, begin])
+def test_weights_that_are_not_finite(read, path):
+    """In float16, a weight of 70,000 is infinite."""
+    parts, contents = checkpoint_parts()
+    parts["ema"]["conv_in.bias"][3] = 70_000
+    write_tensors(path, {"ema": {n: t.half() for n, t in parts["ema"].items()}}, contents)
+    assert refusal(path, read) == "conv_in.bias has weights that are infinite or not numbers"
 
 
 @pytest.mark.parametrize("read", [resume, sample])
@@ -95,3 +109,8 @@ def test_files_of_others_and_of_earlier_versions(path, monkeypatch):
     write_tensors(path, {"others": {}}, {})
     assert refusal(path) == "neither a checkpoint nor a model"
     assert refusal(path.parent) == "there is no such file"
+    # An objective of another version
+    parts, contents = checkpoint_parts()
+    contents["config"]["diffusion"]["objective"] = "x_0"
+    write_tensors(path, parts, contents)
+    assert "cannot build a model from its config" in refusal(path, sample)

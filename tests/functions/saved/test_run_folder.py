@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from functions.saved import run_folder
-from functions.saved.checkpoint import verify_checkpoint, write_tensors
+from functions.saved.checkpoint import write_tensors
 from functions.saved.run_folder import checkpoints_of, locked, path_of
 from functions.support.errors import CheckpointError, UserError
 from functions.training.stopping import explain_failed_writes
@@ -58,16 +58,6 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
         run_folder.newest_checkpoints(tmp_path, "cifar")
     with pytest.raises(CheckpointError, match="no run"):
         run_folder.newest_checkpoints(tmp_path / "missing")
-
-
-def test_a_part_that_no_checkpoint_has_does_not_make_them_unusable(tmp_path, capsys):
-    run = make_run(tmp_path, "faces-20260101-000000", [5, 10])
-    checkpoints = run_folder.find_checkpoints(run)
-    with pytest.raises(UserError, match=r"10\.safetensors has no part 'ema'; .* model") as error:
-        run_folder.first_intact(checkpoints, lambda path: verify_checkpoint(path).tensors("ema"))
-    # After a CheckpointError the one before it would be tried.
-    assert error.type is UserError
-    assert capsys.readouterr().err == ""
 
 
 def test_a_finished_run_goes_on_before_a_flipped_bit_of_its_last_checkpoint(tmp_path, capsys):
@@ -124,10 +114,11 @@ def test_a_lock_of_another_process_is_an_error(tmp_path):
 
 @linux
 def test_a_folder_that_may_not_be_written_to_is_named_so(tmp_path):
-    run = make_run(tmp_path, "faces-20260101-000000", [50])
+    run = make_run(tmp_path / "my runs", "faces-20260101-000000", [50])
     (run / ".lock").touch(0o400)
     run.chmod(0o500)
     message = f"{run} cannot be written to: Permission denied. Last good checkpoint: {run}"
+    message += f".*, continue with: python train.py --resume '{run}'$"
     refused = pytest.raises(UserError, match=message)
     with rights_of_others(), refused, explain_failed_writes(run), locked(run):
         pass

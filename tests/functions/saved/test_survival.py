@@ -1,11 +1,13 @@
 """A run that is stopped, killed or damaged goes on as if nothing had happened, or says why not."""
 
 import os
+import shutil
 import signal
 import sys
 import time
 from contextlib import redirect_stderr
 from functools import partial
+from io import BytesIO, TextIOWrapper
 from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,7 +21,16 @@ from functions.saved import run_folder
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
 from functions.training.stopping import StopSignals
-from tests.conftest import TINY, call, during, interrupt, load_checkpoint, newest, posix, train_tiny
+from tests.conftest import (
+    TINY,
+    call,
+    during,
+    interrupt,
+    load_checkpoint,
+    newest,
+    posix,
+    train_tiny,
+)
 from tests.forked import Program, train_script
 from tests.kill import assert_same_run, kill_and_resume
 from tests.small_training import same, training_run
@@ -96,7 +107,8 @@ def test_killed_in_the_middle_of_a_write(tiny_run, pictures, tmp_path):
 @posix
 def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_path, capsys):
     """Each signal comes in the middle of a step; one of them is due to be recorded."""
-    arguments = ["faces", "--runs", tmp_path, "--diffusion.dataset-name", pictures, *TINY]
+    runs = tmp_path / "my runs"
+    arguments = ["faces", "--runs", runs, "--diffusion.dataset-name", pictures, *TINY]
     done = 0
     before = signal.getsignal(signal.SIGTERM)
     for name, step in {"SIGUSR1": 3, "SIGINT": 5, "SIGTERM": 7}.items():
@@ -108,10 +120,10 @@ def test_signals_finish_the_step_save_and_exit_with_75(tiny_run, pictures, tmp_p
         assert stop.value.code == 75
         assert signal.getsignal(signal.SIGTERM) == before
 
-        (run,) = tmp_path.iterdir()
+        (run,) = runs.iterdir()
         assert newest(run)["run"]["step"] == step
         printed = capsys.readouterr().out
-        advice = f"saved; continue with: python train.py --resume {run}"
+        advice = f"saved; continue with: python train.py --resume '{run}'"
         assert f"\nstopped by {name}, {advice}" in printed
 
         arguments = ["--resume", run]
@@ -140,11 +152,10 @@ def train_with_output():
     # started the tests by nohup has let them ignore it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.setsid()
-    output = os.open(path, os.O_WRONLY if path.is_fifo() else os.O_RDWR)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
-    train_script()
+    if not path.is_fifo():
+        os.open(path, os.O_RDWR)
+    with open(path, "w") as sys.stdout, redirect_stderr(sys.stdout):
+        train_script()
 
 
 @pytest.mark.slow
@@ -162,14 +173,10 @@ def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path
     else:
         os.mkfifo(path)
     program = Program(tmp_path / "printed", *flags, act=train_with_output, OUTPUT=path)
-    if kind == "pipe":
-        reader = os.open(path, os.O_RDONLY)
-    printed = b""
-    while b"steps to go" not in printed:
-        printed += os.read(reader, 1000)
+    with open(path if kind == "pipe" else reader) as lines:
+        assert any("steps to go" in line for line in lines)
     if kind == "terminal":
         os.close(terminal)
-    os.close(reader)
 
     assert program.wait() == 75
     (run,) = runs.iterdir()
@@ -177,29 +184,39 @@ def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path
 
 
 @posix
-def test_a_run_that_loses_its_output_in_the_last_step_is_finished(pictures, tmp_path, monkeypatch):
-    reader, writer = os.pipe()
-    with os.fdopen(writer, "w") as output, during(10, partial(os.close, reader)):
-        monkeypatch.setattr(sys, "stdout", output)
-        run = train_tiny(pictures, tmp_path)
-    assert newest(run)["run"]["step"] == 10
-
-
-@posix
-def test_a_run_is_stopped_by_a_lost_output_from_its_first_line_on(tmp_path, monkeypatch):
-    """One that has had no output from the start, as by `>&-`, goes on."""
+def test_a_lost_output_stops_a_run_from_its_first_line_on_but_no_finished_one(
+    tmp_path, monkeypatch
+):
     reader, writer = os.pipe()
     os.close(reader)
+    run = training_run()
+    run.runs_folder = tmp_path
+    recorder = train.Recorder(run)
     with os.fdopen(writer, "w") as lost:
-        for stream, reason in ((lost, "the loss of its output"), (None, None)):
-            run = training_run()
-            run.runs_folder = tmp_path
-            recorder = train.Recorder(run)
-            monkeypatch.setattr(sys, "stdout", stream)
-            with recorder.opened():
-                pass
-            monkeypatch.undo()
-            assert recorder.stop_signals.received == reason
+        monkeypatch.setattr(sys, "stdout", lost)
+        with recorder.opened():
+            assert recorder.stop_signals.received == "the loss of its output"
+            run.step = run.total_steps
+        monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_a_script_runs_without_stderr_and_where_a_name_cannot_be_printed(
+    pictures, tmp_path, monkeypatch
+):
+    """That is, after `2>&-`, and with PYTHONIOENCODING=cp1252 and a folder called in Japanese."""
+    shutil.copytree(pictures, tmp_path / "顔")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--diffusion.dataset-name", "顔", *TINY])
+    stdout = TextIOWrapper(BytesIO(), "cp1252")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        patch.setattr(sys, "stderr", None)
+        train_script()
+    stdout.flush()
+    printed = stdout.buffer.getvalue().decode("cp1252")
+    assert r"\u9854: 50 images" in printed
+    assert "finished: " in printed
 
 
 def stopped_by_three_signals():

@@ -129,6 +129,12 @@ def test_libraries_that_have_no_memory(message, memory):
     assert is_out_of_memory(RuntimeError(message)) == memory
 
 
+def test_a_cpu_that_has_no_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
+
+
 def test_adam_skips_a_step_on_mps_too():
     """The kernel there does not look at the flag, so our step does.
 

@@ -14,10 +14,9 @@ from torch.distributed.run import main as torchrun_program
 
 import train
 from functions.training.metrics import read_metrics
-from tests.conftest import ONE_LEVEL, ROOT, TINY, call, newest
+from tests.conftest import ROOT, TINY, call, newest
 from tests.forked import Program, train_script, wait_until
 from tests.functions.training.test_bad_numbers import not_a_number, poison
-from tests.functions.training.test_compiling import use_stub
 from tests.kill import sample_grids
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")]
@@ -103,37 +102,22 @@ def test_two_processes_give_the_losses_of_one(pictures, tmp_path, capsys):
 
 
 def train_with_a_bad_loss():
-    """Compile with the stub; in rank 1 the loss is NaN in step 3."""
-    patch = pytest.MonkeyPatch()
-    use_stub(patch)
+    """Train; in rank 1, which has two passes a step, the loss is NaN in step 3."""
     if os.environ["RANK"] == "1":
-        poison(patch, {3: not_a_number})
+        poison(pytest.MonkeyPatch(), {5: not_a_number})
     train.main()
 
 
-def test_two_compiled_processes_give_the_numbers_of_one(pictures, tmp_path, monkeypatch):
-    """What fails in one of them is left out in both."""
-    # Each of the two has one pass a step, so the compiler sees one size. A single process has the
-    # same two passes, so dropout is the same.
-    flags = [*FLAGS, *ONE_LEVEL]
-    flags += shlex.split("""
-        --model.dropout 0.3
-        --diffusion.batch-size 2
-        --diffusion.gradient-accumulation 2
-        --diffusion.epochs 1
-    """)
-    flags += ["--diffusion.dataset-name", pictures, "--runs"]
-    compiled = [*flags, tmp_path / "two", "--diffusion.compile", "true"]
-    programs = two(tmp_path, *compiled, act=train_with_a_bad_loss)
+def test_a_step_that_fails_in_one_of_two_is_left_out_in_both(pictures, tmp_path, monkeypatch):
+    flags = [*FLAGS, "--diffusion.dataset-name", pictures, "--runs"]
+    programs = two(tmp_path, *flags, tmp_path / "two", act=train_with_a_bad_loss)
     assert [program.wait() for program in programs] == [0, 0], programs[1].printed
     together = next((tmp_path / "two").iterdir())
-    checkpoint = newest(together)
-    assert checkpoint["run"]["arithmetic"]["compiled"]
-    # Of eleven steps, both processes have skipped one.
-    assert checkpoint["optimizer"]["step.conv_in.bias"] == 10
+    # Of ten steps, both processes have skipped one.
+    assert newest(together)["optimizer"]["step.conv_in.bias"] == 9
 
-    # A single process has two passes a step, so its fifth is the first of step 3.
-    poison(monkeypatch, {5: not_a_number})
+    # A single process has three passes a step.
+    poison(monkeypatch, {7: not_a_number})
     call(train.main, *flags, tmp_path / "one")
     assert_alike(next((tmp_path / "one").iterdir()), together)
 
