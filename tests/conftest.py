@@ -162,14 +162,6 @@ def grey_run(pictures, tmp_path_factory):
     return train_tiny(pictures, tmp_path_factory.mktemp("grey"), "--model.channels", 1)
 
 
-@pytest.fixture(scope="session")
-def learned_run(pictures, tmp_path_factory):
-    """Return a run of 60 steps, which has learned what the simple pictures are."""
-    flags = "--diffusion.epochs 12 --diffusion.learning-rate 5e-3"
-    flags += " --diffusion.validation-samples 32 --diffusion.sample-every 60"
-    return train_tiny(pictures, tmp_path_factory.mktemp("learned"), *flags.split())
-
-
 @pytest.fixture
 def trained(pictures, tmp_path):
     """Return `train_tiny` for these pictures and the test's own folder."""

@@ -60,7 +60,7 @@ def test_its_loss_is_denoising_loss_and_its_average_that_of_the_definition(sched
 @pytest.mark.slow
 def test_its_command_learns_and_draws(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, value in (("T", 50), ("STEPS", 40), ("NETWORK", {"channels": 3, **SMALL_MODEL})):
+    for name, value in (("T", 25), ("STEPS", 40), ("NETWORK", {"channels": 3, **SMALL_MODEL})):
         monkeypatch.setattr(example, name, value)
     curves = []
     monkeypatch.setattr(example.plt, "semilogy", curves.append)

@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "functions.support.settings",
         "models",
     },
+    "example.py": {"data", "functions.noise_scheduler", "functions.optimizers", "models.unet"},
     "models": {"models"},
     "data": {"data", "functions.support.errors", "functions.support.files"},
     "functions/support": {"functions.support", "data.pixels"},

@@ -32,12 +32,14 @@ def test_a_run_folder_holds_everything(tiny_run):
 
 
 @pytest.mark.slow
-def test_the_loss_falls(learned_run):
+def test_the_loss_falls(trained):
     """After 60 steps on simple pictures the validation loss is well below its start.
 
     The start is below 1, the variance of the noise.
     """
-    rows = read_metrics(learned_run / "metrics.csv")
+    flags = "--diffusion.epochs 12 --diffusion.learning-rate 5e-3"
+    flags += " --diffusion.validation-samples 32 --diffusion.sample-every 60"
+    rows = read_metrics(trained(*flags.split()) / "metrics.csv")
     losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
     assert losses[0] > 0.6
     assert losses[-1] < 0.35
@@ -64,14 +66,12 @@ def test_without_ema_the_raw_weights_are_used_and_it_is_said(trained, capsys):
 
 
 @pytest.mark.slow
-def test_the_scripts_work_from_another_folder(pictures, tmp_path):
-    data = ["--diffusion.dataset-name", pictures]
-    for arguments in (["train.py", *data, *TINY], ["sample.py", "--n", 2, "--steps", 2]):
-        name, *flags = arguments
-        ended = script(ROOT / name, *flags, cwd=tmp_path)
-        assert ended.returncode == 0, ended.stderr
-        assert ("epoch 2/2" in ended.stderr) == (name == "train.py")
-    assert list((tmp_path / "runs").glob("faces-*/samples/*/grid.png"))
+def test_a_script_works_from_another_folder(pictures, tmp_path):
+    flags = ["--diffusion.dataset-name", pictures, *TINY]
+    ended = script(ROOT / "train.py", *flags, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "epoch 2/2" in ended.stderr
+    assert list((tmp_path / "runs").glob("faces-*/checkpoints/step-00000010.safetensors"))
 
 
 @pytest.mark.parametrize("config_class", [DiffusionConfig, ModelConfig])

@@ -12,7 +12,6 @@ from PIL import Image
 from data import datasets
 from data.datasets import ImageSet, load_images, split_images
 from functions.support.errors import UserError
-from tests.conftest import script
 from tests.data.packing import IMAGES, TREE, encoded, write_folder, write_npz, write_zip
 
 PREVIEW = encoded(IMAGES[0])
@@ -224,15 +223,3 @@ def test_other_folders_are_classes(tmp_path, folders):
 def test_one_image_is_too_few(rule):
     with pytest.raises(UserError, match="too few"):
         split_images(named_set(["val/7.png"], rule, [7]), "reference")
-
-
-@pytest.mark.slow
-def test_loading_images_imports_no_config_preset_or_checkpoint():
-    code = "import sys, example; example.load_images('emoji_people', 32); print(*sys.modules)"
-    done = script("-c", code)
-    assert done.returncode == 0, done.stderr
-    modules = done.stdout.split()
-    assert "data.packed" in modules
-    support = {name for name in modules if name.startswith("functions.support.")}
-    assert support == {"functions.support.errors", "functions.support.files"}
-    assert "config" not in modules

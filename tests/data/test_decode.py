@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from data.decode import BadImage, decode, fit_square, read_image
+from data.decode import BadImage, decode, fit_square
 from tests.data.packing import encoded, random_pixels
 
 RGB = random_pixels(12, 16, 3)
@@ -105,12 +105,6 @@ def gif_of(width, height):
 def test_bad_images_are_refused_with_the_reason(data, reason):
     with pytest.raises(BadImage, match=reason):
         decode(data)
-
-
-def test_an_image_of_another_shape_is_cropped(tmp_path):
-    path = tmp_path / "wide.png"
-    path.write_bytes(encoded(RGB))
-    assert_array_equal(read_image(str(path), (3, 12, 12)), RGB[:, 2:14])
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(5, Image.LANCZOS), (25, Image.BICUBIC)])

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import re
 import signal
 import zipfile
 from functools import partial
@@ -209,18 +208,6 @@ def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method, damage):
     with pytest.raises(UserError, match=r"set.zip: 1 unusable.* 5.png \(cannot be read \(\w+: "):
         load(path)
     assert load(path, max_bad_images=1).ids == [0, 1, 2, 3, 4, 6, 7, 8, 9]
-
-
-def test_an_encrypted_zip_has_no_usable_image(tmp_path):
-    path = write_zip(tmp_path / "set.zip")
-    archive = bytearray(path.read_bytes())
-    # Bit 0 of a member's flags says that it is encrypted, at its two headers.
-    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        for match in re.finditer(header, bytes(archive)):
-            archive[match.start() + flags] |= 1
-    path.write_bytes(archive)
-    with pytest.raises(UserError, match=r"none of its images can be used.*is encrypted"):
-        load(path)
 
 
 def test_an_image_that_cannot_be_read_ends_the_preparation(tmp_path, monkeypatch):

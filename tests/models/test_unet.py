@@ -16,6 +16,7 @@ from functions.saved.diffusers_folder import compute, copy_weights
 from models.blocks import DIALECTS, GroupNorm, sinusoidal_embedding
 from models.unet import UNet
 from tests.conftest import small_unet
+from tests.functions.saved.test_diffusers_folder import HO
 
 CELEBA_HQ = ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256)
 
@@ -75,13 +76,7 @@ def test_same_function_and_gradients_as_diffusers_with_the_same_weights(dialect,
 
 def test_the_details_are_those_of_google_s_networks_and_diffusers_defaults():
     """The first are in the configs of Google's DDPMs, which are Ho's networks."""
-    assert vars(DIALECTS["ho"]) == {
-        "norm_eps": 1e-6,
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "attention_head_dim": None,
-    }
+    assert vars(DIALECTS["ho"]) == HO
     defaults = signature(UNet2DModel).parameters
     for name, value in vars(DIALECTS["diffusers"]).items():
         assert value == defaults[name].default
@@ -124,17 +119,11 @@ def test_levels_that_miss_the_lowest_resolution_are_refused():
 
 @pytest.mark.slow
 def test_the_network_is_traced_as_one_graph():
-    """The compiler's front end and autograd find nothing that they cannot follow."""
+    """The compiler's front end finds nothing that it cannot follow."""
     model = small_unet()
-    traced = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    traced = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
-
-    gradients = []
-    for network in (model, traced):
-        model.zero_grad()
-        network(x_t, t).square().mean().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert_close(traced(x_t, t), model(x_t, t))
 
 
 class OnCuda(torch.Tensor):
