@@ -5,6 +5,7 @@ from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
 from io import StringIO
+from itertools import pairwise
 
 import pytest
 from PIL import Image
@@ -53,6 +54,23 @@ def test_what_a_page_links_to_is_there(page):
                 re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
             }
             assert anchor in names, f"{path}#{anchor}"
+
+
+def test_readme_is_one_sitting_with_a_caption_under_each_picture():
+    text = (ROOT / "README.md").read_text()
+    # As `wc -w` counts.
+    assert len(text.split()) <= 1850
+    for paragraph, caption in pairwise(text.split("\n\n")):
+        if paragraph.startswith(("![", "<img")):
+            assert re.match(r"\*[^*\s]", caption), paragraph
+
+
+def test_pictures_are_light():
+    """Each picture that is drawn again stays in the history, too."""
+    shown = re.findall(r"""(?:\]\(|src=")(figures/[^)"]+)""", (ROOT / "README.md").read_text())
+    assert shown
+    assert sum((ROOT / path).stat().st_size for path in set(shown)) <= 3e6
+    assert sum(path.stat().st_size for path in (ROOT / "figures").glob("*.*")) <= 6e6
 
 
 @pytest.mark.slow
