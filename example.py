@@ -1,4 +1,4 @@
-"""All of DDPM on one page; the betas, Eqs. 4, 7 and 15 and the network are imported.
+"""DDPM on one page; the betas, Eqs. 4, 7 and 15 and the network are imported.
 
 Denoising Diffusion Probabilistic Models, Ho et al. 2020 (arXiv:2006.11239). Noise is added to an
 image x_0 in T small steps, until hardly anything of the image is left. A network learns to predict
@@ -34,7 +34,7 @@ NETWORK = {
     "image_size": 32,
     "channels": 3,
     "base_dim": 32,  # channels of the first level
-    "dim_multiply": (1, 2, 4, 4),  # four levels, of 32, 16, 8 and 4 pixels, and their channels
+    "dim_multiply": (1, 2, 4, 4),  # times base_dim: of four levels, of 32, 16, 8 and 4 pixels
     "lowest_resolution_size": 4,
     "transformer_layers": (2,),  # self-attention at level 2, counted from 0, of 8 pixels
     "norm_groups": 8,
@@ -68,7 +68,7 @@ def train(
 ) -> tuple[nn.Module, list[float]]:
     """Run Algorithm 1 of the paper. Return the averaged network, and the loss of each step."""
     ema_model = copy.deepcopy(model).requires_grad_(False)
-    # Muon replaces the paper's Adam, which needs about twice as many steps for clear faces. Its
+    # Muon replaces the paper's Adam, which needs about twice the time for clear faces. Its
     # third argument is the precision in which it orthogonalises the momentum of a weight matrix.
     optimizer = Muon(model.parameters(), LEARNING_RATE, torch.float32)
     # The learning rate rises over the first 5% of the steps, and then falls to 0.
@@ -98,7 +98,7 @@ def train(
         learning_rate.step()
         losses.append(loss.item())
         # EMA: each batch moves the weights by some chance of its own. In a moving average of the
-        # weights this cancels out, so it makes better samples than the last weights.
+        # weights this cancels out, so the average makes better samples than the last weights.
         for average, weight in zip(ema_model.parameters(), model.parameters(), strict=True):
             average.lerp_(weight.detach(), 1 - EMA_DECAY)
     # Line 6: until converged. Here it is a fixed number of steps.
@@ -124,12 +124,12 @@ def sample(model: nn.Module, scheduler: NoiseScheduler, x_T: Tensor) -> Tensor:
         # mean = (sqrt(b) beta_t x_0 + sqrt(alpha_t) (1 - b) x_t) / (1 - a),
         # variance = (1 - b) / (1 - a) beta_t.
         # For large t our x_0 is only a blurred average of all images that fit x_t, because the
-        # average has the smallest squared error. It may stand here: x_{t-1} is a mixture of such
-        # Gaussians, one for each image that fits. The mean is linear in x_0, so the mean of the
-        # mixture is exactly that at the average image. If the step is small, the mixture is
-        # nearly Gaussian, with this variance. Then x_0 is estimated again. The paper's line 4 is
-        # the same with Eq. 15 inserted, where x_0 cannot be clipped. t - 1 = -1 means the clean
-        # image: in the last step the mean is x_0, and the variance is 0.
+        # average has the smallest squared error. It may take the place of the true one: x_{t-1} is
+        # a mixture of such Gaussians, one for each image that fits. The mean is linear in x_0, so
+        # the mean of the mixture is exactly that at the average image. If the step is small, the
+        # mixture is nearly Gaussian, with this variance. Then x_0 is estimated again. The paper's
+        # line 4 is the same with Eq. 15 inserted, where x_0 cannot be clipped. t - 1 = -1 means the
+        # clean image: in the last step the mean is x_0, and the variance is 0.
         mean, variance = scheduler.q_posterior(x_0, x_t, t, t - 1)
         x_t = mean + variance**0.5 * z
     # Lines 5 and 6: the loop ends with the image x_0.
