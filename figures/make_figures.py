@@ -70,7 +70,6 @@ COMMANDS = {
 # Plots stay PNG. All other pictures become WebP, a tenth as large and as good to the eye, because
 # each one that is drawn again stays in the history of the repository.
 PLOTS = ("schedule.png", "unet.png", "losses.png")
-WEBP = {"quality": 88, "method": 6}
 
 # The weights of a guide that are compared.
 WEIGHTS = (1, 1.25, 1.5, 2, 3)
@@ -106,15 +105,9 @@ def lighten(path: Path) -> None:
         durations = [frame.info.get("duration", 0) for frame in frames]
     first, *others = frames
     # Noise needs most of the bytes of an animation.
-    quality = WEBP | ({"quality": 75} if others else {})
-    first.save(
-        path.with_suffix(".webp"),
-        save_all=bool(others),
-        append_images=others,
-        duration=durations,
-        loop=0,
-        **quality,
-    )
+    quality = 75 if others else 88
+    options = {"save_all": bool(others), "append_images": others, "duration": durations, "loop": 0}
+    first.save(path.with_suffix(".webp"), quality=quality, **options)
     path.unlink()
 
 
