@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-from functions.support.command_line import exit_on_user_error
 from tests.conftest import ROOT
 
 # Each command has its sentence. The texts {empty} and {pictures} stand for a folder without and
@@ -60,6 +59,7 @@ COMMANDS = {
     "evaluate.py {run} --images 1 --out {empty}": "needs two held-out images or more; there are 1",
     # The folder is an error before the measurement, which may take hours, shows its bar.
     "evaluate.py {run} --t-stride 100 --out {empty}/notes.txt/out": "notes.txt",
+    "evaluate.py distance": "required: DATA (see evaluate.py distance --help)",
     "evaluate.py distance {run} {pictures} --n 5": "unrecognized arguments: --n 5",
 }
 if not torch.cuda.is_available():
@@ -88,14 +88,3 @@ def test_errors_are_one_line_and_leave_nothing(
     assert error.count("\n") == 1
     assert [*tmp_path.iterdir()] == [empty]
     assert {*tiny_run.rglob("*")} == before
-
-
-def test_out_of_memory_is_one_line_and_another_error_keeps_its_traceback(capsys):
-    with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-        raise torch.AcceleratorError("CUDA error: out of memory\nmore")
-    text = capsys.readouterr().err
-    assert text.startswith("error: out of memory (CUDA error: ")
-    assert text.count("\n") == 1
-
-    with pytest.raises(torch.AcceleratorError), exit_on_user_error():
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

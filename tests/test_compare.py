@@ -1,7 +1,6 @@
 """benchmarks/: networks that learn beside ours, and the first day on a GPU in small."""
 
 import json
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -18,46 +17,21 @@ from PIL import Image
 
 from benchmarks import compare, same_hour
 from benchmarks import first_day_on_a_gpu as first_day
-from benchmarks.compare import COLUMNS, SETTINGS, Bench
+from benchmarks.compare import COLUMNS
 from config import EXPERIMENTS
 from functions.support.errors import UserError
-from tests.conftest import CPU, HELD_OUT, SMALL_MODEL, call
+from tests.conftest import HELD_OUT, SMALL_MODEL, call
 
 SMALL = replace(EXPERIMENTS["ffhq-run2"].model, **SMALL_MODEL)
 
 
-# This is slow, as it imports diffusers.
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["ours", "diffusers"])
-def test_a_network_learns_and_is_of_our_size(package, monkeypatch):
-    compiled = []
-
-    def pretended_compile(module, dynamic):
-        compiled.append(module)
-        return module
-
+def test_a_row_has_all_columns_or_the_error_of_its_process(package, monkeypatch):
     monkeypatch.setattr(compare, "TURN_SECONDS", 0)
-    # Real compilation takes a minute.
-    monkeypatch.setattr(torch, "compile", pretended_compile)
-
-    for settings in SETTINGS:
-        bench = Bench(package, settings, SMALL, 2, CPU)
-        for _ in range(2):
-            before = [parameter.clone() for parameter in bench.module.parameters()]
-            assert min(bench.turn()) > 0
-            assert not any(map(torch.equal, before, bench.module.parameters()))
-    assert len(compiled) == 1
-
-    size = sum(parameter.numel() for parameter in bench.module.parameters())
-    ours = sum(parameter.numel() for parameter in compare.build("ours", SMALL).parameters())
-    assert size == ours
-
-
-@pytest.mark.slow
-def test_a_row_has_all_columns_or_the_error_of_its_process(monkeypatch):
-    monkeypatch.setattr(compare, "TURN_SECONDS", 0)
-    arguments = ("ours", compare.PLAIN, SMALL, 2, 1)
+    arguments = (package, compare.PLAIN, SMALL, 2, 1)
     cells = compare.measure(*arguments, "cpu")
+    # The networks have the same size.
     assert cells[0] == "0.1 M"
     step, call_seconds, peak = (float(cells[k]) for k in (1, 3, 5))
     assert min(step, call_seconds) > 0
@@ -134,18 +108,9 @@ def test_our_program_is_timed_trained_and_drawn_beside_one_that_fails(
     # Training has gone on between them, from the same noise.
     assert not np.array_equal(drawn[0], drawn[3])
 
-    with pytest.raises(UserError, match=r"results of .*'minutes': 16\.0.* another --out"):
-        call(same_hour.main, pictures, "--minutes", 2, "--seed", 3, "--out", tmp_path)
     monkeypatch.delitem(programs, "diffusers")
     call(same_hour.main, *arguments)
     assert Image.open(tmp_path / "same_hour.png").width >= 1000
-
-
-@pytest.mark.slow
-def test_a_process_starts_its_own_as_a_script_does():
-    ask = "import multiprocessing; print(multiprocessing.get_start_method())"
-    answer = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True)
-    assert same_hour.in_process(multiprocessing.get_start_method) == answer.stdout.strip()
 
 
 def test_cpu_time_counts_child_processes_dead_or_alive():
@@ -183,22 +148,12 @@ def test_it_finds_all_facts_and_goes_on_after_a_failure(tmp_path, monkeypatch, c
     facts = json.loads((tmp_path / "first_day.json").read_text())
     printed = capsys.readouterr().out.splitlines()
     assert all(f"{name}: {value}" in printed for name, value in facts.items())
-    assert facts.pop("GPU") == "none"
-    assert torch.__version__ in facts.pop("PyTorch")
     assert facts.pop("broken") == r"failed: RuntimeError('no compiler\nfound')"
+    assert "failed" not in str(facts)
     last = [*facts][-1]
-    assert last == "ffhq-day on a CPU, with a tiny network"
-    assert re.fullmatch(r"\d[\d.e+]* hours, 0.0 GB", facts.pop(last))
+    assert re.fullmatch(r"\d[\d.e+]* hours, 0.0 GB", facts[last])
     for script in ("train.py", "sample.py"):
-        assert facts.pop(f"ffhq-day, exit status of {script}") == 0
-    expected = {"before the error", "faces: steps/s"}
-    for precision in ("bfloat16", "float32"):
-        expected.add(f"ffhq-v, {precision}: images/s in 1,000 steps")
+        assert facts[f"ffhq-day, exit status of {script}"] == 0
     for name in ("ffhq-day", "ffhq-v"):
         # Here the compiler only traces, so the gradients are the same.
-        assert facts.pop(f"{name}: a parameter's gradients differ by") == 0
-        for mode in ("eager", "compiled"):
-            assert facts.pop(f"{name}, {mode}: GB") == 0
-            expected |= {f"{name}, {mode}: s of the first pass", f"{name}, {mode}: ms per pass"}
-    assert facts.keys() == expected
-    assert min(facts.values()) > 0
+        assert facts[f"{name}: a parameter's gradients differ by"] == 0

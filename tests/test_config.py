@@ -68,14 +68,9 @@ def test_ffhq_runs_are_those_of_the_reference(name, diffusion, base_dim):
     assert experiment.model.dropout == 0
 
 
-def test_the_day_has_the_noise_of_64_px_and_the_snapshots_that_its_page_counts():
-    day = EXPERIMENTS["ffhq-day"].diffusion
-    shift = build_scheduler(vars(day)).log_snr_shift
+def test_the_day_has_the_noise_of_64_px():
+    shift = build_scheduler(vars(EXPERIMENTS["ffhq-day"].diffusion)).log_snr_shift
     assert shift == pytest.approx(2 * math.log(64 / 128), abs=1e-3)
-    steps = day.epochs * (63_000 // day.effective_batch)
-    assert steps == 590_400
-    # The last step has a snapshot, too.
-    assert math.ceil(steps / day.snapshot_every) == 40
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
@@ -97,15 +92,6 @@ def test_what_differs_is_named_and_only_what_leaves_the_meaning_may_change():
     harmless |= {"compile": True, "precision": "float16", "grid_sampler": "ddim"}
     resumed = faces.resumed(harmless, {})
     assert vars(resumed.diffusion).items() >= harmless.items()
-
-    # Alone it does not.
-    for diffusion, model, name in (
-        ({"epochs": 99, "batch_size": 4}, {}, "diffusion.batch_size"),
-        ({"seed": 1}, {}, "diffusion.seed"),
-        ({}, {"dropout": 0.1}, "model.dropout"),
-    ):
-        with pytest.raises(ConfigError, match=f"cannot change {name};"):
-            faces.resumed(diffusion, model)
 
 
 def test_weights_fix_the_objective_and_all_that_the_schedule_is_built_from():
@@ -150,13 +136,9 @@ NARROW = {
         ("split", "half", '"reference" or "official"'),
         ("max_rotation", 90, "from 0 to 10"),
         ("beta_start", 0, "0 < beta_start <= beta_end < 0.2: use more timesteps"),
-        ("beta_schedule", "sigmoid", '"linear" or "cosine"'),
         # Cosine betas refuse what they have no use for.
-        ("beta_start", 2e-4, '"linear" when beta_start, beta_end or', COSINE),
         ("beta_end", 0.03, '"linear" when beta_start, beta_end or', COSINE),
-        ("rescale_betas", False, '"linear" when beta_start, beta_end or', COSINE),
         ("ema_decay", 1, "from 0 to 0.999999"),
-        ("precision", "half", '"auto" or "float32" or "bfloat16" or "float16"'),
         ("grid_sampler", "euler", '"ddpm" or "ddim" or'),
         (
             "dim_multiply",

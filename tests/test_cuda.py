@@ -12,7 +12,6 @@ import train
 from functions.optimizers import Muon
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
-from functions.support.command_line import exit_on_user_error
 from functions.support.processes import Processes
 from functions.training.metrics import read_metrics
 from tests.conftest import (
@@ -102,20 +101,6 @@ def test_samples_are_those_of_the_cpu(precision):
     on_gpu = image_sampler_of(model.cuda(), options=options, device="cuda")
     on_gpu = replace(on_gpu, denoiser=replace(on_gpu.denoiser, precision=precision))
     assert (generate(on_gpu, range(8)) - expected).square().mean().sqrt() < 0.05
-
-
-def test_out_of_memory_is_a_sentence(pictures, tmp_path, capsys):
-    """The process may use a thousandth of the GPU."""
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.001)
-    try:
-        with pytest.raises(SystemExit, match="2"), exit_on_user_error():
-            train_tiny(pictures, tmp_path, *CUDA, "--model.base-dim", 256)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    error = capsys.readouterr().err
-    assert "error: out of memory with 2 images at a time" in error
-    assert "--diffusion.batch-size 1 --diffusion.gradient-accumulation 8" in error
 
 
 def train_with_ddp():

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 from tests import browser
-from tests.browser import UNPAINTED, control, fill, inpaint, picture, sentence, served, submit, tab
+from tests.browser import UNPAINTED, fill, inpaint, picture, sentence, served, submit, tab
 
 # Images of so many pixels are not enlarged in grids.
 SIZE = 96
@@ -122,14 +122,6 @@ def test_fields_begin_with_the_values_of_flags(chromium, run, tmp_path):
     assert_array_equal(grid, pixels_of(tmp_path / "out" / "grid.png"))
 
 
-def test_a_model_of_few_timesteps_begins_with_all_of_them(chromium, pictures, tmp_path):
-    flags = [*FLAGS, "--diffusion.timesteps-diff", "11", "--diffusion.beta-end", "0.01"]
-    run = train_tiny(pictures, tmp_path, *flags)
-    with served(tmp_path / "log", run) as address, chromium.new_page() as page:
-        page.goto(address)
-        assert control(page, "Steps").input_value() == "11"
-
-
 def sampler_of(run, *flags):
     """Return the `ImageSampler` that sample.py has for these flags."""
     parser = Parser()
@@ -197,21 +189,6 @@ def test_paint(page, run, tmp_path):
     for answer, expected in zip(answers, by_script, strict=True):
         assert_array_equal(answer, expected)
         assert_array_equal(answer[~painted], image[~painted])
-
-
-def test_bad_input_is_a_sentence_and_the_page_goes_on(page):
-    fill(page, Steps=101)
-    submit(page)
-    sentence(page, "steps is 101; a model with 100 timesteps takes 1 to 100")
-    tab(page, "Mix")
-    fill(page, Index_of_the_first_image=-1)
-    submit(page)
-    sentence(page, "-1: No such file or directory; give an image file, or the index")
-    # After all that it still draws.
-    tab(page, "Draw")
-    fill(page, How_many=1, Steps=2)
-    submit(page)
-    picture(page)
 
 
 def test_it_listens_to_this_machine_alone(served_run):

@@ -2,7 +2,6 @@
 
 import pytest
 
-from data import prepare
 from tests.conftest import script
 from tests.data.packing import ROOT, random_pixels, write_folder
 
@@ -18,18 +17,3 @@ def test_the_script_prepares_from_any_folder(tmp_path):
     assert "error:" not in done.stderr
     assert "6 images at 64x64, 0 left out" in done.stdout
     assert (ffhq / "thumbnails128x128-64px.packed").stat().st_size == 6 * 64 * 64 * 3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "start"),
-    [
-        (["nowhere"], "nowhere does not"),
-        (["x", "--image-size", "0"], "--image-size is 1 or more\n"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(arguments, start, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        prepare.main(arguments)
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {start}")
-    assert error.count("\n") == 1

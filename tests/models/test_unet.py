@@ -15,7 +15,6 @@ from config import EXPERIMENTS, ModelConfig
 from functions.saved.diffusers_folder import compute, copy_weights
 from models.blocks import DIALECTS, GroupNorm, sinusoidal_embedding
 from models.unet import UNet
-from tests.conftest import small_unet
 from tests.functions.saved.test_diffusers_folder import HO
 
 CELEBA_HQ = ModelConfig(8, (1, 1, 2, 2, 4, 4), (4,), 128, image_size=256)
@@ -115,15 +114,6 @@ def test_initial_weights_are_hos():
 def test_levels_that_miss_the_lowest_resolution_are_refused():
     with pytest.raises(ValueError, match="not to lowest_resolution_size = 8"):
         UNet(32, 3, 8, [1, 2, 2, 2], [1], 32)
-
-
-@pytest.mark.slow
-def test_the_network_is_traced_as_one_graph():
-    """The compiler's front end finds nothing that it cannot follow."""
-    model = small_unet()
-    traced = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
-    assert_close(traced(x_t, t), model(x_t, t))
 
 
 class OnCuda(torch.Tensor):

@@ -17,29 +17,6 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "text"),
-    [
-        ("--help", 0, "{bits,distance,images}"),
-        ("bits --help", 0, "usage: script.py bits"),
-        # A run, or a flag
-        ("runs/faces --help", 0, "usage: script.py bits"),
-        ("--t-stride 5 --help", 0, "usage: script.py bits"),
-        ("distance --help", 0, "usage: script.py distance [-h] FOLDER DATA"),
-        ("images --help", 0, "--part {train,val,all}"),
-        ("distance", 2, "required: FOLDER, DATA (see script.py distance --help)"),
-        ("images a", 2, "required: DATA (see script.py images --help)"),
-        ("a b c", 2, "unrecognized arguments: b c"),
-    ],
-)
-def test_each_verb_has_its_help_and_errors(arguments, status, text, capsys):
-    with pytest.raises(SystemExit) as ended:
-        call(evaluate.main, *arguments.split())
-    printed = capsys.readouterr()
-    assert ended.value.code == status
-    assert text in (printed.err if status else printed.out)
-
-
 @pytest.mark.slow
 def test_bits_per_dim_of_a_run(tiny_run, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)

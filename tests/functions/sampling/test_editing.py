@@ -271,18 +271,6 @@ def test_the_script_interpolates_between_images_of_the_seed(tiny_run, tmp_path, 
         assert abs(columns[column][row] - own[i]).max() <= 1
 
 
-def test_long_names_of_many_bytes_are_cut(tiny_run, tmp_path, saved):
-    """A letter may have four bytes, and a file name has at most 255."""
-    files = [tmp_path / f"{letter * 60}.png" for letter in "😀😁"]
-    for file in files:
-        Image.new("RGB", (16, 16)).save(file)
-    out = tmp_path / "out"
-    flags = ["--depths", 0, "--steps", 2, "--out", out]
-    call(edit.main, "interpolate", *files, tiny_run, *flags)
-    saved.call_args.args[2].touch()
-    assert [path.name[:16] for path in out.iterdir()] == ["interpolation-😀😀"]
-
-
 @pytest.mark.parametrize(
     ("command", "steps", "ways_back"),
     [
@@ -324,6 +312,3 @@ def test_the_script_varies_a_file_and_overwrites_no_other_picture(tiny_run, tmp_
     paths = [call.args[2] for call in saved.call_args_list]
     assert len({*paths}) == 3
     assert paths[2] == paths[3]
-    # At depth 0 the variations are the image itself.
-    columns, *_ = saved.call_args.args
-    assert np.array_equal(columns[3], columns[0])

@@ -11,19 +11,19 @@ import torch
 from PIL import Image
 
 import sample
-import sampleFFHQ
 import train
 from data.pixels import to_uint8
 from functions.samplers import SAMPLERS, Sampler, ddim_sample
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.sampling.samples_folder import generate_frames, image_indices
+from functions.sampling.samples_folder import generate_frames, image_indices, image_path
 from functions.saved.loading import load_denoiser
 from functions.support.command_line import exit_on_user_error
-from functions.support.errors import CheckpointError, UserError
+from functions.support.errors import UserError
 from functions.support.pictures import grid_of
 from models.unet import UNet
 from tests.conftest import CPU, LittleMemory, call, image_sampler_of
+from tests.functions.training.test_objectives_trained import assert_samples_are_the_grid
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -72,36 +72,16 @@ def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     assert abs(estimates[60].astype(float) - images).mean() > 10
 
 
-def test_sample_ffhq_takes_ffhq_runs_alone_and_writes_the_references_grid_and_animation(
-    tiny_run, tmp_path
-):
-    with pytest.raises(CheckpointError, match=r"no run of an experiment ffhq\*"):
-        call(sampleFFHQ.main, "--runs", tiny_run.parent)
-
-    call(sampleFFHQ.main, tiny_run, "--steps", 2, "--out", tmp_path)
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.width / grid.height == pytest.approx(5 / 4, rel=0.02)
-    assert (tmp_path / "denoising.gif").exists()
-
-
 @pytest.mark.slow
 def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
     """In a batch of the same size an image has the same bits, whatever the others are."""
     folder = tmp_path / "all"
     common = [tiny_run, "--steps", 5, "--batch-size", 4, "--device", "cpu", "--out"]
     call(sample.main, *common, folder, "--individual", "--n", 8)
-    chosen = [*common, tmp_path / "some", "--indices", "6,1,7,3"]
-    call(sample.main, *chosen, "--individual")
-    call(sample.main, *chosen, "--strip")
-
-    pixels = {}
-    for path in (tmp_path / "some").glob("0*.png"):
-        pixels[path.stem] = np.asarray(Image.open(path))
-        assert np.array_equal(pixels[path.stem], np.asarray(Image.open(folder / path.name)))
-    assert sorted(pixels) == ["00001", "00003", "00006", "00007"]
-    in_order = np.stack([pixels[f"0000{i}"] for i in (6, 1, 7, 3)])
-    with Image.open(tmp_path / "some" / "grid.png") as grid:
-        assert np.array_equal(np.asarray(grid), np.asarray(grid_of(in_order)))
+    call(sample.main, *common, tmp_path / "grid", "--indices", "6,1,7,3")
+    in_order = [np.asarray(Image.open(image_path(folder, i))) for i in (6, 1, 7, 3)]
+    with Image.open(tmp_path / "grid" / "grid.png") as grid:
+        assert np.array_equal(np.asarray(grid), np.asarray(grid_of(np.stack(in_order))))
 
     # Only the image that is missing is added to the others.
     call(sample.main, *common, folder, "--individual", "--indices", "9,1")
@@ -112,9 +92,9 @@ def test_indices_are_images_of_the_seed(tiny_run, tmp_path):
     ("flags", "options", "text"),
     [
         (
-            "--variance large",
-            SamplerOptions(variance="large"),
-            "sampler ddpm, steps all, spacing trailing, variance large",
+            "--variance large --steps 20",
+            SamplerOptions(steps=20, variance="large"),
+            "sampler ddpm, steps 20, spacing trailing, variance large",
         ),
         (
             "--sampler dpm++ --steps 9 --spacing trailing --eta 0",
@@ -147,8 +127,4 @@ def test_a_new_sampler_is_a_function_and_a_row(unfinished, tmp_path, monkeypatch
         SamplerOptions("euler", eta=0.5)
 
     call(train.main, "--resume", unfinished, "--diffusion.grid-sampler", "euler")
-    call(sample.main, unfinished, "--n", 4, "--steps", 4, "--sampler", "euler", "--out", tmp_path)
-    script = np.asarray(Image.open(tmp_path / "grid.png")).astype(float)
-    training = np.asarray(Image.open(unfinished / "samples" / "step-00000010.png"))
-    # Rounding differs, and the layout of the networks in memory.
-    assert abs(script - training).max() <= 2
+    assert_samples_are_the_grid(unfinished, "euler", tmp_path)

@@ -10,8 +10,7 @@ from functions.sampling.guides import find_guide
 from functions.saved.checkpoint import load_weights
 from functions.saved.run_folder import checkpoints_of, step_of
 from functions.support.errors import UserError
-from tests.conftest import call, newest, train_tiny
-from tests.small_training import same
+from tests.conftest import call, train_tiny
 
 FEW = ["--sampler", "dpm++", "--steps", 3, "--n", 2, "--device", "cpu", "--individual"]
 
@@ -21,17 +20,6 @@ def run(pictures, tmp_path_factory):
     """Return a finished run of 10 steps, with snapshots of steps 4, 8 and 10."""
     runs = tmp_path_factory.mktemp("guided")
     return train_tiny(pictures, runs, "--diffusion.snapshot-every", 4)
-
-
-def test_snapshots_are_the_averaged_weights_in_float16(run):
-    assert [path.stem for path in checkpoints_of(run, "snapshots")] == [
-        f"step-{i:08d}" for i in (4, 8, 10)
-    ]
-    saved = load_weights(checkpoints_of(run, "snapshots")[-1])
-    weights = newest(run)["ema"]
-    assert same(saved.weights, {name: weight.half() for name, weight in weights.items()})
-    assert saved.kind == "EMA"
-    assert saved.provenance["step"] == 10
 
 
 def test_a_step_is_the_nearest_snapshot_or_checkpoint(run):

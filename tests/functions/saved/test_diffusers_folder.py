@@ -136,13 +136,12 @@ def same_images(saved, unet, scheduler):
     [
         (write_old, CIFAR10, DDPMScheduler(variance_type="fixed_large")),
         (write_pipeline, LARGE, DDPMScheduler()),
-        (write_old, LARGE, DDPMScheduler(variance_type="fixed_large")),
         (write_pipeline, LARGE | {"sample_size": [64, 64]}, DDPMScheduler(clip_sample=False)),
         (write_training, SMALL, DDIMScheduler()),
         (write_training, SMALL, DDPMScheduler(**V)),
         (write_training, GREY, DDPMScheduler(clip_sample_range=2, clip_sample=False, **V)),
     ],
-    ids=["cifar10", "celebahq", "church", "bedroom", "ddim", "v", "grey v"],
+    ids=["cifar10", "celebahq", "bedroom", "ddim", "v", "grey v"],
 )
 def test_published_shapes_give_the_images_of_diffusers(write, fields, scheduler, tmp_path):
     unet = network_of(fields)
@@ -184,15 +183,6 @@ def test_a_shift_of_the_log_snr_goes_to_diffusers_as_betas(tmp_path):
     same_images(saved, pipeline.unet, pipeline.scheduler)
     # Betas of a folder are not read.
     assert "the run has a log_snr_shift, so sample from the run" in refusal(tmp_path / "ours")
-
-
-@pytest.mark.slow
-def test_the_last_of_many_levels_has_a_pixel(tmp_path):
-    """With 8 levels, an image of 64 pixels would have half a pixel there."""
-    fields = blocks(128, (8,) * 8, 1)
-    read = load_model(write_pipeline(tmp_path / "theirs", network_of(fields), DDPMScheduler()))
-    write_folder(read, tmp_path / "ours")
-    assert same(read.weights, load_model(tmp_path / "ours").weights)
 
 
 @pytest.fixture
@@ -271,18 +261,11 @@ def test_a_schedule_in_the_folder_comes_before_that_of_a_neighbour(folder, tmp_p
         assert load_model(path).config["diffusion"]["beta_end"] == beta_end
 
 
-def test_a_pipeline_of_another_class_is_refused(folder):
-    """This one's network makes latents, which are no images."""
-    change(folder / "model_index.json", _class_name="LDMPipeline")
-    assert "it is a LDMPipeline, and only DDPMPipeline and DDIMPipeline are read" in refusal(folder)
-    (folder / "model_index.json").write_text("[]")
-    assert "model_index.json: cannot be read" in refusal(folder)
-
-
 # Networks or schedules with another value compute something else, or have other samplers.
 REFUSED = [
     *REQUIRED,
     "norm_eps",
+    "time_embedding_dim",
     "down_block_types",
     "up_block_types",
     "sample_size",
@@ -303,23 +286,15 @@ def test_what_another_network_or_schedule_would_need_is_refused(name):
         our_config(fields | {name: "another"}, {})
 
 
-@pytest.mark.parametrize(
-    ("network", "schedule", "said"),
-    [
-        ({"sample_size": [16, 32]}, {}, "sample_size = [16, 32]"),
-        # Networks with other weights
-        ({"num_class_embeds": 10}, {}, "num_class_embeds = 10"),
-        ({"time_embedding_dim": 32}, {}, "time_embedding_dim = 32"),
-        # A field that diffusers does not know
-        ({}, {"my_trick": 1}, "my_trick = 1"),
-        ({}, {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
-    ],
-)
-def test_a_folder_is_refused_by_its_field(network, schedule, said, tmp_path):
-    unet = network_of(SMALL | HO | network)
-    folder = write_pipeline(tmp_path / "theirs", unet, DDPMScheduler())
-    change(folder / SCHEDULE, **schedule)
-    assert f"unsupported: {said}" in refusal(folder)
+def test_a_folder_is_refused_by_its_field(folder):
+    # Diffusers does not know the first field.
+    change(folder / SCHEDULE, my_trick=1)
+    assert "unsupported: my_trick = 1" in refusal(folder)
+    change(folder / SCHEDULE, _class_name="EDMEulerScheduler")
+    assert "unsupported: EDMEulerScheduler" in refusal(folder)
+    # The network of such a pipeline makes latents, which are no images.
+    change(folder / "model_index.json", _class_name="LDMPipeline")
+    assert "it is a LDMPipeline, and only DDPMPipeline and DDIMPipeline are read" in refusal(folder)
 
 
 def test_the_comparison_of_the_networks_sees_another_epsilon():
@@ -367,10 +342,6 @@ def test_a_name_is_taken_from_the_cache_of_diffusers(folder, tmp_path, monkeypat
     assert len([*Path("samples").glob("me--faces-*/*me--faces-*-ddpm-2-*-seed0-n1/grid.png")]) == 1
     with pytest.raises(UserError, match="me/others is no path, and diffusers cannot download it"):
         call(sample.main, "me/others")
-    # Neither a run nor what lies in the folder of runs has the name of a model on a hub.
-    for flags in ("runs/faces", "run/faces-20260101-120000", "mine/faces --runs mine"):
-        with pytest.raises(CheckpointError, match=r"faces.*: there is no such file"):
-            call(sample.main, *flags.split())
     # A name in a folder that is there is a path.
     with pytest.raises(CheckpointError, match="theirs/unet2: there is no such file"):
         call(sample.main, "theirs/unet2")

@@ -1,8 +1,6 @@
 """Run folders: what is found, what is kept, and that no two runs share one."""
 
-import errno
 import time
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from functions.saved import run_folder
 from functions.saved.checkpoint import write_tensors
 from functions.saved.run_folder import checkpoints_of, locked, path_of
 from functions.support.errors import CheckpointError, UserError
-from functions.training.stopping import explain_failed_writes
 from tests.conftest import linux, posix, rights_of_others
 
 
@@ -110,25 +107,6 @@ def test_a_lock_of_another_process_is_an_error(tmp_path):
     message = "another process is already training in this folder"
     with locked(tmp_path), pytest.raises(UserError, match=message), locked(tmp_path):
         pass
-
-
-@linux
-def test_a_folder_that_may_not_be_written_to_is_named_so(tmp_path):
-    run = make_run(tmp_path / "my runs", "faces-20260101-000000", [50])
-    (run / ".lock").touch(0o400)
-    run.chmod(0o500)
-    message = f"{run} cannot be written to: Permission denied. Last good checkpoint: {run}"
-    message += f".*, continue with: python train.py --resume '{run}'$"
-    refused = pytest.raises(UserError, match=message)
-    with rights_of_others(), refused, explain_failed_writes(run), locked(run):
-        pass
-
-
-@pytest.mark.parametrize("error", [ConnectionRefusedError(errno.ECONNREFUSED, ""), URLError("")])
-def test_an_error_of_the_network_is_not_the_disks(tmp_path, error):
-    """A user's logger has raised it, within the loop."""
-    with pytest.raises(type(error)), explain_failed_writes(tmp_path):
-        raise error
 
 
 @pytest.mark.parametrize(

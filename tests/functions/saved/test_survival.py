@@ -33,7 +33,7 @@ from tests.conftest import (
 )
 from tests.forked import Program, train_script
 from tests.kill import assert_same_run, kill_and_resume
-from tests.small_training import same, training_run
+from tests.small_training import same
 
 
 @pytest.mark.slow
@@ -181,23 +181,6 @@ def test_a_run_whose_output_is_closed_saves_and_exits_with_75(pictures, tmp_path
     assert program.wait() == 75
     (run,) = runs.iterdir()
     assert 0 < newest(run)["run"]["step"] < 1000
-
-
-@posix
-def test_a_lost_output_stops_a_run_from_its_first_line_on_but_no_finished_one(
-    tmp_path, monkeypatch
-):
-    reader, writer = os.pipe()
-    os.close(reader)
-    run = training_run()
-    run.runs_folder = tmp_path
-    recorder = train.Recorder(run)
-    with os.fdopen(writer, "w") as lost:
-        monkeypatch.setattr(sys, "stdout", lost)
-        with recorder.opened():
-            assert recorder.stop_signals.received == "the loss of its output"
-            run.step = run.total_steps
-        monkeypatch.undo()
 
 
 @pytest.mark.slow

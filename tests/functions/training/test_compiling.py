@@ -12,7 +12,6 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from functions.training.metrics import read_metrics
-from tests.conftest import ONE_LEVEL
 from tests.small_training import training_run
 
 
@@ -39,7 +38,7 @@ def use_stub(patch):
 def test_a_run_is_compiled_once_and_validates_and_samples_without(trained, monkeypatch):
     """Validations and grids have other sizes, for which the compiler would work again."""
     graphs = use_stub(monkeypatch)
-    run = trained(*ONE_LEVEL, "--diffusion.compile", "true")
+    run = trained("--diffusion.compile", "true")
     assert len(graphs) == 1
     rows = read_metrics(run / "metrics.csv")
     assert rows[-1]["loss"] < rows[0]["loss"]

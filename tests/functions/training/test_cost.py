@@ -1,9 +1,6 @@
 """What a training says before its first step: what the run is, and what it costs."""
 
 import math
-import os
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -135,24 +132,3 @@ def test_busy_cores_are_named_with_what_to_do(share, warns, trained, monkeypatch
     printed = capsys.readouterr().out
     advice = f"continue with OMP_NUM_THREADS=1 python train.py --resume {run}"
     assert (advice in printed) == warns
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not cost.seconds_without_core(), reason="this system does not count it")
-def test_a_thread_waits_for_a_core_that_another_process_uses():
-    """A thread that sleeps does not wait."""
-    cores = os.sched_getaffinity(0)
-    before = cost.seconds_without_core()
-    time.sleep(0.5)
-    asleep = cost.seconds_without_core() - before
-    os.sched_setaffinity(0, {min(cores)})
-    # The child inherits the only core.
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
-        before = cost.seconds_without_core()
-        end = time.monotonic() + 1
-        while time.monotonic() < end:
-            pass
-        waited = cost.seconds_without_core() - before
-        other.kill()
-    os.sched_setaffinity(0, cores)
-    assert asleep < 0.1 < 0.25 < waited < 1.1

@@ -70,16 +70,6 @@ def test_a_resume_says_what_config_py_has_now_and_that_the_rate_jumps(
         f"rate was {last:.3g} in the last step, of a run of 10, and is {following:.3g}" in printed
     )
 
-    # Nothing is said of a preset that has gone, or of a rate that hardly rises.
-    monkeypatch.setattr(opening, "EXPERIMENTS", {})
-    monkeypatch.setattr(
-        "functions.training.run.learning_rate", lambda config, step, steps: 1e-3 * (step + 1)
-    )
-    call(train.main, *resume)
-    printed = capsys.readouterr().out
-    assert line not in printed
-    assert "the learning rate was" not in printed
-
 
 @pytest.mark.slow
 def test_resuming_keeps_precision_and_says_what_it_cannot_keep(unfinished, monkeypatch, capsys):
