@@ -25,9 +25,6 @@ from functions.support.settings import (
 )
 from models.unet import UNet
 
-# train.py --dry-run proposes no more either.
-MOST_EPOCHS = 10**6
-
 
 def experiments() -> dict[str, "Experiment"]:
     """Return the experiments by name; some are copies of another one with changed fields."""
@@ -338,7 +335,7 @@ class DiffusionConfig:
     optimizer: str = choice("adam", "muon")
     # Length of the run, in passes over the training images. With --resume RUN and more of them, a
     # finished run trains longer.
-    epochs: int = changeable(45, at_most=MOST_EPOCHS)
+    epochs: int = changeable(45, at_most=10**6)
     # Batches per step. The effective batch is batch_size times gradient_accumulation.
     gradient_accumulation: int = 4
     # Largest gradient norm; larger gradients are scaled down to it. 0: no clipping.

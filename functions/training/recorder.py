@@ -23,7 +23,7 @@ from functions.saved.run_folder import (
 from functions.support.errors import UserError
 from functions.support.files import quoted, short, write_text
 from functions.support.pictures import save_grid
-from functions.training.cost import FirstSteps
+from functions.training.cost import warn_if_busy
 from functions.training.metrics import QUARTERS, MetricsLog, plot_losses
 from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals, explain_failed_writes
@@ -31,6 +31,8 @@ from functions.training.validation import validation_losses
 
 # The run ends at a row of metrics.csv if at least so many steps directly before it were skipped.
 MOST_SKIPPED = 20
+# After so many steps of a process, a training on a CPU looks whether other programs slow it down.
+CHECKED_STEP = 10
 
 
 class Recorder:
@@ -45,7 +47,7 @@ class Recorder:
         self.config = run.config
         self.processes = run.processes
         self.saved_at = time.monotonic()
-        self.first_steps = FirstSteps()
+        self.checked_step = run.step + CHECKED_STEP
         self.stop_signals = StopSignals()
         # Whether a signal has stopped the run.
         self.stopped = False
@@ -117,7 +119,8 @@ class Recorder:
         epoch = min(run.step // run.steps_per_epoch + 1, config.epochs)
         self.bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
         self.bar.update()
-        self.first_steps.count(run, grad_norm)
+        if run.step == self.checked_step and run.device.type == "cpu" and self.processes.is_main:
+            warn_if_busy(run.folder)
 
         # The clock stops here, so that images_per_second is the speed of training only.
         with run.window.paused():
