@@ -28,7 +28,6 @@ from functions.support.errors import EXIT_STOPPED
 from functions.support.processes import distributed
 from functions.support.random_numbers import seed_of
 from functions.training.cost import describe_cost
-from functions.training.memory import explain_lack_of_memory
 from functions.training.opening import open_run
 from functions.training.recorder import Recorder
 from functions.training.run import TrainingRun, learning_rate
@@ -40,7 +39,7 @@ def main() -> None:
     with distributed() as processes:
         device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
         # The run is new, or it begins with the weights of --init, or it is resumed.
-        with open_run(args, device, processes) as run, explain_lack_of_memory(run):
+        with open_run(args, device, processes) as run:
             processes.print_main(run.describe())
             if args.dry_run:
                 processes.print_main(describe_cost(run))
@@ -178,6 +177,8 @@ def parse_flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # Smaller batches help only once the network is built, and `main` names their flags then.
-    with exit_on_user_error("use a smaller --model.base-dim or another device"):
+    with exit_on_user_error(
+        "half of --diffusion.batch-size with twice --diffusion.gradient-accumulation gives the "
+        "same result, also with --resume; or use a smaller --model.base-dim or another device"
+    ):
         main()

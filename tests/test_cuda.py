@@ -103,6 +103,19 @@ def test_samples_are_those_of_the_cpu(precision):
     assert (generate(on_gpu, range(8)) - expected).square().mean().sqrt() < 0.05
 
 
+def test_out_of_memory_is_a_sentence(pictures, tmp_path, capsys):
+    """The process may use a thousandth of the GPU."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(SystemExit, match="2"), exit_on_user_error():
+            train_tiny(pictures, tmp_path, *CUDA, "--model.base-dim", 256)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    error = capsys.readouterr().err
+    assert "error: out of memory (" in error
+
+
 def train_with_ddp():
     """Let a single process exchange its gradients with itself, by NCCL."""
 
