@@ -136,7 +136,7 @@ def open_sampler(
     path = args.checkpoint
     if not path:
         path = processes.on_main(lambda: newest_checkpoints(args.runs, name_prefix))
-    saved, denoiser = open_model(path, device, args.precision, processes, args.runs)
+    saved, denoiser = open_model(path, device, args.precision, processes)
     processes.print_main(f"{saved.path}: {saved}")
 
     chosen = given_options(args)

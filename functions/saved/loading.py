@@ -14,7 +14,7 @@ from data.datasets import ImageSet, Split, load_images, split_images
 from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.saved.diffusers_folder import import_diffusers, load_folder
-from functions.saved.run_folder import RUN_NAME, RUNS, find_checkpoints, first_intact
+from functions.saved.run_folder import RUN_NAME, find_checkpoints, first_intact
 from functions.support.device import fast_layout, sampling_precision
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
@@ -37,7 +37,6 @@ def open_model(
     device: torch.device,
     precision: str = "float32",
     processes: Processes = SINGLE_PROCESS,
-    runs: Path = RUNS,
 ) -> tuple[SavedModel, Denoiser]:
     """Load a model in all processes. Return what was saved, with its provenance, and a denoiser.
 
@@ -45,7 +44,6 @@ def open_model(
         path: a run, a file, a folder or a name on a model hub; or the files to try, of which the
             first intact one is loaded. Of a run this is the newest intact checkpoint.
         precision: as `sampling_precision` takes it.
-        runs: the folder of runs, in which no name of a model hub lies.
     """
     # Rank 0 reads checkpoints until it finds an intact one. Thanks to the cache it does not read
     # this one a second time.
@@ -53,21 +51,20 @@ def open_model(
 
     def choose():
         candidates = find_checkpoints(path) if isinstance(path, Path) else path
-        return first_intact([downloaded(candidate, runs) for candidate in candidates], read).path
+        return first_intact([downloaded(candidate) for candidate in candidates], read).path
 
     saved = read(processes.on_main(choose))
     return saved, rebuild(saved, device, sampling_precision(precision, device, saved.precision))
 
 
-def downloaded(path: Path, runs: Path) -> Path:
+def downloaded(path: Path) -> Path:
     """Return the path, or for a name such as google/ddpm-cifar10-32 its folder in diffusers' cache.
 
-    A path in a folder that exists or in `runs` is no such name, nor is one with the name of a run.
-    Raises UserError for a model that is not in the cache and cannot be downloaded.
+    A path in a folder that exists is no such name, nor is one with the name of a run. Raises
+    UserError for a model that is not in the cache and cannot be downloaded.
     """
-    is_run = path.parent == runs or RUN_NAME.fullmatch(path.name)
     is_path = path.parent.exists() or path.suffix == ".safetensors"
-    if len(path.parts) != 2 or is_run or is_path:
+    if len(path.parts) != 2 or is_path or RUN_NAME.fullmatch(path.name):
         return path
     diffusers = import_diffusers()
     print(f"{path}: no such path; diffusers takes it from its cache, or downloads it", flush=True)
