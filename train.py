@@ -37,7 +37,7 @@ def main() -> None:
     """Read the command line and train."""
     args = parse_flags()
     with distributed() as processes:
-        device = choose_device(args.device, processes.local_rank if processes.count > 1 else None)
+        device = choose_device(args.device, processes.local_rank)
         # The run is new, or it begins with the weights of --init, or it is resumed.
         with open_run(args, device, processes) as run:
             processes.print_main(run.describe())
@@ -126,7 +126,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "experiment",
         nargs="?",
-        help=f"One of {', '.join(EXPERIMENTS)}. Default: {DEFAULT_EXPERIMENT}.",
+        choices=EXPERIMENTS,
+        help=f"Default: {DEFAULT_EXPERIMENT}.",
     )
     parser.add_argument(
         "--resume",
@@ -168,9 +169,6 @@ def parse_flags() -> argparse.Namespace:
     add_config_flags(parser, "model", ModelConfig)
     args = parser.parse_args()
 
-    if args.experiment not in (None, *EXPERIMENTS):
-        known = ", ".join(EXPERIMENTS)
-        parser.error(f"there is no experiment {args.experiment!r}; choose from {known}")
     if args.init and args.resume not in (None, "auto"):
         parser.error("--init starts a new run, but --resume continues one")
     return args

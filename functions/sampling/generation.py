@@ -129,9 +129,7 @@ def open_sampler(
     sampler has no guide yet. Raises UserError for flags that the machine or the model cannot
     satisfy.
     """
-    # If there are several processes, each has its own GPU.
-    index = processes.local_rank if processes.count > 1 else None
-    device = choose_device(args.device, index)
+    device = choose_device(args.device, processes.local_rank)
     set_deterministic(False)
     path = args.checkpoint
     if not path:

@@ -12,7 +12,6 @@ import torch
 from functions.support.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEVICES = ("cpu", "cuda", "mps")
 # PyTorch compiles for CPUs, too, but there the network would not be faster.
 COMPILED_DEVICES = ("cuda",)
 # Linux lists the CPU's name and flags in this file.
@@ -47,9 +46,6 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
             name = "cuda"
     try:
         device = torch.device(name)
-        # PyTorch has others, such as "meta", that make tensors but cannot train.
-        if device.type not in DEVICES:
-            raise RuntimeError(f"{device.type} is not one of {DEVICES}")
         if device.type == "cuda" and index is not None:
             device = torch.device("cuda", index)
         # PyTorch raises an AssertionError if it was built without CUDA.

@@ -25,8 +25,9 @@ class Processes:
 
     rank: int = 0  # 0 .. count-1
     count: int = 1
-    # The rank within this machine is also the index of this process's GPU.
-    local_rank: int = 0
+    # The rank within this machine is also the index of this process's GPU. A single process may
+    # choose.
+    local_rank: int | None = None
 
     @property
     def is_main(self) -> bool:
