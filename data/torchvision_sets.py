@@ -29,25 +29,15 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
 
     # This import takes a second.
     from torchvision import datasets
-    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
     try:
         dataset = getattr(datasets, name)
         train, test = (dataset(folder, train, download=download).data for train in (True, False))
     except READ_ERRORS as error:
-        # torchvision does not say which file of MNIST is damaged, nor does it replace the file.
-        for file in sorted(folder.glob(f"{name}/raw/*-ubyte")):
-            try:
-                read_sn3_pascalvincent_tensor(str(file))
-            except READ_ERRORS:
-                raise UserError(
-                    f"{file} is damaged, packed, or not a file of {name}. Delete it, and put the "
-                    f"right one there; python data/prepare.py {name} --download does so, where "
-                    "there is a network."
-                ) from None
         raise UserError(
-            f"{name} cannot be read from {folder} ({short(error)}). Put there {FILES[name]}; "
-            f"python data/prepare.py {name} --download does so, where there is a network."
+            f"{name} cannot be read from {folder} ({short(error)}). Delete a damaged copy, and put "
+            f"there {FILES[name]}; python data/prepare.py {name} --download does so, where there "
+            "is a network."
         ) from None
 
     images = np.concatenate([train, test])

@@ -107,7 +107,7 @@ def test_a_damaged_or_missing_set_is_one_sentence(mnist, cifar10, data_folder):
     file = mnist / "train-images-idx3-ubyte"
     for content in (gzip.compress(file.read_bytes()), b"<!DOCTYPE html>", file.read_bytes()[:-1]):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=r"train-images-idx3-ubyte is damaged.*Delete it"):
+        with pytest.raises(UserError, match=r"MNIST cannot be read .* Delete a damaged copy"):
             datasets.load_images("MNIST", 28)
 
     (mnist / "t10k-labels-idx1-ubyte").unlink()
