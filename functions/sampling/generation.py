@@ -12,7 +12,7 @@ from data.batches import batches_of
 from functions.denoiser import Predictor
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
-from functions.sampling.options import SamplerOptions, given_options
+from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
 from functions.saved.run_folder import newest_checkpoints
@@ -137,7 +137,8 @@ def open_sampler(
     saved, denoiser = open_model(path, device, args.precision, processes)
     processes.print_main(f"{saved.path}: {saved}")
 
-    chosen = given_options(args)
+    names = SamplerOptions.__annotations__
+    chosen = {name: value for name, value in vars(args).items() if name in names}
     # The config of a diffusers folder names a variance, which is meant only for sampling over all
     # timesteps. It may also turn clipping off.
     diffusion = saved.config["diffusion"]

@@ -82,12 +82,6 @@ class SamplerOptions:
         return ", ".join(f"{name} {value}" for name, value in self.settings.items())
 
 
-def given_options(args: argparse.Namespace) -> dict:
-    """Return the fields of `SamplerOptions` that have flags, by name."""
-    names = SamplerOptions.__annotations__
-    return {name: value for name, value in vars(args).items() if name in names}
-
-
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the model and the device."""
     parser.add_argument(
@@ -151,7 +145,33 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default="ddpm",
         help="; ".join(samplers) + ". Default: %(default)s.",
     )
-    add_steps_and_guide_flags(group)
+    group.add_argument(
+        "--steps",
+        type=positive,
+        help="The number of steps. Each makes one network call, or up to two with --guide. "
+        "Default: one step for each timestep; on the page of demo.py 20.",
+    )
+    group.add_argument(
+        "--spacing",
+        choices=SPACINGS,
+        help="How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR. "
+        "Default: the sampler's.",
+    )
+    group.add_argument(
+        "--guide",
+        metavar="STEP|MODEL",
+        help="Move each x_0 away from that of a worse model (docs/better-than-the-model.md). The "
+        "worse model is the run's own snapshot or checkpoint nearest to STEP (of an exported "
+        "NAME.safetensors: NAME-guide.safetensors beside it, if it is of this step), or any other "
+        "run, checkpoint or folder. Steps at middle noise levels then make two network calls. "
+        "Default: no.",
+    )
+    group.add_argument(
+        "--guidance",
+        type=finite,
+        help="The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away "
+        f"from that of the guide. Default: {GUIDANCE}.",
+    )
     group.add_argument(
         "--eta",
         type=fraction,
@@ -162,35 +182,4 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         choices=VARIANCES,
         help="The variance of ddpm's noise: small is the posterior variance; large is beta, which "
         "suits sampling over all timesteps. Default: the model's.",
-    )
-
-
-def add_steps_and_guide_flags(parser: argparse._ActionsContainer) -> None:
-    """Add --steps, --spacing, --guide and --guidance."""
-    parser.add_argument(
-        "--steps",
-        type=positive,
-        help="The number of steps. Each makes one network call, or up to two with --guide. "
-        "Default: one step for each timestep; on the page of demo.py 20.",
-    )
-    parser.add_argument(
-        "--spacing",
-        choices=SPACINGS,
-        help="How the timesteps are spaced: trailing is even in t, logsnr is even in log-SNR. "
-        "Default: the sampler's.",
-    )
-    parser.add_argument(
-        "--guide",
-        metavar="STEP|MODEL",
-        help="Move each x_0 away from that of a worse model (docs/better-than-the-model.md). The "
-        "worse model is the run's own snapshot or checkpoint nearest to STEP (of an exported "
-        "NAME.safetensors: NAME-guide.safetensors beside it, if it is of this step), or any other "
-        "run, checkpoint or folder. Steps at middle noise levels then make two network calls. "
-        "Default: no.",
-    )
-    parser.add_argument(
-        "--guidance",
-        type=finite,
-        help="The weight of --guide. 1 is the model alone; a larger weight moves x_0 further away "
-        f"from that of the guide. Default: {GUIDANCE}.",
     )
