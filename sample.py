@@ -139,7 +139,7 @@ def sample_files(
 
 
 def parse_flags(n: int, gif: bool) -> argparse.Namespace:
-    """Read the command line. Raises UserError for flags that exclude each other."""
+    """Read the command line. Raises UserError for more images than a grid shows."""
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
     add_out_flag(parser)
@@ -195,10 +195,6 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     args = parser.parse_args()
     if args.indices is None:
         args.indices = range(args.n or n)
-    if args.individual and (args.strip or args.progressive or args.gif):
-        raise UserError(
-            "--individual draws no figures and no animation; use a command without it, or --no-gif"
-        )
     count = len(args.indices)
     if not (1 <= count <= GRID_LIMIT or args.individual):
         raise UserError(f"a grid shows 1 to {GRID_LIMIT} images; for {count} add --individual")

@@ -34,8 +34,6 @@ COMMANDS = {
     "sample.py --n 36 --indices 3,7": "--indices: not allowed with argument --n/-n",
     "sample.py --indices 3,-7": "'3,-7' is not a list of integers such as 3,7,21",
     "sample.py --indices []": "a grid shows 1 to 100 images; for 0 add --individual",
-    "sample.py --individual --n 2 --strip": "--individual draws no figures",
-    "sample.py --individual --gif": "--individual draws no figures",
     "sample.py nothing.pt": "nothing.pt: there is no such file",
     "sample.py {root}/README.md": "README.md: the file is truncated, damaged or not a checkpoint",
     "sample.py {run} --guidance 1.5": "needs a --guide",
