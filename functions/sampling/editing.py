@@ -110,9 +110,8 @@ def read_x_0(image_sampler: ImageSampler, text: str) -> Tensor:
 def edited_path(args: argparse.Namespace, folder: Path, kind: str) -> Path:
     """Create the folder, and return the picture's path, which only the same command overwrites."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Each name is cut to 60 bytes, so that a file name, of at most 255, has room for two.
-    stems = [Path(text).stem.encode(errors="ignore")[:60] for text in args.images]
-    stems = [stem.decode(errors="ignore") for stem in stems]
+    # A file name has at most 255 bytes, and a letter up to four.
+    stems = [Path(text).stem[:25] for text in args.images]
     digest = sha256(ascii(sorted(vars(args).items())))
     return folder / f"{'-'.join([kind, *stems, digest[:8]])}.png"
 
