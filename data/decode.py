@@ -95,14 +95,14 @@ def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     return fit_square(to_pixels(image, channels), image_size)
 
 
-def open_image_file(path: Path | str) -> Image.Image:
-    """Read one image file. Raises UserError."""
+def open_image_file(path: Path | str, hint: str = "") -> Image.Image:
+    """Read one image file. Raises UserError, which ends with `hint` if the file cannot be read."""
     try:
         return open_image(Path(path).read_bytes())
     except BadImage as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror}{hint}") from error
 
 
 def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
@@ -119,4 +119,5 @@ def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
 
     Raises UserError.
     """
-    return fit_image(open_image_file(path), shape)
+    hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
+    return fit_image(open_image_file(path, hint), shape)

@@ -12,6 +12,7 @@ import train
 from functions.optimizers import Muon
 from functions.sampling.generation import generate
 from functions.sampling.options import SamplerOptions
+from functions.support.command_line import exit_on_user_error
 from functions.support.processes import Processes
 from functions.training.metrics import read_metrics
 from tests.conftest import (

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -120,6 +121,22 @@ def test_fields_begin_with_the_values_of_flags(chromium, run, tmp_path):
         grid = picture(page)
     call(sample.main, run, *flags.split(), "--n", 2, "--device", "cpu", "--out", tmp_path / "out")
     assert_array_equal(grid, pixels_of(tmp_path / "out" / "grid.png"))
+
+
+def test_a_model_of_few_timesteps_begins_with_all_of_them(trained, monkeypatch):
+    import demo
+
+    shown = []
+    run = trained("--diffusion.timesteps-diff", 11, "--diffusion.beta-end", 0.01)
+
+    def interface(call, inputs, *_, **__):
+        shown.append(inputs[2].value)
+
+    monkeypatch.setattr(demo.gr, "Interface", interface)
+    monkeypatch.setattr(demo.gr, "TabbedInterface", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        call(demo.main, run)
+    assert shown == [11] * 3
 
 
 def sampler_of(run, *flags):
