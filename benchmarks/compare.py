@@ -3,11 +3,10 @@
     python benchmarks/compare.py [--help] | tee table.md
 
 Each network runs with our settings, with these and compiled, and as its package is used without
-settings. Ours are the precision of training, and the memory layout, which on a CPU is one in
-training and another one in sampling. Each row is measured in a process of its own, because peak
-memory belongs to a process. In this process the row's network takes turns with ours, A B A B,
-because the speed of a machine changes. The comparison needs an idle machine, and the packages that
-NOTES.md names. It has not been run on a GPU yet.
+settings. Ours are the precision and the memory layout of training. Each row is measured in a
+process of its own, because peak memory belongs to a process. In this process the row's network
+takes turns with ours, A B A B, because the speed of a machine changes. The comparison needs an idle
+machine, and the packages that NOTES.md names. It has not been run on a GPU yet.
 """
 
 import datetime
@@ -106,14 +105,13 @@ class Bench:
         self, package: str, settings: str, model: ModelConfig, batch: int, device: torch.device
     ):
         self.device = device
-        self.training_layout = self.sampling_layout = torch.contiguous_format
+        layout = torch.contiguous_format
         precision = torch.float32
         if settings != PLAIN:
-            self.training_layout = fast_layout(device, training=True)
-            self.sampling_layout = fast_layout(device, training=False)
+            layout = fast_layout(device)
             precision = choose_precision("auto", device)
 
-        self.module = build(package, model).to(device, memory_format=self.training_layout)
+        self.module = build(package, model).to(device, memory_format=layout)
         network = self.module
         if settings == COMPILED:
             network = torch.compile(network, dynamic=False)
@@ -146,9 +144,9 @@ class Bench:
 
     def turn(self) -> tuple[float, float]:
         """Return the seconds of a step and of a call."""
-        self.module.train().to(memory_format=self.training_layout)
+        self.module.train()
         step = seconds_of(self.step, self.device)
-        self.module.eval().to(memory_format=self.sampling_layout)
+        self.module.eval()
         return step, seconds_of(self.call, self.device)
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.group_norm import GroupNorm
+
 
 @dataclass(frozen=True)
 class Dialect:
@@ -36,20 +38,6 @@ DIALECTS = {
     # These are diffusers' defaults, which its training script uses.
     "diffusers": Dialect(1e-5, 1, True, 0, 8),
 }
-
-
-class GroupNorm(nn.GroupNorm):
-    """PyTorch's group norm, which on CUDA returns the dtype of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda:
-            return super().forward(x)
-        # Under CUDA's autocast group norm would return float32, and its input and its output would
-        # be kept for backward in float32, too. The kernel adds up in float32 for every dtype.
-        with torch.autocast(x.device.type, enabled=False):
-            weight = self.weight.to(x.dtype)
-            bias = self.bias.to(x.dtype)
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, dialect: Dialect = DIALECTS["ho"]) -> Tensor:

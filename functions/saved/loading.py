@@ -99,8 +99,7 @@ def rebuild(
         ) from error
 
     copy_tensors(saved.weights, model.state_dict(), saved.path)
-    layout = fast_layout(device, training=False)
-    model.to(device, memory_format=layout).eval().requires_grad_(False)
+    model.to(device, memory_format=fast_layout(device)).eval().requires_grad_(False)
     return denoiser
 
 

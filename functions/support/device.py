@@ -145,10 +145,9 @@ def cpu_info() -> str:
     return CPUINFO.read_text() if CPUINFO.exists() else ""
 
 
-def fast_layout(device: torch.device, training: bool) -> torch.memory_format:
+def fast_layout(device: torch.device) -> torch.memory_format:
     """Return the memory layout in which the network is faster (see benchmarks/NOTES.md)."""
-    # On a CPU, group norm's backward is slow in channels_last, but everything else is faster.
-    if device.type == "cuda" or (device.type == "cpu" and not training):
+    if device.type in ("cuda", "cpu"):
         return torch.channels_last
     return torch.contiguous_format
 
@@ -183,7 +182,7 @@ def arithmetic(
         threads = torch.get_num_threads()
     return {
         "precision": precision_name(precision),
-        "memory_format": str(fast_layout(device, training=True)).removeprefix("torch."),
+        "memory_format": str(fast_layout(device)).removeprefix("torch."),
         "processor": processor,
         "threads": threads,
         "processes": processes,

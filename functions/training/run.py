@@ -180,7 +180,7 @@ class TrainingRun:
         """Build the network, with random weights, and the schedule."""
         # This seed is for the initial weights. Every later draw has another seed.
         torch.manual_seed(self.config.seed)
-        layout = fast_layout(self.device, training=True)
+        layout = fast_layout(self.device)
         model = build_network(self.experiment.model).to(self.device, memory_format=layout)
         return Denoiser(model, build_scheduler(vars(self.config)), self.config.objective, precision)
 

@@ -6,14 +6,13 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch.testing import assert_close
 
 from benchmarks.compare import build_diffusers
 from config import EXPERIMENTS, ModelConfig
 from functions.saved.diffusers_folder import compute, copy_weights
-from models.blocks import DIALECTS, GroupNorm, sinusoidal_embedding
+from models.blocks import DIALECTS, sinusoidal_embedding
 from models.unet import UNet
 from tests.functions.saved.test_diffusers_folder import HO
 
@@ -114,39 +113,3 @@ def test_initial_weights_are_hos():
 def test_levels_that_miss_the_lowest_resolution_are_refused():
     with pytest.raises(ValueError, match="not to lowest_resolution_size = 8"):
         UNet(32, 3, 8, [1, 2, 2, 2], [1], 32)
-
-
-class OnCuda(torch.Tensor):
-    """A tensor that says that it is on a GPU."""
-
-    is_cuda = True
-
-
-def output_and_gradients(y, *inputs):
-    """Return y, and the gradients of the inputs for a fixed gradient of y."""
-    generator = torch.Generator().manual_seed(1)
-    grad_y = torch.randn(y.shape, generator=generator).to(y.dtype)
-    return [y, *torch.autograd.grad(y, inputs, grad_y)]
-
-
-@pytest.mark.parametrize("mean", [0, 2])
-@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (12, 4)])
-def test_in_bfloat16_it_is_near_that_of_float64(channels, groups, mean):
-    torch.manual_seed(0)
-    norm = GroupNorm(groups, channels, 1e-6)
-    for parameter in norm.parameters():
-        torch.nn.init.normal_(parameter)
-    x = (mean + torch.randn(3, channels, 20, 20)).bfloat16()
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-
-    # Under autocast x is in bfloat16 and the weights are in float32.
-    with torch.autocast("cpu", torch.bfloat16):
-        found = output_and_gradients(norm(x.as_subclass(OnCuda)), x, *norm.parameters())
-    assert [value.dtype for value in found] == [torch.bfloat16] * 2 + [torch.float32] * 2
-
-    inputs = [tensor.detach().double().requires_grad_() for tensor in (x, *norm.parameters())]
-    x, weight, bias = inputs
-    exact = output_and_gradients(F.group_norm(x, groups, weight, bias, 1e-6), *inputs)
-    for value, truth in zip(found, exact, strict=True):
-        # bfloat16 has 8 bits, so it rounds by up to 0.4%.
-        assert (value.double() - truth).norm() < 0.01 * truth.norm()
