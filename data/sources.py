@@ -24,8 +24,8 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 # A name with a number: folders, a prefix and the number, as in x/img00000012.png.
 NUMBERED_NAME = re.compile(r"(?:.*/)?([A-Za-z_-]*)(\d{1,18})(?:\.\w+)?")
 
-# The config.json of a run has this text. The run's pictures are no data.
-RUN_CONFIG = '"diffusion": {'
+# Files with which our scripts mark a folder whose pictures are no data, and a text in them
+RESULTS = {"config.json": '"diffusion": {', "samples.json": '"sampler": "'}
 
 
 class Member(NamedTuple):
@@ -74,8 +74,11 @@ def find_source(path: str | os.PathLike) -> Source:
         members = list_folder(path, ignored)
     elif path.is_file() and path.suffix.lower() in ARCHIVES:
         members = list_archives([path], path, ignored)
-    ids = choose_ids([member.name for member in members])
-    members_by_id = dict(zip(ids, members, strict=True))
+    # A zip may have two files of one name. As when it is unpacked, the last one counts.
+    by_name = {member.name: member for member in members}
+    ignored += Counter({"of a repeated name": len(members) - len(by_name)})
+    ids = choose_ids([*by_name])
+    members_by_id = dict(zip(ids, by_name.values(), strict=True))
     ids = sorted(members_by_id)
     source = Source(path, [members_by_id[i] for i in ids], ids, ignored)
     if not members:
@@ -91,9 +94,9 @@ def find_source(path: str | os.PathLike) -> Source:
 def list_folder(path: Path, ignored: Counter) -> list[Member]:
     """List the image files in a folder and its subfolders, or the images in its archives.
 
-    Archives are the shards of one set, and are read if there are no more image files than archives,
-    such as a preview, unless several have an image's name, as masks have. Other files are counted
-    in `ignored`.
+    Archives are the shards of one set. One image beside archives is a preview, and one archive
+    beside images is none of them. Other files are counted in `ignored`. Raises UserError where both
+    are several.
     """
     images = {}
     archives = {}
@@ -104,13 +107,18 @@ def list_folder(path: Path, ignored: Counter) -> list[Member]:
         elif file.suffix.lower() in ARCHIVES and not is_hidden(name):
             archives[name] = file
         elif file.is_dir():
-            ignored["run folder"] += 1
+            ignored["folder of a run or of samples"] += 1
         # Packs of the folder lie in it.
         elif ".packed" not in file.name:
             ignored[kind_of(name)] += 1
 
-    stems = [{os.path.splitext(name)[0] for name in names} for names in (images, archives)]
-    if len(archives) >= len(images) and len(stems[0] & stems[1]) < 2:
+    if len(archives) > 1 and len(images) > 1:
+        raise UserError(
+            f"{path} has {len(images):,} images, such as {short(min(images))}, and "
+            f"{len(archives):,} archives, such as {short(min(archives))}. Which are the data? Name "
+            "their folder, or move the others away."
+        )
+    if len(archives) >= len(images):
         ignored.update(map(kind_of, images))
         return list_archives(sorted(archives.values()), path, ignored)
     ignored.update(map(kind_of, archives))
@@ -118,7 +126,7 @@ def list_folder(path: Path, ignored: Counter) -> list[Member]:
 
 
 def files_below(folder: Path, above: tuple = ()) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders; a run folder is yielded itself.
+    """Yield the files in a folder and its subfolders; a folder of RESULTS is yielded itself.
 
     `above` are the places of the folders around it.
     """
@@ -128,10 +136,13 @@ def files_below(folder: Path, above: tuple = ()) -> Iterator[Path]:
     place = (status.st_dev, status.st_ino)
     if place in above:
         return
-    config = folder / "config.json"
-    if config.is_file() and RUN_CONFIG in config.read_text(errors="replace"):
-        yield folder
-        return
+    for name, text in RESULTS.items():
+        file = folder / name
+        # A folder of samples may be named itself, to be measured.
+        wanted = name == "samples.json" and not above
+        if not wanted and file.is_file() and text in file.read_text(errors="replace"):
+            yield folder
+            return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
@@ -161,6 +172,8 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
     members = []
     for archive in archives:
         try:
+            if not archive.is_file():
+                raise OSError("not a file")
             found = ARCHIVES[archive.suffix.lower()](archive)
         except READ_ERRORS as error:
             raise UserError(

@@ -73,8 +73,8 @@ def test_one_archive_and_several_shards_are_the_same_set(tmp_path, suffix):
         shard = tmp_path / "shards" / "data" / f"{name}{suffix}"
         options = [] if suffix == ".npz" else [f"{first // 6}{{number:04d}}.png"]
         write(shard, part, *options)
-    # Previews beside shards are not the set.
-    write_folder(tmp_path / "shards", IMAGES[:2])
+    # A preview beside shards is not the set.
+    write_folder(tmp_path / "shards", IMAGES[:1])
 
     # macOS writes such files beside others.
     (tmp_path / "shards" / "data" / f"._a{suffix}").write_bytes(b"metadata")
@@ -92,31 +92,43 @@ def test_shards_with_the_same_numbers_keep_their_names(tmp_path):
     assert find_source(tmp_path).ids == ["a.zip/00000.png", "b.zip/00000.png"]
 
 
-def test_archives_with_the_names_of_images_are_no_shards(tmp_path):
-    # A mask, an image as well, is beside each image.
-    path = write_folder(tmp_path / "set")
-    for number in NUMBERS:
-        write_npz(path / f"{number:05d}.npz", 255 - IMAGES[:1])
-    assert_array_equal(load(path).images, IMAGES)
-    assert find_source(path).ignored == {".npz": 10}
-
-    # A preview of a shard is none.
-    path = write_folder(tmp_path / "shard", IMAGES[:1])
-    write_zip(path / "00000.zip")
+def test_images_beside_archives(tmp_path):
+    # One image beside shards is a preview.
+    path = write_folder(tmp_path / "set", IMAGES[:1])
+    write_zip(path / "a.zip")
     assert find_source(path).ignored == {".png": 1}
 
+    # One archive is none of the images. Two may be masks or shards.
+    write_folder(path)
+    assert find_source(path).ignored == {".zip": 1}
+    write_npz(path / "masks" / "b.npz", IMAGES)
+    with pytest.raises(UserError, match=r"10 images, such as 00000.png, and 2 archives, such as a"):
+        find_source(path)
 
-def test_runs_inside_the_data_are_no_data(tmp_path):
+
+def test_images_of_one_name_in_a_zip_are_counted(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name in ("a/0.png", "a\\0.png", "a/1.png"):
+            archive.writestr(name, PICTURE)
+    source = find_source(tmp_path / "set.zip")
+    assert source.ids == [0, 1]
+    assert source.describe_ignored() == "; ignored: 1 of a repeated name"
+
+
+def test_results_inside_the_data_are_no_data(tmp_path):
     path = write_folder(tmp_path / "set")
     run = write_folder(path / "runs" / "faces-20260101-120000", IMAGES, "samples/{number}.png")
     (run / "config.json").write_text(
         json.dumps({"config": EXPERIMENTS["faces"].to_dict()}, indent=2)
     )
+    samples = write_folder(path / "samples")
+    (samples / "samples.json").write_text(json.dumps({"sampler": "ddpm"}, indent=2))
     # Other projects have such files, too.
     (path / "config.json").write_text('{"_class_name": "diffusion"}')
     source = find_source(path)
     assert source.ids == NUMBERS
-    assert source.ignored == {"run folder": 1, ".json": 1}
+    assert source.ignored == {"folder of a run or of samples": 2, ".json": 1}
+    assert find_source(samples).ids == NUMBERS
 
 
 @pytest.mark.parametrize(
@@ -223,6 +235,9 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
     with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as archive:
         archive.add(folder)
     (tmp_path / "tar.zip").write_bytes((tmp_path / "set.tar.gz").read_bytes())
+    (tmp_path / "pipes").mkdir()
+    for pipe in ("pipe.zip", "pipes/pipe.zip"):
+        os.mkfifo(tmp_path / pipe)
     np.save(tmp_path / "array.npy", IMAGES)
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
 
@@ -236,6 +251,8 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
         ("set.tar.gz", f"contains no image that can be read. {unpack}"),
         ("tar.zip", f"{unusable}.zip file"),
         ("array.npz", f"{unusable}.npz file"),
+        ("pipe.zip", f"contains no image that can be read. {unpack}"),
+        ("pipes", rf"/pipe.zip {unusable.replace('.*', 'not a file')}"),
     ):
-        with pytest.raises(UserError, match=f"{name} {message}"):
+        with pytest.raises(UserError, match=f"{name} ?{message}"):
             find_source(tmp_path / name)
