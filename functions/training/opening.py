@@ -87,7 +87,10 @@ def fit_to_weights(
         )
     dropout = model.get("dropout", preset.model.dropout)
     experiment = preset.override(diffusion | needed, network | {"dropout": dropout})
-    asked = experiment.override(diffusion, model)
+    try:
+        asked = experiment.override(diffusion, model)
+    except ConfigError as error:
+        raise ConfigError(f"{error} {reason}") from error
     for field, (value, given) in experiment.differences(asked).items():
         raise ConfigError(f"{field} is {value} {reason}; it cannot be changed to {given}")
     return experiment

@@ -17,7 +17,14 @@ from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import PAPER_TIMESTEPS
 from functions.optimizers import LR_SCHEDULES, Adam, Muon
-from functions.saved.checkpoint import SavedModel, TensorFile, Tensors, copy_tensors, write_tensors
+from functions.saved.checkpoint import (
+    SavedModel,
+    TensorFile,
+    Tensors,
+    check_finite,
+    copy_tensors,
+    write_tensors,
+)
 from functions.support.device import (
     COMPILED_DEVICES,
     arithmetic,
@@ -196,6 +203,10 @@ class TrainingRun:
             weights = grown_weights(weights, self.model)
             description += f", grown from {own_size} px"
             self.provenance["grown"] = True
+        earlier = initial.provenance
+        same_images = earlier.get("pixels_hash") == self.split.pixels_hash
+        if same_images and earlier["train_ids_hash"] != self.split.train_ids_hash:
+            description += "; trained on images that are held out now, so val_loss is too good"
         copy_tensors(weights, self.model.state_dict(), initial.path)
         if self.ema_model:
             self.ema_model.load_state_dict(self.model.state_dict())
@@ -267,7 +278,11 @@ class TrainingRun:
     def load(self, checkpoint: TensorFile) -> None:
         """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
         for part, tensors in self.parts().items():
-            copy_tensors(checkpoint.tensors(part), tensors, checkpoint.path)
+            saved = checkpoint.tensors(part)
+            # The sums of a window may count a loss that was not finite, and the step was skipped.
+            if part != "window":
+                check_finite(saved, checkpoint.path)
+            copy_tensors(saved, tensors, checkpoint.path)
         # The state is empty unless the precision was float16.
         scaler = checkpoint.contents["scaler"]
         if scaler:
