@@ -22,7 +22,7 @@ HELD_OUT = 0.1
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 # The folder or shard of a side, as train/, val2017/, test.zip or train-00000-of-00002.parquet.
 SIDE = re.compile(
-    rf"(train|{'|'.join(HELD_OUT_FOLDERS)})([-_]?\d+(-of-\d+(-\w+)?)?)?"
+    rf"(train|{'|'.join(HELD_OUT_FOLDERS)})([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
     rf"({'|'.join(map(re.escape, ARCHIVES))})?"
 )
 

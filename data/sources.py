@@ -100,14 +100,12 @@ def list_folder(path: Path, ignored: Counter) -> list[Member]:
     """
     images = {}
     archives = {}
-    for file in files_below(path):
+    for file in files_below(path, ignored):
         name = file.relative_to(path).as_posix()
         if is_image_name(name):
             images[name] = file
         elif file.suffix.lower() in ARCHIVES and not is_hidden(name):
             archives[name] = file
-        elif file.is_dir():
-            ignored["folder of a run or of samples"] += 1
         # Packs of the folder lie in it.
         elif ".packed" not in file.name:
             ignored[kind_of(name)] += 1
@@ -125,8 +123,8 @@ def list_folder(path: Path, ignored: Counter) -> list[Member]:
     return [Member(name, stamp_of(file), partial(read_file, file)) for name, file in images.items()]
 
 
-def files_below(folder: Path, above: tuple = ()) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders; a folder of RESULTS is yielded itself.
+def files_below(folder: Path, ignored: Counter, above: tuple = ()) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders; count in `ignored` folders of RESULTS.
 
     `above` are the places of the folders around it.
     """
@@ -141,12 +139,12 @@ def files_below(folder: Path, above: tuple = ()) -> Iterator[Path]:
         # A folder of samples may be named itself, to be measured.
         wanted = name == "samples.json" and not above
         if not wanted and file.is_file() and text in file.read_text(errors="replace"):
-            yield folder
+            ignored["folder of a run or of samples"] += 1
             return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
-                yield from files_below(folder / entry.name, (*above, place))
+                yield from files_below(folder / entry.name, ignored, (*above, place))
             else:
                 yield folder / entry.name
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from models.blocks import (
     DIALECTS,
     Downsample,
-    GroupNorm,
     ResidualBlock,
     SelfAttention,
     TimeEmbedding,
     Upsample,
 )
+from models.group_norm import GroupNorm
 
 # Each level has this many residual blocks on the way down. On the way up it has one more, for one
 # more skip connection: from the downsampling into the level or, at the full resolution, from the

@@ -189,17 +189,17 @@ def load_weights(path: Path) -> SavedModel:
     file = open_checkpoint(path)
     part, kind = ("ema", "EMA") if "ema" in file.digests else ("model", "raw")
     weights = file.tensors(part)
-    check_finite(weights, path)
+    check_finite(weights, path, part)
     config = file.contents["config"]
     digest = model_digest(config, file.digests[part])
     return SavedModel(path, weights, kind, config, file.contents["run"], digest)
 
 
-def check_finite(weights: Tensors, path: Path) -> None:
-    """Raise CheckpointError for weights of the file `path` with which all samples are black."""
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise CheckpointError(f"{path}: {name} has weights that are infinite or not numbers")
+def check_finite(tensors: Tensors, path: Path, part: str) -> None:
+    """Raise CheckpointError for tensors of the file `path` with which all samples are black."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {part}.{name} has infinite values or NaN")
 
 
 def model_digest(config: dict, weights_digest: str) -> str:

@@ -94,7 +94,7 @@ def load_folder(path: Path) -> SavedModel:
         # diffusers draws missing weights at random.
         if any(loading.values()):
             raise ValueError(f"the weights do not fit the network: {loading}")
-        check_finite(network.state_dict(), path)
+        check_finite(network.state_dict(), path, "unet")
         ours = build_network(ModelConfig(**config["model"]))
         copy_weights(network, ours, len(ours.down))
 

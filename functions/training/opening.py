@@ -90,7 +90,7 @@ def fit_to_weights(
     try:
         asked = experiment.override(diffusion, model)
     except ConfigError as error:
-        raise ConfigError(f"{error} {reason}") from error
+        raise ConfigError(f"{error}; leave it as it is {reason}") from error
     for field, (value, given) in experiment.differences(asked).items():
         raise ConfigError(f"{field} is {value} {reason}; it cannot be changed to {given}")
     return experiment

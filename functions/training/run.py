@@ -206,7 +206,7 @@ class TrainingRun:
         earlier = initial.provenance
         same_images = earlier.get("pixels_hash") == self.split.pixels_hash
         if same_images and earlier["train_ids_hash"] != self.split.train_ids_hash:
-            description += "; trained on images that are held out now, so val_loss is too good"
+            description += "; trained on another split of these images: val_loss may be too good"
         copy_tensors(weights, self.model.state_dict(), initial.path)
         if self.ema_model:
             self.ema_model.load_state_dict(self.model.state_dict())
@@ -279,9 +279,7 @@ class TrainingRun:
         """Take over a checkpoint's numbers. Raises CheckpointError when they do not fit."""
         for part, tensors in self.parts().items():
             saved = checkpoint.tensors(part)
-            # The sums of a window may count a loss that was not finite, and the step was skipped.
-            if part != "window":
-                check_finite(saved, checkpoint.path)
+            check_finite(saved, checkpoint.path, part)
             copy_tensors(saved, tensors, checkpoint.path)
         # The state is empty unless the precision was float16.
         scaler = checkpoint.contents["scaler"]

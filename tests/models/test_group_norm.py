@@ -15,10 +15,14 @@ class OnCuda(torch.Tensor):
 
 
 def output_and_gradients(y, *inputs):
-    """Return y, and the gradients of the inputs for a fixed gradient of y."""
+    """Return y, the gradients of the inputs, and the sums of the first one over H and W.
+
+    For this gradient of y, each of its terms is a large part of it.
+    """
     generator = torch.Generator().manual_seed(1)
-    grad_y = torch.randn(y.shape, generator=generator).to(y.dtype)
-    return [y, *torch.autograd.grad(y, inputs, grad_y)]
+    noise = torch.randn(y.shape, generator=generator).to(y.dtype)
+    gradients = torch.autograd.grad(y, inputs, noise + 0.3 + 0.3 * y.detach())
+    return [y, *gradients, gradients[0].sum((2, 3), dtype=torch.float32)]
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, OnCuda])
@@ -37,7 +41,7 @@ def test_in_bfloat16_it_is_near_that_of_float64(channels, groups, mean, kind):
     # Under autocast x is in bfloat16 and the weights are in float32.
     with torch.autocast("cpu", torch.bfloat16):
         found = output_and_gradients(norm(typed), x, *norm.parameters())
-    assert [value.dtype for value in found] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert [value.dtype for value in found] == [torch.bfloat16] * 2 + [torch.float32] * 3
 
     inputs = [tensor.detach().double().requires_grad_() for tensor in (x, *norm.parameters())]
     x, weight, bias = inputs

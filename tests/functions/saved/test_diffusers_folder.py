@@ -319,7 +319,7 @@ def test_damaged_folders_are_refused_in_a_sentence(folder):
     weights = load_file(file)
     weights["conv_in.bias"][3] = torch.nan
     save_file(weights, file)
-    assert "conv_in.bias has weights that are infinite or not numbers" in refusal(folder)
+    assert "unet.conv_in.bias has infinite values or NaN" in refusal(folder)
     file.write_bytes(file.read_bytes()[:2000])
     refusal(folder)
     (folder / UNET).unlink()

@@ -78,12 +78,20 @@ def test_an_exported_file_among_checkpoints_is_no_training(path):
     assert refusal(path, resume) == "model is missing or damaged"
 
 
-@pytest.mark.parametrize("read", [sample, begin, resume])
-def test_weights_that_are_not_finite(read, path):
+@pytest.mark.parametrize(
+    ("read", "part", "name"),
+    [
+        (sample, "ema", "conv_in.bias"),
+        (begin, "ema", "conv_in.bias"),
+        (resume, "model", "conv_in.bias"),
+        (resume, "optimizer", "exp_avg.conv_in.bias"),
+    ],
+)
+def test_numbers_that_are_not_finite(path, read, part, name):
     parts, contents = checkpoint_parts()
-    parts["ema"]["conv_in.bias"][3] = math.inf
+    parts[part][name][3] = math.inf
     write_tensors(path, parts, contents)
-    assert refusal(path, read) == "conv_in.bias has weights that are infinite or not numbers"
+    assert refusal(path, read) == f"{part}.{name} has infinite values or NaN"
 
 
 @pytest.mark.parametrize("read", [resume, sample])

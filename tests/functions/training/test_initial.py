@@ -43,7 +43,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     for name, weight in run.parts()["ema"].items():
         assert torch.equal(weight, before.weights[name])
     assert f"begins as  {tiny_run}" in run.describe()
-    assert "held out" not in run.provenance["initial"]
+    assert "another split" not in run.provenance["initial"]
     other_split = replace(before, provenance=before.provenance | {"train_ids_hash": "0"})
 
     # The run says where it began.
@@ -57,7 +57,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(tiny_run, pictures, t
     assert contents["config"]["diffusion"]["timesteps_diff"] == 100
 
     run.begin_with(other_split)
-    assert "trained on images that are held out now" in run.provenance["initial"]
+    assert "trained on another split of these images" in run.provenance["initial"]
 
     # In ten steps an average over 10,000 moves little.
     moved = {}
@@ -166,7 +166,10 @@ def test_a_preset_of_twice_the_size_and_a_level_more_is_what_grows():
             "--model.image-size 32 --model.dim-multiply 1,2,2",
             r"dim_multiply is \[1, 1, 2\] for .* 32; it cannot be changed to \[1, 2, 2\]",
         ),
-        ("--model.image-size 32 --model.dim-multiply 1,2", "dim_multiply .* for the weights of"),
+        (
+            "--model.image-size 32 --model.dim-multiply 1,2",
+            "dim_multiply .* leave it as it is for the weights of",
+        ),
     ],
 )
 def test_what_contradicts_the_weights_is_refused(flags, message, tiny_run, pictures, tmp_path):
