@@ -7,6 +7,7 @@ A config that cannot work raises ConfigError, whose message says which values wo
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -162,8 +163,7 @@ def experiments() -> dict[str, "Experiment"]:
 
     # The reference's second run: 1000 timesteps and EMA.
     ffhq_run2 = ffhq_run1.override(
-        {"timesteps_diff": 1000, "rescale_betas": True, "ema_decay": 0.9999},
-        {},
+        {"timesteps_diff": 1000, "rescale_betas": True, "ema_decay": 0.9999}, {}
     )
 
     # The reference's full run: twice the width, augmentation, 500 epochs. --resume RUN with a
@@ -452,26 +452,36 @@ class ModelConfig:
         # Each level halves the size, from image_size down to lowest_resolution_size.
         lowest = self.lowest_resolution_size
         levels = math.log2(self.image_size / lowest) + 1
-        requirement = f"lowest_resolution_size = {lowest} times a power of 2"
-        check("image_size", levels >= 1 and levels.is_integer(), requirement)
-        requirement = (
-            f"a list of {levels:g}, one for each resolution from image_size = {self.image_size} "
-            f"down to lowest_resolution_size = {lowest}"
+        check(
+            "image_size",
+            levels >= 1 and levels.is_integer(),
+            f"lowest_resolution_size = {lowest} times a power of 2",
         )
-        check("dim_multiply", len(self.dim_multiply) == levels, requirement)
-
-        exist = max(self.transformer_layers, default=0) < levels
-        requirement = f"levels between 0 and {levels - 1:g}, as dim_multiply has {levels:g}"
-        check("transformer_layers", exist, requirement)
+        check(
+            "dim_multiply",
+            len(self.dim_multiply) == levels,
+            f"a list of {levels:g}, one for each resolution from image_size = {self.image_size} "
+            f"down to lowest_resolution_size = {lowest}",
+        )
+        check(
+            "transformer_layers",
+            max(self.transformer_layers, default=0) < levels,
+            f"levels between 0 and {levels - 1:g}, as dim_multiply has {levels:g}",
+        )
 
         divisor = math.gcd(*self.dims)
-        requirement = f"a divisor of {divisor}, as the levels' channels are {list(self.dims)}"
-        check("norm_groups", divisor % self.norm_groups == 0, requirement)
+        check(
+            "norm_groups",
+            divisor % self.norm_groups == 0,
+            f"a divisor of {divisor}, as the levels' channels are {list(self.dims)}",
+        )
         # The bottleneck has attention, too, with as many channels as the last level.
         attention_dims = [self.dims[level] for level in (*self.transformer_layers, -1)]
-        divisible = self.dialect == "ho" or math.gcd(*attention_dims) % 8 == 0
-        requirement = 'such that attention has heads of 8 channels, with dialect "diffusers"'
-        check("base_dim", divisible, requirement)
+        check(
+            "base_dim",
+            self.dialect == "ho" or math.gcd(*attention_dims) % 8 == 0,
+            'such that attention has heads of 8 channels, with dialect "diffusers"',
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -515,35 +525,33 @@ class Experiment:
 
         fixed = self.differences(changed).keys() - {f"diffusion.{name}" for name in may_change}
         if fixed:
-            names = ", ".join(sorted(fixed))
-            raise ConfigError(f"a resumed run cannot change {names}; start a new run for that")
+            raise ConfigError(
+                f"a resumed run cannot change {', '.join(sorted(fixed))}; start a new run for that"
+            )
         return changed
 
     def differences(self, other: "Experiment") -> dict[str, tuple]:
         """Return the fields that differ: {"diffusion.epochs": (value, value in `other`), ...}."""
-        other_parts = other.to_dict()
-        differences = {}
-        for part, fields in self.to_dict().items():
-            for name, value in fields.items():
-                other_value = other_parts[part][name]
-                if value != other_value:
-                    differences[f"{part}.{name}"] = (value, other_value)
-        return differences
+        others = other.to_dict()
+        return {
+            f"{part}.{name}": (value, others[part][name])
+            for part, fields in self.to_dict().items()
+            for name, value in fields.items()
+            if value != others[part][name]
+        }
 
-    def warnings(self) -> list[str]:
-        """Return a warning for each setting that is allowed but probably a mistake."""
-        warnings = []
+    def warnings(self) -> Iterator[str]:
+        """Yield a warning for each setting that is allowed but probably a mistake."""
         groups = self.model.norm_groups
         channels_of_group = min(self.model.dims) / groups
         if channels_of_group < 2:
-            warnings.append(
+            yield (
                 f"norm_groups = {groups} leaves {channels_of_group:g} channel per group at the "
                 "narrowest level; the norm then erases each channel's mean and samples come out "
                 "tinted: use at least 4 channels per group"
             )
         if self.diffusion.max_rotation > 0 and not self.diffusion.use_augmentation:
-            warnings.append("max_rotation has no effect without use_augmentation = True")
-        return warnings
+            yield "max_rotation has no effect without use_augmentation = True"
 
     def to_dict(self) -> dict:
         """Return the fields as nested dicts, with lists for tuples, as JSON stores them."""
@@ -557,10 +565,9 @@ class Experiment:
                 DiffusionConfig(**config["diffusion"]), ModelConfig(**config["model"])
             )
         except (KeyError, TypeError) as error:
-            why = repr(str(error)[:200])
             raise ConfigError(
-                f"the saved config does not fit this version in 'diffusion' or 'model': {why}; "
-                "CHANGELOG.md says which version it is of"
+                "the saved config does not fit this version in 'diffusion' or 'model': "
+                f"{str(error)[:200]!r}; CHANGELOG.md says which version it is of"
             ) from error
 
 

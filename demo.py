@@ -26,7 +26,6 @@ from functions.sampling.options import add_sampling_flags
 from functions.support.command_line import EXIT_BAD_INPUT, Parser, exit_on_user_error
 from functions.support.errors import UserError
 from functions.support.pictures import grid_of
-from functions.support.processes import SINGLE_PROCESS
 
 try:
     import gradio as gr
@@ -52,8 +51,8 @@ def main() -> None:
     add_sampling_flags(parser)
     parser.set_defaults(sampler="dpm++")
     args = parser.parse_args()
-    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
-    image_sampler = guided(image_sampler, saved, SINGLE_PROCESS)
+    saved, image_sampler = open_sampler(args)
+    image_sampler = guided(image_sampler, saved)
     steps = args.steps or min(STEPS, image_sampler.scheduler.timesteps)
     options = replace(image_sampler.options, steps=steps, variance=args.variance)
     image_sampler = replace(image_sampler, options=options)
@@ -93,8 +92,14 @@ def tab(
         gr.Number(options.steps, label="Steps", info="Empty: all timesteps.", precision=0),
     ]
     picture = gr.Image(show_label=False, format="png", height=560, buttons=["download"])
-    quiet = {"flagging_mode": "never", "clear_btn": None, "analytics_enabled": False}
-    return gr.Interface(call, [*settings, *inputs], picture, **quiet)
+    return gr.Interface(
+        call,
+        [*settings, *inputs],
+        picture,
+        flagging_mode="never",
+        clear_btn=None,
+        analytics_enabled=False,
+    )
 
 
 def draw_tab(image_sampler: ImageSampler) -> gr.Interface:
@@ -115,7 +120,7 @@ def mix_tab(image_sampler: ImageSampler) -> gr.Interface:
 
 
 def paint_tab(image_sampler: ImageSampler) -> gr.Interface:
-    first = picture_of(to_uint8(generate(image_sampler, [0]))[0].numpy())
+    first = picture_of(to_uint8(generate(image_sampler, [0]))[0])
     editor = gr.ImageEditor(
         first.resize((SIDE, SIDE)),
         label="Paint over the part to inpaint",
@@ -135,7 +140,7 @@ def paint_tab(image_sampler: ImageSampler) -> gr.Interface:
 
 def draw(image_sampler: ImageSampler, n: int) -> Image.Image:
     """Return a grid of images 0 .. n-1."""
-    return grid_of(to_uint8(generate(image_sampler, range(n), progress=True)).numpy())
+    return grid_of(to_uint8(generate(image_sampler, range(n), progress=True)))
 
 
 def mix(
@@ -155,7 +160,7 @@ def mix(
     weights = torch.tensor([share], device=first.device)
     mixture = interpolate_images(image_sampler, torch.stack([first, second]), t, weights)
     images = torch.stack([first, mixture[0], second])
-    return grid_of(to_uint8(images).cpu().numpy(), columns=3)
+    return grid_of(to_uint8(images), columns=3)
 
 
 def paint(image_sampler: ImageSampler, n: int, edit: dict) -> Image.Image:

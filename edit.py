@@ -26,7 +26,6 @@ from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import samples_folder
 from functions.support.command_line import Parser, exit_on_user_error, fraction, positive
 from functions.support.errors import UserError
-from functions.support.processes import SINGLE_PROCESS
 
 # The verbs of the command line.
 VERBS = {
@@ -49,13 +48,13 @@ EXACT_FLAGS = {
 def main() -> None:
     """Read the command line, edit the images, and print which file was written."""
     args = parse_flags()
-    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+    saved, image_sampler = open_sampler(args)
     if args.exact and not args.steps:
         steps = min(EXACT_STEPS, image_sampler.scheduler.timesteps)
         options = replace(image_sampler.options, steps=steps)
         image_sampler = replace(image_sampler, options=options)
-    image_sampler = guided(image_sampler, saved, SINGLE_PROCESS)
-    folder = samples_folder(args, saved, image_sampler, SINGLE_PROCESS)
+    image_sampler = guided(image_sampler, saved)
+    folder = samples_folder(args, saved, image_sampler)
     VERBS[args.verb](args, image_sampler, folder)
 
 

@@ -11,28 +11,18 @@
 `python evaluate.py bits --help`, `distance --help` and `images --help` list the flags of these.
 """
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.pixels import to_model_range
-from functions.evaluation.bits_per_dim import (
-    BitsPerDim,
-    BoundOptions,
-    evenly_spaced,
-    measure_bits_per_dim,
-)
+from functions.evaluation.bits_per_dim import BoundOptions, evenly_spaced, measure_bits_per_dim
 from functions.evaluation.feature_distance import model_batches, training_features
-from functions.evaluation.fidelity import (
-    folder_images,
-    load_like,
-    measure_fidelity,
-    set_images,
-)
+from functions.evaluation.fidelity import folder_images, load_like, measure_fidelity, set_images
 from functions.samplers import VARIANCES
 from functions.sampling.generation import open_sampler
 from functions.sampling.options import add_model_flags, add_out_flag
@@ -42,8 +32,7 @@ from functions.saved.run_folder import results_folder
 from functions.support.command_line import Parser, exit_on_user_error, positive
 from functions.support.device import choose_device
 from functions.support.errors import UserError
-from functions.support.files import read_json, sha256, write_text
-from functions.support.processes import SINGLE_PROCESS
+from functions.support.files import read_json, sha256, warn, write_text
 
 # With fewer images, FID is far above that of many images.
 FEW_IMAGES = 10_000
@@ -52,17 +41,16 @@ FEW_IMAGES = 10_000
 def main() -> None:
     """Read the command line, measure, and print the results."""
     args = parse_flags()
-    verbs = {"bits": evaluate_bits, "distance": evaluate_distance, "images": evaluate_images}
-    verbs[args.verb](args)
+    VERBS[args.verb](args)
 
 
-def parse_flags() -> argparse.Namespace:
+def parse_flags() -> Namespace:
     """Read the command line; without a verb, that of bits."""
     parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb")
-    bits = verbs.add_parser("bits", description=evaluate_bits.__doc__)
-    distance = verbs.add_parser("distance", description=evaluate_distance.__doc__)
-    images = verbs.add_parser("images", description=evaluate_images.__doc__)
+    bits, distance, images = (
+        verbs.add_parser(name, description=evaluate.__doc__) for name, evaluate in VERBS.items()
+    )
 
     add_model_flags(bits)
     bits.add_argument(
@@ -129,9 +117,9 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def evaluate_bits(args: argparse.Namespace) -> None:
+def evaluate_bits(args: Namespace) -> None:
     """Measure bits/dim of held-out images; print and write it."""
-    saved, image_sampler = open_sampler(args, SINGLE_PROCESS)
+    saved, image_sampler = open_sampler(args)
     device = image_sampler.device
     if device.type == "mps":
         raise UserError("bits/dim needs float64, which mps does not have; use --device cpu")
@@ -141,23 +129,23 @@ def evaluate_bits(args: argparse.Namespace) -> None:
     print(split.description)
     # If the model was trained on some of the held-out images, its result is too good.
     if saved.provenance.get("train_ids_hash") != split.train_ids_hash:
-        print(
+        warn(
             "WARNING: THESE MAY NOT BE THE IMAGES IT WAS TRAINED ON: "
-            "some of the validation images may be among its training images",
-            file=sys.stderr,
+            "some of the validation images may be among its training images"
         )
     folder = args.out or results_folder(saved, "evaluation")
     # The measurement may take hours. So an error of the folder comes first.
     folder.mkdir(parents=True, exist_ok=True)
 
     def load_x_0(index: int) -> torch.Tensor:
-        return to_model_range(torch.from_numpy(image_set.images[[index]]).to(device))
+        return to_model_range(image_set.images[[index]]).to(device)
 
     # For some diffusers models, samplers do not clip x_0. The bound then does not clip it either.
     clip_x_0 = image_sampler.options.clip_x_0
     options = BoundOptions(args.t_stride, image_sampler.batch_size, args.bpd_variance, clip_x_0)
     indices = evenly_spaced(split.val_indices, args.images)
     result = measure_bits_per_dim(image_sampler.denoiser, load_x_0, indices, options)
+    numbers = result.numbers()
     # Two results that differ in one of these cannot be compared.
     settings = {
         "experiment": saved.provenance["experiment"],
@@ -169,25 +157,17 @@ def evaluate_bits(args: argparse.Namespace) -> None:
         "images": len(indices),
         **vars(options),
     }
-    write_bits(folder / f"{saved.name}-bpd", settings, result)
-
-
-def write_bits(prefix: Path, settings: dict, result: BitsPerDim) -> None:
-    """Print bits/dim, and write it to PREFIX-<hash of the settings>.json.
-
-    So results of other settings are never overwritten.
-    """
-    numbers = result.numbers()
     settings_text = json.dumps(settings)
     print("bits/dim {bits_per_dim:.4f}, standard error {standard_error:.4f}".format(**numbers))
     print("    rate {rate:.4f} + distortion {distortion:.4f}".format(**numbers))
     print(f"    {len(result.lengths)} t for each image; {settings_text}")
-    path = Path(f"{prefix}-{sha256(settings_text)[:8]}.json")
+    # Results of other settings are never overwritten.
+    path = folder / f"{saved.name}-bpd-{sha256(settings_text)[:8]}.json"
     write_text(path, json.dumps({"settings": settings, **numbers}, indent=2))
     print(f"wrote {path}")
 
 
-def evaluate_distance(args: argparse.Namespace) -> None:
+def evaluate_distance(args: Namespace) -> None:
     """Print how far samples are from the training images, and how far as many held-out ones are."""
     samples = folder_images(args.folder)
     image_set, split = load_like(args.folder, args.data)
@@ -203,12 +183,14 @@ def evaluate_distance(args: argparse.Namespace) -> None:
     held_out = features(model_batches(set_images(image_set, indices)))
     count = len(held_out)
     if count < len(drawn):
-        first = features.distance(drawn[:count])
-        print(f"distance of the first {count} samples, as only {count} are held out: {first:.4g}")
+        print(
+            f"distance of the first {count} samples, as only {count} are held out: "
+            f"{features.distance(drawn[:count]):.4g}"
+        )
     print(f"distance of {count} held-out images: {features.distance(held_out):.4g}")
 
 
-def evaluate_images(args: argparse.Namespace) -> None:
+def evaluate_images(args: Namespace) -> None:
     """Measure FID, KID, precision and recall of a folder of images, and print them."""
     samples = folder_images(args.folder)
     if not Path(args.data, MANIFEST).exists():
@@ -228,12 +210,14 @@ def evaluate_images(args: argparse.Namespace) -> None:
     for name, value in results.items():
         print(f"{name:34} {value:.6g}")
     if len(samples) < FEW_IMAGES:
-        print(
+        warn(
             f"WARNING: ONLY {len(samples):,} SAMPLES: FID IS BIASED UPWARDS, "
-            "and can be compared only with FIDs of as many",
-            file=sys.stderr,
+            "and can be compared only with FIDs of as many"
         )
 
+
+# The verbs of the command line.
+VERBS = {"bits": evaluate_bits, "distance": evaluate_distance, "images": evaluate_images}
 
 if __name__ == "__main__":
     with exit_on_user_error():

@@ -45,7 +45,7 @@ def main() -> None:
     """Train a small network; draw its loss curve and a grid of its samples."""
     torch.manual_seed(0)
     pixels = load_images("emoji_people", NETWORK["image_size"]).images  # uint8 (N, 32, 32, 3)
-    images = to_model_range(torch.from_numpy(pixels))  # (N, 3, 32, 32) in [-1, 1]
+    images = to_model_range(pixels)  # (N, 3, 32, 32) in [-1, 1]
     # beta, the variance of the noise of a step, rises linearly. It is the paper's, times 1000 / T,
     # so that x_T is pure noise. alpha is 1 - beta, and alpha_bar, the product of alpha up to a
     # timestep, falls from 1 to 0.

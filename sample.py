@@ -12,19 +12,14 @@ samples only the batches with missing images:
     torchrun --nproc-per-node 8 sample.py -n 50000 --individual --out FOLDER
 """
 
-import argparse
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.batches import batches_of
 from data.pixels import to_uint8
 from functions.sampling.export import export
-from functions.sampling.generation import (
-    ImageSampler,
-    generate,
-    open_sampler,
-    step_bar,
-)
+from functions.sampling.generation import ImageSampler, generate, open_sampler, step_bar
 from functions.sampling.guides import guided
 from functions.sampling.options import add_out_flag, add_sampling_flags
 from functions.sampling.samples_folder import (
@@ -86,7 +81,7 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
 
 
 def sample_pictures(
-    args: argparse.Namespace, image_sampler: ImageSampler, folder: Path, settings: dict
+    args: Namespace, image_sampler: ImageSampler, folder: Path, settings: dict
 ) -> None:
     """Sample the images, and write a grid and the figures that the flags ask for."""
     indices = list(args.indices)
@@ -100,7 +95,7 @@ def sample_pictures(
     # Another command may have opened the folder at the same moment.
     open_folder(folder, settings, indices)
     save_figures(args, states, estimates, folder)
-    save_grid(to_uint8(images).numpy(), folder / "grid.png")
+    save_grid(to_uint8(images), folder / "grid.png")
     print(f"wrote {folder / 'grid.png'}")
 
 
@@ -116,18 +111,19 @@ def sample_files(
     The processes share the batches, which depend neither on the number of processes nor on where
     an earlier command was interrupted. So the images are the same up to rounding.
     """
-    processes.on_main(lambda: open_folder(folder, settings))
-    on_disk = processes.on_main(lambda: image_indices(folder))
+    processes.on_main(open_folder, folder, settings)
+    on_disk = processes.on_main(image_indices, folder)
     batches = batches_of(indices, image_sampler.batch_size)
     remaining = [batch for batch in batches if not on_disk.issuperset(batch)]
-    count = sum(map(len, remaining))
-    options = f"{image_sampler.options}, seed {image_sampler.seed}"
-    processes.print_main(f"sampling {count} of {len(indices)} images: {options}")
+    processes.print_main(
+        f"sampling {sum(map(len, remaining))} of {len(indices)} images: {image_sampler.options}, "
+        f"seed {image_sampler.seed}"
+    )
 
     shard = [remaining[i] for i in processes.shard(len(remaining))]
     with step_bar(image_sampler, sum(map(len, shard)), processes.is_main) as bar:
         for batch in shard:
-            images = to_uint8(image_sampler.sample(batch, bar)).numpy()
+            images = to_uint8(image_sampler.sample(batch, bar))
             # Another command may have opened the folder at the same moment.
             open_folder(folder, settings)
             for i, image in zip(batch, images, strict=True):
@@ -138,7 +134,7 @@ def sample_files(
     processes.print_main(f"all {len(indices)} images are in {folder}")
 
 
-def parse_flags(n: int, gif: bool) -> argparse.Namespace:
+def parse_flags(n: int, gif: bool) -> Namespace:
     """Read the command line. Raises UserError for more images than a grid shows."""
     parser = Parser(description=__doc__)
     add_sampling_flags(parser)
@@ -177,7 +173,7 @@ def parse_flags(n: int, gif: bool) -> argparse.Namespace:
     )
     parser.add_argument(
         "--gif",
-        action=argparse.BooleanOptionalAction,
+        action=BooleanOptionalAction,
         default=gif,
         help="Write an animation of the grid, from noise to images. "
         "Default: no; yes in sampleFFHQ.py.",

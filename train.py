@@ -22,6 +22,7 @@ from data.batches import batches_of
 from data.pixels import to_model_range
 from functions.ema import update_ema
 from functions.losses import denoising_loss
+from functions.sampling.options import add_place_flags
 from functions.support.command_line import Parser, add_config_flags, exit_on_user_error
 from functions.support.device import choose_device
 from functions.support.errors import EXIT_STOPPED
@@ -124,10 +125,7 @@ def parse_flags() -> argparse.Namespace:
     """Read the command line; end the script if flags are wrong or exclude each other."""
     parser = Parser(description=__doc__, usage="%(prog)s [experiment] [flags]")
     parser.add_argument(
-        "experiment",
-        nargs="?",
-        choices=EXPERIMENTS,
-        help=f"Default: {DEFAULT_EXPERIMENT}.",
+        "experiment", nargs="?", choices=EXPERIMENTS, help=f"Default: {DEFAULT_EXPERIMENT}."
     )
     parser.add_argument(
         "--resume",
@@ -152,19 +150,7 @@ def parse_flags() -> argparse.Namespace:
         action="store_true",
         help="Prepare the data, describe the run and its cost, and stop.",
     )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="auto, cpu, cuda, cuda:N or mps. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs"),
-        metavar="FOLDER",
-        help="The folder that contains the run folders. Default: %(default)s.",
-    )
+    add_place_flags(parser)
     add_config_flags(parser, "diffusion", DiffusionConfig)
     add_config_flags(parser, "model", ModelConfig)
     args = parser.parse_args()

@@ -109,7 +109,7 @@ def train_ours(
                 batch_size=BATCH,
             )
             with self.run.sample_denoiser.evaluating():
-                return to_uint8(generate(sampler, range(n))).numpy()
+                return to_uint8(generate(sampler, range(n)))
 
     flags = {
         "diffusion.dataset-name": data,
@@ -185,10 +185,10 @@ def train_diffusers(
             x = sampler.step(eps, t, x, generator=generator).prev_sample
         average.restore(model.parameters())
         model.train()
-        return to_uint8(x.clamp(-1, 1)).numpy()
+        return to_uint8(x.clamp(-1, 1))
 
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(photos.iterdir())])
-    images = to_model_range(torch.from_numpy(pixels))
+    images = to_model_range(pixels)
     for step in range(steps):
         # Each epoch has its own order, and its last, smaller batch is dropped.
         if step % (len(images) // BATCH) == 0:
@@ -234,7 +234,7 @@ def train_lucidrains(
         model.eval()
         torch.manual_seed(0)
         samples = torch.cat([model.sample(batch_size=BATCH) for _ in range(0, n, BATCH)])[:n]
-        return to_uint8(2 * samples - 1).numpy()
+        return to_uint8(2 * samples - 1)
 
     def update_and_report():
         update()
@@ -360,7 +360,7 @@ def train_and_draw(
 
 def distance(features: Features, pixels: np.ndarray) -> float:
     """Return the distance of images, uint8 (N, H, W, C), from the training images."""
-    return features.distance(features([to_model_range(torch.from_numpy(pixels))]))
+    return features.distance(features([to_model_range(pixels)]))
 
 
 def plot(results: dict, out: Path) -> None:

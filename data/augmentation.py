@@ -38,10 +38,3 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     rotated = grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     # Interpolation overshoots at sharp edges.
     return rotated.clamp(-1, 1)
-
-
-def rotation_limit(max_rotation: float, free_end: float, progress: float) -> float:
-    """Return the largest rotation in degrees at `progress` (0 to 1) of a run."""
-    # In the last part of a run, the fraction `free_end`, nothing is rotated, so that the model
-    # unlearns the rotations.
-    return max_rotation if progress < 1 - free_end else 0.0

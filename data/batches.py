@@ -67,9 +67,13 @@ class ImageFeeder:
     def gather(self, indices: np.ndarray) -> Tensor:
         """Return the images with indices (B,) int64 as uint8 (B, S, S, C) on the device."""
         if self.resident is not None:
-            return self.resident.index_select(0, self.send(torch.from_numpy(indices)))
+            return self.resident[torch.from_numpy(indices)]
         batch = torch.from_numpy(self.images[indices])
-        return self.send(batch.pin_memory() if self.on_cuda else batch)
+        if self.on_cuda:
+            # The CPU does not wait for this copy. PyTorch's allocator of pinned memory reuses the
+            # buffer only after it is done.
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
 
     def feed(self, batches_of_indices: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """Yield the images of each batch of indices on the device, in order."""
@@ -83,8 +87,3 @@ class ImageFeeder:
                     yield previous.result()
             if gathered:
                 yield gathered.result()
-
-    def send(self, batch: Tensor) -> Tensor:
-        """Copy a batch to the device. The CPU does not wait for a copy to a GPU."""
-        # PyTorch's pinned-memory allocator reuses the buffer only after this copy is done.
-        return batch.to(self.device, non_blocking=self.on_cuda)

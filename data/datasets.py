@@ -22,8 +22,8 @@ HELD_OUT = 0.1
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 # The folder or shard of a side, as train/, val2017/, test.zip or train-00000-of-00002.parquet.
 SIDE = re.compile(
-    rf"(train|{'|'.join(HELD_OUT_FOLDERS)})([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
-    rf"({'|'.join(map(re.escape, ARCHIVES))})?"
+    rf"(?:^|/)(train|{'|'.join(HELD_OUT_FOLDERS)})([-_]?\d\w*(-of-\d+(-\w+)?)?)?"
+    rf"({'|'.join(map(re.escape, ARCHIVES))})?/"
 )
 
 
@@ -77,7 +77,7 @@ def locate(dataset_name: str) -> Source:
                 f"{' or '.join(archives)}, or a link to one); docs/ffhq.md says where to get it"
             )
         source = find_source(path)
-        if isinstance(source.ids[0], str):
+        if isinstance(min(source.members), str):
             raise UserError(
                 f"{source.path}: each image of FFHQ must have a number of its own as its name. "
                 "Remove other images and second copies."
@@ -93,15 +93,14 @@ def split_by_folders(source: Source) -> Source:
 
     There must be train/ and one of HELD_OUT_FOLDERS; images elsewhere are counted as ignored.
     """
-    sides = [side_of(member.name) for member in source.members]
+    sides = [side_of(member.name) for member in source.members.values()]
     held_out = next((name for name in HELD_OUT_FOLDERS if name in sides), None)
     if held_out is None or "train" not in sides:
         return source
-    split = Source(source.path, [], [], source.ignored, rule=held_out)
-    for side, member, image_id in zip(sides, source.members, source.ids, strict=True):
+    split = Source(source.path, {}, source.ignored, rule=held_out)
+    for side, (image_id, member) in zip(sides, source.members.items(), strict=True):
         if side in ("train", held_out):
-            split.members.append(member)
-            split.ids.append(image_id)
+            split.members[image_id] = member
         else:
             split.ignored[f"in {side or member.name.rpartition('/')[0] or '.'}/"] += 1
     return split
@@ -109,8 +108,8 @@ def split_by_folders(source: Source) -> Source:
 
 def side_of(name: str) -> str:
     """Return which side of a split the folders of an image name, or ""; the first one counts."""
-    matches = (SIDE.fullmatch(folder.lower()) for folder in name.split("/")[:-1])
-    return next((match[1] for match in matches if match), "")
+    match = SIDE.search(name.lower())
+    return match[1] if match else ""
 
 
 def split_images(image_set: ImageSet, split: str) -> Split:
@@ -157,12 +156,11 @@ def split_images(image_set: ImageSet, split: str) -> Split:
         raise UserError(
             f"{counts} {why}: too few; folders train/ and val/ can say which image is which"
         )
-    some = ", ".join(short(names[i]) for i in val_indices[:3])
     return Split(
         train_indices,
         val_indices,
         reason,
-        f"{counts} {why}, such as {some}{note}",
+        f"{counts} {why}, such as {', '.join(short(names[i]) for i in val_indices[:3])}{note}",
         hash_ids([ids[i] for i in train_indices]),
         hash_ids([ids[i] for i in val_indices]),
         image_set.pixels_hash,

@@ -23,22 +23,12 @@ class BadImage(UserError):
     """An image cannot be used. The message gives the reason and does not name the file."""
 
 
-def decode(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
-    """Decode the bytes of an image of FORMATS -> uint8 (H, W, channels) at its original size.
-
-    Pixels, uint8 (H, W, C), are only converted. The image is turned upright by its EXIF
-    orientation. Alpha is composited over white. All colour modes become RGB, or grey if `channels`
-    is 1, with 8 bits; of 16-bit colour, Pillow keeps the high byte. Colour profiles are ignored. Of
-    an animation, the first frame is decoded.
-
-    Raises BadImage for an image that is truncated, corrupt, larger than MAX_PIXELS, or none.
-    """
-    image = picture_of(data) if isinstance(data, np.ndarray) else open_image(data)
-    return to_pixels(image, channels)
-
-
 def open_image(data: bytes) -> Image.Image:
-    """Load a Pillow image of any mode and turn it upright. Raises BadImage."""
+    """Decode the bytes of an image of FORMATS, and turn it upright by its EXIF orientation.
+
+    Of an animation, the first frame is decoded. Raises BadImage for an image that is truncated,
+    corrupt, larger than MAX_PIXELS, or none.
+    """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
@@ -54,7 +44,11 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
-    """Convert a Pillow image of any mode -> uint8 (H, W, channels), RGB or grey."""
+    """Convert a Pillow image of any mode -> uint8 (H, W, channels), RGB or grey.
+
+    Alpha is composited over white. Of 16-bit colour, Pillow keeps the high byte. Colour profiles
+    are ignored.
+    """
     if image.mode.startswith("I"):
         # convert("RGB") would clip 16-bit grey. Here its values, at most 65535, are divided by
         # 65535 / 255 = 257 and rounded to the nearest level.
@@ -112,12 +106,3 @@ def fit_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     # The mask may cover a resized pixel only in part. The pixel is inpainted if the mask covers
     # more than a tenth of it.
     return levels > 25
-
-
-def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Read one image file, cropped and resized to a model's `shape` (C, S, S) -> uint8 (S, S, C).
-
-    Raises UserError.
-    """
-    hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
-    return fit_image(open_image_file(path, hint), shape)

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from data.decode import BadImage, decode, fit_square
+from data.decode import BadImage, fit_square, open_image, to_pixels
+from data.pixels import picture_of
 from data.sources import Source
 from functions.support.errors import UserError
 from functions.support.files import READ_ERRORS, sha256, short, write_text
@@ -65,7 +65,14 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
     pack = read()
     if pack is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with lock_pack(path):
+        try:
+            lock = FileLock(f"{path}.lock").acquire()
+        except PermissionError as error:
+            raise UserError(
+                f"{path} does not fit the images, and is another user's ({error.strerror}): let "
+                "that user start first, delete it and its .lock, or use a copy of the images."
+            ) from error
+        with lock:
             # Another process may have made it while this one waited for the lock.
             if read() is None:
                 write_pack(path, key, source, image_size)
@@ -84,21 +91,10 @@ def open_packed(source: Source, image_size: int, max_bad_images: int = 0) -> Ima
     return pack
 
 
-def lock_pack(path: Path) -> AbstractContextManager:
-    """Lock a packed file for a context. Raises UserError when the lock is another user's."""
-    try:
-        return FileLock(f"{path}.lock").acquire()
-    except PermissionError as error:
-        raise UserError(
-            f"{path} does not fit the images, and is another user's ({error.strerror}): let that "
-            "user start first, delete it and its .lock, or use a copy of the images."
-        ) from error
-
-
 def pack_key(source: Source, image_size: int) -> str:
     """Return a hash of everything that a pack's content depends on."""
     facts = [FORMAT_VERSION, image_size, source.channels]
-    facts += [member[:2] for member in source.members]
+    facts += [member[:2] for member in source.members.values()]
     return sha256(json.dumps(facts))
 
 
@@ -121,7 +117,6 @@ def pack_path(source: Source, image_size: int) -> Path:
 
 def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
     """Map a packed file, or return None if it is missing, outdated, or not whole by its hashes."""
-    members = dict(zip(source.ids, source.members, strict=True))
     try:
         file = json.loads(Path(f"{path}.json").read_text())
         record = file["record"]
@@ -130,7 +125,7 @@ def read_pack(path: Path, key: str, source: Source) -> ImageSet | None:
         images = np.memmap(path, np.uint8, "r", shape=tuple(record.pop("shape")))
         if hashlib.sha256(images).hexdigest()[:16] != record["pixels_hash"]:
             return None
-        record["names"] = [members[i].name for i in record["ids"]]
+        record["names"] = [source.members[i].name for i in record["ids"]]
         # Ignored files may come and go, and the pack stays.
         record["summary"] += source.describe_ignored()
         return ImageSet(path.name, images, path=path, rule=source.rule, **record)
@@ -171,8 +166,8 @@ def write_images(path: Path, source: Source, image_size: int) -> dict:
         images = map_images(source, image_size)
         # A small set finishes within the delay and shows no progress bar.
         title = f"Preparing {name}"
-        images = tqdm(images, title, len(source.ids), unit="img", delay=1.0)
-        for member, image_id, result in zip(source.members, source.ids, images, strict=True):
+        images = tqdm(images, title, len(source.members), unit="img", delay=1.0)
+        for (image_id, member), result in zip(source.members.items(), images, strict=True):
             if isinstance(result, BadImage):
                 bad_images.append([member.name, short(result)])
                 continue
@@ -201,7 +196,7 @@ def write_images(path: Path, source: Source, image_size: int) -> dict:
 def map_images(source: Source, image_size: int) -> Iterator[tuple[np.ndarray, int] | BadImage]:
     """Yield every image, uint8 (S, S, C), and its shorter side, or the error of an unusable one.
 
-    The order is that of source.ids. Raises OSError when an image cannot be read.
+    The order is that of source.members. Raises OSError when an image cannot be read.
     """
     reading = Lock()
 
@@ -210,7 +205,8 @@ def map_images(source: Source, image_size: int) -> Iterator[tuple[np.ndarray, in
             # Archives must be read by one thread at a time.
             with reading:
                 data = member.read()
-            pixels = decode(data, source.channels)
+            image = picture_of(data) if isinstance(data, np.ndarray) else open_image(data)
+            pixels = to_pixels(image, source.channels)
         except BadImage as error:
             return error
         except READ_ERRORS as error:
@@ -221,7 +217,8 @@ def map_images(source: Source, image_size: int) -> Iterator[tuple[np.ndarray, in
             return BadImage(f"cannot be read ({type(error).__name__}: {short(error)})")
         return fit_square(pixels, image_size), min(pixels.shape[:2])
 
+    members = [*source.members.values()]
     # Threads are enough, because Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor() as executor:
-        for start in range(0, len(source.members), CHUNK):
-            yield from executor.map(prepare, source.members[start : start + CHUNK])
+        for start in range(0, len(members), CHUNK):
+            yield from executor.map(prepare, members[start : start + CHUNK])

@@ -10,21 +10,21 @@ from PIL import Image
 from torch import Tensor
 
 
-def to_model_range(images_uint8: Tensor) -> Tensor:
+def to_model_range(images_uint8: Tensor | np.ndarray) -> Tensor:
     """Map uint8 images (B, H, W, C) to contiguous float32 (B, C, H, W) in [-1, 1]."""
     # The copy to contiguous memory comes before the cast, because bytes need only a quarter of the
     # memory of floats.
-    x = images_uint8.permute(0, 3, 1, 2).contiguous()
+    x = torch.as_tensor(images_uint8).permute(0, 3, 1, 2).contiguous()
     return x.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Map images (B, C, H, W) of any float type to uint8 (B, H, W, C).
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Map images (B, C, H, W) of any float type, on any device, to uint8 (B, H, W, C).
 
     Values are rounded to the nearest level, and values outside [-1, 1] are clamped.
     """
     levels = (x.to(torch.float32) + 1.0).mul_(127.5).round_().clamp_(0, 255)
-    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def picture_of(pixels: np.ndarray) -> Image.Image:

@@ -41,11 +41,10 @@ class Member(NamedTuple):
 
 @dataclass
 class Source:
-    """The images at a path, sorted by their ids, which are all int or all str."""
+    """The images at a path, by their ids in rising order, which are all int or all str."""
 
     path: Path
-    members: list[Member]
-    ids: list
+    members: dict[Any, Member]
     # Files that are no images of the set, counted by their endings or their folders.
     ignored: Counter = field(default_factory=Counter)
     # Images are converted to this number of channels, RGB or grey, after they are read.
@@ -56,7 +55,8 @@ class Source:
 
     def describe_ignored(self) -> str:
         """Return the end of a sentence that counts the ignored files, or "" if there are none."""
-        counts = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
+        # Equal counts stay in the order of the alphabet.
+        counts = Counter(dict(sorted(self.ignored.items()))).most_common()
         text = ", ".join(f"{count:,} {kind}" for kind, count in counts)
         return f"; ignored: {short(text)}" if text else ""
 
@@ -78,9 +78,8 @@ def find_source(path: str | os.PathLike) -> Source:
     by_name = {member.name: member for member in members}
     ignored += Counter({"of a repeated name": len(members) - len(by_name)})
     ids = choose_ids([*by_name])
-    members_by_id = dict(zip(ids, by_name.values(), strict=True))
-    ids = sorted(members_by_id)
-    source = Source(path, [members_by_id[i] for i in ids], ids, ignored)
+    # No two ids are equal, so only ids are compared.
+    source = Source(path, dict(sorted(zip(ids, by_name.values(), strict=True))), ignored)
     if not members:
         problem = "contains no image that can be read" if path.exists() else "does not exist"
         raise UserError(
@@ -102,13 +101,14 @@ def list_folder(path: Path, ignored: Counter) -> list[Member]:
     archives = {}
     for file in files_below(path, ignored):
         name = file.relative_to(path).as_posix()
-        if is_image_name(name):
+        kind = kind_of(name)
+        if kind in IMAGE_EXTENSIONS:
             images[name] = file
-        elif file.suffix.lower() in ARCHIVES and not is_hidden(name):
+        elif kind in ARCHIVES:
             archives[name] = file
         # Packs of the folder lie in it.
         elif ".packed" not in file.name:
-            ignored[kind_of(name)] += 1
+            ignored[kind] += 1
 
     if len(archives) > 1 and len(images) > 1:
         raise UserError(
@@ -130,8 +130,7 @@ def files_below(folder: Path, ignored: Counter, above: tuple = ()) -> Iterator[P
     """
     # Links are followed, because a data folder is often a link to another disk. One that leads back
     # to a folder around it would lead to the same files again, without an end.
-    status = folder.stat()
-    place = (status.st_dev, status.st_ino)
+    place = folder.resolve()
     if place in above:
         return
     for name, text in RESULTS.items():
@@ -141,17 +140,16 @@ def files_below(folder: Path, ignored: Counter, above: tuple = ()) -> Iterator[P
         if not wanted and file.is_file() and text in file.read_text(errors="replace"):
             ignored["folder of a run or of samples"] += 1
             return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from files_below(folder / entry.name, ignored, (*above, place))
-            else:
-                yield folder / entry.name
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_below(path, ignored, (*above, place))
+        else:
+            yield path
 
 
 def stamp_of(file: Path) -> tuple[int, int]:
     """Return the size of a file in bytes, and its modification time in ns."""
-    status = file.stat() if file.exists() else file.lstat()
+    status = file.stat(follow_symlinks=file.exists())
     return status.st_size, status.st_mtime_ns
 
 
@@ -170,8 +168,6 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
     members = []
     for archive in archives:
         try:
-            if not archive.is_file():
-                raise OSError("not a file")
             found = ARCHIVES[archive.suffix.lower()](archive)
         except READ_ERRORS as error:
             raise UserError(
@@ -181,7 +177,7 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
         shard = f"{archive.relative_to(root).as_posix()}/" if archive != root else ""
         for name, *others in found:
             # Rows are numbered through all shards.
-            if name is None or is_image_name(name):
+            if name is None or kind_of(name) in IMAGE_EXTENSIONS:
                 members.append(Member(shard + (name or str(len(members))), *others))
             else:
                 ignored[kind_of(name)] += 1
@@ -191,12 +187,11 @@ def list_archives(archives: list[Path], root: Path, ignored: Counter) -> list[Me
 def list_zip(path: Path) -> list[Member]:
     """List the files in a zip."""
     archive = zipfile.ZipFile(path)
-    # Some programs for Windows write backslashes.
-    names = [(info.filename.replace("\\", "/"), info) for info in archive.infolist()]
     return [
-        Member(name, info.CRC, partial(archive.read, info))
-        for name, info in names
-        if not name.endswith("/")
+        # Some programs for Windows write backslashes.
+        Member(info.filename.replace("\\", "/"), info.CRC, partial(archive.read, info))
+        for info in archive.infolist()
+        if not info.filename.endswith(("/", "\\"))
     ]
 
 
@@ -257,19 +252,12 @@ def choose_ids(names: list[str]) -> list[int] | list[str]:
     return names
 
 
-def is_image_name(name: str) -> bool:
-    """Return whether a path inside a source has an image's extension and is not hidden."""
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not is_hidden(name)
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether a path inside a source is hidden, or macOS's metadata of another file."""
-    parts = PurePosixPath(name).parts
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
 def kind_of(name: str) -> str:
-    """Return what an ignored file is counted as: its ending, or "hidden"."""
-    if is_hidden(name):
+    """Return the ending of a path inside a source, in lower case.
+
+    It is "hidden" for a hidden file and for macOS's metadata of another one.
+    """
+    path = PurePosixPath(name)
+    if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
         return "hidden"
-    return PurePosixPath(name).suffix.lower() or "without an ending"
+    return path.suffix.lower() or "without an ending"

@@ -1,7 +1,6 @@
 """Read CIFAR-10 and MNIST by torchvision, which can also download them."""
 
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +42,12 @@ def read_torchvision_set(name: str, folder: Path, download: bool = False) -> Sou
     images = np.concatenate([train, test])
     # MNIST has no dimension for its one channel.
     images = images.reshape(*images.shape[:3], -1)
-    members = [
-        Member(
+    members = {
+        i: Member(
             f"{'train' if i < len(train) else 'test'}/{i}",
             zlib.crc32(image.tobytes()),
-            partial(images.__getitem__, i),
+            image.copy,
         )
         for i, image in enumerate(images)
-    ]
-    return Source(folder / name, members, list(range(len(images))))
+    }
+    return Source(folder / name, members)

@@ -115,7 +115,7 @@ def draw_cumulative_noise() -> None:
     """Draw an image at t = 0, 66, 132 and 200 of 200 steps, a row for each schedule of T = 200."""
     image_set = load_images("emoji_faces", 64)
     image = np.array(image_set.images[500])
-    x_0 = to_model_range(torch.from_numpy(image)[None])
+    x_0 = to_model_range(image[None])
     generator = generator_of("cpu", 0, "figure")
     noise = torch.randn(x_0.shape, generator=generator)
 
@@ -125,7 +125,7 @@ def draw_cumulative_noise() -> None:
     for t in (66, 132, 200):
         # The titles have the paper's t, where t = 0 is the image. Code t is one less.
         x_t = torch.cat([SCHEDULES[name].q_sample(x_0, t - 1, noise) for name in names])
-        columns[f"t = {t}"] = to_uint8(x_t).numpy()
+        columns[f"t = {t}"] = to_uint8(x_t)
     draw_strip("cumulative_noise.png", columns, ["betas as\nfor 1000", "rescaled"])
 
 
@@ -235,7 +235,7 @@ def parts_of_unet() -> dict[int, list]:
 def draw_rotation() -> None:
     """Draw embedded faces rotated in the usual way, which has black corners, and in ours."""
     images = load_images("emoji_faces", 64).images[[500, 800, 300]]
-    x_0 = to_model_range(torch.from_numpy(images))
+    x_0 = to_model_range(images)
 
     pictures = [Image.fromarray(image) for image in images]
     columns = {"original": images}
@@ -249,7 +249,7 @@ def draw_rotation() -> None:
         # Training draws an angle for each image. Here all images have the same angle.
         angle = torch.full((len(images),), float(degrees))
         rotated = rotate(x_0, angle)
-        columns[f"{title}, ours"] = to_uint8(rotated).numpy()
+        columns[f"{title}, ours"] = to_uint8(rotated)
     draw_strip("rotation.png", columns)
 
 
@@ -313,7 +313,7 @@ def draw_cure(faces: Path, faces_v: Path) -> None:
 def draw_pixels(image_sampler: ImageSampler, count: int) -> np.ndarray:
     """Return the first samples as uint8 images, (count, H, W, C)."""
     samples = generate(image_sampler, range(count))
-    return to_uint8(samples).numpy()
+    return to_uint8(samples)
 
 
 def draw_commands(run: Path, temporary: Path) -> None:
@@ -321,7 +321,7 @@ def draw_commands(run: Path, temporary: Path) -> None:
     # Inpainting reads its image and the mask from files. White marks what is replaced: the lower
     # half.
     _, image_sampler = open_saved(run, GUIDED)
-    [image] = to_uint8(generate(image_sampler, [26])).numpy()
+    [image] = to_uint8(generate(image_sampler, [26]))
     save_image(image, temporary / "26.png")
     mask = np.zeros(image.shape[:2], np.uint8)
     mask[len(mask) // 2 :] = 255

@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from config import EXPERIMENTS, Experiment
@@ -109,12 +108,10 @@ def measured(image_set: ImageSet, split: Split) -> dict[str, str]:
 
     features = training_features(image_set, split)
     distances = [
-        features.distance(features([images]))
-        for images in (samples, to_model_range(torch.from_numpy(real)))
+        features.distance(features([images])) for images in (samples, to_model_range(real))
     ]
     similarities = [
-        nearest(images, image_set.images[trained])[1].mean()
-        for images in (to_uint8(samples).numpy(), real)
+        nearest(images, image_set.images[trained])[1].mean() for images in (to_uint8(samples), real)
     ]
     return {
         "training images": f"{len(trained):,} of {image_set.name}: {ids[trained[0]]} to "

@@ -30,12 +30,7 @@ OUTER_BIN = 0.999
 
 
 def bound_terms(
-    denoiser: Predictor,
-    x_0: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    variance: str,
-    clip_x_0: bool,
+    denoiser: Predictor, x_0: Tensor, t: Tensor, noise: Tensor, variance: str, clip_x_0: bool
 ) -> Tensor:
     """Return L_T and L_t of each image, in bits per dimension: (2, B) float64.
 

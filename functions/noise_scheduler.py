@@ -62,15 +62,16 @@ class NoiseScheduler:
     ):
         self.timesteps = timesteps
         if beta_schedule not in BETA_SCHEDULES:
-            known = " or ".join(BETA_SCHEDULES)
-            raise ValueError(f"beta_schedule is {beta_schedule!r}; it can be {known}")
+            raise ValueError(
+                f"beta_schedule is {beta_schedule!r}; it can be {' or '.join(BETA_SCHEDULES)}"
+            )
         scale = PAPER_TIMESTEPS / timesteps if rescale_betas else 1.0
         self.betas = BETA_SCHEDULES[beta_schedule](timesteps, beta_start, beta_end, scale)
         self.log_snr_shift = log_snr_shift
         if log_snr_shift:
             self.betas = shifted_betas(self.betas, log_snr_shift)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64, on the CPU
-        # Copies of alpha_bar at t = -1 .. T-1, (T + 1,), on each device that has been used so far.
+        # Copies of alpha_bar on each device that has been used so far.
         self.tables: dict[torch.device, Tensor] = {}
 
     def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
@@ -145,9 +146,8 @@ class NoiseScheduler:
             t = t.cpu()
         device = t.device
         if device not in self.tables:
-            clean = self.alphas_cumprod.new_ones(1)
-            self.tables[device] = torch.cat([clean, self.alphas_cumprod]).to(device)
-        return self.tables[device][t + 1]
+            self.tables[device] = self.alphas_cumprod.to(device)
+        return torch.where(t < 0, 1.0, self.tables[device][t])
 
     def square_roots(self, t: Timestep, x: Tensor) -> tuple[Coefficient, Coefficient]:
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcast to the shape of x."""

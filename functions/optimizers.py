@@ -36,12 +36,11 @@ class Adam(torch.optim.Adam):
     `state` exists from the start, so that a checkpoint can be loaded before the first step.
     """
 
-    found_inf: Tensor | None = None
-
     def __init__(self, parameters: Iterable[Tensor], lr: float):
         super().__init__(parameters, lr=lr, fused=True)
         for p in self.param_groups[0]["params"]:
             self.state[p] = self.new_state(p)
+        self.found_inf = torch.zeros((), device=p.device)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         """Return what is kept of a parameter, as before its first step."""
@@ -51,11 +50,10 @@ class Adam(torch.optim.Adam):
             "exp_avg_sq": torch.zeros_like(p),
         }
 
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Make one step."""
         # Apple's kernel does not look at found_inf, so on MPS the host does.
-        found_inf = self.found_inf
-        if found_inf is None or found_inf.device.type != "mps" or not found_inf:
+        if self.found_inf.device.type != "mps" or not self.found_inf:
             super().step()
 
 
@@ -79,7 +77,7 @@ class Muon(Adam):
         return {"exp_avg": state["exp_avg"]} if is_matrix(p) else state
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Make one step. For the matrices it waits for no device."""
         gradients = {}
         stacks = defaultdict(list)
@@ -92,10 +90,7 @@ class Muon(Adam):
         super().step()
         for p, gradient in gradients.items():
             p.grad = gradient
-        found_inf = self.found_inf
-        if found_inf is None:
-            found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
-        skipped = found_inf > 0
+        skipped = self.found_inf > 0
         # Matrices of equal shape are multiplied together: on a CPU as many as its cache may hold,
         # on a GPU all, because launching kernels takes longer there than computing.
         for weights in stacks.values():

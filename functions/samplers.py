@@ -22,10 +22,10 @@ few steps. A step leads from timestep t to s; `a_t` and `a_s` are alpha_bar ther
 numbers, so the loops never synchronise with a GPU.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from math import exp, expm1, log, sqrt
 
 import torch
 from torch import Tensor
@@ -105,10 +105,10 @@ def ddim_sample(
         x_0, eps = denoiser.predict(x, t, clip_x_0)
         a_s = scheduler.alpha_bar(s)
         # Eq. 16: sigma is eta times the standard deviation of the posterior.
-        sigma = eta * math.sqrt(scheduler.posterior_variance(t, s))
+        sigma = eta * sqrt(scheduler.posterior_variance(t, s))
         # Eq. 12: of the variance 1 - a_s, fresh noise has sigma^2 and eps has the rest, which
         # rounding can bring slightly below 0.
-        x = math.sqrt(a_s) * x_0 + math.sqrt(max(1 - a_s - sigma**2, 0)) * eps
+        x = sqrt(a_s) * x_0 + sqrt(max(1 - a_s - sigma**2, 0)) * eps
         if sigma > 0:
             x = x + sigma * draw_noise(step_noise, k, x)
         if on_step:
@@ -178,9 +178,9 @@ def dpm_solver_sample(
         x_0, _ = denoiser.predict(x, t, clip_x_0)
         a_t = scheduler.alpha_bar(t)
         a_s = scheduler.alpha_bar(s)
-        alpha_s = math.sqrt(a_s)
-        sigma_s = math.sqrt(1 - a_s)
-        sigma_t = math.sqrt(1 - a_t)
+        alpha_s = sqrt(a_s)
+        sigma_s = sqrt(1 - a_s)
+        sigma_t = sqrt(1 - a_t)
         # h is the step in lambda, and r is the previous h divided by this h.
         h = half_log_snr(a_s) - half_log_snr(a_t)
 
@@ -192,10 +192,10 @@ def dpm_solver_sample(
         else:
             r = previous_h / h
             D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * previous_x_0
-        x = sigma_s / sigma_t * math.exp(-eta * h) * x - alpha_s * math.expm1(-(1 + eta) * h) * D
+        x = sigma_s / sigma_t * exp(-eta * h) * x - alpha_s * expm1(-(1 + eta) * h) * D
 
         if eta > 0 and sigma_s > 0:
-            x = x + sigma_s * math.sqrt(-math.expm1(-2 * eta * h)) * draw_noise(step_noise, k, x)
+            x = x + sigma_s * sqrt(-expm1(-2 * eta * h)) * draw_noise(step_noise, k, x)
         previous_x_0 = x_0
         previous_h = h
         if on_step:
@@ -206,7 +206,7 @@ def dpm_solver_sample(
 def half_log_snr(alpha_bar: float) -> float:
     """Return DPM-Solver's lambda, log(alpha / sigma), which is half the log-SNR."""
     # At the clean image lambda is infinite. 100 is large enough, since exp(-100) is negligible.
-    return math.log(alpha_bar / (1 - alpha_bar)) / 2 if alpha_bar < 1 else 100.0
+    return log(alpha_bar / (1 - alpha_bar)) / 2 if alpha_bar < 1 else 100.0
 
 
 def draw_noise(step_noise: StepNoise | None, k: int, x: Tensor) -> Tensor:

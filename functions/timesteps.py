@@ -43,17 +43,13 @@ def trailing(scheduler: NoiseScheduler, steps: int) -> list[int]:
 
 def logsnr(scheduler: NoiseScheduler, steps: int) -> list[int]:
     """Space them evenly in log-SNR down to 0, then -1 (Lu et al. 2022, arXiv:2206.00927, 3.3)."""
-    return [*logsnr_timesteps(scheduler, steps, scheduler.timesteps - 1, 0), -1]
+    ends = torch.logit(scheduler.alphas_cumprod[[-1, 0]]).tolist()
+    log_snr = torch.linspace(*ends, steps, dtype=torch.float64)
+    return [*nearest_timesteps(scheduler, log_snr), -1]
 
 
 # The values of --spacing: each (scheduler, steps) -> steps + 1 timesteps, from T - 1 down to -1.
 SPACINGS = {"trailing": trailing, "logsnr": logsnr}
-
-
-def logsnr_timesteps(scheduler: NoiseScheduler, count: int, first: int, last: int) -> list[int]:
-    """Return `count` different timesteps from `first` down to `last`, evenly spaced in log-SNR."""
-    ends = torch.logit(scheduler.alphas_cumprod[[first, last]]).tolist()
-    return nearest_timesteps(scheduler, torch.linspace(*ends, count, dtype=torch.float64))
 
 
 def nearest_timesteps(scheduler: NoiseScheduler, log_snr: Tensor) -> list[int]:

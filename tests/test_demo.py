@@ -18,7 +18,7 @@ from PIL import Image
 
 import edit
 import sample
-from data.decode import fit_image, read_image
+from data.decode import fit_image, open_image_file
 from data.pixels import picture_of, to_uint8
 from functions.sampling.generation import generate, open_sampler
 from functions.sampling.interpolation import interpolate_images
@@ -156,7 +156,7 @@ def test_mix(page, run, pictures):
     ends = generate(replace(image_sampler, batch_size=1), [0, 12])
     t = image_sampler.time_at(0.5)
     mixture = interpolate_images(image_sampler, ends, t, torch.tensor([0.3]))
-    expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]])).numpy()
+    expected = to_uint8(torch.stack([ends[0], mixture[0], ends[1]]))
     assert_array_equal(cut(picture(page)), expected)
 
     # Without an earlier picture in the page, that of the upload is waited for.
@@ -164,7 +164,7 @@ def test_mix(page, run, pictures):
     tab(page, "Mix")
     fill(page, Depth=0, Share=1)
     upload(page, pictures / "00003.png")
-    photo = read_image(pictures / "00003.png", (3, SIZE, SIZE))
+    photo = fit_image(open_image_file(pictures / "00003.png"), (3, SIZE, SIZE))
     submit(page)
     _, mixture, second = cut(picture(page))
     assert_array_equal(second, photo)
@@ -190,7 +190,7 @@ def test_paint(page, run, tmp_path):
     image, kept, *answers = cut(inpaint(page))
     # The page begins with image 0 of the flags' seed, enlarged and then reduced again.
     sampler = sampler_of(run, "--sampler", "dpm++", "--steps", "20")
-    first = picture_of(to_uint8(generate(sampler, [0]))[0].numpy()).resize((512, 512))
+    first = picture_of(to_uint8(generate(sampler, [0]))[0]).resize((512, 512))
     assert_array_equal(image, fit_image(first, sampler.shape))
     # The page shows in grey what is painted over.
     painted = (kept == 128).all(axis=2)

@@ -24,7 +24,7 @@ from functions.evaluation.bits_per_dim import evenly_spaced
 from functions.sampling.guides import guide_beside
 from functions.saved import run_folder
 from functions.saved.checkpoint import load_weights
-from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_checkpoints
+from functions.saved.run_folder import PRETRAINED, checkpoints_of, newest_run
 from functions.support.errors import CheckpointError, UserError
 from functions.support.pictures import grid_of
 from tests.conftest import HELD_OUT, ROOT, TRAINED, call, train_tiny
@@ -68,9 +68,9 @@ def test_without_a_run_the_box_is_sampled_and_evaluated_and_says_so(
     assert drawn.tobytes() == Image.open(tmp_path / "a" / "grid.png").tobytes()
 
     # The model is taken by its name: neither for another experiment, nor another file.
-    assert newest_checkpoints(Path("runs"), "fa") == [box / "faces.safetensors"]
+    assert newest_run(Path("runs"), "fa") == box / "faces.safetensors"
     with pytest.raises(CheckpointError, match=r"no run of an experiment another\*"):
-        newest_checkpoints(Path("runs"), "another")
+        newest_run(Path("runs"), "another")
     for main, *flags in (
         (evaluate.main, "--images", 2, "--t-stride", 50),
         (edit.main, "vary", 0, "--steps", 3),
@@ -154,8 +154,7 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
 
 def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert newest_checkpoints(Path("runs")) == newest_checkpoints(Path("runs"), "ffhq")
-    assert newest_checkpoints(Path("runs")) == [PRETRAINED]
+    assert newest_run(Path("runs")) == newest_run(Path("runs"), "ffhq") == PRETRAINED
     assert load_weights(PRETRAINED).provenance["experiment"] == PRETRAINED.stem
     guide = guide_beside(PRETRAINED)
     assert load_weights(guide).provenance["step"] == GUIDE_STEP
@@ -169,7 +168,7 @@ def test_the_real_model_is_found_from_any_folder(tmp_path, monkeypatch):
 def test_the_real_model_draws_readmes_first_picture():
     readme = (ROOT / "README.md").read_text()
     assert f".venv/bin/python sample.py {GUIDED}\n" in readme.split("## Start")[1].split("\n## ")[0]
-    drawn = np.array(grid_of(to_uint8(pretrained.draw(2)).numpy(), 2)).astype(float)
+    drawn = np.array(grid_of(to_uint8(pretrained.draw(2)), 2)).astype(float)
     shown = np.array(Image.open(ROOT / "figures" / "people.webp")).astype(float)
     # The picture was drawn in bfloat16. The people of the second row differ more.
     height, width = drawn.shape[:2]

@@ -49,28 +49,14 @@ class BitsPerDim:
     prior: np.ndarray  # (N,): L_T
     terms: np.ndarray  # (N, K): L_t; column 0 is L_0
 
-    @property
-    def image_bounds(self) -> np.ndarray:
-        """Return each image's bound: (N,)."""
-        return self.prior + (self.terms * self.lengths).sum(axis=1)
-
-    @property
-    def total(self) -> float:
-        """Return the mean bound over images."""
-        return self.image_bounds.mean()
-
-    @property
-    def standard_error(self) -> float:
-        """Return the standard error of `total`."""
-        return self.image_bounds.std(ddof=1) / math.sqrt(len(self.image_bounds))
-
     def numbers(self) -> dict[str, float]:
         """Return the means over images: the bound and its standard error, and its parts."""
+        bounds = self.prior + (self.terms * self.lengths).sum(axis=1)  # (N,)
         distortion = self.terms[:, 0].mean()
         return {
-            "bits_per_dim": self.total,
-            "standard_error": self.standard_error,
-            "rate": self.total - distortion,
+            "bits_per_dim": bounds.mean(),
+            "standard_error": bounds.std(ddof=1) / math.sqrt(len(bounds)),
+            "rate": bounds.mean() - distortion,
             "distortion": distortion,
             "prior": self.prior.mean(),
         }

@@ -49,7 +49,6 @@ class Features:
                 f"{DIMENSIONS} axes; name a data set with more images"
             )
         self.axes = vectors[:, -DIMENSIONS:] / values[-DIMENSIONS:].sqrt()
-        self.real = standardised @ self.axes
 
     def __call__(self, batches: Iterable[Tensor]) -> Tensor:
         """Return the features of N images, (B, C, H, W) in each batch: (N, DIMENSIONS) float64."""
@@ -59,11 +58,15 @@ class Features:
     def distance(self, features: Tensor) -> float:
         """Return the distance of images with these features, (N, DIMENSIONS), from the real ones.
 
-        Raises UserError for fewer than two images.
+        It is |m|^2 + tr(C + I - 2 C^(1/2)), because the features of the real images have mean 0 and
+        covariance I. Raises UserError for fewer than two images.
         """
         if len(features) < 2:
             raise UserError("a distance compares variances, so it needs two images or more")
-        return frechet_distance(features, self.real)
+        # Rounding can leave an eigenvalue below zero.
+        variances = torch.linalg.eigvalsh(features.T.cov()).clamp(min=0)
+        differences = torch.cat([features.mean(0), variances.sqrt() - 1])
+        return differences.square().sum().item()
 
 
 def training_features(image_set: ImageSet, split: Split) -> Features:
@@ -105,24 +108,3 @@ def raw_features(images: Tensor) -> Tensor:
         responses = F.conv2d(shrunk, filters).abs()
         parts.append(F.adaptive_avg_pool2d(responses, 2))
     return torch.cat([part.flatten(1) for part in parts], dim=1)
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Return the Fréchet distance of the Gaussians fitted to the rows of a and of b.
-
-    It is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
-    """
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    cov_a = a.T.cov()
-    cov_b = b.T.cov()
-
-    # With root = C_a^(1/2), root C_b root has the eigenvalues of C_a C_b and is symmetric, as
-    # eigvalsh requires. Rounding can leave an eigenvalue below zero.
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    products = torch.linalg.eigvalsh(root @ cov_b @ root)
-    cross = products.clamp(min=0).sqrt().sum()
-
-    # Rounding can bring the distance of equal Gaussians below zero, too.
-    distance = means + cov_a.trace() + cov_b.trace() - 2 * cross
-    return max(distance.item(), 0.0)

@@ -1,6 +1,6 @@
 """The verbs of edit.py: read the images that the command line names, edit them, save a picture."""
 
-import argparse
+from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import batches_of
-from data.decode import read_image
+from data.decode import fit_image, open_image_file
 from data.pixels import to_model_range, to_uint8
 from functions.sampling.generation import ImageSampler, generate
-from functions.sampling.inpainting import check_sampler, inpaint_image, read_with_mask
+from functions.sampling.inpainting import inpaint_image, read_with_mask
 from functions.sampling.interpolation import interpolate_exactly, interpolate_images, variations
+from functions.support.errors import UserError
 from functions.support.files import sha256
 from functions.support.pictures import save_grid, save_strip
 
@@ -24,7 +25,7 @@ MIXTURE_COUNT = 9
 VARIATION_COUNT = 8
 
 
-def save_mixtures(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+def save_mixtures(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a figure of mixtures of two images: a row for each depth, or with --exact of noises."""
     ends = torch.stack([read_x_0(image_sampler, text) for text in args.images])
     path = edited_path(args, folder, "interpolation")
@@ -42,7 +43,7 @@ def save_mixtures(args: argparse.Namespace, image_sampler: ImageSampler, folder:
     save_rows(rows, ["A", *(f"{weight:.3g}" for weight in weights), "B"], path)
 
 
-def save_inversion(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+def save_inversion(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a figure of an image, its noise, and what is sampled from this noise."""
     x_0 = read_x_0(image_sampler, args.images[0])[None]
     path = edited_path(args, folder, "inversion")
@@ -60,7 +61,7 @@ def print_errors(differences: Tensor) -> None:
         print(f"{name} comes back {127.5 * error:.2f} of 255 levels off (RMS)")
 
 
-def save_variations(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+def save_variations(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a figure of an image and its variations, with a row for each depth."""
     x_0 = read_x_0(image_sampler, args.images[0])
     path = edited_path(args, folder, "variations")
@@ -83,9 +84,14 @@ def times_of(image_sampler: ImageSampler, depths: list[float]) -> list[int]:
     return list(rows)
 
 
-def save_inpaintings(args: argparse.Namespace, image_sampler: ImageSampler, folder: Path) -> None:
+def save_inpaintings(args: Namespace, image_sampler: ImageSampler, folder: Path) -> None:
     """Save a grid of an image, its known pixels, and its inpaintings."""
-    check_sampler(image_sampler.options)
+    options = image_sampler.options
+    if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
+        raise UserError(
+            "inpaint needs --sampler ddpm, or ddim --eta 1: the other samplers add too little "
+            "noise, or depend on earlier steps, which inpainting undoes"
+        )
     image, mask = read_with_mask(args.images[0], args.mask, image_sampler.shape)
     path = edited_path(args, folder, "inpainting")
     pictures = inpaint_image(image_sampler, image, mask, args.resample, args.n)
@@ -102,12 +108,13 @@ def read_x_0(image_sampler: ImageSampler, text: str) -> Tensor:
     if text.isdecimal():
         images = generate(image_sampler, [int(text)])
     else:
-        pixels = read_image(text, image_sampler.shape)
-        images = to_model_range(torch.from_numpy(pixels)[None])
+        hint = "; give an image file, or the index (0, 1, ...) of an image that the seed generates"
+        pixels = fit_image(open_image_file(text, hint), image_sampler.shape)
+        images = to_model_range(pixels[None])
     return images[0].to(image_sampler.device)
 
 
-def edited_path(args: argparse.Namespace, folder: Path, kind: str) -> Path:
+def edited_path(args: Namespace, folder: Path, kind: str) -> Path:
     """Create the folder, and return the picture's path, which only the same command overwrites."""
     folder.mkdir(parents=True, exist_ok=True)
     # A file name has at most 255 bytes, and a letter up to four.
@@ -118,7 +125,7 @@ def edited_path(args: argparse.Namespace, folder: Path, kind: str) -> Path:
 
 def save_rows(rows: dict[int, Tensor], titles: list[str], path: Path) -> None:
     """Save a figure with a row of images (B, C, H, W) for each timestep, and print its path."""
-    images = [to_uint8(row).cpu().numpy() for row in rows.values()]
+    images = [to_uint8(row) for row in rows.values()]
     # The titles give the paper's t, which is 0 for a clean image.
     row_titles = [f"t = {t + 1}" for t in rows]
     save_strip(np.stack(images, axis=1), titles, path, row_titles)

@@ -33,13 +33,13 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
             f"{path}: --export needs NAME.safetensors, or NAME without an extension for a folder"
         )
 
-    sampler = image_sampler.quick(image_sampler.seed)
+    sampler = image_sampler.quick()
     # The folder is filled under a temporary name, so that `path` is complete as soon as it exists.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_folder(saved, temporary)
         images = generate(sampler, range(SAMPLE_COUNT), progress=True)
-        save_grid(to_uint8(images).numpy(), temporary / "samples.png")
+        save_grid(to_uint8(images), temporary / "samples.png")
         caption = f"The first {SAMPLE_COUNT} images of seed {sampler.seed}: {sampler.options}."
         write_text(temporary / "README.md", model_card(saved, path.name, caption))
         temporary.rename(path)
@@ -49,7 +49,6 @@ def export(saved: SavedModel, image_sampler: ImageSampler, path: Path) -> None:
 
 def model_card(saved: SavedModel, folder: str, caption: str) -> str:
     """Return the folder's README.md, which model hubs display. `caption` goes under samples.png."""
-    timesteps = saved.config["diffusion"]["timesteps_diff"]
     return f"""---
 license:  # to be filled in: what others may do with the weights
 datasets:  # to be filled in: the images of the training
@@ -68,6 +67,6 @@ A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)): {saved}.
 
     from diffusers import DDPMPipeline
     pipeline = DDPMPipeline.from_pretrained({folder!r})
-    images = pipeline(batch_size=4, num_inference_steps={timesteps}).images
+    images = pipeline(batch_size=4, num_inference_steps={saved.scheduler.timesteps}).images
     images[0].save("image.png")
 """

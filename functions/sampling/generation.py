@@ -15,10 +15,10 @@ from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
 from functions.saved.checkpoint import SavedModel
 from functions.saved.loading import open_model
-from functions.saved.run_folder import newest_checkpoints
+from functions.saved.run_folder import newest_run
 from functions.support.device import choose_device, set_deterministic
 from functions.support.errors import UserError
-from functions.support.processes import Processes
+from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.random_numbers import ImageNoise
 from functions.timesteps import sampling_times
 
@@ -73,11 +73,11 @@ class ImageSampler:
         """Return the number of steps. Each makes one network call, or two with a guide."""
         return len(self.times) - 1
 
-    def quick(self, seed: int) -> "ImageSampler":
-        """Return this sampler with another seed and 20 steps of dpm++."""
+    def quick(self) -> "ImageSampler":
+        """Return this sampler with 20 steps of dpm++."""
         steps = min(20, self.scheduler.timesteps)
         options = SamplerOptions("dpm++", steps, clip_x_0=self.options.clip_x_0)
-        return replace(self, options=options, seed=seed)
+        return replace(self, options=options)
 
     def noise(self, indices: Sequence[int], purpose: str = "image") -> ImageNoise:
         """Return the noise of these images and this purpose: first x_T, then that of the steps."""
@@ -120,7 +120,7 @@ class ImageSampler:
 
 
 def open_sampler(
-    args: argparse.Namespace, processes: Processes, name_prefix: str = ""
+    args: argparse.Namespace, processes: Processes = SINGLE_PROCESS, name_prefix: str = ""
 ) -> tuple[SavedModel, ImageSampler]:
     """Load the checkpoint that the flags name, and return it with a sampler for it.
 
@@ -131,9 +131,7 @@ def open_sampler(
     """
     device = choose_device(args.device, processes.local_rank)
     set_deterministic(False)
-    path = args.checkpoint
-    if not path:
-        path = processes.on_main(lambda: newest_checkpoints(args.runs, name_prefix))
+    path = args.checkpoint or processes.on_main(newest_run, args.runs, name_prefix)
     saved, denoiser = open_model(path, device, args.precision, processes)
     processes.print_main(f"{saved.path}: {saved}")
 

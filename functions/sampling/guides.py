@@ -12,11 +12,13 @@ from functions.saved.checkpoint import SavedModel, open_checkpoint
 from functions.saved.loading import open_model
 from functions.saved.run_folder import checkpoints_of, step_of
 from functions.support.errors import UserError
-from functions.support.processes import Processes
+from functions.support.processes import SINGLE_PROCESS, Processes
 from functions.support.settings import fields_with
 
 
-def guided(image_sampler: ImageSampler, saved: SavedModel, processes: Processes) -> ImageSampler:
+def guided(
+    image_sampler: ImageSampler, saved: SavedModel, processes: Processes = SINGLE_PROCESS
+) -> ImageSampler:
     """Return the sampler with the guide that its options name, if any.
 
     `saved` is the sampler's model. The guide computes in the model's precision. Raises UserError
@@ -28,7 +30,7 @@ def guided(image_sampler: ImageSampler, saved: SavedModel, processes: Processes)
         return image_sampler
     # The guide keeps its own objective, and its network may have another size.
     model = image_sampler.denoiser
-    path = processes.on_main(lambda: find_guide(options.guide, saved))
+    path = processes.on_main(find_guide, options.guide, saved)
     saved_guide, guide = open_model(path, image_sampler.device, "float32", processes)
     guide = replace(guide, precision=image_sampler.precision)
     processes.print_main(f"guide {saved_guide.path}: {saved_guide}")

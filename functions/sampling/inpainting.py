@@ -20,7 +20,6 @@ from data.batches import batches_of
 from data.decode import fit_image, fit_mask, open_image_file, to_pixels
 from data.pixels import to_model_range, to_uint8
 from functions.sampling.generation import ImageSampler
-from functions.sampling.options import SamplerOptions
 from functions.support.errors import UserError
 
 # Grey that fills the mask in the picture of the known pixels.
@@ -33,8 +32,8 @@ def inpaint(
     """Inpaint by RePaint's Algorithm 1, with jumps of length 1: each step is done `resample` times.
 
     x_0 is (C, H, W) in [-1, 1], on the sampler's device. `mask`, (H, W) bool, is true where pixels
-    are sampled. Returns one result for each index: (B, C, H, W). The sampler is one that
-    `check_sampler` accepts.
+    are sampled. Returns one result for each index: (B, C, H, W). The sampler is ddpm,
+    or ddim with eta = 1.
     """
     scheduler = image_sampler.scheduler
     # A step leads from timestep t to s.
@@ -54,15 +53,6 @@ def inpaint(
             known = scheduler.q_sample(x_0, s, noise.draw())
             x = torch.where(mask, unknown, known)
     return x
-
-
-def check_sampler(options: SamplerOptions) -> None:
-    """Raise UserError for a sampler that adds too little noise or depends on earlier steps."""
-    if options.sampler != "ddpm" and (options.sampler, options.eta) != ("ddim", 1.0):
-        raise UserError(
-            "inpaint needs --sampler ddpm, or ddim --eta 1: the other samplers add too little "
-            "noise, or depend on earlier steps, which inpainting undoes"
-        )
 
 
 def read_with_mask(
@@ -99,22 +89,18 @@ def read_with_mask(
 
 
 def inpaint_image(
-    image_sampler: ImageSampler,
-    image: np.ndarray,
-    mask: np.ndarray,
-    resample: int,
-    count: int,
+    image_sampler: ImageSampler, image: np.ndarray, mask: np.ndarray, resample: int, count: int
 ) -> np.ndarray:
     """Inpaint a uint8 image (H, W, C) `count` times where the mask, bool (H, W), is true.
 
     Returns the image, its known pixels on grey, and the results: (2 + count, H, W, C).
     """
     device = image_sampler.device
-    x_0 = to_model_range(torch.from_numpy(image)[None])[0].to(device)
+    x_0 = to_model_range(image[None])[0].to(device)
     device_mask = torch.from_numpy(mask).to(device)
     results = [
-        to_uint8(inpaint(image_sampler, x_0, device_mask, resample, indices)).cpu()
+        to_uint8(inpaint(image_sampler, x_0, device_mask, resample, indices))
         for indices in batches_of(range(count), image_sampler.batch_size)
     ]
     known = np.where(mask[..., None], np.uint8(GREY), image)
-    return np.concatenate([[image, known], torch.cat(results).numpy()])
+    return np.concatenate([[image, known], *results])

@@ -27,12 +27,8 @@ def interpolate_images(
     first, second = image_sampler.scheduler.q_sample(ends, t, noise.draw())
     w = weights.view(-1, 1, 1, 1)
     x_t = (1 - w) * first + w * second
-
-    def shared_noise():
-        """Draw a step's noise, the same for all mixtures."""
-        return noise.draw().expand_as(x_t)
-
-    return image_sampler.denoise(x_t, t, shared_noise)
+    # The noise of a step is the same for all mixtures, too.
+    return image_sampler.denoise(x_t, t, lambda: noise.draw().expand_as(x_t))
 
 
 def variations(image_sampler: ImageSampler, x_0: Tensor, t: int, indices: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 `SamplerOptions()` is the default everywhere: Algorithm 2 over all timesteps.
 """
 
-import argparse
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,11 +65,7 @@ class SamplerOptions:
     @property
     def settings(self) -> dict[str, str | int | float]:
         """Return the options that determine the pixels, with the names of their flags."""
-        settings = {
-            "sampler": self.sampler,
-            "steps": self.steps or "all",
-            **self.arguments,
-        }
+        settings = {"sampler": self.sampler, "steps": self.steps or "all", **self.arguments}
         if self.guide:
             settings["guide"] = self.guide_digest
             settings["guidance"] = self.guide_weight
@@ -82,7 +78,20 @@ class SamplerOptions:
         return ", ".join(f"{name} {value}" for name, value in self.settings.items())
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_place_flags(parser: ArgumentParser) -> None:
+    """Add the flags that name the folder of all runs and the device."""
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=RUNS,
+        help="The folder with all run folders. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps. Default: %(default)s."
+    )
+
+
+def add_model_flags(parser: ArgumentParser) -> None:
     """Add the flags that name the model and the device."""
     parser.add_argument(
         "checkpoint",
@@ -92,20 +101,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="A run folder, a checkpoint, an exported file, or a diffusers folder or its name. "
         "Default: the newest run, or the model in pretrained/ if there is no run.",
     )
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=RUNS,
-        help="The folder with all run folders. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, cuda, cuda:N or mps. Default: %(default)s.",
-    )
+    add_place_flags(parser)
 
 
-def add_out_flag(parser: argparse.ArgumentParser) -> None:
+def add_out_flag(parser: ArgumentParser) -> None:
     """Add the flag that names the folder of what a script writes."""
     parser.add_argument(
         "--out",
@@ -114,7 +113,7 @@ def add_out_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+def add_sampling_flags(parser: ArgumentParser) -> None:
     """Add the flags of sampling, which include the model flags."""
     add_model_flags(parser)
     parser.add_argument(

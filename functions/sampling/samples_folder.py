@@ -8,9 +8,9 @@ samples.json    the manifest: all settings that determine the pixels, and the in
 grid.png        and the other PICTURES, all of the same images
 """
 
-import argparse
 import json
 import math
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ from functions.support.device import precision_name
 from functions.support.errors import UserError
 from functions.support.files import read_json, sha256, short, write_text
 from functions.support.pictures import save_gif, save_strip
-from functions.support.processes import Processes
+from functions.support.processes import SINGLE_PROCESS, Processes
 
 MANIFEST = "samples.json"
 # These show several images. The manifest's SHOWN has their indices, or None without pictures.
@@ -48,10 +48,10 @@ def image_path(folder: Path, i: int) -> Path:
 
 
 def samples_folder(
-    args: argparse.Namespace,
+    args: Namespace,
     saved: SavedModel,
     image_sampler: ImageSampler,
-    processes: Processes,
+    processes: Processes = SINGLE_PROCESS,
     shown: list[int] | None = None,
 ) -> Path:
     """Return --out, or a folder in the model's run whose name has all settings and `shown`."""
@@ -63,13 +63,16 @@ def samples_folder(
     if shown:
         first = shown == [*range(len(shown))]
         words.append(f"n{len(shown)}" if first else f"images{sha256(str(shown))[:8]}")
-    return processes.on_main(lambda: results_folder(saved, "samples")) / "-".join(map(str, words))
+    return processes.on_main(results_folder, saved, "samples") / "-".join(map(str, words))
 
 
 def image_indices(folder: Path) -> set[int]:
     """Return the indices of the single images in a folder. An empty file is no image."""
-    files = [path for path in folder.glob("*.png") if path.stem.isdecimal()]
-    return {int(path.stem) for path in files if path.stat().st_size}
+    return {
+        int(path.stem)
+        for path in folder.glob("*.png")
+        if path.stem.isdecimal() and path.stat().st_size
+    }
 
 
 def open_folder(folder: Path, settings: dict, shown: list[int] | None = None) -> None:
@@ -115,16 +118,16 @@ def generate_frames(
     estimates = defaultdict(list)
     # Each image begins as noise, which depends only on the seed and the image's index.
     x_T = image_sampler.noise(indices).draw()
-    states[image_sampler.scheduler.timesteps].append(to_uint8(x_T).cpu().numpy())
+    states[image_sampler.scheduler.timesteps].append(to_uint8(x_T))
 
     def on_step(k, t, x, x_0):
         # The last step is always recorded. The state after it is the image.
         is_last = k == count - 1
         if k % stride == 0 or is_last:
-            estimates[t + 1].append(to_uint8(x_0).cpu().numpy())
+            estimates[t + 1].append(to_uint8(x_0))
         if (k + 1) % stride == 0 or is_last:
             t_after = image_sampler.times[k + 1]
-            states[t_after + 1].append(to_uint8(x).cpu().numpy())
+            states[t_after + 1].append(to_uint8(x))
 
     # Each batch of images calls `on_step` for all steps.
     images = generate(replace(image_sampler, on_step=on_step), indices, progress=True)
@@ -133,7 +136,7 @@ def generate_frames(
     return images, states, estimates
 
 
-def save_figures(args: argparse.Namespace, states: Frames, estimates: Frames, folder: Path) -> None:
+def save_figures(args: Namespace, states: Frames, estimates: Frames, folder: Path) -> None:
     """Write the figures of the denoising that the flags ask for."""
     if args.gif:
         save_gif(list(states.values()), folder / "denoising.gif")

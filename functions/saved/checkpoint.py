@@ -96,8 +96,11 @@ class TensorFile:
         """
         prefix = f"{part}."
         with open_safetensors(self.path) as file:
-            names = [name for name in list(file.keys()) if name.startswith(prefix)]
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            tensors = {
+                name.removeprefix(prefix): file.get_tensor(name)
+                for name in list(file.keys())
+                if name.startswith(prefix)
+            }
         if digest_of(tensors) != self.digests.get(part):
             raise CheckpointError(f"{self.path}: {part} is missing or damaged")
         return tensors
@@ -143,11 +146,6 @@ class SavedModel:
     def scheduler(self) -> NoiseScheduler:
         """Return the noise schedule. Raises ValueError or TypeError for an invalid one."""
         return build_scheduler(self.config["diffusion"])
-
-    @property
-    def precision(self) -> str | None:
-        """Return the precision in which the model was trained, or None if that is unknown."""
-        return self.provenance.get("arithmetic", {}).get("precision")
 
     @property
     def name(self) -> str:
@@ -226,8 +224,8 @@ def copy_tensors(saved: Tensors, tensors: Tensors, path: Path) -> None:
             f"such as {short(mismatches[0])!r}"
         )
     for name, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        saved_shape = tuple(saved[name].shape)
-        if saved_shape != shape:
-            raise CheckpointError(f"{path}: {name} is {saved_shape}; the model has {shape}")
+        if saved[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(saved[name].shape)}; the model has {tuple(tensor.shape)}"
+            )
         tensor.copy_(saved[name])

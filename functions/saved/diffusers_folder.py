@@ -109,7 +109,7 @@ def load_folder(path: Path) -> SavedModel:
         alphas_cumprod = saved.scheduler.alphas_cumprod.float()
         if not torch.allclose(alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3):
             raise ValueError("our alpha_bar is another than that of diffusers")
-    except (*READ_ERRORS, ArithmeticError) as error:
+    except READ_ERRORS as error:
         # Files that are damaged, or describe what is impossible, raise errors of these types.
         raise CheckpointError(f"{path}: this model cannot be read: {short(error)}") from error
     return saved

@@ -3,7 +3,6 @@
 denoiser = load_denoiser("runs/faces-20260101-120000")
 """
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from functions.denoiser import Denoiser
 from functions.saved.checkpoint import SavedModel, copy_tensors, load_weights
 from functions.saved.diffusers_folder import import_diffusers, load_folder
 from functions.saved.run_folder import RUN_NAME, find_checkpoints, first_intact
-from functions.support.device import fast_layout, sampling_precision
+from functions.support.device import choose_precision, fast_layout
 from functions.support.errors import CheckpointError, UserError
 from functions.support.files import READ_ERRORS, short
 from functions.support.processes import SINGLE_PROCESS, Processes
@@ -33,7 +32,7 @@ def load_denoiser(
 
 
 def open_model(
-    path: Path | Sequence[Path],
+    path: Path,
     device: torch.device,
     precision: str = "float32",
     processes: Processes = SINGLE_PROCESS,
@@ -41,20 +40,21 @@ def open_model(
     """Load a model in all processes. Return what was saved, with its provenance, and a denoiser.
 
     Args:
-        path: a run, a file, a folder or a name on a model hub; or the files to try, of which the
-            first intact one is loaded. Of a run this is the newest intact checkpoint.
-        precision: as `sampling_precision` takes it.
+        path: a run, of which the newest intact checkpoint is loaded, a file, a folder or a name on
+            a model hub.
+        precision: a name, or "auto": that of the training, or float32 where that is not native.
     """
     # Rank 0 reads checkpoints until it finds an intact one. Thanks to the cache it does not read
     # this one a second time.
     read = cache(load_model)
 
     def choose():
-        candidates = find_checkpoints(path) if isinstance(path, Path) else path
-        return first_intact([downloaded(candidate) for candidate in candidates], read).path
+        return first_intact([*map(downloaded, find_checkpoints(path))], read).path
 
     saved = read(processes.on_main(choose))
-    return saved, rebuild(saved, device, sampling_precision(precision, device, saved.precision))
+    trained = saved.provenance.get("arithmetic", {}).get("precision")
+    dtype = choose_precision(precision, device, trained, "float32")
+    return saved, rebuild(saved, device, dtype)
 
 
 def downloaded(path: Path) -> Path:
@@ -72,8 +72,10 @@ def downloaded(path: Path) -> Path:
         return Path(diffusers.DiffusionPipeline.download(path.as_posix()))
     except Exception as error:
         # Without a network, the libraries below diffusers raise errors of many types.
-        reason = f"{type(error).__name__}: {short(error)}"
-        raise UserError(f"{path} is no path, and diffusers cannot download it: {reason}") from error
+        raise UserError(
+            f"{path} is no path, and diffusers cannot download it: "
+            f"{type(error).__name__}: {short(error)}"
+        ) from error
 
 
 def load_model(path: Path) -> SavedModel:
@@ -92,10 +94,10 @@ def rebuild(
         model = build_network(saved.model)
         objective = saved.config["diffusion"]["objective"]
         denoiser = Denoiser(model, saved.scheduler, objective, precision)
-    except (*READ_ERRORS, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {short(error)}"
+    except READ_ERRORS as error:
         raise CheckpointError(
-            f"{saved.path}: this version cannot build a model from its config: {reason}"
+            f"{saved.path}: this version cannot build a model from its config: "
+            f"{type(error).__name__}: {short(error)}"
         ) from error
 
     copy_tensors(saved.weights, model.state_dict(), saved.path)
@@ -109,17 +111,16 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
     A `name`, or path, replaces the one in the config, for other images or another copy.
     """
     diffusion = saved.config["diffusion"]
-    if name:
-        # The config of another project's model lacks these fields.
-        diffusion = {"max_bad_images": 0, "split": "reference", **diffusion, "dataset_name": name}
-    if "dataset_name" not in diffusion:
+    dataset_name = name or diffusion.get("dataset_name")
+    if not dataset_name:
         raise UserError(
             "the model's config does not say which images it was trained on; name a data set "
             "with evaluate.py --data NAME"
         )
-    shape = saved.model.image_size, diffusion["max_bad_images"], saved.model.channels
+    # The config of another project's model lacks the fields that have a default here.
+    shape = saved.model.image_size, diffusion.get("max_bad_images", 0), saved.model.channels
     try:
-        image_set = load_images(diffusion["dataset_name"], *shape)
+        image_set = load_images(dataset_name, *shape)
     except UserError as error:
         if name:
             raise
@@ -128,4 +129,4 @@ def load_and_split(saved: SavedModel, name: str | None = None) -> tuple[ImageSet
             f"this needs the images that {saved.path} was trained on: {error}; or name others with "
             "evaluate.py --data NAME"
         ) from error
-    return image_set, split_images(image_set, diffusion["split"])
+    return image_set, split_images(image_set, diffusion.get("split", "reference"))

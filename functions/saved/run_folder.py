@@ -13,7 +13,6 @@ The time is in UTC, so that the newest run is the newest in every time zone.
 """
 
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from functions.saved.checkpoint import SavedModel, TensorFile, verify_checkpoint
 from functions.support.errors import CheckpointError, UserError
-from functions.support.files import WRITE_ERRORS, quoted
+from functions.support.files import WRITE_ERRORS, quoted, warn
 
 Result = TypeVar("Result")
 # The two groups are the experiment's name and the start time.
@@ -44,11 +43,10 @@ PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "ffhq-64.safet
 
 def new_folder(runs: Path, name: str) -> Path:
     """Make the folder of a new run."""
-    runs.mkdir(parents=True, exist_ok=True)
     while True:
         with suppress(FileExistsError):
             folder = runs / f"{name}-{timestamp()}"
-            folder.mkdir()
+            folder.mkdir(parents=True)
             return folder
         # Another run has started within the same second.
         time.sleep(0.2)
@@ -80,10 +78,7 @@ def locked(run: Path) -> Iterator[None]:
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", None) in WRITE_ERRORS:
             raise
-        print(
-            f"warning: {run} is on a disk without locks; do not start another process in it",
-            file=sys.stderr,
-        )
+        warn(f"warning: {run} is on a disk without locks; do not start another process in it")
     try:
         for pattern in TRAINING_LEFTOVERS:
             for leftover in filter(Path.is_file, run.glob(pattern)):
@@ -133,15 +128,15 @@ def runs_of(runs: Path, prefix: str = "") -> list[Path]:
     return sorted(folders, key=lambda path: (RUN_NAME.fullmatch(path.name)[2], path))
 
 
-def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
-    """Return the checkpoints, newest first, of the newest run that has one.
+def newest_run(runs: Path, prefix: str = "") -> Path:
+    """Return the newest run that has a checkpoint.
 
     If no run has one, return the model PRETRAINED, and print so. It replaces neither runs with
     another prefix nor those of a folder that the user names. Else raise CheckpointError.
     """
     for run in reversed(runs_of(runs, prefix)):
         if checkpoints_of(run):
-            return find_checkpoints(run)
+            return run
     target = f"run of an experiment {prefix}*" if prefix else "run"
     if PRETRAINED.exists() and PRETRAINED.name.startswith(prefix) and runs == RUNS:
         # Without a prefix, the preset that trains in minutes is meant.
@@ -150,7 +145,7 @@ def newest_checkpoints(runs: Path, prefix: str = "") -> list[Path]:
             f"{runs}: no {target} with a checkpoint here yet; using the model that comes with the "
             f"repository (train your own: python {command})"
         )
-        return [PRETRAINED]
+        return PRETRAINED
     raise CheckpointError(
         f"{runs}: no {target} with a checkpoint here yet; train one first, or name a checkpoint"
     )
@@ -167,11 +162,6 @@ def results_folder(saved: SavedModel, kind: str) -> Path:
     return folder / kind
 
 
-def is_diffusers_folder(folder: Path) -> bool:
-    """Return whether a folder contains a network of diffusers, itself or in a subfolder."""
-    return any(folder.glob("unet*")) or any(folder.glob("diffusion_pytorch_model*"))
-
-
 def find_checkpoints(path: Path) -> list[Path]:
     """Return the checkpoints of a run, newest first, or the path of a file or a diffusers folder.
 
@@ -180,7 +170,9 @@ def find_checkpoints(path: Path) -> list[Path]:
     checkpoints = checkpoints_of(path)
     if checkpoints:
         return checkpoints[::-1]
-    if path.is_dir() and not is_diffusers_folder(path):
+    # A diffusers folder contains a network, itself or in a subfolder.
+    networks = [*path.glob("unet*"), *path.glob("diffusion_pytorch_model*")]
+    if path.is_dir() and not networks:
         raise CheckpointError(
             f"{path}: no checkpoint in this folder (a run folder has them in checkpoints/)"
         )
@@ -196,10 +188,7 @@ def first_intact(candidates: Sequence[Path], read: Callable[[Path], Result]) -> 
         try:
             return read(path)
         except CheckpointError as error:
-            print(
-                f"WARNING: UNUSABLE CHECKPOINT: {error}. Using the one before it: {next_path}",
-                file=sys.stderr,
-            )
+            warn(f"WARNING: UNUSABLE CHECKPOINT: {error}. Using the one before it: {next_path}")
     return read(candidates[-1])
 
 
@@ -255,5 +244,5 @@ def run_to_resume(resume: str | None, runs: Path, experiment: str) -> Path | Non
         )
     if resume == "newest":
         raise UserError(f"{problem}; start a new one without --resume")
-    print(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.", file=sys.stderr)
+    warn(f"WARNING: NOTHING TO RESUME ({problem}). STARTING A NEW RUN.")
     return None

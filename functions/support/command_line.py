@@ -1,10 +1,16 @@
 """Make flags from dataclasses, and print errors in one line, for all scripts."""
 
-import argparse
 import inspect
 import math
 import re
 import sys
+from argparse import (
+    SUPPRESS,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -20,13 +26,11 @@ EXIT_BAD_INPUT = 2
 MEMORY_ADVICE = "use a smaller --batch-size, a smaller model or another device"
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """A parser that reports an error in one line, without the usage of some forty flags."""
 
     def __init__(self, **options):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-        )
+        super().__init__(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
@@ -39,8 +43,10 @@ def exit_on_user_error(memory_advice: str = MEMORY_ADVICE) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        sentence = user_message(error, memory_advice)
-        if sentence is None:
+        sentence = str(error)
+        if is_out_of_memory(error):
+            sentence = f"out of memory ({short(error)}): {memory_advice}"
+        elif not isinstance(error, (UserError, ConfigError, OSError)):
             raise
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
@@ -50,16 +56,7 @@ def exit_on_user_error(memory_advice: str = MEMORY_ADVICE) -> Iterator[None]:
         sys.exit(130)
 
 
-def user_message(error: Exception, memory_advice: str = MEMORY_ADVICE) -> str | None:
-    """Return the sentence to print for an error that users can fix, or None for a bug."""
-    if isinstance(error, (UserError, ConfigError, OSError)):
-        return str(error)
-    if is_out_of_memory(error):
-        return f"out of memory ({short(error)}): {memory_advice}"
-    return None
-
-
-def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class: type) -> None:
+def add_config_flags(parser: ArgumentParser, prefix: str, config_class: type) -> None:
     """Add one flag for each field of a dataclass: `batch_size` becomes `--PREFIX.batch-size N`.
 
     A flag's help is the comment above the field, with the field's choices and its default.
@@ -81,7 +78,7 @@ def add_config_flags(parser: argparse.ArgumentParser, prefix: str, config_class:
             type=parse,
             metavar="|".join(map(str, choices)),
             # A flag that is not given has no entry in the parsed arguments.
-            default=argparse.SUPPRESS,
+            default=SUPPRESS,
             # argparse treats a single % as the start of a placeholder.
             help=sentences.replace("%", "%%"),
         )
@@ -94,7 +91,7 @@ def field_comments(config_class: type) -> dict[str, str]:
     return {name: " ".join(comment.replace("#", "").split()) for comment, name in matches}
 
 
-def given_fields(args: argparse.Namespace, prefix: str) -> dict:
+def given_fields(args: Namespace, prefix: str) -> dict:
     """Return the values of the fields whose flags were given, by field name."""
     start = f"{prefix}."
     flags = vars(args)
@@ -104,36 +101,35 @@ def given_fields(args: argparse.Namespace, prefix: str) -> dict:
 def boolean(text: str) -> bool:
     """Parse "true" or "false"."""
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 
 def integers(text: str) -> tuple[int, ...]:
     """Parse comma-separated integers of at least 0, with or without brackets."""
-    items = [item.strip() for item in text.strip("[]() ").split(",") if item.strip()]
-    if not all(item.isdecimal() for item in items):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 3,7,21")
-    return tuple(int(item) for item in items)
+    if not re.fullmatch(r"[\[(]?(\s*\d+\s*,)*\s*(\d+\s*)?[\])]?", text.strip()):
+        raise ArgumentTypeError(f"{text!r} is not a list of integers such as 3,7,21")
+    return tuple(map(int, re.findall(r"\d+", text)))
 
 
 def positive(text: str) -> int:
     """Parse an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+        raise ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
 
 
 def fraction(text: str) -> float:
     """Parse a number from 0 to 1."""
     if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return float(text)
 
 
 def finite(text: str) -> float:
     """Parse a number that is neither infinite nor nan."""
     if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise ArgumentTypeError(f"{text!r} is not a finite number")
     return float(text)
 
 

@@ -60,45 +60,34 @@ def choose_device(name: str = "auto", index: int | None = None) -> torch.device:
         # GPU.
         torch.cuda.set_device(device)
     if device.type == "cpu":
-        keep_heap()
+        # This process keeps the memory that it frees, if it uses the GNU C library. By default, a
+        # large block, such as an activation, returns to the system as soon as it is freed, and in
+        # every forward pass the system zeroes and maps this memory again, page by page
+        # (benchmarks/NOTES.md has the times). The first option makes malloc take all blocks from
+        # the heap, and the second keeps the heap from shrinking. Other C libraries lack mallopt,
+        # and on Windows `CDLL(None)` raises an error.
+        with suppress(AttributeError, TypeError, OSError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
     return device
 
 
-def keep_heap() -> None:
-    """Let this process keep the memory that it frees, if it uses the GNU C library."""
-    # By default, it returns a large block, such as an activation, to the system as soon as it is
-    # freed, and in every forward pass the system zeroes and maps this memory again, page by page
-    # (benchmarks/NOTES.md has the times). The first option makes malloc take all blocks from the
-    # heap, and the second keeps the heap from shrinking. Other C libraries lack mallopt, and on
-    # Windows `CDLL(None)` raises an error.
-    with suppress(AttributeError, TypeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+def choose_precision(
+    name: str, device: torch.device, previous: str | None = None, otherwise: str | None = None
+) -> torch.dtype:
+    """Return the network's dtype: the named one, or for "auto" the `previous` one.
 
-
-def choose_precision(name: str, device: torch.device, previous: str | None = None) -> torch.dtype:
-    """Return the network's dtype in training: the named one, or for "auto" the fastest native one.
-
-    With "auto" a resumed run keeps its `previous` precision, if the device computes it natively.
-    Raises UserError for float16 without a CUDA GPU.
+    If the device does not compute the previous one natively, or there is none, "auto" is
+    `otherwise`, or by default the fastest native one. Raises UserError for float16 without a CUDA
+    GPU.
     """
     native = native_precisions(device)
     if name == "auto":
-        name = previous if previous in native else native[0]
+        name = previous if previous in native else otherwise or native[0]
     if name == "float16" and device.type != "cuda":
         raise UserError("precision float16 needs a CUDA GPU; use bfloat16 or float32")
     return DTYPES[name]
-
-
-def sampling_precision(name: str, device: torch.device, trained: str | None) -> torch.dtype:
-    """Return the network's dtype in sampling: the named one, or for "auto" that of the training.
-
-    If that is unknown (None) or not native to the device, "auto" is float32.
-    """
-    if name == "auto":
-        name = trained if trained in native_precisions(device) else "float32"
-    return choose_precision(name, device)
 
 
 def native_precisions(device: torch.device) -> list[str]:
@@ -162,17 +151,8 @@ def set_deterministic(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def arithmetic(
-    device: torch.device,
-    precision: torch.dtype,
-    processes: int,
-    batch_size: int,
-    compiled: bool = False,
-) -> dict[str, str | int | bool]:
-    """Return the settings on which the order and the precision of sums depend, as plain values.
-
-    A resumed run equals an uninterrupted one bit for bit only if all of these values are the same.
-    """
+def arithmetic(device: torch.device, precision: torch.dtype) -> dict[str, str | int]:
+    """Return what of the machine the order and the precision of sums depend on, as plain values."""
     processor = device.type
     threads = 0
     if device.type == "cuda":
@@ -185,10 +165,6 @@ def arithmetic(
         "memory_format": str(fast_layout(device)).removeprefix("torch."),
         "processor": processor,
         "threads": threads,
-        "processes": processes,
-        "batch_size": batch_size,
-        # Compiled dropout draws other random numbers.
-        "compiled": compiled,
         # The version is a subclass of str, and JSON needs a plain string.
         "torch": str(torch.__version__),
     }

@@ -10,10 +10,9 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -34,6 +33,7 @@ WRITE_ERRORS = {
 READ_ERRORS = (
     SafetensorError,
     OSError,
+    ArithmeticError,
     EOFError,
     AssertionError,
     RuntimeError,
@@ -80,15 +80,10 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(folder)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` write a file, which replaces `path` as a whole."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        write(file)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a text to a file with `write_atomically`."""
-    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+    """Write a text to a file, which replaces `path` as a whole."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def read_json(path: Path) -> dict:
@@ -111,6 +106,11 @@ def sha256(text: str) -> str:
     """Return the SHA-256 of a text, in hexadecimal."""
     # Names of files may contain bytes that are not UTF-8, which Python reads as surrogates.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    print(text, file=sys.stderr)
 
 
 def let_all_be_printed() -> None:

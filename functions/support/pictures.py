@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from data.pixels import picture_of
-from functions.support.files import write_atomically
+from functions.support.files import replacing
 
 # In grids, images with a shorter side than this (in pixels) are enlarged, so that they can be seen.
 MIN_SIDE = 96
@@ -39,14 +39,15 @@ def grid_of(images: np.ndarray, columns: int | None = None) -> Image.Image:
 
 def save_image(image: np.ndarray, path: Path) -> None:
     """Write one image, (H, W, C) or grey (H, W), as a PNG."""
-    picture = picture_of(image)
-    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    with replacing(path) as temporary:
+        picture_of(image).save(temporary, "PNG")
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None) -> Image.Image:
     """Write the picture of `grid_of` as a PNG, and return the picture."""
     grid = grid_of(images, columns)
-    write_atomically(path, lambda file: grid.save(file, "PNG"))
+    with replacing(path) as temporary:
+        grid.save(temporary, "PNG")
     return grid
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -68,15 +68,15 @@ class Processes:
         """Wait until all processes have called this."""
         self.any(False)
 
-    def on_main(self, make: Callable[[], Value]) -> Value:
+    def on_main(self, make: Callable[..., Value], *arguments: Any) -> Value:
         """Call `make` in rank 0 alone, and return its value in all processes, or end them all."""
         if self.count == 1:
-            return make()
+            return make(*arguments)
         failed_and_value = [True, None]
         # Rank 0 sends the list even if `make` raises an error, so that the others do not wait.
         try:
             if self.is_main:
-                failed_and_value = [False, make()]
+                failed_and_value = [False, make(*arguments)]
         finally:
             dist.broadcast_object_list(failed_and_value)
         if failed_and_value[0]:

@@ -13,7 +13,6 @@ from functions.support.device import seconds_without_core
 from functions.support.files import quoted
 from functions.training.run import TrainingRun
 
-SECONDS_OF_A_DAY = 24 * 3600
 # Other programs slow a training down if its threads wait for cores for longer than this fraction
 # of the time in which they have one.
 BUSY = 0.1
@@ -24,22 +23,20 @@ def describe_cost(run: TrainingRun) -> str:
 
     The optimiser's steps here are real ones, so nothing can be trained afterwards.
     """
-    denoiser = run.denoiser
-    optimizer = run.optimizer
-    image_shape = run.experiment.model.image_shape
     # The first pass and the first step warm up.
     image_count = min(run.config.batch_size, len(run.share))
-    seconds = min(run_pass(denoiser, (image_count, *image_shape)) for _ in range(2))
+    seconds = min(
+        run_pass(run.denoiser, (image_count, *run.experiment.model.image_shape)) for _ in range(2)
+    )
     # The gradients are those of the last pass, as in training.
-    optimizer.step()
-    wait(denoiser)
-    start = time.perf_counter()
-    optimizer.step()
-    wait(denoiser)
+    for _ in range(2):
+        start = time.perf_counter()
+        run.optimizer.step()
+        wait(run.denoiser)
     seconds_of_step = len(run.share) * seconds / image_count + time.perf_counter() - start
 
     to_go = timedelta(seconds=round(seconds_of_step * (run.total_steps - run.step)))
-    epochs_of_a_day = SECONDS_OF_A_DAY / (seconds_of_step * run.steps_per_epoch)
+    epochs_of_a_day = 86_400 / (seconds_of_step * run.steps_per_epoch)
     return (
         f"  compute    forward and backward of {image_count} on {run.device}: {seconds:.3g} s\n"
         f"             so the steps to go take about {to_go} (h:mm:ss), not compiled\n"

@@ -1,7 +1,7 @@
 """Draw t, the noise and the augmentation of a step (Algorithm 1, lines 3 and 4)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,7 @@ from torch import Tensor
 from functions.support.random_numbers import generator_of
 
 
-@dataclass(frozen=True)
-class StepDraws:
+class StepDraws(NamedTuple):
     """The random numbers of one optimiser step, for its B images."""
 
     t: Tensor  # (B,) int64, uniform in 0 .. T-1
@@ -21,8 +20,7 @@ class StepDraws:
 
     def cut(self, share: range) -> "StepDraws":
         """Return the draws of a contiguous share of the images."""
-        draws = [getattr(self, field.name)[share.start : share.stop] for field in fields(self)]
-        return StepDraws(*draws)
+        return StepDraws(*(draw[share.start : share.stop] for draw in self))
 
 
 def training_draws(

@@ -1,58 +1,54 @@
 """Open the run that the flags of train.py ask for: a new one, or one to resume."""
 
-import argparse
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
-from config import DEFAULT_EXPERIMENT, EXPERIMENTS, DiffusionConfig, Experiment
+from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ConfigError, DiffusionConfig, Experiment
 from functions.saved.checkpoint import SavedModel, open_checkpoint
 from functions.saved.loading import open_model
 from functions.saved.run_folder import intact_checkpoint, locked, run_to_resume
 from functions.support.command_line import given_fields
 from functions.support.processes import Processes
-from functions.support.settings import ConfigError, fields_with
+from functions.support.settings import fields_with
 from functions.training.run import TrainingRun
 from functions.training.stopping import explain_failed_writes
 from models.growing import LOG_SNR_SHIFT, grown_arguments
 
 
 @contextmanager
-def open_run(
-    args: argparse.Namespace, device: torch.device, processes: Processes
-) -> Iterator[TrainingRun]:
+def open_run(args: Namespace, device: torch.device, processes: Processes) -> Iterator[TrainingRun]:
     """Open the run that the flags of train.py ask for: a new one, or one to resume.
 
     A run to resume is locked within the context, except for a dry run, and its checkpoint is read
     under the lock: no other process can have trained it further in between.
     """
     name = args.experiment or DEFAULT_EXPERIMENT
-    folder = processes.on_main(lambda: run_to_resume(args.resume, args.runs, name))
+    folder = processes.on_main(run_to_resume, args.resume, args.runs, name)
     with ExitStack() as stack:
         if folder and not args.dry_run:
             with explain_failed_writes(folder):
-                processes.on_main(lambda: stack.enter_context(locked(folder)))
+                processes.on_main(stack.enter_context, locked(folder))
         if folder:
             yield resume_run(folder, args, device, processes)
         else:
             yield new_run(name, args, device, processes)
 
 
-def new_run(
-    name: str, args: argparse.Namespace, device: torch.device, processes: Processes
-) -> TrainingRun:
+def new_run(name: str, args: Namespace, device: torch.device, processes: Processes) -> TrainingRun:
     """Return a new run, which begins with random weights or with those of --init."""
     diffusion = given_fields(args, "diffusion")
     model = given_fields(args, "model")
-    if not args.init:
-        experiment = EXPERIMENTS[name].override(diffusion, model)
-        return TrainingRun(name, experiment, args.runs, device, processes)
-    initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
-    experiment = fit_to_weights(EXPERIMENTS[name], initial, diffusion, model)
-    run = TrainingRun(name, experiment, args.runs, device, processes)
-    run.begin_with(initial)
+    experiment = EXPERIMENTS[name]
+    if args.init:
+        initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
+        experiment = fit_to_weights(experiment, initial, diffusion, model)
+    run = TrainingRun(name, experiment.override(diffusion, model), args.runs, device, processes)
+    if args.init:
+        run.begin_with(initial)
     return run
 
 
@@ -97,7 +93,7 @@ def fit_to_weights(
 
 
 def resume_run(
-    folder: Path, args: argparse.Namespace, device: torch.device, processes: Processes
+    folder: Path, args: Namespace, device: torch.device, processes: Processes
 ) -> TrainingRun:
     """Return a run that continues from the newest intact checkpoint, with the config in that.
 

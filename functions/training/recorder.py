@@ -13,13 +13,7 @@ from data.pixels import to_uint8
 from functions.losses import eps_errors
 from functions.sampling.generation import ImageSampler, generate
 from functions.sampling.options import SamplerOptions
-from functions.saved.run_folder import (
-    delete_old,
-    last_checkpoint,
-    locked,
-    new_folder,
-    path_of,
-)
+from functions.saved.run_folder import delete_old, last_checkpoint, locked, new_folder, path_of
 from functions.support.errors import UserError
 from functions.support.files import quoted, short, write_text
 from functions.support.pictures import save_grid
@@ -63,19 +57,19 @@ class Recorder:
         run = self.run
         is_new = not run.folder
         if is_new:
-            run.folder = self.processes.on_main(lambda: new_folder(run.runs_folder, run.name))
+            run.folder = self.processes.on_main(new_folder, run.runs_folder, run.name)
         with explain_failed_writes(run.folder), ExitStack() as stack:
             # From the first line on, a run that has a folder saves before it ends.
             stack.enter_context(self.stop_signals)
-            self.processes.on_main(lambda: self.open_files(stack, is_new))
-            bar = tqdm(
+            self.processes.on_main(self.open_files, stack, is_new)
+            self.bar = tqdm(
                 initial=run.step,
                 total=run.total_steps,
                 unit="step",
                 dynamic_ncols=True,
                 disable=not self.processes.is_main,
             )
-            self.bar = stack.enter_context(bar)
+            stack.enter_context(self.bar)
             run.window.start_clock()
             yield
             if run.step == run.total_steps:
@@ -111,15 +105,18 @@ class Recorder:
         """
         run = self.run
         config = self.config
+        processes = self.processes
         errors = eps_errors(run.denoiser, losses, t)
         sums = torch.stack([losses, errors, torch.ones_like(losses)]).sum(dim=1)
-        run.window.add(self.processes.sum_(sums), run.optimizer.found_inf)
+        run.window.add(processes.sum_(sums), run.optimizer.found_inf)
         # From here on `run.step` counts this step, too.
         run.step += 1
-        epoch = min(run.step // run.steps_per_epoch + 1, config.epochs)
-        self.bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
+        self.bar.set_description(
+            f"epoch {min(run.step // run.steps_per_epoch + 1, config.epochs)}/{config.epochs}",
+            refresh=False,
+        )
         self.bar.update()
-        if run.step == self.checked_step and run.device.type == "cpu" and self.processes.is_main:
+        if run.step == self.checked_step and run.device.type == "cpu" and processes.is_main:
             warn_if_busy(run.folder)
 
         # The clock stops here, so that images_per_second is the speed of training only.
@@ -127,39 +124,34 @@ class Recorder:
             validating = self.is_due(config.validate_every)
             if validating or self.is_due(config.log_every):
                 self.log(grad_norm, validating)
-            if self.is_due(config.snapshot_every) and self.processes.is_main:
+            if self.is_due(config.snapshot_every) and processes.is_main:
                 run.save_snapshot(path_of(run.folder, "snapshots", run.step))
-            if self.is_due(config.sample_every):
+            if self.is_due(config.sample_every) and self.processes.is_main:
                 self.sample()
             # All processes get the same answer, so that they stop after the same step. They
             # exchange it on their CPUs, and do not wait for a GPU.
-            signal_received = self.processes.any(self.stop_signals.received is not None)
+            signal_received = processes.any(self.stop_signals.received is not None)
             self.stopped = signal_received and run.step < run.total_steps
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = 0 < config.checkpoint_minutes <= minutes
             # The checkpoint comes last: if the run is killed before it, it resumes from the
             # checkpoint before, and writes all of this again.
             if self.is_due(config.checkpoint_every) or overdue or self.stopped:
-                self.save()
+                self.saved_at = time.monotonic()
+                if self.processes.is_main:
+                    run.save(path_of(run.folder, "checkpoints", run.step))
+                    delete_old(run.folder, run.step, config.keep_checkpoints)
 
         if self.stopped:
             # torchrun ends all processes when one has ended. So they wait until rank 0 has saved.
-            self.processes.wait()
+            processes.wait()
             # Its last line is complete then.
             self.bar.close()
             reason = self.stop_signals.received or "a signal to another process"
-            self.processes.print_main(
+            processes.print_main(
                 f"stopped by {reason}, saved; "
                 f"continue with: python train.py --resume {quoted(run.folder)}"
             )
-
-    def save(self) -> None:
-        """Write a checkpoint to resume and sample from."""
-        run = self.run
-        self.saved_at = time.monotonic()
-        if self.processes.is_main:
-            run.save(path_of(run.folder, "checkpoints", run.step))
-            delete_old(run.folder, run.step, self.config.keep_checkpoints)
 
     def log(self, grad_norm: Tensor, validating: bool) -> None:
         """Write a row of metrics; raise UserError if too many steps were skipped."""
@@ -205,19 +197,16 @@ class Recorder:
             self.processes,
         )
         columns = {}
-        for suffix, (loss, eps_error, *quarters) in zip(denoisers, losses, strict=True):
-            columns[f"val_loss{suffix}"] = loss
-            columns[f"val_eps_error{suffix}"] = eps_error
-            # Those of the last denoiser stay. It draws samples.
-            columns |= zip(QUARTERS, quarters, strict=True)
+        for suffix, values in zip(denoisers, losses, strict=True):
+            # The quarters of the last denoiser stay. It draws samples.
+            names = (f"val_loss{suffix}", f"val_eps_error{suffix}", *QUARTERS)
+            columns |= zip(names, values, strict=True)
         return columns
 
     def sample(self) -> None:
         """Draw a grid of samples, always from the same noise, and write it to a file."""
         run = self.run
         config = self.config
-        if not self.processes.is_main:
-            return
         sampler = ImageSampler(
             run.sample_denoiser,
             SamplerOptions(config.grid_sampler, min(config.grid_steps, config.timesteps_diff)),
@@ -229,6 +218,5 @@ class Recorder:
 
         with run.sample_denoiser.evaluating():
             samples = generate(sampler, range(config.grid_images))
-        images = to_uint8(samples).numpy()
-        grid = save_grid(images, path_of(run.folder, "samples", run.step))
+        grid = save_grid(to_uint8(samples), path_of(run.folder, "samples", run.step))
         self.metrics.show(grid, run.step)

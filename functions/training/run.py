@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import DiffusionConfig, Experiment, build_network, build_scheduler
-from data.augmentation import augment, rotation_limit
+from config import ConfigError, DiffusionConfig, Experiment, build_network, build_scheduler
+from data.augmentation import augment
 from data.batches import ImageFeeder, indices_of_steps
 from data.datasets import load_images, split_images
 from functions.denoiser import Denoiser
@@ -34,7 +34,6 @@ from functions.support.device import (
 )
 from functions.support.files import quoted
 from functions.support.processes import SINGLE_PROCESS, Processes
-from functions.support.settings import ConfigError
 from functions.training.draws import StepDraws, training_draws
 from functions.training.metrics import TrainingWindow
 from models.growing import grown_weights
@@ -72,7 +71,7 @@ class TrainingRun:
     ):
         self.name = name
         self.experiment = experiment
-        self.config = experiment.diffusion
+        self.config = config = experiment.diffusion
         self.runs_folder = runs_folder
         self.device = device
         self.processes = processes
@@ -84,30 +83,44 @@ class TrainingRun:
         # Data. Each process has its share of every effective batch.
         model = experiment.model
         self.image_set = load_images(
-            self.config.dataset_name, model.image_size, self.config.max_bad_images, model.channels
+            config.dataset_name, model.image_size, config.max_bad_images, model.channels
         )
-        self.split = split_images(self.image_set, self.config.split)
-        self.steps_per_epoch = len(self.split.train_indices) // self.config.effective_batch
-        self.total_steps = self.config.epochs * self.steps_per_epoch
-        self.share = processes.shard(self.config.effective_batch)
-        self.check_length()
+        self.split = split_images(self.image_set, config.split)
+        self.steps_per_epoch = len(self.split.train_indices) // config.effective_batch
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.share = processes.shard(config.effective_batch)
+        if self.total_steps == 0:
+            raise ConfigError(
+                f"{config.dataset_name} has {len(self.split.train_indices)} training images, fewer "
+                f"than one step's {config.effective_batch} (batch_size x gradient_accumulation); "
+                "lower one of the two"
+            )
+        if config.effective_batch < processes.count:
+            raise ConfigError(
+                f"{processes.count} processes cannot share an effective batch of "
+                f"{config.effective_batch}"
+            )
         if checkpoint:
             self.check_resumption()
         self.feeder = ImageFeeder(self.image_set.images, device)
-        self.window = TrainingWindow(device, self.config.effective_batch)
+        self.window = TrainingWindow(device, config.effective_batch)
 
         # The network, and all that the steps change
-        set_deterministic(self.config.deterministic)
+        set_deterministic(config.deterministic)
         earlier = self.earlier_provenance.get("arithmetic", {}).get("precision")
-        precision = choose_precision(self.config.precision, device, earlier)
-        self.denoiser = self.build_denoiser(precision)
-        self.model = self.denoiser.network
+        precision = choose_precision(config.precision, device, earlier)
+        # This seed is for the initial weights. Every later draw has another seed.
+        torch.manual_seed(config.seed)
+        layout = fast_layout(device)
+        self.model = build_network(model).to(device, memory_format=layout)
+        scheduler = build_scheduler(vars(config))
+        self.denoiser = Denoiser(self.model, scheduler, config.objective, precision)
         self.ema_model = None
-        if self.config.ema_decay > 0:
+        if config.ema_decay > 0:
             self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         optimizers = {"adam": Adam, "muon": partial(Muon, precision=precision)}
-        optimizer = optimizers[self.config.optimizer]
-        self.optimizer = optimizer(self.model.parameters(), self.config.learning_rate)
+        optimizer = optimizers[config.optimizer]
+        self.optimizer = optimizer(self.model.parameters(), config.learning_rate)
         # Gradients of float16 underflow unless the loss is scaled; elsewhere the scaler does
         # nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -125,13 +138,13 @@ class TrainingRun:
             # Whether these weights were those of a smaller network (models/growing.py).
             "grown": self.earlier_provenance.get("grown", False),
             # The bits of the results depend on these values.
-            "arithmetic": arithmetic(
-                device,
-                precision,
-                processes.count,
-                self.config.batch_size,
-                self.is_to_compile,
-            ),
+            "arithmetic": {
+                **arithmetic(device, precision),
+                "processes": processes.count,
+                "batch_size": config.batch_size,
+                # Compiled dropout draws other random numbers.
+                "compiled": self.is_to_compile,
+            },
         }
 
     @property
@@ -144,21 +157,6 @@ class TrainingRun:
     def sample_denoiser(self) -> Denoiser:
         """Return the model that draws samples, with the EMA weights if there are any."""
         return replace(self.denoiser, network=self.ema_model or self.model)
-
-    def check_length(self) -> None:
-        """Raise ConfigError for a run of no step, or for too many processes."""
-        effective_batch = self.config.effective_batch
-        if self.total_steps == 0:
-            raise ConfigError(
-                f"{self.config.dataset_name} has {len(self.split.train_indices)} training images, "
-                f"fewer than one step's {effective_batch} (batch_size x gradient_accumulation); "
-                "lower one of the two"
-            )
-        if effective_batch < self.processes.count:
-            raise ConfigError(
-                f"{self.processes.count} processes cannot share an effective batch of "
-                f"{effective_batch}"
-            )
 
     def check_resumption(self) -> None:
         """Raise ConfigError if no step is left to do, or if ids or pixels are not the run's."""
@@ -183,14 +181,6 @@ class TrainingRun:
                 f"--diffusion.epochs {self.step // self.steps_per_epoch + 1}"
             )
 
-    def build_denoiser(self, precision: torch.dtype) -> Denoiser:
-        """Build the network, with random weights, and the schedule."""
-        # This seed is for the initial weights. Every later draw has another seed.
-        torch.manual_seed(self.config.seed)
-        layout = fast_layout(self.device)
-        model = build_network(self.experiment.model).to(self.device, memory_format=layout)
-        return Denoiser(model, build_scheduler(vars(self.config)), self.config.objective, precision)
-
     def begin_with(self, initial: SavedModel) -> None:
         """Take over a model's weights, which grow if it is one of smaller images.
 
@@ -203,9 +193,10 @@ class TrainingRun:
             weights = grown_weights(weights, self.model)
             description += f", grown from {own_size} px"
             self.provenance["grown"] = True
-        earlier = initial.provenance
-        same_images = earlier.get("pixels_hash") == self.split.pixels_hash
-        if same_images and earlier["train_ids_hash"] != self.split.train_ids_hash:
+        facts = initial.provenance
+        if facts.get("pixels_hash") == self.split.pixels_hash and (
+            facts["train_ids_hash"] != self.split.train_ids_hash
+        ):
             description += "; trained on another split of these images: val_loss may be too good"
         copy_tensors(weights, self.model.state_dict(), initial.path)
         if self.ema_model:
@@ -241,20 +232,22 @@ class TrainingRun:
         config = self.config
         if not config.use_augmentation:
             return x_0
+        angle = None
         # Rotation is off at the end of a run, so that the network unlearns its tilt.
-        progress = step / self.total_steps
-        degrees = rotation_limit(config.max_rotation, config.rotation_free_end, progress)
-        return augment(x_0, draws.flip, degrees * draws.rotation if degrees else None)
+        if config.max_rotation and step / self.total_steps < 1 - config.rotation_free_end:
+            angle = config.max_rotation * draws.rotation
+        return augment(x_0, draws.flip, angle)
 
     def parts(self) -> dict[str, Tensors]:
         """Return the run's own tensors that the steps change, by a checkpoint's parts and names."""
         parts = {"model": self.model.state_dict()}
         if self.ema_model:
             parts["ema"] = self.ema_model.state_dict()
-        parts["optimizer"] = {}
-        for name, p in self.model.named_parameters():
-            for moment, tensor in self.optimizer.state[p].items():
-                parts["optimizer"][f"{moment}.{name}"] = tensor
+        parts["optimizer"] = {
+            f"{moment}.{name}": tensor
+            for name, p in self.model.named_parameters()
+            for moment, tensor in self.optimizer.state[p].items()
+        }
         parts["window"] = {"sums": self.window.sums, "skipped": self.window.skipped}
         return parts
 
@@ -266,8 +259,7 @@ class TrainingRun:
     def save(self, path: Path) -> None:
         """Write a checkpoint. Raises OSError, such as for a full disk."""
         # Random numbers and the position in the data follow from the seed and the step.
-        scaler = {"scaler": self.scaler.state_dict()}
-        write_tensors(path, self.parts(), self.contents() | scaler)
+        write_tensors(path, self.parts(), {**self.contents(), "scaler": self.scaler.state_dict()})
 
     def save_snapshot(self, path: Path) -> None:
         """Write the weights to sample from, in float16. Raises OSError, such as for a full disk."""
@@ -289,10 +281,7 @@ class TrainingRun:
     def describe(self) -> str:
         """Describe the run in a few lines (data, split, network, ...), followed by warnings."""
         config = self.config
-        parameters = self.provenance["parameters"]
-        precision = self.provenance["arithmetic"]["precision"]
-        initial = self.provenance["initial"]
-        snr = self.denoiser.scheduler.terminal_snr
+        facts = self.provenance
         done = f"; {self.step:,} steps are done" if self.step else ""
         shift = config.log_snr_shift
         shifted = f", log-SNR shifted by {shift:g}" if shift else ""
@@ -301,23 +290,25 @@ class TrainingRun:
             self.name,
             f"  data       {self.image_set.summary}",
             f"  split      {self.split.description}",
-            f"  network    {parameters:,} parameters, {precision}, {self.device}{compiled}",
+            f"  network    {facts['parameters']:,} parameters, {facts['arithmetic']['precision']}, "
+            f"{self.device}{compiled}",
             f"  length     {self.total_steps:,} steps of {config.effective_batch} images: "
             f"{config.epochs} epochs of {self.steps_per_epoch:,} steps{done}",
             f"  objective  {config.objective} over {config.timesteps_diff} timesteps with "
-            f"{config.beta_schedule} betas{shifted}, terminal SNR {snr:.2g}",
+            f"{config.beta_schedule} betas{shifted}, terminal SNR "
+            f"{self.denoiser.scheduler.terminal_snr:.2g}",
         ]
-        if initial:
-            lines.append(f"  begins as  {initial}")
+        if facts["initial"]:
+            lines.append(f"  begins as  {facts['initial']}")
         for warning in self.warnings():
             lines.append(f"warning: {warning}")
         return "\n".join(lines)
 
-    def warnings(self) -> list[str]:
-        """Return a warning for each setting that is allowed but probably not meant."""
+    def warnings(self) -> Iterator[str]:
+        """Yield a warning for each setting that is allowed but probably not meant."""
         config = self.config
         steps = self.total_steps
-        warnings = self.experiment.warnings()
+        yield from self.experiment.warnings()
         snr = self.denoiser.scheduler.terminal_snr
         if snr > VISIBLE_SNR:
             warning = (
@@ -328,16 +319,16 @@ class TrainingRun:
                 warning += f"; set rescale_betas = True or use {PAPER_TIMESTEPS} timesteps"
             if config.beta_end < DiffusionConfig.beta_end:
                 warning += f"; use a beta_end of {DiffusionConfig.beta_end}"
-            warnings.append(warning)
+            yield warning
         if config.warmup_steps >= steps:
-            share = steps / (config.warmup_steps + 1)
-            warnings.append(
+            yield (
                 f"warmup_steps is {config.warmup_steps:,}, and the run has {steps:,} steps: the "
-                f"learning rate rises to {share:.0%} of learning_rate at most; use fewer"
+                f"learning rate rises to {steps / (config.warmup_steps + 1):.0%} of learning_rate "
+                "at most; use fewer"
             )
         ema_length = round(1 / (1 - config.ema_decay))
         if config.ema_decay and ema_length > steps:
-            warnings.append(
+            yield (
                 f"ema_decay = {config.ema_decay:g} is for an average over {ema_length:,} steps, "
                 f"and the run has {steps:,} steps: use a smaller one"
             )
@@ -347,7 +338,7 @@ class TrainingRun:
             last_rate = learning_rate(config, self.step - 1, earlier_steps)
             rate = learning_rate(config, self.step, steps)
             if rate > 2 * last_rate:
-                warnings.append(
+                yield (
                     f"the learning rate was {last_rate:.3g} in the last step, of a run of "
                     f"{earlier_steps:,}, and is {rate:.3g} in the next, of a run of {steps:,}"
                 )
@@ -355,11 +346,10 @@ class TrainingRun:
         for name, earlier in self.earlier_provenance.get("arithmetic", {}).items():
             now = self.provenance["arithmetic"].get(name)
             if earlier != now:
-                warnings.append(
+                yield (
                     f"{name} was {earlier}, is now {now}: no longer bit for bit like an "
                     "uninterrupted run"
                 )
-        return warnings
 
 
 def learning_rate(config: DiffusionConfig, step: int, total_steps: int) -> float:

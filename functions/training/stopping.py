@@ -22,7 +22,7 @@ SIGNAL_NAMES = ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1")
 SIGNALS = [number for number in signal.Signals if number.name in SIGNAL_NAMES]
 
 
-class StopSignals:
+class StopSignals(ExitStack):
     """A context in which a signal sets `received`, which `Recorder` reads between two steps.
 
     A second signal, more than SAME_REQUEST_SECONDS later, ends the process immediately. An output
@@ -36,20 +36,14 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         # nohup lets a process ignore SIGHUP, which then stays ignored. A script's background jobs
         # ignore SIGINT, but whoever sends that to one of them means it.
-        self.previous = {
-            number: signal.signal(number, self.handle)
-            for number in SIGNALS
-            if (number.name, signal.getsignal(number)) != ("SIGHUP", signal.SIG_IGN)
-        }
-        self.outputs = ExitStack()
+        for number in SIGNALS:
+            previous = signal.getsignal(number)
+            if (number.name, previous) != ("SIGHUP", signal.SIG_IGN):
+                signal.signal(number, self.handle)
+                self.callback(signal.signal, number, previous)
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
-            self.outputs.enter_context(redirect(Output(stream, self)))
+            self.enter_context(redirect(Output(stream, self)))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.outputs.close()
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Remember the first signal; end the process at a second one."""

@@ -38,7 +38,6 @@ def validation_losses(
     # 0 .. T-1 is divided into one stratum per triple. The t are the strata's midpoints, shuffled.
     order = torch.randperm(count, generator=generator_of("cpu", config.seed, "validation t"))
     all_t = (2 * order + 1) * timesteps // (2 * count)
-    all_quarters = 4 * all_t // timesteps
     # The triples are spread evenly over the images: the numbers of triples with any two images
     # differ by at most one.
     all_indices = indices[np.arange(count) * len(indices) // count]
@@ -48,7 +47,7 @@ def validation_losses(
     for positions in batches[processes.rank :: processes.count]:
         x_0 = to_model_range(gather(all_indices[positions]))
         t = all_t[positions].to(x_0.device)
-        quarters = all_quarters[positions].to(x_0.device)
+        quarters = 4 * t // timesteps
         # The noise of a triple depends on its position among all triples, not on its batch.
         noise = ImageNoise(config.seed, positions, x_0.shape[1:], x_0.device, "validation noise")
         eps = noise.draw()
@@ -60,6 +59,6 @@ def validation_losses(
             by_quarter = [losses * (quarters == q) for q in range(4)]
             total[i] += torch.stack([losses, errors, *by_quarter]).sum(dim=1).cpu()
 
-    counts = [count, count, *torch.bincount(all_quarters, minlength=4)]
+    counts = [count, count, *torch.bincount(4 * all_t // timesteps, minlength=4)]
     means = processes.sum_(total) / torch.tensor(counts)
     return means.tolist()

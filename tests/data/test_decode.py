@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from data.decode import BadImage, decode, fit_square
+from data.decode import BadImage, fit_square, open_image, to_pixels
 from tests.data.packing import encoded, random_pixels
 
 RGB = random_pixels(12, 16, 3)
@@ -67,7 +67,7 @@ FORMS = {
 @pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize(("data", "expected", "tolerance"), FORMS.values(), ids=FORMS)
 def test_every_form_becomes_rgb_or_grey(data, expected, tolerance, channels):
-    decoded = decode(data, channels)
+    decoded = to_pixels(open_image(data), channels)
 
     assert decoded.dtype == np.uint8
     assert decoded.shape == (*np.shape(expected)[:2], channels)
@@ -84,7 +84,7 @@ def test_exif_orientation_is_applied():
     exif = Image.Exif()
     # The stored image is to be turned clockwise by a quarter, as those of phones are.
     exif[0x0112] = 6
-    assert_array_equal(decode(encoded(RGB, exif=exif)), np.rot90(RGB, -1))
+    assert_array_equal(open_image(encoded(RGB, exif=exif)), np.rot90(RGB, -1))
 
 
 def gif_of(width, height):
@@ -104,7 +104,7 @@ def gif_of(width, height):
 )
 def test_bad_images_are_refused_with_the_reason(data, reason):
     with pytest.raises(BadImage, match=reason):
-        decode(data)
+        open_image(data)
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(5, Image.LANCZOS), (25, Image.BICUBIC)])

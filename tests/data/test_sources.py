@@ -49,8 +49,8 @@ def test_every_layout_is_numbered_alike(tmp_path, pattern, write, name):
     names = [name_of(number, pattern) for number in NUMBERS]
 
     source = find_source(path)
-    assert source.ids == NUMBERS
-    assert [member.name for member in source.members] == names
+    assert list(source.members) == NUMBERS
+    assert [member.name for member in source.members.values()] == names
 
 
 def write_parquet(path, images=IMAGES, pattern="{number:05d}.png"):
@@ -89,7 +89,7 @@ def test_one_archive_and_several_shards_are_the_same_set(tmp_path, suffix):
 def test_shards_with_the_same_numbers_keep_their_names(tmp_path):
     for name in ("a.zip", "b.zip"):
         write_zip(tmp_path / name, IMAGES[:1])
-    assert find_source(tmp_path).ids == ["a.zip/00000.png", "b.zip/00000.png"]
+    assert list(find_source(tmp_path).members) == ["a.zip/00000.png", "b.zip/00000.png"]
 
 
 def test_images_beside_archives(tmp_path):
@@ -111,7 +111,7 @@ def test_images_of_one_name_in_a_zip_are_counted(tmp_path):
         for name in ("a/0.png", "a\\0.png", "a/1.png"):
             archive.writestr(name, PICTURE)
     source = find_source(tmp_path / "set.zip")
-    assert source.ids == [0, 1]
+    assert list(source.members) == [0, 1]
     assert source.describe_ignored() == "; ignored: 1 of a repeated name"
 
 
@@ -126,9 +126,9 @@ def test_results_inside_the_data_are_no_data(tmp_path):
     # Other projects have such files, too.
     (path / "config.json").write_text('{"_class_name": "diffusion"}')
     source = find_source(path)
-    assert source.ids == NUMBERS
+    assert list(source.members) == NUMBERS
     assert source.ignored == {"folder of a run or of samples": 2, ".json": 1}
-    assert find_source(samples).ids == NUMBERS
+    assert list(find_source(samples).members) == NUMBERS
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_results_inside_the_data_are_no_data(tmp_path):
 def test_names_without_one_series_of_numbers_are_sorted_and_kept_whole(tmp_path, names):
     names = names.split()
     write_folder(tmp_path, [], more=dict.fromkeys(reversed(names), PICTURE))
-    assert find_source(tmp_path).ids == sorted(names)
+    assert list(find_source(tmp_path).members) == sorted(names)
 
 
 def test_linked_folders_are_read(tmp_path):
@@ -152,13 +152,13 @@ def test_linked_folders_are_read(tmp_path):
     root.mkdir()
     elsewhere = write_folder(tmp_path / "elsewhere", pattern=TREE)
     (root / "thumbnails").symlink_to(elsewhere)
-    assert find_source(root).ids == NUMBERS
+    assert list(find_source(root).members) == NUMBERS
 
     # With images read twice, the ids would be names.
     (root / "again").symlink_to(root)
     (elsewhere / "00004" / "up").symlink_to(elsewhere)
     (elsewhere / "00004" / "out").symlink_to(root)
-    assert find_source(root).ids == NUMBERS
+    assert list(find_source(root).members) == NUMBERS
 
 
 @posix
@@ -190,10 +190,10 @@ def test_names_in_a_zip_are_no_paths(tmp_path):
     source = find_source(path)
 
     # A name that leads out of the archive is hidden; the others are read within it.
-    assert source.ids == [0, 1]
+    assert list(source.members) == [0, 1]
     assert source.ignored == {"hidden": 1}
-    assert [member.name for member in source.members] == ["/etc/00000.png", "t/00001.png"]
-    assert [member.read() for member in source.members] == [b"zero", b"one"]
+    assert [member.name for member in source.members.values()] == ["/etc/00000.png", "t/00001.png"]
+    assert [member.read() for member in source.members.values()] == [b"zero", b"one"]
 
 
 def test_arrays_and_tables_without_one_set_of_images_are_refused(tmp_path):
@@ -235,9 +235,6 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
     with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as archive:
         archive.add(folder)
     (tmp_path / "tar.zip").write_bytes((tmp_path / "set.tar.gz").read_bytes())
-    (tmp_path / "pipes").mkdir()
-    for pipe in ("pipe.zip", "pipes/pipe.zip"):
-        os.mkfifo(tmp_path / pipe)
     np.save(tmp_path / "array.npy", IMAGES)
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
 
@@ -251,8 +248,6 @@ def test_what_is_no_source_is_said_in_a_sentence(tmp_path):
         ("set.tar.gz", f"contains no image that can be read. {unpack}"),
         ("tar.zip", f"{unusable}.zip file"),
         ("array.npz", f"{unusable}.npz file"),
-        ("pipe.zip", f"contains no image that can be read. {unpack}"),
-        ("pipes", rf"/pipe.zip {unusable.replace('.*', 'not a file')}"),
     ):
-        with pytest.raises(UserError, match=f"{name} ?{message}"):
+        with pytest.raises(UserError, match=f"{name} {message}"):
             find_source(tmp_path / name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functions.denoiser import Denoiser
-from functions.timesteps import logsnr_timesteps
+from functions.timesteps import nearest_timesteps
 
 
 @dataclass
@@ -141,6 +141,7 @@ def part_of_the_way(scheduler, steps, spacing, start, stop):
     `sampling_times` has those for the whole way.
     """
     if spacing == "logsnr":
-        return logsnr_timesteps(scheduler, steps + 1, start, stop)
+        ends = torch.logit(scheduler.alphas_cumprod[[start, stop]]).tolist()
+        return nearest_timesteps(scheduler, torch.linspace(*ends, steps + 1, dtype=torch.float64))
     distance = start - stop
     return [stop + round(distance - k * distance / steps) for k in range(steps + 1)]

@@ -16,7 +16,7 @@ from PIL import Image
 
 import edit
 import sample
-from data.decode import read_image
+from data.decode import fit_image, open_image_file
 from functions.denoiser import Denoiser
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import ddpm_sample
@@ -151,7 +151,7 @@ def test_image_and_mask_are_cropped_and_resized_alike(files, photo):
     assert not anew[:, 4:].any()
 
     # Farther from the mask the image is the photo itself.
-    whole = read_image("photo.png", (3, 16, 16))
+    whole = fit_image(open_image_file("photo.png"), (3, 16, 16))
     assert np.array_equal(image[:, 8:], whole[:, 8:])
 
 
@@ -297,7 +297,7 @@ def test_the_script_says_by_how_much_images_come_back_changed(
     assert len(printed) == len(ways_back)
     for levels, (column, way_back), file in zip(printed, ways_back.items(), files, strict=False):
         image = columns[column][0].astype(float)
-        assert np.array_equal(image, read_image(file, (3, 16, 16)))
+        assert np.array_equal(image, fit_image(open_image_file(file), (3, 16, 16)))
         error = np.square(columns[way_back][0] - image).mean() ** 0.5
         assert float(levels) == pytest.approx(error, rel=0.1)
 

@@ -64,9 +64,9 @@ def test_frames_are_evenly_spaced_and_end_with_the_image(network):
     assert list(states) == list(range(60, -1, -2))
     assert list(estimates) == [*range(60, 1, -2), 1]
     noise = image_sampler.noise(range(3)).draw()
-    assert np.array_equal(states[60], to_uint8(noise).numpy())
+    assert np.array_equal(states[60], to_uint8(noise))
     # The last x_0 is the image; the first is another.
-    images = to_uint8(samples).numpy()
+    images = to_uint8(samples)
     assert np.array_equal(states[0], images)
     assert np.array_equal(estimates[1], images)
     assert abs(estimates[60].astype(float) - images).mean() > 10

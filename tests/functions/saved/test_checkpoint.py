@@ -14,7 +14,7 @@ from functions.saved.checkpoint import (
     verify_checkpoint,
     write_tensors,
 )
-from functions.support.files import write_atomically
+from functions.support.files import replacing
 from tests.small_training import same, snapshot, stepped_run, training_run
 
 
@@ -118,13 +118,10 @@ def test_the_whole_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(path):
-    def write_half(file):
-        file.write(b"new")
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="No space") as error, replacing(path) as temporary:
+        temporary.write_bytes(b"new")
         raise OSError(28, "No space left on device")
-
-    write_atomically(path, lambda file: file.write(b"old"))
-    with pytest.raises(OSError, match="No space") as error:
-        write_atomically(path, write_half)
     assert error.value.filename == str(path)
 
     assert path.read_bytes() == b"old"

@@ -33,13 +33,13 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
     new = make_run(tmp_path, "faces-20260103-000000", [])
     (tmp_path / "notes").mkdir()
 
-    newest, *others = run_folder.newest_checkpoints(tmp_path)
+    assert run_folder.newest_run(tmp_path) == unfinished
+    newest, *others = run_folder.find_checkpoints(unfinished)
     assert newest == path_of(unfinished, "checkpoints", 60)
     assert run_folder.last_checkpoint(unfinished) == newest
     assert run_folder.last_checkpoint(new) is None
     assert [run_folder.step_of(path) for path in others] == [50, 9]
-    of_faces = run_folder.newest_checkpoints(tmp_path, "faces")[0]
-    assert of_faces.parent.parent.name == "faces-20260101-000000"
+    assert run_folder.newest_run(tmp_path, "faces") == done
 
     assert run_folder.run_to_resume("newest", tmp_path, "ffhq-full") == unfinished
     # "ffhq" is no experiment, but a prefix of two.
@@ -52,9 +52,9 @@ def test_the_newest_run_and_its_newest_checkpoint_are_found(tmp_path, capsys):
         run_folder.run_to_resume("newest", tmp_path, "faces")
 
     with pytest.raises(CheckpointError, match="cifar"):
-        run_folder.newest_checkpoints(tmp_path, "cifar")
+        run_folder.newest_run(tmp_path, "cifar")
     with pytest.raises(CheckpointError, match="no run"):
-        run_folder.newest_checkpoints(tmp_path / "missing")
+        run_folder.newest_run(tmp_path / "missing")
 
 
 def test_a_finished_run_goes_on_before_a_flipped_bit_of_its_last_checkpoint(tmp_path, capsys):

@@ -20,6 +20,7 @@ import train
 from functions.saved import run_folder
 from functions.support.errors import CheckpointError
 from functions.support.random_numbers import seed_of
+from functions.training.run import TrainingRun
 from functions.training.stopping import StopSignals
 from tests.conftest import (
     TINY,
@@ -268,7 +269,7 @@ def test_a_checkpoint_by_time_is_never_ahead_of_the_metrics(trained, monkeypatch
     clock = Mock(monotonic=count(0, 60).__next__)
     monkeypatch.setattr("functions.training.recorder.time", clock)
     calls = []
-    for owner, name in ((os, "fsync"), (train.Recorder, "save")):
+    for owner, name in ((os, "fsync"), (TrainingRun, "save")):
         original = getattr(owner, name)
 
         def noting(*arguments, name=name, original=original):

@@ -11,7 +11,6 @@ from functions.support.device import (
     choose_precision,
     cpu_has_bfloat16,
     is_out_of_memory,
-    sampling_precision,
 )
 from functions.support.errors import UserError
 
@@ -95,8 +94,8 @@ def test_a_training_has_the_fastest_precision_of_the_device(
     indirect=["native"],
 )
 def test_samples_have_the_precision_of_the_training(device, native, trained, expected):
-    assert sampling_precision("auto", device, trained) == expected
-    assert sampling_precision("float32", device, trained) == torch.float32
+    assert choose_precision("auto", device, trained, "float32") == expected
+    assert choose_precision("float32", device, trained, "float32") == torch.float32
 
 
 @pytest.mark.parametrize(

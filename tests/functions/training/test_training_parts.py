@@ -64,7 +64,7 @@ def test_ema_is_the_weighted_sum_of_its_definition(ramp):
 
 def test_draws_depend_on_seed_and_step_alone():
     def draws(seed, step):
-        return vars(training_draws(seed, step, 64, (3, 4, 4), 1000, "cpu"))
+        return training_draws(seed, step, 64, (3, 4, 4), 1000, "cpu")._asdict()
 
     # Between the two draws of the same step there are draws of others.
     first, *others, again = (draws(*place) for place in ((0, 7), (0, 6), (0, 8), (1, 7), (0, 7)))
