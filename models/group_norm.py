@@ -31,13 +31,14 @@ class ChannelsLastNorm(torch.autograd.Function):
 
     @staticmethod
     def is_faster(x: Tensor, norm: nn.GroupNorm) -> bool:
-        """Whether `norm` may and should be computed here for x (B, C, H, W)."""
+        """Return whether `norm` of x (B, C, H, W) can be computed here, and in less time."""
         return (
             x.is_cpu
             and x.requires_grad
             and (x.dtype, norm.weight.dtype) == (torch.bfloat16, torch.float32)
             and x.is_contiguous(memory_format=torch.channels_last)
-            # 16 channels fill the registers of PyTorch's loop, and small images take more calls.
+            # PyTorch's loop is fast where the channels of a group fill a register, and small images
+            # take less time than the calls of this backward.
             and norm.num_channels // norm.num_groups < 16
             and x.numel() >= 2**19
         )

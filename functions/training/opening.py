@@ -46,7 +46,9 @@ def new_run(name: str, args: Namespace, device: torch.device, processes: Process
     if args.init:
         initial, _ = open_model(args.init, torch.device("cpu"), processes=processes)
         experiment = fit_to_weights(experiment, initial, diffusion, model)
-    run = TrainingRun(name, experiment.override(diffusion, model), args.runs, device, processes)
+    else:
+        experiment = experiment.override(diffusion, model)
+    run = TrainingRun(name, experiment, args.runs, device, processes)
     if args.init:
         run.begin_with(initial)
     return run

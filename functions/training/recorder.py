@@ -126,7 +126,7 @@ class Recorder:
                 self.log(grad_norm, validating)
             if self.is_due(config.snapshot_every) and processes.is_main:
                 run.save_snapshot(path_of(run.folder, "snapshots", run.step))
-            if self.is_due(config.sample_every) and self.processes.is_main:
+            if self.is_due(config.sample_every) and processes.is_main:
                 self.sample()
             # All processes get the same answer, so that they stop after the same step. They
             # exchange it on their CPUs, and do not wait for a GPU.
@@ -138,7 +138,7 @@ class Recorder:
             # checkpoint before, and writes all of this again.
             if self.is_due(config.checkpoint_every) or overdue or self.stopped:
                 self.saved_at = time.monotonic()
-                if self.processes.is_main:
+                if processes.is_main:
                     run.save(path_of(run.folder, "checkpoints", run.step))
                     delete_old(run.folder, run.step, config.keep_checkpoints)
 
