@@ -78,6 +78,8 @@ def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     for name, (value, _) in changes.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else value
         flags += f" --{name.replace('_', '-')} {text}"
+    if facts["initial"]:
+        flags += f" --init {facts['initial'].partition(': ')[0]}"
 
     rows = read_metrics(run / "metrics.csv")
     # A machine that does other things, too, slows some steps down.
@@ -89,6 +91,7 @@ def facts_of_run(run: Path, source: SavedModel) -> dict[str, str]:
     return {
         "weights": f"{source.kind} in float16, {facts['parameters']:,} parameters",
         "command": f"`python train.py {facts['experiment']}{flags}`",
+        "begins as": facts["initial"] or "random weights",
         "length": f"{facts['step']:,} steps, {image_count:,} images",
         "time": f"{hours:.1f} hours at the median speed, {hours * cores:.0f} CPU-hours",
         "processor": f"{arithmetic['processor']}, {cores} threads",

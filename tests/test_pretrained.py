@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,11 @@ def test_a_run_is_boxed_with_a_guide_and_a_card(trained, tmp_path, monkeypatch):
     assert hashlib.sha256(guide.read_bytes()).hexdigest() in card_row(boxed, "SHA-256 of the guide")
     flags = "--diffusion.epochs 2 --model.dim-multiply 1,2"
     assert card_row(boxed, "command") == f"python train.py faces {flags}"
+    initial = "a/small.safetensors: EMA weights, grown from 8 px"
+    grown = replace(source, provenance=source.provenance | {"initial": initial})
+    rows = pretrained.facts_of_run(run, grown)
+    assert rows["command"].endswith("1,2 --init a/small.safetensors`")
+    assert rows["begins as"] == initial
     assert card_row(boxed, "length") == "10 steps, 80 images"
     assert source.digest[:16] in card_row(boxed, "source")
     assert card_row(boxed, "training images").startswith("46 of ")
