@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
+from tests.conftest import ROOT
 from tests.forked import wait_until
 
-ROOT = Path(__file__).resolve().parents[1]
 UNPAINTED = "choose an image and paint over a part of it"
 
 

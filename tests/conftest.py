@@ -68,6 +68,7 @@ ONE_LEVEL = shlex.split("""
 # The same network, as fields of ModelConfig.
 SMALL_MODEL = {
     "image_size": 16,
+    "channels": 3,
     "lowest_resolution_size": 8,
     "dim_multiply": (1, 2),
     "transformer_layers": (1,),
@@ -180,10 +181,10 @@ def image_sampler_of(network, timesteps=100, options=OPTIONS, seed=0, device="cp
     return ImageSampler(denoiser, options, (3, 16, 16), seed, torch.device(device))
 
 
-def small_unet(size=16, dim_multiply=(1, 2), dropout=0.0) -> UNet:
+def small_unet(dim_multiply=(1, 2)) -> UNet:
     """Return a small network whose output is not zero."""
     torch.manual_seed(0)
-    model = UNet(size, 3, 8, dim_multiply, [1], 16, dropout, norm_groups=4)
+    model = UNet(16, 3, 8, dim_multiply, [1], 16, norm_groups=4)
     # The last layer of a fresh network is zero, and so is its output, until noise is added.
     for parameter in model.parameters():
         parameter.data.add_(0.03 * torch.randn_like(parameter))
@@ -203,13 +204,10 @@ class LittleMemory(torch.nn.Module):
         super().__init__()
         self.network = network
         self.most = most
-        # Only the sizes of batches that fit are kept here.
-        self.sizes = []
 
     def forward(self, batch, *t):
         if len(batch) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        self.sizes.append(len(batch))
         return self.network(batch, *t)
 
 

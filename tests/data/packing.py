@@ -12,8 +12,6 @@ from data import packed
 from data.packed import open_packed
 from data.sources import find_source
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def random_pixels(*shape, seed=0):
     """Return random uint8 values of a shape."""

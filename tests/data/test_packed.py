@@ -207,22 +207,6 @@ def test_a_damaged_member_of_a_zip_is_one_bad_image(tmp_path, method, damage):
     assert load(path, max_bad_images=1).ids == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
 
-def test_an_image_that_cannot_be_read_ends_the_preparation(tmp_path, monkeypatch):
-    path = write_folder(tmp_path / "set")
-    read_bytes = Path.read_bytes
-
-    def denied(file):
-        if file.name == "00004.png":
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return read_bytes(file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", denied)
-        with pytest.raises(PermissionError):
-            load(path, max_bad_images=1)
-    assert_array_equal(load(path).images, IMAGES)
-
-
 def test_an_error_of_the_disk_names_the_archive_and_its_member(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "set.zip")
 

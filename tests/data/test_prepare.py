@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.conftest import script
-from tests.data.packing import ROOT, random_pixels, write_folder
+from tests.conftest import ROOT, script
+from tests.data.packing import random_pixels, write_folder
 
 PHOTOS = random_pixels(6, 128, 128, 3)
 

@@ -23,12 +23,6 @@ class Mixture:
     means: Tensor  # (K, D)
     stds: Tensor  # (K,)
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw (n, D)."""
-        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
-        return self.means[k] + self.stds[k, None] * noise
-
     def eps(self, y: Tensor, sigma: Tensor) -> Tensor:
         variances = self.stds**2 + sigma**2  # (B, K)
 
@@ -54,11 +48,6 @@ class Gaussian:
 
     mean: Tensor  # (D,)
     std: Tensor  # (D,)
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw (n, D)."""
-        noise = torch.randn(n, len(self.mean), generator=generator, dtype=torch.float64)
-        return self.mean + self.std * noise
 
     def eps(self, y: Tensor, sigma: Tensor) -> Tensor:
         return sigma * (y - self.mean) / (self.std**2 + sigma**2)

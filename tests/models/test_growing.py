@@ -6,21 +6,7 @@ import torch.nn.functional as F
 
 from models.growing import grown_arguments, grown_weights
 from models.unet import UNet
-
-SMALL = {
-    "image_size": 16,
-    "channels": 3,
-    "lowest_resolution_size": 8,
-    "dim_multiply": (1, 2),
-    "transformer_layers": (0,),
-    "base_dim": 16,
-    "norm_groups": 4,
-}
-
-
-def doubled(x):
-    """Repeat each pixel of (B, C, H, W) as 2 x 2 pixels."""
-    return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+from tests.conftest import SMALL_MODEL as SMALL
 
 
 @pytest.mark.parametrize("dialect", ["ho", "diffusers"])
@@ -41,7 +27,7 @@ def test_the_mean_of_the_grown_output_is_that_of_the_small_network(dialect):
     x_t = torch.randn(2, 3, 16, 16)
     t = torch.tensor([3, 700])
 
-    output = F.avg_pool2d(grown(doubled(x_t), t), 2)
+    output = F.avg_pool2d(grown(F.interpolate(x_t, scale_factor=2), t), 2)
     fine = torch.tensor([[0.5, 0, 0], [0.5, 1, 0.5], [0, 0, 0.5]])
     for layer in (small.conv_in, small.conv_out):
         layer.weight.copy_(fine @ layer.weight @ fine.T)

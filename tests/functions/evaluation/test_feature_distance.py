@@ -31,11 +31,6 @@ def loaded(name, size):
     return load_images(str(name), size).images.copy()
 
 
-def scaled(pixels):
-    """Return images (N, H, W, 3) uint8 as networks read them."""
-    return to_model_range(pixels)
-
-
 def seeded():
     """Return a random generator that starts anew, with seed 0."""
     return torch.Generator().manual_seed(0)
@@ -43,7 +38,7 @@ def seeded():
 
 def test_the_feature_distance_orders_the_obvious():
     """Held-out images are nearest, then tinted ones; noise is very far."""
-    people = scaled(loaded("emoji_people", 32))
+    people = to_model_range(loaded("emoji_people", 32))
     held_out = people[::9]
     features = Features([people[np.arange(len(people)) % 9 > 0]])
     tint = torch.tensor([20, 0, -20]).view(3, 1, 1) / 255
@@ -63,7 +58,7 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     These are the differences of means, here 1 and 1, and of standard deviations, here 1 and 2. The
     features of the real images have the mean 0 and the covariance I.
     """
-    images = [scaled(loaded("emoji_people", 32))]
+    images = [to_model_range(loaded("emoji_people", 32))]
     features = Features(images)
     assert features.distance(features(images)) == pytest.approx(0, abs=1e-9)
 
@@ -90,9 +85,9 @@ def split_folder(pictures, folder, count):
 
 def truths(training, images):
     """Return the distances of images from training images as evaluate.py prints them, by name."""
-    features = Features([scaled(training), scaled(training).flip(3)])
-    distances = {name: features.distance(features([scaled(x)])) for name, x in images.items()}
-    return {name: f"{distance:.4g}" for name, distance in distances.items()}
+    features = Features([to_model_range(training), to_model_range(training).flip(3)])
+    x_0 = {name: to_model_range(pixels) for name, pixels in images.items()}
+    return {name: f"{features.distance(features([x])):.4g}" for name, x in x_0.items()}
 
 
 def test_samples_are_measured_beside_as_many_held_out_images(pictures, tmp_path, capsys):

@@ -45,12 +45,6 @@ def test_a_training_comes_back_bit_for_bit(optimizer, path):
         assert other.optimizer.state[parameter]["exp_avg"].stride() == parameter.stride()
     assert other.model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
-    for run in (saved, other):
-        for parameter in run.model.parameters():
-            parameter.grad = torch.full_like(parameter, 0.1)
-        run.optimizer.step()
-    assert same(snapshot(other), snapshot(saved))
-
 
 def test_a_file_is_one_of_safetensors_of_any_shape_and_layout(path):
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)

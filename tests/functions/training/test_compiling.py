@@ -1,4 +1,4 @@
-"""A compiled training; test_processes.py has one with two processes.
+"""A compiled training.
 
 The CPU stands in for the GPU, and a stub for the compiler that writes kernels.
 """
@@ -8,30 +8,19 @@ from functools import partial
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from functions.training.metrics import read_metrics
 from tests.small_training import training_run
 
 
-def as_it_is(graph, inputs):
-    return make_boxed_func(graph.forward)
-
-
 def use_stub(patch):
     """Let torch.compile use a stub on the CPU; return a list that gets each graph it is given."""
-    graphs = []
-    compiler = aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is)
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return compiler(graph, inputs)
-
+    backend = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
     patch.setattr("functions.training.run.COMPILED_DEVICES", ("cpu",))
     patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    return graphs
+    return backend.graphs
 
 
 @pytest.mark.slow
