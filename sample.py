@@ -18,6 +18,8 @@ from pathlib import Path
 
 from data.batches import batches_of
 from data.pixels import to_uint8
+from functions.enlarging import ENLARGING_STEPS
+from functions.sampling.enlarger import enlarged
 from functions.sampling.export import export
 from functions.sampling.generation import ImageSampler, generate, open_sampler, step_bar
 from functions.sampling.guides import guided
@@ -59,6 +61,8 @@ def main(n: int = 36, gif: bool = False, name_prefix: str = "") -> None:
             return
 
         image_sampler = guided(image_sampler, saved, processes)
+        if args.enlarge:
+            image_sampler = enlarged(image_sampler, args.enlarge, processes)
         shown = None if args.individual else list(args.indices)
         folder = samples_folder(args, saved, image_sampler, processes, shown)
         # These determine the pixels, and are the same for all samples in a folder.
@@ -155,6 +159,14 @@ def parse_flags(n: int, gif: bool) -> Namespace:
         "first ones.",
     )
 
+    parser.add_argument(
+        "--enlarge",
+        type=Path,
+        metavar="MODEL",
+        help="Then draw the details of each image at twice its size, by a model of that size. Its "
+        f"{ENLARGING_STEPS} steps change no mean of 2 x 2 pixels but by clipping. The figures show "
+        "the denoising before. Default: no.",
+    )
     parser.add_argument(
         "--individual",
         action="store_true",

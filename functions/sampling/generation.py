@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from data.batches import batches_of
 from functions.denoiser import Predictor
+from functions.enlarging import ENLARGING_STEPS, Enlarging, doubled, enlarging_times
 from functions.noise_scheduler import NoiseScheduler
 from functions.samplers import SAMPLERS, OnStep
 from functions.sampling.options import SamplerOptions
@@ -46,6 +47,8 @@ class ImageSampler:
     precision: torch.dtype = torch.float32
     # The sampler calls this after every step.
     on_step: OnStep | None = None
+    # The sampler of a model that draws each image at twice its size, if any.
+    enlarger: "ImageSampler | None" = None
 
     def __post_init__(self) -> None:
         # This raises the error.
@@ -106,7 +109,7 @@ class ImageSampler:
     def sample(self, indices: Sequence[int], bar: tqdm) -> Tensor:
         """Sample these images as one batch: (B, C, H, W) in [-1, 1], on the CPU.
 
-        The bar is a `step_bar`.
+        With an enlarger they are of 2H x 2W. The bar is a `step_bar`.
         """
 
         def on_step(k, t, x, x_0):
@@ -116,7 +119,19 @@ class ImageSampler:
 
         noise = self.noise(indices)
         sampler = replace(self, on_step=on_step)
-        return sampler.take_steps(noise.draw(), self.times, noise.draw).cpu()
+        images = sampler.take_steps(noise.draw(), self.times, noise.draw)
+        if self.enlarger:
+            images = self.enlarger.enlarge(images, indices, bar)
+        return images.cpu()
+
+    def enlarge(self, small: Tensor, indices: Sequence[int], bar: tqdm) -> Tensor:
+        """Draw the details of images (B, C, H, W) at this sampler's size, (B, C, 2H, 2W)."""
+        noise = self.noise(indices, "details")
+        times = enlarging_times(self.scheduler)
+        x_t = self.scheduler.q_sample(doubled(small), times[0], noise.draw())
+        denoiser = Enlarging(self.denoiser, small)
+        sampler = replace(self, denoiser=denoiser, on_step=lambda *_: bar.update(len(indices)))
+        return sampler.take_steps(x_t, times, noise.draw)
 
 
 def open_sampler(
@@ -159,7 +174,7 @@ def open_sampler(
 def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool = False) -> Tensor:
     """Sample the images with these indices, in batches of the sampler's size.
 
-    Returns (N, C, H, W) in [-1, 1], on the CPU.
+    Returns (N, C, H, W) in [-1, 1], on the CPU; with an enlarger, (N, C, 2H, 2W).
     """
     batches = batches_of(indices, image_sampler.batch_size)
     with step_bar(image_sampler, len(indices), progress) as bar:
@@ -168,5 +183,6 @@ def generate(image_sampler: ImageSampler, indices: Sequence[int], progress: bool
 
 def step_bar(image_sampler: ImageSampler, count: int, shown: bool) -> tqdm:
     """Return a progress bar for the steps of `count` images."""
-    total = count * image_sampler.step_count
+    steps = image_sampler.step_count + (ENLARGING_STEPS if image_sampler.enlarger else 0)
+    total = count * steps
     return tqdm(desc="sampling", total=total, unit="step", unit_scale=True, disable=not shown)

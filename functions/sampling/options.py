@@ -38,6 +38,8 @@ class SamplerOptions:
     guide: str | None = None
     guidance: float | None = None
     guide_digest: str | None = None
+    # That of the model that enlarges the images, if any. `enlarged` sets it.
+    enlarger_digest: str | None = None
     # This has no flag. It is False for a few models from diffusers folders.
     clip_x_0: bool = True
 
@@ -69,6 +71,8 @@ class SamplerOptions:
         if self.guide:
             settings["guide"] = self.guide_digest
             settings["guidance"] = self.guide_weight
+        if self.enlarger_digest:
+            settings["enlarge"] = self.enlarger_digest
         if not self.clip_x_0:
             settings["clip_x_0"] = False
         return settings
